@@ -1,0 +1,105 @@
+"""How many floating-point operations a forward of the DiT needs: 2 per multiply-add, as spec 07 section 5 counts.
+
+Matrix products and attention alone; norms, rotations and gates are not counted, nor the AdaLN layers and the
+projections into and out of the model, which are evaluated once and not per block (0.01 % of a forward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ltxpack.runtime.dit import DiTConfig
+
+FEED_FORWARD = 4
+# Parts that an isolated pass leaves out.
+ACROSS = ("a2v and v2a linears", "a2v and v2a attention")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Numbers of tokens."""
+
+    video: int
+    audio: int
+    text: int
+
+
+def forward_parts(config: DiTConfig, lengths: Lengths) -> dict[str, int]:
+    """FLOP of one forward by part, over all blocks; batch 1."""
+    video, audio = config.streams.video, config.streams.audio
+    v, a, text = lengths.video, lengths.audio, lengths.text
+    inner = audio.dim
+    per_block = {
+        "video self-attention linears": _queries(v, video.dim, video.dim, video.heads)
+        + 2 * _linear(v, video.dim, video.dim),
+        "video text linears": _queries(v, video.dim, video.dim, video.heads) + 2 * _linear(text, video.dim, video.dim),
+        "video feed-forward": 2 * _linear(v, video.dim, FEED_FORWARD * video.dim),
+        "a2v and v2a linears": (
+            _queries(v, video.dim, inner, audio.heads)
+            + _queries(a, audio.dim, inner, audio.heads)
+            + 2 * _linear(a, audio.dim, inner)
+            + 2 * _linear(v, video.dim, inner)
+        ),
+        "audio linears": (
+            2 * _queries(a, audio.dim, audio.dim, audio.heads)
+            + 2 * _linear(a, audio.dim, audio.dim)
+            + 2 * _linear(text, audio.dim, audio.dim)
+            + 2 * _linear(a, audio.dim, FEED_FORWARD * audio.dim)
+        ),
+        "video self-attention": _attention(v, v, video.dim),
+        "text attention": _attention(v, text, video.dim),
+        "a2v and v2a attention": 2 * _attention(v, a, inner),
+        "audio attention": _attention(a, a + text, audio.dim),
+    }
+    return {part: config.num_layers * count for part, count in per_block.items()}
+
+
+def forward_flops(config: DiTConfig, lengths: Lengths, *, isolated: bool = False) -> int:
+    """FLOP of one pass alone."""
+    parts = forward_parts(config, lengths)
+    return sum(count for part, count in parts.items() if not (isolated and part in ACROSS))
+
+
+def shared_flops(config: DiTConfig, lengths: Lengths) -> int:
+    """FLOP that a conditional and an isolated pass do once where they go together.
+
+    The keys and values of the text in every block, and block 0 up to a2v.
+    """
+    parts = forward_parts(config, lengths)
+    text = sum(
+        2 * _linear(lengths.text, stream.dim, stream.dim) for stream in (config.streams.video, config.streams.audio)
+    )
+    audio_feed_forward = 2 * _linear(lengths.audio, config.streams.audio.dim, FEED_FORWARD * config.streams.audio.dim)
+    alone = ("video self-attention linears", "video text linears", "audio linears", "video self-attention")
+    within = sum(parts[part] for part in (*alone, "text attention", "audio attention"))
+    return (config.num_layers - 1) * text + within // config.num_layers - audio_feed_forward
+
+
+def guided_flops(config: DiTConfig, lengths: Lengths) -> int:
+    """FLOP of one guided evaluation: conditional, unconditional and isolated pass together."""
+    passes = 2 * forward_flops(config, lengths) + forward_flops(config, lengths, isolated=True)
+    return passes - shared_flops(config, lengths)
+
+
+def run_flops(config: DiTConfig, stages: Mapping[str, tuple[Lengths, int]]) -> dict[str, int]:
+    """FLOP of the recipe's two stages as this runtime does them; each is given as lengths and number of evaluations."""
+    first, second = stages["stage 1"], stages["stage 2"]
+    return {
+        "stage 1": first[1] * guided_flops(config, first[0]),
+        "stage 2": second[1] * forward_flops(config, second[0]),
+    }
+
+
+def _linear(tokens: int, fan_in: int, fan_out: int) -> int:
+    return 2 * tokens * fan_in * fan_out
+
+
+def _queries(tokens: int, dim: int, inner: int, heads: int) -> int:
+    """Queries, the gate per head and the output projection."""
+    return _linear(tokens, dim, inner) + _linear(tokens, dim, heads) + _linear(tokens, inner, dim)
+
+
+def _attention(queries: int, keys: int, inner: int) -> int:
+    """Scores, and values weighted by them."""
+    return 2 * 2 * queries * keys * inner

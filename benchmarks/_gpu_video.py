@@ -1,0 +1,222 @@
+"""The sections about videos: a whole one by phase, through the real sampler and codecs, and decoding by tile layout."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from _flops import run_flops
+from _gpu_bench import Bench, Growing, gigabytes
+from _gpu_forward import compiled
+from _gpu_models import Codecs, contexts, installed, random_codecs, state_of
+from torch import Tensor
+
+from ltxpack.runtime.av import AV
+from ltxpack.runtime.conditioning import VideoShape, unpatchify
+from ltxpack.runtime.guidance import HQ_GUIDANCE, Denoiser
+from ltxpack.runtime.sample import res2s
+from ltxpack.runtime.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
+
+CODEC_PACKAGE, MEDIA_PACKAGE = "diffusers", "av"
+# Spec 07, section 5: TFLOP to decode the default video in one piece.
+WHOLE_DECODE = 624
+
+
+class Phases:
+    """Seconds and peak memory of each part, in order; the device is waited for at the end of each."""
+
+    def __init__(self, bench: Bench, table: Growing) -> None:
+        self.bench, self.table = bench, table
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, flops: int = 0) -> Iterator[None]:
+        """Times the block and tells its line."""
+        bench = self.bench
+        bench.say(name)
+        bench.clock.wait()
+        bench.clock.forget_peak()
+        begin = time.perf_counter()
+        yield
+        bench.clock.wait()
+        spent = bench.note(f"run.{name}", time.perf_counter() - begin)
+        self.seconds[name] = spent
+        rate = flops / spent / 1e12
+        told = (f"{rate:.0f}", bench.share(rate)) if flops else ("-", "-")
+        self.table.rows.append((name, f"{spent:.2f}", *told, gigabytes(bench.clock.peak())))
+
+
+def video(bench: Bench) -> None:
+    """One video of the recipe from random contexts. Both stages use the same weights: that changes no time."""
+    bench.dit.pack() if bench.found.get("packed.pays") else None
+    with compiled(bench), bench.attempt("a video with compiled blocks"):
+        _one_step_each(bench)
+        _make(bench, "compiled")
+        return
+    # So that there is a time in any case.
+    _one_step_each(bench)
+    _make(bench, "eager")
+
+
+def decode(bench: Bench) -> None:
+    """The video decoder by layout of its tensors and of its tiles."""
+    if not installed(CODEC_PACKAGE):
+        _absent(bench, "Video decoder", CODEC_PACKAGE)
+        return
+    from ltxpack.runtime import codecs
+
+    table = bench.table("Video decoder", ("tensors", "tiles", "s", "TFLOP/s", "of the matrix rate", "peak GB"))
+    vae = random_codecs(bench.sizes, bench.device, bench.dtype).vae
+    grid = bench.sizes.shape.grid
+    latents = torch.randn(1, vae.config.latent_channels, *grid, device=bench.device, dtype=bench.dtype)
+    official = codecs.auto_tiling(*grid[1:])
+    free = torch.cuda.mem_get_info(bench.device)[0] * 8 // 10 if bench.device.type == "cuda" else 2**30
+    fast = codecs.fast_tiling(vae, latents, free)
+    for layout in ("planes", "channels last"):
+        if layout == "channels last":
+            codecs.channels_last(vae)
+        for tiles, tiling in (("official", official), ("fast", fast)):
+            bench.say(f"decode, {layout}, {tiles} tiles")
+
+            def work(tiling: Any = tiling) -> None:
+                for _ in codecs.decode_video(vae, latents, tiling):
+                    pass
+
+            work()
+            bench.clock.wait()
+            bench.clock.forget_peak()
+            spent = bench.clock.median(work, 3.0, warm_ups=0) / 1e3
+            bench.note(f"decode.{layout}.{tiles}", spent)
+            rate = WHOLE_DECODE * _decoded_share(grid, tiling) / spent
+            told = (f"{rate:.0f}", bench.share(rate)) if bench.device.type == "cuda" else ("-", "-")
+            table.rows.append((layout, tiles, f"{spent:.2f}", *told, gigabytes(bench.clock.peak())))
+    bench.release()
+
+
+def _decoded_share(grid: tuple[int, int, int], tiling: Any) -> float:
+    """Latents decoded in all tiles over latents of the video."""
+    from ltxpack.runtime.tiles import split, split_frames
+
+    cuts = ((split_frames, tiling.frames), (split, tiling.height), (split, tiling.width))
+    share = 1.0
+    for length, (spans_of, cut) in zip(grid, cuts, strict=True):
+        share *= sum(span.stop - span.start for span in spans_of(length, cut)) / length
+    return share
+
+
+def _one_step_each(bench: Bench) -> None:
+    """So that compiling is not part of the video: a warm process is measured."""
+    begin = time.perf_counter()
+    _stage1(bench, steps=None)
+    _stage2(bench, None, steps=None)
+    bench.clock.wait()
+    bench.note("run.warming up", time.perf_counter() - begin)
+
+
+def _make(bench: Bench, blocks: str) -> None:
+    sizes = bench.sizes
+    table = bench.table(
+        f"A whole video, warm, {blocks}: {sizes.shape.width} x {sizes.shape.height}, {sizes.shape.frames} frames",
+        ("phase", "s", "TFLOP/s", "of the matrix rate", "peak GB"),
+        "Random weights and text contexts. The text encoder is not part of it: a cached prompt does not load it.",
+    )
+    phases = Phases(bench, table)
+    evaluations = {
+        "stage 1": (sizes.lengths(1), res2s_plan(_sigmas(sizes.shape, sizes.steps)).evaluations),
+        "stage 2": (sizes.lengths(2), res2s_plan(stage2_sigmas()).evaluations),
+    }
+    flops = run_flops(bench.config, evaluations)
+    codecs = random_codecs(sizes, bench.device, bench.dtype) if installed(CODEC_PACKAGE) else None
+    with phases.phase("stage 1", flops["stage 1"]):
+        first = unpatchify(_stage1(bench, sizes.steps), sizes.shape.half())
+    with phases.phase("upsample"):
+        start = AV(_upsampled(bench, codecs, first.video), first.audio)
+    with phases.phase("stage 2", flops["stage 2"]):
+        second = unpatchify(_stage2(bench, start, len(stage2_sigmas()) - 1), sizes.shape)
+    if codecs is None:
+        table.note += f" {CODEC_PACKAGE} is not installed here: the upsampler is a copy, and nothing is decoded."
+    else:
+        _decoded(bench, codecs, second, first.audio, phases)
+    total = bench.note("run.total", sum(phases.seconds.values()))
+    table.rows.append(("all of it", f"{total:.2f}", "-", "-", "-"))
+
+
+def _sigmas(shape: VideoShape, steps: int) -> Tensor:
+    return stage1_sigmas(shape.half().tokens, steps)
+
+
+def _stage1(bench: Bench, steps: int | None) -> AV[Tensor]:
+    """The guided stage; ``steps`` None: a single step of two evaluations."""
+    sizes, dit = bench.sizes, bench.dit
+    half = sizes.shape.half()
+    sigmas = _sigmas(sizes.shape, steps) if steps else torch.tensor([1.0, 0.9])
+    state = state_of(dit, half)
+    prompts = [contexts(dit, sizes.text, seed) for seed in (11, 12)]
+    denoiser = Denoiser(dit, prompts[0], prompts[1], HQ_GUIDANCE)
+    rope = dit.rope(state.map(lambda s: s.positions), bench.dtype, bench.device)
+    return res2s(lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas)
+
+
+def _stage2(bench: Bench, start: AV[Tensor] | None, steps: int | None) -> AV[Tensor]:
+    """The stage without guidance, from ``start``."""
+    sizes, dit = bench.sizes, bench.dit
+    sigmas = stage2_sigmas() if steps else torch.tensor([1.0, 0.9])
+    state = state_of(dit, sizes.shape, float(sigmas[0]), start)
+    denoiser = Denoiser(dit, contexts(dit, sizes.text, seed=11))
+    rope = dit.rope(state.map(lambda s: s.positions), bench.dtype, bench.device)
+    return res2s(lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas)
+
+
+def _upsampled(bench: Bench, parts: Codecs | None, latents: Tensor) -> Tensor:
+    if parts is None:
+        return latents.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+    from ltxpack.runtime import codecs
+
+    return codecs.upsample(parts.upsampler, codecs.LatentStatistics.of(parts.vae), latents)
+
+
+def _decoded(bench: Bench, parts: Codecs, latents: AV[Tensor], sound: Tensor, phases: Phases) -> None:
+    """Sound, then pictures, encoded in their thread while the next are decoded, as ``ltxpack run`` does it."""
+    from ltxpack.runtime import codecs
+
+    if bench.device.type == "cuda":
+        codecs.channels_last(parts.vae)
+    with phases.phase("audio"):
+        waveform = codecs.decode_audio(parts.audio_vae, parts.vocoder, sound).cpu()
+    if not installed(MEDIA_PACKAGE):
+        phases.table.note += f" {MEDIA_PACKAGE} is not installed here: frames are decoded and not encoded."
+        with phases.phase("video, decoded only"):
+            for frames in codecs.decode_video(parts.vae, latents.video):
+                (frames * 255).to(torch.uint8).cpu()
+        return
+    from ltxpack.runtime.media import VideoWriter
+
+    shape = bench.sizes.shape
+    rate = codecs.sample_rate(parts.vocoder)
+    with tempfile.TemporaryDirectory() as folder, phases.phase("video"):
+        path = Path(folder) / "video.mp4"
+        with VideoWriter(path, shape.width, shape.height, shape.fps, rate) as writer:
+            for frames in codecs.decode_video(parts.vae, latents.video):
+                writer.write(frames)
+            writer.write_audio(waveform)
+
+
+def _absent(bench: Bench, title: str, package: str) -> None:
+    bench.table(title, ("skipped",)).rows.append((f"{package} is not installed here",))
+
+
+def diffusers_or_a_line(title: str, section: Callable[[Bench], None]) -> Callable[[Bench], None]:
+    """``section`` where diffusers is installed, else a table that says that it is not."""
+
+    def run(bench: Bench) -> None:
+        if installed(CODEC_PACKAGE):
+            section(bench)
+        else:
+            _absent(bench, title, CODEC_PACKAGE)
+
+    return run

@@ -1,0 +1,222 @@
+"""The offline stage against ``cp`` and against what users have today, on checkpoints of real width, cold and paired.
+
+    python benchmarks/offline.py [--blocks 4] [--runs 5] [--flat 2 8] [--scratch FOLDER] [--results FOLDER] [--quick]
+
+In one run, item after item, round after round: each ratio is taken within one round. Ours are the real commands in
+processes of their own, hashing included. Every item ends with its bytes on the disk. ``--quick`` goes through all of
+it at tiny widths, once, and keeps nothing: it shows that the benchmark works, not how fast anything is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from _checkpoint import REAL, TINY, Source, Widths, checkpoint_shapes, config, lora_shapes, make_source
+from _items import LTXPACK, Places, bake_command, bake_items, copy_items, verify_items
+from _marks import BAKE_PEAK, BAKE_TARGETS, GB, Findings, Flat, flat_table, mark_table
+from _measure import Bench, Costs, Item, files_under
+from _report import BF16_FLAGS, RESULTS, Table, machine, write_results
+
+from ltxpack.tensorfile import read_tensorfile
+
+# The largest share of the scratch folder's free space that a run may take.
+USABLE = 0.9
+# Checkpoints that stand there at once, with results and LoRA: of the main measurements, and of those of memory.
+COPIES, FLAT_COPIES = 4, 3
+STARTS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked for."""
+
+    blocks: int
+    runs: int
+    flat: tuple[int, ...]
+    widths: Widths = REAL
+
+    @property
+    def command(self) -> str:
+        """What gives the same run again."""
+        if self.widths != REAL:
+            return "python benchmarks/offline.py --quick"
+        flat = " ".join(map(str, self.flat))
+        return f"python benchmarks/offline.py --blocks {self.blocks} --runs {self.runs} --flat {flat}"
+
+
+Say = Callable[[str], None]
+
+
+def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any]]:
+    """Everything, in ``scratch``, which may be filled: the text, and the figures as JSON values."""
+    facts = machine(scratch)
+    bench, places = Bench(scratch, say), Places(scratch)
+    groups, costs, start = _measured(settings, bench, places, say)
+    say("memory by size")
+    flat = memory(bench, places, settings)
+    say("accuracy")
+    accuracy_tables, accuracy_rows = _accuracy(settings)
+    found = Findings(
+        items={item.key: item for group in groups.values() for item in group},
+        costs=costs,
+        start=start,
+        flat=flat,
+        bake_limit=bake_limit(settings.widths, settings.blocks),
+        real=settings.widths == REAL,
+        bf16_unit=any(flag in facts["bf16 matrix unit"] for flag in BF16_FLAGS),
+    )
+    marks = found.marks()
+    tables = [found.cost_table(title, [item.key for item in group]) for title, group in groups.items()]
+    tables += [_start_table(start), flat_table(flat), *accuracy_tables, mark_table(marks)]
+    facts |= {
+        "cold by": "; ".join(sorted(bench.how_cold)),
+        "cp": f"`{places.cp}`, then `sync` of what it wrote",
+        "command": f"`{settings.command}`",
+    }
+    document = {
+        "machine": facts,
+        "settings": asdict(settings),
+        "payload": {key: item.payload for key, item in found.items.items()},
+        "costs": {key: {turn: asdict(cost) for turn, cost in runs.items()} for key, runs in costs.items()},
+        "start_up": start,
+        "memory": [asdict(one) for one in flat],
+        "accuracy": accuracy_rows,
+        "marks": [asdict(mark) for mark in marks],
+    }
+    head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    return f"# The offline stage\n\n{head}\n\n" + "\n".join(table.markdown() for table in tables), document
+
+
+def _measured(
+    settings: Settings, bench: Bench, places: Places, say: Say
+) -> tuple[dict[str, list[Item]], Costs, dict[str, float]]:
+    """Items by the title of their table, costs by item, and start-up times; leaves nothing behind."""
+    say(f"making a checkpoint of {settings.blocks} blocks")
+    source = make_source(places.scratch / "main", settings.blocks, settings.widths)
+    title = f"Copy of {_size([source.checkpoint])}"
+    groups = {title: copy_items(places, source)}
+    costs = bench.in_turn(groups[title], settings.runs)
+    places.keep_overlay()
+    start = start_up(bench, places, source)
+    source.checkpoint.unlink()
+    base = files_under(places.overlay / "transformer")
+    loras = len(read_tensorfile(source.lora).tensors) // 2
+    title = f"Bake of {loras} linears: {_size(base)} of base, {_size([source.lora])} of LoRA"
+    groups |= {"Verify": verify_items(places), title: bake_items(places, source.lora)}
+    costs |= bench.in_turn(groups["Verify"], settings.runs)
+    costs |= bench.in_turn(groups[title], settings.runs)
+    places.clear()
+    shutil.rmtree(places.overlay)
+    shutil.rmtree(source.folder.parent)
+    return groups, costs, start
+
+
+def start_up(bench: Bench, places: Places, source: Source) -> dict[str, float]:
+    """Seconds that ours take before the first byte (imports, headers), least of a few; the same for any size."""
+    places.clear()
+    commands = {
+        "ours": [*LTXPACK, "materialize", str(source.folder), str(places.work / "out"), "--plan", "--json"],
+        "ours 1": [*bake_command(places.overlay, source.lora, 1), "--plan", "--json"],
+    }
+    return {key: min(bench.run(command).wall for _ in range(STARTS)) for key, command in commands.items()}
+
+
+def memory(bench: Bench, places: Places, settings: Settings) -> list[Flat]:
+    """Peak memory of a copy and of a bake with one strength, by the number of blocks."""
+    found = []
+    for blocks in settings.flat:
+        source = make_source(places.scratch / "main", blocks, settings.widths)
+        size = source.checkpoint.stat().st_size
+        copied = bench.once(_named("ours", copy_items(places, source)))
+        places.keep_overlay()
+        source.checkpoint.unlink()
+        baked = bench.once(_named("ours 1", bake_items(places, source.lora)))
+        found.append(Flat(blocks, size, copied.peak, baked.peak, bake_limit(settings.widths, blocks)))
+        shutil.rmtree(places.overlay)
+        shutil.rmtree(source.folder.parent)
+    return found
+
+
+def bake_limit(widths: Widths, blocks: int) -> float:
+    """Bytes that a bake may take: 350 MB and three times the largest weight that a LoRA changes, with its factors."""
+    shapes = checkpoint_shapes(config(blocks, widths))
+    targets: dict[str, int] = {}
+    for key, shape in lora_shapes(shapes).items():
+        module = key.rpartition(".lora_")[0]
+        weight = shapes[f"model.{module}.weight"]
+        targets.setdefault(module, 2 * math.prod(weight))
+        targets[module] += 2 * math.prod(shape)
+    return BAKE_PEAK + BAKE_TARGETS * max(targets.values())
+
+
+def needed_bytes(settings: Settings) -> int:
+    """The most that a run has on the disk at once."""
+
+    def size(blocks: int) -> int:
+        shapes = checkpoint_shapes(config(blocks, settings.widths))
+        return sum(2 * math.prod(shape) for part in (shapes, lora_shapes(shapes)) for shape in part.values())
+
+    return max([COPIES * size(settings.blocks), *(FLAT_COPIES * size(blocks) for blocks in settings.flat)])
+
+
+def _named(key: str, items: Sequence[Item]) -> Item:
+    return next(item for item in items if item.key == key)
+
+
+def _accuracy(settings: Settings) -> tuple[list[Table], list[dict[str, Any]]]:
+    import accuracy
+
+    rows = accuracy.measure(accuracy.REAL if settings.widths == REAL else accuracy.QUICK)
+    return accuracy.tables(rows), [asdict(row) for row in rows]
+
+
+def _start_table(start: dict[str, float]) -> Table:
+    names = {"ours": "ltxpack materialize --plan", "ours 1": "ltxpack bake-lora --plan"}
+    rows = tuple((names[key], f"{seconds:.2f}") for key, seconds in start.items())
+    return Table("Start-up (imports, headers), in every time above", ("", "wall, s"), rows)
+
+
+def _size(files: Sequence[Path]) -> str:
+    return f"{sum(path.stat().st_size for path in files) / GB:.2f} GB"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the checkpoint (default 4)")
+    parser.add_argument("--runs", type=int, default=5, help="rounds (default 5)")
+    parser.add_argument("--flat", type=int, nargs="*", default=[2, 8], help="blocks to compare memory at (default 2 8)")
+    parser.add_argument("--scratch", type=Path, help="where to work (default: the system's temporary folder)")
+    parser.add_argument("--results", type=Path, help="folder for the dated table (default: benchmarks/results)")
+    parser.add_argument("--quick", action="store_true", help="tiny widths, one round; nothing kept without --results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run in a folder that is removed at the end, keep the table, print it last."""
+    wanted = arguments()
+    settings = Settings(wanted.blocks, wanted.runs, tuple(sorted(wanted.flat)))
+    if wanted.quick:
+        settings = Settings(2, 1, (1, 2), TINY)
+    with tempfile.TemporaryDirectory(prefix="ltxpack-offline-", dir=wanted.scratch) as folder:
+        scratch = Path(folder)
+        needed, free = needed_bytes(settings), shutil.disk_usage(scratch).free
+        if needed > USABLE * free:
+            raise SystemExit(f"needs {needed / GB:.0f} GB, of which {free / GB:.0f} GB are free: see --scratch")
+        text, document = run(settings, scratch, lambda line: print(line, file=sys.stderr, flush=True))
+    results = wanted.results or (None if wanted.quick else RESULTS)
+    if results is not None:
+        write_results(results, "offline", text, document)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Writes the table of plans into README.md, each row made by the planner; ``--check`` fails if the table is another.
+
+    python benchmarks/plan_table.py [--check]
+
+From the sizes of the published LTX-2.3 alone: no overlay, no GPU, no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ltxpack.materialize.published import published_configs, published_tensors
+from ltxpack.runtime.planning.commands import OFFICIAL
+from ltxpack.runtime.planning.machine import this_machine
+from ltxpack.runtime.planning.modes import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, Work, best_plan
+from ltxpack.runtime.planning.report import gigabytes, seconds
+from ltxpack.runtime.planning.sizes import Model, model_of
+from ltxpack.runtime.shape import VideoShape
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+BEGIN, END = "<!-- plan-table: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table ends -->"
+GB = 10**9
+# Memory of the card and of the host, in GB; read rate of the disk in bytes a second.
+MACHINES = ((24, 32), (24, 128), (32, 64), (48, 64), (48, 128), (80, 128), (96, 128), (141, 128))
+DISK_RATE = 3 * GB
+WORK = Work(VideoShape(frames=121, height=1088, width=1920, fps=24.0))
+HEAD = (
+    "| card | host | mode | blocks streamed | text encoder | peak on the card | peak on the host "
+    "| first video reads | each further one |",
+    "|---|---|---|---|---|---|---|---|---|",
+)
+
+
+def published_model() -> Model:
+    """The published release with the official pair of bakes, in bfloat16."""
+    configs = published_configs()
+    return model_of(published_tensors(configs), configs, OFFICIAL, "bfloat16")
+
+
+def rows(model: Model) -> Iterator[str]:
+    """One row of the table a machine."""
+    for card, host in MACHINES:
+        plan = best_plan(model, WORK, this_machine(card * GB, host * GB))
+        yield f"| {card} GB | {host} GB | {_cells(plan)} |"
+
+
+def _cells(plan: Plan | None) -> str:
+    if plan is None:
+        return "does not fit | | | | | |"
+    setup = plan.setup
+    blocks = "{} and {} of {}".format(*setup.streamed, plan.blocks[0]) if setup.mode == STREAM else "none"
+    layered = setup.text in (LAYERS, LAYERS_FROM_FILE)
+    reads = (f"{gigabytes(count)}, {seconds(count, DISK_RATE):.0f} s" for count in (plan.first_read, plan.next_read))
+    return " | ".join(
+        (plan.mode, blocks, "by layers" if layered else "whole", gigabytes(plan.card), gigabytes(plan.host), *reads)
+    )
+
+
+def with_table(text: str, lines: list[str]) -> str:
+    """``text`` with what stands between the markers replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([before + BEGIN, "", *lines, "", END + after])
+
+
+def main() -> int:
+    """Write the table, or with ``--check`` only compare. Exit status 1 if it differs."""
+    text = README.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        print(f"{README.name} has no place for the table ({BEGIN})", file=sys.stderr)
+        return 1
+    wanted = with_table(text, [*HEAD, *rows(published_model())])
+    if "--check" in sys.argv[1:]:
+        print("the table is as planned" if wanted == text else "the table differs; run benchmarks/plan_table.py")
+        return int(wanted != text)
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

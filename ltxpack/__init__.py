@@ -1,0 +1,36 @@
+"""ltxpack: repack LTX-2.3 checkpoints, bake LoRAs into shards, run the two-stage HQ pipeline.
+
+``ltxpack.Pipeline`` is loaded when it is first asked for: the package itself imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltxpack.runtime.pipeline import Pipeline
+    from ltxpack.runtime.request import ImageSpec, Request
+    from ltxpack.runtime.video import Video
+
+__version__ = "0.1.0"
+__all__ = ["ImageSpec", "Pipeline", "Request", "Video", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Pipeline":
+        from ltxpack.runtime.pipeline import Pipeline
+
+        return Pipeline
+    if name in ("ImageSpec", "Request"):
+        from ltxpack.runtime import request
+
+        return getattr(request, name)
+    if name == "Video":
+        from ltxpack.runtime.video import Video
+
+        return Video
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

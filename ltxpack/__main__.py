@@ -1,0 +1,5 @@
+"""``python -m ltxpack``."""
+
+from ltxpack.cli import main
+
+main()

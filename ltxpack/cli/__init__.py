@@ -1,0 +1,65 @@
+"""The command line: arguments -> one call -> printed result. Only this room prints.
+
+No heavy package is imported here: each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from ltxpack import __version__
+from ltxpack.cli.bake_lora import bake_lora
+from ltxpack.cli.demo import demo
+from ltxpack.cli.inspect import inspect
+from ltxpack.cli.materialize import materialize
+from ltxpack.cli.plan import plan
+from ltxpack.cli.run import run
+from ltxpack.cli.terminal import say_error
+from ltxpack.cli.verify import verify
+from ltxpack.errors import LtxpackError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="ltxpack")
+def cli() -> None:
+    """Repack LTX-2.3 checkpoints, bake LoRAs into transformer shards, run the two-stage HQ pipeline.
+
+    \b
+    ltxpack materialize Lightricks/LTX-2.3 out/
+    ltxpack bake-lora --strength 1.0
+    ltxpack run out/ --prompt "..."
+    """
+
+
+for command in (materialize, bake_lora, plan, run, verify, inspect, demo):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    try:
+        status = cli.main(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except LtxpackError as error:
+        say_error(error.render())
+        status = error.exit_status
+    except (KeyboardInterrupt, click.Abort):
+        say_error("interrupted; the same command goes on from where it stopped")
+        status = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        say_error(f"{error.filename or 'the system'}: {error.strerror or error}")
+        status = 1
+    except MemoryError:
+        say_error("the machine has too little free memory for this\n  next: close other programs and run it again")
+        status = 1
+    sys.exit(status)

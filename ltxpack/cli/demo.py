@@ -1,0 +1,22 @@
+"""``ltxpack demo``: the whole path on a tiny random checkpoint, without GPU, network or account."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ltxpack.cli.terminal import TerminalReporter, verbose_option
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("ltxpack-demo"))
+@verbose_option
+def demo(folder: Path, verbose: bool) -> None:
+    """Make a tiny checkpoint of the real architecture in FOLDER, materialise, bake and run it.
+
+    The last line printed is the path of the video.
+    """
+    from ltxpack.demo import run_demo
+
+    click.echo(str(run_demo(folder, TerminalReporter(verbose))))

@@ -1,0 +1,55 @@
+"""``ltxpack materialize``: a checkpoint becomes an overlay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ltxpack.cli.terminal import TerminalReporter, human_bytes, json_option, print_json, print_plan, verbose_option
+
+
+@click.command()
+@click.argument("source")
+@click.argument("overlay", type=click.Path(path_type=Path))
+@click.option("--checkpoint", metavar="REF", help="The all-in-one checkpoint.")
+@click.option("--lora", metavar="REF", help="The distilled LoRA.")
+@click.option("--upsampler", metavar="REF", help="The spatial x2 upsampler.")
+@click.option("--text-encoder", metavar="REF", help="The Gemma 3 folder or repo.")
+@click.option("--revision", help="Revision of SOURCE on the hub.")
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest shard to write.")
+@click.option("--copy", is_flag=True, help="Copy files that could be linked.")
+@click.option("--plan", "plan_only", is_flag=True, help="Only say what would be written.")
+@click.option("--force", is_flag=True, help="Replace an overlay that is there.")
+@json_option
+@verbose_option
+def materialize(
+    source: str,
+    overlay: Path,
+    plan_only: bool,
+    as_json: bool,
+    verbose: bool,
+    max_shard_size: str,
+    **options: str | bool | None,
+) -> None:
+    """Repack SOURCE (hub repo id, folder or .safetensors file) into the folder OVERLAY.
+
+    REF is a file, a folder, a file name within SOURCE, or REPO[@REV][/FILE] on the hub.
+    """
+    from ltxpack.materialize import Options, parse_size, plan_overlay
+    from ltxpack.materialize import materialize as make
+
+    reporter = TerminalReporter(verbose)
+    wanted = Options(source, overlay, max_shard_size=parse_size(max_shard_size), **options)  # type: ignore[arg-type]
+    if plan_only:
+        print_plan(plan_overlay(wanted, reporter).to_json(), as_json)
+        return
+    report = make(wanted, reporter)
+    facts = {"overlay": str(overlay), "written": report.written, "total_bytes": report.total_bytes}
+    if as_json:
+        print_json(facts)
+    elif report.written:
+        click.echo(f"{overlay}: {human_bytes(report.total_bytes)}")
+        click.echo(f"next: ltxpack bake-lora {overlay} --strength 0.25 --strength 0.5")
+    else:
+        click.echo(f"{overlay}: already there, made from the same inputs; nothing to do")

@@ -1,0 +1,114 @@
+"""``ltxpack plan``: which way of running fits a machine, what it takes, and what to type. No GPU, no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ltxpack.cli.terminal import human_bytes, json_option, print_json
+from ltxpack.errors import printable
+
+if TYPE_CHECKING:
+    from ltxpack.runtime.planning.commands import Wanted
+    from ltxpack.runtime.planning.machine import Machine
+    from ltxpack.runtime.planning.modes import Plan
+    from ltxpack.runtime.planning.report import Command
+    from ltxpack.runtime.planning.sizes import Model
+
+
+@click.command()
+@click.argument("overlay", type=click.Path(path_type=Path), required=False)
+@click.option("--vram", metavar="SIZE", help="Memory of the card; default: what is free on the card here.")
+@click.option("--ram", metavar="SIZE", help="Memory of the host; default: what is free here.")
+@click.option("--disk-rate", default="3GB", show_default=True, metavar="SIZE", help="Bytes a second the disk reads.")
+@click.option("--residency", type=click.Choice(["auto", "resident", "swap", "stream"]), default="auto")
+@click.option("--height", type=int, default=1088, show_default=True)
+@click.option("--width", type=int, default=1920, show_default=True)
+@click.option("--num-frames", type=int, default=121, show_default=True)
+@click.option("--fps", type=float, default=24.0, show_default=True)
+@click.option("--steps", type=click.IntRange(2), default=15, show_default=True)
+@click.option("--images", type=click.IntRange(0), default=0, show_default=True, help="Number of images conditioned on.")
+@click.option("--stage1", default="auto", show_default=True, help="base, or a bake's name.")
+@click.option("--stage2", default="auto", show_default=True, help="base, or a bake's name.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@json_option
+def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool, **options: object) -> None:
+    """Say how OVERLAY would run on this machine, or with --vram 24GB --ram 64GB on another.
+
+    Mode, peak memory of card and host by phase, seconds of loading, and the commands to type. Without OVERLAY: for
+    the published LTX-2.3, before anything of it is fetched. 1GB is 10⁹ bytes, 1GiB 2³⁰.
+    """
+    from ltxpack.materialize import parse_size
+    from ltxpack.runtime.planning.advice import plan_or_refuse
+    from ltxpack.runtime.planning.machine import this_machine
+    from ltxpack.runtime.planning.report import to_json
+
+    rate = parse_size(str(options["disk_rate"]))
+    machine = this_machine(*(None if size is None else parse_size(size) for size in (vram, ram)))
+    wanted = _wanted(options)
+    model, commands = _overlay(overlay, wanted, options) if overlay is not None else _published(wanted)
+    found = plan_or_refuse(model, wanted.work, machine, wanted.residency)
+    if as_json:
+        print_json(to_json(found, machine, rate, commands))
+        return
+    _say(overlay, wanted, machine, found, rate)
+    for command in commands:
+        click.echo(printable(f"  {'done' if command.done else 'next'}  {command.text}"))
+
+
+def _wanted(options: dict[str, object]) -> Wanted:
+    from ltxpack.runtime.planning.commands import Wanted
+    from ltxpack.runtime.planning.modes import Work
+    from ltxpack.runtime.shape import VideoShape
+
+    sizes = (options[name] for name in ("num_frames", "height", "width", "fps"))
+    work = Work(VideoShape(*sizes), options["steps"], options["images"])  # type: ignore[arg-type]
+    work.shape.half()
+    return Wanted(work, str(options["dtype"]), str(options["residency"]))
+
+
+def _published(wanted: Wanted) -> tuple[Model, list[Command]]:
+    from ltxpack.materialize.published import published_configs, published_tensors
+    from ltxpack.runtime.planning.commands import OFFICIAL, official_commands
+    from ltxpack.runtime.planning.sizes import model_of
+
+    configs = published_configs()
+    model = model_of(published_tensors(configs), configs, OFFICIAL, wanted.dtype)
+    return model, official_commands(wanted)
+
+
+def _overlay(root: Path, wanted: Wanted, options: dict[str, object]) -> tuple[Model, list[Command]]:
+    from ltxpack.runtime.overlay import Overlay
+    from ltxpack.runtime.planning.commands import OFFICIAL, overlay_commands
+    from ltxpack.runtime.planning.sizes import overlay_model
+    from ltxpack.runtime.select import AUTO, choose
+
+    opened = Overlay.open(root)
+    asked = str(options["stage1"]), str(options["stage2"])
+    if not opened.manifest.bakes and asked == (AUTO, AUTO):
+        stages = OFFICIAL
+    else:
+        choice = choose(opened.manifest, *asked, root)
+        stages = choice.stage1, choice.stage2
+    return overlay_model(opened, stages, wanted.dtype), overlay_commands(opened, stages, wanted)
+
+
+def _say(overlay: Path | None, wanted: Wanted, machine: Machine, found: Plan, rate: int) -> None:
+    from ltxpack.runtime.planning.report import lines, seconds, table
+
+    shape = wanted.work.shape
+    what = "the published LTX-2.3" if overlay is None else str(overlay)
+    size = f"{shape.height}x{shape.width}, {shape.frames} frames, {wanted.dtype}"
+    click.echo(printable(f"{what}: stage 1 {found.stages[0]}, stage 2 {found.stages[1]}; {size}"))
+    if machine.card is None:
+        click.echo("no NVIDIA card found: planned for the CPU (--vram plans for a card)")
+    for line in (*lines(found, machine), *table(found)):
+        click.echo(line)
+    first, following = (
+        f"{human_bytes(count)} ({seconds(count, rate):.0f} s at {human_bytes(rate)}/s)"
+        for count in (found.first_read, found.next_read)
+    )
+    click.echo(f"read from disk: {first} for the first video, {following} for each further one with another prompt")
+    click.echo("commands:")

@@ -1,0 +1,103 @@
+"""How results, notes and progress look on a terminal: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ltxpack.errors import printable
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class TerminalReporter:
+    """Notes on stderr, one progress bar at a time with rate and time left."""
+
+    def __init__(self, verbose: bool = False) -> None:
+        self._verbose = verbose
+        self._bar: tqdm[Any] | None = None
+
+    def note(self, message: str) -> None:
+        """Print ``message``."""
+        self._say(message)
+
+    def detail(self, message: str) -> None:
+        """Print ``message`` under ``-v``."""
+        if self._verbose:
+            self._say(message)
+
+    def warn(self, message: str) -> None:
+        """Print ``message`` as a warning."""
+        self._say(f"warning: {message}")
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        """Start a bar; outside a terminal one line instead."""
+        from tqdm import tqdm
+
+        self.end()
+        if not sys.stderr.isatty():
+            self._say(label)
+            return
+        scaled = unit == "B"
+        self._bar = tqdm(
+            total=total, desc=label, unit=unit, unit_scale=scaled, unit_divisor=1000, dynamic_ncols=True, leave=False
+        )
+
+    def advance(self, amount: int = 1) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(amount)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _say(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        click.echo(printable(message), err=True)
+
+
+def say_error(message: str) -> None:
+    """One error on stderr."""
+    click.echo(f"error: {message}", err=True)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(document, indent=1, ensure_ascii=True))
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes in decimal units: ``46.1 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """A plan as DESIGN states it: JSON, or one line a file."""
+    if as_json:
+        print_json(plan)
+        return
+    width = max((len(file["action"]) for file in plan["files"]), default=0)
+    for file in plan["files"]:
+        click.echo(printable(f"{file['action']:<{width}}  {human_bytes(file['bytes']):>9}  {file['path']}"))
+    for missing in plan["missing"]:
+        click.echo(printable(f"missing: {missing}"))
+    click.echo(f"{len(plan['files'])} files, {human_bytes(plan['total_bytes'])}")
+
+
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done and how.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -1,0 +1,58 @@
+"""``ltxpack verify``: every byte of an overlay against its manifest, and its repair."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ltxpack.cli.terminal import TerminalReporter, json_option, print_json, verbose_option
+from ltxpack.errors import LtxpackError, UsageError
+
+
+@click.command()
+@click.argument("overlay", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Make what is damaged again, from the source and the clean base.")
+@click.option(
+    "--source", metavar="SOURCE", help="Where the checkpoint's files are; default: the hub repo it came from."
+)
+@click.option(
+    "--lora", "loras", type=click.Path(path_type=Path), multiple=True, help="A bake's LoRA that is not in the overlay."
+)
+@json_option
+@verbose_option
+def verify(
+    overlay: Path, repair: bool, source: str | None, loras: tuple[Path, ...], as_json: bool, verbose: bool
+) -> int:
+    """Check every file of OVERLAY; list all faults. Exit status 1 if there is any left."""
+    if (source or loras) and not repair:
+        raise UsageError("--source and --lora go with --repair", next=f"ltxpack verify {overlay} --repair")
+    reporter = TerminalReporter(verbose)
+    if repair:
+        from ltxpack.lora_bake.restore import restore
+        from ltxpack.materialize import Options
+
+        options = Options(source, overlay) if source else None
+        faults = restore(overlay, reporter, source=options, loras=loras)
+    else:
+        from ltxpack.repack.verify import verify as check
+
+        faults = check(overlay, reporter)
+    if as_json:
+        print_json({"overlay": str(overlay), "ok": not faults, "faults": [asdict(fault) for fault in faults]})
+        return int(bool(faults))
+    for fault in faults:
+        click.echo(_line(fault.path, fault.problem, fault.expected, fault.found))
+    if faults:
+        click.echo(f"{overlay}: {len(faults)} fault(s)")
+        if not repair:
+            click.echo(f"  next: ltxpack verify {overlay} --repair")
+        return 1
+    click.echo(f"{overlay}: every file as written")
+    return 0
+
+
+def _line(path: str, problem: str, expected: str | None, found: str | None) -> str:
+    """One fault as errors are told, without a next command of its own."""
+    return LtxpackError(problem, file=path, expected=expected, found=found).render().rpartition("\n")[0]

@@ -1,0 +1,134 @@
+"""The exception tree. Every message a user reads about a failure is one of these.
+
+LtxpackError
+├── UsageError        wrong arguments (exit status 2)
+│   └── BadLinesError lines of a file that say nothing that could be done, all listed
+├── FormatError       a file is not what it claims to be: truncated, hostile, not safetensors, bad JSON
+├── SourceError       an input cannot be had: missing, ambiguous, gated, no network
+├── UnsupportedError  a sound file this version does not convert: other generation, unknown tensor or field
+├── AdapterError      a LoRA that does not fit: unmatched keys, half pairs, wrong shapes
+├── OverlayError      an overlay that is missing, changed, incomplete or in use
+├── DeviceError       no such device, or too little memory on it
+└── FailedLinesError  some of many videos were not made, all listed
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+MAX_LISTED = 20
+
+
+class LtxpackError(Exception):
+    """A failure told in one message: where, what was expected, what was found, what to do next.
+
+    Rendered as::
+
+        out/transformer/x.safetensors: transformer_blocks.7.attn1.to_q.weight: shape differs
+          expected bf16 [4096, 4096], found bf16 [4096, 2048]
+          next: ltxpack verify out/
+    """
+
+    exit_status = 1
+    # What to do where the place that raises knows nothing better.
+    fallback = "ltxpack --help"
+    max_listed = MAX_LISTED
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+        items: Sequence[object] = (),
+        next: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = None if file is None else os.fspath(file)
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        self.items = tuple(items)
+        self.next = next or self.fallback
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """The message as printed, without the leading ``error:``."""
+        head = ": ".join(printable(part) for part in (self.file, self.tensor, self.problem) if part)
+        lines = [head]
+        facts = [
+            f"{word} {printable(str(value))}"
+            for word, value in (("expected", self.expected), ("found", self.found))
+            if value is not None
+        ]
+        if facts:
+            lines.append("  " + ", ".join(facts))
+        lines += [f"  - {printable(str(item))}" for item in self.items[: self.max_listed]]
+        if len(self.items) > self.max_listed:
+            lines.append(f"  - and {len(self.items) - self.max_listed} more")
+        lines.append(f"  next: {self.next}")
+        return "\n".join(lines)
+
+
+class UsageError(LtxpackError):
+    """Wrong arguments."""
+
+    exit_status = 2
+    fallback = "ltxpack COMMAND --help"
+
+
+class BadLinesError(UsageError):
+    """Lines of a file that say nothing that could be done."""
+
+    max_listed = sys.maxsize
+
+
+class FormatError(LtxpackError):
+    """A file is not what it claims to be."""
+
+    fallback = "fetch or write that file anew, then run the same command again"
+
+
+class SourceError(LtxpackError):
+    """An input cannot be had."""
+
+    fallback = "correct the name or fetch the file, then run the same command again"
+
+
+class UnsupportedError(LtxpackError):
+    """A sound file that this version does not convert."""
+
+    fallback = "ltxpack inspect FILE says what a file is; this version converts LTX-2.3"
+
+
+class AdapterError(LtxpackError):
+    """A LoRA that does not fit the transformer."""
+
+    fallback = "ltxpack inspect FILE says what a LoRA holds"
+
+
+class OverlayError(LtxpackError):
+    """An overlay that is missing, changed, incomplete or in use."""
+
+    fallback = "ltxpack verify OVERLAY"
+
+
+class DeviceError(LtxpackError):
+    """A device that is not there or too small."""
+
+    fallback = "ltxpack run OVERLAY … --device cpu"
+
+
+class FailedLinesError(LtxpackError):
+    """Some of many videos were not made."""
+
+    max_listed = sys.maxsize
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters escaped, so that a hostile name cannot write to the terminal."""
+    return "".join(ch if ch.isprintable() or ch == "\n" else ch.encode("unicode_escape").decode() for ch in text)

@@ -1,0 +1,331 @@
+"""The arithmetic of a bake: one weight and the LoRAs that change it -> the new weight. Pure; opens no file.
+
+Two rules (spec 02, section 4). ``fp32``: W32 + sum of scale·(B@A) in fp32, rounded once to the stored dtype.
+``official``: the official bf16 arithmetic, bit for bit, three roundings and all. Three kernels carry them out:
+
+========  ========================================================================================================
+fp32      the fp32 rule in fp32 matmuls
+addmm     the fp32 rule for one LoRA with bf16 factors: one bf16 ``addmm``, which on a bf16 matrix unit (AMX,
+          AVX512-BF16, a CUDA card) sums in fp32 and rounds once; elsewhere it is slow, and in a chain not exact
+official  the official rule
+========  ========================================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KERNELS = ("fp32", "addmm", "official")
+# Rows of so many elements are fused at a time: what fits a core's cache, and for addmm what pays for packing A once
+# more. Constants: the bits must not depend on the machine.
+CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 21}
+# Measuring goes through a weight in parts that stay in a core's cache, norms in runs that one thread sums.
+_PART, _RUN = 1 << 18, 1 << 10
+_CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
+
+
+class Workspace:
+    """Memory used again and again: the pages of fresh memory cost more than the sums that are put in them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def empty(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor with anything in it, valid until the next call for the same ``use``."""
+        count = math.prod(shape)
+        kept = self._kept.get(use)
+        if kept is None or kept.numel() < count or kept.dtype != dtype or kept.device != torch.device(device):
+            kept = self._kept[use] = torch.empty(count, dtype=dtype, device=device)
+        return kept[:count].view(*shape)
+
+
+@dataclass(frozen=True)
+class Term:
+    """What one LoRA adds to one weight: ``factor``·(up@down) + diff, times the strength; with ``magnitude``, DoRA.
+
+    down [rank, in], up [out, rank], magnitude [out, 1], diff like the weight; as stored in the adapter.
+    ``square`` is |B·A|² of the whole weight, if known; it is counted with the ``first`` rows.
+    """
+
+    factor: float = 1.0
+    down: Tensor | None = None
+    up: Tensor | None = None
+    magnitude: Tensor | None = None
+    diff: Tensor | None = None
+    square: float | None = None
+    first: bool = True
+
+    def rows(self, first: int, last: int) -> Term:
+        """The share of the weight's rows ``first`` to ``last``."""
+        return Term(
+            self.factor,
+            self.down,
+            None if self.up is None else self.up[first:last],
+            None if self.magnitude is None else self.magnitude[first:last],
+            None if self.diff is None else self.diff[first:last],
+            self.square,
+            first == 0,
+        )
+
+    def to(self, device: str) -> Term:
+        """The same on ``device``."""
+        down, up, magnitude, diff = (
+            None if tensor is None else tensor.to(device) for tensor in (self.down, self.up, self.magnitude, self.diff)
+        )
+        return replace(self, down=down, up=up, magnitude=magnitude, diff=diff)
+
+    def prepared(self, kernel: str, work: Workspace) -> Term:
+        """With that done once, in ``work``, which the row chunks of one weight would each do again."""
+        if self.up is None or self.down is None or kernel == "official":
+            return self
+        if kernel == "addmm" and _is_plain([self]):
+            return replace(self, square=_product_square(self.up, self.down))
+        down = work.empty("down in fp32", self.down.shape, torch.float32, self.down.device)
+        return replace(self, down=down.copy_(self.down))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """New rows and what the report tells of them: squared norms of W and of the change, elements that differ."""
+
+    weight: Tensor
+    base_square: float
+    delta_square: float
+    changed: int
+    finite: bool
+
+
+def choose_kernel(rule: str, lora_count: int, plain_bf16: bool, device: str) -> str:
+    """The kernel for a bake (spec 02, section 4). ``plain_bf16``: every factor of the one LoRA is bf16, no DoRA."""
+    if rule == "official":
+        return "official"
+    fast = device == "cuda" or cpu_has_bf16_unit()
+    return "addmm" if lora_count == 1 and plain_bf16 and fast else "fp32"
+
+
+def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware and torch would use that."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        with cpuinfo.open(encoding="utf-8", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return False
+    return not _CPU_FLAGS.isdisjoint(flags.split())
+
+
+def row_chunks(shape: tuple[int, ...], kernel: str) -> Iterator[tuple[int, int]]:
+    """The row ranges a weight is fused in: all at once under the official rule (bits depend on the matmul's shape)."""
+    rows = shape[0] if shape else 1
+    step = rows if kernel == "official" else max(1, CHUNK_ELEMENTS[kernel] // max(1, math.prod(shape[1:])))
+    for first in range(0, rows, max(1, step)):
+        yield first, min(rows, first + step)
+
+
+def fuse_rows(
+    weight: Tensor,
+    terms: Sequence[Term],
+    strengths: Sequence[Sequence[float]],
+    kernel: str,
+    work: Workspace | None = None,
+    results: Workspace | None = None,
+) -> list[Fused]:
+    """New rows for several bakes of the same LoRAs: ``strengths[bake][lora]`` in order of application.
+
+    ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result is what
+    that bake alone would give. Sums are made in ``work``; the new rows may lie in ``results``, valid until it is used
+    again.
+    """
+    work, results = work or Workspace(), results or Workspace()
+    if kernel == "official":
+        base_square = square_sum(weight)
+        fused = (fuse_official(weight, terms, row, results, f"result {i}") for i, row in enumerate(strengths))
+        return [_measured(weight, new, base_square, delta_square) for new, delta_square in fused]
+    if kernel == "addmm" and _is_plain(terms) and weight.dtype == torch.bfloat16:
+        return _fuse_addmm(weight, terms[0], [row[0] for row in strengths], results)
+    return _fuse_fp32(weight, terms, strengths, work, results)
+
+
+def fuse_official(
+    weight: Tensor,
+    terms: Sequence[Term],
+    strengths: Sequence[float],
+    work: Workspace | None = None,
+    use: str = "result",
+) -> tuple[Tensor, float]:
+    """``(new weight, squared norm of the change)`` in the official bf16 arithmetic (spec 02, section 4).
+
+    alpha is never read. A full difference, which the official loader does not know, is added as one more bf16 term.
+    Raises ValueError for DoRA, which this rule has no arithmetic for.
+    """
+    work = work or Workspace()
+    delta: Tensor | None = None
+    for term, strength in zip(terms, strengths, strict=True):
+        if term.magnitude is not None:
+            raise ValueError("the official rule has no DoRA")
+        if term.up is not None and term.down is not None:
+            up, down = term.up.to(torch.bfloat16), term.down.to(torch.bfloat16)
+            if delta is None:
+                delta = work.empty(use, weight.shape, torch.bfloat16, weight.device)
+                torch.mm(up * strength, down, out=delta)
+            else:
+                torch.addmm(delta, up, down, alpha=strength, out=delta)
+        if term.diff is not None:
+            diff = term.diff.to(torch.bfloat16)
+            delta = diff * strength if delta is None else delta.add_(diff, alpha=strength)
+    if delta is None:
+        return weight, 0.0
+    square = square_sum(delta)
+    delta += weight
+    return delta.to(weight.dtype), square
+
+
+def fuse_fp32(weight: Tensor, terms: Sequence[Term], strengths: Sequence[float]) -> Tensor:
+    """The fp32 rule before its one rounding: fp32, shaped like ``weight``."""
+    work = Workspace()
+    return _sum(weight, terms, _products(terms, work), strengths, work)
+
+
+def _products(terms: Sequence[Term], work: Workspace) -> list[Tensor | None]:
+    """up @ down of each term in fp32."""
+    found: list[Tensor | None] = []
+    for i, term in enumerate(terms):
+        if term.up is None or term.down is None:
+            found.append(None)
+            continue
+        shape = (term.up.shape[0], term.down.shape[1])
+        result = work.empty(f"product {i}", shape, torch.float32, term.up.device)
+        found.append(torch.mm(term.up.float(), term.down.float(), out=result))
+    return found
+
+
+def square_sum(values: Tensor) -> float:
+    """Sum of squares: fp32 within short runs, float64 over them, so the same on any number of threads."""
+    flat = values.reshape(-1)
+    count = flat.numel()
+    norms = torch.zeros(-(-count // _RUN), device=flat.device)
+    # One piece of memory for all parts: small results between large ones would leave holes in the heap.
+    memory = torch.empty(min(_PART, count), device=flat.device)
+    for start in range(0, count, _PART):
+        part = memory[: min(_PART, count - start)].copy_(flat[start : start + _PART])
+        whole = part.numel() // _RUN
+        first = start // _RUN
+        torch.linalg.vector_norm(part[: whole * _RUN].view(-1, _RUN), dim=1, out=norms[first : first + whole])
+        if part.numel() % _RUN:
+            norms[first + whole] = torch.linalg.vector_norm(part[whole * _RUN :])
+    return norms.double().square_().sum().item()
+
+
+def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -> list[float]:
+    """The squared norm of sum of scale·product for each row of ``scales``, from the products' inner products."""
+    count = len(products)
+    inner = np.zeros((count, count))
+    for i, first in enumerate(products):
+        inner[i, i] = square_sum(first)
+        for j, second in enumerate(products[:i]):
+            # <a, b> = (|a + b|² - |a|² - |b|²) / 2
+            inner[i, j] = inner[j, i] = (square_sum(first + second) - inner[i, i] - inner[j, j]) / 2
+    return [max(0.0, float(np.asarray(row) @ inner @ np.asarray(row))) for row in scales]
+
+
+def _sum(
+    weight: Tensor,
+    terms: Sequence[Term],
+    products: Sequence[Tensor | None],
+    strengths: Sequence[float],
+    work: Workspace,
+) -> Tensor:
+    """W32 + sum of scale·(B@A) + strength·diff, LoRA after LoRA; after a DoRA term each row has its magnitude.
+
+    DoRA: m · (W + dW) / |W + dW| with the norm over a row (spec 02, section 7). The strength scales dW, as in PEFT; a
+    strength of 0 leaves the weight alone, magnitudes included.
+    """
+    total = work.empty("sum", weight.shape, torch.float32, weight.device).copy_(weight)
+    for term, lowrank, strength in zip(terms, products, strengths, strict=True):
+        if strength == 0:
+            continue
+        if lowrank is not None:
+            total.add_(lowrank, alpha=strength * term.factor)
+        if term.diff is not None:
+            total.add_(term.diff.float(), alpha=strength)
+        if term.magnitude is not None:
+            norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+            total.mul_(term.magnitude.float().reshape(-1, 1) / norm)
+    return total
+
+
+def _fuse_fp32(
+    weight: Tensor,
+    terms: Sequence[Term],
+    strengths: Sequence[Sequence[float]],
+    work: Workspace,
+    results: Workspace,
+) -> list[Fused]:
+    products = _products(terms, work)
+    lowrank = [found for found in products if found is not None]
+    scales = [[strength * term.factor for strength, term in zip(row, terms, strict=True)] for row in strengths]
+    plain = len(lowrank) == len(terms) and all(term.diff is None and term.magnitude is None for term in terms)
+    squares = _sum_square(lowrank, scales) if plain else None
+    base_square = square_sum(weight)
+    made = []
+    for i, row in enumerate(strengths):
+        total = _sum(weight, terms, products, row, work)
+        stored = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device).copy_(total)
+        delta_square = square_sum(total.sub_(weight)) if squares is None else squares[i]
+        made.append(_measured(weight, stored, base_square, delta_square))
+    return made
+
+
+def _fuse_addmm(weight: Tensor, term: Term, strengths: Sequence[float], results: Workspace) -> list[Fused]:
+    assert term.up is not None and term.down is not None
+    square = _product_square(term.up, term.down) if term.square is None else term.square
+    base_square = square_sum(weight)
+    made = []
+    for i, strength in enumerate(strengths):
+        scale = strength * term.factor
+        fused = weight
+        if scale:
+            fused = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device)
+            torch.addmm(weight, term.up, term.down, alpha=scale, out=fused)
+        result = _measured(weight, fused, base_square, square * scale * scale)
+        made.append(result if term.first or term.square is None else replace(result, delta_square=0.0))
+    return made
+
+
+def _product_square(up: Tensor, down: Tensor) -> float:
+    """|B·A|² = sum of (BᵀB)∘(A·Aᵀ): the norm of a product without making it."""
+    inner = (up.T @ up).float().mul_((down @ down.T).float())
+    return max(0.0, inner.double().sum().item())
+
+
+def _is_plain(terms: Sequence[Term]) -> bool:
+    """Whether there is one product of bf16 factors and nothing else."""
+    if len(terms) != 1 or terms[0].diff is not None or terms[0].magnitude is not None:
+        return False
+    factors = (terms[0].up, terms[0].down)
+    return all(factor is not None and factor.dtype == torch.bfloat16 for factor in factors)
+
+
+def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: float) -> Fused:
+    # No element is larger than the norms together; only where those are huge must all be looked at.
+    bound = math.sqrt(base_square) + math.sqrt(delta_square)
+    finite = bound < torch.finfo(fused.dtype).max / 2 or bool(torch.isfinite(fused).all())
+    return Fused(fused, base_square, delta_square, count_changed(weight, fused), finite)
+
+
+def count_changed(before: Tensor, after: Tensor) -> int:
+    """Elements whose stored bits differ."""
+    if before.device.type != "cpu":
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[before.element_size()]
+        return int((before.view(bits) != after.view(bits)).sum().item())
+    size = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[before.element_size()]
+    old, new = (t.reshape(-1).view(torch.uint8).numpy().view(size) for t in (before, after))
+    return sum(int(np.count_nonzero(old[i : i + _PART] != new[i : i + _PART])) for i in range(0, old.size, _PART))

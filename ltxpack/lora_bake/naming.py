@@ -1,0 +1,146 @@
+"""Which transformer weights a LoRA key means, in any of the namings seen in the wild (spec 02, section 1).
+
+Nothing about the 22B model is written here: the aliases of every module are derived from the names in the
+transformer's own shard headers and the rename table. Flattened (kohya) names are looked up whole, never split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ltxpack.materialize.renames import TRANSFORMER
+
+DOTTED_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "model.",
+)
+FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+FUSED = {"to_qkv": "qkv", "qkv": "qkv", "to_kv": "kv", "kv": "kv"}
+
+_OFFICIAL_ROOT = "model.diffusion_model."
+_TO_OFFICIAL = TRANSFORMER.reverse()
+_ELSEWHERE = re.compile(
+    r"(^|[._])(embeddings_connector|text_embedding_projection|connectors|video_connector|audio_connector"
+    r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*)([._]|$)|_embeddings_connector"
+)
+_ADAPTER = r"(?:\.[^.]+)?"
+_ROLES = (
+    ("down", "lora_A", re.compile(rf"\.lora_A{_ADAPTER}\.weight$")),
+    ("up", "lora_A", re.compile(rf"\.lora_B{_ADAPTER}\.weight$")),
+    ("down", "lora_down", re.compile(r"\.lora[_.]down\.weight$")),
+    ("up", "lora_down", re.compile(r"\.lora[_.]up\.weight$")),
+    ("alpha", "alpha", re.compile(r"\.alpha$")),
+    ("magnitude", "dora", re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)$")),
+    ("diff", "diff", re.compile(r"\.diff$")),
+    ("diff_b", "diff", re.compile(r"\.diff_b$")),
+)
+
+
+@dataclass(frozen=True)
+class LoraKey:
+    """A key taken apart. ``module`` is as the file spells it, without prefix; ``flat`` if it is kohya-flattened."""
+
+    key: str
+    module: str
+    role: str
+    style: str
+    flat: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """The modules a key stands for, in row order: one, or two or three for a fused kv or qkv."""
+
+    modules: tuple[str, ...]
+
+
+def parse_key(key: str) -> LoraKey | None:
+    """``key`` taken apart, or None if its ending is none that a LoRA uses."""
+    for role, style, pattern in _ROLES:
+        found = pattern.search(key)
+        if found is None or found.start() == 0:
+            continue
+        path = key[: found.start()]
+        for prefix in FLAT_PREFIXES:
+            if path.startswith(prefix) and "." not in path:
+                return LoraKey(key, path[len(prefix) :].removeprefix("diffusion_model_"), role, "kohya", True)
+        module, base = _strip_prefixes(path)
+        return LoraKey(key, module, role, f"{base} {style}", False)
+    return None
+
+
+def belongs_elsewhere(module: str) -> bool:
+    """Whether ``module`` is in the text connectors, the text projections or the text encoder."""
+    return _ELSEWHERE.search(module) is not None
+
+
+class ModuleNames:
+    """All spellings of the modules of one transformer.
+
+    ``shapes`` maps every tensor name of the transformer (diffusers spelling) to its shape.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        modules = {name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".bias"))}
+        self.linears = linear_modules(shapes)
+        self._dotted: dict[str, Match | None] = {}
+        self._flat: dict[str, Match | None] = {}
+        for module in sorted(modules):
+            self._add(Match((module,)), _spellings(module))
+        for parent in sorted({module.rpartition(".")[0] for module in self.linears}):
+            self._add_fused(parent)
+
+    def find(self, key: LoraKey) -> Match | None:
+        """What ``key`` stands for, or None. Raises KeyError if the name could mean two modules."""
+        table = self._flat if key.flat else self._dotted
+        match = table.get(key.module)
+        if match is None and key.module in table:
+            raise KeyError(key.module)
+        return match
+
+    def _add_fused(self, parent: str) -> None:
+        wanted = {"q": f"{parent}.to_q", "k": f"{parent}.to_k", "v": f"{parent}.to_v"}
+        if all(module in self.linears for module in wanted.values()):
+            for name, letters in FUSED.items():
+                match = Match(tuple(wanted[letter] for letter in letters))
+                self._add(match, _spellings(f"{parent}.{name}"))
+
+    def _add(self, match: Match, spellings: Iterable[str]) -> None:
+        for spelling in spellings:
+            for table, alias in ((self._dotted, spelling), (self._flat, spelling.replace(".", "_"))):
+                known = table.setdefault(alias, match)
+                if known != match:
+                    table[alias] = None
+
+
+def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """The linears: every module with a two-dimensional ``weight`` (spec 02, section 6)."""
+    return frozenset(
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
+    )
+
+
+def _spellings(module: str) -> set[str]:
+    """``module`` in diffusers and official spelling, and each without the ``.0`` of ``to_out.0``."""
+    official = _TO_OFFICIAL.rename(module).removeprefix(_OFFICIAL_ROOT)
+    both = {module, official}
+    return both | {name.removesuffix(".0") for name in both if name.endswith(".to_out.0")}
+
+
+def _strip_prefixes(path: str) -> tuple[str, str]:
+    seen = []
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in DOTTED_PREFIXES:
+            if path.startswith(prefix) and len(path) > len(prefix):
+                path = path[len(prefix) :]
+                seen.append(prefix)
+                stripped = True
+                break
+    return path, "".join(seen).removesuffix(".") or "bare"

@@ -1,0 +1,211 @@
+"""What a bake did, target by target: a JSON document, a few lines of text. The heat map is in heatmap.py.
+
+The same bake gives the same bytes: no times, no paths, figures rounded to what their arithmetic bears.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ltxpack.lora_bake.adapter import Adapter, Target
+from ltxpack.lora_bake.naming import linear_modules
+from ltxpack.manifest import BakedLora
+
+REPORT_FORMAT = 1
+REPORT_NAME = "coverage.json"
+
+_BLOCK = re.compile(r"^[A-Za-z_]\w*\.(\d+)\.(.+)$")
+_DIGITS = 3
+
+
+@dataclass(frozen=True)
+class TargetStat:
+    """Measured while one tensor was fused: squared norms of it and of the change, elements, and how many differ."""
+
+    name: str
+    base_square: float
+    delta_square: float
+    elements: int
+    changed: int
+
+    @property
+    def change(self) -> float | None:
+        """‖ΔW‖/‖W‖, rounded; None where W is zero and changes, for which there is no such figure."""
+        if self.delta_square == 0:
+            return 0.0
+        return significant(math.sqrt(self.delta_square / self.base_square)) if self.base_square else None
+
+
+@dataclass(frozen=True)
+class AppliedLora:
+    """One LoRA of a bake: how the manifest names it, and what it fits."""
+
+    baked: BakedLora
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class BakeReport:
+    """The result of one bake. ``made`` is False if it was there already; ``document`` is coverage.json."""
+
+    name: str
+    path: str
+    made: bool
+    document: Mapping[str, Any]
+
+    def lines(self) -> tuple[str, ...]:
+        """The short form for the terminal."""
+        if not self.made:
+            return (f"{self.path}: is there already, made from the same inputs",)
+        return (f"{self.path}: baked", *(f"  {line}" for line in text_lines(self.document)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report without its list of targets, which coverage.json holds."""
+        summary = {key: value for key, value in self.document.items() if key != "targets"}
+        return {**summary, "name": self.name, "path": self.path, "made": self.made}
+
+
+def significant(value: float) -> float:
+    """``value`` rounded to three significant digits: what both kernels' norms agree to."""
+    return float(f"{value:.{_DIGITS - 1}e}")
+
+
+def split_name(name: str) -> tuple[int | None, str]:
+    """``(block, kind)`` of a tensor or module name: ``transformer_blocks.7.attn1.to_q.weight`` -> 7, ``attn1.to_q``.
+
+    Names outside the blocks have None and their own module path; a bias is a kind of its own.
+    """
+    module = name.removesuffix(".weight")
+    found = _BLOCK.match(module)
+    return (int(found[1]), found[2]) if found else (None, module)
+
+
+def build_report(
+    name: str,
+    loras: Sequence[AppliedLora],
+    stats: Iterable[TargetStat],
+    shapes: Mapping[str, tuple[int, ...]],
+    arithmetic: Mapping[str, str],
+) -> dict[str, Any]:
+    """coverage.json as a document. ``arithmetic`` holds rule, kernel and device."""
+    measured = {stat.name: stat for stat in stats}
+    places = [split_name(f"{module}.weight") for module in linear_modules(shapes)]
+    blocks = {block for block, _ in places if block is not None}
+    return {
+        "format": REPORT_FORMAT,
+        "bake": name,
+        **arithmetic,
+        "loras": [_lora(lora, shapes) for lora in loras],
+        "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
+        "changed_weights": sum(stat.changed for stat in measured.values()),
+        "targeted_weights": sum(stat.elements for stat in measured.values()),
+        "blocks": max(blocks, default=-1) + 1,
+        "block_kinds": sorted({kind for block, kind in places if block is not None}),
+        "kinds": _kinds(measured, shapes),
+        "targets": {stat.name: _target(stat, loras, arithmetic["rule"]) for _, stat in sorted(measured.items())},
+    }
+
+
+def dump(document: Mapping[str, Any]) -> bytes:
+    """The bytes of coverage.json."""
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def text_lines(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """The report in a few lines."""
+    lines = []
+    for lora in document["loras"]:
+        ranks = ", ".join(sorted(lora["ranks"], key=int)) or "none"
+        lines.append(
+            f"{lora['name']} at {lora['strength']:g}: {lora['matched']} of {lora['total']} linears"
+            f"{_others(lora)}, rank {ranks}, scale {_span(lora['scales'])}"
+        )
+    biggest = sorted(document["kinds"].items(), key=lambda item: (-item[1]["largest_change"], item[0]))[:3]
+    if document["targets"]:
+        lines.append(
+            f"{document['changed_weights']:,} of {document['targeted_weights']:,} targeted weights changed in "
+            f"{document['changed_tensors']} tensors; rule {document['rule']}, kernel {document['kernel']}"
+        )
+        lines.append("hardest: " + ", ".join(f"{kind} {value['largest_change']:.2e}" for kind, value in biggest))
+    else:
+        lines.append("no weight changed: every strength is 0")
+    return tuple(lines)
+
+
+def scale_of(target: Target, strength: float, rule: str) -> float:
+    """What multiplies B·A: strength·alpha/rank, or the strength alone under the official rule (spec 02, section 2)."""
+    return strength if rule == "official" else strength * target.factor
+
+
+def _lora(lora: AppliedLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    linears = linear_modules(shapes)
+    targets = lora.adapter.targets
+    matched = {name for name in targets if name.removesuffix(".weight") in linears}
+    ranks = Counter(target.rank for target in targets.values() if target.down is not None)
+    alphas = {f"{target.alpha:g}" for target in targets.values() if target.alpha is not None}
+    return {
+        "name": lora.baked.name,
+        "file": lora.baked.file,
+        "blake3": lora.baked.blake3,
+        "strength": lora.baked.strength,
+        "namings": list(lora.adapter.styles),
+        "matched": len(matched),
+        "total": len(linears),
+        "other_tensors": len(targets) - len(matched),
+        "left_out": list(lora.adapter.skipped),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "alphas": sorted(alphas, key=float),
+        "scales": sorted({significant(lora.baked.strength * target.factor) for target in targets.values()})
+        if lora.baked.scale is None
+        else [lora.baked.scale],
+        "dora": sum(target.magnitude is not None for target in targets.values()),
+        "kinds": _matched_kinds(matched, linears),
+    }
+
+
+def _matched_kinds(matched: Iterable[str], linears: Iterable[str]) -> dict[str, dict[str, int]]:
+    totals = Counter(split_name(module)[1] for module in linears)
+    counts = Counter(split_name(name)[1] for name in matched)
+    return {kind: {"matched": counts[kind], "total": total} for kind, total in sorted(totals.items())}
+
+
+def _kinds(measured: Mapping[str, TargetStat], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+    totals = Counter(split_name(name)[1] for name in shapes)
+    groups: dict[str, list[TargetStat]] = {}
+    for stat in measured.values():
+        groups.setdefault(split_name(stat.name)[1], []).append(stat)
+    kinds = {}
+    for kind, stats in sorted(groups.items()):
+        changes = [stat.change for stat in stats if stat.change is not None] or [0.0]
+        kinds[kind] = {
+            "targets": len(stats),
+            "total": totals[kind],
+            "changed_weights": sum(stat.changed for stat in stats),
+            "mean_change": significant(math.fsum(changes) / len(changes)),
+            "largest_change": max(changes),
+        }
+    return kinds
+
+
+def _target(stat: TargetStat, loras: Sequence[AppliedLora], rule: str) -> dict[str, Any]:
+    terms = []
+    for i, lora in enumerate(loras):
+        target = lora.adapter.targets.get(stat.name)
+        if target is not None:
+            scale = scale_of(target, lora.baked.strength, rule)
+            terms.append({"lora": i, "rank": target.rank, "scale": scale})
+    return {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}
+
+
+def _others(lora: Mapping[str, Any]) -> str:
+    return f" and {lora['other_tensors']} other tensors" if lora["other_tensors"] else ""
+
+
+def _span(scales: Sequence[float]) -> str:
+    return f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"

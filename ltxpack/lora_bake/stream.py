@@ -1,0 +1,336 @@
+"""One shard of the base, read once, becomes the same shard of several bakes: row range after row range, as it comes.
+
+Reading, hashing and writing run on threads of repack.stream; the arithmetic of a row range on a few of our own. What
+is summed in one piece never depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from blake3 import blake3
+
+from ltxpack.errors import AdapterError
+from ltxpack.lora_bake.base import BaseShard, changed
+from ltxpack.lora_bake.factors import DTYPES, FactorReader, single_thread
+from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
+from ltxpack.lora_bake.job import Arithmetic
+from ltxpack.lora_bake.report import TargetStat
+from ltxpack.manifest import FileRecord
+from ltxpack.repack.stream import WRITE_BUFFERS, Range, RangeReader, ShardWriter
+from ltxpack.repack.work import WriteShard
+from ltxpack.reporter import Reporter
+from ltxpack.tensorfile import TensorInfo
+
+COPY_BYTES = 8 * 1024 * 1024
+SMALL_BYTES = 1024 * 1024
+# Row chunks per read: as many cores work on one read, and so much is in memory at once.
+CHUNKS_PER_READ = 4
+
+
+@dataclass
+class Output:
+    """One bake's version of the shard. ``strengths`` for each of the engine's adapters, in order of application."""
+
+    item: WriteShard
+    root: Path
+    touched: frozenset[str]
+    strengths: tuple[float, ...]
+    stats: dict[str, TargetStat] = field(default_factory=dict)
+
+
+class Step(NamedTuple):
+    """One read: ``lead`` bytes that are copied, then the rows ``chunks`` of a tensor; without one, all is copied.
+
+    Biases stand between the weights; read by themselves each would hold up the reading ahead. A tensor that is fused
+    whole comes in several reads, of which the last has the chunk.
+    """
+
+    range: Range
+    info: TensorInfo | None = None
+    chunks: tuple[tuple[int, int], ...] = ()
+    lead: int = 0
+
+
+class Engine:
+    """Fuses shards with one arithmetic. A context manager: torch's thread count is its own while it is open."""
+
+    def __init__(
+        self, overlay: Path, readers: Sequence[FactorReader], arithmetic: Arithmetic, reporter: Reporter
+    ) -> None:
+        self.overlay = overlay
+        self.readers = readers
+        self.arithmetic = arithmetic
+        self.reporter = reporter
+        # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
+        self.whole = arithmetic.kernel == "official"
+        workers = 2 if self.whole else min(CHUNKS_PER_READ, usable_cores())
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="ltxpack-fuse")
+        self.sums = [Workspace() for _ in range(CHUNKS_PER_READ)]
+        # While the results of one read are written, those of the next are made.
+        self.results = [[Workspace() for _ in range(CHUNKS_PER_READ)] for _ in range(2)]
+        self._settings = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self.whole:
+            self._settings.enter_context(single_thread())
+            if self.arithmetic.device == "cuda":
+                self._settings.enter_context(_no_shortcuts())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        self._settings.close()
+
+    def fuse_shard(self, shard: BaseShard, outputs: Sequence[Output]) -> list[FileRecord]:
+        """Write every output's version of ``shard``; returns their records and fills in their stats.
+
+        Raises OverlayError if the base is not what the manifest says, AdapterError listing the weights that overflow.
+        """
+        steps = list(self._steps(shard, frozenset().union(*(output.touched for output in outputs))))
+        hasher = blake3()
+        # The fewer write buffers each, the more outputs share the disk.
+        buffers = max(2, WRITE_BUFFERS + 1 - len(outputs))
+        with contextlib.ExitStack() as stack:
+            items = [(output.root, output.item) for output in outputs]
+            writers = [
+                stack.enter_context(ShardWriter(root, item.path, item.header, item.size, buffers=buffers))
+                for root, item in items
+            ]
+            self.reporter.advance(sum(len(item.header) for _, item in items))
+            reader = stack.enter_context(RangeReader([step.range for step in steps]))
+            terms = _TermsAhead(self, [step.info.name for step in steps if step.info and step.chunks])
+            fusing = _Fusing(self, outputs, writers, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
+            for step, data in zip(steps, reader, strict=True):
+                hashed = self.pool.submit(hasher.update, data)
+                if step.info is not None:
+                    if step.lead:
+                        fusing.copy(data[: step.lead], range(len(outputs)))
+                    rows = fusing.gathered(step.info, data[step.lead :]) if self.whole else data[step.lead :]
+                    if step.chunks:
+                        fusing.fuse(step, step.info, rows, terms.of(step.info.name))
+                elif step.range.start:
+                    fusing.copy(data, range(len(outputs)))
+                hashed.result()
+            fusing.settle()
+            _refuse_overflow(fusing.overflow, shard)
+            if hasher.hexdigest() != shard.record.blake3:
+                raise changed(self.overlay, shard.record, f"blake3 {shard.record.blake3}", hasher.hexdigest())
+            records = [writer.close() for writer in writers]
+            for writer in writers:
+                self.reporter.detail(f"{writer.path}: {passage(reader.why, writer.why)}")
+            return records
+
+    def _steps(self, shard: BaseShard, touched: frozenset[str]) -> Iterator[Step]:
+        """All bytes of the shard in order; step 0 is the header, which is hashed but not copied."""
+        path = self.overlay / shard.record.path
+        tensors = [info for info in shard.file.tensors.values() if info.nbytes]
+        copied = tensors[0].start if tensors else shard.file.size
+        yield Step(Range(path, 0, copied))
+        for info in tensors:
+            if info.name not in touched:
+                continue
+            if info.start - copied > SMALL_BYTES:
+                yield from _copies(path, copied, info.start)
+                copied = info.start
+            for first, last, group in self._reads(info):
+                yield Step(Range(path, copied, last - copied), info, group, first - copied)
+                copied = last
+        yield from _copies(path, copied, shard.file.size)
+
+    def _reads(self, info: TensorInfo) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+        """The reads of a tensor that is fused: first byte, end, row chunks that are complete with it."""
+        chunks = tuple(row_chunks(info.shape, self.arithmetic.kernel))
+        end = info.start + info.nbytes
+        if self.whole:
+            for first in range(info.start, end, COPY_BYTES):
+                last = min(first + COPY_BYTES, end)
+                yield first, last, chunks if last == end else ()
+            return
+        row = info.nbytes // info.shape[0]
+        for i in range(0, len(chunks), CHUNKS_PER_READ):
+            group = chunks[i : i + CHUNKS_PER_READ]
+            yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
+
+    def load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
+        """Every adapter's term for a weight, ready for the kernel; each in its workspace."""
+        device, kernel = self.arithmetic.device, self.arithmetic.kernel
+        terms = [reader.term(name, work) for reader, work in zip(self.readers, works, strict=True)]
+        return [term and term.to(device).prepared(kernel, work) for term, work in zip(terms, works, strict=True)]
+
+
+class _Fusing:
+    """One shard under way: sums on the engine's threads, results written in order on another, one read behind."""
+
+    def __init__(
+        self, engine: Engine, outputs: Sequence[Output], writers: Sequence[ShardWriter], thread: ThreadPoolExecutor
+    ) -> None:
+        self.overflow: dict[str, None] = {}
+        self._engine = engine
+        self._outputs = outputs
+        self._writers = writers
+        self._thread = thread
+        self._written: deque[tuple[bool, Future[None]]] = deque()
+        self._turn = 0
+        self._whole = Workspace()
+        self._filled = 0
+
+    def settle(self, left: int = 0) -> None:
+        """Wait until the results of at most ``left`` reads are still to be written. Raises what writing raised."""
+        while self._written and (left == 0 or sum(fused for fused, _ in self._written) > left):
+            self._written.popleft()[1].result()
+
+    def copy(self, data: memoryview, targets: Iterable[int]) -> None:
+        """Write ``data`` as it is to these outputs; it is not needed any more when this returns."""
+        if len(data) <= SMALL_BYTES:  # not worth waiting for
+            kept = memoryview(bytes(data))
+            self._later([(i, kept) for i in targets])
+            return
+        self._later([(i, data) for i in targets])
+        self.settle()
+
+    def gathered(self, info: TensorInfo, data: memoryview) -> memoryview:
+        """The tensor's memory with ``data`` put behind what came before."""
+        memory = self._whole.empty("weight", (info.nbytes,), torch.uint8).numpy().data
+        memory[self._filled : self._filled + len(data)] = data
+        self._filled = (self._filled + len(data)) % info.nbytes
+        return memory
+
+    def fuse(self, step: Step, info: TensorInfo, data: memoryview, terms: Sequence[Term | None]) -> None:
+        """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
+        touching = [i for i, output in enumerate(self._outputs) if info.name in output.touched]
+        others = [i for i in range(len(self._outputs)) if i not in touching]
+        # Whole weights are large: under the official rule one bake's result at a time.
+        for batch in [[i] for i in touching] if self._engine.whole else [touching]:
+            self.settle(0 if self._engine.whole else 1)
+            self._turn = 0 if self._engine.whole else 1 - self._turn
+            made = self._rows(step, info, data, terms, batch)
+            parts = [(i, _bytes(fused.weight)) for chunk in made for i, fused in zip(batch, chunk, strict=True)]
+            self._later(parts, fused=True)
+            for chunk in made:
+                for i, fused in zip(batch, chunk, strict=True):
+                    self._measure(self._outputs[i], info, fused)
+        if others:
+            self.copy(data, others)
+
+    def _rows(
+        self, step: Step, info: TensorInfo, data: memoryview, terms: Sequence[Term | None], batch: Sequence[int]
+    ) -> list[list[Fused]]:
+        """The results of each row chunk, for each output of ``batch``."""
+        engine = self._engine
+        present = {i: term for i, term in enumerate(terms) if term is not None}
+        strengths = [[self._outputs[i].strengths[lora] for lora in present] for i in batch]
+        weight = torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
+        start = step.chunks[0][0]
+
+        def rows(slot: int) -> list[Fused]:
+            first, last = step.chunks[slot]
+            part = weight[first - start : last - start].to(engine.arithmetic.device)
+            cut = [term.rows(first, last) for term in present.values()]
+            results = engine.results[self._turn][slot]
+            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.sums[slot], results)
+
+        return list(engine.pool.map(rows, range(len(step.chunks))))
+
+    def _measure(self, output: Output, info: TensorInfo, fused: Fused) -> None:
+        if not fused.finite:
+            self.overflow[info.name] = None
+        output.stats[info.name] = _added(output.stats.get(info.name), info, fused)
+
+    def _later(self, parts: Sequence[tuple[int, memoryview]], fused: bool = False) -> None:
+        def write() -> None:
+            for i, part in parts:
+                self._writers[i].write(part)
+                self._engine.reporter.advance(len(part))
+
+        self._written.append((fused, self._thread.submit(write)))
+
+
+class _TermsAhead:
+    """The terms of the tensors in order, those of the next one loaded while the current one is fused."""
+
+    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
+        self._engine = engine
+        self._left = list(reversed(dict.fromkeys(names)))
+        # Two sets of workspaces take turns: one in use, one being filled.
+        self._works = [[Workspace() for _ in engine.readers] for _ in range(2)]
+        self._name = ""
+        self._terms: list[Term | None] = []
+        self._ahead = self._submit()
+
+    def of(self, name: str) -> list[Term | None]:
+        """The terms of ``name``; asked for in order, as often as wanted."""
+        if self._name != name:
+            assert self._ahead is not None and self._left.pop() == name
+            self._name, self._terms = name, self._ahead.result()
+            self._ahead = self._submit()
+        return self._terms
+
+    def _submit(self) -> Future[list[Term | None]] | None:
+        self._works.reverse()
+        return self._engine.pool.submit(self._engine.load, self._left[-1], self._works[0]) if self._left else None
+
+
+@contextlib.contextmanager
+def _no_shortcuts() -> Iterator[None]:
+    """fp32 and bf16 matmuls on a card in full: PyTorch may have been told to take shortcuts."""
+    matmul = torch.backends.cuda.matmul
+    before = (matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction)
+    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def passage(read_why: str, write_why: str) -> str:
+    """How the bytes went; ``…_why``: why not past the page cache, "" if they did."""
+    ways = (("read", read_why), ("written", write_why))
+    return ", ".join(f"{verb} {f'through the page cache ({why})' if why else 'with O_DIRECT'}" for verb, why in ways)
+
+
+def _copies(path: Path, start: int, end: int) -> Iterator[Step]:
+    for first in range(start, end, COPY_BYTES):
+        yield Step(Range(path, first, min(COPY_BYTES, end - first)))
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _added(before: TargetStat | None, info: TensorInfo, fused: Fused) -> TargetStat:
+    base, delta, count, differ = fused.base_square, fused.delta_square, fused.weight.numel(), fused.changed
+    if before is not None:
+        base += before.base_square
+        delta += before.delta_square
+        count += before.elements
+        differ += before.changed
+    return TargetStat(info.name, base, delta, count, differ)
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _refuse_overflow(names: Mapping[str, None], shard: BaseShard) -> None:
+    if names:
+        dtypes = {shard.file.tensors[name].dtype for name in names}
+        raise AdapterError(
+            f"the result is beyond {', '.join(sorted(dtypes))} in {len(names)} weights: the strength is too high, "
+            "or the LoRA is damaged",
+            file=shard.record.path,
+            items=list(names),
+        )

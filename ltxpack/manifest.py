@@ -1,0 +1,272 @@
+"""The manifest (ltxpack.json): a frozen mirror of schemas/manifest.schema.json; read, validate, write.
+
+It is the contract between the two halves. It is untrusted when read: the schema is checked, every path must stay
+inside the overlay and have an ending that an overlay may hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ltxpack.errors import OverlayError
+
+MANIFEST_NAME = "ltxpack.json"
+FORMAT = 1
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+# Four bakes of the 22B model make some 10,000 values; these keep a hostile file from costing seconds and gigabytes.
+MAX_VALUES = 300_000
+MAX_CONTAINERS = 30_000
+MAX_DIGITS = 20
+ALLOWED_ENDINGS = (".safetensors", ".json", ".jinja", ".txt", ".html")
+BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
+RESERVED_BAKE_NAMES = frozenset({"base", ".", ".."})
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the overlay. ``link`` is None, ``"hard"``, or the relative target of a symlink."""
+
+    path: str
+    size: int
+    blake3: str
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An input file by name and content; ``release`` names the known release with this sha256."""
+
+    role: str
+    name: str
+    size: int
+    sha256: str | None = None
+    release: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the overlay came from, and how large its shards may be: what a repair has to know."""
+
+    repo: str | None
+    revision: str | None
+    files: tuple[SourceFile, ...]
+    max_shard_size: int = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Component:
+    """One diffusers-layout folder. ``cast`` lists tensors stored in another dtype than in the source."""
+
+    library: str
+    class_name: str
+    files: tuple[FileRecord, ...]
+    cast: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file kept in the overlay."""
+
+    name: str
+    file: FileRecord
+
+
+@dataclass(frozen=True)
+class BakedLora:
+    """One LoRA of a bake. ``scale`` is strength times alpha/rank where one value holds for all targets."""
+
+    name: str
+    file: str
+    size: int
+    blake3: str
+    strength: float
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class Bake:
+    """A complete transformer folder made from the clean base; ``loras`` in order of application."""
+
+    loras: tuple[BakedLora, ...]
+    rule: str
+    kernel: str
+    device: str
+    files: tuple[FileRecord, ...]
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything an overlay holds."""
+
+    model_version: str
+    image_crf: int
+    licence: str | None
+    source: Source
+    components: Mapping[str, Component]
+    loras: tuple[Lora, ...]
+    files: tuple[FileRecord, ...]
+    bakes: Mapping[str, Bake] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def records(self) -> Iterator[FileRecord]:
+        """Every file of the overlay except the manifest itself."""
+        yield from self.files
+        for component in self.components.values():
+            yield from component.files
+        for lora in self.loras:
+            yield lora.file
+        for bake in self.bakes.values():
+            yield from bake.files
+
+    def lora(self, name: str) -> Lora | None:
+        """The LoRA kept under ``name``."""
+        return next((lora for lora in self.loras if lora.name == name), None)
+
+    def with_bake(self, name: str, bake: Bake) -> Manifest:
+        """This manifest with one bake more (or replaced)."""
+        return dataclasses.replace(self, bakes=dict(sorted({**self.bakes, name: bake}.items())))
+
+    def dump(self) -> bytes:
+        """The file's bytes: the same manifest always gives the same bytes."""
+        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def is_overlay(folder: Path) -> bool:
+    """Whether ``folder`` holds a manifest."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def read_manifest(overlay: Path) -> Manifest:
+    """The validated manifest of ``overlay``. Raises OverlayError naming the fault."""
+    path = overlay / MANIFEST_NAME
+    remake = f"ltxpack materialize SOURCE {overlay}"
+    if not path.is_file():
+        raise OverlayError("is not an overlay", file=overlay, expected=f"a folder with {MANIFEST_NAME}", next=remake)
+    try:
+        size = path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise OverlayError("too large", file=path, expected=f"at most {MAX_MANIFEST_BYTES} bytes", found=size)
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OverlayError(f"cannot be read: {error}", file=path, next=remake) from None
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """Manifest from JSON text; ``path`` is only named in errors. Raises OverlayError."""
+    remake = f"ltxpack materialize SOURCE {path.parent} --force"
+    if text.count(",") > MAX_VALUES or text.count("[") + text.count("{") > MAX_CONTAINERS:
+        raise OverlayError("has too many values to be a manifest", file=path, next=remake)
+    try:
+        document = json.loads(
+            text,
+            object_pairs_hook=_no_duplicates,
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except (ValueError, RecursionError) as error:
+        raise OverlayError(f"is not sound JSON: {error}", file=path, next=remake) from None
+    if isinstance(document, dict) and document.get("format") not in (None, FORMAT):
+        raise OverlayError(
+            "was written by another version of ltxpack", file=path, expected=f"format {FORMAT}",
+            found=document["format"], next=remake,
+        )  # fmt: skip
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(json.loads(load_schema("manifest")))
+    fault = next(iter(validator.iter_errors(document)), None)
+    if fault is not None:
+        where = "/".join(str(part) for part in fault.absolute_path) or "(top)"
+        raise OverlayError(f"does not fit its schema at {where}: {fault.message[:300]}", file=path, next=remake)
+    manifest: Manifest = _build(Manifest, document)
+    _check_paths(manifest, path, remake)
+    return manifest
+
+
+def safe_relative_path(path: str) -> bool:
+    """Whether ``path`` names a file strictly inside a folder: relative, normal, printable, no ``..``."""
+    parts = path.split("/")
+    return (
+        path.isprintable()
+        and "\\" not in path
+        and not path.startswith("/")
+        and all(part not in ("", ".", "..") for part in parts)
+        and max(len(part) for part in parts) <= 255
+    )
+
+
+@functools.cache
+def load_schema(name: str) -> str:
+    """The text of ``schemas/<name>.schema.json``: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "schemas", package.parent / "schemas"):
+        path = folder / f"{name}.schema.json"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    raise OverlayError(f"schema {name} is missing from this installation", next="pip install --force-reinstall ltxpack")
+
+
+def _check_paths(manifest: Manifest, path: Path, remake: str) -> None:
+    seen: set[str] = set()
+    for record in manifest.records():
+        if not safe_relative_path(record.path) or not record.path.endswith(ALLOWED_ENDINGS):
+            raise OverlayError("names a file that an overlay may not hold", file=path, found=record.path, next=remake)
+        if record.path in seen or record.path == MANIFEST_NAME:
+            raise OverlayError("names a file twice", file=path, found=record.path, next=remake)
+        seen.add(record.path)
+        if record.link not in (None, "hard") and not _link_stays_inside(record):
+            raise OverlayError("names a link that leaves the overlay", file=path, found=record.link, next=remake)
+
+
+def _link_stays_inside(record: FileRecord) -> bool:
+    assert record.link is not None
+    target = os.path.normpath(PurePosixPath(record.path).parent / record.link)
+    return not record.link.startswith("/") and record.link.isprintable() and safe_relative_path(target)
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError("a number has too many digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is not finite")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key stands twice in one object")
+    return dict(pairs)
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """``value`` (already valid against the schema) as ``kind``: dataclasses, tuples and mappings all the way."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: _build(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    if origin is tuple:
+        return tuple(_build(typing.get_args(kind)[0], item) for item in value)
+    if origin is not None and origin is not types.UnionType:
+        return {key: _build(typing.get_args(kind)[1], item) for key, item in value.items()}
+    return value

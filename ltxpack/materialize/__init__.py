@@ -1,0 +1,225 @@
+"""From vendor checkpoints to an overlay: understand the inputs, plan every file, fetch, write, publish.
+
+``plan_overlay`` and ``materialize`` are what the commands call. Nothing here imports torch or diffusers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltxpack.errors import OverlayError, UsageError
+from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
+from ltxpack.materialize.access import Access, HubLike
+from ltxpack.materialize.checkpoint import STORED_DTYPE
+from ltxpack.materialize.inputs import Inputs, fetch_inputs, read_inputs
+from ltxpack.materialize.inspect import inspect_path
+from ltxpack.materialize.plan import OverlayPlan, make_plan
+from ltxpack.materialize.sources import TEXT_ENCODER, Wanted, resolve
+from ltxpack.materialize.unchanged import difference
+from ltxpack.repack.execute import execute, existing_parent
+from ltxpack.repack.lock import OverlayLock
+from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE
+from ltxpack.repack.staging import Staging, recover, unfinished
+from ltxpack.repack.work import CopyFile, fingerprint
+from ltxpack.reporter import Reporter
+
+__all__ = [
+    "Options",
+    "OverlayPlan",
+    "Report",
+    "fetched_plan",
+    "inspect_path",
+    "materialize",
+    "parse_size",
+    "plan_overlay",
+]
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+MAX_SIZE = 2**62
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; the names are those of the flags. ``source`` is a repo id, a folder or a file."""
+
+    source: str
+    overlay: Path
+    checkpoint: str | None = None
+    lora: str | None = None
+    upsampler: str | None = None
+    text_encoder: str | None = None
+    revision: str | None = None
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
+    copy: bool = False
+    force: bool = False
+
+    def wanted(self) -> Wanted:
+        """SOURCE and the flags, for sources.resolve."""
+        flags = {
+            "checkpoint": self.checkpoint,
+            "lora": self.lora,
+            "upsampler": self.upsampler,
+            "text_encoder": self.text_encoder,
+        }
+        return Wanted(self.source, flags, self.revision)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done. ``written`` is False where the overlay was there already."""
+
+    overlay: Path
+    manifest: Manifest
+    total_bytes: int
+    written: bool
+
+
+def plan_overlay(options: Options, reporter: Reporter, hub: HubLike | None = None) -> OverlayPlan:
+    """The plan alone, from headers. An input that cannot be had is listed as missing, except the checkpoint.
+
+    Raises LtxpackError for inputs that are ambiguous, broken or not convertible.
+    """
+    access = _access(reporter, hub)
+    inputs = read_inputs(resolve(options.wanted(), access, allow_missing=True), access)
+    _tell(inputs, reporter)
+    return make_plan(inputs, options.max_shard_size, options.copy)
+
+
+def materialize(options: Options, reporter: Reporter, hub: HubLike | None = None) -> Report:
+    """Write the overlay. Where it is there already from the same inputs, nothing is done.
+
+    All inputs are found and checked by their headers before anything large is fetched, the target before that.
+    Killed at any point, the same call goes on. Raises LtxpackError.
+    """
+    _refuse_foreign(options.overlay)
+    access = _access(reporter, hub)
+    inputs = read_inputs(resolve(options.wanted(), access), access)
+    _tell(inputs, reporter)
+    with OverlayLock(options.overlay) as lock:
+        recover(options.overlay, reporter)
+        plan = make_plan(inputs, options.max_shard_size, options.copy)
+        done = _done_already(plan, options, reporter)
+        if done is not None:
+            return done
+        if any(file.path is None for _, file in inputs.files()):
+            _refuse_small_disk(plan, options.overlay)
+            plan = _fetched_plan(inputs, access, options)
+        items = list(plan.items())
+        mark = fingerprint(items, {"copy": options.copy})
+        with Staging(options.overlay, mark, reporter, lock=lock, force=options.force) as staging:
+            records = execute(items, staging, copy=options.copy, reporter=reporter)
+            manifest = plan.manifest({record.path: record for record in records})
+            staging.publish(manifest.dump())
+    return Report(options.overlay, manifest, sum(item.size for item in items), written=True)
+
+
+def fetched_plan(options: Options, reporter: Reporter, hub: HubLike | None = None) -> OverlayPlan:
+    """The plan with every input on this machine, ready to be carried out in part (a repair). Raises LtxpackError."""
+    access = _access(reporter, hub)
+    return _fetched_plan(read_inputs(resolve(options.wanted(), access), access), access, options)
+
+
+def _fetched_plan(inputs: Inputs, access: Access, options: Options) -> OverlayPlan:
+    return make_plan(fetch_inputs(inputs, access), options.max_shard_size, options.copy)
+
+
+def parse_size(text: str) -> int:
+    """``5GB``, ``500 MB``, ``2GiB`` or plain bytes, as bytes. Raises UsageError."""
+    match = _SIZE.fullmatch(text)
+    if match is not None:
+        number, power, binary = match.groups()
+        size = float(number) * (1024 if binary else 1000) ** _POWERS[(power or "").lower()]
+        if 1 <= size <= MAX_SIZE:
+            return int(size)
+    raise UsageError("is not a size", file=text, expected="a size such as 5GB, 500MB or 2GiB")
+
+
+def _access(reporter: Reporter, hub: HubLike | None) -> Access:
+    def make() -> HubLike:
+        from ltxpack.materialize.hub import Hub
+
+        return hub if hub is not None else Hub(reporter=reporter)
+
+    return Access(make)
+
+
+def _refuse_foreign(overlay: Path) -> None:
+    """A target that is not ours is told before hours of fetching. Raises OverlayError."""
+    try:
+        if is_overlay(overlay) or not (overlay.exists() or overlay.is_symlink()):
+            return
+        folder = overlay.is_dir()
+        if folder and not any(overlay.iterdir()):
+            return
+    except OSError as error:
+        problem = f"cannot be looked into: {error.strerror}"
+        raise OverlayError(problem, file=overlay, next="choose another folder") from None
+    raise OverlayError(
+        "exists and is not an overlay" if folder else "exists and is not a folder", file=overlay,
+        expected=f"a new folder, or one with {MANIFEST_NAME}", next="choose another folder",
+    )  # fmt: skip
+
+
+def _refuse_small_disk(plan: OverlayPlan, overlay: Path) -> None:
+    """Before a download: whether what is repacked will fit. Work begun earlier is left to the writer's own check."""
+    if unfinished(overlay):
+        return
+    needed = sum(item.size for item in plan.items() if not isinstance(item, CopyFile))
+    place = existing_parent(overlay)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise OverlayError(
+            "the disk is too small", file=place, expected=f"{needed} bytes free (beside the download)",
+            found=f"{free} bytes", next="choose another folder, or free some space",
+        )  # fmt: skip
+
+
+def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Report | None:
+    """The report if the overlay is there from these inputs; None if there is none, or with ``force``.
+
+    Raises OverlayError for another overlay, or one whose manifest cannot be read.
+    """
+    if not is_overlay(options.overlay):
+        return None
+    if options.force:
+        _tell_what_goes(options.overlay, reporter)
+        return None
+    again = "the same command with --force replaces it"
+    manifest = read_manifest(options.overlay)
+    other = difference(plan, manifest, options.overlay)
+    if other is not None:
+        raise OverlayError(f"holds another overlay: {other}", file=options.overlay, next=again)
+    reporter.note(f"{options.overlay}: is there already, made from the same inputs; nothing to do")
+    return Report(options.overlay, manifest, sum(item.size for item in plan.items()), written=False)
+
+
+def _tell_what_goes(overlay: Path, reporter: Reporter) -> None:
+    """Bakes were made from the transformer that is being replaced."""
+    with contextlib.suppress(OverlayError):
+        bakes = read_manifest(overlay).bakes
+        if bakes:
+            reporter.warn(f"{overlay}: is replaced with its bakes ({', '.join(bakes)}); bake them again after")
+
+
+def _tell(inputs: Inputs, reporter: Reporter) -> None:
+    """Which files were found, which releases they are, and what will be other than in the source."""
+    for role, file, known in inputs.recognised():
+        if role != TEXT_ENCODER:
+            reporter.note(f"{role}: {file.label}" + (f" (release {known.release.name})" if known.release else ""))
+        if known.warning:
+            reporter.warn(known.warning)
+    if inputs.sources.text_encoder is not None:
+        reporter.note(f"text encoder: {inputs.sources.text_encoder.label}")
+    checkpoint = inputs.checkpoint
+    cast = sum(tensor.info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for tensor in tensors)
+    if cast:
+        reporter.note(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
+    if checkpoint.dropped:
+        reporter.detail(f"left out, read by no module: {', '.join(checkpoint.dropped)}")
+    if inputs.distilled:
+        reporter.note("the base is a distilled one; the two-stage recipe expects the dev base")

@@ -1,0 +1,141 @@
+"""A checkpoint by its header: its configs, and every tensor matched to the one it becomes.
+
+Pure: it sees names, shapes, dtypes and metadata. What does not match is refused by name, all of it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ltxpack.errors import UnsupportedError
+from ltxpack.materialize.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
+from ltxpack.materialize.expected import Shape, inventory
+from ltxpack.materialize.generation import Metadata, read_metadata
+from ltxpack.materialize.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
+from ltxpack.tensorfile import TensorFile, TensorInfo, parse_json
+
+STORED_DTYPE = "BF16"
+FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+QUANTISED_SUFFIXES = (".weight_scale", ".input_scale")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A tensor of the source and the name it gets."""
+
+    target: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An all-in-one checkpoint, understood. ``tensors``: per component, in order of source name."""
+
+    file: TensorFile
+    metadata: Metadata
+    configs: Mapping[str, Config]
+    tensors: Mapping[str, tuple[Renamed, ...]]
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Upsampler:
+    """A latent upsampler's file, understood."""
+
+    file: TensorFile
+    config: Config
+    tensors: tuple[Renamed, ...]
+
+    @property
+    def as_is(self) -> bool:
+        """Whether the file can stand in the overlay unchanged."""
+        return all(tensor.info.dtype == STORED_DTYPE and tensor.target == tensor.info.name for tensor in self.tensors)
+
+
+def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
+    """Understand a checkpoint by its header; messages name it ``label``. Raises UnsupportedError or FormatError."""
+    _refuse_quantised(file, label)
+    metadata = read_metadata(file.metadata, file.tensors, label)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    configs = checkpoint_configs(metadata.config, shapes, label)
+    dropped = tuple(name for name in file.tensors if name.startswith(DROPPED))
+    matched = _Matching()
+    owners = {name: component_of(name) for name in file.tensors}
+    for component, table in CHECKPOINT_TABLES.items():
+        own = [info for name, info in file.tensors.items() if owners[name] == component and name not in dropped]
+        matched.match(component, table, own, inventory(component, configs[component]))
+    matched.faults += [f"unknown: {name}" for name, owner in owners.items() if owner is None]
+    matched.refuse(label)
+    return Checkpoint(file, metadata, configs, matched.tensors, dropped)
+
+
+def read_upsampler(file: TensorFile, latent_channels: int, label: object) -> Upsampler:
+    """Understand a latent upsampler's file. Raises UnsupportedError or FormatError."""
+    _refuse_quantised(file, label)
+    text = file.metadata.get("config")
+    config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
+    if not isinstance(config, Mapping):
+        raise UnsupportedError(
+            "is not a latent upsampler", file=str(label), expected="safetensors metadata with `config`",
+            found="none" if text is None else "something else", next="ltxpack inspect FILE",
+        )  # fmt: skip
+    done = upsampler_config(config, latent_channels, label)
+    matched = _Matching()
+    matched.match(
+        "latent_upsampler", LATENT_UPSAMPLER, list(file.tensors.values()), inventory("latent_upsampler", done)
+    )
+    matched.refuse(label)
+    return Upsampler(file, done, matched.tensors["latent_upsampler"])
+
+
+class _Matching:
+    """Tensors held against what is expected; faults are gathered."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, tuple[Renamed, ...]] = {}
+        self.faults: list[str] = []
+
+    def match(self, component: str, table: RenameTable, infos: list[TensorInfo], expected: Mapping[str, Shape]) -> None:
+        """Match one component's tensors, in order of their source names: the same whatever the file's order."""
+        renamed = [Renamed(table.rename(info.name), info) for info in sorted(infos, key=lambda info: info.name)]
+        self.faults += _faults(renamed, expected, table)
+        self.tensors[component] = tuple(renamed)
+
+    def refuse(self, label: object) -> None:
+        """Raise UnsupportedError if anything did not match."""
+        if self.faults:
+            raise UnsupportedError(
+                "does not hold the tensors that its config asks for",
+                file=str(label),
+                items=self.faults,
+                next=NEXT_RELEASE,
+            )
+
+
+def _faults(renamed: list[Renamed], expected: Mapping[str, Shape], table: RenameTable) -> Iterator[str]:
+    found: dict[str, TensorInfo] = {}
+    for tensor in renamed:
+        if tensor.target not in expected or tensor.target in found:
+            yield f"unknown: {tensor.info.name}"
+        found.setdefault(tensor.target, tensor.info)
+    back = table.reverse()
+    for target, shape in expected.items():
+        info = found.get(target)
+        if info is None:
+            yield f"missing: {back.rename(target)} {list(shape)}"
+        elif info.shape != shape:
+            yield f"shape: {info.name}: expected {list(shape)}, found {list(info.shape)}"
+        elif info.dtype not in FLOATS:
+            yield f"dtype: {info.name}: expected {STORED_DTYPE}, found {info.dtype}"
+
+
+def _refuse_quantised(file: TensorFile, label: object) -> None:
+    scales = [name for name in file.tensors if name.endswith(QUANTISED_SUFFIXES)]
+    narrow = [info.name for info in file.tensors.values() if info.dtype.startswith("F8_")]
+    if scales or narrow:
+        raise UnsupportedError(
+            "is a quantised (fp8) file; bakes need the BF16 weights", file=str(label), tensor=(scales + narrow)[0],
+            expected=f"{STORED_DTYPE} weights", found=f"{len(narrow)} fp8 tensors and {len(scales)} scales",
+            next="use the bf16 file (ltx-2.3-22b-dev.safetensors)",
+        )  # fmt: skip

@@ -1,0 +1,171 @@
+"""The plan of an overlay: every file of it with its size, before a byte is moved. Pure.
+
+The manifest itself (ltxpack.json) is not in the plan: it is written last, from what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source, SourceFile
+from ltxpack.materialize.access import Located
+from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
+from ltxpack.materialize.config_tables import CLASSES
+from ltxpack.materialize.configs import json_bytes, model_index, scheduler_config
+from ltxpack.materialize.inputs import Inputs
+from ltxpack.materialize.sources import CHECKPOINT
+from ltxpack.repack.shards import DEFAULT_STEM, assign_shards
+from ltxpack.repack.work import CopyFile, Item, Piece, WriteBytes, WriteShard, piece
+
+LORA_FOLDER = "loras"
+LORA_NAME = "distilled"
+MODEL_INDEX = "model_index.json"
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """One folder of the overlay. ``cast``: tensors that are stored in another dtype than in the source."""
+
+    name: str
+    items: tuple[Item, ...]
+    cast: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OverlayPlan:
+    """What will stand in the overlay. ``missing``: role and reason of inputs that could not be had.
+
+    ``unproven``: sources known by name and size only, with neither a hash nor a commit of the hub.
+    """
+
+    components: tuple[ComponentPlan, ...]
+    loras: tuple[CopyFile, ...]
+    files: tuple[WriteBytes, ...]
+    missing: tuple[str, ...]
+    source: Source
+    model_version: str
+    image_crf: int
+    licence: str | None
+    copy: bool = False
+    unproven: frozenset[Path] = frozenset()
+
+    def items(self) -> Iterator[Item]:
+        """All work, in the order it is done."""
+        yield from self.files
+        for component in self.components:
+            yield from component.items
+        yield from self.loras
+
+    def to_json(self) -> dict[str, Any]:
+        """``--plan --json``: files with sizes and what is done to each, what is missing, the sum of the sizes."""
+        files = [{"path": item.path, "bytes": item.size, "action": self.action(item)} for item in self.items()]
+        files.sort(key=lambda file: str(file["path"]))
+        total = sum(item.size for item in self.items())
+        return {"files": files, "missing": list(self.missing), "total_bytes": total}
+
+    def action(self, item: Item) -> str:
+        """``repack`` weights, ``write`` small files, ``link`` (or copy, where links are not to be had) or ``copy``."""
+        if isinstance(item, WriteShard):
+            return "repack"
+        if isinstance(item, WriteBytes):
+            return "write"
+        return "copy" if self.copy else "link"
+
+    def manifest(self, records: Mapping[str, FileRecord]) -> Manifest:
+        """The manifest, given the record of every planned file by path."""
+        components = {}
+        for component in self.components:
+            library, class_name, _ = CLASSES[component.name]
+            files = tuple(records[item.path] for item in component.items)
+            components[component.name] = Component(library, class_name, files, component.cast)
+        return Manifest(
+            model_version=self.model_version,
+            image_crf=self.image_crf,
+            licence=self.licence,
+            source=self.source,
+            components=components,
+            loras=tuple(Lora(LORA_NAME, records[lora.path]) for lora in self.loras),
+            files=tuple(records[file.path] for file in self.files),
+        )
+
+
+def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> OverlayPlan:
+    """The plan of an overlay made from ``inputs``."""
+    checkpoint, metadata = inputs.checkpoint, inputs.checkpoint.metadata
+    source = _path(inputs.sources.checkpoint)
+    components = [_repacked(name, checkpoint, source, max_shard_size) for name in checkpoint.configs]
+    if inputs.upsampler is not None and inputs.sources.upsampler is not None:
+        components.append(_upsampler(inputs.upsampler, inputs.sources.upsampler, max_shard_size))
+    scheduler = json_bytes(scheduler_config(inputs.distilled))
+    components.append(ComponentPlan("scheduler", (WriteBytes("scheduler/scheduler_config.json", scheduler),)))
+    if inputs.text_encoder is not None:
+        components.append(ComponentPlan("text_encoder", _copies("text_encoder", inputs.text_encoder.model)))
+        components.append(ComponentPlan("tokenizer", _copies("tokenizer", inputs.text_encoder.tokenizer)))
+    lora = inputs.sources.lora
+    return OverlayPlan(
+        components=tuple(components),
+        loras=() if lora is None else _copies(LORA_FOLDER, [lora]),
+        files=(WriteBytes(MODEL_INDEX, json_bytes(model_index())),),
+        missing=tuple(f"{role}: {reason}" for role, reason in inputs.sources.missing.items()),
+        source=_source(inputs, max_shard_size),
+        model_version=metadata.model_version,
+        image_crf=metadata.image_crf,
+        licence=metadata.licence,
+        copy=copy,
+        unproven=frozenset(_path(file) for _, file in inputs.files() if file.sha256 is None and file.repo is None),
+    )
+
+
+def _repacked(name: str, checkpoint: Checkpoint, source: Path, max_shard_size: int) -> ComponentPlan:
+    config = WriteBytes(f"{name}/config.json", json_bytes(checkpoint.configs[name]))
+    pieces = _pieces(checkpoint.tensors[name], source)
+    return ComponentPlan(name, (config, *assign_shards(pieces, max_shard_size, name)), _cast(pieces))
+
+
+def _upsampler(upsampler: Upsampler, file: Located, max_shard_size: int) -> ComponentPlan:
+    name = "latent_upsampler"
+    config = WriteBytes(f"{name}/config.json", json_bytes(upsampler.config))
+    if upsampler.as_is:
+        copied = CopyFile(f"{name}/{DEFAULT_STEM}.safetensors", _path(file), file.size)
+        return ComponentPlan(name, (config, copied))
+    pieces = _pieces(upsampler.tensors, _path(file))
+    return ComponentPlan(name, (config, *assign_shards(pieces, max_shard_size, name)), _cast(pieces))
+
+
+def _pieces(tensors: Sequence[Renamed], source: Path) -> list[Piece]:
+    """Everything is stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3)."""
+    return [piece(tensor.target, tensor.info, source, STORED_DTYPE) for tensor in tensors]
+
+
+def _cast(pieces: Sequence[Piece]) -> tuple[str, ...]:
+    return tuple(sorted(part.name for part in pieces if part.is_cast))
+
+
+def _copies(folder: str, files: Sequence[Located]) -> tuple[CopyFile, ...]:
+    return tuple(CopyFile(f"{folder}/{file.name}", _path(file), file.size) for file in files)
+
+
+def _path(file: Located) -> Path:
+    """The file's path; before it is fetched, its place on the hub stands in (a plan then cannot be carried out)."""
+    return file.path or Path(file.label)
+
+
+def _source(inputs: Inputs, max_shard_size: int) -> Source:
+    files = tuple(
+        SourceFile(
+            role=role,
+            name=file.name,
+            size=file.size,
+            sha256=file.sha256,
+            release=known.release.name if known.release else None,
+            repo=file.repo.repo if file.repo else None,
+            revision=file.repo.commit if file.repo else None,
+        )
+        for role, file, known in inputs.recognised()
+    )
+    own = inputs.sources.checkpoint.repo
+    assert files[0].role == CHECKPOINT
+    return Source(own.repo if own else None, own.commit if own else None, files, max_shard_size)

@@ -1,0 +1,93 @@
+"""The published files we know by content (spec 01, section 1).
+
+The two distilled LoRAs have one size and nearly one name, so only a hash tells them apart. It is taken from the
+hub, or from the name a hub cache gives a blob; 46 GB are not hashed to learn a name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A published file. ``distilled``: a base whose scheduler differs."""
+
+    name: str
+    size: int
+    sha256: str
+    distilled: bool = False
+
+    @property
+    def file(self) -> str:
+        """Its published file name."""
+        return f"{self.name}.safetensors"
+
+
+RELEASES = (
+    Release("ltx-2.3-22b-dev", 46_149_344_974, "7ab7225325bc403448ea84b6db2269811a880e5118cd2ee2b6282a93d585016f"),
+    Release(
+        "ltx-2.3-22b-distilled",
+        46_149_345_038,
+        "14409a4d1337a8ded02fa87fb895b17a91ab2c6588f7cc3352e624ff18a689bf",
+        distilled=True,
+    ),
+    Release(
+        "ltx-2.3-22b-distilled-1.1",
+        46_149_345_334,
+        "b33b7fe4bbfe084f484be4aaf90b0f1d95dca20d403ac4c0e037eb8c4f0af7cc",
+        distilled=True,
+    ),
+    Release(
+        "ltx-2.3-22b-distilled-lora-384",
+        7_605_507_256,
+        "2943ab994f3c9d88052e5a2a34cca14e4a2dfc36b1d8c407931d52d5c25dd72b",
+    ),
+    Release(
+        "ltx-2.3-22b-distilled-lora-384-1.1",
+        7_605_507_256,
+        "f5d4953f3386197a4b4f5abdb17616ff256171e8075c111d6e7d2dfa6e823b3a",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What is known about a file: the release with its hash, and a warning if its name promises another."""
+
+    release: Release | None
+    warning: str | None = None
+
+
+def recognise(name: str, size: int, sha256: str | None) -> Recognised:
+    """Which known release a file is. Without a hash only a wrong size can be told."""
+    promised = next((release for release in RELEASES if release.file == name), None)
+    if sha256 is None:
+        if promised is not None and promised.size != size:
+            return Recognised(None, f"{name} has {size} bytes; the published file has {promised.size}")
+        return Recognised(None)
+    release = next((release for release in RELEASES if release.sha256 == sha256), None)
+    if promised is None or promised is release:
+        return Recognised(release)
+    content = f"is {release.file} by its content" if release else "has unknown content"
+    return Recognised(release, f"{name} {content} (sha256 {sha256}); the published file has {promised.sha256}")
+
+
+def likely(name: str, size: int) -> Release | None:
+    """The release with this name and size (not proof: two LoRAs share a size)."""
+    return next((release for release in RELEASES if release.file == name and release.size == size), None)
+
+
+def cached_sha256(path: Path) -> str | None:
+    """The sha256 a hub cache holds ``path`` under, or None elsewhere.
+
+    Only the name ``path`` itself has or links to counts: a blob may be a link into a store with other names.
+    """
+    target = path.readlink() if path.is_symlink() else path
+    if target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
+        return target.name
+    return None

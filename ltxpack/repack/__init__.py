@@ -1,0 +1,1 @@
+"""The offline copy: shard assignment, streaming byte-range copy, verification."""

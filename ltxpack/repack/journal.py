@@ -1,0 +1,106 @@
+"""The journal of unfinished work: which plan it belongs to and which files are complete. JSON, one line each.
+
+It is believed only as far as it can be checked: a torn or odd line and all after it are dropped, and a file counts
+only if its size and content are those written here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ltxpack.manifest import FileRecord, safe_relative_path
+from ltxpack.repack.failure import write_failure
+from ltxpack.repack.stream import hash_file
+from ltxpack.reporter import Reporter
+from ltxpack.tensorfile import atomic_write
+
+FORMAT = 1
+
+
+@dataclass
+class JournalState:
+    """What a journal tells. ``replaced``: None, or (once publishing began) the old files that go."""
+
+    fingerprint: str = ""
+    records: dict[str, FileRecord] = field(default_factory=dict)
+    replaced: tuple[str, ...] | None = None
+
+
+class Journal:
+    """Appends to a journal; every line is on the disk before ``append`` returns."""
+
+    def __init__(self, path: Path, fingerprint: str, records: Iterable[FileRecord]) -> None:
+        """Start ``path`` afresh with these records. Raises OverlayError if it cannot be written."""
+        lines: list[dict[str, Any]] = [{"journal": FORMAT, "fingerprint": fingerprint}]
+        lines += [dataclasses.asdict(record) for record in records]
+        self._path = path
+        try:
+            atomic_write(path, b"".join(map(_line, lines)))
+            self._file: BinaryIO = path.open("ab", buffering=0)
+        except OSError as error:
+            raise write_failure(error, path) from None
+
+    def record(self, record: FileRecord) -> None:
+        """``record`` is complete and on the disk."""
+        self._append(dataclasses.asdict(record))
+
+    def publishing(self, replaced: Iterable[str]) -> None:
+        """All is complete and moves into place now; ``replaced``: paths of the old version that go."""
+        self._append({"publishing": sorted(replaced)})
+
+    def close(self) -> None:
+        """Close the file; it stays."""
+        self._file.close()
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        try:
+            self._file.write(_line(entry))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise write_failure(error, self._path) from None
+
+
+def read_journal(path: Path) -> JournalState:
+    """What the journal at ``path`` tells; empty if there is none or it is not one of this version."""
+    state = JournalState()
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        first = json.loads(lines[0])
+        if first["journal"] != FORMAT:
+            return state
+        state.fingerprint = str(first["fingerprint"])
+        for line in lines[1:]:
+            entry = json.loads(line)
+            if "publishing" in entry:
+                state.replaced = tuple(path for path in entry["publishing"] if safe_relative_path(path))
+            elif safe_relative_path(entry["path"]):
+                record = FileRecord(**entry)
+                state.records[record.path] = record
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    return state
+
+
+def is_intact(record: FileRecord, root: Path, reporter: Reporter) -> bool:
+    """Whether the file under ``root`` is what ``record`` says, by size and content. Advances by its size."""
+    path = root / record.path
+    try:
+        status = path.lstat()
+        if record.link not in (None, "hard"):
+            return stat.S_ISLNK(status.st_mode) and os.readlink(path) == record.link  # noqa: PTH115 (a Path would tidy it)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != record.size:
+            return False
+    except OSError:
+        return False
+    return hash_file(path, reporter) == record.blake3
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,190 @@
+"""Every byte of an overlay against its manifest; all faults are listed, not only the first.
+
+Reads at disk speed, one file at a time (one thread reads ahead, one hashes), in a few buffers.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltxpack.errors import LtxpackError
+from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from ltxpack.repack.lock import WORK_FOLDER
+from ltxpack.repack.staging import PARTIAL, unfinished
+from ltxpack.repack.stream import hash_file
+from ltxpack.repack.work import Item
+from ltxpack.reporter import Reporter
+from ltxpack.tensorfile import read_index, read_tensorfile
+
+INDEX_ENDING = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is not as the manifest says. ``path`` is relative to the overlay."""
+
+    path: str
+    problem: str
+    expected: str | None = None
+    found: str | None = None
+
+
+def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
+    """All faults of ``overlay``, by path; empty if it is as it was written. Raises OverlayError without a manifest.
+
+    Work left unfinished beside or inside it is no fault; ``reporter`` is told.
+    """
+    manifest = read_manifest(overlay)
+    records = {record.path: record for record in manifest.records()}
+    begun = unfinished(overlay)
+    for path in begun:
+        reporter.note(f"{path}: unfinished work; the command that began it goes on there")
+    reporter.begin("verifying", sum(record.size for record in records.values() if not is_symlink(record)), "B")
+    faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
+    reporter.end()
+    # A bake killed while it was published stands in its place already, but the manifest does not name it yet.
+    unnamed = {path.name.removesuffix(PARTIAL) for path in begun} - manifest.bakes.keys()
+    faults += _stray_faults(overlay, records, {f"bakes/{name}" for name in unnamed})
+    bad = {fault.path for fault in faults}
+    for folder in weight_folders(manifest):
+        faults += _folder_faults(overlay, folder, records, bad)
+    return sorted(faults, key=lambda fault: (fault.path, fault.problem))
+
+
+def damaged(faults: Iterable[Fault], manifest: Manifest) -> frozenset[str]:
+    """The paths that must be written again; stray files are not among them."""
+    return frozenset(fault.path for fault in faults) & {record.path for record in manifest.records()}
+
+
+def damaged_items(items: Sequence[Item], paths: Iterable[str]) -> tuple[Item, ...]:
+    """The items of a plan that write ``paths``, in the order of the plan."""
+    wanted = set(paths)
+    return tuple(item for item in items if item.path in wanted)
+
+
+def is_symlink(record: FileRecord) -> bool:
+    """Whether the overlay holds a link there rather than bytes."""
+    return record.link not in (None, "hard")
+
+
+def weight_folders(manifest: Manifest) -> list[str]:
+    """Folders whose shards together make one model: those of components and bakes, not ``loras``."""
+    groups = [component.files for component in manifest.components.values()]
+    groups += [bake.files for bake in manifest.bakes.values()]
+    return sorted({posixpath.dirname(record.path) for files in groups for record in files})
+
+
+def _file_faults(
+    record: FileRecord, records: Mapping[str, FileRecord], overlay: Path, reporter: Reporter
+) -> Iterator[Fault]:
+    path = overlay / record.path
+    linked = next((parent for parent in _parents(record.path) if (overlay / parent).is_symlink()), None)
+    if linked is not None:
+        yield Fault(record.path, "lies behind a folder that was replaced by a link", found=linked)
+        return
+    try:
+        status = path.lstat()
+    except OSError as error:
+        yield Fault(record.path, "is missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}")
+        return
+    if stat.S_ISLNK(status.st_mode) != is_symlink(record):
+        what = "a link" if stat.S_ISLNK(status.st_mode) else "a file of its own"
+        yield Fault(record.path, "was replaced", record.link or "a file of its own", what)
+    elif is_symlink(record):
+        yield from _link_faults(record, records, path)
+    elif not stat.S_ISREG(status.st_mode):
+        yield Fault(record.path, "was replaced", "a file", "something else")
+    elif status.st_size != record.size:
+        yield Fault(record.path, f"size differs{_blame(record)}", f"{record.size} bytes", f"{status.st_size} bytes")
+    else:
+        yield from _content_faults(record, path, reporter)
+
+
+def _content_faults(record: FileRecord, path: Path, reporter: Reporter) -> Iterator[Fault]:
+    try:
+        digest = hash_file(path, reporter)
+    except LtxpackError as error:
+        yield Fault(record.path, error.problem)
+        return
+    if digest != record.blake3:
+        yield Fault(record.path, f"content differs{_blame(record)}", f"blake3 {record.blake3}", f"blake3 {digest}")
+
+
+def _blame(record: FileRecord) -> str:
+    return ": the source file it is hard-linked to was changed" if record.link == "hard" else ""
+
+
+def _link_faults(record: FileRecord, records: Mapping[str, FileRecord], path: Path) -> Iterator[Fault]:
+    assert record.link is not None
+    found = os.readlink(path)  # noqa: PTH115 (a Path would tidy it)
+    if found != record.link:
+        yield Fault(record.path, "links elsewhere", record.link, found)
+        return
+    goal = posixpath.normpath(posixpath.join(posixpath.dirname(record.path), record.link))
+    target = records.get(goal)
+    if target is None or is_symlink(target):
+        yield Fault(record.path, "links to a file the manifest does not name", found=goal)
+    elif (target.size, target.blake3) != (record.size, record.blake3):
+        yield Fault(record.path, "links to other content than it was made for", record.blake3, target.blake3)
+    elif not path.exists():
+        yield Fault(record.path, "links to a file that is missing", goal)
+
+
+def _stray_faults(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[str]) -> Iterator[Fault]:
+    for name, folders, files in os.walk(overlay):
+        folder = Path(name)
+        folders[:] = [entry for entry in folders if (folder / entry).relative_to(overlay).as_posix() not in begun]
+        if folder == overlay and WORK_FOLDER in folders and not (folder / WORK_FOLDER).is_symlink():
+            folders.remove(WORK_FOLDER)
+        links = [entry for entry in folders if (folder / entry).is_symlink()]
+        for entry in (*files, *links):
+            path = (folder / entry).relative_to(overlay).as_posix()
+            if path not in records and path != MANIFEST_NAME:
+                yield Fault(path, "is not in the manifest")
+
+
+def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord], bad: set[str]) -> Iterator[Fault]:
+    """Shards that do not fit each other or their index; files already found bad are left out."""
+    names = [path for path in records if posixpath.dirname(path) == folder and path not in bad]
+    owners: dict[str, list[str]] = defaultdict(list)
+    shards = [path for path in names if path.endswith(".safetensors")]
+    for path in shards:
+        try:
+            for tensor in read_tensorfile(overlay / path).tensors:
+                owners[tensor].append(posixpath.basename(path))
+        except LtxpackError as error:
+            yield Fault(path, error.problem, _text(error.expected), _text(error.found))
+    for tensor, files in owners.items():
+        if len(files) > 1:
+            yield Fault(f"{folder}/{files[-1]}", f"holds {tensor}, which stands in another shard too", found=files[0])
+    whole = not any(path.startswith(f"{folder}/") for path in bad)
+    for path in (path for path in names if path.endswith(INDEX_ENDING) and whole):
+        yield from _index_faults(overlay, path, {tensor: files[0] for tensor, files in owners.items()})
+
+
+def _index_faults(overlay: Path, path: str, owners: Mapping[str, str]) -> Iterator[Fault]:
+    try:
+        weight_map = read_index(overlay / path).weight_map
+    except LtxpackError as error:
+        yield Fault(path, error.problem, _text(error.expected), _text(error.found))
+        return
+    wrong = sorted(tensor for tensor in {*owners, *weight_map} if owners.get(tensor) != weight_map.get(tensor))
+    if wrong:
+        first = wrong[0]
+        problem = f"does not fit its shards: {len(wrong)} tensors, the first {first}"
+        yield Fault(path, problem, owners.get(first, "in no shard"), weight_map.get(first, "not named"))
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: number + 1]) for number in range(len(parts))]
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,66 @@
+"""How long work tells what it is doing, without printing: the cli hands in a Reporter that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """Receives notes and progress. Only ltxpack/cli has one that writes to a terminal."""
+
+    def note(self, message: str) -> None:
+        """A fact the user should see once."""
+
+    def detail(self, message: str) -> None:
+        """A fact for ``-v``."""
+
+    def warn(self, message: str) -> None:
+        """Something that is probably not what the user wants."""
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        """A phase of ``total`` units (``"B"`` bytes, ``"step"`` …) starts."""
+
+    def advance(self, amount: int = 1) -> None:
+        """The phase moved on."""
+
+    def end(self) -> None:
+        """The phase is over."""
+
+
+class SilentReporter:
+    """Drops everything; for use from Python and in tests."""
+
+    def note(self, message: str) -> None: ...
+
+    def detail(self, message: str) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def begin(self, label: str, total: int, unit: str) -> None: ...
+
+    def advance(self, amount: int = 1) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class ProgressReporter:
+    """Tells ``progress(phase, done, total)`` how far each phase is; all else goes to ``beyond``."""
+
+    def __init__(self, progress: Callable[[str, int, int], object], beyond: Reporter) -> None:
+        self.progress = progress
+        self.note, self.detail, self.warn = beyond.note, beyond.detail, beyond.warn
+        self._phase, self._done, self._total = "", 0, 0
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        """Tell that nothing is done yet."""
+        self._phase, self._done, self._total = label, 0, total
+        self.progress(label, 0, total)
+
+    def advance(self, amount: int = 1) -> None:
+        """Tell how much is done."""
+        self._done += amount
+        self.progress(self._phase, self._done, self._total)
+
+    def end(self) -> None:
+        """Nothing: the last ``advance`` told it."""

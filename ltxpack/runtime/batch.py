@@ -1,0 +1,164 @@
+"""Many videos from one prompts file: the overlay opened once, prompts encoded ahead, each video a file of its own.
+
+A line that fails does not stop the rest; one that is done already is not made again (see :mod:`record`).
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.reporter import Reporter
+from ltxpack.runtime import record
+from ltxpack.runtime.pipeline import Pipeline, Timings
+from ltxpack.runtime.prompts_file import Job, in_a_line, read_jobs
+from ltxpack.runtime.run import Peaks, RunOptions, write_video
+from ltxpack.tensorfile import open_source
+
+# Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host.
+AHEAD = 64
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a line ended: ``status`` done, skipped or failed, seconds per phase, and what went wrong."""
+
+    job: Job
+    status: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class BatchSummary:
+    """What became of every line, in the order of the file; ``ahead`` are the seconds of encoding prompts ahead."""
+
+    outcomes: Sequence[Outcome]
+    stage1: str
+    stage2: str
+    ahead: float
+    peaks: Peaks
+
+    def of(self, status: str) -> list[Outcome]:
+        """The lines that ended so."""
+        return [outcome for outcome in self.outcomes if outcome.status == status]
+
+
+def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter: Reporter) -> BatchSummary:
+    """Make the videos of the file ``prompts``; ``options`` and ``output`` for what a line leaves out.
+
+    Raises BadLinesError before anything is loaded if any line cannot be used, UsageError, OverlayError, DeviceError
+    for what no line could be made with. What goes wrong with one line is in its outcome.
+    """
+    with _claimed(prompts):
+        jobs = read_jobs(prompts, options.settings, output)
+        with options.open(reporter) as pipeline:
+            reporter.note(pipeline.choice.note)
+            batch = _Batch(pipeline, options.dtype, reporter)
+            batch.run(jobs)
+            choice, peaks = pipeline.choice, Peaks.of(pipeline.device)
+    outcomes = [batch.outcomes[job.number] for job in jobs]
+    return BatchSummary(outcomes, choice.stage1, choice.stage2, batch.ahead, peaks)
+
+
+@dataclass
+class _Batch:
+    """The jobs of one file on their way to outcomes, by line number."""
+
+    pipeline: Pipeline
+    dtype: str
+    reporter: Reporter
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    ahead: float = 0.0
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        pending = [job for job in jobs if self._attempt(job, self._is_pending)]
+        done = sum(outcome.status == SKIPPED for outcome in self.outcomes.values())
+        if done:
+            self.reporter.note(f"{done} of {len(jobs)} videos are done already")
+        for start in range(0, len(pending), AHEAD):
+            group = pending[start : start + AHEAD]
+            if self._encode(group):
+                for job in group:
+                    self._attempt(job, self._make)
+
+    def _is_pending(self, job: Job) -> bool:
+        """Whether it is left to make; raises DeviceError if it would not fit."""
+        if record.is_done(job.output, self._identity(job)[1]):
+            self.outcomes[job.number] = Outcome(job, SKIPPED)
+            return False
+        self.pipeline.check_fits(job.request)
+        return True
+
+    def _make(self, job: Job) -> bool:
+        self.reporter.note(f"line {job.number}: {job.output}")
+        description, mark = self._identity(job)
+        write_video(self.pipeline, job.request, job.output)
+        seconds = dict(self.pipeline.timings.seconds)
+        record.write_record(job.output, description, mark, seconds)
+        self.outcomes[job.number] = Outcome(job, DONE, seconds)
+        return True
+
+    def _encode(self, group: Sequence[Job]) -> bool:
+        """Encode the prompts of ``group`` with one load of the text encoder; if that fails, all of it fails."""
+        self.pipeline.timings = Timings()
+        try:
+            self.ahead += self.pipeline.encode_ahead([job.request for job in group])
+        except Exception as error:
+            for job in group:
+                self._failed(job, error)
+            return False
+        return True
+
+    def _attempt(self, job: Job, work: Callable[[Job], bool]) -> bool:
+        self.pipeline.timings = Timings()
+        try:
+            return work(job)
+        except Exception as error:
+            self._failed(job, error)
+            return False
+
+    def _failed(self, job: Job, error: Exception) -> None:
+        """Note the failure as text: the exception itself would keep the tensors of the failed work alive."""
+        self.reporter.end()
+        told = _as_ours(error, job.output)
+        if told is not error:
+            self.reporter.detail("".join(traceback.format_exception(error)))
+        self.reporter.warn(f"line {job.number} failed: {told.render()}")
+        self.outcomes[job.number] = Outcome(job, FAILED, dict(self.pipeline.timings.seconds), in_a_line(told))
+
+    def _identity(self, job: Job) -> tuple[dict[str, Any], str]:
+        overlay = self.pipeline.overlay
+        description = record.described(job.request, overlay, self.pipeline.choice, self.dtype)
+        return description, record.fingerprint(description, overlay)
+
+
+def _as_ours(error: Exception, output: Path) -> LtxpackError:
+    if isinstance(error, LtxpackError):
+        return error
+    if isinstance(error, OSError):
+        return LtxpackError(error.strerror or str(error), file=error.filename or output, next="free or mend that place")
+    return LtxpackError(
+        f"failed unexpectedly: {type(error).__name__}: {error}", file=output, next="the same command with -v says more"
+    )
+
+
+@contextmanager
+def _claimed(prompts: Path) -> Iterator[None]:
+    """Hold the prompts file, so that two runs of it never write the same video. Raises UsageError."""
+    import fcntl
+
+    with open_source(prompts) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError("another ltxpack run is at these prompts", file=prompts, next="wait for it") from None
+        except OSError:  # a filesystem without locks
+            pass
+        yield

@@ -1,0 +1,64 @@
+"""Audio latents to a waveform: audio VAE to a log-mel spectrogram, vocoder with bandwidth extension to sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLLTX2Audio
+from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2.vocoder import UpSample1d
+from torch import Tensor
+
+from ltxpack.runtime.load import Reader, build_on_meta, load_component, load_module, read_config
+
+
+def load_audio_vae(
+    folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None
+) -> AutoencoderKLLTX2Audio:
+    """The audio VAE of ``audio_vae/``. Raises as :func:`ltxpack.runtime.load.load_module`."""
+    return load_component(AutoencoderKLLTX2Audio, folder, device, dtype, reader=reader)
+
+
+def load_vocoder(
+    folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None
+) -> LTX2VocoderWithBWE:
+    """The vocoder of ``vocoder/``: weights rounded to ``dtype``, arithmetic always float32 (spec 06, section 6).
+
+    Raises as :func:`ltxpack.runtime.load.load_module`.
+    """
+    config = read_config(folder, LTX2VocoderWithBWE.__name__)
+    vocoder = build_on_meta(LTX2VocoderWithBWE, config, folder)
+    ratio = vocoder.config.output_sampling_rate // vocoder.config.input_sampling_rate
+    resampler = UpSample1d(ratio, window_type="hann", persistent=False)
+    return load_module(vocoder, folder, device, dtype, {"resampler.filter": resampler.filter}, reader).float()
+
+
+@torch.no_grad()
+def decode_mel(audio_vae: AutoencoderKLLTX2Audio, latents: Tensor) -> Tensor:
+    """The log-mel spectrogram ``[1, 2, 4 Ta - 3, 64]`` of normalised ``latents`` ``[1, 8, Ta, 16]``, same dtype.
+
+    The statistics belong to the token layout, feature = channel * 16 + bin.
+    """
+    _, channels, _, bins = latents.shape
+    tokens = latents.transpose(1, 2).flatten(2)
+    tokens = tokens * audio_vae.latents_std.to(tokens) + audio_vae.latents_mean.to(tokens)
+    return audio_vae.decode(tokens.unflatten(2, (channels, bins)).transpose(1, 2), return_dict=False)[0]
+
+
+@torch.no_grad()
+def decode_audio(audio_vae: AutoencoderKLLTX2Audio, vocoder: LTX2VocoderWithBWE, latents: Tensor) -> Tensor:
+    """The waveform ``[2, N]`` float32 in [-1, 1] of normalised ``latents`` ``[1, 8, Ta, 16]``.
+
+    N is ``(4 Ta - 3) * 160 * 3`` samples at :func:`sample_rate`. The vocoder runs in float32 without TF32; its
+    result is rounded to the dtype of ``latents``, as the official pipeline hands it on.
+    """
+    mel = decode_mel(audio_vae, latents)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+        waveform = vocoder(mel.float())
+    return waveform[0].to(latents.dtype).float()
+
+
+def sample_rate(vocoder: LTX2VocoderWithBWE) -> int:
+    """Samples per second of what ``vocoder`` makes."""
+    return int(vocoder.config.output_sampling_rate)

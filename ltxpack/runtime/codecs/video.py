@@ -1,0 +1,168 @@
+"""The video VAE: pixels to normalised latents, and latents to frames, tile by tile, a group of frames at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from diffusers import AutoencoderKLLTX2Video
+from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
+from torch import Tensor
+
+from ltxpack.runtime.codecs.tiling import Piece, Tiling, auto_tiling, frame_pieces, fresh_frames, spatial_pieces
+from ltxpack.runtime.large_tiles import large_tiling
+from ltxpack.runtime.load import Reader, load_component
+
+VideoVAE: TypeAlias = AutoencoderKLLTX2Video
+# Full-size tensors of the decoder's last stage alive at its largest moment, counted on the meta device.
+LIVE_TENSORS = 4.5
+# The group under way, its tail, and two on the way to the range [0, 1].
+FRAME_COPIES = 4
+# Tiles are blended this many frames at a time, so that the float32 copies stay small beside the frames.
+BLENDED_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LatentStatistics:
+    """Mean and deviation per latent channel, ``[C]`` each, in the model dtype."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, vae: VideoVAE) -> LatentStatistics:
+        """Those of a loaded video VAE; they can outlive it."""
+        return cls(vae.latents_mean, vae.latents_std)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """``(z - mean) / std`` over ``[B, C, f, h, w]``, in the dtype of ``latents``."""
+        mean, std = self._broadcast(latents)
+        return (latents - mean) / std
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """``z * std + mean`` over ``[B, C, f, h, w]``, in the dtype of ``latents``."""
+        mean, std = self._broadcast(latents)
+        return latents * std + mean
+
+    def _broadcast(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1, 1)
+        return self.mean.view(shape).to(latents), self.std.view(shape).to(latents)
+
+
+def load_video_vae(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> VideoVAE:
+    """The video VAE of an overlay's ``vae/``, with channels last if it goes to a GPU.
+
+    Raises as :func:`ltxpack.runtime.load.load_module`.
+    """
+    vae = load_component(VideoVAE, folder, device, dtype, reader=reader)
+    return channels_last(vae) if device.type == "cuda" else vae
+
+
+def channels_last(vae: VideoVAE) -> VideoVAE:
+    """``vae`` itself, with the channels of a place lying together in weights and activations.
+
+    The layout in which convolutions use matrix units; results stay the same up to rounding. diffusers' padding in
+    time would lay the activations out in planes again before every convolution, so another takes its place.
+    """
+    vae.to(memory_format=torch.channels_last_3d)
+    for module in vae.modules():
+        if isinstance(module, LTX2VideoCausalConv3d):
+            module.__class__ = _LayoutKeepingConv
+    return vae
+
+
+class _LayoutKeepingConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffusers is untyped
+    """The same convolution: slices keep the layout of what they are cut from, and so does what is joined from them."""
+
+    def forward(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
+        """The first frame is repeated before all others; without ``causal`` half of the times, and the last after."""
+        missing = self.kernel_size[0] - 1
+        before, after = (missing, 0) if causal else (missing // 2, missing // 2)
+        first, last = hidden_states[:, :, :1], hidden_states[:, :, -1:]
+        return self.conv(torch.cat([*[first] * before, hidden_states, *[last] * after], dim=2))
+
+
+def fast_tiling(vae: VideoVAE, latents: Tensor, available: int) -> Tiling:
+    """The largest tiles in which ``latents`` ``[1, C, f, h, w]`` can be decoded with ``available`` bytes free.
+
+    Seams move, so pixels near them differ from the official ones. What the frames themselves take is left out first;
+    not less than the official tiles even where these do not fit.
+    """
+    _, _, length, height, width = latents.shape
+    frames = math.prod((vae.temporal_compression_ratio * length, height, width)) * vae.spatial_compression_ratio**2
+    left = available - FRAME_COPIES * frames * vae.config.out_channels * latents.itemsize
+    return large_tiling(length, height, width, _largest_tile(vae, left, latents.itemsize))
+
+
+def _largest_tile(vae: VideoVAE, available: int, itemsize: int) -> int:
+    """How many latents a tile may have.
+
+    Its largest moment is a convolution of the last stage: the output, the input, and that before it was padded.
+    Nothing may have 2**31 elements, which convolutions cannot count.
+    """
+    config = vae.config
+    width = config.decoder_block_out_channels[0] // config.upsample_factor[0]
+    places = vae.temporal_compression_ratio * (vae.spatial_compression_ratio // config.patch_size) ** 2
+    return int(min(available // (LIVE_TENSORS * width * places * itemsize), (2**31 - 1) // (width * places)))
+
+
+@torch.no_grad()
+def encode_image(vae: VideoVAE, pixels: Tensor) -> Tensor:
+    """Normalised latents ``[1, C, f, H/32, W/32]`` of ``pixels`` ``[1, 3, F, H, W]`` in [-1, 1], model dtype.
+
+    The mean of the posterior, nothing drawn. One frame makes one latent frame; F is 8k + 1 (spec 04, section 5).
+    """
+    latents = vae.encode(pixels).latent_dist.mode()
+    return LatentStatistics.of(vae).normalise(latents)
+
+
+@torch.no_grad()
+def decode_video(vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
+    """The frames of normalised ``latents`` ``[1, C, f, h, w]``, in chunks ``[n, 32h, 32w, 3]`` in [0, 1].
+
+    A chunk is yielded as soon as its temporal group is decoded, in the dtype and on the device of ``latents``;
+    together they are ``8 (f - 1) + 1`` frames. ``tiling`` defaults to the official layout (spec 06, section 5).
+    """
+    _, _, length, height, width = latents.shape
+    tiling = tiling or auto_tiling(height, width)
+    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+    device = latents.device
+    groups = [piece.to(device) for piece in frame_pieces(length, tiling.frames, temporal)]
+    rows = [piece.to(device) for piece in spatial_pieces(height, tiling.height, spatial)]
+    columns = [piece.to(device) for piece in spatial_pieces(width, tiling.width, spatial)]
+    latents = LatentStatistics.of(vae).denormalise(latents)
+
+    tail = latents.new_empty(0, 1, 1, 1)
+    for group, fresh in zip(groups, fresh_frames(groups), strict=True):
+        frames = _decode_group(vae, latents[:, :, group.latents], group, rows, columns)
+        overlap = tail.shape[0]
+        frames[:overlap] += tail
+        tail = frames[fresh:].clone()
+        if fresh:
+            yield ((frames[:fresh] + 1) * 0.5).clamp(0, 1)
+
+
+def _decode_group(vae: VideoVAE, latents: Tensor, group: Piece, rows: list[Piece], columns: list[Piece]) -> Tensor:
+    """The weighted sum of one temporal group's tiles, ``[n, H, W, 3]`` in [-1, 1].
+
+    Products and sums are float32, rounded once as they are stored in the buffer.
+    """
+    channels = vae.config.out_channels
+    frames = latents.new_zeros(len(group.weights), rows[-1].output.stop, columns[-1].output.stop, channels)
+    for row in rows:
+        for column in columns:
+            tile = vae.decode(latents[..., row.latents, column.latents], return_dict=False)[0][0]
+            _blend(frames[:, row.output, column.output], tile.permute(1, 2, 3, 0), group, row, column)
+    return frames
+
+
+def _blend(place: Tensor, tile: Tensor, group: Piece, row: Piece, column: Piece) -> None:
+    """Adds ``tile`` times its weights to ``place``, both ``[n, h, w, 3]``."""
+    parts = (values.split(BLENDED_AT_ONCE) for values in (place, tile, group.weights))
+    for target, values, weights in zip(*parts, strict=True):
+        outer = weights.view(-1, 1, 1, 1) * row.weights.view(1, -1, 1, 1) * column.weights.view(1, 1, -1, 1)
+        target.copy_(target.float() + values.float() * outer)

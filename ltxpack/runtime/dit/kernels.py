@@ -1,0 +1,215 @@
+"""The kernels that can compute softmax(q·kᵀ/√d)·v, and the choice of one by measurement.
+
+Knows queries, keys and values ``[B, heads, T, head_dim]``; no mask, nothing causal. A kernel is a plain function, so
+a compiled block contains the one that was chosen before it was compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ltxpack.errors import UsageError
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+VARIABLE = "LTXPACK_ATTENTION"
+AUTO = "auto"
+DEFAULT = "sdpa"
+FLASH3_PACKAGE = "flash_attn_interface"
+# Every kernel must come this near to float64 on random data before it may be chosen: bf16 operands stay well below.
+AGREEMENT = 2e-2
+# Where two kernels are as good as equal the first of the list is taken, so that noise does not change a video.
+MARGIN = 1.03
+# Long enough to fill a large card, short enough for any: 0.5 GB of operands at 32 heads of 128 in bf16.
+MEASURED_TOKENS = 16384
+PROBED_TOKENS = 200
+WARM_UPS, REPEATS = 2, 5
+
+
+def _torch(backend: SDPBackend) -> Kernel:
+    """torch's attention, held to one of its backends; RuntimeError where that one cannot."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    return attention
+
+
+@torch.library.custom_op(
+    "ltxpack::flash_attention_3", mutates_args=(), schema="(Tensor query, Tensor key, Tensor value) -> Tensor"
+)
+def _flash3_op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """FlashAttention 3 on ``[B, T, heads, head_dim]``; one opaque node to the compiler, whatever the package does."""
+    found = importlib.import_module(FLASH3_PACKAGE).flash_attn_func(query, key, value)
+    # Older releases also return the log-sum-exp.
+    out: Tensor = found[0] if isinstance(found, tuple) else found
+    return out.contiguous()
+
+
+@_flash3_op.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    swapped = (part.transpose(1, 2) for part in (query, key, value))
+    found: Tensor = _flash3_op(*swapped)
+    return found.transpose(1, 2)
+
+
+def _any(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+# Name -> kernel, best first where several are as fast. "sdpa" leaves the choice to torch, at every call.
+KERNELS: Mapping[str, Kernel] = {
+    "flash3": _flash3,
+    "cudnn": _torch(SDPBackend.CUDNN_ATTENTION),
+    "flash": _torch(SDPBackend.FLASH_ATTENTION),
+    "efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa": _any,
+    "math": _torch(SDPBackend.MATH),
+}
+# "math" keeps every score: 34 GB at MEASURED_TOKENS. It has to be asked for.
+MEASURED = ("flash3", "cudnn", "flash", "efficient")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What is attended with: number and width of the heads, where and in which dtype."""
+
+    count: int
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def random(self, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v ``[1, heads, T, head_dim]`` of random numbers; never zeros, on which kernels run faster."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def draw(tokens: int) -> Tensor:
+            shape = (1, self.count, tokens, self.width)
+            return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+
+        return draw(queries), draw(keys), draw(keys)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel to use. ``milliseconds``: what was measured, at ``MEASURED_TOKENS``; ``refused``: name -> why."""
+
+    name: str
+    milliseconds: Mapping[str, float]
+    refused: Mapping[str, str]
+
+    @property
+    def note(self) -> str:
+        """One line for the user."""
+        if not self.milliseconds:
+            return f"attention: {self.name}"
+        times = ", ".join(f"{name} {value:.2f} ms" for name, value in sorted(self.milliseconds.items(), key=_second))
+        return f"attention: {self.name} (of {MEASURED_TOKENS} tokens: {times})"
+
+
+def choose(heads: Heads, name: str | None = None) -> Choice:
+    """The kernel called ``name``, or by ``LTXPACK_ATTENTION``; for ``auto`` or nothing, the fastest on this device.
+
+    Measured once per process for the same ``heads``; on a CPU torch's own choice is taken without measuring. Raises
+    UsageError for an unknown name, and for a kernel that does not run here or gives wrong numbers.
+    """
+    asked = name or os.environ.get(VARIABLE) or AUTO
+    if asked != AUTO:
+        return _pinned(heads, asked)
+    return Choice(DEFAULT, {}, {}) if heads.device.type == "cpu" else measured(heads, MEASURED, MEASURED_TOKENS)
+
+
+@functools.cache
+def measured(heads: Heads, names: tuple[str, ...], tokens: int) -> Choice:
+    """The fastest of ``names`` at ``tokens`` tokens attending to themselves; torch's own choice if none runs."""
+    refused, times = {}, {}
+    for name in names:
+        try:
+            why = fault(heads, name)
+            if why is None:
+                times[name] = milliseconds(heads, KERNELS[name], tokens)
+        except torch.OutOfMemoryError:
+            why = "no memory to measure it"
+        if why is not None:
+            refused[name] = why
+    enough = MARGIN * min(times.values(), default=0.0)
+    return Choice(next((name for name, value in times.items() if value <= enough), DEFAULT), times, refused)
+
+
+@torch.inference_mode()
+def fault(heads: Heads, name: str) -> str | None:
+    """Why the kernel cannot be used here, or None: it is run on keys of another number than queries, and compared."""
+    if name == "flash3" and importlib.util.find_spec(FLASH3_PACKAGE) is None:
+        return f"no package {FLASH3_PACKAGE}"
+    query, key, value = heads.random(PROBED_TOKENS, PROBED_TOKENS // 2 + 1)
+    try:
+        found = KERNELS[name](query, key, value).double()
+    except (RuntimeError, ImportError, TypeError, AttributeError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    scores = query.double() @ key.double().mT / heads.width**0.5
+    expected = scores.softmax(-1) @ value.double()
+    error_found = ((found - expected).norm() / expected.norm()).item()
+    return None if error_found <= AGREEMENT else f"wrong by {error_found:.1e}"
+
+
+@torch.inference_mode()
+def milliseconds(heads: Heads, kernel: Kernel, tokens: int) -> float:
+    """Median of a few calls, after warming up."""
+    operands = heads.random(tokens, tokens)
+    for _ in range(WARM_UPS):
+        kernel(*operands)
+    times = sorted(_timed(heads.device, lambda: kernel(*operands)) for _ in range(REPEATS))
+    return times[len(times) // 2]
+
+
+def _timed(device: torch.device, work: Callable[[], object]) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return (time.perf_counter() - begin) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _pinned(heads: Heads, name: str) -> Choice:
+    if name not in KERNELS:
+        raise UsageError(
+            "unknown attention kernel",
+            expected=", ".join((AUTO, *KERNELS)),
+            found=name,
+            next=f"choose one of them, or unset {VARIABLE}",
+        )
+    why = fault(heads, name)
+    if why is not None:
+        raise UsageError(
+            f"the attention kernel {name} cannot be used here",
+            expected=f"one for {heads.device}, {heads.dtype}".replace("torch.", ""),
+            found=why,
+            next=f"choose {AUTO}, or unset {VARIABLE}",
+        )
+    return Choice(name, {}, {})
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]

@@ -1,0 +1,24 @@
+"""The DiT from a transformer folder of an overlay: the base's or a bake's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ltxpack.runtime.dit.config import DiTConfig
+from ltxpack.runtime.dit.model import DiT
+from ltxpack.runtime.load import Reader, load_module, read_config
+
+CLASS_NAME = "LTX2VideoTransformer3DModel"
+
+
+def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> DiT:
+    """The model of ``folder`` on ``device``, its weights in ``dtype``.
+
+    Raises as :func:`ltxpack.runtime.load.load_module`, and UnsupportedError for a config this DiT does not implement.
+    """
+    config = DiTConfig.from_dict(read_config(folder, CLASS_NAME))
+    with torch.device("meta"):
+        model = DiT(config)
+    return load_module(model, folder, device, dtype, reader=reader)

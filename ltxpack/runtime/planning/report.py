@@ -1,0 +1,116 @@
+"""A plan in words, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ltxpack.runtime.planning import modes
+from ltxpack.runtime.planning.machine import Machine
+from ltxpack.runtime.planning.modes import Plan, Setup
+
+WEIGHTS = {
+    modes.KEPT: "both stages' weights stay in pinned host memory",
+    modes.STAGED: "the next stage's weights are read into pinned host memory while one stage runs",
+    modes.DISK: "each stage's weights are read from disk when it begins",
+    modes.BLOCKS: "from pinned host memory, filled anew for each stage",
+    modes.FILE: "from the file, each time again",
+}
+TEXTS = {
+    modes.WHOLE: "",
+    modes.LAYERS: "the text encoder layer by layer",
+    modes.LAYERS_FROM_FILE: "the text encoder layer by layer from its file",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command to type; ``done``: it was already."""
+
+    text: str
+    done: bool
+
+
+def gigabytes(count: int) -> str:
+    """Bytes as ``41.8 GB``."""
+    return f"{count / 1e9:.1f} GB"
+
+
+def described(setup: Setup, blocks: tuple[int, int]) -> str:
+    """What stays where, in a sentence."""
+    if setup.mode == modes.RESIDENT:
+        parts = ["both transformers stay on the device"]
+    elif setup.mode == modes.SWAP:
+        parts = ["one transformer on the device at a time", WEIGHTS[setup.weights]]
+    else:
+        counts = (f"{count} of {total} blocks" for count, total in zip(setup.streamed, blocks, strict=True))
+        whence = "from pinned host memory" if setup.weights == modes.KEPT else WEIGHTS[setup.weights]
+        parts = ["{} of stage 1 and {} of stage 2 pass through two slots on the device".format(*counts), whence]
+    if setup.keep_parts:
+        parts.append("the small parts stay on the device")
+    if TEXTS[setup.text]:
+        parts.append(TEXTS[setup.text])
+    return ", ".join(parts)
+
+
+def lines(plan: Plan, machine: Machine) -> list[str]:
+    """The plan as a run tells it before it loads: what stays where, and the most memory it takes."""
+    if machine.card is None:
+        most = max(phase.card + phase.host for phase in plan.phases)
+        memory = f"{gigabytes(most)} of the {gigabytes(machine.host)} of memory free"
+    else:
+        memory = (
+            f"{gigabytes(plan.card)} of the {gigabytes(machine.card)} of the card, "
+            f"{gigabytes(plan.host)} of the {gigabytes(machine.host)} of the host"
+        )
+    return [f"residency {plan.mode}: {described(plan.setup, plan.blocks)}", f"peak memory planned: {memory}"]
+
+
+def table(plan: Plan) -> list[str]:
+    """One line a phase."""
+    found = [f"{'phase':<12} {'card':>9}  {'weights':>9} {'beside':>9}   {'host':>9}"]
+    for phase in plan.phases:
+        numbers = [gigabytes(count) for count in (phase.card, phase.weights, phase.activations, phase.host)]
+        found.append("{:<12} {:>9}  {:>9} {:>9}   {:>9}".format(phase.name, *numbers))
+    return found
+
+
+def seconds(count: int, disk_rate: int) -> float:
+    """How long ``count`` bytes take at ``disk_rate`` bytes a second."""
+    return count / disk_rate
+
+
+def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Command]) -> dict[str, Any]:
+    """The document of ``ltxpack plan --json``; schemas/plan.schema.json describes it. All sizes in bytes."""
+    setup = plan.setup
+    return {
+        "mode": plan.mode,
+        "description": described(setup, plan.blocks),
+        "stages": list(plan.stages),
+        "setup": {
+            "small_parts_stay": setup.keep_parts,
+            "weights": setup.weights,
+            "text_encoder": setup.text,
+            "blocks": list(plan.blocks),
+            "streamed_blocks": list(setup.streamed),
+        },
+        "machine": {"card": machine.card, "host": machine.host},
+        "peak": {"card": plan.card, "host": plan.host},
+        "phases": [
+            {
+                "name": phase.name,
+                "card": phase.card,
+                "weights": phase.weights,
+                "activations": phase.activations,
+                "host": phase.host,
+            }
+            for phase in plan.phases
+        ],
+        "loading": {
+            "disk_rate": disk_rate,
+            "first_video": {"bytes": plan.first_read, "seconds": seconds(plan.first_read, disk_rate)},
+            "next_video": {"bytes": plan.next_read, "seconds": seconds(plan.next_read, disk_rate)},
+        },
+        "commands": [{"command": command.text, "done": command.done} for command in commands],
+    }

@@ -1,0 +1,161 @@
+"""A prompts file: one JSON object per line, one video each, all of them checked before anything runs.
+
+Reads lines and pictures, knows no model. A field that is absent has the value of its flag; paths are relative to the
+folder of the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from ltxpack.errors import BadLinesError, FormatError, LtxpackError, UsageError
+from ltxpack.manifest import load_schema
+from ltxpack.runtime.media import check_output, frame_rate
+from ltxpack.runtime.media.images import read_image
+from ltxpack.runtime.record import is_free
+from ltxpack.runtime.request import ImageSpec, Request, Settings
+from ltxpack.tensorfile import open_source, parse_json
+
+MAX_BYTES = 64 * 1024 * 1024
+MAX_FAULT_LENGTH = 300
+# Leaves room for what is put around the name of a file that is not whole yet.
+MAX_NAME_BYTES = 230
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# JSON has one kind of number: 64.0 is an integer to the schema.
+WHOLE = ("seed", "height", "width", "num_frames", "steps")
+AS_THEY_ARE = ("negative_prompt", "fps")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Line ``number`` (from 1) of a prompts file: the video asked for, and where it goes."""
+
+    number: int
+    request: Request
+    output: Path
+
+
+def read_jobs(path: Path, defaults: Settings, output: Path | None = None) -> list[Job]:
+    """The videos of the prompts file ``path``; ``defaults`` and ``output`` for the fields a line leaves out.
+
+    Without ``output``, line 7 of ``FILE.jsonl`` goes to ``FILE-0007.mp4`` beside it. Raises BadLinesError with every
+    line at fault; UsageError for a file without lines; SourceError for one that cannot be read.
+    """
+    reader = _Reader(path, defaults, output)
+    jobs, faults = [], []
+    for number, line in _lines(path):
+        try:
+            jobs.append(reader.job(number, line))
+        except LtxpackError as error:
+            faults.append(f"line {number}: {in_a_line(error)}")
+    if faults:
+        raise BadLinesError(
+            f"{len(faults)} of {len(faults) + len(jobs)} lines cannot be used; nothing was run",
+            file=path,
+            items=faults,
+            next="correct these lines and run the same command again",
+        )
+    if not jobs:
+        raise UsageError("holds no line", file=path, expected='lines like {"prompt": "…", "output": "a.mp4"}')
+    return jobs
+
+
+def in_a_line(error: LtxpackError) -> str:
+    """What ``error`` says, without what to do next, in one line."""
+    return ", ".join(line.strip() for line in error.render().splitlines()[:-1])
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open_source(path) as file:
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise UsageError("is too large", file=path, expected=f"at most {MAX_BYTES} bytes")
+    for number, line in enumerate(data.removeprefix(BYTE_ORDER_MARK).split(b"\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+@dataclass
+class _Reader:
+    """Makes jobs of lines; remembers which outputs are taken."""
+
+    path: Path
+    defaults: Settings
+    output: Path | None
+    taken: dict[Path, int] = field(default_factory=dict)
+
+    def job(self, number: int, line: bytes) -> Job:
+        fields = _fields(line)
+        request = Request.of(fields["prompt"], **self._settings(fields))
+        for image in request.images:
+            _check_picture(image.path)
+        frame_rate(request.shape.fps)
+        return Job(number, request, self._output(fields.get("output"), number))
+
+    def _settings(self, fields: Mapping[str, Any]) -> Settings:
+        settings: Settings = {**self.defaults}
+        settings.update({name: int(fields[name]) for name in WHOLE if name in fields})  # type: ignore[typeddict-item]
+        settings.update({name: fields[name] for name in AS_THEY_ARE if name in fields})  # type: ignore[typeddict-item]
+        if "images" in fields:
+            frames = settings["num_frames"]
+            settings["images"] = [self._image(image, frames) for image in fields["images"]]
+        return settings
+
+    def _image(self, fields: Mapping[str, Any], num_frames: int) -> ImageSpec:
+        frame = fields.get("frame", 0)
+        path = self.path.parent / fields["path"]
+        return ImageSpec(path, num_frames - 1 if frame == "last" else int(frame), float(fields.get("strength", 1.0)))
+
+    def _output(self, named: str | None, number: int) -> Path:
+        if named is not None:
+            output = self.path.parent / named
+        else:
+            output = self.output or self.path.with_name(f"{self.path.stem}-{number:04}.mp4")
+        if not output.name.isprintable() or len(os.fsencode(output.name)) > MAX_NAME_BYTES:
+            raise UsageError("not a file name", found=ascii(output.name[:MAX_NAME_BYTES]))
+        check_output(output)
+        place = Path(os.path.realpath(output.parent)) / output.name
+        first = self.taken.setdefault(place, number)
+        if first != number:
+            raise UsageError(f"has the same output as line {first}", file=output)
+        is_free(output)
+        return output
+
+
+@functools.cache
+def _validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads(load_schema("prompts")))
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    """The object in ``line``. Raises UsageError with every fault of it."""
+    try:
+        fields: dict[str, Any] = parse_json(line.strip(), "")
+    except FormatError as error:
+        raise UsageError(error.problem) from None
+    faults = [
+        ": ".join([*(str(part) for part in error.absolute_path), error.message[:MAX_FAULT_LENGTH]])
+        for error in sorted(_validator().iter_errors(fields), key=lambda error: list(map(str, error.absolute_path)))
+    ]
+    if faults:
+        raise UsageError("; ".join(faults))
+    return fields
+
+
+def _check_picture(path: Path) -> None:
+    """Raises LtxpackError for a picture that cannot be read."""
+    stat = path.stat()
+    _read_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_once(path: Path, size: int, changed: int) -> None:
+    read_image(path)

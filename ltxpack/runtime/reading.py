@@ -1,0 +1,375 @@
+"""Bytes of safetensors files into tensors, with several reads in flight, hashed as they pass.
+
+What goes to a device passes through a few pinned buffers; what goes to host memory is read straight to its place. No
+file is held whole. Knows no module and no names: what arrives where comes in as :class:`Arrival` values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from ltxpack.errors import LtxpackError, OverlayError
+from ltxpack.runtime.copies import Copies, HostMemory, Mark
+
+PIECE = 32 * 1024 * 1024
+IN_FLIGHT = 6
+# Buffers beyond the reads in flight: their bytes are on the way to the device.
+LANDING = 2
+# The most buffers the system fills in one call (IOV_MAX).
+VIEWS_PER_READ = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies: ``start`` bytes into ``file``, stored as ``dtype``."""
+
+    file: Path
+    start: int
+    nbytes: int
+    dtype: torch.dtype
+
+
+class Arrival:
+    """One tensor on its way into ``final``, a contiguous tensor; another dtype there is a cast on arrival.
+
+    ``direct``: ``final`` is host memory to be read into, not a device to be copied to.
+    """
+
+    __slots__ = ("_arriving", "_missing", "direct", "final", "place")
+
+    def __init__(self, place: Place, final: Tensor, direct: bool = False) -> None:
+        self.place, self.final, self.direct = place, final, direct
+        self._missing = place.nbytes
+        self._arriving: Tensor | None = None
+
+    def bytes(self, offset: int, nbytes: int) -> Tensor:
+        """A stretch of where the stored bytes go, uint8."""
+        if self._arriving is None:
+            same = self.final.dtype == self.place.dtype
+            self._arriving = self.final if same else torch.empty_like(self.final, dtype=self.place.dtype)
+        return self._arriving.reshape(-1).view(torch.uint8)[offset : offset + nbytes]
+
+    def landed(self, nbytes: int) -> None:
+        """``nbytes`` more are there; with the last ones the tensor is cast if need be."""
+        self._missing -= nbytes
+        if self._missing == 0 and self._arriving is not None:
+            if self._arriving is not self.final:
+                self.final.copy_(self._arriving)
+            self._arriving = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes that follow one another in a file: a tensor's from ``offset`` on, or nobody's."""
+
+    start: int
+    nbytes: int
+    arrival: Arrival | None = None
+    offset: int = 0
+
+    @property
+    def direct(self) -> bool:
+        """Whether it is read straight to its place."""
+        return self.arrival is not None and self.arrival.direct
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one read brings: stretches without a gap between them. ``last``: the file ends with it."""
+
+    file: Path
+    stretches: tuple[Stretch, ...]
+    last: bool
+
+    @property
+    def start(self) -> int:
+        """Where in the file it begins."""
+        return self.stretches[0].start
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A piece being read into ``views``; ``buffer`` is the pinned buffer it uses, if any."""
+
+    piece: Piece
+    views: list[memoryview]
+    buffer: HostMemory | None
+    done: Future[None]
+
+
+def no_stop() -> None:
+    """Never stops a reading."""
+
+
+class FileReader:
+    """Reads files piece by piece on threads; pieces are taken in the order of the file. For one thread at a time.
+
+    ``piece`` bytes are read at once, ``in_flight`` pieces at a time.
+    """
+
+    def __init__(self, copies: Copies, *, piece: int = PIECE, in_flight: int = IN_FLIGHT) -> None:
+        self.copies = copies
+        self.piece, self.in_flight = piece, in_flight
+        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="ltxpack-read")
+        # Buffers and the mark after which each is free again, oldest first.
+        self._buffers: deque[tuple[HostMemory, Mark]] = deque()
+        self._made = 0
+
+    def fill(
+        self,
+        arrivals: Iterable[Arrival],
+        digests: Mapping[Path, str] | None = None,
+        *,
+        stop: Callable[[], None] = no_stop,
+        after: Callable[[], Mark] | None = None,
+    ) -> Mark:
+        """Read every arrival. Returns the mark after which those on the device are there.
+
+        The files of ``digests`` (file: blake3) are read whole and compared. No piece is copied to the device before
+        ``after()``, asked for each; default: where the computation stands, which is when new tensors are free to be
+        written. ``stop`` raises to end the reading. Raises OverlayError for a file that changed or cannot be read;
+        what had arrived by then is not to be used.
+        """
+        check = _Check(digests or {})
+        after = after or self.copies.now
+        flights: deque[_Flight] = deque()
+        mark: Mark = None
+        with contextlib.ExitStack() as files:
+            try:
+                for piece, descriptor in _opened(plan_pieces(arrivals, list(digests or {}), self.piece), files):
+                    stop()
+                    flights.append(self._take_off(piece, descriptor))
+                    if len(flights) == self.in_flight:
+                        mark = self._land(flights.popleft(), check, after()) or mark
+                while flights:
+                    mark = self._land(flights.popleft(), check, after()) or mark
+            except BaseException:
+                self._abandon(flights)
+                raise
+        return mark
+
+    def close(self) -> None:
+        """End the threads and give the buffers back."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._settle()
+        self._buffers.clear()
+
+    def _take_off(self, piece: Piece, descriptor: int) -> _Flight:
+        """Begin to read ``piece``."""
+        buffer = None if all(stretch.direct for stretch in piece.stretches) else self._free_buffer()
+        views = list(_views(piece, buffer))
+        return _Flight(piece, views, buffer, self._threads.submit(_read, descriptor, views, piece))
+
+    def _land(self, flight: _Flight, check: _Check, after: Mark) -> Mark:
+        """Wait for the read, send on what goes to the device, note what arrived, hash it all."""
+        mark: Mark = None
+        try:
+            flight.done.result()
+            if flight.buffer is not None:
+                buffer = flight.buffer.bytes
+                mark = self.copies.run(lambda: _send_on(flight.piece, buffer), after)
+            _note_direct(flight.piece)
+            check.update(flight.piece, flight.views)
+        finally:
+            if flight.buffer is not None:
+                self._buffers.append((flight.buffer, mark))
+        return mark
+
+    def _free_buffer(self) -> HostMemory:
+        if self._made < self.in_flight + LANDING:
+            self._made += 1
+            fresh = HostMemory(self.piece, self.copies)
+            fresh.pin()
+            return fresh
+        buffer, mark = self._buffers.popleft()
+        self.copies.finish(mark)
+        return buffer
+
+    def _abandon(self, flights: deque[_Flight]) -> None:
+        """Let nothing be written any more to memory that is about to be given back."""
+        for flight in flights:
+            flight.done.cancel()
+        for flight in flights:
+            with contextlib.suppress(Exception, CancelledError):
+                flight.done.result()
+            if flight.buffer is not None:
+                self._buffers.append((flight.buffer, None))
+        self._settle()
+
+    def _settle(self) -> None:
+        for _, mark in self._buffers:
+            self.copies.finish(mark)
+
+
+class _Check:
+    """The blake3 of one file after the other, against what is expected."""
+
+    def __init__(self, digests: Mapping[Path, str]) -> None:
+        self._digests = digests
+        self._hasher = blake3(max_threads=blake3.AUTO)
+
+    def update(self, piece: Piece, views: Sequence[memoryview]) -> None:
+        """Take in ``piece``; at the end of its file compare. Raises OverlayError."""
+        expected = self._digests.get(piece.file)
+        if expected is None:
+            return
+        for view in views:
+            self._hasher.update(view)
+        if piece.last:
+            found = self._hasher.hexdigest()
+            self._hasher = blake3(max_threads=blake3.AUTO)
+            if found != expected:
+                raise changed(piece.file, f"blake3 {expected[:16]}…", f"{found[:16]}…")
+
+
+def plan_pieces(arrivals: Iterable[Arrival], whole: Sequence[Path], limit: int) -> Iterator[Piece]:
+    """The pieces, file by file, of at most ``limit`` bytes; the files of ``whole`` from their first byte to the last.
+
+    Of other files only what arrives is read.
+    """
+    by_file: dict[Path, list[Arrival]] = {path: [] for path in whole}
+    for arrival in arrivals:
+        by_file.setdefault(arrival.place.file, []).append(arrival)
+    for path, wanted in by_file.items():
+        wanted.sort(key=lambda arrival: arrival.place.start)
+        size = _size(path) if path in whole else None
+        cut = list(_cut(_stretches(wanted, size), limit))
+        for number, stretches in enumerate(cut):
+            yield Piece(path, stretches, number == len(cut) - 1)
+
+
+def changed(path: Path, expected: object, found: object) -> LtxpackError:
+    """What is raised for a file that is not as the manifest states it."""
+    # A manifest marks the overlay's own folder.
+    overlay = next((folder for folder in path.parents if (folder / "ltxpack.json").is_file()), path.parent)
+    return OverlayError(
+        "changed since the overlay was written",
+        file=path,
+        expected=expected,
+        found=found,
+        next=f"ltxpack verify {overlay}",
+    )
+
+
+def _stretches(arrivals: Sequence[Arrival], size: int | None) -> Iterator[Stretch]:
+    """The arrivals as stretches in order; with ``size`` also what lies before, between and behind them."""
+    end = 0
+    for arrival in arrivals:
+        place = arrival.place
+        if size is not None and place.start > end:
+            yield Stretch(end, place.start - end)
+        if place.nbytes:
+            yield Stretch(place.start, place.nbytes, arrival)
+        end = max(end, place.start + place.nbytes)
+    if size is not None and size > end:
+        yield Stretch(end, size - end)
+
+
+def _cut(stretches: Iterable[Stretch], limit: int) -> Iterator[tuple[Stretch, ...]]:
+    """Stretches without a gap between them, together at most ``limit`` bytes."""
+    group: list[Stretch] = []
+    held = 0
+    for stretch in stretches:
+        if group and group[-1].start + group[-1].nbytes != stretch.start:
+            yield tuple(group)
+            group, held = [], 0
+        done = 0
+        while done < stretch.nbytes:
+            taken = min(limit - held, stretch.nbytes - done)
+            group.append(Stretch(stretch.start + done, taken, stretch.arrival, done))
+            done, held = done + taken, held + taken
+            if held == limit:
+                yield tuple(group)
+                group, held = [], 0
+    if group:
+        yield tuple(group)
+
+
+def _opened(pieces: Iterable[Piece], files: contextlib.ExitStack) -> Iterator[tuple[Piece, int]]:
+    """Each piece with an open descriptor of its file."""
+    path, descriptor = None, -1
+    for piece in pieces:
+        if piece.file != path:
+            try:
+                descriptor = os.open(piece.file, os.O_RDONLY)
+            except OSError as error:
+                raise changed(piece.file, "readable", error.strerror) from None
+            files.callback(os.close, descriptor)
+            path = piece.file
+        yield piece, descriptor
+
+
+def _views(piece: Piece, buffer: HostMemory | None) -> Iterator[memoryview]:
+    """Where the bytes of ``piece`` are read to, in order: into the buffer at their own offset, or straight to a tensor.
+
+    What lies side by side in the buffer is one view.
+    """
+    begin = end = 0
+    position = 0
+    for stretch in piece.stretches:
+        if stretch.direct and stretch.arrival is not None:
+            if buffer is not None and end > begin:
+                yield buffer.bytes.numpy().data[begin:end]
+            yield stretch.arrival.bytes(stretch.offset, stretch.nbytes).numpy().data
+            begin = end = position + stretch.nbytes
+        else:
+            end = position + stretch.nbytes
+        position += stretch.nbytes
+    if buffer is not None and end > begin:
+        yield buffer.bytes.numpy().data[begin:end]
+
+
+def _read(descriptor: int, views: Sequence[memoryview], piece: Piece) -> None:
+    """Fill ``views`` from the file. Raises OverlayError if it ends early or cannot be read."""
+    left = deque(views)
+    position = piece.start
+    while left:
+        try:
+            count = os.preadv(descriptor, list(itertools.islice(left, VIEWS_PER_READ)), position)
+        except OSError as error:
+            raise changed(piece.file, "readable", error.strerror) from None
+        if count == 0:
+            raise changed(piece.file, f"more than {position} bytes", "no more")
+        position += count
+        while left and count >= len(left[0]):
+            count -= len(left.popleft())
+        if count:
+            left[0] = left[0][count:]
+
+
+def _send_on(piece: Piece, buffer: Tensor) -> None:
+    """Copy from the buffer what does not lie in its place yet. Runs in the queue of copies."""
+    position = 0
+    for stretch in piece.stretches:
+        arrival = stretch.arrival
+        if arrival is not None and not stretch.direct:
+            part = buffer[position : position + stretch.nbytes]
+            arrival.bytes(stretch.offset, stretch.nbytes).copy_(part, non_blocking=True)
+            arrival.landed(stretch.nbytes)
+        position += stretch.nbytes
+
+
+@torch.inference_mode()
+def _note_direct(piece: Piece) -> None:
+    """What was read straight to its place has arrived."""
+    for stretch in piece.stretches:
+        if stretch.direct and stretch.arrival is not None:
+            stretch.arrival.landed(stretch.nbytes)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise changed(path, "a file", error.strerror) from None

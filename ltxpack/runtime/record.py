@@ -1,0 +1,124 @@
+"""What a video was made from, beside the video: how a repeated command knows what is done.
+
+``boat.mp4`` gets ``boat.mp4.json`` with the request and two hashes: of everything the picture depends on, and of the
+video file itself. A video counts as done only while both still hold: not if the prompt, a setting, an image's content
+or the overlay changed, and not if another video took its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.manifest import FileRecord
+from ltxpack.runtime.guidance import Guidance
+from ltxpack.runtime.overlay import CLASSES, Overlay
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.select import Choice
+from ltxpack.tensorfile import atomic_write, read_json
+
+FORMAT = 1
+MADE_BY = "ltxpack run --prompts"
+MAX_BYTES = 1024 * 1024
+
+
+def record_path(output: Path) -> Path:
+    """Where the record of the video ``output`` lies."""
+    return output.with_name(f"{output.name}.json")
+
+
+def is_free(output: Path) -> None:
+    """Raises UsageError if a file that is no record of ours stands where the record would go."""
+    path = record_path(output)
+    if path.exists() and _read(path) is None:
+        raise UsageError("would be overwritten, and ltxpack did not write it", file=path, next=f"move {path}")
+
+
+def described(request: Request, overlay: Overlay, choice: Choice, dtype: str) -> dict[str, Any]:
+    """Everything the video of ``request`` depends on, as JSON. Raises OSError for an image that cannot be read."""
+    shape, crf = request.shape, request.image_crf
+    return {
+        "prompt": request.prompt.strip(),
+        "negative_prompt": request.negative_prompt.strip(),
+        "seed": request.seed,
+        "height": shape.height,
+        "width": shape.width,
+        "num_frames": shape.frames,
+        "fps": shape.fps,
+        "steps": request.steps,
+        "guidance": {"video": _guidance(request.guidance.video), "audio": _guidance(request.guidance.audio)},
+        "images": [
+            {"frame": image.frame, "strength": image.strength, "blake3": _digest(image.path)}
+            for image in request.images
+        ],
+        "image_crf": overlay.manifest.image_crf if crf is None else crf,
+        "stage1": choice.stage1,
+        "stage2": choice.stage2,
+        "dtype": dtype,
+    }
+
+
+def fingerprint(description: Mapping[str, Any], overlay: Overlay) -> str:
+    """The hash of ``description`` together with the weights that would be used."""
+    weights = {name: _hashes(overlay.records(name)) for name in sorted({*CLASSES, "tokenizer"} - {"transformer"})}
+    for stage in ("stage1", "stage2"):
+        weights[stage] = _hashes(overlay.transformer_records(description[stage]))
+    document = {"format": FORMAT, "request": description, "weights": weights}
+    return blake3(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def is_done(output: Path, wanted: str) -> bool:
+    """Whether ``output`` is, byte for byte, the video once made from what ``wanted`` is the fingerprint of."""
+    record = _read(record_path(output))
+    if record is None or record.get("fingerprint") != wanted:
+        return False
+    try:
+        return record.get("video_blake3") == _digest(output)
+    except OSError:
+        return False
+
+
+def write_record(output: Path, description: Mapping[str, Any], mark: str, seconds: Mapping[str, float]) -> None:
+    """Write the record of the finished video ``output``. Raises OSError."""
+    document = {
+        "made_by": MADE_BY,
+        "format": FORMAT,
+        "fingerprint": mark,
+        "video_blake3": _digest(output),
+        "request": dict(description),
+        "seconds": {phase: round(count, 3) for phase, count in seconds.items()},
+    }
+    atomic_write(record_path(output), (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode())
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The record at ``path``, or None if there is none or it is not ours."""
+    try:
+        document = read_json(path, MAX_BYTES)
+    except LtxpackError:
+        return None
+    ours = isinstance(document, dict) and document.get("made_by") == MADE_BY and document.get("format") == FORMAT
+    return document if ours else None
+
+
+def _guidance(guidance: Guidance) -> dict[str, Any]:
+    fields = dataclasses.asdict(guidance)
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in fields.items()}
+
+
+def _hashes(records: tuple[FileRecord, ...]) -> list[str]:
+    return [record.blake3 for record in sorted(records, key=lambda record: record.path)]
+
+
+def _digest(path: Path) -> str:
+    hasher = blake3()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            hasher.update(part)
+    return hasher.hexdigest()

@@ -1,0 +1,266 @@
+"""The parts of an overlay on the device, as a plan has them: loaded on demand or ahead, kept or dropped.
+
+Every file is compared with the manifest as it is read: what changed is refused before it is used.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from ltxpack.manifest import FileRecord
+from ltxpack.reporter import Reporter, SilentReporter
+from ltxpack.runtime.copies import copies_to
+from ltxpack.runtime.load import Reader
+from ltxpack.runtime.overlay import BASE, Overlay
+from ltxpack.runtime.planning import advice, modes, report
+from ltxpack.runtime.planning.modes import Plan, Setup, Work
+from ltxpack.runtime.planning.sizes import BLOCKS, TEXT_ENCODER, TRANSFORMER, Model, overlay_model
+from ltxpack.runtime.reading import FileReader, no_stop
+from ltxpack.runtime.residency.background import Background, Stop
+from ltxpack.runtime.residency.device import machine_of
+from ltxpack.runtime.residency.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
+
+M = TypeVar("M", bound=nn.Module)
+M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
+R = TypeVar("R")
+Settle = Callable[[Any, bool], None]
+DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# Until a plan is made: one part at a time, each whole.
+UNPLANNED = Setup(modes.SWAP)
+IN_STREAM = {modes.KEPT: MEMORY, modes.BLOCKS: MEMORY, modes.FILE: FILE}
+TEXT_BLOCKS = {modes.LAYERS: MEMORY, modes.LAYERS_FROM_FILE: FILE}
+
+
+class Load(Protocol[M_co]):
+    """What builds a part from its folder, such as :func:`ltxpack.runtime.dit.load_dit`."""
+
+    def __call__(self, folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader, /) -> M_co: ...
+
+
+class Residency:
+    """Lends the parts of ``overlay`` on ``device`` in ``dtype``. ``mode`` is ``auto`` or one of ``modes.MODES``;
+    ``stages`` names the transformers of both stages.
+
+    :meth:`prepare` makes the plan; without one a part is loaded when it is borrowed and dropped afterwards. Borrowed
+    parts are for the block they are lent to. Not for several threads.
+    """
+
+    def __init__(
+        self,
+        overlay: Overlay,
+        device: torch.device,
+        dtype: torch.dtype,
+        mode: str = modes.AUTO,
+        stages: tuple[str, str] = (BASE, BASE),
+        reporter: Reporter | None = None,
+    ) -> None:
+        self.overlay, self.device, self.dtype = overlay, device, dtype
+        self.mode, self.stages = mode, stages
+        self.reporter = reporter or SilentReporter()
+        self.plan: Plan | None = None
+        self.load_seconds = 0.0
+        self._model: Model | None = None
+        self._reader: FileReader | None = None
+        self._kept: dict[Path, Offloaded[Any]] = {}
+        self._ahead: dict[Path, Background[Offloaded[Any]]] = {}
+        self._lent: set[Path] = set()
+
+    def check(self, work: Work) -> None:
+        """Raises DeviceError if ``work`` fits in no way, naming the GB needed and free and what to do instead."""
+        self._plan_for(work)
+
+    def prepare(self, works: Sequence[Work]) -> Plan | None:
+        """The plan for the largest of ``works``, told before anything is loaded. Raises DeviceError if nothing fits.
+
+        A plan stays while it is enough, so that what is loaded is not loaded again; without works there is none.
+        """
+        if not works:
+            return self.plan
+        largest = max(works, key=lambda work: (work.shape.tokens, work.images, work.steps))
+        plan = self._plan_for(largest)
+        if self.plan is None or plan.setup != self.plan.setup:
+            self.release()
+            machine = machine_of(self.device)
+            for line in report.lines(plan, machine):
+                self.reporter.note(line)
+            for line in report.table(plan):
+                self.reporter.detail(line)
+        self.plan = plan
+        return plan
+
+    def borrow(
+        self,
+        folder: Path,
+        records: tuple[FileRecord, ...],
+        load: Load[M],
+        work: Callable[[M], R],
+        settle: Settle | None = None,
+    ) -> R:
+        """``work(part)``, with the part of ``folder`` ready on the device.
+
+        Work is handed in, and not the part out, so that no name in the caller keeps it alive. ``settle(part,
+        streamed)`` is called before, once for a part that stays. Raises OverlayError for a file that changed.
+        """
+        part = self._take(folder, records, load)
+        self._lent.add(folder)
+        try:
+            return _lend(part, settle, work)
+        finally:
+            self._lent.discard(folder)
+            stays = part.placement.keep and part.placement.rest == CARD
+            if part.placement.keep:
+                self._kept[folder] = part
+            else:
+                part.drop()
+            del part
+            if not stays:
+                self._give_back()
+
+    def prefetch(self, folder: Path, records: tuple[FileRecord, ...], load: Load[M]) -> None:
+        """Begin to load the transformer of ``folder`` beside whatever is computed, if the plan has room for it."""
+        here = folder in self._kept or folder in self._ahead or folder in self._lent
+        if here or not self._room_ahead():
+            return
+        placement = self._placement(folder, ahead=True)
+        self._ahead[folder] = Background(lambda stop: self._load(folder, records, load, placement, stop))
+
+    def release(self) -> None:
+        """Drop everything that is kept or on its way."""
+        for background in self._ahead.values():
+            background.cancel()
+        self._ahead.clear()
+        for part in self._kept.values():
+            part.drop()
+        self._kept.clear()
+        self._give_back()
+
+    def close(self) -> None:
+        """Give back all memory; a later use loads anew."""
+        self.release()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def advice(self) -> str:
+        """The command to try after memory ran out."""
+        return advice.after_shortage(self.plan.setup if self.plan else UNPLANNED, self.mode)
+
+    def _plan_for(self, work: Work) -> Plan:
+        model, machine = self._sizes(), machine_of(self.device)
+        if self.plan is not None:
+            same = modes.plan_for(model, work, self.plan.setup)
+            if modes.shortage(same, machine) is None:
+                return same
+        return advice.plan_or_refuse(model, work, machine, self.mode, str(self.device))
+
+    def _sizes(self) -> Model:
+        if self._model is None:
+            self._model = overlay_model(self.overlay, self.stages, DTYPE_NAMES[self.dtype])
+        return self._model
+
+    def _take(self, folder: Path, records: tuple[FileRecord, ...], load: Load[M]) -> Offloaded[M]:
+        """The part from where it is kept, from what was loaded ahead, or loaded now."""
+        begin = time.perf_counter()
+        if folder in self._kept:
+            return self._kept.pop(folder)
+        if folder in self._ahead:
+            part: Offloaded[M] = self._ahead.pop(folder).result()
+        else:
+            if self._reader is None:
+                self._reader = FileReader(copies_to(self.device))
+            part = self._load(folder, records, load, self._placement(folder), no_stop, self._reader)
+        seconds = time.perf_counter() - begin
+        self.load_seconds += seconds
+        size = sum(record.size for record in records)
+        name = folder.relative_to(self.overlay.root)
+        self.reporter.detail(f"{name}: {size / 1e9:.2f} GB ready after {seconds:.2f} s")
+        if part.unpinned:
+            self.reporter.warn(f"{name}: the system would not pin {part.unpinned / 1e9:.1f} GB; copies are slower")
+        return part
+
+    def _load(
+        self,
+        folder: Path,
+        records: tuple[FileRecord, ...],
+        load: Load[M],
+        placement: Placement,
+        stop: Stop,
+        reader: FileReader | None = None,
+    ) -> Offloaded[M]:
+        """The part of ``folder``, hashed as it is read; a reader of its own without one given."""
+        weights = [record for record in records if record.path.endswith(".safetensors")]
+        self.overlay.check(record for record in records if record not in weights)
+        digests = {self.overlay.root / record.path: record.blake3 for record in weights}
+        used = reader or FileReader(copies_to(self.device))
+        try:
+            read = PlacingReader(placement, digests, used, copies_to(self.device), stop)
+            return Offloaded(load(folder, self.device, self.dtype, read), read)
+        finally:
+            if reader is None:
+                used.close()
+
+    def _placement(self, folder: Path, ahead: bool = False) -> Placement:
+        """Where the part of ``folder`` goes by the plan."""
+        setup = self.plan.setup if self.plan else UNPLANNED
+        if folder == self.overlay.folder(TEXT_ENCODER):
+            return self._of_text(setup)
+        if not self._is_transformer(folder):
+            return Placement(keep=setup.keep_parts)
+        if setup.mode == modes.STREAM:
+            return self._of_stream(setup, folder)
+        if setup.mode == modes.RESIDENT:
+            return Placement(keep=True)
+        if setup.weights == modes.KEPT:
+            return Placement(rest=MEMORY, keep=True)
+        return Placement(rest=MEMORY if ahead else CARD)
+
+    def _of_text(self, setup: Setup) -> Placement:
+        if setup.text == modes.WHOLE:
+            return Placement()
+        count = len(self._sizes().parts[TEXT_ENCODER].blocks)
+        return Placement(CARD, TEXT_BLOCKS[setup.text], BLOCKS[TEXT_ENCODER], frozenset(range(count)))
+
+    def _of_stream(self, setup: Setup, folder: Path) -> Placement:
+        stage = next(i for i, name in enumerate(self.stages) if self.overlay.transformer_folder(name) == folder)
+        total, streamed = len(self._sizes().transformer(stage).blocks), setup.streamed[stage]
+        kept = setup.weights == modes.KEPT
+        return Placement(
+            rest=MEMORY if kept else CARD,
+            blocks=IN_STREAM[setup.weights],
+            root=BLOCKS[TRANSFORMER],
+            streamed=spread(streamed, total),
+            keep=kept,
+        )
+
+    def _room_ahead(self) -> bool:
+        """Whether a transformer may be loaded before its stage: to where it stays, or to the one place for the next."""
+        setup = self.plan.setup if self.plan else UNPLANNED
+        if setup.mode == modes.RESIDENT or setup.weights == modes.KEPT:
+            return True
+        return setup.weights == modes.STAGED and not self._ahead
+
+    def _is_transformer(self, folder: Path) -> bool:
+        return folder in {self.overlay.transformer_folder(name) for name in (BASE, *self.overlay.manifest.bakes)}
+
+    def _give_back(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _lend(part: Offloaded[M], settle: Settle | None, work: Callable[[M], R]) -> R:
+    """In a frame of its own: once it is left, no name holds the module."""
+    with part.on_card(settle) as module:
+        return work(module)
+
+
+def spread(count: int, total: int) -> frozenset[int]:
+    """``count`` of ``total`` blocks, as evenly as can be: while one that stays computes, a streamed one comes."""
+    return frozenset(i for i in range(total) if (i + 1) * count // total > i * count // total)

@@ -1,0 +1,182 @@
+"""Modules whose weights lie on the card, in host memory or only in their file, and come to the card for their work.
+
+Knows no plan and no kind of model: which blocks lie where comes in. A module without weights on the card has tensors
+on the meta device in their place, so that work with a forgotten one fails at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ltxpack.runtime.copies import Copies, HostMemory
+from ltxpack.runtime.load import Stored
+from ltxpack.runtime.reading import Arrival, FileReader, no_stop
+from ltxpack.runtime.residency.slots import FileSource, FileStream, Layout, MemorySource, Slots, Source
+
+M = TypeVar("M", bound=nn.Module)
+CARD, MEMORY, FILE = "card", "memory", "file"
+NOWHERE: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a module's weights go when it is loaded, and which of its blocks are streamed.
+
+    ``root`` names the list of blocks, ``streamed`` their numbers. ``rest`` is where all else goes, ``blocks`` where
+    the streamed ones are: MEMORY or FILE. ``keep``: whether the module is held when its work is done.
+    """
+
+    rest: str = CARD
+    blocks: str = CARD
+    root: str = ""
+    streamed: frozenset[int] = frozenset()
+    keep: bool = False
+
+
+class PlacingReader:
+    """A :class:`ltxpack.runtime.load.Reader` that reads each tensor to where ``placement`` has it, hashes compared.
+
+    Afterwards ``memory`` is what lies in host memory outside the streamed blocks, ``sources`` the streamed blocks by
+    number, ``unpinned`` the bytes of host memory that the system would not pin. ``reader`` is used for this load
+    alone, ``copies`` for as long as the module lives.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        digests: Mapping[Path, str],
+        reader: FileReader,
+        copies: Copies,
+        stop: Callable[[], None] = no_stop,
+    ) -> None:
+        self.placement, self.digests, self.reader, self.stop = placement, digests, reader, stop
+        self.copies = copies
+        self.memory: MemorySource | None = None
+        self.sources: dict[int, Source] = {}
+        self.stream: FileStream | None = None
+        self.unpinned = 0
+        self._memories: list[HostMemory] = []
+        self._arrivals: list[Arrival] = []
+
+    def __call__(
+        self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
+    ) -> Mapping[str, Tensor]:
+        """The tensors by name; those of blocks that stay in their file are on the meta device."""
+        rest, blocks = self._split(stored)
+        if self.placement.rest == MEMORY:
+            self.memory, tensors = self._in_memory(rest, dtype)
+        else:
+            tensors = self._on_card(rest, device, dtype)
+        if self.placement.blocks == FILE:
+            self.stream = FileStream(self.copies)
+        for number, block in blocks.items():
+            prefix = f"{self.placement.root}.{number}."
+            own = {name.removeprefix(prefix): entry for name, entry in block.items()}
+            source, views = self._block(own, dtype)
+            self.sources[number] = source
+            tensors.update({prefix + name: view for name, view in views.items()})
+        mark = self.reader.fill(self._arrivals, self.digests, stop=self.stop)
+        self.reader.copies.before_computing(mark)
+        self._arrivals.clear()
+        self.unpinned = sum(memory.bytes.nbytes for memory in self._memories if not memory.pin())
+        return tensors
+
+    def _split(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[int, dict[str, Stored]]]:
+        """What is not streamed, and the streamed blocks by number."""
+        pattern = re.compile(re.escape(self.placement.root) + r"\.(\d+)\.")
+        rest: dict[str, Stored] = {}
+        blocks: dict[int, dict[str, Stored]] = {number: {} for number in sorted(self.placement.streamed)}
+        for name, entry in stored.items():
+            match = pattern.match(name)
+            group = blocks.get(int(match[1]), rest) if match else rest
+            group[name] = entry
+        return rest, blocks
+
+    def _on_card(
+        self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        tensors = {}
+        for name, entry in stored.items():
+            tensors[name] = torch.empty(entry.shape, dtype=entry.arriving_as(dtype), device=device)
+            self._arrivals.append(Arrival(entry.place, tensors[name]))
+        return tensors
+
+    def _in_memory(
+        self, stored: Mapping[str, Stored], dtype: torch.dtype | None
+    ) -> tuple[MemorySource, dict[str, Tensor]]:
+        layout = Layout.of(stored, dtype)
+        memory = HostMemory(layout.nbytes, self.copies)
+        self._memories.append(memory)
+        views = layout.views(memory.bytes)
+        self._arrivals += [Arrival(entry.place, views[name], direct=True) for name, entry in stored.items()]
+        return MemorySource(layout, memory, self.copies), views
+
+    def _block(self, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> tuple[Source, dict[str, Tensor]]:
+        if self.stream is None:
+            return self._in_memory(stored, dtype)
+        layout = Layout.of(stored, dtype)
+        return FileSource(layout, stored, self.stream), layout.views(torch.empty(layout.nbytes, **NOWHERE))
+
+
+class Offloaded(Generic[M]):
+    """A module that ``read`` has loaded, and those of its weights that are not on the card."""
+
+    def __init__(self, module: M, read: PlacingReader) -> None:
+        self.module = module
+        self.placement = read.placement
+        self.unpinned = read.unpinned
+        self._memory, self._stream = read.memory, read.stream
+        self._copies = read.copies
+        blocks = [module.get_submodule(f"{read.placement.root}.{number}") for number in read.sources]
+        self._slots = Slots(blocks, list(read.sources.values()), self._copies)
+        self._settled = False
+        if self._memory is not None:
+            module.to("meta")
+
+    @contextmanager
+    def on_card(self, settle: Callable[[M, bool], None] | None = None) -> Iterator[M]:
+        """The module, ready to work. ``settle(module, streamed)`` is called once, when its weights are there.
+
+        Not for two at a time.
+        """
+        try:
+            if self._memory is not None:
+                self._bring(self._memory)
+            if settle is not None and not self._settled:
+                settle(self.module, bool(self._slots.blocks))
+                self._settled = True
+            self._slots.open()
+            yield self.module
+        finally:
+            self._slots.close()
+            if self._memory is not None:
+                self.module.to("meta")
+
+    def drop(self) -> None:
+        """End what runs for it. Its memory goes when nothing refers to it any more."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _bring(self, source: MemorySource) -> None:
+        """Copy from host memory to the card; unless the module is kept, the memory is given back."""
+        views = source.layout.views(source.memory.bytes)
+        arriving = {name: torch.empty_like(view, device=self._copies.device) for name, view in views.items()}
+        mark = self._copies.run(lambda: _copy_all(arriving, views), self._copies.now())
+        if not self.placement.keep:
+            self._copies.finish(mark)
+            self._memory = None
+        self._copies.before_computing(mark)
+        self.module.load_state_dict(arriving, strict=False, assign=True)
+
+
+def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(sources[name], non_blocking=True)

@@ -1,0 +1,102 @@
+"""What a run makes: latents of both stages, frames and sound, and how they become files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ltxpack.errors import UsageError
+from ltxpack.runtime.av import AV
+from ltxpack.runtime.media import VideoWriter
+from ltxpack.tensorfile import build_header
+
+FRAMES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the samplers made: normalised latents, ``[1, 128, f, h, w]`` and ``[1, 8, Ta, 16]``."""
+
+    stage1: AV[Tensor]
+    upsampled: Tensor
+    stage2: AV[Tensor]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video in memory.
+
+    ``frames`` ``[F, H, W, 3]`` in [0, 1], in the pipeline's dtype, and ``waveform`` float32 ``[2, N]`` in [-1, 1]
+    with ``sample_rate`` samples per second: both on the CPU. ``latents`` lie where they were made. ``fps`` in frames
+    per second; ``seconds`` are those each phase took, in order.
+    """
+
+    frames: Tensor
+    waveform: Tensor
+    sample_rate: int
+    fps: float
+    seed: int
+    stage1: str
+    stage2: str
+    latents: Latents
+    seconds: Mapping[str, float]
+
+    def save(self, path: str | Path) -> Path:
+        """Write an ``.mp4``, ``.m4v``, ``.mov`` or ``.mkv`` (H.264 and AAC), which appears when it is whole.
+
+        Raises UsageError for a path where no video can be written.
+        """
+        path = Path(path)
+        _, height, width, _ = self.frames.shape
+        with VideoWriter(path, width, height, self.fps, self.sample_rate) as writer:
+            for part in self.frames.split(FRAMES_AT_ONCE):
+                writer.write(part)
+            writer.write_audio(self.waveform)
+        return path
+
+    def save_tensors(self, path: str | Path) -> Path:
+        """Write what ``ltxpack run --save-tensors`` writes. Raises UsageError for a path that cannot be written."""
+        path = Path(path)
+        check_tensors_path(path)
+        made = self.latents
+        named = {
+            "stage1.video": made.stage1.video,
+            "stage1.audio": made.stage1.audio,
+            "upsampled.video": made.upsampled,
+            "stage2.video": made.stage2.video,
+            "stage2.audio": made.stage2.audio,
+            "video": self.frames,
+            "audio": self.waveform,
+        }
+        metadata = {
+            "audio_sample_rate": str(self.sample_rate),
+            "fps": str(self.fps),
+            "seed": str(self.seed),
+            "stage1": self.stage1,
+            "stage2": self.stage2,
+        }
+        _save(path, {name: tensor.float().cpu().contiguous() for name, tensor in named.items()}, metadata)
+        return path
+
+
+def check_tensors_path(path: Path) -> None:
+    """Raises UsageError unless a file can be written at ``path``."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError("cannot be written", file=path, expected="a file in a folder that exists", next="mkdir first")
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A float32 safetensors file by rename. The same tensors always give the same bytes."""
+    partial = path.with_name(f".{path.name}.partial")
+    header = build_header(((name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()), metadata)
+    try:
+        with partial.open("wb") as file:
+            file.write(header)
+            for tensor in tensors.values():
+                file.write(tensor.numpy().data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

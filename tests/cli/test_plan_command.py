@@ -1,0 +1,229 @@
+"""``ltxpack plan``: for this machine and for another, with and without an overlay; text, JSON, commands, the README."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from support import REPOSITORY, ltxpack, refused
+
+from ltxpack.cli.plan import plan as command
+from ltxpack.demo_config import GEMMA
+from ltxpack.manifest import Bake, BakedLora, Component, FileRecord, Manifest, Source, load_schema
+from ltxpack.materialize.published import published_configs, published_tensors
+from ltxpack.runtime.overlay import CLASSES
+from ltxpack.runtime.planning import machine
+from ltxpack.runtime.request import DEFAULTS
+from ltxpack.tensorfile import build_header, tensor_nbytes
+
+STRENGTHS = (0.25, 0.5)
+SHARD = 5 * 10**9
+CARDS = {24: "stream", 32: "stream", 48: "swap", 80: "swap", 141: "resident"}
+
+
+def planned(*arguments: str | Path) -> dict[str, Any]:
+    done = ltxpack("plan", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    jsonschema.Draft202012Validator(json.loads(load_schema("plan"))).validate(document)
+    return document
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An overlay of the published sizes: real headers and configs, weights that are holes."""
+    root = tmp_path_factory.mktemp("full") / "out"
+    configs = published_configs()
+    tensors = published_tensors(configs)
+    components = {}
+    for name, class_name in CLASSES.items():
+        config = {**GEMMA, "text_config": configs[name]["text_config"]} if name == "text_encoder" else configs[name]
+        components[name] = Component(library(name), class_name, written(root, name, tensors[name], config))
+    lora = BakedLora("distilled", "loras/d.safetensors", 1, "0" * 64, 0.0, None)
+    bakes = {}
+    for strength in STRENGTHS:
+        folder = f"bakes/distilled-{strength}"
+        files = written(root, folder, tensors["transformer"], configs["transformer"])
+        bakes[f"distilled-{strength}"] = Bake((replace(lora, strength=strength),), "fp32", "cpu", "cpu", files, ())
+    source = Source("Lightricks/LTX-2.3", None, ())
+    # auto looks for bakes of the distilled LoRA that the overlay keeps.
+    from ltxpack.manifest import Lora
+
+    kept = Lora("distilled", written_file(root, "loras/d.safetensors", 1))
+    bakes = {n: replace(b, loras=(replace(b.loras[0], blake3=kept.file.blake3),)) for n, b in bakes.items()}
+    manifest = Manifest("2.3.0", 33, None, source, components, (kept,), (), bakes)
+    (root / "ltxpack.json").write_bytes(manifest.dump())
+    return root
+
+
+def library(component: str) -> str:
+    return "transformers" if component == "text_encoder" else "diffusers"
+
+
+def written(root: Path, folder: str, tensors: list[Any], config: dict[str, Any]) -> tuple[FileRecord, ...]:
+    """A component's folder: config.json and sparse shards of at most 5 GB."""
+    (root / folder).mkdir(parents=True)
+    (root / folder / "config.json").write_text(json.dumps(config))
+    records = [record_of(root, f"{folder}/config.json")]
+    shards: list[list[Any]] = [[]]
+    held = 0
+    for tensor in tensors:
+        size = tensor_nbytes(tensor[1], tensor[2])
+        if held + size > SHARD:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += size
+    for number, shard in enumerate(shards):
+        header = build_header(shard, {})
+        path = f"{folder}/{number}.safetensors"
+        records.append(written_file(root, path, len(header) + sum(tensor_nbytes(t[1], t[2]) for t in shard), header))
+    return tuple(records)
+
+
+def written_file(root: Path, path: str, size: int, head: bytes = b"") -> FileRecord:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    with (root / path).open("wb") as file:
+        file.write(head)
+        file.truncate(size)
+    return record_of(root, path)
+
+
+def record_of(root: Path, path: str) -> FileRecord:
+    return FileRecord(path, (root / path).stat().st_size, "0" * 64)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_full_size_overlay_on_cards_of_every_size(card: int, full_size: Path) -> None:
+    document = planned(full_size, "--vram", f"{card}GB", "--ram", "128GB")
+    assert document["mode"] == CARDS[card]
+    assert document["peak"]["card"] < card * 10**9
+    assert document["stages"] == ["distilled-0.25", "distilled-0.5"]
+    assert document["peak"]["card"] == max(phase["card"] for phase in document["phases"])
+    assert all(phase["card"] == phase["weights"] + phase["activations"] for phase in document["phases"])
+    commands = document["commands"]
+    assert [c["done"] for c in commands] == [True, True, True, False]
+    assert [c["command"].split()[1] for c in commands] == ["materialize", "bake-lora", "bake-lora", "run"]
+    assert commands[0]["command"] == f"ltxpack materialize Lightricks/LTX-2.3 {full_size}"
+    assert commands[-1]["command"] == f'ltxpack run {full_size} --prompt "…"'
+
+
+def test_an_overlay_and_the_published_sizes_give_the_same_plan(full_size: Path) -> None:
+    here, there = planned(full_size, "--vram", "48GB", "--ram", "64GB"), planned("--vram", "48GB", "--ram", "64GB")
+    for document in (here, there):
+        document.pop("commands")
+        document["loading"] = document["loading"]["disk_rate"]
+    assert here == there
+
+
+def test_without_an_overlay_the_commands_begin_at_nothing() -> None:
+    document = planned("--vram", "24GB", "--ram", "64GB", "--height", "576", "--images", "1", "--residency", "stream")
+    assert [c["command"] for c in document["commands"]] == [
+        "ltxpack materialize Lightricks/LTX-2.3 out",
+        "ltxpack bake-lora out --strength 0.25 --strength 0.5",
+        'ltxpack run out --prompt "…" --height 576 --residency stream --image FILE',
+    ]
+    assert not any(c["done"] for c in document["commands"])
+
+
+def test_loading_at_a_stated_rate(full_size: Path) -> None:
+    slow, fast = (planned(full_size, "--vram", "141GB", "--ram", "128GB", "--disk-rate", r) for r in ("1GB", "4GB"))
+    files = [path for path in full_size.rglob("*.safetensors") if path.parent.name not in ("transformer", "loras")]
+    read = sum(path.stat().st_size for path in files)
+    assert slow["loading"]["first_video"]["bytes"] == fast["loading"]["first_video"]["bytes"] == read
+    assert slow["loading"]["first_video"]["seconds"] == pytest.approx(read / 1e9)
+    assert fast["loading"]["first_video"]["seconds"] == pytest.approx(read / 4e9)
+    assert math.ceil(slow["loading"]["next_video"]["seconds"]) == 24
+
+
+def test_this_machine_has_no_card(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_card", lambda: None)
+    document = planned(demo / "overlay")
+    assert document["machine"]["card"] is None and document["mode"] == "resident"
+    done = ltxpack("plan", demo / "overlay")
+    assert "no NVIDIA card found" in done.stdout
+    assert "residency resident: both transformers stay" in done.stdout
+    assert "stage 2" in done.stdout and "next  ltxpack run" in done.stdout
+
+
+def test_the_card_of_this_machine_is_asked(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$1" = --id=2 ] && echo 24000\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert planned(demo / "overlay")["machine"]["card"] == 24000 * 2**20
+    for answer in ("exit 9", "echo nothing", "echo"):
+        tool.write_text(f"#!/bin/sh\n{answer}\n")
+        assert planned(demo / "overlay")["machine"]["card"] is None
+    tool.write_text("#!/bin/sh\necho 24000\n")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert planned(demo / "overlay")["machine"]["card"] is None
+
+
+def test_an_overlay_without_bakes_is_planned_with_the_official_pair(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my out"
+    assert ltxpack("materialize", demo / "source", out).returncode == 0
+    commands = planned(out, "--vram", "24GB", "--ram", "64GB")["commands"]
+    assert [c["done"] for c in commands] == [True, False, False]
+    assert commands[1]["command"] == f"ltxpack bake-lora '{out}' --strength 0.25 --strength 0.5"
+    refused(ltxpack("plan", out, "--stage2", "mine"), 2)
+    assert planned(out, "--stage1", "base", "--stage2", "base")["stages"] == ["base", "base"]
+
+
+def test_what_fits_nowhere_is_refused_with_numbers() -> None:
+    message = refused(ltxpack("plan", "--vram", "6GB", "--ram", "64GB"), 1)
+    assert "GB" in message and "6.0 GB free" in message
+    message = refused(ltxpack("plan", "--vram", "24GB", "--ram", "64GB", "--residency", "resident"), 1)
+    assert "next: ltxpack run … --residency stream" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--vram", "lots"], ["lots", "5GB"]),
+        (["--ram", "-1"], ["-1"]),
+        (["--disk-rate", "0"], ["0"]),
+        (["--height", "100"], ["height", "multiple of"]),
+        (["--num-frames", "24"], ["frames"]),
+        (["--dtype", "int8"], ["int8"]),
+    ],
+)
+def test_wrong_use(flags: list[str], words: list[str]) -> None:
+    message = refused(ltxpack("plan", "--vram", "24GB", "--ram", "64GB", *flags), 2)
+    assert all(word in message for word in words)
+
+
+def test_no_overlay_there(tmp_path: Path) -> None:
+    assert "ltxpack materialize" in refused(ltxpack("plan", tmp_path), 1)
+
+
+def test_the_defaults_are_those_of_a_run() -> None:
+    defaults = {option.name: option.default for option in command.params}
+    for name in ("height", "width", "num_frames", "fps", "steps"):
+        assert defaults[name] == DEFAULTS[name]  # type: ignore[literal-required]
+
+
+def test_planning_loads_no_torch(full_size: Path) -> None:
+    code = (
+        "import sys\nfrom ltxpack.cli import cli\n"
+        f"cli.main(['plan', {str(full_size)!r}, '--vram', '24GB'], standalone_mode=False)\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_table_in_the_readme_is_the_planners() -> None:
+    script = REPOSITORY / "benchmarks" / "plan_table.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

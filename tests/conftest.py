@@ -1,0 +1,70 @@
+"""Fixtures shared by all rooms."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import parity
+import pytest
+import torch
+from hypothesis import settings
+from support import DATA, golden_folders, ltxpack
+
+torch.set_num_threads(1)
+# Timings of a shared machine are not what these tests are about; CI draws the same examples every time.
+settings.register_profile("suite", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("suite")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``golden``: a full fixture each; only where there is none is the test skipped.
+
+    ``latents_golden``: the fixture that travels with the repository (no codecs), and every full one.
+    """
+    folders = golden_folders()
+    if "golden" in metafunc.fixturenames:
+        absent = pytest.param(None, marks=pytest.mark.skipif(True, reason="no golden folder on this machine"))
+        names = [folder.name for folder in folders] or ["absent"]
+        metafunc.parametrize("golden", folders or [absent], ids=names, scope="session")
+    if "latents_golden" in metafunc.fixturenames:
+        found = [DATA / "tiny", *folders]
+        names = ["data", *(folder.name for folder in folders)]
+        metafunc.parametrize("latents_golden", found, ids=names, scope="session")
+
+
+def pytest_sessionfinish() -> None:
+    """``LTXPACK_PARITY=FILE`` writes the errors met into FILE."""
+    parity.write()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for caches, so that nothing is written to the user's own."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LTXPACK_CACHE", str(folder / "session"))
+        yield folder
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What ltxpack keeps between runs, empty at the start of every test."""
+    folder = caches / str(next(_numbers))
+    monkeypatch.setenv("LTXPACK_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``ltxpack demo`` leaves: source/, overlay/ with two bakes, the video, its tensors. Not to be changed."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    done = ltxpack("demo", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(folder / "video.mp4")
+    return folder

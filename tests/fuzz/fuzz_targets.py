@@ -1,0 +1,340 @@
+"""Every place where a file from outside is read, each with valid files to start from and the real way in.
+
+A target puts bytes where such a file lies and calls what a command calls. It may succeed or raise LtxpackError; an
+attempt that does anything else, takes long, takes much memory or writes outside its folder is a finding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltxpack import demo
+from ltxpack.errors import LtxpackError
+from ltxpack.lora_bake import BakeOptions, plan_bake
+from ltxpack.lora_bake.adapter import open_adapter
+from ltxpack.lora_bake.factors import scan
+from ltxpack.manifest import MANIFEST_NAME, read_manifest
+from ltxpack.materialize import Options, inspect_path, materialize, plan_overlay
+from ltxpack.materialize.access import Access
+from ltxpack.materialize.checkpoint import read_upsampler
+from ltxpack.materialize.lora_header import read_lora_header
+from ltxpack.materialize.sources import TextEncoderFolder, folder_files
+from ltxpack.materialize.text_encoder import read_text_encoder
+from ltxpack.repack.verify import verify
+from ltxpack.reporter import SilentReporter
+from ltxpack.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
+
+SECONDS = 1.0
+# An index of 64 MiB is asked for in one piece; beyond that, many times the largest file tried here (200 KB).
+MEMORY = 128 * 1024 * 1024
+LONGEST_MESSAGE = 8000
+QUIET = SilentReporter()
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Finding(AssertionError):
+    """An attempt that ended in no way it may end."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """``path`` is where the bytes are put, with ``tail`` zero bytes of payload after them; ``call`` reads them."""
+
+    name: str
+    path: Path
+    call: Callable[[], object]
+    seeds: tuple[bytes, ...]
+    tail: int = 0
+
+    def put(self, data: bytes) -> None:
+        """Write ``data`` with its payload; the payload is a hole in the file."""
+        with self.path.open("wb") as file:
+            file.write(data)
+            file.truncate(len(data) + self.tail)
+
+    def attempt(self, data: bytes) -> str | None:
+        """What was refused, or None. Raises Finding; what lay at ``path`` before is put back."""
+        before = self.path.read_bytes() if self.path.exists() else None
+        self.put(data)
+        try:
+            return _watched(self)
+        finally:
+            if before is not None:
+                self.path.write_bytes(before)
+
+
+class Guard:
+    """Tells of files written, made or removed outside ``allowed`` and of programs started, while it is on.
+
+    An audit hook: it cannot be taken off again, so one serves the whole process.
+    """
+
+    _installed: Guard | None = None
+    CHANGING = frozenset(
+        {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
+    )
+    FORBIDDEN = frozenset({"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"})
+    NETWORK = frozenset({"socket.connect", "socket.getaddrinfo"})
+
+    def __init__(self) -> None:
+        self.allowed: str | None = None
+        self.seen: list[str] = []
+
+    @classmethod
+    def get(cls) -> Guard:
+        """The process's guard."""
+        if cls._installed is None:
+            cls._installed = cls()
+            sys.addaudithook(cls._installed.hear)
+        return cls._installed
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Called by Python for everything it does."""
+        if self.allowed is None:
+            return
+        if event in self.FORBIDDEN or event in self.NETWORK:
+            self.seen.append(f"{event} {arguments!r:.200}")
+        elif event in self.CHANGING:
+            self._check(event, [part for part in arguments[:2] if isinstance(part, str | bytes | os.PathLike)])
+        elif (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
+            self._check(event, [arguments[0]])
+
+    def _check(self, event: str, paths: list[Any]) -> None:
+        assert self.allowed is not None
+        for path in paths:
+            if isinstance(path, int):
+                continue
+            real = os.path.realpath(Path(os.fsdecode(path)).parent)
+            if real != self.allowed and not real.startswith(self.allowed + os.sep):
+                self.seen.append(f"{event} {path!r}")
+
+
+def _watched(target: Target) -> str | None:
+    guard, before = Guard.get(), _begin_peak()
+    guard.seen, guard.allowed = [], os.path.realpath(target.path.parent)
+    began = time.thread_time()
+    message = None
+    try:
+        target.call()
+    except LtxpackError as error:
+        message = str(error)
+    except BaseException as error:
+        raise Finding(f"{target.name}: {type(error).__name__}: {error!s:.300}") from error
+    finally:
+        spent = time.thread_time() - began
+        guard.allowed = None
+    peak = _status("VmHWM") - before
+    if guard.seen:
+        raise Finding(f"{target.name}: {guard.seen[:3]}")
+    if spent > SECONDS or peak > MEMORY:
+        raise Finding(f"{target.name}: {spent:.2f} s, {peak / 1e6:.0f} MB")
+    if message is not None and (len(message) > LONGEST_MESSAGE or not message.replace("\n", "").isprintable()):
+        raise Finding(f"{target.name}: a message that no terminal should show: {message[:300]!r}")
+    return message
+
+
+def _begin_peak() -> int:
+    """Resident bytes now, from which on the kernel notes the peak anew (tracemalloc would take ten times as long)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not permitted: only growth beyond the highest peak so far is seen
+        return _status("VmHWM")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def make_targets(folder: Path) -> dict[str, Target]:
+    """All targets, working in ``folder``, which must be empty: some seconds for a tiny source and its overlay."""
+    source, overlay = folder / "source", folder / "overlay"
+    demo.write_source(source)
+    materialize(Options(str(source), overlay, max_shard_size=150_000), QUIET)
+    targets = [*_loose(folder / "loose"), *_source(source, folder), *_overlay(overlay), *_adapters(folder, overlay)]
+    return {target.name: target for target in targets}
+
+
+def _loose(folder: Path) -> Iterator[Target]:
+    """Files read for themselves."""
+    folder.mkdir()
+    path = folder / "x.safetensors"
+    tensors = [("a.weight", "BF16", (2, 3)), ("b", "F32", ()), ("c", "I64", (0, 4)), ("d.é", "F8_E4M3", (5,))]
+    header = build_header(tensors, {"format": "pt", "config": '{"a": 1}'})
+    data = bytes(sum(tensor_nbytes(dtype, shape) for _, dtype, shape in tensors))
+
+    def read() -> None:
+        read_tensorfile(path)
+        _accepted_by_the_library(path)
+        inspect_path(path)
+
+    yield Target("header", path, read, (header + data, build_header([], {})))
+    index = folder / "x.safetensors.index.json"
+    names = {"a.weight": "x-1.safetensors", "b": "x-2.safetensors"}
+    text = json.dumps({"metadata": {"total_size": 16}, "weight_map": names}).encode()
+    yield Target("index", index, lambda: read_index(index), (text,))
+
+
+def _accepted_by_the_library(path: Path) -> None:
+    """What we take, the safetensors library must take."""
+    import safetensors
+
+    safetensors.deserialize(path.read_bytes())
+
+
+def _source(source: Path, folder: Path) -> Iterator[Target]:
+    """Inputs of ``materialize``: the checkpoint through the whole plan, the others through their part of it."""
+    options = Options(str(source), folder / "out")
+
+    def plan(path: Path) -> None:
+        inspect_path(path)
+        plan_overlay(options, QUIET)
+
+    def lora(path: Path) -> None:
+        inspect_path(path)
+        read_lora_header(read_tensorfile(path))
+
+    def upsampler(path: Path) -> None:
+        inspect_path(path)
+        read_upsampler(read_tensorfile(path), 128, path)
+
+    readers = {"checkpoint": ("*-dev.*", plan), "lora": ("*-lora-*", lora), "upsampler": ("*-upscaler-*", upsampler)}
+    for name, (pattern, call) in readers.items():
+        [path] = source.glob(pattern)
+        head, tail = _split(path)
+        yield Target(name, path, functools.partial(call, path), (head,), tail)
+    yield from _text_encoder(source / "gemma")
+
+
+def _text_encoder(gemma: Path) -> Iterator[Target]:
+    def read() -> None:
+        read_text_encoder(TextEncoderFolder(str(gemma), folder_files(gemma)), Access(_no_hub))
+
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        yield Target(f"gemma {name}", gemma / name, read, ((gemma / name).read_bytes(),))
+    head, tail = _split(gemma / "model.safetensors")
+    yield Target("gemma weights", gemma / "model.safetensors", read, (head,), tail)
+    names = dict.fromkeys(read_tensorfile(gemma / "model.safetensors").tensors, "model.safetensors")
+    index = gemma / "model.safetensors.index.json"
+    text = json.dumps({"metadata": {}, "weight_map": names}).encode()
+    index.write_bytes(text)
+    yield Target("gemma index", index, read, (text,))
+
+
+def _no_hub() -> Any:
+    raise Finding("asks the hub")
+
+
+def _overlay(overlay: Path) -> Iterator[Target]:
+    """An overlay edited by hand, as ``verify``, ``inspect`` and ``bake-lora`` read it."""
+    options = BakeOptions(overlay, (0.5,))
+
+    def look() -> None:
+        read_manifest(overlay)
+        inspect_path(overlay)
+        verify(overlay, QUIET)
+
+    def bake() -> None:
+        plan_bake(options, QUIET)
+
+    path = overlay / MANIFEST_NAME
+    manifest = read_manifest(overlay)
+    baked = dataclasses.replace(manifest, bakes={"x-1": _bake_entry(manifest)}).dump()
+    yield Target("manifest, verify", path, look, (manifest.dump(), baked))
+    yield Target("manifest, bake", path, bake, (manifest.dump(), baked))
+    transformer = overlay / "transformer"
+    for one in ("config.json", "diffusion_pytorch_model.safetensors.index.json"):
+        yield Target(f"transformer {one}", transformer / one, bake, ((transformer / one).read_bytes(),))
+    shard = next(transformer.glob("*-00001-of-*.safetensors"))
+    head, tail = _split(shard)
+    yield Target("transformer shard", shard, bake, (head,), tail)
+
+
+def _bake_entry(manifest: Any) -> Any:
+    """A bake as a manifest may list it: all of it links."""
+    from ltxpack.manifest import Bake, BakedLora
+
+    files = manifest.components["transformer"].files
+    links = tuple(
+        dataclasses.replace(file, path=f"bakes/x-1/{Path(file.path).name}", link=f"../../{file.path}") for file in files
+    )
+    lora = BakedLora("x", "x.safetensors", 9, "ab" * 32, 1.0, None)
+    return Bake((lora,), "fp32", "addmm", "cpu", links, ("proj_in.weight",))
+
+
+def _adapters(folder: Path, overlay: Path) -> Iterator[Target]:
+    """LoRAs in every naming, fitted to the transformer and looked through as ``bake-lora`` does."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in sorted((overlay / "transformer").glob("*.safetensors")):
+        shapes |= {name: info.shape for name, info in read_tensorfile(shard).tensors.items()}
+    work = folder / "adapters"
+    work.mkdir()
+    path = work / "adapter.safetensors"
+
+    def fit(place: Path) -> Callable[[], None]:
+        def call() -> None:
+            for allowed in (False, True):
+                scan(open_adapter(place, shapes, allow_unmatched=allowed), QUIET)
+
+        return call
+
+    yield Target("adapter", path, fit(path), tuple(_adapter_files(shapes)))
+    peft = work / "peft"
+    peft.mkdir()
+    (peft / "adapter_model.safetensors").write_bytes(next(_adapter_files(shapes, ("base_model.model.",))))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "init_lora_weights": True}
+    patterns = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {r"transformer_blocks\.0\.attn1\..*": 8.0}}
+    text = json.dumps({**config, **patterns, "target_modules": ["to_q"]}).encode()
+    yield Target("peft config", peft / "adapter_config.json", fit(peft), (text,))
+
+
+PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "model.diffusion_model.")
+
+
+def _adapter_files(shapes: Shapes, prefixes: tuple[str, ...] = PREFIXES) -> Iterator[bytes]:
+    modules = [
+        "transformer_blocks.0.attn1.to_q",
+        "transformer_blocks.1.attn2.to_out.0",
+        "transformer_blocks.1.ff.net.2",
+    ]
+    random_bytes = random.Random(1)
+    for prefix in prefixes:
+        tensors: list[tuple[str, str, tuple[int, ...]]] = []
+        for module in modules:
+            rows, columns = shapes[f"{module}.weight"]
+            flat = prefix == "lora_unet_"
+            key = prefix + (module.replace(".", "_") if flat else module)
+            down, up = ("lora_down", "lora_up") if flat else ("lora_A", "lora_B")
+            tensors += [(f"{key}.{down}.weight", "BF16", (2, columns)), (f"{key}.{up}.weight", "F32", (rows, 2))]
+            if flat:
+                tensors.append((f"{key}.alpha", "F32", ()))
+        if prefix == "diffusion_model.":
+            tensors.append((f"{prefix}{modules[0]}.dora_scale", "F16", (shapes[f"{modules[0]}.weight"][0], 1)))
+            tensors.append((f"{prefix}transformer_blocks.0.ff.net.2.diff_b", "BF16", shapes["proj_in.bias"]))
+        stated = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4.0})
+        metadata = {"lora_adapter_metadata": stated} if prefix == "transformer." else {"format": "pt"}
+        # Small numbers: bf16 and fp32 of 0x3c.. are about 0.01.
+        count = sum(tensor_nbytes(dtype, shape) for _, dtype, shape in tensors)
+        yield build_header(tensors, metadata) + bytes(random_bytes.choice((0x3C, 0x3D)) for _ in range(count))
+
+
+def _split(path: Path) -> tuple[bytes, int]:
+    """A file's header, and how many bytes follow it."""
+    file = read_tensorfile(path)
+    start = min((info.start for info in file.tensors.values()), default=file.size)
+    with path.open("rb") as stream:
+        return stream.read(start), file.size - start

@@ -1,0 +1,155 @@
+"""Small synthetic transformers, overlays and adapters for the tests of lora_bake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from safetensors.torch import save_file
+
+from ltxpack.manifest import MANIFEST_NAME, Component, FileRecord, Lora, Manifest, Source
+from ltxpack.materialize.expected import inventory
+from ltxpack.materialize.renames import TRANSFORMER
+
+CONFIG = {
+    "_class_name": "LTX2VideoTransformer3DModel",
+    "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
+    "cross_attention_dim": 32, "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 8, "audio_cross_attention_dim": 16, "num_layers": 3, "gated_attn": True,
+    "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True, "use_prompt_embeddings": False,
+    "rope_type": "split", "rope_double_precision": True, "perturbed_attn": True,
+}  # fmt: skip
+LORA_FILE = "loras/ltx-2.3-test-distilled-lora-4.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def shapes(layers: int = 3, **changes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a transformer."""
+    return inventory("transformer", {**CONFIG, "num_layers": layers, **changes})
+
+
+def linears(wanted: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:
+    """Module names of all linears (diffusers spelling)."""
+    found = shapes() if wanted is None else wanted
+    return [
+        name.removesuffix(".weight") for name, shape in found.items() if name.endswith(".weight") and len(shape) == 2
+    ]
+
+
+def official(module: str) -> str:
+    """``module`` in official spelling, without the checkpoint's root."""
+    return TRANSFORMER.reverse().rename(module).removeprefix("model.diffusion_model.")
+
+
+def random_weights(layers: int = 3, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """A transformer's tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: (torch.randn(shape, generator=generator) * 0.1).to(dtype) for name, shape in shapes(layers).items()}
+
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def low_rank(modules: list[str], rank: int = 4, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Factors:
+    """module -> (A [rank, in], B [out, rank])."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = shapes()
+    factors = {}
+    for module in modules:
+        out, columns = sizes[f"{module}.weight"]
+        down = torch.randn((rank, columns), generator=generator) * 0.2
+        up = torch.randn((out, rank), generator=generator) * 0.2
+        factors[module] = (down.to(dtype), up.to(dtype))
+    return factors
+
+
+def official_keys(factors: Factors) -> dict[str, torch.Tensor]:
+    """``diffusion_model.<official module>.lora_A.weight`` …"""
+    return dotted(factors, lambda module: f"diffusion_model.{official(module)}")
+
+
+def dotted(
+    factors: Factors, spell: Callable[[str], str], down: str = "lora_A.weight", up: str = "lora_B.weight"
+) -> dict[str, torch.Tensor]:
+    """Keys of any dotted or flattened naming."""
+    tensors = {}
+    for module, (a, b) in factors.items():
+        tensors[f"{spell(module)}.{down}"] = a.contiguous()
+        tensors[f"{spell(module)}.{up}"] = b.contiguous()
+    return tensors
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """A safetensors file; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+        path,
+        metadata or {"format": "pt"},
+    )
+    return path
+
+
+def make_overlay(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    *,
+    shards: int = 1,
+    distilled: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """An overlay that holds a transformer (in ``shards`` files, cut by name) and a distilled LoRA."""
+    weights = random_weights() if weights is None else weights
+    transformer = folder / "transformer"
+    transformer.mkdir(parents=True)
+    (transformer / "config.json").write_text(json.dumps(CONFIG))
+    _write_shards(transformer, weights, shards)
+    lora = low_rank(linears()) if distilled is None else None
+    save(folder / LORA_FILE, distilled if lora is None else official_keys(lora))
+    files = tuple(record(folder, path) for path in sorted(transformer.iterdir()))
+    manifest = Manifest(
+        model_version="2.3.0",
+        image_crf=33,
+        licence=None,
+        source=Source(None, None, ()),
+        components={"transformer": Component("diffusers", "LTX2VideoTransformer3DModel", files)},
+        loras=(Lora("distilled", record(folder, folder / LORA_FILE)),),
+        files=(),
+    )
+    (folder / MANIFEST_NAME).write_bytes(manifest.dump())
+    return folder
+
+
+def record(folder: Path, path: Path) -> FileRecord:
+    """How a manifest lists ``path``."""
+    data = path.read_bytes()
+    return FileRecord(path.relative_to(folder).as_posix(), len(data), blake3(data).hexdigest())
+
+
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file under ``folder``: its bytes, or for a symlink where it points."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[path.relative_to(folder).as_posix()] = b"-> " + str(path.readlink()).encode()
+        elif path.is_file():
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return found
+
+
+def _write_shards(folder: Path, weights: Mapping[str, torch.Tensor], shards: int) -> None:
+    names = sorted(weights)
+    if shards == 1:
+        save(folder / "diffusion_pytorch_model.safetensors", weights)
+        return
+    weight_map = {}
+    size = -(-len(names) // shards)
+    for i in range(shards):
+        part = names[i * size : (i + 1) * size]
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        save(folder / file, {name: weights[name] for name in part})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))

@@ -1,0 +1,478 @@
+"""Adapters: every naming gives the same weights, and everything that does not fit is refused with the list."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lora_support import (
+    Factors,
+    dotted,
+    linears,
+    low_rank,
+    official,
+    official_keys,
+    random_weights,
+    save,
+    shapes,
+)
+
+from ltxpack.errors import AdapterError, FormatError, LtxpackError, SourceError
+from ltxpack.lora_bake.adapter import Adapter, open_adapter
+from ltxpack.lora_bake.factors import FactorReader, scan
+from ltxpack.lora_bake.fuse import fuse_fp32
+from ltxpack.lora_bake.reading import hash_adapter
+from ltxpack.reporter import SilentReporter
+
+RANK, ALPHA = 4, 8.0
+MODULES = linears()
+BASE = random_weights()
+FACTORS = low_rank(MODULES, RANK)
+ATTENTION = "transformer_blocks.1.attn1"
+
+
+def bare(module: str) -> str:
+    return module
+
+
+def official_root(module: str) -> str:
+    return f"diffusion_model.{official(module)}"
+
+
+def kohya(module: str) -> str:
+    return "lora_unet_" + official(module).replace(".", "_")
+
+
+def alphas(spell: Callable[[str], str], modules: list[str], value: float = ALPHA) -> dict[str, torch.Tensor]:
+    return {f"{spell(module)}.alpha": torch.tensor(value) for module in modules}
+
+
+def scaled(factors: Factors) -> Factors:
+    """alpha/rank moved into B: exact, both are powers of two."""
+    return {module: (a, b * (ALPHA / RANK)) for module, (a, b) in factors.items()}
+
+
+def weights_of(
+    adapter: Adapter, strength: float = 0.7, base: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """All weights after the fp32 rule."""
+    base = BASE if base is None else base
+    fused = dict(base)
+    with FactorReader(adapter) as reader:
+        for name in adapter.targets:
+            term = reader.term(name)
+            assert term is not None
+            fused[name] = fuse_fp32(base[name], [term], [strength]).to(base[name].dtype)
+    return fused
+
+
+def config(**values: object) -> dict[str, object]:
+    return {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, **values}
+
+
+def style_official(folder: Path) -> Path:
+    return save(folder / "x.safetensors", official_keys(scaled(FACTORS)))
+
+
+def style_official_alpha(folder: Path) -> Path:
+    return save(folder / "x.safetensors", official_keys(FACTORS) | alphas(official_root, MODULES))
+
+
+def style_checkpoint_root(folder: Path) -> Path:
+    return save(folder / "x.safetensors", dotted(scaled(FACTORS), lambda m: f"model.diffusion_model.{official(m)}"))
+
+
+def style_bare(folder: Path) -> Path:
+    return save(folder / "x.safetensors", dotted(scaled(FACTORS), bare))
+
+
+def style_comfy(folder: Path) -> Path:
+    tensors = dotted(FACTORS, official_root, "lora_down.weight", "lora_up.weight")
+    return save(folder / "x.safetensors", tensors | alphas(official_root, MODULES))
+
+
+def style_diffusers(folder: Path) -> Path:
+    stated = {f"transformer.{name}": value for name, value in config().items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(stated)}
+    return save(folder / "x.safetensors", dotted(FACTORS, lambda m: f"transformer.{m}"), metadata)
+
+
+def style_peft_folder(folder: Path) -> Path:
+    save(folder / "peft" / "adapter_model.safetensors", dotted(FACTORS, lambda m: f"base_model.model.{m}"))
+    (folder / "peft" / "adapter_config.json").write_text(json.dumps(config()))
+    return folder / "peft"
+
+
+def style_peft_rslora(folder: Path) -> Path:
+    save(folder / "rs" / "adapter_model.safetensors", dotted(FACTORS, lambda m: f"base_model.model.{official(m)}"))
+    stated = config(lora_alpha=ALPHA / math.sqrt(RANK), use_rslora=True)
+    (folder / "rs" / "adapter_config.json").write_text(json.dumps(stated))
+    return folder / "rs"
+
+
+def style_peft_default(folder: Path) -> Path:
+    tensors = dotted(
+        scaled(FACTORS), lambda m: f"base_model.model.{m}", "lora_A.default.weight", "lora_B.default.weight"
+    )
+    return save(folder / "x.safetensors", tensors)
+
+
+def style_peft_patterns(folder: Path) -> Path:
+    """Every second block module has its own alpha, its B scaled the other way to make up for it."""
+    own = [module for module in MODULES if module.endswith("to_q")]
+    factors = {m: (a, b * (0.5 if m in own else 1.0)) for m, (a, b) in FACTORS.items()}
+    save(folder / "patterns" / "adapter_model.safetensors", dotted(factors, lambda m: f"base_model.model.{m}"))
+    stated = config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={r"ff\.net\.\d+": RANK})
+    (folder / "patterns" / "adapter_config.json").write_text(json.dumps(stated))
+    return folder / "patterns"
+
+
+def style_mixed_ranks(folder: Path) -> Path:
+    """A rank-4 product padded with zeros to rank 8 for half of the modules; the pattern says so."""
+    wide = MODULES[::2]
+    factors = {
+        m: (torch.cat([a, torch.zeros_like(a)]), torch.cat([b, torch.zeros_like(b)], 1)) if m in wide else (a, b)
+        for m, (a, b) in FACTORS.items()
+    }
+    save(folder / "mixed" / "adapter_model.safetensors", dotted(factors, lambda m: f"base_model.model.{m}"))
+    stated = config(rank_pattern=dict.fromkeys(wide, 2 * RANK), alpha_pattern=dict.fromkeys(wide, 2 * ALPHA))
+    (folder / "mixed" / "adapter_config.json").write_text(json.dumps(stated))
+    return folder / "mixed"
+
+
+def style_kohya(folder: Path) -> Path:
+    tensors = dotted(FACTORS, kohya, "lora_down.weight", "lora_up.weight")
+    return save(folder / "x.safetensors", tensors | alphas(kohya, MODULES))
+
+
+def style_kohya_diffusers_names(folder: Path) -> Path:
+    spell = lambda m: "lora_unet_" + m.replace(".", "_")  # noqa: E731
+    tensors = dotted(FACTORS, spell, "lora_down.weight", "lora_up.weight")
+    return save(folder / "x.safetensors", tensors | alphas(spell, MODULES))
+
+
+def style_to_out_without_index(folder: Path) -> Path:
+    return save(
+        folder / "x.safetensors",
+        dotted(scaled(FACTORS), lambda m: f"diffusion_model.{official(m).replace('to_out.0', 'to_out')}"),
+    )
+
+
+def style_fp32_factors(folder: Path) -> Path:
+    factors = {m: (a.float(), b.float()) for m, (a, b) in scaled(FACTORS).items()}
+    return save(folder / "x.safetensors", official_keys(factors))
+
+
+def style_full_delta(folder: Path) -> Path:
+    deltas = {f"{official_root(m)}.diff": b.float() @ a.float() for m, (a, b) in scaled(FACTORS).items()}
+    return save(folder / "x.safetensors", deltas)
+
+
+STYLES = [value for name, value in list(globals().items()) if name.startswith("style_")]
+
+
+@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__.removeprefix("style_"))
+def test_every_naming_gives_the_same_weights(style: Callable[[Path], Path], tmp_path: Path) -> None:
+    expected = weights_of(open_adapter(style_official(tmp_path / "reference"), shapes()))
+    adapter = open_adapter(style(tmp_path), shapes())
+    assert set(adapter.targets) == {f"{module}.weight" for module in MODULES}
+    found = weights_of(adapter)
+    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+    assert different == []
+    assert any(not torch.equal(expected[name], BASE[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("name", "letters"), [("to_qkv", "qkv"), ("qkv", "qkv"), ("to_kv", "kv"), ("kv", "kv")])
+@pytest.mark.parametrize("spell", [official_root, kohya], ids=["dotted", "kohya"])
+def test_fused_projections_are_split_by_rows(
+    name: str, letters: str, spell: Callable[[str], str], tmp_path: Path
+) -> None:
+    modules = [f"{ATTENTION}.to_{letter}" for letter in letters]
+    shared, _ = FACTORS[modules[0]]
+    separate = {module: (shared, FACTORS[module][1]) for module in modules}
+    fused = {f"{ATTENTION}.{name}": (shared, torch.cat([b for _, b in separate.values()]))}
+    whole = open_adapter(save(tmp_path / "fused.safetensors", dotted(fused, spell)), shapes())
+    parts = open_adapter(save(tmp_path / "parts.safetensors", official_keys(separate)), shapes())
+    assert set(whole.targets) == set(parts.targets) == {f"{module}.weight" for module in modules}
+    expected, found = weights_of(parts), weights_of(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_full_deltas_change_weights_norms_and_biases(tmp_path: Path) -> None:
+    weight, bias, norm = f"{ATTENTION}.to_q.weight", f"{ATTENTION}.to_q.bias", f"{ATTENTION}.norm_q.weight"
+    deltas = {name: torch.randn(shapes()[name]) * 0.1 for name in (weight, bias, norm)}
+    keys = {
+        f"diffusion_model.{ATTENTION}.to_q.diff": deltas[weight],
+        f"diffusion_model.{ATTENTION}.to_q.diff_b": deltas[bias],
+        f"diffusion_model.{ATTENTION}.q_norm.diff": deltas[norm],
+    }
+    adapter = open_adapter(save(tmp_path / "x.safetensors", keys), shapes())
+    assert set(adapter.targets) == set(deltas)
+    found = weights_of(adapter, 0.5)
+    for name, delta in deltas.items():
+        assert torch.equal(found[name], (BASE[name].float() + 0.5 * delta).to(BASE[name].dtype))
+
+
+@pytest.mark.parametrize("ending", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.default.weight"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_dora_with_the_norms_of_the_sum_is_the_plain_merge(ending: str, columns: bool, tmp_path: Path) -> None:
+    plain = open_adapter(save(tmp_path / "plain.safetensors", official_keys(FACTORS)), shapes())
+    tensors = official_keys(FACTORS)
+    for module, (a, b) in FACTORS.items():
+        norm = (BASE[f"{module}.weight"].double() + b.double() @ a.double()).norm(dim=1, keepdim=columns)
+        tensors[f"{official_root(module)}.{ending}"] = norm.float()
+    dora = open_adapter(save(tmp_path / "dora.safetensors", tensors), shapes())
+    expected, found = weights_of(plain, 1.0), weights_of(dora, 1.0)
+    for name in plain.targets:
+        # The same value in exact arithmetic; a rounding may fall the other way where it lies on a tie.
+        assert torch.allclose(found[name].float(), expected[name].float(), rtol=2**-7, atol=1e-6)
+        assert (found[name] != expected[name]).float().mean() < 0.01
+
+
+def test_dora_scales_each_row_to_its_magnitude(tmp_path: Path) -> None:
+    module = f"{ATTENTION}.to_q"
+    a, b = FACTORS[module]
+    magnitude = torch.rand(b.shape[0]) + 0.5
+    tensors = official_keys({module: (a, b)}) | {f"{official_root(module)}.dora_scale": magnitude}
+    adapter = open_adapter(save(tmp_path / "x.safetensors", tensors), shapes())
+    base = {name: tensor.float() for name, tensor in BASE.items()}
+    exact = base[f"{module}.weight"].double() + 0.7 * (b.double() @ a.double())
+    exact = magnitude.double()[:, None] * exact / exact.norm(dim=1, keepdim=True)
+    found = weights_of(adapter, 0.7, base)[f"{module}.weight"]
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-7)
+    assert torch.equal(weights_of(adapter, 0.0, base)[f"{module}.weight"], base[f"{module}.weight"])
+
+
+def refused(path: Path, match: str | None, **options: bool) -> AdapterError:
+    with pytest.raises(AdapterError, match=match) as caught:
+        open_adapter(path, shapes(), **options)
+    return caught.value
+
+
+def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
+    tensors = official_keys(FACTORS)
+    root = f"diffusion_model.{ATTENTION}"
+    del tensors[f"{root}.to_q.lora_B.weight"]
+    tensors[f"{root}.to_k.lora_A.weight"] = torch.zeros(RANK, 7)
+    tensors[f"{root}.to_v.lora_A.weight"] = torch.zeros(RANK + 1, 32)
+    tensors["diffusion_model.transformer_blocks.99.attn1.to_q.lora_A.weight"] = torch.zeros(4, 32)
+    tensors["diffusion_model.transformer_blocks.99.attn1.to_q.lora_B.weight"] = torch.zeros(32, 4)
+    tensors["diffusion_model.transformer_blocks.0.attn1.to_q.hada_w1_a"] = torch.zeros(4)
+    tensors["diffusion_model.video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q.lora_A.weight"] = (
+        torch.zeros(4, 4)
+    )
+    error = refused(save(tmp_path / "x.safetensors", tensors), "does not fit this transformer")
+    for part in ("1 half pair", "1 shape mismatch", "1 rank mismatch", "1 unmatched target", "1 unknown key",
+                 "1 target outside the transformer"):  # fmt: skip
+        assert part in error.problem
+    listed = "\n".join(map(str, error.items))
+    for part in ("to_q.lora_A.weight has no up factor", "[4, 7]", "[5, 32]", "blocks.99", "hada_w1_a", "connector"):
+        assert part in listed
+
+
+def test_allow_unmatched_passes_unmatched_targets_only(tmp_path: Path) -> None:
+    tensors = official_keys(FACTORS)
+    tensors["diffusion_model.transformer_blocks.99.attn1.to_q.lora_A.weight"] = torch.zeros(4, 32)
+    path = save(tmp_path / "x.safetensors", tensors)
+    assert "--allow-unmatched" in (refused(path, "1 unmatched target").next or "")
+    adapter = open_adapter(path, shapes(), allow_unmatched=True)
+    assert adapter.skipped == ("transformer_blocks.99.attn1.to_q",)
+    assert len(adapter.targets) == len(MODULES) and "left out" in adapter.warnings[0]
+    tensors["something.else"] = torch.zeros(1)
+    refused(save(tmp_path / "y.safetensors", tensors), "1 unknown key", allow_unmatched=True)
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_lora_for_another_model_is_one_clear_message(allow: bool, tmp_path: Path) -> None:
+    tensors = {
+        f"diffusion_model.blocks.{i}.self_attn.q.lora_{c}.weight": torch.zeros(4, 4) for i in range(40) for c in "AB"
+    }
+    error = refused(save(tmp_path / "wan.safetensors", tensors), "is a LoRA for another model", allow_unmatched=allow)
+    assert "none of its 40 targets" in error.problem and "blocks.0.self_attn.q" in str(error.found)
+
+
+def test_same_names_but_other_widths_is_another_model(tmp_path: Path) -> None:
+    factors = {m: (torch.zeros(4, 64), torch.zeros(64, 4)) for m in MODULES if ".attn1.to_q" in m and "audio" not in m}
+    error = refused(save(tmp_path / "x.safetensors", official_keys(factors)), "no shape agrees")
+    assert len(error.items) == len(factors)
+
+
+def test_text_path_only(tmp_path: Path) -> None:
+    key = "text_embedding_projection.video_aggregate_embed"
+    tensors = {f"{key}.lora_A.weight": torch.zeros(4, 4), f"{key}.lora_B.weight": torch.zeros(4, 4)}
+    refused(save(tmp_path / "x.safetensors", tensors), "changes only the text path")
+
+
+def test_no_lora_at_all(tmp_path: Path) -> None:
+    refused(save(tmp_path / "x.safetensors", {"weight": torch.zeros(2)}), "holds no LoRA")
+
+
+@pytest.mark.parametrize(
+    ("extra", "kind"),
+    [
+        ({f"transformer.{ATTENTION}.to_q.lora_A.weight": (4, 32)}, "1 duplicate"),
+        ({f"diffusion_model.{ATTENTION}.to_q.lora_down.weight": (4, 32)}, "1 duplicate"),
+        ({f"diffusion_model.{ATTENTION}.to_qkv.lora_A.weight": (4, 32),
+          f"diffusion_model.{ATTENTION}.to_qkv.lora_B.weight": (96, 4)}, "3 duplicate"),
+        ({f"diffusion_model.{ATTENTION}.norm_q.alpha": ()}, "1 half pair"),
+        ({f"diffusion_model.{ATTENTION}.norm_q.dora_scale": (32,)}, "1 half pair"),
+        ({f"diffusion_model.{ATTENTION}.to_q.dora_scale": (1, 32)}, "1 shape mismatch"),
+        ({f"diffusion_model.{ATTENTION}.to_q.alpha": (3,)}, "1 unreadable alpha"),
+        ({f"diffusion_model.{ATTENTION}.norm_q.diff": (3,)}, "1 shape mismatch"),
+        ({f"diffusion_model.{ATTENTION}.norm_q.diff_b": (32,)}, "1 shape mismatch"),
+        ({f"diffusion_model.{ATTENTION}.norm_q.lora_A.weight": (4, 32),
+          f"diffusion_model.{ATTENTION}.norm_q.lora_B.weight": (32, 4)}, "1 shape mismatch"),
+        ({"alpha": ()}, "1 unknown key"),
+    ],
+)  # fmt: skip
+def test_refusals(extra: dict[str, tuple[int, ...]], kind: str, tmp_path: Path) -> None:
+    tensors = official_keys(FACTORS) | {key: torch.zeros(shape) for key, shape in extra.items()}
+    assert kind in refused(save(tmp_path / "x.safetensors", tensors), "does not fit").problem
+
+
+def test_a_fused_projection_of_the_wrong_height_is_refused(tmp_path: Path) -> None:
+    tensors = dotted({f"{ATTENTION}.to_qkv": (torch.zeros(4, 32), torch.zeros(64, 4))}, official_root)
+    error = refused(save(tmp_path / "x.safetensors", tensors), "no shape agrees")
+    assert "[96, 4]" in str(error.items)
+    # Query and key of the cross attentions differ in width, so no fused projection exists there.
+    cross = "transformer_blocks.0.audio_to_video_attn"
+    tensors = dotted({f"{cross}.to_qkv": (torch.zeros(4, 32), torch.zeros(48, 4))}, official_root)
+    refused(save(tmp_path / "y.safetensors", tensors), "no shape agrees")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_alpha_that_is_not_finite(value: float, tmp_path: Path) -> None:
+    tensors = official_keys(FACTORS) | alphas(official_root, MODULES[:1], value)
+    refused(save(tmp_path / "x.safetensors", tensors), "1 unreadable alpha")
+
+
+def test_integer_factors_are_refused(tmp_path: Path) -> None:
+    tensors = {key: tensor.to(torch.int8) for key, tensor in official_keys(low_rank(MODULES[:2])).items()}
+    refused(save(tmp_path / "x.safetensors", tensors), "2 unusable dtypes")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_other_float_dtypes_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    module = f"{ATTENTION}.to_q"
+    a, b = (torch.eye(4, 32).to(dtype), torch.ones(32, 4).to(dtype))
+    adapter = open_adapter(save(tmp_path / "x.safetensors", official_keys({module: (a, b)})), shapes())
+    scan(adapter, SilentReporter())
+    name = f"{module}.weight"
+    expected = (BASE[name].float() + 0.5 * (b.float() @ a.float())).bfloat16()
+    assert torch.equal(weights_of(adapter, 0.5)[name], expected)
+
+
+def peft(folder: Path, factors: Factors, **values: object) -> Path:
+    save(folder / "adapter_model.safetensors", dotted(factors, lambda m: f"base_model.model.{m}"))
+    (folder / "adapter_config.json").write_text(json.dumps(config(**values)))
+    return folder
+
+
+def mixed_ranks() -> Factors:
+    return low_rank(MODULES[:2], 4) | low_rank(MODULES[2:4], 8)
+
+
+def test_one_alpha_for_mixed_ranks_is_ambiguous(tmp_path: Path) -> None:
+    refused(peft(tmp_path / "a", mixed_ranks()), "1 ambiguous alpha")
+    open_adapter(peft(tmp_path / "b", mixed_ranks(), rank_pattern=dict.fromkeys(MODULES[2:4], 8)), shapes())
+    open_adapter(save(tmp_path / "c.safetensors", official_keys(mixed_ranks())), shapes())
+
+
+def test_a_stated_rank_must_be_the_rank(tmp_path: Path) -> None:
+    assert "rank 4" in str(refused(peft(tmp_path, FACTORS, r=16), "rank mismatch").items)
+
+
+def test_alpha_stated_twice_must_agree(tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": 16})}
+    tensors = official_keys(FACTORS) | alphas(official_root, MODULES, 8.0)
+    refused(save(tmp_path / "x.safetensors", tensors, metadata), "ambiguous alpha")
+    metadata = {"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": 8})}
+    assert open_adapter(save(tmp_path / "y.safetensors", tensors, metadata), shapes()).factor == 2.0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"peft_type": "LOHA"}, {"r": "4"}, {"r": 0}, {"lora_alpha": True}, {"lora_alpha": "x"}, {"use_rslora": "yes"},
+        {"rank_pattern": []}, {"rank_pattern": {"(": 4}}, {"alpha_pattern": {"(a+)+b": 4}},
+        {"alpha_pattern": {"a*b*c*d*e*": 4}}, {"alpha_pattern": {"x" * 600: 4}}, {"fan_in_fan_out": True},
+        {"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [1]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hostile_or_foreign_configurations(values: dict[str, object], tmp_path: Path) -> None:
+    refused(peft(tmp_path, FACTORS, **values), None)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"r": NaN}', "[" * 5000, '{"r": 1, "r": 2}'])
+def test_broken_configurations(text: str, tmp_path: Path) -> None:
+    folder = peft(tmp_path, FACTORS)
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises((AdapterError, FormatError)):
+        open_adapter(folder, shapes())
+
+
+def test_thousands_of_patterns_are_quick(tmp_path: Path) -> None:
+    patterns = {f"no_such_block.{i}.to_q": 3 for i in range(20_000)} | {r".*\.never": 3}
+    folder = peft(tmp_path, FACTORS, rank_pattern=patterns, alpha_pattern=patterns)
+    started = time.perf_counter()
+    assert open_adapter(folder, shapes()).factor == ALPHA / RANK
+    assert time.perf_counter() - started < 2
+
+
+def test_missing_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        open_adapter(tmp_path / "nothing.safetensors", shapes())
+    with pytest.raises(SourceError, match="without a PEFT adapter"):
+        open_adapter(tmp_path, shapes())
+    (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(FormatError):
+        open_adapter(tmp_path / "x.safetensors", shapes())
+
+
+def test_scan_hashes_the_file_and_its_configuration(tmp_path: Path) -> None:
+    from blake3 import blake3
+
+    path = save(tmp_path / "x.safetensors", official_keys(FACTORS))
+    adapter = open_adapter(path, shapes())
+    assert scan(adapter, SilentReporter()) == blake3(path.read_bytes()).hexdigest() == hash_adapter(path, None)
+    first = scan(open_adapter(peft(tmp_path / "a", FACTORS), shapes()), SilentReporter())
+    second = scan(open_adapter(peft(tmp_path / "b", FACTORS, lora_alpha=2.0), shapes()), SilentReporter())
+    assert first != second
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_nan_and_infinity_are_refused_with_the_list(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = official_keys(low_rank(MODULES, dtype=dtype))
+    bad = sorted(tensors)[3], sorted(tensors)[-1]
+    for key in bad:
+        tensors[key][-1, -1] = value
+    adapter = open_adapter(save(tmp_path / "x.safetensors", tensors), shapes())
+    with pytest.raises(AdapterError, match="NaN or infinity in 2 tensors") as caught:
+        scan(adapter, SilentReporter())
+    assert set(caught.value.items) == set(bad)
+
+
+def test_large_but_finite_factors_pass(tmp_path: Path) -> None:
+    tensors = official_keys(low_rank(MODULES[:1], dtype=torch.float16))
+    for tensor in tensors.values():
+        tensor.fill_(60000)
+    scan(open_adapter(save(tmp_path / "x.safetensors", tensors), shapes()), SilentReporter())
+
+
+def test_metadata_alpha_of_a_trainer_is_told(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.safetensors", official_keys(FACTORS), {"ss_network_alpha": "1"})
+    assert "ss_network_alpha" in open_adapter(path, shapes()).warnings[0]
+
+
+def test_hostile_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.safetensors", {"a\x1b[31m.lora_A.weight": torch.zeros(2, 2)})
+    with pytest.raises(LtxpackError) as caught:
+        open_adapter(path, shapes())
+    assert "\x1b" not in str(caught.value)

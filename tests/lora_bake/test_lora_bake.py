@@ -1,0 +1,723 @@
+"""Whole bakes: the weights, the folder, the manifest; what is refused and what is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from lora_support import (
+    CONFIG,
+    LORA_FILE,
+    dotted,
+    linears,
+    low_rank,
+    make_overlay,
+    official_keys,
+    random_weights,
+    save,
+    shapes,
+    tree_bytes,
+)
+from safetensors import safe_open
+from support import load
+
+from ltxpack.errors import AdapterError, DeviceError, LtxpackError, OverlayError, SourceError, UsageError
+from ltxpack.lora_bake import BakeOptions, bake, plan_bake, resolve
+from ltxpack.lora_bake.bake import _checked
+from ltxpack.manifest import Bake, read_manifest
+from ltxpack.materialize.hub import RepoFile, RepoInfo
+from ltxpack.materialize.renames import TRANSFORMER
+from ltxpack.repack.lock import OverlayLock
+from ltxpack.repack.verify import verify
+from ltxpack.reporter import SilentReporter
+from ltxpack.tensorfile import read_tensorfile
+
+BASE = random_weights()
+FACTORS = low_rank(linears())
+STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
+
+
+class Notes(SilentReporter):
+    """Keeps what was said, and holds progress to what was announced."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.phases: list[tuple[str, int, int]] = []
+        self._open: tuple[str, int] | None = None
+        self._count = 0
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+
+    def detail(self, message: str) -> None:
+        self.said.append(message)
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        assert self._open is None
+        self._open, self._count = (label, total), 0
+
+    def advance(self, amount: int = 1) -> None:
+        assert self._open is not None
+        self._count += amount
+
+    def end(self) -> None:
+        assert self._open is not None
+        self.phases.append((*self._open, self._count))
+        self._open = None
+
+
+@pytest.fixture
+def overlay(tmp_path: Path) -> Path:
+    return make_overlay(tmp_path / "out", BASE, shards=3, distilled=official_keys(FACTORS))
+
+
+@pytest.fixture
+def style(tmp_path: Path) -> Path:
+    return save(tmp_path / "style.safetensors", official_keys(STYLE))
+
+
+def options(overlay: Path, *strengths: float, **more: object) -> BakeOptions:
+    return BakeOptions(overlay, strengths, **more)  # type: ignore[arg-type]
+
+
+def run(overlay: Path, *strengths: float, **more: object) -> list[str]:
+    return [report.name for report in bake(options(overlay, *strengths, **more), SilentReporter())]
+
+
+def folder_weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        part = load(path)
+        assert not part.keys() & tensors.keys()
+        tensors |= part
+    return tensors
+
+
+def exact(strengths: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """float64 results; ``strengths`` of the distilled and the style LoRA."""
+    result = {name: tensor.double() for name, tensor in BASE.items()}
+    for key, factors in (("style", STYLE), ("distilled", FACTORS)):
+        for module, (a, b) in factors.items():
+            result[f"{module}.weight"] = result[f"{module}.weight"] + strengths.get(key, 0.0) * (
+                b.double() @ a.double()
+            )
+    return result
+
+
+# The weights
+
+
+def test_official_bakes_equal_the_goldens(golden: Path, tmp_path: Path) -> None:
+    checkpoint = load(next(path for path in golden.glob("*.safetensors") if path.name.endswith("-dev.safetensors")))
+    distilled = next(path for path in golden.glob("*.safetensors") if "distilled-lora" in path.name)
+    root, renamed = "model.diffusion_model.", {}
+    for name, tensor in checkpoint.items():
+        if name.startswith(root) and "embeddings_connector" not in name:
+            renamed[TRANSFORMER.rename(name)] = tensor
+    overlay = make_overlay(tmp_path / "out", renamed, shards=2, distilled=load(distilled))
+    files = sorted((golden / "golden").glob("lora_fused_*")) + sorted((golden / "golden").glob("lora_stacked_*"))
+    plain: dict[float, Path] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            metadata = dict(opened.metadata())
+        if "strength" in metadata:
+            plain[float(metadata["strength"])] = file
+            continue
+        user = next(path for path in golden.glob("*.safetensors") if path.name.startswith("style-lora"))
+        added = ((str(user), float(metadata["style"])),)
+        [name] = run(overlay, float(metadata["distilled"]), added=added, rule="official", device="cpu")
+        assert_equal_to_golden(overlay / "bakes" / name, file)
+    names = run(overlay, *plain, rule="official", device="cpu")
+    for name, file in zip(names, plain.values(), strict=True):
+        assert_equal_to_golden(overlay / "bakes" / name, file)
+
+
+def assert_equal_to_golden(folder: Path, file: Path) -> None:
+    found = folder_weights(folder)
+    expected = load(file)
+    assert expected
+    for name, tensor in expected.items():
+        same = found[TRANSFORMER.rename("model.diffusion_model." + name)]
+        assert torch.equal(same.view(torch.int16), tensor.view(torch.int16)), f"{file.name}: {name}"
+
+
+def test_fp32_bake_is_the_rounded_sum(overlay: Path, style: Path) -> None:
+    [alone] = run(overlay, 0.7)
+    [stacked] = run(overlay, 0.7, added=((str(style), -0.3),))
+    for name, strengths in ((alone, {"distilled": 0.7}), (stacked, {"distilled": 0.7, "style": -0.3})):
+        found = folder_weights(overlay / "bakes" / name)
+        assert found.keys() == BASE.keys()
+        wrong = total = 0
+        for tensor_name, reference in exact(strengths).items():
+            assert found[tensor_name].dtype == BASE[tensor_name].dtype
+            wrong += int((found[tensor_name] != reference.float().bfloat16()).sum())
+            total += reference.numel()
+        assert wrong / total < 1e-3
+
+
+def test_several_strengths_at_once_are_the_bytes_of_each_alone(tmp_path: Path, style: Path) -> None:
+    for rule in ("fp32", "official"):
+        for added in ((), ((str(style), 0.8),)):
+            together = make_overlay(tmp_path / "together", BASE, shards=2, distilled=official_keys(FACTORS))
+            apart = make_overlay(tmp_path / "apart", BASE, shards=2, distilled=official_keys(FACTORS))
+            run(together, 0.25, 0.0, 1.0, added=added, rule=rule)
+            for strength in (1.0, 0.0, 0.25):
+                run(apart, strength, added=added, rule=rule)
+            assert tree_bytes(together) == tree_bytes(apart)
+            shutil.rmtree(together)
+            shutil.rmtree(apart)
+
+
+def test_a_bake_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trees = []
+    for cores in (1, 4):
+        monkeypatch.setattr("ltxpack.lora_bake.stream.usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("ltxpack.lora_bake.fuse.CHUNK_ELEMENTS", {"fp32": 256, "addmm": 256})
+        folder = make_overlay(tmp_path / str(cores), BASE, distilled=official_keys(FACTORS))
+        run(folder, 0.7)
+        trees.append(tree_bytes(folder))
+    assert trees[0] == trees[1]
+
+
+def test_row_chunks_give_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for elements in (1 << 21, 100):
+        monkeypatch.setattr("ltxpack.lora_bake.fuse.CHUNK_ELEMENTS", {"fp32": elements, "addmm": elements})
+        folder = make_overlay(tmp_path / str(elements), BASE, distilled=official_keys(FACTORS))
+        [name] = run(folder, 0.7)
+        results.append(folder_weights(folder / "bakes" / name))
+    different = sum(int((results[0][name] != results[1][name]).sum()) for name in BASE)
+    assert different <= 3
+
+
+def test_every_kernel_is_used_by_its_name(overlay: Path, style: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for unit in (True, False):
+        monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda unit=unit: unit)
+        [name] = run(overlay, 0.3 if unit else 0.4, device="cpu")
+        assert read_manifest(overlay).bakes[name].kernel == ("addmm" if unit else "fp32")
+        [name] = run(overlay, 0.3 if unit else 0.4, device="cpu", added=((str(style), 1.0),))
+        assert read_manifest(overlay).bakes[name].kernel == "fp32"
+    [name] = run(overlay, 0.5, rule="official", device="cpu")
+    assert read_manifest(overlay).bakes[name].kernel == "official"
+
+
+# The folder and the manifest
+
+
+def test_diffusers_loads_a_bake(overlay: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    [name] = run(overlay, 0.5)
+    model, info = diffusers.LTX2VideoTransformer3DModel.from_pretrained(
+        overlay, subfolder=f"bakes/{name}", torch_dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = model.state_dict()
+    for tensor_name, tensor in folder_weights(overlay / "bakes" / name).items():
+        assert torch.equal(state[tensor_name], tensor)
+
+
+def test_the_folder_is_complete_and_verifies(overlay: Path) -> None:
+    names = run(overlay, 0.25, 1.0)
+    assert names == ["distilled-0.25", "distilled-1"]
+    transformer = {path.name for path in (overlay / "transformer").iterdir()}
+    for name in names:
+        folder = overlay / "bakes" / name
+        assert {path.name for path in folder.iterdir()} == transformer | {"coverage.json", "coverage.html"}
+        for small in ("config.json", "diffusion_pytorch_model.safetensors.index.json"):
+            assert (folder / small).read_bytes() == (overlay / "transformer" / small).read_bytes()
+    assert verify(overlay, SilentReporter()) == []
+    assert not (overlay / ".ltxpack").exists()
+    assert json.loads((overlay / "bakes" / names[0] / "config.json").read_text()) == CONFIG
+
+
+def test_what_the_manifest_says_of_a_bake(overlay: Path, style: Path) -> None:
+    [name] = run(overlay, 0.5, added=((str(style), 0.8),))
+    assert name == "distilled-0.5+style-0.8"
+    manifest = read_manifest(overlay)
+    made = manifest.bakes[name]
+    assert [(lora.name, lora.strength, lora.scale) for lora in made.loras] == [
+        ("style", 0.8, 0.8),
+        ("distilled", 0.5, 0.5),
+    ]
+    own = manifest.lora("distilled")
+    assert own is not None and made.loras[1].blake3 == own.file.blake3
+    assert made.loras[0].file == "style.safetensors" and made.loras[0].size == style.stat().st_size
+    assert (made.rule, made.device) == ("fp32", "cpu" if not torch.cuda.is_available() else "cuda")
+    found = folder_weights(overlay / "bakes" / name)
+    differing = {tensor for tensor in BASE if not torch.equal(found[tensor], BASE[tensor])}
+    assert set(made.changed) == differing
+
+
+def test_shards_carry_their_provenance(overlay: Path, style: Path) -> None:
+    [name] = run(overlay, 0.5, added=((str(style), 0.8),), rule="official")
+    made = read_manifest(overlay).bakes[name]
+    shards = {record.path: record.blake3 for record in read_manifest(overlay).components["transformer"].files}
+    for path in sorted((overlay / "bakes" / name).glob("*.safetensors")):
+        metadata = read_tensorfile(path).metadata
+        assert metadata["format"] == "pt" and metadata["ltxpack_rule"] == "official"
+        assert metadata["ltxpack_base_blake3"] == shards[f"transformer/{path.name}"]
+        loras = json.loads(metadata["ltxpack_loras"])
+        assert loras == [{"name": lora.name, "blake3": lora.blake3, "strength": lora.strength} for lora in made.loras]
+
+
+def test_shards_without_a_changed_tensor_are_relative_links(tmp_path: Path) -> None:
+    block = [module for module in linears() if module.startswith("transformer_blocks.2.")]
+    overlay = make_overlay(tmp_path / "out", BASE, shards=6, distilled=official_keys(low_rank(block)))
+    planned = plan_bake(options(overlay, 1.0), SilentReporter())
+    [name] = run(overlay, 1.0)
+    folder = overlay / "bakes" / name
+    links = {path.name: path.readlink() for path in folder.iterdir() if path.is_symlink()}
+    assert 0 < len(links) < 6
+    for shard, target in links.items():
+        assert target == Path("../../transformer") / shard
+        assert not set(load(overlay / "transformer" / shard)) & {f"{module}.weight" for module in block}
+    assert folder_weights(folder).keys() == BASE.keys()
+    assert {Path(file["path"]).name for file in planned["files"] if file["action"] == "link"} == set(links)
+    records = {record.path: record.link for record in read_manifest(overlay).bakes[name].files}
+    assert {Path(path).name for path, link in records.items() if link} == set(links)
+    assert verify(overlay, SilentReporter()) == []
+    moved = overlay.rename(tmp_path / "elsewhere")
+    assert verify(moved, SilentReporter()) == []
+
+
+def test_strength_zero(overlay: Path, style: Path) -> None:
+    assert run(overlay, 0.0) == ["distilled-0"]
+    folder = overlay / "bakes" / "distilled-0"
+    assert all(path.is_symlink() for path in folder.glob("*.safetensors"))
+    assert read_manifest(overlay).bakes["distilled-0"].changed == ()
+    [name] = run(overlay, 0.0, added=((str(style), 0.8),))
+    assert name == "distilled-0+style-0.8"
+    found = folder_weights(overlay / "bakes" / name)
+    reference = exact({"style": 0.8})
+    assert all(torch.allclose(found[key].double(), reference[key], rtol=2**-7, atol=1e-6) for key in BASE)
+    untouched = [key for key in BASE if ".attn1." not in key]
+    assert all(torch.equal(found[key], BASE[key]) for key in untouched)
+
+
+def test_the_plan_says_every_file_and_its_size(overlay: Path, style: Path) -> None:
+    wanted = options(overlay, 0.25, 1.0, added=((str(style), 0.8),))
+    before = tree_bytes(overlay)
+    plan = plan_bake(wanted, SilentReporter())
+    assert tree_bytes(overlay) == before
+    bake(wanted, SilentReporter())
+    assert {file["path"] for file in plan["files"]} == {
+        path.relative_to(overlay).as_posix() for path in (overlay / "bakes").rglob("*") if path.is_file()
+    }
+    for file in plan["files"]:
+        assert (overlay / file["path"]).stat().st_size == file["bytes"], file["path"]
+        assert file["action"] == "write"
+    assert plan["total_bytes"] == plan["written_bytes"] == sum(file["bytes"] for file in plan["files"])
+    assert plan["missing"] == []
+    run(overlay, 0.5)
+    assert plan_bake(options(overlay, 0.5), SilentReporter())["files"] == []
+    assert plan_bake(wanted, SilentReporter())["files"] == []
+    with pytest.raises(OverlayError, match="made from other inputs"):
+        plan_bake(options(overlay, 0.5, rule="official"), SilentReporter())
+    elsewhere = shutil.copy(overlay / LORA_FILE, overlay.parent / "renamed.safetensors")
+    assert (
+        "distilled-0.4" in plan_bake(options(overlay, 0.4, lora=str(elsewhere)), SilentReporter())["files"][0]["path"]
+    )
+
+
+def test_progress_adds_up(overlay: Path) -> None:
+    notes = Notes()
+    bake(options(overlay, 0.25, 1.0), notes)
+    assert len(notes.phases) == 2
+    assert all(total == count for _, total, count in notes.phases)
+    assert sum("page cache" in note or "O_DIRECT" in note for note in notes.said) == 6
+
+
+# Names
+
+
+def test_another_lora_goes_by_its_stem_and_the_distilled_file_by_its_content(overlay: Path, style: Path) -> None:
+    assert run(overlay, 0.8, lora=str(style)) == ["style-0.8"]
+    elsewhere = shutil.copy(overlay / LORA_FILE, overlay.parent / "renamed.safetensors")
+    assert run(overlay, 0.8, lora=str(elsewhere)) == ["distilled-0.8"]
+    odd = shutil.copy(style, overlay.parent / "my style (v2)!.safetensors")
+    assert run(overlay, 1.0, lora=str(odd)) == ["my-style-v2-1"]
+
+
+def test_name(overlay: Path) -> None:
+    assert run(overlay, 0.5, name="stage2") == ["stage2"]
+    with pytest.raises(UsageError, match="one strength"):
+        run(overlay, 0.5, 0.25, name="x")
+    for name in ("base", "..", "a/b", ""):
+        with pytest.raises(UsageError):
+            run(overlay, 0.5, name=name)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), float("-inf")])
+def test_a_strength_must_be_finite(overlay: Path, strength: float) -> None:
+    with pytest.raises(UsageError, match="finite"):
+        run(overlay, strength)
+    with pytest.raises(UsageError, match="finite"):
+        run(overlay, 1.0, added=(("x", strength),))
+
+
+def test_options_are_checked() -> None:
+    assert _checked(BakeOptions(Path("x"), (0.5, 0.25, 0.5, -0.0, 0.0))).strengths == (0.5, 0.25, 0.0)
+    for wrong in ({"rule": "bf16"}, {"device": "tpu"}, {"strengths": ()}):
+        with pytest.raises(UsageError):
+            _checked(dataclasses.replace(BakeOptions(Path("x"), (1.0,)), **wrong))  # type: ignore[arg-type]
+
+
+# Doing it again
+
+
+def test_the_same_again_is_left_alone(overlay: Path, style: Path) -> None:
+    added = ((str(style), 0.8),)
+    for more in ({}, {"added": added}, {"rule": "official", "name": "o"}):
+        first = bake(options(overlay, 0.5, **more), SilentReporter())
+        before = {path: path.stat().st_mtime_ns for path in overlay.rglob("*") if path.is_file()}
+        [again] = bake(options(overlay, 0.5, **more), SilentReporter())
+        assert first[0].made and not again.made and "is there already" in again.lines()[0]
+        assert {path: path.stat().st_mtime_ns for path in overlay.rglob("*") if path.is_file()} == before
+
+
+def test_only_the_missing_strength_is_made(overlay: Path) -> None:
+    run(overlay, 0.25)
+    reports = bake(options(overlay, 0.25, 0.5), SilentReporter())
+    assert [(report.name, report.made) for report in reports] == [("distilled-0.25", False), ("distilled-0.5", True)]
+
+
+def test_other_inputs_under_the_same_name_need_force(overlay: Path, style: Path) -> None:
+    run(overlay, 0.5, name="mine")
+    before = tree_bytes(overlay)
+    for more in ({"rule": "official"}, {"lora": str(style)}, {"added": ((str(style), 0.1),)}):
+        with pytest.raises(OverlayError, match="made from other inputs") as caught:
+            run(overlay, 0.5, name="mine", **more)
+        assert "--force" in (caught.value.next or "")
+        assert tree_bytes(overlay) == before
+    with pytest.raises(OverlayError, match="made from other inputs"):
+        run(overlay, 0.6, name="mine")
+    run(overlay, 0.6, name="mine", force=True)
+    assert read_manifest(overlay).bakes["mine"].loras[0].strength == 0.6
+    assert verify(overlay, SilentReporter()) == []
+    run(overlay, 0.6)
+    assert tree_bytes(overlay / "bakes/mine").keys() == tree_bytes(overlay / "bakes/distilled-0.6").keys()
+
+
+def test_a_bake_that_lost_a_file_is_made_again(overlay: Path) -> None:
+    run(overlay, 0.5)
+    before = tree_bytes(overlay)
+    next((overlay / "bakes/distilled-0.5").glob("*00002-of*")).unlink()
+    assert [report.made for report in bake(options(overlay, 0.5), SilentReporter())] == [True]
+    assert tree_bytes(overlay) == before
+
+
+def test_bakes_are_made_from_the_base_in_any_order(tmp_path: Path) -> None:
+    trees = []
+    for name, order in (("a", (0.25, 0.5)), ("b", (0.5, 0.25))):
+        folder = make_overlay(tmp_path / name, BASE, distilled=official_keys(FACTORS))
+        for strength in order:
+            run(folder, strength)
+        trees.append(tree_bytes(folder))
+    assert trees[0] == trees[1]
+
+
+# Refusals
+
+
+def assert_untouched_by(
+    overlay: Path, error: type[LtxpackError], match: str, *strengths: float, **more: object
+) -> LtxpackError:
+    before = tree_bytes(overlay)
+    with pytest.raises(error, match=match) as caught:
+        run(overlay, *strengths, **more)
+    assert tree_bytes(overlay) == before
+    return caught.value
+
+
+def test_a_changed_base_is_refused(overlay: Path) -> None:
+    run(overlay, 0.25)
+    shard = overlay / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(OverlayError, match="has changed since the overlay was written") as caught:
+        run(overlay, 0.5)
+    assert "ltxpack verify" in (caught.value.next or "")
+    assert "distilled-0.5" not in read_manifest(overlay).bakes and not (overlay / "bakes/distilled-0.5").exists()
+    assert run(overlay, 0.25) == ["distilled-0.25"]
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    run(overlay, 0.5)
+    assert verify(overlay, SilentReporter()) == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "diffusion_pytorch_model.safetensors.index.json"])
+def test_changed_small_files_of_the_base_are_refused(overlay: Path, file: str) -> None:
+    path = overlay / "transformer" / file
+    path.write_text(path.read_text().replace("e", "a", 1))
+    assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
+
+
+def test_a_truncated_or_missing_base_is_refused(overlay: Path) -> None:
+    shard = overlay / "transformer" / "diffusion_pytorch_model-00003-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
+    shard.unlink()
+    assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
+
+
+def test_a_changed_distilled_lora_is_refused(overlay: Path) -> None:
+    path = overlay / LORA_FILE
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
+    path.unlink()
+    assert_untouched_by(overlay, OverlayError, "missing or has changed", 0.5)
+
+
+def test_overflow_is_refused_with_the_list_and_leaves_nothing(tmp_path: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in BASE.items()}
+    overlay = make_overlay(tmp_path / "out", weights, shards=2, distilled=official_keys(FACTORS))
+    error = assert_untouched_by(overlay, AdapterError, "beyond F16", 1e6)
+    assert len(error.items) > 5
+    run(overlay, 1.0)
+
+
+def test_nan_in_a_factor_is_refused(overlay: Path) -> None:
+    tensors = official_keys(FACTORS)
+    key = sorted(tensors)[7]
+    tensors[key] = torch.full_like(tensors[key], float("nan"))
+    path = save(overlay.parent / "nan.safetensors", tensors)
+    error = assert_untouched_by(overlay, AdapterError, "NaN or infinity in 1 tensors", 1.0, lora=str(path))
+    assert error.items == (key,)
+
+
+def test_a_lora_that_does_not_fit_is_refused_by_plan_and_bake(overlay: Path) -> None:
+    tensors = official_keys(FACTORS)
+    tensors.pop(sorted(tensors)[0])
+    path = save(overlay.parent / "half.safetensors", tensors)
+    assert_untouched_by(overlay, AdapterError, "1 half pair", 1.0, lora=str(path))
+    with pytest.raises(AdapterError, match="1 half pair"):
+        plan_bake(options(overlay, 1.0, lora=str(path)), SilentReporter())
+
+
+def test_allow_unmatched_is_told(overlay: Path, style: Path) -> None:
+    tensors = load(style) | {"diffusion_model.transformer_blocks.77.attn1.to_q.lora_A.weight": torch.zeros(2, 2)}
+    path = save(overlay.parent / "more.safetensors", tensors)
+    assert_untouched_by(overlay, AdapterError, "1 unmatched", 1.0, lora=str(path))
+    notes = Notes()
+    [report] = bake(options(overlay, 1.0, lora=str(path), allow_unmatched=True), notes)
+    assert any("left out" in note for note in notes.said)
+    assert report.document["loras"][0]["left_out"] == ["transformer_blocks.77.attn1.to_q"]
+
+
+def test_dora_has_no_official_rule(overlay: Path) -> None:
+    module = "transformer_blocks.0.attn1.to_q"
+    tensors = official_keys({module: FACTORS[module]})
+    tensors["diffusion_model.transformer_blocks.0.attn1.to_q.dora_scale"] = torch.ones(32, 1)
+    path = save(overlay.parent / "dora.safetensors", tensors)
+    assert_untouched_by(overlay, AdapterError, "has no DoRA", 1.0, lora=str(path), rule="official")
+    run(overlay, 1.0, lora=str(path))
+
+
+def test_the_official_rule_tells_of_ignored_alpha(overlay: Path) -> None:
+    alphas = {
+        key.replace("lora_A.weight", "alpha"): torch.tensor(8.0) for key in official_keys(FACTORS) if "lora_A" in key
+    }
+    path = save(overlay.parent / "alpha.safetensors", official_keys(FACTORS) | alphas)
+    notes = Notes()
+    [report] = bake(options(overlay, 0.5, lora=str(path), rule="official"), notes)
+    assert any("the official rule ignores alpha" in note for note in notes.said)
+    plain = run(overlay, 0.5, rule="official")
+    one, two = (folder_weights(overlay / "bakes" / name) for name in (report.name, *plain))
+    assert all(torch.equal(one[name], two[name]) for name in BASE)
+    assert read_manifest(overlay).bakes[report.name].loras[0].scale == 0.5
+    [scaled] = run(overlay, 0.5, lora=str(path), name="fp32")
+    assert read_manifest(overlay).bakes[scaled].loras[0].scale == 1.0
+
+
+def test_no_overlay_no_lora_no_device(tmp_path: Path, overlay: Path) -> None:
+    with pytest.raises(OverlayError, match="is not an overlay"):
+        run(tmp_path / "nothing", 1.0)
+    with pytest.raises(SourceError, match="no such LoRA"):
+        run(overlay, 1.0, lora="absent.safetensors")
+    with pytest.raises(SourceError, match="no such LoRA"):
+        run(overlay, 1.0, added=(("./some/where.safetensors", 1.0),))
+    for odd in ("x" * 5000, "a\0b", "", "~/none.safetensors"):
+        with pytest.raises((SourceError, UsageError)):
+            run(overlay, 1.0, lora=odd)
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match="no CUDA device"):
+            run(overlay, 1.0, device="cuda")
+
+
+def test_an_overlay_without_a_distilled_lora(overlay: Path, style: Path) -> None:
+    manifest = read_manifest(overlay)
+    (overlay / "ltxpack.json").write_bytes(dataclasses.replace(manifest, loras=()).dump())
+    with pytest.raises(OverlayError, match="holds no distilled LoRA"):
+        run(overlay, 1.0)
+    assert run(overlay, 1.0, lora=str(style)) == ["style-1"]
+
+
+def test_an_overlay_in_use_is_refused(overlay: Path) -> None:
+    with OverlayLock(overlay), pytest.raises(OverlayError, match="another ltxpack"):
+        run(overlay, 1.0)
+    run(overlay, 1.0)
+
+
+@pytest.mark.parametrize("link", ["bakes", ".ltxpack", "bakes/distilled-1"])
+def test_nothing_is_written_through_a_link_out_of_the_overlay(overlay: Path, tmp_path: Path, link: str) -> None:
+    (tmp_path / "outside").mkdir()
+    (overlay / link).parent.mkdir(exist_ok=True)
+    (overlay / link).symlink_to(tmp_path / "outside")
+    with pytest.raises(OverlayError, match="is a link where only a folder may be"):
+        run(overlay, 1.0)
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_disk_too_small_is_found_before_the_first_byte(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(overlay)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OverlayError, match="the disk is too small"):
+        run(overlay, 1.0)
+    assert list(read_manifest(overlay).bakes) == [] and not (overlay / "bakes").exists()
+
+
+def test_the_lora_is_not_read_for_what_is_there_already(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(overlay, 0.5)
+    monkeypatch.setattr("ltxpack.lora_bake.factors.scan", lambda *_: pytest.fail("the LoRA was read"))
+    run(overlay, 0.5)
+
+
+def test_torch_is_not_imported_to_refuse_or_to_find_nothing_to_do(overlay: Path) -> None:
+    run(overlay, 0.5)
+    program = f"""
+import sys
+from pathlib import Path
+from ltxpack.errors import LtxpackError
+from ltxpack.lora_bake import BakeOptions, bake
+from ltxpack.reporter import SilentReporter
+for overlay, options in ((Path("nowhere"), {{}}), (Path({str(overlay)!r}), {{"lora": "none.safetensors"}})):
+    try:
+        bake(BakeOptions(overlay, (0.5,), **options), SilentReporter())
+    except LtxpackError:
+        continue
+    sys.exit("not refused")
+assert not bake(BakeOptions(Path({str(overlay)!r}), (0.5,)), SilentReporter())[0].made
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+# LoRAs from elsewhere
+
+
+def test_a_peft_folder(overlay: Path) -> None:
+    folder = overlay.parent / "my_adapter"
+    save(folder / "adapter_model.safetensors", dotted(STYLE, lambda module: f"base_model.model.{module}"))
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    assert run(overlay, 0.4, lora=str(folder)) == ["my_adapter-0.4"]
+    doubled = save(overlay.parent / "d.safetensors", official_keys({m: (a, 2 * b) for m, (a, b) in STYLE.items()}))
+    run(overlay, 0.4, lora=str(doubled))
+    one, two = (folder_weights(overlay / "bakes" / name) for name in ("my_adapter-0.4", "d-0.4"))
+    assert all(torch.equal(one[name], two[name]) for name in BASE)
+    (folder / "adapter_config.json").write_text(json.dumps(stated | {"lora_alpha": 2}))
+    with pytest.raises(OverlayError, match="made from other inputs"):
+        run(overlay, 0.4, lora=str(folder))
+
+
+class FakeHub:
+    """A hub that holds one folder."""
+
+    folder = Path()
+    fetched: list[str] = []  # noqa: RUF012 (one list for the test)
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
+        names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
+        files = {name: RepoFile(name, (self.folder / name).stat().st_size, None) for name in names}
+        return RepoInfo(repo, "0" * 40, files)
+
+    def header(self, info: RepoInfo, name: str) -> bytes:
+        data = (self.folder / name).read_bytes()
+        return data[: 8 + int.from_bytes(data[:8], "little")]
+
+    def fetch(self, info: RepoInfo, name: str) -> Path:
+        self.fetched.append(name)
+        return self.folder / name
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
+    FakeHub.folder = tmp_path / "hub"
+    FakeHub.fetched = []
+    monkeypatch.setattr(resolve, "Hub", FakeHub)
+    monkeypatch.chdir(tmp_path)
+    return FakeHub
+
+
+def test_a_lora_from_the_hub(overlay: Path, hub: type[FakeHub]) -> None:
+    save(hub.folder / "ltx2.3-style.safetensors", official_keys(STYLE))
+    reference = "someone/LTX-2.3-Style-LORA/ltx2.3-style.safetensors"
+    plan = plan_bake(options(overlay, 0.5, added=((reference, 1.0),)), SilentReporter())
+    assert hub.fetched == []
+    assert run(overlay, 0.5, added=((reference, 1.0),)) == ["distilled-0.5+ltx2.3-style-1"]
+    assert {file["path"]: file["bytes"] for file in plan["files"]} == {
+        path.relative_to(overlay).as_posix(): path.stat().st_size
+        for path in (overlay / "bakes").rglob("*")
+        if path.is_file()
+    }
+    assert run(overlay, 0.5, lora="someone/LTX-2.3-Style-LORA@main") == ["ltx2.3-style-0.5"]
+
+
+def test_a_peft_adapter_from_the_hub_brings_its_configuration(overlay: Path, hub: type[FakeHub]) -> None:
+    save(hub.folder / "sub" / "adapter_model.safetensors", dotted(STYLE, lambda module: f"base_model.model.{module}"))
+    (hub.folder / "sub" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    assert run(overlay, 0.5, lora="someone/repo/sub") == ["sub-0.5"]
+    assert sorted(hub.fetched) == ["sub/adapter_config.json", "sub/adapter_model.safetensors"]
+    assert read_manifest(overlay).bakes["sub-0.5"].loras[0].scale == 1.0
+
+
+def test_a_hub_reference_that_fits_nothing(overlay: Path, hub: type[FakeHub]) -> None:
+    for name in ("a", "b"):
+        save(hub.folder / f"{name}.safetensors", official_keys(STYLE))
+    (hub.folder / "x.py").write_text("print()")
+    for reference, match in (
+        ("o/r", "several"),
+        ("o/r/c.safetensors", "is not in o/r"),
+        ("o/r/x.py", "not a .safetensors"),
+    ):
+        with pytest.raises(SourceError, match=match):
+            run(overlay, 1.0, lora=reference)
+    assert hub.fetched == []
+
+
+def test_what_exists_as_typed_wins_over_the_hub(overlay: Path, hub: type[FakeHub]) -> None:
+    save(hub.folder.parent / "a" / "b" / "c.safetensors", official_keys(STYLE))
+    assert run(overlay, 1.0, lora="a/b/c.safetensors") == ["c-1"]
+    assert hub.fetched == []
+
+
+def test_a_hand_edited_bake_entry_does_not_break_anything(overlay: Path) -> None:
+    run(overlay, 0.5)
+    manifest = read_manifest(overlay)
+    made: Bake = manifest.bakes["distilled-0.5"]
+    odd = dataclasses.replace(made, loras=(dataclasses.replace(made.loras[0], strength=0.9),))
+    (overlay / "ltxpack.json").write_bytes(manifest.with_bake("distilled-0.5", odd).dump())
+    with pytest.raises(OverlayError, match="made from other inputs"):
+        run(overlay, 0.5)
+    run(overlay, 0.5, force=True)
+    assert read_manifest(overlay).bakes["distilled-0.5"] == made
+
+
+def test_shapes_of_the_support_match_the_config() -> None:
+    assert {name: tuple(tensor.shape) for name, tensor in BASE.items()} == shapes()

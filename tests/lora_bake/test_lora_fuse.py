@@ -1,0 +1,294 @@
+"""The arithmetic: bit-equal to the official fuse, one rounding under the fp32 rule, on any number of threads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from support import load
+
+from ltxpack.lora_bake import fuse
+from ltxpack.lora_bake.fuse import (
+    Term,
+    choose_kernel,
+    cpu_has_bf16_unit,
+    fuse_fp32,
+    fuse_official,
+    fuse_rows,
+    row_chunks,
+)
+
+ROOT = "model.diffusion_model."
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def factors(out: int, columns: int, rank: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Term:
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn((rank, columns), generator=generator) * columns**-0.5
+    up = torch.randn((out, rank), generator=generator) * 0.3
+    return Term(1.0, down.to(dtype), up.to(dtype))
+
+
+def matrix(out: int, columns: int, seed: int = 9, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return (torch.randn((out, columns), generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
+
+
+def exact(weight: torch.Tensor, terms: list[Term], scales: list[float]) -> torch.Tensor:
+    total = weight.double()
+    for term, scale in zip(terms, scales, strict=True):
+        assert term.up is not None and term.down is not None
+        total = total + scale * term.factor * (term.up.double() @ term.down.double())
+    return total
+
+
+def wrong_share(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Share of elements that are not the correctly rounded float64 result."""
+    return (found != reference.float().to(found.dtype)).float().mean().item()
+
+
+# The official rule
+
+
+def golden_term(lora: dict[str, torch.Tensor], name: str) -> Term | None:
+    key = "diffusion_model." + name.removesuffix(".weight")
+    if f"{key}.lora_A.weight" not in lora or not name.endswith(".weight"):
+        return None
+    return Term(1.0, lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"])
+
+
+def golden_loras(folder: Path, metadata: dict[str, str]) -> list[tuple[Path, float]]:
+    """Which LoRAs a golden file holds, in order of application, from what its metadata says."""
+    distilled = next(path for path in folder.glob("*.safetensors") if "distilled-lora" in path.name)
+    if "strength" in metadata:
+        return [(distilled, float(metadata["strength"]))]
+    user = next(path for path in folder.glob("*.safetensors") if path.name.startswith("style-lora"))
+    assert json.loads(metadata["order"]) == "style then distilled"
+    return [(user, float(metadata["style"])), (distilled, float(metadata["distilled"]))]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_official_rule_is_bit_equal_to_every_golden(golden: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    checkpoint = load(next(path for path in golden.glob("*.safetensors") if path.name.endswith("-dev.safetensors")))
+    files = sorted((golden / "golden").glob("lora_fused_*")) + sorted((golden / "golden").glob("lora_stacked_*"))
+    assert len(files) >= 3
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            metadata = dict(opened.metadata())
+        loras = [(load(path), strength) for path, strength in golden_loras(golden, metadata)]
+        fused = 0
+        for name, expected in load(file).items():
+            terms = [(golden_term(lora, name), strength) for lora, strength in loras]
+            present = [(term, strength) for term, strength in terms if term is not None]
+            fused += bool(present)
+            found, _ = fuse_official(checkpoint[ROOT + name], [t for t, _ in present], [s for _, s in present])
+            assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), f"{file.name}: {name}"
+        assert fused > 0
+
+
+def test_official_rule_differs_from_fp32_only_by_rounding() -> None:
+    weight, term = matrix(64, 96), factors(64, 96, 8)
+    official, _ = fuse_official(weight, [term], [0.7])
+    single = fuse_fp32(weight, [term], [0.7]).bfloat16()
+    assert not torch.equal(official, single)
+    assert torch.allclose(official.float(), single.float(), rtol=2**-6, atol=2**-9)
+
+
+def test_official_rule_ignores_alpha() -> None:
+    weight, term = matrix(32, 32), factors(32, 32, 4)
+    twice = Term(2.0, term.down, term.up)
+    assert torch.equal(fuse_official(weight, [term], [0.7])[0], fuse_official(weight, [twice], [0.7])[0])
+
+
+def test_official_rule_stores_a_float32_weight_rounded_to_bf16() -> None:
+    weight = matrix(32, 32, dtype=torch.float32)
+    found, _ = fuse_official(weight, [factors(32, 32, 4, dtype=torch.float32)], [1.0])
+    assert found.dtype == torch.float32 and torch.equal(found, found.bfloat16().float())
+
+
+def test_official_rule_has_no_dora() -> None:
+    term = factors(8, 8, 2)
+    with pytest.raises(ValueError, match="DoRA"):
+        fuse_official(matrix(8, 8), [Term(1.0, term.down, term.up, torch.ones(8, 1))], [1.0])
+
+
+def test_official_rule_is_never_cut_into_rows() -> None:
+    assert list(row_chunks((16384, 4096), "official")) == [(0, 16384)]
+    assert list(row_chunks((5,), "official")) == [(0, 5)]
+
+
+# The fp32 rule
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fp32_rule_rounds_once(dtype: torch.dtype, count: int) -> None:
+    weight = matrix(96, 160, dtype=torch.bfloat16)
+    terms = [factors(96, 160, 8, seed, dtype) for seed in range(count)]
+    scales = [0.7, -0.3, 1.3][:count]
+    total = fuse_fp32(weight, terms, scales)
+    reference = exact(weight, terms, scales)
+    assert ((total.double() - reference).norm() / reference.norm()).item() < 3e-7
+    assert wrong_share(total.bfloat16(), reference) < 1e-3
+
+
+SHAPES = [(512, 1024, 384), (32, 1024, 32), (128, 512, 128), (512, 128, 128), (256, 256, 256), (64, 64, 8), (4, 64, 4)]
+
+
+@pytest.mark.skipif(not cpu_has_bf16_unit(), reason="this CPU has no bf16 matrix unit, so addmm is not chosen here")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_addmm_kernel_is_as_accurate(shape: tuple[int, int, int]) -> None:
+    out, columns, rank = shape
+    weight, term = matrix(out, columns), factors(out, columns, rank)
+    [found] = fuse_rows(weight, [term], [[0.7]], "addmm")
+    [plain] = fuse_rows(weight, [term], [[0.7]], "fp32")
+    reference = exact(weight, [term], [0.7])
+    assert wrong_share(found.weight, reference) <= 3e-4 and wrong_share(plain.weight, reference) <= 3e-4
+    assert found.changed == pytest.approx(plain.changed, rel=1e-3)
+    assert math.sqrt(found.delta_square) == pytest.approx(math.sqrt(plain.delta_square), rel=3e-3)
+
+
+@pytest.mark.parametrize("kernel", ["fp32", "addmm"])
+def test_bits_do_not_depend_on_threads(kernel: str) -> None:
+    weight, term = matrix(768, 1024), factors(768, 1024, 96)
+    results = []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        results.append(fuse_rows(weight, [term], [[0.7]], kernel)[0])
+    assert all(torch.equal(a.weight, b.weight) for a, b in itertools.pairwise(results))
+    assert len({(result.base_square, result.changed) for result in results}) == 1
+
+
+@pytest.mark.parametrize("kernel", ["fp32", "addmm", "official"])
+def test_several_strengths_at_once_give_what_each_gives_alone(kernel: str) -> None:
+    weight, terms = matrix(64, 96), [factors(64, 96, 8, 1)]
+    if kernel != "addmm":
+        terms.append(factors(64, 96, 4, 2))
+    strengths = [[0.25, 0.8], [1.0, 0.8], [0.7, -0.1]]
+    strengths = [row[: len(terms)] for row in strengths]
+    together = fuse_rows(weight, [term.prepared(kernel, fuse.Workspace()) for term in terms], strengths, kernel)
+    for row, found in zip(strengths, together, strict=True):
+        [alone] = fuse_rows(weight, terms, [row], kernel)
+        assert _same(found, alone)
+
+
+def _same(found: fuse.Fused, alone: fuse.Fused) -> bool:
+    return (
+        torch.equal(found.weight, alone.weight)
+        and found.changed == alone.changed
+        and math.isclose(found.delta_square, alone.delta_square, rel_tol=1e-6)
+    )
+
+
+def test_order_of_loras_is_kept() -> None:
+    """With DoRA the order shows: the last term decides the norms."""
+    weight, first, second = matrix(16, 16), factors(16, 16, 4, 1), factors(16, 16, 4, 2)
+    scaled = Term(1.0, second.down, second.up, torch.ones(16, 1))
+    last = fuse_fp32(weight, [first, scaled], [1.0, 1.0])
+    not_last = fuse_fp32(weight, [scaled, first], [1.0, 1.0])
+    assert torch.allclose(last.norm(dim=1), torch.ones(16), atol=1e-5)
+    assert not torch.allclose(not_last.norm(dim=1), torch.ones(16), atol=1e-3)
+
+
+def test_a_row_range_of_a_term_is_the_term_of_a_row_range() -> None:
+    weight, term = matrix(48, 64), factors(48, 64, 8)
+    term = Term(2.0, term.down, term.up, torch.rand(48, 1) + 0.5, matrix(48, 64, 3))
+    whole = fuse_fp32(weight, [term], [0.7])
+    cut = torch.cat([fuse_fp32(weight[a:b], [term.rows(a, b)], [0.7]) for a, b in [(0, 16), (16, 17), (17, 48)]])
+    assert torch.allclose(whole, cut, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_measured() -> None:
+    weight, term = matrix(64, 96), factors(64, 96, 8)
+    [found] = fuse_rows(weight, [term], [[0.7]], "fp32")
+    assert found.base_square == pytest.approx(weight.double().square().sum().item(), rel=1e-5)
+    delta = exact(weight, [term], [0.7]) - weight.double()
+    assert found.delta_square == pytest.approx(delta.square().sum().item(), rel=1e-4)
+    assert found.changed == int((found.weight != weight).sum())
+    assert found.finite
+
+
+def test_overflow_of_the_stored_dtype_is_seen() -> None:
+    weight = torch.full((4, 4), 60000.0, dtype=torch.float16)
+    term = Term(1.0, torch.full((1, 4), 100.0), torch.full((4, 1), 100.0))
+    assert not fuse_rows(weight, [term], [[1.0]], "fp32")[0].finite
+    assert fuse_rows(weight, [term], [[-1.0]], "fp32")[0].finite
+
+
+def test_overflow_in_any_row_chunk_is_seen() -> None:
+    weight = torch.zeros(8, 8, dtype=torch.bfloat16)
+    up = torch.zeros(8, 1, dtype=torch.bfloat16)
+    up[7] = 3e38
+    term = Term(1.0, torch.full((1, 8), 3.0, dtype=torch.bfloat16), up)
+    for kernel in ("fp32", "addmm", "official"):
+        ready = term.prepared(kernel, fuse.Workspace())
+        first, last = (fuse_rows(weight[a : a + 4], [ready.rows(a, a + 4)], [[1.0]], kernel)[0] for a in (0, 4))
+        assert first.finite and not last.finite, kernel
+
+
+def test_row_chunks_add_up_to_the_whole(kernel: str = "addmm") -> None:
+    weight, term = matrix(64, 96), factors(64, 96, 8)
+    [whole] = fuse_rows(weight, [term], [[0.7]], kernel)
+    ready = term.prepared(kernel, fuse.Workspace())
+    parts = [fuse_rows(weight[a : a + 16], [ready.rows(a, a + 16)], [[0.7]], kernel)[0] for a in range(0, 64, 16)]
+    assert torch.equal(torch.cat([part.weight for part in parts]), whole.weight)
+    assert sum(part.delta_square for part in parts) == pytest.approx(whole.delta_square)
+    assert sum(part.base_square for part in parts) == pytest.approx(whole.base_square)
+    assert sum(part.changed for part in parts) == whole.changed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_changed_elements_are_counted_by_their_bits(dtype: torch.dtype) -> None:
+    before = torch.zeros(300_001, dtype=dtype)
+    after = before.clone()
+    after[[0, 77, 300_000]] = 1
+    after[5] = -0.0
+    assert fuse.count_changed(before, after) == 4
+
+
+@pytest.mark.parametrize("shape", [(1,), (5000,), (7, 3), (4096, 4096), (3, 9_000_000)])
+def test_row_chunks_cover_every_row_once(shape: tuple[int, ...]) -> None:
+    for kernel in ("fp32", "addmm"):
+        rows = list(itertools.chain.from_iterable(range(a, b) for a, b in row_chunks(shape, kernel)))
+        assert rows == list(range(shape[0]))
+
+
+def test_the_kernel_is_chosen_by_what_is_exact_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda: True)
+    assert choose_kernel("fp32", 1, True, "cpu") == "addmm"
+    assert choose_kernel("fp32", 2, True, "cpu") == "fp32"
+    assert choose_kernel("fp32", 1, False, "cuda") == "fp32"
+    assert choose_kernel("official", 1, True, "cpu") == "official"
+    monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda: False)
+    assert choose_kernel("fp32", 1, True, "cpu") == "fp32"
+    assert choose_kernel("fp32", 1, True, "cuda") == "addmm"
+
+
+@pytest.mark.parametrize(
+    ("text", "has"),
+    [("flags\t\t: fpu sse2 avx512_bf16 ht\n", True),
+     ("flags\t: fpu amx_bf16 amx_tile\n", True), ("flags : fpu avx2\n", False),
+     ("model name: amx_bf16\n", False), ("", False)],
+)  # fmt: skip
+def test_the_bf16_unit_is_read_from_the_cpu_flags(text: str, has: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert cpu_has_bf16_unit(tmp_path / "cpuinfo") is (has and torch.backends.mkldnn.is_available())
+    assert cpu_has_bf16_unit(tmp_path / "absent") is False
+
+
+def test_square_sum_of_every_length() -> None:
+    for count in (0, 1, 7, (1 << 18) + 3):
+        values = torch.linspace(-1, 1, count).bfloat16()
+        assert fuse.square_sum(values) == pytest.approx(np.square(values.double().numpy()).sum(), rel=1e-5)

@@ -1,0 +1,158 @@
+"""LoRA files from the internet: whatever the header says, the answer is an adapter or one message, and quickly."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_support import linears, official, shapes
+
+from ltxpack.errors import LtxpackError
+from ltxpack.lora_bake.adapter import open_adapter
+from ltxpack.lora_bake.factors import FactorReader, scan
+from ltxpack.lora_bake.fuse import fuse_fp32
+from ltxpack.reporter import SilentReporter
+from ltxpack.tensorfile import DTYPE_BITS
+
+SHAPES = shapes()
+MODULES = [module for module in linears() if "blocks.0.attn1" in module]
+PREFIXES = [
+    "diffusion_model.",
+    "transformer.",
+    "base_model.model.",
+    "lora_unet_",
+    "",
+    "model.",
+    "diffusion_model.diffusion_model.",
+]
+ENDINGS = ["lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "diff",
+           "diff_b", "lora_magnitude_vector.default.weight", "lora_A.x.weight", "lora_mid.weight", ""]  # fmt: skip
+
+
+def keys() -> st.SearchStrategy[str]:
+    module = st.sampled_from([*MODULES, *map(official, MODULES), "transformer_blocks.0.attn1.to_qkv", "proj_in", "x.y"])
+    spelled = st.builds(lambda m, flat: m.replace(".", "_") if flat else m, module, st.booleans())
+    real = st.builds(lambda p, m, e: f"{p}{m}.{e}", st.sampled_from(PREFIXES), spelled, st.sampled_from(ENDINGS))
+    return st.one_of(real, st.text(min_size=1, max_size=30))
+
+
+def tensors() -> st.SearchStrategy[tuple[str, list[int]]]:
+    dims = st.lists(st.sampled_from([0, 1, 2, 4, 16, 32, 96]), max_size=3)
+    return st.tuples(st.sampled_from(sorted(DTYPE_BITS)), dims)
+
+
+def write(path: Path, entries: dict[str, tuple[str, list[int]]], metadata: dict[str, str]) -> bool:
+    """A well-formed file with these tensors, all bytes 1; False if a tensor would be no whole number of bytes."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        bits = DTYPE_BITS[dtype]
+        for dim in shape:
+            bits *= dim
+        if bits % 8 or name == "__metadata__":
+            return False
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + bits // 8]}
+        end += bits // 8
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\1" * end)
+    return True
+
+
+@settings(max_examples=300, deadline=1000)
+@given(
+    st.dictionaries(keys(), tensors(), min_size=1, max_size=8),
+    st.dictionaries(st.sampled_from(["lora_adapter_metadata", "ss_network_alpha", "format"]), st.text(max_size=20)),
+    st.booleans(),
+)
+def test_any_header_is_an_adapter_or_one_message(
+    entries: dict[str, tuple[str, list[int]]], metadata: dict[str, str], allow: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        if not write(path, entries, metadata):
+            return
+        try:
+            adapter = open_adapter(path, SHAPES, allow_unmatched=allow)
+            scan(adapter, SilentReporter())
+        except LtxpackError as error:
+            assert str(error) and "\x1b" not in str(error)
+            return
+        assert adapter.targets
+        with FactorReader(adapter) as reader:
+            for name in adapter.targets:
+                term = reader.term(name)
+                assert term is not None and name in SHAPES
+                fuse_fp32(torch_zeros(SHAPES[name]), [term], [0.5])
+
+
+def torch_zeros(shape: tuple[int, ...]):
+    import torch
+
+    return torch.zeros(shape)
+
+
+configurations = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=1000)
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "init_lora_weights"]
+        ),
+        configurations,
+    )
+)
+def test_any_configuration_is_used_or_refused(document: dict[str, object]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        module = "base_model.model.transformer_blocks.0.attn1.to_q"
+        entries = {f"{module}.lora_A.weight": ("F32", [4, 32]), f"{module}.lora_B.weight": ("F32", [32, 4])}
+        write(folder / "adapter_model.safetensors", entries, {})
+        (folder / "adapter_config.json").write_text(json.dumps(document))
+        try:
+            adapter = open_adapter(folder, SHAPES)
+        except LtxpackError:
+            return
+        assert adapter.factor is not None
+
+
+@pytest.mark.parametrize("where", ["weights", "config"])
+def test_links_out_of_a_peft_folder_are_read_but_never_written(where: str, tmp_path: Path) -> None:
+    """A hub cache's snapshot is made of links; they are followed for reading."""
+    real, folder = tmp_path / "blobs", tmp_path / "snapshot"
+    real.mkdir()
+    folder.mkdir()
+    module = "base_model.model.transformer_blocks.0.attn1.to_q"
+    entries = {f"{module}.lora_A.weight": ("F32", [4, 32]), f"{module}.lora_B.weight": ("F32", [32, 4])}
+    write(real / "a", entries, {})
+    (real / "b").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    for name, blob in (("adapter_model.safetensors", "a"), ("adapter_config.json", "b")):
+        (folder / name).symlink_to(real / blob)
+    assert open_adapter(folder, SHAPES).factor == 2.0
+    (real / ("a" if where == "weights" else "b")).unlink()
+    with pytest.raises(LtxpackError):
+        open_adapter(folder, SHAPES)
+
+
+def test_ten_thousand_foreign_targets_are_judged_in_time(tmp_path: Path) -> None:
+    import time
+
+    entries = {
+        f"diffusion_model.blocks.{i}.attn.lora_{letter}.weight": ("BF16", [1, 1])
+        for i in range(10_000)
+        for letter in "AB"
+    }
+    write(tmp_path / "x.safetensors", entries, {})
+    started = time.perf_counter()
+    with pytest.raises(LtxpackError, match="another model"):
+        open_adapter(tmp_path / "x.safetensors", SHAPES)
+    assert time.perf_counter() - started < 10

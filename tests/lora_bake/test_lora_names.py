@@ -1,0 +1,137 @@
+"""Names: strengths, ``--add``, bakes; and what a LoRA key means."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lora_support import linears, official, shapes
+
+from ltxpack.errors import UsageError
+from ltxpack.lora_bake.names import bake_name, check_bake_name, format_strength, lora_name, parse_added
+from ltxpack.lora_bake.naming import FLAT_PREFIXES, ModuleNames, belongs_elsewhere, linear_modules, parse_key
+from ltxpack.manifest import BAKE_NAME
+
+FULL = {
+    "num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "in_channels": 128,
+    "out_channels": 128, "audio_num_attention_heads": 32, "audio_attention_head_dim": 64,
+    "audio_cross_attention_dim": 2048, "audio_in_channels": 128, "audio_out_channels": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("strength", "text"),
+    [(1.0, "1"), (0.25, "0.25"), (0.5, "0.5"), (0.0, "0"), (-0.0, "0"), (1e-7, "0.0000001"), (1e22, "1" + "0" * 22),
+     (100.0, "100"), (-0.5, "-0.5"), (0.1 + 0.2, "0.30000000000000004")],
+)  # fmt: skip
+def test_strength_text(strength: float, text: str) -> None:
+    assert format_strength(strength) == text
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_strength_text_reads_back_and_is_plain(strength: float) -> None:
+    text = format_strength(strength)
+    assert float(text) == strength
+    assert "e" not in text and "E" not in text
+    assert not ("." in text and text.endswith(("0", ".")))
+
+
+@given(st.text(min_size=1, max_size=40), st.floats(min_value=-10, max_value=10))
+def test_add_splits_at_the_last_equals_sign(file: str, strength: float) -> None:
+    assert parse_added(f"{file}={strength!r}") == (file, strength)
+
+
+@pytest.mark.parametrize("text", ["style.safetensors", "=0.5", "a=", "a=nan", "a=inf", "a=-inf", "a=half", ""])
+def test_add_refuses(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_added(text)
+
+
+@given(st.text(min_size=0, max_size=60), st.integers(-100_000, 100_000))
+def test_every_bake_name_is_allowed(stem: str, thousandths: int) -> None:
+    name = bake_name((lora_name(stem), thousandths / 1000), [("style", 0.8)])
+    assert BAKE_NAME.fullmatch(name)
+    assert check_bake_name(name) == name
+
+
+def test_bake_names() -> None:
+    assert bake_name(("distilled", 1.0), []) == "distilled-1"
+    assert bake_name(("distilled", 0.5), [("style", 0.8)]) == "distilled-0.5+style-0.8"
+    assert bake_name(("distilled", 0.0), [("a", 1.0), ("b", -0.5)]) == "distilled-0+a-1+b--0.5"
+    assert lora_name("my LoRA (v2)") == "my-LoRA-v2"
+
+
+@pytest.mark.parametrize("name", ["base", ".", "..", "a/b", "", "ä", "a b", "x" * 201])
+def test_refused_names(name: str) -> None:
+    with pytest.raises(UsageError):
+        check_bake_name(name)
+
+
+def test_a_name_that_is_too_long_is_refused() -> None:
+    with pytest.raises(UsageError, match="too long"):
+        bake_name(("distilled", 1e-300), [])
+
+
+@pytest.mark.parametrize(
+    "prefix", ["diffusion_model.", "model.diffusion_model.", "", "transformer.", "base_model.model."]
+)
+@pytest.mark.parametrize("ending", ["lora_A.weight", "lora_A.default.weight", "lora_down.weight", "lora.down.weight"])
+def test_every_linear_is_found_in_both_spellings(prefix: str, ending: str) -> None:
+    names = ModuleNames(shapes())
+    for module in linears():
+        for spelling in {module, official(module), module.removesuffix(".0"), official(module).removesuffix(".0")}:
+            key = parse_key(f"{prefix}{spelling}.{ending}")
+            assert key is not None and key.role == "down"
+            match = names.find(key)
+            assert match is not None and match.modules == (module,)
+
+
+@pytest.mark.parametrize("prefix", FLAT_PREFIXES)
+def test_flattened_names_are_collision_free_at_full_size(prefix: str) -> None:
+    full = shapes(48, **FULL)
+    names, found = ModuleNames(full), set()
+    assert len(names.linears) == 1660
+    for module in sorted(names.linears):
+        for spelling in (module, official(module)):
+            key = parse_key(f"{prefix}{spelling.replace('.', '_')}.lora_up.weight")
+            assert key is not None and key.flat and key.role == "up"
+            match = names.find(key)
+            assert match is not None and match.modules == (module,)
+            found.add(match.modules)
+    assert len(found) == 1660
+
+
+def test_linears_are_the_two_dimensional_weights_only() -> None:
+    tables = {name for name, shape in shapes().items() if len(shape) == 2 and not name.endswith(".weight")}
+    assert tables and not tables & {f"{module}.weight" for module in linear_modules(shapes())}
+
+
+def test_fused_names_stand_for_two_or_three_modules() -> None:
+    names = ModuleNames(shapes())
+    for name, letters in (("to_qkv", "qkv"), ("qkv", "qkv"), ("to_kv", "kv")):
+        key = parse_key(f"diffusion_model.transformer_blocks.1.audio_attn1.{name}.lora_A.weight")
+        assert key is not None
+        match = names.find(key)
+        assert match is not None
+        assert match.modules == tuple(f"transformer_blocks.1.audio_attn1.to_{letter}" for letter in letters)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q", "text_embedding_projection.aggregate_embed",
+     "connectors.video_connector.transformer_blocks.0.ff.net.2", "lora_te1_layers_0", "text_encoder.layers.0.mlp"],
+)  # fmt: skip
+def test_text_path_is_recognised(module: str) -> None:
+    assert belongs_elsewhere(module)
+
+
+def test_transformer_modules_are_not_taken_for_the_text_path() -> None:
+    assert not [module for module in linears() if belongs_elsewhere(module) or belongs_elsewhere(official(module))]
+
+
+@given(st.text(max_size=80))
+def test_any_key_is_parsed_or_refused(key: str) -> None:
+    parsed = parse_key(key)
+    if parsed is not None:
+        assert parsed.module
+        ModuleNames({"a.weight": (1, 1)}).find(parsed)

@@ -1,0 +1,226 @@
+"""coverage.json and coverage.html: what they say, that they are reproducible, and that names cannot break the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
+from support import load
+
+from ltxpack.lora_bake import BakeOptions, BakeReport, bake, heatmap, report
+from ltxpack.lora_bake.report import TargetStat, split_name
+from ltxpack.reporter import SilentReporter
+
+BASE = random_weights()
+FACTORS = low_rank(linears())
+STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+# Their end tags may be left out.
+OPTIONAL = {"p", "tr", "td", "th", "html", "head", "body"}
+
+
+@pytest.fixture(scope="module")
+def baked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BakeReport]:
+    folder = tmp_path_factory.mktemp("report")
+    overlay = make_overlay(folder / "out", BASE, shards=2, distilled=official_keys(FACTORS))
+    style = save(folder / "style.safetensors", official_keys(STYLE))
+    [made] = bake(BakeOptions(overlay, (0.5,), added=((str(style), 0.8),)), SilentReporter())
+    return overlay / made.path, made
+
+
+def document_of(folder: Path) -> dict:
+    return json.loads((folder / "coverage.json").read_text())
+
+
+def test_the_document_on_disk_is_the_one_returned(baked: tuple[Path, BakeReport]) -> None:
+    folder, made = baked
+    assert document_of(folder) == json.loads(json.dumps(made.document))
+    summary = made.to_json()
+    assert summary["made"] and summary["path"] == f"bakes/{made.name}" and "targets" not in summary
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_matched_ranks_and_scales(baked: tuple[Path, BakeReport]) -> None:
+    style, distilled = document_of(baked[0])["loras"]
+    assert (distilled["matched"], distilled["total"]) == (130, 130)
+    assert (style["matched"], style["total"]) == (len(STYLE), 130)
+    assert distilled["ranks"] == {"4": 130} and style["ranks"] == {"2": len(STYLE)}
+    assert distilled["scales"] == [0.5] and style["scales"] == [0.8]
+    assert style["kinds"]["attn1.to_q"] == {"matched": 3, "total": 3}
+    assert style["kinds"]["ff.net.2"] == {"matched": 0, "total": 3}
+    assert sum(kind["total"] for kind in distilled["kinds"].values()) == 130
+    assert style["namings"] == ["diffusion_model lora_A"]
+
+
+def test_figures_agree_with_the_weights(baked: tuple[Path, BakeReport]) -> None:
+    folder, _ = baked
+    document = document_of(folder)
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load(path)
+    changed = {name: int((found[name] != BASE[name]).sum()) for name in BASE}
+    assert document["changed_weights"] == sum(changed.values())
+    assert document["changed_tensors"] == sum(count > 0 for count in changed.values())
+    assert document["targeted_weights"] == sum(BASE[name].numel() for name in document["targets"])
+    for name, target in document["targets"].items():
+        module = name.removesuffix(".weight")
+        delta = 0.5 * FACTORS[module][1].double() @ FACTORS[module][0].double()
+        if module in STYLE:
+            delta += 0.8 * STYLE[module][1].double() @ STYLE[module][0].double()
+        assert target["changed"] == changed[name] and target["elements"] == BASE[name].numel()
+        assert target["change"] == pytest.approx((delta.norm() / BASE[name].double().norm()).item(), rel=6e-3)
+        assert [term["rank"] for term in target["terms"]] == ([2, 4] if module in STYLE else [4])
+        assert [term["scale"] for term in target["terms"]] == ([0.8, 0.5] if module in STYLE else [0.5])
+
+
+def test_kinds_sum_up_their_targets(baked: tuple[Path, BakeReport]) -> None:
+    document = document_of(baked[0])
+    for kind, value in document["kinds"].items():
+        targets = [target for name, target in document["targets"].items() if split_name(name)[1] == kind]
+        assert value["targets"] == len(targets)
+        assert value["changed_weights"] == sum(target["changed"] for target in targets)
+        assert value["largest_change"] == max(target["change"] for target in targets)
+    assert document["blocks"] == 3 and len(document["block_kinds"]) == 34
+
+
+def test_the_lines_for_the_terminal(baked: tuple[Path, BakeReport]) -> None:
+    lines = "\n".join(baked[1].lines())
+    for part in (
+        "130 of 130 linears",
+        f"{len(STYLE)} of 130 linears",
+        "rank 4",
+        "scale 0.8",
+        "rule fp32",
+        "kernel fp32",
+    ):
+        assert part in lines
+
+
+def test_per_target_alpha_shows_as_a_span_of_scales(tmp_path: Path) -> None:
+    overlay = make_overlay(tmp_path / "out", BASE, distilled=official_keys(FACTORS))
+    tensors = official_keys(FACTORS)
+    alphas = {
+        key.replace("lora_A.weight", "alpha"): float(2 ** (i % 3)) for i, key in enumerate(tensors) if "lora_A" in key
+    }
+    path = save(tmp_path / "alpha.safetensors", tensors | {key: torch.tensor(value) for key, value in alphas.items()})
+    [made] = bake(BakeOptions(overlay, (1.0,), lora=str(path)), SilentReporter())
+    [lora] = made.document["loras"]
+    assert lora["scales"] == [0.25, 0.5, 1.0] and lora["alphas"] == ["1", "2", "4"]
+    assert "scale 0.25 to 1" in "\n".join(made.lines())
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("transformer_blocks.7.attn1.to_q.weight", (7, "attn1.to_q")), ("proj_in.weight", (None, "proj_in")),
+     ("transformer_blocks.12.ff.net.0.proj.bias", (12, "ff.net.0.proj.bias")),
+     ("time_embed.emb.timestep_embedder.linear_1.weight", (None, "time_embed.emb.timestep_embedder.linear_1"))],
+)  # fmt: skip
+def test_block_and_kind(name: str, place: tuple[int | None, str]) -> None:
+    assert split_name(name) == place
+
+
+def test_a_change_from_zero_has_no_ratio() -> None:
+    assert TargetStat("a", 0.0, 1.0, 4, 4).change is None
+    assert TargetStat("a", 0.0, 0.0, 4, 0).change == 0.0
+    assert TargetStat("a", 4.0, 1.0, 4, 4).change == 0.5
+    stats = [TargetStat("proj_in.weight", 0.0, 1.0, 256, 256)]
+    document = report.build_report("x", [], stats, shapes(), {"rule": "fp32", "kernel": "fp32", "device": "cpu"})
+    assert "from zero" in heatmap.render(document).decode()
+    assert json.loads(report.dump(document))["targets"]["proj_in.weight"]["change"] is None
+
+
+class Page(HTMLParser):
+    """Checks nesting; keeps the cells of the map, all attributes and the text."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID | OPTIONAL:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in OPTIONAL:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(data: bytes) -> Page:
+    page = Page()
+    page.feed(data.decode())
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_the_page_stands_alone(baked: tuple[Path, BakeReport]) -> None:
+    data = (baked[0] / "coverage.html").read_bytes()
+    page = parsed(data)
+    assert not {"script", "link", "img", "iframe", "object", "form", "base"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href") or name.startswith("on")]
+    assert b"http" not in data and b"url(" not in data and b"@import" not in data
+    assert baked[1].name in page.text and "130 of 130 linears" in page.text
+
+
+def test_the_map_has_a_cell_for_every_block_and_kind(baked: tuple[Path, BakeReport]) -> None:
+    page = parsed((baked[0] / "coverage.html").read_bytes())
+    titles = [value for name, value in page.attributes if name == "title"]
+    assert len(titles) == 3 * 34
+    for module in linears():
+        if module.startswith("transformer_blocks."):
+            assert sum(title.startswith(f"{module}.weight: ") for title in titles) == 1
+    assert "proj_in.weight" in page.text
+
+
+def test_untouched_cells_are_marked(tmp_path: Path) -> None:
+    block = [module for module in linears() if module.startswith("transformer_blocks.1.ff.")]
+    overlay = make_overlay(tmp_path / "out", BASE, shards=3, distilled=official_keys(low_rank(block)))
+    [made] = bake(BakeOptions(overlay, (1.0,)), SilentReporter())
+    titles = [v for n, v in parsed((overlay / made.path / "coverage.html").read_bytes()).attributes if n == "title"]
+    assert sum("not touched" in title for title in titles) == 3 * 34 - len(block)
+
+
+def test_names_are_escaped() -> None:
+    evil = "\"><script>alert(1)</script>&'"
+    document = {
+        "bake": evil, "rule": evil, "kernel": evil, "device": evil, "changed_weights": 0, "targeted_weights": 0,
+        "changed_tensors": 0, "blocks": 1, "block_kinds": [evil],
+        "loras": [{"name": evil, "file": evil, "strength": 1.0, "scales": [1.0], "ranks": {"4": 1}, "matched": 1,
+                   "total": 1, "other_tensors": 0, "namings": [evil], "blake3": evil}],
+        "targets": {f"blocks.0.{evil}": {"change": 0.1, "changed": 1, "elements": 1, "terms": []},
+                    evil: {"change": None, "changed": 1, "elements": 1, "terms": []}},
+    }  # fmt: skip
+    page = parsed(heatmap.render(document))
+    assert "script" not in page.tags and evil in page.text
+
+
+def test_the_scale_is_logarithmic_and_bounded() -> None:
+    scale = heatmap._Scale([1e-4, 1e-2, None, 0.0])
+    colours = [scale.colour(10**power) for power in (-9, -4, -3.5, -3, -2.5, -2, 5)]
+    assert colours[0] == colours[1] and colours[-1] == colours[-2]
+    assert len(set(colours)) == 5
+    assert math.isclose(heatmap._Scale([0.5]).high - heatmap._Scale([0.5]).low, 1)
+    assert heatmap._Scale([]).colour(0.0).startswith("#")
+
+
+def test_reports_are_the_same_bytes_every_time(baked: tuple[Path, BakeReport], tmp_path: Path) -> None:
+    overlay = make_overlay(tmp_path / "other place", BASE, shards=2, distilled=official_keys(FACTORS))
+    style = save(tmp_path / "style.safetensors", official_keys(STYLE))
+    [made] = bake(BakeOptions(overlay, (0.5,), added=((str(style), 0.8),)), SilentReporter())
+    for name in ("coverage.json", "coverage.html"):
+        data = (overlay / made.path / name).read_bytes()
+        assert data == (baked[0] / name).read_bytes()
+        assert str(tmp_path).encode() not in data

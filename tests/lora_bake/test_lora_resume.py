@@ -1,0 +1,203 @@
+"""Killed anywhere, the same command ends in the bytes of an undisturbed run; memory is bounded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kill_child import bake_until_killed, peak_memory
+from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, tree_bytes
+
+from ltxpack.errors import OverlayError
+from ltxpack.lora_bake import BakeOptions, bake
+from ltxpack.lora_bake.fuse import cpu_has_bf16_unit
+from ltxpack.manifest import read_manifest
+from ltxpack.repack.verify import verify
+from ltxpack.reporter import SilentReporter
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a server and sends signals")
+BASE = random_weights()
+FACTORS = low_rank(linears())
+
+
+@pytest.fixture(scope="module")
+def spawn() -> Callable[..., Any]:
+    """Runs a function of kill_child in a fresh process; its answer, or None if it was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "ltxpack.lora_bake", "jsonschema", "kill_child"])
+
+    def run(target: Callable[..., None], *arguments: Any) -> Any:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=target, args=(*arguments, theirs))
+        process.start()
+        theirs.close()
+        try:
+            answer = ours.recv()
+        except EOFError:
+            answer = None
+        process.join(120)
+        assert process.exitcode == (0 if answer is not None else -9)
+        return answer
+
+    return run
+
+
+def start(folder: Path) -> Path:
+    """An overlay with one bake to be kept and one to be replaced."""
+    overlay = make_overlay(folder, BASE, shards=4, distilled=official_keys(FACTORS))
+    bake(BakeOptions(overlay, (0.25,)), SilentReporter())
+    bake(BakeOptions(overlay, (0.9,), name="mine"), SilentReporter())
+    return overlay
+
+
+def faults_but_strays(overlay: Path) -> list[str]:
+    return [fault.path for fault in verify(overlay, SilentReporter()) if fault.problem != "is not in the manifest"]
+
+
+JOBS = {
+    "two strengths": {"strengths": (0.5, 1.0)},
+    "official": {"strengths": (0.7,), "rule": "official"},
+    "replacing": {"strengths": (0.6,), "name": "mine", "force": True},
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_killed_anywhere_the_same_command_finishes(job: str, tmp_path: Path, spawn: Callable[..., Any]) -> None:
+    options = JOBS[job]
+    undisturbed, pristine = start(tmp_path / "undisturbed"), tmp_path / "pristine"
+    shutil.copytree(undisturbed, pristine, symlinks=True)
+    total = spawn(bake_until_killed, undisturbed, options, 0)
+    expected = tree_bytes(undisturbed)
+    order = random.Random(job)
+    # The last calls move everything into its place: a third of the kills fall there.
+    points = sorted(order.sample(range(1, total - 30), 4) + order.sample(range(total - 30, total + 1), 3))
+    for point in points:
+        overlay = tmp_path / f"killed-{point}"
+        shutil.copytree(pristine, overlay, symlinks=True)
+        assert spawn(bake_until_killed, overlay, options, point) is None
+        manifest = read_manifest(overlay)
+        assert "distilled-0.25" in manifest.bakes and faults_but_strays(overlay) == []
+        assert spawn(bake_until_killed, overlay, options, order.randrange(1, total)) in (None, *range(total + 30))
+        assert spawn(bake_until_killed, overlay, options, 0) is not None
+        assert tree_bytes(overlay) == expected
+        shutil.rmtree(overlay)
+
+
+def test_finished_shards_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a failure in the third shard the first two are not fused again, and their figures are in the report."""
+    overlay, whole = start(tmp_path / "out"), start(tmp_path / "whole")
+    bake(BakeOptions(whole, (0.5,)), SilentReporter())
+    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
+    fused: list[str] = []
+    real = engine.fuse_shard
+
+    def counted(self: Any, shard: Any, outputs: Any) -> Any:
+        if len(fused) == 2:
+            raise OverlayError("pulled the plug")
+        fused.append(shard.name)
+        return real(self, shard, outputs)
+
+    monkeypatch.setattr(engine, "fuse_shard", counted)
+    with pytest.raises(OverlayError, match="pulled the plug"):
+        bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+    first = list(fused)
+    fused[:] = [""]
+    with pytest.raises(OverlayError, match="pulled the plug"):
+        bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+    assert fused[1] not in first
+    monkeypatch.setattr(engine, "fuse_shard", real)
+    bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+    assert tree_bytes(overlay) == tree_bytes(whole)
+
+
+def test_a_stopped_bake_goes_on_with_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay = start(tmp_path / "out")
+    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
+    real, count = engine.fuse_shard, iter(range(100))
+
+    def stopped(self: Any, shard: Any, outputs: Any) -> Any:
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return real(self, shard, outputs)
+
+    monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda: False)
+    monkeypatch.setattr(engine, "fuse_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bake(BakeOptions(overlay, (0.5,), device="cpu"), SilentReporter())
+    monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda: True)
+    [report] = bake(BakeOptions(overlay, (0.5, 0.75), device="cpu"), SilentReporter())[:1]
+    assert report.document["kernel"] == "fp32"
+    bakes = read_manifest(overlay).bakes
+    assert (bakes["distilled-0.5"].kernel, bakes["distilled-0.75"].kernel) == ("fp32", "addmm")
+
+
+@pytest.mark.parametrize("damage", ["measured", "shard", "journal"])
+def test_what_a_stopped_bake_left_is_checked(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay, whole = start(tmp_path / "out"), start(tmp_path / "whole")
+    bake(BakeOptions(whole, (0.5,)), SilentReporter())
+    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
+    real, count = engine.fuse_shard, iter(range(100))
+    monkeypatch.setattr(
+        engine, "fuse_shard", lambda *a: real(*a) if next(count) < 2 else (_ for _ in ()).throw(OverlayError("stopped"))
+    )
+    with pytest.raises(OverlayError, match="stopped"):
+        bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+    monkeypatch.setattr(engine, "fuse_shard", real)
+    work = overlay / ".ltxpack" / "distilled-0.5.partial"
+    if damage == "measured":
+        (work / "measured.json").write_text('{"fingerprint": 3, "shards": []}')
+    elif damage == "journal":
+        (work / "journal.jsonl").write_bytes(b"\0\1 nonsense")
+    else:
+        shard = next((work / "files" / "bakes" / "distilled-0.5").glob("*.safetensors"))
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+    assert tree_bytes(overlay) == tree_bytes(whole)
+
+
+ROWS, COLUMNS, RANK, COUNT = 4096, 4096, 384, 14
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An overlay with 14 weights of real width, 470 MB."""
+    weight = (torch.rand(ROWS, COLUMNS) - 0.5).bfloat16()
+    down, up = (torch.rand(RANK, COLUMNS) * 0.01).bfloat16(), (torch.rand(ROWS, RANK) * 0.01).bfloat16()
+    names = [f"transformer_blocks.{i}.attn1.to_q" for i in range(COUNT)]
+    lora = official_keys(dict.fromkeys(names, (down, up)))
+    folder = tmp_path_factory.mktemp("wide")
+    yield make_overlay(folder / "out", {f"{name}.weight": weight for name in names}, shards=2, distilled=lora)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [("addmm", {"strengths": (0.7, 0.3)}), ("fp32", {"strengths": (0.7, 0.3)}),
+     ("official", {"strengths": (0.7,), "rule": "official"})],
+)  # fmt: skip
+def test_memory_stays_bounded(
+    kernel: str, options: dict[str, Any], wide: Path, tmp_path: Path, spawn: Callable[..., Any]
+) -> None:
+    largest, lora = ROWS * COLUMNS * 2, (ROWS + COLUMNS) * RANK * 2
+    if kernel == "fp32":
+        factors = {"transformer_blocks.0.attn1.to_q": (torch.zeros(1, COLUMNS), torch.zeros(ROWS, 1))}
+        style = save(tmp_path / "style.safetensors", official_keys(factors))
+        options = {**options, "added": ((str(style), 1.0),)}
+    overlay = tmp_path / "out"
+    shutil.copytree(wide, overlay, copy_function=os.link)
+    peak = spawn(peak_memory, overlay, {**options, "device": "cpu"})
+    manifest = read_manifest(overlay)
+    assert {made.kernel for made in manifest.bakes.values()} == {
+        kernel if kernel != "addmm" or cpu_has_bf16_unit() else "fp32"
+    }
+    assert peak < 350e6 + 3 * (largest + lora)
+    shutil.rmtree(overlay)
+    assert peak < COUNT * largest

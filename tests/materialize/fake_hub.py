@@ -1,0 +1,51 @@
+"""A hub that serves folders of this machine and notes what was asked of it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ltxpack.errors import SourceError
+from ltxpack.materialize.hub import RepoFile, RepoInfo
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+class FakeHub:
+    """``repos``: repo id -> folder, or the SourceError to raise. Large files have a sha256, as on a hub."""
+
+    def __init__(self, repos: dict[str, Path | SourceError]) -> None:
+        self.repos = repos
+        self.asked: list[tuple[str, ...]] = []
+
+    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
+        self.asked.append(("info", repo, revision or ""))
+        folder = self.repos.get(repo, SourceError("there is no such repository", file=repo))
+        if isinstance(folder, SourceError):
+            raise folder
+        files = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(folder).as_posix()
+                sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if name.endswith(".safetensors") else None
+                files[name] = RepoFile(name, path.stat().st_size, sha256)
+        return RepoInfo(repo, COMMIT, files)
+
+    def header(self, info: RepoInfo, name: str) -> bytes:
+        self.asked.append(("header", info.repo, name))
+        with self._path(info, name).open("rb") as file:
+            first = file.read(8)
+            return first + file.read(int.from_bytes(first, "little"))
+
+    def fetch(self, info: RepoInfo, name: str) -> Path:
+        self.asked.append(("fetch", info.repo, name))
+        return self._path(info, name)
+
+    def fetched(self) -> list[str]:
+        """Names of the weights that were fetched whole."""
+        return [name for what, _, name in self.asked if what == "fetch" and name.endswith(".safetensors")]
+
+    def _path(self, info: RepoInfo, name: str) -> Path:
+        folder = self.repos[info.repo]
+        assert isinstance(folder, Path)
+        return folder / name

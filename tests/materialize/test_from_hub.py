@@ -1,0 +1,129 @@
+"""materialize against a local server that speaks the hub's protocol, by the real hub client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from materialize import tiny_source
+from materialize.modules import needs_spec
+from materialize.test_plan import full_size_checkpoint
+
+from ltxpack.errors import SourceError
+from ltxpack.manifest import read_manifest
+from ltxpack.materialize import Options, hub, hub_transfer, materialize, plan_overlay
+from ltxpack.materialize.renames import CHECKPOINT_TABLES
+from ltxpack.materialize.sources import HUB_DEFAULTS, TEXT_ENCODER_REPO
+from ltxpack.repack.verify import verify
+from ltxpack.reporter import SilentReporter
+
+REPO = "Lightricks/LTX-2.3"
+NAMES = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "RETRY_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(hub_transfer, "WAITS", (0.0,) * len(hub_transfer.WAITS))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_source.make_source(tmp_path / "source")
+
+
+def repos(source: Path) -> dict[str, dict[str, bytes | Path]]:
+    """The source as the hub would hold it: published names, the text encoder in its own repo."""
+    model: dict[str, bytes | Path] = {HUB_DEFAULTS[role]: source / name for role, name in NAMES.items()}
+    gemma = {path.name: path for path in (source / tiny_source.GEMMA).iterdir()}
+    return {REPO: {**model, "README.md": b"text"}, TEXT_ENCODER_REPO: {**gemma}}
+
+
+@pytest.fixture
+def server(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer(repos(source)) as running:
+        running.use(monkeypatch, tmp_path / "cache")
+        yield running
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_overlay_from_the_hub_equals_the_one_from_the_files(server: HubServer, source: Path, tmp_path: Path) -> None:
+    out, local = tmp_path / "out", tmp_path / "local"
+    materialize(Options(REPO, out), SilentReporter())
+    materialize(Options(str(source), local), SilentReporter())
+    for component in (*CHECKPOINT_TABLES, "latent_upsampler", "scheduler", "text_encoder", "tokenizer"):
+        assert contents(out / component) == contents(local / component)
+    assert verify(out, SilentReporter()) == []
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+    manifest = read_manifest(out)
+    assert manifest.source.repo == REPO and manifest.source.revision
+    assert [lora.file.path for lora in manifest.loras] == [f"loras/{HUB_DEFAULTS['lora']}"]
+
+
+def test_a_plan_moves_headers_only(server: HubServer, tmp_path: Path) -> None:
+    plan = plan_overlay(Options(REPO, tmp_path / "out"), SilentReporter()).to_json()
+    assert plan["missing"] == []
+    sizes = {file["path"]: file["bytes"] for file in plan["files"]}
+    sent = sum(request.sent for request in server.requests)
+    assert sent < sum(sizes.values()) / 4
+    materialize(Options(REPO, tmp_path / "out"), SilentReporter())
+    found = {path: len(content) for path, content in contents(tmp_path / "out").items() if path != "ltxpack.json"}
+    assert sizes == found
+
+
+def test_the_same_again_needs_no_network(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    out = tmp_path / "out"
+    materialize(Options(REPO, out), SilentReporter())
+    before = len(server.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not materialize(Options(REPO, out), SilentReporter()).written
+    assert len(server.requests) == before
+    again = tmp_path / "again"
+    materialize(Options(REPO, again), SilentReporter())
+    assert contents(again / "transformer") == contents(out / "transformer")
+
+
+def test_a_gated_text_encoder_is_told_before_the_first_weight(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with HubServer(repos(source), gated={TEXT_ENCODER_REPO}) as server:
+        server.use(monkeypatch, tmp_path / "cache")
+        with pytest.raises(SourceError) as caught:
+            materialize(Options(REPO, tmp_path / "out"), SilentReporter())
+        assert TEXT_ENCODER_REPO in str(caught.value) and caught.value.next
+        assert sum(request.sent for request in server.requests) < 100_000
+        assert not (tmp_path / "out").exists()
+        plan = plan_overlay(Options(REPO, tmp_path / "out"), SilentReporter()).to_json()
+        assert [entry.split(":")[0] for entry in plan["missing"]] == ["text_encoder"]
+
+
+def test_a_repo_that_is_not_there_is_one_error(server: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        materialize(Options("Lightricks/LTX-2.4", tmp_path / "out"), SilentReporter())
+    assert "LTX-2.4" in str(caught.value)
+
+
+@needs_spec
+def test_the_full_size_checkpoint_is_planned_from_its_header(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "base.safetensors"
+    full_size_checkpoint(path, f32=True)
+    served = repos(source)
+    served[REPO][HUB_DEFAULTS["checkpoint"]] = path
+    # The miniature upsampler and text encoder would not fit it.
+    del served[REPO][HUB_DEFAULTS["upsampler"]]
+    del served[TEXT_ENCODER_REPO]
+    with HubServer(served) as server:
+        server.use(monkeypatch, tmp_path / "cache")
+        plan = plan_overlay(Options(REPO, tmp_path / "out"), SilentReporter()).to_json()
+        assert plan["total_bytes"] > 46e9
+        assert sum(request.sent for request in server.requests) < 3_000_000
+        assert [entry.split(":")[0] for entry in plan["missing"]] == ["upsampler", "text_encoder"]

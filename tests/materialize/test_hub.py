@@ -1,0 +1,832 @@
+"""The hub client against a local server that speaks the hub's protocol: found, refused, broken, resumed, offline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import MEMBER, STRANGER, HubServer, use_endpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
+from ltxpack.materialize import hub, hub_transfer
+from ltxpack.materialize.hub import Hub, HubUnreachable, parse_reference
+from ltxpack.materialize.hub_listing import is_safe_name
+from ltxpack.reporter import SilentReporter
+
+REPO = "Lightricks/LTX-2.3"
+GATED = "google/gemma-3"
+BIG = "model.safetensors"
+SMALL = "config.json"
+
+
+def safetensors(payload: int, seed: int = 0) -> bytes:
+    header = json.dumps({"x": {"dtype": "U8", "shape": [payload], "data_offsets": [0, payload]}}).encode()
+    return len(header).to_bytes(8, "little") + header + random.Random(seed).randbytes(payload)
+
+
+FILES = {
+    SMALL: b'{"model_type": "gemma3"}',
+    "empty.txt": b"",
+    "sub/notes.txt": b"notes\n",
+    BIG: safetensors(1_000_000),
+    "sub/other.safetensors": safetensors(70_000, seed=1),
+}
+
+
+class Recorder(SilentReporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.labels: list[tuple[str, int]] = []
+        self.moved = 0
+        self.told: list[str] = []
+        self.warnings: list[str] = []
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        assert unit == "B"
+        self.labels.append((label, total))
+
+    def advance(self, amount: int = 1) -> None:
+        self.moved += amount
+
+    def note(self, message: str) -> None:
+        self.told.append(message)
+
+    detail = note
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries are as many as ever, without the pauses in between."""
+    monkeypatch.setattr(hub, "RETRY_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(hub_transfer, "WAITS", (0.0,) * len(hub_transfer.WAITS))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServer]:
+    revisions = {REPO: {"v1": {SMALL: b'{"old": 1}'}, "refs/pr/1": {SMALL: b'{"pr": 1}'}}}
+    with HubServer(
+        {REPO: FILES, GATED: {BIG: FILES[BIG]}, "me/private": FILES},
+        gated={GATED},
+        private={"me/private"},
+        revisions=revisions,
+    ) as running:
+        running.use(monkeypatch, cache)
+        yield running
+
+
+def told_by(call: Callable[[], object], kind: type[LtxpackError] = SourceError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert caught.value.next, "an error ends in what to do next"
+    return str(caught.value)
+
+
+def go_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def blobs(cache: Path, repo: str = REPO) -> dict[str, bytes]:
+    folder = cache / f"models--{repo.replace('/', '--')}" / "blobs"
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+# What the hub says
+
+
+def test_info_lists_files_with_sizes_and_the_stated_sha256(server: HubServer) -> None:
+    info = Hub().info(REPO)
+    assert (info.repo, info.commit, info.cached_only) == (REPO, server.commit(REPO), False)
+    assert {name: file.size for name, file in info.files.items()} == {name: len(data) for name, data in FILES.items()}
+    hashes = {name: file.sha256 for name, file in info.files.items() if file.sha256}
+    assert hashes == {name: hashlib.sha256(FILES[name]).hexdigest() for name in FILES if name.endswith("safetensors")}
+
+
+@pytest.mark.parametrize("revision", ["v1", "refs/pr/1"])
+def test_revision_is_pinned(server: HubServer, revision: str) -> None:
+    hub_ = Hub()
+    info = hub_.info(REPO, revision)
+    assert info.commit == server.commit(REPO, revision) != server.commit(REPO)
+    assert hub_.info(REPO, info.commit).files == info.files
+    content = hub_.fetch(info, SMALL).read_bytes()
+    assert content == {"v1": b'{"old": 1}', "refs/pr/1": b'{"pr": 1}'}[revision]
+
+
+@pytest.mark.parametrize("repo", ["nobody/nothing", "me/private"])
+@pytest.mark.parametrize("token", [None, STRANGER])
+def test_missing_and_private_look_alike(server: HubServer, repo: str, token: str | None) -> None:
+    told = told_by(lambda: Hub(token).info(repo))
+    assert "no such repository, or a private one" in told
+    assert f"{server.endpoint}/{repo}" in told
+    assert "hf auth login" in told
+
+
+def test_private_repository_opens_with_the_token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Hub(MEMBER).info("me/private").files
+    monkeypatch.setenv("HF_TOKEN", MEMBER)
+    assert Hub().info("me/private").files
+
+
+@pytest.mark.parametrize(("token", "reason"), [(None, "none is logged in"), (STRANGER, "has no access")])
+def test_gated_repository_names_the_page_before_anything_is_downloaded(
+    server: HubServer, token: str | None, reason: str
+) -> None:
+    told = told_by(lambda: Hub(token).info(GATED))
+    assert "gated" in told
+    assert reason in told
+    assert f"open {server.endpoint}/{GATED} and accept the licence" in told
+    assert "hf auth login" in told
+    assert not server.sent()
+
+
+def test_gated_repository_opens_once_the_licence_is_accepted(server: HubServer) -> None:
+    hub_ = Hub(MEMBER)
+    assert hub_.fetch(hub_.info(GATED), BIG).read_bytes() == FILES[BIG]
+
+
+def test_refused_token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = told_by(lambda: Hub("hf_wrong").info(REPO))
+    assert "refuses the access token" in told
+    assert "hf auth login" in told
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "HF_TOKEN" in told_by(lambda: Hub().info(REPO))
+
+
+@pytest.mark.parametrize("token", ["hf_secret\x00more", "hf_secretß", "hf secret"])
+def test_token_that_is_none_is_not_quoted(server: HubServer, token: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        Hub(token).info(REPO)
+    assert "secret" not in f"{caught.value!r} {caught.value.__cause__!r}"
+    assert not server.requests
+
+
+def test_token_goes_to_the_hub_and_not_to_the_storage(server: HubServer) -> None:
+    hub_ = Hub(MEMBER)
+    info = hub_.info(REPO)
+    hub_.header(info, BIG)
+    hub_.fetch(info, BIG)
+    hub_.fetch(info, SMALL)
+    by_host = {request.host.split(":")[0]: set() for request in server.requests}
+    for request in server.requests:
+        by_host[request.host.split(":")[0]].add(request.token)
+    assert by_host == {"127.0.0.1": {MEMBER}, "localhost": {None}}
+
+
+def test_revision_not_found(server: HubServer) -> None:
+    told = told_by(lambda: Hub().info(REPO, "v9"))
+    assert "no such revision" in told
+    assert f"{REPO}@v9" in told
+
+
+def test_file_not_found_lists_similar_names(server: HubServer) -> None:
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    for call in (hub_.header, hub_.fetch):
+        told = told_by(lambda call=call: call(info, "other.safetensors"))
+        assert "no such file" in told
+        assert "sub/other.safetensors" in told
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_passing_trouble_is_tried_again(server: HubServer, status: int) -> None:
+    server.faults.statuses = [status, status]
+    assert Hub().info(REPO).files
+    assert [request.status for request in server.requests][:3] == [status, status, 200]
+
+
+def test_lasting_trouble_is_told_after_some_tries(server: HubServer) -> None:
+    server.faults.always = 503
+    told = told_by(lambda: Hub().info(REPO), HubUnreachable)
+    assert "HTTP 503" in told
+    assert "HF_HUB_OFFLINE=1" in told
+    assert len(server.requests) == 4
+
+
+def test_rate_limit_says_how_long(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
+    server.faults.always, server.faults.after = 429, {"Retry-After": "17"}
+    assert "wait 17 s" in told_by(lambda: Hub().info(REPO), HubUnreachable)
+    assert waits == [17.0] * 3
+
+
+def test_forbidden_token_names_the_settings(server: HubServer) -> None:
+    server.faults.always = 403
+    assert f"{server.endpoint}/settings/tokens" in told_by(lambda: Hub(MEMBER).info(REPO))
+
+
+@pytest.mark.parametrize("answer", [[], {"id": 1}, "text", {"id": REPO, "sha": "0" * 40}, {"id": REPO, "siblings": []}])
+def test_answer_of_something_else_than_a_hub(server: HubServer, answer: Any) -> None:
+    server.faults.listing = lambda _: answer
+    assert "cannot be used" in told_by(lambda: Hub().info(REPO))
+
+
+def one_file(**change: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def listing(stated: dict[str, Any]) -> dict[str, Any]:
+        file = {"rfilename": "a.bin", "size": 1, "lfs": {"sha256": "0" * 64, "size": 1, "pointerSize": 1}}
+        return {**stated, "siblings": [{**file, **change}]}
+
+    return listing
+
+
+HOSTILE_NAMES = ["../x", "/etc/x", "a/../../x", "a//b", "./x", "", "..", "a\\..\\x", "a\nb", "a\x00", "\x1b[2J", "x/",
+                 "\u202egpj.exe", "n" * 300, "a/" * 600 + "b", 7, None, ["a"]]  # fmt: skip
+HOSTILE_SIZES = [-1, 2**63, 1.0, "1", None, True]
+HOSTILE_HASHES = ["", "../../x", "0" * 63, "Z" * 64, 5, None]
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [one_file(rfilename=name) for name in HOSTILE_NAMES]
+    + [one_file(size=size, lfs=None) for size in HOSTILE_SIZES]
+    + [one_file(size=size, lfs={"sha256": "0" * 64, "size": size, "pointerSize": 1}) for size in HOSTILE_SIZES]
+    + [one_file(lfs={"sha256": value, "size": 1, "pointerSize": 1}) for value in HOSTILE_HASHES]
+    + [one_file(size=2), one_file(lfs={"size": 1}), one_file(lfs=[1])]
+    + [lambda stated: {**stated, "siblings": stated["siblings"] * 2}]
+    + [
+        lambda stated, sha=sha: {**stated, "sha": sha, "siblings": []}
+        for sha in ["../..", "", None, "main", 5, "A" * 40]
+    ],
+)
+def test_hostile_listing_is_refused(server: HubServer, cache: Path, listing: Callable[[Any], Any]) -> None:
+    server.faults.listing = listing
+    told = told_by(lambda: Hub().info(REPO))
+    assert told.isprintable() or set(told) - {"\n"} <= set(filter(str.isprintable, told))
+    assert not server.sent()
+    assert not cache.exists() or not any(path.is_file() for path in cache.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"X-Linked-Etag": '"../../../../x"'},
+        {"X-Linked-Etag": f'"{"1" * 64}"'},
+        {"X-Linked-Etag": '""', "ETag": '""'},
+        {"X-Linked-Size": "5"},
+        {"X-Repo-Commit": "1" * 40},
+        {"X-Repo-Commit": "../.."},
+    ],
+)
+def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, cache: Path, metadata: dict[str, str]) -> None:
+    info = Hub().info(REPO)
+    server.faults.metadata = metadata
+    told_by(lambda: Hub().fetch(info, BIG))
+    told_by(lambda: Hub().header(info, BIG))
+    told_by(lambda: Hub().info(REPO))
+    assert not server.sent()
+    assert not blobs(cache)
+
+
+# Downloads
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_fetch_puts_the_file_into_the_hub_cache(server: HubServer, cache: Path, name: str) -> None:
+    reporter = Recorder()
+    hub_ = Hub(reporter=reporter)
+    info = hub_.info(REPO)
+    path = hub_.fetch(info, name)
+    assert path == cache / "models--Lightricks--LTX-2.3" / "snapshots" / info.commit / name
+    assert path.read_bytes() == FILES[name]
+    git = hashlib.sha1(b"blob %d\0" % len(FILES[name]) + FILES[name]).hexdigest()
+    assert path.resolve() == cache / "models--Lightricks--LTX-2.3" / "blobs" / (info.files[name].sha256 or git)
+    assert reporter.labels == [(f"{REPO}/{name}", len(FILES[name]))]
+    assert reporter.moved == len(FILES[name]) == server.sent()
+
+
+def test_second_fetch_moves_nothing(server: HubServer) -> None:
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    first = hub_.fetch(info, BIG)
+    before = len(server.requests)
+    assert Hub().fetch(info, BIG) == first
+    assert len(server.requests) == before
+
+
+def test_blob_of_another_revision_is_linked_not_downloaded(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    with HubServer({REPO: FILES}, revisions={REPO: {"v1": {BIG: FILES[BIG]}}}) as server:
+        server.use(monkeypatch, cache)
+        hub_ = Hub()
+        one = hub_.fetch(hub_.info(REPO), BIG)
+        sent = server.sent()
+        two = hub_.fetch(hub_.info(REPO, "v1"), BIG)
+        assert one != two
+        assert one.resolve() == two.resolve()
+        assert server.sent() == sent
+
+
+@pytest.mark.parametrize("name", [BIG, "sub/notes.txt"])
+def test_dropped_connection_is_taken_up_where_it_broke(server: HubServer, name: str) -> None:
+    size = len(FILES[name])
+    half = size // 2
+    reporter = Recorder()
+    hub_ = Hub(reporter=reporter)
+    info = hub_.info(REPO)
+    server.faults.drops = [half]
+    assert hub_.fetch(info, name).read_bytes() == FILES[name]
+    assert [(r.range, r.sent) for r in server.content_requests()] == [
+        (None, half),
+        (f"bytes={half}-{size - 1}", size - half),
+    ]
+    assert reporter.moved == size
+
+
+def test_download_in_pieces_survives_many_drops(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_transfer, "PIECE", 50_000)
+    reporter = Recorder()
+    hub_ = Hub(reporter=reporter)
+    info = hub_.info(REPO)
+    server.faults.drops = [10_000, 0, 49_999, 1, 30_000]
+    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert server.sent() == reporter.moved == len(FILES[BIG])
+
+
+def test_next_run_goes_on_where_the_last_one_broke_off(server: HubServer, cache: Path) -> None:
+    size, half = len(FILES[BIG]), 400_000
+    info = Hub().info(REPO)
+    server.faults.drops = [half] + [0] * 5
+    told = told_by(lambda: Hub().fetch(info, BIG), HubUnreachable)
+    assert f"expected {size} bytes, found {half} bytes" in told
+    assert "it goes on from there" in told
+    (partial,) = blobs(cache).items()
+    assert partial == (f"{info.files[BIG].sha256}.ltxpack.incomplete", FILES[BIG][:half])
+
+    before = len(server.content_requests())
+    reporter = Recorder()
+    assert Hub(reporter=reporter).fetch(info, BIG).read_bytes() == FILES[BIG]
+    (rest,) = server.content_requests()[before:]
+    assert (rest.range, rest.sent) == (f"bytes={half}-{size - 1}", size - half)
+    assert reporter.moved == size
+    assert set(blobs(cache)) == {info.files[BIG].sha256}
+
+
+def test_ctrl_c_keeps_what_came(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_transfer, "PIECE", 50_000)
+    monkeypatch.setattr(hub_transfer, "POLL_SECONDS", 0.005)
+    server.faults.body = lambda data: time.sleep(0.01) or data
+
+    class Impatient(Recorder):
+        def advance(self, amount: int = 1) -> None:
+            super().advance(amount)
+            if self.moved > 200_000:
+                raise KeyboardInterrupt
+
+    info = Hub().info(REPO)
+    with pytest.raises(KeyboardInterrupt):
+        Hub(reporter=Impatient()).fetch(info, BIG)
+    (kept,) = blobs(cache).values()
+    assert 0 < len(kept) < len(FILES[BIG])
+    assert FILES[BIG].startswith(kept)
+    server.faults.body = lambda data: data
+    before = len(server.content_requests())  # of the first one, one may still be writing to a closed connection
+    assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert server.sent(since=before) == len(FILES[BIG]) - len(kept)
+
+
+def test_killed_process_goes_on(server: HubServer, cache: Path) -> None:
+    """SIGKILL in the middle: what the partial file holds is a prefix, and the next process asks for the rest."""
+    server.faults.body = lambda data: time.sleep(0.05) or data
+    script = (
+        "from ltxpack.materialize import hub, hub_transfer; hub_transfer.PIECE = 60_000; hub_transfer.CONNECTIONS = 2;"
+        f"h = hub.Hub(); h.fetch(h.info({REPO!r}), {BIG!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=server.environment(cache))
+    deadline = time.monotonic() + 20
+    while sum(map(len, blobs(cache).values())) < 120_000 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (kept,) = blobs(cache).values()
+    assert 120_000 <= len(kept) < len(FILES[BIG])
+    assert FILES[BIG].startswith(kept)
+    server.faults.body = lambda data: data
+    info = Hub().info(REPO)
+    before = len(server.content_requests())
+    assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert server.sent(since=before) == len(FILES[BIG]) - len(kept)
+
+
+def test_expired_link_is_asked_for_anew(server: HubServer) -> None:
+    info = Hub().info(REPO)
+    server.faults.drops = [200_000]
+
+    def expire(data: bytes) -> bytes:
+        if server.signature == 1:
+            server.expire_links()
+        return data
+
+    server.faults.body = expire
+    assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert [r.status for r in server.content_requests()] == [200, 403, 206]
+
+
+def test_licence_withdrawn_on_the_way(server: HubServer, cache: Path) -> None:
+    """The link expires and no new one is given: the error is the hub's, and what came is kept."""
+    info = Hub(MEMBER).info(GATED)
+    server.faults.drops = [300_000]
+
+    def withdraw(data: bytes) -> bytes:
+        server.tokens.discard(MEMBER)
+        server.signature = 2
+        return data
+
+    server.faults.body = withdraw
+    assert "refuses the access token" in told_by(lambda: Hub(MEMBER).fetch(info, BIG))
+    assert list(blobs(cache, GATED).values()) == [FILES[BIG][:300_000]]
+
+
+def test_file_changed_on_the_way_is_refused(server: HubServer) -> None:
+    """A new link is for another file than was listed: an error at once, whatever failed before."""
+    info = Hub().info(REPO)
+    server.faults.drops = [1000, 1000]
+
+    def change(data: bytes) -> bytes:
+        server.faults.metadata = {"X-Linked-Size": "5"}
+        server.signature = 2
+        return data
+
+    server.faults.body = change
+    assert "another file than was listed" in told_by(lambda: Hub().fetch(info, BIG))
+
+
+@pytest.mark.parametrize(("name", "algorithm"), [(BIG, "sha256"), (SMALL, "sha1")])
+def test_altered_content_is_refused(server: HubServer, cache: Path, name: str, algorithm: str) -> None:
+    info = Hub().info(REPO)
+    server.faults.body = lambda data: data[:-1] + bytes([data[-1] ^ 1])
+    told = told_by(lambda: Hub().fetch(info, name))
+    assert "not what the hub states" in told
+    assert algorithm in told
+    assert not blobs(cache)
+    server.faults.body = lambda data: data
+    assert Hub().fetch(info, name).read_bytes() == FILES[name]
+
+
+def test_server_without_ranges_is_downloaded_in_one_go(server: HubServer, cache: Path) -> None:
+    info = Hub().info(REPO)
+    server.faults.ranges = False
+    server.faults.drops = [300_000]
+    reporter = Recorder()
+    assert Hub(reporter=reporter).fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert set(blobs(cache)) == {info.files[BIG].sha256}
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x"])
+def test_cached_file_of_another_size_is_refused(server: HubServer, damage: Callable[[bytes], bytes]) -> None:
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    blob = hub_.fetch(info, BIG).resolve()
+    blob.write_bytes(damage(FILES[BIG]))
+    for call in (hub_.fetch, hub_.header):
+        told = told_by(lambda call=call: call(info, BIG))
+        assert f"expected {len(FILES[BIG])} bytes" in told
+        assert f"delete {blob}" in told
+    blob.unlink()
+    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
+
+
+def test_no_room_in_the_cache_is_told_before_the_download(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = Hub().info(REPO)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: os.statvfs_result and type("Usage", (), {"free": 1000}))
+    told = told_by(lambda: Hub().fetch(info, BIG))
+    assert "disk of the hub cache is full" in told
+    assert "HF_HUB_CACHE" in told
+    assert not server.sent()
+
+
+def test_disk_that_fills_up_on_the_way_keeps_what_came(
+    server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = Hub().info(REPO)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub_transfer.os, "fsync", full)
+    assert "disk of the hub cache is full" in told_by(lambda: Hub().fetch(info, BIG))
+    assert list(blobs(cache)) == [f"{info.files[BIG].sha256}.ltxpack.incomplete"]
+
+
+def test_cache_that_cannot_be_written(server: HubServer, cache: Path) -> None:
+    info = Hub().info(REPO)
+    cache.parent.mkdir(exist_ok=True)
+    cache.write_text("a file where the folder should be")
+    assert "hub cache cannot be used" in told_by(lambda: Hub().fetch(info, BIG))
+
+
+def test_two_at_once_download_once(server: HubServer) -> None:
+    server.faults.body = lambda data: time.sleep(0.1) or data
+    info = Hub().info(REPO)
+    reporters = [Recorder(), Recorder()]
+    paths: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda r=reporter: paths.append(Hub(reporter=r).fetch(info, BIG)))
+        for reporter in reporters
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert paths[0] == paths[1]
+    assert paths[0].read_bytes() == FILES[BIG]
+    assert server.sent() == len(FILES[BIG])
+    assert [note for reporter in reporters for note in reporter.told if "another process" in note]
+
+
+# Headers
+
+
+def test_header_moves_the_header_only(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
+    """A sparse file of 50 GB: length and JSON are all that is sent."""
+    size = 50 * 10**9
+    whole = safetensors(0)
+    header = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    sparse = tmp_path / "sparse.safetensors"
+    with sparse.open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + size)
+    with HubServer({REPO: {BIG: sparse, "none.safetensors": whole}}) as server:
+        server.use(monkeypatch, cache)
+        hub_ = Hub()
+        info = hub_.info(REPO)
+        assert info.files[BIG].size == 8 + len(header) + size
+        assert hub_.header(info, BIG) == len(header).to_bytes(8, "little") + header
+        assert server.sent() == 8 + 8 + len(header)
+        assert hub_.header(info, "none.safetensors") == whole
+
+
+def test_header_comes_from_the_cache_when_the_file_is_there(server: HubServer) -> None:
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    remote = hub_.header(info, BIG)
+    assert len(remote) == 8 + int.from_bytes(FILES[BIG][:8], "little")
+    hub_.fetch(info, BIG)
+    before = len(server.requests)
+    assert hub_.header(info, BIG) == remote == FILES[BIG][: len(remote)]
+    assert len(server.requests) == before
+
+
+def test_header_without_ranges_stops_early(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    content = safetensors(30_000_000)
+    with HubServer({REPO: {BIG: content}}) as server:
+        server.use(monkeypatch, cache)
+        server.faults.ranges = False
+        hub_ = Hub()
+        info = hub_.info(REPO)
+        assert content.startswith(hub_.header(info, BIG))
+        assert server.sent() < len(content)
+
+
+def test_header_survives_a_drop(server: HubServer) -> None:
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    server.faults.drops = [3, 20]
+    header = hub_.header(info, BIG)
+    assert FILES[BIG].startswith(header)
+    assert len(header) > 20
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"1234567", (17 << 20).to_bytes(8, "little") + b"{}", (100).to_bytes(8, "little") + b"{}", b"PK\x03\x04" * 9],
+)
+def test_header_of_what_is_not_safetensors(monkeypatch: pytest.MonkeyPatch, cache: Path, content: bytes) -> None:
+    with HubServer({REPO: {BIG: content}}) as server:
+        server.use(monkeypatch, cache)
+        hub_ = Hub()
+        info = hub_.info(REPO)
+        with pytest.raises(FormatError) as caught:
+            hub_.header(info, BIG)
+        assert BIG in str(caught.value)
+        assert server.sent() <= 8
+
+
+# Without a network
+
+
+@pytest.fixture
+def filled(server: HubServer) -> HubServer:
+    """The cache holds two files of main and one of v1."""
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    hub_.fetch(info, BIG)
+    hub_.fetch(info, "sub/notes.txt")
+    hub_.fetch(hub_.info(REPO, "v1"), SMALL)
+    server.requests.clear()
+    return server
+
+
+def test_offline_mode_works_from_the_cache(filled: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_offline(monkeypatch)
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    assert (info.commit, info.cached_only) == (filled.commit(REPO), True)
+    assert {name: (file.size, file.sha256) for name, file in info.files.items()} == {
+        BIG: (len(FILES[BIG]), hashlib.sha256(FILES[BIG]).hexdigest()),
+        "sub/notes.txt": (6, None),
+    }
+    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert FILES[BIG].startswith(hub_.header(info, BIG))
+    for revision in (info.commit, "main"):
+        assert hub_.info(REPO, revision).files == info.files
+    assert set(hub_.info(REPO, "v1").files) == {SMALL}
+    assert not filled.requests
+
+
+def test_offline_mode_says_what_is_missing(filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    go_offline(monkeypatch)
+    hub_ = Hub()
+    for call in (
+        lambda: hub_.info("nobody/nothing"),
+        lambda: hub_.info(REPO, "v9"),
+        lambda: hub_.info(REPO, "1" * 40),
+        lambda: hub_.fetch(hub_.info(REPO), SMALL),
+        lambda: hub_.header(hub_.info(REPO), "sub/other.safetensors"),
+    ):
+        told = told_by(call)
+        assert "not in the hub cache" in told
+        assert "HF_HUB_OFFLINE" in told
+        assert str(cache) in told
+    assert not filled.requests
+
+
+def test_library_finds_what_we_cached(filled: HubServer, cache: Path) -> None:
+    """The cache we fill is huggingface_hub's: it finds the file under the branch's name, and no fault in the cache."""
+    from huggingface_hub import scan_cache_dir, try_to_load_from_cache
+
+    assert try_to_load_from_cache(REPO, BIG, cache_dir=cache, revision="main") is not None
+    scanned = scan_cache_dir(cache)
+    assert not scanned.warnings
+    (repo,) = scanned.repos
+    assert {ref for revision in repo.revisions for ref in revision.refs} == {"main", "v1"}
+
+
+def closed_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_no_network_is_told_quickly(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    use_endpoint(monkeypatch, closed_port(), cache)
+    start = time.monotonic()
+    told = told_by(lambda: Hub().info(REPO), HubUnreachable)
+    assert time.monotonic() - start < 5
+    assert "cannot be reached" in told
+    assert "Connection refused" in told
+    assert "HF_HUB_OFFLINE=1" in told
+
+
+def test_no_network_works_from_the_cache(filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    use_endpoint(monkeypatch, closed_port(), cache)
+    reporter = Recorder()
+    hub_ = Hub(reporter=reporter)
+    info = hub_.info(REPO)
+    assert info.cached_only
+    assert info.commit in reporter.warnings[0]
+    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
+
+
+def test_hub_in_trouble_works_from_the_cache(filled: HubServer) -> None:
+    filled.faults.always = 502
+    assert Hub().info(REPO).cached_only
+
+
+def test_network_lost_after_info(server: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    info = Hub().info(REPO)
+    use_endpoint(monkeypatch, closed_port(), cache)
+    for call in (Hub().fetch, Hub().header):
+        assert "cannot be reached" in told_by(lambda call=call: call(info, BIG), HubUnreachable)
+
+
+def test_shared_blob_store_does_not_lend_its_names(
+    filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    """huggingface_hub can keep a blob as a link into a store named by another hash: that is not the sha256."""
+    sha256 = filled.sha256(REPO, BIG)
+    blob = cache / "models--Lightricks--LTX-2.3" / "blobs" / sha256
+    stored = cache / "blobs" / "ab" / ("ab" * 32)
+    stored.parent.mkdir(parents=True)
+    blob.rename(stored)
+    blob.symlink_to(os.path.relpath(stored, blob.parent))
+    go_offline(monkeypatch)
+    info = Hub().info(REPO)
+    assert info.files[BIG].sha256 == sha256
+    assert Hub().fetch(info, BIG).resolve() == stored
+
+
+def test_damaged_refs_are_not_followed(filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    go_offline(monkeypatch)
+    for text in ("../../..", "", "\xff\xfe", "1" * 40):
+        (cache / "models--Lightricks--LTX-2.3" / "refs" / "main").write_text(text, encoding="latin-1")
+        told_by(lambda: Hub().info(REPO))
+
+
+def test_environment_variables_reach_another_process(server: HubServer, cache: Path) -> None:
+    """Endpoint, cache and token as a user sets them, and nothing about the hub imported before it is used."""
+    script = (
+        "import sys, ltxpack.materialize.hub as hub\n"
+        "assert not {'huggingface_hub', 'httpx', 'torch'} & set(sys.modules)\n"
+        "h = hub.Hub(); info = h.info('me/private'); print(h.fetch(info, 'config.json').read_bytes() , info.commit)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=server.environment(cache, HF_TOKEN=MEMBER),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split()[-1] == server.commit("me/private")
+    assert not run.stderr
+    assert blobs(cache, "me/private")
+
+
+# References
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (REPO, (REPO, None, None)),
+        (f"{REPO}@main", (REPO, "main", None)),
+        (f"{REPO}/a.safetensors", (REPO, None, "a.safetensors")),
+        (f"{REPO}/sub/a@b.safetensors", (REPO, None, "sub/a@b.safetensors")),
+        (f"{REPO}@{'0' * 40}/sub/a.safetensors", (REPO, "0" * 40, "sub/a.safetensors")),
+        (f"{REPO}@refs/pr/12", (REPO, "refs/pr/12", None)),
+        (f"{REPO}@refs/pr/12/sub/a.safetensors", (REPO, "refs/pr/12", "sub/a.safetensors")),
+        (f"{REPO}@feature%2Fx/a.safetensors", (REPO, "feature/x", "a.safetensors")),
+        (
+            "valiantcat/LTX-2.3-Transition-LORA/x.safetensors",
+            ("valiantcat/LTX-2.3-Transition-LORA", None, "x.safetensors"),
+        ),
+    ],
+)
+def test_reference(text: str, expected: tuple[str, str | None, str | None]) -> None:
+    assert parse_reference(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "gpt2", "a/", "/a/b", "a//b", "a/b/", "a/b@", "a/b@/c", "../a", "a/..", "a/b/../c", "a/b@../c", "a/b@x..y",
+     "a/b@-x", "a/b@%2e%2e", "a/b@x%00y", "a/b@x y", "a--b/c", "a/b.git", "a/b c", "a/b\n", "a/b/c\x1b", "ä/b",
+     "a/" + "b" * 97, "a/b@" + "c" * 300, f"a/b/{'c' * 300}"],
+)  # fmt: skip
+def test_reference_refused(text: str) -> None:
+    told_by(lambda: parse_reference(text), UsageError)
+
+
+def test_web_address_is_told_as_a_reference() -> None:
+    assert (
+        f"write {REPO}\n" in told_by(lambda: parse_reference(f"https://hub.test/{REPO}/tree/main"), UsageError) + "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision"), [("gpt2", None), ("a/b/c", None), ("a/..", None), (REPO, "../x"), (REPO, "")]
+)
+def test_info_checks_its_arguments(server: HubServer, repo: str, revision: str | None) -> None:
+    told_by(lambda: Hub().info(repo, revision), UsageError)
+    assert not server.requests
+
+
+@given(st.text(alphabet=st.sampled_from("ab.-_@/%2F\\ \x00~"), max_size=30))
+def test_any_reference_is_refused_or_safe(text: str) -> None:
+    try:
+        repo, revision, file = parse_reference(text)
+    except UsageError:
+        return
+    assert repo.count("/") == 1
+    for part in (repo, revision, file):
+        assert part is None or is_safe_name(part)
+
+
+@given(st.text(max_size=40) | st.text(alphabet=st.sampled_from("./\\a\x00"), max_size=12))
+def test_safe_names_stay_in_their_folder(name: str) -> None:
+    if is_safe_name(name):
+        root = Path("/somewhere/root")
+        joined = Path(os.path.normpath(root / name))
+        assert joined != root
+        assert joined.is_relative_to(root)
+        assert joined == root / name

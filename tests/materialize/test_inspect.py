@@ -1,0 +1,131 @@
+"""What inspect tells, for each kind of file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from materialize import tiny_source
+
+from ltxpack.errors import FormatError, SourceError
+from ltxpack.materialize import Options, inspect_path, materialize
+from ltxpack.materialize.releases import RELEASES
+from ltxpack.reporter import SilentReporter
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_source.make_source(tmp_path / "source", dtypes=tiny_source.f32_tables)
+
+
+def write(path: Path, shapes: dict[str, tuple[int, ...]], **metadata: str) -> Path:
+    tiny_source.write_tensors(path, shapes, metadata, np.random.default_rng(0))
+    return path
+
+
+def test_a_checkpoint(source: Path) -> None:
+    found = inspect_path(source / tiny_source.CHECKPOINT)
+    json.dumps(found)
+    assert (found["kind"], found["generation"], found["converts"]) == ("checkpoint", "LTX-2.3", True)
+    assert found["licence"] == "none, random"
+    assert found["components"]["transformer"]["dtypes"]["F32"] == 14
+    assert sum(part["tensors"] for part in found["components"].values()) == found["tensors"]
+    assert sum(part["tensor_bytes"] for part in found["components"].values()) == found["tensor_bytes"]
+    assert found["unknown"]["count"] == 0
+
+
+def test_a_checkpoint_that_does_not_convert_says_why(source: Path) -> None:
+    tiny_source.Tiny(metadata={"model_version": "2.5.0"}).write(source)
+    found = inspect_path(source / tiny_source.CHECKPOINT)
+    assert (found["generation"], found["converts"]) == ("LTX-2.5", False)
+    assert "2.5.0" in found["problem"]
+
+
+def test_an_upsampler(source: Path) -> None:
+    found = inspect_path(source / tiny_source.UPSAMPLER)
+    assert (found["kind"], found["converts"]) == ("upsampler", True)
+    assert found["config"]["mid_channels"] == 32
+
+
+LINEAR = {"down": (4, 24), "up": (24, 4)}
+STYLES = {
+    "official": ("diffusion_model.transformer_blocks.3.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
+    "comfy": ("diffusion_model.transformer_blocks.3.attn1.to_q", ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": ("transformer.transformer_blocks.3.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
+    "peft": ("base_model.model.transformer_blocks.3.attn1.to_q", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "bare": ("transformer_blocks.3.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
+    "kohya": ("lora_unet_transformer_blocks_3_attn1_to_q", ".lora_down.weight", ".lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_lora_styles(tmp_path: Path, style: str) -> None:
+    module, down, up = STYLES[style]
+    shapes = {module + down: LINEAR["down"], module + up: LINEAR["up"], f"{module}.alpha": ()}
+    found = inspect_path(write(tmp_path / "x.safetensors", shapes))
+    assert (found["kind"], found["style"], found["targets"], found["ranks"]) == ("lora", style, 1, {"4": 1})
+    separator = "_" if style == "kohya" else "."
+    assert found["kinds"] == {separator.join(("transformer_blocks", "*", "attn1", "to_q")): 1}
+    assert found["alpha"] == "per target (1)"
+    assert found["unpaired"] == []
+
+
+def test_half_pairs_and_others_are_listed(tmp_path: Path) -> None:
+    shapes = {"a.lora_A.weight": (2, 3), "b.lora_A.weight": (2, 3), "b.lora_B.weight": (3, 2), "c.odd": (1,)}
+    found = inspect_path(write(tmp_path / "x.safetensors", shapes, lora_alpha="8"))
+    assert (found["unpaired"], found["others"], found["targets"]) == (["a.lora_A.weight"], ["c.odd"], 1)
+    assert found["alpha"] == "in the metadata"
+
+
+def test_other_tensors(tmp_path: Path) -> None:
+    found = inspect_path(write(tmp_path / "x.safetensors", {"a": (2, 3)}))
+    assert (found["kind"], found["params"], found["names"]) == ("tensors", 6, ["a"])
+
+
+def test_an_overlay(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    materialize(Options(str(source), out), SilentReporter())
+    found = inspect_path(out)
+    json.dumps(found)
+    assert (found["kind"], found["image_crf"], found["bakes"]) == ("overlay", 33, {})
+    assert found["components"]["transformer"]["cast"] == 14
+    assert [lora["name"] for lora in found["loras"]] == ["distilled"]
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != "ltxpack.json"]
+    assert found["bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_a_folder_lists_its_files(source: Path, tmp_path: Path) -> None:
+    (source / "broken.safetensors").write_bytes(b"x")
+    found = inspect_path(source)
+    assert {file["name"]: file["kind"] for file in found["files"]} == {
+        "broken.safetensors": "broken",
+        tiny_source.CHECKPOINT: "checkpoint",
+        tiny_source.LORA: "lora",
+        tiny_source.UPSAMPLER: "upsampler",
+    }
+    with pytest.raises(SourceError, match="neither an overlay"):
+        inspect_path(tmp_path)
+
+
+def test_releases_are_told_by_name_and_size_as_a_guess_only(tmp_path: Path) -> None:
+    release = RELEASES[0]
+    path = write(tmp_path / release.file, {"a": (2, 3)})
+    found = inspect_path(path)
+    assert (found["release"], found["release_by_name_and_size"]) == (None, None)
+    assert str(release.size) in found["warning"]
+
+
+def test_what_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(SourceError):
+        inspect_path(tmp_path / "nothing")
+    (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle")
+    with pytest.raises(FormatError, match="pickle"):
+        inspect_path(tmp_path / "x.safetensors")
+
+
+def test_golden_checkpoint(golden: Path) -> None:
+    (path,) = golden.glob("*-dev.safetensors")
+    found = inspect_path(path)
+    assert (found["kind"], found["converts"], found["problem"]) == ("checkpoint", True, None)

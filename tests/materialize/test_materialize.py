@@ -1,0 +1,438 @@
+"""From a source to an overlay, whole: the files, their bytes, the manifest, and doing it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from materialize import tiny_source
+from materialize.fake_hub import COMMIT, FakeHub
+from materialize.modules import module_class
+from safetensors.torch import load_file
+
+from ltxpack.errors import LtxpackError, OverlayError, SourceError
+from ltxpack.manifest import Bake, BakedLora, read_manifest
+from ltxpack.materialize import Options, Report, fetched_plan, materialize, plan_overlay
+from ltxpack.materialize.config_tables import CLASSES
+from ltxpack.materialize.renames import CHECKPOINT_TABLES, component_of
+from ltxpack.materialize.sources import TEXT_ENCODER_REPO
+from ltxpack.repack.verify import verify
+from ltxpack.reporter import SilentReporter
+
+
+class Notes(SilentReporter):
+    """Keeps what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(f"warning: {message}")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_source.make_source(tmp_path / "source")
+
+
+def run(
+    source: Path | str, overlay: Path, notes: Notes | None = None, hub: FakeHub | None = None, **more: object
+) -> Report:
+    return materialize(Options(str(source), overlay, **more), notes or Notes(), hub)  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        shard = load_file(path)
+        assert not shard.keys() & found.keys()
+        found.update(shard)
+    return found
+
+
+def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.dtype == torch.bfloat16
+    assert found.shape == expected.shape
+    assert torch.equal(found.view(torch.int16), expected.to(torch.bfloat16).view(torch.int16))
+
+
+# The golden fixture
+
+
+@pytest.fixture(scope="session")
+def overlay(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The overlay of a golden fixture."""
+    folder = tmp_path_factory.mktemp("golden") / "out"
+    run(golden, folder)
+    return folder
+
+
+def test_golden_every_tensor_is_the_sources(golden: Path, overlay: Path) -> None:
+    (path,) = golden.glob("*-dev.safetensors")
+    checkpoint = load_file(path)
+    written = {component: tensors(overlay / component) for component in CHECKPOINT_TABLES}
+    for name, tensor in checkpoint.items():
+        component = component_of(name)
+        assert component is not None
+        assert_same_bits(written[component].pop(CHECKPOINT_TABLES[component].rename(name)), tensor)
+    assert not any(written.values())
+
+
+@pytest.mark.parametrize("component", [*CHECKPOINT_TABLES, "latent_upsampler"])
+def test_golden_diffusers_loads_each_component_strictly(overlay: Path, component: str) -> None:
+    model, info = module_class(component).from_pretrained(
+        overlay / component, dtype=torch.bfloat16, output_loading_info=True, local_files_only=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    stored = tensors(overlay / component)
+    state = model.state_dict()
+    assert state.keys() == stored.keys()
+    assert not [name for name, tensor in state.items() if tensor.is_meta]
+    assert {str(tensor.dtype) for tensor in stored.values()} == {"torch.bfloat16"}
+    for name, tensor in stored.items():
+        assert torch.equal(state[name].to(torch.bfloat16), tensor), name
+
+
+def test_golden_transformers_loads_the_text_encoder_strictly(overlay: Path) -> None:
+    import transformers
+
+    model, info = transformers.Gemma3ForConditionalGeneration.from_pretrained(
+        overlay / "text_encoder", dtype=torch.bfloat16, output_loading_info=True, local_files_only=True
+    )
+    assert not info["unexpected_keys"] and not info["mismatched_keys"] and not info["missing_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(overlay / "tokenizer", local_files_only=True)
+    assert len(tokenizer("a beach")["input_ids"]) > 1
+    assert model.config.text_config.num_hidden_layers > 0
+
+
+def test_golden_pipeline_loads(overlay: Path) -> None:
+    from diffusers import LTX2Pipeline
+
+    pipeline = LTX2Pipeline.from_pretrained(overlay, dtype=torch.bfloat16, local_files_only=True)
+    for name, (_, class_name, library) in CLASSES.items():
+        if library is not None and name != "tokenizer":
+            assert type(getattr(pipeline, name)).__name__ == class_name
+    assert pipeline.vocoder.config.final_act_fn == "clamp"
+    assert pipeline.vae.config.decoder_spatial_padding_mode == "zeros"
+
+
+def test_golden_plan_and_overlay_agree(golden: Path, overlay: Path) -> None:
+    plan = plan_overlay(Options(str(golden), overlay), SilentReporter()).to_json()
+    sizes = {path: len(content) for path, content in files(overlay).items() if path != "ltxpack.json"}
+    assert {file["path"]: file["bytes"] for file in plan["files"]} == sizes
+    assert plan["missing"] == []
+    assert plan["total_bytes"] == sum(sizes.values())
+
+
+def test_golden_checkpoint_with_f32_tables_gives_the_same_shards(golden: Path, overlay: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    (path,) = golden.glob("*-dev.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    checkpoint = {
+        name: tensor.float() if "scale_shift_table" in name else tensor for name, tensor in load_file(path).items()
+    }
+    tables = [name for name, tensor in checkpoint.items() if tensor.dtype == torch.float32]
+    assert tables
+    other = tmp_path / path.name
+    save_file(checkpoint, other, metadata)
+    notes = Notes()
+    run(golden, tmp_path / "out", notes, checkpoint=str(other))
+    for component in CHECKPOINT_TABLES:
+        assert files(tmp_path / "out" / component) == files(overlay / component)
+    cast = read_manifest(tmp_path / "out").components["transformer"].cast
+    assert sorted(cast) == sorted(CHECKPOINT_TABLES["transformer"].rename(name) for name in tables)
+    assert any(str(len(tables)) in said and "BF16" in said for said in notes.said)
+
+
+# The miniature, everywhere
+
+
+def test_overlay_of_the_miniature(source: Path, tmp_path: Path) -> None:
+    report = run(source, tmp_path / "out")
+    assert report.written
+    found = files(tmp_path / "out")
+    for name in ("transformer", "connectors", "vae", "audio_vae", "vocoder", "latent_upsampler"):
+        assert f"{name}/config.json" in found and f"{name}/diffusion_pytorch_model.safetensors" in found
+    assert found[f"loras/{tiny_source.LORA}"] == (source / tiny_source.LORA).read_bytes()
+    assert not [name for name in found if not name.endswith((".safetensors", ".json", ".jinja"))]
+    assert verify(tmp_path / "out", SilentReporter()) == []
+    assert str(tmp_path) not in found["ltxpack.json"].decode()
+    assert report.total_bytes == sum(map(len, found.values())) - len(found["ltxpack.json"])
+
+
+def test_the_manifest_says_what_it_was_made_from(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.model_version, manifest.image_crf, manifest.licence) == ("2.3.0", 33, "none, random")
+    assert manifest.source.repo is None
+    roles = [(file.role, file.name) for file in manifest.source.files]
+    assert roles[:3] == [
+        ("checkpoint", tiny_source.CHECKPOINT),
+        ("lora", tiny_source.LORA),
+        ("upsampler", tiny_source.UPSAMPLER),
+    ]
+    assert {role for role, _ in roles[3:]} == {"text_encoder"}
+    assert {name: part.class_name for name, part in manifest.components.items()} == {
+        name: names[1] for name, names in CLASSES.items()
+    }
+    assert [lora.name for lora in manifest.loras] == ["distilled"]
+    assert [file.path for file in manifest.files] == ["model_index.json"]
+
+
+def test_two_runs_are_byte_identical(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "a")
+    run(source, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_small_shards_are_indexed(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out", max_shard_size=20_000)
+    folder = tmp_path / "out" / "transformer"
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert sorted(set(index["weight_map"].values())) == shards
+    whole = tmp_path / "whole"
+    run(source, whole)
+    expected = tensors(whole / "transformer")
+    found = tensors(folder)
+    assert found.keys() == expected.keys() == index["weight_map"].keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_f32_tables_give_the_same_shards(tmp_path: Path) -> None:
+    plain = tiny_source.make_source(tmp_path / "plain")
+    wide = tiny_source.make_source(tmp_path / "wide", dtypes=tiny_source.f32_tables)
+    run(plain, tmp_path / "a")
+    run(wide, tmp_path / "b")
+    for component in CHECKPOINT_TABLES:
+        assert files(tmp_path / "a" / component) == files(tmp_path / "b" / component)
+    assert len(read_manifest(tmp_path / "b").components["transformer"].cast) == 14
+    assert read_manifest(tmp_path / "a").components["transformer"].cast == ()
+
+
+def test_an_upsampler_in_f32_becomes_bf16(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source", upsampler_dtype="F32")
+    run(source, tmp_path / "out")
+    found = tensors(tmp_path / "out" / "latent_upsampler")
+    for name, tensor in load_file(source / tiny_source.UPSAMPLER).items():
+        assert_same_bits(found[name], tensor)
+
+
+def test_a_distilled_base_gets_the_other_scheduler(source: Path, tmp_path: Path) -> None:
+    other = source / "ltx-2.3-mini-distilled.safetensors"
+    (source / tiny_source.CHECKPOINT).rename(other)
+    notes = Notes()
+    run(other, tmp_path / "out", notes)
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["use_dynamic_shifting"] is False
+    assert any("distilled" in said for said in notes.said)
+
+
+def test_nothing_heavy_is_imported(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from ltxpack.materialize import *; "
+        "from ltxpack.reporter import SilentReporter; "
+        "materialize(Options(sys.argv[1], Path(sys.argv[2])), SilentReporter()); "
+        "print(sorted({'torch', 'diffusers', 'transformers', 'huggingface_hub'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, tmp_path / "out"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+# Doing it again
+
+
+def test_the_same_again_is_a_no_op_that_says_so(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    notes = Notes()
+    assert not run(source, out, notes).written
+    assert any("nothing to do" in said for said in notes.said)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_another_source_needs_force(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    before = files(out)
+    other = tiny_source.make_source(tmp_path / "other", seed=1)
+    with pytest.raises(OverlayError, match="another file of the same name and size") as caught:
+        run(other, out)
+    assert "--force" in str(caught.value.next)
+    assert files(out) == before
+    assert run(other, out, force=True).written
+    run(other, tmp_path / "fresh")
+    assert files(out) == files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("change", [{"max_shard_size": 20_000}, {"copy": True}])
+def test_other_options_need_force(source: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    manifest = read_manifest(out)
+    linked = any(record.link for record in manifest.records())
+    if "copy" in change and not linked:
+        assert not run(source, out, **change).written
+        return
+    with pytest.raises(OverlayError, match="another overlay"):
+        run(source, out, **change)
+    run(source, out, force=True, **change)
+    assert verify(out, SilentReporter()) == []
+    if "copy" in change:
+        assert not any(record.link for record in read_manifest(out).records())
+
+
+def test_copies_share_nothing_with_the_source(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out, copy=True)
+    for path in out.rglob("*"):
+        assert path.is_dir() or (path.stat().st_nlink == 1 and not path.is_symlink())
+
+
+def test_a_changed_overlay_is_not_the_same(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / "model_index.json").unlink()
+    with pytest.raises(OverlayError, match="was changed or removed"):
+        run(source, out)
+    run(source, out, force=True)
+    assert verify(out, SilentReporter()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_target_that_is_no_overlay_is_left_alone(source: Path, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    precious = out / "precious.txt" if kind == "folder" else out
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("mine")
+    for force in (False, True):
+        with pytest.raises(OverlayError, match="exists and is not"):
+            run(source, out, force=force)
+    assert precious.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_force_keeps_files_that_are_not_ours(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    (out / "notes.md").write_text("mine")
+    run(source, out, force=True)
+    assert (out / "notes.md").read_text() == "mine"
+
+
+def test_an_empty_folder_is_a_good_place(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert run(source, tmp_path / "out").written
+
+
+def test_a_failure_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:
+    path = source / tiny_source.CHECKPOINT
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(LtxpackError, match="truncated"):
+        run(source, tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
+
+
+class Interrupted(Notes):
+    """Ctrl-C after so many bytes."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def advance(self, amount: int = 1) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
+def test_stopped_and_started_again_is_as_undisturbed(source: Path, tmp_path: Path, share: float) -> None:
+    total = run(source, tmp_path / "whole", copy=True).total_bytes
+    notes = Interrupted(int(total * share))
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", notes, copy=True)
+    assert not (tmp_path / "out").exists()
+    assert any("goes on from there" in said for said in notes.said)
+    run(source, tmp_path / "out", copy=True)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source", "whole"]
+
+
+# From a hub
+
+
+def test_from_a_hub_the_manifest_remembers_repo_commit_and_hashes(source: Path, tmp_path: Path) -> None:
+    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+    out = tmp_path / "out"
+    run("someone/model", out, hub=hub)
+    manifest = read_manifest(out)
+    assert (manifest.source.repo, manifest.source.revision) == ("someone/model", COMMIT)
+    weights = [file for file in manifest.source.files if file.name.endswith(".safetensors")]
+    assert all(file.sha256 and file.repo and file.revision == COMMIT for file in weights)
+    assert {file.repo for file in manifest.source.files if file.role == "text_encoder"} == {TEXT_ENCODER_REPO}
+    asked = len(hub.fetched())
+    assert not run("someone/model", out, hub=hub).written
+    assert len(hub.fetched()) == asked
+
+
+def test_a_gated_repo_stops_before_the_first_weight(source: Path, tmp_path: Path) -> None:
+    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: SourceError("is gated", next="open the page")})
+    with pytest.raises(SourceError, match="is gated"):
+        run("someone/model", tmp_path / "out", hub=hub)
+    assert hub.fetched() == []
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
+
+
+def test_too_small_a_disk_is_told_before_the_download(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OverlayError, match="disk is too small"):
+        run("someone/model", tmp_path / "out", hub=hub)
+    assert hub.fetched() == []
+
+
+def test_force_says_which_bakes_go(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    manifest = read_manifest(out)
+    record = manifest.files[0]
+    baked = BakedLora("distilled", "x.safetensors", 1, record.blake3, 0.25, 0.25)
+    bake = Bake((baked,), "fp32", "k", "cpu", (dataclasses.replace(record, path="bakes/distilled-0.25/x.json"),), ())
+    (out / "ltxpack.json").write_bytes(manifest.with_bake("distilled-0.25", bake).dump())
+    assert not run(source, out).written
+    notes = Notes()
+    run(source, out, notes, force=True)
+    assert any("distilled-0.25" in said for said in notes.said)
+    assert read_manifest(out).bakes == {}
+
+
+def test_a_fetched_plan_can_be_carried_out_in_part(source: Path, tmp_path: Path) -> None:
+    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+    plan = fetched_plan(Options("someone/model", tmp_path / "out"), SilentReporter(), hub)
+    local = fetched_plan(Options(str(source), tmp_path / "out"), SilentReporter())
+    assert list(plan.items()) == list(local.items())

@@ -1,0 +1,196 @@
+"""The plan: every file and its bytes, in little time and memory, at any size."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from materialize import tiny_source
+from materialize.fake_hub import FakeHub
+from materialize.modules import SPEC, needs_spec
+
+from ltxpack.errors import LtxpackError, SourceError, UsageError
+from ltxpack.materialize import Options, parse_size, plan_overlay
+from ltxpack.materialize.renames import CHECKPOINT_TABLES, component_of
+from ltxpack.materialize.sources import TEXT_ENCODER_REPO
+from ltxpack.repack.work import WriteShard
+from ltxpack.reporter import SilentReporter
+from ltxpack.tensorfile import build_header
+
+# Runs the plan in a process of its own and prints it with the seconds and kilobytes it took.
+MEASURE = """
+import json, sys, time
+from pathlib import Path
+from ltxpack.materialize import Options, plan_overlay
+from ltxpack.reporter import SilentReporter
+began = time.monotonic()
+plan = plan_overlay(Options(sys.argv[1], Path("unused")), SilentReporter()).to_json()
+seconds = time.monotonic() - began
+heavy = sorted({"torch", "diffusers", "transformers", "huggingface_hub"} & sys.modules.keys())
+# The most it ever held; getrusage would count the process that started this one too.
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(json.dumps([plan, seconds, int(peak.split()[1]), heavy]))
+"""
+
+
+def full_size_checkpoint(path: Path, f32: bool) -> dict[str, tuple[int, ...]]:
+    """A sparse file with the real model's header; returns its tensors' shapes."""
+    config = json.loads((SPEC / "ltx23_config.json").read_text())
+    listing = json.loads((SPEC / "ltx23_inventory.json").read_text())
+    groups = {name: group for name, group in listing.items() if isinstance(group, dict) and name != "upsampler"}
+    shapes = {name: tuple(shape) for group in groups.values() for name, shape in group.items()}
+    dtypes = tiny_source.f32_tables if f32 else lambda name: "BF16"
+    order = sorted(shapes, key=lambda name: (dtypes(name) != "F32", name))
+    metadata = {"config": json.dumps(config["config"]), "model_version": config["model_version"]}
+    header = build_header(((name, dtypes(name), shapes[name]) for name in order), metadata)
+    widths = {"F32": 4, "BF16": 2}
+    size = len(header) + sum(math.prod(shapes[name]) * widths[dtypes(name)] for name in order)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(size)
+    assert size > 46e9
+    return shapes
+
+
+def shard_header(tensors: list[tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes of a shard's header, computed by the format's rules alone."""
+    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors:
+        begin, end = end, end + 2 * math.prod(shape)
+        document[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    length = len(json.dumps(document, separators=(",", ":")))
+    return len(struct.pack("<Q", 0)) + (length + 7) // 8 * 8
+
+
+def expected_shards(shapes: dict[str, tuple[int, ...]], limit: int) -> dict[str, int]:
+    """Paths and sizes of all shards, worked out from the inventory."""
+    found: dict[str, int] = {}
+    for component, table in CHECKPOINT_TABLES.items():
+        groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+        used = 0
+        for name in sorted(name for name in shapes if component_of(name) == component):
+            nbytes = 2 * math.prod(shapes[name])
+            if groups[-1] and used + nbytes > limit:
+                groups.append([])
+                used = 0
+            groups[-1].append((table.rename(name), shapes[name]))
+            used += nbytes
+        for number, group in enumerate(groups, 1):
+            part = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+            payload = sum(2 * math.prod(shape) for _, shape in group)
+            found[f"{component}/diffusion_pytorch_model{part}.safetensors"] = shard_header(group) + payload
+    return found
+
+
+@needs_spec
+@pytest.mark.parametrize("f32", [False, True], ids=["bf16", "f32 tables"])
+def test_full_size_plan_is_right_to_the_byte_in_seconds_and_little_memory(tmp_path: Path, f32: bool) -> None:
+    path = tmp_path / "ltx-2.3-22b-dev.safetensors"
+    shapes = full_size_checkpoint(path, f32)
+    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
+    plan, seconds, kilobytes, heavy = json.loads(run.stdout)
+    assert seconds < 10
+    assert kilobytes < 100_000
+    assert heavy == []
+    files = {file["path"]: file for file in plan["files"]}
+    shards = {name: file["bytes"] for name, file in files.items() if file["action"] == "repack"}
+    assert shards == expected_shards(shapes, 5_000_000_000)
+    assert len([name for name in shards if name.startswith("transformer/")]) == 8
+    written = {name for name, file in files.items() if file["action"] == "write"}
+    configs = {f"{component}/config.json" for component in CHECKPOINT_TABLES}
+    indexes = {f"{c}/diffusion_pytorch_model.safetensors.index.json" for c in ("transformer", "connectors")}
+    assert written == configs | indexes | {"scheduler/scheduler_config.json", "model_index.json"}
+    assert plan["total_bytes"] == sum(file["bytes"] for file in plan["files"])
+    assert [entry.split(":")[0] for entry in plan["missing"]] == ["lora", "upsampler", "text_encoder"]
+
+
+def test_plan_lists_what_is_missing(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source")
+    (source / tiny_source.LORA).unlink()
+    plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter()).to_json()
+    (missing,) = plan["missing"]
+    assert missing.startswith("lora: ") and "*distilled-lora*" in missing
+    assert not [file for file in plan["files"] if file["path"].startswith("loras/")]
+    assert not (tmp_path / "out").exists()
+
+
+def test_ambiguous_inputs_are_no_plan(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source")
+    (source / f"b-{tiny_source.CHECKPOINT}").write_bytes(b"")
+    with pytest.raises(SourceError, match="several"):
+        plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+    (source / f"b-{tiny_source.CHECKPOINT}").rename(source / f"b-{tiny_source.LORA}")
+    with pytest.raises(SourceError, match="several"):
+        plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+
+
+def test_plan_of_a_hub_repo_fetches_no_weights(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source")
+    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+    options = Options("someone/model", tmp_path / "out")
+    plan = plan_overlay(options, SilentReporter(), hub)
+    assert hub.fetched() == []
+    local = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+    assert plan.to_json() == local.to_json()
+    assert plan.source.revision is not None and str(tmp_path) not in json.dumps(plan.to_json())
+
+
+def test_actions_say_what_is_done(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source")
+    for copy, action in ((False, "link"), (True, "copy")):
+        plan = plan_overlay(Options(str(source), tmp_path / "out", copy=copy), SilentReporter()).to_json()
+        actions = {file["path"]: file["action"] for file in plan["files"]}
+        assert actions[f"loras/{tiny_source.LORA}"] == action
+        assert actions["latent_upsampler/diffusion_pytorch_model.safetensors"] == action
+        assert actions["transformer/diffusion_pytorch_model.safetensors"] == "repack"
+        assert actions["transformer/config.json"] == "write"
+
+
+def test_an_upsampler_in_f32_is_repacked(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source", upsampler_dtype="F32")
+    plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+    component = next(part for part in plan.components if part.name == "latent_upsampler")
+    assert len(component.cast) == sum(len(item.pieces) for item in component.items if isinstance(item, WriteShard)) > 0
+
+
+@pytest.mark.parametrize("dtypes", [lambda name: "BF16", tiny_source.f32_tables], ids=["bf16", "f32"])
+def test_tensors_are_read_in_file_order_but_for_casts(tmp_path: Path, dtypes: Any) -> None:
+    """A file written by the safetensors library is sorted by width and name, so reads go forward only."""
+    source = tiny_source.make_source(tmp_path / "source", dtypes=dtypes)
+    plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+    for item in plan.items():
+        if isinstance(item, WriteShard):
+            starts = [piece.start for piece in item.pieces if not piece.is_cast]
+            assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1.5k", 1500), ("123", 123), ("7B", 7)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5GB", "5 apples", "GB", "1e9", "nan", "9" * 40, "0.1"])
+def test_other_sizes_are_wrong_use(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_size(text)
+
+
+def test_a_broken_checkpoint_is_one_error(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source")
+    path = source / tiny_source.CHECKPOINT
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:100], b"", b"PK\x03\x04" + whole[4:], whole + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(LtxpackError) as caught:
+            plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+        assert tiny_source.CHECKPOINT in str(caught.value)

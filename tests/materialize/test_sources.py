@@ -1,0 +1,450 @@
+"""What the user names and which files it turns out to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from materialize import tiny_source
+from materialize.fake_hub import COMMIT, FakeHub
+
+from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
+from ltxpack.materialize.access import Access
+from ltxpack.materialize.inputs import Inputs, fetch_inputs, read_inputs
+from ltxpack.materialize.releases import RELEASES, cached_sha256, likely, recognise
+from ltxpack.materialize.sources import HUB_DEFAULTS, TEXT_ENCODER_REPO, Sources, Wanted, resolve
+
+GATED = SourceError("is gated", file=TEXT_ENCODER_REPO, next="open the page")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_source.make_source(tmp_path / "source")
+
+
+def find(source: Path | str, hub: FakeHub | None = None, allow_missing: bool = False, **flags: str | Path) -> Sources:
+    typed = {name: str(value) for name, value in flags.items() if name != "revision"}
+    revision = flags.get("revision")
+    wanted = Wanted(str(source), typed, None if revision is None else str(revision))
+    return resolve(wanted, Access(lambda: hub or FakeHub({})), allow_missing)
+
+
+def read(source: Path | str, hub: FakeHub | None = None, **flags: str | Path) -> Inputs:
+    access = Access(lambda: hub or FakeHub({}))
+    return read_inputs(
+        resolve(Wanted(str(source), {name: str(value) for name, value in flags.items()}), access), access
+    )
+
+
+def hub_repos(tmp_path: Path, source: Path) -> FakeHub:
+    """The source as the two repos of the hub, under the published names."""
+    model = tmp_path / "model"
+    model.mkdir()
+    names = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}
+    for role, name in names.items():
+        shutil.copy(source / name, model / HUB_DEFAULTS[role])
+    shutil.copy(source / tiny_source.CHECKPOINT, model / "ltx-2.3-22b-dev-extra.safetensors")
+    return FakeHub({"Lightricks/LTX-2.3": model, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+
+
+def test_a_folder_is_enough(source: Path) -> None:
+    found = find(source)
+    assert found.lora is not None and found.upsampler is not None and found.text_encoder is not None
+    assert [found.checkpoint.name, found.lora.name, found.upsampler.name] == [
+        tiny_source.CHECKPOINT,
+        tiny_source.LORA,
+        tiny_source.UPSAMPLER,
+    ]
+    assert found.text_encoder.label.endswith(tiny_source.GEMMA)
+    assert found.repo is None and not found.missing
+
+
+def test_a_single_file_finds_the_others_beside_it(source: Path) -> None:
+    assert find(source / tiny_source.CHECKPOINT) == find(source)
+
+
+def test_a_single_file_need_not_be_called_dev(source: Path) -> None:
+    renamed = source / "my base.safetensors"
+    (source / tiny_source.CHECKPOINT).rename(renamed)
+    assert find(renamed).checkpoint.path == renamed
+
+
+@pytest.mark.parametrize("role", ["checkpoint", "lora", "upsampler"])
+def test_two_candidates_are_refused_and_listed(source: Path, role: str) -> None:
+    name = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}[role]
+    shutil.copy(source / name, source / f"another-{name}")
+    with pytest.raises(SourceError, match="several") as caught:
+        find(source)
+    assert caught.value.items == (f"another-{name}", name)
+    assert f"--{role}" in str(caught.value.next)
+    assert find(source, **{role: name}) is not None
+
+
+def test_two_text_encoders_are_refused_and_listed(source: Path) -> None:
+    shutil.copytree(source / tiny_source.GEMMA, source / "gemma2")
+    with pytest.raises(SourceError, match="several text encoders") as caught:
+        find(source)
+    assert caught.value.items == ("gemma", "gemma2")
+    encoder = find(source, text_encoder="gemma2").text_encoder
+    assert encoder is not None and encoder.label.endswith("gemma2")
+
+
+def test_other_subfolders_are_no_text_encoders(source: Path) -> None:
+    other = source / "another"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "t5"}')
+    (source / "broken").mkdir()
+    (source / "broken" / "config.json").write_text("{")
+    assert find(source) is not None
+    shutil.rmtree(source / tiny_source.GEMMA)
+    with pytest.raises(SourceError, match="no text encoder") as caught:
+        find(source)
+    assert any("t5" in str(item) for item in caught.value.items)
+
+
+def test_everything_missing_is_told_at_once(source: Path) -> None:
+    for name in (tiny_source.LORA, tiny_source.UPSAMPLER):
+        (source / name).unlink()
+    shutil.rmtree(source / tiny_source.GEMMA)
+    with pytest.raises(SourceError) as caught:
+        find(source)
+    for word in ("lora", "upsampler", "text encoder"):
+        assert word in str(caught.value)
+    found = find(source, allow_missing=True)
+    assert list(found.missing) == ["lora", "upsampler", "text_encoder"]
+    assert "\n" not in "".join(found.missing.values())
+
+
+def test_the_checkpoint_is_never_optional(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no file for the checkpoint"):
+        find(tmp_path, allow_missing=True)
+
+
+def test_a_flag_takes_a_file_a_folder_or_a_name_within_source(source: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    moved = elsewhere / tiny_source.LORA
+    (source / tiny_source.LORA).rename(moved)
+    for typed in (moved, elsewhere):
+        lora = find(source, lora=typed).lora
+        assert lora is not None and lora.path == moved
+    upsampler = find(source, lora=moved, upsampler=tiny_source.UPSAMPLER.removesuffix(".safetensors")).upsampler
+    assert upsampler is not None and upsampler.name == tiny_source.UPSAMPLER
+
+
+def test_a_path_that_exists_wins_over_a_name_within_source(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    shutil.copy(source / tiny_source.LORA, here / tiny_source.LORA)
+    monkeypatch.chdir(here)
+    lora = find(source, lora=tiny_source.LORA).lora
+    assert lora is not None and lora.path == here / tiny_source.LORA
+
+
+def test_the_checkpoint_named_twice_is_wrong_use(source: Path) -> None:
+    with pytest.raises(UsageError, match="twice"):
+        find(source / tiny_source.CHECKPOINT, checkpoint=source / tiny_source.CHECKPOINT)
+
+
+def test_a_revision_of_a_local_folder_is_wrong_use(source: Path) -> None:
+    with pytest.raises(UsageError, match="--revision"):
+        find(source, revision="main")
+
+
+def test_a_mistyped_path_names_what_is_there(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not exist") as caught:
+        find(tmp_path / "sourc")
+    assert caught.value.items == (str(source),)
+    with pytest.raises(SourceError, match="does not exist") as caught:
+        find(source, lora="ltx-2.3-mini-distilled-lora-3.safetensors")
+    assert tiny_source.LORA in str(caught.value)
+    with pytest.raises(SourceError, match="does not exist"):
+        find(source, upsampler="nowhere/x.safetensors")
+
+
+def test_a_relative_typo_that_looks_like_a_repo_names_both(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source.parent.parent)
+    with pytest.raises(SourceError, match="nor is there such a file or folder here") as caught:
+        find(f"{source.parent.name}/sourse")
+    assert caught.value.items == (f"{source.parent.name}/source",)
+
+
+def test_a_web_address_says_what_to_write(source: Path) -> None:
+    with pytest.raises(UsageError, match=r"write Lightricks/LTX-2\.3"):
+        find("https://example.org/Lightricks/LTX-2.3")
+
+
+def test_hub_defaults_are_the_published_names(source: Path, tmp_path: Path) -> None:
+    hub = hub_repos(tmp_path, source)
+    found = find("Lightricks/LTX-2.3", hub)
+    assert found.lora is not None and found.upsampler is not None and found.text_encoder is not None
+    assert [file.member for file in (found.checkpoint, found.lora, found.upsampler)] == list(HUB_DEFAULTS.values())
+    assert found.text_encoder.label == TEXT_ENCODER_REPO
+    assert (found.repo, found.revision) == ("Lightricks/LTX-2.3", COMMIT)
+    assert found.checkpoint.path is None and found.checkpoint.sha256 is not None
+
+
+def test_hub_inputs_are_read_by_headers_alone_and_fetched_after(source: Path, tmp_path: Path) -> None:
+    hub = hub_repos(tmp_path, source)
+    inputs = read("Lightricks/LTX-2.3", hub)
+    assert hub.fetched() == []
+    local = fetch_inputs(inputs, Access(lambda: hub))
+    assert all(file.path is not None for _, file in local.files())
+    assert {name for name in hub.fetched() if "/" not in name} >= set(HUB_DEFAULTS.values())
+    assert "ltx-2.3-22b-dev-extra.safetensors" not in hub.fetched()
+
+
+def test_a_gated_text_encoder_stops_before_anything_is_fetched(source: Path, tmp_path: Path) -> None:
+    hub = hub_repos(tmp_path, source)
+    hub.repos[TEXT_ENCODER_REPO] = GATED
+    with pytest.raises(SourceError, match="is gated"):
+        find("Lightricks/LTX-2.3", hub)
+    assert hub.fetched() == []
+    found = find("Lightricks/LTX-2.3", hub, allow_missing=True)
+    assert "is gated" in found.missing["text_encoder"]
+
+
+def test_revisions_and_files_of_other_repos(source: Path, tmp_path: Path) -> None:
+    hub = hub_repos(tmp_path, source)
+    hub.repos["someone/loras"] = source
+    lora = f"someone/loras@v2/{tiny_source.LORA}"
+    found = find("Lightricks/LTX-2.3", hub, revision="abc", lora=lora, text_encoder="someone/loras/gemma")
+    assert ("info", "Lightricks/LTX-2.3", "abc") in hub.asked
+    assert ("info", "someone/loras", "v2") in hub.asked
+    assert found.lora is not None and found.lora.label == f"someone/loras/{tiny_source.LORA}"
+    assert found.text_encoder is not None and "config.json" in found.text_encoder.files
+    with pytest.raises(SourceError, match="is not in the repo") as caught:
+        find("Lightricks/LTX-2.3", hub, lora="someone/loras/ltx-2.3-mini-distilled-lora-9.safetensors")
+    assert tiny_source.LORA in caught.value.items
+    with pytest.raises(UsageError, match="twice"):
+        find("Lightricks/LTX-2.3@main", hub, revision="abc")
+
+
+def test_a_repo_with_other_names_follows_the_folder_rule(source: Path, tmp_path: Path) -> None:
+    hub = FakeHub({"someone/fork": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+    assert find("someone/fork", hub).checkpoint.member == tiny_source.CHECKPOINT
+
+
+def test_links_out_of_a_folder_lead_to_the_real_file(source: Path, tmp_path: Path) -> None:
+    real = tmp_path / "elsewhere.bin"
+    (source / tiny_source.CHECKPOINT).rename(real)
+    (source / tiny_source.CHECKPOINT).symlink_to(real)
+    found = find(source)
+    assert (found.checkpoint.path, found.checkpoint.name) == (real, tiny_source.CHECKPOINT)
+    assert found.checkpoint.label == str(source / tiny_source.CHECKPOINT)
+
+
+def test_a_cache_blob_tells_its_hash(source: Path, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    digest = "ab" * 32
+    (source / tiny_source.LORA).rename(blobs / digest)
+    (source / tiny_source.LORA).symlink_to(Path("..") / "blobs" / digest)
+    lora = find(source).lora
+    assert lora is not None and lora.sha256 == digest
+    assert cached_sha256(source / tiny_source.CHECKPOINT) is None
+
+
+def test_a_folder_without_permission_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(SourceError, match="Permission denied"):
+        find(tmp_path)
+
+
+# The text encoder's folder
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def drop_tensor_from_index(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"].popitem()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def point_index_outside(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../evil.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
+    "another model": (lambda f: change_json(f / "config.json", model_type="t5"), UnsupportedError, "model_type"),
+    "code": (lambda f: change_json(f / "config.json", auto_map={"AutoModel": "x.Y"}), UnsupportedError, "auto_map"),
+    "tokenizer code": (
+        lambda f: change_json(f / "tokenizer_config.json", auto_map={}),
+        UnsupportedError,
+        "auto_map",
+    ),
+    "quantised": (
+        lambda f: change_json(f / "config.json", quantization_config={}),
+        UnsupportedError,
+        "quantization_config",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), SourceError, "tokenizer.json"),
+    "no processor": (lambda f: (f / "processor_config.json").unlink(), SourceError, "processor_config.json"),
+    "no shard": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), SourceError, "lacks shards"),
+    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), SourceError, "model.safetensors"),
+    "index lies": (drop_tensor_from_index, FormatError, "not in the index"),
+    "index outside": (point_index_outside, FormatError, "plain .safetensors file name"),
+    "other width": (
+        lambda f: change_json(f / "config.json", text_config={"hidden_size": 8}),
+        FormatError,
+        "hidden_size",
+    ),
+    "torn shard": (
+        lambda f: os.truncate(f / "model-00001-of-00002.safetensors", 40),
+        FormatError,
+        "truncated",
+    ),
+    "list as config": (lambda f: (f / "processor_config.json").write_text("[]"), FormatError, "JSON object"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_text_encoder_faults_are_refused_by_name(source: Path, fault: str) -> None:
+    damage, kind, words = FAULTS[fault]
+    folder = source / tiny_source.GEMMA
+    damage(folder)
+    with pytest.raises(kind) as caught:
+        read(source, text_encoder=folder)
+    assert words in str(caught.value)
+
+
+def test_a_text_encoder_of_another_size_does_not_fit(source: Path) -> None:
+    config = json.loads(json.dumps(tiny_source.CONFIG))
+    shapes = tiny_source.tensor_shapes(config, factor=5)
+    tiny_source.Tiny(shapes=shapes).write(source)
+    with pytest.raises(UnsupportedError, match="another size") as caught:
+        read(source)
+    assert (caught.value.expected, caught.value.found) == ("width 24 and 4 layers", "width 24 and 2 layers")
+
+
+def test_only_known_files_of_the_text_encoder_are_taken(source: Path) -> None:
+    encoder = read(source).text_encoder
+    assert encoder is not None
+    names = {file.name for file in (*encoder.model, *encoder.tokenizer)}
+    assert not [name for name in names if not name.endswith((".safetensors", ".json", ".jinja"))]
+    assert "chat_template.jinja" in {file.name for file in encoder.tokenizer}
+
+
+def test_a_text_encoder_in_one_file_needs_no_index(source: Path) -> None:
+    folder = source / tiny_source.GEMMA
+    for path in folder.glob("model*"):
+        path.unlink()
+    import numpy as np
+
+    shapes = {"language_model.model.embed_tokens.weight": (32, 24)}
+    shapes |= {f"language_model.model.layers.{i}.input_layernorm.weight": (24,) for i in range(2)}
+    tiny_source.write_tensors(folder / "model.safetensors", shapes, {}, np.random.default_rng(0))
+    encoder = read(source).text_encoder
+    assert encoder is not None and "model.safetensors" in {file.name for file in encoder.model}
+
+
+def test_a_file_as_text_encoder_names_its_folder(source: Path) -> None:
+    with pytest.raises(SourceError, match="is a file") as caught:
+        find(source, text_encoder=source / tiny_source.GEMMA / "config.json")
+    assert str(caught.value.next).endswith(str(source / tiny_source.GEMMA))
+
+
+# The LoRA and the checkpoint, by their headers
+
+
+@pytest.mark.parametrize("other", [tiny_source.UPSAMPLER, tiny_source.CHECKPOINT])
+def test_a_file_that_is_no_lora_is_refused(source: Path, other: str) -> None:
+    with pytest.raises(UnsupportedError, match="is not a LoRA"):
+        read(source, lora=source / other)
+
+
+def test_a_file_that_is_no_upsampler_is_refused(source: Path) -> None:
+    with pytest.raises(UnsupportedError, match="is not a latent upsampler"):
+        read(source, upsampler=source / tiny_source.LORA)
+
+
+def test_missing_unknown_and_misshapen_tensors_are_told_together(source: Path) -> None:
+    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
+    del shapes["vae.decoder.conv_in.conv.bias"]
+    shapes["model.diffusion_model.proj_out.weight"] = (1, 2)
+    shapes["audio_vae.encoder.extra.weight"] = (3,)
+    shapes["surprise.weight"] = (3,)
+    tiny_source.Tiny(shapes=shapes).write(source)
+    with pytest.raises(UnsupportedError, match="tensors that its config asks for") as caught:
+        read(source)
+    assert sorted(caught.value.items) == [
+        "missing: vae.decoder.conv_in.conv.bias [32]",
+        "shape: model.diffusion_model.proj_out.weight: expected [16, 24], found [1, 2]",
+        "unknown: audio_vae.encoder.extra.weight",
+        "unknown: surprise.weight",
+    ]
+
+
+def test_a_name_that_only_looks_like_the_target_is_unknown(source: Path) -> None:
+    """``proj_in`` is what ``patchify_proj`` becomes: both together would land on one name."""
+    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
+    shapes["model.diffusion_model.proj_in.weight"] = shapes["model.diffusion_model.patchify_proj.weight"]
+    tiny_source.Tiny(shapes=shapes).write(source)
+    with pytest.raises(UnsupportedError, match=r"unknown: model\.diffusion_model\.pro"):
+        read(source)
+
+
+def test_statistics_that_no_module_reads_are_dropped(source: Path) -> None:
+    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
+    extra = ["vae.per_channel_statistics.mean-of-stds", "vae.per_channel_statistics.channel"]
+    tiny_source.Tiny(shapes={**shapes, **dict.fromkeys(extra, (16,))}).write(source)
+    inputs = read(source)
+    assert sorted(inputs.checkpoint.dropped) == sorted(extra)
+    assert sum(map(len, inputs.checkpoint.tensors.values())) == len(shapes)
+
+
+def test_fp8_is_refused_by_name(source: Path) -> None:
+    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
+    shapes["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight_scale"] = ()
+    tiny_source.Tiny(shapes=shapes).write(source)
+    with pytest.raises(UnsupportedError, match="fp8") as caught:
+        read(source)
+    assert "weight_scale" in str(caught.value.tensor)
+
+
+def test_an_integer_tensor_is_refused(source: Path) -> None:
+    tiny_source.Tiny(dtypes=lambda name: "I16" if name == "vae.decoder.conv_in.conv.bias" else "BF16").write(source)
+    with pytest.raises(UnsupportedError, match=r"dtype: vae\.decoder\.conv_in\.conv\.bias"):
+        read(source)
+
+
+# Known releases
+
+
+def test_releases_are_known_by_content() -> None:
+    first, second = (release for release in RELEASES if "lora" in release.name)
+    assert first.size == second.size
+    assert recognise(second.file, second.size, second.sha256).release is second
+    assert recognise("renamed.safetensors", first.size, first.sha256).release is first
+    assert recognise("mine.safetensors", 1, "00" * 32).release is None
+    assert recognise(first.file, first.size, None).release is None
+    assert likely(first.file, first.size) is first
+
+
+def test_a_known_name_with_another_content_is_a_warning() -> None:
+    first, second = (release for release in RELEASES if "lora" in release.name)
+    found = recognise(first.file, first.size, second.sha256)
+    assert found.release is second
+    assert second.file in str(found.warning) and first.sha256 in str(found.warning)
+    assert "unknown content" in str(recognise(first.file, first.size, "00" * 32).warning)
+    assert str(first.size) in str(recognise(first.file, 5, None).warning)
+    assert recognise(first.file, first.size, first.sha256).warning is None
+
+
+def test_releases_are_distinct() -> None:
+    assert len({release.sha256 for release in RELEASES}) == len({release.name for release in RELEASES}) == 5
+    assert all(len(release.sha256) == 64 for release in RELEASES)

@@ -1,0 +1,322 @@
+"""A complete source folder in miniature: checkpoint, distilled LoRA, upsampler and text encoder, no torch involved.
+
+The checkpoint's tensors are not listed here: its config is, and names and shapes follow from it. Numbers are random
+from a seed. ``make_source`` writes the folder; ``Tiny`` lets a test change one thing before it is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ltxpack.materialize.configs import checkpoint_configs, upsampler_config
+from ltxpack.materialize.expected import source_inventory
+from ltxpack.tensorfile import build_header, tensor_nbytes
+
+Shape = tuple[int, ...]
+CHECKPOINT = "ltx-2.3-mini-dev.safetensors"
+LORA = "ltx-2.3-mini-distilled-lora-2.safetensors"
+UPSAMPLER = "ltx-2.3-mini-spatial-upscaler-x2.safetensors"
+GEMMA = "gemma"
+GEMMA_WIDTH, GEMMA_LAYERS = 24, 2
+TABLES = ("scale_shift_table",)
+
+_VOCODER = {
+    "resblock": "AMP1",
+    "resblock_kernel_sizes": [3, 7],
+    "resblock_dilation_sizes": [[1, 3], [1, 3]],
+    "stereo": True,
+    "use_tanh_at_final": False,
+    "activation": "snakebeta",
+    "use_bias_at_final": False,
+}
+
+CONFIG: dict[str, Any] = {
+    "transformer": {
+        "_class_name": "AVTransformer3DModel",
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "cross_attention_dim": 24,
+        "in_channels": 16,
+        "out_channels": 16,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": 6,
+        "audio_cross_attention_dim": 12,
+        "audio_in_channels": 8,
+        "audio_out_channels": 8,
+        "caption_channels": GEMMA_WIDTH,
+        "connector_num_layers": 1,
+        "connector_num_attention_heads": 4,
+        "connector_attention_head_dim": 6,
+        "audio_connector_num_attention_heads": 2,
+        "audio_connector_attention_head_dim": 6,
+        "positional_embedding_type": "rope",
+        "positional_embedding_theta": 10000.0,
+        "positional_embedding_max_pos": [20, 2048, 2048],
+        "audio_positional_embedding_max_pos": [20],
+        "connector_positional_embedding_max_pos": [4096],
+        "timestep_scale_multiplier": 1000,
+        "av_ca_timestep_scale_multiplier": 1000.0,
+        "causal_temporal_positioning": True,
+        "use_middle_indices_grid": True,
+        "rope_type": "split",
+        "frequencies_precision": "float64",
+        "qk_norm": "rms_norm",
+        "standardization_norm": "rms_norm",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "use_audio_video_cross_attention": True,
+        "av_cross_ada_norm": True,
+        "use_embeddings_connector": True,
+        "connector_norm_output": True,
+        "apply_gated_attention": True,
+        "connector_apply_gated_attention": True,
+        "cross_attention_adaln": True,
+        "caption_proj_before_connector": True,
+        "caption_projection_first_linear": False,
+        "caption_projection_second_linear": False,
+        "caption_proj_input_norm": False,
+        "text_encoder_norm_type": "per_token_rms",
+        "dropout": 0.0,
+    },
+    "vae": {
+        "_class_name": "CausalVideoAutoencoder",
+        "dims": 3,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 16,
+        "encoder_blocks": [
+            ["res_x", {"num_layers": 1}],
+            ["compress_space_res", {"multiplier": 2}],
+            ["res_x", {"num_layers": 0}],
+            ["compress_time_res", {"multiplier": 1}],
+            ["res_x", {"num_layers": 1}],
+            ["compress_all_res", {"multiplier": 1}],
+            ["res_x", {"num_layers": 0}],
+            ["compress_all_res", {"multiplier": 1}],
+            ["res_x", {"num_layers": 1}],
+        ],
+        "decoder_blocks": [
+            ["res_x", {"num_layers": 1}],
+            ["compress_space", {"multiplier": 2}],
+            ["res_x", {"num_layers": 2}],
+            ["compress_time", {"multiplier": 2}],
+            ["res_x", {"num_layers": 0}],
+            ["compress_all", {"multiplier": 1}],
+            ["res_x", {"num_layers": 1}],
+            ["compress_all", {"multiplier": 2}],
+            ["res_x", {"num_layers": 1}],
+        ],
+        "scaling_factor": 1.0,
+        "norm_layer": "pixel_norm",
+        "patch_size": 4,
+        "latent_log_var": "uniform",
+        "use_quant_conv": False,
+        "causal_decoder": False,
+        "timestep_conditioning": False,
+        "normalize_latent_channels": False,
+        "encoder_base_channels": 16,
+        "decoder_base_channels": 4,
+        "spatial_padding_mode": "zeros",
+    },
+    "scheduler": {"_class_name": "RectifiedFlowScheduler", "sampler": "LinearQuadratic"},
+    "audio_vae": {
+        "model": {
+            "params": {
+                "ddconfig": {
+                    "double_z": True,
+                    "mel_bins": 16,
+                    "z_channels": 2,
+                    "resolution": 64,
+                    "in_channels": 2,
+                    "out_ch": 2,
+                    "ch": 8,
+                    "ch_mult": [1, 2, 1],
+                    "num_res_blocks": 1,
+                    "attn_resolutions": [],
+                    "dropout": 0.0,
+                    "mid_block_add_attention": False,
+                    "norm_type": "pixel",
+                    "causality_axis": "height",
+                },
+                "sampling_rate": 16000,
+            }
+        },
+        "preprocessing": {
+            "audio": {"sampling_rate": 16000, "duration": 5.12, "stereo": True},
+            "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
+            "mel": {"n_mel_channels": 16, "mel_fmin": 0, "mel_fmax": 8000},
+        },
+    },
+    "vocoder": {
+        "vocoder": {
+            **_VOCODER,
+            "upsample_initial_channel": 16,
+            "upsample_rates": [10, 16],
+            "upsample_kernel_sizes": [20, 32],
+        },
+        "bwe": {
+            **_VOCODER,
+            "upsample_initial_channel": 8,
+            "upsample_rates": [10, 24],
+            "upsample_kernel_sizes": [20, 48],
+            "apply_final_activation": False,
+            "input_sampling_rate": 16000,
+            "output_sampling_rate": 48000,
+            "hop_length": 80,
+            "n_fft": 64,
+            "win_size": 64,
+            "num_mels": 16,
+        },
+    },
+}
+
+UPSAMPLER_CONFIG: dict[str, Any] = {
+    "_class_name": "LatentUpsampler",
+    "in_channels": 16,
+    "mid_channels": 32,
+    "num_blocks_per_stage": 1,
+    "dims": 3,
+    "spatial_upsample": True,
+    "temporal_upsample": False,
+    "spatial_scale": 2.0,
+    "rational_resampler": False,
+}
+
+
+def tensor_shapes(config: Mapping[str, Any], registers: int = 128, factor: int = GEMMA_LAYERS + 1) -> dict[str, Shape]:
+    """The tensors of a checkpoint with ``config``, under its own names.
+
+    ``registers`` and ``factor`` (hidden states per token) are what a checkpoint says only by its tensors' shapes.
+    """
+    transformer = config["transformer"]
+    told: dict[str, Shape] = {}
+    for stream, prefix in (("video", ""), ("audio", "audio_")):
+        width = transformer[f"{prefix}cross_attention_dim"]
+        told[f"model.diffusion_model.{stream}_embeddings_connector.learnable_registers"] = (registers, width)
+        projection = f"text_embedding_projection.{stream}_aggregate_embed.weight"
+        told[projection] = (width, transformer["caption_channels"] * factor)
+    configs = checkpoint_configs(config, told, "config")
+    shapes: dict[str, Shape] = {}
+    for component, component_config in configs.items():
+        shapes.update(source_inventory(component, component_config))
+    return shapes
+
+
+@dataclass
+class Tiny:
+    """What is about to be written; every part may be changed."""
+
+    config: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(CONFIG))
+    metadata: dict[str, str] = field(default_factory=lambda: {"model_version": "2.3.0", "license": "none, random"})
+    upsampler_config: dict[str, Any] = field(default_factory=lambda: copy.deepcopy(UPSAMPLER_CONFIG))
+    dtypes: Callable[[str], str] = lambda name: "BF16"
+    upsampler_dtype: str = "BF16"
+    shapes: dict[str, Shape] | None = None
+    gemma: dict[str, Any] = field(default_factory=lambda: {"model_type": "gemma3"})
+    seed: int = 0
+
+    def write(self, folder: Path) -> Path:
+        """Write the source into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(self.seed)
+        shapes = self.shapes if self.shapes is not None else tensor_shapes(self.config)
+        metadata = {"config": json.dumps(self.config), **self.metadata}
+        write_tensors(folder / CHECKPOINT, shapes, metadata, random, self.dtypes)
+        upsampled = source_inventory("latent_upsampler", upsampler_config(UPSAMPLER_CONFIG, 16, "upsampler"))
+        config = {"config": json.dumps(self.upsampler_config)}
+        write_tensors(folder / UPSAMPLER, upsampled, config, random, lambda name: self.upsampler_dtype)
+        write_tensors(folder / LORA, lora_shapes(shapes), {"model_version": "2.3.0"}, random)
+        write_gemma(folder / GEMMA, self.gemma, random)
+        return folder
+
+
+def make_source(folder: Path, **changes: Any) -> Path:
+    """A source folder; ``changes`` are fields of Tiny."""
+    return Tiny(**changes).write(folder)
+
+
+def f32_tables(name: str) -> str:
+    """The dtypes of the published checkpoint: modulation tables in F32, the rest BF16."""
+    return "F32" if name.startswith("model.diffusion_model.") and "scale_shift_table" in name else "BF16"
+
+
+def lora_shapes(shapes: Mapping[str, Shape], rank: int = 2) -> dict[str, Shape]:
+    """A LoRA on the self-attention of the first block."""
+    root = "model.diffusion_model.transformer_blocks.0.attn1.to_q"
+    rows, columns = shapes.get(f"{root}.weight", (24, 24))
+    module = root.removeprefix("model.")
+    return {f"{module}.lora_A.weight": (rank, columns), f"{module}.lora_B.weight": (rows, rank)}
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    random: np.random.Generator,
+    dtypes: Callable[[str], str] = lambda name: "BF16",
+) -> None:
+    """A safetensors file of small random numbers, wider dtypes first as the library writes them.
+
+    The numbers are BF16 ones whatever the dtype, and depend on the names alone, not on the dtypes.
+    """
+    values = {name: bf16(random.standard_normal(math.prod(shapes[name])) * 0.05) for name in sorted(shapes)}
+    order = sorted(shapes, key=lambda name: (dtypes(name) != "F32", name))
+    with path.open("wb") as file:
+        file.write(build_header(((name, dtypes(name), shapes[name]) for name in order), metadata))
+        for name in order:
+            file.write(_stored(values[name], dtypes(name)))
+
+
+def bf16(values: np.ndarray) -> np.ndarray:
+    """``values`` cut to BF16, as 16-bit patterns."""
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _stored(patterns: np.ndarray, dtype: str) -> bytes:
+    if dtype == "BF16":
+        return patterns.tobytes()
+    if dtype == "F32":
+        return (patterns.astype(np.uint32) << 16).tobytes()
+    return bytes(tensor_nbytes(dtype, patterns.shape))
+
+
+def write_gemma(folder: Path, config: Mapping[str, Any], random: np.random.Generator) -> None:
+    """A text encoder's folder, as far as materialize looks: headers, index, configs."""
+    folder.mkdir(exist_ok=True)
+    layers = {f"language_model.model.layers.{i}.input_layernorm.weight": (GEMMA_WIDTH,) for i in range(GEMMA_LAYERS)}
+    shards = {
+        "model-00001-of-00002.safetensors": {"language_model.model.embed_tokens.weight": (32, GEMMA_WIDTH)},
+        "model-00002-of-00002.safetensors": layers,
+    }
+    for name, shapes in shards.items():
+        write_tensors(folder / name, shapes, {"format": "pt"}, random)
+    weight_map = {tensor: name for name, shapes in shards.items() for tensor in shapes}
+    text = {"hidden_size": GEMMA_WIDTH, "num_hidden_layers": GEMMA_LAYERS}
+    documents: dict[str, Any] = {
+        "config.json": {"text_config": text, **config},
+        "generation_config.json": {"do_sample": True},
+        "tokenizer.json": {"version": "1.0"},
+        "tokenizer_config.json": {"model_max_length": 10**30, "tokenizer_class": "GemmaTokenizer"},
+        "processor_config.json": {"processor_class": "Gemma3Processor"},
+        "preprocessor_config.json": {"do_resize": True},
+        "special_tokens_map.json": {"bos_token": "<bos>"},
+        "model.safetensors.index.json": {"metadata": {"total_size": 1}, "weight_map": weight_map},
+    }
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    # What must never enter an overlay.
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    (folder / "tokenizer.model").write_bytes(b"\x0a")
+    (folder / "README.md").write_text("text")

@@ -1,0 +1,152 @@
+"""Small sources and plans, an overlay made from them, and a machine that dies at the n-th change of the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source
+from ltxpack.repack.direct import DirectFile
+from ltxpack.repack.execute import execute
+from ltxpack.repack.shards import assign_shards
+from ltxpack.repack.staging import Staging
+from ltxpack.repack.work import CopyFile, Item, WriteBytes, fingerprint, piece
+from ltxpack.reporter import SilentReporter
+from ltxpack.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
+
+
+class Listener(SilentReporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.details: list[str] = []
+        self.warnings: list[str] = []
+        self.total = self.advanced = 0
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def detail(self, message: str) -> None:
+        self.details.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        self.total, self.advanced = total, 0
+
+    def advance(self, amount: int = 1) -> None:
+        self.advanced += amount
+
+
+def make_source(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], seed: int = 0, pad: int = 0) -> Path:
+    """A safetensors file of random bytes; ``pad`` spaces more than needed in its header, to spoil alignment."""
+    header = build_header(tensors, {"format": "pt"})
+    header = (len(header) - 8 + pad).to_bytes(8, "little") + header[8:] + b" " * pad
+    source = random.Random(seed)
+    data = bytearray()
+    for _, dtype, shape in tensors:
+        part = bytearray(source.randbytes(tensor_nbytes(dtype, shape)))
+        if "F" in dtype:  # the high bit of the exponent stays clear, so that every float is small and finite
+            width = DTYPE_BITS[dtype] // 8
+            part[width - 1 :: width] = part[width - 1 :: width].translate(bytes(byte & 0xBF for byte in range(256)))
+        data += part
+    path.write_bytes(header + data)
+    return path
+
+
+def plan(source: Path) -> list[Item]:
+    """Two shards with their index, a config and a LoRA that is only copied."""
+    file = read_tensorfile(source / "model.safetensors")
+    pieces = [piece(name, info, file.path, "BF16") for name, info in file.tensors.items()]
+    lora = source / "lora.safetensors"
+    return [
+        WriteBytes("transformer/config.json", b"{}\n"),
+        *assign_shards(pieces, 200, "transformer"),
+        CopyFile("loras/lora.safetensors", lora, lora.stat().st_size),
+    ]
+
+
+def manifest_of(records: tuple[FileRecord, ...]) -> Manifest:
+    """The manifest of what ``plan`` makes."""
+    inside = tuple(record for record in records if record.path.startswith("transformer/"))
+    loras = tuple(Lora(Path(record.path).stem, record) for record in records if record.path.startswith("loras/"))
+    component = Component("diffusers", "LTX2VideoTransformer3DModel", inside)
+    return Manifest("2.3.0", 33, None, Source(None, None, ()), {"transformer": component}, loras, ())
+
+
+def materialize(
+    source: Path, overlay: Path, reporter: SilentReporter | None = None, *, force: bool = False, copy: bool = False
+) -> Manifest:
+    """What the command does with this room: execute the plan in a staging folder and publish it."""
+    items = plan(source)
+    reporter = reporter or SilentReporter()
+    with Staging(overlay, fingerprint(items), reporter, force=force) as staging:
+        records = execute(items, staging, copy=copy, reporter=reporter)
+        manifest = manifest_of(records)
+        staging.publish(manifest.dump())
+    return manifest
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` and its content; links by their target."""
+    return {
+        path.relative_to(folder).as_posix(): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+class Dead(BaseException):
+    """The machine is off."""
+
+
+CHANGES = ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir", "link", "symlink", "ftruncate", "open")
+
+
+@contextlib.contextmanager
+def dying_at(change: int) -> Iterator[Callable[[], int]]:
+    """Inside, the ``change``-th change of the disk and every later one does not happen: Dead is raised.
+
+    Yields a function that says how many changes there were. Locks are given up, as the system does for the dead.
+    """
+    count = 0
+    locks: list[int] = []
+    patch = pytest.MonkeyPatch()
+
+    def counted(function: Any, counts: Callable[..., bool] = lambda *_: True) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            if counts(*args):
+                count += 1
+                if count >= change:
+                    raise Dead
+            result = function(*args, **kwargs)
+            if function is real_open and str(args[0]).endswith((".lock", "/lock")):
+                locks.append(result)
+            return result
+
+        return wrapper
+
+    real_open = os.open
+    for name in CHANGES:
+        patch.setattr(os, name, counted(getattr(os, name), _creates if name == "open" else lambda *_: True))
+    patch.setattr(DirectFile, "append", counted(DirectFile.append))
+    try:
+        yield lambda: count
+    finally:
+        patch.undo()
+        for fd in locks:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _creates(path: Any, flags: int, *_: Any) -> bool:
+    return bool(flags & os.O_CREAT)

@@ -1,0 +1,259 @@
+"""Verification finds each kind of fault, all at once; repair brings back what can be, and touches nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+from repack_support import Listener, make_source, materialize, plan, tree
+
+from ltxpack.errors import OverlayError
+from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.repack.repair import repair
+from ltxpack.repack.verify import Fault, damaged, damaged_items, verify
+from ltxpack.repack.work import Item, WriteShard
+from ltxpack.reporter import SilentReporter
+from ltxpack.tensorfile import atomic_write
+
+SILENT = SilentReporter()
+SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+SECOND = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
+INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
+LORA = "loras/lora.safetensors"
+
+
+@pytest.fixture
+def overlay(source: Path, tmp_path: Path) -> Path:
+    """An overlay with one bake: a shard of its own and a link to a shard of the transformer."""
+    target = tmp_path / "home/out"
+    manifest = materialize(source, target)
+    assert {SHARD, SECOND, INDEX, LORA} <= {record.path for record in manifest.records()}
+    folder = target / "bakes/b"
+    folder.mkdir(parents=True)
+    second = next(record for record in manifest.records() if record.path == SECOND)
+    name = Path(SECOND).name
+    (folder / name).symlink_to(f"../../{SECOND}")
+    own = make_source(folder / "own.safetensors", [("mine", "BF16", (3,))]).read_bytes()
+    records = (
+        FileRecord(f"bakes/b/{name}", second.size, second.blake3, f"../../{SECOND}"),
+        FileRecord("bakes/b/own.safetensors", len(own), blake3(own).hexdigest()),
+    )
+    lora = BakedLora("lora", "lora.safetensors", 1, "0" * 64, 1.0, 1.0)
+    manifest = manifest.with_bake("b", Bake((lora,), "fp32", "x", "cpu", records, ("mine",)))
+    atomic_write(target / MANIFEST_NAME, manifest.dump())
+    assert verify(target, SILENT) == []
+    return target
+
+
+def rewrite(path: Path, change: Callable[[bytearray], None]) -> None:
+    """Change a file as another program would: a new file in its place."""
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.unlink()
+    path.write_bytes(data)
+
+
+def flip(data: bytearray) -> None:
+    data[-1] ^= 1
+
+
+def replace_by_link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link_whole_folder(overlay: Path) -> None:
+    (overlay / "transformer").rename(overlay.parent / "elsewhere")
+    (overlay / "transformer").symlink_to("../elsewhere")
+
+
+def change_source(overlay: Path) -> None:
+    source = overlay.parent.parent / "source/lora.safetensors"
+    data = bytearray(source.read_bytes())
+    flip(data)
+    with source.open("r+b") as file:
+        file.write(data)
+
+
+BAKED = f"bakes/b/{Path(SECOND).name}"
+FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
+    "a flipped bit": (lambda out: rewrite(out / SHARD, flip), {SHARD: "content differs"}),
+    "cut short": (lambda out: os.truncate(out / SHARD, 50), {SHARD: "size differs"}),
+    "grown": (lambda out: rewrite(out / INDEX, lambda data: data.extend(b" ")), {INDEX: "size differs"}),
+    "missing": (lambda out: (out / INDEX).unlink(), {INDEX: "is missing"}),
+    "a shard gone": (
+        lambda out: (out / SECOND).unlink(),
+        {SECOND: "is missing", BAKED: "links to a file that is missing"},
+    ),
+    "the source of a hard link changed": (change_source, {LORA: "the source file it is hard-linked to was changed"}),
+    "replaced by a link": (lambda out: replace_by_link(out / SHARD, "/etc/hostname"), {SHARD: "was replaced"}),
+    "replaced by a folder": (lambda out: replace_by_folder(out / SHARD), {SHARD: "was replaced"}),
+    "a link replaced by a file": (lambda out: rewrite(out / BAKED, flip), {BAKED: "was replaced"}),
+    "a link that leads elsewhere": (
+        lambda out: replace_by_link(out / BAKED, f"../../{SHARD}"),
+        {BAKED: "links elsewhere"},
+    ),
+    "a folder replaced by a link": (
+        link_whole_folder,
+        {
+            **dict.fromkeys((SHARD, SECOND, INDEX, "transformer/config.json"), "lies behind a folder"),
+            "transformer": "is not in the manifest",
+        },
+    ),
+    "a stray shard": (
+        lambda out: (out / "transformer/model-00003.safetensors").write_bytes(b"x"),
+        {"transformer/model-00003.safetensors": "is not in the manifest"},
+    ),
+    "a stray link to a folder": (
+        lambda out: (out / "more").symlink_to("transformer"),
+        {"more": "is not in the manifest"},
+    ),
+    "two at once": (
+        lambda out: (rewrite(out / SHARD, flip), (out / LORA).unlink()),
+        {SHARD: "content differs", LORA: "is missing"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_each_kind_of_fault_is_found_and_no_other(case: str, overlay: Path) -> None:
+    change, expected = FAULTS[case]
+    change(overlay)
+    found = {fault.path: fault.problem for fault in verify(overlay, SILENT)}
+    assert found.keys() == expected.keys()
+    for path, problem in expected.items():
+        assert problem in found[path]
+
+
+def resealed(overlay: Path, path: str) -> None:
+    """Make the manifest agree with the file as it is now, as someone editing both by hand would."""
+    data = (overlay / path).read_bytes()
+    record = FileRecord(path, len(data), blake3(data).hexdigest())
+    document = json.loads((overlay / MANIFEST_NAME).read_bytes())
+    for component in document["components"].values():
+        component["files"] = [
+            dataclasses.asdict(record) if entry["path"] == path else entry for entry in component["files"]
+        ]
+    (overlay / MANIFEST_NAME).write_text(json.dumps(document))
+
+
+def test_an_index_that_does_not_fit_its_shards(overlay: Path) -> None:
+    document = json.loads((overlay / INDEX).read_bytes())
+    first = next(iter(document["weight_map"]))
+    document["weight_map"][first] = Path(SECOND).name
+    (overlay / INDEX).write_text(json.dumps(document))
+    resealed(overlay, INDEX)
+    (fault,) = verify(overlay, SILENT)
+    assert fault == Fault(
+        INDEX, f"does not fit its shards: 1 tensors, the first {first}", Path(SHARD).name, Path(SECOND).name
+    )
+    document["weight_map"][first] = "../x.safetensors"
+    (overlay / INDEX).write_text(json.dumps(document))
+    resealed(overlay, INDEX)
+    (fault,) = verify(overlay, SILENT)
+    assert "names a shard that is not a plain" in fault.problem
+
+
+def test_a_tensor_in_two_shards_of_one_folder(overlay: Path) -> None:
+    (overlay / SECOND).write_bytes((overlay / SHARD).read_bytes())
+    resealed(overlay, SECOND)
+    faults = verify(overlay, SILENT)
+    assert any(fault.path == SECOND and "stands in another shard too" in fault.problem for fault in faults)
+    assert any(fault.path == BAKED and "links to other content" in fault.problem for fault in faults)
+
+
+def test_a_shard_that_is_no_safetensors_file(overlay: Path) -> None:
+    (overlay / SECOND).write_bytes(b"PK\x03\x04" + bytes(100))
+    resealed(overlay, SECOND)
+    assert any(
+        fault.path == SECOND and "is not a safetensors file" in fault.problem for fault in verify(overlay, SILENT)
+    )
+
+
+def test_unfinished_work_is_told_and_is_no_fault(overlay: Path, listener: Listener) -> None:
+    (overlay / ".ltxpack/x.partial/files").mkdir(parents=True)
+    (overlay / ".ltxpack/x.partial/files/a.safetensors").write_bytes(b"x")
+    (overlay.parent / ".out.partial").mkdir()
+    assert verify(overlay, listener) == []
+    assert len(listener.notes) == 2
+    (overlay / "transformer/.ltxpack").mkdir()
+    (overlay / "transformer/.ltxpack/a.safetensors").write_bytes(b"x")
+    assert [fault.path for fault in verify(overlay, SILENT)] == ["transformer/.ltxpack/a.safetensors"]
+
+
+def test_progress_is_that_of_the_bytes_read(overlay: Path, listener: Listener) -> None:
+    verify(overlay, listener)
+    records = read_manifest(overlay).records()
+    assert listener.total == listener.advanced == sum(record.size for record in records if record.path != BAKED)
+
+
+def test_no_manifest_no_verification(tmp_path: Path) -> None:
+    with pytest.raises(OverlayError, match="is not an overlay"):
+        verify(tmp_path, SILENT)
+
+
+def mend(overlay: Path, items: list[Item]) -> tuple[list[str], Manifest]:
+    manifest = read_manifest(overlay)
+    paths = damaged(verify(overlay, SILENT), manifest)
+    wanted = damaged_items(items, paths)
+    return [item.path for item in wanted], repair(wanted, overlay, manifest, SILENT)
+
+
+@pytest.mark.parametrize("case", ["a flipped bit", "cut short", "grown", "missing", "a shard gone", "two at once",
+                                  "replaced by a link"])  # fmt: skip
+def test_repair_writes_only_what_is_damaged(case: str, overlay: Path, source: Path) -> None:
+    before = tree(overlay)
+    change, expected = FAULTS[case]
+    change(overlay)
+    inodes = {path: (overlay / path).lstat().st_ino for path in before if path not in expected}
+    repaired, _ = mend(overlay, plan(source))
+    assert set(repaired) == {path for path in expected if path != BAKED}
+    assert tree(overlay) == before
+    assert verify(overlay, SILENT) == []
+    assert {path: (overlay / path).lstat().st_ino for path in inodes} == inodes
+    assert [path.name for path in overlay.parent.iterdir()] == ["out"]
+
+
+def test_repair_from_another_source_changes_nothing(overlay: Path, source: Path) -> None:
+    change_source(overlay)
+    before = tree(overlay)
+    with pytest.raises(OverlayError, match="cannot be repaired: the source is not the one"):
+        mend(overlay, plan(source))
+    assert tree(overlay) == before
+
+
+def test_repair_tells_the_manifest_when_a_link_became_a_copy(
+    overlay: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (overlay / LORA).unlink()
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    _, manifest = mend(overlay, plan(source))
+    assert manifest.loras[0].file.link is None
+    assert read_manifest(overlay) == manifest
+    assert verify(overlay, SILENT) == []
+
+
+def test_repair_leaves_stray_files_and_folders_behind_links_alone(overlay: Path, source: Path) -> None:
+    (overlay / "mine.txt").write_bytes(b"x")
+    link_whole_folder(overlay)
+    elsewhere = tree(overlay.parent / "elsewhere")
+    with pytest.raises(OverlayError, match="is a link where only a folder may be"):
+        mend(overlay, plan(source))
+    assert tree(overlay.parent / "elsewhere") == elsewhere
+    assert (overlay / "mine.txt").read_bytes() == b"x"
+
+
+def test_damaged_items_keep_the_order_of_the_plan(source: Path) -> None:
+    items = plan(source)
+    shards = [item.path for item in items if isinstance(item, WriteShard)]
+    assert [item.path for item in damaged_items(items, reversed(shards))] == shards

@@ -1,0 +1,329 @@
+"""Bytes in, bytes and hash out: sizes around every border, past the page cache and through it, and full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from repack_support import Listener, make_source
+from safetensors.torch import load_file
+
+from ltxpack.errors import FormatError, OverlayError, SourceError
+from ltxpack.repack import direct as direct_io
+from ltxpack.repack.direct import ALIGN, BUFFER, DIRECT_FROM, O_DIRECT, DirectFile
+from ltxpack.repack.stream import Range, RangeReader, ShardWriter, file_ranges, hash_file, write_shard
+from ltxpack.repack.work import WriteShard, piece
+from ltxpack.reporter import SilentReporter
+from ltxpack.tensorfile import read_tensorfile
+
+NOISE = random.Random(1).randbytes(3 * BUFFER)
+BORDERS = [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, DIRECT_FROM - 1, DIRECT_FROM, DIRECT_FROM + 1]
+BORDERS += [BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER, 2 * BUFFER + ALIGN - 1, 3 * BUFFER]
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ltxpack")]
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
+@pytest.mark.parametrize("size", BORDERS)
+def test_what_is_written_and_its_hash_for_sizes_around_the_borders(size: int, direct: bool, tmp_path: Path) -> None:
+    data = NOISE[:size]
+    head, rest = data[: min(size, 1000)], memoryview(data)[min(size, 1000) :]
+    steps = [1, 4095, 100_000, BUFFER - 7, BUFFER + 9]
+    with ShardWriter(tmp_path, "a/b.safetensors", head, size, direct=direct) as writer:
+        while rest:
+            step = steps[len(rest) % len(steps)]
+            writer.write(rest[:step])
+            rest = rest[step:]
+        record = writer.close()
+        assert writer.why == "" or size < DIRECT_FROM or not direct
+    assert (tmp_path / "a/b.safetensors").read_bytes() == data
+    assert (record.path, record.size, record.link) == ("a/b.safetensors", size, None)
+    assert (
+        record.blake3 == blake3(data).hexdigest() == hash_file(tmp_path / record.path, SilentReporter(), direct=direct)
+    )
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a/b.safetensors"]
+    assert threads() == []
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("noise") / "noise"
+    path.write_bytes(NOISE[: BUFFER + 4099])
+    return path
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, BUFFER + 4099), st.sampled_from([0, 1, 7, 8, 4096, 70_000, BUFFER])), max_size=6),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_ranges_are_read_in_order_at_addresses_fit_for_floats(
+    noise: Path, spans: list[tuple[int, int]], direct: bool, buffers: int
+) -> None:
+    ranges = [Range(noise, start, min(size, BUFFER + 4099 - start)) for start, size in spans]
+    with RangeReader(ranges, buffers=buffers, direct=direct) as reader:
+        for wanted, view in zip(ranges, reader, strict=True):
+            assert view == NOISE[wanted.start : wanted.start + wanted.nbytes]
+            assert not wanted.nbytes or np.frombuffer(view, "u1").ctypes.data % 8 == 0
+    assert threads() == []
+
+
+def test_a_reader_left_early_ends_its_thread(noise: Path) -> None:
+    with RangeReader(file_ranges(noise, 4096) * 50) as reader:
+        next(iter(reader))
+    with RangeReader([]) as reader:
+        assert list(reader) == []
+    assert threads() == []
+
+
+def test_a_source_that_ends_early_or_is_not_there_is_told(noise: Path, tmp_path: Path) -> None:
+    for direct in (True, False):
+        with (
+            pytest.raises(FormatError, match="901 bytes are missing"),
+            RangeReader([Range(noise, BUFFER + 4000, 1000)], direct=direct) as reader,
+        ):
+            list(reader)
+    with pytest.raises(FormatError, match="10 bytes are missing"), RangeReader([Range(noise, 2**40, 10)]) as reader:
+        list(reader)
+    with pytest.raises(SourceError, match="No such file"), RangeReader([Range(tmp_path / "none", 0, 1)]) as reader:
+        list(reader)
+    with pytest.raises(SourceError):
+        hash_file(tmp_path / "none", SilentReporter())
+
+
+def test_an_unforeseen_fault_while_reading_ahead_reaches_the_caller(
+    noise: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(DirectFile, "read", broken)
+    with pytest.raises(MemoryError), RangeReader([Range(noise, 0, 1)]) as reader:
+        list(reader)
+
+
+def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a filesystem that knows no O_DIRECT: the file may have been made before it says so."""
+    real = os.open
+
+    def opened(path: str, flags: int, *mode: int) -> int:
+        if flags & O_DIRECT:
+            if flags & os.O_CREAT:
+                os.close(real(path, flags & ~O_DIRECT, *mode))
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", opened)
+
+
+def refuse_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a filesystem that opens with O_DIRECT and then refuses to read and write."""
+    real = direct_io.io.FileIO
+
+    class Refusing(real):
+        def _check(self) -> None:
+            import fcntl
+
+            if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+        def readinto(self, memory: memoryview) -> int:
+            self._check()
+            return super().readinto(memory)
+
+        def write(self, memory: memoryview) -> int:
+            self._check()
+            return super().write(memory)
+
+    monkeypatch.setattr(direct_io.io, "FileIO", Refusing)
+
+
+def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a system that reads and writes less than it is asked to, and not by whole blocks."""
+    real = direct_io.io.FileIO
+
+    class Short(real):
+        def readinto(self, memory: memoryview) -> int:
+            return super().readinto(memory[: max(ALIGN, len(memory) // 2 // ALIGN * ALIGN)])
+
+        def write(self, memory: memoryview) -> int:
+            return super().write(memory[: max(ALIGN, len(memory) // 2 // ALIGN * ALIGN)])
+
+    monkeypatch.setattr(direct_io.io, "FileIO", Short)
+
+
+def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a system without O_DIRECT and without posix_fadvise."""
+    monkeypatch.setattr(direct_io, "O_DIRECT", 0)
+    monkeypatch.delattr(os, "posix_fadvise")
+
+
+SYSTEMS = {"open refused": refuse_open, "transfer refused": refuse_transfer, "no O_DIRECT": no_direct}
+
+
+@pytest.mark.parametrize("system", [*SYSTEMS, "short transfers"])
+def test_the_fallbacks_write_the_same_and_say_so(
+    system: str, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_source(tmp_path / "s.safetensors", [("a", "BF16", (1024, 1033)), ("b", "BF16", (77,))], pad=3)
+    expected = load_file(path)
+    file = read_tensorfile(path)
+    shard = WriteShard("out.safetensors", tuple(piece(name, info, path) for name, info in file.tensors.items()))
+    SYSTEMS.get(system, short_transfers)(monkeypatch)
+    record = write_shard(shard, tmp_path, listener)
+    monkeypatch.undo()
+    written = (tmp_path / "out.safetensors").read_bytes()
+    assert record.blake3 == blake3(written).hexdigest()
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert ("through the page cache" in listener.details[0]) == (system in SYSTEMS)
+
+
+@pytest.mark.parametrize("pad", [0, 1, 5])
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
+def test_a_shard_holds_the_tensors_of_its_sources_cast_where_asked(
+    pad: int, direct: bool, tmp_path: Path, listener: Listener
+) -> None:
+    large = [("big", "F32", (1500, 2048)), ("c.table", "F32", (6, 33)), ("d", "F16", (5,)), ("e", "F64", (3, 3))]
+    one = make_source(tmp_path / "one.safetensors", [("a", "BF16", (2100, 2048)), *large, ("z", "U8", (0, 4))], pad=pad)
+    two = make_source(tmp_path / "two.safetensors", [("q", "BF16", (7,)), ("r", "I64", (3,))], seed=1)
+    pieces = [
+        piece(f"one.{info.name}", info, one, None if info.dtype == "U8" else "BF16")
+        for info in read_tensorfile(one).tensors.values()
+    ]
+    pieces += [piece(f"two.{info.name}", info, two) for info in read_tensorfile(two).tensors.values()]
+    random.Random(pad).shuffle(pieces)
+    shard = WriteShard("x/s.safetensors", tuple(pieces))
+    record = write_shard(shard, tmp_path, listener, direct=direct)
+    assert listener.advanced == record.size == shard.size == (tmp_path / record.path).stat().st_size
+    assert record.blake3 == blake3((tmp_path / record.path).read_bytes()).hexdigest()
+    found, first, second = load_file(tmp_path / record.path), load_file(one), load_file(two)
+    assert set(found) == {part.name for part in pieces}
+    for part in pieces:
+        name = part.name[4:]
+        expected = (first if part.source == one else second)[name]
+        expected = expected.to(torch.bfloat16) if part.is_cast else expected
+        assert torch.equal(found[part.name].view(torch.uint8), expected.view(torch.uint8)), name
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int, code: int) -> None:
+    """From now on the disk takes ``room`` bytes and no more."""
+    real = DirectFile.append
+
+    def append(file: DirectFile, memory: memoryview) -> None:
+        nonlocal room
+        room -= len(memory)
+        if room < 0:
+            raise OSError(code, os.strerror(code))
+        real(file, memory)
+
+    monkeypatch.setattr(DirectFile, "append", append)
+
+
+@pytest.mark.parametrize("room", [0, BUFFER, 3 * BUFFER, 4 * BUFFER + 10])
+@pytest.mark.parametrize(
+    ("code", "told"), [(errno.ENOSPC, "disk is full"), (errno.EFBIG, "max-shard-size"), (errno.EIO, "Input/output")]
+)
+def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(
+    room: int, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk(monkeypatch, room, code)
+    with (
+        pytest.raises(OverlayError, match=told) as caught,
+        ShardWriter(tmp_path, "x.safetensors", b"", 4 * BUFFER + 100) as writer,
+    ):
+        for _ in range(4):
+            writer.write(NOISE[:BUFFER])
+        writer.write(bytes(100))
+        writer.close()
+    assert "run the same command again" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    assert threads() == []
+
+
+def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
+    path = make_source(tmp_path / "s.safetensors", [("a", "U8", (5 * BUFFER,))])
+    file = read_tensorfile(path)
+
+    class Interrupts(SilentReporter):
+        def advance(self, amount: int = 1) -> None:
+            if amount > 1000:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(WriteShard("o/x.safetensors", (piece("a", file.tensors["a"], path),)), tmp_path, Interrupts())
+    assert list((tmp_path / "o").iterdir()) == []
+    assert threads() == []
+
+
+def test_a_file_that_is_not_written_to_its_end_gets_no_name(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="3 bytes were written of 4"),
+        ShardWriter(tmp_path, "x", b"abc", 4) as writer,
+    ):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_file_of_that_name_is_replaced_never_written_into(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"shared")
+    os.link(other, tmp_path / "x")
+    with ShardWriter(tmp_path, "x", b"new", 3) as writer:
+        writer.close()
+    assert (other.read_bytes(), (tmp_path / "x").read_bytes()) == (b"shared", b"new")
+
+
+def test_views_of_any_shape_can_be_written(tmp_path: Path) -> None:
+    array = np.arange(12, dtype="<f4").reshape(3, 4)
+    with ShardWriter(tmp_path, "x", b"", 48) as writer:
+        writer.write(memoryview(array))
+        writer.write(memoryview(np.zeros((0, 4))))
+        writer.close()
+    assert (tmp_path / "x").read_bytes() == array.tobytes()
+
+
+def peak_of_copying(size: int, folder: Path) -> int:
+    """Peak resident kilobytes of a process that copies a shard of ``size`` bytes."""
+    script = f"""
+    from pathlib import Path
+    from ltxpack.repack.stream import write_shard
+    from ltxpack.repack.work import WriteShard, piece
+    from ltxpack.reporter import SilentReporter
+    from ltxpack.tensorfile import build_header, read_tensorfile
+    folder = Path({str(folder)!r})
+    header = build_header([("a", "BF16", ({size // 2 - 100},)), ("b", "F32", (50,))], {{}})
+    with (folder / "s.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + {size})
+    infos = read_tensorfile(folder / "s.safetensors").tensors.values()
+    pieces = tuple(piece(info.name, info, folder / "s.safetensors", "BF16") for info in infos)
+    write_shard(WriteShard("o.safetensors", pieces), folder, SilentReporter())
+    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, timeout=60
+    )
+    return int(done.stdout)
+
+
+def test_memory_stays_below_the_mark_and_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    small, large = (peak_of_copying(size, tmp_path) for size in (64_000_000, 256_000_000))
+    assert large < 100 * 1024
+    assert large - small <= 8 * 1024

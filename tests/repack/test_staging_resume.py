@@ -1,0 +1,527 @@
+"""Stop at any change of the disk and go on: the same bytes in the end, nothing wrong to be seen in between."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blake3 import blake3
+from repack_support import Dead, Listener, dying_at, make_source, materialize, plan, tree
+
+from ltxpack.errors import OverlayError
+from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.repack import execute as execute_module
+from ltxpack.repack.execute import execute, preflight
+from ltxpack.repack.lock import OverlayLock
+from ltxpack.repack.staging import Staging, publish_bakes, recover, unfinished
+from ltxpack.repack.stream import write_shard
+from ltxpack.repack.verify import verify
+from ltxpack.repack.work import CopyFile, Item, LinkFile, WriteBytes, WriteShard, fingerprint
+from ltxpack.reporter import SilentReporter
+
+SILENT = SilentReporter()
+
+
+def die_again(chance: random.Random, work: Callable[..., object], *arguments: Any) -> None:
+    """Attempt ``work`` some times on a machine that dies soon, a little later each time."""
+    for life in range(chance.randint(0, 3)):
+        with contextlib.suppress(Dead), dying_at(chance.randint(1, 10 + 20 * life)):
+            work(*arguments)
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is such a thing: these tests wait for the disk thousands of times."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The overlay as it is when nothing goes wrong."""
+    materialize(source, tmp_path / "undisturbed/out")
+    return tree(tmp_path / "undisturbed/out")
+
+
+def test_an_undisturbed_run_leaves_the_overlay_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    manifest = materialize(source, tmp_path / "a/out", copy=True)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    assert set(tree(tmp_path / "a/out")) == {record.path for record in manifest.records()} | {MANIFEST_NAME}
+    assert read_manifest(tmp_path / "a/out") == manifest
+    assert verify(tmp_path / "a/out", SILENT) == []
+    materialize(source, tmp_path / "b/out", copy=True)
+    assert tree(tmp_path / "a/out") == tree(tmp_path / "b/out")
+
+
+def test_dying_at_every_change_of_the_disk(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    chance = random.Random(3)
+    change = 0
+    while True:
+        change += 1
+        target = tmp_path / str(change) / "out"
+        try:
+            with dying_at(change) as count:
+                materialize(source, target)
+            break
+        except Dead:
+            assert not target.exists() or tree(target) == whole
+        if not target.exists():
+            die_again(chance, remade, source, target)
+            remade(source, target)
+        else:
+            assert len(recovered(target)) == 1 or not unfinished(target)
+        assert tree(target) == whole
+        assert {path.name for path in target.parent.iterdir()} == {"out"}
+    assert change == count() + 1 > 60
+
+
+def test_what_is_complete_is_not_written_again(
+    source: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = plan(source)
+    shards = [item for item in items if isinstance(item, WriteShard)]
+    written: list[str] = []
+
+    def until_last(item: WriteShard, *rest: object) -> FileRecord:
+        if item is shards[-1]:
+            raise KeyboardInterrupt
+        written.append(item.path)
+        return write_shard(item, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(execute_module, "write_shard", until_last)
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", fingerprint(items), listener) as staging:
+        execute(items, staging, copy=False, reporter=listener)
+    assert written == [shard.path for shard in shards[:-1]]
+    assert "the same command goes on" in listener.notes[-1]
+
+    def noted(item: WriteShard, *rest: object) -> FileRecord:
+        written.append(item.path)
+        return write_shard(item, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(execute_module, "write_shard", noted)
+    # One finished shard is damaged meanwhile: that one and the last are written again, the others are kept.
+    damaged = tmp_path / ".out.partial/files" / shards[0].path
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    (damaged.parent / "stray.safetensors").write_bytes(b"left by the dead")
+    written.clear()
+    materialize(source, tmp_path / "out", listener)
+    assert written == [shards[0].path, shards[-1].path]
+    assert verify(tmp_path / "out", SILENT) == []
+
+
+def test_another_plan_starts_over(source: Path, tmp_path: Path, listener: Listener) -> None:
+    with pytest.raises(Dead), dying_at(40):
+        materialize(source, tmp_path / "out")
+    make_source(source / "lora.safetensors", [("down.weight", "BF16", (4, 4))], seed=9)
+    os.utime(source / "lora.safetensors", (1, 1))
+    materialize(source, tmp_path / "out", listener)
+    assert "other inputs is discarded" in listener.notes[0]
+    assert (tmp_path / "out/loras/lora.safetensors").read_bytes() == (source / "lora.safetensors").read_bytes()
+    assert verify(tmp_path / "out", SILENT) == []
+
+
+@pytest.mark.parametrize(
+    "torn", [b"", b"{", b'{"path": "../../x", "size": 1, "blake3": "", "link": null}\n', b"\xff\n[]\n1\n"]
+)
+def test_a_torn_or_forged_journal_is_believed_only_as_far_as_it_can_be_checked(
+    torn: bytes, source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    with pytest.raises(Dead), dying_at(45):
+        materialize(source, tmp_path / "out")
+    with (tmp_path / ".out.partial/journal.jsonl").open("ab") as journal:
+        journal.write(torn)
+    materialize(source, tmp_path / "out")
+    assert tree(tmp_path / "out") == whole
+
+
+def remade(source: Path, target: Path) -> None:
+    materialize(source, target, force=True)
+
+
+def recovered(target: Path) -> tuple[str, ...]:
+    with OverlayLock(target):
+        return recover(target, SILENT)
+
+
+def replaced_overlay(tmp_path: Path, name: str) -> tuple[Path, dict[str, bytes]]:
+    """An overlay of another source, with a file of the user's in it."""
+    other = tmp_path / name / "other"
+    other.mkdir(parents=True)
+    make_source(other / "model.safetensors", [(f"old.{number}", "BF16", (5, 5)) for number in range(9)])
+    make_source(other / "lora.safetensors", [("old", "BF16", (4, 4))])
+    target = tmp_path / name / "home/out"
+    materialize(other, target)
+    (target / "transformer/mine.txt").write_bytes(b"the user's")
+    (target / "notes").mkdir()
+    (target / "notes/n.md").write_bytes(b"the user's too")
+    return target, tree(target)
+
+
+def test_replacing_an_overlay_dying_at_every_change(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    mine = {"transformer/mine.txt": b"the user's", "notes/n.md": b"the user's too"}
+    chance = random.Random(4)
+    change = 60  # everything before happens in the staging folder, as in the test above
+    while True:
+        change += 1
+        target, old = replaced_overlay(tmp_path, str(change))
+        try:
+            with dying_at(change) as count:
+                materialize(source, target, force=True)
+            break
+        except Dead:
+            found = tree(target)
+            assert found in ({}, old) or whole.items() <= found.items()
+        die_again(chance, recovered, target)
+        recovered(target)
+        assert tree(target) in (old, whole | mine)
+        if tree(target) == old:
+            materialize(source, target, force=True)
+        assert tree(target) == whole | mine
+        assert {path.name for path in target.parent.iterdir()} == {"out"}
+    assert tree(target) == whole | mine
+    assert change == count() + 1 > 80
+
+
+def test_force_is_needed_and_takes_only_overlays(source: Path, tmp_path: Path, listener: Listener) -> None:
+    target = tmp_path / "home/out"
+    target.mkdir(parents=True)
+    materialize(source, target)  # an empty folder is as good as none
+    with pytest.raises(OverlayError, match="--force"):
+        materialize(source, target)
+    (target / MANIFEST_NAME).unlink()
+    for force in (False, True):
+        with pytest.raises(OverlayError, match="not an overlay"):
+            materialize(source, target, force=force)
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    with pytest.raises(OverlayError, match="not an overlay"):
+        materialize(source, file, force=True)
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["out"]
+
+
+def test_a_foreign_file_in_the_way_is_kept_aside(source: Path, tmp_path: Path, listener: Listener) -> None:
+    target, _ = replaced_overlay(tmp_path, "x")
+    manifest = read_manifest(target)
+    lora = manifest.loras[0].file.path
+    (target / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, loras=()).dump())
+    materialize(source, target, listener, force=True)
+    assert (target.parent / "out.kept" / lora).is_file()
+    assert any("in the way" in warning for warning in listener.warnings)
+    assert (target / lora).read_bytes() == (source / "lora.safetensors").read_bytes()
+
+
+def test_a_link_among_the_folders_of_the_old_version_is_not_followed(source: Path, tmp_path: Path) -> None:
+    target, _ = replaced_overlay(tmp_path, "x")
+    elsewhere = tmp_path / "elsewhere"
+    (target / "transformer").rename(elsewhere)
+    (target / "transformer").symlink_to(elsewhere)
+    before = tree(elsewhere)
+    materialize(source, target, force=True)
+    assert tree(elsewhere) == before
+    assert not (target / "transformer").is_symlink()
+    assert verify(target, SILENT) == [] or {fault.path for fault in verify(target, SILENT)} == {"notes/n.md"}
+
+
+def test_an_overlay_behind_a_link_is_replaced_where_it_is(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "big/out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("big/out")
+    materialize(source, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert verify(tmp_path / "big/out", SILENT) == []
+
+
+# Bakes: two at once, one of them new, one replacing an old one.
+
+
+def bake_items(name: str, base: Manifest, content: bytes) -> list[Item]:
+    first = next(record for record in base.components["transformer"].files if "00001" in record.path)
+    folder = f"bakes/{name}"
+    return [
+        WriteBytes(f"{folder}/config.json", content),
+        LinkFile(f"{folder}/same.safetensors", f"../../{first.path}", first.size, first.blake3),
+    ]
+
+
+def bake(overlay: Path, names: tuple[str, ...], content: bytes, force: bool = False) -> None:
+    """What bake-lora does with this room."""
+    lora = BakedLora("lora", "lora.safetensors", 1, "0" * 64, 1.0, 1.0)
+    with OverlayLock(overlay) as lock:
+        recover(overlay, SILENT)
+        manifest = read_manifest(overlay)
+        digest = blake3(content).hexdigest()
+        if all(name in manifest.bakes and manifest.bakes[name].files[0].blake3 == digest for name in names):
+            return  # the same is there already
+        stagings: list[Staging] = []
+        try:
+            for name in names:
+                items = bake_items(name, manifest, content)
+                staging = Staging(overlay, fingerprint(items), SILENT, folder=f"bakes/{name}", lock=lock, force=force)
+                stagings.append(staging.__enter__())
+            for staging, name in zip(stagings, names, strict=True):
+                records = execute(bake_items(name, manifest, content), staging, copy=False, reporter=SILENT)
+                manifest = manifest.with_bake(name, Bake((lora,), "fp32", "x", "cpu", records, ("a",)))
+            publish_bakes(stagings, manifest)
+        finally:
+            for staging in stagings:
+                staging.__exit__(None, None, None)
+
+
+def test_adding_and_replacing_bakes_dying_at_every_change(source: Path, tmp_path: Path) -> None:
+    pristine = tmp_path / "pristine"
+    materialize(source, pristine)
+    bake(pristine, ("kept", "old"), b"first")
+    (pristine / "bakes/old/mine.txt").write_bytes(b"the user's")
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(pristine, undisturbed, symlinks=True)
+    bake(undisturbed, ("old", "new"), b"second", force=True)
+    whole = tree(undisturbed)
+    assert whole["bakes/old/mine.txt"] == b"the user's"
+    assert whole["bakes/old/config.json"] == whole["bakes/new/config.json"] == b"second"
+    assert not (undisturbed / ".ltxpack").exists()
+    chance = random.Random(5)
+    change = 0
+    while True:
+        change += 1
+        target = tmp_path / str(change)
+        shutil.copytree(pristine, target, symlinks=True)
+        try:
+            with dying_at(change) as count:
+                bake(target, ("old", "new"), b"second", force=True)
+            break
+        except Dead:
+            # At every moment the manifest names only what is whole.
+            faults = verify(target, SILENT)
+            assert {fault.problem for fault in faults} <= {"is not in the manifest"}, change
+            assert "kept" in read_manifest(target).bakes
+        die_again(chance, bake, target, ("old", "new"), b"second", True)
+        bake(target, ("old", "new"), b"second", force=True)
+        assert tree(target) == whole, change
+    assert change == count() + 1 > 60
+
+
+def test_a_bake_that_exists_needs_force_and_a_stray_folder_does_not(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    materialize(source, target)
+    bake(target, ("a",), b"1")
+    with pytest.raises(OverlayError, match="exists already"):
+        bake(target, ("a",), b"2")
+    (target / "bakes/b").mkdir()
+    (target / "bakes/b/mine.txt").write_bytes(b"x")
+    bake(target, ("b",), b"1")
+    assert (target / "bakes/b/mine.txt").read_bytes() == b"x"
+    assert [fault.path for fault in verify(target, SILENT)] == ["bakes/b/mine.txt"]
+
+
+@pytest.mark.parametrize("link", [".ltxpack", "bakes", ".ltxpack/a.partial", ".ltxpack/a.partial/files"])
+def test_links_planted_in_an_overlay_lead_nowhere(link: str, source: Path, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    materialize(source, target)
+    elsewhere.mkdir()
+    (elsewhere / "precious").write_bytes(b"x")
+    (elsewhere / "a").mkdir()
+    (elsewhere / "a/config.json").write_bytes(b"x")
+    before = tree(elsewhere)
+    (target / link).parent.mkdir(parents=True, exist_ok=True)
+    (target / link).symlink_to(elsewhere)
+    with pytest.raises(OverlayError, match="is a link where only a folder may be"):
+        bake(target, ("a",), b"1", force=True)
+    assert tree(elsewhere) == before
+
+
+@pytest.mark.parametrize("name", ["...partial", "..partial", ".partial", "base.partial", "a\nb.partial"])
+def test_a_journal_planted_in_an_overlay_removes_nothing(name: str, source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    manifest = materialize(source, target)
+    (target / "bakes").mkdir()
+    work = target / ".ltxpack" / name
+    (work / "files/bakes").mkdir(parents=True)
+    lines = [{"journal": 1, "fingerprint": "x"}, {"publishing": [record.path for record in manifest.records()]}]
+    (work / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert recovered(target) == ()
+    assert verify(target, SILENT) == []
+
+
+# Locks, space, permissions.
+
+
+def test_a_second_process_is_told_who_holds_the_overlay(source: Path, tmp_path: Path) -> None:
+    script = f"""
+    import sys, time
+    from pathlib import Path
+    from ltxpack.repack.lock import OverlayLock
+    with OverlayLock(Path({str(tmp_path / "out")!r})):
+        print("held", flush=True)
+        sys.stdin.read()
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(OverlayError, match=f"process {holder.pid} on ") as caught:
+            materialize(source, tmp_path / "out")
+        assert "being written by another ltxpack" in str(caught.value)
+        holder.kill()
+    # The lock of the dead does not hold anyone up.
+    materialize(source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"x")
+    (tmp_path / ".out.lock").symlink_to(precious)
+    with pytest.raises(OverlayError, match="cannot be written: Too many levels"), OverlayLock(tmp_path / "out"):
+        pass
+    assert precious.read_bytes() == b"x"
+
+
+def test_two_locks_in_turn_and_none_at_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        with OverlayLock(tmp_path / "out"), pytest.raises(OverlayError), OverlayLock(tmp_path / "out"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_preflight_refuses_before_the_first_byte(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = plan(source)
+    written = sum(item.size for item in items if not isinstance(item, CopyFile))
+    copied = sum(item.size for item in items)
+    assert preflight(items, tmp_path / "not/there/yet", copy=False) == written
+    assert preflight(items, tmp_path, copy=True) == copied
+    assert preflight(items, tmp_path, copy=True, done=[items[0].path]) == copied - items[0].size
+
+    class Usage:
+        free = copied + len(items) * execute_module.BYTES_PER_FILE - 1
+
+    monkeypatch.setattr(execute_module.shutil, "disk_usage", lambda _: Usage)
+    preflight(items, tmp_path, copy=False)
+    with pytest.raises(OverlayError, match=f"expected {copied} bytes free, found {Usage.free} bytes"):
+        materialize(source, tmp_path / "out", copy=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path or not mode & os.W_OK)
+    with pytest.raises(OverlayError, match="may not be written"):
+        preflight(items, tmp_path / "out", copy=False)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+
+
+def test_preflight_looks_at_the_sources(source: Path, tmp_path: Path) -> None:
+    from ltxpack.errors import FormatError, SourceError
+
+    items = plan(source)
+    path = source / "model.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, size - 5)
+    with pytest.raises(FormatError, match="truncated: 5 bytes are missing"):
+        preflight(items, tmp_path, copy=False)
+    path.unlink()
+    with pytest.raises(SourceError, match="does not exist"):
+        preflight(items, tmp_path, copy=False)
+    path.mkdir()
+    with pytest.raises(SourceError, match="no regular file"):
+        preflight(items, tmp_path, copy=False)
+
+
+@pytest.mark.parametrize("path", ["../x", "/x", "a/../../x", "a\\b", "transformer/config.json", ""])
+def test_a_plan_that_leaves_the_overlay_is_refused(path: str, source: Path, tmp_path: Path) -> None:
+    items = [*plan(source), WriteBytes(path, b"")]
+    with pytest.raises(OverlayError, match="no place"), Staging(tmp_path / "out", "f", SILENT) as staging:
+        execute(items, staging, copy=False, reporter=SILENT)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A mounted filesystem of 256 KiB; where mounting is not allowed, a fault put into the writer."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode == 0:
+        yield disk
+        subprocess.run(["umount", str(disk)], check=True)
+        return
+    from test_range_engine import fill_disk
+
+    fill_disk(monkeypatch, 250_000, 28)
+    yield disk
+
+
+def test_a_disk_that_fills_up_meanwhile(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    make_source(source / "model.safetensors", [(f"t{number}", "BF16", (100, 500)) for number in range(4)])
+    make_source(source / "lora.safetensors", [("t", "BF16", (4, 4))])
+    monkeypatch.setattr(execute_module, "preflight", lambda *_, **__: 0)  # as if another program filled it later
+    with pytest.raises(OverlayError, match="disk is full") as caught:
+        materialize(source, small_disk / "out", copy=True)
+    assert "run the same command again: what is complete is kept" in str(caught.value)
+    assert not (small_disk / "out").exists()
+    assert not list((small_disk / ".out.partial").rglob("*.part"))
+    kept = list((small_disk / ".out.partial").rglob("*.safetensors"))
+    assert len(kept) == 2
+    # A larger disk: the work goes on where it was.
+    monkeypatch.undo()
+    if os.path.ismount(small_disk):
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    before = {path.stat().st_ino for path in kept}
+    materialize(source, small_disk / "out", copy=True)
+    assert verify(small_disk / "out", SILENT) == []
+    assert before <= {path.stat().st_ino for path in (small_disk / "out").rglob("*.safetensors")}
+
+
+# Killed for real.
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from repack_support import materialize
+real = os.fsync
+def slowly(fd):
+    time.sleep(0.01)
+    real(fd)
+os.fsync = slowly
+print("begins", flush=True)
+materialize(Path({source!r}), Path({target!r}), force=True)
+"""
+
+
+def test_killed_again_and_again_it_ends_the_same(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    target = tmp_path / "killed/out"
+    script = KILLED.format(tests=str(Path(__file__).parent), source=str(source), target=str(target))
+    lives = random.Random(3)
+    killed = 0
+    while killed < 15:
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begins\n"
+            time.sleep(lives.uniform(0, 0.4))
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+        found = tree(target) if target.exists() else {}
+        assert found in ({}, whole)
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    assert tree(target) == whole
+    assert {path.name for path in target.parent.iterdir()} == {"out"}

@@ -1,0 +1,44 @@
+"""Component folders (config.json and weights) made from a golden fixture's checkpoint, for the codec tests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ltxpack.materialize.configs import checkpoint_configs, upsampler_config
+from ltxpack.materialize.renames import CHECKPOINT_TABLES, LATENT_UPSAMPLER, RenameTable
+
+CODECS = ("vae", "audio_vae", "vocoder")
+
+
+def write_codecs(folder: Path, golden: Path) -> Path:
+    """The four codec components of ``golden`` as ``folder/{vae,audio_vae,vocoder,latent_upsampler}``."""
+    (checkpoint,) = golden.glob("*dev*.safetensors")
+    (upsampler,) = golden.glob("*upscaler*.safetensors")
+    metadata, shapes = _header(checkpoint)
+    configs = checkpoint_configs(metadata, shapes, checkpoint)
+    for name in CODECS:
+        _write(folder / name, checkpoint, CHECKPOINT_TABLES[name], configs[name])
+    config = upsampler_config(_header(upsampler)[0], configs["vae"]["latent_channels"], upsampler)
+    _write(folder / "latent_upsampler", upsampler, LATENT_UPSAMPLER, config)
+    return folder
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        return json.loads(file.metadata()["config"]), shapes
+
+
+def _write(folder: Path, source: Path, table: RenameTable, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    with safe_open(source, "pt") as file:
+        names = [name for name in list(file.keys()) if table.source_root(name) is not None]
+        tensors = {table.rename(name): file.get_tensor(name) for name in names}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))

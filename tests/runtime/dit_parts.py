@@ -1,0 +1,163 @@
+"""What the DiT tests share: sizes typed as data, weights and inputs, from a golden fixture or from a seed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from support import load
+from torch import Tensor
+
+from ltxpack.lora_bake.fuse import Term, fuse_official
+from ltxpack.materialize.renames import TRANSFORMER, component_of
+from ltxpack.runtime.av import AV
+from ltxpack.runtime.dit import DiT, DiTConfig, Stream
+
+# What LTX-2.3 says where diffusers' default is another; all other fields are left to their defaults.
+LTX23 = {
+    "gated_attn": True,
+    "audio_gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_cross_attn_mod": True,
+    "rope_type": "split",
+    "use_prompt_embeddings": False,
+    "perturbed_attn": True,
+}
+SMALL = LTX23 | {
+    "in_channels": 12,
+    "out_channels": 10,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "audio_in_channels": 6,
+    "audio_out_channels": 8,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 8,
+    "audio_cross_attention_dim": 16,
+    "num_layers": 2,
+}
+# Official field -> the diffusers fields it decides (spec 01, section 5).
+_FROM_OFFICIAL = {
+    "in_channels": ("in_channels",),
+    "out_channels": ("out_channels",),
+    "num_attention_heads": ("num_attention_heads",),
+    "attention_head_dim": ("attention_head_dim",),
+    "cross_attention_dim": ("cross_attention_dim",),
+    "audio_num_attention_heads": ("audio_num_attention_heads",),
+    "audio_attention_head_dim": ("audio_attention_head_dim",),
+    "audio_cross_attention_dim": ("audio_cross_attention_dim",),
+    "audio_out_channels": ("audio_out_channels",),
+    "num_layers": ("num_layers",),
+    "norm_eps": ("norm_eps",),
+    "positional_embedding_theta": ("rope_theta",),
+    "timestep_scale_multiplier": ("timestep_scale_multiplier",),
+    "av_ca_timestep_scale_multiplier": ("cross_attn_timestep_scale_multiplier",),
+    "rope_type": ("rope_type",),
+    "apply_gated_attention": ("gated_attn", "audio_gated_attn"),
+    "cross_attention_adaln": ("cross_attn_mod", "audio_cross_attn_mod"),
+}
+
+
+def golden_config(golden: Path) -> dict[str, Any]:
+    """The diffusers config of a fixture's transformer, from the checkpoint's metadata."""
+    with safe_open(_checkpoint(golden), "pt") as file:
+        official = json.loads(file.metadata()["config"])["transformer"]
+    config = {field: official[name] for name, fields in _FROM_OFFICIAL.items() for field in fields}
+    time, height, width = official["positional_embedding_max_pos"]
+    (audio_time,) = official["audio_positional_embedding_max_pos"]
+    return config | {
+        "pos_embed_max_pos": time,
+        "base_height": height,
+        "base_width": width,
+        "audio_pos_embed_max_pos": audio_time,
+        "use_prompt_embeddings": not official["caption_proj_before_connector"],
+        "rope_double_precision": official["frequencies_precision"] == "float64",
+    }
+
+
+def golden_weights(golden: Path, strength: str) -> dict[str, Tensor]:
+    """A fixture's transformer with the distilled LoRA fused at ``strength``, under diffusers' names, bfloat16.
+
+    Fused here by the official rule, which is bit-equal to every recorded fuse (tests/lora_bake): a fixture need not
+    hold each strength whole.
+    """
+    lora = load(next(golden.glob("*distilled-lora*.safetensors")))
+    weights = {}
+    for key, value in load(_checkpoint(golden)).items():
+        if component_of(key) == "transformer":
+            weights[TRANSFORMER.rename(key)] = _fused(key, value, lora, float(strength))
+    return weights
+
+
+def _fused(key: str, weight: Tensor, lora: dict[str, Tensor], strength: float) -> Tensor:
+    module = key.removeprefix("model.").removesuffix(".weight")
+    down, up = (lora.get(f"{module}.lora_{part}.weight") for part in "AB")
+    if down is None or up is None or not key.endswith(".weight"):
+        return weight
+    return fuse_official(weight, [Term(1.0, down, up)], [strength])[0]
+
+
+def golden_dit(golden: Path, strength: str, dtype: torch.dtype) -> DiT:
+    """The DiT of a fixture in ``dtype``."""
+    weights = golden_weights(golden, strength)
+    return built(golden_config(golden), {name: value.to(dtype) for name, value in weights.items()})
+
+
+def built(config: dict[str, Any], weights: dict[str, Tensor]) -> DiT:
+    """A DiT that holds ``weights``; all of them, and nothing else."""
+    with torch.device("meta"):
+        dit = DiT(DiTConfig.from_dict(config))
+    dit.load_state_dict(weights, strict=True, assign=True)
+    return dit
+
+
+def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Weights under which every part of the model moves the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in DiT(DiTConfig.from_dict(config)).state_dict().items()}
+    return {
+        name: torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 2)
+        for name, shape in shapes.items()
+    }
+
+
+def random_streams(dit: DiT, tokens: AV[int], *, batch: int = 1, text: int = 7, seed: int = 0) -> AV[Stream]:
+    """Inputs in float32 with one timestep for all tokens; positions spread over a few seconds of a small picture."""
+    generator = torch.Generator().manual_seed(seed)
+    extent = AV(torch.tensor([5.0, 900.0, 700.0]), torch.tensor([5.0]))
+    positions = tokens.map(
+        lambda count, limit: _intervals(torch.rand(1, len(limit), count, generator=generator) * limit[:, None]), extent
+    )
+    rope = dit.rope(positions, torch.float32, "cpu")
+    sigma = torch.linspace(0.9, 0.3, batch)
+
+    def stream(count, config, tables):
+        return Stream(
+            latents=torch.randn(batch, count, config.in_channels, generator=generator),
+            timesteps=sigma[:, None],
+            timestep_index=None,
+            sigma=sigma,
+            context=torch.randn(batch, text, config.dim, generator=generator),
+            rope=tables,
+        )
+
+    return tokens.map(stream, dit.config.streams, rope)
+
+
+def with_timesteps(stream: Stream, values: list[float], index: list[int]) -> Stream:
+    """``stream`` (batch 1) with the distinct ``values`` of mask·sigma, token i using ``values[index[i]]``."""
+    return replace(stream, timesteps=torch.tensor([values]), timestep_index=torch.tensor(index))
+
+
+def _intervals(starts: Tensor) -> Tensor:
+    return torch.stack((starts, starts + 0.25), dim=-1)
+
+
+def _checkpoint(golden: Path) -> Path:
+    (path,) = golden.glob("*dev*.safetensors")
+    return path

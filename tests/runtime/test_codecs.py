@@ -1,0 +1,427 @@
+"""The codecs against every recorded codec tensor, and tiled decoding against a slow blending written here."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from codec_parts import write_codecs
+from diffusers import AutoencoderKLLTX2Video
+from safetensors import safe_open
+from support import distance, load, relative_l2
+from test_tiling import recorded_tiling
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ltxpack.errors import OverlayError
+from ltxpack.runtime import codecs
+from ltxpack.runtime.codecs import Cut, LatentStatistics, Tiling, video
+from ltxpack.runtime.codecs.audio import decode_mel
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# GOLDEN.md: how far the official code itself moves with other threads or kernels (5e-6 in fp32).
+BOUNDS = {"fp32": 1e-5, "bf16": 1.4e-2}
+
+
+# The video VAE of LTX-2.3 (spec 01, section 5); the rest are diffusers' defaults.
+LTX23_VAE = {
+    "block_out_channels": (256, 512, 1024, 1024),
+    "decoder_block_out_channels": (256, 512, 512, 1024),
+    "layers_per_block": (4, 6, 4, 2, 2),
+    "decoder_layers_per_block": (4, 6, 4, 2, 2),
+    "decoder_spatio_temporal_scaling": (True, True, True, True),
+    "decoder_inject_noise": (False, False, False, False, False),
+    "upsample_type": ("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
+    "upsample_residual": (False, False, False, False),
+    "upsample_factor": (2, 2, 1, 2),
+    "decoder_causal": False,
+    "decoder_spatial_padding_mode": "zeros",
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self._now = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = operation(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.bytes = max(self.bytes, self._now)
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+@pytest.fixture(scope="module")
+def folder(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_codecs(tmp_path_factory.mktemp("codecs"), golden)
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def parts(request: pytest.FixtureRequest, golden: Path, folder: Path) -> SimpleNamespace:
+    """The loaded codecs, the recorded tensors and the bound, for one dtype."""
+    name, dtype = request.param, DTYPES[request.param]
+    return SimpleNamespace(
+        name=name,
+        bound=BOUNDS[name],
+        vae=codecs.load_video_vae(folder / "vae", CPU, dtype),
+        audio_vae=codecs.load_audio_vae(folder / "audio_vae", CPU, dtype),
+        vocoder=codecs.load_vocoder(folder / "vocoder", CPU, dtype),
+        upsampler=codecs.load_upsampler(folder / "latent_upsampler", CPU, dtype),
+        recorded=load(golden / "golden" / f"components_{name}.safetensors"),
+    )
+
+
+def compare(found: Tensor, expected: Tensor, bound: float) -> None:
+    assert found.dtype == expected.dtype
+    assert relative_l2(found, expected) <= bound
+
+
+def test_every_encoded_latent(parts: SimpleNamespace) -> None:
+    for what in ("image", "video9"):
+        found = codecs.encode_image(parts.vae, parts.recorded[f"vae_enc.{what}_in"])
+        compare(found, parts.recorded[f"vae_enc.{what}_latent"], parts.bound)
+
+
+def test_decoded_video(parts: SimpleNamespace) -> None:
+    frames = torch.cat(list(codecs.decode_video(parts.vae, parts.recorded["vae_dec.latent"])))
+    plain = parts.recorded["vae_dec.out_default_memory_efficient"][0].permute(1, 2, 3, 0)
+    compare(frames, ((plain + 1) * 0.5).clamp(0, 1), parts.bound)
+    assert plain.abs().max() > 1, "the clamp is not exercised"
+
+
+def test_tiled_decode(parts: SimpleNamespace, golden: Path) -> None:
+    chunks = list(codecs.decode_video(parts.vae, parts.recorded["vae_dec_tiled.latent"], recorded_tiling(golden)))
+    assert [len(chunk) for chunk in chunks] == parts.recorded["vae_dec_tiled.chunk_frames"].tolist()
+    frames = torch.cat(chunks)[parts.recorded["vae_dec_tiled.frames_sel_idx"]]
+    compare(frames, parts.recorded["vae_dec_tiled.frames_sel"], parts.bound)
+
+
+def test_mel_spectrogram(parts: SimpleNamespace) -> None:
+    mel = decode_mel(parts.audio_vae, parts.recorded["audio_dec.latent"])
+    compare(mel, parts.recorded["audio_dec.mel"], parts.bound)
+    assert mel.shape[2] == 4 * parts.recorded["audio_dec.latent"].shape[2] - 3
+
+
+@torch.no_grad()
+def test_every_step_of_the_vocoder(parts: SimpleNamespace) -> None:
+    vocoder, recorded = parts.vocoder, parts.recorded
+    wave = vocoder.vocoder(recorded["vocoder.in_mel"].float())
+    compare(wave, recorded["vocoder.stage1_wave_16k"], parts.bound)
+    compare(vocoder.resampler(wave), recorded["vocoder.skip_resampled"], parts.bound)
+    mel = vocoder.mel_stft(wave.flatten(0, 1))[0].unflatten(0, (1, 2))
+    compare(mel, recorded["vocoder.bwe_input_mel"], parts.bound)
+    compare(vocoder.bwe_generator(mel.transpose(2, 3)), recorded["vocoder.bwe_residual"], parts.bound)
+
+
+def test_waveform_is_rounded_to_the_dtype_of_the_latents(parts: SimpleNamespace) -> None:
+    wave = codecs.decode_audio(parts.audio_vae, parts.vocoder, parts.recorded["audio_dec.latent"])
+    expected = parts.recorded["vocoder.out_wave_48k"]
+    assert expected.dtype == DTYPES[parts.name]
+    compare(wave, expected[0].float(), parts.bound)
+    assert torch.equal(wave, wave.to(expected.dtype).float())
+    assert codecs.sample_rate(parts.vocoder) == 48000
+
+
+@torch.no_grad()
+def test_loud_sound_is_clamped_before_the_bandwidth_extension(parts: SimpleNamespace) -> None:
+    vocoder, recorded = parts.vocoder, parts.recorded
+    mel = recorded["vocoder_loud.in_mel"]
+    wave = vocoder.vocoder(mel)
+    compare(wave, recorded["vocoder_loud.stage1_wave_16k"], parts.bound)
+    assert recorded["vocoder_loud.stage1_clipped_fraction"] > 0
+    assert abs((wave.abs() == 1).float().mean() - recorded["vocoder_loud.stage1_clipped_fraction"]) < 1e-4
+    compare(vocoder(mel), recorded["vocoder_loud.out_wave_48k"], parts.bound)
+
+    vocoder.vocoder.final_act_fn = None
+    try:
+        assert distance(vocoder(mel), recorded["vocoder_loud.out_wave_48k"]) > 1e-2
+    finally:
+        vocoder.vocoder.final_act_fn = "clamp"
+
+
+def test_upsampled_latents(parts: SimpleNamespace) -> None:
+    found = codecs.upsample(parts.upsampler, LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"])
+    compare(found, parts.recorded["upsampler.out"], parts.bound)
+
+
+def test_what_the_runs_decoded(parts: SimpleNamespace, golden: Path) -> None:
+    runs = sorted((golden / "golden").glob(f"run_*_{parts.name}.safetensors"))
+    assert runs
+    for path in runs:
+        run = load(path)
+        if "upsampler.in" in run:
+            found = codecs.upsample(parts.upsampler, LatentStatistics.of(parts.vae), run["upsampler.in"])
+            compare(found, run["upsampler.out"], parts.bound)
+        if "audio_waveform" in run:
+            wave = codecs.decode_audio(parts.audio_vae, parts.vocoder, run["stage1.audio_final_latent"])
+            compare(wave, run["audio_waveform"], parts.bound)
+            assert codecs.sample_rate(parts.vocoder) == run["audio_sampling_rate"]
+        frames = torch.cat(list(codecs.decode_video(parts.vae, run["stage2.video_final_latent"])))
+        check_frames(frames, run, parts.bound)
+
+
+def check_frames(frames: Tensor, run: dict[str, Tensor], bound: float) -> None:
+    chosen = frames[run["decoded_frames_sel_idx"]] if "decoded_frames_sel_idx" in run else frames
+    if "decoded_frames_sel_fhwc_0_1" in run:
+        compare(chosen, run["decoded_frames_sel_fhwc_0_1"], bound)
+    for key, part in (("decoded_frames_fhwc_u8_round", frames), ("decoded_frames_sel_fhwc_u8_round", chosen)):
+        if key in run:
+            eight_bit = (part.float() * 255).round()
+            difference = (eight_bit - run[key].float()).abs()
+            # fp32: within one step. bf16: rounding of another kernel may move a pixel further.
+            assert difference.max() <= 1 if bound < 1e-3 else relative_l2(eight_bit, run[key].float()) <= bound
+    recorded = run["decoded_frames_mean_std_min_max"]
+    statistics = torch.stack([frames.float().mean(), frames.float().std(), *frames.float().aminmax()])
+    assert torch.allclose(statistics, recorded.float(), rtol=0, atol=max(bound, 1e-6) * 2)
+
+
+@torch.no_grad()
+def test_bf16_is_met_bit_for_bit_on_one_thread(golden: Path, folder: Path) -> None:
+    """Only where the processor rounds as the one that recorded: the encoder tells, the rest must follow."""
+    recorded = load(golden / "golden" / "components_bf16.safetensors")
+    vae = codecs.load_video_vae(folder / "vae", CPU, torch.bfloat16)
+    if not torch.equal(codecs.encode_image(vae, recorded["vae_enc.image_in"]), recorded["vae_enc.image_latent"]):
+        return
+    frames = torch.cat(list(codecs.decode_video(vae, recorded["vae_dec_tiled.latent"], recorded_tiling(golden))))
+    assert torch.equal(frames[recorded["vae_dec_tiled.frames_sel_idx"]], recorded["vae_dec_tiled.frames_sel"])
+
+
+def test_a_component_of_another_class_is_refused(folder: Path) -> None:
+    with pytest.raises(OverlayError, match="another class of component"):
+        codecs.load_vocoder(folder / "vae", CPU, torch.float32)
+
+
+def small_vae() -> AutoencoderKLLTX2Video:
+    """The real architecture at its smallest, random weights and statistics, no golden needed."""
+    torch.manual_seed(3)
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 16, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, True),
+        decoder_spatio_temporal_scaling=(True, True, True, True),
+        decoder_inject_noise=(False, False, False, False, False),
+        upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
+        upsample_residual=(False, False, False, False),
+        upsample_factor=(2, 2, 1, 2),
+        decoder_causal=False,
+        decoder_spatial_padding_mode="zeros",
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    )
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2)
+    return vae.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def small() -> AutoencoderKLLTX2Video:
+    return small_vae()
+
+
+def edge(position: float, first: int, last: int) -> float:
+    """Weight ``i / (n + 1)`` at ``position`` counted from 0, in an edge of ``n = last - first`` positions."""
+    return min(1.0, max(0.0, (position - first + 1) / (last - first + 1)))
+
+
+def slow_decode(decode: Callable[[Tensor], Tensor], latents: Tensor, tiling: Tiling) -> Tensor:
+    """All tiles into one float64 volume, each axis' weights position by position: spec 06, section 5, in words."""
+    _, _, length, height, width = latents.shape
+
+    def tiles(size: int, cut: Cut, scale: int, early: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        stride, start = cut.length - cut.overlap, 0
+        while True:
+            stop = min(start + cut.length, size)
+            begin = start - early if start else 0
+            left = begin * scale
+            right = (stop - 1) * scale + 1 if early else stop * scale
+            values = []
+            for place in range(left, right):
+                weight = 1.0
+                if start:
+                    lead = left + 1 if early else left
+                    weight *= edge(place, lead, lead + cut.overlap * scale) if place >= lead else 0.0
+                if stop < size:
+                    weight *= edge(right - 1 - place, 0, cut.overlap * scale)
+                values.append(weight)
+            yield slice(begin, stop), slice(left, right), torch.tensor(values, dtype=torch.float64)
+            if stop == size:
+                return
+            start += stride
+
+    total = torch.zeros((length - 1) * 8 + 1, height * 32, width * 32, 3, dtype=torch.float64)
+    for t, t_out, t_weight in tiles(length, tiling.frames, 8, 1):
+        for h, h_out, h_weight in tiles(height, tiling.height, 32, 0):
+            for w, w_out, w_weight in tiles(width, tiling.width, 32, 0):
+                tile = decode(latents[:, :, t, h, w])[0].permute(1, 2, 3, 0).double()
+                total[t_out, h_out, w_out] += torch.einsum("thwc,t,h,w->thwc", tile, t_weight, h_weight, w_weight)
+    return ((total + 1) / 2).clamp(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "tiling"),
+    [
+        ((7, 5, 4), Tiling(Cut(3, 1), Cut(3, 1), Cut(3, 1))),  # three groups, short last tiles
+        ((9, 3, 7), Tiling(Cut(4, 1), Cut(3, 1), Cut(4, 2))),
+        ((12, 3, 2), Tiling(Cut(10, 3), Cut(24, 2), Cut(24, 2))),  # the official cut in time
+        ((2, 3, 3), Tiling(Cut(10, 3), Cut(24, 2), Cut(24, 2))),  # one tile
+    ],
+)
+def test_tiled_decode_equals_a_slow_blending(
+    small: AutoencoderKLLTX2Video, size: tuple[int, int, int], tiling: Tiling
+) -> None:
+    latents = torch.randn(1, 8, *size, generator=torch.Generator().manual_seed(1))
+
+    def decode(tile: Tensor) -> Tensor:
+        shape = (1, -1, 1, 1, 1)
+        return small.decode(tile * small.latents_std.view(shape) + small.latents_mean.view(shape)).sample
+
+    frames = torch.cat(list(codecs.decode_video(small, latents, tiling)))
+    expected = slow_decode(decode, latents, tiling)
+    assert (expected > 0).float().mean() > 0.1
+    assert relative_l2(frames, expected) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_changes_nothing_beyond_rounding(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(1, 8, 3, 3, 2, generator=generator).to(dtype)
+    pixels = torch.randn(1, 3, 9, 64, 96, generator=generator).clamp(-1, 1).to(dtype)
+    vae = small_vae().to(dtype)
+    frames, encoded = torch.cat(list(codecs.decode_video(vae, latents))), codecs.encode_image(vae, pixels)
+    assert codecs.channels_last(vae) is vae
+    limit = 1e-6 if dtype == torch.float32 else 1.4e-2
+    assert relative_l2(torch.cat(list(codecs.decode_video(vae, latents))), frames) <= limit
+    assert relative_l2(codecs.encode_image(vae, pixels), encoded) <= limit
+
+
+def test_channels_last_reaches_the_convolutions() -> None:
+    """In the residual blocks, where nearly all the work is, no convolution has to turn its input around.
+
+    A GPU's convolutions leave their output with channels last if their weights are so; here a hook does.
+    """
+    vae = codecs.channels_last(small_vae())
+    seen: dict[str, bool] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor]) -> None:
+            seen[name] = args[0].is_contiguous(memory_format=torch.channels_last_3d)
+
+        return hook
+
+    for name, module in vae.decoder.named_modules():
+        if isinstance(module, torch.nn.Conv3d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last_3d)
+            module.register_forward_pre_hook(look(name))
+            module.register_forward_hook(lambda module, args, out: out.contiguous(memory_format=torch.channels_last_3d))
+    list(codecs.decode_video(vae, torch.randn(1, 8, 3, 3, 2)))
+    inner = {name: kept for name, kept in seen.items() if ".resnets." in name and name.endswith("conv2.conv")}
+    assert len(inner) >= 5
+    assert all(inner.values()), seen
+
+
+@pytest.mark.parametrize("size", [(7, 4, 6), (10, 14, 24), (16, 34, 60)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_memory_of_a_tile_is_what_the_decoder_allocates(size: tuple[int, int, int], itemsize: int) -> None:
+    """The real decoder on the meta device, which allocates nothing and forgets nothing."""
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    with torch.device("meta"):
+        vae = AutoencoderKLLTX2Video(**LTX23_VAE).to(dtype)
+        latents = torch.empty(1, 128, *size, dtype=dtype)
+    with torch.no_grad(), Peak() as peak:
+        vae.decode(latents)
+    count = math.prod(size)
+    assert video._largest_tile(vae, peak.bytes, itemsize) <= count, "never less than what is allocated"
+    assert video._largest_tile(vae, int(1.3 * peak.bytes), itemsize) >= count, "nor much more"
+
+
+def test_fast_tiling_uses_what_there_is() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKLLTX2Video(**LTX23_VAE)
+    latents = torch.empty(1, 128, 16, 34, 60, dtype=torch.bfloat16, device="meta")
+    whole = Tiling(Cut(16, 3), Cut(34, 2), Cut(60, 2))
+    assert codecs.fast_tiling(vae, latents, 80_000_000_000) == whole
+    assert codecs.fast_tiling(vae, latents, 1_000_000_000) == codecs.auto_tiling(34, 60)
+    between = codecs.fast_tiling(vae, latents, 16_000_000_000)
+    assert between not in (whole, codecs.auto_tiling(34, 60))
+    longer = torch.empty(1, 128, 40, 34, 60, dtype=torch.bfloat16, device="meta")
+    assert codecs.fast_tiling(vae, longer, 10**12) != Tiling(Cut(40, 3), Cut(34, 2), Cut(60, 2)), "2**31 elements"
+
+
+def test_fast_tiling_decodes_the_same_video(small: AutoencoderKLLTX2Video) -> None:
+    """As one tile, without seams."""
+    latents = torch.randn(1, 8, 11, 5, 30, generator=torch.Generator().manual_seed(2))
+    official = torch.cat(list(codecs.decode_video(small, latents)))
+    tiling = codecs.fast_tiling(small, latents, 10**12)
+    assert tiling == Tiling(Cut(11, 3), Cut(5, 2), Cut(30, 2))
+    (whole,) = codecs.decode_video(small, latents, tiling)
+    untiled = small.decode(LatentStatistics.of(small).denormalise(latents)).sample[0].permute(1, 2, 3, 0)
+    assert relative_l2(whole, ((untiled + 1) / 2).clamp(0, 1)) <= 1e-6
+    assert whole.shape == official.shape
+    assert not torch.equal(whole, official)
+
+
+def test_frames_come_while_later_groups_wait(small: AutoencoderKLLTX2Video, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+    decode = small.decode
+
+    def counted(latents: Tensor, **options: bool) -> object:
+        decoded.append(latents.shape[2])
+        return decode(latents, **options)
+
+    monkeypatch.setattr(small, "decode", counted)
+    chunks = codecs.decode_video(small, torch.randn(1, 8, 6, 4, 1), Tiling(Cut(3, 1), Cut(3, 1), Cut(3, 1)))
+    assert len(next(chunks)) == 8
+    assert decoded == [3, 3]
+    assert [len(chunk) for chunk in chunks] == [16, 17]
+    assert decoded == [3, 3, 4, 4, 3, 3]
+
+
+def test_decoding_records_no_gradients(small: AutoencoderKLLTX2Video) -> None:
+    (frames,) = codecs.decode_video(small, torch.randn(1, 8, 1, 1, 1, requires_grad=True))
+    assert not frames.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_statistics_there_and_back(small: AutoencoderKLLTX2Video) -> None:
+    statistics = LatentStatistics.of(small)
+    latents = torch.randn(1, 8, 2, 3, 4)
+    assert torch.allclose(statistics.denormalise(statistics.normalise(latents)), latents, atol=1e-6)
+    assert statistics.normalise(latents.bfloat16()).dtype == torch.bfloat16
+
+
+def test_vocoder_filters_survive_the_meta_device(folder: Path, golden: Path) -> None:
+    """The resampler's filter is in no file; built on the meta device alone it would be lost."""
+    vocoder = codecs.load_vocoder(folder / "vocoder", CPU, torch.bfloat16)
+    assert not any(tensor.is_meta for tensor in [*vocoder.parameters(), *vocoder.buffers()])
+    assert {tensor.dtype for tensor in [*vocoder.parameters(), *vocoder.buffers()]} == {torch.float32}
+    gain = vocoder.resampler.filter.sum()
+    assert abs(float(gain) - 1) < 1e-2
+    with safe_open(folder / "vocoder" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert "resampler.filter" not in list(file.keys())
+    assert json.loads((folder / "vocoder" / "config.json").read_text())["final_act_fn"] == "clamp"

@@ -1,0 +1,289 @@
+"""benchmarks/gpu.py: every section goes through on the CPU, time limits hold, and its counts are those of the spec."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dit_parts import LTX23, SMALL, random_streams
+from support import REPOSITORY
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import _gpu_checks
+import gpu
+from _flops import Lengths, forward_flops, forward_parts, guided_flops, run_flops, shared_flops
+from _gpu_bench import Bench
+from _gpu_clock import Clock, OutOfTime, at_most
+from _gpu_models import forward_inputs, random_dit
+from _gpu_sizes import REAL, TINY, TRANSFORMER
+
+from ltxpack.runtime.av import AV
+from ltxpack.runtime.dit import DiT, DiTConfig, Pass
+from ltxpack.runtime.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
+
+CPU = torch.device("cpu")
+CONFIG = DiTConfig.from_dict(TRANSFORMER)
+# Spec 07, section 5, in TFLOP: a part of ours -> stage 1, stage 2.
+COUNTED = {
+    "video self-attention linears": (52.7, 210.7),
+    "video text linears": (29.7, 108.9),
+    "video feed-forward": (105.1, 420.6),
+    "a2v and v2a linears": (26.6, 105.8),
+    "audio linears": (1.5, 1.5),
+    "video self-attention": (52.4, 837.8),
+    "text attention": (6.6, 26.3),
+    "a2v and v2a attention": (0.8, 3.2),
+    "audio attention": (0.06, 0.06),
+}
+
+
+@pytest.mark.parametrize(("stage", "whole", "isolated"), [(1, 275.4, 248.0), (2, 1714.8, 1605.8)])
+def test_operations_are_those_of_the_spec(stage: int, whole: float, isolated: float) -> None:
+    lengths = REAL.lengths(stage)
+    assert lengths == Lengths({1: 8160, 2: 32640}[stage], 126, 1024)
+    parts = forward_parts(CONFIG, lengths)
+    assert parts.keys() == COUNTED.keys()
+    for part, counted in COUNTED.items():
+        digits = 2 if counted[0] < 0.1 else 1
+        assert round(parts[part] / 1e12, digits) == counted[stage - 1], part
+    assert round(forward_flops(CONFIG, lengths) / 1e12, 1) == whole
+    assert round(forward_flops(CONFIG, lengths, isolated=True) / 1e12, 1) == isolated
+
+
+def test_operations_of_the_recipe() -> None:
+    """24,766 and 12,004 TFLOP by the spec; ours leave out what the passes of a step share."""
+    evaluations = res2s_plan(stage1_sigmas(8160, REAL.steps)).evaluations, res2s_plan(stage2_sigmas()).evaluations
+    assert evaluations == (31, 7)
+    found = run_flops(CONFIG, {"stage 1": (REAL.lengths(1), 31), "stage 2": (REAL.lengths(2), 7)})
+    shared = 31 * shared_flops(CONFIG, REAL.lengths(1))
+    assert round((found["stage 1"] + shared) / 1e12) == 24766
+    assert round(found["stage 2"] / 1e12) == 12004
+    assert shared / 1e12 == pytest.approx(217, abs=0.5)
+
+
+def test_operations_are_those_torch_counts() -> None:
+    """Around the blocks a forward also embeds, conditions and projects: what is left with no block in it."""
+    lengths = Lengths(24, 9, 7)
+
+    def counted(layers: int, kinds: str) -> int:
+        with torch.device("meta"):
+            dit = DiT(DiTConfig.from_dict(SMALL))
+            dit.transformer_blocks = dit.transformer_blocks[:layers]
+        streams = random_streams(random_dit(SMALL, CPU, torch.float32), AV(24, 9), text=7).map(_nowhere)
+        passes = {
+            "cond": Pass(streams),
+            "uncond": Pass(streams.map(lambda stream: stream)),
+            "isolated": Pass(streams, isolated=True),
+        }
+        with FlopCounterMode(display=False) as counter:
+            dit.passes([passes[kind] for kind in kinds.split()])
+        return int(counter.get_total_flops())
+
+    config = DiTConfig.from_dict(SMALL)
+    layers = config.num_layers
+    assert layers == 2
+    for kinds, expected in (
+        ("cond", forward_flops(config, lengths)),
+        ("isolated", forward_flops(config, lengths, isolated=True)),
+        ("cond uncond isolated", guided_flops(config, lengths)),
+    ):
+        assert counted(layers, kinds) - counted(0, kinds) == expected, kinds
+
+
+def _nowhere(value: Any) -> Any:
+    """``value`` with every tensor in it on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):
+        return type(value)(*map(_nowhere, value))
+    if is_dataclass(value):
+        return type(value)(**{field.name: _nowhere(getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+def test_sizes_are_those_of_the_model() -> None:
+    assert DiTConfig.from_dict(LTX23) == CONFIG
+    assert CONFIG.streams.map(lambda stream: stream.dim) == AV(4096, 2048)
+    assert CONFIG.num_layers == 48
+
+
+def arguments(results: Path, *more: str) -> list[str]:
+    return ["--dry-run", "--results", str(results), *more]
+
+
+def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(arguments(tmp_path, "--compiler", "none")) == 0
+    text, document = kept(tmp_path)
+    assert capsys.readouterr().out == text + "\n", "the tables are printed last, and alone"
+    assert [section["name"] for section in document["sections"]] == [section.name for section in gpu.SECTIONS]
+    assert {section["outcome"] for section in document["sections"]} == {"done"}
+    titles = [table["title"] for table in document["tables"]]
+    assert all(table["rows"] for table in document["tables"]), "no section left an empty table"
+    assert len(titles) == len(set(titles)) == 13
+    found = document["found"]
+    for stage in (1, 2):
+        for key in ("ours.eager", "ours.compiled", "diffusers.eager", "diffusers.compiled", "ours.compiled packed"):
+            assert found[f"{key}.stage {stage}"] > 0
+        assert found[f"agreement.video.stage {stage}"] < 1e-4
+    assert found["rates.matrix"] > 0 and found["rates.copy"] > 0
+    assert found["run.total"] == pytest.approx(
+        sum(found[f"run.{phase}"] for phase in ("stage 1", "upsample", "stage 2", "audio", "video"))
+    )
+    assert document["failures"] == []
+    assert "dry run: no measurement" in text
+    assert str(tmp_path) not in text + json.dumps(document) and str(REPOSITORY) not in text
+
+
+def test_compiled_sections_trace_in_whole_graphs(tmp_path: Path) -> None:
+    assert gpu.main(arguments(tmp_path, "--only", "forward", "--compiler", "trace")) == 0
+    assert kept(tmp_path)[1]["sections"][0]["outcome"] == "done"
+
+
+def kept(folder: Path) -> tuple[str, dict]:
+    (table,) = folder.glob("gpu-*.md")
+    return table.read_text(), json.loads(table.with_suffix(".json").read_text())
+
+
+ABSENT = ("diffusers", "av", "blake3", "click", "jsonschema", "peft", "transformers", "accelerate", "tqdm")
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+class Fewer:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return None if name.split(".")[0] in {absent!r} else PathFinder.find_spec(name, path, target)
+sys.meta_path = [Fewer if finder is PathFinder else finder for finder in sys.meta_path]
+sys.argv = [{script!r}, *{arguments!r}]
+sys.path.insert(0, {folder!r})
+import runpy
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def test_a_machine_with_torch_and_little_else_is_enough(tmp_path: Path) -> None:
+    script = str(REPOSITORY / "benchmarks" / "gpu.py")
+    given = arguments(tmp_path, "--compiler", "none", "--only", "rates", "video", "diffusers", "decode")
+    code = WITHOUT.format(absent=ABSENT, script=script, folder=str(Path(script).parent), arguments=given)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text, document = kept(tmp_path)
+    assert text.count("diffusers is not installed here") == 3
+    assert document["found"]["run.total"] > 0
+    assert {section["outcome"] for section in document["sections"]} == {"done"}
+
+
+def stub(name: str, work: object, seconds: float = 20) -> gpu.Section:
+    return gpu.Section(name, seconds, work)
+
+
+def patient(bench: Bench) -> None:
+    bench.table("Begun", ("what",)).rows.append(("before",))
+    time.sleep(30)
+    bench.tables[-1].rows.append(("after",))
+
+
+def broken(bench: Bench) -> None:
+    bench.table("Half", ("what",)).rows.append(("kept",))
+    raise RuntimeError("the cable\nhas come off")
+
+
+def test_a_section_that_takes_too_long_is_stopped_and_the_rest_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SECTIONS", (stub("slow", patient, 0.3), stub("rates", gpu.SECTIONS[0].run)))
+    begin = time.monotonic()
+    assert gpu.main(arguments(tmp_path)) == 1
+    assert time.monotonic() - begin < 20
+    text, document = kept(tmp_path)
+    assert [section["outcome"] for section in document["sections"]] == ["stopped: its time was over", "done"]
+    assert document["tables"][0]["rows"] == [["before"]]
+    assert "| slow | 0 | stopped" in text
+
+
+def test_what_fails_is_told_and_the_rest_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SECTIONS", (stub("broken", broken), stub("rates", gpu.SECTIONS[0].run)))
+    assert gpu.main(arguments(tmp_path)) == 1
+    _, document = kept(tmp_path)
+    assert document["sections"][0]["outcome"] == "failed: RuntimeError: the cable"
+    assert document["tables"][0]["rows"] == [["kept"]]
+    assert document["sections"][1]["outcome"] == "done"
+
+
+def test_blocks_that_do_not_compile_leave_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
+    assert gpu.main(arguments(tmp_path, "--only", "forward", "video")) == 1
+    text, document = kept(tmp_path)
+    assert [what for what, why in document["failures"]] == ["compiled blocks", "a video with compiled blocks"]
+    assert {section["outcome"] for section in document["sections"]} == {"done"}
+    assert document["found"]["ours.eager flash.stage 2"] > 0
+    assert "A whole video, warm, eager" in text
+    assert "RuntimeError: no such instruction" in text
+
+
+def test_the_whole_never_takes_longer_than_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "RESERVE", 0.0)
+    monkeypatch.setattr(gpu, "WORTHWHILE", 1.0)
+    monkeypatch.setattr(gpu, "SECTIONS", (stub("slow", patient, 100), stub("never", broken)))
+    begin = time.monotonic()
+    gpu.main(arguments(tmp_path, "--seconds", "2"))
+    assert time.monotonic() - begin < 15
+    assert [one["outcome"] for one in kept(tmp_path)[1]["sections"]] == ["stopped: its time was over", "no time left"]
+
+
+def test_wrong_numbers_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_checks, "LIMITS", {torch.float32: 0.0})
+    assert gpu.main(arguments(tmp_path, "--only", "checks", "--compiler", "none")) == 1
+    text, document = kept(tmp_path)
+    assert "WRONG" in text
+    assert "float32, math" in [what for what, why in document["failures"]]
+
+
+@pytest.mark.parametrize("wrong", [["--dry-run"], ["--only", "nothing"], ["--seconds", "soon"]])
+def test_wrong_use(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(wrong)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu.main([])
+    assert stop.value.code == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_random_weights_keep_activations_in_range() -> None:
+    dit = random_dit(TINY.transformer | {"num_layers": 48}, CPU, torch.bfloat16)
+    assert not any(value.isnan().any() or (value == 0).all() for value in dit.state_dict().values())
+    found = dit(forward_inputs(dit, TINY, 2).streams)
+    assert all(0.01 < float(value.float().std()) < 100 for value in (found.video, found.audio))
+
+
+def test_the_clock() -> None:
+    clock = Clock(CPU, patience=0.0)
+    calls: list[int] = []
+    assert clock.median(lambda: calls.append(time.sleep(0.01)), seconds=10, warm_ups=2) >= 10
+    assert len(calls) == 4
+    calls.clear()
+    Clock(CPU).median(lambda: calls.append(0), seconds=10)
+    assert len(calls) == 21
+    assert clock.peak() is None
+    with pytest.raises(OutOfTime), at_most(0.05):
+        time.sleep(5)
+    with at_most(5):
+        pass
+    time.sleep(0.01)

@@ -1,0 +1,252 @@
+"""Plans: what fits where, what it takes, what is said when nothing fits; at the published sizes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ltxpack.errors import DeviceError, OverlayError
+from ltxpack.materialize.published import published_configs, published_tensors
+from ltxpack.materialize.releases import RELEASES
+from ltxpack.runtime import load, reading, text
+from ltxpack.runtime.planning import advice, modes, sizes
+from ltxpack.runtime.planning.activations import Widths
+from ltxpack.runtime.planning.commands import OFFICIAL
+from ltxpack.runtime.planning.machine import CONTEXT, Machine, this_machine
+from ltxpack.runtime.planning.modes import MODES, Plan, Setup, Work
+from ltxpack.runtime.planning.sizes import Model, Part
+from ltxpack.runtime.shape import VideoShape
+from ltxpack.tensorfile import DTYPE_BITS
+
+GB = 10**9
+CONFIGS = published_configs()
+TENSORS = published_tensors(CONFIGS)
+MODEL = sizes.model_of(TENSORS, CONFIGS, OFFICIAL, "bfloat16")
+WORK = Work(VideoShape(121, 1088, 1920, 24.0))
+# The card's memory in GB -> the mode at the default video.
+CARDS = {24: "stream", 32: "stream", 48: "swap", 80: "swap", 141: "resident"}
+
+
+def card(vram: int, ram: int = 128) -> Machine:
+    return this_machine(vram * GB, ram * GB)
+
+
+def fits(plan: Plan, machine: Machine) -> bool:
+    return modes.shortage(plan, machine) is None
+
+
+def test_the_published_checkpoint_is_counted_to_its_last_tensor() -> None:
+    """Its file is larger only by a header of a known size."""
+    ours = [name for name in TENSORS if name not in ("text_encoder", "latent_upsampler")]
+    tensors = [tensor for name in ours for tensor in TENSORS[name]]
+    counted = sum(math.prod(shape) * DTYPE_BITS[dtype] // 8 for _, dtype, shape in tensors)
+    release = next(release for release in RELEASES if release.name == "ltx-2.3-22b-dev")
+    assert 0 < release.size - counted < 250 * len(tensors)
+
+
+def test_parts_of_the_published_model() -> None:
+    transformer = MODEL.transformer(0)
+    assert len(transformer.blocks) == 48 and len(set(transformer.blocks)) == 1
+    assert sum(transformer.blocks) == pytest.approx(37.12e9, rel=1e-3)
+    assert transformer.total == pytest.approx(2 * 18.989e9, rel=1e-3)
+    assert len(MODEL.parts["text_encoder"].blocks) == 48
+    assert MODEL.parts["vocoder"].total == 2 * MODEL.parts["vocoder"].stored
+    doubled = sizes.model_of(TENSORS, CONFIGS, OFFICIAL, "float32")
+    assert doubled.transformer(0).total == pytest.approx(2 * transformer.total, rel=1e-5)
+    assert doubled.parts["vocoder"].total == MODEL.parts["vocoder"].total
+
+
+@pytest.mark.parametrize("vram", CARDS)
+def test_the_mode_for_a_card(vram: int) -> None:
+    machine = card(vram)
+    plan = modes.best_plan(MODEL, WORK, machine)
+    assert plan is not None and plan.mode == CARDS[vram]
+    assert machine.card is not None and plan.card + CONTEXT < machine.card
+    assert plan.host < machine.host
+    assert {phase.name for phase in plan.phases} == {
+        *("text", "connectors", "stage 1", "upsample", "stage 2", "sound", "video")
+    }
+
+
+@pytest.mark.parametrize(
+    ("vram", "ram", "weights", "text_encoder"),
+    [
+        (24, 24, "file", "layers from file"),
+        (24, 32, "blocks", "layers"),
+        (24, 128, "kept", "layers"),
+        (48, 32, "disk", "whole"),
+        (48, 64, "staged", "whole"),
+        (48, 128, "kept", "whole"),
+        (96, 128, "disk", "layers"),
+        (141, 32, "disk", "whole"),
+    ],
+)
+def test_what_the_host_holds(vram: int, ram: int, weights: str, text_encoder: str) -> None:
+    plan = modes.best_plan(MODEL, WORK, card(vram, ram))
+    assert plan is not None
+    assert (plan.setup.weights, plan.setup.text) == (weights, text_encoder)
+
+
+def test_auto_fills_the_card_with_blocks_and_stream_alone_takes_least() -> None:
+    machine = card(24)
+    auto, least = (modes.best_plan(MODEL, WORK, machine, mode) for mode in ("auto", "stream"))
+    assert auto is not None and least is not None
+    assert least.setup.streamed == (48, 48)
+    first, second = auto.setup.streamed
+    assert 3 <= first < second < 48
+    assert least.card < auto.card
+    one_less = modes.plan_for(MODEL, WORK, replace(auto.setup, streamed=(first - 1, second)))
+    assert not fits(one_less, machine)
+
+
+def test_images_and_longer_videos_take_more() -> None:
+    def second_stage(work: Work) -> int:
+        plan = modes.smallest_plan(MODEL, work)
+        return next(phase.card for phase in plan.phases if phase.name == "stage 2")
+
+    longer = Work(VideoShape(241, 1088, 1920, 24.0))
+    assert second_stage(WORK) < second_stage(replace(WORK, images=1)) < second_stage(longer)
+    assert any(phase.name == "images" for phase in modes.smallest_plan(MODEL, replace(WORK, images=1)).phases)
+
+
+sizes_in_gb = st.integers(4, 200)
+
+
+@settings(max_examples=60, deadline=None)
+@given(vram=sizes_in_gb, ram=sizes_in_gb, more=st.integers(1, 100))
+def test_more_memory_never_reads_more(vram: int, ram: int, more: int) -> None:
+    small, large = (modes.best_plan(MODEL, WORK, card(*size)) for size in ((vram, ram), (vram + more, ram + more)))
+    if small is None:
+        return
+    assert large is not None
+    order = (*reversed(MODES),)
+    assert order.index(large.mode) >= order.index(small.mode)
+    assert large.first_read <= small.first_read or large.mode != small.mode
+
+
+@settings(max_examples=60, deadline=None)
+@given(vram=sizes_in_gb, ram=sizes_in_gb, mode=st.sampled_from(("auto", *MODES)))
+def test_a_plan_fits_or_is_refused_with_numbers(vram: int, ram: int, mode: str) -> None:
+    machine = card(vram, ram)
+    try:
+        plan = advice.plan_or_refuse(MODEL, WORK, machine, mode)
+    except DeviceError as error:
+        assert "GB" in str(error.expected) and "GB free" in str(error.found)
+        assert modes.best_plan(MODEL, WORK, machine, mode) is None
+    else:
+        assert fits(plan, machine)
+        assert mode in ("auto", plan.mode)
+
+
+def test_a_mode_that_does_not_fit_names_the_one_that_does() -> None:
+    with pytest.raises(DeviceError, match="--residency resident") as caught:
+        advice.plan_or_refuse(MODEL, WORK, card(48), "resident", "cuda:0")
+    assert caught.value.problem.startswith("cuda:0 has too little free memory")
+    assert caught.value.next == "ltxpack run … --residency swap"
+    assert str(caught.value.found) == "48.0 GB free"
+
+
+def test_a_card_for_no_mode_gets_a_smaller_video_that_fits() -> None:
+    work = Work(VideoShape(721, 1088, 1920, 24.0))
+    machine = card(16)
+    with pytest.raises(DeviceError) as caught:
+        advice.plan_or_refuse(MODEL, work, machine, "auto")
+    words = caught.value.next.split()
+    flags = {name: int(words[words.index(name) + 1].strip(",")) for name in ("--height", "--width", "--num-frames")}
+    smaller = Work(VideoShape(flags["--num-frames"], flags["--height"], flags["--width"], 24.0))
+    assert modes.best_plan(MODEL, smaller, machine) is not None
+    with pytest.raises(DeviceError, match="a card with more memory"):
+        advice.plan_or_refuse(MODEL, work, card(8), "auto")
+
+
+def test_a_small_host_is_named_as_such() -> None:
+    with pytest.raises(DeviceError, match="the host has too little free memory"):
+        advice.plan_or_refuse(MODEL, WORK, Machine(GB, 141 * GB), "auto", "cuda:0")
+
+
+def test_without_a_card_both_share_the_host() -> None:
+    plan = modes.best_plan(MODEL, WORK, Machine(200 * GB))
+    assert plan is not None and plan.mode == "resident"
+    most = max(phase.needed + phase.host for phase in plan.phases)
+    assert fits(plan, Machine(most)) and not fits(plan, Machine(most - 1))
+    assert modes.best_plan(MODEL, WORK, Machine(60 * GB)) is not None
+
+
+def test_two_stages_of_one_transformer_hold_it_once() -> None:
+    model = replace(MODEL, stages=("base", "base"), transformers={"base": MODEL.transformer(0)})
+    resident = modes.plan_for(model, WORK, Setup("resident"))
+    assert modes.plan_for(MODEL, WORK, Setup("resident")).card - resident.card == pytest.approx(38 * GB, rel=0.01)
+    filled = modes.best_plan(model, WORK, card(24))
+    assert filled is not None and len(set(filled.setup.streamed)) == 1
+
+
+def test_after_memory_ran_out_a_smaller_mode_is_named() -> None:
+    chain = [Setup("resident"), Setup("swap"), Setup("stream", streamed=(3, 3))]
+    found = [advice.after_shortage(setup, "auto") for setup in chain]
+    assert ["swap" in found[0], "stream" in found[1], "stream" in found[2]] == [True] * 3
+    assert "--num-frames" in advice.after_shortage(chain[2], "stream")
+
+
+def test_what_is_read_from_disk() -> None:
+    text_encoder, small = (
+        MODEL.parts["text_encoder"].stored,
+        sum(part.stored for name, part in MODEL.parts.items() if name != "text_encoder"),
+    )
+    transformers = sum(part.stored for part in MODEL.transformers.values())
+    resident = modes.plan_for(MODEL, WORK, Setup("resident", keep_parts=True))
+    assert resident.first_read == text_encoder + small + transformers
+    assert resident.next_read == text_encoder
+    swap = modes.plan_for(MODEL, WORK, Setup("swap"))
+    assert swap.next_read == swap.first_read == resident.first_read + MODEL.parts["vae"].stored
+    kept = modes.plan_for(MODEL, WORK, Setup("swap", weights="kept"))
+    assert kept.next_read == swap.next_read - transformers
+    streamed = modes.plan_for(MODEL, WORK, Setup("stream", weights="file", streamed=(48, 48)))
+    passes = sum(WORK.evaluations)
+    blocks = sum(MODEL.transformer(0).blocks) / MODEL.transformer(0).total
+    assert streamed.first_read - swap.first_read == pytest.approx(passes * blocks * transformers / 2, rel=1e-6)
+
+
+def test_widths_come_from_the_configs_and_a_wrong_one_is_named() -> None:
+    assert isinstance(MODEL.widths, Widths)
+    for component, field, value in (
+        ("transformer", "num_attention_heads", "32"),
+        ("vae", "decoder_block_out_channels", []),
+        ("latent_upsampler", "mid_channels", None),
+        ("vocoder", "upsample_factors", [0, 2]),
+    ):
+        broken = {**CONFIGS, component: {**CONFIGS[component], field: value}}
+        with pytest.raises(OverlayError, match=field):
+            sizes.read_widths(broken, sizes.Path("out"))
+
+
+def test_numbers_that_stand_in_two_rooms_are_the_same() -> None:
+    """Planning imports no torch, so it has its own copy."""
+    assert sizes.LANGUAGE_MODEL_ROOT == text.LANGUAGE_MODEL_ROOT
+    assert modes.READ_BUFFERS == 3 * (reading.IN_FLIGHT + reading.LANDING) * reading.PIECE
+    assert set(load.FLOATS) == sizes.FLOATS
+    names = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in load.FLOATS.values()}
+    assert sizes.DTYPES.items() <= names.items()
+
+
+def test_blocks_are_spread_and_counted() -> None:
+    from ltxpack.runtime.residency.keeper import spread
+
+    for total in (1, 5, 48):
+        for count in range(total + 1):
+            chosen = sorted(spread(count, total))
+            assert len(chosen) == count
+            assert all(0 <= number < total for number in chosen)
+            gaps = [b - a for a, b in pairwise(chosen)]
+            assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_a_part_with_other_dtypes() -> None:
+    tensors = [("transformer_blocks.0.w", "F32", (10, 10)), ("scale", "F32", (3,)), ("count", "I64", (2,))]
+    part = sizes.part_of("transformer", tensors, 2)
+    assert part == Part(stored=400 + 12 + 16, rest=6 + 16, blocks=(sizes.aligned(200),))
+    assert isinstance(MODEL, Model)

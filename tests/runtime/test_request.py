@@ -1,0 +1,86 @@
+"""``--image`` as typed, and requests no run could use."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ltxpack.errors import UsageError
+from ltxpack.runtime.av import AV
+from ltxpack.runtime.conditioning import VideoShape
+from ltxpack.runtime.guidance import HQ_GUIDANCE, Guidance
+from ltxpack.runtime.request import ImageSpec, Request
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("images")
+    for name in ("a.png", "b@3.png", "c@4:0.5", "d:1"):
+        (made / name).touch()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.png", ("a.png", 0, 1.0)),
+        ("a.png@8", ("a.png", 8, 1.0)),
+        ("a.png:0.5", ("a.png", 0, 0.5)),
+        ("a.png@8:0.5", ("a.png", 8, 0.5)),
+        ("a.png@last", ("a.png", 24, 1.0)),
+        ("a.png@last:0", ("a.png", 24, 0.0)),
+        ("b@3.png", ("b@3.png", 0, 1.0)),
+        ("b@3.png@2", ("b@3.png", 2, 1.0)),
+        ("c@4:0.5", ("c@4:0.5", 0, 1.0)),
+        ("c@4:0.5@1:0.25", ("c@4:0.5", 1, 0.25)),
+        ("d:1", ("d:1", 0, 1.0)),
+        ("d:1:0.5", ("d:1", 0, 0.5)),
+    ],
+)
+def test_read_from_the_right_and_a_path_as_typed_wins(
+    text: str, expected: tuple[str, int, float], folder: Path
+) -> None:
+    spec = ImageSpec.parse(f"{folder}/{text}", 25)
+    assert (spec.path, spec.frame, spec.strength) == (folder / expected[0], *expected[1:])
+
+
+@pytest.mark.parametrize(
+    "text", ["none.png", "a.png@25", "a.png@-1", "a.png:1.1", "a.png:-0.1", "a.png:nan", "a.png@x", "a.png@last:inf"]
+)
+def test_what_no_image_condition_can_be(text: str, folder: Path) -> None:
+    with pytest.raises(UsageError):
+        ImageSpec.parse(f"{folder}/{text}", 25)
+
+
+@given(frame=st.integers(0, 120), strength=st.floats(0, 1))
+def test_there_and_back(frame: int, strength: float, folder: Path) -> None:
+    spec = ImageSpec.parse(f"{folder}/a.png@{frame}:{strength!r}", 121)
+    assert (spec.frame, spec.strength) == (frame, strength)
+
+
+def request(**changes: object) -> Request:
+    values: dict[str, object] = {"prompt": "x", "shape": VideoShape(9, 64, 64, 24.0), "guidance": HQ_GUIDANCE}
+    return Request(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 1},
+        {"seed": 2**64},
+        {"shape": VideoShape(9, 96, 64, 24.0)},
+        {"guidance": AV(HQ_GUIDANCE.video, Guidance(float("inf"), 1.0, 3.0))},
+    ],
+)
+def test_refused_requests(changes: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        request(**changes)
+
+
+def test_the_default_negative_prompt_is_the_official_one_to_the_letter() -> None:
+    digest = hashlib.sha256(request().negative_prompt.encode()).hexdigest()
+    assert digest == "5d3fc170ddbab647fd3baf4694dfcca44dd817fe489bc3ab0684e12505472be4"

@@ -1,0 +1,79 @@
+"""Which bakes ``auto`` picks (DESIGN, Commands)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ltxpack.errors import OverlayError, UsageError
+from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source
+from ltxpack.runtime.select import choose
+
+DISTILLED, STYLE, OTHER = "d" * 64, "5" * 64, "0" * 64
+
+
+def lora(digest: str, strength: float) -> BakedLora:
+    return BakedLora("x", "x.safetensors", 1, digest, strength, strength)
+
+
+def bake(*loras: BakedLora) -> Bake:
+    return Bake(loras, "fp32", "fp32", "cpu", (FileRecord("x.json", 1, "0" * 64),), ())
+
+
+ALONE = {f"distilled-{s:g}": bake(lora(DISTILLED, s)) for s in (0.25, 0.5, 0.8, 1.0)}
+STACKED = {f"distilled-{s:g}+style-0.8": bake(lora(STYLE, 0.8), lora(DISTILLED, s)) for s in (0.25, 0.5)}
+
+
+def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> tuple[str, str]:
+    kept = (Lora("distilled", FileRecord("loras/x.safetensors", 1, DISTILLED)),)
+    manifest = Manifest("2.3.0", 33, None, Source(None, None, ()), {}, kept, (), bakes)
+    choice = choose(manifest, stage1, stage2, Path("out"))
+    official = (choice.stage1, choice.stage2) == ("distilled-0.25", "distilled-0.5")
+    assert ("official pair" in choice.note) == (not official and "style" not in choice.note)
+    return choice.stage1, choice.stage2
+
+
+def some(*names: str) -> dict[str, Bake]:
+    return {name: {**ALONE, **STACKED}[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["distilled-0.25", "distilled-0.5"], ("distilled-0.25", "distilled-0.5")),
+        (["distilled-1"], ("base", "distilled-1")),
+        (["distilled-0.25", "distilled-1"], ("distilled-0.25", "distilled-1")),
+        (["distilled-0.5", "distilled-1", "distilled-0.8"], ("base", "distilled-0.5")),
+        (["distilled-0.25+style-0.8", "distilled-0.5+style-0.8"],) * 2,
+        (["distilled-0.5+style-0.8", "distilled-1"], ("base", "distilled-1")),
+    ],
+)
+def test_auto(names: list[str], expected: tuple[str, str]) -> None:
+    assert pick(some(*names)) == tuple(expected)
+
+
+@pytest.mark.parametrize("names", [[], ["distilled-0.25"], ["distilled-0.8", "distilled-1"]])
+def test_no_bake_for_stage_2_is_refused_with_the_command(names: list[str]) -> None:
+    with pytest.raises(OverlayError) as caught:
+        pick(some(*names))
+    assert "next: ltxpack" in str(caught.value)
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_stacked_bakes_with_two_suffixes_are_not_guessed_among() -> None:
+    other = {"distilled-0.5+other-1": bake(lora(OTHER, 1.0), lora(DISTILLED, 0.5))}
+    with pytest.raises(OverlayError):
+        pick({**some("distilled-0.5+style-0.8"), **other})
+
+
+def test_bakes_of_another_lora_do_not_count() -> None:
+    with pytest.raises(OverlayError):
+        pick({"mine-0.5": bake(lora(OTHER, 0.5))})
+
+
+def test_named_stages_win_and_must_exist() -> None:
+    assert pick(some("distilled-0.25"), stage2="base") == ("distilled-0.25", "base")
+    assert pick(some("distilled-0.25"), "base", "distilled-0.25") == ("base", "distilled-0.25")
+    with pytest.raises(UsageError):
+        pick(some("distilled-0.5"), stage1="distilled-0.7")

@@ -1,0 +1,130 @@
+"""The tile layout of the video decoder against the recorded ones, and what must hold for any size."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from support import load
+
+from ltxpack.runtime.codecs.tiling import (
+    Cut,
+    Tiling,
+    auto_tiling,
+    frame_pieces,
+    fresh_frames,
+    spatial_pieces,
+    split,
+    split_frames,
+)
+
+TEMPORAL, SPATIAL = 8, 32
+
+
+def recorded_tiling(golden: Path) -> Tiling:
+    """The tiling the fixture's small layout was made with, from its metadata."""
+    with safe_open(golden / "golden" / "components_fp32.safetensors", "pt") as file:
+        text = json.loads(file.metadata()["tile_config"])
+    sizes = [int(n) for n in re.fullmatch(r"frames (\d+)/(\d+), h (\d+)/(\d+), w (\d+)/(\d+).*", text).groups()]
+    scales = (TEMPORAL, SPATIAL, SPATIAL)
+    cuts = [Cut(sizes[2 * i] // scale, sizes[2 * i + 1] // scale) for i, scale in enumerate(scales)]
+    return Tiling(*cuts)
+
+
+def test_layouts_equal_the_recorded_ones(golden: Path) -> None:
+    recorded = load(golden / "golden" / "components_fp32.safetensors")
+    names = sorted({key.split(".")[1] for key in recorded if key.startswith("tiles.")})
+    assert len(names) >= 3
+    for name in names:
+        coords = recorded[f"tiles.{name}.in_coords"]
+        length, height, width = coords[:, :, 1].amax(0).tolist()
+        size = re.search(r"(\d+)x(\d+)x(\d+)$", name)
+        if size:
+            pixels = [int(n) for n in size.groups()]
+            assert [height * SPATIAL, width * SPATIAL, (length - 1) * TEMPORAL + 1] == pixels
+        tiling = auto_tiling(height, width) if size else recorded_tiling(golden)
+        tiles = [
+            (t, h, w)
+            for t in frame_pieces(length, tiling.frames, TEMPORAL)
+            for h in spatial_pieces(height, tiling.height, SPATIAL)
+            for w in spatial_pieces(width, tiling.width, SPATIAL)
+        ]
+        assert [[[p.latents.start, p.latents.stop] for p in tile] for tile in tiles] == coords.tolist()
+        outputs = recorded[f"tiles.{name}.out_coords"]
+        assert [[[p.output.start, p.output.stop] for p in tile] for tile in tiles] == outputs.tolist()
+        for i, tile in enumerate(tiles):
+            for axis, piece in zip("fhw", tile, strict=True):
+                assert torch.equal(piece.weights, recorded[f"tiles.{name}.tile{i}.mask_{axis}"]), (name, i, axis)
+
+
+def test_default_size_is_cut_as_the_spec_says() -> None:
+    tiling = auto_tiling(34, 60)
+    assert tiling == Tiling(Cut(10, 3), Cut(14, 2), Cut(24, 2))
+    assert [(s.start, s.stop) for s in split_frames(16, tiling.frames)] == [(0, 10), (6, 16)]
+    assert [(s.start, s.stop) for s in split(34, tiling.height)] == [(0, 14), (12, 26), (24, 34)]
+    assert [(s.start, s.stop) for s in split(60, tiling.width)] == [(0, 24), (22, 46), (44, 60)]
+    assert list(fresh_frames(frame_pieces(16, tiling.frames, 8))) == [48, 73]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tile"),
+    [(7, 48, 4), (9, 48, 4), (11, 48, 6), (2, 48, 3), (48, 48, 24), (60, 34, 24)],
+)
+def test_the_short_side_is_rounded_half_to_even_and_at_least_three(height: int, width: int, tile: int) -> None:
+    assert auto_tiling(height, width).height.length == tile
+
+
+def test_an_axis_not_longer_than_its_tile_is_left_whole() -> None:
+    (piece,) = spatial_pieces(24, Cut(24, 2), SPATIAL)
+    assert piece.latents == slice(0, 24)
+    assert torch.equal(piece.weights, torch.ones(24 * SPATIAL))
+    (group,) = frame_pieces(10, Cut(10, 3), TEMPORAL)
+    assert group.output == slice(0, 73)
+
+
+def test_an_overlap_must_be_shorter_than_the_tile() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        Cut(3, 3)
+
+
+cuts = st.integers(1, 12).flatmap(lambda length: st.builds(Cut, st.just(length), st.integers(0, length - 1)))
+
+
+@given(length=st.integers(1, 80), cut=cuts)
+def test_spatial_pieces_cover_and_their_weights_sum_to_one(length: int, cut: Cut) -> None:
+    pieces = spatial_pieces(length, cut, 4)
+    total = torch.zeros(length * 4)
+    for piece in pieces:
+        assert 0 < piece.latents.stop - piece.latents.start <= cut.length
+        assert len(piece.weights) == piece.output.stop - piece.output.start
+        total[piece.output] += piece.weights
+    assert torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+@given(length=st.integers(1, 80), cut=cuts)
+def test_groups_of_frames_cover_and_come_out_once(length: int, cut: Cut) -> None:
+    groups = frame_pieces(length, cut, TEMPORAL)
+    frames = (length - 1) * TEMPORAL + 1
+    total = torch.zeros(frames)
+    for group in groups:
+        total[group.output] += group.weights
+    assert torch.allclose(total, torch.ones(frames), rtol=0, atol=1e-5)
+    fresh = list(fresh_frames(groups))
+    assert sum(fresh) == frames
+    assert all(count >= 0 for count in fresh)
+    if cut.length - cut.overlap > 1:
+        assert all(count > 0 for count in fresh)
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), length=st.integers(1, 60))
+def test_the_official_layout_has_no_group_longer_than_ten_latents_and_one(height: int, width: int, length: int) -> None:
+    tiling = auto_tiling(2 * height, 2 * width)
+    assert max(tiling.height.length, tiling.width.length) == 24
+    for span in split_frames(length, tiling.frames):
+        assert span.stop - span.start <= 11

@@ -1,0 +1,102 @@
+"""What many tests use: comparison in relative L2 and reading safetensors whole."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import parity
+import torch
+from safetensors.torch import load_file
+
+from ltxpack.cli import main
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DATA = REPOSITORY / "tests" / "data"
+
+
+def golden_folders() -> list[Path]:
+    """Every full golden fixture: a folder holding ``fixture_params.json`` and ``golden/``.
+
+    Looked for in ``LTXPACK_GOLDEN`` (a fixture, or a folder of fixtures), else in ``../shared/golden``.
+    """
+    named = os.environ.get("LTXPACK_GOLDEN")
+    root = Path(named) if named else REPOSITORY.parent / "shared" / "golden"
+    if named and not root.is_dir():
+        raise FileNotFoundError(f"LTXPACK_GOLDEN names {root}, which is not a folder")
+    candidates = [root, *sorted(root.iterdir())] if root.is_dir() else []
+    found = [path for path in candidates if (path / "fixture_params.json").is_file() and (path / "golden").is_dir()]
+    if root.is_dir() and not found:
+        raise FileNotFoundError(f"{root} holds no golden fixture (fixture_params.json and golden/)")
+    return found
+
+
+@functools.cache
+def _recorded(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def load(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Recorded ones are kept, so that ``relative_l2`` knows which one it met."""
+    if path.parent.name != "golden":
+        return load_file(path)
+    tensors = dict(_recorded(path))
+    parity.remember(path, tensors)
+    return tensors
+
+
+def relative_l2(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """``|found - expected| / |expected|`` in float64, infinite for another shape or NaN; noted by ``parity``."""
+    error = distance(found, expected)
+    parity.note(expected, error)
+    return error
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """:func:`relative_l2` without a note of it: for tests that want two things to differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    difference = (found.double() - expected.double()).norm()
+    scale = expected.double().norm()
+    ratio = (difference / scale if scale > 0 else difference).item()
+    return float("inf") if math.isnan(ratio) else ratio
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def ltxpack(*arguments: str | Path, cwd: Path | None = None) -> Done:
+    """The command line as the console script runs it, in this process (importing torch anew takes seconds)."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["ltxpack", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(cwd or Path.cwd()),
+    ):
+        try:
+            main()
+        except SystemExit as stop:
+            return Done(int(stop.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError("the console script always exits")
+
+
+def refused(done: Done, status: int) -> str:
+    """The message of a command that must have failed with ``status`` in one clear error."""
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip()
+    return done.stderr

@@ -1,0 +1,238 @@
+"""ltxpack from Python: light to import, callable many times, and documented by examples that run."""
+
+from __future__ import annotations
+
+import gc
+import re
+import shutil
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from PIL import Image
+from support import REPOSITORY, load, ltxpack
+from test_architecture import HEAVY, modules_after
+
+import ltxpack as package
+from ltxpack.errors import DeviceError, UsageError
+from ltxpack.runtime import codecs, text
+from ltxpack.runtime.pipeline import Pipeline
+
+SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
+FLAGS = (
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--height",
+    "64",
+    "--width",
+    "64",
+    "--num-frames",
+    "9",
+    "--steps",
+    "2",
+)
+EXAMPLES = re.findall(
+    r"^```python\n(.*?)^```", (REPOSITORY / "docs" / "python.md").read_text(), re.DOTALL | re.MULTILINE
+)
+
+
+@pytest.fixture
+def make(demo: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32") as pipeline:
+        yield pipeline
+
+
+def test_the_package_is_light_until_the_pipeline_is_named() -> None:
+    assert not modules_after("import ltxpack; dir(ltxpack); ltxpack.__version__") & set(HEAVY)
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(getattr(package, name) for name in package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    assert package.Pipeline is Pipeline
+    with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
+        package.Pipelines  # noqa: B018
+
+
+def test_many_calls_give_what_the_command_gives(demo: Path, make: Pipeline, tmp_path: Path) -> None:
+    other, first = (make("a boat", seed=seed, **SMALL) for seed in (4, 3))
+    assert not torch.equal(first.frames, other.frames)
+    saved = first.save_tensors(tmp_path / "python.safetensors")
+    command = ("--prompt", "a boat", "--seed", "3", "-o", tmp_path / "v.mp4")
+    tensors = tmp_path / "command.safetensors"
+    assert ltxpack("run", demo / "overlay", *FLAGS, *command, "--save-tensors", tensors).returncode == 0
+    assert saved.read_bytes() == tensors.read_bytes()
+
+    assert first.frames.shape == (9, 64, 64, 3)
+    assert first.frames.dtype == first.waveform.dtype == torch.float32
+    assert 0 <= first.frames.min() < first.frames.max() <= 1
+    assert first.waveform.shape == load(tensors)["audio"].shape
+    assert first.latents.stage1.video.shape == (1, 128, 2, 1, 1)
+    assert first.latents.upsampled.shape == first.latents.stage2.video.shape == (1, 128, 2, 2, 2)
+    assert first.latents.stage1.audio.shape == first.latents.stage2.audio.shape == (1, 8, 9, 16)
+    assert (first.fps, first.seed, first.sample_rate) == (24.0, 3, 48000)
+    assert (first.stage1, first.stage2) == ("distilled-0.25", "distilled-0.5")
+    assert list(first.seconds) == ["text", "images", "stage 1", "upsample", "stage 2", "audio", "video"]
+
+
+def test_progress_and_images(make: Pipeline, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "a.png")
+    told: list[tuple[str, int, int]] = []
+    spec = package.ImageSpec(tmp_path / "a.png", frame=8, strength=0.5)
+    video = make("a boat", images=[f"{tmp_path}/a.png", spec], progress=lambda *step: told.append(step), **SMALL)
+    assert told == [
+        ("text", 0, 2), ("text", 1, 2), ("text", 2, 2),
+        ("stage 1", 0, 2), ("stage 1", 1, 2), ("stage 1", 2, 2),
+        ("stage 2", 0, 3), ("stage 2", 1, 3), ("stage 2", 2, 3), ("stage 2", 3, 3),
+        ("decode", 0, 9), ("decode", 9, 9),
+    ]  # fmt: skip
+    path = video.save(str(tmp_path / "v.mkv"))
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "v.mkv"]
+
+
+def test_one_load_serves_what_is_encoded_ahead(demo: Path, make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [package.Request.of(prompt, **SMALL) for prompt in ("a boat", "a dog")]
+    assert make.encode_ahead(requests) > 0
+    monkeypatch.setattr(text, "load_text_encoder", None)
+    make.prompts.cache = None
+    for request in requests:
+        assert len(make.prompts.contexts(request.prompts, make.reporter)) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"height": 100},
+        {"num_frames": 10},
+        {"steps": 1},
+        {"images": ["nowhere.png"]},
+        {"images": [package.ImageSpec(Path("nowhere.png"))]},
+        {"images": [package.ImageSpec(Path(__file__), frame=9)]},
+        {"images": [package.ImageSpec(Path(__file__), strength=1.5)]},
+        {"video_cfg": float("nan")},
+    ],
+)
+def test_values_no_run_could_use(settings: dict[str, Any], make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "generate", None)
+    with pytest.raises(UsageError):
+        make("a boat", **{**SMALL, **settings})
+
+
+def test_prompts_that_are_no_text(make: Pipeline) -> None:
+    with pytest.raises(UsageError, match="UTF-8"):
+        make("caf\udce9", **SMALL)
+    with pytest.raises(UsageError, match="UTF-8"):
+        make("a", negative_prompt="caf\udce9", **SMALL)
+
+
+def test_a_setting_that_does_not_exist(make: Pipeline) -> None:
+    with pytest.raises(TypeError, match="heigth"):
+        make("a boat", heigth=64)
+
+
+def test_settings_of_the_pipeline(demo: Path, tmp_path: Path) -> None:
+    overlay = demo / "overlay"
+    with Pipeline.from_overlay(str(overlay), dtype=torch.bfloat16, device="cpu", cache=False) as plain:
+        assert plain.dtype == torch.bfloat16
+        assert plain.prompts.cache is None
+    with Pipeline.from_overlay(overlay, device="cpu", cache=tmp_path / "mine") as kept:
+        assert kept.prompts.cache is not None
+        assert kept.prompts.cache.folder == tmp_path / "mine"
+    for wrong in ({"dtype": "float16"}, {"device": "tpu"}, {"residency": "all"}, {"stage1": "nothing"}):
+        with pytest.raises(UsageError):
+            Pipeline.from_overlay(overlay, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_closed_pipeline_makes_nothing(make: Pipeline) -> None:
+    make.close()
+    make.close()
+    for use in (lambda: make("a boat", **SMALL), lambda: make.encode_ahead([]), make.__enter__):
+        with pytest.raises(UsageError, match="closed"):
+            use()
+
+
+class Stop(Exception):
+    """What a caller's own callback raises."""
+
+
+def test_after_an_error_the_pipeline_can_be_called_again(make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "stage 2":
+            raise Stop
+
+    with pytest.raises(Stop):
+        make("a boat", progress=stop, **SMALL)
+
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def full(vae: object, latents: torch.Tensor) -> None:
+        large = torch.zeros_like(latents)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codecs, "decode_video", full)
+        with pytest.raises(DeviceError, match="7 GiB") as raised:
+            make("a boat", **SMALL)
+    assert held[0]() is None, "the failed work's tensors are released while the error is still held"
+    assert raised.value.__context__ is None
+    assert make("a boat", **SMALL).frames.shape == (9, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_whatever_says_that_memory_ran_out(error: Exception, make: Pipeline) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(DeviceError, match="ran out of memory"):
+        make.within_memory(work)
+
+
+def test_other_errors_are_not_taken_for_it(make: Pipeline) -> None:
+    def work() -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        make.within_memory(work)
+
+
+def test_nothing_is_held_when_the_pipeline_is_gone(demo: Path) -> None:
+    pipeline = Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32")
+    gone = weakref.ref(pipeline)
+    del pipeline
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[f"example {number}" for number in range(1, len(EXAMPLES) + 1)])
+def test_the_examples_of_the_documentation_run(
+    example: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(demo / "overlay", tmp_path / "out", symlinks=True)
+    exec(compile(example, "docs/python.md", "exec"), {})
+
+
+def test_the_documentation_has_every_setting() -> None:
+    from ltxpack.runtime.request import DEFAULTS
+
+    content = (REPOSITORY / "docs" / "python.md").read_text()
+    assert EXAMPLES
+    for name in DEFAULTS:
+        assert f"`{name}`" in content, name

@@ -1,0 +1,193 @@
+"""benchmarks/offline.py goes through to its table; what it measures with and on is what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from support import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import _measure
+import _report
+import accuracy
+from _checkpoint import KEPT_BITS, REAL, TINY, checkpoint_shapes, config, lora_shapes, write_random
+from _marks import Findings, Flat
+
+from ltxpack.tensorfile import read_tensorfile
+
+
+def quiet(_: str) -> None: ...
+
+
+def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None:
+    scratch, results = tmp_path / "scratch", tmp_path / "results"
+    scratch.mkdir()
+    command = [sys.executable, REPOSITORY / "benchmarks" / "offline.py", "--quick"]
+    done = subprocess.run(
+        [*command, "--scratch", scratch, "--results", results], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(scratch.iterdir())
+    [table, figures] = sorted(results.iterdir(), reverse=True)
+    assert table.stem == figures.stem == f"offline-{json.loads(figures.read_text())['machine']['date']}"
+    text = table.read_text()
+    assert done.stdout == text + "\n"
+    assert str(tmp_path) not in text and str(REPOSITORY) not in text
+    document = json.loads(figures.read_text())
+    assert set(document["costs"]) == set(document["payload"]) == {
+        *("cp", "ours", "mapped", "load-all", "cat", "verify"),
+        *("floor 1", "ours 1", "floor 2", "ours 2", "diffusers", "official"),
+    }  # fmt: skip
+    for key, runs in document["costs"].items():
+        assert len(runs) == 1, key
+        assert all(0 < run["wall"] < 120 and run["cpu"] > 0 and run["peak"] > 1e6 for run in runs.values()), key
+    assert [one["blocks"] for one in document["memory"]] == [1, 2]
+    assert len(document["marks"]) == 10 and document["accuracy"]
+    for part in ("Copy of", "Verify", "Bake of 96 linears", "Memory by size", "Accuracy", "Marks"):
+        assert f"### {part}" in text
+
+
+def test_the_widths_are_those_of_the_model() -> None:
+    """Spec 02, section 6: 1660 linears, and the payload of the published distilled LoRA to the byte."""
+    shapes = lora_shapes(checkpoint_shapes(config(48, REAL)))
+    assert len(shapes) == 2 * 1660
+    assert 2 * sum(math.prod(shape) for shape in shapes.values()) == 7_604_994_048
+
+
+def test_random_weights_are_normal_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "random.safetensors"
+    write_random(path, {"a": (300, 70), "b": (11,)}, {"format": "pt"}, seed=3)
+    file = read_tensorfile(path)
+    assert {name: info.shape for name, info in file.tensors.items()} == {"a": (300, 70), "b": (11,)}
+    data = bytearray(path.read_bytes()[file.tensors["a"].start :][: file.tensors["a"].nbytes])
+    values = torch.frombuffer(data, dtype=torch.bfloat16).float()
+    assert values.abs().min() >= 2**-7 and values.abs().max() < 2**-3
+    assert abs(values.mean()) < 0.002 and len(values.unique()) > KEPT_BITS.bit_count() ** 2
+    again = tmp_path / "again.safetensors"
+    write_random(again, {"a": (300, 70), "b": (11,)}, {"format": "pt"}, seed=3)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_tiny_checkpoint_has_its_blocks() -> None:
+    def blocks(count: int) -> set[str]:
+        return {name.split(".")[3] for name in checkpoint_shapes(config(count, TINY)) if ".transformer_blocks." in name}
+
+    assert blocks(3) - blocks(2) == {"2"}
+
+
+def test_the_cost_of_a_command_is_its_own(tmp_path: Path) -> None:
+    """Not that of this process, which holds torch: the peak begins at what the starter holds."""
+    bench = _measure.Bench(tmp_path, quiet)
+    assert bench.run([sys.executable, "-I", "-S", "-c", "pass"]).peak < 40e6
+    big = bench.run([sys.executable, "-I", "-S", "-c", "data = b'x' * 200_000_000"])
+    assert 200e6 < big.peak < 240e6
+    slept = bench.run(["sleep", "0.3"])
+    assert slept.wall >= 0.3 and slept.cpu < 0.2
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytes(10**8).hex()'])"
+    assert bench.run([sys.executable, "-c", child]).peak > 200e6
+
+
+def test_a_command_that_fails_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"ended with 3:\nwhy"):
+        _measure.Bench(tmp_path, quiet).run(["sh", "-c", "echo why; exit 3"])
+
+
+def test_items_take_turns(tmp_path: Path) -> None:
+    said: list[str] = []
+    prepared: list[str] = []
+
+    def item(key: str, every: int = 1) -> _measure.Item:
+        return _measure.Item(key, key, ("true",), (), 1, lambda: prepared.append(key), every=every)
+
+    costs = _measure.Bench(tmp_path, said.append).in_turn([item("a"), item("b", every=2), item("c")], 3)
+    assert prepared == ["a", "b", "c", "a", "c", "a", "b", "c"] and len(said) == 8
+    assert {key: list(runs) for key, runs in costs.items()} == {"a": [0, 1, 2], "b": [0, 2], "c": [0, 1, 2]}
+
+
+def test_cold_files_are_out_of_the_page_cache(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(256)) * 40_000)
+    assert _measure.resident(path) == 1.0
+    how = _measure.make_cold([path])
+    if how == _measure.NOT_COLD:
+        pytest.skip("this filesystem keeps its files in memory")
+    assert _measure.resident(path) <= _measure.STILL_COLD
+    path.read_bytes()
+    assert _measure.resident(path) == 1.0
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    def items(key: str, floor: str | None) -> _measure.Item:
+        return _measure.Item(key, key, (), (), 10**9, lambda: None, floor)
+
+    def cost(wall: float) -> _measure.Cost:
+        return _measure.Cost(wall, 0.4, 60_000_000)
+
+    walls = {"cp": [1.0, 2.0, 4.0], "ours": [0.9, 2.2, 3.0], "floor 1": [1.0] * 3, "ours 1": [2.0] * 3}
+    walls |= {"floor 2": [2.0] * 3, "ours 2": [2.5, 1.5, 1.0]}
+    floors = {"ours": "cp", "ours 1": "floor 1", "ours 2": "floor 2"}
+    found = Findings(
+        {key: items(key, floors.get(key)) for key in walls},
+        {key: {turn: cost(wall) for turn, wall in enumerate(runs)} for key, runs in walls.items()},
+        {"ours 1": 1.2},
+        [Flat(2, 1, 60_000_000, 1, 1), Flat(8, 1, 69_000_000, 1, 1)],
+        5e7,
+        real=True,
+        bf16_unit=True,
+    )
+    assert found.ratios("ours") == pytest.approx([0.9, 1.1, 0.75])
+    met = {mark.what: (mark.found, mark.met) for mark in found.marks()}
+    assert met["copy: wall to cp"] == ("0.90 (0.75-1.10) ×", True)
+    assert met["copy: CPU per GB"] == ("0.40 s", True)
+    assert met["copy: growth of memory from 2 to 8 blocks"] == ("9.0 MB", False)
+    assert met["bake, one strength: wall to the floor"] == ("2.00 ×", False)
+    assert met["bake, one strength: the same less 1.2 s of start-up"] == ("0.80 ×", True)
+    assert met["bake, two strengths: wall to the floor"] == ("0.75 (0.50-1.25) ×", True)
+    assert met["bake, two strengths: peak memory"] == ("60 MB", False)
+
+
+def test_the_reference_is_rounded_once() -> None:
+    """Against exact fractions, with values that lie half way between two bf16 after a first rounding to float32."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(3000, generator=generator, dtype=torch.float64)
+    half = 1 + 2**-8 + torch.tensor([0.0, 2**-40, -(2**-40), 2**-7, 2**-7 + 2**-40], dtype=torch.float64)
+    values = torch.cat([values, half, -half, values * 2**-100])
+    rounded = accuracy.round_to_bf16(values)
+    up = torch.nextafter(rounded, torch.tensor(torch.inf, dtype=torch.bfloat16))
+    down = torch.nextafter(rounded, torch.tensor(-torch.inf, dtype=torch.bfloat16))
+    for value, *near in zip(values.tolist(), rounded.tolist(), up.tolist(), down.tolist(), strict=True):
+        distances = [abs(Fraction(value) - Fraction(one)) for one in near]
+        assert distances[0] == min(distances)
+    even = accuracy.round_to_bf16(half[[0, 3]]).view(torch.int16)
+    assert (even & 1 == 0).all()
+
+
+def test_the_kernels_are_exact_where_the_official_rule_is_not() -> None:
+    rows = {(row.way, row.ratio): row.off for row in accuracy.measure(accuracy.QUICK) if row.target.startswith("att")}
+    for ratio in accuracy.RATIOS:
+        assert rows["fp32 (rule fp32)", ratio] < 2e-4
+        assert rows.get(("addmm (rule fp32)", ratio), 0) < 4e-4
+        assert rows["official", ratio] > 0.02
+    assert rows["two LoRAs, fp32", accuracy.RATIOS[-1]] < 4e-4 < rows["two LoRAs, official", accuracy.RATIOS[-1]]
+
+
+@pytest.mark.parametrize(
+    ("mounts", "kind"),
+    [
+        ("/dev/a / ext4 rw 0 0\n/dev/b {} xfs rw 0 0\n", "xfs"),
+        ("/dev/a / ext4 rw 0 0\n/dev/b {}x xfs rw 0 0\n", "ext4"),
+    ],
+)
+def test_the_filesystem_is_that_of_the_nearest_mount(mounts: str, kind: str, tmp_path: Path) -> None:
+    table = tmp_path / "mounts"
+    table.write_text(mounts.format(tmp_path))
+    assert _report.filesystem(tmp_path / "deeper", table) == kind
+    assert _report.filesystem(tmp_path, tmp_path / "absent") == "unknown"

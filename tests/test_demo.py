@@ -1,0 +1,106 @@
+"""The demo is the newcomer's first command: its files, that it repeats itself, and that diffusers loads its overlay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors import safe_open
+from support import load, ltxpack
+
+from ltxpack.demo_config import REGISTERS
+
+
+def test_both_streams_of_the_video_decode(demo: Path) -> None:
+    with av.open(str(demo / "video.mp4")) as container:
+        frames = sum(1 for _ in container.decode(video=0))
+        rate = container.streams.video[0].average_rate
+    with av.open(str(demo / "video.mp4")) as container:
+        samples = sum(frame.samples for frame in container.decode(audio=0))
+        sample_rate = container.streams.audio[0].rate
+    assert frames == 25
+    assert samples / sample_rate == pytest.approx(frames / float(rate), abs=0.1)
+
+
+def test_saved_tensors_are_those_of_the_design(demo: Path) -> None:
+    tensors = load(demo / "video.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    samples = shapes["audio"][1]
+    assert shapes == {
+        "stage1.video": (1, 128, 4, 3, 5),
+        "stage1.audio": (1, 8, 26, 16),
+        "upsampled.video": (1, 128, 4, 6, 10),
+        "stage2.video": (1, 128, 4, 6, 10),
+        "stage2.audio": (1, 8, 26, 16),
+        "video": (25, 192, 320, 3),
+        "audio": (2, (4 * 26 - 3) * 480),
+    }
+    assert samples > 0
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
+    assert 0 <= tensors["video"].min() < tensors["video"].max() <= 1
+    assert tensors["audio"].abs().max() < 1
+    with safe_open(demo / "video.safetensors", framework="pt") as file:
+        assert file.metadata() == {
+            "audio_sample_rate": "48000",
+            "fps": "24.0",
+            "seed": "10",
+            "stage1": "distilled-0.25",
+            "stage2": "distilled-0.5",
+        }
+
+
+def test_a_second_demo_gives_the_same_bytes(demo: Path) -> None:
+    before = (demo / "video.safetensors").read_bytes()
+    manifest = (demo / "overlay" / "ltxpack.json").read_bytes()
+    assert ltxpack("demo", demo).returncode == 0
+    assert (demo / "video.safetensors").read_bytes() == before
+    assert (demo / "overlay" / "ltxpack.json").read_bytes() == manifest
+
+
+def test_the_overlay_verifies(demo: Path) -> None:
+    assert ltxpack("verify", demo / "overlay").returncode == 0
+    report = json.loads(ltxpack("verify", demo / "overlay", "--json").stdout)
+    assert report["ok"] and report["faults"] == []
+
+
+def test_another_folder_is_not_taken_for_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = ltxpack("demo", tmp_path)
+    assert done.returncode == 1
+    assert "not a demo" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_no_path_of_this_machine_stands_in_the_overlay(demo: Path) -> None:
+    for path in (demo / "overlay").rglob("*.json"):
+        assert str(demo) not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_loads_the_overlay_and_runs_two_steps(demo: Path) -> None:
+    from diffusers import LTX2Pipeline, LTX2VideoTransformer3DModel
+
+    pipeline = LTX2Pipeline.from_pretrained(str(demo / "overlay"), torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    video, audio = pipeline(
+        prompt="a boat",
+        negative_prompt="rain",
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+        return_dict=False,
+    )
+    assert tuple(video.shape) == (1, 9, 3, 64, 64)
+    assert video.isfinite().all() and audio.isfinite().all()
+    assert pipeline.connectors.config.video_connector_num_learnable_registers == REGISTERS
+    baked = LTX2VideoTransformer3DModel.from_pretrained(str(demo / "overlay"), subfolder="bakes/distilled-0.5")
+    base = pipeline.transformer.state_dict()
+    changed = [name for name, tensor in baked.state_dict().items() if not torch.equal(tensor, base[name])]
+    manifest = json.loads((demo / "overlay" / "ltxpack.json").read_text())
+    assert set(changed) == set(manifest["bakes"]["distilled-0.5"]["changed"])

@@ -1,0 +1,132 @@
+"""The whole path through the command line, held against the recorded official runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runtime.golden_runs import Run, runs
+from safetensors import safe_open
+from support import Done, load, ltxpack, relative_l2
+
+from ltxpack.runtime.planning.modes import MODES
+
+BOUND = 1e-4
+# What --save-tensors calls it -> what the recording calls it.
+RECORDED = {
+    "stage1.video": "stage1.video_final_latent",
+    "stage1.audio": "stage1.audio_final_latent",
+    "upsampled.video": "upsampler.out",
+    "stage2.video": "stage2.video_final_latent",
+    "stage2.audio": "stage2.audio_final_latent",
+    "audio": "audio_waveform",
+}
+
+
+def done(result: Done) -> Done:
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="session")
+def overlay(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden fixture, materialised, with both bakes of its runs by the official rule."""
+    out = tmp_path_factory.mktemp("overlay") / "out"
+    strengths = json.loads((golden / "fixture_params.json").read_text())["run"]
+    done(ltxpack("materialize", golden, out))
+    baked = ["--strength", str(strengths["s1"]), "--strength", str(strengths["s2"])]
+    done(ltxpack("bake-lora", out, *baked, "--rule", "official"))
+    return out
+
+
+def flags(run: Run, golden: Path, overlay: Path) -> list[str]:
+    """The command-line equivalent of a recorded run."""
+    p = run.params
+    video, audio = run.guidance.video, run.guidance.audio
+    assert video.modality == audio.modality
+    settings = {
+        "prompt": p["prompt"],
+        "negative-prompt": p["negative_prompt"],
+        "seed": p["seed"],
+        "height": p["height"],
+        "width": p["width"],
+        "num-frames": p["num_frames"],
+        "fps": p["frame_rate"],
+        "steps": p["steps"],
+        "image-crf": p["crf"],
+        "video-cfg": video.cfg,
+        "audio-cfg": audio.cfg,
+        "video-rescale": video.rescale,
+        "audio-rescale": audio.rescale,
+        "modality": video.modality,
+        "stage1": bake_name(overlay, p["s1"]),
+        "stage2": bake_name(overlay, p["s2"]),
+        "device": "cpu",
+        "dtype": str(run.dtype).removeprefix("torch."),
+    }
+    given = [f"--{name}={value}" for name, value in settings.items()]
+    return given + [f"--image={golden}/image_{index}.png@{frame}:{s}" for index, frame, s in p["images"]]
+
+
+def bake_name(overlay: Path, strength: float) -> str:
+    bakes = json.loads((overlay / "ltxpack.json").read_text())["bakes"]
+    return next(name for name, bake in bakes.items() if bake["loras"][-1]["strength"] == strength)
+
+
+def test_every_recorded_fp32_run_is_met(golden: Path, overlay: Path, tmp_path: Path) -> None:
+    recorded = runs(golden, "fp32")
+    assert recorded
+    for run in recorded:
+        tensors, video = tmp_path / f"{run.name}.safetensors", tmp_path / f"{run.name}.mp4"
+        result = ltxpack("run", overlay, *flags(run, golden, overlay), "-o", video, "--save-tensors", tensors)
+        assert done(result).stdout.splitlines()[-1] == str(video)
+        found = load(tensors)
+        errors = {name: relative_l2(found[name], run.tensors[key]) for name, key in RECORDED.items()}
+        assert max(errors.values()) <= BOUND, (run.name, errors)
+        check_frames(found["video"], run.tensors)
+        check_metadata(tensors, run)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_recorded_run_is_met_in_every_residency_mode(mode: str, golden: Path, overlay: Path, tmp_path: Path) -> None:
+    """The run with the most images passes through every phase."""
+    run = max(runs(golden, "fp32"), key=lambda run: len(run.params["images"]))
+    tensors = tmp_path / "run.safetensors"
+    result = ltxpack(
+        *("run", overlay, *flags(run, golden, overlay), "--residency", mode, "--no-cache"),
+        *("-o", tmp_path / "run.mp4", "--save-tensors", tensors),
+    )
+    assert f"residency {mode}: " in done(result).stderr
+    found = load(tensors)
+    errors = {name: relative_l2(found[name], run.tensors[key]) for name, key in RECORDED.items()}
+    assert max(errors.values()) <= BOUND, errors
+    check_frames(found["video"], run.tensors)
+
+
+def check_frames(video: torch.Tensor, recorded: dict[str, torch.Tensor]) -> None:
+    """Frames against whatever the recording kept of them."""
+    stated = recorded["decoded_frames_mean_std_min_max"]
+    found = torch.stack([video.mean(), video.std(), video.min(), video.max()])
+    assert torch.allclose(found, stated, atol=1e-4)
+    if "decoded_frames_sel_fhwc_0_1" in recorded:
+        chosen = video[recorded["decoded_frames_sel_idx"]]
+        assert relative_l2(chosen, recorded["decoded_frames_sel_fhwc_0_1"]) <= BOUND
+    for name, frames in (
+        ("decoded_frames_fhwc_u8_round", video),
+        ("decoded_frames_sel_fhwc_u8_round", video[recorded.get("decoded_frames_sel_idx", torch.zeros(0)).long()]),
+    ):
+        if name in recorded:
+            difference = (frames * 255).round() - recorded[name].float()
+            assert difference.shape == frames.shape
+            assert difference.abs().max() <= 1
+
+
+def check_metadata(path: Path, run: Run) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert int(metadata["audio_sample_rate"]) == int(run.tensors["audio_sampling_rate"])
+    assert float(metadata["fps"]) == run.params["frame_rate"]
+    assert int(metadata["seed"]) == run.params["seed"]
+    assert metadata["stage1"] != metadata["stage2"]

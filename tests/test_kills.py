@@ -1,0 +1,137 @@
+"""Killed at random points, fifty times: the same command always ends in the overlay of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import ltxpack
+
+from ltxpack.manifest import MANIFEST_NAME, read_manifest
+from ltxpack.repack import staging
+
+# Fifty in all; a killed bake costs several imports of torch, a killed materialize none.
+MATERIALIZE_KILLS, BAKE_KILLS = 38, 12
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of an overlay; a symlink by where it points."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ltxpack", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def seconds_of(*arguments: str | Path) -> float:
+    begin = time.perf_counter()
+    process = start(*arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return time.perf_counter() - begin
+
+
+def killed(seconds: float, *arguments: str | Path) -> bool:
+    """Whether the command, killed after ``seconds``, was still at work; what ends by itself must end well."""
+    process = start(*arguments)
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+    return process.returncode != 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An overlay of many small shards with two bakes, made in peace."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    for command in commands(demo, out):
+        assert ltxpack(*command).returncode == 0
+    return out
+
+
+def commands(demo: Path, out: Path) -> list[list[str | Path]]:
+    return [
+        ["materialize", demo / "source", out, "--max-shard-size", "200kB", "--copy"],
+        ["bake-lora", out, "--strength", "0.25", "--strength", "0.7"],
+    ]
+
+
+def test_materialize(demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+    expected = {name: data for name, data in contents(undisturbed).items() if not name.startswith("bakes/")}
+    del expected[MANIFEST_NAME]
+    command = commands(demo, tmp_path / "timed")[0]
+    usual, draw, kills = seconds_of(*command), random.Random(0), 0
+    for trial in range(10 * MATERIALIZE_KILLS):
+        if kills >= MATERIALIZE_KILLS:
+            break
+        out = tmp_path / f"{trial}" / "out"
+        out.parent.mkdir()
+        command = commands(demo, out)[0]
+        while killed(usual * draw.uniform(0.3, 1.1), *command):
+            kills += 1
+            assert not (out / MANIFEST_NAME).exists() or ltxpack("verify", out).returncode == 0
+        assert {name: data for name, data in contents(out).items() if name != MANIFEST_NAME} == expected
+        assert read_manifest(out).components == read_manifest(undisturbed).components
+        assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing is left beside it"
+    assert kills >= MATERIALIZE_KILLS
+
+
+def test_bake_lora(demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    base, command = commands(demo, out)
+    assert ltxpack(*base).returncode == 0
+    clean = contents(out)
+    expected = contents(undisturbed)
+    usual, draw, kills = None, random.Random(1), 0
+    for _ in range(10 * BAKE_KILLS):
+        if kills >= BAKE_KILLS:
+            break
+        if usual is None:
+            usual = seconds_of(*command)
+        while killed(usual * draw.uniform(0.3, 1.1), *command):
+            kills += 1
+            assert ltxpack("verify", out).returncode == 0, "a failed bake leaves the overlay valid"
+        assert contents(out) == expected
+        for name in set(expected) - set(clean):
+            (out / name).unlink()
+        for folder in sorted((out / "bakes").iterdir()):
+            folder.rmdir()
+        (out / "bakes").rmdir()
+        (out / MANIFEST_NAME).write_bytes(clean[MANIFEST_NAME])
+    assert kills >= BAKE_KILLS
+
+
+def test_stopped_between_the_bake_and_the_manifest(
+    demo: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    base, command = commands(demo, out)
+    assert ltxpack(*base).returncode == 0
+    swap = staging._swap
+
+    def swap_and_stop(place: staging.Place) -> None:
+        swap(place)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(staging, "_swap", swap_and_stop)
+    assert ltxpack(*command).returncode == 130
+    assert (out / "bakes" / "distilled-0.25").is_dir()
+    checked = ltxpack("verify", out)
+    assert checked.returncode == 0, checked.stdout
+    assert "unfinished" in checked.stderr
+    monkeypatch.undo()
+    assert ltxpack(*command).returncode == 0
+    assert contents(out) == contents(undisturbed)

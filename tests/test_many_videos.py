@@ -1,0 +1,496 @@
+"""``ltxpack run --prompts``: every line checked before anything runs, one load, failures told, nothing made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from support import Done, ltxpack, refused
+
+from ltxpack.cli.run import run
+from ltxpack.errors import LtxpackError
+from ltxpack.manifest import load_schema
+from ltxpack.runtime import batch, codecs, media, text
+from ltxpack.runtime import run as runs
+from ltxpack.runtime.pipeline import Pipeline
+from ltxpack.runtime.prompts_file import read_jobs
+from ltxpack.runtime.record import record_path
+from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, DEFAULTS, Request
+from ltxpack.runtime.video import Latents
+
+SMALL = ("--device", "cpu", "--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
+FLAGS = (*SMALL, "--steps", "2")
+
+
+def written(folder: Path, *lines: dict[str, Any] | str, name: str = "prompts.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def many(demo: Path, prompts: Path, *flags: str | Path) -> Done:
+    return ltxpack("run", demo / "overlay", "--prompts", prompts, *FLAGS, *flags)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def statuses(done: Done) -> dict[int, str]:
+    """Line number -> status, from the table."""
+    rows = re.findall(r"^ +(\d+)  (done|skipped|failed) ", done.stdout, re.MULTILINE)
+    return {int(number): status for number, status in rows}
+
+
+@pytest.fixture
+def frames(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Name of a video -> the frames given to its encoder."""
+    seen: dict[str, torch.Tensor] = {}
+
+    class Recording(media.VideoWriter):
+        def write(self, frames: torch.Tensor) -> None:
+            before = seen.get(self.path.name, frames[:0])
+            seen[self.path.name] = torch.cat([before, frames])
+            super().write(frames)
+
+    monkeypatch.setattr(runs, "VideoWriter", Recording)
+    return seen
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with every load of the text encoder."""
+    seen: list[str] = []
+    load = text.load_text_encoder
+    monkeypatch.setattr(text, "load_text_encoder", lambda *where: (seen.append("text"), load(*where))[1])
+    return seen
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sampled and the sound is silence; prompts, pictures, decoding and files are as ever.
+
+    For tests of what is made when; what is made is held by the others.
+    """
+
+    def sample(self: Pipeline, request: Request) -> Latents:
+        self.prompts.contexts(request.prompts, self.reporter)
+        latents = request.shape.latent_shapes.map(lambda shape: torch.full(shape, request.seed / 10))
+        return Latents(latents, latents.video, latents)
+
+    monkeypatch.setattr(Pipeline, "sample", sample)
+    monkeypatch.setattr(Pipeline, "decode_audio", lambda self, latents: (torch.zeros(2, 4800), 48000))
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+
+# Made as one by one, and not again
+
+
+def test_many_are_what_each_is_alone(
+    demo: Path, tmp_path: Path, frames: dict[str, torch.Tensor], loads: list[str]
+) -> None:
+    Image.new("RGB", (80, 64), (200, 30, 30)).save(tmp_path / "a.png")
+    lines = [
+        {"prompt": "a boat", "seed": 1, "output": "one.mp4"},
+        {"prompt": "a dog", "negative_prompt": "cats", "num_frames": 17, "output": "two.mkv"},
+        {"prompt": "a boat", "images": [{"path": "a.png", "frame": "last", "strength": 0.5}], "fps": 12.5},
+    ]
+    done = many(demo, written(tmp_path, *lines))
+    assert done.returncode == 0, done.stderr
+    assert loads == ["text"]
+    assert statuses(done) == {1: "done", 2: "done", 3: "done"}
+    assert "3 done, 0 skipped, 0 failed" in done.stdout
+    together = dict(frames)
+    frames.clear()
+    alone = {
+        "two.mkv": ["--prompt", "a dog", "--negative-prompt", "cats", "--num-frames", "17"],
+        "prompts-0003.mp4": ["--prompt", "a boat", "--image", f"{tmp_path}/a.png@last:0.5", "--fps", "12.5"],
+    }
+    for name, flags in alone.items():
+        assert ltxpack("run", demo / "overlay", *FLAGS, *flags, "--no-cache", "-o", tmp_path / name).returncode == 0
+    assert list(together) == ["one.mp4", *alone]
+    assert [len(video) for video in together.values()] == [9, 17, 9]
+    for name, video in frames.items():
+        assert torch.equal(together[name], video), name
+    assert list(frames) == list(alone)
+    assert len({video[:9].sum().item() for video in together.values()}) == 3
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_done_is_skipped_and_what_changed_is_made_again(demo: Path, tmp_path: Path, loads: list[str]) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(picture)
+    lines = [
+        {"prompt": "a boat", "output": "one.mp4"},
+        {"prompt": "a boat", "seed": 2, "output": "two.mp4"},
+        {"prompt": "a boat", "images": [{"path": "a.png"}], "output": "three.mp4"},
+    ]
+    prompts = written(tmp_path, *lines)
+    assert many(demo, prompts).returncode == 0
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+    again = many(demo, prompts, "--no-cache")
+    assert again.returncode == 0
+    assert statuses(again) == {1: "skipped", 2: "skipped", 3: "skipped"}
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(loads) == 1, "nothing is loaded for nothing"
+
+    (tmp_path / "one.mp4").write_bytes(b"another video")
+    (tmp_path / "two.mp4").unlink()
+    Image.new("RGB", (64, 64), (30, 30, 200)).save(picture)
+    assert statuses(many(demo, prompts)) == {1: "done", 2: "done", 3: "done"}
+
+    prompts = written(tmp_path, lines[1], lines[0], lines[2] | {"seed": 3}, name="others.jsonl")
+    assert statuses(many(demo, prompts)) == {1: "skipped", 2: "skipped", 3: "done"}
+    assert statuses(many(demo, prompts, "--modality", "2")) == {1: "done", 2: "done", 3: "done"}
+    assert len(loads) == 1, "only the prompt decides about its contexts"
+
+
+@pytest.mark.usefixtures("quick")
+def test_another_overlay_makes_another_video(demo: Path, tmp_path: Path) -> None:
+    prompts = written(tmp_path, {"prompt": "a boat", "output": "one.mp4"})
+    assert statuses(many(demo, prompts)) == {1: "done"}
+    assert statuses(many(demo, prompts, "--stage1", "base")) == {1: "done"}
+    copy = Path(shutil.copytree(demo / "overlay", tmp_path / "copy" / "overlay", symlinks=True))
+    assert statuses(many(copy.parent, prompts, "--stage1", "base")) == {1: "skipped"}, "the place is not the content"
+    assert ltxpack("bake-lora", copy, "--strength", "0.7").returncode == 0
+    assert statuses(many(copy.parent, prompts, "--stage1", "base")) == {1: "skipped"}
+    stages = ("--stage1", "base", "--stage2", "distilled-0.7")
+    assert statuses(many(copy.parent, prompts, *stages)) == {1: "done"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_record_says_what_the_video_was_made_from(demo: Path, tmp_path: Path) -> None:
+    assert many(demo, written(tmp_path, {"prompt": "a boat", "output": "one.mp4"})).returncode == 0
+    assert names(tmp_path) == ["one.mp4", "one.mp4.json", "prompts.jsonl"]
+    content = (tmp_path / "one.mp4.json").read_text()
+    record = json.loads(content)
+    assert record["request"]["prompt"] == "a boat"
+    assert record["request"]["negative_prompt"] == DEFAULT_NEGATIVE_PROMPT
+    assert (record["request"]["stage1"], record["request"]["stage2"]) == ("distilled-0.25", "distilled-0.5")
+    assert str(tmp_path) not in content
+    assert str(demo) not in content
+
+
+# Lines that cannot be used
+
+
+BAD_LINES: list[tuple[str, str]] = [
+    ("{", "JSON"),
+    ("[]", "not of type 'object'"),
+    ('"a boat"', "not of type 'object'"),
+    ("{}", "prompt"),
+    ('{"prompt": 3}', "3 is not of type 'string'"),
+    ('{"prompt": "a", "prompt": "b"}', "twice"),
+    ('{"prompt": "a", "heigth": 64}', "heigth"),
+    ('{"prompt": "a", "height": 100}', "height: 100"),
+    ('{"prompt": "a", "width": "64"}', "width"),
+    ('{"prompt": "a", "seed": 1.5, "steps": 1}', "seed: 1.5 is not of type 'integer'; steps: 1"),
+    ('{"prompt": "a", "seed": true}', "seed"),
+    ('{"prompt": "a", "seed": 18446744073709551616}', "64 bits"),
+    ('{"prompt": "a", "num_frames": 24}', "multiple of 8, plus 1"),
+    ('{"prompt": "a", "fps": 0}', "fps"),
+    ('{"prompt": "a", "fps": 1e9}', "sound"),
+    ('{"prompt": "a", "fps": NaN}', "NaN"),
+    ('{"prompt": "a", "negative_prompt": null}', "negative_prompt"),
+    ('{"prompt": "a", "images": [{"path": "none.png"}]}', "none.png"),
+    ('{"prompt": "a", "images": [{"path": "text.png"}]}', "text.png"),
+    ('{"prompt": "a", "images": [{"path": "a.png", "frame": 9}]}', "frame from 0 to 8"),
+    ('{"prompt": "a", "images": [{"path": "a.png", "frame": "first"}]}', "images: 0: frame"),
+    ('{"prompt": "a", "images": [{"path": "a.png", "strength": 1.5}]}', "1.5"),
+    ('{"prompt": "a", "images": ["a.png"]}', "images: 0"),
+    ('{"prompt": "a", "output": "b.gif"}', "b.gif"),
+    ('{"prompt": "a", "output": "nowhere/b.mp4"}', "nowhere"),
+    ('{"prompt": "a", "output": "b\\u0000.mp4"}', "file name"),
+    ('{"prompt": "a", "output": "' + "b" * 300 + '.mp4"}', "file name"),
+    ('{"prompt": "a", "output": "taken.mp4"}', "taken.mp4.json"),
+    ('{"prompt": "a", "output": "./good.mp4"}', "same output as line 1"),
+    ('{"prompt": "a", "output": "link/good.mp4"}', "same output as line 1"),
+]
+
+
+def test_all_bad_lines_are_told_with_their_numbers_before_anything_runs(demo: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "taken.mp4.json").write_text('{"mine": true}')
+    (tmp_path / "link").symlink_to(tmp_path)
+    good = {"prompt": "a", "output": "good.mp4"}
+    prompts = written(tmp_path, good, *(line for line, _ in BAD_LINES))
+    before = names(tmp_path)
+    message = refused(many(demo, prompts), 2)
+    assert f"{len(BAD_LINES)} of {len(BAD_LINES) + 1} lines" in message
+    told = dict(re.findall(r"^  - line (\d+): (.*)$", message, re.MULTILINE))
+    for number, (line, words) in enumerate(BAD_LINES, start=2):
+        assert words in told[str(number)], (line, told[str(number)])
+    assert len(told) == len(BAD_LINES)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_a_file_without_lines(content: bytes, demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
+    assert "no line" in refused(many(demo, tmp_path / "p.jsonl"), 2)
+
+
+def test_bytes_that_are_no_text(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    assert "line 1" in refused(many(demo, tmp_path / "p.jsonl"), 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--prompt", "x", "--prompts", "p.jsonl"],
+        ["--prompts", "nowhere.jsonl"],
+        ["--prompts", "."],
+        ["--prompts", "p.jsonl", "--save-tensors", "t.safetensors"],
+    ],
+)
+def test_one_prompt_or_many(arguments: list[str], demo: Path, tmp_path: Path) -> None:
+    written(tmp_path, {"prompt": "x"}, name="p.jsonl")
+    refused(ltxpack("run", demo / "overlay", *arguments, cwd=tmp_path), 2)
+    assert names(tmp_path) == ["p.jsonl"]
+
+
+def test_what_is_no_overlay_is_told_as_ever(demo: Path, tmp_path: Path) -> None:
+    prompts = written(tmp_path, {"prompt": "x"})
+    assert "ltxpack materialize" in refused(ltxpack("run", tmp_path, "--prompts", prompts, *FLAGS), 1)
+
+
+def test_two_at_once_at_one_file_are_refused(demo: Path, tmp_path: Path) -> None:
+    prompts = written(tmp_path, {"prompt": "x"})
+    with batch._claimed(prompts):
+        assert "another ltxpack run" in refused(many(demo, prompts), 2)
+
+
+# How lines are read
+
+
+def jobs(path: Path, output: Path | None = None, **settings: Any) -> list[Any]:
+    small = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
+    return read_jobs(path, {**DEFAULTS, **small, **settings}, output)  # type: ignore[typeddict-item]
+
+
+def test_flags_give_what_a_line_leaves_out(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "flag.png")
+    full = {
+        "prompt": "b", "negative_prompt": "n", "seed": 7.0, "height": 128, "width": 192, "num_frames": 17, "fps": 30,
+        "steps": 4, "images": [],
+    }  # fmt: skip
+    path = written(tmp_path, {"prompt": "a"}, full)
+    plain, given = jobs(path, fps=12.0, images=[f"{tmp_path}/flag.png@last"])
+    assert (plain.request.prompt, plain.request.negative_prompt) == ("a", DEFAULT_NEGATIVE_PROMPT)
+    assert (plain.request.shape.fps, plain.request.seed) == (12.0, 10)
+    assert [(image.path.name, image.frame) for image in plain.request.images] == [("flag.png", 8)]
+    shape = given.request.shape
+    assert (shape.height, shape.width, shape.frames, shape.fps) == (128, 192, 17, 30)
+    assert (given.request.prompt, given.request.negative_prompt, given.request.seed) == ("b", "n", 7)
+    assert isinstance(given.request.seed, int)
+    assert (given.request.steps, list(given.request.images)) == (4, [])
+
+
+def test_paths_are_relative_to_the_file_and_numbers_are_those_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "sub" / "a.png")
+    path = tmp_path / "sub" / "list.jsonl"
+    lines = ['{"prompt": "a", "images": [{"path": "a.png", "frame": 3}]}', "", '{"prompt": "b", "output": "../c.mov"}']
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, '{"prompt": "\u2028"}']).encode())
+    found = jobs(path)
+    assert [job.number for job in found] == [1, 3, 4]
+    assert [job.output for job in found] == [path.with_name("list-0001.mp4"), tmp_path / "sub" / "../c.mov",
+                                             path.with_name("list-0004.mp4")]  # fmt: skip
+    assert [(image.path, image.frame, image.strength) for image in found[0].request.images] == [
+        (tmp_path / "sub" / "a.png", 3, 1.0)
+    ]
+    assert found[2].request.prompt == "\u2028"
+
+
+def test_the_output_flag_serves_one_line(tmp_path: Path) -> None:
+    (only,) = jobs(written(tmp_path, {"prompt": "a"}), tmp_path / "x.mp4")
+    assert only.output == tmp_path / "x.mp4"
+    with pytest.raises(LtxpackError, match="same output as line 1"):
+        jobs(written(tmp_path, {"prompt": "a"}, {"prompt": "b"}), tmp_path / "x.mp4")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=6,
+)
+FIELDS = sorted(json.loads(load_schema("prompts"))["properties"])
+
+
+@given(
+    line=st.binary(max_size=60) | st.dictionaries(st.sampled_from(FIELDS), VALUES).map(lambda f: json.dumps(f).encode())
+)
+def test_whatever_a_line_holds_it_is_a_job_or_told(line: bytes, caches: Path) -> None:
+    folder = caches / "fuzz"
+    folder.mkdir(exist_ok=True)
+    (folder / "p.jsonl").write_bytes(line)
+    try:
+        found = jobs(folder / "p.jsonl")
+    except LtxpackError as error:
+        assert error.exit_status == 2
+    else:
+        assert found
+
+
+def test_the_schema_has_the_flags_and_their_defaults() -> None:
+    flags = {option.name: option for option in run.params if isinstance(option, click.Option)}
+    assert set(FIELDS) <= set(flags)
+    for name, value in DEFAULTS.items():
+        default = flags[name].default
+        assert (value or None) == (default if isinstance(default, int | float | str) else None), name
+
+
+# Failures
+
+
+THREE = [{"prompt": "a boat", "seed": seed, "output": f"{seed}.mp4"} for seed in (1, 2, 3)]
+FAILURES = {
+    2: (LtxpackError("fell over", next="stand up"), "fell over"),
+    3: (OSError(28, "No space left on device"), "No space left on device"),
+    4: (ZeroDivisionError("surprise"), "ZeroDivisionError: surprise"),
+}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failed_line_does_not_stop_the_rest(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = written(tmp_path, *({"prompt": "a", "seed": seed, "output": f"{seed}.mp4"} for seed in range(1, 6)))
+    generate = Pipeline.generate
+
+    def failing(self: Pipeline, request: Request) -> Any:
+        if request.seed in FAILURES:
+            raise FAILURES[request.seed][0]
+        return generate(self, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, "generate", failing)
+        done = many(demo, prompts)
+    message = refused(done, 1)
+    assert statuses(done) == {1: "done", 2: "failed", 3: "failed", 4: "failed", 5: "done"}
+    assert "2 done, 0 skipped, 3 failed" in done.stdout
+    last = message[message.rindex("error: ") :]
+    assert "3 of 5 videos were not made" in last
+    for number, (_, words) in FAILURES.items():
+        assert re.search(f"^  - line {number}: .*{words}", last, re.MULTILINE)
+    assert names(tmp_path) == ["1.mp4", "1.mp4.json", "5.mp4", "5.mp4.json", "prompts.jsonl"]
+    again = many(demo, prompts)
+    assert statuses(again) == {1: "skipped", 2: "done", 3: "done", 4: "done", 5: "skipped"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_memory_that_runs_out_is_told_and_leaves_the_older_video(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = written(tmp_path, *THREE)
+    (tmp_path / "1.mp4").write_bytes(b"older")
+    monkeypatch.setattr(codecs, "decode_video", out_of_memory)
+    done = many(demo, prompts)
+    message = refused(done, 1)
+    assert set(statuses(done).values()) == {"failed"}
+    assert re.search(r"ran out of memory\n.*7 GiB\n  next: \w+", message)
+    assert names(tmp_path) == ["1.mp4", "prompts.jsonl"]
+    assert (tmp_path / "1.mp4").read_bytes() == b"older"
+
+
+@pytest.mark.usefixtures("quick")
+def test_prompts_that_cannot_be_encoded_fail_every_line(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "load_text_encoder", out_of_memory)
+    done = many(demo, written(tmp_path, *THREE))
+    assert refused(done, 1).count("ran out of memory") >= 3
+    assert statuses(done) == {1: "failed", 2: "failed", 3: "failed"}
+    assert names(tmp_path) == ["prompts.jsonl"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_line_that_would_not_fit_fails_before_anything_is_loaded(
+    demo: Path, tmp_path: Path, loads: list[str]
+) -> None:
+    lines = [{"prompt": "a", "height": 64 * 10**6, "output": "vast.mp4"}, {"prompt": "b", "output": "small.mp4"}]
+    done = many(demo, written(tmp_path, *lines))
+    assert "memory" in refused(done, 1)
+    assert statuses(done) == {1: "failed", 2: "done"}
+    assert len(loads) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_after_an_interrupt_the_same_command_goes_on(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = written(tmp_path, *THREE)
+    decode, count = codecs.decode_video, []
+
+    def interrupted(*arguments: Any) -> Any:
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codecs, "decode_video", interrupted)
+        done = many(demo, prompts)
+    assert done.returncode == 130
+    assert "goes on from where it stopped" in done.stderr
+    assert names(tmp_path) == ["1.mp4", "1.mp4.json", "prompts.jsonl"]
+    assert statuses(many(demo, prompts)) == {1: "skipped", 2: "done", 3: "done"}
+    assert names(tmp_path) == sorted(["prompts.jsonl", *(f"{n}.mp4{end}" for n in (1, 2, 3) for end in ("", ".json"))])
+
+
+def test_a_real_interrupt_leaves_nothing_half_written(demo: Path, tmp_path: Path) -> None:
+    prompts = written(tmp_path, {"prompt": "a boat", "num_frames": 65})
+    command = [sys.executable, "-m", "ltxpack", "run", demo / "overlay", "--prompts", prompts, *FLAGS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:
+        assert process.stderr is not None
+        assert "decode\n" in process.stderr
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "goes on from where it stopped" in told
+    assert "Traceback" not in told
+    assert names(tmp_path) == ["prompts.jsonl"]
+
+
+# Encoded prompts on disk, from the command line
+
+
+def test_a_second_video_with_the_same_prompt_loads_no_text_encoder(
+    demo: Path, tmp_path: Path, loads: list[str], cache: Path
+) -> None:
+    def one(*flags: str | Path) -> bytes:
+        tensors = tmp_path / "t.safetensors"
+        given = (*FLAGS, "--prompt", "a boat", "-o", tmp_path / "v.mp4", "--save-tensors", tensors, *flags)
+        assert ltxpack("run", demo / "overlay", *given).returncode == 0
+        return tensors.read_bytes()
+
+    first = one("--no-cache")
+    assert not cache.exists()
+    assert one() == first
+    assert len(loads) == 2
+    assert len(list((cache / "contexts").iterdir())) == 1
+    assert one() == first
+    assert len(loads) == 2
+
+
+def test_records_lie_beside_their_videos() -> None:
+    assert record_path(Path("a/b.mp4")) == Path("a/b.mp4.json")
