@@ -35,7 +35,7 @@ HASHED = 256 << 20
 CHUNK = 64 << 10
 MEMBER = "hf_member"  # a token whose account has accepted every licence
 STRANGER = "hf_stranger"  # a token whose account has accepted none
-HOUSEKEEPING = "/api/agent-harnesses"  # asked by huggingface_hub once a process, whatever the test: neither fault nor log
+HOUSEKEEPING = "/api/agent-harnesses"  # asked by huggingface_hub itself once a process: neither logged nor made to fail
 
 
 @dataclass(frozen=True)
