@@ -101,9 +101,14 @@ class Renoise:
 def renoise(sigma: Tensor, target: Tensor) -> Renoise:
     """The coefficients for two 0-dim CPU tensors, computed in their dtype: fp32 for steps, fp64 for substeps."""
     up = torch.minimum(0.5 * target, 0.9999 * target)
-    residual = (target**2 - up**2).clamp(min=0).sqrt()
+    residual = _sqrt((target**2 - up**2).clamp(min=0))
     alpha = (1 - target) + residual
     return Renoise(sigma.item(), (sigma - target).item(), alpha.item(), (residual / alpha).item(), up.item())
+
+
+def _sqrt(value: Tensor) -> Tensor:
+    """Correctly rounded, so the plan is the same everywhere; on some CPUs torch's fp32 root is one ulp off."""
+    return torch.tensor(math.sqrt(value.item()), dtype=value.dtype)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def res2s_plan(sigmas: Tensor) -> Plan:
 
 
 def _step(sigma: Tensor, target: Tensor) -> Step:
-    middle = torch.sqrt(sigma.double() * target.double())
+    middle = _sqrt(sigma.double() * target.double())
     h = -torch.log(target.double() / sigma.double()).item()
     a, b1, b2 = res2s_weights(h)
     return Step(

@@ -22,6 +22,7 @@ UNPERTURBED = AV(NONE, NONE)
 # The official code itself, run with other threads and kernels, moves by 5e-6 in fp32 and 1.4e-2 in bf16.
 FP32_LIMIT = 1e-5
 BF16_LIMIT = 1.4e-2
+CPUINFO = Path("/proc/cpuinfo")
 # cond.args.<modality>.<name> -> our rows of the same thing.
 ARGUMENTS = {
     "adaln_token0": "adaln",
@@ -177,7 +178,9 @@ def test_every_recorded_fp32_tensor_is_reproduced(fp32: Recorded) -> None:
 def test_bf16_is_bit_equal_where_this_machine_multiplies_like_the_recorder(bf16: Recorded) -> None:
     found = everything(bf16)
     canary = "cond.args.{}.x"  # one matrix product, before anything of ours has happened
-    same_kernels = all(torch.equal(found[canary.format(m)], bf16.tensors[canary.format(m)]) for m in ("video", "audio"))
+    same_product = all(torch.equal(found[canary.format(m)], bf16.tensors[canary.format(m)]) for m in ("video", "audio"))
+    # Small products come out alike on more CPUs than large ones: only matrix tiles sum everything in their order.
+    same_kernels = same_product and CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text().split()
     limit = 0.0 if same_kernels else BF16_LIMIT
     outputs = [name for name in found if name.endswith("velocity") or ".block" in name]
     errors = {name: relative_l2(found[name], bf16.tensors[name]) for name in outputs}
