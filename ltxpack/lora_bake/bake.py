@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +105,8 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
             jobs = _jobs(options, base, known)
             if all(_is_there(job, manifest.bakes.get(job.name), options.overlay) for job in jobs):
                 return [_told(job, manifest.bakes[job.name]) for job in jobs]
+        # Importing torch takes as long as reading a LoRA: on another thread, one hides the other.
+        threading.Thread(target=importlib.import_module, args=("torch",)).start()
         loras = [_scanned(place, base, options, manifest, reporter) for place in found]
         jobs = _jobs(options, base, loras)
         new = [job for job in jobs if not _is_there(job, manifest.bakes.get(job.name), options.overlay)]
@@ -149,7 +153,7 @@ def _scanned(
     found: Found, base: BaseTransformer, options: BakeOptions, manifest: Manifest, reporter: Reporter
 ) -> _Lora:
     """The LoRA fitted, hashed and looked through for NaN. Raises OverlayError if the overlay's own has changed."""
-    from ltxpack.lora_bake.factors import scan
+    from ltxpack.lora_bake.scan import scan
 
     adapter = found.adapter(base.shapes, options.allow_unmatched)
     for warning in adapter.warnings:

@@ -1,4 +1,4 @@
-"""Reads an adapter's tensors: once from end to end to hash and judge them, then factor by factor as they are fused."""
+"""Reads an adapter's tensors, factor by factor, as they are fused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from blake3 import blake3
 
-from ltxpack.errors import AdapterError
 from ltxpack.lora_bake.adapter import Adapter, Part
 from ltxpack.lora_bake.fuse import Term, Workspace
-from ltxpack.lora_bake.reading import blocks, fill, with_config
-from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import open_source, read_tensorfile
+from ltxpack.lora_bake.reading import fill
+from ltxpack.tensorfile import open_source
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -25,42 +22,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-
-
-def scan(adapter: Adapter, reporter: Reporter) -> str:
-    """The adapter's blake3 (of the weights, and of a PEFT configuration if there is one), every factor looked at.
-
-    Raises AdapterError listing the tensors that hold NaN or infinity.
-    """
-    with single_thread():
-        return _scan(adapter, reporter)
-
-
-def _scan(adapter: Adapter, reporter: Reporter) -> str:
-    wanted = {part.key for target in adapter.targets.values() for part in target.parts}
-    tensors = [info for info in read_tensorfile(adapter.path).tensors.values() if info.name in wanted]
-    hasher, bad, position = blake3(), [], 0
-    reporter.begin(f"read {adapter.path.name}", adapter.size, "B")
-    with open_source(adapter.path) as file:
-        for info in tensors:
-            for data in blocks(file.fileno(), position, info.start, adapter.path):
-                hasher.update(data)
-                reporter.advance(len(data))
-            finite = True
-            for data in blocks(file.fileno(), info.start, info.start + info.nbytes, adapter.path):
-                hasher.update(data)
-                finite = finite and _all_finite(data, DTYPES[info.dtype])
-                reporter.advance(len(data))
-            position = info.start + info.nbytes
-            if not finite:
-                bad.append(info.name)
-        for data in blocks(file.fileno(), position, adapter.size, adapter.path):
-            hasher.update(data)
-            reporter.advance(len(data))
-    reporter.end()
-    if bad:
-        raise AdapterError(f"holds NaN or infinity in {len(bad)} tensors", file=adapter.path, items=bad)
-    return with_config(hasher.hexdigest(), adapter.config)
 
 
 @contextlib.contextmanager
@@ -117,10 +78,3 @@ class FactorReader:
         memory = work.empty(use, (part.nbytes,), torch.uint8)
         fill(self._file.fileno(), memory.numpy().data, part.start, self.adapter.path)
         return memory.view(DTYPES[part.dtype]).reshape(part.shape)
-
-
-def _all_finite(data: memoryview, dtype: torch.dtype) -> bool:
-    values = torch.frombuffer(data, dtype=dtype)
-    if values.element_size() == 1:
-        values = values.float()
-    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())

@@ -26,8 +26,9 @@ KERNELS = ("fp32", "addmm", "official")
 # Rows of so many elements are fused at a time: what fits a core's cache, and for addmm what pays for packing A once
 # more. Constants: the bits must not depend on the machine.
 CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 21}
-# Measuring goes through a weight in parts that stay in a core's cache, norms in runs that one thread sums.
-_PART, _RUN = 1 << 18, 1 << 10
+# Measuring goes through a weight in parts that stay in a core's cache, norms in runs that one thread sums, products of
+# factors with themselves in bands of so many rows.
+_PART, _RUN, _BAND = 1 << 18, 1 << 10, 64
 _CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 
 
@@ -233,7 +234,8 @@ def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -
         for j, second in enumerate(products[:i]):
             # <a, b> = (|a + b|² - |a|² - |b|²) / 2
             inner[i, j] = inner[j, i] = (square_sum(first + second) - inner[i, i] - inner[j, j]) / 2
-    return [max(0.0, float(np.asarray(row) @ inner @ np.asarray(row))) for row in scales]
+    sums = [float(np.asarray(row) @ inner @ np.asarray(row)) for row in scales]
+    return [math.inf if math.isnan(total) else max(0.0, total) for total in sums]
 
 
 def _sum(
@@ -301,9 +303,20 @@ def _fuse_addmm(weight: Tensor, term: Term, strengths: Sequence[float], results:
 
 
 def _product_square(up: Tensor, down: Tensor) -> float:
-    """|B·A|² = sum of (BᵀB)∘(A·Aᵀ): the norm of a product without making it."""
-    inner = (up.T @ up).float().mul_((down @ down.T).float())
-    return max(0.0, inner.double().sum().item())
+    """|B·A|² without making the product; again in float64 where factors so uneven overflow on the way."""
+    total = _gram_sum(up, down)
+    return max(0.0, total if math.isfinite(total) else _gram_sum(up.double(), down.double()))
+
+
+def _gram_sum(up: Tensor, down: Tensor) -> float:
+    """Sum of (BᵀB)∘(A·Aᵀ), both symmetric: of either only the bands on and above the diagonal are made."""
+    total = 0.0
+    for first in range(0, len(down), _BAND):
+        left = up[:, first : first + _BAND].T @ up[:, first:]
+        right = down[first : first + _BAND] @ down[first:].T
+        inner = left.double().mul_(right.double())
+        total += 2 * inner.sum().item() - inner[:, : len(inner)].sum().item()
+    return total
 
 
 def _is_plain(terms: Sequence[Term]) -> bool:

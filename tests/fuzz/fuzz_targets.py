@@ -22,7 +22,7 @@ from ltxpack import demo
 from ltxpack.errors import LtxpackError
 from ltxpack.lora_bake import BakeOptions, plan_bake
 from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.factors import scan
+from ltxpack.lora_bake.scan import scan
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 from ltxpack.materialize import Options, inspect_path, materialize, plan_overlay
 from ltxpack.materialize.access import Access

@@ -24,9 +24,10 @@ from lora_support import (
 
 from ltxpack.errors import AdapterError, FormatError, LtxpackError, SourceError
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
-from ltxpack.lora_bake.factors import FactorReader, scan
+from ltxpack.lora_bake.factors import FactorReader
 from ltxpack.lora_bake.fuse import fuse_fp32
 from ltxpack.lora_bake.reading import hash_adapter
+from ltxpack.lora_bake.scan import scan
 from ltxpack.reporter import SilentReporter
 
 RANK, ALPHA = 4, 8.0

@@ -591,7 +591,7 @@ def test_a_disk_too_small_is_found_before_the_first_byte(overlay: Path, monkeypa
 
 def test_the_lora_is_not_read_for_what_is_there_already(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(overlay, 0.5)
-    monkeypatch.setattr("ltxpack.lora_bake.factors.scan", lambda *_: pytest.fail("the LoRA was read"))
+    monkeypatch.setattr("ltxpack.lora_bake.scan.scan", lambda *_: pytest.fail("the LoRA was read"))
     run(overlay, 0.5)
 
 

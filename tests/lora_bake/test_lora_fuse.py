@@ -238,6 +238,16 @@ def test_overflow_in_any_row_chunk_is_seen() -> None:
         assert first.finite and not last.finite, kernel
 
 
+def test_uneven_factors_do_not_overflow_the_norm() -> None:
+    weight, term = matrix(64, 96), factors(64, 96, 100)
+    assert term.up is not None and term.down is not None
+    even = fuse_rows(weight, [term], [[0.7]], "addmm")[0]
+    uneven = fuse_rows(weight, [Term(1.0, term.down * 2.0**-70, term.up * 2.0**70)], [[0.7]], "addmm")[0]
+    assert uneven.finite and uneven.delta_square == pytest.approx(even.delta_square, rel=2e-2)
+    exact = (0.7 * term.up.double() @ term.down.double()).square().sum().item()
+    assert even.delta_square == pytest.approx(exact, rel=2e-2)
+
+
 def test_row_chunks_add_up_to_the_whole(kernel: str = "addmm") -> None:
     weight, term = matrix(64, 96), factors(64, 96, 8)
     [whole] = fuse_rows(weight, [term], [[0.7]], kernel)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_support import linears, official, shapes
 
 from ltxpack.errors import LtxpackError
 from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.factors import FactorReader, scan
+from ltxpack.lora_bake.factors import DTYPES, FactorReader
 from ltxpack.lora_bake.fuse import fuse_fp32
+from ltxpack.lora_bake.scan import all_finite, scan
 from ltxpack.reporter import SilentReporter
 from ltxpack.tensorfile import DTYPE_BITS
 
@@ -86,13 +89,7 @@ def test_any_header_is_an_adapter_or_one_message(
             for name in adapter.targets:
                 term = reader.term(name)
                 assert term is not None and name in SHAPES
-                fuse_fp32(torch_zeros(SHAPES[name]), [term], [0.5])
-
-
-def torch_zeros(shape: tuple[int, ...]):
-    import torch
-
-    return torch.zeros(shape)
+                fuse_fp32(torch.zeros(SHAPES[name]), [term], [0.5])
 
 
 configurations = st.recursive(
@@ -156,3 +153,22 @@ def test_ten_thousand_foreign_targets_are_judged_in_time(tmp_path: Path) -> None
     with pytest.raises(LtxpackError, match="another model"):
         open_adapter(tmp_path / "x.safetensors", SHAPES)
     assert time.perf_counter() - started < 10
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(DTYPES)), st.binary(min_size=8, max_size=64))
+def test_a_value_is_finite_where_torch_says_so(dtype: str, drawn: bytes) -> None:
+    data = bytearray(drawn[: len(drawn) // 8 * 8])
+    values = torch.frombuffer(data, dtype=DTYPES[dtype])
+    assert all_finite(memoryview(data), dtype) == bool(torch.isfinite(values.double()).all())
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("at", [0, 1, 200_000, 299_999])
+def test_one_bad_value_among_many_is_found(dtype: str, value: float, at: int) -> None:
+    values = torch.ones(300_000).to(DTYPES[dtype])
+    assert all_finite(values.view(torch.uint8).numpy().data, dtype)
+    values[at] = value
+    if not torch.isfinite(values[at].double()):  # F8_E4M3 has no infinity
+        assert not all_finite(values.view(torch.uint8).numpy().data, dtype)
