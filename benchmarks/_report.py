@@ -15,7 +15,8 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 PACKAGES = ("torch", "safetensors", "diffusers", "peft", "numpy", "blake3")
-BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+MATRIX_UNIT = "amx_bf16"
+BF16_FLAGS = (MATRIX_UNIT, "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def machine(scratch: Path) -> dict[str, str]:
     return {
         "date": datetime.date.today().isoformat(),
         "CPU": f"{info.get('model name', platform.machine())}, {usable_cores()} cores",
-        "bf16 matrix unit": ", ".join(units) or "none",
+        "bf16 unit": ", ".join(units) or "none",
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB",
         "filesystem": filesystem(scratch),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from _checkpoint import REAL, TINY, Source, Widths, checkpoint_shapes, config, lora_shapes, make_source
-from _items import LTXPACK, Places, bake_command, bake_items, copy_items, verify_items
+from _items import LTXPACK, RIVALS, Places, bake_command, bake_items, copy_items, verify_items
 from _marks import BAKE_PEAK, BAKE_TARGETS, GB, Findings, Flat, flat_table, mark_table
 from _measure import Bench, Costs, Item, files_under
-from _report import BF16_FLAGS, RESULTS, Table, machine, write_results
+from _report import MATRIX_UNIT, RESULTS, Table, machine, write_results
 
 from ltxpack.tensorfile import read_tensorfile
 
@@ -59,7 +60,7 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
     """Everything, in ``scratch``, which may be filled: the text, and the figures as JSON values."""
     facts = machine(scratch)
     bench, places = Bench(scratch, say), Places(scratch)
-    groups, costs, start = _measured(settings, bench, places, say)
+    groups, costs, start, arithmetic = _measured(settings, bench, places, say)
     say("memory by size")
     flat = memory(bench, places, settings)
     say("accuracy")
@@ -71,11 +72,12 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
         flat=flat,
         bake_limit=bake_limit(settings.widths, settings.blocks),
         real=settings.widths == REAL,
-        bf16_unit=any(flag in facts["bf16 matrix unit"] for flag in BF16_FLAGS),
+        arithmetic=arithmetic,
+        matrix_unit=MATRIX_UNIT in facts["bf16 unit"],
     )
     marks = found.marks()
     tables = [found.cost_table(title, [item.key for item in group]) for title, group in groups.items()]
-    tables += [_start_table(start), flat_table(flat), *accuracy_tables, mark_table(marks)]
+    tables += [_start_table(start, arithmetic), flat_table(flat), *accuracy_tables, mark_table(marks)]
     facts |= {
         "cold by": "; ".join(sorted(bench.how_cold)),
         "cp": f"`{places.cp}`, then `sync` of what it wrote",
@@ -87,6 +89,7 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
         "payload": {key: item.payload for key, item in found.items.items()},
         "costs": {key: {turn: asdict(cost) for turn, cost in runs.items()} for key, runs in costs.items()},
         "start_up": start,
+        "arithmetic": arithmetic,
         "memory": [asdict(one) for one in flat],
         "accuracy": accuracy_rows,
         "marks": [asdict(mark) for mark in marks],
@@ -97,8 +100,8 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
 
 def _measured(
     settings: Settings, bench: Bench, places: Places, say: Say
-) -> tuple[dict[str, list[Item]], Costs, dict[str, float]]:
-    """Items by the title of their table, costs by item, and start-up times; leaves nothing behind."""
+) -> tuple[dict[str, list[Item]], Costs, dict[str, float], float]:
+    """Items by the title of their table, costs by item, start-up times, bare products; leaves nothing behind."""
     say(f"making a checkpoint of {settings.blocks} blocks")
     source = make_source(places.scratch / "main", settings.blocks, settings.widths)
     title = f"Copy of {_size([source.checkpoint])}"
@@ -113,10 +116,11 @@ def _measured(
     groups |= {"Verify": verify_items(places), title: bake_items(places, source.lora)}
     costs |= bench.in_turn(groups["Verify"], settings.runs)
     costs |= bench.in_turn(groups[title], settings.runs)
+    arithmetic = bare_arithmetic(source.lora)
     places.clear()
     shutil.rmtree(places.overlay)
     shutil.rmtree(source.folder.parent)
-    return groups, costs, start
+    return groups, costs, start, arithmetic
 
 
 def start_up(bench: Bench, places: Places, source: Source) -> dict[str, float]:
@@ -127,6 +131,11 @@ def start_up(bench: Bench, places: Places, source: Source) -> dict[str, float]:
         "ours 1": [*bake_command(places.overlay, source.lora, 1), "--plan", "--json"],
     }
     return {key: min(bench.run(command).wall for _ in range(STARTS)) for key, command in commands.items()}
+
+
+def bare_arithmetic(lora: Path) -> float:
+    """Seconds of the matrix products of one strength, from memory to memory on all cores."""
+    return float(subprocess.run([*RIVALS, "addmm", str(lora)], check=True, capture_output=True, text=True).stdout)
 
 
 def memory(bench: Bench, places: Places, settings: Settings) -> list[Flat]:
@@ -178,10 +187,11 @@ def _accuracy(settings: Settings) -> tuple[list[Table], list[dict[str, Any]]]:
     return accuracy.tables(rows), [asdict(row) for row in rows]
 
 
-def _start_table(start: dict[str, float]) -> Table:
+def _start_table(start: dict[str, float], arithmetic: float) -> Table:
     names = {"ours": "ltxpack materialize --plan", "ours 1": "ltxpack bake-lora --plan"}
     rows = tuple((names[key], f"{seconds:.2f}") for key, seconds in start.items())
-    return Table("Start-up (imports, headers), in every time above", ("", "wall, s"), rows)
+    products = ("the bare bf16 products of one strength, on all cores", f"{arithmetic:.2f}")
+    return Table("Start-up (imports, headers) and arithmetic, in every time above", ("", "wall, s"), (*rows, products))
 
 
 def _size(files: Sequence[Path]) -> str:

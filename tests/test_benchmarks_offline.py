@@ -50,7 +50,7 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
         assert len(runs) == 1, key
         assert all(0 < run["wall"] < 120 and run["cpu"] > 0 and run["peak"] > 1e6 for run in runs.values()), key
     assert [one["blocks"] for one in document["memory"]] == [1, 2]
-    assert len(document["marks"]) == 10 and document["accuracy"]
+    assert len(document["marks"]) == 12 and document["accuracy"] and 0 < document["arithmetic"] < 60
     for part in ("Copy of", "Verify", "Bake of 96 linears", "Memory by size", "Accuracy", "Marks"):
         assert f"### {part}" in text
 
@@ -124,7 +124,8 @@ def test_cold_files_are_out_of_the_page_cache(tmp_path: Path) -> None:
     assert _measure.resident(path) == 1.0
 
 
-def test_ratios_are_taken_within_a_round() -> None:
+@pytest.mark.parametrize("unit", [True, False])
+def test_ratios_are_taken_within_a_round(unit: bool) -> None:
     def items(key: str, floor: str | None) -> _measure.Item:
         return _measure.Item(key, key, (), (), 10**9, lambda: None, floor)
 
@@ -141,16 +142,21 @@ def test_ratios_are_taken_within_a_round() -> None:
         [Flat(2, 1, 60_000_000, 1, 1), Flat(8, 1, 69_000_000, 1, 1)],
         5e7,
         real=True,
-        bf16_unit=True,
+        arithmetic=1.6,
+        matrix_unit=unit,
     )
     assert found.ratios("ours") == pytest.approx([0.9, 1.1, 0.75])
     met = {mark.what: (mark.found, mark.met) for mark in found.marks()}
     assert met["copy: wall to cp"] == ("0.90 (0.75-1.10) ×", True)
     assert met["copy: CPU per GB"] == ("0.40 s", True)
     assert met["copy: growth of memory from 2 to 8 blocks"] == ("9.0 MB", False)
-    assert met["bake, one strength: wall to the floor"] == ("2.00 ×", False)
-    assert met["bake, one strength: the same less 1.2 s of start-up"] == ("0.80 ×", True)
-    assert met["bake, two strengths: wall to the floor"] == ("0.75 (0.50-1.25) ×", True)
+    assert met["bake, one strength: wall to the floor"] == ("2.00 ×", False if unit else None)
+    assert met["bake, one strength: the same less 1.2 s of start-up"] == ("0.80 ×", None)
+    larger = "bake, one strength: wall to the larger of the floor and 1.6 s"
+    assert met[larger] == ("1.25 ×", None if unit else False)
+    assert met["bake, two strengths: wall to the floor"] == ("0.75 (0.50-1.25) ×", True if unit else None)
+    larger = "bake, two strengths: wall to the larger of the floor and 3.2 s"
+    assert met[larger] == ("0.47 (0.31-0.78) ×", None if unit else True)
     assert met["bake, two strengths: peak memory"] == ("60 MB", False)
 
 
