@@ -7,10 +7,12 @@ is summed in one piece never depends on the number of threads.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -75,7 +77,7 @@ class Engine:
         self.whole = arithmetic.kernel == "official"
         workers = 2 if self.whole else min(CHUNKS_PER_READ, usable_cores())
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="ltxpack-fuse")
-        self.sums = [Workspace() for _ in range(CHUNKS_PER_READ)]
+        self.own = threading.local()
         # While the results of one read are written, those of the next are made.
         self.results = [[Workspace() for _ in range(CHUNKS_PER_READ)] for _ in range(2)]
         self._settings = contextlib.ExitStack()
@@ -109,19 +111,21 @@ class Engine:
                 for root, item in items
             ]
             self.reporter.advance(sum(len(item.header) for _, item in items))
-            reader = stack.enter_context(RangeReader([step.range for step in steps]))
+            reader = stack.enter_context(RangeReader([step.range for step in steps], buffers=3, kept=1))
             terms = _TermsAhead(self, [step.info.name for step in steps if step.info and step.chunks])
             fusing = _Fusing(self, outputs, writers, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
+            hashed: Future[object] | None = None
             for step, data in zip(steps, reader, strict=True):
+                if hashed is not None:
+                    hashed.result()
                 hashed = self.pool.submit(hasher.update, data)
                 if step.info is not None:
-                    if step.lead:
-                        fusing.copy(data[: step.lead], range(len(outputs)))
-                    rows = fusing.gathered(step.info, data[step.lead :]) if self.whole else data[step.lead :]
-                    if step.chunks:
-                        fusing.fuse(step, step.info, rows, terms.of(step.info.name))
+                    fusing.fuse(step, step.info, data, terms)
                 elif step.range.start:
-                    fusing.copy(data, range(len(outputs)))
+                    fusing.copy(data)
+                # With the next read, the bytes of the one before this are gone.
+                fusing.settle(left=1)
+            if hashed is not None:
                 hashed.result()
             fusing.settle()
             _refuse_overflow(fusing.overflow, shard)
@@ -163,6 +167,13 @@ class Engine:
             group = chunks[i : i + CHUNKS_PER_READ]
             yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
 
+    def workspace(self) -> Workspace:
+        """The calling thread's memory for sums."""
+        if not hasattr(self.own, "sums"):
+            self.own.sums = Workspace()
+        sums: Workspace = self.own.sums
+        return sums
+
     def load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
         """Every adapter's term for a weight, ready for the kernel; each in its workspace."""
         device, kernel = self.arithmetic.device, self.arithmetic.kernel
@@ -181,80 +192,103 @@ class _Fusing:
         self._outputs = outputs
         self._writers = writers
         self._thread = thread
-        self._written: deque[tuple[bool, Future[None]]] = deque()
+        self._under_way: deque[Future[None]] = deque()
         self._turn = 0
         self._whole = Workspace()
         self._filled = 0
 
     def settle(self, left: int = 0) -> None:
-        """Wait until the results of at most ``left`` reads are still to be written. Raises what writing raised."""
-        while self._written and (left == 0 or sum(fused for fused, _ in self._written) > left):
-            self._written.popleft()[1].result()
+        """Wait until at most ``left`` reads are still to be fused or written. Raises what that raised."""
+        while len(self._under_way) > left:
+            self._under_way.popleft().result()
 
-    def copy(self, data: memoryview, targets: Iterable[int]) -> None:
-        """Write ``data`` as it is to these outputs; it is not needed any more when this returns."""
-        if len(data) <= SMALL_BYTES:  # not worth waiting for
-            kept = memoryview(bytes(data))
-            self._later([(i, kept) for i in targets])
+    def copy(self, data: memoryview) -> None:
+        """Write ``data`` to every output as it is."""
+        self._later(lambda: self._write(range(len(self._outputs)), data))
+
+    def fuse(self, step: Step, info: TensorInfo, data: memoryview, terms: _TermsAhead) -> None:
+        """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
+        touching = [i for i, output in enumerate(self._outputs) if info.name in output.touched]
+        others = [i for i in range(len(self._outputs)) if i not in touching]
+        lead, rows = data[: step.lead], data[step.lead :]
+        if self._engine.whole:
+            self._later(functools.partial(self._write, range(len(self._outputs)), bytes(lead)))
+            weight = self._gathered(info, rows)
+            if step.chunks:
+                self._fuse_whole(step, info, weight, terms.of(info.name), touching, others)
             return
-        self._later([(i, data) for i in targets])
-        self.settle()
+        self._turn = 1 - self._turn
+        made = self._rows(step, info, rows, terms.of(info.name), touching)
 
-    def gathered(self, info: TensorInfo, data: memoryview) -> memoryview:
+        def write() -> None:
+            self._write(range(len(self._outputs)), lead)
+            self._write_fused(info, touching, made)
+            self._write(others, rows)
+
+        self._later(write)
+
+    def _fuse_whole(
+        self,
+        step: Step,
+        info: TensorInfo,
+        weight: memoryview,
+        terms: Sequence[Term | None],
+        touching: Sequence[int],
+        others: Sequence[int],
+    ) -> None:
+        """The official rule: weights are large, so one bake's result at a time; only that is still to be written."""
+        for i in touching:
+            self.settle()
+            made = self._rows(step, info, weight, terms, [i])
+            wait(made)
+            self._later(functools.partial(self._write_fused, info, [i], made))
+        if others:
+            self.settle()
+            self._write(others, weight)
+
+    def _gathered(self, info: TensorInfo, data: memoryview) -> memoryview:
         """The tensor's memory with ``data`` put behind what came before."""
         memory = self._whole.empty("weight", (info.nbytes,), torch.uint8).numpy().data
         memory[self._filled : self._filled + len(data)] = data
         self._filled = (self._filled + len(data)) % info.nbytes
         return memory
 
-    def fuse(self, step: Step, info: TensorInfo, data: memoryview, terms: Sequence[Term | None]) -> None:
-        """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
-        touching = [i for i, output in enumerate(self._outputs) if info.name in output.touched]
-        others = [i for i in range(len(self._outputs)) if i not in touching]
-        # Whole weights are large: under the official rule one bake's result at a time.
-        for batch in [[i] for i in touching] if self._engine.whole else [touching]:
-            self.settle(0 if self._engine.whole else 1)
-            self._turn = 0 if self._engine.whole else 1 - self._turn
-            made = self._rows(step, info, data, terms, batch)
-            parts = [(i, _bytes(fused.weight)) for chunk in made for i, fused in zip(batch, chunk, strict=True)]
-            self._later(parts, fused=True)
-            for chunk in made:
-                for i, fused in zip(batch, chunk, strict=True):
-                    self._measure(self._outputs[i], info, fused)
-        if others:
-            self.copy(data, others)
-
     def _rows(
         self, step: Step, info: TensorInfo, data: memoryview, terms: Sequence[Term | None], batch: Sequence[int]
-    ) -> list[list[Fused]]:
-        """The results of each row chunk, for each output of ``batch``."""
+    ) -> list[Future[list[Fused]]]:
+        """The results of each row chunk, for each output of ``batch``, as they will come."""
         engine = self._engine
         present = {i: term for i, term in enumerate(terms) if term is not None}
         strengths = [[self._outputs[i].strengths[lora] for lora in present] for i in batch]
         weight = torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
-        start = step.chunks[0][0]
+        start, results = step.chunks[0][0], engine.results[self._turn]
 
         def rows(slot: int) -> list[Fused]:
             first, last = step.chunks[slot]
             part = weight[first - start : last - start].to(engine.arithmetic.device)
             cut = [term.rows(first, last) for term in present.values()]
-            results = engine.results[self._turn][slot]
-            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.sums[slot], results)
+            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.workspace(), results[slot])
 
-        return list(engine.pool.map(rows, range(len(step.chunks))))
+        return [engine.pool.submit(rows, slot) for slot in range(len(step.chunks))]
+
+    def _write_fused(self, info: TensorInfo, batch: Sequence[int], made: Sequence[Future[list[Fused]]]) -> None:
+        for chunk in made:
+            for i, fused in zip(batch, chunk.result(), strict=True):
+                self._write([i], _bytes(fused.weight))
+                self._measure(self._outputs[i], info, fused)
 
     def _measure(self, output: Output, info: TensorInfo, fused: Fused) -> None:
         if not fused.finite:
             self.overflow[info.name] = None
         output.stats[info.name] = _added(output.stats.get(info.name), info, fused)
 
-    def _later(self, parts: Sequence[tuple[int, memoryview]], fused: bool = False) -> None:
-        def write() -> None:
-            for i, part in parts:
-                self._writers[i].write(part)
-                self._engine.reporter.advance(len(part))
+    def _write(self, targets: Iterable[int], data: memoryview | bytes) -> None:
+        for i in targets:
+            self._writers[i].write(data)
+            self._engine.reporter.advance(len(data))
 
-        self._written.append((fused, self._thread.submit(write)))
+    def _later(self, write: Callable[[], None]) -> None:
+        self._under_way.append(self._thread.submit(write))
 
 
 class _TermsAhead:
@@ -263,8 +297,8 @@ class _TermsAhead:
     def __init__(self, engine: Engine, names: Sequence[str]) -> None:
         self._engine = engine
         self._left = list(reversed(dict.fromkeys(names)))
-        # Two sets of workspaces take turns: one in use, one being filled.
-        self._works = [[Workspace() for _ in engine.readers] for _ in range(2)]
+        # Three sets of workspaces take turns: one of which sums are still made, one in use, one being filled.
+        self._works = [[Workspace() for _ in engine.readers] for _ in range(3)]
         self._name = ""
         self._terms: list[Term | None] = []
         self._ahead = self._submit()
@@ -278,7 +312,7 @@ class _TermsAhead:
         return self._terms
 
     def _submit(self) -> Future[list[Term | None]] | None:
-        self._works.reverse()
+        self._works.append(self._works.pop(0))
         return self._engine.pool.submit(self._engine.load, self._left[-1], self._works[0]) if self._left else None
 
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -62,13 +63,14 @@ class Range(NamedTuple):
 class RangeReader:
     """Yields the bytes of each range in order, read ahead on a thread into ``buffers`` reusable buffers.
 
-    A view is valid until the next one is asked for. It starts at a multiple of 8 bytes in memory. Memory used:
-    ``buffers`` times the largest range. Use as a context manager; raises SourceError, or FormatError for a file that
-    ends before the range does.
+    A view is valid until the next one is asked for, and ``kept`` more after that. It starts at a multiple of 8 bytes in
+    memory. Memory used: ``buffers`` (more than ``kept``) times the largest range. Use as a context manager; raises
+    SourceError, or FormatError for a file that ends before the range does.
     """
 
-    def __init__(self, ranges: Sequence[Range], *, buffers: int = 2, direct: bool = True) -> None:
+    def __init__(self, ranges: Sequence[Range], *, buffers: int = 2, kept: int = 0, direct: bool = True) -> None:
         self._ranges = ranges
+        self._kept = kept
         self._direct = direct
         self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self._filled: queue.SimpleQueue[tuple[memoryview, memoryview] | BaseException] = queue.SimpleQueue()
@@ -91,13 +93,16 @@ class RangeReader:
         self._thread.join()
 
     def __iter__(self) -> Iterator[memoryview]:
+        in_use: deque[memoryview] = deque()
         for _ in range(len(self._ranges)):
             item = self._filled.get()
             if isinstance(item, BaseException):
                 raise item
             memory, view = item
+            in_use.append(memory)
             yield view
-            self._free.put(memory)
+            if len(in_use) > self._kept:
+                self._free.put(in_use.popleft())
 
     def _read_ahead(self) -> None:
         try:

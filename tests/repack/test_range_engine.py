@@ -83,6 +83,19 @@ def test_ranges_are_read_in_order_at_addresses_fit_for_floats(
     assert threads() == []
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_views_that_are_kept_stay_as_they_were(noise: Path, kept: int) -> None:
+    ranges = [Range(noise, start, 5000) for start in range(0, 60_000, 5000)]
+    views: list[memoryview] = []
+    with RangeReader(ranges, buffers=kept + 1, kept=kept) as reader:
+        for number, view in enumerate(reader):
+            views.append(view)
+            for back in range(min(kept, number) + 1):
+                start = ranges[number - back].start
+                assert views[-1 - back] == NOISE[start : start + 5000]
+    assert threads() == []
+
+
 def test_a_reader_left_early_ends_its_thread(noise: Path) -> None:
     with RangeReader(file_ranges(noise, 4096) * 50) as reader:
         next(iter(reader))
