@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def build_report(
         "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
         "changed_weights": sum(stat.changed for stat in measured.values()),
         "targeted_weights": sum(stat.elements for stat in measured.values()),
+        **_overall(measured.values()),
         "blocks": max(blocks, default=-1) + 1,
         "block_kinds": sorted({kind for block, kind in places if block is not None}),
         "kinds": _kinds(measured, shapes),
@@ -165,6 +167,7 @@ def _lora(lora: AppliedLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         if lora.baked.scale is None
         else [lora.baked.scale],
         "dora": sum(target.magnitude is not None for target in targets.values()),
+        "full_differences": sum(target.diff is not None for target in targets.values()),
         "kinds": _matched_kinds(matched, linears),
     }
 
@@ -175,6 +178,16 @@ def _matched_kinds(matched: Iterable[str], linears: Iterable[str]) -> dict[str, 
     return {kind: {"matched": counts[kind], "total": total} for kind, total in sorted(totals.items())}
 
 
+def _overall(stats: Iterable[TargetStat]) -> dict[str, float | None]:
+    """Median and largest relative change over all targets that have one."""
+    changes = [stat.change for stat in stats if stat.change is not None]
+    return {"median_change": _median(changes), "largest_change": max(changes, default=None)}
+
+
+def _median(changes: Sequence[float]) -> float | None:
+    return significant(statistics.median(changes)) if changes else None
+
+
 def _kinds(measured: Mapping[str, TargetStat], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
     totals = Counter(split_name(name)[1] for name in shapes)
     groups: dict[str, list[TargetStat]] = {}
@@ -182,12 +195,14 @@ def _kinds(measured: Mapping[str, TargetStat], shapes: Mapping[str, tuple[int, .
         groups.setdefault(split_name(stat.name)[1], []).append(stat)
     kinds = {}
     for kind, stats in sorted(groups.items()):
-        changes = [stat.change for stat in stats if stat.change is not None] or [0.0]
+        found = [stat.change for stat in stats if stat.change is not None]
+        changes = found or [0.0]
         kinds[kind] = {
             "targets": len(stats),
             "total": totals[kind],
             "changed_weights": sum(stat.changed for stat in stats),
             "mean_change": significant(math.fsum(changes) / len(changes)),
+            "median_change": _median(found),
             "largest_change": max(changes),
         }
     return kinds

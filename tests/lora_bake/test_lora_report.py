@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-from html.parser import HTMLParser
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
+from page_support import parsed
 from support import load
 
 from ltxpack.lora_bake import BakeOptions, BakeReport, bake, heatmap, report
@@ -19,9 +19,6 @@ from ltxpack.reporter import SilentReporter
 BASE = random_weights()
 FACTORS = low_rank(linears())
 STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
-VOID = {"meta", "br", "hr", "img", "input", "link"}
-# Their end tags may be left out.
-OPTIONAL = {"p", "tr", "td", "th", "html", "head", "body"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +82,18 @@ def test_kinds_sum_up_their_targets(baked: tuple[Path, BakeReport]) -> None:
         assert value["targets"] == len(targets)
         assert value["changed_weights"] == sum(target["changed"] for target in targets)
         assert value["largest_change"] == max(target["change"] for target in targets)
+        assert value["median_change"] == pytest.approx(
+            statistics.median(target["change"] for target in targets), rel=5e-3
+        )
     assert document["blocks"] == 3 and len(document["block_kinds"]) == 34
+
+
+def test_median_and_largest_change_are_those_of_all_targets(baked: tuple[Path, BakeReport]) -> None:
+    document = document_of(baked[0])
+    changes = [target["change"] for target in document["targets"].values()]
+    assert document["median_change"] == pytest.approx(statistics.median(changes), rel=5e-3)
+    assert document["largest_change"] == max(changes)
+    assert {lora["full_differences"] for lora in document["loras"]} == {0}
 
 
 def test_the_lines_for_the_terminal(baked: tuple[Path, BakeReport]) -> None:
@@ -134,38 +142,6 @@ def test_a_change_from_zero_has_no_ratio() -> None:
     assert json.loads(report.dump(document))["targets"]["proj_in.weight"]["change"] is None
 
 
-class Page(HTMLParser):
-    """Checks nesting; keeps the cells of the map, all attributes and the text."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.tags: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID | OPTIONAL:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in OPTIONAL:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def parsed(data: bytes) -> Page:
-    page = Page()
-    page.feed(data.decode())
-    page.close()
-    assert page.open == []
-    return page
-
-
 def test_the_page_stands_alone(baked: tuple[Path, BakeReport]) -> None:
     data = (baked[0] / "coverage.html").read_bytes()
     page = parsed(data)
@@ -191,29 +167,6 @@ def test_untouched_cells_are_marked(tmp_path: Path) -> None:
     [made] = bake(BakeOptions(overlay, (1.0,)), SilentReporter())
     titles = [v for n, v in parsed((overlay / made.path / "coverage.html").read_bytes()).attributes if n == "title"]
     assert sum("not touched" in title for title in titles) == 3 * 34 - len(block)
-
-
-def test_names_are_escaped() -> None:
-    evil = "\"><script>alert(1)</script>&'"
-    document = {
-        "bake": evil, "rule": evil, "kernel": evil, "device": evil, "changed_weights": 0, "targeted_weights": 0,
-        "changed_tensors": 0, "blocks": 1, "block_kinds": [evil],
-        "loras": [{"name": evil, "file": evil, "strength": 1.0, "scales": [1.0], "ranks": {"4": 1}, "matched": 1,
-                   "total": 1, "other_tensors": 0, "namings": [evil], "blake3": evil}],
-        "targets": {f"blocks.0.{evil}": {"change": 0.1, "changed": 1, "elements": 1, "terms": []},
-                    evil: {"change": None, "changed": 1, "elements": 1, "terms": []}},
-    }  # fmt: skip
-    page = parsed(heatmap.render(document))
-    assert "script" not in page.tags and evil in page.text
-
-
-def test_the_scale_is_logarithmic_and_bounded() -> None:
-    scale = heatmap._Scale([1e-4, 1e-2, None, 0.0])
-    colours = [scale.colour(10**power) for power in (-9, -4, -3.5, -3, -2.5, -2, 5)]
-    assert colours[0] == colours[1] and colours[-1] == colours[-2]
-    assert len(set(colours)) == 5
-    assert math.isclose(heatmap._Scale([0.5]).high - heatmap._Scale([0.5]).low, 1)
-    assert heatmap._Scale([]).colour(0.0).startswith("#")
 
 
 def test_reports_are_the_same_bytes_every_time(baked: tuple[Path, BakeReport], tmp_path: Path) -> None:
