@@ -54,7 +54,7 @@ class Source:
     lora: Path
 
 
-def make_source(folder: Path, blocks: int, widths: Widths) -> Source:
+def make_source(folder: Path, blocks: int, widths: Widths, rank: int = RANK) -> Source:
     """Write everything into the new ``folder``: a checkpoint, a LoRA over every linear of it, tiny companions.
 
     The companions are made once, in a folder beside.
@@ -65,12 +65,12 @@ def make_source(folder: Path, blocks: int, widths: Widths) -> Source:
         next(companions.glob("*-dev.safetensors")).unlink()
     source = folder / "source"
     shutil.copytree(companions, source)
-    made = Source(source, source / f"{NAME}-dev.safetensors", folder / f"{NAME}-lora-{RANK}.safetensors")
+    made = Source(source, source / f"{NAME}-dev.safetensors", folder / f"{NAME}-lora-{rank}.safetensors")
     settings = config(blocks, widths)
     shapes = checkpoint_shapes(settings)
     metadata = {"config": json.dumps(settings), "model_version": "2.3.0", "license": "random weights, no licence"}
     write_random(made.checkpoint, shapes, metadata, seed=1)
-    write_random(made.lora, lora_shapes(shapes), {"model_version": "2.3.0"}, seed=2)
+    write_random(made.lora, lora_shapes(shapes, rank), {"model_version": "2.3.0"}, seed=2)
     return made
 
 

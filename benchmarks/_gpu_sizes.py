@@ -45,7 +45,11 @@ AUDIO_VAE: Config = {}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Configs, the video that is made, and the sides of the matrix product and bytes of the copy measured beside."""
+    """Configs, the video that is made, and the sides of the matrix product and bytes of the copy measured beside.
+
+    The overlay on the disk holds ``kept_blocks`` of the widths that ``kept_widths`` names in _checkpoint; ``modes``:
+    the residency modes that are gone through.
+    """
 
     transformer: Config
     vae: Config
@@ -57,6 +61,9 @@ class Sizes:
     text: int
     matrix: int
     copied: int
+    kept_blocks: int
+    kept_widths: str
+    modes: tuple[str, ...]
 
     def lengths(self, stage: int) -> Lengths:
         """Tokens of a stage."""
@@ -75,6 +82,9 @@ REAL = Sizes(
     text=1024,
     matrix=8192,
     copied=4 * 2**30,
+    kept_blocks=8,
+    kept_widths="REAL",
+    modes=("resident", "swap", "stream"),
 )
 TINY = Sizes(
     transformer={
@@ -102,4 +112,7 @@ TINY = Sizes(
     text=7,
     matrix=64,
     copied=2**16,
+    kept_blocks=2,
+    kept_widths="TINY",
+    modes=("swap",),
 )

@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--seconds 540] [--only NAME …] [--skip NAME …] [--results FOLDER]
                              [--compiler inductor|trace|none] [--dry-run]
 
-Nothing is read from a disk: weights of full size are random and made on the device. Sections run in the order of the
-table below; each has its share of the time, and what it had measured when that is over stands. ``--dry-run`` goes
-through all of it on the CPU at tiny widths: it shows that the benchmark works, not how fast anything is.
+Weights of full size are random and made on the device; only the section about residency reads an overlay from a disk,
+a few GB that are made there and removed. Sections run in the order of the table below; each has its share of the time,
+and what it had measured when that is over stands. ``--dry-run`` goes through all of it on the CPU at tiny widths: it
+shows that the benchmark works, not how fast anything is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from _gpu_bench import Bench
 from _gpu_checks import checks
 from _gpu_clock import OutOfTime, at_most
 from _gpu_forward import attention, diffusers, forward, packed, rates
+from _gpu_residency import residency
 from _gpu_sizes import REAL, TINY
 from _gpu_video import decode, diffusers_or_a_line, video
 from _report import RESULTS, Table, machine, write_results
@@ -61,6 +63,7 @@ SECTIONS = (
     Section("diffusers", 170, diffusers_or_a_line("Forward, diffusers' transformer", diffusers)),
     Section("decode", 40, decode),
     Section("checks", 90, checks),
+    Section("residency", 120, residency),
     Section("packed", 80, packed),
 )
 

@@ -128,7 +128,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     assert {section["outcome"] for section in document["sections"]} == {"done"}
     titles = [table["title"] for table in document["tables"]]
     assert all(table["rows"] for table in document["tables"]), "no section left an empty table"
-    assert len(titles) == len(set(titles)) == 13
+    assert len(titles) == len(set(titles)) == 16
     found = document["found"]
     for stage in (1, 2):
         for key in ("ours.eager", "ours.compiled", "diffusers.eager", "diffusers.compiled", "ours.compiled packed"):
@@ -138,6 +138,8 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     assert found["run.total"] == pytest.approx(
         sum(found[f"run.{phase}"] for phase in ("stage 1", "upsample", "stage 2", "audio", "video"))
     )
+    assert all(found[f"loading.{way}"] > 0 for way in ("ours", "read of the files", "copy from pinned memory"))
+    assert found["residency.swap.stage 2"]["planned"] > 0 and found["residency.swap.wait.stage 2"] > 0
     assert document["failures"] == []
     assert "dry run: no measurement" in text
     assert str(tmp_path) not in text + json.dumps(document) and str(REPOSITORY) not in text
@@ -171,12 +173,13 @@ runpy.run_path({script!r}, run_name="__main__")
 
 def test_a_machine_with_torch_and_little_else_is_enough(tmp_path: Path) -> None:
     script = str(REPOSITORY / "benchmarks" / "gpu.py")
-    given = arguments(tmp_path, "--compiler", "none", "--only", "rates", "video", "diffusers", "decode")
+    given = arguments(tmp_path, "--compiler", "none", "--only", "rates", "video", "diffusers", "decode", "residency")
     code = WITHOUT.format(absent=ABSENT, script=script, folder=str(Path(script).parent), arguments=given)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text, document = kept(tmp_path)
     assert text.count("diffusers is not installed here") == 3
+    assert "not installed here: blake3, jsonschema" in text
     assert document["found"]["run.total"] > 0
     assert {section["outcome"] for section in document["sections"]} == {"done"}
 

@@ -1,0 +1,268 @@
+"""The sections about weights: loading them against its floors, and whole videos in each residency mode.
+
+These two read a real overlay from the disk: blocks of full width, as many as ``Sizes.kept_blocks`` says, everything
+else tiny. It is made by the real commands; the second transformer is a bake at strength 0, all links, so that it takes
+no room.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from _gpu_bench import Bench, Growing, gigabytes
+from _gpu_models import installed
+from _measure import make_cold
+from _report import spread
+
+from ltxpack.reporter import SilentReporter
+
+NEEDED = ("blake3", "jsonschema", "safetensors", "diffusers", "transformers", "av", "PIL")
+ROUNDS = 3
+READS = 6
+PIECE = 32 * 2**20
+# What is compared with the plan: the phases in which a transformer is on the card.
+STAGES = ("stage 1", "stage 2")
+
+
+def residency(bench: Bench) -> None:
+    """Loading and the modes, on an overlay that is made here and removed."""
+    missing = [package for package in NEEDED if not installed(package)]
+    if missing:
+        bench.table("Residency", ("skipped",)).rows.append((f"not installed here: {', '.join(missing)}",))
+        return
+    with tempfile.TemporaryDirectory(prefix="ltxpack-gpu-") as folder:
+        overlay = _overlay(bench, Path(folder))
+        loading(bench, overlay)
+        bench.release()
+        modes(bench, overlay)
+
+
+def _overlay(bench: Bench, scratch: Path) -> Path:
+    """An overlay with a base and a bake, of one transformer's bytes."""
+    import _checkpoint
+
+    sizes = bench.sizes
+    bench.say(f"an overlay of {sizes.kept_blocks} blocks")
+    widths = getattr(_checkpoint, sizes.kept_widths)
+    source = _checkpoint.make_source(scratch / "made", sizes.kept_blocks, widths, rank=1)
+    overlay = scratch / "out"
+    _ltxpack("materialize", source.folder, overlay)
+    source.checkpoint.unlink()
+    _ltxpack("bake-lora", overlay, "--lora", source.lora, "--strength", "0", "--device", "cpu")
+    return overlay
+
+
+def _ltxpack(*arguments: object) -> None:
+    """The real command, from this checkout. Raises RuntimeError with what it said."""
+    command = [sys.executable, "-m", "ltxpack", *map(str, arguments)]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ltxpack {arguments[0]}: {done.stderr.strip()[-300:]}")
+
+
+def loading(bench: Bench, overlay: Path) -> None:
+    """The transformer from a cold disk to the device: ours, hashed; its floors; safetensors' own way."""
+    shards = sorted((overlay / "transformer").glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in shards)
+    table = bench.table(
+        f"Loading a transformer of {size / 1e9:.1f} GB, files out of the page cache",
+        ("", "s", "GB/s", "to the larger floor"),
+        f"Medians of {ROUNDS} rounds, ratios within a round. Ours checks every byte against the manifest (blake3).",
+    )
+    ways: dict[str, Callable[[], float]] = {
+        "read of the files": lambda: _read_floor(shards),
+        "copy from pinned memory": lambda: _copy_floor(bench, size),
+        "ours": lambda: _ours(bench, overlay),
+        "safetensors load_file to the device": lambda: _safetensors(bench, shards),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for way, run in ways.items():
+            make_cold(shards)
+            seconds[way].append(run())
+            bench.release()
+    floors = [max(pair) for pair in zip(seconds["read of the files"], seconds["copy from pinned memory"], strict=True)]
+    for way, found in seconds.items():
+        middle = bench.note(f"loading.{way}", spread(found).median)
+        ratio = spread([one / floor for one, floor in zip(found, floors, strict=True)])
+        table.rows.append((way, f"{middle:.2f}", f"{size / middle / 1e9:.2f}", ratio.text()))
+
+
+def _read_floor(files: Sequence[Path]) -> float:
+    """Seconds to read every byte into a few buffers, with as many reads in flight as ours has."""
+    buffers = [memoryview(bytearray(PIECE)) for _ in range(READS)]
+
+    def read(slot: int) -> None:
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                for start in range(slot * PIECE, path.stat().st_size, READS * PIECE):
+                    done = 0
+                    while done < PIECE and (got := os.preadv(file.fileno(), [buffers[slot][done:]], start + done)):
+                        done += got
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(READS) as pool:
+        list(pool.map(read, range(READS)))
+    return time.perf_counter() - begin
+
+
+def _copy_floor(bench: Bench, size: int) -> float:
+    """Seconds to bring so many bytes from pinned memory to the device, in pieces."""
+    pinned = bench.device.type == "cuda"
+    source = torch.empty(min(size, PIECE), dtype=torch.uint8, pin_memory=pinned)
+    target = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    bench.clock.wait()
+    begin = time.perf_counter()
+    for start in range(0, size, len(source)):
+        part = target[start : start + len(source)]
+        part.copy_(source[: len(part)], non_blocking=True)
+    bench.clock.wait()
+    return time.perf_counter() - begin
+
+
+def _ours(bench: Bench, folder: Path) -> float:
+    """Seconds until the transformer is on the device, as the runtime borrows it."""
+    from ltxpack.runtime.dit.weights import load_dit
+    from ltxpack.runtime.overlay import BASE, Overlay
+    from ltxpack.runtime.residency import Residency
+
+    overlay = Overlay.open(folder)
+    lender = Residency(overlay, bench.device, torch.bfloat16)
+    begin = time.perf_counter()
+
+    def ready(_: Any) -> float:
+        bench.clock.wait()
+        return time.perf_counter() - begin
+
+    try:
+        return lender.borrow(overlay.transformer_folder(BASE), overlay.transformer_records(BASE), load_dit, ready)
+    finally:
+        lender.close()
+
+
+def _safetensors(bench: Bench, files: Sequence[Path]) -> float:
+    from safetensors.torch import load_file
+
+    begin = time.perf_counter()
+    held = [load_file(path, device=str(bench.device)) for path in files]
+    bench.clock.wait()
+    spent = time.perf_counter() - begin
+    del held
+    return spent
+
+
+class Switches:
+    """When each stage could begin to compute after its phase began, and the most that was allocated in it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.waited: dict[str, float] = {}
+        self.peaks: dict[str, int | None] = {}
+        self._phase, self._began = "", 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the pipeline's phases and its sampler."""
+        from ltxpack.runtime import pipeline
+        from ltxpack.runtime.sample import res2s
+
+        outer, switches = pipeline.Timings.phase, self
+
+        @contextmanager
+        def phase(timings: Any, name: str) -> Iterator[None]:
+            switches.bench.clock.wait()
+            switches.bench.clock.forget_peak()
+            switches._phase, switches._began = name, time.perf_counter()
+            with outer(timings, name):
+                yield
+            switches.peaks[name] = switches.bench.clock.peak()
+
+        def sample(*arguments: Any, **more: Any) -> Any:
+            switches.bench.clock.wait()
+            switches.waited[switches._phase] = time.perf_counter() - switches._began
+            return res2s(*arguments, **more)
+
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(pipeline.Timings, "phase", phase))
+            stack.enter_context(patch.object(pipeline, "res2s", sample))
+            yield
+
+
+def modes(bench: Bench, overlay: Path) -> None:
+    """Two videos in each residency mode: seconds, what was allocated against the plan, the wait between the stages."""
+    shape = bench.sizes.shape
+    memory = bench.table(
+        f"Residency, {bench.sizes.kept_blocks} blocks of full width: {shape.width} x {shape.height}",
+        ("mode", "phase", "planned GB", "measured GB", "measured to planned"),
+        "The second video of a process. Planned: weights and activations, as `ltxpack plan` counts them.",
+    )
+    times = bench.table(
+        "Stage switch",
+        ("mode", "first video, s", "second video, s", "wait before stage 1, ms", "wait before stage 2, ms"),
+        "From the end of the phase before to the first evaluation; text encoder and codecs are tiny, steps are few.",
+    )
+    for mode in bench.sizes.modes:
+        with bench.attempt(f"residency {mode}"):
+            bench.say(f"two videos, {mode}")
+            _mode(bench, overlay, mode, memory, times)
+        bench.release()
+
+
+def _mode(bench: Bench, overlay: Path, mode: str, memory: Growing, times: Growing) -> None:
+    from ltxpack.runtime.pipeline import Pipeline
+    from ltxpack.runtime.request import Request
+
+    shape = bench.sizes.shape
+    switches, seconds = Switches(bench), []
+    make = Pipeline.from_overlay(
+        overlay,
+        stage1="base",
+        stage2=_bake(overlay),
+        device=str(bench.device),
+        residency=mode,
+        cache=False,
+        reporter=SilentReporter(),
+    )
+    with make, switches.watching():
+        requests = [
+            Request.of(
+                f"A boat, number {n}.", seed=n, height=shape.height, width=shape.width, num_frames=shape.frames, steps=2
+            )
+            for n in (1, 2)
+        ]
+        make.encode_ahead(requests)
+        for request in requests:
+            begin = time.perf_counter()
+            make.make(request)
+            bench.clock.wait()
+            seconds.append(time.perf_counter() - begin)
+        plan = make.residency.plan
+    assert plan is not None
+    planned = {phase.name: phase.card for phase in plan.phases}
+    for phase in STAGES:
+        measured = switches.peaks[phase]
+        bench.found[f"residency.{mode}.{phase}"] = {"planned": planned[phase], "measured": measured}
+        share = "-" if measured is None else f"{measured / planned[phase]:.3f}"
+        memory.rows.append((mode, phase, gigabytes(planned[phase]), gigabytes(measured), share))
+    waits = [bench.note(f"residency.{mode}.wait.{phase}", switches.waited[phase]) for phase in STAGES]
+    bench.found[f"residency.{mode}.seconds"] = seconds
+    times.rows.append((mode, *(f"{one:.2f}" for one in seconds), *(f"{one * 1e3:.1f}" for one in waits)))
+
+
+def _bake(overlay: Path) -> str:
+    from ltxpack.manifest import read_manifest
+
+    [name] = read_manifest(overlay).bakes
+    return name
