@@ -23,7 +23,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- plan-table: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table ends -->"
 GB = 10**9
 # Memory of the card and of the host, in GB; read rate of the disk in bytes a second.
-MACHINES = ((24, 32), (24, 128), (32, 64), (48, 64), (48, 128), (80, 128), (96, 128), (141, 128))
+MACHINES = ((24, 32), (24, 64), (24, 128), (32, 64), (48, 64), (48, 128), (80, 128), (96, 128), (141, 128))
 DISK_RATE = 3 * GB
 WORK = Work(VideoShape(frames=121, height=1088, width=1920, fps=24.0))
 HEAD = (

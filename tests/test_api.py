@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 import shutil
 import weakref
@@ -14,13 +15,16 @@ import av
 import pytest
 import torch
 from PIL import Image
-from support import REPOSITORY, load, ltxpack
+from support import REPOSITORY, load, ltxpack, relative_l2
 from test_architecture import HEAVY, modules_after
 
 import ltxpack as package
 from ltxpack.errors import DeviceError, UsageError
-from ltxpack.runtime import codecs, text
+from ltxpack.reporter import SilentReporter
+from ltxpack.runtime import codecs, reading, text
+from ltxpack.runtime.dit import DiT, kernels
 from ltxpack.runtime.pipeline import Pipeline
+from ltxpack.runtime.planning import modes
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
 FLAGS = (
@@ -118,6 +122,7 @@ def test_one_load_serves_what_is_encoded_ahead(demo: Path, make: Pipeline, monke
         {"images": [package.ImageSpec(Path(__file__), frame=9)]},
         {"images": [package.ImageSpec(Path(__file__), strength=1.5)]},
         {"video_cfg": float("nan")},
+        {"decode": "slow"},
     ],
 )
 def test_values_no_run_could_use(settings: dict[str, Any], make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +156,123 @@ def test_settings_of_the_pipeline(demo: Path, tmp_path: Path) -> None:
             Pipeline.from_overlay(overlay, **wrong)  # type: ignore[arg-type]
 
 
+class Notes(SilentReporter):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.told.append(message)
+
+
+def test_the_attention_kernel_is_chosen_once_before_anything_is_loaded(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes, choose, read = Notes(), kernels.choose, reading.FileReader.fill
+
+    def chosen(*arguments: Any) -> kernels.Choice:
+        notes.told.append("chosen")
+        return choose(*arguments)
+
+    def filled(self: Any, *arguments: Any, **options: Any) -> Any:
+        notes.told.append("read")
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "choose", chosen)
+    monkeypatch.setattr(reading.FileReader, "fill", filled)
+    with Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32", cache=False, reporter=notes) as make:
+        assert not notes.told, "nothing is measured before there is something to make"
+        for _ in range(2):
+            make("a boat", **SMALL)
+    assert notes.told.count("chosen") == 1
+    assert [line for line in notes.told if line.startswith("attention: ")] == [
+        "attention: sdpa (torch's own choice; nothing is measured on a CPU)"
+    ]
+    assert notes.told.index("chosen") < notes.told.index("read")
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "note"),
+    [
+        ("math", None, "attention: math (asked for)"),
+        ("flash", "math", "attention: flash (asked for)"),
+        ("auto", "math", "attention: sdpa (torch's own choice; nothing is measured on a CPU)"),
+        (None, "math", "attention: math (by LTXPACK_ATTENTION)"),
+    ],
+)
+def test_an_attention_kernel_asked_for_serves_both_stages(
+    given: str | None, variable: str | None, note: str, demo: Path, make: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: set[object] = set()
+    settle = Pipeline._settle
+
+    def settled(self: Pipeline, model: DiT, streamed: bool) -> None:
+        settle(self, model, streamed)
+        used.update((block, block.attn1.kernel) for block in model.blocks())
+
+    expected = make("a boat", **SMALL).frames
+    if variable is not None:
+        monkeypatch.setenv(kernels.VARIABLE, variable)
+    monkeypatch.setattr(Pipeline, "_settle", settled)
+    notes = Notes()
+    with Pipeline.from_overlay(
+        demo / "overlay", device="cpu", dtype="float32", attention=given, reporter=notes
+    ) as pinned:
+        found = pinned("a boat", **SMALL).frames
+    assert note in notes.told
+    assert relative_l2(found, expected) <= 1e-4
+    name = note.split()[1]
+    assert len(used) == 4 and {kernel for _, kernel in used} == {kernels.KERNELS[name]}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "word"), [("fastest", "unknown"), ("cudnn", "cannot be used here")])
+def test_an_attention_kernel_that_does_not_run_here_is_refused_at_once(name: str, word: str, demo: Path) -> None:
+    with pytest.raises(UsageError, match=word) as caught:
+        Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32", attention=name)
+    assert "auto, flash, sdpa, math" in caught.value.next
+
+
+def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's codec in full: fast is the decoder on the whole, official as ever."""
+    wide: dict[str, Any] = {"height": 64, "width": 832, "num_frames": 9, "steps": 2}
+    make.reporter = make.residency.reporter = notes = Notes()
+    official = make("a boat", **wide)
+    assert make.decoding == "decode official: 2 tiles of at most 9 frames of 64x768 pixels"
+    assert not [line for line in notes.told if line.startswith("decode")]
+    fast = make("a boat", decode="fast", **wide)
+    told = "decode fast: one tile of 9 frames of 64x832 pixels (official: 2 tiles of at most 9 frames of 64x768 pixels)"
+    assert make.decoding == told and notes.told.count(told) == 1
+    assert torch.equal(fast.latents.stage2.video, official.latents.stage2.video)
+    folder = make.overlay.folder("vae")
+    vae = codecs.load_video_vae(folder, torch.device("cpu"), torch.float32)
+    latents = official.latents.stage2.video
+    with torch.inference_mode():
+        whole = vae.decode(codecs.LatentStatistics.of(vae).denormalise(latents)).sample[0].permute(1, 2, 3, 0)
+        tiled = torch.cat(list(codecs.decode_video(vae, latents)))
+    assert relative_l2(fast.frames, ((whole + 1) / 2).clamp(0, 1)) <= 1e-6
+    assert torch.equal(official.frames, tiled)
+    assert not torch.equal(fast.frames, official.frames)
+
+    monkeypatch.setattr(modes, "tiling_within", lambda grid, *_: codecs.auto_tiling(*grid[1:]))
+    again = make("a boat", decode="fast", **wide)
+    assert torch.equal(again.frames, official.frames)
+    assert notes.told[-1].startswith("decode fast: no larger tiles than the official ones fit, which are used: 2 tiles")
+
+
+def test_prompts_encoded_ahead_are_in_the_plan(make: Pipeline) -> None:
+    requests = [package.Request.of(prompt, **SMALL) for prompt in ("a boat", "a dog", "a boat")]
+    make.encode_ahead(requests)
+    assert make.residency.plan is not None
+    assert make.residency.plan.work.prompts == 2
+    make.generate(requests[0])
+    assert make.residency.plan.work.prompts == 2, "their contexts are still there"
+    make.encode_ahead(requests[:1])
+    assert make.residency.plan.work.prompts == 1
+    make.generate(requests[0], once=True)
+    assert make.residency.plan.work.once
+
+
 def test_a_closed_pipeline_makes_nothing(make: Pipeline) -> None:
     make.close()
     make.close()
@@ -173,7 +295,7 @@ def test_after_an_error_the_pipeline_can_be_called_again(make: Pipeline, monkeyp
 
     held: list[weakref.ref[torch.Tensor]] = []
 
-    def full(vae: object, latents: torch.Tensor) -> None:
+    def full(vae: object, latents: torch.Tensor, tiling: object) -> None:
         large = torch.zeros_like(latents)
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
@@ -234,5 +356,6 @@ def test_the_documentation_has_every_setting() -> None:
 
     content = (REPOSITORY / "docs" / "python.md").read_text()
     assert EXAMPLES
-    for name in DEFAULTS:
+    arguments = set(inspect.signature(Pipeline.from_overlay).parameters) - {"path"}
+    for name in (*DEFAULTS, *arguments):
         assert f"`{name}`" in content, name

@@ -29,6 +29,7 @@ from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.prompts_file import read_jobs
 from ltxpack.runtime.record import record_path
 from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, DEFAULTS, Request
+from ltxpack.runtime.residency import Residency
 from ltxpack.runtime.video import Latents
 
 SMALL = ("--device", "cpu", "--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
@@ -176,6 +177,58 @@ def test_another_overlay_makes_another_video(demo: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("quick")
+def test_all_are_decoded_in_larger_tiles_if_the_command_says_so(demo: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "a boat", "output": "one.mp4"},
+        {"prompt": "a boat", "output": "two.mp4", "width": 832},
+        {"prompt": "a boat", "output": "three.mp4", "width": 832, "seed": 2},
+    ]
+    prompts = written(tmp_path, *lines)
+    usual = many(demo, prompts)
+    assert [line for line in usual.stdout.splitlines() if line.startswith("decode ")] == [
+        "decode official: one tile of 9 frames of 64x64 pixels",
+        "decode official: 2 tiles of at most 9 frames of 64x768 pixels",
+    ]
+    larger = (
+        "decode fast: one tile of 9 frames of 64x832 pixels (official: 2 tiles of at most 9 frames of 64x768 pixels)"
+    )
+    fast = many(demo, prompts, "--decode", "fast")
+    assert statuses(fast) == {1: "done", 2: "done", 3: "done"}, "others than those made in official tiles"
+    assert larger in fast.stdout and fast.stdout.count("decode fast") == 2
+    assert larger in fast.stderr
+    assert statuses(many(demo, prompts, "--decode", "fast")) == {1: "skipped", 2: "skipped", 3: "skipped"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_plan_counts_the_prompts_of_all_lines(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[tuple[int, bool]] = []
+    prepare = Residency.prepare
+
+    def prepared(self: Residency, works: Any) -> Any:
+        planned.extend((work.prompts, work.once) for work in works)
+        return prepare(self, works)
+
+    monkeypatch.setattr(Residency, "prepare", prepared)
+    lines = [
+        {"prompt": prompt, "output": f"{number}.mp4"} for number, prompt in enumerate(("a boat", "a dog", "a cat"))
+    ]
+    assert many(demo, written(tmp_path, *lines)).returncode == 0
+    assert planned == [(3, False)] * 6
+    planned.clear()
+    alone = ltxpack("run", demo / "overlay", *FLAGS, "--prompt", "a boat", "-o", tmp_path / "v.mp4")
+    assert alone.returncode == 0 and planned == [(1, True)]
+    assert "decode official: one tile of 9 frames of 64x64 pixels\n" in alone.stdout
+
+
+@pytest.mark.parametrize(("name", "word"), [("fastest", "unknown attention kernel"), ("cudnn", "cannot be used here")])
+def test_an_attention_kernel_that_cannot_be_used_is_one_error(name: str, word: str, demo: Path, tmp_path: Path) -> None:
+    message = refused(many(demo, written(tmp_path, {"prompt": "x"}), "--attention", name), 2)
+    assert word in message and "(auto, flash, sdpa, math)" in message
+    assert message.count("error: ") == 1
+    assert names(tmp_path) == ["prompts.jsonl"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_record_says_what_the_video_was_made_from(demo: Path, tmp_path: Path) -> None:
     assert many(demo, written(tmp_path, {"prompt": "a boat", "output": "one.mp4"})).returncode == 0
     assert names(tmp_path) == ["one.mp4", "one.mp4.json", "prompts.jsonl"]
@@ -215,6 +268,7 @@ BAD_LINES: list[tuple[str, str]] = [
     ('{"prompt": "a", "images": [{"path": "a.png", "frame": "first"}]}', "images: 0: frame"),
     ('{"prompt": "a", "images": [{"path": "a.png", "strength": 1.5}]}', "1.5"),
     ('{"prompt": "a", "images": ["a.png"]}', "images: 0"),
+    ('{"prompt": "a", "decode": "fast"}', "decode"),
     ('{"prompt": "a", "output": "b.gif"}', "b.gif"),
     ('{"prompt": "a", "output": "nowhere/b.mp4"}', "nowhere"),
     ('{"prompt": "a", "output": "b\\u0000.mp4"}', "file name"),
@@ -376,10 +430,10 @@ def test_a_failed_line_does_not_stop_the_rest(demo: Path, tmp_path: Path, monkey
     prompts = written(tmp_path, *({"prompt": "a", "seed": seed, "output": f"{seed}.mp4"} for seed in range(1, 6)))
     generate = Pipeline.generate
 
-    def failing(self: Pipeline, request: Request) -> Any:
+    def failing(self: Pipeline, request: Request, **options: Any) -> Any:
         if request.seed in FAILURES:
             raise FAILURES[request.seed][0]
-        return generate(self, request)
+        return generate(self, request, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pipeline, "generate", failing)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--images", type=click.IntRange(0), default=0, show_default=True, help="Number of images conditioned on.")
 @click.option("--stage1", default="auto", show_default=True, help="base, or a bake's name.")
 @click.option("--stage2", default="auto", show_default=True, help="base, or a bake's name.")
+@click.option("--decode", type=click.Choice(["official", "fast"]), default="official", show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
 @json_option
 def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool, **options: object) -> None:
@@ -48,7 +49,7 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
     rate = parse_size(str(options["disk_rate"]))
     machine = this_machine(*(None if size is None else parse_size(size) for size in (vram, ram)))
     wanted = _wanted(options)
-    model, commands = _overlay(overlay, wanted, options) if overlay is not None else _published(wanted)
+    model, commands = _overlay(overlay, wanted) if overlay is not None else _published(wanted)
     found = plan_or_refuse(model, wanted.work, machine, wanted.residency)
     if as_json:
         print_json(to_json(found, machine, rate, commands))
@@ -64,39 +65,39 @@ def _wanted(options: dict[str, object]) -> Wanted:
     from ltxpack.runtime.shape import VideoShape
 
     sizes = (options[name] for name in ("num_frames", "height", "width", "fps"))
-    work = Work(VideoShape(*sizes), options["steps"], options["images"])  # type: ignore[arg-type]
+    work = Work(VideoShape(*sizes), options["steps"], options["images"], options["decode"])  # type: ignore[arg-type]
     work.shape.half()
-    return Wanted(work, str(options["dtype"]), str(options["residency"]))
+    stages = str(options["stage1"]), str(options["stage2"])
+    return Wanted(work, str(options["dtype"]), str(options["residency"]), stages)
 
 
 def _published(wanted: Wanted) -> tuple[Model, list[Command]]:
     from ltxpack.materialize.published import published_configs, published_tensors
-    from ltxpack.runtime.planning.commands import OFFICIAL, official_commands
+    from ltxpack.runtime.planning.commands import published_commands, published_stages
     from ltxpack.runtime.planning.sizes import model_of
 
-    configs = published_configs()
-    model = model_of(published_tensors(configs), configs, OFFICIAL, wanted.dtype)
-    return model, official_commands(wanted)
+    configs, stages = published_configs(), published_stages(wanted.stages)
+    model = model_of(published_tensors(configs), configs, stages, wanted.dtype)
+    return model, published_commands(stages, wanted)
 
 
-def _overlay(root: Path, wanted: Wanted, options: dict[str, object]) -> tuple[Model, list[Command]]:
+def _overlay(root: Path, wanted: Wanted) -> tuple[Model, list[Command]]:
     from ltxpack.runtime.overlay import Overlay
     from ltxpack.runtime.planning.commands import OFFICIAL, overlay_commands
     from ltxpack.runtime.planning.sizes import overlay_model
     from ltxpack.runtime.select import AUTO, choose
 
     opened = Overlay.open(root)
-    asked = str(options["stage1"]), str(options["stage2"])
-    if not opened.manifest.bakes and asked == (AUTO, AUTO):
+    if not opened.manifest.bakes and wanted.stages == (AUTO, AUTO):
         stages = OFFICIAL
     else:
-        choice = choose(opened.manifest, *asked, root)
+        choice = choose(opened.manifest, *wanted.stages, root)
         stages = choice.stage1, choice.stage2
     return overlay_model(opened, stages, wanted.dtype), overlay_commands(opened, stages, wanted)
 
 
 def _say(overlay: Path | None, wanted: Wanted, machine: Machine, found: Plan, rate: int) -> None:
-    from ltxpack.runtime.planning.report import lines, seconds, table
+    from ltxpack.runtime.planning.report import decoding, lines, seconds, table
 
     shape = wanted.work.shape
     what = "the published LTX-2.3" if overlay is None else str(overlay)
@@ -104,7 +105,7 @@ def _say(overlay: Path | None, wanted: Wanted, machine: Machine, found: Plan, ra
     click.echo(printable(f"{what}: stage 1 {found.stages[0]}, stage 2 {found.stages[1]}; {size}"))
     if machine.card is None:
         click.echo("no NVIDIA card found: planned for the CPU (--vram plans for a card)")
-    for line in (*lines(found, machine), *table(found)):
+    for line in (*lines(found, machine), decoding(found), *table(found)):
         click.echo(line)
     first, following = (
         f"{human_bytes(count)} ({seconds(count, rate):.0f} s at {human_bytes(rate)}/s)"

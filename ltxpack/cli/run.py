@@ -49,6 +49,19 @@ if TYPE_CHECKING:
 @click.option(
     "--residency", type=click.Choice(["auto", "resident", "swap", "stream"]), default="auto", show_default=True
 )
+@click.option(
+    "--decode",
+    type=click.Choice(["official", "fast"]),
+    default="official",
+    show_default=True,
+    help="fast: larger tiles where memory allows; pixels near seams differ.",
+)
+@click.option(
+    "--attention",
+    metavar="KERNEL",
+    show_default="auto",
+    help="auto (the fastest, measured), flash3, cudnn, flash, efficient, sdpa or math; before LTXPACK_ATTENTION.",
+)
 @click.option("--compile/--no-compile", "compile_blocks", default=False, show_default=True)
 @click.option("--cache/--no-cache", default=True, show_default=True, help="Keep encoded prompts on disk.")
 @click.option("--save-tensors", type=click.Path(path_type=Path), help="Write latents, frames and waveform here.")
@@ -75,6 +88,7 @@ def _one(options: RunOptions, verbose: bool) -> None:
 
     summary = run_to_file(options, TerminalReporter(verbose))
     click.echo(f"stage 1: {summary.stage1}, stage 2: {summary.stage2}")
+    click.echo(summary.decoding)
     for phase, seconds in summary.seconds.items():
         click.echo(f"  {phase:<12} {seconds:8.2f} s")
     _print_peaks(summary.peaks)
@@ -87,6 +101,8 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
     summary = run_batch(options, prompts, output, TerminalReporter(verbose))
     click.echo(f"stage 1: {summary.stage1}, stage 2: {summary.stage2}")
     _print_table(summary)
+    for decoding in summary.decodings:
+        click.echo(decoding)
     click.echo(f"prompts encoded ahead: {summary.ahead:.2f} s")
     _print_peaks(summary.peaks)
     click.echo(", ".join(f"{len(summary.of(status))} {status}" for status in (DONE, SKIPPED, FAILED)))

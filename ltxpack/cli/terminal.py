@@ -69,7 +69,7 @@ class TerminalReporter:
 
 def say_error(message: str) -> None:
     """One error on stderr."""
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {printable(message)}", err=True)
 
 
 def print_json(document: Any) -> None:

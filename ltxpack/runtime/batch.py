@@ -20,19 +20,22 @@ from ltxpack.runtime.prompts_file import Job, in_a_line, read_jobs
 from ltxpack.runtime.run import Peaks, RunOptions, write_video
 from ltxpack.tensorfile import open_source
 
-# Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host.
+# Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host, as planned.
 AHEAD = 64
 DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a line ended: ``status`` done, skipped or failed, seconds per phase, and what went wrong."""
+    """How a line ended: ``status`` done, skipped or failed, seconds per phase, what went wrong, and what tiles it was
+    decoded in.
+    """
 
     job: Job
     status: str
     seconds: Mapping[str, float] = field(default_factory=dict)
     problem: str | None = None
+    decoding: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class BatchSummary:
     def of(self, status: str) -> list[Outcome]:
         """The lines that ended so."""
         return [outcome for outcome in self.outcomes if outcome.status == status]
+
+    @property
+    def decodings(self) -> list[str]:
+        """In which tiles videos were decoded, each way once."""
+        return list(dict.fromkeys(outcome.decoding for outcome in self.outcomes if outcome.decoding))
 
 
 def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter: Reporter) -> BatchSummary:
@@ -76,8 +84,10 @@ class _Batch:
     reporter: Reporter
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     ahead: float = 0.0
+    together: int = 1
 
     def run(self, jobs: Sequence[Job]) -> None:
+        self.together = min(len(jobs), AHEAD)
         pending = [job for job in jobs if self._attempt(job, self._is_pending)]
         done = sum(outcome.status == SKIPPED for outcome in self.outcomes.values())
         if done:
@@ -93,7 +103,7 @@ class _Batch:
         if record.is_done(job.output, self._identity(job)[1]):
             self.outcomes[job.number] = Outcome(job, SKIPPED)
             return False
-        self.pipeline.check_fits(job.request)
+        self.pipeline.check_fits(job.request, self.together)
         return True
 
     def _make(self, job: Job) -> bool:
@@ -102,7 +112,7 @@ class _Batch:
         write_video(self.pipeline, job.request, job.output)
         seconds = dict(self.pipeline.timings.seconds)
         record.write_record(job.output, description, mark, seconds)
-        self.outcomes[job.number] = Outcome(job, DONE, seconds)
+        self.outcomes[job.number] = Outcome(job, DONE, seconds, decoding=self.pipeline.decoding)
         return True
 
     def _encode(self, group: Sequence[Job]) -> bool:

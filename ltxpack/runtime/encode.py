@@ -23,13 +23,12 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import text
 from ltxpack.runtime.av import AV
 from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.planning.activations import HIDDEN_BYTES
 from ltxpack.runtime.prompt_cache import Contexts, PromptCache, batch_key
 from ltxpack.runtime.residency import Residency
 
 Batch = tuple[str, ...]
 PARTS = ("tokenizer", "text_encoder", "connectors")
-# Bytes of hidden states kept on the host between the text encoder and the connectors: 10 000 tokens of the 22B model.
-HIDDEN_BYTES = 4_000_000_000
 
 
 @dataclass
@@ -49,7 +48,13 @@ class PromptEncoder:
 
     def encode_ahead(self, batches: Sequence[Batch], reporter: Reporter) -> None:
         """Have the contexts of all ``batches`` ready on the host, until the next call of this. Raises LtxpackError."""
+        self._ahead = {batch: known for batch, known in self._ahead.items() if batch in batches}
         self._ahead = self._find(batches, reporter)
+
+    @property
+    def ahead(self) -> int:
+        """How many batches have their contexts ready on the host."""
+        return len(self._ahead)
 
     def forget(self) -> None:
         """Let go of what was encoded ahead."""
@@ -105,9 +110,11 @@ class PromptEncoder:
         self.overlay.check(self.overlay.records("tokenizer"))
         tokenizer = text.load_tokenizer(self.overlay.folder("tokenizer"))
         done: list[Contexts] = []
+        plan = self.residency.plan
+        room = HIDDEN_BYTES if plan is None else plan.hidden
 
         def read(encoder: Gemma3TextModel) -> list[list[text.HiddenStates]]:
-            return _hidden_states(batches[len(done) :], tokenizer, encoder)
+            return _hidden_states(batches[len(done) :], tokenizer, encoder, room)
 
         def connect(connectors: LTX2TextConnectors) -> list[Contexts]:
             return [[_connect(states, connectors, reporter) for states in batch] for batch in hidden]
@@ -130,15 +137,18 @@ def backend(device: torch.device) -> str:
 
 
 def _hidden_states(
-    batches: Sequence[Batch], tokenizer: PreTrainedTokenizerFast, encoder: Gemma3TextModel
+    batches: Sequence[Batch], tokenizer: PreTrainedTokenizerFast, encoder: Gemma3TextModel, room: int
 ) -> list[list[text.HiddenStates]]:
-    """The hidden states of the first batches, as many as may lie on the host at once; only real tokens are kept."""
+    """The hidden states of the first batches: each but the last when ``room`` bytes were enough for those before it.
+
+    On the host, without padding.
+    """
     kept: list[list[text.HiddenStates]] = []
     size = 0
     for batch in batches:
         kept.append([_without_padding(hidden) for hidden in text.hidden_states(batch, tokenizer, encoder)])
         size += sum(hidden.states.nbytes for hidden in kept[-1])
-        if size >= HIDDEN_BYTES:
+        if size > room:
             break
     return kept
 

@@ -12,6 +12,43 @@ from itertools import product
 
 from ltxpack.runtime.tiles import Cut, Span, Tiling, auto_tiling, split, split_frames
 
+OFFICIAL, FAST = "official", "fast"
+DECODES = (OFFICIAL, FAST)
+# Full-size tensors of the decoder's last stage alive at its largest moment, counted on the meta device.
+LIVE_TENSORS = 4.5
+# The group under way, its tail, and two on the way to the range [0, 1].
+FRAME_COPIES = 4
+# Nothing may have as many elements, which convolutions cannot count.
+TOO_MANY = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSizes:
+    """What a latent becomes in the video decoder: ``width`` channels in ``places`` places of the last stage, where
+    most memory goes, and ``values`` numbers in the decoded frames.
+    """
+
+    width: int
+    places: int
+    values: int
+
+    def largest_tile(self, available: int, itemsize: int) -> int:
+        """How many latents a tile may have that is decoded in ``available`` bytes.
+
+        Its largest moment is a convolution of the last stage: the output, the input, and that before it was padded.
+        """
+        count = self.width * self.places
+        return int(min(available // (LIVE_TENSORS * count * itemsize), (TOO_MANY - 1) // count))
+
+
+def tiling_within(grid: tuple[int, int, int], decoder: DecoderSizes, itemsize: int, available: int) -> Tiling:
+    """The largest tiles in which latents of (f, h, w) can be decoded with ``available`` bytes free.
+
+    What the frames themselves take is left out first. Not less than the official tiles even where these do not fit.
+    """
+    left = available - FRAME_COPIES * math.prod(grid) * decoder.values * itemsize
+    return large_tiling(*grid, decoder.largest_tile(left, itemsize))
+
 
 def large_tiling(length: int, height: int, width: int, most: int) -> Tiling:
     """The layout that decodes the fewest latents in tiles of at most ``most`` latents; sizes in latents.

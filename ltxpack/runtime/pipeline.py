@@ -24,12 +24,15 @@ from ltxpack.reporter import ProgressReporter, Reporter, SilentReporter
 from ltxpack.runtime import codecs
 from ltxpack.runtime.av import AV
 from ltxpack.runtime.conditioning import ImageItem, LatentState, VideoShape, initial_state, unpatchify
-from ltxpack.runtime.dit import DiT, load_dit
-from ltxpack.runtime.dit.tuning import Tuning, tune
+from ltxpack.runtime.dit import DiT, kernels, load_dit
+from ltxpack.runtime.dit.tuning import Tuning, heads_of, tune
+from ltxpack.runtime.dit.weights import read_dit_config
 from ltxpack.runtime.encode import PromptEncoder
 from ltxpack.runtime.guidance import Denoiser, Guidance
+from ltxpack.runtime.large_tiles import FAST
 from ltxpack.runtime.media import load_image, prepare_image
 from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.planning import report
 from ltxpack.runtime.planning.advice import check_mode
 from ltxpack.runtime.planning.modes import Work
 from ltxpack.runtime.prompt_cache import PromptCache, cache_root
@@ -38,6 +41,7 @@ from ltxpack.runtime.residency import Residency, resolve_device
 from ltxpack.runtime.sample import res2s
 from ltxpack.runtime.schedule import stage1_sigmas, stage2_sigmas
 from ltxpack.runtime.select import AUTO, Choice, choose
+from ltxpack.runtime.shape import VIDEO_CHANNELS
 from ltxpack.runtime.video import Latents, Video
 
 P = TypeVar("P", bound=torch.nn.Module)
@@ -79,6 +83,7 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "bfloat16",
         residency: str = "auto",
+        attention: str | None = None,
         compile_blocks: bool = False,
         cache: PromptCache | None = None,
         reporter: Reporter | None = None,
@@ -96,7 +101,13 @@ class Pipeline:
         self.timings = Timings()
         self._closed = False
         self._to_come = 0
-        self._tuned = False
+        self._asked_attention = attention
+        self._attention: kernels.Choice | None = None
+        self._statistics: codecs.LatentStatistics | None = None
+        # A name that cannot be used is told now; what has to be measured waits until there is something to make.
+        if kernels.asked_for(attention) != kernels.AUTO:
+            self._attention = self.within_memory(self._choose_attention)
+        self._attention_told = False
 
     @classmethod
     def from_overlay(
@@ -108,6 +119,7 @@ class Pipeline:
         device: str = "auto",
         dtype: str | torch.dtype = "bfloat16",
         residency: str = "auto",
+        attention: str | None = None,
         compile: bool = False,
         cache: bool | str | Path = True,
         reporter: Reporter | None = None,
@@ -115,7 +127,8 @@ class Pipeline:
         """Open the overlay at ``path``; nothing large is read yet.
 
         ``stage1`` and ``stage2`` are ``auto``, ``base`` or a bake's name; ``device`` is ``auto``, ``cpu`` or
-        ``cuda[:N]``; ``dtype`` ``bfloat16`` or ``float32``; ``residency`` as for ``ltxpack run``. ``cache`` says
+        ``cuda[:N]``; ``dtype`` ``bfloat16`` or ``float32``; ``residency`` as for ``ltxpack run``, and ``attention``
+        too: ``auto`` or a kernel's name, None for what ``LTXPACK_ATTENTION`` says or else ``auto``. ``cache`` says
         whether encoded prompts are kept on disk, or in which folder. Raises OverlayError, UsageError, DeviceError.
         """
         kept = None if cache is False else PromptCache.at(None if cache is True else Path(cache))
@@ -126,6 +139,7 @@ class Pipeline:
             device=device,
             dtype=_dtype_name(dtype),
             residency=residency,
+            attention=attention,
             compile_blocks=compile,
             cache=kept,
             reporter=reporter,
@@ -164,12 +178,15 @@ class Pipeline:
             seconds=dict(self.timings.seconds),
         )
 
-    def generate(self, request: Request) -> tuple[Latents, Tensor, int]:
-        """Everything but the frames: latents, waveform, sample rate; begins the timings anew. Raises LtxpackError."""
+    def generate(self, request: Request, *, once: bool = False) -> tuple[Latents, Tensor, int]:
+        """Everything but the frames: latents, waveform, sample rate; begins the timings anew. Raises LtxpackError.
+
+        ``once``: no other video follows, so that no weights are kept for one where that takes more memory.
+        """
         self._check_open()
         self.timings = Timings()
         self._to_come -= 1
-        self.residency.prepare([_work(request)])
+        self._prepare([_work(request, self.prompts.ahead, once)])
         latents = self.within_memory(lambda: self.sample(request))
         return latents, *self.within_memory(lambda: self.decode_audio(latents.stage1.audio))
 
@@ -178,13 +195,15 @@ class Pipeline:
         self._check_open()
         begin = time.perf_counter()
         self._to_come = len(requests)
-        self.residency.prepare([_work(request) for request in requests])
+        together = len({request.prompts for request in requests})
+        self._prepare([_work(request, together) for request in requests])
         self.within_memory(lambda: self._encode_ahead(requests))
         return time.perf_counter() - begin
 
     def close(self) -> None:
         """Give back the memory held; a closed pipeline makes no more videos."""
         self._closed = True
+        self._statistics = None
         self.prompts.forget()
         self.residency.close()
 
@@ -209,9 +228,16 @@ class Pipeline:
             torch.cuda.empty_cache()
         raise DeviceError(f"{self.device} ran out of memory", found=found, next=self.residency.advice())
 
-    def check_fits(self, request: Request) -> None:
-        """Refuse a device that is too small, before anything is loaded. Raises DeviceError."""
-        self.residency.check(_work(request))
+    def check_fits(self, request: Request, together: int = 1) -> None:
+        """Refuse a device that is too small, before anything is loaded; ``together`` videos' prompts are encoded at
+        once. Raises DeviceError.
+        """
+        self.residency.check(_work(request, together))
+
+    @property
+    def decoding(self) -> str:
+        """The tiles the last video was decoded in, in words; empty before there is one."""
+        return "" if self.residency.plan is None else report.decoding(self.residency.plan)
 
     @torch.inference_mode()
     def sample(self, request: Request) -> Latents:
@@ -253,11 +279,16 @@ class Pipeline:
             )
 
     def decode_video(self, latents: Tensor, write: Callable[[Tensor], None]) -> None:
-        """Hand the frames ``[n, H, W, 3]`` in [0, 1] to ``write``, chunk by chunk, in order."""
+        """Hand the frames ``[n, H, W, 3]`` in [0, 1] to ``write``, chunk by chunk, in order.
+
+        In the official tiles, or in larger ones if the plan has them.
+        """
+        plan = self.residency.plan
+        tiling = None if plan is None or plan.work.decode != FAST else plan.tiling
 
         def decode(vae: AutoencoderKLLTX2Video) -> None:
             self.reporter.begin("decode", (latents.shape[2] - 1) * 8 + 1, "frame")
-            for frames in codecs.decode_video(vae, latents):
+            for frames in codecs.decode_video(vae, latents, tiling):
                 write(frames)
                 self.reporter.advance(len(frames))
             self.reporter.end()
@@ -323,11 +354,30 @@ class Pipeline:
 
     def _settle(self, model: DiT, streamed: bool) -> None:
         """Once for a transformer whose weights have come to the device, or come there block by block."""
-        # Which attention kernel serves is told once, not for every stage of every video.
-        reporter = SilentReporter() if self._tuned else self.reporter
         kept = cache_root() / "compiled" if self.compile_blocks else None
-        tune(model, Tuning(compile=self.compile_blocks, cache=kept), reporter)
-        self._tuned = True
+        # Which attention kernel serves was told when it was chosen.
+        attention = self._attention or self._asked_attention
+        tune(model, Tuning(attention=attention, compile=self.compile_blocks, cache=kept), SilentReporter())
+
+    def _prepare(self, works: Sequence[Work]) -> None:
+        """The plan for ``works``, and the attention kernel: before anything is loaded there is room to measure it."""
+        self.residency.prepare(works)
+        if not works:
+            return
+        if self._attention is None:
+            self._attention = self.within_memory(self._choose_attention)
+        if not self._attention_told:
+            self.reporter.note(self._attention.note)
+            for name, why in self._attention.refused.items():
+                self.reporter.detail(f"attention: not {name}: {why}")
+            self._attention_told = True
+
+    def _choose_attention(self) -> kernels.Choice:
+        config = read_dit_config(self.overlay.transformer_folder(self.choice.stage1))
+        found = kernels.choose(heads_of(config, self.device, self.dtype), self._asked_attention)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
 
     def _load_ahead(self, name: str) -> None:
         self.residency.prefetch(*self._transformer(name), load_dit)
@@ -336,7 +386,11 @@ class Pipeline:
         return self.overlay.transformer_folder(name), self.overlay.transformer_records(name)
 
     def _upsample(self, latents: Tensor) -> Tensor:
-        statistics = self._borrow("vae", codecs.load_video_vae, codecs.LatentStatistics.of)
+        """Twice the height and width; of the video VAE, which may be off the device, this needs two small tensors."""
+        if self._statistics is None:
+            folder = self.overlay.folder("vae")
+            self._statistics = codecs.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
+        statistics = self._statistics
         return self._borrow(
             "latent_upsampler",
             codecs.load_upsampler,
@@ -366,8 +420,9 @@ class Pipeline:
             raise UsageError("this pipeline is closed", next="ltxpack.Pipeline.from_overlay(...) opens another")
 
 
-def _work(request: Request) -> Work:
-    return Work(request.shape, request.steps, len(request.images))
+def _work(request: Request, together: int = 1, once: bool = False) -> Work:
+    shape, images = request.shape, len(request.images)
+    return Work(shape, request.steps, images, request.decode, prompts=max(1, together), once=once)
 
 
 def _out_of_memory(error: BaseException) -> str | None:

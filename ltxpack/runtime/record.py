@@ -61,6 +61,7 @@ def described(request: Request, overlay: Overlay, choice: Choice, dtype: str) ->
         "stage1": choice.stage1,
         "stage2": choice.stage2,
         "dtype": dtype,
+        "decode": request.decode,
     }
 
 

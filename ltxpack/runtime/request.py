@@ -12,6 +12,7 @@ from ltxpack.errors import UsageError
 from ltxpack.runtime.av import AV
 from ltxpack.runtime.conditioning import VideoShape
 from ltxpack.runtime.guidance import Guidance
+from ltxpack.runtime.large_tiles import DECODES, OFFICIAL
 
 DEFAULT_NEGATIVE_PROMPT = (
     "has_subtitles, has_blurbox, transition from black, transition to black, speech_ending_short, blurry, out of "
@@ -119,6 +120,7 @@ class Settings(TypedDict, total=False):
     video_rescale: float
     audio_rescale: float
     modality: float
+    decode: str
 
 
 DEFAULTS = Settings(
@@ -136,6 +138,7 @@ DEFAULTS = Settings(
     video_rescale=0.45,
     audio_rescale=1.0,
     modality=3.0,
+    decode=OFFICIAL,
 )
 
 
@@ -151,6 +154,7 @@ class Request:
     steps: int = 15
     images: Sequence[ImageSpec] = ()
     image_crf: int | None = None
+    decode: str = OFFICIAL
 
     @classmethod
     def of(cls, prompt: str, **settings: Unpack[Settings]) -> Request:
@@ -175,6 +179,7 @@ class Request:
             steps=s["steps"],
             images=tuple(i if isinstance(i, ImageSpec) else ImageSpec.parse(str(i), frames) for i in s["images"]),
             image_crf=s["image_crf"],
+            decode=s["decode"],
         )
 
     @property
@@ -188,6 +193,8 @@ class Request:
             image.check(self.shape.frames)
         if self.steps < 2:
             raise UsageError("too few steps", expected="2 or more", found=self.steps, next="choose --steps 15")
+        if self.decode not in DECODES:
+            raise UsageError("unknown decode", expected=" or ".join(DECODES), found=self.decode, next=SEE_HELP)
         if not -(2**63) <= self.seed < 2**64:
             raise UsageError("wrong seed", expected="a 64-bit integer", found=self.seed, next="choose --seed 10")
         for guidance in (self.guidance.video, self.guidance.audio):

@@ -44,6 +44,8 @@ class RunOptions:
     device: str = "auto"
     dtype: str = "bfloat16"
     residency: str = "auto"
+    decode: str = DEFAULTS["decode"]
+    attention: str | None = None
     compile_blocks: bool = False
     cache: bool = True
     save_tensors: Path | None = None
@@ -66,6 +68,7 @@ class RunOptions:
             video_rescale=self.video_rescale,
             audio_rescale=self.audio_rescale,
             modality=self.modality,
+            decode=self.decode,
         )
 
     def request(self) -> Request:
@@ -81,6 +84,7 @@ class RunOptions:
             device=self.device,
             dtype=self.dtype,
             residency=self.residency,
+            attention=self.attention,
             compile=self.compile_blocks,
             cache=self.cache,
             reporter=reporter,
@@ -103,11 +107,12 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run used and made; ``seconds`` per phase in order."""
+    """What a run used and made; ``decoding`` the tiles in words, ``seconds`` per phase in order."""
 
     output: Path
     stage1: str
     stage2: str
+    decoding: str
     seconds: dict[str, float]
     peaks: Peaks
 
@@ -123,9 +128,10 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         check_tensors_path(options.save_tensors)
     with options.open(reporter) as pipeline:
         reporter.note(pipeline.choice.note)
-        write_video(pipeline, request, options.output, options.save_tensors)
+        write_video(pipeline, request, options.output, options.save_tensors, once=True)
         choice, peaks = pipeline.choice, Peaks.of(pipeline.device)
-    return Summary(options.output, choice.stage1, choice.stage2, dict(pipeline.timings.seconds), peaks)
+    seconds = dict(pipeline.timings.seconds)
+    return Summary(options.output, choice.stage1, choice.stage2, pipeline.decoding, seconds, peaks)
 
 
 def check_target(request: Request, output: Path) -> None:
@@ -134,12 +140,14 @@ def check_target(request: Request, output: Path) -> None:
     frame_rate(request.shape.fps)
 
 
-def write_video(pipeline: Pipeline, request: Request, output: Path, save_tensors: Path | None = None) -> None:
+def write_video(
+    pipeline: Pipeline, request: Request, output: Path, save_tensors: Path | None = None, *, once: bool = False
+) -> None:
     """Make the video of ``request`` and encode it while it is decoded; ``pipeline.timings`` are its seconds.
 
-    Raises LtxpackError; then ``output`` is as it was.
+    ``once``: it is the only one. Raises LtxpackError; then ``output`` is as it was.
     """
-    latents, waveform, sample_rate = pipeline.generate(request)
+    latents, waveform, sample_rate = pipeline.generate(request, once=once)
     kept: list[Tensor] = []
     shape = request.shape
 

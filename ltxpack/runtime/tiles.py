@@ -6,6 +6,7 @@ Lengths are in latents. Source: spec 06, section 5.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 LONG_SIDE = 24
 SHORTEST_SIDE = 3
@@ -87,3 +88,19 @@ def split_frames(length: int, cut: Cut) -> list[Span]:
     """
     first, *rest = split(length, cut)
     return [first, *(Span(span.start - 1, span.stop, span.rise + 1, span.fall) for span in rest)]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How many tiles there are, and the latents (f, h, w) of one that is as large as any."""
+
+    count: int
+    largest: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, grid: tuple[int, int, int], tiling: Tiling) -> Tiles:
+        """Those that latents of (f, h, w) are cut into."""
+        length, height, width = grid
+        axes = (split_frames(length, tiling.frames), split(height, tiling.height), split(width, tiling.width))
+        frames, rows, columns = (max(span.stop - span.start for span in spans) for spans in axes)
+        return cls(prod(map(len, axes)), (frames, rows, columns))

@@ -70,6 +70,7 @@ RUN = ("run", "overlay", "--prompt", "x")
         (["--image-crf", "99"], ["99"]),
         (["--video-cfg", "nan"], ["cfg", "finite"]),
         (["--residency", "elsewhere"], ["elsewhere", "stream"]),
+        (["--decode", "whole"], ["whole", "official", "fast"]),
         (["--output", "video.txt"], ["video.txt"]),
     ],
 )
@@ -79,6 +80,13 @@ def test_values_no_run_could_use_are_refused_before_loading(flags: list[str], wo
     message = refused(done, 2)
     assert all(word in message for word in words), message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here.png"]
+
+
+def test_the_help_names_every_attention_kernel() -> None:
+    from ltxpack.runtime.dit.kernels import AUTO, KERNELS
+
+    told = " ".join(ltxpack("run", "--help").stdout.split())
+    assert all(name in told.partition("--attention")[2].partition("--compile")[0] for name in (AUTO, *KERNELS))
 
 
 @pytest.mark.parametrize("command", [["run", "nowhere", "--prompt", "x"], ["verify", "nowhere"]])

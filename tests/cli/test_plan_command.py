@@ -17,6 +17,7 @@ import pytest
 from support import REPOSITORY, ltxpack, refused
 
 from ltxpack.cli.plan import plan as command
+from ltxpack.cli.run import run
 from ltxpack.demo_config import GEMMA
 from ltxpack.manifest import Bake, BakedLora, Component, FileRecord, Manifest, Source, load_schema
 from ltxpack.materialize.published import published_configs, published_tensors
@@ -133,6 +134,53 @@ def test_without_an_overlay_the_commands_begin_at_nothing() -> None:
         'ltxpack run out --prompt "…" --height 576 --residency stream --image FILE',
     ]
     assert not any(c["done"] for c in document["commands"])
+
+
+def test_the_commands_have_every_flag_the_plan_was_made_with(full_size: Path) -> None:
+    size = ("--vram", "24GB", "--ram", "64GB")
+    flags = {
+        "--height": "576",
+        "--width": "1024",
+        "--num-frames": "49",
+        "--fps": "12.5",
+        "--steps": "8",
+        "--stage1": "base",
+        "--stage2": "distilled-0.25",
+        "--dtype": "float32",
+        "--residency": "stream",
+        "--decode": "fast",
+    }
+    words = [word for pair in flags.items() for word in pair]
+    of_run, of_plan = (
+        {name for one in each.params for name in one.opts if name.startswith("--")} for each in (run, command)
+    )
+    assert of_run & of_plan == {*flags}, "what both take is passed on"
+    for overlay, folder in (((), "out"), ((full_size,), str(full_size))):
+        commands = [c["command"] for c in planned(*overlay, *size, *words, "--images", "1")["commands"]]
+        assert commands[-1] == " ".join([f'ltxpack run {folder} --prompt "…"', *words, "--image FILE"])
+        assert commands[-2] == f"ltxpack bake-lora {folder} --strength 0.25"
+    assert planned(*size, "--stage1", "base", "--stage2", "base")["stages"] == ["base", "base"]
+    refused(ltxpack("plan", *size, "--stage2", "mine"), 2)
+
+
+def test_blocks_that_stay_on_the_host_are_told() -> None:
+    document = planned("--vram", "24GB", "--ram", "64GB")
+    held = document["setup"]["held_blocks"]
+    assert all(held)
+    assert f"{held[0]} blocks of stage 1 and {held[1]} of stage 2 stay in pinned host memory" in document["description"]
+    reads = document["loading"]
+    assert reads["next_video"]["bytes"] < 0.7 * reads["first_video"]["bytes"]
+    assert planned("--vram", "24GB", "--ram", "128GB")["setup"]["held_blocks"] == [0, 0]
+
+
+def test_the_tiles_of_the_decoder_are_told() -> None:
+    size = ("--vram", "48GB", "--ram", "64GB")
+    official, fast = planned(*size), planned(*size, "--decode", "fast")
+    assert official["decode"].startswith("decode official: 18 tiles")
+    assert fast["decode"].startswith("decode fast: one tile of 121 frames of 1088x1920 pixels")
+    video = [next(phase for phase in d["phases"] if phase["name"] == "video")["card"] for d in (official, fast)]
+    assert video[0] < video[1] < 48 * 10**9
+    assert fast["decode"] in ltxpack("plan", *size, "--decode", "fast").stdout
 
 
 def test_loading_at_a_stated_rate(full_size: Path) -> None:

@@ -24,10 +24,12 @@ from transformers import Gemma3TextConfig, Gemma3TextModel
 from ltxpack.materialize.published import published_configs
 from ltxpack.runtime import codecs, text
 from ltxpack.runtime.av import AV
-from ltxpack.runtime.codecs import tiling
+from ltxpack.runtime.codecs import Cut, Tiling
+from ltxpack.runtime.codecs.tiling import Piece
 from ltxpack.runtime.conditioning import positions
 from ltxpack.runtime.dit import DiT, DiTConfig, Pass, Stream
 from ltxpack.runtime.dit.attention import Attention
+from ltxpack.runtime.large_tiles import tiling_within
 from ltxpack.runtime.planning import activations
 from ltxpack.runtime.planning.activations import Widths
 from ltxpack.runtime.planning.sizes import read_widths
@@ -170,14 +172,56 @@ def test_decoding_a_video(last: bool, shape: VideoShape, dtype: torch.dtype, mon
     vae = built(AutoencoderKLLTX2Video, "vae", dtype)
     if last:
         vae = codecs.channels_last(copy.deepcopy(vae))
-    move = tiling.Piece.to
-    monkeypatch.setattr(tiling.Piece, "to", lambda piece, _: move(piece, torch.device("meta")))
+    move = Piece.to
+    monkeypatch.setattr(Piece, "to", lambda piece, _: move(piece, torch.device("meta")))
 
     def decode() -> None:
         for _ in codecs.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype)):
             pass
 
     check(activations.video_decoding(WIDTHS, shape, dtype.itemsize), peak_of(decode), 1.25)
+
+
+LONG = VideoShape(241, 576, 1024, 24.0)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "tiling"),
+    [
+        (LONG, None),
+        (LONG, Tiling(Cut(17, 3), Cut(18, 2), Cut(32, 2))),
+        (SHAPES[0], Tiling(Cut(16, 3), Cut(34, 2), Cut(31, 2))),
+        (SHAPES[0], Tiling(Cut(16, 3), Cut(34, 2), Cut(60, 2))),
+    ],
+    ids=["official, tiles in the middle", "two groups", "two tiles", "one tile"],
+)
+def test_decoding_in_other_tiles(
+    shape: VideoShape, tiling: Tiling | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = built(AutoencoderKLLTX2Video, "vae", dtype)
+    move = Piece.to
+    monkeypatch.setattr(Piece, "to", lambda piece, _: move(piece, torch.device("meta")))
+
+    def decode() -> None:
+        for _ in codecs.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype), tiling):
+            pass
+
+    check(activations.video_decoding(WIDTHS, shape, dtype.itemsize, tiling), peak_of(decode), 1.25)
+
+
+@dtypes
+@pytest.mark.parametrize("room", [2, 8, 16, 30, 80])
+def test_the_plan_and_the_decoder_agree_on_tiles_that_fit(room: int, dtype: torch.dtype) -> None:
+    vae = built(AutoencoderKLLTX2Video, "vae", dtype)
+    sizes = activations.decoder_sizes(WIDTHS)
+    assert sizes == codecs.video.decoder_sizes(vae)
+    for shape in (SHAPES[0], LONG):
+        latents = meta(1, 128, *shape.grid, dtype=dtype)
+        found = tiling_within(shape.grid, sizes, dtype.itemsize, room * 10**9)
+        assert found == codecs.fast_tiling(vae, latents, room * 10**9)
+        if found != codecs.auto_tiling(*shape.grid[1:]):
+            assert activations.video_decoding(WIDTHS, shape, dtype.itemsize, found) <= room * 10**9
 
 
 @dtypes

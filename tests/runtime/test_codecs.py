@@ -15,6 +15,7 @@ import torch
 from codec_parts import write_codecs
 from diffusers import AutoencoderKLLTX2Video
 from safetensors import safe_open
+from safetensors.torch import save_file
 from support import distance, load, relative_l2
 from test_tiling import recorded_tiling
 from torch import Tensor
@@ -356,8 +357,9 @@ def test_memory_of_a_tile_is_what_the_decoder_allocates(size: tuple[int, int, in
     with torch.no_grad(), Peak() as peak:
         vae.decode(latents)
     count = math.prod(size)
-    assert video._largest_tile(vae, peak.bytes, itemsize) <= count, "never less than what is allocated"
-    assert video._largest_tile(vae, int(1.3 * peak.bytes), itemsize) >= count, "nor much more"
+    sizes = video.decoder_sizes(vae)
+    assert sizes.largest_tile(peak.bytes, itemsize) <= count, "never less than what is allocated"
+    assert sizes.largest_tile(int(1.3 * peak.bytes), itemsize) >= count, "nor much more"
 
 
 def test_fast_tiling_uses_what_there_is() -> None:
@@ -413,6 +415,27 @@ def test_statistics_there_and_back(small: AutoencoderKLLTX2Video) -> None:
     latents = torch.randn(1, 8, 2, 3, 4)
     assert torch.allclose(statistics.denormalise(statistics.normalise(latents)), latents, atol=1e-6)
     assert statistics.normalise(latents.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_are_read_without_the_rest(
+    dtype: torch.dtype, small: AutoencoderKLLTX2Video, tmp_path: Path
+) -> None:
+    tensors = {**small.state_dict(), "latents_mean": torch.linspace(-1, 1, 8), "latents_std": torch.linspace(1, 2, 8)}
+    file = tmp_path / "out" / "vae" / "m.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    found = LatentStatistics.read(file.parent, 8, CPU, dtype)
+    assert torch.equal(found.mean, tensors["latents_mean"].to(dtype))
+    assert torch.equal(found.std, tensors["latents_std"].to(dtype))
+    with pytest.raises(OverlayError, match="latents_mean: the VAE's statistics are not there") as caught:
+        LatentStatistics.read(file.parent, 128, CPU, dtype)
+    assert (caught.value.expected, str(caught.value.found)) == ("floats [128]", "f32 [8]")
+    del tensors["latents_std"]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    with pytest.raises(OverlayError, match="latents_std") as caught:
+        LatentStatistics.read(file.parent, 8, CPU, dtype)
+    assert caught.value.found == "none"
 
 
 def test_vocoder_filters_survive_the_meta_device(folder: Path, golden: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ltxpack.errors import UsageError
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.av import AV
-from ltxpack.runtime.dit import DiT, Tuning, kernels, tune
+from ltxpack.runtime.dit import DiT, Tuning, kernels, tune, tuning
 from ltxpack.runtime.dit.kernels import KERNELS, Heads
 
 CPU = torch.device("cpu")
@@ -89,11 +89,13 @@ def test_a_kernel_that_does_not_run_here_is_refused_by_name(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} cannot be used here") as caught:
         kernels.choose(HEADS, name)
     assert "unset LTXPACK_ATTENTION" in str(caught.value)
+    assert "give --attention one that runs here (auto, flash, sdpa, math)" in str(caught.value)
 
 
 def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="auto, flash3, cudnn, flash, efficient, sdpa, math"):
+    with pytest.raises(UsageError, match="auto, flash3, cudnn, flash, efficient, sdpa, math") as caught:
         kernels.choose(HEADS, "fastest")
+    assert "one that runs here (auto, flash, sdpa, math)" in str(caught.value)
 
 
 def test_a_kernel_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,13 +109,13 @@ def test_a_kernel_that_computes_something_else_is_refused(monkeypatch: pytest.Mo
 def test_on_a_cpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "milliseconds", lambda *arguments: pytest.fail("measured"))
     choice = kernels.choose(HEADS)
-    assert (choice.name, choice.note) == ("sdpa", "attention: sdpa")
+    assert (choice.name, choice.note) == ("sdpa", "attention: sdpa (torch's own choice; nothing is measured on a CPU)")
 
 
 def test_the_environment_pins_and_a_name_beats_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(kernels.VARIABLE, "math")
-    assert kernels.choose(HEADS).name == "math"
-    assert kernels.choose(HEADS, "flash").name == "flash"
+    assert kernels.choose(HEADS).note == "attention: math (by LTXPACK_ATTENTION)"
+    assert kernels.choose(HEADS, "flash").note == "attention: flash (asked for)"
     assert kernels.choose(HEADS, "auto").name == "sdpa"
     monkeypatch.setenv(kernels.VARIABLE, "slow")
     with pytest.raises(UsageError, match="found slow"):
@@ -148,7 +150,8 @@ def test_the_fastest_is_taken_once(monkeypatch: pytest.MonkeyPatch, times: dict[
 
 
 def test_where_none_of_them_runs_torch_chooses() -> None:
-    assert kernels.measured(HEADS, ("cudnn", "efficient"), 64).name == "sdpa"
+    choice = kernels.measured(HEADS, ("cudnn", "efficient"), 64)
+    assert (choice.name, choice.note) == ("sdpa", "attention: sdpa (no other runs here)")
 
 
 def test_out_of_memory_while_measuring_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +183,18 @@ def test_the_model_gives_the_same_with_every_kernel(dit: DiT, name: str) -> None
     expected = dit(streams)
     notes = Notes()
     assert tune(dit, Tuning(attention=name), notes).name == name
-    assert notes.told == [f"attention: {name}"]
+    assert notes.told == [f"attention: {name} (asked for)"]
     found = dit(streams)
     assert max(found.map(relative_l2, expected).video, found.map(relative_l2, expected).audio) <= 1e-6
+
+
+def test_what_was_chosen_before_loading_is_used_as_it_is(dit: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = tuning.heads_of(dit.config, CPU, torch.float32)
+    assert heads == tuning.attention_heads(dit)
+    choice = kernels.choose(heads, "math")
+    monkeypatch.setattr(kernels, "choose", lambda *arguments: pytest.fail("chosen again"))
+    assert tune(dit, Tuning(attention=choice), SilentReporter()) is choice
+    assert all(block.attn1.kernel is KERNELS["math"] for block in dit.blocks())
 
 
 @pytest.mark.parametrize("name", [*ON_CPU, "flash3"])

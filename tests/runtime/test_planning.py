@@ -14,13 +14,15 @@ from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.materialize.published import published_configs, published_tensors
 from ltxpack.materialize.releases import RELEASES
 from ltxpack.runtime import load, reading, text
-from ltxpack.runtime.planning import advice, modes, sizes
-from ltxpack.runtime.planning.activations import Widths
+from ltxpack.runtime.planning import advice, modes, report, sizes
+from ltxpack.runtime.planning.activations import HIDDEN_BYTES, Widths, hidden_states
+from ltxpack.runtime.planning.activations import contexts as contexts_of
 from ltxpack.runtime.planning.commands import OFFICIAL
 from ltxpack.runtime.planning.machine import CONTEXT, Machine, this_machine
 from ltxpack.runtime.planning.modes import MODES, Plan, Setup, Work
 from ltxpack.runtime.planning.sizes import Model, Part
 from ltxpack.runtime.shape import VideoShape
+from ltxpack.runtime.tiles import Tiles, auto_tiling
 from ltxpack.tensorfile import DTYPE_BITS
 
 GB = 10**9
@@ -202,13 +204,157 @@ def test_what_is_read_from_disk() -> None:
     assert resident.first_read == text_encoder + small + transformers
     assert resident.next_read == text_encoder
     swap = modes.plan_for(MODEL, WORK, Setup("swap"))
-    assert swap.next_read == swap.first_read == resident.first_read + MODEL.parts["vae"].stored
+    assert swap.next_read == swap.first_read == resident.first_read
+    with_image = modes.plan_for(MODEL, replace(WORK, images=1), Setup("swap"))
+    assert with_image.first_read == swap.first_read + MODEL.parts["vae"].stored
     kept = modes.plan_for(MODEL, WORK, Setup("swap", weights="kept"))
     assert kept.next_read == swap.next_read - transformers
     streamed = modes.plan_for(MODEL, WORK, Setup("stream", weights="file", streamed=(48, 48)))
     passes = sum(WORK.evaluations)
     blocks = sum(MODEL.transformer(0).blocks) / MODEL.transformer(0).total
     assert streamed.first_read - swap.first_read == pytest.approx(passes * blocks * transformers / 2, rel=1e-6)
+
+
+# What a plan puts into the room it finds
+
+
+def text_phase(plan: Plan) -> modes.Phase:
+    return next(phase for phase in plan.phases if phase.name == "text")
+
+
+def best(work: Work, machine: Machine, mode: str = "auto") -> Plan:
+    found = modes.best_plan(MODEL, work, machine, mode)
+    assert found is not None
+    return found
+
+
+def test_blocks_stay_on_the_host_between_videos_as_far_as_it_goes() -> None:
+    machine = card(24, 64)
+    plan = best(WORK, machine)
+    first, second = plan.setup.held
+    assert plan.setup.weights == "blocks" and first == plan.setup.streamed[0] and 0 < second <= plan.setup.streamed[1]
+    block = MODEL.transformer(0).largest
+    assert plan.first_read - plan.next_read == pytest.approx((first + second) * block, rel=1e-3)
+    assert plan.next_read < 0.7 * plan.first_read
+    room = machine.host - plan.host
+    assert modes.HELD_MARGIN <= room < modes.HELD_MARGIN + block
+    without = modes.plan_for(MODEL, WORK, replace(plan.setup, held=(0, 0)))
+    assert text_phase(plan).host - text_phase(without).host == (first + second) * block
+    # Streamed blocks of a stage that are held need no second place while it runs.
+    stage = {p.name: p.host for p in plan.phases}["stage 1"]
+    assert stage - {p.name: p.host for p in without.phases}["stage 1"] == second * block
+
+
+def test_with_still_more_memory_the_others_are_held_too() -> None:
+    setup = best(WORK, card(32, 64)).setup
+    assert setup.held[0] == 48 and setup.streamed[1] < setup.held[1] < 48
+    assert best(WORK, card(32, 128)).setup.weights == "kept"
+
+
+def test_for_one_video_nothing_is_held_that_is_read_once() -> None:
+    once = replace(WORK, once=True)
+    assert best(once, card(24, 64)).setup.held == best(once, card(32, 64)).setup.held == (0, 0)
+
+
+def test_what_would_be_read_at_every_step_is_held_even_for_one_video() -> None:
+    plan = best(replace(WORK, once=True), card(24, 22))
+    assert plan.setup.weights == "file"
+    first, second = plan.setup.held
+    assert 0 < first < plan.setup.streamed[0] and second == 0
+    without = modes.plan_for(MODEL, WORK, replace(plan.setup, held=(0, 0)))
+    saved = WORK.evaluations[0] * first * MODEL.transformer(0).largest
+    assert without.first_read - plan.first_read == pytest.approx(saved, rel=1e-3)
+
+
+def test_two_stages_of_one_transformer_hold_its_blocks_once() -> None:
+    model = replace(MODEL, stages=("base", "base"), transformers={"base": MODEL.transformer(0)})
+    plan = modes.best_plan(model, WORK, card(24, 40))
+    assert plan is not None and plan.setup.weights == "blocks"
+    first, second = plan.setup.held
+    assert first == second > 0
+    without = modes.plan_for(model, WORK, replace(plan.setup, held=(0, 0)))
+    assert text_phase(plan).host - text_phase(without).host == first * MODEL.transformer(0).largest
+    for ram in range(12, 70):
+        for once in (False, True):
+            found = modes.best_plan(model, replace(WORK, once=once), card(24, ram))
+            assert found is not None and found.setup.held[0] <= (found.setup.streamed[0] if once else 48)
+
+
+@pytest.mark.parametrize("vram", [16, 24, 40])
+def test_a_larger_host_never_reads_more(vram: int) -> None:
+    plans = [plan for ram in range(8, 140) if (plan := modes.best_plan(MODEL, WORK, card(vram, ram))) is not None]
+    assert len({plan.setup.weights for plan in plans}) >= 3
+    for small, large in pairwise(plans):
+        assert large.first_read <= small.first_read and large.next_read <= small.next_read, (small.setup, large.setup)
+
+
+def test_many_prompts_encoded_together_are_counted_and_one_is_not() -> None:
+    machine = card(48, 128)
+    alone, many = best(WORK, machine), best(replace(WORK, prompts=64), machine)
+    assert alone.hidden == 0 and many.hidden == HIDDEN_BYTES
+    contexts = 63 * contexts_of(MODEL.widths, MODEL.itemsize)
+    assert contexts == pytest.approx(1.6e9, rel=0.02)
+    assert text_phase(many).host - text_phase(alone).host == HIDDEN_BYTES + contexts
+    for one, other in zip(alone.phases, many.phases, strict=True):
+        more = HIDDEN_BYTES if one.name in ("text", "connectors") else 0
+        assert other.host - one.host == more + contexts and other.card == one.card
+    few = best(replace(WORK, prompts=3), machine)
+    assert few.hidden == 2 * hidden_states(MODEL.widths, MODEL.itemsize) < HIDDEN_BYTES
+
+
+def test_hidden_states_take_what_is_free_and_never_another_mode() -> None:
+    machine = card(24, 30)
+    alone, many = best(WORK, machine), best(replace(WORK, prompts=64), machine)
+    assert alone.setup == many.setup and alone.setup.text == "layers"
+    assert 0 <= many.hidden < HIDDEN_BYTES and fits(many, machine)
+
+
+@pytest.mark.parametrize(("vram", "tiles"), [(24, 2), (48, 1), (141, 1)])
+def test_larger_tiles_where_the_card_has_room(vram: int, tiles: int) -> None:
+    machine = card(vram)
+    official, fast = best(WORK, machine), best(replace(WORK, decode="fast"), machine)
+    assert fast.setup == official.setup and official.tiling == auto_tiling(34, 60)
+    assert (
+        Tiles.of(WORK.shape.grid, fast.tiling).count == tiles < Tiles.of(WORK.shape.grid, official.tiling).count == 18
+    )
+    video, before = fast.phases[-1], official.phases[-1]
+    assert video.name == "video" and video.activations > before.activations and video.host > before.host
+    assert fits(fast, machine)
+    assert report.decoding(official).startswith("decode official: 18 tiles of at most 73 frames of 448x768 pixels")
+    assert report.decoding(fast).startswith("decode fast: ") and "(official: 18 tiles" in report.decoding(fast)
+
+
+def test_where_no_larger_tiles_fit_the_official_ones_are_used_and_told() -> None:
+    work = replace(WORK, decode="fast")
+    small = card(10)
+    plan = best(work, small)
+    assert plan.tiling == auto_tiling(34, 60) and fits(plan, small)
+    assert report.decoding(plan).startswith(
+        "decode fast: no larger tiles than the official ones fit, which are used: 18"
+    )
+    # The frames of a larger group must have a place on the host too.
+    swap = Setup("swap")
+    plenty = modes.fitting_plan(MODEL, work, Machine(60 * GB, 48 * GB), swap)
+    assert plenty is not None and plenty.host == plenty.phases[-1].host
+    tight = modes.fitting_plan(MODEL, work, Machine(plenty.host - 1, 48 * GB), swap)
+    assert tight is not None and tight.tiling == auto_tiling(34, 60) != plenty.tiling
+
+
+@settings(max_examples=60, deadline=None)
+@given(vram=st.integers(8, 140), blocks=st.integers(1, 40), seconds=st.integers(1, 20))
+def test_fast_tiles_fit_whatever_the_size(vram: int, blocks: int, seconds: int) -> None:
+    work = Work(VideoShape(24 * seconds + 1, 64 * blocks, 64 * (blocks + 3), 24.0), decode="fast")
+    machine = card(vram)
+    plan = modes.best_plan(MODEL, work, machine)
+    if plan is not None:
+        assert fits(plan, machine)
+        grid, official = work.shape.grid, auto_tiling(*work.shape.grid[1:])
+        assert Tiles.of(grid, plan.tiling).count <= Tiles.of(grid, official).count
+
+
+def test_without_a_card_the_host_has_the_tiles() -> None:
+    plan = best(replace(WORK, decode="fast"), Machine(400 * GB))
+    assert Tiles.of(WORK.shape.grid, plan.tiling).count == 1 and fits(plan, Machine(400 * GB))
 
 
 def test_widths_come_from_the_configs_and_a_wrong_one_is_named() -> None:

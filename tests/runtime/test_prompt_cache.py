@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ from ltxpack.runtime import encode, text
 from ltxpack.runtime.av import AV
 from ltxpack.runtime.encode import PromptEncoder
 from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.planning.modes import Work
 from ltxpack.runtime.prompt_cache import CONTEXT_TOKENS, PromptCache, batch_key, cache_root, parse_limit
 from ltxpack.runtime.residency import Residency
+from ltxpack.runtime.shape import VideoShape
 from ltxpack.tensorfile import build_header, read_tensorfile
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -396,6 +399,24 @@ def test_hidden_states_beyond_the_host_take_another_turn(
     assert loads == ["load_text_encoder", "load_connectors"] * 2
     for batch in batches:
         assert equal(ahead.contexts(batch, Notes()), reference(demo, list(batch), torch.float32))
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_the_plan_says_how_many_hidden_states_wait_on_the_host(room: int, demo: Path, loads: list[str]) -> None:
+    batches = [(f"boat {number}", "rain") for number in range(4)]
+    ahead = encoder(demo, None)
+    plan = ahead.residency.prepare([Work(VideoShape(9, 64, 64, 24.0), prompts=len(batches))])
+    assert plan is not None and plan.hidden > 0
+    root = demo / "overlay"
+    gemma = text.load_text_encoder(root / "text_encoder", CPU, torch.float32)
+    every = encode._hidden_states(batches, text.load_tokenizer(root / "tokenizer"), gemma, plan.hidden)
+    (size,) = {sum(hidden.states.nbytes for hidden in batch) for batch in every}
+    loads.clear()
+    ahead.residency.plan = replace(plan, hidden=room * size)
+    ahead.encode_ahead(batches, Notes())
+    # So many batches wait while one more is under way.
+    assert loads.count("load_text_encoder") == -(-len(batches) // (room + 1))
+    assert len(every) == ahead.ahead == len(batches)
 
 
 def test_a_damaged_entry_is_told_and_made_anew(demo: Path, loads: list[str], tmp_path: Path) -> None:

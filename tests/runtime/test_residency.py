@@ -7,6 +7,7 @@ import gc
 import shutil
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import reading
 from ltxpack.runtime.dit import DiT, load_dit
+from ltxpack.runtime.load import read_headers
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.planning import machine, modes
@@ -33,6 +35,7 @@ from ltxpack.runtime.shape import VideoShape
 CPU = torch.device("cpu")
 SHAPE = VideoShape(9, 64, 64, 24.0)
 STAGES = ("distilled-0.25", "distilled-0.5")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Every value of every field, and the combinations that auto would choose.
 SETUPS = (
     Setup("resident", keep_parts=True),
@@ -43,7 +46,10 @@ SETUPS = (
     Setup("stream", weights="kept", text="layers", streamed=(2, 1)),
     Setup("stream", weights="blocks", text="layers from file", streamed=(1, 2)),
     Setup("stream", weights="file", text="layers from file", streamed=(2, 2)),
+    Setup("stream", weights="blocks", streamed=(1, 1), held=(2, 1)),
+    Setup("stream", weights="file", streamed=(2, 2), held=(1, 0)),
 )
+HELD = SETUPS[8:]
 setups = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: "-".join((s.mode, s.weights, s.text)))
 
 
@@ -179,9 +185,101 @@ def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Setup], None]
             make.sample(request())
         again = transformers & set(read_files)
         assert again == (set() if stays else transformers), setup
-        assert (root / "vae" / "diffusion_pytorch_model.safetensors" in read_files) is not setup.keep_parts
+        assert (root / "latent_upsampler" / WEIGHTS in read_files) is not setup.keep_parts
+        assert root / "vae" / WEIGHTS not in read_files
         assert root / "text_encoder" / "model.safetensors" in read_files
         read_files.clear()
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """Bytes read of each file."""
+    found: Counter[Path] = Counter()
+    original = reading._read
+
+    def read(descriptor: int, views: Any, piece: Any) -> None:
+        found[piece.file] += sum(stretch.nbytes for stretch in piece.stretches)
+        original(descriptor, views, piece)
+
+    monkeypatch.setattr(reading, "_read", read)
+    return found
+
+
+@pytest.mark.parametrize("setup", HELD, ids=lambda s: s.weights)
+def test_only_what_is_not_held_is_read_again(
+    setup: Setup, demo: Path, force: Callable[[Setup], None], read_bytes: Counter[Path]
+) -> None:
+    force(setup)
+    folders = [demo / "overlay" / "bakes" / name for name in STAGES]
+    with pipeline(demo / "overlay") as make:
+        first = video(make, request(), codecs=False)
+        for folder in folders:
+            assert read_bytes[folder / WEIGHTS] >= (folder / WEIGHTS).stat().st_size
+        read_bytes.clear()
+        assert same(video(make, request(), codecs=False), first)
+        held = {folder: sorted(make.residency._held.get(folder, {})) for folder in folders}
+    assert [len(numbers) for numbers in held.values()] == list(setup.held)
+    for folder in folders:
+        sizes, read = block_sizes(folder), read_bytes[folder / WEIGHTS]
+        if held[folder]:
+            # Two streamed blocks stay in the two slots: those of a file are read once too.
+            assert read == sum(sizes.values()) - sum(sizes[number] for number in held[folder])
+        else:
+            assert read >= (folder / WEIGHTS).stat().st_size
+
+
+def block_sizes(folder: Path) -> dict[int, int]:
+    """Bytes of each block of a transformer, and of everything else as number -1."""
+    found: Counter[int] = Counter()
+    for name, entry in read_headers(folder).items():
+        words = name.split(".")
+        found[int(words[1]) if words[0] == "transformer_blocks" else -1] += entry.nbytes
+    return found
+
+
+def test_held_blocks_of_files_that_changed_are_not_used(
+    demo: Path, tmp_path: Path, force: Callable[[Setup], None], read_bytes: Counter[Path]
+) -> None:
+    overlay = Path(shutil.copytree(demo / "overlay", tmp_path / "overlay"))
+    path = overlay / "bakes" / STAGES[0] / WEIGHTS
+    content = path.read_bytes()
+    force(HELD[0])
+    with pipeline(overlay) as make:
+        first = video(make, request(), codecs=False)
+        path.write_bytes(content)
+        read_bytes.clear()
+        assert same(video(make, request(), codecs=False), first)
+        assert read_bytes[path] >= len(content), "written anew: read whole and hashed"
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(OverlayError, match="changed since the overlay was written"):
+            make.sample(request())
+
+
+def test_what_is_held_is_given_back(demo: Path, force: Callable[[Setup], None]) -> None:
+    force(HELD[0])
+    make = pipeline(demo / "overlay")
+    video(make, request(), codecs=False)
+    memories = [weakref.ref(source.memory) for held in make.residency._held.values() for source in held.values()]
+    gc.collect()
+    assert len(memories) == sum(HELD[0].held) and all(memory() is not None for memory in memories)
+    make.close()
+    gc.collect()
+    assert all(memory() is None for memory in memories)
+
+
+def test_of_the_video_vae_only_its_statistics_are_read_between_the_stages(
+    demo: Path, read_bytes: Counter[Path], force: Callable[[Setup], None]
+) -> None:
+    path = demo / "overlay" / "vae" / WEIGHTS
+    force(Setup("swap"))
+    with pipeline(demo / "overlay") as make:
+        latents, _, _ = make.generate(request())
+        stored = read_headers(path.parent)
+        assert read_bytes[path] == stored["latents_mean"].nbytes + stored["latents_std"].nbytes
+        make.generate(request())
+        assert read_bytes[path] == stored["latents_mean"].nbytes + stored["latents_std"].nbytes
+        make.decode_video(latents.stage2.video, lambda frames: None)
+        assert read_bytes[path] > path.stat().st_size
 
 
 def test_every_file_is_read_once_a_load(demo: Path, force: Callable[[Setup], None], read_files: list[Path]) -> None:

@@ -41,6 +41,12 @@ PLACEMENTS = {
     "some blocks from memory": Placement(CARD, MEMORY, "transformer_blocks", frozenset({1, 3, 5})),
     "every block from the file": Placement(CARD, FILE, "transformer_blocks", EVERY),
     "all in memory, some streamed": Placement(MEMORY, MEMORY, "transformer_blocks", frozenset({0, 2, 4}), keep=True),
+    "some from memory, some held": Placement(
+        CARD, MEMORY, "transformer_blocks", frozenset({1, 3, 5}), held=frozenset({0, 1, 3})
+    ),
+    "some from the file, some held": Placement(
+        CARD, FILE, "transformer_blocks", frozenset({0, 2, 3, 4}), held=frozenset({1, 2})
+    ),
 }
 
 

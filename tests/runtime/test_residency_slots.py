@@ -37,6 +37,12 @@ PLACEMENTS = {
     "every block from the file": Placement(CARD, FILE, "transformer_blocks", frozenset(range(LAYERS))),
     "some blocks from the file": Placement(CARD, FILE, "transformer_blocks", frozenset({0, 2, 4})),
     "all in memory, some streamed": Placement(MEMORY, MEMORY, "transformer_blocks", frozenset({0, 1, 3}), keep=True),
+    "some from memory, some held": Placement(
+        CARD, MEMORY, "transformer_blocks", frozenset({1, 3, 4}), held=frozenset({0, 1, 3})
+    ),
+    "some from the file, some held": Placement(
+        CARD, FILE, "transformer_blocks", frozenset({0, 2, 3, 4}), held=frozenset({1, 2})
+    ),
 }
 placements = pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 
@@ -114,6 +120,50 @@ def test_every_placement_gives_the_same_bits(
             found = outputs(dit)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     held.drop()
+
+
+HOLDING = [placement for placement in PLACEMENTS.values() if placement.held]
+
+
+@queues
+@pytest.mark.parametrize("placement", HOLDING, ids=["memory", "file"])
+def test_held_blocks_serve_the_next_load(placement: Placement, queue: Callable[[], Copies], folder: Path) -> None:
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    held: dict[int, Any] = {}
+    for turn in range(3):
+        wanted: list[str] = []
+        reader = Noting(queue(), wanted)
+        read = PlacingReader(placement, {} if held else digests(folder), reader, queue(), held=held)
+        with torch.inference_mode():
+            part = Offloaded(load_module(empty_dit(), folder, CPU, torch.float32, reader=read), read)
+        reader.close()
+        with torch.inference_mode(), part.on_card() as dit:
+            assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+        assert set(part.held) == placement.held
+        left = set(part.held) if turn else set()
+        if placement.blocks == FILE:
+            left |= placement.streamed - placement.held
+        assert len(wanted) == sum(block_of(name) not in left for name in read_headers(folder))
+        held = part.held
+        part.drop()
+
+
+class Noting(FileReader):
+    """Notes how many tensors were asked for in each reading."""
+
+    def __init__(self, copies: Copies, wanted: list[str]) -> None:
+        super().__init__(copies)
+        self.wanted = wanted
+
+    def fill(self, arrivals: Any, *rest: Any, **options: Any) -> Any:
+        asked = list(arrivals)
+        self.wanted += [str(arrival.place) for arrival in asked]
+        return super().fill(asked, *rest, **options)
+
+
+def block_of(name: str) -> int:
+    words = name.split(".")
+    return int(words[1]) if words[0] == "transformer_blocks" else -1
 
 
 @placements

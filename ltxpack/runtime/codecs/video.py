@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -13,15 +12,12 @@ from diffusers import AutoencoderKLLTX2Video
 from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
 from torch import Tensor
 
+from ltxpack.errors import OverlayError
 from ltxpack.runtime.codecs.tiling import Piece, Tiling, auto_tiling, frame_pieces, fresh_frames, spatial_pieces
-from ltxpack.runtime.large_tiles import large_tiling
-from ltxpack.runtime.load import Reader, load_component
+from ltxpack.runtime.large_tiles import DecoderSizes, tiling_within
+from ltxpack.runtime.load import FLOATS, Reader, Stored, load_component, read_headers, read_tensors, verify_command
 
 VideoVAE: TypeAlias = AutoencoderKLLTX2Video
-# Full-size tensors of the decoder's last stage alive at its largest moment, counted on the meta device.
-LIVE_TENSORS = 4.5
-# The group under way, its tail, and two on the way to the range [0, 1].
-FRAME_COPIES = 4
 # Tiles are blended this many frames at a time, so that the float32 copies stay small beside the frames.
 BLENDED_AT_ONCE = 8
 
@@ -38,6 +34,18 @@ class LatentStatistics:
         """Those of a loaded video VAE; they can outlive it."""
         return cls(vae.latents_mean, vae.latents_std)
 
+    @classmethod
+    def read(cls, folder: Path, channels: int, device: torch.device, dtype: torch.dtype) -> LatentStatistics:
+        """Those in the files of ``vae/``, and nothing else of them, on ``device`` in ``dtype``.
+
+        No hash is compared: it is of a whole file, which is held to it when the VAE itself is loaded. Raises
+        OverlayError where they are missing or not of ``channels`` numbers; FormatError.
+        """
+        stored = read_headers(folder)
+        mean, std = (_per_channel(stored, name, channels, folder) for name in ("latents_mean", "latents_std"))
+        found = read_tensors({"mean": mean, "std": std}, device, dtype)
+        return cls(found["mean"], found["std"])
+
     def normalise(self, latents: Tensor) -> Tensor:
         """``(z - mean) / std`` over ``[B, C, f, h, w]``, in the dtype of ``latents``."""
         mean, std = self._broadcast(latents)
@@ -51,6 +59,21 @@ class LatentStatistics:
     def _broadcast(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
         return self.mean.view(shape).to(latents), self.std.view(shape).to(latents)
+
+
+def _per_channel(stored: Mapping[str, Stored], name: str, channels: int, folder: Path) -> Stored:
+    """The entry called ``name``, a float for each latent channel. Raises OverlayError."""
+    entry = stored.get(name)
+    if entry is None or entry.dtype not in FLOATS or entry.shape != (channels,):
+        raise OverlayError(
+            "the VAE's statistics are not there",
+            file=folder if entry is None else entry.file,
+            tensor=name,
+            expected=f"floats [{channels}]",
+            found="none" if entry is None else entry,
+            next=verify_command(folder),
+        )
+    return entry
 
 
 def load_video_vae(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> VideoVAE:
@@ -89,25 +112,20 @@ class _LayoutKeepingConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffus
 def fast_tiling(vae: VideoVAE, latents: Tensor, available: int) -> Tiling:
     """The largest tiles in which ``latents`` ``[1, C, f, h, w]`` can be decoded with ``available`` bytes free.
 
-    Seams move, so pixels near them differ from the official ones. What the frames themselves take is left out first;
-    not less than the official tiles even where these do not fit.
+    Seams move, so pixels near them differ from the official ones; see :mod:`ltxpack.runtime.large_tiles`.
     """
     _, _, length, height, width = latents.shape
-    frames = math.prod((vae.temporal_compression_ratio * length, height, width)) * vae.spatial_compression_ratio**2
-    left = available - FRAME_COPIES * frames * vae.config.out_channels * latents.itemsize
-    return large_tiling(length, height, width, _largest_tile(vae, left, latents.itemsize))
+    return tiling_within((length, height, width), decoder_sizes(vae), latents.itemsize, available)
 
 
-def _largest_tile(vae: VideoVAE, available: int, itemsize: int) -> int:
-    """How many latents a tile may have.
-
-    Its largest moment is a convolution of the last stage: the output, the input, and that before it was padded.
-    Nothing may have 2**31 elements, which convolutions cannot count.
-    """
-    config = vae.config
-    width = config.decoder_block_out_channels[0] // config.upsample_factor[0]
-    places = vae.temporal_compression_ratio * (vae.spatial_compression_ratio // config.patch_size) ** 2
-    return int(min(available // (LIVE_TENSORS * width * places * itemsize), (2**31 - 1) // (width * places)))
+def decoder_sizes(vae: VideoVAE) -> DecoderSizes:
+    """What the memory of a tile follows."""
+    config, temporal, spatial = vae.config, vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    return DecoderSizes(
+        width=config.decoder_block_out_channels[0] // config.upsample_factor[0],
+        places=temporal * (spatial // config.patch_size) ** 2,
+        values=temporal * spatial**2 * config.out_channels,
+    )
 
 
 @torch.no_grad()

@@ -108,17 +108,20 @@ class Heads:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel to use. ``milliseconds``: what was measured, at ``MEASURED_TOKENS``; ``refused``: name -> why."""
+    """The kernel to use. ``milliseconds``: what was measured, at ``MEASURED_TOKENS``; ``refused``: name -> why;
+    ``why`` it is this one, where nothing was measured.
+    """
 
     name: str
     milliseconds: Mapping[str, float]
     refused: Mapping[str, str]
+    why: str = "no other runs here"
 
     @property
     def note(self) -> str:
         """One line for the user."""
         if not self.milliseconds:
-            return f"attention: {self.name}"
+            return f"attention: {self.name} ({self.why})"
         times = ", ".join(f"{name} {value:.2f} ms" for name, value in sorted(self.milliseconds.items(), key=_second))
         return f"attention: {self.name} (of {MEASURED_TOKENS} tokens: {times})"
 
@@ -129,10 +132,17 @@ def choose(heads: Heads, name: str | None = None) -> Choice:
     Measured once per process for the same ``heads``; on a CPU torch's own choice is taken without measuring. Raises
     UsageError for an unknown name, and for a kernel that does not run here or gives wrong numbers.
     """
-    asked = name or os.environ.get(VARIABLE) or AUTO
+    asked = asked_for(name)
     if asked != AUTO:
-        return _pinned(heads, asked)
-    return Choice(DEFAULT, {}, {}) if heads.device.type == "cpu" else measured(heads, MEASURED, MEASURED_TOKENS)
+        return _pinned(heads, asked, "asked for" if name else f"by {VARIABLE}")
+    if heads.device.type == "cpu":
+        return Choice(DEFAULT, {}, {}, "torch's own choice; nothing is measured on a CPU")
+    return measured(heads, MEASURED, MEASURED_TOKENS)
+
+
+def asked_for(name: str | None = None) -> str:
+    """``name``, else what ``LTXPACK_ATTENTION`` says, else ``auto``."""
+    return name or os.environ.get(VARIABLE) or AUTO
 
 
 @functools.cache
@@ -192,23 +202,26 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _pinned(heads: Heads, name: str) -> Choice:
+def _pinned(heads: Heads, name: str, why: str) -> Choice:
     if name not in KERNELS:
         raise UsageError(
-            "unknown attention kernel",
-            expected=", ".join((AUTO, *KERNELS)),
-            found=name,
-            next=f"choose one of them, or unset {VARIABLE}",
+            "unknown attention kernel", expected=", ".join((AUTO, *KERNELS)), found=name, next=_instead(heads)
         )
-    why = fault(heads, name)
-    if why is not None:
+    wrong = fault(heads, name)
+    if wrong is not None:
         raise UsageError(
             f"the attention kernel {name} cannot be used here",
             expected=f"one for {heads.device}, {heads.dtype}".replace("torch.", ""),
-            found=why,
-            next=f"choose {AUTO}, or unset {VARIABLE}",
+            found=wrong,
+            next=_instead(heads),
         )
-    return Choice(name, {}, {})
+    return Choice(name, {}, {}, why)
+
+
+def _instead(heads: Heads) -> str:
+    """What runs here."""
+    running = (name for name in KERNELS if fault(heads, name) is None)
+    return f"give --attention one that runs here ({', '.join((AUTO, *running))}), or unset {VARIABLE}"
 
 
 def _second(pair: tuple[str, float]) -> float:

@@ -10,8 +10,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.dit import kernels
+from ltxpack.runtime.dit.config import DiTConfig
 from ltxpack.runtime.dit.model import DiT
 
 # Inductor looks here for compiled kernels of earlier processes; Triton's own lie in a folder below.
@@ -20,11 +23,12 @@ INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 @dataclass(frozen=True)
 class Tuning:
-    """``attention``: a name of ``KERNELS``, or None for ``LTXPACK_ATTENTION`` or else the fastest. ``compile``: the
-    blocks; ``cache``: a folder to keep what was compiled in. ``pack``: the projections, for weights that stay.
+    """``attention``: a name of ``KERNELS``, None for ``LTXPACK_ATTENTION`` or else the fastest, or what was chosen
+    already. ``compile``: the blocks; ``cache``: a folder to keep what was compiled in. ``pack``: the projections, for
+    weights that stay; see :meth:`DiT.pack` for why the pipeline leaves it off.
     """
 
-    attention: str | None = None
+    attention: str | kernels.Choice | None = None
     compile: bool = False
     cache: Path | None = None
     pack: bool = False
@@ -36,8 +40,8 @@ def tune(dit: DiT, tuning: Tuning, reporter: Reporter) -> kernels.Choice:
     Before the first forward, as the compiler takes up what it finds. Raises UsageError for an attention kernel that
     is unknown or does not run here.
     """
-    heads = attention_heads(dit)
-    choice = kernels.choose(heads, tuning.attention)
+    asked = tuning.attention
+    choice = asked if isinstance(asked, kernels.Choice) else kernels.choose(attention_heads(dit), asked)
     dit.use_attention(choice.name)
     reporter.note(choice.note)
     for name, why in choice.refused.items():
@@ -53,8 +57,14 @@ def tune(dit: DiT, tuning: Tuning, reporter: Reporter) -> kernels.Choice:
 
 def attention_heads(dit: DiT) -> kernels.Heads:
     """The heads that do most of the work: the video's self-attention, on the device and in the dtype of its weights."""
-    video, weight = dit.config.streams.video, dit.proj_in.weight
-    return kernels.Heads(video.heads, video.head_dim, weight.device, weight.dtype)
+    weight = dit.proj_in.weight
+    return heads_of(dit.config, weight.device, weight.dtype)
+
+
+def heads_of(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> kernels.Heads:
+    """Those of a DiT that is not loaded yet: so the choice needs no memory that its weights have taken."""
+    video = config.streams.video
+    return kernels.Heads(video.heads, video.head_dim, device, dtype)
 
 
 def keep_compiled(folder: Path) -> Path:

@@ -18,7 +18,12 @@ def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Rea
 
     Raises as :func:`ltxpack.runtime.load.load_module`, and UnsupportedError for a config this DiT does not implement.
     """
-    config = DiTConfig.from_dict(read_config(folder, CLASS_NAME))
+    config = read_dit_config(folder)
     with torch.device("meta"):
         model = DiT(config)
     return load_module(model, folder, device, dtype, reader=reader)
+
+
+def read_dit_config(folder: Path) -> DiTConfig:
+    """What the model of ``folder`` is like. Raises OverlayError, FormatError, UnsupportedError."""
+    return DiTConfig.from_dict(read_config(folder, CLASS_NAME))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ltxpack.runtime.shape import VideoShape
-from ltxpack.runtime.tiles import auto_tiling
+from ltxpack.runtime.large_tiles import DecoderSizes
+from ltxpack.runtime.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR, VideoShape
+from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
 
 TEXT_TOKENS = 1024
 LATENT_CHANNELS = 128
@@ -20,6 +21,9 @@ FLOAT32, FLOAT64 = 4, 8
 GUIDED, PLAIN = (3, 2), (1, 1)
 FEED_FORWARD = 4
 PROMPTS = 2
+COLOURS = 3
+# Bytes of hidden states kept on the host between the text encoder and the connectors: 10 000 tokens of the 22B model.
+HIDDEN_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,11 @@ def hidden_states(widths: Widths, itemsize: int) -> int:
     return PROMPTS * TEXT_TOKENS * widths.text * (widths.text_layers + 1) * itemsize
 
 
+def contexts(widths: Widths, itemsize: int) -> int:
+    """What the connectors make of a batch of prompts."""
+    return PROMPTS * TEXT_TOKENS * (widths.video + widths.audio) * itemsize
+
+
 def encoding(widths: Widths, itemsize: int) -> int:
     """The text encoder: its hidden states twice as they are stacked, or once and a layer at work."""
     tokens = PROMPTS * TEXT_TOKENS
@@ -97,16 +106,22 @@ def sound_decoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
     return max(spectrogram, wave)
 
 
-def video_decoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
-    """The video decoder on one tile, and the frames around it.
+def decoder_sizes(widths: Widths) -> DecoderSizes:
+    """What the memory of the video decoder's tiles follows."""
+    places = TEMPORAL_FACTOR * (SPATIAL_FACTOR // widths.patch) ** 2
+    return DecoderSizes(widths.decoder, places, TEMPORAL_FACTOR * SPATIAL_FACTOR**2 * COLOURS)
+
+
+def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Tiling | None = None) -> int:
+    """The video decoder on one tile, and the frames around it; ``tiling`` None: the official one.
 
     A tile's largest moment is a convolution of the last stage with its input padded by two frames, or taking the
     patches apart. Frames: the group under way; if there is more than one, the group before and its chunk handed out.
     At the end of a group its chunk is made in three steps.
     """
     length, height, width = shape.grid
-    tiling = auto_tiling(height, width)
-    tile = (min(tiling.frames.length, length), min(tiling.height.length, height), min(tiling.width.length, width))
+    tiling = tiling or auto_tiling(height, width)
+    tile = Tiles.of(shape.grid, tiling).largest
     frames = _frames(tile[0])
     area = math.prod(tile[1:]) * 32 * 32
     patches = area // widths.patch**2
@@ -117,10 +132,10 @@ def video_decoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
     return max(max(conv, unpatch) + held + 3 * frames * area, 3 * group) * itemsize
 
 
-def frames_on_host(shape: VideoShape) -> int:
+def frames_on_host(shape: VideoShape, tiling: Tiling | None = None) -> int:
     """Decoded frames on their way to the video encoder: two groups, 8-bit."""
-    tiling = auto_tiling(*shape.grid[1:])
-    return 2 * _frames(min(tiling.frames.length, shape.grid[0])) * 3 * shape.height * shape.width
+    tiling = tiling or auto_tiling(*shape.grid[1:])
+    return 2 * _frames(Tiles.of(shape.grid, tiling).largest[0]) * 3 * shape.height * shape.width
 
 
 def _frames(latents: int) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ltxpack.errors import UsageError
 from ltxpack.manifest import Bake
+from ltxpack.runtime.large_tiles import OFFICIAL as OFFICIAL_TILES
 from ltxpack.runtime.overlay import BASE, Overlay
 from ltxpack.runtime.planning.modes import AUTO, Work
 from ltxpack.runtime.planning.report import Command
@@ -14,25 +17,44 @@ from ltxpack.runtime.planning.report import Command
 PUBLISHED = "Lightricks/LTX-2.3"
 OFFICIAL = ("distilled-0.25", "distilled-0.5")
 DISTILLED = "distilled-"
+STRENGTH = re.compile(re.escape(DISTILLED) + r"\d+(\.\d+)?")
 DEFAULT_FOLDER = Path("out")
+USUAL_RULE = "fp32"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run is given beside its prompt."""
+    """What a run is given beside its prompt; ``stages`` as typed."""
 
     work: Work
     dtype: str
     residency: str
+    stages: tuple[str, str] = (AUTO, AUTO)
 
 
-def official_commands(wanted: Wanted) -> list[Command]:
-    """From nothing, with the official pair of strengths."""
-    return [
-        Command(f"ltxpack materialize {PUBLISHED} {DEFAULT_FOLDER}", False),
-        Command(_bake(DEFAULT_FOLDER, OFFICIAL), False),
-        Command(_run(DEFAULT_FOLDER, wanted), False),
-    ]
+def published_stages(asked: tuple[str, str]) -> tuple[str, str]:
+    """The transformers of both stages where there is no overlay yet; the official pair unless ``asked`` otherwise.
+
+    Raises UsageError for a name that says nothing of how to bake it.
+    """
+    first, second = (usual if name == AUTO else name for name, usual in zip(asked, OFFICIAL, strict=True))
+    for name in (first, second):
+        if name != BASE and not STRENGTH.fullmatch(name):
+            raise UsageError(
+                "unknown transformer, without an overlay to look it up in",
+                expected=f"{BASE}, or {DISTILLED}S for a strength S",
+                found=name,
+                next="ltxpack plan OVERLAY, or leave --stage1 and --stage2 out",
+            )
+    return first, second
+
+
+def published_commands(stages: tuple[str, str], wanted: Wanted) -> list[Command]:
+    """From nothing, with the transformers ``stages``."""
+    baked = tuple(name for name in dict.fromkeys(stages) if name != BASE)
+    found = [f"ltxpack materialize {PUBLISHED} {DEFAULT_FOLDER}"]
+    found += [_bake(DEFAULT_FOLDER, baked)] if baked else []
+    return [Command(text, False) for text in (*found, _run(DEFAULT_FOLDER, wanted))]
 
 
 def overlay_commands(overlay: Overlay, stages: tuple[str, str], wanted: Wanted) -> list[Command]:
@@ -56,14 +78,16 @@ def _baked(root: Path, bake: Bake) -> str:
     *added, main = bake.loras
     words = [f"ltxpack bake-lora {shlex.quote(str(root))} --strength {main.strength:g}"]
     words += [f"--add {shlex.quote(f'{lora.file}={lora.strength:g}')}" for lora in added]
+    words += [f"--rule {bake.rule}"] if bake.rule != USUAL_RULE else []
     return " ".join(words)
 
 
 def _run(root: Path, wanted: Wanted) -> str:
-    work, usual = wanted.work, (1088, 1920, 121, 24.0, 15, "bfloat16", AUTO)
+    work, usual = wanted.work, (1088, 1920, 121, 24.0, 15, AUTO, AUTO, "bfloat16", AUTO, OFFICIAL_TILES)
     shape = work.shape
-    given = (shape.height, shape.width, shape.frames, shape.fps, work.steps, wanted.dtype, wanted.residency)
-    flags = ("height", "width", "num-frames", "fps", "steps", "dtype", "residency")
+    sizes = (shape.height, shape.width, shape.frames, shape.fps, work.steps)
+    given = (*sizes, *wanted.stages, wanted.dtype, wanted.residency, work.decode)
+    flags = ("height", "width", "num-frames", "fps", "steps", "stage1", "stage2", "dtype", "residency", "decode")
     words = [f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
              for flag, value, default in zip(flags, given, usual, strict=True) if value != default]  # fmt: skip
     images = ["--image FILE"] * work.images

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ltxpack.runtime.large_tiles import FAST, OFFICIAL
 from ltxpack.runtime.planning import modes
 from ltxpack.runtime.planning.machine import Machine
 from ltxpack.runtime.planning.modes import Plan, Setup
+from ltxpack.runtime.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
 
 WEIGHTS = {
     modes.KEPT: "both stages' weights stay in pinned host memory",
@@ -47,6 +50,9 @@ def described(setup: Setup, blocks: tuple[int, int]) -> str:
         counts = (f"{count} of {total} blocks" for count, total in zip(setup.streamed, blocks, strict=True))
         whence = "from pinned host memory" if setup.weights == modes.KEPT else WEIGHTS[setup.weights]
         parts = ["{} of stage 1 and {} of stage 2 pass through two slots on the device".format(*counts), whence]
+        if any(setup.held):
+            held = "{} blocks of stage 1 and {} of stage 2 stay in pinned host memory between videos"
+            parts.append(held.format(*setup.held))
     if setup.keep_parts:
         parts.append("the small parts stay on the device")
     if TEXTS[setup.text]:
@@ -65,6 +71,25 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
             f"{gigabytes(plan.host)} of the {gigabytes(machine.host)} of the host"
         )
     return [f"residency {plan.mode}: {described(plan.setup, plan.blocks)}", f"peak memory planned: {memory}"]
+
+
+def decoding(plan: Plan) -> str:
+    """The tiles the video is decoded in, and if others were asked for, what became of that."""
+    official = auto_tiling(*plan.work.shape.grid[1:])
+    if plan.work.decode != FAST:
+        return f"decode {OFFICIAL}: {_tiles(plan, official)}"
+    if plan.tiling == official:
+        return f"decode {FAST}: no larger tiles than the official ones fit, which are used: {_tiles(plan, official)}"
+    return f"decode {FAST}: {_tiles(plan, plan.tiling)} (official: {_tiles(plan, official)})"
+
+
+def _tiles(plan: Plan, tiling: Tiling) -> str:
+    """``18 tiles of at most 73 frames of 448x768 pixels``."""
+    tiles = Tiles.of(plan.work.shape.grid, tiling)
+    length, height, width = tiles.largest
+    frames = TEMPORAL_FACTOR * (length - 1) + 1
+    size = f"{frames} frames of {height * SPATIAL_FACTOR}x{width * SPATIAL_FACTOR} pixels"
+    return f"one tile of {size}" if tiles.count == 1 else f"{tiles.count} tiles of at most {size}"
 
 
 def table(plan: Plan) -> list[str]:
@@ -94,7 +119,9 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
             "text_encoder": setup.text,
             "blocks": list(plan.blocks),
             "streamed_blocks": list(setup.streamed),
+            "held_blocks": list(setup.held),
         },
+        "decode": decoding(plan),
         "machine": {"card": machine.card, "host": machine.host},
         "peak": {"card": plan.card, "host": plan.host},
         "phases": [

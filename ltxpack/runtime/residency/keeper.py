@@ -5,9 +5,10 @@ Every file is compared with the manifest as it is read: what changed is refused 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from torch import nn
 from ltxpack.manifest import FileRecord
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.copies import copies_to
+from ltxpack.runtime.large_tiles import FAST
 from ltxpack.runtime.load import Reader
 from ltxpack.runtime.overlay import BASE, Overlay
 from ltxpack.runtime.planning import advice, modes, report
@@ -26,6 +28,7 @@ from ltxpack.runtime.reading import FileReader, no_stop
 from ltxpack.runtime.residency.background import Background, Stop
 from ltxpack.runtime.residency.device import machine_of
 from ltxpack.runtime.residency.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
+from ltxpack.runtime.residency.slots import MemorySource
 
 M = TypeVar("M", bound=nn.Module)
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
@@ -34,6 +37,8 @@ Settle = Callable[[Any, bool], None]
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 # Until a plan is made: one part at a time, each whole.
 UNPLANNED = Setup(modes.SWAP)
+# A file as it was: device, inode, size, and when anything of it last changed.
+Stamp = tuple[int, int, int, int]
 IN_STREAM = {modes.KEPT: MEMORY, modes.BLOCKS: MEMORY, modes.FILE: FILE}
 TEXT_BLOCKS = {modes.LAYERS: MEMORY, modes.LAYERS_FROM_FILE: FILE}
 
@@ -71,6 +76,10 @@ class Residency:
         self._kept: dict[Path, Offloaded[Any]] = {}
         self._ahead: dict[Path, Background[Offloaded[Any]]] = {}
         self._lent: set[Path] = set()
+        # Of a transformer that is dropped: its blocks in host memory, and its files as they were when they were hashed.
+        self._held: dict[Path, dict[int, MemorySource]] = {}
+        self._hashed: dict[Path, dict[Path, Stamp]] = {}
+        self._told = ""
 
     def check(self, work: Work) -> None:
         """Raises DeviceError if ``work`` fits in no way, naming the GB needed and free and what to do instead."""
@@ -92,6 +101,10 @@ class Residency:
                 self.reporter.note(line)
             for line in report.table(plan):
                 self.reporter.detail(line)
+        decoding = report.decoding(plan) if plan.work.decode == FAST else ""
+        if decoding and decoding != self._told:
+            self.reporter.note(decoding)
+        self._told = decoding
         self.plan = plan
         return plan
 
@@ -118,6 +131,8 @@ class Residency:
             if part.placement.keep:
                 self._kept[folder] = part
             else:
+                if part.held:
+                    self._held[folder] = part.held
                 part.drop()
             del part
             if not stays:
@@ -139,6 +154,8 @@ class Residency:
         for part in self._kept.values():
             part.drop()
         self._kept.clear()
+        self._held.clear()
+        self._hashed.clear()
         self._give_back()
 
     def close(self) -> None:
@@ -155,8 +172,8 @@ class Residency:
     def _plan_for(self, work: Work) -> Plan:
         model, machine = self._sizes(), machine_of(self.device)
         if self.plan is not None:
-            same = modes.plan_for(model, work, self.plan.setup)
-            if modes.shortage(same, machine) is None:
+            same = modes.fitting_plan(model, work, machine, self.plan.setup)
+            if same is not None:
                 return same
         return advice.plan_or_refuse(model, work, machine, self.mode, str(self.device))
 
@@ -194,17 +211,27 @@ class Residency:
         stop: Stop,
         reader: FileReader | None = None,
     ) -> Offloaded[M]:
-        """The part of ``folder``, hashed as it is read; a reader of its own without one given."""
+        """The part of ``folder``, hashed as it is read; a reader of its own without one given.
+
+        With blocks in host memory only the rest is read, which cannot be hashed: the files must be the very ones that
+        were, or all of it is read anew.
+        """
         weights = [record for record in records if record.path.endswith(".safetensors")]
         self.overlay.check(record for record in records if record not in weights)
         digests = {self.overlay.root / record.path: record.blake3 for record in weights}
+        held, stamps = self._held.pop(folder, {}), _stamps(digests)
+        if stamps != self._hashed.pop(folder, None):
+            held = {}
         used = reader or FileReader(copies_to(self.device))
         try:
-            read = PlacingReader(placement, digests, used, copies_to(self.device), stop)
-            return Offloaded(load(folder, self.device, self.dtype, read), read)
+            read = PlacingReader(placement, {} if held else digests, used, copies_to(self.device), stop, held)
+            part = Offloaded(load(folder, self.device, self.dtype, read), read)
         finally:
             if reader is None:
                 used.close()
+        if placement.held:
+            self._hashed[folder] = stamps
+        return part
 
     def _placement(self, folder: Path, ahead: bool = False) -> Placement:
         """Where the part of ``folder`` goes by the plan."""
@@ -236,6 +263,7 @@ class Residency:
             blocks=IN_STREAM[setup.weights],
             root=BLOCKS[TRANSFORMER],
             streamed=spread(streamed, total),
+            held=held_of(spread(streamed, total), setup.held[stage], total),
             keep=kept,
         )
 
@@ -259,6 +287,25 @@ def _lend(part: Offloaded[M], settle: Settle | None, work: Callable[[M], R]) -> 
     """In a frame of its own: once it is left, no name holds the module."""
     with part.on_card(settle) as module:
         return work(module)
+
+
+def held_of(streamed: frozenset[int], count: int, total: int) -> frozenset[int]:
+    """The numbers of ``count`` blocks: streamed ones first, evenly, so that one read from its file comes while others
+    compute.
+    """
+    first, others = sorted(streamed), sorted(set(range(total)) - streamed)
+    chosen = {first[i] for i in spread(min(count, len(first)), len(first))}
+    return frozenset(chosen | set(others[: max(0, count - len(first))]))
+
+
+def _stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
+    """The files as they are now; one that is not there has none."""
+    found = {}
+    for path in files:
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            found[path] = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns)
+    return found
 
 
 def spread(count: int, total: int) -> frozenset[int]:

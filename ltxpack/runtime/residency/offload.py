@@ -31,13 +31,16 @@ class Placement:
     """Where a module's weights go when it is loaded, and which of its blocks are streamed.
 
     ``root`` names the list of blocks, ``streamed`` their numbers. ``rest`` is where all else goes, ``blocks`` where
-    the streamed ones are: MEMORY or FILE. ``keep``: whether the module is held when its work is done.
+    the streamed ones are: MEMORY or FILE. ``held``: the blocks, streamed or not, that lie in host memory in any case
+    and can be had from there when the module is loaded again. ``keep``: whether all of it is held when its work is
+    done.
     """
 
     rest: str = CARD
     blocks: str = CARD
     root: str = ""
     streamed: frozenset[int] = frozenset()
+    held: frozenset[int] = frozenset()
     keep: bool = False
 
 
@@ -45,8 +48,9 @@ class PlacingReader:
     """A :class:`ltxpack.runtime.load.Reader` that reads each tensor to where ``placement`` has it, hashes compared.
 
     Afterwards ``memory`` is what lies in host memory outside the streamed blocks, ``sources`` the streamed blocks by
-    number, ``unpinned`` the bytes of host memory that the system would not pin. ``reader`` is used for this load
-    alone, ``copies`` for as long as the module lives.
+    number, ``held`` the blocks held by number, ``unpinned`` the bytes of host memory that the system would not pin.
+    ``reader`` is used for this load alone, ``copies`` for as long as the module lives. ``held`` blocks of an earlier
+    load are not read again.
     """
 
     def __init__(
@@ -56,10 +60,12 @@ class PlacingReader:
         reader: FileReader,
         copies: Copies,
         stop: Callable[[], None] = no_stop,
+        held: Mapping[int, MemorySource] | None = None,
     ) -> None:
         self.placement, self.digests, self.reader, self.stop = placement, digests, reader, stop
         self.copies = copies
         self.memory: MemorySource | None = None
+        self.held = dict(held or {})
         self.sources: dict[int, Source] = {}
         self.stream: FileStream | None = None
         self.unpinned = 0
@@ -77,23 +83,32 @@ class PlacingReader:
             tensors = self._on_card(rest, device, dtype)
         if self.placement.blocks == FILE:
             self.stream = FileStream(self.copies)
+        from_host: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         for number, block in blocks.items():
             prefix = f"{self.placement.root}.{number}."
             own = {name.removeprefix(prefix): entry for name, entry in block.items()}
-            source, views = self._block(own, dtype)
-            self.sources[number] = source
+            source, views = self._block(number, own, dtype)
+            if number in self.placement.streamed:
+                self.sources[number] = source
+            else:
+                arriving = _empty_like(views, device)
+                from_host.append((arriving, views))
+                views = arriving
             tensors.update({prefix + name: view for name, view in views.items()})
         mark = self.reader.fill(self._arrivals, self.digests, stop=self.stop)
         self.reader.copies.before_computing(mark)
         self._arrivals.clear()
         self.unpinned = sum(memory.bytes.nbytes for memory in self._memories if not memory.pin())
+        for arriving, views in from_host:
+            self._bring(arriving, views)
         return tensors
 
     def _split(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[int, dict[str, Stored]]]:
-        """What is not streamed, and the streamed blocks by number."""
+        """What is neither streamed nor held, and the blocks that are, by number."""
         pattern = re.compile(re.escape(self.placement.root) + r"\.(\d+)\.")
         rest: dict[str, Stored] = {}
-        blocks: dict[int, dict[str, Stored]] = {number: {} for number in sorted(self.placement.streamed)}
+        numbers = self.placement.streamed | self.placement.held
+        blocks: dict[int, dict[str, Stored]] = {number: {} for number in sorted(numbers)}
         for name, entry in stored.items():
             match = pattern.match(name)
             group = blocks.get(int(match[1]), rest) if match else rest
@@ -119,11 +134,26 @@ class PlacingReader:
         self._arrivals += [Arrival(entry.place, views[name], direct=True) for name, entry in stored.items()]
         return MemorySource(layout, memory, self.copies), views
 
-    def _block(self, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> tuple[Source, dict[str, Tensor]]:
-        if self.stream is None:
-            return self._in_memory(stored, dtype)
+    def _block(
+        self, number: int, stored: Mapping[str, Stored], dtype: torch.dtype | None
+    ) -> tuple[Source, dict[str, Tensor]]:
+        if number in self.held:
+            before = self.held[number]
+            self.held[number] = MemorySource(before.layout, before.memory, self.copies)
+            return self.held[number], before.layout.views(before.memory.bytes)
+        if self.stream is None or number in self.placement.held:
+            source, views = self._in_memory(stored, dtype)
+            if number in self.placement.held:
+                self.held[number] = source
+            return source, views
         layout = Layout.of(stored, dtype)
         return FileSource(layout, stored, self.stream), layout.views(torch.empty(layout.nbytes, **NOWHERE))
+
+    def _bring(self, arriving: Mapping[str, Tensor], views: Mapping[str, Tensor]) -> None:
+        """Copy a held block that is not streamed to the card; the host waits, as nobody else keeps its memory yet."""
+        mark = self.copies.run(lambda: _copy_all(arriving, views), self.copies.now())
+        self.copies.finish(mark)
+        self.copies.before_computing(mark)
 
 
 class Offloaded(Generic[M]):
@@ -132,7 +162,7 @@ class Offloaded(Generic[M]):
     def __init__(self, module: M, read: PlacingReader) -> None:
         self.module = module
         self.placement = read.placement
-        self.unpinned = read.unpinned
+        self.unpinned, self.held = read.unpinned, read.held
         self._memory, self._stream = read.memory, read.stream
         self._copies = read.copies
         blocks = [module.get_submodule(f"{read.placement.root}.{number}") for number in read.sources]
@@ -168,13 +198,17 @@ class Offloaded(Generic[M]):
     def _bring(self, source: MemorySource) -> None:
         """Copy from host memory to the card; unless the module is kept, the memory is given back."""
         views = source.layout.views(source.memory.bytes)
-        arriving = {name: torch.empty_like(view, device=self._copies.device) for name, view in views.items()}
+        arriving = _empty_like(views, self._copies.device)
         mark = self._copies.run(lambda: _copy_all(arriving, views), self._copies.now())
         if not self.placement.keep:
             self._copies.finish(mark)
             self._memory = None
         self._copies.before_computing(mark)
         self.module.load_state_dict(arriving, strict=False, assign=True)
+
+
+def _empty_like(views: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.empty_like(view, device=device) for name, view in views.items()}
 
 
 def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
