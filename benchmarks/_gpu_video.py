@@ -53,7 +53,6 @@ class Phases:
 
 def video(bench: Bench) -> None:
     """One video of the recipe from random contexts. Both stages use the same weights: that changes no time."""
-    bench.dit.pack() if bench.found.get("packed.pays") else None
     with compiled(bench), bench.attempt("a video with compiled blocks"):
         _one_step_each(bench)
         _make(bench, "compiled")

@@ -19,6 +19,9 @@ import sys
 from collections.abc import Sequence
 
 MAX_LISTED = 20
+# What a hostile file may add to a message; names of tensors and modules are far shorter.
+LONGEST_PART = 1000
+LONGEST_ITEM = 300
 
 
 class LtxpackError(Exception):
@@ -35,6 +38,7 @@ class LtxpackError(Exception):
     # What to do where the place that raises knows nothing better.
     fallback = "ltxpack --help"
     max_listed = MAX_LISTED
+    longest_item = LONGEST_ITEM
 
     def __init__(
         self,
@@ -58,19 +62,20 @@ class LtxpackError(Exception):
 
     def render(self) -> str:
         """The message as printed, without the leading ``error:``."""
-        head = ": ".join(printable(part) for part in (self.file, self.tensor, self.problem) if part)
+        named = [one_line(part) for part in (self.file, self.tensor and clipped(self.tensor)) if part]
+        head = ": ".join([*named, printable(clipped(self.problem))])
         lines = [head]
         facts = [
-            f"{word} {printable(str(value))}"
+            f"{word} {one_line(clipped(str(value)))}"
             for word, value in (("expected", self.expected), ("found", self.found))
             if value is not None
         ]
         if facts:
             lines.append("  " + ", ".join(facts))
-        lines += [f"  - {printable(str(item))}" for item in self.items[: self.max_listed]]
+        lines += [f"  - {one_line(clipped(str(item), self.longest_item))}" for item in self.items[: self.max_listed]]
         if len(self.items) > self.max_listed:
             lines.append(f"  - and {len(self.items) - self.max_listed} more")
-        lines.append(f"  next: {self.next}")
+        lines.append(f"  next: {printable(self.next)}")
         return "\n".join(lines)
 
 
@@ -84,7 +89,7 @@ class UsageError(LtxpackError):
 class BadLinesError(UsageError):
     """Lines of a file that say nothing that could be done."""
 
-    max_listed = sys.maxsize
+    max_listed = longest_item = sys.maxsize
 
 
 class FormatError(LtxpackError):
@@ -126,9 +131,19 @@ class DeviceError(LtxpackError):
 class FailedLinesError(LtxpackError):
     """Some of many videos were not made."""
 
-    max_listed = sys.maxsize
+    max_listed = longest_item = sys.maxsize
 
 
 def printable(text: str) -> str:
     """``text`` with control characters escaped, so that a hostile name cannot write to the terminal."""
     return "".join(ch if ch.isprintable() or ch == "\n" else ch.encode("unicode_escape").decode() for ch in text)
+
+
+def one_line(text: str) -> str:
+    """``text`` as :func:`printable`, its line breaks escaped too: a name must not look like a line of the message."""
+    return printable(text).replace("\n", "\\n")
+
+
+def clipped(text: str, longest: int = LONGEST_PART) -> str:
+    """The beginning of ``text``, and a sign where something was left out."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,8 @@ from ltxpack.manifest import (
     Manifest,
     Source,
     SourceFile,
+    _validator,
+    load_schema,
     parse_manifest,
     read_manifest,
     safe_relative_path,
@@ -61,7 +64,7 @@ def document() -> dict[str, Any]:
 
 def refused(text: str, tmp_path: Path) -> str:
     with pytest.raises(OverlayError) as caught:
-        parse_manifest(text, tmp_path / MANIFEST_NAME)
+        parse_manifest(text.encode(), tmp_path / MANIFEST_NAME)
     return str(caught.value)
 
 
@@ -136,6 +139,62 @@ def test_a_hostile_manifest_is_refused_in_a_second_and_a_short_message(text: str
     assert time.process_time() - begin < 1
 
 
+def test_the_validator_is_made_once_and_looks_up_no_definition() -> None:
+    for _ in range(3):
+        parse_manifest(manifest().dump(), Path("out") / MANIFEST_NAME)
+    assert _validator.cache_info().misses == 1
+    assert "$ref" in load_schema("manifest")
+    assert "$ref" not in json.dumps(_validator().schema)
+
+
+PLACES = (
+    *(("files", 0, field) for field in ("path", "size", "blake3", "link")),
+    *(("source", field) for field in ("repo", "files", "max_shard_size")),
+    *(("source", "files", 0, field) for field in ("role", "size", "sha256")),
+    *(("components", "vae", field) for field in ("library", "files", "cast")),
+    *(("loras", 0, field) for field in ("name", "file")),
+    *(("bakes", "distilled-0.5", field) for field in ("loras", "rule", "files")),
+    *(("bakes", "distilled-0.5", "loras", 0, field) for field in ("blake3", "strength", "scale")),
+    *((field,) for field in ("format", "image_crf", "licence", "components", "bakes")),
+)
+values = st.sampled_from(
+    [None, True, 0, 1, -1, 52, 2**63 - 1, 2**63, 0.5, "", "x", "base", "..", HASH, HASH.upper(), HASH + "0",
+     HASH + "\n", "fp32", "x" * 1025, [], {}, [HASH], {"": {}},
+     [{"path": "x.json", "size": 1, "blake3": HASH, "link": None}]]
+)  # fmt: skip
+
+
+@given(st.sampled_from(PLACES), values, st.sampled_from(["put", "put", "remove", "add"]))
+def test_the_validator_is_as_strict_as_the_schema(place: tuple[str | int, ...], value: Any, change: str) -> None:
+    edited = document()
+    node: Any = edited
+    for part in place[:-1]:
+        node = node[part]
+    if change == "remove":
+        del node[place[-1]]
+    else:
+        node[place[-1] if change == "put" else "more"] = value
+    plain = jsonschema.Draft202012Validator(json.loads(load_schema("manifest")))
+    assert _validator().is_valid(edited) == plain.is_valid(edited)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place[-1] in ("size", "max_shard_size", "image_crf")])
+def test_a_number_of_bytes_is_an_integer(place: tuple[str | int, ...], tmp_path: Path) -> None:
+    """JSON Schema takes 5.0 for an integer; what counts bytes with it would not."""
+    edited = document()
+    node: Any = edited
+    for part in place[:-1]:
+        node = node[part]
+    node[place[-1]] = 5.0
+    where = "/".join(map(str, place))
+    assert f"does not fit its schema at {where}: 5.0 is not of type" in refused(json.dumps(edited), tmp_path)
+
+
+def test_more_files_than_any_overlay_has(tmp_path: Path) -> None:
+    record = {"path": "a.json", "size": 3, "blake3": HASH, "link": None}
+    assert "too many values" in refused(json.dumps({**document(), "files": [record] * 20_000}), tmp_path)
+
+
 def test_another_format_is_told_as_such(tmp_path: Path) -> None:
     assert "another version of ltxpack" in refused(json.dumps({**document(), "format": 2}), tmp_path)
 
@@ -156,6 +215,6 @@ def test_safe_paths_stay_inside(path: str) -> None:
 def test_any_json_is_a_manifest_or_a_clear_error(value: Any) -> None:
     edited = {**document(), "source": value}
     try:
-        parse_manifest(json.dumps(edited), Path("out") / MANIFEST_NAME)
+        parse_manifest(json.dumps(edited).encode(), Path("out") / MANIFEST_NAME)
     except OverlayError as error:
         assert "ltxpack materialize" in str(error)

@@ -28,6 +28,7 @@ _ELSEWHERE = re.compile(
     r"(^|[._])(embeddings_connector|text_embedding_projection|connectors|video_connector|audio_connector"
     r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*)([._]|$)|_embeddings_connector"
 )
+_PREFIXES = re.compile(rf"(?:(?:{'|'.join(map(re.escape, DOTTED_PREFIXES))})(?!\Z))*")
 _ADAPTER = r"(?:\.[^.]+)?"
 _ROLES = (
     ("down", "lora_A", re.compile(rf"\.lora_A{_ADAPTER}\.weight$")),
@@ -133,14 +134,7 @@ def _spellings(module: str) -> set[str]:
 
 
 def _strip_prefixes(path: str) -> tuple[str, str]:
-    seen = []
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in DOTTED_PREFIXES:
-            if path.startswith(prefix) and len(path) > len(prefix):
-                path = path[len(prefix) :]
-                seen.append(prefix)
-                stripped = True
-                break
-    return path, "".join(seen).removesuffix(".") or "bare"
+    """``path`` without its prefixes, however many there are, and the prefixes; something is always left of it."""
+    found = _PREFIXES.match(path)
+    assert found is not None
+    return path[found.end() :], found[0].removesuffix(".") or "bare"

@@ -16,11 +16,7 @@ BLOCK = 8 * 1024 * 1024
 
 def hash_adapter(weights: Path, config: Path | None) -> str:
     """blake3 of the weights, and of a PEFT configuration if there is one. Raises SourceError or FormatError."""
-    hasher = blake3()
-    with open_source(weights) as file:
-        for data in blocks(file.fileno(), 0, os.fstat(file.fileno()).st_size, weights):
-            hasher.update(data)
-    return with_config(hasher.hexdigest(), config)
+    return with_config(_hash(b"", weights), config)
 
 
 def blocks(fd: int, start: int, end: int, path: Path) -> Iterator[memoryview]:
@@ -46,4 +42,13 @@ def with_config(digest: str, config: Path | None) -> str:
     """A PEFT configuration decides the scale, so it is part of what the adapter is."""
     if config is None:
         return digest
-    return blake3(bytes.fromhex(digest) + config.read_bytes()).hexdigest()
+    return _hash(bytes.fromhex(digest), config)
+
+
+def _hash(before: bytes, path: Path) -> str:
+    """blake3 of ``before`` and all of the file, which may be of any size."""
+    hasher = blake3(before)
+    with open_source(path) as file:
+        for data in blocks(file.fileno(), 0, os.fstat(file.fileno()).st_size, path):
+            hasher.update(data)
+    return hasher.hexdigest()

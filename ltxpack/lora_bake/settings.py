@@ -1,60 +1,25 @@
 """What an adapter's own configuration says about rank and alpha: PEFT's adapter_config.json, or the same fields in
-the ``lora_adapter_metadata`` that diffusers writes (spec 02, sections 1 and 2). Untrusted: patterns are bounded.
+the ``lora_adapter_metadata`` that diffusers writes (spec 02, sections 1 and 2). Untrusted.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from ltxpack.errors import AdapterError
+from ltxpack.lora_bake.patterns import PatternTable
 from ltxpack.tensorfile import parse_json, read_json
 
 METADATA_KEY = "lora_adapter_metadata"
-MAX_PATTERN_LENGTH = 512
-MAX_REPEATS = 3
 
 _FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 # Set to anything but off, these change what merging means or what base the adapter belongs to.
 _UNSUPPORTED = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora")
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq")
-_PLAIN = re.compile(r"[A-Za-z0-9_.]+")
-_GROUP_REPEAT = re.compile(r"\)\s*[*+?{]")
-
-
-_Value = TypeVar("_Value")
-
-
-class PatternTable(Generic[_Value]):
-    """PEFT's ``rank_pattern`` or ``alpha_pattern``: the first pattern that matches a whole dotted ending wins.
-
-    Plain names, the usual case and there may be thousands, are looked up instead of matched.
-    """
-
-    def __init__(self, table: Mapping[str, _Value]) -> None:
-        self._values = list(table.values())
-        self._plain = {pattern: i for i, pattern in enumerate(table) if _PLAIN.fullmatch(pattern)}
-        self._expressions = [
-            (i, re.compile(rf"(.*\.)?({pattern})$")) for i, pattern in enumerate(table) if pattern not in self._plain
-        ]
-
-    def __bool__(self) -> bool:
-        return bool(self._values)
-
-    def find(self, module: str, default: _Value | None) -> _Value | None:
-        """The value for ``module``, or ``default``."""
-        parts = module.split(".")
-        endings = (".".join(parts[i:]) for i in range(len(parts)))
-        first = min((self._plain[ending] for ending in endings if ending in self._plain), default=len(self._values))
-        for i, expression in self._expressions:
-            if i < first and expression.match(module):
-                first = i
-                break
-        return self._values[first] if first < len(self._values) else default
 
 
 @dataclass(frozen=True)
@@ -113,14 +78,16 @@ def from_document(document: Any, path: Path) -> Settings:
     rslora = values["use_rslora"]
     if rslora not in (None, True, False):
         raise AdapterError("use_rslora is not true or false", file=path, found=rslora)
-    ranks = _pattern_table(values["rank_pattern"], "rank_pattern", path)
-    alphas = _pattern_table(values["alpha_pattern"], "alpha_pattern", path)
+    ranks = _table(values["rank_pattern"], "rank_pattern", path)
+    alphas = _table(values["alpha_pattern"], "alpha_pattern", path)
     return Settings(
         rank=None if values["r"] is None else _rank(values["r"], "r", path),
         alpha=None if values["lora_alpha"] is None else _number(values["lora_alpha"], "lora_alpha", path),
         rslora=bool(rslora),
-        ranks=PatternTable({pattern: _rank(value, "rank_pattern", path) for pattern, value in ranks.items()}),
-        alphas=PatternTable({pattern: _number(value, "alpha_pattern", path) for pattern, value in alphas.items()}),
+        ranks=PatternTable({p: _rank(value, "rank_pattern", path) for p, value in ranks.items()}, "rank_pattern", path),
+        alphas=PatternTable(
+            {p: _number(value, "alpha_pattern", path) for p, value in alphas.items()}, "alpha_pattern", path
+        ),
     )
 
 
@@ -153,24 +120,9 @@ def _rank(value: object, name: str, path: Path) -> int:
     return value
 
 
-def _pattern_table(value: object, name: str, path: Path) -> Mapping[str, object]:
+def _table(value: object, name: str, path: Path) -> Mapping[str, object]:
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise AdapterError(f"{name} is not an object", file=path, found=type(value).__name__)
-    for pattern in value:
-        _check_pattern(pattern, name, path)
     return value
-
-
-def _check_pattern(pattern: str, name: str, path: Path) -> None:
-    """Patterns are regular expressions in PEFT; those that could run for ever are refused."""
-    repeats = sum(pattern.count(sign) for sign in "*+{?")
-    if len(pattern) > MAX_PATTERN_LENGTH or repeats > MAX_REPEATS or _GROUP_REPEAT.search(pattern):
-        raise AdapterError(f"{name} has a pattern that is too involved", file=path, found=pattern[:80])
-    if _PLAIN.fullmatch(pattern):
-        return
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise AdapterError(f"{name} has a pattern that is not sound: {error}", file=path, found=pattern[:80]) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,15 @@ from typing import Any, Protocol
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.materialize.hub import RepoInfo
 from ltxpack.materialize.releases import cached_sha256
-from ltxpack.tensorfile import TensorFile, TensorIndex, open_source, parse_header, read_index, read_tensorfile
+from ltxpack.tensorfile import (
+    MAX_INDEX_BYTES,
+    TensorFile,
+    TensorIndex,
+    parse_header,
+    read_index,
+    read_json,
+    read_tensorfile,
+)
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
@@ -61,25 +68,11 @@ def located(path: Path) -> Located:
 
 
 def read_config(path: Path) -> Any:
-    """A JSON file written by another library. Raises FormatError.
+    """A JSON file written by another library: tokenizer configs hold any number ("no limit" is 10**30 there).
 
-    tensorfile.read_json is stricter: tokenizer configs hold integers beyond 64 bits ("no limit" is 10**30 there).
+    Raises SourceError or FormatError.
     """
-    with open_source(path) as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
-    if len(data) > MAX_CONFIG_BYTES:
-        raise FormatError("is too large for a config", file=path, expected=f"at most {MAX_CONFIG_BYTES} bytes")
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"is not sound JSON: {str(error)[:200]}", file=path) from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return document
+    return read_json(path, MAX_CONFIG_BYTES, any_number=True)
 
 
 class Access:
@@ -116,11 +109,11 @@ class Access:
 
     def json(self, file: Located) -> Any:
         """A library's config file. Raises FormatError."""
-        return read_config(self._small(file))
+        return read_config(self._small(file, MAX_CONFIG_BYTES))
 
     def index(self, file: Located) -> TensorIndex:
         """A shard index."""
-        return read_index(self._small(file))
+        return read_index(self._small(file, MAX_INDEX_BYTES))
 
     def fetch(self, file: Located) -> Located:
         """The same file, on this machine. Raises SourceError."""
@@ -132,7 +125,11 @@ class Access:
             raise SourceError("arrived with another size", file=file.label, expected=file.size, found=fetched.size)
         return dataclasses.replace(file, path=fetched.path, sha256=file.sha256 or fetched.sha256)
 
-    def _small(self, file: Located) -> Path:
+    def _small(self, file: Located, max_bytes: int) -> Path:
+        if file.size > max_bytes:  # told before it is fetched
+            raise FormatError(
+                "is too large", file=file.label, expected=f"at most {max_bytes} bytes", found=f"{file.size} bytes"
+            )
         path = self.fetch(file).path
         assert path is not None
         return path

@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ltxpack import bounded_json
+from ltxpack.errors import SourceError
 from ltxpack.manifest import FileRecord, safe_relative_path
 from ltxpack.repack.failure import write_failure
 from ltxpack.repack.stream import hash_file
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import atomic_write
+from ltxpack.tensorfile import atomic_write, open_source
 
 FORMAT = 1
+# A line is some 200 bytes; what is beyond is not believed.
+MAX_BYTES = 16 * 1024 * 1024
 
 
 @dataclass
@@ -71,21 +75,29 @@ def read_journal(path: Path) -> JournalState:
     """What the journal at ``path`` tells; empty if there is none or it is not one of this version."""
     state = JournalState()
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-        first = json.loads(lines[0])
+        lines = _lines(path)
+        first = bounded_json.parse(lines[0])
         if first["journal"] != FORMAT:
             return state
         state.fingerprint = str(first["fingerprint"])
         for line in lines[1:]:
-            entry = json.loads(line)
+            entry = bounded_json.parse(line)
             if "publishing" in entry:
                 state.replaced = tuple(path for path in entry["publishing"] if safe_relative_path(path))
-            elif safe_relative_path(entry["path"]):
+            elif safe_relative_path(entry["path"]) and type(entry["size"]) is int:
                 record = FileRecord(**entry)
                 state.records[record.path] = record
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (SourceError, OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     return state
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Every line that is whole. Raises SourceError, OSError or JsonFault."""
+    with open_source(path) as file:
+        data = file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES))
+    bounded_json.refuse_crowded(data)
+    return data.split(b"\n")[:-1]
 
 
 def is_intact(record: FileRecord, root: Path, reporter: Reporter) -> bool:

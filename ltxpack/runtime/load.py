@@ -7,7 +7,6 @@ shards listed in an index). Anything missing, left over, misshapen or of another
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ltxpack.errors import FormatError, LtxpackError, OverlayError, UnsupportedError
 from ltxpack.runtime.copies import copies_to
 from ltxpack.runtime.reading import Arrival, FileReader, Place
-from ltxpack.tensorfile import read_tensorfile
+from ltxpack.tensorfile import read_json, read_tensorfile
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -278,12 +277,14 @@ def _read_header(path: Path, folder: Path) -> dict[str, Stored]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise OverlayError("no such file", file=path, next=verify_command(path.parent))
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise OverlayError("no such file", file=path, next=verify_command(path.parent)) from error
-    except (OSError, ValueError) as error:
-        raise FormatError("not JSON", file=path, found=str(error), next=verify_command(path.parent)) from error
+        value = read_json(path)
+    except LtxpackError as error:
+        raise FormatError(
+            error.problem, file=path, expected=error.expected, next=verify_command(path.parent)
+        ) from error
     if not isinstance(value, dict):
         raise FormatError("not a JSON object", file=path, next=verify_command(path.parent))
     return value

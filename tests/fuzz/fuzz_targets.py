@@ -35,8 +35,8 @@ from ltxpack.reporter import SilentReporter
 from ltxpack.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
 
 SECONDS = 1.0
-# An index of 64 MiB is asked for in one piece; beyond that, many times the largest file tried here (200 KB).
-MEMORY = 128 * 1024 * 1024
+# Many times what the largest file tried here takes (200 KB of JSON).
+MEMORY = 64 * 1024 * 1024
 LONGEST_MESSAGE = 8000
 QUIET = SilentReporter()
 
@@ -106,7 +106,9 @@ class Guard:
         if event in self.FORBIDDEN or event in self.NETWORK:
             self.seen.append(f"{event} {arguments!r:.200}")
         elif event in self.CHANGING:
-            self._check(event, [part for part in arguments[:2] if isinstance(part, str | bytes | os.PathLike)])
+            # What a symbolic link says is no place that changes.
+            changed = arguments[1:2] if event == "os.symlink" else arguments[:2]
+            self._check(event, [part for part in changed if isinstance(part, str | bytes | os.PathLike)])
         elif (
             event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         ):

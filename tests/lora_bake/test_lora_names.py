@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,6 +101,39 @@ def test_flattened_names_are_collision_free_at_full_size(prefix: str) -> None:
             assert match is not None and match.modules == (module,)
             found.add(match.modules)
     assert len(found) == 1660
+
+
+@pytest.mark.parametrize(
+    ("path", "module", "base"),
+    [
+        ("x", "x", "bare"), ("model.x", "x", "model"), ("models.x", "models.x", "bare"), ("model.", "model.", "bare"),
+        ("model.model.", "model.", "model"), ("model.diffusion_model.", "diffusion_model.", "model"),
+        ("base_model.model.model.diffusion_model.x.model.y", "x.model.y", "base_model.model.model.diffusion_model"),
+        ("base_model.transformer.x", "base_model.transformer.x", "bare"),
+    ],
+)  # fmt: skip
+def test_prefixes_are_taken_off_while_something_is_left(path: str, module: str, base: str) -> None:
+    key = parse_key(f"{path}.lora_A.weight")
+    assert key is not None and (key.module, key.style) == (module, f"{base} lora_A")
+
+
+def test_many_prefixes_take_no_more_calls_than_one() -> None:
+    counts = []
+    for repeats in (1, 160):
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        sys.setprofile(count)
+        try:
+            key = parse_key("model." * repeats + "x.lora_A.weight")
+        finally:
+            sys.setprofile(None)
+        assert key is not None and key.module == "x"
+        counts.append(calls)
+    assert counts[0] == counts[1]
 
 
 def test_linears_are_the_two_dimensional_weights_only() -> None:

@@ -26,6 +26,7 @@ from ltxpack.errors import OverlayError
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
 from ltxpack.repack import execute as execute_module
 from ltxpack.repack.execute import execute, preflight
+from ltxpack.repack.journal import read_journal
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, publish_bakes, recover, unfinished
 from ltxpack.repack.stream import write_shard
@@ -139,8 +140,13 @@ def test_another_plan_starts_over(source: Path, tmp_path: Path, listener: Listen
 
 
 @pytest.mark.parametrize(
-    "torn", [b"", b"{", b'{"path": "../../x", "size": 1, "blake3": "", "link": null}\n', b"\xff\n[]\n1\n"]
-)
+    "torn",
+    [
+        b"", b"{", b'{"path": "../../x", "size": 1, "blake3": "", "link": null}\n', b"\xff\n[]\n1\n",
+        b"[" * 100_000 + b"\n", b'{"path": "x.json", "size": "1", "blake3": "", "link": null}\n',
+    ],
+    ids=lambda torn: ascii(torn[:20]),
+)  # fmt: skip
 def test_a_torn_or_forged_journal_is_believed_only_as_far_as_it_can_be_checked(
     torn: bytes, source: Path, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
@@ -357,6 +363,24 @@ def test_a_journal_planted_in_an_overlay_removes_nothing(name: str, source: Path
     (work / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert recovered(target) == ()
     assert verify(target, SILENT) == []
+
+
+JOURNAL = b'{"journal": 1, "fingerprint": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, JOURNAL + b"[" * 100_000 + b"\n", JOURNAL + b"{}," * 500_000 + b"\n", JOURNAL * 200_000, b"\n" * 100],
+    ids=["pipe", "deep", "many", "long", "empty lines"],
+)
+def test_a_journal_of_no_sense_is_neither_waited_for_nor_parsed(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    state = read_journal(path)
+    assert (state.records, state.replaced) == ({}, None)
 
 
 # Locks, space, permissions.
