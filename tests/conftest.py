@@ -35,6 +35,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("latents_golden", found, ids=names, scope="session")
 
 
+# Whole files go to the workers: a long one begun last would keep one of them waiting.
+LONG = (
+    "test_kills.py",
+    "test_dit_compile.py",
+    "test_residency.py",
+    "test_many_videos.py",
+    "test_benchmarks_offline.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the Makefile tells xdist to keep this order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_sessionfinish() -> None:
     """``LTXPACK_PARITY=FILE`` writes the errors met into FILE."""
     parity.write()

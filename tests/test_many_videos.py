@@ -510,9 +510,23 @@ def test_after_an_interrupt_the_same_command_goes_on(
     assert names(tmp_path) == sorted(["prompts.jsonl", *(f"{n}.mp4{end}" for n in (1, 2, 3) for end in ("", ".json"))])
 
 
+SLOWLY_DECODED = """
+import time
+from ltxpack.runtime import codecs
+decode = codecs.decode_video
+def slowly(*arguments):
+    for frames in decode(*arguments):
+        yield frames
+        time.sleep(60)
+codecs.decode_video = slowly
+from ltxpack.cli import main
+main()
+"""
+
+
 def test_a_real_interrupt_leaves_nothing_half_written(demo: Path, tmp_path: Path) -> None:
-    prompts = written(tmp_path, {"prompt": "a boat", "num_frames": 65})
-    command = [sys.executable, "-m", "ltxpack", "run", demo / "overlay", "--prompts", prompts, *FLAGS]
+    prompts = written(tmp_path, {"prompt": "a boat"})
+    command = [sys.executable, "-c", SLOWLY_DECODED, "run", demo / "overlay", "--prompts", prompts, *FLAGS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:
         assert process.stderr is not None

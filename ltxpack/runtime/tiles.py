@@ -64,12 +64,16 @@ def auto_tiling(height: int, width: int) -> Tiling:
     return Tiling(Cut(FRAMES, FRAME_OVERLAP), side(height), side(width))
 
 
+def span_count(length: int, cut: Cut) -> int:
+    """How many spans :func:`split` and :func:`split_frames` make."""
+    return 1 if length <= cut.length else -(-(length - cut.overlap) // (cut.length - cut.overlap))
+
+
 def split(length: int, cut: Cut) -> list[Span]:
     """Spans of ``cut.length`` that cover ``length``, each overlapping the next; the last may be shorter."""
-    if length <= cut.length:
+    stride, count = cut.length - cut.overlap, span_count(length, cut)
+    if count == 1:
         return [Span(0, length)]
-    stride = cut.length - cut.overlap
-    count = -(-(length - cut.overlap) // stride)
     return [
         Span(
             start=i * stride,
@@ -101,6 +105,18 @@ class Tiles:
     def of(cls, grid: tuple[int, int, int], tiling: Tiling) -> Tiles:
         """Those that latents of (f, h, w) are cut into."""
         length, height, width = grid
-        axes = (split_frames(length, tiling.frames), split(height, tiling.height), split(width, tiling.width))
-        frames, rows, columns = (max(span.stop - span.start for span in spans) for spans in axes)
-        return cls(prod(map(len, axes)), (frames, rows, columns))
+        cuts = (tiling.frames, tiling.height, tiling.width)
+        # Not by listing them: a plan is asked for before a size is known to be sound.
+        count = prod(map(span_count, grid, cuts))
+        rows, columns = min(height, tiling.height.length), min(width, tiling.width.length)
+        return cls(count, (_longest_frames(length, tiling.frames), rows, columns))
+
+
+def _longest_frames(length: int, cut: Cut) -> int:
+    """The longest of :func:`split_frames`: a middle one if there is one, else the first or the last."""
+    count = span_count(length, cut)
+    if count == 1:
+        return length
+    if count == 2:
+        return max(cut.length, length - (cut.length - cut.overlap) + 1)
+    return cut.length + 1

@@ -23,6 +23,7 @@ from ltxpack.runtime.codecs.tiling import (
     split,
     split_frames,
 )
+from ltxpack.runtime.tiles import Tiles
 
 TEMPORAL, SPATIAL = 8, 32
 
@@ -120,6 +121,14 @@ def test_groups_of_frames_cover_and_come_out_once(length: int, cut: Cut) -> None
     assert all(count >= 0 for count in fresh)
     if cut.length - cut.overlap > 1:
         assert all(count > 0 for count in fresh)
+
+
+@given(length=st.integers(1, 300), cut=cuts)
+def test_tiles_are_counted_and_measured_without_being_listed(length: int, cut: Cut) -> None:
+    tiles = Tiles.of((length, length, length), Tiling(cut, cut, cut))
+    groups, pieces = split_frames(length, cut), split(length, cut)
+    longest, side = (max(span.stop - span.start for span in spans) for spans in (groups, pieces))
+    assert tiles == Tiles(len(groups) * len(pieces) ** 2, (longest, side, side))
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), length=st.integers(1, 60))
