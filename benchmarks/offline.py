@@ -108,7 +108,7 @@ def _measured(
     groups = {title: copy_items(places, source)}
     costs = bench.in_turn(groups[title], settings.runs)
     places.keep_overlay()
-    start = start_up(bench, places, source)
+    start = start_up(bench, places, source, min(STARTS, settings.runs))
     source.checkpoint.unlink()
     base = files_under(places.overlay / "transformer")
     loras = len(read_tensorfile(source.lora).tensors) // 2
@@ -123,14 +123,14 @@ def _measured(
     return groups, costs, start, arithmetic
 
 
-def start_up(bench: Bench, places: Places, source: Source) -> dict[str, float]:
+def start_up(bench: Bench, places: Places, source: Source, times: int = STARTS) -> dict[str, float]:
     """Seconds that ours take before the first byte (imports, headers), least of a few; the same for any size."""
     places.clear()
     commands = {
         "ours": [*LTXPACK, "materialize", str(source.folder), str(places.work / "out"), "--plan", "--json"],
         "ours 1": [*bake_command(places.overlay, source.lora, 1), "--plan", "--json"],
     }
-    return {key: min(bench.run(command).wall for _ in range(STARTS)) for key, command in commands.items()}
+    return {key: min(bench.run(command).wall for _ in range(times)) for key, command in commands.items()}
 
 
 def bare_arithmetic(lora: Path) -> float:
