@@ -77,7 +77,7 @@ class Engine:
         self.whole = arithmetic.kernel == "official"
         workers = 2 if self.whole else min(CHUNKS_PER_READ, usable_cores())
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="ltxpack-fuse")
-        self.own = threading.local()
+        self.per_thread = threading.local()
         # While the results of one read are written, those of the next are made.
         self.results = [[Workspace() for _ in range(CHUNKS_PER_READ)] for _ in range(2)]
         self._settings = contextlib.ExitStack()
@@ -169,9 +169,9 @@ class Engine:
 
     def workspace(self) -> Workspace:
         """The calling thread's memory for sums."""
-        if not hasattr(self.own, "sums"):
-            self.own.sums = Workspace()
-        sums: Workspace = self.own.sums
+        if not hasattr(self.per_thread, "sums"):
+            self.per_thread.sums = Workspace()
+        sums: Workspace = self.per_thread.sums
         return sums
 
     def load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
