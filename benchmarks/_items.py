@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from _checkpoint import Source
@@ -100,6 +101,13 @@ def bake_items(places: Places, lora: Path) -> list[Item]:
         item("diffusers", "diffusers load, fuse_lora, save (PEFT)", fused, "floor 1", every=2),
         item("official", "ltxpack bake-lora --rule official", [*one, "--rule", "official"], "floor 1"),
     ]
+
+
+def one_strength_items(places: Places, lora: Path, of: str) -> list[Item]:
+    """The first two of :func:`bake_items`, the floor and ours, keys and labels followed by ``of``."""
+    floor, ours = bake_items(places, lora)[:2]
+    floor = replace(floor, key=floor.key + of, label=floor.label + of)
+    return [floor, replace(ours, key=ours.key + of, label=ours.label + of, floor=floor.key)]
 
 
 def bake_command(overlay: Path, lora: Path, strengths: int) -> list[str]:

@@ -41,7 +41,7 @@ class Flat:
 class Findings:
     """Everything measured. ``start``: seconds before the first byte, by item; ``real``: at the widths of LTX-2.3.
 
-    ``arithmetic``: seconds of the bare matrix products of one strength; ``matrix_unit``: this processor has one.
+    ``arithmetic``: seconds of the bare matrix products, by bake; ``matrix_unit``: this processor has one.
     """
 
     items: Mapping[str, Item]
@@ -50,12 +50,12 @@ class Findings:
     flat: Sequence[Flat]
     bake_limit: float
     real: bool
-    arithmetic: float
+    arithmetic: Mapping[str, float]
     matrix_unit: bool
 
     def marks(self) -> list[Mark]:
         """Every limit that this benchmark can see, held against its finding."""
-        return [*self._copy(), *self._bake("ours 1", "one strength", 1), *self._bake("ours 2", "two strengths", 2)]
+        return [*self._copy(), *(mark for key in self.arithmetic for mark in self._bake(key))]
 
     def ratios(self, key: str, less: float = 0.0, at_least: float = 0.0) -> list[float]:
         """Wall, ``less`` taken off, over that of the floor (``at_least`` so much) in the same round, pair by pair."""
@@ -85,9 +85,9 @@ class Findings:
             growth = last.copy - first.copy
             yield Mark(what, "≤ 8 MB", f"{growth / MB:.1f} MB", growth <= COPY_GROWTH)
 
-    def _bake(self, key: str, name: str, strengths: int) -> Iterator[Mark]:
+    def _bake(self, key: str) -> Iterator[Mark]:
         """The first limit holds on a processor with a matrix unit, the last on any other."""
-        less, bare = self.start["ours 1"], strengths * self.arithmetic
+        name, less, bare = self.items[key].label.rpartition(", ")[2], self.start["ours 1"], self.arithmetic[key]
         ways = (
             ("wall to the floor", 0.0, 0.0, BAKE_RATIO, self.matrix_unit),
             (f"the same less {less:.1f} s of start-up", less, 0.0, BAKE_RATIO, False),

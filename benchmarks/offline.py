@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from _checkpoint import REAL, TINY, Source, Widths, checkpoint_shapes, config, lora_shapes, make_source
-from _items import LTXPACK, RIVALS, Places, bake_command, bake_items, copy_items, verify_items
+from _items import LTXPACK, RIVALS, Places, bake_command, bake_items, copy_items, one_strength_items, verify_items
 from _marks import BAKE_PEAK, BAKE_TARGETS, GB, Findings, Flat, flat_table, mark_table
 from _measure import Bench, Costs, Item, files_under
 from _report import MATRIX_UNIT, RESULTS, Table, machine, write_results
@@ -45,6 +45,11 @@ class Settings:
     widths: Widths = REAL
 
     @property
+    def largest(self) -> int:
+        """Blocks of the checkpoint whose bake is measured in rounds too: the more, the less start-up counts."""
+        return max(self.flat, default=0)
+
+    @property
     def command(self) -> str:
         """What gives the same run again."""
         if self.widths != REAL:
@@ -61,11 +66,18 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
     facts = machine(scratch)
     bench, places = Bench(scratch, say), Places(scratch)
     groups, costs, start, arithmetic = _measured(settings, bench, places, say)
-    say("memory by size")
-    flat = memory(bench, places, settings)
+    say("bakes by size")
+    flat = []
+    for blocks in settings.flat:
+        one, title, items, found, products = by_size(bench, places, settings, blocks)
+        flat.append(one)
+        if blocks == settings.largest:
+            groups[title] = items
+            costs |= found
+            arithmetic[items[-1].key] = products
     say("accuracy")
     accuracy_tables, accuracy_rows = _accuracy(settings)
-    found = Findings(
+    findings = Findings(
         items={item.key: item for group in groups.values() for item in group},
         costs=costs,
         start=start,
@@ -75,9 +87,9 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
         arithmetic=arithmetic,
         matrix_unit=MATRIX_UNIT in facts["bf16 unit"],
     )
-    marks = found.marks()
-    tables = [found.cost_table(title, [item.key for item in group]) for title, group in groups.items()]
-    tables += [_start_table(start, arithmetic), flat_table(flat), *accuracy_tables, mark_table(marks)]
+    marks = findings.marks()
+    tables = [findings.cost_table(title, [item.key for item in group]) for title, group in groups.items()]
+    tables += [_start_table(start, arithmetic["ours 1"]), flat_table(flat), *accuracy_tables, mark_table(marks)]
     facts |= {
         "cold by": "; ".join(sorted(bench.how_cold)),
         "cp": f"`{places.cp}`, then `sync` of what it wrote",
@@ -86,7 +98,7 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
     document = {
         "machine": facts,
         "settings": asdict(settings),
-        "payload": {key: item.payload for key, item in found.items.items()},
+        "payload": {key: item.payload for key, item in findings.items.items()},
         "costs": {key: {turn: asdict(cost) for turn, cost in runs.items()} for key, runs in costs.items()},
         "start_up": start,
         "arithmetic": arithmetic,
@@ -100,8 +112,8 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
 
 def _measured(
     settings: Settings, bench: Bench, places: Places, say: Say
-) -> tuple[dict[str, list[Item]], Costs, dict[str, float], float]:
-    """Items by the title of their table, costs by item, start-up times, bare products; leaves nothing behind."""
+) -> tuple[dict[str, list[Item]], Costs, dict[str, float], dict[str, float]]:
+    """Items by their table's title, costs by item, start-up times, bare products by bake; leaves nothing behind."""
     say(f"making a checkpoint of {settings.blocks} blocks")
     source = make_source(places.scratch / "main", settings.blocks, settings.widths)
     title = f"Copy of {_size([source.checkpoint])}"
@@ -116,11 +128,9 @@ def _measured(
     groups |= {"Verify": verify_items(places), title: bake_items(places, source.lora)}
     costs |= bench.in_turn(groups["Verify"], settings.runs)
     costs |= bench.in_turn(groups[title], settings.runs)
-    arithmetic = bare_arithmetic(source.lora)
-    places.clear()
-    shutil.rmtree(places.overlay)
-    shutil.rmtree(source.folder.parent)
-    return groups, costs, start, arithmetic
+    products = bare_arithmetic(source.lora)
+    _clear(places, source)
+    return groups, costs, start, {"ours 1": products, "ours 2": 2 * products}
 
 
 def start_up(bench: Bench, places: Places, source: Source, times: int = STARTS) -> dict[str, float]:
@@ -138,20 +148,32 @@ def bare_arithmetic(lora: Path) -> float:
     return float(subprocess.run([*RIVALS, "addmm", str(lora)], check=True, capture_output=True, text=True).stdout)
 
 
-def memory(bench: Bench, places: Places, settings: Settings) -> list[Flat]:
-    """Peak memory of a copy and of a bake with one strength, by the number of blocks."""
-    found = []
-    for blocks in settings.flat:
-        source = make_source(places.scratch / "main", blocks, settings.widths)
-        size = source.checkpoint.stat().st_size
-        copied = bench.once(_named("ours", copy_items(places, source)))
-        places.keep_overlay()
-        source.checkpoint.unlink()
-        baked = bench.once(_named("ours 1", bake_items(places, source.lora)))
-        found.append(Flat(blocks, size, copied.peak, baked.peak, bake_limit(settings.widths, blocks)))
-        shutil.rmtree(places.overlay)
-        shutil.rmtree(source.folder.parent)
-    return found
+def by_size(
+    bench: Bench, places: Places, settings: Settings, blocks: int
+) -> tuple[Flat, str, list[Item], Costs, float]:
+    """A copy and bakes with one strength of a checkpoint of ``blocks``; of the largest in rounds, beside its floor.
+
+    Peak memory; the title of the table, its items and costs; seconds of the bare products.
+    """
+    source = make_source(places.scratch / "main", blocks, settings.widths)
+    size = source.checkpoint.stat().st_size
+    copied = bench.once(_named("ours", copy_items(places, source)))
+    places.keep_overlay()
+    source.checkpoint.unlink()
+    base = files_under(places.overlay / "transformer")
+    items = one_strength_items(places, source.lora, f" of {blocks} blocks")
+    costs = bench.in_turn(items, settings.runs if blocks == settings.largest else 1)
+    peak = max(cost.peak for cost in costs[items[-1].key].values())
+    products = bare_arithmetic(source.lora)
+    title = f"Bake of {blocks} blocks: {_size(base)} of base, {_size([source.lora])} of LoRA"
+    _clear(places, source)
+    return Flat(blocks, size, copied.peak, peak, bake_limit(settings.widths, blocks)), title, items, costs, products
+
+
+def _clear(places: Places, source: Source) -> None:
+    places.clear()
+    shutil.rmtree(places.overlay)
+    shutil.rmtree(source.folder.parent)
 
 
 def bake_limit(widths: Widths, blocks: int) -> float:
@@ -203,7 +225,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the checkpoint (default 4)")
     parser.add_argument("--runs", type=int, default=5, help="rounds (default 5)")
-    parser.add_argument("--flat", type=int, nargs="*", default=[2, 8], help="blocks to compare memory at (default 2 8)")
+    parser.add_argument(
+        "--flat",
+        type=int,
+        nargs="*",
+        default=[2, 8],
+        help="blocks to compare memory at; the bake of the most is timed too (default 2 8)",
+    )
     parser.add_argument("--scratch", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--results", type=Path, help="folder for the dated table (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="tiny widths, one round; nothing kept without --results")
@@ -213,7 +241,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run in a folder that is removed at the end, keep the table, print it last."""
     wanted = arguments()
-    settings = Settings(wanted.blocks, wanted.runs, tuple(sorted(wanted.flat)))
+    settings = Settings(wanted.blocks, wanted.runs, tuple(sorted(set(wanted.flat))))
     if wanted.quick:
         settings = Settings(2, 1, (1, 2), TINY)
     with tempfile.TemporaryDirectory(prefix="ltxpack-offline-", dir=wanted.scratch) as folder:

@@ -45,12 +45,15 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
     assert set(document["costs"]) == set(document["payload"]) == {
         *("cp", "ours", "mapped", "load-all", "cat", "verify"),
         *("floor 1", "ours 1", "floor 2", "ours 2", "diffusers", "official"),
+        *("floor 1 of 2 blocks", "ours 1 of 2 blocks"),
     }  # fmt: skip
     for key, runs in document["costs"].items():
         assert len(runs) == 1, key
         assert all(0 < run["wall"] < 120 and run["cpu"] > 0 and run["peak"] > 1e6 for run in runs.values()), key
     assert [one["blocks"] for one in document["memory"]] == [1, 2]
-    assert len(document["marks"]) == 12 and document["accuracy"] and 0 < document["arithmetic"] < 60
+    assert len(document["marks"]) == 16 and document["accuracy"]
+    assert document["arithmetic"].keys() == {"ours 1", "ours 2", "ours 1 of 2 blocks"}
+    assert all(0 < seconds < 60 for seconds in document["arithmetic"].values())
     for part in ("Copy of", "Verify", "Bake of 96 linears", "Memory by size", "Accuracy", "Marks"):
         assert f"### {part}" in text
 
@@ -126,8 +129,10 @@ def test_cold_files_are_out_of_the_page_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("unit", [True, False])
 def test_ratios_are_taken_within_a_round(unit: bool) -> None:
+    labels = {"ours 1": "ltxpack bake-lora, one strength", "ours 2": "ltxpack bake-lora, two strengths"}
+
     def items(key: str, floor: str | None) -> _measure.Item:
-        return _measure.Item(key, key, (), (), 10**9, lambda: None, floor)
+        return _measure.Item(key, labels.get(key, key), (), (), 10**9, lambda: None, floor)
 
     def cost(wall: float) -> _measure.Cost:
         return _measure.Cost(wall, 0.4, 60_000_000)
@@ -142,7 +147,7 @@ def test_ratios_are_taken_within_a_round(unit: bool) -> None:
         [Flat(2, 1, 60_000_000, 1, 1), Flat(8, 1, 69_000_000, 1, 1)],
         5e7,
         real=True,
-        arithmetic=1.6,
+        arithmetic={"ours 1": 1.6, "ours 2": 3.2},
         matrix_unit=unit,
     )
     assert found.ratios("ours") == pytest.approx([0.9, 1.1, 0.75])

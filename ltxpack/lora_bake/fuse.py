@@ -25,7 +25,7 @@ from torch import Tensor
 KERNELS = ("fp32", "addmm", "official")
 # Rows of so many elements are fused at a time: what fits a core's cache, and for addmm what pays for packing A once
 # more. Constants: the bits must not depend on the machine.
-CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 21}
+CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 22}
 # Measuring goes through a weight in parts that stay in a core's cache, norms in runs that one thread sums, products of
 # factors with themselves in bands of so many rows.
 _PART, _RUN, _BAND = 1 << 18, 1 << 10, 64
@@ -296,7 +296,7 @@ def _fuse_addmm(weight: Tensor, term: Term, strengths: Sequence[float], results:
         fused = weight
         if scale:
             fused = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device)
-            torch.addmm(weight, term.up, term.down, alpha=scale, out=fused)
+            fused.copy_(weight).addmm_(term.up, term.down, alpha=scale)
         result = _measured(weight, fused, base_square, square * scale * scale)
         made.append(result if term.first or term.square is None else replace(result, delta_square=0.0))
     return made

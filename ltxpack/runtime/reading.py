@@ -11,7 +11,7 @@ import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,8 +122,10 @@ class FileReader:
         self.copies = copies
         self.piece, self.in_flight = piece, in_flight
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="ltxpack-read")
-        # Buffers and the mark after which each is free again, oldest first.
-        self._buffers: deque[tuple[HostMemory, Mark]] = deque()
+        # One thread: pieces are hashed in their order, while the next ones are sent on.
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
+        # Buffers, the mark after which each is free again, and the hashing that must be done; oldest first.
+        self._buffers: deque[tuple[HostMemory, Mark, Future[None] | None]] = deque()
         self._made = 0
 
     def fill(
@@ -141,7 +143,7 @@ class FileReader:
         written. ``stop`` raises to end the reading. Raises OverlayError for a file that changed or cannot be read;
         what had arrived by then is not to be used.
         """
-        check = _Check(digests or {})
+        check = _Check(digests or {}, self._hashing)
         after = after or self.copies.now
         flights: deque[_Flight] = deque()
         mark: Mark = None
@@ -154,6 +156,7 @@ class FileReader:
                         mark = self._land(flights.popleft(), check, after()) or mark
                 while flights:
                     mark = self._land(flights.popleft(), check, after()) or mark
+                check.finish()
             except BaseException:
                 self._abandon(flights)
                 raise
@@ -162,6 +165,7 @@ class FileReader:
     def close(self) -> None:
         """End the threads and give the buffers back."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._hashing.shutdown(wait=True)
         self._settle()
         self._buffers.clear()
 
@@ -172,18 +176,18 @@ class FileReader:
         return _Flight(piece, views, buffer, self._threads.submit(_read, descriptor, views, piece))
 
     def _land(self, flight: _Flight, check: _Check, after: Mark) -> Mark:
-        """Wait for the read, send on what goes to the device, note what arrived, hash it all."""
-        mark: Mark = None
+        """Wait for the read; have it hashed while it is sent on to the device; note what arrived."""
+        mark, hashed = None, None
         try:
             flight.done.result()
+            hashed = check.begin(flight.piece, flight.views)
             if flight.buffer is not None:
                 buffer = flight.buffer.bytes
                 mark = self.copies.run(lambda: _send_on(flight.piece, buffer), after)
             _note_direct(flight.piece)
-            check.update(flight.piece, flight.views)
         finally:
             if flight.buffer is not None:
-                self._buffers.append((flight.buffer, mark))
+                self._buffers.append((flight.buffer, mark, hashed))
         return mark
 
     def _free_buffer(self) -> HostMemory:
@@ -192,8 +196,8 @@ class FileReader:
             fresh = HostMemory(self.piece, self.copies)
             fresh.pin()
             return fresh
-        buffer, mark = self._buffers.popleft()
-        self.copies.finish(mark)
+        buffer, mark, hashed = self._buffers.popleft()
+        self._settle_one(mark, hashed)
         return buffer
 
     def _abandon(self, flights: deque[_Flight]) -> None:
@@ -204,30 +208,46 @@ class FileReader:
             with contextlib.suppress(Exception, CancelledError):
                 flight.done.result()
             if flight.buffer is not None:
-                self._buffers.append((flight.buffer, None))
+                self._buffers.append((flight.buffer, None, None))
         self._settle()
 
     def _settle(self) -> None:
-        for _, mark in self._buffers:
-            self.copies.finish(mark)
+        for _, mark, hashed in self._buffers:
+            self._settle_one(mark, hashed)
+
+    def _settle_one(self, mark: Mark, hashed: Future[None] | None) -> None:
+        """Wait until nobody reads the buffer; what the hash tells is heard at the end of the filling."""
+        self.copies.finish(mark)
+        if hashed is not None:
+            wait([hashed])
 
 
 class _Check:
-    """The blake3 of one file after the other, against what is expected."""
+    """The blake3 of one file after the other, against what is expected; on a thread, in order."""
 
-    def __init__(self, digests: Mapping[Path, str]) -> None:
+    def __init__(self, digests: Mapping[Path, str], thread: ThreadPoolExecutor) -> None:
         self._digests = digests
+        self._thread = thread
+        self._begun: list[Future[None]] = []
         self._hasher = blake3(max_threads=blake3.AUTO)
 
-    def update(self, piece: Piece, views: Sequence[memoryview]) -> None:
-        """Take in ``piece``; at the end of its file compare. Raises OverlayError."""
-        expected = self._digests.get(piece.file)
-        if expected is None:
-            return
+    def begin(self, piece: Piece, views: Sequence[memoryview]) -> Future[None] | None:
+        """Begin to take in ``piece``; None if its file is not compared. ``views`` must stay until that is done."""
+        if piece.file not in self._digests:
+            return None
+        self._begun.append(self._thread.submit(self._update, piece, views))
+        return self._begun[-1]
+
+    def finish(self) -> None:
+        """Wait until all is taken in. Raises OverlayError for a file that is not what was expected."""
+        for each in self._begun:
+            each.result()
+
+    def _update(self, piece: Piece, views: Sequence[memoryview]) -> None:
         for view in views:
             self._hasher.update(view)
         if piece.last:
-            found = self._hasher.hexdigest()
+            expected, found = self._digests[piece.file], self._hasher.hexdigest()
             self._hasher = blake3(max_threads=blake3.AUTO)
             if found != expected:
                 raise changed(piece.file, f"blake3 {expected[:16]}…", f"{found[:16]}…")
