@@ -317,6 +317,17 @@ class TestBorrowing:
         gc.collect()
         assert seen[1]() is None
 
+    def test_weights_are_gone_though_somebody_holds_the_module(self, residency: Residency) -> None:
+        held: list[DiT] = []
+        weights: list[weakref.ref[Tensor]] = []
+
+        def work(model: DiT) -> None:
+            held.append(model)
+            weights.extend(map(weakref.ref, model.parameters()))
+
+        self.planned(residency, Setup("swap")).borrow(*self.transformer(residency), load_dit, work)
+        assert held and weights and all(weight() is None for weight in weights)
+
     def test_what_stays_is_settled_once(self, residency: Residency) -> None:
         self.planned(residency, Setup("resident"))
         settled: list[bool] = []

@@ -6,7 +6,6 @@ Every file is compared with the manifest as it is read: what changed is refused 
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -278,9 +277,8 @@ class Residency:
         return folder in {self.overlay.transformer_folder(name) for name in (BASE, *self.overlay.manifest.bakes)}
 
     def _give_back(self) -> None:
-        """Memory of the card that only waits to be used again; on a host that is not worth a third of a second."""
+        """Hand back memory of the card that only waits to be used again."""
         if self.device.type == "cuda":
-            gc.collect()
             torch.cuda.empty_cache()
 
 
