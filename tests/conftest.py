@@ -41,6 +41,7 @@ LONG = (
     "test_dit_compile.py",
     "test_residency.py",
     "test_many_videos.py",
+    "test_pretend_card.py",
     "test_benchmarks_offline.py",
 )
 

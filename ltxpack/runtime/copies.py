@@ -111,17 +111,23 @@ class CudaCopies:
 
     def pin(self, memory: Tensor) -> bool:
         """Registers the memory as it is: PyTorch's own pinned allocations round up to a power of two."""
-        if memory.nbytes == 0 or int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+        if memory.nbytes == 0:
             return True
-        # The refusal is kept as the last error, which the next launch would report as its own.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self.device)
+        # On the device itself: the driver would else make a context, half a gigabyte, on the first one.
+        with torch.cuda.device(self.device):
+            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+                return True
+            # The refusal is kept as the last error, which the next launch of a kernel would report as its own.
+            with contextlib.suppress(RuntimeError):
+                torch.ones(1, device=self.device).neg()
         return False
 
     def unpin(self, memory: Tensor) -> None:
-        """Unregisters what ``pin`` registered."""
+        """Unregisters what ``pin`` registered, once nothing is copied from it any more."""
         if memory.nbytes:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+            self.stream.synchronize()
+            with torch.cuda.device(self.device):
+                torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(blocking=True)

@@ -37,7 +37,7 @@ from ltxpack.runtime.planning.advice import check_mode
 from ltxpack.runtime.planning.modes import Work
 from ltxpack.runtime.prompt_cache import PromptCache, cache_root
 from ltxpack.runtime.request import ImageSpec, Request, Settings
-from ltxpack.runtime.residency import Residency, resolve_device
+from ltxpack.runtime.residency import Residency, known_fault, resolve_device
 from ltxpack.runtime.sample import res2s
 from ltxpack.runtime.schedule import stage1_sigmas, stage2_sigmas
 from ltxpack.runtime.select import AUTO, Choice, choose
@@ -108,6 +108,9 @@ class Pipeline:
         if kernels.asked_for(attention) != kernels.AUTO:
             self._attention = self.within_memory(self._choose_attention)
         self._attention_told = False
+        fault = known_fault(self.device, self.dtype)
+        if fault is not None:
+            self.reporter.warn(fault)
 
     @classmethod
     def from_overlay(

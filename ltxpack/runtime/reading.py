@@ -134,17 +134,17 @@ class FileReader:
         digests: Mapping[Path, str] | None = None,
         *,
         stop: Callable[[], None] = no_stop,
-        after: Callable[[], Mark] | None = None,
+        after: Mark = None,
     ) -> Mark:
         """Read every arrival. Returns the mark after which those on the device are there.
 
-        The files of ``digests`` (file: blake3) are read whole and compared. No piece is copied to the device before
-        ``after()``, asked for each; default: where the computation stands, which is when new tensors are free to be
-        written. ``stop`` raises to end the reading. Raises OverlayError for a file that changed or cannot be read;
-        what had arrived by then is not to be used.
+        The files of ``digests`` (file: blake3) are read whole and compared. Nothing is copied to the device before
+        ``after``; default: where the computation stands now, which is when tensors just made are free to be written.
+        ``stop`` raises to end the reading. Raises OverlayError for a file that changed or cannot be read; what had
+        arrived by then is not to be used.
         """
         check = _Check(digests or {}, self._hashing)
-        after = after or self.copies.now
+        after = after or self.copies.now()
         flights: deque[_Flight] = deque()
         mark: Mark = None
         with contextlib.ExitStack() as files:
@@ -153,9 +153,9 @@ class FileReader:
                     stop()
                     flights.append(self._take_off(piece, descriptor))
                     if len(flights) == self.in_flight:
-                        mark = self._land(flights.popleft(), check, after()) or mark
+                        mark = self._land(flights.popleft(), check, after) or mark
                 while flights:
-                    mark = self._land(flights.popleft(), check, after()) or mark
+                    mark = self._land(flights.popleft(), check, after) or mark
                 check.finish()
             except BaseException:
                 self._abandon(flights)

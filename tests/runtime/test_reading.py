@@ -77,6 +77,33 @@ def test_every_tensor_arrives(
             assert torch.equal(found[f"{number}.{name}"], wanted), name
 
 
+class Marked(HostCopies):
+    """Keeps which mark each copy had to come after; ``now`` is another one each time."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.asked, self.waited = 0, list[int]()
+
+    def now(self) -> int:
+        self.asked += 1
+        return self.asked
+
+    def run(self, work: Callable[[], None], after: int | None = None) -> None:
+        self.waited.append(after or 0)
+        super().run(work)
+
+
+@pytest.mark.parametrize("given", [None, 7])
+def test_copies_wait_for_what_was_computed_before_the_reading_alone(given: int | None, tmp_path: Path) -> None:
+    """A transformer that is read ahead does not stand in line behind the stage that runs meanwhile."""
+    stored = written(tmp_path, tensors())
+    copies = Marked()
+    reader = FileReader(copies, piece=100)
+    fill(reader, stored, direct=False, after=given)
+    reader.close()
+    assert len(copies.waited) > 3 and set(copies.waited) == {given or 1}
+
+
 @pieces
 def test_some_straight_to_their_place_and_some_through_buffers(piece: int, tmp_path: Path) -> None:
     state = tensors()

@@ -328,6 +328,18 @@ class TestBorrowing:
         self.planned(residency, Setup("swap")).borrow(*self.transformer(residency), load_dit, work)
         assert held and weights and all(weight() is None for weight in weights)
 
+    @pytest.mark.parametrize("ahead", [False, True])
+    def test_weights_are_inference_tensors_on_whichever_thread_they_came(
+        self, residency: Residency, ahead: bool
+    ) -> None:
+        self.planned(residency, Setup("resident"))
+        if ahead:
+            residency.prefetch(*self.transformer(residency), load_dit)
+        kinds = residency.borrow(
+            *self.transformer(residency), load_dit, lambda m: {weight.is_inference() for weight in m.parameters()}
+        )
+        assert kinds == {True}
+
     def test_what_stays_is_settled_once(self, residency: Residency) -> None:
         self.planned(residency, Setup("resident"))
         settled: list[bool] = []

@@ -4,7 +4,7 @@ slots: blocks through two slots · offload: modules off the card and back · bac
 device: which one, and what it has free. The plan itself is made in ltxpack.runtime.planning.
 """
 
-from ltxpack.runtime.residency.device import machine_of, resolve_device
+from ltxpack.runtime.residency.device import known_fault, machine_of, resolve_device
 from ltxpack.runtime.residency.keeper import Residency
 
-__all__ = ["Residency", "machine_of", "resolve_device"]
+__all__ = ["Residency", "known_fault", "machine_of", "resolve_device"]

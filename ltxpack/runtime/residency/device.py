@@ -1,12 +1,39 @@
-"""Which device a run is asked for, and what it and the host have free."""
+"""Which device a run is asked for, what it and the host have free, and what is known to go wrong on it."""
 
 from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
 
 import torch
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.runtime.planning import machine
 from ltxpack.runtime.planning.machine import Machine
+
+
+class Fault(NamedTuple):
+    """Pairs of torch and cuDNN, lowest and first that is not affected, and what they do to 3-d convolutions in bf16."""
+
+    torch: tuple[tuple[int, int], tuple[int, int]]
+    cudnn: tuple[int, int]
+    told: str
+
+
+# pytorch issues 163539 and 166643: first cuDNN was wrong, then torch went around it.
+FAULTS = (
+    Fault(
+        ((2, 0), (2, 9)),
+        (90800, 91300),
+        "large ones can come out wrong (pytorch issue 163539): install cuDNN 9.13 or later, or a newer torch",
+    ),
+    Fault(
+        ((2, 9), (2, 10)),
+        (0, 91500),
+        "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
+        "install cuDNN 9.15 or later, or another torch",
+    ),
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,3 +62,15 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return Machine(host)
     return Machine(host, torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+
+def known_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What to tell the user of torch's and cuDNN's versions before the VAE is used on ``device``, if anything."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    version: Any = torch.backends.cudnn.version
+    found, release = version() or 0, tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    for fault in FAULTS:
+        if fault.torch[0] <= release < fault.torch[1] and fault.cudnn[0] <= found < fault.cudnn[1]:
+            return f"3-d convolutions of torch {torch.__version__} with cuDNN {found}: {fault.told}"
+    return None

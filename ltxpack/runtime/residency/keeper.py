@@ -224,7 +224,9 @@ class Residency:
         used = reader or FileReader(copies_to(self.device))
         try:
             read = PlacingReader(placement, {} if held else digests, used, copies_to(self.device), stop, held)
-            part = Offloaded(load(folder, self.device, self.dtype, read), read)
+            # On any thread, as where it is used: to a compiler weights made otherwise are another kind of weights.
+            with torch.inference_mode():
+                part = Offloaded(load(folder, self.device, self.dtype, read), read)
         finally:
             if reader is None:
                 used.close()

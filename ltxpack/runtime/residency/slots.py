@@ -87,7 +87,7 @@ class FileStream:
 
     def read(self, arrivals: Sequence[Arrival], after: Mark) -> Brought:
         """Begin to read, each piece on to the device as it comes and ``after`` is reached."""
-        return self._thread.submit(self._reader.fill, arrivals, after=lambda: after).result
+        return self._thread.submit(self._reader.fill, arrivals, after=after).result
 
     def close(self) -> None:
         """End the thread."""
