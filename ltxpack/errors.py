@@ -104,6 +104,10 @@ class SourceError(LtxpackError):
     fallback = "correct the name or fetch the file, then run the same command again"
 
 
+class AbsentError(SourceError):
+    """An input does not exist."""
+
+
 class UnsupportedError(LtxpackError):
     """A sound file that this version does not convert."""
 

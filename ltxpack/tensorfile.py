@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
 
 from ltxpack import bounded_json
-from ltxpack.errors import FormatError, SourceError
+from ltxpack.errors import AbsentError, FormatError, SourceError
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 # An index of 50,000 tensors is some 5 MB.
@@ -218,11 +218,14 @@ def parse_json(data: bytes, path: str | os.PathLike[str], *, any_number: bool = 
 
 
 def open_source(path: Path) -> BinaryIO:
-    """``path`` opened for reading, only if it is a regular file (a pipe would block). Raises SourceError."""
+    """``path`` opened for reading, only if it is a regular file (a pipe would block).
+
+    Raises AbsentError, or SourceError.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise SourceError("does not exist", file=path) from None
+        raise AbsentError("does not exist", file=path) from None
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
     except ValueError:

@@ -35,8 +35,8 @@ from ltxpack.tensorfile import TensorInfo
 
 COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
-# Row chunks per read: as many cores work on one read, and so much is in memory at once.
-CHUNKS_PER_READ = 4
+# Row chunks per read, by kernel: so much is in memory at once. Two reads are under way, so twice as many cores work.
+CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1}
 
 
 @dataclass
@@ -75,11 +75,12 @@ class Engine:
         self.reporter = reporter
         # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
         self.whole = arithmetic.kernel == "official"
-        workers = 2 if self.whole else min(CHUNKS_PER_READ, usable_cores())
+        self.chunks = CHUNKS_PER_READ[arithmetic.kernel]
+        workers = 2 if self.whole else min(2 * self.chunks, usable_cores())
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="ltxpack-fuse")
         self.per_thread = threading.local()
         # While the results of one read are written, those of the next are made.
-        self.results = [[Workspace() for _ in range(CHUNKS_PER_READ)] for _ in range(2)]
+        self.results = [[Workspace() for _ in range(self.chunks)] for _ in range(2)]
         self._settings = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -163,8 +164,8 @@ class Engine:
                 yield first, last, chunks if last == end else ()
             return
         row = info.nbytes // info.shape[0]
-        for i in range(0, len(chunks), CHUNKS_PER_READ):
-            group = chunks[i : i + CHUNKS_PER_READ]
+        for i in range(0, len(chunks), self.chunks):
+            group = chunks[i : i + self.chunks]
             yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
 
     def workspace(self) -> Workspace:

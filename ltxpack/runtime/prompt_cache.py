@@ -21,7 +21,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ltxpack.errors import FormatError, SourceError, UsageError
+from ltxpack.errors import AbsentError, FormatError, UsageError
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.av import AV
 from ltxpack.tensorfile import TensorFile, atomic_write, build_header, header_length, open_source, parse_header
@@ -87,12 +87,8 @@ class PromptCache:
                 return None
             with open_source(path) as file:
                 data = bytearray(file.read(self.limit + 1))
-        except FileNotFoundError:
-            return None
-        except SourceError:
-            # Another process may have removed the entry since it was looked at; anything else is the entry's fault.
-            if path.exists():
-                raise
+        except (FileNotFoundError, AbsentError):
+            # Not here, or removed by another process since it was looked at.
             return None
         contexts = _read(data, path, key, count, dtype)
         with contextlib.suppress(OSError):
