@@ -510,8 +510,11 @@ def test_after_an_interrupt_the_same_command_goes_on(
     assert names(tmp_path) == sorted(["prompts.jsonl", *(f"{n}.mp4{end}" for n in (1, 2, 3) for end in ("", ".json"))])
 
 
+# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
 SLOWLY_DECODED = """
+import signal
 import time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ltxpack.runtime import codecs
 decode = codecs.decode_video
 def slowly(*arguments):
