@@ -35,8 +35,10 @@ from ltxpack.tensorfile import TensorInfo
 
 COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
-# Row chunks per read, by kernel: so much is in memory at once. Two reads are under way, so twice as many cores work.
+# Row chunks per read, by kernel: so much is in memory at once. Chunks of two reads are under way together.
 CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1}
+# Each has memory of its own for sums.
+MOST_WORKERS = 4
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Engine:
         # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
         self.whole = arithmetic.kernel == "official"
         self.chunks = CHUNKS_PER_READ[arithmetic.kernel]
-        workers = 2 if self.whole else min(2 * self.chunks, usable_cores())
+        workers = 2 if self.whole else min(MOST_WORKERS, usable_cores())
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="ltxpack-fuse")
         self.per_thread = threading.local()
         # While the results of one read are written, those of the next are made.

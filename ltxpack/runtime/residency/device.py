@@ -15,7 +15,7 @@ from ltxpack.runtime.planning.machine import Machine
 class Fault(NamedTuple):
     """Pairs of torch and cuDNN, lowest and first that is not affected, and what they do to 3-d convolutions in bf16."""
 
-    torch: tuple[tuple[int, int], tuple[int, int]]
+    torch: tuple[tuple[int, ...], tuple[int, ...]]
     cudnn: tuple[int, int]
     told: str
 
@@ -28,7 +28,13 @@ FAULTS = (
         "large ones can come out wrong (pytorch issue 163539): install cuDNN 9.13 or later, or a newer torch",
     ),
     Fault(
-        ((2, 9), (2, 10)),
+        ((2, 9, 0), (2, 9, 1)),
+        (0, 1_000_000),
+        "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
+        "install another torch",
+    ),
+    Fault(
+        ((2, 9, 1), (2, 10)),
         (0, 91500),
         "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
         "install cuDNN 9.15 or later, or another torch",
@@ -69,7 +75,7 @@ def known_fault(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     version: Any = torch.backends.cudnn.version
-    found, release = version() or 0, tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    found, release = version() or 0, tuple(map(int, re.findall(r"\d+", torch.__version__)[:3]))
     for fault in FAULTS:
         if fault.torch[0] <= release < fault.torch[1] and fault.cudnn[0] <= found < fault.cudnn[1]:
             return f"3-d convolutions of torch {torch.__version__} with cuDNN {found}: {fault.told}"

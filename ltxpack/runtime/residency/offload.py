@@ -193,8 +193,7 @@ class Offloaded(Generic[M]):
     def drop(self) -> None:
         """End what runs for it and let its weights go, even if somebody still refers to the module.
 
-        A module that is part of a reference cycle would keep them until the garbage collector comes by, which takes a
-        third of a second with all libraries loaded.
+        A module that is part of a reference cycle would keep them until the garbage collector comes by.
         """
         if self._stream is not None:
             self._stream.close()
