@@ -7,30 +7,24 @@ no room.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from _gpu_bench import Bench, Growing, gigabytes
 from _gpu_models import installed
-from _measure import make_cold
-from _report import spread
+from _loading import loading
 
 from ltxpack.reporter import SilentReporter
 
 NEEDED = ("blake3", "jsonschema", "safetensors", "diffusers", "transformers", "av", "PIL")
 ROUNDS = 3
-READS = 6
-PIECE = 32 * 2**20
 # What is compared with the plan: the phases in which a transformer is on the card.
 STAGES = ("stage 1", "stage 2")
 
@@ -42,14 +36,14 @@ def residency(bench: Bench) -> None:
         bench.table("Residency", ("skipped",)).rows.append((f"not installed here: {', '.join(missing)}",))
         return
     with tempfile.TemporaryDirectory(prefix="ltxpack-gpu-") as folder:
-        overlay = _overlay(bench, Path(folder))
-        loading(bench, overlay)
+        overlay = make_overlay(bench, Path(folder))
+        loading(bench, overlay, ROUNDS)
         bench.release()
         modes(bench, overlay)
 
 
-def _overlay(bench: Bench, scratch: Path) -> Path:
-    """An overlay with a base and a bake, of one transformer's bytes."""
+def make_overlay(bench: Bench, scratch: Path) -> Path:
+    """An overlay with a base and a bake, of one transformer's bytes, in ``scratch``."""
     import _checkpoint
 
     sizes = bench.sizes
@@ -70,97 +64,6 @@ def _ltxpack(*arguments: object) -> None:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ltxpack {arguments[0]}: {done.stderr.strip()[-300:]}")
-
-
-def loading(bench: Bench, overlay: Path) -> None:
-    """The transformer from a cold disk to the device: ours, hashed; its floors; safetensors' own way."""
-    shards = sorted((overlay / "transformer").glob("*.safetensors"))
-    size = sum(path.stat().st_size for path in shards)
-    table = bench.table(
-        f"Loading a transformer of {size / 1e9:.1f} GB, files out of the page cache",
-        ("", "s", "GB/s", "to the larger floor"),
-        f"Medians of {ROUNDS} rounds, ratios within a round. Ours checks every byte against the manifest (blake3).",
-    )
-    ways: dict[str, Callable[[], float]] = {
-        "read of the files": lambda: _read_floor(shards),
-        "copy from pinned memory": lambda: _copy_floor(bench, size),
-        "ours": lambda: _ours(bench, overlay),
-        "safetensors load_file to the device": lambda: _safetensors(bench, shards),
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        for way, run in ways.items():
-            make_cold(shards)
-            seconds[way].append(run())
-            bench.release()
-    floors = [max(pair) for pair in zip(seconds["read of the files"], seconds["copy from pinned memory"], strict=True)]
-    for way, found in seconds.items():
-        middle = bench.note(f"loading.{way}", spread(found).median)
-        ratio = spread([one / floor for one, floor in zip(found, floors, strict=True)])
-        table.rows.append((way, f"{middle:.2f}", f"{size / middle / 1e9:.2f}", ratio.text()))
-
-
-def _read_floor(files: Sequence[Path]) -> float:
-    """Seconds to read every byte into a few buffers, with as many reads in flight as ours has."""
-    buffers = [memoryview(bytearray(PIECE)) for _ in range(READS)]
-
-    def read(slot: int) -> None:
-        for path in files:
-            with path.open("rb", buffering=0) as file:
-                for start in range(slot * PIECE, path.stat().st_size, READS * PIECE):
-                    done = 0
-                    while done < PIECE and (got := os.preadv(file.fileno(), [buffers[slot][done:]], start + done)):
-                        done += got
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(READS) as pool:
-        list(pool.map(read, range(READS)))
-    return time.perf_counter() - begin
-
-
-def _copy_floor(bench: Bench, size: int) -> float:
-    """Seconds to bring so many bytes from pinned memory to the device, in pieces."""
-    pinned = bench.device.type == "cuda"
-    source = torch.empty(min(size, PIECE), dtype=torch.uint8, pin_memory=pinned)
-    target = torch.empty(size, dtype=torch.uint8, device=bench.device)
-    bench.clock.wait()
-    begin = time.perf_counter()
-    for start in range(0, size, len(source)):
-        part = target[start : start + len(source)]
-        part.copy_(source[: len(part)], non_blocking=True)
-    bench.clock.wait()
-    return time.perf_counter() - begin
-
-
-def _ours(bench: Bench, folder: Path) -> float:
-    """Seconds until the transformer is on the device, as the runtime borrows it."""
-    from ltxpack.runtime.dit.weights import load_dit
-    from ltxpack.runtime.overlay import BASE, Overlay
-    from ltxpack.runtime.residency import Residency
-
-    overlay = Overlay.open(folder)
-    lender = Residency(overlay, bench.device, torch.bfloat16)
-    begin = time.perf_counter()
-
-    def ready(_: Any) -> float:
-        bench.clock.wait()
-        return time.perf_counter() - begin
-
-    try:
-        return lender.borrow(overlay.transformer_folder(BASE), overlay.transformer_records(BASE), load_dit, ready)
-    finally:
-        lender.close()
-
-
-def _safetensors(bench: Bench, files: Sequence[Path]) -> float:
-    from safetensors.torch import load_file
-
-    begin = time.perf_counter()
-    held = [load_file(path, device=str(bench.device)) for path in files]
-    bench.clock.wait()
-    spent = time.perf_counter() - begin
-    del held
-    return spent
 
 
 class Switches:

@@ -1,0 +1,186 @@
+"""Loading a transformer from the disk to a device: ltxpack's way, what no way can beat, and what else could be taken.
+
+Used by ``loading.py`` alone and by the section of ``gpu.py`` about residency.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from _gpu_bench import Bench
+from _gpu_models import installed
+from _measure import make_cold
+from _report import spread
+
+READ, COPY = "read of the files", "copy to the device"
+FLOORS = (READ, COPY)
+OURS, OURS_UNHASHED = "ours", "ours, not hashed"
+READS = 6
+PIECE = 32 * 2**20
+
+# Loads once, and gives the seconds until everything is there.
+Way = Callable[[], float]
+
+
+def loading(bench: Bench, overlay: Path, rounds: int) -> None:
+    """Every way in turn, ``rounds`` times, from a cold disk; the ratio of each to the larger floor of its round."""
+    shards = shards_of(overlay)
+    size = sum(path.stat().st_size for path in shards)
+    table = bench.table(
+        f"Loading a transformer of {size / 1e9:.1f} GB, files out of the page cache",
+        ("", "s", "GB/s", "to the larger floor"),
+        f"Medians of {rounds} rounds, ratios within a round. Ours compares every byte with the manifest (blake3); no "
+        "other does.",
+    )
+    seconds: dict[str, list[float]] = {}
+    for turn in range(rounds):
+        for name, way in ways(bench, overlay).items():
+            make_cold(shards)
+            seconds.setdefault(name, []).append(way())
+            bench.release()
+            bench.say(f"{turn + 1}/{rounds} {name}: {seconds[name][-1]:.2f} s")
+    floors = [max(pair) for pair in zip(*(seconds[floor] for floor in FLOORS), strict=True)]
+    for name, found in seconds.items():
+        middle = bench.note(f"loading.{name}", spread(found).median)
+        ratios = [one / floor for one, floor in zip(found, floors, strict=True)]
+        ratio = spread(ratios)
+        bench.note(f"loading.{name} to the larger floor", ratio.median)
+        bench.found[f"loading.{name}.seconds"] = found
+        table.rows.append((name, f"{middle:.2f}", f"{size / middle / 1e9:.2f}", ratio.text()))
+
+
+def ways(bench: Bench, overlay: Path) -> dict[str, Way]:
+    """By name; the floors first. Libraries that are not installed are left out."""
+    shards = shards_of(overlay)
+    size = sum(path.stat().st_size for path in shards)
+    found: dict[str, Way] = {
+        READ: lambda: _read_floor(shards),
+        COPY: lambda: _copy_floor(bench, size),
+        OURS: lambda: _ours(bench, overlay),
+        OURS_UNHASHED: lambda: _ours_unhashed(bench, overlay),
+    }
+    for package, (name, tensors) in LIBRARIES.items():
+        if installed(package):
+            found[name] = partial(_library, bench, shards, tensors)
+    return found
+
+
+def shards_of(overlay: Path) -> list[Path]:
+    """The files of the base transformer."""
+    return sorted((overlay / "transformer").glob("*.safetensors"))
+
+
+def _read_floor(files: Sequence[Path]) -> float:
+    """Seconds to read every byte into a few buffers, with as many reads in flight as ours has."""
+    buffers = [memoryview(bytearray(PIECE)) for _ in range(READS)]
+
+    def read(slot: int) -> None:
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                for start in range(slot * PIECE, path.stat().st_size, READS * PIECE):
+                    done = 0
+                    while done < PIECE and (got := os.preadv(file.fileno(), [buffers[slot][done:]], start + done)):
+                        done += got
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(READS) as pool:
+        list(pool.map(read, range(READS)))
+    return time.perf_counter() - begin
+
+
+def _copy_floor(bench: Bench, size: int) -> float:
+    """Seconds to bring so many bytes from host memory, pinned where there is a card, to the device, in pieces."""
+    pinned = bench.device.type == "cuda"
+    source = torch.zeros(min(size, PIECE), dtype=torch.uint8, pin_memory=pinned)
+    target = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    bench.clock.wait()
+    begin = time.perf_counter()
+    for start in range(0, size, len(source)):
+        part = target[start : start + len(source)]
+        part.copy_(source[: len(part)], non_blocking=True)
+    bench.clock.wait()
+    return time.perf_counter() - begin
+
+
+def _ours(bench: Bench, folder: Path) -> float:
+    """As the runtime borrows it: planned, checked, hashed."""
+    from ltxpack.runtime.dit.weights import load_dit
+    from ltxpack.runtime.overlay import BASE, Overlay
+    from ltxpack.runtime.residency import Residency
+
+    overlay = Overlay.open(folder)
+    lender = Residency(overlay, bench.device, torch.bfloat16)
+    begin = time.perf_counter()
+
+    def ready(_: Any) -> float:
+        bench.clock.wait()
+        return time.perf_counter() - begin
+
+    try:
+        return lender.borrow(overlay.transformer_folder(BASE), overlay.transformer_records(BASE), load_dit, ready)
+    finally:
+        lender.close()
+
+
+def _ours_unhashed(bench: Bench, folder: Path) -> float:
+    from ltxpack.runtime.dit.weights import load_dit
+    from ltxpack.runtime.load import read_tensors
+
+    begin = time.perf_counter()
+    held = load_dit(folder / "transformer", bench.device, torch.bfloat16, read_tensors)
+    bench.clock.wait()
+    spent = time.perf_counter() - begin
+    del held
+    return spent
+
+
+# The tensors of a file by name, on the device, in memory of their own.
+Tensors = Callable[[Sequence[Path], torch.device], dict[str, torch.Tensor]]
+
+
+def _library(bench: Bench, files: Sequence[Path], tensors: Tensors) -> float:
+    begin = time.perf_counter()
+    held = tensors(files, bench.device)
+    bench.clock.wait()
+    spent = time.perf_counter() - begin
+    del held
+    return spent
+
+
+def _safetensors(files: Sequence[Path], device: torch.device) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    found = {name: tensor for path in files for name, tensor in load_file(path, device=str(device)).items()}
+    # On the CPU it maps the file: the bytes are read when somebody looks at them.
+    return {name: tensor.clone() for name, tensor in found.items()} if device.type == "cpu" else found
+
+
+def _model_streamer(files: Sequence[Path], device: torch.device) -> dict[str, torch.Tensor]:
+    streaming: Any = importlib.import_module("runai_model_streamer")
+    with streaming.SafetensorsStreamer() as streamer:
+        streamer.stream_files([str(path) for path in files])
+        return {name: tensor.to(device, copy=True) for name, tensor in streamer.get_tensors()}
+
+
+def _fastsafetensors(files: Sequence[Path], device: torch.device) -> dict[str, torch.Tensor]:
+    fast: Any = importlib.import_module("fastsafetensors")
+    where = f"cuda:{torch.cuda.current_device()}" if device.type == "cuda" else "cpu"
+    with fast.fastsafe_open([str(path) for path in files], nogds=True, device=where) as opened:
+        names = opened.keys()
+        return {name: opened.get_tensor(name) for name in names}
+
+
+# Package -> the name in the table, and what loads with it.
+LIBRARIES: dict[str, tuple[str, Tensors]] = {
+    "safetensors": ("safetensors", _safetensors),
+    "runai_model_streamer": ("Run:ai Model Streamer", _model_streamer),
+    "fastsafetensors": ("fastsafetensors", _fastsafetensors),
+}
