@@ -45,6 +45,9 @@ def main() -> None:
         return
     if wanted.device == "cpu" and os.environ.get("GLIBC_TUNABLES") != KEEP_PAGES["GLIBC_TUNABLES"]:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_PAGES})
+    if wanted.device == "cpu":
+        # One core copies, in the place of the card's copy engine.
+        torch.set_num_threads(1)
     bench = _bench(wanted.device, wanted.blocks, wanted.quick)
     with tempfile.TemporaryDirectory(prefix="ltxpack-loading-", dir=wanted.scratch) as folder:
         facts = machine(Path(folder))

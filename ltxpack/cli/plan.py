@@ -97,7 +97,8 @@ def _overlay(root: Path, wanted: Wanted) -> tuple[Model, list[Command]]:
 
 
 def _say(overlay: Path | None, wanted: Wanted, machine: Machine, found: Plan, rate: int) -> None:
-    from ltxpack.runtime.planning.report import decoding, lines, seconds, table
+    from ltxpack.runtime.planning.modes import AUTO
+    from ltxpack.runtime.planning.report import decoding, lines, reading, seconds, table
 
     shape = wanted.work.shape
     what = "the published LTX-2.3" if overlay is None else str(overlay)
@@ -105,7 +106,7 @@ def _say(overlay: Path | None, wanted: Wanted, machine: Machine, found: Plan, ra
     click.echo(printable(f"{what}: stage 1 {found.stages[0]}, stage 2 {found.stages[1]}; {size}"))
     if machine.card is None:
         click.echo("no NVIDIA card found: planned for the CPU (--vram plans for a card)")
-    for line in (*lines(found, machine), decoding(found), *table(found)):
+    for line in (*lines(found, machine), reading(found, AUTO, machine), decoding(found), *table(found)):
         click.echo(line)
     first, following = (
         f"{human_bytes(count)} ({seconds(count, rate):.0f} s at {human_bytes(rate)}/s)"

@@ -50,6 +50,13 @@ if TYPE_CHECKING:
     "--residency", type=click.Choice(["auto", "resident", "swap", "stream"]), default="auto", show_default=True
 )
 @click.option(
+    "--reads",
+    type=click.Choice(["auto", "cached", "direct"]),
+    default="auto",
+    show_default=True,
+    help="Weights through the page cache, for the next run, or past it; auto: cached if all have room there.",
+)
+@click.option(
     "--decode",
     type=click.Choice(["official", "fast"]),
     default="official",

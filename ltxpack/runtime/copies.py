@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 * 1024 * 1024
 
 Mark = Any
 """A point that can be waited for: a CUDA event, or None where there is nothing to wait for."""
@@ -143,15 +144,13 @@ def copies_to(device: torch.device) -> Copies:
 class HostMemory:
     """``nbytes`` of host memory that the device can copy from once :meth:`pin` was called; given back with the object.
 
-    It is pinned after it is filled: by then its pages are there, brought by the threads that read into it.
+    It is pinned after it is filled: by then its pages are there, brought by the threads that read into it. Raises
+    MemoryError.
     """
 
     def __init__(self, nbytes: int, copies: Copies) -> None:
         # Whole pages of its own: a page is pinned once, whoever else has a part of it.
-        size = -(-nbytes // PAGE) * PAGE
-        raw = torch.empty(size + PAGE, dtype=torch.uint8)
-        start = -raw.data_ptr() % PAGE
-        self._pages = raw[start : start + size]
+        self._pages = _fresh_pages(max(PAGE, -(-nbytes // PAGE) * PAGE))
         self.bytes = self._pages[:nbytes]
         self.pinned = False
         self._copies = copies
@@ -163,3 +162,22 @@ class HostMemory:
             # The finalizer holds the memory, so it is unpinned first and freed then.
             weakref.finalize(self, self._copies.unpin, self._pages)
         return self.pinned
+
+
+def _fresh_pages(nbytes: int) -> Tensor:
+    """Memory of whole pages, uint8; huge ones as far as it goes.
+
+    A disk reads to a huge page in one go, and the system hands out, pins and unpins one where it would do so 512 times.
+    """
+    huge = nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    try:
+        memory = mmap.mmap(-1, nbytes + (HUGE_PAGE if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{nbytes} bytes of host memory: {error.strerror}") from None
+    raw = torch.frombuffer(memory, dtype=torch.uint8)
+    if not huge:
+        return raw
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -raw.data_ptr() % HUGE_PAGE
+    return raw[start : start + nbytes]

@@ -33,7 +33,7 @@ from ltxpack.runtime.large_tiles import FAST
 from ltxpack.runtime.media import load_image, prepare_image
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.planning import report
-from ltxpack.runtime.planning.advice import check_mode
+from ltxpack.runtime.planning.advice import check_mode, check_reads
 from ltxpack.runtime.planning.modes import Work
 from ltxpack.runtime.prompt_cache import PromptCache, cache_root
 from ltxpack.runtime.request import ImageSpec, Request, Settings
@@ -83,12 +83,14 @@ class Pipeline:
         device: str = "auto",
         dtype: str = "bfloat16",
         residency: str = "auto",
+        reads: str = "auto",
         attention: str | None = None,
         compile_blocks: bool = False,
         cache: PromptCache | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         check_mode(residency)
+        check_reads(reads)
         self.overlay = Overlay.open(root)
         self.choice: Choice = choose(self.overlay.manifest, stage1, stage2, root)
         self.device = resolve_device(device)
@@ -96,7 +98,7 @@ class Pipeline:
         self.compile_blocks = compile_blocks
         self.reporter = reporter or SilentReporter()
         stages = (self.choice.stage1, self.choice.stage2)
-        self.residency = Residency(self.overlay, self.device, self.dtype, residency, stages, self.reporter)
+        self.residency = Residency(self.overlay, self.device, self.dtype, residency, stages, self.reporter, reads)
         self.prompts = PromptEncoder(self.overlay, self.residency, cache)
         self.timings = Timings()
         self._closed = False
@@ -122,6 +124,7 @@ class Pipeline:
         device: str = "auto",
         dtype: str | torch.dtype = "bfloat16",
         residency: str = "auto",
+        reads: str = "auto",
         attention: str | None = None,
         compile: bool = False,
         cache: bool | str | Path = True,
@@ -130,9 +133,10 @@ class Pipeline:
         """Open the overlay at ``path``; nothing large is read yet.
 
         ``stage1`` and ``stage2`` are ``auto``, ``base`` or a bake's name; ``device`` is ``auto``, ``cpu`` or
-        ``cuda[:N]``; ``dtype`` ``bfloat16`` or ``float32``; ``residency`` as for ``ltxpack run``, and ``attention``
-        too: ``auto`` or a kernel's name, None for what ``LTXPACK_ATTENTION`` says or else ``auto``. ``cache`` says
-        whether encoded prompts are kept on disk, or in which folder. Raises OverlayError, UsageError, DeviceError.
+        ``cuda[:N]``; ``dtype`` ``bfloat16`` or ``float32``; ``residency`` and ``reads`` as for ``ltxpack run``, and
+        ``attention`` too: ``auto`` or a kernel's name, None for what ``LTXPACK_ATTENTION`` says or else ``auto``.
+        ``cache`` says whether encoded prompts are kept on disk, or in which folder. Raises OverlayError, UsageError,
+        DeviceError.
         """
         kept = None if cache is False else PromptCache.at(None if cache is True else Path(cache))
         return cls(
@@ -142,6 +146,7 @@ class Pipeline:
             device=device,
             dtype=_dtype_name(dtype),
             residency=residency,
+            reads=reads,
             attention=attention,
             compile_blocks=compile,
             cache=kept,

@@ -1,33 +1,32 @@
 """Bytes of safetensors files into tensors, with several reads in flight, hashed as they pass.
 
-What goes to a device passes through a few pinned buffers; what goes to host memory is read straight to its place. No
-file is held whole. Knows no module and no names: what arrives where comes in as :class:`Arrival` values.
+What goes to a device passes through a few pinned buffers; what goes to host memory is read straight to its place, or
+past the page cache through a buffer too. No file is held whole. Knows no module and no names: what arrives where comes
+in as :class:`Arrival` values.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ltxpack.errors import LtxpackError, OverlayError
 from ltxpack.runtime.copies import Copies, HostMemory, Mark
+from ltxpack.runtime.source_file import ALIGN, SourceFile, changed
 
 PIECE = 32 * 1024 * 1024
 IN_FLIGHT = 6
 # Buffers beyond the reads in flight: their bytes are on the way to the device.
 LANDING = 2
-# The most buffers the system fills in one call (IOV_MAX).
-VIEWS_PER_READ = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +42,7 @@ class Place:
 class Arrival:
     """One tensor on its way into ``final``, a contiguous tensor; another dtype there is a cast on arrival.
 
-    ``direct``: ``final`` is host memory to be read into, not a device to be copied to.
+    ``direct``: ``final`` is host memory to be read into, not a device to be copied to by the queue of copies.
     """
 
     __slots__ = ("_arriving", "_missing", "direct", "final", "place")
@@ -97,15 +96,26 @@ class Piece:
         """Where in the file it begins."""
         return self.stretches[0].start
 
+    @property
+    def nbytes(self) -> int:
+        """How long it is."""
+        return sum(stretch.nbytes for stretch in self.stretches)
+
+    @property
+    def direct(self) -> bool:
+        """Whether nothing of it goes to a device."""
+        return all(stretch.direct for stretch in self.stretches)
+
 
 @dataclass(slots=True)
 class _Flight:
-    """A piece being read into ``views``; ``buffer`` is the pinned buffer it uses, if any."""
+    """A piece being read into ``views``; ``buffer`` is the pinned buffer it uses, if any, from byte ``lead`` on."""
 
     piece: Piece
     views: list[memoryview]
     buffer: HostMemory | None
     done: Future[None]
+    lead: int = 0
 
 
 def no_stop() -> None:
@@ -115,11 +125,15 @@ def no_stop() -> None:
 class FileReader:
     """Reads files piece by piece on threads; pieces are taken in the order of the file. For one thread at a time.
 
-    ``piece`` bytes are read at once, ``in_flight`` pieces at a time.
+    ``past_cache``: past the system's page cache, where a filesystem allows it. ``piece`` bytes are read at once,
+    ``in_flight`` pieces at a time.
     """
 
-    def __init__(self, copies: Copies, *, piece: int = PIECE, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(
+        self, copies: Copies, *, past_cache: bool = False, piece: int = PIECE, in_flight: int = IN_FLIGHT
+    ) -> None:
         self.copies = copies
+        self.past_cache = past_cache
         self.piece, self.in_flight = piece, in_flight
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="ltxpack-read")
         # One thread: pieces are hashed in their order, while the next ones are sent on.
@@ -149,9 +163,10 @@ class FileReader:
         mark: Mark = None
         with contextlib.ExitStack() as files:
             try:
-                for piece, descriptor in _opened(plan_pieces(arrivals, list(digests or {}), self.piece), files):
+                pieces = plan_pieces(arrivals, list(digests or {}), self.piece)
+                for piece, file in _opened(pieces, files, self.past_cache):
                     stop()
-                    flights.append(self._take_off(piece, descriptor))
+                    flights.append(self._take_off(piece, file))
                     if len(flights) == self.in_flight:
                         mark = self._land(flights.popleft(), check, after) or mark
                 while flights:
@@ -169,11 +184,27 @@ class FileReader:
         self._settle()
         self._buffers.clear()
 
-    def _take_off(self, piece: Piece, descriptor: int) -> _Flight:
+    def _take_off(self, piece: Piece, file: SourceFile) -> _Flight:
         """Begin to read ``piece``."""
-        buffer = None if all(stretch.direct for stretch in piece.stretches) else self._free_buffer()
+        if file.past_cache:
+            return self._take_off_past_cache(piece, file)
+        buffer = None if piece.direct else self._free_buffer()
         views = list(_views(piece, buffer))
-        return _Flight(piece, views, buffer, self._threads.submit(_read, descriptor, views, piece))
+        return _Flight(piece, views, buffer, self._threads.submit(file.scatter, views, piece.start))
+
+    def _take_off_past_cache(self, piece: Piece, file: SourceFile) -> _Flight:
+        """All of it goes to the buffer, as such a read wants pages: what is direct is copied on by the same thread."""
+        buffer, lead = self._free_buffer(), piece.start % ALIGN
+        memory = buffer.bytes.numpy()
+        found = memory[lead : lead + piece.nbytes]
+        places = list(_direct_places(piece, found))
+
+        def read() -> None:
+            file.gather(memory.data, piece.start, piece.nbytes)
+            for place, part in places:
+                np.copyto(place, part)
+
+        return _Flight(piece, [found.data], buffer, self._threads.submit(read), lead)
 
     def _land(self, flight: _Flight, check: _Check, after: Mark) -> Mark:
         """Wait for the read; have it hashed while it is sent on to the device; note what arrived."""
@@ -181,8 +212,8 @@ class FileReader:
         try:
             flight.done.result()
             hashed = check.begin(flight.piece, flight.views)
-            if flight.buffer is not None:
-                buffer = flight.buffer.bytes
+            if flight.buffer is not None and not flight.piece.direct:
+                buffer = flight.buffer.bytes[flight.lead :]
                 mark = self.copies.run(lambda: _send_on(flight.piece, buffer), after)
             _note_direct(flight.piece)
         finally:
@@ -193,7 +224,7 @@ class FileReader:
     def _free_buffer(self) -> HostMemory:
         if self._made < self.in_flight + LANDING:
             self._made += 1
-            fresh = HostMemory(self.piece, self.copies)
+            fresh = HostMemory(self.piece + (2 * ALIGN if self.past_cache else 0), self.copies)
             fresh.pin()
             return fresh
         buffer, mark, hashed = self._buffers.popleft()
@@ -269,19 +300,6 @@ def plan_pieces(arrivals: Iterable[Arrival], whole: Sequence[Path], limit: int) 
             yield Piece(path, stretches, number == len(cut) - 1)
 
 
-def changed(path: Path, expected: object, found: object) -> LtxpackError:
-    """What is raised for a file that is not as the manifest states it."""
-    # A manifest marks the overlay's own folder.
-    overlay = next((folder for folder in path.parents if (folder / "ltxpack.json").is_file()), path.parent)
-    return OverlayError(
-        "changed since the overlay was written",
-        file=path,
-        expected=expected,
-        found=found,
-        next=f"ltxpack verify {overlay}",
-    )
-
-
 def _stretches(arrivals: Sequence[Arrival], size: int | None) -> Iterator[Stretch]:
     """The arrivals as stretches in order; with ``size`` also what lies before, between and behind them."""
     end = 0
@@ -316,18 +334,16 @@ def _cut(stretches: Iterable[Stretch], limit: int) -> Iterator[tuple[Stretch, ..
         yield tuple(group)
 
 
-def _opened(pieces: Iterable[Piece], files: contextlib.ExitStack) -> Iterator[tuple[Piece, int]]:
-    """Each piece with an open descriptor of its file."""
-    path, descriptor = None, -1
+def _opened(
+    pieces: Iterable[Piece], files: contextlib.ExitStack, past_cache: bool
+) -> Iterator[tuple[Piece, SourceFile]]:
+    """Each piece with its file, opened once and closed by ``files``."""
+    file: SourceFile | None = None
     for piece in pieces:
-        if piece.file != path:
-            try:
-                descriptor = os.open(piece.file, os.O_RDONLY)
-            except OSError as error:
-                raise changed(piece.file, "readable", error.strerror) from None
-            files.callback(os.close, descriptor)
-            path = piece.file
-        yield piece, descriptor
+        if file is None or file.path != piece.file:
+            file = SourceFile(piece.file, past_cache)
+            files.callback(file.close)
+        yield piece, file
 
 
 def _views(piece: Piece, buffer: HostMemory | None) -> Iterator[memoryview]:
@@ -350,22 +366,16 @@ def _views(piece: Piece, buffer: HostMemory | None) -> Iterator[memoryview]:
         yield buffer.bytes.numpy().data[begin:end]
 
 
-def _read(descriptor: int, views: Sequence[memoryview], piece: Piece) -> None:
-    """Fill ``views`` from the file. Raises OverlayError if it ends early or cannot be read."""
-    left = deque(views)
-    position = piece.start
-    while left:
-        try:
-            count = os.preadv(descriptor, list(itertools.islice(left, VIEWS_PER_READ)), position)
-        except OSError as error:
-            raise changed(piece.file, "readable", error.strerror) from None
-        if count == 0:
-            raise changed(piece.file, f"more than {position} bytes", "no more")
-        position += count
-        while left and count >= len(left[0]):
-            count -= len(left.popleft())
-        if count:
-            left[0] = left[0][count:]
+def _direct_places(
+    piece: Piece, found: np.ndarray[Any, Any]
+) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Of each direct stretch of ``piece``: its place, and where in ``found``, the piece's bytes, it is read to."""
+    position = 0
+    for stretch in piece.stretches:
+        if stretch.direct and stretch.arrival is not None:
+            place = stretch.arrival.bytes(stretch.offset, stretch.nbytes).numpy()
+            yield place, found[position : position + stretch.nbytes]
+        position += stretch.nbytes
 
 
 def _send_on(piece: Piece, buffer: Tensor) -> None:

@@ -44,6 +44,7 @@ class RunOptions:
     device: str = "auto"
     dtype: str = "bfloat16"
     residency: str = "auto"
+    reads: str = "auto"
     decode: str = DEFAULTS["decode"]
     attention: str | None = None
     compile_blocks: bool = False
@@ -84,6 +85,7 @@ class RunOptions:
             device=self.device,
             dtype=self.dtype,
             residency=self.residency,
+            reads=self.reads,
             attention=self.attention,
             compile=self.compile_blocks,
             cache=self.cache,

@@ -43,6 +43,7 @@ from ltxpack.runtime.planning.modes import Setup
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.residency import keeper, slots
 from ltxpack.runtime.run import write_video
+from ltxpack.runtime.source_file import ALIGN, SourceFile
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -78,11 +79,19 @@ def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
     patch.setattr(machine, "usable_host", lambda: 500 * GIB)
     patch.setattr(reading, "blake3", Unread)
 
-    def read(descriptor: int, views: list[memoryview], piece: object) -> None:
+    def scatter(file: SourceFile, views: list[memoryview], start: int) -> None:
         for view in views:
             card.host_writes(pretend_card.address(view), len(view), "read into")
 
-    patch.setattr(reading, "_read", read)
+    def gather(file: SourceFile, memory: memoryview, start: int, nbytes: int) -> None:
+        scatter(file, [memory[start % ALIGN :][:nbytes]], start)
+
+    def copyto(place: Any, part: Any) -> None:
+        scatter(file=None, views=[place.data], start=0)  # type: ignore[arg-type]
+
+    patch.setattr(SourceFile, "scatter", scatter)
+    patch.setattr(SourceFile, "gather", gather)
+    patch.setattr(reading, "np", SimpleNamespace(copyto=copyto))
     kernels.measured.cache_clear()
     # What the libraries have made is not looked through for cycles again and again.
     gc.freeze()
@@ -208,13 +217,16 @@ def planned(patch: pytest.MonkeyPatch, setup: Setup) -> None:
     patch.setattr(modes, "fitting_plan", lambda model, work, machine, setup: plan(model, work))
 
 
+@pytest.mark.parametrize("reads", modes.READS)
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
-def test_weights_wherever_they_lie(setup: Setup, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_wherever_they_lie(
+    setup: Setup, reads: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two videos one after the other: what is kept between them serves again."""
     planned(monkeypatch, setup)
     in_brief(monkeypatch)
     reporter = Watched(card)
-    with opened(overlay, reporter=reporter) as make:
+    with opened(overlay, reporter=reporter, reads=reads) as make:
         request = with_prompts(make, Request.of("a boat", **SMALL))
         make._to_come = 2
         for _ in range(2):

@@ -91,13 +91,13 @@ def read_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     found: list[Path] = []
     original = reading._opened
 
-    def opened(pieces: Any, files: Any) -> Iterator[tuple[Any, int]]:
+    def opened(*arguments: Any) -> Iterator[tuple[Any, Any]]:
         last = None
-        for piece, descriptor in original(pieces, files):
+        for piece, file in original(*arguments):
             if piece.file != last:
                 found.append(piece.file)
                 last = piece.file
-            yield piece, descriptor
+            yield piece, file
 
     monkeypatch.setattr(reading, "_opened", opened)
     return found
@@ -195,13 +195,13 @@ def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Setup], None]
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """Bytes read of each file."""
     found: Counter[Path] = Counter()
-    original = reading._read
+    original = reading.FileReader._take_off
 
-    def read(descriptor: int, views: Any, piece: Any) -> None:
-        found[piece.file] += sum(stretch.nbytes for stretch in piece.stretches)
-        original(descriptor, views, piece)
+    def take_off(reader: Any, piece: Any, file: Any) -> Any:
+        found[piece.file] += piece.nbytes
+        return original(reader, piece, file)
 
-    monkeypatch.setattr(reading, "_read", read)
+    monkeypatch.setattr(reading.FileReader, "_take_off", take_off)
     return found
 
 

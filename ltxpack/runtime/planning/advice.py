@@ -24,6 +24,13 @@ def check_mode(mode: str) -> None:
         raise UsageError("unknown residency", expected=", ".join(known), found=mode, next="choose --residency auto")
 
 
+def check_reads(reads: str) -> None:
+    """Raises UsageError unless ``reads`` is ``auto`` or one of the ways to read."""
+    known = (modes.AUTO, *modes.READS)
+    if reads not in known:
+        raise UsageError("unknown way to read", expected=", ".join(known), found=reads, next="choose --reads auto")
+
+
 def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:
     """The best plan in ``mode``. Raises DeviceError with GB needed and free, and the flags that would fit."""
     plan = modes.best_plan(model, work, machine, mode)

@@ -29,6 +29,10 @@ KEPT = "kept"  # both stages' stay in pinned memory between videos
 BLOCKS = "blocks"  # the blocks that are streamed are in pinned memory for as long as their stage runs
 FILE = "file"  # the blocks that are streamed are read from the file each time
 
+# How files are read: through the system's page cache, or past it.
+CACHED, DIRECT = "cached", "direct"
+READS = (CACHED, DIRECT)
+
 # How the text encoder is on the card while it encodes.
 WHOLE, LAYERS, LAYERS_FROM_FILE = "whole", "layers", "layers from file"
 
@@ -198,6 +202,13 @@ def shortage(plan: Plan, machine: Machine) -> Shortage | None:
             if need.needed > need.free:
                 return need
     return None
+
+
+def reads(plan: Plan, machine: Machine) -> str:
+    """CACHED where all the files of a run have room in the host memory that ``plan`` leaves free: the next run finds
+    them there. Else DIRECT: nothing would be found, and what others have there stays.
+    """
+    return CACHED if plan.first_read <= min(_host_left(phase, machine) for phase in plan.phases) else DIRECT
 
 
 def plan_for(model: Model, work: Work, setup: Setup, tiling: Tiling | None = None, hidden: int = 0) -> Plan:

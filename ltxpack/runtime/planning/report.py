@@ -73,6 +73,17 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
     return [f"residency {plan.mode}: {described(plan.setup, plan.blocks)}", f"peak memory planned: {memory}"]
 
 
+def reading(plan: Plan, asked: str, machine: Machine) -> str:
+    """How the files are read, and why; ``asked`` as for :func:`ltxpack.runtime.planning.advice.check_reads`."""
+    found = modes.reads(plan, machine)
+    if asked not in (modes.AUTO, found):
+        return f"reads {asked}: as asked for"
+    size = gigabytes(plan.first_read)
+    if found == modes.CACHED:
+        return f"reads {found}: all {size} have room in the page cache, where the next run finds them"
+    return f"reads {found}: past the page cache, which has no room for {size}"
+
+
 def decoding(plan: Plan) -> str:
     """The tiles the video is decoded in, and if others were asked for, what became of that."""
     official = auto_tiling(*plan.work.shape.grid[1:])
@@ -135,6 +146,7 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
             for phase in plan.phases
         ],
         "loading": {
+            "reads": modes.reads(plan, machine),
             "disk_rate": disk_rate,
             "first_video": {"bytes": plan.first_read, "seconds": seconds(plan.first_read, disk_rate)},
             "next_video": {"bytes": plan.next_read, "seconds": seconds(plan.next_read, disk_rate)},

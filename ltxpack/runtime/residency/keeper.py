@@ -50,7 +50,7 @@ class Load(Protocol[M_co]):
 
 class Residency:
     """Lends the parts of ``overlay`` on ``device`` in ``dtype``. ``mode`` is ``auto`` or one of ``modes.MODES``;
-    ``stages`` names the transformers of both stages.
+    ``stages`` names the transformers of both stages; ``reads`` is ``auto`` or one of ``modes.READS``.
 
     :meth:`prepare` makes the plan; without one a part is loaded when it is borrowed and dropped afterwards. Borrowed
     parts are for the block they are lent to. Not for several threads.
@@ -64,12 +64,14 @@ class Residency:
         mode: str = modes.AUTO,
         stages: tuple[str, str] = (BASE, BASE),
         reporter: Reporter | None = None,
+        reads: str = modes.AUTO,
     ) -> None:
         self.overlay, self.device, self.dtype = overlay, device, dtype
-        self.mode, self.stages = mode, stages
+        self.mode, self.stages, self.reads = mode, stages, reads
         self.reporter = reporter or SilentReporter()
         self.plan: Plan | None = None
         self.load_seconds = 0.0
+        self._past_cache = reads == modes.DIRECT
         self._model: Model | None = None
         self._reader: FileReader | None = None
         self._kept: dict[Path, Offloaded[Any]] = {}
@@ -94,9 +96,11 @@ class Residency:
         largest = max(works, key=lambda work: (work.shape.tokens, work.images, work.steps))
         plan = self._plan_for(largest)
         if self.plan is None or plan.setup != self.plan.setup:
-            self.release()
+            self.close()
             machine = machine_of(self.device)
-            for line in report.lines(plan, machine):
+            if self.reads == modes.AUTO:
+                self._past_cache = modes.reads(plan, machine) == modes.DIRECT
+            for line in (*report.lines(plan, machine), report.reading(plan, self.reads, machine)):
                 self.reporter.note(line)
             for line in report.table(plan):
                 self.reporter.detail(line)
@@ -190,7 +194,7 @@ class Residency:
             part: Offloaded[M] = self._ahead.pop(folder).result()
         else:
             if self._reader is None:
-                self._reader = FileReader(copies_to(self.device))
+                self._reader = self._new_reader()
             part = self._load(folder, records, load, self._placement(folder), no_stop, self._reader)
         seconds = time.perf_counter() - begin
         self.load_seconds += seconds
@@ -221,7 +225,7 @@ class Residency:
         held, stamps = self._held.pop(folder, {}), _stamps(digests)
         if stamps != self._hashed.pop(folder, None):
             held = {}
-        used = reader or FileReader(copies_to(self.device))
+        used = reader or self._new_reader()
         try:
             read = PlacingReader(placement, {} if held else digests, used, copies_to(self.device), stop, held)
             # On any thread, as where it is used: to a compiler weights made otherwise are another kind of weights.
@@ -267,6 +271,9 @@ class Residency:
             held=held_of(spread(streamed, total), setup.held[stage], total),
             keep=kept,
         )
+
+    def _new_reader(self) -> FileReader:
+        return FileReader(copies_to(self.device), past_cache=self._past_cache)
 
     def _room_ahead(self) -> bool:
         """Whether a transformer may be loaded before its stage: to where it stays, or to the one place for the next."""

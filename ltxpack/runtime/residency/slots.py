@@ -79,10 +79,10 @@ class MemorySource:
 
 
 class FileStream:
-    """One thread that reads blocks from their file, for all blocks of a module."""
+    """One thread that reads blocks from their file, for all blocks of a module; ``past_cache`` as for FileReader."""
 
-    def __init__(self, copies: Copies) -> None:
-        self._reader = FileReader(copies)
+    def __init__(self, copies: Copies, past_cache: bool = False) -> None:
+        self._reader = FileReader(copies, past_cache=past_cache)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-stream")
 
     def read(self, arrivals: Sequence[Arrival], after: Mark) -> Brought:
