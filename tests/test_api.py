@@ -151,7 +151,13 @@ def test_settings_of_the_pipeline(demo: Path, tmp_path: Path) -> None:
     with Pipeline.from_overlay(overlay, device="cpu", cache=tmp_path / "mine") as kept:
         assert kept.prompts.cache is not None
         assert kept.prompts.cache.folder == tmp_path / "mine"
-    for wrong in ({"dtype": "float16"}, {"device": "tpu"}, {"residency": "all"}, {"stage1": "nothing"}):
+    for wrong in (
+        {"dtype": "float16"},
+        {"device": "tpu"},
+        {"residency": "all"},
+        {"reads": "fast"},
+        {"stage1": "nothing"},
+    ):
         with pytest.raises(UsageError):
             Pipeline.from_overlay(overlay, **wrong)  # type: ignore[arg-type]
 

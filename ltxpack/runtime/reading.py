@@ -134,6 +134,8 @@ class FileReader:
     ) -> None:
         self.copies = copies
         self.past_cache = past_cache
+        # Whether a filesystem would not read past its cache.
+        self.refused = False
         self.piece, self.in_flight = piece, in_flight
         self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="ltxpack-read")
         # One thread: pieces are hashed in their order, while the next ones are sent on.
@@ -166,6 +168,7 @@ class FileReader:
                 pieces = plan_pieces(arrivals, list(digests or {}), self.piece)
                 for piece, file in _opened(pieces, files, self.past_cache):
                     stop()
+                    self.refused |= self.past_cache and not file.past_cache
                     flights.append(self._take_off(piece, file))
                     if len(flights) == self.in_flight:
                         mark = self._land(flights.popleft(), check, after) or mark

@@ -70,6 +70,7 @@ RUN = ("run", "overlay", "--prompt", "x")
         (["--image-crf", "99"], ["99"]),
         (["--video-cfg", "nan"], ["cfg", "finite"]),
         (["--residency", "elsewhere"], ["elsewhere", "stream"]),
+        (["--reads", "fast"], ["fast", "cached"]),
         (["--decode", "whole"], ["whole", "official", "fast"]),
         (["--output", "video.txt"], ["video.txt"]),
     ],

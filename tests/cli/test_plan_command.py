@@ -167,6 +167,8 @@ def test_blocks_that_stay_on_the_host_are_told() -> None:
     document = planned("--vram", "24GB", "--ram", "64GB")
     held = document["setup"]["held_blocks"]
     assert all(held)
+    assert document["loading"]["reads"] == "direct"
+    assert "reads direct: past the page cache" in ltxpack("plan", "--vram", "24GB", "--ram", "64GB").stdout
     assert f"{held[0]} blocks of stage 1 and {held[1]} of stage 2 stay in pinned host memory" in document["description"]
     reads = document["loading"]
     assert reads["next_video"]["bytes"] < 0.7 * reads["first_video"]["bytes"]

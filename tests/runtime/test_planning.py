@@ -228,6 +228,38 @@ def best(work: Work, machine: Machine, mode: str = "auto") -> Plan:
     return found
 
 
+@pytest.mark.parametrize(
+    ("vram", "ram", "expected"),
+    [(141, 128, modes.CACHED), (141, 96, modes.DIRECT), (48, 128, modes.DIRECT), (48, 256, modes.CACHED)],
+)
+def test_files_that_have_no_room_in_the_page_cache_are_read_past_it(vram: int, ram: int, expected: str) -> None:
+    machine = card(vram, ram)
+    plan = modes.best_plan(MODEL, WORK, machine)
+    assert plan is not None and modes.reads(plan, machine) == expected
+    # One byte of host memory less or more is what makes the difference.
+    least = Machine(plan.host + plan.first_read, machine.card)
+    assert modes.reads(plan, least) == modes.CACHED
+    assert modes.reads(plan, replace(least, host=least.host - 1)) == modes.DIRECT
+
+
+def test_how_files_are_read_is_told() -> None:
+    large, small = (modes.best_plan(MODEL, WORK, card(48, ram)) for ram in (256, 64))
+    assert large is not None and small is not None
+    told = [report.reading(plan, modes.AUTO, card(48, ram)) for plan, ram in ((large, 256), (small, 64))]
+    assert told[0] == "reads cached: all 108.7 GB have room in the page cache, where the next run finds them"
+    assert told[1] == "reads direct: past the page cache, which has no room for 108.7 GB"
+    assert report.reading(small, modes.DIRECT, card(48, 64)) == told[1]
+    assert report.reading(small, modes.CACHED, card(48, 64)) == "reads cached: as asked for"
+
+
+def test_without_a_card_the_page_cache_shares_the_host_with_everything() -> None:
+    plan = modes.best_plan(MODEL, WORK, Machine(400 * GB))
+    assert plan is not None
+    most = max(phase.host + phase.needed for phase in plan.phases)
+    assert modes.reads(plan, Machine(most + plan.first_read)) == modes.CACHED
+    assert modes.reads(plan, Machine(most + plan.first_read - 1)) == modes.DIRECT
+
+
 def test_blocks_stay_on_the_host_between_videos_as_far_as_it_goes() -> None:
     machine = card(24, 64)
     plan = best(WORK, machine)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ltxpack.demo_config import TEXT_LAYERS
 from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import reading
+from ltxpack.runtime import reading, source_file
 from ltxpack.runtime.dit import DiT, load_dit
 from ltxpack.runtime.load import read_headers
 from ltxpack.runtime.overlay import Overlay
@@ -157,16 +157,51 @@ def test_every_way_to_run_gives_the_same_bits_twice(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltxpack")]
 
 
+@pytest.mark.parametrize("setup", [SETUPS[0], SETUPS[3], *HELD], ids=lambda s: "-".join((s.mode, s.weights)))
+def test_past_the_page_cache_the_same_bits(
+    setup: Setup, demo: Path, force: Callable[[Setup], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the device, to host memory, and of files that were hashed before only the blocks that are wanted."""
+    expected = reference(demo / "overlay")
+    asked: list[bool] = []
+    original = reading.SourceFile.__init__
+    monkeypatch.setattr(
+        reading.SourceFile, "__init__", lambda file, path, past: (asked.append(past), original(file, path, past))[1]
+    )
+    force(setup)
+    notes = Notes()
+    with pipeline(demo / "overlay", notes, reads="direct") as make:
+        make.residency.prepare([Work(SHAPE)])
+        asked.clear()
+        for _ in range(2):
+            assert same(video(make, request(), codecs=False), expected)
+    # The statistics of the video VAE, two small tensors, come through the cache.
+    assert asked.count(True) > 4 and asked.count(False) <= 2
+    assert notes.notes[2] == "reads direct: as asked for"
+
+
+def test_a_filesystem_that_has_only_the_cache_is_told_once(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_file, "O_DIRECT", 0)
+    notes = Notes()
+    with pipeline(demo / "overlay", notes, reads="direct") as make:
+        assert same(video(make, request(), codecs=False), reference(demo / "overlay"))
+    assert [note for note in notes.notes if "past the page cache" in note] == [
+        "text_encoder: this filesystem reads nothing past the page cache; read through it"
+    ]
+
+
 @pytest.mark.parametrize("mode", ["auto", *modes.MODES])
 def test_every_mode_by_its_flag(mode: str, demo: Path, tmp_path: Path) -> None:
     saved = tmp_path / "t.safetensors"
     done = ltxpack(
         *("run", demo / "overlay", "--prompt", "a boat", "--device", "cpu", "--dtype", "float32", "--no-cache"),
         *("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2", "--residency", mode),
+        *("--reads", "direct" if mode == "swap" else "auto"),
         *("-o", tmp_path / "v.mp4", "--save-tensors", saved),
     )
     assert done.returncode == 0, done.stderr
     assert f"residency {'resident' if mode == 'auto' else mode}: " in done.stderr
+    assert ("reads direct: as asked for" if mode == "swap" else "reads cached: all ") in done.stderr
     found, expected = load_tensors(saved), reference(demo / "overlay")
     assert torch.equal(found["stage2.video"], expected["stage2.video"])
     assert torch.equal(found["audio"], expected["waveform"])
@@ -475,7 +510,11 @@ class TestPlans:
         with pipeline(demo / "overlay", notes, residency="stream") as make:
             for frames in (17, 9, 9):
                 make.residency.prepare([Work(VideoShape(frames, 64, 64, 24.0), 2)])
-        assert [note.split(":")[0] for note in notes.notes] == ["residency stream", "peak memory planned"]
+        assert [note.split(":")[0] for note in notes.notes] == [
+            "residency stream",
+            "peak memory planned",
+            "reads cached",
+        ]
 
     def test_the_largest_of_many_videos_counts(self, demo: Path) -> None:
         with pipeline(demo / "overlay") as make:

@@ -72,6 +72,7 @@ class Residency:
         self.plan: Plan | None = None
         self.load_seconds = 0.0
         self._past_cache = reads == modes.DIRECT
+        self._refused = self._refusal_told = False
         self._model: Model | None = None
         self._reader: FileReader | None = None
         self._kept: dict[Path, Offloaded[Any]] = {}
@@ -201,6 +202,9 @@ class Residency:
         size = sum(record.size for record in records)
         name = folder.relative_to(self.overlay.root)
         self.reporter.detail(f"{name}: {size / 1e9:.2f} GB ready after {seconds:.2f} s")
+        if self._refused and not self._refusal_told:
+            self._refusal_told = True
+            self.reporter.note(f"{name}: this filesystem reads nothing past the page cache; read through it")
         if part.unpinned:
             self.reporter.warn(f"{name}: the system would not pin {part.unpinned / 1e9:.1f} GB; copies are slower")
         return part
@@ -234,6 +238,7 @@ class Residency:
         finally:
             if reader is None:
                 used.close()
+        self._refused |= used.refused
         if placement.held:
             self._hashed[folder] = stamps
         return part
