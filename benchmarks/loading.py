@@ -1,6 +1,6 @@
 """How long a transformer takes from a cold disk to the device, against its floors and against loader libraries.
 
-    python benchmarks/loading.py [--blocks 4] [--rounds 7] [--device auto|cuda|cpu] [--scratch FOLDER] [--quick]
+    python benchmarks/loading.py [--blocks 8] [--rounds 7] [--device auto|cuda|cpu] [--scratch FOLDER] [--quick]
                                  [--results FOLDER]
 
 Without a card host memory stands in for the card's: memory that the process has used before, so that its pages are
@@ -53,13 +53,12 @@ def main() -> None:
         facts = machine(Path(folder))
         facts["device"] = torch.cuda.get_device_name() if wanted.device == "cuda" else "host memory in a card's place"
         overlay = make_overlay(bench, Path(folder))
+        memory = [_memory(bench, overlay)] if wanted.device == "cpu" else []
         # The first time pages are made and libraries loaded.
         for way in ways(bench, overlay).values():
             way()
         loading(bench, overlay, wanted.rounds)
-        tables = [growing.table() for growing in bench.tables]
-        if wanted.device == "cpu":
-            tables.append(_memory(bench, overlay))
+        tables = [*(growing.table() for growing in bench.tables), *memory]
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     text = "\n".join([f"# Loading\n\n{head}\n", *(table.markdown() for table in tables)])
     results = wanted.results or (None if wanted.quick else RESULTS)
@@ -70,7 +69,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=4, help="of real width, 0.8 GB each (4)")
+    parser.add_argument("--blocks", type=int, default=8, help="of real width, 0.8 GB each (8)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--scratch", type=Path, default=None, help="on the disk that is measured")
