@@ -24,7 +24,7 @@ from _loading import loading
 from ltxpack.reporter import SilentReporter
 
 NEEDED = ("blake3", "jsonschema", "safetensors", "diffusers", "transformers", "av", "PIL")
-ROUNDS = 3
+ROUNDS = 2
 # What is compared with the plan: the phases in which a transformer is on the card.
 STAGES = ("stage 1", "stage 2")
 

@@ -119,12 +119,12 @@ def _copy_floor(bench: Bench, size: int) -> float:
     """Seconds to bring so many bytes from host memory, pinned where there is a card, to the device, in pieces."""
     pinned = bench.device.type == "cuda"
     source = torch.zeros(min(size, PIECE), dtype=torch.uint8, pin_memory=pinned)
-    target = torch.empty(size, dtype=torch.uint8, device=bench.device)
+    lengths = (min(PIECE, size - start) for start in range(0, size, PIECE))
+    targets = [torch.empty(length, dtype=torch.uint8, device=bench.device) for length in lengths]
     bench.clock.wait()
     begin = time.perf_counter()
-    for start in range(0, size, len(source)):
-        part = target[start : start + len(source)]
-        part.copy_(source[: len(part)], non_blocking=True)
+    for target in targets:
+        target.copy_(source[: len(target)], non_blocking=True)
     bench.clock.wait()
     return time.perf_counter() - begin
 

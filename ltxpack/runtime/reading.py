@@ -29,6 +29,9 @@ IN_FLIGHT = 6
 LANDING = 2
 
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a tensor lies: ``start`` bytes into ``file``, stored as ``dtype``."""
@@ -42,13 +45,13 @@ class Place:
 class Arrival:
     """One tensor on its way into ``final``, a contiguous tensor; another dtype there is a cast on arrival.
 
-    ``direct``: ``final`` is host memory to be read into, not a device to be copied to by the queue of copies.
+    ``on_host``: ``final`` is host memory, filled by the threads that read; else the queue of copies fills it.
     """
 
-    __slots__ = ("_arriving", "_missing", "direct", "final", "place")
+    __slots__ = ("_arriving", "_missing", "final", "on_host", "place")
 
-    def __init__(self, place: Place, final: Tensor, direct: bool = False) -> None:
-        self.place, self.final, self.direct = place, final, direct
+    def __init__(self, place: Place, final: Tensor, on_host: bool = False) -> None:
+        self.place, self.final, self.on_host = place, final, on_host
         self._missing = place.nbytes
         self._arriving: Tensor | None = None
 
@@ -78,9 +81,9 @@ class Stretch:
     offset: int = 0
 
     @property
-    def direct(self) -> bool:
-        """Whether it is read straight to its place."""
-        return self.arrival is not None and self.arrival.direct
+    def on_host(self) -> bool:
+        """Whether it goes to host memory."""
+        return self.arrival is not None and self.arrival.on_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +105,9 @@ class Piece:
         return sum(stretch.nbytes for stretch in self.stretches)
 
     @property
-    def direct(self) -> bool:
+    def on_host(self) -> bool:
         """Whether nothing of it goes to a device."""
-        return all(stretch.direct for stretch in self.stretches)
+        return all(stretch.on_host for stretch in self.stretches)
 
 
 @dataclass(slots=True)
@@ -191,16 +194,16 @@ class FileReader:
         """Begin to read ``piece``."""
         if file.past_cache:
             return self._take_off_past_cache(piece, file)
-        buffer = None if piece.direct else self._free_buffer()
+        buffer = None if piece.on_host else self._free_buffer()
         views = list(_views(piece, buffer))
         return _Flight(piece, views, buffer, self._threads.submit(file.scatter, views, piece.start))
 
     def _take_off_past_cache(self, piece: Piece, file: SourceFile) -> _Flight:
-        """All of it goes to the buffer, as such a read wants pages: what is direct is copied on by the same thread."""
+        """Such a read wants pages: all goes to the buffer, and the same thread copies on what stays on the host."""
         buffer, lead = self._free_buffer(), piece.start % ALIGN
         memory = buffer.bytes.numpy()
         found = memory[lead : lead + piece.nbytes]
-        places = list(_direct_places(piece, found))
+        places = list(_places_on_host(piece, found))
 
         def read() -> None:
             file.gather(memory.data, piece.start, piece.nbytes)
@@ -215,10 +218,10 @@ class FileReader:
         try:
             flight.done.result()
             hashed = check.begin(flight.piece, flight.views)
-            if flight.buffer is not None and not flight.piece.direct:
+            if flight.buffer is not None and not flight.piece.on_host:
                 buffer = flight.buffer.bytes[flight.lead :]
                 mark = self.copies.run(lambda: _send_on(flight.piece, buffer), after)
-            _note_direct(flight.piece)
+            _note_on_host(flight.piece)
         finally:
             if flight.buffer is not None:
                 self._buffers.append((flight.buffer, mark, hashed))
@@ -357,7 +360,7 @@ def _views(piece: Piece, buffer: HostMemory | None) -> Iterator[memoryview]:
     begin = end = 0
     position = 0
     for stretch in piece.stretches:
-        if stretch.direct and stretch.arrival is not None:
+        if stretch.on_host and stretch.arrival is not None:
             if buffer is not None and end > begin:
                 yield buffer.bytes.numpy().data[begin:end]
             yield stretch.arrival.bytes(stretch.offset, stretch.nbytes).numpy().data
@@ -369,13 +372,11 @@ def _views(piece: Piece, buffer: HostMemory | None) -> Iterator[memoryview]:
         yield buffer.bytes.numpy().data[begin:end]
 
 
-def _direct_places(
-    piece: Piece, found: np.ndarray[Any, Any]
-) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Of each direct stretch of ``piece``: its place, and where in ``found``, the piece's bytes, it is read to."""
+def _places_on_host(piece: Piece, found: Bytes) -> Iterator[tuple[Bytes, Bytes]]:
+    """Of each stretch of ``piece`` that stays on the host: its place, and its bytes among ``found``, the piece's."""
     position = 0
     for stretch in piece.stretches:
-        if stretch.direct and stretch.arrival is not None:
+        if stretch.on_host and stretch.arrival is not None:
             place = stretch.arrival.bytes(stretch.offset, stretch.nbytes).numpy()
             yield place, found[position : position + stretch.nbytes]
         position += stretch.nbytes
@@ -386,7 +387,7 @@ def _send_on(piece: Piece, buffer: Tensor) -> None:
     position = 0
     for stretch in piece.stretches:
         arrival = stretch.arrival
-        if arrival is not None and not stretch.direct:
+        if arrival is not None and not stretch.on_host:
             part = buffer[position : position + stretch.nbytes]
             arrival.bytes(stretch.offset, stretch.nbytes).copy_(part, non_blocking=True)
             arrival.landed(stretch.nbytes)
@@ -394,10 +395,10 @@ def _send_on(piece: Piece, buffer: Tensor) -> None:
 
 
 @torch.inference_mode()
-def _note_direct(piece: Piece) -> None:
-    """What was read straight to its place has arrived."""
+def _note_on_host(piece: Piece) -> None:
+    """What goes to host memory has arrived."""
     for stretch in piece.stretches:
-        if stretch.direct and stretch.arrival is not None:
+        if stretch.on_host and stretch.arrival is not None:
             stretch.arrival.landed(stretch.nbytes)
 
 

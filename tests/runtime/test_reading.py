@@ -50,24 +50,29 @@ def digest(path: Path) -> str:
 
 
 def fill(
-    reader: FileReader, stored: dict[str, load.Stored], dtype: torch.dtype | None = None, *, direct: bool, **how: object
+    reader: FileReader,
+    stored: dict[str, load.Stored],
+    dtype: torch.dtype | None = None,
+    *,
+    on_host: bool,
+    **how: object,
 ) -> dict[str, Tensor]:
     found = {name: torch.full(entry.shape, 9).to(entry.arriving_as(dtype)) for name, entry in stored.items()}
-    arrivals = [Arrival(entry.place, found[name], direct) for name, entry in stored.items()]
+    arrivals = [Arrival(entry.place, found[name], on_host) for name, entry in stored.items()]
     reader.copies.before_computing(reader.fill(arrivals, **how))
     return found
 
 
 @queues
 @pieces
-@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("hashed", [False, True])
 @past_cache
 def test_every_tensor_arrives(
     queue: Callable[[], Copies],
     piece: int,
-    direct: bool,
+    on_host: bool,
     dtype: torch.dtype | None,
     hashed: bool,
     past_cache: bool,
@@ -77,7 +82,7 @@ def test_every_tensor_arrives(
     stored = written(tmp_path, *states)
     digests = {entry.file: digest(entry.file) for entry in stored.values()} if hashed else None
     reader = FileReader(queue(), past_cache=past_cache, piece=piece, in_flight=3)
-    found = fill(reader, stored, dtype, direct=direct, digests=digests)
+    found = fill(reader, stored, dtype, on_host=on_host, digests=digests)
     reader.close()
     for number, state in enumerate(states):
         for name, tensor in state.items():
@@ -107,7 +112,7 @@ def test_copies_wait_for_what_was_computed_before_the_reading_alone(given: int |
     stored = written(tmp_path, tensors())
     copies = Marked()
     reader = FileReader(copies, piece=100)
-    fill(reader, stored, direct=False, after=given)
+    fill(reader, stored, on_host=False, after=given)
     reader.close()
     assert len(copies.waited) > 3 and set(copies.waited) == {given or 1}
 
@@ -141,11 +146,11 @@ def test_a_changed_byte_anywhere_is_refused(piece: int, where: int, past_cache: 
     path.write_bytes(content)
     reader = FileReader(HostCopies(CPU), past_cache=past_cache, piece=piece)
     with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
-        fill(reader, stored, direct=False, digests=digests)
+        fill(reader, stored, on_host=False, digests=digests)
     assert caught.value.file == str(path) and "blake3" in str(caught.value.expected)
     # The reader is as good as before.
     digests[path] = digest(path)
-    fill(reader, stored, direct=False, digests=digests)
+    fill(reader, stored, on_host=False, digests=digests)
     reader.close()
 
 
@@ -155,16 +160,16 @@ def test_a_file_without_wanted_tensors_is_hashed_too(tmp_path: Path) -> None:
     first = {name: entry for name, entry in stored.items() if name.startswith("0.")}
     other = next(entry.file for name, entry in stored.items() if name.startswith("1."))
     reader = FileReader(HostCopies(CPU))
-    fill(reader, first, direct=True, digests=digests)
+    fill(reader, first, on_host=True, digests=digests)
     with pytest.raises(OverlayError):
-        fill(reader, first, direct=True, digests={**digests, other: "0" * 64})
+        fill(reader, first, on_host=True, digests={**digests, other: "0" * 64})
     reader.close()
 
 
-@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
 @past_cache
-def test_a_file_that_changes_while_it_is_read(damage: str, direct: bool, past_cache: bool, tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read(damage: str, on_host: bool, past_cache: bool, tmp_path: Path) -> None:
     stored = written(tmp_path, tensors())
     path = next(iter(stored.values())).file
     if damage == "gone":
@@ -173,7 +178,7 @@ def test_a_file_that_changes_while_it_is_read(damage: str, direct: bool, past_ca
         path.write_bytes(path.read_bytes()[:-40])
     reader = FileReader(HostCopies(CPU), past_cache=past_cache, piece=64)
     with pytest.raises(OverlayError) as caught:
-        fill(reader, stored, direct=direct)
+        fill(reader, stored, on_host=on_host)
     assert caught.value.file == str(path) and caught.value.next.startswith("ltxpack verify")
     reader.close()
 
@@ -190,8 +195,8 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
 
     reader = FileReader(HostCopies(CPU), piece=16, in_flight=2)
     with pytest.raises(KeyboardInterrupt):
-        fill(reader, stored, direct=False, stop=stop)
-    found = fill(reader, stored, direct=False)
+        fill(reader, stored, on_host=False, stop=stop)
+    found = fill(reader, stored, on_host=False)
     assert all(torch.equal(found[f"0.{name}"], tensor) for name, tensor in tensors().items())
     reader.close()
 
@@ -202,7 +207,7 @@ def test_threads_and_pinned_memory_are_given_back(past_cache: bool, tmp_path: Pa
     copies = LateCopies()
     before = threading.active_count()
     reader = FileReader(copies, past_cache=past_cache, piece=64, in_flight=3)
-    fill(reader, stored, direct=False)
+    fill(reader, stored, on_host=False)
     assert copies.pinned == (3 + reading.LANDING) * PAGE * (3 if past_cache else 1)
     assert threading.active_count() > before
     reader.close()
@@ -258,6 +263,6 @@ def test_more_tensors_than_the_system_takes_in_one_call(tmp_path: Path) -> None:
     state = {f"{number:04}": torch.tensor([number]) for number in range(2 * source_file.VIEWS_PER_READ + 3)}
     stored = written(tmp_path, state)
     reader = FileReader(HostCopies(CPU))
-    found = fill(reader, stored, direct=True)
+    found = fill(reader, stored, on_host=True)
     reader.close()
     assert all(found[f"0.{name}"] == tensor for name, tensor in state.items())

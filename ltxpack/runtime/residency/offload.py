@@ -131,7 +131,7 @@ class PlacingReader:
         memory = HostMemory(layout.nbytes, self.copies)
         self._memories.append(memory)
         views = layout.views(memory.bytes)
-        self._arrivals += [Arrival(entry.place, views[name], direct=True) for name, entry in stored.items()]
+        self._arrivals += [Arrival(entry.place, views[name], on_host=True) for name, entry in stored.items()]
         return MemorySource(layout, memory, self.copies), views
 
     def _block(
