@@ -165,7 +165,7 @@ class HostMemory:
 
 
 def _fresh_pages(nbytes: int) -> Tensor:
-    """Memory of whole pages, uint8; huge ones as far as it goes.
+    """Memory of whole pages, uint8; huge ones as far as they are filled.
 
     A disk reads to a huge page in one go, and the system hands out, pins and unpins one where it would do so 512 times.
     """
@@ -177,7 +177,7 @@ def _fresh_pages(nbytes: int) -> Tensor:
     raw = torch.frombuffer(memory, dtype=torch.uint8)
     if not huge:
         return raw
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
     start = -raw.data_ptr() % HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE * HUGE_PAGE)
     return raw[start : start + nbytes]
