@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, UsageError
 from ltxpack.runtime import codecs
 from ltxpack.runtime.codecs import Cut, LatentStatistics, Tiling, video
 from ltxpack.runtime.codecs.audio import decode_mel
@@ -166,6 +166,15 @@ def test_loud_sound_is_clamped_before_the_bandwidth_extension(parts: SimpleNames
 def test_upsampled_latents(parts: SimpleNamespace) -> None:
     found = codecs.upsample(parts.upsampler, LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"])
     compare(found, parts.recorded["upsampler.out"], parts.bound)
+
+
+def test_a_single_latent_is_refused_where_a_channel_is_normalised_by_itself(parts: SimpleNamespace) -> None:
+    """diffusers' module as it is raises a bare ValueError then; one more column is enough."""
+    statistics, latents = LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"]
+    with pytest.raises(UsageError, match="too small a video for the upsampler") as caught:
+        codecs.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :1])
+    assert "--num-frames" in caught.value.next
+    assert codecs.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :2]).shape[2:] == (1, 2, 4)
 
 
 def test_what_the_runs_decoded(parts: SimpleNamespace, golden: Path) -> None:
