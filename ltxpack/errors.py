@@ -15,6 +15,7 @@ LtxpackError
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -151,3 +152,8 @@ def one_line(text: str) -> str:
 def clipped(text: str, longest: int = LONGEST_PART) -> str:
     """The beginning of ``text``, and a sign where something was left out."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """``path`` as it is typed in a shell, for a command to type next."""
+    return shlex.quote(os.fspath(path))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -51,7 +52,7 @@ def main() -> None:
         say_error(error.render())
         status = error.exit_status
     except (KeyboardInterrupt, click.Abort):
-        say_error("interrupted; the same command goes on from where it stopped")
+        say_error(f"interrupted; the same command {_what_again(sys.argv[1:])}")
         status = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,3 +64,9 @@ def main() -> None:
         say_error("the machine has too little free memory for this\n  next: close other programs and run it again")
         status = 1
     sys.exit(status)
+
+
+def _what_again(arguments: Sequence[str]) -> str:
+    """What becomes of an interrupted command that is typed again."""
+    resumes = arguments[:1] in (["materialize"], ["bake-lora"]) or "--prompts" in arguments
+    return "goes on from where it stopped" if resumes else "begins anew"

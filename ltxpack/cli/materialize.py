@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ltxpack.cli.terminal import TerminalReporter, human_bytes, json_option, print_json, print_plan, verbose_option
+from ltxpack.errors import quoted
 
 
 @click.command()
@@ -50,6 +51,6 @@ def materialize(
         print_json(facts)
     elif report.written:
         click.echo(f"{overlay}: {human_bytes(report.total_bytes)}")
-        click.echo(f"next: ltxpack bake-lora {overlay} --strength 0.25 --strength 0.5")
+        click.echo(f"next: ltxpack bake-lora {quoted(overlay)} --strength 0.25 --strength 0.5")
     else:
         click.echo(f"{overlay}: already there, made from the same inputs; nothing to do")

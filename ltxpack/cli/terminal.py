@@ -42,7 +42,7 @@ class TerminalReporter:
         from tqdm import tqdm
 
         self.end()
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             self._say(label)
             return
         scaled = unit == "B"
@@ -96,7 +96,9 @@ def print_plan(plan: dict[str, Any], as_json: bool) -> None:
         click.echo(printable(f"{file['action']:<{width}}  {human_bytes(file['bytes']):>9}  {file['path']}"))
     for missing in plan["missing"]:
         click.echo(printable(f"missing: {missing}"))
-    click.echo(f"{len(plan['files'])} files, {human_bytes(plan['total_bytes'])}")
+    linked = plan["total_bytes"] - plan.get("written_bytes", plan["total_bytes"])
+    links = f", {human_bytes(linked)} of them links to files that are there" if linked else ""
+    click.echo(f"{len(plan['files'])} files, {human_bytes(plan['total_bytes'])}{links}")
 
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done and how.")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ltxpack.cli.terminal import TerminalReporter, json_option, print_json, verbose_option
-from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.errors import LtxpackError, UsageError, quoted
 
 
 @click.command()
@@ -27,7 +27,7 @@ def verify(
 ) -> int:
     """Check every file of OVERLAY; list all faults. Exit status 1 if there is any left."""
     if (source or loras) and not repair:
-        raise UsageError("--source and --lora go with --repair", next=f"ltxpack verify {overlay} --repair")
+        raise UsageError("--source and --lora go with --repair", next=f"ltxpack verify {quoted(overlay)} --repair")
     reporter = TerminalReporter(verbose)
     if repair:
         from ltxpack.lora_bake.restore import restore
@@ -47,7 +47,7 @@ def verify(
     if faults:
         click.echo(f"{overlay}: {len(faults)} fault(s)")
         if not repair:
-            click.echo(f"  next: ltxpack verify {overlay} --repair")
+            click.echo(f"  next: ltxpack verify {quoted(overlay)} --repair")
         return 1
     click.echo(f"{overlay}: every file as written")
     return 0

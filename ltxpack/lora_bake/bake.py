@@ -127,14 +127,15 @@ def _checked(options: BakeOptions) -> BakeOptions:
     added = tuple((file, check_strength(strength)) for file, strength in options.added)
     if options.name is not None:
         check_bake_name(options.name)
-        if len(strengths) > 1:
-            raise UsageError("--name goes with one strength", found=f"{len(strengths)} strengths")
+        if len(options.strengths) > 1:
+            raise UsageError("--name goes with one strength", found=f"{len(options.strengths)} strengths")
     return dataclasses.replace(options, strengths=strengths, added=added)
 
 
 def _find(options: BakeOptions, manifest: Manifest, reporter: Reporter, headers_only: bool = False) -> list[Found]:
     """The LoRAs in order of application: the added ones, then the main one."""
-    added = [find_lora(text, reporter, headers_only=headers_only) for text, _ in options.added]
+    places = [find_lora(text, reporter, headers_only=headers_only) for text, _ in options.added]
+    added = [dataclasses.replace(place, added=True) for place in places]
     if options.lora is None:
         return [*added, own_lora(options.overlay, manifest)]
     return [*added, find_lora(options.lora, reporter, headers_only=headers_only)]
@@ -165,9 +166,9 @@ def _scanned(
 
 
 def _name(found: Found, manifest: Manifest, digest: str) -> str:
-    """The distilled LoRA goes by that name wherever its file lies, any other by its file's stem."""
+    """The distilled LoRA goes by that name wherever its file lies, any other by its file's stem, as all that is added."""
     own = manifest.lora(DISTILLED)
-    return DISTILLED if own is not None and own.file.blake3 == digest else found.name
+    return DISTILLED if own is not None and own.file.blake3 == digest and not found.added else found.name
 
 
 def _jobs(options: BakeOptions, base: BaseTransformer, loras: Sequence[_Lora]) -> list[Job]:

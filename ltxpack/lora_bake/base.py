@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from blake3 import blake3
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, quoted
 from ltxpack.manifest import FileRecord, Manifest
 from ltxpack.repack.lock import WORK_FOLDER
 from ltxpack.tensorfile import MAX_INDEX_BYTES, TensorFile, TensorInfo, read_tensorfile
@@ -69,7 +69,9 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
         shard = BaseShard(record, read_tensorfile(path))
         twice = next((name for name in shard.file.tensors if name in tensors), None)
         if twice is not None:
-            raise OverlayError("stands in two shards", file=path, tensor=twice, next=f"ltxpack verify {overlay}")
+            raise OverlayError(
+                "stands in two shards", file=path, tensor=twice, next=f"ltxpack verify {quoted(overlay)}"
+            )
         foreign = next((info for info in shard.file.tensors.values() if info.dtype not in WEIGHT_DTYPES), None)
         if foreign is not None:
             raise OverlayError(
@@ -95,5 +97,5 @@ def changed(overlay: Path, record: FileRecord, expected: str, found: str) -> Ove
         file=overlay / record.path,
         expected=expected,
         found=found,
-        next=f"ltxpack verify {overlay}",
+        next=f"ltxpack verify {quoted(overlay)}",
     )

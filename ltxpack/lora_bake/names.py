@@ -61,9 +61,10 @@ def bake_name(main: tuple[str, float], added: Sequence[tuple[str, float]]) -> st
 def check_bake_name(name: str) -> str:
     """``name`` if a bake may have it. Raises UsageError."""
     if not BAKE_NAME.fullmatch(name) or name in RESERVED_BAKE_NAMES or len(name) > MAX_NAME_LENGTH:
+        reserved = ", ".join(sorted(RESERVED_BAKE_NAMES))
         raise UsageError(
             "is not a name for a bake",
             file=name,
-            expected=f"letters, digits, . _ + - ({MAX_NAME_LENGTH} at most), and not {', '.join(RESERVED_BAKE_NAMES)}",
+            expected=f"letters, digits, . _ + - ({MAX_NAME_LENGTH} at most), and not {reserved}",
         )
     return name

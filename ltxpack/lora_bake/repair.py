@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ltxpack.errors import DeviceError, OverlayError, SourceError
+from ltxpack.errors import DeviceError, OverlayError, SourceError, quoted
 from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.base import changed, read_base, refuse_links
 from ltxpack.lora_bake.job import Arithmetic, Job
@@ -128,7 +128,7 @@ def _place(job: Job, root: Path, made: FileRecord, record: FileRecord, damaged: 
             file=target,
             expected=f"blake3 {record.blake3}",
             found=f"blake3 {made.blake3}",
-            next=f"ltxpack bake-lora {job.overlay} --force makes the bake anew",
+            next=f"ltxpack bake-lora {quoted(job.overlay)} --force makes the bake anew",
         )
     try:
         if damaged:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ltxpack.errors import OverlayError, SourceError, UsageError
+from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.lora_bake import settings as peft
 from ltxpack.lora_bake.adapter import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, fit_adapter, open_adapter
 from ltxpack.lora_bake.names import DISTILLED, lora_name
@@ -18,12 +18,16 @@ from ltxpack.tensorfile import TensorFile, parse_header
 
 @dataclass(frozen=True)
 class Found:
-    """A LoRA's place. ``path``: file or PEFT folder, None while only its header is here. ``own``: the overlay's."""
+    """A LoRA's place. ``path``: file or PEFT folder, None while only its header is here. ``own``: the overlay's.
+
+    ``added``: by ``--add``, to be stacked below another.
+    """
 
     name: str
     path: Path | None
     header: TensorFile | None = None
     own: Lora | None = None
+    added: bool = False
 
     def adapter(self, shapes: dict[str, tuple[int, ...]], allow_unmatched: bool) -> Adapter:
         """The adapter fitted to a transformer; by its header alone if that is all there is. Raises AdapterError."""
@@ -42,12 +46,14 @@ def own_lora(overlay: Path, manifest: Manifest) -> Found:
             "holds no distilled LoRA",
             file=overlay,
             items=[lora.name for lora in manifest.loras],
-            next=f"ltxpack bake-lora {overlay} --lora FILE --strength 1.0",
+            next=f"ltxpack bake-lora {quoted(overlay)} --lora FILE --strength 1.0",
         )
     path = overlay / lora.file.path
     if not path.is_file() or path.stat().st_size != lora.file.size:
         raise OverlayError(
-            "is missing or has changed since the overlay was written", file=path, next=f"ltxpack verify {overlay}"
+            "is missing or has changed since the overlay was written",
+            file=path,
+            next=f"ltxpack verify {quoted(overlay)}",
         )
     return Found(DISTILLED, path, own=lora)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ltxpack.errors import SourceError
+from ltxpack.errors import SourceError, quoted
 from ltxpack.lora_bake.repair import repair_bake
 from ltxpack.manifest import Manifest, read_manifest
 from ltxpack.materialize import Options, fetched_plan
@@ -58,6 +58,6 @@ def _recorded_source(overlay: Path, manifest: Manifest, paths: Collection[str]) 
             "was made from local files; a repair needs to know where they are",
             file=overlay,
             items=sorted(paths),
-            next=f"ltxpack verify {overlay} --repair --source FOLDER",
+            next=f"ltxpack verify {quoted(overlay)} --repair --source FOLDER",
         )
     return Options(recorded.repo, overlay, revision=recorded.revision)

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ltxpack.errors import FormatError, LtxpackError, OverlayError, UnsupportedError
+from ltxpack.errors import FormatError, LtxpackError, OverlayError, UnsupportedError, quoted
 from ltxpack.runtime.copies import copies_to
 from ltxpack.runtime.reading import Arrival, FileReader, Place
 from ltxpack.tensorfile import read_json, read_tensorfile
@@ -192,7 +192,7 @@ def read_tensors(stored: Mapping[str, Stored], device: torch.device, dtype: torc
 def verify_command(folder: Path) -> str:
     """The command that checks the overlay ``folder`` lies in."""
     overlay = next((place for place in folder.parents if (place / "ltxpack.json").is_file()), folder.parent)
-    return f"ltxpack verify {overlay}"
+    return f"ltxpack verify {quoted(overlay)}"
 
 
 def _check_tensor(name: str, wanted: Tensor, entry: Stored, folder: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, quoted
 from ltxpack.manifest import FileRecord, Manifest, read_manifest
 
 BASE = "base"
@@ -99,5 +99,5 @@ class Overlay:
             file=self.root / record.path,
             expected=expected,
             found=found,
-            next=f"ltxpack verify {self.root}",
+            next=f"ltxpack verify {quoted(self.root)}",
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ltxpack.errors import UsageError
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.media import VideoWriter, check_output, frame_rate
 from ltxpack.runtime.pipeline import Pipeline
@@ -128,6 +129,8 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
     check_target(request, options.output)
     if options.save_tensors is not None:
         check_tensors_path(options.save_tensors)
+        if options.save_tensors.resolve() == options.output.resolve():
+            raise UsageError("--save-tensors and -o are one file", file=options.output, next="choose two names")
     with options.open(reporter) as pipeline:
         reporter.note(pipeline.choice.note)
         write_video(pipeline, request, options.output, options.save_tensors, once=True)

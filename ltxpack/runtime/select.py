@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import OverlayError, UsageError
+from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.manifest import Bake, Manifest
 from ltxpack.runtime.overlay import BASE
 
@@ -72,7 +72,7 @@ def _second(strengths: Mapping[str, float], manifest: Manifest, overlay: Path) -
         file=overlay,
         expected="a bake of the distilled LoRA at 0.5",
         found=", ".join(manifest.bakes) or "no bakes",
-        next=f"ltxpack bake-lora {overlay} --strength 0.25 --strength 0.5",
+        next=f"ltxpack bake-lora {quoted(overlay)} --strength 0.25 --strength 0.5",
     )
 
 
@@ -81,7 +81,7 @@ def _ambiguous(stage: str, names: list[str], overlay: Path) -> OverlayError:
         f"several bakes could serve as {stage}",
         file=overlay,
         items=sorted(names),
-        next=f"ltxpack run {overlay} --{stage} {sorted(names)[0]} …",
+        next=f"ltxpack run {quoted(overlay)} --{stage} {sorted(names)[0]} …",
     )
 
 
@@ -92,5 +92,5 @@ def _named(manifest: Manifest, name: str, overlay: Path) -> str:
         f"there is no bake {name!r}",
         file=overlay,
         items=[BASE, *manifest.bakes],
-        next=f"ltxpack inspect {overlay}",
+        next=f"ltxpack inspect {quoted(overlay)}",
     )

@@ -91,10 +91,12 @@ class VideoShape:
 
 def _require_multiple(flag: str, value: int, factor: int) -> None:
     if value < factor or value % factor:
-        below = max(factor, value // factor * factor)
+        # What is typed must be halved for stage 1, whichever multiple is looked for.
+        whole = 2 * SPATIAL_FACTOR
+        below = max(whole, value // whole * whole)
         raise UsageError(
             f"wrong {flag.removeprefix('--')}",
-            expected=f"a multiple of {factor}",
+            expected=f"a multiple of {whole}",
             found=value,
-            next=f"choose {flag} {below} or {below + factor}",
+            next=f"choose {flag} {below} or {below + whole}",
         )

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltxpack.errors import LtxpackError, OverlayError
+from ltxpack.errors import LtxpackError, OverlayError, quoted
 
 # What a read past the cache begins and ends on, in the file and in memory.
 ALIGN = 4096
@@ -102,5 +102,5 @@ def changed(path: Path, expected: object, found: object) -> LtxpackError:
         file=path,
         expected=expected,
         found=found,
-        next=f"ltxpack verify {overlay}",
+        next=f"ltxpack verify {quoted(overlay)}",
     )

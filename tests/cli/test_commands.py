@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ RUN = ("run", "overlay", "--prompt", "x")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--height", "100"], ["height", "multiple of", "100"]),
+        (["--height", "100"], ["height", "multiple of 64", "100", "choose --height 64 or 128"]),
         (["--width", "96"], ["width", "multiple of 64", "96"]),
         (["--num-frames", "24"], ["frames", "8", "24"]),
         (["--steps", "1"], ["steps", "2 or more", "1"]),
@@ -73,6 +74,8 @@ RUN = ("run", "overlay", "--prompt", "x")
         (["--reads", "fast"], ["fast", "cached"]),
         (["--decode", "whole"], ["whole", "official", "fast"]),
         (["--output", "video.txt"], ["video.txt"]),
+        (["--output", "my films/a.txt"], ["choose -o 'my films/a.mp4'"]),
+        (["--output", "a.mp4", "--save-tensors", "./a.mp4"], ["--save-tensors and -o are one file"]),
     ],
 )
 def test_values_no_run_could_use_are_refused_before_loading(flags: list[str], words: list[str], tmp_path: Path) -> None:
@@ -95,3 +98,22 @@ def test_a_folder_that_is_no_overlay(command: list[str], tmp_path: Path) -> None
     message = refused(ltxpack(*command, cwd=tmp_path), 1)
     assert "nowhere" in message
     assert "ltxpack materialize" in message
+
+
+def test_without_anywhere_to_tell_progress(demo: Path) -> None:
+    """Standard error is closed: Python has None in its place then."""
+    command = [sys.executable, "-m", "ltxpack", "verify", str(demo / "overlay")]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *command], stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 0 and "every file as written" in done.stdout
+
+
+def test_the_next_command_can_be_typed_as_it_is(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my overlay"
+    done = ltxpack("materialize", demo / "source", out)
+    assert done.returncode == 0
+    told = next(line for line in done.stdout.splitlines() if line.startswith("next: "))
+    assert shlex.split(told)[1:4] == ["ltxpack", "bake-lora", str(out)]
+    message = refused(ltxpack("run", out, "--prompt", "x", "--device", "cpu"), 1)
+    assert shlex.split(message.partition("next: ")[2])[:3] == ["ltxpack", "bake-lora", str(out)]

@@ -344,6 +344,7 @@ def test_another_lora_goes_by_its_stem_and_the_distilled_file_by_its_content(ove
     assert run(overlay, 0.8, lora=str(style)) == ["style-0.8"]
     elsewhere = shutil.copy(overlay / LORA_FILE, overlay.parent / "renamed.safetensors")
     assert run(overlay, 0.8, lora=str(elsewhere)) == ["distilled-0.8"]
+    assert run(overlay, 0.5, added=((str(elsewhere), 0.8),)) == ["distilled-0.5+renamed-0.8"]
     odd = shutil.copy(style, overlay.parent / "my style (v2)!.safetensors")
     assert run(overlay, 1.0, lora=str(odd)) == ["my-style-v2-1"]
 

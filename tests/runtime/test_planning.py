@@ -248,7 +248,7 @@ def test_how_files_are_read_is_told() -> None:
     told = [report.reading(plan, modes.AUTO, card(48, ram)) for plan, ram in ((large, 256), (small, 64))]
     assert told[0] == "reads cached: all 108.7 GB have room in the page cache, where the next run finds them"
     assert told[1] == "reads direct: past the page cache, which has no room for 108.7 GB"
-    assert report.reading(small, modes.DIRECT, card(48, 64)) == told[1]
+    assert report.reading(small, modes.DIRECT, card(48, 64)) == "reads direct: as asked for"
     assert report.reading(small, modes.CACHED, card(48, 64)) == "reads cached: as asked for"
 
 

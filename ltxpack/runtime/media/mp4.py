@@ -23,7 +23,7 @@ from av.container import OutputContainer
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.errors import LtxpackError, UsageError, quoted
 from ltxpack.runtime.media.yuv import to_i420
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -39,12 +39,13 @@ FRAMES_AT_ONCE = 8
 def check_output(path: Path) -> Path:
     """``path`` if a video can be written there. Raises UsageError: unknown ending, no such folder, not writable."""
     if path.suffix.lower() not in CONTAINERS:
+        better = path.parent / f"{path.stem or 'video'}.mp4"
         raise UsageError(
             "not a video file this can write",
             file=path,
             expected=f"a name ending in {', '.join(CONTAINERS)}",
             found=path.suffix or "no ending",
-            next=f"choose -o {path.stem or 'video'}.mp4",
+            next=f"choose -o {quoted(better)}",
         )
     if path.is_dir():
         raise UsageError("is a folder", file=path, expected="a file name")

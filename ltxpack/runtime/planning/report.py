@@ -75,9 +75,9 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
 
 def reading(plan: Plan, asked: str, machine: Machine) -> str:
     """How the files are read, and why; ``asked`` as for :func:`ltxpack.runtime.planning.advice.check_reads`."""
-    found = modes.reads(plan, machine)
-    if asked not in (modes.AUTO, found):
+    if asked != modes.AUTO:
         return f"reads {asked}: as asked for"
+    found = modes.reads(plan, machine)
     size = gigabytes(plan.first_read)
     if found == modes.CACHED:
         return f"reads {found}: all {size} have room in the page cache, where the next run finds them"

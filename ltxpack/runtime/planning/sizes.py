@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, quoted
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import BASE, Overlay
 from ltxpack.runtime.planning.activations import Widths
@@ -195,5 +195,9 @@ def _of_files(root: Path, component: str, records: Iterable[FileRecord], itemsiz
 
 def _wrong(file: Path, field: str, expected: str, found: object) -> OverlayError:
     return OverlayError(
-        f"has no usable {field}", file=file, expected=expected, found=found, next=f"ltxpack verify {file.parent.parent}"
+        f"has no usable {field}",
+        file=file,
+        expected=expected,
+        found=found,
+        next=f"ltxpack verify {quoted(file.parent.parent)}",
     )
