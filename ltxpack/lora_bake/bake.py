@@ -166,7 +166,7 @@ def _scanned(
 
 
 def _name(found: Found, manifest: Manifest, digest: str) -> str:
-    """The distilled LoRA goes by that name wherever its file lies, any other by its file's stem, as all that is added."""
+    """The distilled LoRA goes by that name wherever its file lies, and any other or added one by its file's stem."""
     own = manifest.lora(DISTILLED)
     return DISTILLED if own is not None and own.file.blake3 == digest and not found.added else found.name
 
