@@ -85,7 +85,7 @@ def shards_of(overlay: Path) -> list[Path]:
 
 
 def _read_floor(files: Sequence[Path], direct: bool) -> float:
-    """Seconds to read every byte into a few buffers of huge pages, with as many reads in flight as ours has."""
+    """Seconds to read every byte into a few buffers of huge pages, several reads in flight."""
     buffers = [_buffer() for _ in range(READS)]
     flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
 

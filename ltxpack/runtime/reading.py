@@ -23,10 +23,11 @@ from torch import Tensor
 from ltxpack.runtime.copies import Copies, HostMemory, Mark
 from ltxpack.runtime.source_file import ALIGN, SourceFile, changed
 
-PIECE = 32 * 1024 * 1024
-IN_FLIGHT = 6
+# Many small pieces keep the disk busy while those that came together are hashed one after the other.
+PIECE = 16 * 1024 * 1024
+IN_FLIGHT = 12
 # Buffers beyond the reads in flight: their bytes are on the way to the device.
-LANDING = 2
+LANDING = 4
 
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
