@@ -1,7 +1,7 @@
 """How long a transformer takes from a cold disk to the device, against its floors and against loader libraries.
 
-    python benchmarks/loading.py [--blocks 8] [--rounds 7] [--device auto|cuda|cpu] [--scratch FOLDER] [--quick]
-                                 [--results FOLDER]
+    python benchmarks/loading.py [--blocks 8] [--rounds 7] [--device auto|cuda|cpu] [--scratch FOLDER]
+                                 [--no-libraries] [--quick] [--results FOLDER]
 
 Without a card host memory stands in for the card's: memory that the process has used before, so that its pages are
 there, as a card's are. The way is the card's, through the same buffers, and the copy out of them is the CPU's. Loader
@@ -26,7 +26,7 @@ import torch
 from _gpu_bench import Bench
 from _gpu_residency import make_overlay
 from _gpu_sizes import REAL, TINY
-from _loading import FLOORS, loading, shards_of, ways
+from _loading import FLOORS, LIBRARIES, loading, shards_of, ways
 from _report import RESULTS, Table, machine, write_results
 
 # With these the C library keeps what is freed, pages and all, instead of giving it back to the system.
@@ -39,6 +39,8 @@ STATUS = Path("/proc/self/status")
 def main() -> None:
     """Measure, print, and keep the results."""
     wanted = _arguments()
+    if wanted.no_libraries:
+        LIBRARIES.clear()
     if wanted.once:
         name, overlay = wanted.once
         print(_memory_of(name, Path(overlay)))
@@ -63,7 +65,9 @@ def main() -> None:
     text = "\n".join([f"# Loading\n\n{head}\n", *(table.markdown() for table in tables)])
     results = wanted.results or (None if wanted.quick else RESULTS)
     if results is not None:
-        write_results(results, "loading", text, {"machine": facts, "found": bench.found})
+        write_results(
+            results, f"loading-{bench.sizes.kept_blocks}-blocks", text, {"machine": facts, "found": bench.found}
+        )
     print(text)
 
 
@@ -73,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--scratch", type=Path, default=None, help="on the disk that is measured")
+    parser.add_argument("--no-libraries", action="store_true", help="only the floors and ours")
     parser.add_argument("--quick", action="store_true", help="tiny widths; nothing is kept without --results")
     parser.add_argument("--results", type=Path, help="folder for the dated table (default: benchmarks/results)")
     parser.add_argument("--once", nargs=2, metavar=("WAY", "OVERLAY"), help=argparse.SUPPRESS)

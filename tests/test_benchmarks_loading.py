@@ -13,6 +13,7 @@ from support import REPOSITORY
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 import _loading
+from _gpu_sizes import TINY
 
 
 def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
@@ -27,7 +28,7 @@ def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
     [table, figures] = sorted(results.iterdir(), reverse=True)
     text, document = table.read_text(), json.loads(figures.read_text())
     assert done.stdout == text + "\n"
-    assert table.stem == f"loading-{document['machine']['date']}"
+    assert table.stem == f"loading-{TINY.kept_blocks}-blocks-{document['machine']['date']}"
     assert str(tmp_path) not in text and str(REPOSITORY) not in text
     found = document["found"]
     for way in (*_loading.OURS.values(), "safetensors"):
