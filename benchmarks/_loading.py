@@ -5,6 +5,7 @@ Used by ``loading.py`` alone and by the section of ``gpu.py`` about residency.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import mmap
 import os
@@ -35,7 +36,7 @@ HUGE_PAGE = 2 * 2**20
 Way = Callable[[], float]
 
 
-def loading(bench: Bench, overlay: Path, rounds: int) -> None:
+def loading(bench: Bench, overlay: Path, rounds: int, libraries: bool = True) -> None:
     """Every way in turn, ``rounds`` times, from a cold disk; the ratio of each to the floor of its round.
 
     The floor is the larger of the copy and the faster of the two reads.
@@ -50,7 +51,7 @@ def loading(bench: Bench, overlay: Path, rounds: int) -> None:
     )
     seconds: dict[str, list[float]] = {}
     for turn in range(rounds):
-        for name, way in ways(bench, overlay).items():
+        for name, way in ways(bench, overlay, libraries).items():
             make_cold(shards)
             seconds.setdefault(name, []).append(way())
             bench.release()
@@ -66,15 +67,15 @@ def loading(bench: Bench, overlay: Path, rounds: int) -> None:
         table.rows.append((name, f"{middle:.2f}", f"{size / middle / 1e9:.2f}", ratio.text()))
 
 
-def ways(bench: Bench, overlay: Path) -> dict[str, Way]:
-    """By name; the floors first. Libraries that are not installed are left out."""
+def ways(bench: Bench, overlay: Path, libraries: bool = True) -> dict[str, Way]:
+    """By name; the floors first. ``libraries``: also those that are installed."""
     shards = shards_of(overlay)
     size = sum(path.stat().st_size for path in shards)
     found: dict[str, Way] = {name: partial(_read_floor, shards, how == DIRECT) for how, name in READ.items()}
     found[COPY] = partial(_copy_floor, bench, size)
     found |= {name: partial(_ours, bench, overlay, how) for how, name in OURS.items()}
     for package, (name, tensors) in LIBRARIES.items():
-        if installed(package):
+        if libraries and installed(package):
             found[name] = partial(_library, bench, shards, tensors)
     return found
 
@@ -87,11 +88,10 @@ def shards_of(overlay: Path) -> list[Path]:
 def _read_floor(files: Sequence[Path], direct: bool) -> float:
     """Seconds to read every byte into a few buffers of huge pages, several reads in flight."""
     buffers = [_buffer() for _ in range(READS)]
-    flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
 
     def read(slot: int) -> None:
         for path in files:
-            file, size = os.open(path, flags), path.stat().st_size
+            file, size = _open(path, direct), path.stat().st_size
             try:
                 for start in range(slot * PIECE, size, READS * PIECE):
                     done = 0
@@ -104,6 +104,14 @@ def _read_floor(files: Sequence[Path], direct: bool) -> float:
     with ThreadPoolExecutor(READS) as pool:
         list(pool.map(read, range(READS)))
     return time.perf_counter() - begin
+
+
+def _open(path: Path, direct: bool) -> int:
+    """Past the page cache where the filesystem allows it, as ours does."""
+    if direct:
+        with contextlib.suppress(OSError):
+            return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    return os.open(path, os.O_RDONLY)
 
 
 def _buffer() -> memoryview:
@@ -130,7 +138,7 @@ def _copy_floor(bench: Bench, size: int) -> float:
 
 
 def _ours(bench: Bench, folder: Path, reads: str) -> float:
-    """As the runtime borrows it: planned, checked, hashed."""
+    """As the runtime borrows it: checked and hashed."""
     from ltxpack.runtime.dit.weights import load_dit
     from ltxpack.runtime.overlay import BASE, Overlay
     from ltxpack.runtime.residency import Residency

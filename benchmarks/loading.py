@@ -26,7 +26,7 @@ import torch
 from _gpu_bench import Bench
 from _gpu_residency import make_overlay
 from _gpu_sizes import REAL, TINY
-from _loading import FLOORS, LIBRARIES, loading, shards_of, ways
+from _loading import FLOORS, loading, shards_of, ways
 from _report import RESULTS, Table, machine, write_results
 
 # With these the C library keeps what is freed, pages and all, instead of giving it back to the system.
@@ -39,8 +39,6 @@ STATUS = Path("/proc/self/status")
 def main() -> None:
     """Measure, print, and keep the results."""
     wanted = _arguments()
-    if wanted.no_libraries:
-        LIBRARIES.clear()
     if wanted.once:
         name, overlay = wanted.once
         print(_memory_of(name, Path(overlay)))
@@ -50,16 +48,16 @@ def main() -> None:
     if wanted.device == "cpu":
         # One core copies, in the place of the card's copy engine.
         torch.set_num_threads(1)
-    bench = _bench(wanted.device, wanted.blocks, wanted.quick)
+    bench, libraries = _bench(wanted.device, wanted.blocks, wanted.quick), not wanted.no_libraries
     with tempfile.TemporaryDirectory(prefix="ltxpack-loading-", dir=wanted.scratch) as folder:
         facts = machine(Path(folder))
         facts["device"] = torch.cuda.get_device_name() if wanted.device == "cuda" else "host memory in a card's place"
         overlay = make_overlay(bench, Path(folder))
-        memory = [_memory(bench, overlay)] if wanted.device == "cpu" else []
+        memory = [_memory(bench, overlay, libraries)] if wanted.device == "cpu" else []
         # The first time pages are made and libraries loaded.
-        for way in ways(bench, overlay).values():
+        for way in ways(bench, overlay, libraries).values():
             way()
-        loading(bench, overlay, wanted.rounds)
+        loading(bench, overlay, wanted.rounds, libraries)
         tables = [*(growing.table() for growing in bench.tables), *memory]
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     text = "\n".join([f"# Loading\n\n{head}\n", *(table.markdown() for table in tables)])
@@ -92,11 +90,11 @@ def _bench(device: str, blocks: int, quick: bool) -> Bench:
     return Bench(sizes, torch.device(device), torch.bfloat16, {}, lambda line: print(line, file=sys.stderr, flush=True))
 
 
-def _memory(bench: Bench, overlay: Path) -> Table:
+def _memory(bench: Bench, overlay: Path, libraries: bool) -> Table:
     """What each way has in memory at its largest moment beside the weights themselves, in a process of its own."""
     size = sum(path.stat().st_size for path in shards_of(overlay))
     rows = []
-    for name in (name for name in ways(bench, overlay) if name not in FLOORS):
+    for name in (name for name in ways(bench, overlay, libraries) if name not in FLOORS):
         command = [sys.executable, __file__, "--once", name, str(overlay)]
         plain = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
         done = subprocess.run(command, env=plain, capture_output=True, text=True, check=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import REPOSITORY
@@ -41,3 +44,20 @@ def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
     copies, mine = found[f"loading.{_loading.COPY}.seconds"], found[f"loading.{ours}.seconds"]
     ratios = [one / max(copy, min(read)) for one, copy, *read in zip(mine, copies, *reads, strict=True)]
     assert found[f"loading.{ours} to the floor"] == pytest.approx(sum(ratios) / 2)
+
+
+def test_where_the_cache_cannot_be_passed_the_floor_is_read_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plain, refused = tmp_path / "file", os.open, []
+    path.write_bytes(bytes(100_001))
+
+    def opened(name: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_DIRECT:
+            refused.append(name)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain(name, flags, *more)
+
+    monkeypatch.setattr(_loading.os, "open", opened)
+    assert _loading._read_floor([path], direct=True) > 0
+    assert refused == [path] * _loading.READS
