@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "cached", "direct"]),
     default="auto",
     show_default=True,
-    help="Weights through the page cache, for the next run, or past it; auto: cached if all have room there.",
+    help="Weights through the page cache or past it; auto: past it, but for what is there.",
 )
 @click.option(
     "--decode",

@@ -21,7 +21,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from ltxpack.runtime.copies import Copies, HostMemory, Mark
-from ltxpack.runtime.source_file import ALIGN, SourceFile, changed
+from ltxpack.runtime.source_file import ALIGN, CACHED, SourceFile, changed
 
 # Many small pieces keep the disk busy while those that came together are hashed one after the other.
 PIECE = 16 * 1024 * 1024
@@ -129,15 +129,13 @@ def no_stop() -> None:
 class FileReader:
     """Reads files piece by piece on threads; pieces are taken in the order of the file. For one thread at a time.
 
-    ``past_cache``: past the system's page cache, where a filesystem allows it. ``piece`` bytes are read at once,
-    ``in_flight`` pieces at a time.
+    ``reads``: one of source_file.READS; past the page cache only where a filesystem allows it. ``piece`` bytes are
+    read at once, ``in_flight`` pieces at a time.
     """
 
-    def __init__(
-        self, copies: Copies, *, past_cache: bool = False, piece: int = PIECE, in_flight: int = IN_FLIGHT
-    ) -> None:
+    def __init__(self, copies: Copies, *, reads: str = CACHED, piece: int = PIECE, in_flight: int = IN_FLIGHT) -> None:
         self.copies = copies
-        self.past_cache = past_cache
+        self.reads = reads
         # Whether a filesystem would not read past its cache.
         self.refused = False
         self.piece, self.in_flight = piece, in_flight
@@ -170,9 +168,9 @@ class FileReader:
         with contextlib.ExitStack() as files:
             try:
                 pieces = plan_pieces(arrivals, list(digests or {}), self.piece)
-                for piece, file in _opened(pieces, files, self.past_cache):
+                for piece, file in _opened(pieces, files, self.reads):
                     stop()
-                    self.refused |= self.past_cache and not file.past_cache
+                    self.refused |= self.reads != CACHED and not file.past_cache
                     flights.append(self._take_off(piece, file))
                     if len(flights) == self.in_flight:
                         mark = self._land(flights.popleft(), check, after) or mark
@@ -231,7 +229,7 @@ class FileReader:
     def _free_buffer(self) -> HostMemory:
         if self._made < self.in_flight + LANDING:
             self._made += 1
-            fresh = HostMemory(self.piece + (2 * ALIGN if self.past_cache else 0), self.copies)
+            fresh = HostMemory(self.piece + (0 if self.reads == CACHED else 2 * ALIGN), self.copies)
             fresh.pin()
             return fresh
         buffer, mark, hashed = self._buffers.popleft()
@@ -341,14 +339,12 @@ def _cut(stretches: Iterable[Stretch], limit: int) -> Iterator[tuple[Stretch, ..
         yield tuple(group)
 
 
-def _opened(
-    pieces: Iterable[Piece], files: contextlib.ExitStack, past_cache: bool
-) -> Iterator[tuple[Piece, SourceFile]]:
+def _opened(pieces: Iterable[Piece], files: contextlib.ExitStack, reads: str) -> Iterator[tuple[Piece, SourceFile]]:
     """Each piece with its file, opened once and closed by ``files``."""
     file: SourceFile | None = None
     for piece in pieces:
         if file is None or file.path != piece.file:
-            file = SourceFile(piece.file, past_cache)
+            file = SourceFile(piece.file, reads)
             files.callback(file.close)
         yield piece, file
 

@@ -1,7 +1,7 @@
 """One file of an overlay, read from several threads: through the system's page cache, or past it (O_DIRECT).
 
 Past it, a read costs next to no processor time and is as fast as the disk, and what others have in the cache stays
-there. Through it, the next process finds the bytes in memory.
+there. Through it, the next process finds the bytes in memory, and what is there already comes faster than any disk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ltxpack.errors import LtxpackError, OverlayError, quoted
+from ltxpack.runtime.page_cache import PageCache
 
+# Through the page cache, past it, or through it for what is there and past it for the rest.
+CACHED, DIRECT, AUTO = "cached", "direct", "auto"
+READS = (AUTO, CACHED, DIRECT)
 # What a read past the cache begins and ends on, in the file and in memory.
 ALIGN = 4096
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
@@ -25,25 +29,29 @@ VIEWS_PER_READ = 1024
 
 
 class SourceFile:
-    """An open file. ``past_cache``: whether it is read past the page cache, which not every filesystem allows.
+    """An open file, read the way ``reads`` says: one of READS. Afterwards ``past_cache`` says whether anything is read
+    past the page cache, which not every filesystem allows.
 
     Everything here raises OverlayError for a file that cannot be read or is shorter than it was.
     """
 
-    def __init__(self, path: Path, past_cache: bool = False) -> None:
+    def __init__(self, path: Path, reads: str = CACHED) -> None:
         self.path = path
         self._direct = -1
         try:
             self._plain = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise changed(path, "readable", error.strerror) from None
-        if past_cache and O_DIRECT:
+        if reads != CACHED and O_DIRECT:
             with contextlib.suppress(OSError):
                 self._direct = os.open(path, os.O_RDONLY | O_DIRECT)
         self.past_cache = self._direct >= 0
+        self._cache = PageCache(self._plain) if self.past_cache and reads == AUTO else None
 
     def close(self) -> None:
         """Close it; nothing may be reading."""
+        if self._cache is not None:
+            self._cache.close()
         os.close(self._plain)
         if self._direct >= 0:
             os.close(self._direct)
@@ -68,9 +76,12 @@ class SourceFile:
         """Fill ``memory[start % ALIGN :]`` with ``nbytes`` bytes from ``start`` on, past the cache.
 
         ``memory`` begins on a page and has room for the range rounded out to ALIGN. What cannot be read past the
-        cache is read through it.
+        cache is read through it, and with AUTO what is there as a whole.
         """
         lead = start % ALIGN
+        if self._cache is not None and self._cache.holds(start, nbytes):
+            self.scatter([memory[lead : lead + nbytes]], start)
+            return
         first, needed = start - lead, lead + nbytes
         got = max(lead, self._past_cache(memory[: -(-needed // ALIGN) * ALIGN], first, needed))
         if got < needed:

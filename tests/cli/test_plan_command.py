@@ -167,12 +167,16 @@ def test_blocks_that_stay_on_the_host_are_told() -> None:
     document = planned("--vram", "24GB", "--ram", "64GB")
     held = document["setup"]["held_blocks"]
     assert all(held)
-    assert document["loading"]["reads"] == "direct"
-    assert "reads direct: past the page cache" in ltxpack("plan", "--vram", "24GB", "--ram", "64GB").stdout
     assert f"{held[0]} blocks of stage 1 and {held[1]} of stage 2 stay in pinned host memory" in document["description"]
     reads = document["loading"]
     assert reads["next_video"]["bytes"] < 0.7 * reads["first_video"]["bytes"]
     assert planned("--vram", "24GB", "--ram", "128GB")["setup"]["held_blocks"] == [0, 0]
+
+
+def test_what_is_brought_into_the_page_cache_is_told() -> None:
+    some, all_of_it = (planned("--vram", "141GB", "--ram", ram)["loading"] for ram in ("96GB", "128GB"))
+    assert 0 < some["into_cache"] < some["first_video"]["bytes"] == all_of_it["into_cache"]
+    assert "; all 108.7 GB are brought there" in ltxpack("plan", "--vram", "141GB", "--ram", "128GB").stdout
 
 
 def test_the_tiles_of_the_decoder_are_told() -> None:

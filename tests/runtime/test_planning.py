@@ -228,36 +228,38 @@ def best(work: Work, machine: Machine, mode: str = "auto") -> Plan:
     return found
 
 
-@pytest.mark.parametrize(
-    ("vram", "ram", "expected"),
-    [(141, 128, modes.CACHED), (141, 96, modes.DIRECT), (48, 128, modes.DIRECT), (48, 256, modes.CACHED)],
-)
-def test_files_that_have_no_room_in_the_page_cache_are_read_past_it(vram: int, ram: int, expected: str) -> None:
+@pytest.mark.parametrize(("vram", "ram"), [(141, 128), (141, 96), (48, 128), (48, 256)])
+def test_what_has_room_in_the_page_cache(vram: int, ram: int) -> None:
     machine = card(vram, ram)
-    plan = modes.best_plan(MODEL, WORK, machine)
-    assert plan is not None and modes.reads(plan, machine) == expected
-    # One byte of host memory less or more is what makes the difference.
-    least = Machine(plan.host + plan.first_read, machine.card)
-    assert modes.reads(plan, least) == modes.CACHED
-    assert modes.reads(plan, replace(least, host=least.host - 1)) == modes.DIRECT
+    plan = best(WORK, machine)
+    taken = plan.host + modes.CACHE_MARGIN
+    assert modes.cacheable(plan, machine) == min(max(machine.host - taken, 0), plan.first_read)
+    for room in (-1, 0, 1, plan.first_read - 1, plan.first_read, plan.first_read + 1):
+        expected = min(max(room, 0), plan.first_read)
+        assert modes.cacheable(plan, Machine(taken + room, machine.card)) == expected
 
 
 def test_how_files_are_read_is_told() -> None:
-    large, small = (modes.best_plan(MODEL, WORK, card(48, ram)) for ram in (256, 64))
-    assert large is not None and small is not None
-    told = [report.reading(plan, modes.AUTO, card(48, ram)) for plan, ram in ((large, 256), (small, 64))]
-    assert told[0] == "reads cached: all 108.7 GB have room in the page cache, where the next run finds them"
-    assert told[1] == "reads direct: past the page cache, which has no room for 108.7 GB"
-    assert report.reading(small, modes.DIRECT, card(48, 64)) == "reads direct: as asked for"
-    assert report.reading(small, modes.CACHED, card(48, 64)) == "reads cached: as asked for"
+    machine = card(48, 256)
+    plan = best(WORK, machine)
+    rooms = (plan.first_read, plan.first_read - 30 * GB, 0)
+    machines = [Machine(plan.host + modes.CACHE_MARGIN + room, machine.card) for room in rooms]
+    start = "reads auto: past the page cache, but for what is there; "
+    assert [report.reading(plan, "auto", each) for each in machines] == [
+        start + "all 108.7 GB are brought there while the device computes, for the next run",
+        start + "78.7 GB of 108.7 GB are brought there while the device computes, for the next run",
+        start + "it has no room for more",
+    ]
+    for asked in ("direct", "cached"):
+        assert report.reading(plan, asked, machine) == f"reads {asked}: as asked for"
 
 
 def test_without_a_card_the_page_cache_shares_the_host_with_everything() -> None:
     plan = modes.best_plan(MODEL, WORK, Machine(400 * GB))
     assert plan is not None
-    most = max(phase.host + phase.needed for phase in plan.phases)
-    assert modes.reads(plan, Machine(most + plan.first_read)) == modes.CACHED
-    assert modes.reads(plan, Machine(most + plan.first_read - 1)) == modes.DIRECT
+    most = max(phase.host + phase.needed for phase in plan.phases) + modes.CACHE_MARGIN
+    assert modes.cacheable(plan, Machine(most + plan.first_read)) == plan.first_read
+    assert modes.cacheable(plan, Machine(most + 5)) == 5
 
 
 def test_blocks_stay_on_the_host_between_videos_as_far_as_it_goes() -> None:

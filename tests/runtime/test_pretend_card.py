@@ -43,7 +43,7 @@ from ltxpack.runtime.planning.modes import Setup
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.residency import keeper, slots
 from ltxpack.runtime.run import write_video
-from ltxpack.runtime.source_file import ALIGN, SourceFile
+from ltxpack.runtime.source_file import ALIGN, READS, SourceFile
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -217,7 +217,7 @@ def planned(patch: pytest.MonkeyPatch, setup: Setup) -> None:
     patch.setattr(modes, "fitting_plan", lambda model, work, machine, setup: plan(model, work))
 
 
-@pytest.mark.parametrize("reads", modes.READS)
+@pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
 def test_weights_wherever_they_lie(
     setup: Setup, reads: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch

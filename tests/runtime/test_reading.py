@@ -24,7 +24,7 @@ from ltxpack.runtime.reading import Arrival, FileReader, Place, plan_pieces
 CPU = torch.device("cpu")
 SHAPES = [(), (1,), (0,), (3, 5), (64, 7), (2, 2, 2), (129,)]
 queues = pytest.mark.parametrize("queue", [lambda: HostCopies(CPU), LateCopies], ids=["at once", "late"])
-past_cache = pytest.mark.parametrize("past_cache", [False, True], ids=["cached", "past the cache"])
+reads_all = pytest.mark.parametrize("reads", source_file.READS)
 pieces = pytest.mark.parametrize("piece", [16, 100, reading.PIECE])
 
 
@@ -68,20 +68,20 @@ def fill(
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("hashed", [False, True])
-@past_cache
+@reads_all
 def test_every_tensor_arrives(
     queue: Callable[[], Copies],
     piece: int,
     on_host: bool,
     dtype: torch.dtype | None,
     hashed: bool,
-    past_cache: bool,
+    reads: str,
     tmp_path: Path,
 ) -> None:
     states = tensors(0), tensors(1)
     stored = written(tmp_path, *states)
     digests = {entry.file: digest(entry.file) for entry in stored.values()} if hashed else None
-    reader = FileReader(queue(), past_cache=past_cache, piece=piece, in_flight=3)
+    reader = FileReader(queue(), reads=reads, piece=piece, in_flight=3)
     found = fill(reader, stored, dtype, on_host=on_host, digests=digests)
     reader.close()
     for number, state in enumerate(states):
@@ -118,15 +118,15 @@ def test_copies_wait_for_what_was_computed_before_the_reading_alone(given: int |
 
 
 @pieces
-@past_cache
-def test_some_straight_to_their_place_and_some_through_buffers(piece: int, past_cache: bool, tmp_path: Path) -> None:
+@reads_all
+def test_some_straight_to_their_place_and_some_through_buffers(piece: int, reads: str, tmp_path: Path) -> None:
     state = tensors()
     stored = written(tmp_path, state)
     found = {name: torch.zeros(entry.shape, dtype=entry.arriving_as(None)) for name, entry in stored.items()}
     chosen = list(stored)[::2]
     skipped = list(stored)[1]
     arrivals = [Arrival(stored[name].place, found[name], name in chosen) for name in stored if name != skipped]
-    reader = FileReader(HostCopies(CPU), past_cache=past_cache, piece=piece)
+    reader = FileReader(HostCopies(CPU), reads=reads, piece=piece)
     reader.fill(arrivals, {entry.file: digest(entry.file) for entry in stored.values()})
     reader.close()
     for name in stored:
@@ -136,15 +136,15 @@ def test_some_straight_to_their_place_and_some_through_buffers(piece: int, past_
 
 @pieces
 @pytest.mark.parametrize("where", [0, 9, 200, -1])
-@past_cache
-def test_a_changed_byte_anywhere_is_refused(piece: int, where: int, past_cache: bool, tmp_path: Path) -> None:
+@reads_all
+def test_a_changed_byte_anywhere_is_refused(piece: int, where: int, reads: str, tmp_path: Path) -> None:
     stored = written(tmp_path, tensors(0), tensors(1))
     path = next(iter(stored.values())).file
     digests = {entry.file: digest(entry.file) for entry in stored.values()}
     content = bytearray(path.read_bytes())
     content[where] ^= 1
     path.write_bytes(content)
-    reader = FileReader(HostCopies(CPU), past_cache=past_cache, piece=piece)
+    reader = FileReader(HostCopies(CPU), reads=reads, piece=piece)
     with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
         fill(reader, stored, on_host=False, digests=digests)
     assert caught.value.file == str(path) and "blake3" in str(caught.value.expected)
@@ -168,15 +168,15 @@ def test_a_file_without_wanted_tensors_is_hashed_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
-@past_cache
-def test_a_file_that_changes_while_it_is_read(damage: str, on_host: bool, past_cache: bool, tmp_path: Path) -> None:
+@reads_all
+def test_a_file_that_changes_while_it_is_read(damage: str, on_host: bool, reads: str, tmp_path: Path) -> None:
     stored = written(tmp_path, tensors())
     path = next(iter(stored.values())).file
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-40])
-    reader = FileReader(HostCopies(CPU), past_cache=past_cache, piece=64)
+    reader = FileReader(HostCopies(CPU), reads=reads, piece=64)
     with pytest.raises(OverlayError) as caught:
         fill(reader, stored, on_host=on_host)
     assert caught.value.file == str(path) and caught.value.next.startswith("ltxpack verify")
@@ -201,14 +201,14 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
     reader.close()
 
 
-@past_cache
-def test_threads_and_pinned_memory_are_given_back(past_cache: bool, tmp_path: Path) -> None:
+@reads_all
+def test_threads_and_pinned_memory_are_given_back(reads: str, tmp_path: Path) -> None:
     stored = written(tmp_path, tensors())
     copies = LateCopies()
     before = threading.active_count()
-    reader = FileReader(copies, past_cache=past_cache, piece=64, in_flight=3)
+    reader = FileReader(copies, reads=reads, piece=64, in_flight=3)
     fill(reader, stored, on_host=False)
-    assert copies.pinned == (3 + reading.LANDING) * PAGE * (3 if past_cache else 1)
+    assert copies.pinned == (3 + reading.LANDING) * PAGE * (1 if reads == source_file.CACHED else 3)
     assert threading.active_count() > before
     reader.close()
     del reader

@@ -23,7 +23,7 @@ from ltxpack.errors import OverlayError
 from ltxpack.runtime import source_file
 from ltxpack.runtime.copies import HUGE_PAGE, HostCopies, HostMemory
 from ltxpack.runtime.planning.machine import own_memory
-from ltxpack.runtime.source_file import ALIGN, SourceFile
+from ltxpack.runtime.source_file import ALIGN, AUTO, DIRECT, READS, SourceFile
 
 SIZE = 5 * ALIGN + 77
 # Pages that something else of the process may have touched meanwhile.
@@ -31,8 +31,8 @@ SLACK = 1024 * 1024
 
 
 @contextmanager
-def opened(path: Path, past_cache: bool = True) -> Iterator[SourceFile]:
-    file = SourceFile(path, past_cache)
+def opened(path: Path, reads: str = DIRECT) -> Iterator[SourceFile]:
+    file = SourceFile(path, reads)
     try:
         yield file
     finally:
@@ -51,11 +51,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, SIZE), st.integers(0, SIZE))
-def test_any_stretch(path: Path, one: int, other: int) -> None:
+@given(st.integers(0, SIZE), st.integers(0, SIZE), st.sampled_from(READS))
+def test_any_stretch(path: Path, one: int, other: int, reads: str) -> None:
     start, end = sorted((one, other))
     memory = aligned(SIZE + 2 * ALIGN)
-    with opened(path) as file:
+    with opened(path, reads) as file:
         file.gather(memory, start, end - start)
         lead = start % ALIGN
         assert bytes(memory[lead : lead + end - start]) == path.read_bytes()[start:end]
@@ -65,19 +65,47 @@ def test_any_stretch(path: Path, one: int, other: int) -> None:
         assert b"".join(map(bytes, views)) == path.read_bytes()[start:end]
 
 
-def test_past_the_cache_nothing_stays_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [DIRECT, AUTO])
+def test_past_the_cache_nothing_stays_in_it(reads: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(os.urandom(4 * HUGE_PAGE))
     memory = aligned(4 * HUGE_PAGE)
     make_cold([path])
-    with opened(path) as file:
-        file.gather(memory, 0, len(memory))
+    with opened(path, reads) as file:
         if not file.past_cache:
             pytest.skip("this filesystem allows no O_DIRECT")
+        if resident(path):
+            pytest.skip("this filesystem keeps its files in memory")
+        file.gather(memory, 0, len(memory))
         assert resident(path) < 0.01
         file.scatter([memory], 0)
         assert resident(path) > 0.9
     assert bytes(memory) == path.read_bytes()
+
+
+def test_what_is_in_the_cache_comes_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each stretch asked for, if all of it is there."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(8 * HUGE_PAGE + 5))
+    make_cold([path])
+    plain, descriptors = os.preadv, list[int]()
+    memory = aligned(9 * HUGE_PAGE)
+    with opened(path, AUTO) as file:
+        if not file.past_cache or resident(path):
+            pytest.skip("this filesystem allows no O_DIRECT, or keeps its files in memory")
+        os.posix_fadvise(file._plain, 0, 0, os.POSIX_FADV_RANDOM)  # nothing more than is asked for
+        file.scatter([aligned(HUGE_PAGE + 5)], 7 * HUGE_PAGE)
+        monkeypatch.setattr(
+            source_file.os, "preadv", lambda fd, views, at: (descriptors.append(fd), plain(fd, views, at))[1]
+        )
+        file.gather(memory, 7 * HUGE_PAGE + 1, HUGE_PAGE + 4)
+        assert set(descriptors) == {file._plain}
+        assert bytes(memory[1 : HUGE_PAGE + 5]) == path.read_bytes()[7 * HUGE_PAGE + 1 :]
+        descriptors.clear()
+        make_cold([path])
+        file.gather(memory, 0, 8 * HUGE_PAGE + 5)
+        assert descriptors[0] == file._direct
+    assert bytes(memory[: 8 * HUGE_PAGE + 5]) == path.read_bytes()
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
@@ -124,10 +152,10 @@ def test_a_system_that_refuses_to_open(path: Path, monkeypatch: pytest.MonkeyPat
     assert bytes(memory[1:SIZE]) == path.read_bytes()[1:]
 
 
-@pytest.mark.parametrize("past_cache", [False, True])
-def test_faults_are_told(past_cache: bool, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reads", READS)
+def test_faults_are_told(reads: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = aligned(2 * SIZE + 2 * ALIGN)
-    with opened(path, past_cache) as file:
+    with opened(path, reads) as file:
         with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
             file.gather(memory, 10, SIZE)
         assert caught.value.found == "no more"
@@ -140,7 +168,7 @@ def test_faults_are_told(past_cache: bool, path: Path, tmp_path: Path, monkeypat
             file.gather(memory, 0, 10)
         assert caught.value.found == "Input/output error" and caught.value.file == str(path)
     with pytest.raises(OverlayError) as caught:
-        SourceFile(tmp_path / "absent", past_cache)
+        SourceFile(tmp_path / "absent", reads)
     assert caught.value.expected == "readable" and caught.value.next == f"ltxpack verify {tmp_path}"
 
 

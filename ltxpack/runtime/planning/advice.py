@@ -13,6 +13,7 @@ from ltxpack.runtime.planning.modes import Plan, Setup, Work
 from ltxpack.runtime.planning.report import gigabytes
 from ltxpack.runtime.planning.sizes import Model
 from ltxpack.runtime.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR, VideoShape
+from ltxpack.runtime.source_file import READS
 
 SMALLER = "free memory there, or choose a smaller --height, --width or --num-frames"
 
@@ -25,10 +26,9 @@ def check_mode(mode: str) -> None:
 
 
 def check_reads(reads: str) -> None:
-    """Raises UsageError unless ``reads`` is ``auto`` or one of the ways to read."""
-    known = (modes.AUTO, *modes.READS)
-    if reads not in known:
-        raise UsageError("unknown way to read", expected=", ".join(known), found=reads, next="choose --reads auto")
+    """Raises UsageError unless ``reads`` is one of the ways to read."""
+    if reads not in READS:
+        raise UsageError("unknown way to read", expected=", ".join(READS), found=reads, next="choose --reads auto")
 
 
 def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:

@@ -29,10 +29,6 @@ KEPT = "kept"  # both stages' stay in pinned memory between videos
 BLOCKS = "blocks"  # the blocks that are streamed are in pinned memory for as long as their stage runs
 FILE = "file"  # the blocks that are streamed are read from the file each time
 
-# How files are read: through the system's page cache, or past it.
-CACHED, DIRECT = "cached", "direct"
-READS = (CACHED, DIRECT)
-
 # How the text encoder is on the card while it encodes.
 WHOLE, LAYERS, LAYERS_FROM_FILE = "whole", "layers", "layers from file"
 
@@ -47,8 +43,9 @@ PROCESS = 1_500_000_000
 READ_BUFFERS = 3 * 16 * 16 * 1024 * 1024
 # On the card, beyond what is counted: kernel workspaces and the allocator's gaps.
 SLACK, SLACK_SHARE = 300_000_000, 0.1
-# Host memory left alone by what lies there only because there is room: blocks between videos, hidden states.
-HELD_MARGIN, HIDDEN_MARGIN = 4_000_000_000, 2_000_000_000
+# Host memory left alone by what lies there only because there is room: blocks between videos, files in the page cache,
+# hidden states.
+HELD_MARGIN, CACHE_MARGIN, HIDDEN_MARGIN = 4_000_000_000, 4_000_000_000, 2_000_000_000
 STAGE2_STEPS = 3
 
 
@@ -204,11 +201,10 @@ def shortage(plan: Plan, machine: Machine) -> Shortage | None:
     return None
 
 
-def reads(plan: Plan, machine: Machine) -> str:
-    """CACHED where all the files of a run have room in the host memory that ``plan`` leaves free: the next run finds
-    them there. Else DIRECT: nothing would be found, and what others have there stays.
-    """
-    return CACHED if plan.first_read <= min(_host_left(phase, machine) for phase in plan.phases) else DIRECT
+def cacheable(plan: Plan, machine: Machine) -> int:
+    """Bytes of a run's files that have room in the page cache: in the host memory that ``plan`` leaves free."""
+    room = min(_host_left(phase, machine) for phase in plan.phases) - CACHE_MARGIN
+    return max(0, min(plan.first_read, room))
 
 
 def plan_for(model: Model, work: Work, setup: Setup, tiling: Tiling | None = None, hidden: int = 0) -> Plan:

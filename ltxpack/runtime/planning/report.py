@@ -11,6 +11,7 @@ from ltxpack.runtime.planning import modes
 from ltxpack.runtime.planning.machine import Machine
 from ltxpack.runtime.planning.modes import Plan, Setup
 from ltxpack.runtime.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ltxpack.runtime.source_file import AUTO
 from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
 
 WEIGHTS = {
@@ -74,14 +75,15 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
 
 
 def reading(plan: Plan, asked: str, machine: Machine) -> str:
-    """How the files are read, and why; ``asked`` as for :func:`ltxpack.runtime.planning.advice.check_reads`."""
-    if asked != modes.AUTO:
+    """How the files are read; ``asked`` is one of source_file.READS."""
+    if asked != AUTO:
         return f"reads {asked}: as asked for"
-    found = modes.reads(plan, machine)
-    size = gigabytes(plan.first_read)
-    if found == modes.CACHED:
-        return f"reads {found}: all {size} have room in the page cache, where the next run finds them"
-    return f"reads {found}: past the page cache, which has no room for {size}"
+    found = f"reads {AUTO}: past the page cache, but for what is there"
+    room, size = modes.cacheable(plan, machine), plan.first_read
+    if room == 0:
+        return f"{found}; it has no room for more"
+    some = f"all {gigabytes(size)}" if room == size else f"{gigabytes(room)} of {gigabytes(size)}"
+    return f"{found}; {some} are brought there while the device computes, for the next run"
 
 
 def decoding(plan: Plan) -> str:
@@ -146,7 +148,7 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
             for phase in plan.phases
         ],
         "loading": {
-            "reads": modes.reads(plan, machine),
+            "into_cache": modes.cacheable(plan, machine),
             "disk_rate": disk_rate,
             "first_video": {"bytes": plan.first_read, "seconds": seconds(plan.first_read, disk_rate)},
             "next_video": {"bytes": plan.next_read, "seconds": seconds(plan.next_read, disk_rate)},

@@ -25,15 +25,18 @@ from ltxpack.runtime.planning.modes import Plan, Setup, Work
 from ltxpack.runtime.planning.sizes import BLOCKS, TEXT_ENCODER, TRANSFORMER, Model, overlay_model
 from ltxpack.runtime.reading import FileReader, no_stop
 from ltxpack.runtime.residency.background import Background, Stop
+from ltxpack.runtime.residency.cache_filler import CacheFiller
 from ltxpack.runtime.residency.device import machine_of
 from ltxpack.runtime.residency.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
 from ltxpack.runtime.residency.slots import MemorySource
+from ltxpack.runtime.source_file import AUTO
 
 M = TypeVar("M", bound=nn.Module)
 M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 R = TypeVar("R")
 Settle = Callable[[Any, bool], None]
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+WEIGHTS = ".safetensors"
 # Until a plan is made: one part at a time, each whole.
 UNPLANNED = Setup(modes.SWAP)
 # A file as it was: device, inode, size, and when anything of it last changed.
@@ -50,7 +53,7 @@ class Load(Protocol[M_co]):
 
 class Residency:
     """Lends the parts of ``overlay`` on ``device`` in ``dtype``. ``mode`` is ``auto`` or one of ``modes.MODES``;
-    ``stages`` names the transformers of both stages; ``reads`` is ``auto`` or one of ``modes.READS``.
+    ``stages`` names the transformers of both stages; ``reads`` is one of ``source_file.READS``.
 
     :meth:`prepare` makes the plan; without one a part is loaded when it is borrowed and dropped afterwards. Borrowed
     parts are for the block they are lent to. Not for several threads.
@@ -64,14 +67,14 @@ class Residency:
         mode: str = modes.AUTO,
         stages: tuple[str, str] = (BASE, BASE),
         reporter: Reporter | None = None,
-        reads: str = modes.AUTO,
+        reads: str = AUTO,
     ) -> None:
         self.overlay, self.device, self.dtype = overlay, device, dtype
         self.mode, self.stages, self.reads = mode, stages, reads
         self.reporter = reporter or SilentReporter()
         self.plan: Plan | None = None
         self.load_seconds = 0.0
-        self._past_cache = reads == modes.DIRECT
+        self._filler: CacheFiller | None = None
         self._refused = self._refusal_told = False
         self._model: Model | None = None
         self._reader: FileReader | None = None
@@ -99,8 +102,8 @@ class Residency:
         if self.plan is None or plan.setup != self.plan.setup:
             self.close()
             machine = machine_of(self.device)
-            if self.reads == modes.AUTO:
-                self._past_cache = modes.reads(plan, machine) == modes.DIRECT
+            if self.reads == AUTO:
+                self._filler = CacheFiller(self._files(), modes.cacheable(plan, machine))
             for line in (*report.lines(plan, machine), report.reading(plan, self.reads, machine)):
                 self.reporter.note(line)
             for line in report.table(plan):
@@ -168,6 +171,9 @@ class Residency:
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+        if self._filler is not None:
+            self._filler.close()
+            self._filler = None
 
     def advice(self) -> str:
         """The command to try after memory ran out."""
@@ -223,17 +229,18 @@ class Residency:
         With blocks in host memory only the rest is read, which cannot be hashed: the files must be the very ones that
         were, or all of it is read anew.
         """
-        weights = [record for record in records if record.path.endswith(".safetensors")]
+        weights = [record for record in records if record.path.endswith(WEIGHTS)]
         self.overlay.check(record for record in records if record not in weights)
         digests = {self.overlay.root / record.path: record.blake3 for record in weights}
         held, stamps = self._held.pop(folder, {}), _stamps(digests)
         if stamps != self._hashed.pop(folder, None):
             held = {}
         used = reader or self._new_reader()
+        alone = self._filler.waiting() if self._filler else contextlib.nullcontext()
         try:
             read = PlacingReader(placement, {} if held else digests, used, copies_to(self.device), stop, held)
             # On any thread, as where it is used: to a compiler weights made otherwise are another kind of weights.
-            with torch.inference_mode():
+            with alone, torch.inference_mode():
                 part = Offloaded(load(folder, self.device, self.dtype, read), read)
         finally:
             if reader is None:
@@ -278,7 +285,14 @@ class Residency:
         )
 
     def _new_reader(self) -> FileReader:
-        return FileReader(copies_to(self.device), past_cache=self._past_cache)
+        return FileReader(copies_to(self.device), reads=self.reads)
+
+    def _files(self) -> list[Path]:
+        """The weights of a run; last those of the text encoder, which a known prompt does not need."""
+        names = sorted(self._sizes().parts, key=lambda name: name == TEXT_ENCODER)
+        records = [record for name in self.stages for record in self.overlay.transformer_records(name)]
+        records += [record for name in names for record in self.overlay.records(name)]
+        return [self.overlay.root / record.path for record in records if record.path.endswith(WEIGHTS)]
 
     def _room_ahead(self) -> bool:
         """Whether a transformer may be loaded before its stage: to where it stays, or to the one place for the next."""

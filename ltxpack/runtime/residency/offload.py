@@ -82,7 +82,7 @@ class PlacingReader:
         else:
             tensors = self._on_card(rest, device, dtype)
         if self.placement.blocks == FILE:
-            self.stream = FileStream(self.copies, self.reader.past_cache)
+            self.stream = FileStream(self.copies, self.reader.reads)
         from_host: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
         for number, block in blocks.items():
             prefix = f"{self.placement.root}.{number}."

@@ -21,6 +21,7 @@ from ltxpack.runtime.load import Stored
 from ltxpack.runtime.planning.modes import SLOTS
 from ltxpack.runtime.planning.sizes import aligned
 from ltxpack.runtime.reading import Arrival, FileReader
+from ltxpack.runtime.source_file import CACHED
 
 Brought = Callable[[], Mark]
 """Waits until the copies to a slot are asked for, and gives the mark that they are done."""
@@ -79,10 +80,10 @@ class MemorySource:
 
 
 class FileStream:
-    """One thread that reads blocks from their file, for all blocks of a module; ``past_cache`` as for FileReader."""
+    """One thread that reads blocks from their file, for all blocks of a module; ``reads`` as for FileReader."""
 
-    def __init__(self, copies: Copies, past_cache: bool = False) -> None:
-        self._reader = FileReader(copies, past_cache=past_cache)
+    def __init__(self, copies: Copies, reads: str = CACHED) -> None:
+        self._reader = FileReader(copies, reads=reads)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-stream")
 
     def read(self, arrivals: Sequence[Arrival], after: Mark) -> Brought:
