@@ -10,7 +10,7 @@ import importlib
 import mmap
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from _gpu_bench import Bench
 from _gpu_models import installed
-from _measure import make_cold
+from _measure import make_cold, resident
 from _report import spread
 
-CACHED, DIRECT = "cached", "direct"
+AUTO, CACHED, DIRECT = "auto", "cached", "direct"
 # Through the system's page cache, or past it.
 READ = {CACHED: "read of the files, through the page cache", DIRECT: "read of the files, past the page cache"}
-OURS = {CACHED: "ours, --reads cached", DIRECT: "ours, --reads direct"}
+OURS = {AUTO: "ours", CACHED: "ours, --reads cached"}
+OURS_AGAIN = {AUTO: "ours", DIRECT: "ours, --reads direct"}
 COPY = "copy to the device"
 FLOORS = (*READ.values(), COPY)
 READS = 6
@@ -42,38 +43,63 @@ def loading(bench: Bench, overlay: Path, rounds: int, libraries: bool = True) ->
     The floor is the larger of the copy and the faster of the two reads.
     """
     shards = shards_of(overlay)
+    seconds = _in_turn(bench, ways(bench, overlay, OURS, libraries), rounds, lambda: make_cold(shards))
+    _tell(bench, "loading", "from a cold disk", shards, seconds)
+
+
+def loading_again(bench: Bench, overlay: Path, rounds: int) -> None:
+    """As :func:`loading`, with the files in the page cache, as a process finds them after another."""
+    shards = shards_of(overlay)
+
+    def warm() -> None:
+        for path in shards:
+            if resident(path) < 1:
+                _read_floor([path], direct=False)
+
+    seconds = _in_turn(bench, ways(bench, overlay, OURS_AGAIN, libraries=False), rounds, warm)
+    there = min(resident(path) for path in shards)
+    told = "files in the page cache" if there == 1 else f"{100 * there:.0f} % of the files in the page cache"
+    _tell(bench, "loading again", told, shards, seconds)
+
+
+def _in_turn(bench: Bench, found: dict[str, Way], rounds: int, before: Callable[[], object]) -> dict[str, list[float]]:
+    """The seconds of each way in each round, ``before`` done before each."""
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for turn in range(rounds):
+        for name, way in found.items():
+            before()
+            seconds[name].append(way())
+            bench.release()
+            bench.say(f"{turn + 1}/{rounds} {name}: {seconds[name][-1]:.2f} s")
+    return seconds
+
+
+def _tell(bench: Bench, key: str, how: str, shards: Sequence[Path], seconds: dict[str, list[float]]) -> None:
     size = sum(path.stat().st_size for path in shards)
+    rounds = len(seconds[COPY])
     table = bench.table(
-        f"Loading a transformer of {size / 1e9:.1f} GB, files out of the page cache",
+        f"Loading a transformer of {size / 1e9:.1f} GB, {how}",
         ("", "s", "GB/s", "to the floor"),
         f"Medians of {rounds} rounds, ratios within a round. The floor is the larger of the copy and the faster read. "
         "Ours compares every byte with the manifest (blake3); no other does.",
     )
-    seconds: dict[str, list[float]] = {}
-    for turn in range(rounds):
-        for name, way in ways(bench, overlay, libraries).items():
-            make_cold(shards)
-            seconds.setdefault(name, []).append(way())
-            bench.release()
-            bench.say(f"{turn + 1}/{rounds} {name}: {seconds[name][-1]:.2f} s")
     reads = (seconds[read] for read in READ.values())
     floors = [max(copy, min(read)) for copy, *read in zip(seconds[COPY], *reads, strict=True)]
     for name, found in seconds.items():
-        middle = bench.note(f"loading.{name}", spread(found).median)
-        ratios = [one / floor for one, floor in zip(found, floors, strict=True)]
-        ratio = spread(ratios)
-        bench.note(f"loading.{name} to the floor", ratio.median)
-        bench.found[f"loading.{name}.seconds"] = found
+        middle = bench.note(f"{key}.{name}", spread(found).median)
+        ratio = spread([one / floor for one, floor in zip(found, floors, strict=True)])
+        bench.note(f"{key}.{name} to the floor", ratio.median)
+        bench.found[f"{key}.{name}.seconds"] = found
         table.rows.append((name, f"{middle:.2f}", f"{size / middle / 1e9:.2f}", ratio.text()))
 
 
-def ways(bench: Bench, overlay: Path, libraries: bool = True) -> dict[str, Way]:
-    """By name; the floors first. ``libraries``: also those that are installed."""
+def ways(bench: Bench, overlay: Path, ours: Mapping[str, str] = OURS, libraries: bool = True) -> dict[str, Way]:
+    """By name; the floors first. ``ours``: the ways to read, and their names. ``libraries``: also those installed."""
     shards = shards_of(overlay)
     size = sum(path.stat().st_size for path in shards)
     found: dict[str, Way] = {name: partial(_read_floor, shards, how == DIRECT) for how, name in READ.items()}
     found[COPY] = partial(_copy_floor, bench, size)
-    found |= {name: partial(_ours, bench, overlay, how) for how, name in OURS.items()}
+    found |= {name: partial(_ours, bench, overlay, how) for how, name in ours.items()}
     for package, (name, tensors) in LIBRARIES.items():
         if libraries and installed(package):
             found[name] = partial(_library, bench, shards, tensors)

@@ -1,4 +1,5 @@
-"""How long a transformer takes from a cold disk to the device, against its floors and against loader libraries.
+"""How long a transformer takes from a cold disk to the device, against its floors and against loader libraries; and
+how long from the page cache.
 
     python benchmarks/loading.py [--blocks 8] [--rounds 7] [--device auto|cuda|cpu] [--scratch FOLDER]
                                  [--no-libraries] [--quick] [--results FOLDER]
@@ -26,7 +27,7 @@ import torch
 from _gpu_bench import Bench
 from _gpu_residency import make_overlay
 from _gpu_sizes import REAL, TINY
-from _loading import FLOORS, loading, shards_of, ways
+from _loading import FLOORS, loading, loading_again, shards_of, ways
 from _report import RESULTS, Table, machine, write_results
 
 # With these the C library keeps what is freed, pages and all, instead of giving it back to the system.
@@ -55,9 +56,10 @@ def main() -> None:
         overlay = make_overlay(bench, Path(folder))
         memory = [_memory(bench, overlay, libraries)] if wanted.device == "cpu" else []
         # The first time pages are made and libraries loaded.
-        for way in ways(bench, overlay, libraries).values():
+        for way in ways(bench, overlay, libraries=libraries).values():
             way()
         loading(bench, overlay, wanted.rounds, libraries)
+        loading_again(bench, overlay, wanted.rounds)
         tables = [*(growing.table() for growing in bench.tables), *memory]
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     text = "\n".join([f"# Loading\n\n{head}\n", *(table.markdown() for table in tables)])
@@ -94,7 +96,7 @@ def _memory(bench: Bench, overlay: Path, libraries: bool) -> Table:
     """What each way has in memory at its largest moment beside the weights themselves, in a process of its own."""
     size = sum(path.stat().st_size for path in shards_of(overlay))
     rows = []
-    for name in (name for name in ways(bench, overlay, libraries) if name not in FLOORS):
+    for name in (name for name in ways(bench, overlay, libraries=libraries) if name not in FLOORS):
         command = [sys.executable, __file__, "--once", name, str(overlay)]
         plain = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
         done = subprocess.run(command, env=plain, capture_output=True, text=True, check=True)

@@ -39,7 +39,9 @@ def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
             0 < one < 60 for one in found[f"loading.{way}.seconds"]
         )
         assert 0 < found[f"loading.{way}.memory beside the weights"] < 2e9
-    ours = _loading.OURS["direct"]
+    ours = _loading.OURS["auto"]
+    for way in _loading.OURS_AGAIN.values():
+        assert len(found[f"loading again.{way}.seconds"]) == 2
     reads = [found[f"loading.{read}.seconds"] for read in _loading.READ.values()]
     copies, mine = found[f"loading.{_loading.COPY}.seconds"], found[f"loading.{ours}.seconds"]
     ratios = [one / max(copy, min(read)) for one, copy, *read in zip(mine, copies, *reads, strict=True)]
