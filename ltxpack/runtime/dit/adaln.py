@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ltxpack.runtime.dit.linear import Linear
+
 SINUSOID_CHANNELS = 256
 
 
@@ -53,8 +55,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(SINUSOID_CHANNELS, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(SINUSOID_CHANNELS, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """Timesteps as the model counts them, [...] float32 or float64 -> [..., D] in ``dtype``."""
@@ -68,7 +70,7 @@ class AdaLayerNormSingle(nn.Module):
         super().__init__()
         self.rows = rows
         self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
-        self.linear = nn.Linear(dim, rows * dim)
+        self.linear = Linear(dim, rows * dim)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[B, K] -> rows [B, K, rows, D] and embedding [B, K, 1, D], both in ``dtype``."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltxpack.runtime.dit.kernels import DEFAULT, KERNELS, Kernel
+from ltxpack.runtime.dit.linear import Linear
 from ltxpack.runtime.dit.rope import Rotation, rotate
 
 
@@ -45,13 +46,13 @@ class Attention(nn.Module):
         super().__init__()
         inner = shape.heads * shape.head_dim
         self.heads = shape.heads
-        self.to_q = nn.Linear(shape.query_dim, inner, bias=bias)
-        self.to_k = nn.Linear(shape.context_dim, inner, bias=bias)
-        self.to_v = nn.Linear(shape.context_dim, inner, bias=bias)
+        self.to_q = Linear(shape.query_dim, inner, bias=bias)
+        self.to_k = Linear(shape.context_dim, inner, bias=bias)
+        self.to_v = Linear(shape.context_dim, inner, bias=bias)
         self.norm_q = nn.RMSNorm(inner, eps=eps)
         self.norm_k = nn.RMSNorm(inner, eps=eps)
-        self.to_gate_logits = nn.Linear(shape.query_dim, shape.heads)
-        self.to_out = nn.Sequential(nn.Linear(inner, shape.query_dim, bias=out_bias))
+        self.to_gate_logits = Linear(shape.query_dim, shape.heads)
+        self.to_out = nn.Sequential(Linear(inner, shape.query_dim, bias=out_bias))
         self.kernel: Kernel = KERNELS[DEFAULT]
         self.packed: Packed | None = None
         self._packed_names: tuple[str, ...] = ()
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             bias = None if parts[0].bias is None else _joined(parts, "bias")
         self.packed, self._packed_names = Packed(weight, bias), names
 
-    def _project(self, x: Tensor, *parts: nn.Linear) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, *parts: Linear) -> tuple[Tensor, ...]:
         if self.packed is None:
             return tuple(part(x) for part in parts)
         return F.linear(x, *self.packed).split([part.out_features for part in parts], dim=-1)
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         return self
 
 
-def _joined(parts: list[nn.Linear], attribute: str) -> Tensor:
+def _joined(parts: list[Linear], attribute: str) -> Tensor:
     """The parts' parameters one below the other; each parameter becomes a view of its rows."""
     given = [getattr(part, attribute) for part in parts]
     joined = torch.cat([parameter.detach() for parameter in given])
@@ -140,7 +141,7 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, *, bias: bool) -> None:
         super().__init__()
         # diffusers keeps a dropout between the two, hence the names net.0.proj and net.2.
-        self.net = nn.Sequential(_GeluProjection(dim, 4 * dim, bias), nn.Identity(), nn.Linear(4 * dim, dim, bias))
+        self.net = nn.Sequential(_GeluProjection(dim, 4 * dim, bias), nn.Identity(), Linear(4 * dim, dim, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -150,7 +151,7 @@ class FeedForward(nn.Module):
 class _GeluProjection(nn.Module):
     def __init__(self, dim: int, inner: int, bias: bool) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, inner, bias)
+        self.proj = Linear(dim, inner, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.proj(x), approximate="tanh")

@@ -20,6 +20,7 @@ from ltxpack.runtime.dit.attention import Attention
 from ltxpack.runtime.dit.block import PLAIN, Conditioning, Lane, Steps, TransformerBlock, table
 from ltxpack.runtime.dit.config import DiTConfig, StreamConfig
 from ltxpack.runtime.dit.kernels import KERNELS
+from ltxpack.runtime.dit.linear import Linear
 from ltxpack.runtime.dit.rope import RopeTables, Rotation, rotation
 
 HEAD_EPS = 1e-6
@@ -64,13 +65,13 @@ class Pass:
 class Ends(NamedTuple):
     """One modality's modules and tables outside the blocks."""
 
-    proj_in: nn.Linear
+    proj_in: Linear
     time_embed: AdaLayerNormSingle
     prompt_adaln: AdaLayerNormSingle
     cross: AdaLayerNormSingle
     cross_gate: AdaLayerNormSingle
     head_rows: Tensor
-    proj_out: nn.Linear
+    proj_out: Linear
 
 
 class DiT(nn.Module):
@@ -80,21 +81,21 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         video, audio = config.streams.video, config.streams.audio
-        self.proj_in = nn.Linear(video.in_channels, video.dim)
+        self.proj_in = Linear(video.in_channels, video.dim)
         self.time_embed = AdaLayerNormSingle(video.dim, 9)
         self.prompt_adaln = AdaLayerNormSingle(video.dim, 2)
         self.av_cross_attn_video_scale_shift = AdaLayerNormSingle(video.dim, 4)
         self.av_cross_attn_video_a2v_gate = AdaLayerNormSingle(video.dim, 1)
         self.scale_shift_table = table(2, video.dim)
-        self.proj_out = nn.Linear(video.dim, video.out_channels)
+        self.proj_out = Linear(video.dim, video.out_channels)
 
-        self.audio_proj_in = nn.Linear(audio.in_channels, audio.dim)
+        self.audio_proj_in = Linear(audio.in_channels, audio.dim)
         self.audio_time_embed = AdaLayerNormSingle(audio.dim, 9)
         self.audio_prompt_adaln = AdaLayerNormSingle(audio.dim, 2)
         self.av_cross_attn_audio_scale_shift = AdaLayerNormSingle(audio.dim, 4)
         self.av_cross_attn_audio_v2a_gate = AdaLayerNormSingle(audio.dim, 1)
         self.audio_scale_shift_table = table(2, audio.dim)
-        self.audio_proj_out = nn.Linear(audio.dim, audio.out_channels)
+        self.audio_proj_out = Linear(audio.dim, audio.out_channels)
 
         self.transformer_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
 
