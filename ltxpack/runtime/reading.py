@@ -23,11 +23,13 @@ from torch import Tensor
 from ltxpack.runtime.copies import Copies, HostMemory, Mark
 from ltxpack.runtime.source_file import ALIGN, CACHED, SourceFile, changed
 
-# Many small pieces keep the disk busy while those that came together are hashed one after the other.
-PIECE = 16 * 1024 * 1024
-IN_FLIGHT = 12
-# Buffers beyond the reads in flight: their bytes are on the way to the device.
-LANDING = 4
+PIECE = 8 * 1024 * 1024
+# Pieces read at once, and how many more are in line for the threads that read: a disk ends reads that it began together
+# at about the same time, and would wait while they are looked after.
+AT_ONCE, IN_LINE = 8, 16
+IN_FLIGHT = AT_ONCE + IN_LINE
+# Buffers beyond those of the pieces in flight: their bytes are on the way to the device.
+LANDING = 8
 
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -129,8 +131,8 @@ def no_stop() -> None:
 class FileReader:
     """Reads files piece by piece on threads; pieces are taken in the order of the file. For one thread at a time.
 
-    ``reads``: one of source_file.READS; past the page cache only where a filesystem allows it. ``piece`` bytes are
-    read at once, ``in_flight`` pieces at a time.
+    ``reads``: one of source_file.READS; past the page cache only where a filesystem allows it. A read is of ``piece``
+    bytes; ``in_flight`` pieces are being read or in line for that.
     """
 
     def __init__(self, copies: Copies, *, reads: str = CACHED, piece: int = PIECE, in_flight: int = IN_FLIGHT) -> None:
@@ -139,7 +141,7 @@ class FileReader:
         # Whether a filesystem would not read past its cache.
         self.refused = False
         self.piece, self.in_flight = piece, in_flight
-        self._threads = ThreadPoolExecutor(in_flight, thread_name_prefix="ltxpack-read")
+        self._threads = ThreadPoolExecutor(min(AT_ONCE, in_flight), thread_name_prefix="ltxpack-read")
         # One thread: pieces are hashed in their order, while the next ones are sent on.
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
         # Buffers, the mark after which each is free again, and the hashing that must be done; oldest first.
