@@ -23,13 +23,13 @@ from torch import Tensor
 from ltxpack.runtime.copies import Copies, HostMemory, Mark
 from ltxpack.runtime.source_file import ALIGN, CACHED, SourceFile, changed
 
-PIECE = 8 * 1024 * 1024
+PIECE = 16 * 1024 * 1024
 # Pieces read at once, and how many more are in line for the threads that read: a disk ends reads that it began together
 # at about the same time, and would wait while they are looked after.
-AT_ONCE, IN_LINE = 8, 16
+AT_ONCE, IN_LINE = 6, 6
 IN_FLIGHT = AT_ONCE + IN_LINE
 # Buffers beyond those of the pieces in flight: their bytes are on the way to the device.
-LANDING = 8
+LANDING = 4
 
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]

@@ -39,8 +39,8 @@ WASTEFUL = ((KEPT, LAYERS_FROM_FILE), (FILE, LAYERS))
 SLOTS = 2
 # What the process has in host memory before anything is loaded, and its buffers for reading.
 PROCESS = 1_500_000_000
-# Three readers (what is needed now, what is loaded ahead, blocks from a file) of 32 pinned pieces each.
-READ_BUFFERS = 3 * 32 * 8 * 1024 * 1024
+# Three readers (what is needed now, what is loaded ahead, blocks from a file) of sixteen pinned pieces each.
+READ_BUFFERS = 3 * 16 * 16 * 1024 * 1024
 # On the card, beyond what is counted: kernel workspaces and the allocator's gaps.
 SLACK, SLACK_SHARE = 300_000_000, 0.1
 # Host memory left alone by what lies there only because there is room: blocks between videos, files in the page cache,
