@@ -58,7 +58,7 @@ def loading_again(bench: Bench, overlay: Path, rounds: int) -> None:
 
     seconds = _in_turn(bench, ways(bench, overlay, OURS_AGAIN, libraries=False), rounds, warm)
     there = min(resident(path) for path in shards)
-    told = "files in the page cache" if there == 1 else f"{100 * there:.0f} % of the files in the page cache"
+    told = f"{100 * there:.0f} % of the files in the page cache"
     _tell(bench, "loading again", told, shards, seconds)
 
 
