@@ -115,7 +115,8 @@ def test_files_are_brought_there(path: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(other)
     make_cold([other])
-    with filling(path, tmp_path / "absent", link, other) as filler:
+    os.mkfifo(tmp_path / "pipe")
+    with filling(path, tmp_path / "absent", tmp_path / "pipe", link, other) as filler:
         let_go(filler)
     assert resident(path) == resident(other) == 1
 

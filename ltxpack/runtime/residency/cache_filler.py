@@ -62,7 +62,8 @@ class CacheFiller:
                 self._bring(path, memory)
 
     def _bring(self, path: Path, memory: memoryview) -> None:
-        file = os.open(path, os.O_RDONLY)
+        # A pipe in a file's place would wait for somebody to write.
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         cache = PageCache(file)
         try:
             size = os.fstat(file).st_size
