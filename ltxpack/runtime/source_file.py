@@ -79,7 +79,7 @@ class SourceFile:
         cache is read through it, and with AUTO what is there as a whole.
         """
         lead = start % ALIGN
-        if self._cache is not None and self._cache.holds(start, nbytes):
+        if nbytes and self._cache is not None and self._cache.holds(start, nbytes):
             self.scatter([memory[lead : lead + nbytes]], start)
             return
         first, needed = start - lead, lead + nbytes
