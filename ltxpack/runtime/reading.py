@@ -24,8 +24,9 @@ from ltxpack.runtime.copies import Copies, HostMemory, Mark
 from ltxpack.runtime.source_file import ALIGN, CACHED, SourceFile, changed
 
 PIECE = 16 * 1024 * 1024
-# Pieces read at once, and how many more are in line for the threads that read: a disk ends reads that it began together
-# at about the same time, and would wait while they are looked after.
+# Pieces read at once past the page cache, and how many more are in line for the threads that read: a disk ends reads
+# that it began together at about the same time, and would wait while they are looked after. Through the cache, where
+# the system reads ahead and threads copy, all are read at once.
 AT_ONCE, IN_LINE = 6, 6
 IN_FLIGHT = AT_ONCE + IN_LINE
 # Buffers beyond those of the pieces in flight: their bytes are on the way to the device.
@@ -141,7 +142,8 @@ class FileReader:
         # Whether a filesystem would not read past its cache.
         self.refused = False
         self.piece, self.in_flight = piece, in_flight
-        self._threads = ThreadPoolExecutor(min(AT_ONCE, in_flight), thread_name_prefix="ltxpack-read")
+        at_once = in_flight if reads == CACHED else min(AT_ONCE, in_flight)
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="ltxpack-read")
         # One thread: pieces are hashed in their order, while the next ones are sent on.
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
         # Buffers, the mark after which each is free again, and the hashing that must be done; oldest first.
