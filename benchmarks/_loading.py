@@ -37,17 +37,17 @@ HUGE_PAGE = 2 * 2**20
 Way = Callable[[], float]
 
 
-def loading(bench: Bench, overlay: Path, rounds: int, libraries: bool = True, pause: float = 0) -> None:
+def loading(bench: Bench, overlay: Path, rounds: int, libraries: bool = True) -> None:
     """Every way in turn, ``rounds`` times, from a cold disk; the ratio of each to the floor of its round.
 
-    The floor is the larger of the copy and the faster of the two reads. ``pause``: seconds before each.
+    The floor is the larger of the copy and the faster of the two reads.
     """
     shards = shards_of(overlay)
-    seconds = _in_turn(bench, ways(bench, overlay, OURS, libraries), rounds, lambda: make_cold(shards), pause)
+    seconds = _in_turn(bench, ways(bench, overlay, OURS, libraries), rounds, lambda: make_cold(shards))
     _tell(bench, "loading", "from a cold disk", shards, seconds)
 
 
-def loading_again(bench: Bench, overlay: Path, rounds: int, pause: float = 0) -> None:
+def loading_again(bench: Bench, overlay: Path, rounds: int) -> None:
     """As :func:`loading`, with the files in the page cache, as a process finds them after another."""
     shards = shards_of(overlay)
 
@@ -56,21 +56,18 @@ def loading_again(bench: Bench, overlay: Path, rounds: int, pause: float = 0) ->
             if resident(path) < 1:
                 _read_floor([path], direct=False)
 
-    seconds = _in_turn(bench, ways(bench, overlay, OURS_AGAIN, libraries=False), rounds, warm, pause)
+    seconds = _in_turn(bench, ways(bench, overlay, OURS_AGAIN, libraries=False), rounds, warm)
     there = min(resident(path) for path in shards)
     told = f"{100 * there:.0f} % of the files in the page cache"
     _tell(bench, "loading again", told, shards, seconds)
 
 
-def _in_turn(
-    bench: Bench, found: dict[str, Way], rounds: int, before: Callable[[], object], pause: float
-) -> dict[str, list[float]]:
+def _in_turn(bench: Bench, found: dict[str, Way], rounds: int, before: Callable[[], object]) -> dict[str, list[float]]:
     """The seconds of each way in each round, ``before`` done before each."""
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for turn in range(rounds):
         for name, way in found.items():
             before()
-            time.sleep(pause)
             seconds[name].append(way())
             bench.release()
             bench.say(f"{turn + 1}/{rounds} {name}: {seconds[name][-1]:.2f} s")

@@ -35,9 +35,6 @@ KEEP_PAGES = {
     "GLIBC_TUNABLES": f"glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={1 << 40}:glibc.malloc.top_pad={1 << 26}"
 }
 STATUS = Path("/proc/self/status")
-# A virtual machine may hand memory that was freed back to its host, some two seconds later and at a cost: before the
-# next way is timed, not meanwhile.
-PAUSE = 3.0
 
 
 def main() -> None:
@@ -61,9 +58,8 @@ def main() -> None:
         # The first time pages are made and libraries loaded.
         for way in ways(bench, overlay, libraries=libraries).values():
             way()
-        pause = 0 if wanted.quick else PAUSE
-        loading(bench, overlay, wanted.rounds, libraries, pause)
-        loading_again(bench, overlay, wanted.rounds, pause)
+        loading(bench, overlay, wanted.rounds, libraries)
+        loading_again(bench, overlay, wanted.rounds)
         tables = [*(growing.table() for growing in bench.tables), *memory]
     head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     text = "\n".join([f"# Loading\n\n{head}\n", *(table.markdown() for table in tables)])
