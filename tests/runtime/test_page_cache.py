@@ -18,10 +18,10 @@ from _measure import make_cold, resident
 
 from ltxpack.runtime import page_cache
 from ltxpack.runtime.page_cache import PAGE, PageCache
+from ltxpack.runtime.reading import PIECE
 from ltxpack.runtime.residency import cache_filler
 from ltxpack.runtime.residency.cache_filler import CacheFiller
 
-PIECE = cache_filler.PIECE
 SIZE = 4 * PIECE + 77
 
 
@@ -80,6 +80,7 @@ def test_an_empty_file(tmp_path: Path) -> None:
 def test_where_the_system_does_not_say(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read(path, 0, SIZE)
     with monkeypatch.context() as patch, cache_of(path) as cache:
+        assert cache.holds(0, PAGE)
         patch.setattr(page_cache._libc(), "mincore", lambda *_: -1)
         assert not cache.holds(0, PAGE)
     with monkeypatch.context() as patch:
@@ -170,9 +171,19 @@ def test_nothing_is_read_while_others_do(path: Path, monkeypatch: pytest.MonkeyP
     assert resident(path) == 1
 
 
-def test_it_ends_with_the_run(path: Path) -> None:
+def test_it_ends_with_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with filling(path):
         pass
-    with filling(path) as filler, filler.waiting():
-        pass
-    assert resident(path) < 0.5
+    assert resident(path) == 0, "nothing was loaded yet"
+    plain, steps = os.preadv, list[int]()
+
+    def preadv(fd: int, views: list[memoryview], start: int) -> int:
+        # The run ends in the middle of a piece: the piece is read to its end.
+        filler._closed = True
+        steps.append(start)
+        return plain(fd, views, start)
+
+    monkeypatch.setattr(cache_filler.os, "preadv", preadv)
+    with filling(path) as filler:
+        let_go(filler)
+    assert steps == list(range(0, PIECE, cache_filler.STEP))

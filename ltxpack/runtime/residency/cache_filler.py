@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ltxpack.runtime.page_cache import PageCache
+from ltxpack.runtime.reading import PIECE
 
-# What is asked of the cache, and brought to it if it is not there as a whole; what one read brings.
-PIECE = 16 * 1024 * 1024
+# What one read brings of a piece.
 STEP = 1024 * 1024
 
 
