@@ -24,6 +24,8 @@ from ltxpack.errors import AbsentError, FormatError, SourceError
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 # An index of 50,000 tensors is some 5 MB.
 MAX_INDEX_BYTES = 16 * 1024 * 1024
+# A tokenizer.json, parsed by another library; Gemma 3's has 33 MB.
+MAX_TOKENIZER_BYTES = 128 * 1024 * 1024
 MAX_NAME_LENGTH = 1024
 INT64_MAX = 2**63 - 1
 

@@ -14,12 +14,14 @@ from typing import Any
 from ltxpack.errors import FormatError, SourceError, UnsupportedError
 from ltxpack.materialize.access import Access, Located
 from ltxpack.materialize.sources import TEXT_ENCODER_REPO, TEXT_ENCODER_TYPE, TextEncoderFolder
+from ltxpack.tensorfile import MAX_TOKENIZER_BYTES
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-REQUIRED = (CONFIG, "tokenizer.json", "tokenizer_config.json", "processor_config.json")
+TOKENIZER = "tokenizer.json"
+REQUIRED = (CONFIG, TOKENIZER, "tokenizer_config.json", "processor_config.json")
 MODEL_FILES = (CONFIG, "generation_config.json")
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -30,7 +32,7 @@ TOKENIZER_FILES = (
 )
 # tokenizer.json holds a vocabulary, tens of megabytes of it, and nothing that names code.
 CHECKED_CONFIGS = tuple(
-    name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != "tokenizer.json"
+    name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER
 )
 
 _LAYER = re.compile(r"language_model\..*layers\.(\d+)\.")
@@ -59,6 +61,7 @@ def read_text_encoder(folder: TextEncoderFolder, access: Access) -> TextEncoder:
             next=f"--text-encoder {TEXT_ENCODER_REPO}",
         )
     _check_configs(folder, access)
+    _check_tokenizer(files[TOKENIZER])
     weights, index = _weights(folder, access)
     shapes = _shapes(weights, index, access)
     hidden_size, layers = _size(folder, shapes)
@@ -102,6 +105,15 @@ def _check_configs(folder: TextEncoderFolder, access: Access) -> None:
             "is not the text encoder of LTX-2.3", file=folder.files[CONFIG].label,
             expected=f"model_type {TEXT_ENCODER_TYPE}", found=f"model_type {kind}",
             next=f"--text-encoder {TEXT_ENCODER_REPO}",
+        )  # fmt: skip
+
+
+def _check_tokenizer(file: Located) -> None:
+    """What a run would refuse is told before it is fetched."""
+    if file.size > MAX_TOKENIZER_BYTES:
+        raise FormatError(
+            "is too large for a tokenizer", file=file.label, expected=f"at most {MAX_TOKENIZER_BYTES} bytes",
+            found=f"{file.size} bytes", next=f"--text-encoder {TEXT_ENCODER_REPO}",
         )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ltxpack.errors import OverlayError
 from ltxpack.runtime.av import AV
 from ltxpack.runtime.dit.rope import Rotation, rotate
 from ltxpack.runtime.load import Reader, Stored, check, load_component, read_headers, read_tensors, verify_command
+from ltxpack.tensorfile import MAX_TOKENIZER_BYTES
 
 TEXT_TOKENS = 1024
 
@@ -40,14 +41,19 @@ class HiddenStates:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of ``folder``'s tokenizer.json, as written there. Raises OverlayError without one."""
-    if not (folder / "tokenizer.json").is_file():
-        raise OverlayError("no such file", file=folder / "tokenizer.json", next=verify_command(folder))
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise OverlayError("no such file", file=path, next=verify_command(folder))
+    size = path.stat().st_size
+    if size > MAX_TOKENIZER_BYTES:
+        most = f"at most {MAX_TOKENIZER_BYTES} bytes"
+        raise OverlayError(
+            "too large for a tokenizer", file=path, expected=most, found=f"{size} bytes", next=verify_command(folder)
+        )
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        raise OverlayError(
-            "not a tokenizer", file=folder / "tokenizer.json", found=str(error), next=verify_command(folder)
-        ) from error
+        raise OverlayError("not a tokenizer", file=path, found=str(error), next=verify_command(folder)) from error
 
 
 def load_text_encoder(

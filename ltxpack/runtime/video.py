@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +85,11 @@ class Video:
 
 def check_tensors_path(path: Path) -> None:
     """Raises UsageError unless a file can be written at ``path``."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
         raise UsageError("cannot be written", file=path, expected="a file in a folder that exists", next="mkdir first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError("no permission to write there", file=folder, next="choose another --save-tensors")
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -76,6 +76,7 @@ RUN = ("run", "overlay", "--prompt", "x")
         (["--output", "video.txt"], ["video.txt"]),
         (["--output", "my films/a.txt"], ["choose -o 'my films/a.mp4'"]),
         (["--output", "a.mp4", "--save-tensors", "./a.mp4"], ["--save-tensors and -o are one file"]),
+        (["--save-tensors", "nowhere/t.safetensors"], ["nowhere/t.safetensors", "folder that exists"]),
     ],
 )
 def test_values_no_run_could_use_are_refused_before_loading(flags: list[str], words: list[str], tmp_path: Path) -> None:

@@ -293,6 +293,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
         "quantization_config",
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), SourceError, "tokenizer.json"),
+    "endless tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 2**40), FormatError, "too large for a tokenizer"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), SourceError, "processor_config.json"),
     "no shard": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), SourceError, "lacks shards"),
     "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), SourceError, "model.safetensors"),

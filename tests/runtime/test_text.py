@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,6 +239,13 @@ def test_a_prompt_too_long_is_cut_behind_its_bos(small: Path) -> None:
     assert mask[0].all()
     assert ids[1, -4:].tolist() == [0, 2, 6, 7]
     assert mask[1].sum() == 3
+
+
+def test_a_tokenizer_of_a_terabyte_is_not_opened(small: Path) -> None:
+    os.truncate(small / TOKENIZER / "tokenizer.json", 2**40)
+    with pytest.raises(OverlayError, match="too large for a tokenizer") as caught:
+        text.load_tokenizer(small / TOKENIZER)
+    assert caught.value.found == f"{2**40} bytes"
 
 
 class WithoutBos:
