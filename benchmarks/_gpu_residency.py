@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from _gpu_bench import Bench, Growing, gigabytes
 from _gpu_models import installed
 from _loading import loading
@@ -25,6 +27,8 @@ from ltxpack.reporter import SilentReporter
 
 NEEDED = ("blake3", "jsonschema", "safetensors", "diffusers", "transformers", "av", "PIL")
 ROUNDS = 2
+PINNED = 2**30
+LAUNCH_EVERY = 0.0005
 # What is compared with the plan: the phases in which a transformer is on the card.
 STAGES = ("stage 1", "stage 2")
 
@@ -39,7 +43,57 @@ def residency(bench: Bench) -> None:
         overlay = make_overlay(bench, Path(folder))
         loading(bench, overlay, ROUNDS)
         bench.release()
+        with bench.attempt("pinning"):
+            pinning(bench)
         modes(bench, overlay)
+
+
+def pinning(bench: Bench) -> None:
+    """What it costs to pin host memory and how long a launch waits meanwhile, in the runtime's stretches and whole."""
+    from ltxpack.runtime.residency.offload import STRETCH
+
+    table = bench.table(
+        "Pinning host memory",
+        ("at once", "pinned, GB/s", "given back, GB/s", "longest launch meanwhile, ms"),
+        f"{gigabytes(PINNED)} GB in memory of huge pages, on a thread; without a card nothing is pinned.",
+    )
+    for size in (STRETCH, PINNED):
+        name = f"{size >> 20} MiB"
+        found = dict(zip(("pin", "unpin", "longest launch"), _pinned(bench, size), strict=True))
+        for what, seconds in found.items():
+            bench.note(f"pinning.{name}.{what}", seconds)
+        rates = [f"{PINNED / found[what] / 1e9:.1f}" for what in ("pin", "unpin")]
+        table.rows.append((name, *rates, f"{found['longest launch'] * 1e3:.1f}"))
+
+
+def _pinned(bench: Bench, size: int) -> tuple[float, float, float]:
+    """Seconds to pin PINNED bytes in calls of ``size`` and to give them back, and of the longest launch meanwhile."""
+    from ltxpack.runtime.copies import HostMemory, copies_to
+
+    copies, counter = copies_to(bench.device), torch.zeros(1, device=bench.device)
+    memories = [HostMemory(size, copies) for _ in range(PINNED // size)]
+    for each in memories:
+        each.bytes.zero_()
+    del each
+    seconds, longest = _beside(lambda: [memory.pin() for memory in memories], lambda: counter.add_(1))
+    bench.clock.wait()
+    begin = time.perf_counter()
+    memories.clear()
+    return seconds, time.perf_counter() - begin, longest
+
+
+def _beside(work: Callable[[], object], launch: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that ``work`` takes on a thread, and the longest ``launch`` on this one meanwhile."""
+    begin, longest = time.perf_counter(), 0.0
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        while not done.done():
+            before = time.perf_counter()
+            launch()
+            longest = max(longest, time.perf_counter() - before)
+            time.sleep(LAUNCH_EVERY)
+        done.result()
+    return time.perf_counter() - begin, longest
 
 
 def make_overlay(bench: Bench, scratch: Path) -> Path:

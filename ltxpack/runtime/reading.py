@@ -49,13 +49,17 @@ class Place:
 class Arrival:
     """One tensor on its way into ``final``, a contiguous tensor; another dtype there is a cast on arrival.
 
-    ``on_host``: ``final`` is host memory, filled by the threads that read; else the queue of copies fills it.
+    ``on_host``: ``final`` is host memory, filled by the threads that read; else the queue of copies fills it. ``then``
+    is called when its last byte is there, or in that queue.
     """
 
-    __slots__ = ("_arriving", "_missing", "final", "on_host", "place")
+    __slots__ = ("_arriving", "_missing", "_then", "final", "on_host", "place")
 
-    def __init__(self, place: Place, final: Tensor, on_host: bool = False) -> None:
+    def __init__(
+        self, place: Place, final: Tensor, on_host: bool = False, then: Callable[[], object] | None = None
+    ) -> None:
         self.place, self.final, self.on_host = place, final, on_host
+        self._then = then
         self._missing = place.nbytes
         self._arriving: Tensor | None = None
 
@@ -73,6 +77,8 @@ class Arrival:
             if self._arriving is not self.final:
                 self.final.copy_(self._arriving)
             self._arriving = None
+            if self._then is not None:
+                self._then()
 
 
 @dataclass(frozen=True, slots=True)

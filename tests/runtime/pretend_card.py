@@ -146,7 +146,8 @@ class Card(FakeTensorMode):
     """``with card:`` is the time in which the card is there, for this thread.
 
     ``races``: what a real card may get wrong; ``waits``: where the host waited, as (what, where); ``uploads``: where it
-    copied from memory that is not pinned, which waits too; ``live`` and ``peak`` are bytes on the card, without gaps.
+    copied from memory that is not pinned, which waits too; ``live`` and ``peak`` are bytes on the card, without gaps;
+    ``pinned`` those of host memory that were ever pinned.
     """
 
     def __init__(self, card: int = 139 * GIB, count: int = 1) -> None:
@@ -162,6 +163,7 @@ class Card(FakeTensorMode):
         self.chosen: dict[int, Stream] = {}
         self.memories: dict[int, Memory] = {}
         self.pins: list[Pinned] = []
+        self.pinned = 0
         self.contexts: set[int] = set()
         self.asked: dict[str, int] = defaultdict(int)
         self._kinds: dict[Any, Kind] = {}
@@ -211,6 +213,7 @@ class Card(FakeTensorMode):
             if address < pin.start + pin.nbytes and pin.start < address + nbytes:
                 return 712  # cudaErrorHostMemoryAlreadyRegistered
         self.pins.append(Pinned(address, nbytes))
+        self.pinned += nbytes
         return 0
 
     def unregister(self, address: int) -> int:

@@ -41,7 +41,7 @@ from ltxpack.runtime.pipeline import Pipeline, Timings
 from ltxpack.runtime.planning import advice, machine, modes
 from ltxpack.runtime.planning.modes import Setup
 from ltxpack.runtime.request import Request
-from ltxpack.runtime.residency import keeper, slots
+from ltxpack.runtime.residency import keeper, offload, slots
 from ltxpack.runtime.run import write_video
 from ltxpack.runtime.source_file import ALIGN, READS, SourceFile
 
@@ -75,7 +75,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
 def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
     pretend_card.install(patch, card)
     patch.setattr(keeper, "Background", pretend_card.Ahead)
-    patch.setattr(slots, "ThreadPoolExecutor", pretend_card.AtOnce)
+    for module in (slots, offload):
+        patch.setattr(module, "ThreadPoolExecutor", pretend_card.AtOnce)
     patch.setattr(machine, "usable_host", lambda: 500 * GIB)
     patch.setattr(reading, "blake3", Unread)
 
@@ -229,14 +230,18 @@ def test_weights_wherever_they_lie(
     with opened(overlay, reporter=reporter, reads=reads) as make:
         request = with_prompts(make, Request.of("a boat", **SMALL))
         make._to_come = 2
+        pinned = []
         for _ in range(2):
             make.generate(request)
+            pinned.append(card.pinned)
         plan = make.residency.plan
         assert plan is not None and plan.setup == setup
     assert card.races == []
     assert not [where for where in card.uploads if "copies.py" in where], "weights came from memory that is not pinned"
     if setup.weights != modes.FILE:
         assert reporter.inside == []
+    if setup.weights in (modes.STAGED, modes.KEPT):
+        assert pinned[1] == pinned[0], "pinning holds up the card: what was pinned for a video serves the next one"
     assert card.live == 0 and card.pins == []
 
 

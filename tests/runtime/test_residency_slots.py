@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 
 from ltxpack.errors import OverlayError
 from ltxpack.runtime.av import AV
-from ltxpack.runtime.copies import Copies, HostCopies
+from ltxpack.runtime.copies import PAGE, Copies, HostCopies, HostMemory
 from ltxpack.runtime.dit import DiT, DiTConfig, Pass
 from ltxpack.runtime.load import load_module, read_headers
 from ltxpack.runtime.reading import FileReader
-from ltxpack.runtime.residency.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
+from ltxpack.runtime.residency import offload
+from ltxpack.runtime.residency.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader, SpareMemory
+from ltxpack.runtime.source_file import SourceFile
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -146,6 +149,79 @@ def test_held_blocks_serve_the_next_load(placement: Placement, queue: Callable[[
         assert len(wanted) == sum(block_of(name) not in left for name in read_headers(folder))
         held = part.held
         part.drop()
+
+
+class Pinning(HostCopies):
+    """Notes what is pinned, and by which thread; ``begun`` is set with the first."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.pinned: list[tuple[int, str]] = []
+        self.begun = threading.Event()
+
+    def pin(self, memory: Tensor) -> bool:
+        self.pinned.append((memory.nbytes, threading.current_thread().name))
+        self.begun.set()
+        return True
+
+
+def test_memory_is_pinned_in_stretches_while_the_next_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "STRETCH", 16 * PAGE)
+    copies, reader = Pinning(), FileReader(HostCopies(CPU), piece=1000, in_flight=2)
+    known = digests(folder)
+    read = PlacingReader(Placement(MEMORY), known, reader, copies)
+    scatter, waited, last = SourceFile.scatter, list[bool](), list(known)[-1]
+
+    def late(file: SourceFile, views: Sequence[memoryview], start: int) -> None:
+        """The last bytes of all come only when something was pinned."""
+        if file.path == last and start + sum(map(len, views)) == last.stat().st_size:
+            waited.append(copies.begun.wait(60))
+        scatter(file, views, start)
+
+    monkeypatch.setattr(SourceFile, "scatter", late)
+    with torch.inference_mode():
+        part = Offloaded(load_module(empty_dit(), folder, CPU, torch.float32, reader=read), read)
+    reader.close()
+    assert waited == [True]
+    largest = max(math.prod(entry.shape) * 4 for entry in read_headers(folder).values())
+    assert len(copies.pinned) > 3
+    assert {name.rpartition("_")[0] for _, name in copies.pinned} == {"ltxpack-pin"}
+    assert all(nbytes <= max(16 * PAGE, largest) + PAGE for nbytes, _ in copies.pinned)
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    with torch.inference_mode(), part.on_card() as dit:
+        assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+
+
+@queues
+def test_memory_that_weights_have_left_serves_the_next(
+    queue: Callable[[], Copies], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "STRETCH", 16 * PAGE)
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    spare, seen = SpareMemory(), []
+    for _ in range(3):
+        reader = FileReader(queue())
+        read = PlacingReader(Placement(MEMORY), digests(folder), reader, queue(), spare=spare)
+        with torch.inference_mode():
+            part = Offloaded(load_module(empty_dit(), folder, CPU, torch.float32, reader=read), read)
+        reader.close()
+        seen.append({source.memory.bytes.data_ptr() for source in read.memory})
+        with torch.inference_mode(), part.on_card() as dit:
+            assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+        part.drop()
+    assert len(seen[0]) > 3 and seen == seen[:1] * 3
+
+
+def test_spare_memory_of_another_size_goes() -> None:
+    spare, one, other = SpareMemory(), *(HostMemory(size, HostCopies(CPU)) for size in (PAGE, 2 * PAGE))
+    for memory in (one, other):
+        spare.give(memory)
+    assert spare.take(2 * PAGE) is other
+    assert spare.take(3 * PAGE) is None
+    assert spare.take(PAGE) is None, "there is not more than the weights need"
+    spare.give(one)
+    spare.clear()
+    assert spare.take(PAGE) is None
 
 
 class Noting(FileReader):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -27,7 +27,7 @@ from ltxpack.runtime.reading import FileReader, no_stop
 from ltxpack.runtime.residency.background import Background, Stop
 from ltxpack.runtime.residency.cache_filler import CacheFiller
 from ltxpack.runtime.residency.device import machine_of
-from ltxpack.runtime.residency.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
+from ltxpack.runtime.residency.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader, SpareMemory
 from ltxpack.runtime.residency.slots import MemorySource
 from ltxpack.runtime.source_file import AUTO
 
@@ -77,7 +77,9 @@ class Residency:
         self._filler: CacheFiller | None = None
         self._refused = self._refusal_told = False
         self._model: Model | None = None
-        self._reader: FileReader | None = None
+        # Readers that nobody uses: their buffers stay pinned for the next load.
+        self._idle: list[FileReader] = []
+        self._spare = SpareMemory()
         self._kept: dict[Path, Offloaded[Any]] = {}
         self._ahead: dict[Path, Background[Offloaded[Any]]] = {}
         self._lent: set[Path] = set()
@@ -163,14 +165,15 @@ class Residency:
         self._kept.clear()
         self._held.clear()
         self._hashed.clear()
+        self._spare.clear()
         self._give_back()
 
     def close(self) -> None:
         """Give back all memory; a later use loads anew."""
         self.release()
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        for reader in self._idle:
+            reader.close()
+        self._idle.clear()
         if self._filler is not None:
             self._filler.close()
             self._filler = None
@@ -200,9 +203,7 @@ class Residency:
         if folder in self._ahead:
             part: Offloaded[M] = self._ahead.pop(folder).result()
         else:
-            if self._reader is None:
-                self._reader = self._new_reader()
-            part = self._load(folder, records, load, self._placement(folder), no_stop, self._reader)
+            part = self._load(folder, records, load, self._placement(folder), no_stop)
         seconds = time.perf_counter() - begin
         self.load_seconds += seconds
         size = sum(record.size for record in records)
@@ -222,9 +223,8 @@ class Residency:
         load: Load[M],
         placement: Placement,
         stop: Stop,
-        reader: FileReader | None = None,
     ) -> Offloaded[M]:
-        """The part of ``folder``, hashed as it is read; a reader of its own without one given.
+        """The part of ``folder``, hashed as it is read.
 
         With blocks in host memory only the rest is read, which cannot be hashed: the files must be the very ones that
         were, or all of it is read anew.
@@ -235,17 +235,14 @@ class Residency:
         held, stamps = self._held.pop(folder, {}), _stamps(digests)
         if stamps != self._hashed.pop(folder, None):
             held = {}
-        used = reader or self._new_reader()
         alone = self._filler.waiting() if self._filler else contextlib.nullcontext()
-        try:
-            read = PlacingReader(placement, {} if held else digests, used, copies_to(self.device), stop, held)
+        with self._reader() as reader:
+            copies, known = copies_to(self.device), {} if held else digests
+            read = PlacingReader(placement, known, reader, copies, stop, held, self._spare)
             # On any thread, as where it is used: to a compiler weights made otherwise are another kind of weights.
             with alone, torch.inference_mode():
                 part = Offloaded(load(folder, self.device, self.dtype, read), read)
-        finally:
-            if reader is None:
-                used.close()
-        self._refused |= used.refused
+            self._refused |= reader.refused
         if placement.held:
             self._hashed[folder] = stamps
         return part
@@ -284,8 +281,17 @@ class Residency:
             keep=kept,
         )
 
-    def _new_reader(self) -> FileReader:
-        return FileReader(copies_to(self.device), reads=self.reads)
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[FileReader]:
+        """One for the block alone; from several threads."""
+        try:
+            reader = self._idle.pop()
+        except IndexError:
+            reader = FileReader(copies_to(self.device), reads=self.reads)
+        try:
+            yield reader
+        finally:
+            self._idle.append(reader)
 
     def _files(self) -> list[Path]:
         """The weights of a run; last those of the text encoder, which a known prompt does not need."""

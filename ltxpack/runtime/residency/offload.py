@@ -6,8 +6,12 @@ on the meta device in their place, so that work with a forgotten one fails at on
 
 from __future__ import annotations
 
+import math
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +22,16 @@ from torch import Tensor, nn
 
 from ltxpack.runtime.copies import Copies, HostMemory
 from ltxpack.runtime.load import Stored
+from ltxpack.runtime.planning.sizes import aligned
 from ltxpack.runtime.reading import Arrival, FileReader, no_stop
 from ltxpack.runtime.residency.slots import FileSource, FileStream, Layout, MemorySource, Slots, Source
 
 M = TypeVar("M", bound=nn.Module)
 CARD, MEMORY, FILE = "card", "memory", "file"
+# Weights in host memory, but for blocks, lie in stretches of at most so many bytes or of one tensor. While the driver
+# pins memory, some 0.1 s for each GB, nothing else of the process gets through to the card: so each stretch is pinned
+# by itself, while the next one is read.
+STRETCH = 256 * 1024 * 1024
 NOWHERE: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
 
 
@@ -44,13 +53,43 @@ class Placement:
     keep: bool = False
 
 
+class SpareMemory:
+    """Pinned host memory that weights have left for the card, for the next ones: pinning and unpinning it anew would
+    take longer than the copy does. From several threads.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[HostMemory] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> HostMemory | None:
+        """Memory of ``nbytes`` bytes, or None. Then what there is of other sizes goes, so that it does not add up."""
+        with self._lock:
+            found = next((memory for memory in self._free if memory.bytes.nbytes == nbytes), None)
+            if found is None:
+                self._free.clear()
+            else:
+                self._free.remove(found)
+            return found
+
+    def give(self, memory: HostMemory) -> None:
+        """Nobody reads ``memory`` any more."""
+        with self._lock:
+            self._free.append(memory)
+
+    def clear(self) -> None:
+        """Let all of it go."""
+        with self._lock:
+            self._free.clear()
+
+
 class PlacingReader:
     """A :class:`ltxpack.runtime.load.Reader` that reads each tensor to where ``placement`` has it, hashes compared.
 
     Afterwards ``memory`` is what lies in host memory outside the streamed blocks, ``sources`` the streamed blocks by
     number, ``held`` the blocks held by number, ``unpinned`` the bytes of host memory that the system would not pin.
     ``reader`` is used for this load alone, ``copies`` for as long as the module lives. ``held`` blocks of an earlier
-    load are not read again.
+    load are not read again. ``spare`` is where a module that is not kept takes memory from and leaves it to.
     """
 
     def __init__(
@@ -61,26 +100,34 @@ class PlacingReader:
         copies: Copies,
         stop: Callable[[], None] = no_stop,
         held: Mapping[int, MemorySource] | None = None,
+        spare: SpareMemory | None = None,
     ) -> None:
         self.placement, self.digests, self.reader, self.stop = placement, digests, reader, stop
         self.copies = copies
-        self.memory: MemorySource | None = None
+        self.spare = spare or SpareMemory()
+        self.memory: list[MemorySource] = []
         self.held = dict(held or {})
         self.sources: dict[int, Source] = {}
         self.stream: FileStream | None = None
         self.unpinned = 0
-        self._memories: list[HostMemory] = []
         self._arrivals: list[Arrival] = []
+        # How many tensors each memory still waits for.
+        self._awaited: Counter[HostMemory] = Counter()
+        self._pinning: ThreadPoolExecutor
 
     def __call__(
         self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
     ) -> Mapping[str, Tensor]:
         """The tensors by name; those of blocks that stay in their file are on the meta device."""
         rest, blocks = self._split(stored)
+        tensors: dict[str, Tensor] = {}
         if self.placement.rest == MEMORY:
-            self.memory, tensors = self._in_memory(rest, dtype)
+            for some in _stretches(rest, dtype):
+                stretch, views = self._in_memory(some, dtype, self.spare)
+                self.memory.append(stretch)
+                tensors.update(views)
         else:
-            tensors = self._on_card(rest, device, dtype)
+            tensors.update(self._on_card(rest, device, dtype))
         if self.placement.blocks == FILE:
             self.stream = FileStream(self.copies, self.reader.reads)
         from_host: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
@@ -95,10 +142,14 @@ class PlacingReader:
                 from_host.append((arriving, views))
                 views = arriving
             tensors.update({prefix + name: view for name, view in views.items()})
-        mark = self.reader.fill(self._arrivals, self.digests, stop=self.stop)
+        try:
+            with ThreadPoolExecutor(1, thread_name_prefix="ltxpack-pin") as self._pinning:
+                mark = self.reader.fill(self._arrivals, self.digests, stop=self.stop)
+        finally:
+            # They refer to this reader: after a failure memory would stay until the garbage collector comes by.
+            self._arrivals.clear()
         self.reader.copies.before_computing(mark)
-        self._arrivals.clear()
-        self.unpinned = sum(memory.bytes.nbytes for memory in self._memories if not memory.pin())
+        self.unpinned = sum(memory.bytes.nbytes for memory in self._awaited if not memory.pin())
         for arriving, views in from_host:
             self._bring(arriving, views)
         return tensors
@@ -125,14 +176,23 @@ class PlacingReader:
         return tensors
 
     def _in_memory(
-        self, stored: Mapping[str, Stored], dtype: torch.dtype | None
+        self, stored: Mapping[str, Stored], dtype: torch.dtype | None, spare: SpareMemory | None = None
     ) -> tuple[MemorySource, dict[str, Tensor]]:
         layout = Layout.of(stored, dtype)
-        memory = HostMemory(layout.nbytes, self.copies)
-        self._memories.append(memory)
+        memory = (spare and spare.take(layout.nbytes)) or HostMemory(layout.nbytes, self.copies)
         views = layout.views(memory.bytes)
-        self._arrivals += [Arrival(entry.place, views[name], on_host=True) for name, entry in stored.items()]
+        self._awaited[memory] = sum(entry.nbytes > 0 for entry in stored.values())
+        self._arrivals += [
+            Arrival(entry.place, views[name], on_host=True, then=lambda: self._one_less(memory))
+            for name, entry in stored.items()
+        ]
         return MemorySource(layout, memory, self.copies), views
+
+    def _one_less(self, memory: HostMemory) -> None:
+        """A tensor has arrived in ``memory``, which is pinned once it is full."""
+        self._awaited[memory] -= 1
+        if self._awaited[memory] == 0:
+            self._pinning.submit(memory.pin)
 
     def _block(
         self, number: int, stored: Mapping[str, Stored], dtype: torch.dtype | None
@@ -163,12 +223,12 @@ class Offloaded(Generic[M]):
         self.module = module
         self.placement = read.placement
         self.unpinned, self.held = read.unpinned, read.held
-        self._memory, self._stream = read.memory, read.stream
+        self._memory, self._spare, self._stream = read.memory, read.spare, read.stream
         self._copies = read.copies
         blocks = [module.get_submodule(f"{read.placement.root}.{number}") for number in read.sources]
         self._slots = Slots(blocks, list(read.sources.values()), self._copies)
         self._settled = False
-        if self._memory is not None:
+        if self._memory:
             module.to("meta")
 
     @contextmanager
@@ -178,7 +238,7 @@ class Offloaded(Generic[M]):
         Not for two at a time.
         """
         try:
-            if self._memory is not None:
+            if self._memory:
                 self._bring(self._memory)
             if settle is not None and not self._settled:
                 settle(self.module, bool(self._slots.blocks))
@@ -187,7 +247,7 @@ class Offloaded(Generic[M]):
             yield self.module
         finally:
             self._slots.close()
-            if self._memory is not None:
+            if self._memory:
                 self.module.to("meta")
 
     def drop(self) -> None:
@@ -201,16 +261,33 @@ class Offloaded(Generic[M]):
             module._parameters.clear()
             module._buffers.clear()
 
-    def _bring(self, source: MemorySource) -> None:
-        """Copy from host memory to the card; unless the module is kept, the memory is given back."""
-        views = source.layout.views(source.memory.bytes)
+    def _bring(self, sources: list[MemorySource]) -> None:
+        """Copy from host memory to the card; unless the module is kept, the memory is spare then."""
+        views = {name: view for source in sources for name, view in source.layout.views(source.memory.bytes).items()}
         arriving = _empty_like(views, self._copies.device)
         mark = self._copies.run(lambda: _copy_all(arriving, views), self._copies.now())
         if not self.placement.keep:
             self._copies.finish(mark)
-            self._memory = None
+            for source in sources:
+                self._spare.give(source.memory)
+            self._memory = []
         self._copies.before_computing(mark)
         self.module.load_state_dict(arriving, strict=False, assign=True)
+
+
+def _stretches(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> Iterator[dict[str, Stored]]:
+    """``stored`` in its order, in groups of at most STRETCH bytes or of one tensor."""
+    group: dict[str, Stored] = {}
+    held = 0
+    for name, entry in stored.items():
+        nbytes = aligned(math.prod(entry.shape) * entry.arriving_as(dtype).itemsize)
+        if group and held + nbytes > STRETCH:
+            yield group
+            group, held = {}, 0
+        group[name] = entry
+        held += nbytes
+    if group:
+        yield group
 
 
 def _empty_like(views: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
