@@ -16,6 +16,7 @@ from _gpu_sizes import Sizes
 from _report import Table
 
 from ltxpack.runtime.dit import DiT, DiTConfig, kernels
+from ltxpack.runtime.dit.tuning import heads_of
 
 GIGA = 1e9
 STAGES = (1, 2)
@@ -64,8 +65,7 @@ class Bench:
     @cached_property
     def heads(self) -> kernels.Heads:
         """Of the video's self-attention."""
-        video = self.config.streams.video
-        return kernels.Heads(video.heads, video.head_dim, self.device, self.dtype)
+        return heads_of(self.config, self.device, self.dtype)
 
     @cached_property
     def choice(self) -> kernels.Choice:
@@ -82,6 +82,11 @@ class Bench:
         dit = random_dit(self.sizes.transformer, self.device, self.dtype)
         dit.use_attention(self.choice.name)
         return dit
+
+    def drop_dit(self) -> None:
+        """Give its memory back; it is made anew when it is asked for."""
+        self.__dict__.pop("dit", None)
+        self.release()
 
     def inputs(self, stage: int) -> Inputs:
         """Of a forward of ``stage``; made anew, so that no section holds another's memory."""

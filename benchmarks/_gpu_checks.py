@@ -62,11 +62,13 @@ def _numbers(bench: Bench) -> None:
     expected = exact.passes(_passes(inputs))
     torch.backends.cuda.matmul.allow_tf32 = False
     for variant in variants(bench):
-        dit = _moved(exact, sizes.transformer, bench.device, variant)
-        if variant.compiled:
-            dit.compile_blocks(**bench.compiler)
-        found = dit.passes(_passes(_on(inputs, bench.device, variant.dtype)))
-        error = max(map(_distance, found, expected))
+        error = math.inf
+        with bench.attempt(str(variant)):
+            dit = _moved(exact, sizes.transformer, bench.device, variant)
+            if variant.compiled:
+                dit.compile_blocks(**bench.compiler)
+            found = dit.passes(_passes(_on(inputs, bench.device, variant.dtype)))
+            error = max(map(_distance, found, expected))
         right = error <= LIMITS[variant.dtype]
         if not right:
             bench.failures.append((str(variant), f"relative L2 {error:.1e}"))
@@ -99,9 +101,10 @@ def _waiting(bench: Bench) -> None:
                 for watched in (False, True):
                     _run_stage(dit, stage, watched)
                 told.append("never")
-            except RuntimeError as error:
-                told.append(str(error).splitlines()[0][:80])
-                bench.failures.append((f"stage {stage} waits for the device", told[-1]))
+            except Exception as error:
+                told.append((str(error).splitlines() or [type(error).__name__])[0][:80])
+                what = "waits for the device" if "synchroniz" in str(error) else "does not run"
+                bench.failures.append((f"stage {stage} {what}", told[-1]))
         table.rows.append((str(stage), *told))
 
 

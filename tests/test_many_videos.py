@@ -477,6 +477,24 @@ def test_prompts_that_cannot_be_encoded_fail_every_line(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_text_encoder_that_gives_nan_makes_no_black_video(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden_states = text.hidden_states
+
+    def broken(*arguments: Any) -> Any:
+        found = hidden_states(*arguments)
+        found[0].states[0, -1, 0, 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(text, "hidden_states", broken)
+    done = many(demo, written(tmp_path, *THREE))
+    assert "not finite" in refused(done, 1)
+    assert statuses(done) == {1: "failed", 2: "failed", 3: "failed"}
+    assert names(tmp_path) == ["prompts.jsonl"]
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_line_that_would_not_fit_fails_before_anything_is_loaded(
     demo: Path, tmp_path: Path, loads: list[str]
 ) -> None:

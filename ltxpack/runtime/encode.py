@@ -17,7 +17,7 @@ from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor
 from transformers import Gemma3TextModel, PreTrainedTokenizerFast
 
-from ltxpack.errors import LtxpackError
+from ltxpack.errors import DeviceError, LtxpackError
 from ltxpack.manifest import FileRecord
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import text
@@ -165,5 +165,13 @@ def _connect(hidden: text.HiddenStates, connectors: LTX2TextConnectors, reporter
     _, count, width, layers = states.shape
     padding = states.new_zeros(1, hidden.mask.shape[1] - count, width, layers)
     contexts = text.contexts(text.HiddenStates(torch.cat([padding, states], dim=1), hidden.mask), connectors)
+    found = contexts.map(Tensor.cpu)
+    if not all(part.isfinite().all() for part in (found.video, found.audio)):
+        raise DeviceError(
+            "the text encoder or the connectors give numbers that are not finite",
+            found=f"{connectors.device}, torch {torch.__version__}, transformers {transformers.__version__}",
+            expected="finite ones, as every sound overlay gives",
+            next="ltxpack verify OVERLAY; if that finds nothing, other versions of torch and transformers",
+        )
     reporter.advance()
-    return contexts.map(Tensor.cpu)
+    return found

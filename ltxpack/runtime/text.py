@@ -64,8 +64,11 @@ def load_text_encoder(
     ``dtype`` None keeps the stored one. Raises OverlayError or FormatError, before a tensor is read, if the files do
     not hold exactly the language model that config.json describes (vision tower and projector may be there).
     """
+    config = _gemma_config(folder).get_text_config()
+    # torch's own, whatever the file asks for: _what_sees_what is made for it.
+    config._attn_implementation = "sdpa"
     with _WeightsOnMeta():
-        model = Gemma3TextModel(_gemma_config(folder).get_text_config())
+        model = Gemma3TextModel(config)
     stored = {name.removeprefix(LANGUAGE_MODEL_ROOT): entry for name, entry in _language_model(folder).items()}
     check(model, stored, folder)
     model.load_state_dict((reader or read_tensors)(stored, device, dtype), strict=True, assign=True)
@@ -121,11 +124,25 @@ def hidden_states(
     """
     device = text_encoder.device
     ids, mask = (tensor.to(device) for tensor in tokenize(tokenizer, prompts))
-    output = text_encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    seen = _what_sees_what(mask, text_encoder.config.sliding_window)
+    output = text_encoder(input_ids=ids, attention_mask=seen, output_hidden_states=True, use_cache=False)
     return [
         HiddenStates(torch.stack([layer[row] for layer in output.hidden_states], dim=-1)[None], mask[row, None])
         for row in range(len(prompts))
     ]
+
+
+def _what_sees_what(mask: Tensor, window: int) -> dict[str, Tensor]:
+    """For each kind of Gemma's layers which token sees which, bool [B, 1, T, T]: those up to it that are no padding,
+    and itself; in sliding ones the last ``window`` of them.
+
+    ``mask`` [B, T], 1 = token. Without itself padding would see nothing, which some kernels make NaN of; and NaN gets
+    to the real tokens, however little they see of padding.
+    """
+    at = torch.arange(mask.shape[1], device=mask.device)
+    back = at[:, None] - at
+    seen = ((back >= 0) & mask[:, None].bool() | (back == 0))[:, None]
+    return {"full_attention": seen, "sliding_attention": seen & (back < window)}
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ from dit_parts import SMALL, built, random_streams, random_weights, with_timeste
 from support import relative_l2
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config
 from torch._inductor.runtime.runtime_utils import cache_dir
 
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.av import AV
 from ltxpack.runtime.dit import DiT, Pass, RopeTables, Stream, Tuning, tune
 from ltxpack.runtime.dit.rope import Rotation
-from ltxpack.runtime.dit.tuning import INDUCTOR_CACHE, keep_compiled
+from ltxpack.runtime.dit.tuning import COMPILERS, INDUCTOR_CACHE, keep_compiled
 
 STAGES = [AV(24, 9), AV(50, 14)]
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
@@ -115,6 +116,19 @@ def _bf16(stream: Stream) -> Stream:
     return replace(
         stream, latents=stream.latents.bfloat16(), context=stream.context.bfloat16(), rope=RopeTables(*turns)
     )
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, 4), ("9", 16)])
+def test_no_more_compilers_than_the_host_has_room_for(
+    asked: str | None, found: int, dit: DiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user says how many."""
+    monkeypatch.setenv(COMPILERS, asked or "")
+    if asked is None:
+        monkeypatch.delenv(COMPILERS)
+    with config.patch(compile_threads=16):
+        tune(dit, Tuning(compile=True), SilentReporter())
+        assert config.compile_threads == found
 
 
 @pytest.mark.parametrize("named", [None, "torchs own", "the user's"])

@@ -154,6 +154,45 @@ def test_where_none_of_them_runs_torch_chooses() -> None:
     assert (choice.name, choice.note) == ("sdpa", "attention: sdpa (no other runs here)")
 
 
+def test_a_kernel_that_fails_at_some_width_or_length_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = Heads(2, 16, CPU, torch.float32, others=(8,))
+
+    def narrow(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if query.shape[-1] < 16:
+            raise RuntimeError("too narrow")
+        return KERNELS["sdpa"](query, key, value)
+
+    def no_lone_key(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        found = KERNELS["sdpa"](query, key, value)
+        return torch.full_like(found, torch.nan) if key.shape[-2] == 1 else found
+
+    monkeypatch.setattr(kernels, "KERNELS", {**KERNELS, "narrow": narrow, "no lone key": no_lone_key})
+    choice = kernels.measured(heads, ("narrow", "no lone key", "math"), 64)
+    assert choice.name == "math"
+    assert choice.refused == {"narrow": "too narrow", "no lone key": "wrong by nan with 101 queries and 1 keys"}
+
+
+def test_cudnn_is_not_asked_for_a_single_query_or_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(kernels, "_cudnn_alone", lambda *operands: asked.append(1) or KERNELS["sdpa"](*operands))
+    for queries, keys, more in ((1, 5, 0), (5, 1, 0), (1, 1, 0), (2, 5, 1)):
+        operands = HEADS.random(queries, keys)
+        assert torch.equal(KERNELS["cudnn"](*operands), KERNELS["sdpa"](*operands))
+        assert len(asked) == more
+
+
+@pytest.mark.parametrize(("version", "best"), [(91500, "sdpa"), (91501, "cudnn")])
+def test_an_old_cudnn_is_taken_only_where_it_is_asked_for(
+    version: int, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    monkeypatch.setattr(kernels, "_cudnn_alone", KERNELS["sdpa"])
+    choice = kernels.measured(HEADS, ("cudnn",), 64)
+    assert choice.name == best
+    assert choice.refused == ({} if best == "cudnn" else {"cudnn": "cuDNN 91500 is older than 91501"})
+    assert kernels.choose(HEADS, "cudnn").name == "cudnn"
+
+
 def test_out_of_memory_while_measuring_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     def hungry(*arguments: object) -> float:
         raise torch.OutOfMemoryError("too much")

@@ -129,7 +129,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     assert {section["outcome"] for section in document["sections"]} == {"done"}
     titles = [table["title"] for table in document["tables"]]
     assert all(table["rows"] for table in document["tables"]), "no section left an empty table"
-    assert len(titles) == len(set(titles)) == 16
+    assert len(titles) == len(set(titles)) == 17
     found = document["found"]
     for stage in (1, 2):
         for key in ("ours.eager", "ours.compiled", "diffusers.eager", "diffusers.compiled", "ours.compiled packed"):
@@ -291,3 +291,21 @@ def test_the_clock() -> None:
     with at_most(5):
         pass
     time.sleep(0.01)
+
+
+def test_a_variant_that_fails_does_not_end_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    move, failed = _gpu_checks._moved, []
+
+    def once(*arguments: Any) -> DiT:
+        if not failed:
+            failed.append(arguments[-1])
+            raise TypeError("no such kernel")
+        return move(*arguments)
+
+    monkeypatch.setattr(_gpu_checks, "_moved", once)
+    bench = Bench(TINY, CPU, torch.float32, gpu.COMPILERS["none"], lambda line: None)
+    _gpu_checks.checks(bench)
+    rows = bench.tables[0].rows
+    assert [row[3] for row in rows] == ["WRONG"] + ["right"] * (len(rows) - 1)
+    assert len(rows) > 3 and len(bench.tables) == 2
+    assert all(name == str(failed[0]) for name, _ in bench.failures) and bench.failures

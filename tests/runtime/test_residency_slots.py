@@ -212,6 +212,24 @@ def test_memory_that_weights_have_left_serves_the_next(
     assert len(seen[0]) > 3 and seen == seen[:1] * 3
 
 
+@queues
+def test_weights_that_stay_together_are_few_allocations(
+    queue: Callable[[], Copies], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "STRETCH", 64 * PAGE)
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    counts = {}
+    for together in (False, True):
+        part = offloaded(folder, Placement(together=together), queue, torch.float32)
+        counts[together] = len({p.untyped_storage().data_ptr() for p in part.module.parameters()})
+        with torch.inference_mode(), part.on_card() as dit:
+            assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+        part.drop()
+    nbytes = sum(parameter.numel() * 4 for parameter in empty_dit().parameters())
+    assert counts[False] == len(read_headers(folder))
+    assert counts[True] < counts[False] / 4 and counts[True] <= 2 * nbytes / (64 * PAGE) + 1
+
+
 def test_spare_memory_of_another_size_goes() -> None:
     spare, one, other = SpareMemory(), *(HostMemory(size, HostCopies(CPU)) for size in (PAGE, 2 * PAGE))
     for memory in (one, other):

@@ -285,8 +285,48 @@ def test_hidden_states_are_embeddings_layers_and_the_normed_end(small: Path) -> 
     with torch.no_grad():
         last = model(input_ids=ids, attention_mask=mask).last_hidden_state
         scaled = model.embed_tokens.weight[ids] * GEMMA["hidden_size"] ** 0.5
-    assert relative_l2(hidden.states[..., -1], last) <= 1e-6
+    count = int(mask.sum())
+    assert relative_l2(hidden.states[:, -count:, :, -1], last[:, -count:]) <= 1e-6
     assert relative_l2(hidden.states[..., 0], scaled) <= 1e-6
+
+
+@pytest.mark.parametrize("window", [4, 4096])
+def test_padding_is_no_trouble_to_a_kernel_that_makes_nan_of_it(
+    small: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers has it padding sees no key, of which this kernel makes NaN, and so of all tokens behind."""
+    model, tokenizer = (
+        text.load_text_encoder(small / ENCODER, CPU, torch.float32),
+        text.load_tokenizer(small / TOKENIZER),
+    )
+    model.config.sliding_window = window
+    ids, mask = text.tokenize(tokenizer, ["a b c d e f g h"])
+    count, attend, nowhere = int(mask.sum()), torch.nn.functional.scaled_dot_product_attention, []
+
+    def strict(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more: Any) -> Tensor:
+        empty = ~attn_mask.any(-1)
+        nowhere.append(int(empty.sum()))
+        return torch.where(empty[..., None], torch.nan, attend(query, key, value, attn_mask=attn_mask, **more))
+
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", strict)
+        assert model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -count:].isnan().any()
+    assert any(nowhere)
+    nowhere.clear()
+    (found,) = text.hidden_states(["a b c d e f g h"], tokenizer, model)
+    assert nowhere and not any(nowhere)
+    assert found.states.isfinite().all()
+    assert torch.equal(found.states[0, -count:], torch.stack(expected, dim=-1)[0, -count:])
+
+
+def test_the_attention_is_torchs_whatever_the_file_asks_for(small: Path) -> None:
+    path = small / ENCODER / "config.json"
+    asked = {"model_type": "gemma3", "attn_implementation": "eager", "_attn_implementation": "eager"}
+    inner = {**GEMMA, "attn_implementation": "eager", "_attn_implementation": "eager"}
+    path.write_text(json.dumps({**asked, "text_config": inner}))
+    model = text.load_text_encoder(small / ENCODER, CPU, torch.float32)
+    assert {layer.self_attn.config._attn_implementation for layer in model.layers} == {"sdpa"}
 
 
 def test_a_prompt_does_not_depend_on_its_neighbour(small: Path) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -33,7 +34,11 @@ AGREEMENT = 2e-2
 MARGIN = 1.03
 # Long enough to fill a large card, short enough for any: 0.5 GB of operands at 32 heads of 128 in bf16.
 MEASURED_TOKENS = 16384
-PROBED_TOKENS = 200
+# Queries and keys: either may be fewer, and the sound of a single frame is one token.
+PROBED = ((200, 101), (101, 200), (101, 1), (1, 101), (1, 1))
+# From this version on cuDNN's attention is right where lengths are no multiples of 128 (pytorch 169849); torch takes an
+# older one only where it is told to.
+SOUND_CUDNN = 91501
 WARM_UPS, REPEATS = 2, 5
 
 
@@ -69,6 +74,16 @@ def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return found.transpose(1, 2)
 
 
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """cuDNN's, but for a single query or key, which torch does not give it."""
+    if query.shape[-2] == 1 or key.shape[-2] == 1:
+        return _any(query, key, value)
+    return _cudnn_alone(query, key, value)
+
+
+_cudnn_alone = _torch(SDPBackend.CUDNN_ATTENTION)
+
+
 def _any(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
@@ -76,7 +91,7 @@ def _any(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 # Name -> kernel, best first where several are as fast. "sdpa" leaves the choice to torch, at every call.
 KERNELS: Mapping[str, Kernel] = {
     "flash3": _flash3,
-    "cudnn": _torch(SDPBackend.CUDNN_ATTENTION),
+    "cudnn": _cudnn,
     "flash": _torch(SDPBackend.FLASH_ATTENTION),
     "efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
     "sdpa": _any,
@@ -88,12 +103,15 @@ MEASURED = ("flash3", "cudnn", "flash", "efficient")
 
 @dataclass(frozen=True)
 class Heads:
-    """What is attended with: number and width of the heads, where and in which dtype."""
+    """What is attended with: number and width of the heads, where and in which dtype; ``others`` are the widths of the
+    model's other heads, on which a kernel must run too.
+    """
 
     count: int
     width: int
     device: torch.device
     dtype: torch.dtype
+    others: tuple[int, ...] = ()
 
     def random(self, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v ``[1, heads, T, head_dim]`` of random numbers; never zeros, on which kernels run faster."""
@@ -151,7 +169,7 @@ def measured(heads: Heads, names: tuple[str, ...], tokens: int) -> Choice:
     refused, times = {}, {}
     for name in names:
         try:
-            why = fault(heads, name)
+            why = _doubt(name) or fault(heads, name)
             if why is None:
                 times[name] = milliseconds(heads, KERNELS[name], tokens)
         except torch.OutOfMemoryError:
@@ -162,12 +180,20 @@ def measured(heads: Heads, names: tuple[str, ...], tokens: int) -> Choice:
     return Choice(next((name for name, value in times.items() if value <= enough), DEFAULT), times, refused)
 
 
-@torch.inference_mode()
 def fault(heads: Heads, name: str) -> str | None:
-    """Why the kernel cannot be used here, or None: it is run on keys of another number than queries, and compared."""
+    """Why the kernel cannot be used here, or None: it is run on a few lengths at each width, and compared."""
     if name == "flash3" and importlib.util.find_spec(FLASH3_PACKAGE) is None:
         return f"no package {FLASH3_PACKAGE}"
-    query, key, value = heads.random(PROBED_TOKENS, PROBED_TOKENS // 2 + 1)
+    for width, (queries, keys) in itertools.product((heads.width, *heads.others), PROBED):
+        found = _fault_at(replace(heads, width=width), name, queries, keys)
+        if found is not None:
+            return found
+    return None
+
+
+@torch.inference_mode()
+def _fault_at(heads: Heads, name: str, queries: int, keys: int) -> str | None:
+    query, key, value = heads.random(queries, keys)
     try:
         found = KERNELS[name](query, key, value).double()
     except (RuntimeError, ImportError, TypeError, AttributeError) as error:
@@ -175,7 +201,15 @@ def fault(heads: Heads, name: str) -> str | None:
     scores = query.double() @ key.double().mT / heads.width**0.5
     expected = scores.softmax(-1) @ value.double()
     error_found = ((found - expected).norm() / expected.norm()).item()
-    return None if error_found <= AGREEMENT else f"wrong by {error_found:.1e}"
+    # Written so that what is no number is wrong too.
+    return None if error_found <= AGREEMENT else f"wrong by {error_found:.1e} with {queries} queries and {keys} keys"
+
+
+def _doubt(name: str) -> str | None:
+    """Why a kernel that may run here is not taken unless it is asked for, or None."""
+    version: Callable[[], int | None] = torch.backends.cudnn.version
+    found = version() if name == "cudnn" else None
+    return None if found is None or found >= SOUND_CUDNN else f"cuDNN {found} is older than {SOUND_CUDNN}"
 
 
 @torch.inference_mode()

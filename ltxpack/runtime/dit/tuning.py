@@ -19,6 +19,9 @@ from ltxpack.runtime.dit.model import DiT
 
 # Inductor looks here for compiled kernels of earlier processes; Triton's own lie in a folder below.
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# How many processes inductor compiles in; by default as many as there are cores.
+COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
+MOST_COMPILERS = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def tune(dit: DiT, tuning: Tuning, reporter: Reporter) -> kernels.Choice:
     if tuning.compile:
         if tuning.cache is not None:
             keep_compiled(tuning.cache)
+        _few_compilers()
         dit.compile_blocks()
     return choice
 
@@ -63,8 +67,9 @@ def attention_heads(dit: DiT) -> kernels.Heads:
 
 def heads_of(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> kernels.Heads:
     """Those of a DiT that is not loaded yet: so the choice needs no memory that its weights have taken."""
-    video = config.streams.video
-    return kernels.Heads(video.heads, video.head_dim, device, dtype)
+    video, audio = config.streams.video, config.streams.audio
+    others = () if audio.head_dim == video.head_dim else (audio.head_dim,)
+    return kernels.Heads(video.heads, video.head_dim, device, dtype, others)
 
 
 def keep_compiled(folder: Path) -> Path:
@@ -78,6 +83,16 @@ def keep_compiled(folder: Path) -> Path:
     found.mkdir(parents=True, exist_ok=True)
     os.environ[INDUCTOR_CACHE] = str(found)
     return found
+
+
+def _few_compilers() -> None:
+    """Of the processes that compile, each with a torch of its own, no more than serve three functions: the host's
+    memory is planned without them. What the user has set stays.
+    """
+    if COMPILERS not in os.environ:
+        from torch._inductor import config
+
+        config.compile_threads = min(config.compile_threads or MOST_COMPILERS, MOST_COMPILERS)
 
 
 def _is_torchs_own(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -251,9 +252,12 @@ class Residency:
         """Where the part of ``folder`` goes by the plan."""
         setup = self.plan.setup if self.plan else UNPLANNED
         if folder == self.overlay.folder(TEXT_ENCODER):
-            return self._of_text(setup)
-        if not self._is_transformer(folder):
-            return Placement(keep=setup.keep_parts)
+            return replace(self._of_text(setup), together=True)
+        if self._is_transformer(folder):
+            return replace(self._of_transformer(setup, folder, ahead), together=True)
+        return Placement(keep=setup.keep_parts)
+
+    def _of_transformer(self, setup: Setup, folder: Path, ahead: bool) -> Placement:
         if setup.mode == modes.STREAM:
             return self._of_stream(setup, folder)
         if setup.mode == modes.RESIDENT:

@@ -28,9 +28,10 @@ from ltxpack.runtime.residency.slots import FileSource, FileStream, Layout, Memo
 
 M = TypeVar("M", bound=nn.Module)
 CARD, MEMORY, FILE = "card", "memory", "file"
-# Weights in host memory, but for blocks, lie in stretches of at most so many bytes or of one tensor. While the driver
-# pins memory, some 0.1 s for each GB, nothing else of the process gets through to the card: so each stretch is pinned
-# by itself, while the next one is read.
+# Weights outside the blocks lie in stretches of at most so many bytes or of one tensor. On the card because asking the
+# driver for memory some thousand times takes longer than copying. In host memory because while the driver pins, some
+# 0.1 s for each GB, nothing else of the process gets through to the card: each is pinned by itself, while the next one
+# is read.
 STRETCH = 256 * 1024 * 1024
 NOWHERE: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
 
@@ -42,7 +43,8 @@ class Placement:
     ``root`` names the list of blocks, ``streamed`` their numbers. ``rest`` is where all else goes, ``blocks`` where
     the streamed ones are: MEMORY or FILE. ``held``: the blocks, streamed or not, that lie in host memory in any case
     and can be had from there when the module is loaded again. ``keep``: whether all of it is held when its work is
-    done.
+    done. ``together``: its weights share memory on the card too, which is given back when the last of it is dropped;
+    not for modules that put others in the place of some.
     """
 
     rest: str = CARD
@@ -51,6 +53,7 @@ class Placement:
     streamed: frozenset[int] = frozenset()
     held: frozenset[int] = frozenset()
     keep: bool = False
+    together: bool = False
 
 
 class SpareMemory:
@@ -130,7 +133,7 @@ class PlacingReader:
             tensors.update(self._on_card(rest, device, dtype))
         if self.placement.blocks == FILE:
             self.stream = FileStream(self.copies, self.reader.reads)
-        from_host: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        from_host: list[tuple[Tensor, MemorySource]] = []
         for number, block in blocks.items():
             prefix = f"{self.placement.root}.{number}."
             own = {name.removeprefix(prefix): entry for name, entry in block.items()}
@@ -138,9 +141,9 @@ class PlacingReader:
             if number in self.placement.streamed:
                 self.sources[number] = source
             else:
-                arriving = _empty_like(views, device)
-                from_host.append((arriving, views))
-                views = arriving
+                target = _bytes_on(device, source.layout)
+                from_host.append((target, self.held[number]))
+                views = source.layout.views(target)
             tensors.update({prefix + name: view for name, view in views.items()})
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="ltxpack-pin") as self._pinning:
@@ -150,8 +153,11 @@ class PlacingReader:
             self._arrivals.clear()
         self.reader.copies.before_computing(mark)
         self.unpinned = sum(memory.bytes.nbytes for memory in self._awaited if not memory.pin())
-        for arriving, views in from_host:
-            self._bring(arriving, views)
+        for target, held in from_host:
+            # The host waits, as nobody else keeps the memory yet.
+            mark = held.bring(target, self.copies.now())()
+            self.copies.finish(mark)
+            self.copies.before_computing(mark)
         return tensors
 
     def _split(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[int, dict[str, Stored]]]:
@@ -169,10 +175,12 @@ class PlacingReader:
     def _on_card(
         self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
-        tensors = {}
-        for name, entry in stored.items():
-            tensors[name] = torch.empty(entry.shape, dtype=entry.arriving_as(dtype), device=device)
-            self._arrivals.append(Arrival(entry.place, tensors[name]))
+        tensors: dict[str, Tensor] = {}
+        alone = ({name: entry} for name, entry in stored.items())
+        for some in _stretches(stored, dtype) if self.placement.together else alone:
+            layout = Layout.of(some, dtype)
+            tensors.update(layout.views(_bytes_on(device, layout)))
+        self._arrivals += [Arrival(entry.place, tensors[name]) for name, entry in stored.items()]
         return tensors
 
     def _in_memory(
@@ -208,12 +216,6 @@ class PlacingReader:
             return source, views
         layout = Layout.of(stored, dtype)
         return FileSource(layout, stored, self.stream), layout.views(torch.empty(layout.nbytes, **NOWHERE))
-
-    def _bring(self, arriving: Mapping[str, Tensor], views: Mapping[str, Tensor]) -> None:
-        """Copy a held block that is not streamed to the card; the host waits, as nobody else keeps its memory yet."""
-        mark = self.copies.run(lambda: _copy_all(arriving, views), self.copies.now())
-        self.copies.finish(mark)
-        self.copies.before_computing(mark)
 
 
 class Offloaded(Generic[M]):
@@ -263,9 +265,12 @@ class Offloaded(Generic[M]):
 
     def _bring(self, sources: list[MemorySource]) -> None:
         """Copy from host memory to the card; unless the module is kept, the memory is spare then."""
-        views = {name: view for source in sources for name, view in source.layout.views(source.memory.bytes).items()}
-        arriving = _empty_like(views, self._copies.device)
-        mark = self._copies.run(lambda: _copy_all(arriving, views), self._copies.now())
+        targets = [_bytes_on(self._copies.device, source.layout) for source in sources]
+        now, mark = self._copies.now(), None
+        arriving: dict[str, Tensor] = {}
+        for source, target in zip(sources, targets, strict=True):
+            mark = source.bring(target, now)()
+            arriving.update(source.layout.views(target))
         if not self.placement.keep:
             self._copies.finish(mark)
             for source in sources:
@@ -290,10 +295,5 @@ def _stretches(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> Itera
         yield group
 
 
-def _empty_like(views: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: torch.empty_like(view, device=device) for name, view in views.items()}
-
-
-def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(sources[name], non_blocking=True)
+def _bytes_on(device: torch.device, layout: Layout) -> Tensor:
+    return torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
