@@ -84,7 +84,7 @@ class UsageError(LtxpackError):
     """Wrong arguments."""
 
     exit_status = 2
-    fallback = "ltxpack COMMAND --help"
+    fallback = "the same command with --help says what it takes"
 
 
 class BadLinesError(UsageError):

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ltxpack import bounded_json
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, quoted
 
 if TYPE_CHECKING:
     import jsonschema
@@ -154,22 +155,28 @@ def is_overlay(folder: Path) -> bool:
 def read_manifest(overlay: Path) -> Manifest:
     """The validated manifest of ``overlay``. Raises OverlayError naming the fault."""
     path = overlay / MANIFEST_NAME
-    remake = f"ltxpack materialize SOURCE {overlay}"
-    if not path.is_file():
-        raise OverlayError("is not an overlay", file=overlay, expected=f"a folder with {MANIFEST_NAME}", next=remake)
+    remake = f"ltxpack materialize SOURCE {quoted(overlay)}"
     try:
-        size = path.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise OverlayError("too large", file=path, expected=f"at most {MAX_MANIFEST_BYTES} bytes", found=size)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError
+        if status.st_size > MAX_MANIFEST_BYTES:
+            most = f"at most {MAX_MANIFEST_BYTES} bytes"
+            raise OverlayError("too large", file=path, expected=most, found=status.st_size, next=f"{remake} --force")
         data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        expected = f"a folder with {MANIFEST_NAME}"
+        raise OverlayError("is not an overlay", file=overlay, expected=expected, next=remake) from None
     except OSError as error:
-        raise OverlayError(f"cannot be read: {error}", file=path, next=remake) from None
+        # The folder too: it may be what keeps the file from being read.
+        look = f"ls -ld {quoted(overlay)} {quoted(path)}"
+        raise OverlayError(f"cannot be read: {error.strerror or error}", file=path, next=look) from None
     return parse_manifest(data, path)
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
     """Manifest from JSON; ``path`` is only named in errors. Raises OverlayError."""
-    remake = f"ltxpack materialize SOURCE {path.parent} --force"
+    remake = f"ltxpack materialize SOURCE {quoted(path.parent)} --force"
     try:
         document = bounded_json.parse(data, LIMITS)
     except bounded_json.JsonFault as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from ltxpack.errors import OverlayError
 from ltxpack.manifest import (
     MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
     Bake,
     BakedLora,
     Component,
@@ -77,6 +80,48 @@ def test_there_and_back(tmp_path: Path) -> None:
 def test_a_folder_without_one_is_no_overlay(tmp_path: Path) -> None:
     with pytest.raises(OverlayError, match="is not an overlay"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["stat", "read_bytes"])
+def test_a_manifest_that_may_not_be_read_is_no_broken_one(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overlay = tmp_path / "my overlay"
+    overlay.mkdir()
+    path = overlay / MANIFEST_NAME
+    path.write_bytes(manifest().dump())
+    real = getattr(Path, method)
+
+    def refuse(self: Path, **options: Any) -> Any:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(OverlayError) as caught:
+        read_manifest(overlay)
+    assert str(caught.value) == f"{path}: cannot be read: Permission denied\n  next: ls -ld '{overlay}' '{path}'"
+
+
+def test_a_missing_or_broken_manifest_is_made_anew_by_a_command_that_can_be_typed(tmp_path: Path) -> None:
+    overlay = tmp_path / "my overlay"
+    path = overlay / MANIFEST_NAME
+    remake = ["ltxpack", "materialize", "SOURCE", str(overlay)]
+
+    def command() -> list[str]:
+        with pytest.raises(OverlayError) as caught:
+            read_manifest(overlay)
+        return shlex.split(caught.value.next)
+
+    assert command() == remake
+    path.mkdir(parents=True)
+    assert command() == remake
+    path.rmdir()
+    for text in ("{", json.dumps({**document(), "format": 2}), "{}"):
+        path.write_text(text)
+        assert command() == [*remake, "--force"]
+    os.truncate(path, MAX_MANIFEST_BYTES + 1)
+    assert command() == [*remake, "--force"]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from support import Done, ltxpack, refused
 from ltxpack.cli.run import run
 from ltxpack.errors import LtxpackError
 from ltxpack.manifest import load_schema
+from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import batch, codecs, media, text
 from ltxpack.runtime import run as runs
 from ltxpack.runtime.pipeline import Pipeline
@@ -474,6 +475,20 @@ def test_prompts_that_cannot_be_encoded_fail_every_line(
     assert refused(done, 1).count("ran out of memory") >= 3
     assert statuses(done) == {1: "failed", 2: "failed", 3: "failed"}
     assert names(tmp_path) == ["prompts.jsonl"]
+
+
+def test_what_would_be_written_into_an_overlay_is_told(demo: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Warned(SilentReporter):
+        def warn(self, message: str) -> None:
+            told.append(message)
+
+    runs.tell_inside([tmp_path / "a.mp4"], Warned())
+    assert told == []
+    overlay = (demo / "overlay").resolve()
+    runs.tell_inside([overlay / "a.mp4", overlay / "bakes" / "b.mp4", overlay / "c.mp4"], Warned())
+    assert len(told) == 2 and all(f"lies in the overlay {overlay}" in message for message in told)
 
 
 @pytest.mark.usefixtures("quick")

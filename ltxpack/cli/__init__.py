@@ -58,7 +58,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        say_error(f"{error.filename or 'the system'}: {error.strerror or error}")
+        say_error(
+            f"{error.filename or 'the output'}: {error.strerror or error}\n"
+            "  next: free that place or choose another, then run the same command again"
+        )
         status = 1
     except MemoryError:
         say_error("the machine has too little free memory for this\n  next: close other programs and run it again")
@@ -68,5 +71,6 @@ def main() -> None:
 
 def _what_again(arguments: Sequence[str]) -> str:
     """What becomes of an interrupted command that is typed again."""
-    resumes = arguments[:1] in (["materialize"], ["bake-lora"]) or "--prompts" in arguments
+    many = any(argument.partition("=")[0] == "--prompts" for argument in arguments)
+    resumes = many or arguments[:1] in (["materialize"], ["bake-lora"])
     return "goes on from where it stopped" if resumes else "begins anew"

@@ -46,7 +46,12 @@ def verify(
         click.echo(_line(fault.path, fault.problem, fault.expected, fault.found))
     if faults:
         click.echo(f"{overlay}: {len(faults)} fault(s)")
-        if not repair:
+        from ltxpack.repack.verify import NOT_OURS
+
+        foreign = [fault for fault in faults if fault.problem == NOT_OURS]
+        if foreign:
+            click.echo("  next: move what is not in the manifest out of the overlay, or delete it")
+        if not repair and len(foreign) < len(faults):
             click.echo(f"  next: ltxpack verify {quoted(overlay)} --repair")
         return 1
     click.echo(f"{overlay}: every file as written")

@@ -15,7 +15,7 @@ from pathlib import Path
 from ltxpack.errors import AdapterError, SourceError
 from ltxpack.lora_bake import settings as peft
 from ltxpack.lora_bake.naming import LoraKey, Match, ModuleNames, belongs_elsewhere, parse_key
-from ltxpack.lora_bake.settings import Settings
+from ltxpack.lora_bake.settings import MAX_ALPHA, Settings
 from ltxpack.tensorfile import TensorFile, TensorInfo, read_tensorfile
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -255,7 +255,8 @@ class _Alphas:
             return configured, self.stated.factor(configured, rank)
         alpha = _scalar(info, self.read) if math.prod(info.shape) == 1 else None
         if alpha is None:
-            faults.add("unreadable alpha", f"{info.name} is {info.dtype} {list(info.shape)}, not one finite number")
+            wanted = f"not one number of at most {MAX_ALPHA:g}"
+            faults.add("unreadable alpha", f"{info.name} is {info.dtype} {list(info.shape)}, {wanted}")
             return None, 1.0
         if configured is not None and configured != alpha:
             faults.add("ambiguous alpha", f"{info.name} is {alpha:g}, the configuration says {configured:g}")
@@ -274,7 +275,7 @@ def _scalar(info: TensorInfo, read: Callable[[TensorInfo], bytes]) -> float | No
         value = struct.unpack(_SCALARS[info.dtype], read(info))[0]
     else:
         return None
-    return float(value) if math.isfinite(value) else None
+    return float(value) if abs(value) <= MAX_ALPHA else None
 
 
 def _judge(group: _Group, shapes: Mapping[str, tuple[int, ...]], alphas: _Alphas, faults: _Faults) -> Iterable[Target]:

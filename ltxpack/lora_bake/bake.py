@@ -147,7 +147,7 @@ def _fitted(found: Found, base: BaseTransformer, options: BakeOptions, manifest:
     if found.own:
         return _Lora(found.name, adapter, found.own.file.blake3)
     digest = hash_adapter(adapter.path, adapter.config) if found.path else UNKNOWN_HASH
-    return _Lora(_name(found, manifest, digest), adapter, digest)
+    return _Lora(_name(found, manifest, digest, options), adapter, digest)
 
 
 def _scanned(
@@ -162,13 +162,26 @@ def _scanned(
     digest = scan(adapter, reporter)
     if found.own and digest != found.own.file.blake3:
         raise changed(options.overlay, found.own.file, f"blake3 {found.own.file.blake3}", f"blake3 {digest}")
-    return _Lora(_name(found, manifest, digest), adapter, digest)
+    return _Lora(_name(found, manifest, digest, options), adapter, digest)
 
 
-def _name(found: Found, manifest: Manifest, digest: str) -> str:
-    """The distilled LoRA goes by that name wherever its file lies, and any other or added one by its file's stem."""
+def _name(found: Found, manifest: Manifest, digest: str, options: BakeOptions) -> str:
+    """The distilled LoRA goes by that name wherever its file lies, and any other or added one by its file's stem.
+
+    Raises UsageError for another whose file is called so: its bakes would take the names of the overlay's own.
+    """
     own = manifest.lora(DISTILLED)
-    return DISTILLED if own is not None and own.file.blake3 == digest and not found.added else found.name
+    if own is not None and own.file.blake3 == digest and not found.added:
+        return DISTILLED
+    names_bakes = not (found.own or found.added or options.name)
+    if found.name == DISTILLED and names_bakes and digest != UNKNOWN_HASH:
+        raise UsageError(
+            f"a LoRA file called {DISTILLED} gives no name: {DISTILLED}-S are bakes of the overlay's own LoRA",
+            file=found.path,
+            expected="a file of another name, or --name",
+            next="the same command with --name NAME, and one --strength at a time",
+        )
+    return found.name
 
 
 def _jobs(options: BakeOptions, base: BaseTransformer, loras: Sequence[_Lora]) -> list[Job]:

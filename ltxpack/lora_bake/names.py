@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
@@ -12,6 +11,8 @@ from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES
 
 MAX_NAME_LENGTH = 200
 DISTILLED = "distilled"
+# Beyond it weights leave what bfloat16 holds, whatever the LoRA and its alpha.
+MAX_STRENGTH = 1e18
 
 _FOREIGN = re.compile(r"[^A-Za-z0-9._+-]+")
 
@@ -25,9 +26,14 @@ def format_strength(strength: float) -> str:
 
 
 def check_strength(strength: float) -> float:
-    """``strength`` if it is finite. Raises UsageError."""
-    if not math.isfinite(strength):
-        raise UsageError("a strength must be a finite number", found=strength)
+    """``strength`` if the sums, which are float32, can use it. Raises UsageError."""
+    if not abs(strength) <= MAX_STRENGTH:
+        raise UsageError(
+            "a strength must be a finite number",
+            expected=f"one of at most {MAX_STRENGTH:g}",
+            found=strength,
+            next="choose another, such as 0.5",
+        )
     return 0.0 if strength == 0 else strength
 
 
@@ -40,8 +46,6 @@ def parse_added(text: str) -> tuple[str, float]:
         strength = float(number)
     except ValueError:
         raise UsageError("the strength of --add is not a number", expected="FILE=S", found=text) from None
-    if not math.isfinite(strength):
-        raise UsageError("the strength of --add must be a finite number", found=text)
     return file, check_strength(strength)
 
 

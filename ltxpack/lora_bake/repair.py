@@ -6,7 +6,7 @@ As in repack.repair: a file is written inside ``.ltxpack/``, compared with the m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ltxpack.errors import DeviceError, OverlayError, SourceError, quoted
@@ -68,14 +68,12 @@ def _job(overlay: Path, manifest: Manifest, name: str, bake: Bake, loras: Sequen
     base = read_base(overlay, manifest)
     known = {lora.file.blake3: overlay / lora.file.path for lora in manifest.loras}
     wanted = [lora.blake3 for lora in bake.loras]
-    for path in loras:
-        known.setdefault(hash_adapter(*adapter_files(path)), path)
-    missing: list[BakedLora] = [lora for lora in bake.loras if lora.blake3 not in known]
+    given = {path: hash_adapter(*adapter_files(path)) for path in loras}
+    for path, digest in given.items():
+        known.setdefault(digest, path)
+    missing = {lora.blake3: lora for lora in bake.loras if lora.blake3 not in known}
     if missing:
-        raise SourceError(
-            f"the LoRA of the bake {name} is needed to repair it",
-            items=[f"{lora.file} (blake3 {lora.blake3})" for lora in missing],
-        )
+        raise _missing(overlay, manifest, name, list(missing.values()), given)
     applied = []
     for lora, digest in zip(bake.loras, wanted, strict=True):
         adapter = Found(lora.name, known[digest]).adapter(base.shapes, allow_unmatched=True)
@@ -84,6 +82,25 @@ def _job(overlay: Path, manifest: Manifest, name: str, bake: Bake, loras: Sequen
                 raise changed(overlay, kept.file, f"blake3 {digest}", "other content")
         applied.append(AppliedLora(lora, adapter))
     return Job(name, tuple(applied), bake.rule, base, overlay)
+
+
+def _missing(
+    overlay: Path, manifest: Manifest, name: str, missing: Sequence[BakedLora], given: Mapping[Path, str]
+) -> SourceError:
+    """The error for LoRAs that are not at hand; a file given that no bake was made from is named beside them."""
+    used = {lora.blake3 for bake in manifest.bakes.values() for lora in bake.loras}
+    others = [f"{path} (blake3 {digest[:8]})" for path, digest in given.items() if digest not in used]
+    problem = f"the LoRA of the bake {name} is needed to repair it"
+    # Those that are right are typed again: without them the next command would miss them instead.
+    flags = [f"--lora {quoted(path)}" for path, digest in given.items() if digest in used]
+    return SourceError(
+        f"{problem}, and a file given does not match" if others else problem,
+        file=overlay,
+        expected=", ".join(f"{lora.file} (blake3 {lora.blake3[:8]})" for lora in missing) if others else None,
+        found=", ".join(others) if others else None,
+        items=[f"{lora.file} (blake3 {lora.blake3})" for lora in missing],
+        next=" ".join([f"ltxpack verify {quoted(overlay)} --repair", *flags, *["--lora FILE"] * len(missing)]),
+    )
 
 
 def _shards(

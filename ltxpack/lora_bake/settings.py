@@ -14,6 +14,8 @@ from ltxpack.errors import AdapterError
 from ltxpack.lora_bake.patterns import PatternTable
 from ltxpack.tensorfile import parse_json, read_json
 
+# Times the largest strength, which is as large, it still fits float32.
+MAX_ALPHA = 1e18
 METADATA_KEY = "lora_adapter_metadata"
 
 _FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -109,8 +111,10 @@ def _refuse_other_methods(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _number(value: object, name: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"{name} is not a finite number", file=path, found=value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise AdapterError(
+            f"{name} is not a finite number", file=path, expected=f"one of at most {MAX_ALPHA:g}", found=value
+        )
     return float(value)
 
 

@@ -82,8 +82,11 @@ class Report:
 def plan_overlay(options: Options, reporter: Reporter, hub: HubLike | None = None) -> OverlayPlan:
     """The plan alone, from headers. An input that cannot be had is listed as missing, except the checkpoint.
 
-    Raises LtxpackError for inputs that are ambiguous, broken or not convertible.
+    Raises LtxpackError for inputs that are ambiguous, broken or not convertible, and for a target that is not ours.
     """
+    _refuse_foreign(options.overlay)
+    if is_overlay(options.overlay) and not options.force:
+        reporter.note(f"{options.overlay}: is there already; nothing is written if it was made from the same inputs")
     access = _access(reporter, hub)
     inputs = read_inputs(resolve(options.wanted(), access, allow_missing=True), access)
     _tell(inputs, reporter)

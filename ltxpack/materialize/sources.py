@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
+from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
 from ltxpack.materialize.access import Access, Located, located
 from ltxpack.materialize.hub import parse_reference
 from ltxpack.tensorfile import plain_file_name
@@ -229,7 +229,7 @@ def choose(role: str, place: Place) -> Located:
     ]
     if len(candidates) == 1:
         return weights[candidates[0]]
-    hint = candidates[0] if candidates else "FILE"
+    hint = quoted(candidates[0]) if candidates else "FILE"
     if candidates:
         raise AmbiguousError(
             f"holds several files that may be the {role}", file=place.label,
@@ -254,7 +254,7 @@ def _text_encoder(typed: str | None, place: Place, access: Access) -> TextEncode
         return TextEncoderFolder(typed, folder_files(path))
     if kind == "file":
         expected = "the folder of the text encoder"
-        raise SourceError("is a file", file=typed, expected=expected, next=f"{flag} {path.parent}")
+        raise SourceError("is a file", file=typed, expected=expected, next=f"{flag} {quoted(path.parent)}")
     if inside := place.inside(typed):
         return TextEncoderFolder(f"{place.label}/{typed}", inside)
     reference = _reference(typed)
@@ -278,7 +278,7 @@ def _text_encoder_below(place: Place, access: Access) -> TextEncoderFolder:
     flag = FLAGS[TEXT_ENCODER]
     if candidates:
         raise AmbiguousError(
-            "holds several text encoders", file=place.label, items=candidates, next=f"{flag} {candidates[0]}"
+            "holds several text encoders", file=place.label, items=candidates, next=f"{flag} {quoted(candidates[0])}"
         )
     raise SourceError(
         "holds no text encoder", file=place.label,
@@ -352,6 +352,25 @@ def _raise_faults(faults: Mapping[str, LtxpackError], allow_missing: bool) -> No
         return
     if len(serious) == 1:
         raise serious[0]
-    problems = [f"{fault.file}: {fault.problem}" for fault in serious]
-    following = "; ".join(fault.next for fault in serious if fault.next)
-    raise SourceError("inputs cannot be had", items=[*problems], next=following or None)
+    room = MAX_LISTED // len(serious)
+    items = [line for fault in serious for line in _told(fault, room)]
+    raise SourceError("inputs cannot be had", items=items, next=_all_next(serious))
+
+
+def _told(fault: LtxpackError, room: int) -> list[str]:
+    """One fault of several in at most ``room`` lines: what is wrong, and below it what it lists."""
+    stated = (("expected", fault.expected), ("found", fault.found))
+    facts = [f"{word} {value}" for word, value in stated if value is not None]
+    head = f"{fault.file}: {fault.problem}" if fault.file else fault.problem
+    listed = [f"  {item}" for item in fault.items]
+    if len(listed) > room - 1:
+        listed[room - 2 :] = [f"  and {len(listed) - room + 2} more"]
+    return [", ".join([head, *facts]), *listed]
+
+
+def _all_next(faults: Sequence[LtxpackError]) -> str:
+    """What to do about all faults: whatever a flag mends in one command, the rest as each says it."""
+    following = list(dict.fromkeys(fault.next for fault in faults))
+    flags = [text for text in following if text.startswith("--")]
+    others = [text for text in following if text not in flags]
+    return "; ".join([*others, *([f"the same command with {' '.join(flags)}"] if flags else [])])

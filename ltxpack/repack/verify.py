@@ -22,6 +22,8 @@ from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
 from ltxpack.tensorfile import read_index, read_tensorfile
 
+# A file that somebody else put there, which no repair touches.
+NOT_OURS = "is not in the manifest"
 INDEX_ENDING = ".safetensors.index.json"
 
 
@@ -146,7 +148,7 @@ def _stray_faults(overlay: Path, records: Mapping[str, FileRecord], begun: Colle
         for entry in (*files, *links):
             path = (folder / entry).relative_to(overlay).as_posix()
             if path not in records and path != MANIFEST_NAME:
-                yield Fault(path, "is not in the manifest")
+                yield Fault(path, NOT_OURS)
 
 
 def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord], bad: set[str]) -> Iterator[Fault]:

@@ -17,7 +17,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.pipeline import Pipeline, Timings
 from ltxpack.runtime.prompts_file import Job, in_a_line, read_jobs
-from ltxpack.runtime.run import Peaks, RunOptions, write_video
+from ltxpack.runtime.run import Peaks, RunOptions, tell_inside, write_video
 from ltxpack.tensorfile import open_source
 
 # Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host, as planned.
@@ -66,6 +66,7 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
     """
     with _claimed(prompts):
         jobs = read_jobs(prompts, options.settings, output)
+        tell_inside((job.output for job in jobs), reporter)
         with options.open(reporter) as pipeline:
             reporter.note(pipeline.choice.note)
             batch = _Batch(pipeline, options.dtype, reporter)

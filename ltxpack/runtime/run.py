@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ltxpack.errors import UsageError
+from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.media import VideoWriter, check_output, frame_rate
 from ltxpack.runtime.pipeline import Pipeline
@@ -131,6 +133,7 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         check_tensors_path(options.save_tensors)
         if options.save_tensors.resolve() == options.output.resolve():
             raise UsageError("--save-tensors and -o are one file", file=options.output, next="choose two names")
+    tell_inside((options.output, *((options.save_tensors,) if options.save_tensors else ())), reporter)
     with options.open(reporter) as pipeline:
         reporter.note(pipeline.choice.note)
         write_video(pipeline, request, options.output, options.save_tensors, once=True)
@@ -143,6 +146,14 @@ def check_target(request: Request, output: Path) -> None:
     """Raises UsageError unless a video of ``request`` can be written to ``output``."""
     check_output(output)
     frame_rate(request.shape.fps)
+
+
+def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
+    """Warn of what would be written into an overlay: ``ltxpack verify`` would call it a fault."""
+    for folder in dict.fromkeys(output.absolute().parent.resolve() for output in outputs):
+        overlay = next((place for place in (folder, *folder.parents) if is_overlay(place)), None)
+        if overlay is not None:
+            reporter.warn(f"{folder}: lies in the overlay {overlay}, where verify calls what is not its own a fault")
 
 
 def write_video(

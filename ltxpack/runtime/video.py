@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ltxpack.errors import UsageError
+from ltxpack.errors import UsageError, quoted
 from ltxpack.runtime.av import AV
 from ltxpack.runtime.media import VideoWriter
 from ltxpack.tensorfile import build_header
@@ -86,8 +86,12 @@ class Video:
 def check_tensors_path(path: Path) -> None:
     """Raises UsageError unless a file can be written at ``path``."""
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir():
-        raise UsageError("cannot be written", file=path, expected="a file in a folder that exists", next="mkdir first")
+    wanted = "a file in a folder that exists"
+    if path.is_dir():
+        better = quoted(path / "video.safetensors")
+        raise UsageError("is a folder", file=path, expected=wanted, next=f"choose --save-tensors {better}")
+    if not folder.is_dir():
+        raise UsageError("cannot be written", file=path, expected=wanted, next=f"mkdir -p {quoted(folder)}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError("no permission to write there", file=folder, next="choose another --save-tensors")
 

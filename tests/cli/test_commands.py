@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support import REPOSITORY, ltxpack, refused
+
+from ltxpack.cli import _what_again
 
 COMMANDS = ("materialize", "bake-lora", "plan", "run", "verify", "inspect", "demo")
 
@@ -47,10 +51,51 @@ def test_wrong_use_exits_2(arguments: list[str], tmp_path: Path) -> None:
     refused(ltxpack(*arguments, cwd=tmp_path), 2)
 
 
-@pytest.mark.parametrize("strength", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("strength", ["nan", "inf", "-inf", "1e19", "-1e39", "1e300"])
 def test_a_strength_must_be_finite(strength: str, tmp_path: Path) -> None:
     message = refused(ltxpack("bake-lora", str(tmp_path), f"--strength={strength}"), 2)
-    assert "finite" in message
+    assert "finite" in message and "at most 1e+18" in message
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+def test_a_target_that_is_not_ours_is_left_alone(plan: list[str], demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    assert "not an overlay" in refused(ltxpack("materialize", demo / "source", tmp_path, *plan), 1)
+
+
+def test_the_plan_of_what_is_there_says_so(demo: Path) -> None:
+    done = ltxpack("materialize", demo / "source", demo / "overlay", "--plan", "--json")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["files"]
+    assert "is there already" in done.stderr
+
+
+def test_a_file_of_somebody_else_is_no_work_for_a_repair(demo: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    shutil.copytree(demo / "overlay", overlay, symlinks=True)
+    (overlay / "mine.txt").write_text("mine")
+    for flags in ([], ["--repair"]):
+        done = ltxpack("verify", overlay, *flags)
+        assert done.returncode == 1
+        assert "mine.txt: is not in the manifest" in done.stdout
+        assert "move what is not in the manifest out of the overlay" in done.stdout
+        assert "next: ltxpack verify" not in done.stdout
+    (overlay / "scheduler" / "scheduler_config.json").unlink()
+    assert f"next: ltxpack verify {overlay} --repair" in ltxpack("verify", overlay).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "goes_on"),
+    [
+        (["run", "out", "--prompts", "p.jsonl"], True),
+        (["run", "out", "--prompts=p.jsonl"], True),
+        (["run", "out", "--prompt", "x"], False),
+        (["materialize", "a", "b"], True),
+    ],
+)
+def test_what_becomes_of_an_interrupted_command(arguments: list[str], goes_on: bool) -> None:
+    assert _what_again(arguments) == ("goes on from where it stopped" if goes_on else "begins anew")
 
 
 RUN = ("run", "overlay", "--prompt", "x")
@@ -76,7 +121,9 @@ RUN = ("run", "overlay", "--prompt", "x")
         (["--output", "video.txt"], ["video.txt"]),
         (["--output", "my films/a.txt"], ["choose -o 'my films/a.mp4'"]),
         (["--output", "a.mp4", "--save-tensors", "./a.mp4"], ["--save-tensors and -o are one file"]),
-        (["--save-tensors", "nowhere/t.safetensors"], ["nowhere/t.safetensors", "folder that exists"]),
+        (["--save-tensors", "no where/t.safetensors"], ["folder that exists", "mkdir -p '", "/no where'"]),
+        (["--save-tensors", "."], ["is a folder", "choose --save-tensors video.safetensors"]),
+        (["--output", "no where/a.mp4"], ["no such folder", "mkdir -p 'no where'"]),
     ],
 )
 def test_values_no_run_could_use_are_refused_before_loading(flags: list[str], words: list[str], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lora_support import (
     tree_bytes,
 )
 from safetensors import safe_open
-from support import load
+from support import load, ltxpack, refused
 
 from ltxpack.errors import AdapterError, DeviceError, LtxpackError, OverlayError, SourceError, UsageError
 from ltxpack.lora_bake import BakeOptions, bake, plan_bake, resolve
@@ -347,6 +347,25 @@ def test_another_lora_goes_by_its_stem_and_the_distilled_file_by_its_content(ove
     assert run(overlay, 0.5, added=((str(elsewhere), 0.8),)) == ["distilled-0.5+renamed-0.8"]
     odd = shutil.copy(style, overlay.parent / "my style (v2)!.safetensors")
     assert run(overlay, 1.0, lora=str(odd)) == ["my-style-v2-1"]
+
+
+def test_a_users_file_called_distilled_takes_no_name_of_the_overlays_own(overlay: Path, style: Path) -> None:
+    foreign = style.rename(style.with_name("distilled.safetensors"))
+    for more in ([], ["--plan"], ["--add", f"{foreign}=0.3"]):
+        message = refused(ltxpack("bake-lora", overlay, "--lora", foreign, "--strength", "0.5", *more), 2)
+        assert "bakes of the overlay's own LoRA" in message
+        assert "next: the same command with --name NAME" in message
+    assert not read_manifest(overlay).bakes
+    assert run(overlay, 0.5, lora=str(foreign), name="mine") == ["mine"]
+    assert run(overlay, 0.5, added=((str(foreign), 0.8),)) == ["distilled-0.5+distilled-0.8"]
+
+
+def test_the_overlays_own_lora_is_distilled_by_any_path(overlay: Path, tmp_path: Path) -> None:
+    copied = shutil.copy(overlay / LORA_FILE, tmp_path / "distilled.safetensors")
+    assert run(overlay, 0.5, lora=str(overlay / LORA_FILE)) == ["distilled-0.5"]
+    plan = plan_bake(options(overlay, 0.25, lora=str(copied)), SilentReporter())
+    assert plan["files"][0]["path"].startswith("bakes/distilled-0.25/")
+    assert run(overlay, 0.25, lora=str(copied)) == ["distilled-0.25"]
 
 
 def test_name(overlay: Path) -> None:
@@ -678,6 +697,18 @@ def test_a_lora_from_the_hub(overlay: Path, hub: type[FakeHub]) -> None:
         if path.is_file()
     }
     assert run(overlay, 0.5, lora="someone/LTX-2.3-Style-LORA@main") == ["ltx2.3-style-0.5"]
+
+
+def test_a_plan_takes_a_lora_of_the_hub_called_distilled_for_what_it_may_be(overlay: Path, hub: type[FakeHub]) -> None:
+    hub.folder.mkdir()
+    shutil.copy(overlay / LORA_FILE, hub.folder / "distilled.safetensors")
+    wanted = options(overlay, 0.5, lora="someone/repo/distilled.safetensors")
+    assert plan_bake(wanted, SilentReporter())["files"][0]["path"].startswith("bakes/distilled-0.5/")
+    assert hub.fetched == []
+    assert run(overlay, 0.5, lora="someone/repo/distilled.safetensors") == ["distilled-0.5"]
+    save(hub.folder / "distilled.safetensors", official_keys(STYLE))
+    with pytest.raises(UsageError, match="the overlay's own LoRA"):
+        run(overlay, 1.0, lora="someone/repo/distilled.safetensors")
 
 
 def test_a_peft_adapter_from_the_hub_brings_its_configuration(overlay: Path, hub: type[FakeHub]) -> None:

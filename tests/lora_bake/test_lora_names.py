@@ -43,7 +43,9 @@ def test_add_splits_at_the_last_equals_sign(file: str, strength: float) -> None:
     assert parse_added(f"{file}={strength!r}") == (file, strength)
 
 
-@pytest.mark.parametrize("text", ["style.safetensors", "=0.5", "a=", "a=nan", "a=inf", "a=-inf", "a=half", ""])
+@pytest.mark.parametrize(
+    "text", ["style.safetensors", "=0.5", "a=", "a=nan", "a=inf", "a=-inf", "a=1e19", "a=half", ""]
+)
 def test_add_refuses(text: str) -> None:
     with pytest.raises(UsageError):
         parse_added(text)

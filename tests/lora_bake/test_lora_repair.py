@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, tree_bytes
+from support import ltxpack, refused
 
 from ltxpack.errors import DeviceError, OverlayError, SourceError
 from ltxpack.lora_bake import BakeOptions, bake, repair_bake
+from ltxpack.lora_bake.reading import hash_adapter
 from ltxpack.manifest import read_manifest
 from ltxpack.repack.verify import damaged, verify
 from ltxpack.reporter import SilentReporter
@@ -73,9 +75,25 @@ def test_a_user_lora_must_be_named_again(overlay: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is needed to repair") as caught:
         repair(overlay, name)
     assert "style.safetensors" in str(caught.value.items)
+    assert caught.value.next == f"ltxpack verify {overlay} --repair --lora FILE"
     elsewhere = (tmp_path / "style.safetensors").rename(tmp_path / "renamed.safetensors")
     repair(overlay, name, loras=[elsewhere])
     assert tree_bytes(overlay) == whole
+
+
+def test_a_lora_that_does_not_match_is_named_and_one_that_does_is_kept(overlay: Path, tmp_path: Path) -> None:
+    spaced = overlay.rename(tmp_path / "my overlay")
+    second = save(tmp_path / "second.safetensors", official_keys(low_rank(BLOCK[:4], 2, seed=5)))
+    style = tmp_path / "style.safetensors"
+    [made] = bake(BakeOptions(spaced, (0.7,), added=((str(style), 0.3), (str(second), 0.1))), SILENT)
+    shard = next(path for path in files(spaced, made.name) if path.suffix == ".safetensors" and not path.is_symlink())
+    spoil(shard)
+    wrong = save(tmp_path / "wrong.safetensors", official_keys(low_rank(BLOCK[:4], 2, seed=4)))
+    message = refused(ltxpack("verify", spaced, "--repair", "--lora", wrong, "--lora", second), 1)
+    digests = [hash_adapter(path, None)[:8] for path in (style, wrong)]
+    assert f"the LoRA of the bake {made.name} is needed to repair it, and a file given does not match" in message
+    assert f"expected style.safetensors (blake3 {digests[0]}), found {wrong} (blake3 {digests[1]})" in message
+    assert message.endswith(f"next: ltxpack verify '{spaced}' --repair --lora {second} --lora FILE\n")
 
 
 def test_only_the_damaged_shard_is_fused(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:

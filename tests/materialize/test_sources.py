@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from materialize import tiny_source
 from materialize.fake_hub import COMMIT, FakeHub
+from support import ltxpack, refused
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
 from ltxpack.materialize.access import Access
@@ -117,6 +118,35 @@ def test_everything_missing_is_told_at_once(source: Path) -> None:
     found = find(source, allow_missing=True)
     assert list(found.missing) == ["lora", "upsampler", "text_encoder"]
     assert "\n" not in "".join(found.missing.values())
+
+
+def test_several_unclear_inputs_each_list_their_candidates(tmp_path: Path) -> None:
+    folder = tmp_path / "s 2"
+    folder.mkdir()
+    names = ["a-dev.safetensors", "b dev.safetensors", *(f"{n:02}-distilled-lora.safetensors" for n in range(30))]
+    for name in names:
+        (folder / name).touch()
+    shown = refused(ltxpack("materialize", folder, tmp_path / "out"), 1).splitlines()
+    where = shown.index(f"  - {folder}: holds several files that may be the checkpoint, expected one file named "
+                        "*dev*.safetensors")  # fmt: skip
+    assert shown[where + 1 : where + 3] == ["  -   a-dev.safetensors", "  -   b dev.safetensors"]
+    assert "  -   00-distilled-lora.safetensors" in shown and "  -   and 27 more" in shown
+    assert any("holds no file for the upsampler" in line for line in shown)
+    assert any("holds no text encoder" in line for line in shown)
+    assert shown[-1] == (
+        "  next: the same command with --checkpoint a-dev.safetensors --lora 00-distilled-lora.safetensors "
+        f"--upsampler FILE --text-encoder {TEXT_ENCODER_REPO}"
+    )
+
+
+def test_what_to_do_about_several_inputs_is_said_once_each(source: Path, tmp_path: Path) -> None:
+    (source / tiny_source.UPSAMPLER).rename(source / "a b-spatial-upscaler-x2.safetensors")
+    shutil.copy(source / "a b-spatial-upscaler-x2.safetensors", source / "c-spatial-upscaler-x2.safetensors")
+    with pytest.raises(SourceError) as caught:
+        find(source, checkpoint=tmp_path / "x", lora=tmp_path / "y")
+    assert caught.value.next == (
+        f"{SourceError.fallback}; the same command with --upsampler 'a b-spatial-upscaler-x2.safetensors'"
+    )
 
 
 def test_the_checkpoint_is_never_optional(tmp_path: Path) -> None:

@@ -167,8 +167,25 @@ def test_a_card_for_no_mode_gets_a_smaller_video_that_fits() -> None:
 
 
 def test_a_small_host_is_named_as_such() -> None:
-    with pytest.raises(DeviceError, match="the host has too little free memory"):
+    with pytest.raises(DeviceError, match="the host has too little free memory") as caught:
         advice.plan_or_refuse(MODEL, WORK, Machine(GB, 141 * GB), "auto", "cuda:0")
+    assert "--ram" in caught.value.next and "--vram" not in caught.value.next
+
+
+@pytest.mark.parametrize("mode", ["auto", "resident"])
+@pytest.mark.parametrize("vram", [2.0, 5.77])
+def test_what_is_said_to_be_needed_is_enough(vram: float, mode: str) -> None:
+    with pytest.raises(DeviceError) as caught:
+        advice.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(vram * GB)), mode)
+    needed = float(str(caught.value.expected).split()[0])
+    assert float(str(caught.value.found).split()[0]) < needed
+    assert advice.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(needed * GB)), mode)
+
+
+def test_on_a_cpu_nobody_is_sent_to_the_cpu() -> None:
+    with pytest.raises(DeviceError) as caught:
+        advice.plan_or_refuse(MODEL, WORK, Machine(GB), "auto", "cpu")
+    assert "--fps" in caught.value.next and "--device" not in caught.value.next
 
 
 def test_without_a_card_both_share_the_host() -> None:

@@ -48,11 +48,13 @@ def check_output(path: Path) -> Path:
             next=f"choose -o {quoted(better)}",
         )
     if path.is_dir():
-        raise UsageError("is a folder", file=path, expected="a file name")
+        raise UsageError(
+            "is a folder", file=path, expected="a file name", next=f"choose -o {quoted(path / 'video.mp4')}"
+        )
     if not path.parent.is_dir():
-        raise UsageError("no such folder", file=path.parent, next=f"mkdir -p {path.parent}")
+        raise UsageError("no such folder", file=path.parent, next=f"mkdir -p {quoted(path.parent)}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError("no permission to write there", file=path.parent)
+        raise UsageError("no permission to write there", file=path.parent, next="choose -o in another folder")
     return path
 
 

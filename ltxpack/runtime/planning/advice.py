@@ -9,12 +9,13 @@ from dataclasses import replace
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.runtime.planning import modes
 from ltxpack.runtime.planning.machine import Machine
-from ltxpack.runtime.planning.modes import Plan, Setup, Work
+from ltxpack.runtime.planning.modes import Plan, Setup, Shortage, Work
 from ltxpack.runtime.planning.report import gigabytes
 from ltxpack.runtime.planning.sizes import Model
 from ltxpack.runtime.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR, VideoShape
 from ltxpack.runtime.source_file import READS
 
+TENTH = 10**8
 SMALLER = "free memory there, or choose a smaller --height, --width or --num-frames"
 
 
@@ -44,9 +45,10 @@ def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device
     weights = f" ({gigabytes(found.phase.weights)} of weights)" if on_device else ""
     raise DeviceError(
         f"{owner} has too little free memory for {wanted}{found.phase.name}",
-        expected=gigabytes(found.needed) + weights,
-        found=f"{gigabytes(max(found.free, 0))} free",
-        next=_instead(model, work, machine, mode),
+        # Rounded apart, so that what lacks a little is not told as enough.
+        expected=gigabytes(-(-found.needed // TENTH) * TENTH) + weights,
+        found=f"{gigabytes(max(found.free, 0) // TENTH * TENTH)} free",
+        next=_instead(model, work, machine, mode, found),
     )
 
 
@@ -68,12 +70,18 @@ def smaller_work(model: Model, work: Work, machine: Machine) -> Work | None:
     return None
 
 
-def _instead(model: Model, work: Work, machine: Machine, mode: str) -> str:
+def _instead(model: Model, work: Work, machine: Machine, mode: str, lacking: Shortage) -> str:
     other = modes.best_plan(model, work, machine) if mode != modes.AUTO else None
     if other is not None:
         return f"ltxpack run … --residency {other.mode}"
     smaller = smaller_work(model, work, machine)
     if smaller is None:
+        if machine.card is None:
+            return (
+                "free memory, or choose a smaller video or a higher --fps; ltxpack plan --ram SIZE says what would do"
+            )
+        if lacking.memory == "host":
+            return "free memory of the host, or take one with more; ltxpack plan --ram SIZE says what would do"
         return "a card with more memory, or ltxpack run … --device cpu; ltxpack plan --vram SIZE says what would do"
     shape = smaller.shape
     return f"ltxpack run … --height {shape.height} --width {shape.width} --num-frames {shape.frames}, or free memory"

@@ -186,19 +186,16 @@ class Shortage:
 
 
 def shortage(plan: Plan, machine: Machine) -> Shortage | None:
-    """The first phase of ``plan`` that does not fit ``machine``; None if all fit."""
-    for phase in plan.phases:
-        if machine.card is None:
-            needs = [Shortage(phase, "host", phase.needed + phase.host, machine.host)]
-        else:
-            needs = [
-                Shortage(phase, "card", phase.needed + machine.context, machine.card),
-                Shortage(phase, "host", phase.host, machine.host),
-            ]
-        for need in needs:
-            if need.needed > need.free:
-                return need
-    return None
+    """The phase of ``plan`` that lacks most of ``machine``, the card before the host; None if all fit."""
+    if machine.card is None:
+        needs = [Shortage(phase, "host", phase.needed + phase.host, machine.host) for phase in plan.phases]
+    else:
+        card = machine.card
+        needs = [Shortage(phase, "card", phase.needed + machine.context, card) for phase in plan.phases]
+        if all(need.needed <= card for need in needs):
+            needs = [Shortage(phase, "host", phase.host, machine.host) for phase in plan.phases]
+    most = max(needs, key=lambda need: need.needed)
+    return most if most.needed > most.free else None
 
 
 def cacheable(plan: Plan, machine: Machine) -> int:
