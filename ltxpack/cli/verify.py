@@ -28,6 +28,9 @@ def verify(
     """Check every file of OVERLAY; list all faults. Exit status 1 if there is any left."""
     if (source or loras) and not repair:
         raise UsageError("--source and --lora go with --repair", next=f"ltxpack verify {quoted(overlay)} --repair")
+    from ltxpack.repack.verify import NOT_OURS
+    from ltxpack.repack.verify import verify as check
+
     reporter = TerminalReporter(verbose)
     if repair:
         from ltxpack.lora_bake.restore import restore
@@ -36,8 +39,6 @@ def verify(
         options = Options(source, overlay) if source else None
         faults = restore(overlay, reporter, source=options, loras=loras)
     else:
-        from ltxpack.repack.verify import verify as check
-
         faults = check(overlay, reporter)
     if as_json:
         print_json({"overlay": str(overlay), "ok": not faults, "faults": [asdict(fault) for fault in faults]})
@@ -46,8 +47,6 @@ def verify(
         click.echo(_line(fault.path, fault.problem, fault.expected, fault.found))
     if faults:
         click.echo(f"{overlay}: {len(faults)} fault(s)")
-        from ltxpack.repack.verify import NOT_OURS
-
         foreign = [fault for fault in faults if fault.problem == NOT_OURS]
         if foreign:
             click.echo("  next: move what is not in the manifest out of the overlay, or delete it")

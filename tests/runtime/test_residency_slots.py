@@ -77,11 +77,21 @@ def digests(folder: Path) -> dict[Path, str]:
 def offloaded(folder: Path, placement: Placement, queue: Callable[[], Copies], dtype: torch.dtype) -> Offloaded[DiT]:
     """The DiT, placed; every copy goes through the queues of ``queue``."""
     reader = FileReader(queue(), piece=1000, in_flight=2)
-    read = PlacingReader(placement, digests(folder), reader, queue())
+    return loaded(folder, PlacingReader(placement, digests(folder), reader, queue()), dtype)
+
+
+def loaded(folder: Path, read: PlacingReader, dtype: torch.dtype = torch.float32) -> Offloaded[DiT]:
+    """The DiT as ``read`` places it, whose reader is closed then."""
     with torch.inference_mode():
         module = load_module(empty_dit(), folder, CPU, dtype, reader=read)
-    reader.close()
+    read.reader.close()
     return Offloaded(module, read)
+
+
+def gives(part: Offloaded[DiT], expected: Sequence[Tensor]) -> bool:
+    """Whether it comes to the card and its outputs are ``expected``, to the bit."""
+    with torch.inference_mode(), part.on_card() as dit:
+        return all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
 
 
 def outputs(dit: DiT) -> list[Tensor]:
@@ -119,9 +129,7 @@ def test_every_placement_gives_the_same_bits(
     expected = outputs(load_module(empty_dit(), folder, CPU, dtype))
     held = offloaded(folder, placement, queue, dtype)
     for _ in range(2 if placement.keep or placement.rest == CARD else 1):
-        with torch.inference_mode(), held.on_card() as dit:
-            found = outputs(dit)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert gives(held, expected)
     held.drop()
 
 
@@ -135,13 +143,9 @@ def test_held_blocks_serve_the_next_load(placement: Placement, queue: Callable[[
     held: dict[int, Any] = {}
     for turn in range(3):
         wanted: list[str] = []
-        reader = Noting(queue(), wanted)
-        read = PlacingReader(placement, {} if held else digests(folder), reader, queue(), held=held)
-        with torch.inference_mode():
-            part = Offloaded(load_module(empty_dit(), folder, CPU, torch.float32, reader=read), read)
-        reader.close()
-        with torch.inference_mode(), part.on_card() as dit:
-            assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+        known = {} if held else digests(folder)
+        part = loaded(folder, PlacingReader(placement, known, Noting(queue(), wanted), queue(), held=held))
+        assert gives(part, expected)
         assert set(part.held) == placement.held
         left = set(part.held) if turn else set()
         if placement.blocks == FILE:
@@ -179,17 +183,13 @@ def test_memory_is_pinned_in_stretches_while_the_next_is_read(folder: Path, monk
         scatter(file, views, start)
 
     monkeypatch.setattr(SourceFile, "scatter", late)
-    with torch.inference_mode():
-        part = Offloaded(load_module(empty_dit(), folder, CPU, torch.float32, reader=read), read)
-    reader.close()
+    part = loaded(folder, read)
     assert waited == [True]
     largest = max(math.prod(entry.shape) * 4 for entry in read_headers(folder).values())
     assert len(copies.pinned) > 3
     assert {name.rpartition("_")[0] for _, name in copies.pinned} == {"ltxpack-pin"}
     assert all(nbytes <= max(16 * PAGE, largest) + PAGE for nbytes, _ in copies.pinned)
-    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
-    with torch.inference_mode(), part.on_card() as dit:
-        assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+    assert gives(part, outputs(load_module(empty_dit(), folder, CPU, torch.float32)))
 
 
 @queues
@@ -200,14 +200,10 @@ def test_memory_that_weights_have_left_serves_the_next(
     expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
     spare, seen = SpareMemory(), []
     for _ in range(3):
-        reader = FileReader(queue())
-        read = PlacingReader(Placement(MEMORY), digests(folder), reader, queue(), spare=spare)
-        with torch.inference_mode():
-            part = Offloaded(load_module(empty_dit(), folder, CPU, torch.float32, reader=read), read)
-        reader.close()
+        read = PlacingReader(Placement(MEMORY), digests(folder), FileReader(queue()), queue(), spare=spare)
+        part = loaded(folder, read)
         seen.append({source.memory.bytes.data_ptr() for source in read.memory})
-        with torch.inference_mode(), part.on_card() as dit:
-            assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+        assert gives(part, expected)
         part.drop()
     assert len(seen[0]) > 3 and seen == seen[:1] * 3
 
@@ -222,8 +218,7 @@ def test_weights_that_stay_together_are_few_allocations(
     for together in (False, True):
         part = offloaded(folder, Placement(together=together), queue, torch.float32)
         counts[together] = len({p.untyped_storage().data_ptr() for p in part.module.parameters()})
-        with torch.inference_mode(), part.on_card() as dit:
-            assert all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+        assert gives(part, expected)
         part.drop()
     nbytes = sum(parameter.numel() * 4 for parameter in empty_dit().parameters())
     assert counts[False] == len(read_headers(folder))
