@@ -32,7 +32,7 @@ MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 LIMITS = bounded_json.Limits(values=300_000, containers=20_000)
 ALLOWED_ENDINGS = (".safetensors", ".json", ".jinja", ".txt", ".html")
 BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
-RESERVED_BAKE_NAMES = frozenset({"base", ".", ".."})
+RESERVED_BAKE_NAMES = frozenset({"auto", "base", ".", ".."})
 
 
 @dataclass(frozen=True)

@@ -380,7 +380,7 @@ def test_paths_are_relative_to_the_file_and_numbers_are_those_of_lines(tmp_path:
 def test_the_output_flag_serves_one_line(tmp_path: Path) -> None:
     (only,) = jobs(written(tmp_path, {"prompt": "a"}), tmp_path / "x.mp4")
     assert only.output == tmp_path / "x.mp4"
-    with pytest.raises(LtxpackError, match="same output as line 1"):
+    with pytest.raises(LtxpackError, match="same output as line 1; -o is for a single line"):
         jobs(written(tmp_path, {"prompt": "a"}, {"prompt": "b"}), tmp_path / "x.mp4")
 
 

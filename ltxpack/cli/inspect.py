@@ -33,8 +33,15 @@ def _lines(value: Any, indent: str = "") -> list[str]:
         if isinstance(item, (dict, list)) and item and not _flat(item):
             lines += [f"{indent}{key}:", *_lines(item, indent + "  ")]
         else:
-            lines.append(f"{indent}{key}: {', '.join(map(str, item)) if isinstance(item, list) else item}")
+            lines.append(f"{indent}{key}: {_plain(item)}")
     return lines
+
+
+def _plain(value: Any) -> str:
+    """A value without inner ones as text; ``-`` where there is none."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "-" if value is None else str(value)
 
 
 def _flat(value: Any) -> bool:

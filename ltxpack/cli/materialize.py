@@ -41,7 +41,8 @@ def materialize(
     from ltxpack.materialize import materialize as make
 
     reporter = TerminalReporter(verbose)
-    wanted = Options(source, overlay, max_shard_size=parse_size(max_shard_size), **options)  # type: ignore[arg-type]
+    largest = parse_size(max_shard_size, "--max-shard-size")
+    wanted = Options(source, overlay, max_shard_size=largest, **options)  # type: ignore[arg-type]
     if plan_only:
         print_plan(plan_overlay(wanted, reporter).to_json(), as_json)
         return

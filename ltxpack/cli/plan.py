@@ -46,8 +46,9 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
     from ltxpack.runtime.planning.machine import this_machine
     from ltxpack.runtime.planning.report import to_json
 
-    rate = parse_size(str(options["disk_rate"]))
-    machine = this_machine(*(None if size is None else parse_size(size) for size in (vram, ram)))
+    rate = parse_size(str(options["disk_rate"]), "--disk-rate")
+    sizes = (("--vram", vram), ("--ram", ram))
+    machine = this_machine(*(None if size is None else parse_size(size, flag) for flag, size in sizes))
     wanted = _wanted(options)
     model, commands = _overlay(overlay, wanted) if overlay is not None else _published(wanted)
     found = plan_or_refuse(model, wanted.work, machine, wanted.residency)

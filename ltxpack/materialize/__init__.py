@@ -131,15 +131,15 @@ def _fetched_plan(inputs: Inputs, access: Access, options: Options) -> OverlayPl
     return make_plan(fetch_inputs(inputs, access), options.max_shard_size, options.copy)
 
 
-def parse_size(text: str) -> int:
-    """``5GB``, ``500 MB``, ``2GiB`` or plain bytes, as bytes. Raises UsageError."""
+def parse_size(text: str, flag: str) -> int:
+    """``5GB``, ``500 MB``, ``2GiB`` or plain bytes, as bytes. Raises UsageError that names ``flag``."""
     match = _SIZE.fullmatch(text)
     if match is not None:
         number, power, binary = match.groups()
         size = float(number) * (1024 if binary else 1000) ** _POWERS[(power or "").lower()]
         if 1 <= size <= MAX_SIZE:
             return int(size)
-    raise UsageError("is not a size", file=text, expected="a size such as 5GB, 500MB or 2GiB")
+    raise UsageError(f"{flag} is not a size", expected="a size such as 5GB, 500MB or 2GiB", found=text)
 
 
 def _access(reporter: Reporter, hub: HubLike | None) -> Access:
@@ -197,7 +197,6 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
     other = difference(plan, manifest, options.overlay)
     if other is not None:
         raise OverlayError(f"holds another overlay: {other}", file=options.overlay, next=again)
-    reporter.note(f"{options.overlay}: is there already, made from the same inputs; nothing to do")
     return Report(options.overlay, manifest, sum(item.size for item in plan.items()), written=False)
 
 

@@ -30,20 +30,24 @@ def real_target(overlay: Path) -> Path:
 class OverlayLock:
     """Holds ``overlay`` (there already or not) for this process. Use as a context manager.
 
-    Raises OverlayError naming the process and host that hold it. ``exclusive`` is False after entering on a
-    filesystem that offers no locks.
+    Where this process may not write at all (a finished overlay on a read-only mount) nothing is held: all it can do
+    is find the work done, and the first write tells the rest. Raises OverlayError naming the process and host that
+    hold it.
     """
 
     def __init__(self, overlay: Path) -> None:
         target = real_target(overlay)
         self.overlay = overlay
-        self.exclusive = True
         self.path = target.parent / f".{target.name}.lock"
+        self._read_only = False
         if target.is_dir() and not os.access(target.parent, os.W_OK):
             self.path = target / WORK_FOLDER / "lock"
+            self._read_only = not os.access(target, os.W_OK)
         self._fd = -1
 
     def __enter__(self) -> Self:
+        if self._read_only:
+            return self
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._acquired():
@@ -55,6 +59,8 @@ class OverlayLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._read_only:
+            return
         if os.name != "nt":  # removed while still held, so that nobody else's lock is removed
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
@@ -66,7 +72,7 @@ class OverlayLock:
         """Open and lock the file; False if it was removed meanwhile by a process that let go of it."""
         self._fd = os.open(self.path, LOCK_FLAGS, 0o666)
         try:
-            self.exclusive = _lock(self._fd)
+            _lock(self._fd)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(self._fd), self.path.stat()):
                     os.ftruncate(self._fd, 0)
@@ -82,8 +88,8 @@ class OverlayLock:
         return False
 
 
-def _lock(fd: int) -> bool:
-    """Lock without waiting; False where there are no locks. Raises BlockingIOError if another process holds it."""
+def _lock(fd: int) -> None:
+    """Lock without waiting, where there are locks. Raises BlockingIOError if another process holds it."""
     try:
         import fcntl
     except ImportError:
@@ -96,16 +102,14 @@ def _lock(fd: int) -> bool:
             raise BlockingIOError from None
         finally:
             os.lseek(fd, 0, os.SEEK_SET)
-        return True
+        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            return False
-        raise
-    return True
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def _holder(fd: int) -> str:

@@ -125,7 +125,8 @@ class _Reader:
         place = Path(os.path.realpath(output.parent)) / output.name
         first = self.taken.setdefault(place, number)
         if first != number:
-            raise UsageError(f"has the same output as line {first}", file=output)
+            why = "; -o is for a single line" if named is None and self.output else ""
+            raise UsageError(f"has the same output as line {first}{why}", file=output)
         is_free(output)
         return output
 

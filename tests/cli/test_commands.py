@@ -71,6 +71,23 @@ def test_the_plan_of_what_is_there_says_so(demo: Path) -> None:
     assert "is there already" in done.stderr
 
 
+def test_done_already_is_told_once(demo: Path) -> None:
+    done = ltxpack("materialize", demo / "source", demo / "overlay")
+    assert done.returncode == 0
+    assert (done.stdout + done.stderr).count("nothing to do") == 1
+
+
+def test_inspect_shows_what_is_unknown_as_a_dash(demo: Path) -> None:
+    done = ltxpack("inspect", demo / "overlay")
+    assert done.returncode == 0
+    assert "None" not in done.stdout and ": -" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--vram", "--ram", "--disk-rate"])
+def test_a_wrong_size_is_told_with_its_flag(flag: str) -> None:
+    assert f"{flag} is not a size" in refused(ltxpack("plan", f"{flag}=5 apples"), 2)
+
+
 def test_a_file_of_somebody_else_is_no_work_for_a_repair(demo: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "overlay"
     shutil.copytree(demo / "overlay", overlay, symlinks=True)

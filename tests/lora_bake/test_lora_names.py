@@ -65,7 +65,7 @@ def test_bake_names() -> None:
     assert lora_name("my LoRA (v2)") == "my-LoRA-v2"
 
 
-@pytest.mark.parametrize("name", ["base", ".", "..", "a/b", "", "ä", "a b", "x" * 201])
+@pytest.mark.parametrize("name", ["auto", "base", ".", "..", "a/b", "", "ä", "a b", "x" * 201])
 def test_refused_names(name: str) -> None:
     with pytest.raises(UsageError):
         check_bake_name(name)

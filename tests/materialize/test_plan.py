@@ -176,13 +176,13 @@ def test_tensors_are_read_in_file_order_but_for_casts(tmp_path: Path, dtypes: An
     [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), ("1.5k", 1500), ("123", 123), ("7B", 7)],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_size(text, "--vram") == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5GB", "5 apples", "GB", "1e9", "nan", "9" * 40, "0.1"])
 def test_other_sizes_are_wrong_use(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a size"):
-        parse_size(text)
+    with pytest.raises(UsageError, match=r"^--vram is not a size"):
+        parse_size(text, "--vram")
 
 
 def test_a_broken_checkpoint_is_one_error(tmp_path: Path) -> None:

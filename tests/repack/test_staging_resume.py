@@ -420,6 +420,18 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert precious.read_bytes() == b"x"
 
 
+def test_where_nothing_may_be_written_nothing_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What root may do on a mount of which the system says that it is read-only."""
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("ltxpack.repack.lock.os.access", lambda path, mode: path not in (out, tmp_path))
+    monkeypatch.setattr("ltxpack.repack.lock.os.open", lambda *args: pytest.fail("a lock was opened"))
+    with OverlayLock(out):
+        assert list(tmp_path.iterdir()) == [out]
+    with pytest.raises(pytest.fail.Exception), OverlayLock(tmp_path / "new"):
+        pass
+
+
 def test_two_locks_in_turn_and_none_at_once(tmp_path: Path) -> None:
     for _ in range(2):
         with OverlayLock(tmp_path / "out"), pytest.raises(OverlayError), OverlayLock(tmp_path / "out"):
