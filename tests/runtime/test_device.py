@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -48,3 +51,64 @@ def test_without_a_card_cuda_is_refused() -> None:
     assert device.resolve_device("auto") == CPU
     with pytest.raises(DeviceError, match="no CUDA device"):
         device.resolve_device("cuda:1")
+
+
+class Allocator:
+    """What torch's allocator is told, and whether the card has what that takes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, works: bool = True) -> None:
+        self.told: list[str] = []
+        self.works = works
+        self.empty = torch.empty
+        for name in device.ALLOCATOR_VARIABLES:
+            patch.delenv(name, raising=False)
+        patch.setattr(torch._C, "_accelerator_setAllocatorSettings", self.told.append, raising=False)
+        patch.setattr(torch, "empty", self.take)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 10**9, 24 * 10**9))
+        patch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+
+    def take(self, *size: int, device: torch.device) -> torch.Tensor:
+        if not self.works and self.told == ["expandable_segments:True"]:
+            raise RuntimeError("CUDA driver error: operation not supported")
+        return self.empty(*size)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    device.grows_in_place.cache_clear()
+    yield
+    device.grows_in_place.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.skipif(sys.platform != "linux", reason="torch grows in place on Linux only")
+def test_memory_of_a_card_is_put_together_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch)
+    first, later = device.machine_of(CARD), device.machine_of(CARD, used=True)
+    assert allocator.told == ["expandable_segments:True"], "asked for once"
+    assert first.card == later.card == 24 * 10**9
+    assert (first.context, later.context) == (device.LIBRARIES, 0)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_where_the_driver_does_not_put_memory_together_gaps_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch, works=False)
+    assert device.machine_of(CARD, used=True).context == device.GAPS
+    assert allocator.told[-1:] in ([], ["expandable_segments:False"])
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("variable", device.ALLOCATOR_VARIABLES)
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("max_split_size_mb:512", device.GAPS),
+        ("expandable_segments:False", device.GAPS),
+        ("max_split_size_mb:512, Expandable_Segments: True", 0),
+    ],
+)
+def test_what_the_user_has_set_stays(variable: str, text: str, lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch)
+    monkeypatch.setenv(variable, text)
+    assert device.machine_of(CARD, used=True).context == lost
+    assert allocator.told == []

@@ -94,19 +94,30 @@ def channels_last(vae: VideoVAE) -> VideoVAE:
     vae.to(memory_format=torch.channels_last_3d)
     for module in vae.modules():
         if isinstance(module, LTX2VideoCausalConv3d):
-            module.__class__ = _LayoutKeepingConv
+            module.__class__ = _ChannelsLastConv
     return vae
 
 
-class _LayoutKeepingConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffusers is untyped
-    """The same convolution: slices keep the layout of what they are cut from, and so does what is joined from them."""
+class _ChannelsLastConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffusers is untyped
+    """The same convolution. What it reads is laid out as it is padded: what comes from taking patches apart lies in
+    planes, and the convolution would copy it once more.
+    """
 
     def forward(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
         """The first frame is repeated before all others; without ``causal`` half of the times, and the last after."""
         missing = self.kernel_size[0] - 1
         before, after = (missing, 0) if causal else (missing // 2, missing // 2)
-        first, last = hidden_states[:, :, :1], hidden_states[:, :, -1:]
-        return self.conv(torch.cat([*[first] * before, hidden_states, *[last] * after], dim=2))
+        batch, channels, frames, height, width = hidden_states.shape
+        padded = torch.empty(
+            (batch, channels, before + frames + after, height, width),
+            dtype=hidden_states.dtype,
+            device=hidden_states.device,
+            memory_format=torch.channels_last_3d,
+        )
+        padded[:, :, :before] = hidden_states[:, :, :1]
+        padded[:, :, before : before + frames] = hidden_states
+        padded[:, :, before + frames :] = hidden_states[:, :, -1:]
+        return self.conv(padded)
 
 
 def fast_tiling(vae: VideoVAE, latents: Tensor, available: int) -> Tiling:

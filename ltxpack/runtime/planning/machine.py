@@ -22,7 +22,7 @@ UNKNOWN = 2**62
 class Machine:
     """Bytes a run could have. ``card`` None: there is none, and the host's memory is the device's.
 
-    ``context``: what the driver and the libraries will take of ``card``; 0 where they have already.
+    ``context``: what of ``card`` goes to others than tensors: the driver, libraries, gaps; 0 where it is gone already.
     """
 
     host: int

@@ -184,7 +184,7 @@ class Residency:
         return advice.after_shortage(self.plan.setup if self.plan else UNPLANNED, self.mode)
 
     def _plan_for(self, work: Work) -> Plan:
-        model, machine = self._sizes(), machine_of(self.device)
+        model, machine = self._sizes(), machine_of(self.device, used=self.plan is not None)
         if self.plan is not None:
             same = modes.fitting_plan(model, work, machine, self.plan.setup)
             if same is not None:
