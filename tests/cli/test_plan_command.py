@@ -8,7 +8,6 @@ import os
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,14 @@ from support import REPOSITORY, ltxpack, refused
 
 from ltxpack.cli.plan import plan as command
 from ltxpack.cli.run import run
-from ltxpack.demo_config import GEMMA
-from ltxpack.manifest import Bake, BakedLora, Component, FileRecord, Manifest, Source, load_schema
-from ltxpack.materialize.published import published_configs, published_tensors
-from ltxpack.runtime.overlay import CLASSES
+from ltxpack.manifest import load_schema
 from ltxpack.runtime.planning import machine
 from ltxpack.runtime.request import DEFAULTS
-from ltxpack.tensorfile import build_header, tensor_nbytes
 
-STRENGTHS = (0.25, 0.5)
-SHARD = 5 * 10**9
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import _full_size
+
 CARDS = {24: "stream", 32: "stream", 48: "swap", 80: "swap", 141: "resident"}
 
 
@@ -41,66 +38,11 @@ def planned(*arguments: str | Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An overlay of the published sizes: real headers and configs, weights that are holes."""
-    root = tmp_path_factory.mktemp("full") / "out"
-    configs = published_configs()
-    tensors = published_tensors(configs)
-    components = {}
-    for name, class_name in CLASSES.items():
-        config = {**GEMMA, "text_config": configs[name]["text_config"]} if name == "text_encoder" else configs[name]
-        components[name] = Component(library(name), class_name, written(root, name, tensors[name], config))
-    lora = BakedLora("distilled", "loras/d.safetensors", 1, "0" * 64, 0.0, None)
-    bakes = {}
-    for strength in STRENGTHS:
-        folder = f"bakes/distilled-{strength}"
-        files = written(root, folder, tensors["transformer"], configs["transformer"])
-        bakes[f"distilled-{strength}"] = Bake((replace(lora, strength=strength),), "fp32", "cpu", "cpu", files, ())
-    source = Source("Lightricks/LTX-2.3", None, ())
-    # auto looks for bakes of the distilled LoRA that the overlay keeps.
-    from ltxpack.manifest import Lora
-
-    kept = Lora("distilled", written_file(root, "loras/d.safetensors", 1))
-    bakes = {n: replace(b, loras=(replace(b.loras[0], blake3=kept.file.blake3),)) for n, b in bakes.items()}
-    manifest = Manifest("2.3.0", 33, None, source, components, (kept,), (), bakes)
-    (root / "ltxpack.json").write_bytes(manifest.dump())
-    return root
-
-
-def library(component: str) -> str:
-    return "transformers" if component == "text_encoder" else "diffusers"
-
-
-def written(root: Path, folder: str, tensors: list[Any], config: dict[str, Any]) -> tuple[FileRecord, ...]:
-    """A component's folder: config.json and sparse shards of at most 5 GB."""
-    (root / folder).mkdir(parents=True)
-    (root / folder / "config.json").write_text(json.dumps(config))
-    records = [record_of(root, f"{folder}/config.json")]
-    shards: list[list[Any]] = [[]]
-    held = 0
-    for tensor in tensors:
-        size = tensor_nbytes(tensor[1], tensor[2])
-        if held + size > SHARD:
-            shards.append([])
-            held = 0
-        shards[-1].append(tensor)
-        held += size
-    for number, shard in enumerate(shards):
-        header = build_header(shard, {})
-        path = f"{folder}/{number}.safetensors"
-        records.append(written_file(root, path, len(header) + sum(tensor_nbytes(t[1], t[2]) for t in shard), header))
-    return tuple(records)
-
-
-def written_file(root: Path, path: str, size: int, head: bytes = b"") -> FileRecord:
-    (root / path).parent.mkdir(parents=True, exist_ok=True)
-    with (root / path).open("wb") as file:
-        file.write(head)
-        file.truncate(size)
-    return record_of(root, path)
-
-
-def record_of(root: Path, path: str) -> FileRecord:
-    return FileRecord(path, (root / path).stat().st_size, "0" * 64)
+    """An overlay of the published sizes; its holes are not hashed, which takes minutes and no plan asks for."""
+    root = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_full_size, "blake3_of", lambda path: "0" * 64)
+        return _full_size.make_full_size(root / "out", root / "source")
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -14,7 +14,7 @@ ANSWER_SECONDS = 20
 # Host memory that is left to the rest of the system: of what is free, and of a whole machine.
 HOST_MARGIN, SYSTEM = 500_000_000, 2_000_000_000
 # What the driver and the libraries take of a card that nothing runs on yet.
-CONTEXT = 800_000_000
+CONTEXT = 1_000_000_000
 UNKNOWN = 2**62
 
 

@@ -1,0 +1,114 @@
+"""An overlay of the published sizes that takes no room: real configs, headers, indexes and hashes, weights that are
+holes in their files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from ltxpack import demo
+from ltxpack.demo_config import GEMMA
+from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
+from ltxpack.materialize.published import published_configs, published_tensors
+from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE
+from ltxpack.runtime.overlay import CLASSES
+from ltxpack.tensorfile import build_header, tensor_nbytes
+
+STRENGTHS = (0.25, 0.5)
+INDEXES = {"text_encoder": "model"}
+DEFAULT_INDEX = "diffusion_pytorch_model"
+READ = 1 << 26
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass
+class Holes:
+    """Writes files of holes below ``root``, and hashes those that are the same once."""
+
+    root: Path
+    hashes: dict[tuple[str, int], str]
+
+    def write(self, path: str, head: bytes, nbytes: int = 0) -> FileRecord:
+        """``head``, then ``nbytes`` that take no room."""
+        place = self.root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("wb") as file:
+            file.write(head)
+            file.truncate(len(head) + nbytes)
+        key = (hashlib.sha256(head).hexdigest(), nbytes)
+        if key not in self.hashes:
+            self.hashes[key] = blake3_of(place)
+        return FileRecord(path, len(head) + nbytes, self.hashes[key])
+
+    def component(self, folder: str, tensors: Sequence[Any], config: dict[str, Any]) -> tuple[FileRecord, ...]:
+        """config.json, shards, and their index where there are several."""
+        records = [self.write(f"{folder}/config.json", json.dumps(config).encode())]
+        shards = list(sharded(tensors))
+        for number, shard in enumerate(shards):
+            nbytes = sum(tensor_nbytes(dtype, shape) for _, dtype, shape in shard)
+            records.append(self.write(f"{folder}/{number}.safetensors", build_header(shard, {}), nbytes))
+        if len(shards) > 1:
+            places = {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name, _, _ in shard}
+            total = sum(tensor_nbytes(dtype, shape) for _, dtype, shape in tensors)
+            index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}).encode()
+            name = INDEXES.get(folder, DEFAULT_INDEX)
+            records.append(self.write(f"{folder}/{name}.safetensors.index.json", index))
+        return tuple(records)
+
+
+def make_full_size(root: Path, scratch: Path) -> Path:
+    """The overlay, in the new folder ``root``; a tokenizer is taken from the demo's source, made in ``scratch``."""
+    holes = Holes(root, {})
+    configs = published_configs()
+    tensors = published_tensors(configs)
+    components = {}
+    for name, class_name in CLASSES.items():
+        text = name == "text_encoder"
+        config = {**GEMMA, "text_config": configs[name]["text_config"]} if text else configs[name]
+        files = holes.component(name, tensors[name], config)
+        components[name] = Component("transformers" if text else "diffusers", class_name, files)
+    demo.write_source(scratch)
+    found = [(name, next(scratch.rglob(name)).read_bytes()) for name in TOKENIZER_FILES]
+    files = tuple(holes.write(f"tokenizer/{name}", data) for name, data in found)
+    components["tokenizer"] = Component("transformers", "GemmaTokenizerFast", files)
+    lora = Lora("distilled", holes.write("loras/distilled.safetensors", build_header([("a", "BF16", (1,))], {}), 2))
+    bakes = {f"distilled-{strength}": _bake(holes, lora, strength, tensors, configs) for strength in STRENGTHS}
+    manifest = Manifest("2.3.0", 33, None, Source("Lightricks/LTX-2.3", None, ()), components, (lora,), (), bakes)
+    (root / MANIFEST_NAME).write_bytes(manifest.dump())
+    return root
+
+
+def _bake(holes: Holes, lora: Lora, strength: float, tensors: Any, configs: Any) -> Bake:
+    files = holes.component(f"bakes/distilled-{strength}", tensors["transformer"], configs["transformer"])
+    baked = BakedLora(lora.name, lora.file.path, lora.file.size, lora.file.blake3, strength, None)
+    return Bake((baked,), "fp32", "cpu", "cpu", files, ())
+
+
+def sharded(tensors: Sequence[Any]) -> Iterator[list[Any]]:
+    """The tensors in order, as many in a shard as go into it."""
+    shard: list[Any] = []
+    held = 0
+    for tensor in tensors:
+        nbytes = tensor_nbytes(tensor[1], tensor[2])
+        if shard and held + nbytes > DEFAULT_MAX_SHARD_SIZE:
+            yield shard
+            shard, held = [], 0
+        shard.append(tensor)
+        held += nbytes
+    yield shard
+
+
+def blake3_of(path: Path) -> str:
+    """Of a whole file."""
+    found = blake3(max_threads=blake3.AUTO)
+    with path.open("rb") as file:
+        while data := file.read(READ):
+            found.update(data)
+    return found.hexdigest()

@@ -1,0 +1,78 @@
+"""benchmarks/memory.py and nullcard.py, as far as they go without a CUDA build of torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import memory
+import nullcard
+
+FOUND = {
+    "mode": "stream",
+    "phases": {
+        name: {"planned": 20 * 10**9, "allocated": allocated, "reserved": allocated + 10**9}
+        for name, allocated in zip(memory.PHASES, (5 * 10**9, 21 * 10**9, 10**9, 22 * 10**9, 6 * 10**9), strict=True)
+    },
+}
+
+
+def test_a_row_holds_each_phase_against_its_plan() -> None:
+    row = memory._row(24, FOUND)
+    assert row == (
+        *("24 GB", "stream", "5.0 (0.250)", "21.0 (1.050)", "1.0 (0.050)", "22.0 (1.100)", "6.0 (0.300)"),
+        *("1.100", "23.0"),
+    )
+    failed = memory._row(24, {"failed": ["error: cuda ran out of memory"]})
+    assert len(failed) == len(row) and failed[1] == "failed" and "ran out" in failed[-1]
+
+
+def test_without_a_cuda_build_it_says_what_to_install() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda:
+        pytest.skip("torch here is a CUDA build")
+    command = [sys.executable, REPOSITORY / "benchmarks" / "nullcard.py", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no CUDA build" in done.stderr
+
+
+def test_what_is_written_by_hand_is_not_generated_again() -> None:
+    runtime, driver = (nullcard.defined(nullcard.SOURCES / name) for name in ("runtime.c", "driver.c"))
+    assert {"cudaMalloc", "cudnnGetLastErrorString", "cudaGetErrorString", "nullcard_take"} <= runtime
+    assert {"cuMemCreate", "cuGetErrorName"} <= driver
+    assert not {"remember", "number", "some"} & (runtime | driver)
+
+
+def test_what_is_generated_does_nothing_and_says_so() -> None:
+    text = nullcard.successes({"cudaStreamQuery", "cudnnCreateTensorDescriptor"})
+    assert "int cudaStreamQuery(void) { return 0; }" in text
+    assert "int cudnnCreateTensorDescriptor(void **out) { *out = calloc" in text
+
+
+def test_names_of_the_driver_are_found_among_others() -> None:
+    text = "x\0cuMemCreate\0cuda\0cuLaunchKernelEx\0cubin cuD8"
+    assert nullcard.DRIVER.findall(text) == ["cuMemCreate", "cuLaunchKernelEx"]
+    assert not nullcard.DRIVER.fullmatch("cudaMemcpy") and nullcard.KEPT.fullmatch("__cudaRegisterFatBinary")
+
+
+def test_sources_need_no_header_of_the_driver(tmp_path: Path) -> None:
+    compiler = next((name for name in ("cc", "gcc", "clang") if _runs(name)), None)
+    if compiler is None:
+        pytest.skip("no C compiler here")
+    for name in ("driver.c", "nvrtc.c"):
+        subprocess.run(
+            [compiler, "-shared", "-fPIC", "-o", tmp_path / f"{name}.so", nullcard.SOURCES / name], check=True
+        )
+
+
+def _runs(name: str) -> bool:
+    try:
+        return subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
