@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from ltxpack import demo
 from ltxpack.demo_config import GEMMA
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
 from ltxpack.materialize.published import published_configs, published_tensors
-from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE
+from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, assign_shards
+from ltxpack.repack.work import Piece, WriteBytes
 from ltxpack.runtime.overlay import CLASSES
 from ltxpack.tensorfile import build_header, tensor_nbytes
 
 STRENGTHS = (0.25, 0.5)
-INDEXES = {"text_encoder": "model"}
-DEFAULT_INDEX = "diffusion_pytorch_model"
+STEMS = {"text_encoder": "model"}
 READ = 1 << 26
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -48,18 +48,16 @@ class Holes:
         return FileRecord(path, len(head) + nbytes, self.hashes[key])
 
     def component(self, folder: str, tensors: Sequence[Any], config: dict[str, Any]) -> tuple[FileRecord, ...]:
-        """config.json, shards, and their index where there are several."""
+        """config.json, and the shards and index that ``materialize`` would write."""
+        pieces = [
+            Piece(name, dtype, shape, self.root, 0, tensor_nbytes(dtype, shape), dtype)
+            for name, dtype, shape in tensors
+        ]
+        stem = STEMS.get(folder, DEFAULT_STEM)
         records = [self.write(f"{folder}/config.json", json.dumps(config).encode())]
-        shards = list(sharded(tensors))
-        for number, shard in enumerate(shards):
-            nbytes = sum(tensor_nbytes(dtype, shape) for _, dtype, shape in shard)
-            records.append(self.write(f"{folder}/{number}.safetensors", build_header(shard, {}), nbytes))
-        if len(shards) > 1:
-            places = {name: f"{number}.safetensors" for number, shard in enumerate(shards) for name, _, _ in shard}
-            total = sum(tensor_nbytes(dtype, shape) for _, dtype, shape in tensors)
-            index = json.dumps({"metadata": {"total_size": total}, "weight_map": places}).encode()
-            name = INDEXES.get(folder, DEFAULT_INDEX)
-            records.append(self.write(f"{folder}/{name}.safetensors.index.json", index))
+        for item in assign_shards(pieces, DEFAULT_MAX_SHARD_SIZE, folder, stem):
+            head = item.data if isinstance(item, WriteBytes) else item.header
+            records.append(self.write(item.path, head, item.size - len(head)))
         return tuple(records)
 
 
@@ -89,20 +87,6 @@ def _bake(holes: Holes, lora: Lora, strength: float, tensors: Any, configs: Any)
     files = holes.component(f"bakes/distilled-{strength}", tensors["transformer"], configs["transformer"])
     baked = BakedLora(lora.name, lora.file.path, lora.file.size, lora.file.blake3, strength, None)
     return Bake((baked,), "fp32", "cpu", "cpu", files, ())
-
-
-def sharded(tensors: Sequence[Any]) -> Iterator[list[Any]]:
-    """The tensors in order, as many in a shard as go into it."""
-    shard: list[Any] = []
-    held = 0
-    for tensor in tensors:
-        nbytes = tensor_nbytes(tensor[1], tensor[2])
-        if shard and held + nbytes > DEFAULT_MAX_SHARD_SIZE:
-            yield shard
-            shard, held = [], 0
-        shard.append(tensor)
-        held += nbytes
-    yield shard
 
 
 def blake3_of(path: Path) -> str:

@@ -75,7 +75,7 @@ def resolve_device(name: str) -> torch.device:
 def machine_of(device: torch.device, *, used: bool = False) -> Machine:
     """What this process could have: what is free, and what it has itself already.
 
-    ``used``: a video was made, so that what libraries take of a card is gone from it.
+    ``used``: work was done on the device, so that what libraries take of a card is gone from it.
     """
     host = machine.usable_host()
     if device.type != "cuda":
