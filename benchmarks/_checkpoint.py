@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from ltxpack import demo, demo_config
-from ltxpack.materialize.configs import Shapes, checkpoint_configs
-from ltxpack.materialize.expected import source_inventory
-from ltxpack.materialize.renames import CHECKPOINT_TABLES
-from ltxpack.tensorfile import build_header
+from ltxpack import demo
+from ltxpack.demo import config as demo_config
+from ltxpack.files.tensorfile import build_header
+from ltxpack.ltx23.configs import Shapes, checkpoint_configs
+from ltxpack.ltx23.expected import source_inventory
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 
 NAME = "ltx-2.3-bench"
 RANK = 384

@@ -14,13 +14,13 @@ from typing import Any
 from blake3 import blake3
 
 from ltxpack import demo
-from ltxpack.demo_config import GEMMA
+from ltxpack.demo.config import GEMMA
+from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
-from ltxpack.materialize.published import published_configs, published_tensors
 from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, assign_shards
 from ltxpack.repack.work import Piece, WriteBytes
 from ltxpack.runtime.overlay import CLASSES
-from ltxpack.tensorfile import build_header, tensor_nbytes
 
 STRENGTHS = (0.25, 0.5)
 STEMS = {"text_encoder": "model"}

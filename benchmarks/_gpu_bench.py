@@ -15,8 +15,8 @@ from _gpu_models import Inputs, forward_inputs, random_dit
 from _gpu_sizes import Sizes
 from _report import Table
 
-from ltxpack.runtime.dit import DiT, DiTConfig, kernels
-from ltxpack.runtime.dit.tuning import heads_of
+from ltxpack.runtime.model import DiT, DiTConfig, kernels
+from ltxpack.runtime.tuning import heads_of
 
 GIGA = 1e9
 STAGES = (1, 2)

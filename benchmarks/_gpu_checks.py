@@ -13,11 +13,11 @@ from _gpu_models import Inputs, contexts, forward_inputs, random_dit, state_of
 from _gpu_sizes import TINY
 from torch import Tensor
 
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.dit import DiT, Pass, kernels
-from ltxpack.runtime.guidance import HQ_GUIDANCE, Denoiser
-from ltxpack.runtime.sample import res2s
-from ltxpack.runtime.schedule import stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.model import DiT, Pass, kernels
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser
+from ltxpack.runtime.sampling.sample import res2s
+from ltxpack.runtime.sampling.schedule import stage1_sigmas, stage2_sigmas
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from _gpu_bench import GIGA, STAGES, Bench, Growing, gigabytes
 from _gpu_models import contexts, diffusers_dit
 from torch import Tensor, nn
 
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.dit import Pass, kernels
-from ltxpack.runtime.dit.block import PLAIN
+from ltxpack.runtime.model import Pass, kernels
+from ltxpack.runtime.model.block import PLAIN
+from ltxpack.runtime.sampling.av import AV
 
 # Seconds that one median may take.
 BRIEF, LONG = 1.0, 4.0

@@ -13,9 +13,9 @@ import torch
 from _gpu_sizes import Config, Sizes
 from torch import Tensor, nn
 
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.conditioning import LatentState, VideoShape, initial_state
-from ltxpack.runtime.dit import DiT, DiTConfig, Stream
+from ltxpack.runtime.model import DiT, DiTConfig, Stream
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import LatentState, VideoShape, initial_state
 
 MULTIPLIER = 1000
 # How much around what they are at rest: tables and biases 0, norms 1.

@@ -56,7 +56,7 @@ def residency(bench: Bench) -> None:
 
 def pinning(bench: Bench) -> None:
     """What it costs to pin host memory and how long a launch waits meanwhile, in the runtime's stretches and whole."""
-    from ltxpack.runtime.residency.offload import STRETCH
+    from ltxpack.runtime.weights.offload import STRETCH
 
     table = bench.table(
         "Pinning host memory",
@@ -74,7 +74,7 @@ def pinning(bench: Bench) -> None:
 
 def _pinned(bench: Bench, size: int) -> tuple[float, float, float]:
     """Seconds to pin PINNED bytes in calls of ``size`` and to give them back, and of the longest launch meanwhile."""
-    from ltxpack.runtime.copies import HostMemory, copies_to
+    from ltxpack.runtime.weights.copies import HostMemory, copies_to
 
     copies, counter = copies_to(bench.device), torch.zeros(1, device=bench.device)
     memories = [HostMemory(size, copies) for _ in range(PINNED // size)]
@@ -139,7 +139,7 @@ class Switches:
     def watching(self) -> Iterator[None]:
         """Around the pipeline's phases and its sampler."""
         from ltxpack.runtime import pipeline
-        from ltxpack.runtime.sample import res2s
+        from ltxpack.runtime.sampling.sample import res2s
 
         outer, switches = pipeline.Timings.phase, self
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from _flops import Lengths
 
-from ltxpack.runtime.conditioning import VideoShape
+from ltxpack.runtime.sampling.conditioning import VideoShape
 
 Config = Mapping[str, Any]
 

@@ -16,11 +16,11 @@ from _gpu_forward import compiled
 from _gpu_models import Codecs, contexts, installed, random_codecs, state_of
 from torch import Tensor
 
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.conditioning import VideoShape, unpatchify
-from ltxpack.runtime.guidance import HQ_GUIDANCE, Denoiser
-from ltxpack.runtime.sample import res2s
-from ltxpack.runtime.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import VideoShape, unpatchify
+from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser
+from ltxpack.runtime.sampling.sample import res2s
+from ltxpack.runtime.sampling.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
 
 CODEC_PACKAGE, MEDIA_PACKAGE = "diffusers", "av"
 # Spec 07, section 5: TFLOP to decode the default video in one piece.

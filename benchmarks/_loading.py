@@ -165,9 +165,9 @@ def _copy_floor(bench: Bench, size: int) -> float:
 
 def _ours(bench: Bench, folder: Path, reads: str) -> float:
     """As the runtime borrows it: checked and hashed."""
-    from ltxpack.runtime.dit.weights import load_dit
+    from ltxpack.runtime.model.weights import load_dit
     from ltxpack.runtime.overlay import BASE, Overlay
-    from ltxpack.runtime.residency import Residency
+    from ltxpack.runtime.weights.keeper import Residency
 
     overlay = Overlay.open(folder)
     lender = Residency(overlay, bench.device, torch.bfloat16, reads=reads)

@@ -59,7 +59,7 @@ def addmm(lora: str) -> None:
     """The matrix products of a bake, on all cores, from memory to memory; the seconds of the better of two ways."""
     import torch
 
-    from ltxpack.tensorfile import read_tensorfile
+    from ltxpack.files.tensorfile import read_tensorfile
 
     factors = {name: info.shape for name, info in read_tensorfile(Path(lora)).tensors.items()}
     downs = [name for name in factors if name.endswith(".lora_A.weight")]

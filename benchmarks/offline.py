@@ -26,7 +26,7 @@ from _marks import BAKE_PEAK, BAKE_TARGETS, GB, Findings, Flat, flat_table, mark
 from _measure import Bench, Costs, Item, files_under
 from _report import MATRIX_UNIT, RESULTS, Table, machine, write_results
 
-from ltxpack.tensorfile import read_tensorfile
+from ltxpack.files.tensorfile import read_tensorfile
 
 # The largest share of the scratch folder's free space that a run may take.
 USABLE = 0.9

@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ltxpack.materialize.published import published_configs, published_tensors
-from ltxpack.runtime.planning.commands import OFFICIAL
-from ltxpack.runtime.planning.machine import this_machine
-from ltxpack.runtime.planning.modes import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, Work, best_plan
-from ltxpack.runtime.planning.report import gigabytes, seconds
-from ltxpack.runtime.planning.sizes import Model, model_of
-from ltxpack.runtime.shape import VideoShape
+from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.weights.commands import OFFICIAL
+from ltxpack.runtime.weights.machine import this_machine
+from ltxpack.runtime.weights.modes import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, Work, best_plan
+from ltxpack.runtime.weights.report import gigabytes, seconds
+from ltxpack.runtime.weights.sizes import Model, model_of
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- plan-table: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table ends -->"

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ltxpack import bounded_json
 from ltxpack.errors import OverlayError, quoted
+from ltxpack.files import bounded_json
 
 if TYPE_CHECKING:
     import jsonschema

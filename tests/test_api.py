@@ -21,10 +21,11 @@ from test_architecture import HEAVY, modules_after
 import ltxpack as package
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import codecs, reading, text
-from ltxpack.runtime.dit import DiT, kernels
+from ltxpack.runtime import codecs
+from ltxpack.runtime.model import DiT, kernels
 from ltxpack.runtime.pipeline import Pipeline
-from ltxpack.runtime.planning import modes
+from ltxpack.runtime.text import gemma as text
+from ltxpack.runtime.weights import modes, reading
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
 FLAGS = (

@@ -12,33 +12,19 @@ from support import REPOSITORY
 
 PACKAGE = REPOSITORY / "ltxpack"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# Room -> the rooms it may import. errors, reporter and bounded_json know nobody.
-ALLOWED = {
-    "errors": set(),
-    "reporter": set(),
-    "bounded_json": set(),
-    "manifest": {"errors", "bounded_json"},
-    "tensorfile": {"errors", "bounded_json"},
-    "repack": {"errors", "reporter", "bounded_json", "manifest", "tensorfile"},
-    "materialize": {"errors", "reporter", "manifest", "tensorfile", "repack"},
-    "lora_bake": {"errors", "reporter", "manifest", "tensorfile", "repack", "materialize"},
-    "runtime": {"errors", "reporter", "manifest", "tensorfile"},
-    "demo": {
-        "errors",
-        "reporter",
-        "manifest",
-        "tensorfile",
-        "repack",
-        "materialize",
-        "lora_bake",
-        "runtime",
-        "demo_config",
-    },
-    "demo_config": {"materialize"},
-    "cli": {"errors", "reporter", "manifest", "tensorfile", "repack", "materialize", "lora_bake", "runtime", "demo"},
-    "__main__": {"cli"},
-    "__init__": {"runtime"},
-}
+# Room -> the rooms it may import. errors and reporter know nobody.
+ALLOWED: dict[str, set[str]] = {"errors": set(), "reporter": set()}
+ALLOWED["files"] = {"errors", "reporter"}
+ALLOWED["ltx23"] = ALLOWED["manifest"] = {"errors", "files"}
+ALLOWED["repack"] = {"errors", "reporter", "files", "ltx23", "manifest"}
+ALLOWED["runtime"] = {"errors", "reporter", "files", "ltx23", "manifest"}
+ALLOWED["materialize"] = {*ALLOWED["repack"], "repack"}
+ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize"}
+ALLOWED["export"] = {*ALLOWED["lora_bake"], "lora_bake"}
+ALLOWED["demo"] = {*ALLOWED["export"], "export", "runtime"}
+ALLOWED["cli"] = {*ALLOWED["demo"], "demo"}
+ALLOWED["__main__"] = {"cli"}
+ALLOWED["__init__"] = {"runtime"}
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "av", "PIL", "huggingface_hub", "jsonschema", "tqdm")
 
 

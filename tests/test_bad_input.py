@@ -83,7 +83,7 @@ def test_another_generation(version: str, source: Path, tmp_path: Path) -> None:
 
 
 def test_a_config_field_that_changes_the_maths(source: Path, tmp_path: Path) -> None:
-    from ltxpack.demo_config import CONFIG
+    from ltxpack.demo.config import CONFIG
 
     changed = {**CONFIG, "transformer": {**CONFIG["transformer"], "rope_type": "interleaved", "new_norm": "layer"}}
     edit(checkpoint(source), config=json.dumps(changed))
@@ -182,7 +182,7 @@ def test_an_image_that_is_none(overlay: Path, tmp_path: Path) -> None:
 def test_a_host_too_small_is_refused_before_loading(
     overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ltxpack.runtime.planning.machine.free_host", lambda: 600_000_000)
+    monkeypatch.setattr("ltxpack.runtime.weights.machine.free_host", lambda: 600_000_000)
     message = refused(ltxpack("run", overlay, *RUN, "-o", tmp_path / "v.mp4"), 1)
     assert "GB" in message and "cpu" in message
 

@@ -21,7 +21,7 @@ import accuracy
 from _checkpoint import KEPT_BITS, REAL, TINY, checkpoint_shapes, config, lora_shapes, write_random
 from _marks import Findings, Flat
 
-from ltxpack.tensorfile import read_tensorfile
+from ltxpack.files.tensorfile import read_tensorfile
 
 
 def quiet(_: str) -> None: ...

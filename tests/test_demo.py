@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from support import load, ltxpack
 
-from ltxpack.demo_config import REGISTERS
+from ltxpack.demo.config import REGISTERS
 
 
 def test_both_streams_of_the_video_decode(demo: Path) -> None:

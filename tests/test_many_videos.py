@@ -24,14 +24,15 @@ from ltxpack.cli.run import run
 from ltxpack.errors import LtxpackError
 from ltxpack.manifest import load_schema
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import batch, codecs, media, text
+from ltxpack.runtime import batch, codecs, media
 from ltxpack.runtime import run as runs
 from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.prompts_file import read_jobs
 from ltxpack.runtime.record import record_path
 from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, DEFAULTS, Request
-from ltxpack.runtime.residency import Residency
+from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.video import Latents
+from ltxpack.runtime.weights.keeper import Residency
 
 SMALL = ("--device", "cpu", "--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
 FLAGS = (*SMALL, "--steps", "2")

@@ -11,11 +11,11 @@ from ltxpack.cli.terminal import human_bytes, json_option, print_json
 from ltxpack.errors import printable
 
 if TYPE_CHECKING:
-    from ltxpack.runtime.planning.commands import Wanted
-    from ltxpack.runtime.planning.machine import Machine
-    from ltxpack.runtime.planning.modes import Plan
-    from ltxpack.runtime.planning.report import Command
-    from ltxpack.runtime.planning.sizes import Model
+    from ltxpack.runtime.weights.commands import Wanted
+    from ltxpack.runtime.weights.machine import Machine
+    from ltxpack.runtime.weights.modes import Plan
+    from ltxpack.runtime.weights.report import Command
+    from ltxpack.runtime.weights.sizes import Model
 
 
 @click.command()
@@ -42,9 +42,9 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
     the published LTX-2.3, before anything of it is fetched. 1GB is 10⁹ bytes, 1GiB 2³⁰.
     """
     from ltxpack.materialize import parse_size
-    from ltxpack.runtime.planning.advice import plan_or_refuse
-    from ltxpack.runtime.planning.machine import this_machine
-    from ltxpack.runtime.planning.report import to_json
+    from ltxpack.runtime.weights.advice import plan_or_refuse
+    from ltxpack.runtime.weights.machine import this_machine
+    from ltxpack.runtime.weights.report import to_json
 
     rate = parse_size(str(options["disk_rate"]), "--disk-rate")
     sizes = (("--vram", vram), ("--ram", ram))
@@ -61,9 +61,9 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
 
 
 def _wanted(options: dict[str, object]) -> Wanted:
-    from ltxpack.runtime.planning.commands import Wanted
-    from ltxpack.runtime.planning.modes import Work
-    from ltxpack.runtime.shape import VideoShape
+    from ltxpack.runtime.sampling.shape import VideoShape
+    from ltxpack.runtime.weights.commands import Wanted
+    from ltxpack.runtime.weights.modes import Work
 
     sizes = (options[name] for name in ("num_frames", "height", "width", "fps"))
     work = Work(VideoShape(*sizes), options["steps"], options["images"], options["decode"])  # type: ignore[arg-type]
@@ -73,9 +73,9 @@ def _wanted(options: dict[str, object]) -> Wanted:
 
 
 def _published(wanted: Wanted) -> tuple[Model, list[Command]]:
-    from ltxpack.materialize.published import published_configs, published_tensors
-    from ltxpack.runtime.planning.commands import published_commands, published_stages
-    from ltxpack.runtime.planning.sizes import model_of
+    from ltxpack.ltx23.published import published_configs, published_tensors
+    from ltxpack.runtime.weights.commands import published_commands, published_stages
+    from ltxpack.runtime.weights.sizes import model_of
 
     configs, stages = published_configs(), published_stages(wanted.stages)
     model = model_of(published_tensors(configs), configs, stages, wanted.dtype)
@@ -84,9 +84,9 @@ def _published(wanted: Wanted) -> tuple[Model, list[Command]]:
 
 def _overlay(root: Path, wanted: Wanted) -> tuple[Model, list[Command]]:
     from ltxpack.runtime.overlay import Overlay
-    from ltxpack.runtime.planning.commands import OFFICIAL, overlay_commands
-    from ltxpack.runtime.planning.sizes import overlay_model
     from ltxpack.runtime.select import AUTO, choose
+    from ltxpack.runtime.weights.commands import OFFICIAL, overlay_commands
+    from ltxpack.runtime.weights.sizes import overlay_model
 
     opened = Overlay.open(root)
     if not opened.manifest.bakes and wanted.stages == (AUTO, AUTO):
@@ -98,8 +98,8 @@ def _overlay(root: Path, wanted: Wanted) -> tuple[Model, list[Command]]:
 
 
 def _say(overlay: Path | None, wanted: Wanted, machine: Machine, found: Plan, rate: int) -> None:
-    from ltxpack.runtime.planning.modes import AUTO
-    from ltxpack.runtime.planning.report import decoding, lines, reading, seconds, table
+    from ltxpack.runtime.weights.modes import AUTO
+    from ltxpack.runtime.weights.report import decoding, lines, reading, seconds, table
 
     shape = wanted.work.shape
     what = "the published LTX-2.3" if overlay is None else str(overlay)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ltxpack.errors import AdapterError, SourceError
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake import settings as peft
 from ltxpack.lora_bake.naming import LoraKey, Match, ModuleNames, belongs_elsewhere, parse_key
 from ltxpack.lora_bake.settings import MAX_ALPHA, Settings
-from ltxpack.tensorfile import TensorFile, TensorInfo, read_tensorfile
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 PEFT_WEIGHTS = "adapter_model.safetensors"

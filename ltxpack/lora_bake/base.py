@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from blake3 import blake3
 
 from ltxpack.errors import OverlayError, quoted
+from ltxpack.files.tensorfile import MAX_INDEX_BYTES, TensorFile, TensorInfo, read_tensorfile
 from ltxpack.manifest import FileRecord, Manifest
 from ltxpack.repack.lock import WORK_FOLDER
-from ltxpack.tensorfile import MAX_INDEX_BYTES, TensorFile, TensorInfo, read_tensorfile
 
 TRANSFORMER = "transformer"
 WEIGHT_DTYPES = ("BF16", "F16", "F32")

@@ -9,10 +9,10 @@ from typing import Self
 
 import torch
 
+from ltxpack.files.tensorfile import open_source
 from ltxpack.lora_bake.adapter import Adapter, Part
 from ltxpack.lora_bake.fuse import Term, Workspace
 from ltxpack.lora_bake.reading import fill
-from ltxpack.tensorfile import open_source
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ltxpack.materialize.renames import TRANSFORMER
+from ltxpack.ltx23.renames import TRANSFORMER
 
 DOTTED_PREFIXES = (
     "base_model.model.",

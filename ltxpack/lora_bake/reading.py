@@ -9,7 +9,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from ltxpack.errors import FormatError
-from ltxpack.tensorfile import open_source
+from ltxpack.files.tensorfile import open_source
 
 BLOCK = 8 * 1024 * 1024
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ltxpack.errors import DeviceError, OverlayError, SourceError, quoted
+from ltxpack.files.tensorfile import fsync_folder
 from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.base import changed, read_base, refuse_links
 from ltxpack.lora_bake.job import Arithmetic, Job
@@ -24,7 +25,6 @@ from ltxpack.repack.staging import recover, remove_below
 from ltxpack.repack.stream import write_failure
 from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import fsync_folder
 
 
 def repair_bake(

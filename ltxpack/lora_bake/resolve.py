@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
+from ltxpack.files.tensorfile import TensorFile, parse_header
 from ltxpack.lora_bake import settings as peft
 from ltxpack.lora_bake.adapter import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, fit_adapter, open_adapter
 from ltxpack.lora_bake.names import DISTILLED, lora_name
 from ltxpack.manifest import Lora, Manifest
-from ltxpack.materialize.hub import Hub, RepoInfo, parse_reference
+from ltxpack.materialize.hub.client import Hub, RepoInfo, parse_reference
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import TensorFile, parse_header
 
 
 @dataclass(frozen=True)

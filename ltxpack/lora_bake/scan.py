@@ -11,10 +11,10 @@ import numpy as np
 from blake3 import blake3
 
 from ltxpack.errors import AdapterError
+from ltxpack.files.tensorfile import open_source, read_tensorfile
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.reading import blocks, with_config
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import open_source, read_tensorfile
 
 # A value is NaN or infinite exactly where all of these bits are set; F8_E4M3 has no infinity, and one NaN per sign.
 _NOT_FINITE: Mapping[str, tuple[type[np.unsignedinteger], int]] = {

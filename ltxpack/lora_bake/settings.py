@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import AdapterError
+from ltxpack.files.tensorfile import parse_json, read_json
 from ltxpack.lora_bake.patterns import PatternTable
-from ltxpack.tensorfile import parse_json, read_json
 
 # Times the largest strength, which is as large, it still fits float32.
 MAX_ALPHA = 1e18

@@ -22,6 +22,7 @@ import torch
 from blake3 import blake3
 
 from ltxpack.errors import AdapterError
+from ltxpack.files.tensorfile import TensorInfo
 from ltxpack.lora_bake.base import BaseShard, changed
 from ltxpack.lora_bake.factors import DTYPES, FactorReader, single_thread
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
@@ -31,7 +32,6 @@ from ltxpack.manifest import FileRecord
 from ltxpack.repack.stream import WRITE_BUFFERS, Range, RangeReader, ShardWriter
 from ltxpack.repack.work import WriteShard
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import TensorInfo
 
 COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ltxpack.errors import FormatError, SourceError
+from ltxpack.files.tensorfile import atomic_write, read_json
 from ltxpack.lora_bake.base import BaseShard
 from ltxpack.lora_bake.fuse import KERNELS
 from ltxpack.lora_bake.heatmap import HTML_NAME
@@ -28,7 +29,6 @@ from ltxpack.repack.staging import Staging
 from ltxpack.repack.stream import write_failure
 from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import atomic_write, read_json
 
 MEASURED_NAME = "measured.json"
 

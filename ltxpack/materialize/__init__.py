@@ -144,7 +144,7 @@ def parse_size(text: str, flag: str) -> int:
 
 def _access(reporter: Reporter, hub: HubLike | None) -> Access:
     def make() -> HubLike:
-        from ltxpack.materialize.hub import Hub
+        from ltxpack.materialize.hub.client import Hub
 
         return hub if hub is not None else Hub(reporter=reporter)
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ltxpack.errors import FormatError, SourceError
-from ltxpack.materialize.hub import RepoInfo
-from ltxpack.materialize.releases import cached_sha256
-from ltxpack.tensorfile import (
+from ltxpack.files.tensorfile import (
     MAX_INDEX_BYTES,
     TensorFile,
     TensorIndex,
@@ -20,6 +18,8 @@ from ltxpack.tensorfile import (
     read_json,
     read_tensorfile,
 )
+from ltxpack.ltx23.releases import cached_sha256
+from ltxpack.materialize.hub.client import RepoInfo
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 

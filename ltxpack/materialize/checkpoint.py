@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ltxpack.errors import UnsupportedError
-from ltxpack.materialize.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
-from ltxpack.materialize.expected import Shape, inventory
-from ltxpack.materialize.generation import Metadata, read_metadata
-from ltxpack.materialize.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
-from ltxpack.tensorfile import TensorFile, TensorInfo, parse_json
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
+from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
+from ltxpack.ltx23.expected import Shape, inventory
+from ltxpack.ltx23.generation import Metadata, read_metadata
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})

@@ -6,10 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from ltxpack.errors import UnsupportedError
+from ltxpack.files.tensorfile import plain_file_name
+from ltxpack.ltx23.releases import Recognised, recognise
 from ltxpack.materialize.access import Access, Located
 from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_upsampler
 from ltxpack.materialize.lora_header import read_lora_header
-from ltxpack.materialize.releases import Recognised, recognise
 from ltxpack.materialize.sources import (
     CHECKPOINT,
     LORA,
@@ -19,7 +20,6 @@ from ltxpack.materialize.sources import (
     TextEncoderFolder,
 )
 from ltxpack.materialize.text_encoder import TextEncoder, check_fit, read_text_encoder
-from ltxpack.tensorfile import plain_file_name
 
 
 @dataclass(frozen=True)

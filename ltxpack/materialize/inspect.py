@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import LtxpackError, SourceError
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
+from ltxpack.ltx23.generation import parse_version
+from ltxpack.ltx23.releases import likely, recognise
+from ltxpack.ltx23.renames import component_of
 from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
 from ltxpack.materialize.access import Located, located
 from ltxpack.materialize.checkpoint import read_checkpoint, read_upsampler
-from ltxpack.materialize.generation import parse_version
 from ltxpack.materialize.lora_header import LoraHeader, read_lora_header
-from ltxpack.materialize.releases import likely, recognise
-from ltxpack.materialize.renames import component_of
 from ltxpack.repack.work import numel
-from ltxpack.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
 
 MAX_LISTED = 20
 MAX_TEXT = 500

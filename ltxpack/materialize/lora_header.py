@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ltxpack.tensorfile import TensorFile
+from ltxpack.files.tensorfile import TensorFile
 
 # (suffix of the down factor, suffix of the up factor)
 _PAIRS = (

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltxpack.ltx23.config_tables import CLASSES
+from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source, SourceFile
 from ltxpack.materialize.access import Located
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
-from ltxpack.materialize.config_tables import CLASSES
-from ltxpack.materialize.configs import json_bytes, model_index, scheduler_config
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.sources import CHECKPOINT
 from ltxpack.repack.shards import DEFAULT_STEM, assign_shards

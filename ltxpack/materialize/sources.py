@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
+from ltxpack.files.tensorfile import plain_file_name
 from ltxpack.materialize.access import Access, Located, located
-from ltxpack.materialize.hub import parse_reference
-from ltxpack.tensorfile import plain_file_name
+from ltxpack.materialize.hub.client import parse_reference
 
 CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER = "checkpoint", "lora", "upsampler", "text_encoder"
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import FormatError, SourceError, UnsupportedError
+from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
 from ltxpack.materialize.access import Access, Located
 from ltxpack.materialize.sources import TEXT_ENCODER_REPO, TEXT_ENCODER_TYPE, TextEncoderFolder
-from ltxpack.tensorfile import MAX_TOKENIZER_BYTES
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"

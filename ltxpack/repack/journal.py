@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ltxpack import bounded_json
 from ltxpack.errors import SourceError
+from ltxpack.files import bounded_json
+from ltxpack.files.failure import write_failure
+from ltxpack.files.tensorfile import atomic_write, open_source
 from ltxpack.manifest import FileRecord, safe_relative_path
-from ltxpack.repack.failure import write_failure
 from ltxpack.repack.stream import hash_file
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import atomic_write, open_source
 
 FORMAT = 1
 # A line is some 200 bytes; what is beyond is not believed.

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import OverlayError
+from ltxpack.files.failure import write_failure
+from ltxpack.files.tensorfile import atomic_write, fsync_folder
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest
 from ltxpack.repack.execute import preflight, write_item
-from ltxpack.repack.failure import write_failure
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
 from ltxpack.repack.staging import recover, remove_below
 from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import atomic_write, fsync_folder
 
 
 def repair(

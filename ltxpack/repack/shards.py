@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable, Sequence
 
 from ltxpack.errors import FormatError, UsageError
+from ltxpack.files.tensorfile import DTYPE_BITS
 from ltxpack.repack.work import Piece, WriteBytes, WriteShard
-from ltxpack.tensorfile import DTYPE_BITS
 
 DEFAULT_STEM = "diffusion_pytorch_model"
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000

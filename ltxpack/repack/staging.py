@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Self
 
 from ltxpack.errors import OverlayError
+from ltxpack.files.failure import write_failure
+from ltxpack.files.tensorfile import atomic_write, fsync_folder
 from ltxpack.manifest import (
     BAKE_NAME,
     MANIFEST_NAME,
@@ -26,11 +28,9 @@ from ltxpack.manifest import (
     is_overlay,
     read_manifest,
 )
-from ltxpack.repack.failure import write_failure
 from ltxpack.repack.journal import Journal, JournalState, is_intact, read_journal
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, real_target
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import atomic_write, fsync_folder
 
 JOURNAL_NAME = "journal.jsonl"
 PARTIAL = ".partial"

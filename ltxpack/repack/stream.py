@@ -20,14 +20,14 @@ from typing import NamedTuple, Self
 from blake3 import blake3
 
 from ltxpack.errors import FormatError, SourceError
+from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectFile, aligned_buffer, round_up
+from ltxpack.files.failure import write_failure
+from ltxpack.files.links import link_file
+from ltxpack.files.tensorfile import fsync_folder
 from ltxpack.manifest import FileRecord
 from ltxpack.repack.cast import cast_to_bfloat16
-from ltxpack.repack.direct import ALIGN, BUFFER, DIRECT_FROM, DirectFile, aligned_buffer, round_up
-from ltxpack.repack.failure import write_failure
-from ltxpack.repack.links import link_file
 from ltxpack.repack.work import CopyFile, LinkFile, Piece, WriteBytes, WriteShard
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import fsync_folder
 
 __all__ = [
     "WRITE_BUFFERS",

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import LtxpackError
+from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.lock import WORK_FOLDER
 from ltxpack.repack.staging import PARTIAL, unfinished
 from ltxpack.repack.stream import hash_file
 from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
-from ltxpack.tensorfile import read_index, read_tensorfile
 
 # A file that somebody else put there, which no repair touches.
 NOT_OURS = "is not in the manifest"

@@ -18,8 +18,8 @@ from typing import Any
 from blake3 import blake3
 
 from ltxpack.errors import UnsupportedError
+from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.manifest import FileRecord
-from ltxpack.tensorfile import TensorInfo, build_header, tensor_nbytes
 
 PT_FORMAT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 CASTS = frozenset({("F32", "BF16"), ("F16", "BF16"), ("F64", "BF16")})

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.pipeline import Pipeline, Timings
 from ltxpack.runtime.prompts_file import Job, in_a_line, read_jobs
 from ltxpack.runtime.run import Peaks, RunOptions, tell_inside, write_video
-from ltxpack.tensorfile import open_source
 
 # Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host, as planned.
 AHEAD = 64

@@ -22,27 +22,28 @@ from ltxpack.errors import DeviceError, UsageError
 from ltxpack.manifest import FileRecord
 from ltxpack.reporter import ProgressReporter, Reporter, SilentReporter
 from ltxpack.runtime import codecs
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.conditioning import ImageItem, LatentState, VideoShape, initial_state, unpatchify
-from ltxpack.runtime.dit import DiT, kernels, load_dit
-from ltxpack.runtime.dit.tuning import Tuning, heads_of, tune
-from ltxpack.runtime.dit.weights import read_dit_config
-from ltxpack.runtime.encode import PromptEncoder
-from ltxpack.runtime.guidance import Denoiser, Guidance
 from ltxpack.runtime.large_tiles import FAST
 from ltxpack.runtime.media import load_image, prepare_image
+from ltxpack.runtime.model import DiT, kernels, load_dit
+from ltxpack.runtime.model.weights import read_dit_config
 from ltxpack.runtime.overlay import Overlay
-from ltxpack.runtime.planning import report
-from ltxpack.runtime.planning.advice import check_mode, check_reads
-from ltxpack.runtime.planning.modes import Work
-from ltxpack.runtime.prompt_cache import PromptCache, cache_root
 from ltxpack.runtime.request import ImageSpec, Request, Settings
-from ltxpack.runtime.residency import Residency, known_fault, resolve_device
-from ltxpack.runtime.sample import res2s
-from ltxpack.runtime.schedule import stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state, unpatchify
+from ltxpack.runtime.sampling.guidance import Denoiser, Guidance
+from ltxpack.runtime.sampling.sample import res2s
+from ltxpack.runtime.sampling.schedule import stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
 from ltxpack.runtime.select import AUTO, Choice, choose
-from ltxpack.runtime.shape import VIDEO_CHANNELS
+from ltxpack.runtime.text.encode import PromptEncoder
+from ltxpack.runtime.text.prompt_cache import PromptCache, cache_root
+from ltxpack.runtime.tuning import Tuning, heads_of, tune
 from ltxpack.runtime.video import Latents, Video
+from ltxpack.runtime.weights import report
+from ltxpack.runtime.weights.advice import check_mode, check_reads
+from ltxpack.runtime.weights.device import known_fault, resolve_device
+from ltxpack.runtime.weights.keeper import Residency
+from ltxpack.runtime.weights.modes import Work
 
 P = TypeVar("P", bound=torch.nn.Module)
 R = TypeVar("R")

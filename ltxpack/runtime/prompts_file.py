@@ -17,12 +17,12 @@ from typing import Any
 import jsonschema
 
 from ltxpack.errors import BadLinesError, FormatError, LtxpackError, UsageError
+from ltxpack.files.tensorfile import open_source, parse_json
 from ltxpack.manifest import load_schema
 from ltxpack.runtime.media import check_output, frame_rate
 from ltxpack.runtime.media.images import read_image
 from ltxpack.runtime.record import is_free
 from ltxpack.runtime.request import ImageSpec, Request, Settings
-from ltxpack.tensorfile import open_source, parse_json
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_FAULT_LENGTH = 300

@@ -16,12 +16,12 @@ from typing import Any
 from blake3 import blake3
 
 from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.files.tensorfile import atomic_write, read_json
 from ltxpack.manifest import FileRecord
-from ltxpack.runtime.guidance import Guidance
 from ltxpack.runtime.overlay import CLASSES, Overlay
 from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.guidance import Guidance
 from ltxpack.runtime.select import Choice
-from ltxpack.tensorfile import atomic_write, read_json
 
 FORMAT = 1
 MADE_BY = "ltxpack run --prompts"

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from ltxpack.errors import UsageError
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.conditioning import VideoShape
-from ltxpack.runtime.guidance import Guidance
 from ltxpack.runtime.large_tiles import DECODES, OFFICIAL
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import VideoShape
+from ltxpack.runtime.sampling.guidance import Guidance
 
 DEFAULT_NEGATIVE_PROMPT = (
     "has_subtitles, has_blurbox, transition from black, transition to black, speech_ending_short, blurry, out of "

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ltxpack.errors import UsageError, quoted
-from ltxpack.runtime.av import AV
+from ltxpack.files.tensorfile import build_header
 from ltxpack.runtime.media import VideoWriter
-from ltxpack.tensorfile import build_header
+from ltxpack.runtime.sampling.av import AV
 
 FRAMES_AT_ONCE = 8
 

@@ -152,7 +152,7 @@ def test_values_no_run_could_use_are_refused_before_loading(flags: list[str], wo
 
 
 def test_the_help_names_every_attention_kernel() -> None:
-    from ltxpack.runtime.dit.kernels import AUTO, KERNELS
+    from ltxpack.runtime.model.kernels import AUTO, KERNELS
 
     told = " ".join(ltxpack("run", "--help").stdout.split())
     assert all(name in told.partition("--attention")[2].partition("--compile")[0] for name in (AUTO, *KERNELS))

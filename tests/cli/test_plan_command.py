@@ -18,8 +18,8 @@ from support import REPOSITORY, ltxpack, refused
 from ltxpack.cli.plan import plan as command
 from ltxpack.cli.run import run
 from ltxpack.manifest import load_schema
-from ltxpack.runtime.planning import machine
 from ltxpack.runtime.request import DEFAULTS
+from ltxpack.runtime.weights import machine
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 

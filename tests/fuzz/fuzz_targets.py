@@ -20,6 +20,7 @@ from typing import Any
 
 from ltxpack import demo
 from ltxpack.errors import LtxpackError
+from ltxpack.files.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
 from ltxpack.lora_bake import BakeOptions, plan_bake
 from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.scan import scan
@@ -32,7 +33,6 @@ from ltxpack.materialize.sources import TextEncoderFolder, folder_files
 from ltxpack.materialize.text_encoder import read_text_encoder
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
-from ltxpack.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
 
 SECONDS = 1.0
 # Many times what the largest file tried here takes (200 KB of JSON).

@@ -10,9 +10,9 @@ import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
+from ltxpack.ltx23.expected import inventory
+from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import MANIFEST_NAME, Component, FileRecord, Lora, Manifest, Source
-from ltxpack.materialize.expected import inventory
-from ltxpack.materialize.renames import TRANSFORMER
 
 CONFIG = {
     "_class_name": "LTX2VideoTransformer3DModel",

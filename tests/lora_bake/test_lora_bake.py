@@ -29,15 +29,15 @@ from safetensors import safe_open
 from support import load, ltxpack, refused
 
 from ltxpack.errors import AdapterError, DeviceError, LtxpackError, OverlayError, SourceError, UsageError
+from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake import BakeOptions, bake, plan_bake, resolve
 from ltxpack.lora_bake.bake import _checked
+from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import Bake, read_manifest
-from ltxpack.materialize.hub import RepoFile, RepoInfo
-from ltxpack.materialize.renames import TRANSFORMER
+from ltxpack.materialize.hub.client import RepoFile, RepoInfo
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
-from ltxpack.tensorfile import read_tensorfile
 
 BASE = random_weights()
 FACTORS = low_rank(linears())

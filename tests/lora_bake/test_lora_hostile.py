@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from lora_support import linears, official, shapes
 
 from ltxpack.errors import LtxpackError
+from ltxpack.files.tensorfile import DTYPE_BITS
 from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.factors import DTYPES, FactorReader
 from ltxpack.lora_bake.fuse import fuse_fp32
 from ltxpack.lora_bake.scan import all_finite, scan
 from ltxpack.reporter import SilentReporter
-from ltxpack.tensorfile import DTYPE_BITS
 
 SHAPES = shapes()
 MODULES = [module for module in linears() if "blocks.0.attn1" in module]

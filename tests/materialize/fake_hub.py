@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ltxpack.errors import SourceError
-from ltxpack.materialize.hub import RepoFile, RepoInfo
+from ltxpack.materialize.hub.client import RepoFile, RepoInfo
 
 COMMIT = "c0ffee" + "0" * 34
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import REPOSITORY
 
-from ltxpack.materialize.config_tables import CLASSES
+from ltxpack.ltx23.config_tables import CLASSES
 
 SPEC = REPOSITORY.parent / "shared" / "spec"
 needs_spec = pytest.mark.skipif(not SPEC.is_dir(), reason="no spec folder on this machine")

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from materialize import tiny_source
 
 from ltxpack.errors import UnsupportedError
+from ltxpack.files.tensorfile import build_header, parse_header
+from ltxpack.ltx23.expected import inventory
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.materialize.checkpoint import Checkpoint, read_checkpoint
-from ltxpack.materialize.expected import inventory
-from ltxpack.materialize.renames import CHECKPOINT_TABLES, component_of
-from ltxpack.tensorfile import build_header, parse_header
 
 Shapes = dict[str, tuple[int, ...]]
 SHAPES = tiny_source.tensor_shapes(tiny_source.CONFIG)

@@ -12,9 +12,11 @@ from materialize.modules import needs_spec
 from materialize.test_plan import full_size_checkpoint
 
 from ltxpack.errors import SourceError
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import read_manifest
-from ltxpack.materialize import Options, hub, hub_transfer, materialize, plan_overlay
-from ltxpack.materialize.renames import CHECKPOINT_TABLES
+from ltxpack.materialize import Options, materialize, plan_overlay
+from ltxpack.materialize.hub import client as hub
+from ltxpack.materialize.hub import transfer as hub_transfer
 from ltxpack.materialize.sources import HUB_DEFAULTS, TEXT_ENCODER_REPO
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter

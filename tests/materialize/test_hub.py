@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
-from ltxpack.materialize import hub, hub_transfer
-from ltxpack.materialize.hub import Hub, HubUnreachable, parse_reference
-from ltxpack.materialize.hub_listing import is_safe_name
+from ltxpack.materialize.hub import client as hub
+from ltxpack.materialize.hub import transfer as hub_transfer
+from ltxpack.materialize.hub.client import Hub, HubUnreachable, parse_reference
+from ltxpack.materialize.hub.listing import is_safe_name
 from ltxpack.reporter import SilentReporter
 
 REPO = "Lightricks/LTX-2.3"
@@ -747,7 +748,7 @@ def test_damaged_refs_are_not_followed(filled: HubServer, monkeypatch: pytest.Mo
 def test_environment_variables_reach_another_process(server: HubServer, cache: Path) -> None:
     """Endpoint, cache and token as a user sets them, and nothing about the hub imported before it is used."""
     script = (
-        "import sys, ltxpack.materialize.hub as hub\n"
+        "import sys, ltxpack.materialize.hub.client as hub\n"
         "assert not {'huggingface_hub', 'httpx', 'torch'} & set(sys.modules)\n"
         "h = hub.Hub(); info = h.info('me/private'); print(h.fetch(info, 'config.json').read_bytes() , info.commit)"
     )

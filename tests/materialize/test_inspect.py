@@ -10,8 +10,8 @@ import pytest
 from materialize import tiny_source
 
 from ltxpack.errors import FormatError, SourceError
+from ltxpack.ltx23.releases import RELEASES
 from ltxpack.materialize import Options, inspect_path, materialize
-from ltxpack.materialize.releases import RELEASES
 from ltxpack.reporter import SilentReporter
 
 

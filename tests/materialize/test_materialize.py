@@ -18,10 +18,10 @@ from materialize.modules import module_class
 from safetensors.torch import load_file
 
 from ltxpack.errors import LtxpackError, OverlayError, SourceError
+from ltxpack.ltx23.config_tables import CLASSES
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.manifest import Bake, BakedLora, read_manifest
 from ltxpack.materialize import Options, Report, fetched_plan, materialize, plan_overlay
-from ltxpack.materialize.config_tables import CLASSES
-from ltxpack.materialize.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.materialize.sources import TEXT_ENCODER_REPO
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter

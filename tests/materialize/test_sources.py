@@ -14,9 +14,9 @@ from materialize.fake_hub import COMMIT, FakeHub
 from support import ltxpack, refused
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
+from ltxpack.ltx23.releases import RELEASES, cached_sha256, likely, recognise
 from ltxpack.materialize.access import Access
 from ltxpack.materialize.inputs import Inputs, fetch_inputs, read_inputs
-from ltxpack.materialize.releases import RELEASES, cached_sha256, likely, recognise
 from ltxpack.materialize.sources import HUB_DEFAULTS, TEXT_ENCODER_REPO, Sources, Wanted, resolve
 
 GATED = SourceError("is gated", file=TEXT_ENCODER_REPO, next="open the page")

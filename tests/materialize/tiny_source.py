@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ltxpack.materialize.configs import checkpoint_configs, upsampler_config
-from ltxpack.materialize.expected import source_inventory
-from ltxpack.tensorfile import build_header, tensor_nbytes
+from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
+from ltxpack.ltx23.expected import source_inventory
 
 Shape = tuple[int, ...]
 CHECKPOINT = "ltx-2.3-mini-dev.safetensors"

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
+from ltxpack.files.direct import DirectFile
+from ltxpack.files.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source
-from ltxpack.repack.direct import DirectFile
 from ltxpack.repack.execute import execute
 from ltxpack.repack.shards import assign_shards
 from ltxpack.repack.staging import Staging
 from ltxpack.repack.work import CopyFile, Item, WriteBytes, fingerprint, piece
 from ltxpack.reporter import SilentReporter
-from ltxpack.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
 
 
 class Listener(SilentReporter):

@@ -13,12 +13,12 @@ from blake3 import blake3
 from repack_support import Listener, make_source, materialize, plan, tree
 
 from ltxpack.errors import OverlayError
+from ltxpack.files.tensorfile import atomic_write
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
 from ltxpack.repack.repair import repair
 from ltxpack.repack.verify import Fault, damaged, damaged_items, verify
 from ltxpack.repack.work import Item, WriteShard
 from ltxpack.reporter import SilentReporter
-from ltxpack.tensorfile import atomic_write
 
 SILENT = SilentReporter()
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"

@@ -21,12 +21,12 @@ from repack_support import Listener, make_source
 from safetensors.torch import load_file
 
 from ltxpack.errors import FormatError, OverlayError, SourceError
-from ltxpack.repack import direct as direct_io
-from ltxpack.repack.direct import ALIGN, BUFFER, DIRECT_FROM, O_DIRECT, DirectFile
+from ltxpack.files import direct as direct_io
+from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, O_DIRECT, DirectFile
+from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.repack.stream import Range, RangeReader, ShardWriter, file_ranges, hash_file, write_shard
 from ltxpack.repack.work import WriteShard, piece
 from ltxpack.reporter import SilentReporter
-from ltxpack.tensorfile import read_tensorfile
 
 NOISE = random.Random(1).randbytes(3 * BUFFER)
 BORDERS = [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, DIRECT_FROM - 1, DIRECT_FROM, DIRECT_FROM + 1]

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltxpack.errors import FormatError, UnsupportedError, UsageError
+from ltxpack.files.tensorfile import TensorInfo, parse_header, tensor_nbytes
 from ltxpack.repack.shards import assign_shards
 from ltxpack.repack.stream import MAX_GAP, read_plan
 from ltxpack.repack.work import Piece, WriteBytes, WriteShard, fingerprint, piece, sources
-from ltxpack.tensorfile import TensorInfo, parse_header, tensor_nbytes
 
 SOURCE = Path("model.safetensors")
 shapes = st.lists(st.integers(0, 9), max_size=2).map(tuple)

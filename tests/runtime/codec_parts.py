@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ltxpack.materialize.configs import checkpoint_configs, upsampler_config
-from ltxpack.materialize.renames import CHECKPOINT_TABLES, LATENT_UPSAMPLER, RenameTable
+from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES, LATENT_UPSAMPLER, RenameTable
 
 CODECS = ("vae", "audio_vae", "vocoder")
 

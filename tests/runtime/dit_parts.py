@@ -13,9 +13,9 @@ from support import load
 from torch import Tensor
 
 from ltxpack.lora_bake.fuse import Term, fuse_official
-from ltxpack.materialize.renames import TRANSFORMER, component_of
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.dit import DiT, DiTConfig, Stream
+from ltxpack.ltx23.renames import TRANSFORMER, component_of
+from ltxpack.runtime.model import DiT, DiTConfig, Stream
+from ltxpack.runtime.sampling.av import AV
 
 # What LTX-2.3 says where diffusers' default is another; all other fields are left to their defaults.
 LTX23 = {

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from support import load
 from torch import Tensor
 
-from ltxpack.runtime import schedule
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.conditioning import ImageItem, LatentState, VideoShape, initial_state
-from ltxpack.runtime.guidance import Guidance
+from ltxpack.runtime.sampling import schedule
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state
+from ltxpack.runtime.sampling.guidance import Guidance
 
 NAMES = AV("video", "audio")
 

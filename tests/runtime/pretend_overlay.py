@@ -11,10 +11,10 @@ from blake3 import blake3
 from transformers import Gemma3Config
 
 from ltxpack.demo import _tokenizer
+from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.manifest import Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
-from ltxpack.materialize.published import published_configs, published_tensors
 from ltxpack.runtime.overlay import CLASSES
-from ltxpack.tensorfile import build_header, tensor_nbytes
 
 UNKNOWN = "0" * 64
 Tensors = Iterable[tuple[str, str, tuple[int, ...]]]

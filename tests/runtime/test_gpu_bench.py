@@ -27,9 +27,9 @@ from _gpu_clock import Clock, OutOfTime, at_most
 from _gpu_models import forward_inputs, random_dit
 from _gpu_sizes import REAL, TINY, TRANSFORMER
 
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.dit import DiT, DiTConfig, Pass
-from ltxpack.runtime.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.model import DiT, DiTConfig, Pass
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig.from_dict(TRANSFORMER)

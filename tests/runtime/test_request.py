@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltxpack.errors import UsageError
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.conditioning import VideoShape
-from ltxpack.runtime.guidance import HQ_GUIDANCE, Guidance
 from ltxpack.runtime.request import ImageSpec, Request
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import VideoShape
+from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Guidance
 
 
 @pytest.fixture(scope="module")

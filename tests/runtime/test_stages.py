@@ -13,10 +13,10 @@ from golden_runs import Stage, runs
 from support import load, relative_l2
 from torch import Tensor
 
-from ltxpack.runtime import sample
-from ltxpack.runtime.av import AV
-from ltxpack.runtime.conditioning import unpatchify
-from ltxpack.runtime.guidance import Denoiser
+from ltxpack.runtime.sampling import sample
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import unpatchify
+from ltxpack.runtime.sampling.guidance import Denoiser
 
 
 def denoiser_of(stage: Stage, golden: Path, dtype: str) -> Denoiser:

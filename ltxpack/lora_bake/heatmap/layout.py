@@ -1,6 +1,6 @@
 """The transformer's modules in the order a page shows them: by stream and by what they do, not by the alphabet.
 
-The tables name the modules of LTX-2.3 (``runtime/dit/block.py``, ``runtime/dit/model.py``). A module that is in none
+The tables name the modules of LTX-2.3 (``runtime/model/``). A module that is in none
 of them, as in a model made by someone else, is shown after the known ones under its own name.
 """
 

@@ -10,13 +10,13 @@ from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
 from diffusers.pipelines.ltx2.vocoder import UpSample1d
 from torch import Tensor
 
-from ltxpack.runtime.load import Reader, build_on_meta, load_component, load_module, read_config
+from ltxpack.runtime.weights.load import Reader, build_on_meta, load_component, load_module, read_config
 
 
 def load_audio_vae(
     folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None
 ) -> AutoencoderKLLTX2Audio:
-    """The audio VAE of ``audio_vae/``. Raises as :func:`ltxpack.runtime.load.load_module`."""
+    """The audio VAE of ``audio_vae/``. Raises as :func:`ltxpack.runtime.weights.load.load_module`."""
     return load_component(AutoencoderKLLTX2Audio, folder, device, dtype, reader=reader)
 
 
@@ -25,7 +25,7 @@ def load_vocoder(
 ) -> LTX2VocoderWithBWE:
     """The vocoder of ``vocoder/``: weights rounded to ``dtype``, arithmetic always float32 (spec 06, section 6).
 
-    Raises as :func:`ltxpack.runtime.load.load_module`.
+    Raises as :func:`ltxpack.runtime.weights.load.load_module`.
     """
     config = read_config(folder, LTX2VocoderWithBWE.__name__)
     vocoder = build_on_meta(LTX2VocoderWithBWE, config, folder)

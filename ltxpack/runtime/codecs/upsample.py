@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.codecs.video import LatentStatistics
-from ltxpack.runtime.load import Reader, load_component
+from ltxpack.runtime.weights.load import Reader, load_component
 
 
 def load_upsampler(
     folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None
 ) -> LTX2LatentUpsamplerModel:
-    """The upsampler of ``latent_upsampler/``. Raises as :func:`ltxpack.runtime.load.load_module`."""
+    """The upsampler of ``latent_upsampler/``. Raises as :func:`ltxpack.runtime.weights.load.load_module`."""
     return load_component(LTX2LatentUpsamplerModel, folder, device, dtype, reader=reader)
 
 

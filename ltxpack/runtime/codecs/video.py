@@ -15,7 +15,15 @@ from torch import Tensor
 from ltxpack.errors import OverlayError
 from ltxpack.runtime.codecs.tiling import Piece, Tiling, auto_tiling, frame_pieces, fresh_frames, spatial_pieces
 from ltxpack.runtime.large_tiles import DecoderSizes, tiling_within
-from ltxpack.runtime.load import FLOATS, Reader, Stored, load_component, read_headers, read_tensors, verify_command
+from ltxpack.runtime.weights.load import (
+    FLOATS,
+    Reader,
+    Stored,
+    load_component,
+    read_headers,
+    read_tensors,
+    verify_command,
+)
 
 VideoVAE: TypeAlias = AutoencoderKLLTX2Video
 # Tiles are blended this many frames at a time, so that the float32 copies stay small beside the frames.
@@ -79,7 +87,7 @@ def _per_channel(stored: Mapping[str, Stored], name: str, channels: int, folder:
 def load_video_vae(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> VideoVAE:
     """The video VAE of an overlay's ``vae/``, with channels last if it goes to a GPU.
 
-    Raises as :func:`ltxpack.runtime.load.load_module`.
+    Raises as :func:`ltxpack.runtime.weights.load.load_module`.
     """
     vae = load_component(VideoVAE, folder, device, dtype, reader=reader)
     return channels_last(vae) if device.type == "cuda" else vae

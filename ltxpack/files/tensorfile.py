@@ -1,0 +1,343 @@
+"""Safetensors headers, byte ranges, index files, and small files written atomically. Knows no tensor names.
+
+Everything read here is untrusted. What the safetensors library refuses is refused; beyond it: duplicate keys, control
+characters and path parts in names, headers over 16 MiB, deep nesting, integers beyond 64 bits. Each is a FormatError,
+found in bounded time and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO, TypeGuard
+
+from ltxpack.errors import AbsentError, FormatError, SourceError
+from ltxpack.files import bounded_json
+
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+# An index of 50,000 tensors is some 5 MB.
+MAX_INDEX_BYTES = 16 * 1024 * 1024
+# A tokenizer.json, parsed by another library; Gemma 3's has 33 MB.
+MAX_TOKENIZER_BYTES = 128 * 1024 * 1024
+MAX_NAME_LENGTH = 1024
+INT64_MAX = 2**63 - 1
+
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+        "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+        "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+        "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    }
+)  # fmt: skip
+
+# What the first bytes of a file are when it is not safetensors but something users often pass instead.
+LOOKALIKES = (
+    (b"PK\x03\x04", "a zip archive (a .pt or .bin pickle?)"),
+    (b"\x80\x02", "a Python pickle"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"GGUF", "a GGUF file"),
+    (b"version ", "a git LFS pointer (the file itself was not fetched)"),
+    (b"<", "a web page"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a file: ``dtype`` as safetensors spells it, ``start`` the absolute offset of its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file by its header; ``tensors`` in order of their offsets."""
+
+    path: Path
+    size: int
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TensorIndex:
+    """A ``*.safetensors.index.json``: tensor name → name of a file in the same folder."""
+
+    path: Path
+    weight_map: Mapping[str, str]
+    total_size: int | None
+
+
+def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
+    """The header of ``path``, checked against the file's size. Raises SourceError or FormatError."""
+    path = Path(path)
+    with open_source(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(8)
+        head = first + file.read(header_length(first, size, path))
+    return parse_header(head, size, path)
+
+
+def header_length(first8: bytes, file_size: int, path: str | os.PathLike[str]) -> int:
+    """Bytes of JSON that follow the first eight bytes. Raises FormatError if no header fits there."""
+    lookalike = next((what for magic, what in LOOKALIKES if first8.startswith(magic)), None)
+    if file_size < 8 or len(first8) < 8:
+        found = lookalike or f"{file_size} bytes"
+        raise FormatError("is not a safetensors file", file=path, expected="at least 8 bytes", found=found)
+    length = int.from_bytes(first8[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise FormatError(
+            "is not a safetensors file, or a hostile one",
+            file=path,
+            expected=f"a header of at most {MAX_HEADER_BYTES} bytes",
+            found=lookalike or f"{length} bytes",
+        )
+    if 8 + length > file_size:
+        raise _truncated(path, 8 + length, file_size)
+    return length
+
+
+def parse_header(head: bytes, file_size: int, path: str | os.PathLike[str]) -> TensorFile:
+    """The file that starts with ``head`` (length, JSON, maybe more) and is ``file_size`` bytes long.
+
+    Raises FormatError naming the tensor at fault.
+    """
+    length = header_length(head[:8], file_size, path)
+    if len(head) < 8 + length:
+        raise _truncated(path, 8 + length, len(head))
+    document = parse_json(head[8 : 8 + length], path)
+    if not isinstance(document, dict):
+        raise FormatError("has a header that is not a JSON object", file=path, found=type(document).__name__)
+    metadata = _metadata(document.pop("__metadata__", None), path)
+    tensors = sorted(
+        (_tensor(name, entry, 8 + length, path) for name, entry in document.items()),
+        key=lambda info: (info.start, info.nbytes),
+    )
+    _check_spans(tensors, 8 + length, file_size, path)
+    return TensorFile(
+        path=Path(path),
+        size=file_size,
+        tensors=MappingProxyType({info.name: info for info in tensors}),
+        metadata=MappingProxyType(metadata),
+    )
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON (padded to 8 bytes) of a file holding ``(name, dtype, shape)`` in this order, without gaps.
+
+    The same input always gives the same bytes. Raises FormatError for what ``parse_header`` would refuse.
+    """
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        check_name(name, "header")
+        if name in document:
+            raise FormatError("stands twice in one file", tensor=name)
+        start, end = end, end + tensor_nbytes(dtype, shape)
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise FormatError("header would be too large", expected=f"at most {MAX_HEADER_BYTES} bytes", found=len(text))
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor. Raises FormatError for an unknown dtype, an overflow or a part of a byte."""
+    if dtype not in DTYPE_BITS:
+        raise FormatError("unknown dtype", expected=", ".join(DTYPE_BITS), found=_short(dtype))
+    count = 1
+    for dim in shape:
+        count *= dim
+        if count > INT64_MAX:
+            raise FormatError("has a shape whose size overflows 64 bits", found=_short(list(shape)))
+    bits = count * DTYPE_BITS[dtype]
+    if bits > INT64_MAX or bits % 8:
+        raise FormatError("has a size that is no whole number of bytes", found=f"{dtype} {_short(list(shape))}")
+    return bits // 8
+
+
+def check_name(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse (FormatError) a tensor name that is empty, too long, unprintable or looks like a path."""
+    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        problem = "a tensor name is empty, too long, or has control characters"
+    elif "/" in name or "\\" in name or ".." in name:
+        problem = "a tensor name has path parts"
+    else:
+        return
+    raise FormatError(problem, file=path, found=ascii(_short(name)))
+
+
+def read_index(path: str | os.PathLike[str]) -> TensorIndex:
+    """A shard index. Values must be plain ``*.safetensors`` names in the same folder. Raises FormatError."""
+    document = read_json(path, MAX_INDEX_BYTES)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict):
+        raise FormatError("is not a shard index", file=path, expected="an object with weight_map")
+    for name, value in weight_map.items():
+        check_name(name, path)
+        if not isinstance(value, str) or not plain_file_name(value) or not value.endswith(".safetensors"):
+            raise FormatError(
+                "names a shard that is not a plain .safetensors file name in its own folder",
+                file=path, tensor=name, found=_short(value),
+            )  # fmt: skip
+    total = document["metadata"].get("total_size") if isinstance(document.get("metadata"), dict) else None
+    return TensorIndex(Path(path), MappingProxyType(weight_map), total if _is_size(total) else None)
+
+
+def plain_file_name(name: str) -> bool:
+    """Whether ``name`` names a file in its own folder and nothing else."""
+    return 0 < len(name) <= 255 and name.isprintable() and not set(name) & set("/\\:") and name not in (".", "..")
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_HEADER_BYTES, *, any_number: bool = False) -> Any:
+    """The JSON document in ``path``. Raises SourceError if it cannot be read, FormatError if it is not sound."""
+    with open_source(Path(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise FormatError("is too large", file=path, expected=f"at most {max_bytes} bytes", found=f"{size} bytes")
+        data = file.read(size)
+    return parse_json(data, path, any_number=any_number)
+
+
+def parse_json(data: bytes, path: str | os.PathLike[str], *, any_number: bool = False) -> Any:
+    """JSON within the bounds of ``bounded_json``. ``path`` is only named in the error. Raises FormatError."""
+    try:
+        return bounded_json.parse(data, any_number=any_number)
+    except bounded_json.JsonFault as fault:
+        raise FormatError(str(fault), file=path) from None
+
+
+def open_source(path: Path) -> BinaryIO:
+    """``path`` opened for reading, only if it is a regular file (a pipe would block).
+
+    Raises AbsentError, or SourceError.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise AbsentError("does not exist", file=path) from None
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+    except ValueError:
+        raise SourceError("is not a path", file=ascii(_short(str(path)))) from None
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise SourceError("is a folder" if stat.S_ISDIR(mode) else "is not a regular file", file=path)
+    return os.fdopen(fd, "rb")
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes, *, work: Path | None = None) -> None:
+    """Put ``data`` at ``path``: whole and on disk, or not at all. The folder must exist. Raises OSError.
+
+    A process killed meanwhile leaves a temporary file in ``work`` (a folder of the same filesystem; default: beside).
+    """
+    path = Path(path)
+    temporary = (work or path.parent) / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    fd = os.open(temporary, flags, 0o666)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the names in ``folder`` survive a power cut, where the system offers that."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _metadata(value: Any, path: str | os.PathLike[str]) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise FormatError("has metadata that is not an object of strings", file=path, tensor="__metadata__")
+    return value
+
+
+def _tensor(name: str, entry: Any, base: int, path: str | os.PathLike[str]) -> TensorInfo:
+    check_name(name, path)
+    if not isinstance(entry, dict):
+        raise FormatError("is not described by an object", file=path, tensor=name, found=_short(entry))
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise FormatError("has no dtype", file=path, tensor=name, found=_short(dtype))
+    if not isinstance(shape, list) or not all(_is_size(dim) for dim in shape):
+        raise FormatError("has a shape that is not a list of sizes", file=path, tensor=name, found=_short(shape))
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        raise FormatError("has no sound data_offsets", file=path, tensor=name, found=_short(offsets))
+    start, end = offsets
+    try:
+        nbytes = tensor_nbytes(dtype, tuple(shape))
+    except FormatError as error:
+        raise FormatError(error.problem, file=path, tensor=name, expected=error.expected, found=error.found) from None
+    if end - start != nbytes:
+        raise FormatError(
+            "shape and byte range differ", file=path, tensor=name,
+            expected=f"{nbytes} bytes for {dtype} {_short(shape)}", found=f"{end - start} bytes",
+        )  # fmt: skip
+    return TensorInfo(name, dtype, tuple(shape), base + start, nbytes)
+
+
+def _check_spans(tensors: list[TensorInfo], base: int, file_size: int, path: str | os.PathLike[str]) -> None:
+    """The tensors, in order of offset, must fill the file from ``base`` to its end."""
+    end = base
+    for info in tensors:
+        if info.start != end:
+            problem = "overlaps another tensor" if info.start < end else "leaves a gap before it"
+            raise FormatError(
+                problem, file=path, tensor=info.name, expected=f"offset {end - base}", found=info.start - base
+            )
+        end += info.nbytes
+    if end > file_size:
+        raise _truncated(path, end, file_size)
+    if end < file_size:
+        raise FormatError(
+            "has bytes after its last tensor", file=path, expected=f"{end} bytes", found=f"{file_size} bytes"
+        )
+
+
+def _truncated(path: str | os.PathLike[str], needed: int, found: int) -> FormatError:
+    return FormatError(
+        f"is truncated: {needed - found} bytes are missing",
+        file=path,
+        expected=f"at least {needed} bytes",
+        found=f"{found} bytes",
+        next="fetch or copy the file again",
+    )
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= INT64_MAX
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,75 @@
+"""The rename tables of LTX-2.3, official name -> diffusers name (spec 01, section 4)."""
+
+from __future__ import annotations
+
+from ltxpack.ltx23.renames.table import RenameTable
+
+_ATTENTION_NORMS = {"q_norm": "norm_q", "k_norm": "norm_k"}
+_STATISTICS = {
+    "per_channel_statistics.mean-of-means": "latents_mean",
+    "per_channel_statistics.std-of-means": "latents_std",
+}
+
+TRANSFORMER = RenameTable(
+    roots={"model.diffusion_model.": ""},
+    paths={
+        "patchify_proj": "proj_in",
+        "audio_patchify_proj": "audio_proj_in",
+        "adaln_single": "time_embed",
+        "audio_adaln_single": "audio_time_embed",
+        "prompt_adaln_single": "prompt_adaln",
+        "audio_prompt_adaln_single": "audio_prompt_adaln",
+        "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+        "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+        "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+        "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+        "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
+        "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table",
+        **_ATTENTION_NORMS,
+    },
+)
+
+CONNECTORS = RenameTable(
+    roots={
+        "model.diffusion_model.video_embeddings_connector.": "video_connector.",
+        "model.diffusion_model.audio_embeddings_connector.": "audio_connector.",
+        "text_embedding_projection.video_aggregate_embed.": "video_text_proj_in.",
+        "text_embedding_projection.audio_aggregate_embed.": "audio_text_proj_in.",
+    },
+    paths={"transformer_1d_blocks": "transformer_blocks", **_ATTENTION_NORMS},
+)
+
+VAE = RenameTable(
+    roots={"vae.": ""},
+    paths={
+        **{f"encoder.down_blocks.{2 * i}": f"encoder.down_blocks.{i}" for i in range(4)},
+        **{f"encoder.down_blocks.{2 * i + 1}": f"encoder.down_blocks.{i}.downsamplers.0" for i in range(4)},
+        "encoder.down_blocks.8": "encoder.mid_block",
+        "decoder.up_blocks.0": "decoder.mid_block",
+        **{f"decoder.up_blocks.{2 * i + 1}": f"decoder.up_blocks.{i}.upsamplers.0" for i in range(4)},
+        **{f"decoder.up_blocks.{2 * i + 2}": f"decoder.up_blocks.{i}" for i in range(4)},
+        "res_blocks": "resnets",
+        **_STATISTICS,
+    },
+)
+
+AUDIO_VAE = RenameTable(roots={"audio_vae.": ""}, paths=_STATISTICS)
+
+VOCODER = RenameTable(
+    roots={"vocoder.": ""},
+    paths={
+        "ups": "upsamplers",
+        "resblocks": "resnets",
+        "conv_pre": "conv_in",
+        "conv_post": "conv_out",
+        "act_post": "act_out",
+        "downsample.lowpass": "downsample",
+    },
+)
+
+LATENT_UPSAMPLER = RenameTable(roots={"": ""}, paths={})
+
+# Statistics that earlier files carry and no module reads: left out on purpose, by key start.
+DROPPED = tuple(
+    f"{vae}.per_channel_statistics.{name}" for vae in ("vae", "audio_vae") for name in ("channel", "mean-of-stds")
+)

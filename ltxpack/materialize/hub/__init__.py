@@ -1,0 +1,1 @@
+"""The hub: listing, resumable downloads, and sentences for what can go wrong."""

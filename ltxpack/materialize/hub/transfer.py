@@ -1,0 +1,273 @@
+"""Moves the bytes of one hub file by HTTP range requests: a prefix into memory, or the whole into a partial file.
+
+huggingface_hub starts a broken download again from the first byte when the command is run again. Here the partial
+file always holds a prefix of the real one, so that a later run asks for the rest only; several connections fill it in
+order, and the content is hashed as it passes. Knows no repositories, caches or tokens: a callable gives the address.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ltxpack.errors import SourceError
+from ltxpack.materialize.hub.errors import asked_wait, is_passing, status_of
+from ltxpack.reporter import Reporter
+
+PIECE = 8 << 20
+CONNECTIONS = 8
+WINDOW = 10  # pieces asked for at a time, at most: this many times PIECE is the memory a download takes
+PROGRESS = 256 << 10  # a try that brought this much does not count as one more failure
+POLL_SECONDS = 0.25
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+ADDRESS_EXPIRED = frozenset({401, 403})
+
+
+class RangesIgnoredError(Exception):
+    """The server sends the whole file whatever part is asked for."""
+
+
+class BrokenError(Exception):
+    """A piece that could not be read to its end: ``data`` is what did come, ``reason`` why no more."""
+
+    def __init__(self, data: bytearray, reason: Exception) -> None:
+        super().__init__(f"{len(data)} bytes came, then {type(reason).__name__}")
+        self.data = data
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a file's bytes are right now; hubs sign such addresses for about an hour."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What the content must hash to: ``algorithm`` over ``prefix`` and the content, in hex."""
+
+    algorithm: str
+    expected: str
+    prefix: bytes = b""
+
+    def hasher(self) -> hashlib._Hash:
+        """A hash object that has taken in the prefix."""
+        return hashlib.new(self.algorithm, self.prefix, usedforsecurity=False)
+
+
+class RemoteFile:
+    """A file of ``size`` bytes at ``address``; where that has expired, ``locate`` gives a new one.
+
+    Safe to read from several threads. Broken connections are taken up again where they broke.
+    """
+
+    def __init__(self, name: str, size: int, address: Address, locate: Callable[[], Address], timeout: float) -> None:
+        self.name = name
+        self.size = size
+        self._address: Address | None = address
+        self._locate = locate
+        self._timeout = timeout
+        self._address_lock = threading.Lock()
+        self._news_lock = threading.Lock()
+        self._received = 0
+        self._notes: list[str] = []
+        self._stop = threading.Event()
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Bytes [start, stop). Raises RangesIgnoredError, or BrokenError once tries are used up or all is stopped."""
+        data = bytearray()
+        failures = refusals = 0
+        while len(data) < stop - start:
+            before = len(data)
+            try:
+                self._stream_into(data, start, stop)
+            except RangesIgnoredError:
+                raise
+            except Exception as error:
+                if len(data) - before >= PROGRESS:
+                    failures = refusals = 0
+                passing, refused = is_passing(error), status_of(error) in ADDRESS_EXPIRED
+                failures, refusals = failures + passing, refusals + refused
+                # An expired address is refused: a new one helps at once or not at all.
+                hopeless = not (passing or refused) or failures > len(WAITS) or refusals > 1
+                if hopeless or self._stop.is_set():
+                    raise BrokenError(data, error) from error
+                self._tell(0, f"{self.name}: {type(error).__name__} at byte {start + len(data)}, trying again")
+                self._stop.wait(max(WAITS[failures - 1] if failures else 0.0, asked_wait(error)))
+        return data
+
+    def stop_all(self) -> None:
+        """Makes the reads of other threads end soon."""
+        self._stop.set()
+
+    def news(self) -> tuple[int, list[str]]:
+        """Bytes that came, and what is to be told, since this was last asked."""
+        with self._news_lock:
+            news = self._received, self._notes
+            self._received, self._notes = 0, []
+        return news
+
+    def _stream_into(self, data: bytearray, start: int, stop: int) -> None:
+        """One request for what is missing of [start, stop), added to ``data`` as it comes."""
+        import httpx
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+        address = self._current_address()
+        first = start + len(data)
+        headers = {**address.headers, "Accept-Encoding": "identity"}
+        if first > 0 or stop < self.size:
+            headers["Range"] = f"bytes={first}-{stop - 1}"
+        with get_session().stream("GET", address.url, headers=headers, timeout=self._timeout) as response:
+            if response.status_code in ADDRESS_EXPIRED:
+                self._forget(address)
+            hf_raise_for_status(response)
+            _check_start(response.status_code, response.headers.get("Content-Range", ""), first)
+            # Without a chunk size: httpx would hold back, and lose in a drop, what does not fill a chunk.
+            for chunk in response.iter_bytes():
+                wanted = chunk[: stop - start - len(data)]
+                data += wanted
+                self._tell(len(wanted))
+                if len(data) == stop - start:
+                    return
+                if self._stop.is_set():
+                    break
+        raise httpx.RemoteProtocolError("the connection ended early")
+
+    def _tell(self, received: int, *notes: str) -> None:
+        with self._news_lock:
+            self._received += received
+            self._notes += notes
+
+    def _current_address(self) -> Address:
+        with self._address_lock:
+            if self._address is None:
+                self._address = self._locate()
+            return self._address
+
+    def _forget(self, address: Address) -> None:
+        with self._address_lock:
+            if self._address is address:
+                self._address = None
+
+
+def download(remote: RemoteFile, partial: Path, digest: Digest, reporter: Reporter) -> None:
+    """Fills ``partial`` up to the whole file and checks its content; what is there already is not asked for again.
+
+    When it fails or is interrupted, all bytes that came in order stay. Raises SourceError if the content does not hash
+    to ``digest`` (``partial`` is removed then), BrokenError, RangesIgnoredError, OSError.
+    """
+    hasher = digest.hasher()
+    reporter.begin(remote.name, remote.size, "B")
+    try:
+        with partial.open("a+b") as file:
+            start = _take_up(file, remote.size, hasher, reporter)
+
+            def write(piece: bytearray) -> None:
+                file.write(piece)
+                hasher.update(piece)
+
+            _fill(remote, start, write, reporter)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        reporter.end()
+    if hasher.hexdigest() != digest.expected:
+        partial.unlink()
+        raise SourceError(
+            "what was downloaded is not what the hub states",
+            file=remote.name,
+            expected=f"{digest.algorithm} {digest.expected}",
+            found=hasher.hexdigest(),
+            next="run the same command again; it downloads the file afresh",
+        )
+
+
+def _take_up(file: BinaryIO, size: int, hasher: hashlib._Hash, reporter: Reporter) -> int:
+    """Hashes what an earlier run left in ``file``; returns the offset to go on from, where ``file`` then stands."""
+    present = os.fstat(file.fileno()).st_size
+    if present > size:
+        file.truncate(0)
+        return 0
+    file.seek(0)
+    left = present
+    while left and (chunk := file.read(min(PIECE, left))):
+        hasher.update(chunk)
+        reporter.advance(len(chunk))
+        left -= len(chunk)
+    return present
+
+
+def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], reporter: Reporter) -> None:
+    """Reads from ``start`` to the end over several connections and writes the pieces in order.
+
+    If reading ends early, what came in order is still written; after a failed write nothing more is.
+    """
+    pending: deque[Future[bytearray]] = deque()
+    writing = False
+    pool = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="hub")
+    try:
+        for offset in range(start, remote.size, PIECE):
+            pending.append(pool.submit(remote.read, offset, min(offset + PIECE, remote.size)))
+            last = offset + PIECE >= remote.size
+            while pending and (last or len(pending) == WINDOW):
+                _watch(remote, pending[0], reporter)
+                piece = pending[0].result()
+                writing = True
+                pending.popleft()
+                write(piece)
+                writing = False
+    except BaseException:
+        remote.stop_all()
+        pool.shutdown(cancel_futures=True)
+        if not writing:
+            for piece in _in_order(pending):
+                write(piece)
+        raise
+    finally:
+        pool.shutdown()
+        _report(remote, reporter)
+
+
+def _watch(remote: RemoteFile, future: Future[bytearray], reporter: Reporter) -> None:
+    """Waits for ``future``, telling the reporter meanwhile; only this thread talks to it."""
+    while not future.done():
+        wait([future], timeout=POLL_SECONDS)
+        _report(remote, reporter)
+
+
+def _report(remote: RemoteFile, reporter: Reporter) -> None:
+    received, notes = remote.news()
+    for note in notes:
+        reporter.detail(note)
+    if received:
+        reporter.advance(received)
+
+
+def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
+    """The pieces that came, up to and with the first one that is not whole."""
+    for future in pending:
+        if future.cancelled():
+            return
+        error = future.exception()
+        if error is not None:
+            yield error.data if isinstance(error, BrokenError) else bytearray()
+            return
+        yield future.result()
+
+
+def _check_start(status: int, content_range: str, first: int) -> None:
+    """A prefix can be cut off a whole file; a part from the middle must be the one asked for."""
+    if status == 206 and content_range.startswith(f"bytes {first}-"):
+        return
+    if status == 206 or first > 0:
+        raise RangesIgnoredError

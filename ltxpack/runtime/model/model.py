@@ -1,0 +1,266 @@
+"""The DiT: two streams of tokens and their timesteps in, two velocities out (spec 06).
+
+It knows neither noise schedules nor guidance nor how tokens are laid out in space; positions come as numbers.
+Parameter names are those of diffusers' LTX2VideoTransformer3DModel, so the same shards load in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ltxpack.runtime.model.adaln import AdaLayerNormSingle, Rows, modulate
+from ltxpack.runtime.model.attention import Attention
+from ltxpack.runtime.model.block import PLAIN, Conditioning, Lane, Steps, TransformerBlock, table
+from ltxpack.runtime.model.config import DiTConfig, StreamConfig
+from ltxpack.runtime.model.kernels import KERNELS
+from ltxpack.runtime.model.linear import Linear
+from ltxpack.runtime.model.rope import RopeTables, Rotation, rotation
+from ltxpack.runtime.sampling.av import AV
+
+HEAD_EPS = 1e-6
+UNPERTURBED: AV[frozenset[int]] = AV(frozenset(), frozenset())
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One modality's input to a forward.
+
+    ``latents`` [B, T, in_channels] in the model dtype. ``timesteps`` [B, K]: the distinct values of mask·sigma,
+    unscaled, float32 or float64; ``timestep_index`` [T] int64 names the one each token uses, None means K is 1.
+    ``sigma`` [B]: the unmasked sigma, likewise unscaled. ``context`` [B, S, D]: the text, without a mask.
+    ``rope``: this modality's tables from ``DiT.rope``.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    timestep_index: Tensor | None
+    sigma: Tensor
+    context: Tensor
+    rope: RopeTables
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the forwards that guidance combines; passes with the very same ``streams`` share work.
+
+    ``isolated``: no block lets one modality see the other (modality guidance). ``perturbed``: per modality, the
+    blocks whose self-attention is replaced by its values (STG).
+    """
+
+    streams: AV[Stream]
+    isolated: bool = False
+    perturbed: AV[frozenset[int]] = UNPERTURBED
+
+    def lane(self, block: int, hidden: AV[Tensor], conditioning: AV[Conditioning]) -> Lane:
+        """This pass as block number ``block`` sees it."""
+        return Lane(hidden, conditioning, self.isolated, self.perturbed.map(lambda blocks: block in blocks))
+
+
+class Ends(NamedTuple):
+    """One modality's modules and tables outside the blocks."""
+
+    proj_in: Linear
+    time_embed: AdaLayerNormSingle
+    prompt_adaln: AdaLayerNormSingle
+    cross: AdaLayerNormSingle
+    cross_gate: AdaLayerNormSingle
+    head_rows: Tensor
+    proj_out: Linear
+
+
+class DiT(nn.Module):
+    """LTX-2.3's audio-video transformer."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        video, audio = config.streams.video, config.streams.audio
+        self.proj_in = Linear(video.in_channels, video.dim)
+        self.time_embed = AdaLayerNormSingle(video.dim, 9)
+        self.prompt_adaln = AdaLayerNormSingle(video.dim, 2)
+        self.av_cross_attn_video_scale_shift = AdaLayerNormSingle(video.dim, 4)
+        self.av_cross_attn_video_a2v_gate = AdaLayerNormSingle(video.dim, 1)
+        self.scale_shift_table = table(2, video.dim)
+        self.proj_out = Linear(video.dim, video.out_channels)
+
+        self.audio_proj_in = Linear(audio.in_channels, audio.dim)
+        self.audio_time_embed = AdaLayerNormSingle(audio.dim, 9)
+        self.audio_prompt_adaln = AdaLayerNormSingle(audio.dim, 2)
+        self.av_cross_attn_audio_scale_shift = AdaLayerNormSingle(audio.dim, 4)
+        self.av_cross_attn_audio_v2a_gate = AdaLayerNormSingle(audio.dim, 1)
+        self.audio_scale_shift_table = table(2, audio.dim)
+        self.audio_proj_out = Linear(audio.dim, audio.out_channels)
+
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+
+    def rope(self, positions: AV[Tensor], dtype: torch.dtype, device: torch.device | str) -> AV[RopeTables]:
+        """Tables for ``positions`` [B, axes, T, 2]: float32 [start, end) bounds, seconds, then pixels (spec 04
+        section 2). Computed in float32, rounded to ``dtype``; the same for every forward of a stage.
+        """
+        video, audio = self.config.streams.video, self.config.streams.audio
+        longest = max(video.max_positions[0], audio.max_positions[0])
+
+        def turn(where: Tensor, limits: tuple[int, ...], heads: StreamConfig) -> Rotation:
+            made = rotation(where.to(device), limits, heads.heads, heads.head_dim, self.config.rope_theta)
+            return Rotation(*(part.to(dtype) for part in made))
+
+        return positions.map(
+            lambda where, stream: RopeTables(
+                turn(where, stream.max_positions, stream), turn(where[:, :1], (longest,), audio)
+            ),
+            self.config.streams,
+        )
+
+    def forward(
+        self,
+        streams: AV[Stream],
+        *,
+        isolated: bool = False,
+        perturbed: AV[frozenset[int]] = UNPERTURBED,
+    ) -> AV[Tensor]:
+        """The velocities of a single :class:`Pass`; see :meth:`passes`."""
+        return self.passes([Pass(streams, isolated, perturbed)])[0]
+
+    @torch.inference_mode()
+    def passes(self, passes: Sequence[Pass]) -> list[AV[Tensor]]:
+        """Velocities [B, T, out_channels] in the model dtype, for each of ``passes``.
+
+        All of them go through one block before the next is asked for, so streamed weights come once for all. The
+        host never waits for the device. The results are inference tensors: use them, do not change them in place
+        outside ``torch.inference_mode``.
+        """
+        distinct = {id(each.streams): each.streams for each in passes}
+        begun = {key: (self._embed(streams), self.condition(streams)) for key, streams in distinct.items()}
+        hidden = [begun[id(each.streams)][0] for each in passes]
+        conditioning = [begun[id(each.streams)][1] for each in passes]
+        del begun  # or the first hidden states would be kept to the end
+        for number, block in enumerate(self.transformer_blocks):
+            lanes = [each.lane(number, x, given) for each, x, given in zip(passes, hidden, conditioning, strict=True)]
+            hidden = block(lanes)
+        return [x.map(self._head, given, self.ends()) for x, given in zip(hidden, conditioning, strict=True)]
+
+    def _embed(self, streams: AV[Stream]) -> AV[Tensor]:
+        return streams.map(lambda stream, ends: ends.proj_in(stream.latents), self.ends())
+
+    def condition(self, streams: AV[Stream]) -> AV[Conditioning]:
+        """Everything the blocks read besides the hidden states.
+
+        A modality's own timesteps drive all rows but two: the prompt rows follow its unmasked sigma, and the
+        gate of what comes across follows the *other* modality's (spec 06 section 2).
+        """
+        return streams.map(self._condition, AV(streams.audio.sigma, streams.video.sigma), self.ends())
+
+    def _condition(self, stream: Stream, other_sigma: Tensor, ends: Ends) -> Conditioning:
+        dtype, index = stream.latents.dtype, stream.timestep_index
+        scale = self.config.timestep_scale
+        timesteps = stream.timesteps * scale
+        adaln, embedded = ends.time_embed(timesteps, dtype)
+        prompt, _ = ends.prompt_adaln(stream.sigma[:, None] * scale, dtype)
+        cross, _ = ends.cross(timesteps, dtype)
+        gate_timestep = other_sigma[:, None] * scale * (self.config.cross_gate_timestep_scale / scale)
+        cross_gate, _ = ends.cross_gate(gate_timestep, dtype)
+        return Conditioning(
+            adaln=Rows(adaln, index),
+            prompt=Rows(prompt),
+            cross=Rows(cross, index),
+            cross_gate=Rows(cross_gate),
+            embedded=Rows(embedded, index),
+            context=stream.context,
+            rope=stream.rope,
+        )
+
+    def _head(self, x: Tensor, given: Conditioning, ends: Ends) -> Tensor:
+        rows = given.embedded.plus(ends.head_rows)
+        normed = F.layer_norm(x, x.shape[-1:], eps=HEAD_EPS)
+        return ends.proj_out(modulate(normed, rows.row(1), rows.row(0)))
+
+    def ends(self) -> AV[Ends]:
+        """The two modalities' modules and tables under common names."""
+        return AV(
+            Ends(
+                self.proj_in,
+                self.time_embed,
+                self.prompt_adaln,
+                self.av_cross_attn_video_scale_shift,
+                self.av_cross_attn_video_a2v_gate,
+                self.scale_shift_table,
+                self.proj_out,
+            ),
+            Ends(
+                self.audio_proj_in,
+                self.audio_time_embed,
+                self.audio_prompt_adaln,
+                self.av_cross_attn_audio_scale_shift,
+                self.av_cross_attn_audio_v2a_gate,
+                self.audio_scale_shift_table,
+                self.audio_proj_out,
+            ),
+        )
+
+    def use_attention(self, kernel: str) -> None:
+        """Attend with ``KERNELS[kernel]`` from now on, compiled or not. Raises KeyError for another name."""
+        chosen = KERNELS[kernel]
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kernel = chosen
+
+    def pack(self) -> None:
+        """One matrix product instead of three for self-attentions, of two for keys and values of the others.
+
+        For weights that are loaded and stay: each is stored once, under its own name and as part of the product's.
+
+        The pipeline does not call it: on paper it does not pay at the 22B model's sizes. The video's products have
+        8160 (stage 1) or 32640 rows (stage 2) and 4096 by 4096 weights, 1600 to 1900 FLOP a byte, several times what
+        makes a card wait for memory: reading the input once instead of three times saves nothing. In tiles of 128 by
+        256 they are 7.8 or 30.9 waves on 132 multiprocessors, three at once 23.3 or 92.7: as many after rounding up.
+        What is saved are 8 launches a block, 384 a forward: at 5 µs each 2 ms, beside 349 ms (stage 1) and 2171 ms
+        (stage 2) of arithmetic. What it costs: the values, a view, keep the whole product alive through the attention
+        (0.5 GB in stage 2); a third of the weights is copied whenever a transformer comes to the device; and a caching
+        allocator cannot make room for the joined ones of the parts' places. Nothing of this is measured: the section
+        ``packed`` of benchmarks/gpu.py does it on a card.
+        """
+        for block in self.blocks():
+            block.pack()
+
+    def blocks(self) -> list[TransformerBlock]:
+        """The blocks in order."""
+        return [block for block in self.transformer_blocks if isinstance(block, TransformerBlock)]
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks from now on; ``options`` go to ``torch.compile``.
+
+        All blocks share the compiled functions, made for any number of tokens, so neither the 48 blocks nor the
+        second stage compile again. Hooks on a block keep running outside them, which weight streaming relies on.
+        """
+        steps = Steps(
+            torch.compile(PLAIN.text, **options),
+            _for_any_length(torch.compile(PLAIN.attend, **options)),
+            _for_any_length(torch.compile(PLAIN.exchange, **options)),
+        )
+        for block in self.blocks():
+            block.steps = steps
+
+
+def _for_any_length(step: Callable[..., AV[Tensor]]) -> Callable[..., AV[Tensor]]:
+    def marked(block: TransformerBlock, hidden: AV[Tensor], conditioning: AV[Conditioning], *others: Any) -> AV[Tensor]:
+        hidden.map(_any_length, conditioning)
+        return step(block, hidden, conditioning, *others)
+
+    return marked
+
+
+def _any_length(x: Tensor, given: Conditioning) -> None:
+    """Tell the compiler which sizes are numbers of tokens or of timesteps; everything else is the model's."""
+    torch._dynamo.maybe_mark_dynamic(x, 1)
+    for part in (*given.rope.self_attention, *given.rope.cross_attention):
+        torch._dynamo.maybe_mark_dynamic(part, 2)
+    for rows in (given.adaln, given.cross):
+        if rows.index is not None:
+            torch._dynamo.maybe_mark_dynamic(rows.index, 0)
+            torch._dynamo.maybe_mark_dynamic(rows.values, 1)

@@ -1,0 +1,1 @@
+"""What is computed from noise to latents: shapes, conditioning, schedules, guidance, samplers."""

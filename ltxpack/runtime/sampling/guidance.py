@@ -1,0 +1,177 @@
+"""From velocities of the model to one guided x0 per modality (spec 05, section 3).
+
+Decides which passes a setting needs, runs them in the official order, and combines them. Knows neither schedule nor
+sampler: a ``Denoiser`` sees one set of latents and one sigma.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ltxpack.runtime.model import Pass, Stream
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import LatentState
+
+NO_BLOCKS: frozenset[int] = frozenset()
+ABSENT: AV[Any] = AV(None, None)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Strengths for one modality; ``cfg`` 1, ``modality`` 1, ``stg`` 0 and ``rescale`` 0 each turn theirs off.
+
+    ``stg_blocks`` are the blocks whose self-attention is replaced by its value projection in the perturbed pass.
+    """
+
+    cfg: float
+    rescale: float
+    modality: float
+    stg: float = 0.0
+    stg_blocks: frozenset[int] = NO_BLOCKS
+
+    @property
+    def needs_uncond(self) -> bool:
+        return not math.isclose(self.cfg, 1.0)
+
+    @property
+    def needs_perturbed(self) -> bool:
+        return not math.isclose(self.stg, 0.0, abs_tol=1e-9)
+
+    @property
+    def needs_isolated(self) -> bool:
+        return not math.isclose(self.modality, 1.0)
+
+
+HQ_GUIDANCE = AV(Guidance(cfg=3.0, rescale=0.45, modality=3.0), Guidance(cfg=7.0, rescale=1.0, modality=3.0))
+
+
+def combine(
+    guidance: Guidance,
+    cond: Tensor,
+    uncond: Tensor | None,
+    perturbed: Tensor | None,
+    isolated: Tensor | None,
+) -> Tensor:
+    """One guided x0 from the passes' x0 [1, T, C] each; computed in fp32, returned in ``cond``'s dtype.
+
+    ``rescale`` pulls the standard deviation, over all elements and tokens at once, back towards that of ``cond``.
+    Raises ValueError if a pass that the guidance needs is missing.
+    """
+    terms = (
+        (guidance.cfg - 1, uncond, guidance.needs_uncond),
+        (guidance.stg, perturbed, guidance.needs_perturbed),
+        (guidance.modality - 1, isolated, guidance.needs_isolated),
+    )
+    base = cond.float()
+    guided = base
+    for scale, other, needed in terms:
+        if not needed:
+            continue
+        if other is None:
+            raise ValueError("a pass that the guidance needs is missing")
+        guided = guided + scale * (base - other.float())
+    if guidance.rescale != 0:
+        ratio = base.std() / guided.std()
+        guided = guided * (guidance.rescale * ratio + (1 - guidance.rescale))
+    return guided.to(cond.dtype)
+
+
+class Model(Protocol):
+    """What a ``Denoiser`` calls: ``ltxpack.runtime.model.DiT``, or a test's closed form."""
+
+    def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
+        """One velocity [1, T, C] per modality for each pass."""
+
+
+class Denoiser:
+    """The model as a function from noisy latents to x0, with or without guidance.
+
+    ``positive`` and ``negative`` are the contexts [1, S, D]. Without ``guidance`` (stage 2) there is one pass and
+    ``negative`` is not used. Raises ValueError if guidance asks for the negative contexts and there are none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        positive: AV[Tensor],
+        negative: AV[Tensor] | None = None,
+        guidance: AV[Guidance] | None = None,
+    ) -> None:
+        self.model = model
+        self.positive = positive
+        self.negative = negative
+        self.guidance = guidance
+        if negative is None and self._any(lambda g: g.needs_uncond):
+            raise ValueError("classifier-free guidance without negative contexts")
+
+    @property
+    def passes(self) -> int:
+        """Forwards of the model per call."""
+        needs: tuple[Callable[[Guidance], bool], ...] = (
+            lambda g: g.needs_uncond,
+            lambda g: g.needs_perturbed,
+            lambda g: g.needs_isolated,
+        )
+        return 1 + sum(self._any(need) for need in needs)
+
+    def __call__(self, latents: AV[Tensor], sigma: Tensor, state: AV[LatentState], rope: AV[Any]) -> AV[Tensor]:
+        """Guided x0 [1, T, C] in the latents' dtype, not yet blended with the clean tokens.
+
+        ``sigma`` [1] is fp32 at the start of a step and fp64 on substeps; as it has a dimension, per-token times
+        mask·sigma take its precision (a 0-dim fp64 sigma would not widen an fp32 mask).
+        """
+
+        wanted = self._passes(latents, sigma, state, rope)
+        velocities = self.model.passes(list(wanted.values()))
+        times = state.map(lambda s: s.mask * sigma)
+        x0 = {name: latents.map(denoised, v, times) for name, v in zip(wanted, velocities, strict=True)}
+        if self.guidance is None:
+            return x0["cond"]
+        others = (x0.get(name, ABSENT) for name in ("uncond", "perturbed", "isolated"))
+        return self.guidance.map(combine, x0["cond"], *others)
+
+    def _passes(self, latents: AV[Tensor], sigma: Tensor, state: AV[LatentState], rope: AV[Any]) -> dict[str, Pass]:
+        """What the guidance needs, in the official order. Those with the same prompt hold the same streams."""
+
+        def streams(contexts: AV[Tensor]) -> AV[Stream]:
+            return latents.map(
+                lambda latents, state, context, rope: stream(latents, sigma, state, context, rope),
+                state,
+                contexts,
+                rope,
+            )
+
+        positive = streams(self.positive)
+        wanted = {"cond": Pass(positive)}
+        if self.negative is not None and self._any(lambda g: g.needs_uncond):
+            wanted["uncond"] = Pass(streams(self.negative))
+        if self.guidance is not None and self._any(lambda g: g.needs_perturbed):
+            wanted["perturbed"] = Pass(positive, perturbed=self.guidance.map(lambda g: g.stg_blocks))
+        if self._any(lambda g: g.needs_isolated):
+            wanted["isolated"] = Pass(positive, isolated=True)
+        return wanted
+
+    def _any(self, need: Callable[[Guidance], bool]) -> bool:
+        return self.guidance is not None and (need(self.guidance.video) or need(self.guidance.audio))
+
+
+def stream(latents: Tensor, sigma: Tensor, state: LatentState, context: Tensor, rope: Any) -> Stream:
+    """One modality as the model takes it: times are unscaled, one per distinct mask value [1, K]."""
+    return Stream(
+        latents=latents,
+        timesteps=(state.mask_values * sigma)[None],
+        timestep_index=state.mask_index,
+        sigma=sigma,
+        context=context,
+        rope=rope,
+    )
+
+
+def denoised(latents: Tensor, velocity: Tensor, time: Tensor) -> Tensor:
+    """x0 = latents − velocity·time in fp32, in the latents' dtype; ``time`` broadcasts over channels."""
+    return (latents.float() - velocity.float() * time.float()).to(latents.dtype)

@@ -1,0 +1,102 @@
+"""What is made, in pixels and in latents: the arithmetic of sizes (spec 04). Needs no torch, so a plan can use it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ltxpack.errors import UsageError
+from ltxpack.runtime.sampling.av import AV
+
+VIDEO_CHANNELS = 128
+SPATIAL_FACTOR = 32
+TEMPORAL_FACTOR = 8
+
+AUDIO_CHANNELS = 8
+AUDIO_BINS = 16
+AUDIO_SAMPLE_RATE = 16000
+AUDIO_HOP = 160
+AUDIO_FACTOR = 4
+AUDIO_LATENTS_PER_SECOND = AUDIO_SAMPLE_RATE / AUDIO_HOP / AUDIO_FACTOR
+
+
+@dataclass(frozen=True)
+class VideoShape:
+    """What is made, in pixels; and what that is in latents.
+
+    Raises UsageError unless height and width are positive multiples of 32, frames is 8k+1 and fps is positive.
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--height", self.height), ("--width", self.width)):
+            _require_multiple(flag, value, SPATIAL_FACTOR)
+        if self.frames < 1 or self.frames % TEMPORAL_FACTOR != 1:
+            below = max(1, (self.frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
+            raise UsageError(
+                "wrong number of frames",
+                expected="a multiple of 8, plus 1",
+                found=self.frames,
+                next=f"choose --num-frames {below} or {below + TEMPORAL_FACTOR}",
+            )
+        if not (math.isfinite(self.fps) and self.fps > 0 and math.isfinite(self.frames / self.fps)):
+            raise UsageError("wrong frame rate", expected="a number above 0", found=self.fps, next="choose --fps 24")
+        if self.audio_length < 1:
+            raise UsageError(
+                "too short for any sound",
+                expected=f"at least {0.5 / AUDIO_LATENTS_PER_SECOND} seconds",
+                found=f"{self.frames} frames at {self.fps} per second",
+                next="choose more --num-frames or a smaller --fps",
+            )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(f, h, w) of the video latents."""
+        return (
+            (self.frames - 1) // TEMPORAL_FACTOR + 1,
+            self.height // SPATIAL_FACTOR,
+            self.width // SPATIAL_FACTOR,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens, without appended keyframes."""
+        return math.prod(self.grid)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Video tokens of one latent frame, and of one image."""
+        return math.prod(self.grid[1:])
+
+    @property
+    def audio_length(self) -> int:
+        """Ta, the audio tokens: 25 per second, halves rounded to even."""
+        return round(self.frames / self.fps * AUDIO_LATENTS_PER_SECOND)
+
+    @property
+    def latent_shapes(self) -> AV[tuple[int, ...]]:
+        """[1, 128, f, h, w] and [1, 8, Ta, 16]."""
+        return AV((1, VIDEO_CHANNELS, *self.grid), (1, AUDIO_CHANNELS, self.audio_length, AUDIO_BINS))
+
+    def half(self) -> VideoShape:
+        """The shape of stage 1. Raises UsageError unless height and width are multiples of 64."""
+        for flag, value in (("--height", self.height), ("--width", self.width)):
+            _require_multiple(flag, value, 2 * SPATIAL_FACTOR)
+        return VideoShape(self.frames, self.height // 2, self.width // 2, self.fps)
+
+
+def _require_multiple(flag: str, value: int, factor: int) -> None:
+    if value < factor or value % factor:
+        # What is typed must be halved for stage 1, whichever multiple is looked for.
+        whole = 2 * SPATIAL_FACTOR
+        below = max(whole, value // whole * whole)
+        raise UsageError(
+            f"wrong {flag.removeprefix('--')}",
+            expected=f"a multiple of {whole}",
+            found=value,
+            next=f"choose {flag} {below} or {below + whole}",
+        )

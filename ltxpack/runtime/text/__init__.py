@@ -1,0 +1,1 @@
+"""From prompts to contexts: Gemma, connectors, and the cache of encoded prompts."""

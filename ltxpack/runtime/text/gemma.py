@@ -1,0 +1,243 @@
+"""From prompts to the contexts the DiT reads: tokenizer, Gemma 3, text connectors (spec 03).
+
+Loading and calling are separate, and so are the Gemma half and the connector half, so that the caller decides what
+is on the device when. Nothing is unloaded here. Gemma is transformers' module without vision tower and lm_head, the
+connectors are diffusers' with an attention processor of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import Gemma3Config, Gemma3TextModel, PreTrainedTokenizerFast
+
+from ltxpack.errors import OverlayError
+from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
+from ltxpack.runtime.model.rope import Rotation, rotate
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.weights.load import (
+    Reader,
+    Stored,
+    check,
+    load_component,
+    read_headers,
+    read_tensors,
+    verify_command,
+)
+
+TEXT_TOKENS = 1024
+
+LANGUAGE_MODEL_ROOT = "language_model.model."
+UNUSED_ROOTS = ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.")
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What Gemma leaves of one prompt: ``states`` [1, 1024, D, layers + 1] and ``mask`` int64 [1, 1024], 1 = token."""
+
+    states: Tensor
+    mask: Tensor
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The fast tokenizer of ``folder``'s tokenizer.json, as written there. Raises OverlayError without one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise OverlayError("no such file", file=path, next=verify_command(folder))
+    size = path.stat().st_size
+    if size > MAX_TOKENIZER_BYTES:
+        most = f"at most {MAX_TOKENIZER_BYTES} bytes"
+        raise OverlayError(
+            "too large for a tokenizer", file=path, expected=most, found=f"{size} bytes", next=verify_command(folder)
+        )
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
+        raise OverlayError("not a tokenizer", file=path, found=str(error), next=verify_command(folder)) from error
+
+
+def load_text_encoder(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: Reader | None = None
+) -> Gemma3TextModel:
+    """Gemma 3's language model from ``folder``, without lm_head, each tensor read once, straight to ``device``.
+
+    ``dtype`` None keeps the stored one. Raises OverlayError or FormatError, before a tensor is read, if the files do
+    not hold exactly the language model that config.json describes (vision tower and projector may be there).
+    """
+    config = _gemma_config(folder).get_text_config()
+    # torch's own, whatever the file asks for: _what_sees_what is made for it.
+    config._attn_implementation = "sdpa"
+    with _WeightsOnMeta():
+        model = Gemma3TextModel(config)
+    stored = {name.removeprefix(LANGUAGE_MODEL_ROOT): entry for name, entry in _language_model(folder).items()}
+    check(model, stored, folder)
+    model.load_state_dict((reader or read_tensors)(stored, device, dtype), strict=True, assign=True)
+    # The rotary frequencies and the embedding scale are in no file and still on the CPU; they stay fp32.
+    for name, buffer in list(model.named_buffers()):
+        if name not in stored:
+            owner, _, attribute = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(attribute, buffer.to(device), persistent=False)
+    return model.requires_grad_(False).eval()
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Makes what modules allocate for their weights on the meta device; what they compute (buffers) stays real.
+
+    Of one thread, unlike accelerate's ``init_empty_weights``: another may be loading meanwhile.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        where = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **where})
+
+
+def load_connectors(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: Reader | None = None
+) -> LTX2TextConnectors:
+    """The text connectors of ``folder`` with our attention processor; see ``load.load_component`` for errors."""
+    connectors = load_component(LTX2TextConnectors, folder, device, dtype, reader=reader)
+    use_rounded_rotary(connectors)
+    return connectors
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask) int64 [B, 1024]: stripped, BOS first, cut at 1024, padded on the left."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.full((len(prompts), TEXT_TOKENS), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        tokens = tokenizer(prompt.strip(), truncation=True, max_length=TEXT_TOKENS)["input_ids"]
+        if tokens[:1] != [tokenizer.bos_token_id]:
+            tokens = [tokenizer.bos_token_id, *tokens][:TEXT_TOKENS]
+        ids[row, -len(tokens) :] = torch.tensor(tokens)
+        mask[row, -len(tokens) :] = 1
+    return ids, mask
+
+
+@torch.no_grad()
+def hidden_states(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, text_encoder: Gemma3TextModel
+) -> list[HiddenStates]:
+    """Gemma's hidden states of each prompt, computed in one batch: embeddings, every layer, the last one normed.
+
+    Positions count from 0 over padding too, and attention is purely causal, as in the official pipeline.
+    """
+    device = text_encoder.device
+    ids, mask = (tensor.to(device) for tensor in tokenize(tokenizer, prompts))
+    seen = _what_sees_what(mask, text_encoder.config.sliding_window)
+    output = text_encoder(input_ids=ids, attention_mask=seen, output_hidden_states=True, use_cache=False)
+    return [
+        HiddenStates(torch.stack([layer[row] for layer in output.hidden_states], dim=-1)[None], mask[row, None])
+        for row in range(len(prompts))
+    ]
+
+
+def _what_sees_what(mask: Tensor, window: int) -> dict[str, Tensor]:
+    """For each kind of Gemma's layers which token sees which, bool [B, 1, T, T]: those up to it that are no padding,
+    and itself; in sliding ones the last ``window`` of them.
+
+    ``mask`` [B, T], 1 = token. Without itself padding would see nothing, which some kernels make NaN of; and NaN gets
+    to the real tokens, however little they see of padding.
+    """
+    at = torch.arange(mask.shape[1], device=mask.device)
+    back = at[:, None] - at
+    seen = ((back >= 0) & mask[:, None].bool() | (back == 0))[:, None]
+    return {"full_attention": seen, "sliding_attention": seen & (back < window)}
+
+
+@torch.no_grad()
+def contexts(hidden: HiddenStates, connectors: LTX2TextConnectors) -> AV[Tensor]:
+    """The contexts [1, 1024, D] of one prompt. All 1024 rows count; the DiT is given no text mask."""
+    states, mask = (tensor.to(connectors.device) for tensor in (hidden.states, hidden.mask))
+    video, audio, _ = connectors(states, mask)
+    return AV(video, audio)
+
+
+def encode(
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: Gemma3TextModel,
+    connectors: LTX2TextConnectors,
+) -> list[AV[Tensor]]:
+    """The contexts of each prompt, all prompts in one batch through Gemma (official: [positive, negative])."""
+    return [contexts(hidden, connectors) for hidden in hidden_states(prompts, tokenizer, text_encoder)]
+
+
+class RoundedRotaryAttention:
+    """Attention processor for the connectors that rotates in the model dtype with rounded tables (spec 06, 3).
+
+    The library's own rotates in fp32, which is the same in fp32 and 8e-3 off the official result in bf16.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        query_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None or query_rotary_emb is None or key_rotary_emb is not None:
+            raise ValueError("for the connectors' self-attention only")
+        query, key, value = (
+            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for part in (
+                attn.norm_q(attn.to_q(hidden_states)),
+                attn.norm_k(attn.to_k(hidden_states)),
+                attn.to_v(hidden_states),
+            )
+        )
+        table = Rotation(*(part.to(query.dtype) for part in query_rotary_emb))
+        mixed = F.scaled_dot_product_attention(
+            rotate(query, table), rotate(key, table), value, attn_mask=attention_mask
+        ).transpose(1, 2)
+        if attn.to_gate_logits is not None:
+            mixed = mixed * (2 * torch.sigmoid(attn.to_gate_logits(hidden_states))).unsqueeze(-1)
+        return attn.to_out[0](mixed.flatten(2))
+
+
+def use_rounded_rotary(connectors: LTX2TextConnectors) -> None:
+    """Gives every attention of ``connectors`` our processor."""
+    for stack in (connectors.video_connector, connectors.audio_connector):
+        for block in stack.transformer_blocks:
+            block.attn1.set_processor(RoundedRotaryAttention())
+
+
+def _gemma_config(folder: Path) -> Gemma3Config:
+    file = folder / "config.json"
+    try:
+        fields, _ = Gemma3Config.get_config_dict(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OverlayError("not a readable config", file=file, found=str(error), next=verify_command(folder)) from error
+    if fields.get("model_type") != "gemma3":
+        raise OverlayError(
+            "another kind of text encoder",
+            file=file,
+            expected="model_type gemma3",
+            found=fields.get("model_type"),
+            next=verify_command(folder),
+        )
+    return Gemma3Config.from_dict(fields)
+
+
+def _language_model(folder: Path) -> dict[str, Stored]:
+    """The headers of the tensors under the language model's root; nothing unheard of may lie beside it."""
+    stored = read_headers(folder)
+    unknown = [name for name in sorted(stored) if not name.startswith((LANGUAGE_MODEL_ROOT, *UNUSED_ROOTS))]
+    if unknown:
+        raise OverlayError(
+            f"{len(unknown)} tensors that are no part of Gemma 3",
+            file=folder,
+            items=unknown,
+            next=verify_command(folder),
+        )
+    return {name: entry for name, entry in stored.items() if name.startswith(LANGUAGE_MODEL_ROOT)}

@@ -1,0 +1,142 @@
+"""How many bytes a phase takes on the device beside its weights. The constants are counts of live tensors.
+
+Each formula is the largest moment of its phase run eagerly: what PyTorch has allocated, without kernel workspaces.
+test_activations.py runs the phases themselves, at full size on the meta device, and holds these numbers
+to what it counts. A change of the computation that holds other tensors alive shows there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ltxpack.runtime.large_tiles import DecoderSizes
+from ltxpack.runtime.sampling.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR, VideoShape
+from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
+
+TEXT_TOKENS = 1024
+LATENT_CHANNELS = 128
+FLOAT32, FLOAT64 = 4, 8
+# The passes of a guided step, and the prompts they read; without guidance one of each.
+GUIDED, PLAIN = (3, 2), (1, 1)
+FEED_FORWARD = 4
+PROMPTS = 2
+COLOURS = 3
+# Bytes of hidden states kept on the host between the text encoder and the connectors: 10 000 tokens of the 22B model.
+HIDDEN_BYTES = 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The sizes in the components' configs that activations follow.
+
+    ``decoder`` channels and ``patch`` pixels of the video decoder's last stage; ``mel`` channels times bins of the
+    audio decoder; ``sound`` channels times samples per audio latent in the vocoder's widest layer.
+    """
+
+    video: int
+    audio: int
+    text: int
+    text_layers: int
+    text_inner: int
+    encoder: int
+    decoder: int
+    patch: int
+    upsampler: int
+    mel: int
+    sound: int
+
+
+def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, guided: bool, images: int) -> int:
+    """A forward of the DiT over all its passes, with the tables and states that live through a stage.
+
+    At the feed-forward of the last pass: the stream, its normed and modulated copies, the two inner tensors of four
+    widths; of each pass what goes in and comes out; of each prompt the attended states, the context and its keys
+    and values.
+    Appended keyframes are counted as one frame per image.
+    """
+    passes, prompts = GUIDED if guided else PLAIN
+    tokens = shape.tokens + images * shape.tokens_per_frame
+    held = 1 + 2 * FEED_FORWARD + 2 * passes + prompts + (1 if images else 0)
+    states = held * (tokens * widths.video + shape.audio_length * widths.audio)
+    text = prompts * 3 * TEXT_TOKENS * (widths.video + widths.audio)
+    rope = tokens * (widths.video + widths.audio)
+    sampler = 4 * tokens * LATENT_CHANNELS * FLOAT64
+    return (states + text + rope) * itemsize + sampler
+
+
+def hidden_states(widths: Widths, itemsize: int) -> int:
+    """What the text encoder leaves of a batch of prompts: every layer's output and the embedding."""
+    return PROMPTS * TEXT_TOKENS * widths.text * (widths.text_layers + 1) * itemsize
+
+
+def contexts(widths: Widths, itemsize: int) -> int:
+    """What the connectors make of a batch of prompts."""
+    return PROMPTS * TEXT_TOKENS * (widths.video + widths.audio) * itemsize
+
+
+def encoding(widths: Widths, itemsize: int) -> int:
+    """The text encoder: its hidden states twice as they are stacked, or once and a layer at work."""
+    tokens = PROMPTS * TEXT_TOKENS
+    layer = tokens * (3 * widths.text_inner + 5 * widths.text) * itemsize
+    kept = hidden_states(widths, itemsize)
+    return kept + max(kept, layer)
+
+
+def connecting(widths: Widths, itemsize: int) -> int:
+    """The connectors on one prompt: its hidden states, the same filled up, three copies more, and a feed-forward."""
+    states = hidden_states(widths, itemsize) // PROMPTS
+    return 5 * states + TEXT_TOKENS * widths.video * (2 * FEED_FORWARD + 10) * itemsize
+
+
+def image_encoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
+    """The video encoder on one image of full size: a convolution of the first stage and its padded input."""
+    return 12 * widths.encoder * shape.height * shape.width // widths.patch**2 * itemsize
+
+
+def upsampling(widths: Widths, shape: VideoShape, itemsize: int) -> int:
+    """The latent upsampler at its output's size: four tensors in a residual block."""
+    return (4 * widths.upsampler + 2 * LATENT_CHANNELS) * shape.tokens * itemsize
+
+
+def sound_decoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
+    """The audio decoder, or the vocoder in float32: a periodic activation at twice the rate."""
+    spectrogram = 8 * widths.mel * 4 * shape.audio_length * itemsize
+    wave = 14 * widths.sound * shape.audio_length * FLOAT32
+    return max(spectrogram, wave)
+
+
+def decoder_sizes(widths: Widths) -> DecoderSizes:
+    """What the memory of the video decoder's tiles follows."""
+    places = TEMPORAL_FACTOR * (SPATIAL_FACTOR // widths.patch) ** 2
+    return DecoderSizes(widths.decoder, places, TEMPORAL_FACTOR * SPATIAL_FACTOR**2 * COLOURS)
+
+
+def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Tiling | None = None) -> int:
+    """The video decoder on one tile, and the frames around it; ``tiling`` None: the official one.
+
+    A tile's largest moment is a convolution of the last stage with its input padded by two frames, or taking the
+    patches apart. Frames: the group under way; if there is more than one, the group before and its chunk handed out.
+    At the end of a group its chunk is made in three steps.
+    """
+    length, height, width = shape.grid
+    tiling = tiling or auto_tiling(height, width)
+    tile = Tiles.of(shape.grid, tiling).largest
+    frames = _frames(tile[0])
+    area = math.prod(tile[1:]) * 32 * 32
+    patches = area // widths.patch**2
+    conv = (9 * frames + 8) * widths.decoder * patches // 2
+    unpatch = 2 * 3 * frames * area
+    group = frames * 3 * shape.height * shape.width
+    held = group if length <= tile[0] else 3 * group
+    return max(max(conv, unpatch) + held + 3 * frames * area, 3 * group) * itemsize
+
+
+def frames_on_host(shape: VideoShape, tiling: Tiling | None = None) -> int:
+    """Decoded frames on their way to the video encoder: two groups, 8-bit."""
+    tiling = tiling or auto_tiling(*shape.grid[1:])
+    return 2 * _frames(Tiles.of(shape.grid, tiling).largest[0]) * 3 * shape.height * shape.width
+
+
+def _frames(latents: int) -> int:
+    return 8 * (latents - 1) + 1

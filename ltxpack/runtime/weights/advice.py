@@ -1,0 +1,98 @@
+"""What to do instead where a run does not fit, before it is begun or after memory ran out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+
+from ltxpack.errors import DeviceError, UsageError
+from ltxpack.files.source_file import READS
+from ltxpack.runtime.sampling.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR, VideoShape
+from ltxpack.runtime.weights import modes
+from ltxpack.runtime.weights.machine import Machine
+from ltxpack.runtime.weights.modes import Plan, Setup, Shortage, Work
+from ltxpack.runtime.weights.report import gigabytes
+from ltxpack.runtime.weights.sizes import Model
+
+TENTH = 10**8
+SMALLER = "free memory there, or choose a smaller --height, --width or --num-frames"
+
+
+def check_mode(mode: str) -> None:
+    """Raises UsageError unless ``mode`` is ``auto`` or one of the modes."""
+    known = (modes.AUTO, *modes.MODES)
+    if mode not in known:
+        raise UsageError("unknown residency", expected=", ".join(known), found=mode, next="choose --residency auto")
+
+
+def check_reads(reads: str) -> None:
+    """Raises UsageError unless ``reads`` is one of the ways to read."""
+    if reads not in READS:
+        raise UsageError("unknown way to read", expected=", ".join(READS), found=reads, next="choose --reads auto")
+
+
+def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:
+    """The best plan in ``mode``. Raises DeviceError with GB needed and free, and the flags that would fit."""
+    plan = modes.best_plan(model, work, machine, mode)
+    if plan is not None:
+        return plan
+    found = modes.shortage(modes.smallest_plan(model, work, mode), machine)
+    assert found is not None
+    on_device = machine.card is None or found.memory == "card"
+    owner = device if on_device else "the host"
+    wanted = "" if mode == modes.AUTO else f"--residency {mode}: "
+    weights = f" ({gigabytes(found.phase.weights)} of weights)" if on_device else ""
+    raise DeviceError(
+        f"{owner} has too little free memory for {wanted}{found.phase.name}",
+        # Rounded apart, so that what lacks a little is not told as enough.
+        expected=gigabytes(-(-found.needed // TENTH) * TENTH) + weights,
+        found=f"{gigabytes(max(found.free, 0) // TENTH * TENTH)} free",
+        next=_instead(model, work, machine, mode, found),
+    )
+
+
+def after_shortage(setup: Setup, asked: str) -> str:
+    """The flag to try after memory ran out in spite of the plan; ``asked`` is the mode that was asked for."""
+    if setup.mode == modes.RESIDENT:
+        return "ltxpack run … --residency swap"
+    if setup.mode == modes.SWAP or asked != modes.STREAM:
+        return "ltxpack run … --residency stream"
+    return SMALLER
+
+
+def smaller_work(model: Model, work: Work, machine: Machine) -> Work | None:
+    """The next smaller video that fits in some way: fewer frames first, then a smaller picture too."""
+    for shape in _smaller_shapes(work.shape):
+        candidate = replace(work, shape=shape)
+        if modes.shortage(modes.smallest_plan(model, candidate), machine) is None:
+            return candidate
+    return None
+
+
+def _instead(model: Model, work: Work, machine: Machine, mode: str, lacking: Shortage) -> str:
+    other = modes.best_plan(model, work, machine) if mode != modes.AUTO else None
+    if other is not None:
+        return f"ltxpack run … --residency {other.mode}"
+    smaller = smaller_work(model, work, machine)
+    if smaller is None:
+        if machine.card is None:
+            return (
+                "free memory, or choose a smaller video or a higher --fps; ltxpack plan --ram SIZE says what would do"
+            )
+        if lacking.memory == "host":
+            return "free memory of the host, or take one with more; ltxpack plan --ram SIZE says what would do"
+        return "a card with more memory, or ltxpack run … --device cpu; ltxpack plan --vram SIZE says what would do"
+    shape = smaller.shape
+    return f"ltxpack run … --height {shape.height} --width {shape.width} --num-frames {shape.frames}, or free memory"
+
+
+def _smaller_shapes(shape: VideoShape) -> Iterator[VideoShape]:
+    unit = 2 * SPATIAL_FACTOR
+    for share in (1, 0.75, 0.5, 0.25):
+        height, width = (max(unit, int(side * share) // unit * unit) for side in (shape.height, shape.width))
+        for frames in range(shape.frames, TEMPORAL_FACTOR, -TEMPORAL_FACTOR):
+            if (height, width, frames) == (shape.height, shape.width, shape.frames):
+                continue
+            with suppress(UsageError):  # too short for any sound
+                yield VideoShape(frames, height, width, shape.fps)

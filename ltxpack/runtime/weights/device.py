@@ -1,0 +1,120 @@
+"""Which device a run is asked for, what it and the host have free, and what is known to go wrong on it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+from ltxpack.errors import DeviceError, UsageError
+from ltxpack.runtime.weights import machine
+from ltxpack.runtime.weights.machine import Machine
+
+# How users set torch's allocator.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+IN_PLACE = "expandable_segments"
+# On a card of this process: what libraries take once they are used, and what is lost in gaps where memory is taken in
+# pieces (1.8 GB in the second stage at 1088 x 1920).
+LIBRARIES, GAPS = 500_000_000, 2_200_000_000
+
+
+class Fault(NamedTuple):
+    """Pairs of torch and cuDNN, lowest and first that is not affected, and what they do to 3-d convolutions in bf16."""
+
+    torch: tuple[tuple[int, ...], tuple[int, ...]]
+    cudnn: tuple[int, int]
+    told: str
+
+
+# pytorch issues 163539 and 166643: first cuDNN was wrong, then torch went around it.
+FAULTS = (
+    Fault(
+        ((2, 0), (2, 9)),
+        (90800, 91300),
+        "large ones can come out wrong (pytorch issue 163539): install cuDNN 9.13 or later, or a newer torch",
+    ),
+    Fault(
+        ((2, 9, 0), (2, 9, 1)),
+        (0, 1_000_000),
+        "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
+        "install another torch",
+    ),
+    Fault(
+        ((2, 9, 1), (2, 10)),
+        (0, 91500),
+        "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
+        "install cuDNN 9.15 or later, or another torch",
+    ),
+)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Raises DeviceError when CUDA is asked for and not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError("unknown device", expected="auto, cpu, cuda or cuda:N", found=name, next="ltxpack run --help")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "CUDA was asked for, but torch finds no CUDA device",
+            next="ltxpack run … --device cpu, or install a CUDA build of torch and a driver for it",
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError("no such device", expected=f"fewer than {torch.cuda.device_count()}", found=name)
+    return device
+
+
+def machine_of(device: torch.device, *, used: bool = False) -> Machine:
+    """What this process could have: what is free, and what it has itself already.
+
+    ``used``: work was done on the device, so that what libraries take of a card is gone from it.
+    """
+    host = machine.usable_host()
+    if device.type != "cuda":
+        return Machine(host)
+    lost = (0 if grows_in_place(device) else GAPS) + (0 if used else LIBRARIES)
+    return Machine(host, torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), lost)
+
+
+@functools.cache
+def grows_in_place(device: torch.device) -> bool:
+    """Have torch put memory of the card together where it is needed; whether it does.
+
+    Otherwise it takes memory in pieces, and when the sizes asked for change, as between the stages, gaps stay in them:
+    a plan that fills a card fails with a tenth of it free. What the user has set stays.
+    """
+    told = [os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ]
+    if told:
+        return any(f"{IN_PLACE}:true" in text.lower().replace(" ", "") for text in told)
+    setting = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or getattr(
+        torch.cuda.memory, "_set_allocator_settings", None
+    )
+    if setting is None or sys.platform != "linux":
+        return False
+    setting(f"{IN_PLACE}:True")
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError:  # a driver that does not put memory together
+        setting(f"{IN_PLACE}:False")
+        return False
+    return True
+
+
+def known_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What to tell the user of torch's and cuDNN's versions before the VAE is used on ``device``, if anything."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    version: Any = torch.backends.cudnn.version
+    found, release = version() or 0, tuple(map(int, re.findall(r"\d+", torch.__version__)[:3]))
+    for fault in FAULTS:
+        if fault.torch[0] <= release < fault.torch[1] and fault.cudnn[0] <= found < fault.cudnn[1]:
+            return f"3-d convolutions of torch {torch.__version__} with cuDNN {found}: {fault.told}"
+    return None

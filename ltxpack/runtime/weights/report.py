@@ -1,0 +1,157 @@
+"""A plan in words, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ltxpack.files.source_file import AUTO
+from ltxpack.runtime.large_tiles import FAST, OFFICIAL
+from ltxpack.runtime.sampling.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
+from ltxpack.runtime.weights import modes
+from ltxpack.runtime.weights.machine import Machine
+from ltxpack.runtime.weights.modes import Plan, Setup
+
+WEIGHTS = {
+    modes.KEPT: "both stages' weights stay in pinned host memory",
+    modes.STAGED: "the next stage's weights are read into pinned host memory while one stage runs",
+    modes.DISK: "each stage's weights are read from disk when it begins",
+    modes.BLOCKS: "from pinned host memory, filled anew for each stage",
+    modes.FILE: "from the file, each time again",
+}
+TEXTS = {
+    modes.WHOLE: "",
+    modes.LAYERS: "the text encoder layer by layer",
+    modes.LAYERS_FROM_FILE: "the text encoder layer by layer from its file",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command to type; ``done``: it was already."""
+
+    text: str
+    done: bool
+
+
+def gigabytes(count: int) -> str:
+    """Bytes as ``41.8 GB``."""
+    return f"{count / 1e9:.1f} GB"
+
+
+def described(setup: Setup, blocks: tuple[int, int]) -> str:
+    """What stays where, in a sentence."""
+    if setup.mode == modes.RESIDENT:
+        parts = ["both transformers stay on the device"]
+    elif setup.mode == modes.SWAP:
+        parts = ["one transformer on the device at a time", WEIGHTS[setup.weights]]
+    else:
+        counts = (f"{count} of {total} blocks" for count, total in zip(setup.streamed, blocks, strict=True))
+        whence = "from pinned host memory" if setup.weights == modes.KEPT else WEIGHTS[setup.weights]
+        parts = ["{} of stage 1 and {} of stage 2 pass through two slots on the device".format(*counts), whence]
+        if any(setup.held):
+            held = "{} blocks of stage 1 and {} of stage 2 stay in pinned host memory between videos"
+            parts.append(held.format(*setup.held))
+    if setup.keep_parts:
+        parts.append("the small parts stay on the device")
+    if TEXTS[setup.text]:
+        parts.append(TEXTS[setup.text])
+    return ", ".join(parts)
+
+
+def lines(plan: Plan, machine: Machine) -> list[str]:
+    """The plan as a run tells it before it loads: what stays where, and the most memory it takes."""
+    if machine.card is None:
+        most = max(phase.card + phase.host for phase in plan.phases)
+        memory = f"{gigabytes(most)} of the {gigabytes(machine.host)} of memory free"
+    else:
+        memory = (
+            f"{gigabytes(plan.card)} of the {gigabytes(machine.card)} of the card, "
+            f"{gigabytes(plan.host)} of the {gigabytes(machine.host)} of the host"
+        )
+    return [f"residency {plan.mode}: {described(plan.setup, plan.blocks)}", f"peak memory planned: {memory}"]
+
+
+def reading(plan: Plan, asked: str, machine: Machine) -> str:
+    """How the files are read; ``asked`` is one of source_file.READS."""
+    if asked != AUTO:
+        return f"reads {asked}: as asked for"
+    found = f"reads {AUTO}: past the page cache, but for what is there"
+    room, size = modes.cacheable(plan, machine), plan.first_read
+    if room == 0:
+        return f"{found}; it has no room for more"
+    some = f"all {gigabytes(size)}" if room == size else f"{gigabytes(room)} of {gigabytes(size)}"
+    return f"{found}; {some} are brought there while the device computes, for the next run"
+
+
+def decoding(plan: Plan) -> str:
+    """The tiles the video is decoded in, and if others were asked for, what became of that."""
+    official = auto_tiling(*plan.work.shape.grid[1:])
+    if plan.work.decode != FAST:
+        return f"decode {OFFICIAL}: {_tiles(plan, official)}"
+    if plan.tiling == official:
+        return f"decode {FAST}: no larger tiles than the official ones fit, which are used: {_tiles(plan, official)}"
+    return f"decode {FAST}: {_tiles(plan, plan.tiling)} (official: {_tiles(plan, official)})"
+
+
+def _tiles(plan: Plan, tiling: Tiling) -> str:
+    """``18 tiles of at most 73 frames of 448x768 pixels``."""
+    tiles = Tiles.of(plan.work.shape.grid, tiling)
+    length, height, width = tiles.largest
+    frames = TEMPORAL_FACTOR * (length - 1) + 1
+    size = f"{frames} frames of {height * SPATIAL_FACTOR}x{width * SPATIAL_FACTOR} pixels"
+    return f"one tile of {size}" if tiles.count == 1 else f"{tiles.count} tiles of at most {size}"
+
+
+def table(plan: Plan) -> list[str]:
+    """One line a phase."""
+    found = [f"{'phase':<12} {'card':>9}  {'weights':>9} {'beside':>9}   {'host':>9}"]
+    for phase in plan.phases:
+        numbers = [gigabytes(count) for count in (phase.card, phase.weights, phase.activations, phase.host)]
+        found.append("{:<12} {:>9}  {:>9} {:>9}   {:>9}".format(phase.name, *numbers))
+    return found
+
+
+def seconds(count: int, disk_rate: int) -> float:
+    """How long ``count`` bytes take at ``disk_rate`` bytes a second."""
+    return count / disk_rate
+
+
+def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Command]) -> dict[str, Any]:
+    """The document of ``ltxpack plan --json``; schemas/plan.schema.json describes it. All sizes in bytes."""
+    setup = plan.setup
+    return {
+        "mode": plan.mode,
+        "description": described(setup, plan.blocks),
+        "stages": list(plan.stages),
+        "setup": {
+            "small_parts_stay": setup.keep_parts,
+            "weights": setup.weights,
+            "text_encoder": setup.text,
+            "blocks": list(plan.blocks),
+            "streamed_blocks": list(setup.streamed),
+            "held_blocks": list(setup.held),
+        },
+        "decode": decoding(plan),
+        "machine": {"card": machine.card, "host": machine.host},
+        "peak": {"card": plan.card, "host": plan.host},
+        "phases": [
+            {
+                "name": phase.name,
+                "card": phase.card,
+                "weights": phase.weights,
+                "activations": phase.activations,
+                "host": phase.host,
+            }
+            for phase in plan.phases
+        ],
+        "loading": {
+            "into_cache": modes.cacheable(plan, machine),
+            "disk_rate": disk_rate,
+            "first_video": {"bytes": plan.first_read, "seconds": seconds(plan.first_read, disk_rate)},
+            "next_video": {"bytes": plan.next_read, "seconds": seconds(plan.next_read, disk_rate)},
+        },
+        "commands": [{"command": command.text, "done": command.done} for command in commands],
+    }

@@ -1,0 +1,203 @@
+"""How many bytes each part of the pipeline is, in its files and in memory; from headers, or from an inventory.
+
+Knows no machine and no mode. Weights are counted as they are loaded: floats in the run's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltxpack.errors import OverlayError, quoted
+from ltxpack.files.tensorfile import DTYPE_BITS, read_json, read_tensorfile
+from ltxpack.manifest import FileRecord
+from ltxpack.runtime.overlay import BASE, Overlay
+from ltxpack.runtime.weights.activations import Widths
+
+DTYPES = {"bfloat16": 2, "float32": 4}
+FLOATS = frozenset({"BF16", "F16", "F32"})
+# Tensors in a slot begin at multiples of this, as matrix kernels like it.
+ALIGNMENT = 256
+TRANSFORMER, TEXT_ENCODER, VOCODER = "transformer", "text_encoder", "vocoder"
+SMALL_PARTS = ("connectors", "vae", "audio_vae", VOCODER, "latent_upsampler")
+# The text encoder's folder also holds a vision tower, which is read (its file is hashed) and not kept.
+LANGUAGE_MODEL_ROOT = "language_model.model."
+# Part -> the modules in it that can be streamed one by one.
+BLOCKS = {TRANSFORMER: "transformer_blocks", TEXT_ENCODER: "layers"}
+
+Tensor = tuple[str, str, tuple[int, ...]]
+"""Name, dtype as safetensors spells it, shape."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes of a component: ``stored`` in its files, and in memory those of each of its ``blocks`` and the ``rest``."""
+
+    stored: int
+    rest: int
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """All of it in memory."""
+        return self.rest + sum(self.blocks)
+
+    @property
+    def largest(self) -> int:
+        """The largest block, which a slot must hold."""
+        return max(self.blocks, default=0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An overlay's parts by component, the transformer of each stage, and the widths activations follow.
+
+    ``stages`` are the transformers' names; two stages with one name share its weights.
+    """
+
+    parts: Mapping[str, Part]
+    stages: tuple[str, str]
+    transformers: Mapping[str, Part]
+    widths: Widths
+    itemsize: int
+
+    def transformer(self, stage: int) -> Part:
+        """The transformer of stage 0 or 1."""
+        return self.transformers[self.stages[stage]]
+
+    @property
+    def small(self) -> int:
+        """All parts but text encoder and transformers, in memory."""
+        return sum(self.parts[name].total for name in SMALL_PARTS)
+
+    @property
+    def all_transformers(self) -> int:
+        """Every transformer once, in memory."""
+        return sum(part.total for part in self.transformers.values())
+
+
+def overlay_model(overlay: Overlay, stages: tuple[str, str], dtype: str) -> Model:
+    """The sizes of ``overlay``, from its files' headers. A bake that is not there is taken to be like the base.
+
+    Raises OverlayError, FormatError.
+    """
+    itemsize = DTYPES[dtype]
+    configs = {name: read_json(overlay.folder(name) / "config.json") for name in (*SMALL_PARTS, *BLOCKS)}
+    parts = {
+        name: _of_files(overlay.root, name, overlay.records(name), itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)
+    }
+    transformers = {}
+    for name in stages:
+        known = name if name in overlay.manifest.bakes else BASE
+        transformers[name] = _of_files(overlay.root, TRANSFORMER, overlay.transformer_records(known), itemsize)
+    return Model(parts, stages, transformers, read_widths(configs, overlay.root), itemsize)
+
+
+def model_of(
+    tensors: Mapping[str, Iterable[Tensor]],
+    configs: Mapping[str, Mapping[str, Any]],
+    stages: tuple[str, str],
+    dtype: str,
+) -> Model:
+    """The sizes of an overlay that would hold ``tensors`` by component, every bake like the base."""
+    itemsize = DTYPES[dtype]
+    parts = {name: part_of(name, tensors[name], itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)}
+    transformer = part_of(TRANSFORMER, tensors[TRANSFORMER], itemsize)
+    return Model(parts, stages, dict.fromkeys(stages, transformer), read_widths(configs, Path()), itemsize)
+
+
+def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: int | None = None) -> Part:
+    """The part that holds ``tensors``; ``stored`` defaults to their own bytes."""
+    pattern = re.compile(re.escape(BLOCKS[component]) + r"\.(\d+)\.") if component in BLOCKS else None
+    in_files = rest = 0
+    blocks: dict[int, int] = {}
+    root = LANGUAGE_MODEL_ROOT if component == TEXT_ENCODER else ""
+    for full_name, dtype, shape in tensors:
+        count = math.prod(shape)
+        in_files += count * DTYPE_BITS[dtype] // 8
+        if not full_name.startswith(root):
+            continue
+        name = full_name.removeprefix(root)
+        # The vocoder computes in float32 whatever the rest does.
+        wanted = DTYPES["float32"] if component == VOCODER else itemsize
+        size = count * wanted if dtype in FLOATS else count * DTYPE_BITS[dtype] // 8
+        block = pattern.match(name) if pattern is not None else None
+        if block is None:
+            rest += size
+        else:
+            blocks[int(block[1])] = blocks.get(int(block[1]), 0) + aligned(size)
+    return Part(in_files if stored is None else stored, rest, tuple(blocks[number] for number in sorted(blocks)))
+
+
+def aligned(size: int) -> int:
+    """``size`` rounded up to where the next tensor may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def read_widths(configs: Mapping[str, Mapping[str, Any]], file: Path) -> Widths:
+    """The widths in the components' configs. Raises OverlayError naming a field that is missing or no size."""
+
+    def number(component: str, *names: str) -> int:
+        value: Any = configs[component]
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise _wrong(file / component / "config.json", ".".join(names), "a size", value)
+        return value
+
+    def numbers(component: str, name: str) -> list[int]:
+        value = configs[component].get(name)
+        if not isinstance(value, list) or not value or not all(isinstance(n, int) and n > 0 for n in value):
+            raise _wrong(file / component / "config.json", name, "a list of sizes", value)
+        return value
+
+    decoder = numbers("vae", "decoder_block_out_channels")
+    return Widths(
+        video=number(TRANSFORMER, "num_attention_heads") * number(TRANSFORMER, "attention_head_dim"),
+        audio=number(TRANSFORMER, "audio_num_attention_heads") * number(TRANSFORMER, "audio_attention_head_dim"),
+        text=number(TEXT_ENCODER, "text_config", "hidden_size"),
+        text_layers=number(TEXT_ENCODER, "text_config", "num_hidden_layers"),
+        text_inner=number(TEXT_ENCODER, "text_config", "intermediate_size"),
+        encoder=number("vae", "latent_channels"),
+        decoder=decoder[-1] // math.prod(numbers("vae", "upsample_factor")) or 1,
+        patch=number("vae", "patch_size"),
+        upsampler=number("latent_upsampler", "mid_channels"),
+        mel=number("audio_vae", "base_channels") * number("audio_vae", "mel_bins"),
+        sound=_sound_width(number, numbers),
+    )
+
+
+def _sound_width(number: Any, numbers: Any) -> int:
+    """Channels times samples per audio latent in the widest layer of the vocoder."""
+    starts = {"": 4, "bwe_": 4 * math.prod(numbers(VOCODER, "upsample_factors")) // number(VOCODER, "hop_length")}
+    widest = 0
+    for prefix, start in starts.items():
+        width, samples = number(VOCODER, f"{prefix}hidden_channels"), start
+        for factor in numbers(VOCODER, f"{prefix}upsample_factors"):
+            width, samples = width // 2, samples * factor
+            widest = max(widest, width * samples)
+    return widest
+
+
+def _of_files(root: Path, component: str, records: Iterable[FileRecord], itemsize: int) -> Part:
+    weights = [record for record in records if record.path.endswith(".safetensors")]
+    tensors = (
+        (tensor.name, tensor.dtype, tensor.shape)
+        for record in weights
+        for tensor in read_tensorfile(root / record.path).tensors.values()
+    )
+    return part_of(component, tensors, itemsize, sum(record.size for record in weights))
+
+
+def _wrong(file: Path, field: str, expected: str, found: object) -> OverlayError:
+    return OverlayError(
+        f"has no usable {field}",
+        file=file,
+        expected=expected,
+        found=found,
+        next=f"ltxpack verify {quoted(file.parent.parent)}",
+    )

@@ -1,0 +1,200 @@
+"""Compiled blocks: the same numbers, the same graphs for all blocks and both stages, hooks still run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dit_parts import SMALL, built, random_streams, random_weights, with_timesteps
+from support import relative_l2
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.runtime.runtime_utils import cache_dir
+
+from ltxpack.reporter import SilentReporter
+from ltxpack.runtime.model import DiT, Pass, RopeTables, Stream
+from ltxpack.runtime.model.rope import Rotation
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.tuning import COMPILERS, INDUCTOR_CACHE, Tuning, keep_compiled, tune
+
+STAGES = [AV(24, 9), AV(50, 14)]
+CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def dit() -> DiT:
+    return built(SMALL, random_weights(SMALL))
+
+
+def counting() -> tuple[list[int], Callable[..., Any]]:
+    """A backend that runs the traced graph as it is, and the numbers of nodes of the graphs it was given."""
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    return graphs, backend
+
+
+def masked(streams: AV[Stream], distinct: int) -> AV[Stream]:
+    """Image conditioning: the video tokens use several timesteps."""
+    index = [token % distinct for token in range(streams.video.latents.shape[1])]
+    return AV(with_timesteps(streams.video, [0.1 * (k + 1) for k in range(distinct)], index), streams.audio)
+
+
+def guided(dit: DiT, streams: AV[Stream]) -> list[AV[Tensor]]:
+    """The three passes of the recipe, the prompts' streams apart."""
+    other = streams.map(lambda stream: replace(stream, context=-stream.context))
+    return dit.passes([Pass(streams), Pass(other), Pass(streams, isolated=True)])
+
+
+def distance(found: AV[Tensor], expected: AV[Tensor]) -> float:
+    return max(relative_l2(found.video, expected.video), relative_l2(found.audio, expected.audio))
+
+
+needs_compiler = pytest.mark.skipif(
+    CXX is None, reason="no C++ compiler: inductor cannot build its kernels for the CPU"
+)
+
+
+def lookups() -> AV[int]:
+    """How many graphs the compiler found in its cache, and how many not."""
+    found = counters["inductor"]
+    return AV(found["fxgraph_cache_hit"], found["fxgraph_cache_miss"])
+
+
+@needs_compiler
+def test_compiled_agrees_with_eager_and_is_found_again(
+    dit: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's passes at both stages, with image conditioning; then as in a new process."""
+    monkeypatch.setenv(INDUCTOR_CACHE, "")
+    monkeypatch.delenv(INDUCTOR_CACHE)
+    streams = [masked(random_streams(dit, lengths), 2) for lengths in STAGES]
+    eager = [guided(dit, each) for each in streams]
+    for attempt in range(2):
+        torch.compiler.reset()
+        counters.clear()
+        tune(dit, Tuning(compile=True, cache=tmp_path / "new"), SilentReporter())
+        for each, expected in zip(streams, eager, strict=True):
+            assert max(map(distance, guided(dit, each), expected)) <= 1e-6
+        assert lookups() == (AV(0, 4) if attempt == 0 else AV(4, 0)), "text, attend, two exchanges"
+    assert any((tmp_path / "new").rglob("*.so"))
+
+
+@needs_compiler
+def test_compiled_agrees_with_eager_in_bfloat16(dit: DiT) -> None:
+    """A compiled block rounds less often, so neither is the exact one; both are as near to float32."""
+    streams = random_streams(dit, STAGES[0])
+    exact = dit(streams)
+    half, rounded = dit.bfloat16(), streams.map(_bf16)
+    eager = half(rounded)
+    half.compile_blocks(fullgraph=True)
+    compiled = half(rounded)
+    assert distance(compiled, eager) <= 1.4e-2
+    assert distance(compiled, exact) <= 1.1 * distance(eager, exact)
+
+
+def _bf16(stream: Stream) -> Stream:
+    turns = [Rotation(*(part.bfloat16() for part in turn)) for turn in vars(stream.rope).values()]
+    return replace(
+        stream, latents=stream.latents.bfloat16(), context=stream.context.bfloat16(), rope=RopeTables(*turns)
+    )
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, 4), ("9", 16)])
+def test_no_more_compilers_than_the_host_has_room_for(
+    asked: str | None, found: int, dit: DiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user says how many."""
+    monkeypatch.setenv(COMPILERS, asked or "")
+    if asked is None:
+        monkeypatch.delenv(COMPILERS)
+    with config.patch(compile_threads=16):
+        tune(dit, Tuning(compile=True), SilentReporter())
+        assert config.compile_threads == found
+
+
+@pytest.mark.parametrize("named", [None, "torchs own", "the user's"])
+def test_where_compiled_code_is_kept(named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {"torchs own": Path(tempfile.gettempdir()) / "torchinductor_somebody", "the user's": tmp_path / "mine"}
+    monkeypatch.setenv(INDUCTOR_CACHE, str(folders.get(named, "")))
+    if named is None:
+        monkeypatch.delenv(INDUCTOR_CACHE)
+    expected = tmp_path / ("mine" if named == "the user's" else "ours")
+    assert keep_compiled(tmp_path / "ours") == expected
+    assert expected.is_dir()
+    assert Path(os.environ[INDUCTOR_CACHE]) == Path(cache_dir()) == expected
+
+
+def test_all_blocks_and_both_stages_share_their_graphs(dit: DiT) -> None:
+    graphs, backend = counting()
+    assert dit.config.num_layers > 1
+    dit.compile_blocks(backend=backend, fullgraph=True)
+    for lengths in STAGES:
+        dit(random_streams(dit, lengths))
+    assert len(graphs) == 3, "text, attend, exchange"
+    for lengths in STAGES:
+        dit(random_streams(dit, lengths), isolated=True)
+    assert len(graphs) == 4, "another exchange"
+    for lengths in STAGES:
+        guided(dit, random_streams(dit, lengths))
+    assert len(graphs) == 4, "passes together need no graphs of their own"
+    for lengths, distinct in zip(STAGES, (2, 4), strict=True):
+        dit(masked(random_streams(dit, lengths), distinct))
+    assert len(graphs) == 6, "a row per token where there was one for all: attend, exchange"
+
+
+def test_traced_blocks_agree_with_eager_in_every_kind_of_pass(dit: DiT) -> None:
+    plain = [random_streams(dit, lengths) for lengths in STAGES]
+    streams = plain + [masked(each, 3) for each in plain]
+    passes: list[dict[str, Any]] = [{}, {"isolated": True}, {"perturbed": AV(frozenset({1}), frozenset({0}))}]
+    eager = [dit(each, **arguments) for each in streams for arguments in passes]
+    _, backend = counting()
+    dit.compile_blocks(backend=backend)
+    found = [dit(each, **arguments) for each in streams for arguments in passes]
+    for a, b in zip(found, eager, strict=True):
+        assert distance(a, b) <= 1e-6
+
+
+def test_hooks_of_a_block_run_at_every_call(dit: DiT) -> None:
+    """Weight streaming brings a block's weights in such a hook."""
+    _, backend = counting()
+    dit.compile_blocks(backend=backend, fullgraph=True)
+    streams = random_streams(dit, STAGES[0])
+    calls: list[int] = []
+    for number, block in enumerate(dit.transformer_blocks):
+        block.register_forward_pre_hook(lambda module, args, n=number: calls.append(n))
+    dit(streams)
+    dit(streams)
+    assert calls == [0, 1, 0, 1]
+
+
+def test_weights_put_in_after_compiling_are_used(dit: DiT) -> None:
+    """The second stage's weights take the place of the first's in the compiled model."""
+    graphs, backend = counting()
+    dit.compile_blocks(backend=backend, fullgraph=True)
+    streams = random_streams(dit, STAGES[0])
+    first = dit(streams)
+    others = random_weights(SMALL, seed=1)
+    dit.load_state_dict(others, assign=True)
+    second = dit(streams)
+    assert distance(second, built(SMALL, others)(streams)) <= 1e-6
+    assert distance(second, first) > 1e-3
+    assert len(graphs) == 3

@@ -1,0 +1,209 @@
+"""The DiT against forwards recorded from the official model, every tensor of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from dit_parts import golden_dit
+from safetensors import safe_open
+from support import load, relative_l2
+from torch import Tensor
+
+from ltxpack.runtime.model import DiT, Stream
+from ltxpack.runtime.sampling.av import AV
+
+NONE: frozenset[int] = frozenset()
+UNPERTURBED = AV(NONE, NONE)
+# The official code itself, run with other threads and kernels, moves by 5e-6 in fp32 and 1.4e-2 in bf16.
+FP32_LIMIT = 1e-5
+BF16_LIMIT = 1.4e-2
+CPUINFO = Path("/proc/cpuinfo")
+# cond.args.<modality>.<name> -> our rows of the same thing.
+ARGUMENTS = {
+    "adaln_token0": "adaln",
+    "embedded_timestep_token0": "embedded",
+    "prompt_timestep": "prompt",
+    "cross_scale_shift_token0": "cross",
+    "cross_gate": "cross_gate",
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """How one recorded sample was made."""
+
+    isolated: bool = False
+    without_a2v: bool = False
+    perturbed: AV[frozenset[int]] = UNPERTURBED
+
+
+def call_of(name: str) -> Call:
+    """The call of a case by its name."""
+    if stg := re.fullmatch(r"stg_block(\d+)", name):
+        blocks = frozenset({int(stg[1])})
+        return Call(perturbed=AV(blocks, blocks))
+    return {"isolated_modality": Call(isolated=True), "skip_a2v_only": Call(without_a2v=True)}.get(name, Call())
+
+
+def calls_of(case: str) -> list[Call]:
+    """The calls of a case, one per sample of its batch; in a mixed batch STG is of the video alone."""
+    mixed = re.fullmatch(r"batched\d+_(.+)", case)
+    if mixed is None:
+        return [call_of(case)]
+    kinds = mixed[1].split("_")
+    return [
+        Call(
+            isolated=kind == "iso",
+            perturbed=AV(frozenset({int(kind[3:])}) if kind.startswith("stg") else NONE, NONE),
+        )
+        for kind in kinds
+    ]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A transformer file of a fixture, the DiT it was made with and that DiT's rotary tables."""
+
+    tensors: dict[str, Tensor]
+    dit: DiT
+
+    @classmethod
+    def read(cls, golden: Path, dtype: str) -> Recorded:
+        path = golden / "golden" / f"transformer_{dtype}.safetensors"
+        with safe_open(path, "pt") as file:
+            strength = file.metadata()["lora_strength"]
+        tensors = load(path)
+        return cls(tensors, golden_dit(golden, strength, tensors["in.video_latent"].dtype))
+
+    def cases(self) -> list[str]:
+        return sorted({name.split(".")[0] for name in self.tensors} - {"in"})
+
+    def streams(self, case: str, sample: int = 0) -> AV[Stream]:
+        """Inputs of one sample: the video timesteps as distinct values and an index, where they differ."""
+        positions = AV(self.tensors["in.video_positions"], self.tensors["in.audio_positions"])
+        latents = AV(self.tensors["in.video_latent"], self.tensors["in.audio_latent"])
+        context = AV(self.tensors["in.video_context"], self.tensors["in.audio_context"])
+        sigma = self.tensors[f"{case}.sigma"][sample : sample + 1]
+        masks, index = self.tensors[f"{case}.video_denoise_mask"][0, :, 0].unique(return_inverse=True)
+        return AV(masks, torch.ones(1)).map(
+            lambda mask, which, x, text, tables: Stream(x, (mask * sigma)[None], which, sigma, text, tables),
+            AV(index if len(masks) > 1 else None, None),
+            latents,
+            context,
+            self.dit.rope(positions, latents.video.dtype, "cpu"),
+        )
+
+    def run(self, case: str) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every output of ``case``."""
+        velocities, x0s = [], []
+        for sample, call in enumerate(calls_of(case)):
+            streams = self.streams(case, sample)
+            velocity = self.forward(streams, call)
+            velocities.append(velocity)
+            x0s.append(streams.map(x0, velocity))
+        for kind, found in (("velocity", velocities), ("x0", x0s)):
+            for modality in ("video", "audio"):
+                yield f"{case}.{modality}_{kind}", torch.cat([getattr(each, modality) for each in found])
+
+    def forward(self, streams: AV[Stream], call: Call) -> AV[Tensor]:
+        # No pass of the recipe leaves out a2v alone, so the DiT has no argument for it; its contribution is zeroed.
+        attentions = [block.audio_to_video_attn for block in self.dit.transformer_blocks] if call.without_a2v else []
+        hooks = [a.register_forward_hook(lambda module, args, out: torch.zeros_like(out)) for a in attentions]
+        try:
+            return self.dit(streams, isolated=call.isolated, perturbed=call.perturbed)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def x0(stream: Stream, velocity: Tensor) -> Tensor:
+    """x - v·t, in float32."""
+    timesteps = stream.timesteps if stream.timestep_index is None else stream.timesteps[:, stream.timestep_index]
+    return (stream.latents.float() - velocity.float() * timesteps[..., None]).to(velocity.dtype)
+
+
+def intermediates(recorded: Recorded) -> dict[str, Tensor]:
+    """What the file holds of the inside of its ``cond`` case."""
+    found: dict[str, Tensor] = {}
+    streams = recorded.streams("cond")
+
+    def keep(name: str, value: AV[Tensor]) -> None:
+        found[name.format("video")], found[name.format("audio")] = value.video, value.audio
+
+    def block_hook(number: int):
+        return lambda module, args, out: keep(f"cond.block{number}.{{}}", out[0])
+
+    blocks = recorded.dit.transformer_blocks
+    hooks = [block.register_forward_hook(block_hook(number)) for number, block in enumerate(blocks)]
+    hooks.append(blocks[0].register_forward_pre_hook(lambda module, args: keep("cond.args.{}.x", args[0][0].hidden)))
+    recorded.dit(streams)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        conditioning = recorded.dit.condition(streams)
+    for name, rows in ARGUMENTS.items():
+        keep(f"cond.args.{{}}.{name}", conditioning.map(lambda given, key=rows: getattr(given, key).values.flatten(2)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def fp32(golden: Path) -> Recorded:
+    return Recorded.read(golden, "fp32")
+
+
+@pytest.fixture(scope="module")
+def bf16(golden: Path) -> Recorded:
+    return Recorded.read(golden, "bf16")
+
+
+def everything(recorded: Recorded) -> dict[str, Tensor]:
+    found = {name: value for case in recorded.cases() for name, value in recorded.run(case)}
+    return found | intermediates(recorded)
+
+
+def test_every_recorded_fp32_tensor_is_reproduced(fp32: Recorded) -> None:
+    found = everything(fp32)
+    inputs = {f"{case}.{name}" for case in fp32.cases() for name in ("sigma", "video_denoise_mask")}
+    expected = {k: v for k, v in fp32.tensors.items() if not k.startswith("in.") and k not in inputs}
+    assert found.keys() == expected.keys()
+    errors = {name: relative_l2(found[name], value) for name, value in expected.items()}
+    assert {name: error for name, error in errors.items() if not error <= FP32_LIMIT} == {}
+
+
+def test_bf16_is_bit_equal_where_this_machine_multiplies_like_the_recorder(bf16: Recorded) -> None:
+    found = everything(bf16)
+    canary = "cond.args.{}.x"  # one matrix product, before anything of ours has happened
+    same_product = all(torch.equal(found[canary.format(m)], bf16.tensors[canary.format(m)]) for m in ("video", "audio"))
+    # Small products come out alike on more CPUs than large ones: only matrix tiles sum everything in their order.
+    same_kernels = same_product and CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text().split()
+    limit = 0.0 if same_kernels else BF16_LIMIT
+    outputs = [name for name in found if name.endswith("velocity") or ".block" in name]
+    errors = {name: relative_l2(found[name], bf16.tensors[name]) for name in outputs}
+    assert outputs
+    assert {name: error for name, error in errors.items() if not error <= limit} == {}
+
+
+def test_a_timestep_per_token_gives_what_the_distinct_ones_give(fp32: Recorded) -> None:
+    """The saving of evaluating AdaLN on distinct timesteps changes nothing."""
+    masked = [case for case in fp32.cases() if fp32.streams(case).video.timestep_index is not None]
+    assert masked
+    for case in masked:
+        streams = fp32.streams(case)
+        video = streams.video
+        assert video.timestep_index is not None
+        per_token = Stream(
+            video.latents,
+            video.timesteps[:, video.timestep_index],
+            torch.arange(video.latents.shape[1]),
+            video.sigma,
+            video.context,
+            video.rope,
+        )
+        distinct, spread = fp32.dit(streams), fp32.dit(AV(per_token, streams.audio))
+        assert relative_l2(distinct.video, spread.video) <= 1e-6
+        assert relative_l2(distinct.audio, spread.audio) <= 1e-6

@@ -1,0 +1,116 @@
+"""Rotary tables against recorded ones, and the rotation in both dtypes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from dit_parts import LTX23, golden_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import load, relative_l2
+from torch import Tensor
+
+from ltxpack.runtime.model import DiT, DiTConfig, RopeTables
+from ltxpack.runtime.model.rope import Rotation, rotate, rotation
+from ltxpack.runtime.sampling.av import AV
+
+TABLES = {
+    "video": lambda tables: tables.video.self_attention,
+    "audio": lambda tables: tables.audio.self_attention,
+    "video_cross": lambda tables: tables.video.cross_attention,
+    "audio_cross": lambda tables: tables.audio.cross_attention,
+}
+# The real_* tables are stored in float16 for two of the 32 heads, the audio ones for the first tokens.
+REAL_HEADS = {"stage1": slice(0, 2), "stage2": slice(30, 32)}
+
+
+def tables_for(config: dict[str, object], constants: dict[str, Tensor], name: str) -> AV[RopeTables]:
+    """Tables at the recorded positions; a DiT without blocks suffices."""
+    with torch.device("meta"):
+        dit = DiT(replace(DiTConfig.from_dict(config), num_layers=0))
+    positions = AV(constants[f"pos.{name}.video_positions"], constants[f"pos.{name}.audio_positions"])
+    return dit.rope(positions, torch.float32, "cpu")
+
+
+def recorded_names(constants: dict[str, Tensor]) -> set[str]:
+    return {key.split(".")[1] for key in constants if key.startswith("rope.")}
+
+
+def test_recorded_tables_are_reproduced(golden: Path) -> None:
+    constants = load(golden / "golden" / "constants.safetensors")
+    names = recorded_names(constants)
+    assert names
+    for name in names:
+        real = name.startswith("real_")
+        tables = tables_for(LTX23 if real else golden_config(golden), constants, name)
+        for kind, table in TABLES.items():
+            for part, found in table(tables)._asdict().items():
+                expected = constants[f"rope.{name}.{kind}.{part}"]
+                if real:
+                    heads = REAL_HEADS[name.split("_")[1]]
+                    stored = found[:, heads, : expected.shape[2]].half()
+                    assert torch.equal(stored, expected) or (stored - expected).abs().max() <= 2**-10, (name, kind)
+                else:
+                    assert relative_l2(found, expected) <= 1e-6, (name, kind, part)
+
+
+def test_video_pairs_that_no_frequency_is_left_for_do_not_turn() -> None:
+    found = rotation(torch.rand(1, 3, 5, 2), (20, 2048, 2048), heads=2, head_dim=16, theta=10000.0)
+    pad = 16 - 3 * (32 // 6)
+    assert pad == 1
+    assert torch.equal(found.cos[:, 0, :, :pad], torch.ones(1, 5, pad))
+    assert torch.equal(found.sin[:, 0, :, :pad], torch.zeros(1, 5, pad))
+    assert (found.sin[:, 1] != 0).all()
+
+
+def test_the_first_frequency_turns_by_the_fraction_of_the_range() -> None:
+    """Middle of the range: no turn. One end: a quarter turn back."""
+    positions = torch.tensor([[[[10.0, 10.0], [0.0, 0.0]]]])
+    found = rotation(positions, (20,), heads=1, head_dim=4, theta=10000.0)
+    assert torch.allclose(found.cos[0, 0, :, 0], torch.tensor([1.0, 0.0]), atol=1e-6)
+    assert torch.allclose(found.sin[0, 0, :, 0], torch.tensor([0.0, -1.0]), atol=1e-6)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 3))
+@settings(max_examples=20, deadline=None)
+def test_a_rotation_keeps_lengths_and_is_undone_by_its_inverse(seed: int, tokens: int, heads: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, heads, tokens, 8, generator=generator)
+    angles = torch.randn(1, heads, tokens, 4, generator=generator)
+    turned = rotate(x, Rotation(angles.cos(), angles.sin()))
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
+    assert torch.allclose(rotate(turned, Rotation(angles.cos(), -angles.sin())), x, atol=1e-5)
+
+
+def test_bf16_rounds_the_product_and_then_the_sum() -> None:
+    """Spec 06 section 3: y1 = bf16(bf16(x1·cos) - sin·x2), y2 = bf16(bf16(x2·cos) + sin·x1)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 50, 8, generator=generator).bfloat16()
+    angles = torch.randn(1, 2, 50, 4, generator=generator)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    first, second = x.double().chunk(2, dim=-1)
+
+    def once(value: Tensor) -> Tensor:
+        return value.bfloat16().double()
+
+    expected = torch.cat(
+        (once(first * cos) - sin.double() * second, once(second * cos) + sin.double() * first), dim=-1
+    ).bfloat16()
+    assert torch.equal(rotate(x, Rotation(cos, sin)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tables_are_rounded_from_float32(dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        dit = DiT(replace(DiTConfig.from_dict(LTX23), num_layers=0))
+    positions = AV(torch.rand(1, 3, 4, 2) * 20, torch.rand(1, 1, 3, 2) * 5)
+    exact, found = dit.rope(positions, torch.float32, "cpu"), dit.rope(positions, dtype, "cpu")
+    for table in TABLES.values():
+        assert torch.equal(table(found).cos, table(exact).cos.to(dtype))
+        assert torch.equal(table(found).sin, table(exact).sin.to(dtype))
+    assert found.video.self_attention.cos.shape == (1, 32, 4, 64)
+    assert found.video.cross_attention.cos.shape == (1, 32, 4, 32)
+    assert found.audio.self_attention.cos.shape == found.audio.cross_attention.cos.shape == (1, 32, 3, 32)

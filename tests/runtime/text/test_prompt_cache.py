@@ -1,0 +1,454 @@
+"""Encoded prompts on disk: what comes back is what was put in, or nothing; and what it saves is the text encoder."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+from support import distance
+from torch import Tensor
+
+from ltxpack.errors import LtxpackError, OverlayError, UsageError
+from ltxpack.files.tensorfile import build_header, read_tensorfile
+from ltxpack.manifest import FileRecord
+from ltxpack.reporter import SilentReporter
+from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.text import encode
+from ltxpack.runtime.text import gemma as text
+from ltxpack.runtime.text.encode import PromptEncoder
+from ltxpack.runtime.text.prompt_cache import CONTEXT_TOKENS, PromptCache, batch_key, cache_root, parse_limit
+from ltxpack.runtime.weights.keeper import Residency
+from ltxpack.runtime.weights.modes import Work
+
+DTYPES = [torch.float32, torch.bfloat16]
+CPU = torch.device("cpu")
+KEY = "0" * 64
+
+
+def contexts(count: int = 2, width: int = 4, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> list[AV[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(size: int) -> Tensor:
+        return torch.randn(1, CONTEXT_TOKENS, size, generator=generator).to(dtype)
+
+    return [AV(made(width), made(width // 2)) for _ in range(count)]
+
+
+def equal(found: list[AV[Tensor]] | None, wanted: list[AV[Tensor]]) -> bool:
+    return found is not None and all(
+        torch.equal(f.video, w.video) and torch.equal(f.audio, w.audio) for f, w in zip(found, wanted, strict=True)
+    )
+
+
+# The key
+
+
+RECORDS = [FileRecord("text_encoder/model.safetensors", 3, "a" * 64), FileRecord("tokenizer/t.json", 3, "b" * 64)]
+
+
+def test_the_key_is_of_everything_the_contexts_depend_on() -> None:
+    changed = [*RECORDS[:1], FileRecord("tokenizer/t.json", 3, "c" * 64)]
+    keys = [
+        batch_key(["a", "b"], RECORDS, torch.bfloat16, "cpu"),
+        batch_key(["b", "a"], RECORDS, torch.bfloat16, "cpu"),
+        batch_key(["a"], RECORDS, torch.bfloat16, "cpu"),
+        batch_key(["a b"], RECORDS, torch.bfloat16, "cpu"),
+        batch_key(["a", "B"], RECORDS, torch.bfloat16, "cpu"),
+        batch_key(["a", "b"], RECORDS, torch.float32, "cpu"),
+        batch_key(["a", "b"], RECORDS, torch.bfloat16, "another card"),
+        batch_key(["a", "b"], changed, torch.bfloat16, "cpu"),
+        batch_key(["a", "b"], RECORDS[:1], torch.bfloat16, "cpu"),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_is_of_the_stripped_prompts_and_not_of_the_order_of_files() -> None:
+    assert batch_key([" a\n", "b"], RECORDS, torch.bfloat16, "x") == batch_key(
+        ["a", "b "], RECORDS[::-1], torch.bfloat16, "x"
+    )
+
+
+# Put and get
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_there_and_back_to_the_bit(dtype: torch.dtype, count: int, tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path / "new" / "contexts")
+    assert cache.get(KEY, count, dtype) is None
+    wanted = contexts(count, dtype=dtype)
+    cache.put(KEY, wanted)
+    assert equal(cache.get(KEY, count, dtype), wanted)
+    assert [path.name for path in cache.folder.iterdir()] == [f"{KEY}.safetensors"]
+    assert (cache.folder.stat().st_mode & 0o077) == 0
+
+
+def test_an_entry_is_a_sound_safetensors_file(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path)
+    cache.put(KEY, contexts())
+    file = read_tensorfile(tmp_path / f"{KEY}.safetensors")
+    assert list(file.tensors) == ["0.video", "0.audio", "1.video", "1.audio"]
+    assert set(file.metadata) == {"format", "key", "blake3"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_kept(value: float, tmp_path: Path) -> None:
+    bad = contexts()
+    bad[1].audio[0, 3, 1] = value
+    PromptCache(tmp_path).put(KEY, bad)
+    assert not list(tmp_path.iterdir())
+
+
+# Damage
+
+
+def rewrite(
+    path: Path, change: Callable[[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], bytearray], None]
+) -> None:
+    """Write ``path`` again with another header or content, its stated hash made to fit."""
+    file = read_tensorfile(path)
+    layout = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
+    body = bytearray(path.read_bytes()[min(info.start for info in file.tensors.values()) :])
+    metadata = dict(file.metadata)
+    change(layout, metadata, body)
+    listed = [(name, dtype, shape) for name, (dtype, shape) in layout.items()]
+    described = json.dumps([[name, dtype, list(shape)] for name, dtype, shape in listed])
+    metadata["blake3"] = blake3(described.encode()).update(body).hexdigest()
+    path.write_bytes(build_header(listed, metadata) + body)
+
+
+def _renamed(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
+    layout["2.video"] = layout.pop("0.video")
+
+
+def _reshaped(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
+    layout["0.video"] = ("BF16", (1, 2 * CONTEXT_TOKENS, 2))
+
+
+def _as_integers(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
+    layout["0.video"] = ("I16", layout["0.video"][1])
+
+
+def _of_another_key(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
+    metadata["key"] = "1" * 64
+
+
+def _of_another_format(
+    layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray
+) -> None:
+    metadata["format"] = "0"
+
+
+def _not_a_number(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
+    body[0:2] = b"\xff\x7f"
+
+
+@pytest.mark.parametrize(
+    "change", [_renamed, _reshaped, _as_integers, _of_another_key, _of_another_format, _not_a_number]
+)
+def test_an_entry_that_says_something_else_is_damaged(change: Callable[..., None], tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path)
+    cache.put(KEY, contexts())
+    path = tmp_path / f"{KEY}.safetensors"
+    rewrite(path, lambda *_: None)
+    assert equal(cache.get(KEY, 2, torch.bfloat16), contexts())
+    rewrite(path, change)
+    with pytest.raises(LtxpackError) as raised:
+        cache.get(KEY, 2, torch.bfloat16)
+    assert raised.value.file == str(path)
+
+
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_flipped_bit_goes_unseen(where: float, bit: int, caches: Path) -> None:
+    cache = PromptCache(caches / "flipped")
+    wanted = contexts(width=2)
+    cache.put(KEY, wanted)
+    path = cache.folder / f"{KEY}.safetensors"
+    data = bytearray(path.read_bytes())
+    # Half of the flips in the header, which is a fraction of the file.
+    header = 8 + int.from_bytes(data[:8], "little")
+    place = int(where * 2 * header) if where < 0.5 else int((where * 2 - 1) * len(data))
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        found = cache.get(KEY, 2, torch.bfloat16)
+    except LtxpackError:
+        return
+    # The padding of the header is space of any kind.
+    assert found is None or equal(found, wanted)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"<html>", b"{}", b"\xff" * 4096])
+def test_a_file_that_is_no_entry(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / f"{KEY}.safetensors").write_bytes(content)
+    with pytest.raises(LtxpackError):
+        PromptCache(tmp_path).get(KEY, 2, torch.bfloat16)
+
+
+def test_a_truncated_entry_a_folder_and_a_pipe(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path)
+    cache.put(KEY, contexts())
+    path = tmp_path / f"{KEY}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LtxpackError):
+        cache.get(KEY, 2, torch.bfloat16)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(LtxpackError):
+        cache.get(KEY, 2, torch.bfloat16)
+    path.rmdir()
+    os.mkfifo(path)
+    with pytest.raises(LtxpackError):
+        cache.get(KEY, 2, torch.bfloat16)
+
+
+# The bound
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path)
+    cache.put("a" * 64, contexts())
+    size = (tmp_path / f"{'a' * 64}.safetensors").stat().st_size
+    cache = PromptCache(tmp_path, limit=3 * size)
+    for number, key in enumerate("bc"):
+        cache.put(key * 64, contexts(seed=number))
+    for age, key in enumerate("cba"):
+        when = time.time() - 1000 * (age + 1)
+        os.utime(tmp_path / f"{key * 64}.safetensors", (when, when))
+    assert cache.get("a" * 64, 2, torch.bfloat16) is not None
+    cache.put("d" * 64, contexts())
+    assert {path.name[0] for path in tmp_path.iterdir()} == {"a", "c", "d"}
+
+
+def test_what_is_larger_than_the_cache_is_not_kept_nor_read(tmp_path: Path) -> None:
+    PromptCache(tmp_path, limit=1000).put(KEY, contexts())
+    assert not list(tmp_path.iterdir())
+    PromptCache(tmp_path).put(KEY, contexts())
+    assert PromptCache(tmp_path, limit=0).get(KEY, 2, torch.bfloat16) is None
+
+
+def test_only_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
+    old, new, other = tmp_path / ".x.safetensors.1.tmp", tmp_path / ".y.safetensors.2.tmp", tmp_path / "notes.txt"
+    for path in (old, new, other):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    PromptCache(tmp_path).put(KEY, contexts())
+    assert {path.name for path in tmp_path.iterdir()} == {new.name, other.name, f"{KEY}.safetensors"}
+
+
+def test_several_at_once_see_whole_entries_or_none(tmp_path: Path) -> None:
+    wanted = {f"{number:064}": contexts(seed=number) for number in range(6)}
+    PromptCache(tmp_path).put("size", contexts())
+    size = (tmp_path / "size.safetensors").stat().st_size
+    cache = PromptCache(tmp_path, limit=3 * size)
+
+    def work(turn: int) -> bool:
+        key = f"{turn % 6:064}"
+        found = cache.get(key, 2, torch.bfloat16)
+        cache.put(key, wanted[key])
+        return found is None or equal(found, wanted[key])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(120)))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 3 * size
+
+
+# Where
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_root({"LTXPACK_CACHE": str(tmp_path), "XDG_CACHE_HOME": "/other"}) == tmp_path
+    assert cache_root({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "ltxpack"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for environment in ({}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "relative"}, {"LTXPACK_CACHE": ""}):
+        assert cache_root(environment) == tmp_path / ".cache" / "ltxpack"
+    found = PromptCache.at(None, {"LTXPACK_CACHE": str(tmp_path), "LTXPACK_CACHE_SIZE": "3 MB"})
+    assert found == PromptCache(tmp_path / "contexts", 3_000_000)
+
+
+@pytest.mark.parametrize(("written", "size"), [("7", 7), ("2GB", 2 * 10**9), ("1.5 gb", 15 * 10**8), ("20k", 20_000)])
+def test_sizes(written: str, size: int) -> None:
+    assert parse_limit(written) == size
+
+
+@pytest.mark.parametrize("written", ["", "much", "-1", "2 XB", "1e9", "GB"])
+def test_what_is_no_size(written: str) -> None:
+    with pytest.raises(UsageError, match="LTXPACK_CACHE_SIZE"):
+        parse_limit(written)
+
+
+# With the text encoder
+
+
+class Notes(SilentReporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.details: list[str] = []
+        self.warnings: list[str] = []
+        self.begun: list[str] = []
+
+    def detail(self, message: str) -> None:
+        self.details.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        self.begun.append(label)
+
+
+def encoder(demo: Path, cache: PromptCache | None, dtype: torch.dtype = torch.float32) -> PromptEncoder:
+    overlay = Overlay.open(demo / "overlay")
+    return PromptEncoder(overlay, Residency(overlay, CPU, dtype), cache)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one with every load of the text encoder or of the connectors."""
+    seen: list[str] = []
+    for name in ("load_text_encoder", "load_connectors"):
+        load = getattr(text, name)
+        monkeypatch.setattr(text, name, lambda *where, load=load, name=name: (seen.append(name), load(*where))[1])
+    return seen
+
+
+PAIR = ("a paper boat", "rain on a street")
+LONG = "boat river street organ " * 400
+
+
+@torch.inference_mode()
+def reference(demo: Path, prompts: list[str], dtype: torch.dtype) -> list[AV[Tensor]]:
+    """The contexts straight from the text path, as the official pipeline computes them."""
+    root = demo / "overlay"
+    return text.encode(
+        prompts,
+        text.load_tokenizer(root / "tokenizer"),
+        text.load_text_encoder(root / "text_encoder", CPU, dtype),
+        text.load_connectors(root / "connectors", CPU, dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_alone_ahead_and_cached_are_the_same_bits(demo: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+    batches = [PAIR, ("a dog", PAIR[1]), (LONG, "")]
+    notes = Notes()
+    cached = encoder(demo, PromptCache(tmp_path), dtype)
+    plain = encoder(demo, None, dtype)
+    plain.encode_ahead(batches, notes)
+    for batch in batches:
+        wanted = reference(demo, list(batch), dtype)
+        assert equal(plain.contexts(batch, notes), wanted)
+        assert equal(cached.contexts(batch, notes), wanted)
+        assert equal(encoder(demo, PromptCache(tmp_path), dtype).contexts(batch, notes), wanted)
+    assert len(list(tmp_path.iterdir())) == len(batches)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_neighbour_is_no_more_than_rounding(demo: Path, dtype: torch.dtype, bound: float) -> None:
+    """On a CPU met so far it is nothing at all; no library promises that, so entries are of whole batches."""
+    first = reference(demo, ["a boat", "rain"], dtype)[0]
+    for prompts, place in ((["a boat"], 0), (["a boat", LONG], 0), (["rain", "a boat"], 1)):
+        errors = reference(demo, prompts, dtype)[place].map(distance, first)
+        assert max(errors.video, errors.audio) <= bound
+
+
+def test_a_prompt_met_before_needs_no_text_encoder(demo: Path, loads: list[str], tmp_path: Path) -> None:
+    notes = Notes()
+    encoder(demo, PromptCache(tmp_path)).contexts(PAIR, notes)
+    assert loads == ["load_text_encoder", "load_connectors"]
+    assert notes.begun == ["text"]
+    encoder(demo, PromptCache(tmp_path)).contexts((f" {PAIR[0]}\n", PAIR[1]), notes)
+    assert len(loads) == 2
+    assert notes.begun == ["text"]
+    encoder(demo, PromptCache(tmp_path), torch.bfloat16).contexts(PAIR, notes)
+    assert len(loads) == 4
+
+
+def test_many_prompts_are_one_load(demo: Path, loads: list[str]) -> None:
+    batches = [(f"boat {number}", "rain") for number in range(5)]
+    ahead = encoder(demo, None)
+    ahead.encode_ahead([*batches, batches[0]], Notes())
+    for batch in batches:
+        ahead.contexts(batch, Notes())
+    assert loads == ["load_text_encoder", "load_connectors"]
+    ahead.forget()
+    ahead.contexts(batches[0], Notes())
+    assert len(loads) == 4
+
+
+def test_hidden_states_beyond_the_host_take_another_turn(
+    demo: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [(f"boat {number}", "rain") for number in range(2)]
+    monkeypatch.setattr(encode, "HIDDEN_BYTES", 1)
+    ahead = encoder(demo, None)
+    ahead.encode_ahead(batches, Notes())
+    assert loads == ["load_text_encoder", "load_connectors"] * 2
+    for batch in batches:
+        assert equal(ahead.contexts(batch, Notes()), reference(demo, list(batch), torch.float32))
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_the_plan_says_how_many_hidden_states_wait_on_the_host(room: int, demo: Path, loads: list[str]) -> None:
+    batches = [(f"boat {number}", "rain") for number in range(4)]
+    ahead = encoder(demo, None)
+    plan = ahead.residency.prepare([Work(VideoShape(9, 64, 64, 24.0), prompts=len(batches))])
+    assert plan is not None and plan.hidden > 0
+    root = demo / "overlay"
+    gemma = text.load_text_encoder(root / "text_encoder", CPU, torch.float32)
+    every = encode._hidden_states(batches, text.load_tokenizer(root / "tokenizer"), gemma, plan.hidden)
+    (size,) = {sum(hidden.states.nbytes for hidden in batch) for batch in every}
+    loads.clear()
+    ahead.residency.plan = replace(plan, hidden=room * size)
+    ahead.encode_ahead(batches, Notes())
+    # So many batches wait while one more is under way.
+    assert loads.count("load_text_encoder") == -(-len(batches) // (room + 1))
+    assert len(every) == ahead.ahead == len(batches)
+
+
+def test_a_damaged_entry_is_told_and_made_anew(demo: Path, loads: list[str], tmp_path: Path) -> None:
+    notes = Notes()
+    wanted = encoder(demo, PromptCache(tmp_path)).contexts(PAIR, notes)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5] + bytes(5))
+    assert equal(encoder(demo, PromptCache(tmp_path)).contexts(PAIR, notes), wanted)
+    assert len(loads) == 4
+    assert any(str(path) in detail and "anew" in detail for detail in notes.details)
+    assert path.read_bytes() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_told_once_and_nothing_more(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    notes = Notes()
+    stuck = encoder(demo, PromptCache(tmp_path / "file" / "contexts"))
+    for batch in (PAIR, PAIR[::-1]):
+        assert equal(stuck.contexts(batch, notes), reference(demo, list(batch), torch.float32))
+    assert len(notes.warnings) == 1
+    assert "LTXPACK_CACHE" in notes.warnings[0]
+
+
+def test_a_tokenizer_that_changed_is_refused(demo: Path, tmp_path: Path) -> None:
+    import shutil
+
+    overlay = Path(shutil.copytree(demo / "overlay", tmp_path / "overlay", symlinks=True))
+    path = overlay / "tokenizer" / "tokenizer.json"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + b" ")
+    with pytest.raises(OverlayError, match=r"tokenizer\.json"):
+        encoder(tmp_path, None).contexts(PAIR, Notes())

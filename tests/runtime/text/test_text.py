@@ -1,0 +1,423 @@
+"""The text path against the recorded encodings, and on a tiny Gemma of our own: what it loads and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_ltx2 import LTX2AudioVideoAttnProcessor
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support import distance, load, relative_l2
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+
+from ltxpack.errors import FormatError, LtxpackError, OverlayError
+from ltxpack.ltx23.renames import CONNECTORS
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.text import gemma as text
+
+ENCODER, TOKENIZER, CONNECTOR_FOLDER = "text_encoder", "tokenizer", "connectors"
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# bf16 on another machine may add up in another order; single components then drift by up to 1.4e-2.
+BOUNDS = {"fp32": 1e-6, "bf16": 1.4e-2}
+PROMPTS = ("prompt", "negative")
+
+
+# The recorded encodings
+
+
+def connectors_config(fields: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """config.json of the connectors from the checkpoint's ``transformer`` fields (spec 01, section 5)."""
+    video, audio = (weights[f"{name}_text_proj_in.weight"] for name in ("video", "audio"))
+    config: dict[str, Any] = {
+        "_class_name": "LTX2TextConnectors",
+        "caption_channels": fields["caption_channels"],
+        "text_proj_in_factor": video.shape[1] // fields["caption_channels"],
+        "video_hidden_dim": video.shape[0],
+        "audio_hidden_dim": audio.shape[0],
+        "proj_bias": True,
+        "per_modality_projections": True,
+        "connector_rope_base_seq_len": fields["connector_positional_embedding_max_pos"][0],
+        "rope_theta": fields["positional_embedding_theta"],
+        "rope_type": fields["rope_type"],
+        "rope_double_precision": fields["frequencies_precision"] == "float64",
+        "causal_temporal_positioning": False,
+    }
+    for name, source in (("video", ""), ("audio", "audio_")):
+        config |= {
+            f"{name}_connector_num_attention_heads": fields[f"{source}connector_num_attention_heads"],
+            f"{name}_connector_attention_head_dim": fields[f"{source}connector_attention_head_dim"],
+            f"{name}_connector_num_layers": fields["connector_num_layers"],
+            f"{name}_connector_num_learnable_registers": fields["connector_num_learnable_registers"],
+            f"{name}_gated_attn": fields["connector_apply_gated_attention"],
+        }
+    return config
+
+
+@pytest.fixture(scope="module")
+def overlay(latents_golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture's Gemma and connectors in the layout of an overlay."""
+    folder = tmp_path_factory.mktemp("overlay")
+    for name in (ENCODER, TOKENIZER):
+        (folder / name).symlink_to((latents_golden / "gemma").resolve())
+    (checkpoint,) = latents_golden.glob("*dev*.safetensors")
+    with safe_open(checkpoint, framework="pt") as file:
+        fields = json.loads(file.metadata()["config"])["transformer"]
+        names = filter(CONNECTORS.source_root, file.keys())
+        weights = {CONNECTORS.rename(name): file.get_tensor(name) for name in names}
+    connectors = folder / CONNECTOR_FOLDER
+    connectors.mkdir()
+    save_file(weights, connectors / "diffusion_pytorch_model.safetensors")
+    (connectors / "config.json").write_text(json.dumps(connectors_config(fields, weights)))
+    return folder
+
+
+@dataclass
+class Recording:
+    """One ``text_*.safetensors`` and the modules that should reproduce it."""
+
+    dtype: str
+    tensors: dict[str, Tensor]
+    prompts: dict[str, str]
+    extras: list[str]
+    tokenizer: PreTrainedTokenizerFast
+    text_encoder: Gemma3TextModel
+    connectors: LTX2TextConnectors
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def hidden(self) -> dict[str, text.HiddenStates]:
+        states = text.hidden_states(list(self.prompts.values()), self.tokenizer, self.text_encoder)
+        return dict(zip(self.prompts, states, strict=True))
+
+
+@pytest.fixture(scope="module", params=list(DTYPES))
+def recording(request: pytest.FixtureRequest, latents_golden: Path, overlay: Path) -> Recording:
+    dtype = request.param
+    path = latents_golden / "golden" / f"text_{dtype}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        prompts, extras = (json.loads(file.metadata()[name]) for name in ("prompts", "extras"))
+    return Recording(
+        dtype,
+        load(path),
+        dict(zip(PROMPTS, prompts, strict=True)),
+        extras,
+        text.load_tokenizer(overlay / TOKENIZER),
+        text.load_text_encoder(overlay / ENCODER, CPU, DTYPES[dtype]),
+        text.load_connectors(overlay / CONNECTOR_FOLDER, CPU, DTYPES[dtype]),
+    )
+
+
+def test_ids_and_masks_equal_the_recorded_ones(recording: Recording) -> None:
+    extras = dict(zip(("extra_spaces", "extra_empty", "extra_a"), recording.extras, strict=True))
+    for name, prompt in (recording.prompts | extras).items():
+        ids, mask = text.tokenize(recording.tokenizer, [prompt])
+        assert torch.equal(ids[0], recording.tensors[f"{name}.input_ids"]), name
+        assert torch.equal(mask[0], recording.tensors[f"{name}.attention_mask"]), name
+
+
+def test_hidden_states_equal_the_recorded_ones(recording: Recording) -> None:
+    for name, hidden in recording.hidden().items():
+        valid = int(recording.tensors[f"{name}.num_valid"])
+        expected = recording.tensors[f"{name}.hidden_states_valid"]
+        assert hidden.states.dtype == expected.dtype
+        assert int(hidden.mask.sum()) == valid
+        assert relative_l2(hidden.states[:, -valid:], expected) <= BOUNDS[recording.dtype], name
+
+
+def test_features_equal_the_recorded_ones(recording: Recording) -> None:
+    for name, hidden in recording.hidden().items():
+        for modality in ("video", "audio"):
+            (key,) = (k for k in recording.tensors if k.startswith(f"{name}.features_{modality}_"))
+            expected = recording.tensors[key]
+            seen: list[Tensor] = []
+            projection = getattr(recording.connectors, f"{modality}_text_proj_in")
+            hook = projection.register_forward_hook(lambda module, given, made, seen=seen: seen.append(made))
+            text.contexts(hidden, recording.connectors)
+            hook.remove()
+            assert relative_l2(seen[0][:, -expected.shape[1] :], expected) <= BOUNDS[recording.dtype], key
+
+
+def test_contexts_equal_the_recorded_ones(recording: Recording) -> None:
+    found = text.encode(
+        list(recording.prompts.values()), recording.tokenizer, recording.text_encoder, recording.connectors
+    )
+    for name, contexts in zip(recording.prompts, found, strict=True):
+        expected = AV(*(recording.tensors[f"{name}.{modality}_encoding"] for modality in ("video", "audio")))
+        assert contexts.map(lambda t: t.dtype) == expected.map(lambda t: t.dtype)
+        errors = contexts.map(relative_l2, expected)
+        assert max(errors.video, errors.audio) <= BOUNDS[recording.dtype], (name, errors)
+        assert recording.tensors[f"{name}.connector_mask"].all(), "the DiT needs no text mask"
+
+
+def test_contexts_need_our_rotary_in_bf16_only(recording: Recording) -> None:
+    """With the library's own processor fp32 stays equal and bf16 does not: why ``use_rounded_rotary`` is there."""
+    connectors, hidden = recording.connectors, recording.hidden()["prompt"]
+    ours = text.contexts(hidden, connectors)
+    for module in connectors.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(LTX2AudioVideoAttnProcessor())
+    try:
+        stock = text.contexts(hidden, connectors)
+    finally:
+        text.use_rounded_rotary(connectors)
+    error = distance(stock.video, ours.video)
+    assert error <= 1e-6 if recording.dtype == "fp32" else 1e-4 < error < 5e-2
+
+
+# A tiny Gemma of our own
+
+
+GEMMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 32,
+    "sliding_window": 8,
+}
+CONNECTOR = {
+    "caption_channels": 16,
+    "text_proj_in_factor": 3,
+    "video_hidden_dim": 16,
+    "audio_hidden_dim": 8,
+    "video_connector_num_attention_heads": 2,
+    "video_connector_attention_head_dim": 8,
+    "audio_connector_num_attention_heads": 2,
+    "audio_connector_attention_head_dim": 4,
+    "video_gated_attn": True,
+    "audio_gated_attn": True,
+    "rope_type": "split",
+    "per_modality_projections": True,
+    "proj_bias": True,
+}
+WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefgh"]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """An overlay with a random two-layer Gemma, a word-level tokenizer and random connectors."""
+    torch.manual_seed(0)
+    encoder, tokenizer, connectors = (tmp_path / name for name in (ENCODER, TOKENIZER, CONNECTOR_FOLDER))
+    for folder in (encoder, tokenizer, connectors):
+        folder.mkdir()
+    gemma = Gemma3TextModel(Gemma3TextConfig(**GEMMA))
+    weights = {text.LANGUAGE_MODEL_ROOT + name: tensor.clone() for name, tensor in gemma.state_dict().items()}
+    weights["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(2)
+    save_file(weights, encoder / "model.safetensors")
+    (encoder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": GEMMA}))
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    words.save(str(tokenizer / "tokenizer.json"))
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(named))
+    module = LTX2TextConnectors(**CONNECTOR)
+    save_file(module.state_dict(), connectors / "diffusion_pytorch_model.safetensors")
+    (connectors / "config.json").write_text(json.dumps({"_class_name": "LTX2TextConnectors", **CONNECTOR}))
+    return tmp_path
+
+
+def test_a_prompt_too_long_is_cut_behind_its_bos(small: Path) -> None:
+    ids, mask = text.tokenize(text.load_tokenizer(small / TOKENIZER), ["a b " * 3000, "\n c d "])
+    assert ids.shape == mask.shape == (2, text.TEXT_TOKENS)
+    assert ids[0, :3].tolist() == [2, 4, 5]
+    assert mask[0].all()
+    assert ids[1, -4:].tolist() == [0, 2, 6, 7]
+    assert mask[1].sum() == 3
+
+
+def test_a_tokenizer_of_a_terabyte_is_not_opened(small: Path) -> None:
+    os.truncate(small / TOKENIZER / "tokenizer.json", 2**40)
+    with pytest.raises(OverlayError, match="too large for a tokenizer") as caught:
+        text.load_tokenizer(small / TOKENIZER)
+    assert caught.value.found == f"{2**40} bytes"
+
+
+class WithoutBos:
+    """A tokenizer that adds no BOS, and has no pad token."""
+
+    bos_token_id, eos_token_id, pad_token_id = 2, 1, None
+
+    def __call__(self, prompt: str, truncation: bool, max_length: int) -> dict[str, list[int]]:
+        return {"input_ids": [4] * min(len(prompt), max_length)}
+
+
+def test_bos_is_put_first_where_the_tokenizer_does_not() -> None:
+    ids, mask = text.tokenize(WithoutBos(), ["x" * 3, "x" * 5000, ""])  # type: ignore[arg-type]
+    assert ids[0, -5:].tolist() == [1, 2, 4, 4, 4]
+    assert ids[1, 0] == 2
+    assert mask.sum(dim=1).tolist() == [4, 1024, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None])
+def test_gemma_loads_whole_without_head_and_vision_tower(small: Path, dtype: torch.dtype | None) -> None:
+    model = text.load_text_encoder(small / ENCODER, CPU, dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype or torch.float32}
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cpu"}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}, "frequencies and embedding scale are never cast"
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    stored = load(small / ENCODER / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[text.LANGUAGE_MODEL_ROOT + name].to(parameter.dtype)), name
+
+
+def test_hidden_states_are_embeddings_layers_and_the_normed_end(small: Path) -> None:
+    model = text.load_text_encoder(small / ENCODER, CPU, torch.float32)
+    (hidden,) = text.hidden_states(["a b c"], text.load_tokenizer(small / TOKENIZER), model)
+    assert hidden.states.shape == (1, text.TEXT_TOKENS, GEMMA["hidden_size"], GEMMA["num_hidden_layers"] + 1)
+    ids, mask = text.tokenize(text.load_tokenizer(small / TOKENIZER), ["a b c"])
+    with torch.no_grad():
+        last = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        scaled = model.embed_tokens.weight[ids] * GEMMA["hidden_size"] ** 0.5
+    count = int(mask.sum())
+    assert relative_l2(hidden.states[:, -count:, :, -1], last[:, -count:]) <= 1e-6
+    assert relative_l2(hidden.states[..., 0], scaled) <= 1e-6
+
+
+@pytest.mark.parametrize("window", [4, 4096])
+def test_padding_is_no_trouble_to_a_kernel_that_makes_nan_of_it(
+    small: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers has it padding sees no key, of which this kernel makes NaN, and so of all tokens behind."""
+    model, tokenizer = (
+        text.load_text_encoder(small / ENCODER, CPU, torch.float32),
+        text.load_tokenizer(small / TOKENIZER),
+    )
+    model.config.sliding_window = window
+    ids, mask = text.tokenize(tokenizer, ["a b c d e f g h"])
+    count, attend, nowhere = int(mask.sum()), torch.nn.functional.scaled_dot_product_attention, []
+
+    def strict(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more: Any) -> Tensor:
+        empty = ~attn_mask.any(-1)
+        nowhere.append(int(empty.sum()))
+        return torch.where(empty[..., None], torch.nan, attend(query, key, value, attn_mask=attn_mask, **more))
+
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", strict)
+        assert model(input_ids=ids, attention_mask=mask).last_hidden_state[:, -count:].isnan().any()
+    assert any(nowhere)
+    nowhere.clear()
+    (found,) = text.hidden_states(["a b c d e f g h"], tokenizer, model)
+    assert nowhere and not any(nowhere)
+    assert found.states.isfinite().all()
+    assert torch.equal(found.states[0, -count:], torch.stack(expected, dim=-1)[0, -count:])
+
+
+def test_the_attention_is_torchs_whatever_the_file_asks_for(small: Path) -> None:
+    path = small / ENCODER / "config.json"
+    asked = {"model_type": "gemma3", "attn_implementation": "eager", "_attn_implementation": "eager"}
+    inner = {**GEMMA, "attn_implementation": "eager", "_attn_implementation": "eager"}
+    path.write_text(json.dumps({**asked, "text_config": inner}))
+    model = text.load_text_encoder(small / ENCODER, CPU, torch.float32)
+    assert {layer.self_attn.config._attn_implementation for layer in model.layers} == {"sdpa"}
+
+
+def test_a_prompt_does_not_depend_on_its_neighbour(small: Path) -> None:
+    parts = text.load_tokenizer(small / TOKENIZER), text.load_text_encoder(small / ENCODER, CPU, torch.float32)
+    connectors = text.load_connectors(small / CONNECTOR_FOLDER, CPU, torch.float32)
+    together = text.encode(["a b c", "d e f g h"], *parts, connectors)
+    alone = [text.encode([prompt], *parts, connectors)[0] for prompt in ("a b c", "d e f g h")]
+    for first, second in zip(together, alone, strict=True):
+        assert first.map(lambda t: tuple(t.shape)) == AV((1, 1024, 16), (1, 1024, 8))
+        errors = first.map(relative_l2, second)
+        assert max(errors.video, errors.audio) <= 1e-5
+    assert distance(together[0].video, together[1].video) > 1e-3
+
+
+def test_connectors_run_in_bf16_with_our_processor(small: Path) -> None:
+    connectors = text.load_connectors(small / CONNECTOR_FOLDER, CPU, torch.bfloat16)
+    for module in connectors.modules():
+        if hasattr(module, "set_processor"):
+            assert isinstance(module.processor, text.RoundedRotaryAttention)
+    states = torch.randn(1, text.TEXT_TOKENS, 16, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.ones(1, text.TEXT_TOKENS, dtype=torch.int64)
+    found = text.contexts(text.HiddenStates(states, mask), connectors)
+    assert found.map(lambda t: t.dtype) == AV(torch.bfloat16, torch.bfloat16)
+
+
+def edit_weights(overlay: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    path = overlay / ENCODER / "model.safetensors"
+    weights = load(path)
+    change(weights)
+    save_file(weights, path)
+
+
+def edit_config(overlay: Path, **fields: object) -> None:
+    path = overlay / ENCODER / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+NORM = text.LANGUAGE_MODEL_ROOT + "norm.weight"
+ENCODER_FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
+    "missing tensor": (lambda o: edit_weights(o, lambda w: w.pop(NORM)), OverlayError, "missing: norm.weight"),
+    "tensor of another model": (
+        lambda o: edit_weights(o, lambda w: w.update({"talker.weight": torch.zeros(1)})),
+        OverlayError,
+        "talker.weight",
+    ),
+    "tensor too many": (
+        lambda o: edit_weights(o, lambda w: w.update({NORM.replace("norm", "extra"): torch.zeros(1)})),
+        OverlayError,
+        "unknown: extra.weight",
+    ),
+    "another shape": (
+        lambda o: edit_weights(o, lambda w: w.update({NORM: torch.zeros(3)})),
+        OverlayError,
+        r"found f32 \[3\]",
+    ),
+    "more layers than weights": (
+        lambda o: edit_config(o, text_config=GEMMA | {"num_hidden_layers": 3}),
+        OverlayError,
+        "missing: layers.2",
+    ),
+    "another text encoder": (lambda o: edit_config(o, model_type="llama"), OverlayError, "found llama"),
+    "no config": (lambda o: (o / ENCODER / "config.json").unlink(), OverlayError, "config"),
+    "config that is no JSON": (
+        lambda o: (o / ENCODER / "config.json").write_text("{"),
+        OverlayError,
+        "config",
+    ),
+    "truncated weights": (
+        lambda o: (o / ENCODER / "model.safetensors").write_bytes(b"\x10"),
+        FormatError,
+        "model.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", list(ENCODER_FAULTS))
+def test_a_text_encoder_that_does_not_fit_is_refused_by_name(small: Path, fault: str) -> None:
+    make, error, says = ENCODER_FAULTS[fault]
+    make(small)
+    with pytest.raises(error, match=says) as raised:
+        text.load_text_encoder(small / ENCODER, CPU, torch.float32)
+    assert "next: ltxpack verify" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": 3}'])
+def test_a_broken_tokenizer_is_refused_by_name(small: Path, content: str | None) -> None:
+    path = small / TOKENIZER / "tokenizer.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(OverlayError, match=r"tokenizer\.json") as raised:
+        text.load_tokenizer(small / TOKENIZER)
+    assert "next: ltxpack verify" in str(raised.value)

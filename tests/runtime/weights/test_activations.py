@@ -1,0 +1,254 @@
+"""The memory model against what is counted: every phase run at full size on the meta device, without a byte of it.
+
+What a kernel needs for itself is not counted, and nothing here was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel, LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from runtime.memory_meter import Meter, peak_of
+from torch import Tensor, nn
+from transformers import Gemma3TextConfig, Gemma3TextModel
+
+from ltxpack.ltx23.published import published_configs
+from ltxpack.runtime import codecs
+from ltxpack.runtime.codecs import Cut, Tiling
+from ltxpack.runtime.codecs.tiling import Piece
+from ltxpack.runtime.large_tiles import tiling_within
+from ltxpack.runtime.model import DiT, DiTConfig, Pass, Stream
+from ltxpack.runtime.model.attention import Attention
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import positions
+from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.text import gemma as text
+from ltxpack.runtime.weights import activations
+from ltxpack.runtime.weights.activations import Widths
+from ltxpack.runtime.weights.sizes import read_widths
+
+CONFIGS = published_configs()
+WIDTHS = read_widths(CONFIGS, Path())
+SHAPES = [VideoShape(121, 1088, 1920, 24.0), VideoShape(49, 576, 1024, 24.0), VideoShape(9, 512, 512, 24.0)]
+DTYPES = [torch.bfloat16, torch.float32]
+# The plan must not be short, and within a tenth; phases that are small beside all others may be farther off.
+LARGE, SMALL = 1.10, 1.6
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.height}x{shape.width}x{shape.frames}")
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def meta(*size: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+@functools.cache
+def built(cls: type[nn.Module], component: str, dtype: torch.dtype) -> nn.Module:
+    config = {name: value for name, value in CONFIGS[component].items() if not name.startswith("_")}
+    with torch.device("meta"):
+        module = cls(**config)
+    for parameter in [*module.parameters(), *module.buffers()]:
+        parameter.data = parameter.data.to(dtype)
+    return module.requires_grad_(False).eval()
+
+
+def check(planned: int, counted: int, tolerance: float = LARGE) -> None:
+    assert counted <= planned * 1.01, f"planned {planned / 1e9:.3f} GB, counted {counted / 1e9:.3f} GB"
+    assert planned <= counted * tolerance, f"planned {planned / 1e9:.3f} GB, counted {counted / 1e9:.3f} GB"
+
+
+def test_the_meter_counts_what_is_alive() -> None:
+    with Meter() as meter:
+        first = torch.zeros(1000)
+        second = first + 1
+        view = second[:10]
+        del first
+        third = second * 2
+    assert meter.peak == 8000 and meter.live == 8000
+    del second, third
+    assert meter.live == 4000
+    del view
+    assert meter.live == 0
+
+
+@functools.cache
+def transformer(dtype: torch.dtype) -> DiT:
+    """Two blocks of it: what is alive does not depend on their number."""
+    with torch.device("meta"):
+        model = DiT(DiTConfig.from_dict({**CONFIGS["transformer"], "num_layers": 2})).to(dtype)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            # What fused attention leaves; on the meta device torch would write the scores out.
+            module.kernel = lambda query, key, value: torch.empty_like(query)
+    return model
+
+
+@dtypes
+@shapes
+@pytest.mark.parametrize(("stage", "images"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype) -> None:
+    shape = shape.half() if stage == 1 else shape
+    model = transformer(dtype)
+    tokens = AV(shape.tokens + images * shape.tokens_per_frame, shape.audio_length)
+
+    def forward() -> None:
+        places = positions(shape).map(lambda where, n: where.to("meta")[:, :, :1].expand(-1, -1, n, -1), tokens)
+        rope = model.rope(places, dtype, "meta")
+        noisy = [tokens.map(lambda n: meta(1, n, 128, dtype=torch.float64)) for _ in range(4)]
+        prompts = 2 if stage == 1 else 1
+        streams = [streams_of(tokens, rope, images, dtype) for _ in range(prompts)]
+        passes = [Pass(each) for each in streams]
+        if stage == 1:
+            passes.append(Pass(streams[0], isolated=True))
+        model.passes(passes)
+        del noisy
+
+    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, guided=stage == 1, images=images)
+    check(planned, peak_of(forward))
+
+
+def streams_of(tokens: AV[int], rope: AV[object], images: int, dtype: torch.dtype) -> AV[Stream]:
+    def stream(count: int, turn: object, width: int, distinct: int) -> Stream:
+        times = meta(1, distinct, dtype=torch.float32)
+        index = meta(count, dtype=torch.int64) if distinct > 1 else None
+        sigma = meta(1, dtype=torch.float32)
+        return Stream(meta(1, count, 128, dtype=dtype), times, index, sigma, meta(1, 1024, width, dtype=dtype), turn)
+
+    return tokens.map(stream, rope, AV(WIDTHS.video, WIDTHS.audio), AV(2 if images else 1, 1))
+
+
+@dtypes
+@pytest.mark.parametrize("layers", [6, 24, 48])
+def test_the_text_encoder(layers: int, dtype: torch.dtype) -> None:
+    """In the published proportions on the CPU: its masks cannot be made on the meta device."""
+    width = 96
+    config = Gemma3TextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        vocab_size=16,
+        attn_implementation="sdpa",
+    )
+    encoder = Gemma3TextModel(config).to(dtype).eval().requires_grad_(False)
+    ids = torch.ones(2, 1024, dtype=torch.int64)
+
+    def encode() -> None:
+        out = encoder(input_ids=ids, attention_mask=ids, output_hidden_states=True, use_cache=False)
+        states = [torch.stack([layer[row] for layer in out.hidden_states], dim=-1)[None] for row in range(2)]
+        del states
+
+    sized = Widths(**{**vars(WIDTHS), "text": width, "text_inner": 4 * width, "text_layers": layers})
+    check(activations.encoding(sized, dtype.itemsize), peak_of(encode), 1.2)
+
+
+@dtypes
+def test_the_connectors(dtype: torch.dtype) -> None:
+    connectors = built(LTX2TextConnectors, "connectors", dtype)
+    text.use_rounded_rotary(connectors)
+
+    def connect() -> None:
+        kept = meta(1, 1000, 3840, 49, dtype=dtype)
+        states = torch.cat([kept.new_zeros(1, 24, 3840, 49), kept], dim=1)
+        text.contexts(text.HiddenStates(states, meta(1, 1024, dtype=torch.int64)), connectors)
+
+    check(activations.connecting(WIDTHS, dtype.itemsize), peak_of(connect))
+
+
+@dtypes
+@shapes
+@pytest.mark.parametrize("last", [False, True], ids=["planes", "channels last"])
+def test_decoding_a_video(last: bool, shape: VideoShape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = built(AutoencoderKLLTX2Video, "vae", dtype)
+    if last:
+        vae = codecs.channels_last(copy.deepcopy(vae))
+    move = Piece.to
+    monkeypatch.setattr(Piece, "to", lambda piece, _: move(piece, torch.device("meta")))
+
+    def decode() -> None:
+        for _ in codecs.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype)):
+            pass
+
+    check(activations.video_decoding(WIDTHS, shape, dtype.itemsize), peak_of(decode), 1.25)
+
+
+LONG = VideoShape(241, 576, 1024, 24.0)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("shape", "tiling"),
+    [
+        (LONG, None),
+        (LONG, Tiling(Cut(17, 3), Cut(18, 2), Cut(32, 2))),
+        (SHAPES[0], Tiling(Cut(16, 3), Cut(34, 2), Cut(31, 2))),
+        (SHAPES[0], Tiling(Cut(16, 3), Cut(34, 2), Cut(60, 2))),
+    ],
+    ids=["official, tiles in the middle", "two groups", "two tiles", "one tile"],
+)
+def test_decoding_in_other_tiles(
+    shape: VideoShape, tiling: Tiling | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = built(AutoencoderKLLTX2Video, "vae", dtype)
+    move = Piece.to
+    monkeypatch.setattr(Piece, "to", lambda piece, _: move(piece, torch.device("meta")))
+
+    def decode() -> None:
+        for _ in codecs.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype), tiling):
+            pass
+
+    check(activations.video_decoding(WIDTHS, shape, dtype.itemsize, tiling), peak_of(decode), 1.25)
+
+
+@dtypes
+@pytest.mark.parametrize("room", [2, 8, 16, 30, 80])
+def test_the_plan_and_the_decoder_agree_on_tiles_that_fit(room: int, dtype: torch.dtype) -> None:
+    vae = built(AutoencoderKLLTX2Video, "vae", dtype)
+    sizes = activations.decoder_sizes(WIDTHS)
+    assert sizes == codecs.video.decoder_sizes(vae)
+    for shape in (SHAPES[0], LONG):
+        latents = meta(1, 128, *shape.grid, dtype=dtype)
+        found = tiling_within(shape.grid, sizes, dtype.itemsize, room * 10**9)
+        assert found == codecs.fast_tiling(vae, latents, room * 10**9)
+        if found != codecs.auto_tiling(*shape.grid[1:]):
+            assert activations.video_decoding(WIDTHS, shape, dtype.itemsize, found) <= room * 10**9
+
+
+@dtypes
+@shapes
+def test_small_phases(shape: VideoShape, dtype: torch.dtype) -> None:
+    vae = built(AutoencoderKLLTX2Video, "vae", dtype)
+    upsampler = built(LTX2LatentUpsamplerModel, "latent_upsampler", dtype)
+    audio_vae = built(AutoencoderKLLTX2Audio, "audio_vae", dtype)
+    vocoder = built(LTX2VocoderWithBWE, "vocoder", torch.float32)
+    sound = meta(1, 8, shape.audio_length, 16, dtype=dtype)
+    mel = meta(1, 2, 4 * shape.audio_length - 3, 64, dtype=torch.float32)
+    picture = meta(1, 3, 1, shape.height, shape.width, dtype=dtype)
+    half = meta(1, 128, *shape.half().grid, dtype=dtype)
+    phases: list[tuple[Callable[..., int], list[Callable[[], object]]]] = [
+        (activations.image_encoding, [lambda: codecs.encode_image(vae, picture)]),
+        (activations.upsampling, [lambda: upsampler(half)]),
+        (activations.sound_decoding, [lambda: codecs.audio.decode_mel(audio_vae, sound), lambda: vocoder(mel)]),
+    ]
+    for planned, works in phases:
+        check(planned(WIDTHS, shape, dtype.itemsize), max(map(peak_of, works)), SMALL)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys, ltxpack.ltx23.published\n"
+        "from ltxpack.runtime.weights import advice, commands, machine, modes, report, sizes\n"
+        "assert not {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

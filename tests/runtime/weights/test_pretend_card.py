@@ -1,0 +1,361 @@
+"""The runtime as it runs on a CUDA device, on one that is pretended (pretend_card), at the published model's sizes.
+
+It shows that every tensor is on the device it has to be on, in every phase and wherever weights lie; that no kernel
+reads what a copy has not brought, no copy overwrites what a kernel still reads, and nothing is freed or filled anew
+while a copy is under way, whatever the device's pace; that what is pinned is what is copied from; that the host waits
+for nothing inside a stage; and that the bytes alive in each phase are within the plan.
+
+It cannot show what kernels compute or how fast, whether a kernel exists for its operands, what compiled code does, what
+the driver refuses, the allocator's gaps, or what two threads do at once: work of other threads is done as it is asked.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pretend_card
+import pytest
+import torch
+from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
+from lora_bake.lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
+from PIL import Image
+from pretend_card import GIB, Card
+from pretend_overlay import UNKNOWN, write_overlay
+from support import REPOSITORY
+
+from ltxpack.files.source_file import ALIGN, READS, SourceFile
+from ltxpack.lora_bake import BakeOptions, bake, stream
+from ltxpack.reporter import SilentReporter
+from ltxpack.runtime import pipeline
+from ltxpack.runtime.model import DiT, kernels
+from ltxpack.runtime.pipeline import Pipeline, Timings
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.run import write_video
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.weights import advice, copies, keeper, machine, modes, offload, reading, slots
+from ltxpack.runtime.weights.load import read_headers
+from ltxpack.runtime.weights.modes import Setup
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import gpu
+from _gpu_clock import Clock
+from _gpu_sizes import TINY
+
+# diffusers looks at torch as it is imported: not while a card is pretended.
+assert AutoencoderKLLTX2Audio and AutoencoderKLLTX2Video and LTX2VideoTransformer3DModel
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: test_*_cuda.py run on it")
+BLOCKS, LAYERS = 3, 48
+UNGUIDED: dict[str, Any] = {"video_cfg": 1.0, "audio_cfg": 1.0, "modality": 1.0}
+SMALL: dict[str, Any] = {"height": 128, "width": 192, "num_frames": 9, "steps": 2, **UNGUIDED}
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_overlay(tmp_path_factory.mktemp("pretended"), BLOCKS, LAYERS)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    """The card, there for the test."""
+    with there(Card(), monkeypatch) as card:
+        yield card
+
+
+@contextmanager
+def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
+    pretend_card.install(patch, card)
+    patch.setattr(keeper, "Background", pretend_card.Ahead)
+    for module in (slots, offload):
+        patch.setattr(module, "ThreadPoolExecutor", pretend_card.AtOnce)
+    patch.setattr(machine, "usable_host", lambda: 500 * GIB)
+    patch.setattr(reading, "blake3", Unread)
+
+    def scatter(file: SourceFile, views: list[memoryview], start: int) -> None:
+        for view in views:
+            card.host_writes(pretend_card.address(view), len(view), "read into")
+
+    def gather(file: SourceFile, memory: memoryview, start: int, nbytes: int) -> None:
+        scatter(file, [memory[start % ALIGN :][:nbytes]], start)
+
+    def copyto(place: Any, part: Any) -> None:
+        scatter(file=None, views=[place.data], start=0)  # type: ignore[arg-type]
+
+    patch.setattr(SourceFile, "scatter", scatter)
+    patch.setattr(SourceFile, "gather", gather)
+    patch.setattr(reading, "np", SimpleNamespace(copyto=copyto))
+    kernels.measured.cache_clear()
+    # What the libraries have made is not looked through for cycles again and again.
+    gc.freeze()
+    try:
+        with card:
+            yield card
+    finally:
+        gc.unfreeze()
+        kernels.measured.cache_clear()
+
+
+class Unread:
+    """The hash of bytes that nobody reads."""
+
+    AUTO = -1
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def update(self, data: memoryview) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return UNKNOWN
+
+
+def opened(overlay: Path, **more: Any) -> Pipeline:
+    return Pipeline.from_overlay(overlay, cache=False, **{"device": "cuda", **more})
+
+
+def in_brief(patch: pytest.MonkeyPatch) -> None:
+    """Stages of few steps, and no sound: for what does not depend on them."""
+    patch.setattr(pipeline, "stage1_sigmas", lambda tokens, steps: torch.tensor([1.0, 0.5, 0.0]))
+    patch.setattr(pipeline, "stage2_sigmas", lambda: torch.tensor([0.9, 0.0]))
+    patch.setattr(Pipeline, "decode_audio", lambda make, latents: (torch.zeros(2, 24000), 48000))
+
+
+def with_prompts(make: Pipeline, request: Request) -> Request:
+    """As if they had been encoded before."""
+    contexts = [AV(torch.zeros(1, 1024, 4096, dtype=torch.bfloat16), torch.zeros(1, 1024, 2048, dtype=torch.bfloat16))]
+    make.prompts._ahead = {request.prompts: contexts * 2}
+    return request
+
+
+def picture(path: Path) -> str:
+    Image.fromarray(np.full((90, 160, 3), 127, dtype=np.uint8)).save(path)
+    return str(path)
+
+
+class Watched(SilentReporter):
+    """Notes where the host waited within a stage after its first step, and how many steps it looked at."""
+
+    def __init__(self, card: Card) -> None:
+        self.card, self.steps, self.inside = card, 0, list[Any]()
+        self._stage, self._from = False, -1
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        self._stage, self._from = label.startswith("stage"), -1
+
+    def advance(self, amount: int = 1) -> None:
+        if self._stage and self._from >= 0:
+            self.inside += self.card.waits[self._from :]
+            self.steps += 1
+        self._from = len(self.card.waits)
+
+
+PHASES = {"text": ("text", "connectors"), "audio": ("sound",)}
+
+
+def test_a_video_of_full_size(overlay: Path, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, two images of different strength, both stages, sound, pictures: within the plan, and without a wait."""
+    peaks: dict[str, int] = {}
+    outer = Timings.phase
+
+    @contextmanager
+    def phase(timings: Timings, name: str) -> Iterator[None]:
+        card.peak = card.live
+        with outer(timings, name):
+            yield
+        peaks[name] = card.peak
+
+    monkeypatch.setattr(Timings, "phase", phase)
+    images = (f"{picture(tmp_path / 'a.png')}@0:1", f"{picture(tmp_path / 'b.png')}@last:0.7")
+    reporter = Watched(card)
+    with opened(overlay, residency="resident", reporter=reporter) as make:
+        request = Request.of("a boat", images=images, steps=2)
+        latents, waveform, _ = make.generate(request)
+        found = [latents.stage1, latents.stage2]
+        assert all(str(part.device) == "cuda:0" for each in found for part in (each.video, each.audio))
+        assert waveform.device.type == "cpu"
+        frames: list[tuple[int, ...]] = []
+        make.decode_video(latents.stage2.video, lambda part: frames.append(tuple(part.shape)))
+        plan = make.residency.plan
+        assert plan is not None
+    assert sum(shape[0] for shape in frames) == 121
+    assert card.races == []
+    assert reporter.inside == [] and reporter.steps == 3
+    planned = {one.name: one.card for one in plan.phases}
+    for name, peak in peaks.items():
+        assert peak <= 1.01 * max(planned[one] for one in PHASES.get(name, (name,))), name
+    del latents, found, request
+    assert card.live == 0 and card.pins == []
+
+
+# Every place for weights there is; half of the blocks streamed, where some are.
+SOME, HELD = (3, 2), (1, 3)
+SETUPS = {
+    "swap, the next read ahead": Setup("swap", True, modes.STAGED),
+    "swap, kept": Setup("swap", True, modes.KEPT),
+    "stream, kept": Setup("stream", False, modes.KEPT, streamed=SOME),
+    "stream from memory, some held": Setup("stream", False, modes.BLOCKS, streamed=SOME, held=HELD),
+    "stream from the file, some held": Setup("stream", False, modes.FILE, streamed=SOME, held=HELD),
+}
+
+
+def planned(patch: pytest.MonkeyPatch, setup: Setup) -> None:
+    """Have every plan be ``setup``."""
+
+    def plan(model: Any, work: Any, *_: Any) -> Any:
+        return modes.plan_for(model, work, setup)
+
+    patch.setattr(advice, "plan_or_refuse", plan)
+    patch.setattr(modes, "fitting_plan", lambda model, work, machine, setup: plan(model, work))
+
+
+@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
+def test_weights_wherever_they_lie(
+    setup: Setup, reads: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two videos one after the other: what is kept between them serves again."""
+    planned(monkeypatch, setup)
+    in_brief(monkeypatch)
+    reporter = Watched(card)
+    with opened(overlay, reporter=reporter, reads=reads) as make:
+        request = with_prompts(make, Request.of("a boat", **SMALL))
+        make._to_come = 2
+        pinned = []
+        for _ in range(2):
+            make.generate(request)
+            pinned.append(card.pinned)
+        plan = make.residency.plan
+        assert plan is not None and plan.setup == setup
+    assert card.races == []
+    assert not [where for where in card.uploads if "copies.py" in where], "weights came from memory that is not pinned"
+    if setup.weights != modes.FILE:
+        assert reporter.inside == []
+    if setup.weights in (modes.STAGED, modes.KEPT):
+        assert pinned[1] == pinned[0], "pinning holds up the card: what was pinned for a video serves the next one"
+    assert card.live == 0 and card.pins == []
+
+
+@pytest.mark.parametrize("text", [modes.LAYERS, modes.LAYERS_FROM_FILE])
+def test_the_text_encoder_layer_by_layer(text: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, Setup("swap", text=text))
+    with opened(overlay) as make:
+        make.encode_ahead([Request.of("a boat", **SMALL)])
+        assert make.prompts.ahead == 1
+    assert card.races == [] and card.live == 0 and card.pins == []
+
+
+def test_another_card_than_the_first(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is done on the first: not even a context of the driver, which takes half a gigabyte."""
+    planned(monkeypatch, Setup("stream", False, modes.BLOCKS, streamed=SOME, held=HELD))
+    in_brief(monkeypatch)
+    with there(Card(count=2), monkeypatch) as card:
+        with opened(overlay, device="cuda:1") as make:
+            latents, _, _ = make.generate(with_prompts(make, Request.of("a boat", **SMALL)))
+        assert latents.stage2.video.device == torch.device("cuda:1")
+        assert card.races == [] and card.contexts == {1}
+
+
+def test_frames_become_planes_on_the_card(
+    overlay: Path, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a file, which a thread writes meanwhile."""
+    in_brief(monkeypatch)
+    with opened(overlay, residency="resident") as make:
+        request = with_prompts(make, Request.of("a boat", **{**SMALL, "decode": "fast"}))
+        write_video(make, request, tmp_path / "boat.mp4", tmp_path / "boat.safetensors")
+    assert (tmp_path / "boat.mp4").stat().st_size > 0 and (tmp_path / "boat.safetensors").stat().st_size > 0
+    assert card.races == []
+
+
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "copies begin before the memory is free": (copies.CudaCopies, "now", lambda self: None),
+    "the computation does not wait for copies": (copies.CudaCopies, "before_computing", lambda self, mark: None),
+    "buffers are filled while they are copied from": (copies.CudaCopies, "finish", lambda self, mark: None),
+    "slots are given back while they are copied to": (slots.Slots, "_settle", lambda self, slot: None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_what_would_be_seen(
+    fault: tuple[Any, str, Any], overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the orders that the code asks for, left out."""
+    monkeypatch.setattr(*fault)
+    planned(monkeypatch, Setup("stream", False, modes.BLOCKS, streamed=SOME, held=HELD))
+    in_brief(monkeypatch)
+    monkeypatch.setattr(Pipeline, "_upsample", lambda make, latents: pytest.fail("enough"))
+    with opened(overlay) as make, pytest.raises(pytest.fail.Exception, match="enough"):
+        make.generate(with_prompts(make, Request.of("a boat", **SMALL)))
+    assert card.races
+
+
+def test_what_lies_elsewhere_is_seen(card: Card) -> None:
+    here, there = torch.ones(3, device="cuda"), torch.ones(3)
+    with pytest.raises(RuntimeError, match="same device"):
+        here + there
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn((3,), device="cuda", generator=torch.Generator())
+    here.cpu()
+    assert [what for what, _ in card.waits] == ["to the host"]
+
+
+PRODUCTS = {"addmm": "aten.addmm", "fp32": "aten.mm", "official": "aten.mm"}
+
+
+@pytest.mark.parametrize(("rule", "added"), [("fp32", False), ("fp32", True), ("official", True)])
+def test_bakes_are_summed_on_the_card(
+    rule: str, added: bool, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each of the three kernels; what comes back is written, and its numbers are not looked at."""
+    monkeypatch.setattr(stream, "ThreadPoolExecutor", pretend_card.AtOnce)
+    distilled = official_keys(low_rank(linears(shapes(1))))
+    overlay = make_overlay(tmp_path / "out", random_weights(layers=1), shards=2, distilled=distilled)
+    stack = ((str(save(tmp_path / "style.safetensors", official_keys(low_rank(linears(shapes(1)), seed=3)))), 0.5),)
+    options = BakeOptions(overlay, (0.25, 0.5), added=stack if added else (), rule=rule, device="cuda")
+    reports = bake(options, SilentReporter())
+    expected = {(False, "fp32"): "addmm", (True, "fp32"): "fp32", (True, "official"): "official"}[added, rule]
+    assert [(report.document["kernel"], report.document["device"]) for report in reports] == [(expected, "cuda")] * 2
+    products = sum(count for name, count in card.asked.items() if name.startswith(PRODUCTS[expected]))
+    assert card.races == [] and products >= len(linears(shapes(1)))
+    wanted, *found = (layout(overlay / path) for path in ("transformer", *(report.path for report in reports)))
+    assert wanted and found == [wanted] * 2
+
+
+def layout(folder: Path) -> dict[str, str]:
+    return {name: str(entry) for name, entry in read_headers(folder).items()}
+
+
+def test_the_benchmark_runs_at_the_first_attempt(card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sections that need no overlay, in tiny widths; what they take at full size has to be seen on a card."""
+    names = ("rates", "attention", "decode")
+    sections = tuple(section for section in gpu.SECTIONS if section.name in names)
+    monkeypatch.setattr(gpu, "REAL", TINY)
+    monkeypatch.setattr(Clock, "median", lambda clock, work, seconds, warm_ups=1: clock.once(work)[0])
+    settings = gpu.Settings(600.0, sections, tmp_path, False, "none", time.monotonic())
+    _, document, well = gpu.run(settings, lambda line: None)
+    assert well and document["failures"] == [] and len(sections) == len(names)
+    assert card.races == []
+
+
+def test_a_stage_that_fails_leaves_nothing_under_way(
+    overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights are still being copied from host memory when that is given back."""
+    planned(monkeypatch, SETUPS["swap, kept"])
+    in_brief(monkeypatch)
+    monkeypatch.setattr(DiT, "rope", lambda *_: pytest.fail("enough"))
+    with opened(overlay) as make, pytest.raises(pytest.fail.Exception, match="enough"):
+        request = with_prompts(make, Request.of("a boat", **SMALL))
+        make._prepare([pipeline._work(request)])
+        state = AV(*(SimpleNamespace(positions=None) for _ in range(2)))
+        make._transform("distilled-0.5", "stage 2", state, torch.zeros(2), request)
+    assert card.races == [] and card.pins == []

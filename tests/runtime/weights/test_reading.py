@@ -1,0 +1,269 @@
+"""Files into tensors: every byte to its place, whatever the size of a piece; hashes compared; nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runtime.late_copies import LateCopies
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ltxpack.errors import OverlayError
+from ltxpack.files import source_file
+from ltxpack.runtime.weights import load, reading
+from ltxpack.runtime.weights.copies import PAGE, Copies, HostCopies, HostMemory
+from ltxpack.runtime.weights.reading import Arrival, FileReader, Place, plan_pieces
+
+CPU = torch.device("cpu")
+SHAPES = [(), (1,), (0,), (3, 5), (64, 7), (2, 2, 2), (129,)]
+queues = pytest.mark.parametrize("queue", [lambda: HostCopies(CPU), LateCopies], ids=["at once", "late"])
+reads_all = pytest.mark.parametrize("reads", source_file.READS)
+pieces = pytest.mark.parametrize("piece", [16, 100, reading.PIECE])
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    found = {f"t{number}": torch.randn(shape, generator=generator) for number, shape in enumerate(SHAPES)}
+    return {**found, "half": torch.randn(33, generator=generator).bfloat16(), "count": torch.arange(7)}
+
+
+def written(folder: Path, *states: dict[str, Tensor]) -> dict[str, load.Stored]:
+    folder.mkdir(exist_ok=True)
+    stored: dict[str, load.Stored] = {}
+    for number, state in enumerate(states):
+        own = folder / f"file{number}"
+        own.mkdir()
+        save_file({f"{number}.{name}": tensor for name, tensor in state.items()}, own / "model.safetensors")
+        stored.update(load.read_headers(own))
+    return stored
+
+
+def digest(path: Path) -> str:
+    return blake3(path.read_bytes()).hexdigest()
+
+
+def fill(
+    reader: FileReader,
+    stored: dict[str, load.Stored],
+    dtype: torch.dtype | None = None,
+    *,
+    on_host: bool,
+    **how: object,
+) -> dict[str, Tensor]:
+    found = {name: torch.full(entry.shape, 9).to(entry.arriving_as(dtype)) for name, entry in stored.items()}
+    arrivals = [Arrival(entry.place, found[name], on_host) for name, entry in stored.items()]
+    reader.copies.before_computing(reader.fill(arrivals, **how))
+    return found
+
+
+@queues
+@pieces
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("hashed", [False, True])
+@reads_all
+def test_every_tensor_arrives(
+    queue: Callable[[], Copies],
+    piece: int,
+    on_host: bool,
+    dtype: torch.dtype | None,
+    hashed: bool,
+    reads: str,
+    tmp_path: Path,
+) -> None:
+    states = tensors(0), tensors(1)
+    stored = written(tmp_path, *states)
+    digests = {entry.file: digest(entry.file) for entry in stored.values()} if hashed else None
+    reader = FileReader(queue(), reads=reads, piece=piece, in_flight=3)
+    found = fill(reader, stored, dtype, on_host=on_host, digests=digests)
+    reader.close()
+    for number, state in enumerate(states):
+        for name, tensor in state.items():
+            wanted = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            assert torch.equal(found[f"{number}.{name}"], wanted), name
+
+
+class Marked(HostCopies):
+    """Keeps which mark each copy had to come after; ``now`` is another one each time."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.asked, self.waited = 0, list[int]()
+
+    def now(self) -> int:
+        self.asked += 1
+        return self.asked
+
+    def run(self, work: Callable[[], None], after: int | None = None) -> None:
+        self.waited.append(after or 0)
+        super().run(work)
+
+
+@pytest.mark.parametrize("given", [None, 7])
+def test_copies_wait_for_what_was_computed_before_the_reading_alone(given: int | None, tmp_path: Path) -> None:
+    """A transformer that is read ahead does not stand in line behind the stage that runs meanwhile."""
+    stored = written(tmp_path, tensors())
+    copies = Marked()
+    reader = FileReader(copies, piece=100)
+    fill(reader, stored, on_host=False, after=given)
+    reader.close()
+    assert len(copies.waited) > 3 and set(copies.waited) == {given or 1}
+
+
+@pieces
+@reads_all
+def test_some_straight_to_their_place_and_some_through_buffers(piece: int, reads: str, tmp_path: Path) -> None:
+    state = tensors()
+    stored = written(tmp_path, state)
+    found = {name: torch.zeros(entry.shape, dtype=entry.arriving_as(None)) for name, entry in stored.items()}
+    chosen = list(stored)[::2]
+    skipped = list(stored)[1]
+    arrivals = [Arrival(stored[name].place, found[name], name in chosen) for name in stored if name != skipped]
+    reader = FileReader(HostCopies(CPU), reads=reads, piece=piece)
+    reader.fill(arrivals, {entry.file: digest(entry.file) for entry in stored.values()})
+    reader.close()
+    for name in stored:
+        expected = torch.zeros_like(found[name]) if name == skipped else state[name.removeprefix("0.")]
+        assert torch.equal(found[name], expected)
+
+
+@pieces
+@pytest.mark.parametrize("where", [0, 9, 200, -1])
+@reads_all
+def test_a_changed_byte_anywhere_is_refused(piece: int, where: int, reads: str, tmp_path: Path) -> None:
+    stored = written(tmp_path, tensors(0), tensors(1))
+    path = next(iter(stored.values())).file
+    digests = {entry.file: digest(entry.file) for entry in stored.values()}
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+    reader = FileReader(HostCopies(CPU), reads=reads, piece=piece)
+    with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
+        fill(reader, stored, on_host=False, digests=digests)
+    assert caught.value.file == str(path) and "blake3" in str(caught.value.expected)
+    # The reader is as good as before.
+    digests[path] = digest(path)
+    fill(reader, stored, on_host=False, digests=digests)
+    reader.close()
+
+
+def test_a_file_without_wanted_tensors_is_hashed_too(tmp_path: Path) -> None:
+    stored = written(tmp_path, tensors(0), tensors(1))
+    digests = {entry.file: digest(entry.file) for entry in stored.values()}
+    first = {name: entry for name, entry in stored.items() if name.startswith("0.")}
+    other = next(entry.file for name, entry in stored.items() if name.startswith("1."))
+    reader = FileReader(HostCopies(CPU))
+    fill(reader, first, on_host=True, digests=digests)
+    with pytest.raises(OverlayError):
+        fill(reader, first, on_host=True, digests={**digests, other: "0" * 64})
+    reader.close()
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("damage", ["shorter", "gone"])
+@reads_all
+def test_a_file_that_changes_while_it_is_read(damage: str, on_host: bool, reads: str, tmp_path: Path) -> None:
+    stored = written(tmp_path, tensors())
+    path = next(iter(stored.values())).file
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-40])
+    reader = FileReader(HostCopies(CPU), reads=reads, piece=64)
+    with pytest.raises(OverlayError) as caught:
+        fill(reader, stored, on_host=on_host)
+    assert caught.value.file == str(path) and caught.value.next.startswith("ltxpack verify")
+    reader.close()
+
+
+def test_reading_can_be_stopped(tmp_path: Path) -> None:
+    stored = written(tmp_path, tensors())
+    asked = 0
+
+    def stop() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise KeyboardInterrupt
+
+    reader = FileReader(HostCopies(CPU), piece=16, in_flight=2)
+    with pytest.raises(KeyboardInterrupt):
+        fill(reader, stored, on_host=False, stop=stop)
+    found = fill(reader, stored, on_host=False)
+    assert all(torch.equal(found[f"0.{name}"], tensor) for name, tensor in tensors().items())
+    reader.close()
+
+
+@reads_all
+def test_threads_and_pinned_memory_are_given_back(reads: str, tmp_path: Path) -> None:
+    stored = written(tmp_path, tensors())
+    copies = LateCopies()
+    before = threading.active_count()
+    reader = FileReader(copies, reads=reads, piece=64, in_flight=3)
+    fill(reader, stored, on_host=False)
+    assert copies.pinned == (3 + reading.LANDING) * PAGE * (1 if reads == source_file.CACHED else 3)
+    assert threading.active_count() > before
+    reader.close()
+    del reader
+    gc.collect()
+    assert copies.pinned == 0
+    assert threading.active_count() == before
+
+
+def test_memory_is_unpinned_before_it_is_freed() -> None:
+    copies = LateCopies()
+    memory = HostMemory(PAGE + 1, copies)
+    assert memory.bytes.nbytes == PAGE + 1 and memory.bytes.data_ptr() % PAGE == 0
+    assert memory.pin() and memory.pin()
+    assert copies.pinned == 2 * PAGE
+    view = memory.bytes[:8]
+    del memory
+    gc.collect()
+    assert copies.pinned == 0
+    view.fill_(1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 70)), max_size=12), st.integers(1, 64), st.booleans())
+def test_pieces_cover_what_is_wanted_once(
+    tmp_path_factory: pytest.TempPathFactory, gaps: list[tuple[int, int]], limit: int, whole: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "covered"
+    places, end = [], 0
+    for gap, size in gaps:
+        places.append(Place(path, end + gap, size, torch.uint8))
+        end += gap + size
+    size = end + 5
+    path.write_bytes(bytes(size))
+    arrivals = [Arrival(place, torch.empty(place.nbytes, dtype=torch.uint8)) for place in places]
+    planned = list(plan_pieces(arrivals, [path] if whole else [], limit))
+    read = [0] * size
+    for piece in planned:
+        assert 0 < sum(stretch.nbytes for stretch in piece.stretches) <= limit
+        for stretch in piece.stretches:
+            for position in range(stretch.start, stretch.start + stretch.nbytes):
+                read[position] += 1
+            if stretch.arrival is not None:
+                assert stretch.start == stretch.arrival.place.start + stretch.offset
+    wanted = [int(whole) for _ in read]
+    for place in places:
+        wanted[place.start : place.start + place.nbytes] = [1] * place.nbytes
+    assert read == wanted
+    assert [piece.last for piece in planned] == [False] * (len(planned) - 1) + [True] * bool(planned)
+
+
+def test_more_tensors_than_the_system_takes_in_one_call(tmp_path: Path) -> None:
+    state = {f"{number:04}": torch.tensor([number]) for number in range(2 * source_file.VIEWS_PER_READ + 3)}
+    stored = written(tmp_path, state)
+    reader = FileReader(HostCopies(CPU))
+    found = fill(reader, stored, on_host=True)
+    reader.close()
+    assert all(found[f"0.{name}"] == tensor for name, tensor in state.items())

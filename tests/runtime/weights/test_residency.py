@@ -1,0 +1,587 @@
+"""Every way to run gives the same video; parts come, stay and go as the plan says; nothing that changed is used."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import shutil
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import REPOSITORY, ltxpack
+from support import load as load_tensors
+from torch import Tensor
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+from _measure import make_cold, resident
+
+from ltxpack.demo.config import TEXT_LAYERS
+from ltxpack.errors import DeviceError, OverlayError
+from ltxpack.files import source_file
+from ltxpack.reporter import SilentReporter
+from ltxpack.runtime.model import DiT, load_dit
+from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.pipeline import Pipeline
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.weights import keeper, machine, modes, reading, slots
+from ltxpack.runtime.weights.keeper import Residency
+from ltxpack.runtime.weights.load import read_headers
+from ltxpack.runtime.weights.modes import Setup, Work
+
+CPU = torch.device("cpu")
+SHAPE = VideoShape(9, 64, 64, 24.0)
+STAGES = ("distilled-0.25", "distilled-0.5")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Every value of every field, and the combinations that auto would choose.
+SETUPS = (
+    Setup("resident", keep_parts=True),
+    Setup("resident", keep_parts=False, text="layers"),
+    Setup("swap"),
+    Setup("swap", keep_parts=True, weights="kept"),
+    Setup("swap", weights="staged", text="layers"),
+    Setup("stream", weights="kept", text="layers", streamed=(2, 1)),
+    Setup("stream", weights="blocks", text="layers from file", streamed=(1, 2)),
+    Setup("stream", weights="file", text="layers from file", streamed=(2, 2)),
+    Setup("stream", weights="blocks", streamed=(1, 1), held=(2, 1)),
+    Setup("stream", weights="file", streamed=(2, 2), held=(1, 0)),
+)
+HELD = SETUPS[8:]
+setups = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: "-".join((s.mode, s.weights, s.text)))
+
+
+def request(prompt: str = "a boat", **settings: Any) -> Request:
+    return Request.of(prompt, **{"height": 64, "width": 64, "num_frames": 9, "steps": 2, **settings})
+
+
+class Notes(SilentReporter):
+    """Keeps what is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture
+def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Setup], None]:
+    """Lets every plan be the given one."""
+
+    def forced(setup: Setup) -> None:
+        monkeypatch.setattr(
+            keeper.advice,
+            "plan_or_refuse",
+            lambda model, work, *_: modes.plan_for(model, work, setup),
+        )
+
+    return forced
+
+
+@pytest.fixture
+def read_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files read, once per reading."""
+    found: list[Path] = []
+    original = reading._opened
+
+    def opened(*arguments: Any) -> Iterator[tuple[Any, Any]]:
+        last = None
+        for piece, file in original(*arguments):
+            if piece.file != last:
+                found.append(piece.file)
+                last = piece.file
+            yield piece, file
+
+    monkeypatch.setattr(reading, "_opened", opened)
+    return found
+
+
+def pipeline(overlay: Path, reporter: Any = None, **options: Any) -> Pipeline:
+    return Pipeline.from_overlay(overlay, device="cpu", dtype="float32", cache=False, reporter=reporter, **options)
+
+
+def video(make: Pipeline, wanted: Request, codecs: bool = True) -> dict[str, Tensor]:
+    """The latents of both stages; with ``codecs`` also the sound and the frames."""
+    make.residency.prepare([Work(wanted.shape, wanted.steps)])
+    latents = make.sample(wanted)
+    found = {
+        "stage1.video": latents.stage1.video,
+        "stage1.audio": latents.stage1.audio,
+        "upsampled": latents.upsampled,
+        "stage2.video": latents.stage2.video,
+        "stage2.audio": latents.stage2.audio,
+    }
+    if codecs:
+        frames: list[Tensor] = []
+        make.decode_video(latents.stage2.video, frames.append)
+        found |= {"waveform": make.decode_audio(latents.stage1.audio)[0], "frames": torch.cat(frames)}
+    return found
+
+
+@functools.cache
+def reference(overlay: Path) -> dict[str, Tensor]:
+    """Parts loaded one at a time, each whole."""
+    make = pipeline(overlay)
+    make.residency.prepare = lambda works: None
+    found = video(make, request())
+    make.close()
+    return found
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@setups
+def test_every_way_to_run_gives_the_same_bits_twice(
+    setup: Setup, demo: Path, force: Callable[[Setup], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamed: list[int] = []
+    original = slots.Slots.open
+    monkeypatch.setattr(slots.Slots, "open", lambda self: (streamed.append(len(self.blocks)), original(self))[1])
+    force(setup)
+    with pipeline(demo / "overlay") as make:
+        # The codecs know of a plan only whether they stay.
+        for codecs in (setup in (SETUPS[0], SETUPS[2]), False):
+            assert same(video(make, request(), codecs), reference(demo / "overlay"))
+        assert make.residency.plan is not None and make.residency.plan.setup == setup
+    layers = 0 if setup.text == "whole" else TEXT_LAYERS
+    assert [count for count in streamed if count] == 2 * [count for count in (layers, *setup.streamed) if count]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltxpack")]
+
+
+@pytest.mark.parametrize("setup", [SETUPS[0], SETUPS[3], *HELD], ids=lambda s: "-".join((s.mode, s.weights)))
+def test_past_the_page_cache_the_same_bits(
+    setup: Setup, demo: Path, force: Callable[[Setup], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the device, to host memory, and of files that were hashed before only the blocks that are wanted."""
+    expected = reference(demo / "overlay")
+    asked: list[str] = []
+    original = reading.SourceFile.__init__
+    monkeypatch.setattr(
+        reading.SourceFile, "__init__", lambda file, path, reads: (asked.append(reads), original(file, path, reads))[1]
+    )
+    force(setup)
+    notes = Notes()
+    with pipeline(demo / "overlay", notes, reads="direct") as make:
+        make.residency.prepare([Work(SHAPE)])
+        asked.clear()
+        for _ in range(2):
+            assert same(video(make, request(), codecs=False), expected)
+    # The statistics of the video VAE, two small tensors, come through the cache.
+    assert asked.count("direct") > 4 and asked.count("cached") <= 2 and "auto" not in asked
+    assert notes.notes[2] == "reads direct: as asked for"
+
+
+def test_a_filesystem_that_has_only_the_cache_is_told_once(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_file, "O_DIRECT", 0)
+    notes = Notes()
+    with pipeline(demo / "overlay", notes, reads="direct") as make:
+        assert same(video(make, request(), codecs=False), reference(demo / "overlay"))
+    assert [note for note in notes.notes if "past the page cache" in note] == [
+        "text_encoder: this filesystem reads nothing past the page cache; read through it"
+    ]
+
+
+@pytest.mark.parametrize(("reads", "room"), [("auto", True), ("auto", False), ("direct", True)])
+def test_the_next_run_finds_in_memory_what_has_room(
+    reads: str, room: bool, demo: Path, force: Callable[[Setup], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(SETUPS[2])
+    files = sorted(path for path in (demo / "overlay").rglob("*.safetensors") if "loras" not in path.parts)
+    transformers = {demo / "overlay" / "bakes" / name / WEIGHTS for name in STAGES}
+    used = set(files) - {demo / "overlay" / "transformer" / WEIGHTS}
+    assert transformers < used and len(used) == 8
+    make_cold(files)
+    if any(map(resident, files)):
+        pytest.skip("this filesystem keeps its files in memory")
+    if not room:
+        monkeypatch.setattr(modes, "cacheable", lambda *_: 0)
+    with pipeline(demo / "overlay", reads=reads) as make:
+        assert same(video(make, request(), codecs=False), reference(demo / "overlay"))
+        filler = make.residency._filler
+        if filler is not None:
+            filler._thread.join(timeout=60)
+            assert not filler._thread.is_alive()
+        found = {path for path in files if resident(path) == 1}
+        # Of the video VAE the statistics come through the cache in any case.
+        assert found == used if filler and room else not found & transformers
+        assert (filler is None) is (reads != "auto")
+
+
+@pytest.mark.parametrize("mode", ["auto", *modes.MODES])
+def test_every_mode_by_its_flag(mode: str, demo: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "t.safetensors"
+    done = ltxpack(
+        *("run", demo / "overlay", "--prompt", "a boat", "--device", "cpu", "--dtype", "float32", "--no-cache"),
+        *("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2", "--residency", mode),
+        *("--reads", "direct" if mode == "swap" else "auto"),
+        *("-o", tmp_path / "v.mp4", "--save-tensors", saved),
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"residency {'resident' if mode == 'auto' else mode}: " in done.stderr
+    assert f"reads {'direct: as asked for' if mode == 'swap' else 'auto: past the page cache, but for'}" in done.stderr
+    found, expected = load_tensors(saved), reference(demo / "overlay")
+    assert torch.equal(found["stage2.video"], expected["stage2.video"])
+    assert torch.equal(found["audio"], expected["waveform"])
+
+
+def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Setup], None], read_files: list[Path]) -> None:
+    root = demo / "overlay"
+    transformers = {root / "bakes" / name / "diffusion_pytorch_model.safetensors" for name in STAGES}
+    for setup, stays in ((SETUPS[0], True), (SETUPS[3], True), (SETUPS[5], True), (SETUPS[2], False)):
+        force(setup)
+        with pipeline(root) as make:
+            make.residency.prepare([Work(SHAPE)])
+            make.sample(request())
+            assert transformers <= set(read_files)
+            read_files.clear()
+            make.sample(request())
+        again = transformers & set(read_files)
+        assert again == (set() if stays else transformers), setup
+        assert (root / "latent_upsampler" / WEIGHTS in read_files) is not setup.keep_parts
+        assert root / "vae" / WEIGHTS not in read_files
+        assert root / "text_encoder" / "model.safetensors" in read_files
+        read_files.clear()
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """Bytes read of each file."""
+    found: Counter[Path] = Counter()
+    original = reading.FileReader._take_off
+
+    def take_off(reader: Any, piece: Any, file: Any) -> Any:
+        found[piece.file] += piece.nbytes
+        return original(reader, piece, file)
+
+    monkeypatch.setattr(reading.FileReader, "_take_off", take_off)
+    return found
+
+
+@pytest.mark.parametrize("setup", HELD, ids=lambda s: s.weights)
+def test_only_what_is_not_held_is_read_again(
+    setup: Setup, demo: Path, force: Callable[[Setup], None], read_bytes: Counter[Path]
+) -> None:
+    force(setup)
+    folders = [demo / "overlay" / "bakes" / name for name in STAGES]
+    with pipeline(demo / "overlay") as make:
+        first = video(make, request(), codecs=False)
+        for folder in folders:
+            assert read_bytes[folder / WEIGHTS] >= (folder / WEIGHTS).stat().st_size
+        read_bytes.clear()
+        assert same(video(make, request(), codecs=False), first)
+        held = {folder: sorted(make.residency._held.get(folder, {})) for folder in folders}
+    assert [len(numbers) for numbers in held.values()] == list(setup.held)
+    for folder in folders:
+        sizes, read = block_sizes(folder), read_bytes[folder / WEIGHTS]
+        if held[folder]:
+            # Two streamed blocks stay in the two slots: those of a file are read once too.
+            assert read == sum(sizes.values()) - sum(sizes[number] for number in held[folder])
+        else:
+            assert read >= (folder / WEIGHTS).stat().st_size
+
+
+def block_sizes(folder: Path) -> dict[int, int]:
+    """Bytes of each block of a transformer, and of everything else as number -1."""
+    found: Counter[int] = Counter()
+    for name, entry in read_headers(folder).items():
+        words = name.split(".")
+        found[int(words[1]) if words[0] == "transformer_blocks" else -1] += entry.nbytes
+    return found
+
+
+def test_held_blocks_of_files_that_changed_are_not_used(
+    demo: Path, tmp_path: Path, force: Callable[[Setup], None], read_bytes: Counter[Path]
+) -> None:
+    overlay = Path(shutil.copytree(demo / "overlay", tmp_path / "overlay"))
+    path = overlay / "bakes" / STAGES[0] / WEIGHTS
+    content = path.read_bytes()
+    force(HELD[0])
+    with pipeline(overlay) as make:
+        first = video(make, request(), codecs=False)
+        path.write_bytes(content)
+        read_bytes.clear()
+        assert same(video(make, request(), codecs=False), first)
+        assert read_bytes[path] >= len(content), "written anew: read whole and hashed"
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(OverlayError, match="changed since the overlay was written"):
+            make.sample(request())
+
+
+def test_what_is_held_is_given_back(demo: Path, force: Callable[[Setup], None]) -> None:
+    force(HELD[0])
+    make = pipeline(demo / "overlay")
+    video(make, request(), codecs=False)
+    memories = [weakref.ref(source.memory) for held in make.residency._held.values() for source in held.values()]
+    gc.collect()
+    assert len(memories) == sum(HELD[0].held) and all(memory() is not None for memory in memories)
+    make.close()
+    gc.collect()
+    assert all(memory() is None for memory in memories)
+
+
+def test_of_the_video_vae_only_its_statistics_are_read_between_the_stages(
+    demo: Path, read_bytes: Counter[Path], force: Callable[[Setup], None]
+) -> None:
+    path = demo / "overlay" / "vae" / WEIGHTS
+    force(Setup("swap"))
+    with pipeline(demo / "overlay") as make:
+        latents, _, _ = make.generate(request())
+        stored = read_headers(path.parent)
+        assert read_bytes[path] == stored["latents_mean"].nbytes + stored["latents_std"].nbytes
+        make.generate(request())
+        assert read_bytes[path] == stored["latents_mean"].nbytes + stored["latents_std"].nbytes
+        make.decode_video(latents.stage2.video, lambda frames: None)
+        assert read_bytes[path] > path.stat().st_size
+
+
+def test_every_file_is_read_once_a_load(demo: Path, force: Callable[[Setup], None], read_files: list[Path]) -> None:
+    """Hashing and loading are one reading."""
+    force(SETUPS[0])
+    with pipeline(demo / "overlay") as make:
+        make.generate(request())
+    assert len(read_files) == len(set(read_files))
+
+
+class TestBorrowing:
+    @pytest.fixture
+    def residency(self, demo: Path) -> Iterator[Residency]:
+        found = Residency(Overlay.open(demo / "overlay"), CPU, torch.float32, "auto", STAGES)
+        yield found
+        found.close()
+
+    def planned(self, residency: Residency, setup: Setup) -> Residency:
+        residency.plan = modes.plan_for(residency._sizes(), Work(SHAPE), setup)
+        return residency
+
+    def transformer(self, residency: Residency, stage: int = 0) -> tuple[Path, Any]:
+        name = STAGES[stage]
+        return residency.overlay.transformer_folder(name), residency.overlay.transformer_records(name)
+
+    @pytest.mark.parametrize("setup", [Setup("swap"), Setup("swap", weights="staged"), SETUPS[6]])
+    def test_what_is_dropped_is_gone_when_the_work_is_done(self, residency: Residency, setup: Setup) -> None:
+        seen: list[weakref.ref[DiT]] = []
+        self.planned(residency, setup).borrow(
+            *self.transformer(residency), load_dit, lambda m: seen.append(weakref.ref(m))
+        )
+        assert seen[0]() is None
+        with pytest.raises(RuntimeError, match="on purpose"):
+            residency.borrow(*self.transformer(residency), load_dit, failing(seen))
+        gc.collect()
+        assert seen[1]() is None
+
+    def test_weights_are_gone_though_somebody_holds_the_module(self, residency: Residency) -> None:
+        held: list[DiT] = []
+        weights: list[weakref.ref[Tensor]] = []
+
+        def work(model: DiT) -> None:
+            held.append(model)
+            weights.extend(map(weakref.ref, model.parameters()))
+
+        self.planned(residency, Setup("swap")).borrow(*self.transformer(residency), load_dit, work)
+        assert held and weights and all(weight() is None for weight in weights)
+
+    @pytest.mark.parametrize("ahead", [False, True])
+    def test_weights_are_inference_tensors_on_whichever_thread_they_came(
+        self, residency: Residency, ahead: bool
+    ) -> None:
+        self.planned(residency, Setup("resident"))
+        if ahead:
+            residency.prefetch(*self.transformer(residency), load_dit)
+        kinds = residency.borrow(
+            *self.transformer(residency), load_dit, lambda m: {weight.is_inference() for weight in m.parameters()}
+        )
+        assert kinds == {True}
+
+    def test_what_stays_is_settled_once(self, residency: Residency) -> None:
+        self.planned(residency, Setup("resident"))
+        settled: list[bool] = []
+        parts = [
+            residency.borrow(*self.transformer(residency), load_dit, id, lambda m, streamed: settled.append(streamed))
+            for _ in range(3)
+        ]
+        assert len(set(parts)) == 1 and settled == [False]
+
+    def test_what_is_streamed_is_settled_as_such(self, residency: Residency) -> None:
+        settled: list[bool] = []
+        self.planned(residency, SETUPS[6]).borrow(
+            *self.transformer(residency), load_dit, id, lambda m, streamed: settled.append(streamed)
+        )
+        assert settled == [True]
+
+    @pytest.mark.parametrize(
+        ("setup", "ahead"),
+        [
+            (Setup("resident"), True),
+            (Setup("swap", weights="kept"), True),
+            (Setup("swap", weights="staged"), True),
+            (Setup("swap"), False),
+            (SETUPS[5], True),
+            (SETUPS[6], False),
+            (SETUPS[7], False),
+        ],
+    )
+    def test_the_next_stage_is_loaded_while_one_works(self, residency: Residency, setup: Setup, ahead: bool) -> None:
+        threads: list[str] = []
+
+        def load(*where: Any) -> DiT:
+            threads.append(threading.current_thread().name)
+            return load_dit(*where)
+
+        second = self.transformer(residency, 1)
+        self.planned(residency, setup)
+        residency.borrow(*self.transformer(residency), load, lambda _: residency.prefetch(*second, load))
+        found = residency.borrow(*second, load, lambda dit: dit.proj_in.weight.clone())
+        expected = load_dit(second[0], CPU, torch.float32)
+        assert torch.equal(found, expected.proj_in.weight)
+        assert threads == ["MainThread", "ltxpack-ahead" if ahead else "MainThread"]
+
+    def test_only_one_is_staged_at_a_time(self, residency: Residency) -> None:
+        self.planned(residency, Setup("swap", weights="staged"))
+        for stage in (0, 1, 0):
+            residency.prefetch(*self.transformer(residency, stage), load_dit)
+        assert list(residency._ahead) == [self.transformer(residency)[0]]
+
+    def test_what_is_lent_is_not_loaded_a_second_time(self, residency: Residency) -> None:
+        self.planned(residency, Setup("resident"))
+        own = self.transformer(residency)
+        residency.borrow(*own, load_dit, lambda _: residency.prefetch(*own, load_dit))
+        assert not residency._ahead
+
+    def test_a_load_ahead_that_fails_is_told_where_it_is_needed(self, residency: Residency) -> None:
+        self.planned(residency, Setup("resident"))
+
+        def load(*_: Any) -> DiT:
+            raise OverlayError("no such luck")
+
+        residency.prefetch(*self.transformer(residency), load)
+        used: list[DiT] = []
+        with pytest.raises(OverlayError, match="no such luck"):
+            residency.borrow(*self.transformer(residency), load_dit, used.append)
+        assert not used
+        residency.borrow(*self.transformer(residency), load_dit, used.append)
+        assert used
+
+    def test_closing_ends_what_is_under_way(self, residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reading.FileReader.__init__, "__kwdefaults__", {"piece": 64, "in_flight": 1})
+        self.planned(residency, Setup("resident"))
+        residency.prefetch(*self.transformer(residency), load_dit)
+        residency.close()
+        assert not residency._ahead
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltxpack")]
+
+    def test_memory_that_cannot_be_pinned_is_told(self, residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ltxpack.runtime.weights.copies.HostCopies.pin", lambda *_: False)
+        residency.reporter = notes = Notes()
+        self.planned(residency, SETUPS[6]).borrow(*self.transformer(residency), load_dit, id)
+        assert any("would not pin" in warning for warning in notes.warnings)
+
+
+def failing(seen: list[Any]) -> Callable[[DiT], None]:
+    def work(model: DiT) -> None:
+        seen.append(weakref.ref(model))
+        raise RuntimeError("on purpose")
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("victim", "setup"),
+    [
+        *(("bakes/distilled-0.5", setup) for setup in SETUPS),
+        *(("text_encoder", setup) for setup in (SETUPS[0], SETUPS[4], SETUPS[7])),
+        ("vae", SETUPS[0]),
+    ],
+)
+def test_a_changed_shard_is_refused_and_never_used(
+    victim: str, setup: Setup, demo: Path, tmp_path: Path, force: Callable[[Setup], None]
+) -> None:
+    overlay = Path(shutil.copytree(demo / "overlay", tmp_path / "overlay", symlinks=True))
+    path = next((overlay / victim).glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    opened = Overlay.open(overlay)
+    residency = Residency(opened, CPU, torch.float32, "auto", STAGES)
+    residency.plan = modes.plan_for(residency._sizes(), Work(SHAPE), setup)
+    from ltxpack.runtime import codecs
+    from ltxpack.runtime.text import gemma as text
+
+    loads: dict[str, Any] = {"text_encoder": text.load_text_encoder, "vae": codecs.load_video_vae}
+    records = opened.transformer_records(STAGES[1]) if victim.startswith("bakes") else opened.records(victim)
+    used: list[Any] = []
+    for ahead in (False, True):
+        load = loads.get(victim, load_dit)
+        if ahead:
+            residency.prefetch(overlay / victim, records, load)
+        with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
+            residency.borrow(overlay / victim, records, load, used.append)
+        assert caught.value.file == str(path)
+        assert caught.value.next == f"ltxpack verify {overlay}"
+    assert not used
+    residency.close()
+
+
+class TestPlans:
+    def test_the_plan_is_told_once_and_kept_for_smaller_videos(self, demo: Path) -> None:
+        notes = Notes()
+        with pipeline(demo / "overlay", notes, residency="stream") as make:
+            for frames in (17, 9, 9):
+                make.residency.prepare([Work(VideoShape(frames, 64, 64, 24.0), 2)])
+        assert [note.split(":")[0] for note in notes.notes] == [
+            "residency stream",
+            "peak memory planned",
+            "reads auto",
+        ]
+
+    def test_the_largest_of_many_videos_counts(self, demo: Path) -> None:
+        with pipeline(demo / "overlay") as make:
+            works = [Work(VideoShape(frames, 64, 64, 24.0)) for frames in (9, 121, 17)]
+            plan, alone = make.residency.prepare(works), make.residency._plan_for(works[1])
+        assert plan.card == alone.card
+
+    def test_too_little_memory_is_refused_before_loading(
+        self, demo: Path, monkeypatch: pytest.MonkeyPatch, read_files: list[Path]
+    ) -> None:
+        monkeypatch.setattr(machine, "free_host", lambda: 1_000_000_000)
+        monkeypatch.setattr(machine, "own_memory", lambda: 0)
+        with pipeline(demo / "overlay") as make, pytest.raises(DeviceError) as caught:
+            make.generate(request())
+        assert "cpu has too little free memory" in caught.value.problem
+        assert "GB" in str(caught.value.expected) and str(caught.value.found) == "0.5 GB free"
+        assert not read_files
+
+    def test_a_system_that_does_not_say_is_not_asked(self, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(machine, "free_host", lambda: 0)
+        with pipeline(demo / "overlay") as make:
+            assert make.residency.prepare([Work(SHAPE)]).mode == "resident"
+
+    @pytest.mark.parametrize(("mode", "word"), [("resident", "swap"), ("swap", "stream"), ("stream", "--num-frames")])
+    def test_out_of_memory_names_what_to_do_instead(
+        self, mode: str, word: str, demo: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pipeline(demo / "overlay", residency=mode) as make:
+            with monkeypatch.context() as patch:
+                patch.setattr(DiT, "passes", out_of_memory)
+                with pytest.raises(DeviceError, match="ran out of memory") as caught:
+                    make.generate(request())
+            assert word in caught.value.next
+            assert same(video(make, request(), codecs=False), reference(demo / "overlay"))
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")

@@ -1,0 +1,480 @@
+"""Blocks through two slots: the same numbers whenever a copy happens, weights only where they are needed."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from blake3 import blake3
+from dit_parts import SMALL, built, random_streams, random_weights
+from runtime.late_copies import LateCopies
+from safetensors.torch import save_file
+from support import relative_l2
+from torch import Tensor, nn
+
+from ltxpack.errors import OverlayError
+from ltxpack.files.source_file import SourceFile
+from ltxpack.runtime.model import DiT, DiTConfig, Pass
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.weights import offload
+from ltxpack.runtime.weights.copies import PAGE, Copies, HostCopies, HostMemory
+from ltxpack.runtime.weights.load import load_module, read_headers
+from ltxpack.runtime.weights.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader, SpareMemory
+from ltxpack.runtime.weights.reading import FileReader
+
+CPU = torch.device("cpu")
+LAYERS = 5
+DEEP = {**SMALL, "num_layers": LAYERS}
+queues = pytest.mark.parametrize("queue", [lambda: HostCopies(CPU), LateCopies], ids=["at once", "late"])
+PLACEMENTS = {
+    "all on the card": Placement(),
+    "staged": Placement(rest=MEMORY),
+    "kept in memory": Placement(rest=MEMORY, keep=True),
+    "every block from memory": Placement(CARD, MEMORY, "transformer_blocks", frozenset(range(LAYERS))),
+    "some blocks from memory": Placement(CARD, MEMORY, "transformer_blocks", frozenset({1, 3, 4})),
+    "every block from the file": Placement(CARD, FILE, "transformer_blocks", frozenset(range(LAYERS))),
+    "some blocks from the file": Placement(CARD, FILE, "transformer_blocks", frozenset({0, 2, 4})),
+    "all in memory, some streamed": Placement(MEMORY, MEMORY, "transformer_blocks", frozenset({0, 1, 3}), keep=True),
+    "some from memory, some held": Placement(
+        CARD, MEMORY, "transformer_blocks", frozenset({1, 3, 4}), held=frozenset({0, 1, 3})
+    ),
+    "some from the file, some held": Placement(
+        CARD, FILE, "transformer_blocks", frozenset({0, 2, 3, 4}), held=frozenset({1, 2})
+    ),
+}
+placements = pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DiT of five blocks in two files, bfloat16."""
+    folder = tmp_path_factory.mktemp("dit") / "transformer"
+    folder.mkdir()
+    weights = {name: tensor.bfloat16() for name, tensor in random_weights(DEEP).items()}
+    names = sorted(weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: weights[name] for name in own}, folder / file)
+    index = {"weight_map": {name: file for file, own in parts.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(str(index).replace("'", '"'))
+    return folder
+
+
+def empty_dit() -> DiT:
+    with torch.device("meta"):
+        return DiT(DiTConfig.from_dict(DEEP))
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    return {path: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def offloaded(folder: Path, placement: Placement, queue: Callable[[], Copies], dtype: torch.dtype) -> Offloaded[DiT]:
+    """The DiT, placed; every copy goes through the queues of ``queue``."""
+    reader = FileReader(queue(), piece=1000, in_flight=2)
+    return loaded(folder, PlacingReader(placement, digests(folder), reader, queue()), dtype)
+
+
+def loaded(folder: Path, read: PlacingReader, dtype: torch.dtype = torch.float32) -> Offloaded[DiT]:
+    """The DiT as ``read`` places it, whose reader is closed then."""
+    with torch.inference_mode():
+        module = load_module(empty_dit(), folder, CPU, dtype, reader=read)
+    read.reader.close()
+    return Offloaded(module, read)
+
+
+def gives(part: Offloaded[DiT], expected: Sequence[Tensor]) -> bool:
+    """Whether it comes to the card and its outputs are ``expected``, to the bit."""
+    with torch.inference_mode(), part.on_card() as dit:
+        return all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
+
+
+def outputs(dit: DiT) -> list[Tensor]:
+    """Two evaluations of three passes each, at two lengths."""
+    found = []
+    for lengths in (AV(24, 9), AV(50, 14)):
+        streams = random_streams(dit, lengths)
+        streams = streams.map(lambda each: each if dit.proj_in.weight.dtype == torch.float32 else narrowed(each))
+        passes = [Pass(streams), Pass(random_like(streams)), Pass(streams, isolated=True)]
+        found += [tensor for velocity in dit.passes(passes) for tensor in (velocity.video, velocity.audio)]
+    return found
+
+
+def narrowed(stream: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(stream, latents=stream.latents.bfloat16(), context=stream.context.bfloat16())
+
+
+def random_like(streams: AV[Any]) -> AV[Any]:
+    from dataclasses import replace
+
+    return streams.map(lambda stream: replace(stream, context=stream.context.flip(1)))
+
+
+@queues
+@placements
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_every_placement_gives_the_same_bits(
+    placement: Placement,
+    queue: Callable[[], Copies],
+    dtype: torch.dtype,
+    folder: Path,
+) -> None:
+    expected = outputs(load_module(empty_dit(), folder, CPU, dtype))
+    held = offloaded(folder, placement, queue, dtype)
+    for _ in range(2 if placement.keep or placement.rest == CARD else 1):
+        assert gives(held, expected)
+    held.drop()
+
+
+HOLDING = [placement for placement in PLACEMENTS.values() if placement.held]
+
+
+@queues
+@pytest.mark.parametrize("placement", HOLDING, ids=["memory", "file"])
+def test_held_blocks_serve_the_next_load(placement: Placement, queue: Callable[[], Copies], folder: Path) -> None:
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    held: dict[int, Any] = {}
+    for turn in range(3):
+        wanted: list[str] = []
+        known = {} if held else digests(folder)
+        part = loaded(folder, PlacingReader(placement, known, Noting(queue(), wanted), queue(), held=held))
+        assert gives(part, expected)
+        assert set(part.held) == placement.held
+        left = set(part.held) if turn else set()
+        if placement.blocks == FILE:
+            left |= placement.streamed - placement.held
+        assert len(wanted) == sum(block_of(name) not in left for name in read_headers(folder))
+        held = part.held
+        part.drop()
+
+
+class Pinning(HostCopies):
+    """Notes what is pinned, and by which thread; ``begun`` is set with the first."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.pinned: list[tuple[int, str]] = []
+        self.begun = threading.Event()
+
+    def pin(self, memory: Tensor) -> bool:
+        self.pinned.append((memory.nbytes, threading.current_thread().name))
+        self.begun.set()
+        return True
+
+
+def test_memory_is_pinned_in_stretches_while_the_next_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "STRETCH", 16 * PAGE)
+    copies, reader = Pinning(), FileReader(HostCopies(CPU), piece=1000, in_flight=2)
+    known = digests(folder)
+    read = PlacingReader(Placement(MEMORY), known, reader, copies)
+    scatter, waited, last = SourceFile.scatter, list[bool](), list(known)[-1]
+
+    def late(file: SourceFile, views: Sequence[memoryview], start: int) -> None:
+        """The last bytes of all come only when something was pinned."""
+        if file.path == last and start + sum(map(len, views)) == last.stat().st_size:
+            waited.append(copies.begun.wait(60))
+        scatter(file, views, start)
+
+    monkeypatch.setattr(SourceFile, "scatter", late)
+    part = loaded(folder, read)
+    assert waited == [True]
+    largest = max(math.prod(entry.shape) * 4 for entry in read_headers(folder).values())
+    assert len(copies.pinned) > 3
+    assert {name.rpartition("_")[0] for _, name in copies.pinned} == {"ltxpack-pin"}
+    assert all(nbytes <= max(16 * PAGE, largest) + PAGE for nbytes, _ in copies.pinned)
+    assert gives(part, outputs(load_module(empty_dit(), folder, CPU, torch.float32)))
+
+
+@queues
+def test_memory_that_weights_have_left_serves_the_next(
+    queue: Callable[[], Copies], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "STRETCH", 16 * PAGE)
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    spare, seen = SpareMemory(), []
+    for _ in range(3):
+        read = PlacingReader(Placement(MEMORY), digests(folder), FileReader(queue()), queue(), spare=spare)
+        part = loaded(folder, read)
+        seen.append({source.memory.bytes.data_ptr() for source in read.memory})
+        assert gives(part, expected)
+        part.drop()
+    assert len(seen[0]) > 3 and seen == seen[:1] * 3
+
+
+@queues
+def test_weights_that_stay_together_are_few_allocations(
+    queue: Callable[[], Copies], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "STRETCH", 64 * PAGE)
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    counts = {}
+    for together in (False, True):
+        part = offloaded(folder, Placement(together=together), queue, torch.float32)
+        counts[together] = len({p.untyped_storage().data_ptr() for p in part.module.parameters()})
+        assert gives(part, expected)
+        part.drop()
+    nbytes = sum(parameter.numel() * 4 for parameter in empty_dit().parameters())
+    assert counts[False] == len(read_headers(folder))
+    assert counts[True] < counts[False] / 4 and counts[True] <= 2 * nbytes / (64 * PAGE) + 1
+
+
+def test_spare_memory_of_another_size_goes() -> None:
+    spare, one, other = SpareMemory(), *(HostMemory(size, HostCopies(CPU)) for size in (PAGE, 2 * PAGE))
+    for memory in (one, other):
+        spare.give(memory)
+    assert spare.take(2 * PAGE) is other
+    assert spare.take(3 * PAGE) is None
+    assert spare.take(PAGE) is None, "there is not more than the weights need"
+    spare.give(one)
+    spare.clear()
+    assert spare.take(PAGE) is None
+
+
+class Noting(FileReader):
+    """Notes how many tensors were asked for in each reading."""
+
+    def __init__(self, copies: Copies, wanted: list[str]) -> None:
+        super().__init__(copies)
+        self.wanted = wanted
+
+    def fill(self, arrivals: Any, *rest: Any, **options: Any) -> Any:
+        asked = list(arrivals)
+        self.wanted += [str(arrival.place) for arrival in asked]
+        return super().fill(asked, *rest, **options)
+
+
+def block_of(name: str) -> int:
+    words = name.split(".")
+    return int(words[1]) if words[0] == "transformer_blocks" else -1
+
+
+@placements
+def test_weights_are_on_the_card_only_for_their_work(placement: Placement, folder: Path) -> None:
+    held = offloaded(folder, placement, lambda: HostCopies(CPU), torch.float32)
+    streamed = tuple(f"transformer_blocks.{number}." for number in placement.streamed)
+
+    def away() -> set[str]:
+        return {name for name, tensor in held.module.named_parameters() if tensor.is_meta}
+
+    everything = set(dict(held.module.named_parameters()))
+    before = everything if placement.rest == MEMORY else {name for name in everything if name.startswith(streamed)}
+    assert away() == before
+    seen: list[set[int]] = []
+    with torch.inference_mode(), held.on_card() as dit:
+        assert away() == {name for name in everything if name.startswith(streamed)}
+        for block in dit.transformer_blocks:
+            block.register_forward_hook(lambda *_: seen.append(whole_blocks(dit)))
+        outputs(dit)
+    # A hook of ours runs after the slots' own, so a streamed block has been let go again by then.
+    assert len(seen) == 2 * LAYERS
+    assert all(found == set(range(LAYERS)) - placement.streamed for found in seen)
+    if placement.keep or placement.rest == CARD:
+        assert away() == before
+    held.drop()
+
+
+def whole_blocks(dit: DiT) -> set[int]:
+    return {n for n, block in enumerate(dit.transformer_blocks) if not any(p.is_meta for p in block.parameters())}
+
+
+class Chain(nn.Module):
+    """Blocks of different sizes, called in order; each adds what its weight says."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4, bias=number % 2 == 0) for number in range(count))
+        self.ends = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, order: Sequence[int] | None = None) -> Tensor:
+        for number in order if order is not None else range(len(self.blocks)):
+            x = torch.tanh(self.blocks[number](x))
+        return self.ends(x)
+
+
+def chain(count: int) -> Chain:
+    with torch.device("meta"):
+        return Chain(count)
+
+
+def chain_in(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(count)
+    shapes = {name: tensor.shape for name, tensor in chain(count).state_dict().items()}
+    save_file(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, folder / "m.safetensors"
+    )
+    return folder
+
+
+def streamed_chain(folder: Path, count: int, queue: Callable[[], Copies], where: str) -> Offloaded[Chain]:
+    reader = FileReader(queue())
+    read = PlacingReader(Placement(CARD, where, "blocks", frozenset(range(count))), digests(folder), reader, queue())
+    module = load_module(chain(count), folder, CPU, torch.float32, reader=read)
+    reader.close()
+    return Offloaded(module, read)
+
+
+@queues
+@pytest.mark.parametrize("where", [MEMORY, FILE])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_any_number_of_blocks_in_any_order(count: int, where: str, queue: Callable[[], Copies], tmp_path: Path) -> None:
+    folder = chain_in(tmp_path / "chain", count)
+    plain = load_module(chain(count), folder, CPU)
+    held = streamed_chain(folder, count, queue, where)
+    orders = [None, None, list(reversed(range(count))), [count - 1, count - 1, 0], None]
+    x = torch.linspace(-1, 1, 4)
+    with torch.inference_mode(), held.on_card() as streamed:
+        for order in orders:
+            assert torch.equal(streamed(x, order), plain(x, order)), order
+    held.drop()
+
+
+def test_work_that_fails_half_way_leaves_the_next_one_right(tmp_path: Path) -> None:
+    folder = chain_in(tmp_path / "chain", 5)
+    plain, held = load_module(chain(5), folder, CPU), streamed_chain(folder, 5, lambda: HostCopies(CPU), FILE)
+    x = torch.ones(4)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError), held.on_card() as streamed:
+            streamed.blocks[2](torch.ones(3))
+        with held.on_card() as streamed:
+            with pytest.raises(RuntimeError):
+                streamed(torch.ones(3))
+            assert torch.equal(streamed(x), plain(x))
+        assert not any(block._forward_hooks or block._forward_pre_hooks for block in held.module.blocks)
+    held.drop()
+
+
+def test_a_file_that_goes_away_while_it_is_streamed(tmp_path: Path) -> None:
+    folder = chain_in(tmp_path / "chain", 5)
+    held = streamed_chain(folder, 5, lambda: HostCopies(CPU), FILE)
+    path = folder / "m.safetensors"
+    with torch.inference_mode(), pytest.raises(OverlayError) as caught, held.on_card() as streamed:
+        streamed(torch.ones(4))
+        path.unlink()
+        streamed(torch.ones(4))
+        streamed(torch.ones(4))
+    assert caught.value.file == str(path)
+    before = threading.active_count()
+    held.drop()
+    assert threading.active_count() <= before
+
+
+def test_blocks_with_a_cast_on_the_way(tmp_path: Path) -> None:
+    folder = tmp_path / "chain"
+    chain_in(folder, 4)
+    for where in (MEMORY, FILE):
+        reader = FileReader(HostCopies(CPU))
+        read = PlacingReader(Placement(CARD, where, "blocks", frozenset({0, 1, 2})), {}, reader, HostCopies(CPU))
+        module = load_module(chain(4), folder, CPU, torch.bfloat16, reader=read)
+        plain = load_module(chain(4), folder, CPU, torch.bfloat16)
+        held = Offloaded(module, read)
+        x = torch.ones(4, dtype=torch.bfloat16)
+        with torch.inference_mode(), held.on_card() as streamed:
+            assert torch.equal(streamed(x), plain(x)) and torch.equal(streamed(x), plain(x))
+        held.drop()
+        reader.close()
+
+
+def test_the_layout_is_what_the_plan_counts(folder: Path) -> None:
+    from ltxpack.runtime.weights import sizes
+    from ltxpack.runtime.weights.slots import Layout
+
+    stored = read_headers(folder)
+    tensors = [(name, entry.dtype, entry.shape) for name, entry in stored.items()]
+    for dtype, itemsize in ((torch.bfloat16, 2), (torch.float32, 4)):
+        part = sizes.part_of("transformer", tensors, itemsize)
+        for number in range(LAYERS):
+            own = {name: e for name, e in stored.items() if name.startswith(f"transformer_blocks.{number}.")}
+            assert Layout.of(own, dtype).nbytes == part.blocks[number]
+
+
+@pytest.fixture
+def graphs() -> Any:
+    torch.compiler.reset()
+    yield []
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["kept in memory", "some blocks from memory", "every block from the file"])
+def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, folder: Path, graphs: list[int]) -> None:
+    placement = PLACEMENTS[name]
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    held = offloaded(folder, placement, lambda: HostCopies(CPU), torch.float32)
+    settled: list[bool] = []
+
+    def settle(dit: DiT, streamed: bool) -> None:
+        settled.append(streamed)
+        dit.compile_blocks(backend=backend, fullgraph=True)
+
+    with torch.inference_mode(), held.on_card(settle) as dit:
+        found = outputs(dit)
+        count = len(graphs)
+        again = outputs(dit)
+    assert len(graphs) == count
+    for a, b, c in zip(found, again, expected, strict=True):
+        assert relative_l2(a, c) <= 1e-6 and torch.equal(a, b)
+    # Text, attention within a modality, and exchange with and without the other: no block has graphs of its own.
+    assert count <= 5
+    assert settled == [bool(placement.streamed)]
+    held.drop()
+
+
+def test_packed_projections_survive_leaving_the_card(folder: Path) -> None:
+    expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+    held = offloaded(folder, PLACEMENTS["kept in memory"], lambda: HostCopies(CPU), torch.float32)
+    for _ in range(3):
+        with torch.inference_mode(), held.on_card(lambda dit, streamed: dit.pack()) as dit:
+            assert dit.transformer_blocks[0].attn1.packed is not None
+            found = outputs(dit)
+        assert held.module.transformer_blocks[0].attn1.packed is None
+        assert all(relative_l2(a, b) <= 1e-6 for a, b in zip(found, expected, strict=True))
+
+
+def test_a_dit_built_in_memory_is_the_one_loaded(folder: Path) -> None:
+    weights = {name: tensor.bfloat16().float() for name, tensor in random_weights(DEEP).items()}
+    found, expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32)), outputs(built(DEEP, weights))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("where", [MEMORY, FILE])
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_the_next_block_is_under_way_while_one_computes(count: int, where: str, tmp_path: Path) -> None:
+    held = streamed_chain(chain_in(tmp_path / "chain", count), count, lambda: HostCopies(CPU), where)
+    asked: list[int] = []
+    computed: list[tuple[int, int]] = []
+    for number, source in enumerate(held._slots.sources):
+        held._slots.sources[number] = Watched(source, number, asked)
+    with torch.inference_mode(), held.on_card() as streamed:
+        for number, block in enumerate(streamed.blocks):
+            block.register_forward_pre_hook(lambda *_, n=number: computed.append((n, len(asked))))
+        for _ in range(3):
+            streamed(torch.ones(4))
+    calls = [number % count for number in range(3 * count)]
+    assert [number for number, _ in computed] == calls
+    # When the k-th block computes, exactly it and the next were asked for since the start, in order and once each.
+    assert [done for _, done in computed] == [k + 2 for k in range(3 * count)]
+    assert asked == [number % count for number in range(3 * count + 2)]
+    held.drop()
+
+
+class Watched:
+    """A source that notes when its block was asked for."""
+
+    def __init__(self, source: Any, number: int, asked: list[int]) -> None:
+        self.layout, self.source, self.number, self.asked = source.layout, source, number, asked
+
+    def bring(self, slot: Tensor, after: Any) -> Any:
+        self.asked.append(self.number)
+        return self.source.bring(slot, after)
