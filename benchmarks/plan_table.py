@@ -1,4 +1,4 @@
-"""Writes the table of plans into README.md, each row made by the planner; ``--check`` fails if the table is another.
+"""Writes the table of docs/plans.md, each row made by the planner; ``--check`` fails if the table is another.
 
     python benchmarks/plan_table.py [--check]
 
@@ -19,7 +19,7 @@ from ltxpack.runtime.weights.modes import LAYERS, LAYERS_FROM_FILE, STREAM, Plan
 from ltxpack.runtime.weights.report import gigabytes, seconds
 from ltxpack.runtime.weights.sizes import Model, model_of
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "plans.md"
 BEGIN, END = "<!-- plan-table: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table ends -->"
 GB = 10**9
 # Memory of the card and of the host, in GB; read rate of the disk in bytes a second.
@@ -67,15 +67,15 @@ def with_table(text: str, lines: list[str]) -> str:
 
 def main() -> int:
     """Write the table, or with ``--check`` only compare. Exit status 1 if it differs."""
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"{README.name} has no place for the table ({BEGIN})", file=sys.stderr)
+        print(f"{PAGE.name} has no place for the table ({BEGIN})", file=sys.stderr)
         return 1
     wanted = with_table(text, [*HEAD, *rows(published_model())])
     if "--check" in sys.argv[1:]:
         print("the table is as planned" if wanted == text else "the table differs; run benchmarks/plan_table.py")
         return int(wanted != text)
-    README.write_text(wanted, encoding="utf-8")
+    PAGE.write_text(wanted, encoding="utf-8")
     return 0
 
 

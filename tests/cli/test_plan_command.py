@@ -1,4 +1,4 @@
-"""``ltxpack plan``: for this machine and for another, with and without an overlay; text, JSON, commands, the README."""
+"""``ltxpack plan``: for this machine and for another, with and without an overlay; text, JSON, commands, the docs."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_planning_loads_no_torch(full_size: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_the_table_in_the_readme_is_the_planners() -> None:
+def test_the_table_of_plans_is_the_planners() -> None:
     script = REPOSITORY / "benchmarks" / "plan_table.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
