@@ -15,8 +15,9 @@ from pathlib import Path
 from ltxpack.errors import AdapterError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake import settings as peft
-from ltxpack.lora_bake.naming import LoraKey, Match, ModuleNames, belongs_elsewhere, parse_key
+from ltxpack.lora_bake.naming import Match, ModuleNames
 from ltxpack.lora_bake.settings import MAX_ALPHA, Settings
+from ltxpack.ltx23.lora_keys import LoraKey, belongs_elsewhere, parse_key
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -158,7 +159,7 @@ def fit_adapter(
     which case alphas stored as tensors are not known. Raises AdapterError listing everything that does not fit.
     """
     keys, unknown = _parse_keys(file)
-    if not keys:
+    if not any(key.role in ("down", "up", "diff", "diff_b") for key in keys):
         raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
     names, faults = ModuleNames(shapes), _Faults()
     groups, unmatched = _group(keys, file, names, faults)

@@ -1,4 +1,4 @@
-"""Which transformer weights a LoRA key means, in any of the namings seen in the wild (spec 02, section 1).
+"""All spellings of the modules of one transformer, so that a LoRA key finds its module (spec 02, section 1).
 
 Nothing about the 22B model is written here: the aliases of every module are derived from the names in the
 transformer's own shard headers and the rename table. Flattened (kohya) names are looked up whole, never split.
@@ -6,51 +6,16 @@ transformer's own shard headers and the rename table. Flattened (kohya) names ar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ltxpack.ltx23.lora_keys import LoraKey
 from ltxpack.ltx23.renames import TRANSFORMER
 
-DOTTED_PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "model.",
-)
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 FUSED = {"to_qkv": "qkv", "qkv": "qkv", "to_kv": "kv", "kv": "kv"}
 
 _OFFICIAL_ROOT = "model.diffusion_model."
 _TO_OFFICIAL = TRANSFORMER.reverse()
-_ELSEWHERE = re.compile(
-    r"(^|[._])(embeddings_connector|text_embedding_projection|connectors|video_connector|audio_connector"
-    r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*)([._]|$)|_embeddings_connector"
-)
-_PREFIXES = re.compile(rf"(?:(?:{'|'.join(map(re.escape, DOTTED_PREFIXES))})(?!\Z))*")
-_ADAPTER = r"(?:\.[^.]+)?"
-_ROLES = (
-    ("down", "lora_A", re.compile(rf"\.lora_A{_ADAPTER}\.weight$")),
-    ("up", "lora_A", re.compile(rf"\.lora_B{_ADAPTER}\.weight$")),
-    ("down", "lora_down", re.compile(r"\.lora[_.]down\.weight$")),
-    ("up", "lora_down", re.compile(r"\.lora[_.]up\.weight$")),
-    ("alpha", "alpha", re.compile(r"\.alpha$")),
-    ("magnitude", "dora", re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)$")),
-    ("diff", "diff", re.compile(r"\.diff$")),
-    ("diff_b", "diff", re.compile(r"\.diff_b$")),
-)
-
-
-@dataclass(frozen=True)
-class LoraKey:
-    """A key taken apart. ``module`` is as the file spells it, without prefix; ``flat`` if it is kohya-flattened."""
-
-    key: str
-    module: str
-    role: str
-    style: str
-    flat: bool
 
 
 @dataclass(frozen=True)
@@ -58,26 +23,6 @@ class Match:
     """The modules a key stands for, in row order: one, or two or three for a fused kv or qkv."""
 
     modules: tuple[str, ...]
-
-
-def parse_key(key: str) -> LoraKey | None:
-    """``key`` taken apart, or None if its ending is none that a LoRA uses."""
-    for role, style, pattern in _ROLES:
-        found = pattern.search(key)
-        if found is None or found.start() == 0:
-            continue
-        path = key[: found.start()]
-        for prefix in FLAT_PREFIXES:
-            if path.startswith(prefix) and "." not in path:
-                return LoraKey(key, path[len(prefix) :].removeprefix("diffusion_model_"), role, "kohya", True)
-        module, base = _strip_prefixes(path)
-        return LoraKey(key, module, role, f"{base} {style}", False)
-    return None
-
-
-def belongs_elsewhere(module: str) -> bool:
-    """Whether ``module`` is in the text connectors, the text projections or the text encoder."""
-    return _ELSEWHERE.search(module) is not None
 
 
 class ModuleNames:
@@ -131,10 +76,3 @@ def _spellings(module: str) -> set[str]:
     official = _TO_OFFICIAL.rename(module).removeprefix(_OFFICIAL_ROOT)
     both = {module, official}
     return both | {name.removesuffix(".0") for name in both if name.endswith(".to_out.0")}
-
-
-def _strip_prefixes(path: str) -> tuple[str, str]:
-    """``path`` without its prefixes, however many there are, and the prefixes; something is always left of it."""
-    found = _PREFIXES.match(path)
-    assert found is not None
-    return path[found.end() :], found[0].removesuffix(".") or "bare"

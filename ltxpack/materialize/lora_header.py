@@ -1,34 +1,18 @@
 """What a LoRA file's header says: naming style, targets, ranks, alpha. No tensor is read.
 
-Whether it fits a transformer is decided where it is baked; here it only must be a LoRA (spec 02, section 1).
+Whether the LoRA fits a transformer is decided where it is baked. Here the file only must be a LoRA.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ltxpack.files.tensorfile import TensorFile
+from ltxpack.ltx23.lora_keys import LoraKey, parse_key
 
-# (suffix of the down factor, suffix of the up factor)
-_PAIRS = (
-    (".lora_A.weight", ".lora_B.weight"),
-    (".lora_A.default.weight", ".lora_B.default.weight"),
-    (".lora_down.weight", ".lora_up.weight"),
-    (".lora_A", ".lora_B"),
-)
-_PREFIXES = (
-    ("kohya", "lora_unet_"),
-    ("peft", "base_model.model."),
-    ("diffusers", "transformer."),
-    ("diffusers", "connectors."),
-    ("official", "model.diffusion_model."),
-    ("official", "diffusion_model."),
-)
-_DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-_DELTA = (".diff", ".diff_b")
 _BLOCK = re.compile(r"(?<=blocks[._])\d+")
 
 
@@ -60,44 +44,38 @@ class LoraHeader:
 
 def read_lora_header(file: TensorFile) -> LoraHeader:
     """The LoRA in ``file``; ``is_lora`` is False if there is none."""
-    header = LoraHeader(style=_style(file.tensors))
-    for name, info in file.tensors.items():
-        module, partner = _pair(name)
-        if name.endswith(".alpha"):
-            header.alphas += 1
-        elif name.endswith(_DORA):
-            header.dora += 1
-        elif name.endswith(_DELTA):
-            header.deltas += 1
-        elif module is None:
-            header.others.append(name)
-        elif partner not in file.tensors:
-            header.unpaired.append(name)
-        elif _is_down(name):
-            header.targets[module] = info.shape[0] if info.shape else 0
+    parsed = {name: parse_key(name) for name in file.tensors}
+    keys = [key for key in parsed.values() if key]
+    roles = Counter(key.role for key in keys)
+    header = LoraHeader(
+        style=_style(keys),
+        alphas=roles["alpha"],
+        dora=roles["magnitude"],
+        deltas=roles["diff"] + roles["diff_b"],
+        others=[name for name, key in parsed.items() if key is None],
+    )
+    downs, ups = ({key.module: key.key for key in keys if key.role == role} for role in ("down", "up"))
+    for module in downs | ups:
+        if module in downs and module in ups:
+            shape = file.tensors[downs[module]].shape
+            header.targets[module] = shape[0] if shape else 0
+        else:
+            header.unpaired.append(downs.get(module) or ups[module])
     return header
 
 
-def _style(names: Mapping[str, object]) -> str:
-    counts = Counter(next((style for style, prefix in _PREFIXES if name.startswith(prefix)), "bare") for name in names)
+def _style(keys: Sequence[LoraKey]) -> str:
+    """The naming of most keys, as ``inspect`` reports it."""
+    counts = Counter(_naming(key) for key in keys)
     style = counts.most_common(1)[0][0] if counts else "bare"
-    dotted = any(".lora_down." in name for name in names)
-    return "comfy" if style == "official" and dotted else style
+    return "comfy" if style == "official" and any("lora_down" in key.style for key in keys) else style
 
 
-def _is_down(name: str) -> bool:
-    return any(name.endswith(down) for down, _ in _PAIRS)
-
-
-def _pair(name: str) -> tuple[str | None, str]:
-    """(module, the partner's name) of a factor, or (None, "")."""
-    for down, up in _PAIRS:
-        for own, other in ((down, up), (up, down)):
-            if name.endswith(own):
-                module = name[: -len(own)]
-                return _stripped(module), module + other
-    return None, ""
-
-
-def _stripped(module: str) -> str:
-    return next((module[len(prefix) :] for _, prefix in _PREFIXES if module.startswith(prefix)), module)
+def _naming(key: LoraKey) -> str:
+    if key.flat:
+        return "kohya"
+    if key.prefix.startswith("base_model.model"):
+        return "peft"
+    if key.prefix.startswith("transformer") or key.module.startswith("connectors."):
+        return "diffusers"
+    return "official" if "diffusion_model" in key.prefix else "bare"

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_support import linears, official, shapes
+from lora_support import linears, low_rank, official, official_keys, save, shapes
 
-from ltxpack.errors import UsageError
+from ltxpack.errors import AdapterError, UsageError
+from ltxpack.files.tensorfile import read_tensorfile
+from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.names import bake_name, check_bake_name, format_strength, lora_name, parse_added
-from ltxpack.lora_bake.naming import FLAT_PREFIXES, ModuleNames, belongs_elsewhere, linear_modules, parse_key
+from ltxpack.lora_bake.naming import ModuleNames, linear_modules
+from ltxpack.ltx23.lora_keys import FLAT_PREFIXES, belongs_elsewhere, parse_key
 from ltxpack.manifest import BAKE_NAME
+from ltxpack.materialize.inspect import inspect_path
+from ltxpack.materialize.lora_header import read_lora_header
 
 FULL = {
     "num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "in_channels": 128,
@@ -172,3 +180,40 @@ def test_any_key_is_parsed_or_refused(key: str) -> None:
     if parsed is not None:
         assert parsed.module
         ModuleNames({"a.weight": (1, 1)}).find(parsed)
+
+
+# Keys as trainers write them, and keys that only look so.
+parts = st.sampled_from(["transformer", "diffusion_model", "model", "base_model", "lora_unet_x", "x", "attn1", "lora_A",
+                         "lora_B", "lora", "lora_down", "up", "down", "default", "weight", "alpha", "diff", "diff_b",
+                         "dora_scale", "lora_magnitude_vector", "bias", " "])  # fmt: skip
+any_key = st.one_of(
+    st.lists(parts, min_size=1, max_size=6).map(".".join), st.text("ab._-lorA", min_size=1, max_size=20)
+).filter(lambda key: ".." not in key)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(any_key, min_size=1, max_size=5, unique=True))
+def test_materialize_inspect_and_bake_lora_agree_on_what_a_lora_key_is(keys: list[str]) -> None:
+    tensors = official_keys(low_rank(["proj_in"])) | {"a.needed.stranger": torch.zeros(1)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(
+            Path(folder) / "x.safetensors", tensors | {key: torch.zeros(1) for key in keys if key not in tensors}
+        )
+        others = sorted(read_lora_header(read_tensorfile(path)).others)
+        assert sorted(inspect_path(path)["others"]) == others
+        with pytest.raises(AdapterError, match="unknown key") as caught:
+            open_adapter(path, shapes())
+        unknown = [item.removeprefix("unknown key: ") for item in caught.value.items if item.startswith("unknown key")]
+        assert sorted(unknown) == others
+
+
+@pytest.mark.parametrize(
+    ("down", "up"),
+    [("lora_A.style.weight", "lora_B.style.weight"), ("lora.down.weight", "lora.up.weight"), ("lora_A", "lora_B")],
+)
+def test_rarer_endings_are_a_lora_to_all_three(down: str, up: str, tmp_path: Path) -> None:
+    [(a, b)] = low_rank(["proj_in"]).values()
+    path = save(tmp_path / "x.safetensors", {f"transformer.proj_in.{down}": a, f"transformer.proj_in.{up}": b})
+    assert read_lora_header(read_tensorfile(path)).targets == {"proj_in": 4}
+    assert (inspect_path(path)["kind"], inspect_path(path)["targets"]) == ("lora", 1)
+    assert open_adapter(path, shapes()).targets.keys() == {"proj_in.weight"}
