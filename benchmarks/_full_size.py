@@ -16,11 +16,11 @@ from blake3 import blake3
 from ltxpack import demo
 from ltxpack.demo.config import GEMMA
 from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
 from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, assign_shards
 from ltxpack.repack.work import Piece, WriteBytes
-from ltxpack.runtime.overlay import CLASSES
 
 STRENGTHS = (0.25, 0.5)
 STEMS = {"text_encoder": "model"}
@@ -67,7 +67,7 @@ def make_full_size(root: Path, scratch: Path) -> Path:
     configs = published_configs()
     tensors = published_tensors(configs)
     components = {}
-    for name, class_name in CLASSES.items():
+    for name, class_name in LOADED_CLASSES.items():
         text = name == "text_encoder"
         config = {**GEMMA, "text_config": configs[name]["text_config"]} if text else configs[name]
         files = holes.component(name, tensors[name], config)

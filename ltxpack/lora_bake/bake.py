@@ -19,10 +19,11 @@ from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.base import BaseTransformer, changed, read_base, refuse_links
 from ltxpack.lora_bake.job import BAKES, UNKNOWN_HASH, Arithmetic, Job, baked_lora
-from ltxpack.lora_bake.names import DISTILLED, bake_name, check_bake_name, check_strength
+from ltxpack.lora_bake.names import bake_name, check_bake_name, check_strength
 from ltxpack.lora_bake.reading import hash_adapter
 from ltxpack.lora_bake.report import AppliedLora, BakeReport
 from ltxpack.lora_bake.resolve import Found, find_lora, own_lora
+from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, Manifest, read_manifest
 from ltxpack.repack.execute import preflight
 from ltxpack.repack.lock import OverlayLock

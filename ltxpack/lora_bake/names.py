@@ -10,7 +10,6 @@ from ltxpack.errors import UsageError
 from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES
 
 MAX_NAME_LENGTH = 200
-DISTILLED = "distilled"
 # Beyond it weights leave what bfloat16 holds, whatever the LoRA and its alpha.
 MAX_STRENGTH = 1e18
 

@@ -10,7 +10,8 @@ from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.tensorfile import TensorFile, parse_header
 from ltxpack.lora_bake import settings as peft
 from ltxpack.lora_bake.adapter import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, fit_adapter, open_adapter
-from ltxpack.lora_bake.names import DISTILLED, lora_name
+from ltxpack.lora_bake.names import lora_name
+from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Lora, Manifest
 from ltxpack.materialize.hub.client import Hub, RepoInfo, parse_reference
 from ltxpack.reporter import Reporter

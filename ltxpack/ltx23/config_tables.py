@@ -244,20 +244,3 @@ SCHEDULER_BASE: dict[str, Any] = {
     "stochastic_sampling": False,
 }
 SCHEDULER_DISTILLED = {**SCHEDULER_BASE, "use_dynamic_shifting": False, "shift_terminal": None}
-
-# component: (library, class, library name in model_index.json or None where it is not part of that pipeline)
-CLASSES: dict[str, tuple[str, str, str | None]] = {
-    "transformer": ("diffusers", "LTX2VideoTransformer3DModel", "diffusers"),
-    "connectors": ("diffusers", "LTX2TextConnectors", "ltx2"),
-    "vae": ("diffusers", "AutoencoderKLLTX2Video", "diffusers"),
-    "audio_vae": ("diffusers", "AutoencoderKLLTX2Audio", "diffusers"),
-    "vocoder": ("diffusers", "LTX2VocoderWithBWE", "ltx2"),
-    "latent_upsampler": ("diffusers", "LTX2LatentUpsamplerModel", None),
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler", "diffusers"),
-    "text_encoder": ("transformers", "Gemma3ForConditionalGeneration", "transformers"),
-    "tokenizer": ("transformers", "GemmaTokenizerFast", "transformers"),
-}
-OPTIONAL_COMPONENTS = ("processor", "prompt_enhancer", "duration_head")
-
-# The diffusers release whose config fields the tables name.
-DIFFUSERS_VERSION = "0.42.1"

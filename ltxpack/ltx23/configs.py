@@ -14,11 +14,18 @@ from typing import Any
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.ltx23.blocks import Blocks
-from ltxpack.ltx23.config_tables import (
-    CLASSES,
-    CONSTANTS,
+from ltxpack.ltx23.classes import (
+    ABSENT_COMPONENTS,
+    AUDIO_FACTOR,
+    COMPONENTS,
     DIFFUSERS_VERSION,
-    OPTIONAL_COMPONENTS,
+    PIPELINE_CLASS,
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    TEXT_TOKENS,
+)
+from ltxpack.ltx23.config_tables import (
+    CONSTANTS,
     SCHEDULER_BASE,
     SCHEDULER_DISTILLED,
     SECTIONS,
@@ -29,12 +36,6 @@ from ltxpack.ltx23.fields import ABSENT, Problems, apply_table
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
-
-# Spec 04: what the positions of latents mean in pixels and frames is fixed for the whole family.
-SPATIAL_COMPRESSION = 32
-TEMPORAL_COMPRESSION = 8
-AUDIO_COMPRESSION = 4
-TEXT_TOKENS = 1024
 
 NEXT_RELEASE = "ltxpack inspect FILE shows what the file is; this version converts LTX-2.3"
 
@@ -103,11 +104,11 @@ def scheduler_config(distilled: bool) -> Config:
 
 def model_index() -> Config:
     """``model_index.json``, so that ``diffusers.LTX2Pipeline.from_pretrained`` loads the overlay."""
-    index: Config = {"_class_name": "LTX2Pipeline", "_diffusers_version": DIFFUSERS_VERSION}
-    for name, (_, class_name, library) in CLASSES.items():
-        if library is not None:
-            index[name] = [library, class_name]
-    index.update({name: [None, None] for name in OPTIONAL_COMPONENTS})
+    index: Config = {"_class_name": PIPELINE_CLASS, "_diffusers_version": DIFFUSERS_VERSION}
+    for name, component in COMPONENTS.items():
+        if component.index_library is not None:
+            index[name] = [component.index_library, component.name]
+    index.update({name: [None, None] for name in ABSENT_COMPONENTS})
     return index
 
 
@@ -132,7 +133,7 @@ def _derive_transformer(part: Config) -> None:
         base_height=height,
         base_width=width,
         audio_pos_embed_max_pos=part["_audio_max_pos"][0],
-        vae_scale_factors=[TEMPORAL_COMPRESSION, SPATIAL_COMPRESSION, SPATIAL_COMPRESSION],
+        vae_scale_factors=[TEMPORAL_FACTOR, SPATIAL_FACTOR, SPATIAL_FACTOR],
     )
 
 
@@ -181,8 +182,8 @@ def _derive_vae(part: Config) -> None:
         spatio_temporal_scaling=[True] * count,
         decoder_spatio_temporal_scaling=[True] * count,
         decoder_inject_noise=[False] * (count + 1),
-        spatial_compression_ratio=SPATIAL_COMPRESSION,
-        temporal_compression_ratio=TEMPORAL_COMPRESSION,
+        spatial_compression_ratio=SPATIAL_FACTOR,
+        temporal_compression_ratio=TEMPORAL_FACTOR,
     )
 
 
@@ -213,7 +214,7 @@ def _width_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
     yield "transformer.out_channels", "in_channels", of["transformer.out_channels"] == of["transformer.in_channels"]
     latent = of["vae.latent_channels"]
     yield "transformer.in_channels", f"{latent} (vae.latent_channels)", of["transformer.in_channels"] == latent
-    sound = of["audio_vae.latent_channels"] * of["audio_vae.mel_bins"] // AUDIO_COMPRESSION
+    sound = of["audio_vae.latent_channels"] * of["audio_vae.mel_bins"] // AUDIO_FACTOR
     for name in ("audio_in_channels", "audio_out_channels"):
         yield f"transformer.{name}", f"{sound} (latent channels times mel bins / 4)", of[f"transformer.{name}"] == sound
     base = of["audio_vae.base_channels"]
@@ -227,8 +228,8 @@ def _codec_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
         kinds = of[f"vae._{side}"].kinds
         spatial = of["vae.patch_size"] * 2 ** sum(kind != "temporal" for kind in kinds)
         temporal = 2 ** sum(kind != "spatial" for kind in kinds)
-        wanted = f"{SPATIAL_COMPRESSION} times in space and {TEMPORAL_COMPRESSION} times in time"
-        fits = (spatial, temporal) == (SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION)
+        wanted = f"{SPATIAL_FACTOR} times in space and {TEMPORAL_FACTOR} times in time"
+        fits = (spatial, temporal) == (SPATIAL_FACTOR, TEMPORAL_FACTOR)
         yield f"vae.{side}_blocks", f"blocks that resample {wanted}", fits
     rate = of["audio_vae.sample_rate"]
     preprocessing = "audio_vae.preprocessing"
@@ -260,7 +261,7 @@ def _bandwidth_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
 
 def _finished(component: str, part: Mapping[str, Any]) -> Config:
     config = {name: value for name, value in part.items() if not name.startswith("_")}
-    return {"_class_name": CLASSES[component][1], "_diffusers_version": DIFFUSERS_VERSION, **config}
+    return {"_class_name": COMPONENTS[component].name, "_diffusers_version": DIFFUSERS_VERSION, **config}
 
 
 def _refuse(problems: Problems, file: object, what: str = "has a config that this version does not convert") -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import parse_json
+from ltxpack.ltx23.releases import OFFICIAL_REPO
 
 SUPPORTED = (2, 3)
 CRF_BEFORE_2_4 = 33
@@ -51,13 +52,13 @@ def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: objec
     if version is not None and generation[:2] != SUPPORTED:
         raise UnsupportedError(
             "is a checkpoint of another generation", file=str(file), expected="model_version 2.3.x",
-            found=f"model_version {version}", next="get the LTX-2.3 checkpoint (Lightricks/LTX-2.3)",
+            found=f"model_version {version}", next=f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})",
         )  # fmt: skip
     foreign = sorted({name.split(".")[0] for name in names if name.startswith("duration_head.")})
     if foreign:
         raise UnsupportedError(
             "is a checkpoint of another generation (LTX-2.5)", file=str(file), expected="tensors of LTX-2.3",
-            found=f"{foreign[0]}.*", next="get the LTX-2.3 checkpoint (Lightricks/LTX-2.3)",
+            found=f"{foreign[0]}.*", next=f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})",
         )  # fmt: skip
     missing = [name for name in ("config", "model_version") if name not in metadata]
     if missing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.ltx23.configs import Shapes, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import inventory
 
@@ -16,7 +17,6 @@ NAME = "LTX-2.3 22B"
 TEXT_ENCODER = "text_encoder"
 # The rows of modulation are float32 in the published checkpoint, everything else bfloat16.
 FLOAT32_TENSORS = "scale_shift_table"
-TEXT_ROOT = "language_model.model"
 VIDEO, AUDIO, TEXT = 4096, 2048, 3840
 TEXT_LAYERS, REGISTERS = 48, 128
 
@@ -257,8 +257,8 @@ def _gemma() -> Iterator[tuple[str, tuple[int, ...]]]:
         "pre_feedforward_layernorm": (TEXT,),
         "post_feedforward_layernorm": (TEXT,),
     }
-    yield f"{TEXT_ROOT}.embed_tokens.weight", (GEMMA["vocab_size"], TEXT)
+    yield f"{TEXT_ROOT}embed_tokens.weight", (GEMMA["vocab_size"], TEXT)
     for number in range(TEXT_LAYERS):
         for module, shape in layer.items():
-            yield f"{TEXT_ROOT}.layers.{number}.{module}.weight", shape
-    yield f"{TEXT_ROOT}.norm.weight", (TEXT,)
+            yield f"{TEXT_ROOT}layers.{number}.{module}.weight", shape
+    yield f"{TEXT_ROOT}norm.weight", (TEXT,)

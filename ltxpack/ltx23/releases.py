@@ -10,6 +10,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+# The inputs of an overlay.
+CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER = "checkpoint", "lora", "upsampler", "text_encoder"
+# How a folder's file is recognised by its name, and what the official repository calls it.
+PATTERNS = {CHECKPOINT: "*dev*", LORA: "*distilled-lora*", UPSAMPLER: "*spatial-upscaler-x2*"}
+DEFAULT_FILES = {
+    CHECKPOINT: "ltx-2.3-22b-dev.safetensors",
+    LORA: "ltx-2.3-22b-distilled-lora-384-1.1.safetensors",
+    UPSAMPLER: "ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
+}
+OFFICIAL_REPO = "Lightricks/LTX-2.3"
+TEXT_ENCODER_REPO = "google/gemma-3-12b-it-qat-q4_0-unquantized"
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import OverlayError, UsageError
+from ltxpack.ltx23.releases import TEXT_ENCODER
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.access import Access, HubLike
 from ltxpack.materialize.checkpoint import STORED_DTYPE
 from ltxpack.materialize.inputs import Inputs, fetch_inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.materialize.plan import OverlayPlan, make_plan
-from ltxpack.materialize.sources import TEXT_ENCODER, Wanted, resolve
+from ltxpack.materialize.sources import Wanted, resolve
 from ltxpack.materialize.unchanged import difference
 from ltxpack.repack.execute import execute, existing_parent
 from ltxpack.repack.lock import OverlayLock

@@ -7,18 +7,11 @@ from dataclasses import dataclass
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import plain_file_name
-from ltxpack.ltx23.releases import Recognised, recognise
+from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER, Recognised, recognise
 from ltxpack.materialize.access import Access, Located
 from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_upsampler
 from ltxpack.materialize.lora_header import read_lora_header
-from ltxpack.materialize.sources import (
-    CHECKPOINT,
-    LORA,
-    TEXT_ENCODER,
-    UPSAMPLER,
-    Sources,
-    TextEncoderFolder,
-)
+from ltxpack.materialize.sources import Sources, TextEncoderFolder
 from ltxpack.materialize.text_encoder import TextEncoder, check_fit, read_text_encoder
 
 

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltxpack.ltx23.config_tables import CLASSES
+from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
+from ltxpack.ltx23.releases import CHECKPOINT
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source, SourceFile
 from ltxpack.materialize.access import Located
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
 from ltxpack.materialize.inputs import Inputs
-from ltxpack.materialize.sources import CHECKPOINT
 from ltxpack.repack.shards import DEFAULT_STEM, assign_shards
 from ltxpack.repack.work import CopyFile, Item, Piece, WriteBytes, WriteShard, piece
 
 LORA_FOLDER = "loras"
-LORA_NAME = "distilled"
 MODEL_INDEX = "model_index.json"
 
 
@@ -78,16 +77,16 @@ class OverlayPlan:
         """The manifest, given the record of every planned file by path."""
         components = {}
         for component in self.components:
-            library, class_name, _ = CLASSES[component.name]
+            facts = COMPONENTS[component.name]
             files = tuple(records[item.path] for item in component.items)
-            components[component.name] = Component(library, class_name, files, component.cast)
+            components[component.name] = Component(facts.library, facts.name, files, component.cast)
         return Manifest(
             model_version=self.model_version,
             image_crf=self.image_crf,
             licence=self.licence,
             source=self.source,
             components=components,
-            loras=tuple(Lora(LORA_NAME, records[lora.path]) for lora in self.loras),
+            loras=tuple(Lora(DISTILLED, records[lora.path]) for lora in self.loras),
             files=tuple(records[file.path] for file in self.files),
         )
 

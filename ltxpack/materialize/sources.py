@@ -14,19 +14,20 @@ from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
 from ltxpack.files.tensorfile import plain_file_name
+from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
+from ltxpack.ltx23.releases import (
+    CHECKPOINT,
+    DEFAULT_FILES,
+    LORA,
+    PATTERNS,
+    TEXT_ENCODER,
+    TEXT_ENCODER_REPO,
+    UPSAMPLER,
+)
 from ltxpack.materialize.access import Access, Located, located
 from ltxpack.materialize.hub.client import parse_reference
 
-CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER = "checkpoint", "lora", "upsampler", "text_encoder"
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
-PATTERNS = {CHECKPOINT: "*dev*", LORA: "*distilled-lora*", UPSAMPLER: "*spatial-upscaler-x2*"}
-HUB_DEFAULTS = {
-    CHECKPOINT: "ltx-2.3-22b-dev.safetensors",
-    LORA: "ltx-2.3-22b-distilled-lora-384-1.1.safetensors",
-    UPSAMPLER: "ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
-}
-TEXT_ENCODER_REPO = "google/gemma-3-12b-it-qat-q4_0-unquantized"
-TEXT_ENCODER_TYPE = "gemma3"
 WEIGHTS = ".safetensors"
 # What may enter an overlay besides weights.
 TEXT_ENDINGS = (".json", ".jinja", ".txt")
@@ -218,8 +219,8 @@ def _file(role: str, typed: str | None, place: Place, access: Access) -> Located
 def choose(role: str, place: Place) -> Located:
     """The one file of ``place`` for ``role``. Raises SourceError with the candidates if there is none or several."""
     weights = {name: file for name, file in place.top().items() if name.endswith(WEIGHTS)}
-    if place.repo is not None and HUB_DEFAULTS[role] in weights:
-        return weights[HUB_DEFAULTS[role]]
+    if place.repo is not None and DEFAULT_FILES[role] in weights:
+        return weights[DEFAULT_FILES[role]]
     pattern = PATTERNS[role]
     others = [other for name, other in PATTERNS.items() if name != role and role == CHECKPOINT]
     candidates = [

@@ -13,8 +13,10 @@ from typing import Any
 
 from ltxpack.errors import FormatError, SourceError, UnsupportedError
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
+from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
+from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.materialize.access import Access, Located
-from ltxpack.materialize.sources import TEXT_ENCODER_REPO, TEXT_ENCODER_TYPE, TextEncoderFolder
+from ltxpack.materialize.sources import TextEncoderFolder
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"

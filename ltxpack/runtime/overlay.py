@@ -7,19 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import OverlayError, quoted
+from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FileRecord, Manifest, read_manifest
 
 BASE = "base"
-# Component -> class; the only classes the runtime ever builds.
-CLASSES = {
-    "transformer": "LTX2VideoTransformer3DModel",
-    "connectors": "LTX2TextConnectors",
-    "vae": "AutoencoderKLLTX2Video",
-    "audio_vae": "AutoencoderKLLTX2Audio",
-    "vocoder": "LTX2VocoderWithBWE",
-    "latent_upsampler": "LTX2LatentUpsamplerModel",
-    "text_encoder": "Gemma3ForConditionalGeneration",
-}
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,7 @@ class Overlay:
         Raises OverlayError. Contents are checked by :meth:`check` when a part is used.
         """
         overlay = cls(root, read_manifest(root))
-        for name, wanted in CLASSES.items():
+        for name, wanted in LOADED_CLASSES.items():
             component = overlay.manifest.components.get(name)
             found = component and component.class_name
             if found != wanted:

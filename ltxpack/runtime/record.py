@@ -17,8 +17,9 @@ from blake3 import blake3
 
 from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.files.tensorfile import atomic_write, read_json
+from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FileRecord
-from ltxpack.runtime.overlay import CLASSES, Overlay
+from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.guidance import Guidance
 from ltxpack.runtime.select import Choice
@@ -67,7 +68,9 @@ def described(request: Request, overlay: Overlay, choice: Choice, dtype: str) ->
 
 def fingerprint(description: Mapping[str, Any], overlay: Overlay) -> str:
     """The hash of ``description`` together with the weights that would be used."""
-    weights = {name: _hashes(overlay.records(name)) for name in sorted({*CLASSES, "tokenizer"} - {"transformer"})}
+    weights = {
+        name: _hashes(overlay.records(name)) for name in sorted({*LOADED_CLASSES, "tokenizer"} - {"transformer"})
+    }
     for stage in ("stage1", "stage2"):
         weights[stage] = _hashes(overlay.transformer_records(description[stage]))
     document = {"format": FORMAT, "request": description, "weights": weights}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import OverlayError, UsageError, quoted
+from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, Manifest
 from ltxpack.runtime.overlay import BASE
 
@@ -37,7 +38,7 @@ def choose(manifest: Manifest, stage1: str, stage2: str, overlay: Path) -> Choic
 
 def _candidates(manifest: Manifest) -> dict[str, float]:
     """Bake name -> strength of the distilled LoRA: those of it alone, else the stacked ones if all have one suffix."""
-    distilled = manifest.lora("distilled")
+    distilled = manifest.lora(DISTILLED)
     if distilled is None:
         return {}
     mains = {name: bake for name, bake in manifest.bakes.items() if bake.loras[-1].blake3 == distilled.file.blake3}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import REPOSITORY
 
-from ltxpack.ltx23.config_tables import CLASSES
+from ltxpack.ltx23.classes import COMPONENTS
 
 SPEC = REPOSITORY.parent / "shared" / "spec"
 needs_spec = pytest.mark.skipif(not SPEC.is_dir(), reason="no spec folder on this machine")
@@ -23,7 +23,7 @@ def module_class(component: str) -> Any:
     from diffusers.pipelines import ltx2
     from diffusers.pipelines.ltx2 import connectors, latent_upsampler, vocoder
 
-    name = CLASSES[component][1]
+    name = COMPONENTS[component].name
     for where in (diffusers, ltx2, connectors, latent_upsampler, vocoder):
         if hasattr(where, name):
             return getattr(where, name)

@@ -12,12 +12,12 @@ from materialize.modules import needs_spec
 from materialize.test_plan import full_size_checkpoint
 
 from ltxpack.errors import SourceError
+from ltxpack.ltx23.releases import DEFAULT_FILES, TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import read_manifest
 from ltxpack.materialize import Options, materialize, plan_overlay
 from ltxpack.materialize.hub import client as hub
 from ltxpack.materialize.hub import transfer as hub_transfer
-from ltxpack.materialize.sources import HUB_DEFAULTS, TEXT_ENCODER_REPO
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> Path:
 
 def repos(source: Path) -> dict[str, dict[str, bytes | Path]]:
     """The source as the hub would hold it: published names, the text encoder in its own repo."""
-    model: dict[str, bytes | Path] = {HUB_DEFAULTS[role]: source / name for role, name in NAMES.items()}
+    model: dict[str, bytes | Path] = {DEFAULT_FILES[role]: source / name for role, name in NAMES.items()}
     gemma = {path.name: path for path in (source / tiny_source.GEMMA).iterdir()}
     return {REPO: {**model, "README.md": b"text"}, TEXT_ENCODER_REPO: {**gemma}}
 
@@ -64,7 +64,7 @@ def test_an_overlay_from_the_hub_equals_the_one_from_the_files(server: HubServer
     assert not [path for path in out.rglob("*") if path.is_symlink()]
     manifest = read_manifest(out)
     assert manifest.source.repo == REPO and manifest.source.revision
-    assert [lora.file.path for lora in manifest.loras] == [f"loras/{HUB_DEFAULTS['lora']}"]
+    assert [lora.file.path for lora in manifest.loras] == [f"loras/{DEFAULT_FILES['lora']}"]
 
 
 def test_a_plan_moves_headers_only(server: HubServer, tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_the_full_size_checkpoint_is_planned_from_its_header(
     path = tmp_path / "base.safetensors"
     full_size_checkpoint(path, f32=True)
     served = repos(source)
-    served[REPO][HUB_DEFAULTS["checkpoint"]] = path
+    served[REPO][DEFAULT_FILES["checkpoint"]] = path
     # The miniature upsampler and text encoder would not fit it.
-    del served[REPO][HUB_DEFAULTS["upsampler"]]
+    del served[REPO][DEFAULT_FILES["upsampler"]]
     del served[TEXT_ENCODER_REPO]
     with HubServer(served) as server:
         server.use(monkeypatch, tmp_path / "cache")

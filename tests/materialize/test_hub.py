@@ -411,8 +411,8 @@ def test_killed_process_goes_on(server: HubServer, cache: Path) -> None:
     """SIGKILL in the middle: what the partial file holds is a prefix, and the next process asks for the rest."""
     server.faults.body = lambda data: time.sleep(0.05) or data
     script = (
-        "from ltxpack.materialize import hub, hub_transfer; hub_transfer.PIECE = 60_000; hub_transfer.CONNECTIONS = 2;"
-        f"h = hub.Hub(); h.fetch(h.info({REPO!r}), {BIG!r})"
+        "from ltxpack.materialize.hub import client, transfer; transfer.PIECE = 60_000; transfer.CONNECTIONS = 2;"
+        f"h = client.Hub(); h.fetch(h.info({REPO!r}), {BIG!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], env=server.environment(cache))
     deadline = time.monotonic() + 20

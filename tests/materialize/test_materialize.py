@@ -18,11 +18,11 @@ from materialize.modules import module_class
 from safetensors.torch import load_file
 
 from ltxpack.errors import LtxpackError, OverlayError, SourceError
-from ltxpack.ltx23.config_tables import CLASSES
+from ltxpack.ltx23.classes import COMPONENTS
+from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.manifest import Bake, BakedLora, read_manifest
 from ltxpack.materialize import Options, Report, fetched_plan, materialize, plan_overlay
-from ltxpack.materialize.sources import TEXT_ENCODER_REPO
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
@@ -123,9 +123,9 @@ def test_golden_pipeline_loads(overlay: Path) -> None:
     from diffusers import LTX2Pipeline
 
     pipeline = LTX2Pipeline.from_pretrained(overlay, dtype=torch.bfloat16, local_files_only=True)
-    for name, (_, class_name, library) in CLASSES.items():
-        if library is not None and name != "tokenizer":
-            assert type(getattr(pipeline, name)).__name__ == class_name
+    for name, component in COMPONENTS.items():
+        if component.index_library is not None and name != "tokenizer":
+            assert type(getattr(pipeline, name)).__name__ == component.name
     assert pipeline.vocoder.config.final_act_fn == "clamp"
     assert pipeline.vae.config.decoder_spatial_padding_mode == "zeros"
 
@@ -190,7 +190,7 @@ def test_the_manifest_says_what_it_was_made_from(source: Path, tmp_path: Path) -
     ]
     assert {role for role, _ in roles[3:]} == {"text_encoder"}
     assert {name: part.class_name for name, part in manifest.components.items()} == {
-        name: names[1] for name, names in CLASSES.items()
+        name: component.name for name, component in COMPONENTS.items()
     }
     assert [lora.name for lora in manifest.loras] == ["distilled"]
     assert [file.path for file in manifest.files] == ["model_index.json"]

@@ -14,10 +14,10 @@ from materialize.fake_hub import COMMIT, FakeHub
 from support import ltxpack, refused
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
-from ltxpack.ltx23.releases import RELEASES, cached_sha256, likely, recognise
+from ltxpack.ltx23.releases import DEFAULT_FILES, RELEASES, TEXT_ENCODER_REPO, cached_sha256, likely, recognise
 from ltxpack.materialize.access import Access
 from ltxpack.materialize.inputs import Inputs, fetch_inputs, read_inputs
-from ltxpack.materialize.sources import HUB_DEFAULTS, TEXT_ENCODER_REPO, Sources, Wanted, resolve
+from ltxpack.materialize.sources import Sources, Wanted, resolve
 
 GATED = SourceError("is gated", file=TEXT_ENCODER_REPO, next="open the page")
 
@@ -47,7 +47,7 @@ def hub_repos(tmp_path: Path, source: Path) -> FakeHub:
     model.mkdir()
     names = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}
     for role, name in names.items():
-        shutil.copy(source / name, model / HUB_DEFAULTS[role])
+        shutil.copy(source / name, model / DEFAULT_FILES[role])
     shutil.copy(source / tiny_source.CHECKPOINT, model / "ltx-2.3-22b-dev-extra.safetensors")
     return FakeHub({"Lightricks/LTX-2.3": model, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
 
@@ -214,7 +214,7 @@ def test_hub_defaults_are_the_published_names(source: Path, tmp_path: Path) -> N
     hub = hub_repos(tmp_path, source)
     found = find("Lightricks/LTX-2.3", hub)
     assert found.lora is not None and found.upsampler is not None and found.text_encoder is not None
-    assert [file.member for file in (found.checkpoint, found.lora, found.upsampler)] == list(HUB_DEFAULTS.values())
+    assert [file.member for file in (found.checkpoint, found.lora, found.upsampler)] == list(DEFAULT_FILES.values())
     assert found.text_encoder.label == TEXT_ENCODER_REPO
     assert (found.repo, found.revision) == ("Lightricks/LTX-2.3", COMMIT)
     assert found.checkpoint.path is None and found.checkpoint.sha256 is not None
@@ -226,7 +226,7 @@ def test_hub_inputs_are_read_by_headers_alone_and_fetched_after(source: Path, tm
     assert hub.fetched() == []
     local = fetch_inputs(inputs, Access(lambda: hub))
     assert all(file.path is not None for _, file in local.files())
-    assert {name for name in hub.fetched() if "/" not in name} >= set(HUB_DEFAULTS.values())
+    assert {name for name in hub.fetched() if "/" not in name} >= set(DEFAULT_FILES.values())
     assert "ltx-2.3-22b-dev-extra.safetensors" not in hub.fetched()
 
 

@@ -12,9 +12,9 @@ from transformers import Gemma3Config
 
 from ltxpack.demo import _tokenizer
 from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.manifest import Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
-from ltxpack.runtime.overlay import CLASSES
 
 UNKNOWN = "0" * 64
 Tensors = Iterable[tuple[str, str, tuple[int, ...]]]
@@ -30,7 +30,7 @@ def write_overlay(root: Path, blocks: int, layers: int) -> Path:
     configs["text_encoder"] = _gemma(configs["text_encoder"]["text_config"], layers)
     tensors["text_encoder"] = [entry for entry in tensors["text_encoder"] if _layer(entry[0]) < layers]
     # Read by Gemma's layers as by the connectors, which see one hidden state for each.
-    components = {name: _component(root, name, name, configs[name], tensors[name]) for name in CLASSES}
+    components = {name: _component(root, name, name, configs[name], tensors[name]) for name in LOADED_CLASSES}
     documents = {
         "tokenizer.json": _tokenizer(),
         "tokenizer_config.json": {"tokenizer_class": "GemmaTokenizer", "bos_token": "<bos>", "eos_token": "<eos>"},
@@ -61,10 +61,10 @@ def _layer(name: str) -> int:
 
 def _component(root: Path, folder: str, name: str, config: dict[str, Any], tensors: Tensors) -> Component:
     files = (
-        _document(root, f"{folder}/config.json", {"_class_name": CLASSES[name], **config}),
+        _document(root, f"{folder}/config.json", {"_class_name": LOADED_CLASSES[name], **config}),
         _weights(root, f"{folder}/model.safetensors", tensors),
     )
-    return Component("diffusers", CLASSES[name], files)
+    return Component("diffusers", LOADED_CLASSES[name], files)
 
 
 def _document(root: Path, path: str, document: Any) -> FileRecord:

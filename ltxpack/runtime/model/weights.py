@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 
+from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.weights.load import Reader, load_module, read_config
-
-CLASS_NAME = "LTX2VideoTransformer3DModel"
 
 
 def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> DiT:
@@ -26,4 +25,4 @@ def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Rea
 
 def read_dit_config(folder: Path) -> DiTConfig:
     """What the model of ``folder`` is like. Raises OverlayError, FormatError, UnsupportedError."""
-    return DiTConfig.from_dict(read_config(folder, CLASS_NAME))
+    return DiTConfig.from_dict(read_config(folder, LOADED_CLASSES["transformer"]))

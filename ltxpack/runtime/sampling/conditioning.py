@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from ltxpack.errors import UsageError
+from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.shape import (
     AUDIO_BINS,
     AUDIO_CHANNELS,
-    AUDIO_FACTOR,
     AUDIO_HOP,
     AUDIO_SAMPLE_RATE,
-    SPATIAL_FACTOR,
-    TEMPORAL_FACTOR,
     VideoShape,
 )
 

@@ -6,17 +6,15 @@ import math
 from dataclasses import dataclass
 
 from ltxpack.errors import UsageError
+from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.av import AV
 
 VIDEO_CHANNELS = 128
-SPATIAL_FACTOR = 32
-TEMPORAL_FACTOR = 8
 
 AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
 AUDIO_SAMPLE_RATE = 16000
 AUDIO_HOP = 160
-AUDIO_FACTOR = 4
 AUDIO_LATENTS_PER_SECOND = AUDIO_SAMPLE_RATE / AUDIO_HOP / AUDIO_FACTOR
 
 

@@ -21,6 +21,7 @@ from transformers import Gemma3Config, Gemma3TextModel, PreTrainedTokenizerFast
 
 from ltxpack.errors import OverlayError
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
+from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.runtime.model.rope import Rotation, rotate
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.weights.load import (
@@ -33,9 +34,6 @@ from ltxpack.runtime.weights.load import (
     verify_command,
 )
 
-TEXT_TOKENS = 1024
-
-LANGUAGE_MODEL_ROOT = "language_model.model."
 UNUSED_ROOTS = ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.")
 
 
@@ -77,7 +75,7 @@ def load_text_encoder(
     config._attn_implementation = "sdpa"
     with _WeightsOnMeta():
         model = Gemma3TextModel(config)
-    stored = {name.removeprefix(LANGUAGE_MODEL_ROOT): entry for name, entry in _language_model(folder).items()}
+    stored = {name.removeprefix(TEXT_ROOT): entry for name, entry in _language_model(folder).items()}
     check(model, stored, folder)
     model.load_state_dict((reader or read_tensors)(stored, device, dtype), strict=True, assign=True)
     # The rotary frequencies and the embedding scale are in no file and still on the CPU; they stay fp32.
@@ -232,7 +230,7 @@ def _gemma_config(folder: Path) -> Gemma3Config:
 def _language_model(folder: Path) -> dict[str, Stored]:
     """The headers of the tensors under the language model's root; nothing unheard of may lie beside it."""
     stored = read_headers(folder)
-    unknown = [name for name in sorted(stored) if not name.startswith((LANGUAGE_MODEL_ROOT, *UNUSED_ROOTS))]
+    unknown = [name for name in sorted(stored) if not name.startswith((TEXT_ROOT, *UNUSED_ROOTS))]
     if unknown:
         raise OverlayError(
             f"{len(unknown)} tensors that are no part of Gemma 3",
@@ -240,4 +238,4 @@ def _language_model(folder: Path) -> dict[str, Stored]:
             items=unknown,
             next=verify_command(folder),
         )
-    return {name: entry for name, entry in stored.items() if name.startswith(LANGUAGE_MODEL_ROOT)}
+    return {name: entry for name, entry in stored.items() if name.startswith(TEXT_ROOT)}

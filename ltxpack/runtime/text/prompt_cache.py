@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ltxpack.errors import AbsentError, FormatError, UsageError
 from ltxpack.files.tensorfile import TensorFile, atomic_write, build_header, header_length, open_source, parse_header
+from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.sampling.av import AV
 
@@ -33,7 +34,6 @@ PLACE_VARIABLE, LIMIT_VARIABLE = "LTXPACK_CACHE", "LTXPACK_CACHE_SIZE"
 ENDING = ".safetensors"
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MODALITIES = ("video", "audio")
-CONTEXT_TOKENS = 1024
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", re.IGNORECASE)
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 # A temporary file this old was left by a process that was killed.
@@ -199,13 +199,13 @@ def _check(file: TensorFile, body: memoryview, key: str, count: int, dtype: torc
     if set(file.tensors) != names:
         raise FormatError("holds other tensors", file=file.path, expected=sorted(names), found=sorted(file.tensors))
     for info in file.tensors.values():
-        sound = info.dtype == DTYPES[dtype] and len(info.shape) == 3 and info.shape[:2] == (1, CONTEXT_TOKENS)
+        sound = info.dtype == DTYPES[dtype] and len(info.shape) == 3 and info.shape[:2] == (1, TEXT_TOKENS)
         if not sound or info.shape[2] < 1:
             raise FormatError(
                 "is no context of a prompt",
                 file=file.path,
                 tensor=info.name,
-                expected=f"{DTYPES[dtype]} [1, {CONTEXT_TOKENS}, D]",
+                expected=f"{DTYPES[dtype]} [1, {TEXT_TOKENS}, D]",
                 found=f"{info.dtype} {list(info.shape)}",
             )
     layout = [(info.name, info.dtype, info.shape) for info in file.tensors.values()]

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS
 from ltxpack.runtime.large_tiles import DecoderSizes
-from ltxpack.runtime.sampling.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR, VideoShape
+from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
 
-TEXT_TOKENS = 1024
 LATENT_CHANNELS = 128
 FLOAT32, FLOAT64 = 4, 8
 # The passes of a guided step, and the prompts they read; without guidance one of each.

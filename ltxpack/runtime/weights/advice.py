@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.files.source_file import READS
-from ltxpack.runtime.sampling.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR, VideoShape
+from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import modes
 from ltxpack.runtime.weights.machine import Machine
 from ltxpack.runtime.weights.modes import Plan, Setup, Shortage, Work

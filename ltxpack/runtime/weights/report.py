@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.files.source_file import AUTO
+from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.large_tiles import FAST, OFFICIAL
-from ltxpack.runtime.sampling.shape import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
 from ltxpack.runtime.weights import modes
 from ltxpack.runtime.weights.machine import Machine

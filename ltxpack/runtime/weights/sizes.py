@@ -14,6 +14,7 @@ from typing import Any
 
 from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, read_json, read_tensorfile
+from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import BASE, Overlay
 from ltxpack.runtime.weights.activations import Widths
@@ -25,7 +26,6 @@ ALIGNMENT = 256
 TRANSFORMER, TEXT_ENCODER, VOCODER = "transformer", "text_encoder", "vocoder"
 SMALL_PARTS = ("connectors", "vae", "audio_vae", VOCODER, "latent_upsampler")
 # The text encoder's folder also holds a vision tower, which is read (its file is hashed) and not kept.
-LANGUAGE_MODEL_ROOT = "language_model.model."
 # Part -> the modules in it that can be streamed one by one.
 BLOCKS = {TRANSFORMER: "transformer_blocks", TEXT_ENCODER: "layers"}
 
@@ -115,7 +115,7 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
     pattern = re.compile(re.escape(BLOCKS[component]) + r"\.(\d+)\.") if component in BLOCKS else None
     in_files = rest = 0
     blocks: dict[int, int] = {}
-    root = LANGUAGE_MODEL_ROOT if component == TEXT_ENCODER else ""
+    root = TEXT_ROOT if component == TEXT_ENCODER else ""
     for full_name, dtype, shape in tensors:
         count = math.prod(shape)
         in_files += count * DTYPE_BITS[dtype] // 8

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ltxpack.errors import LtxpackError, OverlayError, UsageError
 from ltxpack.files.tensorfile import build_header, read_tensorfile
+from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.overlay import Overlay
@@ -28,7 +29,7 @@ from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.text import encode
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.encode import PromptEncoder
-from ltxpack.runtime.text.prompt_cache import CONTEXT_TOKENS, PromptCache, batch_key, cache_root, parse_limit
+from ltxpack.runtime.text.prompt_cache import PromptCache, batch_key, cache_root, parse_limit
 from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.modes import Work
 
@@ -41,7 +42,7 @@ def contexts(count: int = 2, width: int = 4, dtype: torch.dtype = torch.bfloat16
     generator = torch.Generator().manual_seed(seed)
 
     def made(size: int) -> Tensor:
-        return torch.randn(1, CONTEXT_TOKENS, size, generator=generator).to(dtype)
+        return torch.randn(1, TEXT_TOKENS, size, generator=generator).to(dtype)
 
     return [AV(made(width), made(width // 2)) for _ in range(count)]
 
@@ -134,7 +135,7 @@ def _renamed(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str,
 
 
 def _reshaped(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
-    layout["0.video"] = ("BF16", (1, 2 * CONTEXT_TOKENS, 2))
+    layout["0.video"] = ("BF16", (1, 2 * TEXT_TOKENS, 2))
 
 
 def _as_integers(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:

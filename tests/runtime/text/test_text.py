@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
 from ltxpack.errors import FormatError, LtxpackError, OverlayError
+from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.text import gemma as text
@@ -234,7 +235,7 @@ def small(tmp_path: Path) -> Path:
 
 def test_a_prompt_too_long_is_cut_behind_its_bos(small: Path) -> None:
     ids, mask = text.tokenize(text.load_tokenizer(small / TOKENIZER), ["a b " * 3000, "\n c d "])
-    assert ids.shape == mask.shape == (2, text.TEXT_TOKENS)
+    assert ids.shape == mask.shape == (2, TEXT_TOKENS)
     assert ids[0, :3].tolist() == [2, 4, 5]
     assert mask[0].all()
     assert ids[1, -4:].tolist() == [0, 2, 6, 7]
@@ -280,7 +281,7 @@ def test_gemma_loads_whole_without_head_and_vision_tower(small: Path, dtype: tor
 def test_hidden_states_are_embeddings_layers_and_the_normed_end(small: Path) -> None:
     model = text.load_text_encoder(small / ENCODER, CPU, torch.float32)
     (hidden,) = text.hidden_states(["a b c"], text.load_tokenizer(small / TOKENIZER), model)
-    assert hidden.states.shape == (1, text.TEXT_TOKENS, GEMMA["hidden_size"], GEMMA["num_hidden_layers"] + 1)
+    assert hidden.states.shape == (1, TEXT_TOKENS, GEMMA["hidden_size"], GEMMA["num_hidden_layers"] + 1)
     ids, mask = text.tokenize(text.load_tokenizer(small / TOKENIZER), ["a b c"])
     with torch.no_grad():
         last = model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -346,8 +347,8 @@ def test_connectors_run_in_bf16_with_our_processor(small: Path) -> None:
     for module in connectors.modules():
         if hasattr(module, "set_processor"):
             assert isinstance(module.processor, text.RoundedRotaryAttention)
-    states = torch.randn(1, text.TEXT_TOKENS, 16, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = torch.ones(1, text.TEXT_TOKENS, dtype=torch.int64)
+    states = torch.randn(1, TEXT_TOKENS, 16, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
     found = text.contexts(text.HiddenStates(states, mask), connectors)
     assert found.map(lambda t: t.dtype) == AV(torch.bfloat16, torch.bfloat16)
 

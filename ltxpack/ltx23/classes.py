@@ -1,0 +1,57 @@
+"""The facts of LTX-2.3 that both halves share: component classes, official names, and the numbers no config states.
+
+Data only. Published file names and hashes are in releases.py, config fields in config_tables.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ComponentClass:
+    """The class of one component folder.
+
+    ``index_library`` is how ``model_index.json`` names the library; None for a component outside that pipeline.
+    ``loaded`` is False for a component that the runtime never builds by its class.
+    """
+
+    library: str
+    name: str
+    index_library: str | None
+    loaded: bool = True
+
+
+# Component, which is also its folder in an overlay -> its class. No other class is ever built.
+COMPONENTS = {
+    "transformer": ComponentClass("diffusers", "LTX2VideoTransformer3DModel", "diffusers"),
+    "connectors": ComponentClass("diffusers", "LTX2TextConnectors", "ltx2"),
+    "vae": ComponentClass("diffusers", "AutoencoderKLLTX2Video", "diffusers"),
+    "audio_vae": ComponentClass("diffusers", "AutoencoderKLLTX2Audio", "diffusers"),
+    "vocoder": ComponentClass("diffusers", "LTX2VocoderWithBWE", "ltx2"),
+    "latent_upsampler": ComponentClass("diffusers", "LTX2LatentUpsamplerModel", None),
+    "scheduler": ComponentClass("diffusers", "FlowMatchEulerDiscreteScheduler", "diffusers", loaded=False),
+    "text_encoder": ComponentClass("transformers", "Gemma3ForConditionalGeneration", "transformers"),
+    "tokenizer": ComponentClass("transformers", "GemmaTokenizerFast", "transformers", loaded=False),
+}
+# Component -> class name, of the components whose weights the runtime loads.
+LOADED_CLASSES = {name: component.name for name, component in COMPONENTS.items() if component.loaded}
+# Parts of diffusers' pipeline that LTX-2.3 does without.
+ABSENT_COMPONENTS = ("processor", "prompt_enhancer", "duration_head")
+PIPELINE_CLASS = "LTX2Pipeline"
+# The diffusers release whose config fields the overlay's configs name.
+DIFFUSERS_VERSION = "0.42.1"
+
+# The name under which an overlay keeps the distilled LoRA; its bakes are ``distilled-<strength>``.
+DISTILLED = "distilled"
+
+# Where Gemma's language model lies within the text encoder's tensors, and what its config calls the model.
+TEXT_ROOT = "language_model.model."
+TEXT_ENCODER_TYPE = "gemma3"
+# Tokens of every prompt: longer prompts are cut, shorter ones padded.
+TEXT_TOKENS = 1024
+
+# Pixels, frames and mel steps per latent: fixed for the whole family (spec 04).
+SPATIAL_FACTOR = 32
+TEMPORAL_FACTOR = 8
+AUDIO_FACTOR = 4
