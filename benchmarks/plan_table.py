@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights.commands import OFFICIAL
+from ltxpack.runtime.weights.commands import OFFICIAL, hq_work
 from ltxpack.runtime.weights.machine import this_machine
-from ltxpack.runtime.weights.modes import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, Work, best_plan
+from ltxpack.runtime.weights.plan import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, best_plan
 from ltxpack.runtime.weights.report import gigabytes, seconds
 from ltxpack.runtime.weights.sizes import Model, model_of
 
@@ -25,7 +25,7 @@ GB = 10**9
 # Memory of the card and of the host, in GB; read rate of the disk in bytes a second.
 MACHINES = ((24, 32), (24, 64), (24, 128), (32, 64), (48, 64), (48, 128), (80, 128), (96, 128), (141, 128))
 DISK_RATE = 3 * GB
-WORK = Work(VideoShape(frames=121, height=1088, width=1920, fps=24.0))
+WORK = hq_work(VideoShape(frames=121, height=1088, width=1920, fps=24.0), OFFICIAL)
 HEAD = (
     "| card | host | mode | blocks streamed | text encoder | peak on the card | peak on the host "
     "| first video reads | each further one |",
@@ -50,7 +50,11 @@ def _cells(plan: Plan | None) -> str:
     if plan is None:
         return "does not fit | | | | | |"
     setup = plan.setup
-    blocks = "{} and {} of {}".format(*setup.streamed, plan.blocks[0]) if setup.mode == STREAM else "none"
+    blocks = (
+        "{} and {} of {}".format(*map(setup.streamed.get, OFFICIAL), plan.blocks[OFFICIAL[0]])
+        if setup.mode == STREAM
+        else "none"
+    )
     layered = setup.text in (LAYERS, LAYERS_FROM_FILE)
     reads = (f"{gigabytes(count)}, {seconds(count, DISK_RATE):.0f} s" for count in (plan.first_read, plan.next_read))
     return " | ".join(

@@ -25,7 +25,8 @@ from ltxpack.runtime import codecs
 from ltxpack.runtime.model import DiT, kernels
 from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.text import gemma as text
-from ltxpack.runtime.weights import modes, reading
+from ltxpack.runtime.weights import plan as planner
+from ltxpack.runtime.weights import reading
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
 FLAGS = (
@@ -261,7 +262,7 @@ def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.
     assert torch.equal(official.frames, tiled)
     assert not torch.equal(fast.frames, official.frames)
 
-    monkeypatch.setattr(modes, "tiling_within", lambda grid, *_: codecs.auto_tiling(*grid[1:]))
+    monkeypatch.setattr(planner, "tiling_within", lambda grid, *_: codecs.auto_tiling(*grid[1:]))
     again = make("a boat", decode="fast", **wide)
     assert torch.equal(again.frames, official.frames)
     assert notes.told[-1].startswith("decode fast: no larger tiles than the official ones fit, which are used: 2 tiles")

@@ -11,7 +11,7 @@ from runtime.golden_runs import Run, runs
 from safetensors import safe_open
 from support import Done, load, ltxpack, relative_l2
 
-from ltxpack.runtime.weights.modes import MODES
+from ltxpack.runtime.weights.plan import MODES
 
 BOUND = 1e-4
 # What --save-tensors calls it -> what the recording calls it.

@@ -13,7 +13,7 @@ from ltxpack.errors import printable
 if TYPE_CHECKING:
     from ltxpack.runtime.weights.commands import Wanted
     from ltxpack.runtime.weights.machine import Machine
-    from ltxpack.runtime.weights.modes import Plan
+    from ltxpack.runtime.weights.plan import Plan
     from ltxpack.runtime.weights.report import Command
     from ltxpack.runtime.weights.sizes import Model
 
@@ -43,6 +43,7 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
     """
     from ltxpack.materialize import parse_size
     from ltxpack.runtime.weights.advice import plan_or_refuse
+    from ltxpack.runtime.weights.commands import hq_work
     from ltxpack.runtime.weights.machine import this_machine
     from ltxpack.runtime.weights.report import to_json
 
@@ -50,8 +51,9 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
     sizes = (("--vram", vram), ("--ram", ram))
     machine = this_machine(*(None if size is None else parse_size(size, flag) for flag, size in sizes))
     wanted = _wanted(options)
-    model, commands = _overlay(overlay, wanted) if overlay is not None else _published(wanted)
-    found = plan_or_refuse(model, wanted.work, machine, wanted.residency)
+    stages, model, commands = _overlay(overlay, wanted) if overlay is not None else _published(wanted)
+    work = hq_work(wanted.shape, stages, wanted.steps, wanted.images, wanted.decode)
+    found = plan_or_refuse(model, work, machine, wanted.residency)
     if as_json:
         print_json(to_json(found, machine, rate, commands))
         return
@@ -63,26 +65,25 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
 def _wanted(options: dict[str, object]) -> Wanted:
     from ltxpack.runtime.sampling.shape import VideoShape
     from ltxpack.runtime.weights.commands import Wanted
-    from ltxpack.runtime.weights.modes import Work
 
-    sizes = (options[name] for name in ("num_frames", "height", "width", "fps"))
-    work = Work(VideoShape(*sizes), options["steps"], options["images"], options["decode"])  # type: ignore[arg-type]
-    work.shape.half()
+    shape = VideoShape(*(options[name] for name in ("num_frames", "height", "width", "fps")))  # type: ignore[arg-type]
+    shape.half()
     stages = str(options["stage1"]), str(options["stage2"])
-    return Wanted(work, str(options["dtype"]), str(options["residency"]), stages)
+    names = ("steps", "images", "decode", "dtype", "residency")
+    return Wanted(shape, *(options[name] for name in names), stages)  # type: ignore[arg-type,call-arg]
 
 
-def _published(wanted: Wanted) -> tuple[Model, list[Command]]:
+def _published(wanted: Wanted) -> tuple[tuple[str, str], Model, list[Command]]:
     from ltxpack.ltx23.published import published_configs, published_tensors
     from ltxpack.runtime.weights.commands import published_commands, published_stages
     from ltxpack.runtime.weights.sizes import model_of
 
     configs, stages = published_configs(), published_stages(wanted.stages)
     model = model_of(published_tensors(configs), configs, stages, wanted.dtype)
-    return model, published_commands(stages, wanted)
+    return stages, model, published_commands(stages, wanted)
 
 
-def _overlay(root: Path, wanted: Wanted) -> tuple[Model, list[Command]]:
+def _overlay(root: Path, wanted: Wanted) -> tuple[tuple[str, str], Model, list[Command]]:
     from ltxpack.runtime.overlay import Overlay
     from ltxpack.runtime.select import AUTO, choose
     from ltxpack.runtime.weights.commands import OFFICIAL, overlay_commands
@@ -94,17 +95,18 @@ def _overlay(root: Path, wanted: Wanted) -> tuple[Model, list[Command]]:
     else:
         choice = choose(opened.manifest, *wanted.stages, root)
         stages = choice.stage1, choice.stage2
-    return overlay_model(opened, stages, wanted.dtype), overlay_commands(opened, stages, wanted)
+    return stages, overlay_model(opened, stages, wanted.dtype), overlay_commands(opened, stages, wanted)
 
 
 def _say(overlay: Path | None, wanted: Wanted, machine: Machine, found: Plan, rate: int) -> None:
-    from ltxpack.runtime.weights.modes import AUTO
+    from ltxpack.runtime.weights.plan import AUTO
     from ltxpack.runtime.weights.report import decoding, lines, reading, seconds, table
 
-    shape = wanted.work.shape
+    shape = wanted.shape
     what = "the published LTX-2.3" if overlay is None else str(overlay)
+    stages = ", ".join(f"stage {n} {stage.transformer}" for n, stage in enumerate(found.work.stages, start=1))
     size = f"{shape.height}x{shape.width}, {shape.frames} frames, {wanted.dtype}"
-    click.echo(printable(f"{what}: stage 1 {found.stages[0]}, stage 2 {found.stages[1]}; {size}"))
+    click.echo(printable(f"{what}: {stages}; {size}"))
     if machine.card is None:
         click.echo("no NVIDIA card found: planned for the CPU (--vram plans for a card)")
     for line in (*lines(found, machine), reading(found, AUTO, machine), decoding(found), *table(found)):

@@ -41,9 +41,10 @@ from ltxpack.runtime.tuning import Tuning, heads_of, tune
 from ltxpack.runtime.video import Latents, Video
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.advice import check_mode, check_reads
+from ltxpack.runtime.weights.commands import hq_work
 from ltxpack.runtime.weights.device import known_fault, resolve_device
 from ltxpack.runtime.weights.keeper import Residency
-from ltxpack.runtime.weights.modes import Work
+from ltxpack.runtime.weights.plan import Work
 
 P = TypeVar("P", bound=torch.nn.Module)
 R = TypeVar("R")
@@ -98,8 +99,7 @@ class Pipeline:
         self.dtype = DTYPES[dtype]
         self.compile_blocks = compile_blocks
         self.reporter = reporter or SilentReporter()
-        stages = (self.choice.stage1, self.choice.stage2)
-        self.residency = Residency(self.overlay, self.device, self.dtype, residency, stages, self.reporter, reads)
+        self.residency = Residency(self.overlay, self.device, self.dtype, residency, self.reporter, reads)
         self.prompts = PromptEncoder(self.overlay, self.residency, cache)
         self.timings = Timings()
         self._closed = False
@@ -195,7 +195,7 @@ class Pipeline:
         self._check_open()
         self.timings = Timings()
         self._to_come -= 1
-        self._prepare([_work(request, self.prompts.ahead, once)])
+        self._prepare([self._work(request, self.prompts.ahead, once)])
         latents = self.within_memory(lambda: self.sample(request))
         return latents, *self.within_memory(lambda: self.decode_audio(latents.stage1.audio))
 
@@ -205,7 +205,7 @@ class Pipeline:
         begin = time.perf_counter()
         self._to_come = len(requests)
         together = len({request.prompts for request in requests})
-        self._prepare([_work(request, together) for request in requests])
+        self._prepare([self._work(request, together) for request in requests])
         self.within_memory(lambda: self._encode_ahead(requests))
         return time.perf_counter() - begin
 
@@ -241,7 +241,7 @@ class Pipeline:
         """Refuse a device that is too small, before anything is loaded; ``together`` videos' prompts are encoded at
         once. Raises DeviceError.
         """
-        self.residency.check(_work(request, together))
+        self.residency.check(self._work(request, together))
 
     @property
     def decoding(self) -> str:
@@ -424,14 +424,13 @@ class Pipeline:
         finally:
             self.reporter = before
 
+    def _work(self, request: Request, together: int = 1, once: bool = False) -> Work:
+        stages, images = (self.choice.stage1, self.choice.stage2), len(request.images)
+        return hq_work(request.shape, stages, request.steps, images, request.decode, max(1, together), once)
+
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this pipeline is closed", next="ltxpack.Pipeline.from_overlay(...) opens another")
-
-
-def _work(request: Request, together: int = 1, once: bool = False) -> Work:
-    shape, images = request.shape, len(request.images)
-    return Work(shape, request.steps, images, request.decode, prompts=max(1, together), once=once)
 
 
 def _out_of_memory(error: BaseException) -> str | None:

@@ -17,8 +17,6 @@ from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
 
 LATENT_CHANNELS = 128
 FLOAT32, FLOAT64 = 4, 8
-# The passes of a guided step, and the prompts they read; without guidance one of each.
-GUIDED, PLAIN = (3, 2), (1, 1)
 FEED_FORWARD = 4
 PROMPTS = 2
 COLOURS = 3
@@ -47,15 +45,15 @@ class Widths:
     sound: int
 
 
-def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, guided: bool, images: int) -> int:
-    """A forward of the DiT over all its passes, with the tables and states that live through a stage.
+def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, images: int) -> int:
+    """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
     At the feed-forward of the last pass: the stream, its normed and modulated copies, the two inner tensors of four
     widths; of each pass what goes in and comes out; of each prompt the attended states, the context and its keys
     and values.
     Appended keyframes are counted as one frame per image.
     """
-    passes, prompts = GUIDED if guided else PLAIN
+    prompts = min(passes, PROMPTS)
     tokens = shape.tokens + images * shape.tokens_per_frame
     held = 1 + 2 * FEED_FORWARD + 2 * passes + prompts + (1 if images else 0)
     states = held * (tokens * widths.video + shape.audio_length * widths.audio)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.files.source_file import READS
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights import modes
+from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.machine import Machine
-from ltxpack.runtime.weights.modes import Plan, Setup, Shortage, Work
+from ltxpack.runtime.weights.plan import Plan, Setup, Shortage, Work
 from ltxpack.runtime.weights.report import gigabytes
 from ltxpack.runtime.weights.sizes import Model
 
@@ -65,7 +64,7 @@ def after_shortage(setup: Setup, asked: str) -> str:
 def smaller_work(model: Model, work: Work, machine: Machine) -> Work | None:
     """The next smaller video that fits in some way: fewer frames first, then a smaller picture too."""
     for shape in _smaller_shapes(work.shape):
-        candidate = replace(work, shape=shape)
+        candidate = work.resized(shape)
         if modes.shortage(modes.smallest_plan(model, candidate), machine) is None:
             return candidate
     return None

@@ -11,7 +11,8 @@ from ltxpack.errors import UsageError
 from ltxpack.manifest import Bake
 from ltxpack.runtime.large_tiles import OFFICIAL as OFFICIAL_TILES
 from ltxpack.runtime.overlay import BASE, Overlay
-from ltxpack.runtime.weights.modes import AUTO, Work
+from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.weights.plan import AUTO, StageWork, Work
 from ltxpack.runtime.weights.report import Command
 
 PUBLISHED = "Lightricks/LTX-2.3"
@@ -26,10 +27,28 @@ USUAL_RULE = "fp32"
 class Wanted:
     """What a run is given beside its prompt; ``stages`` as typed."""
 
-    work: Work
+    shape: VideoShape
+    steps: int
+    images: int
+    decode: str
     dtype: str
     residency: str
     stages: tuple[str, str] = (AUTO, AUTO)
+
+
+def hq_work(
+    shape: VideoShape,
+    transformers: tuple[str, str],
+    steps: int = 15,
+    images: int = 0,
+    decode: str = OFFICIAL_TILES,
+    prompts: int = 1,
+    once: bool = False,
+) -> Work:
+    """The work of the HQ recipe: three passes at half the size, then one pass at the whole."""
+    first = StageWork(transformers[0], shape.half(), evaluations=2 * steps + 1, passes=3)
+    second = StageWork(transformers[1], shape, evaluations=2 * 3 + 1, passes=1)
+    return Work(shape, (first, second), images, decode, prompts, once)
 
 
 def published_stages(asked: tuple[str, str]) -> tuple[str, str]:
@@ -83,12 +102,11 @@ def _baked(root: Path, bake: Bake) -> str:
 
 
 def _run(root: Path, wanted: Wanted) -> str:
-    work, usual = wanted.work, (1088, 1920, 121, 24.0, 15, AUTO, AUTO, "bfloat16", AUTO, OFFICIAL_TILES)
-    shape = work.shape
-    sizes = (shape.height, shape.width, shape.frames, shape.fps, work.steps)
-    given = (*sizes, *wanted.stages, wanted.dtype, wanted.residency, work.decode)
+    shape, usual = wanted.shape, (1088, 1920, 121, 24.0, 15, AUTO, AUTO, "bfloat16", AUTO, OFFICIAL_TILES)
+    sizes = (shape.height, shape.width, shape.frames, shape.fps, wanted.steps)
+    given = (*sizes, *wanted.stages, wanted.dtype, wanted.residency, wanted.decode)
     flags = ("height", "width", "num-frames", "fps", "steps", "stage1", "stage2", "dtype", "residency", "decode")
     words = [f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
              for flag, value, default in zip(flags, given, usual, strict=True) if value != default]  # fmt: skip
-    images = ["--image FILE"] * work.images
+    images = ["--image FILE"] * wanted.images
     return " ".join([f'ltxpack run {shlex.quote(str(root))} --prompt "…"', *words, *images])

@@ -20,14 +20,15 @@ from ltxpack.manifest import FileRecord
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.large_tiles import FAST
 from ltxpack.runtime.overlay import BASE, Overlay
-from ltxpack.runtime.weights import advice, modes, report
+from ltxpack.runtime.weights import advice, report
+from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.background import Background, Stop
 from ltxpack.runtime.weights.cache_filler import CacheFiller
 from ltxpack.runtime.weights.copies import copies_to
 from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import Reader
-from ltxpack.runtime.weights.modes import Plan, Setup, Work
 from ltxpack.runtime.weights.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader, SpareMemory
+from ltxpack.runtime.weights.plan import Plan, Setup, Work
 from ltxpack.runtime.weights.reading import FileReader, no_stop
 from ltxpack.runtime.weights.sizes import BLOCKS, TEXT_ENCODER, TRANSFORMER, Model, overlay_model
 from ltxpack.runtime.weights.slots import MemorySource
@@ -53,8 +54,8 @@ class Load(Protocol[M_co]):
 
 
 class Residency:
-    """Lends the parts of ``overlay`` on ``device`` in ``dtype``. ``mode`` is ``auto`` or one of ``modes.MODES``;
-    ``stages`` names the transformers of both stages; ``reads`` is one of ``source_file.READS``.
+    """Lends the parts of ``overlay`` on ``device`` in ``dtype``. ``mode`` is ``auto`` or one of ``plan.MODES``;
+    ``reads`` is one of ``source_file.READS``.
 
     :meth:`prepare` makes the plan; without one a part is loaded when it is borrowed and dropped afterwards. Borrowed
     parts are for the block they are lent to. Not for several threads.
@@ -66,18 +67,17 @@ class Residency:
         device: torch.device,
         dtype: torch.dtype,
         mode: str = modes.AUTO,
-        stages: tuple[str, str] = (BASE, BASE),
         reporter: Reporter | None = None,
         reads: str = AUTO,
     ) -> None:
         self.overlay, self.device, self.dtype = overlay, device, dtype
-        self.mode, self.stages, self.reads = mode, stages, reads
+        self.mode, self.reads = mode, reads
         self.reporter = reporter or SilentReporter()
         self.plan: Plan | None = None
         self.load_seconds = 0.0
         self._filler: CacheFiller | None = None
         self._refused = self._refusal_told = False
-        self._model: Model | None = None
+        self._models: dict[tuple[str, ...], Model] = {}
         # Readers that nobody uses: their buffers stay pinned for the next load.
         self._idle: list[FileReader] = []
         self._spare = SpareMemory()
@@ -100,13 +100,15 @@ class Residency:
         """
         if not works:
             return self.plan
-        largest = max(works, key=lambda work: (work.shape.tokens, work.images, work.steps))
+        largest = max(
+            works, key=lambda work: (work.shape.tokens, work.images, sum(stage.evaluations for stage in work.stages))
+        )
         plan = self._plan_for(largest)
         if self.plan is None or plan.setup != self.plan.setup:
             self.close()
             machine = machine_of(self.device)
             if self.reads == AUTO:
-                self._filler = CacheFiller(self._files(), modes.cacheable(plan, machine))
+                self._filler = CacheFiller(self._files(plan.work), modes.cacheable(plan, machine))
             for line in (*report.lines(plan, machine), report.reading(plan, self.reads, machine)):
                 self.reporter.note(line)
             for line in report.table(plan):
@@ -184,17 +186,18 @@ class Residency:
         return advice.after_shortage(self.plan.setup if self.plan else UNPLANNED, self.mode)
 
     def _plan_for(self, work: Work) -> Plan:
-        model, machine = self._sizes(), machine_of(self.device, used=self.plan is not None)
+        model, machine = self._sizes(work), machine_of(self.device, used=self.plan is not None)
         if self.plan is not None:
             same = modes.fitting_plan(model, work, machine, self.plan.setup)
             if same is not None:
                 return same
         return advice.plan_or_refuse(model, work, machine, self.mode, str(self.device))
 
-    def _sizes(self) -> Model:
-        if self._model is None:
-            self._model = overlay_model(self.overlay, self.stages, DTYPE_NAMES[self.dtype])
-        return self._model
+    def _sizes(self, work: Work) -> Model:
+        names = work.transformers
+        if names not in self._models:
+            self._models[names] = overlay_model(self.overlay, names, DTYPE_NAMES[self.dtype])
+        return self._models[names]
 
     def _take(self, folder: Path, records: tuple[FileRecord, ...], load: Load[M]) -> Offloaded[M]:
         """The part from where it is kept, from what was loaded ahead, or loaded now."""
@@ -269,19 +272,21 @@ class Residency:
     def _of_text(self, setup: Setup) -> Placement:
         if setup.text == modes.WHOLE:
             return Placement()
-        count = len(self._sizes().parts[TEXT_ENCODER].blocks)
+        assert self.plan is not None
+        count = len(self._sizes(self.plan.work).parts[TEXT_ENCODER].blocks)
         return Placement(CARD, TEXT_BLOCKS[setup.text], BLOCKS[TEXT_ENCODER], frozenset(range(count)))
 
     def _of_stream(self, setup: Setup, folder: Path) -> Placement:
-        stage = next(i for i, name in enumerate(self.stages) if self.overlay.transformer_folder(name) == folder)
-        total, streamed = len(self._sizes().transformer(stage).blocks), setup.streamed[stage]
+        assert self.plan is not None
+        name = next(name for name in self.plan.blocks if self.overlay.transformer_folder(name) == folder)
+        total, streamed, held = self.plan.blocks[name], setup.streamed[name], setup.held.get(name, 0)
         kept = setup.weights == modes.KEPT
         return Placement(
             rest=MEMORY if kept else CARD,
             blocks=IN_STREAM[setup.weights],
             root=BLOCKS[TRANSFORMER],
             streamed=spread(streamed, total),
-            held=held_of(spread(streamed, total), setup.held[stage], total),
+            held=held_of(spread(streamed, total), held, total),
             keep=kept,
         )
 
@@ -297,10 +302,10 @@ class Residency:
         finally:
             self._idle.append(reader)
 
-    def _files(self) -> list[Path]:
+    def _files(self, work: Work) -> list[Path]:
         """The weights of a run; last those of the text encoder, which a known prompt does not need."""
-        names = sorted(self._sizes().parts, key=lambda name: name == TEXT_ENCODER)
-        records = [record for name in self.stages for record in self.overlay.transformer_records(name)]
+        names = sorted(self._sizes(work).parts, key=lambda name: name == TEXT_ENCODER)
+        records = [record for name in work.transformers for record in self.overlay.transformer_records(name)]
         records += [record for name in names for record in self.overlay.records(name)]
         return [self.overlay.root / record.path for record in records if record.path.endswith(WEIGHTS)]
 

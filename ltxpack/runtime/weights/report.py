@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,9 @@ from ltxpack.files.source_file import AUTO
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.large_tiles import FAST, OFFICIAL
 from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
-from ltxpack.runtime.weights import modes
+from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.machine import Machine
-from ltxpack.runtime.weights.modes import Plan, Setup
+from ltxpack.runtime.weights.plan import Plan
 
 WEIGHTS = {
     modes.KEPT: "both stages' weights stay in pinned host memory",
@@ -41,24 +41,37 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def described(setup: Setup, blocks: tuple[int, int]) -> str:
+def described(plan: Plan) -> str:
     """What stays where, in a sentence."""
+    setup = plan.setup
     if setup.mode == modes.RESIDENT:
-        parts = ["both transformers stay on the device"]
+        parts = [f"{_all_of(plan)} on the device"]
     elif setup.mode == modes.SWAP:
         parts = ["one transformer on the device at a time", WEIGHTS[setup.weights]]
     else:
-        counts = (f"{count} of {total} blocks" for count, total in zip(setup.streamed, blocks, strict=True))
         whence = "from pinned host memory" if setup.weights == modes.KEPT else WEIGHTS[setup.weights]
-        parts = ["{} of stage 1 and {} of stage 2 pass through two slots on the device".format(*counts), whence]
-        if any(setup.held):
-            held = "{} blocks of stage 1 and {} of stage 2 stay in pinned host memory between videos"
-            parts.append(held.format(*setup.held))
+        parts = [f"{_of_each(plan, setup.streamed, totals=True)} pass through two slots on the device", whence]
+        if any(setup.held.values()):
+            parts.append(f"{_of_each(plan, setup.held)} stay in pinned host memory between videos")
     if setup.keep_parts:
         parts.append("the small parts stay on the device")
     if TEXTS[setup.text]:
         parts.append(TEXTS[setup.text])
     return ", ".join(parts)
+
+
+def _all_of(plan: Plan) -> str:
+    return "both transformers stay" if len(plan.work.stages) > 1 else "the transformer stays"
+
+
+def _of_each(plan: Plan, counts: Mapping[str, int], totals: bool = False) -> str:
+    """``17 of 48 blocks of stage 1 and 27 of 48 of stage 2``."""
+    found = []
+    for number, stage in enumerate(plan.work.stages):
+        name, blocks = stage.transformer, "" if number and not totals else " blocks"
+        of = f" of {plan.blocks[name]}" if totals else ""
+        found.append(f"{counts.get(name, 0)}{of}{blocks} of stage {number + 1}")
+    return " and ".join(found) if len(found) < 3 else ", ".join(found[:-1]) + " and " + found[-1]
 
 
 def lines(plan: Plan, machine: Machine) -> list[str]:
@@ -71,7 +84,7 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
             f"{gigabytes(plan.card)} of the {gigabytes(machine.card)} of the card, "
             f"{gigabytes(plan.host)} of the {gigabytes(machine.host)} of the host"
         )
-    return [f"residency {plan.mode}: {described(plan.setup, plan.blocks)}", f"peak memory planned: {memory}"]
+    return [f"residency {plan.mode}: {described(plan)}", f"peak memory planned: {memory}"]
 
 
 def reading(plan: Plan, asked: str, machine: Machine) -> str:
@@ -122,17 +135,21 @@ def seconds(count: int, disk_rate: int) -> float:
 def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Command]) -> dict[str, Any]:
     """The document of ``ltxpack plan --json``; schemas/plan.schema.json describes it. All sizes in bytes."""
     setup = plan.setup
+
+    def by_stage(counts: Mapping[str, int]) -> list[int]:
+        return [counts.get(stage.transformer, 0) for stage in plan.work.stages]
+
     return {
         "mode": plan.mode,
-        "description": described(setup, plan.blocks),
-        "stages": list(plan.stages),
+        "description": described(plan),
+        "stages": [stage.transformer for stage in plan.work.stages],
         "setup": {
             "small_parts_stay": setup.keep_parts,
             "weights": setup.weights,
             "text_encoder": setup.text,
-            "blocks": list(plan.blocks),
-            "streamed_blocks": list(setup.streamed),
-            "held_blocks": list(setup.held),
+            "blocks": by_stage(plan.blocks),
+            "streamed_blocks": by_stage(setup.streamed),
+            "held_blocks": by_stage(setup.held),
         },
         "decode": decoding(plan),
         "machine": {"card": machine.card, "host": machine.host},

@@ -54,34 +54,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Model:
-    """An overlay's parts by component, the transformer of each stage, and the widths activations follow.
-
-    ``stages`` are the transformers' names; two stages with one name share its weights.
-    """
+    """An overlay's parts by component, its transformers by name, and the widths activations follow."""
 
     parts: Mapping[str, Part]
-    stages: tuple[str, str]
     transformers: Mapping[str, Part]
     widths: Widths
     itemsize: int
-
-    def transformer(self, stage: int) -> Part:
-        """The transformer of stage 0 or 1."""
-        return self.transformers[self.stages[stage]]
 
     @property
     def small(self) -> int:
         """All parts but text encoder and transformers, in memory."""
         return sum(self.parts[name].total for name in SMALL_PARTS)
 
-    @property
-    def all_transformers(self) -> int:
-        """Every transformer once, in memory."""
-        return sum(part.total for part in self.transformers.values())
 
+def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> Model:
+    """The sizes of ``overlay`` with the transformers ``names``, from its files' headers.
 
-def overlay_model(overlay: Overlay, stages: tuple[str, str], dtype: str) -> Model:
-    """The sizes of ``overlay``, from its files' headers. A bake that is not there is taken to be like the base.
+    A bake that is not there is taken to be like the base.
 
     Raises OverlayError, FormatError.
     """
@@ -91,23 +80,23 @@ def overlay_model(overlay: Overlay, stages: tuple[str, str], dtype: str) -> Mode
         name: _of_files(overlay.root, name, overlay.records(name), itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)
     }
     transformers = {}
-    for name in stages:
+    for name in names:
         known = name if name in overlay.manifest.bakes else BASE
         transformers[name] = _of_files(overlay.root, TRANSFORMER, overlay.transformer_records(known), itemsize)
-    return Model(parts, stages, transformers, read_widths(configs, overlay.root), itemsize)
+    return Model(parts, transformers, read_widths(configs, overlay.root), itemsize)
 
 
 def model_of(
     tensors: Mapping[str, Iterable[Tensor]],
     configs: Mapping[str, Mapping[str, Any]],
-    stages: tuple[str, str],
+    names: Iterable[str],
     dtype: str,
 ) -> Model:
-    """The sizes of an overlay that would hold ``tensors`` by component, every bake like the base."""
+    """The sizes of an overlay that would hold ``tensors`` by component; all of its transformers ``names`` are alike."""
     itemsize = DTYPES[dtype]
     parts = {name: part_of(name, tensors[name], itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)}
     transformer = part_of(TRANSFORMER, tensors[TRANSFORMER], itemsize)
-    return Model(parts, stages, dict.fromkeys(stages, transformer), read_widths(configs, Path()), itemsize)
+    return Model(parts, dict.fromkeys(names, transformer), read_widths(configs, Path()), itemsize)
 
 
 def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: int | None = None) -> Part:

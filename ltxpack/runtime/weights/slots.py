@@ -19,7 +19,7 @@ from ltxpack.errors import LtxpackError
 from ltxpack.files.source_file import CACHED
 from ltxpack.runtime.weights.copies import Copies, HostMemory, Mark
 from ltxpack.runtime.weights.load import Stored
-from ltxpack.runtime.weights.modes import SLOTS
+from ltxpack.runtime.weights.plan import SLOTS
 from ltxpack.runtime.weights.reading import Arrival, FileReader
 from ltxpack.runtime.weights.sizes import aligned
 

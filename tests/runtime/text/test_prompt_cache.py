@@ -30,8 +30,8 @@ from ltxpack.runtime.text import encode
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache, batch_key, cache_root, parse_limit
+from ltxpack.runtime.weights.commands import hq_work
 from ltxpack.runtime.weights.keeper import Residency
-from ltxpack.runtime.weights.modes import Work
 
 DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -407,7 +407,7 @@ def test_hidden_states_beyond_the_host_take_another_turn(
 def test_the_plan_says_how_many_hidden_states_wait_on_the_host(room: int, demo: Path, loads: list[str]) -> None:
     batches = [(f"boat {number}", "rain") for number in range(4)]
     ahead = encoder(demo, None)
-    plan = ahead.residency.prepare([Work(VideoShape(9, 64, 64, 24.0), prompts=len(batches))])
+    plan = ahead.residency.prepare([hq_work(VideoShape(9, 64, 64, 24.0), ("base", "base"), prompts=len(batches))])
     assert plan is not None and plan.hidden > 0
     root = demo / "overlay"
     gemma = text.load_text_encoder(root / "text_encoder", CPU, torch.float32)

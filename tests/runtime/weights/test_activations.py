@@ -112,7 +112,7 @@ def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype)
         model.passes(passes)
         del noisy
 
-    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, guided=stage == 1, images=images)
+    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, passes=3 if stage == 1 else 1, images=images)
     check(planned, peak_of(forward))
 
 
@@ -248,7 +248,7 @@ def test_small_phases(shape: VideoShape, dtype: torch.dtype) -> None:
 def test_planning_needs_no_torch() -> None:
     code = (
         "import sys, ltxpack.ltx23.published\n"
-        "from ltxpack.runtime.weights import advice, commands, machine, modes, report, sizes\n"
+        "from ltxpack.runtime.weights import advice, commands, machine, plan, report, sizes\n"
         "assert not {'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,19 +17,22 @@ from ltxpack.ltx23.releases import RELEASES
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.tiles import Tiles, auto_tiling
-from ltxpack.runtime.weights import advice, load, modes, reading, report, sizes
+from ltxpack.runtime.weights import advice, load, reading, report, sizes
+from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.activations import HIDDEN_BYTES, Widths, hidden_states
 from ltxpack.runtime.weights.activations import contexts as contexts_of
-from ltxpack.runtime.weights.commands import OFFICIAL
+from ltxpack.runtime.weights.commands import OFFICIAL, hq_work
 from ltxpack.runtime.weights.machine import CONTEXT, Machine, this_machine
-from ltxpack.runtime.weights.modes import MODES, Plan, Setup, Work
+from ltxpack.runtime.weights.plan import MODES, Plan, Setup, Work
 from ltxpack.runtime.weights.sizes import Model, Part
 
 GB = 10**9
 CONFIGS = published_configs()
 TENSORS = published_tensors(CONFIGS)
 MODEL = sizes.model_of(TENSORS, CONFIGS, OFFICIAL, "bfloat16")
-WORK = Work(VideoShape(121, 1088, 1920, 24.0))
+WORK = hq_work(VideoShape(121, 1088, 1920, 24.0), OFFICIAL)
+FIRST, SECOND = OFFICIAL
+ALONE = hq_work(WORK.shape, ("base", "base"))
 # The card's memory in GB -> the mode at the default video.
 CARDS = {24: "stream", 32: "stream", 48: "swap", 80: "swap", 141: "resident"}
 
@@ -52,14 +55,14 @@ def test_the_published_checkpoint_is_counted_to_its_last_tensor() -> None:
 
 
 def test_parts_of_the_published_model() -> None:
-    transformer = MODEL.transformer(0)
+    transformer = MODEL.transformers[FIRST]
     assert len(transformer.blocks) == 48 and len(set(transformer.blocks)) == 1
     assert sum(transformer.blocks) == pytest.approx(37.12e9, rel=1e-3)
     assert transformer.total == pytest.approx(2 * 18.989e9, rel=1e-3)
     assert len(MODEL.parts["text_encoder"].blocks) == 48
     assert MODEL.parts["vocoder"].total == 2 * MODEL.parts["vocoder"].stored
     doubled = sizes.model_of(TENSORS, CONFIGS, OFFICIAL, "float32")
-    assert doubled.transformer(0).total == pytest.approx(2 * transformer.total, rel=1e-5)
+    assert doubled.transformers[FIRST].total == pytest.approx(2 * transformer.total, rel=1e-5)
     assert doubled.parts["vocoder"].total == MODEL.parts["vocoder"].total
 
 
@@ -98,11 +101,11 @@ def test_auto_fills_the_card_with_blocks_and_stream_alone_takes_least() -> None:
     machine = card(24)
     auto, least = (modes.best_plan(MODEL, WORK, machine, mode) for mode in ("auto", "stream"))
     assert auto is not None and least is not None
-    assert least.setup.streamed == (48, 48)
-    first, second = auto.setup.streamed
+    assert least.setup.streamed == {FIRST: 48, SECOND: 48}
+    first, second = auto.setup.streamed[FIRST], auto.setup.streamed[SECOND]
     assert 3 <= first < second < 48
     assert least.card < auto.card
-    one_less = modes.plan_for(MODEL, WORK, replace(auto.setup, streamed=(first - 1, second)))
+    one_less = modes.plan_for(MODEL, WORK, replace(auto.setup, streamed={FIRST: first - 1, SECOND: second}))
     assert not fits(one_less, machine)
 
 
@@ -111,7 +114,7 @@ def test_images_and_longer_videos_take_more() -> None:
         plan = modes.smallest_plan(MODEL, work)
         return next(phase.card for phase in plan.phases if phase.name == "stage 2")
 
-    longer = Work(VideoShape(241, 1088, 1920, 24.0))
+    longer = hq_work(VideoShape(241, 1088, 1920, 24.0), OFFICIAL)
     assert second_stage(WORK) < second_stage(replace(WORK, images=1)) < second_stage(longer)
     assert any(phase.name == "images" for phase in modes.smallest_plan(MODEL, replace(WORK, images=1)).phases)
 
@@ -154,13 +157,13 @@ def test_a_mode_that_does_not_fit_names_the_one_that_does() -> None:
 
 
 def test_a_card_for_no_mode_gets_a_smaller_video_that_fits() -> None:
-    work = Work(VideoShape(721, 1088, 1920, 24.0))
+    work = hq_work(VideoShape(721, 1088, 1920, 24.0), OFFICIAL)
     machine = card(16)
     with pytest.raises(DeviceError) as caught:
         advice.plan_or_refuse(MODEL, work, machine, "auto")
     words = caught.value.next.split()
     flags = {name: int(words[words.index(name) + 1].strip(",")) for name in ("--height", "--width", "--num-frames")}
-    smaller = Work(VideoShape(flags["--num-frames"], flags["--height"], flags["--width"], 24.0))
+    smaller = hq_work(VideoShape(flags["--num-frames"], flags["--height"], flags["--width"], 24.0), OFFICIAL)
     assert modes.best_plan(MODEL, smaller, machine) is not None
     with pytest.raises(DeviceError, match="a card with more memory"):
         advice.plan_or_refuse(MODEL, work, card(8), "auto")
@@ -197,15 +200,15 @@ def test_without_a_card_both_share_the_host() -> None:
 
 
 def test_two_stages_of_one_transformer_hold_it_once() -> None:
-    model = replace(MODEL, stages=("base", "base"), transformers={"base": MODEL.transformer(0)})
-    resident = modes.plan_for(model, WORK, Setup("resident"))
+    model = replace(MODEL, transformers={"base": MODEL.transformers[FIRST]})
+    resident = modes.plan_for(model, ALONE, Setup("resident"))
     assert modes.plan_for(MODEL, WORK, Setup("resident")).card - resident.card == pytest.approx(38 * GB, rel=0.01)
-    filled = modes.best_plan(model, WORK, card(24))
-    assert filled is not None and len(set(filled.setup.streamed)) == 1
+    filled = modes.best_plan(model, ALONE, card(24))
+    assert filled is not None and list(filled.setup.streamed) == ["base"]
 
 
 def test_after_memory_ran_out_a_smaller_mode_is_named() -> None:
-    chain = [Setup("resident"), Setup("swap"), Setup("stream", streamed=(3, 3))]
+    chain = [Setup("resident"), Setup("swap"), Setup("stream", streamed={FIRST: 3, SECOND: 3})]
     found = [advice.after_shortage(setup, "auto") for setup in chain]
     assert ["swap" in found[0], "stream" in found[1], "stream" in found[2]] == [True] * 3
     assert "--num-frames" in advice.after_shortage(chain[2], "stream")
@@ -226,9 +229,9 @@ def test_what_is_read_from_disk() -> None:
     assert with_image.first_read == swap.first_read + MODEL.parts["vae"].stored
     kept = modes.plan_for(MODEL, WORK, Setup("swap", weights="kept"))
     assert kept.next_read == swap.next_read - transformers
-    streamed = modes.plan_for(MODEL, WORK, Setup("stream", weights="file", streamed=(48, 48)))
-    passes = sum(WORK.evaluations)
-    blocks = sum(MODEL.transformer(0).blocks) / MODEL.transformer(0).total
+    streamed = modes.plan_for(MODEL, WORK, Setup("stream", weights="file", streamed={FIRST: 48, SECOND: 48}))
+    passes = sum(stage.evaluations for stage in WORK.stages)
+    blocks = sum(MODEL.transformers[FIRST].blocks) / MODEL.transformers[FIRST].total
     assert streamed.first_read - swap.first_read == pytest.approx(passes * blocks * transformers / 2, rel=1e-6)
 
 
@@ -282,14 +285,15 @@ def test_without_a_card_the_page_cache_shares_the_host_with_everything() -> None
 def test_blocks_stay_on_the_host_between_videos_as_far_as_it_goes() -> None:
     machine = card(24, 64)
     plan = best(WORK, machine)
-    first, second = plan.setup.held
-    assert plan.setup.weights == "blocks" and first == plan.setup.streamed[0] and 0 < second <= plan.setup.streamed[1]
-    block = MODEL.transformer(0).largest
+    first, second = plan.setup.held[FIRST], plan.setup.held[SECOND]
+    assert plan.setup.weights == "blocks" and first == plan.setup.streamed[FIRST]
+    assert 0 < second <= plan.setup.streamed[SECOND]
+    block = MODEL.transformers[FIRST].largest
     assert plan.first_read - plan.next_read == pytest.approx((first + second) * block, rel=1e-3)
     assert plan.next_read < 0.7 * plan.first_read
     room = machine.host - plan.host
     assert modes.HELD_MARGIN <= room < modes.HELD_MARGIN + block
-    without = modes.plan_for(MODEL, WORK, replace(plan.setup, held=(0, 0)))
+    without = modes.plan_for(MODEL, WORK, replace(plan.setup, held={}))
     assert text_phase(plan).host - text_phase(without).host == (first + second) * block
     # Streamed blocks of a stage that are held need no second place while it runs.
     stage = {p.name: p.host for p in plan.phases}["stage 1"]
@@ -298,37 +302,39 @@ def test_blocks_stay_on_the_host_between_videos_as_far_as_it_goes() -> None:
 
 def test_with_still_more_memory_the_others_are_held_too() -> None:
     setup = best(WORK, card(32, 64)).setup
-    assert setup.held[0] == 48 and setup.streamed[1] < setup.held[1] < 48
+    assert setup.held[FIRST] == 48 and setup.streamed[SECOND] < setup.held[SECOND] < 48
     assert best(WORK, card(32, 128)).setup.weights == "kept"
 
 
 def test_for_one_video_nothing_is_held_that_is_read_once() -> None:
     once = replace(WORK, once=True)
-    assert best(once, card(24, 64)).setup.held == best(once, card(32, 64)).setup.held == (0, 0)
+    assert best(once, card(24, 64)).setup.held == best(once, card(32, 64)).setup.held == {}
 
 
 def test_what_would_be_read_at_every_step_is_held_even_for_one_video() -> None:
     plan = best(replace(WORK, once=True), card(24, 22))
     assert plan.setup.weights == "file"
-    first, second = plan.setup.held
-    assert 0 < first < plan.setup.streamed[0] and second == 0
-    without = modes.plan_for(MODEL, WORK, replace(plan.setup, held=(0, 0)))
-    saved = WORK.evaluations[0] * first * MODEL.transformer(0).largest
+    first = plan.setup.held[FIRST]
+    assert 0 < first < plan.setup.streamed[FIRST] and plan.setup.held[SECOND] == 0
+    without = modes.plan_for(MODEL, WORK, replace(plan.setup, held={}))
+    saved = WORK.evaluations(FIRST) * first * MODEL.transformers[FIRST].largest
     assert without.first_read - plan.first_read == pytest.approx(saved, rel=1e-3)
 
 
 def test_two_stages_of_one_transformer_hold_its_blocks_once() -> None:
-    model = replace(MODEL, stages=("base", "base"), transformers={"base": MODEL.transformer(0)})
-    plan = modes.best_plan(model, WORK, card(24, 40))
+    model = replace(MODEL, transformers={"base": MODEL.transformers[FIRST]})
+    plan = modes.best_plan(model, ALONE, card(24, 40))
     assert plan is not None and plan.setup.weights == "blocks"
-    first, second = plan.setup.held
-    assert first == second > 0
-    without = modes.plan_for(model, WORK, replace(plan.setup, held=(0, 0)))
-    assert text_phase(plan).host - text_phase(without).host == first * MODEL.transformer(0).largest
+    first = plan.setup.held["base"]
+    assert first > 0
+    without = modes.plan_for(model, ALONE, replace(plan.setup, held={}))
+    assert text_phase(plan).host - text_phase(without).host == first * MODEL.transformers[FIRST].largest
     for ram in range(12, 70):
         for once in (False, True):
-            found = modes.best_plan(model, replace(WORK, once=once), card(24, ram))
-            assert found is not None and found.setup.held[0] <= (found.setup.streamed[0] if once else 48)
+            found = modes.best_plan(model, replace(ALONE, once=once), card(24, ram))
+            assert found is not None and found.setup.held.get("base", 0) <= (
+                found.setup.streamed["base"] if once else 48
+            )
 
 
 @pytest.mark.parametrize("vram", [16, 24, 40])
@@ -394,7 +400,7 @@ def test_where_no_larger_tiles_fit_the_official_ones_are_used_and_told() -> None
 @settings(max_examples=60, deadline=None)
 @given(vram=st.integers(8, 140), blocks=st.integers(1, 40), seconds=st.integers(1, 20))
 def test_fast_tiles_fit_whatever_the_size(vram: int, blocks: int, seconds: int) -> None:
-    work = Work(VideoShape(24 * seconds + 1, 64 * blocks, 64 * (blocks + 3), 24.0), decode="fast")
+    work = hq_work(VideoShape(24 * seconds + 1, 64 * blocks, 64 * (blocks + 3), 24.0), OFFICIAL, decode="fast")
     machine = card(vram)
     plan = modes.best_plan(MODEL, work, machine)
     if plan is not None:

@@ -40,9 +40,10 @@ from ltxpack.runtime.pipeline import Pipeline, Timings
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.weights import advice, copies, keeper, machine, modes, offload, reading, slots
+from ltxpack.runtime.weights import advice, copies, keeper, machine, offload, reading, slots
+from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.load import read_headers
-from ltxpack.runtime.weights.modes import Setup
+from ltxpack.runtime.weights.plan import Setup
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -197,7 +198,8 @@ def test_a_video_of_full_size(overlay: Path, card: Card, tmp_path: Path, monkeyp
 
 
 # Every place for weights there is; half of the blocks streamed, where some are.
-SOME, HELD = (3, 2), (1, 3)
+STAGES = ("distilled-0.25", "distilled-0.5")
+SOME, HELD = (dict(zip(STAGES, counts, strict=True)) for counts in ((3, 2), (1, 3)))
 SETUPS = {
     "swap, the next read ahead": Setup("swap", True, modes.STAGED),
     "swap, kept": Setup("swap", True, modes.KEPT),

@@ -32,15 +32,25 @@ from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights import keeper, machine, modes, reading, slots
+from ltxpack.runtime.weights import keeper, machine, reading, slots
+from ltxpack.runtime.weights import plan as modes
+from ltxpack.runtime.weights.commands import hq_work
 from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.load import read_headers
-from ltxpack.runtime.weights.modes import Setup, Work
+from ltxpack.runtime.weights.plan import Setup
 
 CPU = torch.device("cpu")
 SHAPE = VideoShape(9, 64, 64, 24.0)
 STAGES = ("distilled-0.25", "distilled-0.5")
+WORK = hq_work(SHAPE, STAGES)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def each(first: int, second: int) -> dict[str, int]:
+    """So many of both transformers."""
+    return dict(zip(STAGES, (first, second), strict=True))
+
+
 # Every value of every field, and the combinations that auto would choose.
 SETUPS = (
     Setup("resident", keep_parts=True),
@@ -48,11 +58,11 @@ SETUPS = (
     Setup("swap"),
     Setup("swap", keep_parts=True, weights="kept"),
     Setup("swap", weights="staged", text="layers"),
-    Setup("stream", weights="kept", text="layers", streamed=(2, 1)),
-    Setup("stream", weights="blocks", text="layers from file", streamed=(1, 2)),
-    Setup("stream", weights="file", text="layers from file", streamed=(2, 2)),
-    Setup("stream", weights="blocks", streamed=(1, 1), held=(2, 1)),
-    Setup("stream", weights="file", streamed=(2, 2), held=(1, 0)),
+    Setup("stream", weights="kept", text="layers", streamed=each(2, 1)),
+    Setup("stream", weights="blocks", text="layers from file", streamed=each(1, 2)),
+    Setup("stream", weights="file", text="layers from file", streamed=each(2, 2)),
+    Setup("stream", weights="blocks", streamed=each(1, 1), held=each(2, 1)),
+    Setup("stream", weights="file", streamed=each(2, 2), held=each(1, 0)),
 )
 HELD = SETUPS[8:]
 setups = pytest.mark.parametrize("setup", SETUPS, ids=lambda s: "-".join((s.mode, s.weights, s.text)))
@@ -114,7 +124,7 @@ def pipeline(overlay: Path, reporter: Any = None, **options: Any) -> Pipeline:
 
 def video(make: Pipeline, wanted: Request, codecs: bool = True) -> dict[str, Tensor]:
     """The latents of both stages; with ``codecs`` also the sound and the frames."""
-    make.residency.prepare([Work(wanted.shape, wanted.steps)])
+    make.residency.prepare([hq_work(wanted.shape, STAGES, wanted.steps)])
     latents = make.sample(wanted)
     found = {
         "stage1.video": latents.stage1.video,
@@ -158,7 +168,9 @@ def test_every_way_to_run_gives_the_same_bits_twice(
             assert same(video(make, request(), codecs), reference(demo / "overlay"))
         assert make.residency.plan is not None and make.residency.plan.setup == setup
     layers = 0 if setup.text == "whole" else TEXT_LAYERS
-    assert [count for count in streamed if count] == 2 * [count for count in (layers, *setup.streamed) if count]
+    assert [count for count in streamed if count] == 2 * [
+        count for count in (layers, *setup.streamed.values()) if count
+    ]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltxpack")]
 
 
@@ -176,7 +188,7 @@ def test_past_the_page_cache_the_same_bits(
     force(setup)
     notes = Notes()
     with pipeline(demo / "overlay", notes, reads="direct") as make:
-        make.residency.prepare([Work(SHAPE)])
+        make.residency.prepare([WORK])
         asked.clear()
         for _ in range(2):
             assert same(video(make, request(), codecs=False), expected)
@@ -244,7 +256,7 @@ def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Setup], None]
     for setup, stays in ((SETUPS[0], True), (SETUPS[3], True), (SETUPS[5], True), (SETUPS[2], False)):
         force(setup)
         with pipeline(root) as make:
-            make.residency.prepare([Work(SHAPE)])
+            make.residency.prepare([WORK])
             make.sample(request())
             assert transformers <= set(read_files)
             read_files.clear()
@@ -284,7 +296,7 @@ def test_only_what_is_not_held_is_read_again(
         read_bytes.clear()
         assert same(video(make, request(), codecs=False), first)
         held = {folder: sorted(make.residency._held.get(folder, {})) for folder in folders}
-    assert [len(numbers) for numbers in held.values()] == list(setup.held)
+    assert [len(numbers) for numbers in held.values()] == list(setup.held.values())
     for folder in folders:
         sizes, read = block_sizes(folder), read_bytes[folder / WEIGHTS]
         if held[folder]:
@@ -327,7 +339,7 @@ def test_what_is_held_is_given_back(demo: Path, force: Callable[[Setup], None]) 
     video(make, request(), codecs=False)
     memories = [weakref.ref(source.memory) for held in make.residency._held.values() for source in held.values()]
     gc.collect()
-    assert len(memories) == sum(HELD[0].held) and all(memory() is not None for memory in memories)
+    assert len(memories) == sum(HELD[0].held.values()) and all(memory() is not None for memory in memories)
     make.close()
     gc.collect()
     assert all(memory() is None for memory in memories)
@@ -359,12 +371,12 @@ def test_every_file_is_read_once_a_load(demo: Path, force: Callable[[Setup], Non
 class TestBorrowing:
     @pytest.fixture
     def residency(self, demo: Path) -> Iterator[Residency]:
-        found = Residency(Overlay.open(demo / "overlay"), CPU, torch.float32, "auto", STAGES)
+        found = Residency(Overlay.open(demo / "overlay"), CPU, torch.float32, "auto")
         yield found
         found.close()
 
     def planned(self, residency: Residency, setup: Setup) -> Residency:
-        residency.plan = modes.plan_for(residency._sizes(), Work(SHAPE), setup)
+        residency.plan = modes.plan_for(residency._sizes(WORK), WORK, setup)
         return residency
 
     def transformer(self, residency: Residency, stage: int = 0) -> tuple[Path, Any]:
@@ -516,8 +528,8 @@ def test_a_changed_shard_is_refused_and_never_used(
     path.unlink()
     path.write_bytes(content)
     opened = Overlay.open(overlay)
-    residency = Residency(opened, CPU, torch.float32, "auto", STAGES)
-    residency.plan = modes.plan_for(residency._sizes(), Work(SHAPE), setup)
+    residency = Residency(opened, CPU, torch.float32, "auto")
+    residency.plan = modes.plan_for(residency._sizes(WORK), WORK, setup)
     from ltxpack.runtime import codecs
     from ltxpack.runtime.text import gemma as text
 
@@ -541,7 +553,7 @@ class TestPlans:
         notes = Notes()
         with pipeline(demo / "overlay", notes, residency="stream") as make:
             for frames in (17, 9, 9):
-                make.residency.prepare([Work(VideoShape(frames, 64, 64, 24.0), 2)])
+                make.residency.prepare([hq_work(VideoShape(frames, 64, 64, 24.0), STAGES, 2)])
         assert [note.split(":")[0] for note in notes.notes] == [
             "residency stream",
             "peak memory planned",
@@ -550,7 +562,7 @@ class TestPlans:
 
     def test_the_largest_of_many_videos_counts(self, demo: Path) -> None:
         with pipeline(demo / "overlay") as make:
-            works = [Work(VideoShape(frames, 64, 64, 24.0)) for frames in (9, 121, 17)]
+            works = [hq_work(VideoShape(frames, 64, 64, 24.0), STAGES) for frames in (9, 121, 17)]
             plan, alone = make.residency.prepare(works), make.residency._plan_for(works[1])
         assert plan.card == alone.card
 
@@ -568,7 +580,7 @@ class TestPlans:
     def test_a_system_that_does_not_say_is_not_asked(self, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machine, "free_host", lambda: 0)
         with pipeline(demo / "overlay") as make:
-            assert make.residency.prepare([Work(SHAPE)]).mode == "resident"
+            assert make.residency.prepare([WORK]).mode == "resident"
 
     @pytest.mark.parametrize(("mode", "word"), [("resident", "swap"), ("swap", "stream"), ("stream", "--num-frames")])
     def test_out_of_memory_names_what_to_do_instead(

@@ -7,8 +7,8 @@ the first that fits is taken.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from ltxpack.runtime.large_tiles import FAST, OFFICIAL, tiling_within
@@ -17,7 +17,7 @@ from ltxpack.runtime.tiles import Tiling, auto_tiling
 from ltxpack.runtime.weights import activations
 from ltxpack.runtime.weights.activations import HIDDEN_BYTES
 from ltxpack.runtime.weights.machine import Machine
-from ltxpack.runtime.weights.sizes import TEXT_ENCODER, Model
+from ltxpack.runtime.weights.sizes import TEXT_ENCODER, Model, Part
 
 RESIDENT, SWAP, STREAM, AUTO = "resident", "swap", "stream", "auto"
 MODES = (RESIDENT, SWAP, STREAM)
@@ -46,50 +46,72 @@ SLACK, SLACK_SHARE = 300_000_000, 0.1
 # Host memory left alone by what lies there only because there is room: blocks between videos, files in the page cache,
 # hidden states.
 HELD_MARGIN, CACHE_MARGIN, HIDDEN_MARGIN = 4_000_000_000, 4_000_000_000, 2_000_000_000
-STAGE2_STEPS = 3
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage: the name of its transformer, the shape it samples, how often each block is evaluated, and how many
+    passes of guidance one evaluation has. Two stages may name one transformer.
+    """
+
+    transformer: str
+    shape: VideoShape
+    evaluations: int
+    passes: int
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: a video's shape, the steps of stage 1, the number of images it is conditioned on, and the
-    tiles it is decoded in.
+    """What is asked for: a video's shape, its stages, the number of images it is conditioned on, and the tiles it is
+    decoded in.
 
-    ``prompts``: how many videos' prompts are encoded together, their contexts waiting on the host. ``once``: no other
+    ``prompts``: how many videos' prompts are encoded together; their contexts wait on the host. ``once``: no other
     video follows, so that nothing is kept for one.
     """
 
     shape: VideoShape
-    steps: int = 15
+    stages: tuple[StageWork, ...]
     images: int = 0
     decode: str = OFFICIAL
     prompts: int = 1
     once: bool = False
 
     @property
-    def stages(self) -> tuple[VideoShape, VideoShape]:
-        """The shape of each stage."""
-        return self.shape.half(), self.shape
+    def transformers(self) -> tuple[str, ...]:
+        """The names of the transformers, each once, in the order of their first stage."""
+        return tuple(dict.fromkeys(stage.transformer for stage in self.stages))
 
-    @property
-    def evaluations(self) -> tuple[int, int]:
-        """How often each stage's blocks are passed through; all passes of guidance go together."""
-        return 2 * self.steps + 1, 2 * STAGE2_STEPS + 1
+    def evaluations(self, transformer: str) -> int:
+        """How often each block of ``transformer`` is evaluated for one video."""
+        return sum(stage.evaluations for stage in self.stages if stage.transformer == transformer)
+
+    def resized(self, shape: VideoShape) -> Work:
+        """The same for a video of ``shape``, each stage in proportion. Raises UsageError where a stage has no size."""
+
+        def resize(stage: VideoShape) -> VideoShape:
+            height, width = (
+                stage.height * shape.height // self.shape.height,
+                stage.width * shape.width // self.shape.width,
+            )
+            return VideoShape(shape.frames, height, width, shape.fps)
+
+        return replace(self, shape=shape, stages=tuple(replace(one, shape=resize(one.shape)) for one in self.stages))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run. ``streamed``: how many of each stage's blocks pass through the slots; the others stay.
+    """One way to run. ``streamed``: how many of each transformer's blocks pass through the slots; the others stay.
 
     ``held``: how many of them stay in pinned host memory between videos where not all do, streamed ones first; the
-    rest of a transformer is read again.
+    rest of a transformer is read again. A transformer that is not named has none.
     """
 
     mode: str
     keep_parts: bool = False
     weights: str = DISK
     text: str = WHOLE
-    streamed: tuple[int, int] = (0, 0)
-    held: tuple[int, int] = (0, 0)
+    streamed: Mapping[str, int] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ class Phase:
 @dataclass(frozen=True)
 class Plan:
     """A way to run ``work`` and what it takes. ``first_read`` and ``next_read``: bytes read from disk for the first
-    video, and for each further one with another prompt.
+    video, and for each further one with another prompt. ``blocks``: how many each transformer has.
 
     ``tiling`` is what the video is decoded in; ``hidden`` the bytes of hidden states that may wait on the host for the
     connectors, beside those of the prompts under way.
@@ -126,8 +148,7 @@ class Plan:
     phases: tuple[Phase, ...]
     first_read: int
     next_read: int
-    stages: tuple[str, str]
-    blocks: tuple[int, int]
+    blocks: Mapping[str, int]
     tiling: Tiling
     hidden: int
 
@@ -150,7 +171,7 @@ class Plan:
 def best_plan(model: Model, work: Work, machine: Machine, mode: str = AUTO) -> Plan | None:
     """The first way to run in ``mode`` that fits ``machine``; None if there is none."""
     for setup in _setups(mode):
-        filled = _filled(model, work, machine, setup) if mode == AUTO else _all(model, setup)
+        filled = _filled(model, work, machine, setup) if mode == AUTO else _all(model, work, setup)
         plan = fitting_plan(model, work, machine, _holding(model, work, machine, filled))
         if plan is not None:
             return plan
@@ -172,7 +193,7 @@ def fitting_plan(model: Model, work: Work, machine: Machine, setup: Setup) -> Pl
 def smallest_plan(model: Model, work: Work, mode: str = AUTO) -> Plan:
     """The way to run in ``mode`` that takes least."""
     *_, last = _setups(mode)
-    return plan_for(model, work, _all(model, last))
+    return plan_for(model, work, _all(model, work, last))
 
 
 @dataclass(frozen=True)
@@ -207,10 +228,10 @@ def cacheable(plan: Plan, machine: Machine) -> int:
 def plan_for(model: Model, work: Work, setup: Setup, tiling: Tiling | None = None, hidden: int = 0) -> Plan:
     """What ``setup`` takes; with the official tiles unless ``tiling`` is given."""
     first, following = _reads(model, work, setup)
-    blocks = tuple(len(model.transformer(stage).blocks) for stage in (0, 1))
+    blocks = {name: len(model.transformers[name].blocks) for name in work.transformers}
     tiling = tiling or auto_tiling(*work.shape.grid[1:])
     phases = tuple(_phases(model, work, setup, tiling, hidden))
-    return Plan(setup, work, phases, first, following, model.stages, (blocks[0], blocks[1]), tiling, hidden)
+    return Plan(setup, work, phases, first, following, blocks, tiling, hidden)
 
 
 def _setups(mode: str) -> Iterator[Setup]:
@@ -227,29 +248,30 @@ def _setups(mode: str) -> Iterator[Setup]:
                 yield Setup(STREAM, False, weights, text)
 
 
-def _all(model: Model, setup: Setup) -> Setup:
+def _all(model: Model, work: Work, setup: Setup) -> Setup:
     """``setup`` with every block streamed, if it streams."""
     if setup.mode != STREAM:
         return setup
-    return replace(setup, streamed=(len(model.transformer(0).blocks), len(model.transformer(1).blocks)))
+    return replace(setup, streamed={name: len(model.transformers[name].blocks) for name in work.transformers})
 
 
 def _filled(model: Model, work: Work, machine: Machine, setup: Setup) -> Setup:
     """``setup`` with as few blocks streamed as the card allows, if it streams."""
     if setup.mode != STREAM or machine.card is None:
-        return _all(model, setup)
-    first, second = (_fewest(model, work, machine, stage) for stage in (0, 1))
-    if model.stages[0] == model.stages[1]:
-        first = second = max(first, second)
-    return replace(setup, streamed=(first, second))
+        return _all(model, work, setup)
+    fewest = dict.fromkeys(work.transformers, 0)
+    for number, stage in enumerate(work.stages):
+        fewest[stage.transformer] = max(fewest[stage.transformer], _fewest(model, work, machine, number))
+    return replace(setup, streamed=fewest)
 
 
-def _fewest(model: Model, work: Work, machine: Machine, stage: int) -> int:
-    total = len(model.transformer(stage).blocks)
+def _fewest(model: Model, work: Work, machine: Machine, number: int) -> int:
+    name = work.stages[number].transformer
+    total = len(model.transformers[name].blocks)
     room = (machine.card or 0) - machine.context
     # No fewer than three: two would lie in the two slots for good.
     for count in range(min(SLOTS + 1, total), total):
-        phase = _stage(model, work, Setup(STREAM, streamed=(count, count)), stage, host=0)
+        phase = _stage(model, work, Setup(STREAM, streamed={name: count}), number, host=0)
         if phase.needed <= room:
             return count
     return total
@@ -266,25 +288,25 @@ def _holding(model: Model, work: Work, machine: Machine, setup: Setup) -> Setup:
     left = replace(machine, host=machine.host - HELD_MARGIN)
 
     def fits(count: int) -> bool:
-        return shortage(plan_for(model, work, replace(setup, held=_shared_out(model, setup, count))), left) is None
+        held = _shared_out(model, work, setup, count)
+        return shortage(plan_for(model, work, replace(setup, held=held)), left) is None
 
-    blocks = {name: len(part.blocks) for name, part in model.transformers.items()}
-    most = sum((dict(zip(model.stages, setup.streamed, strict=True)) if work.once else blocks).values())
+    blocks = setup.streamed if work.once else _all(model, work, setup).streamed
+    most = sum(blocks[name] for name in work.transformers)
     count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
-    return replace(setup, held=_shared_out(model, setup, count))
+    return replace(setup, held=_shared_out(model, work, setup, count))
 
 
-def _shared_out(model: Model, setup: Setup, count: int) -> tuple[int, int]:
-    """``count`` blocks of both stages: those streamed first, and of these stage 1's, which are asked for most often."""
-    if model.stages[0] == model.stages[1]:
-        return count, count
-    found = [0, 0]
-    others = [len(model.transformer(stage).blocks) - setup.streamed[stage] for stage in (0, 1)]
-    for stage, most in ((0, setup.streamed[0]), (1, setup.streamed[1]), (0, others[0]), (1, others[1])):
-        taken = min(count, most)
-        found[stage] += taken
-        count -= taken
-    return found[0], found[1]
+def _shared_out(model: Model, work: Work, setup: Setup, count: int) -> dict[str, int]:
+    """``count`` blocks of all transformers: those streamed first, and of these the ones evaluated most often."""
+    found = dict.fromkeys(work.transformers, 0)
+    for streamed in (True, False):
+        for name in sorted(found, key=work.evaluations, reverse=True):
+            most = setup.streamed[name] if streamed else len(model.transformers[name].blocks) - setup.streamed[name]
+            taken = min(count, most)
+            found[name] += taken
+            count -= taken
+    return found
 
 
 def _with_hidden_states(model: Model, plan: Plan, machine: Machine) -> Plan:
@@ -316,9 +338,9 @@ def _host_left(phase: Phase, machine: Machine) -> int:
 
 def _phases(model: Model, work: Work, setup: Setup, tiling: Tiling, hidden: int) -> Iterator[Phase]:
     itemsize, widths = model.itemsize, model.widths
-    kept = _kept(model, setup)
+    kept = _kept(model, work, setup)
     waiting = (work.prompts - 1) * activations.contexts(widths, itemsize)
-    host = PROCESS + READ_BUFFERS + _host_copies(model, setup) + waiting
+    host = PROCESS + READ_BUFFERS + _host_copies(model, work, setup) + waiting
     hidden += activations.hidden_states(widths, itemsize)
 
     def part(name: str) -> int:
@@ -334,9 +356,10 @@ def _phases(model: Model, work: Work, setup: Setup, tiling: Tiling, hidden: int)
     yield phase("connectors", part("connectors"), activations.connecting, more_host=hidden)
     if work.images:
         yield phase("images", part("vae"), activations.image_encoding, work.shape)
-    yield _stage(model, work, setup, 0, host)
-    yield phase("upsample", part("latent_upsampler"), activations.upsampling, work.shape)
-    yield _stage(model, work, setup, 1, host)
+    for number, stage in enumerate(work.stages):
+        if number and stage.shape != work.stages[number - 1].shape:
+            yield phase("upsample", part("latent_upsampler"), activations.upsampling, stage.shape)
+        yield _stage(model, work, setup, number, host)
     sound = kept + (0 if setup.keep_parts else model.parts["audio_vae"].total + model.parts["vocoder"].total)
     yield phase("sound", sound, activations.sound_decoding, work.shape)
     frames = activations.frames_on_host(work.shape, tiling)
@@ -344,44 +367,42 @@ def _phases(model: Model, work: Work, setup: Setup, tiling: Tiling, hidden: int)
     yield Phase("video", part("vae"), decoding, host + frames)
 
 
-def _stage(model: Model, work: Work, setup: Setup, stage: int, host: int) -> Phase:
-    part = model.transformer(stage)
-    streamed = setup.streamed[stage]
-    kept = _kept(model, setup)
+def _stage(model: Model, work: Work, setup: Setup, number: int, host: int) -> Phase:
+    stage = work.stages[number]
+    part, streamed = model.transformers[stage.transformer], setup.streamed.get(stage.transformer, 0)
+    kept = _kept(model, work, setup)
     if setup.mode == SWAP:
         kept += part.total
     if setup.mode == STREAM:
         kept += part.rest + sum(part.blocks) - streamed * part.largest + min(SLOTS, streamed) * part.largest
-    more = _not_held(setup, stage) * part.largest if setup.weights == BLOCKS else 0
-    taken = activations.sampling(
-        model.widths, work.stages[stage], model.itemsize, guided=stage == 0, images=work.images
-    )
-    return Phase(f"stage {stage + 1}", kept, taken, host + more)
+    more = _not_held(setup, stage.transformer) * part.largest if setup.weights == BLOCKS else 0
+    taken = activations.sampling(model.widths, stage.shape, model.itemsize, passes=stage.passes, images=work.images)
+    return Phase(f"stage {number + 1}", kept, taken, host + more)
 
 
-def _kept(model: Model, setup: Setup) -> int:
+def _kept(model: Model, work: Work, setup: Setup) -> int:
     """Weights that are on the card through every phase."""
     parts = model.small if setup.keep_parts else 0
-    return parts + (model.all_transformers if setup.mode == RESIDENT else 0)
+    return parts + (sum(part.total for part in _transformers(model, work)) if setup.mode == RESIDENT else 0)
 
 
-def _host_copies(model: Model, setup: Setup) -> int:
+def _transformers(model: Model, work: Work) -> list[Part]:
+    """The transformers of all stages, each once."""
+    return [model.transformers[name] for name in work.transformers]
+
+
+def _host_copies(model: Model, work: Work, setup: Setup) -> int:
     """Weights of transformers in pinned memory, through every phase."""
     if setup.weights == KEPT:
-        return model.all_transformers
+        return sum(part.total for part in _transformers(model, work))
     if setup.weights == STAGED:
-        return max(part.total for part in model.transformers.values())
-    return sum(count * model.transformers[name].largest for name, count in _held(model, setup).items())
+        return max(part.total for part in _transformers(model, work))
+    return sum(setup.held.get(name, 0) * model.transformers[name].largest for name in work.transformers)
 
 
-def _held(model: Model, setup: Setup) -> dict[str, int]:
-    """Transformer -> how many of its blocks stay in host memory between videos."""
-    return dict(zip(model.stages, setup.held, strict=True))
-
-
-def _not_held(setup: Setup, stage: int) -> int:
-    """How many of the streamed blocks of stage 0 or 1 are not in host memory before it begins."""
-    return max(0, setup.streamed[stage] - setup.held[stage])
+def _not_held(setup: Setup, name: str) -> int:
+    """How many of the streamed blocks of a transformer are not in host memory before its stage begins."""
+    return max(0, setup.streamed.get(name, 0) - setup.held.get(name, 0))
 
 
 def _reads(model: Model, work: Work, setup: Setup) -> tuple[int, int]:
@@ -393,16 +414,15 @@ def _reads(model: Model, work: Work, setup: Setup) -> tuple[int, int]:
     stored = {name: model.parts[name].stored for name in model.parts if name != TEXT_ENCODER}
     # The video VAE is wanted for images, and to decode.
     small = sum(stored.values()) + (stored["vae"] if work.images and not setup.keep_parts else 0)
-    transformers = sum(part.stored for part in model.transformers.values())
-    if setup.weights == FILE:
-        for stage in (0, 1):
-            part, streamed = model.transformer(stage), _not_held(setup, stage)
-            transformers += work.evaluations[stage] * _share(part.stored, streamed * part.largest, part.total)
-    if setup.mode == RESIDENT or setup.weights == KEPT:
-        again = 0
-    else:
-        parts = ((model.transformers[name], count) for name, count in _held(model, setup).items())
-        again = transformers - sum(_share(part.stored, count * part.largest, part.total) for part, count in parts)
+    transformers = again = 0
+    for name in work.transformers:
+        part, read = model.transformers[name], model.transformers[name].stored
+        if setup.weights == FILE:
+            streamed = _not_held(setup, name) * part.largest
+            read += work.evaluations(name) * _share(part.stored, streamed, part.total)
+        transformers += read
+        if setup.mode != RESIDENT and setup.weights != KEPT:
+            again += read - _share(part.stored, setup.held.get(name, 0) * part.largest, part.total)
     return encoder + small + transformers, encoder + (0 if setup.keep_parts else small) + again
 
 
