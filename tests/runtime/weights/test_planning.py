@@ -15,7 +15,6 @@ from ltxpack.files.tensorfile import DTYPE_BITS
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.tiles import Tiles, auto_tiling
 from ltxpack.runtime.weights import advice, load, reading, report, sizes
 from ltxpack.runtime.weights import plan as modes
@@ -429,7 +428,6 @@ def test_widths_come_from_the_configs_and_a_wrong_one_is_named() -> None:
 
 def test_numbers_that_stand_in_two_rooms_are_the_same() -> None:
     """Planning imports no torch, so it has its own copy."""
-    assert sizes.LANGUAGE_MODEL_ROOT == text.LANGUAGE_MODEL_ROOT
     assert modes.READ_BUFFERS == 3 * (reading.IN_FLIGHT + reading.LANDING) * reading.PIECE
     assert set(load.FLOATS) == sizes.FLOATS
     names = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in load.FLOATS.values()}
