@@ -11,12 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights.commands import OFFICIAL, hq_work
 from ltxpack.runtime.weights.machine import this_machine
 from ltxpack.runtime.weights.plan import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, best_plan
-from ltxpack.runtime.weights.report import gigabytes, seconds
+from ltxpack.runtime.weights.report import seconds
 from ltxpack.runtime.weights.sizes import Model, model_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "plans.md"

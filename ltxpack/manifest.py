@@ -195,6 +195,18 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
+def changed_file(path: Path, expected: object, found: object) -> OverlayError:
+    """The error for a file of an overlay that is not what the manifest says."""
+    overlay = next((folder for folder in path.parents if is_overlay(folder)), path.parent)
+    return OverlayError(
+        "has changed since the overlay was written",
+        file=path,
+        expected=expected,
+        found=found,
+        next=f"ltxpack verify {quoted(overlay)}",
+    )
+
+
 def safe_relative_path(path: str) -> bool:
     """Whether ``path`` names a file strictly inside a folder: relative, normal, printable, no ``..``."""
     parts = path.split("/")

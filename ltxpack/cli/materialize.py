@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from ltxpack.cli.terminal import TerminalReporter, human_bytes, json_option, print_json, print_plan, verbose_option
+from ltxpack.cli.terminal import TerminalReporter, json_option, print_json, print_plan, verbose_option
 from ltxpack.errors import quoted
+from ltxpack.files.units import human_bytes, parse_size
 
 
 @click.command()
@@ -37,7 +38,7 @@ def materialize(
 
     REF is a file, a folder, a file name within SOURCE, or REPO[@REV][/FILE] on the hub.
     """
-    from ltxpack.materialize import Options, parse_size, plan_overlay
+    from ltxpack.materialize import Options, plan_overlay
     from ltxpack.materialize import materialize as make
 
     reporter = TerminalReporter(verbose)

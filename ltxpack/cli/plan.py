@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltxpack.cli.terminal import human_bytes, json_option, print_json
+from ltxpack.cli.terminal import json_option, print_json
 from ltxpack.errors import printable
+from ltxpack.files.units import human_bytes, parse_size
 
 if TYPE_CHECKING:
     from ltxpack.runtime.weights.commands import Wanted
@@ -41,7 +42,6 @@ def plan(overlay: Path | None, vram: str | None, ram: str | None, as_json: bool,
     Mode, peak memory of card and host by phase, seconds of loading, and the commands to type. Without OVERLAY: for
     the published LTX-2.3, before anything of it is fetched. 1GB is 10⁹ bytes, 1GiB 2³⁰.
     """
-    from ltxpack.materialize import parse_size
     from ltxpack.runtime.weights.advice import plan_or_refuse
     from ltxpack.runtime.weights.commands import hq_work
     from ltxpack.runtime.weights.machine import this_machine

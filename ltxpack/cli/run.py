@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltxpack.cli.terminal import TerminalReporter, human_bytes, verbose_option
+from ltxpack.cli.terminal import TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
+from ltxpack.files.units import human_bytes
 
 if TYPE_CHECKING:
     from ltxpack.runtime.batch import BatchSummary, Outcome

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ltxpack.errors import printable
+from ltxpack.files.units import human_bytes
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -75,15 +76,6 @@ def say_error(message: str) -> None:
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(document, indent=1, ensure_ascii=True))
-
-
-def human_bytes(count: float) -> str:
-    """``count`` bytes in decimal units: ``46.1 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def print_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -29,7 +29,8 @@ from ltxpack.demo.config import (
     UPSAMPLER,
 )
 from ltxpack.errors import OverlayError
-from ltxpack.files.tensorfile import atomic_write, build_header
+from ltxpack.files.publish import atomic_write
+from ltxpack.files.tensorfile import build_header
 from ltxpack.lora_bake import BakeOptions, bake
 from ltxpack.ltx23.configs import Shapes, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import source_inventory

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
-from ltxpack.files.failure import write_failure
-from ltxpack.files.tensorfile import fsync_folder
+from ltxpack.files.publish import Temporary, fsync_file, write_errors
 
 FICLONE = 0x40049409
 
@@ -17,33 +17,22 @@ def link_file(source: Path, target: Path) -> str:
 
     "copied" means that nothing was made and the caller has to copy. ``source`` must be the real file, no symlink.
     """
-    part = target.with_name(target.name + ".part")
-    try:
+    with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
-    except OSError as error:
-        raise write_failure(error, target) from None
-    how = "reflinked" if _reflink(source, part) else "hard-linked" if _hard_link(source, part) else "copied"
-    if how != "copied":
-        try:
-            _sync_file(part)
-            part.replace(target)
-            if part.exists():  # rename does nothing when both names are the same file already
-                part.unlink()
-            fsync_folder(target.parent)
-        except OSError as error:
-            raise write_failure(error, target) from None
-    return how
+        link = Temporary(target, made=False)
+        reflinked = _reflink(source, link.path)
+        linked = reflinked or _hard_link(source, link.path)
+        if linked:
+            with contextlib.suppress(OSError):  # some systems sync only what this process wrote
+                fsync_file(link.path)
+            link.publish(synced=True)
+    return "reflinked" if reflinked else "hard-linked" if linked else "copied"
 
 
 def _reflink(source: Path, target: Path) -> bool:
     try:
-        import fcntl
-
         with source.open("rb") as origin, target.open("xb") as copy:
             fcntl.ioctl(copy.fileno(), FICLONE, origin.fileno())
-    except ImportError:
-        return False
     except OSError:
         target.unlink(missing_ok=True)
         return False
@@ -53,15 +42,6 @@ def _reflink(source: Path, target: Path) -> bool:
 def _hard_link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
-    except (OSError, NotImplementedError):
+    except OSError:
         return False
     return True
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file of another owner, or a system that syncs only what it wrote
-            os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,4 +1,4 @@
-"""Safetensors headers, byte ranges, index files, and small files written atomically. Knows no tensor names.
+"""Safetensors headers, byte ranges and index files. Knows no tensor names.
 
 Everything read here is untrusted. What the safetensors library refuses is refused; beyond it: duplicate keys, control
 characters and path parts in names, headers over 16 MiB, deep nesting, integers beyond 64 bits. Each is a FormatError,
@@ -7,10 +7,8 @@ found in bounded time and memory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -225,7 +223,7 @@ def open_source(path: Path) -> BinaryIO:
     Raises AbsentError, or SourceError.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise AbsentError("does not exist", file=path) from None
     except OSError as error:
@@ -237,41 +235,6 @@ def open_source(path: Path) -> BinaryIO:
         os.close(fd)
         raise SourceError("is a folder" if stat.S_ISDIR(mode) else "is not a regular file", file=path)
     return os.fdopen(fd, "rb")
-
-
-def atomic_write(path: str | os.PathLike[str], data: bytes, *, work: Path | None = None) -> None:
-    """Put ``data`` at ``path``: whole and on disk, or not at all. The folder must exist. Raises OSError.
-
-    A process killed meanwhile leaves a temporary file in ``work`` (a folder of the same filesystem; default: beside).
-    """
-    path = Path(path)
-    temporary = (work or path.parent) / f".{path.name[:200]}.{secrets.token_hex(4)}.tmp"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    fd = os.open(temporary, flags, 0o666)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the names in ``folder`` survive a power cut, where the system offers that."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _metadata(value: Any, path: str | os.PathLike[str]) -> dict[str, str]:

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError
 from ltxpack.lora_bake.adapter import Adapter
-from ltxpack.lora_bake.base import BaseTransformer, changed, read_base, refuse_links
+from ltxpack.lora_bake.base import BaseTransformer, read_base, refuse_links
 from ltxpack.lora_bake.job import BAKES, UNKNOWN_HASH, Arithmetic, Job, baked_lora
 from ltxpack.lora_bake.names import bake_name, check_bake_name, check_strength
 from ltxpack.lora_bake.reading import hash_adapter
 from ltxpack.lora_bake.report import AppliedLora, BakeReport
 from ltxpack.lora_bake.resolve import Found, find_lora, own_lora
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import Bake, Manifest, read_manifest
+from ltxpack.manifest import Bake, Manifest, changed_file, read_manifest
 from ltxpack.repack.execute import preflight
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import publish_bakes, recover
@@ -162,7 +162,7 @@ def _scanned(
         reporter.warn(f"{adapter.path.name}: {warning}")
     digest = scan(adapter, reporter)
     if found.own and digest != found.own.file.blake3:
-        raise changed(options.overlay, found.own.file, f"blake3 {found.own.file.blake3}", f"blake3 {digest}")
+        raise changed_file(options.overlay / found.own.file.path, f"blake3 {found.own.file.blake3}", f"blake3 {digest}")
     return _Lora(_name(found, manifest, digest, options), adapter, digest)
 
 

@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import MAX_INDEX_BYTES, TensorFile, TensorInfo, read_tensorfile
-from ltxpack.manifest import FileRecord, Manifest
+from ltxpack.manifest import FileRecord, Manifest, changed_file
 from ltxpack.repack.lock import WORK_FOLDER
 
 TRANSFORMER = "transformer"
@@ -57,13 +57,13 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
         path = overlay / record.path
         if not path.is_file() or path.stat().st_size != record.size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise changed(overlay, record, f"{record.size} bytes", found)
+            raise changed_file(path, f"{record.size} bytes", found)
         if not record.path.endswith(".safetensors"):
             if record.size > MAX_INDEX_BYTES:
-                raise changed(overlay, record, f"at most {MAX_INDEX_BYTES} bytes", f"{record.size} bytes")
+                raise changed_file(path, f"at most {MAX_INDEX_BYTES} bytes", f"{record.size} bytes")
             data = path.read_bytes()
             if blake3(data).hexdigest() != record.blake3:
-                raise changed(overlay, record, f"blake3 {record.blake3}", f"blake3 {blake3(data).hexdigest()}")
+                raise changed_file(path, f"blake3 {record.blake3}", f"blake3 {blake3(data).hexdigest()}")
             small[path.name] = data
             continue
         shard = BaseShard(record, read_tensorfile(path))
@@ -88,14 +88,3 @@ def refuse_links(overlay: Path, folders: Iterable[Path]) -> None:
     for folder in (overlay / WORK_FOLDER, *folders):
         if folder.is_symlink():
             raise OverlayError("is a link where only a folder may be", file=folder, next=f"remove {folder}")
-
-
-def changed(overlay: Path, record: FileRecord, expected: str, found: str) -> OverlayError:
-    """The error for a file that is not what the manifest says."""
-    return OverlayError(
-        "has changed since the overlay was written",
-        file=overlay / record.path,
-        expected=expected,
-        found=found,
-        next=f"ltxpack verify {quoted(overlay)}",
-    )

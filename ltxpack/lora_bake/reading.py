@@ -6,17 +6,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from blake3 import blake3
-
 from ltxpack.errors import FormatError
-from ltxpack.files.tensorfile import open_source
+from ltxpack.files.hashing import hash_file
 
 BLOCK = 8 * 1024 * 1024
 
 
 def hash_adapter(weights: Path, config: Path | None) -> str:
     """blake3 of the weights, and of a PEFT configuration if there is one. Raises SourceError or FormatError."""
-    return with_config(_hash(b"", weights), config)
+    return with_config(hash_file(weights), config)
 
 
 def blocks(fd: int, start: int, end: int, path: Path) -> Iterator[memoryview]:
@@ -42,13 +40,4 @@ def with_config(digest: str, config: Path | None) -> str:
     """A PEFT configuration decides the scale, so it is part of what the adapter is."""
     if config is None:
         return digest
-    return _hash(bytes.fromhex(digest), config)
-
-
-def _hash(before: bytes, path: Path) -> str:
-    """blake3 of ``before`` and all of the file, which may be of any size."""
-    hasher = blake3(before)
-    with open_source(path) as file:
-        for data in blocks(file.fileno(), 0, os.fstat(file.fileno()).st_size, path):
-            hasher.update(data)
-    return hasher.hexdigest()
+    return hash_file(config, before=bytes.fromhex(digest))

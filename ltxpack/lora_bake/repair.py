@@ -10,19 +10,18 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ltxpack.errors import DeviceError, OverlayError, SourceError, quoted
-from ltxpack.files.tensorfile import fsync_folder
+from ltxpack.files.publish import fsync_folder, write_failure
 from ltxpack.lora_bake.adapter import adapter_files
-from ltxpack.lora_bake.base import changed, read_base, refuse_links
+from ltxpack.lora_bake.base import read_base, refuse_links
 from ltxpack.lora_bake.job import Arithmetic, Job
 from ltxpack.lora_bake.reading import hash_adapter
 from ltxpack.lora_bake.report import AppliedLora, TargetStat
 from ltxpack.lora_bake.resolve import Found
-from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.repack import repair as repack_repair
 from ltxpack.repack.execute import preflight
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
 from ltxpack.repack.staging import recover, remove_below
-from ltxpack.repack.stream import write_failure
 from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
 
@@ -79,7 +78,7 @@ def _job(overlay: Path, manifest: Manifest, name: str, bake: Bake, loras: Sequen
         adapter = Found(lora.name, known[digest]).adapter(base.shapes, allow_unmatched=True)
         for kept in (kept for kept in manifest.loras if kept.file.blake3 == digest):
             if hash_adapter(adapter.path, adapter.config) != digest:
-                raise changed(overlay, kept.file, f"blake3 {digest}", "other content")
+                raise changed_file(overlay / kept.file.path, f"blake3 {digest}", "other content")
         applied.append(AppliedLora(lora, adapter))
     return Job(name, tuple(applied), bake.rule, base, overlay)
 

@@ -22,14 +22,15 @@ import torch
 from blake3 import blake3
 
 from ltxpack.errors import AdapterError
+from ltxpack.files.reader import Range, RangeReader
 from ltxpack.files.tensorfile import TensorInfo
-from ltxpack.lora_bake.base import BaseShard, changed
+from ltxpack.lora_bake.base import BaseShard
 from ltxpack.lora_bake.factors import DTYPES, FactorReader, single_thread
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.job import Arithmetic
 from ltxpack.lora_bake.report import TargetStat
-from ltxpack.manifest import FileRecord
-from ltxpack.repack.stream import WRITE_BUFFERS, Range, RangeReader, ShardWriter
+from ltxpack.manifest import FileRecord, changed_file
+from ltxpack.repack.stream import WRITE_BUFFERS, ShardWriter
 from ltxpack.repack.work import WriteShard
 from ltxpack.reporter import Reporter
 
@@ -132,8 +133,9 @@ class Engine:
                 hashed.result()
             fusing.settle()
             _refuse_overflow(fusing.overflow, shard)
+            path = self.overlay / shard.record.path
             if hasher.hexdigest() != shard.record.blake3:
-                raise changed(self.overlay, shard.record, f"blake3 {shard.record.blake3}", hasher.hexdigest())
+                raise changed_file(path, f"blake3 {shard.record.blake3}", f"blake3 {hasher.hexdigest()}")
             records = [writer.close() for writer in writers]
             for writer in writers:
                 self.reporter.detail(f"{writer.path}: {passage(reader.why, writer.why)}")

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from ltxpack.errors import FormatError, SourceError
-from ltxpack.files.tensorfile import atomic_write, read_json
+from ltxpack.files.publish import atomic_write, write_failure
+from ltxpack.files.tensorfile import read_json
 from ltxpack.lora_bake.base import BaseShard
 from ltxpack.lora_bake.fuse import KERNELS
 from ltxpack.lora_bake.heatmap import HTML_NAME
@@ -26,7 +27,6 @@ from ltxpack.manifest import Bake, FileRecord
 from ltxpack.repack.execute import write_item
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging
-from ltxpack.repack.stream import write_failure
 from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
 

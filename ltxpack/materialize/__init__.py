@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import OverlayError, UsageError
+from ltxpack.errors import OverlayError
 from ltxpack.ltx23.releases import TEXT_ENCODER
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.access import Access, HubLike
@@ -35,13 +34,8 @@ __all__ = [
     "fetched_plan",
     "inspect_path",
     "materialize",
-    "parse_size",
     "plan_overlay",
 ]
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
-_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-MAX_SIZE = 2**62
 
 
 @dataclass(frozen=True)
@@ -130,17 +124,6 @@ def fetched_plan(options: Options, reporter: Reporter, hub: HubLike | None = Non
 
 def _fetched_plan(inputs: Inputs, access: Access, options: Options) -> OverlayPlan:
     return make_plan(fetch_inputs(inputs, access), options.max_shard_size, options.copy)
-
-
-def parse_size(text: str, flag: str) -> int:
-    """``5GB``, ``500 MB``, ``2GiB`` or plain bytes, as bytes. Raises UsageError that names ``flag``."""
-    match = _SIZE.fullmatch(text)
-    if match is not None:
-        number, power, binary = match.groups()
-        size = float(number) * (1024 if binary else 1000) ** _POWERS[(power or "").lower()]
-        if 1 <= size <= MAX_SIZE:
-            return int(size)
-    raise UsageError(f"{flag} is not a size", expected="a size such as 5GB, 500MB or 2GiB", found=text)
 
 
 def _access(reporter: Reporter, hub: HubLike | None) -> Access:

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 
 from ltxpack.errors import SourceError
 from ltxpack.files import bounded_json
-from ltxpack.files.failure import write_failure
-from ltxpack.files.tensorfile import atomic_write, open_source
+from ltxpack.files.hashing import hash_file
+from ltxpack.files.publish import atomic_write, write_failure
+from ltxpack.files.tensorfile import open_source
 from ltxpack.manifest import FileRecord, safe_relative_path
-from ltxpack.repack.stream import hash_file
 from ltxpack.reporter import Reporter
 
 FORMAT = 1

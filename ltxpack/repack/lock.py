@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.failure import write_failure
+from ltxpack.files.publish import write_failure
 
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.failure import write_failure
-from ltxpack.files.tensorfile import atomic_write, fsync_folder
+from ltxpack.files.publish import atomic_write, fsync_folder, write_failure
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest
 from ltxpack.repack.execute import preflight, write_item
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
@@ -50,7 +49,7 @@ def repair(
             changed = {item.path: _repaired(item, records, overlay, root, reporter, copy) for item in items}
             after = _with_records(manifest, changed)
             if after != manifest:
-                atomic_write(overlay / MANIFEST_NAME, after.dump(), work=root)
+                atomic_write(overlay / MANIFEST_NAME, after.dump(), folder=root)
         except OSError as error:
             raise write_failure(error, overlay) from None
         finally:

@@ -17,8 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.failure import write_failure
-from ltxpack.files.tensorfile import atomic_write, fsync_folder
+from ltxpack.files.publish import atomic_write, fsync_folder, write_failure
 from ltxpack.manifest import (
     BAKE_NAME,
     MANIFEST_NAME,
@@ -246,10 +245,10 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
         names = {staging.place.target.name for staging in stagings}
         kept = {name: bake for name, bake in before.bakes.items() if name not in names}
         if len(kept) < len(before.bakes):
-            atomic_write(path, dataclasses.replace(before, bakes=kept).dump(), work=stagings[0].place.work)
+            atomic_write(path, dataclasses.replace(before, bakes=kept).dump(), folder=stagings[0].place.work)
         for staging in stagings:
             _swap(staging.place)
-        atomic_write(path, manifest.dump(), work=stagings[0].place.work)
+        atomic_write(path, manifest.dump(), folder=stagings[0].place.work)
         for staging in stagings:
             staging._published = True
             staging._close_and_clean()

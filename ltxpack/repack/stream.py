@@ -11,7 +11,6 @@ import contextlib
 import os
 import queue
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,118 +19,21 @@ from typing import NamedTuple, Self
 from blake3 import blake3
 
 from ltxpack.errors import FormatError, SourceError
-from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectFile, aligned_buffer, round_up
-from ltxpack.files.failure import write_failure
+from ltxpack.files.direct import BUFFER, DIRECT_FROM, DirectFile, aligned_buffer, round_up
+from ltxpack.files.hashing import hash_file
 from ltxpack.files.links import link_file
-from ltxpack.files.tensorfile import fsync_folder
+from ltxpack.files.publish import fsync_folder, write_failure
+from ltxpack.files.reader import READ_BUFFERS, Range, RangeReader, file_ranges
 from ltxpack.manifest import FileRecord
 from ltxpack.repack.cast import cast_to_bfloat16
 from ltxpack.repack.work import CopyFile, LinkFile, Piece, WriteBytes, WriteShard
 from ltxpack.reporter import Reporter
 
-__all__ = [
-    "WRITE_BUFFERS",
-    "Range",
-    "RangeReader",
-    "ShardWriter",
-    "Window",
-    "copy_file",
-    "file_ranges",
-    "hash_file",
-    "read_plan",
-    "write_bytes",
-    "write_failure",
-    "write_link",
-    "write_shard",
-]
-
 # Pieces this near to each other in a source are read in one go, the gap thrown away.
 MAX_GAP = 64 * 1024
-WRITE_BUFFERS = READ_BUFFERS = 4
+WRITE_BUFFERS = 4
 HASH_STEP = 256 * 1024
 Buffer = memoryview | bytes | bytearray
-
-
-class Range(NamedTuple):
-    """``nbytes`` bytes of ``path`` from offset ``start``."""
-
-    path: Path
-    start: int
-    nbytes: int
-
-
-class RangeReader:
-    """Yields the bytes of each range in order, read ahead on a thread into ``buffers`` reusable buffers.
-
-    A view is valid until the next one is asked for, and ``kept`` more after that. It starts at a multiple of 8 bytes in
-    memory. Memory used: ``buffers`` (more than ``kept``) times the largest range. Use as a context manager; raises
-    SourceError, or FormatError for a file that ends before the range does.
-    """
-
-    def __init__(self, ranges: Sequence[Range], *, buffers: int = 2, kept: int = 0, direct: bool = True) -> None:
-        self._ranges = ranges
-        self._kept = kept
-        self._direct = direct
-        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self._filled: queue.SimpleQueue[tuple[memoryview, memoryview] | BaseException] = queue.SimpleQueue()
-        capacity = max((item.nbytes for item in ranges), default=0)
-        for _ in range(min(buffers, len(ranges))):
-            self._free.put(aligned_buffer(capacity + 2 * ALIGN))
-        self._files: dict[Path, DirectFile] = {}
-        self._thread = threading.Thread(target=self._read_ahead, name="ltxpack-read", daemon=True)
-        self.why = ""
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._ranges = ()
-        self._free.put(None)
-        self._thread.join()
-
-    def __iter__(self) -> Iterator[memoryview]:
-        in_use: deque[memoryview] = deque()
-        for _ in range(len(self._ranges)):
-            item = self._filled.get()
-            if isinstance(item, BaseException):
-                raise item
-            memory, view = item
-            in_use.append(memory)
-            yield view
-            if len(in_use) > self._kept:
-                self._free.put(in_use.popleft())
-
-    def _read_ahead(self) -> None:
-        try:
-            for wanted in self._ranges:
-                memory = self._free.get()
-                if memory is None:
-                    return
-                self._filled.put((memory, self._read(wanted, memory)))
-        except BaseException as error:
-            self._filled.put(error)
-        finally:
-            for file in self._files.values():
-                file.close()
-
-    def _read(self, wanted: Range, memory: memoryview) -> memoryview:
-        try:
-            file = self._files.get(wanted.path)
-            if file is None:
-                file = self._files[wanted.path] = DirectFile(wanted.path, write=False, direct=self._direct)
-            view = file.read(memory, wanted.start, wanted.nbytes)
-        except OSError as error:
-            raise SourceError(f"cannot be read: {error.strerror}", file=wanted.path) from None
-        self.why = file.why or self.why
-        if len(view) < wanted.nbytes:
-            raise FormatError(
-                f"ends too early: {wanted.nbytes - len(view)} bytes are missing",
-                file=wanted.path, expected=f"{wanted.start + wanted.nbytes} bytes", next="fetch or copy the file again",
-            )  # fmt: skip
-        return _slid(memory, view, wanted.start) if wanted.start % 8 else view
 
 
 class ShardWriter:
@@ -379,25 +281,6 @@ def write_link(item: LinkFile, root: Path) -> FileRecord:
     return item.record()
 
 
-def hash_file(path: Path, reporter: Reporter, *, direct: bool = True) -> str:
-    """blake3 of a file at disk speed. Advances ``reporter`` by its bytes. Raises SourceError."""
-    hasher = blake3()
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
-    with RangeReader(file_ranges(path, size), buffers=READ_BUFFERS, direct=direct and size >= DIRECT_FROM) as reader:
-        for data in reader:
-            hasher.update(data)
-            reporter.advance(len(data))
-    return hasher.hexdigest()
-
-
-def file_ranges(path: Path, size: int) -> list[Range]:
-    """The whole file in reads of 4 MB."""
-    return [Range(path, start, min(BUFFER, size - start)) for start in range(0, size, BUFFER)]
-
-
 def _copy(item: CopyFile, source: Path, root: Path, reporter: Reporter, *, direct: bool) -> FileRecord:
     reader = RangeReader(
         file_ranges(source, item.size), buffers=READ_BUFFERS, direct=direct and item.size >= DIRECT_FROM
@@ -424,10 +307,3 @@ def _passage(read_why: str, write_why: str) -> str:
     parts = [f"{verb} through the page cache ({why})" if why else f"{verb} with O_DIRECT"
              for verb, why in (("read", read_why), ("written", write_why))]  # fmt: skip
     return ", ".join(parts)
-
-
-def _slid(memory: memoryview, view: memoryview, start: int) -> memoryview:
-    """The same bytes at a multiple of 8, for a file whose header length is none: readers of floats want that."""
-    lead = start % ALIGN // 8 * 8
-    memory[lead : lead + len(view)] = view
-    return memory[lead : lead + len(view)]

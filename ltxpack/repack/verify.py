@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import LtxpackError
+from ltxpack.files.hashing import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.lock import WORK_FOLDER
 from ltxpack.repack.staging import PARTIAL, unfinished
-from ltxpack.repack.stream import hash_file
 from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import OverlayError, quoted
+from ltxpack.errors import OverlayError, SourceError
+from ltxpack.files.hashing import hash_file
 from ltxpack.ltx23.classes import LOADED_CLASSES
-from ltxpack.manifest import FileRecord, Manifest, read_manifest
+from ltxpack.manifest import FileRecord, Manifest, changed_file, read_manifest
 
 BASE = "base"
 
@@ -64,31 +65,20 @@ class Overlay:
 
         The hash is taken through the page cache, so the load that follows does not read the disk again.
         """
-        from blake3 import blake3
-
         for record in records:
             self._check_size(record)
-            hasher = blake3(max_threads=blake3.AUTO)
+            path = self.root / record.path
             try:
-                hasher.update_mmap(self.root / record.path)
-            except OSError as error:
-                raise self._changed(record, "readable", error.strerror) from None
-            if hasher.hexdigest() != record.blake3:
-                raise self._changed(record, f"blake3 {record.blake3[:16]}…", f"{hasher.hexdigest()[:16]}…")
+                digest = hash_file(path, cached=True)
+            except SourceError as error:
+                raise changed_file(path, "readable", error.problem) from None
+            if digest != record.blake3:
+                raise changed_file(path, f"blake3 {record.blake3}", f"blake3 {digest}")
 
     def _check_size(self, record: FileRecord) -> None:
         path = self.root / record.path
         if not path.is_file():
-            raise self._changed(record, f"a file of {record.size} bytes", "none")
+            raise changed_file(path, f"a file of {record.size} bytes", "none")
         size = path.stat().st_size
         if size != record.size:
-            raise self._changed(record, f"{record.size} bytes", size)
-
-    def _changed(self, record: FileRecord, expected: object, found: object) -> OverlayError:
-        return OverlayError(
-            "changed since the overlay was written",
-            file=self.root / record.path,
-            expected=expected,
-            found=found,
-            next=f"ltxpack verify {quoted(self.root)}",
-        )
+            raise changed_file(path, f"{record.size} bytes", size)

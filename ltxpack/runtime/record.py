@@ -15,8 +15,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from ltxpack.errors import LtxpackError, UsageError
-from ltxpack.files.tensorfile import atomic_write, read_json
+from ltxpack.errors import LtxpackError, SourceError, UsageError
+from ltxpack.files.hashing import hash_file
+from ltxpack.files.publish import atomic_write
+from ltxpack.files.tensorfile import read_json
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import Overlay
@@ -42,7 +44,7 @@ def is_free(output: Path) -> None:
 
 
 def described(request: Request, overlay: Overlay, choice: Choice, dtype: str) -> dict[str, Any]:
-    """Everything the video of ``request`` depends on, as JSON. Raises OSError for an image that cannot be read."""
+    """Everything the video of ``request`` depends on, as JSON. Raises SourceError for an image that cannot be read."""
     shape, crf = request.shape, request.image_crf
     return {
         "prompt": request.prompt.strip(),
@@ -55,7 +57,7 @@ def described(request: Request, overlay: Overlay, choice: Choice, dtype: str) ->
         "steps": request.steps,
         "guidance": {"video": _guidance(request.guidance.video), "audio": _guidance(request.guidance.audio)},
         "images": [
-            {"frame": image.frame, "strength": image.strength, "blake3": _digest(image.path)}
+            {"frame": image.frame, "strength": image.strength, "blake3": hash_file(image.path, cached=True)}
             for image in request.images
         ],
         "image_crf": overlay.manifest.image_crf if crf is None else crf,
@@ -83,18 +85,18 @@ def is_done(output: Path, wanted: str) -> bool:
     if record is None or record.get("fingerprint") != wanted:
         return False
     try:
-        return record.get("video_blake3") == _digest(output)
-    except OSError:
+        return record.get("video_blake3") == hash_file(output, cached=True)
+    except SourceError:
         return False
 
 
 def write_record(output: Path, description: Mapping[str, Any], mark: str, seconds: Mapping[str, float]) -> None:
-    """Write the record of the finished video ``output``. Raises OSError."""
+    """Write the record of the finished video ``output``. Raises SourceError or OSError."""
     document = {
         "made_by": MADE_BY,
         "format": FORMAT,
         "fingerprint": mark,
-        "video_blake3": _digest(output),
+        "video_blake3": hash_file(output, cached=True),
         "request": dict(description),
         "seconds": {phase: round(count, 3) for phase, count in seconds.items()},
     }
@@ -118,11 +120,3 @@ def _guidance(guidance: Guidance) -> dict[str, Any]:
 
 def _hashes(records: tuple[FileRecord, ...]) -> list[str]:
     return [record.blake3 for record in sorted(records, key=lambda record: record.path)]
-
-
-def _digest(path: Path) -> str:
-    hasher = blake3()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            hasher.update(part)
-    return hasher.hexdigest()

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ltxpack.errors import UsageError, quoted
+from ltxpack.files.publish import Temporary, write_errors
 from ltxpack.files.tensorfile import build_header
 from ltxpack.runtime.media import VideoWriter
 from ltxpack.runtime.sampling.av import AV
@@ -98,13 +99,8 @@ def check_tensors_path(path: Path) -> None:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A float32 safetensors file by rename. The same tensors always give the same bytes."""
-    partial = path.with_name(f".{path.name}.partial")
     header = build_header(((name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()), metadata)
-    try:
-        with partial.open("wb") as file:
-            file.write(header)
-            for tensor in tensors.values():
-                file.write(tensor.numpy().data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_errors(path), Temporary(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            file.write(tensor.numpy().data)

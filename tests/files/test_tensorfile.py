@@ -22,7 +22,6 @@ from ltxpack.files import tensorfile
 from ltxpack.files.tensorfile import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
-    atomic_write,
     build_header,
     parse_header,
     read_index,
@@ -253,7 +252,7 @@ def test_headers_made_to_be_slow_are_refused_in_a_second_and_little_memory() -> 
     import resource, time
     resource.setrlimit(resource.RLIMIT_AS, (700 << 20, 700 << 20))
     from ltxpack.errors import FormatError
-    from ltxpack.tensorfile import parse_header
+    from ltxpack.files.tensorfile import parse_header
     M = 1 << 20
     fields = b'"dtype":"U8","shape":[0],"data_offsets":[0,0]'
     bodies = [
@@ -386,27 +385,3 @@ def test_any_bytes_are_json_or_a_format_error(data: bytes) -> None:
     except FormatError:
         return
     json.loads(data.decode())
-
-
-def test_atomic_write_replaces_whole_or_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    atomic_write(path, b"one")
-    atomic_write(path, b"two")
-    assert path.read_bytes() == b"two"
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        atomic_write(path, b"three")
-    assert path.read_bytes() == b"two"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_write_replaces_a_link_not_what_it_points_to(tmp_path: Path) -> None:
-    other, path = tmp_path / "other", tmp_path / "x"
-    other.write_bytes(b"kept")
-    path.symlink_to(other)
-    atomic_write(path, b"new")
-    assert (other.read_bytes(), path.read_bytes(), path.is_symlink()) == (b"kept", b"new", False)

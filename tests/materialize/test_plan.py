@@ -17,9 +17,10 @@ from materialize.modules import SPEC, needs_spec
 
 from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.tensorfile import build_header
+from ltxpack.files.units import parse_size
 from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
-from ltxpack.materialize import Options, parse_size, plan_overlay
+from ltxpack.materialize import Options, plan_overlay
 from ltxpack.repack.work import WriteShard
 from ltxpack.reporter import SilentReporter
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 from repack_support import Listener, make_source, materialize, plan, tree
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.tensorfile import atomic_write
+from ltxpack.files.publish import atomic_write
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
 from ltxpack.repack.repair import repair
 from ltxpack.repack.verify import Fault, damaged, damaged_items, verify

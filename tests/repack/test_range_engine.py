@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from ltxpack.errors import FormatError, OverlayError, SourceError
 from ltxpack.files import direct as direct_io
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, O_DIRECT, DirectFile
+from ltxpack.files.hashing import hash_file
+from ltxpack.files.reader import Range, RangeReader, file_ranges
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.repack.stream import Range, RangeReader, ShardWriter, file_ranges, hash_file, write_shard
+from ltxpack.repack.stream import ShardWriter, write_shard
 from ltxpack.repack.work import WriteShard, piece
 from ltxpack.reporter import SilentReporter
 
@@ -319,7 +321,7 @@ def peak_of_copying(size: int, folder: Path) -> int:
     from ltxpack.repack.stream import write_shard
     from ltxpack.repack.work import WriteShard, piece
     from ltxpack.reporter import SilentReporter
-    from ltxpack.tensorfile import build_header, read_tensorfile
+    from ltxpack.files.tensorfile import build_header, read_tensorfile
     folder = Path({str(folder)!r})
     header = build_header([("a", "BF16", ({size // 2 - 100},)), ("b", "F32", (50,))], {{}})
     with (folder / "s.safetensors").open("wb") as file:

@@ -513,7 +513,7 @@ def test_a_disk_that_fills_up_meanwhile(small_disk: Path, tmp_path: Path, monkey
     monkeypatch.setattr(execute_module, "preflight", lambda *_, **__: 0)  # as if another program filled it later
     with pytest.raises(OverlayError, match="disk is full") as caught:
         materialize(source, small_disk / "out", copy=True)
-    assert "run the same command again: what is complete is kept" in str(caught.value)
+    assert "run the same command again: finished files are kept" in str(caught.value)
     assert not (small_disk / "out").exists()
     assert not list((small_disk / ".out.partial").rglob("*.part"))
     kept = list((small_disk / ".out.partial").rglob("*.safetensors"))

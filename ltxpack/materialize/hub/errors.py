@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ltxpack.errors import SourceError, printable
+from ltxpack.files.units import human_bytes
 
 # 408 request timeout, 429 rate limit, 5xx trouble on the hub's side: worth another try.
 PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
@@ -137,8 +138,8 @@ def disk_full(place: Place, needed: int, free: int) -> SourceError:
     return SourceError(
         "the disk of the hub cache is full",
         file=place.label,
-        expected=f"{gigabytes(needed)} free in {place.cache}",
-        found=gigabytes(free),
+        expected=f"{human_bytes(needed)} free in {place.cache}",
+        found=human_bytes(free),
         next="free some space, or set HF_HUB_CACHE to a folder on a larger disk; then run the same command again",
     )
 
@@ -152,14 +153,6 @@ def broken_off(reason: SourceError, place: Place, present: int, size: int) -> So
         found=f"{present} bytes, which are kept ({reason.found})",
         next="run the same command again; it goes on from there",
     )
-
-
-def gigabytes(size: int) -> str:
-    """``size`` bytes in the unit that fits."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size} bytes"
 
 
 def _http_error(error: Any, place: Place) -> SourceError:

@@ -1,14 +1,14 @@
 """Writing the video file: H.264 and AAC through PyAV, encoded in a thread while the next frames are decoded.
 
-The file appears under its name when it is whole, or not at all (spec 06, section 7). Its bytes are not promised to
-be the same each time: x264's AVX-512 lookahead is not deterministic at every width.
+The file appears under its name when it is whole, or not at all (spec 06, section 7); of two writers of one name, the
+last to finish replaces the other's video. The bytes may differ from run to run: x264's AVX-512 lookahead is not
+deterministic at every width.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError, quoted
+from ltxpack.files.publish import Temporary
 from ltxpack.runtime.media.yuv import to_i420
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -107,8 +108,7 @@ class VideoWriter:
         self.path = check_output(path)
         self.format = VideoFormat(width, height, frame_rate(fps), sample_rate)
         self.frames_written = 0
-        # Absolute: FFmpeg would take what stands before a colon for a protocol.
-        self._partial = path.absolute().with_name(f".{path.name}.partial")
+        self._temporary: Temporary | None = None
         self._queue: Queue[Tensor | None] = Queue(maxsize=1)
         self._waveform: Tensor | None = None
         self._failure: BaseException | None = None
@@ -117,6 +117,11 @@ class VideoWriter:
         self._thread = Thread(target=self._run, name="ltxpack-encoder", daemon=True)
 
     def __enter__(self) -> VideoWriter:
+        try:
+            # Absolute: FFmpeg would take the text before a colon for a protocol.
+            self._temporary = Temporary(self.path.absolute())
+        except OSError as error:
+            raise LtxpackError("the video could not be written", file=self.path, found=str(error)) from error
         self._thread.start()
         return self
 
@@ -150,12 +155,13 @@ class VideoWriter:
                 self._publish()
         finally:
             self._given_up = True
-            with suppress(OSError):
-                self._partial.unlink(missing_ok=True)
+            if self._temporary is not None:
+                self._temporary.discard()
 
     def _publish(self) -> None:
+        assert self._temporary is not None
         try:
-            self._partial.replace(self.path)
+            self._temporary.publish()
         except OSError as error:
             raise LtxpackError("the video could not be put there", file=self.path, found=str(error)) from error
 
@@ -180,9 +186,10 @@ class VideoWriter:
 
     def _run(self) -> None:
         """The thread. After a failure it only empties the queue, so that the caller never waits for it."""
+        assert self._temporary is not None
         chunks = self._chunks()
         try:
-            with av.open(str(self._partial), "w", format=CONTAINERS[self.path.suffix.lower()]) as container:
+            with av.open(str(self._temporary.path), "w", format=CONTAINERS[self.path.suffix.lower()]) as container:
                 encoder = _Encoder(container, self.format)
                 for chunk in chunks:
                     encoder.video(chunk.numpy())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,9 @@ from blake3 import blake3
 from torch import Tensor
 
 from ltxpack.errors import AbsentError, FormatError, UsageError
-from ltxpack.files.tensorfile import TensorFile, atomic_write, build_header, header_length, open_source, parse_header
+from ltxpack.files.publish import TEMPORARY_ENDING, atomic_write
+from ltxpack.files.tensorfile import TensorFile, build_header, header_length, open_source, parse_header
+from ltxpack.files.units import parse_size
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.sampling.av import AV
@@ -34,8 +35,6 @@ PLACE_VARIABLE, LIMIT_VARIABLE = "LTXPACK_CACHE", "LTXPACK_CACHE_SIZE"
 ENDING = ".safetensors"
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MODALITIES = ("video", "audio")
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", re.IGNORECASE)
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 # A temporary file this old was left by a process that was killed.
 STALE_SECONDS = 3600
 
@@ -74,7 +73,9 @@ class PromptCache:
         """
         limit = environment.get(LIMIT_VARIABLE)
         place = folder.absolute() if folder is not None else cache_root(environment) / FOLDER
-        return cls(place, parse_limit(limit) if limit else LIMIT)
+        if not limit:
+            return cls(place)
+        return cls(place, parse_size(limit, LIMIT_VARIABLE, least=0, next=f"export {LIMIT_VARIABLE}=2GB"))
 
     def get(self, key: str, count: int, dtype: torch.dtype) -> Contexts | None:
         """The contexts of ``count`` prompts on the CPU, or None if they are not here.
@@ -127,7 +128,7 @@ class PromptCache:
         for path, stat in _files(self.folder):
             if path.suffix == ENDING and not path.name.startswith("."):
                 entries.append((stat.st_mtime_ns, path, stat.st_size))
-            elif path.name.startswith(".") and path.suffix == ".tmp" and now - stat.st_mtime > STALE_SECONDS:
+            elif path.name.startswith(".") and path.suffix == TEMPORARY_ENDING and now - stat.st_mtime > STALE_SECONDS:
                 path.unlink(missing_ok=True)
         total = sum(size for _, _, size in entries)
         for _, path, size in sorted(entries):
@@ -153,19 +154,6 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
         return Path.home() / ".cache" / "ltxpack"
     except RuntimeError:
         raise UsageError("there is no home folder to keep a cache in", next=f"export {PLACE_VARIABLE}=FOLDER") from None
-
-
-def parse_limit(text: str) -> int:
-    """``2GB``, ``500 MB`` or a number of bytes. Raises UsageError."""
-    match = SIZE.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(
-            f"{LIMIT_VARIABLE} is not a size",
-            expected="a number of bytes, or one like 500MB or 2GB",
-            found=text,
-            next=f"export {LIMIT_VARIABLE}=2GB",
-        )
-    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

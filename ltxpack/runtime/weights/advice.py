@@ -7,12 +7,12 @@ from contextlib import suppress
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.files.source_file import READS
+from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.machine import Machine
 from ltxpack.runtime.weights.plan import Plan, Setup, Shortage, Work
-from ltxpack.runtime.weights.report import gigabytes
 from ltxpack.runtime.weights.sizes import Model
 
 TENTH = 10**8

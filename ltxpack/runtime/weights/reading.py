@@ -20,7 +20,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ltxpack.files.source_file import ALIGN, CACHED, SourceFile, changed
+from ltxpack.files.source_file import ALIGN, CACHED, SourceFile
+from ltxpack.manifest import changed_file
 from ltxpack.runtime.weights.copies import Copies, HostMemory, Mark
 
 PIECE = 16 * 1024 * 1024
@@ -296,7 +297,7 @@ class _Check:
             expected, found = self._digests[piece.file], self._hasher.hexdigest()
             self._hasher = blake3(max_threads=blake3.AUTO)
             if found != expected:
-                raise changed(piece.file, f"blake3 {expected[:16]}…", f"{found[:16]}…")
+                raise changed_file(piece.file, f"blake3 {expected}", f"blake3 {found}")
 
 
 def plan_pieces(arrivals: Iterable[Arrival], whole: Sequence[Path], limit: int) -> Iterator[Piece]:
@@ -413,4 +414,4 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise changed(path, "a file", error.strerror) from None
+        raise changed_file(path, "a file", error.strerror) from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.files.source_file import AUTO
+from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.large_tiles import FAST, OFFICIAL
 from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
@@ -34,11 +35,6 @@ class Command:
 
     text: str
     done: bool
-
-
-def gigabytes(count: int) -> str:
-    """Bytes as ``41.8 GB``."""
-    return f"{count / 1e9:.1f} GB"
 
 
 def described(plan: Plan) -> str:

@@ -191,6 +191,24 @@ def test_a_silent_video_has_one_stream(tmp_path: Path) -> None:
         assert [stream.type for stream in container.streams] == ["video"]
 
 
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_two_runs_with_one_output_each_publish_a_whole_video(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, 96, 64, 24) as slow:
+        slow.write(moving_bar(60))
+        with VideoWriter(path, 96, 64, 24) as quick:
+            quick.write(moving_bar(9))
+        assert frames_in(path) == 9
+        slow.write(moving_bar(60))
+        assert frames_in(path) == 9
+    assert frames_in(path) == 120
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_names_ffmpeg_would_read_as_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("12:30.mp4", "http:a.mp4", "a%03d.mp4", "-y.mp4", "größe.mp4"):

@@ -29,7 +29,7 @@ from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.text import encode
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.encode import PromptEncoder
-from ltxpack.runtime.text.prompt_cache import PromptCache, batch_key, cache_root, parse_limit
+from ltxpack.runtime.text.prompt_cache import PromptCache, batch_key, cache_root
 from ltxpack.runtime.weights.commands import hq_work
 from ltxpack.runtime.weights.keeper import Residency
 
@@ -280,15 +280,18 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert found == PromptCache(tmp_path / "contexts", 3_000_000)
 
 
-@pytest.mark.parametrize(("written", "size"), [("7", 7), ("2GB", 2 * 10**9), ("1.5 gb", 15 * 10**8), ("20k", 20_000)])
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("", 2 * 10**9), ("0", 0), ("7", 7), ("2GB", 2 * 10**9), ("1.5 gb", 15 * 10**8), ("20k", 20_000)],
+)
 def test_sizes(written: str, size: int) -> None:
-    assert parse_limit(written) == size
+    assert PromptCache.at(None, {"LTXPACK_CACHE_SIZE": written}).limit == size
 
 
-@pytest.mark.parametrize("written", ["", "much", "-1", "2 XB", "1e9", "GB"])
+@pytest.mark.parametrize("written", ["much", "-1", "2 XB", "1e9", "GB"])
 def test_what_is_no_size(written: str) -> None:
     with pytest.raises(UsageError, match="LTXPACK_CACHE_SIZE"):
-        parse_limit(written)
+        PromptCache.at(None, {"LTXPACK_CACHE_SIZE": written})
 
 
 # With the text encoder

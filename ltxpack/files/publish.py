@@ -1,0 +1,107 @@
+"""The one way to publish a file: a temporary file of its own beside it, on the disk, then renamed.
+
+Two processes that write the same path never share a temporary file: each publishes its own, whole, and the last rename
+counts. A process that is killed leaves its temporary file behind and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+from ltxpack.errors import OverlayError
+
+WRITE_PROBLEMS = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space"),
+    errno.EFBIG: ("is larger than this filesystem allows", "use a smaller --max-shard-size"),
+    errno.EACCES: ("may not be written", "correct the permissions"),
+    errno.EPERM: ("may not be written", "correct the permissions"),
+    errno.EROFS: ("is on a read-only filesystem", "choose another folder"),
+}
+RESUME = "then run the same command again: finished files are kept"
+# Ends the name of every temporary file.
+TEMPORARY_ENDING = ".tmp"
+
+
+class Temporary:
+    """A temporary file that becomes ``path``: empty when made, renamed by ``publish``, removed by ``discard``.
+
+    As a context manager it gives the temporary path, publishes when the block ends well and discards when it raises.
+    The temporary file is in ``folder``, which must be on the same filesystem (default: the folder of ``path``). Raises
+    OSError.
+    """
+
+    def __init__(self, path: Path, folder: Path | None = None, *, made: bool = True) -> None:
+        """``made`` False only chooses the name: the caller makes the file, as a link."""
+        self.target = path
+        self.path = (folder or path.parent) / f".{path.name[:200]}.{secrets.token_hex(8)}{TEMPORARY_ENDING}"
+        if made:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+    def publish(self, *, synced: bool = False) -> None:
+        """Give the file its final name; file and name are on the disk afterwards. ``synced``: its bytes are already."""
+        if not synced:
+            fsync_file(self.path)
+        self.path.replace(self.target)
+        # A rename does nothing where both names are hard links of one file.
+        self.path.unlink(missing_ok=True)
+        fsync_folder(self.target.parent)
+
+    def discard(self) -> None:
+        """Remove the file, if it is there and not yet published."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.publish()
+        finally:
+            self.discard()
+
+
+def atomic_write(path: Path, data: bytes, *, folder: Path | None = None) -> None:
+    """Put ``data`` at ``path``: whole and on the disk, or not at all. ``folder``: as for Temporary. Raises OSError."""
+    with Temporary(path, folder) as temporary:
+        temporary.write_bytes(data)
+
+
+def fsync_file(path: Path) -> None:
+    """Put the bytes of the file at ``path`` on the disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_folder(folder: str | Path) -> None:
+    """Make the names in ``folder`` survive a power cut, as far as the filesystem offers that."""
+    with contextlib.suppress(OSError):
+        fsync_file(Path(folder))
+
+
+def write_failure(error: OSError, path: Path) -> OverlayError:
+    """The error for a ``path`` that could not be written, with the way to go on."""
+    problem, remedy = WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror}", "correct that"))
+    return OverlayError(problem, file=path, next=f"{remedy}, {RESUME}")
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into ``write_failure`` of ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(error, path) from None

@@ -1,0 +1,39 @@
+"""Sizes as people write and read them: decimal units (GB), binary ones (GiB) where somebody types them."""
+
+from __future__ import annotations
+
+import re
+
+from ltxpack.errors import UsageError
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+MAX_SIZE = 2**62
+
+
+def parse_size(text: str, name: str, *, least: int = 1, next: str | None = None) -> int:
+    """``5GB``, ``500 MB``, ``2GiB`` or plain bytes, as bytes.
+
+    Raises UsageError that names ``name`` (a flag or a variable) for other texts and for sizes below ``least``.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is not None:
+        number, power, binary = match.groups()
+        size = float(number) * (1024 if binary else 1000) ** _POWERS[(power or "").lower()]
+        if least <= size <= MAX_SIZE:
+            return int(size)
+    raise UsageError(f"{name} is not a size", expected="a size such as 5GB, 500MB or 2GiB", found=text, next=next)
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes in the decimal unit that fits: ``46.1 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def gigabytes(count: float) -> str:
+    """``count`` bytes in GB, for figures that are compared with each other: ``0.5 GB``."""
+    return f"{count / 1e9:.1f} GB"
