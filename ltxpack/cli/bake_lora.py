@@ -26,7 +26,7 @@ from ltxpack.manifest import is_overlay
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--allow-unmatched", is_flag=True, help="Bake although some keys of a LoRA match nothing.")
 @click.option("--plan", "plan_only", is_flag=True, help="Only say what would be written.")
-@click.option("--force", is_flag=True, help="Replace a bake of this name made from other inputs.")
+@click.option("--force", is_flag=True, help="Make the bake anew, whatever is there.")
 @json_option
 @verbose_option
 def bake_lora(

@@ -33,7 +33,7 @@ def verify(
 
     reporter = TerminalReporter(verbose)
     if repair:
-        from ltxpack.lora_bake.restore import restore
+        from ltxpack.lora_bake.repair import restore
         from ltxpack.materialize import Options
 
         options = Options(source, overlay) if source else None

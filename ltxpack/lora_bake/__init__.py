@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ltxpack.lora_bake.bake import BakeOptions, bake, plan_bake
 from ltxpack.lora_bake.names import parse_added
-from ltxpack.lora_bake.repair import repair_bake
 from ltxpack.lora_bake.report import BakeReport
 
-__all__ = ["BakeOptions", "BakeReport", "bake", "parse_added", "plan_bake", "repair_bake"]
+__all__ = ["BakeOptions", "BakeReport", "bake", "parse_added", "plan_bake"]

@@ -123,7 +123,7 @@ class _Faults:
             problem,
             file=path,
             items=[f"{kind}: {item}" for kind, items in self.kinds.items() for item in items],
-            next="ltxpack bake-lora --allow-unmatched … leaves these targets out" if skippable else None,
+            next="the same command with --allow-unmatched leaves these targets out" if skippable else None,
         )
 
 

@@ -10,19 +10,20 @@ import contextlib
 import dataclasses
 import importlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError
-from ltxpack.lora_bake.adapter import Adapter
+from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
+from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.base import BaseTransformer, read_base, refuse_links
 from ltxpack.lora_bake.job import BAKES, UNKNOWN_HASH, Arithmetic, Job, baked_lora
-from ltxpack.lora_bake.names import bake_name, check_bake_name, check_strength
+from ltxpack.lora_bake.names import bake_name, check_bake_name, check_strength, format_strength
 from ltxpack.lora_bake.reading import hash_adapter
 from ltxpack.lora_bake.report import AppliedLora, BakeReport
 from ltxpack.lora_bake.resolve import Found, find_lora, own_lora
+from ltxpack.lora_bake.scan import scan
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, Manifest, changed_file, read_manifest
 from ltxpack.repack.execute import preflight
@@ -54,6 +55,18 @@ class BakeOptions:
     force: bool = False
     allow_unmatched: bool = False
 
+    def command(self, **changes: object) -> str:
+        """The command line that asks for this, with ``changes``, to be typed as it is."""
+        wanted = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        flags = [f"--strength {format_strength(strength)}" for strength in wanted.strengths or (1.0,)]
+        flags += [f"--lora {quoted(wanted.lora)}"] if wanted.lora is not None else []
+        flags += [f"--add {quoted(f'{file}={format_strength(strength)}')}" for file, strength in wanted.added]
+        flags += [f"--rule {wanted.rule}"] if wanted.rule != "fp32" else []
+        flags += [f"--name {quoted(wanted.name)}"] if wanted.name is not None else []
+        flags += [f"--device {wanted.device}"] if wanted.device != "auto" else []
+        flags += [flag for flag, on in (("--allow-unmatched", wanted.allow_unmatched), ("--force", wanted.force)) if on]
+        return " ".join(["ltxpack bake-lora", quoted(wanted.overlay), *flags])
+
 
 @dataclass(frozen=True)
 class _Lora:
@@ -77,7 +90,7 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     loras = [_fitted(place, base, options, manifest) for place in places]
     jobs = _jobs(options, base, loras)
     if all(place.path for place in places):
-        jobs = [job for job in jobs if not _is_there(job, manifest.bakes.get(job.name), options.overlay)]
+        jobs = [job for job in jobs if options.force or not _is_there(job, manifest.bakes.get(job.name))]
         _refuse_other_inputs(jobs, manifest, options)
     arithmetic = _arithmetic(options, [lora.adapter for lora in loras])
     files = [file for job in jobs for file in job.plan(arithmetic)]
@@ -101,26 +114,27 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
         manifest = read_manifest(options.overlay)
         base = read_base(options.overlay, manifest)
         found = _find(options, manifest, reporter)
-        if all(place.own for place in found):
+        if all(place.own for place in found) and not options.force:
             known = [_fitted(place, base, options, manifest) for place in found]
             jobs = _jobs(options, base, known)
-            if all(_is_there(job, manifest.bakes.get(job.name), options.overlay) for job in jobs):
+            if all(_is_there(job, manifest.bakes.get(job.name)) for job in jobs):
                 return [_told(job, manifest.bakes[job.name]) for job in jobs]
         # Importing torch takes as long as reading a LoRA: on another thread, one hides the other.
         threading.Thread(target=importlib.import_module, args=("torch",)).start()
         loras = [_scanned(place, base, options, manifest, reporter) for place in found]
         jobs = _jobs(options, base, loras)
-        new = [job for job in jobs if not _is_there(job, manifest.bakes.get(job.name), options.overlay)]
+        new = [job for job in jobs if options.force or not _is_there(job, manifest.bakes.get(job.name))]
         _refuse_other_inputs(new, manifest, options)
         refuse_links(options.overlay, [options.overlay / job.folder for job in new])
-        made = _make(new, loras, options, reporter, lock) if new else {}
+        chosen = _arithmetic(options, [lora.adapter for lora in loras]) if new else None
+        made = _make(new, chosen, reporter, lock) if chosen else {}
         return [made.get(job.name) or _told(job, manifest.bakes[job.name]) for job in jobs]
 
 
 def _checked(options: BakeOptions) -> BakeOptions:
     """The options with everything wrong about them refused; equal strengths count once."""
     if not options.strengths:
-        raise UsageError("needs a strength", next="ltxpack bake-lora --strength 1.0")
+        raise UsageError("needs a strength", next=options.command(strengths=(1.0,)))
     for value, known, flag in ((options.rule, RULES, "--rule"), (options.device, DEVICES, "--device")):
         if value not in known:
             raise UsageError(f"{flag} is unknown", expected=" or ".join(known), found=value)
@@ -155,8 +169,6 @@ def _scanned(
     found: Found, base: BaseTransformer, options: BakeOptions, manifest: Manifest, reporter: Reporter
 ) -> _Lora:
     """The LoRA fitted, hashed and looked through for NaN. Raises OverlayError if the overlay's own has changed."""
-    from ltxpack.lora_bake.scan import scan
-
     adapter = found.adapter(base.shapes, options.allow_unmatched)
     for warning in adapter.warnings:
         reporter.warn(f"{adapter.path.name}: {warning}")
@@ -213,11 +225,11 @@ def _refuse_dora(loras: Sequence[_Lora]) -> None:
         raise AdapterError("the official rule has no DoRA", items=items, next="use --rule fp32")
 
 
-def _is_there(job: Job, bake: Bake | None, overlay: Path) -> bool:
+def _is_there(job: Job, bake: Bake | None) -> bool:
     """Whether the overlay holds this very bake, whole as far as sizes tell."""
     if bake is None or (bake.loras, bake.rule) != (job.baked, job.rule):
         return False
-    paths = [(overlay / record.path, record.size) for record in bake.files]
+    paths = [(job.overlay / record.path, record.size) for record in bake.files]
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
@@ -230,7 +242,7 @@ def _refuse_other_inputs(jobs: Sequence[Job], manifest: Manifest, options: BakeO
                 file=options.overlay / job.folder,
                 expected=_described(job.rule, job.baked),
                 found=_described(bake.rule, bake.loras),
-                next="the same command with --force replaces it, or another --name",
+                next=options.command(force=True),
             )
 
 
@@ -247,40 +259,65 @@ def _arithmetic(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic
 
     available = torch.cuda.is_available()
     if options.device == "cuda" and not available:
-        raise DeviceError("there is no CUDA device", next="ltxpack bake-lora --device cpu …")
+        raise DeviceError("there is no CUDA device", next=options.command(device="cpu"))
     device = "cuda" if available and options.device != "cpu" else "cpu"
     plain = all(adapter.plain_bf16 for adapter in adapters)
     return Arithmetic(options.rule, choose_kernel(options.rule, len(adapters), plain, device), device)
 
 
-def _make(
-    jobs: Sequence[Job], loras: Sequence[_Lora], options: BakeOptions, reporter: Reporter, lock: OverlayLock
-) -> dict[str, BakeReport]:
+def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Reporter) -> None:
+    """Make the bake ``name`` again, whole, from the LoRAs, strengths, order and rule that the manifest records.
+
+    ``files`` maps the LoRAs' blake3 to files or PEFT folders. The recorded kernel and device are used if this machine
+    has them, so that the same bytes come out. Raises what ``bake`` raises, and OverlayError for a LoRA that changed.
+    """
+    with OverlayLock(overlay) as lock:
+        refuse_links(overlay, [overlay / BAKES, overlay / BAKES / name])
+        recover(overlay, reporter)
+        manifest = read_manifest(overlay)
+        recorded, base = manifest.bakes[name], read_base(overlay, manifest)
+        loras = []
+        for lora in recorded.loras:
+            path = files[lora.blake3]
+            adapter = open_adapter(path, base.shapes, name=lora.name, allow_unmatched=True)
+            digest = scan(adapter, reporter)
+            if digest != lora.blake3:
+                raise changed_file(path, f"blake3 {lora.blake3}", f"blake3 {digest}")
+            loras.append(AppliedLora(lora, adapter))
+        from ltxpack.lora_bake.work import usable
+
+        arithmetic = Arithmetic(recorded.rule, recorded.kernel, recorded.device)
+        if not usable(arithmetic, recorded.rule):
+            arithmetic = _arithmetic(BakeOptions(overlay, (), rule=recorded.rule), [lora.adapter for lora in loras])
+        _make([Job(name, tuple(loras), recorded.rule, base, overlay)], arithmetic, reporter, lock)
+
+
+def _make(jobs: Sequence[Job], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> dict[str, BakeReport]:
     """Write, publish and enter the manifest. What is complete is kept if it fails, unless the LoRA is at fault."""
     import torch
 
     from ltxpack.lora_bake.work import BakeWork
 
-    _tell(jobs, loras, reporter)
-    chosen = _arithmetic(options, [lora.adapter for lora in loras])
+    overlay, adapters = jobs[0].overlay, [lora.adapter for lora in jobs[0].loras]
+    _tell(jobs, adapters, reporter)
     with contextlib.ExitStack() as stack:
-        works = [stack.enter_context(BakeWork(job, chosen, options.overlay, reporter, lock)) for job in jobs]
+        works = [stack.enter_context(BakeWork(job, chosen, overlay, reporter, lock)) for job in jobs]
         items = [item for work in works for item in work.missing_items()]
-        preflight(items, options.overlay, copy=False)
+        preflight(items, overlay, copy=False)
         reporter.begin(f"bake {', '.join(job.name for job in jobs)}", sum(item.size for item in items), "B")
         try:
-            _write(works, loras, options.overlay, reporter)
+            _write(works, adapters, overlay, reporter)
         except AdapterError:
             for work in works:
                 work.discard()
             raise
         except torch.OutOfMemoryError:
             raise DeviceError(
-                f"too little memory on {chosen.device}", next="ltxpack bake-lora --device cpu …"
+                f"too little memory on {chosen.device}", next="free memory on the device, or bake with --device cpu"
             ) from None
         bakes = {work.job.name: work.finish() for work in works}
         reporter.end()
-        manifest = read_manifest(options.overlay)
+        manifest = read_manifest(overlay)
         for name, (record, _) in bakes.items():
             manifest = manifest.with_bake(name, record)
         for work in works:
@@ -291,7 +328,7 @@ def _make(
         }
 
 
-def _write(works: Sequence[BakeWork], loras: Sequence[_Lora], overlay: Path, reporter: Reporter) -> None:
+def _write(works: Sequence[BakeWork], adapters: Sequence[Adapter], overlay: Path, reporter: Reporter) -> None:
     """All shards that are not done, shard after shard, each read once for all bakes with the same arithmetic."""
     from ltxpack.lora_bake.factors import FactorReader
     from ltxpack.lora_bake.stream import Engine
@@ -301,7 +338,7 @@ def _write(works: Sequence[BakeWork], loras: Sequence[_Lora], overlay: Path, rep
     for arithmetic in dict.fromkeys(work.arithmetic for work in works):
         same = [work for work in works if work.arithmetic == arithmetic]
         with contextlib.ExitStack() as stack:
-            readers = [stack.enter_context(FactorReader(lora.adapter)) for lora in loras]
+            readers = [stack.enter_context(FactorReader(adapter)) for adapter in adapters]
             engine = stack.enter_context(Engine(overlay, readers, arithmetic, reporter))
             for shard in same[0].job.base.shards:
                 outputs = {work: output for work in same if (output := work.output(shard)) is not None}
@@ -311,18 +348,18 @@ def _write(works: Sequence[BakeWork], loras: Sequence[_Lora], overlay: Path, rep
                         work.record(record, output)
 
 
-def _tell(jobs: Sequence[Job], loras: Sequence[_Lora], reporter: Reporter) -> None:
+def _tell(jobs: Sequence[Job], adapters: Sequence[Adapter], reporter: Reporter) -> None:
     """What a user might not expect of these LoRAs under this rule."""
-    for lora in loras:
-        targets = lora.adapter.targets.values()
+    for adapter in adapters:
+        targets = adapter.targets.values()
         scaled = sum(target.factor != 1.0 for target in targets)
         if jobs[0].rule == "official" and scaled:
             reporter.warn(
-                f"{lora.adapter.path.name}: alpha differs from rank in {scaled} targets; the official rule ignores "
+                f"{adapter.path.name}: alpha differs from rank in {scaled} targets; the official rule ignores "
                 "alpha and uses the strength alone"
             )
         if any(target.magnitude is not None for target in targets):
-            reporter.note(f"{lora.adapter.path.name}: DoRA; the strength scales its direction, not its magnitudes")
+            reporter.note(f"{adapter.path.name}: DoRA; the strength scales its direction, not its magnitudes")
 
 
 def _told(job: Job, bake: Bake) -> BakeReport:

@@ -1,96 +1,69 @@
-"""Writes damaged files of a bake again, from the clean base and with the arithmetic the manifest names.
-
-As in repack.repair: a file is written inside ``.ltxpack/``, compared with the manifest, then renamed to its place.
-"""
+"""``verify --repair``: damaged files of the base come from the source again, a damaged bake is made again, whole."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from ltxpack.errors import DeviceError, OverlayError, SourceError, quoted
-from ltxpack.files.publish import fsync_folder, write_failure
+from ltxpack.errors import SourceError, quoted
 from ltxpack.lora_bake.adapter import adapter_files
-from ltxpack.lora_bake.base import read_base, refuse_links
-from ltxpack.lora_bake.job import Arithmetic, Job
+from ltxpack.lora_bake.bake import remake
 from ltxpack.lora_bake.reading import hash_adapter
-from ltxpack.lora_bake.report import AppliedLora, TargetStat
-from ltxpack.lora_bake.resolve import Found
-from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, changed_file, read_manifest
+from ltxpack.manifest import Manifest, read_manifest
+from ltxpack.materialize import Options, fetched_plan
 from ltxpack.repack import repair as repack_repair
-from ltxpack.repack.execute import preflight
-from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
-from ltxpack.repack.staging import recover, remove_below
-from ltxpack.repack.work import Item
+from ltxpack.repack.verify import Fault, damaged, damaged_items, verify
 from ltxpack.reporter import Reporter
 
 
-def repair_bake(
-    overlay: Path,
-    name: str,
-    damaged: Collection[str],
-    reporter: Reporter,
-    *,
-    loras: Sequence[Path] = (),
-    lock: OverlayLock | None = None,
-) -> None:
-    """Write ``damaged`` (paths in the overlay, see repack.verify) of the bake ``name`` again.
+def restore(
+    overlay: Path, reporter: Reporter, *, source: Options | None = None, loras: Sequence[Path] = ()
+) -> list[Fault]:
+    """Repair ``overlay`` and verify it again; returns the faults that are left. A stray file is never removed.
 
-    ``loras``: files or PEFT folders of LoRAs that the overlay does not keep; known by content, not by name. Raises
-    SourceError if one is missing, DeviceError if the bake was made on a device that is not here, OverlayError if the
-    base has changed or what comes out is not what the manifest says.
+    ``source`` says where the checkpoint's files are, as for ``materialize``; None means the hub repo in the manifest.
+    ``loras`` are files or PEFT folders of LoRAs that bakes need and the overlay does not keep; their content tells
+    which is which, not their name. Raises LtxpackError: SourceError if a file is needed and not given, OverlayError
+    if the base comes out other than the manifest says.
     """
-    from ltxpack.lora_bake.work import usable
-
-    with contextlib.nullcontext(lock) if lock else OverlayLock(overlay) as held:
-        recover(overlay, reporter)
-        manifest = read_manifest(overlay)
-        bake = manifest.bakes[name]
-        arithmetic = Arithmetic(bake.rule, bake.kernel, bake.device)
-        if not usable(arithmetic, bake.rule):
-            raise DeviceError(f"the bake was made with {bake.kernel} on {bake.device}, which is not here", file=name)
-        job = _job(overlay, manifest, name, bake, loras)
-        wanted = set(damaged)
-        plain: tuple[Item, ...] = (*job.small, *job.links)
-        small = [item for item in plain if item.path in wanted]
-        reports = {item.path for item in job.longest_reports(arithmetic)} & wanted
-        shards = {rewrite.item.path for rewrite in job.rewrites} & wanted
-        if shards or reports:
-            stats = _shards(job, arithmetic, bake, wanted, bool(reports), reporter)
-            small += [item for item in job.reports(arithmetic, stats) if item.path in reports] if reports else []
-        if small:
-            repack_repair.repair(small, overlay, manifest, reporter, lock=held)
+    faults = verify(overlay, reporter)
+    manifest = read_manifest(overlay)
+    paths = damaged(faults, manifest)
+    if not paths:
+        return faults
+    of_bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
+    if base := paths - of_bakes:
+        _restore_base(overlay, manifest, base, source, reporter)
+    for name, bake in manifest.bakes.items():
+        count = len(paths & {record.path for record in bake.files})
+        if count:
+            files = _lora_files(overlay, manifest, name, loras)
+            reporter.note(f"bakes/{name}: {count} files are damaged; the bake is made again")
+            remake(overlay, name, files, reporter)
+    return verify(overlay, reporter)
 
 
-def _job(overlay: Path, manifest: Manifest, name: str, bake: Bake, loras: Sequence[Path]) -> Job:
-    base = read_base(overlay, manifest)
-    known = {lora.file.blake3: overlay / lora.file.path for lora in manifest.loras}
-    wanted = [lora.blake3 for lora in bake.loras]
-    given = {path: hash_adapter(*adapter_files(path)) for path in loras}
-    for path, digest in given.items():
-        known.setdefault(digest, path)
-    missing = {lora.blake3: lora for lora in bake.loras if lora.blake3 not in known}
-    if missing:
-        raise _missing(overlay, manifest, name, list(missing.values()), given)
-    applied = []
-    for lora, digest in zip(bake.loras, wanted, strict=True):
-        adapter = Found(lora.name, known[digest]).adapter(base.shapes, allow_unmatched=True)
-        for kept in (kept for kept in manifest.loras if kept.file.blake3 == digest):
-            if hash_adapter(adapter.path, adapter.config) != digest:
-                raise changed_file(overlay / kept.file.path, f"blake3 {digest}", "other content")
-        applied.append(AppliedLora(lora, adapter))
-    return Job(name, tuple(applied), bake.rule, base, overlay)
+def _lora_files(overlay: Path, manifest: Manifest, name: str, given: Sequence[Path]) -> dict[str, Path]:
+    """blake3 -> file for the LoRAs of the bake ``name``. Raises SourceError if one is neither kept nor given."""
+    bake = manifest.bakes[name]
+    digests = {path: hash_adapter(*adapter_files(path)) for path in given}
+    files = {digest: path for path, digest in digests.items()}
+    files |= {lora.file.blake3: overlay / lora.file.path for lora in manifest.loras}
+    if any(lora.blake3 not in files for lora in bake.loras):
+        raise _missing(overlay, manifest, name, files, digests)
+    return files
 
 
 def _missing(
-    overlay: Path, manifest: Manifest, name: str, missing: Sequence[BakedLora], given: Mapping[Path, str]
+    overlay: Path, manifest: Manifest, name: str, files: Mapping[str, Path], given: Mapping[Path, str]
 ) -> SourceError:
-    """The error for LoRAs that are not at hand; a file given that no bake was made from is named beside them."""
+    """The error for LoRAs that are not at hand; it names beside them every given file that no bake was made from."""
+    missing = {lora.blake3: lora for lora in manifest.bakes[name].loras if lora.blake3 not in files}.values()
     used = {lora.blake3 for bake in manifest.bakes.values() for lora in bake.loras}
     others = [f"{path} (blake3 {digest[:8]})" for path, digest in given.items() if digest not in used]
     problem = f"the LoRA of the bake {name} is needed to repair it"
-    # Those that are right are typed again: without them the next command would miss them instead.
+    # The files that do match are part of the next command: without them it would miss those instead.
     flags = [f"--lora {quoted(path)}" for path, digest in given.items() if digest in used]
     return SourceError(
         f"{problem}, and a file given does not match" if others else problem,
@@ -102,56 +75,25 @@ def _missing(
     )
 
 
-def _shards(
-    job: Job, arithmetic: Arithmetic, bake: Bake, wanted: set[str], all_of_them: bool, reporter: Reporter
-) -> list[TargetStat]:
-    """Fuse the wanted shards again (all, if the reports need their figures); what was measured."""
-    from ltxpack.lora_bake.factors import FactorReader
-    from ltxpack.lora_bake.stream import Engine, Output
-    from ltxpack.lora_bake.work import strengths_of
-
-    records = {record.path: record for record in bake.files}
-    rewrites = [rewrite for rewrite in job.rewrites if all_of_them or rewrite.item.path in wanted]
-    root = job.overlay / WORK_FOLDER / "repair"
-    refuse_links(job.overlay, [root, job.overlay / "bakes", job.overlay / job.folder])
-    largest = sorted((rewrite.item for rewrite in rewrites), key=lambda item: item.size)[-1:]
-    preflight(largest, job.overlay, copy=False)
-    stats: list[TargetStat] = []
-    reporter.begin(f"repair {job.name}", sum(rewrite.item.size for rewrite in rewrites), "B")
-    try:
-        with contextlib.ExitStack() as stack:
-            readers = [stack.enter_context(FactorReader(lora.adapter)) for lora in job.loras]
-            engine = stack.enter_context(Engine(job.overlay, readers, arithmetic, reporter))
-            for rewrite in rewrites:
-                output = Output(rewrite.item, root, job.touched, strengths_of(job))
-                [made] = engine.fuse_shard(rewrite.shard, [output])
-                _place(job, root, made, records[made.path], made.path in wanted)
-                stats += output.stats.values()
-    finally:
-        remove_below(root)
-        with contextlib.suppress(OSError):
-            root.parent.rmdir()
-    reporter.end()
-    return stats
+def _restore_base(
+    overlay: Path, manifest: Manifest, paths: Collection[str], source: Options | None, reporter: Reporter
+) -> None:
+    reporter.note(f"materialize: {len(paths)} files")
+    options = source or _recorded_source(overlay, manifest, paths)
+    options = dataclasses.replace(options, max_shard_size=manifest.source.max_shard_size)
+    plan = fetched_plan(options, reporter)
+    linked = any(record.link == "hard" for record in manifest.records())
+    items = damaged_items(list(plan.items()), paths)
+    repack_repair.repair(items, overlay, manifest, reporter, copy=not linked)
 
 
-def _place(job: Job, root: Path, made: FileRecord, record: FileRecord, damaged: bool) -> None:
-    """Put a shard in its place if what is there is damaged; refuse one that is not what the manifest says."""
-    target = job.overlay / made.path
-    if made != record:
-        raise OverlayError(
-            "cannot be repaired: the arithmetic of this machine gives other bytes",
-            file=target,
-            expected=f"blake3 {record.blake3}",
-            found=f"blake3 {made.blake3}",
-            next=f"ltxpack bake-lora {quoted(job.overlay)} --force makes the bake anew",
+def _recorded_source(overlay: Path, manifest: Manifest, paths: Collection[str]) -> Options:
+    recorded = manifest.source
+    if recorded.repo is None:
+        raise SourceError(
+            "was made from local files; a repair needs to know where they are",
+            file=overlay,
+            items=sorted(paths),
+            next=f"ltxpack verify {quoted(overlay)} --repair --source FOLDER",
         )
-    try:
-        if damaged:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (root / made.path).replace(target)
-            fsync_folder(target.parent)
-        else:
-            (root / made.path).unlink()
-    except OSError as error:
-        raise write_failure(error, target) from None
+    return Options(recorded.repo, overlay, revision=recorded.revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -417,7 +418,8 @@ def test_other_inputs_under_the_same_name_need_force(overlay: Path, style: Path)
     for more in ({"rule": "official"}, {"lora": str(style)}, {"added": ((str(style), 0.1),)}):
         with pytest.raises(OverlayError, match="made from other inputs") as caught:
             run(overlay, 0.5, name="mine", **more)
-        assert "--force" in (caught.value.next or "")
+        assert caught.value.next.startswith(f"ltxpack bake-lora {overlay} --strength 0.5")
+        assert caught.value.next.endswith("--name mine --force")
         assert tree_bytes(overlay) == before
     with pytest.raises(OverlayError, match="made from other inputs"):
         run(overlay, 0.6, name="mine")
@@ -434,6 +436,27 @@ def test_a_bake_that_lost_a_file_is_made_again(overlay: Path) -> None:
     next((overlay / "bakes/distilled-0.5").glob("*00002-of*")).unlink()
     assert [report.made for report in bake(options(overlay, 0.5), SilentReporter())] == [True]
     assert tree_bytes(overlay) == before
+
+
+def test_force_makes_anew_whatever_is_there(overlay: Path) -> None:
+    run(overlay, 0.5)
+    whole = tree_bytes(overlay)
+    shard = next((overlay / "bakes/distilled-0.5").glob("*00002-of*"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert [report.made for report in bake(options(overlay, 0.5), SilentReporter())] == [False]
+    assert len(plan_bake(options(overlay, 0.5, force=True), SilentReporter())["files"]) == 7
+    assert [report.made for report in bake(options(overlay, 0.5, force=True), SilentReporter())] == [True]
+    assert tree_bytes(overlay) == whole
+
+
+def test_the_command_that_a_message_names_can_be_typed(overlay: Path, tmp_path: Path) -> None:
+    style = save(tmp_path / "my style=1.safetensors", official_keys(STYLE))
+    wanted = options(overlay, 0.5, added=((str(style), 1e-7),), rule="official", name="mine", allow_unmatched=True)
+    done = ltxpack(*shlex.split(wanted.command(force=True, device="cpu"))[1:])
+    assert done.returncode == 0, done.stderr
+    assert [lora.strength for lora in read_manifest(overlay).bakes["mine"].loras] == [1e-7, 0.5]
 
 
 def test_bakes_are_made_from_the_base_in_any_order(tmp_path: Path) -> None:
@@ -611,7 +634,7 @@ def test_a_disk_too_small_is_found_before_the_first_byte(overlay: Path, monkeypa
 
 def test_the_lora_is_not_read_for_what_is_there_already(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(overlay, 0.5)
-    monkeypatch.setattr("ltxpack.lora_bake.scan.scan", lambda *_: pytest.fail("the LoRA was read"))
+    monkeypatch.setattr(sys.modules["ltxpack.lora_bake.bake"], "scan", lambda *_: pytest.fail("the LoRA was read"))
     run(overlay, 0.5)
 
 

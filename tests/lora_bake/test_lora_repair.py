@@ -1,4 +1,4 @@
-"""Repair: damaged files of a bake come back byte for byte, from the clean base, with the kernel of the manifest."""
+"""Repair: a damaged bake is made again, whole, from the clean base and what the manifest records of it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import pytest
 from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, tree_bytes
 from support import ltxpack, refused
 
-from ltxpack.errors import DeviceError, OverlayError, SourceError
-from ltxpack.lora_bake import BakeOptions, bake, repair_bake
+from ltxpack.errors import OverlayError, SourceError
+from ltxpack.lora_bake import BakeOptions, bake
 from ltxpack.lora_bake.reading import hash_adapter
+from ltxpack.lora_bake.repair import restore
 from ltxpack.manifest import read_manifest
-from ltxpack.repack.verify import damaged, verify
 from ltxpack.reporter import SilentReporter
 
 BASE = random_weights()
 BLOCK = [module for module in linears() if "blocks.1." in module]
 SILENT = SilentReporter()
+PLAIN, STACKED = "distilled-0.5", "distilled-0.7+style-0.3"
 
 
 @pytest.fixture
@@ -35,6 +36,11 @@ def files(overlay: Path, name: str) -> list[Path]:
     return sorted((overlay / "bakes" / name).iterdir())
 
 
+def shard_of(overlay: Path, name: str) -> Path:
+    """A shard of the bake that is a file of its own."""
+    return next(p for p in files(overlay, name) if p.suffix == ".safetensors" and not p.is_symlink())
+
+
 def spoil(path: Path) -> None:
     if path.is_symlink():
         path.unlink()
@@ -45,39 +51,31 @@ def spoil(path: Path) -> None:
         path.write_bytes(data)
 
 
-def repair(overlay: Path, name: str, **options: object) -> None:
-    faults = verify(overlay, SILENT)
-    assert faults
-    repair_bake(overlay, name, damaged(faults, read_manifest(overlay)), SILENT, **options)  # type: ignore[arg-type]
-
-
-def test_every_file_of_a_bake_can_be_repaired(overlay: Path) -> None:
+def test_a_bake_is_made_again_whichever_file_is_damaged(overlay: Path) -> None:
     whole = tree_bytes(overlay)
-    for path in files(overlay, "distilled-0.5"):
+    for path in files(overlay, PLAIN):
         spoil(path)
-        repair(overlay, "distilled-0.5")
+        assert restore(overlay, SILENT) == []
         assert tree_bytes(overlay) == whole, path.name
 
 
-def test_all_files_at_once(overlay: Path) -> None:
+def test_a_bake_whose_files_are_all_gone_is_made_again(overlay: Path) -> None:
     whole = tree_bytes(overlay)
-    for path in files(overlay, "distilled-0.5"):
+    for path in files(overlay, PLAIN):
         path.unlink()
-    repair(overlay, "distilled-0.5")
-    assert tree_bytes(overlay) == whole and verify(overlay, SILENT) == []
+    assert restore(overlay, SILENT) == []
+    assert tree_bytes(overlay) == whole
 
 
 def test_a_user_lora_must_be_named_again(overlay: Path, tmp_path: Path) -> None:
     whole = tree_bytes(overlay)
-    name = "distilled-0.7+style-0.3"
-    shard = next(path for path in files(overlay, name) if path.suffix == ".safetensors" and not path.is_symlink())
-    spoil(shard)
+    spoil(shard_of(overlay, STACKED))
     with pytest.raises(SourceError, match="is needed to repair") as caught:
-        repair(overlay, name)
+        restore(overlay, SILENT)
     assert "style.safetensors" in str(caught.value.items)
     assert caught.value.next == f"ltxpack verify {overlay} --repair --lora FILE"
     elsewhere = (tmp_path / "style.safetensors").rename(tmp_path / "renamed.safetensors")
-    repair(overlay, name, loras=[elsewhere])
+    assert restore(overlay, SILENT, loras=[elsewhere]) == []
     assert tree_bytes(overlay) == whole
 
 
@@ -86,8 +84,7 @@ def test_a_lora_that_does_not_match_is_named_and_one_that_does_is_kept(overlay: 
     second = save(tmp_path / "second.safetensors", official_keys(low_rank(BLOCK[:4], 2, seed=5)))
     style = tmp_path / "style.safetensors"
     [made] = bake(BakeOptions(spaced, (0.7,), added=((str(style), 0.3), (str(second), 0.1))), SILENT)
-    shard = next(path for path in files(spaced, made.name) if path.suffix == ".safetensors" and not path.is_symlink())
-    spoil(shard)
+    spoil(shard_of(spaced, made.name))
     wrong = save(tmp_path / "wrong.safetensors", official_keys(low_rank(BLOCK[:4], 2, seed=4)))
     message = refused(ltxpack("verify", spaced, "--repair", "--lora", wrong, "--lora", second), 1)
     digests = [hash_adapter(path, None)[:8] for path in (style, wrong)]
@@ -96,57 +93,47 @@ def test_a_lora_that_does_not_match_is_named_and_one_that_does_is_kept(overlay: 
     assert message.endswith(f"next: ltxpack verify '{spaced}' --repair --lora {second} --lora FILE\n")
 
 
-def test_only_the_damaged_shard_is_fused(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
-    real, fused = engine.fuse_shard, []
-    monkeypatch.setattr(
-        engine, "fuse_shard", lambda self, shard, outputs: fused.append(shard.name) or real(self, shard, outputs)
-    )
-    shards = [
-        path for path in files(overlay, "distilled-0.5") if path.suffix == ".safetensors" and not path.is_symlink()
-    ]
-    assert len(shards) > 1
-    spoil(shards[0])
-    repair(overlay, "distilled-0.5")
-    assert fused == [shards[0].name]
-
-
 def test_the_kernel_of_the_manifest_is_used(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tree_bytes(overlay)
-    shard = next(path for path in files(overlay, "distilled-0.5") if path.suffix == ".safetensors")
-    spoil(shard)
+    spoil(shard_of(overlay, PLAIN))
     monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda: pytest.fail("the kernel was chosen anew"))
-    repair(overlay, "distilled-0.5")
+    assert restore(overlay, SILENT) == []
     assert tree_bytes(overlay) == whole
 
 
-def test_a_changed_base_repairs_nothing(overlay: Path) -> None:
-    shard = next(p for p in files(overlay, "distilled-0.5") if p.suffix == ".safetensors" and not p.is_symlink())
+def test_a_bake_with_a_kernel_that_is_not_here_is_made_with_one_that_is(overlay: Path) -> None:
+    """Before, such a bake could be neither repaired nor made anew, although the message said so."""
+    manifest = read_manifest(overlay)
+    made = dataclasses.replace(manifest.bakes[PLAIN], kernel="unheard-of", device="cuda")
+    (overlay / "ltxpack.json").write_bytes(manifest.with_bake(PLAIN, made).dump())
+    spoil(shard_of(overlay, PLAIN))
+    assert restore(overlay, SILENT) == []
+    assert read_manifest(overlay).bakes[PLAIN].loras == made.loras
+
+
+def test_a_bake_that_comes_out_otherwise_than_recorded_is_made_all_the_same(overlay: Path) -> None:
+    whole = tree_bytes(overlay)
+    manifest = read_manifest(overlay)
+    made = manifest.bakes[PLAIN]
+    shard = next(record for record in made.files if record.path.endswith(".safetensors") and not record.link)
+    odd = tuple(dataclasses.replace(record, blake3="0" * 64) if record == shard else record for record in made.files)
+    (overlay / "ltxpack.json").write_bytes(manifest.with_bake(PLAIN, dataclasses.replace(made, files=odd)).dump())
+    assert restore(overlay, SILENT) == []
+    assert tree_bytes(overlay) == whole
+
+
+def test_a_changed_base_makes_no_bake(overlay: Path) -> None:
+    shard = shard_of(overlay, PLAIN)
     spoil(shard)
     spoil(overlay / "transformer" / shard.name)
     before = tree_bytes(overlay)
     with pytest.raises(OverlayError, match="has changed"):
-        repair(overlay, "distilled-0.5")
-    assert tree_bytes(overlay) == before
+        sys.modules["ltxpack.lora_bake.bake"].remake(overlay, PLAIN, own_files(overlay), SILENT)
+    for path in ("bakes", "transformer", "ltxpack.json"):
+        assert {n: d for n, d in tree_bytes(overlay).items() if n.startswith(path)} == {
+            n: d for n, d in before.items() if n.startswith(path)
+        }
 
 
-def test_other_bytes_than_the_manifest_names_are_not_put_in_place(overlay: Path) -> None:
-    manifest = read_manifest(overlay)
-    made = manifest.bakes["distilled-0.5"]
-    shard = next(record for record in made.files if record.path.endswith(".safetensors") and not record.link)
-    odd = tuple(dataclasses.replace(record, blake3="0" * 64) if record == shard else record for record in made.files)
-    (overlay / "ltxpack.json").write_bytes(
-        manifest.with_bake("distilled-0.5", dataclasses.replace(made, files=odd)).dump()
-    )
-    before = tree_bytes(overlay)
-    with pytest.raises(OverlayError, match="other bytes"):
-        repair(overlay, "distilled-0.5")
-    assert tree_bytes(overlay) == before
-
-
-def test_a_bake_from_another_device(overlay: Path) -> None:
-    manifest = read_manifest(overlay)
-    made = dataclasses.replace(manifest.bakes["distilled-0.5"], kernel="unheard-of")
-    (overlay / "ltxpack.json").write_bytes(manifest.with_bake("distilled-0.5", made).dump())
-    with pytest.raises(DeviceError, match="which is not here"):
-        repair_bake(overlay, "distilled-0.5", [], SILENT)
+def own_files(overlay: Path) -> dict[str, Path]:
+    return {lora.file.blake3: overlay / lora.file.path for lora in read_manifest(overlay).loras}
