@@ -11,6 +11,7 @@ from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import plan as modes
+from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.machine import Machine
 from ltxpack.runtime.weights.plan import Plan, Setup, Shortage, Work
 from ltxpack.runtime.weights.sizes import Model
@@ -41,13 +42,14 @@ def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device
     assert found is not None
     on_device = machine.card is None or found.memory == "card"
     owner = device if on_device else "the host"
+    limit = report.container(machine) if machine.card is None or not on_device else ""
     wanted = "" if mode == modes.AUTO else f"--residency {mode}: "
     weights = f" ({gigabytes(found.phase.weights)} of weights)" if on_device else ""
     raise DeviceError(
         f"{owner} has too little free memory for {wanted}{found.phase.name}",
         # Rounded apart, so that what lacks a little is not told as enough.
         expected=gigabytes(-(-found.needed // TENTH) * TENTH) + weights,
-        found=f"{gigabytes(max(found.free, 0) // TENTH * TENTH)} free",
+        found=f"{gigabytes(max(found.free, 0) // TENTH * TENTH)} free{limit}",
         next=_instead(model, work, machine, mode, found),
     )
 

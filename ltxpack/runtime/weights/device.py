@@ -77,11 +77,11 @@ def machine_of(device: torch.device, *, used: bool = False) -> Machine:
 
     ``used``: work was done on the device, so that what libraries take of a card is gone from it.
     """
-    host = machine.usable_host()
+    host, container = machine.usable_host()
     if device.type != "cuda":
-        return Machine(host)
+        return Machine(host, container=container)
     lost = (0 if grows_in_place(device) else GAPS) + (0 if used else LIBRARIES)
-    return Machine(host, torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), lost)
+    return Machine(host, torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), lost, container)
 
 
 @functools.cache

@@ -1,11 +1,16 @@
-"""What a machine has free: its card by the driver's own tool, its memory by the kernel. Needs no torch and no GPU."""
+"""What a machine has free: its card by the driver's own tool, its memory by the kernel, within a container's limits.
+
+Needs no torch and no GPU.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MEBIBYTE = 1024 * 1024
 ANSWER_SECONDS = 20
@@ -16,35 +21,45 @@ HOST_MARGIN, SYSTEM = 500_000_000, 2_000_000_000
 # What the driver and the libraries take of a card that nothing runs on yet.
 CONTEXT = 1_000_000_000
 UNKNOWN = 2**62
+# Control groups of the first version write their greatest number of pages for "no limit".
+NO_LIMIT = 2**60
 
 
 @dataclass(frozen=True)
 class Machine:
     """Bytes a run could have. ``card`` None: there is none, and the host's memory is the device's.
 
-    ``context``: what of ``card`` goes to others than tensors: the driver, libraries, gaps; 0 where it is gone already.
+    ``context``: what of ``card`` others than tensors take: the driver, libraries, gaps; 0 where it is gone already.
+    ``container``: the limit of a container bounds ``host``, not the memory of the machine.
     """
 
     host: int
     card: int | None = None
     context: int = 0
+    container: bool = False
 
 
 def this_machine(vram: int | None = None, ram: int | None = None) -> Machine:
     """What a new run would find here; ``vram`` and ``ram`` are the whole memories of another card and host."""
-    host = usable_host() if ram is None else ram - SYSTEM
+    host, container = usable_host() if ram is None else (ram - SYSTEM, False)
     card = free_card() if vram is None else vram
-    return Machine(host) if card is None else Machine(host, card, CONTEXT)
+    return Machine(host, card, 0 if card is None else CONTEXT, container)
 
 
-def usable_host() -> int:
-    """Bytes of host memory a run may have, those this process has among them; no bound where the system is silent."""
-    free = free_host()
-    return free + own_memory() - HOST_MARGIN if free else UNKNOWN
+def usable_host() -> tuple[int, bool]:
+    """Bytes of host memory a run may have, with those this process has already; and whether a container bounds them.
+
+    There is no bound where the system says nothing.
+    """
+    free, contained = free_host(), free_in_container()
+    bounds = [bound for bound in (free or None, contained) if bound is not None]
+    if not bounds:
+        return UNKNOWN, False
+    return min(bounds) + own_memory() - HOST_MARGIN, min(bounds) == contained != free
 
 
 def free_host() -> int:
-    """Bytes of memory a new process could have, or 0 where the system does not say."""
+    """Bytes of memory a new process could have of the machine, or 0 where the system does not say."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         fields = dict(line.split(":", 1) for line in text.splitlines())
@@ -54,6 +69,75 @@ def free_host() -> int:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
+        return 0
+
+
+def free_in_container(root: Path = Path("/")) -> int | None:
+    """Bytes that the control groups of this process leave it, those around them included; None without a limit.
+
+    ``root`` is where ``/proc`` and ``/sys`` are. Files in memory that the kernel can drop count as free.
+    """
+    found: list[int] = []
+    for files, folder in _memory_groups(root):
+        limit = min(limits) if (limits := [n for name in files.limits if (n := _number(folder / name))]) else UNKNOWN
+        if limit < NO_LIMIT:
+            used = (_number(folder / files.used) or 0) - _droppable(folder, files.droppable)
+            found.append(max(0, limit - used))
+    return min(found, default=None)
+
+
+class _GroupFiles(NamedTuple):
+    """The files of a control group that say its limits, what is used, and the field for droppable file pages."""
+
+    limits: tuple[str, ...]
+    used: str
+    droppable: str
+
+
+GROUP_FILES = {
+    "cgroup2": _GroupFiles(("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    "cgroup": _GroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[_GroupFiles, Path]]:
+    """The folders of the control groups that bound this process, from its own upwards, of both versions."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return
+    paths = {}
+    for line in (line for line in groups if line.count(":") > 1):
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            paths["cgroup" if controllers else "cgroup2"] = path
+    for line in (line for line in mounts if " - " in line):
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(" ", 2)
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        top, mounted = before.split()[3:5]
+        # A container may see only its own part of the tree: then that is mounted at the top.
+        inside = paths[kind].removeprefix(top.rstrip("/")).strip("/") if paths[kind].startswith(top) else ""
+        folder = root / mounted.strip("/") / inside
+        for parent in [folder, *folder.parents][: len(Path(inside).parts) + 1]:
+            yield GROUP_FILES[kind], parent
+
+
+def _number(file: Path) -> int | None:
+    """The number in ``file``; None for ``max``, or without one."""
+    try:
+        return int(file.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _droppable(folder: Path, field: str) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.split()[0] == field)
+    except (OSError, ValueError, StopIteration, IndexError):
         return 0
 
 

@@ -70,15 +70,21 @@ def _of_each(plan: Plan, counts: Mapping[str, int], totals: bool = False) -> str
     return " and ".join(found) if len(found) < 3 else ", ".join(found[:-1]) + " and " + found[-1]
 
 
+def container(machine: Machine) -> str:
+    """What to add to the host's free memory where a container bounds it."""
+    return " (the limit of a container)" if machine.container else ""
+
+
 def lines(plan: Plan, machine: Machine) -> list[str]:
     """The plan as a run tells it before it loads: what stays where, and the most memory it takes."""
+    limit = container(machine)
     if machine.card is None:
         most = max(phase.card + phase.host for phase in plan.phases)
-        memory = f"{gigabytes(most)} of the {gigabytes(machine.host)} of memory free"
+        memory = f"{gigabytes(most)} of the {gigabytes(machine.host)} of memory free{limit}"
     else:
         memory = (
             f"{gigabytes(plan.card)} of the {gigabytes(machine.card)} of the card, "
-            f"{gigabytes(plan.host)} of the {gigabytes(machine.host)} of the host"
+            f"{gigabytes(plan.host)} of the {gigabytes(machine.host)} of the host{limit}"
         )
     return [f"residency {plan.mode}: {described(plan)}", f"peak memory planned: {memory}"]
 

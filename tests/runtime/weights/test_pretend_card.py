@@ -77,7 +77,7 @@ def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
     patch.setattr(keeper, "Background", pretend_card.Ahead)
     for module in (slots, offload):
         patch.setattr(module, "ThreadPoolExecutor", pretend_card.AtOnce)
-    patch.setattr(machine, "usable_host", lambda: 500 * GIB)
+    patch.setattr(machine, "usable_host", lambda: (500 * GIB, False))
     patch.setattr(reading, "blake3", Unread)
 
     def scatter(file: SourceFile, views: list[memoryview], start: int) -> None:
