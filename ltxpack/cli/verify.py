@@ -14,9 +14,7 @@ from ltxpack.errors import LtxpackError, UsageError, quoted
 @click.command()
 @click.argument("overlay", type=click.Path(path_type=Path))
 @click.option("--repair", is_flag=True, help="Make what is damaged again, from the source and the clean base.")
-@click.option(
-    "--source", metavar="SOURCE", help="Where the checkpoint's files are; default: the hub repo it came from."
-)
+@click.option("--source", metavar="SOURCE", help="Where the inputs are; default: the hub repos they came from.")
 @click.option(
     "--lora", "loras", type=click.Path(path_type=Path), multiple=True, help="A bake's LoRA that is not in the overlay."
 )
@@ -34,10 +32,8 @@ def verify(
     reporter = TerminalReporter(verbose)
     if repair:
         from ltxpack.lora_bake.repair import restore
-        from ltxpack.materialize import Options
 
-        options = Options(source, overlay) if source else None
-        faults = restore(overlay, reporter, source=options, loras=loras)
+        faults = restore(overlay, reporter, source=source, loras=loras)
     else:
         faults = check(overlay, reporter)
     if as_json:

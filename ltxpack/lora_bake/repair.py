@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ltxpack.errors import SourceError, quoted
@@ -11,18 +10,15 @@ from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.bake import remake
 from ltxpack.lora_bake.reading import hash_adapter
 from ltxpack.manifest import Manifest, read_manifest
-from ltxpack.materialize import Options, fetched_plan
-from ltxpack.repack import repair as repack_repair
-from ltxpack.repack.verify import Fault, damaged, damaged_items, verify
+from ltxpack.materialize import restore_base
+from ltxpack.repack.verify import Fault, damaged, verify
 from ltxpack.reporter import Reporter
 
 
-def restore(
-    overlay: Path, reporter: Reporter, *, source: Options | None = None, loras: Sequence[Path] = ()
-) -> list[Fault]:
+def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[Path] = ()) -> list[Fault]:
     """Repair ``overlay`` and verify it again; returns the faults that are left. A stray file is never removed.
 
-    ``source`` says where the checkpoint's files are, as for ``materialize``; None means the hub repo in the manifest.
+    ``source`` is where inputs are looked for first; the others come from the repos that the manifest states.
     ``loras`` are files or PEFT folders of LoRAs that bakes need and the overlay does not keep; their content tells
     which is which, not their name. Raises LtxpackError: SourceError if a file is needed and not given, OverlayError
     if the base comes out other than the manifest says.
@@ -34,7 +30,8 @@ def restore(
         return faults
     of_bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
     if base := paths - of_bakes:
-        _restore_base(overlay, manifest, base, source, reporter)
+        reporter.note(f"{len(base)} files of the base are damaged; they are made again")
+        restore_base(overlay, manifest, base, reporter, source=source)
     for name, bake in manifest.bakes.items():
         count = len(paths & {record.path for record in bake.files})
         if count:
@@ -73,27 +70,3 @@ def _missing(
         items=[f"{lora.file} (blake3 {lora.blake3})" for lora in missing],
         next=" ".join([f"ltxpack verify {quoted(overlay)} --repair", *flags, *["--lora FILE"] * len(missing)]),
     )
-
-
-def _restore_base(
-    overlay: Path, manifest: Manifest, paths: Collection[str], source: Options | None, reporter: Reporter
-) -> None:
-    reporter.note(f"materialize: {len(paths)} files")
-    options = source or _recorded_source(overlay, manifest, paths)
-    options = dataclasses.replace(options, max_shard_size=manifest.source.max_shard_size)
-    plan = fetched_plan(options, reporter)
-    linked = any(record.link == "hard" for record in manifest.records())
-    items = damaged_items(list(plan.items()), paths)
-    repack_repair.repair(items, overlay, manifest, reporter, copy=not linked)
-
-
-def _recorded_source(overlay: Path, manifest: Manifest, paths: Collection[str]) -> Options:
-    recorded = manifest.source
-    if recorded.repo is None:
-        raise SourceError(
-            "was made from local files; a repair needs to know where they are",
-            file=overlay,
-            items=sorted(paths),
-            next=f"ltxpack verify {quoted(overlay)} --repair --source FOLDER",
-        )
-    return Options(recorded.repo, overlay, revision=recorded.revision)

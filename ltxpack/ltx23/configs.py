@@ -83,13 +83,16 @@ def checkpoint_configs(config: Mapping[str, Any], shapes: Shapes, file: object) 
     return {name: _finished(name, part) for name, part in parts.items()}
 
 
-def upsampler_config(config: Mapping[str, Any], latent_channels: int, file: object) -> Config:
-    """The config of the latent upsampler from its own file's metadata. Raises UnsupportedError."""
+def upsampler_config(config: Mapping[str, Any], latent_channels: int | None, file: object) -> Config:
+    """The config of the latent upsampler from its own file's metadata. Raises UnsupportedError.
+
+    ``latent_channels`` is what the checkpoint's latents have; None where that is not known.
+    """
     problems = Problems()
     taken = apply_table("config", config, UPSAMPLER, problems)
     _refuse(problems, file, what="is not a spatial x2 upsampler of LTX-2.3")
     part = {target.split(".")[1]: value for target, value in taken.items()}
-    if part["in_channels"] != latent_channels:
+    if latent_channels not in (None, part["in_channels"]):
         problems.add("config.in_channels", f"{latent_channels} (vae.latent_channels)", part["in_channels"])
     if part["mid_channels"] % 32:
         problems.add("config.mid_channels", "a multiple of 32", part["mid_channels"])

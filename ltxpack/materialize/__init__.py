@@ -9,17 +9,17 @@ import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ltxpack.errors import OverlayError
-from ltxpack.ltx23.releases import TEXT_ENCODER
+from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
-from ltxpack.materialize.access import Access, HubLike
 from ltxpack.materialize.checkpoint import STORED_DTYPE
-from ltxpack.materialize.inputs import Inputs, fetch_inputs, read_inputs
+from ltxpack.materialize.existing import difference, restore_base
+from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
-from ltxpack.materialize.plan import OverlayPlan, make_plan
-from ltxpack.materialize.sources import Wanted, resolve
-from ltxpack.materialize.unchanged import difference
+from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
+from ltxpack.materialize.sources import Access, Sources, resolve
 from ltxpack.repack.execute import execute, existing_parent
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE
@@ -27,14 +27,17 @@ from ltxpack.repack.staging import Staging, recover, unfinished
 from ltxpack.repack.work import CopyFile, fingerprint
 from ltxpack.reporter import Reporter
 
+if TYPE_CHECKING:
+    from ltxpack.materialize.hub.client import Hub
+
 __all__ = [
     "Options",
     "OverlayPlan",
     "Report",
-    "fetched_plan",
     "inspect_path",
     "materialize",
     "plan_overlay",
+    "restore_base",
 ]
 
 
@@ -53,15 +56,15 @@ class Options:
     copy: bool = False
     force: bool = False
 
-    def wanted(self) -> Wanted:
-        """SOURCE and the flags, for sources.resolve."""
+    def sources(self, access: Access, allow_missing: bool = False) -> Sources:
+        """The files that SOURCE and the flags mean; see :func:`ltxpack.materialize.sources.resolve`."""
         flags = {
-            "checkpoint": self.checkpoint,
-            "lora": self.lora,
-            "upsampler": self.upsampler,
-            "text_encoder": self.text_encoder,
+            CHECKPOINT: self.checkpoint,
+            LORA: self.lora,
+            UPSAMPLER: self.upsampler,
+            TEXT_ENCODER: self.text_encoder,
         }
-        return Wanted(self.source, flags, self.revision)
+        return resolve(self.source, flags, access, revision=self.revision, allow_missing=allow_missing)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Report:
     written: bool
 
 
-def plan_overlay(options: Options, reporter: Reporter, hub: HubLike | None = None) -> OverlayPlan:
+def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -> OverlayPlan:
     """The plan alone, from headers. An input that cannot be had is listed as missing, except the checkpoint.
 
     Raises LtxpackError for inputs that are ambiguous, broken or not convertible, and for a target that is not ours.
@@ -82,21 +85,21 @@ def plan_overlay(options: Options, reporter: Reporter, hub: HubLike | None = Non
     _refuse_foreign(options.overlay)
     if is_overlay(options.overlay) and not options.force:
         reporter.note(f"{options.overlay}: is there already; nothing is written if it was made from the same inputs")
-    access = _access(reporter, hub)
-    inputs = read_inputs(resolve(options.wanted(), access, allow_missing=True), access)
+    access = Access(reporter, hub)
+    inputs = read_inputs(options.sources(access, allow_missing=True), access)
     _tell(inputs, reporter)
     return make_plan(inputs, options.max_shard_size, options.copy)
 
 
-def materialize(options: Options, reporter: Reporter, hub: HubLike | None = None) -> Report:
+def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) -> Report:
     """Write the overlay. Where it is there already from the same inputs, nothing is done.
 
     All inputs are found and checked by their headers before anything large is fetched, the target before that.
     Killed at any point, the same call goes on. Raises LtxpackError.
     """
     _refuse_foreign(options.overlay)
-    access = _access(reporter, hub)
-    inputs = read_inputs(resolve(options.wanted(), access), access)
+    access = Access(reporter, hub)
+    inputs = read_inputs(options.sources(access), access)
     _tell(inputs, reporter)
     with OverlayLock(options.overlay) as lock:
         recover(options.overlay, reporter)
@@ -104,9 +107,10 @@ def materialize(options: Options, reporter: Reporter, hub: HubLike | None = None
         done = _done_already(plan, options, reporter)
         if done is not None:
             return done
-        if any(file.path is None for _, file in inputs.files()):
+        if any(file.repo for _, file in inputs.files()):
             _refuse_small_disk(plan, options.overlay)
-            plan = _fetched_plan(inputs, access, options)
+            for _, file in inputs.files():
+                access.fetch(file)
         items = list(plan.items())
         mark = fingerprint(items, {"copy": options.copy})
         with Staging(options.overlay, mark, reporter, lock=lock, force=options.force) as staging:
@@ -114,25 +118,6 @@ def materialize(options: Options, reporter: Reporter, hub: HubLike | None = None
             manifest = plan.manifest({record.path: record for record in records})
             staging.publish(manifest.dump())
     return Report(options.overlay, manifest, sum(item.size for item in items), written=True)
-
-
-def fetched_plan(options: Options, reporter: Reporter, hub: HubLike | None = None) -> OverlayPlan:
-    """The plan with every input on this machine, ready to be carried out in part (a repair). Raises LtxpackError."""
-    access = _access(reporter, hub)
-    return _fetched_plan(read_inputs(resolve(options.wanted(), access), access), access, options)
-
-
-def _fetched_plan(inputs: Inputs, access: Access, options: Options) -> OverlayPlan:
-    return make_plan(fetch_inputs(inputs, access), options.max_shard_size, options.copy)
-
-
-def _access(reporter: Reporter, hub: HubLike | None) -> Access:
-    def make() -> HubLike:
-        from ltxpack.materialize.hub.client import Hub
-
-        return hub if hub is not None else Hub(reporter=reporter)
-
-    return Access(make)
 
 
 def _refuse_foreign(overlay: Path) -> None:
@@ -181,6 +166,13 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
     other = difference(plan, manifest, options.overlay)
     if other is not None:
         raise OverlayError(f"holds another overlay: {other}", file=options.overlay, next=again)
+    if plan.unproven:
+        reporter.note(
+            f"{len(plan.unproven)} local files were compared with the overlay by name, size and a sample of every"
+            " tensor, not byte by byte; --force makes the overlay anew"
+        )
+    if METADATA not in {record.path for record in manifest.files}:
+        reporter.note(f"an earlier version made the overlay, without {METADATA}, which exports need; --force adds it")
     return Report(options.overlay, manifest, sum(item.size for item in plan.items()), written=False)
 
 

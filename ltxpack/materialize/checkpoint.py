@@ -1,23 +1,28 @@
-"""A checkpoint by its header: its configs, and every tensor matched to the one it becomes.
+"""A checkpoint, an upsampler or a LoRA by its header: configs, and every tensor matched to the one it becomes.
 
-Pure: it sees names, shapes, dtypes and metadata. What does not match is refused by name, all of it at once.
+Pure: it sees names, shapes, dtypes and metadata. What does not match is refused by name, all of it at once. Whether a
+LoRA fits a transformer is decided where it is baked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
 from ltxpack.ltx23.generation import Metadata, read_metadata
+from ltxpack.ltx23.lora_keys import LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 QUANTISED_SUFFIXES = (".weight_scale", ".input_scale")
+_BLOCK = re.compile(r"(?<=blocks[._])\d+")
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,11 @@ def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
     return Checkpoint(file, metadata, configs, matched.tensors, dropped)
 
 
-def read_upsampler(file: TensorFile, latent_channels: int, label: object) -> Upsampler:
-    """Understand a latent upsampler's file. Raises UnsupportedError or FormatError."""
+def read_upsampler(file: TensorFile, latent_channels: int | None, label: object) -> Upsampler:
+    """Understand a latent upsampler's file; None: the latents of the checkpoint are not known.
+
+    Raises UnsupportedError or FormatError.
+    """
     _refuse_quantised(file, label)
     text = file.metadata.get("config")
     config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
@@ -139,3 +147,68 @@ def _refuse_quantised(file: TensorFile, label: object) -> None:
             expected=f"{STORED_DTYPE} weights", found=f"{len(narrow)} fp8 tensors and {len(scales)} scales",
             next="use the bf16 file (ltx-2.3-22b-dev.safetensors)",
         )  # fmt: skip
+
+
+@dataclass
+class LoraHeader:
+    """A LoRA by its header. ``targets``: module -> rank; ``unpaired``: factors whose partner is missing."""
+
+    style: str
+    targets: dict[str, int] = field(default_factory=dict)
+    unpaired: list[str] = field(default_factory=list)
+    alphas: int = 0
+    dora: int = 0
+    deltas: int = 0
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether anything in it changes a weight."""
+        return bool(self.targets or self.deltas)
+
+    def ranks(self) -> dict[int, int]:
+        """rank -> number of targets."""
+        return dict(sorted(Counter(self.targets.values()).items()))
+
+    def kinds(self) -> dict[str, int]:
+        """Module path with the block number dropped -> number of targets."""
+        return dict(sorted(Counter(_BLOCK.sub("*", module) for module in self.targets).items()))
+
+
+def read_lora(file: TensorFile) -> LoraHeader:
+    """The LoRA in ``file``; ``is_lora`` is False if there is none."""
+    parsed = {name: parse_key(name) for name in file.tensors}
+    keys = [key for key in parsed.values() if key]
+    roles = Counter(key.role for key in keys)
+    header = LoraHeader(
+        style=_lora_style(keys),
+        alphas=roles["alpha"],
+        dora=roles["magnitude"],
+        deltas=roles["diff"] + roles["diff_b"],
+        others=[name for name, key in parsed.items() if key is None],
+    )
+    downs, ups = ({key.module: key.key for key in keys if key.role == role} for role in ("down", "up"))
+    for module in downs | ups:
+        if module in downs and module in ups:
+            shape = file.tensors[downs[module]].shape
+            header.targets[module] = shape[0] if shape else 0
+        else:
+            header.unpaired.append(downs.get(module) or ups[module])
+    return header
+
+
+def _lora_style(keys: Sequence[LoraKey]) -> str:
+    """The naming of most keys, as ``inspect`` reports it."""
+    counts = Counter(_naming(key) for key in keys)
+    style = counts.most_common(1)[0][0] if counts else "bare"
+    return "comfy" if style == "official" and any("lora_down" in key.style for key in keys) else style
+
+
+def _naming(key: LoraKey) -> str:
+    if key.flat:
+        return "kohya"
+    if key.prefix.startswith("base_model.model"):
+        return "peft"
+    if key.prefix.startswith("transformer") or key.module.startswith("connectors."):
+        return "diffusers"
+    return "official" if "diffusion_model" in key.prefix else "bare"

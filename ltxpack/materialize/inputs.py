@@ -1,18 +1,65 @@
-"""All inputs, read by their headers and small files and held against one another. No weight is read or fetched."""
+"""All inputs, read by their headers and small files and held against one another. No weight is read or fetched.
+
+The text encoder's weights are taken over as they are. Nothing in its folder is executed or believed: configs that name
+code are refused, and the shard index must say what the shards' own headers say (spec 01, section 1).
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from ltxpack.errors import UnsupportedError
-from ltxpack.files.tensorfile import plain_file_name
-from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER, Recognised, recognise
-from ltxpack.materialize.access import Access, Located
-from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_upsampler
-from ltxpack.materialize.lora_header import read_lora_header
-from ltxpack.materialize.sources import Sources, TextEncoderFolder
-from ltxpack.materialize.text_encoder import TextEncoder, check_fit, read_text_encoder
+from ltxpack.errors import FormatError, SourceError, UnsupportedError
+from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, plain_file_name
+from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
+from ltxpack.ltx23.releases import (
+    CHECKPOINT,
+    LORA,
+    TEXT_ENCODER,
+    TEXT_ENCODER_REPO,
+    UPSAMPLER,
+    Recognised,
+    is_distilled,
+    recognise,
+)
+from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_lora, read_upsampler
+from ltxpack.materialize.sources import AGAIN, Access, Faults, InputFile, InputFolder, Sources
+
+CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+REQUIRED = (CONFIG, TOKENIZER, "tokenizer_config.json", "processor_config.json")
+MODEL_FILES = (CONFIG, "generation_config.json")
+TOKENIZER_FILES = (
+    TOKENIZER,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+# tokenizer.json holds a vocabulary, tens of megabytes of it, and nothing that names code.
+CHECKED_CONFIGS = tuple(
+    name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER
+)
+
+_LAYER = re.compile(r"language_model\..*layers\.(\d+)\.")
+_EMBEDDINGS = re.compile(r"(?:.*\.)?language_model\.(?:.*\.)?embed_tokens\.weight")
+
+OTHER_ENCODER = f"{AGAIN}--text-encoder {TEXT_ENCODER_REPO}"
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """The files to take over, and how wide and deep the language model is."""
+
+    model: tuple[InputFile, ...]
+    tokenizer: tuple[InputFile, ...]
+    hidden_size: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -24,7 +71,7 @@ class Inputs:
     upsampler: Upsampler | None
     text_encoder: TextEncoder | None
 
-    def files(self) -> list[tuple[str, Located]]:
+    def files(self) -> list[tuple[str, InputFile]]:
         """Every input file with its role, in a fixed order."""
         sources = self.sources
         single = [(CHECKPOINT, sources.checkpoint), (LORA, sources.lora), (UPSAMPLER, sources.upsampler)]
@@ -34,7 +81,7 @@ class Inputs:
             files += [(TEXT_ENCODER, file) for file in sorted(members, key=lambda file: file.name)]
         return files
 
-    def recognised(self) -> list[tuple[str, Located, Recognised]]:
+    def recognised(self) -> list[tuple[str, InputFile, Recognised]]:
         """Which of the files are known releases."""
         return [(role, file, recognise(file.name, file.size, file.sha256)) for role, file in self.files()]
 
@@ -42,51 +89,170 @@ class Inputs:
     def distilled(self) -> bool:
         """Whether the base is a distilled one, by its name or its content."""
         file = self.sources.checkpoint
-        release = recognise(file.name, file.size, file.sha256).release
-        return release.distilled if release else "distilled" in file.name
+        return is_distilled(file.name, file.size, file.sha256)
 
 
 def read_inputs(sources: Sources, access: Access) -> Inputs:
-    """Read and check every input. Raises the first fault found, before anything large is fetched."""
-    checkpoint = read_checkpoint(access.header(sources.checkpoint), sources.checkpoint.label)
-    if sources.lora is not None:
-        _check_lora(sources.lora, access)
-    upsampler = None
-    if sources.upsampler is not None:
-        latent_channels = checkpoint.configs["vae"]["latent_channels"]
-        upsampler = read_upsampler(access.header(sources.upsampler), latent_channels, sources.upsampler.label)
-    encoder = None
-    if sources.text_encoder is not None:
-        encoder = read_text_encoder(sources.text_encoder, access)
-        check_fit(encoder, checkpoint.configs["connectors"], sources.text_encoder)
+    """Read and check every input, before anything large is fetched.
+
+    Raises one LtxpackError that names the faults of all inputs.
+    """
+    faults = Faults("inputs cannot be used")
+    file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
+    checkpoint = faults.gather(CHECKPOINT, lambda: read_checkpoint(access.header(file), file.label))
+    configs = checkpoint.configs if checkpoint else None
+    channels = configs["vae"]["latent_channels"] if configs else None
+    connectors = configs["connectors"] if configs else None
+    upsampler = encoder = None
+    if lora is not None:
+        faults.gather(LORA, lambda: _check_lora(lora, access))
+    if own is not None:
+        upsampler = faults.gather(UPSAMPLER, lambda: read_upsampler(access.header(own), channels, own.label))
+    if folder is not None:
+        encoder = faults.gather(TEXT_ENCODER, lambda: read_text_encoder(folder, access, connectors))
+    faults.refuse()
+    assert checkpoint is not None
     return Inputs(sources, checkpoint, upsampler, encoder)
 
 
-def fetch_inputs(inputs: Inputs, access: Access) -> Inputs:
-    """The same inputs with every file on this machine, read again from there."""
-    sources = inputs.sources
-    folder = None
-    if sources.text_encoder is not None and inputs.text_encoder is not None:
-        needed = {file.name: file for role, file in inputs.files() if role == TEXT_ENCODER}
-        folder = TextEncoderFolder(
-            sources.text_encoder.label, {name: access.fetch(file) for name, file in needed.items()}
-        )
-    local = dataclasses.replace(
-        sources,
-        checkpoint=access.fetch(sources.checkpoint),
-        lora=None if sources.lora is None else access.fetch(sources.lora),
-        upsampler=None if sources.upsampler is None else access.fetch(sources.upsampler),
-        text_encoder=folder,
-    )
-    return read_inputs(local, access)
-
-
-def _check_lora(lora: Located, access: Access) -> None:
+def _check_lora(lora: InputFile, access: Access) -> None:
     if not plain_file_name(lora.name) or not lora.name.endswith(".safetensors"):
         raise UnsupportedError("has a name that no overlay may hold", file=lora.label, expected="NAME.safetensors")
-    header = read_lora_header(access.header(lora))
+    header = read_lora(access.header(lora))
     if not header.is_lora:
         raise UnsupportedError(
             "is not a LoRA", file=lora.label, expected="pairs of lora_A and lora_B weights",
-            found=f"{len(header.others)} other tensors", next="--lora FILE",
+            found=f"{len(header.others)} other tensors", next=f"{AGAIN}--lora FILE",
         )  # fmt: skip
+
+
+def read_text_encoder(folder: InputFolder, access: Access, connectors: Mapping[str, Any] | None) -> TextEncoder:
+    """Check ``folder`` by its configs and headers, and whether it fits the ``connectors``' config, if that is known.
+
+    Raises SourceError, FormatError or UnsupportedError.
+    """
+    files = folder.files
+    missing = [name for name in REQUIRED if name not in files]
+    if missing:
+        raise SourceError("lacks files of the text encoder", file=folder.label, items=missing, next=OTHER_ENCODER)
+    _check_configs(folder, access)
+    _check_tokenizer(files[TOKENIZER])
+    weights, index = _weights(folder, access)
+    shapes = _shapes(weights, index, access)
+    hidden_size, layers = _size(folder, shapes)
+    _check_stated_size(access.json(files[CONFIG]), hidden_size, layers, folder)
+    model = [files[name] for name in MODEL_FILES if name in files]
+    if index is not None:
+        model.append(files[INDEX])
+    tokenizer = [files[name] for name in TOKENIZER_FILES if name in files]
+    encoder = TextEncoder((*model, *weights), tuple(tokenizer), hidden_size, layers)
+    if connectors is not None:
+        _check_fit(encoder, connectors, folder)
+    return encoder
+
+
+def _check_fit(encoder: TextEncoder, connectors: Mapping[str, Any], folder: InputFolder) -> None:
+    """Whether the checkpoint's text projections take what this encoder gives. Raises UnsupportedError."""
+    expected = (connectors["caption_channels"], connectors["text_proj_in_factor"])
+    if (encoder.hidden_size, encoder.layers + 1) == expected:
+        return
+    raise UnsupportedError(
+        "is a Gemma 3 of another size than the checkpoint was made with", file=folder.label,
+        expected=f"width {expected[0]} and {expected[1] - 1} layers",
+        found=f"width {encoder.hidden_size} and {encoder.layers} layers", next=OTHER_ENCODER,
+    )  # fmt: skip
+
+
+def _check_configs(folder: InputFolder, access: Access) -> None:
+    """Refuse another kind of model, and configs that would have a library run code or convert weights."""
+    for name in CHECKED_CONFIGS:
+        if name not in folder.files:
+            continue
+        document = access.json(folder.files[name])
+        if not isinstance(document, dict):
+            raise FormatError("is not a JSON object", file=folder.files[name].label)
+        refused = [key for key in ("auto_map", "custom_pipelines", "quantization_config") if key in document]
+        if refused:
+            raise UnsupportedError(
+                f"has {refused[0]}, which is never followed", file=folder.files[name].label,
+                expected="plain configs and BF16 weights", next=OTHER_ENCODER,
+            )  # fmt: skip
+    kind = access.json(folder.files[CONFIG]).get("model_type")
+    if kind != TEXT_ENCODER_TYPE:
+        raise UnsupportedError(
+            "is not the text encoder of LTX-2.3", file=folder.files[CONFIG].label,
+            expected=f"model_type {TEXT_ENCODER_TYPE}", found=f"model_type {kind}",
+            next=OTHER_ENCODER,
+        )  # fmt: skip
+
+
+def _check_tokenizer(file: InputFile) -> None:
+    """What a run would refuse is told before it is fetched."""
+    if file.size > MAX_TOKENIZER_BYTES:
+        raise FormatError(
+            "is too large for a tokenizer", file=file.label, expected=f"at most {MAX_TOKENIZER_BYTES} bytes",
+            found=f"{file.size} bytes", next=OTHER_ENCODER,
+        )  # fmt: skip
+
+
+def _weights(folder: InputFolder, access: Access) -> tuple[list[InputFile], Mapping[str, str] | None]:
+    """The weight files, and the index if there is one."""
+    files = folder.files
+    if INDEX in files:
+        weight_map = access.index(files[INDEX]).weight_map
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise SourceError("lacks shards that its index names", file=folder.label, items=missing)
+        if not names:
+            raise FormatError("names no shards", file=files[INDEX].label)
+        return [files[name] for name in names], weight_map
+    if WHOLE in files:
+        return [files[WHOLE]], None
+    found = [name for name in sorted(files) if name.endswith(".safetensors")]
+    raise SourceError(
+        "holds no weights of the text encoder", file=folder.label, expected=f"{WHOLE}, or shards with {INDEX}",
+        found=", ".join(found) or "no .safetensors file", next=OTHER_ENCODER,
+    )  # fmt: skip
+
+
+def _shapes(
+    weights: Sequence[InputFile], index: Mapping[str, str] | None, access: Access
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor; the index must say exactly what the shards hold. Raises FormatError."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shard in weights:
+        tensors = access.header(shard).tensors
+        named = tensors.keys() if index is None else {name for name, file in index.items() if file == shard.name}
+        wrong = sorted(named ^ tensors.keys())
+        if wrong:
+            items = [f"{name}: {'not in the file' if name in named else 'not in the index'}" for name in wrong]
+            raise FormatError("does not hold what its index says", file=shard.label, items=items)
+        shapes.update((name, info.shape) for name, info in tensors.items())
+    return shapes
+
+
+def _size(folder: InputFolder, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Width and depth of the language model, from its tensors."""
+    embeddings = [shape for name, shape in shapes.items() if _EMBEDDINGS.fullmatch(name) and len(shape) == 2]
+    layers = {int(match[1]) for name in shapes if (match := _LAYER.search(name)) and len(match[1]) < 6}
+    if len(embeddings) != 1 or layers != set(range(len(layers))) or not layers:
+        raise UnsupportedError(
+            "holds no whole Gemma 3 language model", file=folder.label,
+            expected="language_model.*: one table of embeddings and layers from 0 on",
+            found=f"{len(embeddings)} tables and {len(layers)} layers", next=OTHER_ENCODER,
+        )  # fmt: skip
+    return embeddings[0][1], len(layers)
+
+
+def _check_stated_size(config: Mapping[str, Any], hidden_size: int, layers: int, folder: InputFolder) -> None:
+    """A config of another size than the weights would build another model."""
+    stated = config.get("text_config")
+    if not isinstance(stated, dict):
+        raise FormatError("has no text_config", file=folder.files[CONFIG].label)
+    for field, value in (("hidden_size", hidden_size), ("num_hidden_layers", layers)):
+        if stated.get(field, value) != value:
+            raise FormatError(
+                f"text_config.{field} is not that of the weights", file=folder.files[CONFIG].label,
+                expected=value, found=stated[field],
+            )  # fmt: skip

@@ -14,9 +14,8 @@ from ltxpack.ltx23.generation import parse_version
 from ltxpack.ltx23.releases import likely, recognise
 from ltxpack.ltx23.renames import component_of
 from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
-from ltxpack.materialize.access import Located, located
-from ltxpack.materialize.checkpoint import read_checkpoint, read_upsampler
-from ltxpack.materialize.lora_header import LoraHeader, read_lora_header
+from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler
+from ltxpack.materialize.sources import InputFile, local_file
 from ltxpack.repack.work import numel
 
 MAX_LISTED = 20
@@ -32,12 +31,12 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     if path.is_dir():
         return _overlay(path) if is_overlay(path) else _folder(path)
-    file = located(path)
+    file = local_file(path)
     tensors = read_tensorfile(path)
     return {"path": str(path), **_file(file, tensors)}
 
 
-def _file(file: Located, tensors: TensorFile) -> dict[str, Any]:
+def _file(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
     known = recognise(file.name, file.size, file.sha256)
     by_name = likely(file.name, file.size)
     common: dict[str, Any] = {
@@ -48,7 +47,7 @@ def _file(file: Located, tensors: TensorFile) -> dict[str, Any]:
         "warning": known.warning,
         **_amounts(tensors.tensors.values()),
     }
-    lora = read_lora_header(tensors)
+    lora = read_lora(tensors)
     if lora.is_lora:
         return {"kind": "lora", **common, **_lora(lora, tensors)}
     if any(component_of(name) for name in tensors.tensors):
@@ -58,7 +57,7 @@ def _file(file: Located, tensors: TensorFile) -> dict[str, Any]:
     return {"kind": "tensors", **common, "metadata": _metadata(tensors), "names": sorted(tensors.tensors)[:MAX_LISTED]}
 
 
-def _checkpoint(file: Located, tensors: TensorFile) -> dict[str, Any]:
+def _checkpoint(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
     groups: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.tensors.items():
         groups.setdefault(component_of(name) or "unknown", []).append(info)
@@ -88,10 +87,9 @@ def _generation(tensors: TensorFile) -> str:
     return "unknown"
 
 
-def _upsampler(file: Located, tensors: TensorFile) -> dict[str, Any]:
-    channels = tensors.tensors.get("initial_conv.weight")
+def _upsampler(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
     try:
-        read_upsampler(tensors, channels.shape[1] if channels is not None and len(channels.shape) > 1 else 0, file.name)
+        read_upsampler(tensors, None, file.name)
         problem = None
     except LtxpackError as error:
         problem = str(error)

@@ -14,14 +14,17 @@ from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
 from ltxpack.ltx23.releases import CHECKPOINT
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source, SourceFile
-from ltxpack.materialize.access import Located
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
 from ltxpack.materialize.inputs import Inputs
+from ltxpack.materialize.sources import InputFile
 from ltxpack.repack.shards import DEFAULT_STEM, assign_shards
-from ltxpack.repack.work import CopyFile, Item, Piece, WriteBytes, WriteShard, piece
+from ltxpack.repack.work import CopyFile, Item, WriteBytes, WriteShard, piece
 
 LORA_FOLDER = "loras"
 MODEL_INDEX = "model_index.json"
+SCHEDULER = "scheduler"
+# The checkpoint's own metadata, every string as it is there, so that an export can give it back.
+METADATA = "source/metadata.json"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class OverlayPlan:
-    """What will stand in the overlay. ``missing``: role and reason of inputs that could not be had.
+    """What the overlay will hold. ``missing``: role and reason of inputs that could not be had.
 
     ``unproven``: sources known by name and size only, with neither a hash nor a commit of the hub.
     """
@@ -92,64 +95,77 @@ class OverlayPlan:
 
 
 def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> OverlayPlan:
-    """The plan of an overlay made from ``inputs``."""
-    checkpoint, metadata = inputs.checkpoint, inputs.checkpoint.metadata
-    source = _path(inputs.sources.checkpoint)
-    components = [_repacked(name, checkpoint, source, max_shard_size) for name in checkpoint.configs]
-    if inputs.upsampler is not None and inputs.sources.upsampler is not None:
-        components.append(_upsampler(inputs.upsampler, inputs.sources.upsampler, max_shard_size))
-    scheduler = json_bytes(scheduler_config(inputs.distilled))
-    components.append(ComponentPlan("scheduler", (WriteBytes("scheduler/scheduler_config.json", scheduler),)))
+    """The plan of an overlay made from ``inputs``, which need not be on this machine yet."""
+    checkpoint, metadata, sources = inputs.checkpoint, inputs.checkpoint.metadata, inputs.sources
+    components = plan_checkpoint(checkpoint, sources.checkpoint.path, max_shard_size)
+    if inputs.upsampler is not None and sources.upsampler is not None:
+        components.append(plan_upsampler(inputs.upsampler, sources.upsampler, max_shard_size))
+    components.append(plan_scheduler(inputs.distilled))
     if inputs.text_encoder is not None:
         components.append(ComponentPlan("text_encoder", _copies("text_encoder", inputs.text_encoder.model)))
         components.append(ComponentPlan("tokenizer", _copies("tokenizer", inputs.text_encoder.tokenizer)))
-    lora = inputs.sources.lora
     return OverlayPlan(
         components=tuple(components),
-        loras=() if lora is None else _copies(LORA_FOLDER, [lora]),
-        files=(WriteBytes(MODEL_INDEX, json_bytes(model_index())),),
-        missing=tuple(f"{role}: {reason}" for role, reason in inputs.sources.missing.items()),
+        loras=() if sources.lora is None else _copies(LORA_FOLDER, [sources.lora]),
+        files=(plan_model_index(), plan_metadata(checkpoint)),
+        missing=tuple(f"{role}: {reason}" for role, reason in sources.missing.items()),
         source=_source(inputs, max_shard_size),
         model_version=metadata.model_version,
         image_crf=metadata.image_crf,
         licence=metadata.licence,
         copy=copy,
-        unproven=frozenset(_path(file) for _, file in inputs.files() if file.sha256 is None and file.repo is None),
+        unproven=frozenset(file.path for _, file in inputs.files() if file.sha256 is None and file.repo is None),
     )
 
 
-def _repacked(name: str, checkpoint: Checkpoint, source: Path, max_shard_size: int) -> ComponentPlan:
-    config = WriteBytes(f"{name}/config.json", json_bytes(checkpoint.configs[name]))
-    pieces = _pieces(checkpoint.tensors[name], source)
-    return ComponentPlan(name, (config, *assign_shards(pieces, max_shard_size, name)), _cast(pieces))
+def plan_checkpoint(checkpoint: Checkpoint, source: Path, max_shard_size: int) -> list[ComponentPlan]:
+    """The components that the checkpoint, the file ``source``, becomes."""
+    return [
+        _repacked(name, config, checkpoint.tensors[name], source, max_shard_size)
+        for name, config in checkpoint.configs.items()
+    ]
 
 
-def _upsampler(upsampler: Upsampler, file: Located, max_shard_size: int) -> ComponentPlan:
+def plan_upsampler(upsampler: Upsampler, file: InputFile, max_shard_size: int) -> ComponentPlan:
+    """The upsampler's component: its file as it is where that is possible."""
     name = "latent_upsampler"
-    config = WriteBytes(f"{name}/config.json", json_bytes(upsampler.config))
-    if upsampler.as_is:
-        copied = CopyFile(f"{name}/{DEFAULT_STEM}.safetensors", _path(file), file.size)
-        return ComponentPlan(name, (config, copied))
-    pieces = _pieces(upsampler.tensors, _path(file))
-    return ComponentPlan(name, (config, *assign_shards(pieces, max_shard_size, name)), _cast(pieces))
+    if not upsampler.as_is:
+        return _repacked(name, upsampler.config, upsampler.tensors, file.path, max_shard_size)
+    copied = CopyFile(f"{name}/{DEFAULT_STEM}.safetensors", file.path, file.size)
+    return ComponentPlan(name, (_config(name, upsampler.config), copied))
 
 
-def _pieces(tensors: Sequence[Renamed], source: Path) -> list[Piece]:
+def plan_scheduler(distilled: bool) -> ComponentPlan:
+    """The scheduler's component."""
+    content = json_bytes(scheduler_config(distilled))
+    return ComponentPlan(SCHEDULER, (WriteBytes(f"{SCHEDULER}/scheduler_config.json", content),))
+
+
+def plan_model_index() -> WriteBytes:
+    """What makes diffusers load the overlay."""
+    return WriteBytes(MODEL_INDEX, json_bytes(model_index()))
+
+
+def plan_metadata(checkpoint: Checkpoint) -> WriteBytes:
+    """The checkpoint's metadata: keys in order, all else escaped so that every string reads back exactly."""
+    return WriteBytes(METADATA, json_bytes(dict(checkpoint.file.metadata)))
+
+
+def _config(name: str, config: Mapping[str, Any]) -> WriteBytes:
+    return WriteBytes(f"{name}/config.json", json_bytes(config))
+
+
+def _repacked(
+    name: str, config: Mapping[str, Any], tensors: Sequence[Renamed], source: Path, max_shard_size: int
+) -> ComponentPlan:
     """Everything is stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3)."""
-    return [piece(tensor.target, tensor.info, source, STORED_DTYPE) for tensor in tensors]
+    pieces = [piece(tensor.target, tensor.info, source, STORED_DTYPE) for tensor in tensors]
+    cast = tuple(sorted(part.name for part in pieces if part.is_cast))
+    return ComponentPlan(name, (_config(name, config), *assign_shards(pieces, max_shard_size, name)), cast)
 
 
-def _cast(pieces: Sequence[Piece]) -> tuple[str, ...]:
-    return tuple(sorted(part.name for part in pieces if part.is_cast))
-
-
-def _copies(folder: str, files: Sequence[Located]) -> tuple[CopyFile, ...]:
-    return tuple(CopyFile(f"{folder}/{file.name}", _path(file), file.size) for file in files)
-
-
-def _path(file: Located) -> Path:
-    """The file's path; before it is fetched, its place on the hub stands in (a plan then cannot be carried out)."""
-    return file.path or Path(file.label)
+def _copies(folder: str, files: Sequence[InputFile]) -> tuple[CopyFile, ...]:
+    return tuple(CopyFile(f"{folder}/{file.name}", file.path, file.size) for file in files)
 
 
 def _source(inputs: Inputs, max_shard_size: int) -> Source:

@@ -1,7 +1,7 @@
-"""What the user named -> which files it is: on this machine or on the hub. Nothing large is read or fetched here.
+"""What the user names -> which files it is, on this machine or on the hub. No weight is read or fetched here.
 
 The rules are those of DESIGN, "Commands": a folder's one matching file, the hub's default names, a flag's file,
-folder, name within SOURCE, or REPO[@REV][/FILE]. Faults of all inputs are found before one error tells them.
+folder, name within SOURCE, or REPO[@REV][/FILE]. All inputs are looked for before one error names every fault.
 """
 
 from __future__ import annotations
@@ -11,9 +11,19 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
-from ltxpack.files.tensorfile import plain_file_name
+from ltxpack.files.tensorfile import (
+    MAX_INDEX_BYTES,
+    TensorFile,
+    TensorIndex,
+    parse_header,
+    plain_file_name,
+    read_index,
+    read_json,
+    read_tensorfile,
+)
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.releases import (
     CHECKPOINT,
@@ -23,37 +33,69 @@ from ltxpack.ltx23.releases import (
     TEXT_ENCODER,
     TEXT_ENCODER_REPO,
     UPSAMPLER,
+    cached_sha256,
 )
-from ltxpack.materialize.access import Access, Located, located
-from ltxpack.materialize.hub.client import parse_reference
+from ltxpack.materialize.hub.client import Reference, RepoInfo, parse_reference
+from ltxpack.reporter import Reporter
+
+if TYPE_CHECKING:
+    from ltxpack.materialize.hub.client import Hub
 
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
+# What a fault that a flag resolves says to do, before the flag.
+AGAIN = "the same command with "
 WEIGHTS = ".safetensors"
 # What may enter an overlay besides weights.
 TEXT_ENDINGS = (".json", ".jinja", ".txt")
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
+
+T = TypeVar("T")
 
 
 class AmbiguousError(SourceError):
-    """Several files would do: never something to go on without."""
+    """Several files would do, so that none is chosen, even where an input may be missing."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A folder here or a repo on the hub. ``files``: relative path -> file, at most one folder deep."""
+class InputFile:
+    """One input file. ``path``: the real file here, or where the hub cache will hold it once it is fetched.
+
+    ``member``: its name within ``repo``, or for a local file the path as it was found.
+    """
+
+    name: str
+    size: int
+    sha256: str | None
+    path: Path
+    repo: RepoInfo | None
+    member: str
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"{self.repo.repo}/{self.member}" if self.repo else self.member
+
+
+@dataclass(frozen=True)
+class InputFolder:
+    """A folder here, a repo on the hub, or a folder of one: ``files`` by relative path. Local ones go one level deep.
+
+    ``repo`` is None for a folder of this machine.
+    """
 
     label: str
-    files: Mapping[str, Located]
-    repo: str | None = None
-    revision: str | None = None
+    files: Mapping[str, InputFile]
+    repo: RepoInfo | None = None
 
-    def top(self) -> dict[str, Located]:
+    def top(self) -> dict[str, InputFile]:
         """Files that are in no subfolder."""
         return {name: file for name, file in self.files.items() if "/" not in name}
 
-    def inside(self, folder: str) -> dict[str, Located]:
-        """Files of one subfolder, by name in it."""
+    def inside(self, folder: str, label: str | None = None) -> InputFolder:
+        """One subfolder; without files if there is no such one."""
         prefix = folder.strip("/") + "/"
-        return {name[len(prefix) :]: file for name, file in self.files.items() if name.startswith(prefix)}
+        files = {name[len(prefix) :]: file for name, file in self.files.items() if name.startswith(prefix)}
+        return InputFolder(label or f"{self.label}/{folder}", files, self.repo)
 
     def folders(self) -> list[str]:
         """Subfolders that hold a config.json."""
@@ -61,124 +103,196 @@ class Place:
 
 
 @dataclass(frozen=True)
-class TextEncoderFolder:
-    """A folder of Gemma files, by name."""
-
-    label: str
-    files: Mapping[str, Located]
-
-
-@dataclass(frozen=True)
 class Sources:
     """The inputs. ``missing``: role -> why, only where the caller allowed inputs to be missing."""
 
-    checkpoint: Located
-    lora: Located | None
-    upsampler: Located | None
-    text_encoder: TextEncoderFolder | None
-    repo: str | None
-    revision: str | None
+    checkpoint: InputFile
+    lora: InputFile | None
+    upsampler: InputFile | None
+    text_encoder: InputFolder | None
     missing: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """``REPO[@REV][/FILE]``."""
+class Access:
+    """Reads inputs wherever they are, each header once. Asks the hub only for inputs that are on it."""
 
-    repo: str
-    revision: str | None
-    file: str | None
+    def __init__(self, reporter: Reporter, hub: Hub | None = None) -> None:
+        self._reporter = reporter
+        self._hub = hub
+        self._infos: dict[tuple[str, str | None], RepoInfo] = {}
+        self._headers: dict[str, TensorFile] = {}
+
+    @property
+    def hub(self) -> Hub:
+        """The hub client, made at first use."""
+        if self._hub is None:
+            from ltxpack.materialize.hub.client import Hub
+
+            self._hub = Hub(reporter=self._reporter)
+        return self._hub
+
+    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
+        """A repo's files at a revision, asked for once."""
+        key = (repo, revision)
+        if key not in self._infos:
+            self._infos[key] = self.hub.info(repo, revision)
+        return self._infos[key]
+
+    def header(self, file: InputFile) -> TensorFile:
+        """The header of a safetensors file. Raises SourceError or FormatError."""
+        if file.label not in self._headers:
+            if file.repo is None:
+                self._headers[file.label] = read_tensorfile(file.path)
+            else:
+                head = self.hub.header(file.repo, file.member)
+                self._headers[file.label] = parse_header(head, file.size, file.label)
+        return self._headers[file.label]
+
+    def json(self, file: InputFile) -> Any:
+        """A JSON file written by another library, with numbers of any size. Raises SourceError or FormatError."""
+        return read_json(self._small(file, MAX_CONFIG_BYTES), MAX_CONFIG_BYTES, any_number=True)
+
+    def index(self, file: InputFile) -> TensorIndex:
+        """A shard index. Raises SourceError or FormatError."""
+        return read_index(self._small(file, MAX_INDEX_BYTES))
+
+    def fetch(self, file: InputFile) -> None:
+        """Have the file at its ``path``. Raises SourceError if what arrives is not the file that was planned with."""
+        if file.repo is None:
+            return
+        path = self.hub.fetch(file.repo, file.member)
+        size = path.stat().st_size
+        if size != file.size:
+            raise SourceError("arrived with another size", file=file.label, expected=file.size, found=size)
+        planned = self._headers.get(file.label)
+        if planned is not None:
+            arrived = read_tensorfile(path)
+            if (arrived.tensors, arrived.metadata) != (planned.tensors, planned.metadata):
+                raise SourceError("arrived with another header than the hub sent before", file=file.label)
+
+    def _small(self, file: InputFile, max_bytes: int) -> Path:
+        """The path of a small file, fetched; a file that is too large is refused before that."""
+        if file.size > max_bytes:
+            raise FormatError(
+                "is too large", file=file.label, expected=f"at most {max_bytes} bytes", found=f"{file.size} bytes"
+            )
+        self.fetch(file)
+        return file.path
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """SOURCE and the flags as typed."""
-
-    source: str
-    flags: Mapping[str, str | None]
-    revision: str | None = None
-
-
-def resolve(wanted: Wanted, access: Access, allow_missing: bool = False) -> Sources:
-    """The files ``wanted`` means. Raises SourceError, UsageError or FormatError naming what is missing or ambiguous.
+def resolve(
+    source: str,
+    flags: Mapping[str, str | None],
+    access: Access,
+    *,
+    revision: str | None = None,
+    allow_missing: bool = False,
+) -> Sources:
+    """The files that SOURCE and the flags (by role) mean.
 
     ``allow_missing``: an input other than the checkpoint that cannot be had is listed; an ambiguous one still raises.
+    Raises SourceError, UsageError or FormatError naming everything that is missing or ambiguous.
     """
-    place, single = open_place(wanted.source, wanted.revision, access)
-    if single is not None and wanted.flags.get(CHECKPOINT):
+    folder, single = open_source_folder(source, revision, access)
+    if single is not None and flags.get(CHECKPOINT):
         raise UsageError(
             "the checkpoint is named twice", expected="SOURCE or --checkpoint", found="both",
             next="give the folder as SOURCE, or leave --checkpoint out",
         )  # fmt: skip
-    finders: dict[str, Callable[[], Located | TextEncoderFolder]] = {
-        role: (lambda role=role: _file(role, wanted.flags.get(role), place, access))  # type: ignore[misc]
-        for role in PATTERNS
+
+    def file(role: str) -> InputFile:
+        return single if role == CHECKPOINT and single else _file(role, flags.get(role), folder, access)
+
+    faults = Faults("inputs cannot be had")
+    found = {role: faults.gather(role, lambda role=role: file(role)) for role in PATTERNS}  # type: ignore[misc]
+    encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
+    missing = {
+        role: fault
+        for role, fault in faults.found.items()
+        if allow_missing and role != CHECKPOINT and not isinstance(fault, AmbiguousError)
     }
-    if single is not None:
-        finders[CHECKPOINT] = lambda: single
-    finders[TEXT_ENCODER] = lambda: _text_encoder(wanted.flags.get(TEXT_ENCODER), place, access)
-    found: dict[str, Located | TextEncoderFolder] = {}
-    faults: dict[str, LtxpackError] = {}
-    for role, find in finders.items():
+    faults.refuse(besides=missing)
+    checkpoint = found[CHECKPOINT]
+    assert checkpoint is not None
+    told = {role: " ".join(str(fault).split()) for role, fault in missing.items()}
+    return Sources(checkpoint, found[LORA], found[UPSAMPLER], encoder, told)
+
+
+class Faults:
+    """The faults of several inputs, told as one error; ``problem`` says what is wrong with all of them."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        self.found: dict[str, LtxpackError] = {}
+
+    def gather(self, role: str, find: Callable[[], T]) -> T | None:
+        """What ``find`` returns, or None if it raises: then the fault is kept."""
         try:
-            found[role] = find()
-        except (SourceError, FormatError) as fault:
-            faults[role] = fault
-    _raise_faults(faults, allow_missing)
-    return Sources(
-        checkpoint=found[CHECKPOINT],  # type: ignore[arg-type]
-        lora=found.get(LORA),  # type: ignore[arg-type]
-        upsampler=found.get(UPSAMPLER),  # type: ignore[arg-type]
-        text_encoder=found.get(TEXT_ENCODER),  # type: ignore[arg-type]
-        repo=place.repo,
-        revision=place.revision,
-        missing={role: " ".join(str(fault).split()) for role, fault in faults.items()},
-    )
+            return find()
+        except UsageError:
+            raise
+        except LtxpackError as fault:
+            self.found[role] = fault
+            return None
+
+    def refuse(self, besides: Mapping[str, object] | None = None) -> None:
+        """Raise what was found, but for the roles in ``besides``: one fault as it is, several as one SourceError."""
+        serious = [fault for role, fault in self.found.items() if role not in (besides or {})]
+        if len(serious) == 1:
+            raise serious[0]
+        if serious:
+            room = MAX_LISTED // len(serious)
+            items = [line for fault in serious for line in _told(fault, room)]
+            raise SourceError(self.problem, items=items, next=_all_next(serious))
 
 
-def open_place(source: str, revision: str | None, access: Access) -> tuple[Place, Located | None]:
-    """SOURCE as a place, and the checkpoint itself if SOURCE is a file (its siblings are then the place)."""
+def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:
+    """SOURCE as a folder, and the checkpoint itself if SOURCE is a file (the folder is then the one it is in)."""
     path = Path(source).expanduser()
     kind = _kind(path)
     if kind is not None:
         if revision is not None:
             raise UsageError("--revision is for a hub repo", found=f"{source}, which is on this machine")
         if kind == "folder":
-            return local_place(path), None
-        return local_place(path.parent), located(path)
+            return local_folder(path), None
+        return local_folder(path.parent), local_file(path)
     reference = _reference(source)
     if reference is None:
         raise _no_such_path(path, source)
     if revision is not None and reference.revision:
         raise UsageError("the revision is given twice", found=f"{source} and --revision {revision}")
-    place = hub_place(reference.repo, revision or reference.revision, access, path)
-    return place, _member(place, reference.file, source) if reference.file else None
+    folder = hub_folder(reference.repo, revision or reference.revision, access, path)
+    return folder, _member(folder, reference.file, source) if reference.file else None
 
 
-def local_place(folder: Path) -> Place:
-    """The files of ``folder`` and of its subfolders that hold a config.json."""
-    files: dict[str, Located] = {}
+def local_file(path: Path) -> InputFile:
+    """A file on this machine; behind a symlink the real file is what is read and linked. Raises SourceError."""
     try:
-        entries = sorted(folder.iterdir())
-        for entry in entries:
-            if entry.is_file() and entry.name.endswith((WEIGHTS, *TEXT_ENDINGS)):
-                files[entry.name] = located(entry)
-            elif entry.is_dir() and (entry / "config.json").is_file():
-                inner = {f"{entry.name}/{name}": file for name, file in folder_files(entry).items()}
-                files.update(inner)
+        real = path.resolve(strict=True)
+        size = real.stat().st_size
+    except (OSError, RuntimeError) as error:
+        raise SourceError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from None
+    return InputFile(path.name, size, cached_sha256(path), real, None, str(path))
+
+
+def local_folder(folder: Path) -> InputFolder:
+    """The files of ``folder`` that may enter an overlay, and of its subfolders that hold a config.json."""
+    files: dict[str, InputFile] = {}
+    try:
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir() and (entry / "config.json").is_file():
+                inner = (path for path in sorted(entry.iterdir()) if path.is_file())
+            else:
+                inner = (path for path in [entry] if path.is_file())
+            for path in inner:
+                if path.name.endswith((WEIGHTS, *TEXT_ENDINGS)):
+                    files[path.relative_to(folder).as_posix()] = local_file(path)
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=folder) from None
-    return Place(str(folder), files)
+    return InputFolder(str(folder), files)
 
 
-def folder_files(folder: Path) -> dict[str, Located]:
-    """The files of one folder that may enter an overlay."""
-    endings = (WEIGHTS, *TEXT_ENDINGS)
-    entries = [entry for entry in sorted(folder.iterdir()) if entry.name.endswith(endings) and entry.is_file()]
-    return {entry.name: located(entry) for entry in entries}
-
-
-def hub_place(repo: str, revision: str | None, access: Access, typed: Path | None = None) -> Place:
+def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | None = None) -> InputFolder:
     """A repo on the hub. ``typed``: the path this might have been meant as, named when there is no such repo."""
     try:
         info = access.info(repo, revision)
@@ -190,36 +304,35 @@ def hub_place(repo: str, revision: str | None, access: Access, typed: Path | Non
             found=error.found, items=error.items or _similar(typed), next=error.next,
         ) from None  # fmt: skip
     files = {
-        name: Located(PurePosixPath(name).name, file.size, file.sha256, None, info, name)
+        name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)
         for name, file in info.files.items()
         if name.endswith((WEIGHTS, *TEXT_ENDINGS)) and all(plain_file_name(part) for part in name.split("/"))
     }
-    label = repo if revision is None else f"{repo}@{revision}"
-    return Place(label, files, info.repo, info.commit)
+    return InputFolder(repo if revision is None else f"{repo}@{revision}", files, info)
 
 
-def _file(role: str, typed: str | None, place: Place, access: Access) -> Located:
-    """The file of ``role``: the one named by its flag, else the one of the place."""
+def _file(role: str, typed: str | None, folder: InputFolder, access: Access) -> InputFile:
+    """The file of ``role``: the one that its flag names, else the one of the folder."""
     if typed is None:
-        return choose(role, place)
+        return choose(role, folder)
     path = Path(typed).expanduser()
     kind = _kind(path)
     if kind is not None:
-        return choose(role, local_place(path)) if kind == "folder" else located(path)
+        return choose(role, local_folder(path)) if kind == "folder" else local_file(path)
     for name in (typed, typed + WEIGHTS):
-        if name in place.files:
-            return place.files[name]
+        if name in folder.files:
+            return folder.files[name]
     reference = _reference(typed)
     if reference is None:
-        raise _no_such_path(path, typed, place)
-    other = hub_place(reference.repo, reference.revision, access, path)
+        raise _no_such_path(path, typed, folder)
+    other = hub_folder(reference.repo, reference.revision, access, path)
     return _member(other, reference.file, typed) if reference.file else choose(role, other)
 
 
-def choose(role: str, place: Place) -> Located:
-    """The one file of ``place`` for ``role``. Raises SourceError with the candidates if there is none or several."""
-    weights = {name: file for name, file in place.top().items() if name.endswith(WEIGHTS)}
-    if place.repo is not None and DEFAULT_FILES[role] in weights:
+def choose(role: str, folder: InputFolder) -> InputFile:
+    """The one file of ``folder`` for ``role``. Raises SourceError with the candidates if there is none or several."""
+    weights = {name: file for name, file in folder.top().items() if name.endswith(WEIGHTS)}
+    if folder.repo is not None and DEFAULT_FILES[role] in weights:
         return weights[DEFAULT_FILES[role]]
     pattern = PATTERNS[role]
     others = [other for name, other in PATTERNS.items() if name != role and role == CHECKPOINT]
@@ -233,63 +346,65 @@ def choose(role: str, place: Place) -> Located:
     hint = quoted(candidates[0]) if candidates else "FILE"
     if candidates:
         raise AmbiguousError(
-            f"holds several files that may be the {role}", file=place.label,
-            expected=f"one file named {pattern}{WEIGHTS}", items=candidates, next=f"{FLAGS[role]} {hint}",
+            f"holds several files that may be the {role}", file=folder.label,
+            expected=f"one file named {pattern}{WEIGHTS}", items=candidates, next=f"{AGAIN}{FLAGS[role]} {hint}",
         )  # fmt: skip
     raise SourceError(
-        f"holds no file for the {role}", file=place.label, expected=f"one file named {pattern}{WEIGHTS}",
-        found=", ".join(sorted(weights)) or "no .safetensors file", next=f"{FLAGS[role]} {hint}",
+        f"holds no file for the {role}", file=folder.label, expected=f"one file named {pattern}{WEIGHTS}",
+        found=", ".join(sorted(weights)) or "no .safetensors file", next=f"{AGAIN}{FLAGS[role]} {hint}",
     )  # fmt: skip
 
 
-def _text_encoder(typed: str | None, place: Place, access: Access) -> TextEncoderFolder:
+def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> InputFolder:
     flag = FLAGS[TEXT_ENCODER]
     if typed is None:
-        if place.repo is not None:
-            other = hub_place(TEXT_ENCODER_REPO, None, access)
-            return TextEncoderFolder(other.label, other.top())
-        return _text_encoder_below(place, access)
+        if folder.repo is not None:
+            return hub_folder(TEXT_ENCODER_REPO, None, access)
+        return _text_encoder_below(folder, access)
     path = Path(typed).expanduser()
     kind = _kind(path)
     if kind == "folder":
-        return TextEncoderFolder(typed, folder_files(path))
+        return local_folder(path)
     if kind == "file":
         expected = "the folder of the text encoder"
-        raise SourceError("is a file", file=typed, expected=expected, next=f"{flag} {quoted(path.parent)}")
-    if inside := place.inside(typed):
-        return TextEncoderFolder(f"{place.label}/{typed}", inside)
+        raise SourceError("is a file", file=typed, expected=expected, next=f"{AGAIN}{flag} {quoted(path.parent)}")
+    if (inside := folder.inside(typed)).files:
+        return inside
     reference = _reference(typed)
     if reference is None:
-        raise _no_such_path(path, typed, place)
-    other = hub_place(reference.repo, reference.revision, access, path)
+        raise _no_such_path(path, typed, folder)
+    other = hub_folder(reference.repo, reference.revision, access, path)
     if reference.file is None:
-        return TextEncoderFolder(other.label, other.top())
-    inside = other.inside(reference.file)
-    if not inside:
+        return other
+    inside = other.inside(reference.file, typed)
+    if not inside.files:
         raise SourceError("has no such folder", file=other.label, expected=reference.file, items=other.folders())
-    return TextEncoderFolder(typed, inside)
+    return inside
 
 
-def _text_encoder_below(place: Place, access: Access) -> TextEncoderFolder:
+def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
     """The one subfolder whose config says gemma3."""
-    kinds = {folder: _model_type(place.files[f"{folder}/config.json"], access) for folder in place.folders()}
-    candidates = [folder for folder, kind in kinds.items() if kind == TEXT_ENCODER_TYPE]
+    kinds = {inner: _model_type(folder.files[f"{inner}/config.json"], access) for inner in folder.folders()}
+    candidates = [inner for inner, kind in kinds.items() if kind == TEXT_ENCODER_TYPE]
     if len(candidates) == 1:
-        return TextEncoderFolder(f"{place.label}/{candidates[0]}", place.inside(candidates[0]))
+        return folder.inside(candidates[0])
     flag = FLAGS[TEXT_ENCODER]
     if candidates:
         raise AmbiguousError(
-            "holds several text encoders", file=place.label, items=candidates, next=f"{flag} {quoted(candidates[0])}"
+            "holds several text encoders",
+            file=folder.label,
+            items=candidates,
+            next=f"{AGAIN}{flag} {quoted(candidates[0])}",
         )
     raise SourceError(
-        "holds no text encoder", file=place.label,
+        "holds no text encoder", file=folder.label,
         expected=f'one subfolder whose config.json says "model_type": "{TEXT_ENCODER_TYPE}"',
-        items=[f"{folder} (model_type {kind})" for folder, kind in kinds.items()],
-        next=f"{flag} {TEXT_ENCODER_REPO}",
+        items=[f"{inner} (model_type {kind})" for inner, kind in kinds.items()],
+        next=f"{AGAIN}{flag} {TEXT_ENCODER_REPO}",
     )  # fmt: skip
 
 
-def _model_type(config: Located, access: Access) -> str | None:
+def _model_type(config: InputFile, access: Access) -> str | None:
     """What a config.json says it is; None for one that says nothing or is broken (some other folder's)."""
     try:
         document = access.json(config)
@@ -312,7 +427,7 @@ def _reference(typed: str) -> Reference | None:
     if typed.startswith((".", "/", "~")):
         return None
     try:
-        reference = Reference(*parse_reference(typed))
+        reference = parse_reference(typed)
     except UsageError:
         if typed.startswith(("http:", "https:")):
             raise
@@ -320,17 +435,17 @@ def _reference(typed: str) -> Reference | None:
     return None if reference.file is None and typed.endswith(WEIGHTS) else reference
 
 
-def _member(place: Place, name: str, typed: str) -> Located:
+def _member(folder: InputFolder, name: str, typed: str) -> InputFile:
     for candidate in (name, name + WEIGHTS):
-        if candidate in place.files:
-            return place.files[candidate]
-    close = difflib.get_close_matches(name, place.files, 8, 0.4)
-    raise SourceError("is not in the repo", file=typed, expected=f"a file of {place.label}", items=close)
+        if candidate in folder.files:
+            return folder.files[candidate]
+    close = difflib.get_close_matches(name, folder.files, 8, 0.4)
+    raise SourceError("is not in the repo", file=typed, expected=f"a file of {folder.label}", items=close)
 
 
-def _no_such_path(path: Path, typed: str, place: Place | None = None) -> SourceError:
-    within = difflib.get_close_matches(typed, place.files, 8, 0.5) if place else []
-    where = f", a name within {place.label}" if place else ""
+def _no_such_path(path: Path, typed: str, folder: InputFolder | None = None) -> SourceError:
+    within = difflib.get_close_matches(typed, folder.files, 8, 0.5) if folder else []
+    where = f", a name within {folder.label}" if folder else ""
     return SourceError(
         "does not exist", file=typed, expected=f"a file or folder{where}, or a hub repo as OWNER/NAME",
         items=_similar(path) or within,
@@ -346,18 +461,6 @@ def _similar(path: Path) -> list[str]:
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside, 5, 0.6)]
 
 
-def _raise_faults(faults: Mapping[str, LtxpackError], allow_missing: bool) -> None:
-    optional = {role for role in faults if allow_missing and role != CHECKPOINT}
-    serious = [fault for role, fault in faults.items() if role not in optional or isinstance(fault, AmbiguousError)]
-    if not serious:
-        return
-    if len(serious) == 1:
-        raise serious[0]
-    room = MAX_LISTED // len(serious)
-    items = [line for fault in serious for line in _told(fault, room)]
-    raise SourceError("inputs cannot be had", items=items, next=_all_next(serious))
-
-
 def _told(fault: LtxpackError, room: int) -> list[str]:
     """One fault of several in at most ``room`` lines: what is wrong, and below it what it lists."""
     stated = (("expected", fault.expected), ("found", fault.found))
@@ -370,8 +473,8 @@ def _told(fault: LtxpackError, room: int) -> list[str]:
 
 
 def _all_next(faults: Sequence[LtxpackError]) -> str:
-    """What to do about all faults: whatever a flag mends in one command, the rest as each says it."""
+    """What to do about all faults: all flags in one command, the rest as each says it."""
     following = list(dict.fromkeys(fault.next for fault in faults))
-    flags = [text for text in following if text.startswith("--")]
-    others = [text for text in following if text not in flags]
-    return "; ".join([*others, *([f"the same command with {' '.join(flags)}"] if flags else [])])
+    flags = [text.removeprefix(AGAIN) for text in following if text.startswith(AGAIN)]
+    others = [text for text in following if not text.startswith(AGAIN)]
+    return "; ".join([*others, *([AGAIN + " ".join(flags)] if flags else [])])

@@ -26,11 +26,9 @@ from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.scan import scan
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 from ltxpack.materialize import Options, inspect_path, materialize, plan_overlay
-from ltxpack.materialize.access import Access
-from ltxpack.materialize.checkpoint import read_upsampler
-from ltxpack.materialize.lora_header import read_lora_header
-from ltxpack.materialize.sources import TextEncoderFolder, folder_files
-from ltxpack.materialize.text_encoder import read_text_encoder
+from ltxpack.materialize.checkpoint import read_lora, read_upsampler
+from ltxpack.materialize.inputs import read_text_encoder
+from ltxpack.materialize.sources import Access, local_folder
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
@@ -208,7 +206,7 @@ def _source(source: Path, folder: Path) -> Iterator[Target]:
 
     def lora(path: Path) -> None:
         inspect_path(path)
-        read_lora_header(read_tensorfile(path))
+        read_lora(read_tensorfile(path))
 
     def upsampler(path: Path) -> None:
         inspect_path(path)
@@ -224,7 +222,7 @@ def _source(source: Path, folder: Path) -> Iterator[Target]:
 
 def _text_encoder(gemma: Path) -> Iterator[Target]:
     def read() -> None:
-        read_text_encoder(TextEncoderFolder(str(gemma), folder_files(gemma)), Access(_no_hub))
+        read_text_encoder(local_folder(gemma), Access(QUIET), None)
 
     for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
         yield Target(f"gemma {name}", gemma / name, read, ((gemma / name).read_bytes(),))
@@ -235,10 +233,6 @@ def _text_encoder(gemma: Path) -> Iterator[Target]:
     text = json.dumps({"metadata": {}, "weight_map": names}).encode()
     index.write_bytes(text)
     yield Target("gemma index", index, read, (text,))
-
-
-def _no_hub() -> Any:
-    raise Finding("asks the hub")
 
 
 def _overlay(overlay: Path) -> Iterator[Target]:

@@ -19,8 +19,8 @@ from ltxpack.lora_bake.names import bake_name, check_bake_name, format_strength,
 from ltxpack.lora_bake.naming import ModuleNames, linear_modules
 from ltxpack.ltx23.lora_keys import FLAT_PREFIXES, belongs_elsewhere, parse_key
 from ltxpack.manifest import BAKE_NAME
+from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.materialize.inspect import inspect_path
-from ltxpack.materialize.lora_header import read_lora_header
 
 FULL = {
     "num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "in_channels": 128,
@@ -199,7 +199,7 @@ def test_materialize_inspect_and_bake_lora_agree_on_what_a_lora_key_is(keys: lis
         path = save(
             Path(folder) / "x.safetensors", tensors | {key: torch.zeros(1) for key in keys if key not in tensors}
         )
-        others = sorted(read_lora_header(read_tensorfile(path)).others)
+        others = sorted(read_lora(read_tensorfile(path)).others)
         assert sorted(inspect_path(path)["others"]) == others
         with pytest.raises(AdapterError, match="unknown key") as caught:
             open_adapter(path, shapes())
@@ -214,6 +214,6 @@ def test_materialize_inspect_and_bake_lora_agree_on_what_a_lora_key_is(keys: lis
 def test_rarer_endings_are_a_lora_to_all_three(down: str, up: str, tmp_path: Path) -> None:
     [(a, b)] = low_rank(["proj_in"]).values()
     path = save(tmp_path / "x.safetensors", {f"transformer.proj_in.{down}": a, f"transformer.proj_in.{up}": b})
-    assert read_lora_header(read_tensorfile(path)).targets == {"proj_in": 4}
+    assert read_lora(read_tensorfile(path)).targets == {"proj_in": 4}
     assert (inspect_path(path)["kind"], inspect_path(path)["targets"]) == ("lora", 1)
     assert open_adapter(path, shapes()).targets.keys() == {"proj_in.weight"}

@@ -6,12 +6,12 @@ import hashlib
 from pathlib import Path
 
 from ltxpack.errors import SourceError
-from ltxpack.materialize.hub.client import RepoFile, RepoInfo
+from ltxpack.materialize.hub.client import Hub, RepoFile, RepoInfo
 
 COMMIT = "c0ffee" + "0" * 34
 
 
-class FakeHub:
+class FakeHub(Hub):
     """``repos``: repo id -> folder, or the SourceError to raise. Large files have a sha256, as on a hub."""
 
     def __init__(self, repos: dict[str, Path | SourceError]) -> None:
@@ -39,6 +39,9 @@ class FakeHub:
 
     def fetch(self, info: RepoInfo, name: str) -> Path:
         self.asked.append(("fetch", info.repo, name))
+        return self._path(info, name)
+
+    def path(self, info: RepoInfo, name: str) -> Path:
         return self._path(info, name)
 
     def fetched(self) -> list[str]:

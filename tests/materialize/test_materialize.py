@@ -18,11 +18,12 @@ from materialize.modules import module_class
 from safetensors.torch import load_file
 
 from ltxpack.errors import LtxpackError, OverlayError, SourceError
+from ltxpack.files.tensorfile import build_header, read_tensorfile
 from ltxpack.ltx23.classes import COMPONENTS
 from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.manifest import Bake, BakedLora, read_manifest
-from ltxpack.materialize import Options, Report, fetched_plan, materialize, plan_overlay
+from ltxpack.materialize import Options, Report, materialize, plan_overlay
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
@@ -193,7 +194,7 @@ def test_the_manifest_says_what_it_was_made_from(source: Path, tmp_path: Path) -
         name: component.name for name, component in COMPONENTS.items()
     }
     assert [lora.name for lora in manifest.loras] == ["distilled"]
-    assert [file.path for file in manifest.files] == ["model_index.json"]
+    assert [file.path for file in manifest.files] == ["model_index.json", "source/metadata.json"]
 
 
 def test_two_runs_are_byte_identical(source: Path, tmp_path: Path) -> None:
@@ -282,6 +283,72 @@ def test_another_source_needs_force(source: Path, tmp_path: Path) -> None:
     assert run(other, out, force=True).written
     run(other, tmp_path / "fresh")
     assert files(out) == files(tmp_path / "fresh")
+
+
+def test_one_tensor_trained_further_is_another_source(source: Path, tmp_path: Path) -> None:
+    """Name and size stay, and so do all other tensors."""
+    out, notes = tmp_path / "out", Notes()
+    run(source, out, copy=True)
+    assert not run(source, out, notes, copy=True).written
+    assert any("compared with the overlay by name, size and a sample" in said for said in notes.said)
+    for name in (tiny_source.CHECKPOINT, tiny_source.LORA, f"{tiny_source.GEMMA}/model-00001-of-00002.safetensors"):
+        path = source / name
+        before = path.read_bytes()
+        for info in list(read_tensorfile(path).tensors.values())[::7]:
+            trained = bytes(byte ^ 1 for byte in before[info.start : info.start + info.nbytes])
+            path.write_bytes(before[: info.start] + trained + before[info.start + info.nbytes :])
+            with pytest.raises(OverlayError, match="another file of the same name and size"):
+                run(source, out, copy=True)
+        path.write_bytes(before)
+    assert not run(source, out, copy=True).written
+
+
+def test_the_checkpoints_metadata_is_kept_to_the_letter(source: Path, tmp_path: Path) -> None:
+    path = source / tiny_source.CHECKPOINT
+    checkpoint = read_tensorfile(path)
+    order = [(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()]
+    said = {
+        **checkpoint.metadata,
+        "licence": 'ré\u2028sumé \U0001f600 \x00\t\\ "quoted"\r\n' * 500,
+        "": "no name",
+        "format": "pt",
+        "zz": "",
+    }
+    payload = path.read_bytes()[checkpoint.size - sum(info.nbytes for info in checkpoint.tensors.values()) :]
+    path.write_bytes(build_header(order, said) + payload)
+    out = tmp_path / "out"
+    report = run(source, out)
+    assert json.loads((out / "source" / "metadata.json").read_text()) == said
+    assert "source/metadata.json" in {
+        file["path"] for file in plan_overlay(Options(str(source), out), Notes()).to_json()["files"]
+    }
+    (out / "source" / "metadata.json").write_text("{}")
+    assert [fault.path for fault in verify(out, SilentReporter())] == ["source/metadata.json"]
+    assert report.manifest == read_manifest(out)
+
+
+def test_an_overlay_without_the_metadata_is_still_the_same(source: Path, tmp_path: Path) -> None:
+    out, notes = tmp_path / "out", Notes()
+    run(source, out)
+    manifest = read_manifest(out)
+    older = [record for record in manifest.files if record.path != "source/metadata.json"]
+    (out / "ltxpack.json").write_bytes(dataclasses.replace(manifest, files=tuple(older)).dump())
+    shutil.rmtree(out / "source")
+    assert verify(out, SilentReporter()) == []
+    assert not run(source, out, notes).written
+    assert any("an earlier version" in said and "--force" in said for said in notes.said)
+
+
+def test_every_unusable_input_is_told_at_once(source: Path, tmp_path: Path) -> None:
+    lora, upsampler = source / tiny_source.LORA, source / tiny_source.UPSAMPLER
+    os.truncate(source / tiny_source.CHECKPOINT, 1000)
+    shutil.copy(upsampler, lora)
+    upsampler.write_bytes(b"<html>")
+    (source / tiny_source.GEMMA / "tokenizer.json").unlink()
+    with pytest.raises(LtxpackError, match="inputs cannot be used") as caught:
+        run(source, tmp_path / "out")
+    for words in ("truncated", "is not a LoRA", "not a safetensors file", "lacks files of the text encoder"):
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [{"max_shard_size": 20_000}, {"copy": True}])
@@ -427,10 +494,3 @@ def test_force_says_which_bakes_go(source: Path, tmp_path: Path) -> None:
     run(source, out, notes, force=True)
     assert any("distilled-0.25" in said for said in notes.said)
     assert read_manifest(out).bakes == {}
-
-
-def test_a_fetched_plan_can_be_carried_out_in_part(source: Path, tmp_path: Path) -> None:
-    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
-    plan = fetched_plan(Options("someone/model", tmp_path / "out"), SilentReporter(), hub)
-    local = fetched_plan(Options(str(source), tmp_path / "out"), SilentReporter())
-    assert list(plan.items()) == list(local.items())

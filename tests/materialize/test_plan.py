@@ -107,7 +107,11 @@ def test_full_size_plan_is_right_to_the_byte_in_seconds_and_little_memory(tmp_pa
     written = {name for name, file in files.items() if file["action"] == "write"}
     configs = {f"{component}/config.json" for component in CHECKPOINT_TABLES}
     indexes = {f"{c}/diffusion_pytorch_model.safetensors.index.json" for c in ("transformer", "connectors")}
-    assert written == configs | indexes | {"scheduler/scheduler_config.json", "model_index.json"}
+    assert written == configs | indexes | {
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+        "source/metadata.json",
+    }
     assert plan["total_bytes"] == sum(file["bytes"] for file in plan["files"])
     assert [entry.split(":")[0] for entry in plan["missing"]] == ["lora", "upsampler", "text_encoder"]
 

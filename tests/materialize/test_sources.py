@@ -15,9 +15,9 @@ from support import ltxpack, refused
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
 from ltxpack.ltx23.releases import DEFAULT_FILES, RELEASES, TEXT_ENCODER_REPO, cached_sha256, likely, recognise
-from ltxpack.materialize.access import Access
-from ltxpack.materialize.inputs import Inputs, fetch_inputs, read_inputs
-from ltxpack.materialize.sources import Sources, Wanted, resolve
+from ltxpack.materialize.inputs import Inputs, read_inputs
+from ltxpack.materialize.sources import Access, Sources, resolve
+from ltxpack.reporter import SilentReporter
 
 GATED = SourceError("is gated", file=TEXT_ENCODER_REPO, next="open the page")
 
@@ -28,17 +28,13 @@ def source(tmp_path: Path) -> Path:
 
 
 def find(source: Path | str, hub: FakeHub | None = None, allow_missing: bool = False, **flags: str | Path) -> Sources:
-    typed = {name: str(value) for name, value in flags.items() if name != "revision"}
-    revision = flags.get("revision")
-    wanted = Wanted(str(source), typed, None if revision is None else str(revision))
-    return resolve(wanted, Access(lambda: hub or FakeHub({})), allow_missing)
+    typed = {name: str(value) for name, value in flags.items()}
+    access = Access(SilentReporter(), hub or FakeHub({}))
+    return resolve(str(source), typed, access, revision=typed.pop("revision", None), allow_missing=allow_missing)
 
 
 def read(source: Path | str, hub: FakeHub | None = None, **flags: str | Path) -> Inputs:
-    access = Access(lambda: hub or FakeHub({}))
-    return read_inputs(
-        resolve(Wanted(str(source), {name: str(value) for name, value in flags.items()}), access), access
-    )
+    return read_inputs(find(source, hub, **flags), Access(SilentReporter(), hub or FakeHub({})))
 
 
 def hub_repos(tmp_path: Path, source: Path) -> FakeHub:
@@ -61,7 +57,7 @@ def test_a_folder_is_enough(source: Path) -> None:
         tiny_source.UPSAMPLER,
     ]
     assert found.text_encoder.label.endswith(tiny_source.GEMMA)
-    assert found.repo is None and not found.missing
+    assert found.checkpoint.repo is None and not found.missing
 
 
 def test_a_single_file_finds_the_others_beside_it(source: Path) -> None:
@@ -216,16 +212,18 @@ def test_hub_defaults_are_the_published_names(source: Path, tmp_path: Path) -> N
     assert found.lora is not None and found.upsampler is not None and found.text_encoder is not None
     assert [file.member for file in (found.checkpoint, found.lora, found.upsampler)] == list(DEFAULT_FILES.values())
     assert found.text_encoder.label == TEXT_ENCODER_REPO
-    assert (found.repo, found.revision) == ("Lightricks/LTX-2.3", COMMIT)
-    assert found.checkpoint.path is None and found.checkpoint.sha256 is not None
+    assert found.checkpoint.repo is not None and found.checkpoint.sha256 is not None
+    assert (found.checkpoint.repo.repo, found.checkpoint.repo.commit) == ("Lightricks/LTX-2.3", COMMIT)
 
 
 def test_hub_inputs_are_read_by_headers_alone_and_fetched_after(source: Path, tmp_path: Path) -> None:
     hub = hub_repos(tmp_path, source)
     inputs = read("Lightricks/LTX-2.3", hub)
     assert hub.fetched() == []
-    local = fetch_inputs(inputs, Access(lambda: hub))
-    assert all(file.path is not None for _, file in local.files())
+    access = Access(SilentReporter(), hub)
+    for _, file in inputs.files():
+        access.fetch(file)
+        assert file.path.is_file()
     assert {name for name in hub.fetched() if "/" not in name} >= set(DEFAULT_FILES.values())
     assert "ltx-2.3-22b-dev-extra.safetensors" not in hub.fetched()
 

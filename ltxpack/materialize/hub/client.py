@@ -25,6 +25,7 @@ from ltxpack.materialize.hub.listing import (
     COMMIT,
     LONGEST_PART,
     SHA256,
+    Reference,
     RepoFile,
     RepoInfo,
     check_request,
@@ -35,7 +36,7 @@ from ltxpack.materialize.hub.listing import (
 from ltxpack.materialize.hub.transfer import Address, BrokenError, Digest, RangesIgnoredError, RemoteFile, download
 from ltxpack.reporter import Reporter, SilentReporter
 
-__all__ = ["Hub", "HubUnreachable", "RepoFile", "RepoInfo", "parse_reference"]
+__all__ = ["Hub", "HubUnreachable", "Reference", "RepoFile", "RepoInfo", "parse_reference"]
 
 RETRY_WAITS = (1.0, 2.0, 4.0)
 LONG_WAIT = 10.0
@@ -116,6 +117,10 @@ class Hub:
                 check_cached(path, file, place)
         self._cache.remember_revision(info)
         return path
+
+    def path(self, info: RepoInfo, name: str) -> Path:
+        """Where ``fetch`` puts the file."""
+        return self._cache.folder(info.repo) / "snapshots" / info.commit / name
 
     def _ask(self, place: Place) -> RepoInfo:
         """What the hub holds. Gated repositories are described to everyone, so one file is asked for as well."""

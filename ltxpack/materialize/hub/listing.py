@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from ltxpack.errors import UsageError
@@ -52,8 +52,16 @@ class RepoInfo:
     cached_only: bool = False
 
 
-def parse_reference(text: str) -> tuple[str, str | None, str | None]:
-    """``ORG/NAME[@REV][/FILE]`` as (repo, revision, file).
+class Reference(NamedTuple):
+    """``ORG/NAME[@REV][/FILE]``."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+
+def parse_reference(text: str) -> Reference:
+    """``ORG/NAME[@REV][/FILE]`` taken apart.
 
     A revision is a branch, tag, commit or ``refs/pr/N``; a slash in a branch's name is written ``%2F``. Raises
     UsageError.
@@ -71,7 +79,7 @@ def parse_reference(text: str) -> tuple[str, str | None, str | None]:
     check_request(match["repo"], revision)
     if match["file"] is not None and not is_safe_name(match["file"]):
         raise UsageError("is not the name of a file in a repository", file=match["file"], next=f"correct {text}")
-    return match["repo"], revision, match["file"]
+    return Reference(match["repo"], revision, match["file"])
 
 
 def check_request(repo: str, revision: str | None) -> None:

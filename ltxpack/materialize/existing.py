@@ -1,0 +1,284 @@
+"""An overlay that is there already: whether it is the one a plan would write, and its damaged files made again.
+
+The first reads neither the sources nor the overlay whole. Names, sizes and the hashes or commits of the sources must
+agree. A local file has only a name and a size, so that a sample of each of its tensors is compared with the overlay:
+training changes a tensor everywhere, and a sample finds it. Damage is what verify looks for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from ltxpack.errors import SourceError, quoted
+from ltxpack.files.tensorfile import read_tensorfile
+from ltxpack.ltx23.releases import CHECKPOINT, LORA, PATTERNS, TEXT_ENCODER, UPSAMPLER, is_distilled
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES
+from ltxpack.manifest import Manifest, SourceFile
+from ltxpack.materialize.checkpoint import read_checkpoint, read_upsampler
+from ltxpack.materialize.hub.client import Hub
+from ltxpack.materialize.plan import (
+    LORA_FOLDER,
+    METADATA,
+    MODEL_INDEX,
+    SCHEDULER,
+    OverlayPlan,
+    plan_checkpoint,
+    plan_metadata,
+    plan_model_index,
+    plan_scheduler,
+    plan_upsampler,
+)
+from ltxpack.materialize.sources import (
+    WEIGHTS,
+    Access,
+    InputFile,
+    InputFolder,
+    choose,
+    hub_folder,
+    open_source_folder,
+)
+from ltxpack.repack.repair import repair
+from ltxpack.repack.work import CopyFile, Item, WriteBytes, WriteShard, sources
+from ltxpack.reporter import Reporter
+
+SAMPLE_BYTES = 512
+
+
+class Sample(NamedTuple):
+    """The same bytes in a source and in the overlay."""
+
+    source: Path
+    source_start: int
+    written: Path
+    written_start: int
+    nbytes: int
+
+
+def difference(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> str | None:
+    """What is other in ``overlay`` than the plan says, in words; None if it is the same."""
+    return next(_differences(plan, manifest, overlay), None)
+
+
+def _differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterator[str]:
+    """Cheap ones first; each is only looked for when there was none before."""
+    if manifest.source != plan.source:
+        yield _source_difference(plan, manifest)
+    planned = {item.path: item for item in plan.items()}
+    bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
+    records = {record.path: record for record in manifest.records() if record.path not in bakes}
+    if METADATA not in records:  # an overlay of an earlier version
+        del planned[METADATA]
+    for path in sorted(planned.keys() ^ records.keys()):
+        yield f"{path} {'would be new' if path in planned else 'would go'}"
+    for path, item in planned.items():
+        if records[path].size != item.size:
+            yield f"{path} has {records[path].size} bytes instead of {item.size}"
+        if isinstance(item, WriteBytes) and blake3(item.data).hexdigest() != records[path].blake3:
+            yield f"{path} would have other content"
+        if plan.copy and records[path].link is not None:
+            yield f"{path} is a link, and copies are asked for"
+        if not _is_there(overlay / path, item.size):
+            yield f"{path} was changed or removed"
+    for item in planned.values():
+        if plan.unproven & sources([item]).keys() and not all(map(_same, _samples(item, overlay))):
+            yield f"{item.path} was made from another file of the same name and size"
+
+
+def _source_difference(plan: OverlayPlan, manifest: Manifest) -> str:
+    """The first input that differs."""
+    before = {(file.role, file.name): file for file in manifest.source.files}
+    for file in plan.source.files:
+        if before.get((file.role, file.name)) != file:
+            return f"it was made from another {file.role.replace('_', ' ')} than {file.name}"
+    return "it was made from other inputs"
+
+
+def _is_there(path: Path, size: int) -> bool:
+    try:
+        return path.lstat().st_size == size
+    except OSError:
+        return False
+
+
+def _samples(item: Item, overlay: Path) -> Iterator[Sample]:
+    """Some bytes of every tensor of a file, or a whole small file. A tensor that was cast has none."""
+    written = overlay / item.path
+    if isinstance(item, CopyFile):
+        infos = read_tensorfile(item.source).tensors.values() if item.path.endswith(WEIGHTS) else ()
+        header = min((info.start for info in infos), default=item.size)
+        yield Sample(item.source, 0, written, 0, header)
+        places = [(info.start, info.start, info.nbytes) for info in infos]
+    elif isinstance(item, WriteShard):
+        starts = [len(item.header)]
+        for part in item.pieces:
+            starts.append(starts[-1] + part.size)
+        pairs = zip(item.pieces, starts, strict=False)
+        places = [(part.start, start, part.nbytes) for part, start in pairs if not part.is_cast]
+    else:
+        return
+    source = item.source if isinstance(item, CopyFile) else item.pieces[0].source
+    for start, written_start, nbytes in places:
+        middle = nbytes // 2 if nbytes > 2 * SAMPLE_BYTES else 0
+        yield Sample(source, start + middle, written, written_start + middle, min(SAMPLE_BYTES, nbytes))
+
+
+def _same(sample: Sample) -> bool:
+    try:
+        with sample.source.open("rb") as source, sample.written.open("rb") as written:
+            if os.path.sameopenfile(source.fileno(), written.fileno()):
+                return True
+            source.seek(sample.source_start)
+            written.seek(sample.written_start)
+            return source.read(sample.nbytes) == written.read(sample.nbytes)
+    except OSError:
+        return False
+
+
+def restore_base(
+    overlay: Path,
+    manifest: Manifest,
+    paths: Collection[str],
+    reporter: Reporter,
+    *,
+    source: str | None = None,
+    hub: Hub | None = None,
+) -> None:
+    """Write ``paths`` of ``overlay``, which belong to no bake, again from the inputs that the manifest records.
+
+    ``source`` is a folder, file or repo to look in first, as for ``materialize``; other inputs come from the repo and
+    revision that the manifest states for each. Only files that ``paths`` were made from are fetched. Raises
+    LtxpackError: SourceError for an input that is not found, OverlayError if what comes out is not what was written.
+    """
+    access = Access(reporter, hub)
+    found = _RecordedInputs(overlay, manifest, paths, access, source)
+    items = [item for item in _items_again(paths, manifest, found) if item.path in paths]
+    lost = sorted(set(paths) - {item.path for item in items})
+    if lost:
+        raise SourceError(
+            "the inputs do not make these files of the overlay", file=overlay, items=lost,
+            next=_name_the_source(overlay),
+        )  # fmt: skip
+    needed = sources(items)
+    for file in found.files():
+        if file.path in needed:
+            access.fetch(file)
+    linked = any(record.link == "hard" for record in manifest.records())
+    repair(items, overlay, manifest, reporter, copy=not linked)
+
+
+def _items_again(paths: Collection[str], manifest: Manifest, found: _RecordedInputs) -> Iterator[Item]:
+    """The items of the plan that wrote ``paths``, and others of the same inputs."""
+    folders = {path.split("/")[0] for path in paths}
+    limit = manifest.source.max_shard_size
+    if folders & {*CHECKPOINT_TABLES, METADATA.split("/")[0]}:
+        file = found.one(CHECKPOINT)
+        checkpoint = read_checkpoint(found.access.header(file), file.label)
+        yield plan_metadata(checkpoint)
+        for component in plan_checkpoint(checkpoint, file.path, limit):
+            yield from component.items
+    if "latent_upsampler" in folders:
+        file = found.one(UPSAMPLER)
+        yield from plan_upsampler(read_upsampler(found.access.header(file), None, file.label), file, limit).items
+    if SCHEDULER in folders:
+        base = found.recorded(CHECKPOINT)[0]
+        yield from plan_scheduler(is_distilled(base.name, base.size, base.sha256)).items
+    if MODEL_INDEX in paths:
+        yield plan_model_index()
+    for role, places in ((LORA, {LORA_FOLDER}), (TEXT_ENCODER, {"text_encoder", "tokenizer"})):
+        for path in sorted(path for path in paths if path.split("/")[0] in places):
+            name = path.rpartition("/")[2]
+            file = found.one(role, name)
+            yield CopyFile(path, file.path, file.size)
+
+
+class _RecordedInputs:
+    """The inputs that a manifest records, found again by role: in ``source`` if one is given, else on the hub."""
+
+    def __init__(
+        self, overlay: Path, manifest: Manifest, paths: Collection[str], access: Access, source: str | None
+    ) -> None:
+        self.access = access
+        self._paths = paths
+        self._overlay = overlay
+        self._manifest = manifest
+        self._folder: InputFolder | None = None
+        self._single: InputFile | None = None
+        if source is not None:
+            self._folder, self._single = open_source_folder(source, None, access)
+        self._found: dict[str, dict[str, InputFile]] = {}
+
+    def recorded(self, role: str) -> list[SourceFile]:
+        """What the manifest says of ``role``. Raises SourceError if the overlay was made without it."""
+        files = [file for file in self._manifest.source.files if file.role == role]
+        if not files:
+            raise SourceError(f"was made without a {role}", file=self._overlay)
+        return files
+
+    def one(self, role: str, name: str | None = None) -> InputFile:
+        """The input of ``role``: the one called ``name`` where it has several. Raises SourceError."""
+        if role not in self._found:
+            self._found[role] = self._find(role)
+        name = name or self.recorded(role)[0].name
+        if name not in self._found[role]:
+            raise SourceError("is no input of the overlay", file=self._overlay, found=name)
+        return self._found[role][name]
+
+    def files(self) -> Iterator[InputFile]:
+        """Every input that was asked for."""
+        for files in self._found.values():
+            yield from files.values()
+
+    def _find(self, role: str) -> dict[str, InputFile]:
+        """Recorded name -> file."""
+        recorded = self.recorded(role)
+        if self._folder is not None:
+            if role == CHECKPOINT and self._single is not None:
+                return {recorded[0].name: self._single}
+            here = _all_of(recorded, self._folder)
+            if here is None and role in PATTERNS and recorded[0].repo is None:
+                here = {recorded[0].name: choose(role, self._folder)}  # the file may have another name by now
+            if here is not None:
+                return here
+        if recorded[0].repo is None:
+            if self._folder is None:
+                raise SourceError(
+                    "was made from local files; a repair needs to know where they are", file=self._overlay,
+                    expected=f"the {role}: {recorded[0].name}, {recorded[0].size} bytes", items=sorted(self._paths),
+                    next=_name_the_source(self._overlay),
+                )  # fmt: skip
+            raise self._lacks(role, recorded, self._folder)
+        folder = hub_folder(recorded[0].repo, recorded[0].revision, self.access)
+        there = _all_of(recorded, folder)
+        if there is None:
+            raise self._lacks(role, recorded, folder)
+        return there
+
+    def _lacks(self, role: str, recorded: Collection[SourceFile], folder: InputFolder) -> SourceError:
+        return SourceError(
+            f"does not hold the {role} that the overlay was made from", file=folder.label,
+            items=[f"{file.name}, {file.size} bytes" for file in recorded], next=_name_the_source(self._overlay),
+        )  # fmt: skip
+
+
+def _name_the_source(overlay: Path) -> str:
+    return f"ltxpack verify {quoted(overlay)} --repair --source FOLDER"
+
+
+def _all_of(recorded: Collection[SourceFile], folder: InputFolder) -> dict[str, InputFile] | None:
+    """The recorded files, if one folder within ``folder`` holds them all: by name, size, and hash if both are known."""
+    for inner in sorted({name.rpartition("/")[0] for name in folder.files}):
+        prefix = f"{inner}/" if inner else ""
+        found = {file.name: folder.files.get(prefix + file.name) for file in recorded}
+        if all(_is_recorded(found[file.name], file) for file in recorded):
+            return {name: file for name, file in found.items() if file is not None}
+    return None
+
+
+def _is_recorded(file: InputFile | None, recorded: SourceFile) -> bool:
+    known = file is not None and None not in (file.sha256, recorded.sha256)
+    return file is not None and file.size == recorded.size and (not known or file.sha256 == recorded.sha256)

@@ -1,0 +1,128 @@
+"""Damaged files of the base are made again from the inputs that the manifest records, and from no others."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from materialize import tiny_source
+from materialize.fake_hub import FakeHub
+
+from ltxpack.errors import OverlayError, SourceError
+from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
+from ltxpack.manifest import read_manifest
+from ltxpack.materialize import Options, materialize, restore_base
+from ltxpack.reporter import SilentReporter
+
+QUIET = SilentReporter()
+REPO, OTHERS = "someone/model", "someone/others"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_source.make_source(tmp_path / "source")
+
+
+@pytest.fixture
+def hub(source: Path, tmp_path: Path) -> FakeHub:
+    """The source as a repo, another checkpoint and another LoRA in a second one, the text encoder in a third."""
+    others = tiny_source.make_source(tmp_path / "others", seed=1)
+    (others / "mine").mkdir()
+    for name in (tiny_source.CHECKPOINT, tiny_source.LORA):
+        (others / name).rename(others / "mine" / f"other-{name}")
+    return FakeHub({REPO: source, OTHERS: others, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def damaged(overlay: Path, *names: str) -> dict[str, bytes]:
+    """Remove ``names``; what the overlay held before."""
+    before = contents(overlay)
+    for name in names:
+        (overlay / name).unlink()
+    return before
+
+
+def made_of_others(hub: FakeHub, overlay: Path) -> None:
+    options = Options(
+        REPO,
+        overlay,
+        checkpoint=f"{OTHERS}/mine/other-{tiny_source.CHECKPOINT}",
+        lora=f"{OTHERS}/mine/other-{tiny_source.LORA}",
+        max_shard_size=100_000,
+    )
+    materialize(options, QUIET, hub)
+    hub.asked.clear()
+
+
+def test_another_checkpoint_and_lora_than_the_defaults_are_found(hub: FakeHub, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made_of_others(hub, out)
+    manifest = read_manifest(out)
+    names = [record.path for record in manifest.records()]
+    before = damaged(out, *names)
+    restore_base(out, manifest, names, QUIET, hub=hub)
+    assert contents(out) == before
+    assert {repo for what, repo, _ in hub.asked if what == "info"} == {REPO, OTHERS, TEXT_ENCODER_REPO}
+    assert {revision for what, _, revision in hub.asked if what == "info"} == {
+        file.revision for file in manifest.source.files
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "fetched"),
+    [
+        ("model_index.json", []),
+        ("scheduler/scheduler_config.json", []),
+        ("vae/config.json", []),
+        ("source/metadata.json", []),
+        ("transformer/diffusion_pytorch_model.safetensors.index.json", []),
+        ("latent_upsampler/config.json", []),
+        ("tokenizer/tokenizer.json", ["tokenizer.json"]),
+        (f"loras/other-{tiny_source.LORA}", [f"mine/other-{tiny_source.LORA}"]),
+        ("vae/diffusion_pytorch_model-00001-of-00002.safetensors", [f"mine/other-{tiny_source.CHECKPOINT}"]),
+    ],
+)
+def test_only_what_damaged_files_were_made_from_is_fetched(
+    hub: FakeHub, tmp_path: Path, name: str, fetched: list[str]
+) -> None:
+    out = tmp_path / "out"
+    made_of_others(hub, out)
+    name = name if (out / name).exists() else sorted(f"vae/{path.name}" for path in (out / "vae").glob("*.s*"))[0]
+    before = damaged(out, name)
+    restore_base(out, read_manifest(out), [name], QUIET, hub=hub)
+    assert contents(out) == before
+    assert [member for what, _, member in hub.asked if what == "fetch"] == fetched
+
+
+def test_a_local_input_beside_hub_inputs_is_only_asked_for_when_it_is_needed(
+    hub: FakeHub, source: Path, tmp_path: Path
+) -> None:
+    lora = tmp_path / "mine.safetensors"
+    shutil.copy(source / tiny_source.LORA, lora)
+    out = tmp_path / "out"
+    materialize(Options(REPO, out, lora=str(lora), copy=True), QUIET, hub)
+    manifest = read_manifest(out)
+    before = damaged(out, "vae/config.json", "loras/mine.safetensors")
+    restore_base(out, manifest, ["vae/config.json"], QUIET, hub=hub)
+    with pytest.raises(SourceError, match="made from local files") as caught:
+        restore_base(out, manifest, ["loras/mine.safetensors"], QUIET, hub=hub)
+    assert "mine.safetensors" in str(caught.value) and "--source FOLDER" in caught.value.next
+    restore_base(out, manifest, ["loras/mine.safetensors"], QUIET, source=str(tmp_path), hub=hub)
+    assert contents(out) == before
+
+
+def test_a_folder_with_another_file_of_that_name_and_size_repairs_nothing(source: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tiny_source.make_source(tmp_path / "other", seed=1)
+    materialize(Options(str(source), out, copy=True), QUIET)
+    manifest, name = read_manifest(out), f"loras/{tiny_source.LORA}"
+    damaged(out, name)
+    with pytest.raises(OverlayError, match="not the one it was made from"):
+        restore_base(out, manifest, [name], QUIET, source=str(other))
+    assert not (out / name).exists()
+    (other / tiny_source.LORA).unlink()
+    with pytest.raises(SourceError, match="holds no file for the lora"):
+        restore_base(out, manifest, [name], QUIET, source=str(other))
