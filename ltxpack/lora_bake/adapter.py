@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ltxpack.errors import AdapterError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
-from ltxpack.lora_bake import settings as peft
+from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.naming import Match, ModuleNames
-from ltxpack.lora_bake.settings import MAX_ALPHA, Settings
+from ltxpack.lora_bake.peft import MAX_ALPHA, PeftConfig
 from ltxpack.ltx23.lora_keys import LoraKey, belongs_elsewhere, parse_key
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
@@ -100,6 +100,7 @@ class _Group:
 
     match: Match
     module: str
+    path: str
     found: dict[str, TensorInfo] = field(default_factory=dict)
 
 
@@ -151,7 +152,7 @@ def open_adapter(
 def fit_adapter(
     file: TensorFile,
     shapes: Mapping[str, tuple[int, ...]],
-    stated: Settings,
+    stated: PeftConfig,
     read: Callable[[TensorInfo], bytes] | None,
     allow_unmatched: bool = False,
 ) -> Adapter:
@@ -183,7 +184,7 @@ def fit_adapter(
         targets=dict(sorted(targets.items())),
         styles=tuple(sorted({key.style for key in keys if key.role != "alpha"})),
         skipped=tuple(unmatched),
-        warnings=_warnings(file, keys, unmatched),
+        warnings=(*_warnings(file, keys, unmatched), *stated.unused_patterns((k.path, k.module) for k in keys)),
     )
 
 
@@ -220,7 +221,7 @@ def _group(
         if match is None:
             unmatched[key.module] = None
             continue
-        group = groups.setdefault(match, _Group(match, key.module))
+        group = groups.setdefault(match, _Group(match, key.module, key.path))
         if key.role in group.found:
             faults.add("duplicate", f"{key.key} and {group.found[key.role].name}")
         else:
@@ -245,12 +246,12 @@ class _Alphas:
     """Where a module's alpha comes from: a tensor beside the factors, or the adapter's configuration."""
 
     read: Callable[[TensorInfo], bytes] | None
-    stated: Settings
+    stated: PeftConfig
 
     def of(self, group: _Group, rank: int, faults: _Faults) -> tuple[float | None, float]:
         """``(alpha, factor)`` for ``group``; faults where the file contradicts itself."""
         self._check_rank(group, rank, faults)
-        configured = self.stated.alpha_of(group.module)
+        configured = self.stated.alpha_of(group.path, group.module)
         info = group.found.get("alpha")
         if info is None or self.read is None:
             return configured, self.stated.factor(configured, rank)
@@ -264,7 +265,7 @@ class _Alphas:
         return alpha, self.stated.factor(alpha, rank)
 
     def _check_rank(self, group: _Group, rank: int, faults: _Faults) -> None:
-        stated = self.stated.rank_of(group.module)
+        stated = self.stated.rank_of(group.path, group.module)
         if stated is not None and stated != rank and "ambiguous alpha" not in faults.kinds:
             faults.add("rank mismatch", f"{group.module} has rank {rank}, the configuration says {stated}")
 
@@ -368,7 +369,7 @@ def _magnitude_shape(info: TensorInfo, rows: int) -> tuple[int, ...]:
     return (rows, 1) if len(info.shape) == 2 else (rows,)
 
 
-def _check_mixed_alpha(groups: Iterable[_Group], stated: Settings, faults: _Faults) -> None:
+def _check_mixed_alpha(groups: Iterable[_Group], stated: PeftConfig, faults: _Faults) -> None:
     """One alpha for several ranks without a rank_pattern does not say what it is to be divided by."""
     if not stated.says_alpha or stated.ranks:
         return

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.tensorfile import TensorFile, parse_header
-from ltxpack.lora_bake import settings as peft
+from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.adapter import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, fit_adapter, open_adapter
 from ltxpack.lora_bake.names import lora_name
 from ltxpack.ltx23.classes import DISTILLED

@@ -52,6 +52,12 @@ class LoraKey:
     style: str
     flat: bool
 
+    @property
+    def path(self) -> str:
+        """The module's name in the model that PEFT wrapped: with the model's own prefix, without PEFT's."""
+        own = f"{self.prefix}.".removeprefix("base_model.model.")
+        return own + self.module if self.prefix and not self.flat else self.module
+
 
 def parse_key(key: str) -> LoraKey | None:
     """``key`` taken apart, or None if it has no ending that a LoRA uses, or names no module."""

@@ -128,7 +128,7 @@ def style_peft_patterns(folder: Path) -> Path:
     own = [module for module in MODULES if module.endswith("to_q")]
     factors = {m: (a, b * (0.5 if m in own else 1.0)) for m, (a, b) in FACTORS.items()}
     save(folder / "patterns" / "adapter_model.safetensors", dotted(factors, lambda m: f"base_model.model.{m}"))
-    stated = config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={r"ff\.net\.\d+": RANK})
+    stated = config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={"net.2": RANK})
     (folder / "patterns" / "adapter_config.json").write_text(json.dumps(stated))
     return folder / "patterns"
 
@@ -419,7 +419,7 @@ def test_broken_configurations(text: str, tmp_path: Path) -> None:
 
 
 def test_thousands_of_patterns_are_quick(tmp_path: Path) -> None:
-    patterns = {f"no_such_block.{i}.to_q": 3 for i in range(20_000)} | {r".*\.never": 3}
+    patterns = {f"no_such_block.{i}.to_q": 3 for i in range(20_000)}
     folder = peft(tmp_path, FACTORS, rank_pattern=patterns, alpha_pattern=patterns)
     started = time.perf_counter()
     assert open_adapter(folder, shapes()).factor == ALPHA / RANK
