@@ -2,9 +2,10 @@
 
 LtxpackError
 ├── UsageError        wrong arguments (exit status 2)
-│   └── BadLinesError lines of a file that say nothing that could be done, all listed
+│   └── BadLinesError unusable lines of a prompts file, all listed
 ├── FormatError       a file is not what it claims to be: truncated, hostile, not safetensors, bad JSON
-├── SourceError       an input cannot be had: missing, ambiguous, gated, no network
+├── SourceError       an input cannot be had: ambiguous, gated, no network
+│   └── AbsentError   an input does not exist
 ├── UnsupportedError  a sound file this version does not convert: other generation, unknown tensor or field
 ├── AdapterError      a LoRA that does not fit: unmatched keys, half pairs, wrong shapes
 ├── OverlayError      an overlay that is missing, changed, incomplete or in use
@@ -26,17 +27,21 @@ LONGEST_ITEM = 300
 
 
 class LtxpackError(Exception):
-    """A failure told in one message: where, what was expected, what was found, what to do next.
+    """A failure as one message: where it is, what was expected, what was found, what to do next.
 
     Rendered as::
 
         out/transformer/x.safetensors: transformer_blocks.7.attn1.to_q.weight: shape differs
           expected bf16 [4096, 4096], found bf16 [4096, 2048]
           next: ltxpack verify out/
+
+    ``next`` is one of two things. A command: it begins with ``ltxpack``, works as typed (names in capitals are to be
+    filled in), and may be followed by a remark in parentheses. Or plain words, which hold no ltxpack command. The tests
+    parse each ``next`` they meet against the command line.
     """
 
     exit_status = 1
-    # What to do where the place that raises knows nothing better.
+    # Used where the code that raises knows no better ``next``.
     fallback = "ltxpack --help"
     max_listed = MAX_LISTED
     longest_item = LONGEST_ITEM
@@ -88,7 +93,7 @@ class UsageError(LtxpackError):
 
 
 class BadLinesError(UsageError):
-    """Lines of a file that say nothing that could be done."""
+    """Unusable lines of a prompts file."""
 
     max_listed = longest_item = sys.maxsize
 
@@ -112,13 +117,13 @@ class AbsentError(SourceError):
 class UnsupportedError(LtxpackError):
     """A sound file that this version does not convert."""
 
-    fallback = "ltxpack inspect FILE says what a file is; this version converts LTX-2.3"
+    fallback = "ltxpack inspect FILE (says what a file is; this version converts LTX-2.3)"
 
 
 class AdapterError(LtxpackError):
     """A LoRA that does not fit the transformer."""
 
-    fallback = "ltxpack inspect FILE says what a LoRA holds"
+    fallback = "ltxpack inspect FILE (says what a LoRA holds)"
 
 
 class OverlayError(LtxpackError):
@@ -130,7 +135,7 @@ class OverlayError(LtxpackError):
 class DeviceError(LtxpackError):
     """A device that is not there or too small."""
 
-    fallback = "ltxpack run OVERLAY … --device cpu"
+    fallback = "the same command with --device cpu"
 
 
 class FailedLinesError(LtxpackError):

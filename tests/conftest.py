@@ -11,6 +11,7 @@ import parity
 import pytest
 import torch
 from hypothesis import settings
+from next_commands import Recorder
 from support import DATA, golden_folders, ltxpack
 
 torch.set_num_threads(1)
@@ -74,6 +75,18 @@ def cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = caches / str(next(_numbers))
     monkeypatch.setenv("LTXPACK_CACHE", str(folder))
     return folder
+
+
+_nexts = Recorder()
+
+
+@pytest.fixture(autouse=True)
+def every_next_can_be_typed() -> Iterator[None]:
+    """Fails the test that made an error whose ``next`` is a command that does not parse."""
+    _nexts.taken()
+    yield
+    faults = _nexts.taken()
+    assert not faults, "\n".join(faults)
 
 
 @pytest.fixture(scope="session")

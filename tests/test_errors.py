@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from next_commands import fault_of
+from support import REPOSITORY
 
+from ltxpack import errors
 from ltxpack.cli.terminal import say_error
-from ltxpack.errors import BadLinesError, FormatError, printable
+from ltxpack.errors import BadLinesError, FormatError, LtxpackError, printable
 
 HOSTILE = "a\nb\n\n  next: rm -rf ~\x1b[2J\u202e" + "x" * 100_000
 
@@ -43,3 +49,52 @@ def test_an_error_of_the_system_is_printed_as_text(capsys: pytest.CaptureFixture
     say_error("a\x1b[2J\u202e: No such file")
     assert capsys.readouterr().err == "error: a\\x1b[2J\\u202e: No such file\n"
     assert printable("a\nb") == "a\nb"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("ltxpack verify 'my (own) out' --repair", None),
+        ("ltxpack inspect FILE (it's one of ours)", None),
+        ("ltxpack run out --prompt TEXT --device cpu", None),
+        ("ltxpack run --help", None),
+        ("choose another folder", None),
+        ("ltxpack bake-lora out --force", "strength"),
+        ("ltxpack run out --device cpu", "lacks --prompt"),
+        ("ltxpack run out --prompt TEXT --stages 2", "No such option"),
+        ("ltxpack run out --prompt TEXT --dtype int8", "int8"),
+        ("ltxpack verify my out", "unexpected"),
+        ("ltxpack inspect FILE says what it is", "unexpected"),
+        ("ltxpack verify out, or take another", "unexpected"),
+        ("ltxpack run … --device cpu", "left out"),
+        ("free some memory; ltxpack plan says more", "middle"),
+        ("ltxpack plan (or ltxpack verify OVERLAY)", "middle"),
+        ("ltxpack verify it's", "quotation"),
+    ],
+)
+def test_a_next_is_a_command_that_parses_or_plain_words(text: str, fault: str | None) -> None:
+    found = fault_of(text)
+    assert found is None if fault is None else found is not None and fault in found
+
+
+def test_every_next_written_in_the_package_can_be_typed() -> None:
+    """Those that no test meets too; a placeholder of an f-string stands for any one word."""
+    faults = {text: fault for text in written_nexts() if (fault := fault_of(text, stand_in="STAND-IN"))}
+    assert not faults
+
+
+def written_nexts() -> Iterator[str]:
+    """``next=`` of every call, and the fallback of every class."""
+    for path in (REPOSITORY / "ltxpack").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            value = node.value if isinstance(node, ast.keyword) and node.arg == "next" else None
+            if isinstance(value, ast.Constant | ast.JoinedStr):
+                parts = value.values if isinstance(value, ast.JoinedStr) else [value]
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "STAND-IN" for part in parts)
+    classes = [thing for thing in vars(errors).values() if isinstance(thing, type) and issubclass(thing, LtxpackError)]
+    yield from (each.fallback for each in classes)
+
+
+def test_the_drawn_tree_is_the_tree() -> None:
+    drawn = [line.strip("├─└│ ").split()[0] for line in (errors.__doc__ or "").splitlines() if "──" in line]
+    assert set(drawn) == {name for name, thing in vars(errors).items() if isinstance(thing, type)} - {"LtxpackError"}

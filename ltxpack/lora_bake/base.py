@@ -50,7 +50,9 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
     Raises OverlayError for anything that is not as the manifest says.
     """
     if TRANSFORMER not in manifest.components:
-        raise OverlayError("holds no transformer", file=overlay, next=f"ltxpack materialize SOURCE {overlay} --force")
+        raise OverlayError(
+            "holds no transformer", file=overlay, next=f"ltxpack materialize SOURCE {quoted(overlay)} --force"
+        )
     shards, small = [], {}
     tensors: dict[str, TensorInfo] = {}
     for record in manifest.components[TRANSFORMER].files:

@@ -37,7 +37,7 @@ from ltxpack.ltx23.fields import ABSENT, Problems, apply_table
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
 
-NEXT_RELEASE = "ltxpack inspect FILE shows what the file is; this version converts LTX-2.3"
+NEXT_RELEASE = "ltxpack inspect FILE (shows what the file is; this version converts LTX-2.3)"
 
 
 @dataclass(frozen=True)

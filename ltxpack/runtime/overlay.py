@@ -37,7 +37,7 @@ class Overlay:
                     file=root,
                     expected=wanted,
                     found=found,
-                    next=f"ltxpack materialize SOURCE {root} --force",
+                    next=f"ltxpack materialize SOURCE {quoted(root)} --force",
                 )
         for record in overlay.manifest.records():
             overlay._check_size(record)

@@ -93,11 +93,9 @@ class ImageItem:
 
     def __post_init__(self) -> None:
         if self.frame < 0:
-            raise UsageError("wrong image frame", expected="0 or more", found=self.frame, next="see ltxpack run --help")
+            raise UsageError("wrong image frame", expected="0 or more", found=self.frame, next="ltxpack run --help")
         if not 0 <= self.strength <= 1:
-            raise UsageError(
-                "wrong image strength", expected="0 to 1", found=self.strength, next="see ltxpack run --help"
-            )
+            raise UsageError("wrong image strength", expected="0 to 1", found=self.strength, next="ltxpack run --help")
 
 
 @dataclass(frozen=True)

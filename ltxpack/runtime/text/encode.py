@@ -171,7 +171,7 @@ def _connect(hidden: text.HiddenStates, connectors: LTX2TextConnectors, reporter
             "the text encoder or the connectors give numbers that are not finite",
             found=f"{connectors.device}, torch {torch.__version__}, transformers {transformers.__version__}",
             expected="finite ones, as every sound overlay gives",
-            next="ltxpack verify OVERLAY; if that finds nothing, other versions of torch and transformers",
+            next="ltxpack verify OVERLAY (if that finds nothing, try other versions of torch and transformers)",
         )
     reporter.advance()
     return found

@@ -57,9 +57,9 @@ def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device
 def after_shortage(setup: Setup, asked: str) -> str:
     """The flag to try after memory ran out in spite of the plan; ``asked`` is the mode that was asked for."""
     if setup.mode == modes.RESIDENT:
-        return "ltxpack run … --residency swap"
+        return "the same command with --residency swap"
     if setup.mode == modes.SWAP or asked != modes.STREAM:
-        return "ltxpack run … --residency stream"
+        return "the same command with --residency stream"
     return SMALLER
 
 
@@ -75,18 +75,17 @@ def smaller_work(model: Model, work: Work, machine: Machine) -> Work | None:
 def _instead(model: Model, work: Work, machine: Machine, mode: str, lacking: Shortage) -> str:
     other = modes.best_plan(model, work, machine) if mode != modes.AUTO else None
     if other is not None:
-        return f"ltxpack run … --residency {other.mode}"
+        return f"the same command with --residency {other.mode}"
     smaller = smaller_work(model, work, machine)
     if smaller is None:
         if machine.card is None:
-            return (
-                "free memory, or choose a smaller video or a higher --fps; ltxpack plan --ram SIZE says what would do"
-            )
+            return "ltxpack plan --ram SIZE (free memory, or choose a smaller video or a higher --fps)"
         if lacking.memory == "host":
-            return "free memory of the host, or take one with more; ltxpack plan --ram SIZE says what would do"
-        return "a card with more memory, or ltxpack run … --device cpu; ltxpack plan --vram SIZE says what would do"
+            return "ltxpack plan --ram SIZE (free memory of the host, or take a host with more)"
+        return "ltxpack plan --vram SIZE (take a card with more memory, or the same command with --device cpu)"
     shape = smaller.shape
-    return f"ltxpack run … --height {shape.height} --width {shape.width} --num-frames {shape.frames}, or free memory"
+    sides = f"--height {shape.height} --width {shape.width} --num-frames {shape.frames}"
+    return f"the same command with {sides}, or free memory"
 
 
 def _smaller_shapes(shape: VideoShape) -> Iterator[VideoShape]:

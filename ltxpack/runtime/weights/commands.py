@@ -63,7 +63,7 @@ def published_stages(asked: tuple[str, str]) -> tuple[str, str]:
                 "unknown transformer, without an overlay to look it up in",
                 expected=f"{BASE}, or {DISTILLED}S for a strength S",
                 found=name,
-                next="ltxpack plan OVERLAY, or leave --stage1 and --stage2 out",
+                next="ltxpack plan OVERLAY (or leave --stage1 and --stage2 out)",
             )
     return first, second
 

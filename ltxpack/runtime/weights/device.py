@@ -65,7 +65,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             "CUDA was asked for, but torch finds no CUDA device",
-            next="ltxpack run … --device cpu, or install a CUDA build of torch and a driver for it",
+            next="the same command with --device cpu, or install a CUDA build of torch and a driver for it",
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError("no such device", expected=f"fewer than {torch.cuda.device_count()}", found=name)

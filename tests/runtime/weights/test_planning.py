@@ -151,7 +151,7 @@ def test_a_mode_that_does_not_fit_names_the_one_that_does() -> None:
     with pytest.raises(DeviceError, match="--residency resident") as caught:
         advice.plan_or_refuse(MODEL, WORK, card(48), "resident", "cuda:0")
     assert caught.value.problem.startswith("cuda:0 has too little free memory")
-    assert caught.value.next == "ltxpack run … --residency swap"
+    assert caught.value.next == "the same command with --residency swap"
     assert str(caught.value.found) == "48.0 GB free"
 
 
