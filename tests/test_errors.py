@@ -91,10 +91,13 @@ def written_nexts() -> Iterator[str]:
             if isinstance(value, ast.Constant | ast.JoinedStr):
                 parts = value.values if isinstance(value, ast.JoinedStr) else [value]
                 yield "".join(str(part.value) if isinstance(part, ast.Constant) else "STAND-IN" for part in parts)
-    classes = [thing for thing in vars(errors).values() if isinstance(thing, type) and issubclass(thing, LtxpackError)]
-    yield from (each.fallback for each in classes)
+    yield from (each.fallback for each in error_classes())
+
+
+def error_classes() -> list[type[LtxpackError]]:
+    return [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, LtxpackError)]
 
 
 def test_the_drawn_tree_is_the_tree() -> None:
     drawn = [line.strip("├─└│ ").split()[0] for line in (errors.__doc__ or "").splitlines() if "──" in line]
-    assert set(drawn) == {name for name, thing in vars(errors).items() if isinstance(thing, type)} - {"LtxpackError"}
+    assert {*drawn, "LtxpackError"} == {each.__name__ for each in error_classes()}
