@@ -34,9 +34,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 11,
     "class names twice": 19,
-    "lines of the package": 21_900,
-    "files of the package": 150,
-    "lines of the tests": 23_400,
+    "lines of the package": 22_500,
+    "files of the package": 152,
+    "lines of the tests": 23_900,
 }
 
 
