@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import OverlayError, SourceError
+from ltxpack.errors import OverlayError, SourceError, quoted
 from ltxpack.files.hashing import hash_file
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FileRecord, Manifest, changed_file, read_manifest
