@@ -82,7 +82,7 @@ def _ambiguous(stage: str, names: list[str], overlay: Path) -> OverlayError:
         f"several bakes could serve as {stage}",
         file=overlay,
         items=sorted(names),
-        next=f"the same command with --{stage} {sorted(names)[0]}",
+        next=f"ltxpack run {quoted(overlay)} --{stage} {sorted(names)[0]} --prompt TEXT",
     )
 
 
