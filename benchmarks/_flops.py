@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ltxpack.runtime.model import DiTConfig
+from ltxpack.runtime.model.config import DiTConfig
 
 FEED_FORWARD = 4
 # Parts that an isolated pass leaves out.

@@ -15,8 +15,9 @@ from _gpu_models import Inputs, forward_inputs, random_dit
 from _gpu_sizes import Sizes
 from _report import Table
 
-from ltxpack.runtime.model import DiT, DiTConfig, kernels
-from ltxpack.runtime.tuning import heads_of
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT
 
 GIGA = 1e9
 STAGES = (1, 2)
@@ -63,14 +64,14 @@ class Bench:
         return DiTConfig.from_dict(self.sizes.transformer)
 
     @cached_property
-    def heads(self) -> kernels.Heads:
-        """Of the video's self-attention."""
-        return heads_of(self.config, self.device, self.dtype)
+    def kinds(self) -> tuple[kernels.AttentionKind, ...]:
+        """Of attention, the video's self-attention first."""
+        return kernels.attention_kinds(self.config, self.device, self.dtype)
 
     @cached_property
-    def choice(self) -> kernels.Choice:
-        """The attention kernel that ltxpack takes here."""
-        choice = kernels.choose(self.heads)
+    def choice(self) -> kernels.KernelChoice:
+        """The attention kernels that ltxpack takes here."""
+        choice = kernels.choose(self.kinds)
         self.found["attention.chosen"] = choice.name
         self.say(choice.note)
         return choice
@@ -80,7 +81,7 @@ class Bench:
         """The model of full size, eager, with the chosen attention kernel."""
         self.say("random weights")
         dit = random_dit(self.sizes.transformer, self.device, self.dtype)
-        dit.use_attention(self.choice.name)
+        dit.use_attention(self.choice.kernels)
         return dit
 
     def drop_dit(self) -> None:

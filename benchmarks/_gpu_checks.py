@@ -13,7 +13,9 @@ from _gpu_models import Inputs, contexts, forward_inputs, random_dit, state_of
 from _gpu_sizes import TINY
 from torch import Tensor
 
-from ltxpack.runtime.model import DiT, Pass, kernels
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser
 from ltxpack.runtime.sampling.sample import res2s
@@ -29,22 +31,22 @@ class Variant:
 
     dtype: torch.dtype
     kernel: str
-    packed: bool = False
     compiled: bool = False
 
     def __str__(self) -> str:
-        extras = [word for word, on in (("packed", self.packed), ("compiled", self.compiled)) if on]
+        extras = ["compiled"] if self.compiled else []
         return ", ".join([str(self.dtype).removeprefix("torch."), self.kernel, *extras])
 
 
 def variants(bench: Bench) -> Iterator[Variant]:
-    """Every kernel eager; packed and compiled with torch's own choice, as far as there is time for."""
+    """Every kernel eager; compiled with torch's own choice, as far as there is time for."""
+    config = DiTConfig.from_dict({**TINY.transformer, **WIDER})
     for dtype in LIMITS:
         for name in kernels.KERNELS:
-            if kernels.fault(kernels.Heads(2, 64, bench.device, dtype), name) is None:
+            kinds = kernels.attention_kinds(config, bench.device, dtype)
+            if not any(kernels.fault(kind, name) for kind in kinds):
                 yield Variant(dtype, name)
-        yield Variant(dtype, kernels.DEFAULT, packed=True)
-        yield Variant(dtype, kernels.DEFAULT, packed=dtype == torch.bfloat16, compiled=True)
+        yield Variant(dtype, kernels.DEFAULT, compiled=True)
 
 
 def checks(bench: Bench) -> None:
@@ -147,8 +149,6 @@ def _moved(exact: DiT, config: object, device: torch.device, variant: Variant) -
     state = {name: value.to(device, variant.dtype, copy=True) for name, value in exact.state_dict().items()}
     dit.load_state_dict(state, strict=True, assign=True)
     dit.requires_grad_(False).use_attention(variant.kernel)
-    if variant.packed:
-        dit.pack()
     return dit
 
 

@@ -15,8 +15,9 @@ from _gpu_bench import GIGA, STAGES, Bench, Growing, gigabytes
 from _gpu_models import contexts, diffusers_dit
 from torch import Tensor, nn
 
-from ltxpack.runtime.model import Pass, kernels
+from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.block import PLAIN
+from ltxpack.runtime.model.model import Pass
 from ltxpack.runtime.sampling.av import AV
 
 # Seconds that one median may take.
@@ -59,9 +60,9 @@ def attention(bench: Bench) -> None:
     table = bench.table(
         "Self-attention of the video, one block", ("kernel", "stage", "ms", "TFLOP/s", "of the matrix rate")
     )
-    heads = bench.heads
+    kind, *_ = bench.kinds
     for name in kernels.KERNELS:
-        why = kernels.fault(heads, name)
+        why = kernels.fault(kind, name)
         # It keeps every score: 68 GB at stage 2.
         if why is None and name == "math" and bench.device.type == "cuda":
             why = "keeps every score in memory"
@@ -70,10 +71,10 @@ def attention(bench: Bench) -> None:
             continue
         for stage in STAGES:
             tokens = bench.sizes.lengths(stage).video
-            operands = heads.random(tokens, tokens)
+            operands = kind.random(tokens, tokens)
             with torch.inference_mode():
                 spent = bench.clock.median(partial(kernels.KERNELS[name], *operands), BRIEF)
-            rate = 4 * tokens**2 * heads.count * heads.width / spent / 1e9
+            rate = 4 * tokens**2 * kind.heads * kind.width / spent / 1e9
             bench.note(f"attention.{name}.stage {stage}", spent)
             table.rows.append((name, str(stage), f"{spent:.2f}", f"{rate:.0f}", bench.share(rate)))
 
@@ -92,11 +93,11 @@ def forward(bench: Bench) -> None:
         _guided(bench, table, "guided step, compiled", "ours.guided")
     _guided(bench, table, "guided step, eager", "ours.guided eager")
     for name in kernels.MEASURED:
-        if name != chosen and kernels.fault(bench.heads, name) is None:
+        if name != chosen and not any(kernels.fault(kind, name) for kind in bench.kinds):
             dit.use_attention(name)
             with bench.attempt(f"eager, {name}"):
                 _both_stages(bench, table, f"eager, {name}", f"ours.eager {name}")
-    dit.use_attention(chosen)
+    dit.use_attention(bench.choice.kernels)
 
 
 def _first_calls(bench: Bench, stage: int, table: Growing) -> None:
@@ -108,16 +109,6 @@ def _first_calls(bench: Bench, stage: int, table: Growing) -> None:
         bench.clock.wait()
         seconds = bench.note(f"compile.{what}.stage {stage}", time.perf_counter() - begin)
         table.rows.append((what, str(stage), f"{seconds:.1f}"))
-
-
-def packed(bench: Bench) -> None:
-    """What one matrix product instead of several gains. The model stays packed."""
-    torch.compiler.reset()
-    table = bench.table("Forward, ours with packed projections", FORWARD_COLUMNS)
-    bench.dit.pack()
-    _both_stages(bench, table, "eager, packed", "ours.eager packed")
-    with bench.attempt("compiled blocks, packed"), compiled(bench):
-        _both_stages(bench, table, "compiled, packed", "ours.compiled packed")
 
 
 def diffusers(bench: Bench) -> None:
@@ -134,7 +125,7 @@ def diffusers(bench: Bench) -> None:
     _theirs(bench, theirs, table, "eager", "diffusers.eager")
     with bench.attempt("diffusers, compiled"):
         _compile_theirs(bench, theirs, table, "compiled", "diffusers.compiled")
-    kernel = DIFFUSERS_KERNELS.get(bench.choice.name)
+    kernel = DIFFUSERS_KERNELS.get(bench.choice.kernels[kernels.VIDEO])
     if kernel is not None and hasattr(theirs, "set_attention_backend"):
         with bench.attempt(f"diffusers, compiled, {kernel}"):
             theirs.set_attention_backend(kernel)
@@ -151,7 +142,7 @@ def compiled(bench: Bench) -> Iterator[None]:
         yield
     finally:
         for block in dit.blocks():
-            block.steps = PLAIN
+            block.functions = PLAIN
 
 
 def guided(bench: Bench, stage: int, streams: Any) -> list[Pass]:

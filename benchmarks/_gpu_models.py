@@ -13,7 +13,8 @@ import torch
 from _gpu_sizes import Config, Sizes
 from torch import Tensor, nn
 
-from ltxpack.runtime.model import DiT, DiTConfig, Stream
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState, VideoShape, initial_state
 

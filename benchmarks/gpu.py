@@ -27,7 +27,7 @@ import torch
 from _gpu_bench import Bench
 from _gpu_checks import checks
 from _gpu_clock import OutOfTime, at_most
-from _gpu_forward import attention, diffusers, forward, packed, rates
+from _gpu_forward import attention, diffusers, forward, rates
 from _gpu_residency import residency
 from _gpu_sizes import REAL, TINY
 from _gpu_video import decode, diffusers_or_a_line, video
@@ -65,7 +65,6 @@ SECTIONS = (
     Section("residency", 100, residency),
     Section("checks", 60, checks),
     Section("decode", 40, decode),
-    Section("packed", 60, packed),
 )
 
 

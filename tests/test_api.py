@@ -22,7 +22,8 @@ import ltxpack as package
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import codecs
-from ltxpack.runtime.model import DiT, kernels
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.weights import plan as planner
@@ -179,7 +180,7 @@ def test_the_attention_kernel_is_chosen_once_before_anything_is_loaded(
 ) -> None:
     notes, choose, read = Notes(), kernels.choose, reading.FileReader.fill
 
-    def chosen(*arguments: Any) -> kernels.Choice:
+    def chosen(*arguments: Any) -> kernels.KernelChoice:
         notes.told.append("chosen")
         return choose(*arguments)
 

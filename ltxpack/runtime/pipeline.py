@@ -22,10 +22,12 @@ from ltxpack.errors import DeviceError, UsageError
 from ltxpack.manifest import FileRecord
 from ltxpack.reporter import ProgressReporter, Reporter, SilentReporter
 from ltxpack.runtime import codecs
+from ltxpack.runtime.compiled import compile_dit
 from ltxpack.runtime.large_tiles import FAST
 from ltxpack.runtime.media import load_image, prepare_image
-from ltxpack.runtime.model import DiT, kernels, load_dit
-from ltxpack.runtime.model.weights import read_dit_config
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.request import ImageSpec, Request, Settings
 from ltxpack.runtime.sampling.av import AV
@@ -36,8 +38,7 @@ from ltxpack.runtime.sampling.schedule import stage1_sigmas, stage2_sigmas
 from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
 from ltxpack.runtime.select import AUTO, Choice, choose
 from ltxpack.runtime.text.encode import PromptEncoder
-from ltxpack.runtime.text.prompt_cache import PromptCache, cache_root
-from ltxpack.runtime.tuning import Tuning, heads_of, tune
+from ltxpack.runtime.text.prompt_cache import PromptCache
 from ltxpack.runtime.video import Latents, Video
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.advice import check_mode, check_reads
@@ -105,7 +106,7 @@ class Pipeline:
         self._closed = False
         self._to_come = 0
         self._asked_attention = attention
-        self._attention: kernels.Choice | None = None
+        self._attention: kernels.KernelChoice | None = None
         self._statistics: codecs.LatentStatistics | None = None
         # A name that cannot be used is told now; what has to be measured waits until there is something to make.
         if kernels.asked_for(attention) != kernels.AUTO:
@@ -363,10 +364,10 @@ class Pipeline:
 
     def _settle(self, model: DiT, streamed: bool) -> None:
         """Once for a transformer whose weights have come to the device, or come there block by block."""
-        kept = cache_root() / "compiled" if self.compile_blocks else None
-        # Which attention kernel serves was told when it was chosen.
-        attention = self._attention or self._asked_attention
-        tune(model, Tuning(attention=attention, compile=self.compile_blocks, cache=kept), SilentReporter())
+        if self._attention is not None:
+            model.use_attention(self._attention.kernels)
+        if self.compile_blocks:
+            compile_dit(model, self.reporter)
 
     def _prepare(self, works: Sequence[Work]) -> None:
         """The plan for ``works``, and the attention kernel: before anything is loaded there is room to measure it."""
@@ -381,9 +382,9 @@ class Pipeline:
                 self.reporter.detail(f"attention: not {name}: {why}")
             self._attention_told = True
 
-    def _choose_attention(self) -> kernels.Choice:
+    def _choose_attention(self) -> kernels.KernelChoice:
         config = read_dit_config(self.overlay.transformer_folder(self.choice.stage1))
-        found = kernels.choose(heads_of(config, self.device, self.dtype), self._asked_attention)
+        found = kernels.choose(kernels.attention_kinds(config, self.device, self.dtype), self._asked_attention)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ltxpack.lora_bake.fuse import Term, fuse_official
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
-from ltxpack.runtime.model import DiT, DiTConfig, Stream
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
 
 # What LTX-2.3 says where diffusers' default is another; all other fields are left to their defaults.

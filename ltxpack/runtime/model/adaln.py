@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltxpack.runtime.model.linear import Linear
+from ltxpack.runtime.model.attention import Linear
 
 SINUSOID_CHANNELS = 256
 

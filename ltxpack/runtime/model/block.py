@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ltxpack.runtime.model.adaln import Rows, modulate
 from ltxpack.runtime.model.attention import Attention, AttentionShape, FeedForward, Keys
 from ltxpack.runtime.model.config import DiTConfig, StreamConfig
+from ltxpack.runtime.model.kernels import AUDIO, TEXT, VIDEO
 from ltxpack.runtime.model.rope import RopeTables
 from ltxpack.runtime.sampling.av import AV
 
@@ -39,8 +40,8 @@ class Conditioning:
     rope: RopeTables
 
 
-class Half(NamedTuple):
-    """One modality's share of a block; ``cross_rows`` is its table for a2v and v2a (4 rows and the gate)."""
+class BlockModules(NamedTuple):
+    """One modality's modules and tables in a block; ``cross_rows`` is its table for a2v and v2a (4 rows, the gate)."""
 
     self_attention: Attention
     text_attention: Attention
@@ -51,8 +52,8 @@ class Half(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One pass on its way through the blocks.
+class PassState:
+    """One pass between two blocks.
 
     ``hidden`` [B, T, D] per modality. ``isolated`` leaves out a2v and v2a; ``perturbed`` replaces that modality's
     self-attention by its values.
@@ -64,9 +65,9 @@ class Lane:
     perturbed: AV[bool]
 
 
-class Steps(NamedTuple):
-    """A block's work in three functions of the block, each plain or compiled: ``text`` before any hidden state is
-    known, ``attend`` within a modality, ``exchange`` between the two.
+class BlockFunctions(NamedTuple):
+    """A block's work in three functions of the block, each plain or compiled: ``text`` needs no hidden state,
+    ``attend`` stays within a modality, ``exchange`` goes between the two.
     """
 
     text: Callable[..., AV[Keys]]
@@ -81,34 +82,34 @@ class TransformerBlock(nn.Module):
         super().__init__()
         video, audio = config.streams.video, config.streams.audio
         self.eps = config.norm_eps
-        self.steps = PLAIN
+        self.functions = PLAIN
 
-        def attention(query: StreamConfig, context: StreamConfig, heads: StreamConfig) -> Attention:
-            shape = AttentionShape(query.dim, context.dim, heads.heads, heads.head_dim)
+        def attention(kind: str, query: StreamConfig, context: StreamConfig, heads: StreamConfig) -> Attention:
+            shape = AttentionShape(kind, query.dim, context.dim, heads.heads, heads.head_dim)
             return Attention(shape, bias=config.attention_bias, out_bias=config.attention_out_bias, eps=config.norm_eps)
 
-        self.attn1 = attention(video, video, video)
-        self.attn2 = attention(video, video, video)
+        self.attn1 = attention(VIDEO, video, video, video)
+        self.attn2 = attention(TEXT, video, video, video)
         self.ff = FeedForward(video.dim, bias=video.ff_bias)
         self.scale_shift_table = table(9, video.dim)
         self.prompt_scale_shift_table = table(2, video.dim)
         self.video_a2v_cross_attn_scale_shift_table = table(5, video.dim)
 
-        self.audio_attn1 = attention(audio, audio, audio)
-        self.audio_attn2 = attention(audio, audio, audio)
+        self.audio_attn1 = attention(AUDIO, audio, audio, audio)
+        self.audio_attn2 = attention(AUDIO, audio, audio, audio)
         self.audio_ff = FeedForward(audio.dim, bias=audio.ff_bias)
         self.audio_scale_shift_table = table(9, audio.dim)
         self.audio_prompt_scale_shift_table = table(2, audio.dim)
         self.audio_a2v_cross_attn_scale_shift_table = table(5, audio.dim)
 
         # Both run with the audio stream's heads.
-        self.audio_to_video_attn = attention(video, audio, audio)
-        self.video_to_audio_attn = attention(audio, video, audio)
+        self.audio_to_video_attn = attention(AUDIO, video, audio, audio)
+        self.video_to_audio_attn = attention(AUDIO, audio, video, audio)
 
-    def forward(self, lanes: Sequence[Lane]) -> list[AV[Tensor]]:
-        """The hidden states [B, T, D] of every lane after this block.
+    def forward(self, states: Sequence[PassState]) -> list[AV[Tensor]]:
+        """The hidden states [B, T, D] of every pass after this block.
 
-        Lanes that hold the same objects share the work until they part: text keys and values between passes with
+        Passes that hold the same objects share the work until they part: text keys and values between passes with
         the same context and sigma, everything up to a2v and v2a where also the hidden states are still the same.
         """
         made: dict[Hashable, Any] = {}
@@ -120,40 +121,33 @@ class TransformerBlock(nn.Module):
             return made[key]
 
         through = []
-        for lane in lanes:
-            text = once(self.steps.text, lane.conditioning)
-            attended = once(self.steps.attend, lane.hidden, lane.conditioning, text, flags=lane.perturbed)
-            through.append(once(self.steps.exchange, attended, lane.conditioning, flags=lane.isolated))
+        for state in states:
+            text = once(self.functions.text, state.conditioning)
+            attended = once(self.functions.attend, state.hidden, state.conditioning, text, flags=state.perturbed)
+            through.append(once(self.functions.exchange, attended, state.conditioning, flags=state.isolated))
         return through
-
-    def pack(self) -> None:
-        """Pack the projections of every attention that have the same input; see :meth:`Attention.pack`."""
-        for attention in (self.attn1, self.audio_attn1):
-            attention.pack("to_q", "to_k", "to_v")
-        for attention in (self.attn2, self.audio_attn2, self.audio_to_video_attn, self.video_to_audio_attn):
-            attention.pack("to_k", "to_v")
 
     def text(self, conditioning: AV[Conditioning]) -> AV[Keys]:
         """Keys and values of both modalities' text, which depend on context and sigma alone."""
-        return conditioning.map(self._text, self.halves())
+        return conditioning.map(self._text, self.by_stream())
 
     def attend(
         self, hidden: AV[Tensor], conditioning: AV[Conditioning], text: AV[Keys], perturbed: AV[bool]
     ) -> AV[Tensor]:
         """Self-attention, then text attention."""
-        return hidden.map(self._attend, conditioning, self.halves(), text, perturbed)
+        return hidden.map(self._attend, conditioning, self.by_stream(), text, perturbed)
 
     def exchange(self, hidden: AV[Tensor], conditioning: AV[Conditioning], isolated: bool) -> AV[Tensor]:
         """a2v and v2a unless ``isolated``, then feed-forward."""
-        halves = self.halves()
+        layers = self.by_stream()
         if not isolated:
-            hidden = self._cross(hidden, conditioning, halves)
-        return hidden.map(self._feed_forward, conditioning, halves)
+            hidden = self._cross(hidden, conditioning, layers)
+        return hidden.map(self._feed_forward, conditioning, layers)
 
-    def halves(self) -> AV[Half]:
+    def by_stream(self) -> AV[BlockModules]:
         """The two modalities' modules and tables under common names."""
         return AV(
-            Half(
+            BlockModules(
                 self.attn1,
                 self.attn2,
                 self.ff,
@@ -161,7 +155,7 @@ class TransformerBlock(nn.Module):
                 self.prompt_scale_shift_table,
                 self.video_a2v_cross_attn_scale_shift_table,
             ),
-            Half(
+            BlockModules(
                 self.audio_attn1,
                 self.audio_attn2,
                 self.audio_ff,
@@ -171,26 +165,26 @@ class TransformerBlock(nn.Module):
             ),
         )
 
-    def _text(self, given: Conditioning, half: Half) -> Keys:
-        prompt = given.prompt.plus(half.prompt_rows)
-        return half.text_attention.keys(modulate(given.context, prompt.row(1), prompt.row(0)))
+    def _text(self, given: Conditioning, layers: BlockModules) -> Keys:
+        prompt = given.prompt.plus(layers.prompt_rows)
+        return layers.text_attention.keys(modulate(given.context, prompt.row(1), prompt.row(0)))
 
-    def _attend(self, x: Tensor, given: Conditioning, half: Half, text: Keys, perturbed: bool) -> Tensor:
-        rows = given.adaln.plus(half.rows)
+    def _attend(self, x: Tensor, given: Conditioning, layers: BlockModules, text: Keys, perturbed: bool) -> Tensor:
+        rows = given.adaln.plus(layers.rows)
         own = modulate(self._norm(x), rows.row(1), rows.row(0))
         if perturbed:
-            attended = half.self_attention.values_only(own)
+            attended = layers.self_attention.values_only(own)
         else:
-            attended = half.self_attention.to_itself(own, given.rope.self_attention)
+            attended = layers.self_attention.to_itself(own, given.rope.self_attention)
         x = x + rows.row(2) * attended
         query = modulate(self._norm(x), rows.row(7), rows.row(6))
-        return x + rows.row(8) * half.text_attention(query, text)
+        return x + rows.row(8) * layers.text_attention(query, text)
 
-    def _cross(self, hidden: AV[Tensor], conditioning: AV[Conditioning], halves: AV[Half]) -> AV[Tensor]:
+    def _cross(self, hidden: AV[Tensor], conditioning: AV[Conditioning], layers: AV[BlockModules]) -> AV[Tensor]:
         """a2v and v2a; both read the states before either."""
         normed = hidden.map(self._norm)
-        rows = conditioning.map(lambda given, half: given.cross.plus(half.cross_rows[:4]), halves)
-        gates = conditioning.map(lambda given, half: given.cross_gate.plus(half.cross_rows[4:]), halves)
+        rows = conditioning.map(lambda given, layers: given.cross.plus(layers.cross_rows[:4]), layers)
+        gates = conditioning.map(lambda given, layers: given.cross_gate.plus(layers.cross_rows[4:]), layers)
         turns = conditioning.map(lambda given: given.rope.cross_attention)
         a2v = normed.map(lambda x, row: modulate(x, row.row(0), row.row(1)), rows)
         v2a = normed.map(lambda x, row: modulate(x, row.row(2), row.row(3)), rows)
@@ -200,9 +194,9 @@ class TransformerBlock(nn.Module):
         to_audio = self.video_to_audio_attn(v2a.audio, pictures, turns.audio)
         return hidden.map(lambda x, gate, attended: x + gate.row(0) * attended, gates, AV(to_video, to_audio))
 
-    def _feed_forward(self, x: Tensor, given: Conditioning, half: Half) -> Tensor:
-        rows = given.adaln.plus(half.rows)
-        return x + rows.row(5) * half.feed_forward(modulate(self._norm(x), rows.row(4), rows.row(3)))
+    def _feed_forward(self, x: Tensor, given: Conditioning, layers: BlockModules) -> Tensor:
+        rows = given.adaln.plus(layers.rows)
+        return x + rows.row(5) * layers.feed_forward(modulate(self._norm(x), rows.row(4), rows.row(3)))
 
     def _norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], eps=self.eps)
@@ -213,4 +207,4 @@ def table(rows: int, dim: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(rows, dim))
 
 
-PLAIN = Steps(TransformerBlock.text, TransformerBlock.attend, TransformerBlock.exchange)
+PLAIN = BlockFunctions(TransformerBlock.text, TransformerBlock.attend, TransformerBlock.exchange)

@@ -1,7 +1,8 @@
-"""The kernels that can compute softmax(q·kᵀ/√d)·v, and the choice of one by measurement.
+"""The kernels that can compute softmax(q·kᵀ/√d)·v, and the choice of one for each kind of attention, by measurement.
 
-Knows queries, keys and values ``[B, heads, T, head_dim]``; no mask, nothing causal. A kernel is a plain function, so
-a compiled block contains the one that was chosen before it was compiled.
+Knows queries, keys and values ``[B, heads, T, head_dim]``; no mask, nothing causal. A kernel is a plain function that
+calls one operator. It changes no setting of torch, so threads do not disturb each other, and a compiled block contains
+the kernel that was chosen before it was compiled.
 """
 
 from __future__ import annotations
@@ -12,44 +13,42 @@ import importlib.util
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltxpack.errors import UsageError
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 VARIABLE = "LTXPACK_ATTENTION"
 AUTO = "auto"
 DEFAULT = "sdpa"
+# The kinds of attention: of the video's tokens to themselves, of the video's to the text, and all that has the sound's
+# heads (to itself, to its text, to and from the video).
+VIDEO, TEXT, AUDIO = "video", "text", "audio"
 FLASH3_PACKAGE = "flash_attn_interface"
-# Every kernel must come this near to float64 on random data before it may be chosen: bf16 operands stay well below.
+# A kernel may be chosen if it comes this near to float64 on random data: bf16 operands stay well below.
 AGREEMENT = 2e-2
-# Where two kernels are as good as equal the first of the list is taken, so that noise does not change a video.
+# Of kernels that are equally fast within this factor the first of the list is taken, so that noise changes no video.
 MARGIN = 1.03
-# Long enough to fill a large card, short enough for any: 0.5 GB of operands at 32 heads of 128 in bf16.
-MEASURED_TOKENS = 16384
-# Queries and keys: either may be fewer, and the sound of a single frame is one token.
+# Enough tokens to fill a large card, and few enough for any: 0.5 GB of operands at 32 heads of 128 in bf16.
+VIDEO_TOKENS = 16384
+# Of the text, and of the sound of 121 frames at 24 fps.
+TEXT_TOKENS, AUDIO_TOKENS = 1024, 126
+# Queries and keys of the first, small comparisons: either may be fewer, and the sound of a single frame is one token.
 PROBED = ((200, 101), (101, 200), (101, 1), (1, 101), (1, 1))
-# From this version on cuDNN's attention is right where lengths are no multiples of 128 (pytorch 169849); torch takes an
-# older one only where it is told to.
+# From this version on cuDNN's attention is right where lengths are no multiples of 128 (pytorch 169849). torch itself
+# takes an older one only on request.
 SOUND_CUDNN = 91501
 WARM_UPS, REPEATS = 2, 5
 
-
-def _torch(backend: SDPBackend) -> Kernel:
-    """torch's attention, held to one of its backends; RuntimeError where that one cannot."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(query, key, value)
-
-    return attention
+_aten = torch.ops.aten
 
 
 @torch.library.custom_op(
@@ -75,87 +74,157 @@ def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """cuDNN's, but for a single query or key, which torch does not give it."""
+    """cuDNN's, except for a single query or key, which cuDNN does not take."""
     if query.shape[-2] == 1 or key.shape[-2] == 1:
-        return _any(query, key, value)
+        return _sdpa(query, key, value)
     return _cudnn_alone(query, key, value)
 
 
-_cudnn_alone = _torch(SDPBackend.CUDNN_ATTENTION)
+def _cudnn_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    found: Tensor = _aten._scaled_dot_product_cudnn_attention(query, key, value, None, False)[0]
+    return found
 
 
-def _any(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if query.device.type == "cpu":
+        found: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+    else:
+        found = _aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return found
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    found: Tensor = _aten._scaled_dot_product_efficient_attention(query, key, value, None, False)[0]
+    return found
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    found: Tensor = _aten._scaled_dot_product_attention_math(query, key, value)[0]
+    return found
 
 
 # Name -> kernel, best first where several are as fast. "sdpa" leaves the choice to torch, at every call.
 KERNELS: Mapping[str, Kernel] = {
     "flash3": _flash3,
     "cudnn": _cudnn,
-    "flash": _torch(SDPBackend.FLASH_ATTENTION),
-    "efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
-    "sdpa": _any,
-    "math": _torch(SDPBackend.MATH),
+    "flash": _flash,
+    "efficient": _efficient,
+    "sdpa": _sdpa,
+    "math": _math,
 }
-# "math" keeps every score: 34 GB at MEASURED_TOKENS. It has to be asked for.
+# "math" keeps every score: 34 GB at VIDEO_TOKENS. It is used only on request.
 MEASURED = ("flash3", "cudnn", "flash", "efficient")
+# torch's own judgement of a call, which its operators do not repeat.
+_JUDGES = {
+    "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    "flash": torch.backends.cuda.can_use_flash_attention,
+    "efficient": torch.backends.cuda.can_use_efficient_attention,
+}
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What is attended with: number and width of the heads, where and in which dtype; ``others`` are the widths of the
-    model's other heads, on which a kernel must run too.
-    """
+class AttentionKind:
+    """Attentions of a model that share a kernel: number and width of their heads, and where and in which dtype.
 
-    count: int
-    width: int
-    device: torch.device
-    dtype: torch.dtype
-    others: tuple[int, ...] = ()
-
-    def random(self, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v ``[1, heads, T, head_dim]`` of random numbers; never zeros, on which kernels run faster."""
-        generator = torch.Generator(self.device).manual_seed(0)
-
-        def draw(tokens: int) -> Tensor:
-            shape = (1, self.count, tokens, self.width)
-            return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
-
-        return draw(queries), draw(keys), draw(keys)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The kernel to use. ``milliseconds``: what was measured, at ``MEASURED_TOKENS``; ``refused``: name -> why;
-    ``why`` it is this one, where nothing was measured.
+    ``lengths``: the (queries, keys) that a kernel is measured at. ``rotated``: RoPE turns the queries and keys.
     """
 
     name: str
+    heads: int
+    width: int
+    lengths: tuple[tuple[int, int], ...]
+    rotated: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def random(self, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v ``[1, heads, T, head_dim]`` of random numbers, with the strides they have in a block.
+
+        The numbers are never zeros, on which kernels run faster.
+        """
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
+
+        def projected(tokens: int) -> Tensor:
+            return split_heads(draw(1, tokens, self.heads * self.width), self.heads)
+
+        def turned(tokens: int) -> Tensor:
+            if not self.rotated:
+                return projected(tokens)
+            angles = draw(1, self.heads, tokens, self.width // 2)
+            return rotate(projected(tokens), Rotation(angles.cos(), angles.sin()))
+
+        return turned(queries), turned(keys), projected(keys)
+
+
+def attention_kinds(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> tuple[AttentionKind, ...]:
+    """The kinds of attention in a DiT; :func:`choose` takes them before a weight is loaded."""
+    video, audio = config.streams.video, config.streams.audio
+    lengths = {
+        VIDEO: ((VIDEO_TOKENS, VIDEO_TOKENS),),
+        TEXT: ((VIDEO_TOKENS, TEXT_TOKENS),),
+        AUDIO: ((VIDEO_TOKENS, AUDIO_TOKENS), (AUDIO_TOKENS, VIDEO_TOKENS)),
+    }
+    return tuple(
+        AttentionKind(name, stream.heads, stream.head_dim, lengths[name], name != TEXT, device, dtype)
+        for name, stream in ((VIDEO, video), (TEXT, video), (AUDIO, audio))
+    )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The kernel to use for one kind; the milliseconds of all that run, and why the others are refused."""
+
+    best: str
     milliseconds: Mapping[str, float]
     refused: Mapping[str, str]
-    why: str = "no other runs here"
+
+    def __str__(self) -> str:
+        ordered = sorted(self.milliseconds.items(), key=lambda pair: pair[1])
+        times = ", ".join(f"{name} {value:.2f} ms" for name, value in ordered)
+        return times or "no other runs here"
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel's name for each kind of attention. ``note`` is one line for the user; ``refused``: kernel -> why."""
+
+    kernels: Mapping[str, str]
+    note: str
+    refused: Mapping[str, str]
 
     @property
-    def note(self) -> str:
-        """One line for the user."""
-        if not self.milliseconds:
-            return f"attention: {self.name} ({self.why})"
-        times = ", ".join(f"{name} {value:.2f} ms" for name, value in sorted(self.milliseconds.items(), key=_second))
-        return f"attention: {self.name} (of {MEASURED_TOKENS} tokens: {times})"
+    def name(self) -> str:
+        """The kernel's name, or ``video cudnn, text flash, audio flash`` where they differ."""
+        names = set(self.kernels.values())
+        return names.pop() if len(names) == 1 else ", ".join(f"{kind} {name}" for kind, name in self.kernels.items())
 
 
-def choose(heads: Heads, name: str | None = None) -> Choice:
-    """The kernel called ``name``, or by ``LTXPACK_ATTENTION``; for ``auto`` or nothing, the fastest on this device.
+def choose(kinds: Sequence[AttentionKind], name: str | None = None) -> KernelChoice:
+    """The kernel called ``name``, or by ``LTXPACK_ATTENTION``; for ``auto`` or nothing, the fastest for each kind.
 
-    Measured once per process for the same ``heads``; on a CPU torch's own choice is taken without measuring. Raises
-    UsageError for an unknown name, and for a kernel that does not run here or gives wrong numbers.
+    A kind is measured once per process; on a CPU nothing is measured, and torch chooses. Raises UsageError for an
+    unknown name, and for a kernel that does not run here or gives wrong numbers.
     """
     asked = asked_for(name)
     if asked != AUTO:
-        return _pinned(heads, asked, "asked for" if name else f"by {VARIABLE}")
-    if heads.device.type == "cpu":
-        return Choice(DEFAULT, {}, {}, "torch's own choice; nothing is measured on a CPU")
-    return measured(heads, MEASURED, MEASURED_TOKENS)
+        return _pinned(kinds, asked, "asked for" if name else f"by {VARIABLE}")
+    if kinds[0].device.type == "cpu":
+        return _same_for(kinds, DEFAULT, "torch's own choice; nothing is measured on a CPU")
+    return fastest(kinds)
+
+
+def fastest(kinds: Sequence[AttentionKind]) -> KernelChoice:
+    """The fastest kernel for each kind, by measurement on the device of the kinds."""
+    found = {kind.name: measured(kind, MEASURED) for kind in kinds}
+    told = ", ".join(f"{each.best} for {kind} ({each})" for kind, each in found.items())
+    return KernelChoice({kind: each.best for kind, each in found.items()}, f"attention: {told}", _refused(found))
 
 
 def asked_for(name: str | None = None) -> str:
@@ -164,62 +233,69 @@ def asked_for(name: str | None = None) -> str:
 
 
 @functools.cache
-def measured(heads: Heads, names: tuple[str, ...], tokens: int) -> Choice:
-    """The fastest of ``names`` at ``tokens`` tokens attending to themselves; torch's own choice if none runs."""
+def measured(kind: AttentionKind, names: tuple[str, ...]) -> Measurement:
+    """The fastest of ``names`` for attentions of ``kind``; torch's own choice if none runs."""
     refused, times = {}, {}
     for name in names:
         try:
-            why = _doubt(name) or fault(heads, name)
+            why = _doubt(name) or fault(kind, name)
             if why is None:
-                times[name] = milliseconds(heads, KERNELS[name], tokens)
+                times[name] = milliseconds(kind, KERNELS[name])
         except torch.OutOfMemoryError:
             why = "no memory to measure it"
         if why is not None:
             refused[name] = why
     enough = MARGIN * min(times.values(), default=0.0)
-    return Choice(next((name for name, value in times.items() if value <= enough), DEFAULT), times, refused)
+    return Measurement(next((name for name, value in times.items() if value <= enough), DEFAULT), times, refused)
 
 
-def fault(heads: Heads, name: str) -> str | None:
-    """Why the kernel cannot be used here, or None: it is run on a few lengths at each width, and compared."""
+def fault(kind: AttentionKind, name: str) -> str | None:
+    """Why the kernel cannot be used for ``kind``, or None. It is run on a few lengths and compared with float64."""
     if name == "flash3" and importlib.util.find_spec(FLASH3_PACKAGE) is None:
         return f"no package {FLASH3_PACKAGE}"
-    for width, (queries, keys) in itertools.product((heads.width, *heads.others), PROBED):
-        found = _fault_at(replace(heads, width=width), name, queries, keys)
+    for queries, keys in PROBED:
+        found = _fault_at(kind, name, queries, keys)
         if found is not None:
             return found
     return None
 
 
 @torch.inference_mode()
-def _fault_at(heads: Heads, name: str, queries: int, keys: int) -> str | None:
-    query, key, value = heads.random(queries, keys)
+def _fault_at(kind: AttentionKind, name: str, queries: int, keys: int) -> str | None:
+    query, key, value = kind.random(queries, keys)
+    judge = None if kind.device.type == "cpu" or (name == "cudnn" and 1 in (queries, keys)) else _JUDGES.get(name)
+    if judge and not judge(torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)):
+        return f"torch does not run it on this card with {kind.dtype} and heads of {kind.width}".replace("torch.", "")
     try:
         found = KERNELS[name](query, key, value).double()
+    except NotImplementedError:
+        return f"it does not run on a device of type {kind.device.type}"
     except (RuntimeError, ImportError, TypeError, AttributeError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
-    scores = query.double() @ key.double().mT / heads.width**0.5
+    scores = query.double() @ key.double().mT / kind.width**0.5
     expected = scores.softmax(-1) @ value.double()
     error_found = ((found - expected).norm() / expected.norm()).item()
-    # Written so that what is no number is wrong too.
+    # Written so that NaN is a fault too.
     return None if error_found <= AGREEMENT else f"wrong by {error_found:.1e} with {queries} queries and {keys} keys"
 
 
 def _doubt(name: str) -> str | None:
-    """Why a kernel that may run here is not taken unless it is asked for, or None."""
+    """Why a kernel that may run here is used only on request, or None."""
     version: Callable[[], int | None] = torch.backends.cudnn.version
     found = version() if name == "cudnn" else None
     return None if found is None or found >= SOUND_CUDNN else f"cuDNN {found} is older than {SOUND_CUDNN}"
 
 
 @torch.inference_mode()
-def milliseconds(heads: Heads, kernel: Kernel, tokens: int) -> float:
-    """Median of a few calls, after warming up."""
-    operands = heads.random(tokens, tokens)
-    for _ in range(WARM_UPS):
-        kernel(*operands)
-    times = sorted(_timed(heads.device, lambda: kernel(*operands)) for _ in range(REPEATS))
-    return times[len(times) // 2]
+def milliseconds(kind: AttentionKind, kernel: Kernel) -> float:
+    """One call at each of the lengths of ``kind``: the median of a few, after warming up."""
+    total = 0.0
+    for queries, keys in kind.lengths:
+        call = functools.partial(kernel, *kind.random(queries, keys))
+        for _ in range(WARM_UPS):
+            call()
+        total += sorted(_timed(kind.device, call) for _ in range(REPEATS))[REPEATS // 2]
+    return total
 
 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:
@@ -236,27 +312,42 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _pinned(heads: Heads, name: str, why: str) -> Choice:
+def _pinned(kinds: Sequence[AttentionKind], name: str, why: str) -> KernelChoice:
     if name not in KERNELS:
         raise UsageError(
-            "unknown attention kernel", expected=", ".join((AUTO, *KERNELS)), found=name, next=_instead(heads)
+            "unknown attention kernel", expected=", ".join((AUTO, *KERNELS)), found=name, next=_instead(kinds)
         )
-    wrong = fault(heads, name)
+    wrong = _fault_of_any(kinds, name)
     if wrong is not None:
         raise UsageError(
             f"the attention kernel {name} cannot be used here",
-            expected=f"one for {heads.device}, {heads.dtype}".replace("torch.", ""),
+            expected=f"one for {kinds[0].device}, {kinds[0].dtype}".replace("torch.", ""),
             found=wrong,
-            next=_instead(heads),
+            next=_instead(kinds),
         )
-    return Choice(name, {}, {}, why)
+    return _same_for(kinds, name, why)
 
 
-def _instead(heads: Heads) -> str:
-    """What runs here."""
-    running = (name for name in KERNELS if fault(heads, name) is None)
+def _same_for(kinds: Sequence[AttentionKind], name: str, why: str) -> KernelChoice:
+    return KernelChoice({kind.name: name for kind in kinds}, f"attention: {name} ({why})", {})
+
+
+def _fault_of_any(kinds: Sequence[AttentionKind], name: str) -> str | None:
+    return next(filter(None, (fault(kind, name) for kind in kinds)), None)
+
+
+def _instead(kinds: Sequence[AttentionKind]) -> str:
+    """Advice that names what runs here."""
+    running = (name for name in KERNELS if _fault_of_any(kinds, name) is None)
     return f"give --attention one that runs here ({', '.join((AUTO, *running))}), or unset {VARIABLE}"
 
 
-def _second(pair: tuple[str, float]) -> float:
-    return pair[1]
+def _refused(found: Mapping[str, Measurement]) -> dict[str, str]:
+    """Kernel -> why it is refused; the kind is named where a kernel is refused for some kinds only."""
+    refused = {}
+    for (kind, each), name in itertools.product(found.items(), MEASURED):
+        why = each.refused.get(name)
+        if why is not None:
+            everywhere = all(other.refused.get(name) == why for other in found.values())
+            refused[name if everywhere else f"{name} for {kind}"] = why
+    return refused

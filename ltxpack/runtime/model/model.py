@@ -6,7 +6,7 @@ Parameter names are those of diffusers' LTX2VideoTransformer3DModel, so the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltxpack.runtime.model.adaln import AdaLayerNormSingle, Rows, modulate
-from ltxpack.runtime.model.attention import Attention
-from ltxpack.runtime.model.block import PLAIN, Conditioning, Lane, Steps, TransformerBlock, table
+from ltxpack.runtime.model.attention import Attention, Linear
+from ltxpack.runtime.model.block import PLAIN, BlockFunctions, Conditioning, PassState, TransformerBlock, table
 from ltxpack.runtime.model.config import DiTConfig, StreamConfig
 from ltxpack.runtime.model.kernels import KERNELS
-from ltxpack.runtime.model.linear import Linear
 from ltxpack.runtime.model.rope import RopeTables, Rotation, rotation
 from ltxpack.runtime.sampling.av import AV
 
@@ -57,13 +56,13 @@ class Pass:
     isolated: bool = False
     perturbed: AV[frozenset[int]] = UNPERTURBED
 
-    def lane(self, block: int, hidden: AV[Tensor], conditioning: AV[Conditioning]) -> Lane:
-        """This pass as block number ``block`` sees it."""
-        return Lane(hidden, conditioning, self.isolated, self.perturbed.map(lambda blocks: block in blocks))
+    def before(self, block: int, hidden: AV[Tensor], conditioning: AV[Conditioning]) -> PassState:
+        """This pass as block number ``block`` gets it."""
+        return PassState(hidden, conditioning, self.isolated, self.perturbed.map(lambda blocks: block in blocks))
 
 
-class Ends(NamedTuple):
-    """One modality's modules and tables outside the blocks."""
+class OuterModules(NamedTuple):
+    """One modality's modules and tables before and after the blocks."""
 
     proj_in: Linear
     time_embed: AdaLayerNormSingle
@@ -141,12 +140,13 @@ class DiT(nn.Module):
         conditioning = [begun[id(each.streams)][1] for each in passes]
         del begun  # or the first hidden states would be kept to the end
         for number, block in enumerate(self.transformer_blocks):
-            lanes = [each.lane(number, x, given) for each, x, given in zip(passes, hidden, conditioning, strict=True)]
-            hidden = block(lanes)
-        return [x.map(self._head, given, self.ends()) for x, given in zip(hidden, conditioning, strict=True)]
+            hidden = block(
+                [each.before(number, x, given) for each, x, given in zip(passes, hidden, conditioning, strict=True)]
+            )
+        return [x.map(self._head, given, self.outer()) for x, given in zip(hidden, conditioning, strict=True)]
 
     def _embed(self, streams: AV[Stream]) -> AV[Tensor]:
-        return streams.map(lambda stream, ends: ends.proj_in(stream.latents), self.ends())
+        return streams.map(lambda stream, outer: outer.proj_in(stream.latents), self.outer())
 
     def condition(self, streams: AV[Stream]) -> AV[Conditioning]:
         """Everything the blocks read besides the hidden states.
@@ -154,17 +154,17 @@ class DiT(nn.Module):
         A modality's own timesteps drive all rows but two: the prompt rows follow its unmasked sigma, and the
         gate of what comes across follows the *other* modality's (spec 06 section 2).
         """
-        return streams.map(self._condition, AV(streams.audio.sigma, streams.video.sigma), self.ends())
+        return streams.map(self._condition, AV(streams.audio.sigma, streams.video.sigma), self.outer())
 
-    def _condition(self, stream: Stream, other_sigma: Tensor, ends: Ends) -> Conditioning:
+    def _condition(self, stream: Stream, other_sigma: Tensor, outer: OuterModules) -> Conditioning:
         dtype, index = stream.latents.dtype, stream.timestep_index
         scale = self.config.timestep_scale
         timesteps = stream.timesteps * scale
-        adaln, embedded = ends.time_embed(timesteps, dtype)
-        prompt, _ = ends.prompt_adaln(stream.sigma[:, None] * scale, dtype)
-        cross, _ = ends.cross(timesteps, dtype)
+        adaln, embedded = outer.time_embed(timesteps, dtype)
+        prompt, _ = outer.prompt_adaln(stream.sigma[:, None] * scale, dtype)
+        cross, _ = outer.cross(timesteps, dtype)
         gate_timestep = other_sigma[:, None] * scale * (self.config.cross_gate_timestep_scale / scale)
-        cross_gate, _ = ends.cross_gate(gate_timestep, dtype)
+        cross_gate, _ = outer.cross_gate(gate_timestep, dtype)
         return Conditioning(
             adaln=Rows(adaln, index),
             prompt=Rows(prompt),
@@ -175,15 +175,15 @@ class DiT(nn.Module):
             rope=stream.rope,
         )
 
-    def _head(self, x: Tensor, given: Conditioning, ends: Ends) -> Tensor:
-        rows = given.embedded.plus(ends.head_rows)
+    def _head(self, x: Tensor, given: Conditioning, outer: OuterModules) -> Tensor:
+        rows = given.embedded.plus(outer.head_rows)
         normed = F.layer_norm(x, x.shape[-1:], eps=HEAD_EPS)
-        return ends.proj_out(modulate(normed, rows.row(1), rows.row(0)))
+        return outer.proj_out(modulate(normed, rows.row(1), rows.row(0)))
 
-    def ends(self) -> AV[Ends]:
+    def outer(self) -> AV[OuterModules]:
         """The two modalities' modules and tables under common names."""
         return AV(
-            Ends(
+            OuterModules(
                 self.proj_in,
                 self.time_embed,
                 self.prompt_adaln,
@@ -192,7 +192,7 @@ class DiT(nn.Module):
                 self.scale_shift_table,
                 self.proj_out,
             ),
-            Ends(
+            OuterModules(
                 self.audio_proj_in,
                 self.audio_time_embed,
                 self.audio_prompt_adaln,
@@ -203,30 +203,14 @@ class DiT(nn.Module):
             ),
         )
 
-    def use_attention(self, kernel: str) -> None:
-        """Attend with ``KERNELS[kernel]`` from now on, compiled or not. Raises KeyError for another name."""
-        chosen = KERNELS[kernel]
+    def use_attention(self, kernels: str | Mapping[str, str]) -> None:
+        """Attend with this kernel of ``KERNELS`` from now on, compiled or not; or with one for each kind of attention.
+
+        Raises KeyError for an unknown name.
+        """
         for module in self.modules():
             if isinstance(module, Attention):
-                module.kernel = chosen
-
-    def pack(self) -> None:
-        """One matrix product instead of three for self-attentions, of two for keys and values of the others.
-
-        For weights that are loaded and stay: each is stored once, under its own name and as part of the product's.
-
-        The pipeline does not call it: on paper it does not pay at the 22B model's sizes. The video's products have
-        8160 (stage 1) or 32640 rows (stage 2) and 4096 by 4096 weights, 1600 to 1900 FLOP a byte, several times what
-        makes a card wait for memory: reading the input once instead of three times saves nothing. In tiles of 128 by
-        256 they are 7.8 or 30.9 waves on 132 multiprocessors, three at once 23.3 or 92.7: as many after rounding up.
-        What is saved are 8 launches a block, 384 a forward: at 5 µs each 2 ms, beside 349 ms (stage 1) and 2171 ms
-        (stage 2) of arithmetic. What it costs: the values, a view, keep the whole product alive through the attention
-        (0.5 GB in stage 2); a third of the weights is copied whenever a transformer comes to the device; and a caching
-        allocator cannot make room for the joined ones of the parts' places. Nothing of this is measured: the section
-        ``packed`` of benchmarks/gpu.py does it on a card.
-        """
-        for block in self.blocks():
-            block.pack()
+                module.kernel = KERNELS[kernels if isinstance(kernels, str) else kernels[module.kind]]
 
     def blocks(self) -> list[TransformerBlock]:
         """The blocks in order."""
@@ -238,19 +222,19 @@ class DiT(nn.Module):
         All blocks share the compiled functions, made for any number of tokens, so neither the 48 blocks nor the
         second stage compile again. Hooks on a block keep running outside them, which weight streaming relies on.
         """
-        steps = Steps(
+        functions = BlockFunctions(
             torch.compile(PLAIN.text, **options),
             _for_any_length(torch.compile(PLAIN.attend, **options)),
             _for_any_length(torch.compile(PLAIN.exchange, **options)),
         )
         for block in self.blocks():
-            block.steps = steps
+            block.functions = functions
 
 
-def _for_any_length(step: Callable[..., AV[Tensor]]) -> Callable[..., AV[Tensor]]:
+def _for_any_length(function: Callable[..., AV[Tensor]]) -> Callable[..., AV[Tensor]]:
     def marked(block: TransformerBlock, hidden: AV[Tensor], conditioning: AV[Conditioning], *others: Any) -> AV[Tensor]:
         hidden.map(_any_length, conditioning)
-        return step(block, hidden, conditioning, *others)
+        return function(block, hidden, conditioning, *others)
 
     return marked
 

@@ -51,6 +51,11 @@ def rotation(positions: Tensor, max_positions: tuple[int, ...], heads: int, head
     return Rotation(per_head.cos().contiguous(), per_head.sin().contiguous())
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``x`` [B, T, heads·head_dim] as [B, heads, T, head_dim]; a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """Turn the halves of each head of ``x`` [B, heads, T, head_dim] in its own dtype.
 

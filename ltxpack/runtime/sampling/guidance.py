@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ltxpack.runtime.model import Pass, Stream
+from ltxpack.runtime.model.model import Pass, Stream
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState
 

@@ -146,14 +146,17 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
     named = environment.get(PLACE_VARIABLE)
     if named:
         return Path(named).absolute()
-    xdg = Path(environment.get("XDG_CACHE_HOME", ""))
-    # The XDG specification: a relative path is to be ignored.
-    if xdg.is_absolute():
-        return xdg / "ltxpack"
     try:
-        return Path.home() / ".cache" / "ltxpack"
+        return user_cache(environment) / "ltxpack"
     except RuntimeError:
         raise UsageError("there is no home folder to keep a cache in", next=f"export {PLACE_VARIABLE}=FOLDER") from None
+
+
+def user_cache(environment: Mapping[str, str]) -> Path:
+    """The XDG cache folder of the user. Raises RuntimeError for a user without a home folder."""
+    xdg = Path(environment.get("XDG_CACHE_HOME", ""))
+    # The XDG specification says that a relative path is to be ignored.
+    return xdg if xdg.is_absolute() else Path.home() / ".cache"
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -20,10 +20,10 @@ from torch._inductor import config
 from torch._inductor.runtime.runtime_utils import cache_dir
 
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.model import DiT, Pass, RopeTables, Stream
-from ltxpack.runtime.model.rope import Rotation
+from ltxpack.runtime.compiled import COMPILERS, FOLDER, INDUCTOR_CACHE, compile_dit, compiled_code
+from ltxpack.runtime.model.model import DiT, Pass, Stream
+from ltxpack.runtime.model.rope import RopeTables, Rotation
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.tuning import COMPILERS, INDUCTOR_CACHE, Tuning, keep_compiled, tune
 
 STAGES = [AV(24, 9), AV(50, 14)]
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
@@ -85,17 +85,17 @@ def test_compiled_agrees_with_eager_and_is_found_again(
 ) -> None:
     """The recipe's passes at both stages, with image conditioning; then as in a new process."""
     monkeypatch.setenv(INDUCTOR_CACHE, "")
-    monkeypatch.delenv(INDUCTOR_CACHE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     streams = [masked(random_streams(dit, lengths), 2) for lengths in STAGES]
     eager = [guided(dit, each) for each in streams]
     for attempt in range(2):
         torch.compiler.reset()
         counters.clear()
-        tune(dit, Tuning(compile=True, cache=tmp_path / "new"), SilentReporter())
+        compile_dit(dit, SilentReporter())
         for each, expected in zip(streams, eager, strict=True):
             assert max(map(distance, guided(dit, each), expected)) <= 1e-6
         assert lookups() == (AV(0, 4) if attempt == 0 else AV(4, 0)), "text, attend, two exchanges"
-    assert any((tmp_path / "new").rglob("*.so"))
+    assert any((tmp_path / FOLDER).rglob("*.so"))
 
 
 @needs_compiler
@@ -120,27 +120,72 @@ def _bf16(stream: Stream) -> Stream:
 
 @pytest.mark.parametrize(("asked", "found"), [(None, 4), ("9", 16)])
 def test_no_more_compilers_than_the_host_has_room_for(
-    asked: str | None, found: int, dit: DiT, monkeypatch: pytest.MonkeyPatch
+    asked: str | None, found: int, dit: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless the user says how many."""
     monkeypatch.setenv(COMPILERS, asked or "")
     if asked is None:
         monkeypatch.delenv(COMPILERS)
+    monkeypatch.setenv(INDUCTOR_CACHE, str(tmp_path / "mine"))
     with config.patch(compile_threads=16):
-        tune(dit, Tuning(compile=True), SilentReporter())
+        compile_dit(dit, SilentReporter())
         assert config.compile_threads == found
 
 
-@pytest.mark.parametrize("named", [None, "torchs own", "the user's"])
-def test_where_compiled_code_is_kept(named: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = {"torchs own": Path(tempfile.gettempdir()) / "torchinductor_somebody", "the user's": tmp_path / "mine"}
-    monkeypatch.setenv(INDUCTOR_CACHE, str(folders.get(named, "")))
-    if named is None:
-        monkeypatch.delenv(INDUCTOR_CACHE)
-    expected = tmp_path / ("mine" if named == "the user's" else "ours")
-    assert keep_compiled(tmp_path / "ours") == expected
-    assert expected.is_dir()
-    assert Path(os.environ[INDUCTOR_CACHE]) == Path(cache_dir()) == expected
+class Warnings(SilentReporter):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.told.append(message)
+
+
+@pytest.mark.parametrize("named", [None, "torch's own", "the user's"])
+def test_where_compiled_code_is_kept(named: str | None, tmp_path: Path) -> None:
+    folders = {"torch's own": Path(tempfile.gettempdir()) / "torchinductor_somebody", "the user's": tmp_path / "mine"}
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), INDUCTOR_CACHE: str(folders.get(named or "", ""))}
+    reporter = Warnings()
+    found = compiled_code(environment, reporter)
+    assert found == (tmp_path / "mine" if named == "the user's" else tmp_path / "xdg" / FOLDER)
+    assert found.stat().st_mode & 0o777 == 0o700, "nobody else may put code there"
+    assert compiled_code(environment, reporter) == found and not reporter.told
+
+
+def test_compiled_code_is_never_loaded_from_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor from below LTXPACK_CACHE, which a team may share: a folder of this process is used, with a warning."""
+    cache, reporter = tmp_path / "cache", Warnings()
+    folder = cache / FOLDER
+
+    def refused(**more: str) -> str:
+        found = compiled_code({"XDG_CACHE_HOME": str(cache), **more}, reporter)
+        assert not found.is_relative_to(tmp_path) and found.stat().st_mode & 0o777 == 0o700
+        return reporter.told.pop()
+
+    assert "is below LTXPACK_CACHE" in refused(LTXPACK_CACHE=str(cache))
+    (tmp_path / "link").symlink_to(cache)
+    assert "is below LTXPACK_CACHE" in refused(LTXPACK_CACHE=str(tmp_path / "link"))
+    assert "is below LTXPACK_CACHE" in refused(LTXPACK_CACHE=str(cache), **{INDUCTOR_CACHE: str(cache / "mine")})
+    folder.mkdir(parents=True)
+    folder.chmod(0o750)
+    assert f"{folder} is open to other users (mode 0750); chmod 700 closes it" in refused()
+    folder.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    assert "belongs to another user" in refused()
+    monkeypatch.undo()
+    folder.rmdir()
+    folder.write_text("a file")
+    assert "compiled code is not kept for the next run" in refused()
+
+
+def test_the_pipeline_keeps_compiled_code_apart_from_the_prompts(
+    tmp_path: Path, dit: DiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LTXPACK_CACHE", str(tmp_path / "shared"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(INDUCTOR_CACHE, "")
+    compile_dit(dit, SilentReporter())
+    assert Path(os.environ[INDUCTOR_CACHE]) == Path(cache_dir()) == tmp_path / FOLDER
+    assert not (tmp_path / "shared").exists()
 
 
 def test_all_blocks_and_both_stages_share_their_graphs(dit: DiT) -> None:

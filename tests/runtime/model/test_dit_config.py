@@ -10,7 +10,7 @@ from diffusers import LTX2VideoTransformer3DModel
 from dit_parts import LTX23, SMALL, golden_config
 
 from ltxpack.errors import UnsupportedError
-from ltxpack.runtime.model import DiTConfig
+from ltxpack.runtime.model.config import DiTConfig
 
 DIFFUSERS_DEFAULTS = {
     name: parameter.default

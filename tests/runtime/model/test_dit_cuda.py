@@ -1,4 +1,4 @@
-"""The same DiT on a GPU: CPU's numbers with every kernel, packed and compiled, and no wait of the host."""
+"""The same DiT on a GPU: CPU's numbers with every kernel, compiled and not, and no wait of the host."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_parts import SMALL, built, random_streams, random_weights, with_timesteps
+from dit_parts import LTX23, SMALL, built, random_streams, random_weights, with_timesteps
 from support import relative_l2
 from torch import Tensor
 
-from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.model import DiT, Pass, RopeTables, Stream, kernels
-from ltxpack.runtime.model.rope import Rotation
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Pass, Stream
+from ltxpack.runtime.model.rope import RopeTables, Rotation
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.tuning import Tuning, tune
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTHS = AV(96, 9)
@@ -88,22 +88,31 @@ def check(dtype: torch.dtype, prepare: Callable[[DiT], object]) -> None:
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_cuda_agrees_with_the_cpu_in_float32(dtype: torch.dtype, compiled: bool, packed: bool) -> None:
-    check(dtype, lambda dit: tune(dit, Tuning(compile=compiled, pack=packed), SilentReporter()))
+def test_cuda_agrees_with_the_cpu_in_float32(dtype: torch.dtype, compiled: bool) -> None:
+    check(dtype, lambda dit: dit.compile_blocks() if compiled else None)
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", kernels.KERNELS)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_kernel_that_runs_here_agrees(dtype: torch.dtype, name: str, compiled: bool) -> None:
-    why = kernels.fault(kernels.Heads(2, 64, torch.device("cuda"), dtype), name)
-    if why is not None:
-        pytest.skip(f"{name} does not run here: {why}")
-    check(dtype, lambda dit: tune(dit, Tuning(attention=name, compile=compiled), SilentReporter()))
+    for kind in kernels.attention_kinds(DiTConfig.from_dict(WIDE), torch.device("cuda"), dtype):
+        why = kernels.fault(kind, name)
+        if why is not None:
+            pytest.skip(f"{name} does not run here: {why}")
+
+    def prepare(dit: DiT) -> None:
+        dit.use_attention(name)
+        if compiled:
+            dit.compile_blocks()
+
+    check(dtype, prepare)
 
 
 def test_a_kernel_is_chosen_by_measuring() -> None:
-    choice = kernels.choose(kernels.Heads(32, 128, torch.device("cuda"), torch.bfloat16))
-    assert choice.milliseconds
-    assert choice.milliseconds[choice.name] <= kernels.MARGIN * min(choice.milliseconds.values())
+    kinds = kernels.attention_kinds(DiTConfig.from_dict(LTX23), torch.device("cuda"), torch.bfloat16)
+    choice = kernels.choose(kinds)
+    for kind in kinds:
+        found = kernels.measured(kind, kernels.MEASURED)
+        assert found.best == choice.kernels[kind.name]
+        assert found.milliseconds[found.best] <= kernels.MARGIN * min(found.milliseconds.values())

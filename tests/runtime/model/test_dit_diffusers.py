@@ -14,7 +14,8 @@ from support import REPOSITORY, relative_l2
 from torch import Tensor
 
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
-from ltxpack.runtime.model import DiT, DiTConfig, Stream
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
 
 INVENTORY = REPOSITORY.parent / "shared" / "spec" / "ltx23_inventory.json"

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from support import load, relative_l2
 from torch import Tensor
 
-from ltxpack.runtime.model import DiT, Stream
+from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
 
 NONE: frozenset[int] = frozenset()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support import relative_l2
 from torch import Tensor
 
-from ltxpack.runtime.model import DiT, DiTConfig, Stream
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
 
 LENGTHS = AV(12, 5)

@@ -11,7 +11,8 @@ from dit_parts import LTX23, SMALL, built, random_streams, random_weights, with_
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltxpack.runtime.model import DiT, DiTConfig, Pass, Stream
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.sampling.av import AV
 
 LENGTHS = AV(12, 5)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from support import load, relative_l2
 from torch import Tensor
 
-from ltxpack.runtime.model import DiT, DiTConfig, RopeTables
-from ltxpack.runtime.model.rope import Rotation, rotate, rotation
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.rope import RopeTables, Rotation, rotate, rotation
 from ltxpack.runtime.sampling.av import AV
 
 TABLES = {

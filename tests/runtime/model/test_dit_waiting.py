@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ltxpack.runtime.model import DiT, DiTConfig
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state
 from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser, Guidance

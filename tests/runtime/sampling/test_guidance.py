@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from support import load, relative_l2
 from torch import Tensor
 
-from ltxpack.runtime.model import Pass
-from ltxpack.runtime.model.model import UNPERTURBED
+from ltxpack.runtime.model.model import UNPERTURBED, Pass
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state
 from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser, Guidance, combine, denoised

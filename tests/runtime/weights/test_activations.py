@@ -26,8 +26,9 @@ from ltxpack.runtime import codecs
 from ltxpack.runtime.codecs import Cut, Tiling
 from ltxpack.runtime.codecs.tiling import Piece
 from ltxpack.runtime.large_tiles import tiling_within
-from ltxpack.runtime.model import DiT, DiTConfig, Pass, Stream
 from ltxpack.runtime.model.attention import Attention
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import positions
 from ltxpack.runtime.sampling.shape import VideoShape

@@ -35,7 +35,8 @@ from ltxpack.files.source_file import ALIGN, READS, SourceFile
 from ltxpack.lora_bake import BakeOptions, bake, stream
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import pipeline
-from ltxpack.runtime.model import DiT, kernels
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.pipeline import Pipeline, Timings
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video

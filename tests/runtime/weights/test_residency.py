@@ -27,7 +27,8 @@ from ltxpack.demo.config import TEXT_LAYERS
 from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files import source_file
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.model import DiT, load_dit
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.request import Request

@@ -12,7 +12,8 @@ from dit_parts import SMALL, random_streams, random_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ltxpack.runtime.model import DiT, DiTConfig, Stream
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.model.rope import RopeTables, Rotation
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.weights.copies import CudaCopies, HostMemory
