@@ -15,12 +15,12 @@ from blake3 import blake3
 
 from ltxpack import demo
 from ltxpack.demo.config import GEMMA
-from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
-from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, assign_shards
-from ltxpack.repack.work import Piece, WriteBytes
+from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, WriteBytes, assign_shards
+from ltxpack.repack.tensors import stored_tensor
 
 STRENGTHS = (0.25, 0.5)
 STEMS = {"text_encoder": "model"}
@@ -49,13 +49,13 @@ class Holes:
 
     def component(self, folder: str, tensors: Sequence[Any], config: dict[str, Any]) -> tuple[FileRecord, ...]:
         """config.json, and the shards and index that ``materialize`` would write."""
-        pieces = [
-            Piece(name, dtype, shape, self.root, 0, tensor_nbytes(dtype, shape), dtype)
+        entries = [
+            stored_tensor(name, TensorInfo(name, dtype, shape, 0, tensor_nbytes(dtype, shape)), self.root)
             for name, dtype, shape in tensors
         ]
         stem = STEMS.get(folder, DEFAULT_STEM)
         records = [self.write(f"{folder}/config.json", json.dumps(config).encode())]
-        for item in assign_shards(pieces, DEFAULT_MAX_SHARD_SIZE, folder, stem):
+        for item in assign_shards(entries, DEFAULT_MAX_SHARD_SIZE, folder, stem):
             head = item.data if isinstance(item, WriteBytes) else item.header
             records.append(self.write(item.path, head, item.size - len(head)))
         return tuple(records)

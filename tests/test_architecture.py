@@ -176,7 +176,7 @@ def modules_after(*names: str) -> set[str]:
     ("names", "absent"),
     [
         (["ltxpack.cli"], HEAVY),
-        (["ltxpack.materialize", "ltxpack.repack.execute", "ltxpack.repack.verify"], {"torch", "diffusers"}),
+        (["ltxpack.materialize", "ltxpack.repack.write", "ltxpack.repack.verify"], {"torch", "diffusers"}),
     ],
     ids=["help", "the copying half"],
 )

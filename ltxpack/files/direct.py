@@ -18,7 +18,6 @@ BUFFER = 4 * 1024 * 1024
 DIRECT_FROM = 1024 * 1024
 NOT_DIRECT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
-O_BINARY: int = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def aligned_buffer(size: int) -> memoryview:
@@ -47,18 +46,18 @@ class DirectFile:
     """One open file. ``direct``: whether the next byte goes past the page cache; ``why``: what forbade it, or ""."""
 
     def __init__(self, path: Path, *, write: bool, direct: bool = True) -> None:
-        """Open ``path`` for reading, or create it for writing (it must not exist). Raises OSError."""
-        flags = O_BINARY | (os.O_RDWR | os.O_CREAT | os.O_EXCL if write else os.O_RDONLY)
+        """Open ``path`` for reading, or for writing if it is empty. Raises OSError."""
+        flags = os.O_CLOEXEC | (os.O_RDWR if write else os.O_RDONLY)
         self.path = path
         self.direct = direct and O_DIRECT != 0
         self.why = "" if self.direct else "O_DIRECT is not to be had here" if direct else "O_DIRECT was not asked for"
         try:
-            fd = os.open(path, flags | (O_DIRECT if self.direct else 0), 0o666)
+            fd = os.open(path, flags | (O_DIRECT if self.direct else 0))
         except OSError as error:
             if not self.direct or error.errno not in NOT_DIRECT:
                 raise
             self.direct, self.why = False, f"O_DIRECT: {error.strerror}"
-            fd = _open_again(path, flags)
+            fd = os.open(path, flags)
         self._file = io.FileIO(fd, "r+b" if write else "rb")
         if not write and not self.direct:
             self._advise("POSIX_FADV_SEQUENTIAL", 0, 0)
@@ -139,10 +138,3 @@ class DirectFile:
     def _advise(self, advice: str, offset: int, length: int) -> None:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), offset, length, getattr(os, advice))
-
-
-def _open_again(path: Path, flags: int) -> int:
-    """Some systems create the file before they refuse O_DIRECT on it."""
-    if flags & os.O_CREAT:
-        path.unlink(missing_ok=True)
-    return os.open(path, flags, 0o666)

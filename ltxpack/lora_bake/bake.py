@@ -26,9 +26,9 @@ from ltxpack.lora_bake.resolve import Found, find_lora, own_lora
 from ltxpack.lora_bake.scan import scan
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, Manifest, changed_file, read_manifest
-from ltxpack.repack.execute import preflight
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import publish_bakes, recover
+from ltxpack.repack.write import preflight
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.base import BaseShard, BaseTransformer
 from ltxpack.lora_bake.report import AppliedLora, TargetStat
 from ltxpack.manifest import Bake, BakedLora, FileRecord
-from ltxpack.repack.work import Item, LinkFile, WriteBytes, WriteShard, piece
+from ltxpack.repack.items import Item, LinkFile, WriteBytes, WriteShard
+from ltxpack.repack.tensors import stored_tensor
 
 BAKES = "bakes"
 # Raised when the same inputs would give other bytes than before.
@@ -163,8 +164,8 @@ class Job:
 
     def _rewritten(self, shard: BaseShard) -> WriteShard:
         source = self.overlay / shard.record.path
-        pieces = tuple(piece(info.name, info, source) for info in shard.file.tensors.values())
-        return WriteShard(f"{self.folder}/{shard.name}", pieces, self._provenance(shard))
+        entries = tuple(stored_tensor(info.name, info, source) for info in shard.file.tensors.values())
+        return WriteShard(f"{self.folder}/{shard.name}", entries, self._provenance(shard))
 
     def _provenance(self, shard: BaseShard) -> dict[str, str]:
         loras = [{"name": lora.name, "blake3": lora.blake3, "strength": lora.strength} for lora in self.baked]

@@ -1,7 +1,7 @@
 """One shard of the base, read once, becomes the same shard of several bakes: row range after row range, as it comes.
 
-Reading, hashing and writing run on threads of repack.stream; the arithmetic of a row range on a few of our own. What
-is summed in one piece never depends on the number of threads.
+Reading and writing run on threads of files.reader and repack.writer; the arithmetic of a row range on a few of our
+own. What is summed in one piece never depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.job import Arithmetic
 from ltxpack.lora_bake.report import TargetStat
 from ltxpack.manifest import FileRecord, changed_file
-from ltxpack.repack.stream import WRITE_BUFFERS, ShardWriter
-from ltxpack.repack.work import WriteShard
+from ltxpack.repack.items import WriteShard
+from ltxpack.repack.writer import WRITE_BUFFERS, ShardWriter
 from ltxpack.reporter import Reporter
 
 COPY_BYTES = 8 * 1024 * 1024

@@ -24,10 +24,10 @@ from ltxpack.lora_bake.job import Arithmetic, Job
 from ltxpack.lora_bake.report import REPORT_NAME, TargetStat
 from ltxpack.lora_bake.stream import Output
 from ltxpack.manifest import Bake, FileRecord
-from ltxpack.repack.execute import write_item
+from ltxpack.repack.items import Item
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging
-from ltxpack.repack.work import Item
+from ltxpack.repack.write import write_item
 from ltxpack.reporter import Reporter
 
 MEASURED_NAME = "measured.json"

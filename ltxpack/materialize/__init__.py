@@ -20,11 +20,10 @@ from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
 from ltxpack.materialize.sources import Access, Sources, resolve
-from ltxpack.repack.execute import execute, existing_parent
+from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, fingerprint
 from ltxpack.repack.lock import OverlayLock
-from ltxpack.repack.shards import DEFAULT_MAX_SHARD_SIZE
 from ltxpack.repack.staging import Staging, recover, unfinished
-from ltxpack.repack.work import CopyFile, fingerprint
+from ltxpack.repack.write import execute, existing_parent
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:

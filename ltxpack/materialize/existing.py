@@ -7,6 +7,7 @@ training changes a tensor everywhere, and a sample finds it. Damage is what veri
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -42,8 +43,9 @@ from ltxpack.materialize.sources import (
     hub_folder,
     open_source_folder,
 )
+from ltxpack.repack.items import CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.repair import repair
-from ltxpack.repack.work import CopyFile, Item, WriteBytes, WriteShard, sources
+from ltxpack.repack.tensors import Copied
 from ltxpack.reporter import Reporter
 
 SAMPLE_BYTES = 512
@@ -112,17 +114,14 @@ def _samples(item: Item, overlay: Path) -> Iterator[Sample]:
         infos = read_tensorfile(item.source).tensors.values() if item.path.endswith(WEIGHTS) else ()
         header = min((info.start for info in infos), default=item.size)
         yield Sample(item.source, 0, written, 0, header)
-        places = [(info.start, info.start, info.nbytes) for info in infos]
+        places = [(item.source, info.start, info.nbytes, info.start) for info in infos]
     elif isinstance(item, WriteShard):
-        starts = [len(item.header)]
-        for part in item.pieces:
-            starts.append(starts[-1] + part.size)
-        pairs = zip(item.pieces, starts, strict=False)
-        places = [(part.start, start, part.nbytes) for part, start in pairs if not part.is_cast]
+        starts = itertools.accumulate((entry.nbytes for entry in item.entries), initial=len(item.header))
+        pairs = [(entry.producer, start) for entry, start in zip(item.entries, starts, strict=False)]
+        places = [(*producer.source, start) for producer, start in pairs if isinstance(producer, Copied)]
     else:
         return
-    source = item.source if isinstance(item, CopyFile) else item.pieces[0].source
-    for start, written_start, nbytes in places:
+    for source, start, nbytes, written_start in places:
         middle = nbytes // 2 if nbytes > 2 * SAMPLE_BYTES else 0
         yield Sample(source, start + middle, written, written_start + middle, min(SAMPLE_BYTES, nbytes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,6 @@ from ltxpack.ltx23.renames import component_of
 from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler
 from ltxpack.materialize.sources import InputFile, local_file
-from ltxpack.repack.work import numel
 
 MAX_LISTED = 20
 MAX_TEXT = 500
@@ -191,7 +191,7 @@ def _amounts(infos: Iterable[TensorInfo]) -> dict[str, Any]:
     infos = list(infos)
     return {
         "tensors": len(infos),
-        "params": sum(numel(info.shape) for info in infos),
+        "params": sum(math.prod(info.shape) for info in infos),
         "tensor_bytes": sum(info.nbytes for info in infos),
         "dtypes": dict(sorted(Counter(info.dtype for info in infos).items())),
     }

@@ -17,8 +17,8 @@ from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source, Sour
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.sources import InputFile
-from ltxpack.repack.shards import DEFAULT_STEM, assign_shards
-from ltxpack.repack.work import CopyFile, Item, WriteBytes, WriteShard, piece
+from ltxpack.repack.items import DEFAULT_STEM, CopyFile, Item, WriteBytes, WriteShard, assign_shards
+from ltxpack.repack.tensors import Cast, stored_tensor
 
 LORA_FOLDER = "loras"
 MODEL_INDEX = "model_index.json"
@@ -159,9 +159,9 @@ def _repacked(
     name: str, config: Mapping[str, Any], tensors: Sequence[Renamed], source: Path, max_shard_size: int
 ) -> ComponentPlan:
     """Everything is stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3)."""
-    pieces = [piece(tensor.target, tensor.info, source, STORED_DTYPE) for tensor in tensors]
-    cast = tuple(sorted(part.name for part in pieces if part.is_cast))
-    return ComponentPlan(name, (_config(name, config), *assign_shards(pieces, max_shard_size, name)), cast)
+    entries = [stored_tensor(tensor.target, tensor.info, source, STORED_DTYPE) for tensor in tensors]
+    cast = tuple(sorted(entry.tensors[0].name for entry in entries if isinstance(entry.producer, Cast)))
+    return ComponentPlan(name, (_config(name, config), *assign_shards(entries, max_shard_size, name)), cast)
 
 
 def _copies(folder: str, files: Sequence[InputFile]) -> tuple[CopyFile, ...]:

@@ -15,10 +15,10 @@ from typing import Any
 from ltxpack.errors import OverlayError
 from ltxpack.files.publish import atomic_write, fsync_folder, write_failure
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest
-from ltxpack.repack.execute import preflight, write_item
+from ltxpack.repack.items import Item
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
 from ltxpack.repack.staging import recover, remove_below
-from ltxpack.repack.work import Item
+from ltxpack.repack.write import preflight, write_item
 from ltxpack.reporter import Reporter
 
 

@@ -17,9 +17,9 @@ from ltxpack.errors import LtxpackError
 from ltxpack.files.hashing import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from ltxpack.repack.items import Item
 from ltxpack.repack.lock import WORK_FOLDER
 from ltxpack.repack.staging import PARTIAL, unfinished
-from ltxpack.repack.work import Item
 from ltxpack.reporter import Reporter
 
 # A file that somebody else put there, which no repair touches.

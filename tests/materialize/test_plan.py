@@ -21,7 +21,8 @@ from ltxpack.files.units import parse_size
 from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.materialize import Options, plan_overlay
-from ltxpack.repack.work import WriteShard
+from ltxpack.repack.items import WriteShard
+from ltxpack.repack.tensors import Copied
 from ltxpack.reporter import SilentReporter
 
 # Runs the plan in a process of its own and prints it with the seconds and kilobytes it took.
@@ -162,7 +163,7 @@ def test_an_upsampler_in_f32_is_repacked(tmp_path: Path) -> None:
     source = tiny_source.make_source(tmp_path / "source", upsampler_dtype="F32")
     plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
     component = next(part for part in plan.components if part.name == "latent_upsampler")
-    assert len(component.cast) == sum(len(item.pieces) for item in component.items if isinstance(item, WriteShard)) > 0
+    assert len(component.cast) == sum(len(item.entries) for item in component.items if isinstance(item, WriteShard)) > 0
 
 
 @pytest.mark.parametrize("dtypes", [lambda name: "BF16", tiny_source.f32_tables], ids=["bf16", "f32"])
@@ -172,7 +173,7 @@ def test_tensors_are_read_in_file_order_but_for_casts(tmp_path: Path, dtypes: An
     plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
     for item in plan.items():
         if isinstance(item, WriteShard):
-            starts = [piece.start for piece in item.pieces if not piece.is_cast]
+            starts = [entry.producer.source.start for entry in item.entries if isinstance(entry.producer, Copied)]
             assert starts == sorted(starts)
 
 

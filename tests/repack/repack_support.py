@@ -14,10 +14,10 @@ import pytest
 from ltxpack.files.direct import DirectFile
 from ltxpack.files.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source
-from ltxpack.repack.execute import execute
-from ltxpack.repack.shards import assign_shards
+from ltxpack.repack.items import CopyFile, Item, WriteBytes, assign_shards, fingerprint
 from ltxpack.repack.staging import Staging
-from ltxpack.repack.work import CopyFile, Item, WriteBytes, fingerprint, piece
+from ltxpack.repack.tensors import stored_tensor
+from ltxpack.repack.write import execute
 from ltxpack.reporter import SilentReporter
 
 
@@ -65,11 +65,11 @@ def make_source(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], see
 def plan(source: Path) -> list[Item]:
     """Two shards with their index, a config and a LoRA that is only copied."""
     file = read_tensorfile(source / "model.safetensors")
-    pieces = [piece(name, info, file.path, "BF16") for name, info in file.tensors.items()]
+    entries = [stored_tensor(name, info, file.path, "BF16") for name, info in file.tensors.items()]
     lora = source / "lora.safetensors"
     return [
         WriteBytes("transformer/config.json", b"{}\n"),
-        *assign_shards(pieces, 200, "transformer"),
+        *assign_shards(entries, 200, "transformer"),
         CopyFile("loras/lora.safetensors", lora, lora.stat().st_size),
     ]
 

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ltxpack.errors import UnsupportedError
-from ltxpack.repack import cast
-from ltxpack.repack.cast import cast_to_bfloat16, round_to_bfloat16
-from ltxpack.repack.work import Piece
+from ltxpack.files.reader import Range
+from ltxpack.repack.tensors import STEP, Cast, round_to_bfloat16
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 
 
 def by_us(values: torch.Tensor, dtype: str) -> torch.Tensor:
     data = values.numpy().tobytes()
-    part = Piece("t", "BF16", tuple(values.shape), Path("s.safetensors"), 0, len(data), dtype)
-    return torch.frombuffer(bytearray(cast_to_bfloat16(memoryview(data), part)), dtype=torch.bfloat16)
+    cast = Cast(Range(Path("s.safetensors"), 0, len(data)), dtype, "t")
+    made = bytearray(b"".join(cast.make(iter([memoryview(data)]))))
+    return torch.frombuffer(made, dtype=torch.bfloat16)
 
 
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -41,7 +41,7 @@ def test_random_floats_around_every_exponent_and_ties() -> None:
     ties = (bits & ~0xFFFF) | 0x8000
     values = torch.cat([bits, ties, ties + 1, ties - 1]).view(torch.float32)
     values = values[values.to(torch.bfloat16).isfinite()]
-    assert len(values) > 2_000_000 > cast.STEP
+    assert len(values) > 2_000_000 > STEP
     assert same(by_us(values, "F32"), values.to(torch.bfloat16))
 
 

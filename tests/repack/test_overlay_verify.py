@@ -15,9 +15,9 @@ from repack_support import Listener, make_source, materialize, plan, tree
 from ltxpack.errors import OverlayError
 from ltxpack.files.publish import atomic_write
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.repair import repair
 from ltxpack.repack.verify import Fault, damaged, damaged_items, verify
-from ltxpack.repack.work import Item, WriteShard
 from ltxpack.reporter import SilentReporter
 
 SILENT = SilentReporter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +29,10 @@ from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, O_DIRECT, DirectFil
 from ltxpack.files.hashing import hash_file
 from ltxpack.files.reader import Range, RangeReader, file_ranges
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.repack.stream import ShardWriter, write_shard
-from ltxpack.repack.work import WriteShard, piece
+from ltxpack.repack.items import WriteShard, fingerprint, sources
+from ltxpack.repack.tensors import Cast, ShardEntry, TensorSpec, stored_tensor
+from ltxpack.repack.write import write_shard
+from ltxpack.repack.writer import ShardWriter
 from ltxpack.reporter import SilentReporter
 
 NOISE = random.Random(1).randbytes(3 * BUFFER)
@@ -198,7 +203,7 @@ def test_the_fallbacks_write_the_same_and_say_so(
     path = make_source(tmp_path / "s.safetensors", [("a", "BF16", (1024, 1033)), ("b", "BF16", (77,))], pad=3)
     expected = load_file(path)
     file = read_tensorfile(path)
-    shard = WriteShard("out.safetensors", tuple(piece(name, info, path) for name, info in file.tensors.items()))
+    shard = WriteShard("out.safetensors", tuple(stored_tensor(name, info, path) for name, info in file.tensors.items()))
     SYSTEMS.get(system, short_transfers)(monkeypatch)
     record = write_shard(shard, tmp_path, listener)
     monkeypatch.undo()
@@ -218,23 +223,68 @@ def test_a_shard_holds_the_tensors_of_its_sources_cast_where_asked(
     large = [("big", "F32", (1500, 2048)), ("c.table", "F32", (6, 33)), ("d", "F16", (5,)), ("e", "F64", (3, 3))]
     one = make_source(tmp_path / "one.safetensors", [("a", "BF16", (2100, 2048)), *large, ("z", "U8", (0, 4))], pad=pad)
     two = make_source(tmp_path / "two.safetensors", [("q", "BF16", (7,)), ("r", "I64", (3,))], seed=1)
-    pieces = [
-        piece(f"one.{info.name}", info, one, None if info.dtype == "U8" else "BF16")
+    entries = [
+        stored_tensor(f"one.{info.name}", info, one, None if info.dtype == "U8" else "BF16")
         for info in read_tensorfile(one).tensors.values()
     ]
-    pieces += [piece(f"two.{info.name}", info, two) for info in read_tensorfile(two).tensors.values()]
-    random.Random(pad).shuffle(pieces)
-    shard = WriteShard("x/s.safetensors", tuple(pieces))
+    entries += [stored_tensor(f"two.{info.name}", info, two) for info in read_tensorfile(two).tensors.values()]
+    random.Random(pad).shuffle(entries)
+    shard = WriteShard("x/s.safetensors", tuple(entries))
     record = write_shard(shard, tmp_path, listener, direct=direct)
     assert listener.advanced == record.size == shard.size == (tmp_path / record.path).stat().st_size
     assert record.blake3 == blake3((tmp_path / record.path).read_bytes()).hexdigest()
     found, first, second = load_file(tmp_path / record.path), load_file(one), load_file(two)
-    assert set(found) == {part.name for part in pieces}
-    for part in pieces:
-        name = part.name[4:]
-        expected = (first if part.source == one else second)[name]
-        expected = expected.to(torch.bfloat16) if part.is_cast else expected
-        assert torch.equal(found[part.name].view(torch.uint8), expected.view(torch.uint8)), name
+    assert set(found) == {tensor.name for tensor in shard.tensors}
+    for entry in entries:
+        (tensor,), name = entry.tensors, entry.tensors[0].name[4:]
+        expected = (first if entry.producer.ranges[0].path == one else second)[name]
+        expected = expected.to(torch.bfloat16) if isinstance(entry.producer, Cast) else expected
+        assert torch.equal(found[tensor.name].view(torch.uint8), expected.view(torch.uint8)), name
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """As a quantised weight: a scale that needs the largest value of all sources, then the sum in another dtype."""
+
+    ranges: tuple[Range, ...]
+
+    def make(self, data: Iterator[memoryview]) -> Iterator[bytes]:
+        one, two = np.frombuffer(b"".join(map(bytes, data)), "<f4").reshape(2, -1)
+        scale = np.abs(one + two).max() / 127
+        yield np.float32(scale).tobytes()
+        for row in np.split(one + two, 4):
+            yield np.rint(row / scale).astype("i1").tobytes()
+
+
+def test_one_producer_makes_several_tensors_of_another_dtype_from_several_sources(
+    tmp_path: Path, listener: Listener
+) -> None:
+    paths = [make_source(tmp_path / f"{seed}", [("w", "F32", (4, 500_000))], seed=seed) for seed in (1, 2)]
+    infos = [read_tensorfile(path).tensors["w"] for path in paths]
+    ranges = tuple(Range(path, info.start, info.nbytes) for path, info in zip(paths, infos, strict=True))
+    made = (TensorSpec("w_scale", "F32", ()), TensorSpec("w", "I8", (4, 500_000)))
+    copied = stored_tensor("plain", infos[0], paths[0])
+    shard = WriteShard(
+        "o.safetensors", (copied, ShardEntry(made, Scaled(ranges)), stored_tensor("b", infos[1], paths[1]))
+    )
+    record = write_shard(shard, tmp_path, listener)
+    assert record.size == shard.size == listener.advanced
+    found, one, two = load_file(tmp_path / "o.safetensors"), load_file(paths[0])["w"], load_file(paths[1])["w"]
+    assert torch.equal(found["plain"], one) and torch.equal(found["b"], two)
+    assert found["w_scale"] == (one + two).abs().max() / 127
+    assert torch.equal(found["w"], ((one + two) / found["w_scale"]).round().to(torch.int8))
+    assert sources([shard]) == {path: path.stat().st_size for path in paths}
+    other = dataclasses.replace(shard, entries=(copied, ShardEntry(made, Scaled(ranges[::-1])), *shard.entries[2:]))
+    assert fingerprint([shard]) == fingerprint([shard]) != fingerprint([other])
+
+
+def test_a_producer_that_makes_too_little_is_a_fault(tmp_path: Path) -> None:
+    path = make_source(tmp_path / "s", [("w", "F32", (8,))])
+    entry = stored_tensor("w", read_tensorfile(path).tensors["w"], path)
+    longer = ShardEntry((TensorSpec("w", "F32", (9,)),), entry.producer)
+    with pytest.raises(AssertionError, match="w: 32 bytes were made of 36"):
+        write_shard(WriteShard("o", (longer,)), tmp_path, SilentReporter())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int, code: int) -> None:
@@ -274,7 +324,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_half_written(
 
 def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
     path = make_source(tmp_path / "s.safetensors", [("a", "U8", (5 * BUFFER,))])
-    file = read_tensorfile(path)
+    entry = stored_tensor("a", read_tensorfile(path).tensors["a"], path)
 
     class Interrupts(SilentReporter):
         def advance(self, amount: int = 1) -> None:
@@ -282,7 +332,7 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shard(WriteShard("o/x.safetensors", (piece("a", file.tensors["a"], path),)), tmp_path, Interrupts())
+        write_shard(WriteShard("o/x.safetensors", (entry,)), tmp_path, Interrupts())
     assert list((tmp_path / "o").iterdir()) == []
     assert threads() == []
 
@@ -318,8 +368,9 @@ def peak_of_copying(size: int, folder: Path) -> int:
     """Peak resident kilobytes of a process that copies a shard of ``size`` bytes."""
     script = f"""
     from pathlib import Path
-    from ltxpack.repack.stream import write_shard
-    from ltxpack.repack.work import WriteShard, piece
+    from ltxpack.repack.items import WriteShard
+    from ltxpack.repack.tensors import stored_tensor
+    from ltxpack.repack.write import write_shard
     from ltxpack.reporter import SilentReporter
     from ltxpack.files.tensorfile import build_header, read_tensorfile
     folder = Path({str(folder)!r})
@@ -328,8 +379,8 @@ def peak_of_copying(size: int, folder: Path) -> int:
         file.write(header)
         file.truncate(len(header) + {size})
     infos = read_tensorfile(folder / "s.safetensors").tensors.values()
-    pieces = tuple(piece(info.name, info, folder / "s.safetensors", "BF16") for info in infos)
-    write_shard(WriteShard("o.safetensors", pieces), folder, SilentReporter())
+    entries = tuple(stored_tensor(info.name, info, folder / "s.safetensors", "BF16") for info in infos)
+    write_shard(WriteShard("o.safetensors", entries), folder, SilentReporter())
     print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
     """
     done = subprocess.run(

@@ -24,14 +24,13 @@ from repack_support import Dead, Listener, dying_at, make_source, materialize, p
 
 from ltxpack.errors import OverlayError
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
-from ltxpack.repack import execute as execute_module
-from ltxpack.repack.execute import execute, preflight
+from ltxpack.repack import write as execute_module
+from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, fingerprint
 from ltxpack.repack.journal import read_journal
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, publish_bakes, recover, unfinished
-from ltxpack.repack.stream import write_shard
 from ltxpack.repack.verify import verify
-from ltxpack.repack.work import CopyFile, Item, LinkFile, WriteBytes, WriteShard, fingerprint
+from ltxpack.repack.write import execute, preflight, write_shard
 from ltxpack.reporter import SilentReporter
 
 SILENT = SilentReporter()
@@ -476,14 +475,17 @@ def test_preflight_looks_at_the_sources(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         preflight(items, tmp_path, copy=False)
     path.mkdir()
-    with pytest.raises(SourceError, match="no regular file"):
+    with pytest.raises(SourceError, match="is a folder"):
         preflight(items, tmp_path, copy=False)
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a/../../x", "a\\b", "transformer/config.json", ""])
 def test_a_plan_that_leaves_the_overlay_is_refused(path: str, source: Path, tmp_path: Path) -> None:
     items = [*plan(source), WriteBytes(path, b"")]
-    with pytest.raises(OverlayError, match="no place"), Staging(tmp_path / "out", "f", SILENT) as staging:
+    with (
+        pytest.raises(OverlayError, match="not a path inside the overlay"),
+        Staging(tmp_path / "out", "f", SILENT) as staging,
+    ):
         execute(items, staging, copy=False, reporter=SILENT)
 
 

@@ -1,0 +1,267 @@
+"""Carries out a plan: checks that it can be done, then writes item after item, each whole and on the disk.
+
+Nothing appears under its final name before it is complete. Knows how items are written, not what they mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ltxpack.errors import FormatError, OverlayError, SourceError
+from ltxpack.files.direct import BUFFER, DIRECT_FROM
+from ltxpack.files.hashing import hash_file, regular_size
+from ltxpack.files.links import link_file
+from ltxpack.files.publish import Temporary, write_errors
+from ltxpack.files.reader import READ_BUFFERS, Range, RangeReader, file_ranges
+from ltxpack.manifest import FileRecord, safe_relative_path
+from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
+from ltxpack.repack.staging import Staging
+from ltxpack.repack.writer import ShardWriter
+from ltxpack.reporter import Reporter
+
+# What a file needs beside its bytes: blocks not filled, its name, the journal.
+BYTES_PER_FILE = 16 * 1024
+# Ranges this near to each other in a source are read in one go, the gap thrown away.
+MAX_GAP = 64 * 1024
+
+
+def execute(items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter) -> tuple[FileRecord, ...]:
+    """Write what ``staging`` does not hold yet; the records of all items, in order of the plan.
+
+    ``copy`` forbids links. Raises OverlayError (no space, no permission: before the first byte, or disk full on the
+    way), SourceError and FormatError for sources; ``staging`` keeps what was complete.
+    """
+    _refuse_paths(items)
+    left = [item for item in items if item.path not in staging.done]
+    preflight(left, staging.root, copy=copy)
+    if left:
+        reporter.begin("writing", sum(item.size for item in left), "B")
+        for item in left:
+            staging.record(write_item(item, staging.root, copy=copy, reporter=reporter))
+        reporter.end()
+    return tuple(staging.done[item.path] for item in items)
+
+
+def write_item(item: Item, root: Path, *, copy: bool, reporter: Reporter) -> FileRecord:
+    """Write one item under ``root``, whole and on the disk."""
+    match item:
+        case WriteShard():
+            return write_shard(item, root, reporter)
+        case CopyFile():
+            return copy_file(item, root, reporter, allow_link=not copy)
+        case LinkFile():
+            record = write_link(item, root)
+        case WriteBytes():
+            record = write_bytes(item, root)
+    reporter.advance(item.size)
+    return record
+
+
+def write_shard(item: WriteShard, root: Path, reporter: Reporter, *, direct: bool = True) -> FileRecord:
+    """Write the shard under ``root``. Advances ``reporter`` by the bytes of the file."""
+    windows, parts = read_plan([source for entry in item.entries for source in entry.producer.ranges])
+    left = iter(parts)
+    reader = RangeReader([window.range for window in windows], buffers=READ_BUFFERS, direct=direct)
+    with ShardWriter(root, item.path, item.header, item.size, direct=direct) as writer, reader:
+        reporter.advance(len(item.header))
+        data = _parts_of(windows, reader)
+        for entry in item.entries:
+            own = sum(itertools.islice(left, len(entry.producer.ranges)))
+            written = 0
+            for made in entry.producer.make(itertools.islice(data, own)):
+                writer.write(made)
+                written += memoryview(made).nbytes
+                reporter.advance(memoryview(made).nbytes)
+            if written != entry.nbytes:
+                raise AssertionError(f"{entry.tensors[0].name}: {written} bytes were made of {entry.nbytes}")
+        record = writer.close()
+    reporter.detail(f"{item.path}: {passage(reader, writer)}")
+    return record
+
+
+class Window(NamedTuple):
+    """One read of at most 4 MB and the parts of it that are wanted: offset in it, bytes."""
+
+    range: Range
+    parts: tuple[tuple[int, int], ...]
+
+
+def read_plan(ranges: Sequence[Range], limit: int = BUFFER) -> tuple[list[Window], list[int]]:
+    """The reads that give all bytes of ``ranges`` in order, and the number of parts each range comes in.
+
+    Neighbours are one read, large ranges several.
+    """
+    windows: list[Window] = []
+    counts: list[int] = []
+    path, start, end = Path(), 0, 0
+    parts: list[tuple[int, int]] = []
+    for wanted in ranges:
+        done = number = 0
+        while done < wanted.nbytes:
+            first = wanted.start + done
+            # A multiple of 8 leaves no element of a cast in two reads.
+            room = (start + limit - first) // 8 * 8 if path == wanted.path and 0 <= first - end <= MAX_GAP else 0
+            if not parts or min(room, wanted.nbytes - done) <= 0:
+                if parts:
+                    windows.append(Window(Range(path, start, end - start), tuple(parts)))
+                path, start, end, parts, room = wanted.path, first, first, [], limit // 8 * 8
+            count = min(wanted.nbytes - done, room)
+            parts.append((first - start, count))
+            end = first + count
+            done += count
+            number += 1
+        counts.append(number)
+    if parts:
+        windows.append(Window(Range(path, start, end - start), tuple(parts)))
+    return windows, counts
+
+
+def _parts_of(windows: Sequence[Window], reader: RangeReader) -> Iterator[memoryview]:
+    for window, data in zip(windows, reader, strict=True):
+        for offset, count in window.parts:
+            yield data[offset : offset + count]
+
+
+def passage(reader: RangeReader, writer: ShardWriter) -> str:
+    """How the bytes went, for the details: past the page cache, or why not."""
+    ways = (("read", reader.why), ("written", writer.why))
+    return ", ".join(f"{verb} {f'through the page cache ({why})' if why else 'with O_DIRECT'}" for verb, why in ways)
+
+
+def copy_file(
+    item: CopyFile, root: Path, reporter: Reporter, *, allow_link: bool = True, direct: bool = True
+) -> FileRecord:
+    """Take over the real file behind ``item.source``: reflink, else hard link, else (or if not allowed) copy.
+
+    A linked file is hashed by reading it. Advances ``reporter`` by its size. Raises FormatError if the source is not
+    as large as planned.
+    """
+    source = Path(os.path.realpath(item.source))
+    _check_size(item, source)
+    how = link_file(source, root / item.path) if allow_link else "copied"
+    if how == "copied":
+        return _copy(item, source, root, reporter, direct=direct)
+    reporter.detail(f"{item.path}: {how}")
+    digest = hash_file(root / item.path, reporter, direct=direct)
+    return FileRecord(item.path, item.size, digest, "hard" if how == "hard-linked" else None)
+
+
+def write_bytes(item: WriteBytes, root: Path) -> FileRecord:
+    """Write a small file under ``root``."""
+    with ShardWriter(root, item.path, item.data, item.size) as writer:
+        return writer.close()
+
+
+def write_link(item: LinkFile, root: Path) -> FileRecord:
+    """Make the relative symlink under ``root``."""
+    path = root / item.path
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        link = Temporary(path, made=False)
+        link.path.symlink_to(item.target)
+        link.publish(synced=True)
+    return item.record()
+
+
+def _copy(item: CopyFile, source: Path, root: Path, reporter: Reporter, *, direct: bool) -> FileRecord:
+    reader = RangeReader(
+        file_ranges(source, item.size), buffers=READ_BUFFERS, direct=direct and item.size >= DIRECT_FROM
+    )
+    with ShardWriter(root, item.path, b"", item.size, direct=direct) as writer, reader:
+        for data in reader:
+            writer.write(data)
+            reporter.advance(len(data))
+        record = writer.close()
+    reporter.detail(f"{item.path}: copied, {passage(reader, writer)}")
+    return record
+
+
+def _check_size(item: CopyFile, source: Path) -> None:
+    found = regular_size(source)
+    if found != item.size:
+        raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
+
+
+def preflight(items: Sequence[Item], folder: Path, *, copy: bool, done: Collection[str] = ()) -> int:
+    """Check that ``items`` (but those in ``done``) can be read and written under ``folder``, there already or not.
+
+    Returns the bytes that will take space. Raises SourceError or FormatError for a source that is missing, unreadable
+    or too short, OverlayError for a folder that is not writable or too small.
+    """
+    items = [item for item in items if item.path not in done]
+    for path, needed in sources(items).items():
+        _check_source(path, needed)
+    written = bytes_to_write(items, folder, copy=copy)
+    require_space(folder, written, len(items))
+    return written
+
+
+def require_space(folder: Path, written: int, files: int) -> None:
+    """Refuse (OverlayError) a ``folder``, there already or not, that is not writable or lacks ``written`` bytes."""
+    base = existing_parent(folder)
+    if not os.access(base, os.W_OK | os.X_OK):
+        raise OverlayError("may not be written", file=base, next="choose another folder, or see to its permissions")
+    free = shutil.disk_usage(base).free
+    if written + BYTES_PER_FILE * files > free:
+        raise OverlayError(
+            "the disk is too small",
+            file=base,
+            expected=f"{written} bytes free",
+            found=f"{free} bytes",
+            next="free some space, or choose another folder, then run the same command again",
+        )
+
+
+def bytes_to_write(items: Sequence[Item], folder: Path, *, copy: bool) -> int:
+    """Bytes that take space under ``folder``: all but those of links and of files that can be linked."""
+    return sum(
+        item.size
+        for item in items
+        if not isinstance(item, LinkFile)
+        and not (isinstance(item, CopyFile) and not copy and can_share(item.source, folder))
+    )
+
+
+def can_share(source: Path, folder: Path) -> bool:
+    """Whether a file there can probably be reflinked or hard-linked into ``folder``."""
+    try:
+        status = source.stat()
+        # Linux (protected_hardlinks) lets users link only what they own or may write.
+        mine = os.geteuid() in (0, status.st_uid) or os.access(source, os.W_OK)
+        return mine and status.st_dev == existing_parent(folder).stat().st_dev
+    except OSError:
+        return False
+
+
+def existing_parent(folder: Path) -> Path:
+    """``folder``, or the nearest folder above it that exists."""
+    folder = Path(os.path.realpath(folder))
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _check_source(path: Path, needed: int) -> None:
+    size = regular_size(path)
+    if not os.access(path, os.R_OK):
+        raise SourceError("cannot be read: no permission", file=path)
+    if size < needed:
+        raise FormatError(
+            f"is truncated: {needed - size} bytes are missing",
+            file=path,
+            expected=f"{needed} bytes",
+            found=f"{size} bytes",
+            next="fetch or copy the file again",
+        )
+
+
+def _refuse_paths(items: Sequence[Item]) -> None:
+    """A plan that would write outside the overlay, or one file twice, is a fault of whoever made it."""
+    seen: set[str] = set()
+    for item in items:
+        if not safe_relative_path(item.path) or item.path in seen:
+            raise OverlayError("is not a path inside the overlay, or is planned twice", file=item.path)
+        seen.add(item.path)
