@@ -41,16 +41,16 @@ def bake_lora(
     """Bake LoRAs into OVERLAY/bakes/<name>/ from the clean base transformer.
 
     Without OVERLAY: the current folder if it is an overlay, else ./out. The distilled LoRA changes nearly every
-    byte, so such a bake of the 22B model takes 38 GB; --plan says exactly.
+    byte, so such a bake of the 22B model takes 38 GB; --plan says how much, to the byte but for the two reports.
     """
-    from ltxpack.lora_bake import BakeOptions, bake, parse_added, plan_bake
+    from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, parse_added, plan_bake
 
     folder = overlay or (Path() if is_overlay(Path()) else Path("out"))
     reporter = TerminalReporter(verbose)
     stack = tuple(parse_added(text) for text in added)
     wanted = BakeOptions(folder, strengths, added=stack, **options)  # type: ignore[arg-type]
     if plan_only:
-        print_plan(plan_bake(wanted, reporter), as_json)
+        print_plan(plan_bake(wanted, reporter), as_json, bounds=REPORT_NAMES)
         return
     reports = bake(wanted, reporter)
     if as_json:

@@ -78,19 +78,22 @@ def print_json(document: Any) -> None:
     click.echo(json.dumps(document, indent=1, ensure_ascii=True))
 
 
-def print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    """A plan as DESIGN states it: JSON, or one line a file."""
+def print_plan(plan: dict[str, Any], as_json: bool, *, bounds: tuple[str, ...] = ()) -> None:
+    """A plan as DESIGN states it: JSON, or one line a file. The size of a file that ends in ``bounds`` is a bound."""
     if as_json:
         print_json(plan)
         return
     width = max((len(file["action"]) for file in plan["files"]), default=0)
+    bounded = [file for file in plan["files"] if bounds and file["path"].endswith(bounds)]
     for file in plan["files"]:
-        click.echo(printable(f"{file['action']:<{width}}  {human_bytes(file['bytes']):>9}  {file['path']}"))
+        most = "at most " if file in bounded else ""
+        click.echo(printable(f"{file['action']:<{width}}  {most + human_bytes(file['bytes']):>9}  {file['path']}"))
     for missing in plan["missing"]:
         click.echo(printable(f"missing: {missing}"))
     linked = plan["total_bytes"] - plan.get("written_bytes", plan["total_bytes"])
     links = f", {human_bytes(linked)} of them links to files that are there" if linked else ""
-    click.echo(f"{len(plan['files'])} files, {human_bytes(plan['total_bytes'])}{links}")
+    most = "at most " if bounded else ""
+    click.echo(f"{len(plan['files'])} files, {most}{human_bytes(plan['total_bytes'])}{links}")
 
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done and how.")

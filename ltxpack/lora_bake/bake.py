@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.base import BaseTransformer, read_base, refuse_links
+from ltxpack.lora_bake.coverage import AppliedLora, BakeReport
 from ltxpack.lora_bake.job import BAKES, UNKNOWN_HASH, Arithmetic, Job, baked_lora
 from ltxpack.lora_bake.names import bake_name, check_bake_name, check_strength, format_strength
 from ltxpack.lora_bake.reading import hash_adapter
-from ltxpack.lora_bake.report import AppliedLora, BakeReport
 from ltxpack.lora_bake.resolve import Found, find_lora, own_lora
 from ltxpack.lora_bake.scan import scan
 from ltxpack.ltx23.classes import DISTILLED

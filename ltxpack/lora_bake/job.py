@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from ltxpack.lora_bake import heatmap, report
+from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.base import BaseShard, BaseTransformer
-from ltxpack.lora_bake.report import AppliedLora, TargetStat
+from ltxpack.lora_bake.coverage import AppliedLora, TargetStat
 from ltxpack.manifest import Bake, BakedLora, FileRecord
 from ltxpack.repack.items import Item, LinkFile, WriteBytes, WriteShard
 from ltxpack.repack.tensors import stored_tensor
@@ -105,38 +106,39 @@ class Job:
         """config.json and the index, as in the base."""
         return tuple(WriteBytes(f"{self.folder}/{name}", data) for name, data in sorted(self.base.small.items()))
 
-    def items(self, arithmetic: Arithmetic) -> tuple[Item, ...]:
-        """Every file of the bake, in the order they are written; the reports as long as they can be."""
-        shards = (rewrite.item for rewrite in self.rewrites)
-        return (*self.small, *self.links, *shards, *self.longest_reports(arithmetic))
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """Every file of the bake but the reports, in the order they are written."""
+        return (*self.small, *self.links, *(rewrite.item for rewrite in self.rewrites))
 
     def reports(self, arithmetic: Arithmetic, stats: list[TargetStat]) -> tuple[WriteBytes, WriteBytes]:
-        """coverage.json and coverage.html, padded with blanks to the size that the plan gives for them."""
-        measured = self._reports(self.document(arithmetic, stats))
-        return tuple(  # type: ignore[return-value]
-            WriteBytes(item.path, _padded(item.data, bound.size))
-            for item, bound in zip(measured, self.longest_reports(arithmetic), strict=True)
+        """coverage.json and coverage.html."""
+        document = self.document(arithmetic, stats)
+        return (
+            WriteBytes(f"{self.folder}/{coverage.REPORT_NAME}", coverage.dump(document)),
+            WriteBytes(f"{self.folder}/{coverage.PAGE_NAME}", coverage_page.render(document)),
         )
 
     def document(self, arithmetic: Arithmetic, stats: list[TargetStat]) -> dict[str, Any]:
         """coverage.json as a document."""
-        return report.build_report(self.name, self.loras, stats, self.base.shapes, arithmetic.to_json())
+        return coverage.build_report(self.name, self.loras, stats, self.base.shapes, arithmetic.to_json())
 
-    def longest_reports(self, arithmetic: Arithmetic) -> tuple[WriteBytes, WriteBytes]:
-        """The reports as if every figure took as much room as it can."""
-        stats = []
-        for name in sorted(self.touched):
-            elements = _count(self.base.shapes[name])
-            # A change of 1.11e-100 and a count of all elements: no report is longer.
-            stats.append(TargetStat(name, 1.0, 1.2321e-200, elements, elements))
-        return self._reports(self.document(arithmetic, stats))
+    def report_bounds(self, arithmetic: Arithmetic) -> dict[str, int]:
+        """The reports' paths -> at most so many bytes, whatever will be measured."""
+        # No figure is longer than a change of 1.11e-100 and a count of all elements.
+        counts = {name: math.prod(self.base.shapes[name]) for name in sorted(self.touched)}
+        longest = [TargetStat(name, 1.0, 1.2321e-200, count, count) for name, count in counts.items()]
+        document = self.document(arithmetic, longest)
+        return {
+            f"{self.folder}/{coverage.REPORT_NAME}": len(coverage.dump(document)),
+            f"{self.folder}/{coverage.PAGE_NAME}": coverage_page.page_bound(document),
+        }
 
     def plan(self, arithmetic: Arithmetic) -> list[dict[str, Any]]:
-        """Every file with its size and what is done for it."""
-        return [
-            {"path": item.path, "bytes": item.size, "action": "link" if isinstance(item, LinkFile) else "write"}
-            for item in sorted(self.items(arithmetic), key=lambda item: item.path)
-        ]
+        """Every file with its size and what is done for it; of the reports the bound."""
+        files = [(item.path, item.size, "link" if isinstance(item, LinkFile) else "write") for item in self.items]
+        files += [(path, size, "write") for path, size in self.report_bounds(arithmetic).items()]
+        return [{"path": path, "bytes": size, "action": action} for path, size, action in sorted(files)]
 
     def fingerprint(self) -> str:
         """Tells this bake's inputs from others'."""
@@ -152,7 +154,8 @@ class Job:
 
     def record(self, arithmetic: Arithmetic, files: Mapping[str, FileRecord], changed: list[str]) -> Bake:
         """How the manifest lists the finished bake."""
-        paths = [item.path for item in self.items(arithmetic)]
+        reports = [f"{self.folder}/{name}" for name in coverage.REPORT_NAMES]
+        paths = [*(item.path for item in self.items), *reports]
         return Bake(
             loras=self.baked,
             rule=arithmetic.rule,
@@ -176,12 +179,6 @@ class Job:
             "ltxpack_rule": self.rule,
         }
 
-    def _reports(self, document: Mapping[str, Any]) -> tuple[WriteBytes, WriteBytes]:
-        return (
-            WriteBytes(f"{self.folder}/{report.REPORT_NAME}", report.dump(document)),
-            WriteBytes(f"{self.folder}/{heatmap.HTML_NAME}", heatmap.render(document)),
-        )
-
 
 def baked_lora(adapter: Adapter, name: str, digest: str, strength: float, rule: str) -> BakedLora:
     """How the manifest lists a LoRA of a bake."""
@@ -194,12 +191,3 @@ def baked_lora(adapter: Adapter, name: str, digest: str, strength: float, rule: 
         strength=strength,
         scale=None if factor is None else strength * factor,
     )
-
-
-def _padded(data: bytes, size: int) -> bytes:
-    """Blanks before the last line's end: nothing to a reader of JSON or HTML."""
-    return data[:-1] + b" " * (size - len(data)) + data[-1:]
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda count, dim: count * dim, shape, 1)

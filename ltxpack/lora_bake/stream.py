@@ -25,10 +25,10 @@ from ltxpack.errors import AdapterError
 from ltxpack.files.reader import Range, RangeReader
 from ltxpack.files.tensorfile import TensorInfo
 from ltxpack.lora_bake.base import BaseShard
+from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.lora_bake.factors import DTYPES, FactorReader, single_thread
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.job import Arithmetic
-from ltxpack.lora_bake.report import TargetStat
 from ltxpack.manifest import FileRecord, changed_file
 from ltxpack.repack.items import WriteShard
 from ltxpack.repack.writer import WRITE_BUFFERS, ShardWriter

@@ -18,16 +18,15 @@ from ltxpack.errors import FormatError, SourceError
 from ltxpack.files.publish import atomic_write, write_failure
 from ltxpack.files.tensorfile import read_json
 from ltxpack.lora_bake.base import BaseShard
+from ltxpack.lora_bake.coverage import PAGE_NAME, REPORT_NAME, TargetStat
 from ltxpack.lora_bake.fuse import KERNELS
-from ltxpack.lora_bake.heatmap import HTML_NAME
 from ltxpack.lora_bake.job import Arithmetic, Job
-from ltxpack.lora_bake.report import REPORT_NAME, TargetStat
 from ltxpack.lora_bake.stream import Output
 from ltxpack.manifest import Bake, FileRecord
 from ltxpack.repack.items import Item
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging
-from ltxpack.repack.write import write_item
+from ltxpack.repack.write import write_bytes, write_item
 from ltxpack.reporter import Reporter
 
 MEASURED_NAME = "measured.json"
@@ -58,8 +57,8 @@ class BakeWork:
         self.staging.__exit__(kind, error, trace)
 
     def missing_items(self) -> list[Item]:
-        """What must still be written."""
-        return [item for item in self.job.items(self.arithmetic) if not self._has(item.path)]
+        """What must still be written, but for the reports."""
+        return [item for item in self.job.items if not self._has(item.path)]
 
     def write_small(self) -> None:
         """config, index and links."""
@@ -85,7 +84,8 @@ class BakeWork:
         if self._document is None:
             stats = [stat for measured in self._stats.values() for stat in measured]
             for item in self.job.reports(self.arithmetic, stats):
-                self._put(item)
+                if not self._has(item.path):
+                    self.staging.record(write_bytes(item, self.staging.root))
             self._document = self.job.document(self.arithmetic, stats)
         changed = [name for name, target in self._document["targets"].items() if target["changed"]]
         return self.job.record(self.arithmetic, self.staging.done, changed), self._document
@@ -113,7 +113,7 @@ class BakeWork:
 
     def _take_over(self) -> None:
         """Go on with what an earlier run of this very job measured; anything odd counts as nothing."""
-        reports = [self.staging.root / self.job.folder / name for name in (REPORT_NAME, HTML_NAME)]
+        reports = [self.staging.root / self.job.folder / name for name in (REPORT_NAME, PAGE_NAME)]
         if all(path.relative_to(self.staging.root).as_posix() in self.staging.done for path in reports):
             document = read_json(reports[0])
             arithmetic = Arithmetic(document["rule"], document["kernel"], document["device"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,12 @@ from lora_support import (
 )
 from page_support import Page, parsed
 
-from ltxpack.lora_bake import BakeOptions, bake, heatmap
+from ltxpack.lora_bake import BakeOptions, bake, coverage_page
 from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.base import read_base
-from ltxpack.lora_bake.heatmap import layout, markup, page, scale
-from ltxpack.lora_bake.job import Arithmetic, Job, baked_lora
-from ltxpack.lora_bake.report import AppliedLora, TargetStat, build_report, split_name
-from ltxpack.manifest import read_manifest
+from ltxpack.lora_bake.coverage import AppliedLora, TargetStat, build_report, split_name
+from ltxpack.lora_bake.job import baked_lora
 from ltxpack.reporter import SilentReporter
 
-FP32 = Arithmetic("fp32", "fp32", "cpu")
 EVIL = "\"><script>alert(1)</script>&'"
 ATTENTIONS = (
     "attn1",
@@ -64,7 +60,7 @@ def document_of(loras: Sequence[AppliedLora], change: Callable[[str], float | No
 
 
 def page_of(loras: Sequence[AppliedLora], change: Callable[[str], float | None] = lambda name: 0.01) -> Page:
-    return parsed(heatmap.render(document_of(loras, change)))
+    return parsed(coverage_page.render(document_of(loras, change)))
 
 
 @pytest.fixture
@@ -88,7 +84,9 @@ def test_columns_stand_in_model_order(whole: AppliedLora) -> None:
         *(["q", "k", "v", "out", "gate"] * 2 + ["in", "out"]) * 2,
         *["q", "k", "v", "out", "gate"] * 2,
     ]
-    groups = layout.groups(split_name(module)[1] for module in linears() if module.startswith("transformer_blocks"))
+    groups = coverage_page.column_groups(
+        split_name(module)[1] for module in linears() if module.startswith("transformer_blocks")
+    )
     assert [(group.stream, group.module) for group in groups] == [
         ("Video", "attn1"), ("Video", "attn2"), ("Video", "ff"),
         ("Audio", "audio_attn1"), ("Audio", "audio_attn2"), ("Audio", "audio_ff"),
@@ -97,13 +95,13 @@ def test_columns_stand_in_model_order(whole: AppliedLora) -> None:
     for group in groups:
         parts = ["to_q", "to_k", "to_v", "to_out.0", "to_gate_logits"]
         parts = parts if group.module in ATTENTIONS else ["net.0.proj", "net.2"]
-        assert [column.kind for column in group.columns] == [f"{group.module}.{part}" for part in parts]
+        assert [kind for kind, _ in group.columns] == [f"{group.module}.{part}" for part in parts]
 
 
 def test_cells_follow_their_columns(whole: AppliedLora) -> None:
     titles = page_of([whole]).titles
-    groups = layout.groups(document_of([whole], lambda name: 0.01)["block_kinds"])
-    kinds = [column.kind for group in groups for column in group.columns]
+    groups = coverage_page.column_groups(document_of([whole], lambda name: 0.01)["block_kinds"])
+    kinds = [kind for group in groups for kind, _ in group.columns]
     assert [title.split(": ")[0] for title in titles] == [
         f"transformer_blocks.{block}.{kind}.weight" for block in range(3) for kind in kinds
     ]
@@ -113,29 +111,30 @@ def test_every_module_of_the_model_has_its_place() -> None:
     kinds = {split_name(module) for module in shapes()} - {(None, "scale_shift_table")}
     inside = {kind for block, kind in kinds if block is not None and "table" not in kind}
     outside = {kind for block, kind in kinds if block is None and "table" not in kind and not kind.endswith(".bias")}
-    assert layout.OTHER not in {group.stream for group in layout.groups(inside)}
-    assert sum(len(group.columns) for group in layout.groups(inside)) == len(inside)
-    ends = layout.outside(outside)
+    assert coverage_page.OTHER not in {group.stream for group in coverage_page.column_groups(inside)}
+    assert sum(len(group.columns) for group in coverage_page.column_groups(inside)) == len(inside)
+    ends = coverage_page.outside_blocks(outside)
     assert list(ends) == ["Video", "Audio"] and len(ends["Video"]) == len(ends["Audio"]) == 14
     assert ends["Video"][0] == "proj_in" and ends["Audio"][-1] == "audio_proj_out"
 
 
 def test_a_bias_stands_beside_its_weight_and_an_unknown_module_at_the_end() -> None:
-    first, last = layout.groups(["zz.top", "attn1.to_k", "attn1.to_q.bias", "attn1.norm_q", "attn1.to_q"])
-    assert [column.label for column in first.columns] == ["q", "q bias", "k", "q norm"]
-    assert (last.stream, [column.label for column in last.columns]) == (layout.OTHER, ["zz.top"])
-    assert layout.outside(["zz", "proj_in"]) == {"Video": ["proj_in"], layout.OTHER: ["zz"]}
+    first, last = coverage_page.column_groups(["zz.top", "attn1.to_k", "attn1.to_q.bias", "attn1.norm_q", "attn1.to_q"])
+    assert [label for _, label in first.columns] == ["q", "q bias", "k", "q norm"]
+    assert (last.stream, [label for _, label in last.columns]) == (coverage_page.OTHER, ["zz.top"])
+    assert coverage_page.outside_blocks(["zz", "proj_in"]) == {"Video": ["proj_in"], coverage_page.OTHER: ["zz"]}
 
 
 def test_the_scale_is_logarithmic_bounded_and_the_same_for_all_pages(whole: AppliedLora, few: AppliedLora) -> None:
-    colours = [scale.colour(10**power) for power in (-9, -4, -3, -2, -1, 0, 5)]
-    assert colours[0] == colours[1] == scale.RAMP[0] and colours[-1] == colours[-2] == scale.RAMP[-1]
-    assert colours[1:-1] == list(scale.RAMP[::2]) and scale.colour(None) == scale.RAMP[-1]
-    light = [luminance(scale.colour(10 ** (-4 + step / 20))) for step in range(81)]
+    colours = [coverage_page.colour(10**power) for power in (-9, -4, -3, -2, -1, 0, 5)]
+    assert colours[0] == colours[1] == coverage_page.RAMP[0] and colours[-1] == colours[-2] == coverage_page.RAMP[-1]
+    assert colours[1:-1] == list(coverage_page.RAMP[::2]) and coverage_page.colour(None) == coverage_page.RAMP[-1]
+    light = [luminance(coverage_page.colour(10 ** (-4 + step / 20))) for step in range(81)]
     assert all(darker < lighter for darker, lighter in itertools.pairwise(light))
     for document in (document_of([whole], lambda name: 1e-3), document_of([few], lambda name: 0.5)):
-        shown = heatmap.render(document).decode()
-        assert shown.count(f"background:{scale.colour(document['largest_change'])}") >= len(document["targets"])
+        shown = coverage_page.render(document).decode()
+        colour = coverage_page.colour(document["largest_change"])
+        assert shown.count(f"background:{colour}") >= len(document["targets"])
         ticks = parsed(shown.encode()).text
         assert "0.01 %0.1 %1 %10 %100 %" in ticks
 
@@ -147,7 +146,7 @@ def luminance(colour: str) -> float:
 
 
 def test_each_bin_of_the_distribution_counts_its_decade() -> None:
-    counts = scale.histogram([1e-4, 1.1e-2, 1.2e-2, 1.0, 2.0, 1e-5, 0.0, None])
+    counts = coverage_page.histogram([1e-4, 1.1e-2, 1.2e-2, 1.0, 2.0, 1e-5, 0.0, None])
     assert len(counts) == 40 and sum(counts) == 4
     assert (counts[0], counts[20], counts[39]) == (1, 2, 1)
 
@@ -156,7 +155,7 @@ def test_what_is_not_on_the_scale_is_clamped_and_counted(few: AppliedLora) -> No
     names = sorted(few.adapter.targets)
     changes: dict[str, float | None] = dict(zip(names, (3e-6, 2.5, 0.0, None), strict=True))
     document = document_of([few], changes.__getitem__)
-    shown = heatmap.render(document).decode()
+    shown = coverage_page.render(document).decode()
     read = parsed(shown.encode())
     told = " ".join(read.text.split())
     for count, what in (
@@ -170,15 +169,15 @@ def test_what_is_not_on_the_scale_is_clamped_and_counted(few: AppliedLora) -> No
     titles = {title.partition(": ")[0]: title for title in read.titles}
     assert "3.00e-06, below the scale" in titles[names[0]] and "2.50e+00, above the scale" in titles[names[1]]
     assert "0.00e+00," in titles[names[2]] and "from zero," in titles[names[3]]
-    assert f'class=lo style="background:{scale.RAMP[0]}"' in shown
-    assert f'class=hi style="background:{scale.RAMP[-1]}"' in shown
+    assert f'class=lo style="background:{coverage_page.RAMP[0]}"' in shown
+    assert f'class=hi style="background:{coverage_page.RAMP[-1]}"' in shown
 
 
 def test_median_and_largest_change_are_stated(few: AppliedLora) -> None:
     changes = dict(zip(sorted(few.adapter.targets), (0.01, 0.02, 0.03, 0.2), strict=True))
     document = document_of([few], changes.__getitem__)
     assert (document["median_change"], document["largest_change"]) == (0.025, 0.2)
-    text = " ".join(parsed(heatmap.render(document)).text.split())
+    text = " ".join(parsed(coverage_page.render(document)).text.split())
     assert "2.5 %median ‖ΔW‖ / ‖W‖" in text and "20 %largest ‖ΔW‖ / ‖W‖" in text
     assert "block 2, attn1.to_v" in text
 
@@ -228,7 +227,7 @@ def test_the_card_says_what_only_the_document_did(tmp_path: Path) -> None:
     lora = applied(save(tmp_path / "style.safetensors", tensors), 0.5)
     document = document_of([lora], lambda name: 0.01)
     assert document["loras"][0]["full_differences"] == document["loras"][0]["dora"] == 1
-    text = parsed(heatmap.render(document)).text
+    text = parsed(coverage_page.render(document)).text
     for fact in (
         "strength0.5", "scale of B·A1", "alpha8", "DoRA1 target", "full differences1 target", "ranks4 ×1",
         "left out1 target, listed below", "1 of 130 linears and 1 other tensor", "rule fp32", "kernel fp32",
@@ -236,11 +235,11 @@ def test_the_card_says_what_only_the_document_did(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert fact in text, fact
     assert "not used by the official rule" not in text
-    assert "not used by the official rule" in parsed(heatmap.render({**document, "rule": "official"})).text
+    assert "not used by the official rule" in parsed(coverage_page.render({**document, "rule": "official"})).text
 
 
 def test_a_long_list_of_left_out_keys_is_cut_on_the_page_and_whole_in_the_document(tmp_path: Path) -> None:
-    count = page.MAX_LEFT_OUT + 17
+    count = coverage_page.MAX_LEFT_OUT + 17
     pair = low_rank(["proj_in"])["proj_in"]
     alien = {f"aliens.{i:03d}.<img src=x onerror=alert({i})>": pair for i in range(count - 1)}
     alien |= {"a" * 250: pair}
@@ -255,7 +254,7 @@ def test_a_long_list_of_left_out_keys_is_cut_on_the_page_and_whole_in_the_docume
     assert "img" not in read.tags and not [name for name, _ in read.attributes if name.startswith("on")]
     assert f"{count} left out" in read.text and f"and 17 more; coverage.json lists all {count}" in read.text
     shown = [module for module in alien if module in read.text]
-    assert len(shown) == page.MAX_LEFT_OUT - 1 and "a" * 201 not in read.text and "a" * 90 + " … " in read.text
+    assert len(shown) == coverage_page.MAX_LEFT_OUT - 1 and "a" * 201 not in read.text and "a" * 90 + " … " in read.text
 
 
 def evil_document() -> dict[str, Any]:
@@ -277,7 +276,7 @@ def evil_document() -> dict[str, Any]:
 
 
 def test_names_are_escaped() -> None:
-    read = parsed(heatmap.render(evil_document()))
+    read = parsed(coverage_page.render(evil_document()))
     assert "script" not in read.tags and EVIL in read.text
     # Bake, rule, kernel, device, name, naming, file, alpha, left out and its LoRA, map's columns, target, largest.
     assert read.text.count(EVIL) >= 13
@@ -293,14 +292,14 @@ ALLOWED = {
 def test_odd_characters_leave_the_page_whole(name: str) -> None:
     document = evil_document()
     document["bake"] = document["loras"][0]["name"] = document["loras"][0]["left_out"][0] = name
-    read = parsed(heatmap.render(document))
+    read = parsed(coverage_page.render(document))
     assert "The same bake always gives the same page." in read.text and "script" not in read.tags
 
 
 def test_names_may_break_between_segments_and_read_the_same(tmp_path: Path) -> None:
     stem = "my_lora.of_many-long_words_" + "x" * 150
     path = save(tmp_path / f"{stem}.safetensors", official_keys(low_rank(["proj_in"])))
-    shown = heatmap.render(document_of([applied(path)], lambda name: 0.01)).decode()
+    shown = coverage_page.render(document_of([applied(path)], lambda name: 0.01)).decode()
     assert "my_lora.<wbr>of_<wbr>many-<wbr>long_<wbr>words_<wbr>x" in shown and stem in parsed(shown.encode()).text
 
 
@@ -308,17 +307,12 @@ def test_a_bake_that_changes_nothing_still_shows_the_model(whole: AppliedLora) -
     arithmetic = {"rule": "fp32", "kernel": "fp32", "device": "cpu"}
     document = build_report("x", [whole], [], shapes(), arithmetic)
     assert document["median_change"] is None and document["largest_change"] is None
-    read = parsed(heatmap.render(document))
+    read = parsed(coverage_page.render(document))
     assert "No weight inside the blocks is touched." in read.text and "None of the 28 linears" in read.text
     assert len(read.titles) == 3 * 34 and all("not touched" in title for title in read.titles)
 
 
-def job_of(folder: Path, loras: Sequence[AppliedLora]) -> Job:
-    overlay = make_overlay(folder / "out", random_weights())
-    return Job("x", tuple(loras), "fp32", read_base(overlay, read_manifest(overlay)), overlay)
-
-
-MIXES: Mapping[str, tuple[float | None, ...]] = {
+MIXES: dict[str, tuple[float | None, ...]] = {
     "all kinds of change": (None, 0.0, 3e-30, 1e-5, 1.23e-4, 0.0123, 0.999, 1.0, 1.01, 123.0, 123456.0),
     "none": (0.0,),
     "from zero": (None,),
@@ -331,34 +325,23 @@ MIXES: Mapping[str, tuple[float | None, ...]] = {
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_the_plan_has_room_for_every_page(whole: AppliedLora, few: AppliedLora, tmp_path: Path, mix: str) -> None:
-    job = job_of(tmp_path, [few, whole])
-    bounds = [item.size for item in job.longest_reports(FP32)]
+def test_no_page_is_longer_than_its_bound(whole: AppliedLora, few: AppliedLora, mix: str) -> None:
     dice = random.Random(mix)
-    for _ in range(12):
-        stats = []
-        for name in sorted(job.touched):
-            whole_size = torch.Size(job.base.shapes[name]).numel()
-            change = measured(name, dice.choice(MIXES[mix]))
-            changed = dice.choice((0, 1, whole_size))
-            stats.append(TargetStat(name, change.base_square, change.delta_square, whole_size, changed))
-        assert [item.size for item in job.reports(FP32, stats)] == bounds
+    for loras in ([whole], [few, whole]):
+        longest = coverage_page.page_bound(document_of(loras, lambda name: 1.11e-100))
+        document = document_of(loras, lambda name: dice.choice(MIXES[mix]))
+        assert longest / 5 < len(coverage_page.render(document)) <= longest
 
 
-def test_the_largest_change_may_be_anywhere(tmp_path: Path) -> None:
-    """The target named at the top takes the same room, whichever it is."""
+def test_the_bound_holds_for_hostile_names() -> None:
+    for character in ("<", "&", "'", "_", ".", "\U0001f600", "\ud800", "\n"):
+        document = json.loads(json.dumps(evil_document()).replace("script", json.dumps(character * 300)[1:-1]))
+        assert len(coverage_page.render(document)) <= coverage_page.page_bound(document)
+
+
+def test_the_target_with_the_largest_change_is_named(tmp_path: Path) -> None:
     modules = ["proj_in", "time_embed.emb.timestep_embedder.linear_1"]
-    path = save(tmp_path / "two.safetensors", official_keys(low_rank(modules)))
-    job = job_of(tmp_path, [applied(path)])
-    bounds = [item.size for item in job.longest_reports(FP32)]
+    lora = applied(save(tmp_path / "two.safetensors", official_keys(low_rank(modules))))
     for largest in modules:
-        stats = [measured(f"{module}.weight", 0.9 if module == largest else 1e-3) for module in modules]
-        reports = job.reports(FP32, stats)
-        assert [item.size for item in reports] == bounds
-        assert f"‖ΔW‖ / ‖W‖{largest}" in parsed(reports[1].data).text
-
-
-@pytest.mark.parametrize("field", [markup.percent, markup.brief])
-def test_figures_take_the_same_room(field: Callable[[float | None], str]) -> None:
-    changes = [None, 0.0, *(digits * 10.0**power for power in range(-90, 90) for digits in (1.0, 1.23, 9.999))]
-    assert len({len(field(change)) for change in changes}) == 1
+        read = page_of([lora], lambda name, most=largest: 0.9 if name == f"{most}.weight" else 1e-3)
+        assert f"‖ΔW‖ / ‖W‖{largest}" in read.text

@@ -12,8 +12,8 @@ from lora_support import linears, low_rank, make_overlay, official_keys, random_
 from page_support import parsed
 from support import load
 
-from ltxpack.lora_bake import BakeOptions, BakeReport, bake, heatmap, report
-from ltxpack.lora_bake.report import TargetStat, split_name
+from ltxpack.lora_bake import BakeOptions, BakeReport, bake, coverage, coverage_page
+from ltxpack.lora_bake.coverage import TargetStat, split_name
 from ltxpack.reporter import SilentReporter
 
 BASE = random_weights()
@@ -137,9 +137,9 @@ def test_a_change_from_zero_has_no_ratio() -> None:
     assert TargetStat("a", 0.0, 0.0, 4, 0).change == 0.0
     assert TargetStat("a", 4.0, 1.0, 4, 4).change == 0.5
     stats = [TargetStat("proj_in.weight", 0.0, 1.0, 256, 256)]
-    document = report.build_report("x", [], stats, shapes(), {"rule": "fp32", "kernel": "fp32", "device": "cpu"})
-    assert "from zero" in heatmap.render(document).decode()
-    assert json.loads(report.dump(document))["targets"]["proj_in.weight"]["change"] is None
+    document = coverage.build_report("x", [], stats, shapes(), {"rule": "fp32", "kernel": "fp32", "device": "cpu"})
+    assert "from zero" in coverage_page.render(document).decode()
+    assert json.loads(coverage.dump(document))["targets"]["proj_in.weight"]["change"] is None
 
 
 def test_the_page_stands_alone(baked: tuple[Path, BakeReport]) -> None:

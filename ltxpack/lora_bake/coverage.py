@@ -1,4 +1,4 @@
-"""What a bake did, target by target: a JSON document, a few lines of text. The heat map is in heatmap.py.
+"""What a bake did, target by target: a JSON document, a few lines of text. The page is in coverage_page.py.
 
 The same bake gives the same bytes: no times, no paths, figures rounded to what their arithmetic bears.
 """
@@ -20,6 +20,8 @@ from ltxpack.manifest import BakedLora
 
 REPORT_FORMAT = 1
 REPORT_NAME = "coverage.json"
+PAGE_NAME = "coverage.html"
+REPORT_NAMES = (REPORT_NAME, PAGE_NAME)
 
 _BLOCK = re.compile(r"^[A-Za-z_]\w*\.(\d+)\.(.+)$")
 _DIGITS = 3

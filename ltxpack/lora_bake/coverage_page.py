@@ -1,0 +1,531 @@
+"""coverage.html: a bake at a glance, block by module, as one page without scripts or anything from elsewhere.
+
+Made from the document of coverage.json alone: the same document gives the same bytes. Every name is escaped. The style
+is coverage.css. The colours are one logarithmic scale for all pages, so that two pages can be compared.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltxpack.lora_bake.coverage import split_name
+
+# The scale: 0.01 % to 100 %. Below, a change drowns in bf16's rounding; above, the weight is more LoRA than base.
+LOW, HIGH = -4, 0
+BINS_PER_DECADE = 10
+# Indigo to yellow by magenta, evenly lighter from stop to stop (OKLCH lightness 0.26 to 0.95, hue 275 to 465).
+RAMP = ("#190070", "#4a008a", "#7f078e", "#b21e80", "#de3a66", "#ff603e", "#ff9b46", "#ffc962", "#fff465")
+# Longer lists and names are cut; coverage.json has them whole.
+MAX_LEFT_OUT, MAX_VALUES, MAX_NAME = 48, 8, 200
+OTHER = "Other"
+
+_RULES = {
+    "fp32": " (base and update summed in float32, one rounding)",
+    "official": " (the official bf16 arithmetic)",
+}
+# The modules of a block: stream, module, what it does. The order is the model's own.
+_BLOCK = (
+    ("Video", "attn1", "self-attention"),
+    ("Video", "attn2", "text attention"),
+    ("Video", "ff", "feed-forward"),
+    ("Audio", "audio_attn1", "self-attention"),
+    ("Audio", "audio_attn2", "text attention"),
+    ("Audio", "audio_ff", "feed-forward"),
+    ("Audio and video", "audio_to_video_attn", "video attends to audio"),
+    ("Audio and video", "video_to_audio_attn", "audio attends to video"),
+)
+_LABELS = {
+    "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out", "to_gate_logits": "gate", "norm_q": "q norm",
+    "norm_k": "k norm", "net.0.proj": "in", "net.2": "out",
+}  # fmt: skip
+_OUTSIDE = {
+    "Video": ("proj_in", "time_embed", "prompt_adaln", "av_cross_attn_video_scale_shift",
+              "av_cross_attn_video_a2v_gate", "proj_out"),
+    "Audio": ("audio_proj_in", "audio_time_embed", "audio_prompt_adaln", "av_cross_attn_audio_scale_shift",
+              "av_cross_attn_audio_v2a_gate", "audio_proj_out"),
+}  # fmt: skip
+# A longer label stands upright. A name's segment up to this length stays in one line: embeddings_connector.
+_FLAT_LABEL, _MAX_SEGMENT = 4, 32
+_SEGMENTS, _WORDS = re.compile(r"(?<=[./])"), re.compile(r"(?<=[_+-])")
+
+
+@dataclass(frozen=True)
+class ColumnGroup:
+    """Columns that belong together: the parts of one attention or feed-forward, as (kind, label)."""
+
+    stream: str
+    module: str
+    note: str
+    columns: tuple[tuple[str, str], ...]
+
+
+class CoverageView:
+    """The document by place on the page.
+
+    ``cells`` maps (block, kind) to the name of the target there, ``ends`` a kind outside the blocks to its target's.
+    ``groups`` and ``outside`` hold every kind in model order, touched or not.
+    """
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self.document = document
+        self.targets: Mapping[str, Mapping[str, Any]] = document["targets"]
+        self.loras: Sequence[Mapping[str, Any]] = document["loras"]
+        self.blocks: int = document["blocks"]
+        places = {split_name(name): name for name in self.targets}
+        self._of_kind: dict[str, list[Mapping[str, Any]]] = {}
+        for (_, kind), name in places.items():
+            self._of_kind.setdefault(kind, []).append(self.targets[name])
+        self.cells = {place: name for place, name in places.items() if place[0] is not None}
+        self.ends = {kind: name for (block, kind), name in places.items() if block is None}
+        inside = {kind for _, kind in self.cells} | set(document["block_kinds"])
+        known = {kind for lora in self.loras for kind in lora["kinds"]}
+        outside = known - inside | set(self.ends)
+        self.groups = column_groups(inside)
+        self.outside = outside_blocks(outside)
+        self.untouched = len(inside) * self.blocks + len(outside) - len(self.targets)
+        self.reached = sum(kind in known for _, kind in places)
+        self.linears = max((lora["total"] for lora in self.loras), default=self.reached)
+
+    def total(self, kind: str) -> int | None:
+        """How many modules of ``kind`` the model has, if it is known."""
+        known = [lora["kinds"][kind] for lora in self.loras if kind in lora["kinds"]]
+        known += [self.document["kinds"][kind]] if kind in self.document["kinds"] else []
+        return int(known[0]["total"]) if known else None
+
+    def matched(self, lora: int, kind: str) -> int:
+        """How many modules of ``kind`` a LoRA has."""
+        kinds = self.loras[lora]["kinds"]
+        return int(kinds[kind]["matched"]) if kind in kinds else len(self.ranks(lora, kind))
+
+    def ranks(self, lora: int, kind: str) -> list[int]:
+        """The rank at every target of ``kind`` that a LoRA has; 0 for a full difference alone."""
+        terms = (term for target in self._of_kind.get(kind, ()) for term in target["terms"])
+        return [term["rank"] for term in terms if term["lora"] == lora]
+
+
+def render(document: Mapping[str, Any]) -> bytes:
+    """The page for ``document`` (coverage.json)."""
+    view = CoverageView(document)
+    sections = (_head(view), _tiles(view), _loras(view), _legend(view), _map(view), _outside(view), _left_out(view))
+    body = "\n".join(line for section in sections for line in section)
+    return (
+        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
+        '<meta name=viewport content="width=device-width, initial-scale=1">\n'
+        f"<title>LoRA coverage: {text(document['bake'])}</title>\n<style>\n{_style()}</style>\n</head>\n"
+        f"<body>\n{body}\n"
+        "<footer>coverage.json beside this page holds every figure and every name in full. "
+        "The same bake always gives the same page.</footer>\n</body>\n</html>\n"
+    ).encode("utf-8", "backslashreplace")
+
+
+def page_bound(document: Mapping[str, Any]) -> int:
+    """At most so many bytes has the page of a document with these loras, targets and kinds, whatever is measured."""
+    view, loras = CoverageView(document), document["loras"]
+    kinds = [kind for group in view.groups for kind, _ in group.columns]
+    foreign = [document["bake"], *view.outside.get(OTHER, ())]
+    for lora in loras:
+        foreign += [lora["name"]] * 2 + [lora["file"], *lora["namings"], *lora["alphas"]]
+        foreign += [clipped(module) for module in lora["left_out"][:MAX_LEFT_OUT]]
+    size = 20_000 + len(_style()) + sum(_room(value) for value in foreign) + 3_000 * len(loras)
+    size += sum(300 + 60 * len(loras) + view.blocks * (60 + _room(kind)) for kind in kinds)
+    return size + sum(200 + 80 * len(loras) + 2 * _room(target) for target in view.targets)
+
+
+def _room(value: str) -> int:
+    return 60 + len(name(value).encode("utf-8", "backslashreplace"))
+
+
+@functools.cache
+def _style() -> str:
+    return Path(__file__).with_name("coverage.css").read_text(encoding="utf-8")
+
+
+# Model order
+
+
+def column_groups(kinds: Iterable[str]) -> list[ColumnGroup]:
+    """``kinds`` of a block in model order: weights as q, k, v, out, gate, a bias beside its weight."""
+    left, made, order = set(kinds), [], list(_LABELS)
+
+    def column(module: str, kind: str) -> tuple[int, str, str]:
+        part, bias = kind.removeprefix(f"{module}.").removesuffix(".bias"), kind.endswith(".bias")
+        label = _LABELS.get(part, part) + (" bias" if bias else "")
+        return order.index(part) if part in _LABELS else len(order), kind, label
+
+    for stream, module, note in _BLOCK:
+        found = {kind for kind in left if kind.startswith(f"{module}.")}
+        left -= found
+        if found:
+            columns = sorted(column(module, kind) for kind in found)
+            made.append(ColumnGroup(stream, module, note, tuple((kind, label) for _, kind, label in columns)))
+    if left:
+        made.append(ColumnGroup(OTHER, "", "", tuple((kind, kind) for kind in sorted(left))))
+    return made
+
+
+def outside_blocks(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names outside the blocks, by stream, in the order of a forward pass."""
+    left, made = set(names), {}
+    for stream, modules in _OUTSIDE.items():
+        made[stream] = [n for m in modules for n in sorted(left) if n == m or n.startswith(f"{m}.")]
+        left -= set(made[stream])
+    made[OTHER] = sorted(left)
+    return {stream: found for stream, found in made.items() if found}
+
+
+# The scale
+
+
+def position(change: float) -> float:
+    """Where ``change`` is on the scale: 0 at its lower end, 1 at its upper; beyond them if out of range."""
+    return (math.log10(change) - LOW) / (HIGH - LOW) if change > 0 else -math.inf
+
+
+def clamped(change: float) -> float:
+    """:func:`position`, held to [0, 1]."""
+    return min(max(position(change), 0.0), 1.0)
+
+
+def colour(change: float | None) -> str:
+    """``#rrggbb``; out of range the nearer end's. None, a change from zero, has the upper end's."""
+    place = (1.0 if change is None else clamped(change)) * (len(RAMP) - 1)
+    lower = min(int(place), len(RAMP) - 2)
+    pairs = ((int(RAMP[lower][i : i + 2], 16), int(RAMP[lower + 1][i : i + 2], 16)) for i in (1, 3, 5))
+    return "#" + "".join(f"{round(start + (end - start) * (place - lower)):02x}" for start, end in pairs)
+
+
+def histogram(changes: Iterable[float | None]) -> list[int]:
+    """How many of ``changes`` fall into each bin of the scale; those out of range are in none."""
+    counts = [0] * (BINS_PER_DECADE * (HIGH - LOW))
+    for change in changes:
+        if change is not None and 0 <= position(change) <= 1:
+            counts[min(int(position(change) * len(counts)), len(counts) - 1)] += 1
+    return counts
+
+
+def _look(change: float | None) -> str:
+    """The class of a cell that is not simply its colour: below or above the scale, no change, a change from zero."""
+    if change is None:
+        return "fz"
+    if change == 0:
+        return "zr"
+    return "lo" if position(change) < 0 else "hi" if position(change) > 1 else ""
+
+
+def _shade(change: float | None) -> str:
+    """The attribute that colours a cell."""
+    return "" if change == 0 else f' style="background:{colour(change)}"'
+
+
+# Values as text
+
+
+def text(value: object) -> str:
+    """``value``, escaped for text and for a quoted attribute."""
+    return html.escape(str(value), quote=True)
+
+
+def name(value: object) -> str:
+    """A name, escaped, that a browser may break after a dot, in a long segment after a word, or if it must anywhere."""
+    parts: list[str] = []
+    for segment in _SEGMENTS.split(str(value)):
+        parts += _WORDS.split(segment) if len(segment) > _MAX_SEGMENT else [segment]
+    return "<wbr>".join(text(part) for part in parts)
+
+
+def clipped(value: str) -> str:
+    """A name that someone else chose, its middle left out if it is very long."""
+    return value if len(value) <= MAX_NAME else f"{value[: MAX_NAME // 2]} … {value[-MAX_NAME // 2 :]}"
+
+
+def _percent(change: float | None) -> str:
+    return "none" if change is None else f"{100 * change:.3g} %"
+
+
+def _brief(change: float | None) -> str:
+    """A change in percent without its sign, as short as a column is narrow."""
+    if change is None:
+        return "&infin;"
+    if change == 0:
+        return "0"
+    if change < 1e-4:
+        return "&lt;.01"
+    if change >= 10:
+        return "&gt;999"
+    return f"{100 * change:.{2 if change < 0.01 else 1 if change < 0.1 else 0}f}"
+
+
+def _listed(found: Iterable[str], ends: Sequence[str] = ()) -> str:
+    """A list; if it is long its ends (``ends`` says how they are written) and how many there are."""
+    values = list(found)
+    if len(values) > MAX_VALUES:
+        ends = ends or values
+        return text(f"{ends[0]} … {ends[-1]} ({len(values)} different)")
+    return text(", ".join(values) or "none")
+
+
+def _targets(count: int) -> str:
+    return f"{count:,} target{'' if count == 1 else 's'}" if count else "none"
+
+
+def _and_others(count: int) -> str:
+    """What a LoRA has besides linears: biases and norms."""
+    return f" and {count:,} other tensor{'' if count == 1 else 's'}" if count else ""
+
+
+# The page from head to foot
+
+
+def _head(view: CoverageView) -> Iterable[str]:
+    document = view.document
+    yield f"<header>\n<p class=kicker>LoRA coverage</p>\n<h1 class=name>{name(document['bake'])}</h1>"
+    yield (
+        f"<p class=quiet>rule {text(document['rule'])}{_RULES.get(document['rule'], '')} · "
+        f"kernel {text(document['kernel'])} · device {text(document['device'])}</p>\n</header>"
+    )
+
+
+def _tiles(view: CoverageView) -> Iterable[str]:
+    document = view.document
+    changed, aimed, largest = (document[key] for key in ("changed_weights", "targeted_weights", "largest_change"))
+    at = [key for key, target in view.targets.items() if target["change"] == largest and largest is not None]
+    block, kind = split_name(at[0]) if at else (None, "")
+    short = kind if block is None else f"block {block}, {kind}"
+    tiles = (
+        (f"{view.reached:,} of {view.linears:,}", f"linears reached{_and_others(len(view.targets) - view.reached)}"),
+        (
+            f"{changed / aimed:.1%}" if aimed else "none",
+            f"of {aimed:,} targeted weights changed: {changed:,} in {document['changed_tensors']:,} tensors",
+        ),
+        (_percent(document["median_change"]), "median ‖ΔW‖ / ‖W‖ of the targets"),
+        (_percent(largest), f'largest ‖ΔW‖ / ‖W‖<br><span class="name mono">{name(short)}</span>'),
+    )
+    yield "<section class=tiles>"
+    for figure, told in tiles:
+        yield f"<div class=tile><b>{figure}</b><span>{told}</span></div>"
+    yield "</section>"
+
+
+def _loras(view: CoverageView) -> Iterable[str]:
+    if not view.loras:
+        return
+    several = len(view.loras) > 1
+    yield f"<h2>{'LoRAs, in the order they were applied' if several else 'LoRA'}</h2>\n<section class=loras>"
+    for i, lora in enumerate(view.loras, 1):
+        number = f"<span>{i} · </span>" if several else ""
+        yield f"<article class=lora>\n<h3 class=name>{number}{name(lora['name'])}</h3>\n<dl>"
+        for term, value in _facts(lora, view.document["rule"]):
+            yield f"<div><dt>{term}</dt><dd>{value}</dd></div>"
+        yield "</dl>\n</article>"
+    yield "</section>"
+
+
+def _facts(lora: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str]]:
+    """The lines of one LoRA's card, escaped."""
+    ranks = sorted(lora["ranks"].items(), key=lambda item: int(item[0]))
+    ignored = " (not used by the official rule)" if rule == "official" and lora["alphas"] else ""
+    yield "strength", f"{lora['strength']:g}"
+    yield "scale of B·A", _listed(f"{value:g}" for value in lora["scales"])
+    yield "matched", f"{lora['matched']:,} of {lora['total']:,} linears{_and_others(lora['other_tensors'])}"
+    yield "ranks", _listed((f"{rank} ×{count:,}" for rank, count in ranks), [rank for rank, _ in ranks])
+    yield "alpha", (_listed(lora["alphas"]) if lora["alphas"] else "none in the file") + ignored
+    yield "DoRA", _targets(lora["dora"])
+    yield "full differences", _targets(lora["full_differences"])
+    yield "left out", f"{_targets(len(lora['left_out']))}, listed below" if lora["left_out"] else "none"
+    yield "naming", name(", ".join(lora["namings"]))
+    yield "file", f'<span class="name mono">{name(lora["file"])}</span>'
+    yield "blake3", f'<span class="name mono">{text(lora["blake3"][:16])}…</span>'
+
+
+def _legend(view: CoverageView) -> Iterable[str]:
+    """The scale with the page's own distribution on it, and what is not on it."""
+    median, largest = view.document["median_change"], view.document["largest_change"]
+    counts = histogram(target["change"] for target in view.targets.values())
+    marks = "".join(
+        f'<span style="left:{clamped(change):.1%}">{sign}</span>'
+        for sign, change in (("▽", median), ("▼", largest))
+        if change is not None
+    )
+    bars = "".join(
+        f'<i style="height:{count / max(*counts, 1):.0%};'
+        f'background:{colour(10 ** (LOW + (i + 0.5) / BINS_PER_DECADE))}"></i>'
+        for i, count in enumerate(counts)
+    )
+    ticks = "".join(f'<span style="left:{clamped(10.0**n):.0%}">{_decade(n)}</span>' for n in range(LOW, HIGH + 1))
+    yield (
+        "<h2>Blocks</h2>\n<p>How far the bake moves each linear, relative to its size: ‖ΔW‖ / ‖W‖ (Frobenius norms). "
+        "The colours are the same on every page, so two pages can be compared.</p>"
+    )
+    yield f"<div class=key>\n<div class=legend>\n<div class=marks>{marks}</div>\n<div class=bars>{bars}</div>"
+    yield f'<div class=ramp style="background:linear-gradient(to right, {", ".join(RAMP)})"></div>'
+    yield f"<div class=ticks>{ticks}</div>\n</div>\n<div class=told>"
+    yield f"<p><span class=chip>▽</span>median {_percent(median)}</p>"
+    yield f"<p><span class=chip>▼</span>largest {_percent(largest)}</p>"
+    for told in _looks(view):
+        yield f"<p>{told}</p>"
+    yield "</div>\n</div>"
+
+
+def _decade(power: int) -> str:
+    return f"{10.0 ** (power + 2):g} %"
+
+
+def _looks(view: CoverageView) -> Iterator[str]:
+    """One line for every look of a cell that is not simply its colour, with how many targets have it."""
+    found = Counter(_look(target["change"]) for target in view.targets.values())
+    low, high = _decade(LOW), _decade(HIGH)
+    bottom, top = _shade(10.0**LOW), _shade(10.0**HIGH)
+    for kind, attribute, count, told in (
+        ("none", "", view.untouched, "not touched"),
+        ("lo", bottom, found["lo"], f"below {low}, drawn as {low}"),
+        ("hi", top, found["hi"], f"above {high}, drawn as {high}"),
+        ("zr", "", found["zr"], "touched, and ΔW is zero"),
+        ("fz", top, found["fz"], "changed from zero: W is zero, there is no ratio"),
+    ):
+        yield f'<span class="chip {kind}"{attribute}></span><span class=count>{count:,}</span>{told}'
+
+
+def _map(view: CoverageView) -> Iterable[str]:
+    """Blocks down, modules across, the columns' sums below."""
+    if not view.groups:
+        yield "<p>This transformer has no blocks.</p>"
+        return
+    if not view.cells:
+        yield "<p>No weight inside the blocks is touched.</p>"
+    yield "<div class=wide><table class=map>"
+    yield (
+        f"<caption>Rows: blocks 0, next to the input, to {view.blocks - 1}, next to the output. Columns: linears in "
+        "model order. Hold the pointer on a cell for its name and exact figures.</caption>"
+    )
+    yield from _column_heads(view.groups)
+    yield "<tbody>"
+    for block in range(view.blocks):
+        row = [f"<tr><th class=block scope=row>{block}"]
+        for i, group in enumerate(view.groups):
+            row.append(f"<td rowspan={view.blocks}>" if i and not block else "")
+            row += (_cell(view, block, kind) for kind, _ in group.columns)
+        yield "".join(row)
+    yield "</tbody>\n<tfoot>"
+    for label, cells in _sums(view):
+        groups = ("".join(cells[kind] for kind, _ in group.columns) for group in view.groups)
+        yield f"<tr><th scope=row>{label}" + "<td>".join(groups)
+    yield "</tfoot>\n</table></div>"
+
+
+def _column_heads(groups: Sequence[ColumnGroup]) -> Iterable[str]:
+    """Three lines over the columns: the stream, the module, its part."""
+    columns, streams, modules, parts = ["<col class=axis>"], "", "", ""
+    for i, group in enumerate(groups):
+        first = not i or groups[i - 1].stream != group.stream
+        if i:
+            columns.append(f"<col class={'break' if first else 'gap'}>")
+            modules += "<td>"
+            parts += "<td>"
+        width = len(group.columns)
+        columns.append(f"<col span={width}>")
+        if first:
+            span = sum(len(other.columns) + 1 for other in groups if other.stream == group.stream) - 1
+            streams += f"{'<td>' if i else ''}<th class=stream colspan={span} scope=colgroup>{group.stream}"
+        note = f"<br><span class=quiet>{group.note}</span>" if group.note else ""
+        modules += f"<th class=group colspan={width} scope=colgroup><span class=mono>{name(group.module)}</span>{note}"
+        for _, label in group.columns:
+            shown = text(label) if len(label) <= _FLAT_LABEL else f"<div>{text(label)}</div>"
+            parts += f"<th class=part scope=col>{shown}"
+    yield f"<colgroup>{''.join(columns)}</colgroup>"
+    yield f"<thead>\n<tr><th class=corner rowspan=3>block ↓{streams}\n<tr>{modules}\n<tr>{parts}\n</thead>"
+
+
+def _cell(view: CoverageView, block: int, kind: str) -> str:
+    key = view.cells.get((block, kind))
+    if key is None:
+        return f'<td class=none title="block {block}, {text(kind)}: not touched">'
+    target = view.targets[key]
+    change, look = target["change"], _look(target["change"])
+    beyond = {"lo": ", below the scale", "hi": ", above the scale"}.get(look, "")
+    terms = "; ".join(
+        f"LoRA {term['lora'] + 1} rank {term['rank']} scale {term['scale']:g}" for term in target["terms"]
+    )
+    figures = (
+        f"{'from zero' if change is None else f'{change:.2e}'}{beyond}, {_counts(target)} weights changed; {terms}"
+    )
+    return f'<td{f" class={look}" if look else ""}{_shade(change)} title="{text(key)}: {figures}">'
+
+
+def _counts(target: Mapping[str, Any]) -> str:
+    return f"{target['changed']:,} of {target['elements']:,}"
+
+
+def _sums(view: CoverageView) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """The lines below the map, each with a cell for every kind: the change, and how much of the model each LoRA has."""
+    kinds = [kind for group in view.groups for kind, _ in group.columns]
+    measured = view.document["kinds"]
+    for label, key in (("median, %", "median_change"), ("largest, %", "largest_change")):
+        # A kind whose every change is from zero has no ratio.
+        shown = {k: _brief(None if found["median_change"] is None else found[key]) for k, found in measured.items()}
+        yield label, {kind: f"<td>{shown.get(kind, '')}" for kind in kinds}
+    for i in range(len(view.loras)):
+        whose = f"LoRA {i + 1} " if len(view.loras) > 1 else ""
+        yield f"{whose}matched", {kind: _share(view.matched(i, kind), view.total(kind)) for kind in kinds}
+        yield f"{whose}rank", {kind: f"<td>{_rank(view.ranks(i, kind))}" for kind in kinds}
+    yield "in the model", {kind: f"<td>{view.total(kind) or ''}" for kind in kinds}
+
+
+def _share(matched: int, total: int | None) -> str:
+    kind = " class=no" if not matched else "" if matched == total else " class=some"
+    return f"<td{kind}>{matched}"
+
+
+def _rank(ranks: Sequence[int]) -> str:
+    """``384``, or ``≤72`` if they differ."""
+    if not any(ranks):
+        return "full" if ranks else ""
+    return f"{'≤' if min(ranks) != max(ranks) else ''}{max(ranks)}"
+
+
+def _outside(view: CoverageView) -> Iterable[str]:
+    if not view.outside:
+        return
+    yield "<h2>Outside the blocks</h2>"
+    if not view.ends:
+        count = sum(map(len, view.outside.values()))
+        yield f"<p><span class='chip none'></span>None of the {count} linears outside the blocks is touched.</p>"
+        return
+    yield "<section class=ends>"
+    for stream, kinds in view.outside.items():
+        yield f"<table>\n<tr><th colspan=2>{stream}<th class=number>‖ΔW‖ / ‖W‖<th class=number>weights changed</tr>"
+        for kind in kinds:
+            look, colours, figures = "none", "", '<td class="number quiet" colspan=2>not touched'
+            if kind in view.ends:
+                target = view.targets[view.ends[kind]]
+                change = target["change"]
+                look, colours = _look(change), _shade(change)
+                told = "from zero" if change is None else _percent(change)
+                figures = f"<td class=number>{told}<td class=number>{_counts(target)}"
+            chip = f'<span class="chip {look}"{colours}></span>'
+            yield f'<tr><td>{chip}<td class="name mono">{name(view.ends.get(kind, kind))}{figures}</tr>'
+        yield "</table>"
+    yield "</section>"
+
+
+def _left_out(view: CoverageView) -> Iterable[str]:
+    """The targets that --allow-unmatched left out, each LoRA's by itself."""
+    found = [(lora["name"], lora["left_out"]) for lora in view.loras if lora["left_out"]]
+    if found:
+        yield "<h2>Left out</h2>\n<p>Targets that this transformer does not have (--allow-unmatched).</p>"
+    for lora, modules in found:
+        yield f"<section class=left>\n<h3><span class=name>{name(lora)}</span>: {len(modules):,} left out</h3>\n<ul>"
+        for module in modules[:MAX_LEFT_OUT]:
+            yield f'<li class="name mono">{name(clipped(module))}</li>'
+        yield "</ul>"
+        if len(modules) > MAX_LEFT_OUT:
+            rest = f"and {len(modules) - MAX_LEFT_OUT:,} more; coverage.json lists all {len(modules):,}"
+            yield f"<p class=quiet>{rest}</p>"
+        yield "</section>"
