@@ -17,9 +17,13 @@ from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser
+from ltxpack.runtime.sampling.guidance import Denoiser
+from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.sample import res2s
-from ltxpack.runtime.sampling.schedule import stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.sampling.schedule import shifted_sigmas, sigmas_of
+from ltxpack.runtime.settings import Settings
+
+HQ = Settings().guidance
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 CPU = torch.device("cpu")
@@ -112,10 +116,10 @@ def _waiting(bench: Bench) -> None:
 
 def _run_stage(dit: DiT, stage: int, watched: bool) -> None:
     shape = TINY.shape.half() if stage == 1 else TINY.shape
-    sigmas = stage1_sigmas(shape.tokens, 3) if stage == 1 else stage2_sigmas()
+    sigmas = shifted_sigmas(shape.tokens, 3) if stage == 1 else sigmas_of(REFINING)
     state = state_of(dit, shape)
     other = contexts(dit, TINY.text, 2) if stage == 1 else None
-    denoiser = Denoiser(dit, contexts(dit, TINY.text, 1), other, HQ_GUIDANCE if stage == 1 else None)
+    denoiser = Denoiser(dit, contexts(dit, TINY.text, 1), other, HQ if stage == 1 else None)
     weight = dit.proj_in.weight
     rope = dit.rope(state.map(lambda s: s.positions), weight.dtype, weight.device)
     calls = iter(range(99))

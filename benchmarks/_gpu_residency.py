@@ -138,10 +138,10 @@ class Switches:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Around the pipeline's phases and its sampler."""
-        from ltxpack.runtime import pipeline
-        from ltxpack.runtime.sampling.sample import res2s
+        from ltxpack.runtime.sampling.sample import SAMPLERS
+        from ltxpack.runtime.session import Timings
 
-        outer, switches = pipeline.Timings.phase, self
+        outer, switches = Timings.phase, self
 
         @contextmanager
         def phase(timings: Any, name: str) -> Iterator[None]:
@@ -152,14 +152,17 @@ class Switches:
                 yield
             switches.peaks[name] = switches.bench.clock.peak()
 
-        def sample(*arguments: Any, **more: Any) -> Any:
-            switches.bench.clock.wait()
-            switches.waited[switches._phase] = time.perf_counter() - switches._began
-            return res2s(*arguments, **more)
+        def watched(sampler: Any) -> Any:
+            def sample(*arguments: Any, **more: Any) -> Any:
+                switches.bench.clock.wait()
+                switches.waited[switches._phase] = time.perf_counter() - switches._began
+                return sampler(*arguments, **more)
+
+            return sample
 
         with ExitStack() as stack:
-            stack.enter_context(patch.object(pipeline.Timings, "phase", phase))
-            stack.enter_context(patch.object(pipeline, "res2s", sample))
+            stack.enter_context(patch.object(Timings, "phase", phase))
+            stack.enter_context(patch.dict(SAMPLERS, {name: watched(sampler) for name, sampler in SAMPLERS.items()}))
             yield
 
 
@@ -211,7 +214,7 @@ def _mode(bench: Bench, overlay: Path, mode: str, memory: Growing, times: Growin
             make.make(request)
             bench.clock.wait()
             seconds.append(time.perf_counter() - begin)
-        plan = make.residency.plan
+        plan = make.session.residency.plan
     assert plan is not None
     planned = {phase.name: phase.card for phase in plan.phases}
     for phase in STAGES:

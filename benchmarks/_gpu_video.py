@@ -18,9 +18,13 @@ from torch import Tensor
 
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import VideoShape, unpatchify
-from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser
+from ltxpack.runtime.sampling.guidance import Denoiser
+from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.sample import res2s
-from ltxpack.runtime.sampling.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.sampling.schedule import res2s_plan, shifted_sigmas, sigmas_of
+from ltxpack.runtime.settings import Settings
+
+HQ = Settings().guidance
 
 CODEC_PACKAGE, MEDIA_PACKAGE = "diffusers", "av"
 # Spec 07, section 5: TFLOP to decode the default video in one piece.
@@ -127,7 +131,7 @@ def _make(bench: Bench, blocks: str) -> None:
     phases = Phases(bench, table)
     evaluations = {
         "stage 1": (sizes.lengths(1), res2s_plan(_sigmas(sizes.shape, sizes.steps)).evaluations),
-        "stage 2": (sizes.lengths(2), res2s_plan(stage2_sigmas()).evaluations),
+        "stage 2": (sizes.lengths(2), res2s_plan(sigmas_of(REFINING)).evaluations),
     }
     flops = run_flops(bench.config, evaluations)
     codecs = random_codecs(sizes, bench.device, bench.dtype) if installed(CODEC_PACKAGE) else None
@@ -136,7 +140,7 @@ def _make(bench: Bench, blocks: str) -> None:
     with phases.phase("upsample"):
         start = AV(_upsampled(bench, codecs, first.video), first.audio)
     with phases.phase("stage 2", flops["stage 2"]):
-        second = unpatchify(_stage2(bench, start, len(stage2_sigmas()) - 1), sizes.shape)
+        second = unpatchify(_stage2(bench, start, len(sigmas_of(REFINING)) - 1), sizes.shape)
     if codecs is None:
         table.note += f" {CODEC_PACKAGE} is not installed here: the upsampler is a copy, and nothing is decoded."
     else:
@@ -146,7 +150,7 @@ def _make(bench: Bench, blocks: str) -> None:
 
 
 def _sigmas(shape: VideoShape, steps: int) -> Tensor:
-    return stage1_sigmas(shape.half().tokens, steps)
+    return shifted_sigmas(shape.half().tokens, steps)
 
 
 def _stage1(bench: Bench, steps: int | None) -> AV[Tensor]:
@@ -156,7 +160,7 @@ def _stage1(bench: Bench, steps: int | None) -> AV[Tensor]:
     sigmas = _sigmas(sizes.shape, steps) if steps else torch.tensor([1.0, 0.9])
     state = state_of(dit, half)
     prompts = [contexts(dit, sizes.text, seed) for seed in (11, 12)]
-    denoiser = Denoiser(dit, prompts[0], prompts[1], HQ_GUIDANCE)
+    denoiser = Denoiser(dit, prompts[0], prompts[1], HQ)
     rope = dit.rope(state.map(lambda s: s.positions), bench.dtype, bench.device)
     return res2s(lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas)
 
@@ -164,7 +168,7 @@ def _stage1(bench: Bench, steps: int | None) -> AV[Tensor]:
 def _stage2(bench: Bench, start: AV[Tensor] | None, steps: int | None) -> AV[Tensor]:
     """The stage without guidance, from ``start``."""
     sizes, dit = bench.sizes, bench.dit
-    sigmas = stage2_sigmas() if steps else torch.tensor([1.0, 0.9])
+    sigmas = sigmas_of(REFINING) if steps else torch.tensor([1.0, 0.9])
     state = state_of(dit, sizes.shape, float(sigmas[0]), start)
     denoiser = Denoiser(dit, contexts(dit, sizes.text, seed=11))
     rope = dit.rope(state.map(lambda s: s.positions), bench.dtype, bench.device)

@@ -84,17 +84,17 @@ def _on_card(card: int, overlay: Path, compiled: bool) -> dict[str, Any]:
 
 def two_videos(overlay: Path, *, compiled: bool) -> dict[str, Any]:
     """The mode, and of each phase the bytes planned, allocated and reserved in the second video."""
-    from ltxpack.runtime import pipeline
+    from ltxpack.runtime.pipeline import Pipeline
     from ltxpack.runtime.request import Request
 
     peaks: dict[str, tuple[int, int]] = {}
     with (
-        pipeline.Pipeline.from_overlay(overlay, device="cuda", cache=False, compile=compiled) as make,
+        Pipeline.from_overlay(overlay, device="cuda", cache=False, compile=compiled) as make,
         _watching(peaks),
     ):
         for seed in (1, 2):
             make.make(Request.of("A boat.", seed=seed, height=HEIGHT, width=WIDTH, num_frames=FRAMES, steps=STEPS))
-        plan = make.residency.plan
+        plan = make.session.residency.plan
     assert plan is not None
     planned = {phase.name: phase.card for phase in plan.phases}
     return {
@@ -115,9 +115,9 @@ def _watching(peaks: dict[str, tuple[int, int]]) -> Iterator[None]:
     """Have every phase enter the most it had allocated and reserved."""
     import torch
 
-    from ltxpack.runtime import pipeline
+    from ltxpack.runtime.session import Timings
 
-    outer = pipeline.Timings.phase
+    outer = Timings.phase
 
     @contextmanager
     def phase(timings: Any, name: str) -> Iterator[None]:
@@ -127,7 +127,7 @@ def _watching(peaks: dict[str, tuple[int, int]]) -> Iterator[None]:
             yield
         peaks[name] = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
 
-    with patch.object(pipeline.Timings, "phase", phase):
+    with patch.object(Timings, "phase", phase):
         yield
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.published import published_configs, published_tensors
-from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights.commands import OFFICIAL, hq_work
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.recipes import HQ
+from ltxpack.runtime.select import official_transformers
 from ltxpack.runtime.weights.machine import this_machine
 from ltxpack.runtime.weights.plan import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, best_plan
 from ltxpack.runtime.weights.report import seconds
@@ -26,7 +27,8 @@ GB = 10**9
 # Memory of the card and of the host, in GB; read rate of the disk in bytes a second.
 MACHINES = ((24, 32), (24, 64), (24, 128), (32, 64), (48, 64), (48, 128), (80, 128), (96, 128), (141, 128))
 DISK_RATE = 3 * GB
-WORK = hq_work(VideoShape(frames=121, height=1088, width=1920, fps=24.0), OFFICIAL)
+OFFICIAL = official_transformers(HQ)
+WORK = Request.of("").work(OFFICIAL)
 HEAD = (
     "| card | host | mode | blocks streamed | text encoder | peak on the card | peak on the host "
     "| first video reads | each further one |",

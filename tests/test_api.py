@@ -8,6 +8,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from test_architecture import HEAVY, modules_after
 import ltxpack as package
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import codecs
+from ltxpack.runtime import codecs, recipe_run
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.pipeline import Pipeline
+from ltxpack.runtime.settings import SessionSettings, Settings
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import reading
@@ -109,9 +111,9 @@ def test_one_load_serves_what_is_encoded_ahead(demo: Path, make: Pipeline, monke
     requests = [package.Request.of(prompt, **SMALL) for prompt in ("a boat", "a dog")]
     assert make.encode_ahead(requests) > 0
     monkeypatch.setattr(text, "load_text_encoder", None)
-    make.prompts.cache = None
+    make.session.prompts.cache = None
     for request in requests:
-        assert len(make.prompts.contexts(request.prompts, make.reporter)) == 2
+        assert len(make.session.prompts.contexts(request.prompts, make.session.reporter)) == 2
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_one_load_serves_what_is_encoded_ahead(demo: Path, make: Pipeline, monke
     ],
 )
 def test_values_no_run_could_use(settings: dict[str, Any], make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pipeline, "generate", None)
+    monkeypatch.setattr(recipe_run, "generate", None)
     with pytest.raises(UsageError):
         make("a boat", **{**SMALL, **settings})
 
@@ -149,11 +151,11 @@ def test_a_setting_that_does_not_exist(make: Pipeline) -> None:
 def test_settings_of_the_pipeline(demo: Path, tmp_path: Path) -> None:
     overlay = demo / "overlay"
     with Pipeline.from_overlay(str(overlay), dtype=torch.bfloat16, device="cpu", cache=False) as plain:
-        assert plain.dtype == torch.bfloat16
-        assert plain.prompts.cache is None
+        assert plain.session.dtype == torch.bfloat16
+        assert plain.session.prompts.cache is None
     with Pipeline.from_overlay(overlay, device="cpu", cache=tmp_path / "mine") as kept:
-        assert kept.prompts.cache is not None
-        assert kept.prompts.cache.folder == tmp_path / "mine"
+        assert kept.session.prompts.cache is not None
+        assert kept.session.prompts.cache.folder == tmp_path / "mine"
     for wrong in (
         {"dtype": "float16"},
         {"device": "tpu"},
@@ -214,16 +216,16 @@ def test_an_attention_kernel_asked_for_serves_both_stages(
     given: str | None, variable: str | None, note: str, demo: Path, make: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: set[object] = set()
-    settle = Pipeline._settle
+    passes = DiT.passes
 
-    def settled(self: Pipeline, model: DiT, streamed: bool) -> None:
-        settle(self, model, streamed)
-        used.update((block, block.attn1.kernel) for block in model.blocks())
+    def watched(self: DiT, *arguments: Any) -> Any:
+        used.update((block, block.attn1.kernel) for block in self.blocks())
+        return passes(self, *arguments)
 
     expected = make("a boat", **SMALL).frames
     if variable is not None:
         monkeypatch.setenv(kernels.VARIABLE, variable)
-    monkeypatch.setattr(Pipeline, "_settle", settled)
+    monkeypatch.setattr(DiT, "passes", watched)
     notes = Notes()
     with Pipeline.from_overlay(
         demo / "overlay", device="cpu", dtype="float32", attention=given, reporter=notes
@@ -245,7 +247,7 @@ def test_an_attention_kernel_that_does_not_run_here_is_refused_at_once(name: str
 def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo's codec in full: fast is the decoder on the whole, official as ever."""
     wide: dict[str, Any] = {"height": 64, "width": 832, "num_frames": 9, "steps": 2}
-    make.reporter = make.residency.reporter = notes = Notes()
+    make.session.reporter = make.session.residency.reporter = notes = Notes()
     official = make("a boat", **wide)
     assert make.decoding == "decode official: 2 tiles of at most 9 frames of 64x768 pixels"
     assert not [line for line in notes.told if line.startswith("decode")]
@@ -253,7 +255,7 @@ def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.
     told = "decode fast: one tile of 9 frames of 64x832 pixels (official: 2 tiles of at most 9 frames of 64x768 pixels)"
     assert make.decoding == told and notes.told.count(told) == 1
     assert torch.equal(fast.latents.stage2.video, official.latents.stage2.video)
-    folder = make.overlay.folder("vae")
+    folder = make.session.overlay.folder("vae")
     vae = codecs.load_video_vae(folder, torch.device("cpu"), torch.float32)
     latents = official.latents.stage2.video
     with torch.inference_mode():
@@ -272,14 +274,14 @@ def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.
 def test_prompts_encoded_ahead_are_in_the_plan(make: Pipeline) -> None:
     requests = [package.Request.of(prompt, **SMALL) for prompt in ("a boat", "a dog", "a boat")]
     make.encode_ahead(requests)
-    assert make.residency.plan is not None
-    assert make.residency.plan.work.prompts == 2
-    make.generate(requests[0])
-    assert make.residency.plan.work.prompts == 2, "their contexts are still there"
+    assert make.session.residency.plan is not None
+    assert make.session.residency.plan.work.prompts == 2
+    make.make(requests[0])
+    assert make.session.residency.plan.work.prompts == 2, "their contexts are still there"
     make.encode_ahead(requests[:1])
-    assert make.residency.plan.work.prompts == 1
-    make.generate(requests[0], once=True)
-    assert make.residency.plan.work.once
+    assert make.session.residency.plan.work.prompts == 1
+    recipe_run.generate(make.session, requests[0], once=True)
+    assert make.session.residency.plan.work.once
 
 
 def test_a_closed_pipeline_makes_nothing(make: Pipeline) -> None:
@@ -332,7 +334,7 @@ def test_whatever_says_that_memory_ran_out(error: Exception, make: Pipeline) -> 
         raise error
 
     with pytest.raises(DeviceError, match="ran out of memory"):
-        make.within_memory(work)
+        make.session.within_memory(work)
 
 
 def test_other_errors_are_not_taken_for_it(make: Pipeline) -> None:
@@ -340,7 +342,7 @@ def test_other_errors_are_not_taken_for_it(make: Pipeline) -> None:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        make.within_memory(work)
+        make.session.within_memory(work)
 
 
 def test_nothing_is_held_when_the_pipeline_is_gone(demo: Path) -> None:
@@ -361,10 +363,8 @@ def test_the_examples_of_the_documentation_run(
 
 
 def test_the_documentation_has_every_setting() -> None:
-    from ltxpack.runtime.request import DEFAULTS
-
     content = (REPOSITORY / "docs" / "python.md").read_text()
     assert EXAMPLES
-    arguments = set(inspect.signature(Pipeline.from_overlay).parameters) - {"path"}
-    for name in (*DEFAULTS, *arguments):
+    arguments = set(inspect.signature(Pipeline.from_overlay).parameters) - {"path", "given"}
+    for name in (*arguments, *(one.name for table in (Settings, SessionSettings) for one in fields(table))):
         assert f"`{name}`" in content, name

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 from hypothesis import given
@@ -20,16 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import Done, ltxpack, refused
 
-from ltxpack.cli.run import run
 from ltxpack.errors import LtxpackError
 from ltxpack.manifest import load_schema
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import batch, codecs, media
+from ltxpack.runtime import batch, codecs, media, recipe_run
 from ltxpack.runtime import run as runs
-from ltxpack.runtime.pipeline import Pipeline
 from ltxpack.runtime.prompts_file import read_jobs
 from ltxpack.runtime.record import record_path
-from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, DEFAULTS, Request
+from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, Request
+from ltxpack.runtime.session import Session
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.video import Latents
 from ltxpack.runtime.weights.keeper import Residency
@@ -89,13 +87,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     For tests of what is made when; what is made is held by the others.
     """
 
-    def sample(self: Pipeline, request: Request) -> Latents:
-        self.prompts.contexts(request.prompts, self.reporter)
-        latents = request.shape.latent_shapes.map(lambda shape: torch.full(shape, request.seed / 10))
-        return Latents(latents, latents.video, latents)
+    def sample(session: Session, request: Request, following: str | None) -> Latents:
+        session.prompts.contexts(request.prompts, session.reporter)
+        latents = request.shape.latent_shapes.map(lambda shape: torch.full(shape, request.settings.seed / 10))
+        return Latents((latents, latents), latents.video)
 
-    monkeypatch.setattr(Pipeline, "sample", sample)
-    monkeypatch.setattr(Pipeline, "decode_audio", lambda self, latents: (torch.zeros(2, 4800), 48000))
+    monkeypatch.setattr(recipe_run, "sample", sample)
+    monkeypatch.setattr(recipe_run, "decode_audio", lambda session, latents: (torch.zeros(2, 4800), 48000))
 
 
 def out_of_memory(*_: object) -> None:
@@ -341,7 +339,7 @@ def test_two_at_once_at_one_file_are_refused(demo: Path, tmp_path: Path) -> None
 
 def jobs(path: Path, output: Path | None = None, **settings: Any) -> list[Any]:
     small = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
-    return read_jobs(path, {**DEFAULTS, **small, **settings}, output)  # type: ignore[typeddict-item]
+    return read_jobs(path, {**small, **settings}, output)  # type: ignore[typeddict-item]
 
 
 def test_flags_give_what_a_line_leaves_out(tmp_path: Path) -> None:
@@ -353,13 +351,13 @@ def test_flags_give_what_a_line_leaves_out(tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": "a"}, full)
     plain, given = jobs(path, fps=12.0, images=[f"{tmp_path}/flag.png@last"])
     assert (plain.request.prompt, plain.request.negative_prompt) == ("a", DEFAULT_NEGATIVE_PROMPT)
-    assert (plain.request.shape.fps, plain.request.seed) == (12.0, 10)
+    assert (plain.request.shape.fps, plain.request.settings.seed) == (12.0, 10)
     assert [(image.path.name, image.frame) for image in plain.request.images] == [("flag.png", 8)]
     shape = given.request.shape
     assert (shape.height, shape.width, shape.frames, shape.fps) == (128, 192, 17, 30)
-    assert (given.request.prompt, given.request.negative_prompt, given.request.seed) == ("b", "n", 7)
-    assert isinstance(given.request.seed, int)
-    assert (given.request.steps, list(given.request.images)) == (4, [])
+    assert (given.request.prompt, given.request.negative_prompt, given.request.settings.seed) == ("b", "n", 7)
+    assert isinstance(given.request.settings.seed, int)
+    assert (given.request.settings.steps, list(given.request.images)) == (4, [])
 
 
 def test_paths_are_relative_to_the_file_and_numbers_are_those_of_lines(tmp_path: Path) -> None:
@@ -408,14 +406,6 @@ def test_whatever_a_line_holds_it_is_a_job_or_told(line: bytes, caches: Path) ->
         assert found
 
 
-def test_the_schema_has_the_flags_and_their_defaults() -> None:
-    flags = {option.name: option for option in run.params if isinstance(option, click.Option)}
-    assert set(FIELDS) <= set(flags)
-    for name, value in DEFAULTS.items():
-        default = flags[name].default
-        assert (value or None) == (default if isinstance(default, int | float | str) else None), name
-
-
 # Failures
 
 
@@ -430,15 +420,15 @@ FAILURES = {
 @pytest.mark.usefixtures("quick")
 def test_a_failed_line_does_not_stop_the_rest(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = written(tmp_path, *({"prompt": "a", "seed": seed, "output": f"{seed}.mp4"} for seed in range(1, 6)))
-    generate = Pipeline.generate
+    generate = recipe_run.generate
 
-    def failing(self: Pipeline, request: Request, **options: Any) -> Any:
-        if request.seed in FAILURES:
-            raise FAILURES[request.seed][0]
-        return generate(self, request, **options)
+    def failing(session: Session, request: Request, **options: Any) -> Any:
+        if request.settings.seed in FAILURES:
+            raise FAILURES[request.settings.seed][0]
+        return generate(session, request, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, "generate", failing)
+        patch.setattr(recipe_run, "generate", failing)
         done = many(demo, prompts)
     message = refused(done, 1)
     assert statuses(done) == {1: "done", 2: "failed", 3: "failed", 4: "failed", 5: "done"}

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ltxpack.cli.options import given, settings_options
 from ltxpack.cli.terminal import TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
 from ltxpack.files.units import human_bytes
+from ltxpack.runtime.sampling.recipes import stage_label
+from ltxpack.runtime.settings import SessionSettings, Settings
 
 if TYPE_CHECKING:
     from ltxpack.runtime.batch import BatchSummary, Outcome
     from ltxpack.runtime.run import Peaks, RunOptions
+
+VIDEO, SESSION = fields(Settings), fields(SessionSettings)
 
 
 @click.command()
@@ -27,75 +33,44 @@ if TYPE_CHECKING:
     help="Make many videos: a JSON object per line; the other options say what a line leaves out.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), show_default="video.mp4")
-@click.option("--negative-prompt", help="What to avoid; default: the official one.")
-@click.option("--seed", type=int, default=10, show_default=True)
-@click.option("--height", type=int, default=1088, show_default=True)
-@click.option("--width", type=int, default=1920, show_default=True)
-@click.option("--num-frames", type=int, default=121, show_default=True)
-@click.option("--fps", type=float, default=24.0, show_default=True)
-@click.option("--steps", type=int, default=15, show_default=True, help="Steps of stage 1.")
-@click.option("--image", "images", multiple=True, metavar="PATH[@FRAME][:STRENGTH]", help="Condition on an image.")
-@click.option(
-    "--image-crf", type=click.IntRange(0, 51), help="x264 CRF images pass through; default: the checkpoint's."
-)
-@click.option("--stage1", default="auto", show_default=True, help="base, or a bake's name.")
-@click.option("--stage2", default="auto", show_default=True, help="base, or a bake's name.")
-@click.option("--video-cfg", type=float, default=3.0, show_default=True)
-@click.option("--audio-cfg", type=float, default=7.0, show_default=True)
-@click.option("--video-rescale", type=float, default=0.45, show_default=True)
-@click.option("--audio-rescale", type=float, default=1.0, show_default=True)
-@click.option("--modality", type=float, default=3.0, show_default=True, help="Modality guidance, video and audio.")
-@click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N or cpu.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
-@click.option(
-    "--residency", type=click.Choice(["auto", "resident", "swap", "stream"]), default="auto", show_default=True
-)
-@click.option(
-    "--reads",
-    type=click.Choice(["auto", "cached", "direct"]),
-    default="auto",
-    show_default=True,
-    help="Weights through the page cache or past it; auto: past it, but for what is there.",
-)
-@click.option(
-    "--decode",
-    type=click.Choice(["official", "fast"]),
-    default="official",
-    show_default=True,
-    help="fast: larger tiles where memory allows; pixels near seams differ.",
-)
-@click.option(
-    "--attention",
-    metavar="KERNEL",
-    show_default="auto",
-    help="auto (the fastest, measured), flash3, cudnn, flash, efficient, sdpa or math; before LTXPACK_ATTENTION.",
-)
-@click.option("--compile/--no-compile", "compile_blocks", default=False, show_default=True)
-@click.option("--cache/--no-cache", default=True, show_default=True, help="Keep encoded prompts on disk.")
+@settings_options(*VIDEO, *SESSION)
 @click.option("--save-tensors", type=click.Path(path_type=Path), help="Write latents, frames and waveform here.")
 @verbose_option
 def run(
-    overlay: Path, prompt: str | None, prompts: Path | None, output: Path | None, verbose: bool, **options: object
+    overlay: Path,
+    prompt: str | None,
+    prompts: Path | None,
+    output: Path | None,
+    save_tensors: Path | None,
+    verbose: bool,
+    **_: object,
 ) -> None:
     """Make a video with sound from OVERLAY, or many with --prompts."""
     if (prompt is None) == (prompts is None):
         raise click.UsageError("give --prompt TEXT for one video, or --prompts FILE for many")
-    if prompts is not None and options["save_tensors"] is not None:
+    if prompts is not None and save_tensors is not None:
         raise click.UsageError("--save-tensors goes with --prompt; --prompts makes many videos")
     from ltxpack.runtime.run import RunOptions
 
-    chosen = RunOptions(overlay=overlay, **options)  # type: ignore[arg-type]
+    options = RunOptions(
+        overlay,
+        prompt or "",
+        output or RunOptions.output,
+        save_tensors,
+        given(VIDEO),
+        SessionSettings(**given(SESSION)),
+    )
     if prompts is not None:
-        _many(chosen, prompts, output, verbose)
+        _many(options, prompts, output, verbose)
     else:
-        _one(replace(chosen, prompt=prompt or "", output=output or chosen.output), verbose)
+        _one(options, verbose)
 
 
 def _one(options: RunOptions, verbose: bool) -> None:
     from ltxpack.runtime.run import run_to_file
 
     summary = run_to_file(options, TerminalReporter(verbose))
-    click.echo(f"stage 1: {summary.stage1}, stage 2: {summary.stage2}")
+    click.echo(_stages(summary.transformers))
     click.echo(summary.decoding)
     for phase, seconds in summary.seconds.items():
         click.echo(f"  {phase:<12} {seconds:8.2f} s")
@@ -107,7 +82,8 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
     from ltxpack.runtime.batch import DONE, FAILED, SKIPPED, run_batch
 
     summary = run_batch(options, prompts, output, TerminalReporter(verbose))
-    click.echo(f"stage 1: {summary.stage1}, stage 2: {summary.stage2}")
+    for transformers in summary.choices:
+        click.echo(_stages(transformers))
     _print_table(summary)
     for decoding in summary.decodings:
         click.echo(decoding)
@@ -122,6 +98,11 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
             items=[f"line {outcome.job.number}: {outcome.problem}" for outcome in failed],
             next="mend what is said above and run the same command again; what is done is not made again",
         )
+
+
+def _stages(transformers: Sequence[str]) -> str:
+    """``stage 1: base, stage 2: distilled-0.5``."""
+    return ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(transformers))
 
 
 def _print_table(summary: BatchSummary) -> None:

@@ -69,19 +69,15 @@ def run_demo(folder: Path, reporter: Reporter) -> Path:
     reporter.note("4/4 run")
     # The runtime imports torch; the steps before do without.
     from ltxpack.runtime.run import RunOptions, run_to_file
+    from ltxpack.runtime.settings import SessionSettings
 
     options = RunOptions(
         overlay,
         PROMPT,
         output=folder / "video.mp4",
-        device="cpu",
-        dtype="float32",
         save_tensors=folder / "video.safetensors",
-        cache=False,
-        height=192,
-        width=320,
-        num_frames=25,
-        steps=4,
+        given={"height": 192, "width": 320, "num_frames": 25, "steps": 4},
+        session=SessionSettings(device="cpu", dtype="float32", cache=False),
     )
     return run_to_file(options, reporter).output
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
-from ltxpack.runtime.pipeline import Pipeline, Timings
 from ltxpack.runtime.prompts_file import Job, in_a_line, read_jobs
+from ltxpack.runtime.recipe_run import encode_ahead, work_of
 from ltxpack.runtime.run import Peaks, RunOptions, tell_inside, write_video
+from ltxpack.runtime.session import Session, Timings
 
 # Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host, as planned.
 AHEAD = 64
@@ -40,11 +42,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """What became of every line, in the order of the file; ``ahead`` are the seconds of encoding prompts ahead."""
+    """What became of every line, in the order of the file; ``ahead`` are the seconds of encoding prompts ahead.
+
+    ``choices`` are the transformers of the stages, one entry for each recipe that a line has.
+    """
 
     outcomes: Sequence[Outcome]
-    stage1: str
-    stage2: str
+    choices: Sequence[tuple[str, ...]]
     ahead: float
     peaks: Peaks
 
@@ -65,62 +69,65 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
     for what no line could be made with. What goes wrong with one line is in its outcome.
     """
     with _claimed(prompts):
-        jobs = read_jobs(prompts, options.settings, output)
+        jobs = read_jobs(prompts, options.given, output)
         tell_inside((job.output for job in jobs), reporter)
-        with options.open(reporter) as pipeline:
-            reporter.note(pipeline.choice.note)
-            batch = _Batch(pipeline, options.dtype, reporter)
+        with Session(options.overlay, options.session, reporter) as session:
+            recipes = {job.request.recipe.name: job.request.recipe for job in jobs}
+            choices = [session.transformers(recipe) for recipe in recipes.values()]
+            for choice in choices:
+                reporter.note(choice.note)
+            batch = _Batch(session, reporter)
             batch.run(jobs)
-            choice, peaks = pipeline.choice, Peaks.of(pipeline.device)
+            peaks = Peaks.of(session.device)
     outcomes = [batch.outcomes[job.number] for job in jobs]
-    return BatchSummary(outcomes, choice.stage1, choice.stage2, batch.ahead, peaks)
+    return BatchSummary(outcomes, [choice.stages for choice in choices], batch.ahead, peaks)
 
 
 @dataclass
 class _Batch:
     """The jobs of one file on their way to outcomes, by line number."""
 
-    pipeline: Pipeline
-    dtype: str
+    session: Session
     reporter: Reporter
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     ahead: float = 0.0
-    together: int = 1
 
     def run(self, jobs: Sequence[Job]) -> None:
-        self.together = min(len(jobs), AHEAD)
-        pending = [job for job in jobs if self._attempt(job, self._is_pending)]
+        together = min(len(jobs), AHEAD)
+        pending = [job for job in jobs if self._attempt(job, partial(self._is_pending, together=together))]
         done = sum(outcome.status == SKIPPED for outcome in self.outcomes.values())
         if done:
             self.reporter.note(f"{done} of {len(jobs)} videos are done already")
         for start in range(0, len(pending), AHEAD):
             group = pending[start : start + AHEAD]
             if self._encode(group):
-                for job in group:
-                    self._attempt(job, self._make)
+                for job, following in zip(group, (*group[1:], None), strict=True):
+                    self._attempt(job, partial(self._make, following=following))
 
-    def _is_pending(self, job: Job) -> bool:
+    def _is_pending(self, job: Job, together: int) -> bool:
         """Whether it is left to make; raises DeviceError if it would not fit."""
         if record.is_done(job.output, self._identity(job)[1]):
             self.outcomes[job.number] = Outcome(job, SKIPPED)
             return False
-        self.pipeline.check_fits(job.request, self.together)
+        self.session.residency.check(work_of(self.session, job.request, together))
         return True
 
-    def _make(self, job: Job) -> bool:
+    def _make(self, job: Job, following: Job | None) -> bool:
         self.reporter.note(f"line {job.number}: {job.output}")
+        session = self.session
         description, mark = self._identity(job)
-        write_video(self.pipeline, job.request, job.output)
-        seconds = dict(self.pipeline.timings.seconds)
-        record.write_record(job.output, description, mark, seconds)
-        self.outcomes[job.number] = Outcome(job, DONE, seconds, decoding=self.pipeline.decoding)
+        write_video(session, job.request, job.output, following=None if following is None else following.request)
+        seconds = dict(session.timings.seconds)
+        assert session.attention is not None
+        record.write_record(job.output, description, mark, seconds, session.attention.name)
+        self.outcomes[job.number] = Outcome(job, DONE, seconds, decoding=session.decoding)
         return True
 
     def _encode(self, group: Sequence[Job]) -> bool:
         """Encode the prompts of ``group`` with one load of the text encoder; if that fails, all of it fails."""
-        self.pipeline.timings = Timings()
+        self.session.timings = Timings()
         try:
-            self.ahead += self.pipeline.encode_ahead([job.request for job in group])
+            self.ahead += encode_ahead(self.session, [job.request for job in group])
         except Exception as error:
             for job in group:
                 self._failed(job, error)
@@ -128,7 +135,7 @@ class _Batch:
         return True
 
     def _attempt(self, job: Job, work: Callable[[Job], bool]) -> bool:
-        self.pipeline.timings = Timings()
+        self.session.timings = Timings()
         try:
             return work(job)
         except Exception as error:
@@ -142,12 +149,13 @@ class _Batch:
         if told is not error:
             self.reporter.detail("".join(traceback.format_exception(error)))
         self.reporter.warn(f"line {job.number} failed: {told.render()}")
-        self.outcomes[job.number] = Outcome(job, FAILED, dict(self.pipeline.timings.seconds), in_a_line(told))
+        self.outcomes[job.number] = Outcome(job, FAILED, dict(self.session.timings.seconds), in_a_line(told))
 
     def _identity(self, job: Job) -> tuple[dict[str, Any], str]:
-        overlay = self.pipeline.overlay
-        description = record.described(job.request, overlay, self.pipeline.choice, self.dtype)
-        return description, record.fingerprint(description, overlay)
+        session = self.session
+        names = session.transformers(job.request.recipe).stages
+        description = record.described(job.request, session.overlay, names, session.settings.dtype)
+        return description, record.fingerprint(description, names, session.overlay)
 
 
 def _as_ours(error: Exception, output: Path) -> LtxpackError:

@@ -10,9 +10,9 @@ import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 
@@ -22,16 +22,14 @@ from ltxpack.manifest import load_schema
 from ltxpack.runtime.media import check_output, frame_rate
 from ltxpack.runtime.media.images import read_image
 from ltxpack.runtime.record import is_free
-from ltxpack.runtime.request import ImageSpec, Request, Settings
+from ltxpack.runtime.request import ImageSpec, Request
+from ltxpack.runtime.settings import Settings, SettingsGiven, type_of
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_FAULT_LENGTH = 300
 # Leaves room for what is put around the name of a file that is not whole yet.
 MAX_NAME_BYTES = 230
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# JSON has one kind of number: 64.0 is an integer to the schema.
-WHOLE = ("seed", "height", "width", "num_frames", "steps")
-AS_THEY_ARE = ("negative_prompt", "fps")
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,13 @@ class Job:
     output: Path
 
 
-def read_jobs(path: Path, defaults: Settings, output: Path | None = None) -> list[Job]:
-    """The videos of the prompts file ``path``; ``defaults`` and ``output`` for the fields a line leaves out.
+def read_jobs(path: Path, given: SettingsGiven, output: Path | None = None) -> list[Job]:
+    """The videos of the prompts file ``path``; ``given`` and ``output`` for the fields a line leaves out.
 
     Without ``output``, line 7 of ``FILE.jsonl`` goes to ``FILE-0007.mp4`` beside it. Raises BadLinesError with every
     line at fault; UsageError for a file without lines; SourceError for one that cannot be read.
     """
-    reader = _Reader(path, defaults, output)
+    reader = _Reader(path, given, output)
     jobs, faults = [], []
     for number, line in _lines(path):
         try:
@@ -88,31 +86,34 @@ class _Reader:
     """Makes jobs of lines; remembers which outputs are taken."""
 
     path: Path
-    defaults: Settings
+    given: SettingsGiven
     output: Path | None
     taken: dict[Path, int] = field(default_factory=dict)
 
     def job(self, number: int, line: bytes) -> Job:
-        fields = _fields(line)
-        request = Request.of(fields["prompt"], **self._settings(fields))
+        said = _said(line)
+        request = Request.of(said["prompt"], **self._settings(said))
         for image in request.images:
             _check_picture(image.path)
         frame_rate(request.shape.fps)
-        return Job(number, request, self._output(fields.get("output"), number))
+        return Job(number, request, self._output(said.get("output"), number))
 
-    def _settings(self, fields: Mapping[str, Any]) -> Settings:
-        settings: Settings = {**self.defaults}
-        settings.update({name: int(fields[name]) for name in WHOLE if name in fields})  # type: ignore[typeddict-item]
-        settings.update({name: fields[name] for name in AS_THEY_ARE if name in fields})  # type: ignore[typeddict-item]
-        if "images" in fields:
-            frames = settings["num_frames"]
-            settings["images"] = [self._image(image, frames) for image in fields["images"]]
-        return settings
+    def _settings(self, line: Mapping[str, Any]) -> SettingsGiven:
+        """The settings of a line: its own, and for the others those that were given for all."""
+        found: dict[str, Any] = {**self.given}
+        for one in fields(Settings):
+            if one.name in line:
+                # JSON has one kind of number: 64.0 is an integer to the schema.
+                found[one.name] = int(line[one.name]) if type_of(one) is int else line[one.name]
+        if "images" in line:
+            frames = Settings.of(found).num_frames
+            found["images"] = [self._image(image, frames) for image in line["images"]]
+        return cast(SettingsGiven, found)
 
-    def _image(self, fields: Mapping[str, Any], num_frames: int) -> ImageSpec:
-        frame = fields.get("frame", 0)
-        path = self.path.parent / fields["path"]
-        return ImageSpec(path, num_frames - 1 if frame == "last" else int(frame), float(fields.get("strength", 1.0)))
+    def _image(self, said: Mapping[str, Any], num_frames: int) -> ImageSpec:
+        frame = said.get("frame", 0)
+        path = self.path.parent / said["path"]
+        return ImageSpec(path, num_frames - 1 if frame == "last" else int(frame), float(said.get("strength", 1.0)))
 
     def _output(self, named: str | None, number: int) -> Path:
         if named is not None:
@@ -136,19 +137,19 @@ def _validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(json.loads(load_schema("prompts")))
 
 
-def _fields(line: bytes) -> dict[str, Any]:
+def _said(line: bytes) -> dict[str, Any]:
     """The object in ``line``. Raises UsageError with every fault of it."""
     try:
-        fields: dict[str, Any] = parse_json(line.strip(), "")
+        said: dict[str, Any] = parse_json(line.strip(), "")
     except FormatError as error:
         raise UsageError(error.problem) from None
     faults = [
         ": ".join([*(str(part) for part in error.absolute_path), error.message[:MAX_FAULT_LENGTH]])
-        for error in sorted(_validator().iter_errors(fields), key=lambda error: list(map(str, error.absolute_path)))
+        for error in sorted(_validator().iter_errors(said), key=lambda error: list(map(str, error.absolute_path)))
     ]
     if faults:
         raise UsageError("; ".join(faults))
-    return fields
+    return said
 
 
 def _check_picture(path: Path) -> None:

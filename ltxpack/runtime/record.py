@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.request import Request
-from ltxpack.runtime.sampling.guidance import Guidance
-from ltxpack.runtime.select import Choice
+from ltxpack.runtime.sampling.recipes import Guidance, stage_flag
+from ltxpack.runtime.settings import Settings
 
 FORMAT = 1
 MADE_BY = "ltxpack run --prompts"
@@ -43,38 +44,34 @@ def is_free(output: Path) -> None:
         raise UsageError("would be overwritten, and ltxpack did not write it", file=path, next=f"move {path}")
 
 
-def described(request: Request, overlay: Overlay, choice: Choice, dtype: str) -> dict[str, Any]:
+def described(request: Request, overlay: Overlay, transformers: Sequence[str], dtype: str) -> dict[str, Any]:
     """Everything the video of ``request`` depends on, as JSON. Raises SourceError for an image that cannot be read."""
-    shape, crf = request.shape, request.image_crf
-    return {
-        "prompt": request.prompt.strip(),
-        "negative_prompt": request.negative_prompt.strip(),
-        "seed": request.seed,
-        "height": shape.height,
-        "width": shape.width,
-        "num_frames": shape.frames,
-        "fps": shape.fps,
-        "steps": request.steps,
-        "guidance": {"video": _guidance(request.guidance.video), "audio": _guidance(request.guidance.audio)},
-        "images": [
-            {"frame": image.frame, "strength": image.strength, "blake3": hash_file(image.path, cached=True)}
-            for image in request.images
-        ],
-        "image_crf": overlay.manifest.image_crf if crf is None else crf,
-        "stage1": choice.stage1,
-        "stage2": choice.stage2,
-        "dtype": dtype,
-        "decode": request.decode,
-    }
+    settings = request.settings
+    found: dict[str, Any] = {"prompt": request.prompt.strip()}
+    found |= {one.name: getattr(settings, one.name) for one in fields(settings) if "guides" not in one.metadata}
+    found["negative_prompt"] = request.negative_prompt.strip()
+    found["guidance"] = {"video": _guidance(settings.guidance.video), "audio": _guidance(settings.guidance.audio)}
+    found["images"] = [
+        {"frame": image.frame, "strength": image.strength, "blake3": hash_file(image.path, cached=True)}
+        for image in request.images
+    ]
+    if settings.image_crf is None:
+        found["image_crf"] = overlay.manifest.image_crf
+    if settings.recipe == Settings.recipe:
+        # Records of before there were recipes must stay what they are.
+        del found["recipe"]
+    found |= {stage_flag(number): name for number, name in enumerate(transformers)}
+    return found | {"dtype": dtype}
 
 
-def fingerprint(description: Mapping[str, Any], overlay: Overlay) -> str:
+def fingerprint(description: Mapping[str, Any], transformers: Sequence[str], overlay: Overlay) -> str:
     """The hash of ``description`` together with the weights that would be used."""
     weights = {
         name: _hashes(overlay.records(name)) for name in sorted({*LOADED_CLASSES, "tokenizer"} - {"transformer"})
     }
-    for stage in ("stage1", "stage2"):
-        weights[stage] = _hashes(overlay.transformer_records(description[stage]))
+    weights |= {
+        stage_flag(number): _hashes(overlay.transformer_records(name)) for number, name in enumerate(transformers)
+    }
     document = {"format": FORMAT, "request": description, "weights": weights}
     return blake3(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
@@ -90,14 +87,20 @@ def is_done(output: Path, wanted: str) -> bool:
         return False
 
 
-def write_record(output: Path, description: Mapping[str, Any], mark: str, seconds: Mapping[str, float]) -> None:
-    """Write the record of the finished video ``output``. Raises SourceError or OSError."""
+def write_record(
+    output: Path, description: Mapping[str, Any], mark: str, seconds: Mapping[str, float], attention: str
+) -> None:
+    """Write the record of the finished video ``output``. Raises SourceError or OSError.
+
+    The fingerprint does not hold the ``attention`` kernel: ``auto`` may choose another one next time.
+    """
     document = {
         "made_by": MADE_BY,
         "format": FORMAT,
         "fingerprint": mark,
         "video_blake3": hash_file(output, cached=True),
         "request": dict(description),
+        "attention": attention,
         "seconds": {phase: round(count, 3) for phase, count in seconds.items()},
     }
     atomic_write(record_path(output), (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode())
@@ -114,8 +117,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _guidance(guidance: Guidance) -> dict[str, Any]:
-    fields = dataclasses.asdict(guidance)
-    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in fields.items()}
+    strengths = dataclasses.asdict(guidance)
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in strengths.items()}
 
 
 def _hashes(records: tuple[FileRecord, ...]) -> list[str]:

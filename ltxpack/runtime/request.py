@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Unpack
 
 from ltxpack.errors import UsageError
-from ltxpack.runtime.large_tiles import DECODES, OFFICIAL
-from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.conditioning import VideoShape
-from ltxpack.runtime.sampling.guidance import Guidance
+from ltxpack.runtime.large_tiles import DECODES
+from ltxpack.runtime.sampling.recipes import Recipe
+from ltxpack.runtime.sampling.shape import VideoShape, check_sizes
+from ltxpack.runtime.settings import Settings, SettingsGiven, flag_of, recipe_named
+from ltxpack.runtime.weights.plan import StageWork, Work
 
 DEFAULT_NEGATIVE_PROMPT = (
     "has_subtitles, has_blurbox, transition from black, transition to black, speech_ending_short, blurry, out of "
@@ -103,110 +106,85 @@ def _check_frame(file: str | Path, frame: int, num_frames: int, typed: object) -
         )
 
 
-class Settings(TypedDict, total=False):
-    """What may be said of a video beside its prompt, by the names of the flags; DEFAULTS for the rest."""
-
-    negative_prompt: str | None
-    seed: int
-    height: int
-    width: int
-    num_frames: int
-    fps: float
-    steps: int
-    images: Sequence[ImageSpec | str | Path]
-    image_crf: int | None
-    video_cfg: float
-    audio_cfg: float
-    video_rescale: float
-    audio_rescale: float
-    modality: float
-    decode: str
-
-
-DEFAULTS = Settings(
-    negative_prompt=None,
-    seed=10,
-    height=1088,
-    width=1920,
-    num_frames=121,
-    fps=24.0,
-    steps=15,
-    images=(),
-    image_crf=None,
-    video_cfg=3.0,
-    audio_cfg=7.0,
-    video_rescale=0.45,
-    audio_rescale=1.0,
-    modality=3.0,
-    decode=OFFICIAL,
-)
-
-
 @dataclass(frozen=True)
 class Request:
     """One video to make. Raises UsageError for values no run could use."""
 
     prompt: str
-    shape: VideoShape
-    guidance: AV[Guidance]
-    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    seed: int = 10
-    steps: int = 15
-    images: Sequence[ImageSpec] = ()
-    image_crf: int | None = None
-    decode: str = OFFICIAL
+    settings: Settings
 
     @classmethod
-    def of(cls, prompt: str, **settings: Unpack[Settings]) -> Request:
+    def of(cls, prompt: str, **given: Unpack[SettingsGiven]) -> Request:
         """The request that ``ltxpack run`` makes of the same values; an image as text is ``PATH[@FRAME][:STRENGTH]``.
 
         Raises UsageError for values no run could use, TypeError for a name that is no setting.
         """
-        unknown = sorted(set(settings) - set(DEFAULTS))
-        if unknown:
-            raise TypeError(f"no such setting: {', '.join(unknown)}; there are {', '.join(DEFAULTS)}")
-        s: Settings = {**DEFAULTS, **settings}
-        frames, negative = s["num_frames"], s["negative_prompt"]
-        return cls(
-            prompt=prompt,
-            negative_prompt=DEFAULT_NEGATIVE_PROMPT if negative is None else negative,
-            shape=VideoShape(frames, s["height"], s["width"], s["fps"]),
-            guidance=AV(
-                Guidance(s["video_cfg"], s["video_rescale"], s["modality"]),
-                Guidance(s["audio_cfg"], s["audio_rescale"], s["modality"]),
-            ),
-            seed=s["seed"],
-            steps=s["steps"],
-            images=tuple(i if isinstance(i, ImageSpec) else ImageSpec.parse(str(i), frames) for i in s["images"]),
-            image_crf=s["image_crf"],
-            decode=s["decode"],
+        return cls(prompt, Settings.of(given))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the video."""
+        return recipe_named(self.settings.recipe)
+
+    @property
+    def shape(self) -> VideoShape:
+        """The size of the video."""
+        s = self.settings
+        return VideoShape(s.num_frames, s.height, s.width, s.fps)
+
+    @functools.cached_property
+    def images(self) -> tuple[ImageSpec, ...]:
+        """The images the video is conditioned on."""
+        frames = self.settings.num_frames
+        return tuple(
+            image if isinstance(image, ImageSpec) else ImageSpec.parse(str(image), frames)
+            for image in self.settings.images
         )
 
     @property
-    def prompts(self) -> tuple[str, str]:
-        """The batch that is encoded: the prompt and its negative."""
-        return self.prompt, self.negative_prompt
+    def prompts(self) -> tuple[str, ...]:
+        """The batch that is encoded: the prompt, and its negative where the recipe needs one."""
+        return (self.prompt, self.negative_prompt) if self.recipe.negative else (self.prompt,)
+
+    @property
+    def negative_prompt(self) -> str:
+        """What to avoid."""
+        given = self.settings.negative_prompt
+        return DEFAULT_NEGATIVE_PROMPT if given is None else given
+
+    def work(self, transformers: Sequence[str], *, prompts: int = 1, once: bool = False) -> Work:
+        """What the planner is asked: the stages with their ``transformers``, and how much they compute.
+
+        ``prompts`` and ``once`` as in :class:`Work`.
+        """
+        s = self.settings
+        stages = tuple(
+            StageWork(name, stage.shape(self.shape), stage.evaluations(s.steps), stage.passes(s.guidance))
+            for stage, name in zip(self.recipe.stages, transformers, strict=True)
+        )
+        return Work(self.shape, stages, len(self.images), s.decode, prompts, once)
 
     def __post_init__(self) -> None:
-        self.shape.half()
+        s = self.settings
+        check_sizes(s.height, s.width, self.recipe.multiple)
+        frames = self.shape.frames
         for image in self.images:
-            image.check(self.shape.frames)
-        if self.steps < 2:
-            raise UsageError("too few steps", expected="2 or more", found=self.steps, next="choose --steps 15")
-        if self.decode not in DECODES:
-            raise UsageError("unknown decode", expected=" or ".join(DECODES), found=self.decode, next=SEE_HELP)
-        if not -(2**63) <= self.seed < 2**64:
-            raise UsageError("wrong seed", expected="a 64-bit integer", found=self.seed, next="choose --seed 10")
-        for guidance in (self.guidance.video, self.guidance.audio):
-            for name in ("cfg", "rescale", "modality"):
-                value = getattr(guidance, name)
-                if not math.isfinite(value):
-                    raise UsageError(f"wrong {name}", expected="a finite number", found=value, next=SEE_HELP)
-        for text in self.prompts:
+            image.check(frames)
+        if s.steps < 2:
+            raise UsageError("too few steps", expected="2 or more", found=s.steps, next="choose --steps 15")
+        if s.decode not in DECODES:
+            raise UsageError("unknown decode", expected=" or ".join(DECODES), found=s.decode, next=SEE_HELP)
+        if not -(2**63) <= s.seed < 2**64:
+            raise UsageError("wrong seed", expected="a 64-bit integer", found=s.seed, next="choose --seed 10")
+        for one in dataclasses.fields(s):
+            value = getattr(s, one.name)
+            if "guides" in one.metadata and isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"wrong {flag_of(one)}", expected="a finite number", found=value, next=SEE_HELP)
+        for text in (self.prompt, self.negative_prompt):
             _check_text(text)
 
 
-def _check_text(text: Any) -> None:
+def _check_text(text: str) -> None:
     """Raises UsageError for what no tokenizer takes: bytes of the command line that are not UTF-8."""
     try:
         text.encode("utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,86 +14,24 @@ from torch import Tensor
 from ltxpack.errors import UsageError
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
+from ltxpack.runtime import recipe_run
 from ltxpack.runtime.media import VideoWriter, check_output, frame_rate
-from ltxpack.runtime.pipeline import Pipeline
-from ltxpack.runtime.request import DEFAULTS, Request, Settings
-from ltxpack.runtime.select import AUTO
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.session import Session
+from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.video import check_tensors_path
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of ``ltxpack run``, by the names of its flags."""
+    """What ``ltxpack run`` is given: ``given`` are settings of the video, the defaults of its recipe for the others."""
 
     overlay: Path
     prompt: str = ""
     output: Path = Path("video.mp4")
-    negative_prompt: str | None = DEFAULTS["negative_prompt"]
-    seed: int = DEFAULTS["seed"]
-    height: int = DEFAULTS["height"]
-    width: int = DEFAULTS["width"]
-    num_frames: int = DEFAULTS["num_frames"]
-    fps: float = DEFAULTS["fps"]
-    steps: int = DEFAULTS["steps"]
-    images: tuple[str, ...] = ()
-    image_crf: int | None = DEFAULTS["image_crf"]
-    stage1: str = AUTO
-    stage2: str = AUTO
-    video_cfg: float = DEFAULTS["video_cfg"]
-    audio_cfg: float = DEFAULTS["audio_cfg"]
-    video_rescale: float = DEFAULTS["video_rescale"]
-    audio_rescale: float = DEFAULTS["audio_rescale"]
-    modality: float = DEFAULTS["modality"]
-    device: str = "auto"
-    dtype: str = "bfloat16"
-    residency: str = "auto"
-    reads: str = "auto"
-    decode: str = DEFAULTS["decode"]
-    attention: str | None = None
-    compile_blocks: bool = False
-    cache: bool = True
     save_tensors: Path | None = None
-
-    @property
-    def settings(self) -> Settings:
-        """What these options say of a video."""
-        return Settings(
-            negative_prompt=self.negative_prompt,
-            seed=self.seed,
-            height=self.height,
-            width=self.width,
-            num_frames=self.num_frames,
-            fps=self.fps,
-            steps=self.steps,
-            images=self.images,
-            image_crf=self.image_crf,
-            video_cfg=self.video_cfg,
-            audio_cfg=self.audio_cfg,
-            video_rescale=self.video_rescale,
-            audio_rescale=self.audio_rescale,
-            modality=self.modality,
-            decode=self.decode,
-        )
-
-    def request(self) -> Request:
-        """The video asked for. Raises UsageError."""
-        return Request.of(self.prompt, **self.settings)
-
-    def open(self, reporter: Reporter) -> Pipeline:
-        """The overlay, opened as these options say. Raises LtxpackError."""
-        return Pipeline.from_overlay(
-            self.overlay,
-            stage1=self.stage1,
-            stage2=self.stage2,
-            device=self.device,
-            dtype=self.dtype,
-            residency=self.residency,
-            reads=self.reads,
-            attention=self.attention,
-            compile=self.compile_blocks,
-            cache=self.cache,
-            reporter=reporter,
-        )
+    given: SettingsGiven = field(default_factory=SettingsGiven)
+    session: SessionSettings = field(default_factory=SessionSettings)
 
 
 @dataclass(frozen=True)
@@ -112,11 +50,10 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run used and made; ``decoding`` the tiles in words, ``seconds`` per phase in order."""
+    """What a run used and made: the transformer of each stage, the tiles in words, and seconds per phase in order."""
 
     output: Path
-    stage1: str
-    stage2: str
+    transformers: tuple[str, ...]
     decoding: str
     seconds: dict[str, float]
     peaks: Peaks
@@ -127,19 +64,19 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
 
     Raises UsageError, OverlayError, DeviceError, FormatError.
     """
-    request = options.request()
+    request = Request.of(options.prompt, **options.given)
     check_target(request, options.output)
     if options.save_tensors is not None:
         check_tensors_path(options.save_tensors)
         if options.save_tensors.resolve() == options.output.resolve():
             raise UsageError("--save-tensors and -o are one file", file=options.output, next="choose two names")
     tell_inside((options.output, *((options.save_tensors,) if options.save_tensors else ())), reporter)
-    with options.open(reporter) as pipeline:
-        reporter.note(pipeline.choice.note)
-        write_video(pipeline, request, options.output, options.save_tensors, once=True)
-        choice, peaks = pipeline.choice, Peaks.of(pipeline.device)
-    seconds = dict(pipeline.timings.seconds)
-    return Summary(options.output, choice.stage1, choice.stage2, pipeline.decoding, seconds, peaks)
+    with Session(options.overlay, options.session, reporter) as session:
+        choice = session.transformers(request.recipe)
+        reporter.note(choice.note)
+        write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
+        seconds, peaks = dict(session.timings.seconds), Peaks.of(session.device)
+        return Summary(options.output, choice.stages, session.decoding, seconds, peaks)
 
 
 def check_target(request: Request, output: Path) -> None:
@@ -157,13 +94,19 @@ def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
 
 
 def write_video(
-    pipeline: Pipeline, request: Request, output: Path, save_tensors: Path | None = None, *, once: bool = False
+    session: Session,
+    request: Request,
+    output: Path,
+    *,
+    save_tensors: Path | None = None,
+    following: Request | None = None,
+    once: bool = False,
 ) -> None:
-    """Make the video of ``request`` and encode it while it is decoded; ``pipeline.timings`` are its seconds.
+    """Make the video of ``request`` and encode it while it is decoded; ``session.timings`` are its seconds.
 
-    ``once``: it is the only one. Raises LtxpackError; then ``output`` is as it was.
+    ``following`` and ``once`` as in :func:`recipe_run.generate`. Raises LtxpackError; then ``output`` is as it was.
     """
-    latents, waveform, sample_rate = pipeline.generate(request, once=once)
+    latents, waveform, sample_rate = recipe_run.generate(session, request, following=following, once=once)
     kept: list[Tensor] = []
     shape = request.shape
 
@@ -175,9 +118,9 @@ def write_video(
                 if save_tensors is not None:
                     kept.append(frames.cpu())
 
-            pipeline.decode_video(latents.stage2.video, take)
+            recipe_run.decode_video(session, latents.video, take)
             writer.write_audio(waveform)
 
-    pipeline.within_memory(write)
+    session.within_memory(write)
     if save_tensors is not None:
-        pipeline.finish(request, latents, kept, waveform, sample_rate).save_tensors(save_tensors)
+        recipe_run.finish(session, request, latents, kept, waveform, sample_rate).save_tensors(save_tensors)

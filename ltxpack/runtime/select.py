@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,29 +11,69 @@ from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, Manifest
 from ltxpack.runtime.overlay import BASE
+from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
+from ltxpack.runtime.settings import AUTO
 
-AUTO = "auto"
-OFFICIAL_STAGE1 = 0.25
-OFFICIAL_STAGE2 = 0.5
+CHECKPOINT_ROLE = "checkpoint"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The transformers of both stages; ``note`` says what was picked, beside the official pair."""
+class TransformerChoice:
+    """The transformer of each stage of a recipe; ``note`` says what was picked, and the official choice if another."""
 
-    stage1: str
-    stage2: str
+    stages: tuple[str, ...]
     note: str
 
 
-def choose(manifest: Manifest, stage1: str, stage2: str, overlay: Path) -> Choice:
-    """Resolve ``auto`` (DESIGN, Commands). Raises OverlayError (no fitting bake), UsageError (unknown name)."""
+def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Path) -> TransformerChoice:
+    """The transformers of ``recipe``; ``asked`` says for each stage ``auto``, ``base`` or a bake's name.
+
+    Raises OverlayError where no bake fits or several do, UsageError for an unknown name, or for a stage that the
+    recipe does not have.
+    """
+    check_stages(recipe, asked)
     strengths = _candidates(manifest)
-    names = [_first(strengths, overlay) if stage1 == AUTO else _named(manifest, stage1, overlay)]
-    names += [_second(strengths, manifest, overlay) if stage2 == AUTO else _named(manifest, stage2, overlay)]
-    official = [strengths.get(names[0]) == OFFICIAL_STAGE1, strengths.get(names[1]) == OFFICIAL_STAGE2]
-    beside = "" if all(official) else " (the official pair is distilled-0.25 and distilled-0.5)"
-    return Choice(names[0], names[1], f"stage 1: {names[0]}, stage 2: {names[1]}{beside}")
+    names = []
+    for number in range(len(recipe.stages)):
+        name = asked_for(asked, number)
+        if name == AUTO:
+            name = _automatic(number, recipe, strengths, manifest, overlay)
+        elif name != BASE and name not in manifest.bakes:
+            raise _unknown(name, manifest, overlay)
+        names.append(name)
+    official = official_transformers(recipe, is_distilled(manifest))
+    found = tuple(f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name for name in names)
+    beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"
+    told = ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(names))
+    return TransformerChoice(tuple(names), told + beside)
+
+
+def asked_for(asked: Sequence[str], number: int) -> str:
+    """What was asked for stage ``number``."""
+    return asked[number] if number < len(asked) else AUTO
+
+
+def check_stages(recipe: Recipe, asked: Sequence[str]) -> None:
+    """Raises UsageError where a transformer was ``asked`` for a stage that ``recipe`` does not have."""
+    for number, name in enumerate(asked[len(recipe.stages) :], start=len(recipe.stages)):
+        if name != AUTO:
+            told = f"--{stage_flag(number)}"
+            raise UsageError(f"the recipe {recipe.name} has no {stage_label(number)}", next=f"leave {told} out")
+
+
+def official_transformers(recipe: Recipe, distilled_base: bool = False) -> tuple[str, ...]:
+    """The transformers that the official code takes for the stages, by the usual names of their bakes."""
+    found = []
+    for stage in recipe.stages:
+        rule = stage.transformer
+        base = not rule.strengths or (rule.base_if_distilled and distilled_base)
+        found.append(BASE if base else f"{DISTILLED}-{rule.strengths[0]:g}")
+    return tuple(found)
+
+
+def is_distilled(manifest: Manifest) -> bool:
+    """Whether the base transformer is a distilled one, by the name of its checkpoint."""
+    return any(file.role == CHECKPOINT_ROLE and DISTILLED in file.name for file in manifest.source.files)
 
 
 def _candidates(manifest: Manifest) -> dict[str, float]:
@@ -53,43 +93,45 @@ def _candidates(manifest: Manifest) -> dict[str, float]:
     return {name: bake.loras[-1].strength for name, bake in next(iter(stacks.values())).items()}
 
 
-def _first(strengths: Mapping[str, float], overlay: Path) -> str:
-    at_quarter = [name for name, strength in strengths.items() if strength == OFFICIAL_STAGE1]
-    if len(at_quarter) > 1:
-        raise _ambiguous("stage1", at_quarter, overlay)
-    return at_quarter[0] if at_quarter else BASE
-
-
-def _second(strengths: Mapping[str, float], manifest: Manifest, overlay: Path) -> str:
-    at_half = [name for name, strength in strengths.items() if strength == OFFICIAL_STAGE2]
-    left = [name for name, strength in strengths.items() if strength != OFFICIAL_STAGE1]
-    fitting = at_half or left
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        raise _ambiguous("stage2", fitting, overlay)
+def _automatic(number: int, recipe: Recipe, strengths: Mapping[str, float], manifest: Manifest, overlay: Path) -> str:
+    """The transformer of stage ``number`` by the rule of its stage."""
+    rule = recipe.stages[number].transformer
+    if rule.base_if_distilled and is_distilled(manifest):
+        return BASE
+    for wanted in rule.strengths:
+        fitting = [name for name, strength in strengths.items() if strength == wanted]
+        if fitting:
+            return _only(fitting, number, overlay)
+    if rule.else_base:
+        return BASE
+    left = [name for name, strength in strengths.items() if strength not in rule.besides]
+    if left:
+        return _only(left, number, overlay)
+    official = [name.removeprefix(f"{DISTILLED}-") for name in official_transformers(recipe) if name != BASE]
+    flags = " ".join(f"--strength {strength}" for strength in dict.fromkeys(official))
     raise OverlayError(
-        "holds no bake that stage 2 could use",
+        f"holds no bake that {stage_label(number)} could use",
         file=overlay,
-        expected="a bake of the distilled LoRA at 0.5",
+        expected=f"a bake of the distilled LoRA at {rule.strengths[0]:g}",
         found=", ".join(manifest.bakes) or "no bakes",
-        next=f"ltxpack bake-lora {quoted(overlay)} --strength 0.25 --strength 0.5",
+        next=f"ltxpack bake-lora {quoted(overlay)} {flags}",
     )
 
 
-def _ambiguous(stage: str, names: list[str], overlay: Path) -> OverlayError:
-    return OverlayError(
-        f"several bakes could serve as {stage}",
+def _only(names: list[str], number: int, overlay: Path) -> str:
+    """The one name. Raises OverlayError if there are several."""
+    if len(names) == 1:
+        return names[0]
+    raise OverlayError(
+        f"several bakes could serve as {stage_flag(number)}",
         file=overlay,
         items=sorted(names),
-        next=f"ltxpack run {quoted(overlay)} --{stage} {sorted(names)[0]} --prompt TEXT",
+        next=f"ltxpack run {quoted(overlay)} --{stage_flag(number)} {sorted(names)[0]} --prompt TEXT",
     )
 
 
-def _named(manifest: Manifest, name: str, overlay: Path) -> str:
-    if name == BASE or name in manifest.bakes:
-        return name
-    raise UsageError(
+def _unknown(name: str, manifest: Manifest, overlay: Path) -> UsageError:
+    return UsageError(
         f"there is no bake {name!r}",
         file=overlay,
         items=[BASE, *manifest.bakes],

@@ -1,4 +1,4 @@
-"""What a run makes: latents of both stages, frames and sound, and how they become files."""
+"""What a run makes: latents of each stage, frames and sound, and how they become files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -14,17 +15,37 @@ from ltxpack.files.publish import Temporary, write_errors
 from ltxpack.files.tensorfile import build_header
 from ltxpack.runtime.media import VideoWriter
 from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.recipes import stage_flag
+
+T = TypeVar("T")
 
 FRAMES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Latents:
-    """What the samplers made: normalised latents, ``[1, 128, f, h, w]`` and ``[1, 8, Ta, 16]``."""
+    """What the samplers made: the normalised latents ``[1, 128, f, h, w]`` and ``[1, 8, Ta, 16]`` of each stage.
 
-    stage1: AV[Tensor]
-    upsampled: Tensor
-    stage2: AV[Tensor]
+    ``upsampled`` is the video that the last stage began from, before noise; None if it began from noise alone.
+    """
+
+    stages: tuple[AV[Tensor], ...]
+    upsampled: Tensor | None = None
+
+    @property
+    def video(self) -> Tensor:
+        """The video latents that are decoded: those of the last stage."""
+        return self.stages[-1].video
+
+    @property
+    def stage1(self) -> AV[Tensor]:
+        """The latents of the first stage."""
+        return self.stages[0]
+
+    @property
+    def stage2(self) -> AV[Tensor]:
+        """The latents of the second stage. Raises AttributeError for a recipe of one stage."""
+        return second(self.stages)
 
 
 @dataclass(frozen=True)
@@ -41,10 +62,20 @@ class Video:
     sample_rate: int
     fps: float
     seed: int
-    stage1: str
-    stage2: str
+    recipe: str
+    transformers: tuple[str, ...]
     latents: Latents
     seconds: Mapping[str, float]
+
+    @property
+    def stage1(self) -> str:
+        """The transformer of the first stage."""
+        return self.transformers[0]
+
+    @property
+    def stage2(self) -> str:
+        """The transformer of the second stage. Raises AttributeError for a recipe of one stage."""
+        return second(self.transformers)
 
     def save(self, path: str | Path) -> Path:
         """Write an ``.mp4``, ``.m4v``, ``.mov`` or ``.mkv`` (H.264 and AAC), which appears when it is whole.
@@ -65,23 +96,29 @@ class Video:
         check_tensors_path(path)
         made = self.latents
         named = {
-            "stage1.video": made.stage1.video,
-            "stage1.audio": made.stage1.audio,
-            "upsampled.video": made.upsampled,
-            "stage2.video": made.stage2.video,
-            "stage2.audio": made.stage2.audio,
-            "video": self.frames,
-            "audio": self.waveform,
+            f"{stage_flag(number)}.{modality}": tensor
+            for number, stage in enumerate(made.stages)
+            for modality, tensor in (("video", stage.video), ("audio", stage.audio))
         }
+        if made.upsampled is not None:
+            named["upsampled.video"] = made.upsampled
+        named |= {"video": self.frames, "audio": self.waveform}
         metadata = {
             "audio_sample_rate": str(self.sample_rate),
             "fps": str(self.fps),
             "seed": str(self.seed),
-            "stage1": self.stage1,
-            "stage2": self.stage2,
+            "recipe": self.recipe,
+            **{stage_flag(number): name for number, name in enumerate(self.transformers)},
         }
         _save(path, {name: tensor.float().cpu().contiguous() for name, tensor in named.items()}, metadata)
         return path
+
+
+def second(stages: tuple[T, ...]) -> T:
+    """The second of ``stages``. Raises AttributeError if there is only one."""
+    if len(stages) < 2:
+        raise AttributeError("this recipe has one stage")
+    return stages[1]
 
 
 def check_tensors_path(path: Path) -> None:

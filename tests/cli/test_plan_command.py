@@ -18,7 +18,6 @@ from support import REPOSITORY, ltxpack, refused
 from ltxpack.cli.plan import plan as command
 from ltxpack.cli.run import run
 from ltxpack.manifest import load_schema
-from ltxpack.runtime.request import DEFAULTS
 from ltxpack.runtime.weights import machine
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -86,17 +85,17 @@ def test_the_commands_have_every_flag_the_plan_was_made_with(full_size: Path) ->
         "--num-frames": "49",
         "--fps": "12.5",
         "--steps": "8",
+        "--decode": "fast",
         "--stage1": "base",
         "--stage2": "distilled-0.25",
         "--dtype": "float32",
         "--residency": "stream",
-        "--decode": "fast",
     }
     words = [word for pair in flags.items() for word in pair]
     of_run, of_plan = (
         {name for one in each.params for name in one.opts if name.startswith("--")} for each in (run, command)
     )
-    assert of_run & of_plan == {*flags}, "what both take is passed on"
+    assert of_run & of_plan == {*flags, "--recipe"}, "what both take is passed on"
     for overlay, folder in (((), "out"), ((full_size,), str(full_size))):
         commands = [c["command"] for c in planned(*overlay, *size, *words, "--images", "1")["commands"]]
         assert commands[-1] == " ".join([f'ltxpack run {folder} --prompt "…"', *words, "--image FILE"])
@@ -202,12 +201,6 @@ def test_wrong_use(flags: list[str], words: list[str]) -> None:
 
 def test_no_overlay_there(tmp_path: Path) -> None:
     assert "ltxpack materialize" in refused(ltxpack("plan", tmp_path), 1)
-
-
-def test_the_defaults_are_those_of_a_run() -> None:
-    defaults = {option.name: option.default for option in command.params}
-    for name in ("height", "width", "num_frames", "fps", "steps"):
-        assert defaults[name] == DEFAULTS[name]  # type: ignore[literal-required]
 
 
 def test_planning_loads_no_torch(full_size: Path) -> None:

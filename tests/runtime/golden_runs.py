@@ -17,6 +17,7 @@ from ltxpack.runtime.sampling import schedule
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state
 from ltxpack.runtime.sampling.guidance import Guidance
+from ltxpack.runtime.sampling.recipes import REFINING
 
 NAMES = AV("video", "audio")
 
@@ -71,8 +72,8 @@ class Stage:
     @property
     def sigmas(self) -> Tensor:
         if self.number == 2:
-            return schedule.stage2_sigmas()
-        return schedule.stage1_sigmas(self.shape.tokens, self.run.params["steps"])
+            return schedule.sigmas_of(REFINING)
+        return schedule.shifted_sigmas(self.shape.tokens, self.run.params["steps"])
 
     @property
     def noise_scale(self) -> float:

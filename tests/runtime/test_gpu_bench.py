@@ -30,7 +30,8 @@ from _gpu_sizes import REAL, TINY, TRANSFORMER
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.schedule import res2s_plan, stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.sampling.recipes import REFINING
+from ltxpack.runtime.sampling.schedule import res2s_plan, shifted_sigmas, sigmas_of
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig.from_dict(TRANSFORMER)
@@ -63,7 +64,7 @@ def test_operations_are_those_of_the_spec(stage: int, whole: float, isolated: fl
 
 def test_operations_of_the_recipe() -> None:
     """24,766 and 12,004 TFLOP by the spec; ours leave out what the passes of a step share."""
-    evaluations = res2s_plan(stage1_sigmas(8160, REAL.steps)).evaluations, res2s_plan(stage2_sigmas()).evaluations
+    evaluations = res2s_plan(shifted_sigmas(8160, REAL.steps)).evaluations, res2s_plan(sigmas_of(REFINING)).evaluations
     assert evaluations == (31, 7)
     found = run_flops(CONFIG, {"stage 1": (REAL.lengths(1), 31), "stage 2": (REAL.lengths(2), 7)})
     shared = 31 * shared_flops(CONFIG, REAL.lengths(1))

@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.request import ImageSpec, Request
-from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.conditioning import VideoShape
-from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Guidance
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +60,8 @@ def test_there_and_back(frame: int, strength: float, folder: Path) -> None:
 
 
 def request(**changes: object) -> Request:
-    values: dict[str, object] = {"prompt": "x", "shape": VideoShape(9, 64, 64, 24.0), "guidance": HQ_GUIDANCE}
-    return Request(**{**values, **changes})  # type: ignore[arg-type]
+    values: dict[str, object] = {"height": 64, "width": 64, "num_frames": 9}
+    return Request.of("x", **{**values, **changes})  # type: ignore[typeddict-item]
 
 
 @pytest.mark.parametrize(
@@ -72,13 +69,19 @@ def request(**changes: object) -> Request:
     [
         {"steps": 1},
         {"seed": 2**64},
-        {"shape": VideoShape(9, 96, 64, 24.0)},
-        {"guidance": AV(HQ_GUIDANCE.video, Guidance(float("inf"), 1.0, 3.0))},
+        {"height": 96},
+        {"video_cfg": float("inf")},
+        {"recipe": "lq"},
     ],
 )
 def test_refused_requests(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         request(**changes)
+
+
+def test_sizes_are_the_multiples_that_the_recipe_wants() -> None:
+    with pytest.raises(UsageError, match="expected a multiple of 64, found 1080\n  next: choose --height 1024 or 1088"):
+        request(height=1080)
 
 
 def test_the_default_negative_prompt_is_the_official_one_to_the_letter() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source
+from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.select import choose
 
 DISTILLED, STYLE, OTHER = "d" * 64, "5" * 64, "0" * 64
@@ -25,13 +26,13 @@ ALONE = {f"distilled-{s:g}": bake(lora(DISTILLED, s)) for s in (0.25, 0.5, 0.8, 
 STACKED = {f"distilled-{s:g}+style-0.8": bake(lora(STYLE, 0.8), lora(DISTILLED, s)) for s in (0.25, 0.5)}
 
 
-def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> tuple[str, str]:
+def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> tuple[str, ...]:
     kept = (Lora("distilled", FileRecord("loras/x.safetensors", 1, DISTILLED)),)
     manifest = Manifest("2.3.0", 33, None, Source(None, None, ()), {}, kept, (), bakes)
-    choice = choose(manifest, stage1, stage2, Path("out"))
-    official = (choice.stage1, choice.stage2) == ("distilled-0.25", "distilled-0.5")
+    choice = choose(manifest, HQ, (stage1, stage2), Path("out"))
+    official = choice.stages == ("distilled-0.25", "distilled-0.5")
     assert ("official pair" in choice.note) == (not official and "style" not in choice.note)
-    return choice.stage1, choice.stage2
+    return choice.stages
 
 
 def some(*names: str) -> dict[str, Bake]:

@@ -6,9 +6,7 @@ sampler: a ``Denoiser`` sees one set of latents and one sigma.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -16,38 +14,9 @@ from torch import Tensor
 from ltxpack.runtime.model.model import Pass, Stream
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState
+from ltxpack.runtime.sampling.recipes import Guidance
 
-NO_BLOCKS: frozenset[int] = frozenset()
 ABSENT: AV[Any] = AV(None, None)
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Strengths for one modality; ``cfg`` 1, ``modality`` 1, ``stg`` 0 and ``rescale`` 0 each turn theirs off.
-
-    ``stg_blocks`` are the blocks whose self-attention is replaced by its value projection in the perturbed pass.
-    """
-
-    cfg: float
-    rescale: float
-    modality: float
-    stg: float = 0.0
-    stg_blocks: frozenset[int] = NO_BLOCKS
-
-    @property
-    def needs_uncond(self) -> bool:
-        return not math.isclose(self.cfg, 1.0)
-
-    @property
-    def needs_perturbed(self) -> bool:
-        return not math.isclose(self.stg, 0.0, abs_tol=1e-9)
-
-    @property
-    def needs_isolated(self) -> bool:
-        return not math.isclose(self.modality, 1.0)
-
-
-HQ_GUIDANCE = AV(Guidance(cfg=3.0, rescale=0.45, modality=3.0), Guidance(cfg=7.0, rescale=1.0, modality=3.0))
 
 
 def combine(
@@ -108,16 +77,6 @@ class Denoiser:
         self.guidance = guidance
         if negative is None and self._any(lambda g: g.needs_uncond):
             raise ValueError("classifier-free guidance without negative contexts")
-
-    @property
-    def passes(self) -> int:
-        """Forwards of the model per call."""
-        needs: tuple[Callable[[Guidance], bool], ...] = (
-            lambda g: g.needs_uncond,
-            lambda g: g.needs_perturbed,
-            lambda g: g.needs_isolated,
-        )
-        return 1 + sum(self._any(need) for need in needs)
 
     def __call__(self, latents: AV[Tensor], sigma: Tensor, state: AV[LatentState], rope: AV[Any]) -> AV[Tensor]:
         """Guided x0 [1, T, C] in the latents' dtype, not yet blended with the clean tokens.

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState, post
+from ltxpack.runtime.sampling.recipes import RES2S
 from ltxpack.runtime.sampling.schedule import (
     REFINE_ITERATIONS,
     STEP_NOISE_SEED,
@@ -61,7 +63,7 @@ def refine(middle: Tensor, x0: Tensor, anchor: Tensor, scale: float) -> tuple[Te
 
 
 @dataclass(frozen=True)
-class _Half:
+class _Middle:
     """One modality half-way through a step, all fp64: the (refined) anchor, its direction, the noised middle."""
 
     anchor: Tensor
@@ -69,17 +71,17 @@ class _Half:
     middle: Tensor
 
 
-def _first_half(latents: Tensor, x0: Tensor, noise: Tensor, state: LatentState, step: Step) -> _Half:
+def _first_half(latents: Tensor, x0: Tensor, noise: Tensor, state: LatentState, step: Step) -> _Middle:
     anchor, target = latents.double(), x0.double()
     direction = target - anchor
     middle = anchor + (step.h * step.a) * direction
     middle = post(inject(anchor, middle, noise, step.to_middle), state)
     if step.refine:
         anchor, direction = refine(middle, target, anchor, step.h * step.a)
-    return _Half(anchor, direction, middle)
+    return _Middle(anchor, direction, middle)
 
 
-def _second_half(half: _Half, x0: Tensor, noise: Tensor, state: LatentState, step: Step) -> Tensor:
+def _second_half(half: _Middle, x0: Tensor, noise: Tensor, state: LatentState, step: Step) -> Tensor:
     end = half.anchor + step.h * (step.b1 * half.direction + step.b2 * (x0.double() - half.anchor))
     return post(inject(half.anchor, end, noise, step.to_target), state)
 
@@ -124,6 +126,18 @@ def res2s(
         if on_step is not None:
             on_step(i + 1, len(plan.steps))
     return latents
+
+
+class Sampler(Protocol):
+    """A sampling loop, such as :func:`res2s`."""
+
+    def __call__(
+        self, denoise: Denoise, state: AV[LatentState], sigmas: Tensor, /, *, on_step: OnStep | None = None
+    ) -> AV[Tensor]:
+        """The denoised tokens, appended keyframe tokens included."""
+
+
+SAMPLERS: dict[str, Sampler] = {RES2S: res2s}
 
 
 def _on(device: torch.device, value: float, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """When and how strongly to denoise: noise levels, res_2s coefficients, seeds. All on the host, before any loop.
 
-Nothing here knows latents or a model. A sampler asks for a ``Plan`` once; what it then needs per step are plain
+Nothing here knows latents or a model. A sampler asks for its plan once; what it then needs per step are plain
 Python floats, so that a loop on a GPU never waits for the device (spec 05, sections 1, 2 and 4).
 """
 
@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ltxpack.errors import UsageError
+from ltxpack.runtime.sampling.recipes import Schedule
 
-STAGE2_SIGMAS = (0.909375, 0.725, 0.421875, 0.0)
-
-# Stage-1 shift: linear in the number of video tokens, through these two points; not clamped outside them.
+# The shift of a schedule: linear in the number of video tokens, through these two points; not clamped outside them.
 SHIFT_TOKENS = (1024, 4096)
 SHIFT = (0.95, 2.05)
 LAST_SIGMA = 0.1
@@ -33,11 +32,20 @@ REFINE_ABOVE_SIGMA = 0.03
 REFINE_ITERATIONS = 100
 
 
-def stage1_sigmas(tokens: int, steps: int) -> Tensor:
-    """The fp32 schedule [steps + 1] of stage 1, from 1 to 0 (spec 05, section 2).
+def sigmas_of(schedule: Schedule, tokens: int = 0, steps: int = 0) -> Tensor:
+    """The fp32 noise levels [n + 1] of a stage of ``tokens`` video tokens, appended keyframe tokens not counted.
 
-    ``tokens`` is the number of half-resolution video tokens without appended keyframe tokens. Raises UsageError for
-    fewer than two steps, and where float32 can no longer tell neighbouring sigmas apart.
+    A fixed schedule asks for neither tokens nor steps. Raises UsageError as :func:`shifted_sigmas`.
+    """
+    if schedule.fixed is not None:
+        return torch.tensor(schedule.fixed, dtype=torch.float32)
+    return shifted_sigmas(tokens if schedule.tokens is None else schedule.tokens, steps)
+
+
+def shifted_sigmas(tokens: int, steps: int) -> Tensor:
+    """The fp32 schedule [steps + 1] from 1 to 0, shifted by the number of ``tokens`` (spec 05, section 2).
+
+    Raises UsageError for fewer than two steps, and where float32 can no longer tell neighbouring sigmas apart.
     """
     if steps < 2:
         raise UsageError("too few steps", expected="at least 2", found=steps, next="choose --steps 2 or more")
@@ -53,11 +61,6 @@ def stage1_sigmas(tokens: int, steps: int) -> Tensor:
             next="choose a smaller --height, --width or --num-frames, or fewer --steps",
         )
     return sigmas
-
-
-def stage2_sigmas() -> Tensor:
-    """The fixed fp32 schedule [4] of stage 2."""
-    return torch.tensor(STAGE2_SIGMAS, dtype=torch.float32)
 
 
 def padded(sigmas: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Res2sPlan:
     """A whole loop: its steps, then one plain evaluation at ``terminal`` if the schedule ends in 0."""
 
     steps: tuple[Step, ...]
@@ -140,13 +143,13 @@ class Plan:
         return 2 * len(self.steps) + (self.terminal is not None)
 
 
-def res2s_plan(sigmas: Tensor) -> Plan:
+def res2s_plan(sigmas: Tensor) -> Res2sPlan:
     """The plan for fp32 ``sigmas`` [n + 1], strictly falling (spec 05, section 4)."""
     sigmas = sigmas.to("cpu", torch.float32)
     n = len(sigmas) - 1
     levels = padded(sigmas)
     steps = tuple(_step(levels[i], levels[i + 1]) for i in range(n))
-    return Plan(steps, levels[n].item() if sigmas[-1] == 0 else None)
+    return Res2sPlan(steps, levels[n].item() if sigmas[-1] == 0 else None)
 
 
 def _step(sigma: Tensor, target: Tensor) -> Step:

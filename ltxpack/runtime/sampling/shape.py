@@ -31,8 +31,7 @@ class VideoShape:
     fps: float
 
     def __post_init__(self) -> None:
-        for flag, value in (("--height", self.height), ("--width", self.width)):
-            _require_multiple(flag, value, SPATIAL_FACTOR)
+        check_sizes(self.height, self.width, SPATIAL_FACTOR)
         if self.frames < 1 or self.frames % TEMPORAL_FACTOR != 1:
             below = max(1, (self.frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
             raise UsageError(
@@ -80,21 +79,24 @@ class VideoShape:
         """[1, 128, f, h, w] and [1, 8, Ta, 16]."""
         return AV((1, VIDEO_CHANNELS, *self.grid), (1, AUDIO_CHANNELS, self.audio_length, AUDIO_BINS))
 
+    def divided(self, by: int) -> VideoShape:
+        """The shape with height and width divided. Raises UsageError unless both are multiples of 32 times ``by``."""
+        check_sizes(self.height, self.width, SPATIAL_FACTOR * by)
+        return VideoShape(self.frames, self.height // by, self.width // by, self.fps)
+
     def half(self) -> VideoShape:
-        """The shape of stage 1. Raises UsageError unless height and width are multiples of 64."""
-        for flag, value in (("--height", self.height), ("--width", self.width)):
-            _require_multiple(flag, value, 2 * SPATIAL_FACTOR)
-        return VideoShape(self.frames, self.height // 2, self.width // 2, self.fps)
+        """The shape in half the height and width. Raises UsageError unless both are multiples of 64."""
+        return self.divided(2)
 
 
-def _require_multiple(flag: str, value: int, factor: int) -> None:
-    if value < factor or value % factor:
-        # What is typed must be halved for stage 1, whichever multiple is looked for.
-        whole = 2 * SPATIAL_FACTOR
-        below = max(whole, value // whole * whole)
-        raise UsageError(
-            f"wrong {flag.removeprefix('--')}",
-            expected=f"a multiple of {whole}",
-            found=value,
-            next=f"choose {flag} {below} or {below + whole}",
-        )
+def check_sizes(height: int, width: int, factor: int) -> None:
+    """Raises UsageError unless ``height`` and ``width`` are positive multiples of ``factor``."""
+    for flag, value in (("--height", height), ("--width", width)):
+        if value < factor or value % factor:
+            below = max(factor, value // factor * factor)
+            raise UsageError(
+                f"wrong {flag.removeprefix('--')}",
+                expected=f"a multiple of {factor}",
+                found=value,
+                next=f"choose {flag} {below} or {below + factor}",
+            )

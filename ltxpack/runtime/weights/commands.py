@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ltxpack.errors import UsageError
 from ltxpack.manifest import Bake
-from ltxpack.runtime.large_tiles import OFFICIAL as OFFICIAL_TILES
 from ltxpack.runtime.overlay import BASE, Overlay
-from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights.plan import AUTO, StageWork, Work
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.recipes import Recipe
+from ltxpack.runtime.select import asked_for, check_stages, official_transformers
+from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
+from ltxpack.runtime.weights.plan import Work
 from ltxpack.runtime.weights.report import Command
 
 PUBLISHED = "Lightricks/LTX-2.3"
-OFFICIAL = ("distilled-0.25", "distilled-0.5")
 DISTILLED = "distilled-"
 STRENGTH = re.compile(re.escape(DISTILLED) + r"\d+(\.\d+)?")
 DEFAULT_FOLDER = Path("out")
@@ -24,40 +26,30 @@ USUAL_RULE = "fp32"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a run is given beside its prompt; ``stages`` as typed."""
+class PlannedRun:
+    """A run that is planned: the video, how the overlay is opened, and the number of images conditioned on."""
 
-    shape: VideoShape
-    steps: int
-    images: int
-    decode: str
-    dtype: str
-    residency: str
-    stages: tuple[str, str] = (AUTO, AUTO)
+    request: Request
+    session: SessionSettings
+    images: int = 0
 
-
-def hq_work(
-    shape: VideoShape,
-    transformers: tuple[str, str],
-    steps: int = 15,
-    images: int = 0,
-    decode: str = OFFICIAL_TILES,
-    prompts: int = 1,
-    once: bool = False,
-) -> Work:
-    """The work of the HQ recipe: three passes at half the size, then one pass at the whole."""
-    first = StageWork(transformers[0], shape.half(), evaluations=2 * steps + 1, passes=3)
-    second = StageWork(transformers[1], shape, evaluations=2 * 3 + 1, passes=1)
-    return Work(shape, (first, second), images, decode, prompts, once)
+    def work(self, transformers: Sequence[str]) -> Work:
+        """What the planner is asked, for the ``transformers`` of the stages."""
+        return replace(self.request.work(transformers), images=self.images)
 
 
-def published_stages(asked: tuple[str, str]) -> tuple[str, str]:
-    """The transformers of both stages where there is no overlay yet; the official pair unless ``asked`` otherwise.
+def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
+    """The transformers of the stages where there is no overlay yet: the official ones unless ``asked`` otherwise.
 
     Raises UsageError for a name that says nothing of how to bake it.
     """
-    first, second = (usual if name == AUTO else name for name, usual in zip(asked, OFFICIAL, strict=True))
-    for name in (first, second):
+    check_stages(recipe, asked)
+    official = official_transformers(recipe)
+    found = []
+    for number, usual in enumerate(official):
+        name = asked_for(asked, number)
+        found.append(usual if name == AUTO else name)
+    for name in found:
         if name != BASE and not STRENGTH.fullmatch(name):
             raise UsageError(
                 "unknown transformer, without an overlay to look it up in",
@@ -65,18 +57,18 @@ def published_stages(asked: tuple[str, str]) -> tuple[str, str]:
                 found=name,
                 next="ltxpack plan OVERLAY (or leave --stage1 and --stage2 out)",
             )
-    return first, second
+    return tuple(found)
 
 
-def published_commands(stages: tuple[str, str], wanted: Wanted) -> list[Command]:
+def published_commands(stages: Sequence[str], planned: PlannedRun) -> list[Command]:
     """From nothing, with the transformers ``stages``."""
     baked = tuple(name for name in dict.fromkeys(stages) if name != BASE)
     found = [f"ltxpack materialize {PUBLISHED} {DEFAULT_FOLDER}"]
     found += [_bake(DEFAULT_FOLDER, baked)] if baked else []
-    return [Command(text, False) for text in (*found, _run(DEFAULT_FOLDER, wanted))]
+    return [Command(text, False) for text in (*found, _run(DEFAULT_FOLDER, planned))]
 
 
-def overlay_commands(overlay: Overlay, stages: tuple[str, str], wanted: Wanted) -> list[Command]:
+def overlay_commands(overlay: Overlay, stages: Sequence[str], planned: PlannedRun) -> list[Command]:
     """For an overlay that is there; ``stages`` may name bakes of it that are not made yet."""
     root = overlay.root
     found = [Command(f"ltxpack materialize {overlay.manifest.source.repo or 'SOURCE'} {shlex.quote(str(root))}", True)]
@@ -85,7 +77,7 @@ def overlay_commands(overlay: Overlay, stages: tuple[str, str], wanted: Wanted) 
     found += [Command(_baked(root, bakes[name]), True) for name in dict.fromkeys(stages) if name in bakes]
     if missing:
         found.append(Command(_bake(root, missing), False))
-    return [*found, Command(_run(root, wanted), False)]
+    return [*found, Command(_run(root, planned), False)]
 
 
 def _bake(root: Path, names: tuple[str, ...]) -> str:
@@ -101,12 +93,9 @@ def _baked(root: Path, bake: Bake) -> str:
     return " ".join(words)
 
 
-def _run(root: Path, wanted: Wanted) -> str:
-    shape, usual = wanted.shape, (1088, 1920, 121, 24.0, 15, AUTO, AUTO, "bfloat16", AUTO, OFFICIAL_TILES)
-    sizes = (shape.height, shape.width, shape.frames, shape.fps, wanted.steps)
-    given = (*sizes, *wanted.stages, wanted.dtype, wanted.residency, wanted.decode)
-    flags = ("height", "width", "num-frames", "fps", "steps", "stage1", "stage2", "dtype", "residency", "decode")
-    words = [f"--{flag} {value:g}" if isinstance(value, float) else f"--{flag} {value}"
-             for flag, value, default in zip(flags, given, usual, strict=True) if value != default]  # fmt: skip
-    images = ["--image FILE"] * wanted.images
-    return " ".join([f'ltxpack run {shlex.quote(str(root))} --prompt "…"', *words, *images])
+def _run(root: Path, planned: PlannedRun) -> str:
+    settings = planned.request.settings
+    usual = Settings.of({"recipe": settings.recipe})
+    said = [f"--recipe {settings.recipe}"] if settings.recipe != Settings.recipe else []
+    said += [*words(settings, usual), *words(planned.session, SessionSettings()), *["--image FILE"] * planned.images]
+    return " ".join([f'ltxpack run {shlex.quote(str(root))} --prompt "…"', *said])

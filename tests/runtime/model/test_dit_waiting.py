@@ -21,14 +21,18 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state
-from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser, Guidance
+from ltxpack.runtime.sampling.guidance import Denoiser, Guidance
+from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.sample import res2s
-from ltxpack.runtime.sampling.schedule import stage1_sigmas, stage2_sigmas
+from ltxpack.runtime.sampling.schedule import shifted_sigmas, sigmas_of
+from ltxpack.runtime.settings import Settings
+
+HQ = Settings().guidance
 
 SHAPE = VideoShape(frames=17, height=64, width=96, fps=24.0)
 CONFIG = SMALL | {"in_channels": 128, "out_channels": 128, "audio_in_channels": 128, "audio_out_channels": 128}
 STEPS = 3
-STG = HQ_GUIDANCE.map(lambda guidance: replace(guidance, stg=1.0, stg_blocks=frozenset({1})))
+STG = HQ.map(lambda guidance: replace(guidance, stg=1.0, stg_blocks=frozenset({1})))
 
 
 class Crossings(TorchDispatchMode):
@@ -75,7 +79,7 @@ def run_stage(
     around: Callable[[int], None] = lambda call: None,
 ) -> tuple[AV[Tensor], list[int]]:
     """One stage as the pipeline runs it; ``around`` is told before each call of the denoiser. Steps told at the end."""
-    sigmas = stage2_sigmas() if guidance is None else stage1_sigmas(SHAPE.tokens, STEPS)
+    sigmas = sigmas_of(REFINING) if guidance is None else shifted_sigmas(SHAPE.tokens, STEPS)
     state = state_of(device, float(sigmas[0]), images)
     denoiser = Denoiser(dit, contexts(dit, device), contexts(dit, device), guidance)
     rope = dit.rope(state.map(lambda s: s.positions), torch.bfloat16, device)
@@ -92,7 +96,7 @@ def run_stage(
 
 
 @pytest.mark.parametrize(
-    ("guidance", "images"), [(HQ_GUIDANCE, False), (STG, True), (None, True)], ids=["stage 1", "with STG", "stage 2"]
+    ("guidance", "images"), [(HQ, False), (STG, True), (None, True)], ids=["stage 1", "with STG", "stage 2"]
 )
 def test_no_value_is_read_back_and_nothing_is_copied(guidance: AV[Guidance] | None, images: bool) -> None:
     dit = model("meta")
@@ -127,7 +131,7 @@ def test_reading_a_value_back_would_be_seen(how: str) -> None:
     dit = model("meta")
     dit.blocks()[1].register_forward_hook(lambda module, args, out: READING[how](out[0].video) and None)
     with pytest.raises((RuntimeError, NotImplementedError)):
-        run_stage(dit, "meta", HQ_GUIDANCE, False)
+        run_stage(dit, "meta", HQ, False)
 
 
 def test_a_copy_from_the_host_would_be_seen() -> None:

@@ -69,9 +69,9 @@ def test_hq_default_shape() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((121, 1080, 1920, 24.0), "choose --height 1024 or 1088"),
-        ((121, 1088, 1900, 24.0), "choose --width 1856 or 1920"),
-        ((121, 0, 1920, 24.0), "choose --height 64 or 128"),
+        ((121, 1080, 1920, 24.0), "choose --height 1056 or 1088"),
+        ((121, 1088, 1900, 24.0), "choose --width 1888 or 1920"),
+        ((121, 0, 1920, 24.0), "choose --height 32 or 64"),
         ((120, 1088, 1920, 24.0), "choose --num-frames 113 or 121"),
         ((0, 1088, 1920, 24.0), "choose --num-frames 1 or 9"),
         ((-7, 1088, 1920, 24.0), "choose --num-frames 1 or 9"),

@@ -15,9 +15,13 @@ from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.runtime.model.model import UNPERTURBED, Pass
+from ltxpack.runtime.sampling import recipes
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state
-from ltxpack.runtime.sampling.guidance import HQ_GUIDANCE, Denoiser, Guidance, combine, denoised
+from ltxpack.runtime.sampling.guidance import Denoiser, Guidance, combine, denoised
+from ltxpack.runtime.settings import Settings
+
+HQ = Settings().guidance
 
 OFF = Guidance(cfg=1.0, rescale=0.0, modality=1.0)
 SHAPE = VideoShape(frames=9, height=64, width=96, fps=24.0)
@@ -153,12 +157,13 @@ def run_denoiser(guidance: AV[Guidance] | None, sigma: Tensor) -> tuple[Recorder
     model, state = Recorder(), state_with([image(0, 1.0), image(8, 0.25)])
     denoiser = Denoiser(model, POSITIVE, NEGATIVE, guidance)
     x0 = denoiser(state.map(lambda s: s.latents), sigma, state, ROPE)
-    assert denoiser.passes == len(model.only)
+    guided, plain = recipes.HQ.stages
+    assert len(model.only) == (plain.passes(HQ) if guidance is None else guided.passes(guidance))
     return model, x0, state
 
 
 def test_hq_runs_cond_uncond_isolated_in_this_order() -> None:
-    model, _, _ = run_denoiser(HQ_GUIDANCE, torch.tensor([0.5]))
+    model, _, _ = run_denoiser(HQ, torch.tensor([0.5]))
     contexts = [each.streams.map(lambda s: s.context) for each in model.only]
     assert [c.video is POSITIVE.video and c.audio is POSITIVE.audio for c in contexts] == [True, False, True]
     assert contexts[1].map(torch.equal, NEGATIVE) == AV(True, True)
@@ -168,7 +173,7 @@ def test_hq_runs_cond_uncond_isolated_in_this_order() -> None:
 
 def test_passes_with_the_same_prompt_hold_the_same_streams() -> None:
     """By which the model knows what it need not do twice."""
-    model, _, _ = run_denoiser(HQ_GUIDANCE, torch.tensor([0.5]))
+    model, _, _ = run_denoiser(HQ, torch.tensor([0.5]))
     cond, uncond, isolated = (each.streams for each in model.only)
     assert cond is isolated
     assert cond is not uncond
@@ -224,7 +229,7 @@ def test_guidance_combines_what_the_passes_gave() -> None:
 def test_times_keep_the_precision_of_sigma(dtype: torch.dtype) -> None:
     """On substeps sigma is fp64; rounded to fp32 before the model scales it, a run ends 1e-5 off."""
     sigma = torch.tensor([0.123456789123456789], dtype=dtype)
-    model, _, state = run_denoiser(HQ_GUIDANCE, sigma)
+    model, _, state = run_denoiser(HQ, sigma)
     for each in model.only:
         streams, video = each.streams, each.streams.video
         assert video.timesteps.dtype == video.sigma.dtype == streams.audio.timesteps.dtype == dtype
@@ -239,8 +244,8 @@ def test_times_keep_the_precision_of_sigma(dtype: torch.dtype) -> None:
 
 def test_guidance_without_the_negative_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="negative"):
-        Denoiser(Recorder(), POSITIVE, None, HQ_GUIDANCE)
-    assert Denoiser(Recorder(), POSITIVE, None, AV(OFF, OFF)).passes == 1
+        Denoiser(Recorder(), POSITIVE, None, HQ)
+    Denoiser(Recorder(), POSITIVE, None, AV(OFF, OFF))
 
 
 class Zeros:
@@ -254,7 +259,7 @@ def test_nothing_is_read_back_from_the_device() -> None:
     """Tensors on the meta device have no values to read back."""
     state = state_with([image(0, 1.0), image(8, 0.25)], device="meta")
     contexts = POSITIVE.map(lambda t: t.to("meta"))
-    guidance = HQ_GUIDANCE.map(
+    guidance = HQ.map(
         lambda g: Guidance(cfg=g.cfg, rescale=g.rescale, modality=g.modality, stg=1.0, stg_blocks=frozenset({0}))
     )
 

@@ -144,7 +144,7 @@ def image(frame: int, strength: float) -> ImageItem:
 def test_a_constant_x0_is_reached_whatever_the_noise(steps: int) -> None:
     state = small_state()
     goal = state.map(lambda s: torch.full_like(s.latents, 0.25))
-    tokens = sample.res2s(lambda latents, sigma: goal, state, schedule.stage1_sigmas(4096, steps))
+    tokens = sample.res2s(lambda latents, sigma: goal, state, schedule.shifted_sigmas(4096, steps))
     assert tokens.map(torch.equal, goal) == AV(True, True)
 
 
@@ -158,7 +158,7 @@ def test_the_last_step_lands_at_the_terminal_noise_level() -> None:
         seen.append(latents)
         return goal
 
-    sample.res2s(denoise, state, schedule.stage1_sigmas(4096, 5))
+    sample.res2s(denoise, state, schedule.shifted_sigmas(4096, 5))
     deviation = seen[-1].map(lambda t, g: (t - (1 - schedule.TERMINAL_SIGMA) * g).std().item(), goal)
     assert deviation.video == pytest.approx(schedule.TERMINAL_SIGMA, rel=0.05)
     assert deviation.audio == pytest.approx(schedule.TERMINAL_SIGMA, rel=0.05)
@@ -195,7 +195,7 @@ def test_an_image_held_with_strength_one_never_moves() -> None:
             assert torch.equal(latents.video[:, where], state.video.clean[:, where])
         return latents.map(lambda x: x * 0.5)
 
-    tokens = sample.res2s(denoise, state, schedule.stage1_sigmas(SMALL.tokens, 4))
+    tokens = sample.res2s(denoise, state, schedule.shifted_sigmas(SMALL.tokens, 4))
     assert tokens.video.shape[1] == SMALL.tokens + count
     assert torch.equal(unpatchify(tokens, SMALL).video[:, :, :1], held.latents)
 
@@ -258,7 +258,7 @@ def test_steps_are_reported_in_order(sigmas: list[float]) -> None:
 def test_nothing_in_the_loop_reads_a_value_back_from_the_device() -> None:
     """Tensors on the meta device have no values: ``.item()``, ``bool()`` or a copy to the host would raise."""
     state = small_state(torch.bfloat16, (image(0, 0.9), image(8, 0.5)), device="meta")
-    sigmas = schedule.stage1_sigmas(SMALL.tokens, 3)
+    sigmas = schedule.shifted_sigmas(SMALL.tokens, 3)
     tokens = sample.res2s(lambda latents, sigma: latents, state, sigmas, noise_device="cpu")
     assert tokens.map(lambda t: (t.device.type, t.dtype)) == NAMES.map(lambda _: ("meta", torch.bfloat16))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.sampling import schedule
+from ltxpack.runtime.sampling.recipes import REFINING
 
 DEFAULT_TOKENS = 4096
 
@@ -24,7 +25,7 @@ def constants(golden: Path) -> dict[str, Tensor]:
     return load(golden / "golden" / "constants.safetensors")
 
 
-def test_stage1_sigmas_equal_the_recorded_ones(constants: dict[str, Tensor]) -> None:
+def test_shifted_sigmas_equal_the_recorded_ones(constants: dict[str, Tensor]) -> None:
     checked = 0
     for key, expected in constants.items():
         named = re.fullmatch(r"sigmas\.steps(\d+)\.(?:.*tokens(\d+)|no_latent_(\d+)_tokens)", key)
@@ -34,30 +35,30 @@ def test_stage1_sigmas_equal_the_recorded_ones(constants: dict[str, Tensor]) -> 
         if steps == 1:
             assert expected[0].isnan(), "the official schedule of one step is NaN, so ours refuses it"
             continue
-        found = schedule.stage1_sigmas(tokens, steps)
+        found = schedule.shifted_sigmas(tokens, steps)
         assert found.dtype == expected.dtype == torch.float32
         assert relative_l2(found, expected) <= 1e-6, key
         checked += 1
     assert checked > 0
-    assert torch.equal(schedule.stage2_sigmas(), constants["sigmas.stage2_distilled"])
+    assert torch.equal(schedule.sigmas_of(REFINING), constants["sigmas.stage2_distilled"])
 
 
 @pytest.mark.parametrize("steps", [1, 0, -3])
 def test_fewer_than_two_steps_are_wrong_use(steps: int) -> None:
     with pytest.raises(UsageError, match="too few steps"):
-        schedule.stage1_sigmas(DEFAULT_TOKENS, steps)
+        schedule.shifted_sigmas(DEFAULT_TOKENS, steps)
 
 
 def test_a_size_beyond_float32_is_refused_not_sampled_with_nan() -> None:
     with pytest.raises(UsageError, match="no schedule for this size"):
-        schedule.stage1_sigmas(100_000, 15)
+        schedule.shifted_sigmas(100_000, 15)
 
 
 @settings(deadline=None)
 @given(tokens=st.integers(1, 17_000), steps=st.integers(2, 40))
-def test_stage1_sigmas_fall_from_one_over_a_tenth_to_zero(tokens: int, steps: int) -> None:
+def test_shifted_sigmas_fall_from_one_over_a_tenth_to_zero(tokens: int, steps: int) -> None:
     """The first may miss 1 by one fp32 rounding times the stretch (up to 7e2), as in the official schedule."""
-    sigmas = schedule.stage1_sigmas(tokens, steps)
+    sigmas = schedule.shifted_sigmas(tokens, steps)
     assert sigmas.shape == (steps + 1,)
     assert sigmas[0].item() == pytest.approx(1, abs=1e-4)
     assert sigmas[-1] == 0
@@ -96,7 +97,7 @@ def test_weights_meet_the_order_conditions(h: float) -> None:
 
 
 def schedule_named(name: str) -> Tensor:
-    return {"hq15": schedule.stage1_sigmas(8160, 15), "stage2": schedule.stage2_sigmas()}[name]
+    return {"hq15": schedule.shifted_sigmas(8160, 15), "stage2": schedule.sigmas_of(REFINING)}[name]
 
 
 @pytest.mark.parametrize("name", ["hq15", "stage2"])

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import distance
 from torch import Tensor
+from works import hq_work
 
 from ltxpack.errors import LtxpackError, OverlayError, UsageError
 from ltxpack.files.tensorfile import build_header, read_tensorfile
@@ -30,7 +31,6 @@ from ltxpack.runtime.text import encode
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache, batch_key, cache_root
-from ltxpack.runtime.weights.commands import hq_work
 from ltxpack.runtime.weights.keeper import Residency
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from works import OFFICIAL, hq_work
 
 from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files.tensorfile import DTYPE_BITS
@@ -20,7 +21,6 @@ from ltxpack.runtime.weights import advice, load, reading, report, sizes
 from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.activations import HIDDEN_BYTES, Widths, hidden_states
 from ltxpack.runtime.weights.activations import contexts as contexts_of
-from ltxpack.runtime.weights.commands import OFFICIAL, hq_work
 from ltxpack.runtime.weights.machine import CONTEXT, Machine, this_machine
 from ltxpack.runtime.weights.plan import MODES, Plan, Setup, Work
 from ltxpack.runtime.weights.sizes import Model, Part

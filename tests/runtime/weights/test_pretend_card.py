@@ -34,13 +34,14 @@ from support import REPOSITORY
 from ltxpack.files.source_file import ALIGN, READS, SourceFile
 from ltxpack.lora_bake import BakeOptions, bake, stream
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import pipeline
+from ltxpack.runtime import recipe_run
 from ltxpack.runtime.model import kernels
-from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.pipeline import Pipeline, Timings
+from ltxpack.runtime.recipe_run import decode_video, encode_ahead, generate, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.session import Session, Timings
+from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights import advice, copies, keeper, machine, offload, reading, slots
 from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.load import read_headers
@@ -120,18 +121,18 @@ class Unread:
         return UNKNOWN
 
 
-def opened(overlay: Path, **more: Any) -> Pipeline:
-    return Pipeline.from_overlay(overlay, cache=False, **{"device": "cuda", **more})
+def opened(overlay: Path, reporter: Any = None, **more: Any) -> Session:
+    return Session(overlay, SessionSettings(**{"device": "cuda", "cache": False, **more}), reporter)
 
 
 def in_brief(patch: pytest.MonkeyPatch) -> None:
     """Stages of few steps, and no sound: for what does not depend on them."""
-    patch.setattr(pipeline, "stage1_sigmas", lambda tokens, steps: torch.tensor([1.0, 0.5, 0.0]))
-    patch.setattr(pipeline, "stage2_sigmas", lambda: torch.tensor([0.9, 0.0]))
-    patch.setattr(Pipeline, "decode_audio", lambda make, latents: (torch.zeros(2, 24000), 48000))
+    levels = [torch.tensor([0.9, 0.0]), torch.tensor([1.0, 0.5, 0.0])]
+    patch.setattr(recipe_run, "sigmas_of", lambda schedule, tokens, steps: levels[schedule.fixed is None])
+    patch.setattr(recipe_run, "decode_audio", lambda make, latents: (torch.zeros(2, 24000), 48000))
 
 
-def with_prompts(make: Pipeline, request: Request) -> Request:
+def with_prompts(make: Session, request: Request) -> Request:
     """As if they had been encoded before."""
     contexts = [AV(torch.zeros(1, 1024, 4096, dtype=torch.bfloat16), torch.zeros(1, 1024, 2048, dtype=torch.bfloat16))]
     make.prompts._ahead = {request.prompts: contexts * 2}
@@ -180,12 +181,12 @@ def test_a_video_of_full_size(overlay: Path, card: Card, tmp_path: Path, monkeyp
     reporter = Watched(card)
     with opened(overlay, residency="resident", reporter=reporter) as make:
         request = Request.of("a boat", images=images, steps=2)
-        latents, waveform, _ = make.generate(request)
+        latents, waveform, _ = generate(make, request)
         found = [latents.stage1, latents.stage2]
         assert all(str(part.device) == "cuda:0" for each in found for part in (each.video, each.audio))
         assert waveform.device.type == "cpu"
         frames: list[tuple[int, ...]] = []
-        make.decode_video(latents.stage2.video, lambda part: frames.append(tuple(part.shape)))
+        decode_video(make, latents.stage2.video, lambda part: frames.append(tuple(part.shape)))
         plan = make.residency.plan
         assert plan is not None
     assert sum(shape[0] for shape in frames) == 121
@@ -231,10 +232,9 @@ def test_weights_wherever_they_lie(
     reporter = Watched(card)
     with opened(overlay, reporter=reporter, reads=reads) as make:
         request = with_prompts(make, Request.of("a boat", **SMALL))
-        make._to_come = 2
         pinned = []
-        for _ in range(2):
-            make.generate(request)
+        for following in (request, None):
+            generate(make, request, following=following)
             pinned.append(card.pinned)
         plan = make.residency.plan
         assert plan is not None and plan.setup == setup
@@ -251,7 +251,7 @@ def test_weights_wherever_they_lie(
 def test_the_text_encoder_layer_by_layer(text: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     planned(monkeypatch, Setup("swap", text=text))
     with opened(overlay) as make:
-        make.encode_ahead([Request.of("a boat", **SMALL)])
+        encode_ahead(make, [Request.of("a boat", **SMALL)])
         assert make.prompts.ahead == 1
     assert card.races == [] and card.live == 0 and card.pins == []
 
@@ -262,7 +262,7 @@ def test_another_card_than_the_first(overlay: Path, monkeypatch: pytest.MonkeyPa
     in_brief(monkeypatch)
     with there(Card(count=2), monkeypatch) as card:
         with opened(overlay, device="cuda:1") as make:
-            latents, _, _ = make.generate(with_prompts(make, Request.of("a boat", **SMALL)))
+            latents, _, _ = generate(make, with_prompts(make, Request.of("a boat", **SMALL)))
         assert latents.stage2.video.device == torch.device("cuda:1")
         assert card.races == [] and card.contexts == {1}
 
@@ -274,7 +274,7 @@ def test_frames_become_planes_on_the_card(
     in_brief(monkeypatch)
     with opened(overlay, residency="resident") as make:
         request = with_prompts(make, Request.of("a boat", **{**SMALL, "decode": "fast"}))
-        write_video(make, request, tmp_path / "boat.mp4", tmp_path / "boat.safetensors")
+        write_video(make, request, tmp_path / "boat.mp4", save_tensors=tmp_path / "boat.safetensors")
     assert (tmp_path / "boat.mp4").stat().st_size > 0 and (tmp_path / "boat.safetensors").stat().st_size > 0
     assert card.races == []
 
@@ -295,9 +295,9 @@ def test_what_would_be_seen(
     monkeypatch.setattr(*fault)
     planned(monkeypatch, Setup("stream", False, modes.BLOCKS, streamed=SOME, held=HELD))
     in_brief(monkeypatch)
-    monkeypatch.setattr(Pipeline, "_upsample", lambda make, latents: pytest.fail("enough"))
+    monkeypatch.setattr(Session, "upsample", lambda make, latents: pytest.fail("enough"))
     with opened(overlay) as make, pytest.raises(pytest.fail.Exception, match="enough"):
-        make.generate(with_prompts(make, Request.of("a boat", **SMALL)))
+        generate(make, with_prompts(make, Request.of("a boat", **SMALL)))
     assert card.races
 
 
@@ -355,10 +355,8 @@ def test_a_stage_that_fails_leaves_nothing_under_way(
     """Its weights are still being copied from host memory when that is given back."""
     planned(monkeypatch, SETUPS["swap, kept"])
     in_brief(monkeypatch)
-    monkeypatch.setattr(DiT, "rope", lambda *_: pytest.fail("enough"))
     with opened(overlay) as make, pytest.raises(pytest.fail.Exception, match="enough"):
         request = with_prompts(make, Request.of("a boat", **SMALL))
-        make._prepare([pipeline._work(request)])
-        state = AV(*(SimpleNamespace(positions=None) for _ in range(2)))
-        make._transform("distilled-0.5", "stage 2", state, torch.zeros(2), request)
+        make.prepare([work_of(make, request)])
+        make.transform("distilled-0.5", lambda model: pytest.fail("enough"))
     assert card.races == [] and card.pins == []

@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from _measure import make_cold, resident
+from works import hq_work
 
 from ltxpack.demo.config import TEXT_LAYERS
 from ltxpack.errors import DeviceError, OverlayError
@@ -30,12 +31,13 @@ from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.overlay import Overlay
-from ltxpack.runtime.pipeline import Pipeline
+from ltxpack.runtime.recipe_run import decode_audio, decode_video, generate, sample
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.session import Session
+from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights import keeper, machine, reading, slots
 from ltxpack.runtime.weights import plan as modes
-from ltxpack.runtime.weights.commands import hq_work
 from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.load import read_headers
 from ltxpack.runtime.weights.plan import Setup
@@ -119,14 +121,14 @@ def read_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-def pipeline(overlay: Path, reporter: Any = None, **options: Any) -> Pipeline:
-    return Pipeline.from_overlay(overlay, device="cpu", dtype="float32", cache=False, reporter=reporter, **options)
+def pipeline(overlay: Path, reporter: Any = None, **options: Any) -> Session:
+    return Session(overlay, SessionSettings(device="cpu", dtype="float32", cache=False, **options), reporter)
 
 
-def video(make: Pipeline, wanted: Request, codecs: bool = True) -> dict[str, Tensor]:
+def video(make: Session, wanted: Request, codecs: bool = True) -> dict[str, Tensor]:
     """The latents of both stages; with ``codecs`` also the sound and the frames."""
-    make.residency.prepare([hq_work(wanted.shape, STAGES, wanted.steps)])
-    latents = make.sample(wanted)
+    make.residency.prepare([wanted.work(STAGES)])
+    latents = sample(make, wanted)
     found = {
         "stage1.video": latents.stage1.video,
         "stage1.audio": latents.stage1.audio,
@@ -136,8 +138,8 @@ def video(make: Pipeline, wanted: Request, codecs: bool = True) -> dict[str, Ten
     }
     if codecs:
         frames: list[Tensor] = []
-        make.decode_video(latents.stage2.video, frames.append)
-        found |= {"waveform": make.decode_audio(latents.stage1.audio)[0], "frames": torch.cat(frames)}
+        decode_video(make, latents.stage2.video, frames.append)
+        found |= {"waveform": decode_audio(make, latents.stage1.audio)[0], "frames": torch.cat(frames)}
     return found
 
 
@@ -258,10 +260,10 @@ def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Setup], None]
         force(setup)
         with pipeline(root) as make:
             make.residency.prepare([WORK])
-            make.sample(request())
+            sample(make, request())
             assert transformers <= set(read_files)
             read_files.clear()
-            make.sample(request())
+            sample(make, request())
         again = transformers & set(read_files)
         assert again == (set() if stays else transformers), setup
         assert (root / "latent_upsampler" / WEIGHTS in read_files) is not setup.keep_parts
@@ -331,7 +333,7 @@ def test_held_blocks_of_files_that_changed_are_not_used(
         assert read_bytes[path] >= len(content), "written anew: read whole and hashed"
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with pytest.raises(OverlayError, match="changed since the overlay was written"):
-            make.sample(request())
+            sample(make, request())
 
 
 def test_what_is_held_is_given_back(demo: Path, force: Callable[[Setup], None]) -> None:
@@ -352,12 +354,12 @@ def test_of_the_video_vae_only_its_statistics_are_read_between_the_stages(
     path = demo / "overlay" / "vae" / WEIGHTS
     force(Setup("swap"))
     with pipeline(demo / "overlay") as make:
-        latents, _, _ = make.generate(request())
+        latents, _, _ = generate(make, request())
         stored = read_headers(path.parent)
         assert read_bytes[path] == stored["latents_mean"].nbytes + stored["latents_std"].nbytes
-        make.generate(request())
+        generate(make, request())
         assert read_bytes[path] == stored["latents_mean"].nbytes + stored["latents_std"].nbytes
-        make.decode_video(latents.stage2.video, lambda frames: None)
+        decode_video(make, latents.stage2.video, lambda frames: None)
         assert read_bytes[path] > path.stat().st_size
 
 
@@ -365,7 +367,7 @@ def test_every_file_is_read_once_a_load(demo: Path, force: Callable[[Setup], Non
     """Hashing and loading are one reading."""
     force(SETUPS[0])
     with pipeline(demo / "overlay") as make:
-        make.generate(request())
+        generate(make, request())
     assert len(read_files) == len(set(read_files))
 
 
@@ -573,7 +575,7 @@ class TestPlans:
         monkeypatch.setattr(machine, "free_host", lambda: 1_000_000_000)
         monkeypatch.setattr(machine, "own_memory", lambda: 0)
         with pipeline(demo / "overlay") as make, pytest.raises(DeviceError) as caught:
-            make.generate(request())
+            generate(make, request())
         assert "cpu has too little free memory" in caught.value.problem
         assert "GB" in str(caught.value.expected) and str(caught.value.found) == "0.5 GB free"
         assert not read_files
@@ -591,7 +593,7 @@ class TestPlans:
             with monkeypatch.context() as patch:
                 patch.setattr(DiT, "passes", out_of_memory)
                 with pytest.raises(DeviceError, match="ran out of memory") as caught:
-                    make.generate(request())
+                    generate(make, request())
             assert word in caught.value.next
             assert same(video(make, request(), codecs=False), reference(demo / "overlay"))
 

@@ -1,0 +1,224 @@
+"""A recipe carried out: text, stages, upsampler, sound, pictures (spec 05, section 5; spec 08, section 2).
+
+:func:`sample` reads from top to bottom as the video is made. What is on the device when is the session's business; the
+numbers are the recipe's, the samplers', the codecs' and the DiT's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+from torch import Tensor
+
+from ltxpack.ltx23.classes import TEMPORAL_FACTOR
+from ltxpack.runtime import codecs
+from ltxpack.runtime.large_tiles import FAST
+from ltxpack.runtime.media import load_image, prepare_image
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.request import ImageSpec, Request
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state, unpatchify
+from ltxpack.runtime.sampling.guidance import Denoiser
+from ltxpack.runtime.sampling.recipes import Guidance, stage_label
+from ltxpack.runtime.sampling.sample import SAMPLERS
+from ltxpack.runtime.sampling.schedule import sigmas_of
+from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.session import Session, Timings
+from ltxpack.runtime.video import Latents, Video
+from ltxpack.runtime.weights.plan import Work
+
+
+@torch.inference_mode()
+def sample(session: Session, request: Request, following: str | None = None) -> Latents:
+    """From the request to the latents of every stage. Raises LtxpackError.
+
+    One generator draws the first noise of the stages in their order, video before audio. ``following`` is the
+    transformer that the next video begins with: it is loaded while the last stage runs.
+    """
+    recipe, settings = request.recipe, request.settings
+    names = session.transformers(recipe).stages
+    shapes = [stage.shape(request.shape) for stage in recipe.stages]
+    pairs = zip(recipe.stages, shapes, strict=True)
+    levels = [sigmas_of(stage.schedule, shape.tokens, settings.steps) for stage, shape in pairs]
+    pictures = _pictures(session, request)
+    generator = torch.Generator(device=session.device).manual_seed(settings.seed)
+    session.load_ahead(names[0])
+    with session.timings.phase("text"):
+        positive, *negative = session.prompts.contexts(request.prompts, session.reporter)
+    with session.timings.phase("images"):
+        images = _encoded(session, request, pictures, shapes)
+    made: list[AV[Tensor]] = []
+    upsampled = None
+    for number, (stage, shape, sigmas) in enumerate(zip(recipe.stages, shapes, levels, strict=True)):
+        start, noise_scale = None, 1.0
+        if stage.upsampled:
+            with session.timings.phase("upsample"):
+                upsampled = session.upsample(made[-1].video)
+            start, noise_scale = AV(upsampled, made[-1].audio), float(sigmas[0])
+        with session.timings.phase(stage_label(number)):
+            state = initial_state(shape, start, images[number], noise_scale, generator, session.device, session.dtype)
+            denoiser = _denoiser(positive, negative, settings.guidance if stage.guided else None)
+            ahead = (*names[1:], following)[number]
+            tokens = _denoised(session, number, stage.sampler, names[number], denoiser, state, sigmas, ahead)
+            made.append(unpatchify(tokens, shape))
+    return Latents(tuple(made), upsampled)
+
+
+def generate(
+    session: Session, request: Request, *, following: Request | None = None, once: bool = False
+) -> tuple[Latents, Tensor, int]:
+    """Everything but the frames: latents, waveform ``[2, N]`` float32 and its sample rate. Begins the timings anew.
+
+    ``following`` is the video that is made next, as far as is known; ``once``: none is, so that no weights are kept
+    for one where that takes more memory. Raises LtxpackError.
+    """
+    session.check_open()
+    session.timings = Timings()
+    session.prepare([work_of(session, request, session.prompts.ahead, once)])
+    name = None if following is None else session.transformers(following.recipe).stages[0]
+    latents = session.within_memory(lambda: sample(session, request, name))
+    sound = latents.stages[request.recipe.sound].audio
+    return latents, *session.within_memory(lambda: decode_audio(session, sound))
+
+
+def finish(
+    session: Session, request: Request, latents: Latents, frames: list[Tensor], waveform: Tensor, sample_rate: int
+) -> Video:
+    """The parts of a video as one; ``frames`` (chunks ``[n, H, W, 3]``) is emptied."""
+    return Video(
+        frames=_joined(frames),
+        waveform=waveform,
+        sample_rate=sample_rate,
+        fps=request.shape.fps,
+        seed=request.settings.seed,
+        recipe=request.recipe.name,
+        transformers=session.transformers(request.recipe).stages,
+        latents=latents,
+        seconds=dict(session.timings.seconds),
+    )
+
+
+def encode_ahead(session: Session, requests: Sequence[Request]) -> float:
+    """Encode the prompts of all ``requests``, so that the text encoder is loaded once. Seconds it took."""
+    session.check_open()
+    begin = time.perf_counter()
+    batches = [request.prompts for request in requests]
+    together = len(set(batches))
+    session.prepare([work_of(session, request, together) for request in requests])
+    with torch.inference_mode():
+        session.within_memory(lambda: session.prompts.encode_ahead(batches, session.reporter))
+    return time.perf_counter() - begin
+
+
+def decode_audio(session: Session, latents: Tensor) -> tuple[Tensor, int]:
+    """The waveform ``[2, N]`` float32 and its sample rate, from audio latents (spec 04, section 9)."""
+
+    def decode(vae: AutoencoderKLLTX2Audio) -> tuple[Tensor, int]:
+        return session.borrow(
+            "vocoder",
+            codecs.load_vocoder,
+            lambda vocoder: (codecs.decode_audio(vae, vocoder, latents).cpu(), codecs.sample_rate(vocoder)),
+        )
+
+    with session.timings.phase("audio"):
+        return session.borrow("audio_vae", codecs.load_audio_vae, decode)
+
+
+def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], object]) -> None:
+    """Hand the frames ``[n, H, W, 3]`` in [0, 1] to ``write``, chunk by chunk, in order.
+
+    In the official tiles, or in larger ones if the plan has them.
+    """
+    plan = session.residency.plan
+    tiling = None if plan is None or plan.work.decode != FAST else plan.tiling
+
+    def decode(vae: AutoencoderKLLTX2Video) -> None:
+        session.reporter.begin("decode", (latents.shape[2] - 1) * TEMPORAL_FACTOR + 1, "frame")
+        for frames in codecs.decode_video(vae, latents, tiling):
+            write(frames)
+            session.reporter.advance(len(frames))
+        session.reporter.end()
+
+    with session.timings.phase("video"):
+        session.borrow("vae", codecs.load_video_vae, decode)
+
+
+def work_of(session: Session, request: Request, together: int = 1, once: bool = False) -> Work:
+    """What ``request`` asks of the device, for the planner; ``together`` videos' prompts are encoded at once."""
+    return request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)
+
+
+def _pictures(session: Session, request: Request) -> list[Tensor]:
+    """The images, read and compressed: before anything is loaded, so that a bad file fails at once."""
+    asked = request.settings.image_crf
+    crf = session.overlay.manifest.image_crf if asked is None else asked
+    return [load_image(image.path, crf) for image in request.images]
+
+
+def _encoded(
+    session: Session, request: Request, pictures: Sequence[Tensor], shapes: Sequence[VideoShape]
+) -> list[list[ImageItem]]:
+    """The images encoded in the size of each stage."""
+    if not pictures:
+        return [[] for _ in shapes]
+
+    def item(vae: AutoencoderKLLTX2Video, image: ImageSpec, picture: Tensor, shape: VideoShape) -> ImageItem:
+        pixels = prepare_image(picture, shape.height, shape.width, session.device, session.dtype)
+        return ImageItem(image.frame, image.strength, codecs.encode_image(vae, pixels))
+
+    def encode(vae: AutoencoderKLLTX2Video) -> list[list[ImageItem]]:
+        pairs = list(zip(request.images, pictures, strict=True))
+        return [[item(vae, image, picture, shape) for image, picture in pairs] for shape in shapes]
+
+    return session.borrow("vae", codecs.load_video_vae, encode)
+
+
+def _denoiser(
+    positive: AV[Tensor], negative: Sequence[AV[Tensor]], guidance: AV[Guidance] | None
+) -> Callable[[DiT], Denoiser]:
+    """What makes a stage's denoiser of its transformer."""
+    return lambda model: Denoiser(model, positive, negative[0] if negative else None, guidance)
+
+
+def _denoised(
+    session: Session,
+    number: int,
+    sampler: str,
+    transformer: str,
+    denoiser_of: Callable[[DiT], Denoiser],
+    state: AV[LatentState],
+    sigmas: Tensor,
+    ahead: str | None,
+) -> AV[Tensor]:
+    """Stage ``number``: the tokens after sampling; the transformer ``ahead`` is loaded meanwhile."""
+
+    def work(model: DiT) -> AV[Tensor]:
+        if ahead is not None:
+            session.load_ahead(ahead)
+        denoiser = denoiser_of(model)
+        rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
+        session.reporter.begin(stage_label(number), len(sigmas) - 1, "step")
+        tokens = SAMPLERS[sampler](
+            lambda latents, sigma: denoiser(latents, sigma, state, rope),
+            state,
+            sigmas,
+            on_step=lambda done, total: session.reporter.advance(),
+        )
+        session.reporter.end()
+        return tokens
+
+    return session.transform(transformer, work)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts one after another; each is released as it is copied, so that the whole is not held twice."""
+    whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
+    start = 0
+    while parts:
+        part = parts.pop(0)
+        whole[start : start + len(part)] = part
+        start += len(part)
+    return whole

@@ -1,0 +1,216 @@
+"""A session: an overlay opened on a device. It owns what stays loaded, and what happens when memory runs out.
+
+It also chooses the attention kernel, compiles the blocks, and keeps the time. Knows no recipe: see :mod:`recipe_run`.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ltxpack.errors import DeviceError, UsageError
+from ltxpack.manifest import FileRecord
+from ltxpack.reporter import Reporter, SilentReporter
+from ltxpack.runtime import codecs
+from ltxpack.runtime.compiled import compile_dit
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.weights import load_dit, read_dit_config
+from ltxpack.runtime.overlay import BASE, Overlay
+from ltxpack.runtime.sampling.recipes import Recipe
+from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
+from ltxpack.runtime.select import TransformerChoice, choose
+from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.text.encode import PromptEncoder
+from ltxpack.runtime.text.prompt_cache import PromptCache
+from ltxpack.runtime.weights import report
+from ltxpack.runtime.weights.advice import check_mode, check_reads
+from ltxpack.runtime.weights.device import known_fault, resolve_device
+from ltxpack.runtime.weights.keeper import Residency
+from ltxpack.runtime.weights.plan import Work
+
+P = TypeVar("P", bound=torch.nn.Module)
+R = TypeVar("R")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# What libraries say that raise a plain RuntimeError when memory runs out.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+@dataclass
+class Timings:
+    """Seconds per phase, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to phase ``name``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+class Session:
+    """The overlay at ``root``, opened as ``settings`` say; nothing large is read yet.
+
+    What fits stays loaded until :meth:`close`. Not for several threads at once. Raises OverlayError, UsageError,
+    DeviceError.
+    """
+
+    def __init__(self, root: Path, settings: SessionSettings, reporter: Reporter | None = None) -> None:
+        check_mode(settings.residency)
+        check_reads(settings.reads)
+        if settings.dtype not in DTYPES:
+            raise UsageError(
+                "wrong dtype", expected=" or ".join(DTYPES), found=settings.dtype, next="choose dtype='bfloat16'"
+            )
+        self.settings = settings
+        self.overlay = Overlay.open(root)
+        self.device = resolve_device(settings.device)
+        self.dtype = DTYPES[settings.dtype]
+        self.reporter = reporter or SilentReporter()
+        self.residency = Residency(
+            self.overlay, self.device, self.dtype, settings.residency, self.reporter, settings.reads
+        )
+        self.prompts = PromptEncoder(self.overlay, self.residency, _cache(settings.cache))
+        self.timings = Timings()
+        self.attention: kernels.KernelChoice | None = None
+        self._attention_told = False
+        self._closed = False
+        self._statistics: codecs.LatentStatistics | None = None
+        # A name that cannot be used is an error now; the fastest is measured when there is something to make.
+        if kernels.asked_for(settings.attention) != kernels.AUTO:
+            self.attention = self.within_memory(self._choose_attention)
+        fault = known_fault(self.device, self.dtype)
+        if fault is not None:
+            self.reporter.warn(fault)
+
+    def transformers(self, recipe: Recipe) -> TransformerChoice:
+        """The transformers of the recipe's stages. Raises OverlayError, UsageError."""
+        return choose(self.overlay.manifest, recipe, self.settings.transformers, self.overlay.root)
+
+    def prepare(self, works: Sequence[Work]) -> None:
+        """Plan for ``works``, and choose the attention kernel: before anything is loaded there is room to measure it.
+
+        Raises DeviceError where nothing fits, UsageError for a closed session.
+        """
+        self.check_open()
+        self.residency.prepare(works)
+        if not works:
+            return
+        if self.attention is None:
+            self.attention = self.within_memory(self._choose_attention)
+        if not self._attention_told:
+            self.reporter.note(self.attention.note)
+            for name, why in self.attention.refused.items():
+                self.reporter.detail(f"attention: not {name}: {why}")
+            self._attention_told = True
+
+    @property
+    def decoding(self) -> str:
+        """The tiles the last video was decoded in, in words; empty before there is one."""
+        return "" if self.residency.plan is None else report.decoding(self.residency.plan)
+
+    def borrow(self, component: str, load: Callable[..., P], work: Callable[[P], R]) -> R:
+        """``work(part)`` with the part of ``component`` on the device. Raises OverlayError for a file that changed."""
+        return self.residency.borrow(self.overlay.folder(component), self.overlay.records(component), load, work)
+
+    def transform(self, name: str, work: Callable[[DiT], R]) -> R:
+        """``work(transformer)`` with the transformer ``name`` ready on the device. Raises OverlayError."""
+        return self.residency.borrow(*self._transformer(name), load_dit, work, self._settle)
+
+    def load_ahead(self, name: str) -> None:
+        """Begin to load the transformer ``name`` while others compute, if the plan has room for it."""
+        self.residency.prefetch(*self._transformer(name), load_dit)
+
+    def upsample(self, latents: Tensor) -> Tensor:
+        """Video latents in twice the height and width; of the video VAE this needs two small tensors only."""
+        if self._statistics is None:
+            folder = self.overlay.folder("vae")
+            self._statistics = codecs.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
+        statistics = self._statistics
+        return self.borrow(
+            "latent_upsampler", codecs.load_upsampler, lambda net: codecs.upsample(net, statistics, latents)
+        )
+
+    def within_memory(self, work: Callable[[], R]) -> R:
+        """``work()``. Raises DeviceError, with everything of ``work`` released, when memory runs out in it."""
+        try:
+            return work()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            found = _out_of_memory(error)
+            if found is None:
+                raise
+        # Not in the except block: there the failed work's tensors are still alive in its traceback.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise DeviceError(f"{self.device} ran out of memory", found=found, next=self.residency.advice())
+
+    @contextmanager
+    def reporting(self, reporter: Reporter) -> Iterator[None]:
+        """Progress of the work in the block goes to ``reporter``."""
+        before, self.reporter = self.reporter, reporter
+        try:
+            yield
+        finally:
+            self.reporter = before
+
+    def check_open(self) -> None:
+        """Raises UsageError for a session that was closed."""
+        if self._closed:
+            raise UsageError("this pipeline is closed", next="ltxpack.Pipeline.from_overlay(...) opens another")
+
+    def close(self) -> None:
+        """Give back the memory held; a closed session makes no more videos."""
+        self._closed = True
+        self._statistics = None
+        self.prompts.forget()
+        self.residency.close()
+
+    def __enter__(self) -> Session:
+        self.check_open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _transformer(self, name: str) -> tuple[Path, tuple[FileRecord, ...]]:
+        return self.overlay.transformer_folder(name), self.overlay.transformer_records(name)
+
+    def _settle(self, model: DiT, streamed: bool) -> None:
+        """Prepare a transformer once, when its weights have come to the device or come there block by block."""
+        if self.attention is not None:
+            model.use_attention(self.attention.kernels)
+        if self.settings.compile:
+            compile_dit(model, self.reporter)
+
+    def _choose_attention(self) -> kernels.KernelChoice:
+        config = read_dit_config(self.overlay.transformer_folder(BASE))
+        kinds = kernels.attention_kinds(config, self.device, self.dtype)
+        found = kernels.choose(kinds, self.settings.attention)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+
+def _cache(asked: bool | str | Path) -> PromptCache | None:
+    """The cache of encoded prompts: none, in the usual folder, or in the one that is given."""
+    return None if asked is False else PromptCache.at(None if asked is True else Path(asked))
+
+
+def _out_of_memory(error: BaseException) -> str | None:
+    """What ``error`` says, if it says that memory ran out."""
+    told = str(error).strip().splitlines() or [type(error).__name__]
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return told[0] if known or any(sign in str(error) for sign in OUT_OF_MEMORY) else None

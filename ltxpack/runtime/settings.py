@@ -1,0 +1,202 @@
+"""The settings of a video, and those of the session that makes it: each is written down once, here.
+
+The flags of ``ltxpack run`` and ``ltxpack plan``, the arguments from Python, the fields of a prompts file, the record
+of a video and the commands that ``ltxpack plan`` prints are derived from the fields of these two classes. Needs no
+torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from ltxpack.errors import UsageError
+from ltxpack.files.source_file import READS
+from ltxpack.runtime.large_tiles import DECODES, OFFICIAL
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Guidance, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from ltxpack.runtime.request import ImageSpec
+
+AUTO = "auto"
+DTYPES = ("bfloat16", "float32")
+RESIDENCIES = (AUTO, "resident", "swap", "stream")
+TYPES: Mapping[str, type] = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int, "bool": bool}
+
+
+def _setting(default: Any, help: str | None = None, **more: Any) -> Any:
+    """A field that is a setting. ``more``:
+
+    ``flag``: the flag, where it is not the name. ``choices``, ``bounds``: the values and the range that the command
+    line takes. ``shown``: what the help says the default is, where it is not the value. ``metavar``. ``plan``:
+    ``ltxpack plan`` takes it too. ``line``: the limits and description of the field in a prompts file, where it may be
+    said of one line. ``guides``: the strengths of the guidance that it sets, as (modality, strength).
+    """
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be said of a video beside its prompt. The defaults are those of the recipe hq."""
+
+    recipe: str = _setting(
+        HQ.name, "The recipe; it sets the defaults of its settings.", choices=tuple(RECIPES), plan=True,
+        line={"enum": list(RECIPES), "description": "The recipe."},
+    )  # fmt: skip
+    negative_prompt: str | None = _setting(
+        None, "What to avoid; default: the official one.", line={"description": "What to avoid."}
+    )
+    seed: int = _setting(10, line={"minimum": -(2**63), "maximum": 2**64 - 1})
+    height: int = _setting(1088, plan=True, line={"minimum": 32, "multipleOf": 32, "description": "Pixels."})
+    width: int = _setting(1920, plan=True, line={"minimum": 32, "multipleOf": 32, "description": "Pixels."})
+    num_frames: int = _setting(121, plan=True, line={"minimum": 1, "description": "Frames, a multiple of 8 plus 1."})
+    fps: float = _setting(24.0, plan=True, line={"exclusiveMinimum": 0, "description": "Frames per second."})
+    steps: int = _setting(15, "Steps of stage 1.", plan=True, line={"minimum": 2, "description": "Steps of stage 1."})
+    images: Sequence[ImageSpec | str | Path] = _setting(
+        (), "Condition on an image.", flag="--image", metavar="PATH[@FRAME][:STRENGTH]"
+    )
+    image_crf: int | None = _setting(None, "x264 CRF images pass through; default: the checkpoint's.", bounds=(0, 51))
+    video_cfg: float = _setting(3.0, guides=[("video", "cfg")])
+    audio_cfg: float = _setting(7.0, guides=[("audio", "cfg")])
+    video_rescale: float = _setting(0.45, guides=[("video", "rescale")])
+    audio_rescale: float = _setting(1.0, guides=[("audio", "rescale")])
+    modality: float = _setting(
+        3.0, "Modality guidance, video and audio.", guides=[("video", "modality"), ("audio", "modality")]
+    )
+    decode: str = _setting(
+        OFFICIAL, "fast: larger tiles where memory allows; pixels near seams differ.", choices=DECODES, plan=True
+    )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """The settings ``given``, and the defaults of their recipe for the others.
+
+        Raises UsageError for a recipe that does not exist or has no use for one of them, TypeError for a name that is
+        no setting.
+        """
+        unknown = sorted(set(given) - {one.name for one in dataclasses.fields(cls)})
+        if unknown:
+            known = ", ".join(one.name for one in dataclasses.fields(cls))
+            raise TypeError(f"no such setting: {', '.join(unknown)}; there are {known}")
+        recipe = recipe_named(given.get("recipe", HQ.name))
+        for one in dataclasses.fields(cls):
+            if one.name in given and one.name in recipe.unused:
+                raise UsageError(
+                    f"{flag_of(one)} has no use in the recipe {recipe.name}", next=f"leave {flag_of(one)} out"
+                )
+        return cls(**{**recipe.defaults, **given})
+
+    @property
+    def guidance(self) -> AV[Guidance]:
+        """The strengths of both modalities."""
+        strengths: dict[str, dict[str, Any]] = {"video": {}, "audio": {}}
+        for one in dataclasses.fields(self):
+            for modality, name in one.metadata.get("guides", ()):
+                strengths[modality][name] = getattr(self, one.name)
+        return AV(Guidance(**strengths["video"]), Guidance(**strengths["audio"]))
+
+
+class SettingsGiven(TypedDict, total=False):
+    """Some of the :class:`Settings`, as arguments from Python; a test holds both to the same names and types."""
+
+    recipe: str
+    negative_prompt: str | None
+    seed: int
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    steps: int
+    images: Sequence[ImageSpec | str | Path]
+    image_crf: int | None
+    video_cfg: float
+    audio_cfg: float
+    video_rescale: float
+    audio_rescale: float
+    modality: float
+    decode: str
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How an overlay is opened: which transformers, on what device, and what stays where."""
+
+    stage1: str = _setting(AUTO, "base, or a bake's name.", plan=True)
+    stage2: str = _setting(AUTO, "base, or a bake's name.", plan=True)
+    device: str = _setting(AUTO, "auto, cuda, cuda:N or cpu.")
+    dtype: str = _setting(DTYPES[0], choices=DTYPES, plan=True)
+    residency: str = _setting(AUTO, choices=RESIDENCIES, plan=True)
+    reads: str = _setting(
+        AUTO, "Weights through the page cache or past it; auto: past it, but for what is there.", choices=READS
+    )
+    attention: str | None = _setting(
+        None,
+        "auto (the fastest, measured), flash3, cudnn, flash, efficient, sdpa or math; before LTXPACK_ATTENTION.",
+        shown=AUTO,
+        metavar="KERNEL",
+    )
+    compile: bool = _setting(False)
+    cache: bool | str | Path = _setting(True, "Keep encoded prompts on disk.")  # noqa: RUF009
+
+    @classmethod
+    def of(cls, given: SessionGiven) -> SessionSettings:
+        """The settings ``given``; a dtype may be torch's own."""
+        plain: dict[str, Any] = dict(given)
+        if "dtype" in given:
+            plain["dtype"] = str(given["dtype"]).removeprefix("torch.")
+        return cls(**plain)
+
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """What was asked for each stage, by its number."""
+        return self.stage1, self.stage2
+
+
+class SessionGiven(TypedDict, total=False):
+    """Some of the :class:`SessionSettings`, as arguments from Python; a test holds both to the same names and types."""
+
+    stage1: str
+    stage2: str
+    device: str
+    dtype: str | torch.dtype
+    residency: str
+    reads: str
+    attention: str | None
+    compile: bool
+    cache: bool | str | Path
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe called ``name``. Raises UsageError if there is none."""
+    if name not in RECIPES:
+        raise UsageError("unknown recipe", expected=" or ".join(RECIPES), found=name, next=f"choose --recipe {HQ.name}")
+    return RECIPES[name]
+
+
+def flag_of(one: dataclasses.Field[Any]) -> str:
+    """The flag of a setting."""
+    return str(one.metadata.get("flag", f"--{one.name.replace('_', '-')}"))
+
+
+def type_of(one: dataclasses.Field[Any]) -> type | None:
+    """The plain type of a setting's value; None where it is not plain."""
+    return TYPES.get(str(one.type))
+
+
+def planned_by(table: type) -> list[dataclasses.Field[Any]]:
+    """The settings of ``table`` that ``ltxpack plan`` takes."""
+    return [one for one in dataclasses.fields(table) if one.metadata.get("plan")]
+
+
+def words(chosen: Settings | SessionSettings, usual: Settings | SessionSettings) -> Iterator[str]:
+    """What to type for the settings in which ``chosen`` differs from ``usual``: ``--height 576``."""
+    for one in dataclasses.fields(chosen):
+        value = getattr(chosen, one.name)
+        if value != getattr(usual, one.name) and type_of(one) in (int, float, str):
+            yield f"{flag_of(one)} {value:g}" if isinstance(value, float) else f"{flag_of(one)} {value}"
