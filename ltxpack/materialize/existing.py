@@ -46,6 +46,7 @@ from ltxpack.materialize.sources import (
 from ltxpack.repack.items import CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.repair import repair
 from ltxpack.repack.tensors import Copied
+from ltxpack.repack.verify import damaged_items
 from ltxpack.reporter import Reporter
 
 SAMPLE_BYTES = 512
@@ -155,7 +156,7 @@ def restore_base(
     """
     access = Access(reporter, hub)
     found = _RecordedInputs(overlay, manifest, paths, access, source)
-    items = [item for item in _items_again(paths, manifest, found) if item.path in paths]
+    items = damaged_items(list(_items_again(paths, manifest, found)), paths)
     lost = sorted(set(paths) - {item.path for item in items})
     if lost:
         raise SourceError(

@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
 from ltxpack.materialize.hub import client as hub
 from ltxpack.materialize.hub import transfer as hub_transfer
-from ltxpack.materialize.hub.client import Hub, HubUnreachable, parse_reference
-from ltxpack.materialize.hub.listing import is_safe_name
+from ltxpack.materialize.hub.client import Hub, HubUnreachable, is_safe_name, parse_reference
 from ltxpack.reporter import SilentReporter
 
 REPO = "Lightricks/LTX-2.3"

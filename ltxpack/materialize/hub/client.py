@@ -1,47 +1,129 @@
 """Files of a model hub: what a repository holds, a safetensors header alone, or a whole file in the hub cache.
 
 Endpoint, token, cache folder and offline mode come from huggingface_hub and its environment variables (HF_ENDPOINT,
-HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE). Nothing a hub states is used unchecked, and the content of every file is
+HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE). The cache has the layout that huggingface_hub documents: a repository's folder
+holds ``refs/REVISION`` (a commit), ``snapshots/COMMIT/NAME`` (links) and ``blobs/HASH`` (the bytes, named by sha256 for
+large files, by git's hash for small ones). Nothing a hub states is used unchecked, and the content of every file is
 checked against the hash it is stored under. Knows nothing of checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
+import re
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from ltxpack import __version__
-from ltxpack.errors import LtxpackError, SourceError
+from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.tensorfile import header_length
 from ltxpack.materialize.hub import errors as hub_errors
-from ltxpack.materialize.hub.cache import HubCache, check_cached
-from ltxpack.materialize.hub.errors import HubUnreachable, Place
-from ltxpack.materialize.hub.listing import (
-    COMMIT,
-    LONGEST_PART,
-    SHA256,
-    Reference,
-    RepoFile,
-    RepoInfo,
-    check_request,
-    parse_reference,
-    read_listing,
-    similar_names,
-)
+from ltxpack.materialize.hub.errors import HubRequest, HubUnreachable, tell
 from ltxpack.materialize.hub.transfer import Address, BrokenError, Digest, RangesIgnoredError, RemoteFile, download
 from ltxpack.reporter import Reporter, SilentReporter
 
-__all__ = ["Hub", "HubUnreachable", "Reference", "RepoFile", "RepoInfo", "parse_reference"]
-
+REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+REFERENCE = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<file>.+))?")
+REVISION_FORBIDDEN = re.compile(r"[\s~^:?*\[\\]|\.\.|@\{|^-|\.lock$")
+WEB_ADDRESS = re.compile(r"https?://[^/]+/(?P<repo>[^/?#]+/[^/?#]+)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+LONGEST_NAME = 1024
+LONGEST_PART = 255
+LARGEST_FILE = 2**63 - 1
+SIMILAR_NAMES = 5
 RETRY_WAITS = (1.0, 2.0, 4.0)
 LONG_WAIT = 10.0
+LOCK_PATIENCE = 1.0
 
 T = TypeVar("T")
+
+
+class Reference(NamedTuple):
+    """``ORG/NAME[@REV][/FILE]``."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """A file of a repository: ``size`` in bytes; ``sha256`` as the hub states it, for large files only."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class RepoInfo:
+    """A repository at one commit.
+
+    ``revision`` is the branch or tag that was asked for, None for the main branch. ``cached_only``: read from the hub
+    cache, so ``files`` may not be all there are.
+    """
+
+    repo: str
+    commit: str
+    files: Mapping[str, RepoFile]
+    revision: str | None = None
+    cached_only: bool = False
+
+
+def parse_reference(text: str) -> Reference:
+    """``ORG/NAME[@REV][/FILE]`` taken apart.
+
+    A revision is a branch, tag, commit or ``refs/pr/N``; a slash in a branch's name is written ``%2F``. Raises
+    UsageError.
+    """
+    match = REFERENCE.fullmatch(text)
+    if match is None:
+        address = WEB_ADDRESS.match(text)
+        raise UsageError(
+            "is not a reference to a repository of the hub", file=text,
+            expected="ORG/NAME, ORG/NAME@REVISION or ORG/NAME/FILE",
+            next=f"write {address['repo']}" if address else "write it like Lightricks/LTX-2.3",
+        )  # fmt: skip
+    revision = None if match["revision"] is None else unquote(match["revision"])
+    check_request(match["repo"], revision)
+    if match["file"] is not None and not is_safe_name(match["file"]):
+        raise UsageError("is not the name of a file in a repository", file=match["file"], next=f"correct {text}")
+    return Reference(match["repo"], revision, match["file"])
+
+
+def check_request(repo: str, revision: str | None) -> None:
+    """Raises UsageError unless both can stand in an address and name a folder of the cache."""
+    parts = repo.split("/")
+    plain = len(parts) == 2 and all(REPO_PART.fullmatch(part) for part in parts)
+    if not plain or "--" in repo or ".." in repo or repo.endswith(".git"):
+        raise UsageError(
+            "is not the name of a repository of the hub", file=repo,
+            expected="ORG/NAME of letters, digits, '-', '_' and '.'", next="write it like Lightricks/LTX-2.3",
+        )  # fmt: skip
+    if revision is not None and (not is_safe_name(revision) or REVISION_FORBIDDEN.search(revision)):
+        raise UsageError(
+            "is not a revision", file=revision, expected="a branch, tag or commit", next=f"correct the one of {repo}"
+        )
+
+
+def is_safe_name(name: object) -> bool:
+    """Whether ``name`` is a relative path of plain parts: nothing that leads out of a folder or upsets a terminal."""
+    return (
+        isinstance(name, str)
+        and len(name) <= LONGEST_NAME
+        and name.isprintable()
+        and "\\" not in name
+        and all(part not in ("", ".", "..") and len(part.encode()) <= LONGEST_PART for part in name.split("/"))
+    )
 
 
 class Hub:
@@ -58,7 +140,7 @@ class Hub:
         self._reporter = reporter or SilentReporter()
         self._api = HfApi(token=token, library_name="ltxpack", library_version=__version__)
         self._endpoint = self._api.endpoint.rstrip("/")
-        self._cache = HubCache(Path(constants.HF_HUB_CACHE))
+        self._cache = Path(constants.HF_HUB_CACHE)
         self._timeout = float(max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT))
 
     def info(self, repo: str, revision: str | None = None) -> RepoInfo:
@@ -70,19 +152,19 @@ class Hub:
         from huggingface_hub import is_offline_mode
 
         check_request(repo, revision)
-        place = self._place(repo, revision)
+        request = self._request(repo, revision)
         if not is_offline_mode():
             try:
-                return self._ask(place)
+                return self._ask(request)
             except HubUnreachable as error:
-                cached = self._cache.snapshot(repo, revision)
+                cached = self._snapshot(repo, revision)
                 if cached is None:
                     raise
                 self._reporter.warn(f"{error.problem} ({error.found}); using commit {cached.commit} of the hub cache")
                 return cached
-        cached = self._cache.snapshot(repo, revision)
+        cached = self._snapshot(repo, revision)
         if cached is None:
-            raise hub_errors.not_cached(place)
+            raise tell(hub_errors.NOT_CACHED, request)
         return cached
 
     def header(self, info: RepoInfo, name: str) -> bytes:
@@ -91,16 +173,16 @@ class Hub:
         Raises FormatError too, if no header of at most 16 MiB can be there.
         """
         file = self._file(info, name)
-        place = self._place(info.repo, info.commit, name)
-        with self._explained(place):
-            cached = self._cache.file(info, file, place)
+        request = self._request(info.repo, info.commit, name)
+        with self._explained(request):
+            cached = self._cached(info, file)
             if cached is not None:
                 with cached.open("rb") as stream:
                     first = stream.read(8)
-                    return first + stream.read(header_length(first, file.size, place.label))
+                    return first + stream.read(header_length(first, file.size, request.label))
             remote = self._remote(info, file, self._locate(info, file)[0])
             first = bytes(remote.read(0, min(8, file.size)))
-            return bytes(remote.read(0, 8 + header_length(first, file.size, place.label)))
+            return bytes(remote.read(0, 8 + header_length(first, file.size, request.label)))
 
     def fetch(self, info: RepoInfo, name: str) -> Path:
         """The file in the hub cache, downloaded unless it is there; its real path is the cache's blob.
@@ -108,36 +190,37 @@ class Hub:
         Size and hash are those the hub states. Interrupted or broken off, it goes on from there the next time.
         """
         file = self._file(info, name)
-        place = self._place(info.repo, info.commit, name)
-        with self._explained(place):
-            path = self._cache.file(info, file, place)
+        request = self._request(info.repo, info.commit, name)
+        with self._explained(request):
+            path = self._cached(info, file)
             if path is None:
-                self._download_blob(info, file, place)
+                self._download_blob(info, file, request)
                 path = self._link_blob(info, file)
-                check_cached(path, file, place)
-        self._cache.remember_revision(info)
+                check_cached(path, file, request)
+        self._remember_revision(info)
         return path
 
     def path(self, info: RepoInfo, name: str) -> Path:
         """Where ``fetch`` puts the file."""
-        return self._cache.folder(info.repo) / "snapshots" / info.commit / name
+        return self._folder(info.repo) / "snapshots" / info.commit / name
 
-    def _ask(self, place: Place) -> RepoInfo:
+    # What the hub states
+
+    def _ask(self, request: HubRequest) -> RepoInfo:
         """What the hub holds. Gated repositories are described to everyone, so one file is asked for as well."""
-        with self._explained(place):
-            self._check_token(place)
+        with self._explained(request):
+            self._check_token(request)
             try:
                 model = self._retried(
                     lambda: self._api.model_info(
-                        place.repo, revision=place.revision, files_metadata=True, timeout=self._timeout
+                        request.repo, revision=request.revision, files_metadata=True, timeout=self._timeout
                     )
                 )
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 if hub_errors.status_of(error) is not None:
                     raise
-                problem = f"no description of a repository ({type(error).__name__})"
-                raise hub_errors.not_understood(place, problem) from None
-            info = read_listing(model, place)
+                raise _unsound(request, f"no description of a repository ({type(error).__name__})") from None
+            info = _read_listing(model, request)
             largest = max(info.files.values(), key=lambda file: file.size, default=None)
             if largest is not None:
                 self._locate(info, largest)
@@ -148,7 +231,7 @@ class Hub:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        place = self._place(info.repo, info.commit, file.name)
+        request = self._request(info.repo, info.commit, file.name)
         url = hf_hub_url(info.repo, file.name, revision=info.commit, endpoint=self._endpoint)
 
         def ask() -> Any:
@@ -157,85 +240,37 @@ class Hub:
         stated = self._retried(ask) if retry else ask()
         etag = stated.etag or ""
         if not (COMMIT.fullmatch(etag) or SHA256.fullmatch(etag)):
-            raise hub_errors.not_understood(place, f"no usable ETag ({etag[:LONGEST_PART]})")
+            raise _unsound(request, f"no usable ETag ({etag[:LONGEST_PART]})")
         same = stated.commit_hash == info.commit and stated.size in (None, file.size) and file.sha256 in (None, etag)
         if not same:
             found = f"commit {stated.commit_hash}, {stated.size} bytes, {etag}"
-            raise hub_errors.not_understood(place, f"another file than was listed ({found[:LONGEST_PART]})")
+            raise _unsound(request, f"another file than was listed ({found[:LONGEST_PART]})")
         # The token goes to the hub only, never to the storage that a signed address points to.
         token = self._token if _origin(stated.location) == _origin(url) else False
         headers = build_hf_headers(token=token, library_name="ltxpack", library_version=__version__)
         return Address(stated.location, headers), etag
 
-    def _remote(self, info: RepoInfo, file: RepoFile, address: Address) -> RemoteFile:
-        name = f"{info.repo}/{file.name}"
-        return RemoteFile(name, file.size, address, lambda: self._locate(info, file, retry=False)[0], self._timeout)
-
-    def _download_blob(self, info: RepoInfo, file: RepoFile, place: Place) -> None:
-        """Puts the file's bytes where the cache keeps them, unless another revision's are there already."""
-        address, etag = self._locate(info, file)
-        blob = self._cache.blob(info.repo, etag)
-        partial = blob.with_name(f"{etag}.ltxpack.incomplete")
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        with self._cache.locked(info.repo, etag, self._reporter):
-            if blob.exists():
-                check_cached(blob, RepoFile(file.name, file.size, None), place)
-                return
-            missing = file.size - (partial.stat().st_size if partial.exists() else 0)
-            free = shutil.disk_usage(blob.parent).free
-            if free < missing:
-                raise hub_errors.disk_full(place, missing, free)
-            try:
-                download(self._remote(info, file, address), partial, _digest(etag, file.size), self._reporter)
-            except RangesIgnoredError:
-                self._reporter.detail(f"{self._endpoint} sends no parts of files; downloading in one go")
-                partial.unlink(missing_ok=True)
-                return
-            except BrokenError as error:
-                told = hub_errors.explain(error.reason, place)
-                if not isinstance(told, HubUnreachable):
-                    raise error.reason from None
-                raise hub_errors.broken_off(told, place, partial.stat().st_size, file.size) from error
-            partial.replace(blob)
-
-    def _link_blob(self, info: RepoInfo, file: RepoFile) -> Path:
-        """The snapshot's entry for a blob. Where there is no blob (ranges refused), huggingface_hub downloads it."""
-        from huggingface_hub import hf_hub_download
-
-        linked = hf_hub_download(
-            info.repo,
-            file.name,
-            revision=info.commit,
-            cache_dir=self._cache.root,
-            endpoint=self._endpoint,
-            token=self._token,
-            library_name="ltxpack",
-            library_version=__version__,
-            tqdm_class=_progress_class(self._reporter),
-        )
-        return Path(linked)
-
-    def _place(self, repo: str, revision: str | None = None, name: str | None = None) -> Place:
-        return Place(self._endpoint, self._cache.root, repo, revision, name)
-
     def _file(self, info: RepoInfo, name: str) -> RepoFile:
         file = info.files.get(name)
         if file is not None:
             return file
-        place = self._place(info.repo, info.commit, name)
+        request = self._request(info.repo, info.commit, name)
         if info.cached_only:
-            raise hub_errors.not_cached(place)
-        raise hub_errors.missing_file(place, similar_names(name, list(info.files)), len(info.files))
+            raise tell(hub_errors.NOT_CACHED, request)
+        similar = _similar_names(name, list(info.files))
+        found = None if similar else f"{len(info.files)} other files"
+        raise tell(hub_errors.NO_FILE, request, items=similar, found=found)
 
-    def _check_token(self, place: Place) -> None:
+    def _request(self, repo: str, revision: str | None = None, name: str | None = None) -> HubRequest:
+        return HubRequest(self._endpoint, self._cache, repo, revision, name)
+
+    def _check_token(self, request: HubRequest) -> None:
         """A token that cannot stand in a header would be quoted, whole, in the error of the HTTP library."""
         from huggingface_hub import get_token
 
         token = self._token or get_token()
         if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-            raise SourceError(
-                "the access token holds characters that no token has", file=place.label, next="hf auth login"
-            )
+            raise tell(hub_errors.BAD_TOKEN, request)
 
     def _retried(self, call: Callable[[], T]) -> T:
         """``call`` again after a passing failure; given up at once where no connection comes about."""
@@ -247,25 +282,223 @@ class Hub:
                     raise
                 wait = max(pause, hub_errors.asked_wait(error))
                 what = hub_errors.status_of(error) or type(error).__name__
-                tell = self._reporter.note if wait > LONG_WAIT else self._reporter.detail
-                tell(f"{self._endpoint}: {what}, trying again in {wait:.0f} s")
+                note = self._reporter.note if wait > LONG_WAIT else self._reporter.detail
+                note(f"{self._endpoint}: {what}, trying again in {wait:.0f} s")
                 time.sleep(wait)
         return call()
 
     @contextlib.contextmanager
-    def _explained(self, place: Place) -> Iterator[None]:
+    def _explained(self, request: HubRequest) -> Iterator[None]:
         """Turns what the hub's libraries raise into the SourceError that says what to do."""
         try:
             yield
         except LtxpackError:
             raise
         except RangesIgnoredError:
-            raise hub_errors.not_understood(place, "another part of the file than was asked for") from None
+            raise _unsound(request, "another part of the file than was asked for") from None
         except Exception as error:
-            told = hub_errors.explain(error.reason if isinstance(error, BrokenError) else error, place)
+            told = hub_errors.explain(error.reason if isinstance(error, BrokenError) else error, request)
             if told is None:
                 raise
             raise told from error
+
+    # Downloads
+
+    def _remote(self, info: RepoInfo, file: RepoFile, address: Address) -> RemoteFile:
+        name = f"{info.repo}/{file.name}"
+        return RemoteFile(name, file.size, address, lambda: self._locate(info, file, retry=False)[0], self._timeout)
+
+    def _download_blob(self, info: RepoInfo, file: RepoFile, request: HubRequest) -> None:
+        """Puts the file's bytes where the cache keeps them, unless another revision's are there already."""
+        address, etag = self._locate(info, file)
+        blob = self._folder(info.repo) / "blobs" / etag
+        partial = blob.with_name(f"{etag}.ltxpack.incomplete")
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked(info.repo, etag):
+            if blob.exists():
+                check_cached(blob, RepoFile(file.name, file.size, None), request)
+                return
+            missing = file.size - (partial.stat().st_size if partial.exists() else 0)
+            free = shutil.disk_usage(blob.parent).free
+            if free < missing:
+                expected = f"{_gigabytes(missing)} free in {self._cache}"
+                raise tell(hub_errors.NO_ROOM, request, expected=expected, found=_gigabytes(free))
+            try:
+                download(self._remote(info, file, address), partial, _digest(etag, file.size), self._reporter)
+            except RangesIgnoredError:
+                self._reporter.detail(f"{self._endpoint} sends no parts of files; downloading in one go")
+                partial.unlink(missing_ok=True)
+                return
+            except BrokenError as error:
+                told = hub_errors.explain(error.reason, request)
+                if not isinstance(told, HubUnreachable):
+                    raise error.reason from None
+                found = f"{partial.stat().st_size} bytes, which are kept ({told.found})"
+                raise tell(hub_errors.BROKE_OFF, request, expected=f"{file.size} bytes", found=found) from error
+            partial.replace(blob)
+
+    def _link_blob(self, info: RepoInfo, file: RepoFile) -> Path:
+        """The snapshot's entry for a blob. Where there is no blob (ranges refused), huggingface_hub downloads it."""
+        from huggingface_hub import hf_hub_download
+
+        linked = hf_hub_download(
+            info.repo,
+            file.name,
+            revision=info.commit,
+            cache_dir=self._cache,
+            endpoint=self._endpoint,
+            token=self._token,
+            library_name="ltxpack",
+            library_version=__version__,
+            tqdm_class=_progress_class(self._reporter),
+        )
+        return Path(linked)
+
+    # The cache
+
+    def _folder(self, repo: str) -> Path:
+        """Everything the cache has of ``repo``."""
+        return self._cache / f"models--{repo.replace('/', '--')}"
+
+    def _snapshot(self, repo: str, revision: str | None) -> RepoInfo | None:
+        """What the cache has of ``repo`` at ``revision`` (a branch, tag or whole commit), None for nothing."""
+        folder = self._folder(repo)
+        commit = revision or "main"
+        if not COMMIT.fullmatch(commit):
+            try:
+                commit = (folder / "refs" / commit).read_text(encoding="ascii").strip()
+            except (OSError, ValueError):
+                return None
+        snapshot = folder / "snapshots" / commit
+        if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
+            return None
+        names = {path: path.relative_to(snapshot).as_posix() for path in sorted(snapshot.rglob("*"))}
+        files = {
+            name: RepoFile(name, path.stat().st_size, _stated_sha256(path))
+            for path, name in names.items()
+            if path.is_file() and is_safe_name(name)
+        }
+        return RepoInfo(repo, commit, MappingProxyType(files), revision, cached_only=True) if files else None
+
+    def _cached(self, info: RepoInfo, file: RepoFile) -> Path | None:
+        """The file in the snapshot, None if it is not there. Raises SourceError if it is another one."""
+        path = self.path(info, file.name)
+        if not path.is_file():
+            return None
+        check_cached(path, file, self._request(info.repo, info.commit, file.name))
+        return path
+
+    def _remember_revision(self, info: RepoInfo) -> None:
+        """Notes which commit the revision asked for is, so that it is found without a network."""
+        revision = info.revision or "main"
+        if revision == info.commit:
+            return
+        ref = self._folder(info.repo) / "refs" / revision
+        draft = ref.with_name(f"{ref.name}.{secrets.token_hex(4)}.tmp")
+        # A cache that cannot be written, shared by many, still serves its files.
+        with contextlib.suppress(OSError):
+            if ref.is_file() and ref.read_text(encoding="ascii") == info.commit:
+                return
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(info.commit, encoding="ascii")
+            draft.replace(ref)
+
+    @contextlib.contextmanager
+    def _locked(self, repo: str, etag: str) -> Iterator[None]:
+        """Holds the lock that huggingface_hub takes for the same blob."""
+        from filelock import Timeout
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+        path = self._cache / ".locks" / self._folder(repo).name / f"{etag}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(WeakFileLock(path, timeout=LOCK_PATIENCE))
+            except Timeout:
+                self._reporter.note(f"another process is downloading the same file of {repo}; waiting for it")
+                stack.enter_context(WeakFileLock(path))
+            yield
+
+
+def check_cached(path: Path, file: RepoFile, request: HubRequest) -> None:
+    """Raises SourceError if what is cached at ``path`` is not what the hub states."""
+    size, stored_as = path.stat().st_size, _blob_name(path)
+    wrong_hash = file.sha256 is not None and stored_as is not None and stored_as != file.sha256
+    if size == file.size and not wrong_hash:
+        return
+    raise SourceError(
+        "the file in the hub cache is not the one the hub states", file=request.label,
+        expected=f"{file.size} bytes" + (f" of sha256 {file.sha256}" if wrong_hash else ""),
+        found=f"{size} bytes" + (f" stored as {stored_as}" if wrong_hash else ""),
+        next=f"delete {path.resolve()} and run the same command again",
+    )  # fmt: skip
+
+
+def _blob_name(path: Path) -> str | None:
+    """The hash a snapshot's file is stored under, None where the cache could not link.
+
+    Only the first link counts: a blob may itself be a link into a store whose names are other hashes.
+    """
+    try:
+        target = path.readlink()
+    except OSError:
+        return None
+    return target.name if target.parent.name == "blobs" else None
+
+
+def _stated_sha256(path: Path) -> str | None:
+    stored_as = _blob_name(path)
+    return stored_as if stored_as is not None and SHA256.fullmatch(stored_as) else None
+
+
+def _unsound(request: HubRequest, reason: str) -> SourceError:
+    """The hub's answer is not what its protocol says. Nothing of it is used."""
+    return tell(hub_errors.NOT_UNDERSTOOD, request, {"reason": reason})
+
+
+def _read_listing(model: Any, request: HubRequest) -> RepoInfo:
+    """The hub's description of a repository (huggingface_hub's ``ModelInfo``), checked; SourceError if it is unsound.
+
+    Its owner writes it: names that lead out of a folder, impossible sizes and hashes, and double names are refused.
+    """
+    if not isinstance(model.sha, str) or not COMMIT.fullmatch(model.sha):
+        raise _unsound(request, "the repository has no commit")
+    if model.siblings is None:
+        raise _unsound(request, "no list of files")
+    files: dict[str, RepoFile] = {}
+    for sibling in model.siblings:
+        file = _read_file(sibling, request)
+        if file.name in files:
+            raise _unsound(request, f"two files named {file.name}")
+        files[file.name] = file
+    return RepoInfo(request.repo, model.sha, MappingProxyType(files), request.revision)
+
+
+def _similar_names(name: str, names: list[str]) -> list[str]:
+    """Of ``names`` those like ``name``, and those that hold its last part (in another folder, with another ending)."""
+    last = name.rsplit("/", 1)[-1].lower()
+    close = difflib.get_close_matches(name, names, SIMILAR_NAMES, 0.6)
+    return list(dict.fromkeys([*close, *(other for other in names if last in other.lower())]))[:SIMILAR_NAMES]
+
+
+def _read_file(sibling: Any, request: HubRequest) -> RepoFile:
+    name, large = sibling.rfilename, sibling.lfs
+    if not is_safe_name(name):
+        raise _unsound(request, f"a file named {str(name)[:LONGEST_PART]!r}")
+    sizes = [sibling.size, large.size] if large else [sibling.size]
+    if any(type(size) is not int or not 0 <= size <= LARGEST_FILE for size in sizes) or len(set(sizes)) > 1:
+        raise _unsound(request, f"{name} has the size {str(sizes)[:LONGEST_PART]}")
+    if large and not (isinstance(large.sha256, str) and SHA256.fullmatch(large.sha256)):
+        raise _unsound(request, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
+    return RepoFile(name, sibling.size, large.sha256 if large else None)
+
+
+def _gigabytes(size: int) -> str:
+    """``size`` bytes in the unit that fits."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if size >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size} bytes"
 
 
 def _digest(etag: str, size: int) -> Digest:
