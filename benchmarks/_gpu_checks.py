@@ -115,7 +115,7 @@ def _waiting(bench: Bench) -> None:
 
 
 def _run_stage(dit: DiT, stage: int, watched: bool) -> None:
-    shape = TINY.shape.half() if stage == 1 else TINY.shape
+    shape = TINY.shape.divided(2) if stage == 1 else TINY.shape
     sigmas = shifted_sigmas(shape.tokens, 3) if stage == 1 else sigmas_of(REFINING)
     state = state_of(dit, shape)
     other = contexts(dit, TINY.text, 2) if stage == 1 else None

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.conditioning import LatentState, VideoShape, initial_state
+from ltxpack.runtime.sampling.conditioning import LatentState, initial_state
+from ltxpack.runtime.sampling.shape import VideoShape
 
 MULTIPLIER = 1000
 # How much around what they are at rest: tables and biases 0, norms 1.
@@ -101,7 +102,7 @@ def state_of(dit: DiT, shape: VideoShape, noise: float = 1.0, start: AV[Tensor] 
 def forward_inputs(dit: DiT, sizes: Sizes, stage: int, sigma: float = 0.7) -> Inputs:
     """What a forward of ``stage`` is given at ``sigma``."""
     weight = dit.proj_in.weight
-    state = state_of(dit, sizes.shape.half() if stage == 1 else sizes.shape)
+    state = state_of(dit, sizes.shape.divided(2) if stage == 1 else sizes.shape)
     positions = state.map(lambda s: s.positions)
     level = torch.full((1,), sigma, device=weight.device)
     streams = state.map(

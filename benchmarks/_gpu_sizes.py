@@ -8,7 +8,7 @@ from typing import Any
 
 from _flops import Lengths
 
-from ltxpack.runtime.sampling.conditioning import VideoShape
+from ltxpack.runtime.sampling.shape import VideoShape
 
 Config = Mapping[str, Any]
 
@@ -67,7 +67,7 @@ class Sizes:
 
     def lengths(self, stage: int) -> Lengths:
         """Tokens of a stage."""
-        shape = self.shape.half() if stage == 1 else self.shape
+        shape = self.shape.divided(2) if stage == 1 else self.shape
         return Lengths(shape.tokens, shape.audio_length, self.text)
 
 

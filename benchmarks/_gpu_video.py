@@ -17,11 +17,12 @@ from _gpu_models import Codecs, contexts, installed, random_codecs, state_of
 from torch import Tensor
 
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.conditioning import VideoShape, unpatchify
+from ltxpack.runtime.sampling.conditioning import unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.sample import res2s
 from ltxpack.runtime.sampling.schedule import res2s_plan, shifted_sigmas, sigmas_of
+from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.settings import Settings
 
 HQ = Settings().guidance
@@ -136,7 +137,7 @@ def _make(bench: Bench, blocks: str) -> None:
     flops = run_flops(bench.config, evaluations)
     codecs = random_codecs(sizes, bench.device, bench.dtype) if installed(CODEC_PACKAGE) else None
     with phases.phase("stage 1", flops["stage 1"]):
-        first = unpatchify(_stage1(bench, sizes.steps), sizes.shape.half())
+        first = unpatchify(_stage1(bench, sizes.steps), sizes.shape.divided(2))
     with phases.phase("upsample"):
         start = AV(_upsampled(bench, codecs, first.video), first.audio)
     with phases.phase("stage 2", flops["stage 2"]):
@@ -150,13 +151,13 @@ def _make(bench: Bench, blocks: str) -> None:
 
 
 def _sigmas(shape: VideoShape, steps: int) -> Tensor:
-    return shifted_sigmas(shape.half().tokens, steps)
+    return shifted_sigmas(shape.divided(2).tokens, steps)
 
 
 def _stage1(bench: Bench, steps: int | None) -> AV[Tensor]:
     """The guided stage; ``steps`` None: a single step of two evaluations."""
     sizes, dit = bench.sizes, bench.dit
-    half = sizes.shape.half()
+    half = sizes.shape.divided(2)
     sigmas = _sigmas(sizes.shape, steps) if steps else torch.tensor([1.0, 0.9])
     state = state_of(dit, half)
     prompts = [contexts(dit, sizes.text, seed) for seed in (11, 12)]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
-from ltxpack.runtime.select import official_transformers
 from ltxpack.runtime.weights.machine import this_machine
 from ltxpack.runtime.weights.plan import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, best_plan
 from ltxpack.runtime.weights.report import seconds

@@ -26,26 +26,14 @@ from ltxpack.runtime import codecs, recipe_run
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.pipeline import Pipeline
+from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, Settings
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import reading
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
-FLAGS = (
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--height",
-    "64",
-    "--width",
-    "64",
-    "--num-frames",
-    "9",
-    "--steps",
-    "2",
-)
+FLAGS = ("--device=cpu", "--dtype=float32", "--height=64", "--width=64", "--num-frames=9", "--steps=2")
 EXAMPLES = re.findall(
     r"^```python\n(.*?)^```", (REPOSITORY / "docs" / "python.md").read_text(), re.DOTALL | re.MULTILINE
 )
@@ -269,6 +257,23 @@ def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.
     again = make("a boat", decode="fast", **wide)
     assert torch.equal(again.frames, official.frames)
     assert notes.told[-1].startswith("decode fast: no larger tiles than the official ones fit, which are used: 2 tiles")
+
+
+def test_a_transformer_is_loaded_ahead_only_for_a_video_that_is_to_come(
+    make: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead: list[str] = []
+    monkeypatch.setattr(Session, "load_ahead", lambda session, name: ahead.append(name))
+    first, second = "distilled-0.25", "distilled-0.5"
+    for _ in range(2):
+        make("a boat", **SMALL)
+    assert ahead == [first, second] * 2, "nobody knows of another"
+    ahead.clear()
+    requests = [package.Request.of("a boat", seed=seed, **SMALL) for seed in (1, 2)]
+    make.encode_ahead(requests)
+    for request in requests:
+        make.make(request)
+    assert ahead == [first, second, first, first, second]
 
 
 def test_prompts_encoded_ahead_are_in_the_plan(make: Pipeline) -> None:

@@ -22,10 +22,9 @@ from support import Done, ltxpack, refused
 from ltxpack.errors import LtxpackError
 from ltxpack.manifest import load_schema
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import batch, codecs, media, recipe_run
+from ltxpack.runtime import batch, codecs, media, recipe_run, record
 from ltxpack.runtime import run as runs
 from ltxpack.runtime.prompts_file import read_jobs
-from ltxpack.runtime.record import record_path
 from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.text import gemma as text
@@ -233,10 +232,11 @@ def test_a_record_says_what_the_video_was_made_from(demo: Path, tmp_path: Path) 
     assert many(demo, written(tmp_path, {"prompt": "a boat", "output": "one.mp4"})).returncode == 0
     assert names(tmp_path) == ["one.mp4", "one.mp4.json", "prompts.jsonl"]
     content = (tmp_path / "one.mp4.json").read_text()
-    record = json.loads(content)
-    assert record["request"]["prompt"] == "a boat"
-    assert record["request"]["negative_prompt"] == DEFAULT_NEGATIVE_PROMPT
-    assert (record["request"]["stage1"], record["request"]["stage2"]) == ("distilled-0.25", "distilled-0.5")
+    found = json.loads(content)
+    assert found["request"]["prompt"] == "a boat"
+    assert found["request"]["negative_prompt"] == DEFAULT_NEGATIVE_PROMPT
+    assert (found["request"]["stage1"], found["request"]["stage2"]) == ("distilled-0.25", "distilled-0.5")
+    assert found["attention"] == "sdpa"
     assert str(tmp_path) not in content
     assert str(demo) not in content
 
@@ -443,6 +443,31 @@ def test_a_failed_line_does_not_stop_the_rest(demo: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("quick")
+def test_nothing_is_loaded_ahead_for_a_line_that_failed(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[str | None] = []
+    sample, described = recipe_run.sample, record.described
+
+    def sampled(session: Session, request: Request, following: str | None) -> Latents:
+        followed.append(following)
+        return sample(session, request, following)
+
+    def failing(request: Request, *arguments: Any) -> Any:
+        # The second time, when the line is made.
+        if request.settings.seed == 1 and request in asked:
+            raise FAILURES[3][0]
+        asked.append(request)
+        return described(request, *arguments)
+
+    asked: list[Request] = []
+    monkeypatch.setattr(recipe_run, "sample", sampled)
+    monkeypatch.setattr(record, "described", failing)
+    assert statuses(many(demo, written(tmp_path, *THREE))) == {1: "failed", 2: "done", 3: "done"}
+    assert followed == ["distilled-0.25", None]
+
+
+@pytest.mark.usefixtures("quick")
 def test_memory_that_runs_out_is_told_and_leaves_the_older_video(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -585,7 +610,3 @@ def test_a_second_video_with_the_same_prompt_loads_no_text_encoder(
     assert len(list((cache / "contexts").iterdir())) == 1
     assert one() == first
     assert len(loads) == 2
-
-
-def test_records_lie_beside_their_videos() -> None:
-    assert record_path(Path("a/b.mp4")) == Path("a/b.mp4.json")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltxpack.cli.options import given, settings_options
+from ltxpack.cli.run import given, settings_options
 from ltxpack.cli.terminal import json_option, print_json
 from ltxpack.errors import printable
 from ltxpack.files.units import human_bytes, parse_size
@@ -71,8 +71,7 @@ def _published(planned: PlannedRun) -> tuple[tuple[str, ...], Model, list[Comman
 
 
 def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], Model, list[Command]]:
-    from ltxpack.runtime.overlay import Overlay
-    from ltxpack.runtime.select import choose, official_transformers
+    from ltxpack.runtime.overlay import Overlay, choose, official_transformers
     from ltxpack.runtime.weights.commands import overlay_commands
     from ltxpack.runtime.weights.sizes import overlay_model
 

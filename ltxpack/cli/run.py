@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from ltxpack.cli.options import given, settings_options
-from ltxpack.cli.terminal import TerminalReporter, verbose_option
+from ltxpack.cli.terminal import Command, TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
 from ltxpack.files.units import human_bytes
 from ltxpack.runtime.sampling.recipes import stage_label
-from ltxpack.runtime.settings import SessionSettings, Settings
+from ltxpack.runtime.settings import SessionSettings, Settings, flag_of, type_of
 
 if TYPE_CHECKING:
     from ltxpack.runtime.batch import BatchSummary, Outcome
     from ltxpack.runtime.run import Peaks, RunOptions
 
 VIDEO, SESSION = fields(Settings), fields(SessionSettings)
+
+
+def settings_options(*settings: Field[Any]) -> Callable[[Command], Command]:
+    """A decorator that adds an option for each of ``settings``, in this order."""
+
+    def add(command: Command) -> Command:
+        for one in reversed(settings):
+            command = _option(one)(command)
+        return command
+
+    return add
+
+
+def given(settings: Sequence[Field[Any]]) -> Any:
+    """Those of ``settings`` that the running command was given, by name."""
+    context = click.get_current_context()
+    typed = (one.name for one in settings if context.get_parameter_source(one.name) is not ParameterSource.DEFAULT)
+    return {name: context.params[name] for name in typed}
+
+
+def _option(one: Field[Any]) -> Any:
+    meta, flag = one.metadata, flag_of(one)
+    more: dict[str, Any] = {"default": one.default, "help": meta["help"], "metavar": meta.get("metavar")}
+    more["show_default"] = meta.get("shown", one.default not in (None, ()))
+    if isinstance(one.default, bool):
+        return click.option(f"{flag}/--no-{flag.removeprefix('--')}", one.name, **more)
+    if "choices" in meta:
+        more["type"] = click.Choice(meta["choices"])
+    elif "bounds" in meta:
+        more["type"] = click.IntRange(*meta["bounds"])
+    else:
+        more["type"] = type_of(one)
+    return click.option(flag, one.name, multiple=isinstance(one.default, tuple), **more)
 
 
 @click.command()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ltxpack.reporter import ProgressReporter, Reporter
 from ltxpack.runtime import recipe_run
+from ltxpack.runtime.overlay import TransformerChoice
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
-from ltxpack.runtime.select import TransformerChoice
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionGiven, SessionSettings, SettingsGiven, recipe_named
 from ltxpack.runtime.video import Video

@@ -24,10 +24,9 @@ from ltxpack.runtime.compiled import compile_dit
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
-from ltxpack.runtime.overlay import BASE, Overlay
+from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
-from ltxpack.runtime.select import TransformerChoice, choose
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache

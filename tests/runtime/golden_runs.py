@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ltxpack.runtime.sampling import schedule
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state
+from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state
 from ltxpack.runtime.sampling.guidance import Guidance
 from ltxpack.runtime.sampling.recipes import REFINING
+from ltxpack.runtime.sampling.shape import VideoShape
 
 NAMES = AV("video", "audio")
 
@@ -53,7 +54,7 @@ class Run:
         )
 
     def stage(self, number: int) -> Stage:
-        return Stage(self, number, self.shape.half() if number == 1 else self.shape)
+        return Stage(self, number, self.shape.divided(2) if number == 1 else self.shape)
 
     def av(self, pattern: str) -> AV[Tensor] | None:
         """The two tensors that ``pattern`` names with ``{}`` for the modality; None if not recorded."""

@@ -8,8 +8,8 @@ import pytest
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source
+from ltxpack.runtime.overlay import choose
 from ltxpack.runtime.sampling.recipes import HQ
-from ltxpack.runtime.select import choose
 
 DISTILLED, STYLE, OTHER = "d" * 64, "5" * 64, "0" * 64
 

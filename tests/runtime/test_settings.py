@@ -13,9 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from ltxpack.cli.options import given, settings_options
 from ltxpack.cli.plan import plan
-from ltxpack.cli.run import run
+from ltxpack.cli.run import given, run, settings_options
 from ltxpack.errors import UsageError
 from ltxpack.manifest import load_schema
 from ltxpack.runtime import prompts_file, record, settings

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.select import official_transformers
 from ltxpack.runtime.weights.plan import Work
 
 OFFICIAL = official_transformers(HQ)

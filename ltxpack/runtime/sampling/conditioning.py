@@ -23,18 +23,6 @@ from ltxpack.runtime.sampling.shape import (
     VideoShape,
 )
 
-__all__ = [
-    "ImageItem",
-    "LatentState",
-    "VideoShape",
-    "initial_state",
-    "patchify",
-    "patchify_video",
-    "positions",
-    "post",
-    "unpatchify",
-]
-
 
 def patchify(latents: AV[Tensor]) -> AV[Tensor]:
     """[1, 128, f, h, w] and [1, 8, Ta, 16] to tokens [1, f·h·w, 128] (f outermost) and [1, Ta, 8·16] (c outer)."""

@@ -84,10 +84,6 @@ class VideoShape:
         check_sizes(self.height, self.width, SPATIAL_FACTOR * by)
         return VideoShape(self.frames, self.height // by, self.width // by, self.fps)
 
-    def half(self) -> VideoShape:
-        """The shape in half the height and width. Raises UsageError unless both are multiples of 64."""
-        return self.divided(2)
-
 
 def check_sizes(height: int, width: int, factor: int) -> None:
     """Raises UsageError unless ``height`` and ``width`` are positive multiples of ``factor``."""

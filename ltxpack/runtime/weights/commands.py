@@ -10,10 +10,9 @@ from pathlib import Path
 
 from ltxpack.errors import UsageError
 from ltxpack.manifest import Bake
-from ltxpack.runtime.overlay import BASE, Overlay
+from ltxpack.runtime.overlay import BASE, Overlay, asked_for, check_stages, official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
-from ltxpack.runtime.select import asked_for, check_stages, official_transformers
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
 from ltxpack.runtime.weights.plan import Work
 from ltxpack.runtime.weights.report import Command

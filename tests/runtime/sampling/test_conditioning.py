@@ -62,7 +62,7 @@ def image(shape: VideoShape, frame: int, strength: float, seed: int = 7) -> Imag
 
 def test_hq_default_shape() -> None:
     full = VideoShape(121, 1088, 1920, 24.0)
-    assert (full.tokens, full.half().tokens, full.audio_length) == (32640, 8160, 126)
+    assert (full.tokens, full.divided(2).tokens, full.audio_length) == (32640, 8160, 126)
     assert full.latent_shapes == AV((1, 128, 16, 34, 60), (1, 8, 126, 16))
 
 
@@ -88,8 +88,8 @@ def test_a_wrong_shape_is_wrong_use(arguments: tuple[int, int, int, float], says
 
 def test_two_stages_need_multiples_of_64() -> None:
     with pytest.raises(UsageError, match=r"choose --width 64 or 128"):
-        VideoShape(9, 64, 96, 24.0).half()
-    assert VideoShape(9, 128, 192, 24.0).half() == VideoShape(9, 64, 96, 24.0)
+        VideoShape(9, 64, 96, 24.0).divided(2)
+    assert VideoShape(9, 128, 192, 24.0).divided(2) == VideoShape(9, 64, 96, 24.0)
 
 
 # Token layout

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ltxpack.runtime.sampling import sample, schedule
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, VideoShape, initial_state, unpatchify
+from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state, unpatchify
+from ltxpack.runtime.sampling.shape import VideoShape
 
 SMALL = VideoShape(frames=9, height=64, width=96, fps=24.0)
 

@@ -97,7 +97,7 @@ def transformer(dtype: torch.dtype) -> DiT:
 @shapes
 @pytest.mark.parametrize(("stage", "images"), [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype) -> None:
-    shape = shape.half() if stage == 1 else shape
+    shape = shape.divided(2) if stage == 1 else shape
     model = transformer(dtype)
     tokens = AV(shape.tokens + images * shape.tokens_per_frame, shape.audio_length)
 
@@ -236,7 +236,7 @@ def test_small_phases(shape: VideoShape, dtype: torch.dtype) -> None:
     sound = meta(1, 8, shape.audio_length, 16, dtype=dtype)
     mel = meta(1, 2, 4 * shape.audio_length - 3, 64, dtype=torch.float32)
     picture = meta(1, 3, 1, shape.height, shape.width, dtype=dtype)
-    half = meta(1, 128, *shape.half().grid, dtype=dtype)
+    half = meta(1, 128, *shape.divided(2).grid, dtype=dtype)
     phases: list[tuple[Callable[..., int], list[Callable[[], object]]]] = [
         (activations.image_encoding, [lambda: codecs.encode_image(vae, picture)]),
         (activations.upsampling, [lambda: upsampler(half)]),
