@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-from ltxpack.ltx23 import published
-from ltxpack.ltx23.published import blocks
+from ltxpack.ltx23.published import published_files
 
 HEADS, HEAD_DIM, AUDIO_HEAD_DIM = 4, 16, 8
 TEXT_WIDTH, TEXT_LAYERS = 32, 4
-REGISTERS = published.REGISTERS
+REGISTERS = 128
+_PUBLISHED = published_files()
 
-CONFIG: dict[str, Any] = copy.deepcopy(published.CONFIG)
+
+def blocks(text: str) -> list[list[Any]]:
+    """``res_x:1 compress_space:2`` as the official lists spell it."""
+    pairs = (word.split(":") for word in text.split())
+    return [[kind, {"num_layers" if kind == "res_x" else "multiplier": int(count)}] for kind, count in pairs]
+
+
+CONFIG: dict[str, Any] = _PUBLISHED["checkpoint"]
 CONFIG["transformer"].update(
     attention_head_dim=HEAD_DIM,
     audio_attention_head_dim=AUDIO_HEAD_DIM,
@@ -41,7 +47,7 @@ CONFIG["vae"].update(
 CONFIG["audio_vae"]["model"]["params"]["ddconfig"].update(ch_mult=[1, 1, 1], num_res_blocks=1)
 CONFIG["vocoder"]["vocoder"].update(upsample_initial_channel=64)
 CONFIG["vocoder"]["bwe"].update(upsample_initial_channel=64)
-UPSAMPLER = {**published.UPSAMPLER, "mid_channels": 32, "num_blocks_per_stage": 1}
+UPSAMPLER = {**_PUBLISHED["upsampler"], "mid_channels": 32, "num_blocks_per_stage": 1}
 GEMMA = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "boi_token_index": 7,

@@ -10,8 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from ltxpack.ltx23.blocks import block_list
-from ltxpack.ltx23.fields import NO_EFFECT, Field, dimension, flag, list_of, only, positive, repeats, take, whole
+from ltxpack.ltx23.fields import (
+    NO_EFFECT,
+    Field,
+    block_list,
+    dimension,
+    flag,
+    list_of,
+    only,
+    positive,
+    repeats,
+    take,
+    whole,
+)
 
 TRANSFORMER: dict[str, Field] = {
     "_class_name": only("AVTransformer3DModel"),

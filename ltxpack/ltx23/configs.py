@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
-from ltxpack.ltx23.blocks import Blocks
 from ltxpack.ltx23.classes import (
     ABSENT_COMPONENTS,
     AUDIO_FACTOR,
@@ -32,7 +31,7 @@ from ltxpack.ltx23.config_tables import (
     SECTIONS_WITHOUT_EFFECT,
     UPSAMPLER,
 )
-from ltxpack.ltx23.fields import ABSENT, Problems, apply_table
+from ltxpack.ltx23.fields import ABSENT, Blocks, Problems, apply_table
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]

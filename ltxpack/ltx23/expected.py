@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, LATENT_UPSAMPLER
 
 Shape = tuple[int, ...]
@@ -246,6 +247,32 @@ def latent_upsampler(config: Config) -> Named:
     yield from _conv("final_conv", width, config["in_channels"], 3, 3)
 
 
+def text_encoder(config: Config) -> Named:
+    """Gemma 3's language model; its vision tower is not counted."""
+    text = config["text_config"]
+    width, inner = text["hidden_size"], text["intermediate_size"]
+    own, shared = (text[field] * text["head_dim"] for field in ("num_attention_heads", "num_key_value_heads"))
+    layer = {
+        "self_attn.q_proj": (own, width),
+        "self_attn.k_proj": (shared, width),
+        "self_attn.v_proj": (shared, width),
+        "self_attn.o_proj": (width, own),
+        "self_attn.q_norm": (text["head_dim"],),
+        "self_attn.k_norm": (text["head_dim"],),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "pre_feedforward_layernorm": (width,),
+        "post_feedforward_layernorm": (width,),
+    }
+    yield f"{TEXT_ROOT}embed_tokens.weight", (text["vocab_size"], width)
+    for number, (module, shape) in itertools.product(range(text["num_hidden_layers"]), layer.items()):
+        yield f"{TEXT_ROOT}layers.{number}.{module}.weight", shape
+    yield f"{TEXT_ROOT}norm.weight", (width,)
+
+
 def _linear(name: str, width: int, out: int) -> Named:
     yield f"{name}.weight", (out, width)
     yield f"{name}.bias", (out,)
@@ -290,6 +317,7 @@ _INVENTORIES: Mapping[str, Callable[[Config], Named]] = {
     "audio_vae": audio_vae,
     "vocoder": vocoder,
     "latent_upsampler": latent_upsampler,
+    "text_encoder": text_encoder,
 }
 
 

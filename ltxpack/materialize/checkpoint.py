@@ -15,8 +15,8 @@ from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.generation import Metadata, read_metadata
 from ltxpack.ltx23.lora_keys import LoraKey, parse_key
+from ltxpack.ltx23.releases import Metadata, read_metadata
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"

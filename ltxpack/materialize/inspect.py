@@ -11,8 +11,7 @@ from typing import Any
 
 from ltxpack.errors import LtxpackError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
-from ltxpack.ltx23.generation import parse_version
-from ltxpack.ltx23.releases import likely, recognise
+from ltxpack.ltx23.releases import likely, parse_version, recognise
 from ltxpack.ltx23.renames import component_of
 from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler

@@ -17,7 +17,7 @@ from ltxpack.errors import LtxpackError, UnsupportedError
 from ltxpack.ltx23 import config_tables
 from ltxpack.ltx23.configs import checkpoint_configs, json_bytes, model_index, scheduler_config, upsampler_config
 from ltxpack.ltx23.fields import flatten
-from ltxpack.ltx23.generation import default_image_crf, parse_version, read_metadata
+from ltxpack.ltx23.releases import default_image_crf, parse_version, read_metadata
 
 # Every field whose value could be set otherwise, with a value that is not LTX-2.3's.
 FIXED_ELSEWHERE = [

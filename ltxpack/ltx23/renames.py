@@ -1,8 +1,59 @@
-"""The rename tables of LTX-2.3, official name -> diffusers name (spec 01, section 4)."""
+"""Key renames, official name -> diffusers name: one table per component (spec 01, section 4). Change a rename here.
+
+A table says which key roots of the checkpoint belong to the component and which paths inside them change name.
+Everything else keeps its name. Whether the result is what the module expects is checked against the module's own
+parameter names (expected.py). The reverse is derived, never written down.
+"""
 
 from __future__ import annotations
 
-from ltxpack.ltx23.renames.table import RenameTable
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RenameTable:
+    """Renames of one component.
+
+    ``roots`` maps a key prefix in the source to the prefix in the target (both end in ``.`` or are empty).
+    ``paths`` maps a run of whole path components to another; the longest run that matches at a position wins.
+    """
+
+    roots: Mapping[str, str]
+    paths: Mapping[str, str]
+
+    def source_root(self, key: str) -> str | None:
+        """The root that ``key`` lies under, or None if it is not this component's."""
+        return max((root for root in self.roots if key.startswith(root)), key=len, default=None)
+
+    def rename(self, key: str) -> str:
+        """The target name of ``key``. Raises KeyError if it lies under no root."""
+        root = self.source_root(key)
+        if root is None:
+            raise KeyError(key)
+        parts = key[len(root) :].split(".")
+        renamed: list[str] = []
+        position = 0
+        while position < len(parts):
+            for length in range(min(self._longest, len(parts) - position), 0, -1):
+                run = ".".join(parts[position : position + length])
+                if length == 1 or run in self.paths:
+                    renamed.append(self.paths.get(run, run))
+                    position += length
+                    break
+        return self.roots[root] + ".".join(renamed)
+
+    def reverse(self) -> RenameTable:
+        """The table that undoes this one."""
+        return RenameTable(
+            {target: source for source, target in self.roots.items()},
+            {target: source for source, target in self.paths.items()},
+        )
+
+    @property
+    def _longest(self) -> int:
+        return max((path.count(".") + 1 for path in self.paths), default=1)
+
 
 _ATTENTION_NORMS = {"q_norm": "norm_q", "k_norm": "norm_k"}
 _STATISTICS = {
@@ -69,7 +120,25 @@ VOCODER = RenameTable(
 
 LATENT_UPSAMPLER = RenameTable(roots={"": ""}, paths={})
 
+CHECKPOINT_TABLES = {
+    "transformer": TRANSFORMER,
+    "connectors": CONNECTORS,
+    "vae": VAE,
+    "audio_vae": AUDIO_VAE,
+    "vocoder": VOCODER,
+}
+
 # Statistics that earlier files carry and no module reads: left out on purpose, by key start.
 DROPPED = tuple(
     f"{vae}.per_channel_statistics.{name}" for vae in ("vae", "audio_vae") for name in ("channel", "mean-of-stds")
 )
+
+
+def component_of(key: str) -> str | None:
+    """The component whose root ``key`` lies under (the longest root wins), or None for an unknown key."""
+    owner, longest = None, -1
+    for component, table in CHECKPOINT_TABLES.items():
+        root = table.source_root(key)
+        if root is not None and len(root) > longest:
+            owner, longest = component, len(root)
+    return owner
