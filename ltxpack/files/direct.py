@@ -1,32 +1,46 @@
-"""Files read and written past the page cache (O_DIRECT) where the system allows it, through it where not.
+"""Files read and written past the page cache (O_DIRECT) where that helps, through it elsewhere. Knows no tensors.
 
-Knows neither tensors nor hashes. A DirectFile belongs to one thread at a time.
+Past the cache a read or write costs next to no processor time, is as fast as the disk, and leaves the cache to others.
+Network and FUSE filesystems accept the flag too, but lose their reading ahead by it and become several times slower:
+there everything goes through the cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
+import fcntl
+import itertools
 import mmap
 import os
+import re
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
+from ltxpack.errors import AbsentError, FormatError, LtxpackError, SourceError
+from ltxpack.files.page_cache import PageCache
+
+# Through the page cache, past it, or through it for what is there and past it for the rest.
+CACHED, DIRECT, AUTO = "cached", "direct", "auto"
+READS = (AUTO, CACHED, DIRECT)
+# What a transfer past the cache begins and ends on, in the file and in memory.
 ALIGN = 4096
 BUFFER = 4 * 1024 * 1024
-# Below this a file is written through the page cache: opening for O_DIRECT would cost more than it saves.
+# Below this a file goes through the page cache: opening for O_DIRECT would cost more than it saves.
 DIRECT_FROM = 1024 * 1024
 NOT_DIRECT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
-O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+# The most buffers the system fills in one call (IOV_MAX).
+VIEWS_PER_READ = 1024
+MOUNTS = Path("/proc/self/mountinfo")
+THROUGH_CACHE = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|virtiofs|ceph|afs")
 
 
 def aligned_buffer(size: int) -> memoryview:
     """Zeroed memory of at least ``size`` bytes that starts on a page; given back when the last view is gone."""
     size = max(ALIGN, round_up(size))
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return memoryview(mmap.mmap(-1, size))
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and size >= BUFFER:
+    if size >= BUFFER:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
@@ -37,104 +51,180 @@ def round_up(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def round_down(size: int) -> int:
-    """``size`` down to a multiple of ALIGN."""
-    return size // ALIGN * ALIGN
+def why_cached(path: Path) -> str:
+    """Why files at ``path`` (there or not) go through the page cache, by the kind of their filesystem; "" if not."""
+    try:
+        table = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
+    kind, options = _filesystem(table, os.path.realpath(path))
+    kinds = [kind]
+    if kind == "overlay":
+        layers = re.findall(r"(?:lowerdir|upperdir)=([^,]*)", options)
+        kinds = [_filesystem(table, layer)[0] for layer in ":".join(layers).split(":") if layer]
+    slow = next((kind for kind in kinds if THROUGH_CACHE.fullmatch(kind)), None)
+    return f"{slow} is faster that way" if slow else ""
 
 
-class DirectFile:
-    """One open file. ``direct``: whether the next byte goes past the page cache; ``why``: what forbade it, or ""."""
+def _filesystem(table: str, path: str) -> tuple[str, str]:
+    """Kind and options of the filesystem that holds the real ``path``, by a table as in /proc/self/mountinfo."""
+    longest, found = "", ("", "")
+    for line in table.splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4])
+        # Of two mounts at one point the later one covers the other.
+        if len(point) >= len(longest) and (path + "/").startswith(point.rstrip("/") + "/"):
+            kind, _, *options = after.split(" ")
+            longest, found = point, (kind, " ".join(options))
+    return found
 
-    def __init__(self, path: Path, *, write: bool, direct: bool = True) -> None:
-        """Open ``path`` for reading, or for writing if it is empty. Raises OSError."""
-        flags = os.O_CLOEXEC | (os.O_RDWR if write else os.O_RDONLY)
+
+class DirectReader:
+    """An open file, read from several threads the way ``reads`` says: one of READS.
+
+    ``past_cache``: whether anything is read past the page cache; ``why``: the reason if not. All methods raise
+    SourceError for a file that cannot be read and FormatError for one that ends too early.
+    """
+
+    def __init__(self, path: Path, reads: str = CACHED) -> None:
         self.path = path
-        self.direct = direct and O_DIRECT != 0
-        self.why = "" if self.direct else "O_DIRECT is not to be had here" if direct else "O_DIRECT was not asked for"
+        self._reads = reads
+        self._direct = -1
+        self.why = "as asked" if reads == CACHED else why_cached(path)
         try:
-            fd = os.open(path, flags | (O_DIRECT if self.direct else 0))
+            self._plain = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if not self.why:
+            try:
+                self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError as error:
+                self.why = f"O_DIRECT: {error.strerror}"
+        self.past_cache = self._direct >= 0
+        self._cache = PageCache(self._plain) if self.past_cache and reads == AUTO else None
+
+    def close(self) -> None:
+        """Close it; no thread may be reading."""
+        if self._cache is not None:
+            self._cache.close()
+        os.close(self._plain)
+        if self._direct >= 0:
+            os.close(self._direct)
+
+    def scatter(self, views: Sequence[memoryview], start: int) -> None:
+        """Fill ``views``, none of them empty, one after the other with the bytes from ``start`` on, through the cache.
+
+        With DIRECT they are dropped from the cache again.
+        """
+        left = deque(views)
+        position = start
+        while left:
+            try:
+                count = os.preadv(self._plain, list(itertools.islice(left, VIEWS_PER_READ)), position)
+            except OSError as error:
+                raise self._unreadable(error) from None
+            if count == 0:
+                raise self._too_short(position, sum(map(len, left)))
+            position += count
+            while left and count >= len(left[0]):
+                count -= len(left.popleft())
+            if count:
+                left[0] = left[0][count:]
+        if self._reads == DIRECT:
+            os.posix_fadvise(self._plain, start, position - start, os.POSIX_FADV_DONTNEED)
+
+    def gather(self, memory: memoryview, start: int, nbytes: int) -> None:
+        """Fill ``memory[start % ALIGN :]`` with ``nbytes`` bytes from ``start`` on, past the cache.
+
+        ``memory`` begins on a page and has room for the range rounded out to ALIGN. What cannot be read past the
+        cache is read through it, and with AUTO a range that is there as a whole.
+        """
+        lead = start % ALIGN
+        if nbytes and self._cache is not None and self._cache.holds(start, nbytes):
+            self.scatter([memory[lead : lead + nbytes]], start)
+            return
+        first, needed = start - lead, lead + nbytes
+        got = max(lead, self._past_cache(memory[: round_up(needed)], first, needed))
+        if got < needed:
+            self.scatter([memory[got:needed]], first + got)
+
+    def _past_cache(self, memory: memoryview, first: int, needed: int) -> int:
+        """How many bytes from ``first`` on are in ``memory``: ``needed`` or more, unless the system would not go on."""
+        got = 0
+        while self.past_cache and got < needed and got % ALIGN == 0:
+            try:
+                count = os.preadv(self._direct, [memory[got:]], first + got)
+            except OSError as error:
+                if error.errno not in NOT_DIRECT:
+                    raise self._unreadable(error) from None
+                self.past_cache, self.why = False, f"O_DIRECT: {error.strerror}"
+                break
+            if count == 0:
+                break
+            got += count
+        return got
+
+    def _unreadable(self, error: OSError) -> LtxpackError:
+        if isinstance(error, FileNotFoundError):
+            return AbsentError("does not exist", file=self.path)
+        return SourceError(f"cannot be read: {error.strerror}", file=self.path)
+
+    def _too_short(self, position: int, missing: int) -> LtxpackError:
+        return FormatError(
+            f"ends too early: {missing} bytes are missing",
+            file=self.path,
+            expected=f"{position + missing} bytes",
+            next="fetch or copy the file again",
+        )
+
+
+class DirectWriter:
+    """An empty file that is written front to back, by one thread at a time.
+
+    ``direct``: whether the next byte goes past the page cache; ``why``: the reason if not. All methods raise OSError.
+    """
+
+    def __init__(self, path: Path, *, direct: bool = True) -> None:
+        self.why = why_cached(path) if direct else "as asked"
+        self.direct = not self.why
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        try:
+            self._fd = os.open(path, flags | (os.O_DIRECT if self.direct else 0))
         except OSError as error:
             if not self.direct or error.errno not in NOT_DIRECT:
                 raise
             self.direct, self.why = False, f"O_DIRECT: {error.strerror}"
-            fd = os.open(path, flags)
-        self._file = io.FileIO(fd, "r+b" if write else "rb")
-        if not write and not self.direct:
-            self._advise("POSIX_FADV_SEQUENTIAL", 0, 0)
-
-    def read(self, memory: memoryview, start: int, nbytes: int) -> memoryview:
-        """``nbytes`` bytes from offset ``start``, somewhere in the page-aligned ``memory``; short only at the end.
-
-        ``memory`` must hold the range rounded out to ALIGN. The view's address equals ``start`` modulo ALIGN.
-        """
-        lead = start % ALIGN
-        if self.direct:
-            try:
-                got = self._fill(memory[: round_up(lead + nbytes)], start - lead, lead + nbytes)
-                return memory[lead : max(lead, min(got, lead + nbytes))]
-            except OSError as error:
-                self._leave_direct(error)
-        got = self._fill(memory[lead : lead + nbytes], start, nbytes)
-        self._advise("POSIX_FADV_DONTNEED", start, nbytes)
-        return memory[lead : lead + got]
+            self._fd = os.open(path, flags)
 
     def append(self, memory: memoryview) -> None:
         """Write page-aligned ``memory`` at the current end. Only the last append may be no multiple of ALIGN."""
-        if self.direct and len(memory) % ALIGN:
-            whole = round_down(len(memory))
-            self._append(memory[:whole])
-            self._leave_direct(None)
-            self._append(memory[whole:])
-            return
-        self._append(memory)
-
-    def sync(self) -> None:
-        """Everything written is on the disk when this returns."""
-        os.fsync(self._file.fileno())
-        if not self.direct:
-            self._advise("POSIX_FADV_DONTNEED", 0, 0)
-
-    def close(self) -> None:
-        """Close the file; what was written stays."""
-        self._file.close()
-
-    def _fill(self, memory: memoryview, offset: int, needed: int) -> int:
-        self._file.seek(offset)
-        got = 0
-        while got < needed:
-            count = self._file.readinto(memory[got:])
-            if not count:
-                break
-            got += count
-            if self.direct and got % ALIGN and got < needed:
-                # Past an unaligned end there is nothing; an unaligned start would be refused.
-                break
-        return got
-
-    def _append(self, memory: memoryview) -> None:
         done = 0
         while done < len(memory):
+            whole = (len(memory) - done) // ALIGN * ALIGN
+            if self.direct and (whole == 0 or done % ALIGN):
+                self._leave_direct()
             try:
-                done += self._file.write(memory[done:]) or 0
+                done += os.write(self._fd, memory[done : done + whole] if self.direct else memory[done:])
             except OSError as error:
-                if not self.direct:
+                if not self.direct or error.errno not in NOT_DIRECT:
                     raise
-                self._leave_direct(error)
-            if self.direct and done % ALIGN and done < len(memory):
-                self._leave_direct(None)
+                self.why = f"O_DIRECT: {error.strerror}"
+                self._leave_direct()
 
-    def _leave_direct(self, error: OSError | None) -> None:
-        """Go on through the page cache; ``error`` is why, None if what follows is merely not aligned."""
-        import fcntl
+    def sync(self) -> None:
+        """Put everything written on the disk."""
+        os.fsync(self._fd)
+        if not self.direct:
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-        if error is not None:
-            if error.errno not in NOT_DIRECT:
-                raise error
-            self.why = f"O_DIRECT: {error.strerror}"
-        flags = fcntl.fcntl(self._file.fileno(), fcntl.F_GETFL)
-        fcntl.fcntl(self._file.fileno(), fcntl.F_SETFL, flags & ~O_DIRECT)
+    def close(self) -> None:
+        """Close the file; what was written stays. A second call does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _leave_direct(self) -> None:
+        """Go on through the page cache."""
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self.direct = False
-
-    def _advise(self, advice: str, offset: int, length: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), offset, length, getattr(os, advice))

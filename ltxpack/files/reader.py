@@ -1,19 +1,32 @@
-"""Byte ranges of files, read ahead on a thread, past the page cache where that can be. Plans nothing."""
+"""Reads files with several requests in flight, past the page cache where that helps; the results come in order.
+
+``plan_reads`` cuts what is wanted into reads, a ``ReadQueue`` carries them out. A read goes into a buffer, or straight
+into the memory of its targets. Nothing here knows tensors, cards or names: a target is anything with a range of a file.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
+import contextlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
-from ltxpack.errors import FormatError, SourceError
-from ltxpack.files.direct import ALIGN, BUFFER, DirectFile, aligned_buffer
+from ltxpack.files.direct import ALIGN, BUFFER, CACHED, DIRECT, DirectReader, aligned_buffer
 
-READ_BUFFERS = 4
+# A large read; this many are under way at once past the page cache, and as many more in line for the threads: a disk
+# ends reads that began together at about the same time, and would be idle while they are delivered. Through the cache,
+# where the system reads ahead and threads copy, all are under way at once.
+READ_BYTES = 16 * 1024 * 1024
+AT_ONCE, IN_LINE = 6, 6
+IN_FLIGHT = AT_ONCE + IN_LINE
+# Buffers beyond those of the reads in flight: a device still copies from them.
+SPARE_BUFFERS = 4
+# Reads of a RangeReader that are under way, done and waiting, or in use. One at a time leaves a fast disk half idle.
+RANGES_IN_FLIGHT = 6
 
 
 class Range(NamedTuple):
@@ -24,78 +37,254 @@ class Range(NamedTuple):
     nbytes: int
 
 
-class RangeReader:
-    """Yields the bytes of each range in order, read ahead on a thread into ``buffers`` reusable buffers.
+class Target(Protocol):
+    """Where the bytes of ``source`` go."""
 
-    A view is valid until the next one is asked for, and ``kept`` more after that. It starts at a multiple of 8 bytes in
-    memory. Memory used: ``buffers`` (more than ``kept``) times the largest range. Use as a context manager; raises
-    SourceError, or FormatError for a file that ends before the range does.
+    @property
+    def source(self) -> Range:
+        """The bytes in their file."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the reading threads fill it. Bytes of other targets stay in the buffer, for the caller."""
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """The memory for ``nbytes`` bytes from ``offset`` on; only where ``on_host``."""
+
+
+T = TypeVar("T", bound=Target)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch(Generic[T]):
+    """Bytes that follow one another in a file: of ``target`` from its ``offset`` on, or of none."""
+
+    start: int
+    nbytes: int
+    target: T | None = None
+    offset: int = 0
+
+    @property
+    def host_target(self) -> T | None:
+        """The target, if the reading threads fill it."""
+        return self.target if self.target is not None and self.target.on_host else None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRead(Generic[T]):
+    """The bytes of one read: stretches without a gap between them. ``last``: the last planned read of its file."""
+
+    file: Path
+    stretches: tuple[Stretch[T], ...]
+    last: bool = False
+
+    @property
+    def start(self) -> int:
+        """Its first byte in the file."""
+        return self.stretches[0].start
+
+    @property
+    def nbytes(self) -> int:
+        """Its length."""
+        return sum(stretch.nbytes for stretch in self.stretches)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the reading threads bring all of it to its targets."""
+        return all(stretch.host_target is not None for stretch in self.stretches)
+
+
+class Buffer(Protocol):
+    """Page-aligned memory for one read after the other."""
+
+    @property
+    def memory(self) -> memoryview:
+        """Its bytes."""
+
+    def wait(self) -> None:
+        """Wait until nobody uses the bytes of the last read any more."""
+
+
+class HostBuffer:
+    """A buffer whose bytes are used by the caller alone, until the next read is asked for."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = aligned_buffer(nbytes)
+
+    def wait(self) -> None:
+        """There is nobody to wait for."""
+
+
+B = TypeVar("B", bound=Buffer)
+
+
+class ReadCheck(Protocol):
+    """Takes in what is read, in order."""
+
+    def begin(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> Future[None] | None:
+        """Begin to take in ``read``; ``views`` stay until that is done. None if nothing is to be done."""
+
+
+@dataclass(slots=True)
+class PendingRead(Generic[T, B]):
+    """A read under way: its bytes come to ``views``, those in ``buffer`` begin at its byte ``lead``."""
+
+    planned: PlannedRead[T]
+    views: list[memoryview]
+    buffer: B | None
+    done: Future[None]
+    lead: int = 0
+    checked: Future[None] | None = None
+
+
+def no_stop() -> None:
+    """Never stops a reading."""
+
+
+class ReadQueue(Generic[B]):
+    """Carries out planned reads on ``at_once`` threads, ``in_flight`` of them under way or in line. For one caller.
+
+    A finished read keeps its buffer until ``spare`` more were handed out. ``why``: why anything was read through the
+    page cache although ``reads`` (one of direct.READS) says otherwise, or "".
     """
 
-    def __init__(self, ranges: Sequence[Range], *, buffers: int = 2, kept: int = 0, direct: bool = True) -> None:
-        self._ranges = ranges
-        self._kept = kept
-        self._direct = direct
-        self._free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self._filled: queue.SimpleQueue[tuple[memoryview, memoryview] | BaseException] = queue.SimpleQueue()
-        capacity = max((item.nbytes for item in ranges), default=0)
-        for _ in range(min(buffers, len(ranges))):
-            self._free.put(aligned_buffer(capacity + 2 * ALIGN))
-        self._files: dict[Path, DirectFile] = {}
-        self._thread = threading.Thread(target=self._read_ahead, name="ltxpack-read", daemon=True)
+    def __init__(
+        self, make_buffer: Callable[[], B], *, reads: str, in_flight: int, at_once: int, spare: int = 0
+    ) -> None:
+        self.reads, self.in_flight = reads, in_flight
         self.why = ""
+        self._make_buffer, self._unmade = make_buffer, in_flight + spare
+        # Oldest first, each with the check that must be done before it is used again.
+        self._buffers: deque[tuple[B, Future[None] | None]] = deque()
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="ltxpack-read")
+
+    def run(
+        self,
+        planned: Iterable[PlannedRead[T]],
+        check: ReadCheck | None = None,
+        stop: Callable[[], None] = no_stop,
+    ) -> Generator[PendingRead[T, B]]:
+        """The reads, finished, in their order; ``check`` has begun to take in each. ``stop`` raises to end the reading.
+
+        Close the iterator if it is left early. Raises SourceError or FormatError (see DirectReader).
+        """
+        pending: deque[PendingRead[T, B]] = deque()
+        with contextlib.ExitStack() as files:
+            try:
+                for read, file in _opened(planned, files, self.reads):
+                    stop()
+                    if self.reads != CACHED:
+                        self.why = file.why or self.why
+                    pending.append(self._begin(read, file))
+                    if len(pending) == self.in_flight:
+                        yield from self._finish(pending, check)
+                while pending:
+                    yield from self._finish(pending, check)
+            finally:
+                self._abandon(pending)
+
+    def close(self) -> None:
+        """End the threads and give the buffers back."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for buffer, checked in self._buffers:
+            _wait(buffer, checked)
+        self._buffers.clear()
+
+    def _begin(self, read: PlannedRead[T], file: DirectReader) -> PendingRead[T, B]:
+        if not file.past_cache:
+            buffer = None if read.on_host else self._free_buffer()
+            views = list(_views(read, buffer.memory if buffer is not None else memoryview(b"")))
+            return PendingRead(read, views, buffer, self._threads.submit(file.scatter, views, read.start))
+        # Such a read needs pages: all goes to the buffer, and the same thread copies on to the targets on the host.
+        buffer, lead = self._free_buffer(), read.start % ALIGN
+        memory = buffer.memory
+        found = memory[lead : lead + read.nbytes]
+        copies = list(_copies_to_host(read, found))
+
+        def gather() -> None:
+            file.gather(memory, read.start, len(found))
+            for view, part in copies:
+                copy_bytes(view, part)
+
+        return PendingRead(read, [found], buffer, self._threads.submit(gather), lead)
+
+    def _finish(self, pending: deque[PendingRead[T, B]], check: ReadCheck | None) -> Iterator[PendingRead[T, B]]:
+        read = pending[0]
+        read.done.result()
+        read.checked = check.begin(read.planned, read.views) if check is not None else None
+        yield read
+        pending.popleft()
+        if read.buffer is not None:
+            self._buffers.append((read.buffer, read.checked))
+
+    def _free_buffer(self) -> B:
+        if self._unmade:
+            self._unmade -= 1
+            return self._make_buffer()
+        buffer, checked = self._buffers.popleft()
+        _wait(buffer, checked)
+        return buffer
+
+    def _abandon(self, pending: deque[PendingRead[T, B]]) -> None:
+        """Nothing is written any more to memory that is about to be given back."""
+        for read in pending:
+            read.done.cancel()
+        for read in pending:
+            with contextlib.suppress(Exception, CancelledError):
+                read.done.result()
+            if read.buffer is not None:
+                _wait(read.buffer, read.checked)
+                self._buffers.append((read.buffer, None))
+        pending.clear()
+
+
+class RangeReader:
+    """Yields the bytes of each range in order, read ahead on threads into buffers as large as the largest range.
+
+    A view is valid until the next one is asked for, and ``kept`` more after that. It starts at a multiple of 8 bytes in
+    memory. ``why``: why anything went through the page cache, or "". Use as a context manager; raises SourceError, or
+    FormatError for a file that ends before the range does.
+    """
+
+    def __init__(
+        self, ranges: Sequence[Range], *, in_flight: int = RANGES_IN_FLIGHT, kept: int = 0, direct: bool = True
+    ) -> None:
+        capacity = max((wanted.nbytes for wanted in ranges), default=0) + 2 * ALIGN
+        self._direct = direct
+        self._queue = ReadQueue(
+            lambda: HostBuffer(capacity),
+            reads=DIRECT if direct else CACHED,
+            in_flight=in_flight,
+            at_once=in_flight,
+            spare=kept,
+        )
+        planned: Iterator[PlannedRead[Target]]
+        planned = (PlannedRead(path, (Stretch(start, nbytes),)) for path, start, nbytes in ranges)
+        self._reads = self._queue.run(planned)
+
+    @property
+    def why(self) -> str:
+        """Why anything was read through the page cache, or ""."""
+        return self._queue.why if self._direct else "as asked"
 
     def __enter__(self) -> Self:
-        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._ranges = ()
-        self._free.put(None)
-        self._thread.join()
+        self._reads.close()
+        self._queue.close()
 
     def __iter__(self) -> Iterator[memoryview]:
-        in_use: deque[memoryview] = deque()
-        for _ in range(len(self._ranges)):
-            item = self._filled.get()
-            if isinstance(item, BaseException):
-                raise item
-            memory, view = item
-            in_use.append(memory)
-            yield view
-            if len(in_use) > self._kept:
-                self._free.put(in_use.popleft())
-
-    def _read_ahead(self) -> None:
-        try:
-            for wanted in self._ranges:
-                memory = self._free.get()
-                if memory is None:
-                    return
-                self._filled.put((memory, self._read(wanted, memory)))
-        except BaseException as error:
-            self._filled.put(error)
-        finally:
-            for file in self._files.values():
-                file.close()
-
-    def _read(self, wanted: Range, memory: memoryview) -> memoryview:
-        try:
-            file = self._files.get(wanted.path)
-            if file is None:
-                file = self._files[wanted.path] = DirectFile(wanted.path, write=False, direct=self._direct)
-            view = file.read(memory, wanted.start, wanted.nbytes)
-        except OSError as error:
-            raise SourceError(f"cannot be read: {error.strerror}", file=wanted.path) from None
-        self.why = file.why or self.why
-        if len(view) < wanted.nbytes:
-            raise FormatError(
-                f"ends too early: {wanted.nbytes - len(view)} bytes are missing",
-                file=wanted.path, expected=f"{wanted.start + wanted.nbytes} bytes", next="fetch or copy the file again",
-            )  # fmt: skip
-        return _slid(memory, view, wanted.start) if wanted.start % 8 else view
+        for read in self._reads:
+            assert read.buffer is not None
+            nbytes, lead = read.planned.nbytes, read.lead
+            memory = read.buffer.memory
+            if lead % 8:  # readers of floats want an aligned address; a file's header may have any length
+                memory[lead // 8 * 8 : lead // 8 * 8 + nbytes] = memory[lead : lead + nbytes]
+                lead = lead // 8 * 8
+            yield memory[lead : lead + nbytes]
 
 
 def file_ranges(path: Path, size: int) -> list[Range]:
@@ -103,8 +292,103 @@ def file_ranges(path: Path, size: int) -> list[Range]:
     return [Range(path, start, min(BUFFER, size - start)) for start in range(0, size, BUFFER)]
 
 
-def _slid(memory: memoryview, view: memoryview, start: int) -> memoryview:
-    """The same bytes at a multiple of 8, for a file whose header length is none: readers of floats want that."""
-    lead = start % ALIGN // 8 * 8
-    memory[lead : lead + len(view)] = view
-    return memory[lead : lead + len(view)]
+def plan_reads(targets: Iterable[T], whole: Iterable[Range], limit: int) -> Iterator[PlannedRead[T]]:
+    """The reads, file by file, of at most ``limit`` bytes; all bytes of the files ``whole``, else the targets' only."""
+    sizes = {path: size for path, _, size in whole}
+    by_file: dict[Path, list[T]] = {path: [] for path in sizes}
+    for target in targets:
+        by_file.setdefault(target.source.path, []).append(target)
+    for path, wanted in by_file.items():
+        wanted.sort(key=lambda target: target.source.start)
+        cut = list(_cut(_stretches(wanted, sizes.get(path)), limit))
+        for number, stretches in enumerate(cut):
+            yield PlannedRead(path, stretches, number == len(cut) - 1)
+
+
+def _stretches(targets: Sequence[T], size: int | None) -> Iterator[Stretch[T]]:
+    """The targets as stretches in order; with ``size`` also what is before, between and after them."""
+    end = 0
+    for target in targets:
+        _, start, nbytes = target.source
+        if size is not None and start > end:
+            yield Stretch(end, start - end)
+        if nbytes:
+            yield Stretch(start, nbytes, target)
+        end = max(end, start + nbytes)
+    if size is not None and size > end:
+        yield Stretch(end, size - end)
+
+
+def _cut(stretches: Iterable[Stretch[T]], limit: int) -> Iterator[tuple[Stretch[T], ...]]:
+    """Stretches without a gap between them, together at most ``limit`` bytes."""
+    group: list[Stretch[T]] = []
+    held = 0
+    for stretch in stretches:
+        if group and group[-1].start + group[-1].nbytes != stretch.start:
+            yield tuple(group)
+            group, held = [], 0
+        done = 0
+        while done < stretch.nbytes:
+            taken = min(limit - held, stretch.nbytes - done)
+            group.append(Stretch(stretch.start + done, taken, stretch.target, done))
+            done, held = done + taken, held + taken
+            if held == limit:
+                yield tuple(group)
+                group, held = [], 0
+    if group:
+        yield tuple(group)
+
+
+def _opened(
+    planned: Iterable[PlannedRead[T]], files: contextlib.ExitStack, reads: str
+) -> Iterator[tuple[PlannedRead[T], DirectReader]]:
+    """Each read with its file, opened once and closed by ``files``."""
+    opened: dict[Path, DirectReader] = {}
+    for read in planned:
+        file = opened.get(read.file)
+        if file is None:
+            file = opened[read.file] = DirectReader(read.file, reads)
+            files.callback(file.close)
+        yield read, file
+
+
+def _views(read: PlannedRead[T], memory: memoryview) -> Iterator[memoryview]:
+    """Where the bytes of ``read`` go, in order: into ``memory`` at their own offset, or straight to a target.
+
+    What is side by side in the buffer is one view.
+    """
+    begin = end = position = 0
+    for stretch in read.stretches:
+        if (target := stretch.host_target) is not None:
+            if end > begin:
+                yield memory[begin:end]
+            yield target.view(stretch.offset, stretch.nbytes)
+            begin = end = position + stretch.nbytes
+        else:
+            end = position + stretch.nbytes
+        position += stretch.nbytes
+    if end > begin:
+        yield memory[begin:end]
+
+
+def _copies_to_host(read: PlannedRead[T], found: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
+    """For each stretch that the reading threads bring to a target: its memory there, and its bytes in ``found``."""
+    position = 0
+    for stretch in read.stretches:
+        if (target := stretch.host_target) is not None:
+            yield target.view(stretch.offset, stretch.nbytes), found[position : position + stretch.nbytes]
+        position += stretch.nbytes
+
+
+def copy_bytes(view: memoryview, data: memoryview) -> None:
+    """Copy ``data`` to ``view`` while other threads go on, as a memoryview's own copy does not let them."""
+    import numpy as np
+
+    np.copyto(np.asarray(view), np.asarray(data))
+
+
+def _wait(buffer: Buffer, checked: Future[None] | None) -> None:
+    """Wait until nobody reads the buffer; what the check found is told where its results are asked for."""
+    buffer.wait()
+    if checked is not None:
+        wait([checked])

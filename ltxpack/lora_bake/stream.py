@@ -115,7 +115,7 @@ class Engine:
                 for root, item in items
             ]
             self.reporter.advance(sum(len(item.header) for _, item in items))
-            reader = stack.enter_context(RangeReader([step.range for step in steps], buffers=3, kept=1))
+            reader = stack.enter_context(RangeReader([step.range for step in steps], in_flight=3, kept=1))
             terms = _TermsAhead(self, [step.info.name for step in steps if step.info and step.chunks])
             fusing = _Fusing(self, outputs, writers, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
             hashed: Future[object] | None = None

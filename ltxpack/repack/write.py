@@ -17,7 +17,7 @@ from ltxpack.files.direct import BUFFER, DIRECT_FROM
 from ltxpack.files.hashing import hash_file, regular_size
 from ltxpack.files.links import link_file
 from ltxpack.files.publish import Temporary, write_errors
-from ltxpack.files.reader import READ_BUFFERS, Range, RangeReader, file_ranges
+from ltxpack.files.reader import Range, RangeReader, file_ranges
 from ltxpack.manifest import FileRecord, safe_relative_path
 from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging
@@ -66,7 +66,7 @@ def write_shard(item: WriteShard, root: Path, reporter: Reporter, *, direct: boo
     """Write the shard under ``root``. Advances ``reporter`` by the bytes of the file."""
     windows, parts = read_plan([source for entry in item.entries for source in entry.producer.ranges])
     left = iter(parts)
-    reader = RangeReader([window.range for window in windows], buffers=READ_BUFFERS, direct=direct)
+    reader = RangeReader([window.range for window in windows], direct=direct)
     with ShardWriter(root, item.path, item.header, item.size, direct=direct) as writer, reader:
         reporter.advance(len(item.header))
         data = _parts_of(windows, reader)
@@ -142,7 +142,7 @@ def copy_file(
     as large as planned.
     """
     source = Path(os.path.realpath(item.source))
-    _check_size(item, source)
+    _check_size(item)
     how = link_file(source, root / item.path) if allow_link else "copied"
     if how == "copied":
         return _copy(item, source, root, reporter, direct=direct)
@@ -169,9 +169,7 @@ def write_link(item: LinkFile, root: Path) -> FileRecord:
 
 
 def _copy(item: CopyFile, source: Path, root: Path, reporter: Reporter, *, direct: bool) -> FileRecord:
-    reader = RangeReader(
-        file_ranges(source, item.size), buffers=READ_BUFFERS, direct=direct and item.size >= DIRECT_FROM
-    )
+    reader = RangeReader(file_ranges(source, item.size), direct=direct and item.size >= DIRECT_FROM)
     with ShardWriter(root, item.path, b"", item.size, direct=direct) as writer, reader:
         for data in reader:
             writer.write(data)
@@ -181,8 +179,8 @@ def _copy(item: CopyFile, source: Path, root: Path, reporter: Reporter, *, direc
     return record
 
 
-def _check_size(item: CopyFile, source: Path) -> None:
-    found = regular_size(source)
+def _check_size(item: CopyFile) -> None:
+    found = regular_size(item.source)
     if found != item.size:
         raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
 

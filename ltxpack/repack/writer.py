@@ -14,7 +14,7 @@ from typing import Self
 
 from blake3 import blake3
 
-from ltxpack.files.direct import BUFFER, DIRECT_FROM, DirectFile, aligned_buffer, round_up
+from ltxpack.files.direct import BUFFER, DIRECT_FROM, DirectWriter, aligned_buffer, round_up
 from ltxpack.files.publish import Temporary, write_errors
 from ltxpack.manifest import FileRecord
 from ltxpack.repack.tensors import Buffer
@@ -52,7 +52,7 @@ class ShardWriter:
         with write_errors(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._temporary = Temporary(self._target)
-            self._file = DirectFile(self._temporary.path, write=True, direct=direct and size >= DIRECT_FROM)
+            self._file = DirectWriter(self._temporary.path, direct=direct and size >= DIRECT_FROM)
         self._disk = _Disk(self._file)
         self.write(header)
 
@@ -137,7 +137,7 @@ class _Disk:
     After a failure the rest passes through unwritten, so that nobody waits for ever.
     """
 
-    def __init__(self, file: DirectFile) -> None:
+    def __init__(self, file: DirectWriter) -> None:
         self.free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._file = file
         self._inbox: queue.SimpleQueue[tuple[memoryview, memoryview] | None] = queue.SimpleQueue()

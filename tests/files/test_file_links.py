@@ -101,6 +101,6 @@ def test_a_source_that_changed_or_went_is_told(cached: Path, tmp_path: Path, lis
     with pytest.raises(FormatError, match="has changed since it was planned"):
         copy_file(item(cached), tmp_path / "out", listener)
     cached.resolve().unlink()
-    with pytest.raises(SourceError, match="No such file"):
+    with pytest.raises(SourceError, match="does not exist"):
         copy_file(item(cached), tmp_path / "out", listener)
     assert not (tmp_path / "out").exists()

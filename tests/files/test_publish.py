@@ -40,13 +40,6 @@ def test_the_last_writer_that_fails_leaves_the_first_file(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_temporary_file_can_be_in_another_folder(tmp_path: Path) -> None:
-    (tmp_path / "work").mkdir()
-    with Temporary(tmp_path / "x", tmp_path / "work") as temporary:
-        assert temporary.parent == tmp_path / "work"
-    assert (tmp_path / "x").read_bytes() == b"" and not list((tmp_path / "work").iterdir())
-
-
 @pytest.mark.parametrize(
     ("code", "told"),
     [(errno.ENOSPC, "disk is full"), (errno.EACCES, "may not be written"), (errno.EIO, "Input/output")],

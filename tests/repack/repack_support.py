@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ltxpack.files.direct import DirectFile
+from ltxpack.files.direct import DirectWriter
 from ltxpack.files.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source
 from ltxpack.repack.items import CopyFile, Item, WriteBytes, assign_shards, fingerprint
@@ -138,7 +138,7 @@ def dying_at(change: int) -> Iterator[Callable[[], int]]:
     real_open = os.open
     for name in CHANGES:
         patch.setattr(os, name, counted(getattr(os, name), _creates if name == "open" else lambda *_: True))
-    patch.setattr(DirectFile, "append", counted(DirectFile.append))
+    patch.setattr(DirectWriter, "append", counted(DirectWriter.append))
     try:
         yield lambda: count
     finally:

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.reader import Range
@@ -67,14 +65,3 @@ def test_overflow_is_refused_by_name(dtype: str, value: float) -> None:
     values = torch.tensor([1.0, value, 2.0], dtype=DTYPES[dtype])
     with pytest.raises(UnsupportedError, match=r"s\.safetensors: t: holds a value too large"):
         by_us(values, dtype)
-
-
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=30))
-def test_any_floats(numbers: list[float]) -> None:
-    values = torch.tensor(numbers, dtype=torch.float32)
-    expected = values.to(torch.bfloat16)
-    if expected.isfinite().all():
-        assert same(by_us(values, "F32"), expected)
-    else:
-        with pytest.raises(UnsupportedError):
-            by_us(values, "F32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import os
 import random
 import subprocess
@@ -24,8 +25,7 @@ from repack_support import Listener, make_source
 from safetensors.torch import load_file
 
 from ltxpack.errors import FormatError, OverlayError, SourceError
-from ltxpack.files import direct as direct_io
-from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, O_DIRECT, DirectFile
+from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectReader, DirectWriter
 from ltxpack.files.hashing import hash_file
 from ltxpack.files.reader import Range, RangeReader, file_ranges
 from ltxpack.files.tensorfile import read_tensorfile
@@ -80,10 +80,10 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     st.integers(1, 3),
 )
 def test_ranges_are_read_in_order_at_addresses_fit_for_floats(
-    noise: Path, spans: list[tuple[int, int]], direct: bool, buffers: int
+    noise: Path, spans: list[tuple[int, int]], direct: bool, in_flight: int
 ) -> None:
     ranges = [Range(noise, start, min(size, BUFFER + 4099 - start)) for start, size in spans]
-    with RangeReader(ranges, buffers=buffers, direct=direct) as reader:
+    with RangeReader(ranges, in_flight=in_flight, direct=direct) as reader:
         for wanted, view in zip(ranges, reader, strict=True):
             assert view == NOISE[wanted.start : wanted.start + wanted.nbytes]
             assert not wanted.nbytes or np.frombuffer(view, "u1").ctypes.data % 8 == 0
@@ -94,7 +94,7 @@ def test_ranges_are_read_in_order_at_addresses_fit_for_floats(
 def test_views_that_are_kept_stay_as_they_were(noise: Path, kept: int) -> None:
     ranges = [Range(noise, start, 5000) for start in range(0, 60_000, 5000)]
     views: list[memoryview] = []
-    with RangeReader(ranges, buffers=kept + 1, kept=kept) as reader:
+    with RangeReader(ranges, in_flight=2, kept=kept) as reader:
         for number, view in enumerate(reader):
             views.append(view)
             for back in range(min(kept, number) + 1):
@@ -120,7 +120,7 @@ def test_a_source_that_ends_early_or_is_not_there_is_told(noise: Path, tmp_path:
             list(reader)
     with pytest.raises(FormatError, match="10 bytes are missing"), RangeReader([Range(noise, 2**40, 10)]) as reader:
         list(reader)
-    with pytest.raises(SourceError, match="No such file"), RangeReader([Range(tmp_path / "none", 0, 1)]) as reader:
+    with pytest.raises(SourceError, match="does not exist"), RangeReader([Range(tmp_path / "none", 0, 1)]) as reader:
         list(reader)
     with pytest.raises(SourceError):
         hash_file(tmp_path / "none", SilentReporter())
@@ -132,19 +132,17 @@ def test_an_unforeseen_fault_while_reading_ahead_reaches_the_caller(
     def broken(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(DirectFile, "read", broken)
+    monkeypatch.setattr(DirectReader, "gather", broken)
     with pytest.raises(MemoryError), RangeReader([Range(noise, 0, 1)]) as reader:
         list(reader)
 
 
 def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a filesystem that knows no O_DIRECT: the file may have been made before it says so."""
+    """As a filesystem that knows no O_DIRECT."""
     real = os.open
 
     def opened(path: str, flags: int, *mode: int) -> int:
-        if flags & O_DIRECT:
-            if flags & os.O_CREAT:
-                os.close(real(path, flags & ~O_DIRECT, *mode))
+        if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(path, flags, *mode)
 
@@ -153,47 +151,28 @@ def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refuse_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a filesystem that opens with O_DIRECT and then refuses to read and write."""
-    real = direct_io.io.FileIO
+    read, write = os.preadv, os.write
 
-    class Refusing(real):
-        def _check(self) -> None:
-            import fcntl
+    def check(fd: int) -> None:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
 
-            if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & O_DIRECT:
-                raise OSError(errno.EINVAL, "Invalid argument")
-
-        def readinto(self, memory: memoryview) -> int:
-            self._check()
-            return super().readinto(memory)
-
-        def write(self, memory: memoryview) -> int:
-            self._check()
-            return super().write(memory)
-
-    monkeypatch.setattr(direct_io.io, "FileIO", Refusing)
+    monkeypatch.setattr(os, "preadv", lambda fd, *more: (check(fd), read(fd, *more))[1])
+    monkeypatch.setattr(os, "write", lambda fd, data: (check(fd), write(fd, data))[1])
 
 
 def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a system that reads and writes less than it is asked to, and not by whole blocks."""
-    real = direct_io.io.FileIO
+    """As a system that reads and writes less than it is asked to."""
+    read, write = os.preadv, os.write
 
-    class Short(real):
-        def readinto(self, memory: memoryview) -> int:
-            return super().readinto(memory[: max(ALIGN, len(memory) // 2 // ALIGN * ALIGN)])
+    def part(memory: memoryview) -> memoryview:
+        return memory[: max(ALIGN, len(memory) // 2 // ALIGN * ALIGN)]
 
-        def write(self, memory: memoryview) -> int:
-            return super().write(memory[: max(ALIGN, len(memory) // 2 // ALIGN * ALIGN)])
-
-    monkeypatch.setattr(direct_io.io, "FileIO", Short)
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: read(fd, [part(views[0])], at))
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, part(data)))
 
 
-def no_direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a system without O_DIRECT and without posix_fadvise."""
-    monkeypatch.setattr(direct_io, "O_DIRECT", 0)
-    monkeypatch.delattr(os, "posix_fadvise")
-
-
-SYSTEMS = {"open refused": refuse_open, "transfer refused": refuse_transfer, "no O_DIRECT": no_direct}
+SYSTEMS = {"open refused": refuse_open, "transfer refused": refuse_transfer}
 
 
 @pytest.mark.parametrize("system", [*SYSTEMS, "short transfers"])
@@ -289,16 +268,16 @@ def test_a_producer_that_makes_too_little_is_a_fault(tmp_path: Path) -> None:
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int, code: int) -> None:
     """From now on the disk takes ``room`` bytes and no more."""
-    real = DirectFile.append
+    real = DirectWriter.append
 
-    def append(file: DirectFile, memory: memoryview) -> None:
+    def append(file: DirectWriter, memory: memoryview) -> None:
         nonlocal room
         room -= len(memory)
         if room < 0:
             raise OSError(code, os.strerror(code))
         real(file, memory)
 
-    monkeypatch.setattr(DirectFile, "append", append)
+    monkeypatch.setattr(DirectWriter, "append", append)
 
 
 @pytest.mark.parametrize("room", [0, BUFFER, 3 * BUFFER, 4 * BUFFER + 10])

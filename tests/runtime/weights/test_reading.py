@@ -19,7 +19,8 @@ from torch import Tensor
 from ltxpack.errors import OverlayError
 from ltxpack.files import source_file
 from ltxpack.runtime.weights import load, reading
-from ltxpack.runtime.weights.copies import PAGE, Copies, HostCopies, HostMemory
+from ltxpack.runtime.weights.copies import HUGE_PAGE, PAGE, Copies, HostCopies, HostMemory
+from ltxpack.runtime.weights.machine import own_memory
 from ltxpack.runtime.weights.reading import Arrival, FileReader, Place, plan_pieces
 
 CPU = torch.device("cpu")
@@ -267,3 +268,20 @@ def test_more_tensors_than_the_system_takes_in_one_call(tmp_path: Path) -> None:
     found = fill(reader, stored, on_host=True)
     reader.close()
     assert all(found[f"0.{name}"] == tensor for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, PAGE, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 5])
+def test_large_memory_begins_on_a_huge_page(nbytes: int) -> None:
+    memory = HostMemory(nbytes, HostCopies(CPU))
+    assert memory.bytes.nbytes == nbytes and memory.bytes.data_ptr() % PAGE == 0
+    if nbytes >= HUGE_PAGE:
+        assert memory.bytes.data_ptr() % HUGE_PAGE == 0
+    before = own_memory()
+    memory.bytes.fill_(7)
+    assert own_memory() - before <= -(-nbytes // PAGE) * PAGE + 2**20, "no more than asked for"
+    assert not nbytes or memory.bytes.max() == memory.bytes.min() == 7
+
+
+def test_memory_that_is_not_to_be_had() -> None:
+    with pytest.raises(MemoryError, match="bytes of host memory"):
+        HostMemory(1 << 60, HostCopies(CPU))

@@ -19,28 +19,21 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
 from _measure import make_cold, resident
 
-from ltxpack.errors import OverlayError
-from ltxpack.files import source_file
-from ltxpack.files.source_file import ALIGN, AUTO, DIRECT, READS, SourceFile
-from ltxpack.runtime.weights.copies import HUGE_PAGE, HostCopies, HostMemory
-from ltxpack.runtime.weights.machine import own_memory
+from ltxpack.errors import AbsentError, FormatError, SourceError
+from ltxpack.files import direct
+from ltxpack.files.direct import ALIGN, AUTO, DIRECT, READS, DirectReader, DirectWriter, aligned_buffer, why_cached
 
 SIZE = 5 * ALIGN + 77
-# Pages that something else of the process may have touched meanwhile.
-SLACK = 1024 * 1024
+LARGE = 2 * 1024 * 1024
 
 
 @contextmanager
-def opened(path: Path, reads: str = DIRECT) -> Iterator[SourceFile]:
-    file = SourceFile(path, reads)
+def opened(path: Path, reads: str = DIRECT) -> Iterator[DirectReader]:
+    file = DirectReader(path, reads)
     try:
         yield file
     finally:
         file.close()
-
-
-def aligned(size: int) -> memoryview:
-    return HostMemory(size, HostCopies(None)).bytes.numpy().data  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(st.integers(0, SIZE), st.integers(0, SIZE), st.sampled_from(READS))
 def test_any_stretch(path: Path, one: int, other: int, reads: str) -> None:
     start, end = sorted((one, other))
-    memory = aligned(SIZE + 2 * ALIGN)
+    memory = aligned_buffer(SIZE + 2 * ALIGN)
     with opened(path, reads) as file:
         file.gather(memory, start, end - start)
         lead = start % ALIGN
@@ -68,8 +61,8 @@ def test_any_stretch(path: Path, one: int, other: int, reads: str) -> None:
 @pytest.mark.parametrize("reads", [DIRECT, AUTO])
 def test_past_the_cache_nothing_stays_in_it(reads: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
-    path.write_bytes(os.urandom(4 * HUGE_PAGE))
-    memory = aligned(4 * HUGE_PAGE)
+    path.write_bytes(os.urandom(4 * LARGE))
+    memory = aligned_buffer(4 * LARGE)
     make_cold([path])
     with opened(path, reads) as file:
         if not file.past_cache:
@@ -79,33 +72,33 @@ def test_past_the_cache_nothing_stays_in_it(reads: str, tmp_path: Path) -> None:
         file.gather(memory, 0, len(memory))
         assert resident(path) < 0.01
         file.scatter([memory], 0)
-        assert resident(path) > 0.9
+        assert (resident(path) > 0.9) == (reads == AUTO)
     assert bytes(memory) == path.read_bytes()
 
 
 def test_what_is_in_the_cache_comes_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each stretch asked for, if all of it is there."""
     path = tmp_path / "file"
-    path.write_bytes(os.urandom(8 * HUGE_PAGE + 5))
+    path.write_bytes(os.urandom(8 * LARGE + 5))
     make_cold([path])
     plain, descriptors = os.preadv, list[int]()
-    memory = aligned(9 * HUGE_PAGE)
+    memory = aligned_buffer(9 * LARGE)
     with opened(path, AUTO) as file:
         if not file.past_cache or resident(path):
             pytest.skip("this filesystem allows no O_DIRECT, or keeps its files in memory")
         os.posix_fadvise(file._plain, 0, 0, os.POSIX_FADV_RANDOM)  # nothing more than is asked for
-        file.scatter([aligned(HUGE_PAGE + 5)], 7 * HUGE_PAGE)
+        file.scatter([aligned_buffer(LARGE + 5)[: LARGE + 5]], 7 * LARGE)
         monkeypatch.setattr(
-            source_file.os, "preadv", lambda fd, views, at: (descriptors.append(fd), plain(fd, views, at))[1]
+            direct.os, "preadv", lambda fd, views, at: (descriptors.append(fd), plain(fd, views, at))[1]
         )
-        file.gather(memory, 7 * HUGE_PAGE + 1, HUGE_PAGE + 4)
+        file.gather(memory, 7 * LARGE + 1, LARGE + 4)
         assert set(descriptors) == {file._plain}
-        assert bytes(memory[1 : HUGE_PAGE + 5]) == path.read_bytes()[7 * HUGE_PAGE + 1 :]
+        assert bytes(memory[1 : LARGE + 5]) == path.read_bytes()[7 * LARGE + 1 :]
         descriptors.clear()
         make_cold([path])
-        file.gather(memory, 0, 8 * HUGE_PAGE + 5)
+        file.gather(memory, 0, 8 * LARGE + 5)
         assert descriptors[0] == file._direct
-    assert bytes(memory[: 8 * HUGE_PAGE + 5]) == path.read_bytes()
+    assert bytes(memory[: 8 * LARGE + 5]) == path.read_bytes()
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
@@ -125,11 +118,11 @@ def test_a_system_that_refuses_in_the_middle(
             raise OSError(code, os.strerror(code))
         return plain(descriptor, [views[0][:ALIGN]], start)
 
-    memory = aligned(SIZE + 2 * ALIGN)
+    memory = aligned_buffer(SIZE + 2 * ALIGN)
     with opened(path) as file:
         if not file.past_cache:
             pytest.skip("this filesystem allows no O_DIRECT")
-        monkeypatch.setattr(source_file.os, "preadv", preadv)
+        monkeypatch.setattr(direct.os, "preadv", preadv)
         file.gather(memory, 100, SIZE - 100)
         assert not file.past_cache and calls == after + 1
     assert bytes(memory[100:SIZE]) == path.read_bytes()[100:]
@@ -139,51 +132,77 @@ def test_a_system_that_refuses_to_open(path: Path, monkeypatch: pytest.MonkeyPat
     plain = os.open
 
     def refusing(name: Any, flags: int, *more: Any) -> int:
-        if flags & source_file.O_DIRECT:
+        if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return plain(name, flags, *more)
 
-    monkeypatch.setattr(source_file, "O_DIRECT", os.O_DIRECT)
-    monkeypatch.setattr(source_file.os, "open", refusing)
-    memory = aligned(SIZE + 2 * ALIGN)
+    monkeypatch.setattr(direct.os, "open", refusing)
+    memory = aligned_buffer(SIZE + 2 * ALIGN)
     with opened(path) as file:
-        assert not file.past_cache
+        assert not file.past_cache and file.why == "O_DIRECT: Invalid argument"
         file.gather(memory, 1, SIZE - 1)
     assert bytes(memory[1:SIZE]) == path.read_bytes()[1:]
 
 
 @pytest.mark.parametrize("reads", READS)
 def test_faults_are_told(reads: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = aligned(2 * SIZE + 2 * ALIGN)
+    memory = aligned_buffer(2 * SIZE + 2 * ALIGN)
     with opened(path, reads) as file:
-        with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
+        with pytest.raises(FormatError, match="10 bytes are missing"):
             file.gather(memory, 10, SIZE)
-        assert caught.value.found == "no more"
 
         def broken(*_: Any) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
-        monkeypatch.setattr(source_file.os, "preadv", broken)
-        with pytest.raises(OverlayError) as caught:
+        monkeypatch.setattr(direct.os, "preadv", broken)
+        with pytest.raises(SourceError, match="cannot be read: Input/output error") as caught:
             file.gather(memory, 0, 10)
-        assert caught.value.found == "Input/output error" and caught.value.file == str(path)
-    with pytest.raises(OverlayError) as caught:
-        SourceFile(tmp_path / "absent", reads)
-    assert caught.value.expected == "readable" and caught.value.next == f"ltxpack verify {tmp_path}"
+        assert caught.value.file == str(path)
+    with pytest.raises(AbsentError):
+        DirectReader(tmp_path / "absent", reads)
 
 
-@pytest.mark.parametrize("nbytes", [0, 1, ALIGN, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 5])
-def test_large_memory_begins_on_a_huge_page(nbytes: int) -> None:
-    memory = HostMemory(nbytes, HostCopies(None))  # type: ignore[arg-type]
-    assert memory.bytes.nbytes == nbytes and memory.bytes.data_ptr() % ALIGN == 0
-    if nbytes >= HUGE_PAGE:
-        assert memory.bytes.data_ptr() % HUGE_PAGE == 0
-    before = own_memory()
-    memory.bytes.fill_(7)
-    assert own_memory() - before <= -(-nbytes // ALIGN) * ALIGN + SLACK, "no more than asked for"
-    assert not nbytes or memory.bytes.max() == memory.bytes.min() == 7
+MOUNTS = r"""22 1 0:21 / / rw - ext4 /dev/vda rw
+23 22 0:22 / /home rw shared:1 - nfs4 server:/home rw,vers=4.2
+24 22 0:23 / /home/me/fast\040disk rw - xfs /dev/nvme0n1 rw
+25 22 0:24 / /mnt/s3 rw - fuse.s3fs s3fs rw
+26 22 0:25 / /mnt/covered rw - fuse.sshfs host rw
+27 22 0:26 / /mnt/covered rw - ext4 /dev/vdb rw
+28 22 0:27 / /share rw - virtiofs share rw
+29 22 0:28 / /container rw - overlay overlay rw,lowerdir=/opt/layers,upperdir=/opt/up,workdir=/opt/work
+30 22 0:29 / /far rw - overlay overlay rw,lowerdir=/home/layer:/opt,upperdir=/opt/up,workdir=/opt/work
+31 22 0:30 / /windows rw - cifs //server/share rw
+32 22 0:31 / /host rw - 9p host rw
+"""
 
 
-def test_memory_that_is_not_to_be_had() -> None:
-    with pytest.raises(MemoryError, match="bytes of host memory"):
-        HostMemory(1 << 60, HostCopies(None))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/data/x", ""), ("/homely", ""), ("/home", "nfs4"), ("/home/me/x", "nfs4"), ("/home/me/fast disk/x", ""),
+        ("/mnt/s3/x", "fuse.s3fs"), ("/mnt/covered/x", ""), ("/share/x", "virtiofs"), ("/container/x", ""),
+        ("/far/x", "nfs4"), ("/windows/x", "cifs"), ("/host/x", "9p"),
+    ],
+)  # fmt: skip
+def test_network_and_fuse_filesystems_go_through_the_cache(
+    path: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS)
+    monkeypatch.setattr(direct, "MOUNTS", tmp_path / "mounts")
+    assert why_cached(Path(path)) == (f"{kind} is faster that way" if kind else "")
+
+
+def test_on_such_a_filesystem_no_file_is_opened_past_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mounts").write_text(f"1 1 0:1 / {tmp_path} rw - fuse.juicefs disk rw\n")
+    monkeypatch.setattr(direct, "MOUNTS", tmp_path / "mounts")
+    path = tmp_path / "file"
+    path.touch()
+    writer = DirectWriter(path)
+    writer.append(aligned_buffer(3 * ALIGN))
+    writer.sync()
+    writer.close()
+    memory = aligned_buffer(4 * ALIGN)
+    with opened(path, AUTO) as reader:
+        reader.gather(memory, 0, 3 * ALIGN)
+        assert not (writer.direct or reader.past_cache)
+        assert writer.why == reader.why == "fuse.juicefs is faster that way"
