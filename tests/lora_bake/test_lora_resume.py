@@ -163,7 +163,7 @@ def test_what_a_stopped_bake_left_is_checked(damage: str, tmp_path: Path, monkey
     assert tree_bytes(overlay) == tree_bytes(whole)
 
 
-ROWS, COLUMNS, RANK, COUNT = 4096, 4096, 384, 14
+ROWS, COLUMNS, RANK, COUNT = 4096, 4096, 8, 14
 
 
 @pytest.fixture(scope="module")
