@@ -75,5 +75,6 @@ def _fault_of_command(words: list[str], stand_in: str | None) -> str | None:
             cli.commands[words[1]].make_context(words[1], words[2:])
         except click.ClickException as error:
             message = error.format_message()
-            return None if stand_in and stand_in in message else message
+            # The last placeholder may stand for more words, such as options.
+            return None if stand_in and (stand_in in message or stand_in == words[-1]) else message
     return None
