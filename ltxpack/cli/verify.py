@@ -31,7 +31,7 @@ def verify(
 
     reporter = TerminalReporter(verbose)
     if repair:
-        from ltxpack.lora_bake.repair import restore
+        from ltxpack.lora_bake.bake import restore
 
         faults = restore(overlay, reporter, source=source, loras=loras)
     else:

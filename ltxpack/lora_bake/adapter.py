@@ -1,6 +1,6 @@
-"""An adapter file in any naming -> ``{transformer weight: Target}`` with every fault found before a byte is written.
+"""An adapter file in any naming -> ``{transformer weight: Target}``; every fault is found before a byte is written.
 
-Only headers are read here (and the alpha scalars); the factors stay in the file, as byte ranges, until they are fused.
+Only headers are read here, and the alpha scalars. The factors stay in the file, as byte ranges, until they are fused.
 Spec 02, sections 1, 2 and 7. Knows nothing of arithmetic.
 """
 
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ltxpack.errors import AdapterError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake import peft
-from ltxpack.lora_bake.naming import Match, ModuleNames
 from ltxpack.lora_bake.peft import MAX_ALPHA, PeftConfig
-from ltxpack.ltx23.lora_keys import LoraKey, belongs_elsewhere, parse_key
+from ltxpack.ltx23.lora_keys import LoraKey, ModuleNames, belongs_elsewhere, parse_key
+from ltxpack.manifest import BakedLora
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -26,21 +26,8 @@ PEFT_CONFIG = "adapter_config.json"
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b"}
 _FACTOR_ROLES = ("down", "up", "magnitude", "diff", "diff_b")
 
-
-@dataclass(frozen=True)
-class Part:
-    """Bytes of a tensor, or of some of its rows, in an adapter file."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-    def rows(self, first: int, count: int) -> Part:
-        """``count`` rows from ``first``: still one run of bytes."""
-        row = self.nbytes // self.shape[0] if self.shape[0] else 0
-        return replace(self, shape=(count, *self.shape[1:]), start=self.start + first * row, nbytes=count * row)
+Shapes = Mapping[str, tuple[int, ...]]
+ReadTensor = Callable[[TensorInfo], bytes]
 
 
 @dataclass(frozen=True)
@@ -48,22 +35,23 @@ class Target:
     """What an adapter does to one weight (or bias): a low-rank product, a full difference, or both.
 
     ``down`` is A [rank, in], ``up`` is B [out, rank]. ``factor`` is what the strength is multiplied by for B·A:
-    alpha/rank, alpha/sqrt(rank) with rslora, or 1; a full difference is scaled by the strength alone.
+    alpha/rank, alpha/sqrt(rank) with rslora, or 1; a full difference is scaled by the strength alone. The tensors are
+    byte ranges of the adapter file; of a fused projection each target has its own rows.
     """
 
     weight: str
     rank: int = 0
     factor: float = 1.0
     alpha: float | None = None
-    down: Part | None = None
-    up: Part | None = None
-    magnitude: Part | None = None
-    diff: Part | None = None
+    down: TensorInfo | None = None
+    up: TensorInfo | None = None
+    magnitude: TensorInfo | None = None
+    diff: TensorInfo | None = None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def tensors(self) -> tuple[TensorInfo, ...]:
         """All the byte ranges this target needs."""
-        return tuple(part for part in (self.down, self.up, self.magnitude, self.diff) if part is not None)
+        return tuple(info for info in (self.down, self.up, self.magnitude, self.diff) if info is not None)
 
 
 @dataclass(frozen=True)
@@ -89,48 +77,28 @@ class Adapter:
     def plain_bf16(self) -> bool:
         """Whether every target is a bf16 product and nothing else."""
         return all(
-            target.diff is None and target.magnitude is None and all(part.dtype == "BF16" for part in target.parts)
+            target.diff is None and target.magnitude is None and all(info.dtype == "BF16" for info in target.tensors)
             for target in self.targets.values()
         )
 
 
-@dataclass
-class _Group:
-    """The keys of one module, or of one fused kv or qkv, before they are judged."""
+@dataclass(frozen=True)
+class LoraUse:
+    """One LoRA of a bake: what it fits, at what strength, and its content's hash. ``file`` is its recorded name."""
 
-    match: Match
-    module: str
-    path: str
-    found: dict[str, TensorInfo] = field(default_factory=dict)
+    adapter: Adapter
+    strength: float
+    digest: str
+    file: str
 
-
-@dataclass
-class _Faults:
-    """Everything wrong with an adapter, by kind, so that one error can list all of it."""
-
-    kinds: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, kind: str, item: str) -> None:
-        self.kinds.setdefault(kind, []).append(item)
-
-    def raise_if_any(self, path: Path) -> None:
-        if not self.kinds:
-            return
-        problem = "does not fit this transformer: " + ", ".join(
-            f"{len(items)} {kind}{'' if len(items) == 1 else 's'}" for kind, items in self.kinds.items()
-        )
-        skippable = set(self.kinds) <= {"unmatched target", "target outside the transformer"}
-        raise AdapterError(
-            problem,
-            file=path,
-            items=[f"{kind}: {item}" for kind, items in self.kinds.items() for item in items],
-            next="the same command with --allow-unmatched leaves these targets out" if skippable else None,
-        )
+    def record(self, rule: str) -> BakedLora:
+        """How the manifest lists it."""
+        factor = 1.0 if rule == "official" else self.adapter.factor
+        scale = None if factor is None else self.strength * factor
+        return BakedLora(self.adapter.name, self.file, self.adapter.size, self.digest, self.strength, scale)
 
 
-def open_adapter(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], *, name: str | None = None, allow_unmatched: bool = False
-) -> Adapter:
+def open_adapter(path: Path, shapes: Shapes, *, name: str | None = None, allow_unmatched: bool = False) -> Adapter:
     """The adapter at ``path`` (a safetensors file or a PEFT folder), fitted to a transformer.
 
     ``shapes`` maps the transformer's tensor names (diffusers spelling) to their shapes. Raises SourceError or
@@ -149,45 +117,6 @@ def open_adapter(
     return replace(adapter, name=name or path.stem, config=config)
 
 
-def fit_adapter(
-    file: TensorFile,
-    shapes: Mapping[str, tuple[int, ...]],
-    stated: PeftConfig,
-    read: Callable[[TensorInfo], bytes] | None,
-    allow_unmatched: bool = False,
-) -> Adapter:
-    """The adapter whose header is ``file``. ``read`` gives a tensor's bytes; None if only the header is to be had, in
-    which case alphas stored as tensors are not known. Raises AdapterError listing everything that does not fit.
-    """
-    keys, unknown = _parse_keys(file)
-    if not any(key.role in ("down", "up", "diff", "diff_b") for key in keys):
-        raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
-    names, faults = ModuleNames(shapes), _Faults()
-    groups, unmatched = _group(keys, file, names, faults)
-    if not groups:
-        raise _other_model(file.path, unmatched, shapes)
-    if not allow_unmatched:
-        for module in unmatched:
-            kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
-            faults.add(kind, module)
-    for key in unknown:
-        faults.add("unknown key", key)
-    _check_mixed_alpha(groups, stated, faults)
-    targets = _targets(groups, shapes, _Alphas(read, stated), faults)
-    if not targets and set(faults.kinds) == {"shape mismatch"}:
-        raise _other_shapes(file.path, faults.kinds["shape mismatch"])
-    faults.raise_if_any(file.path)
-    return Adapter(
-        name=file.path.stem,
-        path=file.path,
-        size=file.size,
-        targets=dict(sorted(targets.items())),
-        styles=tuple(sorted({key.style for key in keys if key.role != "alpha"})),
-        skipped=tuple(unmatched),
-        warnings=(*_warnings(file, keys, unmatched), *stated.unused_patterns((k.path, k.module) for k in keys)),
-    )
-
-
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
     """The weights and, for PEFT, the configuration. Raises SourceError."""
     if path.is_dir():
@@ -201,76 +130,199 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
     return path, config if path.name == PEFT_WEIGHTS and config.is_file() else None
 
 
-def _parse_keys(file: TensorFile) -> tuple[list[LoraKey], list[str]]:
-    parsed = {key: parse_key(key) for key in file.tensors}
-    return [key for key in parsed.values() if key], [key for key, value in parsed.items() if value is None]
+def fit_adapter(
+    file: TensorFile, shapes: Shapes, stated: PeftConfig, read: ReadTensor | None, allow_unmatched: bool = False
+) -> Adapter:
+    """The adapter whose header is ``file``. Raises AdapterError listing everything that does not fit.
+
+    ``read`` gives a tensor's bytes; None if only the header is here, and then alphas stored as tensors are not known.
+    """
+    parsed = {name: parse_key(name) for name in file.tensors}
+    keys = [key for key in parsed.values() if key]
+    if not any(key.role in ("down", "up", "diff", "diff_b") for key in keys):
+        raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
+    fit = _Fit(file, shapes, stated, read)
+    unmatched = fit.sort(keys, ModuleNames(shapes))
+    if not fit.modules:
+        raise _other_model(file.path, unmatched, shapes)
+    if not allow_unmatched:
+        for module in unmatched:
+            kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
+            fit.fault(kind, module)
+    for name, key in parsed.items():
+        if key is None:
+            fit.fault("unknown key", name)
+    targets = fit.targets()
+    if not targets and set(fit.faults) == {"shape mismatch"}:
+        problem = "is a LoRA for another model: its names are in this transformer, but no shape agrees"
+        raise AdapterError(problem, file=file.path, items=fit.faults["shape mismatch"])
+    if fit.faults:
+        raise _misfit(file.path, fit.faults)
+    return Adapter(
+        name=file.path.stem,
+        path=file.path,
+        size=file.size,
+        targets=dict(sorted(targets.items())),
+        styles=tuple(sorted({key.style for key in keys if key.role != "alpha"})),
+        skipped=tuple(unmatched),
+        warnings=(*_warnings(file, keys, unmatched), *stated.unused_patterns((k.path, k.module) for k in keys)),
+    )
 
 
-def _group(
-    keys: Iterable[LoraKey], file: TensorFile, names: ModuleNames, faults: _Faults
-) -> tuple[list[_Group], list[str]]:
-    """Keys by the module they mean, and the modules that the transformer does not have."""
-    groups: dict[Match, _Group] = {}
-    unmatched: dict[str, None] = {}
-    for key in keys:
-        try:
-            match = names.find(key)
-        except KeyError:
-            faults.add("ambiguous name", key.key)
-            continue
-        if match is None:
-            unmatched[key.module] = None
-            continue
-        group = groups.setdefault(match, _Group(match, key.module, key.path))
-        if key.role in group.found:
-            faults.add("duplicate", f"{key.key} and {group.found[key.role].name}")
+@dataclass
+class _ModuleKeys:
+    """The keys of one module, or of one fused kv or qkv (``modules``, in row order), before they are judged."""
+
+    modules: tuple[str, ...]
+    key: LoraKey
+    found: dict[str, TensorInfo] = field(default_factory=dict)
+
+
+class _Fit:
+    """One adapter while it is fitted. ``faults`` collects everything wrong, by kind, so that one error lists all."""
+
+    def __init__(self, file: TensorFile, shapes: Shapes, stated: PeftConfig, read: ReadTensor | None) -> None:
+        self.modules: dict[tuple[str, ...], _ModuleKeys] = {}
+        self.faults: dict[str, list[str]] = {}
+        self._file, self._shapes, self._stated, self._read = file, shapes, stated, read
+
+    def fault(self, kind: str, item: str) -> None:
+        """Something does not fit."""
+        self.faults.setdefault(kind, []).append(item)
+
+    def sort(self, keys: Iterable[LoraKey], names: ModuleNames) -> list[str]:
+        """Put the keys to the modules they mean; returns the modules that the transformer does not have."""
+        unmatched: dict[str, None] = {}
+        for key in keys:
+            try:
+                modules = names.find(key)
+            except KeyError:
+                self.fault("ambiguous name", key.key)
+                continue
+            if modules is None:
+                unmatched[key.module] = None
+                continue
+            found = self.modules.setdefault(modules, _ModuleKeys(modules, key)).found
+            if key.role in found:
+                self.fault("duplicate", f"{key.key} and {found[key.role].name}")
+            else:
+                found[key.role] = self._file.tensors[key.key]
+        return list(unmatched)
+
+    def targets(self) -> dict[str, Target]:
+        """All targets by their weight."""
+        self._check_mixed_alpha()
+        targets: dict[str, Target] = {}
+        for group in self.modules.values():
+            for target in self._targets_of(group) if self._is_complete(group.found) else ():
+                if target.weight in targets:
+                    self.fault("duplicate", f"{target.weight} is changed by a fused and by a separate target")
+                targets[target.weight] = target
+        return targets
+
+    def _is_complete(self, found: Mapping[str, TensorInfo]) -> bool:
+        """Whether the tensors of a module belong together and have dtypes that can be used."""
+        bad = next((found[r] for r in _FACTOR_ROLES if r in found and found[r].dtype not in FACTOR_DTYPES), None)
+        lone = found.keys() & {"down", "up"}
+        if bad is not None:
+            self.fault("unusable dtype", f"{bad.name} is {bad.dtype}")
+        elif len(lone) == 1:
+            has, lacks = ("down", "up") if "down" in found else ("up", "down")
+            self.fault("half pair", f"{found[has].name} has no {lacks} factor")
+        elif not found.keys() & {"down", "diff", "diff_b"}:
+            self.fault("half pair", f"{', '.join(info.name for info in found.values())} without factors")
+        elif "magnitude" in found and ("down" not in found or "diff" in found):
+            self.fault("half pair", f"{found['magnitude'].name} needs both factors and no .diff beside them")
         else:
-            group.found[key.role] = file.tensors[key.key]
-    return list(groups.values()), list(unmatched)
+            return True
+        return False
 
+    def _targets_of(self, group: _ModuleKeys) -> Iterator[Target]:
+        """One target for each module, one more where a bias changes too; none where a shape disagrees."""
+        wanted = self._wanted_shapes(group)
+        if wanted is None or not all(self._has_shape(group.found[role], shape) for role, shape in wanted.items()):
+            return
+        rank, alpha, factor = 0, None, 1.0
+        if "down" in group.found:
+            rank = group.found["down"].shape[0]
+            alpha, factor = self._alpha(group, rank)
+        count = len(group.modules)
+        for i, module in enumerate(group.modules):
+            own = {r: group.found[r] if r == "down" else _rows(group.found[r], i, count) for r in wanted}
+            bias = own.pop("diff_b", None)
+            if own:
+                yield Target(f"{module}.weight", rank, factor, alpha, **own)
+            if bias is not None:
+                yield Target(f"{module}.bias", diff=bias)
 
-def _targets(
-    groups: Iterable[_Group], shapes: Mapping[str, tuple[int, ...]], alphas: _Alphas, faults: _Faults
-) -> dict[str, Target]:
-    targets: dict[str, Target] = {}
-    for group in groups:
-        for target in _judge(group, shapes, alphas, faults):
-            if target.weight in targets:
-                faults.add("duplicate", f"{target.weight} is changed by a fused and by a separate target")
-            targets[target.weight] = target
-    return targets
+    def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
+        """role -> the shape its tensor must have, None if nothing is there to change; None after a fault."""
+        found, count = group.found, len(group.modules)
+        weights, biases = ([self._shapes.get(f"{m}.{kind}") for m in group.modules] for kind in ("weight", "bias"))
+        wanted: dict[str, tuple[int, ...] | None] = {}
+        if "down" in found:
+            down, up = found["down"], found["up"]
+            weight = weights[0]
+            if weight is None or len(weight) != 2 or len(set(weights)) != 1:
+                self.fault("shape mismatch", f"{group.key.module} is no linear, or its fused parts differ in shape")
+                return None
+            if len(down.shape) == 2 and len(up.shape) == 2 and down.shape[0] != up.shape[1]:
+                self.fault("rank mismatch", f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}")
+                return None
+            rank, rows = down.shape[0] if down.shape else 0, count * weight[0]
+            wanted |= {"down": (rank, weight[1]), "up": (rows, rank)}
+            if "magnitude" in found:
+                # One for each output row: [out] (PEFT) or [out, 1] (Comfy).
+                wanted["magnitude"] = (rows, 1) if len(found["magnitude"].shape) == 2 else (rows,)
+        wanted |= {role: _stacked(old) for role, old in (("diff", weights), ("diff_b", biases)) if role in found}
+        return wanted
 
+    def _has_shape(self, info: TensorInfo, shape: tuple[int, ...] | None) -> bool:
+        if shape is not None and info.shape == shape and 0 not in shape:
+            return True
+        expected = "nothing to change there" if shape is None else list(shape)
+        self.fault("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
+        return False
 
-@dataclass(frozen=True)
-class _Alphas:
-    """Where a module's alpha comes from: a tensor beside the factors, or the adapter's configuration."""
-
-    read: Callable[[TensorInfo], bytes] | None
-    stated: PeftConfig
-
-    def of(self, group: _Group, rank: int, faults: _Faults) -> tuple[float | None, float]:
-        """``(alpha, factor)`` for ``group``; faults where the file contradicts itself."""
-        self._check_rank(group, rank, faults)
-        configured = self.stated.alpha_of(group.path, group.module)
+    def _alpha(self, group: _ModuleKeys, rank: int) -> tuple[float | None, float]:
+        """``(alpha, factor)``: from a tensor beside the factors, or from the configuration; a fault if they differ."""
+        path, module = group.key.path, group.key.module
+        stated = self._stated.rank_of(path, module)
+        if stated is not None and stated != rank and "ambiguous alpha" not in self.faults:
+            self.fault("rank mismatch", f"{module} has rank {rank}, the configuration says {stated}")
+        configured = self._stated.alpha_of(path, module)
         info = group.found.get("alpha")
-        if info is None or self.read is None:
-            return configured, self.stated.factor(configured, rank)
-        alpha = _scalar(info, self.read) if math.prod(info.shape) == 1 else None
+        if info is None or self._read is None:
+            return configured, self._stated.factor(configured, rank)
+        alpha = _scalar(info, self._read) if math.prod(info.shape) == 1 else None
         if alpha is None:
             wanted = f"not one number of at most {MAX_ALPHA:g}"
-            faults.add("unreadable alpha", f"{info.name} is {info.dtype} {list(info.shape)}, {wanted}")
+            self.fault("unreadable alpha", f"{info.name} is {info.dtype} {list(info.shape)}, {wanted}")
             return None, 1.0
         if configured is not None and configured != alpha:
-            faults.add("ambiguous alpha", f"{info.name} is {alpha:g}, the configuration says {configured:g}")
-        return alpha, self.stated.factor(alpha, rank)
+            self.fault("ambiguous alpha", f"{info.name} is {alpha:g}, the configuration says {configured:g}")
+        return alpha, self._stated.factor(alpha, rank)
 
-    def _check_rank(self, group: _Group, rank: int, faults: _Faults) -> None:
-        stated = self.stated.rank_of(group.path, group.module)
-        if stated is not None and stated != rank and "ambiguous alpha" not in faults.kinds:
-            faults.add("rank mismatch", f"{group.module} has rank {rank}, the configuration says {stated}")
+    def _check_mixed_alpha(self) -> None:
+        """One alpha for several ranks without a rank_pattern does not say what it is to be divided by."""
+        if not self._stated.says_alpha or self._stated.ranks:
+            return
+        found = [group.found for group in self.modules.values() if "alpha" not in group.found]
+        ranks = sorted({tensors["down"].shape[0] for tensors in found if "down" in tensors and tensors["down"].shape})
+        if len(ranks) > 1:
+            listed = ", ".join(map(str, ranks))
+            problem = f"one alpha for ranks {listed}, and no rank_pattern that says which is meant"
+            self.fault("ambiguous alpha", problem)
 
 
-def _scalar(info: TensorInfo, read: Callable[[TensorInfo], bytes]) -> float | None:
+def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
+    """The ``i``-th of ``count`` equal shares of the rows: still one run of bytes."""
+    nbytes = info.nbytes // count
+    shape = (info.shape[0] // count, *info.shape[1:])
+    return replace(info, shape=shape, start=info.start + i * nbytes, nbytes=nbytes)
+
+
+def _scalar(info: TensorInfo, read: ReadTensor) -> float | None:
     if info.dtype == "BF16":
         value = struct.unpack("<f", b"\0\0" + read(info))[0]
     elif info.dtype in _SCALARS:
@@ -280,83 +332,7 @@ def _scalar(info: TensorInfo, read: Callable[[TensorInfo], bytes]) -> float | No
     return float(value) if abs(value) <= MAX_ALPHA else None
 
 
-def _judge(group: _Group, shapes: Mapping[str, tuple[int, ...]], alphas: _Alphas, faults: _Faults) -> Iterable[Target]:
-    """The targets of one group: one per module, one more where a bias changes too."""
-    found = group.found
-    for role in _FACTOR_ROLES:
-        if role in found and found[role].dtype not in FACTOR_DTYPES:
-            faults.add("unusable dtype", f"{found[role].name} is {found[role].dtype}")
-            return
-    if ("down" in found) != ("up" in found):
-        has, lacks = ("down", "up") if "down" in found else ("up", "down")
-        faults.add("half pair", f"{found[has].name} has no {lacks} factor")
-        return
-    if "down" not in found and "diff" not in found and "diff_b" not in found:
-        faults.add("half pair", f"{', '.join(info.name for info in found.values())} without factors")
-        return
-    if "magnitude" in found and ("down" not in found or "diff" in found):
-        faults.add("half pair", f"{found['magnitude'].name} needs both factors and no .diff beside them")
-        return
-    weights = [shapes.get(f"{module}.weight") for module in group.match.modules]
-    biases = [shapes.get(f"{module}.bias") for module in group.match.modules]
-    parts = _fit(group, weights, biases, faults)
-    if parts is None:
-        return
-    rank, (alpha, factor) = 0, (None, 1.0)
-    if "down" in found:
-        rank = found["down"].shape[0]
-        alpha, factor = alphas.of(group, rank, faults)
-    for module, own in zip(group.match.modules, parts, strict=True):
-        bias = own.pop("diff_b", None)
-        if own:
-            yield Target(f"{module}.weight", rank, factor, alpha, **own)
-        if bias is not None:
-            yield Target(f"{module}.bias", diff=bias)
-
-
-def _fit(
-    group: _Group,
-    weights: list[tuple[int, ...] | None],
-    biases: list[tuple[int, ...] | None],
-    faults: _Faults,
-) -> list[dict[str, Part]] | None:
-    """Each module's share of the tensors; None, with the fault noted, where a shape disagrees."""
-    found = group.found
-    count = len(weights)
-    linear = [shape for shape in weights if shape is not None and len(shape) == 2]
-    shares: list[dict[str, Part]] = [{} for _ in range(count)]
-    wanted: list[tuple[str, tuple[int, ...] | None]] = []
-    if "down" in found:
-        down, up = found["down"], found["up"]
-        if len(linear) != count or len(set(linear)) != 1:
-            faults.add("shape mismatch", f"{group.module} is no linear, or its fused parts differ in shape")
-            return None
-        out, columns = linear[0]
-        if len(down.shape) == 2 and len(up.shape) == 2 and down.shape[0] != up.shape[1]:
-            faults.add("rank mismatch", f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}")
-            return None
-        rank = down.shape[0] if down.shape else 0
-        wanted += [("down", (rank, columns)), ("up", (count * out, rank))]
-        if "magnitude" in found:
-            wanted.append(("magnitude", _magnitude_shape(found["magnitude"], count * out)))
-    if "diff" in found:
-        wanted.append(("diff", _stacked(weights)))
-    if "diff_b" in found:
-        wanted.append(("diff_b", _stacked(biases)))
-    for role, shape in wanted:
-        info = found[role]
-        if shape is None or info.shape != shape or 0 in shape:
-            expected = "nothing to change there" if shape is None else list(shape)
-            faults.add("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
-            return None
-        part = Part(info.name, info.dtype, info.shape, info.start, info.nbytes)
-        rows = info.shape[0] // count
-        for i, share in enumerate(shares):
-            share[role] = part if role == "down" else part.rows(i * rows, rows)
-    return shares
-
-
-def _stacked(shapes: list[tuple[int, ...] | None]) -> tuple[int, ...] | None:
+def _stacked(shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
     """The shape of equal tensors stacked by rows; None where one is missing or differs."""
     first = shapes[0]
     if not first or any(shape != first for shape in shapes):
@@ -364,28 +340,18 @@ def _stacked(shapes: list[tuple[int, ...] | None]) -> tuple[int, ...] | None:
     return (len(shapes) * first[0], *first[1:])
 
 
-def _magnitude_shape(info: TensorInfo, rows: int) -> tuple[int, ...]:
-    """DoRA magnitudes stand per output row: [out] (PEFT) or [out, 1] (Comfy)."""
-    return (rows, 1) if len(info.shape) == 2 else (rows,)
+def _misfit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
+    counts = (f"{len(items)} {kind}{'' if len(items) == 1 else 's'}" for kind, items in faults.items())
+    skippable = set(faults) <= {"unmatched target", "target outside the transformer"}
+    return AdapterError(
+        f"does not fit this transformer: {', '.join(counts)}",
+        file=path,
+        items=[f"{kind}: {item}" for kind, items in faults.items() for item in items],
+        next="the same command with --allow-unmatched leaves these targets out" if skippable else None,
+    )
 
 
-def _check_mixed_alpha(groups: Iterable[_Group], stated: PeftConfig, faults: _Faults) -> None:
-    """One alpha for several ranks without a rank_pattern does not say what it is to be divided by."""
-    if not stated.says_alpha or stated.ranks:
-        return
-    ranks = {
-        group.found["down"].shape[0]
-        for group in groups
-        if "down" in group.found and group.found["down"].shape and "alpha" not in group.found
-    }
-    if len(ranks) > 1:
-        faults.add(
-            "ambiguous alpha",
-            f"one alpha for ranks {', '.join(map(str, sorted(ranks)))}, and no rank_pattern that says which is meant",
-        )
-
-
-def _other_model(path: Path, unmatched: list[str], shapes: Mapping[str, tuple[int, ...]]) -> AdapterError:
+def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes) -> AdapterError:
     outside = all(belongs_elsewhere(module) for module in unmatched)
     example = next(iter(sorted(name for name in shapes if name.endswith(".to_q.weight"))), next(iter(shapes)))
     return AdapterError(
@@ -398,21 +364,13 @@ def _other_model(path: Path, unmatched: list[str], shapes: Mapping[str, tuple[in
     )
 
 
-def _other_shapes(path: Path, items: list[str]) -> AdapterError:
-    return AdapterError(
-        "is a LoRA for another model: its names are in this transformer, but no shape agrees", file=path, items=items
-    )
-
-
-def _warnings(file: TensorFile, keys: Iterable[LoraKey], unmatched: list[str]) -> tuple[str, ...]:
-    warnings = []
+def _warnings(file: TensorFile, keys: Iterable[LoraKey], unmatched: Sequence[str]) -> Iterator[str]:
     if unmatched:
         shown = ", ".join(unmatched[:5]) + (" …" if len(unmatched) > 5 else "")
-        warnings.append(f"{len(unmatched)} targets are not in the transformer and are left out: {shown}")
+        yield f"{len(unmatched)} targets are not in the transformer and are left out: {shown}"
     network_alpha = file.metadata.get("ss_network_alpha")
     if network_alpha not in (None, "None") and not any(key.role == "alpha" for key in keys):
-        warnings.append(
-            f"its metadata says ss_network_alpha {network_alpha[:20]}, but no alpha stands beside the factors: "
+        yield (
+            f"its metadata says ss_network_alpha {network_alpha[:20]}, but no alpha is stored beside the factors: "
             "the strength is used unchanged"
         )
-    return tuple(warnings)

@@ -1,7 +1,7 @@
-"""``bake-lora``: finds the LoRAs, plans the bakes, streams the base once for all of them, publishes by rename.
+"""``bake-lora``: find the LoRAs, plan the bakes, run them in one pass over the base, publish by rename.
 
-Bakes start from the clean base, never from one another. Until all of a bake is on the disk nothing of it is at its
-place; the manifest that names it is written last.
+Bakes start from the clean base, never from one another. Nothing of a bake is in its place before all of it is on the
+disk; the manifest that names it is written last. ``verify --repair`` makes a damaged bake again here.
 """
 
 from __future__ import annotations
@@ -9,260 +9,127 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
-from ltxpack.lora_bake.adapter import Adapter, open_adapter
-from ltxpack.lora_bake.base import BaseTransformer, read_base, refuse_links
-from ltxpack.lora_bake.coverage import AppliedLora, BakeReport
-from ltxpack.lora_bake.job import BAKES, UNKNOWN_HASH, Arithmetic, Job, baked_lora
-from ltxpack.lora_bake.names import bake_name, check_bake_name, check_strength, format_strength
-from ltxpack.lora_bake.reading import hash_adapter
-from ltxpack.lora_bake.resolve import Found, find_lora, own_lora
-from ltxpack.lora_bake.scan import scan
-from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import Bake, Manifest, changed_file, read_manifest
+from ltxpack.errors import AdapterError, DeviceError, FormatError, OverlayError, SourceError
+from ltxpack.files.publish import atomic_write, write_failure
+from ltxpack.files.tensorfile import read_json
+from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
+from ltxpack.lora_bake.coverage import PAGE_NAME, REPORT_NAME, BakeReport, TargetStat
+from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
+from ltxpack.lora_bake.plan import (
+    BAKES,
+    Arithmetic,
+    BakeOptions,
+    BakePlan,
+    BaseShard,
+    BaseTransformer,
+    bake_name,
+    check_bake_name,
+    read_base,
+    refuse_links,
+)
+from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, changed_file, read_manifest
+from ltxpack.materialize import restore_base
+from ltxpack.repack.items import Item
 from ltxpack.repack.lock import OverlayLock
-from ltxpack.repack.staging import publish_bakes, recover
-from ltxpack.repack.write import preflight
+from ltxpack.repack.staging import Staging, publish_bakes, recover
+from ltxpack.repack.verify import Fault, damaged, verify
+from ltxpack.repack.write import preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
-    from ltxpack.lora_bake.work import BakeWork
+    from ltxpack.lora_bake.stream import ShardOutput
 
-RULES = ("fp32", "official")
-DEVICES = ("auto", "cpu", "cuda")
-
-
-@dataclass(frozen=True)
-class BakeOptions:
-    """What is asked for: one bake per strength of the main LoRA (default: the overlay's distilled one).
-
-    ``added``: (file, PEFT folder or REPO/FILE; strength), applied in this order before the main one.
-    """
-
-    overlay: Path
-    strengths: tuple[float, ...]
-    lora: str | None = None
-    added: tuple[tuple[str, float], ...] = ()
-    rule: str = "fp32"
-    name: str | None = None
-    device: str = "auto"
-    force: bool = False
-    allow_unmatched: bool = False
-
-    def command(self, **changes: object) -> str:
-        """The command line that asks for this, with ``changes``, to be typed as it is."""
-        wanted = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-        flags = [f"--strength {format_strength(strength)}" for strength in wanted.strengths or (1.0,)]
-        flags += [f"--lora {quoted(wanted.lora)}"] if wanted.lora is not None else []
-        flags += [f"--add {quoted(f'{file}={format_strength(strength)}')}" for file, strength in wanted.added]
-        flags += [f"--rule {wanted.rule}"] if wanted.rule != "fp32" else []
-        flags += [f"--name {quoted(wanted.name)}"] if wanted.name is not None else []
-        flags += [f"--device {wanted.device}"] if wanted.device != "auto" else []
-        flags += [flag for flag, on in (("--allow-unmatched", wanted.allow_unmatched), ("--force", wanted.force)) if on]
-        return " ".join(["ltxpack bake-lora", quoted(wanted.overlay), *flags])
-
-
-@dataclass(frozen=True)
-class _Lora:
-    """A LoRA that fits, by content; ``name`` is its part of a bake's name."""
-
-    name: str
-    adapter: Adapter
-    digest: str
+MEASURED_NAME = "measured.json"
 
 
 def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     """What ``bake`` would write: every file with its size, ``write`` or ``link``. Nothing is written or fetched.
 
-    ``total_bytes`` is the sum of all sizes, ``written_bytes`` without the links. Raises what ``bake`` raises before it
-    writes; of a LoRA on the hub only the header is read, so what needs its content (NaN, other inputs) is not seen.
+    ``total_bytes`` is the sum of all sizes, ``written_bytes`` without the links; both hold a bound for each of the two
+    reports. Raises what ``bake`` raises before it writes. Of a LoRA on the hub only the header is read, so what needs
+    its content (NaN, other inputs) is not seen.
     """
-    options = _checked(options)
+    options = options.checked()
     manifest = read_manifest(options.overlay)
     base = read_base(options.overlay, manifest)
-    places = _find(options, manifest, reporter, headers_only=True)
-    loras = [_fitted(place, base, options, manifest) for place in places]
-    jobs = _jobs(options, base, loras)
-    if all(place.path for place in places):
-        jobs = [job for job in jobs if options.force or not _is_there(job, manifest.bakes.get(job.name))]
-        _refuse_other_inputs(jobs, manifest, options)
-    arithmetic = _arithmetic(options, [lora.adapter for lora in loras])
-    files = [file for job in jobs for file in job.plan(arithmetic)]
+    found = find_loras(options, manifest, base.shapes, reporter, headers_only=True)
+    plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
+    if all(lora.here for lora in found):
+        plans = _to_be_made(plans, manifest, options)
+    arithmetic = _arithmetic(options.rule, options.device, [lora.adapter for lora in found], options)
+    files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
     total = sum(file["bytes"] for file in files)
     return {"files": files, "missing": [], "total_bytes": total, "written_bytes": written}
 
 
 def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
-    """Make the bakes; those that are there already, from the same inputs, are left alone and said to be.
+    """Make the bakes; those that are there already, from the same inputs, are left alone unless ``force`` is set.
 
     Raises UsageError, SourceError, FormatError, AdapterError (a LoRA that does not fit, or a result that overflows),
     OverlayError (in use, changed, exists from other inputs, no space) or DeviceError. The overlay stays valid.
     """
-    options = _checked(options)
-    with OverlayLock(options.overlay) if options.overlay.is_dir() else contextlib.nullcontext() as lock:
-        read_manifest(options.overlay)
-        assert lock is not None
-        refuse_links(options.overlay, [options.overlay / BAKES])
-        recover(options.overlay, reporter)
-        manifest = read_manifest(options.overlay)
-        base = read_base(options.overlay, manifest)
-        found = _find(options, manifest, reporter)
-        if all(place.own for place in found) and not options.force:
-            known = [_fitted(place, base, options, manifest) for place in found]
-            jobs = _jobs(options, base, known)
-            if all(_is_there(job, manifest.bakes.get(job.name)) for job in jobs):
-                return [_told(job, manifest.bakes[job.name]) for job in jobs]
+    options = options.checked()
+    overlay = options.overlay
+    read_manifest(overlay)
+    with OverlayLock(overlay) as lock:
+        refuse_links(overlay, [overlay / BAKES])
+        recover(overlay, reporter)
+        manifest = read_manifest(overlay)
+        base = read_base(overlay, manifest)
+        found = find_loras(options, manifest, base.shapes, reporter)
+        if all(lora.own for lora in found) and not options.force:
+            plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
+            if all(_is_there(plan, manifest) for plan in plans):
+                return [_there_already(plan, manifest) for plan in plans]
         # Importing torch takes as long as reading a LoRA: on another thread, one hides the other.
-        threading.Thread(target=importlib.import_module, args=("torch",)).start()
-        loras = [_scanned(place, base, options, manifest, reporter) for place in found]
-        jobs = _jobs(options, base, loras)
-        new = [job for job in jobs if options.force or not _is_there(job, manifest.bakes.get(job.name))]
-        _refuse_other_inputs(new, manifest, options)
-        refuse_links(options.overlay, [options.overlay / job.folder for job in new])
-        chosen = _arithmetic(options, [lora.adapter for lora in loras]) if new else None
-        made = _make(new, chosen, reporter, lock) if chosen else {}
-        return [made.get(job.name) or _told(job, manifest.bakes[job.name]) for job in jobs]
+        loader = ThreadPoolExecutor(1)
+        torch = loader.submit(importlib.import_module, "torch")
+        loader.shutdown(wait=False)
+        plans = _plans(options, manifest, base, found, [lora.read_digest(reporter) for lora in found])
+        new = _to_be_made(plans, manifest, options)
+        refuse_links(overlay, [overlay / plan.folder for plan in new])
+        torch.result()
+        made: dict[str, BakeReport] = {}
+        if new:
+            arithmetic = _arithmetic(options.rule, options.device, [lora.adapter for lora in found], options)
+            made = _run(new, arithmetic, reporter, lock)
+        return [made.get(plan.name) or _there_already(plan, manifest) for plan in plans]
 
 
-def _checked(options: BakeOptions) -> BakeOptions:
-    """The options with everything wrong about them refused; equal strengths count once."""
-    if not options.strengths:
-        raise UsageError("needs a strength", next=options.command(strengths=(1.0,)))
-    for value, known, flag in ((options.rule, RULES, "--rule"), (options.device, DEVICES, "--device")):
-        if value not in known:
-            raise UsageError(f"{flag} is unknown", expected=" or ".join(known), found=value)
-    strengths = tuple(dict.fromkeys(check_strength(strength) for strength in options.strengths))
-    added = tuple((file, check_strength(strength)) for file, strength in options.added)
-    if options.name is not None:
-        check_bake_name(options.name)
-        if len(options.strengths) > 1:
-            raise UsageError("--name goes with one strength", found=f"{len(options.strengths)} strengths")
-    return dataclasses.replace(options, strengths=strengths, added=added)
+def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[Path] = ()) -> list[Fault]:
+    """Repair ``overlay`` and verify it again; returns the faults that are left. A stray file is never removed.
 
-
-def _find(options: BakeOptions, manifest: Manifest, reporter: Reporter, headers_only: bool = False) -> list[Found]:
-    """The LoRAs in order of application: the added ones, then the main one."""
-    places = [find_lora(text, reporter, headers_only=headers_only) for text, _ in options.added]
-    added = [dataclasses.replace(place, added=True) for place in places]
-    if options.lora is None:
-        return [*added, own_lora(options.overlay, manifest)]
-    return [*added, find_lora(options.lora, reporter, headers_only=headers_only)]
-
-
-def _fitted(found: Found, base: BaseTransformer, options: BakeOptions, manifest: Manifest) -> _Lora:
-    """The LoRA fitted, known by what the manifest says of the overlay's own, by hashing any other that is here."""
-    adapter = found.adapter(base.shapes, options.allow_unmatched)
-    if found.own:
-        return _Lora(found.name, adapter, found.own.file.blake3)
-    digest = hash_adapter(adapter.path, adapter.config) if found.path else UNKNOWN_HASH
-    return _Lora(_name(found, manifest, digest, options), adapter, digest)
-
-
-def _scanned(
-    found: Found, base: BaseTransformer, options: BakeOptions, manifest: Manifest, reporter: Reporter
-) -> _Lora:
-    """The LoRA fitted, hashed and looked through for NaN. Raises OverlayError if the overlay's own has changed."""
-    adapter = found.adapter(base.shapes, options.allow_unmatched)
-    for warning in adapter.warnings:
-        reporter.warn(f"{adapter.path.name}: {warning}")
-    digest = scan(adapter, reporter)
-    if found.own and digest != found.own.file.blake3:
-        raise changed_file(options.overlay / found.own.file.path, f"blake3 {found.own.file.blake3}", f"blake3 {digest}")
-    return _Lora(_name(found, manifest, digest, options), adapter, digest)
-
-
-def _name(found: Found, manifest: Manifest, digest: str, options: BakeOptions) -> str:
-    """The distilled LoRA goes by that name wherever its file lies, and any other or added one by its file's stem.
-
-    Raises UsageError for another whose file is called so: its bakes would take the names of the overlay's own.
+    Damaged files of the base come from the source again: ``source`` is where inputs are looked for first, the others
+    come from the repos that the manifest states. A damaged bake is made again, whole. ``loras`` are files or PEFT
+    folders of LoRAs that bakes need and the overlay does not keep; their content tells which is which, not their name.
+    Raises LtxpackError: SourceError if a file is needed and not given, OverlayError if the base comes out other than
+    the manifest says.
     """
-    own = manifest.lora(DISTILLED)
-    if own is not None and own.file.blake3 == digest and not found.added:
-        return DISTILLED
-    names_bakes = not (found.own or found.added or options.name)
-    if found.name == DISTILLED and names_bakes and digest != UNKNOWN_HASH:
-        raise UsageError(
-            f"a LoRA file called {DISTILLED} gives no name: {DISTILLED}-S are bakes of the overlay's own LoRA",
-            file=found.path,
-            expected="a file of another name, or --name",
-            next="the same command with --name NAME, and one --strength at a time",
-        )
-    return found.name
-
-
-def _jobs(options: BakeOptions, base: BaseTransformer, loras: Sequence[_Lora]) -> list[Job]:
-    """One job per strength. Raises AdapterError for DoRA under the official rule."""
-    if options.rule == "official":
-        _refuse_dora(loras)
-    *added, main = loras
-    stack = [(lora, strength) for lora, (_, strength) in zip(added, options.added, strict=True)]
-    jobs = []
-    for strength in options.strengths:
-        name = options.name or bake_name((main.name, strength), [(lora.name, value) for lora, value in stack])
-        applied = tuple(
-            AppliedLora(baked_lora(lora.adapter, lora.name, lora.digest, value, options.rule), lora.adapter)
-            for lora, value in (*stack, (main, strength))
-        )
-        jobs.append(Job(check_bake_name(name), applied, options.rule, base, options.overlay))
-    return jobs
-
-
-def _refuse_dora(loras: Sequence[_Lora]) -> None:
-    items = [
-        f"{lora.adapter.path.name}: {target.weight}"
-        for lora in loras
-        for target in lora.adapter.targets.values()
-        if target.magnitude is not None
-    ]
-    if items:
-        raise AdapterError("the official rule has no DoRA", items=items, next="use --rule fp32")
-
-
-def _is_there(job: Job, bake: Bake | None) -> bool:
-    """Whether the overlay holds this very bake, whole as far as sizes tell."""
-    if bake is None or (bake.loras, bake.rule) != (job.baked, job.rule):
-        return False
-    paths = [(job.overlay / record.path, record.size) for record in bake.files]
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
-
-
-def _refuse_other_inputs(jobs: Sequence[Job], manifest: Manifest, options: BakeOptions) -> None:
-    for job in jobs:
-        bake = manifest.bakes.get(job.name)
-        if bake is not None and (bake.loras, bake.rule) != (job.baked, job.rule) and not options.force:
-            raise OverlayError(
-                "exists already, made from other inputs",
-                file=options.overlay / job.folder,
-                expected=_described(job.rule, job.baked),
-                found=_described(bake.rule, bake.loras),
-                next=options.command(force=True),
-            )
-
-
-def _described(rule: str, loras: Sequence[Any]) -> str:
-    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.strength:g}" for lora in loras)
-    return f"{stack}, rule {rule}"
-
-
-def _arithmetic(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic:
-    """What is used here and now. Raises DeviceError."""
-    import torch
-
-    from ltxpack.lora_bake.fuse import choose_kernel
-
-    available = torch.cuda.is_available()
-    if options.device == "cuda" and not available:
-        raise DeviceError("there is no CUDA device", next=options.command(device="cpu"))
-    device = "cuda" if available and options.device != "cpu" else "cpu"
-    plain = all(adapter.plain_bf16 for adapter in adapters)
-    return Arithmetic(options.rule, choose_kernel(options.rule, len(adapters), plain, device), device)
+    faults = verify(overlay, reporter)
+    manifest = read_manifest(overlay)
+    paths = damaged(faults, manifest)
+    if not paths:
+        return faults
+    of_bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
+    if base := paths - of_bakes:
+        reporter.note(f"{len(base)} files of the base are damaged; they are made again")
+        restore_base(overlay, manifest, base, reporter, source=source)
+    for name, bake in manifest.bakes.items():
+        count = len(paths & {record.path for record in bake.files})
+        if count:
+            files = recorded_files(overlay, manifest, name, loras)
+            reporter.note(f"bakes/{name}: {count} files are damaged; the bake is made again")
+            remake(overlay, name, files, reporter)
+    return verify(overlay, reporter)
 
 
 def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Reporter) -> None:
@@ -275,85 +142,186 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
         refuse_links(overlay, [overlay / BAKES, overlay / BAKES / name])
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
-        recorded, base = manifest.bakes[name], read_base(overlay, manifest)
-        loras = []
-        for lora in recorded.loras:
-            path = files[lora.blake3]
-            adapter = open_adapter(path, base.shapes, name=lora.name, allow_unmatched=True)
-            digest = scan(adapter, reporter)
-            if digest != lora.blake3:
-                raise changed_file(path, f"blake3 {lora.blake3}", f"blake3 {digest}")
-            loras.append(AppliedLora(lora, adapter))
-        from ltxpack.lora_bake.work import usable
-
-        arithmetic = Arithmetic(recorded.rule, recorded.kernel, recorded.device)
-        if not usable(arithmetic, recorded.rule):
-            arithmetic = _arithmetic(BakeOptions(overlay, (), rule=recorded.rule), [lora.adapter for lora in loras])
-        _make([Job(name, tuple(loras), recorded.rule, base, overlay)], arithmetic, reporter, lock)
+        made, base = manifest.bakes[name], read_base(overlay, manifest)
+        loras = tuple(_recorded_use(lora, files[lora.blake3], base, reporter) for lora in made.loras)
+        arithmetic = Arithmetic(made.rule, made.kernel, made.device)
+        if not _usable(arithmetic, made.rule):
+            arithmetic = _arithmetic(made.rule, "auto", [lora.adapter for lora in loras])
+        _run([BakePlan(name, loras, made.rule, base, overlay)], arithmetic, reporter, lock)
 
 
-def _make(jobs: Sequence[Job], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> dict[str, BakeReport]:
+def _recorded_use(lora: BakedLora, path: Path, base: BaseTransformer, reporter: Reporter) -> LoraUse:
+    adapter = open_adapter(path, base.shapes, name=lora.name, allow_unmatched=True)
+    digest = scan(adapter, reporter)
+    if digest != lora.blake3:
+        raise changed_file(path, f"blake3 {lora.blake3}", f"blake3 {digest}")
+    return LoraUse(adapter, lora.strength, digest, lora.file)
+
+
+# Plan
+
+
+def _plans(
+    options: BakeOptions,
+    manifest: Manifest,
+    base: BaseTransformer,
+    found: Sequence[FoundLora],
+    digests: Sequence[str],
+) -> list[BakePlan]:
+    """One plan per strength. Raises AdapterError for DoRA under the official rule."""
+    if options.rule == "official":
+        _refuse_dora([lora.adapter for lora in found])
+    named = [
+        (dataclasses.replace(lora.adapter, name=lora.bake_part(digest, manifest, options)), digest)
+        for lora, digest in zip(found, digests, strict=True)
+    ]
+    plans = []
+    for strength in options.strengths:
+        strengths = [*(value for _, value in options.added), strength]
+        uses = tuple(
+            LoraUse(adapter, value, digest, adapter.path.name)
+            for (adapter, digest), value in zip(named, strengths, strict=True)
+        )
+        *added, main = ((use.adapter.name, use.strength) for use in uses)
+        name = check_bake_name(options.name or bake_name(main, added))
+        plans.append(BakePlan(name, uses, options.rule, base, options.overlay))
+    return plans
+
+
+def _refuse_dora(adapters: Iterable[Adapter]) -> None:
+    items = [
+        f"{adapter.path.name}: {target.weight}"
+        for adapter in adapters
+        for target in adapter.targets.values()
+        if target.magnitude is not None
+    ]
+    if items:
+        raise AdapterError("the official rule has no DoRA", items=items, next="use --rule fp32")
+
+
+def _is_there(plan: BakePlan, manifest: Manifest) -> bool:
+    """Whether the overlay holds this very bake, whole as far as sizes tell."""
+    bake = manifest.bakes.get(plan.name)
+    if bake is None or not plan.is_made_from(bake):
+        return False
+    paths = [(plan.overlay / record.path, record.size) for record in bake.files]
+    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+
+def _to_be_made(plans: Sequence[BakePlan], manifest: Manifest, options: BakeOptions) -> list[BakePlan]:
+    """The plans whose bakes are not there, or all with ``force``. Raises OverlayError for a name that is taken."""
+    if options.force:
+        return list(plans)
+    new = [plan for plan in plans if not _is_there(plan, manifest)]
+    for plan in new:
+        bake = manifest.bakes.get(plan.name)
+        if bake is not None and not plan.is_made_from(bake):
+            raise OverlayError(
+                "exists already, made from other inputs",
+                file=plan.overlay / plan.folder,
+                expected=_described(plan.rule, plan.recorded),
+                found=_described(bake.rule, bake.loras),
+                next=options.command(force=True),
+            )
+    return new
+
+
+def _described(rule: str, loras: Sequence[BakedLora]) -> str:
+    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.strength:g}" for lora in loras)
+    return f"{stack}, rule {rule}"
+
+
+def _there_already(plan: BakePlan, manifest: Manifest) -> BakeReport:
+    bake = manifest.bakes[plan.name]
+    document = {"bake": plan.name, "rule": bake.rule, "kernel": bake.kernel, "device": bake.device}
+    return BakeReport(plan.name, plan.folder, False, {**document, "changed_tensors": len(bake.changed)})
+
+
+# Run
+
+
+def _arithmetic(rule: str, device: str, adapters: Sequence[Adapter], options: BakeOptions | None = None) -> Arithmetic:
+    """What is used here and now. Raises DeviceError."""
+    import torch
+
+    from ltxpack.lora_bake.fuse import choose_kernel
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        assert options is not None
+        raise DeviceError("there is no CUDA device", next=options.command(device="cpu"))
+    chosen = "cuda" if available and device != "cpu" else "cpu"
+    plain = all(adapter.plain_bf16 for adapter in adapters)
+    return Arithmetic(rule, choose_kernel(rule, len(adapters), plain, chosen), chosen)
+
+
+def _usable(arithmetic: Arithmetic, rule: str) -> bool:
+    """Whether an arithmetic of a manifest or an unfinished bake is known, and this machine has its device."""
+    import torch
+
+    from ltxpack.lora_bake.fuse import KERNELS
+
+    here = arithmetic.device == "cpu" or (arithmetic.device == "cuda" and torch.cuda.is_available())
+    return arithmetic.rule == rule and arithmetic.kernel in KERNELS and here
+
+
+def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> dict[str, BakeReport]:
     """Write, publish and enter the manifest. What is complete is kept if it fails, unless the LoRA is at fault."""
     import torch
 
-    from ltxpack.lora_bake.work import BakeWork
-
-    overlay, adapters = jobs[0].overlay, [lora.adapter for lora in jobs[0].loras]
-    _tell(jobs, adapters, reporter)
+    overlay, adapters = plans[0].overlay, [lora.adapter for lora in plans[0].loras]
+    _tell(plans[0].rule, adapters, reporter)
     with contextlib.ExitStack() as stack:
-        works = [stack.enter_context(BakeWork(job, chosen, overlay, reporter, lock)) for job in jobs]
-        items = [item for work in works for item in work.missing_items()]
+        bakes = [stack.enter_context(StagedBake(plan, chosen, reporter, lock)) for plan in plans]
+        items = [item for bake in bakes for item in bake.missing_items()]
         preflight(items, overlay, copy=False)
-        reporter.begin(f"bake {', '.join(job.name for job in jobs)}", sum(item.size for item in items), "B")
+        reporter.begin(f"bake {', '.join(plan.name for plan in plans)}", sum(item.size for item in items), "B")
         try:
-            _write(works, adapters, overlay, reporter)
+            _write(bakes, adapters, plans[0].base, reporter)
         except AdapterError:
-            for work in works:
-                work.discard()
+            for bake in bakes:
+                bake.discard()
             raise
         except torch.OutOfMemoryError:
-            raise DeviceError(
-                f"too little memory on {chosen.device}", next="free memory on the device, or bake with --device cpu"
-            ) from None
-        bakes = {work.job.name: work.finish() for work in works}
-        reporter.end()
+            problem = f"too little memory on {chosen.device}"
+            raise DeviceError(problem, next="free memory on the device, or bake with --device cpu") from None
         manifest = read_manifest(overlay)
-        for name, (record, _) in bakes.items():
-            manifest = manifest.with_bake(name, record)
-        for work in works:
-            work.clear()
-        publish_bakes([work.staging for work in works], manifest)
-        return {
-            work.job.name: BakeReport(work.job.name, work.job.folder, True, bakes[work.job.name][1]) for work in works
-        }
+        reports = {}
+        for bake in bakes:
+            record, document = bake.finish()
+            manifest = manifest.with_bake(bake.plan.name, record)
+            reports[bake.plan.name] = BakeReport(bake.plan.name, bake.plan.folder, True, document)
+        reporter.end()
+        publish_bakes([bake.staging for bake in bakes], manifest)
+    return reports
 
 
-def _write(works: Sequence[BakeWork], adapters: Sequence[Adapter], overlay: Path, reporter: Reporter) -> None:
+def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseTransformer, reporter: Reporter) -> None:
     """All shards that are not done, shard after shard, each read once for all bakes with the same arithmetic."""
-    from ltxpack.lora_bake.factors import FactorReader
     from ltxpack.lora_bake.stream import Engine
 
-    for work in works:
-        work.write_small()
-    for arithmetic in dict.fromkeys(work.arithmetic for work in works):
-        same = [work for work in works if work.arithmetic == arithmetic]
-        with contextlib.ExitStack() as stack:
-            readers = [stack.enter_context(FactorReader(adapter)) for adapter in adapters]
-            engine = stack.enter_context(Engine(overlay, readers, arithmetic, reporter))
-            for shard in same[0].job.base.shards:
-                outputs = {work: output for work in same if (output := work.output(shard)) is not None}
+    for bake in bakes:
+        bake.write_small()
+    for arithmetic in dict.fromkeys(bake.arithmetic for bake in bakes):
+        with Engine(adapters, arithmetic, reporter) as engine:
+            for shard in base.shards:
+                outputs = {
+                    bake: output
+                    for bake in bakes
+                    if bake.arithmetic == arithmetic and (output := bake.output(shard)) is not None
+                }
                 if outputs:
                     records = engine.fuse_shard(shard, list(outputs.values()))
-                    for (work, output), record in zip(outputs.items(), records, strict=True):
-                        work.record(record, output)
+                    for (bake, output), record in zip(outputs.items(), records, strict=True):
+                        bake.record(record, output)
 
 
-def _tell(jobs: Sequence[Job], adapters: Sequence[Adapter], reporter: Reporter) -> None:
+def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
     """What a user might not expect of these LoRAs under this rule."""
     for adapter in adapters:
         targets = adapter.targets.values()
         scaled = sum(target.factor != 1.0 for target in targets)
-        if jobs[0].rule == "official" and scaled:
+        if rule == "official" and scaled:
             reporter.warn(
                 f"{adapter.path.name}: alpha differs from rank in {scaled} targets; the official rule ignores "
                 "alpha and uses the strength alone"
@@ -362,13 +330,119 @@ def _tell(jobs: Sequence[Job], adapters: Sequence[Adapter], reporter: Reporter) 
             reporter.note(f"{adapter.path.name}: DoRA; the strength scales its direction, not its magnitudes")
 
 
-def _told(job: Job, bake: Bake) -> BakeReport:
-    """The report of a bake that is there already."""
-    document = {
-        "bake": job.name,
-        "rule": bake.rule,
-        "kernel": bake.kernel,
-        "device": bake.device,
-        "changed_tensors": len(bake.changed),
-    }
-    return BakeReport(job.name, job.folder, False, document)
+class StagedBake:
+    """A plan with its staging folder. A context manager; on leaving, what is complete stays for the next run.
+
+    What was measured is kept beside the journal (``measured.json``) until the reports are written, with the arithmetic
+    that was chosen: a bake that is stopped goes on with the same one.
+    """
+
+    def __init__(self, plan: BakePlan, chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> None:
+        """``chosen`` is used unless an earlier run of the same plan began with another arithmetic."""
+        self.plan = plan
+        self.arithmetic = chosen
+        self.staging = Staging(plan.overlay, plan.fingerprint(), reporter, folder=plan.folder, lock=lock, force=True)
+        self._reporter = reporter
+        self._path = self.staging.place.work / MEASURED_NAME
+        self._stats: dict[str, list[TargetStat]] = {}
+        self._document: dict[str, Any] | None = None
+        self._shards = {item.path: name for name, item in plan.shards.items()}
+
+    def __enter__(self) -> Self:
+        self.staging.__enter__()
+        self._take_over()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.staging.__exit__(kind, error, trace)
+
+    def missing_items(self) -> list[Item]:
+        """What must still be written, but for the reports."""
+        return [item for item in self.plan.items if not self._has(item.path)]
+
+    def write_small(self) -> None:
+        """config, index and links."""
+        items: tuple[Item, ...] = (*self.plan.small, *self.plan.links)
+        for item in items:
+            if not self._has(item.path):
+                self.staging.record(write_item(item, self.staging.root, copy=False, reporter=self._reporter))
+
+    def output(self, shard: BaseShard) -> ShardOutput | None:
+        """How ``shard`` is to be written for this bake; None if it is a link, or done."""
+        from ltxpack.lora_bake.stream import ShardOutput
+
+        item = self.plan.shards.get(shard.name)
+        if item is None or self._has(item.path):
+            return None
+        return ShardOutput(item, self.staging.root, tuple(lora.strength for lora in self.plan.loras))
+
+    def record(self, record: FileRecord, output: ShardOutput) -> None:
+        """A shard is complete: first what was measured, then the journal."""
+        self._stats[record.path] = list(output.stats.values())
+        document = {
+            "fingerprint": self.staging.fingerprint,
+            "arithmetic": dataclasses.asdict(self.arithmetic),
+            "shards": {path: [dataclasses.astuple(stat) for stat in stats] for path, stats in self._stats.items()},
+        }
+        try:
+            atomic_write(self._path, json.dumps(document).encode())
+        except OSError as error:
+            raise write_failure(error, self._path) from None
+        self.staging.record(record)
+
+    def finish(self) -> tuple[Bake, dict[str, Any]]:
+        """Write the reports and remove what they are made from; the manifest's entry and the report's document."""
+        if self._document is None:
+            stats = [stat for measured in self._stats.values() for stat in measured]
+            self._document = self.plan.document(self.arithmetic, stats)
+            for item in self.plan.reports(self._document):
+                if not self._has(item.path):
+                    self.staging.record(write_bytes(item, self.staging.root))
+        for path in (self._path, *self._path.parent.glob(f".{MEASURED_NAME}.*")):
+            path.unlink(missing_ok=True)
+        changed = (name for name, target in self._document["targets"].items() if target["changed"])
+        return self.plan.record(self.arithmetic, self.staging.done, changed), self._document
+
+    def discard(self) -> None:
+        """Give up what was written: the same inputs would fail again."""
+        shutil.rmtree(self.staging.place.work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.staging.place.work.parent.rmdir()
+
+    def _has(self, path: str) -> bool:
+        """Whether ``path`` is done; a fused shard only if what was measured is known too."""
+        if path not in self.staging.done:
+            return False
+        return self._document is not None or path in self._stats or path not in self._shards
+
+    def _take_over(self) -> None:
+        """Go on with what an earlier run of this very plan measured; anything odd counts as nothing."""
+        done = self.staging.done
+        reports = [f"{self.plan.folder}/{name}" for name in (REPORT_NAME, PAGE_NAME)]
+        if done.keys() >= {*reports, *self._shards}:
+            self._document = read_json(self.staging.root / reports[0])
+            self.arithmetic = Arithmetic(*(self._document[key] for key in ("rule", "kernel", "device")))
+            return
+        try:
+            left = read_json(self._path)
+            arithmetic = Arithmetic(**left["arithmetic"])
+            stats = {path: [_stat(values) for values in measured] for path, measured in left["shards"].items()}
+            if left["fingerprint"] != self.staging.fingerprint or not _usable(arithmetic, self.plan.rule):
+                return
+        except (SourceError, FormatError, LookupError, TypeError, AttributeError, ValueError):
+            return
+        self.arithmetic = arithmetic
+        for path, measured in stats.items():
+            if path in done and path in self._shards and {stat.name for stat in measured} == self._fused_in(path):
+                self._stats[path] = measured
+
+    def _fused_in(self, path: str) -> set[str]:
+        tensors = self.plan.shards[self._shards[path]].tensors
+        return {tensor.name for tensor in tensors if tensor.nbytes and tensor.name in self.plan.touched}
+
+
+def _stat(values: Any) -> TargetStat:
+    name, base, delta, elements, changed = values
+    return TargetStat(str(name), float(base), float(delta), int(elements), int(changed))

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltxpack.lora_bake.adapter import Adapter, Target
-from ltxpack.lora_bake.naming import linear_modules
-from ltxpack.manifest import BakedLora
+from ltxpack.lora_bake.adapter import LoraUse, Target
+from ltxpack.ltx23.lora_keys import linear_modules
 
 REPORT_FORMAT = 1
 REPORT_NAME = "coverage.json"
@@ -43,14 +42,6 @@ class TargetStat:
         if self.delta_square == 0:
             return 0.0
         return significant(math.sqrt(self.delta_square / self.base_square)) if self.base_square else None
-
-
-@dataclass(frozen=True)
-class AppliedLora:
-    """One LoRA of a bake: how the manifest names it, and what it fits."""
-
-    baked: BakedLora
-    adapter: Adapter
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 def build_report(
     name: str,
-    loras: Sequence[AppliedLora],
+    loras: Sequence[LoraUse],
     stats: Iterable[TargetStat],
     shapes: Mapping[str, tuple[int, ...]],
     arithmetic: Mapping[str, str],
@@ -104,7 +95,7 @@ def build_report(
         "format": REPORT_FORMAT,
         "bake": name,
         **arithmetic,
-        "loras": [_lora(lora, shapes) for lora in loras],
+        "loras": [_lora(lora, shapes, arithmetic["rule"]) for lora in loras],
         "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
         "changed_weights": sum(stat.changed for stat in measured.values()),
         "targeted_weights": sum(stat.elements for stat in measured.values()),
@@ -147,17 +138,18 @@ def scale_of(target: Target, strength: float, rule: str) -> float:
     return strength if rule == "official" else strength * target.factor
 
 
-def _lora(lora: AppliedLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _lora(lora: LoraUse, shapes: Mapping[str, tuple[int, ...]], rule: str) -> dict[str, Any]:
+    record = lora.record(rule)
     linears = linear_modules(shapes)
     targets = lora.adapter.targets
     matched = {name for name in targets if name.removesuffix(".weight") in linears}
     ranks = Counter(target.rank for target in targets.values() if target.down is not None)
     alphas = {f"{target.alpha:g}" for target in targets.values() if target.alpha is not None}
     return {
-        "name": lora.baked.name,
-        "file": lora.baked.file,
-        "blake3": lora.baked.blake3,
-        "strength": lora.baked.strength,
+        "name": record.name,
+        "file": record.file,
+        "blake3": record.blake3,
+        "strength": record.strength,
         "namings": list(lora.adapter.styles),
         "matched": len(matched),
         "total": len(linears),
@@ -165,9 +157,9 @@ def _lora(lora: AppliedLora, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         "left_out": list(lora.adapter.skipped),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "alphas": sorted(alphas, key=float),
-        "scales": sorted({significant(lora.baked.strength * target.factor) for target in targets.values()})
-        if lora.baked.scale is None
-        else [lora.baked.scale],
+        "scales": sorted({significant(record.strength * target.factor) for target in targets.values()})
+        if record.scale is None
+        else [record.scale],
         "dora": sum(target.magnitude is not None for target in targets.values()),
         "full_differences": sum(target.diff is not None for target in targets.values()),
         "kinds": _matched_kinds(matched, linears),
@@ -210,12 +202,12 @@ def _kinds(measured: Mapping[str, TargetStat], shapes: Mapping[str, tuple[int, .
     return kinds
 
 
-def _target(stat: TargetStat, loras: Sequence[AppliedLora], rule: str) -> dict[str, Any]:
+def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str) -> dict[str, Any]:
     terms = []
     for i, lora in enumerate(loras):
         target = lora.adapter.targets.get(stat.name)
         if target is not None:
-            scale = scale_of(target, lora.baked.strength, rule)
+            scale = scale_of(target, lora.strength, rule)
             terms.append({"lora": i, "rank": target.rank, "scale": scale})
     return {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}
 

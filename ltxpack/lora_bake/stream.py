@@ -13,7 +13,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -23,14 +22,15 @@ from blake3 import blake3
 
 from ltxpack.errors import AdapterError
 from ltxpack.files.reader import Range, RangeReader
-from ltxpack.files.tensorfile import TensorInfo
-from ltxpack.lora_bake.base import BaseShard
+from ltxpack.files.tensorfile import TensorInfo, open_source
+from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.lora_bake.factors import DTYPES, FactorReader, single_thread
+from ltxpack.lora_bake.find import fill
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
-from ltxpack.lora_bake.job import Arithmetic
+from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.manifest import FileRecord, changed_file
 from ltxpack.repack.items import WriteShard
+from ltxpack.repack.write import passage
 from ltxpack.repack.writer import WRITE_BUFFERS, ShardWriter
 from ltxpack.reporter import Reporter
 
@@ -40,23 +40,36 @@ SMALL_BYTES = 1024 * 1024
 CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1}
 # Each has memory of its own for sums.
 MOST_WORKERS = 4
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 
 
-@dataclass
-class Output:
-    """One bake's version of the shard. ``strengths`` for each of the engine's adapters, in order of application."""
+class ShardOutput:
+    """One bake's version of a shard, and what is measured while it is written (tensor name -> stat).
 
-    item: WriteShard
-    root: Path
-    touched: frozenset[str]
-    strengths: tuple[float, ...]
-    stats: dict[str, TargetStat] = field(default_factory=dict)
+    ``strengths`` has one for each of the engine's adapters, in order of application.
+    """
+
+    def __init__(self, item: WriteShard, root: Path, strengths: tuple[float, ...]) -> None:
+        self.item = item
+        self.root = root
+        self.strengths = strengths
+        self.stats: dict[str, TargetStat] = {}
+        self.touched = frozenset(
+            tensor.name for entry in item.entries if isinstance(entry.producer, FusedTensor) for tensor in entry.tensors
+        )
 
 
-class Step(NamedTuple):
+class _Read(NamedTuple):
     """One read: ``lead`` bytes that are copied, then the rows ``chunks`` of a tensor; without one, all is copied.
 
-    Biases stand between the weights; read by themselves each would hold up the reading ahead. A tensor that is fused
+    Biases are between the weights; read by themselves each would hold up the reading ahead. A tensor that is fused
     whole comes in several reads, of which the last has the chunk.
     """
 
@@ -66,14 +79,48 @@ class Step(NamedTuple):
     lead: int = 0
 
 
+class FactorReader:
+    """The factors of one adapter, read when asked for, until it is closed."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self._file = open_source(adapter.path)
+
+    def term(self, weight: str, work: Workspace | None = None) -> Term | None:
+        """What this adapter adds to ``weight``, as stored in the file; None if nothing. Raises FormatError.
+
+        With ``work`` the tensors lie there and are valid until it is used again.
+        """
+        target = self.adapter.targets.get(weight)
+        if target is None:
+            return None
+        work = work or Workspace()
+        magnitude = self._load(target.magnitude, "magnitude", work)
+        return Term(
+            factor=target.factor,
+            down=self._load(target.down, "down", work),
+            up=self._load(target.up, "up", work),
+            magnitude=None if magnitude is None else magnitude.reshape(-1, 1),
+            diff=self._load(target.diff, "diff", work),
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _load(self, info: TensorInfo | None, use: str, work: Workspace) -> torch.Tensor | None:
+        if info is None:
+            return None
+        memory = work.empty(use, (info.nbytes,), torch.uint8)
+        fill(self._file.fileno(), memory.numpy().data, info.start, self.adapter.path)
+        return memory.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
 class Engine:
     """Fuses shards with one arithmetic. A context manager: torch's thread count is its own while it is open."""
 
-    def __init__(
-        self, overlay: Path, readers: Sequence[FactorReader], arithmetic: Arithmetic, reporter: Reporter
-    ) -> None:
-        self.overlay = overlay
-        self.readers = readers
+    def __init__(self, adapters: Sequence[Adapter], arithmetic: Arithmetic, reporter: Reporter) -> None:
+        self.readers = [FactorReader(adapter) for adapter in adapters]
         self.arithmetic = arithmetic
         self.reporter = reporter
         # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
@@ -88,7 +135,7 @@ class Engine:
 
     def __enter__(self) -> Self:
         if not self.whole:
-            self._settings.enter_context(single_thread())
+            self._settings.enter_context(_single_thread())
             if self.arithmetic.device == "cuda":
                 self._settings.enter_context(_no_shortcuts())
         return self
@@ -97,9 +144,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.pool.shutdown(cancel_futures=True)
+        for reader in self.readers:
+            reader.close()
         self._settings.close()
 
-    def fuse_shard(self, shard: BaseShard, outputs: Sequence[Output]) -> list[FileRecord]:
+    def fuse_shard(self, shard: BaseShard, outputs: Sequence[ShardOutput]) -> list[FileRecord]:
         """Write every output's version of ``shard``; returns their records and fills in their stats.
 
         Raises OverlayError if the base is not what the manifest says, AdapterError listing the weights that overflow.
@@ -133,20 +182,20 @@ class Engine:
                 hashed.result()
             fusing.settle()
             _refuse_overflow(fusing.overflow, shard)
-            path = self.overlay / shard.record.path
+            path = shard.file.path
             if hasher.hexdigest() != shard.record.blake3:
                 raise changed_file(path, f"blake3 {shard.record.blake3}", f"blake3 {hasher.hexdigest()}")
             records = [writer.close() for writer in writers]
             for writer in writers:
-                self.reporter.detail(f"{writer.path}: {passage(reader.why, writer.why)}")
+                self.reporter.detail(f"{writer.path}: {passage(reader, writer)}")
             return records
 
-    def _steps(self, shard: BaseShard, touched: frozenset[str]) -> Iterator[Step]:
+    def _steps(self, shard: BaseShard, touched: frozenset[str]) -> Iterator[_Read]:
         """All bytes of the shard in order; step 0 is the header, which is hashed but not copied."""
-        path = self.overlay / shard.record.path
+        path = shard.file.path
         tensors = [info for info in shard.file.tensors.values() if info.nbytes]
         copied = tensors[0].start if tensors else shard.file.size
-        yield Step(Range(path, 0, copied))
+        yield _Read(Range(path, 0, copied))
         for info in tensors:
             if info.name not in touched:
                 continue
@@ -154,7 +203,7 @@ class Engine:
                 yield from _copies(path, copied, info.start)
                 copied = info.start
             for first, last, group in self._reads(info):
-                yield Step(Range(path, copied, last - copied), info, group, first - copied)
+                yield _Read(Range(path, copied, last - copied), info, group, first - copied)
                 copied = last
         yield from _copies(path, copied, shard.file.size)
 
@@ -190,7 +239,7 @@ class _Fusing:
     """One shard under way: sums on the engine's threads, results written in order on another, one read behind."""
 
     def __init__(
-        self, engine: Engine, outputs: Sequence[Output], writers: Sequence[ShardWriter], thread: ThreadPoolExecutor
+        self, engine: Engine, outputs: Sequence[ShardOutput], writers: Sequence[ShardWriter], thread: ThreadPoolExecutor
     ) -> None:
         self.overflow: dict[str, None] = {}
         self._engine = engine
@@ -211,7 +260,7 @@ class _Fusing:
         """Write ``data`` to every output as it is."""
         self._later(lambda: self._write(range(len(self._outputs)), data))
 
-    def fuse(self, step: Step, info: TensorInfo, data: memoryview, terms: _TermsAhead) -> None:
+    def fuse(self, step: _Read, info: TensorInfo, data: memoryview, terms: _TermsAhead) -> None:
         """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
         touching = [i for i, output in enumerate(self._outputs) if info.name in output.touched]
         others = [i for i in range(len(self._outputs)) if i not in touching]
@@ -234,7 +283,7 @@ class _Fusing:
 
     def _fuse_whole(
         self,
-        step: Step,
+        step: _Read,
         info: TensorInfo,
         weight: memoryview,
         terms: Sequence[Term | None],
@@ -259,7 +308,7 @@ class _Fusing:
         return memory
 
     def _rows(
-        self, step: Step, info: TensorInfo, data: memoryview, terms: Sequence[Term | None], batch: Sequence[int]
+        self, step: _Read, info: TensorInfo, data: memoryview, terms: Sequence[Term | None], batch: Sequence[int]
     ) -> list[Future[list[Fused]]]:
         """The results of each row chunk, for each output of ``batch``, as they will come."""
         engine = self._engine
@@ -282,7 +331,7 @@ class _Fusing:
                 self._write([i], _bytes(fused.weight))
                 self._measure(self._outputs[i], info, fused)
 
-    def _measure(self, output: Output, info: TensorInfo, fused: Fused) -> None:
+    def _measure(self, output: ShardOutput, info: TensorInfo, fused: Fused) -> None:
         if not fused.finite:
             self.overflow[info.name] = None
         output.stats[info.name] = _added(output.stats.get(info.name), info, fused)
@@ -322,6 +371,17 @@ class _TermsAhead:
 
 
 @contextlib.contextmanager
+def _single_thread() -> Iterator[None]:
+    """torch on the calling thread alone: its own threads wait for each other in loops, on busy cores for long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
 def _no_shortcuts() -> Iterator[None]:
     """fp32 and bf16 matmuls on a card in full: PyTorch may have been told to take shortcuts."""
     matmul = torch.backends.cuda.matmul
@@ -333,15 +393,9 @@ def _no_shortcuts() -> Iterator[None]:
         matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
 
 
-def passage(read_why: str, write_why: str) -> str:
-    """How the bytes went; ``…_why``: why not past the page cache, "" if they did."""
-    ways = (("read", read_why), ("written", write_why))
-    return ", ".join(f"{verb} {f'through the page cache ({why})' if why else 'with O_DIRECT'}" for verb, why in ways)
-
-
-def _copies(path: Path, start: int, end: int) -> Iterator[Step]:
+def _copies(path: Path, start: int, end: int) -> Iterator[_Read]:
     for first in range(start, end, COPY_BYTES):
-        yield Step(Range(path, first, min(COPY_BYTES, end - first)))
+        yield _Read(Range(path, first, min(COPY_BYTES, end - first)))
 
 
 def usable_cores() -> int:

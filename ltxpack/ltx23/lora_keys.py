@@ -1,13 +1,16 @@
 """What a LoRA key is, in every naming seen so far: which module it means, and which tensor of the module it holds.
 
-materialize, inspect and bake-lora all ask here, so that they agree on any file (spec 02, section 1). Whether the
-transformer has such a module is not decided here.
+materialize, inspect and bake-lora all ask here, so that they agree on any file (spec 02, section 1). Nothing about the
+22B model is written here.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from ltxpack.ltx23.renames import TRANSFORMER
 
 DOTTED_PREFIXES = (
     "base_model.model.",
@@ -17,7 +20,10 @@ DOTTED_PREFIXES = (
     "model.",
 )
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+FUSED = {"to_qkv": "qkv", "qkv": "qkv", "to_kv": "kv", "kv": "kv"}
 
+_OFFICIAL_ROOT = "model.diffusion_model."
+_TO_OFFICIAL = TRANSFORMER.reverse()
 _ELSEWHERE = re.compile(
     r"(^|[._])(embeddings_connector|text_embedding_projection|connectors|video_connector|audio_connector"
     r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*)([._]|$)|_embeddings_connector"
@@ -80,8 +86,65 @@ def belongs_elsewhere(module: str) -> bool:
     return _ELSEWHERE.search(module) is not None
 
 
+class ModuleNames:
+    """All spellings of the modules of one transformer, derived from its own tensor names and the rename table.
+
+    Flattened names are looked up whole, never split. ``shapes`` maps every tensor name of the transformer (diffusers
+    spelling) to its shape.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        modules = {name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".bias"))}
+        self.linears = linear_modules(shapes)
+        self._dotted: dict[str, tuple[str, ...] | None] = {}
+        self._flat: dict[str, tuple[str, ...] | None] = {}
+        for module in sorted(modules):
+            self._add((module,), _spellings(module))
+        for parent in sorted({module.rpartition(".")[0] for module in self.linears}):
+            self._add_fused(parent)
+
+    def find(self, key: LoraKey) -> tuple[str, ...] | None:
+        """The modules that ``key`` stands for, in row order: one, or two or three for a fused kv or qkv.
+
+        Returns None for an unknown name. Raises KeyError if the name could mean two modules.
+        """
+        table = self._flat if key.flat else self._dotted
+        match = table.get(key.module)
+        if match is None and key.module in table:
+            raise KeyError(key.module)
+        return match
+
+    def _add_fused(self, parent: str) -> None:
+        wanted = {"q": f"{parent}.to_q", "k": f"{parent}.to_k", "v": f"{parent}.to_v"}
+        if all(module in self.linears for module in wanted.values()):
+            for name, letters in FUSED.items():
+                match = tuple(wanted[letter] for letter in letters)
+                self._add(match, _spellings(f"{parent}.{name}"))
+
+    def _add(self, modules: tuple[str, ...], spellings: Iterable[str]) -> None:
+        for spelling in spellings:
+            for table, alias in ((self._dotted, spelling), (self._flat, spelling.replace(".", "_"))):
+                known = table.setdefault(alias, modules)
+                if known != modules:
+                    table[alias] = None
+
+
+def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """The linears: every module with a two-dimensional ``weight`` (spec 02, section 6)."""
+    return frozenset(
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
+    )
+
+
 def _split_prefixes(path: str) -> tuple[str, str]:
     """The prefixes of ``path``, however many there are, and the rest, of which something is always left."""
     found = _PREFIXES.match(path)
     assert found is not None
     return found[0].removesuffix("."), path[found.end() :]
+
+
+def _spellings(module: str) -> set[str]:
+    """``module`` in diffusers and official spelling, and each without the ``.0`` of ``to_out.0``."""
+    official = _TO_OFFICIAL.rename(module).removeprefix(_OFFICIAL_ROOT)
+    both = {module, official}
+    return both | {name.removesuffix(".0") for name in both if name.endswith(".to_out.0")}

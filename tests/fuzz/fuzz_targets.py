@@ -23,7 +23,7 @@ from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
 from ltxpack.lora_bake import BakeOptions, plan_bake
 from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.scan import scan
+from ltxpack.lora_bake.find import scan
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 from ltxpack.materialize import Options, inspect_path, materialize, plan_overlay
 from ltxpack.materialize.checkpoint import read_lora, read_upsampler

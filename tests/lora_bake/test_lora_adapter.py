@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -24,10 +25,9 @@ from lora_support import (
 
 from ltxpack.errors import AdapterError, FormatError, LtxpackError, SourceError
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
-from ltxpack.lora_bake.factors import FactorReader
+from ltxpack.lora_bake.find import hash_adapter, scan
 from ltxpack.lora_bake.fuse import fuse_fp32
-from ltxpack.lora_bake.reading import hash_adapter
-from ltxpack.lora_bake.scan import scan
+from ltxpack.lora_bake.stream import FactorReader
 from ltxpack.reporter import SilentReporter
 
 RANK, ALPHA = 4, 8.0
@@ -64,7 +64,7 @@ def weights_of(
     """All weights after the fp32 rule."""
     base = BASE if base is None else base
     fused = dict(base)
-    with FactorReader(adapter) as reader:
+    with contextlib.closing(FactorReader(adapter)) as reader:
         for name in adapter.targets:
             term = reader.term(name)
             assert term is not None

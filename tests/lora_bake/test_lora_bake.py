@@ -31,8 +31,7 @@ from support import load, ltxpack, refused
 
 from ltxpack.errors import AdapterError, DeviceError, LtxpackError, OverlayError, SourceError, UsageError
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, plan_bake, resolve
-from ltxpack.lora_bake.bake import _checked
+from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, find, plan_bake
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import Bake, read_manifest
 from ltxpack.materialize.hub.client import RepoFile, RepoInfo
@@ -396,10 +395,10 @@ def test_a_strength_must_be_finite(overlay: Path, strength: float) -> None:
 
 
 def test_options_are_checked() -> None:
-    assert _checked(BakeOptions(Path("x"), (0.5, 0.25, 0.5, -0.0, 0.0))).strengths == (0.5, 0.25, 0.0)
+    assert BakeOptions(Path("x"), (0.5, 0.25, 0.5, -0.0, 0.0)).checked().strengths == (0.5, 0.25, 0.0)
     for wrong in ({"rule": "bf16"}, {"device": "tpu"}, {"strengths": ()}):
         with pytest.raises(UsageError):
-            _checked(dataclasses.replace(BakeOptions(Path("x"), (1.0,)), **wrong))  # type: ignore[arg-type]
+            dataclasses.replace(BakeOptions(Path("x"), (1.0,)), **wrong).checked()  # type: ignore[arg-type]
 
 
 # Doing it again
@@ -643,7 +642,7 @@ def test_a_disk_too_small_is_found_before_the_first_byte(overlay: Path, monkeypa
 
 def test_the_lora_is_not_read_for_what_is_there_already(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(overlay, 0.5)
-    monkeypatch.setattr(sys.modules["ltxpack.lora_bake.bake"], "scan", lambda *_: pytest.fail("the LoRA was read"))
+    monkeypatch.setattr(find, "scan", lambda *_: pytest.fail("the LoRA was read"))
     run(overlay, 0.5)
 
 
@@ -712,7 +711,7 @@ class FakeHub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
     FakeHub.folder = tmp_path / "hub"
     FakeHub.fetched = []
-    monkeypatch.setattr(resolve, "Hub", FakeHub)
+    monkeypatch.setattr(find, "Hub", FakeHub)
     monkeypatch.chdir(tmp_path)
     return FakeHub
 

@@ -25,9 +25,8 @@ from lora_support import (
 from page_support import Page, parsed
 
 from ltxpack.lora_bake import BakeOptions, bake, coverage_page
-from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.coverage import AppliedLora, TargetStat, build_report, split_name
-from ltxpack.lora_bake.job import baked_lora
+from ltxpack.lora_bake.adapter import LoraUse, open_adapter
+from ltxpack.lora_bake.coverage import TargetStat, build_report, split_name
 from ltxpack.reporter import SilentReporter
 
 EVIL = "\"><script>alert(1)</script>&'"
@@ -41,10 +40,10 @@ ATTENTIONS = (
 )
 
 
-def applied(path: Path, strength: float = 1.0, rule: str = "fp32") -> AppliedLora:
+def applied(path: Path, strength: float = 1.0) -> LoraUse:
     """The LoRA in ``path``, as a bake has it."""
     adapter = open_adapter(path, shapes(), allow_unmatched=True)
-    return AppliedLora(baked_lora(adapter, path.stem, "ab" * 32, strength, rule), adapter)
+    return LoraUse(adapter, strength, "ab" * 32, path.name)
 
 
 def measured(name: str, change: float | None) -> TargetStat:
@@ -53,24 +52,24 @@ def measured(name: str, change: float | None) -> TargetStat:
     return TargetStat(name, 0.0 if change is None else 1.0, square, 16, 8)
 
 
-def document_of(loras: Sequence[AppliedLora], change: Callable[[str], float | None], rule: str = "fp32") -> dict:
+def document_of(loras: Sequence[LoraUse], change: Callable[[str], float | None], rule: str = "fp32") -> dict:
     names = sorted({name for lora in loras for name in lora.adapter.targets})
     arithmetic = {"rule": rule, "kernel": "fp32", "device": "cpu"}
     return build_report("x", loras, [measured(name, change(name)) for name in names], shapes(), arithmetic)
 
 
-def page_of(loras: Sequence[AppliedLora], change: Callable[[str], float | None] = lambda name: 0.01) -> Page:
+def page_of(loras: Sequence[LoraUse], change: Callable[[str], float | None] = lambda name: 0.01) -> Page:
     return parsed(coverage_page.render(document_of(loras, change)))
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> AppliedLora:
+def whole(tmp_path: Path) -> LoraUse:
     """A LoRA of every linear."""
     return applied(save(tmp_path / "whole.safetensors", official_keys(low_rank(linears()))))
 
 
 @pytest.fixture
-def few(tmp_path: Path) -> AppliedLora:
+def few(tmp_path: Path) -> LoraUse:
     """A LoRA of attn1's q and v in two of three blocks, with alpha 2 at rank 4."""
     modules = [f"transformer_blocks.{block}.attn1.{part}" for block in (0, 2) for part in ("to_q", "to_v")]
     tensors = official_keys(low_rank(modules))
@@ -78,7 +77,7 @@ def few(tmp_path: Path) -> AppliedLora:
     return applied(save(tmp_path / "few.safetensors", tensors | alphas))
 
 
-def test_columns_stand_in_model_order(whole: AppliedLora) -> None:
+def test_columns_stand_in_model_order(whole: LoraUse) -> None:
     parts = [cells for cells in page_of([whole]).rows if "q" in cells]
     assert [cell.strip() for cell in parts[0] if cell] == [
         *(["q", "k", "v", "out", "gate"] * 2 + ["in", "out"]) * 2,
@@ -98,7 +97,7 @@ def test_columns_stand_in_model_order(whole: AppliedLora) -> None:
         assert [kind for kind, _ in group.columns] == [f"{group.module}.{part}" for part in parts]
 
 
-def test_cells_follow_their_columns(whole: AppliedLora) -> None:
+def test_cells_follow_their_columns(whole: LoraUse) -> None:
     titles = page_of([whole]).titles
     groups = coverage_page.column_groups(document_of([whole], lambda name: 0.01)["block_kinds"])
     kinds = [kind for group in groups for kind, _ in group.columns]
@@ -125,7 +124,7 @@ def test_a_bias_stands_beside_its_weight_and_an_unknown_module_at_the_end() -> N
     assert coverage_page.outside_blocks(["zz", "proj_in"]) == {"Video": ["proj_in"], coverage_page.OTHER: ["zz"]}
 
 
-def test_the_scale_is_logarithmic_bounded_and_the_same_for_all_pages(whole: AppliedLora, few: AppliedLora) -> None:
+def test_the_scale_is_logarithmic_bounded_and_the_same_for_all_pages(whole: LoraUse, few: LoraUse) -> None:
     colours = [coverage_page.colour(10**power) for power in (-9, -4, -3, -2, -1, 0, 5)]
     assert colours[0] == colours[1] == coverage_page.RAMP[0] and colours[-1] == colours[-2] == coverage_page.RAMP[-1]
     assert colours[1:-1] == list(coverage_page.RAMP[::2]) and coverage_page.colour(None) == coverage_page.RAMP[-1]
@@ -151,7 +150,7 @@ def test_each_bin_of_the_distribution_counts_its_decade() -> None:
     assert (counts[0], counts[20], counts[39]) == (1, 2, 1)
 
 
-def test_what_is_not_on_the_scale_is_clamped_and_counted(few: AppliedLora) -> None:
+def test_what_is_not_on_the_scale_is_clamped_and_counted(few: LoraUse) -> None:
     names = sorted(few.adapter.targets)
     changes: dict[str, float | None] = dict(zip(names, (3e-6, 2.5, 0.0, None), strict=True))
     document = document_of([few], changes.__getitem__)
@@ -173,7 +172,7 @@ def test_what_is_not_on_the_scale_is_clamped_and_counted(few: AppliedLora) -> No
     assert f'class=hi style="background:{coverage_page.RAMP[-1]}"' in shown
 
 
-def test_median_and_largest_change_are_stated(few: AppliedLora) -> None:
+def test_median_and_largest_change_are_stated(few: LoraUse) -> None:
     changes = dict(zip(sorted(few.adapter.targets), (0.01, 0.02, 0.03, 0.2), strict=True))
     document = document_of([few], changes.__getitem__)
     assert (document["median_change"], document["largest_change"]) == (0.025, 0.2)
@@ -182,7 +181,7 @@ def test_median_and_largest_change_are_stated(few: AppliedLora) -> None:
     assert "block 2, attn1.to_v" in text
 
 
-def test_untouched_modules_are_shown_and_what_matched_is_counted_by_column(few: AppliedLora) -> None:
+def test_untouched_modules_are_shown_and_what_matched_is_counted_by_column(few: LoraUse) -> None:
     read = page_of([few])
     assert sum("not touched" in title for title in read.titles) == 3 * 34 - 4
     assert read.row("matched")[:6] == ["2", "0", "2", "0", "0", ""]
@@ -191,7 +190,7 @@ def test_untouched_modules_are_shown_and_what_matched_is_counted_by_column(few: 
     assert "None of the 28 linears outside the blocks is touched." in read.text
 
 
-def test_columns_are_summed_up_in_percent(few: AppliedLora) -> None:
+def test_columns_are_summed_up_in_percent(few: LoraUse) -> None:
     changes = dict(zip(sorted(few.adapter.targets), (0.002, 5e-5, 0.25, 30.0), strict=True))
     read = page_of([few], changes.__getitem__)
     assert read.row("median, %")[:5] == ["13", "", ">999", "", ""]
@@ -200,7 +199,7 @@ def test_columns_are_summed_up_in_percent(few: AppliedLora) -> None:
     assert page_of([few], lambda name: None).row("largest, %")[0] == "∞"
 
 
-def test_two_loras_have_their_own_rows_and_cards(whole: AppliedLora, few: AppliedLora) -> None:
+def test_two_loras_have_their_own_rows_and_cards(whole: LoraUse, few: LoraUse) -> None:
     read = page_of([few, whole])
     assert read.row("LoRA 1 matched")[:3] == ["2", "0", "2"] and read.row("LoRA 2 matched")[:3] == ["3", "3", "3"]
     assert "1 · few" in read.text and "2 · whole" in read.text
@@ -303,7 +302,7 @@ def test_names_may_break_between_segments_and_read_the_same(tmp_path: Path) -> N
     assert "my_lora.<wbr>of_<wbr>many-<wbr>long_<wbr>words_<wbr>x" in shown and stem in parsed(shown.encode()).text
 
 
-def test_a_bake_that_changes_nothing_still_shows_the_model(whole: AppliedLora) -> None:
+def test_a_bake_that_changes_nothing_still_shows_the_model(whole: LoraUse) -> None:
     arithmetic = {"rule": "fp32", "kernel": "fp32", "device": "cpu"}
     document = build_report("x", [whole], [], shapes(), arithmetic)
     assert document["median_change"] is None and document["largest_change"] is None
@@ -325,7 +324,7 @@ MIXES: dict[str, tuple[float | None, ...]] = {
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_no_page_is_longer_than_its_bound(whole: AppliedLora, few: AppliedLora, mix: str) -> None:
+def test_no_page_is_longer_than_its_bound(whole: LoraUse, few: LoraUse, mix: str) -> None:
     dice = random.Random(mix)
     for loras in ([whole], [few, whole]):
         longest = coverage_page.page_bound(document_of(loras, lambda name: 1.11e-100))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
@@ -16,9 +17,9 @@ from lora_support import linears, official, shapes
 from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import DTYPE_BITS
 from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.factors import DTYPES, FactorReader
+from ltxpack.lora_bake.find import all_finite, scan
 from ltxpack.lora_bake.fuse import fuse_fp32
-from ltxpack.lora_bake.scan import all_finite, scan
+from ltxpack.lora_bake.stream import DTYPES, FactorReader
 from ltxpack.reporter import SilentReporter
 
 SHAPES = shapes()
@@ -85,7 +86,7 @@ def test_any_header_is_an_adapter_or_one_message(
             assert str(error) and "\x1b" not in str(error)
             return
         assert adapter.targets
-        with FactorReader(adapter) as reader:
+        with contextlib.closing(FactorReader(adapter)) as reader:
             for name in adapter.targets:
                 term = reader.term(name)
                 assert term is not None and name in SHAPES

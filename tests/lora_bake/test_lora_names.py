@@ -15,9 +15,8 @@ from lora_support import linears, low_rank, official, official_keys, save, shape
 from ltxpack.errors import AdapterError, UsageError
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.names import bake_name, check_bake_name, format_strength, lora_name, parse_added
-from ltxpack.lora_bake.naming import ModuleNames, linear_modules
-from ltxpack.ltx23.lora_keys import FLAT_PREFIXES, belongs_elsewhere, parse_key
+from ltxpack.lora_bake.plan import bake_name, check_bake_name, format_strength, lora_name, parse_added
+from ltxpack.ltx23.lora_keys import FLAT_PREFIXES, ModuleNames, belongs_elsewhere, linear_modules, parse_key
 from ltxpack.manifest import BAKE_NAME
 from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.materialize.inspect import inspect_path
@@ -95,7 +94,7 @@ def test_every_linear_is_found_in_both_spellings(prefix: str, ending: str) -> No
             key = parse_key(f"{prefix}{spelling}.{ending}")
             assert key is not None and key.role == "down"
             match = names.find(key)
-            assert match is not None and match.modules == (module,)
+            assert match == (module,)
 
 
 @pytest.mark.parametrize("prefix", FLAT_PREFIXES)
@@ -108,8 +107,8 @@ def test_flattened_names_are_collision_free_at_full_size(prefix: str) -> None:
             key = parse_key(f"{prefix}{spelling.replace('.', '_')}.lora_up.weight")
             assert key is not None and key.flat and key.role == "up"
             match = names.find(key)
-            assert match is not None and match.modules == (module,)
-            found.add(match.modules)
+            assert match == (module,)
+            found.add(match)
     assert len(found) == 1660
 
 
@@ -158,7 +157,7 @@ def test_fused_names_stand_for_two_or_three_modules() -> None:
         assert key is not None
         match = names.find(key)
         assert match is not None
-        assert match.modules == tuple(f"transformer_blocks.1.audio_attn1.to_{letter}" for letter in letters)
+        assert match == tuple(f"transformer_blocks.1.audio_attn1.to_{letter}" for letter in letters)
 
 
 @pytest.mark.parametrize(

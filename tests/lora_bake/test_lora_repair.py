@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ from support import ltxpack, refused
 
 from ltxpack.errors import OverlayError, SourceError
 from ltxpack.lora_bake import BakeOptions, bake
-from ltxpack.lora_bake.reading import hash_adapter
-from ltxpack.lora_bake.repair import restore
+from ltxpack.lora_bake.bake import remake, restore
+from ltxpack.lora_bake.find import hash_adapter
 from ltxpack.manifest import read_manifest
 from ltxpack.reporter import SilentReporter
 
@@ -128,7 +127,7 @@ def test_a_changed_base_makes_no_bake(overlay: Path) -> None:
     spoil(overlay / "transformer" / shard.name)
     before = tree_bytes(overlay)
     with pytest.raises(OverlayError, match="has changed"):
-        sys.modules["ltxpack.lora_bake.bake"].remake(overlay, PLAIN, own_files(overlay), SILENT)
+        remake(overlay, PLAIN, own_files(overlay), SILENT)
     for path in ("bakes", "transformer", "ltxpack.json"):
         assert {n: d for n, d in tree_bytes(overlay).items() if n.startswith(path)} == {
             n: d for n, d in before.items() if n.startswith(path)

@@ -1,0 +1,286 @@
+"""The LoRAs of a bake: where they are, whether they fit, and what their bytes say: the hash, and no NaN in them.
+
+A LoRA is the overlay's own, a file, a PEFT folder, or REPO/FILE on the hub. Needs no torch, so that torch can be
+imported while the bytes are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from blake3 import blake3
+
+from ltxpack.errors import AdapterError, FormatError, OverlayError, SourceError, UsageError, quoted
+from ltxpack.files.hashing import hash_file
+from ltxpack.files.tensorfile import open_source, parse_header, read_tensorfile
+from ltxpack.lora_bake import peft
+from ltxpack.lora_bake.adapter import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Adapter,
+    Shapes,
+    adapter_files,
+    fit_adapter,
+    open_adapter,
+)
+from ltxpack.lora_bake.plan import BakeOptions, lora_name
+from ltxpack.ltx23.classes import DISTILLED
+from ltxpack.manifest import Lora, Manifest, changed_file
+from ltxpack.materialize.hub.client import Hub, RepoInfo, parse_reference
+from ltxpack.reporter import Reporter
+
+UNKNOWN_HASH = "0" * 64
+BLOCK = 8 * 1024 * 1024
+
+# A value is NaN or infinite exactly where all of these bits are set; F8_E4M3 has no infinity, and one NaN per sign.
+_NOT_FINITE: Mapping[str, tuple[type[np.unsignedinteger], int]] = {
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F8_E4M3": (np.uint8, 0x7F),
+    "F8_E5M2": (np.uint8, 0x7C),
+}
+_CHECKED = 1 << 17  # elements looked at together: what stays in a core's cache
+
+
+@dataclass(frozen=True)
+class FoundLora:
+    """A LoRA that fits. ``own`` is the overlay's record of it if it is the overlay's.
+
+    ``added``: given by ``--add``, to be stacked below another. ``here`` is False if only its header was fetched.
+    """
+
+    name: str
+    adapter: Adapter
+    own: Lora | None = None
+    added: bool = False
+    here: bool = True
+
+    def known_digest(self) -> str:
+        """Its hash without looking through it: the manifest's, the file's, or UNKNOWN_HASH."""
+        if self.own is not None:
+            return self.own.file.blake3
+        return hash_adapter(self.adapter.path, self.adapter.config) if self.here else UNKNOWN_HASH
+
+    def read_digest(self, reporter: Reporter) -> str:
+        """Its hash, every byte looked at. Raises AdapterError for NaN, OverlayError if the overlay's own changed."""
+        for warning in self.adapter.warnings:
+            reporter.warn(f"{self.adapter.path.name}: {warning}")
+        digest = scan(self.adapter, reporter)
+        if self.own is not None and digest != self.own.file.blake3:
+            raise changed_file(self.adapter.path, f"blake3 {self.own.file.blake3}", f"blake3 {digest}")
+        return digest
+
+    def bake_part(self, digest: str, manifest: Manifest, options: BakeOptions) -> str:
+        """Its part of a bake's name: the distilled LoRA goes by that name wherever its file is, others by their stem.
+
+        Raises UsageError for another file called so: its bakes would take the names of the overlay's own.
+        """
+        own = manifest.lora(DISTILLED)
+        if own is not None and own.file.blake3 == digest and not self.added:
+            return DISTILLED
+        names_bakes = not (self.own or self.added or options.name)
+        if self.name == DISTILLED and names_bakes and digest != UNKNOWN_HASH:
+            raise UsageError(
+                f"a LoRA file called {DISTILLED} gives no name: {DISTILLED}-S are bakes of the overlay's own LoRA",
+                file=self.adapter.path,
+                expected="a file of another name, or --name",
+                next="the same command with --name NAME, and one --strength at a time",
+            )
+        return self.name
+
+
+def find_loras(
+    options: BakeOptions, manifest: Manifest, shapes: Shapes, reporter: Reporter, headers_only: bool = False
+) -> list[FoundLora]:
+    """The LoRAs in order of application, fitted: the added ones, then the main one. Raises LtxpackError."""
+    texts = [(text, True) for text, _ in options.added]
+    texts += [(options.lora, False)] if options.lora is not None else []
+    found = [_locate(text, shapes, options, added, reporter, headers_only) for text, added in texts]
+    return found if options.lora is not None else [*found, _own_lora(options, manifest, shapes)]
+
+
+def recorded_files(overlay: Path, manifest: Manifest, name: str, given: Sequence[Path]) -> dict[str, Path]:
+    """blake3 -> file for the LoRAs of the bake ``name``. Raises SourceError if one is neither kept nor ``given``."""
+    digests = {path: hash_adapter(*adapter_files(path)) for path in given}
+    files = {digest: path for path, digest in digests.items()}
+    files |= {lora.file.blake3: overlay / lora.file.path for lora in manifest.loras}
+    missing = {lora.blake3: lora for lora in manifest.bakes[name].loras if lora.blake3 not in files}.values()
+    if not missing:
+        return files
+    used = {lora.blake3 for bake in manifest.bakes.values() for lora in bake.loras}
+    others = [f"{path} (blake3 {digest[:8]})" for path, digest in digests.items() if digest not in used]
+    problem = f"the LoRA of the bake {name} is needed to repair it"
+    # The files that do match are part of the next command: without them it would miss those instead.
+    flags = [f"--lora {quoted(path)}" for path, digest in digests.items() if digest in used]
+    raise SourceError(
+        f"{problem}, and a file given does not match" if others else problem,
+        file=overlay,
+        expected=", ".join(f"{lora.file} (blake3 {lora.blake3[:8]})" for lora in missing) if others else None,
+        found=", ".join(others) if others else None,
+        items=[f"{lora.file} (blake3 {lora.blake3})" for lora in missing],
+        next=" ".join([f"ltxpack verify {quoted(overlay)} --repair", *flags, *["--lora FILE"] * len(missing)]),
+    )
+
+
+def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> FoundLora:
+    """The overlay's distilled LoRA. Raises OverlayError if it holds none."""
+    overlay = options.overlay
+    lora = manifest.lora(DISTILLED) or (manifest.loras[0] if len(manifest.loras) == 1 else None)
+    if lora is None:
+        raise OverlayError(
+            "holds no distilled LoRA",
+            file=overlay,
+            items=[lora.name for lora in manifest.loras],
+            next=f"ltxpack bake-lora {quoted(overlay)} --lora FILE --strength 1.0",
+        )
+    path = overlay / lora.file.path
+    if not path.is_file() or path.stat().st_size != lora.file.size:
+        raise OverlayError(
+            "is missing or has changed since the overlay was written",
+            file=path,
+            next=f"ltxpack verify {quoted(overlay)}",
+        )
+    adapter = open_adapter(path, shapes, name=DISTILLED, allow_unmatched=options.allow_unmatched)
+    return FoundLora(DISTILLED, adapter, own=lora)
+
+
+def _locate(
+    text: str, shapes: Shapes, options: BakeOptions, added: bool, reporter: Reporter, headers_only: bool
+) -> FoundLora:
+    """The LoRA that ``text`` names, fitted; what exists as typed wins over the hub."""
+    path = Path(text)
+    if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
+        name = lora_name(path.name if path.is_dir() else path.stem)
+    else:
+        hub, info, member = _on_hub(text, path, reporter)
+        name = lora_name(_stem(PurePosixPath(member), info.repo))
+        config = str(PurePosixPath(member).with_name(PEFT_CONFIG))
+        is_peft = PurePosixPath(member).name == PEFT_WEIGHTS and config in info.files
+        if headers_only and not is_peft:
+            head = parse_header(hub.header(info, member), info.files[member].size, f"{info.repo}/{member}")
+            stated = peft.from_metadata(head.metadata, head.path)
+            return FoundLora(name, fit_adapter(head, shapes, stated, None, options.allow_unmatched), None, added, False)
+        if is_peft:
+            hub.fetch(info, config)
+        path = hub.fetch(info, member)
+    return FoundLora(name, open_adapter(path, shapes, name=name, allow_unmatched=options.allow_unmatched), None, added)
+
+
+def _on_hub(text: str, path: Path, reporter: Reporter) -> tuple[Hub, RepoInfo, str]:
+    """The repo that ``text`` names and the file in it. Raises SourceError or UsageError."""
+    missing = SourceError("no such LoRA", file=text, expected="a file, a PEFT folder, or REPO/FILE on the hub")
+    try:
+        repo, revision, member = parse_reference(text)
+    except UsageError:
+        raise missing from None
+    if path.is_absolute() or text.startswith(".") or (member is None and text.endswith(".safetensors")):
+        raise missing
+    hub = Hub(reporter=reporter)
+    info = hub.info(repo, revision)
+    return hub, info, _member(info, member, text)
+
+
+def _member(info: RepoInfo, member: str | None, text: str) -> str:
+    """Which file of the repo is meant: the one named, the PEFT adapter in the folder named, or the only one."""
+    names = sorted(name for name in info.files if name.endswith(".safetensors"))
+    if member is not None and member in info.files:
+        if member not in names:
+            raise SourceError("is not a .safetensors file", file=text)
+        return member
+    inside = f"{member}/{PEFT_WEIGHTS}" if member else PEFT_WEIGHTS
+    if inside in info.files:
+        return inside
+    if member is None and len(names) == 1:
+        return names[0]
+    problem = f"is not in {info.repo}" if member else "names a repo with several or no LoRA files"
+    raise SourceError(problem, file=member or text, items=names, next=f"name one: {info.repo}/FILE")
+
+
+def _stem(member: PurePosixPath, repo: str) -> str:
+    """A PEFT file is always called the same; the folder or repo it is in names it."""
+    if member.name == PEFT_WEIGHTS:
+        return member.parent.name or repo.rpartition("/")[2]
+    return member.stem
+
+
+# The bytes
+
+
+def hash_adapter(weights: Path, config: Path | None) -> str:
+    """blake3 of the weights, and of a PEFT configuration if there is one. Raises SourceError or FormatError."""
+    return _with_config(hash_file(weights), config)
+
+
+def scan(adapter: Adapter, reporter: Reporter) -> str:
+    """The adapter's hash as :func:`hash_adapter` gives it, with every factor looked at on the way.
+
+    Raises AdapterError listing the tensors that hold NaN or infinity.
+    """
+    wanted = {info.name for target in adapter.targets.values() for info in target.tensors}
+    hasher, bad, position = blake3(), [], 0
+    reporter.begin(f"read {adapter.path.name}", adapter.size, "B")
+    with open_source(adapter.path) as file:
+
+        def read(end: int) -> Iterator[memoryview]:
+            for data in _blocks(file.fileno(), position, end, adapter.path):
+                hasher.update(data)
+                reporter.advance(len(data))
+                yield data
+
+        for info in read_tensorfile(adapter.path).tensors.values():
+            if info.name not in wanted:
+                continue
+            for _ in read(info.start):
+                pass
+            position = info.start
+            if sum(not all_finite(data, info.dtype) for data in read(info.start + info.nbytes)):
+                bad.append(info.name)
+            position += info.nbytes
+        for _ in read(adapter.size):
+            pass
+    reporter.end()
+    if bad:
+        raise AdapterError(f"holds NaN or infinity in {len(bad)} tensors", file=adapter.path, items=bad)
+    return _with_config(hasher.hexdigest(), adapter.config)
+
+
+def all_finite(data: memoryview, dtype: str) -> bool:
+    """Whether no value among ``data``, whole values of ``dtype`` (as safetensors names it), is NaN or infinite."""
+    kind, pattern = _NOT_FINITE[dtype]
+    bits, mask = np.frombuffer(data, kind), kind(pattern)
+    masked = np.empty(min(_CHECKED, bits.size), kind)
+    for start in range(0, bits.size, _CHECKED):
+        part = bits[start : start + _CHECKED]
+        if np.bitwise_and(part, mask, out=masked[: part.size]).max() == mask:
+            return False
+    return True
+
+
+def fill(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Read all of ``view`` from ``offset``. Raises FormatError if the file ends before."""
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done:]], offset + done)
+        if got <= 0:
+            raise FormatError("became shorter while it was read", file=path)
+        done += got
+
+
+def _blocks(fd: int, start: int, end: int, path: Path) -> Iterator[memoryview]:
+    """The bytes from ``start`` to ``end``, BLOCK at a time; a view is valid until the next. Raises FormatError."""
+    buffer = bytearray(max(0, min(BLOCK, end - start)))
+    for offset in range(start, end, BLOCK):
+        view = memoryview(buffer)[: min(BLOCK, end - offset)]
+        fill(fd, view, offset, path)
+        yield view
+
+
+def _with_config(digest: str, config: Path | None) -> str:
+    """A PEFT configuration decides the scale, so it is part of what the adapter is."""
+    return digest if config is None else hash_file(config, before=bytes.fromhex(digest))
