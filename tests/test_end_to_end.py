@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,33 +37,45 @@ def overlay(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("overlay") / "out"
     strengths = json.loads((golden / "fixture_params.json").read_text())["run"]
     done(ltxpack("materialize", golden, out))
-    baked = ["--strength", str(strengths["s1"]), "--strength", str(strengths["s2"])]
+    baked = [f"--strength={strength}" for strength in (strengths["s1"], strengths["s2"], 1)]
     done(ltxpack("bake-lora", out, *baked, "--rule", "official"))
+    style = golden / "style-lora-4.safetensors"
+    if style.exists():
+        done(ltxpack("bake-lora", out, "--lora", style, "--strength", "0.8", "--rule", "official"))
     return out
 
 
 def flags(run: Run, golden: Path, overlay: Path) -> list[str]:
     """The command-line equivalent of a recorded run."""
     p = run.params
-    video, audio = run.guidance.video, run.guidance.audio
-    assert video.modality == audio.modality
+    guided = {}
+    if p["video_guider"] is not None:
+        video, audio = run.guidance.video, run.guidance.audio
+        assert video.modality == audio.modality
+        guided = {
+            "negative-prompt": p["negative_prompt"],
+            "steps": p["steps"],
+            "video-cfg": video.cfg,
+            "audio-cfg": audio.cfg,
+            "video-rescale": video.rescale,
+            "audio-rescale": audio.rescale,
+            "video-stg": video.stg,
+            "audio-stg": audio.stg,
+            "video-stg-blocks": ",".join(map(str, video.stg_blocks)),
+            "audio-stg-blocks": ",".join(map(str, audio.stg_blocks)),
+            "modality": video.modality,
+        }
     settings = {
         "prompt": p["prompt"],
-        "negative-prompt": p["negative_prompt"],
+        "recipe": p.get("recipe", "hq"),
+        **guided,
         "seed": p["seed"],
         "height": p["height"],
         "width": p["width"],
         "num-frames": p["num_frames"],
         "fps": p["frame_rate"],
-        "steps": p["steps"],
         "image-crf": p["crf"],
-        "video-cfg": video.cfg,
-        "audio-cfg": audio.cfg,
-        "video-rescale": video.rescale,
-        "audio-rescale": audio.rescale,
-        "modality": video.modality,
-        "stage1": bake_name(overlay, p["s1"]),
-        "stage2": bake_name(overlay, p["s2"]),
+        **transformers(p, overlay),
         "device": "cpu",
         "dtype": str(run.dtype).removeprefix("torch."),
     }
@@ -70,9 +83,17 @@ def flags(run: Run, golden: Path, overlay: Path) -> list[str]:
     return given + [f"--image={golden}/image_{index}.png@{frame}:{s}" for index, frame, s in p["images"]]
 
 
-def bake_name(overlay: Path, strength: float) -> str:
+def transformers(params: dict[str, Any], overlay: Path) -> dict[str, str]:
+    """The stages of a recorded run and the bakes they used."""
     bakes = json.loads((overlay / "ltxpack.json").read_text())["bakes"]
-    return next(name for name, bake in bakes.items() if bake["loras"][-1]["strength"] == strength)
+    used = {name: [(lora["file"], lora["strength"]) for lora in bake["loras"]] for name, bake in bakes.items()}
+    distilled = next(loras[0][0] for name, loras in used.items() if name.startswith("distilled"))
+    hq = {"stage1": [[distilled, params["s1"]]], "stage2": [[distilled, params["s2"]]]}
+    stages = {stage: loras for stage, loras in params.get("loras", hq).items() if loras is not None}
+    return {
+        stage: next((name for name, found in used.items() if found == list(map(tuple, loras))), "base")
+        for stage, loras in stages.items()
+    }
 
 
 def test_every_recorded_fp32_run_is_met(golden: Path, overlay: Path, tmp_path: Path) -> None:
@@ -87,6 +108,19 @@ def test_every_recorded_fp32_run_is_met(golden: Path, overlay: Path, tmp_path: P
         assert max(errors.values()) <= BOUND, (run.name, errors)
         check_frames(found["video"], run.tensors)
         check_metadata(tensors, run)
+
+
+def test_every_recorded_run_of_the_other_recipes_is_met(golden: Path, overlay: Path, tmp_path: Path) -> None:
+    for run in runs(golden, "fp32", "recipe"):
+        if run.params["video_guider"] is not None and run.params["video_guider"]["skip_step"]:
+            continue
+        tensors = tmp_path / f"{run.name}.safetensors"
+        done(ltxpack("run", overlay, *flags(run, golden, overlay), "-o", tmp_path / "v.mp4", "--save-tensors", tensors))
+        found = load(tensors)
+        assert {*found} - {"video"} == {name for name, key in RECORDED.items() if key in run.tensors}
+        errors = {name: relative_l2(found[name], run.tensors[RECORDED[name]]) for name in found if name != "video"}
+        assert max(errors.values()) <= 1e-5, (run.name, errors)
+        check_frames(found["video"], run.tensors)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -219,14 +219,6 @@ def test_the_plan_counts_the_prompts_of_all_lines(demo: Path, tmp_path: Path, mo
     assert "decode official: one tile of 9 frames of 64x64 pixels\n" in alone.stdout
 
 
-@pytest.mark.parametrize(("name", "word"), [("fastest", "unknown attention kernel"), ("cudnn", "cannot be used here")])
-def test_an_attention_kernel_that_cannot_be_used_is_one_error(name: str, word: str, demo: Path, tmp_path: Path) -> None:
-    message = refused(many(demo, written(tmp_path, {"prompt": "x"}), "--attention", name), 2)
-    assert word in message and "(auto, flash, sdpa, math)" in message
-    assert message.count("error: ") == 1
-    assert names(tmp_path) == ["prompts.jsonl"]
-
-
 @pytest.mark.usefixtures("quick")
 def test_a_record_says_what_the_video_was_made_from(demo: Path, tmp_path: Path) -> None:
     assert many(demo, written(tmp_path, {"prompt": "a boat", "output": "one.mp4"})).returncode == 0
@@ -321,11 +313,6 @@ def test_one_prompt_or_many(arguments: list[str], demo: Path, tmp_path: Path) ->
     written(tmp_path, {"prompt": "x"}, name="p.jsonl")
     refused(ltxpack("run", demo / "overlay", *arguments, cwd=tmp_path), 2)
     assert names(tmp_path) == ["p.jsonl"]
-
-
-def test_what_is_no_overlay_is_told_as_ever(demo: Path, tmp_path: Path) -> None:
-    prompts = written(tmp_path, {"prompt": "x"})
-    assert "ltxpack materialize" in refused(ltxpack("run", tmp_path, "--prompts", prompts, *FLAGS), 1)
 
 
 def test_two_at_once_at_one_file_are_refused(demo: Path, tmp_path: Path) -> None:

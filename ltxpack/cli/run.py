@@ -49,11 +49,27 @@ def _option(one: Field[Any]) -> Any:
         return click.option(f"{flag}/--no-{flag.removeprefix('--')}", one.name, **more)
     if "choices" in meta:
         more["type"] = click.Choice(meta["choices"])
+    elif type_of(one) is tuple:
+        more["type"] = _Numbers()
     elif "bounds" in meta:
         more["type"] = click.IntRange(*meta["bounds"])
     else:
         more["type"] = type_of(one)
-    return click.option(flag, one.name, multiple=isinstance(one.default, tuple), **more)
+    return click.option(flag, one.name, multiple=one.name == "images", **more)
+
+
+class _Numbers(click.ParamType[Any]):
+    """``1,2`` as (1, 2)."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(number) for number in value.split(",") if number.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers", param, ctx)
 
 
 @click.command()

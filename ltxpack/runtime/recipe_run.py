@@ -148,6 +148,8 @@ def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], ob
 
 def work_of(session: Session, request: Request, together: int = 1, once: bool = False) -> Work:
     """What ``request`` asks of the device, for the planner; ``together`` videos' prompts are encoded at once."""
+    if any(stage.guided for stage in request.recipe.stages):
+        session.check_blocks(request.settings.guidance)
     return request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)
 
 

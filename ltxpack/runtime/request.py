@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.large_tiles import DECODES
@@ -177,11 +177,19 @@ class Request:
         if not -(2**63) <= s.seed < 2**64:
             raise UsageError("wrong seed", expected="a 64-bit integer", found=s.seed, next="choose --seed 10")
         for one in dataclasses.fields(s):
-            value = getattr(s, one.name)
-            if "guides" in one.metadata and isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"wrong {flag_of(one)}", expected="a finite number", found=value, next=SEE_HELP)
+            if "guides" in one.metadata:
+                _check_strength_of(one, getattr(s, one.name))
         for text in (self.prompt, self.negative_prompt):
             _check_text(text)
+
+
+def _check_strength_of(one: dataclasses.Field[Any], value: float | tuple[int, ...]) -> None:
+    """Raises UsageError for a number that is not finite or below the least one."""
+    least = one.metadata.get("least", -math.inf)
+    for number in value if isinstance(value, tuple) else (value,):
+        if not math.isfinite(number) or number < least:
+            wanted = "a finite number" if least == -math.inf else f"{least} or more"
+            raise UsageError(f"wrong {flag_of(one)}", expected=wanted, found=number, next=SEE_HELP)
 
 
 def _check_text(text: str) -> None:

@@ -25,7 +25,8 @@ from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose
-from ltxpack.runtime.sampling.recipes import Recipe
+from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
@@ -97,6 +98,18 @@ class Session:
     def transformers(self, recipe: Recipe) -> TransformerChoice:
         """The transformers of the recipe's stages. Raises OverlayError, UsageError."""
         return choose(self.overlay.manifest, recipe, self.settings.transformers, self.overlay.root)
+
+    def check_blocks(self, guidance: AV[Guidance]) -> None:
+        """Raises UsageError where ``guidance`` perturbs a block that the transformer does not have."""
+        count = read_dit_config(self.overlay.transformer_folder(BASE)).num_layers
+        for modality, blocks in (("video", guidance.video.perturbed), ("audio", guidance.audio.perturbed)):
+            if max(blocks, default=0) >= count:
+                raise UsageError(
+                    f"--{modality}-stg-blocks names a block that the transformer does not have",
+                    expected=f"numbers from 0 to {count - 1}",
+                    found=max(blocks),
+                    next=f"choose other --{modality}-stg-blocks",
+                )
 
     def prepare(self, works: Sequence[Work]) -> None:
         """Plan for ``works``, and choose the attention kernel: before anything is loaded there is room to measure it.

@@ -27,16 +27,20 @@ if TYPE_CHECKING:
 AUTO = "auto"
 DTYPES = ("bfloat16", "float32")
 RESIDENCIES = (AUTO, "resident", "swap", "stream")
-TYPES: Mapping[str, type] = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int, "bool": bool}
+TYPES: Mapping[str, type] = {
+    **{"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": tuple},
+    **{"int | None": int, "str | None": str},
+}
 
 
 def _setting(default: Any, help: str | None = None, **more: Any) -> Any:
     """A field that is a setting. ``more``:
 
-    ``flag``: the flag, where it is not the name. ``choices``, ``bounds``: the values and the range that the command
-    line takes. ``shown``: what the help says the default is, where it is not the value. ``metavar``. ``plan``:
-    ``ltxpack plan`` takes it too. ``line``: the limits and description of the field in a prompts file, where it may be
-    said of one line. ``guides``: the strengths of the guidance that it sets, as (modality, strength).
+    ``flag``: the flag, where it is not the name. ``metavar``, and ``shown``: what the help says the default is, where
+    it is not the value. ``choices``, ``bounds``: the values and the range that the command line takes. ``least``: the
+    smallest value, from Python too. ``plan``: ``ltxpack plan`` takes it too. ``line``: the limits and description of
+    the field in a prompts file, where a line may have it. ``guides``: the strengths of the guidance that it sets, as
+    (modality, strength).
     """
     return field(default=default, metadata={"help": help, **more})
 
@@ -66,6 +70,12 @@ class Settings:
     audio_cfg: float = _setting(7.0, guides=[("audio", "cfg")])
     video_rescale: float = _setting(0.45, guides=[("video", "rescale")])
     audio_rescale: float = _setting(1.0, guides=[("audio", "rescale")])
+    video_stg: float = _setting(0.0, least=0, guides=[("video", "stg")])
+    audio_stg: float = _setting(0.0, least=0, guides=[("audio", "stg")])
+    video_stg_blocks: tuple[int, ...] = _setting(
+        (), "Blocks whose self-attention STG perturbs.", metavar="N,N", least=0, guides=[("video", "stg_blocks")]
+    )
+    audio_stg_blocks: tuple[int, ...] = _setting((), metavar="N,N", least=0, guides=[("audio", "stg_blocks")])
     modality: float = _setting(
         3.0, "Modality guidance, video and audio.", guides=[("video", "modality"), ("audio", "modality")]
     )
@@ -98,7 +108,8 @@ class Settings:
         strengths: dict[str, dict[str, Any]] = {"video": {}, "audio": {}}
         for one in dataclasses.fields(self):
             for modality, name in one.metadata.get("guides", ()):
-                strengths[modality][name] = getattr(self, one.name)
+                value = getattr(self, one.name)
+                strengths[modality][name] = frozenset(value) if isinstance(value, tuple) else value
         return AV(Guidance(**strengths["video"]), Guidance(**strengths["audio"]))
 
 
@@ -119,6 +130,10 @@ class SettingsGiven(TypedDict, total=False):
     audio_cfg: float
     video_rescale: float
     audio_rescale: float
+    video_stg: float
+    audio_stg: float
+    video_stg_blocks: tuple[int, ...]
+    audio_stg_blocks: tuple[int, ...]
     modality: float
     decode: str
 

@@ -110,12 +110,12 @@ class Stage:
             number += 1
 
 
-def runs(golden: Path, dtype: str) -> list[Run]:
-    """All runs of ``golden`` in ``fp32`` or ``bf16``; there is at least one."""
+def runs(golden: Path, dtype: str, kind: str = "run") -> list[Run]:
+    """All runs of ``golden`` in ``fp32`` or ``bf16``: of hq, or those of the kind ``recipe``; of hq at least one."""
     found = []
-    for path in sorted((golden / "golden").glob(f"run_*_{dtype}.safetensors")):
+    for path in sorted((golden / "golden").glob(f"{kind}_*_{dtype}.safetensors")):
         with safe_open(path, framework="pt") as file:
             params = json.loads(file.metadata()["params"])
         found.append(Run(path.stem, load(path), params))
-    assert found, f"{golden} holds no {dtype} run"
+    assert found or kind != "run", f"{golden} holds no {dtype} run"
     return found

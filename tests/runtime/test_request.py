@@ -6,11 +6,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.request import ImageSpec, Request
+from ltxpack.runtime.sampling.recipes import Guidance
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +52,6 @@ def test_what_no_image_condition_can_be(text: str, folder: Path) -> None:
         ImageSpec.parse(f"{folder}/{text}", 25)
 
 
-@given(frame=st.integers(0, 120), strength=st.floats(0, 1))
-def test_there_and_back(frame: int, strength: float, folder: Path) -> None:
-    spec = ImageSpec.parse(f"{folder}/a.png@{frame}:{strength!r}", 121)
-    assert (spec.frame, spec.strength) == (frame, strength)
-
-
 def request(**changes: object) -> Request:
     values: dict[str, object] = {"height": 64, "width": 64, "num_frames": 9}
     return Request.of("x", **{**values, **changes})  # type: ignore[typeddict-item]
@@ -72,6 +65,11 @@ def request(**changes: object) -> Request:
         {"height": 96},
         {"video_cfg": float("inf")},
         {"recipe": "lq"},
+        {"video_stg": -1.0},
+        {"audio_stg_blocks": (0, -1)},
+        {"recipe": "distilled", "steps": 8},
+        {"recipe": "distilled", "modality": 3.0},
+        {"recipe": "two-stage", "height": 96},
     ],
 )
 def test_refused_requests(changes: dict[str, object]) -> None:
@@ -82,6 +80,16 @@ def test_refused_requests(changes: dict[str, object]) -> None:
 def test_sizes_are_the_multiples_that_the_recipe_wants() -> None:
     with pytest.raises(UsageError, match="expected a multiple of 64, found 1080\n  next: choose --height 1024 or 1088"):
         request(height=1080)
+
+
+def test_each_recipe_has_its_defaults_its_sizes_and_its_prompts() -> None:
+    quick, one = Request.of("x", recipe="distilled"), request(recipe="one-stage", height=96)
+    assert (quick.shape.height, quick.shape.width, quick.prompts) == (1024, 1536, ("x",))
+    assert [(work.evaluations, work.passes) for work in quick.work(("base", "base")).stages] == [(8, 1), (3, 1)]
+    assert [(work.evaluations, work.passes) for work in one.work(["base"]).stages] == [(30, 4)]
+    assert one.settings.guidance.audio == Guidance(7.0, 0.7, 3.0, 1.0, frozenset({28}))
+    two = Request.of("x", recipe="two-stage", video_stg=0.0)
+    assert two.settings.guidance.video.perturbed == frozenset(), "with stg 0 the list counts for nothing"
 
 
 def test_the_default_negative_prompt_is_the_official_one_to_the_letter() -> None:

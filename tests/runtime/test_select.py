@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ltxpack.errors import OverlayError, UsageError
-from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source
+from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source, SourceFile
 from ltxpack.runtime.overlay import choose
-from ltxpack.runtime.sampling.recipes import HQ
+from ltxpack.runtime.sampling.recipes import DISTILLED as DISTILLED_RECIPE
+from ltxpack.runtime.sampling.recipes import HQ, ONE_STAGE, TWO_STAGE, Recipe
 
 DISTILLED, STYLE, OTHER = "d" * 64, "5" * 64, "0" * 64
 
@@ -26,10 +28,13 @@ ALONE = {f"distilled-{s:g}": bake(lora(DISTILLED, s)) for s in (0.25, 0.5, 0.8, 
 STACKED = {f"distilled-{s:g}+style-0.8": bake(lora(STYLE, 0.8), lora(DISTILLED, s)) for s in (0.25, 0.5)}
 
 
-def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> tuple[str, ...]:
+def manifest(bakes: dict[str, Bake]) -> Manifest:
     kept = (Lora("distilled", FileRecord("loras/x.safetensors", 1, DISTILLED)),)
-    manifest = Manifest("2.3.0", 33, None, Source(None, None, ()), {}, kept, (), bakes)
-    choice = choose(manifest, HQ, (stage1, stage2), Path("out"))
+    return Manifest("2.3.0", 33, None, Source(None, None, ()), {}, kept, (), bakes)
+
+
+def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> tuple[str, ...]:
+    choice = choose(manifest(bakes), HQ, (stage1, stage2), Path("out"))
     official = choice.stages == ("distilled-0.25", "distilled-0.5")
     assert ("official pair" in choice.note) == (not official and "style" not in choice.note)
     return choice.stages
@@ -71,6 +76,29 @@ def test_stacked_bakes_with_two_suffixes_are_not_guessed_among() -> None:
 def test_bakes_of_another_lora_do_not_count() -> None:
     with pytest.raises(OverlayError):
         pick({"mine-0.5": bake(lora(OTHER, 0.5))})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "names", "expected"),
+    [
+        (DISTILLED_RECIPE, ["distilled-0.25", "distilled-0.5"], ("distilled-0.5",) * 2),
+        (DISTILLED_RECIPE, ["distilled-0.8"], ("distilled-0.8",) * 2),
+        (TWO_STAGE, ["distilled-0.25", "distilled-0.5"], ("base", "distilled-0.5")),
+        (TWO_STAGE, ["distilled-0.5", "distilled-1"], ("base", "distilled-1")),
+        (ONE_STAGE, [], ("base",)),
+    ],
+)
+def test_auto_of_the_other_recipes(recipe: Recipe, names: list[str], expected: tuple[str, ...]) -> None:
+    choice = choose(manifest(some(*names)), recipe, ("auto", "auto"), Path("out"))
+    assert choice.stages == expected
+
+
+def test_a_distilled_checkpoint_needs_no_bake_and_one_stage_has_no_second() -> None:
+    source = Source(None, None, (SourceFile("checkpoint", "ltx-2.3-22b-distilled-1.1.safetensors", 1),))
+    distilled = replace(manifest({}), source=source)
+    assert choose(distilled, DISTILLED_RECIPE, ("auto", "auto"), Path("out")).stages == ("base", "base")
+    with pytest.raises(UsageError, match="has no stage 2"):
+        choose(manifest({}), ONE_STAGE, ("base", "base"), Path("out"))
 
 
 def test_named_stages_win_and_must_exist() -> None:

@@ -110,7 +110,7 @@ class Denoiser:
         if self.negative is not None and self._any(lambda g: g.needs_uncond):
             wanted["uncond"] = Pass(streams(self.negative))
         if self.guidance is not None and self._any(lambda g: g.needs_perturbed):
-            wanted["perturbed"] = Pass(positive, perturbed=self.guidance.map(lambda g: g.stg_blocks))
+            wanted["perturbed"] = Pass(positive, perturbed=self.guidance.map(lambda g: g.perturbed))
         if self._any(lambda g: g.needs_isolated):
             wanted["isolated"] = Pass(positive, isolated=True)
         return wanted

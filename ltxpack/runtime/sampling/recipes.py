@@ -16,7 +16,7 @@ from ltxpack.ltx23.classes import SPATIAL_FACTOR
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.shape import VideoShape
 
-RES2S = "res2s"
+RES2S, EULER = "res2s", "euler"
 NO_BLOCKS: frozenset[int] = frozenset()
 
 
@@ -39,7 +39,12 @@ class Guidance:
 
     @property
     def needs_perturbed(self) -> bool:
-        return not math.isclose(self.stg, 0.0, abs_tol=1e-9)
+        return self.stg != 0
+
+    @property
+    def perturbed(self) -> frozenset[int]:
+        """The blocks that the perturbed pass perturbs in this modality: none where ``stg`` is 0, whatever the list."""
+        return self.stg_blocks if self.needs_perturbed else NO_BLOCKS
 
     @property
     def needs_isolated(self) -> bool:
@@ -149,7 +154,54 @@ HQ = Recipe(
     sound=0,
 )
 
-RECIPES = {recipe.name: recipe for recipe in (HQ,)}
+# The schedule of the Euler recipes ignores the size.
+ANCHORED = Schedule(tokens=4096)
+FULL_MODEL = TransformerRule(else_base=True)
+DISTILLED_MODEL = TransformerRule((0.5,), base_if_distilled=True)
+EULER_GUIDANCE = {
+    "steps": 30,
+    **{"video_stg": 1.0, "video_rescale": 0.7, "video_stg_blocks": (28,)},
+    **{"audio_stg": 1.0, "audio_rescale": 0.7, "audio_stg_blocks": (28,)},
+}
+GUIDANCE_SETTINGS = frozenset(
+    {"modality"}
+    | {f"{modality}_{name}" for modality in ("video", "audio") for name in ("cfg", "rescale", "stg", "stg_blocks")}
+)
+
+DISTILLED = Recipe(
+    name="distilled",
+    stages=(
+        Stage(
+            DISTILLED_MODEL,
+            Schedule(fixed=(1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)),
+            EULER,
+            divide=2,
+        ),
+        Stage(DISTILLED_MODEL, REFINING, EULER, upsampled=True),
+    ),
+    sound=1,
+    defaults={"height": 1024, "width": 1536},
+    unused=frozenset({"steps", "negative_prompt"}) | GUIDANCE_SETTINGS,
+)
+
+TWO_STAGE = Recipe(
+    name="two-stage",
+    stages=(
+        Stage(FULL_MODEL, ANCHORED, EULER, divide=2, guided=True),
+        Stage(TransformerRule((1.0, 0.5), besides=(0.25,)), REFINING, EULER, upsampled=True),
+    ),
+    sound=0,
+    defaults={"height": 1024, "width": 1536, **EULER_GUIDANCE},
+)
+
+ONE_STAGE = Recipe(
+    name="one-stage",
+    stages=(Stage(FULL_MODEL, ANCHORED, EULER, guided=True),),
+    sound=0,
+    defaults={"height": 512, "width": 768, **EULER_GUIDANCE},
+)
+
+RECIPES = {recipe.name: recipe for recipe in (HQ, DISTILLED, TWO_STAGE, ONE_STAGE)}
 
 
 def stage_label(number: int) -> str:

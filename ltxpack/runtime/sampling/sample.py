@@ -1,8 +1,8 @@
-"""The res_2s sampler: second-order exponential Runge-Kutta with SDE noise, on video and audio as one value.
+"""The samplers, on video and audio as one value: res_2s (exponential Runge-Kutta with SDE noise) and Euler.
 
 In k-diffusion's shape: the denoiser, the schedule and the first state come in as arguments, so a test can pass a
 closed form. Knows no model, no guidance and no prompts. Latents between evaluations are in the model dtype; the
-arithmetic of a step is fp64 (spec 05, section 4).
+arithmetic of a res_2s step is fp64 (spec 05, section 4), that of an Euler step fp32 (spec 08, section 4).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState, post
-from ltxpack.runtime.sampling.recipes import RES2S
+from ltxpack.runtime.sampling.recipes import EULER, RES2S
 from ltxpack.runtime.sampling.schedule import (
     REFINE_ITERATIONS,
     STEP_NOISE_SEED,
@@ -128,6 +128,29 @@ def res2s(
     return latents
 
 
+def euler(denoise: Denoise, state: AV[LatentState], sigmas: Tensor, *, on_step: OnStep | None = None) -> AV[Tensor]:
+    """The denoised tokens as :func:`res2s`, by Euler steps: one evaluation each, no noise (spec 08, section 4).
+
+    The velocity is rounded to the dtype of the latents before the step is taken.
+    """
+    latents = state.map(lambda s: s.latents)
+    sigmas = sigmas.to("cpu", torch.float32)
+    levels = [_on(latents.video.device, sigma, torch.float32) for sigma in sigmas.tolist()]
+    gaps = (sigmas[1:] - sigmas[:-1]).tolist()
+    for i, gap in enumerate(gaps):
+        x0 = denoise(latents, levels[i]).map(post, state)
+        velocity = latents.map(partial(_velocity, sigma=float(sigmas[i])), x0)
+        latents = latents.map(lambda x, v, gap=gap: (x.float() + v.float() * gap).to(x.dtype), velocity)
+        if on_step is not None:
+            on_step(i + 1, len(gaps))
+    return latents
+
+
+def _velocity(latents: Tensor, x0: Tensor, sigma: float) -> Tensor:
+    """Where ``latents`` at ``sigma`` go to, in their dtype."""
+    return ((latents.float() - x0.float()) / sigma).to(latents.dtype)
+
+
 class Sampler(Protocol):
     """A sampling loop, such as :func:`res2s`."""
 
@@ -137,7 +160,7 @@ class Sampler(Protocol):
         """The denoised tokens, appended keyframe tokens included."""
 
 
-SAMPLERS: dict[str, Sampler] = {RES2S: res2s}
+SAMPLERS: dict[str, Sampler] = {RES2S: res2s, EULER: euler}
 
 
 def _on(device: torch.device, value: float, dtype: torch.dtype) -> Tensor:

@@ -20,13 +20,13 @@ from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import (
     ImageItem,
     LatentState,
-    VideoShape,
     initial_state,
     patchify,
     positions,
     post,
     unpatchify,
 )
+from ltxpack.runtime.sampling.shape import VideoShape
 
 shapes = st.builds(
     VideoShape,

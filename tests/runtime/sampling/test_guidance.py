@@ -247,24 +247,3 @@ def test_guidance_without_the_negative_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="negative"):
         Denoiser(Recorder(), POSITIVE, None, HQ)
     Denoiser(Recorder(), POSITIVE, None, AV(OFF, OFF))
-
-
-class Zeros:
-    """A model without opinions."""
-
-    def passes(self, passes: Sequence[Pass]) -> list[AV[Tensor]]:
-        return [each.streams.map(lambda s: torch.zeros_like(s.latents)) for each in passes]
-
-
-def test_nothing_is_read_back_from_the_device() -> None:
-    """Tensors on the meta device have no values to read back."""
-    state = state_with([image(0, 1.0), image(8, 0.25)], device="meta")
-    contexts = POSITIVE.map(lambda t: t.to("meta"))
-    guidance = HQ.map(
-        lambda g: Guidance(cfg=g.cfg, rescale=g.rescale, modality=g.modality, stg=1.0, stg_blocks=frozenset({0}))
-    )
-
-    x0 = Denoiser(Zeros(), contexts, contexts, guidance)(
-        state.map(lambda s: s.latents), torch.tensor([0.5], device="meta"), state, ROPE
-    )
-    assert x0.map(lambda t: t.device.type) == AV("meta", "meta")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runs import NAMES, Run, Stage, runs
+from golden_runs import Run, Stage, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import load, relative_l2
@@ -81,24 +81,6 @@ def test_replay_in_bf16(golden: Path) -> None:
     assert max(errors.values()) <= 1e-3, errors
 
 
-def test_all_runs_evaluate_at_the_recorded_sigmas(golden: Path) -> None:
-    """Also where only the inputs were recorded (15 steps): number, order, value and precision of the calls."""
-    for run in runs(golden, "fp32"):
-        for number in (1, 2):
-            stage = run.stage(number)
-            asked: list[Tensor] = []
-
-            def zeros(latents: AV[Tensor], sigma: Tensor, asked: list[Tensor] = asked) -> AV[Tensor]:
-                asked.append(sigma)
-                return latents.map(torch.zeros_like)
-
-            sample.res2s(zeros, stage.state(torch.Generator().manual_seed(0)), stage.sigmas)
-            recorded = [run.tensors[f"stage{number}.call{i:02}.sigma"] for i in stage.calls()]
-            assert [s.dtype for s in asked] == [s.dtype for s in recorded]
-            for found, expected in zip(asked, recorded, strict=True):
-                assert relative_l2(found[0], expected) <= 1e-6, (run.name, number)
-
-
 def test_noise_sources_equal_the_recorded_draws(golden: Path) -> None:
     constants = load(golden / "golden" / "constants.safetensors")
     seeds = {
@@ -113,21 +95,6 @@ def test_noise_sources_equal_the_recorded_draws(golden: Path) -> None:
             found = source.draw(draws[key])
             assert found.dtype == torch.float64
             assert relative_l2(found, draws[key]) <= 1e-12, key
-
-
-def test_noise_order_of_a_run(golden: Path) -> None:
-    """Per step: substep video, substep audio from one generator, step video, step audio from the other."""
-    checked = 0
-    for run in runs(golden, "fp32"):
-        for stage in ("stage1", "stage2"):
-            seeds = (schedule.SUBSTEP_NOISE_SEED, schedule.STEP_NOISE_SEED)
-            sources = [sample.NoiseSource(seed, "cpu") for seed in seeds]
-            recorded = [key for key in run.tensors if key.startswith(f"{stage}.sde_noise")]
-            for number in range(len(recorded)):
-                expected = run.tensors[f"{stage}.sde_noise{number}"]
-                assert relative_l2(sources[number // 2 % 2].draw(expected), expected) <= 1e-12, (stage, number)
-                checked += 1
-    assert checked > 0
 
 
 def small_state(
@@ -254,14 +221,6 @@ def test_steps_are_reported_in_order(sigmas: list[float]) -> None:
     steps = len(sigmas) - 1
     assert told == [(i + 1, steps) for i in range(steps)]
     assert calls == schedule.res2s_plan(levels).evaluations
-
-
-def test_nothing_in_the_loop_reads_a_value_back_from_the_device() -> None:
-    """Tensors on the meta device have no values: ``.item()``, ``bool()`` or a copy to the host would raise."""
-    state = small_state(torch.bfloat16, (image(0, 0.9), image(8, 0.5)), device="meta")
-    sigmas = schedule.shifted_sigmas(SMALL.tokens, 3)
-    tokens = sample.res2s(lambda latents, sigma: latents, state, sigmas, noise_device="cpu")
-    assert tokens.map(lambda t: (t.device.type, t.dtype)) == NAMES.map(lambda _: ("meta", torch.bfloat16))
 
 
 def test_state_is_left_as_it_was() -> None:
