@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from ltxpack.demo.config import blocks
 from ltxpack.files.tensorfile import build_header, tensor_nbytes
 from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import source_inventory
+from ltxpack.ltx23.published import published_files
 
 Shape = tuple[int, ...]
 CHECKPOINT = "ltx-2.3-mini-dev.safetensors"
@@ -28,169 +30,65 @@ GEMMA = "gemma"
 GEMMA_WIDTH, GEMMA_LAYERS = 24, 2
 TABLES = ("scale_shift_table",)
 
-_VOCODER = {
-    "resblock": "AMP1",
-    "resblock_kernel_sizes": [3, 7],
-    "resblock_dilation_sizes": [[1, 3], [1, 3]],
-    "stereo": True,
-    "use_tanh_at_final": False,
-    "activation": "snakebeta",
-    "use_bias_at_final": False,
-}
+OPTIONAL = ("attention_type", "cross_attention_norm", "double_self_attention", "only_cross_attention", "share_ff",
+            "use_linear_projection", "num_vector_embeds")  # fmt: skip
 
-CONFIG: dict[str, Any] = {
-    "transformer": {
-        "_class_name": "AVTransformer3DModel",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "cross_attention_dim": 24,
-        "in_channels": 16,
-        "out_channels": 16,
-        "audio_num_attention_heads": 2,
-        "audio_attention_head_dim": 6,
-        "audio_cross_attention_dim": 12,
-        "audio_in_channels": 8,
-        "audio_out_channels": 8,
-        "caption_channels": GEMMA_WIDTH,
-        "connector_num_layers": 1,
-        "connector_num_attention_heads": 4,
-        "connector_attention_head_dim": 6,
-        "audio_connector_num_attention_heads": 2,
-        "audio_connector_attention_head_dim": 6,
-        "positional_embedding_type": "rope",
-        "positional_embedding_theta": 10000.0,
-        "positional_embedding_max_pos": [20, 2048, 2048],
-        "audio_positional_embedding_max_pos": [20],
-        "connector_positional_embedding_max_pos": [4096],
-        "timestep_scale_multiplier": 1000,
-        "av_ca_timestep_scale_multiplier": 1000.0,
-        "causal_temporal_positioning": True,
-        "use_middle_indices_grid": True,
-        "rope_type": "split",
-        "frequencies_precision": "float64",
-        "qk_norm": "rms_norm",
-        "standardization_norm": "rms_norm",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "use_audio_video_cross_attention": True,
-        "av_cross_ada_norm": True,
-        "use_embeddings_connector": True,
-        "connector_norm_output": True,
-        "apply_gated_attention": True,
-        "connector_apply_gated_attention": True,
-        "cross_attention_adaln": True,
-        "caption_proj_before_connector": True,
-        "caption_projection_first_linear": False,
-        "caption_projection_second_linear": False,
-        "caption_proj_input_norm": False,
-        "text_encoder_norm_type": "per_token_rms",
-        "dropout": 0.0,
-    },
-    "vae": {
-        "_class_name": "CausalVideoAutoencoder",
-        "dims": 3,
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 16,
-        "encoder_blocks": [
-            ["res_x", {"num_layers": 1}],
-            ["compress_space_res", {"multiplier": 2}],
-            ["res_x", {"num_layers": 0}],
-            ["compress_time_res", {"multiplier": 1}],
-            ["res_x", {"num_layers": 1}],
-            ["compress_all_res", {"multiplier": 1}],
-            ["res_x", {"num_layers": 0}],
-            ["compress_all_res", {"multiplier": 1}],
-            ["res_x", {"num_layers": 1}],
-        ],
-        "decoder_blocks": [
-            ["res_x", {"num_layers": 1}],
-            ["compress_space", {"multiplier": 2}],
-            ["res_x", {"num_layers": 2}],
-            ["compress_time", {"multiplier": 2}],
-            ["res_x", {"num_layers": 0}],
-            ["compress_all", {"multiplier": 1}],
-            ["res_x", {"num_layers": 1}],
-            ["compress_all", {"multiplier": 2}],
-            ["res_x", {"num_layers": 1}],
-        ],
-        "scaling_factor": 1.0,
-        "norm_layer": "pixel_norm",
-        "patch_size": 4,
-        "latent_log_var": "uniform",
-        "use_quant_conv": False,
-        "causal_decoder": False,
-        "timestep_conditioning": False,
-        "normalize_latent_channels": False,
-        "encoder_base_channels": 16,
-        "decoder_base_channels": 4,
-        "spatial_padding_mode": "zeros",
-    },
-    "scheduler": {"_class_name": "RectifiedFlowScheduler", "sampler": "LinearQuadratic"},
-    "audio_vae": {
-        "model": {
-            "params": {
-                "ddconfig": {
-                    "double_z": True,
-                    "mel_bins": 16,
-                    "z_channels": 2,
-                    "resolution": 64,
-                    "in_channels": 2,
-                    "out_ch": 2,
-                    "ch": 8,
-                    "ch_mult": [1, 2, 1],
-                    "num_res_blocks": 1,
-                    "attn_resolutions": [],
-                    "dropout": 0.0,
-                    "mid_block_add_attention": False,
-                    "norm_type": "pixel",
-                    "causality_axis": "height",
-                },
-                "sampling_rate": 16000,
-            }
-        },
-        "preprocessing": {
-            "audio": {"sampling_rate": 16000, "duration": 5.12, "stereo": True},
-            "stft": {"filter_length": 1024, "hop_length": 160, "win_length": 1024, "causal": True},
-            "mel": {"n_mel_channels": 16, "mel_fmin": 0, "mel_fmax": 8000},
-        },
-    },
-    "vocoder": {
-        "vocoder": {
-            **_VOCODER,
-            "upsample_initial_channel": 16,
-            "upsample_rates": [10, 16],
-            "upsample_kernel_sizes": [20, 32],
-        },
-        "bwe": {
-            **_VOCODER,
-            "upsample_initial_channel": 8,
-            "upsample_rates": [10, 24],
-            "upsample_kernel_sizes": [20, 48],
-            "apply_final_activation": False,
-            "input_sampling_rate": 16000,
-            "output_sampling_rate": 48000,
-            "hop_length": 80,
-            "n_fft": 64,
-            "win_size": 64,
-            "num_mels": 16,
-        },
-    },
-}
-
-UPSAMPLER_CONFIG: dict[str, Any] = {
-    "_class_name": "LatentUpsampler",
+# The published configs in tiny widths, and without the fields that a checkpoint may leave out.
+CONFIG: dict[str, Any] = published_files()["checkpoint"]
+UPSAMPLER_CONFIG = {**published_files()["upsampler"], "in_channels": 16, "mid_channels": 32, "num_blocks_per_stage": 1}
+CONFIG["transformer"] = {name: value for name, value in CONFIG["transformer"].items() if name not in OPTIONAL} | {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
     "in_channels": 16,
-    "mid_channels": 32,
-    "num_blocks_per_stage": 1,
-    "dims": 3,
-    "spatial_upsample": True,
-    "temporal_upsample": False,
-    "spatial_scale": 2.0,
-    "rational_resampler": False,
+    "out_channels": 16,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 6,
+    "audio_cross_attention_dim": 12,
+    "audio_in_channels": 8,
+    "audio_out_channels": 8,
+    "caption_channels": GEMMA_WIDTH,
+    "connector_num_layers": 1,
+    "connector_num_attention_heads": 4,
+    "connector_attention_head_dim": 6,
+    "audio_connector_num_attention_heads": 2,
+    "audio_connector_attention_head_dim": 6,
+}
+CONFIG["vae"] |= {
+    "latent_channels": 16,
+    "encoder_base_channels": 16,
+    "decoder_base_channels": 4,
+    "encoder_blocks": blocks(
+        "res_x:1 compress_space_res:2 res_x:0 compress_time_res:1 res_x:1 "
+        "compress_all_res:1 res_x:0 compress_all_res:1 res_x:1"
+    ),
+    "decoder_blocks": blocks(
+        "res_x:1 compress_space:2 res_x:2 compress_time:2 res_x:0 compress_all:1 res_x:1 compress_all:2 res_x:1"
+    ),
+}
+CONFIG["audio_vae"]["model"]["params"]["ddconfig"] |= {
+    "ch": 8,
+    "ch_mult": [1, 2, 1],
+    "mel_bins": 16,
+    "num_res_blocks": 1,
+    "resolution": 64,
+    "z_channels": 2,
+}
+CONFIG["audio_vae"]["preprocessing"]["mel"]["n_mel_channels"] = 16
+_RESBLOCKS = {"resblock_kernel_sizes": [3, 7], "resblock_dilation_sizes": [[1, 3], [1, 3]]}
+CONFIG["vocoder"]["vocoder"] |= _RESBLOCKS | {
+    "upsample_initial_channel": 16,
+    "upsample_rates": [10, 16],
+    "upsample_kernel_sizes": [20, 32],
+}
+CONFIG["vocoder"]["bwe"] |= _RESBLOCKS | {
+    "upsample_initial_channel": 8,
+    "upsample_rates": [10, 24],
+    "upsample_kernel_sizes": [20, 48],
+    "n_fft": 64,
+    "win_size": 64,
+    "num_mels": 16,
 }
 
 
