@@ -7,10 +7,8 @@ in a checkpoint's safetensors metadata (spec 01, section 2).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
@@ -32,8 +30,6 @@ SUPPORTED = (2, 3)
 CRF_BEFORE_2_4 = 33
 CRF_FROM_2_4 = 18
 MAX_LICENCE = 100_000
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -109,17 +105,6 @@ def is_distilled(name: str, size: int, sha256: str | None) -> bool:
 def likely(name: str, size: int) -> Release | None:
     """The release with this name and size (not proof: two LoRAs share a size)."""
     return next((release for release in RELEASES if release.file == name and release.size == size), None)
-
-
-def cached_sha256(path: Path) -> str | None:
-    """The sha256 a hub cache holds ``path`` under, or None elsewhere.
-
-    Only the name ``path`` itself has or links to counts: a blob may be a link into a store with other names.
-    """
-    target = path.readlink() if path.is_symlink() else path
-    if target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
-        return target.name
-    return None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from ltxpack.materialize.sources import Access, Sources, resolve
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, fingerprint
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, recover, unfinished
-from ltxpack.repack.write import execute, existing_parent
+from ltxpack.repack.write import execute, require_space
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -107,7 +106,9 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
         if done is not None:
             return done
         if any(file.repo for _, file in inputs.files()):
-            _refuse_small_disk(plan, options.overlay)
+            if not unfinished(options.overlay):  # before the download; what is unfinished is left to the writer
+                written = [item.size for item in plan.items() if not isinstance(item, CopyFile)]
+                require_space(options.overlay, sum(written), len(written))
             for _, file in inputs.files():
                 access.fetch(file)
         items = list(plan.items())
@@ -134,20 +135,6 @@ def _refuse_foreign(overlay: Path) -> None:
         "exists and is not an overlay" if folder else "exists and is not a folder", file=overlay,
         expected=f"a new folder, or one with {MANIFEST_NAME}", next="choose another folder",
     )  # fmt: skip
-
-
-def _refuse_small_disk(plan: OverlayPlan, overlay: Path) -> None:
-    """Before a download: whether what is repacked will fit. Work begun earlier is left to the writer's own check."""
-    if unfinished(overlay):
-        return
-    needed = sum(item.size for item in plan.items() if not isinstance(item, CopyFile))
-    place = existing_parent(overlay)
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise OverlayError(
-            "the disk is too small", file=place, expected=f"{needed} bytes free (beside the download)",
-            found=f"{free} bytes", next="choose another folder, or free some space",
-        )  # fmt: skip
 
 
 def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Report | None:

@@ -25,7 +25,7 @@ from ltxpack.ltx23.releases import (
     recognise,
 )
 from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_lora, read_upsampler
-from ltxpack.materialize.sources import AGAIN, Access, Faults, InputFile, InputFolder, Sources
+from ltxpack.materialize.sources import AGAIN, Access, InputFaults, InputFile, InputFolder, Sources
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -97,7 +97,7 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
 
     Raises one LtxpackError that names the faults of all inputs.
     """
-    faults = Faults("inputs cannot be used")
+    faults = InputFaults("inputs cannot be used")
     file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
     checkpoint = faults.gather(CHECKPOINT, lambda: read_checkpoint(access.header(file), file.label))
     configs = checkpoint.configs if checkpoint else None

@@ -33,9 +33,8 @@ from ltxpack.ltx23.releases import (
     TEXT_ENCODER,
     TEXT_ENCODER_REPO,
     UPSAMPLER,
-    cached_sha256,
 )
-from ltxpack.materialize.hub.client import Reference, RepoInfo, parse_reference
+from ltxpack.materialize.hub.client import Reference, RepoInfo, cached_sha256, parse_reference
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -91,11 +90,12 @@ class InputFolder:
         """Files that are in no subfolder."""
         return {name: file for name, file in self.files.items() if "/" not in name}
 
-    def inside(self, folder: str, label: str | None = None) -> InputFolder:
-        """One subfolder; without files if there is no such one."""
-        prefix = folder.strip("/") + "/"
-        files = {name[len(prefix) :]: file for name, file in self.files.items() if name.startswith(prefix)}
-        return InputFolder(label or f"{self.label}/{folder}", files, self.repo)
+    def find(self, name: str) -> InputFile | InputFolder | None:
+        """The file or subfolder ``name``; the ending of a weights file may be left out."""
+        file = self.files.get(name) or self.files.get(name + WEIGHTS)
+        prefix = name.strip("/") + "/"
+        inside = {other[len(prefix) :]: file for other, file in self.files.items() if other.startswith(prefix)}
+        return file or (InputFolder(f"{self.label}/{name}", inside, self.repo) if inside else None)
 
     def folders(self) -> list[str]:
         """Subfolders that hold a config.json."""
@@ -203,7 +203,7 @@ def resolve(
     def file(role: str) -> InputFile:
         return single if role == CHECKPOINT and single else _file(role, flags.get(role), folder, access)
 
-    faults = Faults("inputs cannot be had")
+    faults = InputFaults("inputs cannot be had")
     found = {role: faults.gather(role, lambda role=role: file(role)) for role in PATTERNS}  # type: ignore[misc]
     encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
     missing = {
@@ -218,7 +218,7 @@ def resolve(
     return Sources(checkpoint, found[LORA], found[UPSAMPLER], encoder, told)
 
 
-class Faults:
+class InputFaults:
     """The faults of several inputs, told as one error; ``problem`` says what is wrong with all of them."""
 
     def __init__(self, problem: str) -> None:
@@ -262,7 +262,8 @@ def open_source_folder(source: str, revision: str | None, access: Access) -> tup
     if revision is not None and reference.revision:
         raise UsageError("the revision is given twice", found=f"{source} and --revision {revision}")
     folder = hub_folder(reference.repo, revision or reference.revision, access, path)
-    return folder, _member(folder, reference.file, source) if reference.file else None
+    found = folder if reference.file is None else _member(folder, reference.file, source)
+    return (found, None) if isinstance(found, InputFolder) else (folder, found)
 
 
 def local_file(path: Path) -> InputFile:
@@ -313,20 +314,24 @@ def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | No
 
 def _file(role: str, typed: str | None, folder: InputFolder, access: Access) -> InputFile:
     """The file of ``role``: the one that its flag names, else the one of the folder."""
-    if typed is None:
-        return choose(role, folder)
+    found = folder if typed is None else _named(typed, folder, access)
+    return choose(role, found) if isinstance(found, InputFolder) else found
+
+
+def _named(typed: str, folder: InputFolder, access: Access) -> InputFile | InputFolder:
+    """What a flag names: a file or folder here, a name within SOURCE, or a repo, folder or file on the hub."""
     path = Path(typed).expanduser()
     kind = _kind(path)
     if kind is not None:
-        return choose(role, local_folder(path)) if kind == "folder" else local_file(path)
-    for name in (typed, typed + WEIGHTS):
-        if name in folder.files:
-            return folder.files[name]
+        return local_folder(path) if kind == "folder" else local_file(path)
+    within = folder.find(typed)
+    if within is not None:
+        return within
     reference = _reference(typed)
     if reference is None:
         raise _no_such_path(path, typed, folder)
     other = hub_folder(reference.repo, reference.revision, access, path)
-    return _member(other, reference.file, typed) if reference.file else choose(role, other)
+    return _member(other, reference.file, typed) if reference.file else other
 
 
 def choose(role: str, folder: InputFolder) -> InputFile:
@@ -356,30 +361,17 @@ def choose(role: str, folder: InputFolder) -> InputFile:
 
 
 def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> InputFolder:
-    flag = FLAGS[TEXT_ENCODER]
     if typed is None:
         if folder.repo is not None:
             return hub_folder(TEXT_ENCODER_REPO, None, access)
         return _text_encoder_below(folder, access)
-    path = Path(typed).expanduser()
-    kind = _kind(path)
-    if kind == "folder":
-        return local_folder(path)
-    if kind == "file":
-        expected = "the folder of the text encoder"
-        raise SourceError("is a file", file=typed, expected=expected, next=f"{AGAIN}{flag} {quoted(path.parent)}")
-    if (inside := folder.inside(typed)).files:
-        return inside
-    reference = _reference(typed)
-    if reference is None:
-        raise _no_such_path(path, typed, folder)
-    other = hub_folder(reference.repo, reference.revision, access, path)
-    if reference.file is None:
-        return other
-    inside = other.inside(reference.file, typed)
-    if not inside.files:
-        raise SourceError("has no such folder", file=other.label, expected=reference.file, items=other.folders())
-    return inside
+    found = _named(typed, folder, access)
+    if isinstance(found, InputFile):
+        raise SourceError(
+            "is a file", file=typed, expected="the folder of the text encoder",
+            next=f"{AGAIN}{FLAGS[TEXT_ENCODER]} {quoted(str(PurePosixPath(typed).parent))}",
+        )  # fmt: skip
+    return found
 
 
 def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
@@ -387,7 +379,9 @@ def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
     kinds = {inner: _model_type(folder.files[f"{inner}/config.json"], access) for inner in folder.folders()}
     candidates = [inner for inner, kind in kinds.items() if kind == TEXT_ENCODER_TYPE]
     if len(candidates) == 1:
-        return folder.inside(candidates[0])
+        found = folder.find(candidates[0])
+        assert isinstance(found, InputFolder)
+        return found
     flag = FLAGS[TEXT_ENCODER]
     if candidates:
         raise AmbiguousError(
@@ -435,12 +429,12 @@ def _reference(typed: str) -> Reference | None:
     return None if reference.file is None and typed.endswith(WEIGHTS) else reference
 
 
-def _member(folder: InputFolder, name: str, typed: str) -> InputFile:
-    for candidate in (name, name + WEIGHTS):
-        if candidate in folder.files:
-            return folder.files[candidate]
-    close = difflib.get_close_matches(name, folder.files, 8, 0.4)
-    raise SourceError("is not in the repo", file=typed, expected=f"a file of {folder.label}", items=close)
+def _member(folder: InputFolder, name: str, typed: str) -> InputFile | InputFolder:
+    found = folder.find(name)
+    if found is None:
+        close = difflib.get_close_matches(name, folder.files, 8, 0.4)
+        raise SourceError("is not in the repo", file=typed, expected=f"a file of {folder.label}", items=close)
+    return found
 
 
 def _no_such_path(path: Path, typed: str, folder: InputFolder | None = None) -> SourceError:

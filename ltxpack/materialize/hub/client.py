@@ -374,7 +374,7 @@ class Hub:
             return None
         names = {path: path.relative_to(snapshot).as_posix() for path in sorted(snapshot.rglob("*"))}
         files = {
-            name: RepoFile(name, path.stat().st_size, _stated_sha256(path))
+            name: RepoFile(name, path.stat().st_size, cached_sha256(path))
             for path, name in names.items()
             if path.is_file() and is_safe_name(name)
         }
@@ -435,20 +435,18 @@ def check_cached(path: Path, file: RepoFile, request: HubRequest) -> None:
 
 
 def _blob_name(path: Path) -> str | None:
-    """The hash a snapshot's file is stored under, None where the cache could not link.
+    """The hash that a snapshot's file, or a blob itself, is stored under; None where the cache could not link.
 
     Only the first link counts: a blob may itself be a link into a store whose names are other hashes.
     """
-    try:
-        target = path.readlink()
-    except OSError:
-        return None
+    target = path.readlink() if path.is_symlink() else path
     return target.name if target.parent.name == "blobs" else None
 
 
-def _stated_sha256(path: Path) -> str | None:
-    stored_as = _blob_name(path)
-    return stored_as if stored_as is not None and SHA256.fullmatch(stored_as) else None
+def cached_sha256(path: Path) -> str | None:
+    """The sha256 that a hub cache holds ``path`` under, None elsewhere."""
+    name = _blob_name(path)
+    return name if name is not None and SHA256.fullmatch(name) else None
 
 
 def _unsound(request: HubRequest, reason: str) -> SourceError:
