@@ -125,16 +125,7 @@ def test_a_missing_or_broken_manifest_is_made_anew_by_a_command_that_can_be_type
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        "/etc/passwd.json",
-        "../x.json",
-        "vae/../../x.json",
-        "vae/config.py",
-        "vae//x.json",
-        "a\\b.json",
-        "vae/\u202ex.json",
-    ],
+    "path", ["/etc/p.json", "../x.json", "vae/../../x.json", "vae/x.py", "vae//x.json", "a\\b.json", "vae/\u202ex.json"]
 )
 def test_paths_an_overlay_may_not_hold(path: str, tmp_path: Path) -> None:
     edited = document()
@@ -250,16 +241,3 @@ def test_safe_paths_stay_inside(path: str) -> None:
         inside = Path("/overlay") / path
         assert inside.is_relative_to("/overlay")
         assert ".." not in inside.parts
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
-    )
-)
-def test_any_json_is_a_manifest_or_a_clear_error(value: Any) -> None:
-    edited = {**document(), "source": value}
-    try:
-        parse_manifest(json.dumps(edited).encode(), Path("out") / MANIFEST_NAME)
-    except OverlayError as error:
-        assert "ltxpack materialize" in str(error)

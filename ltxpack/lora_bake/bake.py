@@ -80,7 +80,7 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
     options = options.checked()
     overlay = options.overlay
     read_manifest(overlay)
-    with OverlayLock(overlay) as lock:
+    with OverlayLock(overlay, reporter) as lock:
         refuse_links(overlay, [overlay / BAKES])
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
@@ -138,7 +138,7 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
     ``files`` maps the LoRAs' blake3 to files or PEFT folders. The recorded kernel and device are used if this machine
     has them, so that the same bytes come out. Raises what ``bake`` raises, and OverlayError for a LoRA that changed.
     """
-    with OverlayLock(overlay) as lock:
+    with OverlayLock(overlay, reporter) as lock:
         refuse_links(overlay, [overlay / BAKES, overlay / BAKES / name])
         recover(overlay, reporter)
         manifest = read_manifest(overlay)

@@ -99,7 +99,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
     access = Access(reporter, hub)
     inputs = read_inputs(options.sources(access), access)
     _tell(inputs, reporter)
-    with OverlayLock(options.overlay) as lock:
+    with OverlayLock(options.overlay, reporter) as lock:
         recover(options.overlay, reporter)
         plan = make_plan(inputs, options.max_shard_size, options.copy)
         done = _done_already(plan, options, reporter)

@@ -1,12 +1,14 @@
-"""One process at a time on one overlay: a lock file beside it, never inside what is published.
+"""One process at a time on one overlay, whoever runs it.
 
-The system drops the lock when the process dies; the file then only remains until the next one takes it.
+The lock is one of the overlay's folder itself (flock), which everybody who can read the folder can ask for. A folder
+that is not there yet, or is being replaced, has none: whoever may write beside it holds a lock file there as well. No
+lock is inside what is published, and the system drops all locks when the process dies.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -15,106 +17,97 @@ from types import TracebackType
 from typing import Self
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.publish import write_failure
+from ltxpack.files.publish import write_errors
+from ltxpack.reporter import Reporter, SilentReporter
 
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-LOCK_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+# EBADF: NFS locks no folder, which cannot be opened for writing.
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL})
+LOCK_FILE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 WORK_FOLDER = ".ltxpack"
 
 
 def real_target(overlay: Path) -> Path:
-    """Where ``overlay`` really is: links followed, so that staging and lock lie on its filesystem."""
+    """Where ``overlay`` really is: links followed, so that staging and lock are on its filesystem."""
     return Path(os.path.realpath(overlay))
 
 
 class OverlayLock:
     """Holds ``overlay`` (there already or not) for this process. Use as a context manager.
 
-    Where this process may not write at all (a finished overlay on a read-only mount) nothing is held: all it can do
-    is find the work done, and the first write tells the rest. Raises OverlayError naming the process and host that
-    hold it.
+    ``shared``: only reads, together with others that do so. Where the filesystem has no locks nothing is held and the
+    reporter gets a note. Raises OverlayError, which names the process and host that hold it if they are known.
     """
 
-    def __init__(self, overlay: Path) -> None:
-        target = real_target(overlay)
+    def __init__(self, overlay: Path, reporter: Reporter | None = None, *, shared: bool = False) -> None:
         self.overlay = overlay
-        self.path = target.parent / f".{target.name}.lock"
-        self._read_only = False
-        if target.is_dir() and not os.access(target.parent, os.W_OK):
-            self.path = target / WORK_FOLDER / "lock"
-            self._read_only = not os.access(target, os.W_OK)
-        self._fd = -1
+        self._target = real_target(overlay)
+        self._beside = self._target.parent / f".{self._target.name}.lock"
+        self._reporter = reporter or SilentReporter()
+        self._shared = shared
+        # Lock file (if any) and folders.
+        self._held: list[tuple[int, Path]] = []
 
     def __enter__(self) -> Self:
-        if self._read_only:
-            return self
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            while not self._acquired():
-                pass
-        except OSError as error:
-            raise write_failure(error, self.path) from None
+            with write_errors(self._beside):
+                if not self._shared and (not self._target.is_dir() or os.access(self._target.parent, os.W_OK)):
+                    self._target.parent.mkdir(parents=True, exist_ok=True)
+                    self._hold(self._beside, LOCK_FILE)
+                if self._target.is_dir():
+                    self.hold_folder(self._target)
+        except BaseException:
+            self._release()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._read_only:
-            return
-        if os.name != "nt":  # removed while still held, so that nobody else's lock is removed
-            self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-        if self.path.parent.name == WORK_FOLDER:
-            with contextlib.suppress(OSError):
-                self.path.parent.rmdir()
+        self._release()
 
-    def _acquired(self) -> bool:
-        """Open and lock the file; False if it was removed meanwhile by a process that let go of it."""
-        self._fd = os.open(self.path, LOCK_FLAGS, 0o666)
+    def hold_folder(self, folder: Path) -> None:
+        """Hold ``folder`` too, which becomes the overlay: the lock follows it when it is renamed. Raises OSError."""
+        self._hold(folder, FOLDER)
+
+    def _hold(self, path: Path, flags: int) -> None:
+        """Lock ``path``; again if it was removed or replaced meanwhile by a process that released it."""
+        while True:
+            fd = os.open(path, flags, 0o666)
+            self._held.append((fd, path))
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    break
+            except FileNotFoundError:
+                pass
+            except BlockingIOError:
+                self._held.pop()
+                raise self._in_use(fd) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self._reporter.note(f"{path}: this filesystem has no locks; run one ltxpack at a time on it")
+                break
+            os.close(self._held.pop()[0])
+        if path == self._beside:
+            os.ftruncate(fd, 0)
+            os.write(fd, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+
+    def _in_use(self, fd: int) -> OverlayError:
         try:
-            _lock(self._fd)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._fd), self.path.stat()):
-                    os.ftruncate(self._fd, 0)
-                    os.write(self._fd, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
-                    return True
-        except BlockingIOError:
-            holder = _holder(self._fd)
-            os.close(self._fd)
-            raise OverlayError(
-                "is being written by another ltxpack", file=self.overlay, found=holder, next="wait for it, or stop it"
-            ) from None
-        os.close(self._fd)
-        return False
+            told = json.loads(os.pread(fd, 4096, 0))
+            holder = f"process {int(told['pid'])} on {str(told['host'])[:80]}"
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            holder = None
+        os.close(fd)
+        return OverlayError(
+            "is in use by another ltxpack", file=self.overlay, found=holder, next="wait for it, or stop it"
+        )
 
-
-def _lock(fd: int) -> None:
-    """Lock without waiting, where there are locks. Raises BlockingIOError if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        os.lseek(fd, 2**30, os.SEEK_SET)  # far behind the text, which others must be able to read
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        except OSError:
-            raise BlockingIOError from None
-        finally:
-            os.lseek(fd, 0, os.SEEK_SET)
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-
-
-def _holder(fd: int) -> str:
-    try:
-        told = json.loads(os.pread(fd, 4096, 0))
-        return f"process {int(told['pid'])} on {str(told['host'])[:80]}"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        return "a process that just started"
+    def _release(self) -> None:
+        for fd, path in reversed(self._held):
+            if path == self._beside:  # removed while it is held, so that nobody else's lock is removed
+                path.unlink(missing_ok=True)
+            os.close(fd)
+        self._held.clear()

@@ -36,7 +36,7 @@ def repair(
     The manifest changes only where a link became a copy or the other way round. Raises OverlayError if what comes out
     is not what the manifest says: then the source is another one, and the file in the overlay stays as it is.
     """
-    with contextlib.nullcontext() if lock else OverlayLock(overlay):
+    with contextlib.nullcontext() if lock else OverlayLock(overlay, reporter):
         recover(overlay, reporter)
         root = overlay / WORK_FOLDER / "repair"
         if root.is_symlink() or root.parent.is_symlink():

@@ -119,7 +119,8 @@ class Staging:
         self.fingerprint = fingerprint
         self.done: dict[str, FileRecord] = {}
         self._reporter = reporter
-        self._own_lock = None if lock else OverlayLock(overlay)
+        self._own_lock = lock is None
+        self._lock = lock or OverlayLock(overlay, reporter)
         self._force = force
         self._published = False
         self._journal: Journal | None = None
@@ -131,7 +132,7 @@ class Staging:
 
     def __enter__(self) -> Self:
         if self._own_lock:
-            self._own_lock.__enter__()
+            self._lock.__enter__()
         try:
             with _telling(self.place.work):
                 recover(self.place.overlay, self._reporter)
@@ -164,6 +165,7 @@ class Staging:
             self.root.mkdir(parents=True, exist_ok=True)
             atomic_write(self.root / MANIFEST_NAME, manifest)
             self._announce()
+            self._lock.hold_folder(self.place.payload)
             _swap(self.place)
             self._published = True
             self._close_and_clean()
@@ -172,7 +174,7 @@ class Staging:
         if self._journal:
             self._journal.close()
         if self._own_lock:
-            self._own_lock.__exit__(None, None, None)
+            self._lock.__exit__(None, None, None)
 
     def _refuse_existing(self) -> None:
         place, target = self.place, self.place.target

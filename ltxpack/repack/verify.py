@@ -18,7 +18,7 @@ from ltxpack.files.hashing import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import Item
-from ltxpack.repack.lock import WORK_FOLDER
+from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
 from ltxpack.repack.staging import PARTIAL, unfinished
 from ltxpack.reporter import Reporter
 
@@ -40,8 +40,14 @@ class Fault:
 def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
     """All faults of ``overlay``, by path; empty if it is as it was written. Raises OverlayError without a manifest.
 
-    Work left unfinished beside or inside it is no fault; ``reporter`` is told.
+    Work left unfinished beside or inside it is no fault; ``reporter`` gets a note. Others may read the overlay
+    meanwhile, nobody may write it: raises OverlayError if somebody does.
     """
+    with OverlayLock(overlay, reporter, shared=True):
+        return _faults(overlay, reporter)
+
+
+def _faults(overlay: Path, reporter: Reporter) -> list[Fault]:
     manifest = read_manifest(overlay)
     records = {record.path: record for record in manifest.records()}
     begun = unfinished(overlay)

@@ -129,7 +129,7 @@ def dying_at(change: int) -> Iterator[Callable[[], int]]:
                 if count >= change:
                     raise Dead
             result = function(*args, **kwargs)
-            if function is real_open and str(args[0]).endswith((".lock", "/lock")):
+            if function is real_open and (str(args[0]).endswith(".lock") or args[1] & os.O_DIRECTORY):
                 locks.append(result)
             return result
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
+import itertools
 import json
 import os
 import random
@@ -24,6 +27,7 @@ from repack_support import Dead, Listener, dying_at, make_source, materialize, p
 
 from ltxpack.errors import OverlayError
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.repack import staging as staging_module
 from ltxpack.repack import write as execute_module
 from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, fingerprint
 from ltxpack.repack.journal import read_journal
@@ -403,7 +407,7 @@ def test_a_second_process_is_told_who_holds_the_overlay(source: Path, tmp_path: 
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(OverlayError, match=f"process {holder.pid} on ") as caught:
             materialize(source, tmp_path / "out")
-        assert "being written by another ltxpack" in str(caught.value)
+        assert "in use by another ltxpack" in str(caught.value)
         holder.kill()
     # The lock of the dead does not hold anyone up.
     materialize(source, tmp_path / "out")
@@ -419,24 +423,66 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert precious.read_bytes() == b"x"
 
 
-def test_where_nothing_may_be_written_nothing_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What root may do on a mount of which the system says that it is read-only."""
+def test_the_lock_is_the_same_whoever_may_write_beside_the_overlay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two users, one may write only inside the overlay."""
     out = tmp_path / "out"
     out.mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: path not in (out, tmp_path))
-        unwritable, new = OverlayLock(out), OverlayLock(tmp_path / "new")
-    with unwritable:
-        assert list(tmp_path.iterdir()) == [out]
-    with new:
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".new.lock", "out"]
+    for first, second in itertools.product(("owner", "guest"), repeat=2):
+        locks = []
+        for user in (first, second):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "access", lambda path, mode, user=user: user == "owner" or path != tmp_path)
+                if locks:
+                    with pytest.raises(OverlayError, match="in use by another ltxpack"):
+                        OverlayLock(out).__enter__()
+                else:
+                    locks.append(OverlayLock(out).__enter__())
+        assert (tmp_path / ".out.lock").exists() == (first == "owner")
+        locks[0].__exit__(None, None, None)
+    assert list(out.iterdir()) == [] and list(tmp_path.iterdir()) == [out]
 
 
-def test_two_locks_in_turn_and_none_at_once(tmp_path: Path) -> None:
-    for _ in range(2):
-        with OverlayLock(tmp_path / "out"), pytest.raises(OverlayError), OverlayLock(tmp_path / "out"):
-            pass
-    assert list(tmp_path.iterdir()) == []
+def test_a_replaced_overlay_is_held_until_the_end(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for those who may not write beside it."""
+    out, swap, tried = tmp_path / "out", staging_module._swap, []
+    materialize(source, out)
+
+    def swap_and_look(place: staging_module.Place) -> None:
+        swap(place)
+        with monkeypatch.context() as patch, pytest.raises(OverlayError, match="in use"):
+            patch.setattr(os, "access", lambda path, mode: path != tmp_path)
+            tried.append(OverlayLock(out).__enter__())
+
+    monkeypatch.setattr(staging_module, "_swap", swap_and_look)
+    materialize(source, out, force=True)
+    assert tried == [] and not verify(out, SILENT)
+
+
+def test_verifying_waits_for_nobody_who_reads(source: Path, tmp_path: Path) -> None:
+    materialize(source, tmp_path / "out")
+    with OverlayLock(tmp_path / "out", shared=True):
+        assert verify(tmp_path / "out", SILENT) == []
+        with pytest.raises(OverlayError, match="in use"):
+            materialize(source, tmp_path / "out", force=True)
+    with OverlayLock(tmp_path / "out"), pytest.raises(OverlayError, match="in use"):
+        verify(tmp_path / "out", SILENT)
+
+
+def test_a_filesystem_without_locks_is_told(
+    tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with OverlayLock(tmp_path / "out", listener):
+        assert listener.notes == [
+            f"{tmp_path}/.out.lock: this filesystem has no locks; run one ltxpack at a time on it"
+        ]
 
 
 def test_preflight_refuses_before_the_first_byte(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,7 +563,7 @@ def test_a_disk_that_fills_up_meanwhile(small_disk: Path, tmp_path: Path, monkey
         materialize(source, small_disk / "out", copy=True)
     assert "run the same command again: finished files are kept" in str(caught.value)
     assert not (small_disk / "out").exists()
-    assert not list((small_disk / ".out.partial").rglob("*.part"))
+    assert not list((small_disk / ".out.partial").rglob("*.tmp"))
     kept = list((small_disk / ".out.partial").rglob("*.safetensors"))
     assert len(kept) == 2
     # A larger disk: the work goes on where it was.
