@@ -1,7 +1,7 @@
 """The config fields of an LTX-2.3 checkpoint and what becomes of each (spec 01, sections 2 and 5).
 
 One table per section of the checkpoint's config: ``take`` copies a field into the diffusers config of a component,
-``only`` names the one value this version converts, ``NO_EFFECT`` lists what does not change the result. Targets
+``only`` names the one value this version converts, ``no_effect`` lists what does not change the result. Targets
 are ``component.field``; a target that starts with ``_`` is an intermediate of the derivations in configs.py.
 Constants are the diffusers fields that no official field decides.
 """
@@ -11,42 +11,37 @@ from __future__ import annotations
 from typing import Any
 
 from ltxpack.ltx23.fields import (
-    NO_EFFECT,
     Field,
     block_list,
     dimension,
+    each_only,
     flag,
     list_of,
+    no_effect,
     only,
+    or_none,
     positive,
     repeats,
+    same_name,
     take,
     whole,
-)
+)  # fmt: skip
 
 TRANSFORMER: dict[str, Field] = {
     "_class_name": only("AVTransformer3DModel"),
     # Sizes.
     "num_layers": take(repeats, "transformer.num_layers"),
-    "num_attention_heads": take(dimension, "transformer.num_attention_heads"),
-    "attention_head_dim": take(dimension, "transformer.attention_head_dim"),
-    "cross_attention_dim": take(dimension, "transformer.cross_attention_dim"),
-    "in_channels": take(dimension, "transformer.in_channels"),
-    "out_channels": take(dimension, "transformer.out_channels"),
-    "audio_num_attention_heads": take(dimension, "transformer.audio_num_attention_heads"),
-    "audio_attention_head_dim": take(dimension, "transformer.audio_attention_head_dim"),
-    "audio_cross_attention_dim": take(dimension, "transformer.audio_cross_attention_dim"),
+    **same_name("transformer", dimension, "num_attention_heads", "attention_head_dim", "cross_attention_dim"),
+    **same_name("transformer", dimension, "in_channels", "out_channels"),
+    **same_name("transformer", dimension, "audio_num_attention_heads", "audio_attention_head_dim"),
+    **same_name("transformer", dimension, "audio_cross_attention_dim", "audio_out_channels"),
     "audio_in_channels": take(dimension, "transformer.audio_in_channels", absent=128),
-    "audio_out_channels": take(dimension, "transformer.audio_out_channels"),
     "caption_channels": take(dimension, "transformer.caption_channels", "connectors.caption_channels"),
     "connector_num_layers": take(repeats, "connectors.video_connector_num_layers"),
     "connector_num_attention_heads": take(dimension, "connectors.video_connector_num_attention_heads"),
     "connector_attention_head_dim": take(dimension, "connectors.video_connector_attention_head_dim"),
-    "audio_connector_num_layers": take(
-        lambda found: None if found is None else repeats(found), "connectors._audio_layers", absent=None
-    ),
-    "audio_connector_num_attention_heads": take(dimension, "connectors.audio_connector_num_attention_heads"),
-    "audio_connector_attention_head_dim": take(dimension, "connectors.audio_connector_attention_head_dim"),
+    "audio_connector_num_layers": take(or_none(repeats), "connectors._audio_layers", absent=None),
+    **same_name("connectors", dimension, "audio_connector_num_attention_heads", "audio_connector_attention_head_dim"),
     # Positions and time.
     "positional_embedding_theta": take(positive, "transformer.rope_theta"),
     "positional_embedding_max_pos": take(list_of(dimension, 3), "transformer._max_pos"),
@@ -59,7 +54,6 @@ TRANSFORMER: dict[str, Field] = {
     "frequencies_precision": only(
         "float64", "transformer.rope_double_precision", "connectors.rope_double_precision", becomes=True
     ),
-    "use_middle_indices_grid": only(True),
     "causal_temporal_positioning": only(True, "transformer.causal_offset", becomes=1),
     # The maths of LTX-2.3.
     "activation_fn": only("gelu-approximate", "transformer.activation_fn"),
@@ -67,14 +61,7 @@ TRANSFORMER: dict[str, Field] = {
     "connector_apply_gated_attention": only(True, "connectors.video_gated_attn", "connectors.audio_gated_attn"),
     "cross_attention_adaln": only(True, "transformer.cross_attn_mod", "transformer.audio_cross_attn_mod"),
     "caption_proj_before_connector": only(True, "transformer.use_prompt_embeddings", becomes=False),
-    "caption_projection_first_linear": only(False),
-    "caption_projection_second_linear": only(False),
-    "caption_proj_input_norm": only(False),
     "text_encoder_norm_type": only("per_token_rms", "connectors.per_modality_projections", becomes=True),
-    "use_embeddings_connector": only(True),
-    "connector_norm_output": only(True),
-    "use_audio_video_cross_attention": only(True),
-    "av_cross_ada_norm": only(True),
     "qk_norm": only("rms_norm", "transformer.qk_norm", becomes="rms_norm_across_heads"),
     "standardization_norm": only("rms_norm"),
     "norm_elementwise_affine": only(False, "transformer.norm_elementwise_affine"),
@@ -82,24 +69,21 @@ TRANSFORMER: dict[str, Field] = {
     "attention_bias": only(True, "transformer.attention_bias", "transformer.attention_out_bias"),
     "ff_bias": only(True, "transformer.ff_bias", optional=True),
     "audio_ff_bias": only(True, "transformer.audio_ff_bias", optional=True),
-    "connector_ff_bias": only(True, optional=True),
     "use_prompt_adaln_single": only(True, "transformer.use_prompt_adaln_single", optional=True),
     "use_keyframes_abs_pos_embedding": only(False, "transformer.use_keyframes_abs_pos_embedding", optional=True),
+    **each_only(True, "use_middle_indices_grid", "use_embeddings_connector", "connector_norm_output"),
+    **each_only(True, "use_audio_video_cross_attention", "av_cross_ada_norm"),
+    **each_only(False, "caption_projection_first_linear", "caption_projection_second_linear"),
+    "caption_proj_input_norm": only(False),
     # Inherited fields: any other value would mean another architecture.
     "attention_type": only("default", optional=True),
-    "cross_attention_norm": only(True, optional=True),
-    "double_self_attention": only(False, optional=True),
-    "only_cross_attention": only(False, optional=True),
-    "share_ff": only(False, optional=True),
-    "use_linear_projection": only(False, optional=True),
     "num_vector_embeds": only(None, optional=True),
+    **each_only(True, "connector_ff_bias", "cross_attention_norm", optional=True),
+    **each_only(False, "double_self_attention", "only_cross_attention", "share_ff", optional=True),
+    "use_linear_projection": only(False, optional=True),
     # Training, initialisation, or not read at all. The register count is that of the tensor.
-    "connector_learnable_registers_std": NO_EFFECT,
-    "connector_num_learnable_registers": NO_EFFECT,
-    "dropout": NO_EFFECT,
-    "norm_num_groups": NO_EFFECT,
-    "num_embeds_ada_norm": NO_EFFECT,
-    "upcast_attention": NO_EFFECT,
+    **no_effect("connector_learnable_registers_std", "connector_num_learnable_registers", "dropout"),
+    **no_effect("norm_num_groups", "num_embeds_ada_norm", "upcast_attention"),
 }
 
 VAE: dict[str, Field] = {
@@ -125,8 +109,7 @@ VAE: dict[str, Field] = {
     "norm_layer": only("pixel_norm"),
     "scaling_factor": only(1.0, "vae.scaling_factor"),
     "latent_log_var": only("uniform"),
-    "use_quant_conv": only(False),
-    "normalize_latent_channels": only(False),
+    **each_only(False, "use_quant_conv", "normalize_latent_channels"),
     "dims": only(3),
     "in_channels": only(3, "vae.in_channels"),
     "out_channels": only(3, "vae.out_channels"),
@@ -149,21 +132,16 @@ AUDIO_VAE: dict[str, Field] = {
     _DD + "norm_type": only("pixel", "audio_vae.norm_type"),
     _DD + "causality_axis": only("height", "audio_vae.causality_axis"),
     _DD + "downsample_time": only(False, optional=True),
-    _DD + "dropout": NO_EFFECT,
+    **no_effect(_DD + "dropout"),
     "model.params.sampling_rate": take(dimension, "audio_vae.sample_rate", "transformer.audio_sampling_rate"),
     "preprocessing.audio.sampling_rate": take(dimension, "audio_vae._preprocessing_rate"),
     "preprocessing.stft.hop_length": take(dimension, "audio_vae.mel_hop_length", "transformer.audio_hop_length"),
     "preprocessing.stft.causal": only(True, "audio_vae.is_causal"),
     "preprocessing.mel.n_mel_channels": take(dimension, "audio_vae._mel_channels"),
     # How sound would be read; nothing here reads any.
-    "preprocessing.audio.max_wav_value": NO_EFFECT,
-    "preprocessing.audio.duration": NO_EFFECT,
-    "preprocessing.audio.stereo": NO_EFFECT,
-    "preprocessing.audio.causal_padding": NO_EFFECT,
-    "preprocessing.stft.filter_length": NO_EFFECT,
-    "preprocessing.stft.win_length": NO_EFFECT,
-    "preprocessing.mel.mel_fmin": NO_EFFECT,
-    "preprocessing.mel.mel_fmax": NO_EFFECT,
+    **no_effect(*(f"preprocessing.audio.{name}" for name in ("max_wav_value", "duration", "stereo", "causal_padding"))),
+    **no_effect("preprocessing.stft.filter_length", "preprocessing.stft.win_length"),
+    **no_effect("preprocessing.mel.mel_fmin", "preprocessing.mel.mel_fmax"),
 }
 
 
@@ -193,14 +171,12 @@ VOCODER: dict[str, Field] = {
     "bwe.win_size": take(dimension, "vocoder.window_length"),
     "bwe.hop_length": take(dimension, "vocoder.hop_length"),
     "bwe.num_mels": take(dimension, "vocoder.num_mel_channels"),
-    "bwe.input_sampling_rate": take(dimension, "vocoder.input_sampling_rate"),
-    "bwe.output_sampling_rate": take(dimension, "vocoder.output_sampling_rate"),
+    **{f"bwe.{name}": take(dimension, f"vocoder.{name}") for name in ("input_sampling_rate", "output_sampling_rate")},
 }
 
 UPSAMPLER: dict[str, Field] = {
     "_class_name": only("LatentUpsampler", optional=True),
-    "in_channels": take(dimension, "latent_upsampler.in_channels"),
-    "mid_channels": take(dimension, "latent_upsampler.mid_channels"),
+    **same_name("latent_upsampler", dimension, "in_channels", "mid_channels"),
     "num_blocks_per_stage": take(repeats, "latent_upsampler.num_blocks_per_stage"),
     "dims": only(3, "latent_upsampler.dims"),
     "spatial_upsample": only(True, "latent_upsampler.spatial_upsample"),

@@ -93,11 +93,19 @@ def only(value: Any, *to: str, becomes: Any = SAME, optional: bool = False) -> F
     return Field(check, to, value if optional else REQUIRED)
 
 
-def _anything(found: Any) -> Any:
-    return found
+def same_name(component: str, check: Check, *names: str) -> dict[str, Field]:
+    """Fields that are taken over under their own names."""
+    return {name: take(check, f"{component}.{name}") for name in names}
 
 
-NO_EFFECT: Final = Field(_anything, (), None)
+def each_only(value: Any, *names: str, optional: bool = False) -> dict[str, Field]:
+    """Fields that must have one value and that become nothing."""
+    return {name: only(value, optional=optional) for name in names}
+
+
+def no_effect(*names: str) -> dict[str, Field]:
+    """Fields that do not change the result, whatever they hold."""
+    return dict.fromkeys(names, Field(lambda found: found, (), None))
 
 
 def apply_table(
@@ -178,6 +186,11 @@ def positive(found: Any) -> float:
     if number is None or number <= 0:
         raise UnfitError("a number above 0", found)
     return float(number)
+
+
+def or_none(check: Check) -> Check:
+    """``check``, or null as it is."""
+    return lambda found: None if found is None else check(found)
 
 
 def flag(true: Any, false: Any) -> Check:
