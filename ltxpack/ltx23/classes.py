@@ -45,7 +45,7 @@ DIFFUSERS_VERSION = "0.42.1"
 # The name under which an overlay keeps the distilled LoRA; its bakes are ``distilled-<strength>``.
 DISTILLED = "distilled"
 
-# Where Gemma's language model lies within the text encoder's tensors, and what its config calls the model.
+# The root of Gemma's language model among the text encoder's tensors, and the model's type in its config.
 TEXT_ROOT = "language_model.model."
 TEXT_ENCODER_TYPE = "gemma3"
 # Tokens of every prompt: longer prompts are cut, shorter ones padded.

@@ -1,7 +1,7 @@
 """diffusers configs from the checkpoint's own metadata: nothing about a particular model's size is known here.
 
-The tables are in config_tables.py; here they are applied, what needs a formula is derived (spec 01, section 5),
-and the sections are held against each other. All faults are gathered before one error names them.
+The tables are in config_tables.py. This module applies them, derives what needs a formula (spec 01, section 5), and
+checks that the sections agree. It gathers all faults before one error names them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NEXT_RELEASE = "ltxpack inspect FILE (shows what the file is; this version conve
 
 @dataclass(frozen=True)
 class _Derived:
-    """The configs under way, by component, with intermediate fields that start with ``_``."""
+    """The unfinished configs by component. Intermediate fields start with ``_``."""
 
     parts: Mapping[str, Config]
     shapes: Shapes
@@ -140,7 +140,7 @@ def _derive_transformer(part: Config) -> None:
 
 
 def _derive_connectors(part: Config, shapes: Shapes, problems: Problems) -> None:
-    """Widths of the text projections and the register counts stand only in the tensors."""
+    """Only the tensors state the widths of the text projections and the numbers of registers."""
     caption = part["caption_channels"]
     factors = set()
     for stream in ("video", "audio"):

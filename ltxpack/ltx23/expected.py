@@ -1,8 +1,8 @@
 """Which tensors a component has, by name and shape, as a pure function of its diffusers config.
 
-This is the module's ``state_dict`` without torch: parameters and persistent buffers. It tells a checkpoint with
-missing, unknown or misshapen tensors before a byte is copied, and (through the rename tables, reversed) what a
-checkpoint of given sizes holds.
+This is the module's ``state_dict`` without torch: parameters and persistent buffers. It finds missing, unknown and
+misshapen tensors of a checkpoint before a byte is copied. Through the reversed rename tables it says what a checkpoint
+of given sizes holds.
 """
 
 from __future__ import annotations

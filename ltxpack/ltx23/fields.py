@@ -26,7 +26,7 @@ SAME: Final = object()
 
 
 class Words(str):
-    """What was found, told in words instead of as a value."""
+    """What was found, as words instead of a value."""
 
     __slots__ = ()
 
@@ -35,7 +35,7 @@ ABSENT: Final = Words("no such field")
 
 
 class UnfitError(Exception):
-    """A value that a rule refuses: what was expected, what stands there, and where below the field."""
+    """A value that a rule refuses: what was expected, what was found, and where below the field."""
 
     def __init__(self, expected: str, found: object, where: str = "") -> None:
         super().__init__(expected)
@@ -83,7 +83,7 @@ def take(check: Check, *to: str, absent: Any = REQUIRED) -> Field:
 
 
 def only(value: Any, *to: str, becomes: Any = SAME, optional: bool = False) -> Field:
-    """A field with one value that this version converts. ``optional``: when absent, that value is meant."""
+    """A field with one value that this version converts. An ``optional`` field that is absent means that value."""
 
     def check(found: Any) -> Any:
         if not same(found, value):
@@ -165,7 +165,7 @@ def same(found: Any, value: Any) -> bool:
 
 
 def whole(low: int, high: int) -> Check:
-    """Whole numbers from ``low`` to ``high`` (``2.0`` counts as 2)."""
+    """Whole numbers from ``low`` to ``high`` (``2.0`` is read as 2)."""
 
     def check(found: Any) -> int:
         number = _number(found)

@@ -1,8 +1,8 @@
 """Which published file a file is, by its content, and which generation of the model, by what it states of itself.
 
-The two distilled LoRAs have one size and nearly one name, so only a hash tells them apart (spec 01, section 1). It is
-taken from the hub, or from the name a hub cache gives a blob; 46 GB are not hashed to learn a name. The generation is
-in a checkpoint's safetensors metadata (spec 01, section 2).
+The two distilled LoRAs have one size and nearly one name, so that only a hash tells them apart (spec 01, section 1).
+The hub states it, or the name of a blob in a hub cache does; 46 GB are not hashed to learn a name. The generation is in
+a checkpoint's safetensors metadata (spec 01, section 2).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Recognised:
 
 
 def recognise(name: str, size: int, sha256: str | None) -> Recognised:
-    """Which known release a file is. Without a hash only a wrong size can be told."""
+    """Which known release a file is. Without a hash, only a wrong size is found."""
     promised = next((release for release in RELEASES if release.file == name), None)
     if sha256 is None:
         if promised is not None and promised.size != size:

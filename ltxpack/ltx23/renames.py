@@ -23,11 +23,11 @@ class RenameTable:
     paths: Mapping[str, str]
 
     def source_root(self, key: str) -> str | None:
-        """The root that ``key`` lies under, or None if it is not this component's."""
+        """The root that ``key`` starts with, or None if it is not this component's."""
         return max((root for root in self.roots if key.startswith(root)), key=len, default=None)
 
     def rename(self, key: str) -> str:
-        """The target name of ``key``. Raises KeyError if it lies under no root."""
+        """The target name of ``key``. Raises KeyError if it starts with no root."""
         root = self.source_root(key)
         if root is None:
             raise KeyError(key)
@@ -135,7 +135,7 @@ DROPPED = tuple(
 
 
 def component_of(key: str) -> str | None:
-    """The component whose root ``key`` lies under (the longest root wins), or None for an unknown key."""
+    """The component with the longest root that ``key`` starts with, or None for an unknown key."""
     owner, longest = None, -1
     for component, table in CHECKPOINT_TABLES.items():
         root = table.source_root(key)

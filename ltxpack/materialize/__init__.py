@@ -76,7 +76,7 @@ class Report:
 
 
 def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -> OverlayPlan:
-    """The plan alone, from headers. An input that cannot be had is listed as missing, except the checkpoint.
+    """The plan alone, from headers. An input that is not found is listed as missing, except the checkpoint.
 
     Raises LtxpackError for inputs that are ambiguous, broken or not convertible, and for a target that is not ours.
     """
@@ -121,7 +121,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
 
 
 def _refuse_foreign(overlay: Path) -> None:
-    """A target that is not ours is told before hours of fetching. Raises OverlayError."""
+    """Refuse a target that is not ours before hours of fetching. Raises OverlayError."""
     try:
         if is_overlay(overlay) or not (overlay.exists() or overlay.is_symlink()):
             return
@@ -182,7 +182,7 @@ def _tell(inputs: Inputs, reporter: Reporter) -> None:
     checkpoint = inputs.checkpoint
     cast = sum(tensor.info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for tensor in tensors)
     if cast:
-        reporter.note(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
+        reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
     if checkpoint.dropped:
         reporter.detail(f"left out, read by no module: {', '.join(checkpoint.dropped)}")
     if inputs.distilled:

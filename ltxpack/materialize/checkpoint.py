@@ -54,7 +54,7 @@ class Upsampler:
 
     @property
     def as_is(self) -> bool:
-        """Whether the file can stand in the overlay unchanged."""
+        """Whether the overlay can hold the file unchanged."""
         return all(tensor.info.dtype == STORED_DTYPE and tensor.target == tensor.info.name for tensor in self.tensors)
 
 
@@ -98,7 +98,7 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
 
 
 class _Matching:
-    """Tensors held against what is expected; faults are gathered."""
+    """Compares tensors with what is expected and gathers the faults."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, tuple[Renamed, ...]] = {}

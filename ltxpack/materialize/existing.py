@@ -84,7 +84,7 @@ def _differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterat
         if isinstance(item, WriteBytes) and blake3(item.data).hexdigest() != records[path].blake3:
             yield f"{path} would have other content"
         if plan.copy and records[path].link is not None:
-            yield f"{path} is a link, and copies are asked for"
+            yield f"{path} is a link, and --copy wants copies"
         if not _is_there(overlay / path, item.size):
             yield f"{path} was changed or removed"
     for item in planned.values():
@@ -229,7 +229,7 @@ class _RecordedInputs:
         return self._found[role][name]
 
     def files(self) -> Iterator[InputFile]:
-        """Every input that was asked for."""
+        """Every input that was looked for."""
         for files in self._found.values():
             yield from files.values()
 

@@ -1,4 +1,4 @@
-"""All inputs, read by their headers and small files and held against one another. No weight is read or fetched.
+"""All inputs, read by their headers and small files, and checked against one another. No weight is read or fetched.
 
 The text encoder's weights are taken over as they are. Nothing in its folder is executed or believed: configs that name
 code are refused, and the shard index must say what the shards' own headers say (spec 01, section 1).
@@ -187,7 +187,7 @@ def _check_configs(folder: InputFolder, access: Access) -> None:
 
 
 def _check_tokenizer(file: InputFile) -> None:
-    """What a run would refuse is told before it is fetched."""
+    """Refuse before the download what a run would refuse."""
     if file.size > MAX_TOKENIZER_BYTES:
         raise FormatError(
             "is too large for a tokenizer", file=file.label, expected=f"at most {MAX_TOKENIZER_BYTES} bytes",

@@ -1,4 +1,4 @@
-"""What a checkpoint, a LoRA, an upsampler or an overlay holds, told from headers and the manifest alone."""
+"""What a checkpoint, a LoRA, an upsampler or an overlay holds, from headers and the manifest alone."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _lora(lora: LoraHeader, tensors: TensorFile) -> dict[str, Any]:
 
 
 def _alpha(lora: LoraHeader, tensors: TensorFile) -> str:
-    """Where alpha stands, if anywhere: per target, in the metadata, or nowhere (then the scale is the strength)."""
+    """Where the file states alpha: per target, in the metadata, or nowhere (then the scale is the strength)."""
     if lora.alphas:
         return f"per target ({lora.alphas})"
     text = tensors.metadata.get("lora_adapter_metadata", "") + tensors.metadata.get("lora_alpha", "")

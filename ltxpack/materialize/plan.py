@@ -38,7 +38,7 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class OverlayPlan:
-    """What the overlay will hold. ``missing``: role and reason of inputs that could not be had.
+    """What the overlay will hold. ``missing``: role and reason of inputs that were not found.
 
     ``unproven``: sources known by name and size only, with neither a hash nor a commit of the hub.
     """
@@ -69,7 +69,7 @@ class OverlayPlan:
         return {"files": files, "missing": list(self.missing), "total_bytes": total}
 
     def action(self, item: Item) -> str:
-        """``repack`` weights, ``write`` small files, ``link`` (or copy, where links are not to be had) or ``copy``."""
+        """``repack`` weights, ``write`` small files, ``link`` (a copy where no link is possible) or ``copy``."""
         if isinstance(item, WriteShard):
             return "repack"
         if isinstance(item, WriteBytes):

@@ -132,7 +132,7 @@ class Access:
         return self._hub
 
     def info(self, repo: str, revision: str | None = None) -> RepoInfo:
-        """A repo's files at a revision, asked for once."""
+        """A repo's files at a revision; the hub is asked once."""
         key = (repo, revision)
         if key not in self._infos:
             self._infos[key] = self.hub.info(repo, revision)
@@ -190,7 +190,7 @@ def resolve(
 ) -> Sources:
     """The files that SOURCE and the flags (by role) mean.
 
-    ``allow_missing``: an input other than the checkpoint that cannot be had is listed; an ambiguous one still raises.
+    ``allow_missing``: an input other than the checkpoint that is not found is listed; an ambiguous one still raises.
     Raises SourceError, UsageError or FormatError naming everything that is missing or ambiguous.
     """
     folder, single = open_source_folder(source, revision, access)
@@ -203,7 +203,7 @@ def resolve(
     def file(role: str) -> InputFile:
         return single if role == CHECKPOINT and single else _file(role, flags.get(role), folder, access)
 
-    faults = InputFaults("inputs cannot be had")
+    faults = InputFaults("several inputs were not found")
     found = {role: faults.gather(role, lambda role=role: file(role)) for role in PATTERNS}  # type: ignore[misc]
     encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
     missing = {
@@ -219,7 +219,7 @@ def resolve(
 
 
 class InputFaults:
-    """The faults of several inputs, told as one error; ``problem`` says what is wrong with all of them."""
+    """The faults of several inputs as one error. ``problem`` says what is wrong with all of them."""
 
     def __init__(self, problem: str) -> None:
         self.problem = problem

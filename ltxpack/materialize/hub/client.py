@@ -68,8 +68,8 @@ class RepoFile:
 class RepoInfo:
     """A repository at one commit.
 
-    ``revision`` is the branch or tag that was asked for, None for the main branch. ``cached_only``: read from the hub
-    cache, so ``files`` may not be all there are.
+    ``revision`` is the requested branch or tag, None for the main branch. ``cached_only``: read from the hub cache, so
+    that ``files`` may be incomplete.
     """
 
     repo: str
@@ -101,7 +101,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def check_request(repo: str, revision: str | None) -> None:
-    """Raises UsageError unless both can stand in an address and name a folder of the cache."""
+    """Raises UsageError unless both are fit for an address and for a folder of the cache."""
     parts = repo.split("/")
     plain = len(parts) == 2 and all(REPO_PART.fullmatch(part) for part in parts)
     if not plain or "--" in repo or ".." in repo or repo.endswith(".git"):
@@ -207,7 +207,7 @@ class Hub:
     # What the hub states
 
     def _ask(self, request: HubRequest) -> RepoInfo:
-        """What the hub holds. Gated repositories are described to everyone, so one file is asked for as well."""
+        """What the hub holds. It describes gated repositories to everyone, so this asks for one file as well."""
         with self._explained(request):
             self._check_token(request)
             try:
@@ -265,7 +265,7 @@ class Hub:
         return HubRequest(self._endpoint, self._cache, repo, revision, name)
 
     def _check_token(self, request: HubRequest) -> None:
-        """A token that cannot stand in a header would be quoted, whole, in the error of the HTTP library."""
+        """Refuses a token that is not fit for a header: the HTTP library would quote it, whole, in its error."""
         from huggingface_hub import get_token
 
         token = self._token or get_token()
@@ -389,7 +389,7 @@ class Hub:
         return path
 
     def _remember_revision(self, info: RepoInfo) -> None:
-        """Notes which commit the revision asked for is, so that it is found without a network."""
+        """Notes the commit of the requested revision, so that it is found without a network."""
         revision = info.revision or "main"
         if revision == info.commit:
             return
@@ -437,7 +437,7 @@ def check_cached(path: Path, file: RepoFile, request: HubRequest) -> None:
 def _blob_name(path: Path) -> str | None:
     """The hash that a snapshot's file, or a blob itself, is stored under; None where the cache could not link.
 
-    Only the first link counts: a blob may itself be a link into a store whose names are other hashes.
+    Only the first link is followed: a blob may itself be a link into a store whose names are other hashes.
     """
     target = path.readlink() if path.is_symlink() else path
     return target.name if target.parent.name == "blobs" else None
@@ -512,7 +512,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _progress_class(reporter: Reporter) -> Any:
-    """A tqdm that prints nothing and tells ``reporter``, for what huggingface_hub downloads by itself."""
+    """A tqdm that prints nothing and moves ``reporter``, for what huggingface_hub downloads by itself."""
     from tqdm import tqdm
 
     class Progress(tqdm):  # type: ignore[type-arg]

@@ -27,12 +27,12 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class HubUnreachable(SourceError):
-    """No answer, or none of use: no network, a proxy in the way, the hub down. The cache may still help."""
+    """No usable answer: no network, a proxy in the way, the hub down. The cache may still help."""
 
 
 @dataclass(frozen=True)
 class HubRequest:
-    """What was asked for, so that a message can name it."""
+    """What a request is about, so that a message can name it."""
 
     endpoint: str
     cache: Path
@@ -56,7 +56,7 @@ class HubRequest:
 class Row(NamedTuple):
     """What to say of one failure. ``{…}`` are fields of the request, ``{status}`` and what ``explain`` finds out.
 
-    ``away``: the hub gives no answer of use, so that the cache may help.
+    ``away``: the hub gives no usable answer, so that the cache may help.
     """
 
     problem: str
@@ -70,7 +70,7 @@ _ACCEPT = "open {page} and accept the licence there, then: " + _LOGIN
 _CHECK = "check HF_ENDPOINT, if you have set it, and open {page}"
 _ROOM = "free some space, or set HF_HUB_CACHE to a folder on a larger disk; then run the same command again"
 _NO_HUB = "what answers is not a model hub"
-_BETWEEN = "check HF_ENDPOINT, and whether a proxy or a login page of the network stands in between"
+_BETWEEN = "check HF_ENDPOINT, and whether a proxy or a login page of the network is in between"
 
 NOT_CACHED = Row(
     "is not in the hub cache, and the hub is not asked (offline mode, or no network)",
@@ -96,7 +96,7 @@ _TROUBLE = Row(
 )
 _REFUSED = Row("the hub refuses the request", _CHECK, "HTTP {status} from {endpoint}{quote}")
 
-# Class of an exception, or of one of its parents -> what to say; the first that fits counts. To huggingface_hub a
+# Class of an exception, or of one of its parents -> what to say; the first row that fits is used. To huggingface_hub a
 # gated repository is one that is not found. What is merely refused is looked up by its status.
 BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("OfflineModeIsEnabled", NOT_CACHED),
@@ -204,7 +204,7 @@ def _reason(error: Exception) -> str:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status an exception of either library stands for."""
+    """The HTTP status in an exception of either library."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 

@@ -23,7 +23,7 @@ from ltxpack.reporter import Reporter
 
 PIECE = 8 << 20
 CONNECTIONS = 8
-WINDOW = 10  # pieces asked for at a time, at most: this many times PIECE is the memory a download takes
+WINDOW = 10  # pieces requested at a time, at most: a download takes this many times PIECE of memory
 PROGRESS = 256 << 10  # a try that brought this much does not count as one more failure
 POLL_SECONDS = 0.25
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -31,7 +31,7 @@ ADDRESS_EXPIRED = frozenset({401, 403})
 
 
 class RangesIgnoredError(Exception):
-    """The server sends the whole file whatever part is asked for."""
+    """The server sends the whole file whatever part is requested."""
 
 
 class BrokenError(Exception):
@@ -110,7 +110,7 @@ class RemoteFile:
         self._stop.set()
 
     def news(self) -> tuple[int, list[str]]:
-        """Bytes that came, and what is to be told, since this was last asked."""
+        """Bytes that came, and notes, since the last call."""
         with self._news_lock:
             news = self._received, self._notes
             self._received, self._notes = 0, []
@@ -161,7 +161,7 @@ class RemoteFile:
 
 
 def download(remote: RemoteFile, partial: Path, digest: Digest, reporter: Reporter) -> None:
-    """Fills ``partial`` up to the whole file and checks its content; what is there already is not asked for again.
+    """Fills ``partial`` up to the whole file and checks its content; asks for no byte that is there already.
 
     When it fails or is interrupted, all bytes that came in order stay. Raises SourceError if the content does not hash
     to ``digest`` (``partial`` is removed then), BrokenError, RangesIgnoredError, OSError.
@@ -193,7 +193,7 @@ def download(remote: RemoteFile, partial: Path, digest: Digest, reporter: Report
 
 
 def _take_up(file: BinaryIO, size: int, hasher: hashlib._Hash, reporter: Reporter) -> int:
-    """Hashes what an earlier run left in ``file``; returns the offset to go on from, where ``file`` then stands."""
+    """Hashes what an earlier run left in ``file``; returns where to go on, the position of ``file``."""
     present = os.fstat(file.fileno()).st_size
     if present > size:
         file.truncate(0)
@@ -266,7 +266,7 @@ def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
 
 
 def _check_start(status: int, content_range: str, first: int) -> None:
-    """A prefix can be cut off a whole file; a part from the middle must be the one asked for."""
+    """A prefix can be cut off a whole file; a part from the middle must be the requested one."""
     if status == 206 and content_range.startswith(f"bytes {first}-"):
         return
     if status == 206 or first > 0:
