@@ -72,23 +72,30 @@ def decode(bench: Bench) -> None:
     if not installed(CODEC_PACKAGE):
         _absent(bench, "Video decoder", CODEC_PACKAGE)
         return
-    from ltxpack.runtime import codecs
+    from ltxpack.runtime.codecs import video
+    from ltxpack.runtime.codecs.tiles import DecoderSizes, auto_tiling, tiling_within
 
     table = bench.table("Video decoder", ("tensors", "tiles", "s", "TFLOP/s", "of the matrix rate", "peak GB"))
     vae = random_codecs(bench.sizes, bench.device, bench.dtype).vae
     grid = bench.sizes.shape.grid
     latents = torch.randn(1, vae.config.latent_channels, *grid, device=bench.device, dtype=bench.dtype)
-    official = codecs.auto_tiling(*grid[1:])
+    official = auto_tiling(*grid[1:])
     free = torch.cuda.mem_get_info(bench.device)[0] * 8 // 10 if bench.device.type == "cuda" else 2**30
-    fast = codecs.fast_tiling(vae, latents, free)
+    config, spatial = vae.config, vae.spatial_compression_ratio
+    sizes = DecoderSizes(
+        width=config.decoder_block_out_channels[0] // config.upsample_factor[0],
+        places=vae.temporal_compression_ratio * (spatial // config.patch_size) ** 2,
+        values=vae.temporal_compression_ratio * spatial**2 * config.out_channels,
+    )
+    fast = tiling_within(grid, sizes, latents.itemsize, free)
     for layout in ("planes", "channels last"):
         if layout == "channels last":
-            codecs.channels_last(vae)
+            video.channels_last(vae)
         for tiles, tiling in (("official", official), ("fast", fast)):
             bench.say(f"decode, {layout}, {tiles} tiles")
 
             def work(tiling: Any = tiling) -> None:
-                for _ in codecs.decode_video(vae, latents, tiling):
+                for _ in video.decode_video(vae, latents, tiling):
                     pass
 
             work()
@@ -104,7 +111,7 @@ def decode(bench: Bench) -> None:
 
 def _decoded_share(grid: tuple[int, int, int], tiling: Any) -> float:
     """Latents decoded in all tiles over latents of the video."""
-    from ltxpack.runtime.tiles import split, split_frames
+    from ltxpack.runtime.codecs.tiles import split, split_frames
 
     cuts = ((split_frames, tiling.frames), (split, tiling.height), (split, tiling.width))
     share = 1.0
@@ -179,33 +186,33 @@ def _stage2(bench: Bench, start: AV[Tensor] | None, steps: int | None) -> AV[Ten
 def _upsampled(bench: Bench, parts: Codecs | None, latents: Tensor) -> Tensor:
     if parts is None:
         return latents.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
-    from ltxpack.runtime import codecs
+    from ltxpack.runtime.codecs import upsample, video
 
-    return codecs.upsample(parts.upsampler, codecs.LatentStatistics.of(parts.vae), latents)
+    return upsample.upsample(parts.upsampler, video.LatentStatistics.of(parts.vae), latents)
 
 
 def _decoded(bench: Bench, parts: Codecs, latents: AV[Tensor], sound: Tensor, phases: Phases) -> None:
     """Sound, then pictures, encoded in their thread while the next are decoded, as ``ltxpack run`` does it."""
-    from ltxpack.runtime import codecs
+    from ltxpack.runtime.codecs import audio, video
 
     if bench.device.type == "cuda":
-        codecs.channels_last(parts.vae)
+        video.channels_last(parts.vae)
     with phases.phase("audio"):
-        waveform = codecs.decode_audio(parts.audio_vae, parts.vocoder, sound).cpu()
+        waveform = audio.decode_audio(parts.audio_vae, parts.vocoder, sound).cpu()
     if not installed(MEDIA_PACKAGE):
         phases.table.note += f" {MEDIA_PACKAGE} is not installed here: frames are decoded and not encoded."
         with phases.phase("video, decoded only"):
-            for frames in codecs.decode_video(parts.vae, latents.video):
+            for frames in video.decode_video(parts.vae, latents.video):
                 (frames * 255).to(torch.uint8).cpu()
         return
-    from ltxpack.runtime.media import VideoWriter
+    from ltxpack.runtime.media.mp4 import VideoWriter
 
     shape = bench.sizes.shape
-    rate = codecs.sample_rate(parts.vocoder)
+    rate = audio.sample_rate(parts.vocoder)
     with tempfile.TemporaryDirectory() as folder, phases.phase("video"):
         path = Path(folder) / "video.mp4"
         with VideoWriter(path, shape.width, shape.height, shape.fps, rate) as writer:
-            for frames in codecs.decode_video(parts.vae, latents.video):
+            for frames in video.decode_video(parts.vae, latents.video):
                 writer.write(frames)
             writer.write_audio(waveform)
 

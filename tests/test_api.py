@@ -22,7 +22,9 @@ from test_architecture import HEAVY, modules_after
 import ltxpack as package
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import codecs, recipe_run
+from ltxpack.runtime import recipe_run
+from ltxpack.runtime.codecs import video
+from ltxpack.runtime.codecs.tiles import auto_tiling
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.pipeline import Pipeline
@@ -244,16 +246,16 @@ def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.
     assert make.decoding == told and notes.told.count(told) == 1
     assert torch.equal(fast.latents.stage2.video, official.latents.stage2.video)
     folder = make.session.overlay.folder("vae")
-    vae = codecs.load_video_vae(folder, torch.device("cpu"), torch.float32)
+    vae = video.load_video_vae(folder, torch.device("cpu"), torch.float32)
     latents = official.latents.stage2.video
     with torch.inference_mode():
-        whole = vae.decode(codecs.LatentStatistics.of(vae).denormalise(latents)).sample[0].permute(1, 2, 3, 0)
-        tiled = torch.cat(list(codecs.decode_video(vae, latents)))
+        whole = vae.decode(video.LatentStatistics.of(vae).denormalise(latents)).sample[0].permute(1, 2, 3, 0)
+        tiled = torch.cat(list(video.decode_video(vae, latents)))
     assert relative_l2(fast.frames, ((whole + 1) / 2).clamp(0, 1)) <= 1e-6
     assert torch.equal(official.frames, tiled)
     assert not torch.equal(fast.frames, official.frames)
 
-    monkeypatch.setattr(planner, "tiling_within", lambda grid, *_: codecs.auto_tiling(*grid[1:]))
+    monkeypatch.setattr(planner, "tiling_within", lambda grid, *_: auto_tiling(*grid[1:]))
     again = make("a boat", decode="fast", **wide)
     assert torch.equal(again.frames, official.frames)
     assert notes.told[-1].startswith("decode fast: no larger tiles than the official ones fit, which are used: 2 tiles")
@@ -317,7 +319,7 @@ def test_after_an_error_the_pipeline_can_be_called_again(make: Pipeline, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(codecs, "decode_video", full)
+        patch.setattr(video, "decode_video", full)
         with pytest.raises(DeviceError, match="7 GiB") as raised:
             make("a boat", **SMALL)
     assert held[0]() is None, "the failed work's tensors are released while the error is still held"

@@ -194,7 +194,7 @@ def test_an_interrupt_leaves_the_older_video(overlay: Path, tmp_path: Path, monk
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ltxpack.runtime.codecs.decode_video", interrupted)
+    monkeypatch.setattr("ltxpack.runtime.codecs.video.decode_video", interrupted)
     assert ltxpack("run", overlay, *RUN, "-o", video).returncode == 130
     assert video.read_bytes() == b"older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["overlay", "v.mp4"]

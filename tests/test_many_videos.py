@@ -22,8 +22,10 @@ from support import Done, ltxpack, refused
 from ltxpack.errors import LtxpackError
 from ltxpack.manifest import load_schema
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime import batch, codecs, media, recipe_run, record
+from ltxpack.runtime import batch, recipe_run, record
 from ltxpack.runtime import run as runs
+from ltxpack.runtime.codecs import video
+from ltxpack.runtime.media import mp4
 from ltxpack.runtime.prompts_file import read_jobs
 from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, Request
 from ltxpack.runtime.session import Session
@@ -60,7 +62,7 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """Name of a video -> the frames given to its encoder."""
     seen: dict[str, torch.Tensor] = {}
 
-    class Recording(media.VideoWriter):
+    class Recording(mp4.VideoWriter):
         def write(self, frames: torch.Tensor) -> None:
             before = seen.get(self.path.name, frames[:0])
             seen[self.path.name] = torch.cat([before, frames])
@@ -125,9 +127,9 @@ def test_many_are_what_each_is_alone(
     for name, flags in alone.items():
         assert ltxpack("run", demo / "overlay", *FLAGS, *flags, "--no-cache", "-o", tmp_path / name).returncode == 0
     assert list(together) == ["one.mp4", *alone]
-    assert [len(video) for video in together.values()] == [9, 17, 9]
-    for name, video in frames.items():
-        assert torch.equal(together[name], video), name
+    assert [len(each) for each in together.values()] == [9, 17, 9]
+    for name, each in frames.items():
+        assert torch.equal(together[name], each), name
     assert list(frames) == list(alone)
     assert len({video[:9].sum().item() for video in together.values()}) == 3
 
@@ -460,7 +462,7 @@ def test_memory_that_runs_out_is_told_and_leaves_the_older_video(
 ) -> None:
     prompts = written(tmp_path, *THREE)
     (tmp_path / "1.mp4").write_bytes(b"older")
-    monkeypatch.setattr(codecs, "decode_video", out_of_memory)
+    monkeypatch.setattr(video, "decode_video", out_of_memory)
     done = many(demo, prompts)
     message = refused(done, 1)
     assert set(statuses(done).values()) == {"failed"}
@@ -528,7 +530,7 @@ def test_after_an_interrupt_the_same_command_goes_on(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = written(tmp_path, *THREE)
-    decode, count = codecs.decode_video, []
+    decode, count = video.decode_video, []
 
     def interrupted(*arguments: Any) -> Any:
         count.append(1)
@@ -537,7 +539,7 @@ def test_after_an_interrupt_the_same_command_goes_on(
         return decode(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(codecs, "decode_video", interrupted)
+        patch.setattr(video, "decode_video", interrupted)
         done = many(demo, prompts)
     assert done.returncode == 130
     assert "goes on from where it stopped" in done.stderr
@@ -551,13 +553,13 @@ SLOWLY_DECODED = """
 import signal
 import time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from ltxpack.runtime import codecs
-decode = codecs.decode_video
+from ltxpack.runtime.codecs import video
+decode = video.decode_video
 def slowly(*arguments):
     for frames in decode(*arguments):
         yield frames
         time.sleep(60)
-codecs.decode_video = slowly
+video.decode_video = slowly
 from ltxpack.cli import main
 main()
 """

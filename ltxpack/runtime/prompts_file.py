@@ -19,8 +19,8 @@ import jsonschema
 from ltxpack.errors import BadLinesError, FormatError, LtxpackError, UsageError
 from ltxpack.files.tensorfile import open_source, parse_json
 from ltxpack.manifest import load_schema
-from ltxpack.runtime.media import check_output, frame_rate
 from ltxpack.runtime.media.images import read_image
+from ltxpack.runtime.media.mp4 import check_output, frame_rate
 from ltxpack.runtime.record import is_free
 from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.runtime.settings import Settings, SettingsGiven, type_of

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
 from torch import Tensor
 
 from ltxpack.ltx23.classes import TEMPORAL_FACTOR
-from ltxpack.runtime import codecs
-from ltxpack.runtime.large_tiles import FAST
-from ltxpack.runtime.media import load_image, prepare_image
+from ltxpack.runtime.codecs import audio, video
+from ltxpack.runtime.codecs.tiles import FAST
+from ltxpack.runtime.media.images import load_image, prepare_image
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.runtime.sampling.av import AV
@@ -119,12 +119,12 @@ def decode_audio(session: Session, latents: Tensor) -> tuple[Tensor, int]:
     def decode(vae: AutoencoderKLLTX2Audio) -> tuple[Tensor, int]:
         return session.borrow(
             "vocoder",
-            codecs.load_vocoder,
-            lambda vocoder: (codecs.decode_audio(vae, vocoder, latents).cpu(), codecs.sample_rate(vocoder)),
+            audio.load_vocoder,
+            lambda vocoder: (audio.decode_audio(vae, vocoder, latents).cpu(), audio.sample_rate(vocoder)),
         )
 
     with session.timings.phase("audio"):
-        return session.borrow("audio_vae", codecs.load_audio_vae, decode)
+        return session.borrow("audio_vae", audio.load_audio_vae, decode)
 
 
 def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], object]) -> None:
@@ -137,13 +137,13 @@ def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], ob
 
     def decode(vae: AutoencoderKLLTX2Video) -> None:
         session.reporter.begin("decode", (latents.shape[2] - 1) * TEMPORAL_FACTOR + 1, "frame")
-        for frames in codecs.decode_video(vae, latents, tiling):
+        for frames in video.decode_video(vae, latents, tiling):
             write(frames)
             session.reporter.advance(len(frames))
         session.reporter.end()
 
     with session.timings.phase("video"):
-        session.borrow("vae", codecs.load_video_vae, decode)
+        session.borrow("vae", video.load_video_vae, decode)
 
 
 def work_of(session: Session, request: Request, together: int = 1, once: bool = False) -> Work:
@@ -169,13 +169,13 @@ def _encoded(
 
     def item(vae: AutoencoderKLLTX2Video, image: ImageSpec, picture: Tensor, shape: VideoShape) -> ImageItem:
         pixels = prepare_image(picture, shape.height, shape.width, session.device, session.dtype)
-        return ImageItem(image.frame, image.strength, codecs.encode_image(vae, pixels))
+        return ImageItem(image.frame, image.strength, video.encode_image(vae, pixels))
 
     def encode(vae: AutoencoderKLLTX2Video) -> list[list[ImageItem]]:
         pairs = list(zip(request.images, pictures, strict=True))
         return [[item(vae, image, picture, shape) for image, picture in pairs] for shape in shapes]
 
-    return session.borrow("vae", codecs.load_video_vae, encode)
+    return session.borrow("vae", video.load_video_vae, encode)
 
 
 def _denoiser(

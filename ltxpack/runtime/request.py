@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ltxpack.errors import UsageError
-from ltxpack.runtime.large_tiles import DECODES
+from ltxpack.runtime.codecs.tiles import DECODES
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.sampling.shape import VideoShape, check_sizes
 from ltxpack.runtime.settings import Settings, SettingsGiven, flag_of, recipe_named

@@ -19,8 +19,7 @@ from torch import Tensor
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.manifest import FileRecord
 from ltxpack.reporter import Reporter, SilentReporter
-from ltxpack.runtime import codecs
-from ltxpack.runtime.compiled import compile_dit
+from ltxpack.runtime.codecs import upsample, video
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
@@ -31,6 +30,7 @@ from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
+from ltxpack.runtime.torch_settings import set_up_compiler
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.advice import check_mode, check_reads
 from ltxpack.runtime.weights.device import known_fault, resolve_device
@@ -87,7 +87,7 @@ class Session:
         self.attention: kernels.KernelChoice | None = None
         self._attention_told = False
         self._closed = False
-        self._statistics: codecs.LatentStatistics | None = None
+        self._statistics: video.LatentStatistics | None = None
         # A name that cannot be used is an error now; the fastest is measured when there is something to make.
         if kernels.asked_for(settings.attention) != kernels.AUTO:
             self.attention = self.within_memory(self._choose_attention)
@@ -149,10 +149,10 @@ class Session:
         """Video latents in twice the height and width; of the video VAE this needs two small tensors only."""
         if self._statistics is None:
             folder = self.overlay.folder("vae")
-            self._statistics = codecs.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
+            self._statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
         statistics = self._statistics
         return self.borrow(
-            "latent_upsampler", codecs.load_upsampler, lambda net: codecs.upsample(net, statistics, latents)
+            "latent_upsampler", upsample.load_upsampler, lambda net: upsample.upsample(net, statistics, latents)
         )
 
     def within_memory(self, work: Callable[[], R]) -> R:
@@ -205,7 +205,8 @@ class Session:
         if self.attention is not None:
             model.use_attention(self.attention.kernels)
         if self.settings.compile:
-            compile_dit(model, self.reporter)
+            set_up_compiler(self.reporter)
+            model.compile_blocks()
 
     def _choose_attention(self) -> kernels.KernelChoice:
         config = read_dit_config(self.overlay.transformer_folder(BASE))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ltxpack.errors import UsageError
 from ltxpack.files.source_file import READS
-from ltxpack.runtime.large_tiles import DECODES, OFFICIAL
+from ltxpack.runtime.codecs.tiles import DECODES, OFFICIAL
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Guidance, Recipe
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ltxpack.errors import UsageError, quoted
 from ltxpack.files.publish import Temporary, write_errors
 from ltxpack.files.tensorfile import build_header
-from ltxpack.runtime.media import VideoWriter
+from ltxpack.runtime.media.mp4 import VideoWriter
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import stage_flag
 

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKLLTX2Video
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, LATENT_UPSAMPLER, RenameTable
+from ltxpack.runtime.codecs.tiles import DecoderSizes
 
 CODECS = ("vae", "audio_vae", "vocoder")
 
@@ -42,3 +44,13 @@ def _write(folder: Path, source: Path, table: RenameTable, config: dict[str, Any
         tensors = {table.rename(name): file.get_tensor(name) for name in names}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def decoder_sizes(vae: AutoencoderKLLTX2Video) -> DecoderSizes:
+    """What the memory of a tile follows, from the decoder's own configuration."""
+    config, temporal, spatial = vae.config, vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    return DecoderSizes(
+        width=config.decoder_block_out_channels[0] // config.upsample_factor[0],
+        places=temporal * (spatial // config.patch_size) ** 2,
+        values=temporal * spatial**2 * config.out_channels,
+    )

@@ -10,6 +10,7 @@ from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
 from diffusers.pipelines.ltx2.vocoder import UpSample1d
 from torch import Tensor
 
+from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, build_on_meta, load_component, load_module, read_config
 
 
@@ -35,6 +36,7 @@ def load_vocoder(
 
 
 @torch.no_grad()
+@exact_float32()
 def decode_mel(audio_vae: AutoencoderKLLTX2Audio, latents: Tensor) -> Tensor:
     """The log-mel spectrogram ``[1, 2, 4 Ta - 3, 64]`` of normalised ``latents`` ``[1, 8, Ta, 16]``, same dtype.
 
@@ -47,15 +49,15 @@ def decode_mel(audio_vae: AutoencoderKLLTX2Audio, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@exact_float32()
 def decode_audio(audio_vae: AutoencoderKLLTX2Audio, vocoder: LTX2VocoderWithBWE, latents: Tensor) -> Tensor:
     """The waveform ``[2, N]`` float32 in [-1, 1] of normalised ``latents`` ``[1, 8, Ta, 16]``.
 
-    N is ``(4 Ta - 3) * 160 * 3`` samples at :func:`sample_rate`. The vocoder runs in float32 without TF32; its
+    N is ``(4 Ta - 3) * 160 * 3`` samples at :func:`sample_rate`. The vocoder runs in float32; its
     result is rounded to the dtype of ``latents``, as the official pipeline hands it on.
     """
     mel = decode_mel(audio_vae, latents)
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        waveform = vocoder(mel.float())
+    waveform = vocoder(mel.float())
     return waveform[0].to(latents.dtype).float()
 
 

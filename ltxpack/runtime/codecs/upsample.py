@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.codecs.video import LatentStatistics
+from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, load_component
 
 
@@ -21,6 +22,7 @@ def load_upsampler(
 
 
 @torch.no_grad()
+@exact_float32()
 def upsample(upsampler: LTX2LatentUpsamplerModel, statistics: LatentStatistics, latents: Tensor) -> Tensor:
     """Normalised latents ``[1, C, f, h, w]`` to normalised latents ``[1, C, f, 2h, 2w]``, same dtype.
 

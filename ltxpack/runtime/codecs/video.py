@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
@@ -13,8 +14,8 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalCon
 from torch import Tensor
 
 from ltxpack.errors import OverlayError
-from ltxpack.runtime.codecs.tiling import Piece, Tiling, auto_tiling, frame_pieces, fresh_frames, spatial_pieces
-from ltxpack.runtime.large_tiles import DecoderSizes, tiling_within
+from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, split, split_frames
+from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import (
     FLOATS,
     Reader,
@@ -128,26 +129,8 @@ class _ChannelsLastConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffuse
         return self.conv(padded)
 
 
-def fast_tiling(vae: VideoVAE, latents: Tensor, available: int) -> Tiling:
-    """The largest tiles in which ``latents`` ``[1, C, f, h, w]`` can be decoded with ``available`` bytes free.
-
-    Seams move, so pixels near them differ from the official ones; see :mod:`ltxpack.runtime.large_tiles`.
-    """
-    _, _, length, height, width = latents.shape
-    return tiling_within((length, height, width), decoder_sizes(vae), latents.itemsize, available)
-
-
-def decoder_sizes(vae: VideoVAE) -> DecoderSizes:
-    """What the memory of a tile follows."""
-    config, temporal, spatial = vae.config, vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    return DecoderSizes(
-        width=config.decoder_block_out_channels[0] // config.upsample_factor[0],
-        places=temporal * (spatial // config.patch_size) ** 2,
-        values=temporal * spatial**2 * config.out_channels,
-    )
-
-
 @torch.no_grad()
+@exact_float32()
 def encode_image(vae: VideoVAE, pixels: Tensor) -> Tensor:
     """Normalised latents ``[1, C, f, H/32, W/32]`` of ``pixels`` ``[1, 3, F, H, W]`` in [-1, 1], model dtype.
 
@@ -168,9 +151,9 @@ def decode_video(vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -
     tiling = tiling or auto_tiling(height, width)
     spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
     device = latents.device
-    groups = [piece.to(device) for piece in frame_pieces(length, tiling.frames, temporal)]
-    rows = [piece.to(device) for piece in spatial_pieces(height, tiling.height, spatial)]
-    columns = [piece.to(device) for piece in spatial_pieces(width, tiling.width, spatial)]
+    groups = [tile.to(device) for tile in frame_tiles(length, tiling.frames, temporal)]
+    rows = [tile.to(device) for tile in spatial_tiles(height, tiling.height, spatial)]
+    columns = [tile.to(device) for tile in spatial_tiles(width, tiling.width, spatial)]
     latents = LatentStatistics.of(vae).denormalise(latents)
 
     tail = latents.new_empty(0, 1, 1, 1)
@@ -183,7 +166,10 @@ def decode_video(vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -
             yield ((frames[:fresh] + 1) * 0.5).clamp(0, 1)
 
 
-def _decode_group(vae: VideoVAE, latents: Tensor, group: Piece, rows: list[Piece], columns: list[Piece]) -> Tensor:
+@exact_float32()
+def _decode_group(
+    vae: VideoVAE, latents: Tensor, group: AxisTile, rows: list[AxisTile], columns: list[AxisTile]
+) -> Tensor:
     """The weighted sum of one temporal group's tiles, ``[n, H, W, 3]`` in [-1, 1].
 
     Products and sums are float32, rounded once as they are stored in the buffer.
@@ -197,9 +183,73 @@ def _decode_group(vae: VideoVAE, latents: Tensor, group: Piece, rows: list[Piece
     return frames
 
 
-def _blend(place: Tensor, tile: Tensor, group: Piece, row: Piece, column: Piece) -> None:
+def _blend(place: Tensor, tile: Tensor, group: AxisTile, row: AxisTile, column: AxisTile) -> None:
     """Adds ``tile`` times its weights to ``place``, both ``[n, h, w, 3]``."""
     parts = (values.split(BLENDED_AT_ONCE) for values in (place, tile, group.weights))
     for target, values, weights in zip(*parts, strict=True):
         outer = weights.view(-1, 1, 1, 1) * row.weights.view(1, -1, 1, 1) * column.weights.view(1, 1, -1, 1)
         target.copy_(target.float() + values.float() * outer)
+
+
+@dataclass(frozen=True, slots=True)
+class AxisTile:
+    """One tile along one axis: the latents it decodes, its positions in the output, and the weight of each."""
+
+    latents: slice
+    output: slice
+    weights: Tensor
+
+    def to(self, device: torch.device) -> AxisTile:
+        """The same tile with its weights on ``device``; they are computed on the CPU, whose rounding is the norm."""
+        return AxisTile(self.latents, self.output, self.weights.to(device))
+
+
+def spatial_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
+    """The tiles along height or width, ``scale`` pixels per latent."""
+    tiles = []
+    for span in split(length, cut):
+        output = slice(span.start * scale, span.stop * scale)
+        rise, fall = _ramp(span.rise * scale), _ramp(span.fall * scale)
+        tiles.append(AxisTile(span.latents, output, weights(output, rise, fall)))
+    return _summing_to_one(tiles)
+
+
+def frame_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
+    """The tiles along time; ``n`` latents decode to ``scale * (n - 1) + 1`` frames."""
+    tiles = []
+    for span in split_frames(length, cut):
+        output = slice(span.start * scale, (span.stop - 1) * scale + 1)
+        rise = torch.cat([torch.zeros(1), _ramp((span.rise - 1) * scale)]) if span.rise else torch.empty(0)
+        tiles.append(AxisTile(span.latents, output, weights(output, rise, _ramp(span.fall * scale))))
+    return _summing_to_one(tiles)
+
+
+def fresh_frames(groups: list[AxisTile]) -> Iterator[int]:
+    """The number of frames of each temporal group that are final once it is decoded: those before the next group."""
+    for group, following in pairwise(groups):
+        yield following.output.start - group.output.start
+    yield groups[-1].output.stop - groups[-1].output.start
+
+
+def weights(output: slice, rise: Tensor, fall: Tensor) -> Tensor:
+    """Float32 weights of one tile along one axis: ones, times the rising and the mirrored falling edge."""
+    mask = torch.ones(output.stop - output.start)
+    mask[: len(rise)] *= rise
+    mask[len(mask) - len(fall) :] *= fall.flip(0)
+    return mask
+
+
+def _ramp(length: int) -> Tensor:
+    """``i / (length + 1)`` for i = 1..length, with the rounding of ``linspace``."""
+    return torch.linspace(0, 1, length + 2)[1:-1]
+
+
+def _summing_to_one(tiles: list[AxisTile]) -> list[AxisTile]:
+    """Divides the weights by their sum where it is not 1: more than two tiles overlap there."""
+    total = torch.zeros(max(tile.output.stop for tile in tiles))
+    for tile in tiles:
+        total[tile.output] += tile.weights
+    if torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-5):
+        return tiles
+    total.clamp_(min=1e-8)
+    return [AxisTile(tile.latents, tile.output, tile.weights / total[tile.output]) for tile in tiles]

@@ -24,6 +24,8 @@ Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 100_000_000
 MAX_CRF = 51
+# How many times the pixels that are needed make a picture a large one.
+LARGE = 4
 ORIENTATION = 0x0112
 # Mirrored orientations are ignored, as the official pipeline does.
 TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
@@ -45,15 +47,18 @@ def load_image(path: Path, crf: int) -> Tensor:
 def prepare_image(picture: Tensor, height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``[1, 3, 1, height, width]`` in [-1, 1] of uint8 ``[H, W, 3]``: scaled to cover, cropped to the centre.
 
-    Bilinear, without antialiasing and without rounding back to whole numbers; float32 until the last step.
+    Bilinear, without antialiasing and without rounding back to whole numbers; float32 until the last step. A picture
+    that is large, or that becomes large, is scaled on the CPU: on ``device`` it would take memory that no plan counts.
     """
-    image = picture.to(device).permute(2, 0, 1)[None].float()
-    scale = max(height / image.shape[2], width / image.shape[3])
-    covering = (math.ceil(image.shape[2] * scale), math.ceil(image.shape[3] * scale))
+    rows, columns = picture.shape[:2]
+    scale = max(height / rows, width / columns)
+    covering = (math.ceil(rows * scale), math.ceil(columns * scale))
+    large = max(rows * columns, math.prod(covering)) > LARGE * height * width
+    image = picture.to("cpu" if large else device).permute(2, 0, 1)[None].float()
     image = torch.nn.functional.interpolate(image, size=covering, mode="bilinear", align_corners=False)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     image = image[:, :, top : top + height, left : left + width]
-    return (image / 127.5 - 1.0).to(dtype)[:, :, None]
+    return (image / 127.5 - 1.0).to(dtype)[:, :, None].to(device)
 
 
 def check_crf(crf: int) -> None:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError, quoted
 from ltxpack.files.publish import Temporary
-from ltxpack.runtime.media.yuv import to_i420
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 NTSC = (24, 30, 48, 60, 120)
@@ -35,6 +34,12 @@ MAX_DENOMINATOR = 1_000_000
 BT709 = LIMITED_RANGE = 1
 X264 = {"crf": "19", "preset": "veryfast"}
 FRAMES_AT_ONCE = 8
+# Red, green and blue in each plane, BT.709.
+PLANES = {
+    "y": (0.2126, 0.7152, 0.0722),
+    "cb": (-0.1146, -0.3854, 0.5),
+    "cr": (0.5, -0.4542, -0.0458),
+}
 
 
 def check_output(path: Path) -> Path:
@@ -245,3 +250,25 @@ def _sound(waveform: Tensor, rate: int | None) -> av.AudioFrame:
     frame = av.AudioFrame.from_ndarray(samples.T.reshape(1, -1).numpy(), format="s16", layout="stereo")
     frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate or 1)
     return frame
+
+
+def to_i420(frames: Tensor) -> Tensor:
+    """uint8 ``[F, 3 H / 2, W]`` (planes Y, U, V one below the other) of RGB ``frames`` ``[F, H, W, 3]`` in [0, 1].
+
+    Arithmetic in the dtype of ``frames``; the result is cut off, not rounded. H and W are even.
+    """
+    count, height, width, _ = frames.shape
+    y, cb, cr = (_weighted(frames, row) for row in PLANES.values())
+    chroma = torch.stack([_halved(cb), _halved(cr)], dim=1)
+    planes = [(y * 219 + 16).reshape(count, height, width), (chroma * 224 + 128).reshape(count, height // 2, width)]
+    return torch.cat(planes, dim=1).clamp(0, 255).to(torch.uint8)
+
+
+def _weighted(frames: Tensor, row: tuple[float, float, float]) -> Tensor:
+    red, green, blue = frames.unbind(-1)
+    return red * row[0] + green * row[1] + blue * row[2]
+
+
+def _halved(plane: Tensor) -> Tensor:
+    """``[F, H, W]`` averaged over 2x2 squares."""
+    return torch.nn.functional.avg_pool2d(plane[:, None], 2)[:, 0]

@@ -11,9 +11,8 @@ import math
 from dataclasses import dataclass
 
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS
-from ltxpack.runtime.large_tiles import DecoderSizes
+from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling, auto_tiling
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
 
 LATENT_CHANNELS = 128
 FLOAT32, FLOAT64 = 4, 8

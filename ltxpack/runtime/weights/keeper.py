@@ -18,7 +18,7 @@ from torch import nn
 from ltxpack.files.source_file import AUTO
 from ltxpack.manifest import FileRecord
 from ltxpack.reporter import Reporter, SilentReporter
-from ltxpack.runtime.large_tiles import FAST
+from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.overlay import BASE, Overlay
 from ltxpack.runtime.weights import advice, report
 from ltxpack.runtime.weights import plan as modes

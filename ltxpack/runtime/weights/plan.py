@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from ltxpack.runtime.large_tiles import FAST, OFFICIAL, tiling_within
+from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.tiles import Tiling, auto_tiling
 from ltxpack.runtime.weights import activations
 from ltxpack.runtime.weights.activations import HIDDEN_BYTES
 from ltxpack.runtime.weights.machine import Machine

@@ -9,8 +9,7 @@ from typing import Any
 from ltxpack.files.source_file import AUTO
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ltxpack.runtime.large_tiles import FAST, OFFICIAL
-from ltxpack.runtime.tiles import Tiles, Tiling, auto_tiling
+from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiles, Tiling, auto_tiling
 from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.machine import Machine
 from ltxpack.runtime.weights.plan import Plan

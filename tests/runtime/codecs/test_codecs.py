@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from codec_parts import write_codecs
+from codec_parts import decoder_sizes, write_codecs
 from diffusers import AutoencoderKLLTX2Video
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ltxpack.errors import OverlayError, UsageError
-from ltxpack.runtime import codecs
-from ltxpack.runtime.codecs import Cut, LatentStatistics, Tiling, video
+from ltxpack.runtime.codecs import audio, upsample, video
 from ltxpack.runtime.codecs.audio import decode_mel
+from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
+from ltxpack.runtime.codecs.video import LatentStatistics
+from ltxpack.runtime.torch_settings import exact_float32
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -87,10 +89,10 @@ def parts(request: pytest.FixtureRequest, golden: Path, folder: Path) -> SimpleN
     return SimpleNamespace(
         name=name,
         bound=BOUNDS[name],
-        vae=codecs.load_video_vae(folder / "vae", CPU, dtype),
-        audio_vae=codecs.load_audio_vae(folder / "audio_vae", CPU, dtype),
-        vocoder=codecs.load_vocoder(folder / "vocoder", CPU, dtype),
-        upsampler=codecs.load_upsampler(folder / "latent_upsampler", CPU, dtype),
+        vae=video.load_video_vae(folder / "vae", CPU, dtype),
+        audio_vae=audio.load_audio_vae(folder / "audio_vae", CPU, dtype),
+        vocoder=audio.load_vocoder(folder / "vocoder", CPU, dtype),
+        upsampler=upsample.load_upsampler(folder / "latent_upsampler", CPU, dtype),
         recorded=load(golden / "golden" / f"components_{name}.safetensors"),
     )
 
@@ -102,19 +104,19 @@ def compare(found: Tensor, expected: Tensor, bound: float) -> None:
 
 def test_every_encoded_latent(parts: SimpleNamespace) -> None:
     for what in ("image", "video9"):
-        found = codecs.encode_image(parts.vae, parts.recorded[f"vae_enc.{what}_in"])
+        found = video.encode_image(parts.vae, parts.recorded[f"vae_enc.{what}_in"])
         compare(found, parts.recorded[f"vae_enc.{what}_latent"], parts.bound)
 
 
 def test_decoded_video(parts: SimpleNamespace) -> None:
-    frames = torch.cat(list(codecs.decode_video(parts.vae, parts.recorded["vae_dec.latent"])))
+    frames = torch.cat(list(video.decode_video(parts.vae, parts.recorded["vae_dec.latent"])))
     plain = parts.recorded["vae_dec.out_default_memory_efficient"][0].permute(1, 2, 3, 0)
     compare(frames, ((plain + 1) * 0.5).clamp(0, 1), parts.bound)
     assert plain.abs().max() > 1, "the clamp is not exercised"
 
 
 def test_tiled_decode(parts: SimpleNamespace, golden: Path) -> None:
-    chunks = list(codecs.decode_video(parts.vae, parts.recorded["vae_dec_tiled.latent"], recorded_tiling(golden)))
+    chunks = list(video.decode_video(parts.vae, parts.recorded["vae_dec_tiled.latent"], recorded_tiling(golden)))
     assert [len(chunk) for chunk in chunks] == parts.recorded["vae_dec_tiled.chunk_frames"].tolist()
     frames = torch.cat(chunks)[parts.recorded["vae_dec_tiled.frames_sel_idx"]]
     compare(frames, parts.recorded["vae_dec_tiled.frames_sel"], parts.bound)
@@ -138,12 +140,12 @@ def test_every_step_of_the_vocoder(parts: SimpleNamespace) -> None:
 
 
 def test_waveform_is_rounded_to_the_dtype_of_the_latents(parts: SimpleNamespace) -> None:
-    wave = codecs.decode_audio(parts.audio_vae, parts.vocoder, parts.recorded["audio_dec.latent"])
+    wave = audio.decode_audio(parts.audio_vae, parts.vocoder, parts.recorded["audio_dec.latent"])
     expected = parts.recorded["vocoder.out_wave_48k"]
     assert expected.dtype == DTYPES[parts.name]
     compare(wave, expected[0].float(), parts.bound)
     assert torch.equal(wave, wave.to(expected.dtype).float())
-    assert codecs.sample_rate(parts.vocoder) == 48000
+    assert audio.sample_rate(parts.vocoder) == 48000
 
 
 @torch.no_grad()
@@ -164,7 +166,7 @@ def test_loud_sound_is_clamped_before_the_bandwidth_extension(parts: SimpleNames
 
 
 def test_upsampled_latents(parts: SimpleNamespace) -> None:
-    found = codecs.upsample(parts.upsampler, LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"])
+    found = upsample.upsample(parts.upsampler, LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"])
     compare(found, parts.recorded["upsampler.out"], parts.bound)
 
 
@@ -172,9 +174,82 @@ def test_a_single_latent_is_refused_where_a_channel_is_normalised_by_itself(part
     """diffusers' module as it is raises a bare ValueError then; one more column is enough."""
     statistics, latents = LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"]
     with pytest.raises(UsageError, match="too small a video for the upsampler") as caught:
-        codecs.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :1])
+        upsample.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :1])
     assert "--num-frames" in caught.value.next
-    assert codecs.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :2]).shape[2:] == (1, 2, 4)
+    assert upsample.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :2]).shape[2:] == (1, 2, 4)
+
+
+def precisions() -> dict[str, object]:
+    """Every setting of torch that says how float32 numbers are multiplied."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return {
+        "convolutions": cudnn.conv.fp32_precision,
+        "products": matmul.fp32_precision,
+        "recurrent": cudnn.rnn.fp32_precision,
+        "cuda": cudnn.fp32_precision,
+        "all": torch.backends.fp32_precision,
+        "allow_tf32": (cudnn.allow_tf32, matmul.allow_tf32),
+        "named": torch.get_float32_matmul_precision(),
+        "others": (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+    }
+
+
+@pytest.fixture
+def tf32_allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, object]]:
+    """As a program may have set it for its own models."""
+    before, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.benchmark = True
+    yield precisions()
+    torch.backends.cudnn.benchmark = benchmark
+    torch.set_float32_matmul_precision(before)
+
+
+def test_float32_is_float32_in_every_codec(parts: SimpleNamespace, tf32_allowed: dict[str, object]) -> None:
+    """Inside the networks TF32 is off for convolutions and products; outside, all is as it was found."""
+    recorded, seen = parts.recorded, {}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.setdefault(name, []).append(precisions())
+
+    networks = {"encoder": parts.vae.encoder, "decoder": parts.vae.decoder, "audio": parts.audio_vae.decoder}
+    networks |= {"vocoder": parts.vocoder.vocoder, "upsampler": parts.upsampler}
+    hooks = [network.register_forward_pre_hook(look(name)) for name, network in networks.items()]
+    try:
+        video.encode_image(parts.vae, recorded["vae_enc.image_in"])
+        for _ in video.decode_video(parts.vae, recorded["vae_dec.latent"]):
+            assert precisions() == tf32_allowed, "what the caller does between two groups is not ours"
+        upsample.upsample(parts.upsampler, LatentStatistics.of(parts.vae), recorded["upsampler.in"])
+        audio.decode_audio(parts.audio_vae, parts.vocoder, recorded["audio_dec.latent"])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert precisions() == tf32_allowed
+    assert seen.keys() == networks.keys()
+    for name, found in seen.items():
+        for each in found:
+            assert (each["convolutions"], each["products"], each["recurrent"]) == ("ieee",) * 3, name
+            assert each["allow_tf32"] == (False, False), name
+            assert all(each[kept] == tf32_allowed[kept] for kept in ("cuda", "all", "others")), name
+
+
+def test_exact_float32_ends_with_its_last_user(tf32_allowed: dict[str, object]) -> None:
+    """Two threads decode at once: neither gives TF32 back while the other computes."""
+    first, second = exact_float32(), exact_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert precisions()["convolutions"] == "ieee"
+    second.__exit__(None, None, None)
+    assert precisions() == tf32_allowed
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # the newer interface alone: the older cannot be read then
+    try:
+        with exact_float32():
+            assert precisions()["allow_tf32"] == (False, False)
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def test_what_the_runs_decoded(parts: SimpleNamespace, golden: Path) -> None:
@@ -183,13 +258,13 @@ def test_what_the_runs_decoded(parts: SimpleNamespace, golden: Path) -> None:
     for path in runs:
         run = load(path)
         if "upsampler.in" in run:
-            found = codecs.upsample(parts.upsampler, LatentStatistics.of(parts.vae), run["upsampler.in"])
+            found = upsample.upsample(parts.upsampler, LatentStatistics.of(parts.vae), run["upsampler.in"])
             compare(found, run["upsampler.out"], parts.bound)
         if "audio_waveform" in run:
-            wave = codecs.decode_audio(parts.audio_vae, parts.vocoder, run["stage1.audio_final_latent"])
+            wave = audio.decode_audio(parts.audio_vae, parts.vocoder, run["stage1.audio_final_latent"])
             compare(wave, run["audio_waveform"], parts.bound)
-            assert codecs.sample_rate(parts.vocoder) == run["audio_sampling_rate"]
-        frames = torch.cat(list(codecs.decode_video(parts.vae, run["stage2.video_final_latent"])))
+            assert audio.sample_rate(parts.vocoder) == run["audio_sampling_rate"]
+        frames = torch.cat(list(video.decode_video(parts.vae, run["stage2.video_final_latent"])))
         check_frames(frames, run, parts.bound)
 
 
@@ -212,16 +287,16 @@ def check_frames(frames: Tensor, run: dict[str, Tensor], bound: float) -> None:
 def test_bf16_is_met_bit_for_bit_on_one_thread(golden: Path, folder: Path) -> None:
     """Only where the processor rounds as the one that recorded: the encoder tells, the rest must follow."""
     recorded = load(golden / "golden" / "components_bf16.safetensors")
-    vae = codecs.load_video_vae(folder / "vae", CPU, torch.bfloat16)
-    if not torch.equal(codecs.encode_image(vae, recorded["vae_enc.image_in"]), recorded["vae_enc.image_latent"]):
+    vae = video.load_video_vae(folder / "vae", CPU, torch.bfloat16)
+    if not torch.equal(video.encode_image(vae, recorded["vae_enc.image_in"]), recorded["vae_enc.image_latent"]):
         return
-    frames = torch.cat(list(codecs.decode_video(vae, recorded["vae_dec_tiled.latent"], recorded_tiling(golden))))
+    frames = torch.cat(list(video.decode_video(vae, recorded["vae_dec_tiled.latent"], recorded_tiling(golden))))
     assert torch.equal(frames[recorded["vae_dec_tiled.frames_sel_idx"]], recorded["vae_dec_tiled.frames_sel"])
 
 
 def test_a_component_of_another_class_is_refused(folder: Path) -> None:
     with pytest.raises(OverlayError, match="another class of component"):
-        codecs.load_vocoder(folder / "vae", CPU, torch.float32)
+        audio.load_vocoder(folder / "vae", CPU, torch.float32)
 
 
 def small_vae() -> AutoencoderKLLTX2Video:
@@ -311,7 +386,7 @@ def test_tiled_decode_equals_a_slow_blending(
         shape = (1, -1, 1, 1, 1)
         return small.decode(tile * small.latents_std.view(shape) + small.latents_mean.view(shape)).sample
 
-    frames = torch.cat(list(codecs.decode_video(small, latents, tiling)))
+    frames = torch.cat(list(video.decode_video(small, latents, tiling)))
     expected = slow_decode(decode, latents, tiling)
     assert (expected > 0).float().mean() > 0.1
     assert relative_l2(frames, expected) < 1e-6
@@ -323,16 +398,16 @@ def test_channels_last_changes_nothing_beyond_rounding(dtype: torch.dtype) -> No
     latents = torch.randn(1, 8, 3, 3, 2, generator=generator).to(dtype)
     pixels = torch.randn(1, 3, 9, 64, 96, generator=generator).clamp(-1, 1).to(dtype)
     vae = small_vae().to(dtype)
-    frames, encoded = torch.cat(list(codecs.decode_video(vae, latents))), codecs.encode_image(vae, pixels)
-    assert codecs.channels_last(vae) is vae
+    frames, encoded = torch.cat(list(video.decode_video(vae, latents))), video.encode_image(vae, pixels)
+    assert video.channels_last(vae) is vae
     limit = 1e-6 if dtype == torch.float32 else 1.4e-2
-    assert relative_l2(torch.cat(list(codecs.decode_video(vae, latents))), frames) <= limit
-    assert relative_l2(codecs.encode_image(vae, pixels), encoded) <= limit
+    assert relative_l2(torch.cat(list(video.decode_video(vae, latents))), frames) <= limit
+    assert relative_l2(video.encode_image(vae, pixels), encoded) <= limit
 
 
 def test_channels_last_reaches_the_convolutions() -> None:
     """No convolution of the decoder has to turn its input around."""
-    vae = codecs.channels_last(small_vae())
+    vae = video.channels_last(small_vae())
     seen: dict[str, bool] = {}
 
     def look(name: str) -> Callable[..., None]:
@@ -345,7 +420,7 @@ def test_channels_last_reaches_the_convolutions() -> None:
         if isinstance(module, torch.nn.Conv3d):
             assert module.weight.is_contiguous(memory_format=torch.channels_last_3d)
             module.register_forward_pre_hook(look(name))
-    list(codecs.decode_video(vae, torch.randn(1, 8, 3, 3, 2)))
+    list(video.decode_video(vae, torch.randn(1, 8, 3, 3, 2)))
     assert len(seen) >= 10
     assert all(seen.values()), seen
 
@@ -361,9 +436,13 @@ def test_memory_of_a_tile_is_what_the_decoder_allocates(size: tuple[int, int, in
     with torch.no_grad(), Peak() as peak:
         vae.decode(latents)
     count = math.prod(size)
-    sizes = video.decoder_sizes(vae)
+    sizes = decoder_sizes(vae)
     assert sizes.largest_tile(peak.bytes, itemsize) <= count, "never less than what is allocated"
     assert sizes.largest_tile(int(1.3 * peak.bytes), itemsize) >= count, "nor much more"
+
+
+def fast_tiling(vae: AutoencoderKLLTX2Video, latents: Tensor, available: int) -> Tiling:
+    return tiling_within(tuple(latents.shape[2:]), decoder_sizes(vae), latents.itemsize, available)
 
 
 def test_fast_tiling_uses_what_there_is() -> None:
@@ -371,21 +450,21 @@ def test_fast_tiling_uses_what_there_is() -> None:
         vae = AutoencoderKLLTX2Video(**LTX23_VAE)
     latents = torch.empty(1, 128, 16, 34, 60, dtype=torch.bfloat16, device="meta")
     whole = Tiling(Cut(16, 3), Cut(34, 2), Cut(60, 2))
-    assert codecs.fast_tiling(vae, latents, 80_000_000_000) == whole
-    assert codecs.fast_tiling(vae, latents, 1_000_000_000) == codecs.auto_tiling(34, 60)
-    between = codecs.fast_tiling(vae, latents, 16_000_000_000)
-    assert between not in (whole, codecs.auto_tiling(34, 60))
+    assert fast_tiling(vae, latents, 80_000_000_000) == whole
+    assert fast_tiling(vae, latents, 1_000_000_000) == auto_tiling(34, 60)
+    between = fast_tiling(vae, latents, 16_000_000_000)
+    assert between not in (whole, auto_tiling(34, 60))
     longer = torch.empty(1, 128, 40, 34, 60, dtype=torch.bfloat16, device="meta")
-    assert codecs.fast_tiling(vae, longer, 10**12) != Tiling(Cut(40, 3), Cut(34, 2), Cut(60, 2)), "2**31 elements"
+    assert fast_tiling(vae, longer, 10**12) != Tiling(Cut(40, 3), Cut(34, 2), Cut(60, 2)), "2**31 elements"
 
 
 def test_fast_tiling_decodes_the_same_video(small: AutoencoderKLLTX2Video) -> None:
     """As one tile, without seams."""
     latents = torch.randn(1, 8, 11, 5, 30, generator=torch.Generator().manual_seed(2))
-    official = torch.cat(list(codecs.decode_video(small, latents)))
-    tiling = codecs.fast_tiling(small, latents, 10**12)
+    official = torch.cat(list(video.decode_video(small, latents)))
+    tiling = fast_tiling(small, latents, 10**12)
     assert tiling == Tiling(Cut(11, 3), Cut(5, 2), Cut(30, 2))
-    (whole,) = codecs.decode_video(small, latents, tiling)
+    (whole,) = video.decode_video(small, latents, tiling)
     untiled = small.decode(LatentStatistics.of(small).denormalise(latents)).sample[0].permute(1, 2, 3, 0)
     assert relative_l2(whole, ((untiled + 1) / 2).clamp(0, 1)) <= 1e-6
     assert whole.shape == official.shape
@@ -401,7 +480,7 @@ def test_frames_come_while_later_groups_wait(small: AutoencoderKLLTX2Video, monk
         return decode(latents, **options)
 
     monkeypatch.setattr(small, "decode", counted)
-    chunks = codecs.decode_video(small, torch.randn(1, 8, 6, 4, 1), Tiling(Cut(3, 1), Cut(3, 1), Cut(3, 1)))
+    chunks = video.decode_video(small, torch.randn(1, 8, 6, 4, 1), Tiling(Cut(3, 1), Cut(3, 1), Cut(3, 1)))
     assert len(next(chunks)) == 8
     assert decoded == [3, 3]
     assert [len(chunk) for chunk in chunks] == [16, 17]
@@ -409,7 +488,7 @@ def test_frames_come_while_later_groups_wait(small: AutoencoderKLLTX2Video, monk
 
 
 def test_decoding_records_no_gradients(small: AutoencoderKLLTX2Video) -> None:
-    (frames,) = codecs.decode_video(small, torch.randn(1, 8, 1, 1, 1, requires_grad=True))
+    (frames,) = video.decode_video(small, torch.randn(1, 8, 1, 1, 1, requires_grad=True))
     assert not frames.requires_grad
     assert torch.is_grad_enabled()
 
@@ -444,7 +523,7 @@ def test_statistics_are_read_without_the_rest(
 
 def test_vocoder_filters_survive_the_meta_device(folder: Path, golden: Path) -> None:
     """The resampler's filter is in no file; built on the meta device alone it would be lost."""
-    vocoder = codecs.load_vocoder(folder / "vocoder", CPU, torch.bfloat16)
+    vocoder = audio.load_vocoder(folder / "vocoder", CPU, torch.bfloat16)
     assert not any(tensor.is_meta for tensor in [*vocoder.parameters(), *vocoder.buffers()])
     assert {tensor.dtype for tensor in [*vocoder.parameters(), *vocoder.buffers()]} == {torch.float32}
     gain = vocoder.resampler.filter.sum()

@@ -7,8 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltxpack.runtime.large_tiles import large_tiling
-from ltxpack.runtime.tiles import Cut, Tiling, auto_tiling, split, split_frames
+from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, large_tiling, split, split_frames
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60))
 

@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from support import load
 
-from ltxpack.runtime.codecs.tiling import (
-    Cut,
-    Tiling,
-    auto_tiling,
-    frame_pieces,
-    fresh_frames,
-    spatial_pieces,
-    split,
-    split_frames,
-)
-from ltxpack.runtime.tiles import Tiles
+from ltxpack.runtime.codecs.tiles import Cut, Tiles, Tiling, auto_tiling, split, split_frames
+from ltxpack.runtime.codecs.video import frame_tiles, fresh_frames, spatial_tiles
 
 TEMPORAL, SPATIAL = 8, 32
 
@@ -52,16 +43,16 @@ def test_layouts_equal_the_recorded_ones(golden: Path) -> None:
         tiling = auto_tiling(height, width) if size else recorded_tiling(golden)
         tiles = [
             (t, h, w)
-            for t in frame_pieces(length, tiling.frames, TEMPORAL)
-            for h in spatial_pieces(height, tiling.height, SPATIAL)
-            for w in spatial_pieces(width, tiling.width, SPATIAL)
+            for t in frame_tiles(length, tiling.frames, TEMPORAL)
+            for h in spatial_tiles(height, tiling.height, SPATIAL)
+            for w in spatial_tiles(width, tiling.width, SPATIAL)
         ]
         assert [[[p.latents.start, p.latents.stop] for p in tile] for tile in tiles] == coords.tolist()
         outputs = recorded[f"tiles.{name}.out_coords"]
         assert [[[p.output.start, p.output.stop] for p in tile] for tile in tiles] == outputs.tolist()
         for i, tile in enumerate(tiles):
-            for axis, piece in zip("fhw", tile, strict=True):
-                assert torch.equal(piece.weights, recorded[f"tiles.{name}.tile{i}.mask_{axis}"]), (name, i, axis)
+            for axis, along in zip("fhw", tile, strict=True):
+                assert torch.equal(along.weights, recorded[f"tiles.{name}.tile{i}.mask_{axis}"]), (name, i, axis)
 
 
 def test_default_size_is_cut_as_the_spec_says() -> None:
@@ -70,7 +61,7 @@ def test_default_size_is_cut_as_the_spec_says() -> None:
     assert [(s.start, s.stop) for s in split_frames(16, tiling.frames)] == [(0, 10), (6, 16)]
     assert [(s.start, s.stop) for s in split(34, tiling.height)] == [(0, 14), (12, 26), (24, 34)]
     assert [(s.start, s.stop) for s in split(60, tiling.width)] == [(0, 24), (22, 46), (44, 60)]
-    assert list(fresh_frames(frame_pieces(16, tiling.frames, 8))) == [48, 73]
+    assert list(fresh_frames(frame_tiles(16, tiling.frames, 8))) == [48, 73]
 
 
 @pytest.mark.parametrize(
@@ -82,10 +73,10 @@ def test_the_short_side_is_rounded_half_to_even_and_at_least_three(height: int, 
 
 
 def test_an_axis_not_longer_than_its_tile_is_left_whole() -> None:
-    (piece,) = spatial_pieces(24, Cut(24, 2), SPATIAL)
-    assert piece.latents == slice(0, 24)
-    assert torch.equal(piece.weights, torch.ones(24 * SPATIAL))
-    (group,) = frame_pieces(10, Cut(10, 3), TEMPORAL)
+    (tile,) = spatial_tiles(24, Cut(24, 2), SPATIAL)
+    assert tile.latents == slice(0, 24)
+    assert torch.equal(tile.weights, torch.ones(24 * SPATIAL))
+    (group,) = frame_tiles(10, Cut(10, 3), TEMPORAL)
     assert group.output == slice(0, 73)
 
 
@@ -98,19 +89,19 @@ cuts = st.integers(1, 12).flatmap(lambda length: st.builds(Cut, st.just(length),
 
 
 @given(length=st.integers(1, 80), cut=cuts)
-def test_spatial_pieces_cover_and_their_weights_sum_to_one(length: int, cut: Cut) -> None:
-    pieces = spatial_pieces(length, cut, 4)
+def test_spatial_tiles_cover_and_their_weights_sum_to_one(length: int, cut: Cut) -> None:
+    tiles = spatial_tiles(length, cut, 4)
     total = torch.zeros(length * 4)
-    for piece in pieces:
-        assert 0 < piece.latents.stop - piece.latents.start <= cut.length
-        assert len(piece.weights) == piece.output.stop - piece.output.start
-        total[piece.output] += piece.weights
+    for tile in tiles:
+        assert 0 < tile.latents.stop - tile.latents.start <= cut.length
+        assert len(tile.weights) == tile.output.stop - tile.output.start
+        total[tile.output] += tile.weights
     assert torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 
 @given(length=st.integers(1, 80), cut=cuts)
 def test_groups_of_frames_cover_and_come_out_once(length: int, cut: Cut) -> None:
-    groups = frame_pieces(length, cut, TEMPORAL)
+    groups = frame_tiles(length, cut, TEMPORAL)
     frames = (length - 1) * TEMPORAL + 1
     total = torch.zeros(frames)
     for group in groups:
@@ -126,9 +117,9 @@ def test_groups_of_frames_cover_and_come_out_once(length: int, cut: Cut) -> None
 @given(length=st.integers(1, 300), cut=cuts)
 def test_tiles_are_counted_and_measured_without_being_listed(length: int, cut: Cut) -> None:
     tiles = Tiles.of((length, length, length), Tiling(cut, cut, cut))
-    groups, pieces = split_frames(length, cut), split(length, cut)
-    longest, side = (max(span.stop - span.start for span in spans) for spans in (groups, pieces))
-    assert tiles == Tiles(len(groups) * len(pieces) ** 2, (longest, side, side))
+    groups, sides = split_frames(length, cut), split(length, cut)
+    longest, side = (max(span.stop - span.start for span in spans) for spans in (groups, sides))
+    assert tiles == Tiles(len(groups) * len(sides) ** 2, (longest, side, side))
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), length=st.integers(1, 60))

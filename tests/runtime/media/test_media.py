@@ -18,7 +18,8 @@ from support import load
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError
-from ltxpack.runtime.media import VideoWriter, check_output, frame_rate, mp4, to_i420
+from ltxpack.runtime.media import mp4
+from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate, to_i420
 
 RATE = 48000
 

@@ -20,10 +20,10 @@ from torch._inductor import config
 from torch._inductor.runtime.runtime_utils import cache_dir
 
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.compiled import COMPILERS, FOLDER, INDUCTOR_CACHE, compile_dit, compiled_code
 from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.model.rope import RopeTables, Rotation
 from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, compile_dit, compiled_code
 
 STAGES = [AV(24, 9), AV(50, 14)]
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from codec_parts import decoder_sizes
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
 from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel, LTX2VocoderWithBWE
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -22,10 +23,10 @@ from torch import Tensor, nn
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
 from ltxpack.ltx23.published import published_configs
-from ltxpack.runtime import codecs
-from ltxpack.runtime.codecs import Cut, Tiling
-from ltxpack.runtime.codecs.tiling import Piece
-from ltxpack.runtime.large_tiles import tiling_within
+from ltxpack.runtime.codecs import audio, video
+from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
+from ltxpack.runtime.codecs.video import AxisTile
+from ltxpack.runtime.media.images import prepare_image
 from ltxpack.runtime.model.attention import Attention
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass, Stream
@@ -173,12 +174,12 @@ def test_the_connectors(dtype: torch.dtype) -> None:
 def test_decoding_a_video(last: bool, shape: VideoShape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = built(AutoencoderKLLTX2Video, "vae", dtype)
     if last:
-        vae = codecs.channels_last(copy.deepcopy(vae))
-    move = Piece.to
-    monkeypatch.setattr(Piece, "to", lambda piece, _: move(piece, torch.device("meta")))
+        vae = video.channels_last(copy.deepcopy(vae))
+    move = AxisTile.to
+    monkeypatch.setattr(AxisTile, "to", lambda tile, _: move(tile, torch.device("meta")))
 
     def decode() -> None:
-        for _ in codecs.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype)):
+        for _ in video.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype)):
             pass
 
     check(activations.video_decoding(WIDTHS, shape, dtype.itemsize), peak_of(decode), 1.25)
@@ -202,11 +203,11 @@ def test_decoding_in_other_tiles(
     shape: VideoShape, tiling: Tiling | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = built(AutoencoderKLLTX2Video, "vae", dtype)
-    move = Piece.to
-    monkeypatch.setattr(Piece, "to", lambda piece, _: move(piece, torch.device("meta")))
+    move = AxisTile.to
+    monkeypatch.setattr(AxisTile, "to", lambda tile, _: move(tile, torch.device("meta")))
 
     def decode() -> None:
-        for _ in codecs.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype), tiling):
+        for _ in video.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype), tiling):
             pass
 
     check(activations.video_decoding(WIDTHS, shape, dtype.itemsize, tiling), peak_of(decode), 1.25)
@@ -217,12 +218,10 @@ def test_decoding_in_other_tiles(
 def test_the_plan_and_the_decoder_agree_on_tiles_that_fit(room: int, dtype: torch.dtype) -> None:
     vae = built(AutoencoderKLLTX2Video, "vae", dtype)
     sizes = activations.decoder_sizes(WIDTHS)
-    assert sizes == codecs.video.decoder_sizes(vae)
+    assert sizes == decoder_sizes(vae)
     for shape in (SHAPES[0], LONG):
-        latents = meta(1, 128, *shape.grid, dtype=dtype)
         found = tiling_within(shape.grid, sizes, dtype.itemsize, room * 10**9)
-        assert found == codecs.fast_tiling(vae, latents, room * 10**9)
-        if found != codecs.auto_tiling(*shape.grid[1:]):
+        if found != auto_tiling(*shape.grid[1:]):
             assert activations.video_decoding(WIDTHS, shape, dtype.itemsize, found) <= room * 10**9
 
 
@@ -238,12 +237,15 @@ def test_small_phases(shape: VideoShape, dtype: torch.dtype) -> None:
     picture = meta(1, 3, 1, shape.height, shape.width, dtype=dtype)
     half = meta(1, 128, *shape.divided(2).grid, dtype=dtype)
     phases: list[tuple[Callable[..., int], list[Callable[[], object]]]] = [
-        (activations.image_encoding, [lambda: codecs.encode_image(vae, picture)]),
+        (activations.image_encoding, [lambda: video.encode_image(vae, picture)]),
         (activations.upsampling, [lambda: upsampler(half)]),
-        (activations.sound_decoding, [lambda: codecs.audio.decode_mel(audio_vae, sound), lambda: vocoder(mel)]),
+        (activations.sound_decoding, [lambda: audio.decode_mel(audio_vae, sound), lambda: vocoder(mel)]),
     ]
     for planned, works in phases:
         check(planned(WIDTHS, shape, dtype.itemsize), max(map(peak_of, works)), SMALL)
+    largest = meta(2 * shape.height, 2 * shape.width, 3, dtype=torch.uint8)
+    scaled = peak_of(lambda: prepare_image(largest, shape.height, shape.width, largest.device, dtype))
+    assert 0 < scaled <= activations.image_encoding(WIDTHS, shape, dtype.itemsize), "larger ones are scaled on the CPU"
 
 
 def test_planning_needs_no_torch() -> None:

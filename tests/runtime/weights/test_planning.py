@@ -15,8 +15,8 @@ from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files.tensorfile import DTYPE_BITS
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import RELEASES
+from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.tiles import Tiles, auto_tiling
 from ltxpack.runtime.weights import advice, load, reading, report, sizes
 from ltxpack.runtime.weights import plan as modes
 from ltxpack.runtime.weights.activations import HIDDEN_BYTES, Widths, hidden_states

@@ -533,10 +533,10 @@ def test_a_changed_shard_is_refused_and_never_used(
     opened = Overlay.open(overlay)
     residency = Residency(opened, CPU, torch.float32, "auto")
     residency.plan = modes.plan_for(residency._sizes(WORK), WORK, setup)
-    from ltxpack.runtime import codecs
+    from ltxpack.runtime.codecs import video
     from ltxpack.runtime.text import gemma as text
 
-    loads: dict[str, Any] = {"text_encoder": text.load_text_encoder, "vae": codecs.load_video_vae}
+    loads: dict[str, Any] = {"text_encoder": text.load_text_encoder, "vae": video.load_video_vae}
     records = opened.transformer_records(STAGES[1]) if victim.startswith("bakes") else opened.records(victim)
     used: list[Any] = []
     for ahead in (False, True):

@@ -1,4 +1,6 @@
-"""The DiT with compiled blocks, and the folder that torch may load compiled code from."""
+"""What ltxpack changes of torch's settings, which are the whole process's: float32 without TF32 for a while, and the
+folder that torch may load compiled code from.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,15 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
 
 from ltxpack.reporter import Reporter
-from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.text.prompt_cache import PLACE_VARIABLE, user_cache
 
 # Inductor looks here for compiled kernels of earlier processes; Triton's own go to a folder below.
@@ -23,11 +29,79 @@ MOST_COMPILERS = 4
 FOLDER = "ltxpack-compiled"
 
 
-def compile_dit(dit: DiT, reporter: Reporter) -> None:
-    """Compile the blocks of ``dit`` from now on, and keep the compiled code for later processes.
+class _ExactFloat32:
+    """How many blocks of :func:`exact_float32` are entered, and what gives the settings back after the last."""
 
-    This sets, for the whole process and what it starts, the folder of torch's compiled code (unless the user has
-    named one) and a bound on the number of compiler processes (unless the user has set it).
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self.entered = 0
+        self.restore: Callable[[], None] = lambda: None
+
+
+_exact = _ExactFloat32()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """In the block, convolutions and matrix products of float32 numbers on a card use float32, not TF32.
+
+    Other threads see it too. The last block to end, in whatever thread, restores what the first one found; no other
+    setting changes.
+    """
+    with _exact.lock:
+        if not _exact.entered:
+            _exact.restore = _without_tf32()
+        _exact.entered += 1
+    try:
+        yield
+    finally:
+        with _exact.lock:
+            _exact.entered -= 1
+            if not _exact.entered:
+                _exact.restore()
+
+
+def _without_tf32() -> Callable[[], None]:
+    """Turns TF32 off; returns what restores the settings.
+
+    torch has two interfaces to them and refuses to read the older one while the two disagree, so both are set.
+    """
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    convolutions = products = None
+    with suppress(RuntimeError):  # they disagree already
+        convolutions = cudnn.allow_tf32
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    # The newer interface came with torch 2.9. The name of a precision of products sets oneDNN's too.
+    found: tuple[Any, ...] = (
+        getattr(cudnn, "conv", None),
+        getattr(cudnn, "rnn", None),
+        matmul,
+        getattr(torch.backends.mkldnn, "matmul", None),
+    )
+    before = [(each, each.fp32_precision) for each in found if hasattr(each, "fp32_precision")]
+    if products not in (None, "highest"):
+        torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    for operation, _ in before:
+        operation.fp32_precision = "ieee"
+
+    def restore() -> None:
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        if products not in (None, "highest"):
+            torch.set_float32_matmul_precision(products)
+        for operation, precision in before:
+            operation.fp32_precision = precision
+
+    return restore
+
+
+def set_up_compiler(reporter: Reporter) -> None:
+    """Have torch keep compiled code for later processes, and compile in few processes.
+
+    Both are settings of this process and of those it starts. What the user has set for torch stays.
     """
     os.environ[INDUCTOR_CACHE] = str(compiled_code(os.environ, reporter))
     if COMPILERS not in os.environ:
@@ -35,7 +109,6 @@ def compile_dit(dit: DiT, reporter: Reporter) -> None:
 
         # Each is a process with a torch of its own, which the plan of the host's memory does not count.
         config.compile_threads = min(config.compile_threads or MOST_COMPILERS, MOST_COMPILERS)
-    dit.compile_blocks()
 
 
 def compiled_code(environment: Mapping[str, str], reporter: Reporter) -> Path:

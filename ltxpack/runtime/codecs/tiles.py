@@ -1,0 +1,204 @@
+"""How a latent video is cut into tiles for decoding: the official layout, or larger tiles where memory allows.
+
+Sizes and positions alone, so that a plan needs no torch. Lengths are in latents. Source: spec 06, section 5. Larger
+tiles decode less twice; pixels near a seam then differ from the official ones, so users ask for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+OFFICIAL, FAST = "official", "fast"
+DECODES = (OFFICIAL, FAST)
+LONG_SIDE = 24
+SHORTEST_SIDE = 3
+SPATIAL_OVERLAP = 2
+FRAMES = 10
+FRAME_OVERLAP = 3
+# Full-size tensors of the decoder's last stage alive at its largest moment, counted on the meta device.
+LIVE_TENSORS = 4.5
+# The group in work, its tail, and two copies on the way to the range [0, 1].
+FRAME_COPIES = 4
+# Convolutions cannot count as many elements in one tensor.
+TOO_MANY = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The longest tile along one axis and how far neighbours overlap."""
+
+    length: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.length:
+            raise ValueError(f"an overlap of {self.overlap} does not fit tiles of {self.length} latents")
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How each axis is cut."""
+
+    frames: Cut
+    height: Cut
+    width: Cut
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One tile along one axis: ``[start, stop)`` and the length of its rising and falling edge."""
+
+    start: int
+    stop: int
+    rise: int = 0
+    fall: int = 0
+
+    @property
+    def latents(self) -> slice:
+        """The latents this tile decodes."""
+        return slice(self.start, self.stop)
+
+
+def auto_tiling(height: int, width: int) -> Tiling:
+    """The official layout: 80 frames, 768 pixels on the long side, the short side in proportion.
+
+    The short side is rounded half to even. It does not depend on the memory of the device.
+    """
+    longest = max(height, width)
+
+    def side(length: int) -> Cut:
+        return Cut(max(SHORTEST_SIDE, round(LONG_SIDE * length / longest)), SPATIAL_OVERLAP)
+
+    return Tiling(Cut(FRAMES, FRAME_OVERLAP), side(height), side(width))
+
+
+def span_count(length: int, cut: Cut) -> int:
+    """How many spans :func:`split` and :func:`split_frames` make."""
+    return 1 if length <= cut.length else -(-(length - cut.overlap) // (cut.length - cut.overlap))
+
+
+def split(length: int, cut: Cut) -> list[Span]:
+    """Spans of ``cut.length`` that cover ``length``, each overlapping the next; the last may be shorter."""
+    stride, count = cut.length - cut.overlap, span_count(length, cut)
+    if count == 1:
+        return [Span(0, length)]
+    return [
+        Span(
+            start=i * stride,
+            stop=min(i * stride + cut.length, length),
+            rise=cut.overlap if i > 0 else 0,
+            fall=cut.overlap if i < count - 1 else 0,
+        )
+        for i in range(count)
+    ]
+
+
+def split_frames(length: int, cut: Cut) -> list[Span]:
+    """As :func:`split`; every span after the first starts one latent earlier.
+
+    That latent decodes to one frame only (the first of a clip does), which gets weight 0.
+    """
+    first, *rest = split(length, cut)
+    return [first, *(Span(span.start - 1, span.stop, span.rise + 1, span.fall) for span in rest)]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """The number of tiles, and the latents (f, h, w) of the largest."""
+
+    count: int
+    largest: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, grid: tuple[int, int, int], tiling: Tiling) -> Tiles:
+        """The tiles that latents of (f, h, w) are cut into."""
+        length, height, width = grid
+        cuts = (tiling.frames, tiling.height, tiling.width)
+        # Counted without a list of them: a plan is made before a size is known to be sound.
+        count = math.prod(map(span_count, grid, cuts))
+        rows, columns = min(height, tiling.height.length), min(width, tiling.width.length)
+        return cls(count, (_longest_frames(length, tiling.frames), rows, columns))
+
+
+def _longest_frames(length: int, cut: Cut) -> int:
+    """The longest of :func:`split_frames`: a middle one if there is one, else the first or the last."""
+    count = span_count(length, cut)
+    if count == 1:
+        return length
+    if count == 2:
+        return max(cut.length, length - (cut.length - cut.overlap) + 1)
+    return cut.length + 1
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSizes:
+    """What one latent becomes in the video decoder: ``width`` channels in each of ``places`` positions of the last
+    stage, where most memory goes, and ``values`` numbers in the decoded frames.
+    """
+
+    width: int
+    places: int
+    values: int
+
+    def largest_tile(self, available: int, itemsize: int) -> int:
+        """The most latents of a tile that is decoded in ``available`` bytes.
+
+        The largest moment is a convolution of the last stage: its output, its input, and the input before padding.
+        """
+        count = self.width * self.places
+        return int(min(available // (LIVE_TENSORS * count * itemsize), (TOO_MANY - 1) // count))
+
+
+def tiling_within(grid: tuple[int, int, int], decoder: DecoderSizes, itemsize: int, available: int) -> Tiling:
+    """The largest tiles in which latents of (f, h, w) can be decoded with ``available`` bytes free.
+
+    The frames' own bytes are subtracted first. The official tiles are the least, even where they do not fit.
+    """
+    left = available - FRAME_COPIES * math.prod(grid) * decoder.values * itemsize
+    return large_tiling(*grid, decoder.largest_tile(left, itemsize))
+
+
+def large_tiling(length: int, height: int, width: int, most: int) -> Tiling:
+    """The layout that decodes the fewest latents in tiles of at most ``most`` latents; sizes in latents.
+
+    Overlaps are the official ones, so that seams stay as soft. If the official tiles are larger than ``most``, the
+    result is the official layout.
+    """
+    official = auto_tiling(height, width)
+    axes = (
+        _axis_cuts(length, official.frames, split_frames),
+        _axis_cuts(height, official.height, split),
+        _axis_cuts(width, official.width, split),
+    )
+    fitting = [layout for layout in product(*axes) if math.prod(axis.longest for axis in layout) <= most]
+    if not fitting:
+        return official
+    return Tiling(*(axis.cut for axis in min(fitting, key=_cost)))
+
+
+@dataclass(frozen=True, slots=True)
+class _AxisCut:
+    """One way to cut an axis: the latents decoded in all, in the longest tile, and the number of tiles."""
+
+    cut: Cut
+    decoded: int
+    longest: int
+    tiles: int
+
+
+def _axis_cuts(length: int, official: Cut, spans_of: Callable[[int, Cut], list[Span]]) -> list[_AxisCut]:
+    """The official cut of an axis and every even one into longer tiles."""
+    even = (-(-(length + (count - 1) * official.overlap) // count) for count in range(1, length + 1))
+    found = []
+    for size in sorted({official.length, *(size for size in even if size > official.length)}):
+        spans = [span.stop - span.start for span in spans_of(length, Cut(size, official.overlap))]
+        found.append(_AxisCut(Cut(size, official.overlap), sum(spans), max(spans), len(spans)))
+    return found
+
+
+def _cost(layout: tuple[_AxisCut, ...]) -> tuple[int, int]:
+    """The latents decoded, then the number of tiles."""
+    return math.prod(axis.decoded for axis in layout), math.prod(axis.tiles for axis in layout)
