@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from support import load
+from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.lora_bake.fuse import Term, fuse_official
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, Stream
+from ltxpack.runtime.model.model import DiT, Pass, Stream
+from ltxpack.runtime.model.rope import RopeTables, Rotation
 from ltxpack.runtime.sampling.av import AV
 
 # What LTX-2.3 says where diffusers' default is another; all other fields are left to their defaults.
@@ -153,6 +154,56 @@ def random_streams(dit: DiT, tokens: AV[int], *, batch: int = 1, text: int = 7, 
 def with_timesteps(stream: Stream, values: list[float], index: list[int]) -> Stream:
     """``stream`` (batch 1) with the distinct ``values`` of mask·sigma, token i using ``values[index[i]]``."""
     return replace(stream, timesteps=torch.tensor([values]), timestep_index=torch.tensor(index))
+
+
+def cast(streams: AV[Stream], dtype: torch.dtype, device: torch.device | str = "cpu") -> AV[Stream]:
+    """``streams`` on ``device`` with latents, context and tables in ``dtype``."""
+
+    def turn(rotation: Rotation) -> Rotation:
+        return Rotation(*(part.to(device, dtype) for part in rotation))
+
+    return streams.map(
+        lambda stream: replace(
+            stream,
+            latents=stream.latents.to(device, dtype),
+            timesteps=stream.timesteps.to(device),
+            timestep_index=None if stream.timestep_index is None else stream.timestep_index.to(device),
+            sigma=stream.sigma.to(device),
+            context=stream.context.to(device, dtype),
+            rope=RopeTables(turn(stream.rope.self_attention), turn(stream.rope.cross_attention)),
+        )
+    )
+
+
+def recipe(streams: AV[Stream]) -> list[Pass]:
+    """The passes of a guided step: cond, uncond, isolated."""
+    other = streams.map(lambda stream: replace(stream, context=-stream.context))
+    return [Pass(streams), Pass(other), Pass(streams, isolated=True)]
+
+
+def full_size(timesteps: int) -> tuple[DiT, AV[Stream]]:
+    """Two blocks of full width and the tokens of stage 1, on the meta device; so many timesteps of the video."""
+    with torch.device("meta"):
+        dit = DiT(replace(DiTConfig.from_dict(LTX23), num_layers=2)).bfloat16()
+        rope = dit.rope(AV(torch.empty(1, 3, 8160, 2), torch.empty(1, 1, 126, 2)), torch.bfloat16, "meta")
+        streams = AV(8160, 126).map(
+            lambda count, config, tables: Stream(
+                latents=torch.empty(1, count, 128, dtype=torch.bfloat16),
+                timesteps=torch.empty(1, timesteps, dtype=torch.float64),
+                timestep_index=None if timesteps == 1 else torch.empty(count, dtype=torch.int64),
+                sigma=torch.empty(1, dtype=torch.float64),
+                context=torch.empty(1, 1024, config.dim, dtype=torch.bfloat16),
+                rope=tables,
+            ),
+            dit.config.streams,
+            rope,
+        )
+    return dit, streams
+
+
+def distance(found: AV[Tensor], expected: AV[Tensor]) -> float:
+    """Relative L2, the worse of the two modalities."""
+    return max(relative_l2(found.video, expected.video), relative_l2(found.audio, expected.audio))
 
 
 def _intervals(starts: Tensor) -> Tensor:

@@ -6,24 +6,21 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dit_parts import SMALL, built, random_streams, random_weights, with_timesteps
-from support import relative_l2
+from dit_parts import SMALL, built, cast, distance, random_streams, random_weights, recipe, with_timesteps
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._inductor.runtime.runtime_utils import cache_dir
 
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.model.model import DiT, Pass, Stream
-from ltxpack.runtime.model.rope import RopeTables, Rotation
+from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, compile_dit, compiled_code
+from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, compiled_code, set_up_compiler
 
 STAGES = [AV(24, 9), AV(50, 14)]
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
@@ -58,16 +55,6 @@ def masked(streams: AV[Stream], distinct: int) -> AV[Stream]:
     return AV(with_timesteps(streams.video, [0.1 * (k + 1) for k in range(distinct)], index), streams.audio)
 
 
-def guided(dit: DiT, streams: AV[Stream]) -> list[AV[Tensor]]:
-    """The three passes of the recipe, the prompts' streams apart."""
-    other = streams.map(lambda stream: replace(stream, context=-stream.context))
-    return dit.passes([Pass(streams), Pass(other), Pass(streams, isolated=True)])
-
-
-def distance(found: AV[Tensor], expected: AV[Tensor]) -> float:
-    return max(relative_l2(found.video, expected.video), relative_l2(found.audio, expected.audio))
-
-
 needs_compiler = pytest.mark.skipif(
     CXX is None, reason="no C++ compiler: inductor cannot build its kernels for the CPU"
 )
@@ -87,13 +74,14 @@ def test_compiled_agrees_with_eager_and_is_found_again(
     monkeypatch.setenv(INDUCTOR_CACHE, "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     streams = [masked(random_streams(dit, lengths), 2) for lengths in STAGES]
-    eager = [guided(dit, each) for each in streams]
+    eager = [dit.passes(recipe(each)) for each in streams]
     for attempt in range(2):
         torch.compiler.reset()
         counters.clear()
-        compile_dit(dit, SilentReporter())
+        set_up_compiler(SilentReporter())
+        dit.compile_blocks()
         for each, expected in zip(streams, eager, strict=True):
-            assert max(map(distance, guided(dit, each), expected)) <= 1e-6
+            assert max(map(distance, dit.passes(recipe(each)), expected)) <= 1e-6
         assert lookups() == (AV(0, 4) if attempt == 0 else AV(4, 0)), "text, attend, two exchanges"
     assert any((tmp_path / FOLDER).rglob("*.so"))
 
@@ -103,7 +91,7 @@ def test_compiled_agrees_with_eager_in_bfloat16(dit: DiT) -> None:
     """A compiled block rounds less often, so neither is the exact one; both are as near to float32."""
     streams = random_streams(dit, STAGES[0])
     exact = dit(streams)
-    half, rounded = dit.bfloat16(), streams.map(_bf16)
+    half, rounded = dit.bfloat16(), cast(streams, torch.bfloat16)
     eager = half(rounded)
     half.compile_blocks(fullgraph=True)
     compiled = half(rounded)
@@ -111,16 +99,9 @@ def test_compiled_agrees_with_eager_in_bfloat16(dit: DiT) -> None:
     assert distance(compiled, exact) <= 1.1 * distance(eager, exact)
 
 
-def _bf16(stream: Stream) -> Stream:
-    turns = [Rotation(*(part.bfloat16() for part in turn)) for turn in vars(stream.rope).values()]
-    return replace(
-        stream, latents=stream.latents.bfloat16(), context=stream.context.bfloat16(), rope=RopeTables(*turns)
-    )
-
-
 @pytest.mark.parametrize(("asked", "found"), [(None, 4), ("9", 16)])
 def test_no_more_compilers_than_the_host_has_room_for(
-    asked: str | None, found: int, dit: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str | None, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless the user says how many."""
     monkeypatch.setenv(COMPILERS, asked or "")
@@ -128,7 +109,7 @@ def test_no_more_compilers_than_the_host_has_room_for(
         monkeypatch.delenv(COMPILERS)
     monkeypatch.setenv(INDUCTOR_CACHE, str(tmp_path / "mine"))
     with config.patch(compile_threads=16):
-        compile_dit(dit, SilentReporter())
+        set_up_compiler(SilentReporter())
         assert config.compile_threads == found
 
 
@@ -177,13 +158,11 @@ def test_compiled_code_is_never_loaded_from_a_folder_of_others(tmp_path: Path, m
     assert "compiled code is not kept for the next run" in refused()
 
 
-def test_the_pipeline_keeps_compiled_code_apart_from_the_prompts(
-    tmp_path: Path, dit: DiT, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_code_is_kept_apart_from_the_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTXPACK_CACHE", str(tmp_path / "shared"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(INDUCTOR_CACHE, "")
-    compile_dit(dit, SilentReporter())
+    set_up_compiler(SilentReporter())
     assert Path(os.environ[INDUCTOR_CACHE]) == Path(cache_dir()) == tmp_path / FOLDER
     assert not (tmp_path / "shared").exists()
 
@@ -199,7 +178,7 @@ def test_all_blocks_and_both_stages_share_their_graphs(dit: DiT) -> None:
         dit(random_streams(dit, lengths), isolated=True)
     assert len(graphs) == 4, "another exchange"
     for lengths in STAGES:
-        guided(dit, random_streams(dit, lengths))
+        dit.passes(recipe(random_streams(dit, lengths)))
     assert len(graphs) == 4, "passes together need no graphs of their own"
     for lengths, distinct in zip(STAGES, (2, 4), strict=True):
         dit(masked(random_streams(dit, lengths), distinct))

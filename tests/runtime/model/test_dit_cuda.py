@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
 import torch
-from dit_parts import LTX23, SMALL, built, random_streams, random_weights, with_timesteps
-from support import relative_l2
+from dit_parts import LTX23, SMALL, built, cast, distance, random_streams, random_weights, recipe, with_timesteps
 from torch import Tensor
 
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, Pass, Stream
-from ltxpack.runtime.model.rope import RopeTables, Rotation
+from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.av import AV
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -37,31 +34,6 @@ def waiting_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def moved(streams: AV[Stream], dtype: torch.dtype) -> AV[Stream]:
-    """``streams`` on the GPU with latents, context and tables in ``dtype``."""
-
-    def turn(rotation: Rotation) -> Rotation:
-        return Rotation(*(part.to("cuda", dtype) for part in rotation))
-
-    return streams.map(
-        lambda stream: replace(
-            stream,
-            latents=stream.latents.to("cuda", dtype),
-            timesteps=stream.timesteps.cuda(),
-            timestep_index=None if stream.timestep_index is None else stream.timestep_index.cuda(),
-            sigma=stream.sigma.cuda(),
-            context=stream.context.to("cuda", dtype),
-            rope=RopeTables(turn(stream.rope.self_attention), turn(stream.rope.cross_attention)),
-        )
-    )
-
-
-def recipe(streams: AV[Stream]) -> list[Pass]:
-    """cond, uncond, isolated."""
-    other = streams.map(lambda stream: replace(stream, context=-stream.context))
-    return [Pass(streams), Pass(other), Pass(streams, isolated=True)]
-
-
 def quietly(dit: DiT, passes: list[Pass]) -> list[AV[Tensor]]:
     """A forward during which waiting for the GPU raises."""
     torch.cuda.set_sync_debug_mode("error")
@@ -79,11 +51,10 @@ def check(dtype: torch.dtype, prepare: Callable[[DiT], object]) -> None:
     expected = cpu.passes(recipe(streams))
     dit = built(WIDE, {name: value.to("cuda", dtype) for name, value in weights.items()})
     prepare(dit)
-    passes = recipe(moved(streams, dtype))
+    passes = recipe(cast(streams, dtype, "cuda"))
     dit.passes(passes)
     for found, wanted in zip(quietly(dit, passes), expected, strict=True):
-        assert relative_l2(found.video, wanted.video) <= LIMITS[dtype]
-        assert relative_l2(found.audio, wanted.audio) <= LIMITS[dtype]
+        assert distance(found, wanted) <= LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
-from dit_parts import LTX23, SMALL, built, random_streams, random_weights, with_timesteps
-from support import REPOSITORY, relative_l2
+from dit_parts import LTX23, SMALL, built, distance, random_streams, random_weights, with_timesteps
+from support import REPOSITORY
 from torch import Tensor
 
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
@@ -62,10 +62,6 @@ def per_token(stream: Stream) -> Tensor:
     if stream.timestep_index is None:
         return stream.timesteps.expand(-1, stream.latents.shape[1])
     return stream.timesteps[:, stream.timestep_index]
-
-
-def distance(found: AV[Tensor], expected: AV[Tensor]) -> float:
-    return max(relative_l2(found.video, expected.video), relative_l2(found.audio, expected.audio))
 
 
 @pytest.fixture(scope="module")

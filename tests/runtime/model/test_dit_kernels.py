@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from dit_parts import SMALL, built, random_streams, random_weights
+from dit_parts import SMALL, built, distance, random_streams, random_weights
 from support import relative_l2
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -265,7 +265,7 @@ def test_the_model_gives_the_same_with_every_kernel(dit: DiT, name: str) -> None
     assert (choice.name, choice.note) == (name, f"attention: {name} (asked for)")
     dit.use_attention(choice.kernels)
     found = dit(streams)
-    assert max(found.map(relative_l2, expected).video, found.map(relative_l2, expected).audio) <= 1e-6
+    assert distance(found, expected) <= 1e-6
 
 
 def test_each_attention_takes_the_kernel_of_its_kind(dit: DiT) -> None:
@@ -339,7 +339,7 @@ def test_a_compiled_block_contains_the_kernel_of_its_day(dit: DiT, name: str, mo
     before = len(graphs)
     dit.use_attention(name)
     found = dit(streams)
-    assert max(found.map(relative_l2, expected).video, found.map(relative_l2, expected).audio) <= 1e-6
+    assert distance(found, expected) <= 1e-6
     marks = {"flash": "_scaled_dot_product_flash_attention_for_cpu", "math": "_scaled_dot_product_attention_math"}
     new = graphs[before:]
     assert len(new) == (0 if name == "sdpa" else 2)

@@ -6,13 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_parts import LTX23, SMALL, built, random_streams, random_weights, with_timesteps
+from dit_parts import SMALL, built, cast, distance, full_size, random_streams, random_weights, with_timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import relative_l2
 from torch import Tensor
 
-from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.av import AV
 
@@ -23,10 +21,6 @@ WEIGHTS = random_weights(SMALL)
 @pytest.fixture(scope="module")
 def dit() -> DiT:
     return built(SMALL, WEIGHTS)
-
-
-def distance(found: AV[Tensor], expected: AV[Tensor]) -> float:
-    return max(relative_l2(found.video, expected.video), relative_l2(found.audio, expected.audio))
 
 
 @given(index=st.lists(st.integers(0, 2), min_size=12, max_size=12), order=st.permutations([0, 1, 2]))
@@ -117,37 +111,15 @@ def test_tables_stored_in_float32_do_not_promote_the_rest() -> None:
     rounded = {name: value.bfloat16() for name, value in WEIGHTS.items()}
     kept = {name: value.float() if "table" in name else value for name, value in rounded.items()}
     assert any("table" in name for name in kept)
-    streams = random_streams(built(SMALL, rounded), LENGTHS).map(_bf16)
+    streams = cast(random_streams(built(SMALL, rounded), LENGTHS), torch.bfloat16)
     found = built(SMALL, kept)(streams)
     assert found.video.dtype == torch.bfloat16
     assert distance(found, built(SMALL, rounded)(streams)) == 0
 
 
-def _bf16(stream: Stream) -> Stream:
-    tables = {name: type(turn)(*(part.bfloat16() for part in turn)) for name, turn in vars(stream.rope).items()}
-    return replace(
-        stream, latents=stream.latents.bfloat16(), context=stream.context.bfloat16(), rope=type(stream.rope)(**tables)
-    )
-
-
 def test_the_full_size_forward_reads_no_value_on_the_host() -> None:
     """On the meta device there is none to read: any ``.item()`` or branch on a tensor would raise."""
-    with torch.device("meta"):
-        dit = DiT(replace(DiTConfig.from_dict(LTX23), num_layers=2)).bfloat16()
-        counts = AV(8160, 126)
-        rope = dit.rope(AV(torch.empty(1, 3, 8160, 2), torch.empty(1, 1, 126, 2)), torch.bfloat16, "meta")
-        streams = counts.map(
-            lambda count, config, tables: Stream(
-                latents=torch.empty(1, count, 128, dtype=torch.bfloat16),
-                timesteps=torch.empty(1, 2, dtype=torch.float64),
-                timestep_index=torch.empty(count, dtype=torch.int64),
-                sigma=torch.empty(1, dtype=torch.float64),
-                context=torch.empty(1, 1024, config.dim, dtype=torch.bfloat16),
-                rope=tables,
-            ),
-            dit.config.streams,
-            rope,
-        )
-        found = dit(streams, perturbed=AV(frozenset({1}), frozenset()))
+    dit, streams = full_size(timesteps=2)
+    found = dit(streams, perturbed=AV(frozenset({1}), frozenset()))
     assert found.video.shape == (1, 8160, 128) and found.video.dtype == torch.bfloat16
     assert found.audio.shape == (1, 126, 128) and found.audio.dtype == torch.bfloat16

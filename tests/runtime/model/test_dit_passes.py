@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_parts import LTX23, SMALL, built, random_streams, random_weights, with_timesteps
+from dit_parts import SMALL, built, full_size, random_streams, random_weights, recipe, with_timesteps
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, Pass, Stream
+from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.av import AV
 
 LENGTHS = AV(12, 5)
@@ -24,15 +23,6 @@ NONE: frozenset[int] = frozenset()
 @pytest.fixture(scope="module")
 def dit() -> DiT:
     return built(CONFIG, random_weights(CONFIG))
-
-
-def other_prompt(streams: AV[Stream]) -> AV[Stream]:
-    return streams.map(lambda stream: replace(stream, context=-stream.context))
-
-
-def recipe(streams: AV[Stream]) -> list[Pass]:
-    """cond, uncond, isolated."""
-    return [Pass(streams), Pass(other_prompt(streams)), Pass(streams, isolated=True)]
 
 
 def equal(found: AV[Tensor], expected: AV[Tensor]) -> bool:
@@ -115,29 +105,15 @@ def test_a_block_is_asked_once_for_all_passes(dit: DiT) -> None:
 
 def test_what_sharing_saves_at_full_width() -> None:
     """Text keys and values, 2·2·1024·(4096² + 2048²) per block; and block 0 up to a2v, of the 48 as of these two."""
-    with torch.device("meta"):
-        dit = DiT(replace(DiTConfig.from_dict(LTX23), num_layers=2)).bfloat16()
-        rope = dit.rope(AV(torch.empty(1, 3, 8160, 2), torch.empty(1, 1, 126, 2)), torch.bfloat16, "meta")
-        streams = AV(8160, 126).map(
-            lambda count, config, tables: Stream(
-                latents=torch.empty(1, count, 128, dtype=torch.bfloat16),
-                timesteps=torch.empty(1, 1),
-                timestep_index=None,
-                sigma=torch.empty(1),
-                context=torch.empty(1, 1024, config.dim, dtype=torch.bfloat16),
-                rope=tables,
-            ),
-            dit.config.streams,
-            rope,
-        )
+    dit, streams = full_size(timesteps=1)
 
-        def flops(passes: list[Pass]) -> int:
-            with FlopCounterMode(display=False) as counter:
-                dit.passes(passes)
-            return int(counter.get_total_flops())
+    def flops(passes: list[Pass]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            dit.passes(passes)
+        return int(counter.get_total_flops())
 
-        passes = recipe(streams)
-        saved = sum(flops([each]) for each in passes) - flops(passes)
+    passes = recipe(streams)
+    saved = sum(flops([each]) for each in passes) - flops(passes)
     text = 2 * 2 * 1024 * (4096**2 + 2048**2)
     video, audio = (
         # q, k, v, out and the gate of self-attention; q, out and gate of text attention; scores and values of both.
