@@ -26,7 +26,7 @@ from ltxpack.runtime import batch, recipe_run, record
 from ltxpack.runtime import run as runs
 from ltxpack.runtime.codecs import video
 from ltxpack.runtime.media import mp4
-from ltxpack.runtime.prompts_file import read_jobs
+from ltxpack.runtime.prompts_file import read_lines
 from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT, Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.text import gemma as text
@@ -328,7 +328,7 @@ def test_two_at_once_at_one_file_are_refused(demo: Path, tmp_path: Path) -> None
 
 def jobs(path: Path, output: Path | None = None, **settings: Any) -> list[Any]:
     small = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
-    return read_jobs(path, {**small, **settings}, output)  # type: ignore[typeddict-item]
+    return read_lines(path, {**small, **settings}, output)  # type: ignore[typeddict-item]
 
 
 def test_flags_give_what_a_line_leaves_out(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
         raise FailedLinesError(
             f"{len(failed)} of {len(summary.outcomes)} videos were not made",
             file=prompts,
-            items=[f"line {outcome.job.number}: {outcome.problem}" for outcome in failed],
+            items=[f"line {outcome.line.number}: {outcome.problem}" for outcome in failed],
             next="mend what is said above and run the same command again; what is done is not made again",
         )
 
@@ -161,7 +161,13 @@ def _print_table(summary: BatchSummary) -> None:
     for outcome in summary.outcomes:
         seconds = [_seconds(outcome, phase) for phase in phases]
         total = f"{sum(outcome.seconds.values()):8.2f}" if outcome.seconds else f"{'-':>8}"
-        cells = [f"{outcome.job.number:5}", f"{outcome.status:<7}", *seconds, total, printable(str(outcome.job.output))]
+        cells = [
+            f"{outcome.line.number:5}",
+            f"{outcome.status:<7}",
+            *seconds,
+            total,
+            printable(str(outcome.line.output)),
+        ]
         click.echo("  ".join(cells))
 
 

@@ -17,7 +17,7 @@ from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
-from ltxpack.runtime.prompts_file import Job, in_a_line, read_jobs
+from ltxpack.runtime.prompts_file import PromptsLine, in_a_line, read_lines
 from ltxpack.runtime.recipe_run import encode_ahead, work_of
 from ltxpack.runtime.run import Peaks, RunOptions, tell_inside, write_video
 from ltxpack.runtime.session import Session, Timings
@@ -33,7 +33,7 @@ class Outcome:
     decoded in.
     """
 
-    job: Job
+    line: PromptsLine
     status: str
     seconds: Mapping[str, float] = field(default_factory=dict)
     problem: str | None = None
@@ -69,92 +69,92 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
     for what no line could be made with. What goes wrong with one line is in its outcome.
     """
     with _claimed(prompts):
-        jobs = read_jobs(prompts, options.given, output)
-        tell_inside((job.output for job in jobs), reporter)
+        lines = read_lines(prompts, options.given, output)
+        tell_inside((line.output for line in lines), reporter)
         with Session(options.overlay, options.session, reporter) as session:
-            recipes = {job.request.recipe.name: job.request.recipe for job in jobs}
+            recipes = {line.request.recipe.name: line.request.recipe for line in lines}
             choices = [session.transformers(recipe) for recipe in recipes.values()]
             for choice in choices:
                 reporter.note(choice.note)
             batch = _Batch(session, reporter)
-            batch.run(jobs)
+            batch.run(lines)
             peaks = Peaks.of(session.device)
-    outcomes = [batch.outcomes[job.number] for job in jobs]
+    outcomes = [batch.outcomes[line.number] for line in lines]
     return BatchSummary(outcomes, [choice.stages for choice in choices], batch.ahead, peaks)
 
 
 @dataclass
 class _Batch:
-    """The jobs of one file on their way to outcomes, by line number."""
+    """The lines of one file on their way to outcomes, by line number."""
 
     session: Session
     reporter: Reporter
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     ahead: float = 0.0
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        together = min(len(jobs), AHEAD)
-        pending = [job for job in jobs if self._attempt(job, partial(self._is_pending, together=together))]
+    def run(self, lines: Sequence[PromptsLine]) -> None:
+        together = min(len(lines), AHEAD)
+        pending = [line for line in lines if self._attempt(line, partial(self._is_pending, together=together))]
         done = sum(outcome.status == SKIPPED for outcome in self.outcomes.values())
         if done:
-            self.reporter.note(f"{done} of {len(jobs)} videos are done already")
+            self.reporter.note(f"{done} of {len(lines)} videos are done already")
         for start in range(0, len(pending), AHEAD):
             group = pending[start : start + AHEAD]
             if self._encode(group):
-                for job, following in zip(group, (*group[1:], None), strict=True):
-                    self._attempt(job, partial(self._make, following=following))
+                for line, following in zip(group, (*group[1:], None), strict=True):
+                    self._attempt(line, partial(self._make, following=following))
 
-    def _is_pending(self, job: Job, together: int) -> bool:
+    def _is_pending(self, line: PromptsLine, together: int) -> bool:
         """Whether it is left to make; raises DeviceError if it would not fit."""
-        if record.is_done(job.output, self._identity(job)[1]):
-            self.outcomes[job.number] = Outcome(job, SKIPPED)
+        if record.is_done(line.output, self._identity(line)[1]):
+            self.outcomes[line.number] = Outcome(line, SKIPPED)
             return False
-        self.session.residency.check(work_of(self.session, job.request, together))
+        self.session.residency.check(work_of(self.session, line.request, together))
         return True
 
-    def _make(self, job: Job, following: Job | None) -> bool:
-        self.reporter.note(f"line {job.number}: {job.output}")
+    def _make(self, line: PromptsLine, following: PromptsLine | None) -> bool:
+        self.reporter.note(f"line {line.number}: {line.output}")
         session = self.session
-        description, mark = self._identity(job)
-        write_video(session, job.request, job.output, following=None if following is None else following.request)
+        description, fingerprint = self._identity(line)
+        write_video(session, line.request, line.output, following=None if following is None else following.request)
         seconds = dict(session.timings.seconds)
         assert session.attention is not None
-        record.write_record(job.output, description, mark, seconds, session.attention.name)
-        self.outcomes[job.number] = Outcome(job, DONE, seconds, decoding=session.decoding)
+        record.write_record(line.output, description, fingerprint, seconds, session.attention.name)
+        self.outcomes[line.number] = Outcome(line, DONE, seconds, decoding=session.decoding)
         return True
 
-    def _encode(self, group: Sequence[Job]) -> bool:
+    def _encode(self, group: Sequence[PromptsLine]) -> bool:
         """Encode the prompts of ``group`` with one load of the text encoder; if that fails, all of it fails."""
         self.session.timings = Timings()
         try:
-            self.ahead += encode_ahead(self.session, [job.request for job in group])
+            self.ahead += encode_ahead(self.session, [line.request for line in group])
         except Exception as error:
-            for job in group:
-                self._failed(job, error)
+            for line in group:
+                self._failed(line, error)
             return False
         return True
 
-    def _attempt(self, job: Job, work: Callable[[Job], bool]) -> bool:
+    def _attempt(self, line: PromptsLine, work: Callable[[PromptsLine], bool]) -> bool:
         self.session.timings = Timings()
         try:
-            return work(job)
+            return work(line)
         except Exception as error:
-            self._failed(job, error)
+            self._failed(line, error)
             return False
 
-    def _failed(self, job: Job, error: Exception) -> None:
+    def _failed(self, line: PromptsLine, error: Exception) -> None:
         """Note the failure as text: the exception itself would keep the tensors of the failed work alive."""
         self.reporter.end()
-        told = _as_ours(error, job.output)
+        told = _as_ours(error, line.output)
         if told is not error:
             self.reporter.detail("".join(traceback.format_exception(error)))
-        self.reporter.warn(f"line {job.number} failed: {told.render()}")
-        self.outcomes[job.number] = Outcome(job, FAILED, dict(self.session.timings.seconds), in_a_line(told))
+        self.reporter.warn(f"line {line.number} failed: {told.render()}")
+        self.outcomes[line.number] = Outcome(line, FAILED, dict(self.session.timings.seconds), in_a_line(told))
 
-    def _identity(self, job: Job) -> tuple[dict[str, Any], str]:
+    def _identity(self, line: PromptsLine) -> tuple[dict[str, Any], str]:
         session = self.session
-        names = session.transformers(job.request.recipe).stages
-        description = record.described(job.request, session.overlay, names, session.settings.dtype)
+        names = session.transformers(line.request.recipe).stages
+        description = record.described(line.request, session.overlay, names, session.settings.dtype)
         return description, record.fingerprint(description, names, session.overlay)
 
 

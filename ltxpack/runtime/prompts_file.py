@@ -33,7 +33,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptsLine:
     """Line ``number`` (from 1) of a prompts file: the video asked for, and where it goes."""
 
     number: int
@@ -41,29 +41,29 @@ class Job:
     output: Path
 
 
-def read_jobs(path: Path, given: SettingsGiven, output: Path | None = None) -> list[Job]:
+def read_lines(path: Path, given: SettingsGiven, output: Path | None = None) -> list[PromptsLine]:
     """The videos of the prompts file ``path``; ``given`` and ``output`` for the fields a line leaves out.
 
     Without ``output``, line 7 of ``FILE.jsonl`` goes to ``FILE-0007.mp4`` beside it. Raises BadLinesError with every
     line at fault; UsageError for a file without lines; SourceError for one that cannot be read.
     """
-    reader = _Reader(path, given, output)
-    jobs, faults = [], []
-    for number, line in _lines(path):
+    reader = _LineReader(path, given, output)
+    found, faults = [], []
+    for number, text in _lines(path):
         try:
-            jobs.append(reader.job(number, line))
+            found.append(reader.read(number, text))
         except LtxpackError as error:
             faults.append(f"line {number}: {in_a_line(error)}")
     if faults:
         raise BadLinesError(
-            f"{len(faults)} of {len(faults) + len(jobs)} lines cannot be used; nothing was run",
+            f"{len(faults)} of {len(faults) + len(found)} lines cannot be used; nothing was run",
             file=path,
             items=faults,
             next="correct these lines and run the same command again",
         )
-    if not jobs:
+    if not found:
         raise UsageError("holds no line", file=path, expected='lines like {"prompt": "…", "output": "a.mp4"}')
-    return jobs
+    return found
 
 
 def in_a_line(error: LtxpackError) -> str:
@@ -82,21 +82,21 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 @dataclass
-class _Reader:
-    """Makes jobs of lines; remembers which outputs are taken."""
+class _LineReader:
+    """Reads lines one after another; remembers which outputs are taken."""
 
     path: Path
     given: SettingsGiven
     output: Path | None
     taken: dict[Path, int] = field(default_factory=dict)
 
-    def job(self, number: int, line: bytes) -> Job:
-        said = _said(line)
+    def read(self, number: int, text: bytes) -> PromptsLine:
+        said = _said(text)
         request = Request.of(said["prompt"], **self._settings(said))
         for image in request.images:
             _check_picture(image.path)
         frame_rate(request.shape.fps)
-        return Job(number, request, self._output(said.get("output"), number))
+        return PromptsLine(number, request, self._output(said.get("output"), number))
 
     def _settings(self, line: Mapping[str, Any]) -> SettingsGiven:
         """The settings of a line: its own, and for the others those that were given for all."""
@@ -137,10 +137,10 @@ def _validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(json.loads(load_schema("prompts")))
 
 
-def _said(line: bytes) -> dict[str, Any]:
-    """The object in ``line``. Raises UsageError with every fault of it."""
+def _said(text: bytes) -> dict[str, Any]:
+    """The object in ``text``. Raises UsageError with every fault of it."""
     try:
-        said: dict[str, Any] = parse_json(line.strip(), "")
+        said: dict[str, Any] = parse_json(text.strip(), "")
     except FormatError as error:
         raise UsageError(error.problem) from None
     faults = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
@@ -47,7 +48,7 @@ def sample(session: Session, request: Request, following: str | None = None) -> 
     generator = torch.Generator(device=session.device).manual_seed(settings.seed)
     session.load_ahead(names[0])
     with session.timings.phase("text"):
-        positive, *negative = session.prompts.contexts(request.prompts, session.reporter)
+        contexts = session.prompts.contexts(request.prompts, session.reporter)
     with session.timings.phase("images"):
         images = _encoded(session, request, pictures, shapes)
     made: list[AV[Tensor]] = []
@@ -60,9 +61,11 @@ def sample(session: Session, request: Request, following: str | None = None) -> 
             start, noise_scale = AV(upsampled, made[-1].audio), float(sigmas[0])
         with session.timings.phase(stage_label(number)):
             state = initial_state(shape, start, images[number], noise_scale, generator, session.device, session.dtype)
-            denoiser = _denoiser(positive, negative, settings.guidance if stage.guided else None)
+            guidance = settings.guidance if stage.guided else None
             ahead = (*names[1:], following)[number]
-            tokens = _denoised(session, number, stage.sampler, names[number], denoiser, state, sigmas, ahead)
+            label = stage_label(number)
+            denoise = partial(_denoised, session, label, stage.sampler, state, sigmas, contexts, guidance, ahead)
+            tokens = session.transform(names[number], denoise)
             made.append(unpatchify(tokens, shape))
     return Latents(tuple(made), upsampled)
 
@@ -178,41 +181,31 @@ def _encoded(
     return session.borrow("vae", video.load_video_vae, encode)
 
 
-def _denoiser(
-    positive: AV[Tensor], negative: Sequence[AV[Tensor]], guidance: AV[Guidance] | None
-) -> Callable[[DiT], Denoiser]:
-    """What makes a stage's denoiser of its transformer."""
-    return lambda model: Denoiser(model, positive, negative[0] if negative else None, guidance)
-
-
 def _denoised(
     session: Session,
-    number: int,
+    label: str,
     sampler: str,
-    transformer: str,
-    denoiser_of: Callable[[DiT], Denoiser],
     state: AV[LatentState],
     sigmas: Tensor,
+    contexts: Sequence[AV[Tensor]],
+    guidance: AV[Guidance] | None,
     ahead: str | None,
+    model: DiT,
 ) -> AV[Tensor]:
-    """Stage ``number``: the tokens after sampling; the transformer ``ahead`` is loaded meanwhile."""
-
-    def work(model: DiT) -> AV[Tensor]:
-        if ahead is not None:
-            session.load_ahead(ahead)
-        denoiser = denoiser_of(model)
-        rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
-        session.reporter.begin(stage_label(number), len(sigmas) - 1, "step")
-        tokens = SAMPLERS[sampler](
-            lambda latents, sigma: denoiser(latents, sigma, state, rope),
-            state,
-            sigmas,
-            on_step=lambda done, total: session.reporter.advance(),
-        )
-        session.reporter.end()
-        return tokens
-
-    return session.transform(transformer, work)
+    """The tokens of a stage after sampling with ``model``; the transformer ``ahead`` is loaded meanwhile."""
+    if ahead is not None:
+        session.load_ahead(ahead)
+    denoiser = Denoiser(model, contexts[0], contexts[1] if len(contexts) > 1 else None, guidance)
+    rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
+    session.reporter.begin(label, len(sigmas) - 1, "step")
+    tokens = SAMPLERS[sampler](
+        lambda latents, sigma: denoiser(latents, sigma, state, rope),
+        state,
+        sigmas,
+        on_step=lambda done, total: session.reporter.advance(),
+    )
+    session.reporter.end()
+    return tokens
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -88,7 +88,7 @@ def is_done(output: Path, wanted: str) -> bool:
 
 
 def write_record(
-    output: Path, description: Mapping[str, Any], mark: str, seconds: Mapping[str, float], attention: str
+    output: Path, description: Mapping[str, Any], fingerprint: str, seconds: Mapping[str, float], attention: str
 ) -> None:
     """Write the record of the finished video ``output``. Raises SourceError or OSError.
 
@@ -97,7 +97,7 @@ def write_record(
     document = {
         "made_by": MADE_BY,
         "format": FORMAT,
-        "fingerprint": mark,
+        "fingerprint": fingerprint,
         "video_blake3": hash_file(output, cached=True),
         "request": dict(description),
         "attention": attention,

@@ -18,7 +18,7 @@ from ltxpack.cli.run import given, run, settings_options
 from ltxpack.errors import UsageError
 from ltxpack.manifest import load_schema
 from ltxpack.runtime import prompts_file, record, settings
-from ltxpack.runtime.prompts_file import read_jobs
+from ltxpack.runtime.prompts_file import read_lines
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling import recipes
 from ltxpack.runtime.settings import SessionGiven, SessionSettings, Settings, SettingsGiven, planned_by, type_of, words
@@ -85,9 +85,9 @@ def test_a_new_setting_is_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(prompts_file, "load_schema", lambda _: json.dumps({"properties": {}}))
     prompts_file._validator.cache_clear()
     (tmp_path / "p.jsonl").write_text('{"prompt": "x", "grain": 7.0}')
-    (job,) = read_jobs(tmp_path / "p.jsonl", {})
+    (line,) = read_lines(tmp_path / "p.jsonl", {})
     prompts_file._validator.cache_clear()
-    assert job.request.settings == More(grain=7)
+    assert line.request.settings == More(grain=7)
 
 
 def test_a_recipe_sets_the_defaults_and_refuses_what_it_has_no_use_for(monkeypatch: pytest.MonkeyPatch) -> None:

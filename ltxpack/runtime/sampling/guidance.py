@@ -50,7 +50,7 @@ def combine(
     return guided.to(cond.dtype)
 
 
-class Model(Protocol):
+class VelocityModel(Protocol):
     """What a ``Denoiser`` calls: ``ltxpack.runtime.model.DiT``, or a test's closed form."""
 
     def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
@@ -66,7 +66,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: Model,
+        model: VelocityModel,
         positive: AV[Tensor],
         negative: AV[Tensor] | None = None,
         guidance: AV[Guidance] | None = None,
