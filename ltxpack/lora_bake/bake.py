@@ -162,11 +162,7 @@ def _recorded_use(lora: BakedLora, path: Path, base: BaseTransformer, reporter: 
 
 
 def _plans(
-    options: BakeOptions,
-    manifest: Manifest,
-    base: BaseTransformer,
-    found: Sequence[FoundLora],
-    digests: Sequence[str],
+    options: BakeOptions, manifest: Manifest, base: BaseTransformer, found: Sequence[FoundLora], digests: Sequence[str]
 ) -> list[BakePlan]:
     """One plan per strength. Raises AdapterError for DoRA under the official rule."""
     if options.rule == "official":

@@ -6,7 +6,6 @@ is coverage.css. The colours are one logarithmic scale for all pages, so that tw
 
 from __future__ import annotations
 
-import functools
 import html
 import math
 import re
@@ -27,10 +26,7 @@ RAMP = ("#190070", "#4a008a", "#7f078e", "#b21e80", "#de3a66", "#ff603e", "#ff9b
 MAX_LEFT_OUT, MAX_VALUES, MAX_NAME = 48, 8, 200
 OTHER = "Other"
 
-_RULES = {
-    "fp32": " (base and update summed in float32, one rounding)",
-    "official": " (the official bf16 arithmetic)",
-}
+_RULES = {"fp32": " (base and update summed in float32, one rounding)", "official": " (the official bf16 arithmetic)"}
 # The modules of a block: stream, module, what it does. The order is the model's own.
 _BLOCK = (
     ("Video", "attn1", "self-attention"),
@@ -116,36 +112,15 @@ def render(document: Mapping[str, Any]) -> bytes:
     view = CoverageView(document)
     sections = (_head(view), _tiles(view), _loras(view), _legend(view), _map(view), _outside(view), _left_out(view))
     body = "\n".join(line for section in sections for line in section)
+    style = Path(__file__).with_name("coverage.css").read_text(encoding="utf-8")
     return (
         "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
         '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        f"<title>LoRA coverage: {text(document['bake'])}</title>\n<style>\n{_style()}</style>\n</head>\n"
+        f"<title>LoRA coverage: {text(document['bake'])}</title>\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n{body}\n"
         "<footer>coverage.json beside this page holds every figure and every name in full. "
         "The same bake always gives the same page.</footer>\n</body>\n</html>\n"
     ).encode("utf-8", "backslashreplace")
-
-
-def page_bound(document: Mapping[str, Any]) -> int:
-    """At most so many bytes has the page of a document with these loras, targets and kinds, whatever is measured."""
-    view, loras = CoverageView(document), document["loras"]
-    kinds = [kind for group in view.groups for kind, _ in group.columns]
-    foreign = [document["bake"], *view.outside.get(OTHER, ())]
-    for lora in loras:
-        foreign += [lora["name"]] * 2 + [lora["file"], *lora["namings"], *lora["alphas"]]
-        foreign += [clipped(module) for module in lora["left_out"][:MAX_LEFT_OUT]]
-    size = 20_000 + len(_style()) + sum(_room(value) for value in foreign) + 3_000 * len(loras)
-    size += sum(300 + 60 * len(loras) + view.blocks * (60 + _room(kind)) for kind in kinds)
-    return size + sum(200 + 80 * len(loras) + 2 * _room(target) for target in view.targets)
-
-
-def _room(value: str) -> int:
-    return 60 + len(name(value).encode("utf-8", "backslashreplace"))
-
-
-@functools.cache
-def _style() -> str:
-    return Path(__file__).with_name("coverage.css").read_text(encoding="utf-8")
 
 
 # Model order
@@ -185,18 +160,13 @@ def outside_blocks(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def position(change: float) -> float:
-    """Where ``change`` is on the scale: 0 at its lower end, 1 at its upper; beyond them if out of range."""
-    return (math.log10(change) - LOW) / (HIGH - LOW) if change > 0 else -math.inf
-
-
-def clamped(change: float) -> float:
-    """:func:`position`, held to [0, 1]."""
-    return min(max(position(change), 0.0), 1.0)
+    """Where ``change`` is on the scale, from 0 to 1; out of range the nearer end."""
+    return min(max((math.log10(change) - LOW) / (HIGH - LOW), 0.0), 1.0) if change > 0 else 0.0
 
 
 def colour(change: float | None) -> str:
     """``#rrggbb``; out of range the nearer end's. None, a change from zero, has the upper end's."""
-    place = (1.0 if change is None else clamped(change)) * (len(RAMP) - 1)
+    place = (1.0 if change is None else position(change)) * (len(RAMP) - 1)
     lower = min(int(place), len(RAMP) - 2)
     pairs = ((int(RAMP[lower][i : i + 2], 16), int(RAMP[lower + 1][i : i + 2], 16)) for i in (1, 3, 5))
     return "#" + "".join(f"{round(start + (end - start) * (place - lower)):02x}" for start, end in pairs)
@@ -206,18 +176,16 @@ def histogram(changes: Iterable[float | None]) -> list[int]:
     """How many of ``changes`` fall into each bin of the scale; those out of range are in none."""
     counts = [0] * (BINS_PER_DECADE * (HIGH - LOW))
     for change in changes:
-        if change is not None and 0 <= position(change) <= 1:
+        if change is not None and 10.0**LOW <= change <= 10.0**HIGH:
             counts[min(int(position(change) * len(counts)), len(counts) - 1)] += 1
     return counts
 
 
 def _look(change: float | None) -> str:
     """The class of a cell that is not simply its colour: below or above the scale, no change, a change from zero."""
-    if change is None:
-        return "fz"
-    if change == 0:
-        return "zr"
-    return "lo" if position(change) < 0 else "hi" if position(change) > 1 else ""
+    if not change:
+        return "fz" if change is None else "zr"
+    return "lo" if change < 10.0**LOW else "hi" if change > 10.0**HIGH else ""
 
 
 def _shade(change: float | None) -> str:
@@ -239,11 +207,6 @@ def name(value: object) -> str:
     for segment in _SEGMENTS.split(str(value)):
         parts += _WORDS.split(segment) if len(segment) > _MAX_SEGMENT else [segment]
     return "<wbr>".join(text(part) for part in parts)
-
-
-def clipped(value: str) -> str:
-    """A name that someone else chose, its middle left out if it is very long."""
-    return value if len(value) <= MAX_NAME else f"{value[: MAX_NAME // 2]} … {value[-MAX_NAME // 2 :]}"
 
 
 def _percent(change: float | None) -> str:
@@ -272,13 +235,8 @@ def _listed(found: Iterable[str], ends: Sequence[str] = ()) -> str:
     return text(", ".join(values) or "none")
 
 
-def _targets(count: int) -> str:
-    return f"{count:,} target{'' if count == 1 else 's'}" if count else "none"
-
-
-def _and_others(count: int) -> str:
-    """What a LoRA has besides linears: biases and norms."""
-    return f" and {count:,} other tensor{'' if count == 1 else 's'}" if count else ""
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 # The page from head to foot
@@ -299,8 +257,10 @@ def _tiles(view: CoverageView) -> Iterable[str]:
     at = [key for key, target in view.targets.items() if target["change"] == largest and largest is not None]
     block, kind = split_name(at[0]) if at else (None, "")
     short = kind if block is None else f"block {block}, {kind}"
+    extra = len(view.targets) - view.reached
+    others = f" and {_count(extra, 'other tensor')}" if extra else ""
     tiles = (
-        (f"{view.reached:,} of {view.linears:,}", f"linears reached{_and_others(len(view.targets) - view.reached)}"),
+        (f"{view.reached:,} of {view.linears:,}", f"linears reached{others}"),
         (
             f"{changed / aimed:.1%}" if aimed else "none",
             f"of {aimed:,} targeted weights changed: {changed:,} in {document['changed_tensors']:,} tensors",
@@ -331,15 +291,16 @@ def _loras(view: CoverageView) -> Iterable[str]:
 def _facts(lora: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str]]:
     """The lines of one LoRA's card, escaped."""
     ranks = sorted(lora["ranks"].items(), key=lambda item: int(item[0]))
+    others = f" and {_count(lora['other_tensors'], 'other tensor')}" if lora["other_tensors"] else ""
     ignored = " (not used by the official rule)" if rule == "official" and lora["alphas"] else ""
     yield "strength", f"{lora['strength']:g}"
     yield "scale of B·A", _listed(f"{value:g}" for value in lora["scales"])
-    yield "matched", f"{lora['matched']:,} of {lora['total']:,} linears{_and_others(lora['other_tensors'])}"
+    yield "matched", f"{lora['matched']:,} of {lora['total']:,} linears{others}"
     yield "ranks", _listed((f"{rank} ×{count:,}" for rank, count in ranks), [rank for rank, _ in ranks])
     yield "alpha", (_listed(lora["alphas"]) if lora["alphas"] else "none in the file") + ignored
-    yield "DoRA", _targets(lora["dora"])
-    yield "full differences", _targets(lora["full_differences"])
-    yield "left out", f"{_targets(len(lora['left_out']))}, listed below" if lora["left_out"] else "none"
+    for label, key in (("DoRA", "dora"), ("full differences", "full_differences")):
+        yield label, _count(lora[key], "target") if lora[key] else "none"
+    yield "left out", f"{_count(len(lora['left_out']), 'target')}, listed below" if lora["left_out"] else "none"
     yield "naming", name(", ".join(lora["namings"]))
     yield "file", f'<span class="name mono">{name(lora["file"])}</span>'
     yield "blake3", f'<span class="name mono">{text(lora["blake3"][:16])}…</span>'
@@ -350,7 +311,7 @@ def _legend(view: CoverageView) -> Iterable[str]:
     median, largest = view.document["median_change"], view.document["largest_change"]
     counts = histogram(target["change"] for target in view.targets.values())
     marks = "".join(
-        f'<span style="left:{clamped(change):.1%}">{sign}</span>'
+        f'<span style="left:{position(change):.1%}">{sign}</span>'
         for sign, change in (("▽", median), ("▼", largest))
         if change is not None
     )
@@ -359,7 +320,7 @@ def _legend(view: CoverageView) -> Iterable[str]:
         f'background:{colour(10 ** (LOW + (i + 0.5) / BINS_PER_DECADE))}"></i>'
         for i, count in enumerate(counts)
     )
-    ticks = "".join(f'<span style="left:{clamped(10.0**n):.0%}">{_decade(n)}</span>' for n in range(LOW, HIGH + 1))
+    ticks = "".join(f'<span style="left:{position(10.0**n):.0%}">{_decade(n)}</span>' for n in range(LOW, HIGH + 1))
     yield (
         "<h2>Blocks</h2>\n<p>How far the bake moves each linear, relative to its size: ‖ΔW‖ / ‖W‖ (Frobenius norms). "
         "The colours are the same on every page, so two pages can be compared.</p>"
@@ -473,14 +434,11 @@ def _sums(view: CoverageView) -> Iterator[tuple[str, Mapping[str, str]]]:
         yield label, {kind: f"<td>{shown.get(kind, '')}" for kind in kinds}
     for i in range(len(view.loras)):
         whose = f"LoRA {i + 1} " if len(view.loras) > 1 else ""
-        yield f"{whose}matched", {kind: _share(view.matched(i, kind), view.total(kind)) for kind in kinds}
+        matched = {kind: view.matched(i, kind) for kind in kinds}
+        looks = {k: "" if n == view.total(k) else " class=some" if n else " class=no" for k, n in matched.items()}
+        yield f"{whose}matched", {kind: f"<td{looks[kind]}>{count}" for kind, count in matched.items()}
         yield f"{whose}rank", {kind: f"<td>{_rank(view.ranks(i, kind))}" for kind in kinds}
     yield "in the model", {kind: f"<td>{view.total(kind) or ''}" for kind in kinds}
-
-
-def _share(matched: int, total: int | None) -> str:
-    kind = " class=no" if not matched else "" if matched == total else " class=some"
-    return f"<td{kind}>{matched}"
 
 
 def _rank(ranks: Sequence[int]) -> str:
@@ -523,7 +481,9 @@ def _left_out(view: CoverageView) -> Iterable[str]:
     for lora, modules in found:
         yield f"<section class=left>\n<h3><span class=name>{name(lora)}</span>: {len(modules):,} left out</h3>\n<ul>"
         for module in modules[:MAX_LEFT_OUT]:
-            yield f'<li class="name mono">{name(clipped(module))}</li>'
+            long = len(module) > MAX_NAME
+            shown = f"{module[: MAX_NAME // 2]} … {module[-MAX_NAME // 2 :]}" if long else module
+            yield f'<li class="name mono">{name(shown)}</li>'
         yield "</ul>"
         if len(modules) > MAX_LEFT_OUT:
             rest = f"and {len(modules) - MAX_LEFT_OUT:,} more; coverage.json lists all {len(modules):,}"

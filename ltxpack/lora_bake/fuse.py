@@ -265,11 +265,7 @@ def _sum(
 
 
 def _fuse_fp32(
-    weight: Tensor,
-    terms: Sequence[Term],
-    strengths: Sequence[Sequence[float]],
-    work: Workspace,
-    results: Workspace,
+    weight: Tensor, terms: Sequence[Term], strengths: Sequence[Sequence[float]], work: Workspace, results: Workspace
 ) -> list[Fused]:
     products = _products(terms, work)
     lowrank = [found for found in products if found is not None]

@@ -24,15 +24,7 @@ from ltxpack.files.tensorfile import MAX_INDEX_BYTES, TensorFile, TensorInfo, re
 from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.manifest import (
-    BAKE_NAME,
-    RESERVED_BAKE_NAMES,
-    Bake,
-    BakedLora,
-    FileRecord,
-    Manifest,
-    changed_file,
-)
+from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES, Bake, BakedLora, FileRecord, Manifest, changed_file
 from ltxpack.repack.items import Item, LinkFile, WriteBytes, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER
 from ltxpack.repack.tensors import Buffer, ShardEntry, TensorSpec, stored_tensor
@@ -345,8 +337,8 @@ class BakePlan:
         longest = [TargetStat(name, 1.0, 1.2321e-200, count, count) for name, count in counts.items()]
         document = self.document(arithmetic, longest)
         files = [(item.path, item.size, "link" if isinstance(item, LinkFile) else "write") for item in self.items]
-        files.append((f"{self.folder}/{coverage.REPORT_NAME}", len(coverage.dump(document)), "write"))
-        files.append((f"{self.folder}/{coverage.PAGE_NAME}", coverage_page.page_bound(document), "write"))
+        # A page with other looks than these is longer, but never twice as long.
+        files += [(report.path, 2 * report.size, "write") for report in self.reports(document)]
         return [{"path": path, "bytes": size, "action": action} for path, size, action in sorted(files)]
 
     def fingerprint(self) -> str:

@@ -11,17 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_support import (
-    Factors,
-    dotted,
-    linears,
-    low_rank,
-    official,
-    official_keys,
-    random_weights,
-    save,
-    shapes,
-)
+from lora_support import Factors, dotted, linears, low_rank, official, official_keys, random_weights, save, shapes
 
 from ltxpack.errors import AdapterError, FormatError, LtxpackError, SourceError
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
