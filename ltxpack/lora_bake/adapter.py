@@ -287,10 +287,10 @@ class _Fit:
     def _alpha(self, group: _ModuleKeys, rank: int) -> tuple[float | None, float]:
         """``(alpha, factor)``: from a tensor beside the factors, or from the configuration; a fault if they differ."""
         path, module = group.key.path, group.key.module
-        stated = self._stated.rank_of(path, module)
+        stated = self._stated.ranks.find(path, module, self._stated.rank)
         if stated is not None and stated != rank and "ambiguous alpha" not in self.faults:
             self.fault("rank mismatch", f"{module} has rank {rank}, the configuration says {stated}")
-        configured = self._stated.alpha_of(path, module)
+        configured = self._stated.alphas.find(path, module, self._stated.alpha)
         info = group.found.get("alpha")
         if info is None or self._read is None:
             return configured, self._stated.factor(configured, rank)

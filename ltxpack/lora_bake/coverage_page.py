@@ -20,6 +20,7 @@ from ltxpack.lora_bake.coverage import split_name
 # The scale: 0.01 % to 100 %. Below, a change drowns in bf16's rounding; above, the weight is more LoRA than base.
 LOW, HIGH = -4, 0
 BINS_PER_DECADE = 10
+TICKS = ("0.01 %", "0.1 %", "1 %", "10 %", "100 %")
 # Indigo to yellow by magenta, evenly lighter from stop to stop (OKLCH lightness 0.26 to 0.95, hue 275 to 465).
 RAMP = ("#190070", "#4a008a", "#7f078e", "#b21e80", "#de3a66", "#ff603e", "#ff9b46", "#ffc962", "#fff465")
 # Longer lists and names are cut; coverage.json has them whole.
@@ -76,9 +77,6 @@ class CoverageView:
         self.loras: Sequence[Mapping[str, Any]] = document["loras"]
         self.blocks: int = document["blocks"]
         places = {split_name(name): name for name in self.targets}
-        self._of_kind: dict[str, list[Mapping[str, Any]]] = {}
-        for (_, kind), name in places.items():
-            self._of_kind.setdefault(kind, []).append(self.targets[name])
         self.cells = {place: name for place, name in places.items() if place[0] is not None}
         self.ends = {kind: name for (block, kind), name in places.items() if block is None}
         inside = {kind for _, kind in self.cells} | set(document["block_kinds"])
@@ -89,28 +87,19 @@ class CoverageView:
         self.untouched = len(inside) * self.blocks + len(outside) - len(self.targets)
         self.reached = sum(kind in known for _, kind in places)
         self.linears = max((lora["total"] for lora in self.loras), default=self.reached)
-
-    def total(self, kind: str) -> int | None:
-        """How many modules of ``kind`` the model has, if it is known."""
-        known = [lora["kinds"][kind] for lora in self.loras if kind in lora["kinds"]]
-        known += [self.document["kinds"][kind]] if kind in self.document["kinds"] else []
-        return int(known[0]["total"]) if known else None
-
-    def matched(self, lora: int, kind: str) -> int:
-        """How many modules of ``kind`` a LoRA has."""
-        kinds = self.loras[lora]["kinds"]
-        return int(kinds[kind]["matched"]) if kind in kinds else len(self.ranks(lora, kind))
-
-    def ranks(self, lora: int, kind: str) -> list[int]:
-        """The rank at every target of ``kind`` that a LoRA has; 0 for a full difference alone."""
-        terms = (term for target in self._of_kind.get(kind, ()) for term in target["terms"])
-        return [term["rank"] for term in terms if term["lora"] == lora]
+        self.totals = {kind: found["total"] for kind, found in document["kinds"].items()}
+        self.totals |= {kind: found["total"] for lora in self.loras for kind, found in lora["kinds"].items()}
+        # (LoRA, kind) -> the rank at every target that the LoRA has there; 0 for a full difference alone.
+        self.ranks: dict[tuple[int, str], list[int]] = {}
+        for (_, kind), name in places.items():
+            for term in self.targets[name]["terms"]:
+                self.ranks.setdefault((term["lora"], kind), []).append(term["rank"])
 
 
 def render(document: Mapping[str, Any]) -> bytes:
     """The page for ``document`` (coverage.json)."""
     view = CoverageView(document)
-    sections = (_head(view), _tiles(view), _loras(view), _legend(view), _map(view), _outside(view), _left_out(view))
+    sections = (_head(view), _loras(view), _legend(view), _map(view), _outside(view), _left_out(view))
     body = "\n".join(line for section in sections for line in section)
     style = Path(__file__).with_name("coverage.css").read_text(encoding="utf-8")
     return (
@@ -239,36 +228,37 @@ def _count(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def _others(count: int) -> str:
+    """What a LoRA has besides linears: biases and norms."""
+    return f" and {_count(count, 'other tensor')}" if count else ""
+
+
 # The page from head to foot
 
 
 def _head(view: CoverageView) -> Iterable[str]:
     document = view.document
-    yield f"<header>\n<p class=kicker>LoRA coverage</p>\n<h1 class=name>{name(document['bake'])}</h1>"
-    yield (
-        f"<p class=quiet>rule {text(document['rule'])}{_RULES.get(document['rule'], '')} · "
-        f"kernel {text(document['kernel'])} · device {text(document['device'])}</p>\n</header>"
-    )
-
-
-def _tiles(view: CoverageView) -> Iterable[str]:
-    document = view.document
     changed, aimed, largest = (document[key] for key in ("changed_weights", "targeted_weights", "largest_change"))
     at = [key for key, target in view.targets.items() if target["change"] == largest and largest is not None]
     block, kind = split_name(at[0]) if at else (None, "")
-    short = kind if block is None else f"block {block}, {kind}"
-    extra = len(view.targets) - view.reached
-    others = f" and {_count(extra, 'other tensor')}" if extra else ""
     tiles = (
-        (f"{view.reached:,} of {view.linears:,}", f"linears reached{others}"),
+        (f"{view.reached:,} of {view.linears:,}", f"linears reached{_others(len(view.targets) - view.reached)}"),
         (
             f"{changed / aimed:.1%}" if aimed else "none",
             f"of {aimed:,} targeted weights changed: {changed:,} in {document['changed_tensors']:,} tensors",
         ),
         (_percent(document["median_change"]), "median ‖ΔW‖ / ‖W‖ of the targets"),
-        (_percent(largest), f'largest ‖ΔW‖ / ‖W‖<br><span class="name mono">{name(short)}</span>'),
+        (
+            _percent(largest),
+            "largest ‖ΔW‖ / ‖W‖<br>"
+            f'<span class="name mono">{name(kind if block is None else f"block {block}, {kind}")}</span>',
+        ),
     )
-    yield "<section class=tiles>"
+    yield f"<header>\n<p class=kicker>LoRA coverage</p>\n<h1 class=name>{name(document['bake'])}</h1>"
+    yield (
+        f"<p class=quiet>rule {text(document['rule'])}{_RULES.get(document['rule'], '')} · "
+        f"kernel {text(document['kernel'])} · device {text(document['device'])}</p>\n</header>\n<section class=tiles>"
+    )
     for figure, told in tiles:
         yield f"<div class=tile><b>{figure}</b><span>{told}</span></div>"
     yield "</section>"
@@ -291,11 +281,10 @@ def _loras(view: CoverageView) -> Iterable[str]:
 def _facts(lora: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str]]:
     """The lines of one LoRA's card, escaped."""
     ranks = sorted(lora["ranks"].items(), key=lambda item: int(item[0]))
-    others = f" and {_count(lora['other_tensors'], 'other tensor')}" if lora["other_tensors"] else ""
     ignored = " (not used by the official rule)" if rule == "official" and lora["alphas"] else ""
     yield "strength", f"{lora['strength']:g}"
     yield "scale of B·A", _listed(f"{value:g}" for value in lora["scales"])
-    yield "matched", f"{lora['matched']:,} of {lora['total']:,} linears{others}"
+    yield "matched", f"{lora['matched']:,} of {lora['total']:,} linears{_others(lora['other_tensors'])}"
     yield "ranks", _listed((f"{rank} ×{count:,}" for rank, count in ranks), [rank for rank, _ in ranks])
     yield "alpha", (_listed(lora["alphas"]) if lora["alphas"] else "none in the file") + ignored
     for label, key in (("DoRA", "dora"), ("full differences", "full_differences")):
@@ -320,7 +309,7 @@ def _legend(view: CoverageView) -> Iterable[str]:
         f'background:{colour(10 ** (LOW + (i + 0.5) / BINS_PER_DECADE))}"></i>'
         for i, count in enumerate(counts)
     )
-    ticks = "".join(f'<span style="left:{position(10.0**n):.0%}">{_decade(n)}</span>' for n in range(LOW, HIGH + 1))
+    ticks = "".join(f'<span style="left:{i / (len(TICKS) - 1):.0%}">{tick}</span>' for i, tick in enumerate(TICKS))
     yield (
         "<h2>Blocks</h2>\n<p>How far the bake moves each linear, relative to its size: ‖ΔW‖ / ‖W‖ (Frobenius norms). "
         "The colours are the same on every page, so two pages can be compared.</p>"
@@ -330,28 +319,17 @@ def _legend(view: CoverageView) -> Iterable[str]:
     yield f"<div class=ticks>{ticks}</div>\n</div>\n<div class=told>"
     yield f"<p><span class=chip>▽</span>median {_percent(median)}</p>"
     yield f"<p><span class=chip>▼</span>largest {_percent(largest)}</p>"
-    for told in _looks(view):
-        yield f"<p>{told}</p>"
-    yield "</div>\n</div>"
-
-
-def _decade(power: int) -> str:
-    return f"{10.0 ** (power + 2):g} %"
-
-
-def _looks(view: CoverageView) -> Iterator[str]:
-    """One line for every look of a cell that is not simply its colour, with how many targets have it."""
     found = Counter(_look(target["change"]) for target in view.targets.values())
-    low, high = _decade(LOW), _decade(HIGH)
     bottom, top = _shade(10.0**LOW), _shade(10.0**HIGH)
     for kind, attribute, count, told in (
         ("none", "", view.untouched, "not touched"),
-        ("lo", bottom, found["lo"], f"below {low}, drawn as {low}"),
-        ("hi", top, found["hi"], f"above {high}, drawn as {high}"),
+        ("lo", bottom, found["lo"], f"below {TICKS[0]}, drawn as {TICKS[0]}"),
+        ("hi", top, found["hi"], f"above {TICKS[-1]}, drawn as {TICKS[-1]}"),
         ("zr", "", found["zr"], "touched, and ΔW is zero"),
         ("fz", top, found["fz"], "changed from zero: W is zero, there is no ratio"),
     ):
-        yield f'<span class="chip {kind}"{attribute}></span><span class=count>{count:,}</span>{told}'
+        yield f'<p><span class="chip {kind}"{attribute}></span><span class=count>{count:,}</span>{told}</p>'
+    yield "</div>\n</div>"
 
 
 def _map(view: CoverageView) -> Iterable[str]:
@@ -432,13 +410,14 @@ def _sums(view: CoverageView) -> Iterator[tuple[str, Mapping[str, str]]]:
         # A kind whose every change is from zero has no ratio.
         shown = {k: _brief(None if found["median_change"] is None else found[key]) for k, found in measured.items()}
         yield label, {kind: f"<td>{shown.get(kind, '')}" for kind in kinds}
-    for i in range(len(view.loras)):
+    for i, lora in enumerate(view.loras):
         whose = f"LoRA {i + 1} " if len(view.loras) > 1 else ""
-        matched = {kind: view.matched(i, kind) for kind in kinds}
-        looks = {k: "" if n == view.total(k) else " class=some" if n else " class=no" for k, n in matched.items()}
+        ranks = {kind: view.ranks.get((i, kind), []) for kind in kinds}
+        matched = {k: lora["kinds"][k]["matched"] if k in lora["kinds"] else len(ranks[k]) for k in kinds}
+        looks = {k: "" if n == view.totals.get(k) else " class=some" if n else " class=no" for k, n in matched.items()}
         yield f"{whose}matched", {kind: f"<td{looks[kind]}>{count}" for kind, count in matched.items()}
-        yield f"{whose}rank", {kind: f"<td>{_rank(view.ranks(i, kind))}" for kind in kinds}
-    yield "in the model", {kind: f"<td>{view.total(kind) or ''}" for kind in kinds}
+        yield f"{whose}rank", {kind: f"<td>{_rank(found)}" for kind, found in ranks.items()}
+    yield "in the model", {kind: f"<td>{view.totals.get(kind, '')}" for kind in kinds}
 
 
 def _rank(ranks: Sequence[int]) -> str:

@@ -65,15 +65,10 @@ class Term:
 
     def rows(self, first: int, last: int) -> Term:
         """The share of the weight's rows ``first`` to ``last``."""
-        return Term(
-            self.factor,
-            self.down,
-            None if self.up is None else self.up[first:last],
-            None if self.magnitude is None else self.magnitude[first:last],
-            None if self.diff is None else self.diff[first:last],
-            self.square,
-            first == 0,
+        up, magnitude, diff = (
+            None if tensor is None else tensor[first:last] for tensor in (self.up, self.magnitude, self.diff)
         )
+        return replace(self, up=up, magnitude=magnitude, diff=diff, first=first == 0)
 
     def to(self, device: str) -> Term:
         """The same on ``device``."""
@@ -187,12 +182,6 @@ def fuse_official(
     square = square_sum(delta)
     delta += weight
     return delta.to(weight.dtype), square
-
-
-def fuse_fp32(weight: Tensor, terms: Sequence[Term], strengths: Sequence[float]) -> Tensor:
-    """The fp32 rule before its one rounding: fp32, shaped like ``weight``."""
-    work = Workspace()
-    return _sum(weight, terms, _products(terms, work), strengths, work)
 
 
 def _products(terms: Sequence[Term], work: Workspace) -> list[Tensor | None]:

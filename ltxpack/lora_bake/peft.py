@@ -93,14 +93,6 @@ class PeftConfig:
         """Whether any alpha is given."""
         return self.alpha is not None or bool(self.alphas)
 
-    def rank_of(self, path: str, module: str) -> int | None:
-        """The rank stated for a module: ``path`` with the wrapped model's prefix, ``module`` without."""
-        return self.ranks.find(path, module, self.rank)
-
-    def alpha_of(self, path: str, module: str) -> float | None:
-        """The alpha stated for a module."""
-        return self.alphas.find(path, module, self.alpha)
-
     def factor(self, alpha: float | None, rank: int) -> float:
         """What strength is multiplied by: alpha/rank, alpha/sqrt(rank) with rslora, 1 without alpha."""
         if alpha is None:

@@ -65,6 +65,13 @@ class ShardOutput:
             tensor.name for entry in item.entries if isinstance(entry.producer, FusedTensor) for tensor in entry.tensors
         )
 
+    def measure(self, name: str, fused: Fused) -> None:
+        """Add what was measured of some rows of the tensor ``name``."""
+        old = self.stats.get(name) or TargetStat(name, 0.0, 0.0, 0, 0)
+        base, delta = old.base_square + fused.base_square, old.delta_square + fused.delta_square
+        count = old.elements + fused.weight.numel()
+        self.stats[name] = TargetStat(name, base, delta, count, old.changed + fused.changed)
+
 
 class _Read(NamedTuple):
     """One read: ``lead`` bytes that are copied, then the rows ``chunks`` of a tensor; without one, all is copied.
@@ -329,12 +336,9 @@ class _Fusing:
         for chunk in made:
             for i, fused in zip(batch, chunk.result(), strict=True):
                 self._write([i], _bytes(fused.weight))
-                self._measure(self._outputs[i], info, fused)
-
-    def _measure(self, output: ShardOutput, info: TensorInfo, fused: Fused) -> None:
-        if not fused.finite:
-            self.overflow[info.name] = None
-        output.stats[info.name] = _added(output.stats.get(info.name), info, fused)
+                self._outputs[i].measure(info.name, fused)
+                if not fused.finite:
+                    self.overflow[info.name] = None
 
     def _write(self, targets: Iterable[int], data: memoryview | bytes) -> None:
         for i in targets:
@@ -401,16 +405,6 @@ def _copies(path: Path, start: int, end: int) -> Iterator[_Read]:
 def usable_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _added(before: TargetStat | None, info: TensorInfo, fused: Fused) -> TargetStat:
-    base, delta, count, differ = fused.base_square, fused.delta_square, fused.weight.numel(), fused.changed
-    if before is not None:
-        base += before.base_square
-        delta += before.delta_square
-        count += before.elements
-        differ += before.changed
-    return TargetStat(info.name, base, delta, count, differ)
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
+from ltxpack.lora_bake.fuse import Term, fuse_rows
 from ltxpack.ltx23.expected import inventory
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import MANIFEST_NAME, Component, FileRecord, Lora, Manifest, Source
@@ -24,6 +25,11 @@ CONFIG = {
 }  # fmt: skip
 LORA_FILE = "loras/ltx-2.3-test-distilled-lora-4.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def fuse_fp32(weight: torch.Tensor, terms: Sequence[Term], strengths: Sequence[float]) -> torch.Tensor:
+    """The fp32 rule before its one rounding: float32, shaped like ``weight``."""
+    return fuse_rows(weight.float(), terms, [strengths], "fp32")[0].weight
 
 
 def shapes(layers: int = 3, **changes: int) -> dict[str, tuple[int, ...]]:

@@ -11,12 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_support import Factors, dotted, linears, low_rank, official, official_keys, random_weights, save, shapes
+from lora_support import (
+    Factors,
+    dotted,
+    fuse_fp32,
+    linears,
+    low_rank,
+    official,
+    official_keys,
+    random_weights,
+    save,
+    shapes,
+)
 
 from ltxpack.errors import AdapterError, FormatError, LtxpackError, SourceError
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.find import hash_adapter, scan
-from ltxpack.lora_bake.fuse import fuse_fp32
 from ltxpack.lora_bake.stream import FactorReader
 from ltxpack.reporter import SilentReporter
 

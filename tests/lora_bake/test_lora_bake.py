@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shlex
 import shutil
@@ -664,6 +665,18 @@ assert not bake(BakeOptions(Path({str(overlay)!r}), (0.5,)), SilentReporter())[0
 sys.exit("torch" in sys.modules)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+def test_a_torch_that_cannot_be_imported_is_told_where_it_is_asked_for(
+    overlay: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> None:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(ImportError, match="no torch"):
+        run(overlay, 0.5)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 # LoRAs from elsewhere

@@ -10,19 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_support import fuse_fp32
 from safetensors import safe_open
 from support import load
 
 from ltxpack.lora_bake import fuse
-from ltxpack.lora_bake.fuse import (
-    Term,
-    choose_kernel,
-    cpu_has_bf16_unit,
-    fuse_fp32,
-    fuse_official,
-    fuse_rows,
-    row_chunks,
-)
+from ltxpack.lora_bake.fuse import Term, choose_kernel, cpu_has_bf16_unit, fuse_official, fuse_rows, row_chunks
 
 ROOT = "model.diffusion_model."
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_support import linears, official, shapes
+from lora_support import fuse_fp32, linears, official, shapes
 
 from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import DTYPE_BITS
 from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.find import all_finite, scan
-from ltxpack.lora_bake.fuse import fuse_fp32
 from ltxpack.lora_bake.stream import DTYPES, FactorReader
 from ltxpack.reporter import SilentReporter
 
