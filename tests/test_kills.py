@@ -132,7 +132,7 @@ def test_stopped_between_the_bake_and_the_manifest(
     assert ltxpack(*base).returncode == 0
     swap = staging._swap
 
-    def swap_and_stop(place: staging.Place) -> None:
+    def swap_and_stop(place: staging.StagingPaths) -> None:
         swap(place)
         raise KeyboardInterrupt
 

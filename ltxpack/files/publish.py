@@ -100,8 +100,9 @@ def write_failure(error: OSError, path: Path) -> OverlayError:
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into ``write_failure`` of ``path``."""
+    """Turn an OSError of the block into ``write_failure``, of the path it names or else of ``path``."""
     try:
         yield
     except OSError as error:
-        raise write_failure(error, path) from None
+        named = Path(error.filename) if isinstance(error.filename, str | Path) else path
+        raise write_failure(error, path if named.suffix == TEMPORARY_ENDING else named) from None

@@ -339,7 +339,7 @@ class StagedBake:
         self.arithmetic = chosen
         self.staging = Staging(plan.overlay, plan.fingerprint(), reporter, folder=plan.folder, lock=lock, force=True)
         self._reporter = reporter
-        self._path = self.staging.place.work / MEASURED_NAME
+        self._path = self.staging.work / MEASURED_NAME
         self._stats: dict[str, list[TargetStat]] = {}
         self._document: dict[str, Any] | None = None
         self._shards = {item.path: name for name, item in plan.shards.items()}
@@ -403,9 +403,9 @@ class StagedBake:
 
     def discard(self) -> None:
         """Give up what was written: the same inputs would fail again."""
-        shutil.rmtree(self.staging.place.work, ignore_errors=True)
+        shutil.rmtree(self.staging.work, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.staging.place.work.parent.rmdir()
+            self.staging.work.parent.rmdir()
 
     def _has(self, path: str) -> bool:
         """Whether ``path`` is done; a fused shard only if what was measured is known too."""

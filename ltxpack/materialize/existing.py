@@ -44,9 +44,8 @@ from ltxpack.materialize.sources import (
     open_source_folder,
 )
 from ltxpack.repack.items import CopyFile, Item, WriteBytes, WriteShard, sources
-from ltxpack.repack.repair import repair
 from ltxpack.repack.tensors import Copied
-from ltxpack.repack.verify import damaged_items
+from ltxpack.repack.verify import damaged_items, repair
 from ltxpack.reporter import Reporter
 
 SAMPLE_BYTES = 512

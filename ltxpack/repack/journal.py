@@ -1,7 +1,7 @@
 """The journal of unfinished work: which plan it belongs to and which files are complete. JSON, one line each.
 
-It is believed only as far as it can be checked: a torn or odd line and all after it are dropped, and a file counts
-only if its size and content are those written here.
+It is trusted only as far as it can be checked: a torn or odd line and all after it are dropped, and a file counts as
+complete only if it has the size and the content that the journal states.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any, BinaryIO
 from ltxpack.errors import SourceError
 from ltxpack.files import bounded_json
 from ltxpack.files.hashing import hash_file
-from ltxpack.files.publish import atomic_write, write_failure
+from ltxpack.files.publish import atomic_write, write_errors
 from ltxpack.files.tensorfile import open_source
 from ltxpack.manifest import FileRecord, safe_relative_path
 from ltxpack.reporter import Reporter
 
 FORMAT = 1
-# A line is some 200 bytes; what is beyond is not believed.
+# A line is some 200 bytes; more than this is not read.
 MAX_BYTES = 16 * 1024 * 1024
 
 
 @dataclass
 class JournalState:
-    """What a journal tells. ``replaced``: None, or (once publishing began) the old files that go."""
+    """What a journal says. ``replaced``: None, or (once publishing began) the old files to remove."""
 
     fingerprint: str = ""
     records: dict[str, FileRecord] = field(default_factory=dict)
@@ -45,18 +45,16 @@ class Journal:
         lines: list[dict[str, Any]] = [{"journal": FORMAT, "fingerprint": fingerprint}]
         lines += [dataclasses.asdict(record) for record in records]
         self._path = path
-        try:
+        with write_errors(path):
             atomic_write(path, b"".join(map(_line, lines)))
             self._file: BinaryIO = path.open("ab", buffering=0)
-        except OSError as error:
-            raise write_failure(error, path) from None
 
     def record(self, record: FileRecord) -> None:
         """``record`` is complete and on the disk."""
         self._append(dataclasses.asdict(record))
 
     def publishing(self, replaced: Iterable[str]) -> None:
-        """All is complete and moves into place now; ``replaced``: paths of the old version that go."""
+        """All is complete and is now moved into place; ``replaced``: paths of the old version to remove."""
         self._append({"publishing": sorted(replaced)})
 
     def close(self) -> None:
@@ -64,15 +62,13 @@ class Journal:
         self._file.close()
 
     def _append(self, entry: dict[str, Any]) -> None:
-        try:
+        with write_errors(self._path):
             self._file.write(_line(entry))
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise write_failure(error, self._path) from None
 
 
 def read_journal(path: Path) -> JournalState:
-    """What the journal at ``path`` tells; empty if there is none or it is not one of this version."""
+    """What the journal at ``path`` says; empty if there is none or it is not one of this version."""
     state = JournalState()
     try:
         lines = _lines(path)
@@ -93,7 +89,7 @@ def read_journal(path: Path) -> JournalState:
 
 
 def _lines(path: Path) -> list[bytes]:
-    """Every line that is whole. Raises SourceError, OSError or JsonFault."""
+    """The whole lines. Raises SourceError, OSError or JsonFault."""
     with open_source(path) as file:
         data = file.read(min(os.fstat(file.fileno()).st_size, MAX_BYTES))
     bounded_json.refuse_crowded(data)

@@ -1,9 +1,9 @@
-"""Stop and go on: work is written beside its place, journaled file by file, and published by rename.
+"""Stop and go on: work is written in a staging folder, journaled file by file, and published by rename.
 
 A staging folder holds ``journal.jsonl``, ``files/`` (laid out like the overlay) and, while an old version is being
 replaced, ``old/``. It is ``.<name>.partial`` beside a new overlay, ``.ltxpack/<name>.partial`` inside an overlay that
-gets a bake. Until publishing nothing of it is at its place. ``recover`` finishes or takes back a publishing that was
-cut short, so that at every moment either the old or the new version, whole, is what the manifest names.
+gets a bake. Nothing of it is in its final place before publishing. ``recover`` finishes or undoes a publishing that was
+cut short, so that at every moment the manifest names either the old or the new version, whole.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ltxpack.errors import OverlayError
-from ltxpack.files.publish import atomic_write, fsync_folder, write_failure
+from ltxpack.errors import OverlayError, quoted
+from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
 from ltxpack.manifest import (
     BAKE_NAME,
     MANIFEST_NAME,
@@ -31,59 +31,31 @@ from ltxpack.repack.journal import Journal, JournalState, is_intact, read_journa
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, real_target
 from ltxpack.reporter import Reporter
 
-JOURNAL_NAME = "journal.jsonl"
 PARTIAL = ".partial"
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a staging folder and what it stands for are. ``folder``: "" for the overlay, else ``bakes/<name>``."""
+class StagingPaths:
+    """The paths of a staging folder. ``folder``: "" for the overlay itself, else ``bakes/<name>``.
 
-    overlay: Path
-    folder: str
+    ``target`` appears at the end, ``work`` is the staging folder; in it ``root`` is laid out like the overlay,
+    ``payload`` is what becomes ``target``, and ``old`` keeps the version that is being replaced.
+    """
 
-    @property
-    def target(self) -> Path:
-        """What appears at the end."""
-        return self.overlay / self.folder
-
-    @property
-    def work(self) -> Path:
-        """The staging folder."""
-        if self.folder:
-            return self.overlay / WORK_FOLDER / (self.folder.rpartition("/")[2] + PARTIAL)
-        return self.overlay.parent / f".{self.overlay.name}{PARTIAL}"
-
-    @property
-    def root(self) -> Path:
-        """Stands for the overlay while files are written."""
-        return self.work / "files"
-
-    @property
-    def payload(self) -> Path:
-        """What is renamed to ``target``."""
-        return self.root / self.folder
-
-    @property
-    def old(self) -> Path:
-        """Where the version being replaced waits."""
-        return self.work / "old"
-
-    @property
-    def journal(self) -> Path:
-        """The journal's path."""
-        return self.work / JOURNAL_NAME
+    def __init__(self, overlay: Path, folder: str) -> None:
+        self.overlay, self.folder = overlay, folder
+        self.target = overlay / folder
+        beside = overlay.parent / f".{overlay.name}{PARTIAL}"
+        self.work = overlay / WORK_FOLDER / (self.target.name + PARTIAL) if folder else beside
+        self.root, self.old, self.journal = self.work / "files", self.work / "old", self.work / "journal.jsonl"
+        self.payload = self.root / folder
 
     def refuse_links(self) -> None:
-        """A link among the folders would lead what is written or removed out of the overlay. OverlayError."""
-        inner = [self.overlay / WORK_FOLDER, *(self.overlay / part for part in self._parts())]
-        for path in (*inner, self.work, self.root, *(self.root / part for part in self._parts()), self.old):
+        """Raise OverlayError for a link among the folders: it would lead writes and removals out of the overlay."""
+        parts = [parent for parent in (Path(self.folder), *Path(self.folder).parents) if parent.name]
+        inner = [self.overlay / WORK_FOLDER, *(self.overlay / part for part in parts)]
+        for path in (*inner, self.work, self.root, *(self.root / part for part in parts), self.old):
             if path.is_symlink():
-                raise OverlayError("is a link where only a folder may be", file=path, next=f"remove {path}")
-
-    def _parts(self) -> list[str]:
-        parts = self.folder.split("/") if self.folder else []
-        return ["/".join(parts[: number + 1]) for number in range(len(parts))]
+                raise OverlayError("is a link where only a folder may be", file=path, next=f"rm {quoted(path)}")
 
     def named(self) -> tuple[FileRecord, ...] | None:
         """The files that the overlay's manifest, if it can be read, names for ``folder``."""
@@ -91,7 +63,7 @@ class Place:
             manifest = read_manifest(self.overlay)
             if not self.folder:
                 return tuple(manifest.records())
-            bake = manifest.bakes.get(self.folder.rpartition("/")[2])
+            bake = manifest.bakes.get(self.target.name)
             return bake.files if bake else None
         return None
 
@@ -99,10 +71,10 @@ class Place:
 class Staging:
     """The unfinished version of an overlay, or of one folder (``bakes/<name>``) of an overlay. A context manager.
 
-    ``root`` stands for the overlay: write ``root / path`` and ``record`` each complete file. ``done`` holds what an
-    earlier run with the same ``fingerprint`` left complete, checked by content. The overlay is locked meanwhile;
-    several stagings of one overlay share the ``lock`` the caller holds. ``force`` allows an existing version to be
-    replaced when publishing. Raises OverlayError (in use, exists, cannot be written).
+    ``root`` is laid out like the overlay: write ``root / path`` and ``record`` each complete file. ``done`` holds what
+    an earlier run with the same ``fingerprint`` left complete, checked by content. The overlay is locked meanwhile;
+    several stagings of one overlay share the ``lock`` of the caller. ``force`` allows publishing to replace an existing
+    version. Raises OverlayError (in use, exists, cannot be written).
     """
 
     def __init__(
@@ -115,7 +87,8 @@ class Staging:
         lock: OverlayLock | None = None,
         force: bool = False,
     ) -> None:
-        self.place = Place(real_target(overlay), folder)
+        self.paths = StagingPaths(real_target(overlay), folder)
+        self.root, self.work = self.paths.root, self.paths.work
         self.fingerprint = fingerprint
         self.done: dict[str, FileRecord] = {}
         self._reporter = reporter
@@ -125,17 +98,12 @@ class Staging:
         self._published = False
         self._journal: Journal | None = None
 
-    @property
-    def root(self) -> Path:
-        """Where files are written; stands for the overlay."""
-        return self.place.root
-
     def __enter__(self) -> Self:
         if self._own_lock:
             self._lock.__enter__()
         try:
-            with _telling(self.place.work):
-                recover(self.place.overlay, self._reporter)
+            with write_errors(self.work):
+                recover(self.paths.overlay, self._reporter)
                 self._refuse_existing()
                 self._open()
         except BaseException:
@@ -160,13 +128,13 @@ class Staging:
 
     def publish(self, manifest: bytes) -> None:
         """Put the new overlay, with this manifest, in its place. Only for a staging of a whole overlay."""
-        assert not self.place.folder
-        with _telling(self.place.target):
+        assert not self.paths.folder
+        with write_errors(self.paths.target):
             self.root.mkdir(parents=True, exist_ok=True)
             atomic_write(self.root / MANIFEST_NAME, manifest)
             self._announce()
-            self._lock.hold_folder(self.place.payload)
-            _swap(self.place)
+            self._lock.hold_folder(self.root)
+            _swap(self.paths)
             self._published = True
             self._close_and_clean()
 
@@ -177,13 +145,13 @@ class Staging:
             self._lock.__exit__(None, None, None)
 
     def _refuse_existing(self) -> None:
-        place, target = self.place, self.place.target
-        place.refuse_links()
+        paths, target = self.paths, self.paths.target
+        paths.refuse_links()
         if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
             return
-        if place.folder and place.named() is None:
+        if paths.folder and paths.named() is None:
             return
-        if not is_overlay(place.overlay):
+        if not is_overlay(paths.overlay):
             raise OverlayError(
                 "exists and is not an overlay",
                 file=target,
@@ -195,17 +163,16 @@ class Staging:
 
     def _open(self) -> None:
         """Keep what the journal vouches for, remove everything else, start the journal."""
-        work = self.place.work
-        work.mkdir(parents=True, exist_ok=True)
-        state = read_journal(self.place.journal)
+        self.work.mkdir(parents=True, exist_ok=True)
+        state = read_journal(self.paths.journal)
         if state.fingerprint == self.fingerprint:
             self.done = self._checked(state)
         elif state.records:
-            self._reporter.note(f"{work}: work left by a run with other inputs is discarded")
-        _sweep(self.root, keep=set(self.done))
+            self._reporter.note(f"{self.work}: unfinished work of a run with other inputs is discarded")
+        remove_below(self.root, keep=self.done)
         self.root.mkdir(exist_ok=True)
-        fsync_folder(work.parent)
-        self._journal = Journal(self.place.journal, self.fingerprint, self.done.values())
+        fsync_folder(self.work.parent)
+        self._journal = Journal(self.paths.journal, self.fingerprint, self.done.values())
 
     def _checked(self, state: JournalState) -> dict[str, FileRecord]:
         records = state.records.values()
@@ -218,19 +185,19 @@ class Staging:
         return good
 
     def _announce(self) -> None:
-        """From here on ``recover`` knows that this may be half in its place."""
+        """Journal that publishing begins: from here on ``recover`` expects it to be half done."""
         assert self._journal is not None
-        for name, _, _ in os.walk(self.place.work):
+        for name, _, _ in os.walk(self.work):
             fsync_folder(name)
-        prefix = f"{self.place.folder}/" if self.place.folder else ""
-        named = self.place.named() if os.path.lexists(self.place.target) else None
+        prefix = f"{self.paths.folder}/" if self.paths.folder else ""
+        named = self.paths.named() if os.path.lexists(self.paths.target) else None
         replaced = [record.path.removeprefix(prefix) for record in named or ()]
         self._journal.publishing([*replaced, MANIFEST_NAME] if not prefix else replaced)
 
     def _close_and_clean(self) -> None:
         assert self._journal is not None
         self._journal.close()
-        _clean(self.place, read_journal(self.place.journal), self._reporter)
+        _clean(self.paths, read_journal(self.paths.journal), self._reporter)
 
 
 def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
@@ -238,116 +205,120 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
 
     Bakes that are replaced leave the manifest first: the overlay is valid at every moment. Raises OverlayError.
     """
-    overlay = stagings[0].place.overlay
+    overlay, work = stagings[0].paths.overlay, stagings[0].work
     path = overlay / MANIFEST_NAME
-    with _telling(path):
+    with write_errors(path):
         for staging in stagings:
             staging._announce()
         before = read_manifest(overlay)
-        names = {staging.place.target.name for staging in stagings}
+        names = {staging.paths.target.name for staging in stagings}
         kept = {name: bake for name, bake in before.bakes.items() if name not in names}
         if len(kept) < len(before.bakes):
-            atomic_write(path, dataclasses.replace(before, bakes=kept).dump(), folder=stagings[0].place.work)
+            atomic_write(path, dataclasses.replace(before, bakes=kept).dump(), folder=work)
         for staging in stagings:
-            _swap(staging.place)
-        atomic_write(path, manifest.dump(), folder=stagings[0].place.work)
+            _swap(staging.paths)
+        atomic_write(path, manifest.dump(), folder=work)
         for staging in stagings:
             staging._published = True
             staging._close_and_clean()
 
 
 def recover(overlay: Path, reporter: Reporter) -> tuple[str, ...]:
-    """Finish or take back what a killed publishing left of ``overlay``. Call it under the OverlayLock.
+    """Finish or undo what a killed publishing left of ``overlay``. Call it under the OverlayLock.
 
     Returns the fingerprints of the publishings that turned out to be complete. Staging does this by itself.
     """
     overlay = real_target(overlay)
-    found = [path.name.removesuffix(PARTIAL) for path in sorted((overlay / WORK_FOLDER).glob(f"*{PARTIAL}"))]
-    names = [name for name in found if BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES]
-    places = [Place(overlay, ""), *(Place(overlay, f"bakes/{name}") for name in names)]
+    names = [path.name.removesuffix(PARTIAL) for path in sorted((overlay / WORK_FOLDER).glob(f"*{PARTIAL}"))]
+    bakes = [name for name in names if BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES]
     complete = []
-    for place in places:
-        state = read_journal(place.journal)
-        if state.replaced is not None and _settle(place, state, reporter):
+    for folder in ("", *(f"bakes/{name}" for name in bakes)):
+        paths = StagingPaths(overlay, folder)
+        state = read_journal(paths.journal)
+        if state.replaced is not None and _settle(paths, state, reporter):
             complete.append(state.fingerprint)
-        _remove_if_empty(place)
+        _remove_if_empty(paths)
     return tuple(complete)
 
 
 def unfinished(overlay: Path) -> list[Path]:
     """The staging folders of ``overlay`` that are there."""
     overlay = real_target(overlay)
-    beside = overlay.parent / f".{overlay.name}{PARTIAL}"
-    return [path for path in (beside, *sorted((overlay / WORK_FOLDER).glob(f"*{PARTIAL}"))) if path.is_dir()]
+    inside = sorted((overlay / WORK_FOLDER).glob(f"*{PARTIAL}"))
+    return [path for path in (StagingPaths(overlay, "").work, *inside) if path.is_dir()]
 
 
-def remove_below(root: Path) -> None:
-    """Remove the staging folder ``root`` with all it holds; links in it are removed, never followed."""
-    _sweep(root, keep=set())
+def remove_below(root: Path, keep: Collection[str] = ()) -> None:
+    """Remove every file below ``root`` but those of ``keep``, then empty folders; links are removed, not followed."""
+    if root.is_dir():
+        for path in list(_files_below(root)):
+            if path.relative_to(root).as_posix() not in keep:
+                path.unlink()
+        _remove_empty(root)
 
 
-def _settle(place: Place, state: JournalState, reporter: Reporter) -> bool:
+def _settle(paths: StagingPaths, state: JournalState, reporter: Reporter) -> bool:
     """Make one begun publishing whole again. Returns whether it was complete."""
-    place.refuse_links()
-    with _telling(place.target):
-        if not place.payload.exists() and (not place.folder or place.named() is not None):
-            _clean(place, state, reporter)
+    paths.refuse_links()
+    with write_errors(paths.target):
+        if not paths.payload.exists() and (not paths.folder or paths.named() is not None):
+            _clean(paths, state, reporter)
             return True
-        if not place.folder:
-            if place.old.exists() and not os.path.lexists(place.target):
-                place.old.rename(place.target)
-        elif place.payload.exists():
-            if place.named() is None:
-                _drop_named(place.target, state)
-                _drop_old(place, state, reporter)
-        elif place.target.exists():
-            place.payload.parent.mkdir(parents=True, exist_ok=True)
-            place.target.rename(place.payload)
-            _drop_old(place, state, reporter)
+        if not paths.folder:
+            if paths.old.exists() and not os.path.lexists(paths.target):
+                paths.old.rename(paths.target)
+        elif paths.payload.exists():
+            if paths.named() is None:
+                _drop_named(paths.target, state)
+                _drop_old(paths, state, reporter)
+        elif paths.target.exists():
+            paths.payload.parent.mkdir(parents=True, exist_ok=True)
+            paths.target.rename(paths.payload)
+            _drop_old(paths, state, reporter)
     return False
 
 
-def _swap(place: Place) -> None:
+def _swap(paths: StagingPaths) -> None:
     """Move the old version aside, the new one in its place."""
-    place.target.parent.mkdir(parents=True, exist_ok=True)
-    if os.path.lexists(place.target):
-        place.target.rename(place.old)
-        fsync_folder(place.target.parent)
-    place.payload.rename(place.target)
-    fsync_folder(place.payload.parent)
-    fsync_folder(place.target.parent)
+    paths.target.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.lexists(paths.target):
+        paths.target.rename(paths.old)
+        fsync_folder(paths.target.parent)
+    paths.payload.rename(paths.target)
+    fsync_folder(paths.payload.parent)
+    fsync_folder(paths.target.parent)
 
 
-def _clean(place: Place, state: JournalState, reporter: Reporter) -> None:
-    """After a publishing: what the old manifest named goes, foreign files move to the new version."""
-    _drop_old(place, state, reporter)
-    _sweep(place.work, keep={JOURNAL_NAME})
-    place.journal.unlink(missing_ok=True)
-    _remove_if_empty(place)
+def _clean(paths: StagingPaths, state: JournalState, reporter: Reporter) -> None:
+    """After a publishing: remove what the old manifest named, move foreign files to the new version."""
+    _drop_old(paths, state, reporter)
+    remove_below(paths.work, keep={paths.journal.name})
+    paths.journal.unlink(missing_ok=True)
+    _remove_if_empty(paths)
 
 
-def _remove_if_empty(place: Place) -> None:
-    """The staging folder, and ``.ltxpack`` with the last one in it."""
+def _remove_if_empty(paths: StagingPaths) -> None:
+    """Remove the staging folder, and ``.ltxpack`` with the last one in it."""
     with contextlib.suppress(OSError):
-        place.work.rmdir()
-        if place.folder:
-            place.work.parent.rmdir()
+        paths.work.rmdir()
+        if paths.folder:
+            paths.work.parent.rmdir()
 
 
-def _drop_old(place: Place, state: JournalState, reporter: Reporter) -> None:
+def _drop_old(paths: StagingPaths, state: JournalState, reporter: Reporter) -> None:
     """Remove the old version; files in it that its manifest did not name move to the new one, or aside."""
-    _drop_named(place.old, state)
-    if not place.old.is_dir():
+    _drop_named(paths.old, state)
+    if not paths.old.is_dir():
         return
-    for path in list(_files_below(place.old)):
-        name = path.relative_to(place.old)
-        home = place.target / name
+    for path in list(_files_below(paths.old)):
+        name = path.relative_to(paths.old)
+        home = paths.target / name
         if os.path.lexists(home):
-            home = place.overlay.parent / f"{place.overlay.name}.kept" / place.folder / name
+            home = paths.overlay.parent / f"{paths.overlay.name}.kept" / paths.folder / name
             reporter.warn(f"{name}: not ltxpack's, but in the way of a new file; it is now {home}")
         home.parent.mkdir(parents=True, exist_ok=True)
         path.rename(home)
-    _remove_empty(place.old)
+    _remove_empty(paths.old)
 
 
 def _drop_named(folder: Path, state: JournalState) -> None:
@@ -362,16 +333,6 @@ def _drop_named(folder: Path, state: JournalState) -> None:
     _remove_empty(folder)
 
 
-def _sweep(root: Path, keep: set[str]) -> None:
-    """Remove every file below ``root`` whose path is not in ``keep``, and empty folders."""
-    if not root.is_dir():
-        return
-    for path in _files_below(root):
-        if path.relative_to(root).as_posix() not in keep:
-            path.unlink()
-    _remove_empty(root)
-
-
 def _files_below(root: Path) -> Iterator[Path]:
     """Everything below ``root`` that is not a folder; a link to a folder counts as a file."""
     for folder, folders, files in os.walk(root):
@@ -383,11 +344,3 @@ def _remove_empty(root: Path) -> None:
     for name, _, _ in os.walk(root, topdown=False):
         with contextlib.suppress(OSError):
             Path(name).rmdir()
-
-
-@contextlib.contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise write_failure(error, Path(error.filename or path)) from None

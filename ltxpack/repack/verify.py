@@ -1,10 +1,12 @@
-"""Every byte of an overlay against its manifest; all faults are listed, not only the first.
+"""Verifies every byte of an overlay against its manifest, and writes damaged files again from the plan of them.
 
-Reads at disk speed, one file at a time (one thread reads ahead, one hashes), in a few buffers.
+All faults are listed, not only the first. Files are read one after the other at disk speed, in a few buffers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import posixpath
 import stat
@@ -12,17 +14,20 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ltxpack.errors import LtxpackError
+from ltxpack.errors import LtxpackError, OverlayError, quoted
 from ltxpack.files.hashing import hash_file
+from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import Item
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
-from ltxpack.repack.staging import PARTIAL, unfinished
+from ltxpack.repack.staging import PARTIAL, recover, remove_below, unfinished
+from ltxpack.repack.write import preflight, write_item
 from ltxpack.reporter import Reporter
 
-# A file that somebody else put there, which no repair touches.
+# The problem of a file that somebody else put there, which no repair touches.
 NOT_OURS = "is not in the manifest"
 INDEX_ENDING = ".safetensors.index.json"
 
@@ -52,11 +57,11 @@ def _faults(overlay: Path, reporter: Reporter) -> list[Fault]:
     records = {record.path: record for record in manifest.records()}
     begun = unfinished(overlay)
     for path in begun:
-        reporter.note(f"{path}: unfinished work; the command that began it goes on there")
+        reporter.note(f"{path}: unfinished work; run the command that began it again to finish it")
     reporter.begin("verifying", sum(record.size for record in records.values() if not is_symlink(record)), "B")
     faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
     reporter.end()
-    # A bake killed while it was published stands in its place already, but the manifest does not name it yet.
+    # A bake killed while it was published may be in its place already, but the manifest does not name it yet.
     unnamed = {path.name.removesuffix(PARTIAL) for path in begun} - manifest.bakes.keys()
     faults += _stray_faults(overlay, records, {f"bakes/{name}" for name in unnamed})
     bad = {fault.path for fault in faults}
@@ -94,7 +99,7 @@ def _file_faults(
     path = overlay / record.path
     linked = next((parent for parent in _parents(record.path) if (overlay / parent).is_symlink()), None)
     if linked is not None:
-        yield Fault(record.path, "lies behind a folder that was replaced by a link", found=linked)
+        yield Fault(record.path, "is in a folder that was replaced by a link", found=linked)
         return
     try:
         status = path.lstat()
@@ -170,7 +175,7 @@ def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord]
             yield Fault(path, error.problem, _text(error.expected), _text(error.found))
     for tensor, files in owners.items():
         if len(files) > 1:
-            yield Fault(f"{folder}/{files[-1]}", f"holds {tensor}, which stands in another shard too", found=files[0])
+            yield Fault(f"{folder}/{files[-1]}", f"holds {tensor}, which is in another shard too", found=files[0])
     whole = not any(path.startswith(f"{folder}/") for path in bad)
     for path in (path for path in names if path.endswith(INDEX_ENDING) and whole):
         yield from _index_faults(overlay, path, {tensor: files[0] for tensor, files in owners.items()})
@@ -196,3 +201,78 @@ def _parents(path: str) -> list[str]:
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
+
+
+def repair(
+    items: Sequence[Item], overlay: Path, manifest: Manifest, reporter: Reporter, *, copy: bool = False
+) -> Manifest:
+    """Write ``items`` (see ``damaged_items``) into ``overlay`` again; returns the manifest as it is afterwards.
+
+    Each is written inside ``.ltxpack/``, compared with the manifest, and only then put in its place by rename: a file
+    that may share its bytes with another is never opened for writing. The manifest changes only where a link became a
+    copy or the other way round. Raises OverlayError for a file that comes out other than the manifest says: then the
+    source is another one, and the file in the overlay stays as it is.
+    """
+    root = overlay / WORK_FOLDER / "repair"
+    with OverlayLock(overlay, reporter), write_errors(overlay):
+        recover(overlay, reporter)
+        _refuse_link(root, root.parent)
+        preflight(items, overlay, copy=copy)
+        records = {record.path: record for record in manifest.records()}
+        reporter.begin("repairing", sum(item.size for item in items), "B")
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            changed = {}
+            for item in items:
+                target = overlay / item.path
+                _refuse_link(*(overlay / parent for parent in _parents(item.path)))
+                changed[item.path] = write_item(item, root, copy=copy, reporter=reporter)
+                _refuse_other_content(changed[item.path], records[item.path], target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (root / item.path).replace(target)
+                fsync_folder(target.parent)
+            after = _with_records(manifest, changed)
+            if after != manifest:
+                atomic_write(overlay / MANIFEST_NAME, after.dump(), folder=root)
+        finally:
+            remove_below(root)
+            with contextlib.suppress(OSError):
+                root.parent.rmdir()
+        reporter.end()
+        return after
+
+
+def _refuse_link(*folders: Path) -> None:
+    linked = next((folder for folder in folders if folder.is_symlink()), None)
+    if linked is not None:
+        raise OverlayError("is a link where only a folder may be", file=linked, next=f"rm {quoted(linked)}")
+
+
+def _refuse_other_content(found: FileRecord, wanted: FileRecord, target: Path) -> None:
+    if (found.size, found.blake3) != (wanted.size, wanted.blake3):
+        raise OverlayError(
+            "cannot be repaired: the source is not the one it was made from",
+            file=target,
+            expected=f"blake3 {wanted.blake3}",
+            found=f"blake3 {found.blake3}",
+            next="name the source the overlay was made from, or materialize again with --force",
+        )
+
+
+def _with_records(manifest: Manifest, changed: Mapping[str, FileRecord]) -> Manifest:
+    """``manifest`` with these records in place of those of the same path, wherever they are."""
+
+    def renew(value: Any) -> Any:
+        if isinstance(value, FileRecord):
+            return changed.get(value.path, value)
+        if isinstance(value, tuple):
+            return tuple(renew(item) for item in value)
+        if isinstance(value, Mapping):
+            return {key: renew(item) for key, item in value.items()}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            parts = {field.name: renew(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **parts)
+        return value
+
+    after: Manifest = renew(manifest)
+    return after

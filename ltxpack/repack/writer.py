@@ -1,4 +1,4 @@
-"""Writes one file of known size, front to back, past the page cache where that helps: copy, hash, write in step.
+"""Writes one file of known size, front to back, past the page cache where that helps: copies and hashes in step.
 
 A thread writes. The caller's thread copies memory and hashes (blake3) what it just copied while that is still in the
 processor's cache: a thread for the hash alone would cost a third more CPU.
@@ -6,8 +6,8 @@ processor's cache: a thread for the hash alone would cost a third more CPU.
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,38 +27,33 @@ class ShardWriter:
     """Writes one file of known size front to back: ``write`` … ``close``; ``abort`` (or an error) leaves nothing.
 
     The bytes go to a temporary file beside ``root / path`` and get their name when all of them are on the disk. Up to
-    ``buffers`` buffers of 4 MB are in flight. Raises OverlayError when the disk is full or refuses.
+    ``buffers`` buffers of 4 MB are in flight. ``why``: why the file is not written past the page cache, or "". Raises
+    OverlayError when the disk is full or refuses.
     """
 
     def __init__(
-        self,
-        root: Path,
-        path: str,
-        header: bytes,
-        size: int,
-        *,
-        buffers: int = WRITE_BUFFERS,
-        direct: bool = True,
+        self, root: Path, path: str, header: bytes, size: int, *, buffers: int = WRITE_BUFFERS, direct: bool = True
     ) -> None:
         """``size`` counts the ``header``, which is written at once."""
-        self.path = path
-        self.size = size
+        self.path, self.size = path, size
         self._target = root / path
         self._hasher = blake3()
         self._written = 0
         self._spare = buffers
         self._memory: memoryview | None = None
         self._used = self._hashed = 0
+        # Oldest first: when each buffer is free again.
+        self._pending: deque[tuple[Future[None], memoryview]] = deque()
         with write_errors(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._temporary = Temporary(self._target)
             self._file = DirectWriter(self._temporary.path, direct=direct and size >= DIRECT_FROM)
-        self._disk = _Disk(self._file)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-write")
         self.write(header)
 
     @property
     def why(self) -> str:
-        """Why the file is not written past the page cache; "" if it is."""
+        """Why the file is not written past the page cache, or ""."""
         return self._file.why
 
     def __enter__(self) -> Self:
@@ -85,27 +80,27 @@ class ShardWriter:
             if self._used % HASH_STEP == 0 or self._used == len(memory):
                 self._hash_up_to(self._used)
             if self._used == len(memory):
-                self._submit()
+                self._submit(memory)
         self._written += len(source)
 
     def close(self) -> FileRecord:
-        """Wait for the disk, give the file its name, say what was written. Raises OverlayError if the disk refuses."""
+        """Wait for the disk and give the file its name; returns what was written."""
         if self._written != self.size:
             raise AssertionError(f"{self.path}: {self._written} bytes were written of {self.size} planned")
         if self._memory is not None:
             self._hash_up_to(self._used)
-            self._submit()
-        self._disk.finish()
+            self._submit(self._memory)
         with write_errors(self._target):
-            self._disk.raise_failure()
+            for done, _ in self._pending:
+                done.result()
             self._file.sync()
             self._file.close()
             self._temporary.publish(synced=True)
         return FileRecord(self.path, self.size, self._hasher.hexdigest())
 
     def abort(self) -> None:
-        """Stop writing and remove what was begun; after ``close`` this does nothing."""
-        self._disk.finish()
+        """Stop writing and remove what was begun; after ``close`` this only ends the thread."""
+        self._thread.shutdown(cancel_futures=True)
         self._file.close()
         self._temporary.discard()
 
@@ -115,60 +110,16 @@ class ShardWriter:
         if self._spare:
             self._spare -= 1
             return aligned_buffer(min(BUFFER, round_up(self.size)))
-        memory = self._disk.free.get()
+        done, memory = self._pending.popleft()
         with write_errors(self._target):
-            self._disk.raise_failure()
+            done.result()
         return memory
 
-    def _submit(self) -> None:
-        assert self._memory is not None
-        self._disk.put(self._memory[: self._used], self._memory)
+    def _submit(self, memory: memoryview) -> None:
+        self._pending.append((self._thread.submit(self._file.append, memory[: self._used]), memory))
         self._memory = None
 
     def _hash_up_to(self, end: int) -> None:
         assert self._memory is not None
         self._hasher.update(self._memory[self._hashed : end])
         self._hashed = end
-
-
-class _Disk:
-    """Appends buffers to a file on a thread of its own, started with the first one; then they are ``free`` again.
-
-    After a failure the rest passes through unwritten, so that nobody waits for ever.
-    """
-
-    def __init__(self, file: DirectWriter) -> None:
-        self.free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._file = file
-        self._inbox: queue.SimpleQueue[tuple[memoryview, memoryview] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
-
-    def put(self, data: memoryview, memory: memoryview) -> None:
-        """Append ``data``, which lies in ``memory``."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ltxpack-write", daemon=True)
-            self._thread.start()
-        self._inbox.put((data, memory))
-
-    def finish(self) -> None:
-        """Wait until everything put is written; the thread ends."""
-        if self._thread is not None:
-            self._inbox.put(None)
-            self._thread.join()
-            self._thread = None
-
-    def raise_failure(self) -> None:
-        """Raise what the thread met."""
-        if self._failure is not None:
-            raise self._failure
-
-    def _run(self) -> None:
-        while (item := self._inbox.get()) is not None:
-            data, memory = item
-            if self._failure is None:
-                try:
-                    self._file.append(data)
-                except BaseException as error:
-                    self._failure = error
-            self.free.put(memory)

@@ -16,8 +16,7 @@ from ltxpack.errors import OverlayError
 from ltxpack.files.publish import atomic_write
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import Item, WriteShard
-from ltxpack.repack.repair import repair
-from ltxpack.repack.verify import Fault, damaged, damaged_items, verify
+from ltxpack.repack.verify import Fault, damaged, damaged_items, repair, verify
 from ltxpack.reporter import SilentReporter
 
 SILENT = SilentReporter()
@@ -106,7 +105,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
     "a folder replaced by a link": (
         link_whole_folder,
         {
-            **dict.fromkeys((SHARD, SECOND, INDEX, "transformer/config.json"), "lies behind a folder"),
+            **dict.fromkeys((SHARD, SECOND, INDEX, "transformer/config.json"), "is in a folder that was replaced"),
             "transformer": "is not in the manifest",
         },
     ),
@@ -168,7 +167,7 @@ def test_a_tensor_in_two_shards_of_one_folder(overlay: Path) -> None:
     (overlay / SECOND).write_bytes((overlay / SHARD).read_bytes())
     resealed(overlay, SECOND)
     faults = verify(overlay, SILENT)
-    assert any(fault.path == SECOND and "stands in another shard too" in fault.problem for fault in faults)
+    assert any(fault.path == SECOND and "is in another shard too" in fault.problem for fault in faults)
     assert any(fault.path == BAKED and "links to other content" in fault.problem for fault in faults)
 
 

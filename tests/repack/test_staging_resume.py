@@ -451,7 +451,7 @@ def test_a_replaced_overlay_is_held_until_the_end(
     out, swap, tried = tmp_path / "out", staging_module._swap, []
     materialize(source, out)
 
-    def swap_and_look(place: staging_module.Place) -> None:
+    def swap_and_look(place: staging_module.StagingPaths) -> None:
         swap(place)
         with monkeypatch.context() as patch, pytest.raises(OverlayError, match="in use"):
             patch.setattr(os, "access", lambda path, mode: path != tmp_path)
