@@ -7,6 +7,7 @@ parameter names (expected.py). The reverse is derived, never written down.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ class RenameTable:
             {target: source for source, target in self.paths.items()},
         )
 
-    @property
+    @functools.cached_property
     def _longest(self) -> int:
         return max((path.count(".") + 1 for path in self.paths), default=1)
 

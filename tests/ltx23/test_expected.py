@@ -119,7 +119,7 @@ def _configs(draw: st.DrawFn) -> dict[str, Any]:
     return config
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(_configs())
 def test_inventories_of_other_sizes_match_the_modules(config: dict[str, Any]) -> None:
     shapes = tiny_source.tensor_shapes(config)

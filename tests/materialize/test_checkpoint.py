@@ -38,7 +38,7 @@ def test_every_tensor_has_one_target_in_one_component() -> None:
 
 
 @given(st.randoms())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_the_files_order_does_not_matter(random) -> None:
     shuffled = random.sample(NAMES, len(NAMES))
     targets = {name: [tensor.target for tensor in tensors] for name, tensors in read(SHAPES, shuffled).tensors.items()}
@@ -50,7 +50,7 @@ ANCHORS = ("learnable_registers", "aggregate_embed.weight")
 
 
 @given(st.sampled_from([name for name in NAMES if not name.endswith(ANCHORS)]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_missing_tensor_is_named(name: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         read({other: shape for other, shape in SHAPES.items() if other != name})
@@ -58,7 +58,7 @@ def test_a_missing_tensor_is_named(name: str) -> None:
 
 
 @given(st.sampled_from(NAMES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_misshapen_tensor_is_named(name: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         read({**SHAPES, name: (*SHAPES[name], 2)})
@@ -66,7 +66,7 @@ def test_a_misshapen_tensor_is_named(name: str) -> None:
 
 
 @given(st.sampled_from(NAMES), st.text("abcdefgh_0123456789", min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_an_unknown_tensor_is_named(name: str, part: str) -> None:
     unknown = f"{name}.{part}"
     with pytest.raises(UnsupportedError) as caught:

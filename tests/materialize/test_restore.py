@@ -19,19 +19,40 @@ QUIET = SilentReporter()
 REPO, OTHERS = "someone/model", "someone/others"
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tiny_source.make_source(tmp_path / "source")
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_source.make_source(tmp_path_factory.mktemp("source"))
 
 
-@pytest.fixture
-def hub(source: Path, tmp_path: Path) -> FakeHub:
+@pytest.fixture(scope="module")
+def repos(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path | SourceError]:
     """The source as a repo, another checkpoint and another LoRA in a second one, the text encoder in a third."""
-    others = tiny_source.make_source(tmp_path / "others", seed=1)
+    others = tiny_source.make_source(tmp_path_factory.mktemp("others"), seed=1)
     (others / "mine").mkdir()
     for name in (tiny_source.CHECKPOINT, tiny_source.LORA):
         (others / name).rename(others / "mine" / f"other-{name}")
-    return FakeHub({REPO: source, OTHERS: others, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
+    return {REPO: source, OTHERS: others, TEXT_ENCODER_REPO: source / tiny_source.GEMMA}
+
+
+@pytest.fixture
+def hub(repos: dict[str, Path | SourceError]) -> FakeHub:
+    return FakeHub(repos)
+
+
+@pytest.fixture(scope="module")
+def of_others(repos: dict[str, Path | SourceError], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An overlay made from another checkpoint and LoRA than the defaults."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    checkpoint, lora = (f"{OTHERS}/mine/other-{name}" for name in (tiny_source.CHECKPOINT, tiny_source.LORA))
+    options = Options(REPO, out, checkpoint=checkpoint, lora=lora, max_shard_size=100_000, copy=True)
+    materialize(options, QUIET, FakeHub(repos))
+    return out
+
+
+@pytest.fixture
+def out(of_others: Path, tmp_path: Path) -> Path:
+    """A copy of that overlay."""
+    return Path(shutil.copytree(of_others, tmp_path / "out"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -46,21 +67,7 @@ def damaged(overlay: Path, *names: str) -> dict[str, bytes]:
     return before
 
 
-def made_of_others(hub: FakeHub, overlay: Path) -> None:
-    options = Options(
-        REPO,
-        overlay,
-        checkpoint=f"{OTHERS}/mine/other-{tiny_source.CHECKPOINT}",
-        lora=f"{OTHERS}/mine/other-{tiny_source.LORA}",
-        max_shard_size=100_000,
-    )
-    materialize(options, QUIET, hub)
-    hub.asked.clear()
-
-
-def test_another_checkpoint_and_lora_than_the_defaults_are_found(hub: FakeHub, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    made_of_others(hub, out)
+def test_another_checkpoint_and_lora_than_the_defaults_are_found(hub: FakeHub, out: Path) -> None:
     manifest = read_manifest(out)
     names = [record.path for record in manifest.records()]
     before = damaged(out, *names)
@@ -83,15 +90,13 @@ def test_another_checkpoint_and_lora_than_the_defaults_are_found(hub: FakeHub, t
         ("latent_upsampler/config.json", []),
         ("tokenizer/tokenizer.json", ["tokenizer.json"]),
         (f"loras/other-{tiny_source.LORA}", [f"mine/other-{tiny_source.LORA}"]),
-        ("vae/diffusion_pytorch_model-00001-of-00002.safetensors", [f"mine/other-{tiny_source.CHECKPOINT}"]),
+        ("transformer/diffusion_pytorch_model-00001*", [f"mine/other-{tiny_source.CHECKPOINT}"]),
     ],
 )
 def test_only_what_damaged_files_were_made_from_is_fetched(
-    hub: FakeHub, tmp_path: Path, name: str, fetched: list[str]
+    hub: FakeHub, out: Path, name: str, fetched: list[str]
 ) -> None:
-    out = tmp_path / "out"
-    made_of_others(hub, out)
-    name = name if (out / name).exists() else sorted(f"vae/{path.name}" for path in (out / "vae").glob("*.s*"))[0]
+    (name,) = (path.relative_to(out).as_posix() for path in out.glob(name))
     before = damaged(out, name)
     restore_base(out, read_manifest(out), [name], QUIET, hub=hub)
     assert contents(out) == before
