@@ -7,8 +7,11 @@ from a seed. ``make_source`` writes the folder; ``Tiny`` lets a test change one 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,8 +143,17 @@ class Tiny:
 
 
 def make_source(folder: Path, **changes: Any) -> Path:
-    """A source folder; ``changes`` are fields of Tiny."""
-    return Tiny(**changes).write(folder)
+    """A source folder; ``changes`` are fields of Tiny. Without any it is a copy of one that is made once."""
+    if changes:
+        return Tiny(**changes).write(folder)
+    return Path(shutil.copytree(_template().name, folder, dirs_exist_ok=True))
+
+
+@functools.cache
+def _template() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    Tiny().write(Path(folder.name))
+    return folder
 
 
 def f32_tables(name: str) -> str:
