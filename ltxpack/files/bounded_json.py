@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ltxpack.errors import clipped
+
 MAX_DEPTH = 64
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -46,7 +48,7 @@ def parse(data: bytes, limits: Limits | None = None, *, any_number: bool = False
     except UnicodeError:
         raise JsonFault("is not UTF-8 text") from None
     except ValueError as error:
-        raise JsonFault(f"is not sound JSON: {_short(str(error))}") from None
+        raise JsonFault(f"is not sound JSON: {clipped(str(error), 120)}") from None
     if _too_deep(document):
         raise JsonFault(f"is nested deeper than {MAX_DEPTH}")
     return document
@@ -66,7 +68,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {_short(ascii(twice))} stands twice in one object")
+        raise ValueError(f"the key {clipped(ascii(twice), 120)} is in one object twice")
     return found
 
 
@@ -95,7 +97,3 @@ def _too_deep(document: Any) -> bool:
             return False
         layer = [item for node in layer for item in (node.values() if isinstance(node, dict) else node)]
     return True
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 120 else text[:117] + "..."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import stat
+import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from ltxpack.errors import AbsentError, SourceError
+from ltxpack.errors import SourceError
 from ltxpack.files.direct import DIRECT_FROM
 from ltxpack.files.reader import PlannedRead, RangeReader, file_ranges
+from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 
 
@@ -43,16 +44,9 @@ def hash_file(
 
 
 def regular_size(path: Path) -> int:
-    """Bytes of the regular file at ``path``. Raises AbsentError, or SourceError for anything else."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise AbsentError("does not exist", file=path) from None
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise SourceError("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file", file=path)
-    return status.st_size
+    """Bytes of the file at ``path``. Raises AbsentError, or SourceError for what is no readable regular file."""
+    with open_source(path) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 class HashCheck:

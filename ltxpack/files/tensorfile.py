@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
 
-from ltxpack.errors import AbsentError, FormatError, SourceError
+from ltxpack.errors import AbsentError, FormatError, SourceError, clipped
 from ltxpack.files import bounded_json
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -102,7 +102,7 @@ def header_length(first8: bytes, file_size: int, path: str | os.PathLike[str]) -
             found=lookalike or f"{length} bytes",
         )
     if 8 + length > file_size:
-        raise _truncated(path, 8 + length, file_size)
+        raise truncated(path, 8 + length, file_size)
     return length
 
 
@@ -113,7 +113,7 @@ def parse_header(head: bytes, file_size: int, path: str | os.PathLike[str]) -> T
     """
     length = header_length(head[:8], file_size, path)
     if len(head) < 8 + length:
-        raise _truncated(path, 8 + length, len(head))
+        raise truncated(path, 8 + length, len(head))
     document = parse_json(head[8 : 8 + length], path)
     if not isinstance(document, dict):
         raise FormatError("has a header that is not a JSON object", file=path, found=type(document).__name__)
@@ -141,7 +141,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     for name, dtype, shape in tensors:
         check_name(name, "header")
         if name in document:
-            raise FormatError("stands twice in one file", tensor=name)
+            raise FormatError("is in one file twice", tensor=name)
         start, end = end, end + tensor_nbytes(dtype, shape)
         document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
@@ -280,14 +280,15 @@ def _check_spans(tensors: list[TensorInfo], base: int, file_size: int, path: str
             )
         end += info.nbytes
     if end > file_size:
-        raise _truncated(path, end, file_size)
+        raise truncated(path, end, file_size)
     if end < file_size:
         raise FormatError(
             "has bytes after its last tensor", file=path, expected=f"{end} bytes", found=f"{file_size} bytes"
         )
 
 
-def _truncated(path: str | os.PathLike[str], needed: int, found: int) -> FormatError:
+def truncated(path: str | os.PathLike[str], needed: int, found: int) -> FormatError:
+    """The error for a file of ``found`` bytes that must have ``needed``."""
     return FormatError(
         f"is truncated: {needed - found} bytes are missing",
         file=path,
@@ -302,5 +303,4 @@ def _is_size(value: Any) -> TypeGuard[int]:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return clipped(str(value), 120)

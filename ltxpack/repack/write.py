@@ -8,19 +8,21 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ltxpack.errors import FormatError, OverlayError, SourceError
+from ltxpack.errors import FormatError, OverlayError
 from ltxpack.files.direct import BUFFER, DIRECT_FROM
 from ltxpack.files.hashing import hash_file, regular_size
 from ltxpack.files.links import link_file
 from ltxpack.files.publish import Temporary, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges
+from ltxpack.files.tensorfile import truncated
 from ltxpack.manifest import FileRecord, safe_relative_path
 from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging
+from ltxpack.repack.tensors import Buffer
 from ltxpack.repack.writer import ShardWriter
 from ltxpack.reporter import Reporter
 
@@ -64,23 +66,42 @@ def write_item(item: Item, root: Path, *, copy: bool, reporter: Reporter) -> Fil
 
 def write_shard(item: WriteShard, root: Path, reporter: Reporter, *, direct: bool = True) -> FileRecord:
     """Write the shard under ``root``. Advances ``reporter`` by the bytes of the file."""
-    windows, parts = read_plan([source for entry in item.entries for source in entry.producer.ranges])
-    left = iter(parts)
+    windows, counts = read_plan([source for entry in item.entries for source in entry.producer.ranges])
     reader = RangeReader([window.range for window in windows], direct=direct)
-    with ShardWriter(root, item.path, item.header, item.size, direct=direct) as writer, reader:
-        reporter.advance(len(item.header))
-        data = _parts_of(windows, reader)
-        for entry in item.entries:
-            own = sum(itertools.islice(left, len(entry.producer.ranges)))
-            written = 0
-            for made in entry.producer.make(itertools.islice(data, own)):
-                writer.write(made)
-                written += memoryview(made).nbytes
-                reporter.advance(memoryview(made).nbytes)
-            if written != entry.nbytes:
-                raise AssertionError(f"{entry.tensors[0].name}: {written} bytes were made of {entry.nbytes}")
+    return _stream(item, item.header, _made(item, windows, counts, reader), reader, root, reporter, direct)
+
+
+def _made(item: WriteShard, windows: Sequence[Window], counts: Sequence[int], reader: RangeReader) -> Iterator[Buffer]:
+    """The bytes of the tensors, made by their producers from what the reader brings."""
+    parts = (data[at : at + size] for window, data in zip(windows, reader, strict=True) for at, size in window.parts)
+    left = iter(counts)
+    for entry in item.entries:
+        own = sum(itertools.islice(left, len(entry.producer.ranges)))
+        written = 0
+        for made in entry.producer.make(itertools.islice(parts, own)):
+            written += memoryview(made).nbytes
+            yield made
+        if written != entry.nbytes:
+            raise AssertionError(f"{entry.tensors[0].name}: {written} bytes were made of {entry.nbytes}")
+
+
+def _stream(
+    item: WriteShard | CopyFile,
+    header: bytes,
+    made: Iterable[Buffer],
+    reader: RangeReader,
+    root: Path,
+    reporter: Reporter,
+    direct: bool,
+) -> FileRecord:
+    """Write a file of ``header`` and what is ``made`` by reading ahead."""
+    with ShardWriter(root, item.path, header, item.size, direct=direct) as writer, reader:
+        reporter.advance(len(header))
+        for data in made:
+            writer.write(data)
+            reporter.advance(memoryview(data).nbytes)
         record = writer.close()
-    reporter.detail(f"{item.path}: {passage(reader, writer)}")
+    reporter.detail(f"{item.path}: {'copied, ' if isinstance(item, CopyFile) else ''}{passage(reader, writer)}")
     return record
 
 
@@ -121,12 +142,6 @@ def read_plan(ranges: Sequence[Range], limit: int = BUFFER) -> tuple[list[Window
     return windows, counts
 
 
-def _parts_of(windows: Sequence[Window], reader: RangeReader) -> Iterator[memoryview]:
-    for window, data in zip(windows, reader, strict=True):
-        for offset, count in window.parts:
-            yield data[offset : offset + count]
-
-
 def passage(reader: RangeReader, writer: ShardWriter) -> str:
     """How the bytes went, for the details: past the page cache, or why not."""
     ways = (("read", reader.why), ("written", writer.why))
@@ -141,11 +156,13 @@ def copy_file(
     A linked file is hashed by reading it. Advances ``reporter`` by its size. Raises FormatError if the source is not
     as large as planned.
     """
-    source = Path(os.path.realpath(item.source))
-    _check_size(item)
+    found, source = regular_size(item.source), Path(os.path.realpath(item.source))
+    if found != item.size:
+        raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
     how = link_file(source, root / item.path) if allow_link else "copied"
     if how == "copied":
-        return _copy(item, source, root, reporter, direct=direct)
+        reader = RangeReader(file_ranges(source, item.size), direct=direct and item.size >= DIRECT_FROM)
+        return _stream(item, b"", reader, reader, root, reporter, direct)
     reporter.detail(f"{item.path}: {how}")
     digest = hash_file(root / item.path, reporter, direct=direct)
     return FileRecord(item.path, item.size, digest, "hard" if how == "hard-linked" else None)
@@ -168,23 +185,6 @@ def write_link(item: LinkFile, root: Path) -> FileRecord:
     return item.record()
 
 
-def _copy(item: CopyFile, source: Path, root: Path, reporter: Reporter, *, direct: bool) -> FileRecord:
-    reader = RangeReader(file_ranges(source, item.size), direct=direct and item.size >= DIRECT_FROM)
-    with ShardWriter(root, item.path, b"", item.size, direct=direct) as writer, reader:
-        for data in reader:
-            writer.write(data)
-            reporter.advance(len(data))
-        record = writer.close()
-    reporter.detail(f"{item.path}: copied, {passage(reader, writer)}")
-    return record
-
-
-def _check_size(item: CopyFile) -> None:
-    found = regular_size(item.source)
-    if found != item.size:
-        raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
-
-
 def preflight(items: Sequence[Item], folder: Path, *, copy: bool, done: Collection[str] = ()) -> int:
     """Check that ``items`` (but those in ``done``) can be read and written under ``folder``, there already or not.
 
@@ -193,8 +193,9 @@ def preflight(items: Sequence[Item], folder: Path, *, copy: bool, done: Collecti
     """
     items = [item for item in items if item.path not in done]
     for path, needed in sources(items).items():
-        _check_source(path, needed)
-    written = bytes_to_write(items, folder, copy=copy)
+        if (size := regular_size(path)) < needed:
+            raise truncated(path, needed, size)
+    written = sum(item.size for item in items if not _takes_no_space(item, folder, copy))
     require_space(folder, written, len(items))
     return written
 
@@ -203,7 +204,7 @@ def require_space(folder: Path, written: int, files: int) -> None:
     """Refuse (OverlayError) a ``folder``, there already or not, that is not writable or lacks ``written`` bytes."""
     base = existing_parent(folder)
     if not os.access(base, os.W_OK | os.X_OK):
-        raise OverlayError("may not be written", file=base, next="choose another folder, or see to its permissions")
+        raise OverlayError("may not be written", file=base, next="choose another folder, or correct its permissions")
     free = shutil.disk_usage(base).free
     if written + BYTES_PER_FILE * files > free:
         raise OverlayError(
@@ -215,22 +216,14 @@ def require_space(folder: Path, written: int, files: int) -> None:
         )
 
 
-def bytes_to_write(items: Sequence[Item], folder: Path, *, copy: bool) -> int:
-    """Bytes that take space under ``folder``: all but those of links and of files that can be linked."""
-    return sum(
-        item.size
-        for item in items
-        if not isinstance(item, LinkFile)
-        and not (isinstance(item, CopyFile) and not copy and can_share(item.source, folder))
-    )
-
-
-def can_share(source: Path, folder: Path) -> bool:
-    """Whether a file there can probably be reflinked or hard-linked into ``folder``."""
+def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:
+    """Whether it is a link, or a file that can probably be reflinked or hard-linked into ``folder``."""
+    if not isinstance(item, CopyFile) or copy:
+        return isinstance(item, LinkFile)
     try:
-        status = source.stat()
+        status = item.source.stat()
         # Linux (protected_hardlinks) lets users link only what they own or may write.
-        mine = os.geteuid() in (0, status.st_uid) or os.access(source, os.W_OK)
+        mine = os.geteuid() in (0, status.st_uid) or os.access(item.source, os.W_OK)
         return mine and status.st_dev == existing_parent(folder).stat().st_dev
     except OSError:
         return False
@@ -240,20 +233,6 @@ def existing_parent(folder: Path) -> Path:
     """``folder``, or the nearest folder above it that exists."""
     folder = Path(os.path.realpath(folder))
     return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
-def _check_source(path: Path, needed: int) -> None:
-    size = regular_size(path)
-    if not os.access(path, os.R_OK):
-        raise SourceError("cannot be read: no permission", file=path)
-    if size < needed:
-        raise FormatError(
-            f"is truncated: {needed - size} bytes are missing",
-            file=path,
-            expected=f"{needed} bytes",
-            found=f"{size} bytes",
-            next="fetch or copy the file again",
-        )
 
 
 def _refuse_paths(items: Sequence[Item]) -> None:

@@ -172,12 +172,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "NaN": (blob('{"a": NaN}'), "not sound JSON"),
     "duplicate tensor": (
         blob('{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},'
-             ' "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"1"), "stands twice",
+             ' "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', b"1"), "twice",
     ),
     "duplicate field": (
-        blob('{"a": {"dtype": "U8", "dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}', b"1"), "stands twice",
+        blob('{"a": {"dtype": "U8", "dtype": "I8", "shape": [1], "data_offsets": [0, 1]}}', b"1"), "twice",
     ),
-    "duplicate metadata": (blob('{"__metadata__": {"a": "1", "a": "2"}}'), "stands twice"),
+    "duplicate metadata": (blob('{"__metadata__": {"a": "1", "a": "2"}}'), "twice"),
     "metadata number": (blob('{"__metadata__": {"a": 1}}'), "not an object of strings"),
     "metadata list": (blob('{"__metadata__": ["a"]}'), "not an object of strings"),
     "overlap": (blob({"a": entry(shape=[4], offsets=[0, 4]), "b": entry(shape=[4], offsets=[2, 6])}, bytes(6)),
@@ -329,7 +329,7 @@ INDEXES: dict[str, tuple[str, str]] = {
     "number": ('{"weight_map": {"a": 1}}', "plain .safetensors file name"),
     "null character": ('{"weight_map": {"a": "x\\u0000.safetensors"}}', "plain .safetensors file name"),
     "key": ('{"weight_map": {"a/b": "x.safetensors"}}', "path parts"),
-    "twice": ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "stands twice"),
+    "twice": ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "twice"),
     "deep": ('{"weight_map": ' + "[" * 100_000, "nested deeper"),
 }
 
