@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import torch
 import transformers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -23,7 +22,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.text import gemma as text
-from ltxpack.runtime.text.prompt_cache import Contexts, PromptCache, batch_key
+from ltxpack.runtime.text.prompt_cache import Contexts, PromptCache, backend, batch_key
 from ltxpack.runtime.weights.activations import HIDDEN_BYTES
 from ltxpack.runtime.weights.keeper import Residency
 
@@ -127,13 +126,6 @@ class PromptEncoder:
 
     def _part(self, component: str) -> tuple[Path, tuple[FileRecord, ...]]:
         return self.overlay.folder(component), self.overlay.records(component)
-
-
-def backend(device: torch.device) -> str:
-    """What computes on ``device``: another card or library may round otherwise."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    libraries = (torch, transformers, diffusers)
-    return " ".join([card, *(f"{library.__name__}-{library.__version__}" for library in libraries)])
 
 
 def _hidden_states(

@@ -1,8 +1,8 @@
 """From prompts to the contexts the DiT reads: tokenizer, Gemma 3, text connectors (spec 03).
 
-Loading and calling are separate, and so are the Gemma half and the connector half, so that the caller decides what
-is on the device when. Nothing is unloaded here. Gemma is transformers' module without vision tower and lm_head, the
-connectors are diffusers' with an attention processor of our own.
+The caller loads Gemma and the connectors, calls them and drops them separately, so it decides what is on the device
+when. Gemma is transformers' module without vision tower and lm_head; the connectors are diffusers' with an attention
+processor of our own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UNUSED_ROOTS = ("vision_tower.", "multi_modal_projector.", "language_model.lm_he
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """What Gemma leaves of one prompt: ``states`` [1, 1024, D, layers + 1] and ``mask`` int64 [1, 1024], 1 = token."""
+    """Gemma's output for one prompt: ``states`` [1, 1024, D, layers + 1] and ``mask`` int64 [1, 1024], 1 = token."""
 
     states: Tensor
     mask: Tensor
@@ -67,18 +67,18 @@ def load_text_encoder(
 ) -> Gemma3TextModel:
     """Gemma 3's language model from ``folder``, without lm_head, each tensor read once, straight to ``device``.
 
-    ``dtype`` None keeps the stored one. Raises OverlayError or FormatError, before a tensor is read, if the files do
-    not hold exactly the language model that config.json describes (vision tower and projector may be there).
+    ``dtype`` None keeps the stored one. The files hold exactly the language model that config.json describes; a vision
+    tower and a projector may be there too. Raises OverlayError and FormatError before it reads a tensor.
     """
     config = _gemma_config(folder).get_text_config()
-    # torch's own, whatever the file asks for: _what_sees_what is made for it.
+    # torch's own attention, whatever the file says: _attention_masks are made for it.
     config._attn_implementation = "sdpa"
     with _WeightsOnMeta():
         model = Gemma3TextModel(config)
     stored = {name.removeprefix(TEXT_ROOT): entry for name, entry in _language_model(folder).items()}
     check(model, stored, folder)
     model.load_state_dict((reader or read_tensors)(stored, device, dtype), strict=True, assign=True)
-    # The rotary frequencies and the embedding scale are in no file and still on the CPU; they stay fp32.
+    # The rotary frequencies and the embedding scale are in no file. They move to the device and stay fp32.
     for name, buffer in list(model.named_buffers()):
         if name not in stored:
             owner, _, attribute = name.rpartition(".")
@@ -87,9 +87,9 @@ def load_text_encoder(
 
 
 class _WeightsOnMeta(TorchFunctionMode):
-    """Makes what modules allocate for their weights on the meta device; what they compute (buffers) stays real.
+    """Modules allocate their weights on the meta device; the buffers that they compute stay real.
 
-    Of one thread, unlike accelerate's ``init_empty_weights``: another may be loading meanwhile.
+    This holds for one thread only, unlike accelerate's ``init_empty_weights``: another thread may load meanwhile.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -124,55 +124,45 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> tupl
 def hidden_states(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, text_encoder: Gemma3TextModel
 ) -> list[HiddenStates]:
-    """Gemma's hidden states of each prompt, computed in one batch: embeddings, every layer, the last one normed.
+    """Gemma's hidden states of each prompt, computed in one batch: the embeddings and every layer, the last one normed.
 
     Positions count from 0 over padding too, and attention is purely causal, as in the official pipeline.
     """
     device = text_encoder.device
     ids, mask = (tensor.to(device) for tensor in tokenize(tokenizer, prompts))
-    seen = _what_sees_what(mask, text_encoder.config.sliding_window)
-    output = text_encoder(input_ids=ids, attention_mask=seen, output_hidden_states=True, use_cache=False)
+    masks = _attention_masks(mask, text_encoder.config.sliding_window)
+    output = text_encoder(input_ids=ids, attention_mask=masks, output_hidden_states=True, use_cache=False)
     return [
         HiddenStates(torch.stack([layer[row] for layer in output.hidden_states], dim=-1)[None], mask[row, None])
         for row in range(len(prompts))
     ]
 
 
-def _what_sees_what(mask: Tensor, window: int) -> dict[str, Tensor]:
-    """For each kind of Gemma's layers which token sees which, bool [B, 1, T, T]: those up to it that are no padding,
-    and itself; in sliding ones the last ``window`` of them.
+def _attention_masks(mask: Tensor, window: int) -> dict[str, Tensor]:
+    """For each kind of Gemma's layers which token attends to which, bool [B, 1, T, T].
 
-    ``mask`` [B, T], 1 = token. Without itself padding would see nothing, which some kernels make NaN of; and NaN gets
-    to the real tokens, however little they see of padding.
+    A token attends to itself and to the tokens before it that are no padding; in sliding layers to the last ``window``
+    of them. ``mask`` [B, T], 1 = token. Padding attends to itself, or some kernels would compute NaN for it, which
+    spreads to the real tokens.
     """
     at = torch.arange(mask.shape[1], device=mask.device)
     back = at[:, None] - at
-    seen = ((back >= 0) & mask[:, None].bool() | (back == 0))[:, None]
-    return {"full_attention": seen, "sliding_attention": seen & (back < window)}
+    full = ((back >= 0) & mask[:, None].bool() | (back == 0))[:, None]
+    return {"full_attention": full, "sliding_attention": full & (back < window)}
 
 
 @torch.no_grad()
 def contexts(hidden: HiddenStates, connectors: LTX2TextConnectors) -> AV[Tensor]:
-    """The contexts [1, 1024, D] of one prompt. All 1024 rows count; the DiT is given no text mask."""
+    """The contexts [1, 1024, D] of one prompt. The DiT attends to all 1024 rows, without a mask."""
     states, mask = (tensor.to(connectors.device) for tensor in (hidden.states, hidden.mask))
     video, audio, _ = connectors(states, mask)
     return AV(video, audio)
 
 
-def encode(
-    prompts: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    text_encoder: Gemma3TextModel,
-    connectors: LTX2TextConnectors,
-) -> list[AV[Tensor]]:
-    """The contexts of each prompt, all prompts in one batch through Gemma (official: [positive, negative])."""
-    return [contexts(hidden, connectors) for hidden in hidden_states(prompts, tokenizer, text_encoder)]
-
-
 class RoundedRotaryAttention:
     """Attention processor for the connectors that rotates in the model dtype with rounded tables (spec 06, 3).
 
-    The library's own rotates in fp32, which is the same in fp32 and 8e-3 off the official result in bf16.
+    diffusers' own rotates in fp32. In fp32 both agree; in bf16 diffusers is 8e-3 off the official result.
     """
 
     def __call__(
@@ -204,7 +194,7 @@ class RoundedRotaryAttention:
 
 
 def use_rounded_rotary(connectors: LTX2TextConnectors) -> None:
-    """Gives every attention of ``connectors`` our processor."""
+    """Give every attention of ``connectors`` our processor."""
     for stack in (connectors.video_connector, connectors.audio_connector):
         for block in stack.transformer_blocks:
             block.attn1.set_processor(RoundedRotaryAttention())
@@ -228,7 +218,7 @@ def _gemma_config(folder: Path) -> Gemma3Config:
 
 
 def _language_model(folder: Path) -> dict[str, Stored]:
-    """The headers of the tensors under the language model's root; nothing unheard of may lie beside it."""
+    """The headers of the language model's tensors. Raises OverlayError for a tensor that is no part of Gemma 3."""
     stored = read_headers(folder)
     unknown = [name for name in sorted(stored) if not name.startswith((TEXT_ROOT, *UNUSED_ROOTS))]
     if unknown:

@@ -1,9 +1,8 @@
-"""The contexts of prompts kept on disk by content, so that prompts met before need no text encoder.
+"""A cache of contexts on disk, so that a prompt that was encoded before needs no text encoder.
 
-Knows neither pipeline nor model: a key in, tensors out. One entry is what one batch of prompts became (officially the
-prompt and its negative, encoded together): kept together, so that a cached result is the computed one to the bit
-whatever kernels a device chooses for a batch. Entries appear by rename and are checked when read; several processes
-may share a cache.
+Knows neither pipeline nor model: a key in, tensors out. An entry holds the contexts of one batch of prompts, officially
+the prompt and its negative: a device may choose other kernels for another batch, so only the whole batch is equal to
+the bit. Entries appear by rename and are checked when read; several processes may share a cache.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -29,13 +30,15 @@ from ltxpack.manifest import FileRecord
 from ltxpack.runtime.sampling.av import AV
 
 FORMAT = "1"
+# Of the text path, ``gemma`` and ``encode``. It rises with every change there that can change a context by a bit.
+TEXT_VERSION = "2"
 LIMIT = 2_000_000_000
 FOLDER = "contexts"
 PLACE_VARIABLE, LIMIT_VARIABLE = "LTXPACK_CACHE", "LTXPACK_CACHE_SIZE"
 ENDING = ".safetensors"
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 MODALITIES = ("video", "audio")
-# A temporary file this old was left by a process that was killed.
+# A killed process left a temporary file of this age.
 STALE_SECONDS = 3600
 
 Contexts = list[AV[Tensor]]
@@ -43,13 +46,14 @@ Contexts = list[AV[Tensor]]
 
 
 def batch_key(prompts: Sequence[str], records: Iterable[FileRecord], dtype: torch.dtype, backend: str) -> str:
-    """What the contexts of ``prompts`` depend on, as 64 hex digits.
+    """A hash, in 64 hex digits, of everything the contexts of ``prompts`` depend on.
 
-    The prompts as they are tokenised (stripped) and in their order, the files of tokenizer, text encoder and
-    connectors by hash, the dtype, and ``backend``: the kind of device and the libraries that compute.
+    That is: the prompts in their order, as they are tokenised (stripped); the files of tokenizer, text encoder and
+    connectors by hash; the dtype; the version of our text path; and the :func:`backend`.
     """
     document = {
         "format": FORMAT,
+        "text": TEXT_VERSION,
         "prompts": [prompt.strip() for prompt in prompts],
         "files": sorted((record.path, record.blake3) for record in records),
         "dtype": DTYPES[dtype],
@@ -58,18 +62,37 @@ def batch_key(prompts: Sequence[str], records: Iterable[FileRecord], dtype: torc
     return blake3(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
+def backend(device: torch.device) -> str:
+    """What computes on ``device``, and how: another card, library or precision may round otherwise."""
+    matmul: Any = torch.backends.cuda.matmul
+    parts: dict[str, object] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("transformers", "diffusers")},
+        "bf16": matmul.allow_bf16_reduced_precision_reduction,
+        # Before torch 2.9 the first of them alone has the setting, under its older name.
+        **{
+            name: getattr(each, "fp32_precision", None) or getattr(each, "allow_tf32", None)
+            for name, each in (("cuda", matmul), ("cpu", getattr(torch.backends.mkldnn, "matmul", None)))
+        },
+    }
+    if device.type == "cuda":
+        parts |= {"toolkit": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return " ".join(f"{name}={value}" for name, value in parts.items())
+
+
 @dataclass(frozen=True)
 class PromptCache:
-    """Entries in ``folder``, together at most ``limit`` bytes; those not used for longest go first."""
+    """Entries in ``folder``, together at most ``limit`` bytes; the least recently used entry is removed first."""
 
     folder: Path
     limit: int = LIMIT
 
     @classmethod
     def at(cls, folder: Path | None = None, environment: Mapping[str, str] = os.environ) -> PromptCache:
-        """In ``folder``, else in :func:`cache_root`; bounded by LTXPACK_CACHE_SIZE.
+        """The cache in ``folder``, else in :func:`cache_root`; LTXPACK_CACHE_SIZE bounds it.
 
-        Raises UsageError for a size that is none.
+        Raises UsageError for a variable that is no size.
         """
         limit = environment.get(LIMIT_VARIABLE)
         place = folder.absolute() if folder is not None else cache_root(environment) / FOLDER
@@ -78,9 +101,9 @@ class PromptCache:
         return cls(place, parse_size(limit, LIMIT_VARIABLE, least=0, next=f"export {LIMIT_VARIABLE}=2GB"))
 
     def get(self, key: str, count: int, dtype: torch.dtype) -> Contexts | None:
-        """The contexts of ``count`` prompts on the CPU, or None if they are not here.
+        """The contexts of ``count`` prompts on the CPU, or None if there is no such entry.
 
-        Raises LtxpackError for an entry that is not what was written.
+        Raises LtxpackError for an entry that changed since it was written.
         """
         path = self._path(key)
         try:
@@ -89,7 +112,7 @@ class PromptCache:
             with open_source(path) as file:
                 data = bytearray(file.read(self.limit + 1))
         except (FileNotFoundError, AbsentError):
-            # Not here, or removed by another process since it was looked at.
+            # There is none, or another process has just removed it.
             return None
         contexts = _read(data, path, key, count, dtype)
         with contextlib.suppress(OSError):
@@ -97,9 +120,9 @@ class PromptCache:
         return contexts
 
     def put(self, key: str, contexts: Contexts) -> None:
-        """Keep ``contexts`` under ``key`` and remove what no longer fits. Raises OSError.
+        """Keep ``contexts`` under ``key`` and remove the entries that no longer fit. Raises OSError.
 
-        Values that are not finite are not kept, nor what is larger than the cache.
+        Contexts that are not finite, or larger than the cache, are not kept.
         """
         tensors = {
             f"{number}.{modality}": getattr(context, modality).cpu().contiguous()
@@ -122,7 +145,7 @@ class PromptCache:
         return self.folder / f"{key}{ENDING}"
 
     def _prune(self) -> None:
-        """Down to ``limit`` bytes, oldest use first; another process may be at the same."""
+        """Remove entries, oldest use first, down to ``limit`` bytes; another process may do the same meanwhile."""
         now = time.time()
         entries = []
         for path, stat in _files(self.folder):
@@ -171,7 +194,7 @@ def _digest(layout: Sequence[tuple[str, str, tuple[int, ...]]], body: bytes | by
 
 
 def _read(data: bytearray, path: Path, key: str, count: int, dtype: torch.dtype) -> Contexts:
-    """The entry in ``data``, held against everything that is known of it. Raises FormatError."""
+    """The entry in ``data``, compared with everything that is known of it. Raises FormatError."""
     start = 8 + header_length(bytes(data[:8]), len(data), path)
     file = parse_header(bytes(data[:start]), len(data), path)
     _check(file, memoryview(data)[start:], key, count, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import time
@@ -15,7 +16,7 @@ import torch
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
-from support import distance
+from support import REPOSITORY, distance
 from torch import Tensor
 from works import hq_work
 
@@ -27,10 +28,10 @@ from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.text import encode
+from ltxpack.runtime.text import encode, prompt_cache
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.encode import PromptEncoder
-from ltxpack.runtime.text.prompt_cache import PromptCache, batch_key, cache_root
+from ltxpack.runtime.text.prompt_cache import PromptCache, backend, batch_key, cache_root
 from ltxpack.runtime.weights.keeper import Residency
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -79,6 +80,60 @@ def test_the_key_is_of_the_stripped_prompts_and_not_of_the_order_of_files() -> N
     assert batch_key([" a\n", "b"], RECORDS, torch.bfloat16, "x") == batch_key(
         ["a", "b "], RECORDS[::-1], torch.bfloat16, "x"
     )
+
+
+def test_the_key_is_of_what_computes_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        return batch_key(["a"], RECORDS, torch.float32, backend(CPU))
+
+    keys = [key()]
+    assert keys == [key()]
+    monkeypatch.setattr(prompt_cache, "TEXT_VERSION", "another")
+    keys.append(key())
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        keys.append(key())
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    monkeypatch.setattr(prompt_cache, "version", lambda name: f"another {name}")
+    keys.append(key())
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    for number in range(2):
+        monkeypatch.setattr(torch.version, "cuda", f"13.{number}")
+        keys.append(batch_key(["a"], RECORDS, torch.float32, backend(card)))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    keys.append(batch_key(["a"], RECORDS, torch.float32, backend(card)))
+    assert len(set(keys)) == len(keys)
+
+
+# Version of the text path -> the digest of its code.
+DIGESTS = {"2": "5f914dd63e750e1f"}
+TEXT_PATH = ("runtime/text/gemma.py", "runtime/text/encode.py", "runtime/model/rope.py")
+
+
+def test_the_text_path_has_a_version_of_its_own() -> None:
+    """A cache filled by another text path would serve other contexts (3.19). Comments and docstrings do not count."""
+    code = [code_of(ast.parse((REPOSITORY / "ltxpack" / name).read_text())) for name in TEXT_PATH]
+    digest = blake3(repr(code).encode()).hexdigest()[:16]
+    assert DIGESTS[prompt_cache.TEXT_VERSION] == digest, (
+        f"the text path changed: if a context can differ by a bit, raise TEXT_VERSION in {prompt_cache.__file__}; "
+        f"then DIGESTS here holds {{{prompt_cache.TEXT_VERSION!r}: {digest!r}}}"
+    )
+
+
+def code_of(node: object) -> object:
+    """What ``node`` of a syntax tree says, without docstrings and what Python versions add to the tree."""
+    if isinstance(node, list):
+        return [code_of(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    body = getattr(node, "body", None)
+    if isinstance(body, list) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        node.body = body[1:]  # type: ignore[attr-defined]
+    fields = [(name, code_of(value)) for name, value in ast.iter_fields(node) if value not in (None, [])]
+    return type(node).__name__, fields
 
 
 # Put and get
@@ -338,12 +393,10 @@ LONG = "boat river street organ " * 400
 def reference(demo: Path, prompts: list[str], dtype: torch.dtype) -> list[AV[Tensor]]:
     """The contexts straight from the text path, as the official pipeline computes them."""
     root = demo / "overlay"
-    return text.encode(
-        prompts,
-        text.load_tokenizer(root / "tokenizer"),
-        text.load_text_encoder(root / "text_encoder", CPU, dtype),
-        text.load_connectors(root / "connectors", CPU, dtype),
-    )
+    tokenizer = text.load_tokenizer(root / "tokenizer")
+    gemma = text.load_text_encoder(root / "text_encoder", CPU, dtype)
+    connectors = text.load_connectors(root / "connectors", CPU, dtype)
+    return [text.contexts(hidden, connectors) for hidden in text.hidden_states(prompts, tokenizer, gemma)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
 from ltxpack.errors import FormatError, LtxpackError, OverlayError
-from ltxpack.ltx23.classes import TEXT_TOKENS
+from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.text import gemma as text
@@ -99,6 +100,7 @@ class Recording:
     connectors: LTX2TextConnectors
     features: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @cached_property
     def hidden(self) -> dict[str, text.HiddenStates]:
         states = text.hidden_states(list(self.prompts.values()), self.tokenizer, self.text_encoder)
         return dict(zip(self.prompts, states, strict=True))
@@ -130,7 +132,7 @@ def test_ids_and_masks_equal_the_recorded_ones(recording: Recording) -> None:
 
 
 def test_hidden_states_equal_the_recorded_ones(recording: Recording) -> None:
-    for name, hidden in recording.hidden().items():
+    for name, hidden in recording.hidden.items():
         valid = int(recording.tensors[f"{name}.num_valid"])
         expected = recording.tensors[f"{name}.hidden_states_valid"]
         assert hidden.states.dtype == expected.dtype
@@ -139,7 +141,7 @@ def test_hidden_states_equal_the_recorded_ones(recording: Recording) -> None:
 
 
 def test_features_equal_the_recorded_ones(recording: Recording) -> None:
-    for name, hidden in recording.hidden().items():
+    for name, hidden in recording.hidden.items():
         for modality in ("video", "audio"):
             (key,) = (k for k in recording.tensors if k.startswith(f"{name}.features_{modality}_"))
             expected = recording.tensors[key]
@@ -152,10 +154,8 @@ def test_features_equal_the_recorded_ones(recording: Recording) -> None:
 
 
 def test_contexts_equal_the_recorded_ones(recording: Recording) -> None:
-    found = text.encode(
-        list(recording.prompts.values()), recording.tokenizer, recording.text_encoder, recording.connectors
-    )
-    for name, contexts in zip(recording.prompts, found, strict=True):
+    for name, hidden in recording.hidden.items():
+        contexts = text.contexts(hidden, recording.connectors)
         expected = AV(*(recording.tensors[f"{name}.{modality}_encoding"] for modality in ("video", "audio")))
         assert contexts.map(lambda t: t.dtype) == expected.map(lambda t: t.dtype)
         errors = contexts.map(relative_l2, expected)
@@ -165,7 +165,7 @@ def test_contexts_equal_the_recorded_ones(recording: Recording) -> None:
 
 def test_contexts_need_our_rotary_in_bf16_only(recording: Recording) -> None:
     """With the library's own processor fp32 stays equal and bf16 does not: why ``use_rounded_rotary`` is there."""
-    connectors, hidden = recording.connectors, recording.hidden()["prompt"]
+    connectors, hidden = recording.connectors, recording.hidden["prompt"]
     ours = text.contexts(hidden, connectors)
     for module in connectors.modules():
         if hasattr(module, "set_processor"):
@@ -217,7 +217,7 @@ def small(tmp_path: Path) -> Path:
     for folder in (encoder, tokenizer, connectors):
         folder.mkdir()
     gemma = Gemma3TextModel(Gemma3TextConfig(**GEMMA))
-    weights = {text.LANGUAGE_MODEL_ROOT + name: tensor.clone() for name, tensor in gemma.state_dict().items()}
+    weights = {TEXT_ROOT + name: tensor.clone() for name, tensor in gemma.state_dict().items()}
     weights["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(2)
     save_file(weights, encoder / "model.safetensors")
     (encoder / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": GEMMA}))
@@ -275,7 +275,7 @@ def test_gemma_loads_whole_without_head_and_vision_tower(small: Path, dtype: tor
     assert not any(p.requires_grad for p in model.parameters())
     stored = load(small / ENCODER / "model.safetensors")
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, stored[text.LANGUAGE_MODEL_ROOT + name].to(parameter.dtype)), name
+        assert torch.equal(parameter, stored[TEXT_ROOT + name].to(parameter.dtype)), name
 
 
 def test_hidden_states_are_embeddings_layers_and_the_normed_end(small: Path) -> None:
@@ -333,8 +333,12 @@ def test_the_attention_is_torchs_whatever_the_file_asks_for(small: Path) -> None
 def test_a_prompt_does_not_depend_on_its_neighbour(small: Path) -> None:
     parts = text.load_tokenizer(small / TOKENIZER), text.load_text_encoder(small / ENCODER, CPU, torch.float32)
     connectors = text.load_connectors(small / CONNECTOR_FOLDER, CPU, torch.float32)
-    together = text.encode(["a b c", "d e f g h"], *parts, connectors)
-    alone = [text.encode([prompt], *parts, connectors)[0] for prompt in ("a b c", "d e f g h")]
+
+    def encoded(*prompts: str) -> list[AV[Tensor]]:
+        return [text.contexts(hidden, connectors) for hidden in text.hidden_states(prompts, *parts)]
+
+    together = encoded("a b c", "d e f g h")
+    alone = [encoded(prompt)[0] for prompt in ("a b c", "d e f g h")]
     for first, second in zip(together, alone, strict=True):
         assert first.map(lambda t: tuple(t.shape)) == AV((1, 1024, 16), (1, 1024, 8))
         errors = first.map(relative_l2, second)
@@ -365,7 +369,7 @@ def edit_config(overlay: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-NORM = text.LANGUAGE_MODEL_ROOT + "norm.weight"
+NORM = TEXT_ROOT + "norm.weight"
 ENCODER_FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
     "missing tensor": (lambda o: edit_weights(o, lambda w: w.pop(NORM)), OverlayError, "missing: norm.weight"),
     "tensor of another model": (
