@@ -1,4 +1,4 @@
-"""An adapter file in any naming -> ``{transformer weight: Target}``; every fault is found before a byte is written.
+"""An adapter file in any naming -> ``{transformer weight: LoraTarget}``; every fault is found before a byte is written.
 
 Only headers are read here, and the alpha scalars. The factors stay in the file, as byte ranges, until they are fused.
 Spec 02, sections 1, 2 and 7. Knows nothing of arithmetic.
@@ -31,7 +31,7 @@ ReadTensor = Callable[[TensorInfo], bytes]
 
 
 @dataclass(frozen=True)
-class Target:
+class LoraTarget:
     """What an adapter does to one weight (or bias): a low-rank product, a full difference, or both.
 
     ``down`` is A [rank, in], ``up`` is B [out, rank]. ``factor`` is what the strength is multiplied by for B·A:
@@ -61,7 +61,7 @@ class Adapter:
     name: str
     path: Path
     size: int
-    targets: Mapping[str, Target]
+    targets: Mapping[str, LoraTarget]
     styles: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     config: Path | None = None
@@ -209,10 +209,10 @@ class _Fit:
                 found[key.role] = self._file.tensors[key.key]
         return list(unmatched)
 
-    def targets(self) -> dict[str, Target]:
+    def targets(self) -> dict[str, LoraTarget]:
         """All targets by their weight."""
         self._check_mixed_alpha()
-        targets: dict[str, Target] = {}
+        targets: dict[str, LoraTarget] = {}
         for group in self.modules.values():
             for target in self._targets_of(group) if self._is_complete(group.found) else ():
                 if target.weight in targets:
@@ -237,7 +237,7 @@ class _Fit:
             return True
         return False
 
-    def _targets_of(self, group: _ModuleKeys) -> Iterator[Target]:
+    def _targets_of(self, group: _ModuleKeys) -> Iterator[LoraTarget]:
         """One target for each module, one more where a bias changes too; none where a shape disagrees."""
         wanted = self._wanted_shapes(group)
         if wanted is None or not all(self._has_shape(group.found[role], shape) for role, shape in wanted.items()):
@@ -251,9 +251,9 @@ class _Fit:
             own = {r: group.found[r] if r == "down" else _rows(group.found[r], i, count) for r in wanted}
             bias = own.pop("diff_b", None)
             if own:
-                yield Target(f"{module}.weight", rank, factor, alpha, **own)
+                yield LoraTarget(f"{module}.weight", rank, factor, alpha, **own)
             if bias is not None:
-                yield Target(f"{module}.bias", diff=bias)
+                yield LoraTarget(f"{module}.bias", diff=bias)
 
     def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
         """role -> the shape its tensor must have, None if nothing is there to change; None after a fault."""

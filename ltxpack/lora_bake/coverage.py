@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltxpack.lora_bake.adapter import LoraUse, Target
+from ltxpack.lora_bake.adapter import LoraTarget, LoraUse
 from ltxpack.ltx23.lora_keys import linear_modules
 
 REPORT_FORMAT = 1
@@ -133,7 +133,7 @@ def text_lines(document: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def scale_of(target: Target, strength: float, rule: str) -> float:
+def scale_of(target: LoraTarget, strength: float, rule: str) -> float:
     """What multiplies B·A: strength·alpha/rank, or the strength alone under the official rule (spec 02, section 2)."""
     return strength if rule == "official" else strength * target.factor
 
