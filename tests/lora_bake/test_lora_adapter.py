@@ -76,111 +76,73 @@ def config(**values: object) -> dict[str, object]:
     return {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, **values}
 
 
-def style_official(folder: Path) -> Path:
-    return save(folder / "x.safetensors", official_keys(scaled(FACTORS)))
+def diffusers(module: str) -> str:
+    return f"transformer.{module}"
 
 
-def style_official_alpha(folder: Path) -> Path:
-    return save(folder / "x.safetensors", official_keys(FACTORS) | alphas(official_root, MODULES))
+def wrapped(module: str) -> str:
+    return f"base_model.model.{module}"
 
 
-def style_checkpoint_root(folder: Path) -> Path:
-    return save(folder / "x.safetensors", dotted(scaled(FACTORS), lambda m: f"model.diffusion_model.{official(m)}"))
+def flat(module: str) -> str:
+    return "lora_unet_" + module.replace(".", "_")
 
 
-def style_bare(folder: Path) -> Path:
-    return save(folder / "x.safetensors", dotted(scaled(FACTORS), bare))
+def without_index(module: str) -> str:
+    return official_root(module).replace("to_out.0", "to_out")
 
 
-def style_comfy(folder: Path) -> Path:
-    tensors = dotted(FACTORS, official_root, "lora_down.weight", "lora_up.weight")
-    return save(folder / "x.safetensors", tensors | alphas(official_root, MODULES))
+COMFY, NAMED = ("lora_down.weight", "lora_up.weight"), ("lora_A.default.weight", "lora_B.default.weight")
+FULL, QUERIES, WIDE = scaled(FACTORS), [m for m in MODULES if m.endswith("to_q")], MODULES[::2]
+# The queries' B is halved and their alpha doubled; half of the modules are padded with zeros to twice the rank.
+HALVED = {m: (a, b * (0.5 if m in QUERIES else 1.0)) for m, (a, b) in FACTORS.items()}
+PADDED = {
+    m: (torch.cat([a, 0 * a]), torch.cat([b, 0 * b], 1)) if m in WIDE else (a, b) for m, (a, b) in FACTORS.items()
+}
+# Naming -> tensors; and what is stated: nothing, PEFT's configuration, or (as text) diffusers' metadata.
+NAMINGS: dict[str, tuple[dict[str, torch.Tensor], object]] = {
+    "official": (official_keys(FULL), None),
+    "official alpha": (official_keys(FACTORS) | alphas(official_root, MODULES), None),
+    "checkpoint root": (dotted(FULL, lambda m: f"model.diffusion_model.{official(m)}"), None),
+    "bare": (dotted(FULL, bare), None),
+    "comfy": (dotted(FACTORS, official_root, *COMFY) | alphas(official_root, MODULES), None),
+    "diffusers": (dotted(FACTORS, diffusers), json.dumps({f"transformer.{k}": v for k, v in config().items()})),
+    "peft": (dotted(FACTORS, wrapped), config()),
+    "peft rslora": (
+        dotted(FACTORS, lambda m: wrapped(official(m))),
+        config(lora_alpha=ALPHA / math.sqrt(RANK), use_rslora=True),
+    ),
+    "peft default": (dotted(FULL, wrapped, *NAMED), None),
+    "peft patterns": (
+        dotted(HALVED, wrapped),
+        config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={"net.2": RANK}),
+    ),
+    "peft mixed ranks": (
+        dotted(PADDED, wrapped),
+        config(rank_pattern=dict.fromkeys(WIDE, 2 * RANK), alpha_pattern=dict.fromkeys(WIDE, 2 * ALPHA)),
+    ),
+    "kohya": (dotted(FACTORS, kohya, *COMFY) | alphas(kohya, MODULES), None),
+    "kohya, diffusers names": (dotted(FACTORS, flat, *COMFY) | alphas(flat, MODULES), None),
+    "to_out without index": (dotted(FULL, without_index), None),
+    "fp32 factors": (official_keys({m: (a.float(), b.float()) for m, (a, b) in FULL.items()}), None),
+    "full delta": ({f"{official_root(m)}.diff": b.float() @ a.float() for m, (a, b) in FULL.items()}, None),
+}
 
 
-def style_diffusers(folder: Path) -> Path:
-    stated = {f"transformer.{name}": value for name, value in config().items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(stated)}
-    return save(folder / "x.safetensors", dotted(FACTORS, lambda m: f"transformer.{m}"), metadata)
+def written(folder: Path, naming: str) -> Path:
+    """The file, or the PEFT folder, of a naming."""
+    tensors, stated = NAMINGS[naming]
+    if not isinstance(stated, dict):
+        return save(folder / "x.safetensors", tensors, {"lora_adapter_metadata": str(stated)} if stated else None)
+    save(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    return folder
 
 
-def style_peft_folder(folder: Path) -> Path:
-    save(folder / "peft" / "adapter_model.safetensors", dotted(FACTORS, lambda m: f"base_model.model.{m}"))
-    (folder / "peft" / "adapter_config.json").write_text(json.dumps(config()))
-    return folder / "peft"
-
-
-def style_peft_rslora(folder: Path) -> Path:
-    save(folder / "rs" / "adapter_model.safetensors", dotted(FACTORS, lambda m: f"base_model.model.{official(m)}"))
-    stated = config(lora_alpha=ALPHA / math.sqrt(RANK), use_rslora=True)
-    (folder / "rs" / "adapter_config.json").write_text(json.dumps(stated))
-    return folder / "rs"
-
-
-def style_peft_default(folder: Path) -> Path:
-    tensors = dotted(
-        scaled(FACTORS), lambda m: f"base_model.model.{m}", "lora_A.default.weight", "lora_B.default.weight"
-    )
-    return save(folder / "x.safetensors", tensors)
-
-
-def style_peft_patterns(folder: Path) -> Path:
-    """Every second block module has its own alpha, its B scaled the other way to make up for it."""
-    own = [module for module in MODULES if module.endswith("to_q")]
-    factors = {m: (a, b * (0.5 if m in own else 1.0)) for m, (a, b) in FACTORS.items()}
-    save(folder / "patterns" / "adapter_model.safetensors", dotted(factors, lambda m: f"base_model.model.{m}"))
-    stated = config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={"net.2": RANK})
-    (folder / "patterns" / "adapter_config.json").write_text(json.dumps(stated))
-    return folder / "patterns"
-
-
-def style_mixed_ranks(folder: Path) -> Path:
-    """A rank-4 product padded with zeros to rank 8 for half of the modules; the pattern says so."""
-    wide = MODULES[::2]
-    factors = {
-        m: (torch.cat([a, torch.zeros_like(a)]), torch.cat([b, torch.zeros_like(b)], 1)) if m in wide else (a, b)
-        for m, (a, b) in FACTORS.items()
-    }
-    save(folder / "mixed" / "adapter_model.safetensors", dotted(factors, lambda m: f"base_model.model.{m}"))
-    stated = config(rank_pattern=dict.fromkeys(wide, 2 * RANK), alpha_pattern=dict.fromkeys(wide, 2 * ALPHA))
-    (folder / "mixed" / "adapter_config.json").write_text(json.dumps(stated))
-    return folder / "mixed"
-
-
-def style_kohya(folder: Path) -> Path:
-    tensors = dotted(FACTORS, kohya, "lora_down.weight", "lora_up.weight")
-    return save(folder / "x.safetensors", tensors | alphas(kohya, MODULES))
-
-
-def style_kohya_diffusers_names(folder: Path) -> Path:
-    spell = lambda m: "lora_unet_" + m.replace(".", "_")  # noqa: E731
-    tensors = dotted(FACTORS, spell, "lora_down.weight", "lora_up.weight")
-    return save(folder / "x.safetensors", tensors | alphas(spell, MODULES))
-
-
-def style_to_out_without_index(folder: Path) -> Path:
-    return save(
-        folder / "x.safetensors",
-        dotted(scaled(FACTORS), lambda m: f"diffusion_model.{official(m).replace('to_out.0', 'to_out')}"),
-    )
-
-
-def style_fp32_factors(folder: Path) -> Path:
-    factors = {m: (a.float(), b.float()) for m, (a, b) in scaled(FACTORS).items()}
-    return save(folder / "x.safetensors", official_keys(factors))
-
-
-def style_full_delta(folder: Path) -> Path:
-    deltas = {f"{official_root(m)}.diff": b.float() @ a.float() for m, (a, b) in scaled(FACTORS).items()}
-    return save(folder / "x.safetensors", deltas)
-
-
-STYLES = [value for name, value in list(globals().items()) if name.startswith("style_")]
-
-
-@pytest.mark.parametrize("style", STYLES, ids=lambda style: style.__name__.removeprefix("style_"))
-def test_every_naming_gives_the_same_weights(style: Callable[[Path], Path], tmp_path: Path) -> None:
-    expected = weights_of(open_adapter(style_official(tmp_path / "reference"), shapes()))
-    adapter = open_adapter(style(tmp_path), shapes())
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_every_naming_gives_the_same_weights(naming: str, tmp_path: Path) -> None:
+    expected = weights_of(open_adapter(written(tmp_path / "reference", "official"), shapes()))
+    adapter = open_adapter(written(tmp_path / "x", naming), shapes())
     assert set(adapter.targets) == {f"{module}.weight" for module in MODULES}
     found = weights_of(adapter)
     different = [name for name in expected if not torch.equal(found[name], expected[name])]
