@@ -118,6 +118,9 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _guidance(guidance: Guidance) -> dict[str, Any]:
     strengths = dataclasses.asdict(guidance)
+    if not guidance.skip:
+        # As in records of before there were skip steps.
+        del strengths["skip"]
     return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in strengths.items()}
 
 

@@ -76,6 +76,10 @@ class Settings:
         (), "Blocks whose self-attention STG perturbs.", metavar="N,N", least=0, guides=[("video", "stg_blocks")]
     )
     audio_stg_blocks: tuple[int, ...] = _setting((), metavar="N,N", least=0, guides=[("audio", "stg_blocks")])
+    video_skip_step: int = _setting(
+        0, "Steps that reuse the guided result of the one before them.", least=0, guides=[("video", "skip")]
+    )
+    audio_skip_step: int = _setting(0, least=0, guides=[("audio", "skip")])
     modality: float = _setting(
         3.0, "Modality guidance, video and audio.", guides=[("video", "modality"), ("audio", "modality")]
     )
@@ -134,6 +138,8 @@ class SettingsGiven(TypedDict, total=False):
     audio_stg: float
     video_stg_blocks: tuple[int, ...]
     audio_stg_blocks: tuple[int, ...]
+    video_skip_step: int
+    audio_skip_step: int
     modality: float
     decode: str
 

@@ -28,7 +28,7 @@ class Conditioning:
 
     ``adaln`` has 9 rows (shift, scale, gate of self-attention, of feed-forward, of the text queries), ``prompt``
     2 (shift, scale), ``cross`` 4 (scale, shift for a2v, then for v2a), ``cross_gate`` 1; ``embedded``
-    (1 row) drives the head.
+    (1 row) drives the head. ``off``: the block leaves the modality's hidden states as they are.
     """
 
     adaln: Rows
@@ -38,6 +38,7 @@ class Conditioning:
     embedded: Rows
     context: Tensor
     rope: RopeTables
+    off: bool
 
 
 class BlockModules(NamedTuple):
@@ -170,6 +171,8 @@ class TransformerBlock(nn.Module):
         return layers.text_attention.keys(modulate(given.context, prompt.row(1), prompt.row(0)))
 
     def _attend(self, x: Tensor, given: Conditioning, layers: BlockModules, text: Keys, perturbed: bool) -> Tensor:
+        if given.off:
+            return x
         rows = given.adaln.plus(layers.rows)
         own = modulate(self._norm(x), rows.row(1), rows.row(0))
         if perturbed:
@@ -188,13 +191,18 @@ class TransformerBlock(nn.Module):
         turns = conditioning.map(lambda given: given.rope.cross_attention)
         a2v = normed.map(lambda x, row: modulate(x, row.row(0), row.row(1)), rows)
         v2a = normed.map(lambda x, row: modulate(x, row.row(2), row.row(3)), rows)
-        sounds = self.audio_to_video_attn.keys(a2v.audio, turns.audio)
-        pictures = self.video_to_audio_attn.keys(v2a.video, turns.video)
-        to_video = self.audio_to_video_attn(a2v.video, sounds, turns.video)
-        to_audio = self.video_to_audio_attn(v2a.audio, pictures, turns.audio)
-        return hidden.map(lambda x, gate, attended: x + gate.row(0) * attended, gates, AV(to_video, to_audio))
+        video, audio = hidden.video, hidden.audio
+        if not conditioning.video.off:
+            sounds = self.audio_to_video_attn.keys(a2v.audio, turns.audio)
+            video = video + gates.video.row(0) * self.audio_to_video_attn(a2v.video, sounds, turns.video)
+        if not conditioning.audio.off:
+            pictures = self.video_to_audio_attn.keys(v2a.video, turns.video)
+            audio = audio + gates.audio.row(0) * self.video_to_audio_attn(v2a.audio, pictures, turns.audio)
+        return AV(video, audio)
 
     def _feed_forward(self, x: Tensor, given: Conditioning, layers: BlockModules) -> Tensor:
+        if given.off:
+            return x
         rows = given.adaln.plus(layers.rows)
         return x + rows.row(5) * layers.feed_forward(modulate(self._norm(x), rows.row(4), rows.row(3)))
 

@@ -33,7 +33,8 @@ class Stream:
     ``latents`` [B, T, in_channels] in the model dtype. ``timesteps`` [B, K]: the distinct values of mask·sigma,
     unscaled, float32 or float64; ``timestep_index`` [T] int64 names the one each token uses, None means K is 1.
     ``sigma`` [B]: the unmasked sigma, likewise unscaled. ``context`` [B, S, D]: the text, without a mask.
-    ``rope``: this modality's tables from ``DiT.rope``.
+    ``rope``: this modality's tables from ``DiT.rope``. ``off``: no block changes this modality's hidden states; the
+    other one still attends to them (skip steps, spec 08 section 6).
     """
 
     latents: Tensor
@@ -42,6 +43,7 @@ class Stream:
     sigma: Tensor
     context: Tensor
     rope: RopeTables
+    off: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class DiT(nn.Module):
             embedded=Rows(embedded, index),
             context=stream.context,
             rope=stream.rope,
+            off=stream.off,
         )
 
     def _head(self, x: Tensor, given: Conditioning, outer: OuterModules) -> Tensor:

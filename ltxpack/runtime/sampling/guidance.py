@@ -75,6 +75,8 @@ class Denoiser:
         self.positive = positive
         self.negative = negative
         self.guidance = guidance
+        self._step = 0
+        self._before: AV[Any] = ABSENT
         if negative is None and self._any(lambda g: g.needs_uncond):
             raise ValueError("classifier-free guidance without negative contexts")
 
@@ -84,25 +86,33 @@ class Denoiser:
         ``sigma`` [1] is fp32 at the start of a step and fp64 on substeps; as it has a dimension, per-token times
         mask·sigma take its precision (a 0-dim fp64 sigma would not widen an fp32 mask).
         """
-
-        wanted = self._passes(latents, sigma, state, rope)
+        off = AV(False, False) if self.guidance is None else self.guidance.map(lambda g: g.skips(self._step))
+        self._step += 1
+        if off.video and off.audio:
+            return self._before
+        wanted = self._passes(latents, sigma, state, rope, off)
         velocities = self.model.passes(list(wanted.values()))
         times = state.map(lambda s: s.mask * sigma)
         x0 = {name: latents.map(denoised, v, times) for name, v in zip(wanted, velocities, strict=True)}
         if self.guidance is None:
             return x0["cond"]
         others = (x0.get(name, ABSENT) for name in ("uncond", "perturbed", "isolated"))
-        return self.guidance.map(combine, x0["cond"], *others)
+        guided = self.guidance.map(combine, x0["cond"], *others)
+        self._before = guided.map(lambda now, before, off: before if off else now, self._before, off)
+        return self._before
 
-    def _passes(self, latents: AV[Tensor], sigma: Tensor, state: AV[LatentState], rope: AV[Any]) -> dict[str, Pass]:
+    def _passes(
+        self, latents: AV[Tensor], sigma: Tensor, state: AV[LatentState], rope: AV[Any], off: AV[bool]
+    ) -> dict[str, Pass]:
         """What the guidance needs, in the official order. Those with the same prompt hold the same streams."""
 
         def streams(contexts: AV[Tensor]) -> AV[Stream]:
             return latents.map(
-                lambda latents, state, context, rope: stream(latents, sigma, state, context, rope),
+                lambda latents, state, context, rope, off: stream(latents, sigma, state, context, rope, off),
                 state,
                 contexts,
                 rope,
+                off,
             )
 
         positive = streams(self.positive)
@@ -119,7 +129,7 @@ class Denoiser:
         return self.guidance is not None and (need(self.guidance.video) or need(self.guidance.audio))
 
 
-def stream(latents: Tensor, sigma: Tensor, state: LatentState, context: Tensor, rope: Any) -> Stream:
+def stream(latents: Tensor, sigma: Tensor, state: LatentState, context: Tensor, rope: Any, off: bool) -> Stream:
     """One modality as the model takes it: times are unscaled, one per distinct mask value [1, K]."""
     return Stream(
         latents=latents,
@@ -128,6 +138,7 @@ def stream(latents: Tensor, sigma: Tensor, state: LatentState, context: Tensor, 
         sigma=sigma,
         context=context,
         rope=rope,
+        off=off,
     )
 
 

@@ -25,6 +25,7 @@ class Guidance:
     """Strengths for one modality; ``cfg`` 1, ``modality`` 1, ``stg`` 0 and ``rescale`` 0 each turn theirs off.
 
     ``stg_blocks`` are the blocks whose self-attention is replaced by its value projection in the perturbed pass.
+    ``skip``: so many steps after each one reuse its result (spec 08, section 6).
     """
 
     cfg: float
@@ -32,6 +33,7 @@ class Guidance:
     modality: float
     stg: float = 0.0
     stg_blocks: frozenset[int] = NO_BLOCKS
+    skip: int = 0
 
     @property
     def needs_uncond(self) -> bool:
@@ -40,6 +42,10 @@ class Guidance:
     @property
     def needs_perturbed(self) -> bool:
         return self.stg != 0
+
+    def skips(self, step: int) -> bool:
+        """Whether ``step``, counted from 0, reuses an earlier result."""
+        return step % (self.skip + 1) != 0
 
     @property
     def perturbed(self) -> frozenset[int]:
@@ -145,6 +151,8 @@ class Recipe:
 # The noise levels with which every recipe refines upsampled latents.
 REFINING = Schedule(fixed=(0.909375, 0.725, 0.421875, 0.0))
 
+SKIPS = frozenset({"video_skip_step", "audio_skip_step"})
+
 HQ = Recipe(
     name="hq",
     stages=(
@@ -152,6 +160,8 @@ HQ = Recipe(
         Stage(TransformerRule((0.5,), besides=(0.25,)), REFINING, RES2S, upsampled=True),
     ),
     sound=0,
+    # A step has two evaluations, and no result that the next step could reuse.
+    unused=SKIPS,
 )
 
 # The schedule of the Euler recipes ignores the size.
@@ -163,10 +173,8 @@ EULER_GUIDANCE = {
     **{"video_stg": 1.0, "video_rescale": 0.7, "video_stg_blocks": (28,)},
     **{"audio_stg": 1.0, "audio_rescale": 0.7, "audio_stg_blocks": (28,)},
 }
-GUIDANCE_SETTINGS = frozenset(
-    {"modality"}
-    | {f"{modality}_{name}" for modality in ("video", "audio") for name in ("cfg", "rescale", "stg", "stg_blocks")}
-)
+STRENGTHS = ("cfg", "rescale", "stg", "stg_blocks", "skip_step")
+GUIDANCE_SETTINGS = frozenset({"modality"} | {f"{one}_{name}" for one in ("video", "audio") for name in STRENGTHS})
 
 DISTILLED = Recipe(
     name="distilled",
