@@ -53,6 +53,8 @@ def materialize(
         print_json(facts)
     elif report.written:
         click.echo(f"{overlay}: {human_bytes(report.total_bytes)}")
-        click.echo(f"next: ltxpack bake-lora {quoted(overlay)} --strength 0.25 --strength 0.5")
+        bake = f"ltxpack bake-lora {quoted(overlay)} --strength 0.25 --strength 0.5"
+        run = f"ltxpack run {quoted(overlay)} --stage1 base --stage2 base --prompt 'Waves on a beach'"
+        click.echo(f"next: {bake if report.manifest.loras else run}")
     else:
         click.echo(f"{overlay}: already there, made from the same inputs; nothing to do")

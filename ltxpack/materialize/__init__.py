@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltxpack.errors import OverlayError
+from ltxpack.files.units import human_bytes
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import STORED_DTYPE
@@ -19,10 +21,10 @@ from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
 from ltxpack.materialize.sources import Access, Sources, resolve
-from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, fingerprint
+from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, Item, fingerprint
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, recover, unfinished
-from ltxpack.repack.write import execute, require_space
+from ltxpack.repack.write import bytes_to_write, execute, require_space
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -105,19 +107,30 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
         done = _done_already(plan, options, reporter)
         if done is not None:
             return done
-        if any(file.repo for _, file in inputs.files()):
-            if not unfinished(options.overlay):  # before the download; what is unfinished is left to the writer
-                written = [item.size for item in plan.items() if not isinstance(item, CopyFile)]
-                require_space(options.overlay, sum(written), len(written))
-            for _, file in inputs.files():
-                access.fetch(file)
         items = list(plan.items())
+        _fetch(inputs, items, options, access, reporter)
         mark = fingerprint(items, {"copy": options.copy})
         with Staging(options.overlay, mark, reporter, lock=lock, force=options.force) as staging:
             records = execute(items, staging, copy=options.copy, reporter=reporter)
             manifest = plan.manifest({record.path: record for record in records})
             staging.publish(manifest.dump())
     return Report(options.overlay, manifest, sum(item.size for item in items), written=True)
+
+
+def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Access, reporter: Reporter) -> None:
+    """Have every input on this machine, after a check that the disk holds what is repacked. Raises LtxpackError."""
+    remote = [file for _, file in inputs.files() if file.repo]
+    if remote and not unfinished(options.overlay):  # what is unfinished is left to the writer's own check
+        repacked = [item.size for item in items if not isinstance(item, CopyFile)]
+        require_space(options.overlay, sum(repacked), len(repacked))
+    if remote:
+        total = human_bytes(sum(file.size for file in remote))
+        reporter.note(f"from the hub: {len(remote)} files, {total}, less what the hub cache holds already")
+    for file in remote:
+        access.fetch(file)
+    written = bytes_to_write(items, options.overlay, copy=options.copy)
+    linked = sum(item.size for item in items) - written
+    reporter.note(f"to write: {human_bytes(written)}" + (f"; to link: {human_bytes(linked)}" if linked else ""))
 
 
 def _refuse_foreign(overlay: Path) -> None:

@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 from ltxpack import __version__
 from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.tensorfile import header_length
+from ltxpack.files.units import human_bytes
 from ltxpack.materialize.hub import errors as hub_errors
 from ltxpack.materialize.hub.errors import HubRequest, HubUnreachable, tell
 from ltxpack.materialize.hub.transfer import Address, BrokenError, Digest, RangesIgnoredError, RemoteFile, download
@@ -321,8 +322,8 @@ class Hub:
             missing = file.size - (partial.stat().st_size if partial.exists() else 0)
             free = shutil.disk_usage(blob.parent).free
             if free < missing:
-                expected = f"{_gigabytes(missing)} free in {self._cache}"
-                raise tell(hub_errors.NO_ROOM, request, expected=expected, found=_gigabytes(free))
+                expected = f"{human_bytes(missing)} free in {self._cache}"
+                raise tell(hub_errors.NO_ROOM, request, expected=expected, found=human_bytes(free))
             try:
                 download(self._remote(info, file, address), partial, _digest(etag, file.size), self._reporter)
             except RangesIgnoredError:
@@ -489,14 +490,6 @@ def _read_file(sibling: Any, request: HubRequest) -> RepoFile:
     if large and not (isinstance(large.sha256, str) and SHA256.fullmatch(large.sha256)):
         raise _unsound(request, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
     return RepoFile(name, sibling.size, large.sha256 if large else None)
-
-
-def _gigabytes(size: int) -> str:
-    """``size`` bytes in the unit that fits."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if size >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size} bytes"
 
 
 def _digest(etag: str, size: int) -> Digest:
