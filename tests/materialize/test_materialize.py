@@ -37,6 +37,8 @@ class Notes(SilentReporter):
     def note(self, message: str) -> None:
         self.said.append(message)
 
+    detail = note
+
     def warn(self, message: str) -> None:
         self.said.append(f"warning: {message}")
 
