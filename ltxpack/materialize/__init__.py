@@ -24,7 +24,7 @@ from ltxpack.materialize.sources import Access, Sources, resolve
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, Item, fingerprint
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, recover, unfinished
-from ltxpack.repack.write import bytes_to_write, execute, require_space
+from ltxpack.repack.write import execute, require_space
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -120,17 +120,17 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
 def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Access, reporter: Reporter) -> None:
     """Have every input on this machine, after a check that the disk holds what is repacked. Raises LtxpackError."""
     remote = [file for _, file in inputs.files() if file.repo]
+    repacked = [item.size for item in items if not isinstance(item, CopyFile)]
     if remote and not unfinished(options.overlay):  # what is unfinished is left to the writer's own check
-        repacked = [item.size for item in items if not isinstance(item, CopyFile)]
         require_space(options.overlay, sum(repacked), len(repacked))
     if remote:
         total = human_bytes(sum(file.size for file in remote))
         reporter.note(f"from the hub: {len(remote)} files, {total}, less what the hub cache holds already")
     for file in remote:
         access.fetch(file)
-    written = bytes_to_write(items, options.overlay, copy=options.copy)
-    linked = sum(item.size for item in items) - written
-    reporter.note(f"to write: {human_bytes(written)}" + (f"; to link: {human_bytes(linked)}" if linked else ""))
+    copied = sum(item.size for item in items) - sum(repacked)
+    how = "copy" if options.copy else "link where the filesystem can, else to copy"
+    reporter.note(f"to write: {human_bytes(sum(repacked))}; to {how}: {human_bytes(copied)}")
 
 
 def _refuse_foreign(overlay: Path) -> None:
