@@ -1,4 +1,4 @@
-"""ltxpack: repack LTX-2.3 checkpoints, bake LoRAs into shards, run the two-stage HQ pipeline.
+"""ltxpack: repack LTX-2.3 checkpoints, bake LoRAs into shards, run the video pipeline.
 
 ``ltxpack.Pipeline`` is loaded when it is first asked for: the package itself imports nothing heavy.
 """

@@ -145,7 +145,7 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
             f"{len(failed)} of {len(summary.outcomes)} videos were not made",
             file=prompts,
             items=[f"line {outcome.line.number}: {outcome.problem}" for outcome in failed],
-            next="mend what is said above and run the same command again; what is done is not made again",
+            next="fix the lines above, then run the same command again; it skips the videos that are done",
         )
 
 

@@ -29,9 +29,7 @@ DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a line ended: ``status`` done, skipped or failed, seconds per phase, what went wrong, and what tiles it was
-    decoded in.
-    """
+    """How a line ended: ``status`` is done, skipped or failed; with seconds per phase and the decoder's tiles."""
 
     line: PromptsLine
     status: str
@@ -145,11 +143,11 @@ class _Batch:
     def _failed(self, line: PromptsLine, error: Exception) -> None:
         """Note the failure as text: the exception itself would keep the tensors of the failed work alive."""
         self.reporter.end()
-        told = _as_ours(error, line.output)
-        if told is not error:
+        ours = _as_ours(error, line.output)
+        if ours is not error:
             self.reporter.detail("".join(traceback.format_exception(error)))
-        self.reporter.warn(f"line {line.number} failed: {told.render()}")
-        self.outcomes[line.number] = Outcome(line, FAILED, dict(self.session.timings.seconds), in_a_line(told))
+        self.reporter.warn(f"line {line.number} failed: {ours.render()}")
+        self.outcomes[line.number] = Outcome(line, FAILED, dict(self.session.timings.seconds), in_a_line(ours))
 
     def _identity(self, line: PromptsLine) -> tuple[dict[str, Any], str]:
         session = self.session
@@ -162,7 +160,11 @@ def _as_ours(error: Exception, output: Path) -> LtxpackError:
     if isinstance(error, LtxpackError):
         return error
     if isinstance(error, OSError):
-        return LtxpackError(error.strerror or str(error), file=error.filename or output, next="free or mend that place")
+        return LtxpackError(
+            error.strerror or str(error),
+            file=error.filename or output,
+            next="make room there, or choose another output",
+        )
     return LtxpackError(
         f"failed unexpectedly: {type(error).__name__}: {error}", file=output, next="the same command with -v says more"
     )

@@ -118,8 +118,8 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
     official = official_transformers(recipe, is_distilled(manifest))
     found = tuple(f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name for name in names)
     beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"
-    told = ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(names))
-    return TransformerChoice(tuple(names), told + beside)
+    note = ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(names))
+    return TransformerChoice(tuple(names), note + beside)
 
 
 def asked_for(asked: Sequence[str], number: int) -> str:
@@ -131,8 +131,8 @@ def check_stages(recipe: Recipe, asked: Sequence[str]) -> None:
     """Raises UsageError where a transformer was ``asked`` for a stage that ``recipe`` does not have."""
     for number, name in enumerate(asked[len(recipe.stages) :], start=len(recipe.stages)):
         if name != AUTO:
-            told = f"--{stage_flag(number)}"
-            raise UsageError(f"the recipe {recipe.name} has no {stage_label(number)}", next=f"leave {told} out")
+            missing = f"the recipe {recipe.name} has no {stage_label(number)}"
+            raise UsageError(missing, next=f"leave --{stage_flag(number)} out")
 
 
 def official_transformers(recipe: Recipe, distilled_base: bool = False) -> tuple[str, ...]:

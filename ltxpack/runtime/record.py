@@ -1,8 +1,8 @@
 """What a video was made from, beside the video: how a repeated command knows what is done.
 
 ``boat.mp4`` gets ``boat.mp4.json`` with the request and two hashes: of everything the picture depends on, and of the
-video file itself. A video counts as done only while both still hold: not if the prompt, a setting, an image's content
-or the overlay changed, and not if another video took its place.
+video file itself. A video is done while both are unchanged: another prompt, setting, image content or overlay, or
+another video in its place, means that it is made again.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MAX_BYTES = 1024 * 1024
 
 
 def record_path(output: Path) -> Path:
-    """Where the record of the video ``output`` lies."""
+    """The path of the record of the video ``output``."""
     return output.with_name(f"{output.name}.json")
 
 
 def is_free(output: Path) -> None:
-    """Raises UsageError if a file that is no record of ours stands where the record would go."""
+    """Raises UsageError if another file than a record of ours has the name of the record."""
     path = record_path(output)
     if path.exists() and _read(path) is None:
         raise UsageError("would be overwritten, and ltxpack did not write it", file=path, next=f"move {path}")
@@ -58,7 +58,7 @@ def described(request: Request, overlay: Overlay, transformers: Sequence[str], d
     if settings.image_crf is None:
         found["image_crf"] = overlay.manifest.image_crf
     if settings.recipe == Settings.recipe:
-        # Records of before there were recipes must stay what they are.
+        # A record from before recipes existed must give the same fingerprint.
         del found["recipe"]
     found |= {stage_flag(number): name for number, name in enumerate(transformers)}
     return found | {"dtype": dtype}

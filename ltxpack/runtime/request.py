@@ -35,7 +35,7 @@ SEE_HELP = "ltxpack run --help"
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """An image file that pixel frame ``frame`` is held to, with ``strength`` in [0, 1]; ``path`` may be text."""
+    """An image file that conditions pixel frame ``frame`` with ``strength`` in [0, 1]; ``path`` may be text."""
 
     path: Path
     frame: int = 0
@@ -57,13 +57,13 @@ class ImageSpec:
             return cls(Path(rest), strength=strength)
         name, frame = _frame(rest, num_frames)
         if not Path(name).is_file():
-            raise UsageError("there is no such image", file=name, next=f"{SEE_HELP} (--image PATH[@FRAME][:STRENGTH])")
+            raise UsageError("there is no such image", file=name, next=SEE_HELP)
         return cls(Path(name), frame, strength)
 
     def check(self, num_frames: int) -> None:
         """Raises UsageError for a missing file, a frame outside the video or a strength outside [0, 1]."""
         if not self.path.is_file():
-            raise UsageError("there is no such image", file=self.path, next=f"{SEE_HELP} (--image PATH[@FRAME])")
+            raise UsageError("there is no such image", file=self.path, next=SEE_HELP)
         _check_frame(self.path, self.frame, num_frames, self.frame)
         _check_strength(self.path, self.strength, self.strength)
 

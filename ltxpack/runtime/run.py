@@ -86,11 +86,13 @@ def check_target(request: Request, output: Path) -> None:
 
 
 def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
-    """Warn of what would be written into an overlay: ``ltxpack verify`` would call it a fault."""
+    """Warn of outputs inside an overlay: ``ltxpack verify`` would report them as faults."""
     for folder in dict.fromkeys(output.absolute().parent.resolve() for output in outputs):
         overlay = next((place for place in (folder, *folder.parents) if is_overlay(place)), None)
         if overlay is not None:
-            reporter.warn(f"{folder}: lies in the overlay {overlay}, where verify calls what is not its own a fault")
+            reporter.warn(
+                f"{folder}: lies in the overlay {overlay}; verify reports every file that is not the overlay's"
+            )
 
 
 def write_video(

@@ -224,6 +224,6 @@ def _cache(asked: bool | str | Path) -> PromptCache | None:
 
 def _out_of_memory(error: BaseException) -> str | None:
     """What ``error`` says, if it says that memory ran out."""
-    told = str(error).strip().splitlines() or [type(error).__name__]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return told[0] if known or any(sign in str(error) for sign in OUT_OF_MEMORY) else None
+    return lines[0] if known or any(sign in str(error) for sign in OUT_OF_MEMORY) else None
