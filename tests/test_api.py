@@ -8,7 +8,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from ltxpack.runtime.codecs.tiles import auto_tiling
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.pipeline import Pipeline
+from ltxpack.runtime.sampling import recipes
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, Settings
 from ltxpack.runtime.text import gemma as text
@@ -276,6 +277,19 @@ def test_a_transformer_is_loaded_ahead_only_for_a_video_that_is_to_come(
     for request in requests:
         make.make(request)
     assert ahead == [first, second, first, first, second]
+
+
+def test_a_recipe_of_three_stages_is_only_a_value(
+    make: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = recipes.HQ.stages
+    stages = (replace(first, divide=4), replace(second, divide=2), second)
+    monkeypatch.setitem(recipes.RECIPES, "three", recipes.Recipe("three", stages, sound=1))
+    video = make("a boat", recipe="three", **{**SMALL, "height": 128, "width": 128})
+    assert [stage.video.shape[-1] for stage in video.latents.stages] == [1, 2, 4]
+    assert video.transformers == ("distilled-0.25", "distilled-0.5", "distilled-0.5")
+    assert list(video.seconds) == ["text", "images", "stage 1", "upsample", "stage 2", "stage 3", "audio", "video"]
+    assert {"stage1.video", "stage3.audio"} < load(video.save_tensors(tmp_path / "t.safetensors")).keys()
 
 
 def test_prompts_encoded_ahead_are_in_the_plan(make: Pipeline) -> None:
