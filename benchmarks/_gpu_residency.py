@@ -56,7 +56,7 @@ def residency(bench: Bench) -> None:
 
 def pinning(bench: Bench) -> None:
     """What it costs to pin host memory and how long a launch waits meanwhile, in the runtime's stretches and whole."""
-    from ltxpack.runtime.weights.offload import STRETCH
+    from ltxpack.runtime.weights.placed import STRETCH
 
     table = bench.table(
         "Pinning host memory",

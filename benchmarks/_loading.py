@@ -164,13 +164,12 @@ def _copy_floor(bench: Bench, size: int) -> float:
 
 
 def _ours(bench: Bench, folder: Path, reads: str) -> float:
-    """As the runtime borrows it: checked and hashed."""
+    """As the runtime uses it: checked and hashed."""
     from ltxpack.runtime.model.weights import load_dit
-    from ltxpack.runtime.overlay import BASE, Overlay
+    from ltxpack.runtime.overlay import Overlay
     from ltxpack.runtime.weights.keeper import Residency
 
-    overlay = Overlay.open(folder)
-    lender = Residency(overlay, bench.device, torch.bfloat16, reads=reads)
+    residency = Residency(Overlay.open(folder), bench.device, torch.bfloat16, reads=reads)
     begin = time.perf_counter()
 
     def ready(_: Any) -> float:
@@ -178,9 +177,9 @@ def _ours(bench: Bench, folder: Path, reads: str) -> float:
         return time.perf_counter() - begin
 
     try:
-        return lender.borrow(overlay.transformer_folder(BASE), overlay.transformer_records(BASE), load_dit, ready)
+        return residency.use("transformer", load_dit, ready)
     finally:
-        lender.close()
+        residency.close()
 
 
 # The tensors of a file by name, on the device, in memory of their own.

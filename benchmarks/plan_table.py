@@ -17,9 +17,9 @@ from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.weights.machine import this_machine
-from ltxpack.runtime.weights.plan import LAYERS, LAYERS_FROM_FILE, STREAM, Plan, best_plan
-from ltxpack.runtime.weights.report import seconds
-from ltxpack.runtime.weights.sizes import Model, model_of
+from ltxpack.runtime.weights.plan import STREAM, Plan, best_plan
+from ltxpack.runtime.weights.report import seconds, streamed_blocks
+from ltxpack.runtime.weights.sizes import TEXT_ENCODER, ModelSizes, model_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "plans.md"
 BEGIN, END = "<!-- plan-table: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table ends -->"
@@ -36,13 +36,13 @@ HEAD = (
 )
 
 
-def published_model() -> Model:
+def published_model() -> ModelSizes:
     """The published release with the official pair of bakes, in bfloat16."""
     configs = published_configs()
     return model_of(published_tensors(configs), configs, OFFICIAL, "bfloat16")
 
 
-def rows(model: Model) -> Iterator[str]:
+def rows(model: ModelSizes) -> Iterator[str]:
     """One row of the table a machine."""
     for card, host in MACHINES:
         plan = best_plan(model, WORK, this_machine(card * GB, host * GB))
@@ -52,13 +52,9 @@ def rows(model: Model) -> Iterator[str]:
 def _cells(plan: Plan | None) -> str:
     if plan is None:
         return "does not fit | | | | | |"
-    setup = plan.setup
-    blocks = (
-        "{} and {} of {}".format(*map(setup.streamed.get, OFFICIAL), plan.blocks[OFFICIAL[0]])
-        if setup.mode == STREAM
-        else "none"
-    )
-    layered = setup.text in (LAYERS, LAYERS_FROM_FILE)
+    streamed, total = streamed_blocks(plan), plan.blocks[plan.work.stages[0].part]
+    blocks = "{} and {} of {}".format(*streamed, total) if plan.mode == STREAM else "none"
+    layered = bool(plan.placements[TEXT_ENCODER].source)
     reads = (f"{gigabytes(count)}, {seconds(count, DISK_RATE):.0f} s" for count in (plan.first_read, plan.next_read))
     return " | ".join(
         (plan.mode, blocks, "by layers" if layered else "whole", gigabytes(plan.card), gigabytes(plan.host), *reads)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ltxpack.runtime.weights.machine import Machine
     from ltxpack.runtime.weights.plan import Plan
     from ltxpack.runtime.weights.report import Command
-    from ltxpack.runtime.weights.sizes import Model
+    from ltxpack.runtime.weights.sizes import ModelSizes
 
 VIDEO, SESSION = planned_by(Settings), planned_by(SessionSettings)
 
@@ -59,7 +59,7 @@ def plan(
         click.echo(printable(f"  {'done' if command.done else 'next'}  {command.text}"))
 
 
-def _published(planned: PlannedRun) -> tuple[tuple[str, ...], Model, list[Command]]:
+def _published(planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
     from ltxpack.ltx23.published import published_configs, published_tensors
     from ltxpack.runtime.weights.commands import published_commands, published_stages
     from ltxpack.runtime.weights.sizes import model_of
@@ -70,7 +70,7 @@ def _published(planned: PlannedRun) -> tuple[tuple[str, ...], Model, list[Comman
     return stages, model, published_commands(stages, planned)
 
 
-def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], Model, list[Command]]:
+def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
     from ltxpack.runtime.weights.commands import overlay_commands
     from ltxpack.runtime.weights.sizes import overlay_model

@@ -70,6 +70,7 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
         lines = read_lines(prompts, options.given, output)
         tell_inside((line.output for line in lines), reporter)
         with Session(options.overlay, options.session, reporter) as session:
+            session.process_ends = True
             recipes = {line.request.recipe.name: line.request.recipe for line in lines}
             choices = [session.transformers(recipe) for recipe in recipes.values()]
             for choice in choices:

@@ -17,8 +17,13 @@ from ltxpack.manifest import Bake, FileRecord, Manifest, changed_file, read_mani
 from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO
 
-BASE = "base"
+BASE, BAKES = "base", "bakes"
 CHECKPOINT_ROLE = "checkpoint"
+
+
+def transformer_part(name: str) -> str:
+    """The part that the base transformer or a bake is."""
+    return "transformer" if name == BASE else f"{BAKES}/{name}"
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,21 @@ class Overlay:
         return overlay
 
     def folder(self, part: str) -> Path:
-        """The folder of a component."""
+        """The folder of a component, or of a bake ``bakes/NAME``."""
         return self.root / part
 
     def transformer_folder(self, name: str) -> Path:
         """The folder of the base transformer or of a bake."""
-        return self.root / "transformer" if name == BASE else self.root / "bakes" / name
+        return self.folder(transformer_part(name))
 
     def transformer_records(self, name: str) -> tuple[FileRecord, ...]:
         """The files of the base transformer or of a bake."""
-        manifest = self.manifest
-        return manifest.components["transformer"].files if name == BASE else manifest.bakes[name].files
+        return self.records(transformer_part(name))
 
-    def records(self, component: str) -> tuple[FileRecord, ...]:
-        """The files of a component."""
-        return self.manifest.components[component].files
+    def records(self, part: str) -> tuple[FileRecord, ...]:
+        """The files of a component, or of a bake ``bakes/NAME``."""
+        folder, _, name = part.rpartition("/")
+        return self.manifest.bakes[name].files if folder == BAKES else self.manifest.components[part].files
 
     def check(self, records: Iterable[FileRecord]) -> None:
         """Compare files with the blake3 in the manifest. Raises OverlayError for the first that changed.

@@ -72,6 +72,7 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
             raise UsageError("--save-tensors and -o are one file", file=options.output, next="choose two names")
     tell_inside((options.output, *((options.save_tensors,) if options.save_tensors else ())), reporter)
     with Session(options.overlay, options.session, reporter) as session:
+        session.process_ends = True
         choice = session.transformers(request.recipe)
         reporter.note(choice.note)
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)

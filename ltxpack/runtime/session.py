@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from ltxpack.errors import DeviceError, UsageError
-from ltxpack.manifest import FileRecord
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.codecs import upsample, video
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
-from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose
+from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, transformer_part
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
@@ -80,12 +79,20 @@ class Session:
         self.dtype = DTYPES[settings.dtype]
         self.reporter = reporter or SilentReporter()
         self.residency = Residency(
-            self.overlay, self.device, self.dtype, settings.residency, self.reporter, settings.reads
+            self.overlay,
+            self.device,
+            self.dtype,
+            settings.residency,
+            self.reporter,
+            settings.reads,
+            warm_cache=settings.warm_cache,
         )
         self.prompts = PromptEncoder(self.overlay, self.residency, _cache(settings.cache))
         self.timings = Timings()
         self.attention: kernels.KernelChoice | None = None
         self._attention_told = False
+        # Whether the process ends with the session: then the kernel takes pinned memory back, which is faster.
+        self.process_ends = False
         self._closed = False
         self._statistics: video.LatentStatistics | None = None
         # A name that cannot be used is an error now; the fastest is measured when there is something to make.
@@ -133,17 +140,17 @@ class Session:
         """The tiles the last video was decoded in, in words; empty before there is one."""
         return "" if self.residency.plan is None else report.decoding(self.residency.plan)
 
-    def borrow(self, component: str, load: Callable[..., P], work: Callable[[P], R]) -> R:
+    def use(self, component: str, load: Callable[..., P], work: Callable[[P], R]) -> R:
         """``work(part)`` with the part of ``component`` on the device. Raises OverlayError for a file that changed."""
-        return self.residency.borrow(self.overlay.folder(component), self.overlay.records(component), load, work)
+        return self.residency.use(component, load, work)
 
     def transform(self, name: str, work: Callable[[DiT], R]) -> R:
         """``work(transformer)`` with the transformer ``name`` ready on the device. Raises OverlayError."""
-        return self.residency.borrow(*self._transformer(name), load_dit, work, self._settle)
+        return self.residency.use(transformer_part(name), load_dit, work, self._prepare)
 
     def load_ahead(self, name: str) -> None:
         """Begin to load the transformer ``name`` while others compute, if the plan has room for it."""
-        self.residency.prefetch(*self._transformer(name), load_dit)
+        self.residency.load_ahead(transformer_part(name), load_dit)
 
     def upsample(self, latents: Tensor) -> Tensor:
         """Video latents in twice the height and width; of the video VAE this needs two small tensors only."""
@@ -151,7 +158,7 @@ class Session:
             folder = self.overlay.folder("vae")
             self._statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
         statistics = self._statistics
-        return self.borrow(
+        return self.use(
             "latent_upsampler", upsample.load_upsampler, lambda net: upsample.upsample(net, statistics, latents)
         )
 
@@ -188,7 +195,7 @@ class Session:
         self._closed = True
         self._statistics = None
         self.prompts.forget()
-        self.residency.close()
+        self.residency.close(process_ends=self.process_ends)
 
     def __enter__(self) -> Session:
         self.check_open()
@@ -197,10 +204,7 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _transformer(self, name: str) -> tuple[Path, tuple[FileRecord, ...]]:
-        return self.overlay.transformer_folder(name), self.overlay.transformer_records(name)
-
-    def _settle(self, model: DiT, streamed: bool) -> None:
+    def _prepare(self, model: DiT, streamed: bool) -> None:
         """Prepare a transformer once, when its weights have come to the device or come there block by block."""
         if self.attention is not None:
             model.use_attention(self.attention.kernels)

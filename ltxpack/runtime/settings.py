@@ -156,6 +156,7 @@ class SessionSettings:
     reads: str = _setting(
         AUTO, "Weights through the page cache or past it; auto: past it, but for what is there.", choices=READS
     )
+    warm_cache: bool = _setting(False, "Fill free memory with the files while the device computes, for the next run.")
     attention: str | None = _setting(
         None,
         "auto (the fastest, measured), flash3, cudnn, flash, efficient, sdpa or math; before LTXPACK_ATTENTION.",
@@ -188,6 +189,7 @@ class SessionGiven(TypedDict, total=False):
     dtype: str | torch.dtype
     residency: str
     reads: str
+    warm_cache: bool
     attention: str | None
     compile: bool
     cache: bool | str | Path

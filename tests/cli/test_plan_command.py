@@ -117,7 +117,6 @@ def test_blocks_that_stay_on_the_host_are_told() -> None:
 def test_what_is_brought_into_the_page_cache_is_told() -> None:
     some, all_of_it = (planned("--vram", "141GB", "--ram", ram)["loading"] for ram in ("96GB", "128GB"))
     assert 0 < some["into_cache"] < some["first_video"]["bytes"] == all_of_it["into_cache"]
-    assert "; all 108.7 GB are brought there" in ltxpack("plan", "--vram", "141GB", "--ram", "128GB").stdout
 
 
 def test_the_tiles_of_the_decoder_are_told() -> None:

@@ -1,11 +1,11 @@
-"""What is in the page cache is told, page by page, and what is brought there while a run computes."""
+"""What is in the page cache is told, page by page, and what is asked there while a run computes."""
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +18,7 @@ from _measure import make_cold, resident
 
 from ltxpack.files import page_cache
 from ltxpack.files.page_cache import PAGE, PageCache
-from ltxpack.runtime.weights import cache_filler
-from ltxpack.runtime.weights.cache_filler import CacheFiller
+from ltxpack.runtime.weights.background import CacheWarmer
 from ltxpack.runtime.weights.reading import PIECE
 
 SIZE = 4 * PIECE + 77
@@ -92,98 +91,46 @@ def test_where_the_system_does_not_say(path: Path, monkeypatch: pytest.MonkeyPat
         assert not cache.holds(0, PAGE), "of a file of somebody else's everything is said to be there"
 
 
-@contextmanager
-def filling(*files: Path, room: int = 2 * SIZE) -> Iterator[CacheFiller]:
-    filler = CacheFiller(files, room)
+def warmed(*files: Path, room: int = 2 * SIZE) -> None:
+    """``files`` are asked into the cache, after a load began and ended."""
+    warmer = CacheWarmer(files, room)
     try:
-        yield filler
-    finally:
-        filler.close()
-        assert not filler._thread.is_alive()
-
-
-def let_go(filler: CacheFiller) -> None:
-    """A load begins and ends; then the filling too."""
-    with filler.waiting():
-        pass
-    filler._thread.join(timeout=60)
-    assert not filler._thread.is_alive()
-
-
-def test_files_are_brought_there(path: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.write_bytes(bytes(SIZE))
-    link = tmp_path / "link"
-    link.symlink_to(other)
-    make_cold([other])
-    os.mkfifo(tmp_path / "pipe")
-    with filling(path, tmp_path / "absent", tmp_path / "pipe", link, other) as filler:
-        let_go(filler)
-    assert resident(path) == resident(other) == 1
-
-
-@pytest.mark.parametrize("there", [False, True], ids=["cold", "half of it there"])
-def test_no_more_than_has_room(there: bool, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there already counts, and is not read again."""
-    plain, starts = os.preadv, list[int]()
-
-    def preadv(fd: int, views: list[memoryview], start: int) -> int:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        starts.append(start // PIECE)
-        return plain(fd, views, start)
-
-    monkeypatch.setattr(cache_filler.os, "preadv", preadv)
-    if there:
-        read(path, 0, PIECE)
-    with filling(path, room=2 * PIECE + 5) as filler:
-        let_go(filler)
-    assert set(starts) == ({1} if there else {0, 1})
-    assert resident(path) == pytest.approx(0.5, abs=0.01)
-
-
-def test_nothing_is_read_while_others_do(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, steps, gone_on = os.preadv, list[int](), threading.Event()
-    loads: list[Callable[[], object]] = []
-
-    def preadv(fd: int, views: list[memoryview], start: int) -> int:
-        steps.append(start)
-        if start == 0:
-            # A load begins in the middle of a piece: the piece is read to its end.
-            load = filler.waiting()
-            load.__enter__()
-            loads.append(lambda: load.__exit__(None, None, None))
-            gone_on.set()
-        return plain(fd, views, start)
-
-    monkeypatch.setattr(cache_filler.os, "preadv", preadv)
-    with filling(path) as filler:
-        assert not gone_on.wait(0.2), "nothing was loaded yet"
-        with filler.waiting():
+        time.sleep(0.1)
+        assert not any(map(resident, files)), "nothing was loaded yet"
+        with warmer.waiting():
             pass
-        assert gone_on.wait(60)
-        with filler.waiting():
-            assert not filler._free.wait(0.2)
-        assert not filler._free.wait(0.2), "another load goes on"
-        assert max(steps) < PIECE
-        loads.pop()()
-        filler._thread.join(timeout=60)
-        assert max(steps) >= 3 * PIECE
-    assert resident(path) == 1
+        warmer._background.join(60)
+    finally:
+        warmer.close()
 
 
-def test_it_ends_with_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with filling(path):
-        pass
-    assert resident(path) == 0, "nothing was loaded yet"
-    plain, steps = os.preadv, list[int]()
+def comes(path: Path, share: float) -> bool:
+    """Whether so much of ``path`` is in the cache soon: the system reads by itself."""
+    until = time.monotonic() + 30
+    while resident(path) != pytest.approx(share, abs=0.01) and time.monotonic() < until:
+        time.sleep(0.02)
+    return bool(resident(path) == pytest.approx(share, abs=0.01))
 
-    def preadv(fd: int, views: list[memoryview], start: int) -> int:
-        # The run ends in the middle of a piece: the piece is read to its end.
-        filler._closed = True
-        steps.append(start)
-        return plain(fd, views, start)
 
-    monkeypatch.setattr(cache_filler.os, "preadv", preadv)
-    with filling(path) as filler:
-        let_go(filler)
-    assert steps == list(range(0, PIECE, cache_filler.STEP))
+def test_files_are_asked_into_the_cache(path: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(path)
+    for other in (tmp_path / "pipe", tmp_path / "absent"):
+        CacheWarmer([other], SIZE).close()
+    warmed(tmp_path / "link", path)
+    assert comes(path, 1)
+
+
+def test_no_more_than_has_room(path: Path) -> None:
+    warmed(path, room=2 * PIECE + 5)
+    assert comes(path, 2 * PIECE / SIZE)
+
+
+def test_nothing_is_asked_for_while_others_read(path: Path) -> None:
+    warmer = CacheWarmer([path], SIZE)
+    with warmer.waiting(), warmer.waiting():
+        with warmer.waiting():
+            pass
+        time.sleep(0.1)
+        assert resident(path) == 0
+    warmer.close()

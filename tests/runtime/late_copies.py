@@ -5,6 +5,7 @@ With the CPU's own stand-in, which copies as soon as it is asked, the two extrem
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ class LateCopies:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     waits: int = 0
     pinned: int = 0
+    process_ends: bool = False
     _queue: list[Callable[[], None]] = field(default_factory=list)
     _done: int = 0
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -42,6 +44,9 @@ class LateCopies:
             while mark is not None and self._done < mark:
                 self._queue.pop(0)()
                 self._done += 1
+
+    def computing(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def pin(self, memory: Tensor) -> bool:
         self.pinned += memory.nbytes

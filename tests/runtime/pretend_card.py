@@ -201,6 +201,15 @@ class Card(FakeTensorMode):
         finally:
             self.device_now = before
 
+    @contextlib.contextmanager
+    def on_another_thread(self) -> Iterator[None]:
+        """As a thread that has just begun: its current streams are the default ones, its current device the first."""
+        before, self.device_now, self.chosen = (self.device_now, self.chosen), 0, {}
+        try:
+            yield
+        finally:
+            self.device_now, self.chosen = before
+
     def wait(self, what: str, clock: Clock) -> None:
         """The host waits until all of ``clock`` is done."""
         join(self.host, clock)
@@ -209,6 +218,7 @@ class Card(FakeTensorMode):
     def register(self, address: int, nbytes: int, flags: int) -> int:
         self.contexts.add(self.device_now)
         assert address % 4096 == 0 and nbytes > 0
+        assert flags == 1, "registered for one device only"
         for pin in self.pins:
             if address < pin.start + pin.nbytes and pin.start < address + nbytes:
                 return 712  # cudaErrorHostMemoryAlreadyRegistered
@@ -606,7 +616,11 @@ def here() -> str:
 
 
 class AtOnce:
-    """A stand-in for an executor: work is done as it is handed in; as on another thread, without inference mode."""
+    """A stand-in for an executor: work is done as it is handed in; as on another thread, without inference mode and in
+    that thread's own current streams.
+    """
+
+    card: Card
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -620,7 +634,7 @@ class AtOnce:
     def submit(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
         done: Future[Any] = Future()
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), self.card.on_another_thread():
                 done.set_result(work(*args, **kwargs))
         except BaseException as error:
             done.set_exception(error)
@@ -650,6 +664,7 @@ def install(patch: pytest.MonkeyPatch, card: Card) -> None:
     def event(*_: Any, **__: Any) -> Event:
         return Event(card)
 
+    patch.setattr(AtOnce, "card", card, raising=False)
     cudart = SimpleNamespace(cudaHostRegister=card.register, cudaHostUnregister=card.unregister)
     for name, value in {
         "is_available": lambda: True,

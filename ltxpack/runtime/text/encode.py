@@ -6,26 +6,25 @@ batches were asked for with it. Many batches pass through one load of the text e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor
-from transformers import Gemma3TextModel, PreTrainedTokenizerFast
+from transformers import Gemma3TextModel
 
 from ltxpack.errors import DeviceError, LtxpackError
-from ltxpack.manifest import FileRecord
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.prompt_cache import Contexts, PromptCache, backend, batch_key
-from ltxpack.runtime.weights.activations import HIDDEN_BYTES
 from ltxpack.runtime.weights.keeper import Residency
 
+R = TypeVar("R")
 Batch = tuple[str, ...]
 PARTS = ("tokenizer", "text_encoder", "connectors")
 
@@ -104,60 +103,41 @@ class PromptEncoder:
         return batch_key(batch, records, self.residency.dtype, backend(self.residency.device))
 
     def _encode(self, batches: Sequence[Batch], reporter: Reporter) -> list[Contexts]:
-        """Through Gemma, then the connectors; in several turns only where the hidden states would fill the host."""
+        """Each batch through Gemma and the connectors. Of several, all while both are on the device; a single one's
+        hidden states stay there while the connectors take Gemma's place.
+        """
         reporter.begin("text", sum(map(len, batches)), "prompt")
         self.overlay.check(self.overlay.records("tokenizer"))
         tokenizer = text.load_tokenizer(self.overlay.folder("tokenizer"))
-        done: list[Contexts] = []
-        plan = self.residency.plan
-        room = HIDDEN_BYTES if plan is None else plan.hidden
 
-        def read(encoder: Gemma3TextModel) -> list[list[text.HiddenStates]]:
-            return _hidden_states(batches[len(done) :], tokenizer, encoder, room)
+        def hidden(batch: Batch, encoder: Gemma3TextModel) -> list[text.HiddenStates]:
+            return text.hidden_states(batch, tokenizer, encoder)
 
-        def connect(connectors: LTX2TextConnectors) -> list[Contexts]:
-            return [[_connect(states, connectors, reporter) for states in batch] for batch in hidden]
+        def connect(states: list[text.HiddenStates], connectors: LTX2TextConnectors) -> Contexts:
+            return [_connect(each, connectors, reporter) for each in states]
 
-        while len(done) < len(batches):
-            hidden = self.residency.borrow(*self._part("text_encoder"), text.load_text_encoder, read)
-            done += self.residency.borrow(*self._part("connectors"), text.load_connectors, connect)
+        if len(batches) == 1:
+            states = self._with_encoder(lambda encoder: hidden(batches[0], encoder))
+            found = [self._with_connectors(lambda connectors: connect(states, connectors))]
+        else:
+            found = self._with_connectors(
+                lambda connectors: self._with_encoder(
+                    lambda encoder: [connect(hidden(batch, encoder), connectors) for batch in batches]
+                )
+            )
         reporter.end()
-        return done
+        return found
 
-    def _part(self, component: str) -> tuple[Path, tuple[FileRecord, ...]]:
-        return self.overlay.folder(component), self.overlay.records(component)
+    def _with_encoder(self, work: Callable[[Gemma3TextModel], R]) -> R:
+        return self.residency.use("text_encoder", text.load_text_encoder, work)
 
-
-def _hidden_states(
-    batches: Sequence[Batch], tokenizer: PreTrainedTokenizerFast, encoder: Gemma3TextModel, room: int
-) -> list[list[text.HiddenStates]]:
-    """The hidden states of the first batches: each but the last when ``room`` bytes were enough for those before it.
-
-    On the host, without padding.
-    """
-    kept: list[list[text.HiddenStates]] = []
-    size = 0
-    for batch in batches:
-        kept.append([_without_padding(hidden) for hidden in text.hidden_states(batch, tokenizer, encoder)])
-        size += sum(hidden.states.nbytes for hidden in kept[-1])
-        if size > room:
-            break
-    return kept
-
-
-def _without_padding(hidden: text.HiddenStates) -> text.HiddenStates:
-    """On the host. What Gemma makes of padding is dropped: the connectors put zeros there before they look at it."""
-    count = int(hidden.mask.sum())
-    return text.HiddenStates(hidden.states[:, -count:].to("cpu", copy=True), hidden.mask.cpu())
+    def _with_connectors(self, work: Callable[[LTX2TextConnectors], R]) -> R:
+        return self.residency.use("connectors", text.load_connectors, work)
 
 
 def _connect(hidden: text.HiddenStates, connectors: LTX2TextConnectors, reporter: Reporter) -> AV[Tensor]:
     """One prompt's contexts, on the host."""
-    states = hidden.states.to(connectors.device)
-    _, count, width, layers = states.shape
-    padding = states.new_zeros(1, hidden.mask.shape[1] - count, width, layers)
-    contexts = text.contexts(text.HiddenStates(torch.cat([padding, states], dim=1), hidden.mask), connectors)
-    found = contexts.map(Tensor.cpu)
+    found = text.contexts(hidden, connectors).map(Tensor.cpu)
     if not all(part.isfinite().all() for part in (found.video, found.audio)):
         raise DeviceError(
             "the text encoder or the connectors give numbers that are not finite",

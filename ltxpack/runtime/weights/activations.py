@@ -19,8 +19,6 @@ FLOAT32, FLOAT64 = 4, 8
 FEED_FORWARD = 4
 PROMPTS = 2
 COLOURS = 3
-# Bytes of hidden states kept on the host between the text encoder and the connectors: 10 000 tokens of the 22B model.
-HIDDEN_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,9 @@ def encoding(widths: Widths, itemsize: int) -> int:
 
 
 def connecting(widths: Widths, itemsize: int) -> int:
-    """The connectors on one prompt: its hidden states, the same filled up, three copies more, and a feed-forward."""
-    states = hidden_states(widths, itemsize) // PROMPTS
-    return 5 * states + TEXT_TOKENS * widths.video * (2 * FEED_FORWARD + 10) * itemsize
+    """The connectors on one prompt: the hidden states of all, three copies of its own, and a feed-forward."""
+    states = hidden_states(widths, itemsize)
+    return states + 3 * states // PROMPTS + TEXT_TOKENS * widths.video * (2 * FEED_FORWARD + 10) * itemsize
 
 
 def image_encoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:

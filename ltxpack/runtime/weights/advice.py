@@ -10,19 +10,19 @@ from ltxpack.files.source_file import READS
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights import plan as modes
+from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.machine import Machine
-from ltxpack.runtime.weights.plan import Plan, Setup, Shortage, Work
-from ltxpack.runtime.weights.sizes import Model
+from ltxpack.runtime.weights.plan import Plan, Shortage, Work
+from ltxpack.runtime.weights.sizes import ModelSizes
 
 TENTH = 10**8
 SMALLER = "free memory there, or choose a smaller --height, --width or --num-frames"
 
 
 def check_mode(mode: str) -> None:
-    """Raises UsageError unless ``mode`` is ``auto`` or one of the modes."""
-    known = (modes.AUTO, *modes.MODES)
+    """Raises UsageError unless ``mode`` is ``auto`` or one of the planner."""
+    known = (planner.AUTO, *planner.MODES)
     if mode not in known:
         raise UsageError("unknown residency", expected=", ".join(known), found=mode, next="choose --residency auto")
 
@@ -33,17 +33,17 @@ def check_reads(reads: str) -> None:
         raise UsageError("unknown way to read", expected=", ".join(READS), found=reads, next="choose --reads auto")
 
 
-def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:
+def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:
     """The best plan in ``mode``. Raises DeviceError with GB needed and free, and the flags that would fit."""
-    plan = modes.best_plan(model, work, machine, mode)
+    plan = planner.best_plan(model, work, machine, mode)
     if plan is not None:
         return plan
-    found = modes.shortage(modes.smallest_plan(model, work, mode), machine)
+    found = planner.shortage(planner.smallest_plan(model, work, mode), machine)
     assert found is not None
     on_device = machine.card is None or found.memory == "card"
     owner = device if on_device else "the host"
     limit = report.container(machine) if machine.card is None or not on_device else ""
-    wanted = "" if mode == modes.AUTO else f"--residency {mode}: "
+    wanted = "" if mode == planner.AUTO else f"--residency {mode}: "
     weights = f" ({gigabytes(found.phase.weights)} of weights)" if on_device else ""
     raise DeviceError(
         f"{owner} has too little free memory for {wanted}{found.phase.name}",
@@ -54,26 +54,26 @@ def plan_or_refuse(model: Model, work: Work, machine: Machine, mode: str, device
     )
 
 
-def after_shortage(setup: Setup, asked: str) -> str:
-    """The flag to try after memory ran out in spite of the plan; ``asked`` is the mode that was asked for."""
-    if setup.mode == modes.RESIDENT:
+def after_shortage(mode: str, asked: str) -> str:
+    """The flag to try after memory ran out in spite of a plan in ``mode``; ``asked`` is the mode that was asked for."""
+    if mode == planner.RESIDENT:
         return "the same command with --residency swap"
-    if setup.mode == modes.SWAP or asked != modes.STREAM:
+    if mode == planner.SWAP or asked != planner.STREAM:
         return "the same command with --residency stream"
     return SMALLER
 
 
-def smaller_work(model: Model, work: Work, machine: Machine) -> Work | None:
+def smaller_work(model: ModelSizes, work: Work, machine: Machine) -> Work | None:
     """The next smaller video that fits in some way: fewer frames first, then a smaller picture too."""
     for shape in _smaller_shapes(work.shape):
         candidate = work.resized(shape)
-        if modes.shortage(modes.smallest_plan(model, candidate), machine) is None:
+        if planner.shortage(planner.smallest_plan(model, candidate), machine) is None:
             return candidate
     return None
 
 
-def _instead(model: Model, work: Work, machine: Machine, mode: str, lacking: Shortage) -> str:
-    other = modes.best_plan(model, work, machine) if mode != modes.AUTO else None
+def _instead(model: ModelSizes, work: Work, machine: Machine, mode: str, lacking: Shortage) -> str:
+    other = planner.best_plan(model, work, machine) if mode != planner.AUTO else None
     if other is not None:
         return f"the same command with --residency {other.mode}"
     smaller = smaller_work(model, work, machine)

@@ -1,10 +1,16 @@
-"""Work on a thread of its own that can be waited for, and told to stop."""
+"""Work on a thread of its own: a load that is waited for or cancelled, and files asked into the page cache."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Generic, TypeVar
+
+# What the kernel reads at one call, whatever it is asked for: its usual read-ahead.
+READ_AHEAD = 128 * 1024
 
 R = TypeVar("R")
 Stop = Callable[[], None]
@@ -38,6 +44,11 @@ class Background(Generic[R]):
         assert result is not None
         return result
 
+    def join(self, seconds: float) -> bool:
+        """Wait until the work is done, so long at most; whether it is."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
     def cancel(self) -> None:
         """Let the work end, and wait for that."""
         self._stopped.set()
@@ -53,3 +64,54 @@ class Background(Generic[R]):
     def _check(self) -> None:
         if self._stopped.is_set():
             raise Stopped
+
+
+class CacheWarmer:
+    """Asks the system to read ``files`` into its page cache, in their order, at most ``room`` bytes.
+
+    Nothing is asked for before the first block of :meth:`waiting` is over, nor during another. A file that cannot be
+    read is left out: whoever needs it will say so.
+    """
+
+    def __init__(self, files: Iterable[Path], room: int) -> None:
+        # Links of one file are one.
+        self._files, self._left = tuple(dict.fromkeys(path.resolve() for path in files)), room
+        self._loads, self._lock, self._free = 0, threading.Lock(), threading.Event()
+        self._background = Background(self._run)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Ask for nothing while the block runs: it needs the disk. From several threads."""
+        with self._lock:
+            self._loads += 1
+            self._free.clear()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._loads -= 1
+                if self._loads == 0:
+                    self._free.set()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._left = 0
+        self._free.set()
+        self._background.cancel()
+
+    def _run(self, stop: Stop) -> None:
+        for path in self._files:
+            # A pipe in a file's place would wait for somebody to write.
+            with contextlib.suppress(OSError), open(path, "rb", opener=_not_waiting) as file:
+                size = os.fstat(file.fileno()).st_size
+                for start in range(0, size, READ_AHEAD):
+                    self._free.wait()
+                    nbytes = min(READ_AHEAD, size - start)
+                    if nbytes > self._left:
+                        return
+                    self._left -= nbytes
+                    os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -1,7 +1,7 @@
-"""Copies to a device that run beside its computation: a CUDA stream, or on the CPU a stand-in that copies at once.
+"""Copies to a device beside its computation: a CUDA stream of their own, or on the CPU a stand-in that copies at once.
 
-Three points in time are told apart: where the computation stands (``now``), where a copy is done (what ``run``
-returns), and where the host is. Nothing here knows what is copied.
+Three orders are told apart: of the computation (``now``), of the copies (what ``run`` returns), and of the host.
+Nothing here knows what is copied.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -17,27 +18,33 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 * 1024 * 1024
+# cudaHostRegisterPortable: pinned for every device of the process, not only for the one that is current.
+PORTABLE = 1
 
-Mark = Any
+Event = Any
 """A point that can be waited for: a CUDA event, or None where there is nothing to wait for."""
 
 
 class Copies(Protocol):
-    """A queue of copies to one device."""
+    """A queue of copies to one device. ``process_ends``: pinned memory stays so, the kernel takes it back faster."""
 
     device: torch.device
+    process_ends: bool
 
-    def run(self, work: Callable[[], None], after: Mark = None) -> Mark:
-        """Do ``work`` in the queue once ``after`` is reached. Returns the mark that it is done."""
+    def run(self, work: Callable[[], None], after: Event = None) -> Event:
+        """Do ``work`` in the queue after the event ``after``. Returns the event that it is done."""
 
-    def now(self) -> Mark:
-        """The mark that everything asked of the computation so far is done."""
+    def now(self) -> Event:
+        """The event that everything asked of the computation so far is done."""
 
-    def before_computing(self, mark: Mark) -> None:
-        """Let the computation asked for from now on wait for ``mark``; the host goes on."""
+    def before_computing(self, event: Event) -> None:
+        """The computation asked for from now on waits for ``event``; the host goes on."""
 
-    def finish(self, mark: Mark) -> None:
-        """Let the host wait for ``mark``."""
+    def finish(self, event: Event) -> None:
+        """The host waits for ``event``."""
+
+    def computing(self) -> AbstractContextManager[object]:
+        """What the block makes on the device belongs to the stream that computes, whichever thread makes it."""
 
     def pin(self, memory: Tensor) -> bool:
         """Let the device copy from ``memory`` by itself; False where the system refuses."""
@@ -50,23 +57,27 @@ class HostCopies:
     """The CPU's stand-in: a copy is done as it is asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.process_ends = device, False
 
-    def run(self, work: Callable[[], None], after: Mark = None) -> Mark:
+    def run(self, work: Callable[[], None], after: Event = None) -> Event:
         """Do ``work`` at once."""
         with torch.inference_mode():
             work()
         return None
 
-    def now(self) -> Mark:
+    def now(self) -> Event:
         """Nothing to wait for."""
         return None
 
-    def before_computing(self, mark: Mark) -> None:
+    def before_computing(self, event: Event) -> None:
         """Nothing to wait for."""
 
-    def finish(self, mark: Mark) -> None:
+    def finish(self, event: Event) -> None:
         """Nothing to wait for."""
+
+    def computing(self) -> AbstractContextManager[object]:
+        """There are no streams."""
+        return contextlib.nullcontext()
 
     def pin(self, memory: Tensor) -> bool:
         """Host memory is the device's own."""
@@ -77,13 +88,17 @@ class HostCopies:
 
 
 class CudaCopies:
-    """A CUDA stream of its own. May be used from several threads."""
+    """A CUDA stream of its own beside ``compute``, the stream that is current where this is made.
+
+    From several threads. Each thread has a current stream of its own: only the one of the caller is the right one.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.process_ends = device, False
+        self.compute = torch.cuda.current_stream(device)
         self.stream = torch.cuda.Stream(device)
 
-    def run(self, work: Callable[[], None], after: Mark = None) -> Mark:
+    def run(self, work: Callable[[], None], after: Event = None) -> Event:
         """Put ``work``, which must not wait for the device, into the stream."""
         if after is not None:
             self.stream.wait_event(after)
@@ -93,22 +108,26 @@ class CudaCopies:
             except BaseException:
                 self.stream.synchronize()
                 raise
-            return self._event()
+            return self._event(self.stream)
 
-    def now(self) -> Mark:
+    def now(self) -> Event:
         """An event in the stream that computes."""
         with torch.cuda.device(self.device):
-            return self._event()
+            return self._event(self.compute)
 
-    def before_computing(self, mark: Mark) -> None:
+    def before_computing(self, event: Event) -> None:
         """The computing stream waits, not the host."""
-        if mark is not None:
-            torch.cuda.current_stream(self.device).wait_event(mark)
+        if event is not None:
+            self.compute.wait_event(event)
 
-    def finish(self, mark: Mark) -> None:
+    def finish(self, event: Event) -> None:
         """Sleeps, so that the thread does not burn a core."""
-        if mark is not None:
-            mark.synchronize()
+        if event is not None:
+            event.synchronize()
+
+    def computing(self) -> AbstractContextManager[object]:
+        """The computing stream is the current one."""
+        return torch.cuda.stream(self.compute)
 
     def pin(self, memory: Tensor) -> bool:
         """Registers the memory as it is: PyTorch's own pinned allocations round up to a power of two."""
@@ -116,7 +135,7 @@ class CudaCopies:
             return True
         # On the device itself: the driver would else make a context, half a gigabyte, on the first one.
         with torch.cuda.device(self.device):
-            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)) == 0:
                 return True
             # The refusal is kept as the last error, which the next launch of a kernel would report as its own.
             with contextlib.suppress(RuntimeError):
@@ -130,22 +149,27 @@ class CudaCopies:
             with torch.cuda.device(self.device):
                 torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
-    def _event(self) -> torch.cuda.Event:
+    def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(stream)
         return event
 
 
 def copies_to(device: torch.device) -> Copies:
-    """A queue of copies to ``device``."""
+    """A queue of copies to ``device``, beside the stream that is current on this thread."""
     return CudaCopies(device) if device.type == "cuda" else HostCopies(device)
+
+
+def computing_elsewhere(copies: Copies) -> bool:
+    """Whether this thread computes in another stream than ``copies`` are made for."""
+    return isinstance(copies, CudaCopies) and torch.cuda.current_stream(copies.device) != copies.compute
 
 
 class HostMemory:
     """``nbytes`` of host memory that the device can copy from once :meth:`pin` was called; given back with the object.
 
-    It is pinned after it is filled: by then its pages are there, brought by the threads that read into it. Raises
-    MemoryError.
+    It is pinned after it is filled: by then its pages are there, brought by the threads that read into it. At the end
+    of the process it stays pinned, which the kernel undoes faster. Raises MemoryError.
     """
 
     def __init__(self, nbytes: int, copies: Copies) -> None:
@@ -160,8 +184,19 @@ class HostMemory:
         if not self.pinned and self._copies.pin(self._pages):
             self.pinned = True
             # The finalizer holds the memory, so it is unpinned first and freed then.
-            weakref.finalize(self, self._copies.unpin, self._pages)
+            weakref.finalize(self, _unpin, self._copies, self._pages).atexit = False
         return self.pinned
+
+
+# Pinned memory that is left to the end of the process.
+_LEFT: list[Tensor] = []
+
+
+def _unpin(copies: Copies, pages: Tensor) -> None:
+    if copies.process_ends:
+        _LEFT.append(pages)
+    else:
+        copies.unpin(pages)
 
 
 def _fresh_pages(nbytes: int) -> Tensor:

@@ -1,50 +1,73 @@
-"""From sizes and a machine to a plan: which weights stay where, what each phase takes, what is read from disk.
+"""The planner: from sizes, work and a machine to where each part's weights are, and what each phase of a run takes.
 
-Pure: the same sizes, work and machine give the same plan. The ways to run are tried from the fastest to the smallest;
-the first that fits is taken.
+Pure: the same sizes, work and machine give the same plan. :data:`TRANSFORMERS`, :data:`SMALL_PARTS_HOME` and
+:data:`TEXT_ENCODERS` are the table of the ways to run, in the order they are tried; the first that fits is taken.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, replace
 
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
+from ltxpack.runtime.overlay import transformer_part
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import activations
-from ltxpack.runtime.weights.activations import HIDDEN_BYTES
-from ltxpack.runtime.weights.machine import Machine
-from ltxpack.runtime.weights.sizes import TEXT_ENCODER, Model, Part
+from ltxpack.runtime.weights.machine import UNKNOWN, Machine
+from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes
 
 RESIDENT, SWAP, STREAM, AUTO = "resident", "swap", "stream", "auto"
 MODES = (RESIDENT, SWAP, STREAM)
+CARD, HOST, FILE = "card", "host", "file"
 
-# Where a transformer's weights are when the card does not hold them all the time.
-DISK = "disk"  # read to the card when their stage begins
-STAGED = "staged"  # the next stage's are read into pinned memory while one runs
-KEPT = "kept"  # both stages' stay in pinned memory between videos
-BLOCKS = "blocks"  # the blocks that are streamed are in pinned memory for as long as their stage runs
-FILE = "file"  # the blocks that are streamed are read from the file each time
-
-# How the text encoder is on the card while it encodes.
-WHOLE, LAYERS, LAYERS_FROM_FILE = "whole", "layers", "layers from file"
-
-# Where part of the blocks held serves better: one reads of the text encoder, for each prompt, what it saves of the
-# transformers; the other has room for the text encoder's layers, read once, and none for blocks that are read often.
-WASTEFUL = ((KEPT, LAYERS_FROM_FILE), (FILE, LAYERS))
-
+# What is used between two stages of one transformer, which stays meanwhile.
+BETWEEN_STAGES = "latent_upsampler"
 SLOTS = 2
+# Bytes of a text encoder that wait in host memory to be hashed, where layers stream in another order than in the file.
+WAITING = 2_500_000_000
 # What the process has in host memory before anything is loaded, and its buffers for reading.
 PROCESS = 1_500_000_000
 # Three readers (what is needed now, what is loaded ahead, blocks from a file) of sixteen pinned pieces each.
 READ_BUFFERS = 3 * 16 * 16 * 1024 * 1024
 # On the card, beyond what is counted: kernel workspaces and the allocator's gaps.
 SLACK, SLACK_SHARE = 300_000_000, 0.1
-# Host memory left alone by what lies there only because there is room: blocks between videos, files in the page cache,
-# hidden states.
-HELD_MARGIN, CACHE_MARGIN, HIDDEN_MARGIN = 4_000_000_000, 4_000_000_000, 2_000_000_000
+# Host memory that stays free beside what is there only because there is room: blocks between videos, files in the
+# page cache.
+HELD_MARGIN, CACHE_MARGIN = 4_000_000_000, 4_000_000_000
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of a part are.
+
+    ``home``: where they are between uses: on the CARD, in pinned HOST memory, or in the FILE only. ``source``: where
+    streamed blocks come from while the part is in use, HOST or FILE; empty if none are streamed. ``streamed``: their
+    numbers; all else is on the card then. ``held``: the numbers of the blocks that stay in pinned memory between uses
+    where all else is read again. ``ahead``: the weights are read into pinned memory while the stage before computes.
+    """
+
+    home: str = FILE
+    source: str = ""
+    streamed: frozenset[int] = frozenset()
+    held: frozenset[int] = frozenset()
+    ahead: bool = False
+
+    @property
+    def fills_host(self) -> bool:
+        """Whether streamed blocks are put into pinned memory each time the part is used."""
+        return self.source == HOST and self.home == FILE
+
+
+# The ways to run. Modes are tried in the order of MODES; in a mode, small parts that stay on the card come before
+# those that are read again, then transformers, then the text encoder, each in the order written here.
+TRANSFORMERS = {
+    RESIDENT: (Placement(CARD),),
+    SWAP: (Placement(HOST), Placement(FILE, ahead=True), Placement(FILE)),
+    STREAM: (Placement(HOST, source=HOST), Placement(FILE, source=HOST), Placement(FILE, source=FILE)),
+}
+SMALL_PARTS_HOME = {RESIDENT: (CARD, FILE), SWAP: (CARD, FILE), STREAM: (FILE,)}
+TEXT_ENCODERS = (Placement(FILE), Placement(FILE, source=HOST), Placement(FILE, source=FILE))
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,11 @@ class StageWork:
     shape: VideoShape
     evaluations: int
     passes: int
+
+    @property
+    def part(self) -> str:
+        """The part its weights are."""
+        return transformer_part(self.transformer)
 
 
 @dataclass(frozen=True)
@@ -80,37 +108,26 @@ class Work:
         """The names of the transformers, each once, in the order of their first stage."""
         return tuple(dict.fromkeys(stage.transformer for stage in self.stages))
 
-    def evaluations(self, transformer: str) -> int:
-        """How often each block of ``transformer`` is evaluated for one video."""
-        return sum(stage.evaluations for stage in self.stages if stage.transformer == transformer)
+    @property
+    def transformer_parts(self) -> tuple[str, ...]:
+        """The parts these are."""
+        return tuple(map(transformer_part, self.transformers))
+
+    def evaluations(self, part: str) -> int:
+        """How often each block of ``part`` is evaluated for one video."""
+        if part == TEXT_ENCODER:
+            return self.prompts
+        return sum(stage.evaluations for stage in self.stages if stage.part == part)
 
     def resized(self, shape: VideoShape) -> Work:
         """The same for a video of ``shape``, each stage in proportion. Raises UsageError where a stage has no size."""
 
         def resize(stage: VideoShape) -> VideoShape:
-            height, width = (
-                stage.height * shape.height // self.shape.height,
-                stage.width * shape.width // self.shape.width,
-            )
+            height = stage.height * shape.height // self.shape.height
+            width = stage.width * shape.width // self.shape.width
             return VideoShape(shape.frames, height, width, shape.fps)
 
         return replace(self, shape=shape, stages=tuple(replace(one, shape=resize(one.shape)) for one in self.stages))
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One way to run. ``streamed``: how many of each transformer's blocks pass through the slots; the others stay.
-
-    ``held``: how many of them stay in pinned host memory between videos where not all do, streamed ones first; the
-    rest of a transformer is read again. A transformer that is not named has none.
-    """
-
-    mode: str
-    keep_parts: bool = False
-    weights: str = DISK
-    text: str = WHOLE
-    streamed: Mapping[str, int] = field(default_factory=dict)
-    held: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,26 +152,20 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to run ``work`` and what it takes. ``first_read`` and ``next_read``: bytes read from disk for the first
-    video, and for each further one with another prompt. ``blocks``: how many each transformer has.
+    """Where each part's weights are for ``work``, and what that takes.
 
-    ``tiling`` is what the video is decoded in; ``hidden`` the bytes of hidden states that may wait on the host for the
-    connectors, beside those of the prompts under way.
+    ``blocks``: how many blocks a part has, of those that have any. ``first_read`` and ``next_read``: bytes read from
+    disk for the first video, and for each further one with another prompt. ``tiling``: the video is decoded in it.
     """
 
-    setup: Setup
+    mode: str
+    placements: Mapping[str, Placement]
     work: Work
     phases: tuple[Phase, ...]
     first_read: int
     next_read: int
     blocks: Mapping[str, int]
     tiling: Tiling
-    hidden: int
-
-    @property
-    def mode(self) -> str:
-        """``resident``, ``swap`` or ``stream``."""
-        return self.setup.mode
 
     @property
     def card(self) -> int:
@@ -167,34 +178,6 @@ class Plan:
         return max(phase.host for phase in self.phases)
 
 
-def best_plan(model: Model, work: Work, machine: Machine, mode: str = AUTO) -> Plan | None:
-    """The first way to run in ``mode`` that fits ``machine``; None if there is none."""
-    for setup in _setups(mode):
-        filled = _filled(model, work, machine, setup) if mode == AUTO else _all(model, work, setup)
-        plan = fitting_plan(model, work, machine, _holding(model, work, machine, filled))
-        if plan is not None:
-            return plan
-    return None
-
-
-def fitting_plan(model: Model, work: Work, machine: Machine, setup: Setup) -> Plan | None:
-    """What ``setup`` takes, with what it leaves free used where that was asked for; None if it does not fit."""
-    plan = plan_for(model, work, setup)
-    if shortage(plan, machine) is not None:
-        return None
-    for larger in (_with_hidden_states, _with_large_tiles):
-        candidate = larger(model, plan, machine)
-        if shortage(candidate, machine) is None:
-            plan = candidate
-    return plan
-
-
-def smallest_plan(model: Model, work: Work, mode: str = AUTO) -> Plan:
-    """The way to run in ``mode`` that takes least."""
-    *_, last = _setups(mode)
-    return plan_for(model, work, _all(model, work, last))
-
-
 @dataclass(frozen=True)
 class Shortage:
     """A phase that does not fit: the bytes it needs of the ``card`` or the ``host``, and those that are free."""
@@ -203,6 +186,48 @@ class Shortage:
     memory: str
     needed: int
     free: int
+
+
+@dataclass(frozen=True)
+class _Way:
+    """A row of the table: the mode, and the placement of transformers, small parts and text encoder."""
+
+    mode: str
+    small: Placement
+    transformer: Placement
+    text: Placement
+
+
+def best_plan(model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO) -> Plan | None:
+    """The first way to run in ``mode`` that fits ``machine``; None if there is none."""
+    for way in _ways(mode, work):
+        streamed = _fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
+        held = _held(model, work, machine, way, streamed)
+        plan = plan_for(model, work, way.mode, _placements(model, work, way, streamed, held))
+        if shortage(plan, machine) is None:
+            return _with_large_tiles(model, plan, machine)
+    return None
+
+
+def smallest_plan(model: ModelSizes, work: Work, mode: str = AUTO) -> Plan:
+    """The way to run in ``mode`` that takes least."""
+    *_, last = _ways(mode, work)
+    return plan_for(model, work, last.mode, _placements(model, work, last, _every_block(model, work), {}))
+
+
+def continued(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Plan | None:
+    """The plan for ``work`` that leaves everything where ``before`` has it; None if that does not fit.
+
+    What is loaded has its host memory already. So the host counts only for work that takes more of it than ``before``
+    did, and without a card nothing but larger work counts.
+    """
+    if not set(work.transformer_parts) <= set(before.placements):
+        return None
+    plan = plan_for(model, work, before.mode, before.placements)
+    loaded = machine
+    if plan.host <= before.host and (machine.card is not None or plan.card <= before.card):
+        loaded = replace(machine, host=UNKNOWN)
+    return None if shortage(plan, loaded) is not None else _with_large_tiles(model, plan, machine)
 
 
 def shortage(plan: Plan, machine: Machine) -> Shortage | None:
@@ -224,99 +249,109 @@ def cacheable(plan: Plan, machine: Machine) -> int:
     return max(0, min(plan.first_read, room))
 
 
-def plan_for(model: Model, work: Work, setup: Setup, tiling: Tiling | None = None, hidden: int = 0) -> Plan:
-    """What ``setup`` takes; with the official tiles unless ``tiling`` is given."""
-    first, following = _reads(model, work, setup)
-    blocks = {name: len(model.transformers[name].blocks) for name in work.transformers}
+def plan_for(
+    model: ModelSizes, work: Work, mode: str, placements: Mapping[str, Placement], tiling: Tiling | None = None
+) -> Plan:
+    """What ``placements`` take; with the official tiles unless ``tiling`` is given."""
+    first, following = _reads(model, work, placements)
+    blocks = {part: len(model.parts[part].blocks) for part in placements if model.parts[part].blocks}
     tiling = tiling or auto_tiling(*work.shape.grid[1:])
-    phases = tuple(_phases(model, work, setup, tiling, hidden))
-    return Plan(setup, work, phases, first, following, blocks, tiling, hidden)
+    phases = tuple(_phases(model, work, placements, tiling))
+    return Plan(mode, placements, work, phases, first, following, blocks, tiling)
 
 
-def _setups(mode: str) -> Iterator[Setup]:
-    """The ways to run in ``mode``, best first."""
-    texts = (WHOLE, LAYERS, LAYERS_FROM_FILE)
-    if mode in (RESIDENT, AUTO):
-        yield from (Setup(RESIDENT, parts, DISK, text) for parts, text in product((True, False), texts))
-    if mode in (SWAP, AUTO):
-        ways = product((True, False), (KEPT, STAGED, DISK), texts)
-        yield from (Setup(SWAP, parts, weights, text) for parts, weights, text in ways)
-    if mode in (STREAM, AUTO):
-        for weights, text in product((KEPT, BLOCKS, FILE), texts):
-            if (weights, text) not in WASTEFUL:
-                yield Setup(STREAM, False, weights, text)
+def spread(count: int, total: int) -> frozenset[int]:
+    """``count`` of ``total`` blocks, as evenly as can be: while one that stays computes, a streamed one comes."""
+    return frozenset(i for i in range(total) if (i + 1) * count // total > i * count // total)
 
 
-def _all(model: Model, work: Work, setup: Setup) -> Setup:
-    """``setup`` with every block streamed, if it streams."""
-    if setup.mode != STREAM:
-        return setup
-    return replace(setup, streamed={name: len(model.transformers[name].blocks) for name in work.transformers})
-
-
-def _filled(model: Model, work: Work, machine: Machine, setup: Setup) -> Setup:
-    """``setup`` with as few blocks streamed as the card allows, if it streams."""
-    if setup.mode != STREAM or machine.card is None:
-        return _all(model, work, setup)
-    fewest = dict.fromkeys(work.transformers, 0)
-    for number, stage in enumerate(work.stages):
-        fewest[stage.transformer] = max(fewest[stage.transformer], _fewest(model, work, machine, number))
-    return replace(setup, streamed=fewest)
-
-
-def _fewest(model: Model, work: Work, machine: Machine, number: int) -> int:
-    name = work.stages[number].transformer
-    total = len(model.transformers[name].blocks)
-    room = (machine.card or 0) - machine.context
-    # No fewer than three: two would lie in the two slots for good.
-    for count in range(min(SLOTS + 1, total), total):
-        phase = _stage(model, work, Setup(STREAM, streamed={name: count}), number, host=0)
-        if phase.needed <= room:
-            return count
-    return total
-
-
-def _holding(model: Model, work: Work, machine: Machine, setup: Setup) -> Setup:
-    """``setup`` with as many blocks held in host memory as there is room for, where it would read them again: for the
-    next video, or within one where streamed blocks come from the file.
+def held_blocks(streamed: frozenset[int], count: int, total: int) -> frozenset[int]:
+    """The numbers of ``count`` blocks: streamed ones first, evenly, so that one read from its file comes while others
+    compute.
     """
-    if setup.mode != STREAM or setup.weights == KEPT or machine.card is None:
-        return setup
-    if work.once and setup.weights != FILE:
-        return setup
+    first, others = sorted(streamed), sorted(set(range(total)) - streamed)
+    chosen = {first[i] for i in spread(min(count, len(first)), len(first))}
+    return frozenset(chosen | set(others[: max(0, count - len(first))]))
+
+
+def _ways(mode: str, work: Work) -> Iterator[_Way]:
+    """The rows of the table that serve ``work`` in ``mode``, best first."""
+    for name in MODES if mode == AUTO else (mode,):
+        for home in SMALL_PARTS_HOME[name]:
+            for transformer in TRANSFORMERS[name]:
+                # Without a next video nothing is pinned for it.
+                if work.once and transformer.home == HOST:
+                    continue
+                for text in TEXT_ENCODERS:
+                    # Pinned layers pay only where several prompts pass through them; where a transformer's blocks are
+                    # read at every step, host memory holds some of these rather than layers that are read once.
+                    if text.source != HOST or (work.prompts > 1 and transformer.source != FILE):
+                        yield _Way(name, Placement(home), transformer, text)
+
+
+def _placements(
+    model: ModelSizes, work: Work, way: _Way, streamed: Mapping[str, int], held: Mapping[str, int]
+) -> dict[str, Placement]:
+    """``way`` with so many blocks of each transformer streamed and held; a text encoder streams all layers or none."""
+    found = dict.fromkeys(SMALL_PARTS, way.small)
+    layers = len(model.parts[TEXT_ENCODER].blocks)
+    found[TEXT_ENCODER] = replace(way.text, streamed=spread(layers if way.text.source else 0, max(layers, 1)))
+    for part in work.transformer_parts:
+        total = len(model.parts[part].blocks)
+        numbers = spread(streamed[part] if way.transformer.source else 0, total)
+        found[part] = replace(way.transformer, streamed=numbers, held=held_blocks(numbers, held.get(part, 0), total))
+    return found
+
+
+def _every_block(model: ModelSizes, work: Work) -> dict[str, int]:
+    return {part: len(model.parts[part].blocks) for part in work.transformer_parts}
+
+
+def _fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[str, int]:
+    """As few blocks of each transformer as the card allows; without a card all."""
+    if machine.card is None:
+        return _every_block(model, work)
+    room, found = machine.card - machine.context, dict.fromkeys(work.transformer_parts, 0)
+    for number, stage in enumerate(work.stages):
+        total = len(model.parts[stage.part].blocks)
+        # No fewer than three: two would lie in the two slots for good.
+        counts = range(min(SLOTS + 1, total), total)
+        fitting = (n for n in counts if _stage(model, work, number, _on_card(model, stage.part, n), 0).needed <= room)
+        found[stage.part] = max(found[stage.part], next(fitting, total))
+    return found
+
+
+def _held(model: ModelSizes, work: Work, machine: Machine, way: _Way, streamed: Mapping[str, int]) -> dict[str, int]:
+    """How many blocks of each transformer are held in host memory: as many as there is room for, where they would be
+    read again for the next video, or within one where streamed blocks come from the file.
+    """
+    placed = way.transformer
+    if not placed.source or placed.home == HOST or machine.card is None or (work.once and placed.source != FILE):
+        return {}
     left = replace(machine, host=machine.host - HELD_MARGIN)
 
     def fits(count: int) -> bool:
-        held = _shared_out(model, work, setup, count)
-        return shortage(plan_for(model, work, replace(setup, held=held)), left) is None
+        placements = _placements(model, work, way, streamed, _shared_out(model, work, streamed, count))
+        return shortage(plan_for(model, work, way.mode, placements), left) is None
 
-    blocks = setup.streamed if work.once else _all(model, work, setup).streamed
-    most = sum(blocks[name] for name in work.transformers)
+    most = sum((streamed if work.once else _every_block(model, work)).values())
     count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
-    return replace(setup, held=_shared_out(model, work, setup, count))
+    return _shared_out(model, work, streamed, count)
 
 
-def _shared_out(model: Model, work: Work, setup: Setup, count: int) -> dict[str, int]:
+def _shared_out(model: ModelSizes, work: Work, streamed: Mapping[str, int], count: int) -> dict[str, int]:
     """``count`` blocks of all transformers: those streamed first, and of these the ones evaluated most often."""
-    found = dict.fromkeys(work.transformers, 0)
-    for streamed in (True, False):
-        for name in sorted(found, key=work.evaluations, reverse=True):
-            most = setup.streamed[name] if streamed else len(model.transformers[name].blocks) - setup.streamed[name]
+    found = dict.fromkeys(work.transformer_parts, 0)
+    for before in (True, False):
+        for part in sorted(found, key=work.evaluations, reverse=True):
+            most = streamed[part] if before else len(model.parts[part].blocks) - streamed[part]
             taken = min(count, most)
-            found[name] += taken
+            found[part] += taken
             count -= taken
     return found
 
 
-def _with_hidden_states(model: Model, plan: Plan, machine: Machine) -> Plan:
-    """``plan`` with as many hidden states on the host as there is room for: fewer turns of the text encoder."""
-    one = activations.hidden_states(model.widths, model.itemsize)
-    free = min(_host_left(phase, machine) for phase in plan.phases if phase.name in ("text", "connectors"))
-    hidden = max(0, min((plan.work.prompts - 1) * one, HIDDEN_BYTES, free - HIDDEN_MARGIN))
-    return plan_for(model, plan.work, plan.setup, plan.tiling, hidden)
-
-
-def _with_large_tiles(model: Model, plan: Plan, machine: Machine) -> Plan:
+def _with_large_tiles(model: ModelSizes, plan: Plan, machine: Machine) -> Plan:
     """``plan`` with the largest tiles its decoder has room for, if that was asked for."""
     if plan.work.decode != FAST:
         return plan
@@ -327,7 +362,8 @@ def _with_large_tiles(model: Model, plan: Plan, machine: Machine) -> Plan:
         free = machine.card - machine.context - phase.weights
     room = int((free - SLACK) / (1 + SLACK_SHARE))
     tiling = tiling_within(plan.work.shape.grid, activations.decoder_sizes(model.widths), model.itemsize, room)
-    return plan_for(model, plan.work, plan.setup, tiling, plan.hidden)
+    larger = plan_for(model, plan.work, plan.mode, plan.placements, tiling)
+    return plan if shortage(larger, machine) is not None else larger
 
 
 def _host_left(phase: Phase, machine: Machine) -> int:
@@ -335,94 +371,91 @@ def _host_left(phase: Phase, machine: Machine) -> int:
     return machine.host - phase.host - (phase.needed if machine.card is None else 0)
 
 
-def _phases(model: Model, work: Work, setup: Setup, tiling: Tiling, hidden: int) -> Iterator[Phase]:
+def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], tiling: Tiling) -> Iterator[Phase]:
     itemsize, widths = model.itemsize, model.widths
-    kept = _kept(model, work, setup)
+    stay = sum(model.parts[part].total for part, placed in placements.items() if placed.home == CARD)
     waiting = (work.prompts - 1) * activations.contexts(widths, itemsize)
-    host = PROCESS + READ_BUFFERS + _host_copies(model, work, setup) + waiting
-    hidden += activations.hidden_states(widths, itemsize)
+    host = PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting
 
-    def part(name: str) -> int:
-        return kept + (0 if setup.keep_parts else model.parts[name].total)
+    def weights(*parts: str) -> int:
+        """On the card while ``parts`` are in use."""
+        others = (part for part in parts if placements[part].home != CARD)
+        return stay + sum(_on_card(model, part, len(placements[part].streamed)) for part in others)
 
-    def phase(name: str, weights: int, count: Callable[..., int], *given: object, more_host: int = 0) -> Phase:
-        return Phase(name, weights, count(widths, *given, itemsize), host + more_host)
+    def pinned(*parts: str) -> int:
+        """In host memory while ``parts`` are in use."""
+        placed = {part: placements[part] for part in parts}
+        filled = {part: len(each.streamed - each.held) for part, each in placed.items() if each.fills_host}
+        return host + sum(count * model.parts[part].largest for part, count in filled.items())
 
-    text = model.parts[TEXT_ENCODER]
-    on_card = text.total if setup.text == WHOLE else text.rest + SLOTS * text.largest
-    copied = sum(text.blocks) if setup.text == LAYERS else 0
-    yield phase("text", kept + on_card, activations.encoding, more_host=copied + hidden)
-    yield phase("connectors", part("connectors"), activations.connecting, more_host=hidden)
+    def phase(name: str, count: Callable[..., int], *given: object, parts: tuple[str, ...]) -> Phase:
+        return Phase(name, weights(*parts), count(widths, *given, itemsize), pinned(*parts))
+
+    # With one prompt the text encoder makes room for the connectors; with several both stay until the last one.
+    both = (TEXT_ENCODER, "connectors")
+    for name, part, count in (
+        ("text", TEXT_ENCODER, activations.encoding),
+        ("connectors", "connectors", activations.connecting),
+    ):
+        parts = both if work.prompts > 1 else (part,)
+        hashed = WAITING if TEXT_ENCODER in parts and placements[TEXT_ENCODER].source == FILE else 0
+        yield Phase(name, weights(*parts), count(widths, itemsize), pinned(*parts) + hashed)
     if work.images:
-        yield phase("images", part("vae"), activations.image_encoding, work.shape)
+        yield phase("images", activations.image_encoding, work.shape, parts=("vae",))
+    before: StageWork | None = None
     for number, stage in enumerate(work.stages):
-        if number and stage.shape != work.stages[number - 1].shape:
-            yield phase("upsample", part("latent_upsampler"), activations.upsampling, stage.shape)
-        yield _stage(model, work, setup, number, host)
-    sound = kept + (0 if setup.keep_parts else model.parts["audio_vae"].total + model.parts["vocoder"].total)
-    yield phase("sound", sound, activations.sound_decoding, work.shape)
+        if before is not None and before.shape != stage.shape:
+            # A transformer that the next stage uses too stays where it is.
+            same = (stage.part,) if before.part == stage.part else ()
+            yield phase("upsample", activations.upsampling, stage.shape, parts=(BETWEEN_STAGES, *same))
+        yield _stage(model, work, number, weights(stage.part), pinned(stage.part))
+        before = stage
+    yield phase("sound", activations.sound_decoding, work.shape, parts=("audio_vae", "vocoder"))
     frames = activations.frames_on_host(work.shape, tiling)
     decoding = activations.video_decoding(widths, work.shape, itemsize, tiling)
-    yield Phase("video", part("vae"), decoding, host + frames)
+    yield Phase("video", weights("vae"), decoding, host + frames)
 
 
-def _stage(model: Model, work: Work, setup: Setup, number: int, host: int) -> Phase:
+def _stage(model: ModelSizes, work: Work, number: int, weights: int, host: int) -> Phase:
     stage = work.stages[number]
-    part, streamed = model.transformers[stage.transformer], setup.streamed.get(stage.transformer, 0)
-    kept = _kept(model, work, setup)
-    if setup.mode == SWAP:
-        kept += part.total
-    if setup.mode == STREAM:
-        kept += part.rest + sum(part.blocks) - streamed * part.largest + min(SLOTS, streamed) * part.largest
-    more = _not_held(setup, stage.transformer) * part.largest if setup.weights == BLOCKS else 0
     taken = activations.sampling(model.widths, stage.shape, model.itemsize, passes=stage.passes, images=work.images)
-    return Phase(f"stage {number + 1}", kept, taken, host + more)
+    return Phase(f"stage {number + 1}", weights, taken, host)
 
 
-def _kept(model: Model, work: Work, setup: Setup) -> int:
-    """Weights that are on the card through every phase."""
-    parts = model.small if setup.keep_parts else 0
-    return parts + (sum(part.total for part in _transformers(model, work)) if setup.mode == RESIDENT else 0)
+def _on_card(model: ModelSizes, part: str, streamed: int) -> int:
+    """Bytes of ``part`` on the card while it is in use, with so many blocks streamed."""
+    sizes = model.parts[part]
+    return sizes.total - streamed * sizes.largest + min(SLOTS, streamed) * sizes.largest
 
 
-def _transformers(model: Model, work: Work) -> list[Part]:
-    """The transformers of all stages, each once."""
-    return [model.transformers[name] for name in work.transformers]
+def _pinned(model: ModelSizes, placements: Mapping[str, Placement]) -> int:
+    """Bytes of weights in pinned memory through every phase."""
+    kept = staged = 0
+    for part, placed in placements.items():
+        sizes = model.parts[part]
+        kept += sizes.total if placed.home == HOST else len(placed.held) * sizes.largest
+        staged = max(staged, sizes.total if placed.ahead else 0)
+    return kept + staged
 
 
-def _host_copies(model: Model, work: Work, setup: Setup) -> int:
-    """Weights of transformers in pinned memory, through every phase."""
-    if setup.weights == KEPT:
-        return sum(part.total for part in _transformers(model, work))
-    if setup.weights == STAGED:
-        return max(part.total for part in _transformers(model, work))
-    return sum(setup.held.get(name, 0) * model.transformers[name].largest for name in work.transformers)
-
-
-def _not_held(setup: Setup, name: str) -> int:
-    """How many of the streamed blocks of a transformer are not in host memory before its stage begins."""
-    return max(0, setup.streamed.get(name, 0) - setup.held.get(name, 0))
-
-
-def _reads(model: Model, work: Work, setup: Setup) -> tuple[int, int]:
+def _reads(model: ModelSizes, work: Work, placements: Mapping[str, Placement]) -> tuple[int, int]:
     """Bytes from disk for the first video and for each further one with another prompt, if no cache helps."""
-    text = model.parts[TEXT_ENCODER]
-    encoder = text.stored
-    if setup.text == LAYERS_FROM_FILE:
-        encoder += _share(text.stored, sum(text.blocks), text.total)
-    stored = {name: model.parts[name].stored for name in model.parts if name != TEXT_ENCODER}
-    # The video VAE is wanted for images, and to decode.
-    small = sum(stored.values()) + (stored["vae"] if work.images and not setup.keep_parts else 0)
-    transformers = again = 0
-    for name in work.transformers:
-        part, read = model.transformers[name], model.transformers[name].stored
-        if setup.weights == FILE:
-            streamed = _not_held(setup, name) * part.largest
-            read += work.evaluations(name) * _share(part.stored, streamed, part.total)
-        transformers += read
-        if setup.mode != RESIDENT and setup.weights != KEPT:
-            again += read - _share(part.stored, setup.held.get(name, 0) * part.largest, part.total)
-    return encoder + small + transformers, encoder + (0 if setup.keep_parts else small) + again
+    first = again = 0
+    for part, placed in placements.items():
+        sizes = model.parts[part]
+        read = sizes.stored
+        # The video VAE is used for images, and to decode.
+        if part == "vae" and work.images and placed.home != CARD:
+            read += sizes.stored
+        if placed.source == FILE:
+            streamed = len(placed.streamed - placed.held) * sizes.largest
+            # The text encoder is hashed as its layers stream, a transformer before that.
+            times = work.evaluations(part) - (part == TEXT_ENCODER)
+            read += times * _share(sizes.stored, streamed, sizes.total)
+        first += read
+        if placed.home == FILE:
+            again += read - _share(sizes.stored, len(placed.held) * sizes.largest, sizes.total)
+    return first, again
 
 
 def _share(stored: int, some: int, total: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ltxpack.files.source_file import ALIGN, CACHED, SourceFile
 from ltxpack.manifest import changed_file
-from ltxpack.runtime.weights.copies import Copies, HostMemory, Mark
+from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
 
 PIECE = 16 * 1024 * 1024
 # Pieces read at once past the page cache, and how many more are in line for the threads that read: a disk ends reads
@@ -154,7 +154,7 @@ class FileReader:
         # One thread: pieces are hashed in their order, while the next ones are sent on.
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
         # Buffers, the mark after which each is free again, and the hashing that must be done; oldest first.
-        self._buffers: deque[tuple[HostMemory, Mark, Future[None] | None]] = deque()
+        self._buffers: deque[tuple[HostMemory, Event, Future[None] | None]] = deque()
         self._made = 0
 
     def fill(
@@ -163,19 +163,21 @@ class FileReader:
         digests: Mapping[Path, str] | None = None,
         *,
         stop: Callable[[], None] = no_stop,
-        after: Mark = None,
-    ) -> Mark:
+        after: Event = None,
+        check: PieceCheck | None = None,
+    ) -> Event:
         """Read every arrival. Returns the mark after which those on the device are there.
 
-        The files of ``digests`` (file: blake3) are read whole and compared. Nothing is copied to the device before
-        ``after``; default: where the computation stands now, which is when tensors just made are free to be written.
-        ``stop`` raises to end the reading. Raises OverlayError for a file that changed or cannot be read; what had
-        arrived by then is not to be used.
+        The files of ``digests`` (file: blake3) are read whole and compared; without them ``check`` sees each piece.
+        Nothing is copied to the device before ``after``; default: where the computation is now, which is when tensors
+        just made are free to be written. ``stop`` raises to end the reading. Raises OverlayError for a file that
+        changed or cannot be read; what had arrived by then is not to be used.
         """
-        check = _Check(digests or {}, self._hashing)
+        whole = _Check(digests or {}, self._hashing)
+        check = check or whole
         after = after or self.copies.now()
         flights: deque[_Flight] = deque()
-        mark: Mark = None
+        mark: Event = None
         with contextlib.ExitStack() as files:
             try:
                 pieces = plan_pieces(arrivals, list(digests or {}), self.piece)
@@ -187,7 +189,7 @@ class FileReader:
                         mark = self._land(flights.popleft(), check, after) or mark
                 while flights:
                     mark = self._land(flights.popleft(), check, after) or mark
-                check.finish()
+                whole.finish()
             except BaseException:
                 self._abandon(flights)
                 raise
@@ -222,7 +224,7 @@ class FileReader:
 
         return _Flight(piece, [found.data], buffer, self._threads.submit(read), lead)
 
-    def _land(self, flight: _Flight, check: _Check, after: Mark) -> Mark:
+    def _land(self, flight: _Flight, check: PieceCheck, after: Event) -> Event:
         """Wait for the read; have it hashed while it is sent on to the device; note what arrived."""
         mark, hashed = None, None
         try:
@@ -262,11 +264,18 @@ class FileReader:
         for _, mark, hashed in self._buffers:
             self._settle_one(mark, hashed)
 
-    def _settle_one(self, mark: Mark, hashed: Future[None] | None) -> None:
+    def _settle_one(self, mark: Event, hashed: Future[None] | None) -> None:
         """Wait until nobody reads the buffer; what the hash tells is heard at the end of the filling."""
         self.copies.finish(mark)
         if hashed is not None:
             wait([hashed])
+
+
+class PieceCheck(Protocol):
+    """Takes in what is read."""
+
+    def begin(self, piece: Piece, views: Sequence[memoryview]) -> Future[None] | None:
+        """Begin to take in ``piece``; ``views`` stay until that is done. None if nothing is to be done."""
 
 
 class _Check:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +10,21 @@ from ltxpack.files.source_file import AUTO
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiles, Tiling, auto_tiling
-from ltxpack.runtime.weights import plan as modes
+from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.machine import Machine
-from ltxpack.runtime.weights.plan import Plan
+from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement, Plan
+from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER
 
-WEIGHTS = {
-    modes.KEPT: "both stages' weights stay in pinned host memory",
-    modes.STAGED: "the next stage's weights are read into pinned host memory while one stage runs",
-    modes.DISK: "each stage's weights are read from disk when it begins",
-    modes.BLOCKS: "from pinned host memory, filled anew for each stage",
-    modes.FILE: "from the file, each time again",
+# Where a transformer is while the card does not hold it, by its word in plan.schema.json.
+WHENCE = {
+    "kept": "both stages' weights stay in pinned host memory",
+    "staged": "the next stage's weights are read into pinned host memory while one stage runs",
+    "disk": "each stage's weights are read from disk when it begins",
+    "blocks": "from pinned host memory, filled anew for each stage",
+    "file": "from the file, each time again",
 }
-TEXTS = {
-    modes.WHOLE: "",
-    modes.LAYERS: "the text encoder layer by layer",
-    modes.LAYERS_FROM_FILE: "the text encoder layer by layer from its file",
-}
+# How the text encoder is on the card while it encodes, by where its layers stream from.
+TEXT_WORDS = {"": "whole", HOST: "layers", FILE: "layers from file"}
 
 
 @dataclass(frozen=True)
@@ -38,34 +37,57 @@ class Command:
 
 def described(plan: Plan) -> str:
     """What stays where, in a sentence."""
-    setup = plan.setup
-    if setup.mode == modes.RESIDENT:
+    placed = plan.placements[plan.work.stages[0].part]
+    if placed.home == CARD:
         parts = [f"{_all_of(plan)} on the device"]
-    elif setup.mode == modes.SWAP:
-        parts = ["one transformer on the device at a time", WEIGHTS[setup.weights]]
+    elif not placed.source:
+        parts = ["one transformer on the device at a time", WHENCE[_word(placed)]]
     else:
-        whence = "from pinned host memory" if setup.weights == modes.KEPT else WEIGHTS[setup.weights]
-        parts = [f"{_of_each(plan, setup.streamed, totals=True)} pass through two slots on the device", whence]
-        if any(setup.held.values()):
-            parts.append(f"{_of_each(plan, setup.held)} stay in pinned host memory between videos")
-    if setup.keep_parts:
+        whence = "from pinned host memory" if placed.home == HOST else WHENCE[_word(placed)]
+        parts = [f"{_of_each(plan, streamed_blocks(plan), totals=True)} pass through two slots on the device", whence]
+        held = _by_stage(plan, lambda part: len(plan.placements[part].held))
+        if any(held):
+            parts.append(f"{_of_each(plan, held)} stay in pinned host memory between videos")
+    if _small_parts_stay(plan):
         parts.append("the small parts stay on the device")
-    if TEXTS[setup.text]:
-        parts.append(TEXTS[setup.text])
+    text = plan.placements[TEXT_ENCODER]
+    if text.source:
+        parts.append("the text encoder layer by layer" + (" from its file" if text.source == FILE else ""))
     return ", ".join(parts)
+
+
+def streamed_blocks(plan: Plan) -> list[int]:
+    """How many blocks of each stage's transformer pass through the slots."""
+    return _by_stage(plan, lambda part: len(plan.placements[part].streamed))
+
+
+def _by_stage(plan: Plan, count: Callable[[str], int]) -> list[int]:
+    return [count(stage.part) for stage in plan.work.stages]
+
+
+def _word(placed: Placement) -> str:
+    if placed.home == HOST:
+        return "kept"
+    if placed.source:
+        return "blocks" if placed.source == HOST else "file"
+    return "staged" if placed.ahead else "disk"
+
+
+def _small_parts_stay(plan: Plan) -> bool:
+    return all(plan.placements[part].home == CARD for part in SMALL_PARTS)
 
 
 def _all_of(plan: Plan) -> str:
     return "both transformers stay" if len(plan.work.stages) > 1 else "the transformer stays"
 
 
-def _of_each(plan: Plan, counts: Mapping[str, int], totals: bool = False) -> str:
-    """``17 of 48 blocks of stage 1 and 27 of 48 of stage 2``."""
+def _of_each(plan: Plan, counts: Sequence[int], totals: bool = False) -> str:
+    """``17 of 48 blocks of stage 1 and 27 of 48 blocks of stage 2``."""
     found = []
-    for number, stage in enumerate(plan.work.stages):
-        name, blocks = stage.transformer, "" if number and not totals else " blocks"
-        of = f" of {plan.blocks[name]}" if totals else ""
-        found.append(f"{counts.get(name, 0)}{of}{blocks} of stage {number + 1}")
+    for number, (stage, count) in enumerate(zip(plan.work.stages, counts, strict=True)):
+        of = f" of {plan.blocks[stage.part]}" if totals else ""
+        blocks = "" if number and not totals else " blocks"
+        found.append(f"{count}{of}{blocks} of stage {number + 1}")
     return " and ".join(found) if len(found) < 3 else ", ".join(found[:-1]) + " and " + found[-1]
 
 
@@ -88,16 +110,18 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
     return [f"residency {plan.mode}: {described(plan)}", f"peak memory planned: {memory}"]
 
 
-def reading(plan: Plan, asked: str, machine: Machine) -> str:
-    """How the files are read; ``asked`` is one of source_file.READS."""
-    if asked != AUTO:
-        return f"reads {asked}: as asked for"
-    found = f"reads {AUTO}: past the page cache, but for what is there"
-    room, size = modes.cacheable(plan, machine), plan.first_read
+def reading(plan: Plan, asked: str, machine: Machine, warm: bool = False) -> str:
+    """How the files are read; ``asked`` is one of source_file.READS, ``warm``: the page cache is filled for later."""
+    found = (
+        f"reads {asked}: as asked for" if asked != AUTO else f"reads {AUTO}: past the page cache, but for what is there"
+    )
+    if not warm:
+        return found
+    room, size = planner.cacheable(plan, machine), plan.first_read
     if room == 0:
-        return f"{found}; it has no room for more"
+        return f"{found}; the page cache has no room for more"
     some = f"all {gigabytes(size)}" if room == size else f"{gigabytes(room)} of {gigabytes(size)}"
-    return f"{found}; {some} are brought there while the device computes, for the next run"
+    return f"{found}; {some} come into the page cache while the device computes, for the next run"
 
 
 def decoding(plan: Plan) -> str:
@@ -135,22 +159,17 @@ def seconds(count: int, disk_rate: int) -> float:
 
 def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Command]) -> dict[str, Any]:
     """The document of ``ltxpack plan --json``; schemas/plan.schema.json describes it. All sizes in bytes."""
-    setup = plan.setup
-
-    def by_stage(counts: Mapping[str, int]) -> list[int]:
-        return [counts.get(stage.transformer, 0) for stage in plan.work.stages]
-
     return {
         "mode": plan.mode,
         "description": described(plan),
         "stages": [stage.transformer for stage in plan.work.stages],
         "setup": {
-            "small_parts_stay": setup.keep_parts,
-            "weights": setup.weights,
-            "text_encoder": setup.text,
-            "blocks": by_stage(plan.blocks),
-            "streamed_blocks": by_stage(setup.streamed),
-            "held_blocks": by_stage(setup.held),
+            "small_parts_stay": _small_parts_stay(plan),
+            "weights": _word(plan.placements[plan.work.stages[0].part]),
+            "text_encoder": TEXT_WORDS[plan.placements[TEXT_ENCODER].source],
+            "blocks": _by_stage(plan, lambda part: plan.blocks[part]),
+            "streamed_blocks": streamed_blocks(plan),
+            "held_blocks": _by_stage(plan, lambda part: len(plan.placements[part].held)),
         },
         "decode": decoding(plan),
         "machine": {"card": machine.card, "host": machine.host},
@@ -166,7 +185,7 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
             for phase in plan.phases
         ],
         "loading": {
-            "into_cache": modes.cacheable(plan, machine),
+            "into_cache": planner.cacheable(plan, machine),
             "disk_rate": disk_rate,
             "first_video": {"bytes": plan.first_read, "seconds": seconds(plan.first_read, disk_rate)},
             "next_video": {"bytes": plan.next_read, "seconds": seconds(plan.next_read, disk_rate)},

@@ -16,7 +16,7 @@ from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, read_json, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.manifest import FileRecord
-from ltxpack.runtime.overlay import BASE, Overlay
+from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.weights.activations import Widths
 
 DTYPES = {"bfloat16": 2, "float32": 4}
@@ -25,7 +25,6 @@ FLOATS = frozenset({"BF16", "F16", "F32"})
 ALIGNMENT = 256
 TRANSFORMER, TEXT_ENCODER, VOCODER = "transformer", "text_encoder", "vocoder"
 SMALL_PARTS = ("connectors", "vae", "audio_vae", VOCODER, "latent_upsampler")
-# The text encoder's folder also holds a vision tower, which is read (its file is hashed) and not kept.
 # Part -> the modules in it that can be streamed one by one.
 BLOCKS = {TRANSFORMER: "transformer_blocks", TEXT_ENCODER: "layers"}
 
@@ -34,8 +33,8 @@ Tensor = tuple[str, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Bytes of a component: ``stored`` in its files, and in memory those of each of its ``blocks`` and the ``rest``."""
+class PartSizes:
+    """Bytes of a part: ``stored`` in its files, and in memory those of each of its ``blocks`` and the ``rest``."""
 
     stored: int
     rest: int
@@ -53,21 +52,18 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Model:
-    """An overlay's parts by component, its transformers by name, and the widths activations follow."""
+class ModelSizes:
+    """An overlay's parts by name, the widths activations follow, and the bytes of a number in these.
 
-    parts: Mapping[str, Part]
-    transformers: Mapping[str, Part]
+    Weights are counted by themselves: a part knows the bytes of its tensors.
+    """
+
+    parts: Mapping[str, PartSizes]
     widths: Widths
     itemsize: int
 
-    @property
-    def small(self) -> int:
-        """All parts but text encoder and transformers, in memory."""
-        return sum(self.parts[name].total for name in SMALL_PARTS)
 
-
-def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> Model:
+def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> ModelSizes:
     """The sizes of ``overlay`` with the transformers ``names``, from its files' headers.
 
     A bake that is not there is taken to be like the base.
@@ -79,11 +75,10 @@ def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> Model:
     parts = {
         name: _of_files(overlay.root, name, overlay.records(name), itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)
     }
-    transformers = {}
     for name in names:
-        known = name if name in overlay.manifest.bakes else BASE
-        transformers[name] = _of_files(overlay.root, TRANSFORMER, overlay.transformer_records(known), itemsize)
-    return Model(parts, transformers, read_widths(configs, overlay.root), itemsize)
+        records = overlay.records(transformer_part(name if name in overlay.manifest.bakes else BASE))
+        parts[transformer_part(name)] = _of_files(overlay.root, TRANSFORMER, records, itemsize)
+    return ModelSizes(parts, read_widths(configs, overlay.root), itemsize)
 
 
 def model_of(
@@ -91,15 +86,16 @@ def model_of(
     configs: Mapping[str, Mapping[str, Any]],
     names: Iterable[str],
     dtype: str,
-) -> Model:
+) -> ModelSizes:
     """The sizes of an overlay that would hold ``tensors`` by component; all of its transformers ``names`` are alike."""
     itemsize = DTYPES[dtype]
     parts = {name: part_of(name, tensors[name], itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)}
     transformer = part_of(TRANSFORMER, tensors[TRANSFORMER], itemsize)
-    return Model(parts, dict.fromkeys(names, transformer), read_widths(configs, Path()), itemsize)
+    parts |= {transformer_part(name): transformer for name in names}
+    return ModelSizes(parts, read_widths(configs, Path()), itemsize)
 
 
-def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: int | None = None) -> Part:
+def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: int | None = None) -> PartSizes:
     """The part that holds ``tensors``; ``stored`` defaults to their own bytes."""
     pattern = re.compile(re.escape(BLOCKS[component]) + r"\.(\d+)\.") if component in BLOCKS else None
     in_files = rest = 0
@@ -119,7 +115,7 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
             rest += size
         else:
             blocks[int(block[1])] = blocks.get(int(block[1]), 0) + aligned(size)
-    return Part(in_files if stored is None else stored, rest, tuple(blocks[number] for number in sorted(blocks)))
+    return PartSizes(in_files if stored is None else stored, rest, tuple(blocks[number] for number in sorted(blocks)))
 
 
 def aligned(size: int) -> int:
@@ -172,7 +168,7 @@ def _sound_width(number: Any, numbers: Any) -> int:
     return widest
 
 
-def _of_files(root: Path, component: str, records: Iterable[FileRecord], itemsize: int) -> Part:
+def _of_files(root: Path, component: str, records: Iterable[FileRecord], itemsize: int) -> PartSizes:
     weights = [record for record in records if record.path.endswith(".safetensors")]
     tensors = (
         (tensor.name, tensor.dtype, tensor.shape)

@@ -7,35 +7,41 @@ just before its forward to just after; at other times its parameters are on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from blake3 import blake3
 from torch import Tensor, nn
 
 from ltxpack.errors import LtxpackError
 from ltxpack.files.source_file import CACHED
-from ltxpack.runtime.weights.copies import Copies, HostMemory, Mark
+from ltxpack.manifest import changed_file
+from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
 from ltxpack.runtime.weights.load import Stored
-from ltxpack.runtime.weights.plan import SLOTS
-from ltxpack.runtime.weights.reading import Arrival, FileReader
+from ltxpack.runtime.weights.machine import UNKNOWN
+from ltxpack.runtime.weights.plan import SLOTS, WAITING
+from ltxpack.runtime.weights.reading import PIECE, Arrival, FileReader, Piece, Place
 from ltxpack.runtime.weights.sizes import aligned
 
-Brought = Callable[[], Mark]
-"""Waits until the copies to a slot are asked for, and gives the mark that they are done."""
+CopyDone = Callable[[], Event]
+"""Waits until the copies to a slot are asked for, and gives the event that they are done."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the tensors of a block lie in one stretch of bytes: name -> (offset, shape, dtype)."""
+class ByteLayout:
+    """Where the tensors of a block are in one stretch of bytes: name -> (offset, shape, dtype)."""
 
     tensors: Mapping[str, tuple[int, tuple[int, ...], torch.dtype]]
     nbytes: int
 
     @classmethod
-    def of(cls, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> Layout:
+    def of(cls, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> ByteLayout:
         """One tensor after another, each aligned."""
         tensors: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
         end = 0
@@ -53,42 +59,152 @@ class Layout:
         }
 
 
-class Source(Protocol):
+class BlockSource(Protocol):
     """Where the weights of a block come from; names of ``layout`` are the block's own."""
 
     @property
-    def layout(self) -> Layout:
-        """Where each tensor lies in a slot."""
+    def layout(self) -> ByteLayout:
+        """Where each tensor is in a slot."""
 
-    def bring(self, slot: Tensor, after: Mark) -> Brought:
-        """Begin to copy the weights to ``slot`` (uint8 on the device), which is free at the mark ``after``."""
+    def start(self, slot: Tensor, after: Event) -> CopyDone:
+        """Begin to copy the weights to ``slot`` (uint8 on the device), which is free after the event ``after``."""
 
 
 @dataclass(frozen=True)
 class MemorySource:
     """A block in host memory, laid out as in a slot."""
 
-    layout: Layout
+    layout: ByteLayout
     memory: HostMemory
     copies: Copies
 
-    def bring(self, slot: Tensor, after: Mark) -> Brought:
+    def start(self, slot: Tensor, after: Event) -> CopyDone:
         """One copy."""
         target = slot[: self.layout.nbytes]
-        mark = self.copies.run(lambda: _copy(target, self.memory.bytes), after)
-        return lambda: mark
+        done = self.copies.run(lambda: _copy(target, self.memory.bytes), after)
+        return lambda: done
+
+
+class StreamedCheck:
+    """The blake3 of files whose tensors are read in an order of their own; ``digests`` says what to expect.
+
+    A piece that comes before its turn waits in host memory, or is read again if WAITING bytes wait already. Bytes that
+    are in none of ``places`` are read here. Pieces that come again are left out. All on one thread.
+    """
+
+    def __init__(self, digests: Mapping[Path, str], places: Iterable[Place]) -> None:
+        found: dict[Path, list[Place]] = {path: [] for path in digests}
+        for place in places:
+            found[place.file].append(place)
+        self._digests = digests
+        self._files = {path: _FileHash(path, own) for path, own in found.items()}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
+
+    def begin(self, piece: Piece, views: Sequence[memoryview]) -> Future[None]:
+        """Begin to take in ``piece``; ``views`` must stay until that is done."""
+        return self._thread.submit(self._take, piece, views)
+
+    def finish(self) -> None:
+        """Take in what is missing, and compare. Raises OverlayError for a file that is not what was expected."""
+        for path, expected in self._digests.items():
+            found = self._thread.submit(self._files[path].digest).result()
+            if found != expected:
+                raise changed_file(path, f"blake3 {expected}", f"blake3 {found}")
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _take(self, piece: Piece, views: Sequence[memoryview]) -> None:
+        waiting = sum(file.waiting for file in self._files.values())
+        self._files[piece.file].take(piece.start, views, waiting + piece.nbytes <= WAITING)
+
+
+class _FileHash:
+    """The hash of one file, as far as its bytes are there from the beginning on."""
+
+    def __init__(self, path: Path, places: Sequence[Place]) -> None:
+        self._path = path
+        self._tensors = sorted((place.start, place.start + place.nbytes) for place in places if place.nbytes)
+        self._hasher = blake3(max_threads=blake3.AUTO)
+        self._position = 0
+        # Pieces after the position, by where they begin: their bytes, or how many will be read again.
+        self._early: dict[int, bytes | int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Bytes in memory that wait for their turn."""
+        return sum(len(data) for data in self._early.values() if isinstance(data, bytes))
+
+    def take(self, start: int, views: Sequence[memoryview], keep: bool) -> None:
+        """Bytes from ``start`` on; ``keep``: they may wait in memory."""
+        self._advance()
+        if start == self._position:
+            for view in views:
+                self._update(view)
+            self._advance()
+        elif start > self._position and start not in self._early:
+            self._early[start] = b"".join(views) if keep else sum(map(len, views))
+
+    def digest(self) -> str:
+        """The hash, after reading what nobody brought. Raises OverlayError."""
+        self._tensors.clear()
+        self._advance()
+        return self._hasher.hexdigest()
+
+    def _update(self, data: bytes | memoryview) -> None:
+        self._hasher.update(data)
+        self._position += len(data)
+
+    def _advance(self) -> None:
+        """As far as bytes wait, or will not be brought by anybody."""
+        try:
+            with self._path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                while self._position < size:
+                    early = self._early.pop(self._position, None)
+                    if isinstance(early, bytes):
+                        self._update(early)
+                        continue
+                    if early is None and self._awaited():
+                        return
+                    end = self._position + early if early else min(self._next(), size)
+                    file.seek(self._position)
+                    data = file.read(min(end - self._position, PIECE))
+                    if not data:
+                        return
+                    self._update(data)
+                    if early and self._position < end:
+                        self._early[self._position] = end - self._position
+        except OSError as error:
+            raise changed_file(self._path, "readable", error.strerror) from None
+
+    def _awaited(self) -> bool:
+        """Whether the next byte is of a tensor that is still to come."""
+        number = bisect_right(self._tensors, (self._position, UNKNOWN)) - 1
+        return number >= 0 and self._position < self._tensors[number][1]
+
+    def _next(self) -> int:
+        """Where the next bytes begin that somebody brings."""
+        starts = [start for start in self._early if start > self._position]
+        number = bisect_right(self._tensors, (self._position, UNKNOWN))
+        return min([*starts, *(start for start, _ in self._tensors[number : number + 1])], default=UNKNOWN)
 
 
 class FileStream:
-    """One thread that reads blocks from their file, for all blocks of a module; ``reads`` as for FileReader."""
+    """One thread that reads blocks from their files, for all blocks of a module; ``reads`` as for FileReader.
 
-    def __init__(self, copies: Copies, reads: str = CACHED) -> None:
+    ``check``: what is read passes through it.
+    """
+
+    def __init__(self, copies: Copies, reads: str = CACHED, check: StreamedCheck | None = None) -> None:
         self._reader = FileReader(copies, reads=reads)
+        self._check = check
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-stream")
 
-    def read(self, arrivals: Sequence[Arrival], after: Mark) -> Brought:
-        """Begin to read, each piece on to the device as it comes and ``after`` is reached."""
-        return self._thread.submit(self._reader.fill, arrivals, after=after).result
+    def read(self, arrivals: Sequence[Arrival], after: Event) -> CopyDone:
+        """Begin to read, each piece on to the device as it comes, not before ``after``."""
+        return self._thread.submit(self._reader.fill, arrivals, after=after, check=self._check).result
 
     def close(self) -> None:
         """End the thread."""
@@ -100,11 +216,11 @@ class FileStream:
 class FileSource:
     """A block in a file, read again each time."""
 
-    layout: Layout
+    layout: ByteLayout
     stored: Mapping[str, Stored]
     stream: FileStream
 
-    def bring(self, slot: Tensor, after: Mark) -> Brought:
+    def start(self, slot: Tensor, after: Event) -> CopyDone:
         """Reads; the slot fills piece by piece."""
         views = self.layout.views(slot)
         return self.stream.read([Arrival(entry.place, views[name]) for name, entry in self.stored.items()], after)
@@ -112,17 +228,17 @@ class FileSource:
 
 @dataclass(slots=True)
 class _Slot:
-    """Bytes on the device, the number of the block in them or on its way (-1: none), and when it is there.
+    """Bytes on the device, the number of the block in them or on its way (-1: none), and when its copy is done.
 
     ``parameters`` are views of the bytes, for each block that was here.
     """
 
     memory: Tensor
     holds: int = -1
-    brought: Brought | None = None
+    copied: CopyDone | None = None
     parameters: dict[int, dict[str, nn.Parameter]] = field(default_factory=dict)
 
-    def parameters_of(self, number: int, layout: Layout) -> Mapping[str, nn.Parameter]:
+    def parameters_of(self, number: int, layout: ByteLayout) -> Mapping[str, nn.Parameter]:
         """The weights of block ``number`` in this slot."""
         if number not in self.parameters:
             views = layout.views(self.memory)
@@ -136,7 +252,7 @@ class Slots:
     The blocks are called in order, from the first again after the last. A call out of order is right too, only late.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], sources: Sequence[Source], copies: Copies) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], sources: Sequence[BlockSource], copies: Copies) -> None:
         self.blocks, self.sources, self.copies = blocks, sources, copies
         self._owners = [_owners(block, source.layout) for block, source in zip(blocks, sources, strict=True)]
         self._empty = [_without_weights(owners) for owners in self._owners]
@@ -146,7 +262,7 @@ class Slots:
             self._bind(number, self._empty[number])
 
     def open(self) -> None:
-        """Take the slots and begin to bring the first blocks."""
+        """Take the slots and begin to copy the first blocks."""
         size = max((source.layout.nbytes for source in self.sources), default=0)
         count = min(SLOTS, len(self.blocks))
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.copies.device)) for _ in range(count)]
@@ -154,7 +270,7 @@ class Slots:
             self._hooks.append(block.register_forward_pre_hook(lambda module, args, n=number: self._before(n)))
             self._hooks.append(block.register_forward_hook(lambda module, args, out, n=number: self._after(n)))
         for number, slot in enumerate(self._slots):
-            self._bring(number, slot)
+            self._start(number, slot)
 
     def close(self) -> None:
         """Give the slots back; the blocks are without weights again."""
@@ -162,7 +278,7 @@ class Slots:
             hook.remove()
         self._hooks.clear()
         for slot in self._slots:
-            self._settle(slot)
+            self._finish(slot)
         for number in range(len(self.blocks)):
             self._bind(number, self._empty[number])
         self._slots.clear()
@@ -172,8 +288,8 @@ class Slots:
         slot = next((slot for slot in self._slots if slot.holds == number), None)
         if slot is None:
             slot = self._start_over(number)
-        assert slot.brought is not None
-        self.copies.before_computing(slot.brought())
+        assert slot.copied is not None
+        self.copies.before_computing(slot.copied())
         self._bind(number, slot.parameters_of(number, self.sources[number].layout))
 
     def _after(self, number: int) -> None:
@@ -182,13 +298,13 @@ class Slots:
         slot = next(slot for slot in self._slots if slot.holds == number)
         following = (number + len(self._slots)) % len(self.blocks)
         if following != number:
-            self._bring(following, slot)
+            self._start(following, slot)
 
     def _start_over(self, number: int) -> _Slot:
-        """Bring ``number`` and what follows it: the one before was not the one expected."""
+        """Copy ``number`` and what follows it: the block before was not the one expected."""
         for offset, slot in enumerate(self._slots):
-            self._settle(slot)
-            self._bring((number + offset) % len(self.blocks), slot)
+            self._finish(slot)
+            self._start((number + offset) % len(self.blocks), slot)
         return self._slots[0]
 
     def _bind(self, number: int, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -196,23 +312,23 @@ class Slots:
             owner, attribute = self._owners[number][name]
             owner._parameters[attribute] = parameter
 
-    def _bring(self, number: int, slot: _Slot) -> None:
+    def _start(self, number: int, slot: _Slot) -> None:
         slot.holds = number
-        slot.brought = self.sources[number].bring(slot.memory, self.copies.now())
+        slot.copied = self.sources[number].start(slot.memory, self.copies.now())
 
-    def _settle(self, slot: _Slot) -> None:
-        """Wait until nothing writes to the slot any more. A reading that failed is told to who needs the block."""
-        if slot.brought is None:
+    def _finish(self, slot: _Slot) -> None:
+        """Wait until nothing writes to the slot any more. Who needs the block hears of a read that failed."""
+        if slot.copied is None:
             return
         try:
-            self.copies.finish(slot.brought())
+            self.copies.finish(slot.copied())
         except (LtxpackError, OSError):
             slot.holds = -1
-        slot.brought = None
+        slot.copied = None
 
 
-def _owners(block: nn.Module, layout: Layout) -> dict[str, tuple[nn.Module, str]]:
-    """Name in the layout -> the module that holds the parameter, and its name there."""
+def _owners(block: nn.Module, layout: ByteLayout) -> dict[str, tuple[nn.Module, str]]:
+    """Name in the layout -> the module that has the parameter, and its name there."""
     found = {}
     for name in layout.tensors:
         path, _, attribute = name.rpartition(".")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from blake3 import blake3
 from dit_parts import SMALL, random_streams, random_weights
+from ltxpack.runtime.weights.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +20,6 @@ from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.weights.copies import CudaCopies, HostMemory
 from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import load_module
-from ltxpack.runtime.weights.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
 from ltxpack.runtime.weights.reading import FileReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
