@@ -7,9 +7,10 @@ Pure: the same sizes, work and machine give the same plan. :data:`TRANSFORMERS`,
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ltxpack.files.reader import IN_FLIGHT, READ_BYTES, SPARE_BUFFERS
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.overlay import transformer_part
 from ltxpack.runtime.sampling.shape import VideoShape
@@ -28,8 +29,8 @@ SLOTS = 2
 WAITING = 2_500_000_000
 # What the process has in host memory before anything is loaded, and its buffers for reading.
 PROCESS = 1_500_000_000
-# Three readers (what is needed now, what is loaded ahead, blocks from a file) of sixteen pinned pieces each.
-READ_BUFFERS = 3 * 16 * 16 * 1024 * 1024
+# Three readers: what is needed now, what is loaded ahead, blocks from a file.
+READ_BUFFERS = 3 * (IN_FLIGHT + SPARE_BUFFERS) * READ_BYTES
 # On the card, beyond what is counted: kernel workspaces and the allocator's gaps.
 SLACK, SLACK_SHARE = 300_000_000, 0.1
 # Host memory that stays free beside what is there only because there is room: blocks between videos, files in the
@@ -371,49 +372,59 @@ def _host_left(phase: Phase, machine: Machine) -> int:
     return machine.host - phase.host - (phase.needed if machine.card is None else 0)
 
 
+@dataclass(frozen=True)
+class _InUse:
+    """What the weights take while some parts are in use; ``host``: bytes of the host through every phase."""
+
+    model: ModelSizes
+    placements: Mapping[str, Placement]
+    host: int
+
+    def on_card(self, *parts: str) -> int:
+        """Bytes on the card: what stays there, and ``parts``."""
+        found = sum(self.model.parts[part].total for part, placed in self.placements.items() if placed.home == CARD)
+        for part in parts:
+            if self.placements[part].home != CARD:
+                found += _on_card(self.model, part, len(self.placements[part].streamed))
+        return found
+
+    def on_host(self, *parts: str) -> int:
+        """Bytes on the host: what is there in any case, and the blocks of ``parts`` that stream from there."""
+        found = self.host
+        for part in parts:
+            placed = self.placements[part]
+            if placed.fills_host:
+                found += len(placed.streamed - placed.held) * self.model.parts[part].largest
+            if part == TEXT_ENCODER and placed.source == FILE:
+                found += WAITING
+        return found
+
+    def phase(self, name: str, activations: int, *parts: str, more: int = 0) -> Phase:
+        """The phase in which ``parts`` are in use; ``more`` bytes on the host."""
+        return Phase(name, self.on_card(*parts), activations, self.on_host(*parts) + more)
+
+
 def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], tiling: Tiling) -> Iterator[Phase]:
     itemsize, widths = model.itemsize, model.widths
-    stay = sum(model.parts[part].total for part, placed in placements.items() if placed.home == CARD)
     waiting = (work.prompts - 1) * activations.contexts(widths, itemsize)
-    host = PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting
-
-    def weights(*parts: str) -> int:
-        """On the card while ``parts`` are in use."""
-        others = (part for part in parts if placements[part].home != CARD)
-        return stay + sum(_on_card(model, part, len(placements[part].streamed)) for part in others)
-
-    def pinned(*parts: str) -> int:
-        """In host memory while ``parts`` are in use."""
-        placed = {part: placements[part] for part in parts}
-        filled = {part: len(each.streamed - each.held) for part, each in placed.items() if each.fills_host}
-        return host + sum(count * model.parts[part].largest for part, count in filled.items())
-
-    def phase(name: str, count: Callable[..., int], *given: object, parts: tuple[str, ...]) -> Phase:
-        return Phase(name, weights(*parts), count(widths, *given, itemsize), pinned(*parts))
-
+    use = _InUse(model, placements, PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting)
     # With one prompt the text encoder makes room for the connectors; with several both stay until the last one.
     both = (TEXT_ENCODER, "connectors")
-    for name, part, count in (
-        ("text", TEXT_ENCODER, activations.encoding),
-        ("connectors", "connectors", activations.connecting),
-    ):
-        parts = both if work.prompts > 1 else (part,)
-        hashed = WAITING if TEXT_ENCODER in parts and placements[TEXT_ENCODER].source == FILE else 0
-        yield Phase(name, weights(*parts), count(widths, itemsize), pinned(*parts) + hashed)
+    yield use.phase("text", activations.encoding(widths, itemsize), *both[: 1 + (work.prompts > 1)])
+    yield use.phase("connectors", activations.connecting(widths, itemsize), *both[work.prompts == 1 :])
     if work.images:
-        yield phase("images", activations.image_encoding, work.shape, parts=("vae",))
+        yield use.phase("images", activations.image_encoding(widths, work.shape, itemsize), "vae")
     before: StageWork | None = None
     for number, stage in enumerate(work.stages):
         if before is not None and before.shape != stage.shape:
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
-            yield phase("upsample", activations.upsampling, stage.shape, parts=(BETWEEN_STAGES, *same))
-        yield _stage(model, work, number, weights(stage.part), pinned(stage.part))
+            yield use.phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
+        yield _stage(model, work, number, use.on_card(stage.part), use.on_host(stage.part))
         before = stage
-    yield phase("sound", activations.sound_decoding, work.shape, parts=("audio_vae", "vocoder"))
+    yield use.phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", "vocoder")
     frames = activations.frames_on_host(work.shape, tiling)
-    decoding = activations.video_decoding(widths, work.shape, itemsize, tiling)
-    yield Phase("video", weights("vae"), decoding, host + frames)
+    yield use.phase("video", activations.video_decoding(widths, work.shape, itemsize, tiling), "vae", more=frames)
 
 
 def _stage(model: ModelSizes, work: Work, number: int, weights: int, host: int) -> Phase:

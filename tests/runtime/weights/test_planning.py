@@ -18,7 +18,7 @@ from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights import advice, load, reading, report, sizes
+from ltxpack.runtime.weights import advice, report, sizes
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.activations import Widths
 from ltxpack.runtime.weights.activations import contexts as contexts_of
@@ -478,14 +478,6 @@ def test_widths_come_from_the_configs_and_a_wrong_one_is_named() -> None:
         broken = {**CONFIGS, component: {**CONFIGS[component], field: value}}
         with pytest.raises(OverlayError, match=field):
             sizes.read_widths(broken, sizes.Path("out"))
-
-
-def test_numbers_that_stand_in_two_rooms_are_the_same() -> None:
-    """Planning imports no torch, so it has its own copy."""
-    assert planner.READ_BUFFERS == 3 * (reading.IN_FLIGHT + reading.LANDING) * reading.PIECE
-    assert set(load.FLOATS) == sizes.FLOATS
-    names = {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in load.FLOATS.values()}
-    assert sizes.DTYPES.items() <= names.items()
 
 
 def test_blocks_are_spread_and_counted() -> None:

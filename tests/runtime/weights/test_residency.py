@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import REPOSITORY, ltxpack
-from support import load as load_tensors
+from support import REPOSITORY
 from torch import Tensor
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -259,23 +258,6 @@ def test_the_next_run_finds_files_in_memory_if_that_is_asked_for(
         found = {path for path in files if resident(path) == 1} - {demo / "overlay" / "vae" / WEIGHTS}
     assert found == (used - {demo / "overlay" / "vae" / WEIGHTS} if warm else set())
     assert any("come into the page cache" in note for note in notes.notes) is warm
-
-
-@pytest.mark.parametrize("mode", ["auto", *planner.MODES])
-def test_every_mode_by_its_flag(mode: str, demo: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "t.safetensors"
-    done = ltxpack(
-        *("run", demo / "overlay", "--prompt", "a boat", "--device", "cpu", "--dtype", "float32", "--no-cache"),
-        *("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2", "--residency", mode),
-        *("--reads", "direct" if mode == "swap" else "auto"),
-        *("-o", tmp_path / "v.mp4", "--save-tensors", saved),
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"residency {'resident' if mode == 'auto' else mode}: " in done.stderr
-    assert f"reads {'direct: as asked for' if mode == 'swap' else 'auto: past the page cache, but for'}" in done.stderr
-    found, expected = load_tensors(saved), reference(demo / "overlay")
-    assert torch.equal(found["stage2.video"], expected["stage2.video"])
-    assert torch.equal(found["audio"], expected["waveform"])
 
 
 def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Way], None], read_files: list[Path]) -> None:

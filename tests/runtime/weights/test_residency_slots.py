@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from blake3 import blake3
-from dit_parts import SMALL, built, random_streams, random_weights
+from dit_parts import SMALL, random_streams, random_weights
 from runtime.late_copies import LateCopies
 from safetensors.torch import save_file
 from support import relative_l2
@@ -174,7 +174,11 @@ class Pinning(HostCopies):
     def __init__(self) -> None:
         super().__init__(CPU)
         self.pinned: list[tuple[int, str]] = []
+        self.unpinned: list[int] = []
         self.begun = threading.Event()
+
+    def unpin(self, memory: Tensor) -> None:
+        self.unpinned.append(memory.nbytes)
 
     def pin(self, memory: Tensor) -> bool:
         self.pinned.append((memory.nbytes, threading.current_thread().name))
@@ -451,12 +455,6 @@ def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, fold
     held.drop()
 
 
-def test_a_dit_built_in_memory_is_the_one_loaded(folder: Path) -> None:
-    weights = {name: tensor.bfloat16().float() for name, tensor in random_weights(DEEP).items()}
-    found, expected = outputs(load_module(empty_dit(), folder, CPU, torch.float32)), outputs(built(DEEP, weights))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize("where", [HOST, FILE])
 @pytest.mark.parametrize("count", [3, 4, 7])
 def test_the_next_block_is_under_way_while_one_computes(count: int, where: str, tmp_path: Path) -> None:
@@ -489,21 +487,10 @@ class Watched:
         return self.source.start(slot, after)
 
 
-class Unpinning(Pinning):
-    """Notes what is unpinned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unpinned: list[int] = []
-
-    def unpin(self, memory: Tensor) -> None:
-        self.unpinned.append(memory.nbytes)
-
-
 @pytest.mark.parametrize("process_ends", [False, True])
 def test_at_the_end_of_the_process_nothing_is_unpinned(process_ends: bool) -> None:
     """REVIEW 3.14: the kernel takes pinned memory back faster."""
-    queue = Unpinning()
+    queue = Pinning()
     memory = HostMemory(PAGE, queue)
     assert memory.pin()
     (finalizer,) = [one for one in weakref.finalize._registry if one.peek()[0] is memory]  # type: ignore[attr-defined]
