@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ltxpack.cli import main
+from ltxpack.reporter import SilentReporter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "tests" / "data"
@@ -100,3 +101,17 @@ def refused(done: Done, status: int) -> str:
     assert "Traceback" not in done.stderr
     assert done.stderr.strip()
     return done.stderr
+
+
+class Notes(SilentReporter):
+    """Keeps what is told, by kind; ``begun``: the labels of phases."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.details: list[str] = []
+        self.warnings: list[str] = []
+        self.begun: list[str] = []
+        self.note, self.detail, self.warn = self.notes.append, self.details.append, self.warnings.append
+
+    def begin(self, label: str, total: int, unit: str) -> None:
+        self.begun.append(label)

@@ -16,12 +16,11 @@ import av
 import pytest
 import torch
 from PIL import Image
-from support import REPOSITORY, load, ltxpack, relative_l2
+from support import REPOSITORY, Notes, load, ltxpack, relative_l2
 from test_architecture import HEAVY, modules_after
 
 import ltxpack as package
 from ltxpack.errors import DeviceError, UsageError
-from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import recipe_run
 from ltxpack.runtime.codecs import video
 from ltxpack.runtime.codecs.tiles import auto_tiling
@@ -158,40 +157,30 @@ def test_settings_of_the_pipeline(demo: Path, tmp_path: Path) -> None:
             Pipeline.from_overlay(overlay, **wrong)  # type: ignore[arg-type]
 
 
-class Notes(SilentReporter):
-    """Keeps what is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.told.append(message)
-
-
 def test_the_attention_kernel_is_chosen_once_before_anything_is_loaded(
     demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes, choose, read = Notes(), kernels.choose, reading.FileReader.fill
 
     def chosen(*arguments: Any) -> kernels.KernelChoice:
-        notes.told.append("chosen")
+        notes.notes.append("chosen")
         return choose(*arguments)
 
     def filled(self: Any, *arguments: Any, **options: Any) -> Any:
-        notes.told.append("read")
+        notes.notes.append("read")
         return read(self, *arguments, **options)
 
     monkeypatch.setattr(kernels, "choose", chosen)
     monkeypatch.setattr(reading.FileReader, "fill", filled)
     with Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32", cache=False, reporter=notes) as make:
-        assert not notes.told, "nothing is measured before there is something to make"
+        assert not notes.notes, "nothing is measured before there is something to make"
         for _ in range(2):
             make("a boat", **SMALL)
-    assert notes.told.count("chosen") == 1
-    assert [line for line in notes.told if line.startswith("attention: ")] == [
+    assert notes.notes.count("chosen") == 1
+    assert [line for line in notes.notes if line.startswith("attention: ")] == [
         "attention: sdpa (torch's own choice; nothing is measured on a CPU)"
     ]
-    assert notes.told.index("chosen") < notes.told.index("read")
+    assert notes.notes.index("chosen") < notes.notes.index("read")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +211,7 @@ def test_an_attention_kernel_asked_for_serves_both_stages(
         demo / "overlay", device="cpu", dtype="float32", attention=given, reporter=notes
     ) as pinned:
         found = pinned("a boat", **SMALL).frames
-    assert note in notes.told
+    assert note in notes.notes
     assert relative_l2(found, expected) <= 1e-4
     name = note.split()[1]
     assert len(used) == 4 and {kernel for _, kernel in used} == {kernels.KERNELS[name]}  # type: ignore[misc]
@@ -241,10 +230,10 @@ def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.
     make.session.reporter = make.session.residency.reporter = notes = Notes()
     official = make("a boat", **wide)
     assert make.decoding == "decode official: 2 tiles of at most 9 frames of 64x768 pixels"
-    assert not [line for line in notes.told if line.startswith("decode")]
+    assert not [line for line in notes.notes if line.startswith("decode")]
     fast = make("a boat", decode="fast", **wide)
     told = "decode fast: one tile of 9 frames of 64x832 pixels (official: 2 tiles of at most 9 frames of 64x768 pixels)"
-    assert make.decoding == told and notes.told.count(told) == 1
+    assert make.decoding == told and notes.notes.count(told) == 1
     assert torch.equal(fast.latents.stage2.video, official.latents.stage2.video)
     folder = make.session.overlay.folder("vae")
     vae = video.load_video_vae(folder, torch.device("cpu"), torch.float32)
@@ -259,7 +248,9 @@ def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.
     monkeypatch.setattr(planner, "tiling_within", lambda grid, *_: auto_tiling(*grid[1:]))
     again = make("a boat", decode="fast", **wide)
     assert torch.equal(again.frames, official.frames)
-    assert notes.told[-1].startswith("decode fast: no larger tiles than the official ones fit, which are used: 2 tiles")
+    assert notes.notes[-1].startswith(
+        "decode fast: no larger tiles than the official ones fit, which are used: 2 tiles"
+    )
 
 
 def test_a_transformer_is_loaded_ahead_only_for_a_video_that_is_to_come(

@@ -14,9 +14,9 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import pretend_card
 import pytest
 import torch
+import works
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
 from lora_bake.lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
 from PIL import Image
@@ -46,8 +47,7 @@ from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights import advice, copies, keeper, machine, placed, reading, slots
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.load import read_headers
-from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement, spread
-from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER
+from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
@@ -207,29 +207,18 @@ PARTS = ("bakes/distilled-0.25", "bakes/distilled-0.5")
 SOME, HELD = (3, 2), (1, 3)
 
 
-def placements(
-    transformer: Placement, small: str = CARD, streamed: Any = (0, 0), held: Any = (0, 0), text: str = ""
-) -> dict[str, Placement]:
-    """A placement for every part; ``streamed`` and ``held``: how many blocks of both transformers."""
-    found = {part: Placement(small) for part in SMALL_PARTS}
-    found[TEXT_ENCODER] = Placement(source=text, streamed=frozenset(range(LAYERS if text else 0)))
-    for part, some, kept in zip(PARTS, streamed, held, strict=True):
-        numbers = spread(some, BLOCKS)
-        found[part] = replace(transformer, streamed=numbers, held=planner.held_blocks(numbers, kept, BLOCKS))
-    return found
-
-
+placements = partial(works.placements, blocks=BLOCKS, layers=LAYERS)
 PLACEMENTS = {
-    "swap, the next read ahead": placements(Placement(ahead=True)),
-    "swap, kept": placements(Placement(HOST)),
-    "stream, kept": placements(Placement(HOST, source=HOST), FILE, SOME),
-    "stream from memory, some held": placements(Placement(source=HOST), FILE, SOME, HELD),
-    "stream from the file, some held": placements(Placement(source=FILE), FILE, SOME, HELD),
+    "swap, the next read ahead": placements(Placement(ahead=True), CARD),
+    "swap, kept": placements(Placement(HOST), CARD),
+    "stream, kept": placements(Placement(HOST, source=HOST), streamed=SOME),
+    "stream from memory, some held": placements(Placement(source=HOST), streamed=SOME, held=HELD),
+    "stream from the file, some held": placements(Placement(source=FILE), streamed=SOME, held=HELD),
 }
 SOME_HELD = PLACEMENTS["stream from memory, some held"]
 
 
-def planned(patch: pytest.MonkeyPatch, placements: dict[str, Placement]) -> None:
+def planned(patch: pytest.MonkeyPatch, placements: Mapping[str, Placement]) -> None:
     """Have every plan be of ``placements``."""
 
     def plan(model: Any, work: Any, *_: Any) -> Any:
@@ -242,7 +231,7 @@ def planned(patch: pytest.MonkeyPatch, placements: dict[str, Placement]) -> None
 @pytest.mark.parametrize("reads", READS)
 @pytest.mark.parametrize("way", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_weights_wherever_they_lie(
-    way: dict[str, Placement], reads: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+    way: Mapping[str, Placement], reads: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two videos one after the other: what is kept between them serves again."""
     planned(monkeypatch, way)
@@ -269,7 +258,7 @@ def test_weights_wherever_they_lie(
 
 @pytest.mark.parametrize("text", [HOST, FILE])
 def test_the_text_encoder_layer_by_layer(text: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
-    planned(monkeypatch, placements(Placement(), FILE, text=text))
+    planned(monkeypatch, placements(Placement(), text=text))
     with opened(overlay) as make:
         encode_ahead(make, [Request.of("a boat", **SMALL)])
         assert make.prompts.ahead == 1
@@ -335,7 +324,7 @@ def test_a_caller_that_computes_in_a_stream_of_its_own(
     """What another thread loads is for the caller's stream, not for that thread's (REVIEW 3.7)."""
     if fault is not None:
         monkeypatch.setattr(copies.CudaCopies, fault, OF_THE_THREAD[fault])
-    planned(monkeypatch, placements(Placement(CARD)))
+    planned(monkeypatch, placements(Placement(CARD), CARD))
     in_brief(monkeypatch)
     monkeypatch.setattr(Session, "upsample", lambda make, latents: pytest.fail("enough"))
     enough = pytest.raises(pytest.fail.Exception, match="enough")

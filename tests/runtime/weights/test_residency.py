@@ -10,18 +10,19 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import REPOSITORY
+from support import REPOSITORY, Notes
 from torch import Tensor
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+import works
 from _measure import make_cold, resident
 from works import hq_work
 
@@ -41,8 +42,7 @@ from ltxpack.runtime.weights import keeper, machine, reading, slots
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.load import read_headers
-from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement, spread
-from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER
+from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
 
 CPU = torch.device("cpu")
 SHAPE = VideoShape(9, 64, 64, 24.0)
@@ -65,22 +65,15 @@ class Way:
     held: tuple[int, int] = (0, 0)
 
     @property
-    def placements(self) -> dict[str, Placement]:
-        layers = frozenset(range(TEXT_LAYERS if self.text else 0))
-        found = {part: Placement(self.small) for part in SMALL_PARTS}
-        found[TEXT_ENCODER] = Placement(source=self.text, streamed=layers)
-        for part, streamed, held in zip(PARTS, self.streamed, self.held, strict=True):
-            numbers = spread(streamed, BLOCKS)
-            chosen = planner.held_blocks(numbers, held, BLOCKS)
-            found[part] = replace(self.transformer, streamed=numbers, held=chosen)
-        return found
+    def placements(self) -> Mapping[str, Placement]:
+        counts: Any = {"blocks": 2, "layers": TEXT_LAYERS, "streamed": self.streamed, "held": self.held}
+        return works.placements(self.transformer, self.small, self.text, **counts)
 
     def __str__(self) -> str:
         return "-".join(word for word in (self.transformer.home, self.transformer.source, self.text) if word)
 
 
 PARTS = tuple(f"bakes/{name}" for name in STAGES)
-BLOCKS = 2
 SWAP, STAGED = Way(), Way(Placement(ahead=True))
 RESIDENT = Way(Placement(CARD), CARD)
 # Every value of every field, and the combinations that auto would choose.
@@ -102,20 +95,6 @@ ways = pytest.mark.parametrize("way", WAYS, ids=str)
 
 def request(prompt: str = "a boat", **settings: Any) -> Request:
     return Request.of(prompt, **{"height": 64, "width": 64, "num_frames": 9, "steps": 2, **settings})
-
-
-class Notes(SilentReporter):
-    """Keeps what is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 @pytest.fixture
@@ -439,16 +418,12 @@ class TestUse:
         kinds = residency.use(PARTS[0], load_dit, lambda m: {weight.is_inference() for weight in m.parameters()})
         assert kinds == {True}
 
-    def test_what_stays_is_prepared_once(self, residency: Residency) -> None:
-        self.planned(residency, RESIDENT)
+    @pytest.mark.parametrize(("way", "times", "streamed"), [(RESIDENT, 1, False), (WAYS[6], 2, True)])
+    def test_what_stays_is_prepared_once(self, residency: Residency, way: Way, times: int, streamed: bool) -> None:
         prepared: list[bool] = []
-        parts = [residency.use(PARTS[0], load_dit, id, lambda m, streamed: prepared.append(streamed)) for _ in range(3)]
-        assert len(set(parts)) == 1 and prepared == [False]
-
-    def test_what_is_streamed_is_prepared_as_such(self, residency: Residency) -> None:
-        prepared: list[bool] = []
-        self.planned(residency, WAYS[6]).use(PARTS[0], load_dit, id, lambda m, streamed: prepared.append(streamed))
-        assert prepared == [True]
+        for _ in range(2):
+            self.planned(residency, way).use(PARTS[0], load_dit, id, lambda m, streamed: prepared.append(streamed))
+        assert prepared == [streamed] * times
 
     @pytest.mark.parametrize(
         ("way", "ahead"),
