@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from ltxpack.errors import UsageError
-from ltxpack.files.source_file import READS
+from ltxpack.files.direct import READS
 from ltxpack.runtime.codecs.tiles import DECODES, OFFICIAL
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Guidance, Recipe

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ltxpack.errors import DeviceError, UsageError
-from ltxpack.files.source_file import READS
+from ltxpack.files.direct import READS
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.shape import VideoShape

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ltxpack.errors import LtxpackError
-from ltxpack.files.source_file import AUTO
+from ltxpack.files.direct import AUTO
+from ltxpack.files.reader import no_stop
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.overlay import BAKES, Overlay
@@ -27,7 +28,7 @@ from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import Reader
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement, Plan, Work
-from ltxpack.runtime.weights.reading import FileReader, no_stop
+from ltxpack.runtime.weights.reading import FileReader
 from ltxpack.runtime.weights.sizes import BLOCKS, TEXT_ENCODER, TRANSFORMER, ModelSizes, overlay_model
 from ltxpack.runtime.weights.slots import MemorySource
 
@@ -50,7 +51,7 @@ class Load(Protocol[M_co]):
 
 class Residency:
     """The parts of ``overlay`` for use on ``device`` in ``dtype``. ``mode`` is ``auto`` or one of ``plan.MODES``;
-    ``reads`` is one of ``source_file.READS``; ``warm_cache``: files come into the page cache for the next process.
+    ``reads`` is one of ``direct.READS``; ``warm_cache``: files come into the page cache for the next process.
 
     :meth:`prepare` makes the plan; without one a part is loaded when it is used and dropped afterwards. Not for several
     threads. A caller that computes in another CUDA stream than before starts with nothing loaded.
@@ -75,7 +76,7 @@ class Residency:
         self._largest: Plan | None = None
         self._sizes: dict[tuple[str, ...], ModelSizes] = {}
         self._warmer: CacheWarmer | None = None
-        self._refused = self._refusal_told = False
+        self._refused, self._refusal_told = "", False
         self._decoding_told = ""
         # The two queues of copies beside the stream that computes: for files that are read, and for slots.
         self._bulk: Copies | None = None
@@ -230,7 +231,7 @@ class Residency:
         self.reporter.detail(f"{part}: {size / 1e9:.2f} GB ready after {seconds:.2f} s")
         if self._refused and not self._refusal_told:
             self._refusal_told = True
-            self.reporter.note(f"{part}: this filesystem reads nothing past the page cache; read through it")
+            self.reporter.note(f"{part}: files are read through the page cache: {self._refused}")
         if placed.unpinned:
             self.reporter.warn(f"{part}: the system would not pin {placed.unpinned / 1e9:.1f} GB; copies are slower")
         return placed
@@ -266,7 +267,7 @@ class Residency:
             # As where it is used: to a compiler weights made otherwise are another kind of weights.
             with waiting, torch.inference_mode(), self._slots.computing():
                 module = load(self.overlay.folder(part), self.device, self.dtype, read)
-            self._refused |= reader.refused
+            self._refused = reader.refused or self._refused
         if placement.held:
             self._hashed[part] = stamps
         return PlacedModule(module, read)

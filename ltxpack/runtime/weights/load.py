@@ -7,7 +7,7 @@ shards listed in an index). Anything missing, left over, misshapen or of another
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ltxpack.errors import FormatError, LtxpackError, OverlayError, UnsupportedError, quoted
+from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_json, read_tensorfile
 from ltxpack.runtime.weights.copies import copies_to
-from ltxpack.runtime.weights.reading import Arrival, FileReader, Place
+from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -41,9 +42,13 @@ class Stored:
         return _described(self.dtype, self.shape)
 
     @property
-    def place(self) -> Place:
-        """Where its bytes are; for dtypes that are loaded as they are."""
-        return Place(self.file, self.start, self.nbytes, STORED[self.dtype])
+    def source(self) -> Range:
+        """Its bytes."""
+        return Range(self.file, self.start, self.nbytes)
+
+    def read_into(self, final: Tensor, on_host: bool = False, then: Callable[[], object] | None = None) -> TensorRead:
+        """The read that brings it to ``final``, see :class:`.reading.TensorRead`; for dtypes that are loaded."""
+        return TensorRead(self.source, STORED[self.dtype], final, on_host, then)
 
     def arriving_as(self, dtype: torch.dtype | None) -> torch.dtype:
         """The dtype it has when it is loaded: ``dtype`` if that is given and this is a float."""
@@ -183,7 +188,7 @@ def read_tensors(stored: Mapping[str, Stored], device: torch.device, dtype: torc
     }
     reader = FileReader(copies)
     try:
-        copies.before_computing(reader.fill(Arrival(entry.place, found[name]) for name, entry in stored.items()))
+        copies.before_computing(reader.fill(entry.read_into(found[name]) for name, entry in stored.items()))
     finally:
         reader.close()
     return found

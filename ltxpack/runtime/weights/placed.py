@@ -19,10 +19,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ltxpack.files.reader import no_stop
 from ltxpack.runtime.weights.copies import Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
-from ltxpack.runtime.weights.reading import Arrival, FileReader, no_stop
+from ltxpack.runtime.weights.reading import FileReader, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
 from ltxpack.runtime.weights.slots import (
     BlockSource,
@@ -110,7 +111,7 @@ class PlacementReader:
         self.check: StreamedCheck | None = None
         self.stream: FileStream | None = None
         self.unpinned = 0
-        self._arrivals: list[Arrival] = []
+        self._reads: list[TensorRead] = []
         # How many tensors each memory still waits for.
         self._awaited: Counter[HostMemory] = Counter()
         self._pinning: ThreadPoolExecutor
@@ -130,7 +131,7 @@ class PlacementReader:
             tensors.update(self._on_card(rest, device, dtype))
         if self.placement.source == FILE:
             if self.hash_streamed:
-                self.check = StreamedCheck(self.digests, (entry.place for entry in stored.values()))
+                self.check = StreamedCheck(self.digests, (entry.source for entry in stored.values()))
             self.stream = FileStream(self.copies, self.reader.reads, self.check)
         from_host: list[tuple[Tensor, MemorySource]] = []
         for number, block in blocks.items():
@@ -156,10 +157,10 @@ class PlacementReader:
         digests = {} if self.check is not None else self.digests
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="ltxpack-pin") as self._pinning:
-                event = self.reader.fill(self._arrivals, digests, stop=self.stop, check=self.check)
+                event = self.reader.fill(self._reads, digests, stop=self.stop, check=self.check)
         finally:
             # They refer to this reader: after a failure memory would stay until the garbage collector comes by.
-            self._arrivals.clear()
+            self._reads.clear()
         self.reader.copies.before_computing(event)
         self.unpinned = sum(memory.bytes.nbytes for memory in self._awaited if not memory.pin())
 
@@ -183,7 +184,7 @@ class PlacementReader:
         for some in _stretches(stored, dtype) if self.root else alone:
             layout = ByteLayout.of(some, dtype)
             tensors.update(layout.views(_bytes_on(device, layout)))
-        self._arrivals += [Arrival(entry.place, tensors[name]) for name, entry in stored.items()]
+        self._reads += [entry.read_into(tensors[name]) for name, entry in stored.items()]
         return tensors
 
     def _in_memory(
@@ -193,8 +194,8 @@ class PlacementReader:
         memory = (spare and spare.take(layout.nbytes)) or HostMemory(layout.nbytes, self.copies)
         views = layout.views(memory.bytes)
         self._awaited[memory] = sum(entry.nbytes > 0 for entry in stored.values())
-        self._arrivals += [
-            Arrival(entry.place, views[name], on_host=True, then=lambda: self._one_less(memory))
+        self._reads += [
+            entry.read_into(views[name], on_host=True, then=lambda: self._one_less(memory))
             for name, entry in stored.items()
         ]
         return MemorySource(layout, memory, self.copies), views

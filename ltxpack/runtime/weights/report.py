@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltxpack.files.source_file import AUTO
+from ltxpack.files.direct import AUTO
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiles, Tiling, auto_tiling
@@ -111,7 +111,7 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
 
 
 def reading(plan: Plan, asked: str, machine: Machine, warm: bool = False) -> str:
-    """How the files are read; ``asked`` is one of source_file.READS, ``warm``: the page cache is filled for later."""
+    """How the files are read; ``asked`` is one of direct.READS, ``warm``: the page cache is filled for later."""
     found = (
         f"reads {asked}: as asked for" if asked != AUTO else f"reads {AUTO}: past the page cache, but for what is there"
     )

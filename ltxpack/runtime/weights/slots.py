@@ -13,20 +13,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
 from ltxpack.errors import LtxpackError
-from ltxpack.files.source_file import CACHED
+from ltxpack.files.direct import CACHED
+from ltxpack.files.reader import READ_BYTES, PlannedRead, Range
 from ltxpack.manifest import changed_file
 from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
 from ltxpack.runtime.weights.load import Stored
 from ltxpack.runtime.weights.machine import UNKNOWN
 from ltxpack.runtime.weights.plan import SLOTS, WAITING
-from ltxpack.runtime.weights.reading import PIECE, Arrival, FileReader, Piece, Place
+from ltxpack.runtime.weights.reading import FileReader, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
 
 CopyDone = Callable[[], Event]
@@ -88,21 +89,21 @@ class MemorySource:
 class StreamedCheck:
     """The blake3 of files whose tensors are read in an order of their own; ``digests`` says what to expect.
 
-    A piece that comes before its turn waits in host memory, or is read again if WAITING bytes wait already. Bytes that
-    are in none of ``places`` are read here. Pieces that come again are left out. All on one thread.
+    A read that comes before its turn waits in host memory, or is read again if WAITING bytes wait already. Bytes that
+    are in none of ``places`` are read here. Reads that come again are left out. All on one thread.
     """
 
-    def __init__(self, digests: Mapping[Path, str], places: Iterable[Place]) -> None:
-        found: dict[Path, list[Place]] = {path: [] for path in digests}
+    def __init__(self, digests: Mapping[Path, str], places: Iterable[Range]) -> None:
+        found: dict[Path, list[Range]] = {path: [] for path in digests}
         for place in places:
-            found[place.file].append(place)
+            found[place.path].append(place)
         self._digests = digests
         self._files = {path: _FileHash(path, own) for path, own in found.items()}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
 
-    def begin(self, piece: Piece, views: Sequence[memoryview]) -> Future[None]:
-        """Begin to take in ``piece``; ``views`` must stay until that is done."""
-        return self._thread.submit(self._take, piece, views)
+    def begin(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> Future[None]:
+        """Begin to take in ``read``; ``views`` must stay until that is done."""
+        return self._thread.submit(self._take, read, views)
 
     def finish(self) -> None:
         """Take in what is missing, and compare. Raises OverlayError for a file that is not what was expected."""
@@ -115,15 +116,15 @@ class StreamedCheck:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _take(self, piece: Piece, views: Sequence[memoryview]) -> None:
+    def _take(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> None:
         waiting = sum(file.waiting for file in self._files.values())
-        self._files[piece.file].take(piece.start, views, waiting + piece.nbytes <= WAITING)
+        self._files[read.file].take(read.start, views, waiting + read.nbytes <= WAITING)
 
 
 class _FileHash:
     """The hash of one file, as far as its bytes are there from the beginning on."""
 
-    def __init__(self, path: Path, places: Sequence[Place]) -> None:
+    def __init__(self, path: Path, places: Sequence[Range]) -> None:
         self._path = path
         self._tensors = sorted((place.start, place.start + place.nbytes) for place in places if place.nbytes)
         self._hasher = blake3(max_threads=blake3.AUTO)
@@ -170,7 +171,7 @@ class _FileHash:
                         return
                     end = self._position + early if early else min(self._next(), size)
                     file.seek(self._position)
-                    data = file.read(min(end - self._position, PIECE))
+                    data = file.read(min(end - self._position, READ_BYTES))
                     if not data:
                         return
                     self._update(data)
@@ -202,9 +203,9 @@ class FileStream:
         self._check = check
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-stream")
 
-    def read(self, arrivals: Sequence[Arrival], after: Event) -> CopyDone:
-        """Begin to read, each piece on to the device as it comes, not before ``after``."""
-        return self._thread.submit(self._reader.fill, arrivals, after=after, check=self._check).result
+    def read(self, wanted: Sequence[TensorRead], after: Event) -> CopyDone:
+        """Begin to read, each part on to the device as it comes, not before ``after``."""
+        return self._thread.submit(self._reader.fill, wanted, after=after, check=self._check).result
 
     def close(self) -> None:
         """End the thread."""
@@ -221,9 +222,9 @@ class FileSource:
     stream: FileStream
 
     def start(self, slot: Tensor, after: Event) -> CopyDone:
-        """Reads; the slot fills piece by piece."""
+        """Reads; the slot fills part by part."""
         views = self.layout.views(slot)
-        return self.stream.read([Arrival(entry.place, views[name]) for name, entry in self.stored.items()], after)
+        return self.stream.read([entry.read_into(views[name]) for name, entry in self.stored.items()], after)
 
 
 @dataclass(slots=True)

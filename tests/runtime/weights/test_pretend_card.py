@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,8 @@ from pretend_card import GIB, Card
 from pretend_overlay import UNKNOWN, write_overlay
 from support import REPOSITORY
 
-from ltxpack.files.source_file import ALIGN, READS, SourceFile
+from ltxpack.files import hashing, reader
+from ltxpack.files.direct import ALIGN, READS, DirectReader
 from ltxpack.lora_bake import BakeOptions, bake, stream
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import recipe_run
@@ -44,7 +44,7 @@ from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.session import Session, Timings
 from ltxpack.runtime.settings import SessionSettings
-from ltxpack.runtime.weights import advice, copies, keeper, machine, placed, reading, slots
+from ltxpack.runtime.weights import advice, copies, keeper, machine, placed, slots
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.load import read_headers
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
@@ -82,22 +82,22 @@ def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
     for module in (slots, placed):
         patch.setattr(module, "ThreadPoolExecutor", pretend_card.AtOnce)
     patch.setattr(machine, "usable_host", lambda: (500 * GIB, False))
-    for module in (reading, slots):
+    for module in (hashing, slots):
         patch.setattr(module, "blake3", Unread)
 
-    def scatter(file: SourceFile, views: list[memoryview], start: int) -> None:
+    def scatter(file: DirectReader, views: list[memoryview], start: int) -> None:
         for view in views:
             card.host_writes(pretend_card.address(view), len(view), "read into")
 
-    def gather(file: SourceFile, memory: memoryview, start: int, nbytes: int) -> None:
+    def gather(file: DirectReader, memory: memoryview, start: int, nbytes: int) -> None:
         scatter(file, [memory[start % ALIGN :][:nbytes]], start)
 
-    def copyto(place: Any, part: Any) -> None:
-        scatter(file=None, views=[place.data], start=0)  # type: ignore[arg-type]
+    def copy_bytes(view: memoryview, data: memoryview) -> None:
+        scatter(file=None, views=[view], start=0)  # type: ignore[arg-type]
 
-    patch.setattr(SourceFile, "scatter", scatter)
-    patch.setattr(SourceFile, "gather", gather)
-    patch.setattr(reading, "np", SimpleNamespace(copyto=copyto))
+    patch.setattr(DirectReader, "scatter", scatter)
+    patch.setattr(DirectReader, "gather", gather)
+    patch.setattr(reader, "copy_bytes", copy_bytes)
     kernels.measured.cache_clear()
     # What the libraries have made is not looked through for cycles again and again.
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Files into tensors: every byte to its place, whatever the size of a piece; hashes compared; nothing left behind."""
+"""Files into tensors: every byte to its place, whatever the size of a read; hashes compared; nothing left behind."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ltxpack.errors import OverlayError
-from ltxpack.files import source_file
+from ltxpack.files.direct import CACHED, READS, VIEWS_PER_READ
+from ltxpack.files.reader import Range, plan_reads
 from ltxpack.runtime.weights import load, reading
 from ltxpack.runtime.weights.copies import HUGE_PAGE, PAGE, Copies, HostCopies, HostMemory
 from ltxpack.runtime.weights.machine import own_memory
-from ltxpack.runtime.weights.reading import Arrival, FileReader, Place, plan_pieces
+from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
 CPU = torch.device("cpu")
 SHAPES = [(), (1,), (0,), (3, 5), (64, 7), (2, 2, 2), (129,)]
 queues = pytest.mark.parametrize("queue", [lambda: HostCopies(CPU), LateCopies], ids=["at once", "late"])
-reads_all = pytest.mark.parametrize("reads", source_file.READS)
-pieces = pytest.mark.parametrize("piece", [16, 100, reading.PIECE])
+reads_all = pytest.mark.parametrize("reads", READS)
+read_sizes = pytest.mark.parametrize("read_bytes", [16, 100, reading.READ_BYTES])
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -60,20 +61,20 @@ def fill(
     **how: object,
 ) -> dict[str, Tensor]:
     found = {name: torch.full(entry.shape, 9).to(entry.arriving_as(dtype)) for name, entry in stored.items()}
-    arrivals = [Arrival(entry.place, found[name], on_host) for name, entry in stored.items()]
-    reader.copies.before_computing(reader.fill(arrivals, **how))
+    wanted = [entry.read_into(found[name], on_host) for name, entry in stored.items()]
+    reader.copies.before_computing(reader.fill(wanted, **how))
     return found
 
 
 @queues
-@pieces
+@read_sizes
 @pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("hashed", [False, True])
 @reads_all
 def test_every_tensor_arrives(
     queue: Callable[[], Copies],
-    piece: int,
+    read_bytes: int,
     on_host: bool,
     dtype: torch.dtype | None,
     hashed: bool,
@@ -83,7 +84,7 @@ def test_every_tensor_arrives(
     states = tensors(0), tensors(1)
     stored = written(tmp_path, *states)
     digests = {entry.file: digest(entry.file) for entry in stored.values()} if hashed else None
-    reader = FileReader(queue(), reads=reads, piece=piece, in_flight=3)
+    reader = FileReader(queue(), reads=reads, read_bytes=read_bytes, in_flight=3)
     found = fill(reader, stored, dtype, on_host=on_host, digests=digests)
     reader.close()
     for number, state in enumerate(states):
@@ -113,40 +114,40 @@ def test_copies_wait_for_what_was_computed_before_the_reading_alone(given: int |
     """A transformer that is read ahead does not stand in line behind the stage that runs meanwhile."""
     stored = written(tmp_path, tensors())
     copies = Marked()
-    reader = FileReader(copies, piece=100)
+    reader = FileReader(copies, read_bytes=100)
     fill(reader, stored, on_host=False, after=given)
     reader.close()
     assert len(copies.waited) > 3 and set(copies.waited) == {given or 1}
 
 
-@pieces
+@read_sizes
 @reads_all
-def test_some_straight_to_their_place_and_some_through_buffers(piece: int, reads: str, tmp_path: Path) -> None:
+def test_some_straight_to_their_place_and_some_through_buffers(read_bytes: int, reads: str, tmp_path: Path) -> None:
     state = tensors()
     stored = written(tmp_path, state)
     found = {name: torch.zeros(entry.shape, dtype=entry.arriving_as(None)) for name, entry in stored.items()}
     chosen = list(stored)[::2]
     skipped = list(stored)[1]
-    arrivals = [Arrival(stored[name].place, found[name], name in chosen) for name in stored if name != skipped]
-    reader = FileReader(HostCopies(CPU), reads=reads, piece=piece)
-    reader.fill(arrivals, {entry.file: digest(entry.file) for entry in stored.values()})
+    wanted = [stored[name].read_into(found[name], name in chosen) for name in stored if name != skipped]
+    reader = FileReader(HostCopies(CPU), reads=reads, read_bytes=read_bytes)
+    reader.fill(wanted, {entry.file: digest(entry.file) for entry in stored.values()})
     reader.close()
     for name in stored:
         expected = torch.zeros_like(found[name]) if name == skipped else state[name.removeprefix("0.")]
         assert torch.equal(found[name], expected)
 
 
-@pieces
+@read_sizes
 @pytest.mark.parametrize("where", [0, 9, 200, -1])
 @reads_all
-def test_a_changed_byte_anywhere_is_refused(piece: int, where: int, reads: str, tmp_path: Path) -> None:
+def test_a_changed_byte_anywhere_is_refused(read_bytes: int, where: int, reads: str, tmp_path: Path) -> None:
     stored = written(tmp_path, tensors(0), tensors(1))
     path = next(iter(stored.values())).file
     digests = {entry.file: digest(entry.file) for entry in stored.values()}
     content = bytearray(path.read_bytes())
     content[where] ^= 1
     path.write_bytes(content)
-    reader = FileReader(HostCopies(CPU), reads=reads, piece=piece)
+    reader = FileReader(HostCopies(CPU), reads=reads, read_bytes=read_bytes)
     with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
         fill(reader, stored, on_host=False, digests=digests)
     assert caught.value.file == str(path) and "blake3" in str(caught.value.expected)
@@ -178,7 +179,7 @@ def test_a_file_that_changes_while_it_is_read(damage: str, on_host: bool, reads:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-40])
-    reader = FileReader(HostCopies(CPU), reads=reads, piece=64)
+    reader = FileReader(HostCopies(CPU), reads=reads, read_bytes=64)
     with pytest.raises(OverlayError) as caught:
         fill(reader, stored, on_host=on_host)
     assert caught.value.file == str(path) and caught.value.next.startswith("ltxpack verify")
@@ -195,7 +196,7 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
         if asked == 3:
             raise KeyboardInterrupt
 
-    reader = FileReader(HostCopies(CPU), piece=16, in_flight=2)
+    reader = FileReader(HostCopies(CPU), read_bytes=16, in_flight=2)
     with pytest.raises(KeyboardInterrupt):
         fill(reader, stored, on_host=False, stop=stop)
     found = fill(reader, stored, on_host=False)
@@ -208,9 +209,9 @@ def test_threads_and_pinned_memory_are_given_back(reads: str, tmp_path: Path) ->
     stored = written(tmp_path, tensors())
     copies = LateCopies()
     before = threading.active_count()
-    reader = FileReader(copies, reads=reads, piece=64, in_flight=3)
+    reader = FileReader(copies, reads=reads, read_bytes=64, in_flight=3)
     fill(reader, stored, on_host=False)
-    assert copies.pinned == (3 + reading.LANDING) * PAGE * (1 if reads == source_file.CACHED else 3)
+    assert copies.pinned == (3 + reading.SPARE_BUFFERS) * PAGE * (1 if reads == CACHED else 3)
     assert threading.active_count() > before
     reader.close()
     del reader
@@ -234,35 +235,31 @@ def test_memory_is_unpinned_before_it_is_freed() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 70)), max_size=12), st.integers(1, 64), st.booleans())
-def test_pieces_cover_what_is_wanted_once(
-    tmp_path_factory: pytest.TempPathFactory, gaps: list[tuple[int, int]], limit: int, whole: bool
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "covered"
-    places, end = [], 0
+def test_reads_cover_what_is_wanted_once(gaps: list[tuple[int, int]], limit: int, whole: bool) -> None:
+    path, sources, end = Path("covered"), [], 0
     for gap, size in gaps:
-        places.append(Place(path, end + gap, size, torch.uint8))
+        sources.append(Range(path, end + gap, size))
         end += gap + size
     size = end + 5
-    path.write_bytes(bytes(size))
-    arrivals = [Arrival(place, torch.empty(place.nbytes, dtype=torch.uint8)) for place in places]
-    planned = list(plan_pieces(arrivals, [path] if whole else [], limit))
+    wanted = [TensorRead(source, torch.uint8, torch.empty(source.nbytes, dtype=torch.uint8)) for source in sources]
+    planned = list(plan_reads(wanted, [Range(path, 0, size)] if whole else [], limit))
     read = [0] * size
-    for piece in planned:
-        assert 0 < sum(stretch.nbytes for stretch in piece.stretches) <= limit
-        for stretch in piece.stretches:
+    for each in planned:
+        assert 0 < each.nbytes <= limit
+        for stretch in each.stretches:
             for position in range(stretch.start, stretch.start + stretch.nbytes):
                 read[position] += 1
-            if stretch.arrival is not None:
-                assert stretch.start == stretch.arrival.place.start + stretch.offset
-    wanted = [int(whole) for _ in read]
-    for place in places:
-        wanted[place.start : place.start + place.nbytes] = [1] * place.nbytes
-    assert read == wanted
-    assert [piece.last for piece in planned] == [False] * (len(planned) - 1) + [True] * bool(planned)
+            if stretch.target is not None:
+                assert stretch.start == stretch.target.source.start + stretch.offset
+    expected = [int(whole) for _ in read]
+    for source in sources:
+        expected[source.start : source.start + source.nbytes] = [1] * source.nbytes
+    assert read == expected
+    assert [each.last for each in planned] == [False] * (len(planned) - 1) + [True] * bool(planned)
 
 
 def test_more_tensors_than_the_system_takes_in_one_call(tmp_path: Path) -> None:
-    state = {f"{number:04}": torch.tensor([number]) for number in range(2 * source_file.VIEWS_PER_READ + 3)}
+    state = {f"{number:04}": torch.tensor([number]) for number in range(2 * VIEWS_PER_READ + 3)}
     stored = written(tmp_path, state)
     reader = FileReader(HostCopies(CPU))
     found = fill(reader, stored, on_host=True)

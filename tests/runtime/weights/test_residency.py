@@ -28,7 +28,7 @@ from works import hq_work
 
 from ltxpack.demo.config import TEXT_LAYERS
 from ltxpack.errors import DeviceError, OverlayError
-from ltxpack.files import source_file
+from ltxpack.files import direct, reader
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import load_dit
@@ -115,17 +115,17 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], None]:
 def read_files(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files read, once per reading."""
     found: list[Path] = []
-    original = reading._opened
+    original = reader._opened
 
     def opened(*arguments: Any) -> Iterator[tuple[Any, Any]]:
         last = None
-        for piece, file in original(*arguments):
-            if piece.file != last:
-                found.append(piece.file)
-                last = piece.file
-            yield piece, file
+        for read, file in original(*arguments):
+            if read.file != last:
+                found.append(read.file)
+                last = read.file
+            yield read, file
 
-    monkeypatch.setattr(reading, "_opened", opened)
+    monkeypatch.setattr(reader, "_opened", opened)
     return found
 
 
@@ -190,9 +190,9 @@ def test_past_the_page_cache_the_same_bits(
     """To the device, to host memory, and of files that were hashed before only the blocks that are wanted."""
     expected = reference(demo / "overlay")
     asked: list[str] = []
-    original = reading.SourceFile.__init__
+    original = reader.DirectReader.__init__
     monkeypatch.setattr(
-        reading.SourceFile, "__init__", lambda file, path, reads: (asked.append(reads), original(file, path, reads))[1]
+        reader.DirectReader, "__init__", lambda file, path, reads: (asked.append(reads), original(file, path, reads))[1]
     )
     force(way)
     notes = Notes()
@@ -207,12 +207,12 @@ def test_past_the_page_cache_the_same_bits(
 
 
 def test_a_filesystem_that_has_only_the_cache_is_told_once(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_file, "O_DIRECT", 0)
+    monkeypatch.setattr(direct, "why_cached", lambda path: "here all is faster that way")
     notes = Notes()
     with pipeline(demo / "overlay", notes, reads="direct") as make:
         assert same(video(make, request(), codecs=False), reference(demo / "overlay"))
-    assert [note for note in notes.notes if "past the page cache" in note] == [
-        "text_encoder: this filesystem reads nothing past the page cache; read through it"
+    assert [note for note in notes.notes if "through the page cache" in note] == [
+        "text_encoder: files are read through the page cache: here all is faster that way"
     ]
 
 
@@ -262,13 +262,13 @@ def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Way], None], 
 def read_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """Bytes read of each file."""
     found: Counter[Path] = Counter()
-    original = reading.FileReader._take_off
+    original = reader.ReadQueue._begin
 
-    def take_off(reader: Any, piece: Any, file: Any) -> Any:
-        found[piece.file] += piece.nbytes
-        return original(reader, piece, file)
+    def begin(queue: Any, read: Any, file: Any) -> Any:
+        found[read.file] += read.nbytes
+        return original(queue, read, file)
 
-    monkeypatch.setattr(reading.FileReader, "_take_off", take_off)
+    monkeypatch.setattr(reader.ReadQueue, "_begin", begin)
     return found
 
 
@@ -477,7 +477,7 @@ class TestUse:
         assert used
 
     def test_closing_ends_what_is_under_way(self, residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(reading.FileReader.__init__, "__kwdefaults__", {"piece": 64, "in_flight": 1})
+        monkeypatch.setattr(reading.FileReader.__init__, "__kwdefaults__", {"read_bytes": 64, "in_flight": 1})
         self.planned(residency, RESIDENT)
         residency.load_ahead(PARTS[0], load_dit)
         residency.close()

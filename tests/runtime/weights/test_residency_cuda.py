@@ -97,7 +97,7 @@ def outputs(dit: DiT, device: torch.device) -> list[Tensor]:
 def test_every_placement_gives_the_same_bits(placement: Placement, folder: Path, device: torch.device) -> None:
     expected = outputs(load_module(empty_dit(), folder, device, torch.bfloat16), device)
     digests = {path: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
-    reader = FileReader(CudaCopies(device), piece=1 << 20)
+    reader = FileReader(CudaCopies(device), read_bytes=1 << 20)
     read = PlacingReader(placement, digests, reader, CudaCopies(device))
     with torch.inference_mode():
         module = load_module(empty_dit(), folder, device, torch.bfloat16, reader=read)

@@ -23,7 +23,7 @@ from support import relative_l2
 from torch import Tensor, nn
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.source_file import SourceFile
+from ltxpack.files.direct import DirectReader
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.av import AV
@@ -32,7 +32,7 @@ from ltxpack.runtime.weights.copies import PAGE, Copies, HostCopies, HostMemory
 from ltxpack.runtime.weights.load import Stored, load_module, read_headers
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
-from ltxpack.runtime.weights.reading import Arrival, FileReader
+from ltxpack.runtime.weights.reading import FileReader
 from ltxpack.runtime.weights.slots import FileStream, StreamedCheck
 
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ def digests(folder: Path) -> dict[Path, str]:
 
 def placed_module(folder: Path, placement: Placement, queue: Callable[[], Copies]) -> PlacedModule[DiT]:
     """The DiT, placed; every copy goes through the queues of ``queue``."""
-    reader = FileReader(queue(), piece=1000, in_flight=2)
+    reader = FileReader(queue(), read_bytes=1000, in_flight=2)
     read = PlacementReader(placement, ROOT, digests(folder), reader, queue(), to_host=placement.ahead)
     return loaded(folder, read)
 
@@ -177,18 +177,18 @@ class Pinning(HostCopies):
 
 def test_memory_is_pinned_in_stretches_while_the_next_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placed, "STRETCH", 16 * PAGE)
-    copies, reader = Pinning(), FileReader(HostCopies(CPU), piece=1000, in_flight=2)
+    copies, reader = Pinning(), FileReader(HostCopies(CPU), read_bytes=1000, in_flight=2)
     known = digests(folder)
     read = PlacementReader(Placement(), ROOT, known, reader, copies, to_host=True)
-    scatter, waited, last = SourceFile.scatter, list[bool](), list(known)[-1]
+    scatter, waited, last = DirectReader.scatter, list[bool](), list(known)[-1]
 
-    def late(file: SourceFile, views: Sequence[memoryview], start: int) -> None:
+    def late(file: DirectReader, views: Sequence[memoryview], start: int) -> None:
         """The last bytes of all come only when something was pinned."""
         if file.path == last and start + sum(map(len, views)) == last.stat().st_size:
             waited.append(copies.begun.wait(60))
         scatter(file, views, start)
 
-    monkeypatch.setattr(SourceFile, "scatter", late)
+    monkeypatch.setattr(DirectReader, "scatter", late)
     part = loaded(folder, read)
     assert waited == [True]
     largest = max(math.prod(entry.shape) * 4 for entry in read_headers(folder).values())
@@ -255,7 +255,7 @@ class Noting(FileReader):
 
     def fill(self, arrivals: Any, *rest: Any, **options: Any) -> Any:
         asked = list(arrivals)
-        self.wanted += [str(arrival.place) for arrival in asked]
+        self.wanted += [str(read.source) for read in asked]
         return super().fill(asked, *rest, **options)
 
 
@@ -502,13 +502,13 @@ def layers(tmp_path: Path) -> tuple[Path, dict[str, Stored]]:
 def streamed(folder: Path, stored: dict[str, Stored], expected: dict[Path, str], turns: int = 1) -> Counter[int]:
     """Read the layers in their order as they would stream, with a check of hashes; where reads began, how often."""
     own = {name: entry for name, entry in stored.items() if name != "vision"}
-    check, begun = StreamedCheck(expected, (entry.place for entry in own.values())), Counter[int]()
+    check, begun = StreamedCheck(expected, (entry.source for entry in own.values())), Counter[int]()
     stream = FileStream(HostCopies(CPU), check=check)
     take = check.begin
-    check.begin = lambda piece, views: (begun.update([piece.start]), take(piece, views))[1]  # type: ignore[method-assign]
+    check.begin = lambda read, views: (begun.update([read.start]), take(read, views))[1]  # type: ignore[method-assign]
     for name in ["embed", *(f"layers.{number}.w" for number in range(12))] * turns:
         target = torch.empty(own[name].shape)
-        stream.read([Arrival(own[name].place, target)], None)()
+        stream.read([own[name].read_into(target)], None)()
     try:
         check.finish()
     finally:
