@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,23 @@ def _checkpoint(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
     for name, info in tensors.tensors.items():
         groups.setdefault(component_of(name) or "unknown", []).append(info)
     unknown = [info.name for info in groups.pop("unknown", [])]
-    try:
-        read_checkpoint(tensors, file.name)
-        problem = None
-    except LtxpackError as error:
-        problem = str(error)
     return {
         "generation": _generation(tensors),
         "model_version": tensors.metadata.get("model_version"),
         "licence": _cut(tensors.metadata.get("license") or tensors.metadata.get("licence")),
         "components": {name: _amounts(infos) for name, infos in groups.items()},
         "unknown": {"count": len(unknown), "names": sorted(unknown)[:MAX_LISTED]},
-        "converts": problem is None,
-        "problem": problem,
+        **_converts(lambda: read_checkpoint(tensors, file.name)),
     }
+
+
+def _converts(read: Callable[[], object]) -> dict[str, Any]:
+    """Whether this version converts the file that ``read`` reads, and if not, why."""
+    try:
+        read()
+    except LtxpackError as error:
+        return {"converts": False, "problem": str(error)}
+    return {"converts": True, "problem": None}
 
 
 def _generation(tensors: TensorFile) -> str:
@@ -87,12 +90,7 @@ def _generation(tensors: TensorFile) -> str:
 
 
 def _upsampler(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
-    try:
-        read_upsampler(tensors, None, file.name)
-        problem = None
-    except LtxpackError as error:
-        problem = str(error)
-    return {"config": _config(tensors), "converts": problem is None, "problem": problem}
+    return {"config": _config(tensors), **_converts(lambda: read_upsampler(tensors, None, file.name))}
 
 
 def _config(tensors: TensorFile) -> Any:

@@ -120,7 +120,7 @@ class Access:
         self._reporter = reporter
         self._hub = hub
         self._infos: dict[tuple[str, str | None], RepoInfo] = {}
-        self._headers: dict[str, TensorFile] = {}
+        self._headers: dict[Path, TensorFile] = {}
 
     @property
     def hub(self) -> Hub:
@@ -140,13 +140,13 @@ class Access:
 
     def header(self, file: InputFile) -> TensorFile:
         """The header of a safetensors file. Raises SourceError or FormatError."""
-        if file.label not in self._headers:
+        if file.path not in self._headers:
             if file.repo is None:
-                self._headers[file.label] = read_tensorfile(file.path)
+                self._headers[file.path] = read_tensorfile(file.path)
             else:
                 head = self.hub.header(file.repo, file.member)
-                self._headers[file.label] = parse_header(head, file.size, file.label)
-        return self._headers[file.label]
+                self._headers[file.path] = parse_header(head, file.size, file.label)
+        return self._headers[file.path]
 
     def json(self, file: InputFile) -> Any:
         """A JSON file written by another library, with numbers of any size. Raises SourceError or FormatError."""
@@ -164,7 +164,7 @@ class Access:
         size = path.stat().st_size
         if size != file.size:
             raise SourceError("arrived with another size", file=file.label, expected=file.size, found=size)
-        planned = self._headers.get(file.label)
+        planned = self._headers.get(file.path)
         if planned is not None:
             arrived = read_tensorfile(path)
             if (arrived.tensors, arrived.metadata) != (planned.tensors, planned.metadata):
