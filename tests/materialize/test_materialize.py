@@ -17,7 +17,7 @@ from materialize.fake_hub import COMMIT, FakeHub
 from materialize.modules import module_class
 from safetensors.torch import load_file
 
-from ltxpack.errors import LtxpackError, OverlayError, SourceError
+from ltxpack.errors import LtxpackError, OverlayError
 from ltxpack.files.tensorfile import build_header, read_tensorfile
 from ltxpack.ltx23.classes import COMPONENTS
 from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
@@ -462,14 +462,6 @@ def test_from_a_hub_the_manifest_remembers_repo_commit_and_hashes(source: Path, 
     asked = len(hub.fetched())
     assert not run("someone/model", out, hub=hub).written
     assert len(hub.fetched()) == asked
-
-
-def test_a_gated_repo_stops_before_the_first_weight(source: Path, tmp_path: Path) -> None:
-    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: SourceError("is gated", next="open the page")})
-    with pytest.raises(SourceError, match="is gated"):
-        run("someone/model", tmp_path / "out", hub=hub)
-    assert hub.fetched() == []
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
 
 
 def test_too_small_a_disk_is_told_before_the_download(

@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 from materialize import tiny_source
-from materialize.fake_hub import FakeHub
 from materialize.modules import SPEC, needs_spec
 
 from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.tensorfile import build_header
 from ltxpack.files.units import parse_size
-from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.materialize import Options, plan_overlay
 from ltxpack.repack.items import WriteShard
@@ -135,17 +133,6 @@ def test_ambiguous_inputs_are_no_plan(tmp_path: Path) -> None:
     (source / f"b-{tiny_source.CHECKPOINT}").rename(source / f"b-{tiny_source.LORA}")
     with pytest.raises(SourceError, match="several"):
         plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
-
-
-def test_plan_of_a_hub_repo_fetches_no_weights(tmp_path: Path) -> None:
-    source = tiny_source.make_source(tmp_path / "source")
-    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
-    options = Options("someone/model", tmp_path / "out")
-    plan = plan_overlay(options, SilentReporter(), hub)
-    assert hub.fetched() == []
-    local = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
-    assert plan.to_json() == local.to_json()
-    assert plan.source.revision is not None and str(tmp_path) not in json.dumps(plan.to_json())
 
 
 def test_actions_say_what_is_done(tmp_path: Path) -> None:

@@ -20,8 +20,6 @@ from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.sources import Access, Sources, resolve
 from ltxpack.reporter import SilentReporter
 
-GATED = SourceError("is gated", file=TEXT_ENCODER_REPO, next="open the page")
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -227,16 +225,6 @@ def test_hub_inputs_are_read_by_headers_alone_and_fetched_after(source: Path, tm
         assert file.path.is_file()
     assert {name for name in hub.fetched() if "/" not in name} >= set(DEFAULT_FILES.values())
     assert "ltx-2.3-22b-dev-extra.safetensors" not in hub.fetched()
-
-
-def test_a_gated_text_encoder_stops_before_anything_is_fetched(source: Path, tmp_path: Path) -> None:
-    hub = hub_repos(tmp_path, source)
-    hub.repos[TEXT_ENCODER_REPO] = GATED
-    with pytest.raises(SourceError, match="is gated"):
-        find("Lightricks/LTX-2.3", hub)
-    assert hub.fetched() == []
-    found = find("Lightricks/LTX-2.3", hub, allow_missing=True)
-    assert "is gated" in found.missing["text_encoder"]
 
 
 def test_revisions_and_files_of_other_repos(source: Path, tmp_path: Path) -> None:
