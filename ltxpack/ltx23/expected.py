@@ -8,7 +8,6 @@ of given sizes holds.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -319,8 +318,3 @@ _INVENTORIES: Mapping[str, Callable[[Config], Named]] = {
     "latent_upsampler": latent_upsampler,
     "text_encoder": text_encoder,
 }
-
-
-def parameters(shapes: Mapping[str, Shape]) -> int:
-    """The number of elements of an inventory."""
-    return sum(math.prod(shape) for shape in shapes.values())
