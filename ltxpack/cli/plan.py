@@ -14,7 +14,7 @@ from ltxpack.files.units import human_bytes, parse_size
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, planned_by
 
 if TYPE_CHECKING:
-    from ltxpack.runtime.weights.commands import PlannedRun
+    from ltxpack.runtime.commands import PlannedRun
     from ltxpack.runtime.weights.machine import Machine
     from ltxpack.runtime.weights.plan import Plan
     from ltxpack.runtime.weights.report import Command
@@ -39,9 +39,9 @@ def plan(
     Mode, peak memory of card and host by phase, seconds of loading, and the commands to type. Without OVERLAY: for
     the published LTX-2.3, before anything of it is fetched. 1GB is 10⁹ bytes, 1GiB 2³⁰.
     """
+    from ltxpack.runtime.commands import PlannedRun
     from ltxpack.runtime.request import Request
     from ltxpack.runtime.weights.advice import plan_or_refuse
-    from ltxpack.runtime.weights.commands import PlannedRun
     from ltxpack.runtime.weights.machine import this_machine
     from ltxpack.runtime.weights.report import to_json
 
@@ -61,7 +61,7 @@ def plan(
 
 def _published(planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
     from ltxpack.ltx23.published import published_configs, published_tensors
-    from ltxpack.runtime.weights.commands import published_commands, published_stages
+    from ltxpack.runtime.commands import published_commands, published_stages
     from ltxpack.runtime.weights.sizes import model_of
 
     configs = published_configs()
@@ -71,8 +71,8 @@ def _published(planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[C
 
 
 def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
+    from ltxpack.runtime.commands import overlay_commands
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
-    from ltxpack.runtime.weights.commands import overlay_commands
     from ltxpack.runtime.weights.sizes import overlay_model
 
     opened, recipe, asked = Overlay.open(root), planned.request.recipe, planned.session.transformers

@@ -36,6 +36,15 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     }
 )  # fmt: skip
 
+# How torch and users name the dtypes that weights are loaded in, and those of them that a run may cast.
+DTYPE_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
+        "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
+    }
+)  # fmt: skip
+FLOATS = ("BF16", "F16", "F32")
+
 # What the first bytes of a file are when it is not safetensors but something users often pass instead.
 LOOKALIKES = (
     (b"PK\x03\x04", "a zip archive (a .pt or .bin pickle?)"),

@@ -26,7 +26,7 @@ from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, tr
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
-from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.settings import DTYPES, SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
 from ltxpack.runtime.torch_settings import set_up_compiler
@@ -38,7 +38,6 @@ from ltxpack.runtime.weights.plan import Work
 
 P = TypeVar("P", bound=torch.nn.Module)
 R = TypeVar("R")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # What libraries say that raise a plain RuntimeError when memory runs out.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
@@ -76,7 +75,7 @@ class Session:
         self.settings = settings
         self.overlay = Overlay.open(root)
         self.device = resolve_device(settings.device)
-        self.dtype = DTYPES[settings.dtype]
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()
         self.residency = Residency(
             self.overlay,

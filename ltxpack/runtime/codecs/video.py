@@ -14,10 +14,10 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalCon
 from torch import Tensor
 
 from ltxpack.errors import OverlayError
+from ltxpack.files.tensorfile import FLOATS
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, split, split_frames
 from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import (
-    FLOATS,
     Reader,
     Stored,
     load_component,

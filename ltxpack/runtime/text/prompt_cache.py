@@ -23,7 +23,15 @@ from torch import Tensor
 
 from ltxpack.errors import AbsentError, FormatError, UsageError
 from ltxpack.files.publish import TEMPORARY_ENDING, atomic_write
-from ltxpack.files.tensorfile import TensorFile, build_header, header_length, open_source, parse_header
+from ltxpack.files.tensorfile import (
+    DTYPE_NAMES,
+    FLOATS,
+    TensorFile,
+    build_header,
+    header_length,
+    open_source,
+    parse_header,
+)
 from ltxpack.files.units import parse_size
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
@@ -36,7 +44,7 @@ LIMIT = 2_000_000_000
 FOLDER = "contexts"
 PLACE_VARIABLE, LIMIT_VARIABLE = "LTXPACK_CACHE", "LTXPACK_CACHE_SIZE"
 ENDING = ".safetensors"
-DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+DTYPES = {getattr(torch, DTYPE_NAMES[code]): code for code in FLOATS}
 MODALITIES = ("video", "audio")
 # A killed process left a temporary file of this age.
 STALE_SECONDS = 3600

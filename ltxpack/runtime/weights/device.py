@@ -22,7 +22,7 @@ IN_PLACE = "expandable_segments"
 LIBRARIES, GAPS = 500_000_000, 2_200_000_000
 
 
-class Fault(NamedTuple):
+class KnownFault(NamedTuple):
     """Pairs of torch and cuDNN, lowest and first that is not affected, and what they do to 3-d convolutions in bf16."""
 
     torch: tuple[tuple[int, ...], tuple[int, ...]]
@@ -32,18 +32,18 @@ class Fault(NamedTuple):
 
 # pytorch issues 163539 and 166643: first cuDNN was wrong, then torch went around it.
 FAULTS = (
-    Fault(
+    KnownFault(
         ((2, 0), (2, 9)),
         (90800, 91300),
         "large ones can come out wrong (pytorch issue 163539): install cuDNN 9.13 or later, or a newer torch",
     ),
-    Fault(
+    KnownFault(
         ((2, 9, 0), (2, 9, 1)),
         (0, 1_000_000),
         "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
         "install another torch",
     ),
-    Fault(
+    KnownFault(
         ((2, 9, 1), (2, 10)),
         (0, 91500),
         "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "

@@ -17,15 +17,14 @@ from torch import Tensor, nn
 
 from ltxpack.errors import FormatError, LtxpackError, OverlayError, UnsupportedError, quoted
 from ltxpack.files.reader import Range
-from ltxpack.files.tensorfile import read_json, read_tensorfile
+from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, read_json, read_tensorfile
 from ltxpack.runtime.weights.copies import copies_to
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
 M = TypeVar("M", bound=nn.Module)
 
 INDEX_SUFFIX = ".safetensors.index.json"
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-STORED = {**FLOATS, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+STORED: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import OverlayError, quoted
-from ltxpack.files.tensorfile import DTYPE_BITS, read_json, read_tensorfile
+from ltxpack.files.tensorfile import DTYPE_BITS, DTYPE_NAMES, FLOATS, read_json, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.weights.activations import Widths
 
-DTYPES = {"bfloat16": 2, "float32": 4}
-FLOATS = frozenset({"BF16", "F16", "F32"})
 # Tensors in a slot begin at multiples of this, as matrix kernels like it.
 ALIGNMENT = 256
 TRANSFORMER, TEXT_ENCODER, VOCODER = "transformer", "text_encoder", "vocoder"
@@ -70,7 +68,7 @@ def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> ModelSi
 
     Raises OverlayError, FormatError.
     """
-    itemsize = DTYPES[dtype]
+    itemsize = itemsize_of(dtype)
     configs = {name: read_json(overlay.folder(name) / "config.json") for name in (*SMALL_PARTS, *BLOCKS)}
     parts = {
         name: _of_files(overlay.root, name, overlay.records(name), itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)
@@ -88,7 +86,7 @@ def model_of(
     dtype: str,
 ) -> ModelSizes:
     """The sizes of an overlay that would hold ``tensors`` by component; all of its transformers ``names`` are alike."""
-    itemsize = DTYPES[dtype]
+    itemsize = itemsize_of(dtype)
     parts = {name: part_of(name, tensors[name], itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)}
     transformer = part_of(TRANSFORMER, tensors[TRANSFORMER], itemsize)
     parts |= {transformer_part(name): transformer for name in names}
@@ -108,7 +106,7 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
             continue
         name = full_name.removeprefix(root)
         # The vocoder computes in float32 whatever the rest does.
-        wanted = DTYPES["float32"] if component == VOCODER else itemsize
+        wanted = itemsize_of("float32") if component == VOCODER else itemsize
         size = count * wanted if dtype in FLOATS else count * DTYPE_BITS[dtype] // 8
         block = pattern.match(name) if pattern is not None else None
         if block is None:
@@ -116,6 +114,11 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
         else:
             blocks[int(block[1])] = blocks.get(int(block[1]), 0) + aligned(size)
     return PartSizes(in_files if stored is None else stored, rest, tuple(blocks[number] for number in sorted(blocks)))
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of a number of ``dtype`` as users name it, ``bfloat16``."""
+    return next(DTYPE_BITS[code] for code, name in DTYPE_NAMES.items() if name == dtype) // 8
 
 
 def aligned(size: int) -> int:
