@@ -54,5 +54,5 @@ def verify(
 
 
 def _line(path: str, problem: str, expected: str | None, found: str | None) -> str:
-    """One fault as errors are told, without a next command of its own."""
+    """One fault, written like an error but without a next command of its own."""
     return LtxpackError(problem, file=path, expected=expected, found=found).render().rpartition("\n")[0]

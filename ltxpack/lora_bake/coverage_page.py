@@ -49,7 +49,7 @@ _OUTSIDE = {
     "Audio": ("audio_proj_in", "audio_time_embed", "audio_prompt_adaln", "av_cross_attn_audio_scale_shift",
               "av_cross_attn_audio_v2a_gate", "audio_proj_out"),
 }  # fmt: skip
-# A longer label stands upright. A name's segment up to this length stays in one line: embeddings_connector.
+# A longer label is written upright. A name's segment up to this length is kept in one line: embeddings_connector.
 _FLAT_LABEL, _MAX_SEGMENT = 4, 32
 _SEGMENTS, _WORDS = re.compile(r"(?<=[./])"), re.compile(r"(?<=[_+-])")
 

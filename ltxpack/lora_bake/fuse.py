@@ -89,7 +89,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Fused:
-    """New rows and what the report tells of them: squared norms of W and of the change, elements that differ."""
+    """New rows and what the report says of them: squared norms of W and of the change, elements that differ."""
 
     weight: Tensor
     base_square: float

@@ -101,13 +101,14 @@ class PeftConfig:
 
     def unused_patterns(self, modules: Iterable[tuple[str, str]]) -> list[str]:
         """A sentence for each field with patterns that match none of ``modules``, given as (path, module)."""
-        modules, told = list(modules), []
+        modules, sentences = list(modules), []
         for patterns in (self.ranks, self.alphas):
             unused = patterns.unused(modules)
             if unused:
                 shown = ", ".join(unused[:5]) + (" …" if len(unused) > 5 else "")
-                told.append(f"{patterns.name} has {len(unused)} patterns that match none of its modules: {shown}")
-        return told
+                count = f"{len(unused)} pattern{'' if len(unused) == 1 else 's'}"
+                sentences.append(f"{patterns.name} has {count} matching none of its modules: {shown}")
+        return sentences
 
 
 def from_config_file(path: Path) -> PeftConfig:

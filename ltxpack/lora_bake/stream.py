@@ -96,7 +96,7 @@ class FactorReader:
     def term(self, weight: str, work: Workspace | None = None) -> Term | None:
         """What this adapter adds to ``weight``, as stored in the file; None if nothing. Raises FormatError.
 
-        With ``work`` the tensors lie there and are valid until it is used again.
+        The tensors are in ``work``, if given, and valid until it is used again.
         """
         target = self.adapter.targets.get(weight)
         if target is None:
@@ -171,7 +171,7 @@ class Engine:
                 for root, item in items
             ]
             self.reporter.advance(sum(len(item.header) for _, item in items))
-            reader = stack.enter_context(RangeReader([step.range for step in steps], in_flight=3, kept=1))
+            reader = stack.enter_context(RangeReader([step.range for step in steps], in_flight=2, kept=1))
             terms = _TermsAhead(self, [step.info.name for step in steps if step.info and step.chunks])
             fusing = _Fusing(self, outputs, writers, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
             hashed: Future[object] | None = None
@@ -387,7 +387,7 @@ def _single_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_shortcuts() -> Iterator[None]:
-    """fp32 and bf16 matmuls on a card in full: PyTorch may have been told to take shortcuts."""
+    """fp32 and bf16 matmuls on a card in full, whatever shortcuts PyTorch is set to take."""
     matmul = torch.backends.cuda.matmul
     before = (matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction)
     matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False

@@ -104,7 +104,7 @@ class ModuleNames:
             self._add_fused(parent)
 
     def find(self, key: LoraKey) -> tuple[str, ...] | None:
-        """The modules that ``key`` stands for, in row order: one, or two or three for a fused kv or qkv.
+        """The modules that ``key`` means, in row order: one, or two or three for a fused kv or qkv.
 
         Returns None for an unknown name. Raises KeyError if the name could mean two modules.
         """

@@ -83,4 +83,4 @@ def test_a_pattern_may_carry_the_prefix_of_the_wrapped_model(prefix: str, anchor
 def test_a_pattern_that_matches_no_module_is_told(tmp_path: Path) -> None:
     table = {"blocks.7.nothing": 16, "^attn1.to_q": 16, "to_q": 4}
     [told] = open_adapter(peft_folder(tmp_path, "", alpha_pattern=table), shapes()).warnings
-    assert told == "alpha_pattern has 2 patterns that match none of its modules: blocks.7.nothing, ^attn1.to_q"
+    assert told == "alpha_pattern has 2 patterns matching none of its modules: blocks.7.nothing, ^attn1.to_q"
