@@ -414,7 +414,7 @@ class StagedBake:
         return self._document is not None or path in self._stats or path not in self._shards
 
     def _take_over(self) -> None:
-        """Go on with what an earlier run of this very plan measured. An odd file is ignored: its shards are fused again."""
+        """Go on with what an earlier run of this very plan measured; after an odd file its shards are fused again."""
         done = self.staging.done
         reports = [f"{self.plan.folder}/{name}" for name in (REPORT_NAME, PAGE_NAME)]
         if done.keys() >= {*reports, *self._shards}:

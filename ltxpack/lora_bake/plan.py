@@ -245,7 +245,9 @@ class Arithmetic:
 class FusedTensor:
     """The producer of a base tensor with LoRAs added to it: its place in a shard's plan.
 
-    ``stream.Engine`` makes the bytes, for several bakes from one read of the base.
+    ``stream.Engine`` makes the bytes, for several bakes from one read of the base. The entry's specs say what is
+    stored. A format with one scale per tensor has two specs; the engine must then hold the whole weight, as it does
+    for the official rule, before it writes the first byte.
     """
 
     source: Range
