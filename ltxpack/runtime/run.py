@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +43,7 @@ class Peaks:
     @classmethod
     def of(cls, device: torch.device) -> Peaks:
         """Those of this process so far."""
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return cls(host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
 
 
