@@ -1,5 +1,5 @@
 """An overlay of the published sizes that takes no room: real configs, headers, indexes and hashes, weights that are
-holes in their files.
+holes in their files. Fewer blocks, and files that are not hashed, serve the tests.
 """
 
 from __future__ import annotations
@@ -7,13 +7,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from ltxpack import demo
+from ltxpack.demo.checkpoint import tokenizer_documents
 from ltxpack.demo.config import GEMMA
 from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.ltx23.classes import LOADED_CLASSES
@@ -25,7 +25,8 @@ from ltxpack.repack.tensors import stored_tensor
 STRENGTHS = (0.25, 0.5)
 STEMS = {"text_encoder": "model"}
 READ = 1 << 26
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# Stands for the hash of a file that is not hashed.
+UNKNOWN = "0" * 64
 
 
 @dataclass
@@ -33,7 +34,8 @@ class Holes:
     """Writes files of holes below ``root``, and hashes those that are the same once."""
 
     root: Path
-    hashes: dict[tuple[str, int], str]
+    hashed: bool
+    hashes: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def write(self, path: str, head: bytes, nbytes: int = 0) -> FileRecord:
         """``head``, then ``nbytes`` that take no room."""
@@ -44,7 +46,7 @@ class Holes:
             file.truncate(len(head) + nbytes)
         key = (hashlib.sha256(head).hexdigest(), nbytes)
         if key not in self.hashes:
-            self.hashes[key] = blake3_of(place)
+            self.hashes[key] = blake3_of(place) if self.hashed else UNKNOWN
         return FileRecord(path, len(head) + nbytes, self.hashes[key])
 
     def component(self, folder: str, tensors: Sequence[Any], config: dict[str, Any]) -> tuple[FileRecord, ...]:
@@ -61,20 +63,19 @@ class Holes:
         return tuple(records)
 
 
-def make_full_size(root: Path, scratch: Path) -> Path:
-    """The overlay, in the new folder ``root``; a tokenizer is taken from the demo's source, made in ``scratch``."""
-    holes = Holes(root, {})
+def make_full_size(root: Path, *, blocks: int = 48, hashed: bool = True) -> Path:
+    """The overlay, in the new folder ``root``; its transformers have ``blocks`` blocks."""
+    holes = Holes(root, hashed)
     configs = published_configs()
+    configs["transformer"]["num_layers"] = blocks
     tensors = published_tensors(configs)
+    configs["text_encoder"] = {**GEMMA, "text_config": configs["text_encoder"]["text_config"]}
     components = {}
     for name, class_name in LOADED_CLASSES.items():
-        text = name == "text_encoder"
-        config = {**GEMMA, "text_config": configs[name]["text_config"]} if text else configs[name]
-        files = holes.component(name, tensors[name], config)
-        components[name] = Component("transformers" if text else "diffusers", class_name, files)
-    demo.write_source(scratch)
-    found = [(name, next(scratch.rglob(name)).read_bytes()) for name in TOKENIZER_FILES]
-    files = tuple(holes.write(f"tokenizer/{name}", data) for name, data in found)
+        files = holes.component(name, tensors[name], {"_class_name": class_name, **configs[name]})
+        components[name] = Component("transformers" if name == "text_encoder" else "diffusers", class_name, files)
+    documents = tokenizer_documents().items()
+    files = tuple(holes.write(f"tokenizer/{name}", json.dumps(document).encode()) for name, document in documents)
     components["tokenizer"] = Component("transformers", "GemmaTokenizerFast", files)
     lora = Lora("distilled", holes.write("loras/distilled.safetensors", build_header([("a", "BF16", (1,))], {}), 2))
     bakes = {f"distilled-{strength}": _bake(holes, lora, strength, tensors, configs) for strength in STRENGTHS}

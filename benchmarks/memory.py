@@ -43,7 +43,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory(prefix="ltxpack-memory-", dir=wanted.scratch) as folder:
         print("an overlay of full size", file=sys.stderr)
-        overlay = make_full_size(Path(folder) / "out", Path(folder) / "source")
+        overlay = make_full_size(Path(folder) / "out")
         facts = machine(Path(folder))
         found = {card: _on_card(card, overlay, wanted.compile) for card in wanted.cards}
     how = "compiled" if wanted.compile else "eager"

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _checkpoint import REAL, TINY, Source, Widths, checkpoint_shapes, config, lora_shapes, make_source
+from _checkpoint import REAL, TINY, Source, Widths, config, lora_shapes, make_source, shapes_of
 from _items import LTXPACK, RIVALS, Places, bake_command, bake_items, copy_items, one_strength_items, verify_items
 from _marks import BAKE_PEAK, BAKE_TARGETS, GB, Findings, Flat, flat_table, mark_table
 from _measure import Bench, Costs, Item, files_under
@@ -178,7 +178,7 @@ def _clear(places: Places, source: Source) -> None:
 
 def bake_limit(widths: Widths, blocks: int) -> float:
     """Bytes that a bake may take: 350 MB and three times the largest weight that a LoRA changes, with its factors."""
-    shapes = checkpoint_shapes(config(blocks, widths))
+    shapes = shapes_of(config(blocks, widths))
     targets: dict[str, int] = {}
     for key, shape in lora_shapes(shapes).items():
         module = key.rpartition(".lora_")[0]
@@ -192,7 +192,7 @@ def needed_bytes(settings: Settings) -> int:
     """The most that a run has on the disk at once."""
 
     def size(blocks: int) -> int:
-        shapes = checkpoint_shapes(config(blocks, settings.widths))
+        shapes = shapes_of(config(blocks, settings.widths))
         return sum(2 * math.prod(shape) for part in (shapes, lora_shapes(shapes)) for shape in part.values())
 
     return max([COPIES * size(settings.blocks), *(FLAT_COPIES * size(blocks) for blocks in settings.flat)])

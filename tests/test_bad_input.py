@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import ltxpack, refused
 
+from ltxpack.demo.config import checkpoint_config
+
 RUN = ("--prompt", "x", "--device", "cpu", "--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2")
 
 
@@ -83,9 +85,8 @@ def test_another_generation(version: str, source: Path, tmp_path: Path) -> None:
 
 
 def test_a_config_field_that_changes_the_maths(source: Path, tmp_path: Path) -> None:
-    from ltxpack.demo.config import CONFIG
-
-    changed = {**CONFIG, "transformer": {**CONFIG["transformer"], "rope_type": "interleaved", "new_norm": "layer"}}
+    changed = checkpoint_config()
+    changed["transformer"].update(rope_type="interleaved", new_norm="layer")
     edit(checkpoint(source), config=json.dumps(changed))
     message = refuses_source(source, tmp_path)
     assert "rope_type" in message and "new_norm" in message

@@ -10,13 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from support import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import _loading
+import pytest
 from _gpu_sizes import TINY
+from support import REPOSITORY
 
 
 def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:

@@ -6,13 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from support import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import memory
 import nullcard
+import pytest
+from support import REPOSITORY
 
 FOUND = {
     "mode": "stream",

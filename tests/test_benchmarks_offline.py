@@ -9,17 +9,14 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import pytest
-import torch
-from support import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import _measure
 import _report
 import accuracy
-from _checkpoint import KEPT_BITS, REAL, TINY, checkpoint_shapes, config, lora_shapes, write_random
+import pytest
+import torch
+from _checkpoint import KEPT_BITS, REAL, TINY, config, lora_shapes, shapes_of, write_random
 from _marks import Findings, Flat
+from support import REPOSITORY
 
 from ltxpack.files.tensorfile import read_tensorfile
 
@@ -60,7 +57,7 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
 
 def test_the_widths_are_those_of_the_model() -> None:
     """Spec 02, section 6: 1660 linears, and the payload of the published distilled LoRA to the byte."""
-    shapes = lora_shapes(checkpoint_shapes(config(48, REAL)))
+    shapes = lora_shapes(shapes_of(config(48, REAL)))
     assert len(shapes) == 2 * 1660
     assert 2 * sum(math.prod(shape) for shape in shapes.values()) == 7_604_994_048
 
@@ -81,7 +78,7 @@ def test_random_weights_are_normal_numbers(tmp_path: Path) -> None:
 
 def test_a_tiny_checkpoint_has_its_blocks() -> None:
     def blocks(count: int) -> set[str]:
-        return {name.split(".")[3] for name in checkpoint_shapes(config(count, TINY)) if ".transformer_blocks." in name}
+        return {name.split(".")[3] for name in shapes_of(config(count, TINY)) if ".transformer_blocks." in name}
 
     assert blocks(3) - blocks(2) == {"2"}
 

@@ -1,15 +1,27 @@
-"""The configs of the demo's checkpoint: the published ones in tiny widths. Only data."""
+"""The configs of made-up checkpoints: the published ones with other widths and depths. Only data."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.ltx23.published import published_files
 
-HEADS, HEAD_DIM, AUDIO_HEAD_DIM = 4, 16, 8
 TEXT_WIDTH, TEXT_LAYERS = 32, 4
 REGISTERS = 128
-_PUBLISHED = published_files()
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Attention heads and channels per head of the transformer's video and audio stream."""
+
+    heads: int
+    head_dim: int
+    audio_head_dim: int
+
+
+DEMO = Widths(heads=4, head_dim=16, audio_head_dim=8)
+PUBLISHED = Widths(heads=32, head_dim=128, audio_head_dim=64)
 
 
 def blocks(text: str) -> list[list[Any]]:
@@ -18,37 +30,38 @@ def blocks(text: str) -> list[list[Any]]:
     return [[kind, {"num_layers" if kind == "res_x" else "multiplier": int(count)}] for kind, count in pairs]
 
 
-CONFIG: dict[str, Any] = _PUBLISHED["checkpoint"]
-CONFIG["transformer"].update(
-    attention_head_dim=HEAD_DIM,
-    audio_attention_head_dim=AUDIO_HEAD_DIM,
-    audio_connector_attention_head_dim=AUDIO_HEAD_DIM,
-    audio_connector_num_attention_heads=HEADS,
-    audio_cross_attention_dim=HEADS * AUDIO_HEAD_DIM,
-    audio_num_attention_heads=HEADS,
-    caption_channels=TEXT_WIDTH,
-    connector_attention_head_dim=HEAD_DIM,
-    connector_num_attention_heads=HEADS,
-    connector_num_layers=2,
-    cross_attention_dim=HEADS * HEAD_DIM,
-    num_attention_heads=HEADS,
-    num_layers=2,
-)
-CONFIG["vae"].update(
-    decoder_base_channels=8,
-    decoder_blocks=blocks(
-        "res_x:1 compress_space:2 res_x:1 compress_time:2 res_x:1 compress_all:1 res_x:1 compress_all:2 res_x:1"
-    ),
-    encoder_blocks=blocks(
-        "res_x:1 compress_space_res:1 res_x:0 compress_time_res:1 res_x:0 "
-        "compress_all_res:1 res_x:0 compress_all_res:1 res_x:1"
-    ),
-)
-CONFIG["audio_vae"]["model"]["params"]["ddconfig"].update(ch_mult=[1, 1, 1], num_res_blocks=1)
-CONFIG["vocoder"]["vocoder"].update(upsample_initial_channel=64)
-CONFIG["vocoder"]["bwe"].update(upsample_initial_channel=64)
-UPSAMPLER = {**_PUBLISHED["upsampler"], "mid_channels": 32, "num_blocks_per_stage": 1}
-GEMMA = {
+def checkpoint_config(widths: Widths = DEMO, layers: int = 2, connector_layers: int = 2) -> dict[str, Any]:
+    """The official config of a checkpoint with such a transformer; every other component is as small as it may be."""
+    config: dict[str, Any] = published_files()["checkpoint"]
+    config["transformer"].update(caption_channels=TEXT_WIDTH, num_layers=layers, connector_num_layers=connector_layers)
+    for prefix, head_dim in (("", widths.head_dim), ("audio_", widths.audio_head_dim)):
+        config["transformer"].update(
+            {
+                f"{prefix}num_attention_heads": widths.heads,
+                f"{prefix}attention_head_dim": head_dim,
+                f"{prefix}cross_attention_dim": widths.heads * head_dim,
+                f"{prefix}connector_num_attention_heads": widths.heads,
+                f"{prefix}connector_attention_head_dim": head_dim,
+            }
+        )
+    config["vae"].update(
+        decoder_base_channels=8,
+        decoder_blocks=blocks(
+            "res_x:1 compress_space:2 res_x:1 compress_time:2 res_x:1 compress_all:1 res_x:1 compress_all:2 res_x:1"
+        ),
+        encoder_blocks=blocks(
+            "res_x:1 compress_space_res:1 res_x:0 compress_time_res:1 res_x:0 "
+            "compress_all_res:1 res_x:0 compress_all_res:1 res_x:1"
+        ),
+    )
+    config["audio_vae"]["model"]["params"]["ddconfig"].update(ch_mult=[1, 1, 1], num_res_blocks=1)
+    config["vocoder"]["vocoder"].update(upsample_initial_channel=64)
+    config["vocoder"]["bwe"].update(upsample_initial_channel=64)
+    return config
+
+
+UPSAMPLER: dict[str, Any] = {**published_files()["upsampler"], "mid_channels": 32, "num_blocks_per_stage": 1}
+GEMMA: dict[str, Any] = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "boi_token_index": 7,
     "dtype": "bfloat16",

@@ -13,16 +13,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+from _full_size import make_full_size
 from support import REPOSITORY, ltxpack, refused
 
 from ltxpack.cli.plan import plan as command
 from ltxpack.cli.run import run
 from ltxpack.manifest import load_schema
 from ltxpack.runtime.weights import machine
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import _full_size
 
 CARDS = {24: "stream", 32: "stream", 48: "swap", 80: "swap", 141: "resident"}
 
@@ -38,10 +35,7 @@ def planned(*arguments: str | Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An overlay of the published sizes; its holes are not hashed, which takes minutes and no plan asks for."""
-    root = tmp_path_factory.mktemp("full")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_full_size, "blake3_of", lambda path: "0" * 64)
-        return _full_size.make_full_size(root / "out", root / "source")
+    return make_full_size(tmp_path_factory.mktemp("full") / "out", hashed=False)
 
 
 @pytest.mark.parametrize("card", CARDS)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from _measure import make_cold, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-from _measure import make_cold, resident
 
 from ltxpack.errors import AbsentError, FormatError, SourceError
 from ltxpack.files import direct

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 from _measure import make_cold, resident
 
 from ltxpack.files import page_cache

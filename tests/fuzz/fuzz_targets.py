@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltxpack import demo
+from ltxpack.demo.checkpoint import write_source
 from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
 from ltxpack.lora_bake import BakeOptions, plan_bake
@@ -163,7 +163,7 @@ def _status(field: str) -> int:
 def make_targets(folder: Path) -> dict[str, Target]:
     """All targets, working in ``folder``, which must be empty: some seconds for a tiny source and its overlay."""
     source, overlay = folder / "source", folder / "overlay"
-    demo.write_source(source)
+    write_source(source)
     materialize(Options(str(source), overlay, max_shard_size=150_000), QUIET)
     targets = [*_loose(folder / "loose"), *_source(source, folder), *_overlay(overlay), *_adapters(folder, overlay)]
     return {target.name: target for target in targets}

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Done, ltxpack
 
-from ltxpack import demo
+from ltxpack.demo.checkpoint import write_source
 from ltxpack.manifest import MANIFEST_NAME
 
 SMALL = ("--max-shard-size", "400kB")
@@ -66,7 +66,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
 
 def prepare(templates: Templates) -> None:
     """Make the files, and have all modules imported: under the guard that would count as writing."""
-    demo.write_source(templates.source)
+    write_source(templates.source)
     templates.strange.mkdir()
     (templates.strange / "config.json").write_text('{"not": "yours"}')
     finished(ltxpack("materialize", templates.source, templates.overlay, *SMALL))

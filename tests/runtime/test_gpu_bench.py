@@ -10,22 +10,19 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from dit_parts import LTX23, SMALL, random_streams
-from support import REPOSITORY
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import _gpu_checks
 import _loading
 import gpu
+import pytest
+import torch
 from _flops import Lengths, forward_flops, forward_parts, guided_flops, run_flops, shared_flops
 from _gpu_bench import Bench
 from _gpu_clock import Clock, OutOfTime, at_most
 from _gpu_models import forward_inputs, random_dit
 from _gpu_sizes import REAL, TINY, TRANSFORMER
+from dit_parts import LTX23, SMALL, random_streams
+from support import REPOSITORY
+from torch.utils.flop_counter import FlopCounterMode
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass

@@ -12,7 +12,6 @@ the driver refuses, the allocator's gaps, or what two threads do at once: work o
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -20,17 +19,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu
 import numpy as np
 import pretend_card
 import pytest
 import torch
 import works
+from _full_size import UNKNOWN, make_full_size
+from _gpu_clock import Clock
+from _gpu_sizes import TINY
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
 from lora_bake.lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
 from PIL import Image
 from pretend_card import GIB, Card
-from pretend_overlay import UNKNOWN, write_overlay
-from support import REPOSITORY
 
 from ltxpack.files import hashing, reader
 from ltxpack.files.direct import ALIGN, READS, DirectReader
@@ -49,12 +50,6 @@ from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.load import read_headers
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
 
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
-import gpu
-from _gpu_clock import Clock
-from _gpu_sizes import TINY
-
 # diffusers looks at torch as it is imported: not while a card is pretended.
 assert AutoencoderKLLTX2Audio and AutoencoderKLLTX2Video and LTX2VideoTransformer3DModel
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: test_*_cuda.py run on it")
@@ -65,7 +60,7 @@ SMALL: dict[str, Any] = {"height": 128, "width": 192, "num_frames": 9, "steps": 
 
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_overlay(tmp_path_factory.mktemp("pretended"), BLOCKS, LAYERS)
+    return make_full_size(tmp_path_factory.mktemp("pretended"), blocks=BLOCKS, hashed=False)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import shutil
-import sys
 import threading
 import time
 import weakref
@@ -17,13 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import REPOSITORY, Notes
-from torch import Tensor
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-
 import works
 from _measure import make_cold, resident
+from support import Notes
+from torch import Tensor
 from works import hq_work
 
 from ltxpack.demo.config import TEXT_LAYERS

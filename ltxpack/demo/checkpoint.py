@@ -1,0 +1,270 @@
+"""The one maker of checkpoints with made-up weights: for the demo, the tests and the benchmarks.
+
+Every file is real and in the official layout: names and shapes follow from a config. The demo's numbers follow from a
+tensor's name and keep activations near one. Knows nothing of overlays; nothing but the text encoder imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltxpack.demo.config import GEMMA, REGISTERS, SPECIAL_TOKENS, TEXT_LAYERS, UPSAMPLER, checkpoint_config
+from ltxpack.files.publish import Temporary, atomic_write
+from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.ltx23.configs import Shapes, checkpoint_configs, upsampler_config
+from ltxpack.ltx23.expected import source_inventory
+from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
+
+NAME = "ltx-2.3-demo"
+RANK = 8
+VERSION = {"model_version": "2.3.0"}
+Entries = Iterable[tuple[str, str, tuple[int, ...]]]
+
+# Published Gemma 3 files still have the key roots of an older transformers.
+GEMMA_ROOTS = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+
+
+def write_source(folder: Path) -> None:
+    """The demo's four inputs of ``materialize`` in ``folder``, file by file; those that are there are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = checkpoint_config()
+    shapes = checkpoint_shapes(config)
+    write_tensors(folder / f"{NAME}-dev.safetensors", shapes, checkpoint_metadata(config))
+    factors = lora_shapes(shapes, RANK)
+    write_tensors(folder / f"{NAME}-distilled-lora-{RANK}.safetensors", factors, VERSION, values=_factor)
+    upsampler = source_inventory("latent_upsampler", upsampler_config(UPSAMPLER, 128, NAME))
+    write_tensors(folder / f"{NAME}-spatial-upscaler-x2.safetensors", upsampler, {"config": json.dumps(UPSAMPLER)})
+    _write_gemma(folder / "gemma")
+
+
+def checkpoint_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a checkpoint with ``config``."""
+    return {"config": json.dumps(config), **VERSION, "license": "random weights, no licence"}
+
+
+def checkpoint_shapes(
+    config: Mapping[str, Any], *, registers: int = REGISTERS, states: int = TEXT_LAYERS + 1
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint with ``config`` under its official name.
+
+    ``registers`` and ``states`` (hidden states per text token) are stated only by shapes in a checkpoint.
+    """
+    transformer = config["transformer"]
+    stated: dict[str, tuple[int, ...]] = {}
+    for stream, prefix in (("video", ""), ("audio", "audio_")):
+        width = transformer[f"{prefix}cross_attention_dim"]
+        projection = f"text_embedding_projection.{stream}_aggregate_embed.weight"
+        stated[projection] = (width, transformer["caption_channels"] * states)
+        stated[f"model.diffusion_model.{stream}_embeddings_connector.learnable_registers"] = (registers, width)
+    configs = checkpoint_configs(config, stated, NAME)
+    return {
+        name: shape
+        for component in CHECKPOINT_TABLES
+        for name, shape in source_inventory(component, configs[component]).items()
+    }
+
+
+def lora_shapes(shapes: Shapes, rank: int) -> dict[str, tuple[int, ...]]:
+    """Both factors for every linear of a checkpoint's transformer, as the distilled LoRA has them."""
+    factors: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if component_of(name) == "transformer" and len(shape) == 2 and name.endswith(".weight"):
+            module = name.removeprefix("model.").removesuffix(".weight")
+            own = min(rank, *shape)
+            factors[f"{module}.lora_A.weight"] = (own, shape[1])
+            factors[f"{module}.lora_B.weight"] = (shape[0], own)
+    return factors
+
+
+Values = Callable[[str, tuple[int, ...]], NDArray[np.float32]]
+
+
+def write_tensors(
+    path: Path,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    values: Values | None = None,
+    dtypes: Callable[[str], str] = lambda name: "BF16",
+) -> None:
+    """A safetensors file, whole or not at all; one that is there is kept.
+
+    ``values`` gives the numbers of a tensor. They are rounded to bfloat16, also where F32 stores them; other dtypes
+    than these two store zeros.
+    """
+    if path.exists():
+        return
+    entries = [(name, dtypes(name), shape) for name, shape in shapes.items()]
+    make = values or _values
+    write_payload(path, entries, metadata, (_stored(make(name, shape), dtype) for name, dtype, shape in entries))
+
+
+def write_payload(path: Path, entries: Entries, metadata: Mapping[str, str], payload: Iterable[Any]) -> None:
+    """A safetensors file of ``entries`` with ``payload``, its bytes in parts of any length."""
+    with Temporary(path) as temporary, temporary.open("wb") as file:
+        file.write(build_header(entries, metadata))
+        for part in payload:
+            file.write(part)
+
+
+def _factor(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """A factor of the demo's LoRA, from the module's name."""
+    module, _, which = name.removesuffix(".weight").rpartition(".lora_")
+    gain = 1.0 if which == "A" else 0.3
+    return gain * _normal(f"{module}.{which}", shape) / math.sqrt(shape[1])
+
+
+def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Weights that keep activations near one, from the tensor's name alone; what is no weight gets its real value."""
+    last = name.rsplit(".", 1)[-1]
+    real = REAL_VALUES.get(last)
+    if real is not None:
+        return real(shape)
+    noise = _normal(name, shape)
+    if "std-of-means" in name:
+        return (1 + 0.2 * np.abs(noise)).astype(np.float32)
+    if last in ("learnable_registers", "alpha", "beta") or "scale_shift_table" in name or "mean-of-means" in name:
+        return noise if last == "learnable_registers" else 0.2 * noise
+    if len(shape) == 1:
+        centre = 1.0 if "norm" in name and last == "weight" and "layernorm" not in name else 0.0
+        return centre + 0.05 * noise
+    fan_in = 2 * shape[0] if ".ups." in name else math.prod(shape[1:])
+    # Random vocoders are loud; their last layer keeps the sound off the clamp.
+    gain = 0.003 if "conv_post" in name else 1.0
+    return noise * np.float32(gain / math.sqrt(fan_in))
+
+
+def _normal(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    generator = np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
+    return generator.standard_normal(shape, dtype=np.float32)
+
+
+def _low_pass(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The anti-aliasing filter of a 2x resampler: a sinc cut at a quarter of the rate, in a Kaiser window."""
+    taps = shape[-1]
+    attenuation = 2.285 * (taps // 2 - 1) * math.pi * 4 * 0.3 + 7.95
+    beta = 0.1102 * (attenuation - 8.7) if attenuation > 50 else 0.5842 * (attenuation - 21) ** 0.4
+    beta += 0 if attenuation > 50 else 0.07886 * (attenuation - 21)
+    time = np.arange(taps) - (taps - 1) / 2
+    response = np.kaiser(taps, beta) * np.sinc(0.5 * time)
+    return np.broadcast_to(response / response.sum(), shape).astype(np.float32)
+
+
+def _fourier_basis(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Cosines over negative sines in a Hann window: a short-time Fourier transform as a convolution."""
+    rows, _, window = shape
+    angles = 2 * np.pi * np.outer(np.arange(rows // 2), np.arange(window)) / window
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+    return (np.concatenate([np.cos(angles), -np.sin(angles)]) * hann).reshape(shape).astype(np.float32)
+
+
+def _mel_basis(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Triangles evenly spaced in mel, 0 to 8 kHz, each of unit area."""
+    bands, bins = shape
+    top = 2595 * math.log10(1 + 8000 / 700)
+    edges = 700 * (10 ** (np.linspace(0, top, bands + 2) / 2595) - 1)
+    frequencies = np.linspace(0, 8000, bins)
+    low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    triangles = np.minimum((frequencies - low) / (middle - low), (high - frequencies) / (high - middle))
+    return (np.maximum(triangles, 0) * 2 / (high - low)).astype(np.float32)
+
+
+REAL_VALUES = {
+    "filter": _low_pass,
+    "forward_basis": _fourier_basis,
+    "inverse_basis": _fourier_basis,
+    "mel_basis": _mel_basis,
+}
+
+
+def _write_gemma(folder: Path) -> None:
+    """A Gemma 3 folder as published: configs, a byte-level tokenizer, weights."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    folder.mkdir(exist_ok=True)
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(Gemma3Config.from_dict(GEMMA))
+    shapes = {
+        published + name.removeprefix(root): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        for root, published in GEMMA_ROOTS.items()
+        if name.startswith(root)
+    }
+    write_tensors(folder / "model.safetensors", shapes, {"format": "pt"})
+    documents = {
+        "config.json": GEMMA,
+        "generation_config.json": {"bos_token_id": 2, "eos_token_id": [1, 6], "pad_token_id": 0},
+        "processor_config.json": {"image_seq_length": 4, "processor_class": "Gemma3Processor"},
+    }
+    for file, document in {**documents, **tokenizer_documents()}.items():
+        atomic_write(folder / file, (json.dumps(document, indent=1, sort_keys=True) + "\n").encode())
+
+
+def tokenizer_documents() -> dict[str, dict[str, Any]]:
+    """The files of a byte-level tokenizer, by name."""
+    settings = {
+        "add_bos_token": True,
+        "model_max_length": 10**30,
+        "tokenizer_class": "GemmaTokenizer",
+        **{f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "unk")},
+    }
+    return {"tokenizer.json": _tokenizer(), "tokenizer_config.json": settings}
+
+
+def _tokenizer() -> dict[str, Any]:
+    """A BPE tokenizer without merges: every byte is a token of its own, after the special ones."""
+    tokens = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, **special} for i, token in enumerate(SPECIAL_TOKENS)],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [],
+        },
+    }
+
+
+def _stored(values: NDArray[np.float32], dtype: str) -> bytes:
+    """The bytes of ``values`` rounded to bfloat16, to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    if dtype == "BF16":
+        return rounded.tobytes()
+    return (rounded.astype("<u4") << 16).tobytes() if dtype == "F32" else bytes(tensor_nbytes(dtype, values.shape))
