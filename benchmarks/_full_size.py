@@ -46,7 +46,7 @@ class Holes:
             file.truncate(len(head) + nbytes)
         key = (hashlib.sha256(head).hexdigest(), nbytes)
         if key not in self.hashes:
-            self.hashes[key] = blake3_of(place) if self.hashed else UNKNOWN
+            self.hashes[key] = blake3_of(place) if self.hashed or not nbytes else UNKNOWN
         return FileRecord(path, len(head) + nbytes, self.hashes[key])
 
     def component(self, folder: str, tensors: Sequence[Any], config: dict[str, Any]) -> tuple[FileRecord, ...]:

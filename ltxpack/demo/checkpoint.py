@@ -122,7 +122,7 @@ def _factor(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """A factor of the demo's LoRA, from the module's name."""
     module, _, which = name.removesuffix(".weight").rpartition(".lora_")
     gain = 1.0 if which == "A" else 0.3
-    return gain * _normal(f"{module}.{which}", shape) / math.sqrt(shape[1])
+    return gain * normal(f"{module}.{which}", shape) / math.sqrt(shape[1])
 
 
 def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -131,7 +131,7 @@ def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     real = REAL_VALUES.get(last)
     if real is not None:
         return real(shape)
-    noise = _normal(name, shape)
+    noise = normal(name, shape)
     if "std-of-means" in name:
         return (1 + 0.2 * np.abs(noise)).astype(np.float32)
     if last in ("learnable_registers", "alpha", "beta") or "scale_shift_table" in name or "mean-of-means" in name:
@@ -145,7 +145,8 @@ def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return noise * np.float32(gain / math.sqrt(fan_in))
 
 
-def _normal(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def normal(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Standard normal numbers that follow from ``name``."""
     generator = np.random.Generator(np.random.Philox(zlib.crc32(name.encode())))
     return generator.standard_normal(shape, dtype=np.float32)
 

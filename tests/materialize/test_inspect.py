@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from materialize import tiny_source
 
@@ -21,7 +20,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def write(path: Path, shapes: dict[str, tuple[int, ...]], **metadata: str) -> Path:
-    tiny_source.write_tensors(path, shapes, metadata, np.random.default_rng(0))
+    tiny_source.write_tensors(path, shapes, metadata)
     return path
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,11 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ltxpack.demo import checkpoint
 from ltxpack.demo.config import blocks
-from ltxpack.files.tensorfile import build_header, tensor_nbytes
-from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
+from ltxpack.ltx23.configs import upsampler_config
 from ltxpack.ltx23.expected import source_inventory
 from ltxpack.ltx23.published import published_files
 
@@ -96,22 +93,8 @@ CONFIG["vocoder"]["bwe"] |= _RESBLOCKS | {
 
 
 def tensor_shapes(config: Mapping[str, Any], registers: int = 128, factor: int = GEMMA_LAYERS + 1) -> dict[str, Shape]:
-    """The tensors of a checkpoint with ``config``, under its own names.
-
-    ``registers`` and ``factor`` (hidden states per token) are what a checkpoint says only by its tensors' shapes.
-    """
-    transformer = config["transformer"]
-    told: dict[str, Shape] = {}
-    for stream, prefix in (("video", ""), ("audio", "audio_")):
-        width = transformer[f"{prefix}cross_attention_dim"]
-        told[f"model.diffusion_model.{stream}_embeddings_connector.learnable_registers"] = (registers, width)
-        projection = f"text_embedding_projection.{stream}_aggregate_embed.weight"
-        told[projection] = (width, transformer["caption_channels"] * factor)
-    configs = checkpoint_configs(config, told, "config")
-    shapes: dict[str, Shape] = {}
-    for component, component_config in configs.items():
-        shapes.update(source_inventory(component, component_config))
-    return shapes
+    """The tensors of a checkpoint with ``config``, under its own names; ``factor``: hidden states per token."""
+    return checkpoint.checkpoint_shapes(config, registers=registers, states=factor)
 
 
 @dataclass
@@ -130,15 +113,14 @@ class Tiny:
     def write(self, folder: Path) -> Path:
         """Write the source into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
-        random = np.random.default_rng(self.seed)
         shapes = self.shapes if self.shapes is not None else tensor_shapes(self.config)
         metadata = {"config": json.dumps(self.config), **self.metadata}
-        write_tensors(folder / CHECKPOINT, shapes, metadata, random, self.dtypes)
+        write_tensors(folder / CHECKPOINT, shapes, metadata, self.seed, self.dtypes)
         upsampled = source_inventory("latent_upsampler", upsampler_config(UPSAMPLER_CONFIG, 16, "upsampler"))
         config = {"config": json.dumps(self.upsampler_config)}
-        write_tensors(folder / UPSAMPLER, upsampled, config, random, lambda name: self.upsampler_dtype)
-        write_tensors(folder / LORA, lora_shapes(shapes), {"model_version": "2.3.0"}, random)
-        write_gemma(folder / GEMMA, self.gemma, random)
+        write_tensors(folder / UPSAMPLER, upsampled, config, self.seed, lambda name: self.upsampler_dtype)
+        write_tensors(folder / LORA, lora_shapes(shapes), {"model_version": "2.3.0"}, self.seed)
+        write_gemma(folder / GEMMA, self.gemma, self.seed)
         return folder
 
 
@@ -173,35 +155,23 @@ def write_tensors(
     path: Path,
     shapes: Mapping[str, Shape],
     metadata: Mapping[str, str],
-    random: np.random.Generator,
+    seed: int = 0,
     dtypes: Callable[[str], str] = lambda name: "BF16",
 ) -> None:
     """A safetensors file of small random numbers, wider dtypes first as the library writes them.
 
-    The numbers are BF16 ones whatever the dtype, and depend on the names alone, not on the dtypes.
+    The numbers are BF16 ones whatever the dtype, and depend on the names and the seed alone.
     """
-    values = {name: bf16(random.standard_normal(math.prod(shapes[name])) * 0.05) for name in sorted(shapes)}
-    order = sorted(shapes, key=lambda name: (dtypes(name) != "F32", name))
-    with path.open("wb") as file:
-        file.write(build_header(((name, dtypes(name), shapes[name]) for name in order), metadata))
-        for name in order:
-            file.write(_stored(values[name], dtypes(name)))
+    path.unlink(missing_ok=True)
+    ordered = {name: shapes[name] for name in sorted(shapes, key=lambda name: (dtypes(name) != "F32", name))}
+    checkpoint.write_tensors(path, ordered, metadata, functools.partial(_small, seed), dtypes)
 
 
-def bf16(values: np.ndarray) -> np.ndarray:
-    """``values`` cut to BF16, as 16-bit patterns."""
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+def _small(seed: int, name: str, shape: Shape) -> Any:
+    return 0.05 * checkpoint.normal(f"{seed} {name}", shape)
 
 
-def _stored(patterns: np.ndarray, dtype: str) -> bytes:
-    if dtype == "BF16":
-        return patterns.tobytes()
-    if dtype == "F32":
-        return (patterns.astype(np.uint32) << 16).tobytes()
-    return bytes(tensor_nbytes(dtype, patterns.shape))
-
-
-def write_gemma(folder: Path, config: Mapping[str, Any], random: np.random.Generator) -> None:
+def write_gemma(folder: Path, config: Mapping[str, Any], seed: int) -> None:
     """A text encoder's folder, as far as materialize looks: headers, index, configs."""
     folder.mkdir(exist_ok=True)
     layers = {f"language_model.model.layers.{i}.input_layernorm.weight": (GEMMA_WIDTH,) for i in range(GEMMA_LAYERS)}
@@ -210,7 +180,7 @@ def write_gemma(folder: Path, config: Mapping[str, Any], random: np.random.Gener
         "model-00002-of-00002.safetensors": layers,
     }
     for name, shapes in shards.items():
-        write_tensors(folder / name, shapes, {"format": "pt"}, random)
+        write_tensors(folder / name, shapes, {"format": "pt"}, seed)
     weight_map = {tensor: name for name, shapes in shards.items() for tensor in shapes}
     text = {"hidden_size": GEMMA_WIDTH, "num_hidden_layers": GEMMA_LAYERS}
     documents: dict[str, Any] = {
