@@ -41,9 +41,8 @@ def plan(
     """
     from ltxpack.runtime.commands import PlannedRun
     from ltxpack.runtime.request import Request
-    from ltxpack.runtime.weights.advice import plan_or_refuse
     from ltxpack.runtime.weights.machine import this_machine
-    from ltxpack.runtime.weights.report import to_json
+    from ltxpack.runtime.weights.report import plan_or_refuse, to_json
 
     rate = parse_size(disk_rate, "--disk-rate")
     sizes = (("--vram", vram), ("--ram", ram))

@@ -31,10 +31,10 @@ from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
 from ltxpack.runtime.torch_settings import set_up_compiler
 from ltxpack.runtime.weights import report
-from ltxpack.runtime.weights.advice import check_mode, check_reads
 from ltxpack.runtime.weights.device import known_fault, resolve_device
 from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.plan import Work
+from ltxpack.runtime.weights.report import check_mode, check_reads
 
 P = TypeVar("P", bound=torch.nn.Module)
 R = TypeVar("R")

@@ -20,8 +20,8 @@ from ltxpack.files.reader import no_stop
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.overlay import BAKES, Overlay
-from ltxpack.runtime.weights import advice, report
 from ltxpack.runtime.weights import plan as planner
+from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.background import Background, CacheWarmer, Stop
 from ltxpack.runtime.weights.copies import Copies, computing_elsewhere, copies_to
 from ltxpack.runtime.weights.device import machine_of
@@ -182,7 +182,7 @@ class Residency:
 
     def advice(self) -> str:
         """The command to try after memory ran out."""
-        return advice.after_shortage(self.plan.mode if self.plan else planner.SWAP, self.mode)
+        return report.after_shortage(self.plan.mode if self.plan else planner.SWAP, self.mode)
 
     def _plan_for(self, work: Work) -> Plan:
         sizes, machine = self._sizes_of(work), machine_of(self.device, used=self.plan is not None)
@@ -190,7 +190,7 @@ class Residency:
             same = planner.continued(self._largest, sizes, work, machine)
             if same is not None:
                 return same
-        return advice.plan_or_refuse(sizes, work, machine, self.mode, str(self.device))
+        return report.plan_or_refuse(sizes, work, machine, self.mode, str(self.device))
 
     def _sizes_of(self, work: Work) -> ModelSizes:
         names = work.transformers

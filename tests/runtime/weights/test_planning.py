@@ -18,8 +18,8 @@ from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights import advice, report, sizes
 from ltxpack.runtime.weights import plan as planner
+from ltxpack.runtime.weights import report, sizes
 from ltxpack.runtime.weights.activations import Widths
 from ltxpack.runtime.weights.activations import contexts as contexts_of
 from ltxpack.runtime.weights.machine import Machine, this_machine
@@ -168,7 +168,7 @@ def test_more_memory_never_reads_more(vram: int, ram: int, more: int) -> None:
 def test_a_plan_fits_or_is_refused_with_numbers(vram: int, ram: int, mode: str) -> None:
     machine = card(vram, ram)
     try:
-        plan = advice.plan_or_refuse(MODEL, WORK, machine, mode)
+        plan = report.plan_or_refuse(MODEL, WORK, machine, mode)
     except DeviceError as error:
         assert "GB" in str(error.expected) and "GB free" in str(error.found)
         assert planner.best_plan(MODEL, WORK, machine, mode) is None
@@ -179,7 +179,7 @@ def test_a_plan_fits_or_is_refused_with_numbers(vram: int, ram: int, mode: str) 
 
 def test_a_mode_that_does_not_fit_names_the_one_that_does() -> None:
     with pytest.raises(DeviceError, match="--residency resident") as caught:
-        advice.plan_or_refuse(MODEL, WORK, card(48), "resident", "cuda:0")
+        report.plan_or_refuse(MODEL, WORK, card(48), "resident", "cuda:0")
     assert caught.value.problem.startswith("cuda:0 has too little free memory")
     assert caught.value.next == "the same command with --residency swap"
     assert str(caught.value.found) == "48.0 GB free"
@@ -189,18 +189,18 @@ def test_a_card_for_no_mode_gets_a_smaller_video_that_fits() -> None:
     work = hq_work(VideoShape(721, 1088, 1920, 24.0), OFFICIAL)
     machine = card(16)
     with pytest.raises(DeviceError) as caught:
-        advice.plan_or_refuse(MODEL, work, machine, "auto")
+        report.plan_or_refuse(MODEL, work, machine, "auto")
     words = caught.value.next.split()
     flags = {name: int(words[words.index(name) + 1].strip(",")) for name in ("--height", "--width", "--num-frames")}
     smaller = hq_work(VideoShape(flags["--num-frames"], flags["--height"], flags["--width"], 24.0), OFFICIAL)
     assert planner.best_plan(MODEL, smaller, machine) is not None
     with pytest.raises(DeviceError, match="a card with more memory"):
-        advice.plan_or_refuse(MODEL, work, card(8), "auto")
+        report.plan_or_refuse(MODEL, work, card(8), "auto")
 
 
 def test_a_small_host_is_named_as_such() -> None:
     with pytest.raises(DeviceError, match="the host has too little free memory") as caught:
-        advice.plan_or_refuse(MODEL, WORK, Machine(GB, 141 * GB), "auto", "cuda:0")
+        report.plan_or_refuse(MODEL, WORK, Machine(GB, 141 * GB), "auto", "cuda:0")
     assert "--ram" in caught.value.next and "--vram" not in caught.value.next
 
 
@@ -208,15 +208,15 @@ def test_a_small_host_is_named_as_such() -> None:
 @pytest.mark.parametrize("vram", [2.0, 5.77])
 def test_what_is_said_to_be_needed_is_enough(vram: float, mode: str) -> None:
     with pytest.raises(DeviceError) as caught:
-        advice.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(vram * GB)), mode)
+        report.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(vram * GB)), mode)
     needed = float(str(caught.value.expected).split()[0])
     assert float(str(caught.value.found).split()[0]) < needed
-    assert advice.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(needed * GB)), mode)
+    assert report.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(needed * GB)), mode)
 
 
 def test_on_a_cpu_nobody_is_sent_to_the_cpu() -> None:
     with pytest.raises(DeviceError) as caught:
-        advice.plan_or_refuse(MODEL, WORK, Machine(GB), "auto", "cpu")
+        report.plan_or_refuse(MODEL, WORK, Machine(GB), "auto", "cpu")
     assert "--fps" in caught.value.next and "--device" not in caught.value.next
 
 
@@ -243,9 +243,9 @@ def test_two_stages_of_one_transformer_hold_it_once() -> None:
 
 
 def test_after_memory_ran_out_a_smaller_mode_is_named() -> None:
-    found = [advice.after_shortage(mode, "auto") for mode in MODES]
+    found = [report.after_shortage(mode, "auto") for mode in MODES]
     assert ["swap" in found[0], "stream" in found[1], "stream" in found[2]] == [True] * 3
-    assert "--num-frames" in advice.after_shortage("stream", "stream")
+    assert "--num-frames" in report.after_shortage("stream", "stream")
 
 
 def test_what_is_read_from_disk() -> None:

@@ -45,7 +45,7 @@ from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.session import Session, Timings
 from ltxpack.runtime.settings import SessionSettings
-from ltxpack.runtime.weights import advice, copies, keeper, machine, placed, slots
+from ltxpack.runtime.weights import copies, keeper, machine, placed, report, slots
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.load import read_headers
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
@@ -219,7 +219,7 @@ def planned(patch: pytest.MonkeyPatch, placements: Mapping[str, Placement]) -> N
     def plan(model: Any, work: Any, *_: Any) -> Any:
         return planner.plan_for(model, work, "forced", placements)
 
-    patch.setattr(advice, "plan_or_refuse", plan)
+    patch.setattr(report, "plan_or_refuse", plan)
     patch.setattr(planner, "continued", lambda before, model, work, machine: plan(model, work))
 
 

@@ -99,7 +99,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Way], None]:
 
     def forced(way: Way) -> None:
         monkeypatch.setattr(
-            keeper.advice,
+            keeper.report,
             "plan_or_refuse",
             lambda model, work, *_: planner.plan_for(model, work, "forced", way.placements),
         )
