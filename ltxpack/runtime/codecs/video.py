@@ -40,15 +40,15 @@ class LatentStatistics:
 
     @classmethod
     def of(cls, vae: VideoVAE) -> LatentStatistics:
-        """Those of a loaded video VAE; they can outlive it."""
+        """The statistics of a loaded video VAE; they can outlive it."""
         return cls(vae.latents_mean, vae.latents_std)
 
     @classmethod
     def read(cls, folder: Path, channels: int, device: torch.device, dtype: torch.dtype) -> LatentStatistics:
-        """Those in the files of ``vae/``, and nothing else of them, on ``device`` in ``dtype``.
+        """The statistics alone from the files of ``vae/``, on ``device`` in ``dtype``.
 
-        No hash is compared: it is of a whole file, which is held to it when the VAE itself is loaded. Raises
-        OverlayError where they are missing or not of ``channels`` numbers; FormatError.
+        No hash is compared: a hash covers a whole file, and loading the VAE itself compares it. Raises OverlayError if
+        the statistics are missing or have not ``channels`` numbers; FormatError.
         """
         stored = read_headers(folder)
         mean, std = (_per_channel(stored, name, channels, folder) for name in ("latents_mean", "latents_std"))
@@ -75,7 +75,7 @@ def _per_channel(stored: Mapping[str, Stored], name: str, channels: int, folder:
     entry = stored.get(name)
     if entry is None or entry.dtype not in FLOATS or entry.shape != (channels,):
         raise OverlayError(
-            "the VAE's statistics are not there",
+            "the VAE's statistics are missing",
             file=folder if entry is None else entry.file,
             tensor=name,
             expected=f"floats [{channels}]",
@@ -95,10 +95,10 @@ def load_video_vae(folder: Path, device: torch.device, dtype: torch.dtype, reade
 
 
 def channels_last(vae: VideoVAE) -> VideoVAE:
-    """``vae`` itself, with the channels of a place lying together in weights and activations.
+    """``vae`` itself, with the channels innermost in weights and activations.
 
-    The layout in which convolutions use matrix units; results stay the same up to rounding. diffusers' padding in
-    time would lay the activations out in planes again before every convolution, so another takes its place.
+    Convolutions use matrix units in this layout; results stay the same up to rounding. diffusers pads in time with
+    tensors in planes, which would undo the layout before every convolution, so our convolution replaces it.
     """
     vae.to(memory_format=torch.channels_last_3d)
     for module in vae.modules():
@@ -108,12 +108,12 @@ def channels_last(vae: VideoVAE) -> VideoVAE:
 
 
 class _ChannelsLastConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffusers is untyped
-    """The same convolution. What it reads is laid out as it is padded: what comes from taking patches apart lies in
-    planes, and the convolution would copy it once more.
+    """The same convolution, which pads into channels-last memory: its input may be in planes, and the convolution
+    would copy it once more.
     """
 
     def forward(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
-        """The first frame is repeated before all others; without ``causal`` half of the times, and the last after."""
+        """Repeats the first frame before all others; without ``causal`` half as often, then the last one too."""
         missing = self.kernel_size[0] - 1
         before, after = (missing, 0) if causal else (missing // 2, missing // 2)
         batch, channels, frames, height, width = hidden_states.shape
@@ -134,7 +134,8 @@ class _ChannelsLastConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffuse
 def encode_image(vae: VideoVAE, pixels: Tensor) -> Tensor:
     """Normalised latents ``[1, C, f, H/32, W/32]`` of ``pixels`` ``[1, 3, F, H, W]`` in [-1, 1], model dtype.
 
-    The mean of the posterior, nothing drawn. One frame makes one latent frame; F is 8k + 1 (spec 04, section 5).
+    This is the mean of the posterior; nothing is drawn. One frame makes one latent frame; F is 8k + 1 (spec 04,
+    section 5).
     """
     latents = vae.encode(pixels).latent_dist.mode()
     return LatentStatistics.of(vae).normalise(latents)

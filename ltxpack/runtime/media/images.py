@@ -88,7 +88,7 @@ def read_image(path: Path) -> Pixels:
 def compress(pixels: Pixels, crf: int) -> Pixels:
     """``pixels`` after one frame of x264 at ``crf``, cut to even sides from the top left; unchanged for crf 0.
 
-    The model was trained on frames of compressed video; a clean picture is none.
+    The model was trained on frames of compressed video, which a clean picture does not look like.
     """
     if crf == 0 or min(pixels.shape[:2]) < 2:
         return pixels
@@ -137,7 +137,7 @@ def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
 
 @contextmanager
 def _failures_told(path: Path) -> Iterator[None]:
-    """Whatever Pillow's decoders raise over a file that is no sound picture, as one FormatError."""
+    """Turn whatever Pillow's decoders raise for a damaged file into one FormatError."""
     try:
         yield
     except LtxpackError:

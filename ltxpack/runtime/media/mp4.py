@@ -102,9 +102,9 @@ class VideoFormat:
 class VideoWriter:
     """``with VideoWriter(...) as w: w.write(frames); w.write_audio(waveform)``.
 
-    Frames are converted where they lie, encoded in a thread of its own, one chunk waiting at most. Leaving the
-    block finishes the file and renames it to ``path``; leaving it by an exception (a KeyboardInterrupt too)
-    removes it. Raises LtxpackError for anything that went wrong in the thread, at the next call.
+    Frames are converted on their own device and encoded in another thread; at most one chunk waits. At the end of the
+    block the file is finished and renamed to ``path``; after an exception (a KeyboardInterrupt too) it is removed.
+    Raises LtxpackError at the next call for anything that went wrong in the thread.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class VideoWriter:
             ) from self._failure
 
     def _chunks(self) -> Iterator[Tensor]:
-        """What was queued, up to the None that ends it; nothing more once the file is given up."""
+        """The queued chunks, up to the None that ends them; none after the file is given up."""
         while (chunk := self._queue.get()) is not None:
             if not self._given_up:
                 yield chunk
@@ -253,9 +253,9 @@ def _sound(waveform: Tensor, rate: int | None) -> av.AudioFrame:
 
 
 def to_i420(frames: Tensor) -> Tensor:
-    """uint8 ``[F, 3 H / 2, W]`` (planes Y, U, V one below the other) of RGB ``frames`` ``[F, H, W, 3]`` in [0, 1].
+    """uint8 ``[F, 3 H / 2, W]`` (planes Y, U, V from top to bottom) of RGB ``frames`` ``[F, H, W, 3]`` in [0, 1].
 
-    Arithmetic in the dtype of ``frames``; the result is cut off, not rounded. H and W are even.
+    The arithmetic is in the dtype of ``frames``; the result is truncated, not rounded. H and W are even.
     """
     count, height, width, _ = frames.shape
     y, cb, cr = (_weighted(frames, row) for row in PLANES.values())

@@ -1,7 +1,7 @@
 """One transformer block: both streams through their own attentions, across to each other, and feed-forward.
 
-Several passes of one denoising step go through a block together, so that what they have in common is done once and
-the block's weights are needed on the device once.
+The passes of one denoising step go through a block together: common work is done once, and the block's weights are
+needed on the device once.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class TransformerBlock(nn.Module):
     def forward(self, states: Sequence[PassState]) -> list[AV[Tensor]]:
         """The hidden states [B, T, D] of every pass after this block.
 
-        Passes that hold the same objects share the work until they part: text keys and values between passes with
-        the same context and sigma, everything up to a2v and v2a where also the hidden states are still the same.
+        Passes that hold the same objects share work: text keys and values if their conditioning is the same object,
+        and everything up to a2v and v2a if their hidden states are too.
         """
         made: dict[Hashable, Any] = {}
 

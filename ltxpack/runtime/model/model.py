@@ -48,7 +48,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Pass:
-    """One of the forwards that guidance combines; passes with the very same ``streams`` share work.
+    """One of the forwards that guidance combines; passes with the same ``streams`` object share work.
 
     ``isolated``: no block lets one modality see the other (modality guidance). ``perturbed``: per modality, the
     blocks whose self-attention is replaced by its values (STG).
@@ -132,9 +132,9 @@ class DiT(nn.Module):
     def passes(self, passes: Sequence[Pass]) -> list[AV[Tensor]]:
         """Velocities [B, T, out_channels] in the model dtype, for each of ``passes``.
 
-        All of them go through one block before the next is asked for, so streamed weights come once for all. The
-        host never waits for the device. The results are inference tensors: use them, do not change them in place
-        outside ``torch.inference_mode``.
+        All passes go through a block before the next block starts, so streamed weights come once for all of them. The
+        host never waits for the device. The results are inference tensors: do not change them in place outside
+        ``torch.inference_mode``.
         """
         distinct = {id(each.streams): each.streams for each in passes}
         begun = {key: (self._embed(streams), self.condition(streams)) for key, streams in distinct.items()}

@@ -37,8 +37,8 @@ def frequencies(dim: int, axes: int, theta: float) -> Tensor:
 def rotation(positions: Tensor, max_positions: tuple[int, ...], heads: int, head_dim: int, theta: float) -> Rotation:
     """Tables in float32 for ``positions`` [B, axes, T, 2] (float32 [start, end) bounds; the midpoint counts).
 
-    Angles are ordered frequency-major, then axis. Where 2·axes does not divide the width, the missing pairs
-    stand in front and do not turn.
+    Angles are ordered frequency-major, then axis. If 2·axes does not divide the width, pairs that do not turn fill up
+    the front.
     """
     dim, axes = heads * head_dim, positions.shape[1]
     limits = torch.tensor(max_positions, dtype=torch.float32, device=positions.device)

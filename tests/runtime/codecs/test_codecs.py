@@ -511,7 +511,7 @@ def test_statistics_are_read_without_the_rest(
     found = LatentStatistics.read(file.parent, 8, CPU, dtype)
     assert torch.equal(found.mean, tensors["latents_mean"].to(dtype))
     assert torch.equal(found.std, tensors["latents_std"].to(dtype))
-    with pytest.raises(OverlayError, match="latents_mean: the VAE's statistics are not there") as caught:
+    with pytest.raises(OverlayError, match="latents_mean: the VAE's statistics are missing") as caught:
         LatentStatistics.read(file.parent, 128, CPU, dtype)
     assert (caught.value.expected, str(caught.value.found)) == ("floats [128]", "f32 [8]")
     del tensors["latents_std"]

@@ -167,58 +167,41 @@ def test_compiled_code_is_kept_apart_from_the_prompts(tmp_path: Path, monkeypatc
     assert not (tmp_path / "shared").exists()
 
 
-def test_all_blocks_and_both_stages_share_their_graphs(dit: DiT) -> None:
-    graphs, backend = counting()
-    assert dit.config.num_layers > 1
-    dit.compile_blocks(backend=backend, fullgraph=True)
-    for lengths in STAGES:
-        dit(random_streams(dit, lengths))
-    assert len(graphs) == 3, "text, attend, exchange"
-    for lengths in STAGES:
-        dit(random_streams(dit, lengths), isolated=True)
-    assert len(graphs) == 4, "another exchange"
-    for lengths in STAGES:
-        dit.passes(recipe(random_streams(dit, lengths)))
-    assert len(graphs) == 4, "passes together need no graphs of their own"
-    for lengths, distinct in zip(STAGES, (2, 4), strict=True):
-        dit(masked(random_streams(dit, lengths), distinct))
-    assert len(graphs) == 6, "a row per token where there was one for all: attend, exchange"
-
-
-def test_traced_blocks_agree_with_eager_in_every_kind_of_pass(dit: DiT) -> None:
+def test_all_blocks_and_both_stages_share_their_graphs_and_agree_with_eager(dit: DiT) -> None:
     plain = [random_streams(dit, lengths) for lengths in STAGES]
-    streams = plain + [masked(each, 3) for each in plain]
-    passes: list[dict[str, Any]] = [{}, {"isolated": True}, {"perturbed": AV(frozenset({1}), frozenset({0}))}]
-    eager = [dit(each, **arguments) for each in streams for arguments in passes]
-    _, backend = counting()
-    dit.compile_blocks(backend=backend)
-    found = [dit(each, **arguments) for each in streams for arguments in passes]
-    for a, b in zip(found, eager, strict=True):
-        assert distance(a, b) <= 1e-6
+    images = [masked(each, distinct) for each, distinct in zip(plain, (2, 4), strict=True)]
+    perturbed = AV(frozenset({1}), frozenset({0}))
+    works: list[tuple[int, str, Callable[[], list[AV[Tensor]]]]] = [
+        (3, "text, attend, exchange", lambda: [dit(each) for each in plain]),
+        (4, "another exchange", lambda: [dit(each, isolated=True) for each in plain]),
+        (4, "passes together need none of their own", lambda: [x for each in plain for x in dit.passes(recipe(each))]),
+        (6, "a row per token where there was one: attend, exchange", lambda: [dit(each) for each in images]),
+        (7, "another exchange", lambda: [dit(each, isolated=True) for each in images]),
+        (9, "attend of two blocks", lambda: [dit(each, perturbed=perturbed) for each in plain]),
+        (11, "attend of two blocks", lambda: [dit(each, perturbed=perturbed) for each in images]),
+    ]
+    assert dit.config.num_layers > 1
+    eager = [work() for _, _, work in works]
+    graphs, backend = counting()
+    dit.compile_blocks(backend=backend, fullgraph=True)
+    for (count, why, work), expected in zip(works, eager, strict=True):
+        assert max(map(distance, work(), expected)) <= 1e-6
+        assert len(graphs) == count, why
 
 
-def test_hooks_of_a_block_run_at_every_call(dit: DiT) -> None:
-    """Weight streaming brings a block's weights in such a hook."""
-    _, backend = counting()
+def test_hooks_of_a_block_run_at_every_call_and_new_weights_are_used(dit: DiT) -> None:
+    """Weight streaming brings a block's weights in such a hook; the second stage's take the place of the first's."""
+    graphs, backend = counting()
     dit.compile_blocks(backend=backend, fullgraph=True)
     streams = random_streams(dit, STAGES[0])
     calls: list[int] = []
     for number, block in enumerate(dit.transformer_blocks):
         block.register_forward_pre_hook(lambda module, args, n=number: calls.append(n))
-    dit(streams)
-    dit(streams)
-    assert calls == [0, 1, 0, 1]
-
-
-def test_weights_put_in_after_compiling_are_used(dit: DiT) -> None:
-    """The second stage's weights take the place of the first's in the compiled model."""
-    graphs, backend = counting()
-    dit.compile_blocks(backend=backend, fullgraph=True)
-    streams = random_streams(dit, STAGES[0])
     first = dit(streams)
     others = random_weights(SMALL, seed=1)
     dit.load_state_dict(others, assign=True)
     second = dit(streams)
+    assert calls == [0, 1, 0, 1]
     assert distance(second, built(SMALL, others)(streams)) <= 1e-6
     assert distance(second, first) > 1e-3
     assert len(graphs) == 3
