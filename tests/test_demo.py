@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -47,6 +48,7 @@ def test_saved_tensors_are_those_of_the_design(demo: Path) -> None:
             "audio_sample_rate": "48000",
             "fps": "24.0",
             "seed": "10",
+            "recipe": "hq",
             "stage1": "distilled-0.25",
             "stage2": "distilled-0.5",
         }
@@ -104,3 +106,21 @@ def test_diffusers_loads_the_overlay_and_runs_two_steps(demo: Path) -> None:
     changed = [name for name, tensor in baked.state_dict().items() if not torch.equal(tensor, base[name])]
     manifest = json.loads((demo / "overlay" / "ltxpack.json").read_text())
     assert set(changed) == set(manifest["bakes"]["distilled-0.5"]["changed"])
+
+
+def test_the_demo_names_what_there_is_to_look_at(demo: Path) -> None:
+    done = ltxpack("demo", demo)
+    named = [line.rpartition(": ")[2] for line in done.stdout.splitlines() if line.count(": ") == 1]
+    assert [Path(name).name for name in named] == ["overlay", "coverage.html", "video.safetensors"]
+    assert all(Path(name).exists() for name in named)
+
+
+def test_a_bake_says_how_large_it_is_what_it_changed_and_what_to_type_next(demo: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    shutil.copytree(demo / "overlay", overlay)
+    told = ltxpack("bake-lora", overlay, "--strength", "0.75").stdout.splitlines()
+    assert told[0] == "bakes/distilled-0.75: baked" and told[1].startswith("  distilled at 0.75: 96 of 96 linears")
+    assert told[2].startswith("  ") and " kB; what changed: " in told[2]
+    assert Path(told[2].rpartition(": ")[2]).is_file()
+    assert told[3].startswith(f"next: ltxpack run {overlay} --prompt ") and len(told) == 4
+    assert len(ltxpack("bake-lora", overlay, "--strength", "0.875", "-v").stdout.splitlines()) > 4

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from ltxpack.cli.terminal import TerminalReporter, json_option, print_json, print_plan, verbose_option
+from ltxpack.errors import quoted
+from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 
 
@@ -43,7 +45,7 @@ def bake_lora(
     Without OVERLAY: the current folder if it is an overlay, else ./out. The distilled LoRA changes nearly every
     byte, so such a bake of the 22B model takes 38 GB; --plan says how much, to the byte but for the two reports.
     """
-    from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, parse_added, plan_bake
+    from ltxpack.lora_bake import PAGE_NAME, REPORT_NAMES, BakeOptions, bake, parse_added, plan_bake
 
     folder = overlay or (Path() if is_overlay(Path()) else Path("out"))
     reporter = TerminalReporter(verbose)
@@ -57,5 +59,10 @@ def bake_lora(
         print_json([report.to_json() for report in reports])
         return
     for report in reports:
-        for line in report.lines():
+        for line in report.lines(verbose):
             click.echo(line)
+        if report.made:
+            size = sum(file.stat().st_size for file in (folder / report.path).iterdir() if not file.is_symlink())
+            click.echo(f"  {human_bytes(size)}; what changed: {folder / report.path / PAGE_NAME}")
+    if any(report.made for report in reports):
+        click.echo(f"next: ltxpack run {quoted(folder)} --prompt 'A paper boat drifts down a rainy street.'")

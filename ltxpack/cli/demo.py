@@ -19,4 +19,9 @@ def demo(folder: Path, verbose: bool) -> None:
     """
     from ltxpack.demo import run_demo
 
-    click.echo(str(run_demo(folder, TerminalReporter(verbose))))
+    video = run_demo(folder, TerminalReporter(verbose))
+    click.echo(f"the overlay: {folder / 'overlay'}")
+    click.echo(f"what a bake changed: {folder / 'overlay/bakes/distilled-0.5/coverage.html'}")
+    click.echo(f"latents, frames and waveform: {video.with_suffix('.safetensors')}")
+    click.echo("the video, 25 frames with sound:")
+    click.echo(str(video))

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from ltxpack.cli.terminal import Command, TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
 from ltxpack.files.units import human_bytes
+from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings, Settings, flag_of, type_of
 
@@ -120,10 +121,14 @@ def _one(options: RunOptions, verbose: bool) -> None:
 
     summary = run_to_file(options, TerminalReporter(verbose))
     click.echo(_stages(summary.transformers))
-    click.echo(summary.decoding)
-    for phase, seconds in summary.seconds.items():
-        click.echo(f"  {phase:<12} {seconds:8.2f} s")
+    if verbose or options.given.get("decode") == FAST:
+        click.echo(summary.decoding)
+    if verbose:
+        for phase, seconds in summary.seconds.items():
+            click.echo(f"  {phase:<12} {seconds:8.2f} s")
     _print_peaks(summary.peaks)
+    size = human_bytes(summary.output.stat().st_size)
+    click.echo(f"{summary.shape}, {size}, made in {sum(summary.seconds.values()):.1f} s")
     click.echo(str(summary.output))
 
 

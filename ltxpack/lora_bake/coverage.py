@@ -53,11 +53,15 @@ class BakeReport:
     made: bool
     document: Mapping[str, Any]
 
-    def lines(self) -> tuple[str, ...]:
-        """The short form for the terminal."""
+    def lines(self, verbose: bool = True) -> tuple[str, ...]:
+        """The short form for the terminal: one line a LoRA, and if ``verbose`` what changed most."""
         if not self.made:
             return (f"{self.path}: is there already, made from the same inputs",)
-        return (f"{self.path}: baked", *(f"  {line}" for line in text_lines(self.document)))
+        told = text_lines(self.document)
+        return (
+            f"{self.path}: baked",
+            *(f"  {line}" for line in told[: None if verbose else len(self.document["loras"])]),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report without its list of targets, which coverage.json holds."""

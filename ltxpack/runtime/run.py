@@ -16,6 +16,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import recipe_run
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate
 from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.video import check_tensors_path
@@ -49,9 +50,12 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run used and made: the transformer of each stage, the tiles in words, and seconds per phase in order."""
+    """What a run used and made: the video's size in words, the transformer of each stage, the tiles in words, and
+    seconds per phase in order.
+    """
 
     output: Path
+    shape: str
     transformers: tuple[str, ...]
     decoding: str
     seconds: dict[str, float]
@@ -76,7 +80,12 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         reporter.note(choice.note)
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
         seconds, peaks = dict(session.timings.seconds), Peaks.of(session.device)
-        return Summary(options.output, choice.stages, session.decoding, seconds, peaks)
+        return Summary(options.output, _in_words(request.shape), choice.stages, session.decoding, seconds, peaks)
+
+
+def _in_words(shape: VideoShape) -> str:
+    length = shape.frames / shape.fps
+    return f"{shape.width}x{shape.height}, {shape.frames} frames at {shape.fps:g} fps, {length:.1f} s with sound"
 
 
 def check_target(request: Request, output: Path) -> None:
