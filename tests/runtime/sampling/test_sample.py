@@ -81,6 +81,24 @@ def test_replay_in_bf16(golden: Path) -> None:
     assert max(errors.values()) <= 1e-3, errors
 
 
+def test_all_runs_evaluate_at_the_recorded_sigmas(golden: Path) -> None:
+    """Also where only the inputs were recorded (15 steps): number, order, value and precision of the calls."""
+    for run in runs(golden, "fp32"):
+        for number in (1, 2):
+            stage = run.stage(number)
+            asked: list[Tensor] = []
+
+            def zeros(latents: AV[Tensor], sigma: Tensor, asked: list[Tensor] = asked) -> AV[Tensor]:
+                asked.append(sigma)
+                return latents.map(torch.zeros_like)
+
+            sample.res2s(zeros, stage.state(torch.Generator().manual_seed(0)), stage.sigmas)
+            recorded = [run.tensors[f"stage{number}.call{i:02}.sigma"] for i in stage.calls()]
+            assert [s.dtype for s in asked] == [s.dtype for s in recorded]
+            for found, expected in zip(asked, recorded, strict=True):
+                assert relative_l2(found[0], expected) <= 1e-6, (run.name, number)
+
+
 def test_noise_sources_equal_the_recorded_draws(golden: Path) -> None:
     constants = load(golden / "golden" / "constants.safetensors")
     seeds = {
