@@ -1,1 +1,1 @@
-"""Bytes on a disk, knowing no names of ours: safetensors headers, bounded JSON, reads past the page cache, links."""
+"""Bytes on a disk, knowing no names of ours: headers, JSON, reads with several in flight, hashes, links, publishing."""

@@ -1,4 +1,4 @@
-"""What of a file the system has in its page cache (mincore)."""
+"""Which bytes of a file the system has in its page cache (mincore)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import os
 
 PAGE = mmap.PAGESIZE
 FAILED = ctypes.c_void_p(-1).value
-# Each page's byte where the page is in memory.
+# The byte of a page that is in memory.
 THERE = b"\x01"
 
 
 class PageCache:
-    """Tells for an open file what of it is in memory; from any thread, until :meth:`close`.
+    """Says which bytes of an open file are in memory; from any thread, until :meth:`close`.
 
-    Where the system does not say, nothing is: of other users' files (which it would all claim to be there), and of
-    what a file has grown by since.
+    What is unknown counts as absent: files of other users (mincore would report all their pages as cached), and bytes
+    added after opening.
     """
 
     def __init__(self, fd: int) -> None:
@@ -37,14 +37,14 @@ class PageCache:
         return not pages.raw.strip(THERE)
 
     def close(self) -> None:
-        """Give the mapping back; nothing may be asking."""
+        """Give the mapping back; no thread may be asking."""
         if self._address is not None:
             _libc().munmap(self._address, self._size)
             self._address = None
 
 
 def _mapped(fd: int, size: int) -> int | None:
-    """The address of the whole file in memory, never to be read from: it is shorter when somebody cuts it."""
+    """The address of the whole file in memory, never to be read from: the file may be cut meanwhile."""
     if size == 0:
         return None
     address: int | None = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
@@ -53,7 +53,7 @@ def _mapped(fd: int, size: int) -> int | None:
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    """The C library: Python's own mapping does not tell where it lies."""
+    """The C library: Python's own mapping does not tell its address."""
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)

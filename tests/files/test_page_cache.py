@@ -13,10 +13,10 @@ from _measure import make_cold, resident
 
 from ltxpack.files import page_cache
 from ltxpack.files.page_cache import PAGE, PageCache
+from ltxpack.files.reader import READ_BYTES
 from ltxpack.runtime.weights.background import CacheWarmer
-from ltxpack.runtime.weights.reading import PIECE
 
-SIZE = 4 * PIECE + 77
+SIZE = 4 * READ_BYTES + 77
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def read(path: Path, start: int, nbytes: int) -> None:
 def test_what_is_there_is_told_page_by_page(path: Path) -> None:
     with cache_of(path) as cache:
         assert not cache.holds(0, 1) and not cache.holds(0, SIZE)
-        read(path, 2 * PIECE, PIECE)
-        assert cache.holds(2 * PIECE, PIECE) and cache.holds(2 * PIECE + 1, 1)
-        assert not cache.holds(2 * PIECE - 1, PIECE) and not cache.holds(2 * PIECE, PIECE + 1)
+        read(path, 2 * READ_BYTES, READ_BYTES)
+        assert cache.holds(2 * READ_BYTES, READ_BYTES) and cache.holds(2 * READ_BYTES + 1, 1)
+        assert not cache.holds(2 * READ_BYTES - 1, READ_BYTES) and not cache.holds(2 * READ_BYTES, READ_BYTES + 1)
         read(path, SIZE - 1, 1)
         assert cache.holds(SIZE - 77, 77) and not cache.holds(0, SIZE)
         read(path, 0, SIZE)
@@ -62,7 +62,7 @@ def test_what_is_there_is_told_page_by_page(path: Path) -> None:
         assert not cache.holds(0, SIZE + 1), "beyond the end"
         with path.open("r+b") as file:
             file.truncate(PAGE)
-        assert not cache.holds(0, SIZE) and not cache.holds(2 * PIECE, PIECE)
+        assert not cache.holds(0, SIZE) and not cache.holds(2 * READ_BYTES, READ_BYTES)
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_files_are_asked_into_the_cache(path: Path, tmp_path: Path) -> None:
 
 
 def test_no_more_than_has_room(path: Path) -> None:
-    warmed(path, room=2 * PIECE + 5)
-    assert comes(path, 2 * PIECE / SIZE)
+    warmed(path, room=2 * READ_BYTES + 5)
+    assert comes(path, 2 * READ_BYTES / SIZE)
 
 
 def test_nothing_is_asked_for_while_others_read(path: Path) -> None:

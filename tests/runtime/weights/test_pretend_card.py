@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,9 @@ from lora_bake.lora_support import linears, low_rank, make_overlay, official_key
 from PIL import Image
 from pretend_card import GIB, Card
 
-from ltxpack.files import hashing, reader
+from ltxpack.files import reader
 from ltxpack.files.direct import ALIGN, READS, DirectReader
+from ltxpack.files.hashing import HashCheck
 from ltxpack.lora_bake import BakeOptions, bake, stream
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import recipe_run
@@ -45,7 +47,7 @@ from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.session import Session, Timings
 from ltxpack.runtime.settings import SessionSettings
-from ltxpack.runtime.weights import copies, keeper, machine, placed, report, slots
+from ltxpack.runtime.weights import copies, keeper, machine, placed, reading, report, slots
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.load import read_headers
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
@@ -77,8 +79,8 @@ def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
     for module in (slots, placed):
         patch.setattr(module, "ThreadPoolExecutor", pretend_card.AtOnce)
     patch.setattr(machine, "usable_host", lambda: (500 * GIB, False))
-    for module in (hashing, slots):
-        patch.setattr(module, "blake3", Unread)
+    patch.setattr(slots, "blake3", Unread)
+    patch.setattr(reading, "HashCheck", Unhashed)
 
     def scatter(file: DirectReader, views: list[memoryview], start: int) -> None:
         for view in views:
@@ -117,6 +119,14 @@ class Unread:
 
     def hexdigest(self) -> str:
         return UNKNOWN
+
+
+class Unhashed(HashCheck):
+    """As the check that hashes, of bytes that nobody reads."""
+
+    def __init__(self, files: Collection[Path], thread: ThreadPoolExecutor) -> None:
+        super().__init__((), thread)
+        self._hashers = dict.fromkeys(files, Unread())  # type: ignore[arg-type]
 
 
 def opened(overlay: Path, reporter: Any = None, **more: Any) -> Session:
