@@ -26,7 +26,7 @@ from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, tr
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
-from ltxpack.runtime.settings import DTYPES, SessionSettings
+from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
 from ltxpack.runtime.torch_settings import set_up_compiler
@@ -34,7 +34,6 @@ from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.device import known_fault, resolve_device
 from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.plan import Work
-from ltxpack.runtime.weights.report import check_mode, check_reads
 
 P = TypeVar("P", bound=torch.nn.Module)
 R = TypeVar("R")
@@ -66,12 +65,7 @@ class Session:
     """
 
     def __init__(self, root: Path, settings: SessionSettings, reporter: Reporter | None = None) -> None:
-        check_mode(settings.residency)
-        check_reads(settings.reads)
-        if settings.dtype not in DTYPES:
-            raise UsageError(
-                "wrong dtype", expected=" or ".join(DTYPES), found=settings.dtype, next="choose dtype='bfloat16'"
-            )
+        settings.check()
         self.settings = settings
         self.overlay = Overlay.open(root)
         self.device = resolve_device(settings.device)

@@ -174,6 +174,14 @@ class SessionSettings:
             plain["dtype"] = str(given["dtype"]).removeprefix("torch.")
         return cls(**plain)
 
+    def check(self) -> None:
+        """Raises UsageError for a value that is none of the choices of its setting."""
+        for one in dataclasses.fields(self):
+            choices, found = one.metadata.get("choices"), getattr(self, one.name)
+            if choices and found not in choices:
+                usual = f"choose {flag_of(one)} {one.default}"
+                raise UsageError(f"unknown {one.name}", expected=" or ".join(choices), found=found, next=usual)
+
     @property
     def transformers(self) -> tuple[str, ...]:
         """What was asked for each stage, by its number."""

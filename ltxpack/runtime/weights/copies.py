@@ -11,7 +11,7 @@ import mmap
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,17 +25,24 @@ Event = Any
 """A point that can be waited for: a CUDA event, or None where there is nothing to wait for."""
 
 
-class Copies(Protocol):
-    """A queue of copies to one device. ``process_ends``: pinned memory stays so, the kernel takes it back faster."""
+class Copies:
+    """A queue of copies to one device. This one is the CPU's stand-in: a copy is done as it is asked for.
 
-    device: torch.device
-    process_ends: bool
+    ``process_ends``: pinned memory stays pinned, as the kernel takes it back faster.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.process_ends = device, False
 
     def run(self, work: Callable[[], None], after: Event = None) -> Event:
         """Do ``work`` in the queue after the event ``after``. Returns the event that it is done."""
+        with torch.inference_mode():
+            work()
+        return None
 
     def now(self) -> Event:
         """The event that everything asked of the computation so far is done."""
+        return None
 
     def before_computing(self, event: Event) -> None:
         """The computation asked for from now on waits for ``event``; the host goes on."""
@@ -45,56 +52,24 @@ class Copies(Protocol):
 
     def computing(self) -> AbstractContextManager[object]:
         """What the block makes on the device belongs to the stream that computes, whichever thread makes it."""
+        return contextlib.nullcontext()
 
     def pin(self, memory: Tensor) -> bool:
         """Let the device copy from ``memory`` by itself; False where the system refuses."""
+        return True
 
     def unpin(self, memory: Tensor) -> None:
         """Undo :meth:`pin`, before the memory is given back."""
 
 
-class HostCopies:
-    """The CPU's stand-in: a copy is done as it is asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.process_ends = device, False
-
-    def run(self, work: Callable[[], None], after: Event = None) -> Event:
-        """Do ``work`` at once."""
-        with torch.inference_mode():
-            work()
-        return None
-
-    def now(self) -> Event:
-        """Nothing to wait for."""
-        return None
-
-    def before_computing(self, event: Event) -> None:
-        """Nothing to wait for."""
-
-    def finish(self, event: Event) -> None:
-        """Nothing to wait for."""
-
-    def computing(self) -> AbstractContextManager[object]:
-        """There are no streams."""
-        return contextlib.nullcontext()
-
-    def pin(self, memory: Tensor) -> bool:
-        """Host memory is the device's own."""
-        return True
-
-    def unpin(self, memory: Tensor) -> None:
-        """Nothing was done."""
-
-
-class CudaCopies:
+class CudaCopies(Copies):
     """A CUDA stream of its own beside ``compute``, the stream that is current where this is made.
 
     From several threads. Each thread has a current stream of its own: only the one of the caller is the right one.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.process_ends = device, False
+        super().__init__(device)
         self.compute = torch.cuda.current_stream(device)
         self.stream = torch.cuda.Stream(device)
 
@@ -157,7 +132,7 @@ class CudaCopies:
 
 def copies_to(device: torch.device) -> Copies:
     """A queue of copies to ``device``, beside the stream that is current on this thread."""
-    return CudaCopies(device) if device.type == "cuda" else HostCopies(device)
+    return CudaCopies(device) if device.type == "cuda" else Copies(device)
 
 
 def computing_elsewhere(copies: Copies) -> bool:

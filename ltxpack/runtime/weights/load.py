@@ -6,8 +6,9 @@ shards listed in an index). Anything missing, left over, misshapen or of another
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -15,9 +16,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ltxpack.errors import FormatError, LtxpackError, OverlayError, UnsupportedError, quoted
+from ltxpack.errors import FormatError, LtxpackError, OverlayError, SourceError, UnsupportedError, quoted
 from ltxpack.files.reader import Range
-from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, read_json, read_tensorfile
+from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, read_index, read_json, read_tensorfile
 from ltxpack.runtime.weights.copies import copies_to
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
@@ -95,40 +96,36 @@ def load_module(
     """
     stored = read_headers(folder)
     check(module, stored, folder)
-    missing = _check_buffers(module, buffers or {})
+    _check_buffers(module, buffers or {})
     module.load_state_dict((reader or read_tensors)(stored, device, dtype), strict=True, assign=True)
-    for name, tensor in missing.items():
+    for name, tensor in (buffers or {}).items():
         owner, _, attribute = name.rpartition(".")
         module.get_submodule(owner).register_buffer(attribute, tensor.to(device), persistent=False)
     return module.requires_grad_(False).eval()
 
 
 def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """``config.json`` of a component, which must be of class ``class_name``; ``_``-fields are left out."""
+    """``config.json`` of a component, which must be of class ``class_name``; ``_``-fields are left out.
+
+    Raises OverlayError, FormatError.
+    """
     path = folder / "config.json"
-    config = _read_json(path)
-    if config.get("_class_name") != class_name:
-        raise OverlayError(
-            "another class of component",
-            file=path,
-            expected=class_name,
-            found=config.get("_class_name"),
-            next=verify_command(folder),
-        )
+    with verify_next(folder):
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise FormatError("not a JSON object", file=path)
+        found = config.get("_class_name")
+        if found != class_name:
+            raise OverlayError("another class of component", file=path, expected=class_name, found=found)
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def build_on_meta(cls: type[M], config: Mapping[str, Any], folder: Path) -> M:
-    """``cls(**config)`` without memory for its weights. A field the class does not know is refused by name."""
-    known = set(inspect.signature(cls.__init__).parameters)
-    unknown = sorted(set(config) - known)
+    """``cls(**config)`` without memory for its weights. Raises UnsupportedError naming fields the class has not."""
+    unknown = sorted(set(config) - set(inspect.signature(cls.__init__).parameters))
     if unknown:
-        raise UnsupportedError(
-            f"{cls.__name__} has no such fields",
-            file=folder / "config.json",
-            items=unknown,
-            next=verify_command(folder),
-        )
+        with verify_next(folder):
+            raise UnsupportedError(f"{cls.__name__} has no such fields", file=folder / "config.json", items=unknown)
     with torch.device("meta"):
         return cls(**config)
 
@@ -137,46 +134,36 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's weight files, by name; only headers are read.
 
     The files are those of the one ``*.safetensors.index.json``, else the one ``*.safetensors``. A shard may be
-    a symlink. Each shard must hold exactly the tensors the index says it holds.
+    a symlink. Each shard must hold exactly the tensors the index says it holds. Raises OverlayError, FormatError.
     """
     found: dict[str, Stored] = {}
-    weight_map = _weight_map(folder)
-    for name in sorted(set(weight_map.values())) if weight_map else [_single_file(folder)]:
-        for tensor, stored in _read_header(folder / name, folder).items():
-            if weight_map and weight_map.get(tensor) != name:
-                raise OverlayError(
-                    "the index does not place it here",
-                    file=folder / name,
-                    tensor=tensor,
-                    expected=weight_map.get(tensor, "no such tensor"),
-                    found=name,
-                    next=verify_command(folder),
-                )
-            found[tensor] = stored
-    absent = sorted(set(weight_map) - set(found))
-    if absent:
-        raise OverlayError(
-            "tensors named in the index are in no shard",
-            file=folder,
-            items=[f"{name} ({weight_map[name]})" for name in absent],
-            next=verify_command(folder),
-        )
+    with verify_next(folder):
+        weight_map = _weight_map(folder)
+        for name in sorted(set(weight_map.values())) if weight_map else [_single_file(folder)]:
+            path = folder / name
+            for tensor, info in read_tensorfile(path).tensors.items():
+                if weight_map and weight_map.get(tensor) != name:
+                    place = weight_map.get(tensor, "no such tensor")
+                    problem = "the index does not place it here"
+                    raise OverlayError(problem, file=path, tensor=tensor, expected=place, found=name)
+                found[tensor] = Stored(path, info.dtype, info.shape, info.start, info.nbytes)
+        absent = [f"{name} ({weight_map[name]})" for name in sorted(set(weight_map) - set(found))]
+        if absent:
+            raise OverlayError("tensors named in the index are in no shard", file=folder, items=absent)
     return found
 
 
 def check(module: nn.Module, stored: Mapping[str, Stored], folder: Path) -> None:
     """Holds names, shapes and kinds of ``stored`` against ``module``; see :func:`load_module`."""
     wanted = module.state_dict()
-    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
-    if missing or extra:
-        raise OverlayError(
-            f"{len(missing)} tensors missing, {len(extra)} not known to {type(module).__name__}",
-            file=folder,
-            items=[f"missing: {name}" for name in missing] + [f"unknown: {name}" for name in extra],
-            next=verify_command(folder),
-        )
-    for name, tensor in wanted.items():
-        _check_tensor(name, tensor, stored[name], folder)
+    missing = [f"missing: {name}" for name in sorted(set(wanted) - set(stored))]
+    extra = [f"unknown: {name}" for name in sorted(set(stored) - set(wanted))]
+    with verify_next(folder):
+        if missing or extra:
+            problem = f"{len(missing)} tensors missing, {len(extra)} not known to {type(module).__name__}"
+            raise OverlayError(problem, file=folder, items=missing + extra)
+        for name, tensor in wanted.items():
+            _check_tensor(name, tensor, stored[name])
 
 
 def read_tensors(stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
@@ -193,59 +180,56 @@ def read_tensors(stored: Mapping[str, Stored], device: torch.device, dtype: torc
     return found
 
 
+@contextlib.contextmanager
+def verify_next(folder: Path) -> Iterator[None]:
+    """Errors of the block say to check the overlay of ``folder`` next; a file that cannot be had is an OverlayError."""
+    try:
+        yield
+    except LtxpackError as error:
+        kind = OverlayError if isinstance(error, SourceError) else type(error)
+        raise kind(
+            error.problem,
+            file=error.file,
+            tensor=error.tensor,
+            expected=error.expected,
+            found=error.found,
+            items=error.items,
+            next=verify_command(folder),
+        ) from error
+
+
 def verify_command(folder: Path) -> str:
-    """The command that checks the overlay ``folder`` lies in."""
+    """The command that checks the overlay ``folder`` is in."""
     overlay = next((place for place in folder.parents if (place / "ltxpack.json").is_file()), folder.parent)
     return f"ltxpack verify {quoted(overlay)}"
 
 
-def _check_tensor(name: str, wanted: Tensor, entry: Stored, folder: Path) -> None:
+def _check_tensor(name: str, wanted: Tensor, entry: Stored) -> None:
     accepted = set(FLOATS) if wanted.is_floating_point() else {k for k, v in STORED.items() if v == wanted.dtype}
-    if entry.shape == tuple(wanted.shape) and entry.dtype in accepted:
-        return
-    shape_differs = entry.shape != tuple(wanted.shape)
-    error: type[LtxpackError] = OverlayError if shape_differs else UnsupportedError
-    raise error(
-        "shape differs" if shape_differs else "a dtype that is not loaded as it is",
-        file=entry.file,
-        tensor=name,
-        expected=_described(entry.dtype if entry.dtype in accepted else "|".join(sorted(accepted)), wanted.shape),
-        found=str(entry),
-        next=verify_command(folder),
-    )
+    expected = _described(entry.dtype if entry.dtype in accepted else "|".join(sorted(accepted)), wanted.shape)
+    if entry.shape != tuple(wanted.shape):
+        raise OverlayError("shape differs", file=entry.file, tensor=name, expected=expected, found=str(entry))
+    if entry.dtype not in accepted:
+        problem = "a dtype that is not loaded as it is"
+        raise UnsupportedError(problem, file=entry.file, tensor=name, expected=expected, found=str(entry))
 
 
-def _check_buffers(module: nn.Module, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``given``, after holding it against the buffers of ``module`` that no file can hold."""
-    lost = dict(module.named_buffers())
-    for name in module.state_dict():
-        lost.pop(name, None)
-    shapes = {name: tuple(buffer.shape) for name, buffer in lost.items()}
-    if shapes != {name: tuple(buffer.shape) for name, buffer in given.items()}:
-        raise ValueError(f"{type(module).__name__} has the non-persistent buffers {shapes}, given were {sorted(given)}")
-    return given
+def _check_buffers(module: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """``given`` must be the buffers of ``module`` that no file can hold."""
+    stored = module.state_dict()
+    lost = {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if name not in stored}
+    if lost != {name: tuple(buffer.shape) for name, buffer in given.items()}:
+        raise ValueError(f"{type(module).__name__} has the non-persistent buffers {lost}, given were {sorted(given)}")
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(folder: Path) -> Mapping[str, str]:
     """Tensor name -> file name of the folder's index; empty without an index."""
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if not indices:
-        return {}
     if len(indices) > 1:
         raise OverlayError("several indices", file=folder, items=[path.name for path in indices])
-    weight_map = _read_json(indices[0]).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError("no weight_map", file=indices[0], next=verify_command(folder))
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise FormatError(
-                "not a file of this folder",
-                file=indices[0],
-                tensor=tensor,
-                expected="a .safetensors file name",
-                found=repr(name),
-                next=verify_command(folder),
-            )
+    weight_map = read_index(indices[0]).weight_map if indices else {}
+    if indices and not weight_map:
+        raise FormatError("names no tensors", file=indices[0])
     return weight_map
 
 
@@ -253,45 +237,8 @@ def _single_file(folder: Path) -> str:
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
-    raise OverlayError(
-        "no weights" if not files else "several weight files and no index",
-        file=folder,
-        expected=f"one .safetensors file, or an *{INDEX_SUFFIX}",
-        items=files,
-        next=verify_command(folder),
-    )
-
-
-def _read_header(path: Path, folder: Path) -> dict[str, Stored]:
-    if not path.is_file():
-        raise OverlayError("no such file", file=path, next=verify_command(folder))
-    try:
-        file = read_tensorfile(path)
-    except LtxpackError as error:
-        problem = f"not a whole safetensors file: {error.problem}"
-        raise FormatError(
-            problem,
-            file=path,
-            tensor=error.tensor,
-            expected=error.expected,
-            found=error.found,
-            next=verify_command(folder),
-        ) from error
-    return {t.name: Stored(path, t.dtype, t.shape, t.start, t.nbytes) for t in file.tensors.values()}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise OverlayError("no such file", file=path, next=verify_command(path.parent))
-    try:
-        value = read_json(path)
-    except LtxpackError as error:
-        raise FormatError(
-            error.problem, file=path, expected=error.expected, next=verify_command(path.parent)
-        ) from error
-    if not isinstance(value, dict):
-        raise FormatError("not a JSON object", file=path, next=verify_command(path.parent))
-    return value
+    problem, expected = "several weight files and no index", f"one .safetensors file, or an *{INDEX_SUFFIX}"
+    raise OverlayError(problem if files else "no weights", file=folder, expected=expected, items=files)
 
 
 def _described(dtype: str, shape: tuple[int, ...]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import DeviceError, UsageError
-from ltxpack.files.direct import AUTO, READS
+from ltxpack.files.direct import AUTO
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiles, Tiling, auto_tiling
@@ -178,13 +178,7 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
         "machine": {"card": machine.card, "host": machine.host},
         "peak": {"card": plan.card, "host": plan.host},
         "phases": [
-            {
-                "name": phase.name,
-                "card": phase.card,
-                "weights": phase.weights,
-                "activations": phase.activations,
-                "host": phase.host,
-            }
+            {word: getattr(phase, word) for word in ("name", "card", "weights", "activations", "host")}
             for phase in plan.phases
         ],
         "loading": {
@@ -199,19 +193,6 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
 
 TENTH = 10**8
 SMALLER = "free memory there, or choose a smaller --height, --width or --num-frames"
-
-
-def check_mode(mode: str) -> None:
-    """Raises UsageError unless ``mode`` is ``auto`` or one of the planner."""
-    known = (planner.AUTO, *planner.MODES)
-    if mode not in known:
-        raise UsageError("unknown residency", expected=", ".join(known), found=mode, next="choose --residency auto")
-
-
-def check_reads(reads: str) -> None:
-    """Raises UsageError unless ``reads`` is one of the ways to read."""
-    if reads not in READS:
-        raise UsageError("unknown way to read", expected=", ".join(READS), found=reads, next="choose --reads auto")
 
 
 def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:

@@ -201,7 +201,7 @@ def test_the_overlay_is_named_even_from_a_bake(tmp_path: Path) -> None:
 
 def test_config_of_another_class_or_with_unknown_fields_is_refused(tmp_path: Path) -> None:
     folder = write_single(tmp_path / "part", tensors())
-    with pytest.raises(OverlayError, match="no such file"):
+    with pytest.raises(OverlayError, match="does not exist"):
         load.read_config(folder, "Small")
     (folder / "config.json").write_text('{"_class_name": "Large", "width": 3}')
     with pytest.raises(OverlayError, match="expected Small, found Large"):

@@ -20,13 +20,13 @@ from ltxpack.errors import OverlayError
 from ltxpack.files.direct import CACHED, READS, VIEWS_PER_READ
 from ltxpack.files.reader import Range, plan_reads
 from ltxpack.runtime.weights import load, reading
-from ltxpack.runtime.weights.copies import HUGE_PAGE, PAGE, Copies, HostCopies, HostMemory
+from ltxpack.runtime.weights.copies import HUGE_PAGE, PAGE, Copies, HostMemory
 from ltxpack.runtime.weights.machine import own_memory
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
 CPU = torch.device("cpu")
 SHAPES = [(), (1,), (0,), (3, 5), (64, 7), (2, 2, 2), (129,)]
-queues = pytest.mark.parametrize("queue", [lambda: HostCopies(CPU), LateCopies], ids=["at once", "late"])
+queues = pytest.mark.parametrize("queue", [lambda: Copies(CPU), LateCopies], ids=["at once", "late"])
 reads_all = pytest.mark.parametrize("reads", READS)
 read_sizes = pytest.mark.parametrize("read_bytes", [16, 100, reading.READ_BYTES])
 
@@ -93,7 +93,7 @@ def test_every_tensor_arrives(
             assert torch.equal(found[f"{number}.{name}"], wanted), name
 
 
-class Marked(HostCopies):
+class Marked(Copies):
     """Keeps which mark each copy had to come after; ``now`` is another one each time."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ def test_some_straight_to_their_place_and_some_through_buffers(read_bytes: int, 
     chosen = list(stored)[::2]
     skipped = list(stored)[1]
     wanted = [stored[name].read_into(found[name], name in chosen) for name in stored if name != skipped]
-    reader = FileReader(HostCopies(CPU), reads=reads, read_bytes=read_bytes)
+    reader = FileReader(Copies(CPU), reads=reads, read_bytes=read_bytes)
     reader.fill(wanted, {entry.file: digest(entry.file) for entry in stored.values()})
     reader.close()
     for name in stored:
@@ -147,7 +147,7 @@ def test_a_changed_byte_anywhere_is_refused(read_bytes: int, where: int, reads: 
     content = bytearray(path.read_bytes())
     content[where] ^= 1
     path.write_bytes(content)
-    reader = FileReader(HostCopies(CPU), reads=reads, read_bytes=read_bytes)
+    reader = FileReader(Copies(CPU), reads=reads, read_bytes=read_bytes)
     with pytest.raises(OverlayError, match="changed since the overlay was written") as caught:
         fill(reader, stored, on_host=False, digests=digests)
     assert caught.value.file == str(path) and "blake3" in str(caught.value.expected)
@@ -162,7 +162,7 @@ def test_a_file_without_wanted_tensors_is_hashed_too(tmp_path: Path) -> None:
     digests = {entry.file: digest(entry.file) for entry in stored.values()}
     first = {name: entry for name, entry in stored.items() if name.startswith("0.")}
     other = next(entry.file for name, entry in stored.items() if name.startswith("1."))
-    reader = FileReader(HostCopies(CPU))
+    reader = FileReader(Copies(CPU))
     fill(reader, first, on_host=True, digests=digests)
     with pytest.raises(OverlayError):
         fill(reader, first, on_host=True, digests={**digests, other: "0" * 64})
@@ -179,7 +179,7 @@ def test_a_file_that_changes_while_it_is_read(damage: str, on_host: bool, reads:
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-40])
-    reader = FileReader(HostCopies(CPU), reads=reads, read_bytes=64)
+    reader = FileReader(Copies(CPU), reads=reads, read_bytes=64)
     with pytest.raises(OverlayError) as caught:
         fill(reader, stored, on_host=on_host)
     assert caught.value.file == str(path) and caught.value.next.startswith("ltxpack verify")
@@ -196,7 +196,7 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
         if asked == 3:
             raise KeyboardInterrupt
 
-    reader = FileReader(HostCopies(CPU), read_bytes=16, in_flight=2)
+    reader = FileReader(Copies(CPU), read_bytes=16, in_flight=2)
     with pytest.raises(KeyboardInterrupt):
         fill(reader, stored, on_host=False, stop=stop)
     found = fill(reader, stored, on_host=False)
@@ -261,7 +261,7 @@ def test_reads_cover_what_is_wanted_once(gaps: list[tuple[int, int]], limit: int
 def test_more_tensors_than_the_system_takes_in_one_call(tmp_path: Path) -> None:
     state = {f"{number:04}": torch.tensor([number]) for number in range(2 * VIEWS_PER_READ + 3)}
     stored = written(tmp_path, state)
-    reader = FileReader(HostCopies(CPU))
+    reader = FileReader(Copies(CPU))
     found = fill(reader, stored, on_host=True)
     reader.close()
     assert all(found[f"0.{name}"] == tensor for name, tensor in state.items())
@@ -269,7 +269,7 @@ def test_more_tensors_than_the_system_takes_in_one_call(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nbytes", [0, 1, PAGE, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 5])
 def test_large_memory_begins_on_a_huge_page(nbytes: int) -> None:
-    memory = HostMemory(nbytes, HostCopies(CPU))
+    memory = HostMemory(nbytes, Copies(CPU))
     assert memory.bytes.nbytes == nbytes and memory.bytes.data_ptr() % PAGE == 0
     if nbytes >= HUGE_PAGE:
         assert memory.bytes.data_ptr() % HUGE_PAGE == 0
@@ -281,4 +281,4 @@ def test_large_memory_begins_on_a_huge_page(nbytes: int) -> None:
 
 def test_memory_that_is_not_to_be_had() -> None:
     with pytest.raises(MemoryError, match="bytes of host memory"):
-        HostMemory(1 << 60, HostCopies(CPU))
+        HostMemory(1 << 60, Copies(CPU))

@@ -481,7 +481,7 @@ class TestUse:
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("ltxpack")]
 
     def test_memory_that_cannot_be_pinned_is_told(self, residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("ltxpack.runtime.weights.copies.HostCopies.pin", lambda *_: False)
+        monkeypatch.setattr("ltxpack.runtime.weights.copies.Copies.pin", lambda *_: False)
         residency.reporter = notes = Notes()
         self.planned(residency, WAYS[6]).use(PARTS[0], load_dit, id)
         assert any("would not pin" in warning for warning in notes.warnings)

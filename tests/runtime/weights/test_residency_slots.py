@@ -28,7 +28,7 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.weights import placed, slots
-from ltxpack.runtime.weights.copies import PAGE, Copies, HostCopies, HostMemory
+from ltxpack.runtime.weights.copies import PAGE, Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored, load_module, read_headers
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
@@ -38,7 +38,7 @@ from ltxpack.runtime.weights.slots import FileStream, StreamedCheck
 CPU = torch.device("cpu")
 LAYERS = 5
 DEEP = {**SMALL, "num_layers": LAYERS}
-queues = pytest.mark.parametrize("queue", [lambda: HostCopies(CPU), LateCopies], ids=["at once", "late"])
+queues = pytest.mark.parametrize("queue", [lambda: Copies(CPU), LateCopies], ids=["at once", "late"])
 
 
 def streaming(source: str, blocks: Iterable[int] = range(LAYERS), **more: Any) -> Placement:
@@ -157,7 +157,7 @@ def test_held_blocks_serve_the_next_load(placement: Placement, queue: Callable[[
         part.drop()
 
 
-class Pinning(HostCopies):
+class Pinning(Copies):
     """Notes what is pinned, and by which thread; ``begun`` is set with the first."""
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class Pinning(HostCopies):
 
 def test_memory_is_pinned_in_stretches_while_the_next_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placed, "STRETCH", 16 * PAGE)
-    copies, reader = Pinning(), FileReader(HostCopies(CPU), read_bytes=1000, in_flight=2)
+    copies, reader = Pinning(), FileReader(Copies(CPU), read_bytes=1000, in_flight=2)
     known = digests(folder)
     read = PlacementReader(Placement(), ROOT, known, reader, copies, to_host=True)
     scatter, waited, last = DirectReader.scatter, list[bool](), list(known)[-1]
@@ -235,7 +235,7 @@ def test_weights_that_stay_together_are_few_allocations(
 
 
 def test_spare_memory_of_another_size_goes() -> None:
-    spare, one, other = SpareMemory(), *(HostMemory(size, HostCopies(CPU)) for size in (PAGE, 2 * PAGE))
+    spare, one, other = SpareMemory(), *(HostMemory(size, Copies(CPU)) for size in (PAGE, 2 * PAGE))
     for memory in (one, other):
         spare.give(memory)
     assert spare.take(2 * PAGE) is other
@@ -266,7 +266,7 @@ def block_of(name: str) -> int:
 
 @placements
 def test_weights_are_on_the_card_only_for_their_work(placement: Placement, folder: Path) -> None:
-    held = placed_module(folder, placement, lambda: HostCopies(CPU))
+    held = placed_module(folder, placement, lambda: Copies(CPU))
     streamed = tuple(f"transformer_blocks.{number}." for number in placement.streamed)
 
     def away() -> set[str]:
@@ -351,7 +351,7 @@ def test_any_number_of_blocks_in_any_order(count: int, where: str, queue: Callab
 
 def test_work_that_fails_half_way_leaves_the_next_one_right(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", 5)
-    plain, held = load_module(chain(5), folder, CPU), streamed_chain(folder, 5, lambda: HostCopies(CPU), FILE)
+    plain, held = load_module(chain(5), folder, CPU), streamed_chain(folder, 5, lambda: Copies(CPU), FILE)
     x = torch.ones(4)
     with torch.inference_mode():
         with pytest.raises(RuntimeError), held.in_use() as streamed:
@@ -366,7 +366,7 @@ def test_work_that_fails_half_way_leaves_the_next_one_right(tmp_path: Path) -> N
 
 def test_a_file_that_goes_away_while_it_is_streamed(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", 5)
-    held = streamed_chain(folder, 5, lambda: HostCopies(CPU), FILE)
+    held = streamed_chain(folder, 5, lambda: Copies(CPU), FILE)
     path = folder / "m.safetensors"
     with torch.inference_mode(), pytest.raises(OverlayError) as caught, held.in_use() as streamed:
         streamed(torch.ones(4))
@@ -383,8 +383,8 @@ def test_blocks_with_a_cast_on_the_way(tmp_path: Path) -> None:
     folder = tmp_path / "chain"
     chain_in(folder, 4)
     for where in (HOST, FILE):
-        reader = FileReader(HostCopies(CPU))
-        read = PlacementReader(streaming(where, range(3)), "blocks", {}, reader, HostCopies(CPU))
+        reader = FileReader(Copies(CPU))
+        read = PlacementReader(streaming(where, range(3)), "blocks", {}, reader, Copies(CPU))
         module = load_module(chain(4), folder, CPU, torch.bfloat16, reader=read)
         plain = load_module(chain(4), folder, CPU, torch.bfloat16)
         held = PlacedModule(module, read)
@@ -424,7 +424,7 @@ def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, fold
         return graph.forward
 
     expected = plain_outputs(folder)
-    held = placed_module(folder, placement, lambda: HostCopies(CPU))
+    held = placed_module(folder, placement, lambda: Copies(CPU))
     prepared: list[bool] = []
 
     def prepare(dit: DiT, streamed: bool) -> None:
@@ -447,7 +447,7 @@ def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, fold
 @pytest.mark.parametrize("where", [HOST, FILE])
 @pytest.mark.parametrize("count", [3, 4, 7])
 def test_the_next_block_is_under_way_while_one_computes(count: int, where: str, tmp_path: Path) -> None:
-    held = streamed_chain(chain_in(tmp_path / "chain", count), count, lambda: HostCopies(CPU), where)
+    held = streamed_chain(chain_in(tmp_path / "chain", count), count, lambda: Copies(CPU), where)
     asked: list[int] = []
     computed: list[tuple[int, int]] = []
     for number, source in enumerate(held._slots.sources):
@@ -503,7 +503,7 @@ def streamed(folder: Path, stored: dict[str, Stored], expected: dict[Path, str],
     """Read the layers in their order as they would stream, with a check of hashes; where reads began, how often."""
     own = {name: entry for name, entry in stored.items() if name != "vision"}
     check, begun = StreamedCheck(expected, (entry.source for entry in own.values())), Counter[int]()
-    stream = FileStream(HostCopies(CPU), check=check)
+    stream = FileStream(Copies(CPU), check=check)
     take = check.begin
     check.begin = lambda read, views: (begun.update([read.start]), take(read, views))[1]  # type: ignore[method-assign]
     for name in ["embed", *(f"layers.{number}.w" for number in range(12))] * turns:
