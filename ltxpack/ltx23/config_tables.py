@@ -211,7 +211,6 @@ CONSTANTS: dict[str, dict[str, Any]] = {
             "antialias_kernel_size": 12,
         }.items()
     },
-    "latent_upsampler": {},
 }
 
 SCHEDULER_BASE: dict[str, Any] = {

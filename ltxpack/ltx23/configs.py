@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
@@ -31,24 +30,12 @@ from ltxpack.ltx23.config_tables import (
     SECTIONS_WITHOUT_EFFECT,
     UPSAMPLER,
 )
-from ltxpack.ltx23.fields import ABSENT, Blocks, Problems, apply_table
+from ltxpack.ltx23.fields import ABSENT, Blocks, UnfitError, apply_table
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
 
 NEXT_RELEASE = "ltxpack inspect FILE (shows what the file is; this version converts LTX-2.3)"
-
-
-@dataclass(frozen=True)
-class _Derived:
-    """The unfinished configs by component. Intermediate fields start with ``_``."""
-
-    parts: Mapping[str, Config]
-    shapes: Shapes
-
-    def __getitem__(self, name: str) -> Any:
-        component, field = name.split(".")
-        return self.parts[component].get(field)
 
 
 def checkpoint_configs(config: Mapping[str, Any], shapes: Shapes, file: object) -> dict[str, Config]:
@@ -58,26 +45,30 @@ def checkpoint_configs(config: Mapping[str, Any], shapes: Shapes, file: object) 
     does not say: the text projection's widths and the number of registers). Raises UnsupportedError naming every
     field that this version does not convert.
     """
-    problems = Problems()
-    parts: dict[str, Config] = {name: dict(constants) for name, constants in CONSTANTS.items()}
-    for section in sorted(config.keys() - SECTIONS.keys() - SECTIONS_WITHOUT_EFFECT):
-        problems.add(section, "no such section (unknown to this version)", config[section])
+    problems = [
+        UnfitError(section, "no such section (unknown to this version)", config[section])
+        for section in sorted(config.keys() - SECTIONS.keys() - SECTIONS_WITHOUT_EFFECT)
+    ]
+    parts = {name: dict(constants) for name, constants in CONSTANTS.items()}
     for section, table in SECTIONS.items():
-        content = config.get(section)
+        content = config.get(section, ABSENT)
         if not isinstance(content, Mapping):
-            problems.add(section, "a section of fields", ABSENT if content is None else content)
+            problems.append(UnfitError(section, "a section of fields", content))
             continue
         for target, value in apply_table(section, content, table, problems).items():
             component, field = target.split(".")
             parts[component][field] = value
     _refuse(problems, file)
-    del parts["latent_upsampler"]
-    derived = _Derived(parts, shapes)
-    _derive(derived, problems)
+    _derive_transformer(parts["transformer"])
+    problems += _derive_connectors(parts["connectors"], shapes)
+    _derive_vae(parts["vae"])
+    parts["vocoder"]["in_channels"] = 2 * parts["audio_vae"]["mel_bins"]
+    parts["vocoder"]["bwe_in_channels"] = 2 * parts["vocoder"]["num_mel_channels"]
     _refuse(problems, file)
-    for name, expected, holds in _agreements(derived):
+    of = {f"{name}.{field}": value for name, part in parts.items() for field, value in part.items()}
+    for name, expected, holds in (*_width_agreements(of), *_codec_agreements(of), *_bandwidth_agreements(of)):
         if not holds:
-            problems.add(name, expected, _value(config, name))
+            problems.append(UnfitError(name, expected, _value(config, name)))
     _refuse(problems, file)
     return {name: _finished(name, part) for name, part in parts.items()}
 
@@ -87,14 +78,15 @@ def upsampler_config(config: Mapping[str, Any], latent_channels: int | None, fil
 
     ``latent_channels`` is what the checkpoint's latents have; None where that is not known.
     """
-    problems = Problems()
+    problems: list[UnfitError] = []
     taken = apply_table("config", config, UPSAMPLER, problems)
     _refuse(problems, file, what="is not a spatial x2 upsampler of LTX-2.3")
     part = {target.split(".")[1]: value for target, value in taken.items()}
-    if latent_channels not in (None, part["in_channels"]):
-        problems.add("config.in_channels", f"{latent_channels} (vae.latent_channels)", part["in_channels"])
-    if part["mid_channels"] % 32:
-        problems.add("config.mid_channels", "a multiple of 32", part["mid_channels"])
+    channels, width = part["in_channels"], part["mid_channels"]
+    if latent_channels not in (None, channels):
+        problems.append(UnfitError("config.in_channels", f"{latent_channels} (vae.latent_channels)", channels))
+    if width % 32:
+        problems.append(UnfitError("config.mid_channels", "a multiple of 32", width))
     _refuse(problems, file, what="does not fit this checkpoint")
     return _finished("latent_upsampler", part)
 
@@ -119,15 +111,6 @@ def json_bytes(document: Any) -> bytes:
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _derive(derived: _Derived, problems: Problems) -> None:
-    parts = derived.parts
-    _derive_transformer(parts["transformer"])
-    _derive_connectors(parts["connectors"], derived.shapes, problems)
-    _derive_vae(parts["vae"])
-    channels = 2 * parts["audio_vae"]["mel_bins"]
-    parts["vocoder"].update(in_channels=channels, bwe_in_channels=2 * parts["vocoder"]["num_mel_channels"])
-
-
 def _derive_transformer(part: Config) -> None:
     frames, height, width = part["_max_pos"]
     part.update(
@@ -139,28 +122,27 @@ def _derive_transformer(part: Config) -> None:
     )
 
 
-def _derive_connectors(part: Config, shapes: Shapes, problems: Problems) -> None:
+def _derive_connectors(part: Config, shapes: Shapes) -> Iterator[UnfitError]:
     """Only the tensors state the widths of the text projections and the numbers of registers."""
-    caption = part["caption_channels"]
-    factors = set()
+    caption, factors = part["caption_channels"], set()
     for stream in ("video", "audio"):
         projection = f"text_embedding_projection.{stream}_aggregate_embed.weight"
         registers = f"model.diffusion_model.{stream}_embeddings_connector.learnable_registers"
         for name in (projection, registers):
             if len(shapes.get(name, ())) != 2:
-                found = list(shapes[name]) if name in shapes else ABSENT
-                problems.add(name, "a tensor of two dimensions", found)
+                yield UnfitError(name, "a tensor of two dimensions", shapes.get(name, ABSENT))
                 return
         out_features, in_features = shapes[projection]
         if in_features % caption:
-            problems.add(projection, f"a multiple of {caption} (caption_channels) columns", list(shapes[projection]))
+            yield UnfitError(projection, f"a multiple of {caption} (caption_channels) columns", shapes[projection])
         factors.add(in_features // caption)
-        if shapes[registers][0] < 1 or TEXT_TOKENS % shapes[registers][0]:
-            problems.add(registers, f"a number of rows that divides {TEXT_TOKENS}", list(shapes[registers]))
+        rows = shapes[registers][0]
+        if rows < 1 or TEXT_TOKENS % rows:
+            yield UnfitError(registers, f"a number of rows that divides {TEXT_TOKENS}", shapes[registers])
         part[f"{stream}_hidden_dim"] = out_features
-        part[f"{stream}_connector_num_learnable_registers"] = shapes[registers][0]
+        part[f"{stream}_connector_num_learnable_registers"] = rows
     if len(factors) > 1:
-        problems.add("text_embedding_projection", "video and audio projections of one input width", sorted(factors))
+        yield UnfitError("text_embedding_projection", "video and audio projections of one input width", sorted(factors))
     part["text_proj_in_factor"] = min(factors)
     part["audio_connector_num_layers"] = part["_audio_layers"] or part["video_connector_num_layers"]
     part["connector_rope_base_seq_len"] = part["_max_pos"][0]
@@ -193,13 +175,11 @@ def _cumulative(base: int, multipliers: tuple[int, ...]) -> list[int]:
     return [base * math.prod(multipliers[: i + 1]) for i in range(len(multipliers))]
 
 
-def _agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
-    """What must hold between fields: (the official field to name, what is expected, whether it holds)."""
-    yield from _width_agreements(of)
-    yield from _codec_agreements(of)
+# What must hold between fields: (the official field to name, what is expected, whether it holds).
+Agreements = Iterator[tuple[str, str, bool]]
 
 
-def _width_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
+def _width_agreements(of: Config) -> Agreements:
     for stream, prefix in (("video", ""), ("audio", "audio_")):
         inner = of[f"transformer.{prefix}num_attention_heads"] * of[f"transformer.{prefix}attention_head_dim"]
         context = of[f"transformer.{prefix}cross_attention_dim"]
@@ -223,7 +203,7 @@ def _width_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
     yield "audio_vae.model.params.ddconfig.ch", f"{sound} (width of the audio latents)", base == sound
 
 
-def _codec_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
+def _codec_agreements(of: Config) -> Agreements:
     base = of["vae._encoder_base"]
     yield "vae.encoder_base_channels", "latent_channels", base == of["vae.latent_channels"]
     for side in ("encoder", "decoder"):
@@ -249,10 +229,9 @@ def _codec_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
         channels = of[f"vocoder.{prefix}hidden_channels"]
         name = f"vocoder.{section}.upsample_initial_channel"
         yield name, f"a number that {len(factors)} halvings leave whole", channels % 2 ** len(factors) == 0
-    yield from _bandwidth_agreements(of)
 
 
-def _bandwidth_agreements(of: _Derived) -> Iterator[tuple[str, str, bool]]:
+def _bandwidth_agreements(of: Config) -> Agreements:
     low, high = of["vocoder.input_sampling_rate"], of["vocoder.output_sampling_rate"]
     yield "vocoder.bwe.output_sampling_rate", f"a multiple of {low}", high % low == 0
     rates, hop = math.prod(of["vocoder.bwe_upsample_factors"]), of["vocoder.hop_length"]
@@ -266,15 +245,15 @@ def _finished(component: str, part: Mapping[str, Any]) -> Config:
     return {"_class_name": COMPONENTS[component].name, "_diffusers_version": DIFFUSERS_VERSION, **config}
 
 
-def _refuse(problems: Problems, file: object, what: str = "has a config that this version does not convert") -> None:
-    if not problems.found:
-        return
-    if len(problems.found) == 1:
-        only = problems.found[0]
+def _refuse(
+    problems: list[UnfitError], file: object, what: str = "has a config that this version does not convert"
+) -> None:
+    if len(problems) > 1:
+        raise UnsupportedError(what, file=str(file), items=problems, next=NEXT_RELEASE)
+    for one in problems:
         raise UnsupportedError(
-            f"{what}: {only.field}", file=str(file), expected=only.expected, found=only.found, next=NEXT_RELEASE
+            f"{what}: {one.field}", file=str(file), expected=one.expected, found=one.found, next=NEXT_RELEASE
         )
-    raise UnsupportedError(what, file=str(file), items=problems.found, next=NEXT_RELEASE)
 
 
 def _value(config: Mapping[str, Any], name: str) -> Any:

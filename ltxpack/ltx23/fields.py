@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 MAX_DIMENSION = 1 << 20
@@ -18,28 +18,20 @@ MAX_REPEATS = 1000
 MAX_LIST = 64
 RESAMPLINGS = 4
 
-# Parameters of a resampling block besides ``multiplier``, each with the only value LTX-2.3 has.
-_FIXED_PARAMETERS: Mapping[str, Any] = {"residual": False, "inject_noise": False}
-
-REQUIRED: Final = object()
 SAME: Final = object()
-
-
-class Words(str):
-    """What was found, as words instead of a value."""
-
-    __slots__ = ()
-
-
-ABSENT: Final = Words("no such field")
+# The value of a field that is not there. Every check refuses it.
+ABSENT: Final = object()
 
 
 class UnfitError(Exception):
-    """A value that a rule refuses: what was expected, what was found, and where below the field."""
+    """A field that cannot be converted: its path, what was expected, and what was found, as JSON."""
 
-    def __init__(self, expected: str, found: object, where: str = "") -> None:
-        super().__init__(expected)
-        self.expected, self.found, self.where = expected, found, where
+    def __init__(self, field: str, expected: str, found: object) -> None:
+        super().__init__(field, expected, found)
+        self.field, self.expected, self.value, self.found = field, expected, found, shown(found)
+
+    def __str__(self) -> str:
+        return f"{self.field}: expected {self.expected}, found {self.found}"
 
 
 Check = Callable[[Any], Any]
@@ -51,33 +43,10 @@ class Field:
 
     check: Check
     to: tuple[str, ...] = ()
-    absent: Any = REQUIRED
+    absent: Any = ABSENT
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One field that cannot be converted."""
-
-    field: str
-    expected: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.field}: expected {self.expected}, found {self.found}"
-
-
-@dataclass
-class Problems:
-    """The problems found so far."""
-
-    found: list[Problem] = field(default_factory=list)
-
-    def add(self, name: str, expected: str, found: object) -> None:
-        """Note that field ``name`` does not fit."""
-        self.found.append(Problem(name, expected, found if isinstance(found, Words) else shown(found)))
-
-
-def take(check: Check, *to: str, absent: Any = REQUIRED) -> Field:
+def take(check: Check, *to: str, absent: Any = ABSENT) -> Field:
     """A field whose value is taken over."""
     return Field(check, to, absent)
 
@@ -87,10 +56,10 @@ def only(value: Any, *to: str, becomes: Any = SAME, optional: bool = False) -> F
 
     def check(found: Any) -> Any:
         if not same(found, value):
-            raise UnfitError(shown(value), found)
+            raise UnfitError("", shown(value), found)
         return value if becomes is SAME else becomes
 
-    return Field(check, to, value if optional else REQUIRED)
+    return Field(check, to, value if optional else ABSENT)
 
 
 def same_name(component: str, check: Check, *names: str) -> dict[str, Field]:
@@ -109,27 +78,33 @@ def no_effect(*names: str) -> dict[str, Field]:
 
 
 def apply_table(
-    section: str, config: Mapping[str, Any], table: Mapping[str, Field], problems: Problems
+    section: str, config: Mapping[str, Any], table: Mapping[str, Field], problems: list[UnfitError]
 ) -> dict[str, Any]:
     """The target fields that ``table`` makes of ``config``; what does not fit goes to ``problems``.
 
     ``config`` may nest; the table names leaves by dotted path (``model.params.ddconfig.ch``).
     """
     leaves = flatten(config)
-    for name in sorted(leaves.keys() - table.keys()):
-        problems.add(f"{section}.{name}", "no such field (unknown to this version)", leaves[name])
+    problems += (
+        UnfitError(f"{section}.{name}", "no such field (unknown to this version)", leaves[name])
+        for name in sorted(leaves.keys() - table.keys())
+    )
     taken: dict[str, Any] = {}
     for name, rule in table.items():
-        if name not in leaves and rule.absent is REQUIRED:
-            problems.add(f"{section}.{name}", _expectation(rule), ABSENT)
-            continue
         try:
-            value = rule.check(leaves.get(name, rule.absent))
+            value = _checked(rule.check, leaves.get(name, rule.absent), f"{section}.{name}")
+            taken.update(dict.fromkeys(rule.to, value))
         except UnfitError as unfit:
-            problems.add(f"{section}.{name}{unfit.where}", unfit.expected, unfit.found)
-            continue
-        taken.update(dict.fromkeys(rule.to, value))
+            problems.append(unfit)
     return taken
+
+
+def _checked(check: Check, found: Any, where: str) -> Any:
+    """What ``check`` makes of ``found``, which is at ``where``."""
+    try:
+        return check(found)
+    except UnfitError as unfit:
+        raise UnfitError(where + unfit.field, unfit.expected, unfit.value) from None
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +123,8 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def shown(value: object) -> str:
     """``value`` as JSON, cut to a readable length."""
+    if value is ABSENT:
+        return "no such field"
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -170,7 +147,7 @@ def whole(low: int, high: int) -> Check:
     def check(found: Any) -> int:
         number = _number(found)
         if number is None or number != int(number) or not low <= number <= high:
-            raise UnfitError(f"a whole number from {low} to {high}", found)
+            raise UnfitError("", f"a whole number from {low} to {high}", found)
         return int(number)
 
     return check
@@ -184,7 +161,7 @@ def positive(found: Any) -> float:
     """A finite number above 0."""
     number = _number(found)
     if number is None or number <= 0:
-        raise UnfitError("a number above 0", found)
+        raise UnfitError("", "a number above 0", found)
     return float(number)
 
 
@@ -198,7 +175,7 @@ def flag(true: Any, false: Any) -> Check:
 
     def check(found: Any) -> Any:
         if not isinstance(found, bool):
-            raise UnfitError("true or false", found)
+            raise UnfitError("", "true or false", found)
         return true if found else false
 
     return check
@@ -210,14 +187,8 @@ def list_of(check: Check, length: int | None = None) -> Check:
 
     def check_list(found: Any) -> list[Any]:
         if not isinstance(found, list) or not (len(found) == length if length else 0 < len(found) <= MAX_LIST):
-            raise UnfitError(f"a list of {size} values", found)
-        values = []
-        for position, item in enumerate(found):
-            try:
-                values.append(check(item))
-            except UnfitError as unfit:
-                raise UnfitError(unfit.expected, unfit.found, f"[{position}]{unfit.where}") from None
-        return values
+            raise UnfitError("", f"a list of {size} values", found)
+        return [_checked(check, item, f"[{position}]") for position, item in enumerate(found)]
 
     return check_list
 
@@ -237,47 +208,36 @@ def block_list(kinds: Mapping[str, str]) -> Check:
     def check(found: Any) -> Blocks:
         count = 2 * RESAMPLINGS + 1
         if not isinstance(found, list) or len(found) != count:
-            raise UnfitError(f"a list of {count} blocks", found)
-        names, values = [], []
-        for position, block in enumerate(found):
-            where = f"[{position}]"
-            if not (isinstance(block, list) and len(block) == 2 and isinstance(block[1], dict)):
-                raise UnfitError("a block: [name, {parameters}]", block, where)
-            name, parameters = block
-            wanted = ["res_x"] if position % 2 == 0 else sorted(kinds)
-            if name not in wanted:
-                raise UnfitError(" or ".join(wanted), name, where)
-            names.append(kinds.get(name, name))
-            values.append(_only_number(parameters, "multiplier" if position % 2 else "num_layers", where))
-        return Blocks(tuple(values[::2]), tuple(names[1::2]), tuple(values[1::2]))
+            raise UnfitError("", f"a list of {count} blocks", found)
+        steps = [_block({"res_x": "res_x"}, "num_layers", 0), _block(kinds, "multiplier", 1)]
+        blocks = [_checked(steps[position % 2], block, f"[{position}]") for position, block in enumerate(found)]
+        names, numbers = zip(*blocks, strict=True)
+        return Blocks(numbers[::2], names[1::2], numbers[1::2])
 
     return check
 
 
-def _only_number(parameters: Mapping[str, Any], wanted: str, where: str) -> int:
-    """The parameter ``wanted``; any other must have its fixed value."""
-    for name, value in parameters.items():
-        if name == wanted or (name in _FIXED_PARAMETERS and same(value, _FIXED_PARAMETERS[name])):
-            continue
-        expected = shown(_FIXED_PARAMETERS[name]) if name in _FIXED_PARAMETERS else "no such parameter"
-        raise UnfitError(expected, value, f"{where}.{name}")
-    if wanted not in parameters:
-        raise UnfitError("a whole number", ABSENT, f"{where}.{wanted}")
-    try:
-        return int(whole(0 if wanted == "num_layers" else 1, MAX_REPEATS)(parameters[wanted]))
-    except UnfitError as unfit:
-        raise UnfitError(unfit.expected, unfit.found, f"{where}.{wanted}") from None
+def _block(names: Mapping[str, str], number: str, low: int) -> Check:
+    """Check for ``[<a name in names>, {<number>: n}]``. Other parameters must have the only value LTX-2.3 has."""
+    table = {number: take(whole(low, MAX_REPEATS), number)}
+    table |= each_only(False, "residual", "inject_noise", optional=True)
+
+    def check(found: Any) -> tuple[str, int]:
+        if not (isinstance(found, list) and len(found) == 2 and isinstance(found[1], dict)):
+            raise UnfitError("", "a block: [name, {parameters}]", found)
+        name, parameters = found
+        if not isinstance(name, str) or name not in names:
+            raise UnfitError("", " or ".join(sorted(names)), name)
+        problems: list[UnfitError] = []
+        taken = apply_table("", parameters, table, problems)
+        if problems:
+            raise problems[0]
+        return names[name], taken[number]
+
+    return check
 
 
 def _number(found: Any) -> float | int | None:
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
     return found if isinstance(found, int) or math.isfinite(found) else None
-
-
-def _expectation(rule: Field) -> str:
-    try:
-        rule.check(REQUIRED)
-    except UnfitError as unfit:
-        return unfit.expected
-    return "a value"

@@ -34,12 +34,11 @@ MAX_LICENCE = 100_000
 
 @dataclass(frozen=True)
 class Release:
-    """A published file. ``distilled``: a base whose scheduler differs."""
+    """A published file."""
 
     name: str
     size: int
     sha256: str
-    distilled: bool = False
 
     @property
     def file(self) -> str:
@@ -47,30 +46,15 @@ class Release:
         return f"{self.name}.safetensors"
 
 
-RELEASES = (
-    Release("ltx-2.3-22b-dev", 46_149_344_974, "7ab7225325bc403448ea84b6db2269811a880e5118cd2ee2b6282a93d585016f"),
-    Release(
-        "ltx-2.3-22b-distilled",
-        46_149_345_038,
-        "14409a4d1337a8ded02fa87fb895b17a91ab2c6588f7cc3352e624ff18a689bf",
-        distilled=True,
-    ),
-    Release(
-        "ltx-2.3-22b-distilled-1.1",
-        46_149_345_334,
-        "b33b7fe4bbfe084f484be4aaf90b0f1d95dca20d403ac4c0e037eb8c4f0af7cc",
-        distilled=True,
-    ),
-    Release(
-        "ltx-2.3-22b-distilled-lora-384",
-        7_605_507_256,
-        "2943ab994f3c9d88052e5a2a34cca14e4a2dfc36b1d8c407931d52d5c25dd72b",
-    ),
-    Release(
-        "ltx-2.3-22b-distilled-lora-384-1.1",
-        7_605_507_256,
-        "f5d4953f3386197a4b4f5abdb17616ff256171e8075c111d6e7d2dfa6e823b3a",
-    ),
+RELEASES = tuple(
+    Release(f"ltx-2.3-22b-{name}", size, sha256)
+    for name, size, sha256 in (
+        ("dev", 46_149_344_974, "7ab7225325bc403448ea84b6db2269811a880e5118cd2ee2b6282a93d585016f"),
+        ("distilled", 46_149_345_038, "14409a4d1337a8ded02fa87fb895b17a91ab2c6588f7cc3352e624ff18a689bf"),
+        ("distilled-1.1", 46_149_345_334, "b33b7fe4bbfe084f484be4aaf90b0f1d95dca20d403ac4c0e037eb8c4f0af7cc"),
+        ("distilled-lora-384", 7_605_507_256, "2943ab994f3c9d88052e5a2a34cca14e4a2dfc36b1d8c407931d52d5c25dd72b"),
+        ("distilled-lora-384-1.1", 7_605_507_256, "f5d4953f3386197a4b4f5abdb17616ff256171e8075c111d6e7d2dfa6e823b3a"),
+    )
 )
 
 
@@ -99,7 +83,7 @@ def recognise(name: str, size: int, sha256: str | None) -> Recognised:
 def is_distilled(name: str, size: int, sha256: str | None) -> bool:
     """Whether a checkpoint is a distilled base, by its content or else by its name."""
     release = recognise(name, size, sha256).release
-    return release.distilled if release else "distilled" in name
+    return "distilled" in (release.name if release else name)
 
 
 def likely(name: str, size: int) -> Release | None:
@@ -118,7 +102,7 @@ class Metadata:
     @property
     def image_crf(self) -> int:
         """The default x264 CRF of image conditioning (spec 04, section 4)."""
-        return default_image_crf(self.model_version)
+        return CRF_FROM_2_4 if parse_version(self.model_version) >= (2, 4) else CRF_BEFORE_2_4
 
 
 def parse_version(text: str) -> tuple[int, ...]:
@@ -131,28 +115,22 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def default_image_crf(model_version: str) -> int:
-    """33 before model version 2.4, 18 from there on."""
-    return CRF_FROM_2_4 if parse_version(model_version) >= (2, 4) else CRF_BEFORE_2_4
-
-
 def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: object) -> Metadata:
     """The metadata of an LTX-2.3 checkpoint with tensors ``names``. Raises UnsupportedError for another generation."""
     version = _plain(metadata, "model_version")
-    generation = parse_version(version or "")
-    if version is not None and generation[:2] != SUPPORTED:
+    if version is not None and parse_version(version)[:2] != SUPPORTED:
+        generation, expected, found = "", "model_version 2.3.x", f"model_version {version}"
+    elif any(name.startswith("duration_head.") for name in names):
+        generation, expected, found = " (LTX-2.5)", "tensors of LTX-2.3", "duration_head.*"
+    else:
+        found = None
+    if found is not None:
         raise UnsupportedError(
-            "is a checkpoint of another generation", file=str(file), expected="model_version 2.3.x",
-            found=f"model_version {version}", next=f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})",
-        )  # fmt: skip
-    foreign = sorted({name.split(".")[0] for name in names if name.startswith("duration_head.")})
-    if foreign:
-        raise UnsupportedError(
-            "is a checkpoint of another generation (LTX-2.5)", file=str(file), expected="tensors of LTX-2.3",
-            found=f"{foreign[0]}.*", next=f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})",
+            f"is a checkpoint of another generation{generation}", file=str(file), expected=expected, found=found,
+            next=f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})",
         )  # fmt: skip
     missing = [name for name in ("config", "model_version") if name not in metadata]
-    if missing:
+    if missing or version is None:
         raise UnsupportedError(
             "is not an all-in-one LTX-2.3 checkpoint", file=str(file),
             expected="safetensors metadata with `config` and `model_version`", found=f"no {' and no '.join(missing)}",
@@ -162,7 +140,6 @@ def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: objec
     if not isinstance(config, Mapping):
         raise UnsupportedError("metadata `config` is not an object", file=str(file), next="ltxpack inspect FILE")
     licence = _plain(metadata, "license") or _plain(metadata, "licence")
-    assert version is not None
     return Metadata(config, version, licence[:MAX_LICENCE] if licence else None)
 
 
