@@ -34,15 +34,7 @@ from ltxpack.materialize.plan import (
     plan_scheduler,
     plan_upsampler,
 )
-from ltxpack.materialize.sources import (
-    WEIGHTS,
-    Access,
-    InputFile,
-    InputFolder,
-    choose,
-    hub_folder,
-    open_source_folder,
-)
+from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, choose, hub_folder, open_source_folder
 from ltxpack.repack.items import CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.tensors import Copied
 from ltxpack.repack.verify import damaged_items, repair

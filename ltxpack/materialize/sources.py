@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
 from ltxpack.files.tensorfile import (
@@ -25,20 +25,9 @@ from ltxpack.files.tensorfile import (
     read_tensorfile,
 )
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
-from ltxpack.ltx23.releases import (
-    CHECKPOINT,
-    DEFAULT_FILES,
-    LORA,
-    PATTERNS,
-    TEXT_ENCODER,
-    TEXT_ENCODER_REPO,
-    UPSAMPLER,
-)
-from ltxpack.materialize.hub.client import Reference, RepoInfo, cached_sha256, parse_reference
+from ltxpack.ltx23.releases import CHECKPOINT, DEFAULT_FILES, LORA, PATTERNS, TEXT_ENCODER, TEXT_ENCODER_REPO, UPSAMPLER
+from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
 from ltxpack.reporter import Reporter
-
-if TYPE_CHECKING:
-    from ltxpack.materialize.hub.client import Hub
 
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
 # What a fault that a flag resolves says to do, before the flag.
@@ -86,20 +75,12 @@ class InputFolder:
     files: Mapping[str, InputFile]
     repo: RepoInfo | None = None
 
-    def top(self) -> dict[str, InputFile]:
-        """Files that are in no subfolder."""
-        return {name: file for name, file in self.files.items() if "/" not in name}
-
     def find(self, name: str) -> InputFile | InputFolder | None:
         """The file or subfolder ``name``; the ending of a weights file may be left out."""
         file = self.files.get(name) or self.files.get(name + WEIGHTS)
         prefix = name.strip("/") + "/"
         inside = {other[len(prefix) :]: file for other, file in self.files.items() if other.startswith(prefix)}
         return file or (InputFolder(f"{self.label}/{name}", inside, self.repo) if inside else None)
-
-    def folders(self) -> list[str]:
-        """Subfolders that hold a config.json."""
-        return sorted(name.rpartition("/")[0] for name in self.files if name.endswith("/config.json"))
 
 
 @dataclass(frozen=True)
@@ -124,11 +105,8 @@ class Access:
 
     @property
     def hub(self) -> Hub:
-        """The hub client, made at first use."""
-        if self._hub is None:
-            from ltxpack.materialize.hub.client import Hub
-
-            self._hub = Hub(reporter=self._reporter)
+        """The hub client, made at first use: it imports huggingface_hub."""
+        self._hub = self._hub or Hub(reporter=self._reporter)
         return self._hub
 
     def info(self, repo: str, revision: str | None = None) -> RepoInfo:
@@ -201,7 +179,11 @@ def resolve(
         )  # fmt: skip
 
     def file(role: str) -> InputFile:
-        return single if role == CHECKPOINT and single else _file(role, flags.get(role), folder, access)
+        if role == CHECKPOINT and single:
+            return single
+        typed = flags.get(role)
+        found = folder if typed is None else _find(typed, access, within=folder)
+        return choose(role, found) if isinstance(found, InputFolder) else found
 
     faults = InputFaults("several inputs were not found")
     found = {role: faults.gather(role, lambda role=role: file(role)) for role in PATTERNS}  # type: ignore[misc]
@@ -248,22 +230,42 @@ class InputFaults:
 
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:
     """SOURCE as a folder, and the checkpoint itself if SOURCE is a file (the folder is then the one it is in)."""
-    path = Path(source).expanduser()
+    found = _find(source, access, revision=revision)
+    if isinstance(found, InputFolder):
+        return found, None
+    return (local_folder(Path(found.member).parent) if found.repo is None else _repo_folder(found.repo, access)), found
+
+
+def _find(
+    typed: str, access: Access, *, revision: str | None = None, within: InputFolder | None = None
+) -> InputFile | InputFolder:
+    """What is typed: a file or folder here, a name ``within`` SOURCE, or a repo, a folder or a file on the hub."""
+    path = Path(typed).expanduser()
     kind = _kind(path)
     if kind is not None:
         if revision is not None:
-            raise UsageError("--revision is for a hub repo", found=f"{source}, which is on this machine")
-        if kind == "folder":
-            return local_folder(path), None
-        return local_folder(path.parent), local_file(path)
-    reference = _reference(source)
+            raise UsageError("--revision is for a hub repo", found=f"{typed}, which is on this machine")
+        return local_folder(path) if kind == "folder" else local_file(path)
+    inside = within.find(typed) if within else None
+    if inside is not None:
+        return inside
+    reference = _reference(typed)
     if reference is None:
-        raise _no_such_path(path, source)
+        where = f", a name within {within.label}" if within else ""
+        raise SourceError(
+            "does not exist", file=typed, expected=f"a file or folder{where}, or a hub repo as OWNER/NAME",
+            items=_similar(path) or (difflib.get_close_matches(typed, within.files, 8, 0.5) if within else []),
+        )  # fmt: skip
     if revision is not None and reference.revision:
-        raise UsageError("the revision is given twice", found=f"{source} and --revision {revision}")
+        raise UsageError("the revision is given twice", found=f"{typed} and --revision {revision}")
     folder = hub_folder(reference.repo, revision or reference.revision, access, path)
-    found = folder if reference.file is None else _member(folder, reference.file, source)
-    return (found, None) if isinstance(found, InputFolder) else (folder, found)
+    if reference.file is None:
+        return folder
+    found = folder.find(reference.file)
+    if found is None:
+        close = difflib.get_close_matches(reference.file, folder.files, 8, 0.4)
+        raise SourceError("is not in the repo", file=typed, expected=f"a file of {folder.label}", items=close)
+    return found
 
 
 def local_file(path: Path) -> InputFile:
@@ -304,68 +306,49 @@ def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | No
             f"{error.problem}; nor is there such a file or folder here", file=str(typed), expected=error.expected,
             found=error.found, items=error.items or _similar(typed), next=error.next,
         ) from None  # fmt: skip
+    return _repo_folder(info, access)
+
+
+def _repo_folder(info: RepoInfo, access: Access) -> InputFolder:
     files = {
         name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)
         for name, file in info.files.items()
         if name.endswith((WEIGHTS, *TEXT_ENDINGS)) and all(plain_file_name(part) for part in name.split("/"))
     }
-    return InputFolder(repo if revision is None else f"{repo}@{revision}", files, info)
-
-
-def _file(role: str, typed: str | None, folder: InputFolder, access: Access) -> InputFile:
-    """The file of ``role``: the one that its flag names, else the one of the folder."""
-    found = folder if typed is None else _named(typed, folder, access)
-    return choose(role, found) if isinstance(found, InputFolder) else found
-
-
-def _named(typed: str, folder: InputFolder, access: Access) -> InputFile | InputFolder:
-    """What a flag names: a file or folder here, a name within SOURCE, or a repo, folder or file on the hub."""
-    path = Path(typed).expanduser()
-    kind = _kind(path)
-    if kind is not None:
-        return local_folder(path) if kind == "folder" else local_file(path)
-    within = folder.find(typed)
-    if within is not None:
-        return within
-    reference = _reference(typed)
-    if reference is None:
-        raise _no_such_path(path, typed, folder)
-    other = hub_folder(reference.repo, reference.revision, access, path)
-    return _member(other, reference.file, typed) if reference.file else other
+    return InputFolder(info.repo if info.revision is None else f"{info.repo}@{info.revision}", files, info)
 
 
 def choose(role: str, folder: InputFolder) -> InputFile:
     """The one file of ``folder`` for ``role``. Raises SourceError with the candidates if there is none or several."""
-    weights = {name: file for name, file in folder.top().items() if name.endswith(WEIGHTS)}
+    weights = {name: file for name, file in folder.files.items() if "/" not in name and name.endswith(WEIGHTS)}
     if folder.repo is not None and DEFAULT_FILES[role] in weights:
         return weights[DEFAULT_FILES[role]]
-    pattern = PATTERNS[role]
-    others = [other for name, other in PATTERNS.items() if name != role and role == CHECKPOINT]
-    candidates = [
-        name
-        for name in sorted(weights)
-        if fnmatch.fnmatchcase(name, pattern) and not any(fnmatch.fnmatchcase(name, other) for other in others)
-    ]
+    others = {name for other in (LORA, UPSAMPLER) if role == CHECKPOINT for name in _matching(weights, PATTERNS[other])}
+    candidates = [name for name in _matching(weights, PATTERNS[role]) if name not in others]
     if len(candidates) == 1:
         return weights[candidates[0]]
-    hint = quoted(candidates[0]) if candidates else "FILE"
+    expected, again = f"one file named {PATTERNS[role]}{WEIGHTS}", f"{AGAIN}{FLAGS[role]} "
     if candidates:
         raise AmbiguousError(
-            f"holds several files that may be the {role}", file=folder.label,
-            expected=f"one file named {pattern}{WEIGHTS}", items=candidates, next=f"{AGAIN}{FLAGS[role]} {hint}",
+            f"holds several files that may be the {role}", file=folder.label, expected=expected, items=candidates,
+            next=again + quoted(candidates[0]),
         )  # fmt: skip
     raise SourceError(
-        f"holds no file for the {role}", file=folder.label, expected=f"one file named {pattern}{WEIGHTS}",
-        found=", ".join(sorted(weights)) or "no .safetensors file", next=f"{AGAIN}{FLAGS[role]} {hint}",
+        f"holds no file for the {role}", file=folder.label, expected=expected,
+        found=", ".join(sorted(weights)) or "no .safetensors file", next=again + "FILE",
     )  # fmt: skip
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    return [name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
 
 
 def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> InputFolder:
     if typed is None:
-        if folder.repo is not None:
-            return hub_folder(TEXT_ENCODER_REPO, None, access)
-        return _text_encoder_below(folder, access)
-    found = _named(typed, folder, access)
+        return (
+            _text_encoder_below(folder, access) if folder.repo is None else hub_folder(TEXT_ENCODER_REPO, None, access)
+        )
+    found = _find(typed, access, within=folder)
     if isinstance(found, InputFile):
         raise SourceError(
             "is a file", file=typed, expected="the folder of the text encoder",
@@ -376,25 +359,24 @@ def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> Inp
 
 def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
     """The one subfolder whose config says gemma3."""
-    kinds = {inner: _model_type(folder.files[f"{inner}/config.json"], access) for inner in folder.folders()}
+    configs = {
+        name.rpartition("/")[0]: folder.files[name] for name in sorted(folder.files) if name.endswith("/config.json")
+    }
+    kinds = {inner: _model_type(config, access) for inner, config in configs.items()}
     candidates = [inner for inner, kind in kinds.items() if kind == TEXT_ENCODER_TYPE]
     if len(candidates) == 1:
         found = folder.find(candidates[0])
         assert isinstance(found, InputFolder)
         return found
-    flag = FLAGS[TEXT_ENCODER]
+    again = f"{AGAIN}{FLAGS[TEXT_ENCODER]} "
     if candidates:
         raise AmbiguousError(
-            "holds several text encoders",
-            file=folder.label,
-            items=candidates,
-            next=f"{AGAIN}{flag} {quoted(candidates[0])}",
+            "holds several text encoders", file=folder.label, items=candidates, next=again + quoted(candidates[0])
         )
     raise SourceError(
         "holds no text encoder", file=folder.label,
         expected=f'one subfolder whose config.json says "model_type": "{TEXT_ENCODER_TYPE}"',
-        items=[f"{inner} (model_type {kind})" for inner, kind in kinds.items()],
-        next=f"{AGAIN}{flag} {TEXT_ENCODER_REPO}",
+        items=[f"{inner} (model_type {kind})" for inner, kind in kinds.items()], next=again + TEXT_ENCODER_REPO,
     )  # fmt: skip
 
 
@@ -427,23 +409,6 @@ def _reference(typed: str) -> Reference | None:
             raise
         return None
     return None if reference.file is None and typed.endswith(WEIGHTS) else reference
-
-
-def _member(folder: InputFolder, name: str, typed: str) -> InputFile | InputFolder:
-    found = folder.find(name)
-    if found is None:
-        close = difflib.get_close_matches(name, folder.files, 8, 0.4)
-        raise SourceError("is not in the repo", file=typed, expected=f"a file of {folder.label}", items=close)
-    return found
-
-
-def _no_such_path(path: Path, typed: str, folder: InputFolder | None = None) -> SourceError:
-    within = difflib.get_close_matches(typed, folder.files, 8, 0.5) if folder else []
-    where = f", a name within {folder.label}" if folder else ""
-    return SourceError(
-        "does not exist", file=typed, expected=f"a file or folder{where}, or a hub repo as OWNER/NAME",
-        items=_similar(path) or within,
-    )  # fmt: skip
 
 
 def _similar(path: Path) -> list[str]:
