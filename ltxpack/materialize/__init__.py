@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ltxpack.errors import OverlayError
 from ltxpack.files.units import human_bytes
@@ -17,6 +16,7 @@ from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import STORED_DTYPE
 from ltxpack.materialize.existing import difference, restore_base
+from ltxpack.materialize.hub.client import Hub
 from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
@@ -27,18 +27,7 @@ from ltxpack.repack.staging import Staging, recover, unfinished
 from ltxpack.repack.write import execute, require_space
 from ltxpack.reporter import Reporter
 
-if TYPE_CHECKING:
-    from ltxpack.materialize.hub.client import Hub
-
-__all__ = [
-    "Options",
-    "OverlayPlan",
-    "Report",
-    "inspect_path",
-    "materialize",
-    "plan_overlay",
-    "restore_base",
-]
+__all__ = ["Options", "OverlayPlan", "Report", "inspect_path", "materialize", "plan_overlay", "restore_base"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +47,7 @@ class Options:
 
     def sources(self, access: Access, allow_missing: bool = False) -> Sources:
         """The files that SOURCE and the flags mean; see :func:`ltxpack.materialize.sources.resolve`."""
-        flags = {
-            CHECKPOINT: self.checkpoint,
-            LORA: self.lora,
-            UPSAMPLER: self.upsampler,
-            TEXT_ENCODER: self.text_encoder,
-        }
+        flags = {role: getattr(self, role) for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
         return resolve(self.source, flags, access, revision=self.revision, allow_missing=allow_missing)
 
 
@@ -158,12 +142,16 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
     if not is_overlay(options.overlay):
         return None
     if options.force:
-        _tell_what_goes(options.overlay, reporter)
+        with contextlib.suppress(OverlayError):
+            bakes = read_manifest(options.overlay).bakes
+            if bakes:  # they were made from the transformer that is being replaced
+                names = ", ".join(bakes)
+                reporter.warn(f"{options.overlay}: is replaced with its bakes ({names}); bake them again after")
         return None
-    again = "the same command with --force replaces it"
     manifest = read_manifest(options.overlay)
     other = difference(plan, manifest, options.overlay)
     if other is not None:
+        again = "the same command with --force replaces it"
         raise OverlayError(f"holds another overlay: {other}", file=options.overlay, next=again)
     if plan.unproven:
         reporter.note(
@@ -173,14 +161,6 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
     if METADATA not in {record.path for record in manifest.files}:
         reporter.note(f"an earlier version made the overlay, without {METADATA}, which exports need; --force adds it")
     return Report(options.overlay, manifest, sum(item.size for item in plan.items()), written=False)
-
-
-def _tell_what_goes(overlay: Path, reporter: Reporter) -> None:
-    """Bakes were made from the transformer that is being replaced."""
-    with contextlib.suppress(OverlayError):
-        bakes = read_manifest(overlay).bakes
-        if bakes:
-            reporter.warn(f"{overlay}: is replaced with its bakes ({', '.join(bakes)}); bake them again after")
 
 
 def _tell(inputs: Inputs, reporter: Reporter) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +25,6 @@ from ltxpack.materialize.hub.client import Hub
 from ltxpack.materialize.plan import (
     LORA_FOLDER,
     METADATA,
-    MODEL_INDEX,
-    SCHEDULER,
     OverlayPlan,
     plan_checkpoint,
     plan_metadata,
@@ -41,6 +39,14 @@ from ltxpack.repack.verify import damaged_items, repair
 from ltxpack.reporter import Reporter
 
 SAMPLE_BYTES = 512
+# Folder of an overlay -> the input that its files are made from.
+_ROLES = {
+    **dict.fromkeys((*CHECKPOINT_TABLES, METADATA.split("/")[0]), CHECKPOINT),
+    "latent_upsampler": UPSAMPLER,
+    LORA_FOLDER: LORA,
+    "text_encoder": TEXT_ENCODER,
+    "tokenizer": TEXT_ENCODER,
+}
 
 
 class Sample(NamedTuple):
@@ -76,7 +82,8 @@ def _differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterat
             yield f"{path} would have other content"
         if plan.copy and records[path].link is not None:
             yield f"{path} is a link, and --copy wants copies"
-        if not _is_there(overlay / path, item.size):
+        size = (overlay / path).lstat().st_size if os.path.lexists(overlay / path) else None
+        if size != item.size:
             yield f"{path} was changed or removed"
     for item in planned.values():
         if plan.unproven & sources([item]).keys() and not all(map(_same, _samples(item, overlay))):
@@ -90,13 +97,6 @@ def _source_difference(plan: OverlayPlan, manifest: Manifest) -> str:
         if before.get((file.role, file.name)) != file:
             return f"it was made from another {file.role.replace('_', ' ')} than {file.name}"
     return "it was made from other inputs"
-
-
-def _is_there(path: Path, size: int) -> bool:
-    try:
-        return path.lstat().st_size == size
-    except OSError:
-        return False
 
 
 def _samples(item: Item, overlay: Path) -> Iterator[Sample]:
@@ -146,8 +146,15 @@ def restore_base(
     LtxpackError: SourceError for an input that is not found, OverlayError if what comes out is not what was written.
     """
     access = Access(reporter, hub)
-    found = _RecordedInputs(overlay, manifest, paths, access, source)
-    items = damaged_items(list(_items_again(paths, manifest, found)), paths)
+    folder, single = (None, None) if source is None else open_source_folder(source, None, access)
+    found: dict[str, dict[str, InputFile]] = {}
+    for role in sorted({_ROLES[place] for place in (path.split("/")[0] for path in paths) if place in _ROLES}):
+        recorded = [file for file in manifest.source.files if file.role == role]
+        if role == CHECKPOINT and single is not None:
+            found[role] = {recorded[0].name: single}
+        else:
+            found[role] = _find_recorded(role, recorded, folder, access, overlay, paths)
+    items = damaged_items(list(_items_again(paths, manifest, found, access)), paths)
     lost = sorted(set(paths) - {item.path for item in items})
     if lost:
         raise SourceError(
@@ -155,105 +162,65 @@ def restore_base(
             next=_name_the_source(overlay),
         )  # fmt: skip
     needed = sources(items)
-    for file in found.files():
-        if file.path in needed:
-            access.fetch(file)
+    for file in (file for files in found.values() for file in files.values() if file.path in needed):
+        access.fetch(file)
     linked = any(record.link == "hard" for record in manifest.records())
     repair(items, overlay, manifest, reporter, copy=not linked)
 
 
-def _items_again(paths: Collection[str], manifest: Manifest, found: _RecordedInputs) -> Iterator[Item]:
-    """The items of the plan that wrote ``paths``, and others of the same inputs."""
-    folders = {path.split("/")[0] for path in paths}
+def _items_again(
+    paths: Collection[str], manifest: Manifest, found: Mapping[str, Mapping[str, InputFile]], access: Access
+) -> Iterator[Item]:
+    """The items of the plan that wrote ``paths``, and others of the same inputs. ``found``: role -> name -> file."""
     limit = manifest.source.max_shard_size
-    if folders & {*CHECKPOINT_TABLES, METADATA.split("/")[0]}:
-        file = found.one(CHECKPOINT)
-        checkpoint = read_checkpoint(found.access.header(file), file.label)
+    for file in found.get(CHECKPOINT, {}).values():
+        checkpoint = read_checkpoint(access.header(file), file.label)
         yield plan_metadata(checkpoint)
         for component in plan_checkpoint(checkpoint, file.path, limit):
             yield from component.items
-    if "latent_upsampler" in folders:
-        file = found.one(UPSAMPLER)
-        yield from plan_upsampler(read_upsampler(found.access.header(file), None, file.label), file, limit).items
-    if SCHEDULER in folders:
-        base = found.recorded(CHECKPOINT)[0]
-        yield from plan_scheduler(is_distilled(base.name, base.size, base.sha256)).items
-    if MODEL_INDEX in paths:
-        yield plan_model_index()
-    for role, places in ((LORA, {LORA_FOLDER}), (TEXT_ENCODER, {"text_encoder", "tokenizer"})):
-        for path in sorted(path for path in paths if path.split("/")[0] in places):
-            name = path.rpartition("/")[2]
-            file = found.one(role, name)
-            yield CopyFile(path, file.path, file.size)
+    for file in found.get(UPSAMPLER, {}).values():
+        yield from plan_upsampler(read_upsampler(access.header(file), None, file.label), file, limit).items
+    for base in manifest.source.files:
+        if base.role == CHECKPOINT:
+            yield from plan_scheduler(is_distilled(base.name, base.size, base.sha256)).items
+    yield plan_model_index()
+    for path in sorted(paths):
+        place, _, name = path.rpartition("/")
+        role = _ROLES.get(place)
+        if role in (LORA, TEXT_ENCODER) and name in found[role]:
+            yield CopyFile(path, found[role][name].path, found[role][name].size)
 
 
-class _RecordedInputs:
-    """The inputs that a manifest records, found again by role: in ``source`` if one is given, else on the hub."""
-
-    def __init__(
-        self, overlay: Path, manifest: Manifest, paths: Collection[str], access: Access, source: str | None
-    ) -> None:
-        self.access = access
-        self._paths = paths
-        self._overlay = overlay
-        self._manifest = manifest
-        self._folder: InputFolder | None = None
-        self._single: InputFile | None = None
-        if source is not None:
-            self._folder, self._single = open_source_folder(source, None, access)
-        self._found: dict[str, dict[str, InputFile]] = {}
-
-    def recorded(self, role: str) -> list[SourceFile]:
-        """What the manifest says of ``role``. Raises SourceError if the overlay was made without it."""
-        files = [file for file in self._manifest.source.files if file.role == role]
-        if not files:
-            raise SourceError(f"was made without a {role}", file=self._overlay)
-        return files
-
-    def one(self, role: str, name: str | None = None) -> InputFile:
-        """The input of ``role``: the one called ``name`` where it has several. Raises SourceError."""
-        if role not in self._found:
-            self._found[role] = self._find(role)
-        name = name or self.recorded(role)[0].name
-        if name not in self._found[role]:
-            raise SourceError("is no input of the overlay", file=self._overlay, found=name)
-        return self._found[role][name]
-
-    def files(self) -> Iterator[InputFile]:
-        """Every input that was looked for."""
-        for files in self._found.values():
-            yield from files.values()
-
-    def _find(self, role: str) -> dict[str, InputFile]:
-        """Recorded name -> file."""
-        recorded = self.recorded(role)
-        if self._folder is not None:
-            if role == CHECKPOINT and self._single is not None:
-                return {recorded[0].name: self._single}
-            here = _all_of(recorded, self._folder)
-            if here is None and role in PATTERNS and recorded[0].repo is None:
-                here = {recorded[0].name: choose(role, self._folder)}  # the file may have another name by now
-            if here is not None:
-                return here
-        if recorded[0].repo is None:
-            if self._folder is None:
-                raise SourceError(
-                    "was made from local files; a repair needs to know where they are", file=self._overlay,
-                    expected=f"the {role}: {recorded[0].name}, {recorded[0].size} bytes", items=sorted(self._paths),
-                    next=_name_the_source(self._overlay),
-                )  # fmt: skip
-            raise self._lacks(role, recorded, self._folder)
-        folder = hub_folder(recorded[0].repo, recorded[0].revision, self.access)
-        there = _all_of(recorded, folder)
-        if there is None:
-            raise self._lacks(role, recorded, folder)
-        return there
-
-    def _lacks(self, role: str, recorded: Collection[SourceFile], folder: InputFolder) -> SourceError:
-        return SourceError(
-            f"does not hold the {role} that the overlay was made from", file=folder.label,
-            items=[f"{file.name}, {file.size} bytes" for file in recorded], next=_name_the_source(self._overlay),
+def _find_recorded(
+    role: str,
+    recorded: Sequence[SourceFile],
+    folder: InputFolder | None,
+    access: Access,
+    overlay: Path,
+    paths: Collection[str],
+) -> dict[str, InputFile]:
+    """The inputs of ``role`` by recorded name: in ``folder`` if one is given, else on the hub. Raises SourceError."""
+    if not recorded:
+        raise SourceError(f"was made without a {role}", file=overlay)
+    first = recorded[0]
+    found = _all_of(recorded, folder) if folder else None
+    if found is None and folder and first.repo is None and role in PATTERNS:
+        found = {first.name: choose(role, folder)}  # the file may have another name by now
+    if found is None and first.repo is not None:
+        folder = hub_folder(first.repo, first.revision, access)
+        found = _all_of(recorded, folder)
+    if found is not None:
+        return found
+    files = [f"{file.name}, {file.size} bytes" for file in recorded]
+    if folder is None:
+        raise SourceError(
+            "was made from local files; a repair needs to know where they are", file=overlay,
+            expected=f"the {role}: {', '.join(files)}", items=sorted(paths), next=_name_the_source(overlay),
         )  # fmt: skip
+    raise SourceError(
+        f"does not hold the {role} that the overlay was made from", file=folder.label, items=files,
+        next=_name_the_source(overlay),
+    )  # fmt: skip
 
 
 def _name_the_source(overlay: Path) -> str:

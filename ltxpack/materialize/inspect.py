@@ -13,7 +13,7 @@ from ltxpack.errors import LtxpackError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
 from ltxpack.ltx23.releases import likely, parse_version, recognise
 from ltxpack.ltx23.renames import component_of
-from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
+from ltxpack.manifest import FileRecord, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler
 from ltxpack.materialize.sources import InputFile, local_file
 
@@ -52,7 +52,8 @@ def _file(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
     if any(component_of(name) for name in tensors.tensors):
         return {"kind": "checkpoint", **common, **_checkpoint(file, tensors)}
     if UPSAMPLER_MARK in tensors.tensors:
-        return {"kind": "upsampler", **common, **_upsampler(file, tensors)}
+        converts = _converts(lambda: read_upsampler(tensors, None, file.name))
+        return {"kind": "upsampler", **common, "config": _config(tensors), **converts}
     return {"kind": "tensors", **common, "metadata": _metadata(tensors), "names": sorted(tensors.tensors)[:MAX_LISTED]}
 
 
@@ -61,8 +62,9 @@ def _checkpoint(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
     for name, info in tensors.tensors.items():
         groups.setdefault(component_of(name) or "unknown", []).append(info)
     unknown = [info.name for info in groups.pop("unknown", [])]
+    has_duration = any(name.startswith("duration_head.") for name in tensors.tensors)
     return {
-        "generation": _generation(tensors),
+        "generation": _generation(tensors.metadata.get("model_version", "2.5" if has_duration else "")),
         "model_version": tensors.metadata.get("model_version"),
         "licence": _cut(tensors.metadata.get("license") or tensors.metadata.get("licence")),
         "components": {name: _amounts(infos) for name, infos in groups.items()},
@@ -80,17 +82,9 @@ def _converts(read: Callable[[], object]) -> dict[str, Any]:
     return {"converts": True, "problem": None}
 
 
-def _generation(tensors: TensorFile) -> str:
-    version = parse_version(tensors.metadata.get("model_version", "").strip('"'))
-    if len(version) > 1:
-        return f"LTX-{version[0]}.{version[1]}" if version[1] else f"LTX-{version[0]}"
-    if any(name.startswith("duration_head.") for name in tensors.tensors):
-        return "LTX-2.5"
-    return "unknown"
-
-
-def _upsampler(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
-    return {"config": _config(tensors), **_converts(lambda: read_upsampler(tensors, None, file.name))}
+def _generation(model_version: str) -> str:
+    version = parse_version(model_version.strip('"'))
+    return "LTX-" + ".".join(str(part) for part in version[:2]).removesuffix(".0") if version else "unknown"
 
 
 def _config(tensors: TensorFile) -> Any:
@@ -139,7 +133,7 @@ def _overlay(folder: Path) -> dict[str, Any]:
         "kind": "overlay",
         "path": str(folder),
         "bytes": _bytes(manifest.records()),
-        "generation": _version_name(manifest.model_version),
+        "generation": _generation(manifest.model_version),
         "model_version": manifest.model_version,
         "image_crf": manifest.image_crf,
         "licence": _cut(manifest.licence),
@@ -153,17 +147,16 @@ def _overlay(folder: Path) -> dict[str, Any]:
         },
         "components": components,
         "loras": [{"name": lora.name, "path": lora.file.path, "bytes": lora.file.size} for lora in manifest.loras],
-        "bakes": {name: _bake(bake) for name, bake in manifest.bakes.items()},
-    }
-
-
-def _bake(bake: Bake) -> dict[str, Any]:
-    return {
-        "loras": [{"name": lora.name, "file": lora.file, "strength": lora.strength} for lora in bake.loras],
-        "rule": bake.rule,
-        "kernel": bake.kernel,
-        "bytes": _bytes(bake.files),
-        "changed": len(bake.changed),
+        "bakes": {
+            name: {
+                "loras": [{"name": lora.name, "file": lora.file, "strength": lora.strength} for lora in bake.loras],
+                "rule": bake.rule,
+                "kernel": bake.kernel,
+                "bytes": _bytes(bake.files),
+                "changed": len(bake.changed),
+            }
+            for name, bake in manifest.bakes.items()
+        },
     }
 
 
@@ -197,11 +190,6 @@ def _amounts(infos: Iterable[TensorInfo]) -> dict[str, Any]:
 def _bytes(records: Iterable[FileRecord]) -> int:
     """Bytes on disk: a symlink inside the overlay costs none."""
     return sum(record.size for record in records if record.link in (None, "hard"))
-
-
-def _version_name(model_version: str) -> str:
-    version = parse_version(model_version)
-    return "LTX-" + ".".join(str(part) for part in version[:2]) if version else "unknown"
 
 
 def _metadata(tensors: TensorFile) -> dict[str, str | None]:
