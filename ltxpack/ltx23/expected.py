@@ -235,13 +235,11 @@ def latent_upsampler(config: Config) -> Named:
     """The spatial x2 upsampler of video latents."""
     width = config["mid_channels"]
     yield from _conv("initial_conv", config["in_channels"], width, 3, 3)
-    yield "initial_norm.weight", (width,)
-    yield "initial_norm.bias", (width,)
+    yield from _layer("initial_norm", width)
     blocks = range(config["num_blocks_per_stage"])
     for stage, block, half in itertools.product(("res_blocks", "post_upsample_res_blocks"), blocks, (1, 2)):
         yield from _conv(f"{stage}.{block}.conv{half}", width, width, 3, 3)
-        yield f"{stage}.{block}.norm{half}.weight", (width,)
-        yield f"{stage}.{block}.norm{half}.bias", (width,)
+        yield from _layer(f"{stage}.{block}.norm{half}", width)
     yield from _conv("upsampler.0", width, 4 * width, 2, 3)
     yield from _conv("final_conv", width, config["in_channels"], 3, 3)
 
@@ -272,15 +270,19 @@ def text_encoder(config: Config) -> Named:
     yield f"{TEXT_ROOT}norm.weight", (width,)
 
 
+def _layer(name: str, *shape: int, bias: bool = True) -> Named:
+    """A weight and, one value a row of it, a bias."""
+    yield f"{name}.weight", shape
+    if bias:
+        yield f"{name}.bias", shape[:1]
+
+
 def _linear(name: str, width: int, out: int) -> Named:
-    yield f"{name}.weight", (out, width)
-    yield f"{name}.bias", (out,)
+    return _layer(name, out, width)
 
 
 def _conv(name: str, width: int, out: int, axes: int, kernel: int, bias: bool = True) -> Named:
-    yield f"{name}.weight", (out, width, *(kernel,) * axes)
-    if bias:
-        yield f"{name}.bias", (out,)
+    return _layer(name, out, width, *(kernel,) * axes, bias=bias)
 
 
 def _adaln(name: str, width: int, rows: int) -> Named:

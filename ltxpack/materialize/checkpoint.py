@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ltxpack.errors import UnsupportedError
@@ -65,14 +65,14 @@ def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
     shapes = {name: info.shape for name, info in file.tensors.items()}
     configs = checkpoint_configs(metadata.config, shapes, label)
     dropped = tuple(name for name in file.tensors if name.startswith(DROPPED))
-    matched = _Matching()
     owners = {name: component_of(name) for name in file.tensors}
+    faults = [f"unknown: {name}" for name, owner in owners.items() if owner is None]
+    tensors = {}
     for component, table in CHECKPOINT_TABLES.items():
         own = [info for name, info in file.tensors.items() if owners[name] == component and name not in dropped]
-        matched.match(component, table, own, inventory(component, configs[component]))
-    matched.faults += [f"unknown: {name}" for name, owner in owners.items() if owner is None]
-    matched.refuse(label)
-    return Checkpoint(file, metadata, configs, matched.tensors, dropped)
+        tensors[component] = _matched(own, table, inventory(component, configs[component]), faults)
+    _refuse_faults(faults, label)
+    return Checkpoint(file, metadata, configs, tensors, dropped)
 
 
 def read_upsampler(file: TensorFile, latent_channels: int | None, label: object) -> Upsampler:
@@ -89,36 +89,26 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
             found="none" if text is None else "something else", next="ltxpack inspect FILE",
         )  # fmt: skip
     done = upsampler_config(config, latent_channels, label)
-    matched = _Matching()
-    matched.match(
-        "latent_upsampler", LATENT_UPSAMPLER, list(file.tensors.values()), inventory("latent_upsampler", done)
-    )
-    matched.refuse(label)
-    return Upsampler(file, done, matched.tensors["latent_upsampler"])
+    faults: list[str] = []
+    tensors = _matched(file.tensors.values(), LATENT_UPSAMPLER, inventory("latent_upsampler", done), faults)
+    _refuse_faults(faults, label)
+    return Upsampler(file, done, tensors)
 
 
-class _Matching:
-    """Compares tensors with what is expected and gathers the faults."""
+def _refuse_faults(faults: Sequence[str], label: object) -> None:
+    if faults:
+        raise UnsupportedError(
+            "does not hold the tensors that its config asks for", file=str(label), items=faults, next=NEXT_RELEASE
+        )
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, tuple[Renamed, ...]] = {}
-        self.faults: list[str] = []
 
-    def match(self, component: str, table: RenameTable, infos: list[TensorInfo], expected: Mapping[str, Shape]) -> None:
-        """Match one component's tensors, in order of their source names: the same whatever the file's order."""
-        renamed = [Renamed(table.rename(info.name), info) for info in sorted(infos, key=lambda info: info.name)]
-        self.faults += _faults(renamed, expected, table)
-        self.tensors[component] = tuple(renamed)
-
-    def refuse(self, label: object) -> None:
-        """Raise UnsupportedError if anything did not match."""
-        if self.faults:
-            raise UnsupportedError(
-                "does not hold the tensors that its config asks for",
-                file=str(label),
-                items=self.faults,
-                next=NEXT_RELEASE,
-            )
+def _matched(
+    infos: Iterable[TensorInfo], table: RenameTable, expected: Mapping[str, Shape], faults: list[str]
+) -> tuple[Renamed, ...]:
+    """One component's tensors by source name, whatever the file's order. What does not match goes to ``faults``."""
+    renamed = [Renamed(table.rename(info.name), info) for info in sorted(infos, key=lambda info: info.name)]
+    faults += _faults(renamed, expected, table)
+    return tuple(renamed)
 
 
 def _faults(renamed: list[Renamed], expected: Mapping[str, Shape], table: RenameTable) -> Iterator[str]:

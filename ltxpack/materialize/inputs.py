@@ -54,12 +54,10 @@ OTHER_ENCODER = f"{AGAIN}--text-encoder {TEXT_ENCODER_REPO}"
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """The files to take over, and how wide and deep the language model is."""
+    """The files to take over, by the folder they go to."""
 
     model: tuple[InputFile, ...]
     tokenizer: tuple[InputFile, ...]
-    hidden_size: int
-    layers: int
 
 
 @dataclass(frozen=True)
@@ -136,31 +134,24 @@ def read_text_encoder(folder: InputFolder, access: Access, connectors: Mapping[s
     if missing:
         raise SourceError("lacks files of the text encoder", file=folder.label, items=missing, next=OTHER_ENCODER)
     _check_configs(folder, access)
-    _check_tokenizer(files[TOKENIZER])
+    if files[TOKENIZER].size > MAX_TOKENIZER_BYTES:  # a run would refuse it, after the download
+        raise FormatError(
+            "is too large for a tokenizer", file=files[TOKENIZER].label, next=OTHER_ENCODER,
+            expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{files[TOKENIZER].size} bytes",
+        )  # fmt: skip
     weights, index = _weights(folder, access)
-    shapes = _shapes(weights, index, access)
-    hidden_size, layers = _size(folder, shapes)
-    _check_stated_size(access.json(files[CONFIG]), hidden_size, layers, folder)
-    model = [files[name] for name in MODEL_FILES if name in files]
-    if index is not None:
-        model.append(files[INDEX])
-    tokenizer = [files[name] for name in TOKENIZER_FILES if name in files]
-    encoder = TextEncoder((*model, *weights), tuple(tokenizer), hidden_size, layers)
-    if connectors is not None:
-        _check_fit(encoder, connectors, folder)
-    return encoder
-
-
-def _check_fit(encoder: TextEncoder, connectors: Mapping[str, Any], folder: InputFolder) -> None:
-    """Whether the checkpoint's text projections take what this encoder gives. Raises UnsupportedError."""
-    expected = (connectors["caption_channels"], connectors["text_proj_in_factor"])
-    if (encoder.hidden_size, encoder.layers + 1) == expected:
-        return
-    raise UnsupportedError(
-        "is a Gemma 3 of another size than the checkpoint was made with", file=folder.label,
-        expected=f"width {expected[0]} and {expected[1] - 1} layers",
-        found=f"width {encoder.hidden_size} and {encoder.layers} layers", next=OTHER_ENCODER,
-    )  # fmt: skip
+    width, layers = _size(folder, _shapes(weights, index, access))
+    _check_stated_size(access.json(files[CONFIG]), width, layers, folder)
+    expected = (connectors["caption_channels"], connectors["text_proj_in_factor"] - 1) if connectors else None
+    if expected not in (None, (width, layers)):
+        raise UnsupportedError(
+            "is a Gemma 3 of another size than the checkpoint was made with", file=folder.label,
+            expected="width {} and {} layers".format(*expected), found=f"width {width} and {layers} layers",
+            next=OTHER_ENCODER,
+        )  # fmt: skip
+    model = [files[name] for name in (*MODEL_FILES, *([INDEX] if index is not None else [])) if name in files]
+    tokenizer = tuple(files[name] for name in TOKENIZER_FILES if name in files)
+    return TextEncoder((*model, *weights), tokenizer)
 
 
 def _check_configs(folder: InputFolder, access: Access) -> None:
@@ -183,15 +174,6 @@ def _check_configs(folder: InputFolder, access: Access) -> None:
             "is not the text encoder of LTX-2.3", file=folder.files[CONFIG].label,
             expected=f"model_type {TEXT_ENCODER_TYPE}", found=f"model_type {kind}",
             next=OTHER_ENCODER,
-        )  # fmt: skip
-
-
-def _check_tokenizer(file: InputFile) -> None:
-    """Refuse before the download what a run would refuse."""
-    if file.size > MAX_TOKENIZER_BYTES:
-        raise FormatError(
-            "is too large for a tokenizer", file=file.label, expected=f"at most {MAX_TOKENIZER_BYTES} bytes",
-            found=f"{file.size} bytes", next=OTHER_ENCODER,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import re
 import secrets
 import shutil
@@ -28,7 +29,7 @@ from ltxpack.files.tensorfile import header_length
 from ltxpack.files.units import human_bytes
 from ltxpack.materialize.hub import errors as hub_errors
 from ltxpack.materialize.hub.errors import HubRequest, HubUnreachable, tell
-from ltxpack.materialize.hub.transfer import Address, BrokenError, Digest, RangesIgnoredError, RemoteFile, download
+from ltxpack.materialize.hub.transfer import Address, BrokenError, RangesIgnoredError, RemoteFile, download
 from ltxpack.reporter import Reporter, SilentReporter
 
 REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
@@ -154,18 +155,17 @@ class Hub:
 
         check_request(repo, revision)
         request = self._request(repo, revision)
+        lost = tell(hub_errors.NOT_CACHED, request)
         if not is_offline_mode():
             try:
                 return self._ask(request)
             except HubUnreachable as error:
-                cached = self._snapshot(repo, revision)
-                if cached is None:
-                    raise
-                self._reporter.warn(f"{error.problem} ({error.found}); using commit {cached.commit} of the hub cache")
-                return cached
+                lost = error
         cached = self._snapshot(repo, revision)
         if cached is None:
-            raise tell(hub_errors.NOT_CACHED, request)
+            raise lost
+        if isinstance(lost, HubUnreachable):
+            self._reporter.warn(f"{lost.problem} ({lost.found}); using commit {cached.commit} of the hub cache")
         return cached
 
     def header(self, info: RepoInfo, name: str) -> bytes:
@@ -325,7 +325,7 @@ class Hub:
                 expected = f"{human_bytes(missing)} free in {self._cache}"
                 raise tell(hub_errors.NO_ROOM, request, expected=expected, found=human_bytes(free))
             try:
-                download(self._remote(info, file, address), partial, _digest(etag, file.size), self._reporter)
+                download(self._remote(info, file, address), partial, _hasher(etag, file.size), etag, self._reporter)
             except RangesIgnoredError:
                 self._reporter.detail(f"{self._endpoint} sends no parts of files; downloading in one go")
                 partial.unlink(missing_ok=True)
@@ -466,10 +466,17 @@ def _read_listing(model: Any, request: HubRequest) -> RepoInfo:
         raise _unsound(request, "no list of files")
     files: dict[str, RepoFile] = {}
     for sibling in model.siblings:
-        file = _read_file(sibling, request)
-        if file.name in files:
-            raise _unsound(request, f"two files named {file.name}")
-        files[file.name] = file
+        name, large = sibling.rfilename, sibling.lfs
+        if not is_safe_name(name):
+            raise _unsound(request, f"a file named {str(name)[:LONGEST_PART]!r}")
+        if name in files:
+            raise _unsound(request, f"two files named {name}")
+        sizes = [sibling.size, large.size] if large else [sibling.size]
+        if any(type(size) is not int or not 0 <= size <= LARGEST_FILE for size in sizes) or len(set(sizes)) > 1:
+            raise _unsound(request, f"{name} has the size {str(sizes)[:LONGEST_PART]}")
+        if large and not (isinstance(large.sha256, str) and SHA256.fullmatch(large.sha256)):
+            raise _unsound(request, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
+        files[name] = RepoFile(name, sibling.size, large.sha256 if large else None)
     return RepoInfo(request.repo, model.sha, MappingProxyType(files), request.revision)
 
 
@@ -480,23 +487,9 @@ def _similar_names(name: str, names: list[str]) -> list[str]:
     return list(dict.fromkeys([*close, *(other for other in names if last in other.lower())]))[:SIMILAR_NAMES]
 
 
-def _read_file(sibling: Any, request: HubRequest) -> RepoFile:
-    name, large = sibling.rfilename, sibling.lfs
-    if not is_safe_name(name):
-        raise _unsound(request, f"a file named {str(name)[:LONGEST_PART]!r}")
-    sizes = [sibling.size, large.size] if large else [sibling.size]
-    if any(type(size) is not int or not 0 <= size <= LARGEST_FILE for size in sizes) or len(set(sizes)) > 1:
-        raise _unsound(request, f"{name} has the size {str(sizes)[:LONGEST_PART]}")
-    if large and not (isinstance(large.sha256, str) and SHA256.fullmatch(large.sha256)):
-        raise _unsound(request, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
-    return RepoFile(name, sibling.size, large.sha256 if large else None)
-
-
-def _digest(etag: str, size: int) -> Digest:
+def _hasher(etag: str, size: int) -> hashlib._Hash:
     """A large file is stored under its sha256, a small one under git's hash of it."""
-    if SHA256.fullmatch(etag):
-        return Digest("sha256", etag)
-    return Digest("sha1", etag, f"blob {size}\0".encode())
+    return hashlib.sha256() if SHA256.fullmatch(etag) else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

@@ -51,19 +51,6 @@ class Address:
     headers: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Digest:
-    """What the content must hash to: ``algorithm`` over ``prefix`` and the content, in hex."""
-
-    algorithm: str
-    expected: str
-    prefix: bytes = b""
-
-    def hasher(self) -> hashlib._Hash:
-        """A hash object that has taken in the prefix."""
-        return hashlib.new(self.algorithm, self.prefix, usedforsecurity=False)
-
-
 class RemoteFile:
     """A file of ``size`` bytes at ``address``; where that has expired, ``locate`` gives a new one.
 
@@ -160,13 +147,12 @@ class RemoteFile:
                 self._address = None
 
 
-def download(remote: RemoteFile, partial: Path, digest: Digest, reporter: Reporter) -> None:
+def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected: str, reporter: Reporter) -> None:
     """Fills ``partial`` up to the whole file and checks its content; asks for no byte that is there already.
 
-    When it fails or is interrupted, all bytes that came in order stay. Raises SourceError if the content does not hash
-    to ``digest`` (``partial`` is removed then), BrokenError, RangesIgnoredError, OSError.
+    When it fails or is interrupted, all bytes that came in order stay. Raises SourceError if ``hasher`` does not
+    come to ``expected`` (``partial`` is removed then), BrokenError, RangesIgnoredError, OSError.
     """
-    hasher = digest.hasher()
     reporter.begin(remote.name, remote.size, "B")
     try:
         with partial.open("a+b") as file:
@@ -181,15 +167,12 @@ def download(remote: RemoteFile, partial: Path, digest: Digest, reporter: Report
             os.fsync(file.fileno())
     finally:
         reporter.end()
-    if hasher.hexdigest() != digest.expected:
+    if hasher.hexdigest() != expected:
         partial.unlink()
         raise SourceError(
-            "what was downloaded is not what the hub states",
-            file=remote.name,
-            expected=f"{digest.algorithm} {digest.expected}",
-            found=hasher.hexdigest(),
-            next="run the same command again; it downloads the file afresh",
-        )
+            "what was downloaded is not what the hub states", file=remote.name, expected=f"{hasher.name} {expected}",
+            found=hasher.hexdigest(), next="run the same command again; it downloads the file afresh",
+        )  # fmt: skip
 
 
 def _take_up(file: BinaryIO, size: int, hasher: hashlib._Hash, reporter: Reporter) -> int:
@@ -220,7 +203,9 @@ def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], re
             pending.append(pool.submit(remote.read, offset, min(offset + PIECE, remote.size)))
             last = offset + PIECE >= remote.size
             while pending and (last or len(pending) == WINDOW):
-                _watch(remote, pending[0], reporter)
+                while not pending[0].done():
+                    wait([pending[0]], timeout=POLL_SECONDS)
+                    _report(remote, reporter)
                 piece = pending[0].result()
                 writing = True
                 pending.popleft()
@@ -238,14 +223,8 @@ def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], re
         _report(remote, reporter)
 
 
-def _watch(remote: RemoteFile, future: Future[bytearray], reporter: Reporter) -> None:
-    """Waits for ``future``, telling the reporter meanwhile; only this thread talks to it."""
-    while not future.done():
-        wait([future], timeout=POLL_SECONDS)
-        _report(remote, reporter)
-
-
 def _report(remote: RemoteFile, reporter: Reporter) -> None:
+    """Tells what is new. Only the thread that fills the file talks to the reporter."""
     received, notes = remote.news()
     for note in notes:
         reporter.detail(note)
