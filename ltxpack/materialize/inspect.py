@@ -13,7 +13,7 @@ from ltxpack.errors import LtxpackError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
 from ltxpack.ltx23.releases import likely, parse_version, recognise
 from ltxpack.ltx23.renames import component_of
-from ltxpack.manifest import FileRecord, is_overlay, read_manifest
+from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler
 from ltxpack.materialize.sources import InputFile, local_file
 
@@ -147,16 +147,17 @@ def _overlay(folder: Path) -> dict[str, Any]:
         },
         "components": components,
         "loras": [{"name": lora.name, "path": lora.file.path, "bytes": lora.file.size} for lora in manifest.loras],
-        "bakes": {
-            name: {
-                "loras": [{"name": lora.name, "file": lora.file, "strength": lora.strength} for lora in bake.loras],
-                "rule": bake.rule,
-                "kernel": bake.kernel,
-                "bytes": _bytes(bake.files),
-                "changed": len(bake.changed),
-            }
-            for name, bake in manifest.bakes.items()
-        },
+        "bakes": {name: _bake(bake) for name, bake in manifest.bakes.items()},
+    }
+
+
+def _bake(bake: Bake) -> dict[str, Any]:
+    return {
+        "loras": [{"name": lora.name, "file": lora.file, "strength": lora.strength} for lora in bake.loras],
+        "rule": bake.rule,
+        "kernel": bake.kernel,
+        "bytes": _bytes(bake.files),
+        "changed": len(bake.changed),
     }
 
 
