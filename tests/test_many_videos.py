@@ -165,6 +165,23 @@ def test_what_is_done_is_skipped_and_what_changed_is_made_again(demo: Path, tmp_
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_video_that_another_run_replaced_is_not_taken_for_ours(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replaced(mp4.VideoWriter):
+        def __exit__(self, *what: Any) -> None:
+            super().__exit__(*what)
+            self.path.write_bytes(b"the video of another run")
+
+    prompts = written(tmp_path, {"prompt": "a boat", "output": "boat.mp4"})
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "VideoWriter", Replaced)
+        assert statuses(many(demo, prompts)) == {1: "done"}
+    assert statuses(many(demo, prompts)) == {1: "done"}
+    assert statuses(many(demo, prompts)) == {1: "skipped"}
+
+
+@pytest.mark.usefixtures("quick")
 def test_another_overlay_makes_another_video(demo: Path, tmp_path: Path) -> None:
     prompts = written(tmp_path, {"prompt": "a boat", "output": "one.mp4"})
     assert statuses(many(demo, prompts)) == {1: "done"}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import platform
 from pathlib import Path
 
 from ltxpack.files.publish import Temporary, fsync_file, write_errors
 
-FICLONE = 0x40049409
+# _IOW(0x94, 9, int). These processors give the direction "write" other bits in a request than all others do.
+_OTHER_BITS = ("mips", "ppc", "powerpc", "sparc", "alpha")
+FICLONE = 0x80049409 if platform.machine().startswith(_OTHER_BITS) else 0x40049409
 
 
 def link_file(source: Path, target: Path) -> str:

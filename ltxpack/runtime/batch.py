@@ -115,10 +115,11 @@ class _Batch:
         self.reporter.note(f"line {line.number}: {line.output}")
         session = self.session
         description, fingerprint = self._identity(line)
-        write_video(session, line.request, line.output, following=None if following is None else following.request)
+        next_request = None if following is None else following.request
+        digest = write_video(session, line.request, line.output, following=next_request)
         seconds = dict(session.timings.seconds)
         assert session.attention is not None
-        record.write_record(line.output, description, fingerprint, seconds, session.attention.name)
+        record.write_record(line.output, digest, description, fingerprint, seconds, session.attention.name)
         self.outcomes[line.number] = Outcome(line, DONE, seconds, decoding=session.decoding)
         return True
 

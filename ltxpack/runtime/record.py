@@ -88,17 +88,23 @@ def is_done(output: Path, wanted: str) -> bool:
 
 
 def write_record(
-    output: Path, description: Mapping[str, Any], fingerprint: str, seconds: Mapping[str, float], attention: str
+    output: Path,
+    video_blake3: str,
+    description: Mapping[str, Any],
+    fingerprint: str,
+    seconds: Mapping[str, float],
+    attention: str,
 ) -> None:
-    """Write the record of the finished video ``output``. Raises SourceError or OSError.
+    """Write the record of the finished video ``output``. Raises OSError.
 
-    The fingerprint does not hold the ``attention`` kernel: ``auto`` may choose another one next time.
+    ``video_blake3`` is of the video that was made: another run may have replaced the file since. The fingerprint does
+    not hold the ``attention`` kernel: ``auto`` may choose another one next time.
     """
     document = {
         "made_by": MADE_BY,
         "format": FORMAT,
         "fingerprint": fingerprint,
-        "video_blake3": hash_file(output, cached=True),
+        "video_blake3": video_blake3,
         "request": dict(description),
         "attention": attention,
         "seconds": {phase: round(count, 3) for phase, count in seconds.items()},

@@ -112,16 +112,17 @@ def write_video(
     save_tensors: Path | None = None,
     following: Request | None = None,
     once: bool = False,
-) -> None:
-    """Make the video of ``request`` and encode it while it is decoded; ``session.timings`` are its seconds.
+) -> str:
+    """Make the video of ``request`` and encode it while it is decoded; returns the blake3 of the file.
 
-    ``following`` and ``once`` as in :func:`recipe_run.generate`. Raises LtxpackError; then ``output`` is as it was.
+    ``session.timings`` are its seconds. ``following`` and ``once`` as in :func:`recipe_run.generate`. Raises
+    LtxpackError; then ``output`` is as it was.
     """
     latents, waveform, sample_rate = recipe_run.generate(session, request, following=following, once=once)
     kept: list[Tensor] = []
     shape = request.shape
 
-    def write() -> None:
+    def write() -> str:
         with VideoWriter(output, shape.width, shape.height, shape.fps, sample_rate) as writer:
 
             def take(frames: Tensor) -> None:
@@ -131,7 +132,9 @@ def write_video(
 
             recipe_run.decode_video(session, latents.video, take)
             writer.write_audio(waveform)
+        return writer.blake3
 
-    session.within_memory(write)
+    digest = session.within_memory(write)
     if save_tensors is not None:
         recipe_run.finish(session, request, latents, kept, waveform, sample_rate).save_tensors(save_tensors)
+    return digest

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError, quoted
+from ltxpack.files.hashing import hash_file
 from ltxpack.files.publish import Temporary
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -104,7 +105,8 @@ class VideoWriter:
 
     Frames are converted on their own device and encoded in another thread; at most one chunk waits. At the end of the
     block the file is finished and renamed to ``path``; after an exception (a KeyboardInterrupt too) it is removed.
-    Raises LtxpackError at the next call for anything that went wrong in the thread.
+    ``blake3`` is then the hash of the file, whatever other writers have done to ``path`` since. Raises LtxpackError at
+    the next call for anything that went wrong in the thread.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class VideoWriter:
         self.path = check_output(path)
         self.format = VideoFormat(width, height, frame_rate(fps), sample_rate)
         self.frames_written = 0
+        self.blake3 = ""
         self._temporary: Temporary | None = None
         self._queue: Queue[Tensor | None] = Queue(maxsize=1)
         self._waveform: Tensor | None = None
@@ -165,6 +168,8 @@ class VideoWriter:
 
     def _publish(self) -> None:
         assert self._temporary is not None
+        # Before the rename: after it, another writer's video may be at the path.
+        self.blake3 = hash_file(self._temporary.path, cached=True)
         try:
             self._temporary.publish()
         except OSError as error:

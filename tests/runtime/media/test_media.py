@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from support import load
@@ -204,9 +205,11 @@ def test_two_runs_with_one_output_each_publish_a_whole_video(tmp_path: Path) -> 
         with VideoWriter(path, 96, 64, 24) as quick:
             quick.write(moving_bar(9))
         assert frames_in(path) == 9
+        assert quick.blake3 == blake3(path.read_bytes()).hexdigest()
         slow.write(moving_bar(60))
         assert frames_in(path) == 9
     assert frames_in(path) == 120
+    assert slow.blake3 == blake3(path.read_bytes()).hexdigest() != quick.blake3
     assert list(tmp_path.iterdir()) == [path]
 
 

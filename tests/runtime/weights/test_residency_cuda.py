@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from blake3 import blake3
 from dit_parts import SMALL, random_streams, random_weights
-from ltxpack.runtime.weights.offload import CARD, FILE, MEMORY, Offloaded, Placement, PlacingReader
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +19,8 @@ from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.weights.copies import CudaCopies, HostMemory
 from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import load_module
+from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader
+from ltxpack.runtime.weights.plan import FILE, HOST, Placement
 from ltxpack.runtime.weights.reading import FileReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -36,18 +37,14 @@ WIDE = SMALL | {
 }
 EVERY = frozenset(range(LAYERS))
 PLACEMENTS = {
-    "staged": Placement(rest=MEMORY),
-    "kept in memory": Placement(rest=MEMORY, keep=True),
-    "every block from memory": Placement(CARD, MEMORY, "transformer_blocks", EVERY),
-    "some blocks from memory": Placement(CARD, MEMORY, "transformer_blocks", frozenset({1, 3, 5})),
-    "every block from the file": Placement(CARD, FILE, "transformer_blocks", EVERY),
-    "all in memory, some streamed": Placement(MEMORY, MEMORY, "transformer_blocks", frozenset({0, 2, 4}), keep=True),
-    "some from memory, some held": Placement(
-        CARD, MEMORY, "transformer_blocks", frozenset({1, 3, 5}), held=frozenset({0, 1, 3})
-    ),
-    "some from the file, some held": Placement(
-        CARD, FILE, "transformer_blocks", frozenset({0, 2, 3, 4}), held=frozenset({1, 2})
-    ),
+    "ahead": Placement(ahead=True),
+    "kept in memory": Placement(HOST),
+    "every block from memory": Placement(source=HOST, streamed=EVERY),
+    "some blocks from memory": Placement(source=HOST, streamed=frozenset({1, 3, 5})),
+    "every block from the file": Placement(source=FILE, streamed=EVERY),
+    "all in memory, some streamed": Placement(HOST, HOST, frozenset({0, 2, 4})),
+    "some from memory, some held": Placement(source=HOST, streamed=frozenset({1, 3, 5}), held=frozenset({0, 1, 3})),
+    "some from the file, some held": Placement(source=FILE, streamed=frozenset({0, 2, 3, 4}), held=frozenset({1, 2})),
 }
 
 
@@ -93,22 +90,29 @@ def outputs(dit: DiT, device: torch.device) -> list[Tensor]:
     return [tensor.cpu() for velocity in found for tensor in (velocity.video, velocity.audio)]
 
 
+def load(
+    placement: Placement, digests: Mapping[Path, str], reader: FileReader, folder: Path, device: torch.device
+) -> tuple[PlacedModule[DiT], PlacementReader]:
+    read = PlacementReader(
+        placement, "transformer_blocks", digests, reader, CudaCopies(device), to_host=placement.ahead
+    )
+    with torch.inference_mode():
+        return PlacedModule(load_module(empty_dit(), folder, device, torch.bfloat16, reader=read), read), read
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_every_placement_gives_the_same_bits(placement: Placement, folder: Path, device: torch.device) -> None:
     expected = outputs(load_module(empty_dit(), folder, device, torch.bfloat16), device)
     digests = {path: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
     reader = FileReader(CudaCopies(device), read_bytes=1 << 20)
-    read = PlacingReader(placement, digests, reader, CudaCopies(device))
-    with torch.inference_mode():
-        module = load_module(empty_dit(), folder, device, torch.bfloat16, reader=read)
+    placed, _ = load(placement, digests, reader, folder, device)
     reader.close()
-    assert read.unpinned == 0
-    held = Offloaded(module, read)
-    for _ in range(2 if placement.keep or placement.rest == CARD else 1):
-        with torch.inference_mode(), held.on_card() as dit:
+    assert placed.unpinned == 0
+    for _ in range(1 if placement.ahead else 2):
+        with torch.inference_mode(), placed.in_use() as dit:
             found = outputs(dit, device)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    held.drop()
+    placed.drop()
 
 
 def test_memory_is_pinned_and_given_back(device: torch.device) -> None:
@@ -124,14 +128,12 @@ def test_memory_is_pinned_and_given_back(device: torch.device) -> None:
 
 def test_streaming_takes_two_slots_and_not_the_blocks(folder: Path, device: torch.device) -> None:
     reader = FileReader(CudaCopies(device))
-    read = PlacingReader(PLACEMENTS["every block from memory"], {}, reader, CudaCopies(device))
     before = torch.cuda.memory_allocated(device)
-    with torch.inference_mode():
-        held = Offloaded(load_module(empty_dit(), folder, device, torch.bfloat16, reader=read), read)
+    placed, read = load(PLACEMENTS["every block from the file"], {}, reader, folder, device)
     reader.close()
     rest = torch.cuda.memory_allocated(device) - before
     blocks = sum(source.layout.nbytes for source in read.sources.values())
-    with torch.inference_mode(), held.on_card():
+    with torch.inference_mode(), placed.in_use():
         slots = torch.cuda.memory_allocated(device) - before - rest
     assert slots == pytest.approx(2 * blocks / LAYERS, rel=0.02)
     assert rest < blocks
