@@ -94,7 +94,7 @@ def warmed(*files: Path, room: int = 2 * SIZE) -> None:
         assert not any(map(resident, files)), "nothing was loaded yet"
         with warmer.waiting():
             pass
-        warmer._background.join(60)
+        warmer._background.result()
     finally:
         warmer.close()
 

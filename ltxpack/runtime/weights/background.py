@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -27,39 +28,28 @@ class Background(Generic[R]):
     """
 
     def __init__(self, work: Callable[[Stop], R]) -> None:
-        self._work = work
         self._stopped = threading.Event()
-        self._result: R | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ltxpack-ahead", daemon=True)
+        self._done: Future[R] = Future()
+        self._thread = threading.Thread(target=self._run, args=(work,), name="ltxpack-ahead", daemon=True)
         self._thread.start()
 
     def result(self) -> R:
-        """What the work returned, once it is done; for one call."""
+        """What the work returned, once it is done; for one call, after which nothing here refers to it."""
         self._thread.join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        result, self._result = self._result, None
-        assert result is not None
-        return result
-
-    def join(self, seconds: float) -> bool:
-        """Wait until the work is done, so long at most; whether it is."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        done, self._done = self._done, Future()
+        return done.result()
 
     def cancel(self) -> None:
         """Let the work end, and wait for that."""
         self._stopped.set()
         self._thread.join()
-        self._result = self._error = None
+        self._done = Future()
 
-    def _run(self) -> None:
+    def _run(self, work: Callable[[Stop], R]) -> None:
         try:
-            self._result = self._work(self._check)
+            self._done.set_result(work(self._check))
         except BaseException as error:
-            self._error = error
+            self._done.set_exception(error)
 
     def _check(self) -> None:
         if self._stopped.is_set():

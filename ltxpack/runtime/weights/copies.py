@@ -34,7 +34,7 @@ class Copies:
     def __init__(self, device: torch.device) -> None:
         self.device, self.process_ends = device, False
 
-    def run(self, work: Callable[[], None], after: Event = None) -> Event:
+    def run(self, work: Callable[[], object], after: Event = None) -> Event:
         """Do ``work`` in the queue after the event ``after``. Returns the event that it is done."""
         with torch.inference_mode():
             work()
@@ -73,7 +73,7 @@ class CudaCopies(Copies):
         self.compute = torch.cuda.current_stream(device)
         self.stream = torch.cuda.Stream(device)
 
-    def run(self, work: Callable[[], None], after: Event = None) -> Event:
+    def run(self, work: Callable[[], object], after: Event = None) -> Event:
         """Put ``work``, which must not wait for the device, into the stream."""
         if after is not None:
             self.stream.wait_event(after)

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,7 +33,6 @@ from ltxpack.runtime.weights.sizes import BLOCKS, TEXT_ENCODER, TRANSFORMER, Mod
 from ltxpack.runtime.weights.slots import MemorySource
 
 M = TypeVar("M", bound=nn.Module)
-M_co = TypeVar("M_co", bound=nn.Module, covariant=True)
 R = TypeVar("R")
 Prepare = Callable[[Any, bool], None]
 WEIGHTS = ".safetensors"
@@ -43,10 +42,8 @@ UNPLANNED = Placement(FILE)
 Stamp = tuple[int, int, int, int]
 
 
-class Load(Protocol[M_co]):
-    """What builds a part from its folder, such as :func:`ltxpack.runtime.model.load_dit`."""
-
-    def __call__(self, folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader, /) -> M_co: ...
+# What builds a part from its folder, such as ltxpack.runtime.model.load_dit.
+Load = Callable[[Path, torch.device, torch.dtype, Reader], M]
 
 
 class Residency:
@@ -149,7 +146,10 @@ class Residency:
         placement = self._placement(part)
         if part in self._in_use:
             self._carried.add(part)
-        elif part not in self._kept and part not in self._ahead and self._room_ahead(placement):
+            return
+        # There is room at its home, or else in the one place for the next transformer.
+        room = placement.home != FILE or (placement.ahead and not self._ahead)
+        if room and part not in self._kept and part not in self._ahead:
             self._make_queues()
             self._ahead[part] = Background(lambda stop: self._load(part, load, stop, to_host=placement.ahead))
 
@@ -254,7 +254,7 @@ class Residency:
         with self._reader() as reader:
             read = PlacementReader(
                 placement,
-                BLOCKS.get(part, BLOCKS[TRANSFORMER] if self._is_transformer(part) else ""),
+                BLOCKS.get(TRANSFORMER if part.startswith(f"{BAKES}/") else part, ""),
                 {} if held else digests,
                 reader,
                 self._slots,
@@ -274,10 +274,6 @@ class Residency:
 
     def _placement(self, part: str) -> Placement:
         return self.plan.placements.get(part, UNPLANNED) if self.plan else UNPLANNED
-
-    def _room_ahead(self, placement: Placement) -> bool:
-        """Whether a transformer may be loaded before its stage: to its home, or to the one place for the next."""
-        return placement.home != FILE or (placement.ahead and not self._ahead)
 
     def _drop(self, part: str, placed: PlacedModule[Any]) -> None:
         if placed.held:
@@ -314,9 +310,6 @@ class Residency:
         )
         records = [record for part in parts for record in self.overlay.records(part)]
         return [self.overlay.root / record.path for record in records if record.path.endswith(WEIGHTS)]
-
-    def _is_transformer(self, part: str) -> bool:
-        return part == TRANSFORMER or part.startswith(f"{BAKES}/")
 
     def _give_back(self) -> None:
         """Hand back memory of the card that only waits to be used again."""

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -25,7 +24,6 @@ from ltxpack.files.reader import READ_BYTES, PlannedRead, Range
 from ltxpack.manifest import changed_file
 from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
 from ltxpack.runtime.weights.load import Stored
-from ltxpack.runtime.weights.machine import UNKNOWN
 from ltxpack.runtime.weights.plan import SLOTS, WAITING
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
@@ -60,29 +58,18 @@ class ByteLayout:
         }
 
 
-class BlockSource(Protocol):
-    """Where the weights of a block come from; names of ``layout`` are the block's own."""
-
-    @property
-    def layout(self) -> ByteLayout:
-        """Where each tensor is in a slot."""
-
-    def start(self, slot: Tensor, after: Event) -> CopyDone:
-        """Begin to copy the weights to ``slot`` (uint8 on the device), which is free after the event ``after``."""
-
-
 @dataclass(frozen=True)
 class MemorySource:
-    """A block in host memory, laid out as in a slot."""
+    """A block in host memory, laid out as in a slot; names of ``layout`` are the block's own."""
 
     layout: ByteLayout
     memory: HostMemory
     copies: Copies
 
     def start(self, slot: Tensor, after: Event) -> CopyDone:
-        """One copy."""
+        """Begin to copy the block to ``slot`` (uint8 on the device), which is free after the event ``after``."""
         target = slot[: self.layout.nbytes]
-        done = self.copies.run(lambda: _copy(target, self.memory.bytes), after)
+        done = self.copies.run(lambda: target.copy_(self.memory.bytes, non_blocking=True), after)
         return lambda: done
 
 
@@ -163,13 +150,11 @@ class _FileHash:
             with self._path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 while self._position < size:
-                    early = self._early.pop(self._position, None)
+                    early = self._early.pop(self._position, 0)
                     if isinstance(early, bytes):
                         self._update(early)
                         continue
-                    if early is None and self._awaited():
-                        return
-                    end = self._position + early if early else min(self._next(), size)
+                    end = self._position + early if early else self._next(size)
                     file.seek(self._position)
                     data = file.read(min(end - self._position, READ_BYTES))
                     if not data:
@@ -180,16 +165,10 @@ class _FileHash:
         except OSError as error:
             raise changed_file(self._path, "readable", error.strerror) from None
 
-    def _awaited(self) -> bool:
-        """Whether the next byte is of a tensor that is still to come."""
-        number = bisect_right(self._tensors, (self._position, UNKNOWN)) - 1
-        return number >= 0 and self._position < self._tensors[number][1]
-
-    def _next(self) -> int:
-        """Where the next bytes begin that somebody brings."""
-        starts = [start for start in self._early if start > self._position]
-        number = bisect_right(self._tensors, (self._position, UNKNOWN))
-        return min([*starts, *(start for start, _ in self._tensors[number : number + 1])], default=UNKNOWN)
+    def _next(self, size: int) -> int:
+        """Where the next bytes begin that somebody brings: the position itself if these are still to come."""
+        tensors = (max(start, self._position) for start, end in self._tensors if end > self._position)
+        return min([size, next(tensors, size), *(start for start in self._early if start > self._position)])
 
 
 class FileStream:
@@ -222,9 +201,13 @@ class FileSource:
     stream: FileStream
 
     def start(self, slot: Tensor, after: Event) -> CopyDone:
-        """Reads; the slot fills part by part."""
+        """The same; the slot fills part by part."""
         views = self.layout.views(slot)
         return self.stream.read([entry.read_into(views[name]) for name, entry in self.stored.items()], after)
+
+
+BlockSource = MemorySource | FileSource
+"""Where the weights of a block come from."""
 
 
 @dataclass(slots=True)
@@ -345,7 +328,3 @@ def _without_weights(owners: Mapping[str, tuple[nn.Module, str]]) -> dict[str, n
         assert held is not None
         empty[name] = nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False)
     return empty
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    target.copy_(source, non_blocking=True)
