@@ -18,7 +18,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.weights.machine import this_machine
 from ltxpack.runtime.weights.plan import STREAM, Plan, best_plan
-from ltxpack.runtime.weights.report import seconds, streamed_blocks
+from ltxpack.runtime.weights.report import streamed_blocks
 from ltxpack.runtime.weights.sizes import TEXT_ENCODER, ModelSizes, model_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "plans.md"
@@ -55,7 +55,7 @@ def _cells(plan: Plan | None) -> str:
     streamed, total = streamed_blocks(plan), plan.blocks[plan.work.stages[0].part]
     blocks = "{} and {} of {}".format(*streamed, total) if plan.mode == STREAM else "none"
     layered = bool(plan.placements[TEXT_ENCODER].source)
-    reads = (f"{gigabytes(count)}, {seconds(count, DISK_RATE):.0f} s" for count in (plan.first_read, plan.next_read))
+    reads = (f"{gigabytes(count)}, {count / DISK_RATE:.0f} s" for count in (plan.first_read, plan.next_read))
     return " | ".join(
         (plan.mode, blocks, "by layers" if layered else "whole", gigabytes(plan.card), gigabytes(plan.host), *reads)
     )

@@ -83,7 +83,7 @@ def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSiz
 
 
 def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Plan, rate: int) -> None:
-    from ltxpack.runtime.weights.report import decoding, lines, reading, seconds, table
+    from ltxpack.runtime.weights.report import decoding, lines, reading, table
 
     shape = planned.request.shape
     what = "the published LTX-2.3" if overlay is None else str(overlay)
@@ -95,7 +95,7 @@ def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Pla
     for line in (*lines(found, machine), reading(found, AUTO, machine), decoding(found), *table(found)):
         click.echo(line)
     first, following = (
-        f"{human_bytes(count)} ({seconds(count, rate):.0f} s at {human_bytes(rate)}/s)"
+        f"{human_bytes(count)} ({count / rate:.0f} s at {human_bytes(rate)}/s)"
         for count in (found.first_read, found.next_read)
     )
     click.echo(f"read from disk: {first} for the first video, {following} for each further one with another prompt")

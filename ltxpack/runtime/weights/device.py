@@ -31,24 +31,12 @@ class KnownFault(NamedTuple):
 
 
 # pytorch issues 163539 and 166643: first cuDNN was wrong, then torch went around it.
+WRONG = "large ones can come out wrong (pytorch issue 163539)"
+AROUND = "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643)"
 FAULTS = (
-    KnownFault(
-        ((2, 0), (2, 9)),
-        (90800, 91300),
-        "large ones can come out wrong (pytorch issue 163539): install cuDNN 9.13 or later, or a newer torch",
-    ),
-    KnownFault(
-        ((2, 9, 0), (2, 9, 1)),
-        (0, 1_000_000),
-        "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
-        "install another torch",
-    ),
-    KnownFault(
-        ((2, 9, 1), (2, 10)),
-        (0, 91500),
-        "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643): "
-        "install cuDNN 9.15 or later, or another torch",
-    ),
+    KnownFault(((2, 0), (2, 9)), (90800, 91300), f"{WRONG}: install cuDNN 9.13 or later, or a newer torch"),
+    KnownFault(((2, 9, 0), (2, 9, 1)), (0, 1_000_000), f"{AROUND}: install another torch"),
+    KnownFault(((2, 9, 1), (2, 10)), (0, 91500), f"{AROUND}: install cuDNN 9.15 or later, or another torch"),
 )
 
 

@@ -6,6 +6,7 @@ Needs no torch and no GPU.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,6 @@ from typing import NamedTuple
 
 MEBIBYTE = 1024 * 1024
 ANSWER_SECONDS = 20
-
-
 # Host memory that is left to the rest of the system: of what is free, and of a whole machine.
 HOST_MARGIN, SYSTEM = 500_000_000, 2_000_000_000
 # What the driver and the libraries take of a card that nothing runs on yet.
@@ -60,12 +59,9 @@ def usable_host() -> tuple[int, bool]:
 
 def free_host() -> int:
     """Bytes of memory a new process could have of the machine, or 0 where the system does not say."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        fields = dict(line.split(":", 1) for line in text.splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
+    available = re.search(r"^MemAvailable: +(\d+)", _text(Path("/proc/meminfo")), re.MULTILINE)
+    if available:
+        return int(available[1]) * 1024
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError):
@@ -81,8 +77,9 @@ def free_in_container(root: Path = Path("/")) -> int | None:
     for files, folder in _memory_groups(root):
         limit = min(limits) if (limits := [n for name in files.limits if (n := _number(folder / name))]) else UNKNOWN
         if limit < NO_LIMIT:
-            used = (_number(folder / files.used) or 0) - _droppable(folder, files.droppable)
-            found.append(max(0, limit - used))
+            used = _number(folder / files.used) or 0
+            droppable = re.search(rf"^{files.droppable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+            found.append(max(0, limit - used + (int(droppable[1]) if droppable else 0)))
     return min(found, default=None)
 
 
@@ -102,11 +99,8 @@ GROUP_FILES = {
 
 def _memory_groups(root: Path) -> Iterator[tuple[_GroupFiles, Path]]:
     """The folders of the control groups that bound this process, from its own upwards, of both versions."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return
+    groups = _text(root / "proc/self/cgroup").splitlines()
+    mounts = _text(root / "proc/self/mountinfo").splitlines()
     paths = {}
     for line in (line for line in groups if line.count(":") > 1):
         _, controllers, path = line.split(":", 2)
@@ -125,29 +119,24 @@ def _memory_groups(root: Path) -> Iterator[tuple[_GroupFiles, Path]]:
             yield GROUP_FILES[kind], parent
 
 
+def _text(file: Path) -> str:
+    """What the kernel says in ``file``; empty where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""
+
+
 def _number(file: Path) -> int | None:
     """The number in ``file``; None for ``max``, or without one."""
-    try:
-        return int(file.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-
-
-def _droppable(folder: Path, field: str) -> int:
-    try:
-        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.split()[0] == field)
-    except (OSError, ValueError, StopIteration, IndexError):
-        return 0
+    text = _text(file).strip()
+    return int(text) if text.isdecimal() else None
 
 
 def own_memory() -> int:
     """Bytes this process has of that memory, or 0 where the system does not say."""
-    try:
-        resident = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return int(resident) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return 0
+    fields = _text(Path("/proc/self/statm")).split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 
 
 def free_card() -> int | None:

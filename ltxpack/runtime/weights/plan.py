@@ -189,22 +189,12 @@ class Shortage:
     free: int
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A row of the table: the mode, and the placement of transformers, small parts and text encoder."""
-
-    mode: str
-    small: Placement
-    transformer: Placement
-    text: Placement
-
-
 def best_plan(model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO) -> Plan | None:
     """The first way to run in ``mode`` that fits ``machine``; None if there is none."""
-    for way in _ways(mode, work):
-        streamed = _fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
+    streamed = _fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
+    for name, way in _ways(mode, work):
         held = _held(model, work, machine, way, streamed)
-        plan = plan_for(model, work, way.mode, _placements(model, work, way, streamed, held))
+        plan = plan_for(model, work, name, _placements(model, way, streamed, held))
         if shortage(plan, machine) is None:
             return _with_large_tiles(model, plan, machine)
     return None
@@ -212,8 +202,8 @@ def best_plan(model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO)
 
 def smallest_plan(model: ModelSizes, work: Work, mode: str = AUTO) -> Plan:
     """The way to run in ``mode`` that takes least."""
-    *_, last = _ways(mode, work)
-    return plan_for(model, work, last.mode, _placements(model, work, last, _every_block(model, work), {}))
+    *_, (name, way) = _ways(mode, work)
+    return plan_for(model, work, name, _placements(model, way, _every_block(model, work), {}))
 
 
 def continued(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Plan | None:
@@ -275,8 +265,8 @@ def held_blocks(streamed: frozenset[int], count: int, total: int) -> frozenset[i
     return frozenset(chosen | set(others[: max(0, count - len(first))]))
 
 
-def _ways(mode: str, work: Work) -> Iterator[_Way]:
-    """The rows of the table that serve ``work`` in ``mode``, best first."""
+def _ways(mode: str, work: Work) -> Iterator[tuple[str, dict[str, Placement]]]:
+    """The rows of the table that serve ``work`` in ``mode``, best first: a mode, and parts without block numbers."""
     for name in MODES if mode == AUTO else (mode,):
         for home in SMALL_PARTS_HOME[name]:
             for transformer in TRANSFORMERS[name]:
@@ -287,20 +277,19 @@ def _ways(mode: str, work: Work) -> Iterator[_Way]:
                     # Pinned layers pay only where several prompts pass through them; where a transformer's blocks are
                     # read at every step, host memory holds some of these rather than layers that are read once.
                     if text.source != HOST or (work.prompts > 1 and transformer.source != FILE):
-                        yield _Way(name, Placement(home), transformer, text)
+                        transformers = dict.fromkeys(work.transformer_parts, transformer)
+                        yield name, dict.fromkeys(SMALL_PARTS, Placement(home)) | {TEXT_ENCODER: text} | transformers
 
 
 def _placements(
-    model: ModelSizes, work: Work, way: _Way, streamed: Mapping[str, int], held: Mapping[str, int]
+    model: ModelSizes, way: Mapping[str, Placement], streamed: Mapping[str, int], held: Mapping[str, int]
 ) -> dict[str, Placement]:
     """``way`` with so many blocks of each transformer streamed and held; a text encoder streams all layers or none."""
-    found = dict.fromkeys(SMALL_PARTS, way.small)
-    layers = len(model.parts[TEXT_ENCODER].blocks)
-    found[TEXT_ENCODER] = replace(way.text, streamed=spread(layers if way.text.source else 0, max(layers, 1)))
-    for part in work.transformer_parts:
+    found = {}
+    for part, placed in way.items():
         total = len(model.parts[part].blocks)
-        numbers = spread(streamed[part] if way.transformer.source else 0, total)
-        found[part] = replace(way.transformer, streamed=numbers, held=held_blocks(numbers, held.get(part, 0), total))
+        numbers = spread(streamed.get(part, total) if placed.source else 0, total)
+        found[part] = replace(placed, streamed=numbers, held=held_blocks(numbers, held.get(part, 0), total))
     return found
 
 
@@ -322,18 +311,20 @@ def _fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[st
     return found
 
 
-def _held(model: ModelSizes, work: Work, machine: Machine, way: _Way, streamed: Mapping[str, int]) -> dict[str, int]:
+def _held(
+    model: ModelSizes, work: Work, machine: Machine, way: Mapping[str, Placement], streamed: Mapping[str, int]
+) -> dict[str, int]:
     """How many blocks of each transformer are held in host memory: as many as there is room for, where they would be
     read again for the next video, or within one where streamed blocks come from the file.
     """
-    placed = way.transformer
+    placed = way[work.transformer_parts[0]]
     if not placed.source or placed.home == HOST or machine.card is None or (work.once and placed.source != FILE):
         return {}
     left = replace(machine, host=machine.host - HELD_MARGIN)
 
     def fits(count: int) -> bool:
-        placements = _placements(model, work, way, streamed, _shared_out(model, work, streamed, count))
-        return shortage(plan_for(model, work, way.mode, placements), left) is None
+        placements = _placements(model, way, streamed, _shared_out(model, work, streamed, count))
+        return shortage(plan_for(model, work, "", placements), left) is None
 
     most = sum((streamed if work.once else _every_block(model, work)).values())
     count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,8 @@ def described(plan: Plan) -> str:
     """What stays where, in a sentence."""
     placed = plan.placements[plan.work.stages[0].part]
     if placed.home == CARD:
-        parts = [f"{_all_of(plan)} on the device"]
+        stay = "both transformers stay" if len(plan.work.stages) > 1 else "the transformer stays"
+        parts = [f"{stay} on the device"]
     elif not placed.source:
         parts = ["one transformer on the device at a time", WHENCE[_word(placed)]]
     else:
@@ -80,10 +81,6 @@ def _small_parts_stay(plan: Plan) -> bool:
     return all(plan.placements[part].home == CARD for part in SMALL_PARTS)
 
 
-def _all_of(plan: Plan) -> str:
-    return "both transformers stay" if len(plan.work.stages) > 1 else "the transformer stays"
-
-
 def _of_each(plan: Plan, counts: Sequence[int], totals: bool = False) -> str:
     """``17 of 48 blocks of stage 1 and 27 of 48 blocks of stage 2``."""
     found = []
@@ -94,14 +91,14 @@ def _of_each(plan: Plan, counts: Sequence[int], totals: bool = False) -> str:
     return " and ".join(found) if len(found) < 3 else ", ".join(found[:-1]) + " and " + found[-1]
 
 
-def container(machine: Machine) -> str:
+def _limit(machine: Machine) -> str:
     """What to add to the host's free memory where a container bounds it."""
     return " (the limit of a container)" if machine.container else ""
 
 
 def lines(plan: Plan, machine: Machine) -> list[str]:
     """The plan as a run tells it before it loads: what stays where, and the most memory it takes."""
-    limit = container(machine)
+    limit = _limit(machine)
     if machine.card is None:
         most = max(phase.card + phase.host for phase in plan.phases)
         memory = f"{gigabytes(most)} of the {gigabytes(machine.host)} of memory free{limit}"
@@ -155,11 +152,6 @@ def table(plan: Plan) -> list[str]:
     return found
 
 
-def seconds(count: int, disk_rate: int) -> float:
-    """How long ``count`` bytes take at ``disk_rate`` bytes a second."""
-    return count / disk_rate
-
-
 def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Command]) -> dict[str, Any]:
     """The document of ``ltxpack plan --json``; schemas/plan.schema.json describes it. All sizes in bytes."""
     return {
@@ -184,8 +176,8 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
         "loading": {
             "into_cache": planner.cacheable(plan, machine),
             "disk_rate": disk_rate,
-            "first_video": {"bytes": plan.first_read, "seconds": seconds(plan.first_read, disk_rate)},
-            "next_video": {"bytes": plan.next_read, "seconds": seconds(plan.next_read, disk_rate)},
+            "first_video": {"bytes": plan.first_read, "seconds": plan.first_read / disk_rate},
+            "next_video": {"bytes": plan.next_read, "seconds": plan.next_read / disk_rate},
         },
         "commands": [{"command": command.text, "done": command.done} for command in commands],
     }
@@ -204,7 +196,7 @@ def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, d
     assert found is not None
     on_device = machine.card is None or found.memory == "card"
     owner = device if on_device else "the host"
-    limit = container(machine) if machine.card is None or not on_device else ""
+    limit = _limit(machine) if machine.card is None or not on_device else ""
     wanted = "" if mode == planner.AUTO else f"--residency {mode}: "
     weights = f" ({gigabytes(found.phase.weights)} of weights)" if on_device else ""
     raise DeviceError(
@@ -227,10 +219,16 @@ def after_shortage(mode: str, asked: str) -> str:
 
 def smaller_work(model: ModelSizes, work: Work, machine: Machine) -> Work | None:
     """The next smaller video that fits in some way: fewer frames first, then a smaller picture too."""
-    for shape in _smaller_shapes(work.shape):
-        candidate = work.resized(shape)
-        if planner.shortage(planner.smallest_plan(model, candidate), machine) is None:
-            return candidate
+    asked, unit = work.shape, 2 * SPATIAL_FACTOR
+    for share in (1, 0.75, 0.5, 0.25):
+        height, width = (max(unit, int(side * share) // unit * unit) for side in (asked.height, asked.width))
+        for frames in range(asked.frames, TEMPORAL_FACTOR, -TEMPORAL_FACTOR):
+            with suppress(UsageError):  # too short for any sound
+                smaller = work.resized(VideoShape(frames, height, width, asked.fps))
+                if smaller.shape == asked:
+                    continue
+                if planner.shortage(planner.smallest_plan(model, smaller), machine) is None:
+                    return smaller
     return None
 
 
@@ -248,14 +246,3 @@ def _instead(model: ModelSizes, work: Work, machine: Machine, mode: str, lacking
     shape = smaller.shape
     sides = f"--height {shape.height} --width {shape.width} --num-frames {shape.frames}"
     return f"the same command with {sides}, or free memory"
-
-
-def _smaller_shapes(shape: VideoShape) -> Iterator[VideoShape]:
-    unit = 2 * SPATIAL_FACTOR
-    for share in (1, 0.75, 0.5, 0.25):
-        height, width = (max(unit, int(side * share) // unit * unit) for side in (shape.height, shape.width))
-        for frames in range(shape.frames, TEMPORAL_FACTOR, -TEMPORAL_FACTOR):
-            if (height, width, frames) == (shape.height, shape.width, shape.frames):
-                continue
-            with suppress(UsageError):  # too short for any sound
-                yield VideoShape(frames, height, width, shape.fps)
