@@ -10,6 +10,7 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from next_commands import Recorder
 from support import DATA, golden_folders, ltxpack
@@ -91,9 +92,15 @@ def every_next_can_be_typed() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ``ltxpack demo`` leaves: source/, overlay/ with two bakes, the video, its tensors. Not to be changed."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    done = ltxpack("demo", folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(folder / "video.mp4")
+    """What ``ltxpack demo`` leaves: source/, overlay/ with two bakes, the video, its tensors. Not to be changed.
+
+    The workers of one run share it: whoever needs it first makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "video.mp4").exists():
+            done = ltxpack("demo", folder)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.splitlines()[-1] == str(folder / "video.mp4")
     return folder

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -160,10 +161,10 @@ def _status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def make_targets(folder: Path) -> dict[str, Target]:
-    """All targets, working in ``folder``, which must be empty: some seconds for a tiny source and its overlay."""
+def make_targets(folder: Path, made: Path | None = None) -> dict[str, Target]:
+    """All targets, working in ``folder``, which must be empty. ``made``: the demo's source, which is copied."""
     source, overlay = folder / "source", folder / "overlay"
-    write_source(source)
+    write_source(source) if made is None else shutil.copytree(made, source)
     materialize(Options(str(source), overlay, max_shard_size=150_000), QUIET)
     targets = [*_loose(folder / "loose"), *_source(source, folder), *_overlay(overlay), *_adapters(folder, overlay)]
     return {target.name: target for target in targets}

@@ -27,7 +27,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Done, ltxpack
 
-from ltxpack.demo.checkpoint import write_source
 from ltxpack.manifest import MANIFEST_NAME
 
 SMALL = ("--max-shard-size", "400kB")
@@ -56,8 +55,9 @@ class Templates:
 
 
 @pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
+def templates(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
     made = Templates(tmp_path_factory.mktemp("commands"))
+    shutil.copytree(demo / "source", made.source)
     prepare(made)
     before = contents(made.folder)
     yield made
@@ -66,7 +66,6 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
 
 def prepare(templates: Templates) -> None:
     """Make the files, and have all modules imported: under the guard that would count as writing."""
-    write_source(templates.source)
     templates.strange.mkdir()
     (templates.strange / "config.json").write_text('{"not": "yours"}')
     finished(ltxpack("materialize", templates.source, templates.overlay, *SMALL))

@@ -34,8 +34,8 @@ COUNTS = {
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    found = make_targets(tmp_path_factory.mktemp("fuzz"))
+def targets(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+    found = make_targets(tmp_path_factory.mktemp("fuzz"), demo / "source")
     assert set(found) == set(COUNTS)
     return found
 
