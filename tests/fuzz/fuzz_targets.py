@@ -294,7 +294,7 @@ def _adapters(folder: Path, overlay: Path) -> Iterator[Target]:
     peft.mkdir()
     (peft / "adapter_model.safetensors").write_bytes(next(_adapter_files(shapes, ("base_model.model.",))))
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "init_lora_weights": True}
-    patterns = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {r"transformer_blocks\.0\.attn1\..*": 8.0}}
+    patterns = {"rank_pattern": {"attn1.to_q": 2}, "alpha_pattern": {"attn2.to_out.0": 8.0}}
     text = json.dumps({**config, **patterns, "target_modules": ["to_q"]}).encode()
     yield Target("peft config", peft / "adapter_config.json", fit(peft), (text,))
 
