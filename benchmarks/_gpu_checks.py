@@ -16,11 +16,11 @@ from torch import Tensor
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.sample import res2s
 from ltxpack.runtime.sampling.schedule import shifted_sigmas, sigmas_of
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.settings import Settings
 
 HQ = Settings().guidance

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.block import PLAIN
 from ltxpack.runtime.model.model import Pass
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 # Seconds that one median may take.
 BRIEF, LONG = 1.0, 4.0

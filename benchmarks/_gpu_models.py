@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Stream
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState, initial_state
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 
 MULTIPLIER = 1000
 # How much around what they are at rest: tables and biases 0, norms 1.

@@ -16,13 +16,12 @@ from _gpu_forward import compiled
 from _gpu_models import Codecs, contexts, installed, random_codecs, state_of
 from torch import Tensor
 
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.sample import res2s
 from ltxpack.runtime.sampling.schedule import res2s_plan, shifted_sigmas, sigmas_of
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.settings import Settings
 
 HQ = Settings().guidance
@@ -186,9 +185,9 @@ def _stage2(bench: Bench, start: AV[Tensor] | None, steps: int | None) -> AV[Ten
 def _upsampled(bench: Bench, parts: Codecs | None, latents: Tensor) -> Tensor:
     if parts is None:
         return latents.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
-    from ltxpack.runtime.codecs import upsample, video
+    from ltxpack.runtime.codecs import video
 
-    return upsample.upsample(parts.upsampler, video.LatentStatistics.of(parts.vae), latents)
+    return video.upsample(parts.upsampler, video.LatentStatistics.of(parts.vae), latents)
 
 
 def _decoded(bench: Bench, parts: Codecs, latents: AV[Tensor], sound: Tensor, phases: Phases) -> None:

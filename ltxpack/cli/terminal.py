@@ -97,4 +97,5 @@ def print_plan(plan: dict[str, Any], as_json: bool, *, bounds: tuple[str, ...] =
 
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done and how.")
+plan_option = click.option("--plan", "plan_only", is_flag=True, help="Only say what would be written.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -20,13 +20,12 @@ from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.media.images import load_image, prepare_image
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.request import ImageSpec, Request
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state, unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.recipes import Guidance, stage_label
 from ltxpack.runtime.sampling.sample import SAMPLERS
 from ltxpack.runtime.sampling.schedule import sigmas_of
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.session import Session, Timings
 from ltxpack.runtime.video import Latents, Video
 from ltxpack.runtime.weights.plan import Work

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import Reporter, SilentReporter
-from ltxpack.runtime.codecs import upsample, video
+from ltxpack.runtime.codecs import video
 from ltxpack.runtime.model import kernels
-from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.model.weights import load_dit, read_dit_config
+from ltxpack.runtime.model.model import DiT, load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, transformer_part
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
 from ltxpack.runtime.settings import SessionSettings
@@ -151,9 +149,7 @@ class Session:
             folder = self.overlay.folder("vae")
             self._statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
         statistics = self._statistics
-        return self.use(
-            "latent_upsampler", upsample.load_upsampler, lambda net: upsample.upsample(net, statistics, latents)
-        )
+        return self.use("latent_upsampler", video.load_upsampler, lambda net: video.upsample(net, statistics, latents))
 
     def within_memory(self, work: Callable[[], R]) -> R:
         """``work()``. Raises DeviceError, with everything of ``work`` released, when memory runs out in it."""

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ltxpack.errors import UsageError
 from ltxpack.files.direct import READS
 from ltxpack.runtime.codecs.tiles import DECODES, OFFICIAL
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Guidance, Recipe
+from ltxpack.runtime.sampling.shape import AV
 
 if TYPE_CHECKING:
     import torch

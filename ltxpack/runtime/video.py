@@ -14,8 +14,8 @@ from ltxpack.errors import UsageError, quoted
 from ltxpack.files.publish import Temporary, write_errors
 from ltxpack.files.tensorfile import build_header
 from ltxpack.runtime.media.mp4 import VideoWriter
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import stage_flag
+from ltxpack.runtime.sampling.shape import AV
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.model.rope import RopeTables, Rotation
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 # What LTX-2.3 says where diffusers' default is another; all other fields are left to their defaults.
 LTX23 = {

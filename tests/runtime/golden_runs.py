@@ -14,11 +14,10 @@ from support import load
 from torch import Tensor
 
 from ltxpack.runtime.sampling import schedule
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state
 from ltxpack.runtime.sampling.guidance import Guidance
 from ltxpack.runtime.sampling.recipes import REFINING
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 
 NAMES = AV("video", "audio")
 

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.schedule import res2s_plan, shifted_sigmas, sigmas_of
+from ltxpack.runtime.sampling.shape import AV
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig.from_dict(TRANSFORMER)

@@ -14,9 +14,9 @@ from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.runtime.sampling import sample
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
+from ltxpack.runtime.sampling.shape import AV
 
 
 def denoiser_of(stage: Stage, golden: Path, dtype: str) -> Denoiser:

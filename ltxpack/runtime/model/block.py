@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltxpack.runtime.model.adaln import Rows, modulate
-from ltxpack.runtime.model.attention import Attention, AttentionShape, FeedForward, Keys
 from ltxpack.runtime.model.config import DiTConfig, StreamConfig
 from ltxpack.runtime.model.kernels import AUDIO, TEXT, VIDEO
+from ltxpack.runtime.model.layers import Attention, AttentionShape, FeedForward, Keys, Rows, modulate
 from ltxpack.runtime.model.rope import RopeTables
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 
 @dataclass(frozen=True)

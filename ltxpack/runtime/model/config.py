@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 # Every table below: field -> what diffusers takes when the field is absent.
 _SIZES: dict[str, int] = {

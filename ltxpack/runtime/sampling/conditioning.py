@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ltxpack.errors import UsageError
 from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.shape import (
     AUDIO_BINS,
     AUDIO_CHANNELS,
     AUDIO_HOP,
     AUDIO_SAMPLE_RATE,
+    AV,
     VideoShape,
 )
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ltxpack.runtime.model.model import Pass, Stream
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState
 from ltxpack.runtime.sampling.recipes import Guidance
+from ltxpack.runtime.sampling.shape import AV
 
 ABSENT: AV[Any] = AV(None, None)
 

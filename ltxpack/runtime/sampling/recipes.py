@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ltxpack.ltx23.classes import SPATIAL_FACTOR
-from ltxpack.runtime.sampling.av import AV
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 
 RES2S, EULER = "res2s", "euler"
 NO_BLOCKS: frozenset[int] = frozenset()

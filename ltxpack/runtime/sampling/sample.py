@@ -15,7 +15,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import LatentState, post
 from ltxpack.runtime.sampling.recipes import EULER, RES2S
 from ltxpack.runtime.sampling.schedule import (
@@ -26,6 +25,7 @@ from ltxpack.runtime.sampling.schedule import (
     Step,
     res2s_plan,
 )
+from ltxpack.runtime.sampling.shape import AV
 
 Denoise = Callable[[AV[Tensor], Tensor], AV[Tensor]]
 OnStep = Callable[[int, int], None]

@@ -1,13 +1,36 @@
-"""What is made, in pixels and in latents: the arithmetic of sizes (spec 04). Needs no torch, so a plan can use it."""
+"""Video and audio as one value, and the arithmetic of sizes in pixels and latents (spec 04).
+
+Needs no torch, so a plan can use it.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from ltxpack.errors import UsageError
 from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ltxpack.runtime.sampling.av import AV
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True)
+class AV(Generic[T]):
+    """One thing per modality, always both: almost everything in the sampler is done to both alike."""
+
+    video: T
+    audio: T
+
+    def map(self, function: Callable[..., U], *others: AV[Any]) -> AV[U]:
+        """``function`` applied to the video parts, then to the audio parts (draw order of the noise)."""
+        return AV(
+            function(self.video, *(other.video for other in others)),
+            function(self.audio, *(other.audio for other in others)),
+        )
+
 
 VIDEO_CHANNELS = 128
 

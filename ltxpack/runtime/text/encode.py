@@ -19,7 +19,7 @@ from transformers import Gemma3TextModel
 from ltxpack.errors import DeviceError, LtxpackError
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import Overlay
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.prompt_cache import Contexts, PromptCache, backend, batch_key
 from ltxpack.runtime.weights.keeper import Residency

@@ -23,7 +23,7 @@ from ltxpack.errors import OverlayError
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
 from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.runtime.model.rope import Rotation, rotate
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.load import (
     Reader,
     Stored,

@@ -35,7 +35,7 @@ from ltxpack.files.tensorfile import (
 from ltxpack.files.units import parse_size
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 FORMAT = "1"
 # Of the text path, ``gemma`` and ``encode``. It rises with every change there that can change a context by a bit.

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ltxpack.errors import OverlayError, UsageError
-from ltxpack.runtime.codecs import audio, upsample, video
+from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.audio import decode_mel
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.codecs.video import LatentStatistics
@@ -92,7 +92,7 @@ def parts(request: pytest.FixtureRequest, golden: Path, folder: Path) -> SimpleN
         vae=video.load_video_vae(folder / "vae", CPU, dtype),
         audio_vae=audio.load_audio_vae(folder / "audio_vae", CPU, dtype),
         vocoder=audio.load_vocoder(folder / "vocoder", CPU, dtype),
-        upsampler=upsample.load_upsampler(folder / "latent_upsampler", CPU, dtype),
+        upsampler=video.load_upsampler(folder / "latent_upsampler", CPU, dtype),
         recorded=load(golden / "golden" / f"components_{name}.safetensors"),
     )
 
@@ -166,7 +166,7 @@ def test_loud_sound_is_clamped_before_the_bandwidth_extension(parts: SimpleNames
 
 
 def test_upsampled_latents(parts: SimpleNamespace) -> None:
-    found = upsample.upsample(parts.upsampler, LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"])
+    found = video.upsample(parts.upsampler, LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"])
     compare(found, parts.recorded["upsampler.out"], parts.bound)
 
 
@@ -174,9 +174,9 @@ def test_a_single_latent_is_refused_where_a_channel_is_normalised_by_itself(part
     """diffusers' module as it is raises a bare ValueError then; one more column is enough."""
     statistics, latents = LatentStatistics.of(parts.vae), parts.recorded["upsampler.in"]
     with pytest.raises(UsageError, match="too small a video for the upsampler") as caught:
-        upsample.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :1])
+        video.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :1])
     assert "--num-frames" in caught.value.next
-    assert upsample.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :2]).shape[2:] == (1, 2, 4)
+    assert video.upsample(parts.upsampler, statistics, latents[:, :, :1, :1, :2]).shape[2:] == (1, 2, 4)
 
 
 def precisions() -> dict[str, object]:
@@ -219,7 +219,7 @@ def test_float32_is_float32_in_every_codec(parts: SimpleNamespace, tf32_allowed:
         video.encode_image(parts.vae, recorded["vae_enc.image_in"])
         for _ in video.decode_video(parts.vae, recorded["vae_dec.latent"]):
             assert precisions() == tf32_allowed, "what the caller does between two groups is not ours"
-        upsample.upsample(parts.upsampler, LatentStatistics.of(parts.vae), recorded["upsampler.in"])
+        video.upsample(parts.upsampler, LatentStatistics.of(parts.vae), recorded["upsampler.in"])
         audio.decode_audio(parts.audio_vae, parts.vocoder, recorded["audio_dec.latent"])
     finally:
         for hook in hooks:
@@ -258,7 +258,7 @@ def test_what_the_runs_decoded(parts: SimpleNamespace, golden: Path) -> None:
     for path in runs:
         run = load(path)
         if "upsampler.in" in run:
-            found = upsample.upsample(parts.upsampler, LatentStatistics.of(parts.vae), run["upsampler.in"])
+            found = video.upsample(parts.upsampler, LatentStatistics.of(parts.vae), run["upsampler.in"])
             compare(found, run["upsampler.out"], parts.bound)
         if "audio_waveform" in run:
             wave = audio.decode_audio(parts.audio_vae, parts.vocoder, run["stage1.audio_final_latent"])

@@ -19,7 +19,7 @@ from torch._inductor.runtime.runtime_utils import cache_dir
 
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.model.model import DiT, Stream
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, compiled_code, set_up_compiler
 
 STAGES = [AV(24, 9), AV(50, 14)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTHS = AV(96, 9)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Stream
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 INVENTORY = REPOSITORY.parent / "shared" / "spec" / "ltx23_inventory.json"
 UNBIASED = {"attention_bias": False, "attention_out_bias": False, "ff_bias": False, "audio_ff_bias": False}

@@ -15,7 +15,7 @@ from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.runtime.model.model import DiT, Stream
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 NONE: frozenset[int] = frozenset()
 UNPERTURBED = AV(NONE, NONE)

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.model import kernels
-from ltxpack.runtime.model.attention import Attention
 from ltxpack.runtime.model.kernels import KERNELS, AttentionKind, attention_kinds
+from ltxpack.runtime.model.layers import Attention
 from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 CPU = torch.device("cpu")
 VIDEO = AttentionKind("video", 2, 16, ((64, 64),), rotated=True, device=CPU, dtype=torch.float32)

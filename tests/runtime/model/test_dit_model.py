@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ltxpack.runtime.model.model import DiT, Stream
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 LENGTHS = AV(12, 5)
 WEIGHTS = random_weights(SMALL)

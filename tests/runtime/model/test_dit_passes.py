@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 LENGTHS = AV(12, 5)
 LAYERS = 3

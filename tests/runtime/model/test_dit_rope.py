@@ -16,7 +16,7 @@ from torch import Tensor
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.rope import RopeTables, Rotation, rotate, rotation
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 
 TABLES = {
     "video": lambda tables: tables.video.self_attention,

@@ -19,13 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state
 from ltxpack.runtime.sampling.guidance import Denoiser, Guidance
 from ltxpack.runtime.sampling.recipes import REFINING
 from ltxpack.runtime.sampling.sample import res2s
 from ltxpack.runtime.sampling.schedule import shifted_sigmas, sigmas_of
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.settings import Settings
 
 HQ = Settings().guidance

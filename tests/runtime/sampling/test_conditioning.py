@@ -16,7 +16,6 @@ from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.errors import UsageError
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import (
     ImageItem,
     LatentState,
@@ -26,7 +25,7 @@ from ltxpack.runtime.sampling.conditioning import (
     post,
     unpatchify,
 )
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 
 shapes = st.builds(
     VideoShape,

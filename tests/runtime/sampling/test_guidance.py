@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ltxpack.runtime.model.model import UNPERTURBED, Pass
 from ltxpack.runtime.sampling import recipes
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state
 from ltxpack.runtime.sampling.guidance import Denoiser, Guidance, combine, denoised
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.settings import Settings
 
 HQ = Settings().guidance

@@ -15,9 +15,8 @@ from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.runtime.sampling import sample, schedule
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state, unpatchify
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 
 SMALL = VideoShape(frames=9, height=64, width=96, fps=24.0)
 

@@ -23,7 +23,7 @@ from ltxpack.files.tensorfile import build_header, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import Overlay
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text import prompt_cache
 from ltxpack.runtime.text.encode import PromptEncoder

@@ -27,7 +27,7 @@ from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerF
 from ltxpack.errors import FormatError, LtxpackError, OverlayError
 from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.ltx23.renames import CONNECTORS
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.text import gemma as text
 
 ENCODER, TOKENIZER, CONNECTOR_FOLDER = "text_encoder", "tokenizer", "connectors"

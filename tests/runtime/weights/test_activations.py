@@ -25,12 +25,11 @@ from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.codecs.video import AxisTile
 from ltxpack.runtime.media.images import prepare_image
-from ltxpack.runtime.model.attention import Attention
 from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.layers import Attention
 from ltxpack.runtime.model.model import DiT, Pass, Stream
-from ltxpack.runtime.sampling.av import AV
 from ltxpack.runtime.sampling.conditioning import positions
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.weights import activations
 from ltxpack.runtime.weights.activations import Widths

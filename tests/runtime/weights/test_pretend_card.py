@@ -45,7 +45,7 @@ from ltxpack.runtime.model import kernels
 from ltxpack.runtime.recipe_run import decode_video, encode_ahead, generate, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.session import Session, Timings
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights import copies, keeper, machine, placed, reading, report, slots

@@ -15,7 +15,7 @@ from torch import Tensor
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.model.rope import RopeTables, Rotation
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.copies import CudaCopies, HostMemory
 from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import load_module

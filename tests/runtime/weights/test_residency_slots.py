@@ -26,7 +26,7 @@ from ltxpack.errors import OverlayError
 from ltxpack.files.direct import DirectReader
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.sampling.av import AV
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights import placed, slots
 from ltxpack.runtime.weights.copies import PAGE, Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored, load_module, read_headers
