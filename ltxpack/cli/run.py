@@ -18,7 +18,7 @@ from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings, Settings, flag_of, type_of
 
 if TYPE_CHECKING:
-    from ltxpack.runtime.batch import BatchSummary, Outcome
+    from ltxpack.runtime.batch import BatchSummary
     from ltxpack.runtime.run import Peaks, RunOptions
 
 VIDEO, SESSION = fields(Settings), fields(SessionSettings)
@@ -164,20 +164,11 @@ def _print_table(summary: BatchSummary) -> None:
     phases = list(dict.fromkeys(phase for outcome in summary.outcomes for phase in outcome.seconds))
     click.echo("  ".join([" line", "status ", *(f"{phase:>8}" for phase in phases), "   total", "output"]))
     for outcome in summary.outcomes:
-        seconds = [_seconds(outcome, phase) for phase in phases]
-        total = f"{sum(outcome.seconds.values()):8.2f}" if outcome.seconds else f"{'-':>8}"
-        cells = [
-            f"{outcome.line.number:5}",
-            f"{outcome.status:<7}",
-            *seconds,
-            total,
-            printable(str(outcome.line.output)),
-        ]
-        click.echo("  ".join(cells))
-
-
-def _seconds(outcome: Outcome, phase: str) -> str:
-    return f"{outcome.seconds[phase]:8.2f}" if phase in outcome.seconds else f"{'-':>8}"
+        total = sum(outcome.seconds.values()) if outcome.seconds else None
+        counts = [*(outcome.seconds.get(phase) for phase in phases), total]
+        numbers = "  ".join(f"{'-':>8}" if count is None else f"{count:8.2f}" for count in counts)
+        where = printable(str(outcome.line.output))
+        click.echo(f"{outcome.line.number:5}  {outcome.status:<7}  {numbers}  {where}")
 
 
 def _print_peaks(peaks: Peaks) -> None:

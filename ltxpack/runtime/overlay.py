@@ -118,7 +118,9 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
         if name == AUTO:
             name = _automatic(number, recipe, strengths, manifest, overlay)
         elif name != BASE and name not in manifest.bakes:
-            raise _unknown(name, manifest, overlay)
+            known = [BASE, *manifest.bakes]
+            advice = f"ltxpack inspect {quoted(overlay)}"
+            raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
         names.append(name)
     official = official_transformers(recipe, is_distilled(manifest))
     found = tuple(f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name for name in names)
@@ -206,13 +208,4 @@ def _only(names: list[str], number: int, overlay: Path) -> str:
         file=overlay,
         items=sorted(names),
         next=f"ltxpack run {quoted(overlay)} --{stage_flag(number)} {sorted(names)[0]} --prompt TEXT",
-    )
-
-
-def _unknown(name: str, manifest: Manifest, overlay: Path) -> UsageError:
-    return UsageError(
-        f"there is no bake {name!r}",
-        file=overlay,
-        items=[BASE, *manifest.bakes],
-        next=f"ltxpack inspect {quoted(overlay)}",
     )

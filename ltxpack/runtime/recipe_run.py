@@ -119,14 +119,14 @@ def decode_audio(session: Session, latents: Tensor) -> tuple[Tensor, int]:
     """The waveform ``[2, N]`` float32 and its sample rate, from audio latents (spec 04, section 9)."""
 
     def decode(vae: AutoencoderKLLTX2Audio) -> tuple[Tensor, int]:
-        return session.use(
+        return session.residency.use(
             "vocoder",
             audio.load_vocoder,
             lambda vocoder: (audio.decode_audio(vae, vocoder, latents).cpu(), audio.sample_rate(vocoder)),
         )
 
     with session.timings.phase("audio"):
-        return session.use("audio_vae", audio.load_audio_vae, decode)
+        return session.residency.use("audio_vae", audio.load_audio_vae, decode)
 
 
 def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], object]) -> None:
@@ -145,7 +145,7 @@ def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], ob
         session.reporter.end()
 
     with session.timings.phase("video"):
-        session.use("vae", video.load_video_vae, decode)
+        session.residency.use("vae", video.load_video_vae, decode)
 
 
 def work_of(session: Session, request: Request, together: int = 1, once: bool = False) -> Work:
@@ -177,7 +177,7 @@ def _encoded(
         pairs = list(zip(request.images, pictures, strict=True))
         return [[item(vae, image, picture, shape) for image, picture in pairs] for shape in shapes]
 
-    return session.use("vae", video.load_video_vae, encode)
+    return session.residency.use("vae", video.load_video_vae, encode)
 
 
 def _denoised(

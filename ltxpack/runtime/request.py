@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -48,62 +49,35 @@ class ImageSpec:
     def parse(cls, text: str, num_frames: int) -> ImageSpec:
         """``PATH[@FRAME][:STRENGTH]``, read from the right; a path that exists as typed wins; ``@last`` is a frame.
 
-        Raises UsageError for a missing file, a frame outside the video or a strength outside [0, 1].
+        Raises UsageError as :meth:`check`.
         """
-        if Path(text).is_file():
-            return cls(Path(text))
-        rest, strength = _strength(text)
-        if Path(rest).is_file():
-            return cls(Path(rest), strength=strength)
-        name, frame = _frame(rest, num_frames)
-        if not Path(name).is_file():
-            raise UsageError("there is no such image", file=name, next=SEE_HELP)
-        return cls(Path(name), frame, strength)
+        rest, frame, strength = text, 0, 1.0
+        head, colon, tail = text.rpartition(":")
+        with suppress(ValueError):
+            if colon and not Path(text).is_file():
+                rest, strength = head, float(tail)
+        head, at, tail = rest.rpartition("@")
+        with suppress(ValueError):
+            if at and not Path(rest).is_file():
+                rest, frame = head, num_frames - 1 if tail == "last" else int(tail)
+        spec = cls(Path(rest), frame, strength)
+        spec.check(num_frames)
+        return spec
 
     def check(self, num_frames: int) -> None:
         """Raises UsageError for a missing file, a frame outside the video or a strength outside [0, 1]."""
         if not self.path.is_file():
             raise UsageError("there is no such image", file=self.path, next=SEE_HELP)
-        _check_frame(self.path, self.frame, num_frames, self.frame)
-        _check_strength(self.path, self.strength, self.strength)
-
-
-def _strength(text: str) -> tuple[str, float]:
-    head, colon, tail = text.rpartition(":")
-    try:
-        strength = float(tail) if colon else 1.0
-    except ValueError:
-        return text, 1.0
-    _check_strength(head, strength, tail)
-    return (head, strength) if colon else (text, strength)
-
-
-def _frame(text: str, num_frames: int) -> tuple[str, int]:
-    head, at, tail = text.rpartition("@")
-    if not at:
-        return text, 0
-    try:
-        frame = num_frames - 1 if tail == "last" else int(tail)
-    except ValueError:
-        return text, 0
-    _check_frame(head, frame, num_frames, tail)
-    return head, frame
-
-
-def _check_strength(file: str | Path, strength: float, typed: object) -> None:
-    if not 0 <= strength <= 1:
-        raise UsageError("wrong image strength", file=file, expected="a number from 0 to 1", found=typed, next=SEE_HELP)
-
-
-def _check_frame(file: str | Path, frame: int, num_frames: int, typed: object) -> None:
-    if not 0 <= frame < num_frames:
-        raise UsageError(
-            "image outside the video",
-            file=file,
-            expected=f"a frame from 0 to {num_frames - 1}, or last",
-            found=typed,
-            next=SEE_HELP,
-        )
+        if not 0 <= self.frame < num_frames:
+            wanted = f"a frame from 0 to {num_frames - 1}, or last"
+            raise UsageError(
+                "image outside the video", file=self.path, expected=wanted, found=self.frame, next=SEE_HELP
+            )
+        if not 0 <= self.strength <= 1:
+            wanted = "a number from 0 to 1"
+            raise UsageError(
+                "wrong image strength", file=self.path, expected=wanted, found=self.strength, next=SEE_HELP
+            )
 
 
 @dataclass(frozen=True)
@@ -178,12 +152,12 @@ class Request:
             raise UsageError("wrong seed", expected="a 64-bit integer", found=s.seed, next="choose --seed 10")
         for one in dataclasses.fields(s):
             if "guides" in one.metadata:
-                _check_strength_of(one, getattr(s, one.name))
+                _check_strength(one, getattr(s, one.name))
         for text in (self.prompt, self.negative_prompt):
             _check_text(text)
 
 
-def _check_strength_of(one: dataclasses.Field[Any], value: float | tuple[int, ...]) -> None:
+def _check_strength(one: dataclasses.Field[Any], value: float | tuple[int, ...]) -> None:
     """Raises UsageError for a number that is not finite or below the least one."""
     least = one.metadata.get("least", -math.inf)
     for number in value if isinstance(value, tuple) else (value,):

@@ -14,12 +14,11 @@ from ltxpack.errors import UsageError
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import recipe_run
-from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate
+from ltxpack.runtime.media.mp4 import VideoWriter, check_output, check_writable, frame_rate
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
-from ltxpack.runtime.video import check_tensors_path
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,10 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
     Raises UsageError, OverlayError, DeviceError, FormatError.
     """
     request = Request.of(options.prompt, **options.given)
-    check_target(request, options.output)
+    check_output(options.output)
+    frame_rate(request.shape.fps)
     if options.save_tensors is not None:
-        check_tensors_path(options.save_tensors)
+        check_writable(options.save_tensors, "--save-tensors", "video.safetensors")
         if options.save_tensors.resolve() == options.output.resolve():
             raise UsageError("--save-tensors and -o are one file", file=options.output, next="choose two names")
     tell_inside((options.output, *((options.save_tensors,) if options.save_tensors else ())), reporter)
@@ -86,12 +86,6 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
 def _in_words(shape: VideoShape) -> str:
     length = shape.frames / shape.fps
     return f"{shape.width}x{shape.height}, {shape.frames} frames at {shape.fps:g} fps, {length:.1f} s with sound"
-
-
-def check_target(request: Request, output: Path) -> None:
-    """Raises UsageError unless a video of ``request`` can be written to ``output``."""
-    check_output(output)
-    frame_rate(request.shape.fps)
 
 
 def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:

@@ -23,7 +23,7 @@ from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT, load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, transformer_part
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
-from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS
+from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
@@ -78,7 +78,9 @@ class Session:
             settings.reads,
             warm_cache=settings.warm_cache,
         )
-        self.prompts = PromptEncoder(self.overlay, self.residency, _cache(settings.cache))
+        folder = None if isinstance(settings.cache, bool) else Path(settings.cache)
+        cache = PromptCache.at(folder) if settings.cache is not False else None
+        self.prompts = PromptEncoder(self.overlay, self.residency, cache)
         self.timings = Timings()
         self.attention: kernels.KernelChoice | None = None
         self._attention_told = False
@@ -131,10 +133,6 @@ class Session:
         """The tiles the last video was decoded in, in words; empty before there is one."""
         return "" if self.residency.plan is None else report.decoding(self.residency.plan)
 
-    def use(self, component: str, load: Callable[..., P], work: Callable[[P], R]) -> R:
-        """``work(part)`` with the part of ``component`` on the device. Raises OverlayError for a file that changed."""
-        return self.residency.use(component, load, work)
-
     def transform(self, name: str, work: Callable[[DiT], R]) -> R:
         """``work(transformer)`` with the transformer ``name`` ready on the device. Raises OverlayError."""
         return self.residency.use(transformer_part(name), load_dit, work, self._prepare)
@@ -149,7 +147,9 @@ class Session:
             folder = self.overlay.folder("vae")
             self._statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
         statistics = self._statistics
-        return self.use("latent_upsampler", video.load_upsampler, lambda net: video.upsample(net, statistics, latents))
+        return self.residency.use(
+            "latent_upsampler", video.load_upsampler, lambda net: video.upsample(net, statistics, latents)
+        )
 
     def within_memory(self, work: Callable[[], R]) -> R:
         """``work()``. Raises DeviceError, with everything of ``work`` released, when memory runs out in it."""
@@ -208,11 +208,6 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
-
-
-def _cache(asked: bool | str | Path) -> PromptCache | None:
-    """The cache of encoded prompts: none, in the usual folder, or in the one that is given."""
-    return None if asked is False else PromptCache.at(None if asked is True else Path(asked))
 
 
 def _out_of_memory(error: BaseException) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ltxpack.errors import UsageError, quoted
 from ltxpack.files.publish import Temporary, write_errors
 from ltxpack.files.tensorfile import build_header
-from ltxpack.runtime.media.mp4 import VideoWriter
+from ltxpack.runtime.media.mp4 import VideoWriter, check_writable
 from ltxpack.runtime.sampling.recipes import stage_flag
 from ltxpack.runtime.sampling.shape import AV
 
@@ -91,9 +89,12 @@ class Video:
         return path
 
     def save_tensors(self, path: str | Path) -> Path:
-        """Write what ``ltxpack run --save-tensors`` writes. Raises UsageError for a path that cannot be written."""
+        """Write what ``ltxpack run --save-tensors`` writes, in float32; the same tensors always give the same bytes.
+
+        Raises UsageError for a path that cannot be written.
+        """
         path = Path(path)
-        check_tensors_path(path)
+        check_writable(path, "--save-tensors", "video.safetensors")
         made = self.latents
         named = {
             f"{stage_flag(number)}.{modality}": tensor
@@ -110,7 +111,11 @@ class Video:
             "recipe": self.recipe,
             **{stage_flag(number): name for number, name in enumerate(self.transformers)},
         }
-        _save(path, {name: tensor.float().cpu().contiguous() for name, tensor in named.items()}, metadata)
+        header = build_header(((name, "F32", tuple(tensor.shape)) for name, tensor in named.items()), metadata)
+        with write_errors(path), Temporary(path) as temporary, temporary.open("wb") as file:
+            file.write(header)
+            for tensor in named.values():
+                file.write(tensor.float().cpu().contiguous().numpy().data)
         return path
 
 
@@ -119,25 +124,3 @@ def second(stages: tuple[T, ...]) -> T:
     if len(stages) < 2:
         raise AttributeError("this recipe has one stage")
     return stages[1]
-
-
-def check_tensors_path(path: Path) -> None:
-    """Raises UsageError unless a file can be written at ``path``."""
-    folder = path.absolute().parent
-    wanted = "a file in a folder that exists"
-    if path.is_dir():
-        better = quoted(path / "video.safetensors")
-        raise UsageError("is a folder", file=path, expected=wanted, next=f"choose --save-tensors {better}")
-    if not folder.is_dir():
-        raise UsageError("cannot be written", file=path, expected=wanted, next=f"mkdir -p {quoted(folder)}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError("no permission to write there", file=folder, next="choose another --save-tensors")
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A float32 safetensors file by rename. The same tensors always give the same bytes."""
-    header = build_header(((name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()), metadata)
-    with write_errors(path), Temporary(path) as temporary, temporary.open("wb") as file:
-        file.write(header)
-        for tensor in tensors.values():
-            file.write(tensor.numpy().data)

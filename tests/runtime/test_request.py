@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_read_from_the_right_and_a_path_as_typed_wins(
 def test_what_no_image_condition_can_be(text: str, folder: Path) -> None:
     with pytest.raises(UsageError):
         ImageSpec.parse(f"{folder}/{text}", 25)
+
+
+@pytest.mark.parametrize(
+    ("frame", "strength", "says"),
+    [
+        (9, 1.0, "from 0 to 8"),
+        (-1, 1.0, "outside the video"),
+        *((0, strength, "wrong image strength") for strength in (1.5, -0.1, math.nan)),
+    ],
+)
+def test_images_that_cannot_be_placed_are_wrong_use(frame: int, strength: float, says: str, folder: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        request(images=[ImageSpec(folder / "a.png", frame, strength)])
 
 
 def request(**changes: object) -> Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +14,8 @@ from torch import Tensor
 from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, build_on_meta, load_component, load_module, read_config
 
-
-def load_audio_vae(
-    folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None
-) -> AutoencoderKLLTX2Audio:
-    """The audio VAE of ``audio_vae/``. Raises as :func:`ltxpack.runtime.weights.load.load_module`."""
-    return load_component(AutoencoderKLLTX2Audio, folder, device, dtype, reader=reader)
+# Raises as load_component.
+load_audio_vae = partial(load_component, AutoencoderKLLTX2Audio)
 
 
 def load_vocoder(

@@ -176,7 +176,12 @@ def large_tiling(length: int, height: int, width: int, most: int) -> Tiling:
     fitting = [layout for layout in product(*axes) if math.prod(axis.longest for axis in layout) <= most]
     if not fitting:
         return official
-    return Tiling(*(axis.cut for axis in min(fitting, key=_cost)))
+
+    def cost(layout: tuple[_AxisCut, ...]) -> tuple[int, int]:
+        """The latents decoded, then the number of tiles."""
+        return math.prod(axis.decoded for axis in layout), math.prod(axis.tiles for axis in layout)
+
+    return Tiling(*(axis.cut for axis in min(fitting, key=cost)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +202,3 @@ def _axis_cuts(length: int, official: Cut, spans_of: Callable[[int, Cut], list[S
         spans = [span.stop - span.start for span in spans_of(length, Cut(size, official.overlap))]
         found.append(_AxisCut(Cut(size, official.overlap), sum(spans), max(spans), len(spans)))
     return found
-
-
-def _cost(layout: tuple[_AxisCut, ...]) -> tuple[int, int]:
-    """The latents decoded, then the number of tiles."""
-    return math.prod(axis.decoded for axis in layout), math.prod(axis.tiles for axis in layout)

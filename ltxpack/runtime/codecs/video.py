@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
@@ -260,11 +261,8 @@ def _summing_to_one(tiles: list[AxisTile]) -> list[AxisTile]:
     return [AxisTile(tile.latents, tile.output, tile.weights / total[tile.output]) for tile in tiles]
 
 
-def load_upsampler(
-    folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None
-) -> LTX2LatentUpsamplerModel:
-    """The upsampler of ``latent_upsampler/``. Raises as :func:`ltxpack.runtime.weights.load.load_module`."""
-    return load_component(LTX2LatentUpsamplerModel, folder, device, dtype, reader=reader)
+# Raises as load_component.
+load_upsampler = partial(load_component, LTX2LatentUpsamplerModel)
 
 
 @torch.no_grad()
@@ -275,17 +273,13 @@ def upsample(upsampler: LTX2LatentUpsamplerModel, statistics: LatentStatistics, 
     The network works on plain latents, so the video VAE's statistics are taken out and put back. Raises UsageError for
     a single latent where the network is too narrow for one.
     """
-    _check_size(upsampler, latents)
-    return statistics.normalise(upsampler(statistics.denormalise(latents)))
-
-
-def _check_size(upsampler: LTX2LatentUpsamplerModel, latents: Tensor) -> None:
-    """A group of one value has no variance: met by networks as narrow as the demo's, at their smallest picture."""
     norms = [module for module in upsampler.modules() if isinstance(module, nn.GroupNorm)]
     if latents[0, 0].numel() == 1 and any(norm.num_channels == norm.num_groups for norm in norms):
+        # A group of one value has no variance. Networks as narrow as the demo's have one, in their smallest picture.
         raise UsageError(
             "too small a video for the upsampler of this checkpoint, which normalises each channel by itself",
             expected="more than 1 latent in stage 1",
             found="1: one frame of 64x64",
             next="choose a larger --height, --width or --num-frames",
         )
+    return statistics.normalise(upsampler(statistics.denormalise(latents)))

@@ -40,7 +40,8 @@ def load_image(path: Path, crf: int) -> Tensor:
     Raises UsageError (no such file, a crf outside 0..51), FormatError (not a picture, damaged, too large) and
     UnsupportedError (floating-point pixels).
     """
-    check_crf(crf)
+    if not 0 <= crf <= MAX_CRF:
+        raise UsageError("not a constant rate factor of x264", expected=f"0 to {MAX_CRF}", found=crf)
     return torch.from_numpy(compress(read_image(path), crf))
 
 
@@ -61,12 +62,6 @@ def prepare_image(picture: Tensor, height: int, width: int, device: torch.device
     return (image / 127.5 - 1.0).to(dtype)[:, :, None].to(device)
 
 
-def check_crf(crf: int) -> None:
-    """Raises UsageError unless x264 takes ``crf``."""
-    if not 0 <= crf <= MAX_CRF:
-        raise UsageError("not a constant rate factor of x264", expected=f"0 to {MAX_CRF}", found=crf)
-
-
 def read_image(path: Path) -> Pixels:
     """The picture, upright, without alpha, in sRGB. Raises as :func:`load_image`."""
     if not path.is_file():
@@ -82,7 +77,7 @@ def read_image(path: Path) -> Pixels:
                     found=f"{image.width}x{image.height}",
                 )
             image.load()
-            return np.array(_to_srgb(_without_alpha(_upright(image)), path))
+            return np.array(_to_srgb(_upright(image), path))
 
 
 def compress(pixels: Pixels, crf: int) -> Pixels:
@@ -106,13 +101,10 @@ def compress(pixels: Pixels, crf: int) -> Pixels:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    """``image`` turned as its camera was held, without alpha."""
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    return image if turn is None else image.transpose(turn)
-
-
-def _without_alpha(image: Image.Image) -> Image.Image:
-    mode = WITHOUT_ALPHA.get(image.mode)
-    return image if mode is None else image.convert(mode)
+    turned = image if turn is None else image.transpose(turn)
+    return turned.convert(WITHOUT_ALPHA[turned.mode]) if turned.mode in WITHOUT_ALPHA else turned
 
 
 def _to_srgb(image: Image.Image, path: Path) -> Image.Image:

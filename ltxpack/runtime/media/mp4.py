@@ -54,15 +54,20 @@ def check_output(path: Path) -> Path:
             found=path.suffix or "no ending",
             next=f"choose -o {quoted(better)}",
         )
-    if path.is_dir():
-        raise UsageError(
-            "is a folder", file=path, expected="a file name", next=f"choose -o {quoted(path / 'video.mp4')}"
-        )
-    if not path.parent.is_dir():
-        raise UsageError("no such folder", file=path.parent, next=f"mkdir -p {quoted(path.parent)}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError("no permission to write there", file=path.parent, next="choose -o in another folder")
+    check_writable(path, "-o", "video.mp4")
     return path
+
+
+def check_writable(path: Path, flag: str, usual: str) -> None:
+    """Raises UsageError unless a file can be written at ``path``, which ``flag`` names; ``usual`` is such a name."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        better = f"choose {flag} {quoted(path / usual)}"
+        raise UsageError("is a folder", file=path, expected="a file name", next=better)
+    if not folder.is_dir():
+        raise UsageError("no such folder", file=path.parent, next=f"mkdir -p {quoted(path.parent)}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError("no permission to write there", file=path.parent, next=f"choose {flag} in another folder")
 
 
 def frame_rate(fps: float | Fraction | str) -> Fraction:
@@ -159,27 +164,24 @@ class VideoWriter:
             self._thread.join()
             if kind is None:
                 self._raise_failure()
-                self._check_whole()
-                self._publish()
+                self._publish_whole()
         finally:
             self._given_up = True
             if self._temporary is not None:
                 self._temporary.discard()
 
-    def _publish(self) -> None:
+    def _publish_whole(self) -> None:
         assert self._temporary is not None
+        if not self.frames_written:
+            raise LtxpackError("no frame was written", file=self.path)
+        if self.format.sample_rate is not None and self._waveform is None:
+            raise LtxpackError("its sound was not written", file=self.path)
         # Before the rename: after it, another writer's video may be at the path.
         self.blake3 = hash_file(self._temporary.path, cached=True)
         try:
             self._temporary.publish()
         except OSError as error:
             raise LtxpackError("the video could not be put there", file=self.path, found=str(error)) from error
-
-    def _check_whole(self) -> None:
-        if not self.frames_written:
-            raise LtxpackError("no frame was written", file=self.path)
-        if self.format.sample_rate is not None and self._waveform is None:
-            raise LtxpackError("its sound was not written", file=self.path)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

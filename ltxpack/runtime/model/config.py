@@ -6,13 +6,14 @@ refused by name, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.runtime.sampling.shape import AV
 
+T = TypeVar("T")
 # Every table below: field -> what diffusers takes when the field is absent.
 _SIZES: dict[str, int] = {
     "in_channels": 128,
@@ -63,17 +64,8 @@ _FIXED: dict[str, tuple[object, object]] = {
     "use_keyframes_abs_pos_embedding": (False, False),
 }
 # Positions and the number of text channels come with each call; the STG switch is an argument of it.
-_UNUSED = frozenset(
-    {
-        "vae_scale_factors",
-        "audio_scale_factor",
-        "audio_sampling_rate",
-        "audio_hop_length",
-        "causal_offset",
-        "caption_channels",
-        "perturbed_attn",
-    }
-)
+_UNUSED = {"vae_scale_factors", "audio_scale_factor", "audio_sampling_rate", "audio_hop_length", "causal_offset"}
+_UNUSED |= {"caption_channels", "perturbed_attn"}
 
 
 @dataclass(frozen=True)
@@ -113,12 +105,15 @@ class DiTConfig:
         Raises UnsupportedError, naming the field, for an unknown field, a value of another type, or a
         value that asks for something this DiT does not compute.
         """
-        _refuse_unknown(config)
+        known = _SIZES.keys() | _NUMBERS.keys() | _SWITCHES.keys() | _FIXED.keys() | _UNUSED
+        unknown = sorted(field for field in config if field not in known and not field.startswith("_"))
+        if unknown:
+            raise UnsupportedError("transformer config: fields this version does not know", items=unknown)
         for field, (implemented, default) in _FIXED.items():
             _expect(field, implemented, config.get(field, default))
         sizes = _with_channels(config)
-        numbers = {field: _number(field, config.get(field, default)) for field, default in _NUMBERS.items()}
-        switches = {field: _switch(field, config.get(field, default)) for field, default in _SWITCHES.items()}
+        numbers = _values(config, _NUMBERS, "a positive number", _is_number)
+        switches = _values(config, _SWITCHES, "true or false", lambda value: isinstance(value, bool))
         streams = AV(
             _stream(sizes, "", ("pos_embed_max_pos", "base_height", "base_width"), switches),
             _stream(sizes, "audio_", ("audio_pos_embed_max_pos",), switches),
@@ -138,12 +133,14 @@ class DiTConfig:
 
 
 def _stream(sizes: Mapping[str, int], prefix: str, axes: tuple[str, ...], switches: Mapping[str, bool]) -> StreamConfig:
-    _expect_even(f"{prefix}attention_head_dim", sizes[f"{prefix}attention_head_dim"])
+    head_dim = sizes[f"{prefix}attention_head_dim"]
+    if head_dim % 2:
+        raise _unsupported(f"{prefix}attention_head_dim", "an even number (rotary embedding turns pairs)", head_dim)
     return StreamConfig(
         in_channels=sizes[f"{prefix}in_channels"],
         out_channels=sizes[f"{prefix}out_channels"],
         heads=sizes[f"{prefix}num_attention_heads"],
-        head_dim=sizes[f"{prefix}attention_head_dim"],
+        head_dim=head_dim,
         max_positions=tuple(sizes[axis] for axis in axes),
         ff_bias=switches[f"{prefix}ff_bias"],
     )
@@ -155,37 +152,22 @@ def _with_channels(config: Mapping[str, Any]) -> dict[str, int]:
     for prefix in ("", "audio_"):
         if f"{prefix}out_channels" in given and given[f"{prefix}out_channels"] is None:
             given[f"{prefix}out_channels"] = given.get(f"{prefix}in_channels", _SIZES[f"{prefix}in_channels"])
-    return {field: _size(field, given.get(field, default)) for field, default in _SIZES.items()}
+    return _values(given, _SIZES, "a positive integer", lambda value: _is_number(value) and isinstance(value, int))
 
 
-def _refuse_unknown(config: Mapping[str, Any]) -> None:
-    known = _SIZES.keys() | _NUMBERS.keys() | _SWITCHES.keys() | _FIXED.keys() | _UNUSED
-    unknown = sorted(field for field in config if field not in known and not field.startswith("_"))
-    if unknown:
-        raise UnsupportedError("transformer config: fields this version does not know", items=unknown)
-
-
-def _size(field: str, found: Any) -> int:
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise _unsupported(field, "a positive integer", found)
+def _values(
+    config: Mapping[str, Any], table: Mapping[str, T], wanted: str, sound: Callable[[Any], bool]
+) -> dict[str, T]:
+    """The fields of ``table``. Raises UnsupportedError for a value that is not ``wanted``."""
+    found = {field: config.get(field, default) for field, default in table.items()}
+    for field, value in found.items():
+        if not sound(value):
+            raise _unsupported(field, wanted, value)
     return found
 
 
-def _number(field: str, found: Any) -> float:
-    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < float("inf"):
-        raise _unsupported(field, "a positive number", found)
-    return found
-
-
-def _switch(field: str, found: Any) -> bool:
-    if not isinstance(found, bool):
-        raise _unsupported(field, "true or false", found)
-    return found
-
-
-def _expect_even(field: str, found: int) -> None:
-    if found % 2:
-        raise _unsupported(field, "an even number (rotary embedding turns pairs)", found)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _expect(field: str, expected: object, found: object) -> None:

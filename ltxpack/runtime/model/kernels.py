@@ -214,17 +214,26 @@ def choose(kinds: Sequence[AttentionKind], name: str | None = None) -> KernelCho
     """
     asked = asked_for(name)
     if asked != AUTO:
-        return _pinned(kinds, asked, "asked for" if name else f"by {VARIABLE}")
-    if kinds[0].device.type == "cpu":
-        return _same_for(kinds, DEFAULT, "torch's own choice; nothing is measured on a CPU")
-    return fastest(kinds)
+        _check_usable(kinds, asked)
+        why = "asked for" if name else f"by {VARIABLE}"
+    elif kinds[0].device.type == "cpu":
+        asked, why = DEFAULT, "torch's own choice; nothing is measured on a CPU"
+    else:
+        return fastest(kinds)
+    return KernelChoice({kind.name: asked for kind in kinds}, f"attention: {asked} ({why})", {})
 
 
 def fastest(kinds: Sequence[AttentionKind]) -> KernelChoice:
     """The fastest kernel for each kind, by measurement on the device of the kinds."""
     found = {kind.name: measured(kind, MEASURED) for kind in kinds}
     told = ", ".join(f"{each.best} for {kind} ({each})" for kind, each in found.items())
-    return KernelChoice({kind: each.best for kind, each in found.items()}, f"attention: {told}", _refused(found))
+    refused = {}
+    for (kind, each), name in itertools.product(found.items(), MEASURED):
+        why = each.refused.get(name)
+        if why is not None:
+            everywhere = all(other.refused.get(name) == why for other in found.values())
+            refused[name if everywhere else f"{name} for {kind}"] = why
+    return KernelChoice({kind: each.best for kind, each in found.items()}, f"attention: {told}", refused)
 
 
 def asked_for(name: str | None = None) -> str:
@@ -312,42 +321,19 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _pinned(kinds: Sequence[AttentionKind], name: str, why: str) -> KernelChoice:
+def _check_usable(kinds: Sequence[AttentionKind], name: str) -> None:
+    """Raises UsageError, which says what runs here, unless ``name`` is a kernel that does."""
     if name not in KERNELS:
-        raise UsageError(
-            "unknown attention kernel", expected=", ".join((AUTO, *KERNELS)), found=name, next=_instead(kinds)
-        )
-    wrong = _fault_of_any(kinds, name)
-    if wrong is not None:
-        raise UsageError(
-            f"the attention kernel {name} cannot be used here",
-            expected=f"one for {kinds[0].device}, {kinds[0].dtype}".replace("torch.", ""),
-            found=wrong,
-            next=_instead(kinds),
-        )
-    return _same_for(kinds, name, why)
-
-
-def _same_for(kinds: Sequence[AttentionKind], name: str, why: str) -> KernelChoice:
-    return KernelChoice({kind.name: name for kind in kinds}, f"attention: {name} ({why})", {})
+        problem, expected, found = "unknown attention kernel", ", ".join((AUTO, *KERNELS)), name
+    elif (wrong := _fault_of_any(kinds, name)) is not None:
+        problem, found = f"the attention kernel {name} cannot be used here", wrong
+        expected = f"one for {kinds[0].device}, {kinds[0].dtype}".replace("torch.", "")
+    else:
+        return
+    running = (AUTO, *(other for other in KERNELS if _fault_of_any(kinds, other) is None))
+    advice = f"give --attention one that runs here ({', '.join(running)}), or unset {VARIABLE}"
+    raise UsageError(problem, expected=expected, found=found, next=advice)
 
 
 def _fault_of_any(kinds: Sequence[AttentionKind], name: str) -> str | None:
     return next(filter(None, (fault(kind, name) for kind in kinds)), None)
-
-
-def _instead(kinds: Sequence[AttentionKind]) -> str:
-    """Advice that names what runs here."""
-    running = (name for name in KERNELS if _fault_of_any(kinds, name) is None)
-    return f"give --attention one that runs here ({', '.join((AUTO, *running))}), or unset {VARIABLE}"
-
-
-def _refused(found: Mapping[str, Measurement]) -> dict[str, str]:
-    """Kernel -> why it is refused; the kind is named where a kernel is refused for some kinds only."""
-    refused = {}
-    for (kind, each), name in itertools.product(found.items(), MEASURED):
-        why = each.refused.get(name)
-        if why is not None:
-            everywhere = all(other.refused.get(name) == why for other in found.values())
-            refused[name if everywhere else f"{name} for {kind}"] = why
-    return refused

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ltxpack.errors import UsageError
 from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.sampling.shape import (
     AUDIO_BINS,
@@ -71,19 +70,13 @@ def _grid_bounds(time: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 class ImageItem:
     """An image as a condition: at pixel frame ``frame``, held with ``strength`` in [0, 1].
 
-    ``latents`` [1, 128, 1, h, w] are VAE-encoded, normalised and of the stage's size. Raises UsageError for a
-    negative frame or a strength outside [0, 1].
+    ``latents`` [1, 128, 1, h, w] are VAE-encoded, normalised and of the stage's size. :class:`.request.ImageSpec` has
+    checked frame and strength.
     """
 
     frame: int
     strength: float
     latents: Tensor
-
-    def __post_init__(self) -> None:
-        if self.frame < 0:
-            raise UsageError("wrong image frame", expected="0 or more", found=self.frame, next="ltxpack run --help")
-        if not 0 <= self.strength <= 1:
-            raise UsageError("wrong image strength", expected="0 to 1", found=self.strength, next="ltxpack run --help")
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ def initial_state(
 
     ``initial`` are latents [1, 128, f, h, w] and [1, 8, Ta, 16], or None for zeros; ``noise_scale`` is 1 in stage 1
     and the first sigma in stage 2. Noise is drawn from ``generator`` on its own device, video first, in token
-    layout and in ``dtype``, appended keyframe tokens included. Raises UsageError for an image beyond the last frame.
+    layout and in ``dtype``, appended keyframe tokens included.
     """
     if initial is None:
         initial = shape.latent_shapes.map(lambda size: torch.zeros(size, dtype=dtype))
@@ -148,20 +141,11 @@ def _draft(tokens: Tensor, positions: Tensor) -> _Draft:
 
 def _with_image(draft: _Draft, item: ImageItem, shape: VideoShape) -> _Draft:
     """``draft`` with the image as first frame (frame 0), or appended as a keyframe (any other)."""
-    if item.frame >= shape.frames:
-        raise UsageError(
-            "image beyond the end of the video",
-            expected=f"a frame from 0 to {shape.frames - 1}",
-            found=item.frame,
-            next="choose another frame, or more --num-frames",
-        )
     tokens = patchify_video(item.latents).to(draft.clean)
     if tokens.shape[1] != shape.tokens_per_frame:
         raise ValueError(f"an image of {tokens.shape[1]} tokens in a video of {shape.tokens_per_frame} per frame")
-    return _first_frame(draft, item, tokens) if item.frame == 0 else _keyframe(draft, item, tokens, shape)
-
-
-def _first_frame(draft: _Draft, item: ImageItem, tokens: Tensor) -> _Draft:
+    if item.frame:
+        return _keyframe(draft, item, tokens, shape)
     count = tokens.shape[1]
     mask = draft.mask.clone()
     mask[:, :count] = 1 - item.strength

@@ -6,12 +6,12 @@ sampler: a ``Denoiser`` sees one set of latents and one sigma.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from ltxpack.runtime.model.model import Pass, Stream
+from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.sampling.conditioning import LatentState
 from ltxpack.runtime.sampling.recipes import Guidance
 from ltxpack.runtime.sampling.shape import AV
@@ -50,13 +50,6 @@ def combine(
     return guided.to(cond.dtype)
 
 
-class VelocityModel(Protocol):
-    """What a ``Denoiser`` calls: ``ltxpack.runtime.model.DiT``, or a test's closed form."""
-
-    def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
-        """One velocity [1, T, C] per modality for each pass."""
-
-
 class Denoiser:
     """The model as a function from noisy latents to x0, with or without guidance.
 
@@ -66,7 +59,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: VelocityModel,
+        model: DiT,
         positive: AV[Tensor],
         negative: AV[Tensor] | None = None,
         guidance: AV[Guidance] | None = None,
@@ -106,14 +99,13 @@ class Denoiser:
     ) -> dict[str, Pass]:
         """What the guidance needs, in the official order. Those with the same prompt hold the same streams."""
 
+        def stream(latents: Tensor, state: LatentState, context: Tensor, rope: Any, off: bool) -> Stream:
+            # Times are unscaled, one per distinct mask value [1, K].
+            timesteps = (state.mask_values * sigma)[None]
+            return Stream(latents, timesteps, state.mask_index, sigma, context, rope, off)
+
         def streams(contexts: AV[Tensor]) -> AV[Stream]:
-            return latents.map(
-                lambda latents, state, context, rope, off: stream(latents, sigma, state, context, rope, off),
-                state,
-                contexts,
-                rope,
-                off,
-            )
+            return latents.map(stream, state, contexts, rope, off)
 
         positive = streams(self.positive)
         wanted = {"cond": Pass(positive)}
@@ -127,19 +119,6 @@ class Denoiser:
 
     def _any(self, need: Callable[[Guidance], bool]) -> bool:
         return self.guidance is not None and (need(self.guidance.video) or need(self.guidance.audio))
-
-
-def stream(latents: Tensor, sigma: Tensor, state: LatentState, context: Tensor, rope: Any, off: bool) -> Stream:
-    """One modality as the model takes it: times are unscaled, one per distinct mask value [1, K]."""
-    return Stream(
-        latents=latents,
-        timesteps=(state.mask_values * sigma)[None],
-        timestep_index=state.mask_index,
-        sigma=sigma,
-        context=context,
-        rope=rope,
-        off=off,
-    )
 
 
 def denoised(latents: Tensor, velocity: Tensor, time: Tensor) -> Tensor:

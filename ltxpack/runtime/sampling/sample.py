@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -151,17 +150,9 @@ def _velocity(latents: Tensor, x0: Tensor, sigma: float) -> Tensor:
     return ((latents.float() - x0.float()) / sigma).to(latents.dtype)
 
 
-class Sampler(Protocol):
-    """A sampling loop, such as :func:`res2s`."""
-
-    def __call__(
-        self, denoise: Denoise, state: AV[LatentState], sigmas: Tensor, /, *, on_step: OnStep | None = None
-    ) -> AV[Tensor]:
-        """The denoised tokens, appended keyframe tokens included."""
-
-
-SAMPLERS: dict[str, Sampler] = {RES2S: res2s, EULER: euler}
-
-
 def _on(device: torch.device, value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor([value], dtype=dtype, device=device)
+
+
+# By the name that a stage of a recipe says.
+SAMPLERS: dict[str, Callable[..., AV[Tensor]]] = {RES2S: res2s, EULER: euler}

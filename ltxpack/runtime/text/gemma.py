@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import Gemma3Config, Gemma3TextModel, PreTrainedTokenizerFast
 from ltxpack.errors import OverlayError
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
 from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
-from ltxpack.runtime.model.rope import Rotation, rotate
+from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.load import (
     Reader,
@@ -48,18 +49,18 @@ class HiddenStates:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of ``folder``'s tokenizer.json, as written there. Raises OverlayError without one."""
     path = folder / "tokenizer.json"
+    refused = partial(OverlayError, file=path, next=verify_command(folder))
     if not path.is_file():
-        raise OverlayError("no such file", file=path, next=verify_command(folder))
+        raise refused("no such file")
     size = path.stat().st_size
     if size > MAX_TOKENIZER_BYTES:
-        most = f"at most {MAX_TOKENIZER_BYTES} bytes"
-        raise OverlayError(
-            "too large for a tokenizer", file=path, expected=most, found=f"{size} bytes", next=verify_command(folder)
+        raise refused(
+            "too large for a tokenizer", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size} bytes"
         )
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        raise OverlayError("not a tokenizer", file=path, found=str(error), next=verify_command(folder)) from error
+        raise refused("not a tokenizer", found=str(error)) from error
 
 
 def load_text_encoder(
@@ -176,14 +177,9 @@ class RoundedRotaryAttention:
     ) -> Tensor:
         if encoder_hidden_states is not None or query_rotary_emb is None or key_rotary_emb is not None:
             raise ValueError("for the connectors' self-attention only")
-        query, key, value = (
-            part.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for part in (
-                attn.norm_q(attn.to_q(hidden_states)),
-                attn.norm_k(attn.to_k(hidden_states)),
-                attn.to_v(hidden_states),
-            )
-        )
+        query = split_heads(attn.norm_q(attn.to_q(hidden_states)), attn.heads)
+        key = split_heads(attn.norm_k(attn.to_k(hidden_states)), attn.heads)
+        value = split_heads(attn.to_v(hidden_states), attn.heads)
         table = Rotation(*(part.to(query.dtype) for part in query_rotary_emb))
         mixed = F.scaled_dot_product_attention(
             rotate(query, table), rotate(key, table), value, attn_mask=attention_mask
@@ -201,19 +197,14 @@ def use_rounded_rotary(connectors: LTX2TextConnectors) -> None:
 
 
 def _gemma_config(folder: Path) -> Gemma3Config:
-    file = folder / "config.json"
+    refused = partial(OverlayError, file=folder / "config.json", next=verify_command(folder))
     try:
         fields, _ = Gemma3Config.get_config_dict(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise OverlayError("not a readable config", file=file, found=str(error), next=verify_command(folder)) from error
-    if fields.get("model_type") != "gemma3":
-        raise OverlayError(
-            "another kind of text encoder",
-            file=file,
-            expected="model_type gemma3",
-            found=fields.get("model_type"),
-            next=verify_command(folder),
-        )
+        raise refused("not a readable config", found=str(error)) from error
+    kind = fields.get("model_type")
+    if kind != "gemma3":
+        raise refused("another kind of text encoder", expected="model_type gemma3", found=kind)
     return Gemma3Config.from_dict(fields)
 
 
@@ -222,10 +213,6 @@ def _language_model(folder: Path) -> dict[str, Stored]:
     stored = read_headers(folder)
     unknown = [name for name in sorted(stored) if not name.startswith((TEXT_ROOT, *UNUSED_ROOTS))]
     if unknown:
-        raise OverlayError(
-            f"{len(unknown)} tensors that are no part of Gemma 3",
-            file=folder,
-            items=unknown,
-            next=verify_command(folder),
-        )
+        problem = f"{len(unknown)} tensors that are no part of Gemma 3"
+        raise OverlayError(problem, file=folder, items=unknown, next=verify_command(folder))
     return {name: entry for name, entry in stored.items() if name.startswith(TEXT_ROOT)}

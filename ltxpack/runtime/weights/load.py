@@ -65,16 +65,11 @@ class Reader(Protocol):
 
 
 def load_component(
-    cls: type[M],
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    buffers: Mapping[str, Tensor] | None = None,
-    reader: Reader | None = None,
+    cls: type[M], folder: Path, device: torch.device, dtype: torch.dtype | None, reader: Reader | None = None
 ) -> M:
     """The module of ``folder``: built from its config.json on the meta device, then :func:`load_module`."""
     config = read_config(folder, cls.__name__)
-    return load_module(build_on_meta(cls, config, folder), folder, device, dtype, buffers, reader)
+    return load_module(build_on_meta(cls, config, folder), folder, device, dtype, reader=reader)
 
 
 def load_module(

@@ -251,15 +251,6 @@ def test_keyframe_strengths_are_rounded_to_the_model_dtype_and_frame_zero_is_not
     assert video.mask[0, -1, 0].item() == torch.tensor(0.2, dtype=torch.bfloat16).float().item()
 
 
-def test_images_that_cannot_be_placed_are_wrong_use() -> None:
-    shape = VideoShape(9, 64, 96, 24.0)
-    with pytest.raises(UsageError, match="from 0 to 8"):
-        state_of(shape, [image(shape, 9, 1.0)])
-    for frame, strength in ((-1, 1.0), (0, 1.5), (0, -0.1), (0, math.nan)):
-        with pytest.raises(UsageError, match="wrong image"):
-            image(shape, frame, strength)
-
-
 def test_tensors_of_another_size_are_refused() -> None:
     shape, other = VideoShape(9, 64, 96, 24.0), VideoShape(9, 64, 64, 24.0)
     with pytest.raises(ValueError, match="tokens"):
