@@ -19,7 +19,7 @@ from ltxpack.demo.checkpoint import VERSION, checkpoint_metadata, checkpoint_sha
 from ltxpack.demo.checkpoint import lora_shapes as factors
 from ltxpack.demo.config import DEMO as TINY
 from ltxpack.demo.config import PUBLISHED as REAL
-from ltxpack.demo.config import Widths, checkpoint_config
+from ltxpack.demo.config import StreamWidths, checkpoint_config
 
 NAME = "ltx-2.3-bench"
 RANK = 384
@@ -27,7 +27,17 @@ STEP = 1 << 22  # elements made at a time
 # A random sign and mantissa, and an exponent of 2^-7 to 2^-4: magnitudes of trained weights, none zero or denormal.
 KEPT_BITS, EXPONENT = 0x81FF, 120 << 7
 
-__all__ = ["REAL", "TINY", "Source", "Widths", "config", "lora_shapes", "make_source", "shapes_of", "write_random"]
+__all__ = [
+    "REAL",
+    "TINY",
+    "Source",
+    "StreamWidths",
+    "config",
+    "lora_shapes",
+    "make_source",
+    "shapes_of",
+    "write_random",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Source:
     lora: Path
 
 
-def make_source(folder: Path, blocks: int, widths: Widths, rank: int = RANK) -> Source:
+def make_source(folder: Path, blocks: int, widths: StreamWidths, rank: int = RANK) -> Source:
     """Write everything into the new ``folder``: a checkpoint, a LoRA over every linear of it, tiny companions.
 
     The companions are made once, in a folder beside.
@@ -58,7 +68,7 @@ def make_source(folder: Path, blocks: int, widths: Widths, rank: int = RANK) -> 
     return made
 
 
-def config(blocks: int, widths: Widths) -> dict[str, Any]:
+def config(blocks: int, widths: StreamWidths) -> dict[str, Any]:
     """The official config of such a checkpoint."""
     return checkpoint_config(widths, layers=blocks, connector_layers=1)
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _checkpoint import REAL, TINY, Source, Widths, config, lora_shapes, make_source, shapes_of
+from _checkpoint import REAL, TINY, Source, StreamWidths, config, lora_shapes, make_source, shapes_of
 from _items import LTXPACK, RIVALS, Places, bake_command, bake_items, copy_items, one_strength_items, verify_items
 from _marks import BAKE_PEAK, BAKE_TARGETS, GB, Findings, Flat, flat_table, mark_table
 from _measure import Bench, Costs, Item, files_under
@@ -42,7 +42,7 @@ class Settings:
     blocks: int
     runs: int
     flat: tuple[int, ...]
-    widths: Widths = REAL
+    widths: StreamWidths = REAL
 
     @property
     def largest(self) -> int:
@@ -176,7 +176,7 @@ def _clear(places: Places, source: Source) -> None:
     shutil.rmtree(source.folder.parent)
 
 
-def bake_limit(widths: Widths, blocks: int) -> float:
+def bake_limit(widths: StreamWidths, blocks: int) -> float:
     """Bytes that a bake may take: 350 MB and three times the largest weight that a LoRA changes, with its factors."""
     shapes = shapes_of(config(blocks, widths))
     targets: dict[str, int] = {}

@@ -29,14 +29,14 @@ ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"runtime"}
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "av", "PIL", "huggingface_hub", "jsonschema", "tqdm"}
 
-# What may be at most. "class names twice" is to become 0, "package" 19,000 lines in 120 files, "tests" 20,000.
+# What may be at most. Goals: the package 19,000 lines in 120 files, the tests 20,000 lines.
 BOUNDS = {
     "lines of a function": 40,
-    "parameters of a function": 11,
-    "class names twice": 19,
-    "lines of the package": 22_500,
-    "files of the package": 152,
-    "lines of the tests": 23_900,
+    "parameters of a function": 10,
+    "class names twice": 0,
+    "lines of the package": 21_500,
+    "files of the package": 126,
+    "lines of the tests": 24_000,
 }
 
 

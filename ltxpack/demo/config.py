@@ -12,7 +12,7 @@ REGISTERS = 128
 
 
 @dataclass(frozen=True)
-class Widths:
+class StreamWidths:
     """Attention heads and channels per head of the transformer's video and audio stream."""
 
     heads: int
@@ -20,8 +20,8 @@ class Widths:
     audio_head_dim: int
 
 
-DEMO = Widths(heads=4, head_dim=16, audio_head_dim=8)
-PUBLISHED = Widths(heads=32, head_dim=128, audio_head_dim=64)
+DEMO = StreamWidths(heads=4, head_dim=16, audio_head_dim=8)
+PUBLISHED = StreamWidths(heads=32, head_dim=128, audio_head_dim=64)
 
 
 def blocks(text: str) -> list[list[Any]]:
@@ -30,7 +30,7 @@ def blocks(text: str) -> list[list[Any]]:
     return [[kind, {"num_layers" if kind == "res_x" else "multiplier": int(count)}] for kind, count in pairs]
 
 
-def checkpoint_config(widths: Widths = DEMO, layers: int = 2, connector_layers: int = 2) -> dict[str, Any]:
+def checkpoint_config(widths: StreamWidths = DEMO, layers: int = 2, connector_layers: int = 2) -> dict[str, Any]:
     """The official config of a checkpoint with such a transformer; every other component is as small as it may be."""
     config: dict[str, Any] = published_files()["checkpoint"]
     config["transformer"].update(caption_channels=TEXT_WIDTH, num_layers=layers, connector_num_layers=connector_layers)

@@ -42,14 +42,14 @@ def source_inventory(component: str, config: Config) -> dict[str, Shape]:
 
 def transformer(config: Config) -> Named:
     """The DiT: two streams, ``num_layers`` blocks."""
-    streams = [_Stream(config, ""), _Stream(config, "audio_")]
+    streams = [_StreamSizes(config, ""), _StreamSizes(config, "audio_")]
     for stream in streams:
         yield from _transformer_ends(stream)
     for layer in range(config["num_layers"]):
         yield from _under(f"transformer_blocks.{layer}", _transformer_block(*streams))
 
 
-class _Stream:
+class _StreamSizes:
     """The widths of one stream of the DiT; ``prefix`` is what its module names start with."""
 
     def __init__(self, config: Config, prefix: str) -> None:
@@ -62,7 +62,7 @@ class _Stream:
         self.gate = "av_cross_attn_audio_v2a_gate" if prefix else "av_cross_attn_video_a2v_gate"
 
 
-def _transformer_ends(stream: _Stream) -> Named:
+def _transformer_ends(stream: _StreamSizes) -> Named:
     width, prefix = stream.width, stream.prefix
     yield from _linear(f"{prefix}proj_in", stream.channels, width)
     yield from _linear(f"{prefix}proj_out", width, stream.channels)
@@ -73,7 +73,7 @@ def _transformer_ends(stream: _Stream) -> Named:
     yield from _adaln(stream.gate, width, GATE_ROWS)
 
 
-def _transformer_block(video: _Stream, audio: _Stream) -> Named:
+def _transformer_block(video: _StreamSizes, audio: _StreamSizes) -> Named:
     for stream in (video, audio):
         width, prefix = stream.width, stream.prefix
         yield from _under(f"{prefix}attn1", _attention(width, width, width, stream.heads))
