@@ -32,6 +32,7 @@ MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 LIMITS = bounded_json.Limits(values=300_000, containers=20_000)
 ALLOWED_ENDINGS = (".safetensors", ".json", ".jinja", ".txt", ".html")
 BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
+FULL_KIND, DISTILLED_KIND = "full", "distilled"
 RESERVED_BAKE_NAMES = frozenset({"auto", "base", ".", ".."})
 
 
@@ -112,7 +113,7 @@ class Bake:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything an overlay holds."""
+    """Everything an overlay holds. ``transformer_kind`` is None in an overlay that an earlier version made."""
 
     model_version: str
     image_crf: int
@@ -123,6 +124,15 @@ class Manifest:
     files: tuple[FileRecord, ...]
     bakes: Mapping[str, Bake] = field(default_factory=dict)
     format: int = FORMAT
+    transformer_kind: str | None = None
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the base transformer is a distilled one; by the name of its file where the manifest does not say."""
+        if self.transformer_kind is not None:
+            return self.transformer_kind == DISTILLED_KIND
+        bases = (file for file in self.source.files if file.role == "checkpoint")
+        return any(DISTILLED_KIND in (file.release or file.name) for file in bases)
 
     def records(self) -> Iterator[FileRecord]:
         """Every file of the overlay except the manifest itself."""
@@ -144,7 +154,10 @@ class Manifest:
 
     def dump(self) -> bytes:
         """The file's bytes: the same manifest always gives the same bytes."""
-        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+        document = dataclasses.asdict(self)
+        if self.transformer_kind is None:
+            del document["transformer_kind"]
+        return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
 def is_overlay(folder: Path) -> bool:

@@ -62,6 +62,16 @@ def test_a_second_demo_gives_the_same_bytes(demo: Path) -> None:
     assert (demo / "overlay" / "ltxpack.json").read_bytes() == manifest
 
 
+@pytest.mark.parametrize("recipe", ["distilled", "two-stage", "one-stage"])
+def test_the_demo_runs_every_recipe(recipe: str, demo: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(demo, tmp_path / "demo")
+    assert ltxpack("demo", other, "--recipe", recipe).returncode == 0
+    with safe_open(other / "video.safetensors", framework="pt") as file:
+        assert file.metadata()["recipe"] == recipe
+        assert ("stage2" in file.metadata()) is (recipe != "one-stage")
+    assert all(tensor.isfinite().all() for tensor in load(other / "video.safetensors").values())
+
+
 def test_the_overlay_verifies(demo: Path) -> None:
     assert ltxpack("verify", demo / "overlay").returncode == 0
     report = json.loads(ltxpack("verify", demo / "overlay", "--json").stdout)

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ def test_there_and_back(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(manifest().dump())
     assert read_manifest(tmp_path) == manifest()
     assert read_manifest(tmp_path).dump() == manifest().dump()
+
+
+def test_the_kind_of_transformer_is_the_manifests_else_that_of_the_files_name() -> None:
+    earlier = manifest()
+    assert "transformer_kind" not in document() and not earlier.distilled
+    bases = [SourceFile("checkpoint", name, 5) for name in ("x-distilled.safetensors", "x.safetensors")]
+    named, unnamed = (replace(earlier, source=replace(earlier.source, files=(base,))) for base in bases)
+    assert (named.distilled, unnamed.distilled) == (True, False)
+    for one, kind in ((named, "full"), (unnamed, "distilled")):
+        stated = replace(one, transformer_kind=kind)
+        assert stated.distilled == (kind == "distilled")
+        assert parse_manifest(stated.dump(), Path(MANIFEST_NAME)) == stated
 
 
 def test_a_folder_without_one_is_no_overlay(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from ltxpack.cli.terminal import TerminalReporter, json_option, plan_option, pri
 from ltxpack.errors import LtxpackError, UsageError, printable, quoted
 from ltxpack.files.units import human_bytes, parse_size
 from ltxpack.manifest import is_overlay
+from ltxpack.runtime.sampling.recipes import HQ, RECIPES
 
 
 @click.command()
@@ -194,15 +195,16 @@ def verify(
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("ltxpack-demo"))
+@click.option("--recipe", type=click.Choice(tuple(RECIPES)), default=HQ.name, show_default=True)
 @verbose_option
-def demo(folder: Path, verbose: bool) -> None:
+def demo(folder: Path, recipe: str, verbose: bool) -> None:
     """Make a tiny checkpoint of the real architecture in FOLDER, materialise, bake and run it.
 
     The last line printed is the path of the video.
     """
     from ltxpack.demo import run_demo
 
-    video = run_demo(folder, TerminalReporter(verbose))
+    video = run_demo(folder, TerminalReporter(verbose), recipe)
     click.echo(f"the overlay: {folder / 'overlay'}")
     click.echo(f"what a bake changed: {folder / 'overlay/bakes/distilled-0.5/coverage.html'}")
     click.echo(f"latents, frames and waveform: {video.with_suffix('.safetensors')}")

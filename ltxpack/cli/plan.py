@@ -75,7 +75,7 @@ def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSiz
     from ltxpack.runtime.weights.sizes import overlay_model
 
     opened, recipe, asked = Overlay.open(root), planned.request.recipe, planned.session.transformers
-    if not opened.manifest.bakes and set(asked) == {AUTO}:
+    if not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
         stages = official_transformers(recipe)
     else:
         stages = choose(opened.manifest, recipe, asked, root).stages

@@ -13,11 +13,12 @@ from ltxpack.errors import OverlayError
 from ltxpack.lora_bake import BakeOptions, bake
 from ltxpack.materialize import Options, materialize
 from ltxpack.reporter import Reporter
+from ltxpack.runtime.sampling.recipes import HQ, RECIPES
 
 PROMPT = "A paper boat drifts down a rainy street while a street organ plays."
 
 
-def run_demo(folder: Path, reporter: Reporter) -> Path:
+def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     """Source files, overlay, two bakes, one video; what is done already is kept. Returns the video's path.
 
     Raises OverlayError if ``folder`` holds something that is not a demo.
@@ -38,12 +39,16 @@ def run_demo(folder: Path, reporter: Reporter) -> Path:
     from ltxpack.runtime.run import RunOptions, run_to_file
     from ltxpack.runtime.settings import SessionSettings
 
+    steps = {} if "steps" in RECIPES[recipe].unused else {"steps": 4}
+    blocks = {
+        f"{one}_stg_blocks": (1,) for one in ("video", "audio") if f"{one}_stg_blocks" in RECIPES[recipe].defaults
+    }
     options = RunOptions(
         overlay,
         PROMPT,
         output=folder / "video.mp4",
         save_tensors=folder / "video.safetensors",
-        given={"height": 192, "width": 320, "num_frames": 25, "steps": 4},
+        given={"recipe": recipe, "height": 192, "width": 320, "num_frames": 25, **steps, **blocks},
         session=SessionSettings(device="cpu", dtype="float32", cache=False),
     )
     return run_to_file(options, reporter).output

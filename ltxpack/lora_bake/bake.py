@@ -35,6 +35,7 @@ from ltxpack.lora_bake.plan import (
     read_base,
     refuse_links,
 )
+from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item
@@ -164,7 +165,7 @@ def _recorded_use(lora: BakedLora, path: Path, base: BaseTransformer, reporter: 
 def _plans(
     options: BakeOptions, manifest: Manifest, base: BaseTransformer, found: Sequence[FoundLora], digests: Sequence[str]
 ) -> list[BakePlan]:
-    """One plan per strength. Raises AdapterError for DoRA under the official rule."""
+    """One plan per strength. Raises AdapterError for DoRA under the official rule, or a model distilled twice."""
     if options.rule == "official":
         _refuse_dora([lora.adapter for lora in found])
     named = [
@@ -178,10 +179,21 @@ def _plans(
             LoraUse(adapter, value, digest, adapter.path.name)
             for (adapter, digest), value in zip(named, strengths, strict=True)
         )
+        if manifest.distilled and not options.force:
+            _refuse_distilling_twice(uses, options)
         *added, main = ((use.adapter.name, use.strength) for use in uses)
         name = check_bake_name(options.name or bake_name(main, added))
         plans.append(BakePlan(name, uses, options.rule, base, options.overlay))
     return plans
+
+
+def _refuse_distilling_twice(uses: Sequence[LoraUse], options: BakeOptions) -> None:
+    items = [use.file for use in uses if use.strength and DISTILLED in use.adapter.name]
+    if items:
+        raise AdapterError(
+            "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
+            items=items, next=options.command(force=True),
+        )  # fmt: skip
 
 
 def _refuse_dora(adapters: Iterable[Adapter]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ltxpack.errors import OverlayError
 from ltxpack.files.units import human_bytes
-from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
+from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER, recognise
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import STORED_DTYPE
 from ltxpack.materialize.existing import difference, restore_base
@@ -178,5 +178,7 @@ def _tell(inputs: Inputs, reporter: Reporter) -> None:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
     if checkpoint.dropped:
         reporter.detail(f"left out, read by no module: {', '.join(checkpoint.dropped)}")
-    if inputs.distilled:
-        reporter.note("the base is a distilled one; the two-stage recipe expects the dev base")
+    base = inputs.sources.checkpoint
+    by = "hash" if recognise(base.name, base.size, base.sha256).release else "file name"
+    kind = "distilled, for the recipe distilled" if inputs.distilled else "full"
+    reporter.note(f"kind of transformer, by its {by}: {kind}")

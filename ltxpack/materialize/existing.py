@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from ltxpack.errors import SourceError, quoted
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.ltx23.releases import CHECKPOINT, LORA, PATTERNS, TEXT_ENCODER, UPSAMPLER, is_distilled
+from ltxpack.ltx23.releases import CHECKPOINT, LORA, PATTERNS, TEXT_ENCODER, UPSAMPLER
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import Manifest, SourceFile
 from ltxpack.materialize.checkpoint import read_checkpoint, read_upsampler
@@ -180,9 +180,7 @@ def _items_again(
             yield from component.items
     for file in found.get(UPSAMPLER, {}).values():
         yield from plan_upsampler(read_upsampler(access.header(file), None, file.label), file, limit).items
-    for base in manifest.source.files:
-        if base.role == CHECKPOINT:
-            yield from plan_scheduler(is_distilled(base.name, base.size, base.sha256)).items
+    yield from plan_scheduler(manifest.distilled).items
     yield plan_model_index()
     for path in sorted(paths):
         place, _, name = path.rpartition("/")

@@ -62,7 +62,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the overlay is made from. An input that is None is in ``sources.missing``."""
+    """What the overlay is made from. An input that is None is missing, or a LoRA that a distilled base needs not."""
 
     sources: Sources
     checkpoint: Checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
 from ltxpack.ltx23.releases import CHECKPOINT
-from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source, SourceFile
+from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, Lora, Manifest, Source, SourceFile
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.sources import InputFile
@@ -51,6 +51,7 @@ class OverlayPlan:
     model_version: str
     image_crf: int
     licence: str | None
+    transformer_kind: str
     copy: bool = False
     unproven: frozenset[Path] = frozenset()
 
@@ -91,6 +92,7 @@ class OverlayPlan:
             components=components,
             loras=tuple(Lora(DISTILLED, records[lora.path]) for lora in self.loras),
             files=tuple(records[file.path] for file in self.files),
+            transformer_kind=self.transformer_kind,
         )
 
 
@@ -113,6 +115,7 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
         model_version=metadata.model_version,
         image_crf=metadata.image_crf,
         licence=metadata.licence,
+        transformer_kind=DISTILLED_KIND if inputs.distilled else FULL_KIND,
         copy=copy,
         unproven=frozenset(file.path for _, file in inputs.files() if file.sha256 is None and file.repo is None),
     )

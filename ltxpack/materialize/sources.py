@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,16 @@ from ltxpack.files.tensorfile import (
     read_tensorfile,
 )
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
-from ltxpack.ltx23.releases import CHECKPOINT, DEFAULT_FILES, LORA, PATTERNS, TEXT_ENCODER, TEXT_ENCODER_REPO, UPSAMPLER
+from ltxpack.ltx23.releases import (
+    CHECKPOINT,
+    DEFAULT_FILES,
+    LORA,
+    PATTERNS,
+    TEXT_ENCODER,
+    TEXT_ENCODER_REPO,
+    UPSAMPLER,
+    is_distilled,
+)
 from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
 from ltxpack.reporter import Reporter
 
@@ -85,7 +95,10 @@ class InputFolder:
 
 @dataclass(frozen=True)
 class Sources:
-    """The inputs. ``missing``: role -> why, only where the caller allowed inputs to be missing."""
+    """The inputs. ``missing``: role -> why, only where the caller allowed inputs to be missing.
+
+    ``lora`` is None too for a distilled checkpoint, unless a LoRA was named.
+    """
 
     checkpoint: InputFile
     lora: InputFile | None
@@ -178,15 +191,20 @@ def resolve(
             next="give the folder as SOURCE, or leave --checkpoint out",
         )  # fmt: skip
 
-    def file(role: str) -> InputFile:
+    chosen: dict[str, InputFile | None] = {}
+
+    def file(role: str) -> InputFile | None:
         if role == CHECKPOINT and single:
             return single
-        typed = flags.get(role)
+        typed, base = flags.get(role), chosen.get(CHECKPOINT)
+        if role == LORA and typed is None and base and is_distilled(base.name, base.size, base.sha256):
+            return None
         found = folder if typed is None else _find(typed, access, within=folder)
         return choose(role, found) if isinstance(found, InputFolder) else found
 
     faults = InputFaults("several inputs were not found")
-    found = {role: faults.gather(role, lambda role=role: file(role)) for role in PATTERNS}  # type: ignore[misc]
+    for role in PATTERNS:
+        chosen[role] = faults.gather(role, functools.partial(file, role))
     encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
     missing = {
         role: fault
@@ -194,10 +212,10 @@ def resolve(
         if allow_missing and role != CHECKPOINT and not isinstance(fault, AmbiguousError)
     }
     faults.refuse(besides=missing)
-    checkpoint = found[CHECKPOINT]
+    checkpoint = chosen[CHECKPOINT]
     assert checkpoint is not None
     told = {role: " ".join(str(fault).split()) for role, fault in missing.items()}
-    return Sources(checkpoint, found[LORA], found[UPSAMPLER], encoder, told)
+    return Sources(checkpoint, chosen[LORA], chosen[UPSAMPLER], encoder, told)
 
 
 class InputFaults:

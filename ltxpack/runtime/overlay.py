@@ -18,7 +18,6 @@ from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO
 
 BASE, BAKES = "base", "bakes"
-CHECKPOINT_ROLE = "checkpoint"
 
 
 def transformer_part(name: str) -> str:
@@ -107,10 +106,17 @@ class TransformerChoice:
 def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Path) -> TransformerChoice:
     """The transformers of ``recipe``; ``asked`` says for each stage ``auto``, ``base`` or a bake's name.
 
-    Raises OverlayError where no bake fits or several do, UsageError for an unknown name, or for a stage that the
-    recipe does not have.
+    Raises OverlayError where no bake fits or several do, or the base is distilled and the recipe wants a full model,
+    UsageError for an unknown name, or for a stage that the recipe does not have.
     """
     check_stages(recipe, asked)
+    if manifest.distilled and not recipe.stages[0].transformer.base_if_distilled and asked_for(asked, 0) == AUTO:
+        raise OverlayError(
+            f"the recipe {recipe.name} wants the full model for stage 1, and the base is a distilled one",
+            file=overlay,
+            expected="--recipe distilled, or --stage1 base for the recipe all the same",
+            next=f"ltxpack run {quoted(overlay)} --recipe distilled --prompt TEXT",
+        )
     strengths = _candidates(manifest)
     names = []
     for number in range(len(recipe.stages)):
@@ -122,7 +128,7 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
             advice = f"ltxpack inspect {quoted(overlay)}"
             raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
         names.append(name)
-    official = official_transformers(recipe, is_distilled(manifest))
+    official = official_transformers(recipe, manifest.distilled)
     found = tuple(f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name for name in names)
     beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"
     note = ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(names))
@@ -152,11 +158,6 @@ def official_transformers(recipe: Recipe, distilled_base: bool = False) -> tuple
     return tuple(found)
 
 
-def is_distilled(manifest: Manifest) -> bool:
-    """Whether the base transformer is a distilled one, by the name of its checkpoint."""
-    return any(file.role == CHECKPOINT_ROLE and DISTILLED in file.name for file in manifest.source.files)
-
-
 def _candidates(manifest: Manifest) -> dict[str, float]:
     """Bake name -> strength of the distilled LoRA: those of it alone, else the stacked ones if all have one suffix."""
     distilled = manifest.lora(DISTILLED)
@@ -177,7 +178,7 @@ def _candidates(manifest: Manifest) -> dict[str, float]:
 def _automatic(number: int, recipe: Recipe, strengths: Mapping[str, float], manifest: Manifest, overlay: Path) -> str:
     """The transformer of stage ``number`` by the rule of its stage."""
     rule = recipe.stages[number].transformer
-    if rule.base_if_distilled and is_distilled(manifest):
+    if manifest.distilled:
         return BASE
     for wanted in rule.strengths:
         fitting = [name for name, strength in strengths.items() if strength == wanted]

@@ -25,7 +25,7 @@ from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.recipes import Guidance, stage_label
 from ltxpack.runtime.sampling.sample import SAMPLERS
 from ltxpack.runtime.sampling.schedule import sigmas_of
-from ltxpack.runtime.sampling.shape import AV, VideoShape
+from ltxpack.runtime.sampling.shape import AV, LONGEST_SECONDS, VideoShape
 from ltxpack.runtime.session import Session, Timings
 from ltxpack.runtime.video import Latents, Video
 from ltxpack.runtime.weights.plan import Work
@@ -79,6 +79,12 @@ def generate(
     """
     session.check_open()
     session.timings = Timings()
+    shape = request.shape
+    if shape.frames > shape.longest:
+        session.reporter.warn(
+            f"{shape.frames} frames at {shape.fps:g} fps: the model was trained for at most {shape.longest}"
+            f" ({LONGEST_SECONDS} s); the video may drift or repeat itself"
+        )
     session.prepare([work_of(session, request, session.prompts.ahead, once)])
     name = None if following is None else session.transformers(following.recipe).stages[0]
     latents = session.within_memory(lambda: sample(session, request, name))

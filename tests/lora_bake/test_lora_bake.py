@@ -370,6 +370,21 @@ def test_a_users_file_called_distilled_takes_no_name_of_the_overlays_own(overlay
     assert run(overlay, 0.5, added=((str(foreign), 0.8),)) == ["distilled-0.5+distilled-0.8"]
 
 
+def test_a_distilled_lora_on_a_distilled_base_is_refused_unless_forced(overlay: Path, tmp_path: Path) -> None:
+    manifest = dataclasses.replace(read_manifest(overlay), transformer_kind="distilled")
+    (overlay / "ltxpack.json").write_bytes(manifest.dump())
+    other = save(tmp_path / "other-distilled-lora.safetensors", official_keys(low_rank(linears(), seed=7)))
+    for lora in (None, str(other)):
+        options = BakeOptions(overlay, (0.5,), lora=lora)
+        for act in (bake, plan_bake):
+            with pytest.raises(AdapterError, match="distilled twice") as caught:
+                act(options, SilentReporter())
+            assert str(caught.value).rstrip().endswith("--force")
+    assert read_manifest(overlay).bakes == {}
+    (made,) = bake(BakeOptions(overlay, (0.5,), force=True), SilentReporter())
+    assert made.made and [*read_manifest(overlay).bakes] == ["distilled-0.5"]
+
+
 def test_the_overlays_own_lora_is_distilled_by_any_path(overlay: Path, tmp_path: Path) -> None:
     copied = shutil.copy(overlay / LORA_FILE, tmp_path / "distilled.safetensors")
     assert run(overlay, 0.5, lora=str(overlay / LORA_FILE)) == ["distilled-0.5"]

@@ -239,14 +239,23 @@ def test_an_upsampler_in_f32_becomes_bf16(tmp_path: Path) -> None:
         assert_same_bits(found[name], tensor)
 
 
-def test_a_distilled_base_gets_the_other_scheduler(source: Path, tmp_path: Path) -> None:
+def test_a_distilled_base_is_told_needs_no_lora_and_gets_the_other_scheduler(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "full")
+    assert read_manifest(tmp_path / "full").transformer_kind == "full"
     other = source / "ltx-2.3-mini-distilled.safetensors"
     (source / tiny_source.CHECKPOINT).rename(other)
     notes = Notes()
     run(other, tmp_path / "out", notes)
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.transformer_kind, manifest.loras) == ("distilled", ())
+    (source / tiny_source.LORA).rename(tmp_path / tiny_source.LORA)
+    run(other, tmp_path / "without")
+    assert (tmp_path / "without" / "ltxpack.json").read_bytes() == manifest.dump()
+    run(other, tmp_path / "named", lora=str(tmp_path / tiny_source.LORA))
+    assert [lora.name for lora in read_manifest(tmp_path / "named").loras] == ["distilled"]
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["use_dynamic_shifting"] is False
-    assert any("distilled" in said for said in notes.said)
+    assert any("kind of transformer, by its file name: distilled" in said for said in notes.said)
 
 
 def test_nothing_heavy_is_imported(source: Path, tmp_path: Path) -> None:

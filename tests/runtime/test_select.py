@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltxpack.errors import OverlayError, UsageError
-from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source, SourceFile
+from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source
 from ltxpack.runtime.overlay import choose
 from ltxpack.runtime.sampling.recipes import DISTILLED as DISTILLED_RECIPE
 from ltxpack.runtime.sampling.recipes import HQ, ONE_STAGE, TWO_STAGE, Recipe
@@ -94,11 +94,19 @@ def test_auto_of_the_other_recipes(recipe: Recipe, names: list[str], expected: t
 
 
 def test_a_distilled_checkpoint_needs_no_bake_and_one_stage_has_no_second() -> None:
-    source = Source(None, None, (SourceFile("checkpoint", "ltx-2.3-22b-distilled-1.1.safetensors", 1),))
-    distilled = replace(manifest({}), source=source)
+    distilled = replace(manifest({}), transformer_kind="distilled")
     assert choose(distilled, DISTILLED_RECIPE, ("auto", "auto"), Path("out")).stages == ("base", "base")
     with pytest.raises(UsageError, match="has no stage 2"):
         choose(manifest({}), ONE_STAGE, ("base", "base"), Path("out"))
+
+
+@pytest.mark.parametrize("recipe", [HQ, TWO_STAGE, ONE_STAGE], ids=lambda recipe: recipe.name)
+def test_recipes_of_the_full_model_are_refused_on_a_distilled_base_unless_forced(recipe: Recipe) -> None:
+    distilled = replace(manifest({}), transformer_kind="distilled")
+    with pytest.raises(OverlayError, match="wants the full model") as caught:
+        choose(distilled, recipe, (), Path("out"))
+    assert "next: ltxpack run out --recipe distilled --prompt TEXT" in str(caught.value)
+    assert set(choose(distilled, recipe, ("base",), Path("out")).stages) == {"base"}
 
 
 def test_named_stages_win_and_must_exist() -> None:

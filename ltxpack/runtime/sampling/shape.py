@@ -38,6 +38,8 @@ AUDIO_CHANNELS = 8
 AUDIO_BINS = 16
 AUDIO_SAMPLE_RATE = 16000
 AUDIO_HOP = 160
+# The longest video that the model was trained for: so many seconds, and the pixel frames before them.
+LONGEST_SECONDS, LONGEST_FRAMES = 20, 4
 AUDIO_LATENTS_PER_SECOND = AUDIO_SAMPLE_RATE / AUDIO_HOP / AUDIO_FACTOR
 
 
@@ -81,6 +83,11 @@ class VideoShape:
             self.height // SPATIAL_FACTOR,
             self.width // SPATIAL_FACTOR,
         )
+
+    @property
+    def longest(self) -> int:
+        """The most frames that the model was trained for at this rate."""
+        return int(LONGEST_SECONDS * self.fps + LONGEST_FRAMES)
 
     @property
     def tokens(self) -> int:
