@@ -296,6 +296,18 @@ def test_prompts_encoded_ahead_are_in_the_plan(make: Pipeline) -> None:
     assert make.session.residency.plan.work.once
 
 
+def test_a_video_longer_than_the_model_was_trained_for_is_warned_of(
+    make: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe_run, "sample", lambda *_: pytest.fail("is made"))
+    for frames, told in ((41, 0), (49, 1)):
+        notes = Notes()
+        with pytest.raises(pytest.fail.Exception), make.session.reporting(notes):
+            recipe_run.generate(make.session, package.Request.of("a boat", **{**SMALL, "num_frames": frames}, fps=2.0))
+        assert len(notes.warnings) == told
+        assert all("at most 44 (20 s)" in warning for warning in notes.warnings)
+
+
 def test_a_closed_pipeline_makes_nothing(make: Pipeline) -> None:
     make.close()
     make.close()
