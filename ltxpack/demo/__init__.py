@@ -37,18 +37,20 @@ def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     reporter.note("4/4 run")
     # The runtime imports torch; the steps before do without.
     from ltxpack.runtime.run import RunOptions, run_to_file
-    from ltxpack.runtime.settings import SessionSettings
+    from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 
-    steps = {} if "steps" in RECIPES[recipe].unused else {"steps": 4}
-    blocks = {
-        f"{one}_stg_blocks": (1,) for one in ("video", "audio") if f"{one}_stg_blocks" in RECIPES[recipe].defaults
-    }
+    given: SettingsGiven = {"recipe": recipe, "height": 192, "width": 320, "num_frames": 25}
+    if "steps" not in RECIPES[recipe].unused:
+        given["steps"] = 4
+    if "video_stg_blocks" in RECIPES[recipe].defaults:
+        given["video_stg_blocks"] = given["audio_stg_blocks"] = (1,)  # it has two
+
     options = RunOptions(
         overlay,
         PROMPT,
         output=folder / "video.mp4",
         save_tensors=folder / "video.safetensors",
-        given={"recipe": recipe, "height": 192, "width": 320, "num_frames": 25, **steps, **blocks},
+        given=given,
         session=SessionSettings(device="cpu", dtype="float32", cache=False),
     )
     return run_to_file(options, reporter).output
