@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,8 +38,8 @@ Prepare = Callable[[Any, bool], None]
 WEIGHTS = ".safetensors"
 # A part that no plan places: loaded when it is used, whole, and dropped afterwards.
 UNPLANNED = Placement(FILE)
-# A file as it was: device, inode, size, and when anything of it last changed.
-Stamp = tuple[int, int, int, int]
+# A file as it was: device, inode, size, and when anything of it last changed; None if it was not there.
+Stamp = tuple[int, int, int, int] | None
 
 
 # What builds a part from its folder, such as ltxpack.runtime.model.load_dit.
@@ -86,9 +86,9 @@ class Residency:
         self._in_use: set[str] = set()
         # Transformers that the next stage uses too: they stay until then.
         self._carried: set[str] = set()
-        # Pinned blocks that outlive their transformer, and the stat of the files they were hashed from.
+        # Pinned blocks that outlive their transformer, and the stamps of the files they were hashed from.
         self._held: dict[str, dict[int, MemorySource]] = {}
-        self._hashed: dict[str, dict[Path, Stamp]] = {}
+        self._hashed: dict[str, list[Stamp]] = {}
 
     def check(self, work: Work) -> None:
         """Raises DeviceError if ``work`` fits in no way, naming the GB needed and free and what to do instead."""
@@ -246,7 +246,7 @@ class Residency:
         weights = [record for record in records if record.path.endswith(WEIGHTS)]
         self.overlay.check(record for record in records if record not in weights)
         digests = {self.overlay.root / record.path: record.blake3 for record in weights}
-        held, stamps = self._held.pop(part, {}), _stamps(digests)
+        held, stamps = self._held.pop(part, {}), list(map(_stamp, digests))
         if stamps != self._hashed.pop(part, None):
             held = {}
         waiting = self._warmer.waiting() if self._warmer else contextlib.nullcontext()
@@ -335,11 +335,9 @@ def _size(work: Work) -> tuple[int, int, int]:
     return work.shape.tokens, work.images, sum(stage.evaluations for stage in work.stages)
 
 
-def _stamps(files: Iterable[Path]) -> dict[Path, Stamp]:
-    """The files as they are now; one that is not there has none."""
-    found = {}
-    for path in files:
-        with contextlib.suppress(OSError):
-            stat = path.stat()
-            found[path] = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns)
-    return found
+def _stamp(path: Path) -> Stamp:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns

@@ -11,14 +11,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ltxpack.errors import FormatError, LtxpackError, OverlayError, SourceError, UnsupportedError, quoted
 from ltxpack.files.reader import Range
-from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, read_index, read_json, read_tensorfile
+from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo, read_index, read_json, read_tensorfile
 from ltxpack.runtime.weights.copies import copies_to
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
@@ -29,14 +29,10 @@ STORED: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in D
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor as a file's header states it, ``nbytes`` bytes from ``start`` on."""
+class Stored(TensorInfo):
+    """A tensor as the header of ``file`` states it."""
 
     file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
     def __str__(self) -> str:
         return _described(self.dtype, self.shape)
@@ -55,13 +51,11 @@ class Stored:
         return dtype if dtype is not None and self.dtype in FLOATS else STORED[self.dtype]
 
 
-class Reader(Protocol):
-    """Makes tensors of headers that were checked: the default reads them onto the device, residency has others."""
+Reader = Callable[[Mapping[str, Stored], torch.device, torch.dtype | None], Mapping[str, Tensor]]
+"""Makes tensors of headers that were checked, floating ones in the dtype, wherever it puts them; by name.
 
-    def __call__(
-        self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None, /
-    ) -> Mapping[str, Tensor]:
-        """The tensors by name, each where the reader puts it, floating ones in ``dtype``. Raises OverlayError."""
+:func:`read_tensors` reads them onto the device; residency has another. Raises OverlayError.
+"""
 
 
 def load_component(
@@ -141,7 +135,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                     place = weight_map.get(tensor, "no such tensor")
                     problem = "the index does not place it here"
                     raise OverlayError(problem, file=path, tensor=tensor, expected=place, found=name)
-                found[tensor] = Stored(path, info.dtype, info.shape, info.start, info.nbytes)
+                found[tensor] = Stored(tensor, info.dtype, info.shape, info.start, info.nbytes, path)
         absent = [f"{name} ({weight_map[name]})" for name in sorted(set(weight_map) - set(found))]
         if absent:
             raise OverlayError("tensors named in the index are in no shard", file=folder, items=absent)

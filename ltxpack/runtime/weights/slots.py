@@ -238,8 +238,9 @@ class Slots:
 
     def __init__(self, blocks: Sequence[nn.Module], sources: Sequence[BlockSource], copies: Copies) -> None:
         self.blocks, self.sources, self.copies = blocks, sources, copies
-        self._owners = [_owners(block, source.layout) for block, source in zip(blocks, sources, strict=True)]
-        self._empty = [_without_weights(owners) for owners in self._owners]
+        names = [source.layout.tensors for source in sources]
+        self._owners = list(map(_owners, blocks, names))
+        self._empty = list(map(_on_meta, blocks, names))
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._slots: list[_Slot] = []
         for number in range(len(blocks)):
@@ -311,20 +312,12 @@ class Slots:
         slot.copied = None
 
 
-def _owners(block: nn.Module, layout: ByteLayout) -> dict[str, tuple[nn.Module, str]]:
-    """Name in the layout -> the module that has the parameter, and its name there."""
-    found = {}
-    for name in layout.tensors:
-        path, _, attribute = name.rpartition(".")
-        found[name] = (block.get_submodule(path), attribute)
-    return found
+def _owners(block: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    """Name in the block -> the module that has the parameter, and its name there."""
+    return {name: (block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
 
 
-def _without_weights(owners: Mapping[str, tuple[nn.Module, str]]) -> dict[str, nn.Parameter]:
+def _on_meta(block: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters' shapes and dtypes, on the meta device."""
-    empty = {}
-    for name, (owner, attribute) in owners.items():
-        held = owner._parameters[attribute]
-        assert held is not None
-        empty[name] = nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False)
-    return empty
+    empty = {name: torch.empty_like(block.get_parameter(name), device="meta") for name in names}
+    return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in empty.items()}
