@@ -85,9 +85,12 @@ def load_module(
     """
     stored = read_headers(folder)
     check(module, stored, folder)
-    _check_buffers(module, buffers or {})
+    buffers, kept = buffers or {}, module.state_dict()
+    lost = {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if name not in kept}
+    if lost != {name: tuple(buffer.shape) for name, buffer in buffers.items()}:
+        raise ValueError(f"{type(module).__name__} has the non-persistent buffers {lost}, given were {sorted(buffers)}")
     module.load_state_dict((reader or read_tensors)(stored, device, dtype), strict=True, assign=True)
-    for name, tensor in (buffers or {}).items():
+    for name, tensor in buffers.items():
         owner, _, attribute = name.rpartition(".")
         module.get_submodule(owner).register_buffer(attribute, tensor.to(device), persistent=False)
     return module.requires_grad_(False).eval()
@@ -201,14 +204,6 @@ def _check_tensor(name: str, wanted: Tensor, entry: Stored) -> None:
     if entry.dtype not in accepted:
         problem = "a dtype that is not loaded as it is"
         raise UnsupportedError(problem, file=entry.file, tensor=name, expected=expected, found=str(entry))
-
-
-def _check_buffers(module: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """``given`` must be the buffers of ``module`` that no file can hold."""
-    stored = module.state_dict()
-    lost = {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if name not in stored}
-    if lost != {name: tuple(buffer.shape) for name, buffer in given.items()}:
-        raise ValueError(f"{type(module).__name__} has the non-persistent buffers {lost}, given were {sorted(given)}")
 
 
 def _weight_map(folder: Path) -> Mapping[str, str]:

@@ -108,7 +108,6 @@ class PlacementReader:
         self.memory: list[MemorySource] = []
         self.held = dict(held or {})
         self.sources: dict[int, BlockSource] = {}
-        self.check: StreamedCheck | None = None
         self.stream: FileStream | None = None
         self.unpinned = 0
         self._reads: list[TensorRead] = []
@@ -130,9 +129,9 @@ class PlacementReader:
         else:
             tensors.update(self._on_card(rest, device, dtype))
         if self.placement.source == FILE:
-            if self.hash_streamed:
-                self.check = StreamedCheck(self.digests, (entry.source for entry in stored.values()))
-            self.stream = FileStream(self.copies, self.reader.reads, self.check)
+            places = (entry.source for entry in stored.values())
+            check = StreamedCheck(self.digests, places) if self.hash_streamed else None
+            self.stream = FileStream(self.copies, self.reader.reads, check)
         from_host: list[tuple[Tensor, MemorySource]] = []
         for number, block in blocks.items():
             prefix = f"{self.root}.{number}."
@@ -154,10 +153,10 @@ class PlacementReader:
 
     def _fill(self) -> None:
         """Read everything that is asked for, and pin host memory as it is full."""
-        digests = {} if self.check is not None else self.digests
+        check = self.stream.check if self.stream is not None else None
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="ltxpack-pin") as self._pinning:
-                event = self.reader.fill(self._reads, digests, stop=self.stop, check=self.check)
+                event = self.reader.fill(self._reads, {} if check else self.digests, stop=self.stop, check=check)
         finally:
             # They refer to this reader: after a failure memory would stay until the garbage collector comes by.
             self._reads.clear()
@@ -229,8 +228,7 @@ class PlacedModule(Generic[M]):
         self.module = module
         self.placement = read.placement
         self.unpinned, self.held = read.unpinned, read.held
-        self._memory, self._spare, self._stream, self._check = read.memory, read.spare, read.stream, read.check
-        self._copies = read.copies
+        self._memory, self._spare, self._stream, self._copies = read.memory, read.spare, read.stream, read.copies
         blocks = [module.get_submodule(f"{read.root}.{number}") for number in read.sources]
         self._slots = Slots(blocks, list(read.sources.values()), self._copies)
         self._prepared = False
@@ -258,8 +256,8 @@ class PlacedModule(Generic[M]):
 
     def verify(self) -> None:
         """Compare hashes that were taken as blocks streamed. Raises OverlayError for a file that changed."""
-        if self._check is not None:
-            self._check.finish()
+        if self._stream is not None and self._stream.check is not None:
+            self._stream.check.finish()
 
     def drop(self) -> None:
         """End what runs for it and let its weights go, even if somebody still refers to the module.
@@ -268,8 +266,6 @@ class PlacedModule(Generic[M]):
         """
         if self._stream is not None:
             self._stream.close()
-        if self._check is not None:
-            self._check.close()
         for module in self.module.modules():
             module._parameters.clear()
             module._buffers.clear()

@@ -5,9 +5,10 @@ Knows no machine and no mode. Weights are counted as they are loaded: floats in 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,27 +130,32 @@ def aligned(size: int) -> int:
 def read_widths(configs: Mapping[str, Mapping[str, Any]], file: Path) -> Widths:
     """The widths in the components' configs. Raises OverlayError naming a field that is missing or no size."""
 
-    def number(component: str, *names: str) -> int:
+    def sizes(component: str, field: str, many: bool) -> list[int]:
         value: Any = configs[component]
-        for name in names:
+        for name in field.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise _wrong(file / component / "config.json", ".".join(names), "a size", value)
-        return value
+        found = value if many else [value]
+        if isinstance(found, list) and found and all(type(size) is int and size > 0 for size in found):
+            return found
+        raise OverlayError(
+            f"has no usable {field}",
+            file=file / component / "config.json",
+            expected="a list of sizes" if many else "a size",
+            found=value,
+            next=f"ltxpack verify {quoted(file)}",
+        )
 
-    def numbers(component: str, name: str) -> list[int]:
-        value = configs[component].get(name)
-        if not isinstance(value, list) or not value or not all(isinstance(n, int) and n > 0 for n in value):
-            raise _wrong(file / component / "config.json", name, "a list of sizes", value)
-        return value
+    def number(component: str, field: str) -> int:
+        return sizes(component, field, many=False)[0]
 
+    numbers = functools.partial(sizes, many=True)
     decoder = numbers("vae", "decoder_block_out_channels")
     return Widths(
         video=number(TRANSFORMER, "num_attention_heads") * number(TRANSFORMER, "attention_head_dim"),
         audio=number(TRANSFORMER, "audio_num_attention_heads") * number(TRANSFORMER, "audio_attention_head_dim"),
-        text=number(TEXT_ENCODER, "text_config", "hidden_size"),
-        text_layers=number(TEXT_ENCODER, "text_config", "num_hidden_layers"),
-        text_inner=number(TEXT_ENCODER, "text_config", "intermediate_size"),
+        text=number(TEXT_ENCODER, "text_config.hidden_size"),
+        text_layers=number(TEXT_ENCODER, "text_config.num_hidden_layers"),
+        text_inner=number(TEXT_ENCODER, "text_config.intermediate_size"),
         encoder=number("vae", "latent_channels"),
         decoder=decoder[-1] // math.prod(numbers("vae", "upsample_factor")) or 1,
         patch=number("vae", "patch_size"),
@@ -159,7 +165,7 @@ def read_widths(configs: Mapping[str, Mapping[str, Any]], file: Path) -> Widths:
     )
 
 
-def _sound_width(number: Any, numbers: Any) -> int:
+def _sound_width(number: Callable[[str, str], int], numbers: Callable[[str, str], list[int]]) -> int:
     """Channels times samples per audio latent in the widest layer of the vocoder."""
     starts = {"": 4, "bwe_": 4 * math.prod(numbers(VOCODER, "upsample_factors")) // number(VOCODER, "hop_length")}
     widest = 0
@@ -179,13 +185,3 @@ def _of_files(root: Path, component: str, records: Iterable[FileRecord], itemsiz
         for tensor in read_tensorfile(root / record.path).tensors.values()
     )
     return part_of(component, tensors, itemsize, sum(record.size for record in weights))
-
-
-def _wrong(file: Path, field: str, expected: str, found: object) -> OverlayError:
-    return OverlayError(
-        f"has no usable {field}",
-        file=file,
-        expected=expected,
-        found=found,
-        next=f"ltxpack verify {quoted(file.parent.parent)}",
-    )

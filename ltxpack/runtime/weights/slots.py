@@ -179,17 +179,19 @@ class FileStream:
 
     def __init__(self, copies: Copies, reads: str = CACHED, check: StreamedCheck | None = None) -> None:
         self._reader = FileReader(copies, reads=reads)
-        self._check = check
+        self.check = check
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-stream")
 
     def read(self, wanted: Sequence[TensorRead], after: Event) -> CopyDone:
         """Begin to read, each part on to the device as it comes, not before ``after``."""
-        return self._thread.submit(self._reader.fill, wanted, after=after, check=self._check).result
+        return self._thread.submit(self._reader.fill, wanted, after=after, check=self.check).result
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
+        if self.check is not None:
+            self.check.close()
 
 
 @dataclass(frozen=True)
