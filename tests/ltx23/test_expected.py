@@ -62,19 +62,6 @@ def test_full_size_inventory_is_the_modules_state_dict(full_size, component: str
     assert inventory(component, config) == module_shapes(component, config)
 
 
-@needs_spec
-@pytest.mark.parametrize("component", list(CHECKPOINT_TABLES))
-def test_full_size_renames_are_bijective_and_go_there_and_back(full_size, component: str) -> None:
-    configs, shapes, _ = full_size
-    table = CHECKPOINT_TABLES[component]
-    own = source_inventory(component, configs[component])
-    renamed = {table.rename(name): name for name in own}
-    assert len(renamed) == len(own)
-    assert renamed.keys() == inventory(component, configs[component]).keys()
-    assert {table.reverse().rename(target) for target in renamed} == own.keys()
-    assert own.keys() <= shapes.keys()
-
-
 def test_golden_checkpoint_matches_the_modules(golden: Path) -> None:
     (path,) = golden.glob("*-dev.safetensors")
     checkpoint = read_checkpoint(read_tensorfile(path), path)

@@ -16,24 +16,11 @@ from ltxpack.ltx23.releases import DEFAULT_FILES, TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import read_manifest
 from ltxpack.materialize import Options, materialize, plan_overlay
-from ltxpack.materialize.hub import client as hub
-from ltxpack.materialize.hub import transfer as hub_transfer
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
 REPO = "Lightricks/LTX-2.3"
 NAMES = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "RETRY_WAITS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(hub_transfer, "WAITS", (0.0,) * len(hub_transfer.WAITS))
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tiny_source.make_source(tmp_path / "source")
 
 
 def repos(source: Path) -> dict[str, dict[str, bytes | Path]]:
@@ -50,16 +37,14 @@ def server(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield running
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_an_overlay_from_the_hub_equals_the_one_from_the_files(server: HubServer, source: Path, tmp_path: Path) -> None:
-    out, local = tmp_path / "out", tmp_path / "local"
+def test_an_overlay_from_the_hub_equals_the_one_from_the_files(
+    server: HubServer, source: Path, out: Path, tmp_path: Path
+) -> None:
+    local = tmp_path / "local"
     materialize(Options(REPO, out), SilentReporter())
     materialize(Options(str(source), local), SilentReporter())
     for component in (*CHECKPOINT_TABLES, "latent_upsampler", "scheduler", "text_encoder", "tokenizer"):
-        assert contents(out / component) == contents(local / component)
+        assert tiny_source.contents(out / component) == tiny_source.contents(local / component)
     assert verify(out, SilentReporter()) == []
     assert not [path for path in out.rglob("*") if path.is_symlink()]
     manifest = read_manifest(out)
@@ -67,21 +52,22 @@ def test_an_overlay_from_the_hub_equals_the_one_from_the_files(server: HubServer
     assert [lora.file.path for lora in manifest.loras] == [f"loras/{DEFAULT_FILES['lora']}"]
 
 
-def test_a_plan_moves_headers_only(server: HubServer, tmp_path: Path) -> None:
-    plan = plan_overlay(Options(REPO, tmp_path / "out"), SilentReporter()).to_json()
+def test_a_plan_moves_headers_only(server: HubServer, tmp_path: Path, out: Path) -> None:
+    plan = plan_overlay(Options(REPO, out), SilentReporter()).to_json()
     assert plan["missing"] == [] and str(tmp_path) not in str(plan)
     sizes = {file["path"]: file["bytes"] for file in plan["files"]}
     sent = sum(request.sent for request in server.requests)
     assert sent < sum(sizes.values()) / 4
-    materialize(Options(REPO, tmp_path / "out"), SilentReporter())
-    found = {path: len(content) for path, content in contents(tmp_path / "out").items() if path != "ltxpack.json"}
+    materialize(Options(REPO, out), SilentReporter())
+    found = {path: len(content) for path, content in tiny_source.contents(out).items() if path != "ltxpack.json"}
     assert sizes == found
 
 
-def test_the_same_again_needs_no_network(server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_again_needs_no_network(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
     from huggingface_hub import constants
 
-    out = tmp_path / "out"
     materialize(Options(REPO, out), SilentReporter())
     before = len(server.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -89,32 +75,26 @@ def test_the_same_again_needs_no_network(server: HubServer, tmp_path: Path, monk
     assert len(server.requests) == before
     again = tmp_path / "again"
     materialize(Options(REPO, again), SilentReporter())
-    assert contents(again / "transformer") == contents(out / "transformer")
+    assert tiny_source.contents(again / "transformer") == tiny_source.contents(out / "transformer")
 
 
 def test_a_gated_text_encoder_is_told_before_the_first_weight(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with HubServer(repos(source), gated={TEXT_ENCODER_REPO}) as server:
         server.use(monkeypatch, tmp_path / "cache")
         with pytest.raises(SourceError) as caught:
-            materialize(Options(REPO, tmp_path / "out"), SilentReporter())
+            materialize(Options(REPO, out), SilentReporter())
         assert TEXT_ENCODER_REPO in str(caught.value) and caught.value.next
         assert sum(request.sent for request in server.requests) < 100_000
-        assert not (tmp_path / "out").exists()
-        plan = plan_overlay(Options(REPO, tmp_path / "out"), SilentReporter()).to_json()
+        assert not out.exists()
+        plan = plan_overlay(Options(REPO, out), SilentReporter()).to_json()
         assert [entry.split(":")[0] for entry in plan["missing"]] == ["text_encoder"]
-
-
-def test_a_repo_that_is_not_there_is_one_error(server: HubServer, tmp_path: Path) -> None:
-    with pytest.raises(SourceError) as caught:
-        materialize(Options("Lightricks/LTX-2.4", tmp_path / "out"), SilentReporter())
-    assert "LTX-2.4" in str(caught.value)
 
 
 @needs_spec
 def test_the_full_size_checkpoint_is_planned_from_its_header(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "base.safetensors"
     full_size_checkpoint(path, f32=True)
@@ -125,7 +105,7 @@ def test_the_full_size_checkpoint_is_planned_from_its_header(
     del served[TEXT_ENCODER_REPO]
     with HubServer(served) as server:
         server.use(monkeypatch, tmp_path / "cache")
-        plan = plan_overlay(Options(REPO, tmp_path / "out"), SilentReporter()).to_json()
+        plan = plan_overlay(Options(REPO, out), SilentReporter()).to_json()
         assert plan["total_bytes"] > 46e9
         assert sum(request.sent for request in server.requests) < 3_000_000
         assert [entry.split(":")[0] for entry in plan["missing"]] == ["upsampler", "text_encoder"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,12 +20,12 @@ import pytest
 from hub_server import MEMBER, STRANGER, HubServer, use_endpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from support import Notes
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
 from ltxpack.materialize.hub import client as hub
 from ltxpack.materialize.hub import transfer as hub_transfer
-from ltxpack.materialize.hub.client import Hub, HubUnreachable, is_safe_name, parse_reference
-from ltxpack.reporter import SilentReporter
+from ltxpack.materialize.hub.client import Hub, HubUnreachable, RepoInfo, is_safe_name, parse_reference
 
 REPO = "Lightricks/LTX-2.3"
 GATED = "google/gemma-3"
@@ -46,14 +47,13 @@ FILES = {
 }
 
 
-class Recorder(SilentReporter):
-    """Keeps what it is told."""
+class Recorder(Notes):
+    """Keeps what it is told, and how much moved."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.labels: list[tuple[str, int]] = []
         self.moved = 0
-        self.told: list[str] = []
-        self.warnings: list[str] = []
 
     def begin(self, label: str, total: int, unit: str) -> None:
         assert unit == "B"
@@ -62,21 +62,6 @@ class Recorder(SilentReporter):
     def advance(self, amount: int = 1) -> None:
         self.moved += amount
 
-    def note(self, message: str) -> None:
-        self.told.append(message)
-
-    detail = note
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries are as many as ever, without the pauses in between."""
-    monkeypatch.setattr(hub, "RETRY_WAITS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(hub_transfer, "WAITS", (0.0,) * len(hub_transfer.WAITS))
-
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
@@ -84,16 +69,28 @@ def cache(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[HubServer]:
+def serve(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Callable[..., HubServer]]:
+    """Starts a server that holds the given repositories, for this process to use."""
+    with contextlib.ExitStack() as stack:
+
+        def start(repos: Any, **more: Any) -> HubServer:
+            server = stack.enter_context(HubServer(repos, **more))
+            server.use(monkeypatch, cache)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def server(serve: Callable[..., HubServer]) -> HubServer:
+    repos = {REPO: FILES, GATED: {BIG: FILES[BIG]}, "me/private": FILES}
     revisions = {REPO: {"v1": {SMALL: b'{"old": 1}'}, "refs/pr/1": {SMALL: b'{"pr": 1}'}}}
-    with HubServer(
-        {REPO: FILES, GATED: {BIG: FILES[BIG]}, "me/private": FILES},
-        gated={GATED},
-        private={"me/private"},
-        revisions=revisions,
-    ) as running:
-        running.use(monkeypatch, cache)
-        yield running
+    return serve(repos, gated={GATED}, private={"me/private"}, revisions=revisions)
+
+
+@pytest.fixture
+def info(server: HubServer) -> RepoInfo:
+    return Hub().info(REPO)
 
 
 def told_by(call: Callable[[], object], kind: type[LtxpackError] = SourceError) -> str:
@@ -117,8 +114,7 @@ def blobs(cache: Path, repo: str = REPO) -> dict[str, bytes]:
 # What the hub says
 
 
-def test_info_lists_files_with_sizes_and_the_stated_sha256(server: HubServer) -> None:
-    info = Hub().info(REPO)
+def test_info_lists_files_with_sizes_and_the_stated_sha256(server: HubServer, info: RepoInfo) -> None:
     assert (info.repo, info.commit, info.cached_only) == (REPO, server.commit(REPO), False)
     assert {name: file.size for name, file in info.files.items()} == {name: len(data) for name, data in FILES.items()}
     hashes = {name: file.sha256 for name, file in info.files.items() if file.sha256}
@@ -201,10 +197,8 @@ def test_revision_not_found(server: HubServer) -> None:
     assert f"{REPO}@v9" in told
 
 
-def test_file_not_found_lists_similar_names(server: HubServer) -> None:
-    hub_ = Hub()
-    info = hub_.info(REPO)
-    for call in (hub_.header, hub_.fetch):
+def test_file_not_found_lists_similar_names(server: HubServer, info: RepoInfo) -> None:
+    for call in (Hub().header, Hub().fetch):
         told = told_by(lambda call=call: call(info, "other.safetensors"))
         assert "no such file" in told
         assert "sub/other.safetensors" in told
@@ -317,25 +311,22 @@ def test_fetch_puts_the_file_into_the_hub_cache(server: HubServer, cache: Path, 
     assert reporter.moved == len(FILES[name]) == server.sent()
 
 
-def test_second_fetch_moves_nothing(server: HubServer) -> None:
-    hub_ = Hub()
-    info = hub_.info(REPO)
-    first = hub_.fetch(info, BIG)
+def test_second_fetch_moves_nothing(server: HubServer, info: RepoInfo) -> None:
+    first = Hub().fetch(info, BIG)
     before = len(server.requests)
     assert Hub().fetch(info, BIG) == first
     assert len(server.requests) == before
 
 
-def test_blob_of_another_revision_is_linked_not_downloaded(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    with HubServer({REPO: FILES}, revisions={REPO: {"v1": {BIG: FILES[BIG]}}}) as server:
-        server.use(monkeypatch, cache)
-        hub_ = Hub()
-        one = hub_.fetch(hub_.info(REPO), BIG)
-        sent = server.sent()
-        two = hub_.fetch(hub_.info(REPO, "v1"), BIG)
-        assert one != two
-        assert one.resolve() == two.resolve()
-        assert server.sent() == sent
+def test_blob_of_another_revision_is_linked_not_downloaded(serve: Callable[..., HubServer]) -> None:
+    server = serve({REPO: FILES}, revisions={REPO: {"v1": {BIG: FILES[BIG]}}})
+    hub_ = Hub()
+    one = hub_.fetch(hub_.info(REPO), BIG)
+    sent = server.sent()
+    two = hub_.fetch(hub_.info(REPO, "v1"), BIG)
+    assert one != two
+    assert one.resolve() == two.resolve()
+    assert server.sent() == sent
 
 
 @pytest.mark.parametrize("name", [BIG, "sub/notes.txt"])
@@ -364,9 +355,8 @@ def test_download_in_pieces_survives_many_drops(server: HubServer, monkeypatch: 
     assert server.sent() == reporter.moved == len(FILES[BIG])
 
 
-def test_next_run_goes_on_where_the_last_one_broke_off(server: HubServer, cache: Path) -> None:
+def test_next_run_goes_on_where_the_last_one_broke_off(server: HubServer, info: RepoInfo, cache: Path) -> None:
     size, half = len(FILES[BIG]), 400_000
-    info = Hub().info(REPO)
     server.faults.drops = [half] + [0] * 5
     told = told_by(lambda: Hub().fetch(info, BIG), HubUnreachable)
     assert f"expected {size} bytes, found {half} bytes" in told
@@ -406,7 +396,7 @@ def test_ctrl_c_keeps_what_came(server: HubServer, cache: Path, monkeypatch: pyt
     assert server.sent(since=before) == len(FILES[BIG]) - len(kept)
 
 
-def test_killed_process_goes_on(server: HubServer, cache: Path) -> None:
+def test_killed_process_goes_on(server: HubServer, info: RepoInfo, cache: Path) -> None:
     """SIGKILL in the middle: what the partial file holds is a prefix, and the next process asks for the rest."""
     server.faults.body = lambda data: time.sleep(0.05) or data
     script = (
@@ -423,14 +413,12 @@ def test_killed_process_goes_on(server: HubServer, cache: Path) -> None:
     assert 120_000 <= len(kept) < len(FILES[BIG])
     assert FILES[BIG].startswith(kept)
     server.faults.body = lambda data: data
-    info = Hub().info(REPO)
     before = len(server.content_requests())
     assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
     assert server.sent(since=before) == len(FILES[BIG]) - len(kept)
 
 
-def test_expired_link_is_asked_for_anew(server: HubServer) -> None:
-    info = Hub().info(REPO)
+def test_expired_link_is_asked_for_anew(server: HubServer, info: RepoInfo) -> None:
     server.faults.drops = [200_000]
 
     def expire(data: bytes) -> bytes:
@@ -458,9 +446,8 @@ def test_licence_withdrawn_on_the_way(server: HubServer, cache: Path) -> None:
     assert list(blobs(cache, GATED).values()) == [FILES[BIG][:300_000]]
 
 
-def test_file_changed_on_the_way_is_refused(server: HubServer) -> None:
+def test_file_changed_on_the_way_is_refused(server: HubServer, info: RepoInfo) -> None:
     """A new link is for another file than was listed: an error at once, whatever failed before."""
-    info = Hub().info(REPO)
     server.faults.drops = [1000, 1000]
 
     def change(data: bytes) -> bytes:
@@ -473,8 +460,7 @@ def test_file_changed_on_the_way_is_refused(server: HubServer) -> None:
 
 
 @pytest.mark.parametrize(("name", "algorithm"), [(BIG, "sha256"), (SMALL, "sha1")])
-def test_altered_content_is_refused(server: HubServer, cache: Path, name: str, algorithm: str) -> None:
-    info = Hub().info(REPO)
+def test_altered_content_is_refused(server: HubServer, info: RepoInfo, cache: Path, name: str, algorithm: str) -> None:
     server.faults.body = lambda data: data[:-1] + bytes([data[-1] ^ 1])
     told = told_by(lambda: Hub().fetch(info, name))
     assert "not what the hub states" in told
@@ -484,8 +470,7 @@ def test_altered_content_is_refused(server: HubServer, cache: Path, name: str, a
     assert Hub().fetch(info, name).read_bytes() == FILES[name]
 
 
-def test_server_without_ranges_is_downloaded_in_one_go(server: HubServer, cache: Path) -> None:
-    info = Hub().info(REPO)
+def test_server_without_ranges_is_downloaded_in_one_go(server: HubServer, info: RepoInfo, cache: Path) -> None:
     server.faults.ranges = False
     server.faults.drops = [300_000]
     reporter = Recorder()
@@ -517,9 +502,8 @@ def test_no_room_in_the_cache_is_told_before_the_download(server: HubServer, mon
 
 
 def test_disk_that_fills_up_on_the_way_keeps_what_came(
-    server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, info: RepoInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = Hub().info(REPO)
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -529,16 +513,14 @@ def test_disk_that_fills_up_on_the_way_keeps_what_came(
     assert list(blobs(cache)) == [f"{info.files[BIG].sha256}.ltxpack.incomplete"]
 
 
-def test_cache_that_cannot_be_written(server: HubServer, cache: Path) -> None:
-    info = Hub().info(REPO)
+def test_cache_that_cannot_be_written(server: HubServer, info: RepoInfo, cache: Path) -> None:
     cache.parent.mkdir(exist_ok=True)
     cache.write_text("a file where the folder should be")
     assert "hub cache cannot be used" in told_by(lambda: Hub().fetch(info, BIG))
 
 
-def test_two_at_once_download_once(server: HubServer) -> None:
+def test_two_at_once_download_once(server: HubServer, info: RepoInfo) -> None:
     server.faults.body = lambda data: time.sleep(0.1) or data
-    info = Hub().info(REPO)
     reporters = [Recorder(), Recorder()]
     paths: list[Path] = []
     threads = [
@@ -552,13 +534,13 @@ def test_two_at_once_download_once(server: HubServer) -> None:
     assert paths[0] == paths[1]
     assert paths[0].read_bytes() == FILES[BIG]
     assert server.sent() == len(FILES[BIG])
-    assert [note for reporter in reporters for note in reporter.told if "another process" in note]
+    assert [note for reporter in reporters for note in reporter.notes if "another process" in note]
 
 
 # Headers
 
 
-def test_header_moves_the_header_only(monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
+def test_header_moves_the_header_only(serve: Callable[..., HubServer], tmp_path: Path) -> None:
     """A sparse file of 50 GB: length and JSON are all that is sent."""
     size = 50 * 10**9
     whole = safetensors(0)
@@ -567,43 +549,37 @@ def test_header_moves_the_header_only(monkeypatch: pytest.MonkeyPatch, cache: Pa
     with sparse.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         stream.truncate(8 + len(header) + size)
-    with HubServer({REPO: {BIG: sparse, "none.safetensors": whole}}) as server:
-        server.use(monkeypatch, cache)
-        hub_ = Hub()
-        info = hub_.info(REPO)
-        assert info.files[BIG].size == 8 + len(header) + size
-        assert hub_.header(info, BIG) == len(header).to_bytes(8, "little") + header
-        assert server.sent() == 8 + 8 + len(header)
-        assert hub_.header(info, "none.safetensors") == whole
-
-
-def test_header_comes_from_the_cache_when_the_file_is_there(server: HubServer) -> None:
+    server = serve({REPO: {BIG: sparse, "none.safetensors": whole}})
     hub_ = Hub()
     info = hub_.info(REPO)
-    remote = hub_.header(info, BIG)
+    assert info.files[BIG].size == 8 + len(header) + size
+    assert hub_.header(info, BIG) == len(header).to_bytes(8, "little") + header
+    assert server.sent() == 8 + 8 + len(header)
+    assert hub_.header(info, "none.safetensors") == whole
+
+
+def test_header_comes_from_the_cache_when_the_file_is_there(server: HubServer, info: RepoInfo) -> None:
+    remote = Hub().header(info, BIG)
     assert len(remote) == 8 + int.from_bytes(FILES[BIG][:8], "little")
-    hub_.fetch(info, BIG)
+    Hub().fetch(info, BIG)
     before = len(server.requests)
-    assert hub_.header(info, BIG) == remote == FILES[BIG][: len(remote)]
+    assert Hub().header(info, BIG) == remote == FILES[BIG][: len(remote)]
     assert len(server.requests) == before
 
 
-def test_header_without_ranges_stops_early(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_header_without_ranges_stops_early(serve: Callable[..., HubServer]) -> None:
     content = safetensors(30_000_000)
-    with HubServer({REPO: {BIG: content}}) as server:
-        server.use(monkeypatch, cache)
-        server.faults.ranges = False
-        hub_ = Hub()
-        info = hub_.info(REPO)
-        assert content.startswith(hub_.header(info, BIG))
-        assert server.sent() < len(content)
-
-
-def test_header_survives_a_drop(server: HubServer) -> None:
+    server = serve({REPO: {BIG: content}})
+    server.faults.ranges = False
     hub_ = Hub()
     info = hub_.info(REPO)
+    assert content.startswith(hub_.header(info, BIG))
+    assert server.sent() < len(content)
+
+
+def test_header_survives_a_drop(server: HubServer, info: RepoInfo) -> None:
     server.faults.drops = [3, 20]
-    header = hub_.header(info, BIG)
+    header = Hub().header(info, BIG)
     assert FILES[BIG].startswith(header)
     assert len(header) > 20
 
@@ -612,15 +588,14 @@ def test_header_survives_a_drop(server: HubServer) -> None:
     "content",
     [b"", b"1234567", (17 << 20).to_bytes(8, "little") + b"{}", (100).to_bytes(8, "little") + b"{}", b"PK\x03\x04" * 9],
 )
-def test_header_of_what_is_not_safetensors(monkeypatch: pytest.MonkeyPatch, cache: Path, content: bytes) -> None:
-    with HubServer({REPO: {BIG: content}}) as server:
-        server.use(monkeypatch, cache)
-        hub_ = Hub()
-        info = hub_.info(REPO)
-        with pytest.raises(FormatError) as caught:
-            hub_.header(info, BIG)
-        assert BIG in str(caught.value)
-        assert server.sent() <= 8
+def test_header_of_what_is_not_safetensors(serve: Callable[..., HubServer], content: bytes) -> None:
+    server = serve({REPO: {BIG: content}})
+    hub_ = Hub()
+    info = hub_.info(REPO)
+    with pytest.raises(FormatError) as caught:
+        hub_.header(info, BIG)
+    assert BIG in str(caught.value)
+    assert server.sent() <= 8
 
 
 # Without a network

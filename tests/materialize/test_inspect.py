@@ -122,9 +122,3 @@ def test_what_cannot_be_read_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04 a pickle")
     with pytest.raises(FormatError, match="pickle"):
         inspect_path(tmp_path / "x.safetensors")
-
-
-def test_golden_checkpoint(golden: Path) -> None:
-    (path,) = golden.glob("*-dev.safetensors")
-    found = inspect_path(path)
-    assert (found["kind"], found["converts"], found["problem"]) == ("checkpoint", True, None)

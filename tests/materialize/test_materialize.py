@@ -16,6 +16,7 @@ from materialize import tiny_source
 from materialize.fake_hub import COMMIT, FakeHub
 from materialize.modules import module_class
 from safetensors.torch import load_file
+from support import Notes
 
 from ltxpack.errors import LtxpackError, OverlayError
 from ltxpack.files.tensorfile import build_header, read_tensorfile
@@ -28,34 +29,14 @@ from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
 
-class Notes(SilentReporter):
-    """Keeps what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-    detail = note
-
-    def warn(self, message: str) -> None:
-        self.said.append(f"warning: {message}")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tiny_source.make_source(tmp_path / "source")
-
-
 def run(
     source: Path | str, overlay: Path, notes: Notes | None = None, hub: FakeHub | None = None, **more: object
 ) -> Report:
     return materialize(Options(str(source), overlay, **more), notes or Notes(), hub)  # type: ignore[arg-type]
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def said(notes: Notes) -> list[str]:
+    return [*notes.notes, *notes.details, *notes.warnings]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -135,54 +116,31 @@ def test_golden_pipeline_loads(overlay: Path) -> None:
 
 def test_golden_plan_and_overlay_agree(golden: Path, overlay: Path) -> None:
     plan = plan_overlay(Options(str(golden), overlay), SilentReporter()).to_json()
-    sizes = {path: len(content) for path, content in files(overlay).items() if path != "ltxpack.json"}
+    sizes = {path: len(content) for path, content in tiny_source.contents(overlay).items() if path != "ltxpack.json"}
     assert {file["path"]: file["bytes"] for file in plan["files"]} == sizes
     assert plan["missing"] == []
     assert plan["total_bytes"] == sum(sizes.values())
 
 
-def test_golden_checkpoint_with_f32_tables_gives_the_same_shards(golden: Path, overlay: Path, tmp_path: Path) -> None:
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    (path,) = golden.glob("*-dev.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    checkpoint = {
-        name: tensor.float() if "scale_shift_table" in name else tensor for name, tensor in load_file(path).items()
-    }
-    tables = [name for name, tensor in checkpoint.items() if tensor.dtype == torch.float32]
-    assert tables
-    other = tmp_path / path.name
-    save_file(checkpoint, other, metadata)
-    notes = Notes()
-    run(golden, tmp_path / "out", notes, checkpoint=str(other))
-    for component in CHECKPOINT_TABLES:
-        assert files(tmp_path / "out" / component) == files(overlay / component)
-    cast = read_manifest(tmp_path / "out").components["transformer"].cast
-    assert sorted(cast) == sorted(CHECKPOINT_TABLES["transformer"].rename(name) for name in tables)
-    assert any(str(len(tables)) in said and "BF16" in said for said in notes.said)
-
-
 # The miniature, everywhere
 
 
-def test_overlay_of_the_miniature(source: Path, tmp_path: Path) -> None:
-    report = run(source, tmp_path / "out")
+def test_overlay_of_the_miniature(source: Path, out: Path, tmp_path: Path) -> None:
+    report = run(source, out)
     assert report.written
-    found = files(tmp_path / "out")
+    found = tiny_source.contents(out)
     for name in ("transformer", "connectors", "vae", "audio_vae", "vocoder", "latent_upsampler"):
         assert f"{name}/config.json" in found and f"{name}/diffusion_pytorch_model.safetensors" in found
     assert found[f"loras/{tiny_source.LORA}"] == (source / tiny_source.LORA).read_bytes()
     assert not [name for name in found if not name.endswith((".safetensors", ".json", ".jinja"))]
-    assert verify(tmp_path / "out", SilentReporter()) == []
+    assert verify(out, SilentReporter()) == []
     assert str(tmp_path) not in found["ltxpack.json"].decode()
     assert report.total_bytes == sum(map(len, found.values())) - len(found["ltxpack.json"])
 
 
-def test_the_manifest_says_what_it_was_made_from(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "out")
-    manifest = read_manifest(tmp_path / "out")
+def test_the_manifest_says_what_it_was_made_from(source: Path, out: Path) -> None:
+    run(source, out)
+    manifest = read_manifest(out)
     assert (manifest.model_version, manifest.image_crf, manifest.licence) == ("2.3.0", 33, "none, random")
     assert manifest.source.repo is None
     roles = [(file.role, file.name) for file in manifest.source.files]
@@ -202,12 +160,12 @@ def test_the_manifest_says_what_it_was_made_from(source: Path, tmp_path: Path) -
 def test_two_runs_are_byte_identical(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "a")
     run(source, tmp_path / "b")
-    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert tiny_source.contents(tmp_path / "a") == tiny_source.contents(tmp_path / "b")
 
 
-def test_small_shards_are_indexed(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "out", max_shard_size=20_000)
-    folder = tmp_path / "out" / "transformer"
+def test_small_shards_are_indexed(source: Path, out: Path, tmp_path: Path) -> None:
+    run(source, out, max_shard_size=20_000)
+    folder = out / "transformer"
     index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(shards) > 3
@@ -223,20 +181,24 @@ def test_small_shards_are_indexed(source: Path, tmp_path: Path) -> None:
 def test_f32_tables_give_the_same_shards(tmp_path: Path) -> None:
     plain = tiny_source.make_source(tmp_path / "plain")
     wide = tiny_source.make_source(tmp_path / "wide", dtypes=tiny_source.f32_tables)
+    notes = Notes()
     run(plain, tmp_path / "a")
-    run(wide, tmp_path / "b")
+    run(wide, tmp_path / "b", notes)
     for component in CHECKPOINT_TABLES:
-        assert files(tmp_path / "a" / component) == files(tmp_path / "b" / component)
-    assert len(read_manifest(tmp_path / "b").components["transformer"].cast) == 14
+        assert tiny_source.contents(tmp_path / "a" / component) == tiny_source.contents(tmp_path / "b" / component)
+    tables = {name for name in tensors(tmp_path / "b" / "transformer") if "scale_shift_table" in name}
+    assert set(read_manifest(tmp_path / "b").components["transformer"].cast) == tables and len(tables) == 14
+    assert any("14" in line and "BF16" in line for line in said(notes))
     assert read_manifest(tmp_path / "a").components["transformer"].cast == ()
 
 
-def test_an_upsampler_in_f32_becomes_bf16(tmp_path: Path) -> None:
+def test_an_upsampler_in_f32_becomes_bf16(tmp_path: Path, out: Path) -> None:
     source = tiny_source.make_source(tmp_path / "source", upsampler_dtype="F32")
-    run(source, tmp_path / "out")
-    found = tensors(tmp_path / "out" / "latent_upsampler")
+    run(source, out)
+    found = tensors(out / "latent_upsampler")
     for name, tensor in load_file(source / tiny_source.UPSAMPLER).items():
         assert_same_bits(found[name], tensor)
+    assert set(read_manifest(out).components["latent_upsampler"].cast) == found.keys()
 
 
 def test_a_distilled_base_is_told_needs_no_lora_and_gets_the_other_scheduler(source: Path, tmp_path: Path) -> None:
@@ -255,53 +217,49 @@ def test_a_distilled_base_is_told_needs_no_lora_and_gets_the_other_scheduler(sou
     assert [lora.name for lora in read_manifest(tmp_path / "named").loras] == ["distilled"]
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert scheduler["use_dynamic_shifting"] is False
-    assert any("kind of transformer, by its file name: distilled" in said for said in notes.said)
+    assert any("kind of transformer, by its file name: distilled" in line for line in said(notes))
 
 
-def test_nothing_heavy_is_imported(source: Path, tmp_path: Path) -> None:
+def test_nothing_heavy_is_imported(source: Path, out: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ltxpack.materialize import *; "
         "from ltxpack.reporter import SilentReporter; "
         "materialize(Options(sys.argv[1], Path(sys.argv[2])), SilentReporter()); "
         "print(sorted({'torch', 'diffusers', 'transformers', 'huggingface_hub'} & sys.modules.keys()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, source, tmp_path / "out"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, source, out], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 # Doing it again
 
 
-def test_the_same_again_is_a_no_op_that_says_so(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_same_again_is_a_no_op_that_says_so(source: Path, out: Path) -> None:
     run(source, out)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert not run(source, out).written
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def test_another_source_needs_force(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_another_source_needs_force(source: Path, out: Path, tmp_path: Path) -> None:
     run(source, out)
-    before = files(out)
+    before = tiny_source.contents(out)
     other = tiny_source.make_source(tmp_path / "other", seed=1)
     with pytest.raises(OverlayError, match="another file of the same name and size") as caught:
         run(other, out)
     assert "--force" in str(caught.value.next)
-    assert files(out) == before
+    assert tiny_source.contents(out) == before
     assert run(other, out, force=True).written
     run(other, tmp_path / "fresh")
-    assert files(out) == files(tmp_path / "fresh")
+    assert tiny_source.contents(out) == tiny_source.contents(tmp_path / "fresh")
 
 
-def test_one_tensor_trained_further_is_another_source(source: Path, tmp_path: Path) -> None:
+def test_one_tensor_trained_further_is_another_source(source: Path, out: Path) -> None:
     """Name and size stay, and so do all other tensors."""
-    out, notes = tmp_path / "out", Notes()
+    notes = Notes()
     run(source, out, copy=True)
     assert not run(source, out, notes, copy=True).written
-    assert any("compared with the overlay by name, size and a sample" in said for said in notes.said)
+    assert any("compared with the overlay by name, size and a sample" in line for line in said(notes))
     for name in (tiny_source.CHECKPOINT, tiny_source.LORA, f"{tiny_source.GEMMA}/model-00001-of-00002.safetensors"):
         path = source / name
         before = path.read_bytes()
@@ -314,7 +272,7 @@ def test_one_tensor_trained_further_is_another_source(source: Path, tmp_path: Pa
     assert not run(source, out, copy=True).written
 
 
-def test_the_checkpoints_metadata_is_kept_to_the_letter(source: Path, tmp_path: Path) -> None:
+def test_the_checkpoints_metadata_is_kept_to_the_letter(source: Path, out: Path) -> None:
     path = source / tiny_source.CHECKPOINT
     checkpoint = read_tensorfile(path)
     order = [(info.name, info.dtype, info.shape) for info in checkpoint.tensors.values()]
@@ -327,7 +285,6 @@ def test_the_checkpoints_metadata_is_kept_to_the_letter(source: Path, tmp_path: 
     }
     payload = path.read_bytes()[checkpoint.size - sum(info.nbytes for info in checkpoint.tensors.values()) :]
     path.write_bytes(build_header(order, said) + payload)
-    out = tmp_path / "out"
     report = run(source, out)
     assert json.loads((out / "source" / "metadata.json").read_text()) == said
     assert "source/metadata.json" in {
@@ -338,8 +295,8 @@ def test_the_checkpoints_metadata_is_kept_to_the_letter(source: Path, tmp_path: 
     assert report.manifest == read_manifest(out)
 
 
-def test_an_overlay_without_the_metadata_is_still_the_same(source: Path, tmp_path: Path) -> None:
-    out, notes = tmp_path / "out", Notes()
+def test_an_overlay_without_the_metadata_is_still_the_same(source: Path, out: Path) -> None:
+    notes = Notes()
     run(source, out)
     manifest = read_manifest(out)
     older = [record for record in manifest.files if record.path != "source/metadata.json"]
@@ -347,24 +304,23 @@ def test_an_overlay_without_the_metadata_is_still_the_same(source: Path, tmp_pat
     shutil.rmtree(out / "source")
     assert verify(out, SilentReporter()) == []
     assert not run(source, out, notes).written
-    assert any("an earlier version" in said and "--force" in said for said in notes.said)
+    assert any("an earlier version" in line and "--force" in line for line in said(notes))
 
 
-def test_every_unusable_input_is_told_at_once(source: Path, tmp_path: Path) -> None:
+def test_every_unusable_input_is_told_at_once(source: Path, out: Path) -> None:
     lora, upsampler = source / tiny_source.LORA, source / tiny_source.UPSAMPLER
     os.truncate(source / tiny_source.CHECKPOINT, 1000)
     shutil.copy(upsampler, lora)
     upsampler.write_bytes(b"<html>")
     (source / tiny_source.GEMMA / "tokenizer.json").unlink()
     with pytest.raises(LtxpackError, match="inputs cannot be used") as caught:
-        run(source, tmp_path / "out")
+        run(source, out)
     for words in ("truncated", "is not a LoRA", "not a safetensors file", "lacks files of the text encoder"):
         assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("change", [{"max_shard_size": 20_000}, {"copy": True}])
-def test_other_options_need_force(source: Path, tmp_path: Path, change: dict[str, object]) -> None:
-    out = tmp_path / "out"
+def test_other_options_need_force(source: Path, out: Path, change: dict[str, object]) -> None:
     run(source, out)
     manifest = read_manifest(out)
     linked = any(record.link for record in manifest.records())
@@ -379,15 +335,13 @@ def test_other_options_need_force(source: Path, tmp_path: Path, change: dict[str
         assert not any(record.link for record in read_manifest(out).records())
 
 
-def test_copies_share_nothing_with_the_source(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_copies_share_nothing_with_the_source(source: Path, out: Path) -> None:
     run(source, out, copy=True)
     for path in out.rglob("*"):
         assert path.is_dir() or (path.stat().st_nlink == 1 and not path.is_symlink())
 
 
-def test_a_changed_overlay_is_not_the_same(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_changed_overlay_is_not_the_same(source: Path, out: Path) -> None:
     run(source, out)
     (out / "model_index.json").unlink()
     with pytest.raises(OverlayError, match="was changed or removed"):
@@ -397,8 +351,7 @@ def test_a_changed_overlay_is_not_the_same(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_target_that_is_no_overlay_is_left_alone(source: Path, tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "out"
+def test_a_target_that_is_no_overlay_is_left_alone(source: Path, out: Path, tmp_path: Path, kind: str) -> None:
     precious = out / "precious.txt" if kind == "folder" else out
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("mine")
@@ -409,24 +362,23 @@ def test_a_target_that_is_no_overlay_is_left_alone(source: Path, tmp_path: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_force_keeps_files_that_are_not_ours(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_force_keeps_files_that_are_not_ours(source: Path, out: Path) -> None:
     run(source, out)
     (out / "notes.md").write_text("mine")
     run(source, out, force=True)
     assert (out / "notes.md").read_text() == "mine"
 
 
-def test_an_empty_folder_is_a_good_place(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    assert run(source, tmp_path / "out").written
+def test_an_empty_folder_is_a_good_place(source: Path, out: Path) -> None:
+    out.mkdir()
+    assert run(source, out).written
 
 
-def test_a_failure_leaves_nothing_that_looks_whole(source: Path, tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_that_looks_whole(source: Path, out: Path, tmp_path: Path) -> None:
     path = source / tiny_source.CHECKPOINT
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(LtxpackError, match="truncated"):
-        run(source, tmp_path / "out")
+        run(source, out)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["source"]
 
 
@@ -444,24 +396,23 @@ class Interrupted(Notes):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
-def test_stopped_and_started_again_is_as_undisturbed(source: Path, tmp_path: Path, share: float) -> None:
+def test_stopped_and_started_again_is_as_undisturbed(source: Path, out: Path, tmp_path: Path, share: float) -> None:
     total = run(source, tmp_path / "whole", copy=True).total_bytes
     notes = Interrupted(int(total * share))
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "out", notes, copy=True)
-    assert not (tmp_path / "out").exists()
-    assert any("goes on from there" in said for said in notes.said)
-    run(source, tmp_path / "out", copy=True)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+        run(source, out, notes, copy=True)
+    assert not out.exists()
+    assert any("goes on from there" in line for line in said(notes))
+    run(source, out, copy=True)
+    assert tiny_source.contents(out) == tiny_source.contents(tmp_path / "whole")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source", "whole"]
 
 
 # From a hub
 
 
-def test_from_a_hub_the_manifest_remembers_repo_commit_and_hashes(source: Path, tmp_path: Path) -> None:
+def test_from_a_hub_the_manifest_remembers_repo_commit_and_hashes(source: Path, out: Path) -> None:
     hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
-    out = tmp_path / "out"
     run("someone/model", out, hub=hub)
     manifest = read_manifest(out)
     assert (manifest.source.repo, manifest.source.revision) == ("someone/model", COMMIT)
@@ -474,18 +425,17 @@ def test_from_a_hub_the_manifest_remembers_repo_commit_and_hashes(source: Path, 
 
 
 def test_too_small_a_disk_is_told_before_the_download(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(OverlayError, match="disk is too small"):
-        run("someone/model", tmp_path / "out", hub=hub)
+        run("someone/model", out, hub=hub)
     assert hub.fetched() == []
 
 
-def test_force_says_which_bakes_go(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_force_says_which_bakes_go(source: Path, out: Path) -> None:
     run(source, out)
     manifest = read_manifest(out)
     record = manifest.files[0]
@@ -495,5 +445,5 @@ def test_force_says_which_bakes_go(source: Path, tmp_path: Path) -> None:
     assert not run(source, out).written
     notes = Notes()
     run(source, out, notes, force=True)
-    assert any("distilled-0.25" in said for said in notes.said)
+    assert any("distilled-0.25" in line for line in said(notes))
     assert read_manifest(out).bakes == {}

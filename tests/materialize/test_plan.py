@@ -115,30 +115,27 @@ def test_full_size_plan_is_right_to_the_byte_in_seconds_and_little_memory(tmp_pa
     assert [entry.split(":")[0] for entry in plan["missing"]] == ["lora", "upsampler", "text_encoder"]
 
 
-def test_plan_lists_what_is_missing(tmp_path: Path) -> None:
-    source = tiny_source.make_source(tmp_path / "source")
+def test_plan_lists_what_is_missing(source: Path, out: Path) -> None:
     (source / tiny_source.LORA).unlink()
-    plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter()).to_json()
+    plan = plan_overlay(Options(str(source), out), SilentReporter()).to_json()
     (missing,) = plan["missing"]
     assert missing.startswith("lora: ") and "*distilled-lora*" in missing
     assert not [file for file in plan["files"] if file["path"].startswith("loras/")]
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
-def test_ambiguous_inputs_are_no_plan(tmp_path: Path) -> None:
-    source = tiny_source.make_source(tmp_path / "source")
+def test_ambiguous_inputs_are_no_plan(source: Path, out: Path) -> None:
     (source / f"b-{tiny_source.CHECKPOINT}").write_bytes(b"")
     with pytest.raises(SourceError, match="several"):
-        plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+        plan_overlay(Options(str(source), out), SilentReporter())
     (source / f"b-{tiny_source.CHECKPOINT}").rename(source / f"b-{tiny_source.LORA}")
     with pytest.raises(SourceError, match="several"):
-        plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+        plan_overlay(Options(str(source), out), SilentReporter())
 
 
-def test_actions_say_what_is_done(tmp_path: Path) -> None:
-    source = tiny_source.make_source(tmp_path / "source")
+def test_actions_say_what_is_done(source: Path, out: Path) -> None:
     for copy, action in ((False, "link"), (True, "copy")):
-        plan = plan_overlay(Options(str(source), tmp_path / "out", copy=copy), SilentReporter()).to_json()
+        plan = plan_overlay(Options(str(source), out, copy=copy), SilentReporter()).to_json()
         actions = {file["path"]: file["action"] for file in plan["files"]}
         assert actions[f"loras/{tiny_source.LORA}"] == action
         assert actions["latent_upsampler/diffusion_pytorch_model.safetensors"] == action
@@ -146,18 +143,11 @@ def test_actions_say_what_is_done(tmp_path: Path) -> None:
         assert actions["transformer/config.json"] == "write"
 
 
-def test_an_upsampler_in_f32_is_repacked(tmp_path: Path) -> None:
-    source = tiny_source.make_source(tmp_path / "source", upsampler_dtype="F32")
-    plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
-    component = next(part for part in plan.components if part.name == "latent_upsampler")
-    assert len(component.cast) == sum(len(item.entries) for item in component.items if isinstance(item, WriteShard)) > 0
-
-
 @pytest.mark.parametrize("dtypes", [lambda name: "BF16", tiny_source.f32_tables], ids=["bf16", "f32"])
-def test_tensors_are_read_in_file_order_but_for_casts(tmp_path: Path, dtypes: Any) -> None:
+def test_tensors_are_read_in_file_order_but_for_casts(tmp_path: Path, dtypes: Any, out: Path) -> None:
     """A file written by the safetensors library is sorted by width and name, so reads go forward only."""
     source = tiny_source.make_source(tmp_path / "source", dtypes=dtypes)
-    plan = plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+    plan = plan_overlay(Options(str(source), out), SilentReporter())
     for item in plan.items():
         if isinstance(item, WriteShard):
             starts = [entry.producer.source.start for entry in item.entries if isinstance(entry.producer, Copied)]
@@ -178,12 +168,11 @@ def test_other_sizes_are_wrong_use(text: str) -> None:
         parse_size(text, "--vram")
 
 
-def test_a_broken_checkpoint_is_one_error(tmp_path: Path) -> None:
-    source = tiny_source.make_source(tmp_path / "source")
+def test_a_broken_checkpoint_is_one_error(source: Path, out: Path) -> None:
     path = source / tiny_source.CHECKPOINT
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:100], b"", b"PK\x03\x04" + whole[4:], whole + b"\0"):
         path.write_bytes(content)
         with pytest.raises(LtxpackError) as caught:
-            plan_overlay(Options(str(source), tmp_path / "out"), SilentReporter())
+            plan_overlay(Options(str(source), out), SilentReporter())
         assert tiny_source.CHECKPOINT in str(caught.value)

@@ -21,11 +21,6 @@ from ltxpack.materialize.sources import Access, Sources, resolve
 from ltxpack.reporter import SilentReporter
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tiny_source.make_source(tmp_path / "source")
-
-
 def find(source: Path | str, hub: FakeHub | None = None, allow_missing: bool = False, **flags: str | Path) -> Sources:
     typed = {name: str(value) for name, value in flags.items()}
     access = Access(SilentReporter(), hub or FakeHub({}))
@@ -280,52 +275,37 @@ def test_a_folder_without_permission_is_one_error(tmp_path: Path, monkeypatch: p
 # The text encoder's folder
 
 
-def change_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+INDEX, SHARDS = "model.safetensors.index.json", [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
 
 
-def drop_tensor_from_index(folder: Path) -> None:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"].popitem()
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def change_json(folder: Path, name: str = "config.json", **changes: object) -> None:
+    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
 
 
-def point_index_outside(folder: Path) -> None:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"] = dict.fromkeys(index["weight_map"], "../evil.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
-    "another model": (lambda f: change_json(f / "config.json", model_type="t5"), UnsupportedError, "model_type"),
-    "code": (lambda f: change_json(f / "config.json", auto_map={"AutoModel": "x.Y"}), UnsupportedError, "auto_map"),
-    "tokenizer code": (
-        lambda f: change_json(f / "tokenizer_config.json", auto_map={}),
-        UnsupportedError,
-        "auto_map",
-    ),
-    "quantised": (
-        lambda f: change_json(f / "config.json", quantization_config={}),
-        UnsupportedError,
-        "quantization_config",
-    ),
+    "another model": (lambda f: change_json(f, model_type="t5"), UnsupportedError, "model_type"),
+    "code": (lambda f: change_json(f, auto_map={"AutoModel": "x.Y"}), UnsupportedError, "auto_map"),
+    "tokenizer code": (lambda f: change_json(f, "tokenizer_config.json", auto_map={}), UnsupportedError, "auto_map"),
+    "quantised": (lambda f: change_json(f, quantization_config={}), UnsupportedError, "quantization_config"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), SourceError, "tokenizer.json"),
     "endless tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 2**40), FormatError, "too large for a tokenizer"),
     "no processor": (lambda f: (f / "processor_config.json").unlink(), SourceError, "processor_config.json"),
-    "no shard": (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), SourceError, "lacks shards"),
-    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), SourceError, "model.safetensors"),
-    "index lies": (drop_tensor_from_index, FormatError, "not in the index"),
-    "index outside": (point_index_outside, FormatError, "plain .safetensors file name"),
-    "other width": (
-        lambda f: change_json(f / "config.json", text_config={"hidden_size": 8}),
+    "no shard": (lambda f: (f / SHARDS[1]).unlink(), SourceError, "lacks shards"),
+    "no index": (lambda f: (f / INDEX).unlink(), SourceError, "model.safetensors"),
+    "index lies": (lambda f: change_index(f, dict.popitem), FormatError, "not in the index"),
+    "index outside": (
+        lambda f: change_index(f, lambda names: names.update(dict.fromkeys(names, "../evil.safetensors"))),
         FormatError,
-        "hidden_size",
+        "plain .safetensors file name",
     ),
-    "torn shard": (
-        lambda f: os.truncate(f / "model-00001-of-00002.safetensors", 40),
-        FormatError,
-        "truncated",
-    ),
+    "other width": (lambda f: change_json(f, text_config={"hidden_size": 8}), FormatError, "hidden_size"),
+    "torn shard": (lambda f: os.truncate(f / SHARDS[0], 40), FormatError, "truncated"),
     "list as config": (lambda f: (f / "processor_config.json").write_text("[]"), FormatError, "JSON object"),
 }
 
@@ -378,6 +358,12 @@ def test_a_file_as_text_encoder_names_its_folder(source: Path) -> None:
 # The LoRA and the checkpoint, by their headers
 
 
+@pytest.fixture
+def shapes() -> dict[str, tuple[int, ...]]:
+    """The tensors of the checkpoint, to be changed."""
+    return tiny_source.tensor_shapes(tiny_source.CONFIG)
+
+
 @pytest.mark.parametrize("other", [tiny_source.UPSAMPLER, tiny_source.CHECKPOINT])
 def test_a_file_that_is_no_lora_is_refused(source: Path, other: str) -> None:
     with pytest.raises(UnsupportedError, match="is not a LoRA"):
@@ -389,8 +375,9 @@ def test_a_file_that_is_no_upsampler_is_refused(source: Path) -> None:
         read(source, upsampler=source / tiny_source.LORA)
 
 
-def test_missing_unknown_and_misshapen_tensors_are_told_together(source: Path) -> None:
-    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
+def test_missing_unknown_and_misshapen_tensors_are_told_together(
+    source: Path, shapes: dict[str, tuple[int, ...]]
+) -> None:
     del shapes["vae.decoder.conv_in.conv.bias"]
     shapes["model.diffusion_model.proj_out.weight"] = (1, 2)
     shapes["audio_vae.encoder.extra.weight"] = (3,)
@@ -406,17 +393,15 @@ def test_missing_unknown_and_misshapen_tensors_are_told_together(source: Path) -
     ]
 
 
-def test_a_name_that_only_looks_like_the_target_is_unknown(source: Path) -> None:
+def test_a_name_that_only_looks_like_the_target_is_unknown(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """``proj_in`` is what ``patchify_proj`` becomes: both together would land on one name."""
-    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
     shapes["model.diffusion_model.proj_in.weight"] = shapes["model.diffusion_model.patchify_proj.weight"]
     tiny_source.Tiny(shapes=shapes).write(source)
     with pytest.raises(UnsupportedError, match=r"unknown: model\.diffusion_model\.pro"):
         read(source)
 
 
-def test_statistics_that_no_module_reads_are_dropped(source: Path) -> None:
-    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
+def test_statistics_that_no_module_reads_are_dropped(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     extra = ["vae.per_channel_statistics.mean-of-stds", "vae.per_channel_statistics.channel"]
     tiny_source.Tiny(shapes={**shapes, **dict.fromkeys(extra, (16,))}).write(source)
     inputs = read(source)
@@ -424,8 +409,7 @@ def test_statistics_that_no_module_reads_are_dropped(source: Path) -> None:
     assert sum(map(len, inputs.checkpoint.tensors.values())) == len(shapes)
 
 
-def test_fp8_is_refused_by_name(source: Path) -> None:
-    shapes = tiny_source.tensor_shapes(tiny_source.CONFIG)
+def test_fp8_is_refused_by_name(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     shapes["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight_scale"] = ()
     tiny_source.Tiny(shapes=shapes).write(source)
     with pytest.raises(UnsupportedError, match="fp8") as caught:
@@ -441,9 +425,11 @@ def test_an_integer_tensor_is_refused(source: Path) -> None:
 
 # Known releases
 
+LORAS = [release for release in RELEASES if "lora" in release.name]
+
 
 def test_releases_are_known_by_content() -> None:
-    first, second = (release for release in RELEASES if "lora" in release.name)
+    first, second = LORAS
     assert first.size == second.size
     assert recognise(second.file, second.size, second.sha256).release is second
     assert recognise("renamed.safetensors", first.size, first.sha256).release is first
@@ -453,7 +439,7 @@ def test_releases_are_known_by_content() -> None:
 
 
 def test_a_known_name_with_another_content_is_a_warning() -> None:
-    first, second = (release for release in RELEASES if "lora" in release.name)
+    first, second = LORAS
     found = recognise(first.file, first.size, second.sha256)
     assert found.release is second
     assert second.file in str(found.warning) and first.sha256 in str(found.warning)

@@ -28,7 +28,6 @@ LORA = "ltx-2.3-mini-distilled-lora-2.safetensors"
 UPSAMPLER = "ltx-2.3-mini-spatial-upscaler-x2.safetensors"
 GEMMA = "gemma"
 GEMMA_WIDTH, GEMMA_LAYERS = 24, 2
-TABLES = ("scale_shift_table",)
 
 OPTIONAL = ("attention_type", "cross_attention_norm", "double_self_attention", "only_cross_attention", "share_ff",
             "use_linear_projection", "num_vector_embeds")  # fmt: skip
@@ -136,6 +135,11 @@ def _template() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory()
     Tiny().write(Path(folder.name))
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by its relative path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def f32_tables(name: str) -> str:
