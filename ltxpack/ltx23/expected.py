@@ -105,11 +105,7 @@ def connectors(config: Config) -> Named:
 
 def vae(config: Config) -> Named:
     """The video VAE: encoder, decoder and the statistics of the latents."""
-    latent = config["latent_channels"]
-    yield "latents_mean", (latent,)
-    yield "latents_std", (latent,)
-    yield from _under("encoder", _vae_encoder(config))
-    yield from _under("decoder", _vae_decoder(config))
+    return _codec(config["latent_channels"], _vae_encoder(config), _vae_decoder(config))
 
 
 _RESAMPLED = {"spatial": 4, "temporal": 2, "spatiotemporal": 8}
@@ -149,10 +145,7 @@ def _vae_resnets(prefix: str, width: int, count: int) -> Named:
 
 def audio_vae(config: Config) -> Named:
     """The audio VAE: encoder, decoder and the statistics of the latents."""
-    yield "latents_mean", (config["base_channels"],)
-    yield "latents_std", (config["base_channels"],)
-    yield from _under("encoder", _audio_encoder(config))
-    yield from _under("decoder", _audio_decoder(config))
+    return _codec(config["base_channels"], _audio_encoder(config), _audio_decoder(config))
 
 
 def _audio_encoder(config: Config) -> Named:
@@ -268,6 +261,14 @@ def text_encoder(config: Config) -> Named:
     for number, (module, shape) in itertools.product(range(text["num_hidden_layers"]), layer.items()):
         yield f"{TEXT_ROOT}layers.{number}.{module}.weight", shape
     yield f"{TEXT_ROOT}norm.weight", (width,)
+
+
+def _codec(width: int, encoder: Named, decoder: Named) -> Named:
+    """A VAE, and the statistics of its latents, ``width`` values each."""
+    yield "latents_mean", (width,)
+    yield "latents_std", (width,)
+    yield from _under("encoder", encoder)
+    yield from _under("decoder", decoder)
 
 
 def _layer(name: str, *shape: int, bias: bool = True) -> Named:

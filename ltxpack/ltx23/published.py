@@ -44,11 +44,8 @@ def published_tensors(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, lis
     """By component: name, stored dtype and shape of every tensor of an overlay of it."""
     return {
         component: [
-            (tensor, _dtype(component, tensor), shape) for tensor, shape in inventory(component, config).items()
+            (tensor, "F32" if component == "transformer" and tensor.endswith(FLOAT32_TENSORS) else "BF16", shape)
+            for tensor, shape in inventory(component, config).items()
         ]
         for component, config in configs.items()
     }
-
-
-def _dtype(component: str, tensor: str) -> str:
-    return "F32" if component == "transformer" and tensor.endswith(FLOAT32_TENSORS) else "BF16"

@@ -11,11 +11,11 @@ import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from blake3 import blake3
 
 from ltxpack.errors import SourceError, quoted
+from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, PATTERNS, TEXT_ENCODER, UPSAMPLER
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
@@ -49,16 +49,6 @@ _ROLES = {
 }
 
 
-class Sample(NamedTuple):
-    """The same bytes in a source and in the overlay."""
-
-    source: Path
-    source_start: int
-    written: Path
-    written_start: int
-    nbytes: int
-
-
 def difference(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> str | None:
     """What is other in ``overlay`` than the plan says, in words; None if it is the same."""
     return next(_differences(plan, manifest, overlay), None)
@@ -86,7 +76,9 @@ def _differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterat
         if size != item.size:
             yield f"{path} was changed or removed"
     for item in planned.values():
-        if plan.unproven & sources([item]).keys() and not all(map(_same, _samples(item, overlay))):
+        if not plan.unproven & sources([item]).keys():
+            continue
+        if not all(_same(sample, overlay / item.path, start) for sample, start in _samples(item)):
             yield f"{item.path} was made from another file of the same name and size"
 
 
@@ -99,32 +91,33 @@ def _source_difference(plan: OverlayPlan, manifest: Manifest) -> str:
     return "it was made from other inputs"
 
 
-def _samples(item: Item, overlay: Path) -> Iterator[Sample]:
-    """Some bytes of every tensor of a file, or a whole small file. A tensor that was cast has none."""
-    written = overlay / item.path
+def _samples(item: Item) -> Iterator[tuple[Range, int]]:
+    """Some bytes of every tensor of a file, or a whole small file: in its source, and their start in the overlay.
+
+    A tensor that was cast has none.
+    """
+    places: list[tuple[Range, int]] = []
     if isinstance(item, CopyFile):
         infos = read_tensorfile(item.source).tensors.values() if item.path.endswith(WEIGHTS) else ()
-        header = min((info.start for info in infos), default=item.size)
-        yield Sample(item.source, 0, written, 0, header)
-        places = [(item.source, info.start, info.nbytes, info.start) for info in infos]
+        yield Range(item.source, 0, min((info.start for info in infos), default=item.size)), 0
+        places = [(Range(item.source, info.start, info.nbytes), info.start) for info in infos]
     elif isinstance(item, WriteShard):
         starts = itertools.accumulate((entry.nbytes for entry in item.entries), initial=len(item.header))
         pairs = [(entry.producer, start) for entry, start in zip(item.entries, starts, strict=False)]
-        places = [(*producer.source, start) for producer, start in pairs if isinstance(producer, Copied)]
-    else:
-        return
-    for source, start, nbytes, written_start in places:
+        places = [(producer.source, start) for producer, start in pairs if isinstance(producer, Copied)]
+    for (path, start, nbytes), written in places:
         middle = nbytes // 2 if nbytes > 2 * SAMPLE_BYTES else 0
-        yield Sample(source, start + middle, written, written_start + middle, min(SAMPLE_BYTES, nbytes))
+        yield Range(path, start + middle, min(SAMPLE_BYTES, nbytes)), written + middle
 
 
-def _same(sample: Sample) -> bool:
+def _same(sample: Range, path: Path, start: int) -> bool:
+    """Whether ``path`` holds the bytes of ``sample`` from ``start`` on."""
     try:
-        with sample.source.open("rb") as source, sample.written.open("rb") as written:
+        with sample.path.open("rb") as source, path.open("rb") as written:
             if os.path.sameopenfile(source.fileno(), written.fileno()):
                 return True
-            source.seek(sample.source_start)
-            written.seek(sample.written_start)
+            source.seek(sample.start)
+            written.seek(start)
             return source.read(sample.nbytes) == written.read(sample.nbytes)
     except OSError:
         return False

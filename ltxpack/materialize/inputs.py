@@ -32,19 +32,11 @@ TOKENIZER = "tokenizer.json"
 REQUIRED = (CONFIG, TOKENIZER, "tokenizer_config.json", "processor_config.json")
 MODEL_FILES = (CONFIG, "generation_config.json")
 TOKENIZER_FILES = (
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-)
+    TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
+    "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
 # tokenizer.json holds a vocabulary, tens of megabytes of it, and nothing that names code.
-CHECKED_CONFIGS = tuple(
-    name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER
-)
+CHECKED_CONFIGS = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER]
 
 _LAYER = re.compile(r"language_model\..*layers\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"(?:.*\.)?language_model\.(?:.*\.)?embed_tokens\.weight")
@@ -156,9 +148,7 @@ def read_text_encoder(folder: InputFolder, access: Access, connectors: Mapping[s
 
 def _check_configs(folder: InputFolder, access: Access) -> None:
     """Refuse another kind of model, and configs that would have a library run code or convert weights."""
-    for name in CHECKED_CONFIGS:
-        if name not in folder.files:
-            continue
+    for name in (name for name in CHECKED_CONFIGS if name in folder.files):
         document = access.json(folder.files[name])
         if not isinstance(document, dict):
             raise FormatError("is not a JSON object", file=folder.files[name].label)

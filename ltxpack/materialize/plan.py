@@ -172,18 +172,10 @@ def _copies(folder: str, files: Sequence[InputFile]) -> tuple[CopyFile, ...]:
 
 
 def _source(inputs: Inputs, max_shard_size: int) -> Source:
-    files = tuple(
-        SourceFile(
-            role=role,
-            name=file.name,
-            size=file.size,
-            sha256=file.sha256,
-            release=known.release.name if known.release else None,
-            repo=file.repo.repo if file.repo else None,
-            revision=file.repo.commit if file.repo else None,
-        )
-        for role, file, known in inputs.recognised()
-    )
-    own = inputs.sources.checkpoint.repo
+    files = []
+    for role, file, known in inputs.recognised():
+        release = known.release.name if known.release else None
+        repo, revision = (file.repo.repo, file.repo.commit) if file.repo else (None, None)
+        files.append(SourceFile(role, file.name, file.size, file.sha256, release, repo, revision))
     assert files[0].role == CHECKPOINT
-    return Source(own.repo if own else None, own.commit if own else None, files, max_shard_size)
+    return Source(files[0].repo, files[0].revision, tuple(files), max_shard_size)

@@ -212,11 +212,8 @@ class Hub:
         with self._explained(request):
             self._check_token(request)
             try:
-                model = self._retried(
-                    lambda: self._api.model_info(
-                        request.repo, revision=request.revision, files_metadata=True, timeout=self._timeout
-                    )
-                )
+                ask, repo, revision = self._api.model_info, request.repo, request.revision
+                model = self._retried(lambda: ask(repo, revision=revision, files_metadata=True, timeout=self._timeout))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 if hub_errors.status_of(error) is not None:
                     raise
@@ -343,16 +340,10 @@ class Hub:
         from huggingface_hub import hf_hub_download
 
         linked = hf_hub_download(
-            info.repo,
-            file.name,
-            revision=info.commit,
-            cache_dir=self._cache,
-            endpoint=self._endpoint,
-            token=self._token,
-            library_name="ltxpack",
-            library_version=__version__,
+            info.repo, file.name, revision=info.commit, cache_dir=self._cache, endpoint=self._endpoint,
+            token=self._token, library_name="ltxpack", library_version=__version__,
             tqdm_class=_progress_class(self._reporter),
-        )
+        )  # fmt: skip
         return Path(linked)
 
     # The cache
