@@ -5,48 +5,39 @@ With the CPU's own stand-in, which copies as soon as it is asked, the two extrem
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ltxpack.runtime.weights.copies import Copies
 
-@dataclass
-class LateCopies:
-    """``waits`` counts how often the computation waited."""
 
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    waits: int = 0
-    pinned: int = 0
-    process_ends: bool = False
-    _queue: list[Callable[[], None]] = field(default_factory=list)
-    _done: int = 0
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+class LateCopies(Copies):
+    """``waits`` counts how often the computation waited, ``pinned`` bytes."""
 
-    def run(self, work: Callable[[], None], after: object = None) -> int:
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.waits = self.pinned = self._done = 0
+        self._queue: list[Callable[[], object]] = []
+        self._lock = threading.RLock()
+
+    def run(self, work: Callable[[], object], after: object = None) -> int:
         with self._lock:
             self._queue.append(work)
             return self._done + len(self._queue)
 
-    def now(self) -> None:
-        return None
-
-    def before_computing(self, mark: int | None) -> None:
+    def before_computing(self, event: int | None) -> None:
         self.waits += 1
-        self.finish(mark)
+        self.finish(event)
 
     @torch.inference_mode()
-    def finish(self, mark: int | None) -> None:
+    def finish(self, event: int | None) -> None:
         with self._lock:
-            while mark is not None and self._done < mark:
+            while event is not None and self._done < event:
                 self._queue.pop(0)()
                 self._done += 1
-
-    def computing(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
 
     def pin(self, memory: Tensor) -> bool:
         self.pinned += memory.nbytes

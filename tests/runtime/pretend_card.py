@@ -406,12 +406,8 @@ class Card(FakeTensorMode):
             pin.copies[stream.number] = stream.clock[stream.number]
             assert pin.start <= source.data_ptr() and source.data_ptr() + source.nbytes <= pin.start + pin.nbytes
         else:
-            self._uploaded(source, non_blocking)
+            self.uploads.append(here())
         return target
-
-    def _uploaded(self, source: Tensor, non_blocking: bool) -> None:
-        assert source.device.type == "cpu", f"copied from {source.device}"
-        self.uploads.append(here())
 
     def draw(self, *size: Any, generator: Generator | None = None, **more: Any) -> Tensor:
         """``torch.randn``; a generator must be of the device it draws on."""
@@ -516,12 +512,6 @@ def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return found
 
 
-def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """``Tensor.copy_``, likewise."""
-    found: Tensor = aten.copy_.default(target, source, non_blocking)
-    return found
-
-
 def contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """``Tensor.contiguous``, likewise."""
     if tensor.is_contiguous(memory_format=memory_format):
@@ -542,11 +532,6 @@ def applied(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = T
             if buffer is not None:
                 module._buffers[name] = fn(buffer)
     return module
-
-
-def item(tensor: Tensor) -> Any:
-    """``Tensor.item``, likewise."""
-    return aten._local_scalar_dense.default(tensor)
 
 
 def made(values: Any, *, device: Any = None, **more: Any) -> Tensor:
@@ -697,10 +682,10 @@ def install(patch: pytest.MonkeyPatch, card: Card) -> None:
     patch.setattr(torch.nn.functional, "scaled_dot_product_attention", card.attend)
     patch.setattr(FakeTensor, "__getitem__", picked, raising=False)
     patch.setattr(FakeTensor, "__setitem__", put, raising=False)
-    patch.setattr(FakeTensor, "copy_", copied, raising=False)
+    patch.setattr(FakeTensor, "copy_", aten.copy_.default, raising=False)
     for name, kind in {"__int__": int, "__index__": int, "__float__": float, "__bool__": bool}.items():
         patch.setattr(FakeTensor, name, lambda tensor, kind=kind: kind(tensor.item()), raising=False)
-    patch.setattr(FakeTensor, "item", item, raising=False)
+    patch.setattr(FakeTensor, "item", aten._local_scalar_dense.default, raising=False)
     patch.setattr(FakeTensor, "contiguous", contiguous, raising=False)
     patch.setattr(nn.Module, "_apply", applied)
     patch.setattr(torch.Tensor, "to", moved)

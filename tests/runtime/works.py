@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+from blake3 import blake3
 
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.sampling.shape import VideoShape
-from ltxpack.runtime.weights.plan import FILE, Placement, Work, held_blocks, spread
+from ltxpack.runtime.weights.plan import FILE, HOST, Placement, Work, held_blocks, spread
 from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER
 
 OFFICIAL = official_transformers(HQ)
@@ -40,3 +43,24 @@ def placements(
         numbers = spread(some, blocks)
         found[f"bakes/{name}"] = replace(transformer, streamed=numbers, held=held_blocks(numbers, kept, blocks))
     return found
+
+
+def of_blocks(count: int) -> dict[str, Placement]:
+    """Every kind of placement of a module with ``count`` blocks, by its name."""
+    every = frozenset(range(count))
+    return {
+        "ahead": Placement(ahead=True),
+        "kept in memory": Placement(HOST),
+        "every block from memory": Placement(source=HOST, streamed=every),
+        "some blocks from memory": Placement(source=HOST, streamed=frozenset({1, 3, count - 1})),
+        "every block from the file": Placement(source=FILE, streamed=every),
+        "some blocks from the file": Placement(source=FILE, streamed=frozenset({0, 2, 4})),
+        "all in memory, some streamed": Placement(HOST, HOST, frozenset({0, 1, 3})),
+        "some from memory, some held": Placement(FILE, HOST, frozenset({1, 3, count - 1}), frozenset({0, 1, 3})),
+        "some from the file, some held": Placement(FILE, FILE, frozenset({0, 2, 3, 4}), frozenset({1, 2})),
+    }
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    """The hashes of the weight files in ``folder``."""
+    return {path: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}

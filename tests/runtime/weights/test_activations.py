@@ -151,21 +151,22 @@ def test_the_connectors(dtype: torch.dtype) -> None:
     check(activations.connecting(WIDTHS, dtype.itemsize), peak_of(connect))
 
 
+def decoding(vae: nn.Module, shape: VideoShape, dtype: torch.dtype, tiling: Tiling | None = None) -> int:
+    """Bytes at the largest moment of decoding a video of ``shape``."""
+    move = AxisTile.to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AxisTile, "to", lambda tile, _: move(tile, torch.device("meta")))
+        return peak_of(lambda: sum(1 for _ in video.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype), tiling)))
+
+
 @dtypes
 @shapes
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "channels last"])
-def test_decoding_a_video(last: bool, shape: VideoShape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_a_video(last: bool, shape: VideoShape, dtype: torch.dtype) -> None:
     vae = built(AutoencoderKLLTX2Video, "vae", dtype)
     if last:
         vae = video.channels_last(copy.deepcopy(vae))
-    move = AxisTile.to
-    monkeypatch.setattr(AxisTile, "to", lambda tile, _: move(tile, torch.device("meta")))
-
-    def decode() -> None:
-        for _ in video.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype)):
-            pass
-
-    check(activations.video_decoding(WIDTHS, shape, dtype.itemsize), peak_of(decode), 1.25)
+    check(activations.video_decoding(WIDTHS, shape, dtype.itemsize), decoding(vae, shape, dtype), 1.25)
 
 
 LONG = VideoShape(241, 576, 1024, 24.0)
@@ -182,18 +183,9 @@ LONG = VideoShape(241, 576, 1024, 24.0)
     ],
     ids=["official, tiles in the middle", "two groups", "two tiles", "one tile"],
 )
-def test_decoding_in_other_tiles(
-    shape: VideoShape, tiling: Tiling | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    vae = built(AutoencoderKLLTX2Video, "vae", dtype)
-    move = AxisTile.to
-    monkeypatch.setattr(AxisTile, "to", lambda tile, _: move(tile, torch.device("meta")))
-
-    def decode() -> None:
-        for _ in video.decode_video(vae, meta(1, 128, *shape.grid, dtype=dtype), tiling):
-            pass
-
-    check(activations.video_decoding(WIDTHS, shape, dtype.itemsize, tiling), peak_of(decode), 1.25)
+def test_decoding_in_other_tiles(shape: VideoShape, tiling: Tiling | None, dtype: torch.dtype) -> None:
+    counted = decoding(built(AutoencoderKLLTX2Video, "vae", dtype), shape, dtype, tiling)
+    check(activations.video_decoding(WIDTHS, shape, dtype.itemsize, tiling), counted, 1.25)
 
 
 @dtypes

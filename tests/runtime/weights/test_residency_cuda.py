@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from blake3 import blake3
 from dit_parts import SMALL, random_streams, random_weights
 from safetensors.torch import save_file
 from torch import Tensor
+from works import digests, of_blocks
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Stream
@@ -20,7 +20,7 @@ from ltxpack.runtime.weights.copies import CudaCopies, HostMemory
 from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import load_module
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader
-from ltxpack.runtime.weights.plan import FILE, HOST, Placement
+from ltxpack.runtime.weights.plan import Placement
 from ltxpack.runtime.weights.reading import FileReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -35,17 +35,7 @@ WIDE = SMALL | {
     "audio_cross_attention_dim": 512,
     "num_layers": LAYERS,
 }
-EVERY = frozenset(range(LAYERS))
-PLACEMENTS = {
-    "ahead": Placement(ahead=True),
-    "kept in memory": Placement(HOST),
-    "every block from memory": Placement(source=HOST, streamed=EVERY),
-    "some blocks from memory": Placement(source=HOST, streamed=frozenset({1, 3, 5})),
-    "every block from the file": Placement(source=FILE, streamed=EVERY),
-    "all in memory, some streamed": Placement(HOST, HOST, frozenset({0, 2, 4})),
-    "some from memory, some held": Placement(source=HOST, streamed=frozenset({1, 3, 5}), held=frozenset({0, 1, 3})),
-    "some from the file, some held": Placement(source=FILE, streamed=frozenset({0, 2, 3, 4}), held=frozenset({1, 2})),
-}
+PLACEMENTS = of_blocks(LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +81,9 @@ def outputs(dit: DiT, device: torch.device) -> list[Tensor]:
 
 
 def load(
-    placement: Placement, digests: Mapping[Path, str], reader: FileReader, folder: Path, device: torch.device
+    placement: Placement, known: Mapping[Path, str], reader: FileReader, folder: Path, device: torch.device
 ) -> tuple[PlacedModule[DiT], PlacementReader]:
-    read = PlacementReader(
-        placement, "transformer_blocks", digests, reader, CudaCopies(device), to_host=placement.ahead
-    )
+    read = PlacementReader(placement, "transformer_blocks", known, reader, CudaCopies(device), to_host=placement.ahead)
     with torch.inference_mode():
         return PlacedModule(load_module(empty_dit(), folder, device, torch.bfloat16, reader=read), read), read
 
@@ -103,9 +91,8 @@ def load(
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_every_placement_gives_the_same_bits(placement: Placement, folder: Path, device: torch.device) -> None:
     expected = outputs(load_module(empty_dit(), folder, device, torch.bfloat16), device)
-    digests = {path: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
     reader = FileReader(CudaCopies(device), read_bytes=1 << 20)
-    placed, _ = load(placement, digests, reader, folder, device)
+    placed, _ = load(placement, digests(folder), reader, folder, device)
     reader.close()
     assert placed.unpinned == 0
     for _ in range(1 if placement.ahead else 2):

@@ -15,30 +15,31 @@ from typing import Any
 
 import pytest
 import torch
-from blake3 import blake3
 from dit_parts import SMALL, random_streams, random_weights
 from runtime.late_copies import LateCopies
 from safetensors.torch import save_file
 from support import relative_l2
 from torch import Tensor, nn
+from works import digests, of_blocks
 
 from ltxpack.errors import OverlayError
 from ltxpack.files.direct import DirectReader
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.shape import AV
-from ltxpack.runtime.weights import placed, slots
+from ltxpack.runtime.weights import placed, sizes, slots
 from ltxpack.runtime.weights.copies import PAGE, Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored, load_module, read_headers
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
 from ltxpack.runtime.weights.reading import FileReader
-from ltxpack.runtime.weights.slots import FileStream, StreamedCheck
+from ltxpack.runtime.weights.slots import ByteLayout, FileStream, StreamedCheck
 
 CPU = torch.device("cpu")
 LAYERS = 5
 DEEP = {**SMALL, "num_layers": LAYERS}
-queues = pytest.mark.parametrize("queue", [lambda: Copies(CPU), LateCopies], ids=["at once", "late"])
+AT_ONCE = functools.partial(Copies, CPU)
+queues = pytest.mark.parametrize("queue", [AT_ONCE, LateCopies], ids=["at once", "late"])
 
 
 def streaming(source: str, blocks: Iterable[int] = range(LAYERS), **more: Any) -> Placement:
@@ -46,18 +47,7 @@ def streaming(source: str, blocks: Iterable[int] = range(LAYERS), **more: Any) -
 
 
 ROOT = "transformer_blocks"
-PLACEMENTS = {
-    "all on the card": Placement(),
-    "ahead": Placement(ahead=True),
-    "kept in memory": Placement(HOST),
-    "every block from memory": streaming(HOST),
-    "some blocks from memory": streaming(HOST, {1, 3, 4}),
-    "every block from the file": streaming(FILE),
-    "some blocks from the file": streaming(FILE, {0, 2, 4}),
-    "all in memory, some streamed": streaming(HOST, {0, 1, 3}, home=HOST),
-    "some from memory, some held": streaming(HOST, {1, 3, 4}, held=frozenset({0, 1, 3})),
-    "some from the file, some held": streaming(FILE, {0, 2, 3, 4}, held=frozenset({1, 2})),
-}
+PLACEMENTS = {"all on the card": Placement(), **of_blocks(LAYERS)}
 placements = pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 
 
@@ -79,10 +69,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def empty_dit() -> DiT:
     with torch.device("meta"):
         return DiT(DiTConfig.from_dict(DEEP))
-
-
-def digests(folder: Path) -> dict[Path, str]:
-    return {path: blake3(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
 
 
 def placed_module(folder: Path, placement: Placement, queue: Callable[[], Copies]) -> PlacedModule[DiT]:
@@ -266,7 +252,7 @@ def block_of(name: str) -> int:
 
 @placements
 def test_weights_are_on_the_card_only_for_their_work(placement: Placement, folder: Path) -> None:
-    held = placed_module(folder, placement, lambda: Copies(CPU))
+    held = placed_module(folder, placement, AT_ONCE)
     streamed = tuple(f"transformer_blocks.{number}." for number in placement.streamed)
 
     def away() -> set[str]:
@@ -326,10 +312,13 @@ def chain_in(folder: Path, count: int) -> Path:
     return folder
 
 
-def streamed_chain(folder: Path, count: int, queue: Callable[[], Copies], where: str) -> PlacedModule[Chain]:
+def streamed_chain(
+    folder: Path, count: int, queue: Callable[[], Copies], where: str, dtype: torch.dtype = torch.float32
+) -> PlacedModule[Chain]:
+    """A chain of ``count`` blocks, all of them streamed."""
     reader = FileReader(queue())
     read = PlacementReader(streaming(where, range(count)), "blocks", digests(folder), reader, queue())
-    module = load_module(chain(count), folder, CPU, torch.float32, reader=read)
+    module = load_module(chain(count), folder, CPU, dtype, reader=read)
     reader.close()
     return PlacedModule(module, read)
 
@@ -351,7 +340,7 @@ def test_any_number_of_blocks_in_any_order(count: int, where: str, queue: Callab
 
 def test_work_that_fails_half_way_leaves_the_next_one_right(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", 5)
-    plain, held = load_module(chain(5), folder, CPU), streamed_chain(folder, 5, lambda: Copies(CPU), FILE)
+    plain, held = load_module(chain(5), folder, CPU), streamed_chain(folder, 5, AT_ONCE, FILE)
     x = torch.ones(4)
     with torch.inference_mode():
         with pytest.raises(RuntimeError), held.in_use() as streamed:
@@ -366,7 +355,7 @@ def test_work_that_fails_half_way_leaves_the_next_one_right(tmp_path: Path) -> N
 
 def test_a_file_that_goes_away_while_it_is_streamed(tmp_path: Path) -> None:
     folder = chain_in(tmp_path / "chain", 5)
-    held = streamed_chain(folder, 5, lambda: Copies(CPU), FILE)
+    held = streamed_chain(folder, 5, AT_ONCE, FILE)
     path = folder / "m.safetensors"
     with torch.inference_mode(), pytest.raises(OverlayError) as caught, held.in_use() as streamed:
         streamed(torch.ones(4))
@@ -379,26 +368,18 @@ def test_a_file_that_goes_away_while_it_is_streamed(tmp_path: Path) -> None:
     assert threading.active_count() <= before
 
 
-def test_blocks_with_a_cast_on_the_way(tmp_path: Path) -> None:
-    folder = tmp_path / "chain"
-    chain_in(folder, 4)
-    for where in (HOST, FILE):
-        reader = FileReader(Copies(CPU))
-        read = PlacementReader(streaming(where, range(3)), "blocks", {}, reader, Copies(CPU))
-        module = load_module(chain(4), folder, CPU, torch.bfloat16, reader=read)
-        plain = load_module(chain(4), folder, CPU, torch.bfloat16)
-        held = PlacedModule(module, read)
-        x = torch.ones(4, dtype=torch.bfloat16)
-        with torch.inference_mode(), held.in_use() as streamed:
-            assert torch.equal(streamed(x), plain(x)) and torch.equal(streamed(x), plain(x))
-        held.drop()
-        reader.close()
+@pytest.mark.parametrize("where", [HOST, FILE])
+def test_blocks_with_a_cast_on_the_way(where: str, tmp_path: Path) -> None:
+    folder = chain_in(tmp_path / "chain", 4)
+    plain = load_module(chain(4), folder, CPU, torch.bfloat16)
+    held = streamed_chain(folder, 4, AT_ONCE, where, torch.bfloat16)
+    x = torch.ones(4, dtype=torch.bfloat16)
+    with torch.inference_mode(), held.in_use() as streamed:
+        assert torch.equal(streamed(x), plain(x)) and torch.equal(streamed(x), plain(x))
+    held.drop()
 
 
 def test_the_layout_is_what_the_plan_counts(folder: Path) -> None:
-    from ltxpack.runtime.weights import sizes
-    from ltxpack.runtime.weights.slots import ByteLayout
-
     stored = read_headers(folder)
     tensors = [(name, entry.dtype, entry.shape) for name, entry in stored.items()]
     for dtype, itemsize in ((torch.bfloat16, 2), (torch.float32, 4)):
@@ -424,7 +405,7 @@ def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, fold
         return graph.forward
 
     expected = plain_outputs(folder)
-    held = placed_module(folder, placement, lambda: Copies(CPU))
+    held = placed_module(folder, placement, AT_ONCE)
     prepared: list[bool] = []
 
     def prepare(dit: DiT, streamed: bool) -> None:
@@ -447,7 +428,7 @@ def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, fold
 @pytest.mark.parametrize("where", [HOST, FILE])
 @pytest.mark.parametrize("count", [3, 4, 7])
 def test_the_next_block_is_under_way_while_one_computes(count: int, where: str, tmp_path: Path) -> None:
-    held = streamed_chain(chain_in(tmp_path / "chain", count), count, lambda: Copies(CPU), where)
+    held = streamed_chain(chain_in(tmp_path / "chain", count), count, AT_ONCE, where)
     asked: list[int] = []
     computed: list[tuple[int, int]] = []
     for number, source in enumerate(held._slots.sources):
