@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
+from ltxpack.ltx23 import config_tables as tables
 from ltxpack.ltx23.classes import (
     ABSENT_COMPONENTS,
     AUDIO_FACTOR,
@@ -21,14 +22,6 @@ from ltxpack.ltx23.classes import (
     SPATIAL_FACTOR,
     TEMPORAL_FACTOR,
     TEXT_TOKENS,
-)
-from ltxpack.ltx23.config_tables import (
-    CONSTANTS,
-    SCHEDULER_BASE,
-    SCHEDULER_DISTILLED,
-    SECTIONS,
-    SECTIONS_WITHOUT_EFFECT,
-    UPSAMPLER,
 )
 from ltxpack.ltx23.fields import ABSENT, Blocks, UnfitError, apply_table
 
@@ -47,10 +40,10 @@ def checkpoint_configs(config: Mapping[str, Any], shapes: Shapes, file: object) 
     """
     problems = [
         UnfitError(section, "no such section (unknown to this version)", config[section])
-        for section in sorted(config.keys() - SECTIONS.keys() - SECTIONS_WITHOUT_EFFECT)
+        for section in sorted(config.keys() - tables.SECTIONS.keys() - tables.SECTIONS_WITHOUT_EFFECT)
     ]
-    parts = {name: dict(constants) for name, constants in CONSTANTS.items()}
-    for section, table in SECTIONS.items():
+    parts = {name: dict(constants) for name, constants in tables.CONSTANTS.items()}
+    for section, table in tables.SECTIONS.items():
         content = config.get(section, ABSENT)
         if not isinstance(content, Mapping):
             problems.append(UnfitError(section, "a section of fields", content))
@@ -79,7 +72,7 @@ def upsampler_config(config: Mapping[str, Any], latent_channels: int | None, fil
     ``latent_channels`` is what the checkpoint's latents have; None where that is not known.
     """
     problems: list[UnfitError] = []
-    taken = apply_table("config", config, UPSAMPLER, problems)
+    taken = apply_table("config", config, tables.UPSAMPLER, problems)
     _refuse(problems, file, what="is not a spatial x2 upsampler of LTX-2.3")
     part = {target.split(".")[1]: value for target, value in taken.items()}
     channels, width = part["in_channels"], part["mid_channels"]
@@ -93,7 +86,7 @@ def upsampler_config(config: Mapping[str, Any], latent_channels: int | None, fil
 
 def scheduler_config(distilled: bool) -> Config:
     """diffusers' scheduler config; the two-stage recipe does not use it (spec 01, section 5)."""
-    return _finished("scheduler", SCHEDULER_DISTILLED if distilled else SCHEDULER_BASE)
+    return _finished("scheduler", tables.SCHEDULER_DISTILLED if distilled else tables.SCHEDULER_BASE)
 
 
 def model_index() -> Config:

@@ -118,16 +118,16 @@ def parse_version(text: str) -> tuple[int, ...]:
 def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: object) -> Metadata:
     """The metadata of an LTX-2.3 checkpoint with tensors ``names``. Raises UnsupportedError for another generation."""
     version = _plain(metadata, "model_version")
+    again = f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})"
     if version is not None and parse_version(version)[:2] != SUPPORTED:
-        generation, expected, found = "", "model_version 2.3.x", f"model_version {version}"
-    elif any(name.startswith("duration_head.") for name in names):
-        generation, expected, found = " (LTX-2.5)", "tensors of LTX-2.3", "duration_head.*"
-    else:
-        found = None
-    if found is not None:
         raise UnsupportedError(
-            f"is a checkpoint of another generation{generation}", file=str(file), expected=expected, found=found,
-            next=f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})",
+            "is a checkpoint of another generation", file=str(file), expected="model_version 2.3.x",
+            found=f"model_version {version}", next=again,
+        )  # fmt: skip
+    if any(name.startswith("duration_head.") for name in names):
+        raise UnsupportedError(
+            "is a checkpoint of another generation (LTX-2.5)", file=str(file), expected="tensors of LTX-2.3",
+            found="duration_head.*", next=again,
         )  # fmt: skip
     missing = [name for name in ("config", "model_version") if name not in metadata]
     if missing or version is None:

@@ -153,10 +153,6 @@ class HubServer:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self._httpd.server_port}"
 
-    @property
-    def storage(self) -> str:
-        return f"http://localhost:{self._httpd.server_port}"
-
     def commit(self, repo: str, revision: str = "main") -> str:
         return self.commits[repo][revision].sha
 
@@ -180,7 +176,15 @@ class HubServer:
         kept = {
             key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
         }
-        return {**kept, **_settings(self.endpoint, cache), **more}
+        settings = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(cache.parent / "hf-home"),
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
+        return {**kept, **settings, **more}
 
     def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path, *, token: str | None = None) -> None:
         """Points huggingface_hub in this process here: endpoint, cache, token, no proxy, no offline mode."""
@@ -222,17 +226,6 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path, *,
         monkeypatch.setattr(constants, name, value, raising=name != "AGENT_HARNESSES_PATH")
 
 
-def _settings(endpoint: str, cache: Path) -> dict[str, str]:
-    return {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(cache.parent / "hf-home"),
-        "HF_HUB_CACHE": str(cache),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1,localhost",
-    }
-
-
 API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 STORAGE = re.compile(r"/storage/(?P<etag>[0-9a-f]{64})")
@@ -245,12 +238,6 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None: ...
 
         def do_GET(self) -> None:
-            self._serve()
-
-        def do_HEAD(self) -> None:
-            self._serve()
-
-        def _serve(self) -> None:
             authorization = self.headers.get("Authorization", "")
             self.token = authorization.removeprefix("Bearer ") or None
             self.request_ = Request(
@@ -263,6 +250,8 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             # A client that has what it wants, or was told to stop, goes away in the middle of an answer.
             with contextlib.suppress(ConnectionError):
                 self._route()
+
+        do_HEAD = do_GET
 
         def _route(self) -> None:
             status = server.take_status()
@@ -304,8 +293,9 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             elif file is None:
                 self._error(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit.sha})
             elif file.large:
+                storage = server.endpoint.replace("127.0.0.1", "localhost") + "/storage"
                 headers = {
-                    "Location": f"{server.storage}/storage/{file.etag}?signature={server.signature}",
+                    "Location": f"{storage}/{file.etag}?signature={server.signature}",
                     "X-Linked-Etag": f'"{file.etag}"',
                     "X-Linked-Size": str(file.size),
                     "X-Repo-Commit": commit.sha,

@@ -357,9 +357,11 @@ def test_a_file_as_text_encoder_names_its_folder(source: Path) -> None:
 
 # The LoRA and the checkpoint, by their headers
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 @pytest.fixture
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes() -> Shapes:
     """The tensors of the checkpoint, to be changed."""
     return tiny_source.tensor_shapes(tiny_source.CONFIG)
 
@@ -375,9 +377,7 @@ def test_a_file_that_is_no_upsampler_is_refused(source: Path) -> None:
         read(source, upsampler=source / tiny_source.LORA)
 
 
-def test_missing_unknown_and_misshapen_tensors_are_told_together(
-    source: Path, shapes: dict[str, tuple[int, ...]]
-) -> None:
+def test_missing_unknown_and_misshapen_tensors_are_told_together(source: Path, shapes: Shapes) -> None:
     del shapes["vae.decoder.conv_in.conv.bias"]
     shapes["model.diffusion_model.proj_out.weight"] = (1, 2)
     shapes["audio_vae.encoder.extra.weight"] = (3,)
@@ -393,7 +393,7 @@ def test_missing_unknown_and_misshapen_tensors_are_told_together(
     ]
 
 
-def test_a_name_that_only_looks_like_the_target_is_unknown(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_a_name_that_only_looks_like_the_target_is_unknown(source: Path, shapes: Shapes) -> None:
     """``proj_in`` is what ``patchify_proj`` becomes: both together would land on one name."""
     shapes["model.diffusion_model.proj_in.weight"] = shapes["model.diffusion_model.patchify_proj.weight"]
     tiny_source.Tiny(shapes=shapes).write(source)
@@ -401,7 +401,7 @@ def test_a_name_that_only_looks_like_the_target_is_unknown(source: Path, shapes:
         read(source)
 
 
-def test_statistics_that_no_module_reads_are_dropped(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_statistics_that_no_module_reads_are_dropped(source: Path, shapes: Shapes) -> None:
     extra = ["vae.per_channel_statistics.mean-of-stds", "vae.per_channel_statistics.channel"]
     tiny_source.Tiny(shapes={**shapes, **dict.fromkeys(extra, (16,))}).write(source)
     inputs = read(source)
@@ -409,7 +409,7 @@ def test_statistics_that_no_module_reads_are_dropped(source: Path, shapes: dict[
     assert sum(map(len, inputs.checkpoint.tensors.values())) == len(shapes)
 
 
-def test_fp8_is_refused_by_name(source: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_fp8_is_refused_by_name(source: Path, shapes: Shapes) -> None:
     shapes["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight_scale"] = ()
     tiny_source.Tiny(shapes=shapes).write(source)
     with pytest.raises(UnsupportedError, match="fp8") as caught:
