@@ -74,12 +74,16 @@ class Adapter:
         return factors.pop() if len(factors) == 1 else None
 
     @property
+    def dora(self) -> list[str]:
+        """The weights whose rows have a magnitude."""
+        return [target.weight for target in self.targets.values() if target.magnitude is not None]
+
+    @property
     def plain_bf16(self) -> bool:
         """Whether every target is a bf16 product and nothing else."""
-        return all(
-            target.diff is None and target.magnitude is None and all(info.dtype == "BF16" for info in target.tensors)
-            for target in self.targets.values()
-        )
+        targets = self.targets.values()
+        products = not self.dora and all(target.diff is None for target in targets)
+        return products and all(info.dtype == "BF16" for target in targets for info in target.tensors)
 
 
 @dataclass(frozen=True)

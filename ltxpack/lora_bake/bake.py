@@ -11,10 +11,9 @@ import dataclasses
 import importlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ltxpack.errors import AdapterError, DeviceError, FormatError, OverlayError, SourceError
@@ -166,8 +165,9 @@ def _plans(
     options: BakeOptions, manifest: Manifest, base: BaseTransformer, found: Sequence[FoundLora], digests: Sequence[str]
 ) -> list[BakePlan]:
     """One plan per strength. Raises AdapterError for DoRA under the official rule, or a model distilled twice."""
-    if options.rule == "official":
-        _refuse_dora([lora.adapter for lora in found])
+    dora = [f"{lora.adapter.path.name}: {name}" for lora in found for name in lora.adapter.dora]
+    if dora and options.rule == "official":
+        raise AdapterError("the official rule has no DoRA", items=dora, next="use --rule fp32")
     named = [
         (dataclasses.replace(lora.adapter, name=lora.bake_part(digest, manifest, options)), digest)
         for lora, digest in zip(found, digests, strict=True)
@@ -194,17 +194,6 @@ def _refuse_distilling_twice(uses: Sequence[LoraUse], options: BakeOptions) -> N
             "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
             items=items, next=options.command(force=True),
         )  # fmt: skip
-
-
-def _refuse_dora(adapters: Iterable[Adapter]) -> None:
-    items = [
-        f"{adapter.path.name}: {target.weight}"
-        for adapter in adapters
-        for target in adapter.targets.values()
-        if target.magnitude is not None
-    ]
-    if items:
-        raise AdapterError("the official rule has no DoRA", items=items, next="use --rule fp32")
 
 
 def _is_there(plan: BakePlan, manifest: Manifest) -> bool:
@@ -300,7 +289,7 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
             manifest = manifest.with_bake(bake.plan.name, record)
             reports[bake.plan.name] = BakeReport(bake.plan.name, bake.plan.folder, True, document)
         reporter.end()
-        publish_bakes([bake.staging for bake in bakes], manifest)
+        publish_bakes(bakes, manifest)
     return reports
 
 
@@ -313,33 +302,29 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseT
     for arithmetic in dict.fromkeys(bake.arithmetic for bake in bakes):
         with Engine(adapters, arithmetic, reporter) as engine:
             for shard in base.shards:
-                outputs = {
-                    bake: output
-                    for bake in bakes
-                    if bake.arithmetic == arithmetic and (output := bake.output(shard)) is not None
-                }
+                own = [(bake, bake.output(shard)) for bake in bakes if bake.arithmetic == arithmetic]
+                outputs = {bake: output for bake, output in own if output is not None}
                 if outputs:
                     records = engine.fuse_shard(shard, list(outputs.values()))
                     for (bake, output), record in zip(outputs.items(), records, strict=True):
-                        bake.record(record, output)
+                        bake.record_shard(record, output)
 
 
 def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
     """What a user might not expect of these LoRAs under this rule."""
     for adapter in adapters:
-        targets = adapter.targets.values()
-        scaled = sum(target.factor != 1.0 for target in targets)
+        scaled = sum(target.factor != 1.0 for target in adapter.targets.values())
         if rule == "official" and scaled:
             reporter.warn(
                 f"{adapter.path.name}: alpha differs from rank in {scaled} targets; the official rule ignores "
                 "alpha and uses the strength alone"
             )
-        if any(target.magnitude is not None for target in targets):
+        if adapter.dora:
             reporter.note(f"{adapter.path.name}: DoRA; the strength scales its direction, not its magnitudes")
 
 
-class StagedBake:
-    """A plan with its staging folder. A context manager; on leaving, what is complete stays for the next run.
+class StagedBake(Staging):
+    """A plan's staging folder. On leaving, what is complete stays for the next run.
 
     What was measured is kept beside the journal (``measured.json``) until the reports are written, with the arithmetic
     that was chosen: a bake that is stopped goes on with the same one.
@@ -347,24 +332,18 @@ class StagedBake:
 
     def __init__(self, plan: BakePlan, chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> None:
         """``chosen`` is used unless an earlier run of the same plan began with another arithmetic."""
+        super().__init__(plan.overlay, plan.fingerprint(), reporter, folder=plan.folder, lock=lock, force=True)
         self.plan = plan
         self.arithmetic = chosen
-        self.staging = Staging(plan.overlay, plan.fingerprint(), reporter, folder=plan.folder, lock=lock, force=True)
-        self._reporter = reporter
-        self._path = self.staging.work / MEASURED_NAME
+        self._path = self.work / MEASURED_NAME
         self._stats: dict[str, list[TargetStat]] = {}
         self._document: dict[str, Any] | None = None
         self._shards = {item.path: name for name, item in plan.shards.items()}
 
     def __enter__(self) -> Self:
-        self.staging.__enter__()
+        super().__enter__()
         self._take_over()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.staging.__exit__(kind, error, trace)
 
     def missing_items(self) -> list[Item]:
         """What must still be written, but for the reports."""
@@ -375,7 +354,7 @@ class StagedBake:
         items: tuple[Item, ...] = (*self.plan.small, *self.plan.links)
         for item in items:
             if not self._has(item.path):
-                self.staging.record(write_item(item, self.staging.root, copy=False, reporter=self._reporter))
+                self.record(write_item(item, self.root, copy=False, reporter=self._reporter))
 
     def output(self, shard: BaseShard) -> ShardOutput | None:
         """How ``shard`` is to be written for this bake; None if it is a link, or done."""
@@ -384,13 +363,13 @@ class StagedBake:
         item = self.plan.shards.get(shard.name)
         if item is None or self._has(item.path):
             return None
-        return ShardOutput(item, self.staging.root, tuple(lora.strength for lora in self.plan.loras))
+        return ShardOutput(item, self.root, tuple(lora.strength for lora in self.plan.loras))
 
-    def record(self, record: FileRecord, output: ShardOutput) -> None:
+    def record_shard(self, record: FileRecord, output: ShardOutput) -> None:
         """A shard is complete: first what was measured, then the journal."""
         self._stats[record.path] = list(output.stats.values())
         document = {
-            "fingerprint": self.staging.fingerprint,
+            "fingerprint": self.fingerprint,
             "arithmetic": dataclasses.asdict(self.arithmetic),
             "shards": {path: [dataclasses.astuple(stat) for stat in stats] for path, stats in self._stats.items()},
         }
@@ -398,7 +377,7 @@ class StagedBake:
             atomic_write(self._path, json.dumps(document).encode())
         except OSError as error:
             raise write_failure(error, self._path) from None
-        self.staging.record(record)
+        self.record(record)
 
     def finish(self) -> tuple[Bake, dict[str, Any]]:
         """Write the reports and remove what they are made from; the manifest's entry and the report's document."""
@@ -407,50 +386,45 @@ class StagedBake:
             self._document = self.plan.document(self.arithmetic, stats)
             for item in self.plan.reports(self._document):
                 if not self._has(item.path):
-                    self.staging.record(write_bytes(item, self.staging.root))
+                    self.record(write_bytes(item, self.root))
         for path in (self._path, *self._path.parent.glob(f".{MEASURED_NAME}.*")):
             path.unlink(missing_ok=True)
         changed = (name for name, target in self._document["targets"].items() if target["changed"])
-        return self.plan.record(self.arithmetic, self.staging.done, changed), self._document
+        return self.plan.record(self.arithmetic, self.done, changed), self._document
 
     def discard(self) -> None:
         """Give up what was written: the same inputs would fail again."""
-        shutil.rmtree(self.staging.work, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
         with contextlib.suppress(OSError):
-            self.staging.work.parent.rmdir()
+            self.work.parent.rmdir()
 
     def _has(self, path: str) -> bool:
         """Whether ``path`` is done; a fused shard only if what was measured is known too."""
-        if path not in self.staging.done:
-            return False
-        return self._document is not None or path in self._stats or path not in self._shards
+        measured = self._document is not None or path in self._stats or path not in self._shards
+        return measured and path in self.done
 
     def _take_over(self) -> None:
         """Go on with what an earlier run of this very plan measured; after an odd file its shards are fused again."""
-        done = self.staging.done
         reports = [f"{self.plan.folder}/{name}" for name in (REPORT_NAME, PAGE_NAME)]
-        if done.keys() >= {*reports, *self._shards}:
-            self._document = read_json(self.staging.root / reports[0])
+        if self.done.keys() >= {*reports, *self._shards}:
+            self._document = read_json(self.root / reports[0])
             self.arithmetic = Arithmetic(*(self._document[key] for key in ("rule", "kernel", "device")))
             return
         try:
             left = read_json(self._path)
             arithmetic = Arithmetic(**left["arithmetic"])
-            stats = {path: [_stat(values) for values in measured] for path, measured in left["shards"].items()}
-            if left["fingerprint"] != self.staging.fingerprint or not _usable(arithmetic, self.plan.rule):
+            stats = {
+                path: [TargetStat(str(n), float(w), float(d), int(e), int(c)) for n, w, d, e, c in measured]
+                for path, measured in left["shards"].items()
+            }
+            if left["fingerprint"] != self.fingerprint or not _usable(arithmetic, self.plan.rule):
                 return
         except (SourceError, FormatError, LookupError, TypeError, AttributeError, ValueError):
             return
         self.arithmetic = arithmetic
         for path, measured in stats.items():
-            if path in done and path in self._shards and {stat.name for stat in measured} == self._fused_in(path):
-                self._stats[path] = measured
-
-    def _fused_in(self, path: str) -> set[str]:
-        tensors = self.plan.shards[self._shards[path]].tensors
-        return {tensor.name for tensor in tensors if tensor.nbytes and tensor.name in self.plan.touched}
-
-
-def _stat(values: Any) -> TargetStat:
-    name, base, delta, elements, changed = values
-    return TargetStat(str(name), float(base), float(delta), int(elements), int(changed))
+            if path in self.done and path in self._shards:
+                tensors = self.plan.shards[self._shards[path]].tensors
+                fused = {tensor.name for tensor in tensors if tensor.nbytes and tensor.name in self.plan.touched}
+                if {stat.name for stat in measured} == fused:
+                    self._stats[path] = measured

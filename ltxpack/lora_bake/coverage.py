@@ -164,7 +164,7 @@ def _lora(lora: LoraUse, shapes: Mapping[str, tuple[int, ...]], rule: str) -> di
         "scales": sorted({significant(record.strength * target.factor) for target in targets.values()})
         if record.scale is None
         else [record.scale],
-        "dora": sum(target.magnitude is not None for target in targets.values()),
+        "dora": len(lora.adapter.dora),
         "full_differences": sum(target.diff is not None for target in targets.values()),
         "kinds": _matched_kinds(matched, linears),
     }

@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from blake3 import blake3
 
-from ltxpack.errors import AdapterError, FormatError, OverlayError, SourceError, UsageError, quoted
+from ltxpack.errors import AdapterError, OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.hashing import hash_file
-from ltxpack.files.tensorfile import open_source, parse_header, read_tensorfile
+from ltxpack.files.reader import Range, RangeReader
+from ltxpack.files.tensorfile import TensorInfo, parse_header, read_tensorfile
 from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.adapter import (
     PEFT_CONFIG,
@@ -99,10 +100,10 @@ def find_loras(
     options: BakeOptions, manifest: Manifest, shapes: Shapes, reporter: Reporter, headers_only: bool = False
 ) -> list[FoundLora]:
     """The LoRAs in order of application, fitted: the added ones, then the main one. Raises LtxpackError."""
-    texts = [(text, True) for text, _ in options.added]
-    texts += [(options.lora, False)] if options.lora is not None else []
-    found = [_locate(text, shapes, options, added, reporter, headers_only) for text, added in texts]
-    return found if options.lora is not None else [*found, _own_lora(options, manifest, shapes)]
+    found = [_locate(text, shapes, options, True, reporter, headers_only) for text, _ in options.added]
+    if options.lora is None:
+        return [*found, _own_lora(options, manifest, shapes)]
+    return [*found, _locate(options.lora, shapes, options, False, reporter, headers_only)]
 
 
 def recorded_files(overlay: Path, manifest: Manifest, name: str, given: Sequence[Path]) -> dict[str, Path]:
@@ -222,32 +223,31 @@ def scan(adapter: Adapter, reporter: Reporter) -> str:
 
     Raises AdapterError listing the tensors that hold NaN or infinity.
     """
-    wanted = {info.name for target in adapter.targets.values() for info in target.tensors}
-    hasher, bad, position = blake3(), [], 0
+    parts, hasher, bad = list(_parts(adapter)), blake3(), {}
     reporter.begin(f"read {adapter.path.name}", adapter.size, "B")
-    with open_source(adapter.path) as file:
-
-        def read(end: int) -> Iterator[memoryview]:
-            for data in _blocks(file.fileno(), position, end, adapter.path):
-                hasher.update(data)
-                reporter.advance(len(data))
-                yield data
-
-        for info in read_tensorfile(adapter.path).tensors.values():
-            if info.name not in wanted:
-                continue
-            for _ in read(info.start):
-                pass
-            position = info.start
-            if sum(not all_finite(data, info.dtype) for data in read(info.start + info.nbytes)):
-                bad.append(info.name)
-            position += info.nbytes
-        for _ in read(adapter.size):
-            pass
+    # Through the page cache: the bake reads the factors again.
+    with RangeReader([part for part, _ in parts], direct=False) as reader:
+        for (_, factor), data in zip(parts, reader, strict=True):
+            hasher.update(data)
+            reporter.advance(len(data))
+            if factor is not None and not all_finite(data, factor.dtype):
+                bad[factor.name] = None
     reporter.end()
     if bad:
-        raise AdapterError(f"holds NaN or infinity in {len(bad)} tensors", file=adapter.path, items=bad)
+        raise AdapterError(f"holds NaN or infinity in {len(bad)} tensors", file=adapter.path, items=list(bad))
     return _with_config(hasher.hexdigest(), adapter.config)
+
+
+def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
+    """All bytes of an adapter's file in order, BLOCK at a time; with a factor's bytes the factor."""
+    wanted = {info.name for target in adapter.targets.values() for info in target.tensors}
+    factors = [info for info in read_tensorfile(adapter.path).tensors.values() if info.name in wanted]
+    ends = [end for info in factors for end in ((info.start, None), (info.start + info.nbytes, info))]
+    position = 0
+    for end, factor in (*ends, (adapter.size, None)):
+        for start in range(position, end, BLOCK):
+            yield Range(adapter.path, start, min(BLOCK, end - start)), factor
+        position = end
 
 
 def all_finite(data: memoryview, dtype: str) -> bool:
@@ -260,25 +260,6 @@ def all_finite(data: memoryview, dtype: str) -> bool:
         if np.bitwise_and(part, mask, out=masked[: part.size]).max() == mask:
             return False
     return True
-
-
-def fill(fd: int, view: memoryview, offset: int, path: Path) -> None:
-    """Read all of ``view`` from ``offset``. Raises FormatError if the file ends before."""
-    done = 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done:]], offset + done)
-        if got <= 0:
-            raise FormatError("became shorter while it was read", file=path)
-        done += got
-
-
-def _blocks(fd: int, start: int, end: int, path: Path) -> Iterator[memoryview]:
-    """The bytes from ``start`` to ``end``, BLOCK at a time; a view is valid until the next. Raises FormatError."""
-    buffer = bytearray(max(0, min(BLOCK, end - start)))
-    for offset in range(start, end, BLOCK):
-        view = memoryview(buffer)[: min(BLOCK, end - offset)]
-        fill(fd, view, offset, path)
-        yield view
 
 
 def _with_config(digest: str, config: Path | None) -> str:

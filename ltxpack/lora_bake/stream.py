@@ -14,18 +14,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch
 from blake3 import blake3
 
-from ltxpack.errors import AdapterError
+from ltxpack.errors import AdapterError, FormatError
 from ltxpack.files.reader import Range, RangeReader
 from ltxpack.files.tensorfile import TensorInfo, open_source
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.lora_bake.find import fill
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.manifest import FileRecord, changed_file
@@ -119,7 +117,12 @@ class FactorReader:
         if info is None:
             return None
         memory = work.empty(use, (info.nbytes,), torch.uint8)
-        fill(self._file.fileno(), memory.numpy().data, info.start, self.adapter.path)
+        view, done = memory.numpy().data, 0
+        while done < info.nbytes:
+            got = os.preadv(self._file.fileno(), [view[done:]], info.start + done)
+            if got <= 0:
+                raise FormatError("became shorter while it was read", file=self.adapter.path)
+            done += got
         return memory.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
@@ -138,22 +141,17 @@ class Engine:
         self.per_thread = threading.local()
         # While the results of one read are written, those of the next are made.
         self.results = [[Workspace() for _ in range(self.chunks)] for _ in range(2)]
-        self._settings = contextlib.ExitStack()
+        self._settings = contextlib.nullcontext() if self.whole else _exact_sums(arithmetic.device)
 
     def __enter__(self) -> Self:
-        if not self.whole:
-            self._settings.enter_context(_single_thread())
-            if self.arithmetic.device == "cuda":
-                self._settings.enter_context(_no_shortcuts())
+        self._settings.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.pool.shutdown(cancel_futures=True)
         for reader in self.readers:
             reader.close()
-        self._settings.close()
+        self._settings.__exit__(None, None, None)
 
     def fuse_shard(self, shard: BaseShard, outputs: Sequence[ShardOutput]) -> list[FileRecord]:
         """Write every output's version of ``shard``; returns their records and fills in their stats.
@@ -275,8 +273,15 @@ class _Fusing:
         if self._engine.whole:
             self._later(functools.partial(self._write, range(len(self._outputs)), bytes(lead)))
             weight = self._gathered(info, rows)
-            if step.chunks:
-                self._fuse_whole(step, info, weight, terms.of(info.name), touching, others)
+            # Weights are large, so one bake's result at a time; only that is still to be written.
+            for i in touching if step.chunks else ():
+                self.settle()
+                whole = self._rows(step, info, weight, terms.of(info.name), [i])
+                wait(whole)
+                self._later(functools.partial(self._write_fused, info, [i], whole))
+            if others and step.chunks:
+                self.settle()
+                self._write(others, weight)
             return
         self._turn = 1 - self._turn
         made = self._rows(step, info, rows, terms.of(info.name), touching)
@@ -287,25 +292,6 @@ class _Fusing:
             self._write(others, rows)
 
         self._later(write)
-
-    def _fuse_whole(
-        self,
-        step: _Read,
-        info: TensorInfo,
-        weight: memoryview,
-        terms: Sequence[Term | None],
-        touching: Sequence[int],
-        others: Sequence[int],
-    ) -> None:
-        """The official rule: weights are large, so one bake's result at a time; only that is still to be written."""
-        for i in touching:
-            self.settle()
-            made = self._rows(step, info, weight, terms, [i])
-            wait(made)
-            self._later(functools.partial(self._write_fused, info, [i], made))
-        if others:
-            self.settle()
-            self._write(others, weight)
 
     def _gathered(self, info: TensorInfo, data: memoryview) -> memoryview:
         """The tensor's memory with ``data`` put behind what came before."""
@@ -375,26 +361,23 @@ class _TermsAhead:
 
 
 @contextlib.contextmanager
-def _single_thread() -> Iterator[None]:
-    """torch on the calling thread alone: its own threads wait for each other in loops, on busy cores for long."""
-    threads = torch.get_num_threads()
+def _exact_sums(device: str) -> Iterator[None]:
+    """torch on the calling thread alone: its own threads wait for each other in loops, on busy cores for long.
+
+    On a card also fp32 and bf16 matmuls in full, whatever shortcuts PyTorch is set to take.
+    """
+    matmul = torch.backends.cuda.matmul
+    threads, before = torch.get_num_threads(), None
     torch.set_num_threads(1)
+    if device == "cuda":
+        before = (matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction)
+        matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _no_shortcuts() -> Iterator[None]:
-    """fp32 and bf16 matmuls on a card in full, whatever shortcuts PyTorch is set to take."""
-    matmul = torch.backends.cuda.matmul
-    before = (matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction)
-    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
+        if before is not None:
+            matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _copies(path: Path, start: int, end: int) -> Iterator[_Read]:
