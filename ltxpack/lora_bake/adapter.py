@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ltxpack.errors import AdapterError, SourceError
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_json, read_tensorfile
 from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.peft import MAX_ALPHA, PeftConfig
 from ltxpack.ltx23.lora_keys import LoraKey, ModuleNames, belongs_elsewhere, parse_key
@@ -23,7 +23,9 @@ FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
-_SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b"}
+_SCALARS = {
+    "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b",
+}  # fmt: skip
 _FACTOR_ROLES = ("down", "up", "magnitude", "diff", "diff_b")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -116,7 +118,7 @@ def open_adapter(path: Path, shapes: Shapes, *, name: str | None = None, allow_u
             stream.seek(info.start)
             return stream.read(info.nbytes)
 
-        stated = peft.from_config_file(config) if config else peft.from_metadata(file.metadata, weights)
+        stated = peft.from_document(read_json(config), config) if config else peft.from_metadata(file.metadata, weights)
         adapter = fit_adapter(file, shapes, stated, read, allow_unmatched)
     return replace(adapter, name=name or path.stem, config=config)
 
@@ -153,9 +155,8 @@ def fit_adapter(
         for module in unmatched:
             kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
             fit.fault(kind, module)
-    for name, key in parsed.items():
-        if key is None:
-            fit.fault("unknown key", name)
+    for name in (name for name, key in parsed.items() if key is None):
+        fit.fault("unknown key", name)
     targets = fit.targets()
     if not targets and set(fit.faults) == {"shape mismatch"}:
         problem = "is a LoRA for another model: its names are in this transformer, but no shape agrees"
@@ -278,7 +279,10 @@ class _Fit:
             if "magnitude" in found:
                 # One for each output row: [out] (PEFT) or [out, 1] (Comfy).
                 wanted["magnitude"] = (rows, 1) if len(found["magnitude"].shape) == 2 else (rows,)
-        wanted |= {role: _stacked(old) for role, old in (("diff", weights), ("diff_b", biases)) if role in found}
+        for role, old in (("diff", weights), ("diff_b", biases)):
+            if role in found:
+                shape = old[0] if len(set(old)) == 1 else None
+                wanted[role] = (count * shape[0], *shape[1:]) if shape else None
         return wanted
 
     def _has_shape(self, info: TensorInfo, shape: tuple[int, ...] | None) -> bool:
@@ -309,14 +313,13 @@ class _Fit:
 
     def _check_mixed_alpha(self) -> None:
         """One alpha for several ranks without a rank_pattern does not say what it is to be divided by."""
-        if not self._stated.says_alpha or self._stated.ranks:
+        if self._stated.ranks or (self._stated.alpha is None and not self._stated.alphas):
             return
         found = [group.found for group in self.modules.values() if "alpha" not in group.found]
         ranks = sorted({tensors["down"].shape[0] for tensors in found if "down" in tensors and tensors["down"].shape})
         if len(ranks) > 1:
             listed = ", ".join(map(str, ranks))
-            problem = f"one alpha for ranks {listed}, and no rank_pattern that says which is meant"
-            self.fault("ambiguous alpha", problem)
+            self.fault("ambiguous alpha", f"one alpha for ranks {listed}, and no rank_pattern that says which is meant")
 
 
 def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
@@ -327,21 +330,12 @@ def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
 
 
 def _scalar(info: TensorInfo, read: ReadTensor) -> float | None:
-    if info.dtype == "BF16":
-        value = struct.unpack("<f", b"\0\0" + read(info))[0]
-    elif info.dtype in _SCALARS:
-        value = struct.unpack(_SCALARS[info.dtype], read(info))[0]
-    else:
+    if info.dtype not in _SCALARS:
         return None
+    # A bfloat16 is the upper half of a float32.
+    data = b"\0\0" + read(info) if info.dtype == "BF16" else read(info)
+    (value,) = struct.unpack(_SCALARS[info.dtype], data)
     return float(value) if abs(value) <= MAX_ALPHA else None
-
-
-def _stacked(shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, ...] | None:
-    """The shape of equal tensors stacked by rows; None where one is missing or differs."""
-    first = shapes[0]
-    if not first or any(shape != first for shape in shapes):
-        return None
-    return (len(shapes) * first[0], *first[1:])
 
 
 def _misfit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:

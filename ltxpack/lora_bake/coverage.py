@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltxpack.lora_bake.adapter import LoraTarget, LoraUse
+from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.ltx23.lora_keys import linear_modules
 
 REPORT_FORMAT = 1
@@ -57,11 +57,8 @@ class BakeReport:
         """The short form for the terminal: one line a LoRA, and if ``verbose`` what changed most."""
         if not self.made:
             return (f"{self.path}: is there already, made from the same inputs",)
-        told = text_lines(self.document)
-        return (
-            f"{self.path}: baked",
-            *(f"  {line}" for line in told[: None if verbose else len(self.document["loras"])]),
-        )
+        shown = text_lines(self.document)[: None if verbose else len(self.document["loras"])]
+        return (f"{self.path}: baked", *(f"  {line}" for line in shown))
 
     def to_json(self) -> dict[str, Any]:
         """The report without its list of targets, which coverage.json holds."""
@@ -88,11 +85,12 @@ def build_report(
     name: str,
     loras: Sequence[LoraUse],
     stats: Iterable[TargetStat],
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
     arithmetic: Mapping[str, str],
 ) -> dict[str, Any]:
     """coverage.json as a document. ``arithmetic`` holds rule, kernel and device."""
     measured = {stat.name: stat for stat in stats}
+    changes = [stat.change for stat in measured.values() if stat.change is not None]
     places = [split_name(f"{module}.weight") for module in linear_modules(shapes)]
     blocks = {block for block, _ in places if block is not None}
     return {
@@ -103,7 +101,8 @@ def build_report(
         "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
         "changed_weights": sum(stat.changed for stat in measured.values()),
         "targeted_weights": sum(stat.elements for stat in measured.values()),
-        **_overall(measured.values()),
+        "median_change": _median(changes),
+        "largest_change": max(changes, default=None),
         "blocks": max(blocks, default=-1) + 1,
         "block_kinds": sorted({kind for block, kind in places if block is not None}),
         "kinds": _kinds(measured, shapes),
@@ -120,10 +119,12 @@ def text_lines(document: Mapping[str, Any]) -> tuple[str, ...]:
     """The report in a few lines."""
     lines = []
     for lora in document["loras"]:
-        ranks = ", ".join(sorted(lora["ranks"], key=int)) or "none"
+        ranks, scales = ", ".join(sorted(lora["ranks"], key=int)) or "none", lora["scales"]
+        others = f" and {lora['other_tensors']} other tensors" if lora["other_tensors"] else ""
+        span = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
         lines.append(
             f"{lora['name']} at {lora['strength']:g}: {lora['matched']} of {lora['total']} linears"
-            f"{_others(lora)}, rank {ranks}, scale {_span(lora['scales'])}"
+            f"{others}, rank {ranks}, scale {span}"
         )
     biggest = sorted(document["kinds"].items(), key=lambda item: (-item[1]["largest_change"], item[0]))[:3]
     if document["targets"]:
@@ -137,18 +138,15 @@ def text_lines(document: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def scale_of(target: LoraTarget, strength: float, rule: str) -> float:
-    """What multiplies B·A: strength·alpha/rank, or the strength alone under the official rule (spec 02, section 2)."""
-    return strength if rule == "official" else strength * target.factor
-
-
-def _lora(lora: LoraUse, shapes: Mapping[str, tuple[int, ...]], rule: str) -> dict[str, Any]:
+def _lora(lora: LoraUse, shapes: Shapes, rule: str) -> dict[str, Any]:
     record = lora.record(rule)
     linears = linear_modules(shapes)
     targets = lora.adapter.targets
     matched = {name for name in targets if name.removesuffix(".weight") in linears}
     ranks = Counter(target.rank for target in targets.values() if target.down is not None)
     alphas = {f"{target.alpha:g}" for target in targets.values() if target.alpha is not None}
+    totals = Counter(split_name(module)[1] for module in linears)
+    counts = Counter(split_name(name)[1] for name in matched)
     return {
         "name": record.name,
         "file": record.file,
@@ -166,27 +164,15 @@ def _lora(lora: LoraUse, shapes: Mapping[str, tuple[int, ...]], rule: str) -> di
         else [record.scale],
         "dora": len(lora.adapter.dora),
         "full_differences": sum(target.diff is not None for target in targets.values()),
-        "kinds": _matched_kinds(matched, linears),
+        "kinds": {kind: {"matched": counts[kind], "total": total} for kind, total in sorted(totals.items())},
     }
-
-
-def _matched_kinds(matched: Iterable[str], linears: Iterable[str]) -> dict[str, dict[str, int]]:
-    totals = Counter(split_name(module)[1] for module in linears)
-    counts = Counter(split_name(name)[1] for name in matched)
-    return {kind: {"matched": counts[kind], "total": total} for kind, total in sorted(totals.items())}
-
-
-def _overall(stats: Iterable[TargetStat]) -> dict[str, float | None]:
-    """Median and largest relative change over all targets that have one."""
-    changes = [stat.change for stat in stats if stat.change is not None]
-    return {"median_change": _median(changes), "largest_change": max(changes, default=None)}
 
 
 def _median(changes: Sequence[float]) -> float | None:
     return significant(statistics.median(changes)) if changes else None
 
 
-def _kinds(measured: Mapping[str, TargetStat], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+def _kinds(measured: Mapping[str, TargetStat], shapes: Shapes) -> dict[str, dict[str, Any]]:
     totals = Counter(split_name(name)[1] for name in shapes)
     groups: dict[str, list[TargetStat]] = {}
     for stat in measured.values():
@@ -211,14 +197,7 @@ def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str) -> dict[str, 
     for i, lora in enumerate(loras):
         target = lora.adapter.targets.get(stat.name)
         if target is not None:
-            scale = scale_of(target, lora.strength, rule)
+            # What multiplies B·A (spec 02, section 2).
+            scale = lora.strength if rule == "official" else lora.strength * target.factor
             terms.append({"lora": i, "rank": target.rank, "scale": scale})
     return {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}
-
-
-def _others(lora: Mapping[str, Any]) -> str:
-    return f" and {lora['other_tensors']} other tensors" if lora["other_tensors"] else ""
-
-
-def _span(scales: Sequence[float]) -> str:
-    return f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"

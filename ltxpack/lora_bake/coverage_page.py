@@ -204,14 +204,10 @@ def _percent(change: float | None) -> str:
 
 def _brief(change: float | None) -> str:
     """A change in percent without its sign, as short as a column is narrow."""
-    if change is None:
-        return "&infin;"
-    if change == 0:
-        return "0"
-    if change < 1e-4:
-        return "&lt;.01"
-    if change >= 10:
-        return "&gt;999"
+    if not change:
+        return "&infin;" if change is None else "0"
+    if not 1e-4 <= change < 10:
+        return "&lt;.01" if change < 1e-4 else "&gt;999"
     return f"{100 * change:.{2 if change < 0.01 else 1 if change < 0.1 else 0}f}"
 
 
@@ -241,18 +237,13 @@ def _head(view: CoverageView) -> Iterable[str]:
     changed, aimed, largest = (document[key] for key in ("changed_weights", "targeted_weights", "largest_change"))
     at = [key for key, target in view.targets.items() if target["change"] == largest and largest is not None]
     block, kind = split_name(at[0]) if at else (None, "")
+    place = name(kind if block is None else f"block {block}, {kind}")
+    share = f"{changed / aimed:.1%}" if aimed else "none"
     tiles = (
         (f"{view.reached:,} of {view.linears:,}", f"linears reached{_others(len(view.targets) - view.reached)}"),
-        (
-            f"{changed / aimed:.1%}" if aimed else "none",
-            f"of {aimed:,} targeted weights changed: {changed:,} in {document['changed_tensors']:,} tensors",
-        ),
+        (share, f"of {aimed:,} targeted weights changed: {changed:,} in {document['changed_tensors']:,} tensors"),
         (_percent(document["median_change"]), "median ‖ΔW‖ / ‖W‖ of the targets"),
-        (
-            _percent(largest),
-            "largest ‖ΔW‖ / ‖W‖<br>"
-            f'<span class="name mono">{name(kind if block is None else f"block {block}, {kind}")}</span>',
-        ),
+        (_percent(largest), f'largest ‖ΔW‖ / ‖W‖<br><span class="name mono">{place}</span>'),
     )
     yield f"<header>\n<p class=kicker>LoRA coverage</p>\n<h1 class=name>{name(document['bake'])}</h1>"
     yield (
@@ -392,10 +383,9 @@ def _cell(view: CoverageView, block: int, kind: str) -> str:
     terms = "; ".join(
         f"LoRA {term['lora'] + 1} rank {term['rank']} scale {term['scale']:g}" for term in target["terms"]
     )
-    figures = (
-        f"{'from zero' if change is None else f'{change:.2e}'}{beyond}, {_counts(target)} weights changed; {terms}"
-    )
-    return f'<td{f" class={look}" if look else ""}{_shade(change)} title="{text(key)}: {figures}">'
+    figure = "from zero" if change is None else f"{change:.2e}"
+    title = f"{text(key)}: {figure}{beyond}, {_counts(target)} weights changed; {terms}"
+    return f'<td{f" class={look}" if look else ""}{_shade(change)} title="{title}">'
 
 
 def _counts(target: Mapping[str, Any]) -> str:
@@ -464,7 +454,7 @@ def _left_out(view: CoverageView) -> Iterable[str]:
             shown = f"{module[: MAX_NAME // 2]} … {module[-MAX_NAME // 2 :]}" if long else module
             yield f'<li class="name mono">{name(shown)}</li>'
         yield "</ul>"
-        if len(modules) > MAX_LEFT_OUT:
-            rest = f"and {len(modules) - MAX_LEFT_OUT:,} more; coverage.json lists all {len(modules):,}"
-            yield f"<p class=quiet>{rest}</p>"
+        more = len(modules) - MAX_LEFT_OUT
+        if more > 0:
+            yield f"<p class=quiet>and {more:,} more; coverage.json lists all {len(modules):,}</p>"
         yield "</section>"

@@ -142,11 +142,8 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
         )
     path = overlay / lora.file.path
     if not path.is_file() or path.stat().st_size != lora.file.size:
-        raise OverlayError(
-            "is missing or has changed since the overlay was written",
-            file=path,
-            next=f"ltxpack verify {quoted(overlay)}",
-        )
+        problem = "is missing or has changed since the overlay was written"
+        raise OverlayError(problem, file=path, next=f"ltxpack verify {quoted(overlay)}")
     adapter = open_adapter(path, shapes, name=DISTILLED, allow_unmatched=options.allow_unmatched)
     return FoundLora(DISTILLED, adapter, own=lora)
 
@@ -160,9 +157,11 @@ def _locate(
         name = lora_name(path.name if path.is_dir() else path.stem)
     else:
         hub, info, member = _on_hub(text, path, reporter)
-        name = lora_name(_stem(PurePosixPath(member), info.repo))
-        config = str(PurePosixPath(member).with_name(PEFT_CONFIG))
-        is_peft = PurePosixPath(member).name == PEFT_WEIGHTS and config in info.files
+        place = PurePosixPath(member)
+        # A PEFT file is always called the same; the folder or repo it is in names it.
+        stem = place.parent.name or info.repo.rpartition("/")[2] if place.name == PEFT_WEIGHTS else place.stem
+        name, config = lora_name(stem), str(place.with_name(PEFT_CONFIG))
+        is_peft = place.name == PEFT_WEIGHTS and config in info.files
         if headers_only and not is_peft:
             head = parse_header(hub.header(info, member), info.files[member].size, f"{info.repo}/{member}")
             stated = peft.from_metadata(head.metadata, head.path)
@@ -203,13 +202,6 @@ def _member(info: RepoInfo, member: str | None, text: str) -> str:
     raise SourceError(problem, file=member or text, items=names, next=f"name one: {info.repo}/FILE")
 
 
-def _stem(member: PurePosixPath, repo: str) -> str:
-    """A PEFT file is always called the same; the folder or repo it is in names it."""
-    if member.name == PEFT_WEIGHTS:
-        return member.parent.name or repo.rpartition("/")[2]
-    return member.stem
-
-
 # The bytes
 
 
@@ -223,7 +215,8 @@ def scan(adapter: Adapter, reporter: Reporter) -> str:
 
     Raises AdapterError listing the tensors that hold NaN or infinity.
     """
-    parts, hasher, bad = list(_parts(adapter)), blake3(), {}
+    parts, hasher = list(_parts(adapter)), blake3()
+    bad: dict[str, None] = {}
     reporter.begin(f"read {adapter.path.name}", adapter.size, "B")
     # Through the page cache: the bake reads the factors again.
     with RangeReader([part for part, _ in parts], direct=False) as reader:

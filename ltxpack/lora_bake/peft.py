@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ltxpack.errors import AdapterError
-from ltxpack.files.tensorfile import parse_json, read_json
+from ltxpack.files.tensorfile import parse_json
 
 # Times the largest strength, which is as large, it still fits float32.
 MAX_ALPHA = 1e18
@@ -21,7 +21,6 @@ MAX_ALPHA = 1e18
 MAX_PATTERN = 512
 METADATA_KEY = "lora_adapter_metadata"
 
-_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 # Set to anything but off, these change what merging means or what base the adapter belongs to.
 _UNSUPPORTED = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora")
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq")
@@ -60,8 +59,6 @@ class Patterns(Generic[_Value]):
 
     def unused(self, modules: Iterable[tuple[str, str]]) -> list[str]:
         """The patterns that match none of ``modules``, given as (path, module)."""
-        if not self._entries:
-            return []
         used = {name for path, module in modules for name in _endings(path, module) if name in self._entries}
         return [pattern for name, (_, pattern, _) in self._entries.items() if name not in used]
 
@@ -88,11 +85,6 @@ class PeftConfig:
     ranks: Patterns[int] = field(default_factory=lambda: Patterns({}))
     alphas: Patterns[float] = field(default_factory=lambda: Patterns({}))
 
-    @property
-    def says_alpha(self) -> bool:
-        """Whether any alpha is given."""
-        return self.alpha is not None or bool(self.alphas)
-
     def factor(self, alpha: float | None, rank: int) -> float:
         """What strength is multiplied by: alpha/rank, alpha/sqrt(rank) with rslora, 1 without alpha."""
         if alpha is None:
@@ -103,17 +95,11 @@ class PeftConfig:
         """A sentence for each field with patterns that match none of ``modules``, given as (path, module)."""
         modules, sentences = list(modules), []
         for patterns in (self.ranks, self.alphas):
-            unused = patterns.unused(modules)
-            if unused:
+            if patterns and (unused := patterns.unused(modules)):
                 shown = ", ".join(unused[:5]) + (" …" if len(unused) > 5 else "")
                 count = f"{len(unused)} pattern{'' if len(unused) == 1 else 's'}"
                 sentences.append(f"{patterns.name} has {count} matching none of its modules: {shown}")
         return sentences
-
-
-def from_config_file(path: Path) -> PeftConfig:
-    """The fields of a PEFT ``adapter_config.json``. Raises AdapterError, FormatError or SourceError."""
-    return from_document(read_json(path), path)
 
 
 def from_metadata(metadata: Mapping[str, str], path: Path) -> PeftConfig:
@@ -133,20 +119,15 @@ def from_document(document: Any, path: Path) -> PeftConfig:
     if not isinstance(document, dict):
         raise AdapterError("adapter configuration is not a JSON object", file=path)
     _refuse_other_methods(document, path)
-    values = {name: document.get(name) for name in _FIELDS}
-    rslora = values["use_rslora"]
+    rank, alpha, rslora = (document.get(name) for name in ("r", "lora_alpha", "use_rslora"))
     if rslora not in (None, True, False):
         raise AdapterError("use_rslora is not true or false", file=path, found=rslora)
-    ranks = _table(values["rank_pattern"], "rank_pattern", path)
-    alphas = _table(values["alpha_pattern"], "alpha_pattern", path)
     return PeftConfig(
-        rank=None if values["r"] is None else _rank(values["r"], "r", path),
-        alpha=None if values["lora_alpha"] is None else _number(values["lora_alpha"], "lora_alpha", path),
+        rank=None if rank is None else _rank(rank, "r", path),
+        alpha=None if alpha is None else _number(alpha, "lora_alpha", path),
         rslora=bool(rslora),
-        ranks=Patterns({p: _rank(value, "rank_pattern", path) for p, value in ranks.items()}, "rank_pattern", path),
-        alphas=Patterns(
-            {p: _number(value, "alpha_pattern", path) for p, value in alphas.items()}, "alpha_pattern", path
-        ),
+        ranks=_patterns(document, "rank_pattern", _rank, path),
+        alphas=_patterns(document, "alpha_pattern", _number, path),
     )
 
 
@@ -159,19 +140,15 @@ def _refuse_other_methods(document: Mapping[str, Any], path: Path) -> None:
         raise AdapterError("uses what cannot be merged exactly", file=path, items=wrong)
     start = document.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASE):
-        raise AdapterError(
-            "belongs to a base changed by its initialisation, not to this one",
-            file=path,
-            found=f"init_lora_weights {start}",
-            next="save it converted to a plain LoRA (PEFT: path_initial_model_for_weight_conversion)",
-        )
+        problem = "belongs to a base changed by its initialisation, not to this one"
+        advice = "save it converted to a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        raise AdapterError(problem, file=path, found=f"init_lora_weights {start}", next=advice)
 
 
 def _number(value: object, name: str, path: Path) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
-        raise AdapterError(
-            f"{name} is not a finite number", file=path, expected=f"one of at most {MAX_ALPHA:g}", found=value
-        )
+        wanted = f"one of at most {MAX_ALPHA:g}"
+        raise AdapterError(f"{name} is not a finite number", file=path, expected=wanted, found=value)
     return float(value)
 
 
@@ -181,9 +158,10 @@ def _rank(value: object, name: str, path: Path) -> int:
     return value
 
 
-def _table(value: object, name: str, path: Path) -> Mapping[str, object]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise AdapterError(f"{name} is not an object", file=path, found=type(value).__name__)
-    return value
+def _patterns(
+    document: Mapping[str, Any], name: str, read: Callable[[object, str, Path], _Value], path: Path
+) -> Patterns[_Value]:
+    table = {} if document.get(name) is None else document[name]
+    if not isinstance(table, dict):
+        raise AdapterError(f"{name} is not an object", file=path, found=type(table).__name__)
+    return Patterns({pattern: read(value, name, path) for pattern, value in table.items()}, name, path)

@@ -20,14 +20,14 @@ from blake3 import blake3
 
 from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.files.reader import Range
-from ltxpack.files.tensorfile import MAX_INDEX_BYTES, TensorFile, TensorInfo, read_tensorfile
+from ltxpack.files.tensorfile import MAX_INDEX_BYTES, TensorFile, read_tensorfile
 from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES, Bake, BakedLora, FileRecord, Manifest, changed_file
 from ltxpack.repack.items import Item, LinkFile, WriteBytes, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER
-from ltxpack.repack.tensors import Buffer, ShardEntry, TensorSpec, stored_tensor
+from ltxpack.repack.tensors import Buffer, ShardEntry, stored_tensor
 
 RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
@@ -66,9 +66,8 @@ class BakeOptions:
         flags = [f"--strength {format_strength(strength)}" for strength in wanted.strengths]
         flags += [f"--lora {quoted(wanted.lora)}"] if wanted.lora is not None else []
         flags += [f"--add {quoted(f'{file}={format_strength(strength)}')}" for file, strength in wanted.added]
-        flags += [f"--rule {wanted.rule}"] if wanted.rule != "fp32" else []
-        flags += [f"--name {quoted(wanted.name)}"] if wanted.name is not None else []
-        flags += [f"--device {wanted.device}"] if wanted.device != "auto" else []
+        named = (("--rule", wanted.rule, "fp32"), ("--name", wanted.name, None), ("--device", wanted.device, "auto"))
+        flags += [f"{flag} {quoted(value)}" for flag, value, default in named if value is not None and value != default]
         flags += [flag for flag, on in (("--allow-unmatched", wanted.allow_unmatched), ("--force", wanted.force)) if on]
         return " ".join(["ltxpack bake-lora", quoted(wanted.overlay), *flags])
 
@@ -102,12 +101,8 @@ def format_strength(strength: float) -> str:
 def check_strength(strength: float) -> float:
     """``strength`` if the sums, which are float32, can use it. Raises UsageError."""
     if not abs(strength) <= MAX_STRENGTH:
-        raise UsageError(
-            "a strength must be a finite number",
-            expected=f"one of at most {MAX_STRENGTH:g}",
-            found=strength,
-            next="choose another, such as 0.5",
-        )
+        most, advice = f"one of at most {MAX_STRENGTH:g}", "choose another, such as 0.5"
+        raise UsageError("a strength must be a finite number", expected=most, found=strength, next=advice)
     return 0.0 if strength == 0 else strength
 
 
@@ -140,11 +135,8 @@ def check_bake_name(name: str) -> str:
     """``name`` if a bake may have it. Raises UsageError."""
     if not BAKE_NAME.fullmatch(name) or name in RESERVED_BAKE_NAMES or len(name) > MAX_NAME_LENGTH:
         reserved = ", ".join(sorted(RESERVED_BAKE_NAMES))
-        raise UsageError(
-            "is not a name for a bake",
-            file=name,
-            expected=f"letters, digits, . _ + - ({MAX_NAME_LENGTH} at most), and not {reserved}",
-        )
+        allowed = f"letters, digits, . _ + - ({MAX_NAME_LENGTH} at most), and not {reserved}"
+        raise UsageError("is not a name for a bake", file=name, expected=allowed)
     return name
 
 
@@ -179,9 +171,8 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
     Raises OverlayError for anything that is not as the manifest says.
     """
     if TRANSFORMER not in manifest.components:
-        raise OverlayError(
-            "holds no transformer", file=overlay, next=f"ltxpack materialize SOURCE {quoted(overlay)} --force"
-        )
+        advice = f"ltxpack materialize SOURCE {quoted(overlay)} --force"
+        raise OverlayError("holds no transformer", file=overlay, next=advice)
     shards: list[BaseShard] = []
     small: dict[str, bytes] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -212,14 +203,11 @@ def _small_file(path: Path, record: FileRecord) -> bytes:
 def _check_tensors(shard: BaseShard, known: Mapping[str, object], overlay: Path) -> None:
     for name, info in shard.file.tensors.items():
         if name in known:
-            raise OverlayError(
-                "is in two shards", file=shard.file.path, tensor=name, next=f"ltxpack verify {quoted(overlay)}"
-            )
+            advice = f"ltxpack verify {quoted(overlay)}"
+            raise OverlayError("is in two shards", file=shard.file.path, tensor=name, next=advice)
         if info.dtype not in WEIGHT_DTYPES:
-            raise OverlayError(
-                "has a dtype no LoRA is baked into", file=shard.file.path, tensor=name,
-                expected=" or ".join(WEIGHT_DTYPES), found=info.dtype,
-            )  # fmt: skip
+            problem, usable = "has a dtype no LoRA is baked into", " or ".join(WEIGHT_DTYPES)
+            raise OverlayError(problem, file=shard.file.path, tensor=name, expected=usable, found=info.dtype)
 
 
 def refuse_links(overlay: Path, folders: Iterable[Path]) -> None:
@@ -372,11 +360,9 @@ class BakePlan:
         """The base's tensors in the base's order; each that is touched comes from a FusedTensor."""
         source = shard.file.path
         for info in shard.file.tensors.values():
-            yield self._fused(info, source) if info.name in self.touched else stored_tensor(info.name, info, source)
-
-    def _fused(self, info: TensorInfo, source: Path) -> ShardEntry:
-        spec = TensorSpec(info.name, info.dtype, info.shape)
-        return ShardEntry((spec,), FusedTensor(Range(source, info.start, info.nbytes)))
+            entry = stored_tensor(info.name, info, source)
+            fused = FusedTensor(Range(source, info.start, info.nbytes))
+            yield dataclasses.replace(entry, producer=fused) if info.name in self.touched else entry
 
     def _provenance(self, shard: BaseShard) -> dict[str, str]:
         loras = [{"name": lora.name, "blake3": lora.blake3, "strength": lora.strength} for lora in self.recorded]

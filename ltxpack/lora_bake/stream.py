@@ -321,7 +321,7 @@ class _Fusing:
     def _write_fused(self, info: TensorInfo, batch: Sequence[int], made: Sequence[Future[list[Fused]]]) -> None:
         for chunk in made:
             for i, fused in zip(batch, chunk.result(), strict=True):
-                self._write([i], _bytes(fused.weight))
+                self._write([i], fused.weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 self._outputs[i].measure(info.name, fused)
                 if not fused.finite:
                     self.overflow[info.name] = None
@@ -390,17 +390,9 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _bytes(values: torch.Tensor) -> memoryview:
-    flat = values.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
 def _refuse_overflow(names: Mapping[str, None], shard: BaseShard) -> None:
     if names:
-        dtypes = {shard.file.tensors[name].dtype for name in names}
-        raise AdapterError(
-            f"the result is beyond {', '.join(sorted(dtypes))} in {len(names)} weights: the strength is too high, "
-            "or the LoRA is damaged",
-            file=shard.record.path,
-            items=list(names),
-        )
+        beyond = ", ".join(sorted({shard.file.tensors[name].dtype for name in names}))
+        cause = "the strength is too high, or the LoRA is damaged"
+        problem = f"the result is beyond {beyond} in {len(names)} weights: {cause}"
+        raise AdapterError(problem, file=shard.record.path, items=list(names))
