@@ -36,7 +36,6 @@ COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
 # Row chunks per read, by kernel: so much is in memory at once. Chunks of two reads are under way together.
 CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1}
-# Each has memory of its own for sums.
 MOST_WORKERS = 4
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -137,8 +136,9 @@ class Engine:
         self.whole = arithmetic.kernel == "official"
         self.chunks = CHUNKS_PER_READ[arithmetic.kernel]
         workers = 2 if self.whole else min(MOST_WORKERS, usable_cores())
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="ltxpack-fuse")
-        self.per_thread = threading.local()
+        # Each thread's memory for sums.
+        self.own = threading.local()
+        self.pool = ThreadPoolExecutor(workers, "ltxpack-fuse", lambda: setattr(self.own, "sums", Workspace()))
         # While the results of one read are written, those of the next are made.
         self.results = [[Workspace() for _ in range(self.chunks)] for _ in range(2)]
         self._settings = contextlib.nullcontext() if self.whole else _exact_sums(arithmetic.device)
@@ -226,13 +226,6 @@ class Engine:
             group = chunks[i : i + self.chunks]
             yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
 
-    def workspace(self) -> Workspace:
-        """The calling thread's memory for sums."""
-        if not hasattr(self.per_thread, "sums"):
-            self.per_thread.sums = Workspace()
-        sums: Workspace = self.per_thread.sums
-        return sums
-
     def load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
         """Every adapter's term for a weight, ready for the kernel; each in its workspace."""
         device, kernel = self.arithmetic.device, self.arithmetic.kernel
@@ -314,7 +307,7 @@ class _Fusing:
             first, last = step.chunks[slot]
             part = weight[first - start : last - start].to(engine.arithmetic.device)
             cut = [term.rows(first, last) for term in present.values()]
-            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.workspace(), results[slot])
+            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.own.sums, results[slot])
 
         return [engine.pool.submit(rows, slot) for slot in range(len(step.chunks))]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ltxpack.lora_bake.fuse import Term, fuse_rows
@@ -91,11 +92,8 @@ def dotted(
 def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
     """A safetensors file; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        path,
-        metadata or {"format": "pt"},
-    )
+    own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(own, path, metadata or {"format": "pt"})
     return path
 
 
@@ -132,6 +130,31 @@ def record(folder: Path, path: Path) -> FileRecord:
     """How a manifest lists ``path``."""
     data = path.read_bytes()
     return FileRecord(path.relative_to(folder).as_posix(), len(data), blake3(data).hexdigest())
+
+
+def change_byte(path: Path, at: int = -1, mask: int = 1) -> None:
+    """Damage the file at ``path``; again, and it is whole."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= mask
+    path.write_bytes(data)
+
+
+def goldens(folder: Path) -> list[tuple[Path, list[tuple[Path, float]]]]:
+    """Each recorded fuse, and what its metadata says it was made of: LoRA file and strength, in order."""
+    files = sorted(folder.glob("*.safetensors"))
+    distilled = next(path for path in files if "distilled-lora" in path.name)
+    found: list[tuple[Path, list[tuple[Path, float]]]] = []
+    for file in (*sorted(folder.glob("golden/lora_fused_*")), *sorted(folder.glob("golden/lora_stacked_*"))):
+        with safe_open(file, "pt") as opened:
+            stated = dict(opened.metadata())
+        if "strength" in stated:
+            found.append((file, [(distilled, float(stated["strength"]))]))
+            continue
+        assert json.loads(stated["order"]) == "style then distilled"
+        style = next(path for path in files if path.name.startswith("style-lora"))
+        found.append((file, [(style, float(stated["style"])), (distilled, float(stated["distilled"]))]))
+    assert len(found) >= 3
+    return found
 
 
 def tree_bytes(folder: Path) -> dict[str, bytes]:

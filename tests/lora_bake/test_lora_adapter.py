@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from lora_support import (
     Factors,
     dotted,
@@ -223,12 +224,10 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
     del tensors[f"{root}.to_q.lora_B.weight"]
     tensors[f"{root}.to_k.lora_A.weight"] = torch.zeros(RANK, 7)
     tensors[f"{root}.to_v.lora_A.weight"] = torch.zeros(RANK + 1, 32)
-    tensors["diffusion_model.transformer_blocks.99.attn1.to_q.lora_A.weight"] = torch.zeros(4, 32)
-    tensors["diffusion_model.transformer_blocks.99.attn1.to_q.lora_B.weight"] = torch.zeros(32, 4)
-    tensors["diffusion_model.transformer_blocks.0.attn1.to_q.hada_w1_a"] = torch.zeros(4)
-    tensors["diffusion_model.video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q.lora_A.weight"] = (
-        torch.zeros(4, 4)
-    )
+    connector = "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q"
+    for key in ("transformer_blocks.99.attn1.to_q.lora_A.weight", "transformer_blocks.99.attn1.to_q.lora_B.weight",
+                "transformer_blocks.0.attn1.to_q.hada_w1_a", f"{connector}.lora_A.weight"):  # fmt: skip
+        tensors[f"diffusion_model.{key}"] = torch.zeros(4, 4)
     error = refused(save(tmp_path / "x.safetensors", tensors), "does not fit this transformer")
     for part in ("1 half pair", "1 shape mismatch", "1 rank mismatch", "1 unmatched target", "1 unknown key",
                  "1 target outside the transformer"):  # fmt: skip
@@ -265,14 +264,19 @@ def test_same_names_but_other_widths_is_another_model(tmp_path: Path) -> None:
     assert len(error.items) == len(factors)
 
 
-def test_text_path_only(tmp_path: Path) -> None:
-    key = "text_embedding_projection.video_aggregate_embed"
-    tensors = {f"{key}.lora_A.weight": torch.zeros(4, 4), f"{key}.lora_B.weight": torch.zeros(4, 4)}
-    refused(save(tmp_path / "x.safetensors", tensors), "changes only the text path")
+TEXT_PATH = {f"text_embedding_projection.video_aggregate_embed.lora_{c}.weight": torch.zeros(4, 4) for c in "AB"}
+INTEGERS = {key: tensor.to(torch.int8) for key, tensor in official_keys(low_rank(MODULES[:2])).items()}
+UNUSABLE = [(TEXT_PATH, "changes only the text path"), ({"weight": torch.zeros(2)}, "holds no LoRA"),
+            (INTEGERS, "2 unusable dtypes")]  # fmt: skip
+UNUSABLE += [
+    (official_keys(FACTORS) | alphas(official_root, MODULES[:1], value), "1 unreadable alpha")
+    for value in (math.nan, math.inf, 1e19)
+]
 
 
-def test_no_lora_at_all(tmp_path: Path) -> None:
-    refused(save(tmp_path / "x.safetensors", {"weight": torch.zeros(2)}), "holds no LoRA")
+@pytest.mark.parametrize(("tensors", "match"), UNUSABLE)
+def test_what_is_no_usable_lora(tensors: dict[str, torch.Tensor], match: str, tmp_path: Path) -> None:
+    refused(save(tmp_path / "x.safetensors", tensors), match)
 
 
 @pytest.mark.parametrize(
@@ -308,17 +312,6 @@ def test_a_fused_projection_of_the_wrong_height_is_refused(tmp_path: Path) -> No
     refused(save(tmp_path / "y.safetensors", tensors), "no shape agrees")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e19])
-def test_an_alpha_that_no_sum_can_use(value: float, tmp_path: Path) -> None:
-    tensors = official_keys(FACTORS) | alphas(official_root, MODULES[:1], value)
-    refused(save(tmp_path / "x.safetensors", tensors), "1 unreadable alpha")
-
-
-def test_integer_factors_are_refused(tmp_path: Path) -> None:
-    tensors = {key: tensor.to(torch.int8) for key, tensor in official_keys(low_rank(MODULES[:2])).items()}
-    refused(save(tmp_path / "x.safetensors", tensors), "2 unusable dtypes")
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
 def test_other_float_dtypes_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
     module = f"{ATTENTION}.to_q"
@@ -336,14 +329,11 @@ def peft(folder: Path, factors: Factors, **values: object) -> Path:
     return folder
 
 
-def mixed_ranks() -> Factors:
-    return low_rank(MODULES[:2], 4) | low_rank(MODULES[2:4], 8)
-
-
 def test_one_alpha_for_mixed_ranks_is_ambiguous(tmp_path: Path) -> None:
-    refused(peft(tmp_path / "a", mixed_ranks()), "1 ambiguous alpha")
-    open_adapter(peft(tmp_path / "b", mixed_ranks(), rank_pattern=dict.fromkeys(MODULES[2:4], 8)), shapes())
-    open_adapter(save(tmp_path / "c.safetensors", official_keys(mixed_ranks())), shapes())
+    mixed = low_rank(MODULES[:2], 4) | low_rank(MODULES[2:4], 8)
+    refused(peft(tmp_path / "a", mixed), "1 ambiguous alpha")
+    open_adapter(peft(tmp_path / "b", mixed, rank_pattern=dict.fromkeys(MODULES[2:4], 8)), shapes())
+    open_adapter(save(tmp_path / "c.safetensors", official_keys(mixed)), shapes())
 
 
 def test_a_stated_rank_must_be_the_rank(tmp_path: Path) -> None:
@@ -399,8 +389,6 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
 
 
 def test_scan_hashes_the_file_and_its_configuration(tmp_path: Path) -> None:
-    from blake3 import blake3
-
     path = save(tmp_path / "x.safetensors", official_keys(FACTORS))
     adapter = open_adapter(path, shapes())
     assert scan(adapter, SilentReporter()) == blake3(path.read_bytes()).hexdigest() == hash_adapter(path, None)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lora_support import fuse_fp32
-from safetensors import safe_open
+from lora_support import fuse_fp32, goldens
 from support import load
 
 from ltxpack.lora_bake import fuse
@@ -61,27 +59,12 @@ def golden_term(lora: dict[str, torch.Tensor], name: str) -> Term | None:
     return Term(1.0, lora[f"{key}.lora_A.weight"], lora[f"{key}.lora_B.weight"])
 
 
-def golden_loras(folder: Path, metadata: dict[str, str]) -> list[tuple[Path, float]]:
-    """Which LoRAs a golden file holds, in order of application, from what its metadata says."""
-    distilled = next(path for path in folder.glob("*.safetensors") if "distilled-lora" in path.name)
-    if "strength" in metadata:
-        return [(distilled, float(metadata["strength"]))]
-    user = next(path for path in folder.glob("*.safetensors") if path.name.startswith("style-lora"))
-    assert json.loads(metadata["order"]) == "style then distilled"
-    return [(user, float(metadata["style"])), (distilled, float(metadata["distilled"]))]
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_official_rule_is_bit_equal_to_every_golden(golden: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     checkpoint = load(next(path for path in golden.glob("*.safetensors") if path.name.endswith("-dev.safetensors")))
-    files = sorted((golden / "golden").glob("lora_fused_*")) + sorted((golden / "golden").glob("lora_stacked_*"))
-    assert len(files) >= 3
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            metadata = dict(opened.metadata())
-        loras = [(load(path), strength) for path, strength in golden_loras(golden, metadata)]
-        fused = 0
+    for file, used in goldens(golden):
+        loras, fused = [(load(path), strength) for path, strength in used], 0
         for name, expected in load(file).items():
             terms = [(golden_term(lora, name), strength) for lora, strength in loras]
             present = [(term, strength) for term, strength in terms if term is not None]
@@ -169,20 +152,12 @@ def test_several_strengths_at_once_give_what_each_gives_alone(kernel: str) -> No
     weight, terms = matrix(64, 96), [factors(64, 96, 8, 1)]
     if kernel != "addmm":
         terms.append(factors(64, 96, 4, 2))
-    strengths = [[0.25, 0.8], [1.0, 0.8], [0.7, -0.1]]
-    strengths = [row[: len(terms)] for row in strengths]
+    strengths = [row[: len(terms)] for row in ([0.25, 0.8], [1.0, 0.8], [0.7, -0.1])]
     together = fuse_rows(weight, [term.prepared(kernel, fuse.Workspace()) for term in terms], strengths, kernel)
     for row, found in zip(strengths, together, strict=True):
         [alone] = fuse_rows(weight, terms, [row], kernel)
-        assert _same(found, alone)
-
-
-def _same(found: fuse.Fused, alone: fuse.Fused) -> bool:
-    return (
-        torch.equal(found.weight, alone.weight)
-        and found.changed == alone.changed
-        and math.isclose(found.delta_square, alone.delta_square, rel_tol=1e-6)
-    )
+        assert torch.equal(found.weight, alone.weight) and found.changed == alone.changed
+        assert math.isclose(found.delta_square, alone.delta_square, rel_tol=1e-6)
 
 
 def test_order_of_loras_is_kept() -> None:
@@ -241,11 +216,11 @@ def test_uneven_factors_do_not_overflow_the_norm() -> None:
     assert even.delta_square == pytest.approx(exact, rel=2e-2)
 
 
-def test_row_chunks_add_up_to_the_whole(kernel: str = "addmm") -> None:
+def test_row_chunks_add_up_to_the_whole() -> None:
     weight, term = matrix(64, 96), factors(64, 96, 8)
-    [whole] = fuse_rows(weight, [term], [[0.7]], kernel)
-    ready = term.prepared(kernel, fuse.Workspace())
-    parts = [fuse_rows(weight[a : a + 16], [ready.rows(a, a + 16)], [[0.7]], kernel)[0] for a in range(0, 64, 16)]
+    [whole] = fuse_rows(weight, [term], [[0.7]], "addmm")
+    ready = term.prepared("addmm", fuse.Workspace())
+    parts = [fuse_rows(weight[a : a + 16], [ready.rows(a, a + 16)], [[0.7]], "addmm")[0] for a in range(0, 64, 16)]
     assert torch.equal(torch.cat([part.weight for part in parts]), whole.weight)
     assert sum(part.delta_square for part in parts) == pytest.approx(whole.delta_square)
     assert sum(part.base_square for part in parts) == pytest.approx(whole.base_square)
@@ -269,14 +244,13 @@ def test_row_chunks_cover_every_row_once(shape: tuple[int, ...]) -> None:
 
 
 def test_the_kernel_is_chosen_by_what_is_exact_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda: True)
-    assert choose_kernel("fp32", 1, True, "cpu") == "addmm"
-    assert choose_kernel("fp32", 2, True, "cpu") == "fp32"
-    assert choose_kernel("fp32", 1, False, "cuda") == "fp32"
-    assert choose_kernel("official", 1, True, "cpu") == "official"
-    monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda: False)
-    assert choose_kernel("fp32", 1, True, "cpu") == "fp32"
-    assert choose_kernel("fp32", 1, True, "cuda") == "addmm"
+    for unit, rule, loras, plain, device, kernel in (
+        (True, "fp32", 1, True, "cpu", "addmm"), (True, "fp32", 2, True, "cpu", "fp32"),
+        (True, "fp32", 1, False, "cuda", "fp32"), (True, "official", 1, True, "cpu", "official"),
+        (False, "fp32", 1, True, "cpu", "fp32"), (False, "fp32", 1, True, "cuda", "addmm"),
+    ):  # fmt: skip
+        monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda unit=unit: unit)
+        assert choose_kernel(rule, loras, plain, device) == kernel
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,11 @@ from ltxpack.reporter import SilentReporter
 
 SHAPES = shapes()
 MODULES = [module for module in linears() if "blocks.0.attn1" in module]
-PREFIXES = [
-    "diffusion_model.",
-    "transformer.",
-    "base_model.model.",
-    "lora_unet_",
-    "",
-    "model.",
-    "diffusion_model.diffusion_model.",
-]
+PREFIXES = ["diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "", "model.",
+            "diffusion_model.diffusion_model."]  # fmt: skip
+WRAPPED = "base_model.model.transformer_blocks.0.attn1.to_q"
+PAIR = {f"{WRAPPED}.lora_A.weight": ("F32", [4, 32]), f"{WRAPPED}.lora_B.weight": ("F32", [32, 4])}
+FIELDS = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "init_lora_weights"]
 ENDINGS = ["lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "diff",
            "diff_b", "lora_magnitude_vector.default.weight", "lora_A.x.weight", "lora_mid.weight", ""]  # fmt: skip
 
@@ -53,9 +50,7 @@ def write(path: Path, entries: dict[str, tuple[str, list[int]]], metadata: dict[
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     end = 0
     for name, (dtype, shape) in entries.items():
-        bits = DTYPE_BITS[dtype]
-        for dim in shape:
-            bits *= dim
+        bits = math.prod((DTYPE_BITS[dtype], *shape))
         if bits % 8 or name == "__metadata__":
             return False
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + bits // 8]}
@@ -100,20 +95,11 @@ configurations = st.recursive(
 
 
 @settings(max_examples=200, deadline=1000)
-@given(
-    st.dictionaries(
-        st.sampled_from(
-            ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "init_lora_weights"]
-        ),
-        configurations,
-    )
-)
+@given(st.dictionaries(st.sampled_from(FIELDS), configurations))
 def test_any_configuration_is_used_or_refused(document: dict[str, object]) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        module = "base_model.model.transformer_blocks.0.attn1.to_q"
-        entries = {f"{module}.lora_A.weight": ("F32", [4, 32]), f"{module}.lora_B.weight": ("F32", [32, 4])}
-        write(folder / "adapter_model.safetensors", entries, {})
+        write(folder / "adapter_model.safetensors", PAIR, {})
         (folder / "adapter_config.json").write_text(json.dumps(document))
         try:
             adapter = open_adapter(folder, SHAPES)
@@ -128,9 +114,7 @@ def test_links_out_of_a_peft_folder_are_read_but_never_written(where: str, tmp_p
     real, folder = tmp_path / "blobs", tmp_path / "snapshot"
     real.mkdir()
     folder.mkdir()
-    module = "base_model.model.transformer_blocks.0.attn1.to_q"
-    entries = {f"{module}.lora_A.weight": ("F32", [4, 32]), f"{module}.lora_B.weight": ("F32", [32, 4])}
-    write(real / "a", entries, {})
+    write(real / "a", PAIR, {})
     (real / "b").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
     for name, blob in (("adapter_model.safetensors", "a"), ("adapter_config.json", "b")):
         (folder / name).symlink_to(real / blob)
@@ -141,8 +125,6 @@ def test_links_out_of_a_peft_folder_are_read_but_never_written(where: str, tmp_p
 
 
 def test_ten_thousand_foreign_targets_are_judged_in_time(tmp_path: Path) -> None:
-    import time
-
     entries = {
         f"diffusion_model.blocks.{i}.attn.lora_{letter}.weight": ("BF16", [1, 1])
         for i in range(10_000)

@@ -6,7 +6,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, tree_bytes
+from lora_support import (
+    change_byte,
+    linears,
+    low_rank,
+    make_overlay,
+    official_keys,
+    random_weights,
+    save,
+    tree_bytes,
+)
 from support import ltxpack, refused
 
 from ltxpack.errors import OverlayError, SourceError
@@ -45,21 +54,15 @@ def spoil(path: Path) -> None:
         path.unlink()
         path.write_bytes(b"not a link")
     else:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 255
-        path.write_bytes(data)
+        change_byte(path, path.stat().st_size // 2, 255)
 
 
-def test_a_bake_is_made_again_whichever_file_is_damaged(overlay: Path) -> None:
+def test_a_bake_is_made_again_whichever_file_is_damaged_and_if_all_are_gone(overlay: Path) -> None:
     whole = tree_bytes(overlay)
     for path in files(overlay, PLAIN):
         spoil(path)
         assert restore(overlay, SILENT) == []
         assert tree_bytes(overlay) == whole, path.name
-
-
-def test_a_bake_whose_files_are_all_gone_is_made_again(overlay: Path) -> None:
-    whole = tree_bytes(overlay)
     for path in files(overlay, PLAIN):
         path.unlink()
     assert restore(overlay, SILENT) == []
@@ -126,13 +129,10 @@ def test_a_changed_base_makes_no_bake(overlay: Path) -> None:
     spoil(shard)
     spoil(overlay / "transformer" / shard.name)
     before = tree_bytes(overlay)
+    own_files = {lora.file.blake3: overlay / lora.file.path for lora in read_manifest(overlay).loras}
     with pytest.raises(OverlayError, match="has changed"):
-        remake(overlay, PLAIN, own_files(overlay), SILENT)
-    for path in ("bakes", "transformer", "ltxpack.json"):
-        assert {n: d for n, d in tree_bytes(overlay).items() if n.startswith(path)} == {
-            n: d for n, d in before.items() if n.startswith(path)
-        }
-
-
-def own_files(overlay: Path) -> dict[str, Path]:
-    return {lora.file.blake3: overlay / lora.file.path for lora in read_manifest(overlay).loras}
+        remake(overlay, PLAIN, own_files, SILENT)
+    after, ours = tree_bytes(overlay), ("bakes", "transformer", "ltxpack.json")
+    assert {n: d for n, d in after.items() if n.startswith(ours)} == {
+        n: d for n, d in before.items() if n.startswith(ours)
+    }

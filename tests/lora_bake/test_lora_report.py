@@ -57,9 +57,7 @@ def test_matched_ranks_and_scales(baked: tuple[Path, BakeReport]) -> None:
 def test_figures_agree_with_the_weights(baked: tuple[Path, BakeReport]) -> None:
     folder, _ = baked
     document = document_of(folder)
-    found: dict[str, torch.Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load(path)
+    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load(path).items()}
     changed = {name: int((found[name] != BASE[name]).sum()) for name in BASE}
     assert document["changed_weights"] == sum(changed.values())
     assert document["changed_tensors"] == sum(count > 0 for count in changed.values())
@@ -98,14 +96,8 @@ def test_median_and_largest_change_are_those_of_all_targets(baked: tuple[Path, B
 
 def test_the_lines_for_the_terminal(baked: tuple[Path, BakeReport]) -> None:
     lines = "\n".join(baked[1].lines())
-    for part in (
-        "130 of 130 linears",
-        f"{len(STYLE)} of 130 linears",
-        "rank 4",
-        "scale 0.8",
-        "rule fp32",
-        "kernel fp32",
-    ):
+    matched = ("130 of 130 linears", f"{len(STYLE)} of 130 linears")
+    for part in (*matched, "rank 4", "scale 0.8", "rule fp32", "kernel fp32"):
         assert part in lines
 
 
@@ -149,24 +141,7 @@ def test_the_page_stands_alone(baked: tuple[Path, BakeReport]) -> None:
     assert not [name for name, _ in page.attributes if name in ("src", "href") or name.startswith("on")]
     assert b"http" not in data and b"url(" not in data and b"@import" not in data
     assert baked[1].name in page.text and "130 of 130 linears" in page.text
-
-
-def test_the_map_has_a_cell_for_every_block_and_kind(baked: tuple[Path, BakeReport]) -> None:
-    page = parsed((baked[0] / "coverage.html").read_bytes())
-    titles = [value for name, value in page.attributes if name == "title"]
-    assert len(titles) == 3 * 34
-    for module in linears():
-        if module.startswith("transformer_blocks."):
-            assert sum(title.startswith(f"{module}.weight: ") for title in titles) == 1
-    assert "proj_in.weight" in page.text
-
-
-def test_untouched_cells_are_marked(tmp_path: Path) -> None:
-    block = [module for module in linears() if module.startswith("transformer_blocks.1.ff.")]
-    overlay = make_overlay(tmp_path / "out", BASE, shards=3, distilled=official_keys(low_rank(block)))
-    [made] = bake(BakeOptions(overlay, (1.0,)), SilentReporter())
-    titles = [v for n, v in parsed((overlay / made.path / "coverage.html").read_bytes()).attributes if n == "title"]
-    assert sum("not touched" in title for title in titles) == 3 * 34 - len(block)
+    assert "proj_in.weight" in page.text and len(page.titles) == 3 * 34
 
 
 def test_reports_are_the_same_bytes_every_time(baked: tuple[Path, BakeReport], tmp_path: Path) -> None:

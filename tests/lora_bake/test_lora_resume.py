@@ -58,6 +58,27 @@ def start(folder: Path) -> Path:
     return overlay
 
 
+@pytest.fixture
+def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """From now on no bake fuses more than so many shards: then it raises. None: no limit. Returns the shards' names."""
+    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
+    real = engine.fuse_shard
+
+    def limit(count: int | None, error: BaseException | None = None) -> list[str]:
+        fused: list[str] = []
+
+        def counted(self: Any, shard: Any, outputs: Any) -> Any:
+            if len(fused) == count:
+                raise error or OverlayError("stopped")
+            fused.append(shard.name)
+            return real(self, shard, outputs)
+
+        monkeypatch.setattr(engine, "fuse_shard", counted)
+        return fused
+
+    return limit
+
+
 def faults_but_strays(overlay: Path) -> list[str]:
     return [fault.path for fault in verify(overlay, SilentReporter()) if fault.problem != "is not in the manifest"]
 
@@ -91,47 +112,31 @@ def test_killed_anywhere_the_same_command_finishes(job: str, tmp_path: Path, spa
         shutil.rmtree(overlay)
 
 
-def test_finished_shards_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_kept(tmp_path: Path, stopped_after: Callable[..., Any]) -> None:
     """After a failure in the third shard the first two are not fused again, and their figures are in the report."""
     overlay, whole = start(tmp_path / "out"), start(tmp_path / "whole")
     bake(BakeOptions(whole, (0.5,)), SilentReporter())
-    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
-    fused: list[str] = []
-    real = engine.fuse_shard
-
-    def counted(self: Any, shard: Any, outputs: Any) -> Any:
-        if len(fused) == 2:
-            raise OverlayError("pulled the plug")
-        fused.append(shard.name)
-        return real(self, shard, outputs)
-
-    monkeypatch.setattr(engine, "fuse_shard", counted)
-    with pytest.raises(OverlayError, match="pulled the plug"):
-        bake(BakeOptions(overlay, (0.5,)), SilentReporter())
-    first = list(fused)
-    fused[:] = [""]
-    with pytest.raises(OverlayError, match="pulled the plug"):
-        bake(BakeOptions(overlay, (0.5,)), SilentReporter())
-    assert fused[1] not in first
-    monkeypatch.setattr(engine, "fuse_shard", real)
+    fused = []
+    for count in (2, 1):
+        names = stopped_after(count)
+        with pytest.raises(OverlayError, match="stopped"):
+            bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+        fused += names
+    assert len(set(fused)) == 3
+    stopped_after(None)
     bake(BakeOptions(overlay, (0.5,)), SilentReporter())
     assert tree_bytes(overlay) == tree_bytes(whole)
 
 
-def test_a_stopped_bake_goes_on_with_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_bake_goes_on_with_its_kernel(
+    tmp_path: Path, stopped_after: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     overlay = start(tmp_path / "out")
-    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
-    real, count = engine.fuse_shard, iter(range(100))
-
-    def stopped(self: Any, shard: Any, outputs: Any) -> Any:
-        if next(count) == 1:
-            raise KeyboardInterrupt
-        return real(self, shard, outputs)
-
     monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda: False)
-    monkeypatch.setattr(engine, "fuse_shard", stopped)
+    stopped_after(1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         bake(BakeOptions(overlay, (0.5,), device="cpu"), SilentReporter())
+    stopped_after(None)
     monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda: True)
     [report] = bake(BakeOptions(overlay, (0.5, 0.75), device="cpu"), SilentReporter())[:1]
     assert report.document["kernel"] == "fp32"
@@ -140,17 +145,13 @@ def test_a_stopped_bake_goes_on_with_its_kernel(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("damage", ["measured", "shard", "journal"])
-def test_what_a_stopped_bake_left_is_checked(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_stopped_bake_left_is_checked(damage: str, tmp_path: Path, stopped_after: Callable[..., Any]) -> None:
     overlay, whole = start(tmp_path / "out"), start(tmp_path / "whole")
     bake(BakeOptions(whole, (0.5,)), SilentReporter())
-    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
-    real, count = engine.fuse_shard, iter(range(100))
-    monkeypatch.setattr(
-        engine, "fuse_shard", lambda *a: real(*a) if next(count) < 2 else (_ for _ in ()).throw(OverlayError("stopped"))
-    )
+    stopped_after(2)
     with pytest.raises(OverlayError, match="stopped"):
         bake(BakeOptions(overlay, (0.5,)), SilentReporter())
-    monkeypatch.setattr(engine, "fuse_shard", real)
+    stopped_after(None)
     work = overlay / ".ltxpack" / "distilled-0.5.partial"
     if damage == "measured":
         (work / "measured.json").write_text('{"fingerprint": 3, "shards": []}')
