@@ -93,15 +93,15 @@ class _Batch:
 
     def run(self, lines: Sequence[PromptsLine]) -> None:
         together = min(len(lines), AHEAD)
-        pending = [line for line in lines if self._attempt(line, partial(self._is_pending, together=together))]
+        pending = [line for line in lines if self._attempt([line], partial(self._is_pending, line, together))]
         done = sum(outcome.status == SKIPPED for outcome in self.outcomes.values())
         if done:
             self.reporter.note(f"{done} of {len(lines)} videos are done already")
         for start in range(0, len(pending), AHEAD):
             group = pending[start : start + AHEAD]
-            if self._encode(group):
+            if self._attempt(group, partial(self._encode, group)):
                 for line, following in zip(group, (*group[1:], None), strict=True):
-                    self._attempt(line, partial(self._make, following=following))
+                    self._attempt([line], partial(self._make, line, following))
 
     def _is_pending(self, line: PromptsLine, together: int) -> bool:
         """Whether it is left to make; raises DeviceError if it would not fit."""
@@ -124,22 +124,18 @@ class _Batch:
         return True
 
     def _encode(self, group: Sequence[PromptsLine]) -> bool:
-        """Encode the prompts of ``group`` with one load of the text encoder; if that fails, all of it fails."""
-        self.session.timings = Timings()
-        try:
-            self.ahead += encode_ahead(self.session, [line.request for line in group])
-        except Exception as error:
-            for line in group:
-                self._failed(line, error)
-            return False
+        """Encode the prompts of ``group`` with one load of the text encoder."""
+        self.ahead += encode_ahead(self.session, [line.request for line in group])
         return True
 
-    def _attempt(self, line: PromptsLine, work: Callable[[PromptsLine], bool]) -> bool:
+    def _attempt(self, lines: Sequence[PromptsLine], work: Callable[[], bool]) -> bool:
+        """What ``work`` gives for ``lines``, which all fail if it does."""
         self.session.timings = Timings()
         try:
-            return work(line)
+            return work()
         except Exception as error:
-            self._failed(line, error)
+            for line in lines:
+                self._failed(line, error)
             return False
 
     def _failed(self, line: PromptsLine, error: Exception) -> None:

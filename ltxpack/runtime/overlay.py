@@ -58,14 +58,6 @@ class Overlay:
         """The folder of a component, or of a bake ``bakes/NAME``."""
         return self.root / part
 
-    def transformer_folder(self, name: str) -> Path:
-        """The folder of the base transformer or of a bake."""
-        return self.folder(transformer_part(name))
-
-    def transformer_records(self, name: str) -> tuple[FileRecord, ...]:
-        """The files of the base transformer or of a bake."""
-        return self.records(transformer_part(name))
-
     def records(self, part: str) -> tuple[FileRecord, ...]:
         """The files of a component, or of a bake ``bakes/NAME``."""
         folder, _, name = part.rpartition("/")

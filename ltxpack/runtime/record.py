@@ -22,7 +22,7 @@ from ltxpack.files.publish import atomic_write
 from ltxpack.files.tensorfile import read_json
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FileRecord
-from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.overlay import Overlay, transformer_part
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Guidance, stage_flag
 from ltxpack.runtime.settings import Settings
@@ -70,7 +70,7 @@ def fingerprint(description: Mapping[str, Any], transformers: Sequence[str], ove
         name: _hashes(overlay.records(name)) for name in sorted({*LOADED_CLASSES, "tokenizer"} - {"transformer"})
     }
     weights |= {
-        stage_flag(number): _hashes(overlay.transformer_records(name)) for number, name in enumerate(transformers)
+        stage_flag(number): _hashes(overlay.records(transformer_part(name))) for number, name in enumerate(transformers)
     }
     document = {"format": FORMAT, "request": description, "weights": weights}
     return blake3(json.dumps(document, sort_keys=True).encode()).hexdigest()

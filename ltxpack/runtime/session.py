@@ -101,7 +101,7 @@ class Session:
 
     def check_blocks(self, guidance: AV[Guidance]) -> None:
         """Raises UsageError where ``guidance`` perturbs a block that the transformer does not have."""
-        count = read_dit_config(self.overlay.transformer_folder(BASE)).num_layers
+        count = read_dit_config(self.overlay.folder(transformer_part(BASE))).num_layers
         for modality, blocks in (("video", guidance.video.perturbed), ("audio", guidance.audio.perturbed)):
             if max(blocks, default=0) >= count:
                 raise UsageError(
@@ -202,7 +202,7 @@ class Session:
             model.compile_blocks()
 
     def _choose_attention(self) -> kernels.KernelChoice:
-        config = read_dit_config(self.overlay.transformer_folder(BASE))
+        config = read_dit_config(self.overlay.folder(transformer_part(BASE)))
         kinds = kernels.attention_kinds(config, self.device, self.dtype)
         found = kernels.choose(kinds, self.settings.attention)
         if self.device.type == "cuda":
