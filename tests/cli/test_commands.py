@@ -138,7 +138,7 @@ RUN = ("run", "overlay", "--prompt", "x")
         (["--output", "video.txt"], ["video.txt"]),
         (["--output", "my films/a.txt"], ["choose -o 'my films/a.mp4'"]),
         (["--output", "a.mp4", "--save-tensors", "./a.mp4"], ["--save-tensors and -o are one file"]),
-        (["--save-tensors", "no where/t.safetensors"], ["folder that exists", "mkdir -p '", "/no where'"]),
+        (["--save-tensors", "no where/t.safetensors"], ["folder that exists", "mkdir -p 'no where'"]),
         (["--save-tensors", "."], ["is a folder", "choose --save-tensors video.safetensors"]),
         (["--output", "no where/a.mp4"], ["no such folder", "mkdir -p 'no where'"]),
     ],

@@ -65,7 +65,8 @@ def check_writable(path: Path, flag: str, usual: str) -> None:
         better = f"choose {flag} {quoted(path / usual)}"
         raise UsageError("is a folder", file=path, expected="a file name", next=better)
     if not folder.is_dir():
-        raise UsageError("no such folder", file=path.parent, next=f"mkdir -p {quoted(path.parent)}")
+        remedy = f"mkdir -p {quoted(path.parent)}"
+        raise UsageError("no such folder", file=path.parent, expected="a folder that exists", next=remedy)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError("no permission to write there", file=path.parent, next=f"choose {flag} in another folder")
 
