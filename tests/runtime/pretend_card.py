@@ -512,6 +512,17 @@ def moved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return found
 
 
+def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """``Tensor.copy_``, likewise; the operation by itself would not be bound to its tensor."""
+    found: Tensor = aten.copy_.default(target, source, non_blocking)
+    return found
+
+
+def item(tensor: Tensor) -> Any:
+    """``Tensor.item``, likewise."""
+    return aten._local_scalar_dense.default(tensor)
+
+
 def contiguous(tensor: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """``Tensor.contiguous``, likewise."""
     if tensor.is_contiguous(memory_format=memory_format):
@@ -682,10 +693,10 @@ def install(patch: pytest.MonkeyPatch, card: Card) -> None:
     patch.setattr(torch.nn.functional, "scaled_dot_product_attention", card.attend)
     patch.setattr(FakeTensor, "__getitem__", picked, raising=False)
     patch.setattr(FakeTensor, "__setitem__", put, raising=False)
-    patch.setattr(FakeTensor, "copy_", aten.copy_.default, raising=False)
+    patch.setattr(FakeTensor, "copy_", copied, raising=False)
     for name, kind in {"__int__": int, "__index__": int, "__float__": float, "__bool__": bool}.items():
         patch.setattr(FakeTensor, name, lambda tensor, kind=kind: kind(tensor.item()), raising=False)
-    patch.setattr(FakeTensor, "item", aten._local_scalar_dense.default, raising=False)
+    patch.setattr(FakeTensor, "item", item, raising=False)
     patch.setattr(FakeTensor, "contiguous", contiguous, raising=False)
     patch.setattr(nn.Module, "_apply", applied)
     patch.setattr(torch.Tensor, "to", moved)
