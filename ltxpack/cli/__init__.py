@@ -12,10 +12,14 @@ from collections.abc import Sequence
 import click
 
 from ltxpack import __version__
-from ltxpack.cli.overlays import bake_lora, demo, inspect, materialize, verify
+from ltxpack.cli.bake_lora import bake_lora
+from ltxpack.cli.demo import demo
+from ltxpack.cli.inspect import inspect
+from ltxpack.cli.materialize import materialize
 from ltxpack.cli.plan import plan
 from ltxpack.cli.run import run
 from ltxpack.cli.terminal import say_error
+from ltxpack.cli.verify import verify
 from ltxpack.errors import LtxpackError
 
 INTERRUPTED = 130

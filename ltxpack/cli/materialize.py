@@ -1,0 +1,60 @@
+"""``ltxpack materialize``: a checkpoint becomes an overlay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ltxpack.cli.terminal import TerminalReporter, json_option, plan_option, print_json, print_plan, verbose_option
+from ltxpack.errors import quoted
+from ltxpack.files.units import human_bytes, parse_size
+
+
+@click.command()
+@click.argument("source")
+@click.argument("overlay", type=click.Path(path_type=Path))
+@click.option("--checkpoint", metavar="REF", help="The all-in-one checkpoint.")
+@click.option("--lora", metavar="REF", help="The distilled LoRA.")
+@click.option("--upsampler", metavar="REF", help="The spatial x2 upsampler.")
+@click.option("--text-encoder", metavar="REF", help="The Gemma 3 folder or repo.")
+@click.option("--revision", help="Revision of SOURCE on the hub.")
+@click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest shard to write.")
+@click.option("--copy", is_flag=True, help="Copy files that could be linked.")
+@plan_option
+@click.option("--force", is_flag=True, help="Replace an overlay that is there.")
+@json_option
+@verbose_option
+def materialize(
+    source: str,
+    overlay: Path,
+    plan_only: bool,
+    as_json: bool,
+    verbose: bool,
+    max_shard_size: str,
+    **options: str | bool | None,
+) -> None:
+    """Repack SOURCE (hub repo id, folder or .safetensors file) into the folder OVERLAY.
+
+    REF is a file, a folder, a file name within SOURCE, or REPO[@REV][/FILE] on the hub.
+    """
+    from ltxpack.materialize import Options, plan_overlay
+    from ltxpack.materialize import materialize as make
+
+    reporter = TerminalReporter(verbose)
+    largest = parse_size(max_shard_size, "--max-shard-size")
+    wanted = Options(source, overlay, max_shard_size=largest, **options)  # type: ignore[arg-type]
+    if plan_only:
+        print_plan(plan_overlay(wanted, reporter).to_json(), as_json)
+        return
+    report = make(wanted, reporter)
+    facts = {"overlay": str(overlay), "written": report.written, "total_bytes": report.total_bytes}
+    if as_json:
+        print_json(facts)
+    elif report.written:
+        click.echo(f"{overlay}: {human_bytes(report.total_bytes)}")
+        bake = f"ltxpack bake-lora {quoted(overlay)} --strength 0.25 --strength 0.5"
+        run = f"ltxpack run {quoted(overlay)} --stage1 base --stage2 base --prompt 'Waves on a beach'"
+        click.echo(f"next: {bake if report.manifest.loras else run}")
+    else:
+        click.echo(f"{overlay}: already there, made from the same inputs; nothing to do")
