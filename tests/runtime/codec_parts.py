@@ -1,12 +1,11 @@
-"""Component folders (config.json and weights) made from a golden fixture's checkpoint, for the codec tests."""
+"""Component configs and folders (config.json and weights) made from a golden fixture's checkpoint."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import AutoencoderKLLTX2Video
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -14,36 +13,49 @@ from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, LATENT_UPSAMPLER, RenameTable
 from ltxpack.runtime.codecs.tiles import DecoderSizes
 
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTX2Video
+
 CODECS = ("vae", "audio_vae", "vocoder")
+
+
+def checkpoint_of(golden: Path) -> Path:
+    """The all-in-one checkpoint of a fixture."""
+    (path,) = golden.glob("*dev*.safetensors")
+    return path
+
+
+def golden_configs(golden: Path) -> dict[str, dict[str, Any]]:
+    """The diffusers config of every component of a fixture, as ``materialize`` writes it."""
+    checkpoint = checkpoint_of(golden)
+    return checkpoint_configs(*_header(checkpoint), checkpoint)
 
 
 def write_codecs(folder: Path, golden: Path) -> Path:
     """The four codec components of ``golden`` as ``folder/{vae,audio_vae,vocoder,latent_upsampler}``."""
-    (checkpoint,) = golden.glob("*dev*.safetensors")
     (upsampler,) = golden.glob("*upscaler*.safetensors")
-    metadata, shapes = _header(checkpoint)
-    configs = checkpoint_configs(metadata, shapes, checkpoint)
+    configs = golden_configs(golden)
     for name in CODECS:
-        _write(folder / name, checkpoint, CHECKPOINT_TABLES[name], configs[name])
+        write_component(folder / name, checkpoint_of(golden), CHECKPOINT_TABLES[name], configs[name])
     config = upsampler_config(_header(upsampler)[0], configs["vae"]["latent_channels"], upsampler)
-    _write(folder / "latent_upsampler", upsampler, LATENT_UPSAMPLER, config)
+    write_component(folder / "latent_upsampler", upsampler, LATENT_UPSAMPLER, config)
     return folder
 
 
-def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        return json.loads(file.metadata()["config"]), shapes
-
-
-def _write(folder: Path, source: Path, table: RenameTable, config: dict[str, Any]) -> None:
+def write_component(folder: Path, source: Path, table: RenameTable, config: dict[str, Any]) -> None:
+    """``config`` and the tensors of ``source`` that ``table`` renames."""
     folder.mkdir(parents=True)
     with safe_open(source, "pt") as file:
         names = [name for name in list(file.keys()) if table.source_root(name) is not None]
         tensors = {table.rename(name): file.get_tensor(name) for name in names}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    with safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+        return json.loads(file.metadata()["config"]), shapes
 
 
 def decoder_sizes(vae: AutoencoderKLLTX2Video) -> DecoderSizes:

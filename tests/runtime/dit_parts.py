@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from codec_parts import checkpoint_of, golden_configs
 from support import load, relative_l2
 from torch import Tensor
 
@@ -42,43 +41,6 @@ SMALL = LTX23 | {
     "audio_cross_attention_dim": 16,
     "num_layers": 2,
 }
-# Official field -> the diffusers fields it decides (spec 01, section 5).
-_FROM_OFFICIAL = {
-    "in_channels": ("in_channels",),
-    "out_channels": ("out_channels",),
-    "num_attention_heads": ("num_attention_heads",),
-    "attention_head_dim": ("attention_head_dim",),
-    "cross_attention_dim": ("cross_attention_dim",),
-    "audio_num_attention_heads": ("audio_num_attention_heads",),
-    "audio_attention_head_dim": ("audio_attention_head_dim",),
-    "audio_cross_attention_dim": ("audio_cross_attention_dim",),
-    "audio_out_channels": ("audio_out_channels",),
-    "num_layers": ("num_layers",),
-    "norm_eps": ("norm_eps",),
-    "positional_embedding_theta": ("rope_theta",),
-    "timestep_scale_multiplier": ("timestep_scale_multiplier",),
-    "av_ca_timestep_scale_multiplier": ("cross_attn_timestep_scale_multiplier",),
-    "rope_type": ("rope_type",),
-    "apply_gated_attention": ("gated_attn", "audio_gated_attn"),
-    "cross_attention_adaln": ("cross_attn_mod", "audio_cross_attn_mod"),
-}
-
-
-def golden_config(golden: Path) -> dict[str, Any]:
-    """The diffusers config of a fixture's transformer, from the checkpoint's metadata."""
-    with safe_open(_checkpoint(golden), "pt") as file:
-        official = json.loads(file.metadata()["config"])["transformer"]
-    config = {field: official[name] for name, fields in _FROM_OFFICIAL.items() for field in fields}
-    time, height, width = official["positional_embedding_max_pos"]
-    (audio_time,) = official["audio_positional_embedding_max_pos"]
-    return config | {
-        "pos_embed_max_pos": time,
-        "base_height": height,
-        "base_width": width,
-        "audio_pos_embed_max_pos": audio_time,
-        "use_prompt_embeddings": not official["caption_proj_before_connector"],
-        "rope_double_precision": official["frequencies_precision"] == "float64",
-    }
 
 
 def golden_weights(golden: Path, strength: str) -> dict[str, Tensor]:
@@ -89,7 +51,7 @@ def golden_weights(golden: Path, strength: str) -> dict[str, Tensor]:
     """
     lora = load(next(golden.glob("*distilled-lora*.safetensors")))
     weights = {}
-    for key, value in load(_checkpoint(golden)).items():
+    for key, value in load(checkpoint_of(golden)).items():
         if component_of(key) == "transformer":
             weights[TRANSFORMER.rename(key)] = _fused(key, value, lora, float(strength))
     return weights
@@ -106,7 +68,7 @@ def _fused(key: str, weight: Tensor, lora: dict[str, Tensor], strength: float) -
 def golden_dit(golden: Path, strength: str, dtype: torch.dtype) -> DiT:
     """The DiT of a fixture in ``dtype``."""
     weights = golden_weights(golden, strength)
-    return built(golden_config(golden), {name: value.to(dtype) for name, value in weights.items()})
+    return built(golden_configs(golden)["transformer"], {name: value.to(dtype) for name, value in weights.items()})
 
 
 def built(config: dict[str, Any], weights: dict[str, Tensor]) -> DiT:
@@ -208,8 +170,3 @@ def distance(found: AV[Tensor], expected: AV[Tensor]) -> float:
 
 def _intervals(starts: Tensor) -> Tensor:
     return torch.stack((starts, starts + 0.25), dim=-1)
-
-
-def _checkpoint(golden: Path) -> Path:
-    (path,) = golden.glob("*dev*.safetensors")
-    return path

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from codec_parts import decoder_sizes, write_codecs
 from diffusers import AutoencoderKLLTX2Video
+from memory_meter import peak_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import distance, load, relative_l2
 from test_tiling import recorded_tiling
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.runtime.codecs import audio, video
@@ -51,30 +48,6 @@ LTX23_VAE = {
     "spatial_compression_ratio": 32,
     "temporal_compression_ratio": 8,
 }
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made meanwhile held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self._now = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        result = operation(*arguments, **(options or {}))
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self._now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.bytes = max(self.bytes, self._now)
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self._now -= size
 
 
 @pytest.fixture(scope="module")
@@ -303,21 +276,14 @@ def small_vae() -> AutoencoderKLLTX2Video:
     """The real architecture at its smallest, random weights and statistics, no golden needed."""
     torch.manual_seed(3)
     vae = AutoencoderKLLTX2Video(
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 16, 16, 32),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        spatio_temporal_scaling=(True, True, True, True),
-        decoder_spatio_temporal_scaling=(True, True, True, True),
-        decoder_inject_noise=(False, False, False, False, False),
-        upsample_type=("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
-        upsample_residual=(False, False, False, False),
-        upsample_factor=(2, 2, 1, 2),
-        decoder_causal=False,
-        decoder_spatial_padding_mode="zeros",
-        spatial_compression_ratio=32,
-        temporal_compression_ratio=8,
+        **LTX23_VAE
+        | {
+            "latent_channels": 8,
+            "block_out_channels": (8, 8, 8, 8),
+            "decoder_block_out_channels": (8, 16, 16, 32),
+            "layers_per_block": (1, 1, 1, 1, 1),
+            "decoder_layers_per_block": (1, 1, 1, 1, 1),
+        }
     )
     vae.latents_mean.normal_()
     vae.latents_std.uniform_(0.5, 2)
@@ -433,12 +399,11 @@ def test_memory_of_a_tile_is_what_the_decoder_allocates(size: tuple[int, int, in
     with torch.device("meta"):
         vae = AutoencoderKLLTX2Video(**LTX23_VAE).to(dtype)
         latents = torch.empty(1, 128, *size, dtype=dtype)
-    with torch.no_grad(), Peak() as peak:
-        vae.decode(latents)
+    peak = peak_of(lambda: vae.decode(latents))
     count = math.prod(size)
     sizes = decoder_sizes(vae)
-    assert sizes.largest_tile(peak.bytes, itemsize) <= count, "never less than what is allocated"
-    assert sizes.largest_tile(int(1.3 * peak.bytes), itemsize) >= count, "nor much more"
+    assert sizes.largest_tile(peak, itemsize) <= count, "never less than what is allocated"
+    assert sizes.largest_tile(int(1.3 * peak), itemsize) >= count, "nor much more"
 
 
 def fast_tiling(vae: AutoencoderKLLTX2Video, latents: Tensor, available: int) -> Tiling:

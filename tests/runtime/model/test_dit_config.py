@@ -6,8 +6,9 @@ import inspect
 from pathlib import Path
 
 import pytest
+from codec_parts import golden_configs
 from diffusers import LTX2VideoTransformer3DModel
-from dit_parts import LTX23, SMALL, golden_config
+from dit_parts import LTX23, SMALL
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.runtime.model.config import DiTConfig
@@ -64,8 +65,8 @@ def test_sizes_of_ltx_2_3() -> None:
 
 
 def test_a_fixture_is_accepted(golden: Path) -> None:
-    official = golden_config(golden)
-    assert DiTConfig.from_dict(official).num_layers == official["num_layers"]
+    config = golden_configs(golden)["transformer"]
+    assert DiTConfig.from_dict(config).num_layers == config["num_layers"]
 
 
 def test_no_number_of_output_channels_means_as_many_as_go_in() -> None:

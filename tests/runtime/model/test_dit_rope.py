@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_parts import LTX23, golden_config
+from codec_parts import golden_configs
+from dit_parts import LTX23
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import load, relative_l2
@@ -46,7 +47,7 @@ def test_recorded_tables_are_reproduced(golden: Path) -> None:
     assert names
     for name in names:
         real = name.startswith("real_")
-        tables = tables_for(LTX23 if real else golden_config(golden), constants, name)
+        tables = tables_for(LTX23 if real else golden_configs(golden)["transformer"], constants, name)
         for kind, table in TABLES.items():
             for part, found in table(tables)._asdict().items():
                 expected = constants[f"rope.{name}.{kind}.{part}"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from codec_parts import checkpoint_of, golden_configs, write_component
 from diffusers.models.transformers.transformer_ltx2 import LTX2AudioVideoAttnProcessor
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from safetensors import safe_open
@@ -41,49 +42,14 @@ PROMPTS = ("prompt", "negative")
 # The recorded encodings
 
 
-def connectors_config(fields: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """config.json of the connectors from the checkpoint's ``transformer`` fields (spec 01, section 5)."""
-    video, audio = (weights[f"{name}_text_proj_in.weight"] for name in ("video", "audio"))
-    config: dict[str, Any] = {
-        "_class_name": "LTX2TextConnectors",
-        "caption_channels": fields["caption_channels"],
-        "text_proj_in_factor": video.shape[1] // fields["caption_channels"],
-        "video_hidden_dim": video.shape[0],
-        "audio_hidden_dim": audio.shape[0],
-        "proj_bias": True,
-        "per_modality_projections": True,
-        "connector_rope_base_seq_len": fields["connector_positional_embedding_max_pos"][0],
-        "rope_theta": fields["positional_embedding_theta"],
-        "rope_type": fields["rope_type"],
-        "rope_double_precision": fields["frequencies_precision"] == "float64",
-        "causal_temporal_positioning": False,
-    }
-    for name, source in (("video", ""), ("audio", "audio_")):
-        config |= {
-            f"{name}_connector_num_attention_heads": fields[f"{source}connector_num_attention_heads"],
-            f"{name}_connector_attention_head_dim": fields[f"{source}connector_attention_head_dim"],
-            f"{name}_connector_num_layers": fields["connector_num_layers"],
-            f"{name}_connector_num_learnable_registers": fields["connector_num_learnable_registers"],
-            f"{name}_gated_attn": fields["connector_apply_gated_attention"],
-        }
-    return config
-
-
 @pytest.fixture(scope="module")
 def overlay(latents_golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fixture's Gemma and connectors in the layout of an overlay."""
     folder = tmp_path_factory.mktemp("overlay")
     for name in (ENCODER, TOKENIZER):
         (folder / name).symlink_to((latents_golden / "gemma").resolve())
-    (checkpoint,) = latents_golden.glob("*dev*.safetensors")
-    with safe_open(checkpoint, framework="pt") as file:
-        fields = json.loads(file.metadata()["config"])["transformer"]
-        names = filter(CONNECTORS.source_root, file.keys())
-        weights = {CONNECTORS.rename(name): file.get_tensor(name) for name in names}
-    connectors = folder / CONNECTOR_FOLDER
-    connectors.mkdir()
-    save_file(weights, connectors / "diffusion_pytorch_model.safetensors")
-    (connectors / "config.json").write_text(json.dumps(connectors_config(fields, weights)))
+    config = golden_configs(latents_golden)["connectors"]
+    write_component(folder / CONNECTOR_FOLDER, checkpoint_of(latents_golden), CONNECTORS, config)
     return folder
 
 
