@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from codec_parts import checkpoint_of, golden_configs
 from support import load, relative_l2
 from torch import Tensor
+from torch.fx import GraphModule
 
 from ltxpack.lora_bake.fuse import Term, fuse_official
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
@@ -88,6 +90,20 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
         name: torch.randn(shape, generator=generator) / (shape[-1] ** 0.5 if len(shape) > 1 else 2)
         for name, shape in shapes.items()
     }
+
+
+SMALL_WEIGHTS = random_weights(SMALL)
+
+
+def tracing() -> tuple[list[GraphModule], Callable[..., Any]]:
+    """A compiler's backend that runs each traced graph as it is, and the graphs it has been given."""
+    graphs: list[GraphModule] = []
+
+    def backend(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, backend
 
 
 def random_streams(dit: DiT, tokens: AV[int], *, batch: int = 1, text: int = 7, seed: int = 0) -> AV[Stream]:

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors while code runs, on any device; on the meta device at any size."""
+"""Watches every operation of torch; counts the bytes of live tensors, on the meta device at any size."""
 
 from __future__ import annotations
 
@@ -7,33 +7,38 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Meter(TorchDispatchMode):
-    """``peak`` is the largest sum of bytes of storages made in the block and still alive."""
+class Watch(TorchDispatchMode):
+    """Calls ``note(given, made)`` with the tensors that each operation in the block is given and makes."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[list[Tensor], list[Tensor]], object]) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        self._note = note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._note(leaf.untyped_storage())
+        self._note(*([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out)))
         return out
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        self._seen[storage] = True
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, size)
+
+class Meter:
+    """``peak`` is the largest sum of bytes of noted storages that are still alive."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+    def note(self, given: list[Tensor], made: list[Tensor]) -> None:
+        for storage in (tensor.untyped_storage() for tensor in made):
+            if storage not in self._seen:
+                self._seen[storage] = True
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._gone, storage.nbytes())
 
     def _gone(self, size: int) -> None:
         self.live -= size
@@ -42,6 +47,7 @@ class Meter(TorchDispatchMode):
 @torch.inference_mode()
 def peak_of(work: Callable[[], object]) -> int:
     """The most bytes alive at once of what ``work`` makes."""
-    with Meter() as meter:
+    meter = Meter()
+    with Watch(meter.note):
         work()
     return meter.peak

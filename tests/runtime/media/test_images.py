@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -17,9 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_meter import Watch
 from PIL import Image, ImageCms, ImageOps
 from support import REPOSITORY, load, relative_l2
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ltxpack.errors import FormatError, UnsupportedError, UsageError
 from ltxpack.runtime.media.images import ORIENTATION, compress, load_image, prepare_image, read_image
@@ -248,26 +247,20 @@ def test_any_picture_fills_any_size(height: int, width: int, rows: int, columns:
     assert torch.allclose(found, torch.full_like(found, 200 / 127.5 - 1), atol=1e-4)
 
 
-class LargestOnMeta(TorchDispatchMode):
-    """The bytes of the largest tensor made on the meta device, which plays the card."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if found.device.type == "meta":
-            self.bytes = max(self.bytes, found.untyped_storage().nbytes())
-        return found
-
-
 @pytest.mark.parametrize("shape", [(2000, 3000), (3000, 20), (256, 384), (300, 256)])
 def test_a_large_picture_is_scaled_before_it_goes_to_the_card(shape: tuple[int, int]) -> None:
     """Or one that becomes large as it is scaled to cover."""
     height, width = 128, 192
-    with LargestOnMeta() as largest:
+    largest = 0  # bytes on the meta device, which plays the card
+
+    def note(given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        nonlocal largest
+        largest = max(largest, *(0, *(x.untyped_storage().nbytes() for x in made if x.device == META)))
+
+    with Watch(note):
         found = prepare_image(torch.zeros(*shape, 3, dtype=torch.uint8), height, width, META, torch.float32)
     assert (found.shape, found.device) == ((1, 3, 1, height, width), META)
     final = 3 * height * width * 4
     normal = max(*shape) < 500
-    assert largest.bytes <= (4 * final if normal else final)
-    assert (largest.bytes > final) == normal, "others are scaled where they will be used, as before"
+    assert largest <= (4 * final if normal else final)
+    assert (largest > final) == normal, "others are scaled where they will be used, as before"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from dit_parts import SMALL, built, cast, distance, random_streams, random_weights, recipe, with_timesteps
+from dit_parts import SMALL, built, cast, distance, random_streams, random_weights, recipe, tracing, with_timesteps
+from support import Notes
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import config
@@ -22,31 +22,9 @@ from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, compiled_code, set_up_compiler
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STAGES = [AV(24, 9), AV(50, 14)]
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
-
-
-@pytest.fixture(autouse=True)
-def forget_compiled_code() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def dit() -> DiT:
-    return built(SMALL, random_weights(SMALL))
-
-
-def counting() -> tuple[list[int], Callable[..., Any]]:
-    """A backend that runs the traced graph as it is, and the numbers of nodes of the graphs it was given."""
-    graphs: list[int] = []
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
-    return graphs, backend
 
 
 def masked(streams: AV[Stream], distinct: int) -> AV[Stream]:
@@ -113,34 +91,26 @@ def test_no_more_compilers_than_the_host_has_room_for(
         assert config.compile_threads == found
 
 
-class Warnings(SilentReporter):
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.told.append(message)
-
-
 @pytest.mark.parametrize("named", [None, "torch's own", "the user's"])
 def test_where_compiled_code_is_kept(named: str | None, tmp_path: Path) -> None:
     folders = {"torch's own": Path(tempfile.gettempdir()) / "torchinductor_somebody", "the user's": tmp_path / "mine"}
     environment = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), INDUCTOR_CACHE: str(folders.get(named or "", ""))}
-    reporter = Warnings()
+    reporter = Notes()
     found = compiled_code(environment, reporter)
     assert found == (tmp_path / "mine" if named == "the user's" else tmp_path / "xdg" / FOLDER)
     assert found.stat().st_mode & 0o777 == 0o700, "nobody else may put code there"
-    assert compiled_code(environment, reporter) == found and not reporter.told
+    assert compiled_code(environment, reporter) == found and not reporter.warnings
 
 
 def test_compiled_code_is_never_loaded_from_a_folder_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor from below LTXPACK_CACHE, which a team may share: a folder of this process is used, with a warning."""
-    cache, reporter = tmp_path / "cache", Warnings()
+    cache, reporter = tmp_path / "cache", Notes()
     folder = cache / FOLDER
 
     def refused(**more: str) -> str:
         found = compiled_code({"XDG_CACHE_HOME": str(cache), **more}, reporter)
         assert not found.is_relative_to(tmp_path) and found.stat().st_mode & 0o777 == 0o700
-        return reporter.told.pop()
+        return reporter.warnings.pop()
 
     assert "is below LTXPACK_CACHE" in refused(LTXPACK_CACHE=str(cache))
     (tmp_path / "link").symlink_to(cache)
@@ -182,7 +152,7 @@ def test_all_blocks_and_both_stages_share_their_graphs_and_agree_with_eager(dit:
     ]
     assert dit.config.num_layers > 1
     eager = [work() for _, _, work in works]
-    graphs, backend = counting()
+    graphs, backend = tracing()
     dit.compile_blocks(backend=backend, fullgraph=True)
     for (count, why, work), expected in zip(works, eager, strict=True):
         assert max(map(distance, work(), expected)) <= 1e-6
@@ -191,7 +161,7 @@ def test_all_blocks_and_both_stages_share_their_graphs_and_agree_with_eager(dit:
 
 def test_hooks_of_a_block_run_at_every_call_and_new_weights_are_used(dit: DiT) -> None:
     """Weight streaming brings a block's weights in such a hook; the second stage's take the place of the first's."""
-    graphs, backend = counting()
+    graphs, backend = tracing()
     dit.compile_blocks(backend=backend, fullgraph=True)
     streams = random_streams(dit, STAGES[0])
     calls: list[int] = []

@@ -6,28 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dit_parts import SMALL, built, cast, distance, full_size, random_streams, random_weights, with_timesteps
+from dit_parts import SMALL, SMALL_WEIGHTS, built, cast, distance, full_size, random_streams, with_timesteps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.shape import AV
 
 LENGTHS = AV(12, 5)
-WEIGHTS = random_weights(SMALL)
-
-
-@pytest.fixture(scope="module")
-def dit() -> DiT:
-    return built(SMALL, WEIGHTS)
 
 
 @given(index=st.lists(st.integers(0, 2), min_size=12, max_size=12), order=st.permutations([0, 1, 2]))
 @settings(max_examples=20, deadline=None)
 def test_only_the_timestep_of_each_token_matters(index: list[int], order: list[int]) -> None:
     """Not how many distinct ones there are, nor in which order they stand."""
-    dit = built(SMALL, WEIGHTS)
+    dit = built(SMALL, SMALL_WEIGHTS)
     streams = random_streams(dit, LENGTHS)
     values = [0.0, 0.25, 0.9]
     direct = AV(with_timesteps(streams.video, values, index), streams.audio)
@@ -73,7 +66,7 @@ def test_float64_timesteps_are_scaled_before_they_are_rounded(dit: DiT) -> None:
     plain = replace(dit.config, timestep_scale=1.0, cross_gate_timestep_scale=1.0)
     with torch.device("meta"):
         unscaled = DiT(plain)
-    unscaled.load_state_dict(WEIGHTS, assign=True)
+    unscaled.load_state_dict(SMALL_WEIGHTS, assign=True)
     rounded = (sigma * 1000).float()
     given_scaled = streams.map(lambda stream: replace(stream, timesteps=rounded[None], sigma=rounded))
     assert distance(scaled_first, unscaled(given_scaled)) == 0
@@ -94,7 +87,9 @@ def test_a_perturbed_modality_without_company_no_longer_mixes_its_tokens(dit: Di
     """With every block perturbed and isolated, a token's output depends on no other token."""
     streams = random_streams(dit, LENGTHS)
     every = frozenset(range(dit.config.num_layers))
-    changed = streams.map(lambda stream: replace(stream, latents=stream.latents.clone().index_fill_(1, _last(), 0.5)))
+    changed = streams.map(
+        lambda stream: replace(stream, latents=stream.latents.clone().index_fill_(1, torch.tensor([-1]), 0.5))
+    )
     base = dit(streams, isolated=True, perturbed=AV(every, every))
     found = dit(changed, isolated=True, perturbed=AV(every, every))
     assert torch.equal(found.video[:, :-1], base.video[:, :-1]) and not torch.equal(found.video, base.video)
@@ -102,13 +97,9 @@ def test_a_perturbed_modality_without_company_no_longer_mixes_its_tokens(dit: Di
     assert not torch.equal(mixing.video[:, :-1], dit(streams, isolated=True).video[:, :-1])
 
 
-def _last() -> Tensor:
-    return torch.tensor([-1])
-
-
 def test_tables_stored_in_float32_do_not_promote_the_rest() -> None:
     """The published file is reported to hold them so (spec 01 section 3)."""
-    rounded = {name: value.bfloat16() for name, value in WEIGHTS.items()}
+    rounded = {name: value.bfloat16() for name, value in SMALL_WEIGHTS.items()}
     kept = {name: value.float() if "table" in name else value for name, value in rounded.items()}
     assert any("table" in name for name in kept)
     streams = cast(random_streams(built(SMALL, rounded), LENGTHS), torch.bfloat16)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from dit_parts import SMALL, random_weights
+from memory_meter import Watch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
@@ -35,22 +33,17 @@ STEPS = 3
 STG = HQ.map(lambda guidance: replace(guidance, stg=1.0, stg_blocks=frozenset({1})))
 
 
-class Crossings(TorchDispatchMode):
-    """Notes every operation between two devices while ``armed``."""
+class Crossings:
+    """The dtypes of what crosses between two devices while ``armed``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.armed = False
+    def __init__(self, armed: bool) -> None:
+        self.armed = armed
         self.seen: list[torch.dtype] = []
 
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        result = operation(*arguments, **(options or {}))
-        tensors = [leaf for leaf in tree_leaves((arguments, options, result)) if isinstance(leaf, Tensor)]
+    def note(self, given: list[Tensor], made: list[Tensor]) -> None:
+        tensors = [*given, *made]
         if self.armed and len({tensor.device.type for tensor in tensors}) > 1:
             self.seen.append(tensors[0].dtype)
-        return result
 
 
 def model(device: str) -> DiT:
@@ -100,12 +93,12 @@ def run_stage(
 )
 def test_no_value_is_read_back_and_nothing_is_copied(guidance: AV[Guidance] | None, images: bool) -> None:
     dit = model("meta")
-    watch = Crossings()
+    watch = Crossings(armed=False)
 
     def arm(call: int) -> None:
         watch.armed = True
 
-    with torch.inference_mode(), watch:
+    with torch.inference_mode(), Watch(watch.note):
         tokens, told = run_stage(dit, "meta", guidance, images, arm)
     assert tokens.map(lambda t: (t.device.type, t.dtype)) == AV(("meta", torch.bfloat16), ("meta", torch.bfloat16))
     assert told == list(range(1, STEPS + 1))
@@ -137,9 +130,8 @@ def test_reading_a_value_back_would_be_seen(how: str) -> None:
 def test_a_copy_from_the_host_would_be_seen() -> None:
     dit = model("meta")
     dit.blocks()[1].register_forward_hook(lambda module, args, out: torch.ones(2).to("meta") is None or None)
-    watch = Crossings()
-    watch.armed = True
-    with torch.inference_mode(), watch:
+    watch = Crossings(armed=True)
+    with torch.inference_mode(), Watch(watch.note):
         run_stage(dit, "meta", None, False)
     assert torch.float32 in watch.seen
 
