@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -214,12 +215,12 @@ def _noting_strides(found: set[tuple[tuple[int, ...], ...]], *operands: Tensor) 
 
 
 def test_cudnn_is_not_asked_for_a_single_query_or_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(kernels, "_cudnn_alone", lambda *operands: asked.append(1) or KERNELS["sdpa"](*operands))
+    alone = Mock(side_effect=KERNELS["sdpa"])
+    monkeypatch.setattr(kernels, "_cudnn_alone", alone)
     for queries, keys, more in ((1, 5, 0), (5, 1, 0), (1, 1, 0), (2, 5, 1)):
         operands = VIDEO.random(queries, keys)
         assert torch.equal(KERNELS["cudnn"](*operands), KERNELS["sdpa"](*operands))
-        assert len(asked) == more
+        assert alone.call_count == more
 
 
 @pytest.mark.parametrize(("version", "best"), [(91500, "sdpa"), (91501, "cudnn")])
@@ -235,10 +236,7 @@ def test_an_old_cudnn_is_taken_only_where_it_is_asked_for(
 
 
 def test_out_of_memory_while_measuring_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hungry(*arguments: object) -> float:
-        raise torch.OutOfMemoryError("too much")
-
-    monkeypatch.setattr(kernels, "milliseconds", hungry)
+    monkeypatch.setattr(kernels, "milliseconds", Mock(side_effect=torch.OutOfMemoryError("too much")))
     choice = kernels.measured(VIDEO, ("flash", "math"))
     assert (choice.best, choice.refused["flash"]) == ("sdpa", "no memory to measure it")
 

@@ -11,6 +11,7 @@ from dit_parts import SMALL, built, full_size, random_streams, random_weights, r
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ltxpack.runtime.model.block import TransformerBlock
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.shape import AV
 
@@ -50,7 +51,7 @@ def test_each_pass_gives_what_it_gives_alone(dit: DiT, masked: bool) -> None:
 def calls(dit: DiT, passes: list[Pass]) -> Counter[str]:
     """How often each layer and each block ran."""
     found: Counter[str] = Counter()
-    layers = {name: module for name, module in dit.named_modules() if isinstance(module, nn.Linear | Block)}
+    layers = {name: module for name, module in dit.named_modules() if isinstance(module, nn.Linear | TransformerBlock)}
     hooks = [
         module.register_forward_hook(lambda module, args, out, name=name: found.update([name]))
         for name, module in layers.items()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +53,17 @@ def equal(found: list[AV[Tensor]] | None, wanted: list[AV[Tensor]]) -> bool:
     )
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> PromptCache:
+    return PromptCache(tmp_path)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the entry of ``KEY`` is."""
+    return tmp_path / f"{KEY}.safetensors"
+
+
 # The key
 
 
@@ -58,24 +72,11 @@ RECORDS = [FileRecord("text_encoder/model.safetensors", 3, "a" * 64), FileRecord
 
 def test_the_key_is_of_everything_the_contexts_depend_on() -> None:
     changed = [*RECORDS[:1], FileRecord("tokenizer/t.json", 3, "c" * 64)]
-    keys = [
-        batch_key(["a", "b"], RECORDS, torch.bfloat16, "cpu"),
-        batch_key(["b", "a"], RECORDS, torch.bfloat16, "cpu"),
-        batch_key(["a"], RECORDS, torch.bfloat16, "cpu"),
-        batch_key(["a b"], RECORDS, torch.bfloat16, "cpu"),
-        batch_key(["a", "B"], RECORDS, torch.bfloat16, "cpu"),
-        batch_key(["a", "b"], RECORDS, torch.float32, "cpu"),
-        batch_key(["a", "b"], RECORDS, torch.bfloat16, "another card"),
-        batch_key(["a", "b"], changed, torch.bfloat16, "cpu"),
-        batch_key(["a", "b"], RECORDS[:1], torch.bfloat16, "cpu"),
-    ]
+    keys = [batch_key(prompts, RECORDS, torch.bfloat16, "cpu") for prompts in ("ab", "ba", "a", ["a b"], "aB")]
+    keys += [batch_key("ab", records, torch.bfloat16, "cpu") for records in (changed, RECORDS[:1])]
+    keys += [batch_key("ab", RECORDS, torch.float32, "cpu"), batch_key("ab", RECORDS, torch.bfloat16, "another card")]
     assert len(set(keys)) == len(keys)
-
-
-def test_the_key_is_of_the_stripped_prompts_and_not_of_the_order_of_files() -> None:
-    assert batch_key([" a\n", "b"], RECORDS, torch.bfloat16, "x") == batch_key(
-        ["a", "b "], RECORDS[::-1], torch.bfloat16, "x"
-    )
+    assert batch_key([" a\n", "b "], RECORDS[::-1], torch.bfloat16, "cpu") == keys[0], "prompts are stripped"
 
 
 def test_the_key_is_of_what_computes_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,10 +148,9 @@ def test_there_and_back_to_the_bit(dtype: torch.dtype, count: int, tmp_path: Pat
     assert (cache.folder.stat().st_mode & 0o077) == 0
 
 
-def test_an_entry_is_a_sound_safetensors_file(tmp_path: Path) -> None:
-    cache = PromptCache(tmp_path)
-    cache.put(KEY, contexts())
-    file = read_tensorfile(tmp_path / f"{KEY}.safetensors")
+def test_an_entry_is_a_sound_safetensors_file(store: PromptCache, path: Path) -> None:
+    store.put(KEY, contexts())
+    file = read_tensorfile(path)
     assert list(file.tensors) == ["0.video", "0.audio", "1.video", "1.audio"]
     assert set(file.metadata) == {"format", "key", "blake3"}
 
@@ -166,9 +166,19 @@ def test_what_is_not_finite_is_not_kept(value: float, tmp_path: Path) -> None:
 # Damage
 
 
-def rewrite(
-    path: Path, change: Callable[[dict[str, tuple[str, tuple[int, ...]]], dict[str, str], bytearray], None]
-) -> None:
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+Change = Callable[[Layout, dict[str, str], bytearray], object]
+LIES: dict[str, Change] = {
+    "renamed": lambda layout, metadata, body: layout.update({"2.video": layout.pop("0.video")}),
+    "reshaped": lambda layout, metadata, body: layout.update({"0.video": ("BF16", (1, 2 * TEXT_TOKENS, 2))}),
+    "integers": lambda layout, metadata, body: layout.update({"0.video": ("I16", layout["0.video"][1])}),
+    "another key": lambda layout, metadata, body: metadata.update(key="1" * 64),
+    "another format": lambda layout, metadata, body: metadata.update(format="0"),
+    "not a number": lambda layout, metadata, body: body.__setitem__(slice(0, 2), b"\xff\x7f"),
+}
+
+
+def rewrite(path: Path, change: Change) -> None:
     """Write ``path`` again with another header or content, its stated hash made to fit."""
     file = read_tensorfile(path)
     layout = {name: (info.dtype, info.shape) for name, info in file.tensors.items()}
@@ -181,44 +191,14 @@ def rewrite(
     path.write_bytes(build_header(listed, metadata) + body)
 
 
-def _renamed(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
-    layout["2.video"] = layout.pop("0.video")
-
-
-def _reshaped(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
-    layout["0.video"] = ("BF16", (1, 2 * TEXT_TOKENS, 2))
-
-
-def _as_integers(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
-    layout["0.video"] = ("I16", layout["0.video"][1])
-
-
-def _of_another_key(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
-    metadata["key"] = "1" * 64
-
-
-def _of_another_format(
-    layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray
-) -> None:
-    metadata["format"] = "0"
-
-
-def _not_a_number(layout: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str], body: bytearray) -> None:
-    body[0:2] = b"\xff\x7f"
-
-
-@pytest.mark.parametrize(
-    "change", [_renamed, _reshaped, _as_integers, _of_another_key, _of_another_format, _not_a_number]
-)
-def test_an_entry_that_says_something_else_is_damaged(change: Callable[..., None], tmp_path: Path) -> None:
-    cache = PromptCache(tmp_path)
-    cache.put(KEY, contexts())
-    path = tmp_path / f"{KEY}.safetensors"
+@pytest.mark.parametrize("lie", LIES)
+def test_an_entry_that_says_something_else_is_damaged(lie: str, store: PromptCache, path: Path) -> None:
+    store.put(KEY, contexts())
     rewrite(path, lambda *_: None)
-    assert equal(cache.get(KEY, 2, torch.bfloat16), contexts())
-    rewrite(path, change)
+    assert equal(store.get(KEY, 2, torch.bfloat16), contexts())
+    rewrite(path, LIES[lie])
     with pytest.raises(LtxpackError) as raised:
-        cache.get(KEY, 2, torch.bfloat16)
+        store.get(KEY, 2, torch.bfloat16)
     assert raised.value.file == str(path)
 
 
@@ -242,28 +222,24 @@ def test_no_flipped_bit_goes_unseen(where: float, bit: int, caches: Path) -> Non
     assert found is None or equal(found, wanted)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"<html>", b"{}", b"\xff" * 4096])
-def test_a_file_that_is_no_entry(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / f"{KEY}.safetensors").write_bytes(content)
-    with pytest.raises(LtxpackError):
-        PromptCache(tmp_path).get(KEY, 2, torch.bfloat16)
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(8)),
+    "a page": lambda path: path.write_bytes(b"<html>"),
+    "JSON": lambda path: path.write_bytes(b"{}"),
+    "a huge header": lambda path: path.write_bytes(b"\xff" * 4096),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
 
 
-def test_a_truncated_entry_a_folder_and_a_pipe(tmp_path: Path) -> None:
-    cache = PromptCache(tmp_path)
-    cache.put(KEY, contexts())
-    path = tmp_path / f"{KEY}.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_no_entry(damage: str, store: PromptCache, path: Path) -> None:
+    store.put(KEY, contexts())
+    DAMAGES[damage](path)
     with pytest.raises(LtxpackError):
-        cache.get(KEY, 2, torch.bfloat16)
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(LtxpackError):
-        cache.get(KEY, 2, torch.bfloat16)
-    path.rmdir()
-    os.mkfifo(path)
-    with pytest.raises(LtxpackError):
-        cache.get(KEY, 2, torch.bfloat16)
+        store.get(KEY, 2, torch.bfloat16)
 
 
 # The bound
@@ -367,14 +343,20 @@ PAIR = ("a paper boat", "rain on a street")
 LONG = "boat river street organ " * 400
 
 
+@functools.cache
+def text_modules(root: Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    return (
+        text.load_tokenizer(root / "tokenizer"),
+        text.load_text_encoder(root / "text_encoder", CPU, dtype),
+        text.load_connectors(root / "connectors", CPU, dtype),
+    )
+
+
 @torch.inference_mode()
-def reference(demo: Path, prompts: list[str], dtype: torch.dtype) -> list[AV[Tensor]]:
+def reference(demo: Path, prompts: Iterable[str], dtype: torch.dtype) -> list[AV[Tensor]]:
     """The contexts straight from the text path, as the official pipeline computes them."""
-    root = demo / "overlay"
-    tokenizer = text.load_tokenizer(root / "tokenizer")
-    gemma = text.load_text_encoder(root / "text_encoder", CPU, dtype)
-    connectors = text.load_connectors(root / "connectors", CPU, dtype)
-    return [text.contexts(hidden, connectors) for hidden in text.hidden_states(prompts, tokenizer, gemma)]
+    tokenizer, gemma, connectors = text_modules(demo / "overlay", dtype)
+    return [text.contexts(hidden, connectors) for hidden in text.hidden_states(list(prompts), tokenizer, gemma)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -385,7 +367,7 @@ def test_alone_ahead_and_cached_are_the_same_bits(demo: Path, dtype: torch.dtype
     plain = encoder(demo, None, dtype)
     plain.encode_ahead(batches, notes)
     for batch in batches:
-        wanted = reference(demo, list(batch), dtype)
+        wanted = reference(demo, batch, dtype)
         assert equal(plain.contexts(batch, notes), wanted)
         assert equal(cached.contexts(batch, notes), wanted)
         assert equal(encoder(demo, PromptCache(tmp_path), dtype).contexts(batch, notes), wanted)
@@ -425,7 +407,7 @@ def test_many_prompts_are_one_load(demo: Path, loads: list[str]) -> None:
     ahead.contexts(batches[0], Notes())
     assert len(loads) == 4
     for batch, contexts in zip(batches, found, strict=True):
-        assert equal(contexts, reference(demo, list(batch), torch.float32))
+        assert equal(contexts, reference(demo, batch, torch.float32))
 
 
 def test_a_damaged_entry_is_told_and_made_anew(demo: Path, loads: list[str], tmp_path: Path) -> None:
@@ -445,14 +427,12 @@ def test_a_cache_that_cannot_be_written_is_told_once_and_nothing_more(demo: Path
     notes = Notes()
     stuck = encoder(demo, PromptCache(tmp_path / "file" / "contexts"))
     for batch in (PAIR, PAIR[::-1]):
-        assert equal(stuck.contexts(batch, notes), reference(demo, list(batch), torch.float32))
+        assert equal(stuck.contexts(batch, notes), reference(demo, batch, torch.float32))
     assert len(notes.warnings) == 1
     assert "LTXPACK_CACHE" in notes.warnings[0]
 
 
 def test_a_tokenizer_that_changed_is_refused(demo: Path, tmp_path: Path) -> None:
-    import shutil
-
     overlay = Path(shutil.copytree(demo / "overlay", tmp_path / "overlay", symlinks=True))
     path = overlay / "tokenizer" / "tokenizer.json"
     content = path.read_bytes()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
-from ltxpack.errors import FormatError, LtxpackError, OverlayError
+from ltxpack.errors import FormatError, OverlayError
 from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.runtime.sampling.shape import AV
@@ -64,7 +65,6 @@ class Recording:
     tokenizer: PreTrainedTokenizerFast
     text_encoder: Gemma3TextModel
     connectors: LTX2TextConnectors
-    features: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @cached_property
     def hidden(self) -> dict[str, text.HiddenStates]:
@@ -176,9 +176,16 @@ WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefgh"]
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> Path:
+def small(made: Path, tmp_path: Path) -> Path:
+    """The test's own copy of :func:`made`, to change."""
+    return Path(shutil.copytree(made, tmp_path / "small"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An overlay with a random two-layer Gemma, a word-level tokenizer and random connectors."""
     torch.manual_seed(0)
+    tmp_path = tmp_path_factory.mktemp("small")
     encoder, tokenizer, connectors = (tmp_path / name for name in (ENCODER, TOKENIZER, CONNECTOR_FOLDER))
     for folder in (encoder, tokenizer, connectors):
         folder.mkdir()
@@ -197,6 +204,10 @@ def small(tmp_path: Path) -> Path:
     save_file(module.state_dict(), connectors / "diffusion_pytorch_model.safetensors")
     (connectors / "config.json").write_text(json.dumps({"_class_name": "LTX2TextConnectors", **CONNECTOR}))
     return tmp_path
+
+
+def gemma_of(overlay: Path) -> tuple[PreTrainedTokenizerFast, Gemma3TextModel]:
+    return text.load_tokenizer(overlay / TOKENIZER), text.load_text_encoder(overlay / ENCODER, CPU, torch.float32)
 
 
 def test_a_prompt_too_long_is_cut_behind_its_bos(small: Path) -> None:
@@ -245,10 +256,10 @@ def test_gemma_loads_whole_without_head_and_vision_tower(small: Path, dtype: tor
 
 
 def test_hidden_states_are_embeddings_layers_and_the_normed_end(small: Path) -> None:
-    model = text.load_text_encoder(small / ENCODER, CPU, torch.float32)
-    (hidden,) = text.hidden_states(["a b c"], text.load_tokenizer(small / TOKENIZER), model)
+    tokenizer, model = gemma_of(small)
+    (hidden,) = text.hidden_states(["a b c"], tokenizer, model)
     assert hidden.states.shape == (1, TEXT_TOKENS, GEMMA["hidden_size"], GEMMA["num_hidden_layers"] + 1)
-    ids, mask = text.tokenize(text.load_tokenizer(small / TOKENIZER), ["a b c"])
+    ids, mask = text.tokenize(tokenizer, ["a b c"])
     with torch.no_grad():
         last = model(input_ids=ids, attention_mask=mask).last_hidden_state
         scaled = model.embed_tokens.weight[ids] * GEMMA["hidden_size"] ** 0.5
@@ -262,10 +273,7 @@ def test_padding_is_no_trouble_to_a_kernel_that_makes_nan_of_it(
     small: Path, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As transformers has it padding sees no key, of which this kernel makes NaN, and so of all tokens behind."""
-    model, tokenizer = (
-        text.load_text_encoder(small / ENCODER, CPU, torch.float32),
-        text.load_tokenizer(small / TOKENIZER),
-    )
+    tokenizer, model = gemma_of(small)
     model.config.sliding_window = window
     ids, mask = text.tokenize(tokenizer, ["a b c d e f g h"])
     count, attend, nowhere = int(mask.sum()), torch.nn.functional.scaled_dot_product_attention, []
@@ -288,16 +296,14 @@ def test_padding_is_no_trouble_to_a_kernel_that_makes_nan_of_it(
 
 
 def test_the_attention_is_torchs_whatever_the_file_asks_for(small: Path) -> None:
-    path = small / ENCODER / "config.json"
-    asked = {"model_type": "gemma3", "attn_implementation": "eager", "_attn_implementation": "eager"}
-    inner = {**GEMMA, "attn_implementation": "eager", "_attn_implementation": "eager"}
-    path.write_text(json.dumps({**asked, "text_config": inner}))
-    model = text.load_text_encoder(small / ENCODER, CPU, torch.float32)
+    asked = {"attn_implementation": "eager", "_attn_implementation": "eager"}
+    edited_config(**asked, text_config=GEMMA | asked)(small)
+    _, model = gemma_of(small)
     assert {layer.self_attn.config._attn_implementation for layer in model.layers} == {"sdpa"}
 
 
 def test_a_prompt_does_not_depend_on_its_neighbour(small: Path) -> None:
-    parts = text.load_tokenizer(small / TOKENIZER), text.load_text_encoder(small / ENCODER, CPU, torch.float32)
+    parts = gemma_of(small)
     connectors = text.load_connectors(small / CONNECTOR_FOLDER, CPU, torch.float32)
 
     def encoded(*prompts: str) -> list[AV[Tensor]]:
@@ -323,60 +329,44 @@ def test_connectors_run_in_bf16_with_our_processor(small: Path) -> None:
     assert found.map(lambda t: t.dtype) == AV(torch.bfloat16, torch.bfloat16)
 
 
-def edit_weights(overlay: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    path = overlay / ENCODER / "model.safetensors"
-    weights = load(path)
-    change(weights)
-    save_file(weights, path)
+def edited_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+    def edit(overlay: Path) -> None:
+        path = overlay / ENCODER / "model.safetensors"
+        weights = load(path)
+        change(weights)
+        save_file(weights, path)
+
+    return edit
 
 
-def edit_config(overlay: Path, **fields: object) -> None:
-    path = overlay / ENCODER / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+def edited_config(**fields: object) -> Callable[[Path], object]:
+    def edit(overlay: Path) -> None:
+        path = overlay / ENCODER / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit
 
 
 NORM = TEXT_ROOT + "norm.weight"
-ENCODER_FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
-    "missing tensor": (lambda o: edit_weights(o, lambda w: w.pop(NORM)), OverlayError, "missing: norm.weight"),
-    "tensor of another model": (
-        lambda o: edit_weights(o, lambda w: w.update({"talker.weight": torch.zeros(1)})),
-        OverlayError,
-        "talker.weight",
-    ),
-    "tensor too many": (
-        lambda o: edit_weights(o, lambda w: w.update({NORM.replace("norm", "extra"): torch.zeros(1)})),
-        OverlayError,
-        "unknown: extra.weight",
-    ),
-    "another shape": (
-        lambda o: edit_weights(o, lambda w: w.update({NORM: torch.zeros(3)})),
-        OverlayError,
-        r"found f32 \[3\]",
-    ),
-    "more layers than weights": (
-        lambda o: edit_config(o, text_config=GEMMA | {"num_hidden_layers": 3}),
-        OverlayError,
-        "missing: layers.2",
-    ),
-    "another text encoder": (lambda o: edit_config(o, model_type="llama"), OverlayError, "found llama"),
-    "no config": (lambda o: (o / ENCODER / "config.json").unlink(), OverlayError, "config"),
-    "config that is no JSON": (
-        lambda o: (o / ENCODER / "config.json").write_text("{"),
-        OverlayError,
-        "config",
-    ),
-    "truncated weights": (
-        lambda o: (o / ENCODER / "model.safetensors").write_bytes(b"\x10"),
-        FormatError,
-        "model.safetensors",
-    ),
+EXTRA = TEXT_ROOT + "extra.weight"
+ENCODER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing tensor": (edited_weights(lambda w: w.pop(NORM)), "missing: norm.weight"),
+    "tensor of another model": (edited_weights(lambda w: w.update({"talker.weight": torch.zeros(1)})), "talker.weight"),
+    "tensor too many": (edited_weights(lambda w: w.update({EXTRA: torch.zeros(1)})), "unknown: extra.weight"),
+    "another shape": (edited_weights(lambda w: w.update({NORM: torch.zeros(3)})), r"found f32 \[3\]"),
+    "more layers": (edited_config(text_config=GEMMA | {"num_hidden_layers": 3}), "missing: layers.2"),
+    "another text encoder": (edited_config(model_type="llama"), "found llama"),
+    "no config": (lambda o: (o / ENCODER / "config.json").unlink(), "config"),
+    "config that is no JSON": (lambda o: (o / ENCODER / "config.json").write_text("{"), "config"),
+    "truncated weights": (lambda o: (o / ENCODER / "model.safetensors").write_bytes(b"\x10"), "model.safetensors"),
 }
 
 
-@pytest.mark.parametrize("fault", list(ENCODER_FAULTS))
+@pytest.mark.parametrize("fault", ENCODER_FAULTS)
 def test_a_text_encoder_that_does_not_fit_is_refused_by_name(small: Path, fault: str) -> None:
-    make, error, says = ENCODER_FAULTS[fault]
+    make, says = ENCODER_FAULTS[fault]
     make(small)
+    error = FormatError if fault == "truncated weights" else OverlayError
     with pytest.raises(error, match=says) as raised:
         text.load_text_encoder(small / ENCODER, CPU, torch.float32)
     assert "next: ltxpack verify" in str(raised.value)
@@ -385,9 +375,8 @@ def test_a_text_encoder_that_does_not_fit_is_refused_by_name(small: Path, fault:
 @pytest.mark.parametrize("content", [None, "{", '{"model": 3}'])
 def test_a_broken_tokenizer_is_refused_by_name(small: Path, content: str | None) -> None:
     path = small / TOKENIZER / "tokenizer.json"
-    if content is None:
-        path.unlink()
-    else:
+    path.unlink()
+    if content is not None:
         path.write_text(content)
     with pytest.raises(OverlayError, match=r"tokenizer\.json") as raised:
         text.load_tokenizer(small / TOKENIZER)
