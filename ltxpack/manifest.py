@@ -45,6 +45,11 @@ class FileRecord:
     blake3: str
     link: str | None = None
 
+    @property
+    def is_symlink(self) -> bool:
+        """Whether the overlay holds a link there and no bytes."""
+        return self.link not in (None, "hard")
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -276,7 +281,7 @@ def _check_paths(manifest: Manifest, path: Path, remake: str) -> None:
         if record.path in seen or record.path == MANIFEST_NAME:
             raise OverlayError("names a file twice", file=path, found=record.path, next=remake)
         seen.add(record.path)
-        if record.link not in (None, "hard") and not _link_stays_inside(record):
+        if record.is_symlink and not _link_stays_inside(record):
             raise OverlayError("names a link that leaves the overlay", file=path, found=record.link, next=remake)
 
 

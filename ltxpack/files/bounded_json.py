@@ -1,7 +1,7 @@
-"""JSON from outside, counted before it is parsed: no document costs seconds or gigabytes. Knows no files.
+"""Parses JSON from outside and counts its values first: no document costs seconds or gigabytes. Knows no files.
 
-Every value but the first of its container stands behind a comma, and every container opens with a bracket, so two
-counts bound what a parser will make of a text (those inside strings count too, which errs on the safe side).
+A comma precedes every value but the first of its container, and a bracket opens every container. So two counts bound
+what a parser makes of a text. Commas and brackets inside strings count too, which errs on the safe side.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Limits:
 
 
 class JsonFault(ValueError):
-    """Why a text was refused, worded to follow the name of its file."""
+    """Says why a text was refused; the words follow the name of its file."""
 
 
 def parse(data: bytes, limits: Limits | None = None, *, any_number: bool = False) -> Any:
-    """JSON as serde_json reads it (no NaN, no lone surrogates), without duplicate keys, nested at most 64 deep.
+    """Parse JSON as serde_json does (no NaN, no lone surrogates), without duplicate keys, at most 64 levels deep.
 
-    Integers beyond 64 bits and floats beyond a double are refused, unless ``any_number``: then Python's rules hold for
-    numbers (libraries write "no limit" as 10**30 and Infinity). Raises JsonFault.
+    It refuses integers beyond 64 bits and floats beyond a double. With ``any_number`` it takes every number that Python
+    takes: libraries write "no limit" as 10**30 and Infinity. Raises JsonFault.
     """
     refuse_crowded(data, limits)
     checks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float, "parse_constant": _constant}

@@ -1,15 +1,17 @@
-"""Files read and written past the page cache (O_DIRECT) where that helps, through it elsewhere. Knows no tensors.
+"""Reads and writes files past the page cache (O_DIRECT) where that helps, through it elsewhere. Knows no tensors.
 
-Past the cache a read or write costs next to no processor time, is as fast as the disk, and leaves the cache to others.
-Network and FUSE filesystems accept the flag too, but lose their reading ahead by it and become several times slower:
-there everything goes through the cache.
+Past the cache a read or write takes almost no processor time, is as fast as the disk, and leaves the cache to others.
+Network and FUSE filesystems accept the flag too, but then they stop reading ahead and become several times slower. On
+them everything goes through the cache.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import itertools
 import mmap
 import os
@@ -19,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ltxpack.errors import AbsentError, FormatError, LtxpackError, SourceError
-from ltxpack.files.page_cache import PageCache
 
-# Through the page cache, past it, or through it for what is there and past it for the rest.
+# AUTO reads through the page cache what is in it, and past it the rest.
 CACHED, DIRECT, AUTO = "cached", "direct", "auto"
 READS = (AUTO, CACHED, DIRECT)
-# What a transfer past the cache begins and ends on, in the file and in memory.
+# A transfer past the cache begins and ends on a multiple of this, in the file and in memory.
 ALIGN = 4096
 BUFFER = 4 * 1024 * 1024
 # Below this a file goes through the page cache: opening for O_DIRECT would cost more than it saves.
@@ -33,11 +34,15 @@ NOT_DIRECT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENO
 # The most buffers the system fills in one call (IOV_MAX).
 VIEWS_PER_READ = 1024
 MOUNTS = Path("/proc/self/mountinfo")
+PAGE = mmap.PAGESIZE
+MAP_FAILED = ctypes.c_void_p(-1).value
+# The byte by which mincore says that a page is in memory.
+IN_MEMORY = b"\x01"
 THROUGH_CACHE = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|virtiofs|ceph|afs")
 
 
 def aligned_buffer(size: int) -> memoryview:
-    """Zeroed memory of at least ``size`` bytes that starts on a page; given back when the last view is gone."""
+    """Zeroed memory of at least ``size`` bytes that starts on a page; freed with its last view."""
     size = max(ALIGN, round_up(size))
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= BUFFER:
@@ -52,7 +57,7 @@ def round_up(size: int) -> int:
 
 
 def why_cached(path: Path) -> str:
-    """Why files at ``path`` (there or not) go through the page cache, by the kind of their filesystem; "" if not."""
+    """Why files at ``path``, which need not exist, go through the page cache: the kind of filesystem, or ""."""
     try:
         table = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
@@ -80,7 +85,7 @@ def _filesystem(table: str, path: str) -> tuple[str, str]:
 
 
 class DirectReader:
-    """An open file, read from several threads the way ``reads`` says: one of READS.
+    """An open file that several threads read in the way ``reads``, one of READS.
 
     ``past_cache``: whether anything is read past the page cache; ``why``: the reason if not. All methods raise
     SourceError for a file that cannot be read and FormatError for one that ends too early.
@@ -176,6 +181,55 @@ class DirectReader:
             expected=f"{position + missing} bytes",
             next="fetch or copy the file again",
         )
+
+
+class PageCache:
+    """Says which bytes of an open file are in memory (mincore); from any thread, until :meth:`close`.
+
+    What is unknown counts as absent: files of other users (mincore would report all their pages as cached), and bytes
+    added after opening.
+    """
+
+    def __init__(self, fd: int) -> None:
+        stat = os.fstat(fd)
+        self._size = stat.st_size
+        self._address = _mapped(fd, self._size) if os.geteuid() in (0, stat.st_uid) else None
+
+    def holds(self, start: int, nbytes: int) -> bool:
+        """Whether all ``nbytes`` bytes from ``start`` on are in memory."""
+        end = start + nbytes
+        if self._address is None or end > self._size:
+            return False
+        first = start - start % PAGE
+        pages = ctypes.create_string_buffer(-(-(end - first) // PAGE))
+        if _libc().mincore(self._address + first, end - first, pages) != 0:
+            return False
+        return not pages.raw.strip(IN_MEMORY)
+
+    def close(self) -> None:
+        """Give the mapping back; no thread may be asking."""
+        if self._address is not None:
+            _libc().munmap(self._address, self._size)
+            self._address = None
+
+
+def _mapped(fd: int, size: int) -> int | None:
+    """The address of the whole file in memory, never to be read from: the file may be cut meanwhile."""
+    if size == 0:
+        return None
+    address: int | None = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    return None if address == MAP_FAILED else address
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """The C library: Python's own mapping does not tell its address."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
+    return libc
 
 
 class DirectWriter:

@@ -1,12 +1,13 @@
 """Safetensors headers, byte ranges and index files. Knows no tensor names.
 
-Everything read here is untrusted. What the safetensors library refuses is refused; beyond it: duplicate keys, control
-characters and path parts in names, headers over 16 MiB, deep nesting, integers beyond 64 bits. Each is a FormatError,
-found in bounded time and memory.
+Everything that is read here is untrusted. It refuses what the safetensors library refuses, and also: duplicate keys,
+control characters and path parts in names, headers over 16 MiB, deep nesting, integers beyond 64 bits. Each is a
+FormatError, found in bounded time and memory.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import stat
@@ -227,10 +228,7 @@ def parse_json(data: bytes, path: str | os.PathLike[str], *, any_number: bool = 
 
 
 def open_source(path: Path) -> BinaryIO:
-    """``path`` opened for reading, only if it is a regular file (a pipe would block).
-
-    Raises AbsentError, or SourceError.
-    """
+    """Open ``path`` for reading if it is a regular file: a pipe would block. Raises AbsentError or SourceError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -256,25 +254,24 @@ def _metadata(value: Any, path: str | os.PathLike[str]) -> dict[str, str]:
 
 def _tensor(name: str, entry: Any, base: int, path: str | os.PathLike[str]) -> TensorInfo:
     check_name(name, path)
+    fault = functools.partial(FormatError, file=path, tensor=name)
     if not isinstance(entry, dict):
-        raise FormatError("is not described by an object", file=path, tensor=name, found=_short(entry))
+        raise fault("is not described by an object", found=_short(entry))
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str):
-        raise FormatError("has no dtype", file=path, tensor=name, found=_short(dtype))
+        raise fault("has no dtype", found=_short(dtype))
     if not isinstance(shape, list) or not all(_is_size(dim) for dim in shape):
-        raise FormatError("has a shape that is not a list of sizes", file=path, tensor=name, found=_short(shape))
+        raise fault("has a shape that is not a list of sizes", found=_short(shape))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise FormatError("has no sound data_offsets", file=path, tensor=name, found=_short(offsets))
+        raise fault("has no sound data_offsets", found=_short(offsets))
     start, end = offsets
     try:
         nbytes = tensor_nbytes(dtype, tuple(shape))
     except FormatError as error:
-        raise FormatError(error.problem, file=path, tensor=name, expected=error.expected, found=error.found) from None
+        raise fault(error.problem, expected=error.expected, found=error.found) from None
     if end - start != nbytes:
-        raise FormatError(
-            "shape and byte range differ", file=path, tensor=name,
-            expected=f"{nbytes} bytes for {dtype} {_short(shape)}", found=f"{end - start} bytes",
-        )  # fmt: skip
+        expected = f"{nbytes} bytes for {dtype} {_short(shape)}"
+        raise fault("shape and byte range differ", expected=expected, found=f"{end - start} bytes")
     return TensorInfo(name, dtype, tuple(shape), base + start, nbytes)
 
 

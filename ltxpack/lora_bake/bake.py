@@ -32,13 +32,12 @@ from ltxpack.lora_bake.plan import (
     bake_name,
     check_bake_name,
     read_base,
-    refuse_links,
 )
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item
-from ltxpack.repack.lock import OverlayLock
+from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import Staging, publish_bakes, recover
 from ltxpack.repack.verify import Fault, damaged, verify
 from ltxpack.repack.write import preflight, write_bytes, write_item
@@ -81,7 +80,7 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
     overlay = options.overlay
     read_manifest(overlay)
     with OverlayLock(overlay, reporter) as lock:
-        refuse_links(overlay, [overlay / BAKES])
+        refuse_links(overlay / WORK_FOLDER, overlay / BAKES)
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
         base = read_base(overlay, manifest)
@@ -96,7 +95,7 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
         loader.shutdown(wait=False)
         plans = _plans(options, manifest, base, found, [lora.read_digest(reporter) for lora in found])
         new = _to_be_made(plans, manifest, options)
-        refuse_links(overlay, [overlay / plan.folder for plan in new])
+        refuse_links(overlay / WORK_FOLDER, *(overlay / plan.folder for plan in new))
         torch.result()
         made: dict[str, BakeReport] = {}
         if new:
@@ -139,7 +138,7 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
     has them, so that the same bytes come out. Raises what ``bake`` raises, and OverlayError for a LoRA that changed.
     """
     with OverlayLock(overlay, reporter) as lock:
-        refuse_links(overlay, [overlay / BAKES, overlay / BAKES / name])
+        refuse_links(overlay / WORK_FOLDER, overlay / BAKES, overlay / BAKES / name)
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
         made, base = manifest.bakes[name], read_base(overlay, manifest)

@@ -26,7 +26,6 @@ from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES, Bake, BakedLora, FileRecord, Manifest, changed_file
 from ltxpack.repack.items import Item, LinkFile, WriteBytes, WriteShard
-from ltxpack.repack.lock import WORK_FOLDER
 from ltxpack.repack.tensors import Buffer, ShardEntry, stored_tensor
 
 RULES = ("fp32", "official")
@@ -208,13 +207,6 @@ def _check_tensors(shard: BaseShard, known: Mapping[str, object], overlay: Path)
         if info.dtype not in WEIGHT_DTYPES:
             problem, usable = "has a dtype no LoRA is baked into", " or ".join(WEIGHT_DTYPES)
             raise OverlayError(problem, file=shard.file.path, tensor=name, expected=usable, found=info.dtype)
-
-
-def refuse_links(overlay: Path, folders: Iterable[Path]) -> None:
-    """Raise OverlayError if one of ``folders``, or the work folder, is a link: what is written must stay inside."""
-    for folder in (overlay / WORK_FOLDER, *folders):
-        if folder.is_symlink():
-            raise OverlayError("is a link where only a folder may be", file=folder, next=f"remove {folder}")
 
 
 # One bake

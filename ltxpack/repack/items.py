@@ -143,27 +143,18 @@ def assign_shards(
         raise UsageError("a shard must hold at least one byte", expected="1 or more", found=max_shard_size)
     _refuse_twice(entries)
     groups = _split_by_size(entries, max_shard_size)
-    names = shard_names(len(groups), stem)
+    count = len(groups)
+    endings = [""] if count == 1 else [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)]
+    names = [f"{stem}{ending}.safetensors" for ending in endings]
     prefix = f"{folder}/" if folder else ""
     shards = tuple(WriteShard(prefix + name, _aligned_order(group)) for name, group in zip(names, groups, strict=True))
-    if len(shards) == 1:
-        return shards
-    return (*shards, WriteBytes(f"{prefix}{stem}.safetensors.index.json", index_json(shards)))
-
-
-def shard_names(count: int, stem: str) -> list[str]:
-    """The file names of ``count`` shards."""
     if count == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def index_json(shards: Sequence[WriteShard]) -> bytes:
-    """``*.safetensors.index.json`` of the shards: total tensor bytes and the shard of each tensor, by name."""
-    weight_map = {tensor.name: shard.path.rpartition("/")[2] for shard in shards for tensor in shard.tensors}
-    total = sum(entry.nbytes for shard in shards for entry in shard.entries)
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return (json.dumps(document, indent=2, ensure_ascii=True) + "\n").encode()
+        return shards
+    weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
+    total = sum(entry.nbytes for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    data = (json.dumps(index, indent=2, ensure_ascii=True) + "\n").encode()
+    return (*shards, WriteBytes(f"{prefix}{stem}.safetensors.index.json", data))
 
 
 def _split_by_size(entries: Iterable[ShardEntry], limit: int) -> list[list[ShardEntry]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.publish import write_errors
 from ltxpack.reporter import Reporter, SilentReporter
 
@@ -30,6 +30,13 @@ WORK_FOLDER = ".ltxpack"
 def real_target(overlay: Path) -> Path:
     """Where ``overlay`` really is: links followed, so that staging and lock are on its filesystem."""
     return Path(os.path.realpath(overlay))
+
+
+def refuse_links(*folders: Path) -> None:
+    """Raise OverlayError if one of ``folders`` is a link: it would lead writes and removals out of the overlay."""
+    for folder in folders:
+        if folder.is_symlink():
+            raise OverlayError("is a link where only a folder may be", file=folder, next=f"rm {quoted(folder)}")
 
 
 class OverlayLock:

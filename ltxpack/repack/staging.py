@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, BinaryIO, Self
 
-from ltxpack.errors import OverlayError, quoted
+from ltxpack.errors import OverlayError, SourceError
+from ltxpack.files import bounded_json
+from ltxpack.files.hashing import hash_file
 from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
+from ltxpack.files.tensorfile import open_source
 from ltxpack.manifest import (
     BAKE_NAME,
     MANIFEST_NAME,
@@ -26,12 +31,15 @@ from ltxpack.manifest import (
     Manifest,
     is_overlay,
     read_manifest,
+    safe_relative_path,
 )
-from ltxpack.repack.journal import Journal, JournalState, is_intact, read_journal
-from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, real_target
+from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, real_target, refuse_links
 from ltxpack.reporter import Reporter
 
 PARTIAL = ".partial"
+FORMAT = 1
+# A line is some 200 bytes; more than this is not read.
+MAX_JOURNAL_BYTES = 16 * 1024 * 1024
 
 
 class StagingPaths:
@@ -53,9 +61,7 @@ class StagingPaths:
         """Raise OverlayError for a link among the folders: it would lead writes and removals out of the overlay."""
         parts = [parent for parent in (Path(self.folder), *Path(self.folder).parents) if parent.name]
         inner = [self.overlay / WORK_FOLDER, *(self.overlay / part for part in parts)]
-        for path in (*inner, self.work, self.root, *(self.root / part for part in parts), self.old):
-            if path.is_symlink():
-                raise OverlayError("is a link where only a folder may be", file=path, next=f"rm {quoted(path)}")
+        refuse_links(*inner, self.work, self.root, *(self.root / part for part in parts), self.old)
 
     def named(self) -> tuple[FileRecord, ...] | None:
         """The files that the overlay's manifest, if it can be read, names for ``folder``."""
@@ -66,6 +72,76 @@ class StagingPaths:
             bake = manifest.bakes.get(self.target.name)
             return bake.files if bake else None
         return None
+
+
+class Journal:
+    """The journal of unfinished work: which plan it belongs to and which files are complete. JSON, one line each.
+
+    ``fingerprint``: the plan. ``records``: complete files by path. ``replaced``: None, or (once publishing began) the
+    old files to remove. It is trusted only as far as it can be checked: a torn or odd line and all after it are
+    dropped, and a file counts as complete only if it has the size and the content that the journal states.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read ``path``; all is empty if there is none or it is not one of this version."""
+        self.path = path
+        self.fingerprint = ""
+        self.records: dict[str, FileRecord] = {}
+        self.replaced: tuple[str, ...] | None = None
+        self._file: BinaryIO | None = None
+        with contextlib.suppress(SourceError, OSError, ValueError, LookupError, TypeError, AttributeError):
+            self._read()
+
+    def restart(self, fingerprint: str, records: dict[str, FileRecord]) -> None:
+        """Begin the file afresh with these records; from here on lines are added. Raises OverlayError."""
+        self.fingerprint, self.records, self.replaced = fingerprint, dict(records), None
+        lines: list[dict[str, Any]] = [{"journal": FORMAT, "fingerprint": fingerprint}]
+        lines += [dataclasses.asdict(record) for record in records.values()]
+        with write_errors(self.path):
+            atomic_write(self.path, b"".join(map(_line, lines)))
+            self._file = self.path.open("ab", buffering=0)
+
+    def record(self, record: FileRecord) -> None:
+        """``record`` is complete and on the disk; so is this line when it returns."""
+        self._append(dataclasses.asdict(record))
+        self.records[record.path] = record
+
+    def publishing(self, replaced: Iterable[str]) -> None:
+        """All is complete and is now moved into place; ``replaced``: paths of the old version to remove."""
+        self.replaced = tuple(sorted(replaced))
+        self._append({"publishing": self.replaced})
+
+    def close(self) -> None:
+        """Close the file; it stays."""
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
+        with write_errors(self.path):
+            self._file.write(_line(entry))
+            os.fsync(self._file.fileno())
+
+    def _read(self) -> None:
+        with open_source(self.path) as file:
+            data = file.read(min(os.fstat(file.fileno()).st_size, MAX_JOURNAL_BYTES))
+        bounded_json.refuse_crowded(data)
+        first, *lines = data.split(b"\n")[:-1]
+        head = bounded_json.parse(first)
+        if head["journal"] != FORMAT:
+            return
+        self.fingerprint = str(head["fingerprint"])
+        for line in lines:
+            entry = bounded_json.parse(line)
+            if "publishing" in entry:
+                self.replaced = tuple(path for path in entry["publishing"] if safe_relative_path(path))
+            elif safe_relative_path(entry["path"]) and type(entry["size"]) is int:
+                record = FileRecord(**entry)
+                self.records[record.path] = record
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode() + b"\n"
 
 
 class Staging:
@@ -90,13 +166,12 @@ class Staging:
         self.paths = StagingPaths(real_target(overlay), folder)
         self.root, self.work = self.paths.root, self.paths.work
         self.fingerprint = fingerprint
-        self.done: dict[str, FileRecord] = {}
         self._reporter = reporter
         self._own_lock = lock is None
         self._lock = lock or OverlayLock(overlay, reporter)
         self._force = force
         self._published = False
-        self._journal: Journal | None = None
+        self._journal = Journal(self.paths.journal)
 
     def __enter__(self) -> Self:
         if self._own_lock:
@@ -120,11 +195,14 @@ class Staging:
                 f"stopped; {len(self.done)} finished files are kept, the same command goes on from there"
             )
 
+    @property
+    def done(self) -> Mapping[str, FileRecord]:
+        """The complete files by path."""
+        return self._journal.records
+
     def record(self, record: FileRecord) -> None:
         """``record``'s file under ``root`` is complete and on the disk."""
-        assert self._journal is not None
         self._journal.record(record)
-        self.done[record.path] = record
 
     def publish(self, manifest: bytes) -> None:
         """Put the new overlay, with this manifest, in its place. Only for a staging of a whole overlay."""
@@ -139,8 +217,7 @@ class Staging:
             self._close_and_clean()
 
     def _leave(self) -> None:
-        if self._journal:
-            self._journal.close()
+        self._journal.close()
         if self._own_lock:
             self._lock.__exit__(None, None, None)
 
@@ -164,29 +241,29 @@ class Staging:
     def _open(self) -> None:
         """Keep what the journal vouches for, remove everything else, start the journal."""
         self.work.mkdir(parents=True, exist_ok=True)
-        state = read_journal(self.paths.journal)
-        if state.fingerprint == self.fingerprint:
-            self.done = self._checked(state)
-        elif state.records:
+        # Read again: ``recover`` may have removed it.
+        journal = self._journal = Journal(self.paths.journal)
+        done = {}
+        if journal.fingerprint == self.fingerprint:
+            done = self._checked(journal.records)
+        elif journal.records:
             self._reporter.note(f"{self.work}: unfinished work of a run with other inputs is discarded")
-        remove_below(self.root, keep=self.done)
+        remove_below(self.root, keep=done)
         self.root.mkdir(exist_ok=True)
         fsync_folder(self.work.parent)
-        self._journal = Journal(self.paths.journal, self.fingerprint, self.done.values())
+        journal.restart(self.fingerprint, done)
 
-    def _checked(self, state: JournalState) -> dict[str, FileRecord]:
-        records = state.records.values()
-        if not records:
+    def _checked(self, recorded: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+        if not recorded:
             return {}
-        self._reporter.begin("checking what is done", sum(record.size for record in records), "B")
-        good = {record.path: record for record in records if is_intact(record, self.root, self._reporter)}
+        self._reporter.begin("checking what is done", sum(record.size for record in recorded.values()), "B")
+        good = {path: record for path, record in recorded.items() if _is_intact(record, self.root, self._reporter)}
         self._reporter.end()
-        self._reporter.note(f"going on: {len(good)} of {len(records)} finished files are intact and kept")
+        self._reporter.note(f"going on: {len(good)} of {len(recorded)} finished files are intact and kept")
         return good
 
     def _announce(self) -> None:
         """Journal that publishing begins: from here on ``recover`` expects it to be half done."""
-        assert self._journal is not None
         for name, _, _ in os.walk(self.work):
             fsync_folder(name)
         prefix = f"{self.paths.folder}/" if self.paths.folder else ""
@@ -195,9 +272,8 @@ class Staging:
         self._journal.publishing([*replaced, MANIFEST_NAME] if not prefix else replaced)
 
     def _close_and_clean(self) -> None:
-        assert self._journal is not None
         self._journal.close()
-        _clean(self.paths, read_journal(self.paths.journal), self._reporter)
+        _clean(self.paths, self._journal, self._reporter)
 
 
 def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
@@ -234,9 +310,9 @@ def recover(overlay: Path, reporter: Reporter) -> tuple[str, ...]:
     complete = []
     for folder in ("", *(f"bakes/{name}" for name in bakes)):
         paths = StagingPaths(overlay, folder)
-        state = read_journal(paths.journal)
-        if state.replaced is not None and _settle(paths, state, reporter):
-            complete.append(state.fingerprint)
+        journal = Journal(paths.journal)
+        if journal.replaced is not None and _settle(paths, journal, reporter):
+            complete.append(journal.fingerprint)
         _remove_if_empty(paths)
     return tuple(complete)
 
@@ -257,24 +333,24 @@ def remove_below(root: Path, keep: Collection[str] = ()) -> None:
         _remove_empty(root)
 
 
-def _settle(paths: StagingPaths, state: JournalState, reporter: Reporter) -> bool:
+def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> bool:
     """Make one begun publishing whole again. Returns whether it was complete."""
     paths.refuse_links()
     with write_errors(paths.target):
         if not paths.payload.exists() and (not paths.folder or paths.named() is not None):
-            _clean(paths, state, reporter)
+            _clean(paths, journal, reporter)
             return True
         if not paths.folder:
             if paths.old.exists() and not os.path.lexists(paths.target):
                 paths.old.rename(paths.target)
         elif paths.payload.exists():
             if paths.named() is None:
-                _drop_named(paths.target, state)
-                _drop_old(paths, state, reporter)
+                _drop_named(paths.target, journal)
+                _drop_old(paths, journal, reporter)
         elif paths.target.exists():
             paths.payload.parent.mkdir(parents=True, exist_ok=True)
             paths.target.rename(paths.payload)
-            _drop_old(paths, state, reporter)
+            _drop_old(paths, journal, reporter)
     return False
 
 
@@ -289,9 +365,9 @@ def _swap(paths: StagingPaths) -> None:
     fsync_folder(paths.target.parent)
 
 
-def _clean(paths: StagingPaths, state: JournalState, reporter: Reporter) -> None:
+def _clean(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
     """After a publishing: remove what the old manifest named, move foreign files to the new version."""
-    _drop_old(paths, state, reporter)
+    _drop_old(paths, journal, reporter)
     remove_below(paths.work, keep={paths.journal.name})
     paths.journal.unlink(missing_ok=True)
     _remove_if_empty(paths)
@@ -305,9 +381,9 @@ def _remove_if_empty(paths: StagingPaths) -> None:
             paths.work.parent.rmdir()
 
 
-def _drop_old(paths: StagingPaths, state: JournalState, reporter: Reporter) -> None:
+def _drop_old(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
     """Remove the old version; files in it that its manifest did not name move to the new one, or aside."""
-    _drop_named(paths.old, state)
+    _drop_named(paths.old, journal)
     if not paths.old.is_dir():
         return
     for path in list(_files_below(paths.old)):
@@ -321,16 +397,30 @@ def _drop_old(paths: StagingPaths, state: JournalState, reporter: Reporter) -> N
     _remove_empty(paths.old)
 
 
-def _drop_named(folder: Path, state: JournalState) -> None:
+def _drop_named(folder: Path, journal: Journal) -> None:
     """Remove the files of the old version that its manifest named, never through a link to elsewhere."""
     if not folder.is_dir():
         return
-    for name in state.replaced or ():
+    for name in journal.replaced or ():
         path = folder / name
         if not any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(folder)):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
     _remove_empty(folder)
+
+
+def _is_intact(record: FileRecord, root: Path, reporter: Reporter) -> bool:
+    """Whether the file under ``root`` is what ``record`` says, by size and content. Advances by its size."""
+    path = root / record.path
+    try:
+        status = path.lstat()
+        if record.is_symlink:
+            return stat.S_ISLNK(status.st_mode) and os.readlink(path) == record.link  # noqa: PTH115 (a Path would tidy it)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != record.size:
+            return False
+    except OSError:
+        return False
+    return hash_file(path, reporter) == record.blake3
 
 
 def _files_below(root: Path) -> Iterator[Path]:

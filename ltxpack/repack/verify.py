@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import LtxpackError, OverlayError, quoted
+from ltxpack.errors import LtxpackError, OverlayError
 from ltxpack.files.hashing import hash_file
 from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import Item
-from ltxpack.repack.lock import WORK_FOLDER, OverlayLock
+from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import PARTIAL, recover, remove_below, unfinished
 from ltxpack.repack.write import preflight, write_item
 from ltxpack.reporter import Reporter
@@ -41,6 +41,12 @@ class Fault:
     expected: str | None = None
     found: str | None = None
 
+    @classmethod
+    def of(cls, path: str, error: LtxpackError) -> Fault:
+        """A file that could not be read, by the error that says so."""
+        expected, found = (None if value is None else str(value) for value in (error.expected, error.found))
+        return cls(path, error.problem, expected, found)
+
 
 def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
     """All faults of ``overlay``, by path; empty if it is as it was written. Raises OverlayError without a manifest.
@@ -58,7 +64,7 @@ def _faults(overlay: Path, reporter: Reporter) -> list[Fault]:
     begun = unfinished(overlay)
     for path in begun:
         reporter.note(f"{path}: unfinished work; run the command that began it again to finish it")
-    reporter.begin("verifying", sum(record.size for record in records.values() if not is_symlink(record)), "B")
+    reporter.begin("verifying", sum(record.size for record in records.values() if not record.is_symlink), "B")
     faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
     reporter.end()
     # A bake killed while it was published may be in its place already, but the manifest does not name it yet.
@@ -81,11 +87,6 @@ def damaged_items(items: Sequence[Item], paths: Iterable[str]) -> tuple[Item, ..
     return tuple(item for item in items if item.path in wanted)
 
 
-def is_symlink(record: FileRecord) -> bool:
-    """Whether the overlay holds a link there rather than bytes."""
-    return record.link not in (None, "hard")
-
-
 def weight_folders(manifest: Manifest) -> list[str]:
     """Folders whose shards together make one model: those of components and bakes, not ``loras``."""
     groups = [component.files for component in manifest.components.values()]
@@ -106,10 +107,10 @@ def _file_faults(
     except OSError as error:
         yield Fault(record.path, "is missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}")
         return
-    if stat.S_ISLNK(status.st_mode) != is_symlink(record):
+    if stat.S_ISLNK(status.st_mode) != record.is_symlink:
         what = "a link" if stat.S_ISLNK(status.st_mode) else "a file of its own"
         yield Fault(record.path, "was replaced", record.link or "a file of its own", what)
-    elif is_symlink(record):
+    elif record.is_symlink:
         yield from _link_faults(record, records, path)
     elif not stat.S_ISREG(status.st_mode):
         yield Fault(record.path, "was replaced", "a file", "something else")
@@ -141,7 +142,7 @@ def _link_faults(record: FileRecord, records: Mapping[str, FileRecord], path: Pa
         return
     goal = posixpath.normpath(posixpath.join(posixpath.dirname(record.path), record.link))
     target = records.get(goal)
-    if target is None or is_symlink(target):
+    if target is None or target.is_symlink:
         yield Fault(record.path, "links to a file the manifest does not name", found=goal)
     elif (target.size, target.blake3) != (record.size, record.blake3):
         yield Fault(record.path, "links to other content than it was made for", record.blake3, target.blake3)
@@ -172,7 +173,7 @@ def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord]
             for tensor in read_tensorfile(overlay / path).tensors:
                 owners[tensor].append(posixpath.basename(path))
         except LtxpackError as error:
-            yield Fault(path, error.problem, _text(error.expected), _text(error.found))
+            yield Fault.of(path, error)
     for tensor, files in owners.items():
         if len(files) > 1:
             yield Fault(f"{folder}/{files[-1]}", f"holds {tensor}, which is in another shard too", found=files[0])
@@ -185,7 +186,7 @@ def _index_faults(overlay: Path, path: str, owners: Mapping[str, str]) -> Iterat
     try:
         weight_map = read_index(overlay / path).weight_map
     except LtxpackError as error:
-        yield Fault(path, error.problem, _text(error.expected), _text(error.found))
+        yield Fault.of(path, error)
         return
     wrong = sorted(tensor for tensor in {*owners, *weight_map} if owners.get(tensor) != weight_map.get(tensor))
     if wrong:
@@ -197,10 +198,6 @@ def _index_faults(overlay: Path, path: str, owners: Mapping[str, str]) -> Iterat
 def _parents(path: str) -> list[str]:
     parts = path.split("/")[:-1]
     return ["/".join(parts[: number + 1]) for number in range(len(parts))]
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
 
 
 def repair(
@@ -216,7 +213,7 @@ def repair(
     root = overlay / WORK_FOLDER / "repair"
     with OverlayLock(overlay, reporter), write_errors(overlay):
         recover(overlay, reporter)
-        _refuse_link(root, root.parent)
+        refuse_links(root, root.parent)
         preflight(items, overlay, copy=copy)
         records = {record.path: record for record in manifest.records()}
         reporter.begin("repairing", sum(item.size for item in items), "B")
@@ -225,7 +222,7 @@ def repair(
             changed = {}
             for item in items:
                 target = overlay / item.path
-                _refuse_link(*(overlay / parent for parent in _parents(item.path)))
+                refuse_links(*(overlay / parent for parent in _parents(item.path)))
                 changed[item.path] = write_item(item, root, copy=copy, reporter=reporter)
                 _refuse_other_content(changed[item.path], records[item.path], target)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -240,12 +237,6 @@ def repair(
                 root.parent.rmdir()
         reporter.end()
         return after
-
-
-def _refuse_link(*folders: Path) -> None:
-    linked = next((folder for folder in folders if folder.is_symlink()), None)
-    if linked is not None:
-        raise OverlayError("is a link where only a folder may be", file=linked, next=f"rm {quoted(linked)}")
 
 
 def _refuse_other_content(found: FileRecord, wanted: FileRecord, target: Path) -> None:

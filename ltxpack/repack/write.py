@@ -5,8 +5,11 @@ Nothing appears under its final name before it is complete. Knows how items are 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import os
+import platform
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +18,7 @@ from typing import NamedTuple
 from ltxpack.errors import FormatError, OverlayError
 from ltxpack.files.direct import BUFFER, DIRECT_FROM
 from ltxpack.files.hashing import hash_file, regular_size
-from ltxpack.files.links import link_file
-from ltxpack.files.publish import Temporary, write_errors
+from ltxpack.files.publish import Temporary, fsync_file, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges
 from ltxpack.files.tensorfile import truncated
 from ltxpack.manifest import FileRecord, safe_relative_path
@@ -30,6 +32,9 @@ from ltxpack.reporter import Reporter
 BYTES_PER_FILE = 16 * 1024
 # Ranges this near to each other in a source are read in one go, the gap thrown away.
 MAX_GAP = 64 * 1024
+# _IOW(0x94, 9, int). These processors give the direction "write" other bits in a request than all others do.
+_OTHER_BITS = ("mips", "ppc", "powerpc", "sparc", "alpha")
+FICLONE = 0x80049409 if platform.machine().startswith(_OTHER_BITS) else 0x40049409
 
 
 def execute(items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter) -> tuple[FileRecord, ...]:
@@ -159,13 +164,49 @@ def copy_file(
     found, source = regular_size(item.source), Path(os.path.realpath(item.source))
     if found != item.size:
         raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
-    how = link_file(source, root / item.path) if allow_link else "copied"
+    how = _link(source, root / item.path) if allow_link else "copied"
     if how == "copied":
         reader = RangeReader(file_ranges(source, item.size), direct=direct and item.size >= DIRECT_FROM)
         return _stream(item, b"", reader, reader, root, reporter, direct)
     reporter.detail(f"{item.path}: {how}")
     digest = hash_file(root / item.path, reporter, direct=direct)
     return FileRecord(item.path, item.size, digest, "hard" if how == "hard-linked" else None)
+
+
+def _link(source: Path, target: Path) -> str:
+    """Give ``target`` the bytes of ``source`` without copying: "reflinked" or "hard-linked"; else "copied".
+
+    "copied" means that nothing was made and the caller has to copy. ``source`` must be the real file, no symlink.
+    """
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        link = Temporary(target, made=False)
+        how = (
+            "reflinked" if _reflink(source, link.path) else "hard-linked" if _hard_link(source, link.path) else "copied"
+        )
+        if how != "copied":
+            with contextlib.suppress(OSError):  # some systems sync only what this process wrote
+                fsync_file(link.path)
+            link.publish(synced=True)
+    return how
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        with source.open("rb") as origin, target.open("xb") as copy:
+            fcntl.ioctl(copy.fileno(), FICLONE, origin.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _hard_link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def write_bytes(item: WriteBytes, root: Path) -> FileRecord:

@@ -14,9 +14,8 @@ from repack_support import Listener
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.files.direct import BUFFER
-from ltxpack.files.links import FICLONE
 from ltxpack.repack.items import CopyFile
-from ltxpack.repack.write import copy_file
+from ltxpack.repack.write import FICLONE, copy_file
 
 DATA = random.Random(2).randbytes(BUFFER + 1234)
 

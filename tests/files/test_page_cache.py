@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from _measure import make_cold, resident
 
-from ltxpack.files import page_cache
-from ltxpack.files.page_cache import PAGE, PageCache
+from ltxpack.files import direct
+from ltxpack.files.direct import PAGE, PageCache
 from ltxpack.files.reader import READ_BYTES
 from ltxpack.runtime.weights.background import CacheWarmer
 
@@ -75,13 +75,13 @@ def test_where_the_system_does_not_say(path: Path, monkeypatch: pytest.MonkeyPat
     read(path, 0, SIZE)
     with monkeypatch.context() as patch, cache_of(path) as cache:
         assert cache.holds(0, PAGE)
-        patch.setattr(page_cache._libc(), "mincore", lambda *_: -1)
+        patch.setattr(direct._libc(), "mincore", lambda *_: -1)
         assert not cache.holds(0, PAGE)
     with monkeypatch.context() as patch:
-        patch.setattr(page_cache._libc(), "mmap", lambda *_: page_cache.FAILED)
+        patch.setattr(direct._libc(), "mmap", lambda *_: direct.MAP_FAILED)
         with cache_of(path) as cache:
             assert not cache.holds(0, PAGE)
-    monkeypatch.setattr(page_cache.os, "geteuid", lambda: os.getuid() + 1)
+    monkeypatch.setattr(direct.os, "geteuid", lambda: os.getuid() + 1)
     with cache_of(path) as cache:
         assert not cache.holds(0, PAGE), "of a file of somebody else's everything is said to be there"
 

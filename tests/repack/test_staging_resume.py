@@ -30,9 +30,8 @@ from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifes
 from ltxpack.repack import staging as staging_module
 from ltxpack.repack import write as execute_module
 from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, fingerprint
-from ltxpack.repack.journal import read_journal
 from ltxpack.repack.lock import OverlayLock
-from ltxpack.repack.staging import Staging, publish_bakes, recover, unfinished
+from ltxpack.repack.staging import Journal, Staging, publish_bakes, recover, unfinished
 from ltxpack.repack.verify import verify
 from ltxpack.repack.write import execute, preflight, write_shard
 from ltxpack.reporter import SilentReporter
@@ -382,7 +381,7 @@ def test_a_journal_of_no_sense_is_neither_waited_for_nor_parsed(content: bytes |
         os.mkfifo(path)
     else:
         path.write_bytes(content)
-    state = read_journal(path)
+    state = Journal(path)
     assert (state.records, state.replaced) == ({}, None)
 
 

@@ -8,16 +8,18 @@ comes in as :class:`TensorRead` values. The queue of reads is files.reader's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.files.direct import ALIGN, CACHED
-from ltxpack.files.hashing import HashCheck, regular_size
+from ltxpack.files.hashing import regular_size
 from ltxpack.files.reader import (
     AT_ONCE,
     IN_FLIGHT,
@@ -92,6 +94,32 @@ class PinnedBuffer:
     def wait(self) -> None:
         """The host waits until the device has copied."""
         self._copies.finish(self.event)
+
+
+class HashCheck:
+    """The blake3 of ``files``, whose reads pass by file after file and in order; on ``thread``, which must be one."""
+
+    def __init__(self, files: Collection[Path], thread: ThreadPoolExecutor) -> None:
+        self._thread = thread
+        self._begun: list[Future[None]] = []
+        self._hashers = {path: blake3(max_threads=blake3.AUTO) for path in files}
+
+    def begin(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> Future[None] | None:
+        """Begin to hash ``read``, if its file is one of ``files``. ``views`` must stay until that is done."""
+        if read.file not in self._hashers:
+            return None
+        self._begun.append(self._thread.submit(self._update, self._hashers[read.file], views))
+        return self._begun[-1]
+
+    def digests(self) -> dict[Path, str]:
+        """The hash of each file, as hex digits, when all reads have passed."""
+        for each in self._begun:
+            each.result()
+        return {path: hasher.hexdigest() for path, hasher in self._hashers.items()}
+
+    def _update(self, hasher: blake3, views: Sequence[memoryview]) -> None:
+        for view in views:
+            hasher.update(view)
 
 
 class FileReader:

@@ -37,7 +37,6 @@ from pretend_card import GIB, Card
 
 from ltxpack.files import reader
 from ltxpack.files.direct import ALIGN, READS, DirectReader
-from ltxpack.files.hashing import HashCheck
 from ltxpack.lora_bake import BakeOptions, bake, stream
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import recipe_run
@@ -125,7 +124,7 @@ class Unread:
         return UNKNOWN
 
 
-class Unhashed(HashCheck):
+class Unhashed(reading.HashCheck):
     """As the check that hashes, of bytes that nobody reads."""
 
     def __init__(self, files: Collection[Path], thread: ThreadPoolExecutor) -> None:
