@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repack_support import tree
 from support import ltxpack
 
 from ltxpack.cli import main
@@ -22,15 +23,6 @@ from ltxpack.repack import staging
 MATERIALIZE_KILLS, BAKE_KILLS = 34, 16
 # As often a command is killed before it may end: a machine that became slower since it was timed would kill for ever.
 IN_A_ROW = 4
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of an overlay; a symlink by where it points."""
-    return {
-        str(path.relative_to(folder)): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_symlink() or path.is_file()
-    }
 
 
 # Forks from a process that has imported everything: a kill costs no import, and none of them falls on one.
@@ -87,7 +79,7 @@ def commands(demo: Path, out: Path) -> list[list[str | Path]]:
 
 def test_materialize(demo: Path, undisturbed: Path, tmp_path: Path) -> None:
     errors = tmp_path / "errors"
-    expected = {name: data for name, data in contents(undisturbed).items() if not name.startswith("bakes/")}
+    expected = {name: data for name, data in tree(undisturbed).items() if not name.startswith("bakes/")}
     del expected[MANIFEST_NAME]
     command = commands(demo, tmp_path / "timed")[0]
     usual, draw, kills = seconds_of(errors, *command), random.Random(0), 0
@@ -104,7 +96,7 @@ def test_materialize(demo: Path, undisturbed: Path, tmp_path: Path) -> None:
             assert not (out / MANIFEST_NAME).exists() or ltxpack("verify", out).returncode == 0
         else:
             seconds_of(errors, *command)
-        assert {name: data for name, data in contents(out).items() if name != MANIFEST_NAME} == expected
+        assert {name: data for name, data in tree(out).items() if name != MANIFEST_NAME} == expected
         assert read_manifest(out).components == read_manifest(undisturbed).components
         assert [path.name for path in out.parent.iterdir()] == ["out"], "nothing is left beside it"
     assert kills >= MATERIALIZE_KILLS
@@ -114,8 +106,8 @@ def test_bake_lora(demo: Path, undisturbed: Path, tmp_path: Path) -> None:
     out, errors = tmp_path / "out", tmp_path / "errors"
     base, command = commands(demo, out)
     assert ltxpack(*base).returncode == 0
-    clean = contents(out)
-    expected = contents(undisturbed)
+    clean = tree(out)
+    expected = tree(undisturbed)
     usual, draw, kills = None, random.Random(1), 0
     for _ in range(10 * BAKE_KILLS):
         if kills >= BAKE_KILLS:
@@ -129,7 +121,7 @@ def test_bake_lora(demo: Path, undisturbed: Path, tmp_path: Path) -> None:
             assert ltxpack("verify", out).returncode == 0, "a failed bake leaves the overlay valid"
         else:
             seconds_of(errors, *command)
-        assert contents(out) == expected
+        assert tree(out) == expected
         for name in set(expected) - set(clean):
             (out / name).unlink()
         for folder in sorted((out / "bakes").iterdir()):
@@ -159,4 +151,4 @@ def test_stopped_between_the_bake_and_the_manifest(
     assert "unfinished" in checked.stderr
     monkeypatch.undo()
     assert ltxpack(*command).returncode == 0
-    assert contents(out) == contents(undisturbed)
+    assert tree(out) == tree(undisturbed)

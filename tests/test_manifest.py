@@ -66,6 +66,16 @@ def document() -> dict[str, Any]:
     return found
 
 
+def edited(place: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+    """The document with ``value`` at ``place``."""
+    found = document()
+    node: Any = found
+    for part in place[:-1]:
+        node = node[part]
+    node[place[-1]] = value
+    return found
+
+
 def refused(text: str, tmp_path: Path) -> str:
     with pytest.raises(OverlayError) as caught:
         parse_manifest(text.encode(), tmp_path / MANIFEST_NAME)
@@ -137,33 +147,24 @@ def test_a_missing_or_broken_manifest_is_made_anew_by_a_command_that_can_be_type
     assert command() == [*remake, "--force"]
 
 
-@pytest.mark.parametrize(
-    "path", ["/etc/p.json", "../x.json", "vae/../../x.json", "vae/x.py", "vae//x.json", "a\\b.json", "vae/\u202ex.json"]
-)
-def test_paths_an_overlay_may_not_hold(path: str, tmp_path: Path) -> None:
-    edited = document()
-    edited["components"]["vae"]["files"][0]["path"] = path
-    assert "an overlay may not hold" in refused(json.dumps(edited), tmp_path)
+RECORD = {"path": "a.json", "size": 3, "blake3": HASH, "link": None}
+FILE, LINK = ("components", "vae", "files", 0, "path"), ("bakes", "distilled-0.5", "files", 0, "link")
+REFUSED: list[tuple[tuple[str | int, ...], Any, str]] = [
+    *((FILE, path, "an overlay may not hold") for path in (
+        "/etc/p.json", "../x.json", "vae/../../x.json", "vae/x.py", "vae//x.json", "a\\b.json", "vae/\u202ex.json"
+    )),
+    *((LINK, link, "leaves the overlay") for link in ("/etc/passwd", "../../../x.safetensors", "../../../../x")),
+    *((("bakes",), {name: document()["bakes"]["distilled-0.5"]}, "schema") for name in ("base", "..", "a/b", "")),
+    (("files",), [RECORD | {"path": "vae/config.json"}], "names a file twice"),
+    (("files",), [RECORD] * 20_000, "too many values"),
+    (("format",), 2, "another version of ltxpack"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("link", ["/etc/passwd", "../../../x.safetensors", "../../../../x"])
-def test_links_that_leave_the_overlay(link: str, tmp_path: Path) -> None:
-    edited = document()
-    edited["bakes"]["distilled-0.5"]["files"][0]["link"] = link
-    assert "leaves the overlay" in refused(json.dumps(edited), tmp_path)
-
-
-def test_one_file_named_twice(tmp_path: Path) -> None:
-    edited = document()
-    edited["files"].append({"path": "vae/config.json", "size": 3, "blake3": HASH, "link": None})
-    assert "twice" in refused(json.dumps(edited), tmp_path)
-
-
-@pytest.mark.parametrize("name", ["base", "..", "a/b", ""])
-def test_names_a_bake_may_not_have(name: str, tmp_path: Path) -> None:
-    edited = document()
-    edited["bakes"] = {name: edited["bakes"]["distilled-0.5"]}
-    assert "schema" in refused(json.dumps(edited), tmp_path)
+@pytest.mark.parametrize(("place", "value", "told"), REFUSED, ids=lambda value: ascii(value)[:40])
+def test_what_an_overlay_may_not_say(place: tuple[str | int, ...], value: Any, told: str, tmp_path: Path) -> None:
+    """Paths and links out of it, names of bakes, files named twice, more files than any has, another format."""
+    assert told in refused(json.dumps(edited(place, value)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -215,37 +216,25 @@ values = st.sampled_from(
 
 @given(st.sampled_from(PLACES), values, st.sampled_from(["put", "put", "remove", "add"]))
 def test_the_validator_is_as_strict_as_the_schema(place: tuple[str | int, ...], value: Any, change: str) -> None:
-    edited = document()
-    node: Any = edited
+    changed = edited(place, value) if change == "put" else document()
+    node: Any = changed
     for part in place[:-1]:
         node = node[part]
     if change == "remove":
         del node[place[-1]]
-    else:
-        node[place[-1] if change == "put" else "more"] = value
+    if change == "add":
+        node["more"] = value
     plain = jsonschema.Draft202012Validator(json.loads(load_schema("manifest")))
-    assert _validator().is_valid(edited) == plain.is_valid(edited)
+    assert _validator().is_valid(changed) == plain.is_valid(changed)
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place[-1] in ("size", "max_shard_size", "image_crf")])
 def test_a_number_of_bytes_is_an_integer(place: tuple[str | int, ...], tmp_path: Path) -> None:
     """JSON Schema takes 5.0 for an integer; what counts bytes with it would not."""
-    edited = document()
-    node: Any = edited
-    for part in place[:-1]:
-        node = node[part]
-    node[place[-1]] = 5.0
     where = "/".join(map(str, place))
-    assert f"does not fit its schema at {where}: 5.0 is not of type" in refused(json.dumps(edited), tmp_path)
-
-
-def test_more_files_than_any_overlay_has(tmp_path: Path) -> None:
-    record = {"path": "a.json", "size": 3, "blake3": HASH, "link": None}
-    assert "too many values" in refused(json.dumps({**document(), "files": [record] * 20_000}), tmp_path)
-
-
-def test_another_format_is_told_as_such(tmp_path: Path) -> None:
-    assert "another version of ltxpack" in refused(json.dumps({**document(), "format": 2}), tmp_path)
+    assert f"does not fit its schema at {where}: 5.0 is not of type" in refused(
+        json.dumps(edited(place, 5.0)), tmp_path
+    )
 
 
 @given(st.text(max_size=40))

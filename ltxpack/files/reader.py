@@ -1,4 +1,4 @@
-"""Reads files with several requests in flight, past the page cache where that helps; the results come in order.
+"""Reads and hashes files with several requests in flight, past the page cache where that helps; results in order.
 
 ``plan_reads`` cuts what is wanted into reads, a ``ReadQueue`` carries them out. A read goes into a buffer, or straight
 into the memory of its targets. Nothing here knows tensors, cards or names: a target is anything with a range of a file.
@@ -15,7 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
-from ltxpack.files.direct import ALIGN, BUFFER, CACHED, DIRECT, DirectReader, aligned_buffer
+from blake3 import blake3
+
+from ltxpack.errors import SourceError
+from ltxpack.files.direct import ALIGN, BUFFER, CACHED, DIRECT, DIRECT_FROM, DirectReader, aligned_buffer
+from ltxpack.files.tensorfile import regular_size
+from ltxpack.reporter import Reporter
 
 # A large read; this many are under way at once past the page cache, and as many more in line for the threads: a disk
 # ends reads that began together at about the same time, and would be idle while they are delivered. Through the cache,
@@ -290,6 +295,32 @@ class RangeReader:
 def file_ranges(path: Path, size: int) -> list[Range]:
     """The whole file in reads of 4 MB."""
     return [Range(path, start, min(BUFFER, size - start)) for start in range(0, size, BUFFER)]
+
+
+def hash_file(
+    path: Path, reporter: Reporter | None = None, *, before: bytes = b"", cached: bool = False, direct: bool = True
+) -> str:
+    """blake3 of ``before`` and then all of the file, as hex digits, at disk speed.
+
+    ``cached`` reads through the page cache and leaves the file there, for a load that follows. Advances ``reporter``
+    by the bytes read. Raises SourceError, or FormatError for a file that becomes shorter meanwhile.
+    """
+    size = regular_size(path)
+    hasher = blake3(before, max_threads=blake3.AUTO if cached else 1)
+    if cached:
+        try:
+            hasher.update_mmap(path)
+        except OSError as error:
+            raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+        if reporter is not None:
+            reporter.advance(size)
+        return hasher.hexdigest()
+    with RangeReader(file_ranges(path, size), direct=direct and size >= DIRECT_FROM) as reader:
+        for data in reader:
+            hasher.update(data)
+            if reporter is not None:
+                reporter.advance(len(data))
+    return hasher.hexdigest()
 
 
 def plan_reads(targets: Iterable[T], whole: Iterable[Range], limit: int) -> Iterator[PlannedRead[T]]:

@@ -244,6 +244,12 @@ def open_source(path: Path) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
+def regular_size(path: Path) -> int:
+    """Bytes of the file at ``path``. Raises AbsentError, or SourceError for what is no readable regular file."""
+    with open_source(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def _metadata(value: Any, path: str | os.PathLike[str]) -> dict[str, str]:
     if value is None:
         return {}

@@ -15,8 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from ltxpack.errors import AdapterError, OverlayError, SourceError, UsageError, quoted
-from ltxpack.files.hashing import hash_file
-from ltxpack.files.reader import Range, RangeReader
+from ltxpack.files.reader import Range, RangeReader, hash_file
 from ltxpack.files.tensorfile import TensorInfo, parse_header, read_tensorfile
 from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.adapter import (

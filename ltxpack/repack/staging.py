@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, Self
 
 from ltxpack.errors import OverlayError, SourceError
 from ltxpack.files import bounded_json
-from ltxpack.files.hashing import hash_file
 from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
+from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import open_source
 from ltxpack.manifest import (
     BAKE_NAME,

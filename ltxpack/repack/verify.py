@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import LtxpackError, OverlayError
-from ltxpack.files.hashing import hash_file
 from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
+from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import Item

@@ -17,10 +17,9 @@ from typing import NamedTuple
 
 from ltxpack.errors import FormatError, OverlayError
 from ltxpack.files.direct import BUFFER, DIRECT_FROM
-from ltxpack.files.hashing import hash_file, regular_size
 from ltxpack.files.publish import Temporary, fsync_file, write_errors
-from ltxpack.files.reader import Range, RangeReader, file_ranges
-from ltxpack.files.tensorfile import truncated
+from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
+from ltxpack.files.tensorfile import regular_size, truncated
 from ltxpack.manifest import FileRecord, safe_relative_path
 from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging

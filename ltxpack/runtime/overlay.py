@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
-from ltxpack.files.hashing import hash_file
+from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
 from ltxpack.manifest import Bake, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label

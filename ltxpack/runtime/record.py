@@ -17,8 +17,8 @@ from typing import Any
 from blake3 import blake3
 
 from ltxpack.errors import LtxpackError, SourceError, UsageError
-from ltxpack.files.hashing import hash_file
 from ltxpack.files.publish import atomic_write
+from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_json
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FileRecord

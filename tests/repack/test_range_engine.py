@@ -26,8 +26,7 @@ from safetensors.torch import load_file
 
 from ltxpack.errors import FormatError, OverlayError, SourceError
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectReader, DirectWriter
-from ltxpack.files.hashing import hash_file
-from ltxpack.files.reader import Range, RangeReader, file_ranges
+from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.repack.items import WriteShard, fingerprint, sources
 from ltxpack.repack.tensors import Cast, ShardEntry, TensorSpec, stored_tensor

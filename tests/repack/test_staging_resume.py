@@ -25,7 +25,7 @@ import pytest
 from blake3 import blake3
 from repack_support import Dead, Listener, dying_at, make_source, materialize, plan, tree
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import FormatError, OverlayError, SourceError
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
 from ltxpack.repack import staging as staging_module
 from ltxpack.repack import write as execute_module
@@ -103,23 +103,18 @@ def test_what_is_complete_is_not_written_again(
     shards = [item for item in items if isinstance(item, WriteShard)]
     written: list[str] = []
 
-    def until_last(item: WriteShard, *rest: object) -> FileRecord:
+    def noted(item: WriteShard, *rest: object) -> FileRecord:
         if item is shards[-1]:
             raise KeyboardInterrupt
         written.append(item.path)
         return write_shard(item, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(execute_module, "write_shard", until_last)
+    monkeypatch.setattr(execute_module, "write_shard", noted)
     with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", fingerprint(items), listener) as staging:
         execute(items, staging, copy=False, reporter=listener)
     assert written == [shard.path for shard in shards[:-1]]
     assert "the same command goes on" in listener.notes[-1]
 
-    def noted(item: WriteShard, *rest: object) -> FileRecord:
-        written.append(item.path)
-        return write_shard(item, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(execute_module, "write_shard", noted)
     # One finished shard is damaged meanwhile: that one and the last are written again, the others are kept.
     damaged = tmp_path / ".out.partial/files" / shards[0].path
     damaged.write_bytes(bytes(damaged.stat().st_size))
@@ -508,8 +503,6 @@ def test_preflight_refuses_before_the_first_byte(source: Path, tmp_path: Path, m
 
 
 def test_preflight_looks_at_the_sources(source: Path, tmp_path: Path) -> None:
-    from ltxpack.errors import FormatError, SourceError
-
     items = plan(source)
     path = source / "model.safetensors"
     size = path.stat().st_size

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError, quoted
-from ltxpack.files.hashing import hash_file
 from ltxpack.files.publish import Temporary
+from ltxpack.files.reader import hash_file
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 NTSC = (24, 30, 48, 60, 120)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.files.direct import ALIGN, CACHED
-from ltxpack.files.hashing import regular_size
 from ltxpack.files.reader import (
     AT_ONCE,
     IN_FLIGHT,
@@ -33,6 +32,7 @@ from ltxpack.files.reader import (
     no_stop,
     plan_reads,
 )
+from ltxpack.files.tensorfile import regular_size
 from ltxpack.manifest import changed_file
 from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
 
