@@ -83,14 +83,19 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read ``path``; all is empty if there is none or it is not one of this version."""
         self.path = path
         self.fingerprint = ""
         self.records: dict[str, FileRecord] = {}
         self.replaced: tuple[str, ...] | None = None
         self._file: BinaryIO | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What the journal at ``path`` says; empty if there is none or it is not one of this version."""
+        journal = cls(path)
         with contextlib.suppress(SourceError, OSError, ValueError, LookupError, TypeError, AttributeError):
-            self._read()
+            journal._read()
+        return journal
 
     def restart(self, fingerprint: str, records: dict[str, FileRecord]) -> None:
         """Begin the file afresh with these records; from here on lines are added. Raises OverlayError."""
@@ -241,8 +246,7 @@ class Staging:
     def _open(self) -> None:
         """Keep what the journal vouches for, remove everything else, start the journal."""
         self.work.mkdir(parents=True, exist_ok=True)
-        # Read again: ``recover`` may have removed it.
-        journal = self._journal = Journal(self.paths.journal)
+        journal = self._journal = Journal.read(self.paths.journal)
         done = {}
         if journal.fingerprint == self.fingerprint:
             done = self._checked(journal.records)
@@ -310,7 +314,7 @@ def recover(overlay: Path, reporter: Reporter) -> tuple[str, ...]:
     complete = []
     for folder in ("", *(f"bakes/{name}" for name in bakes)):
         paths = StagingPaths(overlay, folder)
-        journal = Journal(paths.journal)
+        journal = Journal.read(paths.journal)
         if journal.replaced is not None and _settle(paths, journal, reporter):
             complete.append(journal.fingerprint)
         _remove_if_empty(paths)

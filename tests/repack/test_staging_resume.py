@@ -376,7 +376,7 @@ def test_a_journal_of_no_sense_is_neither_waited_for_nor_parsed(content: bytes |
         os.mkfifo(path)
     else:
         path.write_bytes(content)
-    state = Journal(path)
+    state = Journal.read(path)
     assert (state.records, state.replaced) == ({}, None)
 
 
