@@ -97,6 +97,25 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_run, "decode_audio", lambda session, latents: (torch.zeros(2, 4800), 48000))
 
 
+def test_lines_of_different_recipes_are_what_each_is_alone(
+    demo: Path, tmp_path: Path, frames: dict[str, torch.Tensor]
+) -> None:
+    lines = {"fast.mp4": {"recipe": "distilled"}, "best.mp4": {"recipe": "hq", "steps": 2}}
+    prompts = written(tmp_path, *({"prompt": "a boat", "output": name, **said} for name, said in lines.items()))
+    done = ltxpack("run", demo / "overlay", "--prompts", prompts, *SMALL)
+    assert done.returncode == 0, done.stderr
+    recorded = {name: json.loads((tmp_path / f"{name}.json").read_text())["request"] for name in lines}
+    assert (recorded["fast.mp4"]["recipe"], recorded["fast.mp4"]["stage1"]) == ("distilled", "distilled-0.5")
+    assert "recipe" not in recorded["best.mp4"], "as in records of before there were recipes"
+    together = dict(frames)
+    frames.clear()
+    for name, said in lines.items():
+        given = [f"--{key}={value}" for key, value in said.items()]
+        alone = ltxpack("run", demo / "overlay", *SMALL, "--prompt", "a boat", *given, "-o", tmp_path / f"alone-{name}")
+        assert alone.returncode == 0, alone.stderr
+        assert torch.equal(together[name], frames[f"alone-{name}"])
+
+
 def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
