@@ -82,12 +82,11 @@ def guided_flops(config: DiTConfig, lengths: Lengths) -> int:
     return passes - shared_flops(config, lengths)
 
 
-def run_flops(config: DiTConfig, stages: Mapping[str, tuple[Lengths, int]]) -> dict[str, int]:
-    """FLOP of the recipe's two stages as this runtime does them; each is given as lengths and number of evaluations."""
-    first, second = stages["stage 1"], stages["stage 2"]
+def run_flops(config: DiTConfig, stages: Mapping[str, tuple[Lengths, int, bool]]) -> dict[str, int]:
+    """FLOP of a recipe's stages as this runtime does them: lengths, number of evaluations, and whether it is guided."""
     return {
-        "stage 1": first[1] * guided_flops(config, first[0]),
-        "stage 2": second[1] * forward_flops(config, second[0]),
+        name: evaluations * (guided_flops if guided else forward_flops)(config, lengths)
+        for name, (lengths, evaluations, guided) in stages.items()
     }
 
 

@@ -18,6 +18,7 @@ from _report import Table
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.sampling.recipes import HQ, Recipe
 
 GIGA = 1e9
 STAGES = (1, 2)
@@ -41,7 +42,8 @@ class Growing:
 class Bench:
     """One run of the benchmark.
 
-    ``compiler``: options of ``torch.compile``. ``found``: numbers by dotted name; ``failures``: what, and why.
+    ``compiler``: options of ``torch.compile``. ``recipe``: that of the whole video.
+    ``found``: numbers by dotted name; ``failures``: what, and why.
     """
 
     sizes: Sizes
@@ -49,6 +51,7 @@ class Bench:
     dtype: torch.dtype
     compiler: dict[str, Any]
     say: Callable[[str], None]
+    recipe: Recipe = HQ
     found: dict[str, Any] = field(default_factory=dict)
     tables: list[Growing] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)

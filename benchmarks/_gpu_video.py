@@ -18,13 +18,11 @@ from torch import Tensor
 
 from ltxpack.runtime.sampling.conditioning import unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
-from ltxpack.runtime.sampling.recipes import REFINING
-from ltxpack.runtime.sampling.sample import res2s
-from ltxpack.runtime.sampling.schedule import res2s_plan, shifted_sigmas, sigmas_of
-from ltxpack.runtime.sampling.shape import AV, VideoShape
+from ltxpack.runtime.sampling.recipes import stage_label
+from ltxpack.runtime.sampling.sample import SAMPLERS
+from ltxpack.runtime.sampling.schedule import sigmas_of
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.settings import Settings
-
-HQ = Settings().guidance
 
 CODEC_PACKAGE, MEDIA_PACKAGE = "diffusers", "av"
 # Spec 07, section 5: TFLOP to decode the default video in one piece.
@@ -122,8 +120,8 @@ def _decoded_share(grid: tuple[int, int, int], tiling: Any) -> float:
 def _one_step_each(bench: Bench) -> None:
     """So that compiling is not part of the video: a warm process is measured."""
     begin = time.perf_counter()
-    _stage1(bench, steps=None)
-    _stage2(bench, None, steps=None)
+    for number in range(2):
+        _stage(bench, number, whole=False)
     bench.clock.wait()
     bench.note("run.warming up", time.perf_counter() - begin)
 
@@ -131,55 +129,43 @@ def _one_step_each(bench: Bench) -> None:
 def _make(bench: Bench, blocks: str) -> None:
     sizes = bench.sizes
     table = bench.table(
-        f"A whole video, warm, {blocks}: {sizes.shape.width} x {sizes.shape.height}, {sizes.shape.frames} frames",
+        f"A whole video, {bench.recipe.name}, warm, {blocks}: "
+        f"{sizes.shape.width} x {sizes.shape.height}, {sizes.shape.frames} frames",
         ("phase", "s", "TFLOP/s", "of the matrix rate", "peak GB"),
         "Random weights and text contexts. The text encoder is not part of it: a cached prompt does not load it.",
     )
     phases = Phases(bench, table)
     evaluations = {
-        "stage 1": (sizes.lengths(1), res2s_plan(_sigmas(sizes.shape, sizes.steps)).evaluations),
-        "stage 2": (sizes.lengths(2), res2s_plan(sigmas_of(REFINING)).evaluations),
+        stage_label(number): (sizes.lengths(number + 1), stage.evaluations(sizes.steps), stage.guided)
+        for number, stage in enumerate(bench.recipe.stages)
     }
     flops = run_flops(bench.config, evaluations)
     codecs = random_codecs(sizes, bench.device, bench.dtype) if installed(CODEC_PACKAGE) else None
     with phases.phase("stage 1", flops["stage 1"]):
-        first = unpatchify(_stage1(bench, sizes.steps), sizes.shape.divided(2))
+        first = unpatchify(_stage(bench, 0), sizes.shape.divided(2))
     with phases.phase("upsample"):
         start = AV(_upsampled(bench, codecs, first.video), first.audio)
     with phases.phase("stage 2", flops["stage 2"]):
-        second = unpatchify(_stage2(bench, start, len(sigmas_of(REFINING)) - 1), sizes.shape)
+        second = unpatchify(_stage(bench, 1, start), sizes.shape)
     if codecs is None:
         table.note += f" {CODEC_PACKAGE} is not installed here: the upsampler is a copy, and nothing is decoded."
     else:
-        _decoded(bench, codecs, second, first.audio, phases)
+        _decoded(bench, codecs, second, (first, second)[bench.recipe.sound].audio, phases)
     total = bench.note("run.total", sum(phases.seconds.values()))
     table.rows.append(("all of it", f"{total:.2f}", "-", "-", "-"))
 
 
-def _sigmas(shape: VideoShape, steps: int) -> Tensor:
-    return shifted_sigmas(shape.divided(2).tokens, steps)
-
-
-def _stage1(bench: Bench, steps: int | None) -> AV[Tensor]:
-    """The guided stage; ``steps`` None: a single step of two evaluations."""
-    sizes, dit = bench.sizes, bench.dit
-    half = sizes.shape.divided(2)
-    sigmas = _sigmas(sizes.shape, steps) if steps else torch.tensor([1.0, 0.9])
-    state = state_of(dit, half)
-    prompts = [contexts(dit, sizes.text, seed) for seed in (11, 12)]
-    denoiser = Denoiser(dit, prompts[0], prompts[1], HQ)
+def _stage(bench: Bench, number: int, start: AV[Tensor] | None = None, *, whole: bool = True) -> AV[Tensor]:
+    """The tokens of a stage; not ``whole``: of its first step alone."""
+    sizes, dit, stage = bench.sizes, bench.dit, bench.recipe.stages[number]
+    shape = stage.shape(sizes.shape)
+    sigmas = sigmas_of(stage.schedule, shape.tokens, sizes.steps) if whole else torch.tensor([1.0, 0.9])
+    state = state_of(dit, shape, float(sigmas[0]) if stage.upsampled else 1.0, start)
+    positive, negative = (contexts(dit, sizes.text, seed) for seed in (11, 12))
+    guidance = Settings.of({"recipe": bench.recipe.name}).guidance
+    denoiser = Denoiser(dit, positive, negative, guidance) if stage.guided else Denoiser(dit, positive)
     rope = dit.rope(state.map(lambda s: s.positions), bench.dtype, bench.device)
-    return res2s(lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas)
-
-
-def _stage2(bench: Bench, start: AV[Tensor] | None, steps: int | None) -> AV[Tensor]:
-    """The stage without guidance, from ``start``."""
-    sizes, dit = bench.sizes, bench.dit
-    sigmas = sigmas_of(REFINING) if steps else torch.tensor([1.0, 0.9])
-    state = state_of(dit, sizes.shape, float(sigmas[0]), start)
-    denoiser = Denoiser(dit, contexts(dit, sizes.text, seed=11))
-    rope = dit.rope(state.map(lambda s: s.positions), bench.dtype, bench.device)
-    return res2s(lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas)
+    return SAMPLERS[stage.sampler](lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas)
 
 
 def _upsampled(bench: Bench, parts: Codecs | None, latents: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """How fast the runtime is on a GPU, and whether it is right there: one call that ends in tables, within ten minutes.
 
     python benchmarks/gpu.py [--seconds 540] [--only NAME …] [--skip NAME …] [--results FOLDER]
-                             [--compiler inductor|trace|none] [--dry-run]
+                             [--compiler inductor|trace|none] [--recipe hq|distilled] [--dry-run]
 
 Weights of full size are random and made on the device; only the section about residency reads an overlay from a disk,
 a few GB that are made there and removed. Sections run in the order of the table below; each has its share of the time,
@@ -32,6 +32,8 @@ from _gpu_residency import residency
 from _gpu_sizes import REAL, TINY
 from _gpu_video import decode, diffusers_or_a_line, video
 from _report import RESULTS, Table, machine, write_results
+
+from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Recipe
 
 # Options of torch.compile. Compiling for a CPU takes a minute and shows little more than tracing does.
 COMPILERS: dict[str, dict[str, Any]] = {
@@ -78,6 +80,7 @@ class Settings:
     dry: bool
     compiler: str
     began: float
+    recipe: Recipe = HQ
 
     @property
     def left(self) -> float:
@@ -93,6 +96,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> tuple[str, dict[str, 
         dtype=torch.float32 if settings.dry else torch.bfloat16,
         compiler=COMPILERS[settings.compiler],
         say=say,
+        recipe=settings.recipe,
     )
     facts = machine_facts(bench.device, settings)
     outcome: list[tuple[str, float, str]] = []
@@ -175,6 +179,7 @@ def settings_from(arguments: Sequence[str] | None, began: float) -> Settings:
     parser.add_argument("--results", type=Path, default=None, help="where the dated tables are kept")
     parser.add_argument("--dry-run", action="store_true", help="tiny widths on the CPU")
     parser.add_argument("--compiler", choices=COMPILERS, default=None, help="inductor; in a dry run trace")
+    parser.add_argument("--recipe", choices=("hq", "distilled"), default="hq", help="of the whole video")
     given = parser.parse_args(arguments)
     if given.dry_run and given.results is None:
         parser.error("a dry run is no result: say where to keep it with --results FOLDER")
@@ -182,7 +187,9 @@ def settings_from(arguments: Sequence[str] | None, began: float) -> Settings:
         parser.error("torch finds no CUDA device; --dry-run goes through it on the CPU")
     chosen = tuple(one for one in SECTIONS if one.name in given.only and one.name not in given.skip)
     compiler = given.compiler or ("trace" if given.dry_run else "inductor")
-    return Settings(given.seconds, chosen, given.results or RESULTS, given.dry_run, compiler, began)
+    return Settings(
+        given.seconds, chosen, given.results or RESULTS, given.dry_run, compiler, began, RECIPES[given.recipe]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -62,7 +62,7 @@ def test_operations_of_the_recipe() -> None:
     """24,766 and 12,004 TFLOP by the spec; ours leave out what the passes of a step share."""
     evaluations = res2s_plan(shifted_sigmas(8160, REAL.steps)).evaluations, res2s_plan(sigmas_of(REFINING)).evaluations
     assert evaluations == (31, 7)
-    found = run_flops(CONFIG, {"stage 1": (REAL.lengths(1), 31), "stage 2": (REAL.lengths(2), 7)})
+    found = run_flops(CONFIG, {"stage 1": (REAL.lengths(1), 31, True), "stage 2": (REAL.lengths(2), 7, False)})
     shared = 31 * shared_flops(CONFIG, REAL.lengths(1))
     assert round((found["stage 1"] + shared) / 1e12) == 24766
     assert round(found["stage 2"] / 1e12) == 12004
@@ -133,6 +133,13 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     assert document["failures"] == []
     assert "dry run: no measurement" in text
     assert str(tmp_path) not in text + json.dumps(document) and str(REPOSITORY) not in text
+
+
+def test_a_dry_run_of_the_distilled_recipe(tmp_path: Path) -> None:
+    assert gpu.main(arguments(tmp_path, "--compiler", "none", "--only", "video", "--recipe", "distilled")) == 0
+    text, document = kept(tmp_path)
+    assert "A whole video, distilled, warm" in text
+    assert all(document["found"][f"run.{phase}"] > 0 for phase in ("stage 1", "upsample", "stage 2", "audio", "video"))
 
 
 def test_compiled_sections_trace_in_whole_graphs(tmp_path: Path) -> None:
