@@ -228,7 +228,7 @@ def test_blocks_that_do_not_compile_leave_the_rest(tmp_path: Path, monkeypatch: 
     assert [what for what, why in document["failures"]] == ["compiled blocks", "a video with compiled blocks"]
     assert {section["outcome"] for section in document["sections"]} == {"done"}
     assert document["found"]["ours.eager flash.stage 2"] > 0
-    assert "A whole video, warm, eager" in text
+    assert "A whole video, hq, warm, eager" in text
     assert "RuntimeError: no such instruction" in text
 
 
