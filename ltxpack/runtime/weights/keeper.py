@@ -19,7 +19,7 @@ from ltxpack.files.direct import AUTO
 from ltxpack.files.reader import no_stop
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.codecs.tiles import FAST
-from ltxpack.runtime.overlay import BAKES, Overlay
+from ltxpack.runtime.overlay import BAKES, BASE, Overlay
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.background import Background, CacheWarmer, Stop
@@ -185,15 +185,19 @@ class Residency:
         return report.after_shortage(self.plan.mode if self.plan else planner.SWAP, self.mode)
 
     def _plan_for(self, work: Work) -> Plan:
-        sizes, machine = self._sizes_of(work), machine_of(self.device, used=self.plan is not None)
+        machine = machine_of(self.device, used=self.plan is not None)
         if self._largest is not None:
-            same = planner.continued(self._largest, sizes, work, machine)
+            # What is placed may hold transformers that only the videos of another recipe use.
+            placed = [part.rpartition("/")[2] for part in self._largest.placements if part.startswith(f"{BAKES}/")]
+            placed += [BASE] if TRANSFORMER in self._largest.placements else []
+            same = planner.continued(self._largest, self._sizes_of(work, placed), work, machine)
             if same is not None:
                 return same
-        return report.plan_or_refuse(sizes, work, machine, self.mode, str(self.device))
+        return report.plan_or_refuse(self._sizes_of(work), work, machine, self.mode, str(self.device))
 
-    def _sizes_of(self, work: Work) -> ModelSizes:
-        names = work.transformers
+    def _sizes_of(self, work: Work, others: Iterable[str] = ()) -> ModelSizes:
+        """The sizes of the parts of ``work``, and of the transformers ``others``."""
+        names = tuple(dict.fromkeys((*work.transformers, *others)))
         if names not in self._sizes:
             self._sizes[names] = overlay_model(self.overlay, names, str(self.dtype).removeprefix("torch."))
         return self._sizes[names]
