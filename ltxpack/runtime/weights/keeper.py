@@ -195,7 +195,7 @@ class Residency:
                 return same
         return report.plan_or_refuse(self._sizes_of(work), work, machine, self.mode, str(self.device))
 
-    def _sizes_of(self, work: Work, others: Iterable[str] = ()) -> ModelSizes:
+    def _sizes_of(self, work: Work, others: Sequence[str] = ()) -> ModelSizes:
         """The sizes of the parts of ``work``, and of the transformers ``others``."""
         names = tuple(dict.fromkeys((*work.transformers, *others)))
         if names not in self._sizes:
