@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,12 @@ def ltxpack(*arguments: str | Path, cwd: Path | None = None) -> Done:
         except SystemExit as stop:
             return Done(int(stop.code or 0), out.getvalue(), err.getvalue())
     raise AssertionError("the console script always exits")
+
+
+def benchmark(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A script of the folder benchmarks, in a process of its own."""
+    command = [sys.executable, REPOSITORY / "benchmarks" / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def refused(done: Done, status: int) -> str:

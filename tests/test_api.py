@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import av
 import pytest
@@ -126,14 +127,10 @@ def test_values_no_run_could_use(settings: dict[str, Any], make: Pipeline, monke
         make("a boat", **{**SMALL, **settings})
 
 
-def test_prompts_that_are_no_text(make: Pipeline) -> None:
-    with pytest.raises(UsageError, match="UTF-8"):
-        make("caf\udce9", **SMALL)
-    with pytest.raises(UsageError, match="UTF-8"):
-        make("a", negative_prompt="caf\udce9", **SMALL)
-
-
-def test_a_setting_that_does_not_exist(make: Pipeline) -> None:
+def test_prompts_that_are_no_text_and_a_setting_that_does_not_exist(make: Pipeline) -> None:
+    for prompt, others in (("caf\udce9", {}), ("a", {"negative_prompt": "caf\udce9"})):
+        with pytest.raises(UsageError, match="UTF-8"):
+            make(prompt, **others, **SMALL)
     with pytest.raises(TypeError, match="heigth"):
         make("a boat", heigth=64)
 
@@ -146,15 +143,15 @@ def test_settings_of_the_pipeline(demo: Path, tmp_path: Path) -> None:
     with Pipeline.from_overlay(overlay, device="cpu", cache=tmp_path / "mine") as kept:
         assert kept.session.prompts.cache is not None
         assert kept.session.prompts.cache.folder == tmp_path / "mine"
-    for wrong in (
-        {"dtype": "float16"},
-        {"device": "tpu"},
-        {"residency": "all"},
-        {"reads": "fast"},
-        {"stage1": "nothing"},
+    for name, wrong in (
+        ("dtype", "float16"),
+        ("device", "tpu"),
+        ("residency", "all"),
+        ("reads", "fast"),
+        ("stage1", "x"),
     ):
         with pytest.raises(UsageError):
-            Pipeline.from_overlay(overlay, **wrong)  # type: ignore[arg-type]
+            Pipeline.from_overlay(overlay, **{name: wrong})  # type: ignore[arg-type]
 
 
 def test_the_attention_kernel_is_chosen_once_before_anything_is_loaded(
@@ -345,28 +342,22 @@ def test_after_an_error_the_pipeline_can_be_called_again(make: Pipeline, monkeyp
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "raised", "message"),
     [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        (torch.OutOfMemoryError("CUDA out of memory."), DeviceError, "ran out of memory"),
+        (MemoryError(), DeviceError, "ran out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+         DeviceError, "ran out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+         DeviceError, "ran out of memory"),
+        (RuntimeError("shapes differ"), RuntimeError, "shapes differ"),
     ],
-)
-def test_whatever_says_that_memory_ran_out(error: Exception, make: Pipeline) -> None:
-    def work() -> None:
-        raise error
-
-    with pytest.raises(DeviceError, match="ran out of memory"):
-        make.session.within_memory(work)
-
-
-def test_other_errors_are_not_taken_for_it(make: Pipeline) -> None:
-    def work() -> None:
-        raise RuntimeError("shapes differ")
-
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        make.session.within_memory(work)
+)  # fmt: skip
+def test_whatever_says_that_memory_ran_out(
+    error: Exception, raised: type[Exception], message: str, make: Pipeline
+) -> None:
+    with pytest.raises(raised, match=message):
+        make.session.within_memory(mock.Mock(side_effect=error))
 
 
 def test_nothing_is_held_when_the_pipeline_is_gone(demo: Path) -> None:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import _loading
 import pytest
 from _gpu_sizes import TINY
-from support import REPOSITORY
+from support import REPOSITORY, benchmark
 
 
 def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
     scratch, results = tmp_path / "scratch", tmp_path / "results"
     scratch.mkdir()
-    command = [sys.executable, REPOSITORY / "benchmarks" / "loading.py", "--quick", "--rounds", "2", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--scratch", scratch, "--results", results], capture_output=True, text=True, check=False
-    )
+    flags = ("--quick", "--rounds", "2", "--device", "cpu")
+    done = benchmark("loading.py", *flags, "--scratch", scratch, "--results", results)
     assert done.returncode == 0, done.stderr
     assert not list(scratch.iterdir())
     [table, figures] = sorted(results.iterdir(), reverse=True)
@@ -32,9 +28,8 @@ def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
     assert str(tmp_path) not in text and str(REPOSITORY) not in text
     found = document["found"]
     for way in (*_loading.OURS.values(), "safetensors"):
-        assert len(found[f"loading.{way}.seconds"]) == 2 and all(
-            0 < one < 60 for one in found[f"loading.{way}.seconds"]
-        )
+        seconds = found[f"loading.{way}.seconds"]
+        assert len(seconds) == 2 and all(0 < one < 60 for one in seconds)
         assert 0 < found[f"loading.{way}.memory beside the weights"] < 2e9
     ours = _loading.OURS["auto"]
     for way in _loading.OURS_AGAIN.values():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import memory
 import nullcard
 import pytest
-from support import REPOSITORY
+from support import benchmark
 
 FOUND = {
     "mode": "stream",
@@ -34,8 +34,7 @@ def test_without_a_cuda_build_it_says_what_to_install() -> None:
     torch = pytest.importorskip("torch")
     if torch.version.cuda:
         pytest.skip("torch here is a CUDA build")
-    command = [sys.executable, REPOSITORY / "benchmarks" / "nullcard.py", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = benchmark("nullcard.py", "true")
     assert done.returncode == 2 and "no CUDA build" in done.stderr
 
 
@@ -59,17 +58,10 @@ def test_names_of_the_driver_are_found_among_others() -> None:
 
 
 def test_sources_need_no_header_of_the_driver(tmp_path: Path) -> None:
-    compiler = next((name for name in ("cc", "gcc", "clang") if _runs(name)), None)
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         pytest.skip("no C compiler here")
     for name in ("driver.c", "nvrtc.c"):
         subprocess.run(
             [compiler, "-shared", "-fPIC", "-o", tmp_path / f"{name}.so", nullcard.SOURCES / name], check=True
         )
-
-
-def _runs(name: str) -> bool:
-    try:
-        return subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 from _checkpoint import KEPT_BITS, REAL, TINY, config, lora_shapes, shapes_of, write_random
 from _marks import Findings, Flat
-from support import REPOSITORY
+from support import REPOSITORY, benchmark
 
 from ltxpack.files.tensorfile import read_tensorfile
 
@@ -27,10 +26,7 @@ def quiet(_: str) -> None: ...
 def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None:
     scratch, results = tmp_path / "scratch", tmp_path / "results"
     scratch.mkdir()
-    command = [sys.executable, REPOSITORY / "benchmarks" / "offline.py", "--quick"]
-    done = subprocess.run(
-        [*command, "--scratch", scratch, "--results", results], capture_output=True, text=True, check=False
-    )
+    done = benchmark("offline.py", "--quick", "--scratch", scratch, "--results", results)
     assert done.returncode == 0, done.stderr
     assert not list(scratch.iterdir())
     [table, figures] = sorted(results.iterdir(), reverse=True)
@@ -187,15 +183,9 @@ def test_the_kernels_are_exact_where_the_official_rule_is_not() -> None:
     assert rows["two LoRAs, fp32", accuracy.RATIOS[-1]] < 4e-4 < rows["two LoRAs, official", accuracy.RATIOS[-1]]
 
 
-@pytest.mark.parametrize(
-    ("mounts", "kind"),
-    [
-        ("/dev/a / ext4 rw 0 0\n/dev/b {} xfs rw 0 0\n", "xfs"),
-        ("/dev/a / ext4 rw 0 0\n/dev/b {}x xfs rw 0 0\n", "ext4"),
-    ],
-)
-def test_the_filesystem_is_that_of_the_nearest_mount(mounts: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mount", "kind"), [("{}", "xfs"), ("{}x", "ext4")])
+def test_the_filesystem_is_that_of_the_nearest_mount(mount: str, kind: str, tmp_path: Path) -> None:
     table = tmp_path / "mounts"
-    table.write_text(mounts.format(tmp_path))
+    table.write_text(f"/dev/a / ext4 rw 0 0\n/dev/b {mount.format(tmp_path)} xfs rw 0 0\n")
     assert _report.filesystem(tmp_path / "deeper", table) == kind
     assert _report.filesystem(tmp_path, tmp_path / "absent") == "unknown"

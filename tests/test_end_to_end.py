@@ -102,29 +102,32 @@ def transformers(params: dict[str, Any], overlay: Path) -> dict[str, str]:
     }
 
 
+def errors_of(run: Run, golden: Path, overlay: Path, folder: Path, *more: str) -> dict[str, float]:
+    """Make ``run`` anew into ``folder``; its frames are checked. Returns the error of each other saved tensor."""
+    tensors, video = folder / f"{run.name}.safetensors", folder / f"{run.name}.mp4"
+    outputs = ("-o", video, "--save-tensors", tensors)
+    result = done(ltxpack("run", overlay, *flags(run, golden, overlay), *more, *outputs))
+    assert result.stdout.splitlines()[-1] == str(video)
+    assert all(f"residency {mode}: " in result.stderr for mode in MODES if mode in more)
+    found = load(tensors)
+    assert {*found} - {"video"} == {name for name, key in RECORDED.items() if key in run.tensors}
+    check_frames(found["video"], run.tensors)
+    return {name: relative_l2(found[name], run.tensors[RECORDED[name]]) for name in found if name != "video"}
+
+
 def test_every_recorded_fp32_run_is_met(golden: Path, overlay: Path, tmp_path: Path) -> None:
     recorded = runs(golden, "fp32")
     assert recorded
     for run in recorded:
-        tensors, video = tmp_path / f"{run.name}.safetensors", tmp_path / f"{run.name}.mp4"
-        result = ltxpack("run", overlay, *flags(run, golden, overlay), "-o", video, "--save-tensors", tensors)
-        assert done(result).stdout.splitlines()[-1] == str(video)
-        found = load(tensors)
-        errors = {name: relative_l2(found[name], run.tensors[key]) for name, key in RECORDED.items()}
-        assert max(errors.values()) <= BOUND, (run.name, errors)
-        check_frames(found["video"], run.tensors)
-        check_metadata(tensors, run)
+        errors = errors_of(run, golden, overlay, tmp_path)
+        assert errors.keys() == RECORDED.keys() and max(errors.values()) <= BOUND, (run.name, errors)
+        check_metadata(tmp_path / f"{run.name}.safetensors", run)
 
 
 def test_every_recorded_run_of_the_other_recipes_is_met(golden: Path, overlay: Path, tmp_path: Path) -> None:
     for run in runs(golden, "fp32", "recipe"):
-        tensors = tmp_path / f"{run.name}.safetensors"
-        done(ltxpack("run", overlay, *flags(run, golden, overlay), "-o", tmp_path / "v.mp4", "--save-tensors", tensors))
-        found = load(tensors)
-        assert {*found} - {"video"} == {name for name, key in RECORDED.items() if key in run.tensors}
-        errors = {name: relative_l2(found[name], run.tensors[RECORDED[name]]) for name in found if name != "video"}
+        errors = errors_of(run, golden, overlay, tmp_path)
         assert max(errors.values()) <= 1e-5, (run.name, errors)
-        check_frames(found["video"], run.tensors)
 
 
 def test_every_recorded_bf16_run_of_the_other_recipes_is_met(golden: Path, overlay: Path, tmp_path: Path) -> None:
@@ -174,16 +177,8 @@ def test_distilled_loads_one_transformer_once_in_every_residency_mode(
 def test_a_recorded_run_is_met_in_every_residency_mode(mode: str, golden: Path, overlay: Path, tmp_path: Path) -> None:
     """The run with the most images passes through every phase."""
     run = max(runs(golden, "fp32"), key=lambda run: len(run.params["images"]))
-    tensors = tmp_path / "run.safetensors"
-    result = ltxpack(
-        *("run", overlay, *flags(run, golden, overlay), "--residency", mode, "--no-cache"),
-        *("-o", tmp_path / "run.mp4", "--save-tensors", tensors),
-    )
-    assert f"residency {mode}: " in done(result).stderr
-    found = load(tensors)
-    errors = {name: relative_l2(found[name], run.tensors[key]) for name, key in RECORDED.items()}
-    assert max(errors.values()) <= BOUND, errors
-    check_frames(found["video"], run.tensors)
+    errors = errors_of(run, golden, overlay, tmp_path, "--residency", mode, "--no-cache")
+    assert errors.keys() == RECORDED.keys() and max(errors.values()) <= BOUND, errors
 
 
 def check_frames(video: torch.Tensor, recorded: dict[str, torch.Tensor]) -> None:

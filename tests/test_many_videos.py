@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,11 +18,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from support import Done, ltxpack, refused
+from support import Done, Notes, ltxpack, refused
 
 from ltxpack.errors import LtxpackError
 from ltxpack.manifest import load_schema
-from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import batch, recipe_run, record
 from ltxpack.runtime import run as runs
 from ltxpack.runtime.codecs import video
@@ -205,7 +205,7 @@ def test_another_overlay_makes_another_video(demo: Path, tmp_path: Path) -> None
     prompts = written(tmp_path, {"prompt": "a boat", "output": "one.mp4"})
     assert statuses(many(demo, prompts)) == {1: "done"}
     assert statuses(many(demo, prompts, "--stage1", "base")) == {1: "done"}
-    copy = Path(shutil.copytree(demo / "overlay", tmp_path / "copy" / "overlay", symlinks=True))
+    copy = Path(shutil.copytree(demo / "overlay", tmp_path / "copy/overlay", symlinks=True, copy_function=os.link))
     assert statuses(many(copy.parent, prompts, "--stage1", "base")) == {1: "skipped"}, "the place is not the content"
     assert ltxpack("bake-lora", copy, "--strength", "0.7").returncode == 0
     assert statuses(many(copy.parent, prompts, "--stage1", "base")) == {1: "skipped"}
@@ -246,9 +246,7 @@ def test_the_plan_counts_the_prompts_of_all_lines(demo: Path, tmp_path: Path, mo
         return prepare(self, works)
 
     monkeypatch.setattr(Residency, "prepare", prepared)
-    lines = [
-        {"prompt": prompt, "output": f"{number}.mp4"} for number, prompt in enumerate(("a boat", "a dog", "a cat"))
-    ]
+    lines = [{"prompt": prompt, "output": f"{prompt}.mp4"} for prompt in ("a boat", "a dog", "a cat")]
     assert many(demo, written(tmp_path, *lines)).returncode == 0
     assert planned == [(3, False)] * 6
     planned.clear()
@@ -326,15 +324,15 @@ def test_all_bad_lines_are_told_with_their_numbers_before_anything_runs(demo: Pa
     assert names(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
-def test_a_file_without_lines(content: bytes, demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "no line"), (b"\n \n", "no line"), (b"\xef\xbb\xbf", "no line"), (b'{"prompt": "\xff"}\n', "line 1")],
+)
+def test_a_file_without_lines_or_of_bytes_that_are_no_text(
+    content: bytes, words: str, demo: Path, tmp_path: Path
+) -> None:
     (tmp_path / "p.jsonl").write_bytes(content)
-    assert "no line" in refused(many(demo, tmp_path / "p.jsonl"), 2)
-
-
-def test_bytes_that_are_no_text(demo: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    assert "line 1" in refused(many(demo, tmp_path / "p.jsonl"), 2)
+    assert words in refused(many(demo, tmp_path / "p.jsonl"), 2)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +458,7 @@ def test_a_failed_line_does_not_stop_the_rest(demo: Path, tmp_path: Path, monkey
     assert "2 done, 0 skipped, 3 failed" in done.stdout
     last = message[message.rindex("error: ") :]
     assert "3 of 5 videos were not made" in last
-    for number, (_, words) in FAILURES.items():
-        assert re.search(f"^  - line {number}: .*{words}", last, re.MULTILINE)
+    assert all(re.search(f"^  - line {n}: .*{words}", last, re.MULTILINE) for n, (_, words) in FAILURES.items())
     assert names(tmp_path) == ["1.mp4", "1.mp4.json", "5.mp4", "5.mp4.json", "prompts.jsonl"]
     again = many(demo, prompts)
     assert statuses(again) == {1: "skipped", 2: "done", 3: "done", 4: "done", 5: "skipped"}
@@ -492,62 +489,51 @@ def test_nothing_is_loaded_ahead_for_a_line_that_failed(
     assert followed == ["distilled-0.25", None]
 
 
+def not_finite(*arguments: Any) -> Any:
+    """What the text encoder gives, with a NaN in it."""
+    found = hidden_states(*arguments)
+    found[0].states[0, -1, 0, 0] = torch.nan
+    return found
+
+
+hidden_states = text.hidden_states
+
+
 @pytest.mark.usefixtures("quick")
-def test_memory_that_runs_out_is_told_and_leaves_the_older_video(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "name", "fails", "words"),
+    [
+        (video, "decode_video", out_of_memory, r"ran out of memory\n.*7 GiB\n  next: \w+"),
+        (text, "load_text_encoder", out_of_memory, r"(ran out of memory[\s\S]*){3}"),
+        (text, "hidden_states", not_finite, "not finite"),
+    ],
+    ids=["memory for the frames", "memory for the text encoder", "NaN"],
+)
+def test_what_fails_in_every_line_is_told_and_leaves_the_older_video(
+    module: ModuleType,
+    name: str,
+    fails: object,
+    words: str,
+    demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = written(tmp_path, *THREE)
     (tmp_path / "1.mp4").write_bytes(b"older")
-    monkeypatch.setattr(video, "decode_video", out_of_memory)
+    monkeypatch.setattr(module, name, fails)
     done = many(demo, prompts)
-    message = refused(done, 1)
-    assert set(statuses(done).values()) == {"failed"}
-    assert re.search(r"ran out of memory\n.*7 GiB\n  next: \w+", message)
+    assert re.search(words, refused(done, 1))
+    assert statuses(done) == {1: "failed", 2: "failed", 3: "failed"}
     assert names(tmp_path) == ["1.mp4", "prompts.jsonl"]
     assert (tmp_path / "1.mp4").read_bytes() == b"older"
 
 
-@pytest.mark.usefixtures("quick")
-def test_prompts_that_cannot_be_encoded_fail_every_line(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text, "load_text_encoder", out_of_memory)
-    done = many(demo, written(tmp_path, *THREE))
-    assert refused(done, 1).count("ran out of memory") >= 3
-    assert statuses(done) == {1: "failed", 2: "failed", 3: "failed"}
-    assert names(tmp_path) == ["prompts.jsonl"]
-
-
 def test_what_would_be_written_into_an_overlay_is_told(demo: Path, tmp_path: Path) -> None:
-    told: list[str] = []
-
-    class Warned(SilentReporter):
-        def warn(self, message: str) -> None:
-            told.append(message)
-
-    runs.tell_inside([tmp_path / "a.mp4"], Warned())
-    assert told == []
-    overlay = (demo / "overlay").resolve()
-    runs.tell_inside([overlay / "a.mp4", overlay / "bakes" / "b.mp4", overlay / "c.mp4"], Warned())
-    assert len(told) == 2 and all(f"lies in the overlay {overlay}" in message for message in told)
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_text_encoder_that_gives_nan_makes_no_black_video(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hidden_states = text.hidden_states
-
-    def broken(*arguments: Any) -> Any:
-        found = hidden_states(*arguments)
-        found[0].states[0, -1, 0, 0] = torch.nan
-        return found
-
-    monkeypatch.setattr(text, "hidden_states", broken)
-    done = many(demo, written(tmp_path, *THREE))
-    assert "not finite" in refused(done, 1)
-    assert statuses(done) == {1: "failed", 2: "failed", 3: "failed"}
-    assert names(tmp_path) == ["prompts.jsonl"]
+    notes, overlay = Notes(), (demo / "overlay").resolve()
+    runs.tell_inside([tmp_path / "a.mp4"], notes)
+    assert notes.warnings == []
+    runs.tell_inside([overlay / "a.mp4", overlay / "bakes" / "b.mp4", overlay / "c.mp4"], notes)
+    assert len(notes.warnings) == 2 and all(f"lies in the overlay {overlay}" in told for told in notes.warnings)
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,20 +10,25 @@ import pytest
 from support import ltxpack, refused
 
 
-@pytest.fixture
-def overlay(demo: Path, tmp_path: Path) -> Path:
-    """An overlay of its own with small shards and two bakes, one of them stacked from a LoRA it does not keep."""
-    out = tmp_path / "out"
-    style = tmp_path / "style.safetensors"
-    shutil.copy(next((demo / "source").glob("*lora*")), style)
+@pytest.fixture(scope="module")
+def made(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``out``: an overlay of small shards with two bakes, one of them stacked from ``style.safetensors``."""
+    folder = tmp_path_factory.mktemp("made")
+    style = shutil.copy(next((demo / "source").glob("*lora*")), folder / "style.safetensors")
     for command in (
-        ["materialize", demo / "source", out, "--max-shard-size", "300kB", "--copy"],
-        ["bake-lora", out, "--strength", "0.25"],
-        ["bake-lora", out, "--strength", "0.5", "--add", f"{style}=0.3"],
+        ["materialize", demo / "source", folder / "out", "--max-shard-size", "300kB", "--copy"],
+        ["bake-lora", folder / "out", "--strength", "0.25"],
+        ["bake-lora", folder / "out", "--strength", "0.5", "--add", f"{style}=0.3"],
     ):
         done = ltxpack(*command)
         assert done.returncode == 0, done.stderr
-    return out
+    return folder
+
+
+@pytest.fixture
+def overlay(made: Path, tmp_path: Path) -> Path:
+    """The overlay by hard links: a repair replaces files and never writes in one."""
+    return Path(shutil.copytree(made / "out", tmp_path / "out", copy_function=os.link))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -45,7 +51,7 @@ def damage(overlay: Path, *patterns: str) -> list[str]:
     return names
 
 
-def test_everything_damaged_is_made_again(demo: Path, overlay: Path, tmp_path: Path) -> None:
+def test_everything_damaged_is_made_again(demo: Path, made: Path, overlay: Path) -> None:
     before = contents(overlay)
     damaged = damage(
         overlay,
@@ -61,9 +67,8 @@ def test_everything_damaged_is_made_again(demo: Path, overlay: Path, tmp_path: P
     listed = ltxpack("verify", overlay)
     assert listed.returncode == 1
     assert all(name in listed.stdout for name in damaged)
-    repaired = ltxpack(
-        "verify", overlay, "--repair", "--source", demo / "source", "--lora", tmp_path / "style.safetensors"
-    )
+    inputs = ("--source", demo / "source", "--lora", made / "style.safetensors")
+    repaired = ltxpack("verify", overlay, "--repair", *inputs)
     assert repaired.returncode == 0, repaired.stderr
     assert contents(overlay) == before
 
@@ -76,11 +81,12 @@ def test_a_stray_file_is_told_and_kept(demo: Path, overlay: Path) -> None:
     assert (overlay / "vae" / "mine.safetensors").read_bytes() == b"mine"
 
 
-def test_a_repair_that_lacks_its_source_says_so(overlay: Path) -> None:
+def test_a_repair_that_lacks_its_source_says_so_and_a_source_without_repair_is_wrong_use(overlay: Path) -> None:
     (name,) = damage(overlay, "transformer/*.safetensors")
     message = refused(ltxpack("verify", overlay, "--repair"), 1)
     assert name in message
     assert "--source" in message
+    refused(ltxpack("verify", overlay, "--source", "x"), 2)
 
 
 def test_another_source_repairs_nothing(demo: Path, overlay: Path, tmp_path: Path) -> None:
@@ -93,7 +99,3 @@ def test_another_source_repairs_nothing(demo: Path, overlay: Path, tmp_path: Pat
     before = contents(overlay)
     refused(ltxpack("verify", overlay, "--repair", "--source", other), 1)
     assert contents(overlay) == before
-
-
-def test_source_without_repair_is_wrong_use(overlay: Path) -> None:
-    refused(ltxpack("verify", overlay, "--source", "x"), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -58,23 +59,11 @@ def test_a_strength_must_be_finite(strength: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("plan", [[], ["--plan"]])
-def test_a_target_that_is_not_ours_is_left_alone(plan: list[str], demo: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    assert "not an overlay" in refused(ltxpack("materialize", demo / "source", tmp_path, *plan), 1)
-
-
-def test_the_plan_of_what_is_there_says_so(demo: Path) -> None:
-    done = ltxpack("materialize", demo / "source", demo / "overlay", "--plan", "--json")
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["files"]
-    assert "is there already" in done.stderr
-
-
-def test_done_already_is_told_once(demo: Path) -> None:
-    done = ltxpack("materialize", demo / "source", demo / "overlay")
-    assert done.returncode == 0
+def test_what_is_there_already_is_told_once_and_planned(demo: Path) -> None:
+    done, planned = (ltxpack("materialize", demo / "source", demo / "overlay", *f) for f in ([], ["--plan", "--json"]))
+    assert done.returncode == planned.returncode == 0
     assert (done.stdout + done.stderr).count("nothing to do") == 1
+    assert json.loads(planned.stdout)["files"] and "is there already" in planned.stderr
 
 
 def test_inspect_shows_what_is_unknown_as_a_dash(demo: Path) -> None:
@@ -90,7 +79,7 @@ def test_a_wrong_size_is_told_with_its_flag(flag: str) -> None:
 
 def test_a_file_of_somebody_else_is_no_work_for_a_repair(demo: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "overlay"
-    shutil.copytree(demo / "overlay", overlay, symlinks=True)
+    shutil.copytree(demo / "overlay", overlay, symlinks=True, copy_function=os.link)
     (overlay / "mine.txt").write_text("mine")
     for flags in ([], ["--repair"]):
         done = ltxpack("verify", overlay, *flags)

@@ -7,21 +7,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 # Values as JSON text, so that what Python would not write can be put in too.
 ODD_TOKENS = (
     *("null", "true", "false", "0", "-1", "-0", "1", "1.5", "-0.0", "1e308", "1e999", "NaN", "Infinity", "-Infinity"),
-    *(
-        "2147483648",
-        "1000000000",
-        "9223372036854775807",
-        "9223372036854775808",
-        "18446744073709551616",
-        "9" * 400,
-        "9" * 4400,
-    ),
+    *("2147483648", "1000000000", "9223372036854775807", "9223372036854775808", "18446744073709551616"),
+    *("9" * 400, "9" * 4400),
     *('""', '"x"', '"\\u0000"', '"\\ud800"', '"\\u202e"', '"\\n"', '"../../x"', '"/etc/passwd"', '"a\\\\b"', '"C:x"'),
     *('"%s"' % ("x" * 5000), '"F8_E4M3"', '"I64"', '"BF16"', '"x.safetensors"', '"' + "../" * 40 + '"', '"\U0001f600"'),
     *("[]", "{}", "[[]]", '{"a": 1}', "[0, 1]", "[1, 0]", "[" * 100 + "]" * 100, "[" + "0, " * 2000 + "0]"),
@@ -101,66 +94,47 @@ def _changed(document: Any, rng: random.Random) -> Any:
         return Token(rng.choice(ODD_TOKENS))
     # Deep containers are many; the few above them count as much.
     container = rng.choice(filled[:4] if rng.random() < 0.2 else filled)
-    place = rng.randrange(len(container))
-    key, value = container[place] if isinstance(container, Pairs) else (None, container[place])
-    change = rng.choice(CHANGES)
-    change(container, place, key, value, rng)
+    _change(container, rng.randrange(len(container)), rng)
     return document
 
 
-def _put(container: list[Any], place: int, key: str | None, value: Any) -> None:
-    container[place] = value if key is None else (key, value)
-
-
-def _odd_value(container: list[Any], place: int, key: str | None, value: Any, rng: random.Random) -> None:
-    _put(container, place, key, Token(rng.choice(ODD_TOKENS)))
-
-
-def _near_value(container: list[Any], place: int, key: str | None, value: Any, rng: random.Random) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return _odd_value(container, place, key, value, rng)
-    if isinstance(value, str):
-        at = rng.randrange(len(value) + 1)
-        letters = rng.choice(("", "/", "..", "\0", "é", "9", value))
-        return _put(container, place, key, value[:at] + letters + value[at + rng.randrange(2) :])
-    return _put(container, place, key, rng.choice((value + 1, value - 1, 2 * value, -value, value * 10**6, str(value))))
-
-
-def _gone(container: list[Any], place: int, key: str | None, value: Any, rng: random.Random) -> None:
-    del container[place]
-
-
-def _twice(container: list[Any], place: int, key: str | None, value: Any, rng: random.Random) -> None:
-    container.insert(rng.randrange(len(container) + 1), container[place])
-
-
-def _other_key(container: list[Any], place: int, key: str | None, value: Any, rng: random.Random) -> None:
-    if key is None:
-        return _twice(container, place, key, value, rng)
-    at = rng.randrange(len(key) + 1)
-    near = key[:at] + rng.choice(("x", "/", ".", "\0", "", ".weight")) + key[at + rng.randrange(2) :]
-    return _put(container, place, rng.choice((*ODD_KEYS, near, near, near, near, near, near)), value)
-
-
-def _swapped(container: list[Any], place: int, key: str | None, value: Any, rng: random.Random) -> None:
-    other = rng.randrange(len(container))
-    if key is None:
-        container[place], container[other] = container[other], value
+def _change(container: list[Any], place: int, rng: random.Random) -> None:
+    """Another value or key at ``place``, or an entry more or less."""
+    pairs = isinstance(container, Pairs)
+    key, value = container[place] if pairs else ("", container[place])
+    change = rng.randrange(11)
+    if change < 6:
+        value = Token(rng.choice(ODD_TOKENS)) if change < 3 else _near(value, rng)
+        container[place] = (key, value) if pairs else value
+    elif change == 6:
+        del container[place]
+    elif change == 7 or (change == 8 and not pairs):
+        container.insert(rng.randrange(len(container) + 1), container[place])
+    elif change == 8:
+        near = _spliced(key, ("x", "/", ".", "\0", "", ".weight"), rng)
+        container[place] = (rng.choice((*ODD_KEYS, *[near] * 6)), value)
+    elif change == 9:
+        other = rng.randrange(len(container))
+        other_key, other_value = container[other] if pairs else ("", container[other])
+        container[place] = (key, other_value) if pairs else other_value
+        container[other] = (other_key, value) if pairs else value
     else:
-        other_key, other_value = container[other]
-        container[place], container[other] = (key, other_value), (other_key, value)
+        odd = Token(rng.choice(ODD_TOKENS))
+        container.insert(place, (rng.choice(ODD_KEYS), odd) if pairs else odd)
 
 
-def _more(container: list[Any], place: int, key: str | None, value: Any, rng: random.Random) -> None:
-    odd = Token(rng.choice(ODD_TOKENS))
-    container.insert(place, odd if key is None else (rng.choice(ODD_KEYS), odd))
+def _near(value: Any, rng: random.Random) -> Any:
+    """A value like ``value``; an odd one in the place of what has none."""
+    if isinstance(value, str):
+        return _spliced(value, ("", "/", "..", "\0", "é", "9", value), rng)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return Token(rng.choice(ODD_TOKENS))
+    return rng.choice((value + 1, value - 1, 2 * value, -value, value * 10**6, str(value)))
 
 
-Change = Callable[[list[Any], int, str | None, Any, random.Random], None]
-CHANGES: tuple[Change, ...] = (
-    *(_odd_value, _odd_value, _odd_value, _near_value, _near_value, _near_value),
-    *(_gone, _twice, _other_key, _swapped, _more),
-)
+def _spliced(text: str, letters: tuple[str, ...], rng: random.Random) -> str:
+    at = rng.randrange(len(text) + 1)
+    return text[:at] + rng.choice(letters) + text[at + rng.randrange(2) :]
 
 
 def _bytes_changed(data: bytes, rng: random.Random) -> bytes:

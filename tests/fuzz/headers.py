@@ -8,6 +8,7 @@ All other arguments are libFuzzer's. The first byte of an input chooses among th
 
 from __future__ import annotations
 
+import argparse
 import random
 import sys
 import tempfile
@@ -24,18 +25,19 @@ with atheris.instrument_imports(include=["ltxpack"]):
 
 # Instrumented code is several times slower.
 fuzz_targets.SECONDS = 8.0
-OPTION = "--target"
 
 
 def main() -> None:
     """Fuzz until libFuzzer's own arguments end it."""
-    names, arguments = split_arguments(sys.argv[1:])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--target", action="append", default=[])
+    stated, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="ltxpack-fuzz-") as folder:
         found = fuzz_targets.make_targets(Path(folder) / "files")
-        unknown = sorted(set(names) - set(found))
+        unknown = sorted(set(stated.target) - set(found))
         if unknown:
             raise SystemExit(f"no such target: {', '.join(unknown)}; there are {', '.join(found)}")
-        targets = [found[name] for name in names or found]
+        targets = [found[name] for name in stated.target or found]
         if not any(Path(argument).exists() for argument in arguments):
             arguments.append(str(write_corpus(Path(folder) / "corpus", targets)))
 
@@ -51,18 +53,6 @@ def main() -> None:
 
         atheris.Setup([sys.argv[0], *arguments], one_input, custom_mutator=custom_mutator)
         atheris.Fuzz()
-
-
-def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Names of targets, and what is libFuzzer's."""
-    names, rest = [], []
-    left = iter(arguments)
-    for argument in left:
-        if argument == OPTION:
-            names.append(next(left, ""))
-        else:
-            rest.append(argument)
-    return names, rest
 
 
 def write_corpus(folder: Path, targets: list[fuzz_targets.Target]) -> Path:

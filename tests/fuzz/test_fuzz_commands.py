@@ -36,81 +36,16 @@ randoms = st.integers(0, 2**32 - 1).map(random.Random)
 
 
 @dataclass(frozen=True)
-class Templates:
-    """A sound source, an overlay with two bakes made from it, and ``strange``, which lies outside of both."""
+class Files:
+    """A sound ``source``, ``work/overlay`` with two bakes made from it, and ``strange``, which lies outside of both.
+
+    The templates, or one attempt's files: of these only the overlay may be written.
+    """
 
     folder: Path
 
-    @property
-    def source(self) -> Path:
-        return self.folder / "source"
-
-    @property
-    def overlay(self) -> Path:
-        return self.folder / "overlay"
-
-    @property
-    def strange(self) -> Path:
-        return self.folder / "strange"
-
-
-@pytest.fixture(scope="module")
-def templates(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
-    made = Templates(tmp_path_factory.mktemp("commands"))
-    shutil.copytree(demo / "source", made.source)
-    prepare(made)
-    before = contents(made.folder)
-    yield made
-    assert contents(made.folder) == before
-
-
-def prepare(templates: Templates) -> None:
-    """Make the files, and have all modules imported: under the guard that would count as writing."""
-    templates.strange.mkdir()
-    (templates.strange / "config.json").write_text('{"not": "yours"}')
-    finished(ltxpack("materialize", templates.source, templates.overlay, *SMALL))
-    finished(ltxpack("bake-lora", templates.overlay, "--strength", "0.25"))
-    finished(
-        ltxpack("bake-lora", templates.overlay, "--lora", part_lora(templates), "--strength", "1", "--name", "part")
-    )
-    [shard] = list(templates.overlay.glob("bakes/distilled-0.25/*-00001-*.safetensors"))
-    shard.unlink()
-    finished(ltxpack("verify", templates.overlay, "--repair", "--source", templates.source))
-
-
-def part_lora(templates: Templates) -> Path:
-    """A LoRA of one linear: all but one shard of its bake are links."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    whole = load_file(next(templates.source.glob("*-lora-*")))
-    name = next(key for key in sorted(whole) if ".transformer_blocks.0." in key).partition(".lora_")[0]
-    path = templates.strange / "part.safetensors"
-    save_file({key: tensor.to(torch.bfloat16) for key, tensor in whole.items() if key.startswith(f"{name}.")}, path)
-    return path
-
-
-def finished(done: Done) -> None:
-    assert done.returncode == 0, done.stderr
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file below ``folder``: a digest, or where it links to."""
-    found = {}
-    for name, folders, files in os.walk(folder):
-        for path in (Path(name, entry) for entry in (*files, *folders)):
-            if path.is_symlink():
-                found[str(path)] = str(path.readlink())
-            elif path.is_file():
-                found[str(path)] = blake3(path.read_bytes()).hexdigest()
-    return found
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """Files of one attempt: ``source``, ``strange``, and ``work/overlay``, the only one that may be written."""
-
-    folder: Path
+    def __post_init__(self) -> None:
+        self.overlay.parent.mkdir(parents=True)
 
     @property
     def source(self) -> Path:
@@ -146,6 +81,58 @@ class Attempt:
         return done
 
 
+@pytest.fixture(scope="module")
+def templates(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Files]:
+    made = Files(tmp_path_factory.mktemp("commands"))
+    shutil.copytree(demo / "source", made.source)
+    prepare(made)
+    before = contents(made.folder)
+    yield made
+    assert contents(made.folder) == before
+
+
+def prepare(templates: Files) -> None:
+    """Make the files, and have all modules imported: under the guard that would count as writing."""
+    templates.strange.mkdir()
+    (templates.strange / "config.json").write_text('{"not": "yours"}')
+    finished(ltxpack("materialize", templates.source, templates.overlay, *SMALL))
+    finished(ltxpack("bake-lora", templates.overlay, "--strength", "0.25"))
+    finished(
+        ltxpack("bake-lora", templates.overlay, "--lora", part_lora(templates), "--strength", "1", "--name", "part")
+    )
+    [shard] = list(templates.overlay.glob("bakes/distilled-0.25/*-00001-*.safetensors"))
+    shard.unlink()
+    finished(ltxpack("verify", templates.overlay, "--repair", "--source", templates.source))
+
+
+def part_lora(templates: Files) -> Path:
+    """A LoRA of one linear: all but one shard of its bake are links."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(next(templates.source.glob("*-lora-*")))
+    name = next(key for key in sorted(whole) if ".transformer_blocks.0." in key).partition(".lora_")[0]
+    path = templates.strange / "part.safetensors"
+    save_file({key: tensor.to(torch.bfloat16) for key, tensor in whole.items() if key.startswith(f"{name}.")}, path)
+    return path
+
+
+def finished(done: Done) -> None:
+    assert done.returncode == 0, done.stderr
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file below ``folder``: a digest, or where it links to."""
+    found = {}
+    for name, folders, files in os.walk(folder):
+        for path in (Path(name, entry) for entry in (*files, *folders)):
+            if path.is_symlink():
+                found[str(path)] = str(path.readlink())
+            elif path.is_file():
+                found[str(path)] = blake3(path.read_bytes()).hexdigest()
+    return found
+
+
 def ended_as_it_may(done: Done) -> None:
     """Exit status 0, 1 or 2; whoever fails says so in one printable paragraph that ends in what to do next."""
     told = done.stdout + done.stderr
@@ -160,19 +147,18 @@ def ended_as_it_may(done: Done) -> None:
 
 
 @contextlib.contextmanager
-def attempted(templates: Templates, *, overlay: bool) -> Iterator[Attempt]:
+def attempted(templates: Files, *, overlay: bool) -> Iterator[Files]:
     """An attempt, in a folder that goes with it."""
     with tempfile.TemporaryDirectory(dir=templates.folder.parent) as name:
-        made = Attempt(Path(name))
+        made = Files(Path(name))
         shutil.copytree(templates.source, made.source, copy_function=os.link)
         shutil.copytree(templates.strange, made.strange, copy_function=os.link)
-        made.overlay.parent.mkdir()
         if overlay:
             shutil.copytree(templates.overlay, made.overlay, symlinks=True, copy_function=os.link)
         yield made
 
 
-def change_source(attempt: Attempt, rng: random.Random) -> None:
+def change_source(attempt: Files, rng: random.Random) -> None:
     """One header, config or index is another; of a checkpoint, half of the time the config within its metadata."""
     names = ["*-dev.*", "*-dev.*", "*-dev.*", "*-lora-*", "*-upscaler-*", "gemma/*.safetensors", "gemma/*.json"]
     path = rng.choice(sorted(attempt.source.glob(rng.choice(names))))
@@ -195,17 +181,17 @@ def metadata_changed(head: bytes, rng: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def edit_manifest(attempt: Attempt, rng: random.Random) -> None:
+def edit_manifest(attempt: Files, rng: random.Random) -> None:
     path = attempt.overlay / MANIFEST_NAME
     attempt.replace(path, mutate(path.read_bytes(), rng))
 
 
-def edit_file(attempt: Attempt, rng: random.Random) -> None:
+def edit_file(attempt: Files, rng: random.Random) -> None:
     path = a_file(attempt, rng)
     attempt.replace(path, mutate(path.read_bytes(), rng))
 
 
-def forge_file(attempt: Attempt, rng: random.Random) -> None:
+def forge_file(attempt: Files, rng: random.Random) -> None:
     """Another file, and a manifest that says it is the right one."""
     path = a_file(attempt, rng)
     data = mutate(path.read_bytes(), rng)
@@ -238,30 +224,30 @@ def records(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def remove_file(attempt: Attempt, rng: random.Random) -> None:
+def remove_file(attempt: Files, rng: random.Random) -> None:
     a_file(attempt, rng).unlink()
 
 
-def remove_folder(attempt: Attempt, rng: random.Random) -> None:
+def remove_folder(attempt: Files, rng: random.Random) -> None:
     folder = a_file(attempt, rng).parent
     if folder != attempt.overlay:
         shutil.rmtree(folder)
 
 
-def link_file(attempt: Attempt, rng: random.Random) -> None:
+def link_file(attempt: Files, rng: random.Random) -> None:
     path = a_file(attempt, rng)
     path.unlink()
     path.symlink_to(rng.choice((attempt.strange / "config.json", attempt.strange, "nowhere", path.name, "..")))
 
 
-def link_folder(attempt: Attempt, rng: random.Random) -> None:
+def link_folder(attempt: Files, rng: random.Random) -> None:
     path = a_file(attempt, rng).parent
     if path != attempt.overlay:
         shutil.rmtree(path)
         path.symlink_to(attempt.strange)
 
 
-def folder_for_file(attempt: Attempt, rng: random.Random) -> None:
+def folder_for_file(attempt: Files, rng: random.Random) -> None:
     path = a_file(attempt, rng)
     path.unlink()
     path.mkdir()
@@ -269,19 +255,19 @@ def folder_for_file(attempt: Attempt, rng: random.Random) -> None:
         (path / "mine.txt").write_text("mine")
 
 
-def pipe_for_file(attempt: Attempt, rng: random.Random) -> None:
+def pipe_for_file(attempt: Files, rng: random.Random) -> None:
     """Whoever opens it for reading would wait for ever."""
     path = a_file(attempt, rng)
     path.unlink()
     os.mkfifo(path)
 
 
-def stray_file(attempt: Attempt, rng: random.Random) -> None:
+def stray_file(attempt: Files, rng: random.Random) -> None:
     path = a_file(attempt, rng).with_name(rng.choice(("mine.safetensors", "x.json", "\x1b[2J.json", "a\nb")))
     path.write_bytes(b"mine")
 
 
-def unfinished_bake(attempt: Attempt, rng: random.Random) -> None:
+def unfinished_bake(attempt: Files, rng: random.Random) -> None:
     """What a killed command may leave, made up."""
     work = attempt.overlay / ".ltxpack" / rng.choice(("x.partial", "part.partial", "distilled-0.25.partial"))
     if work.exists():
@@ -302,13 +288,13 @@ def unfinished_bake(attempt: Attempt, rng: random.Random) -> None:
         (work / "old").symlink_to(attempt.strange)
 
 
-def all_files(attempt: Attempt) -> list[Path]:
+def all_files(attempt: Files) -> list[Path]:
     """The overlay's files and links."""
     found = (Path(folder, name) for folder, _, names in os.walk(attempt.overlay) for name in names)
     return sorted(path for path in found if path.is_file() and path.name != MANIFEST_NAME)
 
 
-def a_file(attempt: Attempt, rng: random.Random) -> Path:
+def a_file(attempt: Files, rng: random.Random) -> Path:
     """One of them; small components have as many chances as the transformer's many shards."""
     files = all_files(attempt)
     folder = rng.choice(sorted({path.parent for path in files}))
@@ -321,7 +307,9 @@ DAMAGES = (
 )
 
 
-def attempt_materialize(templates: Templates, rng: random.Random) -> Done:
+@limited
+@given(rng=randoms)
+def test_a_changed_source_is_materialized_whole_or_refused(templates: Files, rng: random.Random) -> None:
     """Materialize what was changed; where it is taken, the overlay must be sound, and is there already."""
     with attempted(templates, overlay=False) as attempt:
         for _ in range(rng.choice((1, 1, 1, 2))):
@@ -332,10 +320,11 @@ def attempt_materialize(templates: Templates, rng: random.Random) -> Done:
         if done.returncode == 0:
             finished(attempt.run("verify", attempt.overlay))
             finished(attempt.run(*command))
-        return done
 
 
-def attempt_replace(templates: Templates, rng: random.Random) -> Done:
+@limited
+@given(rng=randoms)
+def test_a_damaged_overlay_is_replaced_or_left_alone(templates: Files, rng: random.Random) -> None:
     """Materialize in the place of a damaged overlay; files that are not ltxpack's stay, and nothing else is wrong."""
     with attempted(templates, overlay=True) as attempt:
         rng.choice(DAMAGES)(attempt, rng)
@@ -347,10 +336,11 @@ def attempt_replace(templates: Templates, rng: random.Random) -> Done:
             told = attempt.run("verify", attempt.overlay).stdout.splitlines()
             faults = [line for line in told if not line.startswith((f"{attempt.overlay}: ", "  next: "))]
             assert all(line.endswith(": is not in the manifest") for line in faults), faults
-        return done
 
 
-def attempt_repair(templates: Templates, rng: random.Random) -> Done:
+@limited
+@given(rng=randoms)
+def test_a_damaged_overlay_is_repaired_or_its_faults_are_told(templates: Files, rng: random.Random) -> None:
     """Repair what was damaged; where that is said to be done, a second look finds nothing."""
     with attempted(templates, overlay=True) as attempt:
         for _ in range(rng.choice((1, 1, 2, 3))):
@@ -361,22 +351,3 @@ def attempt_repair(templates: Templates, rng: random.Random) -> Done:
         done = attempt.run("verify", attempt.overlay, "--repair", "--source", attempt.source, *lora)
         if done.returncode == 0:
             finished(attempt.run("verify", attempt.overlay))
-        return done
-
-
-@limited
-@given(rng=randoms)
-def test_a_changed_source_is_materialized_whole_or_refused(templates: Templates, rng: random.Random) -> None:
-    attempt_materialize(templates, rng)
-
-
-@limited
-@given(rng=randoms)
-def test_a_damaged_overlay_is_replaced_or_left_alone(templates: Templates, rng: random.Random) -> None:
-    attempt_replace(templates, rng)
-
-
-@limited
-@given(rng=randoms)
-def test_a_damaged_overlay_is_repaired_or_its_faults_are_told(templates: Templates, rng: random.Random) -> None:
-    attempt_repair(templates, rng)
