@@ -37,6 +37,7 @@ SECONDS = 1.0
 # Many times what the largest file tried here takes (200 KB of JSON).
 MEMORY = 64 * 1024 * 1024
 LONGEST_MESSAGE = 8000
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 QUIET = SilentReporter()
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,53 +80,47 @@ class Guard:
     An audit hook: it cannot be taken off again, so one serves the whole process.
     """
 
-    _installed: Guard | None = None
     CHANGING = frozenset(
         {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
     )
-    FORBIDDEN = frozenset({"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"})
-    NETWORK = frozenset({"socket.connect", "socket.getaddrinfo"})
+    FORBIDDEN = frozenset(
+        {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
+        | {"socket.connect", "socket.getaddrinfo"}
+    )
 
     def __init__(self) -> None:
         self.allowed: str | None = None
         self.seen: list[str] = []
-
-    @classmethod
-    def get(cls) -> Guard:
-        """The process's guard."""
-        if cls._installed is None:
-            cls._installed = cls()
-            sys.addaudithook(cls._installed.hear)
-        return cls._installed
+        sys.addaudithook(self.hear)
 
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Called by Python for everything it does."""
         if self.allowed is None:
             return
-        if event in self.FORBIDDEN or event in self.NETWORK:
+        changed: tuple[Any, ...] = ()
+        if event in self.FORBIDDEN:
             self.seen.append(f"{event} {arguments!r:.200}")
         elif event in self.CHANGING:
             # What a symbolic link says is no place that changes.
             changed = arguments[1:2] if event == "os.symlink" else arguments[:2]
-            self._check(event, [part for part in changed if isinstance(part, str | bytes | os.PathLike)])
-        elif (
-            event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        ):
-            self._check(event, [arguments[0]])
+        elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
+            changed = arguments[:1]
+        for path in changed:
+            if isinstance(path, str | bytes | os.PathLike):
+                real = os.path.realpath(Path(os.fsdecode(path)).parent)
+                if real != self.allowed and not real.startswith(self.allowed + os.sep):
+                    self.seen.append(f"{event} {path!r}")
 
-    def _check(self, event: str, paths: list[Any]) -> None:
-        assert self.allowed is not None
-        for path in paths:
-            if isinstance(path, int):
-                continue
-            real = os.path.realpath(Path(os.fsdecode(path)).parent)
-            if real != self.allowed and not real.startswith(self.allowed + os.sep):
-                self.seen.append(f"{event} {path!r}")
+
+@functools.cache
+def guard() -> Guard:
+    """The process's guard."""
+    return Guard()
 
 
 def _watched(target: Target) -> str | None:
-    guard, before = Guard.get(), _begin_peak()
-    guard.seen, guard.allowed = [], os.path.realpath(target.path.parent)
+    watch, before = guard(), _begin_peak()
+    watch.seen, watch.allowed = [], os.path.realpath(target.path.parent)
     began = time.thread_time()
     message = None
     try:
@@ -136,10 +131,10 @@ def _watched(target: Target) -> str | None:
         raise Finding(f"{target.name}: {type(error).__name__}: {error!s:.300}") from error
     finally:
         spent = time.thread_time() - began
-        guard.allowed = None
+        watch.allowed = None
     peak = _status("VmHWM") - before
-    if guard.seen:
-        raise Finding(f"{target.name}: {guard.seen[:3]}")
+    if watch.seen:
+        raise Finding(f"{target.name}: {watch.seen[:3]}")
     if spent > SECONDS or peak > MEMORY:
         raise Finding(f"{target.name}: {spent:.2f} s, {peak / 1e6:.0f} MB")
     if message is not None and (len(message) > LONGEST_MESSAGE or not message.replace("\n", "").isprintable()):

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from fuzz_mutations import mutate
-from fuzz_targets import LONGEST_MESSAGE, Guard
+from fuzz_targets import LONGEST_MESSAGE, guard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import Done, ltxpack
@@ -67,13 +67,13 @@ class Files:
     def run(self, *arguments: str | Path) -> Done:
         """The command, watched."""
         outside = contents(self.source) | contents(self.strange)
-        guard = Guard.get()
-        guard.seen, guard.allowed = [], os.path.realpath(self.folder)
+        watch = guard()
+        watch.seen, watch.allowed = [], os.path.realpath(self.folder)
         try:
             done = ltxpack(*arguments)
         finally:
-            guard.allowed = None
-        assert not guard.seen, guard.seen[:3]
+            watch.allowed = None
+        assert not watch.seen, watch.seen[:3]
         assert contents(self.source) | contents(self.strange) == outside
         beside = {path.name for path in self.overlay.parent.iterdir()}
         assert beside <= {"overlay", ".overlay.partial", "overlay.kept"}, beside

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fuzz_mutations import mutate
-from fuzz_targets import MEMORY, Finding, Guard, Target, make_targets
+from fuzz_targets import MEMORY, Finding, Target, guard, make_targets
 
 # By what one attempt costs: about a second of processor time per target, fifteen in all.
 COUNTS = {
@@ -86,4 +86,4 @@ def test_the_guard_sees_what_it_is_for(tmp_path: Path) -> None:
         with pytest.raises(Finding, match=told):
             Target("bad", inside / "file", call, ()).attempt(b"")
     assert Target("good", inside / "file", lambda: (inside / "more").write_bytes(b""), ()).attempt(b"") is None
-    assert Guard.get().allowed is None
+    assert guard().allowed is None
