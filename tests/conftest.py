@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +105,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert done.returncode == 0, done.stderr
             assert done.stdout.splitlines()[-1] == str(folder / "video.mp4")
     return folder
+
+
+@pytest.fixture
+def overlay(demo: Path, tmp_path: Path) -> Path:
+    """The demo's overlay by hard links: its files may be replaced or removed, never written in place."""
+    return Path(shutil.copytree(demo / "overlay", tmp_path / "overlay", symlinks=True, copy_function=os.link))

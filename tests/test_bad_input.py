@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +17,6 @@ from support import ltxpack, refused
 from ltxpack.demo.config import checkpoint_config
 
 RUN = ("--prompt", "x", "--device", "cpu", "--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2")
-
-
-@pytest.fixture
-def overlay(demo: Path, tmp_path: Path) -> Path:
-    """The demo's overlay by hard links: its files may be replaced, never written in place."""
-    return Path(shutil.copytree(demo / "overlay", tmp_path / "overlay", symlinks=True, copy_function=os.link))
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,9 +75,7 @@ def test_a_wrong_size_is_told_with_its_flag(flag: str) -> None:
     assert f"{flag} is not a size" in refused(ltxpack("plan", f"{flag}=5 apples"), 2)
 
 
-def test_a_file_of_somebody_else_is_no_work_for_a_repair(demo: Path, tmp_path: Path) -> None:
-    overlay = tmp_path / "overlay"
-    shutil.copytree(demo / "overlay", overlay, symlinks=True, copy_function=os.link)
+def test_a_file_of_somebody_else_is_no_work_for_a_repair(overlay: Path) -> None:
     (overlay / "mine.txt").write_text("mine")
     for flags in ([], ["--repair"]):
         done = ltxpack("verify", overlay, *flags)
