@@ -248,7 +248,7 @@ def test_the_plan_counts_the_prompts_of_all_lines(demo: Path, tmp_path: Path, mo
     assert many(demo, written(tmp_path, *lines)).returncode == 0
     assert planned == [(3, False)] * 6
     planned.clear()
-    alone = ltxpack("run", demo / "overlay", *FLAGS, "--prompt", "a boat", "-o", tmp_path / "v.mp4")
+    alone = ltxpack("run", demo / "overlay", *FLAGS, "--prompt", "a boat", "-v", "-o", tmp_path / "v.mp4")
     assert alone.returncode == 0 and planned == [(1, True)]
     assert "decode official: one tile of 9 frames of 64x64 pixels\n" in alone.stdout
 
