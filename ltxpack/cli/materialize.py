@@ -9,6 +9,7 @@ import click
 from ltxpack.cli.terminal import TerminalReporter, json_option, plan_option, print_json, print_plan, verbose_option
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes, parse_size
+from ltxpack.runtime.sampling.recipes import HQ
 
 
 @click.command()
@@ -53,7 +54,8 @@ def materialize(
         print_json(facts)
     elif report.written:
         click.echo(f"{overlay}: {human_bytes(report.total_bytes)}")
-        bake = f"ltxpack bake-lora {quoted(overlay)} --strength 0.25 --strength 0.5"
+        strengths = " ".join(f"--strength {strength:g}" for strength in HQ.strengths)
+        bake = f"ltxpack bake-lora {quoted(overlay)} {strengths}"
         run = f"ltxpack run {quoted(overlay)} --stage1 base --stage2 base --prompt 'Waves on a beach'"
         click.echo(f"next: {bake if report.manifest.loras else run}")
     else:

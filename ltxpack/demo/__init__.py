@@ -32,8 +32,8 @@ def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     write_source(source)
     reporter.note(f"2/4 materialize: {overlay}")
     materialize(Options(str(source), overlay), reporter)
-    reporter.note("3/4 bake-lora: strengths 0.25 and 0.5")
-    bake(BakeOptions(overlay, (0.25, 0.5)), reporter)
+    reporter.note(f"3/4 bake-lora: strengths {' and '.join(map(str, HQ.strengths))}")
+    bake(BakeOptions(overlay, HQ.strengths), reporter)
     reporter.note("4/4 run")
     # The runtime imports torch; the steps before do without.
     from ltxpack.runtime.run import RunOptions, run_to_file

@@ -181,8 +181,7 @@ def _automatic(number: int, recipe: Recipe, strengths: Mapping[str, float], mani
     left = [name for name, strength in strengths.items() if strength not in rule.besides]
     if left:
         return _only(left, number, overlay)
-    official = [name.removeprefix(f"{DISTILLED}-") for name in official_transformers(recipe) if name != BASE]
-    flags = " ".join(f"--strength {strength}" for strength in dict.fromkeys(official))
+    flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths)
     raise OverlayError(
         f"holds no bake that {stage_label(number)} could use",
         file=overlay,

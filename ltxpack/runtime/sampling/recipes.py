@@ -137,6 +137,12 @@ class Recipe:
     unused: frozenset[str] = frozenset()
 
     @property
+    def strengths(self) -> tuple[float, ...]:
+        """The official strengths of the distilled LoRA, each once, in the order of the stages."""
+        rules = [stage.transformer for stage in self.stages]
+        return tuple(dict.fromkeys(rule.strengths[0] for rule in rules if rule.strengths))
+
+    @property
     def multiple(self) -> int:
         """What height and width must be multiples of."""
         return SPATIAL_FACTOR * max(stage.divide for stage in self.stages)
