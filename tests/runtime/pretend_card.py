@@ -618,8 +618,11 @@ class AtOnce:
 
     card: Card
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(
+        self, workers: int = 1, name: str = "", initializer: Callable[[], None] | None = None, **_: Any
+    ) -> None:
+        if initializer is not None:
+            initializer()
 
     def __enter__(self) -> AtOnce:
         return self
