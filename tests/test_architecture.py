@@ -34,9 +34,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 21_500,
-    "files of the package": 126,
-    "lines of the tests": 24_000,
+    "lines of the package": 20_950,
+    "files of the package": 120,
+    "lines of the tests": 23_300,
 }
 
 
