@@ -20,7 +20,8 @@ from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.codecs import video
 from ltxpack.runtime.model import kernels
-from ltxpack.runtime.model.model import DiT, load_dit, read_dit_config
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, transformer_part
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS

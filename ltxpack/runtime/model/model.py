@@ -8,21 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.runtime.model.block import PLAIN, BlockFunctions, Conditioning, PassState, TransformerBlock, table
 from ltxpack.runtime.model.config import DiTConfig, StreamConfig
 from ltxpack.runtime.model.kernels import KERNELS
 from ltxpack.runtime.model.layers import AdaLayerNormSingle, Attention, Linear, Rows, modulate
 from ltxpack.runtime.model.rope import RopeTables, Rotation, rotation
 from ltxpack.runtime.sampling.shape import AV
-from ltxpack.runtime.weights.load import Reader, load_module, read_config
 
 HEAD_EPS = 1e-6
 UNPERTURBED: AV[frozenset[int]] = AV(frozenset(), frozenset())
@@ -253,19 +250,3 @@ def _any_length(x: Tensor, given: Conditioning) -> None:
         if rows.index is not None:
             torch._dynamo.maybe_mark_dynamic(rows.index, 0)
             torch._dynamo.maybe_mark_dynamic(rows.values, 1)
-
-
-def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> DiT:
-    """The model of ``folder`` on ``device``, its weights in ``dtype``.
-
-    Raises as :func:`ltxpack.runtime.weights.load.load_module`; UnsupportedError for a config this DiT lacks.
-    """
-    config = read_dit_config(folder)
-    with torch.device("meta"):
-        model = DiT(config)
-    return load_module(model, folder, device, dtype, reader=reader)
-
-
-def read_dit_config(folder: Path) -> DiTConfig:
-    """What the model of ``folder`` is like. Raises OverlayError, FormatError, UnsupportedError."""
-    return DiTConfig.from_dict(read_config(folder, LOADED_CLASSES["transformer"]))

@@ -1,0 +1,28 @@
+"""The DiT from a transformer folder of an overlay, the base's or a bake's. The model itself needs torch alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ltxpack.ltx23.classes import LOADED_CLASSES
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.weights.load import Reader, load_module, read_config
+
+
+def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> DiT:
+    """The model of ``folder`` on ``device``, its weights in ``dtype``.
+
+    Raises as :func:`ltxpack.runtime.weights.load.load_module`; UnsupportedError for a config this DiT lacks.
+    """
+    config = read_dit_config(folder)
+    with torch.device("meta"):
+        model = DiT(config)
+    return load_module(model, folder, device, dtype, reader=reader)
+
+
+def read_dit_config(folder: Path) -> DiTConfig:
+    """What the model of ``folder`` is like. Raises OverlayError, FormatError, UnsupportedError."""
+    return DiTConfig.from_dict(read_config(folder, LOADED_CLASSES["transformer"]))
