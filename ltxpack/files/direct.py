@@ -35,6 +35,7 @@ NOT_DIRECT = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENO
 VIEWS_PER_READ = 1024
 MOUNTS = Path("/proc/self/mountinfo")
 PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 * 1024 * 1024
 MAP_FAILED = ctypes.c_void_p(-1).value
 # The byte by which mincore says that a page is in memory.
 IN_MEMORY = b"\x01"
@@ -42,18 +43,28 @@ THROUGH_CACHE = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|virtiofs|ceph|afs")
 
 
 def aligned_buffer(size: int) -> memoryview:
-    """Zeroed memory of at least ``size`` bytes that starts on a page; freed with its last view."""
-    size = max(ALIGN, round_up(size))
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= BUFFER:
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
+    """Zeroed memory of ``size`` bytes, rounded up to whole pages, that starts on a page; freed with its last view.
+
+    As far as it holds whole huge pages it is made of them: a disk reads to one in one go, and the system hands out,
+    pins and unpins one where it would do so 512 times. Raises MemoryError.
+    """
+    size = max(PAGE, round_up(size, PAGE))
+    huge = size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    try:
+        memory = mmap.mmap(-1, size + (HUGE_PAGE if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size} bytes of host memory: {error.strerror}") from None
+    if not huge:
+        return memoryview(memory)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE_PAGE * HUGE_PAGE)
+    return memoryview(memory)[start : start + size]
 
 
-def round_up(size: int) -> int:
-    """``size`` up to a multiple of ALIGN."""
-    return -(-size // ALIGN) * ALIGN
+def round_up(size: int, unit: int = ALIGN) -> int:
+    """``size`` up to a multiple of ``unit``."""
+    return -(-size // unit) * unit
 
 
 def why_cached(path: Path) -> str:

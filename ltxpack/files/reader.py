@@ -254,7 +254,7 @@ class RangeReader:
     def __init__(
         self, ranges: Sequence[Range], *, in_flight: int = RANGES_IN_FLIGHT, kept: int = 0, direct: bool = True
     ) -> None:
-        capacity = max((wanted.nbytes for wanted in ranges), default=0) + 2 * ALIGN
+        capacity = max((wanted.start % ALIGN + wanted.nbytes for wanted in ranges), default=0)
         self._direct = direct
         self._queue = ReadQueue(
             lambda: HostBuffer(capacity),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ltxpack.errors import FormatError, OverlayError
-from ltxpack.files.direct import BUFFER, DIRECT_FROM
+from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM
 from ltxpack.files.publish import Temporary, fsync_file, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
@@ -29,6 +29,8 @@ from ltxpack.reporter import Reporter
 
 # What a file needs beside its bytes: blocks not filled, its name, the journal.
 BYTES_PER_FILE = 16 * 1024
+# One read. With the bytes before it that a read past the cache takes along, it fills a buffer of whole huge pages.
+WINDOW = BUFFER - ALIGN
 # Ranges this near to each other in a source are read in one go, the gap thrown away.
 MAX_GAP = 64 * 1024
 # _IOW(0x94, 9, int). These processors give the direction "write" other bits in a request than all others do.
@@ -110,13 +112,13 @@ def _stream(
 
 
 class Window(NamedTuple):
-    """One read of at most 4 MB and the parts of it that are wanted: offset in it, bytes."""
+    """One read and the parts of it that are wanted: offset in it, bytes."""
 
     range: Range
     parts: tuple[tuple[int, int], ...]
 
 
-def read_plan(ranges: Sequence[Range], limit: int = BUFFER) -> tuple[list[Window], list[int]]:
+def read_plan(ranges: Sequence[Range], limit: int = WINDOW) -> tuple[list[Window], list[int]]:
     """The reads that give all bytes of ``ranges`` in order, and the number of parts each range comes in.
 
     Neighbours are one read, large ranges several.

@@ -7,7 +7,6 @@ Nothing here knows what is copied.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PAGE = mmap.PAGESIZE
-HUGE_PAGE = 2 * 1024 * 1024
+from ltxpack.files.direct import aligned_buffer
+
 # cudaHostRegisterPortable: pinned for every device of the process, not only for the one that is current.
 PORTABLE = 1
 
@@ -149,7 +148,7 @@ class HostMemory:
 
     def __init__(self, nbytes: int, copies: Copies) -> None:
         # Whole pages of its own: a page is pinned once, whoever else has a part of it.
-        self._pages = _fresh_pages(max(PAGE, -(-nbytes // PAGE) * PAGE))
+        self._pages = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
         self.bytes = self._pages[:nbytes]
         self.pinned = False
         self._copies = copies
@@ -172,22 +171,3 @@ def _unpin(copies: Copies, pages: Tensor) -> None:
         _LEFT.append(pages)
     else:
         copies.unpin(pages)
-
-
-def _fresh_pages(nbytes: int) -> Tensor:
-    """Memory of whole pages, uint8; huge ones as far as they are filled.
-
-    A disk reads to a huge page in one go, and the system hands out, pins and unpins one where it would do so 512 times.
-    """
-    huge = nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
-    try:
-        memory = mmap.mmap(-1, nbytes + (HUGE_PAGE if huge else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"{nbytes} bytes of host memory: {error.strerror}") from None
-    raw = torch.frombuffer(memory, dtype=torch.uint8)
-    if not huge:
-        return raw
-    start = -raw.data_ptr() % HUGE_PAGE
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE * HUGE_PAGE)
-    return raw[start : start + nbytes]

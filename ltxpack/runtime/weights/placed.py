@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -74,6 +75,7 @@ class SpareMemory:
             self._free.clear()
 
 
+@dataclass(eq=False)
 class PlacementReader:
     """Reads each tensor to where ``placement`` has it and compares hashes (a :class:`.load.Reader`).
 
@@ -88,25 +90,20 @@ class PlacementReader:
     number, ``held`` the blocks held by number, ``unpinned`` the bytes of host memory that the system would not pin.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        root: str,
-        digests: Mapping[Path, str],
-        reader: FileReader,
-        copies: Copies,
-        *,
-        to_host: bool = False,
-        hash_streamed: bool = False,
-        stop: Callable[[], None] = no_stop,
-        held: Mapping[int, MemorySource] | None = None,
-        spare: SpareMemory | None = None,
-    ) -> None:
-        self.placement, self.root, self.digests, self.reader, self.copies = placement, root, digests, reader, copies
-        self.to_host, self.hash_streamed, self.stop = to_host or placement.home == HOST, hash_streamed, stop
-        self.spare = spare or SpareMemory()
+    placement: Placement
+    root: str
+    digests: Mapping[Path, str]
+    reader: FileReader
+    copies: Copies
+    to_host: bool = field(default=False, kw_only=True)
+    hash_streamed: bool = field(default=False, kw_only=True)
+    stop: Callable[[], None] = field(default=no_stop, kw_only=True)
+    held: dict[int, MemorySource] = field(default_factory=dict, kw_only=True)
+    spare: SpareMemory = field(default_factory=SpareMemory, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.held = dict(self.held)
         self.memory: list[MemorySource] = []
-        self.held = dict(held or {})
         self.sources: dict[int, BlockSource] = {}
         self.stream: FileStream | None = None
         self.unpinned = 0
@@ -121,7 +118,7 @@ class PlacementReader:
         """The tensors by name; those of blocks that stay in their file are on the meta device."""
         rest, blocks = self._split(stored)
         tensors: dict[str, Tensor] = {}
-        if self.to_host:
+        if self.to_host or self.placement.home == HOST:
             for some in _stretches(rest, dtype):
                 stretch, views = self._in_memory(some, dtype, self.spare)
                 self.memory.append(stretch)

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.direct import CACHED, READS, VIEWS_PER_READ
+from ltxpack.files.direct import CACHED, HUGE_PAGE, PAGE, READS, VIEWS_PER_READ
 from ltxpack.files.reader import Range, plan_reads
 from ltxpack.runtime.weights import load, reading
-from ltxpack.runtime.weights.copies import HUGE_PAGE, PAGE, Copies, HostMemory
+from ltxpack.runtime.weights.copies import Copies, HostMemory
 from ltxpack.runtime.weights.machine import own_memory
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 

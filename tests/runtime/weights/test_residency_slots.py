@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from works import digests, of_blocks
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.direct import DirectReader
+from ltxpack.files.direct import PAGE, DirectReader
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights import placed, sizes, slots
-from ltxpack.runtime.weights.copies import PAGE, Copies, HostMemory
+from ltxpack.runtime.weights.copies import Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored, load_module, read_headers
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
