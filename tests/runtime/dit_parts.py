@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,32 +45,27 @@ SMALL = LTX23 | {
 }
 
 
-def golden_weights(golden: Path, strength: str) -> dict[str, Tensor]:
-    """A fixture's transformer with the distilled LoRA fused at ``strength``, under diffusers' names, bfloat16.
+def golden_dit(golden: Path, loras: Sequence[tuple[str, float]], dtype: torch.dtype) -> DiT:
+    """The DiT of a fixture in ``dtype``, with the LoRAs (a file's name or pattern, strength) fused in this order.
 
-    Fused here by the official rule, which is bit-equal to every recorded fuse (tests/lora_bake): a fixture need not
-    hold each strength whole.
+    They are fused here by the official rule, which is bit-equal to every recorded fuse (tests/lora_bake).
     """
-    lora = load(next(golden.glob("*distilled-lora*.safetensors")))
+    adapters = [load(next(golden.glob(file))) for file, _ in loras]
     weights = {}
     for key, value in load(checkpoint_of(golden)).items():
         if component_of(key) == "transformer":
-            weights[TRANSFORMER.rename(key)] = _fused(key, value, lora, float(strength))
-    return weights
+            fused = _fused(key, value, adapters, [strength for _, strength in loras])
+            weights[TRANSFORMER.rename(key)] = fused.to(dtype)
+    return built(golden_configs(golden)["transformer"], weights)
 
 
-def _fused(key: str, weight: Tensor, lora: dict[str, Tensor], strength: float) -> Tensor:
+def _fused(key: str, weight: Tensor, adapters: list[dict[str, Tensor]], strengths: list[float]) -> Tensor:
     module = key.removeprefix("model.").removesuffix(".weight")
-    down, up = (lora.get(f"{module}.lora_{part}.weight") for part in "AB")
-    if down is None or up is None or not key.endswith(".weight"):
+    pairs = [[lora.get(f"{module}.lora_{part}.weight") for part in "AB"] for lora in adapters]
+    found = [(Term(1.0, *pair), strength) for pair, strength in zip(pairs, strengths, strict=True) if None not in pair]
+    if not found or not key.endswith(".weight"):
         return weight
-    return fuse_official(weight, [Term(1.0, down, up)], [strength])[0]
-
-
-def golden_dit(golden: Path, strength: str, dtype: torch.dtype) -> DiT:
-    """The DiT of a fixture in ``dtype``."""
-    weights = golden_weights(golden, strength)
-    return built(golden_configs(golden)["transformer"], {name: value.to(dtype) for name, value in weights.items()})
+    return fuse_official(weight, [term for term, _ in found], [strength for _, strength in found])[0]
 
 
 def built(config: dict[str, Any], weights: dict[str, Tensor]) -> DiT:

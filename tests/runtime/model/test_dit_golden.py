@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from dit_parts import golden_dit
+from golden_runs import DISTILLED_LORA, NAMES
 from safetensors import safe_open
 from support import load, relative_l2
 from torch import Tensor
@@ -73,12 +74,14 @@ class Recorded:
     dit: DiT
 
     @classmethod
-    def read(cls, golden: Path, dtype: str) -> Recorded:
-        path = golden / "golden" / f"transformer_{dtype}.safetensors"
+    def read(cls, golden: Path, kind: str) -> Recorded:
+        path = golden / "golden" / f"transformer_{kind}.safetensors"
         with safe_open(path, "pt") as file:
-            strength = file.metadata()["lora_strength"]
-        tensors = load(path)
-        return cls(tensors, golden_dit(golden, strength, tensors["in.video_latent"].dtype))
+            strength = file.metadata().get("lora_strength")
+        loras = [] if strength is None else [(DISTILLED_LORA, float(strength))]
+        inputs = load(golden / "golden" / f"transformer_{kind.removeprefix('stg_')}.safetensors")
+        tensors = {name: tensor for name, tensor in inputs.items() if name.startswith("in.")} | load(path)
+        return cls(tensors, golden_dit(golden, loras, tensors["in.video_latent"].dtype))
 
     def cases(self) -> list[str]:
         return sorted({name.split(".")[0] for name in self.tensors} - {"in"})
@@ -89,7 +92,8 @@ class Recorded:
         latents = AV(self.tensors["in.video_latent"], self.tensors["in.audio_latent"])
         context = AV(self.tensors["in.video_context"], self.tensors["in.audio_context"])
         sigma = self.tensors[f"{case}.sigma"][sample : sample + 1]
-        masks, index = self.tensors[f"{case}.video_denoise_mask"][0, :, 0].unique(return_inverse=True)
+        mask = self.tensors.get(f"{case}.video_denoise_mask", torch.ones_like(latents.video[..., :1]))
+        masks, index = mask[0, :, 0].unique(return_inverse=True)
         return AV(masks, torch.ones(1)).map(
             lambda mask, which, x, text, tables: Stream(x, (mask * sigma)[None], which, sigma, text, tables),
             AV(index if len(masks) > 1 else None, None),
@@ -109,6 +113,27 @@ class Recorded:
         for kind, found in (("velocity", velocities), ("x0", x0s)):
             for modality in ("video", "audio"):
                 yield f"{case}.{modality}_{kind}", torch.cat([getattr(each, modality) for each in found])
+
+    def perturbed(self, case: str) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every recorded output of ``case`` of the passes of the Euler recipes (spec 08)."""
+        streams, outputs = self.streams(case), {}
+        if off := re.fullmatch("(video|audio)_off", case):
+            streams = replace(streams, **{off[1]: replace(getattr(streams, off[1]), off=True)})
+        every = frozenset(range(len(self.dit.transformer_blocks)))
+        numbers = NAMES.map(lambda name: re.search(f"_{name}_([0-9_]*[0-9])", case.removesuffix("_i2v_mask")))
+        listed = numbers.map(lambda found: frozenset(map(int, found[1].split("_"))) if found else NONE)
+        perturbed = AV(every, every) if case == "stg_every_block" else listed
+        hooks = [
+            block.register_forward_hook(lambda module, args, out, n=number: outputs.update({f"block{n}.{{}}": out[0]}))
+            for number, block in enumerate(self.dit.transformer_blocks)
+        ]
+        outputs["{}_velocity"] = self.forward(streams, Call(perturbed=perturbed))
+        for hook in hooks:
+            hook.remove()
+        outputs["{}_x0"] = streams.map(x0, outputs["{}_velocity"])
+        for name, value in outputs.items():
+            yield f"{case}.{name.format('video')}", value.video
+            yield f"{case}.{name.format('audio')}", value.audio
 
     def forward(self, streams: AV[Stream], call: Call) -> AV[Tensor]:
         # No pass of the recipe leaves out a2v alone, so the DiT has no argument for it; its contribution is zeroed.
@@ -171,6 +196,17 @@ def test_every_recorded_fp32_tensor_is_reproduced(fp32: Recorded) -> None:
     inputs = {f"{case}.{name}" for case in fp32.cases() for name in ("sigma", "video_denoise_mask")}
     expected = {k: v for k, v in fp32.tensors.items() if not k.startswith("in.") and k not in inputs}
     assert found.keys() == expected.keys()
+    errors = {name: relative_l2(found[name], value) for name, value in expected.items()}
+    assert {name: error for name, error in errors.items() if not error <= FP32_LIMIT} == {}
+
+
+def test_every_recorded_pass_of_the_other_recipes_is_reproduced(golden: Path) -> None:
+    """STG in blocks of one modality, of both and in none, with one timestep and with many; a modality that is off."""
+    recorded = Recorded.read(golden, "stg_fp32")
+    found = {name: value for case in recorded.cases() for name, value in recorded.perturbed(case)}
+    given = re.compile(r"in\..*|.*\.(sigma|video_denoise_mask)")
+    expected = {name: value for name, value in recorded.tensors.items() if not given.fullmatch(name)}
+    assert expected.keys() <= found.keys()
     errors = {name: relative_l2(found[name], value) for name, value in expected.items()}
     assert {name: error for name, error in errors.items() if not error <= FP32_LIMIT} == {}
 

@@ -164,11 +164,10 @@ def test_first_noise_equals_the_recorded_draw(constants: dict[str, Tensor]) -> N
 
 
 def check_states(run: Run) -> float:
-    """Worst relative L2 of both stages' states, drawn from the run's seed; masks and counts exactly."""
+    """Worst relative L2 of the stages' states, drawn from the run's seed; masks and counts exactly."""
     generator = torch.Generator().manual_seed(run.params["seed"])
     worst = 0.0
-    for number in (1, 2):
-        stage = run.stage(number)
+    for stage in run.stages:
         state = stage.state(generator)
         for field, recorded_name in (
             ("latents", "init_latent_noised"),

@@ -32,18 +32,13 @@ def worst_combination(golden: Path, dtype: str) -> dict[str, float]:
     """Relative L2 of ``combine`` for every call whose passes were recorded."""
     errors = {}
     for run in runs(golden, dtype):
-        stage = run.stage(1)
-        for number in stage.calls():
-            call = f"call{number:02}"
-            cond, uncond, isolated, expected = (
-                stage.recorded(f"{call}.{{}}_{part}") for part in ("cond", "uncond", "mod", "denoised")
-            )
-            if cond is None or uncond is None or isolated is None or expected is None:
-                continue
-            found = run.guidance.map(combine, cond, uncond, AV(None, None), isolated)
-            assert found.map(lambda t: t.dtype) == AV(run.dtype, run.dtype)
-            each = found.map(relative_l2, expected)
-            errors[f"{run.name} {call}"] = max(each.video, each.audio)
+        for key in [key for key in run.tensors if key.endswith("_cond")]:
+            call, name = key.removesuffix("_cond").rsplit(".", 1)
+            cond, *others = (run.tensors.get(f"{call}.{name}_{part}") for part in ("cond", "uncond", "ptb", "mod"))
+            assert cond is not None
+            found = combine(getattr(run.guidance, name), cond, *others)
+            assert found.dtype == run.dtype
+            errors[f"{run.name} {call} {name}"] = relative_l2(found, run.tensors[f"{call}.{name}_denoised"])
     assert errors
     return errors
 

@@ -1,4 +1,4 @@
-"""res_2s: replays of the recorded runs call by call, and closed forms with known answers."""
+"""The samplers: replays of the recorded runs call by call, and closed forms with known answers."""
 
 from __future__ import annotations
 
@@ -49,22 +49,21 @@ def replay(run: Run) -> dict[str, float]:
     """Worst relative L2 of what each stage feeds the denoiser, and of its final latents; noise from the run's seed."""
     generator = torch.Generator().manual_seed(run.params["seed"])
     errors = {}
-    for number in (1, 2):
-        stage = run.stage(number)
+    for stage in run.stages:
         state = stage.state(generator)
         denoiser = Replay(stage)
-        tokens = sample.res2s(denoiser, state, stage.sigmas)
+        tokens = sample.SAMPLERS[stage.rule.sampler](denoiser, state, stage.sigmas)
         assert denoiser.calls == len(list(stage.calls()))
         assert tokens.map(lambda t: t.dtype) == AV(run.dtype, run.dtype)
         final = stage.recorded("{}_final_latent")
         assert final is not None
         found = unpatchify(tokens, stage.shape).map(relative_l2, final)
-        errors[f"{run.name} stage {number}"] = max(denoiser.worst, found.video, found.audio)
+        errors[f"{run.name} stage {stage.number}"] = max(denoiser.worst, found.video, found.audio)
     return errors
 
 
 def fully_recorded(golden: Path, dtype: str) -> list[Run]:
-    found = [run for run in runs(golden, dtype) if run.av("stage2.call00.{}_denoised") is not None]
+    found = [run for run in runs(golden, dtype) if run.av(f"stage{len(run.stages)}.call00.{{}}_denoised") is not None]
     assert found
     return found
 
@@ -75,27 +74,27 @@ def test_replay_in_fp32(golden: Path) -> None:
 
 
 def test_replay_in_bf16(golden: Path) -> None:
-    """Equal up to single roundings: a bf16 unit in the last place is 4e-3, and few elements may differ."""
+    """Equal up to single roundings of res_2s: a bf16 unit in the last place is 4e-3, and few elements may differ."""
     errors = {name: error for run in fully_recorded(golden, "bf16") for name, error in replay(run).items()}
     assert max(errors.values()) <= 1e-3, errors
+    assert all(error == 0 for name, error in errors.items() if name.startswith("recipe_")), errors
 
 
 def test_all_runs_evaluate_at_the_recorded_sigmas(golden: Path) -> None:
     """Also where only the inputs were recorded (15 steps): number, order, value and precision of the calls."""
     for run in runs(golden, "fp32"):
-        for number in (1, 2):
-            stage = run.stage(number)
+        for stage in run.stages:
             asked: list[Tensor] = []
 
             def zeros(latents: AV[Tensor], sigma: Tensor, asked: list[Tensor] = asked) -> AV[Tensor]:
                 asked.append(sigma)
                 return latents.map(torch.zeros_like)
 
-            sample.res2s(zeros, stage.state(torch.Generator().manual_seed(0)), stage.sigmas)
-            recorded = [run.tensors[f"stage{number}.call{i:02}.sigma"] for i in stage.calls()]
+            sample.SAMPLERS[stage.rule.sampler](zeros, stage.state(torch.Generator().manual_seed(0)), stage.sigmas)
+            recorded = [run.tensors[f"stage{stage.number}.call{i:02}.sigma"] for i in stage.calls()]
             assert [s.dtype for s in asked] == [s.dtype for s in recorded]
             for found, expected in zip(asked, recorded, strict=True):
-                assert relative_l2(found[0], expected) <= 1e-6, (run.name, number)
+                assert relative_l2(found[0], expected) <= 1e-6, (run.name, stage.number)
 
 
 def test_noise_sources_equal_the_recorded_draws(golden: Path) -> None:

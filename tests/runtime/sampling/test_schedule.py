@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.sampling import schedule
-from ltxpack.runtime.sampling.recipes import REFINING
+from ltxpack.runtime.sampling.recipes import ANCHORED, DISTILLED, REFINING
 
 DEFAULT_TOKENS = 4096
 
@@ -41,6 +41,18 @@ def test_shifted_sigmas_equal_the_recorded_ones(constants: dict[str, Tensor]) ->
         checked += 1
     assert checked > 0
     assert torch.equal(schedule.sigmas_of(REFINING), constants["sigmas.stage2_distilled"])
+
+
+def test_the_schedules_of_the_other_recipes_are_the_recorded_ones(golden: Path) -> None:
+    """The sizes that are given change nothing."""
+    for key, expected in load(golden / "golden" / "constants_recipes.safetensors").items():
+        if fixed := re.fullmatch(r"distilled\.stage(\d)\.sigmas", key):
+            found = schedule.sigmas_of(DISTILLED.stages[int(fixed[1]) - 1].schedule)
+        else:
+            steps = int(key.removeprefix("two_stage.sigmas.steps"))
+            found, other = (schedule.sigmas_of(ANCHORED, tokens, steps) for tokens in (24, 24576))
+            assert torch.equal(found, other)
+        assert torch.equal(found, expected), key
 
 
 @pytest.mark.parametrize("steps", [1, 0, -3])
