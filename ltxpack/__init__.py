@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,22 +15,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["ImageSpec", "Pipeline", "Request", "Video", "__version__"]
+_MODULES = {"ImageSpec": "request", "Pipeline": "pipeline", "Request": "request", "Video": "video"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Pipeline":
-        from ltxpack.runtime.pipeline import Pipeline
-
-        return Pipeline
-    if name in ("ImageSpec", "Request"):
-        from ltxpack.runtime import request
-
-        return getattr(request, name)
-    if name == "Video":
-        from ltxpack.runtime.video import Video
-
-        return Video
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ltxpack.runtime.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -154,9 +154,8 @@ def normal(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
 def _low_pass(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """The anti-aliasing filter of a 2x resampler: a sinc cut at a quarter of the rate, in a Kaiser window."""
     taps = shape[-1]
-    attenuation = 2.285 * (taps // 2 - 1) * math.pi * 4 * 0.3 + 7.95
-    beta = 0.1102 * (attenuation - 8.7) if attenuation > 50 else 0.5842 * (attenuation - 21) ** 0.4
-    beta += 0 if attenuation > 50 else 0.07886 * (attenuation - 21)
+    # Kaiser's formula for an attenuation over 50 dB, which 12 taps and more reach.
+    beta = 0.1102 * (2.285 * (taps // 2 - 1) * math.pi * 4 * 0.3 + 7.95 - 8.7)
     time = np.arange(taps) - (taps - 1) / 2
     response = np.kaiser(taps, beta) * np.sinc(0.5 * time)
     return np.broadcast_to(response / response.sum(), shape).astype(np.float32)
@@ -221,45 +220,23 @@ def tokenizer_documents() -> dict[str, dict[str, Any]]:
         "tokenizer_class": "GemmaTokenizer",
         **{f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "unk")},
     }
-    return {"tokenizer.json": _tokenizer(), "tokenizer_config.json": settings}
+    return {"tokenizer.json": json.loads(_tokenizer()), "tokenizer_config.json": settings}
 
 
-def _tokenizer() -> dict[str, Any]:
-    """A BPE tokenizer without merges: every byte is a token of its own, after the special ones."""
+def _tokenizer() -> str:
+    """A BPE tokenizer without merges, as JSON: every byte is a token of its own, after the special ones."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
     tokens = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": token, **special} for i, token in enumerate(SPECIAL_TOKENS)],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"String": " "},
-            "behavior": "MergedWithPrevious",
-            "invert": False,
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
-        },
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [],
-        },
-    }
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    begin = ("<bos>", vocabulary["<bos>"])
+    made.post_processor = processors.TemplateProcessing("<bos> $A", "$A $B:1", [begin])
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return str(made.to_str())
 
 
 def _stored(values: NDArray[np.float32], dtype: str) -> bytes:

@@ -6,10 +6,9 @@ A line that fails does not stop the rest; one that is done already is not made a
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +91,27 @@ class _Batch:
     ahead: float = 0.0
 
     def run(self, lines: Sequence[PromptsLine]) -> None:
-        together = min(len(lines), AHEAD)
-        pending = [line for line in lines if self._attempt([line], partial(self._is_pending, line, together))]
+        for line in lines:
+            with self._attempt([line]):
+                if record.is_done(line.output, self._identity(line)[1]):
+                    self.outcomes[line.number] = Outcome(line, SKIPPED)
+                else:
+                    self.session.residency.check(work_of(self.session, line.request, min(len(lines), AHEAD)))
         done = sum(outcome.status == SKIPPED for outcome in self.outcomes.values())
         if done:
             self.reporter.note(f"{done} of {len(lines)} videos are done already")
+        pending = [line for line in lines if line.number not in self.outcomes]
         for start in range(0, len(pending), AHEAD):
             group = pending[start : start + AHEAD]
-            if self._attempt(group, partial(self._encode, group)):
-                for line, following in zip(group, (*group[1:], None), strict=True):
-                    self._attempt([line], partial(self._make, line, following))
+            with self._attempt(group):
+                self.ahead += encode_ahead(self.session, [line.request for line in group])
+            if group[0].number in self.outcomes:  # the prompts of all could not be encoded
+                continue
+            for line, following in zip(group, (*group[1:], None), strict=True):
+                with self._attempt([line]):
+                    self._make(line, following)
 
-    def _is_pending(self, line: PromptsLine, together: int) -> bool:
-        """Whether it is left to make; raises DeviceError if it would not fit."""
-        if record.is_done(line.output, self._identity(line)[1]):
-            self.outcomes[line.number] = Outcome(line, SKIPPED)
-            return False
-        self.session.residency.check(work_of(self.session, line.request, together))
-        return True
-
-    def _make(self, line: PromptsLine, following: PromptsLine | None) -> bool:
+    def _make(self, line: PromptsLine, following: PromptsLine | None) -> None:
         self.reporter.note(f"line {line.number}: {line.output}")
         session = self.session
         description, fingerprint = self._identity(line)
@@ -121,22 +121,16 @@ class _Batch:
         assert session.attention is not None
         record.write_record(line.output, digest, description, fingerprint, seconds, session.attention.name)
         self.outcomes[line.number] = Outcome(line, DONE, seconds, decoding=session.decoding)
-        return True
 
-    def _encode(self, group: Sequence[PromptsLine]) -> bool:
-        """Encode the prompts of ``group`` with one load of the text encoder."""
-        self.ahead += encode_ahead(self.session, [line.request for line in group])
-        return True
-
-    def _attempt(self, lines: Sequence[PromptsLine], work: Callable[[], bool]) -> bool:
-        """What ``work`` gives for ``lines``, which all fail if it does."""
+    @contextmanager
+    def _attempt(self, lines: Sequence[PromptsLine]) -> Iterator[None]:
+        """Work for ``lines``, which all fail if the block raises."""
         self.session.timings = Timings()
         try:
-            return work()
+            yield
         except Exception as error:
             for line in lines:
                 self._failed(line, error)
-            return False
 
     def _failed(self, line: PromptsLine, error: Exception) -> None:
         """Note the failure as text: the exception itself would keep the tensors of the failed work alive."""

@@ -43,11 +43,8 @@ def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
     Raises UsageError for a name that says nothing of how to bake it.
     """
     check_stages(recipe, asked)
-    official = official_transformers(recipe)
-    found = []
-    for number, usual in enumerate(official):
-        name = asked_for(asked, number)
-        found.append(usual if name == AUTO else name)
+    official = enumerate(official_transformers(recipe))
+    found = [usual if asked_for(asked, number) == AUTO else asked_for(asked, number) for number, usual in official]
     for name in found:
         if name != BASE and not STRENGTH.fullmatch(name):
             raise UsageError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
-from ltxpack.manifest import Bake, FileRecord, Manifest, changed_file, read_manifest
+from ltxpack.manifest import FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO
 
@@ -155,16 +155,14 @@ def _candidates(manifest: Manifest) -> dict[str, float]:
     distilled = manifest.lora(DISTILLED)
     if distilled is None:
         return {}
-    mains = {name: bake for name, bake in manifest.bakes.items() if bake.loras[-1].blake3 == distilled.file.blake3}
-    alone = {name: bake for name, bake in mains.items() if len(bake.loras) == 1}
-    if alone:
-        return {name: bake.loras[-1].strength for name, bake in alone.items()}
-    stacks: dict[tuple[tuple[str, float], ...], dict[str, Bake]] = defaultdict(dict)
-    for name, bake in mains.items():
-        stacks[tuple((lora.blake3, lora.strength) for lora in bake.loras[:-1])][name] = bake
-    if len(stacks) != 1:
-        return {}
-    return {name: bake.loras[-1].strength for name, bake in next(iter(stacks.values())).items()}
+    stacks: dict[tuple[tuple[str, float], ...], dict[str, float]] = defaultdict(dict)
+    for name, bake in manifest.bakes.items():
+        *added, main = bake.loras
+        if main.blake3 == distilled.file.blake3:
+            stacks[tuple((lora.blake3, lora.strength) for lora in added)][name] = main.strength
+    if () in stacks:
+        return stacks[()]
+    return next(iter(stacks.values())) if len(stacks) == 1 else {}
 
 
 def _automatic(number: int, recipe: Recipe, strengths: Mapping[str, float], manifest: Manifest, overlay: Path) -> str:

@@ -83,18 +83,21 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 @dataclass
 class _LineReader:
-    """Reads lines one after another; remembers which outputs are taken."""
+    """Reads lines one after another; remembers which outputs are taken, and which pictures can be read."""
 
     path: Path
     given: SettingsGiven
     output: Path | None
     taken: dict[Path, int] = field(default_factory=dict)
+    pictures: set[Path] = field(default_factory=set)
 
     def read(self, number: int, text: bytes) -> PromptsLine:
         said = _said(text)
         request = Request.of(said["prompt"], **self._settings(said))
         for image in request.images:
-            _check_picture(image.path)
+            if image.path not in self.pictures:
+                read_image(image.path)
+                self.pictures.add(image.path)
         frame_rate(request.shape.fps)
         return PromptsLine(number, request, self._output(said.get("output"), number))
 
@@ -150,14 +153,3 @@ def _said(text: bytes) -> dict[str, Any]:
     if faults:
         raise UsageError("; ".join(faults))
     return said
-
-
-def _check_picture(path: Path) -> None:
-    """Raises LtxpackError for a picture that cannot be read."""
-    stat = path.stat()
-    _read_once(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_once(path: Path, size: int, changed: int) -> None:
-    read_image(path)

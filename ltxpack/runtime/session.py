@@ -71,14 +71,9 @@ class Session:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()
         self.residency = Residency(
-            self.overlay,
-            self.device,
-            self.dtype,
-            settings.residency,
-            self.reporter,
-            settings.reads,
-            warm_cache=settings.warm_cache,
-        )
+            self.overlay, self.device, self.dtype, settings.residency, self.reporter,
+            settings.reads, settings.warm_cache,
+        )  # fmt: skip
         folder = None if isinstance(settings.cache, bool) else Path(settings.cache)
         cache = PromptCache.at(folder) if settings.cache is not False else None
         self.prompts = PromptEncoder(self.overlay, self.residency, cache)
@@ -88,7 +83,6 @@ class Session:
         # Whether the process ends with the session: then the kernel takes pinned memory back, which is faster.
         self.process_ends = False
         self._closed = False
-        self._statistics: video.LatentStatistics | None = None
         # A name that cannot be used is an error now; the fastest is measured when there is something to make.
         if kernels.asked_for(settings.attention) != kernels.AUTO:
             self.attention = self.within_memory(self._choose_attention)
@@ -144,10 +138,8 @@ class Session:
 
     def upsample(self, latents: Tensor) -> Tensor:
         """Video latents in twice the height and width; of the video VAE this needs two small tensors only."""
-        if self._statistics is None:
-            folder = self.overlay.folder("vae")
-            self._statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
-        statistics = self._statistics
+        folder = self.overlay.folder("vae")
+        statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
         return self.residency.use(
             "latent_upsampler", video.load_upsampler, lambda net: video.upsample(net, statistics, latents)
         )
@@ -183,7 +175,6 @@ class Session:
     def close(self) -> None:
         """Give back the memory held; a closed session makes no more videos."""
         self._closed = True
-        self._statistics = None
         self.prompts.forget()
         self.residency.close(process_ends=self.process_ends)
 

@@ -29,16 +29,9 @@ MOST_COMPILERS = 4
 FOLDER = "ltxpack-compiled"
 
 
-class _ExactFloat32:
-    """How many blocks of :func:`exact_float32` are entered, and what gives the settings back after the last."""
-
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self.entered = 0
-        self.restore: Callable[[], None] = lambda: None
-
-
-_exact = _ExactFloat32()
+# What restores torch's settings, once for each block of :func:`exact_float32` that is entered now.
+_entered: list[Callable[[], None]] = []
+_entering = Lock()
 
 
 @contextmanager
@@ -48,17 +41,15 @@ def exact_float32() -> Iterator[None]:
     Other threads see it too. The last block to end, in whatever thread, restores what the first one found; no other
     setting changes.
     """
-    with _exact.lock:
-        if not _exact.entered:
-            _exact.restore = _without_tf32()
-        _exact.entered += 1
+    with _entering:
+        _entered.append(_entered[0] if _entered else _without_tf32())
     try:
         yield
     finally:
-        with _exact.lock:
-            _exact.entered -= 1
-            if not _exact.entered:
-                _exact.restore()
+        with _entering:
+            restore = _entered.pop()
+            if not _entered:
+                restore()
 
 
 def _without_tf32() -> Callable[[], None]:

@@ -6,9 +6,9 @@ batches were asked for with it. Many batches pass through one load of the text e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
 
 import torch
 import transformers
@@ -24,7 +24,6 @@ from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.prompt_cache import Contexts, PromptCache, backend, batch_key
 from ltxpack.runtime.weights.keeper import Residency
 
-R = TypeVar("R")
 Batch = tuple[str, ...]
 PARTS = ("tokenizer", "text_encoder", "connectors")
 
@@ -116,23 +115,18 @@ class PromptEncoder:
         def connect(states: list[text.HiddenStates], connectors: LTX2TextConnectors) -> Contexts:
             return [_connect(each, connectors, reporter) for each in states]
 
+        def connect_all(connectors: LTX2TextConnectors) -> list[Contexts]:
+            return with_encoder(lambda encoder: [connect(hidden(batch, encoder), connectors) for batch in batches])
+
+        with_encoder = partial(self.residency.use, "text_encoder", text.load_text_encoder)
+        with_connectors = partial(self.residency.use, "connectors", text.load_connectors)
         if len(batches) == 1:
-            states = self._with_encoder(lambda encoder: hidden(batches[0], encoder))
-            found = [self._with_connectors(lambda connectors: connect(states, connectors))]
+            states = with_encoder(partial(hidden, batches[0]))
+            found = [with_connectors(partial(connect, states))]
         else:
-            found = self._with_connectors(
-                lambda connectors: self._with_encoder(
-                    lambda encoder: [connect(hidden(batch, encoder), connectors) for batch in batches]
-                )
-            )
+            found = with_connectors(connect_all)
         reporter.end()
         return found
-
-    def _with_encoder(self, work: Callable[[Gemma3TextModel], R]) -> R:
-        return self.residency.use("text_encoder", text.load_text_encoder, work)
-
-    def _with_connectors(self, work: Callable[[LTX2TextConnectors], R]) -> R:
-        return self.residency.use("connectors", text.load_connectors, work)
 
 
 def _connect(hidden: text.HiddenStates, connectors: LTX2TextConnectors, reporter: Reporter) -> AV[Tensor]:
