@@ -78,15 +78,6 @@ class TensorFile:
     metadata: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class TensorIndex:
-    """A ``*.safetensors.index.json``: tensor name → name of a file in the same folder."""
-
-    path: Path
-    weight_map: Mapping[str, str]
-    total_size: int | None
-
-
 def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
     """The header of ``path``, checked against the file's size. Raises SourceError or FormatError."""
     path = Path(path)
@@ -187,8 +178,8 @@ def check_name(name: str, path: str | os.PathLike[str]) -> None:
     raise FormatError(problem, file=path, found=ascii(_short(name)))
 
 
-def read_index(path: str | os.PathLike[str]) -> TensorIndex:
-    """A shard index. Values must be plain ``*.safetensors`` names in the same folder. Raises FormatError."""
+def read_index(path: str | os.PathLike[str]) -> Mapping[str, str]:
+    """A ``*.safetensors.index.json``: tensor name → name of a file in the same folder. Raises FormatError."""
     document = read_json(path, MAX_INDEX_BYTES)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict):
@@ -200,8 +191,7 @@ def read_index(path: str | os.PathLike[str]) -> TensorIndex:
                 "names a shard that is not a plain .safetensors file name in its own folder",
                 file=path, tensor=name, found=_short(value),
             )  # fmt: skip
-    total = document["metadata"].get("total_size") if isinstance(document.get("metadata"), dict) else None
-    return TensorIndex(Path(path), MappingProxyType(weight_map), total if _is_size(total) else None)
+    return MappingProxyType(weight_map)
 
 
 def plain_file_name(name: str) -> bool:

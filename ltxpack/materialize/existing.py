@@ -35,7 +35,7 @@ from ltxpack.materialize.plan import (
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, choose, hub_folder, open_source_folder
 from ltxpack.repack.items import CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.tensors import Copied
-from ltxpack.repack.verify import damaged_items, repair
+from ltxpack.repack.verify import repair
 from ltxpack.reporter import Reporter
 
 SAMPLE_BYTES = 512
@@ -147,7 +147,7 @@ def restore_base(
             found[role] = {recorded[0].name: single}
         else:
             found[role] = _find_recorded(role, recorded, folder, access, overlay, paths)
-    items = damaged_items(list(_items_again(paths, manifest, found, access)), paths)
+    items = [item for item in _items_again(paths, manifest, found, access) if item.path in paths]
     lost = sorted(set(paths) - {item.path for item in items})
     if lost:
         raise SourceError(

@@ -171,7 +171,7 @@ def _weights(folder: InputFolder, access: Access) -> tuple[list[InputFile], Mapp
     """The weight files, and the index if there is one."""
     files = folder.files
     if INDEX in files:
-        weight_map = access.index(files[INDEX]).weight_map
+        weight_map = access.index(files[INDEX])
         names = sorted(set(weight_map.values()))
         missing = [name for name in names if name not in files]
         if missing:

@@ -18,7 +18,6 @@ from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, U
 from ltxpack.files.tensorfile import (
     MAX_INDEX_BYTES,
     TensorFile,
-    TensorIndex,
     parse_header,
     plain_file_name,
     read_index,
@@ -143,8 +142,8 @@ class Access:
         """A JSON file written by another library, with numbers of any size. Raises SourceError or FormatError."""
         return read_json(self._small(file, MAX_CONFIG_BYTES), MAX_CONFIG_BYTES, any_number=True)
 
-    def index(self, file: InputFile) -> TensorIndex:
-        """A shard index. Raises SourceError or FormatError."""
+    def index(self, file: InputFile) -> Mapping[str, str]:
+        """A shard index: tensor name → file name. Raises SourceError or FormatError."""
         return read_index(self._small(file, MAX_INDEX_BYTES))
 
     def fetch(self, file: InputFile) -> None:

@@ -7,7 +7,6 @@ in advance. Shard names and index follow diffusers (spec 01, section 5): one fil
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -114,21 +113,9 @@ def fingerprint(items: Sequence[Item], extra: Mapping[str, Any] | None = None) -
         status = path.stat()
         hasher.update(json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns]).encode())
     for item in items:
-        hasher.update(json.dumps([type(item).__name__, _described(item)], default=str, sort_keys=True).encode())
+        hasher.update(repr(item).encode())
     hasher.update(json.dumps(extra or {}, sort_keys=True).encode())
     return hasher.hexdigest()
-
-
-def _described(item: Item) -> Any:
-    if isinstance(item, WriteShard):
-        entries = [
-            [type(entry.producer).__name__, *dataclasses.astuple(entry)]  # a producer is a dataclass too
-            for entry in item.entries
-        ]
-        return [item.path, sorted(item.metadata.items()), entries]
-    if isinstance(item, WriteBytes):
-        return [item.path, blake3(item.data).hexdigest()]
-    return dataclasses.astuple(item)
 
 
 def assign_shards(

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from ltxpack.errors import OverlayError, quoted
@@ -68,9 +67,7 @@ class OverlayLock:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._release()
 
     def hold_folder(self, folder: Path) -> None:

@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from ltxpack.errors import OverlayError, SourceError
@@ -191,9 +190,7 @@ class Staging:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._leave()
         if kind and issubclass(kind, KeyboardInterrupt) and not self._published:
             self._reporter.note(

@@ -6,15 +6,13 @@ All faults are listed, not only the first. Files are read one after the other at
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import posixpath
 import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ltxpack.errors import LtxpackError, OverlayError
 from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
@@ -79,12 +77,6 @@ def _faults(overlay: Path, reporter: Reporter) -> list[Fault]:
 def damaged(faults: Iterable[Fault], manifest: Manifest) -> frozenset[str]:
     """The paths that must be written again; stray files are not among them."""
     return frozenset(fault.path for fault in faults) & {record.path for record in manifest.records()}
-
-
-def damaged_items(items: Sequence[Item], paths: Iterable[str]) -> tuple[Item, ...]:
-    """The items of a plan that write ``paths``, in the order of the plan."""
-    wanted = set(paths)
-    return tuple(item for item in items if item.path in wanted)
 
 
 def weight_folders(manifest: Manifest) -> list[str]:
@@ -184,7 +176,7 @@ def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord]
 
 def _index_faults(overlay: Path, path: str, owners: Mapping[str, str]) -> Iterator[Fault]:
     try:
-        weight_map = read_index(overlay / path).weight_map
+        weight_map = read_index(overlay / path)
     except LtxpackError as error:
         yield Fault.of(path, error)
         return
@@ -203,7 +195,7 @@ def _parents(path: str) -> list[str]:
 def repair(
     items: Sequence[Item], overlay: Path, manifest: Manifest, reporter: Reporter, *, copy: bool = False
 ) -> Manifest:
-    """Write ``items`` (see ``damaged_items``) into ``overlay`` again; returns the manifest as it is afterwards.
+    """Write ``items``, none of a bake, into ``overlay`` again; returns the manifest as it is afterwards.
 
     Each is written inside ``.ltxpack/``, compared with the manifest, and only then put in its place by rename: a file
     that may share its bytes with another is never opened for writing. The manifest changes only where a link became a
@@ -251,19 +243,11 @@ def _refuse_other_content(found: FileRecord, wanted: FileRecord, target: Path) -
 
 
 def _with_records(manifest: Manifest, changed: Mapping[str, FileRecord]) -> Manifest:
-    """``manifest`` with these records in place of those of the same path, wherever they are."""
+    """``manifest`` with these records in place of those of the same path."""
 
-    def renew(value: Any) -> Any:
-        if isinstance(value, FileRecord):
-            return changed.get(value.path, value)
-        if isinstance(value, tuple):
-            return tuple(renew(item) for item in value)
-        if isinstance(value, Mapping):
-            return {key: renew(item) for key, item in value.items()}
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            parts = {field.name: renew(getattr(value, field.name)) for field in dataclasses.fields(value)}
-            return dataclasses.replace(value, **parts)
-        return value
+    def renewed(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
+        return tuple(changed.get(record.path, record) for record in files)
 
-    after: Manifest = renew(manifest)
-    return after
+    components = {name: replace(part, files=renewed(part.files)) for name, part in manifest.components.items()}
+    loras = tuple(replace(lora, file=changed.get(lora.file.path, lora.file)) for lora in manifest.loras)
+    return replace(manifest, files=renewed(manifest.files), components=components, loras=loras)

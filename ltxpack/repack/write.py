@@ -11,7 +11,7 @@ import itertools
 import os
 import platform
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,19 +227,16 @@ def write_link(item: LinkFile, root: Path) -> FileRecord:
     return item.record()
 
 
-def preflight(items: Sequence[Item], folder: Path, *, copy: bool, done: Collection[str] = ()) -> int:
-    """Check that ``items`` (but those in ``done``) can be read and written under ``folder``, there already or not.
+def preflight(items: Sequence[Item], folder: Path, *, copy: bool) -> None:
+    """Check that ``items`` can be read and written under ``folder``, there already or not.
 
-    Returns the bytes that will take space. Raises SourceError or FormatError for a source that is missing, unreadable
+    Raises SourceError or FormatError for a source that is missing, unreadable
     or too short, OverlayError for a folder that is not writable or too small.
     """
-    items = [item for item in items if item.path not in done]
     for path, needed in sources(items).items():
         if (size := regular_size(path)) < needed:
             raise truncated(path, needed, size)
-    written = sum(item.size for item in items if not _takes_no_space(item, folder, copy))
-    require_space(folder, written, len(items))
-    return written
+    require_space(folder, sum(item.size for item in items if not _takes_no_space(item, folder, copy)), len(items))
 
 
 def require_space(folder: Path, written: int, files: int) -> None:

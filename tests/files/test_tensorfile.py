@@ -346,8 +346,7 @@ def test_hostile_index_files_are_refused(case: str, tmp_path: Path) -> None:
 def test_index_and_json_are_read(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors.index.json"
     path.write_text('{"metadata": {"total_size": 12}, "weight_map": {"a": "x-1.safetensors"}}')
-    index = read_index(path)
-    assert (dict(index.weight_map), index.total_size) == ({"a": "x-1.safetensors"}, 12)
+    assert read_index(path) == {"a": "x-1.safetensors"}
     with pytest.raises(FormatError, match="too large"):
         read_json(path, 20)
     with pytest.raises(SourceError, match="does not exist"):

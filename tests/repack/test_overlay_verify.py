@@ -15,8 +15,8 @@ from repack_support import Listener, make_source, materialize, plan, tree
 from ltxpack.errors import OverlayError
 from ltxpack.files.publish import atomic_write
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
-from ltxpack.repack.items import Item, WriteShard
-from ltxpack.repack.verify import Fault, damaged, damaged_items, repair, verify
+from ltxpack.repack.items import Item
+from ltxpack.repack.verify import Fault, damaged, repair, verify
 from ltxpack.reporter import SilentReporter
 
 SILENT = SilentReporter()
@@ -204,7 +204,7 @@ def test_no_manifest_no_verification(tmp_path: Path) -> None:
 def mend(overlay: Path, items: list[Item]) -> tuple[list[str], Manifest]:
     manifest = read_manifest(overlay)
     paths = damaged(verify(overlay, SILENT), manifest)
-    wanted = damaged_items(items, paths)
+    wanted = [item for item in items if item.path in paths]
     return [item.path for item in wanted], repair(wanted, overlay, manifest, SILENT)
 
 
@@ -250,9 +250,3 @@ def test_repair_leaves_stray_files_and_folders_behind_links_alone(overlay: Path,
         mend(overlay, plan(source))
     assert tree(overlay.parent / "elsewhere") == elsewhere
     assert (overlay / "mine.txt").read_bytes() == b"x"
-
-
-def test_damaged_items_keep_the_order_of_the_plan(source: Path) -> None:
-    items = plan(source)
-    shards = [item.path for item in items if isinstance(item, WriteShard)]
-    assert [item.path for item in damaged_items(items, reversed(shards))] == shards

@@ -211,7 +211,7 @@ def _weight_map(folder: Path) -> Mapping[str, str]:
     indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indices) > 1:
         raise OverlayError("several indices", file=folder, items=[path.name for path in indices])
-    weight_map = read_index(indices[0]).weight_map if indices else {}
+    weight_map = read_index(indices[0]) if indices else {}
     if indices and not weight_map:
         raise FormatError("names no tensors", file=indices[0])
     return weight_map
