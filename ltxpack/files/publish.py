@@ -89,17 +89,13 @@ def fsync_folder(folder: str | Path) -> None:
         fsync_file(Path(folder))
 
 
-def write_failure(error: OSError, path: Path) -> OverlayError:
-    """The error for a ``path`` that could not be written, with the way to go on."""
-    problem, remedy = WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror}", "correct that"))
-    return OverlayError(problem, file=path, next=f"{remedy}, {RESUME}")
-
-
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into ``write_failure``, of the path it names or else of ``path``."""
+    """Turn an OSError of the block into an OverlayError of the path it names or else of ``path``."""
     try:
         yield
     except OSError as error:
         named = Path(error.filename) if isinstance(error.filename, str | Path) else path
-        raise write_failure(error, path if named.suffix == TEMPORARY_ENDING else named) from None
+        problem, remedy = WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror}", "correct that"))
+        file = path if named.suffix == TEMPORARY_ENDING else named
+        raise OverlayError(problem, file=file, next=f"{remedy}, {RESUME}") from None

@@ -9,18 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import json
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from ltxpack.errors import AdapterError, DeviceError, FormatError, OverlayError, SourceError
-from ltxpack.files.publish import atomic_write, write_failure
-from ltxpack.files.tensorfile import read_json
+from ltxpack.errors import AdapterError, DeviceError, OverlayError
 from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
-from ltxpack.lora_bake.coverage import PAGE_NAME, REPORT_NAME, BakeReport, TargetStat
+from ltxpack.lora_bake.coverage import BakeReport, TargetStat
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
 from ltxpack.lora_bake.plan import (
     BAKES,
@@ -45,8 +43,6 @@ from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
     from ltxpack.lora_bake.stream import ShardOutput
-
-MEASURED_NAME = "measured.json"
 
 
 def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
@@ -325,8 +321,8 @@ def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
 class StagedBake(Staging):
     """A plan's staging folder. On leaving, what is complete stays for the next run.
 
-    What was measured is kept beside the journal (``measured.json``) until the reports are written, with the arithmetic
-    that was chosen: a bake that is stopped goes on with the same one.
+    The journal notes of each shard what was measured, with the arithmetic that was chosen: a bake that is stopped goes
+    on with the same one.
     """
 
     def __init__(self, plan: BakePlan, chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> None:
@@ -334,10 +330,8 @@ class StagedBake(Staging):
         super().__init__(plan.overlay, plan.fingerprint(), reporter, folder=plan.folder, lock=lock, force=True)
         self.plan = plan
         self.arithmetic = chosen
-        self._path = self.work / MEASURED_NAME
         self._stats: dict[str, list[TargetStat]] = {}
-        self._document: dict[str, Any] | None = None
-        self._shards = {item.path: name for name, item in plan.shards.items()}
+        self._shards = {item.path: item for item in plan.shards.values()}
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -365,31 +359,18 @@ class StagedBake(Staging):
         return ShardOutput(item, self.root, tuple(lora.strength for lora in self.plan.loras))
 
     def record_shard(self, record: FileRecord, output: ShardOutput) -> None:
-        """A shard is complete: first what was measured, then the journal."""
+        """A shard is complete."""
         self._stats[record.path] = list(output.stats.values())
-        document = {
-            "fingerprint": self.fingerprint,
-            "arithmetic": dataclasses.asdict(self.arithmetic),
-            "shards": {path: [dataclasses.astuple(stat) for stat in stats] for path, stats in self._stats.items()},
-        }
-        try:
-            atomic_write(self._path, json.dumps(document).encode())
-        except OSError as error:
-            raise write_failure(error, self._path) from None
-        self.record(record)
+        measured = [dataclasses.astuple(stat) for stat in output.stats.values()]
+        self.record(record, [dataclasses.astuple(self.arithmetic), measured])
 
     def finish(self) -> tuple[Bake, dict[str, Any]]:
-        """Write the reports and remove what they are made from; the manifest's entry and the report's document."""
-        if self._document is None:
-            stats = [stat for measured in self._stats.values() for stat in measured]
-            self._document = self.plan.document(self.arithmetic, stats)
-            for item in self.plan.reports(self._document):
-                if not self._has(item.path):
-                    self.record(write_bytes(item, self.root))
-        for path in (self._path, *self._path.parent.glob(f".{MEASURED_NAME}.*")):
-            path.unlink(missing_ok=True)
-        changed = (name for name, target in self._document["targets"].items() if target["changed"])
-        return self.plan.record(self.arithmetic, self.done, changed), self._document
+        """Write the reports; the manifest's entry and the report's document."""
+        document = self.plan.document(self.arithmetic, itertools.chain.from_iterable(self._stats.values()))
+        for item in self.plan.reports(document):
+            self.record(write_bytes(item, self.root))
+        changed = (name for name, target in document["targets"].items() if target["changed"])
+        return self.plan.record(self.arithmetic, self.done, changed), document
 
     def discard(self) -> None:
         """Give up what was written: the same inputs would fail again."""
@@ -399,31 +380,18 @@ class StagedBake(Staging):
 
     def _has(self, path: str) -> bool:
         """Whether ``path`` is done; a fused shard only if what was measured is known too."""
-        measured = self._document is not None or path in self._stats or path not in self._shards
-        return measured and path in self.done
+        return path in self.done and (path in self._stats or path not in self._shards)
 
     def _take_over(self) -> None:
-        """Go on with what an earlier run of this very plan measured; after an odd file its shards are fused again."""
-        reports = [f"{self.plan.folder}/{name}" for name in (REPORT_NAME, PAGE_NAME)]
-        if self.done.keys() >= {*reports, *self._shards}:
-            self._document = read_json(self.root / reports[0])
-            self.arithmetic = Arithmetic(*(self._document[key] for key in ("rule", "kernel", "device")))
-            return
-        try:
-            left = read_json(self._path)
-            arithmetic = Arithmetic(**left["arithmetic"])
-            stats = {
-                path: [TargetStat(str(n), float(w), float(d), int(e), int(c)) for n, w, d, e, c in measured]
-                for path, measured in left["shards"].items()
-            }
-            if left["fingerprint"] != self.fingerprint or not _usable(arithmetic, self.plan.rule):
-                return
-        except (SourceError, FormatError, LookupError, TypeError, AttributeError, ValueError):
-            return
-        self.arithmetic = arithmetic
-        for path, measured in stats.items():
-            if path in self.done and path in self._shards:
-                tensors = self.plan.shards[self._shards[path]].tensors
-                fused = {tensor.name for tensor in tensors if tensor.nbytes and tensor.name in self.plan.touched}
-                if {stat.name for stat in measured} == fused:
-                    self._stats[path] = measured
+        """Go on with what an earlier run of this very plan measured; shards with an odd note are fused again."""
+        for path, item in self._shards.items():
+            try:
+                chosen, measured = self.notes[path]
+                arithmetic = Arithmetic(*chosen)
+                stats = [TargetStat(str(n), float(w), float(d), int(e), int(c)) for n, w, d, e, c in measured]
+            except (KeyError, TypeError, ValueError):
+                continue
+            fused = {tensor.name for tensor in item.tensors if tensor.nbytes and tensor.name in self.plan.touched}
+            known = arithmetic == self.arithmetic if self._stats else _usable(arithmetic, self.plan.rule)
+            if known and {stat.name for stat in stats} == fused:
+                self.arithmetic, self._stats[path] = arithmetic, stats

@@ -51,7 +51,7 @@ class Workspace:
 class Term:
     """What one LoRA adds to one weight: ``factor``·(up@down) + diff, times the strength; with ``magnitude``, DoRA.
 
-    down [rank, in], up [out, rank], magnitude [out, 1], diff like the weight; as stored in the adapter.
+    down [rank, in], up [out, rank], magnitude [out] or [out, 1], diff like the weight; as stored in the adapter.
     ``square`` is |B·A|² of the whole weight, if known; it is counted with the ``first`` rows.
     """
 
@@ -69,13 +69,6 @@ class Term:
             None if tensor is None else tensor[first:last] for tensor in (self.up, self.magnitude, self.diff)
         )
         return replace(self, up=up, magnitude=magnitude, diff=diff, first=first == 0)
-
-    def to(self, device: str) -> Term:
-        """The same on ``device``."""
-        down, up, magnitude, diff = (
-            None if tensor is None else tensor.to(device) for tensor in (self.down, self.up, self.magnitude, self.diff)
-        )
-        return replace(self, down=down, up=up, magnitude=magnitude, diff=diff)
 
     def prepared(self, kernel: str, work: Workspace) -> Term:
         """With that done once, in ``work``, which the row chunks of one weight would each do again."""

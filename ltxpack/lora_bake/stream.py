@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import threading
 from collections import deque
@@ -19,9 +20,10 @@ from typing import NamedTuple, Self
 import torch
 from blake3 import blake3
 
-from ltxpack.errors import AdapterError, FormatError
+from ltxpack.errors import AdapterError
+from ltxpack.files.direct import DirectReader
 from ltxpack.files.reader import Range, RangeReader
-from ltxpack.files.tensorfile import TensorInfo, open_source
+from ltxpack.files.tensorfile import TensorInfo
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
@@ -50,8 +52,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 class ShardOutput:
     """One bake's version of a shard, and what is measured while it is written (tensor name -> stat).
 
-    ``strengths`` has one for each of the engine's adapters, in order of application.
+    ``strengths`` has one for each of the engine's adapters, in order of application. The engine makes the ``writer``.
     """
+
+    writer: ShardWriter
 
     def __init__(self, item: WriteShard, root: Path, strengths: tuple[float, ...]) -> None:
         self.item = item
@@ -88,41 +92,27 @@ class FactorReader:
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
-        self._file = open_source(adapter.path)
+        self._file = DirectReader(adapter.path)
+        self.close = self._file.close
 
-    def term(self, weight: str, work: Workspace | None = None) -> Term | None:
+    def term(self, weight: str, work: Workspace | None = None, device: str = "cpu") -> Term | None:
         """What this adapter adds to ``weight``, as stored in the file; None if nothing. Raises FormatError.
 
-        The tensors are in ``work``, if given, and valid until it is used again.
+        The tensors are in ``work``, if given and if ``device`` is the CPU, and valid until it is used again.
         """
-        target = self.adapter.targets.get(weight)
+        target, memory = self.adapter.targets.get(weight), work or Workspace()
         if target is None:
             return None
-        work = work or Workspace()
-        magnitude = self._load(target.magnitude, "magnitude", work)
-        return Term(
-            factor=target.factor,
-            down=self._load(target.down, "down", work),
-            up=self._load(target.up, "up", work),
-            magnitude=None if magnitude is None else magnitude.reshape(-1, 1),
-            diff=self._load(target.diff, "diff", work),
-        )
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        def load(use: str) -> torch.Tensor | None:
+            info: TensorInfo | None = getattr(target, use)
+            if info is None:
+                return None
+            stored = memory.empty(use, (info.nbytes,), torch.uint8)
+            self._file.scatter([stored.numpy().data], info.start)
+            return stored.view(DTYPES[info.dtype]).reshape(info.shape).to(device)
 
-    def _load(self, info: TensorInfo | None, use: str, work: Workspace) -> torch.Tensor | None:
-        if info is None:
-            return None
-        memory = work.empty(use, (info.nbytes,), torch.uint8)
-        view, done = memory.numpy().data, 0
-        while done < info.nbytes:
-            got = os.preadv(self._file.fileno(), [view[done:]], info.start + done)
-            if got <= 0:
-                raise FormatError("became shorter while it was read", file=self.adapter.path)
-            done += got
-        return memory.view(DTYPES[info.dtype]).reshape(info.shape)
+        return Term(target.factor, load("down"), load("up"), load("magnitude"), load("diff"))
 
 
 class Engine:
@@ -163,36 +153,33 @@ class Engine:
         # The fewer write buffers each, the more outputs share the disk.
         buffers = max(2, WRITE_BUFFERS + 1 - len(outputs))
         with contextlib.ExitStack() as stack:
-            items = [(output.root, output.item) for output in outputs]
-            writers = [
-                stack.enter_context(ShardWriter(root, item.path, item.header, item.size, buffers=buffers))
-                for root, item in items
-            ]
-            self.reporter.advance(sum(len(item.header) for _, item in items))
+            for output in outputs:
+                item = output.item
+                writer = ShardWriter(output.root, item.path, item.header, item.size, buffers=buffers)
+                output.writer = stack.enter_context(writer)
+                self.reporter.advance(len(item.header))
             reader = stack.enter_context(RangeReader([step.range for step in steps], in_flight=2, kept=1))
-            terms = _TermsAhead(self, [step.info.name for step in steps if step.info and step.chunks])
-            fusing = _Fusing(self, outputs, writers, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
-            hashed: Future[object] | None = None
+            terms = self._terms_ahead(dict.fromkeys(step.info.name for step in steps if step.info and step.chunks))
+            fusing = _Fusing(self, outputs, terms, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
+            hashed = self.pool.submit(hasher.update, b"")
             for step, data in zip(steps, reader, strict=True):
-                if hashed is not None:
-                    hashed.result()
+                hashed.result()
                 hashed = self.pool.submit(hasher.update, data)
                 if step.info is not None:
-                    fusing.fuse(step, step.info, data, terms)
+                    fusing.fuse(step, step.info, data)
                 elif step.range.start:
                     fusing.copy(data)
                 # With the next read, the bytes of the one before this are gone.
                 fusing.settle(left=1)
-            if hashed is not None:
-                hashed.result()
+            hashed.result()
             fusing.settle()
             _refuse_overflow(fusing.overflow, shard)
             path = shard.file.path
             if hasher.hexdigest() != shard.record.blake3:
                 raise changed_file(path, f"blake3 {shard.record.blake3}", f"blake3 {hasher.hexdigest()}")
-            records = [writer.close() for writer in writers]
-            for writer in writers:
-                self.reporter.detail(f"{writer.path}: {passage(reader, writer)}")
+            records = [output.writer.close() for output in outputs]
+            for output in outputs:
+                self.reporter.detail(f"{output.item.path}: {passage(reader, output.writer)}")
             return records
 
     def _steps(self, shard: BaseShard, touched: frozenset[str]) -> Iterator[_Read]:
@@ -226,24 +213,42 @@ class Engine:
             group = chunks[i : i + self.chunks]
             yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
 
-    def load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
+    def _terms_ahead(self, names: Iterable[str]) -> Iterator[list[Term | None]]:
+        """Every adapter's term for each weight in order; those of the next weight are loaded meanwhile."""
+        # Three sets of workspaces take turns: one of which sums are still made, one in use, one being filled.
+        works = itertools.cycle([[Workspace() for _ in self.readers] for _ in range(3)])
+        ahead: deque[Future[list[Term | None]]] = deque()
+        for name in names:
+            ahead.append(self.pool.submit(self._load, name, next(works)))
+            if len(ahead) == 2:
+                yield ahead.popleft().result()
+        for last in ahead:
+            yield last.result()
+
+    def _load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
         """Every adapter's term for a weight, ready for the kernel; each in its workspace."""
         device, kernel = self.arithmetic.device, self.arithmetic.kernel
-        terms = [reader.term(name, work) for reader, work in zip(self.readers, works, strict=True)]
-        return [term and term.to(device).prepared(kernel, work) for term, work in zip(terms, works, strict=True)]
+        terms = [reader.term(name, work, device) for reader, work in zip(self.readers, works, strict=True)]
+        return [term and term.prepared(kernel, work) for term, work in zip(terms, works, strict=True)]
 
 
 class _Fusing:
     """One shard under way: sums on the engine's threads, results written in order on another, one read behind."""
 
     def __init__(
-        self, engine: Engine, outputs: Sequence[ShardOutput], writers: Sequence[ShardWriter], thread: ThreadPoolExecutor
+        self,
+        engine: Engine,
+        outputs: Sequence[ShardOutput],
+        terms: Iterator[list[Term | None]],
+        thread: ThreadPoolExecutor,
     ) -> None:
+        """``terms``: those of each weight that is fused, in order."""
         self.overflow: dict[str, None] = {}
         self._engine = engine
         self._outputs = outputs
-        self._writers = writers
+        self._ahead = terms
         self._thread = thread
+        self._name, self._terms = "", list[Term | None]()
         self._under_way: deque[Future[None]] = deque()
         self._turn = 0
         self._whole = Workspace()
@@ -256,31 +261,33 @@ class _Fusing:
 
     def copy(self, data: memoryview) -> None:
         """Write ``data`` to every output as it is."""
-        self._later(lambda: self._write(range(len(self._outputs)), data))
+        self._later(lambda: self._write(self._outputs, data))
 
-    def fuse(self, step: _Read, info: TensorInfo, data: memoryview, terms: _TermsAhead) -> None:
+    def fuse(self, step: _Read, info: TensorInfo, data: memoryview) -> None:
         """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
-        touching = [i for i, output in enumerate(self._outputs) if info.name in output.touched]
-        others = [i for i in range(len(self._outputs)) if i not in touching]
+        if step.chunks and self._name != info.name:
+            self._name, self._terms = info.name, next(self._ahead)
+        touching = [output for output in self._outputs if info.name in output.touched]
+        others = [output for output in self._outputs if output not in touching]
         lead, rows = data[: step.lead], data[step.lead :]
         if self._engine.whole:
-            self._later(functools.partial(self._write, range(len(self._outputs)), bytes(lead)))
+            self._later(functools.partial(self._write, self._outputs, bytes(lead)))
             weight = self._gathered(info, rows)
             # Weights are large, so one bake's result at a time; only that is still to be written.
-            for i in touching if step.chunks else ():
+            for output in touching if step.chunks else ():
                 self.settle()
-                whole = self._rows(step, info, weight, terms.of(info.name), [i])
+                whole = self._rows(step, info, weight, [output])
                 wait(whole)
-                self._later(functools.partial(self._write_fused, info, [i], whole))
+                self._later(functools.partial(self._write_fused, info, [output], whole))
             if others and step.chunks:
                 self.settle()
                 self._write(others, weight)
             return
         self._turn = 1 - self._turn
-        made = self._rows(step, info, rows, terms.of(info.name), touching)
+        made = self._rows(step, info, rows, touching)
 
         def write() -> None:
-            self._write(range(len(self._outputs)), lead)
+            self._write(self._outputs, lead)
             self._write_fused(info, touching, made)
             self._write(others, rows)
 
@@ -294,12 +301,12 @@ class _Fusing:
         return memory
 
     def _rows(
-        self, step: _Read, info: TensorInfo, data: memoryview, terms: Sequence[Term | None], batch: Sequence[int]
+        self, step: _Read, info: TensorInfo, data: memoryview, batch: Sequence[ShardOutput]
     ) -> list[Future[list[Fused]]]:
         """The results of each row chunk, for each output of ``batch``, as they will come."""
         engine = self._engine
-        present = {i: term for i, term in enumerate(terms) if term is not None}
-        strengths = [[self._outputs[i].strengths[lora] for lora in present] for i in batch]
+        present = {i: term for i, term in enumerate(self._terms) if term is not None}
+        strengths = [[output.strengths[lora] for lora in present] for output in batch]
         weight = torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
         start, results = step.chunks[0][0], engine.results[self._turn]
 
@@ -311,46 +318,21 @@ class _Fusing:
 
         return [engine.pool.submit(rows, slot) for slot in range(len(step.chunks))]
 
-    def _write_fused(self, info: TensorInfo, batch: Sequence[int], made: Sequence[Future[list[Fused]]]) -> None:
+    def _write_fused(self, info: TensorInfo, batch: Sequence[ShardOutput], made: Sequence[Future[list[Fused]]]) -> None:
         for chunk in made:
-            for i, fused in zip(batch, chunk.result(), strict=True):
-                self._write([i], fused.weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                self._outputs[i].measure(info.name, fused)
+            for output, fused in zip(batch, chunk.result(), strict=True):
+                self._write([output], fused.weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                output.measure(info.name, fused)
                 if not fused.finite:
                     self.overflow[info.name] = None
 
-    def _write(self, targets: Iterable[int], data: memoryview | bytes) -> None:
-        for i in targets:
-            self._writers[i].write(data)
+    def _write(self, outputs: Iterable[ShardOutput], data: memoryview | bytes) -> None:
+        for output in outputs:
+            output.writer.write(data)
             self._engine.reporter.advance(len(data))
 
     def _later(self, write: Callable[[], None]) -> None:
         self._under_way.append(self._thread.submit(write))
-
-
-class _TermsAhead:
-    """The terms of the tensors in order, those of the next one loaded while the current one is fused."""
-
-    def __init__(self, engine: Engine, names: Sequence[str]) -> None:
-        self._engine = engine
-        self._left = list(reversed(dict.fromkeys(names)))
-        # Three sets of workspaces take turns: one of which sums are still made, one in use, one being filled.
-        self._works = [[Workspace() for _ in engine.readers] for _ in range(3)]
-        self._name = ""
-        self._terms: list[Term | None] = []
-        self._ahead = self._submit()
-
-    def of(self, name: str) -> list[Term | None]:
-        """The terms of ``name``; asked for in order, as often as wanted."""
-        if self._name != name:
-            assert self._ahead is not None and self._left.pop() == name
-            self._name, self._terms = name, self._ahead.result()
-            self._ahead = self._submit()
-        return self._terms
-
-    def _submit(self) -> Future[list[Term | None]] | None:
-        self._works.append(self._works.pop(0))
-        return self._engine.pool.submit(self._engine.load, self._left[-1], self._works[0]) if self._left else None
 
 
 @contextlib.contextmanager

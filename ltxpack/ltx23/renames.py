@@ -8,6 +8,7 @@ parameter names (expected.py). The reverse is derived, never written down.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,17 +33,7 @@ class RenameTable:
         root = self.source_root(key)
         if root is None:
             raise KeyError(key)
-        parts = key[len(root) :].split(".")
-        renamed: list[str] = []
-        position = 0
-        while position < len(parts):
-            for length in range(min(self._longest, len(parts) - position), 0, -1):
-                run = ".".join(parts[position : position + length])
-                if length == 1 or run in self.paths:
-                    renamed.append(self.paths.get(run, run))
-                    position += length
-                    break
-        return self.roots[root] + ".".join(renamed)
+        return self.roots[root] + self._runs.sub(lambda found: self.paths[found[0]], key[len(root) :])
 
     def reverse(self) -> RenameTable:
         """The table that undoes this one."""
@@ -52,8 +43,10 @@ class RenameTable:
         )
 
     @functools.cached_property
-    def _longest(self) -> int:
-        return max((path.count(".") + 1 for path in self.paths), default=1)
+    def _runs(self) -> re.Pattern[str]:
+        """Any of ``paths``, between dots or ends; of two that begin together the longer one."""
+        runs = sorted(map(re.escape, self.paths), key=len, reverse=True)
+        return re.compile(rf"(?<![^.])(?:{'|'.join(runs)})(?![^.])" if runs else r"(?!)")
 
 
 _ATTENTION_NORMS = {"q_norm": "norm_q", "k_norm": "norm_k"}
@@ -137,9 +130,5 @@ DROPPED = tuple(
 
 def component_of(key: str) -> str | None:
     """The component with the longest root that ``key`` starts with, or None for an unknown key."""
-    owner, longest = None, -1
-    for component, table in CHECKPOINT_TABLES.items():
-        root = table.source_root(key)
-        if root is not None and len(root) > longest:
-            owner, longest = component, len(root)
-    return owner
+    roots = {root: component for component, table in CHECKPOINT_TABLES.items() for root in table.roots}
+    return max(((len(root), roots[root]) for root in roots if key.startswith(root)), default=(0, None))[1]

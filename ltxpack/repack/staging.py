@@ -37,7 +37,7 @@ from ltxpack.reporter import Reporter
 
 PARTIAL = ".partial"
 FORMAT = 1
-# A line is some 200 bytes; more than this is not read.
+# A line is some 200 bytes, with what a bake measured some 100 KB; more than this is not read.
 MAX_JOURNAL_BYTES = 16 * 1024 * 1024
 
 
@@ -76,15 +76,17 @@ class StagingPaths:
 class Journal:
     """The journal of unfinished work: which plan it belongs to and which files are complete. JSON, one line each.
 
-    ``fingerprint``: the plan. ``records``: complete files by path. ``replaced``: None, or (once publishing began) the
-    old files to remove. It is trusted only as far as it can be checked: a torn or odd line and all after it are
-    dropped, and a file counts as complete only if it has the size and the content that the journal states.
+    ``fingerprint``: the plan. ``records``: complete files by path, ``notes``: what else their writer told of some, as
+    JSON. ``replaced``: None, or (once publishing began) the old files to remove. It is trusted only as far as it can be
+    checked: a torn or odd line and all after it are dropped, and a file counts as complete only if it has the size and
+    the content that the journal states.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.fingerprint = ""
         self.records: dict[str, FileRecord] = {}
+        self.notes: dict[str, Any] = {}
         self.replaced: tuple[str, ...] | None = None
         self._file: BinaryIO | None = None
 
@@ -99,15 +101,18 @@ class Journal:
     def restart(self, fingerprint: str, records: dict[str, FileRecord]) -> None:
         """Begin the file afresh with these records; from here on lines are added. Raises OverlayError."""
         self.fingerprint, self.records, self.replaced = fingerprint, dict(records), None
+        self.notes = {path: note for path, note in self.notes.items() if path in records}
         lines: list[dict[str, Any]] = [{"journal": FORMAT, "fingerprint": fingerprint}]
-        lines += [dataclasses.asdict(record) for record in records.values()]
+        lines += map(self._entry, records.values())
         with write_errors(self.path):
             atomic_write(self.path, b"".join(map(_line, lines)))
             self._file = self.path.open("ab", buffering=0)
 
-    def record(self, record: FileRecord) -> None:
+    def record(self, record: FileRecord, note: Any = None) -> None:
         """``record`` is complete and on the disk; so is this line when it returns."""
-        self._append(dataclasses.asdict(record))
+        if note is not None:
+            self.notes[record.path] = note
+        self._append(self._entry(record))
         self.records[record.path] = record
 
     def publishing(self, replaced: Iterable[str]) -> None:
@@ -119,6 +124,10 @@ class Journal:
         """Close the file; it stays."""
         if self._file is not None:
             self._file.close()
+
+    def _entry(self, record: FileRecord) -> dict[str, Any]:
+        noted = {"note": self.notes[record.path]} if record.path in self.notes else {}
+        return {**dataclasses.asdict(record), **noted}
 
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._file is not None
@@ -140,8 +149,11 @@ class Journal:
             if "publishing" in entry:
                 self.replaced = tuple(path for path in entry["publishing"] if safe_relative_path(path))
             elif safe_relative_path(entry["path"]) and type(entry["size"]) is int:
+                note = entry.pop("note", None)
                 record = FileRecord(**entry)
                 self.records[record.path] = record
+                if note is not None:
+                    self.notes[record.path] = note
 
 
 def _line(entry: dict[str, Any]) -> bytes:
@@ -202,9 +214,14 @@ class Staging:
         """The complete files by path."""
         return self._journal.records
 
-    def record(self, record: FileRecord) -> None:
-        """``record``'s file under ``root`` is complete and on the disk."""
-        self._journal.record(record)
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What :meth:`record` was told of complete files, by path; untrusted, as all that is read from a disk."""
+        return self._journal.notes
+
+    def record(self, record: FileRecord, note: Any = None) -> None:
+        """``record``'s file under ``root`` is complete and on the disk. ``note``: JSON for the run that goes on."""
+        self._journal.record(record, note)
 
     def publish(self, manifest: bytes) -> None:
         """Put the new overlay, with this manifest, in its place. Only for a staging of a whole overlay."""

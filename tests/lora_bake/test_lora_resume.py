@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -154,7 +155,12 @@ def test_what_a_stopped_bake_left_is_checked(damage: str, tmp_path: Path, stoppe
     stopped_after(None)
     work = overlay / ".ltxpack" / "distilled-0.5.partial"
     if damage == "measured":
-        (work / "measured.json").write_text('{"fingerprint": 3, "shards": []}')
+        lines = [json.loads(line) for line in (work / "journal.jsonl").read_text().splitlines()]
+        noted = [line for line in lines if "note" in line]
+        assert len(noted) == 2
+        noted[0]["note"][1].pop()
+        noted[1]["note"][0][1] = "another"
+        (work / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     elif damage == "journal":
         (work / "journal.jsonl").write_bytes(b"\0\1 nonsense")
     else:
