@@ -7,6 +7,7 @@ into the memory of its targets. Nothing here knows tensors, cards or names: a ta
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -174,8 +175,12 @@ class ReadQueue(Generic[B]):
         """
         pending: deque[PendingRead[T, B]] = deque()
         with contextlib.ExitStack() as files:
+            opened = functools.cache(
+                lambda path: files.enter_context(contextlib.closing(DirectReader(path, self.reads)))
+            )
             try:
-                for read, file in _opened(planned, files, self.reads):
+                for read in planned:
+                    file = opened(read.file)
                     stop()
                     if self.reads != CACHED:
                         self.why = file.why or self.why
@@ -365,19 +370,6 @@ def _cut(stretches: Iterable[Stretch[T]], limit: int) -> Iterator[tuple[Stretch[
                 group, held = [], 0
     if group:
         yield tuple(group)
-
-
-def _opened(
-    planned: Iterable[PlannedRead[T]], files: contextlib.ExitStack, reads: str
-) -> Iterator[tuple[PlannedRead[T], DirectReader]]:
-    """Each read with its file, opened once and closed by ``files``."""
-    opened: dict[Path, DirectReader] = {}
-    for read in planned:
-        file = opened.get(read.file)
-        if file is None:
-            file = opened[read.file] = DirectReader(read.file, reads)
-            files.callback(file.close)
-        yield read, file
 
 
 def _views(read: PlannedRead[T], memory: memoryview) -> Iterator[memoryview]:

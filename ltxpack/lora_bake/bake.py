@@ -327,7 +327,7 @@ class StagedBake(Staging):
 
     def __init__(self, plan: BakePlan, chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> None:
         """``chosen`` is used unless an earlier run of the same plan began with another arithmetic."""
-        super().__init__(plan.overlay, plan.fingerprint(), reporter, folder=plan.folder, lock=lock, force=True)
+        super().__init__(lock, plan.fingerprint(), reporter, folder=plan.folder, force=True)
         self.plan = plan
         self.arithmetic = chosen
         self._stats: dict[str, list[TargetStat]] = {}

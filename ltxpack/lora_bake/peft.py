@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from ltxpack.errors import AdapterError
 from ltxpack.files.tensorfile import parse_json
@@ -26,19 +26,17 @@ _UNSUPPORTED = ("fan_in_fan_out", "layer_replication", "alora_invocation_tokens"
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq")
 _PLAIN = re.compile(r"(\^?)([A-Za-z0-9_-]+(?:\\?\.[A-Za-z0-9_-]+)*)\$?")
 
-_Value = TypeVar("_Value")
 
-
-class Patterns(Generic[_Value]):
+class Patterns:
     """PEFT's ``rank_pattern`` or ``alpha_pattern``: module names, or endings of them that begin after a dot.
 
     PEFT takes regular expressions and the first one that matches a module wins. Here a pattern must be a plain name,
     with ``^`` before it if it is the whole name. Raises AdapterError for any other pattern.
     """
 
-    def __init__(self, table: Mapping[str, _Value], name: str = "", file: Path | None = None) -> None:
+    def __init__(self, table: Mapping[str, float], name: str = "", file: Path | None = None) -> None:
         self.name = name
-        self._entries: dict[str, tuple[int, str, _Value]] = {}
+        self._entries: dict[str, tuple[int, str, float]] = {}
         for number, (pattern, value) in enumerate(table.items()):
             plain = _PLAIN.fullmatch(pattern)
             if plain is None or len(pattern) > MAX_PATTERN:
@@ -52,7 +50,7 @@ class Patterns(Generic[_Value]):
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def find(self, path: str, module: str, default: _Value | None) -> _Value | None:
+    def find(self, path: str, module: str, default: float | None) -> float | None:
         """The value for a module: ``path`` is its name in the wrapped model, ``module`` the same without prefixes."""
         found = [self._entries[name] for name in _endings(path, module) if name in self._entries]
         return min(found, key=lambda entry: entry[0])[2] if found else default
@@ -82,8 +80,8 @@ class PeftConfig:
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
-    ranks: Patterns[int] = field(default_factory=lambda: Patterns({}))
-    alphas: Patterns[float] = field(default_factory=lambda: Patterns({}))
+    ranks: Patterns = field(default_factory=lambda: Patterns({}))
+    alphas: Patterns = field(default_factory=lambda: Patterns({}))
 
     def factor(self, alpha: float | None, rank: int) -> float:
         """What strength is multiplied by: alpha/rank, alpha/sqrt(rank) with rslora, 1 without alpha."""
@@ -159,8 +157,8 @@ def _rank(value: object, name: str, path: Path) -> int:
 
 
 def _patterns(
-    document: Mapping[str, Any], name: str, read: Callable[[object, str, Path], _Value], path: Path
-) -> Patterns[_Value]:
+    document: Mapping[str, Any], name: str, read: Callable[[object, str, Path], float], path: Path
+) -> Patterns:
     table = {} if document.get(name) is None else document[name]
     if not isinstance(table, dict):
         raise AdapterError(f"{name} is not an object", file=path, found=type(table).__name__)

@@ -26,7 +26,7 @@ from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES, Bake, BakedLora, FileRecord, Manifest, changed_file
 from ltxpack.repack.items import Item, LinkFile, WriteBytes, WriteShard
-from ltxpack.repack.tensors import Buffer, ShardEntry, stored_tensor
+from ltxpack.repack.tensors import Buffer, Copied, ShardEntry, stored_tensor
 
 RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
@@ -221,21 +221,13 @@ class Arithmetic:
     device: str
 
 
-@dataclass(frozen=True, slots=True)
-class FusedTensor:
+class FusedTensor(Copied):
     """The producer of a base tensor with LoRAs added to it: its place in a shard's plan.
 
     ``stream.Engine`` makes the bytes, for several bakes from one read of the base. The entry's specs say what is
     stored. A format with one scale per tensor has two specs; the engine must then hold the whole weight, as it does
     for the official rule, before it writes the first byte.
     """
-
-    source: Range
-
-    @property
-    def ranges(self) -> tuple[Range, ...]:
-        """The base's tensor."""
-        return (self.source,)
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:
         """Raises AssertionError: this producer alone does not know the factors."""

@@ -23,7 +23,7 @@ from ltxpack.ltx23.classes import (
     TEMPORAL_FACTOR,
     TEXT_TOKENS,
 )
-from ltxpack.ltx23.fields import ABSENT, Blocks, UnfitError, apply_table
+from ltxpack.ltx23.fields import ABSENT, Blocks, UnfitError, apply_table, flatten
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
@@ -59,9 +59,12 @@ def checkpoint_configs(config: Mapping[str, Any], shapes: Shapes, file: object) 
     parts["vocoder"]["bwe_in_channels"] = 2 * parts["vocoder"]["num_mel_channels"]
     _refuse(problems, file)
     of = {f"{name}.{field}": value for name, part in parts.items() for field, value in part.items()}
-    for name, expected, holds in (*_width_agreements(of), *_codec_agreements(of), *_bandwidth_agreements(of)):
-        if not holds:
-            problems.append(UnfitError(name, expected, _value(config, name)))
+    official = flatten(config)
+    problems += [
+        UnfitError(name, expected, official.get(name, ABSENT))
+        for name, expected, holds in (*_width_agreements(of), *_codec_agreements(of), *_bandwidth_agreements(of))
+        if not holds
+    ]
     _refuse(problems, file)
     return {name: _finished(name, part) for name, part in parts.items()}
 
@@ -247,11 +250,3 @@ def _refuse(
         raise UnsupportedError(
             f"{what}: {one.field}", file=str(file), expected=one.expected, found=one.found, next=NEXT_RELEASE
         )
-
-
-def _value(config: Mapping[str, Any], name: str) -> Any:
-    """The official value at a dotted path, for an error message."""
-    value: Any = config
-    for part in name.split("."):
-        value = value.get(part, ABSENT) if isinstance(value, Mapping) else ABSENT
-    return value

@@ -313,11 +313,6 @@ def _under(prefix: str, tensors: Named) -> Named:
 
 
 _INVENTORIES: Mapping[str, Callable[[Config], Named]] = {
-    "transformer": transformer,
-    "connectors": connectors,
-    "vae": vae,
-    "audio_vae": audio_vae,
-    "vocoder": vocoder,
-    "latent_upsampler": latent_upsampler,
-    "text_encoder": text_encoder,
+    function.__name__: function
+    for function in (transformer, connectors, vae, audio_vae, vocoder, latent_upsampler, text_encoder)
 }

@@ -28,6 +28,7 @@ _ELSEWHERE = re.compile(
     r"(^|[._])(embeddings_connector|text_embedding_projection|connectors|video_connector|audio_connector"
     r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*)([._]|$)|_embeddings_connector"
 )
+# However many there are; something is always left.
 _PREFIXES = re.compile(rf"(?:(?:{'|'.join(map(re.escape, DOTTED_PREFIXES))})(?!\Z))*")
 # PEFT puts the adapter's name between the factor and "weight"; loralib writes the bare factor.
 _ROLES = (
@@ -76,7 +77,8 @@ def parse_key(key: str) -> LoraKey | None:
             module = path.removeprefix(prefix).removeprefix("diffusion_model_")
             if path.startswith(prefix) and "." not in path and module:
                 return LoraKey(key, prefix, module, role, "kohya", True)
-        prefix, module = _split_prefixes(path)
+        module = _PREFIXES.sub("", path, count=1)
+        prefix = path.removesuffix(module).removesuffix(".")
         return LoraKey(key, prefix, module, role, f"{prefix or 'bare'} {style}", False)
     return None
 
@@ -134,13 +136,6 @@ def linear_modules(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
     return frozenset(
         name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
     )
-
-
-def _split_prefixes(path: str) -> tuple[str, str]:
-    """The prefixes of ``path``, however many there are, and the rest, of which something is always left."""
-    found = _PREFIXES.match(path)
-    assert found is not None
-    return found[0].removesuffix("."), path[found.end() :]
 
 
 def _spellings(module: str) -> set[str]:

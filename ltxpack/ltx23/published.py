@@ -7,7 +7,6 @@ For plans before 70 GB are fetched. ``published.json`` holds the configs as the 
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +19,9 @@ from ltxpack.ltx23.expected import inventory
 FLOAT32_TENSORS = "scale_shift_table"
 
 
-@functools.cache
-def _document() -> str:
-    return Path(__file__).with_name("published.json").read_text(encoding="utf-8")
-
-
 def published_files() -> dict[str, Any]:
     """``published.json``: a copy that the caller may change."""
-    document: dict[str, Any] = json.loads(_document())
+    document: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     return document
 
 

@@ -27,8 +27,8 @@ OFFICIAL_REPO = "Lightricks/LTX-2.3"
 TEXT_ENCODER_REPO = "google/gemma-3-12b-it-qat-q4_0-unquantized"
 
 SUPPORTED = (2, 3)
-CRF_BEFORE_2_4 = 33
-CRF_FROM_2_4 = 18
+# The default x264 CRF of image conditioning (spec 04, section 4).
+IMAGE_CRF = 33
 MAX_LICENCE = 100_000
 
 
@@ -98,11 +98,6 @@ class Metadata:
     config: Mapping[str, Any]
     model_version: str
     licence: str | None
-
-    @property
-    def image_crf(self) -> int:
-        """The default x264 CRF of image conditioning (spec 04, section 4)."""
-        return CRF_FROM_2_4 if parse_version(self.model_version) >= (2, 4) else CRF_BEFORE_2_4
 
 
 def parse_version(text: str) -> tuple[int, ...]:

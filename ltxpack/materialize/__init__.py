@@ -94,7 +94,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
         items = list(plan.items())
         _fetch(inputs, items, options, access, reporter)
         mark = fingerprint(items, {"copy": options.copy})
-        with Staging(options.overlay, mark, reporter, lock=lock, force=options.force) as staging:
+        with Staging(lock, mark, reporter, force=options.force) as staging:
             records = execute(items, staging, copy=options.copy, reporter=reporter)
             manifest = plan.manifest({record.path: record for record in records})
             staging.publish(manifest.dump())

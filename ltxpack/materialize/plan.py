@@ -12,7 +12,7 @@ from typing import Any
 
 from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
-from ltxpack.ltx23.releases import CHECKPOINT
+from ltxpack.ltx23.releases import CHECKPOINT, IMAGE_CRF
 from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, Lora, Manifest, Source, SourceFile
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
 from ltxpack.materialize.inputs import Inputs
@@ -113,7 +113,7 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
         missing=tuple(f"{role}: {reason}" for role, reason in sources.missing.items()),
         source=_source(inputs, max_shard_size),
         model_version=metadata.model_version,
-        image_crf=metadata.image_crf,
+        image_crf=IMAGE_CRF,
         licence=metadata.licence,
         transformer_kind=DISTILLED_KIND if inputs.distilled else FULL_KIND,
         copy=copy,

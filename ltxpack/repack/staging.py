@@ -164,46 +164,31 @@ class Staging:
     """The unfinished version of an overlay, or of one folder (``bakes/<name>``) of an overlay. A context manager.
 
     ``root`` is laid out like the overlay: write ``root / path`` and ``record`` each complete file. ``done`` holds what
-    an earlier run with the same ``fingerprint`` left complete, checked by content. The overlay is locked meanwhile;
-    several stagings of one overlay share the ``lock`` of the caller. ``force`` allows publishing to replace an existing
-    version. Raises OverlayError (in use, exists, cannot be written).
+    an earlier run with the same ``fingerprint`` left complete, checked by content. The caller holds the ``lock`` of the
+    overlay and has called :func:`recover`. ``force`` allows publishing to replace an existing version. Raises
+    OverlayError (exists, cannot be written).
     """
 
     def __init__(
-        self,
-        overlay: Path,
-        fingerprint: str,
-        reporter: Reporter,
-        *,
-        folder: str = "",
-        lock: OverlayLock | None = None,
-        force: bool = False,
+        self, lock: OverlayLock, fingerprint: str, reporter: Reporter, *, folder: str = "", force: bool = False
     ) -> None:
-        self.paths = StagingPaths(real_target(overlay), folder)
+        self.paths = StagingPaths(real_target(lock.overlay), folder)
         self.root, self.work = self.paths.root, self.paths.work
         self.fingerprint = fingerprint
         self._reporter = reporter
-        self._own_lock = lock is None
-        self._lock = lock or OverlayLock(overlay, reporter)
+        self._lock = lock
         self._force = force
         self._published = False
         self._journal = Journal(self.paths.journal)
 
     def __enter__(self) -> Self:
-        if self._own_lock:
-            self._lock.__enter__()
-        try:
-            with write_errors(self.work):
-                recover(self.paths.overlay, self._reporter)
-                self._refuse_existing()
-                self._open()
-        except BaseException:
-            self._leave()
-            raise
+        with write_errors(self.work):
+            self._refuse_existing()
+            self._open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._leave()
+        self._journal.close()
         if kind and issubclass(kind, KeyboardInterrupt) and not self._published:
             self._reporter.note(
                 f"stopped; {len(self.done)} finished files are kept, the same command goes on from there"
@@ -234,11 +219,6 @@ class Staging:
             _swap(self.paths)
             self._published = True
             self._close_and_clean()
-
-    def _leave(self) -> None:
-        self._journal.close()
-        if self._own_lock:
-            self._lock.__exit__(None, None, None)
 
     def _refuse_existing(self) -> None:
         paths, target = self.paths, self.paths.target
@@ -317,22 +297,17 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
             staging._close_and_clean()
 
 
-def recover(overlay: Path, reporter: Reporter) -> tuple[str, ...]:
-    """Finish or undo what a killed publishing left of ``overlay``. Call it under the OverlayLock.
-
-    Returns the fingerprints of the publishings that turned out to be complete. Staging does this by itself.
-    """
+def recover(overlay: Path, reporter: Reporter) -> None:
+    """Finish or undo what a killed publishing left of ``overlay``. Call it under the OverlayLock."""
     overlay = real_target(overlay)
     names = [path.name.removesuffix(PARTIAL) for path in sorted((overlay / WORK_FOLDER).glob(f"*{PARTIAL}"))]
     bakes = [name for name in names if BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES]
-    complete = []
     for folder in ("", *(f"bakes/{name}" for name in bakes)):
         paths = StagingPaths(overlay, folder)
         journal = Journal.read(paths.journal)
-        if journal.replaced is not None and _settle(paths, journal, reporter):
-            complete.append(journal.fingerprint)
+        if journal.replaced is not None:
+            _settle(paths, journal, reporter)
         _remove_if_empty(paths)
-    return tuple(complete)
 
 
 def unfinished(overlay: Path) -> list[Path]:
@@ -351,14 +326,13 @@ def remove_below(root: Path, keep: Collection[str] = ()) -> None:
         _remove_empty(root)
 
 
-def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> bool:
-    """Make one begun publishing whole again. Returns whether it was complete."""
+def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
+    """Make one begun publishing whole again."""
     paths.refuse_links()
     with write_errors(paths.target):
         if not paths.payload.exists() and (not paths.folder or paths.named() is not None):
             _clean(paths, journal, reporter)
-            return True
-        if not paths.folder:
+        elif not paths.folder:
             if paths.old.exists() and not os.path.lexists(paths.target):
                 paths.old.rename(paths.target)
         elif paths.payload.exists():
@@ -369,7 +343,6 @@ def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> bool:
             paths.payload.parent.mkdir(parents=True, exist_ok=True)
             paths.target.rename(paths.payload)
             _drop_old(paths, journal, reporter)
-    return False
 
 
 def _swap(paths: StagingPaths) -> None:

@@ -182,32 +182,22 @@ def _link(source: Path, target: Path) -> str:
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         link = Temporary(target, made=False)
-        how = (
-            "reflinked" if _reflink(source, link.path) else "hard-linked" if _hard_link(source, link.path) else "copied"
-        )
-        if how != "copied":
+        for how, make in (("reflinked", _reflink), ("hard-linked", os.link)):
+            try:
+                make(source, link.path)
+            except OSError:
+                link.discard()
+                continue
             with contextlib.suppress(OSError):  # some systems sync only what this process wrote
                 fsync_file(link.path)
             link.publish(synced=True)
-    return how
+            return how
+    return "copied"
 
 
-def _reflink(source: Path, target: Path) -> bool:
-    try:
-        with source.open("rb") as origin, target.open("xb") as copy:
-            fcntl.ioctl(copy.fileno(), FICLONE, origin.fileno())
-    except OSError:
-        target.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def _hard_link(source: Path, target: Path) -> bool:
-    try:
-        os.link(source, target)
-    except OSError:
-        return False
-    return True
+def _reflink(source: Path, target: Path) -> None:
+    with source.open("rb") as origin, target.open("xb") as copy:
+        fcntl.ioctl(copy.fileno(), FICLONE, origin.fileno())
 
 
 def write_bytes(item: WriteBytes, root: Path) -> FileRecord:

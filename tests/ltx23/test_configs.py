@@ -17,7 +17,7 @@ from ltxpack.errors import LtxpackError, UnsupportedError
 from ltxpack.ltx23 import config_tables
 from ltxpack.ltx23.configs import checkpoint_configs, json_bytes, model_index, scheduler_config, upsampler_config
 from ltxpack.ltx23.fields import flatten
-from ltxpack.ltx23.releases import Metadata, parse_version, read_metadata
+from ltxpack.ltx23.releases import parse_version, read_metadata
 
 # Every field whose value could be set otherwise, with a value that is not LTX-2.3's.
 FIXED_ELSEWHERE = [
@@ -271,11 +271,6 @@ def test_versions_are_read_up_to_the_first_non_number(text: str, version: tuple[
     assert parse_version(text) == version
 
 
-@pytest.mark.parametrize(("version", "crf"), [("2.3.0", 33), ("2.3.9", 33), ("2.4.0", 18), ("2.5", 18), ("3.0", 18)])
-def test_image_crf_follows_the_model_version(version: str, crf: int) -> None:
-    assert Metadata({}, version, None).image_crf == crf
-
-
 @pytest.mark.parametrize("version", ["2.0.0", "2.5.0", "2.4", "1.0", "nonsense", ""])
 def test_another_generation_is_refused_by_its_version(version: str) -> None:
     with pytest.raises(UnsupportedError, match="another generation") as caught:
@@ -286,7 +281,7 @@ def test_another_generation_is_refused_by_its_version(version: str) -> None:
 def test_metadata_is_read_bare_and_quoted() -> None:
     for version in ("2.3.0", '"2.3.0"'):
         found = read_metadata({"config": "{}", "model_version": version, "license": "text"}, [], "x")
-        assert (found.model_version, found.licence, found.image_crf) == ("2.3.0", "text", 33)
+        assert (found.model_version, found.licence) == ("2.3.0", "text")
 
 
 @pytest.mark.parametrize("metadata", [{}, {"model_version": "2.3.0"}, {"config": "{}"}])

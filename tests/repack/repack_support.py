@@ -15,7 +15,8 @@ from ltxpack.files.direct import DirectWriter
 from ltxpack.files.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source
 from ltxpack.repack.items import CopyFile, Item, WriteBytes, assign_shards, fingerprint
-from ltxpack.repack.staging import Staging
+from ltxpack.repack.lock import OverlayLock
+from ltxpack.repack.staging import Staging, recover
 from ltxpack.repack.tensors import stored_tensor
 from ltxpack.repack.write import execute
 from ltxpack.reporter import SilentReporter
@@ -88,10 +89,12 @@ def materialize(
     """What the command does with this room: execute the plan in a staging folder and publish it."""
     items = plan(source)
     reporter = reporter or SilentReporter()
-    with Staging(overlay, fingerprint(items), reporter, force=force) as staging:
-        records = execute(items, staging, copy=copy, reporter=reporter)
-        manifest = manifest_of(records)
-        staging.publish(manifest.dump())
+    with OverlayLock(overlay, reporter) as lock:
+        recover(overlay, reporter)
+        with Staging(lock, fingerprint(items), reporter, force=force) as staging:
+            records = execute(items, staging, copy=copy, reporter=reporter)
+            manifest = manifest_of(records)
+            staging.publish(manifest.dump())
     return manifest
 
 
