@@ -20,7 +20,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from ltxpack.errors import AbsentError, FormatError, LtxpackError, SourceError
+from ltxpack.errors import SourceError
+from ltxpack.files.tensorfile import open_source, truncated
 
 # AUTO reads through the page cache what is in it, and past it the rest.
 CACHED, DIRECT, AUTO = "cached", "direct", "auto"
@@ -107,10 +108,8 @@ class DirectReader:
         self._reads = reads
         self._direct = -1
         self.why = "as asked" if reads == CACHED else why_cached(path)
-        try:
-            self._plain = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise self._unreadable(error) from None
+        self._file = open_source(path)
+        self._plain = self._file.fileno()
         if not self.why:
             try:
                 self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -123,7 +122,7 @@ class DirectReader:
         """Close it; no thread may be reading."""
         if self._cache is not None:
             self._cache.close()
-        os.close(self._plain)
+        self._file.close()
         if self._direct >= 0:
             os.close(self._direct)
 
@@ -140,7 +139,7 @@ class DirectReader:
             except OSError as error:
                 raise self._unreadable(error) from None
             if count == 0:
-                raise self._too_short(position, sum(map(len, left)))
+                raise truncated(self.path, position + sum(map(len, left)), position)
             position += count
             while left and count >= len(left[0]):
                 count -= len(left.popleft())
@@ -180,18 +179,8 @@ class DirectReader:
             got += count
         return got
 
-    def _unreadable(self, error: OSError) -> LtxpackError:
-        if isinstance(error, FileNotFoundError):
-            return AbsentError("does not exist", file=self.path)
+    def _unreadable(self, error: OSError) -> SourceError:
         return SourceError(f"cannot be read: {error.strerror}", file=self.path)
-
-    def _too_short(self, position: int, missing: int) -> LtxpackError:
-        return FormatError(
-            f"ends too early: {missing} bytes are missing",
-            file=self.path,
-            expected=f"{position + missing} bytes",
-            next="fetch or copy the file again",
-        )
 
 
 class PageCache:

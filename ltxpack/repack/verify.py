@@ -53,37 +53,30 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
     meanwhile, nobody may write it: raises OverlayError if somebody does.
     """
     with OverlayLock(overlay, reporter, shared=True):
-        return _faults(overlay, reporter)
-
-
-def _faults(overlay: Path, reporter: Reporter) -> list[Fault]:
-    manifest = read_manifest(overlay)
-    records = {record.path: record for record in manifest.records()}
-    begun = unfinished(overlay)
-    for path in begun:
-        reporter.note(f"{path}: unfinished work; run the command that began it again to finish it")
-    reporter.begin("verifying", sum(record.size for record in records.values() if not record.is_symlink), "B")
-    faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
-    reporter.end()
-    # A bake killed while it was published may be in its place already, but the manifest does not name it yet.
-    unnamed = {path.name.removesuffix(PARTIAL) for path in begun} - manifest.bakes.keys()
-    faults += _stray_faults(overlay, records, {f"bakes/{name}" for name in unnamed})
-    bad = {fault.path for fault in faults}
-    for folder in weight_folders(manifest):
-        faults += _folder_faults(overlay, folder, records, bad)
-    return sorted(faults, key=lambda fault: (fault.path, fault.problem))
+        manifest = read_manifest(overlay)
+        records = {record.path: record for record in manifest.records()}
+        begun = unfinished(overlay)
+        for path in begun:
+            reporter.note(f"{path}: unfinished work; run the command that began it again to finish it")
+        reporter.begin("verifying", sum(record.size for record in records.values() if not record.is_symlink), "B")
+        faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
+        reporter.end()
+        # A bake killed while it was published may be in its place already, but the manifest does not name it yet.
+        unnamed = {path.name.removesuffix(PARTIAL) for path in begun} - manifest.bakes.keys()
+        faults += _stray_faults(overlay, records, {f"bakes/{name}" for name in unnamed})
+        bad = {fault.path for fault in faults}
+        # Folders whose shards together make one model: those of components and bakes, not ``loras``.
+        models = [part.files for part in manifest.components.values()] + [
+            bake.files for bake in manifest.bakes.values()
+        ]
+        for folder in sorted({posixpath.dirname(record.path) for files in models for record in files}):
+            faults += _folder_faults(overlay, folder, records, bad)
+        return sorted(faults, key=lambda fault: (fault.path, fault.problem))
 
 
 def damaged(faults: Iterable[Fault], manifest: Manifest) -> frozenset[str]:
     """The paths that must be written again; stray files are not among them."""
     return frozenset(fault.path for fault in faults) & {record.path for record in manifest.records()}
-
-
-def weight_folders(manifest: Manifest) -> list[str]:
-    """Folders whose shards together make one model: those of components and bakes, not ``loras``."""
-    groups = [component.files for component in manifest.components.values()]
-    groups += [bake.files for bake in manifest.bakes.values()]
-    return sorted({posixpath.dirname(record.path) for files in groups for record in files})
 
 
 def _file_faults(
@@ -109,17 +102,13 @@ def _file_faults(
     elif status.st_size != record.size:
         yield Fault(record.path, f"size differs{_blame(record)}", f"{record.size} bytes", f"{status.st_size} bytes")
     else:
-        yield from _content_faults(record, path, reporter)
-
-
-def _content_faults(record: FileRecord, path: Path, reporter: Reporter) -> Iterator[Fault]:
-    try:
-        digest = hash_file(path, reporter)
-    except LtxpackError as error:
-        yield Fault(record.path, error.problem)
-        return
-    if digest != record.blake3:
-        yield Fault(record.path, f"content differs{_blame(record)}", f"blake3 {record.blake3}", f"blake3 {digest}")
+        try:
+            digest = hash_file(path, reporter)
+        except LtxpackError as error:
+            yield Fault(record.path, error.problem)
+            return
+        if digest != record.blake3:
+            yield Fault(record.path, f"content differs{_blame(record)}", f"blake3 {record.blake3}", f"blake3 {digest}")
 
 
 def _blame(record: FileRecord) -> str:
