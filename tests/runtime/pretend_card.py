@@ -407,6 +407,7 @@ class Card(FakeTensorMode):
             assert pin.start <= source.data_ptr() and source.data_ptr() + source.nbytes <= pin.start + pin.nbytes
         else:
             self.uploads.append(here())
+            self.waits.append(("from memory that is not pinned", here()))
         return target
 
     def draw(self, *size: Any, generator: Generator | None = None, **more: Any) -> Tensor:

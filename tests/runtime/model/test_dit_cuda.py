@@ -1,8 +1,9 @@
-"""The same DiT on a GPU: CPU's numbers with every kernel, compiled and not, and no wait of the host."""
+"""The same DiT on a GPU: the CPU's numbers with every kernel, compiled and not, and never a wait of the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from torch import Tensor
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.sampling.shape import AV
+from ltxpack.runtime.sampling.conditioning import ImageItem, initial_state
+from ltxpack.runtime.sampling.guidance import Denoiser, Guidance
+from ltxpack.runtime.sampling.recipes import REFINING
+from ltxpack.runtime.sampling.sample import res2s
+from ltxpack.runtime.sampling.schedule import shifted_sigmas, sigmas_of
+from ltxpack.runtime.sampling.shape import AV, VideoShape
+from ltxpack.runtime.settings import Settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LENGTHS = AV(96, 9)
@@ -83,3 +90,36 @@ def test_a_kernel_is_chosen_by_measuring() -> None:
         found = kernels.measured(kind, kernels.MEASURED)
         assert found.best == choice.kernels[kind.name]
         assert found.milliseconds[found.best] <= kernels.MARGIN * min(found.milliseconds.values())
+
+
+SHAPE = VideoShape(frames=17, height=64, width=96, fps=24.0)
+STG = Settings().guidance.map(lambda guidance: replace(guidance, stg=1.0, stg_blocks=frozenset({1})))
+
+
+@pytest.mark.parametrize("guidance", [STG, None], ids=["stage 1", "stage 2"])
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.inference_mode()
+def test_a_stage_never_waits_for_the_device(guidance: AV[Guidance] | None, compiled: bool) -> None:
+    """Sampler, guidance and DiT together, with two images; on a pretended card: test_a_video_of_full_size."""
+    config = SMALL | {f"{side}_channels": 128 for side in ("in", "out", "audio_in", "audio_out")}
+    dit = built(config, {name: value.to("cuda", torch.bfloat16) for name, value in random_weights(config).items()})
+    if compiled:
+        dit.compile_blocks(fullgraph=True)
+    sigmas = sigmas_of(REFINING) if guidance is None else shifted_sigmas(SHAPE.tokens, 3)
+    images = [ImageItem(frame, strength, torch.ones(1, 128, 1, 2, 3)) for frame, strength in ((0, 0.9), (8, 0.5))]
+    generator = torch.Generator().manual_seed(0)
+    state = initial_state(SHAPE, None, images, float(sigmas[0]), generator, "cuda", torch.bfloat16)
+    positive, negative = (
+        dit.config.streams.map(lambda stream: torch.randn(1, 7, stream.dim, device="cuda").bfloat16()) for _ in range(2)
+    )
+    denoiser = Denoiser(dit, positive, negative, guidance)
+    rope = dit.rope(state.map(lambda s: s.positions), torch.bfloat16, "cuda")
+    for turn in range(2):
+        calls = iter(range(99))
+
+        def denoise(latents: AV[Tensor], sigma: Tensor) -> AV[Tensor]:
+            # The first calls may compile, load kernels and fill the allocator.
+            torch.cuda.set_sync_debug_mode("error" if turn and next(calls) else "default")  # noqa: B023
+            return denoiser(latents, sigma, state, rope)
+
+        res2s(denoise, state, sigmas)

@@ -15,7 +15,7 @@ import gc
 import time
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from PIL import Image
 from pretend_card import GIB, Card
 
 from ltxpack.files import reader
-from ltxpack.files.direct import ALIGN, READS, DirectReader
+from ltxpack.files.direct import ALIGN, CACHED, DIRECT, DirectReader
 from ltxpack.lora_bake import BakeOptions, bake, stream
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import recipe_run
@@ -172,11 +172,15 @@ class Watched(SilentReporter):
         self._from = len(self.card.waits)
 
 
+STG = {"": 1.0, "_blocks": (1,)}
 PHASES = {"text": ("text", "connectors"), "audio": ("sound",)}
 
 
 def test_a_video_of_full_size(overlay: Path, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text, two images of different strength, both stages, sound, pictures: within the plan, and without a wait."""
+    """Text, two images of different strength, both stages, sound, pictures: within the plan, and without a wait.
+
+    With all four passes of guidance: cond, uncond, perturbed and isolated.
+    """
     peaks: dict[str, int] = {}
     outer = Timings.phase
 
@@ -191,7 +195,8 @@ def test_a_video_of_full_size(overlay: Path, card: Card, tmp_path: Path, monkeyp
     images = (f"{picture(tmp_path / 'a.png')}@0:1", f"{picture(tmp_path / 'b.png')}@last:0.7")
     reporter = Watched(card)
     with opened(overlay, residency="resident", reporter=reporter) as make:
-        request = Request.of("a boat", images=images, steps=2)
+        stg: Any = {f"{side}_stg{what}": value for side in ("video", "audio") for what, value in STG.items()}
+        request = Request.of("a boat", images=images, steps=2, **stg)
         latents, waveform, _ = generate(make, request)
         found = [latents.stage1, latents.stage2]
         assert all(str(part.device) == "cuda:0" for each in found for part in (each.video, each.audio))
@@ -236,7 +241,7 @@ def planned(patch: pytest.MonkeyPatch, placements: Mapping[str, Placement]) -> N
     patch.setattr(planner, "continued", lambda before, model, work, machine: plan(model, work))
 
 
-@pytest.mark.parametrize("reads", READS)
+@pytest.mark.parametrize("reads", [DIRECT, CACHED])
 @pytest.mark.parametrize("way", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_weights_wherever_they_lie(
     way: Mapping[str, Placement], reads: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
@@ -348,7 +353,26 @@ def test_what_lies_elsewhere_is_seen(card: Card) -> None:
     with pytest.raises(RuntimeError, match="generator"):
         torch.randn((3,), device="cuda", generator=torch.Generator())
     here.cpu()
-    assert [what for what, _ in card.waits] == ["to the host"]
+    here.copy_(there)
+    assert [what for what, _ in card.waits] == ["to the host", "from memory that is not pinned"]
+
+
+READING = {
+    "item": lambda t: t.sum().item(),
+    "bool": lambda t: bool(t.isnan().any()),
+    "nonzero": lambda t: t.nonzero(),
+    "tolist": lambda t: t.flatten()[:2].tolist(),
+    "unique": lambda t: t.unique(),
+    "masked": lambda t: t[t > 0],
+}
+
+
+@pytest.mark.parametrize("how", READING)
+def test_reading_a_value_back_is_seen(how: str, card: Card) -> None:
+    """As a wait, or as a shape that follows values, which a fake cannot have."""
+    with suppress(RuntimeError):
+        READING[how](torch.ones(3, device="cuda"))
+        assert card.waits
 
 
 PRODUCTS = {"addmm": "aten.addmm", "fp32": "aten.mm", "official": "aten.mm"}

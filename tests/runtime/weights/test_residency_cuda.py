@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_parts import SMALL, random_streams, random_weights
+from dit_parts import SMALL, cast, random_streams, random_weights
 from safetensors.torch import save_file
 from torch import Tensor
 from works import digests, of_blocks
 
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, Stream
-from ltxpack.runtime.model.rope import RopeTables, Rotation
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.copies import CudaCopies, HostMemory
 from ltxpack.runtime.weights.device import machine_of
@@ -59,23 +58,9 @@ def empty_dit() -> DiT:
         return DiT(DiTConfig.from_dict(WIDE))
 
 
-def moved(stream: Stream, device: torch.device) -> Stream:
-    def turned(rotation: Rotation) -> Rotation:
-        return Rotation(*(part.to(device, torch.bfloat16) for part in rotation))
-
-    return Stream(
-        latents=stream.latents.to(device, torch.bfloat16),
-        timesteps=stream.timesteps.to(device),
-        timestep_index=None,
-        sigma=stream.sigma.to(device),
-        context=stream.context.to(device, torch.bfloat16),
-        rope=RopeTables(turned(stream.rope.self_attention), turned(stream.rope.cross_attention)),
-    )
-
-
 def outputs(dit: DiT, device: torch.device) -> list[Tensor]:
     """Several evaluations without a wait between them."""
-    streams = random_streams(empty_dit(), AV(512, 64)).map(lambda stream: moved(stream, device))
+    streams = cast(random_streams(empty_dit(), AV(512, 64)), torch.bfloat16, device)
     found = [dit(streams) for _ in range(4)]
     return [tensor.cpu() for velocity in found for tensor in (velocity.video, velocity.audio)]
 

@@ -9,13 +9,12 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dit_parts import SMALL, random_streams, random_weights
+from dit_parts import SMALL, random_streams, random_weights, recipe, tracing
 from runtime.late_copies import LateCopies
 from safetensors.torch import save_file
 from support import relative_l2
@@ -25,7 +24,7 @@ from works import digests, of_blocks
 from ltxpack.errors import OverlayError
 from ltxpack.files.direct import PAGE, DirectReader
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, Pass
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights import placed, sizes, slots
 from ltxpack.runtime.weights.copies import Copies, HostMemory
@@ -96,8 +95,7 @@ def outputs(dit: DiT) -> list[Tensor]:
     """Two evaluations of three passes each, at two lengths."""
     found = []
     for lengths in (AV(24, 9), AV(50, 14)):
-        streams = random_streams(dit, lengths)
-        passes = [Pass(streams), Pass(random_like(streams)), Pass(streams, isolated=True)]
+        passes = recipe(random_streams(dit, lengths))
         found += [tensor for velocity in dit.passes(passes) for tensor in (velocity.video, velocity.audio)]
     return found
 
@@ -105,10 +103,6 @@ def outputs(dit: DiT) -> list[Tensor]:
 @functools.cache
 def plain_outputs(folder: Path) -> list[Tensor]:
     return outputs(load_module(empty_dit(), folder, CPU, torch.float32))
-
-
-def random_like(streams: AV[Any]) -> AV[Any]:
-    return streams.map(lambda stream: replace(stream, context=stream.context.flip(1)))
 
 
 @queues
@@ -119,28 +113,6 @@ def test_every_placement_gives_the_same_bits(placement: Placement, queue: Callab
     for _ in range(2 if placement.home == HOST or not placement.ahead else 1):
         assert gives(held, expected)
     held.drop()
-
-
-HOLDING = [placement for placement in PLACEMENTS.values() if placement.held]
-
-
-@queues
-@pytest.mark.parametrize("placement", HOLDING, ids=["memory", "file"])
-def test_held_blocks_serve_the_next_load(placement: Placement, queue: Callable[[], Copies], folder: Path) -> None:
-    expected = plain_outputs(folder)
-    held: dict[int, Any] = {}
-    for turn in range(3):
-        wanted: list[str] = []
-        known = {} if held else digests(folder)
-        part = loaded(folder, PlacementReader(placement, ROOT, known, Noting(queue(), wanted), queue(), held=held))
-        assert gives(part, expected)
-        assert set(part.held) == placement.held
-        left = set(part.held) if turn else set()
-        if placement.source == FILE:
-            left |= placement.streamed - placement.held
-        assert len(wanted) == sum(block_of(name) not in left for name in read_headers(folder))
-        held = part.held
-        part.drop()
 
 
 class Pinning(Copies):
@@ -232,24 +204,6 @@ def test_spare_memory_of_another_size_goes() -> None:
     assert spare.take(PAGE) is None
 
 
-class Noting(FileReader):
-    """Notes how many tensors were asked for in each reading."""
-
-    def __init__(self, copies: Copies, wanted: list[str]) -> None:
-        super().__init__(copies)
-        self.wanted = wanted
-
-    def fill(self, arrivals: Any, *rest: Any, **options: Any) -> Any:
-        asked = list(arrivals)
-        self.wanted += [str(read.source) for read in asked]
-        return super().fill(asked, *rest, **options)
-
-
-def block_of(name: str) -> int:
-    words = name.split(".")
-    return int(words[1]) if words[0] == "transformer_blocks" else -1
-
-
 @placements
 def test_weights_are_on_the_card_only_for_their_work(placement: Placement, folder: Path) -> None:
     held = placed_module(folder, placement, AT_ONCE)
@@ -313,7 +267,7 @@ def chain_in(folder: Path, count: int) -> Path:
 
 
 def streamed_chain(
-    folder: Path, count: int, queue: Callable[[], Copies], where: str, dtype: torch.dtype = torch.float32
+    folder: Path, count: int, queue: Callable[[], Copies], where: str, dtype: torch.dtype | None = None
 ) -> PlacedModule[Chain]:
     """A chain of ``count`` blocks, all of them streamed."""
     reader = FileReader(queue())
@@ -325,13 +279,18 @@ def streamed_chain(
 
 @queues
 @pytest.mark.parametrize("where", [HOST, FILE])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
-def test_any_number_of_blocks_in_any_order(count: int, where: str, queue: Callable[[], Copies], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (3, torch.float32), (4, torch.bfloat16), (7, None)]
+)
+def test_any_number_of_blocks_in_any_order(
+    count: int, dtype: torch.dtype | None, where: str, queue: Callable[[], Copies], tmp_path: Path
+) -> None:
+    """Also where a cast on the way makes them smaller than they are stored."""
     folder = chain_in(tmp_path / "chain", count)
-    plain = load_module(chain(count), folder, CPU)
-    held = streamed_chain(folder, count, queue, where)
+    plain = load_module(chain(count), folder, CPU, dtype)
+    held = streamed_chain(folder, count, queue, where, dtype)
     orders = [None, None, list(reversed(range(count))), [count - 1, count - 1, 0], None]
-    x = torch.linspace(-1, 1, 4)
+    x = torch.linspace(-1, 1, 4, dtype=dtype)
     with torch.inference_mode(), held.in_use() as streamed:
         for order in orders:
             assert torch.equal(streamed(x, order), plain(x, order)), order
@@ -368,17 +327,6 @@ def test_a_file_that_goes_away_while_it_is_streamed(tmp_path: Path) -> None:
     assert threading.active_count() <= before
 
 
-@pytest.mark.parametrize("where", [HOST, FILE])
-def test_blocks_with_a_cast_on_the_way(where: str, tmp_path: Path) -> None:
-    folder = chain_in(tmp_path / "chain", 4)
-    plain = load_module(chain(4), folder, CPU, torch.bfloat16)
-    held = streamed_chain(folder, 4, AT_ONCE, where, torch.bfloat16)
-    x = torch.ones(4, dtype=torch.bfloat16)
-    with torch.inference_mode(), held.in_use() as streamed:
-        assert torch.equal(streamed(x), plain(x)) and torch.equal(streamed(x), plain(x))
-    held.drop()
-
-
 def test_the_layout_is_what_the_plan_counts(folder: Path) -> None:
     stored = read_headers(folder)
     tensors = [(name, entry.dtype, entry.shape) for name, entry in stored.items()]
@@ -389,21 +337,11 @@ def test_the_layout_is_what_the_plan_counts(folder: Path) -> None:
             assert ByteLayout.of(own, dtype).nbytes == part.blocks[number]
 
 
-@pytest.fixture
-def graphs() -> Any:
-    torch.compiler.reset()
-    yield []
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("name", ["kept in memory", "some blocks from memory", "every block from the file"])
-def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, folder: Path, graphs: list[int]) -> None:
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, folder: Path) -> None:
     placement = PLACEMENTS[name]
-
-    def backend(graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
-        graphs.append(len(graph.graph.nodes))
-        return graph.forward
-
+    graphs, backend = tracing()
     expected = plain_outputs(folder)
     held = placed_module(folder, placement, AT_ONCE)
     prepared: list[bool] = []
