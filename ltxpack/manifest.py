@@ -227,14 +227,8 @@ def changed_file(path: Path, expected: object, found: object) -> OverlayError:
 
 def safe_relative_path(path: str) -> bool:
     """Whether ``path`` names a file strictly inside a folder: relative, normal, printable, no ``..``."""
-    parts = path.split("/")
-    return (
-        path.isprintable()
-        and "\\" not in path
-        and not path.startswith("/")
-        and all(part not in ("", ".", "..") for part in parts)
-        and max(len(part) for part in parts) <= 255
-    )
+    plain = path.isprintable() and "\\" not in path
+    return plain and all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in path.split("/"))
 
 
 @functools.cache

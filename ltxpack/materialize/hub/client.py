@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +25,10 @@ from urllib.parse import unquote, urlsplit
 
 from ltxpack import __version__
 from ltxpack.errors import LtxpackError, SourceError, UsageError
+from ltxpack.files.publish import atomic_write
 from ltxpack.files.tensorfile import header_length
 from ltxpack.files.units import human_bytes
+from ltxpack.manifest import safe_relative_path
 from ltxpack.materialize.hub import errors as hub_errors
 from ltxpack.materialize.hub.errors import HubRequest, HubUnreachable, tell
 from ltxpack.materialize.hub.transfer import Address, BrokenError, RangesIgnoredError, RemoteFile, download
@@ -119,13 +121,7 @@ def check_request(repo: str, revision: str | None) -> None:
 
 def is_safe_name(name: object) -> bool:
     """Whether ``name`` is a relative path of plain parts: nothing that leads out of a folder or upsets a terminal."""
-    return (
-        isinstance(name, str)
-        and len(name) <= LONGEST_NAME
-        and name.isprintable()
-        and "\\" not in name
-        and all(part not in ("", ".", "..") and len(part.encode()) <= LONGEST_PART for part in name.split("/"))
-    )
+    return isinstance(name, str) and len(name) <= LONGEST_NAME and safe_relative_path(name)
 
 
 class Hub:
@@ -232,9 +228,8 @@ class Hub:
         request = self._request(info.repo, info.commit, file.name)
         url = hf_hub_url(info.repo, file.name, revision=info.commit, endpoint=self._endpoint)
 
-        def ask() -> Any:
-            return get_hf_file_metadata(url, token=self._token, timeout=self._timeout, endpoint=self._endpoint)
-
+        options = {"token": self._token, "timeout": self._timeout, "endpoint": self._endpoint}
+        ask = functools.partial(get_hf_file_metadata, url, **options)
         stated = self._retried(ask) if retry else ask()
         etag = stated.etag or ""
         if not (COMMIT.fullmatch(etag) or SHA256.fullmatch(etag)):
@@ -385,15 +380,12 @@ class Hub:
         revision = info.revision or "main"
         if revision == info.commit:
             return
-        ref = self._folder(info.repo) / "refs" / revision
-        draft = ref.with_name(f"{ref.name}.{secrets.token_hex(4)}.tmp")
+        ref, commit = self._folder(info.repo) / "refs" / revision, info.commit.encode()
         # A cache that cannot be written, shared by many, still serves its files.
         with contextlib.suppress(OSError):
-            if ref.is_file() and ref.read_text(encoding="ascii") == info.commit:
-                return
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(info.commit, encoding="ascii")
-            draft.replace(ref)
+            if not ref.is_file() or ref.read_bytes() != commit:
+                ref.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write(ref, commit)
 
     @contextlib.contextmanager
     def _locked(self, repo: str, etag: str) -> Iterator[None]:

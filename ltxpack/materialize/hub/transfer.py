@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import BinaryIO
 
 from ltxpack.errors import SourceError
@@ -54,20 +55,17 @@ class Address:
 class RemoteFile:
     """A file of ``size`` bytes at ``address``; where that has expired, ``locate`` gives a new one.
 
-    Safe to read from several threads. Broken connections are taken up again where they broke.
+    Safe to read from several threads. Broken connections are taken up again where they broke. ``news``: the numbers of
+    bytes that came, and notes. ``stop``: once it is set, the reads of all threads end soon.
     """
 
     def __init__(self, name: str, size: int, address: Address, locate: Callable[[], Address], timeout: float) -> None:
-        self.name = name
-        self.size = size
+        self.name, self.size = name, size
+        self.news: SimpleQueue[int | str] = SimpleQueue()
+        self.stop = threading.Event()
         self._address: Address | None = address
-        self._locate = locate
-        self._timeout = timeout
-        self._address_lock = threading.Lock()
-        self._news_lock = threading.Lock()
-        self._received = 0
-        self._notes: list[str] = []
-        self._stop = threading.Event()
+        self._locate, self._timeout = locate, timeout
+        self._locating = threading.Lock()
 
     def read(self, start: int, stop: int) -> bytearray:
         """Bytes [start, stop). Raises RangesIgnoredError, or BrokenError once tries are used up or all is stopped."""
@@ -86,22 +84,11 @@ class RemoteFile:
                 failures, refusals = failures + passing, refusals + refused
                 # An expired address is refused: a new one helps at once or not at all.
                 hopeless = not (passing or refused) or failures > len(WAITS) or refusals > 1
-                if hopeless or self._stop.is_set():
+                if hopeless or self.stop.is_set():
                     raise BrokenError(data, error) from error
-                self._tell(0, f"{self.name}: {type(error).__name__} at byte {start + len(data)}, trying again")
-                self._stop.wait(max(WAITS[failures - 1] if failures else 0.0, asked_wait(error)))
+                self.news.put(f"{self.name}: {type(error).__name__} at byte {start + len(data)}, trying again")
+                self.stop.wait(max(WAITS[failures - 1] if failures else 0.0, asked_wait(error)))
         return data
-
-    def stop_all(self) -> None:
-        """Makes the reads of other threads end soon."""
-        self._stop.set()
-
-    def news(self) -> tuple[int, list[str]]:
-        """Bytes that came, and notes, since the last call."""
-        with self._news_lock:
-            news = self._received, self._notes
-            self._received, self._notes = 0, []
-        return news
 
     def _stream_into(self, data: bytearray, start: int, stop: int) -> None:
         """One request for what is missing of [start, stop), added to ``data`` as it comes."""
@@ -109,42 +96,27 @@ class RemoteFile:
         from huggingface_hub import get_session
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-        address = self._current_address()
+        with self._locating:
+            address = self._address = self._address or self._locate()
         first = start + len(data)
         headers = {**address.headers, "Accept-Encoding": "identity"}
         if first > 0 or stop < self.size:
             headers["Range"] = f"bytes={first}-{stop - 1}"
         with get_session().stream("GET", address.url, headers=headers, timeout=self._timeout) as response:
-            if response.status_code in ADDRESS_EXPIRED:
-                self._forget(address)
+            if response.status_code in ADDRESS_EXPIRED and self._address is address:
+                self._address = None
             hf_raise_for_status(response)
             _check_start(response.status_code, response.headers.get("Content-Range", ""), first)
             # Without a chunk size: httpx would hold back, and lose in a drop, what does not fill a chunk.
             for chunk in response.iter_bytes():
                 wanted = chunk[: stop - start - len(data)]
                 data += wanted
-                self._tell(len(wanted))
+                self.news.put(len(wanted))
                 if len(data) == stop - start:
                     return
-                if self._stop.is_set():
+                if self.stop.is_set():
                     break
         raise httpx.RemoteProtocolError("the connection ended early")
-
-    def _tell(self, received: int, *notes: str) -> None:
-        with self._news_lock:
-            self._received += received
-            self._notes += notes
-
-    def _current_address(self) -> Address:
-        with self._address_lock:
-            if self._address is None:
-                self._address = self._locate()
-            return self._address
-
-    def _forget(self, address: Address) -> None:
-        with self._address_lock:
-            if self._address is address:
-                self._address = None
 
 
 def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected: str, reporter: Reporter) -> None:
@@ -177,17 +149,13 @@ def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected:
 
 def _take_up(file: BinaryIO, size: int, hasher: hashlib._Hash, reporter: Reporter) -> int:
     """Hashes what an earlier run left in ``file``; returns where to go on, the position of ``file``."""
-    present = os.fstat(file.fileno()).st_size
-    if present > size:
+    if os.fstat(file.fileno()).st_size > size:
         file.truncate(0)
-        return 0
     file.seek(0)
-    left = present
-    while left and (chunk := file.read(min(PIECE, left))):
+    while chunk := file.read(PIECE):
         hasher.update(chunk)
         reporter.advance(len(chunk))
-        left -= len(chunk)
-    return present
+    return file.tell()
 
 
 def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], reporter: Reporter) -> None:
@@ -212,7 +180,7 @@ def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], re
                 write(piece)
                 writing = False
     except BaseException:
-        remote.stop_all()
+        remote.stop.set()
         pool.shutdown(cancel_futures=True)
         if not writing:
             for piece in _in_order(pending):
@@ -225,11 +193,12 @@ def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], re
 
 def _report(remote: RemoteFile, reporter: Reporter) -> None:
     """Tells what is new. Only the thread that fills the file talks to the reporter."""
-    received, notes = remote.news()
-    for note in notes:
-        reporter.detail(note)
-    if received:
-        reporter.advance(received)
+    while not remote.news.empty():
+        news = remote.news.get()
+        if isinstance(news, str):
+            reporter.detail(news)
+        else:
+            reporter.advance(news)
 
 
 def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
