@@ -15,7 +15,7 @@ from ltxpack.files.units import human_bytes
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER, recognise
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import STORED_DTYPE
-from ltxpack.materialize.existing import difference, restore_base
+from ltxpack.materialize.existing import differences, restore_base
 from ltxpack.materialize.hub.client import Hub
 from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
@@ -149,7 +149,7 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
                 reporter.warn(f"{options.overlay}: is replaced with its bakes ({names}); bake them again after")
         return None
     manifest = read_manifest(options.overlay)
-    other = difference(plan, manifest, options.overlay)
+    other = next(differences(plan, manifest, options.overlay), None)
     if other is not None:
         again = "the same command with --force replaces it"
         raise OverlayError(f"holds another overlay: {other}", file=options.overlay, next=again)

@@ -6,10 +6,9 @@ LoRA fits a transformer is decided where it is baked.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
@@ -22,7 +21,6 @@ from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, 
 STORED_DTYPE = "BF16"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 QUANTISED_SUFFIXES = (".weight_scale", ".input_scale")
-_BLOCK = re.compile(r"(?<=blocks[._])\d+")
 
 
 @dataclass(frozen=True)
@@ -139,52 +137,43 @@ def _refuse_quantised(file: TensorFile, label: object) -> None:
         )  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraHeader:
-    """A LoRA by its header. ``targets``: module -> rank; ``unpaired``: factors whose partner is missing."""
+    """A LoRA by its header. ``targets``: module -> rank; ``unpaired``: factors whose partner is missing.
+
+    ``roles``: number of keys by what they are; ``others``: names of tensors that are no part of a LoRA.
+    """
 
     style: str
-    targets: dict[str, int] = field(default_factory=dict)
-    unpaired: list[str] = field(default_factory=list)
-    alphas: int = 0
-    dora: int = 0
-    deltas: int = 0
-    others: list[str] = field(default_factory=list)
+    targets: Mapping[str, int]
+    unpaired: Sequence[str]
+    roles: Counter[str]
+    others: Sequence[str]
+
+    @property
+    def deltas(self) -> int:
+        """Number of differences that are stored whole."""
+        return self.roles["diff"] + self.roles["diff_b"]
 
     @property
     def is_lora(self) -> bool:
         """Whether anything in it changes a weight."""
         return bool(self.targets or self.deltas)
 
-    def ranks(self) -> dict[int, int]:
-        """rank -> number of targets."""
-        return dict(sorted(Counter(self.targets.values()).items()))
-
-    def kinds(self) -> dict[str, int]:
-        """Module path with the block number dropped -> number of targets."""
-        return dict(sorted(Counter(_BLOCK.sub("*", module) for module in self.targets).items()))
-
 
 def read_lora(file: TensorFile) -> LoraHeader:
     """The LoRA in ``file``; ``is_lora`` is False if there is none."""
     parsed = {name: parse_key(name) for name in file.tensors}
     keys = [key for key in parsed.values() if key]
-    roles = Counter(key.role for key in keys)
-    header = LoraHeader(
-        style=_lora_style(keys),
-        alphas=roles["alpha"],
-        dora=roles["magnitude"],
-        deltas=roles["diff"] + roles["diff_b"],
+    downs, ups = ({key.module: key.key for key in keys if key.role == role} for role in ("down", "up"))
+    shapes = {module: file.tensors[key].shape for module, key in downs.items() if module in ups}
+    return LoraHeader(
+        _lora_style(keys),
+        targets={module: shape[0] if shape else 0 for module, shape in shapes.items()},
+        unpaired=[key for module, key in (downs | ups).items() if module not in shapes],
+        roles=Counter(key.role for key in keys),
         others=[name for name, key in parsed.items() if key is None],
     )
-    downs, ups = ({key.module: key.key for key in keys if key.role == role} for role in ("down", "up"))
-    for module in downs | ups:
-        if module in downs and module in ups:
-            shape = file.tensors[downs[module]].shape
-            header.targets[module] = shape[0] if shape else 0
-        else:
-            header.unpaired.append(downs.get(module) or ups[module])
-    return header
 
 
 def _lora_style(keys: Sequence[LoraKey]) -> str:

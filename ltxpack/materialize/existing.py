@@ -49,15 +49,12 @@ _ROLES = {
 }
 
 
-def difference(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> str | None:
-    """What is other in ``overlay`` than the plan says, in words; None if it is the same."""
-    return next(_differences(plan, manifest, overlay), None)
-
-
-def _differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterator[str]:
-    """Cheap ones first; each is only looked for when there was none before."""
+def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterator[str]:
+    """What is other in ``overlay`` than the plan says, in words: cheap ones first, the rest only if there is none."""
     if manifest.source != plan.source:
-        yield _source_difference(plan, manifest)
+        other = next((file for file in plan.source.files if file not in manifest.source.files), None)
+        what = "other inputs" if other is None else f"another {other.role.replace('_', ' ')} than {other.name}"
+        yield f"it was made from {what}"
     planned = {item.path: item for item in plan.items()}
     bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
     records = {record.path: record for record in manifest.records() if record.path not in bakes}
@@ -72,23 +69,13 @@ def _differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterat
             yield f"{path} would have other content"
         if plan.copy and records[path].link is not None:
             yield f"{path} is a link, and --copy wants copies"
-        size = (overlay / path).lstat().st_size if os.path.lexists(overlay / path) else None
-        if size != item.size:
+        if not os.path.lexists(overlay / path) or (overlay / path).lstat().st_size != item.size:
             yield f"{path} was changed or removed"
     for item in planned.values():
         if not plan.unproven & sources([item]).keys():
             continue
         if not all(_same(sample, overlay / item.path, start) for sample, start in _samples(item)):
             yield f"{item.path} was made from another file of the same name and size"
-
-
-def _source_difference(plan: OverlayPlan, manifest: Manifest) -> str:
-    """The first input that differs."""
-    before = {(file.role, file.name): file for file in manifest.source.files}
-    for file in plan.source.files:
-        if before.get((file.role, file.name)) != file:
-            return f"it was made from another {file.role.replace('_', ' ')} than {file.name}"
-    return "it was made from other inputs"
 
 
 def _samples(item: Item) -> Iterator[tuple[Range, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from ltxpack.materialize.sources import InputFile, local_file
 
 MAX_LISTED = 20
 MAX_TEXT = 500
+_BLOCK = re.compile(r"(?<=blocks[._])\d+")
 UPSAMPLER_MARK = "post_upsample_res_blocks.0.conv1.weight"
 
 
@@ -98,10 +100,11 @@ def _lora(lora: LoraHeader, tensors: TensorFile) -> dict[str, Any]:
     return {
         "style": lora.style,
         "targets": len(lora.targets),
-        "ranks": {str(rank): count for rank, count in lora.ranks().items()},
-        "kinds": lora.kinds(),
+        "ranks": {str(rank): count for rank, count in sorted(Counter(lora.targets.values()).items())},
+        # Module paths with the number of the block dropped.
+        "kinds": dict(sorted(Counter(_BLOCK.sub("*", module) for module in lora.targets).items())),
         "alpha": _alpha(lora, tensors),
-        "dora": lora.dora,
+        "dora": lora.roles["magnitude"],
         "deltas": lora.deltas,
         "unpaired": lora.unpaired[:MAX_LISTED],
         "others": lora.others[:MAX_LISTED],
@@ -111,8 +114,8 @@ def _lora(lora: LoraHeader, tensors: TensorFile) -> dict[str, Any]:
 
 def _alpha(lora: LoraHeader, tensors: TensorFile) -> str:
     """Where the file states alpha: per target, in the metadata, or nowhere (then the scale is the strength)."""
-    if lora.alphas:
-        return f"per target ({lora.alphas})"
+    if lora.roles["alpha"]:
+        return f"per target ({lora.roles['alpha']})"
     text = tensors.metadata.get("lora_adapter_metadata", "") + tensors.metadata.get("lora_alpha", "")
     return "in the metadata" if "alpha" in text or "lora_alpha" in tensors.metadata else "none"
 

@@ -297,16 +297,11 @@ def local_file(path: Path) -> InputFile:
 
 def local_folder(folder: Path) -> InputFolder:
     """The files of ``folder`` that may enter an overlay, and of its subfolders that hold a config.json."""
-    files: dict[str, InputFile] = {}
+    endings = (WEIGHTS, *TEXT_ENDINGS)
     try:
-        for entry in sorted(folder.iterdir()):
-            if entry.is_dir() and (entry / "config.json").is_file():
-                inner = (path for path in sorted(entry.iterdir()) if path.is_file())
-            else:
-                inner = (path for path in [entry] if path.is_file())
-            for path in inner:
-                if path.name.endswith((WEIGHTS, *TEXT_ENDINGS)):
-                    files[path.relative_to(folder).as_posix()] = local_file(path)
+        folders = [folder, *(inner for inner in folder.iterdir() if (inner / "config.json").is_file())]
+        found = sorted(path for place in folders for path in place.iterdir() if path.name.endswith(endings))
+        files = {path.relative_to(folder).as_posix(): local_file(path) for path in found if path.is_file()}
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=folder) from None
     return InputFolder(str(folder), files)
