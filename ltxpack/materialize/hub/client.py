@@ -228,7 +228,7 @@ class Hub:
         request = self._request(info.repo, info.commit, file.name)
         url = hf_hub_url(info.repo, file.name, revision=info.commit, endpoint=self._endpoint)
 
-        options = {"token": self._token, "timeout": self._timeout, "endpoint": self._endpoint}
+        options: dict[str, Any] = {"token": self._token, "timeout": self._timeout, "endpoint": self._endpoint}
         ask = functools.partial(get_hf_file_metadata, url, **options)
         stated = self._retried(ask) if retry else ask()
         etag = stated.etag or ""
