@@ -8,12 +8,13 @@ deterministic at every width.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from types import TracebackType
 
 import av
@@ -122,21 +123,21 @@ class VideoWriter:
         self.format = VideoFormat(width, height, frame_rate(fps), sample_rate)
         self.frames_written = 0
         self.blake3 = ""
-        self._temporary: Temporary | None = None
-        self._queue: Queue[Tensor | None] = Queue(maxsize=1)
         self._waveform: Tensor | None = None
-        self._failure: BaseException | None = None
-        self._given_up = False
-        self._ended = False
-        self._thread = Thread(target=self._run, name="ltxpack-encoder", daemon=True)
+        self._encoding: deque[Future[None]] = deque()
+        self._cleanup = ExitStack()
 
     def __enter__(self) -> VideoWriter:
-        try:
+        with self._told(), ExitStack() as made:
             # Absolute: FFmpeg would take the text before a colon for a protocol.
             self._temporary = Temporary(self.path.absolute())
-        except OSError as error:
-            raise LtxpackError("the video could not be written", file=self.path, found=str(error)) from error
-        self._thread.start()
+            made.callback(self._temporary.discard)
+            container = av.open(str(self._temporary.path), "w", format=CONTAINERS[self.path.suffix.lower()])
+            made.callback(_close, container)
+            self._encoder = _Encoder(container, self.format)
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-encoder")
+            made.callback(self._thread.shutdown, cancel_futures=True)
+            self._cleanup = made.pop_all()
         return self
 
     def write(self, frames: Tensor) -> None:
@@ -144,74 +145,57 @@ class VideoWriter:
         expected = (self.format.height, self.format.width, 3)
         if tuple(frames.shape[1:]) != expected:
             raise ValueError(f"frames are {tuple(frames.shape[1:])}, the video is {expected}")
-        self._raise_failure()
         # In parts, so that the intermediate planes stay small beside the frames.
-        self._queue.put(torch.cat([to_i420(part).cpu() for part in frames.split(FRAMES_AT_ONCE)]))
+        planes = torch.cat([to_i420(part).cpu() for part in frames.split(FRAMES_AT_ONCE)])
+        self._await_encoder(1)
+        self._encoding.append(self._thread.submit(self._encoder.video, planes.numpy()))
         self.frames_written += len(frames)
 
     def write_audio(self, waveform: Tensor) -> None:
         """The whole sound, ``[2, N]`` in [-1, 1]; it is encoded after the last frame."""
         if waveform.ndim != 2 or waveform.shape[0] != 2 or self.format.sample_rate is None:
             raise ValueError(f"sound of shape {tuple(waveform.shape)} for {self.format}")
-        self._raise_failure()
+        self._await_encoder(2)
         self._waveform = waveform.float().cpu()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._given_up = kind is not None
-            self._queue.put(None)
-            self._thread.join()
+        with self._cleanup:
             if kind is None:
-                self._raise_failure()
+                self._await_encoder(0)
                 self._publish_whole()
-        finally:
-            self._given_up = True
-            if self._temporary is not None:
-                self._temporary.discard()
 
     def _publish_whole(self) -> None:
-        assert self._temporary is not None
         if not self.frames_written:
             raise LtxpackError("no frame was written", file=self.path)
         if self.format.sample_rate is not None and self._waveform is None:
             raise LtxpackError("its sound was not written", file=self.path)
+        with self._told():
+            self._encoder.finish(self._waveform)
         # Before the rename: after it, another writer's video may be at the path.
         self.blake3 = hash_file(self._temporary.path, cached=True)
-        try:
+        with self._told("the video could not be put there"):
             self._temporary.publish()
-        except OSError as error:
-            raise LtxpackError("the video could not be put there", file=self.path, found=str(error)) from error
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise LtxpackError(
-                "the video could not be written", file=self.path, found=str(self._failure)
-            ) from self._failure
+    def _await_encoder(self, most: int) -> None:
+        """Waits until no more than ``most`` chunks are left to encode. Raises what went wrong with those before."""
+        with self._told():
+            while self._encoding and (len(self._encoding) > most or self._encoding[0].done()):
+                self._encoding.popleft().result()
 
-    def _chunks(self) -> Iterator[Tensor]:
-        """The queued chunks, up to the None that ends them; none after the file is given up."""
-        while (chunk := self._queue.get()) is not None:
-            if not self._given_up:
-                yield chunk
-        self._ended = True
-
-    def _run(self) -> None:
-        """The thread. After a failure it only empties the queue, so that the caller never waits for it."""
-        assert self._temporary is not None
-        chunks = self._chunks()
+    @contextmanager
+    def _told(self, problem: str = "the video could not be written") -> Iterator[None]:
         try:
-            with av.open(str(self._temporary.path), "w", format=CONTAINERS[self.path.suffix.lower()]) as container:
-                encoder = _Encoder(container, self.format)
-                for chunk in chunks:
-                    encoder.video(chunk.numpy())
-                if not self._given_up:
-                    encoder.finish(self._waveform)
-        except BaseException as error:
-            self._failure = error
-            while not self._ended and self._queue.get() is not None:
-                pass
+            yield
+        except Exception as error:
+            raise LtxpackError(problem, file=self.path, found=str(error)) from error
+
+
+def _close(container: OutputContainer) -> None:
+    """Close a file that is whole already, or given up."""
+    with suppress(Exception):
+        container.close()
 
 
 class _Encoder:
@@ -241,15 +225,14 @@ class _Encoder:
             self._count += 1
 
     def finish(self, waveform: Tensor | None) -> None:
-        """Flushes the pictures, then encodes the sound."""
+        """Flushes the pictures, then encodes the sound, and finishes the file."""
         self._container.mux(self._video.encode())
-        if self._audio is None or waveform is None:
-            return
-        rate = self._format.sample_rate
-        resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
-        for frame in [*resampler.resample(_sound(waveform, rate)), *resampler.resample(None)]:
-            self._container.mux(self._audio.encode(frame))
-        self._container.mux(self._audio.encode())
+        if self._audio is not None and waveform is not None:
+            rate = self._format.sample_rate
+            resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
+            for frame in [*resampler.resample(_sound(waveform, rate)), *resampler.resample(None), None]:
+                self._container.mux(self._audio.encode(frame))
+        self._container.close()
 
 
 def _sound(waveform: Tensor, rate: int | None) -> av.AudioFrame:
