@@ -24,7 +24,7 @@ from ltxpack.files.reader import no_stop
 from ltxpack.runtime.weights.copies import Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
-from ltxpack.runtime.weights.reading import FileReader, TensorRead
+from ltxpack.runtime.weights.reading import FileReader, HashCheck, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
 from ltxpack.runtime.weights.slots import (
     BlockSource,
@@ -33,7 +33,6 @@ from ltxpack.runtime.weights.slots import (
     FileStream,
     MemorySource,
     Slots,
-    StreamedCheck,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -127,7 +126,7 @@ class PlacementReader:
             tensors.update(self._on_card(rest, device, dtype))
         if self.placement.source == FILE:
             places = (entry.source for entry in stored.values())
-            check = StreamedCheck(self.digests, places) if self.hash_streamed else None
+            check = HashCheck(self.digests, places) if self.hash_streamed else None
             self.stream = FileStream(self.copies, self.reader.reads, check)
         from_host: list[tuple[Tensor, MemorySource]] = []
         for number, block in blocks.items():

@@ -8,7 +8,8 @@ comes in as :class:`TensorRead` values. The queue of reads is files.reader's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from ltxpack.files.reader import (
 from ltxpack.files.tensorfile import regular_size
 from ltxpack.manifest import changed_file
 from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
+from ltxpack.runtime.weights.plan import WAITING
 
 
 class TensorRead:
@@ -97,29 +99,101 @@ class PinnedBuffer:
 
 
 class HashCheck:
-    """The blake3 of ``files``, whose reads pass by file after file and in order; on ``thread``, which must be one."""
+    """The blake3 of files that are read in any order; ``digests`` says what to expect.
 
-    def __init__(self, files: Collection[Path], thread: ThreadPoolExecutor) -> None:
-        self._thread = thread
-        self._begun: list[Future[None]] = []
-        self._hashers = {path: blake3(max_threads=blake3.AUTO) for path in files}
+    A read that comes before its turn waits in host memory, or is read again if WAITING bytes wait already. Bytes that
+    are in none of ``places`` are read here. Reads that come again, or of other files, are left out. All on one thread.
+    """
+
+    def __init__(self, digests: Mapping[Path, str], places: Iterable[Range]) -> None:
+        found: dict[Path, list[Range]] = {path: [] for path in digests}
+        for place in places:
+            found[place.path].append(place)
+        self._digests = digests
+        self._files = {path: _FileHash(path, own) for path, own in found.items()}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
 
     def begin(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> Future[None] | None:
-        """Begin to hash ``read``, if its file is one of ``files``. ``views`` must stay until that is done."""
-        if read.file not in self._hashers:
-            return None
-        self._begun.append(self._thread.submit(self._update, self._hashers[read.file], views))
-        return self._begun[-1]
+        """Begin to take in ``read``; ``views`` must stay until that is done."""
+        return self._thread.submit(self._take, read, views) if read.file in self._files else None
 
-    def digests(self) -> dict[Path, str]:
-        """The hash of each file, as hex digits, when all reads have passed."""
-        for each in self._begun:
-            each.result()
-        return {path: hasher.hexdigest() for path, hasher in self._hashers.items()}
+    def finish(self) -> None:
+        """Take in what is missing, and compare. Raises OverlayError for a file that is not what was expected."""
+        for path, expected in self._digests.items():
+            found = self._thread.submit(self._files[path].digest).result()
+            if found != expected:
+                raise changed_file(path, f"blake3 {expected}", f"blake3 {found}")
 
-    def _update(self, hasher: blake3, views: Sequence[memoryview]) -> None:
-        for view in views:
-            hasher.update(view)
+    def close(self) -> None:
+        """End the thread, once it has taken in what was begun: somebody may wait for the buffers."""
+        self._thread.shutdown(wait=True)
+
+    def _take(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> None:
+        waiting = sum(file.waiting for file in self._files.values())
+        self._files[read.file].take(read.start, views, waiting + read.nbytes <= WAITING)
+
+
+class _FileHash:
+    """The hash of one file, as far as its bytes are there from the beginning on."""
+
+    def __init__(self, path: Path, places: Sequence[Range]) -> None:
+        self._path = path
+        self._tensors = sorted((place.start, place.start + place.nbytes) for place in places if place.nbytes)
+        self._hasher = blake3(max_threads=blake3.AUTO)
+        self._position = 0
+        # Pieces after the position, by where they begin: their bytes, or how many will be read again.
+        self._early: dict[int, bytes | int] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Bytes in memory that wait for their turn."""
+        return sum(len(data) for data in self._early.values() if isinstance(data, bytes))
+
+    def take(self, start: int, views: Sequence[memoryview], keep: bool) -> None:
+        """Bytes from ``start`` on; ``keep``: they may wait in memory."""
+        self._advance()
+        if start == self._position:
+            for view in views:
+                self._update(view)
+            self._advance()
+        elif start > self._position and start not in self._early:
+            self._early[start] = b"".join(views) if keep else sum(map(len, views))
+
+    def digest(self) -> str:
+        """The hash, after reading what nobody brought. Raises OverlayError."""
+        self._tensors.clear()
+        self._advance()
+        return self._hasher.hexdigest()
+
+    def _update(self, data: bytes | memoryview) -> None:
+        self._hasher.update(data)
+        self._position += len(data)
+
+    def _advance(self) -> None:
+        """As far as bytes wait, or will not be brought by anybody."""
+        try:
+            with self._path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                while self._position < size:
+                    early = self._early.pop(self._position, 0)
+                    if isinstance(early, bytes):
+                        self._update(early)
+                        continue
+                    end = self._position + early if early else self._next(size)
+                    file.seek(self._position)
+                    data = file.read(min(end - self._position, READ_BYTES))
+                    if not data:
+                        return
+                    self._update(data)
+                    if early and self._position < end:
+                        self._early[self._position] = end - self._position
+        except OSError as error:
+            raise changed_file(self._path, "readable", error.strerror) from None
+
+    def _next(self, size: int) -> int:
+        """Where the next bytes begin that somebody brings: the position itself if these are still to come."""
+        tensors = (max(start, self._position) for start, end in self._tensors if end > self._position)
+        return min([size, next(tensors, size), *(start for start in self._early if start > self._position)])
 
 
 class FileReader:
@@ -141,8 +215,6 @@ class FileReader:
             at_once=in_flight if reads == CACHED else min(AT_ONCE, in_flight),
             spare=SPARE_BUFFERS,
         )
-        # One thread: files are hashed in order, while the next bytes are sent on.
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
 
     @property
     def refused(self) -> str:
@@ -165,26 +237,22 @@ class FileReader:
         just made are free to be written. ``stop`` raises to end the reading. Raises OverlayError for a file that
         changed or cannot be read; what had arrived by then is not to be used.
         """
-        expected = digests or {}
-        hashes = HashCheck(expected, self._hashing)
         after = after or self.copies.now()
         event: Event = None
         try:
-            whole = [Range(path, 0, regular_size(path)) for path in expected]
+            whole = [Range(path, 0, regular_size(path)) for path in digests or ()]
             planned = plan_reads(wanted, whole, self._read_bytes)
-            with contextlib.closing(self._queue.run(planned, check or hashes, stop)) as reads:
-                for read in reads:
-                    event = self._deliver(read, after) or event
+            with contextlib.closing(HashCheck(digests or {}, whole)) as hashes:
+                with contextlib.closing(self._queue.run(planned, check or hashes, stop)) as reads:
+                    for read in reads:
+                        event = self._deliver(read, after) or event
+                hashes.finish()
         except (SourceError, FormatError) as error:
             raise changed_file(Path(error.file or ""), error.expected or "readable", error.problem) from None
-        for path, found in hashes.digests().items():
-            if found != expected[path]:
-                raise changed_file(path, f"blake3 {expected[path]}", f"blake3 {found}")
         return event
 
     def close(self) -> None:
         """End the threads and give the buffers back."""
-        self._hashing.shutdown(wait=True)
         self._queue.close()
 
     def _deliver(self, read: PendingRead[TensorRead, PinnedBuffer], after: Event) -> Event:

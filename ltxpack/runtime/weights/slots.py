@@ -7,25 +7,19 @@ just before its forward to just after; at other times its parameters are on the 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
-from blake3 import blake3
 from torch import Tensor, nn
 
 from ltxpack.errors import LtxpackError
 from ltxpack.files.direct import CACHED
-from ltxpack.files.reader import READ_BYTES, PlannedRead, Range
-from ltxpack.manifest import changed_file
 from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
 from ltxpack.runtime.weights.load import Stored
-from ltxpack.runtime.weights.plan import SLOTS, WAITING
-from ltxpack.runtime.weights.reading import FileReader, TensorRead
+from ltxpack.runtime.weights.plan import SLOTS
+from ltxpack.runtime.weights.reading import FileReader, HashCheck, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
 
 CopyDone = Callable[[], Event]
@@ -73,111 +67,13 @@ class MemorySource:
         return lambda: done
 
 
-class StreamedCheck:
-    """The blake3 of files whose tensors are read in an order of their own; ``digests`` says what to expect.
-
-    A read that comes before its turn waits in host memory, or is read again if WAITING bytes wait already. Bytes that
-    are in none of ``places`` are read here. Reads that come again are left out. All on one thread.
-    """
-
-    def __init__(self, digests: Mapping[Path, str], places: Iterable[Range]) -> None:
-        found: dict[Path, list[Range]] = {path: [] for path in digests}
-        for place in places:
-            found[place.path].append(place)
-        self._digests = digests
-        self._files = {path: _FileHash(path, own) for path, own in found.items()}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
-
-    def begin(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> Future[None]:
-        """Begin to take in ``read``; ``views`` must stay until that is done."""
-        return self._thread.submit(self._take, read, views)
-
-    def finish(self) -> None:
-        """Take in what is missing, and compare. Raises OverlayError for a file that is not what was expected."""
-        for path, expected in self._digests.items():
-            found = self._thread.submit(self._files[path].digest).result()
-            if found != expected:
-                raise changed_file(path, f"blake3 {expected}", f"blake3 {found}")
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _take(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> None:
-        waiting = sum(file.waiting for file in self._files.values())
-        self._files[read.file].take(read.start, views, waiting + read.nbytes <= WAITING)
-
-
-class _FileHash:
-    """The hash of one file, as far as its bytes are there from the beginning on."""
-
-    def __init__(self, path: Path, places: Sequence[Range]) -> None:
-        self._path = path
-        self._tensors = sorted((place.start, place.start + place.nbytes) for place in places if place.nbytes)
-        self._hasher = blake3(max_threads=blake3.AUTO)
-        self._position = 0
-        # Pieces after the position, by where they begin: their bytes, or how many will be read again.
-        self._early: dict[int, bytes | int] = {}
-
-    @property
-    def waiting(self) -> int:
-        """Bytes in memory that wait for their turn."""
-        return sum(len(data) for data in self._early.values() if isinstance(data, bytes))
-
-    def take(self, start: int, views: Sequence[memoryview], keep: bool) -> None:
-        """Bytes from ``start`` on; ``keep``: they may wait in memory."""
-        self._advance()
-        if start == self._position:
-            for view in views:
-                self._update(view)
-            self._advance()
-        elif start > self._position and start not in self._early:
-            self._early[start] = b"".join(views) if keep else sum(map(len, views))
-
-    def digest(self) -> str:
-        """The hash, after reading what nobody brought. Raises OverlayError."""
-        self._tensors.clear()
-        self._advance()
-        return self._hasher.hexdigest()
-
-    def _update(self, data: bytes | memoryview) -> None:
-        self._hasher.update(data)
-        self._position += len(data)
-
-    def _advance(self) -> None:
-        """As far as bytes wait, or will not be brought by anybody."""
-        try:
-            with self._path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                while self._position < size:
-                    early = self._early.pop(self._position, 0)
-                    if isinstance(early, bytes):
-                        self._update(early)
-                        continue
-                    end = self._position + early if early else self._next(size)
-                    file.seek(self._position)
-                    data = file.read(min(end - self._position, READ_BYTES))
-                    if not data:
-                        return
-                    self._update(data)
-                    if early and self._position < end:
-                        self._early[self._position] = end - self._position
-        except OSError as error:
-            raise changed_file(self._path, "readable", error.strerror) from None
-
-    def _next(self, size: int) -> int:
-        """Where the next bytes begin that somebody brings: the position itself if these are still to come."""
-        tensors = (max(start, self._position) for start, end in self._tensors if end > self._position)
-        return min([size, next(tensors, size), *(start for start in self._early if start > self._position)])
-
-
 class FileStream:
     """One thread that reads blocks from their files, for all blocks of a module; ``reads`` as for FileReader.
 
     ``check``: what is read passes through it.
     """
 
-    def __init__(self, copies: Copies, reads: str = CACHED, check: StreamedCheck | None = None) -> None:
+    def __init__(self, copies: Copies, reads: str = CACHED, check: HashCheck | None = None) -> None:
         self._reader = FileReader(copies, reads=reads)
         self.check = check
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-stream")

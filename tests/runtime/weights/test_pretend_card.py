@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -76,11 +75,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
 def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
     pretend_card.install(patch, card)
     patch.setattr(keeper, "Background", pretend_card.Ahead)
-    for module in (slots, placed):
+    for module in (reading, slots, placed):
         patch.setattr(module, "ThreadPoolExecutor", pretend_card.AtOnce)
     patch.setattr(machine, "usable_host", lambda: (500 * GIB, False))
-    patch.setattr(slots, "blake3", Unread)
-    patch.setattr(reading, "HashCheck", Unhashed)
+    patch.setattr(reading, "blake3", Unread)
 
     def scatter(file: DirectReader, views: list[memoryview], start: int) -> None:
         for view in views:
@@ -122,14 +120,6 @@ class Unread:
 
     def hexdigest(self) -> str:
         return UNKNOWN
-
-
-class Unhashed(reading.HashCheck):
-    """As the check that hashes, of bytes that nobody reads."""
-
-    def __init__(self, files: Collection[Path], thread: ThreadPoolExecutor) -> None:
-        super().__init__((), thread)
-        self._hashers = dict.fromkeys(files, Unread())  # type: ignore[arg-type]
 
 
 def opened(overlay: Path, reporter: Any = None, **more: Any) -> Session:

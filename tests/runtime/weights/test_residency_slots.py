@@ -26,13 +26,13 @@ from ltxpack.files.direct import PAGE, DirectReader
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.shape import AV
-from ltxpack.runtime.weights import placed, sizes, slots
+from ltxpack.runtime.weights import placed, reading, sizes
 from ltxpack.runtime.weights.copies import Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored, load_module, read_headers
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
-from ltxpack.runtime.weights.reading import FileReader
-from ltxpack.runtime.weights.slots import ByteLayout, FileStream, StreamedCheck
+from ltxpack.runtime.weights.reading import FileReader, HashCheck
+from ltxpack.runtime.weights.slots import ByteLayout, FileStream
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -421,7 +421,7 @@ def layers(tmp_path: Path) -> tuple[Path, dict[str, Stored]]:
 def streamed(folder: Path, stored: dict[str, Stored], expected: dict[Path, str], turns: int = 1) -> Counter[int]:
     """Read the layers in their order as they would stream, with a check of hashes; where reads began, how often."""
     own = {name: entry for name, entry in stored.items() if name != "vision"}
-    check, begun = StreamedCheck(expected, (entry.source for entry in own.values())), Counter[int]()
+    check, begun = HashCheck(expected, (entry.source for entry in own.values())), Counter[int]()
     stream = FileStream(Copies(CPU), check=check)
     take = check.begin
     check.begin = lambda read, views: (begun.update([read.start]), take(read, views))[1]  # type: ignore[method-assign]
@@ -442,7 +442,7 @@ def test_files_are_hashed_as_their_blocks_stream(
     room: int, turns: int, layers: tuple[Path, dict[str, Stored]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In another order than that of the file, with bytes that nobody reads (REVIEW 3.15)."""
-    monkeypatch.setattr(slots, "WAITING", room)
+    monkeypatch.setattr(reading, "WAITING", room)
     folder, stored = layers
     begun = streamed(folder, stored, digests(folder), turns)
     assert set(begun.values()) <= {turns} and len(begun) == (13 if turns else 0)
