@@ -6,9 +6,11 @@ Pure: the same sizes, work and machine give the same plan. :data:`TRANSFORMERS`,
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ltxpack.files.reader import IN_FLIGHT, READ_BYTES, SPARE_BUFFERS
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
@@ -53,11 +55,6 @@ class Placement:
     streamed: frozenset[int] = frozenset()
     held: frozenset[int] = frozenset()
     ahead: bool = False
-
-    @property
-    def fills_host(self) -> bool:
-        """Whether streamed blocks are put into pinned memory each time the part is used."""
-        return self.source == HOST and self.home == FILE
 
 
 # The ways to run. Modes are tried in the order of MODES; in a mode, small parts that stay on the card come before
@@ -268,17 +265,15 @@ def held_blocks(streamed: frozenset[int], count: int, total: int) -> frozenset[i
 def _ways(mode: str, work: Work) -> Iterator[tuple[str, dict[str, Placement]]]:
     """The rows of the table that serve ``work`` in ``mode``, best first: a mode, and parts without block numbers."""
     for name in MODES if mode == AUTO else (mode,):
-        for home in SMALL_PARTS_HOME[name]:
-            for transformer in TRANSFORMERS[name]:
-                # Without a next video nothing is pinned for it.
-                if work.once and transformer.home == HOST:
-                    continue
-                for text in TEXT_ENCODERS:
-                    # Pinned layers pay only where several prompts pass through them; where a transformer's blocks are
-                    # read at every step, host memory holds some of these rather than layers that are read once.
-                    if text.source != HOST or (work.prompts > 1 and transformer.source != FILE):
-                        transformers = dict.fromkeys(work.transformer_parts, transformer)
-                        yield name, dict.fromkeys(SMALL_PARTS, Placement(home)) | {TEXT_ENCODER: text} | transformers
+        for home, transformer, text in product(SMALL_PARTS_HOME[name], TRANSFORMERS[name], TEXT_ENCODERS):
+            # Without a next video nothing is pinned for it.
+            if work.once and transformer.home == HOST:
+                continue
+            # Pinned layers pay only where several prompts pass through them; where a transformer's blocks are read at
+            # every step, host memory holds some of these rather than layers that are read once.
+            if text.source != HOST or (work.prompts > 1 and transformer.source != FILE):
+                transformers = dict.fromkeys(work.transformer_parts, transformer)
+                yield name, dict.fromkeys(SMALL_PARTS, Placement(home)) | {TEXT_ENCODER: text} | transformers
 
 
 def _placements(
@@ -299,15 +294,19 @@ def _every_block(model: ModelSizes, work: Work) -> dict[str, int]:
 
 def _fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[str, int]:
     """As few blocks of each transformer as the card allows; without a card all."""
+    found = _every_block(model, work)
     if machine.card is None:
-        return _every_block(model, work)
-    room, found = machine.card - machine.context, dict.fromkeys(work.transformer_parts, 0)
-    for number, stage in enumerate(work.stages):
-        total = len(model.parts[stage.part].blocks)
+        return found
+    *_, (mode, way) = _ways(STREAM, work)
+    alone = replace(machine, host=UNKNOWN)
+
+    def fits(part: str, count: int) -> bool:
+        return shortage(plan_for(model, work, mode, _placements(model, way, {**found, part: count}, {})), alone) is None
+
+    for part, total in found.items():
         # No fewer than three: two would lie in the two slots for good.
         counts = range(min(SLOTS + 1, total), total)
-        fitting = (n for n in counts if _stage(model, work, number, _on_card(model, stage.part, n), 0).needed <= room)
-        found[stage.part] = max(found[stage.part], next(fitting, total))
+        found[part] = counts.start + bisect_left(counts, True, key=functools.partial(fits, part))
     return found
 
 
@@ -363,65 +362,43 @@ def _host_left(phase: Phase, machine: Machine) -> int:
     return machine.host - phase.host - (phase.needed if machine.card is None else 0)
 
 
-@dataclass(frozen=True)
-class _InUse:
-    """What the weights take while some parts are in use; ``host``: bytes of the host through every phase."""
-
-    model: ModelSizes
-    placements: Mapping[str, Placement]
-    host: int
-
-    def on_card(self, *parts: str) -> int:
-        """Bytes on the card: what stays there, and ``parts``."""
-        found = sum(self.model.parts[part].total for part, placed in self.placements.items() if placed.home == CARD)
-        for part in parts:
-            if self.placements[part].home != CARD:
-                found += _on_card(self.model, part, len(self.placements[part].streamed))
-        return found
-
-    def on_host(self, *parts: str) -> int:
-        """Bytes on the host: what is there in any case, and the blocks of ``parts`` that stream from there."""
-        found = self.host
-        for part in parts:
-            placed = self.placements[part]
-            if placed.fills_host:
-                found += len(placed.streamed - placed.held) * self.model.parts[part].largest
-            if part == TEXT_ENCODER and placed.source == FILE:
-                found += WAITING
-        return found
-
-    def phase(self, name: str, activations: int, *parts: str, more: int = 0) -> Phase:
-        """The phase in which ``parts`` are in use; ``more`` bytes on the host."""
-        return Phase(name, self.on_card(*parts), activations, self.on_host(*parts) + more)
-
-
 def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], tiling: Tiling) -> Iterator[Phase]:
     itemsize, widths = model.itemsize, model.widths
     waiting = (work.prompts - 1) * activations.contexts(widths, itemsize)
-    use = _InUse(model, placements, PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting)
+    always = PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting
+    stays = sum(model.parts[part].total for part, placed in placements.items() if placed.home == CARD)
+
+    def phase(name: str, taken: int, *parts: str, host: int = 0) -> Phase:
+        """The phase in which ``parts`` are in use, with ``taken`` bytes of activations and more on the ``host``."""
+        weights, host = stays, always + host
+        for part in parts:
+            placed, largest = placements[part], model.parts[part].largest
+            if placed.home != CARD:
+                weights += _on_card(model, part, len(placed.streamed))
+            if placed.home == FILE and placed.source == HOST:
+                host += len(placed.streamed - placed.held) * largest
+            if part == TEXT_ENCODER and placed.source == FILE:
+                host += WAITING
+        return Phase(name, weights, taken, host)
+
     # With one prompt the text encoder makes room for the connectors; with several both stay until the last one.
     both = (TEXT_ENCODER, "connectors")
-    yield use.phase("text", activations.encoding(widths, itemsize), *both[: 1 + (work.prompts > 1)])
-    yield use.phase("connectors", activations.connecting(widths, itemsize), *both[work.prompts == 1 :])
+    yield phase("text", activations.encoding(widths, itemsize), *both[: 1 + (work.prompts > 1)])
+    yield phase("connectors", activations.connecting(widths, itemsize), *both[work.prompts == 1 :])
     if work.images:
-        yield use.phase("images", activations.image_encoding(widths, work.shape, itemsize), "vae")
+        yield phase("images", activations.image_encoding(widths, work.shape, itemsize), "vae")
     before: StageWork | None = None
     for number, stage in enumerate(work.stages):
         if before is not None and before.shape != stage.shape:
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
-            yield use.phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
-        yield _stage(model, work, number, use.on_card(stage.part), use.on_host(stage.part))
+            yield phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
+        taken = activations.sampling(widths, stage.shape, itemsize, passes=stage.passes, images=work.images)
+        yield phase(f"stage {number + 1}", taken, stage.part)
         before = stage
-    yield use.phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", "vocoder")
+    yield phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", "vocoder")
     frames = activations.frames_on_host(work.shape, tiling)
-    yield use.phase("video", activations.video_decoding(widths, work.shape, itemsize, tiling), "vae", more=frames)
-
-
-def _stage(model: ModelSizes, work: Work, number: int, weights: int, host: int) -> Phase:
-    stage = work.stages[number]
-    taken = activations.sampling(model.widths, stage.shape, model.itemsize, passes=stage.passes, images=work.images)
-    return Phase(f"stage {number + 1}", weights, taken, host)
+    yield phase("video", activations.video_decoding(widths, work.shape, itemsize, tiling), "vae", host=frames)
 
 
 def _on_card(model: ModelSizes, part: str, streamed: int) -> int:

@@ -306,11 +306,18 @@ def test_how_files_are_read_is_told() -> None:
     assert report.reading(plan, "auto", machine) == start.removesuffix("; ")
 
 
+def test_between_two_stages_of_one_transformer_the_upsampler_fits_beside_it() -> None:
+    """In a small video the upsampler, while the transformer stays, takes more than a stage does."""
+    small = hq_work(VideoShape(9, 256, 384, 24.0), ("base", "base"))
+    plan = report.plan_or_refuse(ONE, small, card(24, 160), "auto")
+    assert plan.mode == "stream" and fits(plan, card(24, 160))
+
+
 def test_blocks_stay_on_the_host_between_videos_as_far_as_it_goes() -> None:
     machine = card(24, 64)
     plan = best(WORK, machine)
     first, second = counts(plan, "held")
-    assert placed(plan).fills_host and first >= counts(plan)[0]
+    assert (placed(plan).home, placed(plan).source) == (FILE, HOST) and first >= counts(plan)[0]
     assert 0 < second <= counts(plan)[1]
     block = MODEL.parts[FIRST].largest
     assert plan.first_read - plan.next_read == pytest.approx((first + second) * block, rel=1e-3)
