@@ -7,9 +7,10 @@ tiles decode less twice; pixels near a seam then differ from the official ones, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 OFFICIAL, FAST = "official", "fast"
 DECODES = (OFFICIAL, FAST)
@@ -75,16 +76,9 @@ def auto_tiling(height: int, width: int) -> Tiling:
     return Tiling(Cut(FRAMES, FRAME_OVERLAP), side(height), side(width))
 
 
-def span_count(length: int, cut: Cut) -> int:
-    """How many spans :func:`split` and :func:`split_frames` make."""
-    return 1 if length <= cut.length else -(-(length - cut.overlap) // (cut.length - cut.overlap))
-
-
 def split(length: int, cut: Cut) -> list[Span]:
     """Spans of ``cut.length`` that cover ``length``, each overlapping the next; the last may be shorter."""
-    stride, count = cut.length - cut.overlap, span_count(length, cut)
-    if count == 1:
-        return [Span(0, length)]
+    stride, count = cut.length - cut.overlap, AxisTiles.of(length, cut).count
     return [
         Span(
             start=i * stride,
@@ -105,32 +99,40 @@ def split_frames(length: int, cut: Cut) -> list[Span]:
     return [first, *(Span(span.start - 1, span.stop, span.rise + 1, span.fall) for span in rest)]
 
 
+class AxisTiles(NamedTuple):
+    """The spans along one axis: their number, the latents of the longest, and those of all together."""
+
+    cut: Cut
+    count: int
+    longest: int
+    decoded: int
+
+    @classmethod
+    def of(cls, length: int, cut: Cut, lead: int = 0) -> AxisTiles:
+        """Of :func:`split`, or with ``lead`` 1 of :func:`split_frames`.
+
+        Counted without a list of them: a plan is made before a size is known to be sound.
+        """
+        stride = cut.length - cut.overlap
+        count = max(1, -(-(length - cut.overlap) // stride))
+        middle = cut.length + lead if count > 2 else 0
+        last = length - (count - 1) * (stride - lead) if count < 3 else 0
+        longest = max(min(length, cut.length), middle, last)
+        return cls(cut, count, longest, length + (count - 1) * (cut.overlap + lead))
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """The number of tiles, and the latents (f, h, w) of the largest."""
 
     count: int
-    largest: tuple[int, int, int]
+    largest: tuple[int, ...]
 
     @classmethod
-    def of(cls, grid: tuple[int, int, int], tiling: Tiling) -> Tiles:
+    def of(cls, grid: Iterable[int], tiling: Tiling) -> Tiles:
         """The tiles that latents of (f, h, w) are cut into."""
-        length, height, width = grid
-        cuts = (tiling.frames, tiling.height, tiling.width)
-        # Counted without a list of them: a plan is made before a size is known to be sound.
-        count = math.prod(map(span_count, grid, cuts))
-        rows, columns = min(height, tiling.height.length), min(width, tiling.width.length)
-        return cls(count, (_longest_frames(length, tiling.frames), rows, columns))
-
-
-def _longest_frames(length: int, cut: Cut) -> int:
-    """The longest of :func:`split_frames`: a middle one if there is one, else the first or the last."""
-    count = span_count(length, cut)
-    if count == 1:
-        return length
-    if count == 2:
-        return max(cut.length, length - (cut.length - cut.overlap) + 1)
-    return cut.length + 1
+        axes = list(map(AxisTiles.of, grid, (tiling.frames, tiling.height, tiling.width), (1, 0, 0)))
+        return cls(math.prod(axis.count for axis in axes), tuple(axis.longest for axis in axes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,37 +170,25 @@ def large_tiling(length: int, height: int, width: int, most: int) -> Tiling:
     result is the official layout.
     """
     official = auto_tiling(height, width)
-    axes = (
-        _axis_cuts(length, official.frames, split_frames),
-        _axis_cuts(height, official.height, split),
-        _axis_cuts(width, official.width, split),
-    )
-    fitting = [layout for layout in product(*axes) if math.prod(axis.longest for axis in layout) <= most]
-    if not fitting:
-        return official
+    axes = [
+        [AxisTiles.of(size, cut, lead) for cut in _cuts(size, usual)]
+        for size, usual, lead in (
+            (length, official.frames, 1),
+            (height, official.height, 0),
+            (width, official.width, 0),
+        )
+    ]
+    fitting = (layout for layout in product(*axes) if math.prod(axis.longest for axis in layout) <= most)
 
-    def cost(layout: tuple[_AxisCut, ...]) -> tuple[int, int]:
+    def cost(layout: tuple[AxisTiles, ...]) -> tuple[int, int]:
         """The latents decoded, then the number of tiles."""
-        return math.prod(axis.decoded for axis in layout), math.prod(axis.tiles for axis in layout)
+        return math.prod(axis.decoded for axis in layout), math.prod(axis.count for axis in layout)
 
-    return Tiling(*(axis.cut for axis in min(fitting, key=cost)))
-
-
-@dataclass(frozen=True, slots=True)
-class _AxisCut:
-    """One way to cut an axis: the latents decoded in all, in the longest tile, and the number of tiles."""
-
-    cut: Cut
-    decoded: int
-    longest: int
-    tiles: int
+    best = min(fitting, key=cost, default=None)
+    return Tiling(*(axis.cut for axis in best)) if best else official
 
 
-def _axis_cuts(length: int, official: Cut, spans_of: Callable[[int, Cut], list[Span]]) -> list[_AxisCut]:
+def _cuts(length: int, official: Cut) -> list[Cut]:
     """The official cut of an axis and every even one into longer tiles."""
     even = (-(-(length + (count - 1) * official.overlap) // count) for count in range(1, length + 1))
-    found = []
-    for size in sorted({official.length, *(size for size in even if size > official.length)}):
-        spans = [span.stop - span.start for span in spans_of(length, Cut(size, official.overlap))]
-        found.append(_AxisCut(Cut(size, official.overlap), sum(spans), max(spans), len(spans)))
-    return found
+    return [Cut(size, official.overlap) for size in sorted({official.length, *even}) if size >= official.length]
