@@ -19,6 +19,8 @@ SHORTEST_SIDE = 3
 SPATIAL_OVERLAP = 2
 FRAMES = 10
 FRAME_OVERLAP = 3
+# In time a tile after the first begins one latent earlier, see split_frames.
+LEADS = (1, 0, 0)
 # Full-size tensors of the decoder's last stage alive at its largest moment, counted on the meta device.
 LIVE_TENSORS = 4.5
 # The group in work, its tail, and two copies on the way to the range [0, 1].
@@ -39,8 +41,7 @@ class Cut:
             raise ValueError(f"an overlap of {self.overlap} does not fit tiles of {self.length} latents")
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
+class Tiling(NamedTuple):
     """How each axis is cut."""
 
     frames: Cut
@@ -131,7 +132,7 @@ class Tiles:
     @classmethod
     def of(cls, grid: Iterable[int], tiling: Tiling) -> Tiles:
         """The tiles that latents of (f, h, w) are cut into."""
-        axes = list(map(AxisTiles.of, grid, (tiling.frames, tiling.height, tiling.width), (1, 0, 0)))
+        axes = list(map(AxisTiles.of, grid, tiling, LEADS))
         return cls(math.prod(axis.count for axis in axes), tuple(axis.longest for axis in axes))
 
 
@@ -172,11 +173,7 @@ def large_tiling(length: int, height: int, width: int, most: int) -> Tiling:
     official = auto_tiling(height, width)
     axes = [
         [AxisTiles.of(size, cut, lead) for cut in _cuts(size, usual)]
-        for size, usual, lead in (
-            (length, official.frames, 1),
-            (height, official.height, 0),
-            (width, official.width, 0),
-        )
+        for size, usual, lead in zip((length, height, width), official, LEADS, strict=True)
     ]
     fitting = (layout for layout in product(*axes) if math.prod(axis.longest for axis in layout) <= most)
 
