@@ -100,7 +100,8 @@ def split_frames(length: int, cut: Cut) -> list[Span]:
     return [first, *(Span(span.start - 1, span.stop, span.rise + 1, span.fall) for span in rest)]
 
 
-class AxisTiles(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class AxisTiles:
     """The spans along one axis: their number, the latents of the longest, and those of all together."""
 
     cut: Cut

@@ -22,14 +22,7 @@ from ltxpack.errors import OverlayError, UsageError
 from ltxpack.files.tensorfile import FLOATS
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, split, split_frames
 from ltxpack.runtime.torch_settings import exact_float32
-from ltxpack.runtime.weights.load import (
-    Reader,
-    Stored,
-    load_component,
-    read_headers,
-    read_tensors,
-    verify_command,
-)
+from ltxpack.runtime.weights.load import Reader, Stored, load_component, read_headers, read_tensors, verify_command
 
 VideoVAE: TypeAlias = AutoencoderKLLTX2Video
 # Tiles are blended this many frames at a time, so that the float32 copies stay small beside the frames.

@@ -37,11 +37,7 @@ BT709 = LIMITED_RANGE = 1
 X264 = {"crf": "19", "preset": "veryfast"}
 FRAMES_AT_ONCE = 8
 # Red, green and blue in each plane, BT.709.
-PLANES = {
-    "y": (0.2126, 0.7152, 0.0722),
-    "cb": (-0.1146, -0.3854, 0.5),
-    "cr": (0.5, -0.4542, -0.0458),
-}
+PLANES = {"y": (0.2126, 0.7152, 0.0722), "cb": (-0.1146, -0.3854, 0.5), "cr": (0.5, -0.4542, -0.0458)}
 
 
 def check_output(path: Path) -> Path:

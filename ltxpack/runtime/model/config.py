@@ -6,16 +6,15 @@ refused by name, never ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.runtime.sampling.shape import AV
 
-T = TypeVar("T")
-# Every table below: field -> what diffusers takes when the field is absent.
-_SIZES: dict[str, int] = {
+# Field -> what diffusers takes when it is absent. Of the same type as that are the values: see _KINDS.
+_VALUES: dict[str, Any] = {
     "in_channels": 128,
     "out_channels": 128,
     "num_attention_heads": 32,
@@ -31,20 +30,17 @@ _SIZES: dict[str, int] = {
     "audio_cross_attention_dim": 2048,
     "audio_pos_embed_max_pos": 20,
     "num_layers": 48,
-}
-_NUMBERS: dict[str, float] = {
     "norm_eps": 1e-6,
     "rope_theta": 10000.0,
-    "timestep_scale_multiplier": 1000,
-    "cross_attn_timestep_scale_multiplier": 1000,
-}
-_SWITCHES: dict[str, bool] = {
+    "timestep_scale_multiplier": 1000.0,
+    "cross_attn_timestep_scale_multiplier": 1000.0,
     "attention_bias": True,
     "attention_out_bias": True,
     "ff_bias": True,
     "audio_ff_bias": True,
 }
-# One value is implemented; diffusers' default is another one for some.
+_KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+# Field -> the one value that is implemented, and diffusers' default, which is another one for some.
 _FIXED: dict[str, tuple[object, object]] = {
     "patch_size": (1, 1),
     "patch_size_t": (1, 1),
@@ -105,69 +101,56 @@ class DiTConfig:
         Raises UnsupportedError, naming the field, for an unknown field, a value of another type, or a
         value that asks for something this DiT does not compute.
         """
-        known = _SIZES.keys() | _NUMBERS.keys() | _SWITCHES.keys() | _FIXED.keys() | _UNUSED
+        known = _VALUES.keys() | _FIXED.keys() | _UNUSED
         unknown = sorted(field for field in config if field not in known and not field.startswith("_"))
         if unknown:
             raise UnsupportedError("transformer config: fields this version does not know", items=unknown)
         for field, (implemented, default) in _FIXED.items():
             _expect(field, implemented, config.get(field, default))
-        sizes = _with_channels(config)
-        numbers = _values(config, _NUMBERS, "a positive number", _is_number)
-        switches = _values(config, _SWITCHES, "true or false", lambda value: isinstance(value, bool))
+        values = {field: config.get(field, default) for field, default in _VALUES.items()}
+        for prefix in ("", "audio_"):
+            if values[f"{prefix}out_channels"] is None:
+                # To diffusers null means as many as go in.
+                values[f"{prefix}out_channels"] = values[f"{prefix}in_channels"]
+        for field, value in values.items():
+            if not _is_of_kind(type(_VALUES[field]), value):
+                raise _unsupported(field, _KINDS[type(_VALUES[field])], value)
         streams = AV(
-            _stream(sizes, "", ("pos_embed_max_pos", "base_height", "base_width"), switches),
-            _stream(sizes, "audio_", ("audio_pos_embed_max_pos",), switches),
+            _stream(values, "", ("pos_embed_max_pos", "base_height", "base_width")),
+            _stream(values, "audio_", ("audio_pos_embed_max_pos",)),
         )
-        _expect("cross_attention_dim", streams.video.dim, sizes["cross_attention_dim"])
-        _expect("audio_cross_attention_dim", streams.audio.dim, sizes["audio_cross_attention_dim"])
+        _expect("cross_attention_dim", streams.video.dim, values["cross_attention_dim"])
+        _expect("audio_cross_attention_dim", streams.audio.dim, values["audio_cross_attention_dim"])
         return cls(
             streams=streams,
-            num_layers=sizes["num_layers"],
-            attention_bias=switches["attention_bias"],
-            attention_out_bias=switches["attention_out_bias"],
-            norm_eps=numbers["norm_eps"],
-            rope_theta=numbers["rope_theta"],
-            timestep_scale=numbers["timestep_scale_multiplier"],
-            cross_gate_timestep_scale=numbers["cross_attn_timestep_scale_multiplier"],
+            num_layers=values["num_layers"],
+            attention_bias=values["attention_bias"],
+            attention_out_bias=values["attention_out_bias"],
+            norm_eps=values["norm_eps"],
+            rope_theta=values["rope_theta"],
+            timestep_scale=values["timestep_scale_multiplier"],
+            cross_gate_timestep_scale=values["cross_attn_timestep_scale_multiplier"],
         )
 
 
-def _stream(sizes: Mapping[str, int], prefix: str, axes: tuple[str, ...], switches: Mapping[str, bool]) -> StreamConfig:
-    head_dim = sizes[f"{prefix}attention_head_dim"]
+def _stream(values: Mapping[str, Any], prefix: str, axes: tuple[str, ...]) -> StreamConfig:
+    head_dim = values[f"{prefix}attention_head_dim"]
     if head_dim % 2:
         raise _unsupported(f"{prefix}attention_head_dim", "an even number (rotary embedding turns pairs)", head_dim)
     return StreamConfig(
-        in_channels=sizes[f"{prefix}in_channels"],
-        out_channels=sizes[f"{prefix}out_channels"],
-        heads=sizes[f"{prefix}num_attention_heads"],
+        in_channels=values[f"{prefix}in_channels"],
+        out_channels=values[f"{prefix}out_channels"],
+        heads=values[f"{prefix}num_attention_heads"],
         head_dim=head_dim,
-        max_positions=tuple(sizes[axis] for axis in axes),
-        ff_bias=switches[f"{prefix}ff_bias"],
+        max_positions=tuple(values[axis] for axis in axes),
+        ff_bias=values[f"{prefix}ff_bias"],
     )
 
 
-def _with_channels(config: Mapping[str, Any]) -> dict[str, int]:
-    """The sizes; diffusers lets ``out_channels`` be null, which means as many as go in."""
-    given = dict(config)
-    for prefix in ("", "audio_"):
-        if f"{prefix}out_channels" in given and given[f"{prefix}out_channels"] is None:
-            given[f"{prefix}out_channels"] = given.get(f"{prefix}in_channels", _SIZES[f"{prefix}in_channels"])
-    return _values(given, _SIZES, "a positive integer", lambda value: _is_number(value) and isinstance(value, int))
-
-
-def _values(
-    config: Mapping[str, Any], table: Mapping[str, T], wanted: str, sound: Callable[[Any], bool]
-) -> dict[str, T]:
-    """The fields of ``table``. Raises UnsupportedError for a value that is not ``wanted``."""
-    found = {field: config.get(field, default) for field, default in table.items()}
-    for field, value in found.items():
-        if not sound(value):
-            raise _unsupported(field, wanted, value)
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+def _is_of_kind(kind: type, value: Any) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int if kind is int else int | float) and 0 < value < float("inf")
 
 
 def _expect(field: str, expected: object, found: object) -> None:

@@ -76,7 +76,7 @@ def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """cuDNN's, except for a single query or key, which cuDNN does not take."""
     if query.shape[-2] == 1 or key.shape[-2] == 1:
-        return _sdpa(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value)
     return _cudnn_alone(query, key, value)
 
 
@@ -86,24 +86,9 @@ def _cudnn_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    if query.device.type == "cpu":
-        found: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
-    else:
-        found = _aten._scaled_dot_product_flash_attention(query, key, value)[0]
-    return found
-
-
-def _efficient(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    found: Tensor = _aten._scaled_dot_product_efficient_attention(query, key, value, None, False)[0]
-    return found
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value)
-
-
-def _math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    found: Tensor = _aten._scaled_dot_product_attention_math(query, key, value)[0]
+    on_cpu = query.device.type == "cpu"
+    run = _aten._scaled_dot_product_flash_attention_for_cpu if on_cpu else _aten._scaled_dot_product_flash_attention
+    found: Tensor = run(query, key, value)[0]
     return found
 
 
@@ -112,9 +97,9 @@ KERNELS: Mapping[str, Kernel] = {
     "flash3": _flash3,
     "cudnn": _cudnn,
     "flash": _flash,
-    "efficient": _efficient,
-    "sdpa": _sdpa,
-    "math": _math,
+    "efficient": lambda q, k, v: _aten._scaled_dot_product_efficient_attention(q, k, v, None, False)[0],
+    "sdpa": F.scaled_dot_product_attention,
+    "math": lambda q, k, v: _aten._scaled_dot_product_attention_math(q, k, v)[0],
 }
 # "math" keeps every score: 34 GB at VIDEO_TOKENS. It is used only on request.
 MEASURED = ("flash3", "cudnn", "flash", "efficient")
@@ -262,11 +247,7 @@ def fault(kind: AttentionKind, name: str) -> str | None:
     """Why the kernel cannot be used for ``kind``, or None. It is run on a few lengths and compared with float64."""
     if name == "flash3" and importlib.util.find_spec(FLASH3_PACKAGE) is None:
         return f"no package {FLASH3_PACKAGE}"
-    for queries, keys in PROBED:
-        found = _fault_at(kind, name, queries, keys)
-        if found is not None:
-            return found
-    return None
+    return next(filter(None, (_fault_at(kind, name, *lengths) for lengths in PROBED)), None)
 
 
 @torch.inference_mode()

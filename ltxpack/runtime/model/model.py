@@ -118,11 +118,7 @@ class DiT(nn.Module):
         )
 
     def forward(
-        self,
-        streams: AV[Stream],
-        *,
-        isolated: bool = False,
-        perturbed: AV[frozenset[int]] = UNPERTURBED,
+        self, streams: AV[Stream], *, isolated: bool = False, perturbed: AV[frozenset[int]] = UNPERTURBED
     ) -> AV[Tensor]:
         """The velocities of a single :class:`Pass`; see :meth:`passes`."""
         return self.passes([Pass(streams, isolated, perturbed)])[0]

@@ -63,9 +63,5 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat(
-        (
-            torch.addcmul(first * by.cos, by.sin, second, value=-1),
-            torch.addcmul(second * by.cos, by.sin, first),
-        ),
-        dim=-1,
+        (torch.addcmul(first * by.cos, by.sin, second, value=-1), torch.addcmul(second * by.cos, by.sin, first)), dim=-1
     )

@@ -26,14 +26,7 @@ from ltxpack.runtime.weights.load import Stored
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
 from ltxpack.runtime.weights.reading import FileReader, HashCheck, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
-from ltxpack.runtime.weights.slots import (
-    BlockSource,
-    ByteLayout,
-    FileSource,
-    FileStream,
-    MemorySource,
-    Slots,
-)
+from ltxpack.runtime.weights.slots import BlockSource, ByteLayout, FileSource, FileStream, MemorySource, Slots
 
 M = TypeVar("M", bound=nn.Module)
 # Weights outside the blocks share memory in stretches of at most so many bytes or of one tensor. On the card because

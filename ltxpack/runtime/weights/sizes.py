@@ -81,10 +81,7 @@ def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> ModelSi
 
 
 def model_of(
-    tensors: Mapping[str, Iterable[Tensor]],
-    configs: Mapping[str, Mapping[str, Any]],
-    names: Iterable[str],
-    dtype: str,
+    tensors: Mapping[str, Iterable[Tensor]], configs: Mapping[str, Mapping[str, Any]], names: Iterable[str], dtype: str
 ) -> ModelSizes:
     """The sizes of an overlay that would hold ``tensors`` by component; all of its transformers ``names`` are alike."""
     itemsize = itemsize_of(dtype)
