@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
+import json
 import math
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import parity
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -110,15 +115,76 @@ def refused(done: Done, status: int) -> str:
     return done.stderr
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder`` by its relative path: its content, or where a link leads."""
+    return {
+        path.relative_to(folder).as_posix(): b"-> %a" % str(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def refuse_direct(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No file opens with O_DIRECT from now on; returns the list of those that were refused it."""
+    real, refused = os.open, []
+
+    def opened(path: str, flags: int, *mode: int) -> int:
+        if flags & os.O_DIRECT:
+            refused.append(path)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", opened)
+    return refused
+
+
+def in_fresh_process(code: str, *arguments: str | Path) -> tuple[Any, int]:
+    """Runs ``code`` in another interpreter: its ``answer``, through JSON, and its peak memory in bytes."""
+    # Not getrusage, which would count the process that started it too.
+    ending = "\nimport json; print(json.dumps([answer, open('/proc/self/status').read()]))"
+    command = [sys.executable, "-c", textwrap.dedent(code) + ending, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer, status = json.loads(done.stdout.splitlines()[-1])
+    return answer, 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
 class Notes(SilentReporter):
-    """Keeps what is told, by kind; ``begun``: the labels of phases."""
+    """Keeps what is told, in order and by kind; ``phases``: label, unit, what was announced and what came of it."""
 
     def __init__(self) -> None:
+        self.said: list[str] = []
         self.notes: list[str] = []
         self.details: list[str] = []
         self.warnings: list[str] = []
-        self.begun: list[str] = []
-        self.note, self.detail, self.warn = self.notes.append, self.details.append, self.warnings.append
+        self.phases: list[list[Any]] = []
+        self.open = self.advanced = 0
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+        self.notes.append(message)
+
+    def detail(self, message: str) -> None:
+        self.said.append(message)
+        self.details.append(message)
+
+    def warn(self, message: str) -> None:
+        self.said.append(message)
+        self.warnings.append(message)
 
     def begin(self, label: str, total: int, unit: str) -> None:
-        self.begun.append(label)
+        self.open += 1
+        self.phases.append([label, unit, total, 0])
+
+    def advance(self, amount: int = 1) -> None:
+        self.advanced += amount
+        if self.phases:
+            self.phases[-1][3] += amount
+
+    def end(self) -> None:
+        self.open -= 1
+
+    @property
+    def begun(self) -> list[str]:
+        """The labels of the phases."""
+        return [phase[0] for phase in self.phases]

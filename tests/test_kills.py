@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repack_support import tree
-from support import ltxpack
+from support import ltxpack, tree
 
 from ltxpack.cli import main
 from ltxpack.manifest import MANIFEST_NAME, read_manifest

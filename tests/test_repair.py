@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import ltxpack, refused
+from support import ltxpack, refused, tree
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,6 @@ def overlay(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made / "out", tmp_path / "out", copy_function=os.link))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def damage(overlay: Path, *patterns: str) -> list[str]:
     """One file for each pattern: a byte changed, cut off, or gone, in turn."""
     names = []
@@ -52,7 +48,7 @@ def damage(overlay: Path, *patterns: str) -> list[str]:
 
 
 def test_everything_damaged_is_made_again(demo: Path, made: Path, overlay: Path) -> None:
-    before = contents(overlay)
+    before = tree(overlay)
     damaged = damage(
         overlay,
         "transformer/*.safetensors",
@@ -70,7 +66,7 @@ def test_everything_damaged_is_made_again(demo: Path, made: Path, overlay: Path)
     inputs = ("--source", demo / "source", "--lora", made / "style.safetensors")
     repaired = ltxpack("verify", overlay, "--repair", *inputs)
     assert repaired.returncode == 0, repaired.stderr
-    assert contents(overlay) == before
+    assert tree(overlay) == before
 
 
 def test_a_stray_file_is_told_and_kept(demo: Path, overlay: Path) -> None:
@@ -96,6 +92,6 @@ def test_another_source_repairs_nothing(demo: Path, overlay: Path, tmp_path: Pat
     content[-1000:] = bytes(1000)
     checkpoint.write_bytes(content)
     damage(overlay, "*/diffusion_pytorch_model*.safetensors")
-    before = contents(overlay)
+    before = tree(overlay)
     refused(ltxpack("verify", overlay, "--repair", "--source", other), 1)
-    assert contents(overlay) == before
+    assert tree(overlay) == before

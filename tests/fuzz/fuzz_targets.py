@@ -280,7 +280,9 @@ def _adapters(folder: Path, overlay: Path) -> Iterator[Target]:
     def fit(place: Path) -> Callable[[], None]:
         def call() -> None:
             for allowed in (False, True):
-                scan(open_adapter(place, shapes, allow_unmatched=allowed), QUIET)
+                adapter = open_adapter(place, shapes, allow_unmatched=allowed)
+                scan(adapter, QUIET)
+                assert adapter.targets
 
         return call
 

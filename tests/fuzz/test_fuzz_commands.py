@@ -25,7 +25,7 @@ from fuzz_mutations import mutate
 from fuzz_targets import LONGEST_MESSAGE, guard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import Done, ltxpack
+from support import Done, ltxpack, tree
 
 from ltxpack.manifest import MANIFEST_NAME
 
@@ -66,7 +66,7 @@ class Files:
 
     def run(self, *arguments: str | Path) -> Done:
         """The command, watched."""
-        outside = contents(self.source) | contents(self.strange)
+        outside = (tree(self.source), tree(self.strange))
         watch = guard()
         watch.seen, watch.allowed = [], os.path.realpath(self.folder)
         try:
@@ -74,7 +74,7 @@ class Files:
         finally:
             watch.allowed = None
         assert not watch.seen, watch.seen[:3]
-        assert contents(self.source) | contents(self.strange) == outside
+        assert (tree(self.source), tree(self.strange)) == outside
         beside = {path.name for path in self.overlay.parent.iterdir()}
         assert beside <= {"overlay", ".overlay.partial", "overlay.kept"}, beside
         ended_as_it_may(done)
@@ -86,9 +86,9 @@ def templates(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     made = Files(tmp_path_factory.mktemp("commands"))
     shutil.copytree(demo / "source", made.source)
     prepare(made)
-    before = contents(made.folder)
+    before = tree(made.folder)
     yield made
-    assert contents(made.folder) == before
+    assert tree(made.folder) == before
 
 
 def prepare(templates: Files) -> None:
@@ -119,18 +119,6 @@ def part_lora(templates: Files) -> Path:
 
 def finished(done: Done) -> None:
     assert done.returncode == 0, done.stderr
-
-
-def contents(folder: Path) -> dict[str, str]:
-    """Every file below ``folder``: a digest, or where it links to."""
-    found = {}
-    for name, folders, files in os.walk(folder):
-        for path in (Path(name, entry) for entry in (*files, *folders)):
-            if path.is_symlink():
-                found[str(path)] = str(path.readlink())
-            elif path.is_file():
-                found[str(path)] = blake3(path.read_bytes()).hexdigest()
-    return found
 
 
 def ended_as_it_may(done: Done) -> None:

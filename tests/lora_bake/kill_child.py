@@ -33,14 +33,3 @@ def bake_until_killed(overlay: Path, options: dict[str, Any], kill_at: int, answ
         setattr(os, name, watched(getattr(os, name)))
     bake(BakeOptions(overlay, **options), SilentReporter())
     answer.send(calls)
-
-
-def peak_memory(overlay: Path, options: dict[str, Any], answer: Connection) -> None:
-    """Bake; sends the highest resident memory of the process in bytes."""
-    from ltxpack.lora_bake import BakeOptions, bake
-    from ltxpack.reporter import SilentReporter
-
-    bake(BakeOptions(overlay, **options), SilentReporter())
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    answer.send(int(line.split()[1]) * 1024)

@@ -105,23 +105,15 @@ def make_overlay(
     distilled: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """An overlay that holds a transformer (in ``shards`` files, cut by name) and a distilled LoRA."""
-    weights = random_weights() if weights is None else weights
     transformer = folder / "transformer"
     transformer.mkdir(parents=True)
     (transformer / "config.json").write_text(json.dumps(CONFIG))
-    _write_shards(transformer, weights, shards)
-    lora = low_rank(linears()) if distilled is None else None
-    save(folder / LORA_FILE, distilled if lora is None else official_keys(lora))
+    _write_shards(transformer, weights or random_weights(), shards)
+    save(folder / LORA_FILE, distilled or official_keys(low_rank(linears())))
     files = tuple(record(folder, path) for path in sorted(transformer.iterdir()))
-    manifest = Manifest(
-        model_version="2.3.0",
-        image_crf=33,
-        licence=None,
-        source=Source(None, None, ()),
-        components={"transformer": Component("diffusers", "LTX2VideoTransformer3DModel", files)},
-        loras=(Lora("distilled", record(folder, folder / LORA_FILE)),),
-        files=(),
-    )
+    components = {"transformer": Component("diffusers", "LTX2VideoTransformer3DModel", files)}
+    loras = (Lora("distilled", record(folder, folder / LORA_FILE)),)
+    manifest = Manifest("2.3.0", 33, None, Source(None, None, ()), components, loras, ())
     (folder / MANIFEST_NAME).write_bytes(manifest.dump())
     return folder
 
@@ -157,28 +149,15 @@ def goldens(folder: Path) -> list[tuple[Path, list[tuple[Path, float]]]]:
     return found
 
 
-def tree_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file under ``folder``: its bytes, or for a symlink where it points."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            found[path.relative_to(folder).as_posix()] = b"-> " + str(path.readlink()).encode()
-        elif path.is_file():
-            found[path.relative_to(folder).as_posix()] = path.read_bytes()
-    return found
-
-
 def _write_shards(folder: Path, weights: Mapping[str, torch.Tensor], shards: int) -> None:
     names = sorted(weights)
-    if shards == 1:
-        save(folder / "diffusion_pytorch_model.safetensors", weights)
-        return
-    weight_map = {}
     size = -(-len(names) // shards)
+    weight_map = {}
     for i in range(shards):
-        part = names[i * size : (i + 1) * size]
-        file = f"diffusion_pytorch_model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        save(folder / file, {name: weights[name] for name in part})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+        part = {name: weights[name] for name in names[i * size : (i + 1) * size]}
+        number = f"-{i + 1:05d}-of-{shards:05d}" if shards > 1 else ""
+        file = save(folder / f"diffusion_pytorch_model{number}.safetensors", part)
+        weight_map |= dict.fromkeys(part, file.name)
+    if shards > 1:
+        total = sum(tensor.nbytes for tensor in weights.values())
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))

@@ -25,7 +25,7 @@ from lora_support import (
     shapes,
 )
 
-from ltxpack.errors import AdapterError, FormatError, LtxpackError, SourceError
+from ltxpack.errors import AdapterError, FormatError, SourceError
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.find import hash_adapter, scan
 from ltxpack.lora_bake.stream import FactorReader
@@ -36,10 +36,6 @@ MODULES = linears()
 BASE = random_weights()
 FACTORS = low_rank(MODULES, RANK)
 ATTENTION = "transformer_blocks.1.attn1"
-
-
-def bare(module: str) -> str:
-    return module
 
 
 def official_root(module: str) -> str:
@@ -77,20 +73,12 @@ def config(**values: object) -> dict[str, object]:
     return {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, **values}
 
 
-def diffusers(module: str) -> str:
-    return f"transformer.{module}"
-
-
 def wrapped(module: str) -> str:
     return f"base_model.model.{module}"
 
 
 def flat(module: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
-
-
-def without_index(module: str) -> str:
-    return official_root(module).replace("to_out.0", "to_out")
 
 
 COMFY, NAMED = ("lora_down.weight", "lora_up.weight"), ("lora_A.default.weight", "lora_B.default.weight")
@@ -105,26 +93,26 @@ NAMINGS: dict[str, tuple[dict[str, torch.Tensor], object]] = {
     "official": (official_keys(FULL), None),
     "official alpha": (official_keys(FACTORS) | alphas(official_root, MODULES), None),
     "checkpoint root": (dotted(FULL, lambda m: f"model.diffusion_model.{official(m)}"), None),
-    "bare": (dotted(FULL, bare), None),
+    "bare": (dotted(FULL, str), None),
     "comfy": (dotted(FACTORS, official_root, *COMFY) | alphas(official_root, MODULES), None),
-    "diffusers": (dotted(FACTORS, diffusers), json.dumps({f"transformer.{k}": v for k, v in config().items()})),
+    "diffusers": (
+        dotted(FACTORS, "transformer.{}".format),
+        json.dumps({f"transformer.{k}": v for k, v in config().items()}),
+    ),
     "peft": (dotted(FACTORS, wrapped), config()),
     "peft rslora": (
         dotted(FACTORS, lambda m: wrapped(official(m))),
         config(lora_alpha=ALPHA / math.sqrt(RANK), use_rslora=True),
     ),
     "peft default": (dotted(FULL, wrapped, *NAMED), None),
-    "peft patterns": (
-        dotted(HALVED, wrapped),
-        config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={"net.2": RANK}),
-    ),
+    "peft patterns": (dotted(HALVED, wrapped), config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={"net.2": RANK})),
     "peft mixed ranks": (
         dotted(PADDED, wrapped),
         config(rank_pattern=dict.fromkeys(WIDE, 2 * RANK), alpha_pattern=dict.fromkeys(WIDE, 2 * ALPHA)),
     ),
     "kohya": (dotted(FACTORS, kohya, *COMFY) | alphas(kohya, MODULES), None),
     "kohya, diffusers names": (dotted(FACTORS, flat, *COMFY) | alphas(flat, MODULES), None),
-    "to_out without index": (dotted(FULL, without_index), None),
+    "to_out without index": (dotted(FULL, lambda m: official_root(m).replace("to_out.0", "to_out")), None),
     "fp32 factors": (official_keys({m: (a.float(), b.float()) for m, (a, b) in FULL.items()}), None),
     "full delta": ({f"{official_root(m)}.diff": b.float() @ a.float() for m, (a, b) in FULL.items()}, None),
 }
@@ -258,12 +246,6 @@ def test_a_lora_for_another_model_is_one_clear_message(allow: bool, tmp_path: Pa
     assert "none of its 40 targets" in error.problem and "blocks.0.self_attn.q" in str(error.found)
 
 
-def test_same_names_but_other_widths_is_another_model(tmp_path: Path) -> None:
-    factors = {m: (torch.zeros(4, 64), torch.zeros(64, 4)) for m in MODULES if ".attn1.to_q" in m and "audio" not in m}
-    error = refused(save(tmp_path / "x.safetensors", official_keys(factors)), "no shape agrees")
-    assert len(error.items) == len(factors)
-
-
 TEXT_PATH = {f"text_embedding_projection.video_aggregate_embed.lora_{c}.weight": torch.zeros(4, 4) for c in "AB"}
 INTEGERS = {key: tensor.to(torch.int8) for key, tensor in official_keys(low_rank(MODULES[:2])).items()}
 UNUSABLE = [(TEXT_PATH, "changes only the text path"), ({"weight": torch.zeros(2)}, "holds no LoRA"),
@@ -302,14 +284,15 @@ def test_refusals(extra: dict[str, tuple[int, ...]], kind: str, tmp_path: Path) 
     assert kind in refused(save(tmp_path / "x.safetensors", tensors), "does not fit").problem
 
 
-def test_a_fused_projection_of_the_wrong_height_is_refused(tmp_path: Path) -> None:
-    tensors = dotted({f"{ATTENTION}.to_qkv": (torch.zeros(4, 32), torch.zeros(64, 4))}, official_root)
-    error = refused(save(tmp_path / "x.safetensors", tensors), "no shape agrees")
-    assert "[96, 4]" in str(error.items)
+def test_targets_of_other_widths_are_another_model(tmp_path: Path) -> None:
+    factors = {m: (torch.zeros(4, 64), torch.zeros(64, 4)) for m in MODULES if ".attn1.to_q" in m and "audio" not in m}
+    error = refused(save(tmp_path / "x.safetensors", official_keys(factors)), "no shape agrees")
+    assert len(error.items) == len(factors)
     # Query and key of the cross attentions differ in width, so no fused projection exists there.
-    cross = "transformer_blocks.0.audio_to_video_attn"
-    tensors = dotted({f"{cross}.to_qkv": (torch.zeros(4, 32), torch.zeros(48, 4))}, official_root)
-    refused(save(tmp_path / "y.safetensors", tensors), "no shape agrees")
+    for module, height in ((ATTENTION, 64), ("transformer_blocks.0.audio_to_video_attn", 48)):
+        tensors = dotted({f"{module}.to_qkv": (torch.zeros(4, 32), torch.zeros(height, 4))}, official_root)
+        error = refused(save(tmp_path / "x.safetensors", tensors), "no shape agrees")
+        assert module != ATTENTION or "[96, 4]" in str(error.items)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
@@ -324,20 +307,17 @@ def test_other_float_dtypes_are_read(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 def peft(folder: Path, factors: Factors, **values: object) -> Path:
-    save(folder / "adapter_model.safetensors", dotted(factors, lambda m: f"base_model.model.{m}"))
+    save(folder / "adapter_model.safetensors", dotted(factors, wrapped))
     (folder / "adapter_config.json").write_text(json.dumps(config(**values)))
     return folder
 
 
-def test_one_alpha_for_mixed_ranks_is_ambiguous(tmp_path: Path) -> None:
+def test_one_alpha_for_mixed_ranks_is_ambiguous_and_a_stated_rank_must_be_the_rank(tmp_path: Path) -> None:
     mixed = low_rank(MODULES[:2], 4) | low_rank(MODULES[2:4], 8)
     refused(peft(tmp_path / "a", mixed), "1 ambiguous alpha")
     open_adapter(peft(tmp_path / "b", mixed, rank_pattern=dict.fromkeys(MODULES[2:4], 8)), shapes())
     open_adapter(save(tmp_path / "c.safetensors", official_keys(mixed)), shapes())
-
-
-def test_a_stated_rank_must_be_the_rank(tmp_path: Path) -> None:
-    assert "rank 4" in str(refused(peft(tmp_path, FACTORS, r=16), "rank mismatch").items)
+    assert "rank 4" in str(refused(peft(tmp_path / "d", FACTORS, r=16), "rank mismatch").items)
 
 
 def test_alpha_stated_twice_must_agree(tmp_path: Path) -> None:
@@ -364,10 +344,9 @@ def test_hostile_or_foreign_configurations(values: dict[str, object], tmp_path: 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"r": NaN}', "[" * 5000, '{"r": 1, "r": 2}'])
 def test_broken_configurations(text: str, tmp_path: Path) -> None:
-    folder = peft(tmp_path, FACTORS)
-    (folder / "adapter_config.json").write_text(text)
+    (peft(tmp_path, FACTORS) / "adapter_config.json").write_text(text)
     with pytest.raises((AdapterError, FormatError)):
-        open_adapter(folder, shapes())
+        open_adapter(tmp_path, shapes())
 
 
 def test_thousands_of_patterns_are_quick(tmp_path: Path) -> None:
@@ -399,7 +378,9 @@ def test_scan_hashes_the_file_and_its_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
-def test_nan_and_infinity_are_refused_with_the_list(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_nan_and_infinity_are_refused_with_the_list_and_large_values_pass(
+    value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
     tensors = official_keys(low_rank(MODULES, dtype=dtype))
     bad = sorted(tensors)[3], sorted(tensors)[-1]
     for key in bad:
@@ -408,22 +389,11 @@ def test_nan_and_infinity_are_refused_with_the_list(value: float, dtype: torch.d
     with pytest.raises(AdapterError, match="NaN or infinity in 2 tensors") as caught:
         scan(adapter, SilentReporter())
     assert set(caught.value.items) == set(bad)
-
-
-def test_large_but_finite_factors_pass(tmp_path: Path) -> None:
-    tensors = official_keys(low_rank(MODULES[:1], dtype=torch.float16))
-    for tensor in tensors.values():
-        tensor.fill_(60000)
-    scan(open_adapter(save(tmp_path / "x.safetensors", tensors), shapes()), SilentReporter())
+    for key in bad:
+        tensors[key].fill_(60000)
+    scan(open_adapter(save(tmp_path / "large.safetensors", tensors), shapes()), SilentReporter())
 
 
 def test_metadata_alpha_of_a_trainer_is_told(tmp_path: Path) -> None:
     path = save(tmp_path / "x.safetensors", official_keys(FACTORS), {"ss_network_alpha": "1"})
     assert "ss_network_alpha" in open_adapter(path, shapes()).warnings[0]
-
-
-def test_hostile_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.safetensors", {"a\x1b[31m.lora_A.weight": torch.zeros(2, 2)})
-    with pytest.raises(LtxpackError) as caught:
-        open_adapter(path, shapes())
-    assert "\x1b" not in str(caught.value)

@@ -6,10 +6,9 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from lora_support import (
     CONFIG,
+    INDEX,
     LORA_FILE,
     change_byte,
     dotted,
@@ -27,16 +27,15 @@ from lora_support import (
     official_keys,
     random_weights,
     save,
-    tree_bytes,
 )
-from support import load, ltxpack, refused
+from materialize.fake_hub import FakeHub
+from support import Notes, in_fresh_process, load, ltxpack, refused, tree
 
 from ltxpack.errors import AdapterError, DeviceError, LtxpackError, OverlayError, SourceError, UsageError
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, find, plan_bake
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import Bake, read_manifest
-from ltxpack.materialize.hub.client import RepoFile, RepoInfo
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
@@ -44,34 +43,6 @@ from ltxpack.reporter import SilentReporter
 BASE = random_weights()
 FACTORS = low_rank(linears())
 STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
-
-
-class Notes(SilentReporter):
-    """Keeps what was said, and holds progress to what was announced."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.phases: list[tuple[str, int, int]] = []
-        self._open: tuple[str, int] | None = None
-        self._count = 0
-
-    def note(self, message: str) -> None:
-        self.said.append(message)
-
-    warn = detail = note
-
-    def begin(self, label: str, total: int, unit: str) -> None:
-        assert self._open is None
-        self._open, self._count = (label, total), 0
-
-    def advance(self, amount: int = 1) -> None:
-        assert self._open is not None
-        self._count += amount
-
-    def end(self) -> None:
-        assert self._open is not None
-        self.phases.append((*self._open, self._count))
-        self._open = None
 
 
 @pytest.fixture
@@ -163,31 +134,24 @@ def test_several_strengths_at_once_are_the_bytes_of_each_alone(tmp_path: Path, s
             run(together, 0.25, 0.0, 1.0, added=added, rule=rule)
             for strength in (1.0, 0.0, 0.25):
                 run(apart, strength, added=added, rule=rule)
-            assert tree_bytes(together) == tree_bytes(apart)
+            assert tree(together) == tree(apart)
             shutil.rmtree(together)
             shutil.rmtree(apart)
 
 
-def test_a_bake_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trees = []
-    for cores in (1, 4):
-        monkeypatch.setattr("ltxpack.lora_bake.stream.usable_cores", lambda cores=cores: cores)
-        monkeypatch.setattr("ltxpack.lora_bake.fuse.CHUNK_ELEMENTS", {"fp32": 256, "addmm": 256})
-        folder = make_overlay(tmp_path / str(cores), BASE, distilled=official_keys(FACTORS))
-        run(folder, 0.7)
-        trees.append(tree_bytes(folder))
-    assert trees[0] == trees[1]
-
-
-def test_row_chunks_give_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    for elements in (1 << 21, 100):
-        monkeypatch.setattr("ltxpack.lora_bake.fuse.CHUNK_ELEMENTS", {"fp32": elements, "addmm": elements})
-        folder = make_overlay(tmp_path / str(elements), BASE, distilled=official_keys(FACTORS))
-        [name] = run(folder, 0.7)
-        results.append(folder_weights(folder / "bakes" / name))
-    different = sum(int((results[0][name] != results[1][name]).sum()) for name in BASE)
-    assert different <= 3
+@pytest.mark.parametrize(("cores", "elements"), [((1, 4), (256, 256)), ((1, 1), (1 << 21, 100))], ids=["cores", "rows"])
+def test_a_bake_does_not_depend_on_the_cores_and_hardly_on_its_row_chunks(
+    cores: tuple[int, int], elements: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    for count, size in zip(cores, elements, strict=True):
+        monkeypatch.setattr("ltxpack.lora_bake.stream.usable_cores", lambda count=count: count)
+        monkeypatch.setattr("ltxpack.lora_bake.fuse.CHUNK_ELEMENTS", {"fp32": size, "addmm": size})
+        folders.append(make_overlay(tmp_path / f"{count} {size}", BASE, distilled=official_keys(FACTORS)))
+        run(folders[-1], 0.7)
+    assert tree(folders[0]) == tree(folders[1]) or cores == (1, 1)
+    one, two = (folder_weights(folder / "bakes" / "distilled-0.7") for folder in folders)
+    assert sum(int((one[name] != two[name]).sum()) for name in BASE) <= 3
 
 
 def test_every_kernel_is_used_by_its_name(overlay: Path, style: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +187,7 @@ def test_the_folder_is_complete_and_verifies(overlay: Path) -> None:
     for name in names:
         folder = overlay / "bakes" / name
         assert {path.name for path in folder.iterdir()} == transformer | {"coverage.json", "coverage.html"}
-        for small in ("config.json", "diffusion_pytorch_model.safetensors.index.json"):
+        for small in ("config.json", INDEX):
             assert (folder / small).read_bytes() == (overlay / "transformer" / small).read_bytes()
     assert verify(overlay, SilentReporter()) == []
     assert not (overlay / ".ltxpack").exists()
@@ -296,9 +260,9 @@ def test_strength_zero(overlay: Path, style: Path) -> None:
 
 def test_the_plan_says_every_file_and_its_size(overlay: Path, style: Path) -> None:
     wanted = options(overlay, 0.25, 1.0, added=((str(style), 0.8),))
-    before = tree_bytes(overlay)
+    before = tree(overlay)
     plan = plan_bake(wanted, SilentReporter())
-    assert tree_bytes(overlay) == before
+    assert tree(overlay) == before
     bake(wanted, SilentReporter())
     assert {file["path"] for file in plan["files"]} == {
         path.relative_to(overlay).as_posix() for path in (overlay / "bakes").rglob("*") if path.is_file()
@@ -314,8 +278,6 @@ def test_the_plan_says_every_file_and_its_size(overlay: Path, style: Path) -> No
     assert planned(overlay, 0.5)["files"] == plan_bake(wanted, SilentReporter())["files"] == []
     with pytest.raises(OverlayError, match="made from other inputs"):
         planned(overlay, 0.5, rule="official")
-    elsewhere = shutil.copy(overlay / LORA_FILE, overlay.parent / "renamed.safetensors")
-    assert "distilled-0.4" in planned(overlay, 0.4, lora=str(elsewhere))["files"][0]["path"]
 
 
 def test_the_plan_in_words_says_that_reports_have_a_bound(overlay: Path) -> None:
@@ -328,8 +290,8 @@ def test_the_plan_in_words_says_that_reports_have_a_bound(overlay: Path) -> None
 def test_progress_adds_up(overlay: Path) -> None:
     notes = Notes()
     bake(options(overlay, 0.25, 1.0), notes)
-    assert len(notes.phases) == 2
-    assert all(total == count for _, total, count in notes.phases)
+    assert len(notes.phases) == 2 and notes.open == 0
+    assert all(total == count for _, _, total, count in notes.phases)
     assert sum("page cache" in note or "O_DIRECT" in note for note in notes.said) == 6
 
 
@@ -338,8 +300,11 @@ def test_progress_adds_up(overlay: Path) -> None:
 
 def test_another_lora_goes_by_its_stem_and_the_distilled_file_by_its_content(overlay: Path, style: Path) -> None:
     assert run(overlay, 0.8, lora=str(style)) == ["style-0.8"]
-    elsewhere = shutil.copy(overlay / LORA_FILE, overlay.parent / "renamed.safetensors")
-    assert run(overlay, 0.8, lora=str(elsewhere)) == ["distilled-0.8"]
+    assert run(overlay, 0.6, lora=str(overlay / LORA_FILE)) == ["distilled-0.6"]
+    for strength, name in ((0.7, "distilled"), (0.8, "renamed")):
+        elsewhere = shutil.copy(overlay / LORA_FILE, overlay.parent / f"{name}.safetensors")
+        [path] = {file["path"].split("/")[1] for file in planned(overlay, strength, lora=str(elsewhere))["files"]}
+        assert [path] == run(overlay, strength, lora=str(elsewhere)) == [f"distilled-{strength}"]
     assert run(overlay, 0.5, added=((str(elsewhere), 0.8),)) == ["distilled-0.5+renamed-0.8"]
     odd = shutil.copy(style, overlay.parent / "my style (v2)!.safetensors")
     assert run(overlay, 1.0, lora=str(odd)) == ["my-style-v2-1"]
@@ -371,28 +336,15 @@ def test_a_distilled_lora_on_a_distilled_base_is_refused_unless_forced(overlay: 
     assert made.made and [*read_manifest(overlay).bakes] == ["distilled-0.5"]
 
 
-def test_the_overlays_own_lora_is_distilled_by_any_path(overlay: Path, tmp_path: Path) -> None:
-    copied = shutil.copy(overlay / LORA_FILE, tmp_path / "distilled.safetensors")
-    for strength, file in ((0.5, overlay / LORA_FILE), (0.25, copied)):
-        plan = planned(overlay, strength, lora=str(file))
-        assert plan["files"][0]["path"].startswith(f"bakes/distilled-{strength}/")
-        assert run(overlay, strength, lora=str(file)) == [f"distilled-{strength}"]
-
-
-def test_name(overlay: Path) -> None:
-    assert run(overlay, 0.5, name="stage2") == ["stage2"]
-    with pytest.raises(UsageError, match="one strength"):
-        run(overlay, 0.5, 0.25, name="x")
-    for name in ("base", "..", "a/b", ""):
-        with pytest.raises(UsageError):
-            run(overlay, 0.5, name=name)
-
-
 NO_NUMBERS = [{key: value} for x in (math.nan, math.inf, -math.inf) for key, value in
               (("strengths", (x,)), ("added", (("x", x),)))]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", [{"rule": "bf16"}, {"device": "tpu"}, {"strengths": ()}, *NO_NUMBERS], ids=str)
+WRONG = [*({"name": name} for name in ("base", "..", "a/b", "")), {"name": "x", "strengths": (0.5, 0.25)},
+         {"rule": "bf16"}, {"device": "tpu"}, {"strengths": ()}, *NO_NUMBERS]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_options_are_checked(overlay: Path, wrong: dict) -> None:
     assert BakeOptions(Path("x"), (0.5, 0.25, 0.5, -0.0, 0.0)).checked().strengths == (0.5, 0.25, 0.0)
     with pytest.raises(UsageError, match="finite" if wrong in NO_NUMBERS else None):
@@ -412,47 +364,38 @@ def test_the_same_again_is_left_alone(overlay: Path, style: Path) -> None:
         assert {path: path.stat().st_mtime_ns for path in overlay.rglob("*") if path.is_file()} == before
 
 
-def test_only_the_missing_strength_is_made(overlay: Path) -> None:
-    run(overlay, 0.25)
-    reports = bake(options(overlay, 0.25, 0.5), SilentReporter())
-    assert [(report.name, report.made) for report in reports] == [("distilled-0.25", False), ("distilled-0.5", True)]
-
-
 def test_other_inputs_under_the_same_name_need_force(overlay: Path, style: Path) -> None:
     run(overlay, 0.5, name="mine")
-    before = tree_bytes(overlay)
+    before = tree(overlay)
     for more in ({"rule": "official"}, {"lora": str(style)}, {"added": ((str(style), 0.1),)}):
         with pytest.raises(OverlayError, match="made from other inputs") as caught:
             run(overlay, 0.5, name="mine", **more)
         assert caught.value.next.startswith(f"ltxpack bake-lora {overlay} --strength 0.5")
         assert caught.value.next.endswith("--name mine --force")
-        assert tree_bytes(overlay) == before
+        assert tree(overlay) == before
     with pytest.raises(OverlayError, match="made from other inputs"):
         run(overlay, 0.6, name="mine")
     run(overlay, 0.6, name="mine", force=True)
     assert read_manifest(overlay).bakes["mine"].loras[0].strength == 0.6
     assert verify(overlay, SilentReporter()) == []
     run(overlay, 0.6)
-    assert tree_bytes(overlay / "bakes/mine").keys() == tree_bytes(overlay / "bakes/distilled-0.6").keys()
+    assert tree(overlay / "bakes/mine").keys() == tree(overlay / "bakes/distilled-0.6").keys()
 
 
-def test_a_bake_that_lost_a_file_is_made_again(overlay: Path) -> None:
-    run(overlay, 0.5)
-    before = tree_bytes(overlay)
-    next((overlay / "bakes/distilled-0.5").glob("*00002-of*")).unlink()
-    assert [report.made for report in bake(options(overlay, 0.5), SilentReporter())] == [True]
-    assert tree_bytes(overlay) == before
+def test_a_bake_that_lost_a_file_is_made_again_and_by_force_whatever_is_there(overlay: Path) -> None:
+    def made(*strengths: float, **more: object) -> list[bool]:
+        return [report.made for report in bake(options(overlay, *strengths, **more), SilentReporter())]
 
-
-def test_force_makes_anew_whatever_is_there(overlay: Path) -> None:
-    run(overlay, 0.5)
-    whole = tree_bytes(overlay)
+    run(overlay, 0.25)
+    assert made(0.25, 0.5) == [False, True]
+    whole = tree(overlay)
     shard = next((overlay / "bakes/distilled-0.5").glob("*00002-of*"))
+    shard.unlink()
+    assert made(0.5) == [True] and tree(overlay) == whole
     change_byte(shard)
-    assert [report.made for report in bake(options(overlay, 0.5), SilentReporter())] == [False]
+    assert made(0.5) == [False]
     assert len(planned(overlay, 0.5, force=True)["files"]) == 7
-    assert [report.made for report in bake(options(overlay, 0.5, force=True), SilentReporter())] == [True]
-    assert tree_bytes(overlay) == whole
+    assert made(0.5, force=True) == [True] and tree(overlay) == whole
 
 
 def test_the_command_that_a_message_names_can_be_typed(overlay: Path, tmp_path: Path) -> None:
@@ -469,10 +412,10 @@ def test_the_command_that_a_message_names_can_be_typed(overlay: Path, tmp_path: 
 def assert_untouched_by(
     overlay: Path, error: type[LtxpackError], match: str, *strengths: float, **more: object
 ) -> LtxpackError:
-    before = tree_bytes(overlay)
+    before = tree(overlay)
     with pytest.raises(error, match=match) as caught:
         run(overlay, *strengths, **more)
-    assert tree_bytes(overlay) == before
+    assert tree(overlay) == before
     return caught.value
 
 
@@ -490,27 +433,22 @@ def test_a_changed_base_is_refused(overlay: Path) -> None:
     assert verify(overlay, SilentReporter()) == []
 
 
-@pytest.mark.parametrize("file", ["config.json", "diffusion_pytorch_model.safetensors.index.json"])
-def test_changed_small_files_of_the_base_are_refused(overlay: Path, file: str) -> None:
+CHANGES = {
+    **dict.fromkeys(("config.json", INDEX), lambda path: path.write_text(path.read_text().replace("e", "a", 1))),
+    "diffusion_pytorch_model-00003-of-00003.safetensors": lambda path: os.truncate(path, path.stat().st_size - 1),
+    f"../{LORA_FILE}": change_byte,
+}
+
+
+@pytest.mark.parametrize("file", CHANGES)
+def test_a_changed_or_missing_input_is_refused(overlay: Path, file: str) -> None:
     path = overlay / "transformer" / file
-    path.write_text(path.read_text().replace("e", "a", 1))
-    assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
-
-
-def test_a_truncated_or_missing_base_is_refused(overlay: Path) -> None:
-    shard = overlay / "transformer" / "diffusion_pytorch_model-00003-of-00003.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
-    shard.unlink()
-    assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
-
-
-def test_a_changed_distilled_lora_is_refused(overlay: Path) -> None:
-    path = overlay / LORA_FILE
-    change_byte(path)
+    CHANGES[file](path)
     assert_untouched_by(overlay, OverlayError, "has changed", 0.5)
     path.unlink()
-    assert_untouched_by(overlay, OverlayError, "missing or has changed", 0.5)
+    assert_untouched_by(
+        overlay, OverlayError, "missing or has changed" if "lora" in file else "has changed|missing", 0.5
+    )
 
 
 def test_overflow_is_refused_with_the_list_and_leaves_nothing(tmp_path: Path) -> None:
@@ -521,18 +459,13 @@ def test_overflow_is_refused_with_the_list_and_leaves_nothing(tmp_path: Path) ->
     run(overlay, 1.0)
 
 
-def test_nan_in_a_factor_is_refused(overlay: Path) -> None:
+def test_a_lora_that_does_not_fit_or_is_not_finite_is_refused(overlay: Path) -> None:
     tensors = official_keys(FACTORS)
     key = sorted(tensors)[7]
-    tensors[key] = torch.full_like(tensors[key], float("nan"))
-    path = save(overlay.parent / "nan.safetensors", tensors)
+    path = save(overlay.parent / "nan.safetensors", tensors | {key: torch.full_like(tensors[key], float("nan"))})
     error = assert_untouched_by(overlay, AdapterError, "NaN or infinity in 1 tensors", 1.0, lora=str(path))
     assert error.items == (key,)
-
-
-def test_a_lora_that_does_not_fit_is_refused_by_plan_and_bake(overlay: Path) -> None:
-    tensors = official_keys(FACTORS)
-    tensors.pop(sorted(tensors)[0])
+    del tensors[key]
     path = save(overlay.parent / "half.safetensors", tensors)
     assert_untouched_by(overlay, AdapterError, "1 half pair", 1.0, lora=str(path))
     with pytest.raises(AdapterError, match="1 half pair"):
@@ -629,22 +562,21 @@ def test_the_lora_is_not_read_for_what_is_there_already(overlay: Path, monkeypat
 
 def test_torch_is_not_imported_to_refuse_or_to_find_nothing_to_do(overlay: Path) -> None:
     run(overlay, 0.5)
-    program = f"""
-import sys
-from pathlib import Path
-from ltxpack.errors import LtxpackError
-from ltxpack.lora_bake import BakeOptions, bake
-from ltxpack.reporter import SilentReporter
-for overlay, options in ((Path("nowhere"), {{}}), (Path({str(overlay)!r}), {{"lora": "none.safetensors"}})):
-    try:
-        bake(BakeOptions(overlay, (0.5,), **options), SilentReporter())
-    except LtxpackError:
-        continue
-    sys.exit("not refused")
-assert not bake(BakeOptions(Path({str(overlay)!r}), (0.5,)), SilentReporter())[0].made
-sys.exit("torch" in sys.modules)
-"""
-    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+    code = """
+    import sys
+    from pathlib import Path
+    from ltxpack.errors import LtxpackError
+    from ltxpack.lora_bake import BakeOptions, bake
+    from ltxpack.reporter import SilentReporter
+    answer, overlay = [], Path(sys.argv[1])
+    for folder, options in ((Path("nowhere"), {}), (overlay, {"lora": "none.safetensors"}), (overlay, {})):
+        try:
+            answer.append(bake(BakeOptions(folder, (0.5,), **options), SilentReporter())[0].made)
+        except LtxpackError:
+            answer.append("refused")
+    answer.append("torch" in sys.modules)
+    """
+    assert in_fresh_process(code, overlay)[0] == ["refused", "refused", False, False]
 
 
 def test_a_torch_that_cannot_be_imported_is_told_where_it_is_asked_for(
@@ -677,85 +609,67 @@ def test_a_peft_folder(overlay: Path) -> None:
         run(overlay, 0.4, lora=str(folder))
 
 
-class FakeHub:
-    """A hub that holds one folder."""
-
-    folder = Path()
-    fetched: list[str] = []  # noqa: RUF012 (one list for the test)
-
-    def __init__(self, **_: object) -> None:
-        pass
-
-    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
-        names = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-        files = {name: RepoFile(name, (self.folder / name).stat().st_size, None) for name in names}
-        return RepoInfo(repo, "0" * 40, files)
-
-    def header(self, info: RepoInfo, name: str) -> bytes:
-        data = (self.folder / name).read_bytes()
-        return data[: 8 + int.from_bytes(data[:8], "little")]
-
-    def fetch(self, info: RepoInfo, name: str) -> Path:
-        self.fetched.append(name)
-        return self.folder / name
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """What the hub has as ``someone/repo``."""
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHub]:
-    FakeHub.folder = tmp_path / "hub"
-    FakeHub.fetched = []
-    monkeypatch.setattr(find, "Hub", FakeHub)
-    monkeypatch.chdir(tmp_path)
-    return FakeHub
+def hub(repo: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    hub = FakeHub({"someone/repo": repo})
+    monkeypatch.setattr(find, "Hub", lambda **_: hub)
+    monkeypatch.chdir(repo.parent)
+    return hub
 
 
-def test_a_lora_from_the_hub(overlay: Path, hub: type[FakeHub]) -> None:
-    save(hub.folder / "ltx2.3-style.safetensors", official_keys(STYLE))
-    reference = "someone/LTX-2.3-Style-LORA/ltx2.3-style.safetensors"
+def test_a_lora_from_the_hub(overlay: Path, hub: FakeHub, repo: Path) -> None:
+    save(repo / "ltx2.3-style.safetensors", official_keys(STYLE))
+    reference = "someone/repo/ltx2.3-style.safetensors"
     plan = planned(overlay, 0.5, added=((reference, 1.0),))
-    assert hub.fetched == []
+    assert hub.fetched("") == []
     assert run(overlay, 0.5, added=((reference, 1.0),)) == ["distilled-0.5+ltx2.3-style-1"]
     assert {file["path"] for file in plan["files"]} == {
         path.relative_to(overlay).as_posix() for path in (overlay / "bakes").rglob("*") if path.is_file()
     }
-    assert run(overlay, 0.5, lora="someone/LTX-2.3-Style-LORA@main") == ["ltx2.3-style-0.5"]
+    assert run(overlay, 0.5, lora="someone/repo@main") == ["ltx2.3-style-0.5"]
 
 
-def test_a_plan_takes_a_lora_of_the_hub_called_distilled_for_what_it_may_be(overlay: Path, hub: type[FakeHub]) -> None:
-    hub.folder.mkdir()
-    shutil.copy(overlay / LORA_FILE, hub.folder / "distilled.safetensors")
+def test_a_plan_takes_a_hub_lora_called_distilled_for_what_it_may_be(overlay: Path, hub: FakeHub, repo: Path) -> None:
+    shutil.copy(overlay / LORA_FILE, repo / "distilled.safetensors")
     plan = planned(overlay, 0.5, lora="someone/repo/distilled.safetensors")
     assert plan["files"][0]["path"].startswith("bakes/distilled-0.5/")
-    assert hub.fetched == []
+    assert hub.fetched("") == []
     assert run(overlay, 0.5, lora="someone/repo/distilled.safetensors") == ["distilled-0.5"]
-    save(hub.folder / "distilled.safetensors", official_keys(STYLE))
+    save(repo / "distilled.safetensors", official_keys(STYLE))
     with pytest.raises(UsageError, match="the overlay's own LoRA"):
         run(overlay, 1.0, lora="someone/repo/distilled.safetensors")
 
 
-def test_a_peft_adapter_from_the_hub_brings_its_configuration(overlay: Path, hub: type[FakeHub]) -> None:
-    save(hub.folder / "sub" / "adapter_model.safetensors", dotted(STYLE, lambda module: f"base_model.model.{module}"))
-    (hub.folder / "sub" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+def test_a_peft_adapter_from_the_hub_brings_its_configuration(overlay: Path, hub: FakeHub, repo: Path) -> None:
+    save(repo / "sub" / "adapter_model.safetensors", dotted(STYLE, lambda module: f"base_model.model.{module}"))
+    (repo / "sub" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
     assert run(overlay, 0.5, lora="someone/repo/sub") == ["sub-0.5"]
-    assert sorted(hub.fetched) == ["sub/adapter_config.json", "sub/adapter_model.safetensors"]
+    assert sorted(hub.fetched("")) == ["sub/adapter_config.json", "sub/adapter_model.safetensors"]
     assert read_manifest(overlay).bakes["sub-0.5"].loras[0].scale == 1.0
 
 
-def test_a_hub_reference_that_fits_nothing(overlay: Path, hub: type[FakeHub]) -> None:
+def test_a_hub_reference_that_fits_nothing(overlay: Path, hub: FakeHub, repo: Path) -> None:
     for name in ("a", "b"):
-        save(hub.folder / f"{name}.safetensors", official_keys(STYLE))
-    (hub.folder / "x.py").write_text("print()")
-    wrong = (("o/r", "several"), ("o/r/c.safetensors", "is not in o/r"), ("o/r/x.py", "not a .safetensors"))
+        save(repo / f"{name}.safetensors", official_keys(STYLE))
+    (repo / "x.py").write_text("print()")
+    wrong = (("", "several"), ("/c.safetensors", "is not in someone/repo"), ("/x.py", "not a .safetensors"))
     for reference, match in wrong:
         with pytest.raises(SourceError, match=match):
-            run(overlay, 1.0, lora=reference)
-    assert hub.fetched == []
+            run(overlay, 1.0, lora=f"someone/repo{reference}")
+    assert hub.fetched("") == []
 
 
-def test_what_exists_as_typed_wins_over_the_hub(overlay: Path, hub: type[FakeHub]) -> None:
-    save(hub.folder.parent / "a" / "b" / "c.safetensors", official_keys(STYLE))
+def test_what_exists_as_typed_wins_over_the_hub(overlay: Path, hub: FakeHub, repo: Path) -> None:
+    save(repo.parent / "a" / "b" / "c.safetensors", official_keys(STYLE))
     assert run(overlay, 1.0, lora="a/b/c.safetensors") == ["c-1"]
-    assert hub.fetched == []
+    assert hub.fetched("") == []
 
 
 def test_a_hand_edited_bake_entry_does_not_break_anything(overlay: Path) -> None:

@@ -82,27 +82,18 @@ def test_official_rule_differs_from_fp32_only_by_rounding() -> None:
     assert torch.allclose(official.float(), single.float(), rtol=2**-6, atol=2**-9)
 
 
-def test_official_rule_ignores_alpha() -> None:
+def test_official_rule_ignores_alpha_and_has_no_dora() -> None:
     weight, term = matrix(32, 32), factors(32, 32, 4)
     twice = Term(2.0, term.down, term.up)
     assert torch.equal(fuse_official(weight, [term], [0.7])[0], fuse_official(weight, [twice], [0.7])[0])
+    with pytest.raises(ValueError, match="DoRA"):
+        fuse_official(weight, [Term(1.0, term.down, term.up, torch.ones(32, 1))], [1.0])
 
 
 def test_official_rule_stores_a_float32_weight_rounded_to_bf16() -> None:
     weight = matrix(32, 32, dtype=torch.float32)
     found, _ = fuse_official(weight, [factors(32, 32, 4, dtype=torch.float32)], [1.0])
     assert found.dtype == torch.float32 and torch.equal(found, found.bfloat16().float())
-
-
-def test_official_rule_has_no_dora() -> None:
-    term = factors(8, 8, 2)
-    with pytest.raises(ValueError, match="DoRA"):
-        fuse_official(matrix(8, 8), [Term(1.0, term.down, term.up, torch.ones(8, 1))], [1.0])
-
-
-def test_official_rule_is_never_cut_into_rows() -> None:
-    assert list(row_chunks((16384, 4096), "official")) == [(0, 16384)]
-    assert list(row_chunks((5,), "official")) == [(0, 5)]
 
 
 # The fp32 rule
@@ -188,14 +179,7 @@ def test_what_is_measured() -> None:
     assert found.finite
 
 
-def test_overflow_of_the_stored_dtype_is_seen() -> None:
-    weight = torch.full((4, 4), 60000.0, dtype=torch.float16)
-    term = Term(1.0, torch.full((1, 4), 100.0), torch.full((4, 1), 100.0))
-    assert not fuse_rows(weight, [term], [[1.0]], "fp32")[0].finite
-    assert fuse_rows(weight, [term], [[-1.0]], "fp32")[0].finite
-
-
-def test_overflow_in_any_row_chunk_is_seen() -> None:
+def test_overflow_of_the_stored_dtype_is_seen_in_any_row_chunk() -> None:
     weight = torch.zeros(8, 8, dtype=torch.bfloat16)
     up = torch.zeros(8, 1, dtype=torch.bfloat16)
     up[7] = 3e38
@@ -204,6 +188,9 @@ def test_overflow_in_any_row_chunk_is_seen() -> None:
         ready = term.prepared(kernel, fuse.Workspace())
         first, last = (fuse_rows(weight[a : a + 4], [ready.rows(a, a + 4)], [[1.0]], kernel)[0] for a in (0, 4))
         assert first.finite and not last.finite, kernel
+    weight = torch.full((4, 4), 60000.0, dtype=torch.float16)
+    term = Term(1.0, torch.full((1, 4), 100.0), torch.full((4, 1), 100.0))
+    assert [fuse_rows(weight, [term], [[sign]], "fp32")[0].finite for sign in (1.0, -1.0)] == [False, True]
 
 
 def test_uneven_factors_do_not_overflow_the_norm() -> None:
@@ -241,6 +228,7 @@ def test_row_chunks_cover_every_row_once(shape: tuple[int, ...]) -> None:
     for kernel in ("fp32", "addmm"):
         rows = list(itertools.chain.from_iterable(range(a, b) for a, b in row_chunks(shape, kernel)))
         assert rows == list(range(shape[0]))
+    assert list(row_chunks(shape, "official")) == [(0, shape[0])], "never cut"
 
 
 def test_the_kernel_is_chosen_by_what_is_exact_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,9 @@ def few(tmp_path: Path) -> LoraUse:
     return applied(save(tmp_path / "few.safetensors", tensors | alphas))
 
 
-def test_columns_stand_in_model_order(whole: LoraUse) -> None:
-    parts = [cells for cells in page_of([whole]).rows if "q" in cells]
+def test_columns_and_their_cells_stand_in_model_order(whole: LoraUse) -> None:
+    page = page_of([whole])
+    parts = [cells for cells in page.rows if "q" in cells]
     assert [cell.strip() for cell in parts[0] if cell] == [
         *(["q", "k", "v", "out", "gate"] * 2 + ["in", "out"]) * 2,
         *["q", "k", "v", "out", "gate"] * 2,
@@ -78,13 +79,8 @@ def test_columns_stand_in_model_order(whole: LoraUse) -> None:
         parts = ["to_q", "to_k", "to_v", "to_out.0", "to_gate_logits"]
         parts = parts if group.module in ATTENTIONS else ["net.0.proj", "net.2"]
         assert [kind for kind, _ in group.columns] == [f"{group.module}.{part}" for part in parts]
-
-
-def test_cells_follow_their_columns(whole: LoraUse) -> None:
-    titles = page_of([whole]).titles
-    groups = coverage_page.column_groups(document_of([whole], lambda name: 0.01)["block_kinds"])
     kinds = [kind for group in groups for kind, _ in group.columns]
-    assert [title.split(": ")[0] for title in titles] == [
+    assert [title.split(": ")[0] for title in page.titles] == [
         f"transformer_blocks.{block}.{kind}.weight" for block in range(3) for kind in kinds
     ]
 
@@ -150,13 +146,18 @@ def test_what_is_not_on_the_scale_is_clamped_and_counted(few: LoraUse) -> None:
     assert f'class=hi style="background:{coverage_page.RAMP[-1]}"' in shown
 
 
-def test_median_and_largest_change_are_stated(few: LoraUse) -> None:
+def test_median_and_largest_change_are_stated_and_its_target_named(few: LoraUse, tmp_path: Path) -> None:
     changes = dict(zip(sorted(few.adapter.targets), (0.01, 0.02, 0.03, 0.2), strict=True))
     document = document_of([few], changes.__getitem__)
     assert (document["median_change"], document["largest_change"]) == (0.025, 0.2)
     text = " ".join(parsed(coverage_page.render(document)).text.split())
     assert "2.5 %median ‖ΔW‖ / ‖W‖" in text and "20 %largest ‖ΔW‖ / ‖W‖" in text
     assert "block 2, attn1.to_v" in text
+    modules = ["proj_in", "time_embed.emb.timestep_embedder.linear_1"]
+    lora = applied(save(tmp_path / "two.safetensors", official_keys(low_rank(modules))))
+    for largest in modules:
+        read = page_of([lora], lambda name, most=largest: 0.9 if name == f"{most}.weight" else 1e-3)
+        assert f"‖ΔW‖ / ‖W‖{largest}" in read.text
 
 
 def test_untouched_modules_are_shown_and_what_matched_is_counted_by_column(few: LoraUse) -> None:
@@ -309,11 +310,3 @@ def test_no_page_is_longer_than_its_bound(whole: LoraUse, few: LoraUse, mix: str
         bound = 2 * len(coverage_page.render(document_of(loras, lambda name: 1.11e-100)))
         document = document_of(loras, lambda name: dice.choice(MIXES[mix]))
         assert bound / 5 < len(coverage_page.render(document)) <= bound
-
-
-def test_the_target_with_the_largest_change_is_named(tmp_path: Path) -> None:
-    modules = ["proj_in", "time_embed.emb.timestep_embedder.linear_1"]
-    lora = applied(save(tmp_path / "two.safetensors", official_keys(low_rank(modules))))
-    for largest in modules:
-        read = page_of([lora], lambda name, most=largest: 0.9 if name == f"{most}.weight" else 1e-3)
-        assert f"‖ΔW‖ / ‖W‖{largest}" in read.text

@@ -28,7 +28,6 @@ PREFIXES = ["diffusion_model.", "transformer.", "base_model.model.", "lora_unet_
             "diffusion_model.diffusion_model."]  # fmt: skip
 WRAPPED = "base_model.model.transformer_blocks.0.attn1.to_q"
 PAIR = {f"{WRAPPED}.lora_A.weight": ("F32", [4, 32]), f"{WRAPPED}.lora_B.weight": ("F32", [32, 4])}
-FIELDS = ["r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "init_lora_weights"]
 ENDINGS = ["lora_A.weight", "lora_B.weight", "lora_down.weight", "lora_up.weight", "alpha", "dora_scale", "diff",
            "diff_b", "lora_magnitude_vector.default.weight", "lora_A.x.weight", "lora_mid.weight", ""]  # fmt: skip
 
@@ -60,7 +59,7 @@ def write(path: Path, entries: dict[str, tuple[str, list[int]]], metadata: dict[
     return True
 
 
-@settings(max_examples=300, deadline=1000)
+@settings(max_examples=200, deadline=1000)
 @given(
     st.dictionaries(keys(), tensors(), min_size=1, max_size=8),
     st.dictionaries(st.sampled_from(["lora_adapter_metadata", "ss_network_alpha", "format"]), st.text(max_size=20)),
@@ -77,7 +76,7 @@ def test_any_header_is_an_adapter_or_one_message(
             adapter = open_adapter(path, SHAPES, allow_unmatched=allow)
             scan(adapter, SilentReporter())
         except LtxpackError as error:
-            assert str(error) and "\x1b" not in str(error)
+            assert str(error).replace("\n", "").isprintable()
             return
         assert adapter.targets
         with contextlib.closing(FactorReader(adapter)) as reader:
@@ -85,27 +84,6 @@ def test_any_header_is_an_adapter_or_one_message(
                 term = reader.term(name)
                 assert term is not None and name in SHAPES
                 fuse_fp32(torch.zeros(SHAPES[name]), [term], [0.5])
-
-
-configurations = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=200, deadline=1000)
-@given(st.dictionaries(st.sampled_from(FIELDS), configurations))
-def test_any_configuration_is_used_or_refused(document: dict[str, object]) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write(folder / "adapter_model.safetensors", PAIR, {})
-        (folder / "adapter_config.json").write_text(json.dumps(document))
-        try:
-            adapter = open_adapter(folder, SHAPES)
-        except LtxpackError:
-            return
-        assert adapter.factor is not None
 
 
 @pytest.mark.parametrize("where", ["weights", "config"])

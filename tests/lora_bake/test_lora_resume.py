@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from kill_child import bake_until_killed, peak_memory
-from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, tree_bytes
+from kill_child import bake_until_killed
+from lora_support import change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
+from support import in_fresh_process, tree
 
 from ltxpack.errors import OverlayError
 from ltxpack.lora_bake import BakeOptions, bake
@@ -31,13 +33,13 @@ FACTORS = low_rank(linears())
 
 @pytest.fixture(scope="module")
 def spawn() -> Callable[..., Any]:
-    """Runs a function of kill_child in a fresh process; its answer, or None if it was killed."""
+    """Bakes in a fresh process that dies at a call to the file system; the calls, or None if it was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "ltxpack.lora_bake", "jsonschema", "kill_child"])
 
-    def run(target: Callable[..., None], *arguments: Any) -> Any:
+    def run(*arguments: Any) -> Any:
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=target, args=(*arguments, theirs))
+        process = context.Process(target=bake_until_killed, args=(*arguments, theirs))
         process.start()
         theirs.close()
         try:
@@ -62,7 +64,7 @@ def start(folder: Path) -> Path:
 @pytest.fixture
 def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """From now on no bake fuses more than so many shards: then it raises. None: no limit. Returns the shards' names."""
-    engine = sys.modules["ltxpack.lora_bake.stream"].Engine
+    engine = importlib.import_module("ltxpack.lora_bake.stream").Engine
     real = engine.fuse_shard
 
     def limit(count: int | None, error: BaseException | None = None) -> list[str]:
@@ -96,37 +98,21 @@ def test_killed_anywhere_the_same_command_finishes(job: str, tmp_path: Path, spa
     options = JOBS[job]
     undisturbed, pristine = start(tmp_path / "undisturbed"), tmp_path / "pristine"
     shutil.copytree(undisturbed, pristine, symlinks=True)
-    total = spawn(bake_until_killed, undisturbed, options, 0)
-    expected = tree_bytes(undisturbed)
+    total = spawn(undisturbed, options, 0)
+    expected = tree(undisturbed)
     order = random.Random(job)
     # The last calls move everything into its place: a third of the kills fall there.
     points = sorted(order.sample(range(1, total - 30), 4) + order.sample(range(total - 30, total + 1), 3))
     for point in points:
         overlay = tmp_path / f"killed-{point}"
         shutil.copytree(pristine, overlay, symlinks=True)
-        assert spawn(bake_until_killed, overlay, options, point) is None
+        assert spawn(overlay, options, point) is None
         manifest = read_manifest(overlay)
         assert "distilled-0.25" in manifest.bakes and faults_but_strays(overlay) == []
-        assert spawn(bake_until_killed, overlay, options, order.randrange(1, total)) in (None, *range(total + 30))
-        assert spawn(bake_until_killed, overlay, options, 0) is not None
-        assert tree_bytes(overlay) == expected
+        assert spawn(overlay, options, order.randrange(1, total)) in (None, *range(total + 30))
+        assert spawn(overlay, options, 0) is not None
+        assert tree(overlay) == expected
         shutil.rmtree(overlay)
-
-
-def test_finished_shards_are_kept(tmp_path: Path, stopped_after: Callable[..., Any]) -> None:
-    """After a failure in the third shard the first two are not fused again, and their figures are in the report."""
-    overlay, whole = start(tmp_path / "out"), start(tmp_path / "whole")
-    bake(BakeOptions(whole, (0.5,)), SilentReporter())
-    fused = []
-    for count in (2, 1):
-        names = stopped_after(count)
-        with pytest.raises(OverlayError, match="stopped"):
-            bake(BakeOptions(overlay, (0.5,)), SilentReporter())
-        fused += names
-    assert len(set(fused)) == 3
-    stopped_after(None)
-    bake(BakeOptions(overlay, (0.5,)), SilentReporter())
-    assert tree_bytes(overlay) == tree_bytes(whole)
 
 
 def test_a_stopped_bake_goes_on_with_its_kernel(
@@ -145,29 +131,41 @@ def test_a_stopped_bake_goes_on_with_its_kernel(
     assert (bakes["distilled-0.5"].kernel, bakes["distilled-0.75"].kernel) == ("fp32", "addmm")
 
 
-@pytest.mark.parametrize("damage", ["measured", "shard", "journal"])
-def test_what_a_stopped_bake_left_is_checked(damage: str, tmp_path: Path, stopped_after: Callable[..., Any]) -> None:
+def spoil_notes(work: Path) -> None:
+    """Of what the journal noted of two shards, one lacks a figure and one is of another."""
+    lines = [json.loads(line) for line in (work / "journal.jsonl").read_text().splitlines()]
+    first, *_, second = (line["note"] for line in lines if "note" in line)
+    first[1].pop()
+    second[0][1] = "another"
+    (work / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "none": lambda work: None,
+    "notes": spoil_notes,
+    "journal": lambda work: (work / "journal.jsonl").write_bytes(b"\0\1 nonsense"),
+    "shard": lambda work: change_byte(next((work / "files/bakes/distilled-0.5").glob("*.safetensors"))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_a_stopped_bake_left_is_kept_once_it_is_checked(
+    damage: str, tmp_path: Path, stopped_after: Callable[..., Any]
+) -> None:
+    """After a failure in the third shard the first two are not fused again, and their figures are in the report."""
     overlay, whole = start(tmp_path / "out"), start(tmp_path / "whole")
     bake(BakeOptions(whole, (0.5,)), SilentReporter())
-    stopped_after(2)
-    with pytest.raises(OverlayError, match="stopped"):
-        bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+    fused = []
+    for count in (2, 1):
+        names = stopped_after(count)
+        with pytest.raises(OverlayError, match="stopped"):
+            bake(BakeOptions(overlay, (0.5,)), SilentReporter())
+        fused += names
+    assert len(set(fused)) == 3
     stopped_after(None)
-    work = overlay / ".ltxpack" / "distilled-0.5.partial"
-    if damage == "measured":
-        lines = [json.loads(line) for line in (work / "journal.jsonl").read_text().splitlines()]
-        noted = [line for line in lines if "note" in line]
-        assert len(noted) == 2
-        noted[0]["note"][1].pop()
-        noted[1]["note"][0][1] = "another"
-        (work / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    elif damage == "journal":
-        (work / "journal.jsonl").write_bytes(b"\0\1 nonsense")
-    else:
-        shard = next((work / "files" / "bakes" / "distilled-0.5").glob("*.safetensors"))
-        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    DAMAGES[damage](overlay / ".ltxpack" / "distilled-0.5.partial")
     bake(BakeOptions(overlay, (0.5,)), SilentReporter())
-    assert tree_bytes(overlay) == tree_bytes(whole)
+    assert tree(overlay) == tree(whole)
 
 
 ROWS, COLUMNS, RANK, COUNT = 4096, 4096, 8, 14
@@ -190,9 +188,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("addmm", {"strengths": (0.7, 0.3)}), ("fp32", {"strengths": (0.7, 0.3)}),
      ("official", {"strengths": (0.7,), "rule": "official"})],
 )  # fmt: skip
-def test_memory_stays_bounded(
-    kernel: str, options: dict[str, Any], wide: Path, tmp_path: Path, spawn: Callable[..., Any]
-) -> None:
+def test_memory_stays_bounded(kernel: str, options: dict[str, Any], wide: Path, tmp_path: Path) -> None:
     largest, lora = ROWS * COLUMNS * 2, (ROWS + COLUMNS) * RANK * 2
     if kernel == "fp32":
         factors = {"transformer_blocks.0.attn1.to_q": (torch.zeros(1, COLUMNS), torch.zeros(ROWS, 1))}
@@ -200,7 +196,14 @@ def test_memory_stays_bounded(
         options = {**options, "added": ((str(style), 1.0),)}
     overlay = tmp_path / "out"
     shutil.copytree(wide, overlay, copy_function=os.link)
-    peak = spawn(peak_memory, overlay, {**options, "device": "cpu"})
+    code = """
+    import json, sys
+    from pathlib import Path
+    from ltxpack.lora_bake import BakeOptions, bake
+    from ltxpack.reporter import SilentReporter
+    answer = len(bake(BakeOptions(Path(sys.argv[1]), device="cpu", **json.loads(sys.argv[2])), SilentReporter()))
+    """
+    _, peak = in_fresh_process(code, overlay, json.dumps(options))
     manifest = read_manifest(overlay)
     assert {made.kernel for made in manifest.bakes.values()} == {
         kernel if kernel != "addmm" or cpu_has_bf16_unit() else "fp32"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from materialize import tiny_source
-from materialize.modules import SPEC, module_shapes, needs_spec
+from materialize.modules import module_shapes, needs_spec, spec
 
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
@@ -24,11 +23,7 @@ from ltxpack.materialize.checkpoint import read_checkpoint, read_upsampler
 @pytest.fixture(scope="module")
 def full_size() -> tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Configs of the real model, and the names and shapes of its checkpoint and of its upsampler."""
-    config = json.loads((SPEC / "ltx23_config.json").read_text())
-    listing = json.loads((SPEC / "ltx23_inventory.json").read_text())
-    groups = {name: group for name, group in listing.items() if isinstance(group, dict)}
-    upsampler = {name: tuple(shape) for name, shape in groups.pop("upsampler").items()}
-    shapes = {name: tuple(shape) for group in groups.values() for name, shape in group.items()}
+    config, shapes, upsampler = spec()
     configs = checkpoint_configs(config["config"], shapes, "spec")
     configs["latent_upsampler"] = upsampler_config(config["upsampler_config_x2"], 128, "spec")
     return configs, shapes, upsampler
@@ -62,19 +57,14 @@ def test_full_size_inventory_is_the_modules_state_dict(full_size, component: str
     assert inventory(component, config) == module_shapes(component, config)
 
 
-def test_golden_checkpoint_matches_the_modules(golden: Path) -> None:
+def test_golden_files_match_the_modules(golden: Path) -> None:
     (path,) = golden.glob("*-dev.safetensors")
     checkpoint = read_checkpoint(read_tensorfile(path), path)
     for component, config in checkpoint.configs.items():
         found = {tensor.target: tensor.info.shape for tensor in checkpoint.tensors[component]}
         assert found == inventory(component, config) == module_shapes(component, config)
-
-
-def test_golden_upsampler_matches_the_module(golden: Path) -> None:
     (path,) = golden.glob("*spatial-upscaler-x2*.safetensors")
-    (base,) = golden.glob("*-dev.safetensors")
-    latents = read_checkpoint(read_tensorfile(base), base).configs["vae"]["latent_channels"]
-    upsampler = read_upsampler(read_tensorfile(path), latents, path)
+    upsampler = read_upsampler(read_tensorfile(path), checkpoint.configs["vae"]["latent_channels"], path)
     assert upsampler.as_is
     found = {tensor.target: tensor.info.shape for tensor in upsampler.tensors}
     assert found == module_shapes("latent_upsampler", upsampler.config)

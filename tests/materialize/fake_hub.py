@@ -33,22 +33,18 @@ class FakeHub(Hub):
 
     def header(self, info: RepoInfo, name: str) -> bytes:
         self.asked.append(("header", info.repo, name))
-        with self._path(info, name).open("rb") as file:
-            first = file.read(8)
-            return first + file.read(int.from_bytes(first, "little"))
+        data = self.path(info, name).read_bytes()
+        return data[: 8 + int.from_bytes(data[:8], "little")]
 
     def fetch(self, info: RepoInfo, name: str) -> Path:
         self.asked.append(("fetch", info.repo, name))
-        return self._path(info, name)
+        return self.path(info, name)
 
     def path(self, info: RepoInfo, name: str) -> Path:
-        return self._path(info, name)
-
-    def fetched(self) -> list[str]:
-        """Names of the weights that were fetched whole."""
-        return [name for what, _, name in self.asked if what == "fetch" and name.endswith(".safetensors")]
-
-    def _path(self, info: RepoInfo, name: str) -> Path:
         folder = self.repos[info.repo]
         assert isinstance(folder, Path)
         return folder / name
+
+    def fetched(self, ending: str = ".safetensors") -> list[str]:
+        """Names of the files, of weights only or of any ``ending``, that were fetched whole."""
+        return [name for what, _, name in self.asked if what == "fetch" and name.endswith(ending)]

@@ -173,9 +173,7 @@ class HubServer:
 
     def environment(self, cache: Path, **more: str) -> dict[str, str]:
         """The environment for another process that is to use this hub and ``cache``, and no account of this machine."""
-        kept = {
-            key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
-        }
+        kept = {key: os.environ[key] for key in os.environ if not key.startswith("HF_") and "proxy" not in key.lower()}
         settings = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(cache.parent / "hf-home"),
@@ -186,9 +184,9 @@ class HubServer:
         }
         return {**kept, **settings, **more}
 
-    def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path, *, token: str | None = None) -> None:
-        """Points huggingface_hub in this process here: endpoint, cache, token, no proxy, no offline mode."""
-        use_endpoint(monkeypatch, self.endpoint, cache, token=token)
+    def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Points huggingface_hub in this process here: endpoint, cache, no token, no proxy, no offline mode."""
+        use_endpoint(monkeypatch, self.endpoint, cache)
 
     def take_drop(self) -> int | None:
         with self._lock:
@@ -199,7 +197,7 @@ class HubServer:
             return self.faults.statuses.pop(0) if self.faults.statuses else self.faults.always
 
 
-def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path, *, token: str | None = None) -> None:
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
     """Sets what huggingface_hub reads from the environment at import, for a hub at ``endpoint``."""
     import huggingface_hub
     from huggingface_hub import constants
@@ -209,10 +207,8 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path, *,
         monkeypatch.delenv(name)
     if proxies:  # the client made before would keep them; making another one is slow
         huggingface_hub.close_session()
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
-    if token is not None:
-        monkeypatch.setenv("HF_TOKEN", token)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     settings = {
         "ENDPOINT": endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
@@ -240,9 +236,8 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             authorization = self.headers.get("Authorization", "")
             self.token = authorization.removeprefix("Bearer ") or None
-            self.request_ = Request(
-                self.command, self.path, self.headers.get("Host", ""), self.headers.get("Range"), self.token
-            )
+            host, asked = self.headers.get("Host", ""), self.headers.get("Range")
+            self.request_ = Request(self.command, self.path, host, asked, self.token)
             if self.path == HOUSEKEEPING:
                 self._error(404, None, "not found")
                 return
@@ -271,16 +266,9 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             commit = self._commit(repo, revision)
             if commit is None:
                 return
-            listing = {
-                "_id": "0" * 24,
-                "id": repo,
-                "modelId": repo,
-                "sha": commit.sha,
-                "private": repo in server.private,
-                "gated": "manual" if repo in server.gated else False,
-                "tags": [],
-                "siblings": [_sibling(name, file) for name, file in commit.files.items()],
-            }
+            gated = "manual" if repo in server.gated else False
+            listing = {"_id": "0" * 24, "id": repo, "modelId": repo, "sha": commit.sha, "gated": gated, "tags": []}
+            listing |= {"private": repo in server.private, "siblings": [_sibling(*one) for one in commit.files.items()]}
             self._answer(200, json.dumps(server.faults.listing(listing)).encode(), {"Content-Type": "application/json"})
 
         def _resolve(self, repo: str, revision: str, name: str) -> None:
@@ -354,11 +342,9 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
                 self.connection.shutdown(socket.SHUT_RDWR)
 
         def _error(self, status: int, code: str | None, message: str, more: Mapping[str, str] | None = None) -> None:
-            named = {"X-Error-Code": code} if code else {}
-            body = json.dumps({"error": message}).encode()
-            self._answer(
-                status, body, {**named, "X-Error-Message": message, "Content-Type": "application/json", **(more or {})}
-            )
+            headers = {"X-Error-Message": message, "Content-Type": "application/json", **(more or {})}
+            headers |= {"X-Error-Code": code} if code else {}
+            self._answer(status, json.dumps({"error": message}).encode(), headers)
 
         def _answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
             self._head(status, len(body), headers)

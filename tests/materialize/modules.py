@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,15 @@ SPEC = REPOSITORY.parent / "shared" / "spec"
 needs_spec = pytest.mark.skipif(not SPEC.is_dir(), reason="no spec folder on this machine")
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def spec() -> tuple[dict[str, Any], Shapes, Shapes]:
+    """What the published files say and hold: metadata, the checkpoint's shapes, the upsampler's shapes."""
+    listing = json.loads((SPEC / "ltx23_inventory.json").read_text())
+    groups = {name: group for name, group in listing.items() if isinstance(group, dict)}
+    upsampler = {name: tuple(shape) for name, shape in groups.pop("upsampler").items()}
+    shapes = {name: tuple(shape) for group in groups.values() for name, shape in group.items()}
+    return json.loads((SPEC / "ltx23_config.json").read_text()), shapes, upsampler
 
 
 def module_class(component: str) -> Any:

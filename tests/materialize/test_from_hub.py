@@ -10,6 +10,7 @@ from hub_server import HubServer
 from materialize import tiny_source
 from materialize.modules import needs_spec
 from materialize.test_plan import full_size_checkpoint
+from support import tree
 
 from ltxpack.errors import SourceError
 from ltxpack.ltx23.releases import DEFAULT_FILES, TEXT_ENCODER_REPO
@@ -20,12 +21,11 @@ from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
 REPO = "Lightricks/LTX-2.3"
-NAMES = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}
 
 
 def repos(source: Path) -> dict[str, dict[str, bytes | Path]]:
     """The source as the hub would hold it: published names, the text encoder in its own repo."""
-    model: dict[str, bytes | Path] = {DEFAULT_FILES[role]: source / name for role, name in NAMES.items()}
+    model: dict[str, bytes | Path] = {DEFAULT_FILES[role]: source / name for role, name in tiny_source.NAMES.items()}
     gemma = {path.name: path for path in (source / tiny_source.GEMMA).iterdir()}
     return {REPO: {**model, "README.md": b"text"}, TEXT_ENCODER_REPO: {**gemma}}
 
@@ -44,7 +44,7 @@ def test_an_overlay_from_the_hub_equals_the_one_from_the_files(
     materialize(Options(REPO, out), SilentReporter())
     materialize(Options(str(source), local), SilentReporter())
     for component in (*CHECKPOINT_TABLES, "latent_upsampler", "scheduler", "text_encoder", "tokenizer"):
-        assert tiny_source.contents(out / component) == tiny_source.contents(local / component)
+        assert tree(out / component) == tree(local / component)
     assert verify(out, SilentReporter()) == []
     assert not [path for path in out.rglob("*") if path.is_symlink()]
     manifest = read_manifest(out)
@@ -59,7 +59,7 @@ def test_a_plan_moves_headers_only(server: HubServer, tmp_path: Path, out: Path)
     sent = sum(request.sent for request in server.requests)
     assert sent < sum(sizes.values()) / 4
     materialize(Options(REPO, out), SilentReporter())
-    found = {path: len(content) for path, content in tiny_source.contents(out).items() if path != "ltxpack.json"}
+    found = {path: len(content) for path, content in tree(out).items() if path != "ltxpack.json"}
     assert sizes == found
 
 
@@ -75,7 +75,7 @@ def test_the_same_again_needs_no_network(
     assert len(server.requests) == before
     again = tmp_path / "again"
     materialize(Options(REPO, again), SilentReporter())
-    assert tiny_source.contents(again / "transformer") == tiny_source.contents(out / "transformer")
+    assert tree(again / "transformer") == tree(out / "transformer")
 
 
 def test_a_gated_text_encoder_is_told_before_the_first_weight(

@@ -14,17 +14,13 @@ from ltxpack.materialize import Options, inspect_path, materialize
 from ltxpack.reporter import SilentReporter
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return tiny_source.make_source(tmp_path / "source", dtypes=tiny_source.f32_tables)
-
-
 def write(path: Path, shapes: dict[str, tuple[int, ...]], **metadata: str) -> Path:
     tiny_source.write_tensors(path, shapes, metadata)
     return path
 
 
-def test_a_checkpoint(source: Path) -> None:
+def test_a_checkpoint(tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source", dtypes=tiny_source.f32_tables)
     found = inspect_path(source / tiny_source.CHECKPOINT)
     json.dumps(found)
     assert (found["kind"], found["generation"], found["converts"]) == ("checkpoint", "LTX-2.3", True)
@@ -35,26 +31,23 @@ def test_a_checkpoint(source: Path) -> None:
     assert found["unknown"]["count"] == 0
 
 
-def test_a_checkpoint_that_does_not_convert_says_why(source: Path) -> None:
+def test_an_upsampler_and_a_checkpoint_that_does_not_convert(source: Path) -> None:
+    found = inspect_path(source / tiny_source.UPSAMPLER)
+    assert (found["kind"], found["converts"]) == ("upsampler", True)
+    assert found["config"]["mid_channels"] == 32
     tiny_source.Tiny(metadata={"model_version": "2.5.0"}).write(source)
     found = inspect_path(source / tiny_source.CHECKPOINT)
     assert (found["generation"], found["converts"]) == ("LTX-2.5", False)
     assert "2.5.0" in found["problem"]
 
 
-def test_an_upsampler(source: Path) -> None:
-    found = inspect_path(source / tiny_source.UPSAMPLER)
-    assert (found["kind"], found["converts"]) == ("upsampler", True)
-    assert found["config"]["mid_channels"] == 32
-
-
-LINEAR = {"down": (4, 24), "up": (24, 4)}
+MODULE = "transformer_blocks.3.attn1.to_q"
 STYLES = {
-    "official": ("diffusion_model.transformer_blocks.3.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
-    "comfy": ("diffusion_model.transformer_blocks.3.attn1.to_q", ".lora_down.weight", ".lora_up.weight"),
-    "diffusers": ("transformer.transformer_blocks.3.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
-    "peft": ("base_model.model.transformer_blocks.3.attn1.to_q", ".lora_A.default.weight", ".lora_B.default.weight"),
-    "bare": ("transformer_blocks.3.attn1.to_q", ".lora_A.weight", ".lora_B.weight"),
+    "official": (f"diffusion_model.{MODULE}", ".lora_A.weight", ".lora_B.weight"),
+    "comfy": (f"diffusion_model.{MODULE}", ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": (f"transformer.{MODULE}", ".lora_A.weight", ".lora_B.weight"),
+    "peft": (f"base_model.model.{MODULE}", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "bare": (MODULE, ".lora_A.weight", ".lora_B.weight"),
     "kohya": ("lora_unet_transformer_blocks_3_attn1_to_q", ".lora_down.weight", ".lora_up.weight"),
 }
 
@@ -62,7 +55,7 @@ STYLES = {
 @pytest.mark.parametrize("style", STYLES)
 def test_lora_styles(tmp_path: Path, style: str) -> None:
     module, down, up = STYLES[style]
-    shapes = {module + down: LINEAR["down"], module + up: LINEAR["up"], f"{module}.alpha": ()}
+    shapes = {module + down: (4, 24), module + up: (24, 4), f"{module}.alpha": ()}
     found = inspect_path(write(tmp_path / "x.safetensors", shapes))
     assert (found["kind"], found["style"], found["targets"], found["ranks"]) == ("lora", style, 1, {"4": 1})
     separator = "_" if style == "kohya" else "."
@@ -78,13 +71,8 @@ def test_half_pairs_and_others_are_listed(tmp_path: Path) -> None:
     assert found["alpha"] == "in the metadata"
 
 
-def test_other_tensors(tmp_path: Path) -> None:
-    found = inspect_path(write(tmp_path / "x.safetensors", {"a": (2, 3)}))
-    assert (found["kind"], found["params"], found["names"]) == ("tensors", 6, ["a"])
-
-
-def test_an_overlay(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_an_overlay(out: Path, tmp_path: Path) -> None:
+    source = tiny_source.make_source(tmp_path / "source", dtypes=tiny_source.f32_tables)
     materialize(Options(str(source), out), SilentReporter())
     found = inspect_path(out)
     json.dumps(found)
@@ -108,10 +96,10 @@ def test_a_folder_lists_its_files(source: Path, tmp_path: Path) -> None:
         inspect_path(tmp_path)
 
 
-def test_releases_are_told_by_name_and_size_as_a_guess_only(tmp_path: Path) -> None:
+def test_other_tensors_with_a_releases_name_and_another_size(tmp_path: Path) -> None:
     release = RELEASES[0]
-    path = write(tmp_path / release.file, {"a": (2, 3)})
-    found = inspect_path(path)
+    found = inspect_path(write(tmp_path / release.file, {"a": (2, 3)}))
+    assert (found["kind"], found["params"], found["names"]) == ("tensors", 6, ["a"])
     assert (found["release"], found["release_by_name_and_size"]) == (None, None)
     assert str(release.size) in found["warning"]
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from materialize import tiny_source
-from materialize.modules import SPEC, needs_spec
+from materialize.modules import needs_spec, spec
+from support import in_fresh_process
 
 from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.tensorfile import build_header
@@ -23,28 +21,21 @@ from ltxpack.repack.items import WriteShard
 from ltxpack.repack.tensors import Copied
 from ltxpack.reporter import SilentReporter
 
-# Runs the plan in a process of its own and prints it with the seconds and kilobytes it took.
 MEASURE = """
-import json, sys, time
+import sys, time
 from pathlib import Path
 from ltxpack.materialize import Options, plan_overlay
 from ltxpack.reporter import SilentReporter
 began = time.monotonic()
 plan = plan_overlay(Options(sys.argv[1], Path("unused")), SilentReporter()).to_json()
 seconds = time.monotonic() - began
-heavy = sorted({"torch", "diffusers", "transformers", "huggingface_hub"} & sys.modules.keys())
-# The most it ever held; getrusage would count the process that started this one too.
-peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(json.dumps([plan, seconds, int(peak.split()[1]), heavy]))
+answer = plan, seconds, sorted({"torch", "diffusers", "transformers", "huggingface_hub"} & sys.modules.keys())
 """
 
 
 def full_size_checkpoint(path: Path, f32: bool) -> dict[str, tuple[int, ...]]:
     """A sparse file with the real model's header; returns its tensors' shapes."""
-    config = json.loads((SPEC / "ltx23_config.json").read_text())
-    listing = json.loads((SPEC / "ltx23_inventory.json").read_text())
-    groups = {name: group for name, group in listing.items() if isinstance(group, dict) and name != "upsampler"}
-    shapes = {name: tuple(shape) for group in groups.values() for name, shape in group.items()}
+    config, shapes, _ = spec()
     dtypes = tiny_source.f32_tables if f32 else lambda name: "BF16"
     order = sorted(shapes, key=lambda name: (dtypes(name) != "F32", name))
     metadata = {"config": json.dumps(config["config"]), "model_version": config["model_version"]}
@@ -66,7 +57,7 @@ def shard_header(tensors: list[tuple[str, tuple[int, ...]]]) -> int:
         begin, end = end, end + 2 * math.prod(shape)
         document[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     length = len(json.dumps(document, separators=(",", ":")))
-    return len(struct.pack("<Q", 0)) + (length + 7) // 8 * 8
+    return 8 + (length + 7) // 8 * 8
 
 
 def expected_shards(shapes: dict[str, tuple[int, ...]], limit: int) -> dict[str, int]:
@@ -94,10 +85,9 @@ def expected_shards(shapes: dict[str, tuple[int, ...]], limit: int) -> dict[str,
 def test_full_size_plan_is_right_to_the_byte_in_seconds_and_little_memory(tmp_path: Path, f32: bool) -> None:
     path = tmp_path / "ltx-2.3-22b-dev.safetensors"
     shapes = full_size_checkpoint(path, f32)
-    run = subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True)
-    plan, seconds, kilobytes, heavy = json.loads(run.stdout)
+    (plan, seconds, heavy), peak = in_fresh_process(MEASURE, path)
     assert seconds < 10
-    assert kilobytes < 100_000
+    assert peak < 100_000 * 1024
     assert heavy == []
     files = {file["path"]: file for file in plan["files"]}
     shards = {name: file["bytes"] for name, file in files.items() if file["action"] == "repack"}
@@ -106,11 +96,8 @@ def test_full_size_plan_is_right_to_the_byte_in_seconds_and_little_memory(tmp_pa
     written = {name for name, file in files.items() if file["action"] == "write"}
     configs = {f"{component}/config.json" for component in CHECKPOINT_TABLES}
     indexes = {f"{c}/diffusion_pytorch_model.safetensors.index.json" for c in ("transformer", "connectors")}
-    assert written == configs | indexes | {
-        "scheduler/scheduler_config.json",
-        "model_index.json",
-        "source/metadata.json",
-    }
+    others = {"scheduler/scheduler_config.json", "model_index.json", "source/metadata.json"}
+    assert written == configs | indexes | others
     assert plan["total_bytes"] == sum(file["bytes"] for file in plan["files"])
     assert [entry.split(":")[0] for entry in plan["missing"]] == ["lora", "upsampler", "text_encoder"]
 
@@ -124,13 +111,19 @@ def test_plan_lists_what_is_missing(source: Path, out: Path) -> None:
     assert not out.exists()
 
 
-def test_ambiguous_inputs_are_no_plan(source: Path, out: Path) -> None:
-    (source / f"b-{tiny_source.CHECKPOINT}").write_bytes(b"")
-    with pytest.raises(SourceError, match="several"):
-        plan_overlay(Options(str(source), out), SilentReporter())
-    (source / f"b-{tiny_source.CHECKPOINT}").rename(source / f"b-{tiny_source.LORA}")
-    with pytest.raises(SourceError, match="several"):
-        plan_overlay(Options(str(source), out), SilentReporter())
+def test_ambiguous_and_broken_inputs_are_no_plan(source: Path, out: Path) -> None:
+    for name in (tiny_source.CHECKPOINT, tiny_source.LORA):
+        (source / f"b-{name}").touch()
+        with pytest.raises(SourceError, match="several"):
+            plan_overlay(Options(str(source), out), SilentReporter())
+        (source / f"b-{name}").unlink()
+    path = source / tiny_source.CHECKPOINT
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:100], b"", b"PK\x03\x04" + whole[4:], whole + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(LtxpackError) as caught:
+            plan_overlay(Options(str(source), out), SilentReporter())
+        assert tiny_source.CHECKPOINT in str(caught.value)
 
 
 def test_actions_say_what_is_done(source: Path, out: Path) -> None:
@@ -166,13 +159,3 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_other_sizes_are_wrong_use(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--vram is not a size"):
         parse_size(text, "--vram")
-
-
-def test_a_broken_checkpoint_is_one_error(source: Path, out: Path) -> None:
-    path = source / tiny_source.CHECKPOINT
-    whole = path.read_bytes()
-    for content in (whole[:-1], whole[:100], b"", b"PK\x03\x04" + whole[4:], whole + b"\0"):
-        path.write_bytes(content)
-        with pytest.raises(LtxpackError) as caught:
-            plan_overlay(Options(str(source), out), SilentReporter())
-        assert tiny_source.CHECKPOINT in str(caught.value)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from materialize import tiny_source
 from materialize.fake_hub import FakeHub
+from support import tree
 
 from ltxpack.errors import OverlayError, SourceError
 from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
@@ -57,7 +58,7 @@ def out(of_others: Path, tmp_path: Path) -> Path:
 
 def damaged(overlay: Path, *names: str) -> dict[str, bytes]:
     """Remove ``names``; what the overlay held before."""
-    before = tiny_source.contents(overlay)
+    before = tree(overlay)
     for name in names:
         (overlay / name).unlink()
     return before
@@ -68,7 +69,7 @@ def test_another_checkpoint_and_lora_than_the_defaults_are_found(hub: FakeHub, o
     names = [record.path for record in manifest.records()]
     before = damaged(out, *names)
     restore_base(out, manifest, names, QUIET, hub=hub)
-    assert tiny_source.contents(out) == before
+    assert tree(out) == before
     assert {repo for what, repo, _ in hub.asked if what == "info"} == {REPO, OTHERS, TEXT_ENCODER_REPO}
     assert {revision for what, _, revision in hub.asked if what == "info"} == {
         file.revision for file in manifest.source.files
@@ -95,8 +96,8 @@ def test_only_what_damaged_files_were_made_from_is_fetched(
     (name,) = (path.relative_to(out).as_posix() for path in out.glob(name))
     before = damaged(out, name)
     restore_base(out, read_manifest(out), [name], QUIET, hub=hub)
-    assert tiny_source.contents(out) == before
-    assert [member for what, _, member in hub.asked if what == "fetch"] == fetched
+    assert tree(out) == before
+    assert hub.fetched("") == fetched
 
 
 def test_a_local_input_beside_hub_inputs_is_only_asked_for_when_it_is_needed(
@@ -113,7 +114,7 @@ def test_a_local_input_beside_hub_inputs_is_only_asked_for_when_it_is_needed(
         restore_base(out, manifest, ["loras/mine.safetensors"], QUIET, hub=hub)
     assert "mine.safetensors" in str(caught.value) and "--source FOLDER" in caught.value.next
     restore_base(out, manifest, ["loras/mine.safetensors"], QUIET, source=str(tmp_path), hub=hub)
-    assert tiny_source.contents(out) == before
+    assert tree(out) == before
 
 
 def test_a_folder_with_another_file_of_that_name_and_size_repairs_nothing(source: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from materialize import tiny_source
@@ -35,38 +36,25 @@ def hub_repos(tmp_path: Path, source: Path) -> FakeHub:
     """The source as the two repos of the hub, under the published names."""
     model = tmp_path / "model"
     model.mkdir()
-    names = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}
-    for role, name in names.items():
+    for role, name in tiny_source.NAMES.items():
         shutil.copy(source / name, model / DEFAULT_FILES[role])
     shutil.copy(source / tiny_source.CHECKPOINT, model / "ltx-2.3-22b-dev-extra.safetensors")
     return FakeHub({"Lightricks/LTX-2.3": model, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
 
 
-def test_a_folder_is_enough(source: Path) -> None:
+def test_a_folder_is_enough_and_a_single_file_finds_the_others_beside_it(source: Path) -> None:
     found = find(source)
-    assert found.lora is not None and found.upsampler is not None and found.text_encoder is not None
-    assert [found.checkpoint.name, found.lora.name, found.upsampler.name] == [
-        tiny_source.CHECKPOINT,
-        tiny_source.LORA,
-        tiny_source.UPSAMPLER,
-    ]
+    assert {role: getattr(found, role).name for role in tiny_source.NAMES} == tiny_source.NAMES
     assert found.text_encoder.label.endswith(tiny_source.GEMMA)
     assert found.checkpoint.repo is None and not found.missing
-
-
-def test_a_single_file_finds_the_others_beside_it(source: Path) -> None:
-    assert find(source / tiny_source.CHECKPOINT) == find(source)
-
-
-def test_a_single_file_need_not_be_called_dev(source: Path) -> None:
-    renamed = source / "my base.safetensors"
-    (source / tiny_source.CHECKPOINT).rename(renamed)
+    assert find(source / tiny_source.CHECKPOINT) == found
+    renamed = (source / tiny_source.CHECKPOINT).rename(source / "my base.safetensors")
     assert find(renamed).checkpoint.path == renamed
 
 
-@pytest.mark.parametrize("role", ["checkpoint", "lora", "upsampler"])
+@pytest.mark.parametrize("role", tiny_source.NAMES)
 def test_two_candidates_are_refused_and_listed(source: Path, role: str) -> None:
-    name = {"checkpoint": tiny_source.CHECKPOINT, "lora": tiny_source.LORA, "upsampler": tiny_source.UPSAMPLER}[role]
+    name = tiny_source.NAMES[role]
     shutil.copy(source / name, source / f"another-{name}")
     with pytest.raises(SourceError, match="several") as caught:
         find(source)
@@ -80,8 +68,7 @@ def test_two_text_encoders_are_refused_and_listed(source: Path) -> None:
     with pytest.raises(SourceError, match="several text encoders") as caught:
         find(source)
     assert caught.value.items == ("gemma", "gemma2")
-    encoder = find(source, text_encoder="gemma2").text_encoder
-    assert encoder is not None and encoder.label.endswith("gemma2")
+    assert find(source, text_encoder="gemma2").text_encoder.label.endswith("gemma2")
 
 
 def test_other_subfolders_are_no_text_encoders(source: Path) -> None:
@@ -108,6 +95,9 @@ def test_everything_missing_is_told_at_once(source: Path) -> None:
     found = find(source, allow_missing=True)
     assert list(found.missing) == ["lora", "upsampler", "text_encoder"]
     assert "\n" not in "".join(found.missing.values())
+    (source / tiny_source.CHECKPOINT).unlink()
+    with pytest.raises(SourceError, match="no file for the checkpoint"):
+        find(source, allow_missing=True)
 
 
 def test_several_unclear_inputs_each_list_their_candidates(tmp_path: Path) -> None:
@@ -139,42 +129,28 @@ def test_what_to_do_about_several_inputs_is_said_once_each(source: Path, tmp_pat
     )
 
 
-def test_the_checkpoint_is_never_optional(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no file for the checkpoint"):
-        find(tmp_path, allow_missing=True)
-
-
-def test_a_flag_takes_a_file_a_folder_or_a_name_within_source(source: Path, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    moved = elsewhere / tiny_source.LORA
-    (source / tiny_source.LORA).rename(moved)
-    for typed in (moved, elsewhere):
-        lora = find(source, lora=typed).lora
-        assert lora is not None and lora.path == moved
-    upsampler = find(source, lora=moved, upsampler=tiny_source.UPSAMPLER.removesuffix(".safetensors")).upsampler
-    assert upsampler is not None and upsampler.name == tiny_source.UPSAMPLER
-
-
-def test_a_path_that_exists_wins_over_a_name_within_source(
+def test_a_flag_takes_a_file_a_folder_or_a_name_within_source_which_a_path_that_exists_wins_over(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    shutil.copy(source / tiny_source.LORA, here / tiny_source.LORA)
-    monkeypatch.chdir(here)
-    lora = find(source, lora=tiny_source.LORA).lora
-    assert lora is not None and lora.path == here / tiny_source.LORA
+    (tmp_path / "elsewhere").mkdir()
+    moved = Path(shutil.copy(source / tiny_source.LORA, tmp_path / "elsewhere"))
+    monkeypatch.chdir(moved.parent)
+    assert find(source, lora=tiny_source.LORA).lora.path == moved
+    (source / tiny_source.LORA).unlink()
+    for typed in (moved, moved.parent):
+        assert find(source, lora=typed).lora.path == moved
+    typed = tiny_source.UPSAMPLER.removesuffix(".safetensors")
+    assert find(source, lora=moved, upsampler=typed).upsampler.name == tiny_source.UPSAMPLER
 
 
-def test_the_checkpoint_named_twice_is_wrong_use(source: Path) -> None:
-    with pytest.raises(UsageError, match="twice"):
-        find(source / tiny_source.CHECKPOINT, checkpoint=source / tiny_source.CHECKPOINT)
-
-
-def test_a_revision_of_a_local_folder_is_wrong_use(source: Path) -> None:
-    with pytest.raises(UsageError, match="--revision"):
-        find(source, revision="main")
+def test_wrong_use(source: Path) -> None:
+    checkpoint = source / tiny_source.CHECKPOINT
+    for place, flags, told in (
+        (checkpoint, {"checkpoint": checkpoint}, "twice"), (source, {"revision": "main"}, "--revision"),
+        ("https://example.org/Lightricks/LTX-2.3", {}, r"write Lightricks/LTX-2\.3"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=told):
+            find(place, **flags)
 
 
 def test_a_mistyped_path_names_what_is_there(source: Path, tmp_path: Path) -> None:
@@ -195,19 +171,15 @@ def test_a_relative_typo_that_looks_like_a_repo_names_both(source: Path, monkeyp
     assert caught.value.items == (f"{source.parent.name}/source",)
 
 
-def test_a_web_address_says_what_to_write(source: Path) -> None:
-    with pytest.raises(UsageError, match=r"write Lightricks/LTX-2\.3"):
-        find("https://example.org/Lightricks/LTX-2.3")
-
-
-def test_hub_defaults_are_the_published_names(source: Path, tmp_path: Path) -> None:
+def test_hub_defaults_are_the_published_names_else_the_rule_of_a_folder(source: Path, tmp_path: Path) -> None:
     hub = hub_repos(tmp_path, source)
     found = find("Lightricks/LTX-2.3", hub)
-    assert found.lora is not None and found.upsampler is not None and found.text_encoder is not None
-    assert [file.member for file in (found.checkpoint, found.lora, found.upsampler)] == list(DEFAULT_FILES.values())
+    assert {role: getattr(found, role).member for role in DEFAULT_FILES} == DEFAULT_FILES
     assert found.text_encoder.label == TEXT_ENCODER_REPO
-    assert found.checkpoint.repo is not None and found.checkpoint.sha256 is not None
+    assert found.checkpoint.sha256 is not None
     assert (found.checkpoint.repo.repo, found.checkpoint.repo.commit) == ("Lightricks/LTX-2.3", COMMIT)
+    hub.repos["someone/fork"] = source
+    assert find("someone/fork", hub).checkpoint.member == tiny_source.CHECKPOINT
 
 
 def test_hub_inputs_are_read_by_headers_alone_and_fetched_after(source: Path, tmp_path: Path) -> None:
@@ -229,8 +201,8 @@ def test_revisions_and_files_of_other_repos(source: Path, tmp_path: Path) -> Non
     found = find("Lightricks/LTX-2.3", hub, revision="abc", lora=lora, text_encoder="someone/loras/gemma")
     assert ("info", "Lightricks/LTX-2.3", "abc") in hub.asked
     assert ("info", "someone/loras", "v2") in hub.asked
-    assert found.lora is not None and found.lora.label == f"someone/loras/{tiny_source.LORA}"
-    assert found.text_encoder is not None and "config.json" in found.text_encoder.files
+    assert found.lora.label == f"someone/loras/{tiny_source.LORA}"
+    assert "config.json" in found.text_encoder.files
     with pytest.raises(SourceError, match="is not in the repo") as caught:
         find("Lightricks/LTX-2.3", hub, lora="someone/loras/ltx-2.3-mini-distilled-lora-9.safetensors")
     assert tiny_source.LORA in caught.value.items
@@ -238,36 +210,21 @@ def test_revisions_and_files_of_other_repos(source: Path, tmp_path: Path) -> Non
         find("Lightricks/LTX-2.3@main", hub, revision="abc")
 
 
-def test_a_repo_with_other_names_follows_the_folder_rule(source: Path, tmp_path: Path) -> None:
-    hub = FakeHub({"someone/fork": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
-    assert find("someone/fork", hub).checkpoint.member == tiny_source.CHECKPOINT
-
-
-def test_links_out_of_a_folder_lead_to_the_real_file(source: Path, tmp_path: Path) -> None:
-    real = tmp_path / "elsewhere.bin"
-    (source / tiny_source.CHECKPOINT).rename(real)
-    (source / tiny_source.CHECKPOINT).symlink_to(real)
+def test_links_lead_to_the_real_file_and_a_cache_blob_tells_its_hash(source: Path, tmp_path: Path) -> None:
+    checkpoint, lora, digest = source / tiny_source.CHECKPOINT, source / tiny_source.LORA, "ab" * 32
+    (tmp_path / "blobs").mkdir()
+    for link, real in ((checkpoint, tmp_path / "elsewhere.bin"), (lora, tmp_path / "blobs" / digest)):
+        link.rename(real)
+        link.symlink_to(Path("..") / real.relative_to(tmp_path))
     found = find(source)
-    assert (found.checkpoint.path, found.checkpoint.name) == (real, tiny_source.CHECKPOINT)
-    assert found.checkpoint.label == str(source / tiny_source.CHECKPOINT)
-
-
-def test_a_cache_blob_tells_its_hash(source: Path, tmp_path: Path) -> None:
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    digest = "ab" * 32
-    (source / tiny_source.LORA).rename(blobs / digest)
-    (source / tiny_source.LORA).symlink_to(Path("..") / "blobs" / digest)
-    lora = find(source).lora
-    assert lora is not None and lora.sha256 == digest
-    assert cached_sha256(source / tiny_source.CHECKPOINT) is None
+    assert (found.checkpoint.path, found.checkpoint.name) == (tmp_path / "elsewhere.bin", tiny_source.CHECKPOINT)
+    assert found.checkpoint.label == str(checkpoint)
+    assert found.lora.sha256 == digest
+    assert cached_sha256(checkpoint) is None
 
 
 def test_a_folder_without_permission_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(folder: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(Path, "iterdir", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(SourceError, match="Permission denied"):
         find(tmp_path)
 
@@ -321,32 +278,23 @@ def test_text_encoder_faults_are_refused_by_name(source: Path, fault: str) -> No
 
 
 def test_a_text_encoder_of_another_size_does_not_fit(source: Path) -> None:
-    config = json.loads(json.dumps(tiny_source.CONFIG))
-    shapes = tiny_source.tensor_shapes(config, factor=5)
-    tiny_source.Tiny(shapes=shapes).write(source)
+    tiny_source.Tiny(shapes=tiny_source.tensor_shapes(tiny_source.CONFIG, factor=5)).write(source)
     with pytest.raises(UnsupportedError, match="another size") as caught:
         read(source)
     assert (caught.value.expected, caught.value.found) == ("width 24 and 4 layers", "width 24 and 2 layers")
 
 
-def test_only_known_files_of_the_text_encoder_are_taken(source: Path) -> None:
-    encoder = read(source).text_encoder
-    assert encoder is not None
+def test_only_known_files_of_the_text_encoder_are_taken_and_one_weight_file_needs_no_index(source: Path) -> None:
+    encoder, folder = read(source).text_encoder, source / tiny_source.GEMMA
     names = {file.name for file in (*encoder.model, *encoder.tokenizer)}
     assert not [name for name in names if not name.endswith((".safetensors", ".json", ".jinja"))]
     assert "chat_template.jinja" in {file.name for file in encoder.tokenizer}
-
-
-def test_a_text_encoder_in_one_file_needs_no_index(source: Path) -> None:
-    folder = source / tiny_source.GEMMA
     for path in folder.glob("model*"):
         path.unlink()
-
     shapes = {"language_model.model.embed_tokens.weight": (32, 24)}
     shapes |= {f"language_model.model.layers.{i}.input_layernorm.weight": (24,) for i in range(2)}
     tiny_source.write_tensors(folder / "model.safetensors", shapes, {})
-    encoder = read(source).text_encoder
-    assert encoder is not None and "model.safetensors" in {file.name for file in encoder.model}
+    assert "model.safetensors" in {file.name for file in read(source).text_encoder.model}
 
 
 def test_a_file_as_text_encoder_names_its_folder(source: Path) -> None:
@@ -366,15 +314,14 @@ def shapes() -> Shapes:
     return tiny_source.tensor_shapes(tiny_source.CONFIG)
 
 
-@pytest.mark.parametrize("other", [tiny_source.UPSAMPLER, tiny_source.CHECKPOINT])
-def test_a_file_that_is_no_lora_is_refused(source: Path, other: str) -> None:
-    with pytest.raises(UnsupportedError, match="is not a LoRA"):
-        read(source, lora=source / other)
-
-
-def test_a_file_that_is_no_upsampler_is_refused(source: Path) -> None:
-    with pytest.raises(UnsupportedError, match="is not a latent upsampler"):
-        read(source, upsampler=source / tiny_source.LORA)
+@pytest.mark.parametrize(
+    ("role", "other", "told"),
+    [("lora", tiny_source.UPSAMPLER, "LoRA"), ("lora", tiny_source.CHECKPOINT, "LoRA"),
+     ("upsampler", tiny_source.LORA, "latent upsampler")],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_refused(source: Path, role: str, other: str, told: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"is not a {told}"):
+        read(source, **{role: source / other})
 
 
 def test_missing_unknown_and_misshapen_tensors_are_told_together(source: Path, shapes: Shapes) -> None:
@@ -409,7 +356,10 @@ def test_statistics_that_no_module_reads_are_dropped(source: Path, shapes: Shape
     assert sum(map(len, inputs.checkpoint.tensors.values())) == len(shapes)
 
 
-def test_fp8_is_refused_by_name(source: Path, shapes: Shapes) -> None:
+def test_fp8_and_integers_are_refused_by_name(source: Path, shapes: Shapes) -> None:
+    tiny_source.Tiny(dtypes=lambda name: "I16" if name == "vae.decoder.conv_in.conv.bias" else "BF16").write(source)
+    with pytest.raises(UnsupportedError, match=r"dtype: vae\.decoder\.conv_in\.conv\.bias"):
+        read(source)
     shapes["model.diffusion_model.transformer_blocks.0.attn1.to_q.weight_scale"] = ()
     tiny_source.Tiny(shapes=shapes).write(source)
     with pytest.raises(UnsupportedError, match="fp8") as caught:
@@ -417,18 +367,14 @@ def test_fp8_is_refused_by_name(source: Path, shapes: Shapes) -> None:
     assert "weight_scale" in str(caught.value.tensor)
 
 
-def test_an_integer_tensor_is_refused(source: Path) -> None:
-    tiny_source.Tiny(dtypes=lambda name: "I16" if name == "vae.decoder.conv_in.conv.bias" else "BF16").write(source)
-    with pytest.raises(UnsupportedError, match=r"dtype: vae\.decoder\.conv_in\.conv\.bias"):
-        read(source)
-
-
 # Known releases
 
 LORAS = [release for release in RELEASES if "lora" in release.name]
 
 
-def test_releases_are_known_by_content() -> None:
+def test_releases_are_distinct_and_known_by_content() -> None:
+    assert len({release.sha256 for release in RELEASES}) == len({release.name for release in RELEASES}) == 5
+    assert all(len(release.sha256) == 64 for release in RELEASES)
     first, second = LORAS
     assert first.size == second.size
     assert recognise(second.file, second.size, second.sha256).release is second
@@ -446,8 +392,3 @@ def test_a_known_name_with_another_content_is_a_warning() -> None:
     assert "unknown content" in str(recognise(first.file, first.size, "00" * 32).warning)
     assert str(first.size) in str(recognise(first.file, 5, None).warning)
     assert recognise(first.file, first.size, first.sha256).warning is None
-
-
-def test_releases_are_distinct() -> None:
-    assert len({release.sha256 for release in RELEASES}) == len({release.name for release in RELEASES}) == 5
-    assert all(len(release.sha256) == 64 for release in RELEASES)

@@ -26,6 +26,7 @@ Shape = tuple[int, ...]
 CHECKPOINT = "ltx-2.3-mini-dev.safetensors"
 LORA = "ltx-2.3-mini-distilled-lora-2.safetensors"
 UPSAMPLER = "ltx-2.3-mini-spatial-upscaler-x2.safetensors"
+NAMES = {"checkpoint": CHECKPOINT, "lora": LORA, "upsampler": UPSAMPLER}
 GEMMA = "gemma"
 GEMMA_WIDTH, GEMMA_LAYERS = 24, 2
 
@@ -36,59 +37,31 @@ OPTIONAL = ("attention_type", "cross_attention_norm", "double_self_attention", "
 CONFIG: dict[str, Any] = published_files()["checkpoint"]
 UPSAMPLER_CONFIG = {**published_files()["upsampler"], "in_channels": 16, "mid_channels": 32, "num_blocks_per_stage": 1}
 CONFIG["transformer"] = {name: value for name, value in CONFIG["transformer"].items() if name not in OPTIONAL} | {
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "cross_attention_dim": 24,
-    "in_channels": 16,
-    "out_channels": 16,
-    "audio_num_attention_heads": 2,
-    "audio_attention_head_dim": 6,
-    "audio_cross_attention_dim": 12,
-    "audio_in_channels": 8,
-    "audio_out_channels": 8,
-    "caption_channels": GEMMA_WIDTH,
-    "connector_num_layers": 1,
-    "connector_num_attention_heads": 4,
-    "connector_attention_head_dim": 6,
-    "audio_connector_num_attention_heads": 2,
+    "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "in_channels": 16,
+    "out_channels": 16, "audio_num_attention_heads": 2, "audio_attention_head_dim": 6, "audio_cross_attention_dim": 12,
+    "audio_in_channels": 8, "audio_out_channels": 8, "caption_channels": GEMMA_WIDTH, "connector_num_layers": 1,
+    "connector_num_attention_heads": 4, "connector_attention_head_dim": 6, "audio_connector_num_attention_heads": 2,
     "audio_connector_attention_head_dim": 6,
-}
+}  # fmt: skip
 CONFIG["vae"] |= {
-    "latent_channels": 16,
-    "encoder_base_channels": 16,
-    "decoder_base_channels": 4,
-    "encoder_blocks": blocks(
-        "res_x:1 compress_space_res:2 res_x:0 compress_time_res:1 res_x:1 "
-        "compress_all_res:1 res_x:0 compress_all_res:1 res_x:1"
-    ),
-    "decoder_blocks": blocks(
-        "res_x:1 compress_space:2 res_x:2 compress_time:2 res_x:0 compress_all:1 res_x:1 compress_all:2 res_x:1"
-    ),
-}
+    "latent_channels": 16, "encoder_base_channels": 16, "decoder_base_channels": 4,
+    "encoder_blocks": blocks("res_x:1 compress_space_res:2 res_x:0 compress_time_res:1 res_x:1 "
+                             "compress_all_res:1 res_x:0 compress_all_res:1 res_x:1"),
+    "decoder_blocks": blocks("res_x:1 compress_space:2 res_x:2 compress_time:2 res_x:0 "
+                             "compress_all:1 res_x:1 compress_all:2 res_x:1"),
+}  # fmt: skip
 CONFIG["audio_vae"]["model"]["params"]["ddconfig"] |= {
-    "ch": 8,
-    "ch_mult": [1, 2, 1],
-    "mel_bins": 16,
-    "num_res_blocks": 1,
-    "resolution": 64,
-    "z_channels": 2,
-}
+    "ch": 8, "ch_mult": [1, 2, 1], "mel_bins": 16, "num_res_blocks": 1, "resolution": 64, "z_channels": 2,
+}  # fmt: skip
 CONFIG["audio_vae"]["preprocessing"]["mel"]["n_mel_channels"] = 16
 _RESBLOCKS = {"resblock_kernel_sizes": [3, 7], "resblock_dilation_sizes": [[1, 3], [1, 3]]}
 CONFIG["vocoder"]["vocoder"] |= _RESBLOCKS | {
-    "upsample_initial_channel": 16,
-    "upsample_rates": [10, 16],
-    "upsample_kernel_sizes": [20, 32],
-}
+    "upsample_initial_channel": 16, "upsample_rates": [10, 16], "upsample_kernel_sizes": [20, 32],
+}  # fmt: skip
 CONFIG["vocoder"]["bwe"] |= _RESBLOCKS | {
-    "upsample_initial_channel": 8,
-    "upsample_rates": [10, 24],
-    "upsample_kernel_sizes": [20, 48],
-    "n_fft": 64,
-    "win_size": 64,
-    "num_mels": 16,
-}
+    "upsample_initial_channel": 8, "upsample_rates": [10, 24], "upsample_kernel_sizes": [20, 48],
+    "n_fft": 64, "win_size": 64, "num_mels": 16,
+}  # fmt: skip
 
 
 def tensor_shapes(config: Mapping[str, Any], registers: int = 128, factor: int = GEMMA_LAYERS + 1) -> dict[str, Shape]:
@@ -135,11 +108,6 @@ def _template() -> tempfile.TemporaryDirectory[str]:
     folder = tempfile.TemporaryDirectory()
     Tiny().write(Path(folder.name))
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` by its relative path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def f32_tables(name: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from repack_support import Listener, make_source
+from repack_support import make_source
+from support import Notes
 
 
 @pytest.fixture
-def listener() -> Listener:
-    return Listener()
+def listener() -> Notes:
+    return Notes()
 
 
 @pytest.fixture

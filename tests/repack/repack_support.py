@@ -22,31 +22,6 @@ from ltxpack.repack.write import execute
 from ltxpack.reporter import SilentReporter
 
 
-class Listener(SilentReporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.details: list[str] = []
-        self.warnings: list[str] = []
-        self.total = self.advanced = 0
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def detail(self, message: str) -> None:
-        self.details.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-    def begin(self, label: str, total: int, unit: str) -> None:
-        self.total, self.advanced = total, 0
-
-    def advance(self, amount: int = 1) -> None:
-        self.advanced += amount
-
-
 def make_source(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], seed: int = 0, pad: int = 0) -> Path:
     """A safetensors file of random bytes; ``pad`` spaces more than needed in its header, to spoil alignment."""
     header = build_header(tensors, {"format": "pt"})
@@ -98,15 +73,6 @@ def materialize(
     return manifest
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` and its content; links by their target."""
-    return {
-        path.relative_to(folder).as_posix(): str(path.readlink()).encode() if path.is_symlink() else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_symlink() or path.is_file()
-    }
-
-
 class Dead(BaseException):
     """The machine is off."""
 
@@ -124,10 +90,10 @@ def dying_at(change: int) -> Iterator[Callable[[], int]]:
     locks: list[int] = []
     patch = pytest.MonkeyPatch()
 
-    def counted(function: Any, counts: Callable[..., bool] = lambda *_: True) -> Any:
+    def counted(function: Any) -> Any:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
-            if counts(*args):
+            if function is not real_open or args[1] & os.O_CREAT:
                 count += 1
                 if count >= change:
                     raise Dead
@@ -140,7 +106,7 @@ def dying_at(change: int) -> Iterator[Callable[[], int]]:
 
     real_open = os.open
     for name in CHANGES:
-        patch.setattr(os, name, counted(getattr(os, name), _creates if name == "open" else lambda *_: True))
+        patch.setattr(os, name, counted(getattr(os, name)))
     patch.setattr(DirectWriter, "append", counted(DirectWriter.append))
     try:
         yield lambda: count
@@ -149,7 +115,3 @@ def dying_at(change: int) -> Iterator[Callable[[], int]]:
         for fd in locks:
             with contextlib.suppress(OSError):
                 os.close(fd)
-
-
-def _creates(path: Any, flags: int, *_: Any) -> bool:
-    return bool(flags & os.O_CREAT)

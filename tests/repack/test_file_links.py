@@ -7,10 +7,11 @@ import fcntl
 import os
 import random
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from blake3 import blake3
-from repack_support import Listener
+from support import Notes
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.files.direct import BUFFER
@@ -32,18 +33,11 @@ def cached(tmp_path: Path) -> Path:
     return link
 
 
-def refused(code: int):  # type: ignore[no-untyped-def]
-    def call(*_: object, **__: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    return call
-
-
 def item(source: Path) -> CopyFile:
     return CopyFile("loras/x.safetensors", source, len(DATA))
 
 
-def check(folder: Path, listener: Listener, how: str) -> Path:
+def check(folder: Path, listener: Notes, how: str) -> Path:
     path = folder / "loras/x.safetensors"
     assert path.read_bytes() == DATA
     assert not path.is_symlink()
@@ -53,18 +47,18 @@ def check(folder: Path, listener: Listener, how: str) -> Path:
     return path
 
 
-def test_the_real_file_behind_a_link_is_hard_linked(cached: Path, tmp_path: Path, listener: Listener) -> None:
+def test_the_real_file_behind_a_link_is_hard_linked(cached: Path, tmp_path: Path, listener: Notes) -> None:
     record = copy_file(item(cached), tmp_path / "out", listener)
     path = check(tmp_path / "out", listener, "hard-linked")
     assert path.samefile(cached)
     assert path.stat().st_nlink == 2
     assert (record.size, record.blake3, record.link) == (len(DATA), blake3(DATA).hexdigest(), "hard")
-    assert copy_file(item(cached), tmp_path / "out", Listener()) == record
+    assert copy_file(item(cached), tmp_path / "out", Notes()) == record
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_reflink_is_preferred_and_has_bytes_of_its_own(
-    cached: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+    cached: Path, tmp_path: Path, listener: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def clone(target: int, request: int, source: int) -> int:
         assert request == FICLONE
@@ -78,24 +72,19 @@ def test_a_reflink_is_preferred_and_has_bytes_of_its_own(
     assert (record.blake3, record.link) == (blake3(DATA).hexdigest(), None)
 
 
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP])
-def test_where_nothing_can_be_linked_it_is_copied(
-    code: int, cached: Path, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, None])
+def test_where_nothing_can_be_linked_or_may_be_it_is_copied(
+    code: int | None, cached: Path, tmp_path: Path, listener: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "link", refused(code))
-    record = copy_file(item(cached), tmp_path / "out", listener)
+    if code is not None:
+        monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(code, os.strerror(code))))
+    record = copy_file(item(cached), tmp_path / "out", listener, allow_link=code is not None)
     path = check(tmp_path / "out", listener, "copied, read with O_DIRECT, written with O_DIRECT")
     assert path.stat().st_nlink == 1
     assert (record.blake3, record.link) == (blake3(DATA).hexdigest(), None)
 
 
-def test_copies_can_be_forced(cached: Path, tmp_path: Path, listener: Listener) -> None:
-    record = copy_file(item(cached), tmp_path / "out", listener, allow_link=False)
-    path = check(tmp_path / "out", listener, "copied")
-    assert (path.stat().st_nlink, record.link) == (1, None)
-
-
-def test_a_source_that_changed_or_went_is_told(cached: Path, tmp_path: Path, listener: Listener) -> None:
+def test_a_source_that_changed_or_went_is_told(cached: Path, tmp_path: Path, listener: Notes) -> None:
     cached.resolve().write_bytes(DATA[:-1])
     with pytest.raises(FormatError, match="has changed since it was planned"):
         copy_file(item(cached), tmp_path / "out", listener)

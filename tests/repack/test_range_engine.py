@@ -7,9 +7,6 @@ import errno
 import fcntl
 import os
 import random
-import subprocess
-import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +18,9 @@ import torch
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from repack_support import Listener, make_source
+from repack_support import make_source
 from safetensors.torch import load_file
+from support import Notes, in_fresh_process, refuse_direct
 
 from ltxpack.errors import FormatError, OverlayError, SourceError
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectReader, DirectWriter
@@ -136,18 +134,6 @@ def test_an_unforeseen_fault_while_reading_ahead_reaches_the_caller(
         list(reader)
 
 
-def refuse_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a filesystem that knows no O_DIRECT."""
-    real = os.open
-
-    def opened(path: str, flags: int, *mode: int) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return real(path, flags, *mode)
-
-    monkeypatch.setattr(os, "open", opened)
-
-
 def refuse_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a filesystem that opens with O_DIRECT and then refuses to read and write."""
     read, write = os.preadv, os.write
@@ -171,12 +157,12 @@ def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, part(data)))
 
 
-SYSTEMS = {"open refused": refuse_open, "transfer refused": refuse_transfer}
+SYSTEMS = {"open refused": refuse_direct, "transfer refused": refuse_transfer}
 
 
 @pytest.mark.parametrize("system", [*SYSTEMS, "short transfers"])
 def test_the_fallbacks_write_the_same_and_say_so(
-    system: str, tmp_path: Path, listener: Listener, monkeypatch: pytest.MonkeyPatch
+    system: str, tmp_path: Path, listener: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_source(tmp_path / "s.safetensors", [("a", "BF16", (1024, 1033)), ("b", "BF16", (77,))], pad=3)
     expected = load_file(path)
@@ -196,7 +182,7 @@ def test_the_fallbacks_write_the_same_and_say_so(
 @pytest.mark.parametrize("pad", [0, 1, 5])
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 def test_a_shard_holds_the_tensors_of_its_sources_cast_where_asked(
-    pad: int, direct: bool, tmp_path: Path, listener: Listener
+    pad: int, direct: bool, tmp_path: Path, listener: Notes
 ) -> None:
     large = [("big", "F32", (1500, 2048)), ("c.table", "F32", (6, 33)), ("d", "F16", (5,)), ("e", "F64", (3, 3))]
     one = make_source(tmp_path / "one.safetensors", [("a", "BF16", (2100, 2048)), *large, ("z", "U8", (0, 4))], pad=pad)
@@ -235,7 +221,7 @@ class Scaled:
 
 
 def test_one_producer_makes_several_tensors_of_another_dtype_from_several_sources(
-    tmp_path: Path, listener: Listener
+    tmp_path: Path, listener: Notes
 ) -> None:
     paths = [make_source(tmp_path / f"{seed}", [("w", "F32", (4, 500_000))], seed=seed) for seed in (1, 2)]
     infos = [read_tensorfile(path).tensors["w"] for path in paths]
@@ -256,12 +242,17 @@ def test_one_producer_makes_several_tensors_of_another_dtype_from_several_source
     assert fingerprint([shard]) == fingerprint([shard]) != fingerprint([other])
 
 
-def test_a_producer_that_makes_too_little_is_a_fault(tmp_path: Path) -> None:
+def test_a_file_that_would_be_too_short_is_a_fault_and_gets_no_name(tmp_path: Path) -> None:
     path = make_source(tmp_path / "s", [("w", "F32", (8,))])
     entry = stored_tensor("w", read_tensorfile(path).tensors["w"], path)
     longer = ShardEntry((TensorSpec("w", "F32", (9,)),), entry.producer)
     with pytest.raises(AssertionError, match="w: 32 bytes were made of 36"):
         write_shard(WriteShard("o", (longer,)), tmp_path, SilentReporter())
+    with (
+        pytest.raises(AssertionError, match="3 bytes were written of 4"),
+        ShardWriter(tmp_path, "x", b"abc", 4) as writer,
+    ):
+        writer.close()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -315,15 +306,6 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert threads() == []
 
 
-def test_a_file_that_is_not_written_to_its_end_gets_no_name(tmp_path: Path) -> None:
-    with (
-        pytest.raises(AssertionError, match="3 bytes were written of 4"),
-        ShardWriter(tmp_path, "x", b"abc", 4) as writer,
-    ):
-        writer.close()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_an_old_file_of_that_name_is_replaced_never_written_into(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"shared")
@@ -342,32 +324,25 @@ def test_views_of_any_shape_can_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == array.tobytes()
 
 
-def peak_of_copying(size: int, folder: Path) -> int:
-    """Peak resident kilobytes of a process that copies a shard of ``size`` bytes."""
-    script = f"""
-    from pathlib import Path
-    from ltxpack.repack.items import WriteShard
-    from ltxpack.repack.tensors import stored_tensor
-    from ltxpack.repack.write import write_shard
-    from ltxpack.reporter import SilentReporter
-    from ltxpack.files.tensorfile import build_header, read_tensorfile
-    folder = Path({str(folder)!r})
-    header = build_header([("a", "BF16", ({size // 2 - 100},)), ("b", "F32", (50,))], {{}})
-    with (folder / "s.safetensors").open("wb") as file:
-        file.write(header)
-        file.truncate(len(header) + {size})
-    infos = read_tensorfile(folder / "s.safetensors").tensors.values()
-    entries = tuple(stored_tensor(info.name, info, folder / "s.safetensors", "BF16") for info in infos)
-    write_shard(WriteShard("o.safetensors", entries), folder, SilentReporter())
-    print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, timeout=60
-    )
-    return int(done.stdout)
+PEAK = """
+import sys
+from pathlib import Path
+from ltxpack.files.tensorfile import build_header, read_tensorfile
+from ltxpack.repack.items import WriteShard
+from ltxpack.repack.tensors import stored_tensor
+from ltxpack.repack.write import write_shard
+from ltxpack.reporter import SilentReporter
+source, size = Path(sys.argv[1], "s.safetensors"), int(sys.argv[2])
+header = build_header([("a", "BF16", (size // 2 - 100,)), ("b", "F32", (50,))], {})
+with source.open("wb") as file:
+    file.write(header)
+    file.truncate(len(header) + size)
+entries = [stored_tensor(info.name, info, source, "BF16") for info in read_tensorfile(source).tensors.values()]
+answer = write_shard(WriteShard("o.safetensors", tuple(entries)), source.parent, SilentReporter()).size
+"""
 
 
 def test_memory_stays_below_the_mark_and_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    small, large = (peak_of_copying(size, tmp_path) for size in (64_000_000, 256_000_000))
-    assert large < 100 * 1024
-    assert large - small <= 8 * 1024
+    small, large = (in_fresh_process(PEAK, tmp_path, str(size))[1] for size in (64_000_000, 256_000_000))
+    assert large < 100 * 1024 * 1024
+    assert large - small <= 8 * 1024 * 1024
