@@ -46,6 +46,7 @@ LONG = (
     "test_many_videos.py",
     "test_pretend_card.py",
     "test_benchmarks_offline.py",
+    "test_end_to_end.py",
 )
 
 
@@ -111,3 +112,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overlay(demo: Path, tmp_path: Path) -> Path:
     """The demo's overlay by hard links: its files may be replaced or removed, never written in place."""
     return Path(shutil.copytree(demo / "overlay", tmp_path / "overlay", symlinks=True, copy_function=os.link))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that remembers nothing of other tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -36,7 +36,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 20_950,
     "files of the package": 120,
-    "lines of the tests": 23_400,
+    "lines of the tests": 23_500,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_parts import golden_dit
+from dit_parts import golden_dit, tracing
 from golden_runs import Run, Stage, errors_of_stage, runs
 from safetensors import safe_open
 from support import Done, load, ltxpack, relative_l2
@@ -16,7 +16,10 @@ from support import Done, load, ltxpack, relative_l2
 import ltxpack as ltxpack_package
 from ltxpack.files import reader
 from ltxpack.runtime import session
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.sampling.conditioning import patchify
 from ltxpack.runtime.sampling.guidance import Denoiser
+from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.plan import MODES
 
 BOUND = 1e-4
@@ -140,6 +143,64 @@ def test_the_other_recipes_in_bfloat16_are_the_recorded_bits(golden: Path, overl
                 dit = golden_dit(golden, stage.loras, run.dtype)
                 errors = errors_of_stage(stage, Denoiser(dit, *contexts, guidance=stage.guidance), generator)
                 assert max(errors) <= limit, (run.name, stage.number, errors)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_blocks_meet_a_run_with_stg_skipped_steps_and_images(
+    golden: Path, overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As traced: that compiled code computes what was traced is shown in runtime/model/test_dit_compile.py."""
+    graphs, backend = tracing()
+    compile_blocks = DiT.compile_blocks
+    monkeypatch.setattr(DiT, "compile_blocks", lambda dit: compile_blocks(dit, backend=backend, fullgraph=True))
+    recorded = runs(golden, "fp32", "recipe_one-stage")
+    run = max(recorded, key=lambda run: (run.guidance.video.skip, len(run.params["images"])))
+    errors = errors_of(run, golden, overlay, tmp_path, "--compile")
+    assert graphs and max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_makes_the_same_latents_by_the_distilled_recipe(golden: Path, overlay: Path, tmp_path: Path) -> None:
+    """Its LTX2 pipeline on the same overlay and transformer, given the sigmas and the first latents of each stage."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, LTX2Pipeline, LTX2VideoTransformer3DModel
+
+    recorded = runs(golden, "fp32", "recipe_distilled")
+    run = next(run for run in recorded if not run.params["images"] and run.params["s1"])
+    assert max(errors_of(run, golden, overlay, tmp_path).values()) <= 1e-5
+    ours = load(tmp_path / f"{run.name}.safetensors")
+    bake = f"bakes/{transformers(run, golden, overlay)['stage1']}"
+    transformer = LTX2VideoTransformer3DModel.from_pretrained(overlay, subfolder=bake, torch_dtype=torch.float32)
+    pipeline = LTX2Pipeline.from_pretrained(overlay, transformer=transformer, torch_dtype=torch.float32)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()  # that of an overlay of the dev checkpoint shifts the sigmas
+    pipeline.set_progress_bar_config(disable=True)
+    video_scale = pipeline.vae.latents_mean, pipeline.vae.latents_std, pipeline.vae.config.scaling_factor
+    audio_scale = pipeline.audio_vae.latents_mean, pipeline.audio_vae.latents_std
+    off = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+    generator = torch.Generator().manual_seed(run.params["seed"])
+    for stage in run.stages:
+        first = stage.state(generator).map(lambda state: state.latents)
+        video, audio = pipeline(
+            run.params["prompt"],
+            height=stage.shape.height,
+            width=stage.shape.width,
+            num_frames=stage.shape.frames,
+            frame_rate=stage.shape.fps,
+            sigmas=stage.sigmas[:-1].tolist(),
+            latents=first.video,
+            audio_latents=pipeline._denormalize_audio_latents(first.audio, *audio_scale),
+            output_type="latent",
+            return_dict=False,
+            **off,
+            **{f"audio_{name}": value for name, value in off.items()},
+        )
+        found = AV(
+            pipeline._normalize_latents(video, *video_scale),
+            pipeline._normalize_audio_latents(pipeline._pack_audio_latents(audio), *audio_scale),
+        )
+        expected = AV(ours[f"stage{stage.number}.video"], ours[f"stage{stage.number}.audio"])
+        expected = AV(expected.video, patchify(expected).audio)
+        errors = found.map(relative_l2, expected)
+        assert max(errors.video, errors.audio) <= 1e-5, (stage.number, errors)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -96,21 +96,37 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_run, "decode_audio", lambda session, latents: (torch.zeros(2, 4800), 48000))
 
 
+@pytest.mark.parametrize(
+    ("lines", "flags"),
+    [
+        ({"a.mp4": {"recipe": "distilled"}, "b.mp4": {"recipe": "hq", "steps": 2}}, ()),
+        (
+            {"a.mp4": {"recipe": "two-stage", "steps": 3}, "b.mp4": {"recipe": "one-stage", "steps": 2}},
+            ("--video-stg-blocks=1", "--audio-stg-blocks=0,1", "--video-skip-step=1"),
+        ),
+    ],
+)
 def test_lines_of_different_recipes_are_what_each_is_alone(
-    demo: Path, tmp_path: Path, frames: dict[str, torch.Tensor]
+    lines: dict[str, dict[str, Any]],
+    flags: tuple[str, ...],
+    demo: Path,
+    tmp_path: Path,
+    frames: dict[str, torch.Tensor],
 ) -> None:
-    lines = {"fast.mp4": {"recipe": "distilled"}, "best.mp4": {"recipe": "hq", "steps": 2}}
     prompts = written(tmp_path, *({"prompt": "a boat", "output": name, **said} for name, said in lines.items()))
-    done = ltxpack("run", demo / "overlay", "--prompts", prompts, *SMALL)
+    done = ltxpack("run", demo / "overlay", "--prompts", prompts, *SMALL, *flags)
     assert done.returncode == 0, done.stderr
-    recorded = {name: json.loads((tmp_path / f"{name}.json").read_text())["request"] for name in lines}
-    assert (recorded["fast.mp4"]["recipe"], recorded["fast.mp4"]["stage1"]) == ("distilled", "distilled-0.5")
-    assert "recipe" not in recorded["best.mp4"], "as in records of before there were recipes"
     together = dict(frames)
     frames.clear()
     for name, said in lines.items():
+        recorded = json.loads((tmp_path / f"{name}.json").read_text())["request"]
+        # Records of before there were recipes are of hq and do not say so.
+        assert recorded.get("recipe", "hq") == said["recipe"]
+        transformers = {"distilled": "distilled-0.5", "hq": "distilled-0.25"}
+        assert recorded["stage1"] == transformers.get(said["recipe"], "base")
         given = [f"--{key}={value}" for key, value in said.items()]
-        alone = ltxpack("run", demo / "overlay", *SMALL, "--prompt", "a boat", *given, "-o", tmp_path / f"alone-{name}")
+        output = tmp_path / f"alone-{name}"
+        alone = ltxpack("run", demo / "overlay", *SMALL, *flags, "--prompt", "a boat", *given, "-o", output)
         assert alone.returncode == 0, alone.stderr
         assert torch.equal(together[name], frames[f"alone-{name}"])
 

@@ -1,11 +1,8 @@
-"""What the tests of the model share: the small DiT, and a compiler that remembers nothing."""
+"""What the tests of the model share: the small DiT."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from dit_parts import SMALL, SMALL_WEIGHTS, built
 
 from ltxpack.runtime.model.model import DiT
@@ -15,10 +12,3 @@ from ltxpack.runtime.model.model import DiT
 def dit() -> DiT:
     """Built anew for every test, which may compile it or give it other kernels."""
     return built(SMALL, SMALL_WEIGHTS)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()

@@ -16,12 +16,12 @@ from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.shape import AV
 
 
-def errors_of(golden: Path, dtype: str) -> dict[str, tuple[float, float]]:
+def errors_of(golden: Path, dtype: str, kind: str = "*") -> dict[str, tuple[float, float]]:
     """By stage of every recorded run, see :func:`errors_of_stage`."""
     text = load(golden / "golden" / f"text_{dtype}.safetensors")
     contexts = [AV(text[f"{name}.video_encoding"], text[f"{name}.audio_encoding"]) for name in ("prompt", "negative")]
     found = {}
-    for run in runs(golden, dtype):
+    for run in runs(golden, dtype, kind):
         generator = torch.Generator().manual_seed(run.params["seed"])
         for stage in run.stages:
             denoiser = Denoiser(golden_dit(golden, stage.loras, run.dtype), *contexts, stage.guidance)
@@ -35,6 +35,9 @@ def test_stages_in_fp32(latents_golden: Path) -> None:
 
 
 def test_stages_in_bf16(golden: Path) -> None:
-    """Bit-equal where the kernels are the recorder's; from one rounding on chaotic, up to 1.4e-1 for the sound."""
-    errors = errors_of(golden, "bf16")
+    """Bit-equal where the kernels are the recorder's; from one rounding on chaotic, up to 1.4e-1 for the sound.
+
+    The other recipes were recorded elsewhere than these contexts: tests/test_end_to_end.py compares them bit for bit.
+    """
+    errors = errors_of(golden, "bf16", "run")
     assert max(map(max, errors.values())) <= 0.2, errors
