@@ -28,22 +28,18 @@ MAX_TOKENIZER_BYTES = 128 * 1024 * 1024
 MAX_NAME_LENGTH = 1024
 INT64_MAX = 2**63 - 1
 
-DTYPE_BITS: Mapping[str, int] = MappingProxyType(
-    {
-        "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-        "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
-        "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-        "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    }
-)  # fmt: skip
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
 
 # How torch and users name the dtypes that weights are loaded in, and those of them that a run may cast.
-DTYPE_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
-        "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
-    }
-)  # fmt: skip
+DTYPE_NAMES: Mapping[str, str] = {
+    "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
+    "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 FLOATS = ("BF16", "F16", "F32")
 
 # What the first bytes of a file are when it is not safetensors but something users often pass instead.

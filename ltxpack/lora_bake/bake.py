@@ -386,7 +386,7 @@ class StagedBake(Staging):
         """Go on with what an earlier run of this very plan measured; shards with an odd note are fused again."""
         for path, item in self._shards.items():
             try:
-                chosen, measured = self.notes[path]
+                chosen, measured = self._journal.notes[path]
                 arithmetic = Arithmetic(*chosen)
                 stats = [TargetStat(str(n), float(w), float(d), int(e), int(c)) for n, w, d, e, c in measured]
             except (KeyError, TypeError, ValueError):

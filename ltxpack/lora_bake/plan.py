@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.files.reader import Range
-from ltxpack.files.tensorfile import MAX_INDEX_BYTES, TensorFile, read_tensorfile
+from ltxpack.files.tensorfile import FLOATS, MAX_INDEX_BYTES, TensorFile, read_tensorfile
 from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
@@ -32,7 +32,6 @@ RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
 BAKES = "bakes"
 TRANSFORMER = "transformer"
-WEIGHT_DTYPES = ("BF16", "F16", "F32")
 MAX_NAME_LENGTH = 200
 # Beyond it weights leave what bfloat16 holds, whatever the LoRA and its alpha.
 MAX_STRENGTH = 1e18
@@ -204,8 +203,8 @@ def _check_tensors(shard: BaseShard, known: Mapping[str, object], overlay: Path)
         if name in known:
             advice = f"ltxpack verify {quoted(overlay)}"
             raise OverlayError("is in two shards", file=shard.file.path, tensor=name, next=advice)
-        if info.dtype not in WEIGHT_DTYPES:
-            problem, usable = "has a dtype no LoRA is baked into", " or ".join(WEIGHT_DTYPES)
+        if info.dtype not in FLOATS:
+            problem, usable = "has a dtype no LoRA is baked into", " or ".join(FLOATS)
             raise OverlayError(problem, file=shard.file.path, tensor=name, expected=usable, found=info.dtype)
 
 
@@ -224,9 +223,7 @@ class Arithmetic:
 class FusedTensor(Copied):
     """The producer of a base tensor with LoRAs added to it: its place in a shard's plan.
 
-    ``stream.Engine`` makes the bytes, for several bakes from one read of the base. The entry's specs say what is
-    stored. A format with one scale per tensor has two specs; the engine must then hold the whole weight, as it does
-    for the official rule, before it writes the first byte.
+    ``stream.Engine`` makes the bytes, for several bakes from one read of the base.
     """
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:

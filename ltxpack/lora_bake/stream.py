@@ -1,13 +1,12 @@
 """One shard of the base, read once, becomes the same shard of several bakes: row range after row range, as it comes.
 
-Reading and writing run on threads of files.reader and repack.writer; the arithmetic of a row range on a few of our
+Reading and writing run on threads of files.reader and repack.write; the arithmetic of a row range on a few of our
 own. What is summed in one piece never depends on the number of threads.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import threading
@@ -23,15 +22,14 @@ from blake3 import blake3
 from ltxpack.errors import AdapterError
 from ltxpack.files.direct import DirectReader
 from ltxpack.files.reader import Range, RangeReader
-from ltxpack.files.tensorfile import TensorInfo
+from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.manifest import FileRecord, changed_file
 from ltxpack.repack.items import WriteShard
-from ltxpack.repack.write import passage
-from ltxpack.repack.writer import WRITE_BUFFERS, ShardWriter
+from ltxpack.repack.write import WRITE_BUFFERS, ShardWriter, passage
 from ltxpack.reporter import Reporter
 
 COPY_BYTES = 8 * 1024 * 1024
@@ -39,14 +37,8 @@ SMALL_BYTES = 1024 * 1024
 # Row chunks per read, by kernel: so much is in memory at once. Chunks of two reads are under way together.
 CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1}
 MOST_WORKERS = 4
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, DTYPE_NAMES[code]) for code in (*FLOATS, "F64")}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 class ShardOutput:
@@ -255,13 +247,13 @@ class _Fusing:
         self._filled = 0
 
     def settle(self, left: int = 0) -> None:
-        """Wait until at most ``left`` reads are still to be fused or written. Raises what that raised."""
+        """Wait until at most ``left`` of what was put in line is still to be written. Raises what that raised."""
         while len(self._under_way) > left:
             self._under_way.popleft().result()
 
     def copy(self, data: memoryview) -> None:
         """Write ``data`` to every output as it is."""
-        self._later(lambda: self._write(self._outputs, data))
+        self._later(self._write, self._outputs, data)
 
     def fuse(self, step: _Read, info: TensorInfo, data: memoryview) -> None:
         """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
@@ -270,28 +262,19 @@ class _Fusing:
         touching = [output for output in self._outputs if info.name in output.touched]
         others = [output for output in self._outputs if output not in touching]
         lead, rows = data[: step.lead], data[step.lead :]
-        if self._engine.whole:
-            self._later(functools.partial(self._write, self._outputs, bytes(lead)))
-            weight = self._gathered(info, rows)
-            # Weights are large, so one bake's result at a time; only that is still to be written.
-            for output in touching if step.chunks else ():
-                self.settle()
-                whole = self._rows(step, info, weight, [output])
-                wait(whole)
-                self._later(functools.partial(self._write_fused, info, [output], whole))
-            if others and step.chunks:
-                self.settle()
-                self._write(others, weight)
+        self._later(self._write, self._outputs, lead)
+        self._later(self._write, others, rows)
+        if not self._engine.whole:
+            self._turn = 1 - self._turn
+            self._later(self._write_fused, info, touching, self._rows(step, info, rows, touching))
             return
-        self._turn = 1 - self._turn
-        made = self._rows(step, info, rows, touching)
-
-        def write() -> None:
-            self._write(self._outputs, lead)
-            self._write_fused(info, touching, made)
-            self._write(others, rows)
-
-        self._later(write)
+        weight = self._gathered(info, rows)
+        # Weights are large, so one bake's result at a time; only that is still to be written.
+        for output in touching if step.chunks else ():
+            self.settle()
+            made = self._rows(step, info, weight, [output])
+            wait(made)
+            self._later(self._write_fused, info, [output], made)
 
     def _gathered(self, info: TensorInfo, data: memoryview) -> memoryview:
         """The tensor's memory with ``data`` put behind what came before."""
@@ -331,8 +314,8 @@ class _Fusing:
             output.writer.write(data)
             self._engine.reporter.advance(len(data))
 
-    def _later(self, write: Callable[[], None]) -> None:
-        self._under_way.append(self._thread.submit(write))
+    def _later(self, write: Callable[..., None], *arguments: object) -> None:
+        self._under_way.append(self._thread.submit(write, *arguments))
 
 
 @contextlib.contextmanager

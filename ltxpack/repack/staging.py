@@ -199,11 +199,6 @@ class Staging:
         """The complete files by path."""
         return self._journal.records
 
-    @property
-    def notes(self) -> Mapping[str, Any]:
-        """What :meth:`record` was told of complete files, by path; untrusted, as all that is read from a disk."""
-        return self._journal.notes
-
     def record(self, record: FileRecord, note: Any = None) -> None:
         """``record``'s file under ``root`` is complete and on the disk. ``note``: JSON for the run that goes on."""
         self._journal.record(record, note)

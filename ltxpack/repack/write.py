@@ -9,14 +9,17 @@ import contextlib
 import fcntl
 import itertools
 import os
-import platform
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from blake3 import blake3
 
 from ltxpack.errors import FormatError, OverlayError
-from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM
+from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectWriter, aligned_buffer, round_up
 from ltxpack.files.publish import Temporary, fsync_file, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
@@ -24,18 +27,18 @@ from ltxpack.manifest import FileRecord, safe_relative_path
 from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging
 from ltxpack.repack.tensors import Buffer
-from ltxpack.repack.writer import ShardWriter
 from ltxpack.reporter import Reporter
 
+# Buffers of a file that is written; its hash is made in steps that stay in a core's cache.
+WRITE_BUFFERS = 4
+HASH_STEP = 256 * 1024
 # What a file needs beside its bytes: blocks not filled, its name, the journal.
 BYTES_PER_FILE = 16 * 1024
 # One read. With the bytes before it that a read past the cache takes along, it fills a buffer of whole huge pages.
 WINDOW = BUFFER - ALIGN
 # Ranges this near to each other in a source are read in one go, the gap thrown away.
 MAX_GAP = 64 * 1024
-# _IOW(0x94, 9, int). These processors give the direction "write" other bits in a request than all others do.
-_OTHER_BITS = ("mips", "ppc", "powerpc", "sparc", "alpha")
-FICLONE = 0x80049409 if platform.machine().startswith(_OTHER_BITS) else 0x40049409
+FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # Python has it from 3.12 on
 
 
 def execute(items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter) -> tuple[FileRecord, ...]:
@@ -271,3 +274,102 @@ def _refuse_paths(items: Sequence[Item]) -> None:
         if not safe_relative_path(item.path) or item.path in seen:
             raise OverlayError("is not a path inside the overlay, or is planned twice", file=item.path)
         seen.add(item.path)
+
+
+class ShardWriter:
+    """Writes one file of known size front to back: ``write`` … ``close``; leaving it before that leaves nothing.
+
+    A thread writes. The caller's thread copies memory and hashes (blake3) what it just copied while that is still in
+    the processor's cache: a thread for the hash alone would cost a third more CPU. The bytes go to a temporary file
+    beside ``root / path`` and get their name when all of them are on the disk. Up to ``buffers`` buffers of 4 MB are in
+    flight. ``why``: why the file is not written past the page cache, or "". Raises OverlayError when the disk is full
+    or refuses.
+    """
+
+    def __init__(
+        self, root: Path, path: str, header: bytes, size: int, *, buffers: int = WRITE_BUFFERS, direct: bool = True
+    ) -> None:
+        """``size`` counts the ``header``, which is written at once."""
+        self.path, self.size = path, size
+        self._target = root / path
+        self._hasher = blake3()
+        self._written = 0
+        self._spare = buffers
+        self._memory: memoryview | None = None
+        self._used = self._hashed = 0
+        # Oldest first: when each buffer is free again.
+        self._pending: deque[tuple[Future[None], memoryview]] = deque()
+        with write_errors(self._target):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Temporary(self._target)
+            self._file = DirectWriter(self._temporary.path, direct=direct and size >= DIRECT_FROM)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-write")
+        self.write(header)
+
+    @property
+    def why(self) -> str:
+        """Why the file is not written past the page cache, or ""."""
+        return self._file.why
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Stop writing and remove what was begun; after ``close`` this only ends the thread."""
+        self._thread.shutdown(cancel_futures=True)
+        self._file.close()
+        self._temporary.discard()
+
+    def write(self, data: Buffer) -> None:
+        """The next bytes of the file; ``data`` may be reused at once. Any contiguous buffer will do."""
+        source = memoryview(data)
+        if not source.nbytes:
+            return
+        source = source.cast("B")
+        done = 0
+        while done < len(source):
+            memory = self._memory = self._memory or self._take()
+            count = min(len(source) - done, HASH_STEP - self._used % HASH_STEP, len(memory) - self._used)
+            memory[self._used : self._used + count] = source[done : done + count]
+            self._used += count
+            done += count
+            if self._used % HASH_STEP == 0 or self._used == len(memory):
+                self._hash_up_to(self._used)
+            if self._used == len(memory):
+                self._submit(memory)
+        self._written += len(source)
+
+    def close(self) -> FileRecord:
+        """Wait for the disk and give the file its name; returns what was written."""
+        if self._written != self.size:
+            raise AssertionError(f"{self.path}: {self._written} bytes were written of {self.size} planned")
+        if self._memory is not None:
+            self._hash_up_to(self._used)
+            self._submit(self._memory)
+        with write_errors(self._target):
+            for done, _ in self._pending:
+                done.result()
+            self._file.sync()
+            self._file.close()
+            self._temporary.publish(synced=True)
+        return FileRecord(self.path, self.size, self._hasher.hexdigest())
+
+    def _take(self) -> memoryview:
+        """An empty buffer: a new one while there are some to spare, else the next that the disk is done with."""
+        self._used = self._hashed = 0
+        if self._spare:
+            self._spare -= 1
+            return aligned_buffer(min(BUFFER, round_up(self.size)))
+        done, memory = self._pending.popleft()
+        with write_errors(self._target):
+            done.result()
+        return memory
+
+    def _submit(self, memory: memoryview) -> None:
+        self._pending.append((self._thread.submit(self._file.append, memory[: self._used]), memory))
+        self._memory = None
+
+    def _hash_up_to(self, end: int) -> None:
+        assert self._memory is not None
+        self._hasher.update(self._memory[self._hashed : end])
+        self._hashed = end

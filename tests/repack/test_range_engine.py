@@ -28,8 +28,7 @@ from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.repack.items import WriteShard, fingerprint, sources
 from ltxpack.repack.tensors import Cast, ShardEntry, TensorSpec, stored_tensor
-from ltxpack.repack.write import write_shard
-from ltxpack.repack.writer import ShardWriter
+from ltxpack.repack.write import ShardWriter, write_shard
 from ltxpack.reporter import SilentReporter
 
 NOISE = random.Random(1).randbytes(3 * BUFFER)
