@@ -34,7 +34,7 @@ from ltxpack.lora_bake.plan import (
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.materialize import restore_base
-from ltxpack.repack.items import Item
+from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import Staging, publish_bakes, recover
 from ltxpack.repack.verify import Fault, damaged, verify
@@ -91,7 +91,6 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
         loader.shutdown(wait=False)
         plans = _plans(options, manifest, base, found, [lora.read_digest(reporter) for lora in found])
         new = _to_be_made(plans, manifest, options)
-        refuse_links(overlay / WORK_FOLDER, *(overlay / plan.folder for plan in new))
         torch.result()
         made: dict[str, BakeReport] = {}
         if new:
@@ -134,7 +133,7 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
     has them, so that the same bytes come out. Raises what ``bake`` raises, and OverlayError for a LoRA that changed.
     """
     with OverlayLock(overlay, reporter) as lock:
-        refuse_links(overlay / WORK_FOLDER, overlay / BAKES, overlay / BAKES / name)
+        refuse_links(overlay / WORK_FOLDER, overlay / BAKES)
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
         made, base = manifest.bakes[name], read_base(overlay, manifest)
@@ -293,7 +292,9 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseT
     from ltxpack.lora_bake.stream import Engine
 
     for bake in bakes:
-        bake.write_small()
+        for item in bake.missing_items():
+            if not isinstance(item, WriteShard):
+                bake.record(write_item(item, bake.root, copy=False, reporter=reporter))
     for arithmetic in dict.fromkeys(bake.arithmetic for bake in bakes):
         with Engine(adapters, arithmetic, reporter) as engine:
             for shard in base.shards:
@@ -341,13 +342,6 @@ class StagedBake(Staging):
     def missing_items(self) -> list[Item]:
         """What must still be written, but for the reports."""
         return [item for item in self.plan.items if not self._has(item.path)]
-
-    def write_small(self) -> None:
-        """config, index and links."""
-        items: tuple[Item, ...] = (*self.plan.small, *self.plan.links)
-        for item in items:
-            if not self._has(item.path):
-                self.record(write_item(item, self.root, copy=False, reporter=self._reporter))
 
     def output(self, shard: BaseShard) -> ShardOutput | None:
         """How ``shard`` is to be written for this bake; None if it is a link, or done."""
