@@ -20,6 +20,7 @@ from test_tiling import recorded_tiling
 from torch import Tensor
 
 from ltxpack.errors import OverlayError, UsageError
+from ltxpack.ltx23.published import published_configs
 from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.audio import decode_mel
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
@@ -31,23 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # GOLDEN.md: how far the official code itself moves with other threads or kernels (5e-6 in fp32).
 BOUNDS = {"fp32": 1e-5, "bf16": 1.4e-2}
 
-
-# The video VAE of LTX-2.3 (spec 01, section 5); the rest are diffusers' defaults.
-LTX23_VAE = {
-    "block_out_channels": (256, 512, 1024, 1024),
-    "decoder_block_out_channels": (256, 512, 512, 1024),
-    "layers_per_block": (4, 6, 4, 2, 2),
-    "decoder_layers_per_block": (4, 6, 4, 2, 2),
-    "decoder_spatio_temporal_scaling": (True, True, True, True),
-    "decoder_inject_noise": (False, False, False, False, False),
-    "upsample_type": ("spatiotemporal", "spatiotemporal", "temporal", "spatial"),
-    "upsample_residual": (False, False, False, False),
-    "upsample_factor": (2, 2, 1, 2),
-    "decoder_causal": False,
-    "decoder_spatial_padding_mode": "zeros",
-    "spatial_compression_ratio": 32,
-    "temporal_compression_ratio": 8,
-}
+VAE = {name: value for name, value in published_configs()["vae"].items() if not name.startswith("_")}
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +74,13 @@ def test_decoded_video(parts: SimpleNamespace) -> None:
 
 
 def test_tiled_decode(parts: SimpleNamespace, golden: Path) -> None:
+    """In bf16 bit for bit where the processor rounds as the one that recorded: the encoder tells."""
+    encoded = video.encode_image(parts.vae, parts.recorded["vae_enc.image_in"])
+    exact = parts.name == "bf16" and torch.equal(encoded, parts.recorded["vae_enc.image_latent"])
     chunks = list(video.decode_video(parts.vae, parts.recorded["vae_dec_tiled.latent"], recorded_tiling(golden)))
     assert [len(chunk) for chunk in chunks] == parts.recorded["vae_dec_tiled.chunk_frames"].tolist()
     frames = torch.cat(chunks)[parts.recorded["vae_dec_tiled.frames_sel_idx"]]
-    compare(frames, parts.recorded["vae_dec_tiled.frames_sel"], parts.bound)
+    compare(frames, parts.recorded["vae_dec_tiled.frames_sel"], 0.0 if exact else parts.bound)
 
 
 def test_mel_spectrogram(parts: SimpleNamespace) -> None:
@@ -189,11 +177,11 @@ def test_float32_is_float32_in_every_codec(parts: SimpleNamespace, tf32_allowed:
     networks |= {"vocoder": parts.vocoder.vocoder, "upsampler": parts.upsampler}
     hooks = [network.register_forward_pre_hook(look(name)) for name, network in networks.items()]
     try:
-        video.encode_image(parts.vae, recorded["vae_enc.image_in"])
-        for _ in video.decode_video(parts.vae, recorded["vae_dec.latent"]):
+        video.encode_image(parts.vae, recorded["vae_enc.image_in"][..., :64, :64])
+        for _ in video.decode_video(parts.vae, recorded["vae_dec.latent"][..., :2, :2]):
             assert precisions() == tf32_allowed, "what the caller does between two groups is not ours"
         video.upsample(parts.upsampler, LatentStatistics.of(parts.vae), recorded["upsampler.in"])
-        audio.decode_audio(parts.audio_vae, parts.vocoder, recorded["audio_dec.latent"])
+        audio.decode_audio(parts.audio_vae, parts.vocoder, recorded["audio_dec.latent"][:, :, :2])
     finally:
         for hook in hooks:
             hook.remove()
@@ -256,17 +244,6 @@ def check_frames(frames: Tensor, run: dict[str, Tensor], bound: float) -> None:
     assert torch.allclose(statistics, recorded.float(), rtol=0, atol=max(bound, 1e-6) * 2)
 
 
-@torch.no_grad()
-def test_bf16_is_met_bit_for_bit_on_one_thread(golden: Path, folder: Path) -> None:
-    """Only where the processor rounds as the one that recorded: the encoder tells, the rest must follow."""
-    recorded = load(golden / "golden" / "components_bf16.safetensors")
-    vae = video.load_video_vae(folder / "vae", CPU, torch.bfloat16)
-    if not torch.equal(video.encode_image(vae, recorded["vae_enc.image_in"]), recorded["vae_enc.image_latent"]):
-        return
-    frames = torch.cat(list(video.decode_video(vae, recorded["vae_dec_tiled.latent"], recorded_tiling(golden))))
-    assert torch.equal(frames[recorded["vae_dec_tiled.frames_sel_idx"]], recorded["vae_dec_tiled.frames_sel"])
-
-
 def test_a_component_of_another_class_is_refused(folder: Path) -> None:
     with pytest.raises(OverlayError, match="another class of component"):
         audio.load_vocoder(folder / "vae", CPU, torch.float32)
@@ -276,7 +253,7 @@ def small_vae() -> AutoencoderKLLTX2Video:
     """The real architecture at its smallest, random weights and statistics, no golden needed."""
     torch.manual_seed(3)
     vae = AutoencoderKLLTX2Video(
-        **LTX23_VAE
+        **VAE
         | {
             "latent_channels": 8,
             "block_out_channels": (8, 8, 8, 8),
@@ -397,7 +374,7 @@ def test_memory_of_a_tile_is_what_the_decoder_allocates(size: tuple[int, int, in
     """The real decoder on the meta device, which allocates nothing and forgets nothing."""
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     with torch.device("meta"):
-        vae = AutoencoderKLLTX2Video(**LTX23_VAE).to(dtype)
+        vae = AutoencoderKLLTX2Video(**VAE).to(dtype)
         latents = torch.empty(1, 128, *size, dtype=dtype)
     peak = peak_of(lambda: vae.decode(latents))
     count = math.prod(size)
@@ -412,7 +389,7 @@ def fast_tiling(vae: AutoencoderKLLTX2Video, latents: Tensor, available: int) ->
 
 def test_fast_tiling_uses_what_there_is() -> None:
     with torch.device("meta"):
-        vae = AutoencoderKLLTX2Video(**LTX23_VAE)
+        vae = AutoencoderKLLTX2Video(**VAE)
     latents = torch.empty(1, 128, 16, 34, 60, dtype=torch.bfloat16, device="meta")
     whole = Tiling(Cut(16, 3), Cut(34, 2), Cut(60, 2))
     assert fast_tiling(vae, latents, 80_000_000_000) == whole

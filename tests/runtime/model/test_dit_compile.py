@@ -57,6 +57,7 @@ def test_compiled_agrees_with_eager_and_is_found_again(
         torch.compiler.reset()
         counters.clear()
         set_up_compiler(SilentReporter())
+        assert Path(cache_dir()) == tmp_path / FOLDER
         dit.compile_blocks()
         for each, expected in zip(streams, eager, strict=True):
             assert max(map(distance, dit.passes(recipe(each)[:2]), expected)) <= 1e-6
@@ -98,6 +99,7 @@ def test_no_more_compilers_than_the_host_has_room_for(
 def test_where_compiled_code_is_kept(named: str | None, tmp_path: Path) -> None:
     folders = {"torch's own": Path(tempfile.gettempdir()) / "torchinductor_somebody", "the user's": tmp_path / "mine"}
     environment = {"XDG_CACHE_HOME": str(tmp_path / "xdg"), INDUCTOR_CACHE: str(folders.get(named or "", ""))}
+    environment["LTXPACK_CACHE"] = str(tmp_path / "of the prompts")
     reporter = Notes()
     found = compiled_code(environment, reporter)
     assert found == (tmp_path / "mine" if named == "the user's" else tmp_path / "xdg" / FOLDER)
@@ -129,15 +131,6 @@ def test_compiled_code_is_never_loaded_from_a_folder_of_others(tmp_path: Path, m
     folder.rmdir()
     folder.write_text("a file")
     assert "compiled code is not kept for the next run" in refused()
-
-
-def test_compiled_code_is_kept_apart_from_the_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LTXPACK_CACHE", str(tmp_path / "shared"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(INDUCTOR_CACHE, "")
-    set_up_compiler(SilentReporter())
-    assert Path(os.environ[INDUCTOR_CACHE]) == Path(cache_dir()) == tmp_path / FOLDER
-    assert not (tmp_path / "shared").exists()
 
 
 def test_all_blocks_and_both_stages_share_their_graphs_and_agree_with_eager(dit: DiT) -> None:

@@ -20,53 +20,6 @@ from ltxpack.runtime.sampling.shape import AV
 
 INVENTORY = REPOSITORY.parent / "shared" / "spec" / "ltx23_inventory.json"
 UNBIASED = {"attention_bias": False, "attention_out_bias": False, "ff_bias": False, "audio_ff_bias": False}
-LENGTHS = AV(30, 9)
-
-
-class Pair:
-    """Our DiT and diffusers' with the same weights, and a call of each on the same streams."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        weights = random_weights(config)
-        self.ours = built(config, weights)
-        self.theirs = LTX2VideoTransformer3DModel.from_config(config).eval()
-        self.theirs.load_state_dict(weights, strict=True)
-        self.positions = AV(torch.rand(1, 3, LENGTHS.video, 2) * 20, torch.rand(1, 1, LENGTHS.audio, 2) * 20)
-        rope = self.ours.rope(self.positions, torch.float32, "cpu")
-        self.streams = random_streams(self.ours, LENGTHS, batch=2).map(
-            lambda stream, tables: replace(stream, rope=tables), rope
-        )
-
-    def diffusers(self, streams: AV[Stream], **arguments: Any) -> AV[Tensor]:
-        video, audio = streams.video, streams.audio
-        batch = video.latents.shape[0]
-        with torch.no_grad():
-            found = self.theirs(
-                hidden_states=video.latents,
-                audio_hidden_states=audio.latents,
-                encoder_hidden_states=video.context,
-                audio_encoder_hidden_states=audio.context,
-                timestep=1000 * per_token(video),
-                audio_timestep=1000 * per_token(audio),
-                sigma=1000 * video.sigma,
-                audio_sigma=1000 * audio.sigma,
-                video_coords=self.positions.video.expand(batch, -1, -1, -1),
-                audio_coords=self.positions.audio.expand(batch, -1, -1, -1),
-                return_dict=False,
-                **arguments,
-            )
-        return AV(*found)
-
-
-def per_token(stream: Stream) -> Tensor:
-    if stream.timestep_index is None:
-        return stream.timesteps.expand(-1, stream.latents.shape[1])
-    return stream.timesteps[:, stream.timestep_index]
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    return Pair(SMALL)
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL | UNBIASED, LTX23, LTX23 | UNBIASED])
@@ -97,58 +50,55 @@ def test_names_and_shapes_are_those_of_the_published_file() -> None:
     assert found == expected
 
 
-def test_one_timestep_for_all_tokens(pair: Pair) -> None:
-    assert distance(pair.ours(pair.streams), pair.diffusers(pair.streams)) <= 1e-5
+def per_token(stream: Stream) -> Tensor:
+    if stream.timestep_index is None:
+        return stream.timesteps.expand(-1, stream.latents.shape[1])
+    return stream.timesteps[:, stream.timestep_index]
 
 
-def test_modalities_at_different_sigmas_need_the_gate_of_the_other(pair: Pair) -> None:
-    """Even without masks diffusers' own-timestep gates differ from spec 06 section 2 once the sigmas do."""
-    audio = pair.streams.audio
-    streams = AV(pair.streams.video, replace(audio, timesteps=audio.timesteps / 2, sigma=audio.sigma / 2))
-    assert distance(pair.ours(streams), pair.diffusers(streams)) > 1e-3
-    assert distance(pair.ours(streams), with_gates_of_the_other(pair, streams)) <= 1e-5
-
-
-def test_isolated(pair: Pair) -> None:
-    found = pair.ours(pair.streams, isolated=True)
-    assert distance(found, pair.diffusers(pair.streams, isolate_modalities=True)) <= 1e-5
-    assert distance(found, pair.ours(pair.streams)) > 1e-3
-
-
-def test_perturbed_blocks(pair: Pair) -> None:
-    found = pair.ours(pair.streams, perturbed=AV(frozenset({1}), frozenset({1})))
-    assert distance(found, pair.diffusers(pair.streams, spatio_temporal_guidance_blocks=[1])) <= 1e-5
-    video_only = pair.ours(pair.streams, perturbed=AV(frozenset({1}), frozenset()))
-    assert distance(found, video_only) > 1e-3
-    assert distance(video_only, pair.ours(pair.streams)) > 1e-3
-
-
-def test_where_diffusers_differs_with_image_conditioning(pair: Pair) -> None:
-    """Spec 06 section 2: the gate of what comes across follows the other modality's unmasked sigma. diffusers
-    has both extremes and not this middle; a hook that hands its two gate modules those sigmas gives it.
+@pytest.mark.parametrize("index", [None, [0] * 10 + [1] * 20], ids=["one timestep", "images"])
+@pytest.mark.parametrize("audio_sigma", [0.7, 0.35])
+def test_the_gate_of_what_comes_across_follows_the_other_modality(index: list[int] | None, audio_sigma: float) -> None:
+    """Its unmasked sigma, spec 06 section 2. diffusers has other gates as soon as a token's timestep or a modality's
+    sigma is another; a hook that hands its two gate modules those sigmas gives ours. All else is as in diffusers;
+    isolated and perturbed passes are held to the official model's (test_dit_golden).
     """
-    sigma = torch.tensor([0.7])
-    index = [0] * 10 + [1] * (LENGTHS.video - 10)
-    base = random_streams(pair.ours, LENGTHS).map(
-        lambda stream, given: replace(stream, timesteps=sigma[None], sigma=sigma, rope=given.rope), pair.streams
+    lengths, weights = AV(30, 9), random_weights(SMALL)
+    ours, theirs = built(SMALL, weights), LTX2VideoTransformer3DModel.from_config(SMALL).eval()
+    theirs.load_state_dict(weights, strict=True)
+    positions = AV(torch.rand(1, 3, lengths.video, 2) * 20, torch.rand(1, 1, lengths.audio, 2) * 20)
+    streams = random_streams(ours, lengths).map(
+        lambda stream, sigma, tables: replace(stream, timesteps=sigma[None], sigma=sigma, rope=tables),
+        AV(torch.tensor([0.7]), torch.tensor([audio_sigma])),
+        ours.rope(positions, torch.float32, "cpu"),
     )
-    streams = AV(with_timesteps(base.video, [0.0, 0.7], index), base.audio)
-    found = pair.ours(streams)
-    for cross in (False, True):
-        assert distance(found, pair.diffusers(streams, use_cross_timestep=cross)) > 1e-3
-    assert distance(found, with_gates_of_the_other(pair, streams)) <= 1e-5
+    video, audio = streams.video, streams.audio
+    video = video if index is None else with_timesteps(video, [0.0, 0.7], index)
 
+    def diffusers(cross_timestep: bool = False) -> AV[Tensor]:
+        with torch.no_grad():
+            return AV(
+                *theirs(
+                    hidden_states=video.latents,
+                    audio_hidden_states=audio.latents,
+                    encoder_hidden_states=video.context,
+                    audio_encoder_hidden_states=audio.context,
+                    timestep=1000 * per_token(video),
+                    audio_timestep=1000 * per_token(audio),
+                    sigma=1000 * video.sigma,
+                    audio_sigma=1000 * audio.sigma,
+                    video_coords=positions.video,
+                    audio_coords=positions.audio,
+                    use_cross_timestep=cross_timestep,
+                    return_dict=False,
+                )
+            )
 
-def with_gates_of_the_other(pair: Pair, streams: AV[Stream]) -> AV[Tensor]:
-    """diffusers with its two gate modules given the other modality's sigma."""
-    gates = AV(pair.theirs.av_cross_attn_video_a2v_gate, pair.theirs.av_cross_attn_audio_v2a_gate)
-    hooks = gates.map(
-        lambda gate, other: gate.register_forward_pre_hook(
-            lambda module, args, kwargs: ((1000 * other.sigma, *args[1:]), kwargs), with_kwargs=True
-        ),
-        AV(streams.audio, streams.video),
-    )
-    try:
-        return pair.diffusers(streams)
-    finally:
-        hooks.map(lambda hook: hook.remove())
+    found, same = ours(AV(video, audio)), index is None and audio_sigma == 0.7
+    for cross_timestep in (False, True):
+        assert (distance(found, diffusers(cross_timestep)) <= 1e-5) is same
+    for gate, other in ((theirs.av_cross_attn_video_a2v_gate, audio), (theirs.av_cross_attn_audio_v2a_gate, video)):
+        gate.register_forward_pre_hook(
+            lambda module, args, kwargs, sigma=other.sigma: ((1000 * sigma, *args[1:]), kwargs), with_kwargs=True
+        )
+    assert distance(found, diffusers()) <= 1e-5

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
 import torch
 from dit_parts import golden_dit
 from golden_runs import DISTILLED_LORA, NAMES
@@ -176,22 +175,13 @@ def intermediates(recorded: Recorded) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module")
-def fp32(golden: Path) -> Recorded:
-    return Recorded.read(golden, "fp32")
-
-
-@pytest.fixture(scope="module")
-def bf16(golden: Path) -> Recorded:
-    return Recorded.read(golden, "bf16")
-
-
 def everything(recorded: Recorded) -> dict[str, Tensor]:
     found = {name: value for case in recorded.cases() for name, value in recorded.run(case)}
     return found | intermediates(recorded)
 
 
-def test_every_recorded_fp32_tensor_is_reproduced(fp32: Recorded) -> None:
+def test_every_recorded_fp32_tensor_is_reproduced(latents_golden: Path) -> None:
+    fp32 = Recorded.read(latents_golden, "fp32")
     found = everything(fp32)
     inputs = {f"{case}.{name}" for case in fp32.cases() for name in ("sigma", "video_denoise_mask")}
     expected = {k: v for k, v in fp32.tensors.items() if not k.startswith("in.") and k not in inputs}
@@ -211,7 +201,8 @@ def test_every_recorded_pass_of_the_other_recipes_is_reproduced(golden: Path) ->
     assert {name: error for name, error in errors.items() if not error <= FP32_LIMIT} == {}
 
 
-def test_bf16_is_bit_equal_where_this_machine_multiplies_like_the_recorder(bf16: Recorded) -> None:
+def test_bf16_is_bit_equal_where_this_machine_multiplies_like_the_recorder(golden: Path) -> None:
+    bf16 = Recorded.read(golden, "bf16")
     found = everything(bf16)
     canary = "cond.args.{}.x"  # one matrix product, before anything of ours has happened
     same_product = all(torch.equal(found[canary.format(m)], bf16.tensors[canary.format(m)]) for m in ("video", "audio"))
@@ -222,24 +213,3 @@ def test_bf16_is_bit_equal_where_this_machine_multiplies_like_the_recorder(bf16:
     errors = {name: relative_l2(found[name], bf16.tensors[name]) for name in outputs}
     assert outputs
     assert {name: error for name, error in errors.items() if not error <= limit} == {}
-
-
-def test_a_timestep_per_token_gives_what_the_distinct_ones_give(fp32: Recorded) -> None:
-    """The saving of evaluating AdaLN on distinct timesteps changes nothing."""
-    masked = [case for case in fp32.cases() if fp32.streams(case).video.timestep_index is not None]
-    assert masked
-    for case in masked:
-        streams = fp32.streams(case)
-        video = streams.video
-        assert video.timestep_index is not None
-        per_token = Stream(
-            video.latents,
-            video.timesteps[:, video.timestep_index],
-            torch.arange(video.latents.shape[1]),
-            video.sigma,
-            video.context,
-            video.rope,
-        )
-        distinct, spread = fp32.dit(streams), fp32.dit(AV(per_token, streams.audio))
-        assert relative_l2(distinct.video, spread.video) <= 1e-6
-        assert relative_l2(distinct.audio, spread.audio) <= 1e-6

@@ -26,7 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
-from ltxpack.errors import FormatError, OverlayError
+from ltxpack.errors import OverlayError
 from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.runtime.sampling.shape import AV
@@ -157,21 +157,6 @@ GEMMA = {
     "vocab_size": 32,
     "sliding_window": 8,
 }
-CONNECTOR = {
-    "caption_channels": 16,
-    "text_proj_in_factor": 3,
-    "video_hidden_dim": 16,
-    "audio_hidden_dim": 8,
-    "video_connector_num_attention_heads": 2,
-    "video_connector_attention_head_dim": 8,
-    "audio_connector_num_attention_heads": 2,
-    "audio_connector_attention_head_dim": 4,
-    "video_gated_attn": True,
-    "audio_gated_attn": True,
-    "rope_type": "split",
-    "per_modality_projections": True,
-    "proj_bias": True,
-}
 WORDS = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefgh"]
 
 
@@ -183,12 +168,12 @@ def small(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An overlay with a random two-layer Gemma, a word-level tokenizer and random connectors."""
+    """An overlay with a random two-layer Gemma and a word-level tokenizer."""
     torch.manual_seed(0)
     tmp_path = tmp_path_factory.mktemp("small")
-    encoder, tokenizer, connectors = (tmp_path / name for name in (ENCODER, TOKENIZER, CONNECTOR_FOLDER))
-    for folder in (encoder, tokenizer, connectors):
-        folder.mkdir()
+    encoder, tokenizer = tmp_path / ENCODER, tmp_path / TOKENIZER
+    encoder.mkdir()
+    tokenizer.mkdir()
     gemma = Gemma3TextModel(Gemma3TextConfig(**GEMMA))
     weights = {TEXT_ROOT + name: tensor.clone() for name, tensor in gemma.state_dict().items()}
     weights["vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(2)
@@ -200,9 +185,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.save(str(tokenizer / "tokenizer.json"))
     named = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(named))
-    module = LTX2TextConnectors(**CONNECTOR)
-    save_file(module.state_dict(), connectors / "diffusion_pytorch_model.safetensors")
-    (connectors / "config.json").write_text(json.dumps({"_class_name": "LTX2TextConnectors", **CONNECTOR}))
     return tmp_path
 
 
@@ -255,19 +237,6 @@ def test_gemma_loads_whole_without_head_and_vision_tower(small: Path, dtype: tor
         assert torch.equal(parameter, stored[TEXT_ROOT + name].to(parameter.dtype)), name
 
 
-def test_hidden_states_are_embeddings_layers_and_the_normed_end(small: Path) -> None:
-    tokenizer, model = gemma_of(small)
-    (hidden,) = text.hidden_states(["a b c"], tokenizer, model)
-    assert hidden.states.shape == (1, TEXT_TOKENS, GEMMA["hidden_size"], GEMMA["num_hidden_layers"] + 1)
-    ids, mask = text.tokenize(tokenizer, ["a b c"])
-    with torch.no_grad():
-        last = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        scaled = model.embed_tokens.weight[ids] * GEMMA["hidden_size"] ** 0.5
-    count = int(mask.sum())
-    assert relative_l2(hidden.states[:, -count:, :, -1], last[:, -count:]) <= 1e-6
-    assert relative_l2(hidden.states[..., 0], scaled) <= 1e-6
-
-
 @pytest.mark.parametrize("window", [4, 4096])
 def test_padding_is_no_trouble_to_a_kernel_that_makes_nan_of_it(
     small: Path, window: int, monkeypatch: pytest.MonkeyPatch
@@ -302,33 +271,6 @@ def test_the_attention_is_torchs_whatever_the_file_asks_for(small: Path) -> None
     assert {layer.self_attn.config._attn_implementation for layer in model.layers} == {"sdpa"}
 
 
-def test_a_prompt_does_not_depend_on_its_neighbour(small: Path) -> None:
-    parts = gemma_of(small)
-    connectors = text.load_connectors(small / CONNECTOR_FOLDER, CPU, torch.float32)
-
-    def encoded(*prompts: str) -> list[AV[Tensor]]:
-        return [text.contexts(hidden, connectors) for hidden in text.hidden_states(prompts, *parts)]
-
-    together = encoded("a b c", "d e f g h")
-    alone = [encoded(prompt)[0] for prompt in ("a b c", "d e f g h")]
-    for first, second in zip(together, alone, strict=True):
-        assert first.map(lambda t: tuple(t.shape)) == AV((1, 1024, 16), (1, 1024, 8))
-        errors = first.map(relative_l2, second)
-        assert max(errors.video, errors.audio) <= 1e-5
-    assert distance(together[0].video, together[1].video) > 1e-3
-
-
-def test_connectors_run_in_bf16_with_our_processor(small: Path) -> None:
-    connectors = text.load_connectors(small / CONNECTOR_FOLDER, CPU, torch.bfloat16)
-    for module in connectors.modules():
-        if hasattr(module, "set_processor"):
-            assert isinstance(module.processor, text.RoundedRotaryAttention)
-    states = torch.randn(1, TEXT_TOKENS, 16, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-    mask = torch.ones(1, TEXT_TOKENS, dtype=torch.int64)
-    found = text.contexts(text.HiddenStates(states, mask), connectors)
-    assert found.map(lambda t: t.dtype) == AV(torch.bfloat16, torch.bfloat16)
-
-
 def edited_weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
     def edit(overlay: Path) -> None:
         path = overlay / ENCODER / "model.safetensors"
@@ -353,12 +295,9 @@ ENCODER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (edited_weights(lambda w: w.pop(NORM)), "missing: norm.weight"),
     "tensor of another model": (edited_weights(lambda w: w.update({"talker.weight": torch.zeros(1)})), "talker.weight"),
     "tensor too many": (edited_weights(lambda w: w.update({EXTRA: torch.zeros(1)})), "unknown: extra.weight"),
-    "another shape": (edited_weights(lambda w: w.update({NORM: torch.zeros(3)})), r"found f32 \[3\]"),
-    "more layers": (edited_config(text_config=GEMMA | {"num_hidden_layers": 3}), "missing: layers.2"),
     "another text encoder": (edited_config(model_type="llama"), "found llama"),
     "no config": (lambda o: (o / ENCODER / "config.json").unlink(), "config"),
     "config that is no JSON": (lambda o: (o / ENCODER / "config.json").write_text("{"), "config"),
-    "truncated weights": (lambda o: (o / ENCODER / "model.safetensors").write_bytes(b"\x10"), "model.safetensors"),
 }
 
 
@@ -366,8 +305,7 @@ ENCODER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_text_encoder_that_does_not_fit_is_refused_by_name(small: Path, fault: str) -> None:
     make, says = ENCODER_FAULTS[fault]
     make(small)
-    error = FormatError if fault == "truncated weights" else OverlayError
-    with pytest.raises(error, match=says) as raised:
+    with pytest.raises(OverlayError, match=says) as raised:
         text.load_text_encoder(small / ENCODER, CPU, torch.float32)
     assert "next: ltxpack verify" in str(raised.value)
 
