@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ltxpack.errors import UsageError
+from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake
 from ltxpack.runtime.overlay import BASE, Overlay, asked_for, check_stages, official_transformers
 from ltxpack.runtime.request import Request
@@ -18,8 +19,8 @@ from ltxpack.runtime.weights.plan import Work
 from ltxpack.runtime.weights.report import Command
 
 PUBLISHED = "Lightricks/LTX-2.3"
-DISTILLED = "distilled-"
-STRENGTH = re.compile(re.escape(DISTILLED) + r"\d+(\.\d+)?")
+BAKED = f"{DISTILLED}-"
+STRENGTH = re.compile(re.escape(BAKED) + r"\d+(\.\d+)?")
 DEFAULT_FOLDER = Path("out")
 USUAL_RULE = "fp32"
 
@@ -49,7 +50,7 @@ def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
         if name != BASE and not STRENGTH.fullmatch(name):
             raise UsageError(
                 "unknown transformer, without an overlay to look it up in",
-                expected=f"{BASE}, or {DISTILLED}S for a strength S",
+                expected=f"{BASE}, or {BAKED}S for a strength S",
                 found=name,
                 next="ltxpack plan OVERLAY (or leave --stage1 and --stage2 out)",
             )
@@ -67,7 +68,7 @@ def published_commands(stages: Sequence[str], planned: PlannedRun) -> list[Comma
 def overlay_commands(overlay: Overlay, stages: Sequence[str], planned: PlannedRun) -> list[Command]:
     """For an overlay that is there; ``stages`` may name bakes of it that are not made yet."""
     root = overlay.root
-    found = [Command(f"ltxpack materialize {overlay.manifest.source.repo or 'SOURCE'} {shlex.quote(str(root))}", True)]
+    found = [Command(_materialized(overlay), True)]
     bakes = overlay.manifest.bakes
     missing = tuple(name for name in stages if name != BASE and name not in bakes)
     found += [Command(_baked(root, bakes[name]), True) for name in dict.fromkeys(stages) if name in bakes]
@@ -76,14 +77,24 @@ def overlay_commands(overlay: Overlay, stages: Sequence[str], planned: PlannedRu
     return [*found, Command(_run(root, planned), False)]
 
 
+def _materialized(overlay: Overlay) -> str:
+    source = overlay.manifest.source
+    words = ["ltxpack materialize", source.repo or "SOURCE", shlex.quote(str(overlay.root))]
+    if overlay.manifest.distilled:  # not what materialize takes by itself
+        words += [f"--checkpoint {shlex.quote(file.name)}" for file in source.files if file.role == "checkpoint"]
+    return " ".join(words)
+
+
 def _bake(root: Path, names: tuple[str, ...]) -> str:
-    strengths = " ".join(f"--strength {name.removeprefix(DISTILLED)}" for name in names)
+    strengths = " ".join(f"--strength {name.removeprefix(BAKED)}" for name in names)
     return f"ltxpack bake-lora {shlex.quote(str(root))} {strengths}"
 
 
 def _baked(root: Path, bake: Bake) -> str:
     *added, main = bake.loras
-    words = [f"ltxpack bake-lora {shlex.quote(str(root))} --strength {main.strength:g}"]
+    words = [f"ltxpack bake-lora {shlex.quote(str(root))}"]
+    words += [] if main.name == DISTILLED else [f"--lora {shlex.quote(main.file)}"]
+    words += [f"--strength {main.strength:g}"]
     words += [f"--add {shlex.quote(f'{lora.file}={lora.strength:g}')}" for lora in added]
     words += [f"--rule {bake.rule}"] if bake.rule != USUAL_RULE else []
     return " ".join(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -160,6 +161,24 @@ def test_an_overlay_without_bakes_is_planned_with_the_official_pair(demo: Path, 
     assert commands[1]["command"] == f"ltxpack bake-lora '{out}' --strength 0.25 --strength 0.5"
     refused(ltxpack("plan", out, "--stage2", "mine"), 2)
     assert planned(out, "--stage1", "base", "--stage2", "base")["stages"] == ["base", "base"]
+
+
+def test_the_commands_name_the_distilled_checkpoint_and_a_lora_of_ones_own(demo: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(demo / "source", source)
+    (checkpoint,) = source.glob("*-dev.safetensors")
+    distilled = checkpoint.rename(source / checkpoint.name.replace("dev", "distilled"))
+    (lora,) = source.glob("*lora*.safetensors")
+    mine = lora.rename(tmp_path / "mine.safetensors")
+    out = tmp_path / "out"
+    assert ltxpack("materialize", source, out, "--checkpoint", distilled.name).returncode == 0
+    assert ltxpack("bake-lora", out, "--lora", mine, "--strength", "0.5").returncode == 0
+    given = ("--recipe", "distilled", "--stage1", "mine-0.5", "--stage2", "mine-0.5")
+    commands = planned(out, *given, "--vram", "24GB", "--ram", "64GB")["commands"]
+    assert [each["command"] for each in commands][:2] == [
+        f"ltxpack materialize SOURCE {out} --checkpoint {distilled.name}",
+        f"ltxpack bake-lora {out} --lora mine.safetensors --strength 0.5",
+    ]
 
 
 def test_what_fits_nowhere_is_refused_with_numbers() -> None:
