@@ -28,11 +28,10 @@ from ltxpack.lora_bake.plan import (
     BaseShard,
     BaseTransformer,
     bake_name,
-    check_bake_name,
     read_base,
 )
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, changed_file, read_manifest
+from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, read_manifest
 from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
@@ -137,19 +136,17 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
         made, base = manifest.bakes[name], read_base(overlay, manifest)
-        loras = tuple(_recorded_use(lora, files[lora.blake3], base, reporter) for lora in made.loras)
+        adapters = [
+            open_adapter(files[lora.blake3], base.shapes, name=lora.name, allow_unmatched=True) for lora in made.loras
+        ]
+        loras = tuple(
+            LoraUse(adapter, lora.strength, scan(adapter, reporter, lora.blake3), lora.file)
+            for adapter, lora in zip(adapters, made.loras, strict=True)
+        )
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)
         if not _usable(arithmetic, made.rule):
-            arithmetic = _arithmetic(made.rule, "auto", [lora.adapter for lora in loras])
+            arithmetic = _arithmetic(made.rule, "auto", adapters)
         _run([BakePlan(name, loras, made.rule, base, overlay)], arithmetic, reporter, lock)
-
-
-def _recorded_use(lora: BakedLora, path: Path, base: BaseTransformer, reporter: Reporter) -> LoraUse:
-    adapter = open_adapter(path, base.shapes, name=lora.name, allow_unmatched=True)
-    digest = scan(adapter, reporter)
-    if digest != lora.blake3:
-        raise changed_file(path, f"blake3 {lora.blake3}", f"blake3 {digest}")
-    return LoraUse(adapter, lora.strength, digest, lora.file)
 
 
 # Plan
@@ -176,7 +173,7 @@ def _plans(
         if manifest.distilled and not options.force:
             _refuse_distilling_twice(uses, options)
         *added, main = ((use.adapter.name, use.strength) for use in uses)
-        name = check_bake_name(options.name or bake_name(main, added))
+        name = options.name or bake_name(main, added)
         plans.append(BakePlan(name, uses, options.rule, base, options.overlay))
     return plans
 

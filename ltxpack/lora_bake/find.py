@@ -71,10 +71,7 @@ class FoundLora:
         """Its hash, every byte looked at. Raises AdapterError for NaN, OverlayError if the overlay's own changed."""
         for warning in self.adapter.warnings:
             reporter.warn(f"{self.adapter.path.name}: {warning}")
-        digest = scan(self.adapter, reporter)
-        if self.own is not None and digest != self.own.file.blake3:
-            raise changed_file(self.adapter.path, f"blake3 {self.own.file.blake3}", f"blake3 {digest}")
-        return digest
+        return scan(self.adapter, reporter, None if self.own is None else self.own.file.blake3)
 
     def bake_part(self, digest: str, manifest: Manifest, options: BakeOptions) -> str:
         """Its part of a bake's name: the distilled LoRA goes by that name wherever its file is, others by their stem.
@@ -209,10 +206,10 @@ def hash_adapter(weights: Path, config: Path | None) -> str:
     return _with_config(hash_file(weights), config)
 
 
-def scan(adapter: Adapter, reporter: Reporter) -> str:
+def scan(adapter: Adapter, reporter: Reporter, recorded: str | None = None) -> str:
     """The adapter's hash as :func:`hash_adapter` gives it, with every factor looked at on the way.
 
-    Raises AdapterError listing the tensors that hold NaN or infinity.
+    Raises AdapterError listing the tensors that hold NaN or infinity, OverlayError for another hash than ``recorded``.
     """
     parts, hasher = list(_parts(adapter)), blake3()
     bad: dict[str, None] = {}
@@ -227,7 +224,10 @@ def scan(adapter: Adapter, reporter: Reporter) -> str:
     reporter.end()
     if bad:
         raise AdapterError(f"holds NaN or infinity in {len(bad)} tensors", file=adapter.path, items=list(bad))
-    return _with_config(hasher.hexdigest(), adapter.config)
+    digest = _with_config(hasher.hexdigest(), adapter.config)
+    if recorded not in (None, digest):
+        raise changed_file(adapter.path, f"blake3 {recorded}", f"blake3 {digest}")
+    return digest
 
 
 def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
