@@ -19,8 +19,7 @@ from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
-from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, WriteBytes, assign_shards
-from ltxpack.repack.tensors import stored_tensor
+from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, WriteBytes, assign_shards, stored_tensor
 
 STRENGTHS = (0.25, 0.5)
 STEMS = {"text_encoder": "model"}

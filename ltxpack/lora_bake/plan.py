@@ -25,8 +25,7 @@ from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES, Bake, BakedLora, FileRecord, Manifest, changed_file
-from ltxpack.repack.items import Item, LinkFile, WriteBytes, WriteShard
-from ltxpack.repack.tensors import Buffer, Copied, ShardEntry, stored_tensor
+from ltxpack.repack.items import Buffer, Copied, Item, LinkFile, ShardEntry, WriteBytes, WriteShard, stored_tensor
 
 RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")

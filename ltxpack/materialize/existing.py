@@ -33,8 +33,7 @@ from ltxpack.materialize.plan import (
     plan_upsampler,
 )
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, choose, hub_folder, open_source_folder
-from ltxpack.repack.items import CopyFile, Item, WriteBytes, WriteShard, sources
-from ltxpack.repack.tensors import Copied
+from ltxpack.repack.items import Copied, CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.verify import repair
 from ltxpack.reporter import Reporter
 

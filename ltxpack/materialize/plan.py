@@ -17,8 +17,16 @@ from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, L
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.sources import InputFile
-from ltxpack.repack.items import DEFAULT_STEM, CopyFile, Item, WriteBytes, WriteShard, assign_shards
-from ltxpack.repack.tensors import Cast, stored_tensor
+from ltxpack.repack.items import (
+    DEFAULT_STEM,
+    Cast,
+    CopyFile,
+    Item,
+    WriteBytes,
+    WriteShard,
+    assign_shards,
+    stored_tensor,
+)
 
 LORA_FOLDER = "loras"
 MODEL_INDEX = "model_index.json"

@@ -24,9 +24,8 @@ from ltxpack.files.publish import Temporary, fsync_file, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
 from ltxpack.manifest import FileRecord, safe_relative_path
-from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
+from ltxpack.repack.items import Buffer, CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging
-from ltxpack.repack.tensors import Buffer
 from ltxpack.reporter import Reporter
 
 # Buffers of a file that is written; its hash is made in steps that stay in a core's cache.

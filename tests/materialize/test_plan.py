@@ -17,8 +17,7 @@ from ltxpack.files.tensorfile import build_header
 from ltxpack.files.units import parse_size
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.materialize import Options, plan_overlay
-from ltxpack.repack.items import WriteShard
-from ltxpack.repack.tensors import Copied
+from ltxpack.repack.items import Copied, WriteShard
 from ltxpack.reporter import SilentReporter
 
 MEASURE = """

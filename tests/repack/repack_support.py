@@ -14,10 +14,9 @@ import pytest
 from ltxpack.files.direct import DirectWriter
 from ltxpack.files.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
 from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source
-from ltxpack.repack.items import CopyFile, Item, WriteBytes, assign_shards, fingerprint
+from ltxpack.repack.items import CopyFile, Item, WriteBytes, assign_shards, fingerprint, stored_tensor
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, recover
-from ltxpack.repack.tensors import stored_tensor
 from ltxpack.repack.write import execute
 from ltxpack.reporter import SilentReporter
 

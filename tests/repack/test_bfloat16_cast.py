@@ -10,7 +10,7 @@ import torch
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.reader import Range
-from ltxpack.repack.tensors import STEP, Cast, round_to_bfloat16
+from ltxpack.repack.items import STEP, Cast, round_to_bfloat16
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
 

@@ -26,8 +26,7 @@ from ltxpack.errors import FormatError, OverlayError, SourceError
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectReader, DirectWriter
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.repack.items import WriteShard, fingerprint, sources
-from ltxpack.repack.tensors import Cast, ShardEntry, TensorSpec, stored_tensor
+from ltxpack.repack.items import Cast, ShardEntry, TensorSpec, WriteShard, fingerprint, sources, stored_tensor
 from ltxpack.repack.write import ShardWriter, write_shard
 from ltxpack.reporter import SilentReporter
 
@@ -327,8 +326,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from ltxpack.files.tensorfile import build_header, read_tensorfile
-from ltxpack.repack.items import WriteShard
-from ltxpack.repack.tensors import stored_tensor
+from ltxpack.repack.items import WriteShard, stored_tensor
 from ltxpack.repack.write import write_shard
 from ltxpack.reporter import SilentReporter
 source, size = Path(sys.argv[1], "s.safetensors"), int(sys.argv[2])

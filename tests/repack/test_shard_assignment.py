@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from ltxpack.errors import FormatError, UnsupportedError, UsageError
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import TensorInfo, parse_header, tensor_nbytes
-from ltxpack.repack.items import WriteBytes, WriteShard, assign_shards, fingerprint, sources
-from ltxpack.repack.tensors import ShardEntry, stored_tensor
+from ltxpack.repack.items import ShardEntry, WriteBytes, WriteShard, assign_shards, fingerprint, sources, stored_tensor
 from ltxpack.repack.write import MAX_GAP, read_plan
 
 SOURCE = Path("model.safetensors")
