@@ -60,17 +60,17 @@ def plan(
 
 def _published(planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
     from ltxpack.ltx23.published import published_configs, published_tensors
-    from ltxpack.runtime.commands import published_commands, published_stages
+    from ltxpack.runtime.commands import commands, published_stages
     from ltxpack.runtime.weights.sizes import model_of
 
     configs = published_configs()
     stages = published_stages(planned.request.recipe, planned.session.transformers)
     model = model_of(published_tensors(configs), configs, stages, planned.session.dtype)
-    return stages, model, published_commands(stages, planned)
+    return stages, model, commands(stages, planned)
 
 
 def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
-    from ltxpack.runtime.commands import overlay_commands
+    from ltxpack.runtime.commands import commands
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
     from ltxpack.runtime.weights.sizes import overlay_model
 
@@ -79,7 +79,7 @@ def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSiz
         stages = official_transformers(recipe)
     else:
         stages = choose(opened.manifest, recipe, asked, root).stages
-    return stages, overlay_model(opened, stages, planned.session.dtype), overlay_commands(opened, stages, planned)
+    return stages, overlay_model(opened, stages, planned.session.dtype), commands(stages, planned, opened)
 
 
 def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Plan, rate: int) -> None:

@@ -80,12 +80,6 @@ def recognise(name: str, size: int, sha256: str | None) -> Recognised:
     return Recognised(release, f"{name} {content} (sha256 {sha256}); the published file has {promised.sha256}")
 
 
-def is_distilled(name: str, size: int, sha256: str | None) -> bool:
-    """Whether a checkpoint is a distilled base, by its content or else by its name."""
-    release = recognise(name, size, sha256).release
-    return "distilled" in (release.name if release else name)
-
-
 def likely(name: str, size: int) -> Release | None:
     """The release with this name and size (not proof: two LoRAs share a size)."""
     return next((release for release in RELEASES if release.file == name and release.size == size), None)

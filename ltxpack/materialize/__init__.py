@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ltxpack.errors import OverlayError
 from ltxpack.files.units import human_bytes
-from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER, recognise
+from ltxpack.ltx23.releases import TEXT_ENCODER
 from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import STORED_DTYPE
 from ltxpack.materialize.existing import differences, restore_base
@@ -20,7 +20,7 @@ from ltxpack.materialize.hub.client import Hub
 from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
-from ltxpack.materialize.sources import Access, Sources, resolve
+from ltxpack.materialize.sources import FLAGS, Access, resolve
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, Item, fingerprint
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, recover, unfinished
@@ -45,11 +45,6 @@ class Options:
     copy: bool = False
     force: bool = False
 
-    def sources(self, access: Access, allow_missing: bool = False) -> Sources:
-        """The files that SOURCE and the flags mean; see :func:`ltxpack.materialize.sources.resolve`."""
-        flags = {role: getattr(self, role) for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
-        return resolve(self.source, flags, access, revision=self.revision, allow_missing=allow_missing)
-
 
 @dataclass(frozen=True)
 class Report:
@@ -69,9 +64,7 @@ def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -
     _refuse_foreign(options.overlay)
     if is_overlay(options.overlay) and not options.force:
         reporter.note(f"{options.overlay}: is there already; nothing is written if it was made from the same inputs")
-    access = Access(reporter, hub)
-    inputs = read_inputs(options.sources(access, allow_missing=True), access)
-    _tell(inputs, reporter)
+    inputs = _read(options, Access(reporter, hub), reporter, allow_missing=True)
     return make_plan(inputs, options.max_shard_size, options.copy)
 
 
@@ -83,8 +76,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
     """
     _refuse_foreign(options.overlay)
     access = Access(reporter, hub)
-    inputs = read_inputs(options.sources(access), access)
-    _tell(inputs, reporter)
+    inputs = _read(options, access, reporter)
     with OverlayLock(options.overlay, reporter) as lock:
         recover(options.overlay, reporter)
         plan = make_plan(inputs, options.max_shard_size, options.copy)
@@ -163,13 +155,17 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
     return Report(options.overlay, manifest, sum(item.size for item in plan.items()), written=False)
 
 
-def _tell(inputs: Inputs, reporter: Reporter) -> None:
-    """Which files were found, which releases they are, and what will be other than in the source."""
-    for role, file, known in inputs.recognised():
+def _read(options: Options, access: Access, reporter: Reporter, allow_missing: bool = False) -> Inputs:
+    """The inputs; told are which files and releases they are, and what will be other than in the source."""
+    flags = {role: getattr(options, role) for role in FLAGS}
+    found = resolve(options.source, flags, access, revision=options.revision, allow_missing=allow_missing)
+    inputs = read_inputs(found, access)
+    for role, file in inputs.files():
+        release = file.known.release
         if role != TEXT_ENCODER:
-            reporter.note(f"{role}: {file.label}" + (f" (release {known.release.name})" if known.release else ""))
-        if known.warning:
-            reporter.warn(known.warning)
+            reporter.note(f"{role}: {file.label}" + (f" (release {release.name})" if release else ""))
+        if file.known.warning:
+            reporter.warn(file.known.warning)
     if inputs.sources.text_encoder is not None:
         reporter.note(f"text encoder: {inputs.sources.text_encoder.label}")
     checkpoint = inputs.checkpoint
@@ -179,6 +175,7 @@ def _tell(inputs: Inputs, reporter: Reporter) -> None:
     if checkpoint.dropped:
         reporter.detail(f"left out, read by no module: {', '.join(checkpoint.dropped)}")
     base = inputs.sources.checkpoint
-    by = "hash" if recognise(base.name, base.size, base.sha256).release else "file name"
-    kind = "distilled, for the recipe distilled" if inputs.distilled else "full"
+    by = "hash" if base.known.release else "file name"
+    kind = "distilled, for the recipe distilled" if base.distilled else "full"
     reporter.note(f"kind of transformer, by its {by}: {kind}")
+    return inputs

@@ -50,8 +50,8 @@ _ROLES = {
 
 def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterator[str]:
     """What is other in ``overlay`` than the plan says, in words: cheap ones first, the rest only if there is none."""
-    if manifest.source != plan.source:
-        other = next((file for file in plan.source.files if file not in manifest.source.files), None)
+    if manifest.source != plan.stated.source:
+        other = next((file for file in plan.stated.source.files if file not in manifest.source.files), None)
         what = "other inputs" if other is None else f"another {other.role.replace('_', ' ')} than {other.name}"
         yield f"it was made from {what}"
     planned = {item.path: item for item in plan.items()}

@@ -6,6 +6,7 @@ code are refused, and the shard index must say what the shards' own headers say 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,6 @@ from ltxpack.ltx23.releases import (
     TEXT_ENCODER,
     TEXT_ENCODER_REPO,
     UPSAMPLER,
-    Recognised,
-    is_distilled,
-    recognise,
 )
 from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_lora, read_upsampler
 from ltxpack.materialize.sources import AGAIN, Access, InputFaults, InputFile, InputFolder, Sources
@@ -45,41 +43,24 @@ OTHER_ENCODER = f"{AGAIN}--text-encoder {TEXT_ENCODER_REPO}"
 
 
 @dataclass(frozen=True)
-class TextEncoder:
-    """The files to take over, by the folder they go to."""
-
-    model: tuple[InputFile, ...]
-    tokenizer: tuple[InputFile, ...]
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """What the overlay is made from. An input that is None is missing, or a LoRA that a distilled base needs not."""
+    """What the overlay is made from. An input that is None is missing, or a LoRA that a distilled base needs not.
+
+    ``text_encoder``: the files to take over, by the folder they go to.
+    """
 
     sources: Sources
     checkpoint: Checkpoint
     upsampler: Upsampler | None
-    text_encoder: TextEncoder | None
+    text_encoder: Mapping[str, Sequence[InputFile]]
 
     def files(self) -> list[tuple[str, InputFile]]:
         """Every input file with its role, in a fixed order."""
         sources = self.sources
         single = [(CHECKPOINT, sources.checkpoint), (LORA, sources.lora), (UPSAMPLER, sources.upsampler)]
         files = [(role, file) for role, file in single if file is not None]
-        if self.text_encoder is not None:
-            members = (*self.text_encoder.model, *self.text_encoder.tokenizer)
-            files += [(TEXT_ENCODER, file) for file in sorted(members, key=lambda file: file.name)]
-        return files
-
-    def recognised(self) -> list[tuple[str, InputFile, Recognised]]:
-        """Which of the files are known releases."""
-        return [(role, file, recognise(file.name, file.size, file.sha256)) for role, file in self.files()]
-
-    @property
-    def distilled(self) -> bool:
-        """Whether the base is a distilled one, by its name or its content."""
-        file = self.sources.checkpoint
-        return is_distilled(file.name, file.size, file.sha256)
+        members = itertools.chain(*self.text_encoder.values())
+        return [*files, *((TEXT_ENCODER, file) for file in sorted(members, key=lambda file: file.name))]
 
 
 def read_inputs(sources: Sources, access: Access) -> Inputs:
@@ -102,7 +83,7 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
         encoder = faults.gather(TEXT_ENCODER, lambda: read_text_encoder(folder, access, connectors))
     faults.refuse()
     assert checkpoint is not None
-    return Inputs(sources, checkpoint, upsampler, encoder)
+    return Inputs(sources, checkpoint, upsampler, encoder or {})
 
 
 def _check_lora(lora: InputFile, access: Access) -> None:
@@ -116,10 +97,13 @@ def _check_lora(lora: InputFile, access: Access) -> None:
         )  # fmt: skip
 
 
-def read_text_encoder(folder: InputFolder, access: Access, connectors: Mapping[str, Any] | None) -> TextEncoder:
-    """Check ``folder`` by its configs and headers, and whether it fits the ``connectors``' config, if that is known.
+def read_text_encoder(
+    folder: InputFolder, access: Access, connectors: Mapping[str, Any] | None
+) -> dict[str, list[InputFile]]:
+    """The files to take over from ``folder``, by the folder they go to.
 
-    Raises SourceError, FormatError or UnsupportedError.
+    ``folder`` is checked by its configs and headers, and against the ``connectors``' config, if that is known. Raises
+    SourceError, FormatError or UnsupportedError.
     """
     files = folder.files
     missing = [name for name in REQUIRED if name not in files]
@@ -142,8 +126,7 @@ def read_text_encoder(folder: InputFolder, access: Access, connectors: Mapping[s
             next=OTHER_ENCODER,
         )  # fmt: skip
     model = [files[name] for name in (*MODEL_FILES, *([INDEX] if index is not None else [])) if name in files]
-    tokenizer = tuple(files[name] for name in TOKENIZER_FILES if name in files)
-    return TextEncoder((*model, *weights), tokenizer)
+    return {"text_encoder": model + weights, "tokenizer": [files[name] for name in TOKENIZER_FILES if name in files]}
 
 
 def _check_configs(folder: InputFolder, access: Access) -> None:

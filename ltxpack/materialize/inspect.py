@@ -12,7 +12,7 @@ from typing import Any
 
 from ltxpack.errors import LtxpackError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
-from ltxpack.ltx23.releases import likely, parse_version, recognise
+from ltxpack.ltx23.releases import likely, parse_version
 from ltxpack.ltx23.renames import component_of
 from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler
@@ -38,7 +38,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 
 
 def _file(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
-    known = recognise(file.name, file.size, file.sha256)
+    known = file.known
     by_name = likely(file.name, file.size)
     common: dict[str, Any] = {
         "bytes": file.size,

@@ -6,7 +6,7 @@ The manifest itself (ltxpack.json) is not in the plan: it is written last, from 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,15 @@ class ComponentPlan:
 class OverlayPlan:
     """What the overlay will hold. ``missing``: role and reason of inputs that were not found.
 
-    ``unproven``: sources known by name and size only, with neither a hash nor a commit of the hub.
+    ``stated``: the manifest, but for its files. ``unproven``: sources known by name and size only, with neither a hash
+    nor a commit of the hub.
     """
 
     components: tuple[ComponentPlan, ...]
     loras: tuple[CopyFile, ...]
     files: tuple[WriteBytes, ...]
     missing: tuple[str, ...]
-    source: Source
-    model_version: str
-    image_crf: int
-    licence: str | None
-    transformer_kind: str
+    stated: Manifest
     copy: bool = False
     unproven: frozenset[Path] = frozenset()
 
@@ -92,16 +89,9 @@ class OverlayPlan:
             facts = COMPONENTS[component.name]
             files = tuple(records[item.path] for item in component.items)
             components[component.name] = Component(facts.library, facts.name, files, component.cast)
-        return Manifest(
-            model_version=self.model_version,
-            image_crf=self.image_crf,
-            licence=self.licence,
-            source=self.source,
-            components=components,
-            loras=tuple(Lora(DISTILLED, records[lora.path]) for lora in self.loras),
-            files=tuple(records[file.path] for file in self.files),
-            transformer_kind=self.transformer_kind,
-        )
+        loras = tuple(Lora(DISTILLED, records[lora.path]) for lora in self.loras)
+        written = tuple(records[file.path] for file in self.files)
+        return replace(self.stated, components=components, loras=loras, files=written)
 
 
 def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> OverlayPlan:
@@ -110,20 +100,18 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
     components = plan_checkpoint(checkpoint, sources.checkpoint.path, max_shard_size)
     if inputs.upsampler is not None and sources.upsampler is not None:
         components.append(plan_upsampler(inputs.upsampler, sources.upsampler, max_shard_size))
-    components.append(plan_scheduler(inputs.distilled))
-    if inputs.text_encoder is not None:
-        components.append(ComponentPlan("text_encoder", _copies("text_encoder", inputs.text_encoder.model)))
-        components.append(ComponentPlan("tokenizer", _copies("tokenizer", inputs.text_encoder.tokenizer)))
+    distilled = sources.checkpoint.distilled
+    components.append(plan_scheduler(distilled))
+    components += [ComponentPlan(name, _copies(name, files)) for name, files in inputs.text_encoder.items()]
+    kind = DISTILLED_KIND if distilled else FULL_KIND
+    source = _source(inputs, max_shard_size)
+    stated = Manifest(metadata.model_version, IMAGE_CRF, metadata.licence, source, {}, (), (), transformer_kind=kind)
     return OverlayPlan(
         components=tuple(components),
         loras=() if sources.lora is None else _copies(LORA_FOLDER, [sources.lora]),
         files=(plan_model_index(), plan_metadata(checkpoint)),
         missing=tuple(f"{role}: {reason}" for role, reason in sources.missing.items()),
-        source=_source(inputs, max_shard_size),
-        model_version=metadata.model_version,
-        image_crf=IMAGE_CRF,
-        licence=metadata.licence,
-        transformer_kind=DISTILLED_KIND if inputs.distilled else FULL_KIND,
+        stated=stated,
         copy=copy,
         unproven=frozenset(file.path for _, file in inputs.files() if file.sha256 is None and file.repo is None),
     )
@@ -181,8 +169,8 @@ def _copies(folder: str, files: Sequence[InputFile]) -> tuple[CopyFile, ...]:
 
 def _source(inputs: Inputs, max_shard_size: int) -> Source:
     files = []
-    for role, file, known in inputs.recognised():
-        release = known.release.name if known.release else None
+    for role, file in inputs.files():
+        release = file.known.release.name if file.known.release else None
         repo, revision = (file.repo.repo, file.repo.commit) if file.repo else (None, None)
         files.append(SourceFile(role, file.name, file.size, file.sha256, release, repo, revision))
     assert files[0].role == CHECKPOINT

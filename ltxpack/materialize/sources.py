@@ -33,7 +33,8 @@ from ltxpack.ltx23.releases import (
     TEXT_ENCODER,
     TEXT_ENCODER_REPO,
     UPSAMPLER,
-    is_distilled,
+    Recognised,
+    recognise,
 )
 from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
 from ltxpack.reporter import Reporter
@@ -71,6 +72,16 @@ class InputFile:
     def label(self) -> str:
         """How messages name it."""
         return f"{self.repo.repo}/{self.member}" if self.repo else self.member
+
+    @property
+    def known(self) -> Recognised:
+        """Which release it is, if it is one."""
+        return recognise(self.name, self.size, self.sha256)
+
+    @property
+    def distilled(self) -> bool:
+        """Whether it is a distilled checkpoint, by its content or else by its name."""
+        return "distilled" in (self.known.release.name if self.known.release else self.name)
 
 
 @dataclass(frozen=True)
@@ -196,7 +207,7 @@ def resolve(
         if role == CHECKPOINT and single:
             return single
         typed, base = flags.get(role), chosen.get(CHECKPOINT)
-        if role == LORA and typed is None and base and is_distilled(base.name, base.size, base.sha256):
+        if role == LORA and typed is None and base and base.distilled:
             return None
         found = folder if typed is None else _find(typed, access, within=folder)
         return choose(role, found) if isinstance(found, InputFolder) else found

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ltxpack.errors import UsageError
+from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake
 from ltxpack.runtime.overlay import BASE, Overlay, asked_for, check_stages, official_transformers
@@ -57,45 +56,35 @@ def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def published_commands(stages: Sequence[str], planned: PlannedRun) -> list[Command]:
-    """From nothing, with the transformers ``stages``."""
-    baked = tuple(name for name in dict.fromkeys(stages) if name != BASE)
-    found = [f"ltxpack materialize {PUBLISHED} {DEFAULT_FOLDER}"]
-    found += [_bake(DEFAULT_FOLDER, baked)] if baked else []
-    return [Command(text, False) for text in (*found, _run(DEFAULT_FOLDER, planned))]
-
-
-def overlay_commands(overlay: Overlay, stages: Sequence[str], planned: PlannedRun) -> list[Command]:
-    """For an overlay that is there; ``stages`` may name bakes of it that are not made yet."""
-    root = overlay.root
-    found = [Command(_materialized(overlay), True)]
-    bakes = overlay.manifest.bakes
-    missing = tuple(name for name in stages if name != BASE and name not in bakes)
-    found += [Command(_baked(root, bakes[name]), True) for name in dict.fromkeys(stages) if name in bakes]
+def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None = None) -> list[Command]:
+    """From nothing, or for an ``overlay`` that is there; ``stages`` may name bakes of it that are not made yet."""
+    root = DEFAULT_FOLDER if overlay is None else overlay.root
+    bakes = {} if overlay is None else overlay.manifest.bakes
+    found = [Command(_materialized(overlay), overlay is not None)]
+    names = [name for name in dict.fromkeys(stages) if name != BASE]
+    found += [Command(_baked(root, bakes[name]), True) for name in names if name in bakes]
+    missing = [f"--strength {name.removeprefix(BAKED)}" for name in names if name not in bakes]
     if missing:
-        found.append(Command(_bake(root, missing), False))
+        found.append(Command(f"ltxpack bake-lora {quoted(root)} {' '.join(missing)}", False))
     return [*found, Command(_run(root, planned), False)]
 
 
-def _materialized(overlay: Overlay) -> str:
+def _materialized(overlay: Overlay | None) -> str:
+    if overlay is None:
+        return f"ltxpack materialize {PUBLISHED} {DEFAULT_FOLDER}"
     source = overlay.manifest.source
-    words = ["ltxpack materialize", source.repo or "SOURCE", shlex.quote(str(overlay.root))]
+    words = ["ltxpack materialize", source.repo or "SOURCE", quoted(overlay.root)]
     if overlay.manifest.distilled:  # not what materialize takes by itself
-        words += [f"--checkpoint {shlex.quote(file.name)}" for file in source.files if file.role == "checkpoint"]
+        words += [f"--checkpoint {quoted(file.name)}" for file in source.files if file.role == "checkpoint"]
     return " ".join(words)
-
-
-def _bake(root: Path, names: tuple[str, ...]) -> str:
-    strengths = " ".join(f"--strength {name.removeprefix(BAKED)}" for name in names)
-    return f"ltxpack bake-lora {shlex.quote(str(root))} {strengths}"
 
 
 def _baked(root: Path, bake: Bake) -> str:
     *added, main = bake.loras
-    words = [f"ltxpack bake-lora {shlex.quote(str(root))}"]
-    words += [] if main.name == DISTILLED else [f"--lora {shlex.quote(main.file)}"]
+    words = [f"ltxpack bake-lora {quoted(root)}"]
+    words += [] if main.name == DISTILLED else [f"--lora {quoted(main.file)}"]
     words += [f"--strength {main.strength:g}"]
-    words += [f"--add {shlex.quote(f'{lora.file}={lora.strength:g}')}" for lora in added]
+    words += [f"--add {quoted(f'{lora.file}={lora.strength:g}')}" for lora in added]
     words += [f"--rule {bake.rule}"] if bake.rule != USUAL_RULE else []
     return " ".join(words)
 
@@ -105,4 +94,4 @@ def _run(root: Path, planned: PlannedRun) -> str:
     usual = Settings.of({"recipe": settings.recipe})
     said = [f"--recipe {settings.recipe}"] if settings.recipe != Settings.recipe else []
     said += [*words(settings, usual), *words(planned.session, SessionSettings()), *["--image FILE"] * planned.images]
-    return " ".join([f'ltxpack run {shlex.quote(str(root))} --prompt "…"', *said])
+    return " ".join([f'ltxpack run {quoted(root)} --prompt "…"', *said])

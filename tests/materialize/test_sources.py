@@ -286,15 +286,15 @@ def test_a_text_encoder_of_another_size_does_not_fit(source: Path) -> None:
 
 def test_only_known_files_of_the_text_encoder_are_taken_and_one_weight_file_needs_no_index(source: Path) -> None:
     encoder, folder = read(source).text_encoder, source / tiny_source.GEMMA
-    names = {file.name for file in (*encoder.model, *encoder.tokenizer)}
+    names = {file.name for files in encoder.values() for file in files}
     assert not [name for name in names if not name.endswith((".safetensors", ".json", ".jinja"))]
-    assert "chat_template.jinja" in {file.name for file in encoder.tokenizer}
+    assert "chat_template.jinja" in {file.name for file in encoder["tokenizer"]}
     for path in folder.glob("model*"):
         path.unlink()
     shapes = {"language_model.model.embed_tokens.weight": (32, 24)}
     shapes |= {f"language_model.model.layers.{i}.input_layernorm.weight": (24,) for i in range(2)}
     tiny_source.write_tensors(folder / "model.safetensors", shapes, {})
-    assert "model.safetensors" in {file.name for file in read(source).text_encoder.model}
+    assert "model.safetensors" in {file.name for file in read(source).text_encoder["text_encoder"]}
 
 
 def test_a_file_as_text_encoder_names_its_folder(source: Path) -> None:
