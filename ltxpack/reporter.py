@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 
-class Reporter(Protocol):
-    """Receives notes and progress. Only ltxpack/cli has one that writes to a terminal."""
+class Reporter:
+    """Receives notes and progress; this one drops them. Only ltxpack/cli has one that writes to a terminal."""
 
     def note(self, message: str) -> None:
         """A fact the user should see once."""
@@ -28,28 +27,16 @@ class Reporter(Protocol):
         """The phase is over."""
 
 
-class SilentReporter:
+class SilentReporter(Reporter):
     """Drops everything; for use from Python and in tests."""
 
-    def note(self, message: str) -> None: ...
 
-    def detail(self, message: str) -> None: ...
-
-    def warn(self, message: str) -> None: ...
-
-    def begin(self, label: str, total: int, unit: str) -> None: ...
-
-    def advance(self, amount: int = 1) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class ProgressReporter:
+class ProgressReporter(Reporter):
     """Tells ``progress(phase, done, total)`` how far each phase is; all else goes to ``beyond``."""
 
     def __init__(self, progress: Callable[[str, int, int], object], beyond: Reporter) -> None:
         self.progress = progress
-        self.note, self.detail, self.warn = beyond.note, beyond.detail, beyond.warn
+        self.note, self.detail, self.warn = beyond.note, beyond.detail, beyond.warn  # type: ignore[method-assign]
         self._phase, self._done, self._total = "", 0, 0
 
     def begin(self, label: str, total: int, unit: str) -> None:
@@ -61,6 +48,3 @@ class ProgressReporter:
         """Tell how much is done."""
         self._done += amount
         self.progress(self._phase, self._done, self._total)
-
-    def end(self) -> None:
-        """Nothing: the last ``advance`` told it."""

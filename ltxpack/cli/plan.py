@@ -48,7 +48,7 @@ def plan(
     sizes = (("--vram", vram), ("--ram", ram))
     machine = this_machine(*(None if size is None else parse_size(size, flag) for flag, size in sizes))
     planned = PlannedRun(Request.of("", **given(VIDEO)), SessionSettings(**given(SESSION)), images)
-    stages, model, commands = _overlay(overlay, planned) if overlay is not None else _published(planned)
+    stages, model, commands = _looked_up(overlay, planned)
     found = plan_or_refuse(model, planned.work(stages), machine, planned.session.residency)
     if as_json:
         print_json(to_json(found, machine, rate, commands))
@@ -58,23 +58,19 @@ def plan(
         click.echo(printable(f"  {'done' if command.done else 'next'}  {command.text}"))
 
 
-def _published(planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
+def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
+    """The transformers of the stages, the sizes of the model, and what to type; of the published model without one."""
     from ltxpack.ltx23.published import published_configs, published_tensors
     from ltxpack.runtime.commands import commands, published_stages
-    from ltxpack.runtime.weights.sizes import model_of
-
-    configs = published_configs()
-    stages = published_stages(planned.request.recipe, planned.session.transformers)
-    model = model_of(published_tensors(configs), configs, stages, planned.session.dtype)
-    return stages, model, commands(stages, planned)
-
-
-def _overlay(root: Path, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
-    from ltxpack.runtime.commands import commands
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
-    from ltxpack.runtime.weights.sizes import overlay_model
+    from ltxpack.runtime.weights.sizes import model_of, overlay_model
 
-    opened, recipe, asked = Overlay.open(root), planned.request.recipe, planned.session.transformers
+    recipe, asked = planned.request.recipe, planned.session.transformers
+    if root is None:
+        stages, configs = published_stages(recipe, asked), published_configs()
+        model = model_of(published_tensors(configs), configs, stages, planned.session.dtype)
+        return stages, model, commands(stages, planned)
+    opened = Overlay.open(root)
     if not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
         stages = official_transformers(recipe)
     else:

@@ -11,6 +11,7 @@ import click
 
 from ltxpack.errors import printable
 from ltxpack.files.units import human_bytes
+from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class TerminalReporter:
+class TerminalReporter(Reporter):
     """Notes on stderr, one progress bar at a time with rate and time left."""
 
     def __init__(self, verbose: bool = False) -> None:

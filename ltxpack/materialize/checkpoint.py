@@ -7,7 +7,7 @@ LoRA fits a transformer is decided where it is baked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ltxpack.errors import UnsupportedError
@@ -104,26 +104,22 @@ def _matched(
     infos: Iterable[TensorInfo], table: RenameTable, expected: Mapping[str, Shape], faults: list[str]
 ) -> tuple[Renamed, ...]:
     """One component's tensors by source name, whatever the file's order. What does not match goes to ``faults``."""
-    renamed = [Renamed(table.rename(info.name), info) for info in sorted(infos, key=lambda info: info.name)]
-    faults += _faults(renamed, expected, table)
-    return tuple(renamed)
-
-
-def _faults(renamed: list[Renamed], expected: Mapping[str, Shape], table: RenameTable) -> Iterator[str]:
+    renamed = tuple(Renamed(table.rename(info.name), info) for info in sorted(infos, key=lambda info: info.name))
     found: dict[str, TensorInfo] = {}
     for tensor in renamed:
         if tensor.target not in expected or tensor.target in found:
-            yield f"unknown: {tensor.info.name}"
+            faults.append(f"unknown: {tensor.info.name}")
         found.setdefault(tensor.target, tensor.info)
     back = table.reverse()
     for target, shape in expected.items():
         info = found.get(target)
         if info is None:
-            yield f"missing: {back.rename(target)} {list(shape)}"
+            faults.append(f"missing: {back.rename(target)} {list(shape)}")
         elif info.shape != shape:
-            yield f"shape: {info.name}: expected {list(shape)}, found {list(info.shape)}"
+            faults.append(f"shape: {info.name}: expected {list(shape)}, found {list(info.shape)}")
         elif info.dtype not in FLOATS:
-            yield f"dtype: {info.name}: expected {STORED_DTYPE}, found {info.dtype}"
+            faults.append(f"dtype: {info.name}: expected {STORED_DTYPE}, found {info.dtype}")
+    return renamed
 
 
 def _refuse_quantised(file: TensorFile, label: object) -> None:

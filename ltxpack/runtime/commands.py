@@ -10,7 +10,7 @@ from pathlib import Path
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Bake
-from ltxpack.runtime.overlay import BASE, Overlay, asked_for, check_stages, official_transformers
+from ltxpack.runtime.overlay import BASE, Overlay, asked_stages, official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
@@ -42,9 +42,8 @@ def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
 
     Raises UsageError for a name that says nothing of how to bake it.
     """
-    check_stages(recipe, asked)
-    official = enumerate(official_transformers(recipe))
-    found = [usual if asked_for(asked, number) == AUTO else asked_for(asked, number) for number, usual in official]
+    pairs = zip(asked_stages(recipe, asked), official_transformers(recipe), strict=True)
+    found = tuple(official if name == AUTO else name for name, official in pairs)
     for name in found:
         if name != BASE and not STRENGTH.fullmatch(name):
             raise UsageError(
@@ -53,7 +52,7 @@ def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
                 found=name,
                 next="ltxpack plan OVERLAY (or leave --stage1 and --stage2 out)",
             )
-    return tuple(found)
+    return found
 
 
 def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None = None) -> list[Command]:

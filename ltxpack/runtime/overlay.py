@@ -101,8 +101,8 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
     Raises OverlayError where no bake fits or several do, or the base is distilled and the recipe wants a full model,
     UsageError for an unknown name, or for a stage that the recipe does not have.
     """
-    check_stages(recipe, asked)
-    if manifest.distilled and not recipe.stages[0].transformer.base_if_distilled and asked_for(asked, 0) == AUTO:
+    asked = asked_stages(recipe, asked)
+    if manifest.distilled and not recipe.stages[0].transformer.base_if_distilled and asked[0] == AUTO:
         raise OverlayError(
             f"the recipe {recipe.name} wants the full model for stage 1, and the base is a distilled one",
             file=overlay,
@@ -111,15 +111,15 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
         )
     strengths = _candidates(manifest)
     names = []
-    for number in range(len(recipe.stages)):
-        name = asked_for(asked, number)
+    for number, name in enumerate(asked):
         if name == AUTO:
-            name = _automatic(number, recipe, strengths, manifest, overlay)
+            names.append(_automatic(number, recipe, strengths, manifest, overlay))
         elif name != BASE and name not in manifest.bakes:
             known = [BASE, *manifest.bakes]
             advice = f"ltxpack inspect {quoted(overlay)}"
             raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
-        names.append(name)
+        else:
+            names.append(name)
     official = official_transformers(recipe, manifest.distilled)
     found = tuple(f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name for name in names)
     beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"
@@ -127,17 +127,14 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
     return TransformerChoice(tuple(names), note + beside)
 
 
-def asked_for(asked: Sequence[str], number: int) -> str:
-    """What was asked for stage ``number``."""
-    return asked[number] if number < len(asked) else AUTO
-
-
-def check_stages(recipe: Recipe, asked: Sequence[str]) -> None:
-    """Raises UsageError where a transformer was ``asked`` for a stage that ``recipe`` does not have."""
-    for number, name in enumerate(asked[len(recipe.stages) :], start=len(recipe.stages)):
+def asked_stages(recipe: Recipe, asked: Sequence[str]) -> list[str]:
+    """What was ``asked`` for each stage. Raises UsageError where that is a stage which ``recipe`` does not have."""
+    count = len(recipe.stages)
+    for number, name in enumerate(asked[count:], start=count):
         if name != AUTO:
             missing = f"the recipe {recipe.name} has no {stage_label(number)}"
             raise UsageError(missing, next=f"leave --{stage_flag(number)} out")
+    return [*asked, *[AUTO] * count][:count]
 
 
 def official_transformers(recipe: Recipe, distilled_base: bool = False) -> tuple[str, ...]:

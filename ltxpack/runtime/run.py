@@ -16,7 +16,6 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import recipe_run
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output, check_writable, frame_rate
 from ltxpack.runtime.request import Request
-from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 
@@ -80,12 +79,10 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         reporter.note(choice.note)
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
         seconds, peaks = dict(session.timings.seconds), Peaks.of(session.device)
-        return Summary(options.output, _in_words(request.shape), choice.stages, session.decoding, seconds, peaks)
-
-
-def _in_words(shape: VideoShape) -> str:
-    length = shape.frames / shape.fps
-    return f"{shape.width}x{shape.height}, {shape.frames} frames at {shape.fps:g} fps, {length:.1f} s with sound"
+    shape = request.shape
+    rate = f"{shape.frames} frames at {shape.fps:g} fps, {shape.frames / shape.fps:.1f} s with sound"
+    words = f"{shape.width}x{shape.height}, {rate}"
+    return Summary(options.output, words, choice.stages, session.decoding, seconds, peaks)
 
 
 def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
