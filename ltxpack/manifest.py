@@ -215,14 +215,9 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
 
 def changed_file(path: Path, expected: object, found: object) -> OverlayError:
     """The error for a file of an overlay that is not what the manifest says."""
+    problem = "has changed since the overlay was written"
     overlay = next((folder for folder in path.parents if is_overlay(folder)), path.parent)
-    return OverlayError(
-        "has changed since the overlay was written",
-        file=path,
-        expected=expected,
-        found=found,
-        next=f"ltxpack verify {quoted(overlay)}",
-    )
+    return OverlayError(problem, file=path, expected=expected, found=found, next=f"ltxpack verify {quoted(overlay)}")
 
 
 def safe_relative_path(path: str) -> bool:

@@ -146,12 +146,10 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
     click.echo(", ".join(f"{len(summary.of(status))} {status}" for status in (DONE, SKIPPED, FAILED)))
     failed = summary.of(FAILED)
     if failed:
-        raise FailedLinesError(
-            f"{len(failed)} of {len(summary.outcomes)} videos were not made",
-            file=prompts,
-            items=[f"line {outcome.line.number}: {outcome.problem}" for outcome in failed],
-            next="fix the lines above, then run the same command again; it skips the videos that are done",
-        )
+        problem = f"{len(failed)} of {len(summary.outcomes)} videos were not made"
+        lines = [f"line {outcome.line.number}: {outcome.problem}" for outcome in failed]
+        again = "fix the lines above, then run the same command again; it skips the videos that are done"
+        raise FailedLinesError(problem, file=prompts, items=lines, next=again)
 
 
 def _stages(transformers: Sequence[str]) -> str:

@@ -152,14 +152,10 @@ def _as_ours(error: Exception, output: Path) -> LtxpackError:
     if isinstance(error, LtxpackError):
         return error
     if isinstance(error, OSError):
-        return LtxpackError(
-            error.strerror or str(error),
-            file=error.filename or output,
-            next="make room there, or choose another output",
-        )
-    return LtxpackError(
-        f"failed unexpectedly: {type(error).__name__}: {error}", file=output, next="the same command with -v says more"
-    )
+        advice = "make room there, or choose another output"
+        return LtxpackError(error.strerror or str(error), file=error.filename or output, next=advice)
+    problem = f"failed unexpectedly: {type(error).__name__}: {error}"
+    return LtxpackError(problem, file=output, next="the same command with -v says more")
 
 
 @contextmanager

@@ -46,12 +46,9 @@ def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
     found = tuple(official if name == AUTO else name for name, official in pairs)
     for name in found:
         if name != BASE and not STRENGTH.fullmatch(name):
-            raise UsageError(
-                "unknown transformer, without an overlay to look it up in",
-                expected=f"{BASE}, or {BAKED}S for a strength S",
-                found=name,
-                next="ltxpack plan OVERLAY (or leave --stage1 and --stage2 out)",
-            )
+            problem = "unknown transformer, without an overlay to look it up in"
+            advice = "ltxpack plan OVERLAY (or leave --stage1 and --stage2 out)"
+            raise UsageError(problem, expected=f"{BASE}, or {BAKED}S for a strength S", found=name, next=advice)
     return found
 
 

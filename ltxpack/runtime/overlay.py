@@ -43,13 +43,9 @@ class Overlay:
             component = overlay.manifest.components.get(name)
             found = component and component.class_name
             if found != wanted:
-                raise OverlayError(
-                    f"component {name} is not what this runtime loads",
-                    file=root,
-                    expected=wanted,
-                    found=found,
-                    next=f"ltxpack materialize SOURCE {quoted(root)} --force",
-                )
+                problem = f"component {name} is not what this runtime loads"
+                again = f"ltxpack materialize SOURCE {quoted(root)} --force"
+                raise OverlayError(problem, file=root, expected=wanted, found=found, next=again)
         for record in overlay.manifest.records():
             overlay._check_size(record)
         return overlay
@@ -103,12 +99,10 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
     """
     asked = asked_stages(recipe, asked)
     if manifest.distilled and not recipe.stages[0].transformer.base_if_distilled and asked[0] == AUTO:
-        raise OverlayError(
-            f"the recipe {recipe.name} wants the full model for stage 1, and the base is a distilled one",
-            file=overlay,
-            expected="--recipe distilled, or --stage1 base for the recipe all the same",
-            next=f"ltxpack run {quoted(overlay)} --recipe distilled --prompt TEXT",
-        )
+        problem = f"the recipe {recipe.name} wants the full model for stage 1, and the base is a distilled one"
+        expected = "--recipe distilled, or --stage1 base for the recipe all the same"
+        again = f"ltxpack run {quoted(overlay)} --recipe distilled --prompt TEXT"
+        raise OverlayError(problem, file=overlay, expected=expected, next=again)
     strengths = _candidates(manifest)
     names = []
     for number, name in enumerate(asked):
@@ -176,23 +170,18 @@ def _automatic(number: int, recipe: Recipe, strengths: Mapping[str, float], mani
     left = [name for name, strength in strengths.items() if strength not in rule.besides]
     if left:
         return _only(left, number, overlay)
-    flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths)
-    raise OverlayError(
-        f"holds no bake that {stage_label(number)} could use",
-        file=overlay,
-        expected=f"a bake of the distilled LoRA at {rule.strengths[0]:g}",
-        found=", ".join(manifest.bakes) or "no bakes",
-        next=f"ltxpack bake-lora {quoted(overlay)} {flags}",
+    problem = f"holds no bake that {stage_label(number)} could use"
+    expected, found = f"a bake of the distilled LoRA at {rule.strengths[0]:g}", ", ".join(manifest.bakes) or "no bakes"
+    bake = " ".join(
+        [f"ltxpack bake-lora {quoted(overlay)}", *(f"--strength {wanted:g}" for wanted in recipe.strengths)]
     )
+    raise OverlayError(problem, file=overlay, expected=expected, found=found, next=bake)
 
 
 def _only(names: list[str], number: int, overlay: Path) -> str:
     """The one name. Raises OverlayError if there are several."""
     if len(names) == 1:
         return names[0]
-    raise OverlayError(
-        f"several bakes could serve as {stage_flag(number)}",
-        file=overlay,
-        items=sorted(names),
-        next=f"ltxpack run {quoted(overlay)} --{stage_flag(number)} {sorted(names)[0]} --prompt TEXT",
-    )
+    flag, names = stage_flag(number), sorted(names)
+    again = f"ltxpack run {quoted(overlay)} --{flag} {names[0]} --prompt TEXT"
+    raise OverlayError(f"several bakes could serve as {flag}", file=overlay, items=names, next=again)

@@ -38,22 +38,13 @@ class Pipeline:
 
     @classmethod
     def from_overlay(
-        cls,
-        path: str | Path,
-        *,
-        recipe: str = HQ.name,
-        reporter: Reporter | None = None,
-        **given: Unpack[SessionGiven],
+        cls, path: str | Path, *, recipe: str = HQ.name, reporter: Reporter | None = None, **given: Unpack[SessionGiven]
     ) -> Pipeline:
         """Open the overlay at ``path``; nothing large is read yet.
 
         ``recipe`` is the recipe of a call that names none. ``given`` are settings of ``ltxpack run`` by the names of
-        their flags, see :class:`ltxpack.runtime.settings.SessionSettings`: ``stage1`` and ``stage2`` are ``auto``,
-        ``base`` or a bake's name; ``device`` is ``auto``, ``cpu`` or ``cuda[:N]``; ``dtype``
-        is ``bfloat16`` or ``float32``; ``residency`` and ``reads`` say
-        what stays where and how it is read; ``attention`` is ``auto`` or a kernel's name, None for what
-        ``LTXPACK_ATTENTION`` says or else ``auto``; ``compile`` compiles the transformer's blocks; ``cache`` says
-        whether encoded prompts are kept on disk, or in which folder. Raises OverlayError, UsageError, DeviceError.
+        their flags; :class:`ltxpack.runtime.settings.SessionSettings` says what each means. ``cache`` may be a folder.
+        Raises OverlayError, UsageError, DeviceError.
         """
         return cls(Session(Path(path), SessionSettings.of(given), reporter), recipe)
 

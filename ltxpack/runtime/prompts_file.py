@@ -55,12 +55,8 @@ def read_lines(path: Path, given: SettingsGiven, output: Path | None = None) -> 
         except LtxpackError as error:
             faults.append(f"line {number}: {in_a_line(error)}")
     if faults:
-        raise BadLinesError(
-            f"{len(faults)} of {len(faults) + len(found)} lines cannot be used; nothing was run",
-            file=path,
-            items=faults,
-            next="correct these lines and run the same command again",
-        )
+        problem = f"{len(faults)} of {len(faults) + len(found)} lines cannot be used; nothing was run"
+        raise BadLinesError(problem, file=path, items=faults, next="correct these lines and run the same command again")
     if not found:
         raise UsageError("holds no line", file=path, expected='lines like {"prompt": "…", "output": "a.mp4"}')
     return found

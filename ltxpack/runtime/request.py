@@ -66,18 +66,14 @@ class ImageSpec:
 
     def check(self, num_frames: int) -> None:
         """Raises UsageError for a missing file, a frame outside the video or a strength outside [0, 1]."""
+        refused = functools.partial(UsageError, file=self.path, next=SEE_HELP)
         if not self.path.is_file():
-            raise UsageError("there is no such image", file=self.path, next=SEE_HELP)
+            raise refused("there is no such image")
         if not 0 <= self.frame < num_frames:
             wanted = f"a frame from 0 to {num_frames - 1}, or last"
-            raise UsageError(
-                "image outside the video", file=self.path, expected=wanted, found=self.frame, next=SEE_HELP
-            )
+            raise refused("image outside the video", expected=wanted, found=self.frame)
         if not 0 <= self.strength <= 1:
-            wanted = "a number from 0 to 1"
-            raise UsageError(
-                "wrong image strength", file=self.path, expected=wanted, found=self.strength, next=SEE_HELP
-            )
+            raise refused("wrong image strength", expected="a number from 0 to 1", found=self.strength)
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,9 @@ class Session:
         count = read_dit_config(self.overlay.folder(transformer_part(BASE))).num_layers
         for modality, blocks in (("video", guidance.video.perturbed), ("audio", guidance.audio.perturbed)):
             if max(blocks, default=0) >= count:
-                raise UsageError(
-                    f"--{modality}-stg-blocks names a block that the transformer does not have",
-                    expected=f"numbers from 0 to {count - 1}",
-                    found=max(blocks),
-                    next=f"choose other --{modality}-stg-blocks",
-                )
+                flag, known = f"--{modality}-stg-blocks", f"numbers from 0 to {count - 1}"
+                problem = f"{flag} names a block that the transformer does not have"
+                raise UsageError(problem, expected=known, found=max(blocks), next=f"choose other {flag}")
 
     def prepare(self, works: Sequence[Work]) -> None:
         """Plan for ``works``, and choose the attention kernel: before anything is loaded there is room to measure it.

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -102,10 +102,8 @@ class PromptCache:
 
         Raises UsageError for a variable that is no size.
         """
-        limit = environment.get(LIMIT_VARIABLE)
+        limit = environment.get(LIMIT_VARIABLE) or str(LIMIT)
         place = folder.absolute() if folder is not None else cache_root(environment) / FOLDER
-        if not limit:
-            return cls(place)
         return cls(place, parse_size(limit, LIMIT_VARIABLE, least=0, next=f"export {LIMIT_VARIABLE}=2GB"))
 
     def get(self, key: str, count: int, dtype: torch.dtype) -> Contexts | None:
@@ -115,12 +113,11 @@ class PromptCache:
         """
         path = self._path(key)
         try:
-            if path.stat().st_size > self.limit:
-                return None
             with open_source(path) as file:
                 data = bytearray(file.read(self.limit + 1))
-        except (FileNotFoundError, AbsentError):
-            # There is none, or another process has just removed it.
+        except AbsentError:
+            return None
+        if len(data) > self.limit:
             return None
         contexts = _read(data, path, key, count, dtype)
         with contextlib.suppress(OSError):
@@ -154,13 +151,15 @@ class PromptCache:
 
     def _prune(self) -> None:
         """Remove entries, oldest use first, down to ``limit`` bytes; another process may do the same meanwhile."""
-        now = time.time()
         entries = []
-        for path, stat in _files(self.folder):
-            if path.suffix == ENDING and not path.name.startswith("."):
-                entries.append((stat.st_mtime_ns, path, stat.st_size))
-            elif path.name.startswith(".") and path.suffix == TEMPORARY_ENDING and now - stat.st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            hidden = path.name.startswith(".")
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                if path.suffix == ENDING and not hidden:
+                    entries.append((stat.st_mtime_ns, path, stat.st_size))
+                elif path.suffix == TEMPORARY_ENDING and hidden and time.time() - stat.st_mtime > STALE_SECONDS:
+                    path.unlink()
         total = sum(size for _, _, size in entries)
         for _, path, size in sorted(entries):
             if total <= self.limit:
@@ -190,12 +189,6 @@ def user_cache(environment: Mapping[str, str]) -> Path:
     return xdg if xdg.is_absolute() else Path.home() / ".cache"
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            yield path, path.stat()
-
-
 def _digest(layout: Sequence[tuple[str, str, tuple[int, ...]]], body: bytes | bytearray | memoryview) -> str:
     described = json.dumps([[name, dtype, list(shape)] for name, dtype, shape in layout])
     return blake3(described.encode()).update(body).hexdigest()
@@ -223,12 +216,9 @@ def _check(file: TensorFile, body: memoryview, key: str, count: int, dtype: torc
     for info in file.tensors.values():
         sound = info.dtype == DTYPES[dtype] and len(info.shape) == 3 and info.shape[:2] == (1, TEXT_TOKENS)
         if not sound or info.shape[2] < 1:
+            expected, found = f"{DTYPES[dtype]} [1, {TEXT_TOKENS}, D]", f"{info.dtype} {list(info.shape)}"
             raise FormatError(
-                "is no context of a prompt",
-                file=file.path,
-                tensor=info.name,
-                expected=f"{DTYPES[dtype]} [1, {TEXT_TOKENS}, D]",
-                found=f"{info.dtype} {list(info.shape)}",
+                "is no context of a prompt", file=file.path, tensor=info.name, expected=expected, found=found
             )
     layout = [(info.name, info.dtype, info.shape) for info in file.tensors.values()]
     wanted = {"format": FORMAT, "key": key, "blake3": _digest(layout, body)}
