@@ -15,15 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
-from ltxpack.files.tensorfile import (
-    MAX_INDEX_BYTES,
-    TensorFile,
-    parse_header,
-    plain_file_name,
-    read_index,
-    read_json,
-    read_tensorfile,
-)
+from ltxpack.files import tensorfile
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.releases import (
     CHECKPOINT,
@@ -124,7 +116,7 @@ class Access:
         self._reporter = reporter
         self._hub = hub
         self._infos: dict[tuple[str, str | None], RepoInfo] = {}
-        self._headers: dict[Path, TensorFile] = {}
+        self._headers: dict[Path, tensorfile.TensorFile] = {}
 
     @property
     def hub(self) -> Hub:
@@ -139,23 +131,23 @@ class Access:
             self._infos[key] = self.hub.info(repo, revision)
         return self._infos[key]
 
-    def header(self, file: InputFile) -> TensorFile:
+    def header(self, file: InputFile) -> tensorfile.TensorFile:
         """The header of a safetensors file. Raises SourceError or FormatError."""
         if file.path not in self._headers:
             if file.repo is None:
-                self._headers[file.path] = read_tensorfile(file.path)
+                self._headers[file.path] = tensorfile.read_tensorfile(file.path)
             else:
                 head = self.hub.header(file.repo, file.member)
-                self._headers[file.path] = parse_header(head, file.size, file.label)
+                self._headers[file.path] = tensorfile.parse_header(head, file.size, file.label)
         return self._headers[file.path]
 
     def json(self, file: InputFile) -> Any:
         """A JSON file written by another library, with numbers of any size. Raises SourceError or FormatError."""
-        return read_json(self._small(file, MAX_CONFIG_BYTES), MAX_CONFIG_BYTES, any_number=True)
+        return tensorfile.read_json(self._small(file, MAX_CONFIG_BYTES), MAX_CONFIG_BYTES, any_number=True)
 
     def index(self, file: InputFile) -> Mapping[str, str]:
         """A shard index: tensor name → file name. Raises SourceError or FormatError."""
-        return read_index(self._small(file, MAX_INDEX_BYTES))
+        return tensorfile.read_index(self._small(file, tensorfile.MAX_INDEX_BYTES))
 
     def fetch(self, file: InputFile) -> None:
         """Have the file at its ``path``. Raises SourceError if what arrives is not the file that was planned with."""
@@ -167,7 +159,7 @@ class Access:
             raise SourceError("arrived with another size", file=file.label, expected=file.size, found=size)
         planned = self._headers.get(file.path)
         if planned is not None:
-            arrived = read_tensorfile(path)
+            arrived = tensorfile.read_tensorfile(path)
             if (arrived.tensors, arrived.metadata) != (planned.tensors, planned.metadata):
                 raise SourceError("arrived with another header than the hub sent before", file=file.label)
 
@@ -336,7 +328,7 @@ def _repo_folder(info: RepoInfo, access: Access) -> InputFolder:
     files = {
         name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)
         for name, file in info.files.items()
-        if name.endswith((WEIGHTS, *TEXT_ENDINGS)) and all(plain_file_name(part) for part in name.split("/"))
+        if name.endswith((WEIGHTS, *TEXT_ENDINGS)) and all(tensorfile.plain_file_name(part) for part in name.split("/"))
     }
     return InputFolder(info.repo if info.revision is None else f"{info.repo}@{info.revision}", files, info)
 

@@ -171,10 +171,10 @@ def _automatic(number: int, recipe: Recipe, strengths: Mapping[str, float], mani
     if left:
         return _only(left, number, overlay)
     problem = f"holds no bake that {stage_label(number)} could use"
-    expected, found = f"a bake of the distilled LoRA at {rule.strengths[0]:g}", ", ".join(manifest.bakes) or "no bakes"
-    bake = " ".join(
-        [f"ltxpack bake-lora {quoted(overlay)}", *(f"--strength {wanted:g}" for wanted in recipe.strengths)]
-    )
+    expected = f"a bake of the distilled LoRA at {rule.strengths[0]:g}"
+    found = ", ".join(manifest.bakes) or "no bakes"
+    flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths)
+    bake = f"ltxpack bake-lora {quoted(overlay)} {flags}"
     raise OverlayError(problem, file=overlay, expected=expected, found=found, next=bake)
 
 

@@ -25,15 +25,7 @@ from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
 from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 from ltxpack.runtime.sampling.shape import AV
-from ltxpack.runtime.weights.load import (
-    Reader,
-    Stored,
-    check,
-    load_component,
-    read_headers,
-    read_tensors,
-    verify_command,
-)
+from ltxpack.runtime.weights import load
 
 UNUSED_ROOTS = ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.")
 
@@ -49,7 +41,7 @@ class HiddenStates:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The fast tokenizer of ``folder``'s tokenizer.json, as written there. Raises OverlayError without one."""
     path = folder / "tokenizer.json"
-    refused = partial(OverlayError, file=path, next=verify_command(folder))
+    refused = partial(OverlayError, file=path, next=load.verify_command(folder))
     if not path.is_file():
         raise refused("no such file")
     size = path.stat().st_size
@@ -64,7 +56,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def load_text_encoder(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: Reader | None = None
+    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: load.Reader | None = None
 ) -> Gemma3TextModel:
     """Gemma 3's language model from ``folder``, without lm_head, each tensor read once, straight to ``device``.
 
@@ -77,8 +69,8 @@ def load_text_encoder(
     with _WeightsOnMeta():
         model = Gemma3TextModel(config)
     stored = {name.removeprefix(TEXT_ROOT): entry for name, entry in _language_model(folder).items()}
-    check(model, stored, folder)
-    model.load_state_dict((reader or read_tensors)(stored, device, dtype), strict=True, assign=True)
+    load.check(model, stored, folder)
+    model.load_state_dict((reader or load.read_tensors)(stored, device, dtype), strict=True, assign=True)
     # The rotary frequencies and the embedding scale are in no file. They move to the device and stay fp32.
     for name, buffer in list(model.named_buffers()):
         if name not in stored:
@@ -99,10 +91,10 @@ class _WeightsOnMeta(TorchFunctionMode):
 
 
 def load_connectors(
-    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: Reader | None = None
+    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: load.Reader | None = None
 ) -> LTX2TextConnectors:
     """The text connectors of ``folder`` with our attention processor; see ``load.load_component`` for errors."""
-    connectors = load_component(LTX2TextConnectors, folder, device, dtype, reader=reader)
+    connectors = load.load_component(LTX2TextConnectors, folder, device, dtype, reader=reader)
     use_rounded_rotary(connectors)
     return connectors
 
@@ -197,7 +189,7 @@ def use_rounded_rotary(connectors: LTX2TextConnectors) -> None:
 
 
 def _gemma_config(folder: Path) -> Gemma3Config:
-    refused = partial(OverlayError, file=folder / "config.json", next=verify_command(folder))
+    refused = partial(OverlayError, file=folder / "config.json", next=load.verify_command(folder))
     try:
         fields, _ = Gemma3Config.get_config_dict(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -208,11 +200,11 @@ def _gemma_config(folder: Path) -> Gemma3Config:
     return Gemma3Config.from_dict(fields)
 
 
-def _language_model(folder: Path) -> dict[str, Stored]:
+def _language_model(folder: Path) -> dict[str, load.Stored]:
     """The headers of the language model's tensors. Raises OverlayError for a tensor that is no part of Gemma 3."""
-    stored = read_headers(folder)
+    stored = load.read_headers(folder)
     unknown = [name for name in sorted(stored) if not name.startswith((TEXT_ROOT, *UNUSED_ROOTS))]
     if unknown:
         problem = f"{len(unknown)} tensors that are no part of Gemma 3"
-        raise OverlayError(problem, file=folder, items=unknown, next=verify_command(folder))
+        raise OverlayError(problem, file=folder, items=unknown, next=load.verify_command(folder))
     return {name: entry for name, entry in stored.items() if name.startswith(TEXT_ROOT)}

@@ -22,16 +22,8 @@ from blake3 import blake3
 from torch import Tensor
 
 from ltxpack.errors import AbsentError, FormatError, UsageError
+from ltxpack.files import tensorfile
 from ltxpack.files.publish import TEMPORARY_ENDING, atomic_write
-from ltxpack.files.tensorfile import (
-    DTYPE_NAMES,
-    FLOATS,
-    TensorFile,
-    build_header,
-    header_length,
-    open_source,
-    parse_header,
-)
 from ltxpack.files.units import parse_size
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
@@ -44,7 +36,7 @@ LIMIT = 2_000_000_000
 FOLDER = "contexts"
 PLACE_VARIABLE, LIMIT_VARIABLE = "LTXPACK_CACHE", "LTXPACK_CACHE_SIZE"
 ENDING = ".safetensors"
-DTYPES = {getattr(torch, DTYPE_NAMES[code]): code for code in FLOATS}
+DTYPES = {getattr(torch, tensorfile.DTYPE_NAMES[code]): code for code in tensorfile.FLOATS}
 MODALITIES = ("video", "audio")
 # A killed process left a temporary file of this age.
 STALE_SECONDS = 3600
@@ -113,7 +105,7 @@ class PromptCache:
         """
         path = self._path(key)
         try:
-            with open_source(path) as file:
+            with tensorfile.open_source(path) as file:
                 data = bytearray(file.read(self.limit + 1))
         except AbsentError:
             return None
@@ -139,7 +131,7 @@ class PromptCache:
         body = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
         layout = [(name, DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
         metadata = {"format": FORMAT, "key": key, "blake3": _digest(layout, body)}
-        data = build_header(layout, metadata) + body
+        data = tensorfile.build_header(layout, metadata) + body
         if len(data) > self.limit:
             return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -196,8 +188,8 @@ def _digest(layout: Sequence[tuple[str, str, tuple[int, ...]]], body: bytes | by
 
 def _read(data: bytearray, path: Path, key: str, count: int, dtype: torch.dtype) -> Contexts:
     """The entry in ``data``, compared with everything that is known of it. Raises FormatError."""
-    start = 8 + header_length(bytes(data[:8]), len(data), path)
-    file = parse_header(bytes(data[:start]), len(data), path)
+    start = 8 + tensorfile.header_length(bytes(data[:8]), len(data), path)
+    file = tensorfile.parse_header(bytes(data[:start]), len(data), path)
     _check(file, memoryview(data)[start:], key, count, dtype)
     tensors = {}
     for name, info in file.tensors.items():
@@ -209,7 +201,7 @@ def _read(data: bytearray, path: Path, key: str, count: int, dtype: torch.dtype)
     return [AV(*(tensors[f"{number}.{modality}"] for modality in MODALITIES)) for number in range(count)]
 
 
-def _check(file: TensorFile, body: memoryview, key: str, count: int, dtype: torch.dtype) -> None:
+def _check(file: tensorfile.TensorFile, body: memoryview, key: str, count: int, dtype: torch.dtype) -> None:
     names = {f"{number}.{modality}" for number in range(count) for modality in MODALITIES}
     if set(file.tensors) != names:
         raise FormatError("holds other tensors", file=file.path, expected=sorted(names), found=sorted(file.tensors))
