@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -59,34 +59,24 @@ def _without_tf32() -> Callable[[], None]:
     """
     cudnn: Any = torch.backends.cudnn
     matmul: Any = torch.backends.cuda.matmul
-    convolutions = products = None
-    with suppress(RuntimeError):  # they disagree already
-        convolutions = cudnn.allow_tf32
-    with suppress(RuntimeError):
-        products = torch.get_float32_matmul_precision()
     # The newer interface came with torch 2.9. The name of a precision of products sets oneDNN's too.
-    found: tuple[Any, ...] = (
-        getattr(cudnn, "conv", None),
-        getattr(cudnn, "rnn", None),
-        matmul,
-        getattr(torch.backends.mkldnn, "matmul", None),
-    )
-    before = [(each, each.fp32_precision) for each in found if hasattr(each, "fp32_precision")]
-    if products not in (None, "highest"):
-        torch.set_float32_matmul_precision("highest")
+    newer = (cudnn, "conv"), (cudnn, "rnn"), (torch.backends.mkldnn, "matmul")
+    named = (matmul, *(getattr(library, name, None) for library, name in newer))
+    operations = [each for each in named if hasattr(each, "fp32_precision")]
+    before = ExitStack()  # what is added first is restored last
+    for operation in operations:
+        before.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
+    with suppress(RuntimeError):  # they disagree already
+        products = torch.get_float32_matmul_precision()
+        if products != "highest":
+            before.callback(torch.set_float32_matmul_precision, products)
+            torch.set_float32_matmul_precision("highest")
+    with suppress(RuntimeError):
+        before.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
     cudnn.allow_tf32 = matmul.allow_tf32 = False
-    for operation, _ in before:
+    for operation in operations:
         operation.fp32_precision = "ieee"
-
-    def restore() -> None:
-        if convolutions is not None:
-            cudnn.allow_tf32 = convolutions
-        if products not in (None, "highest"):
-            torch.set_float32_matmul_precision(products)
-        for operation, precision in before:
-            operation.fp32_precision = precision
-
-    return restore
+    return before.close
 
 
 def set_up_compiler(reporter: Reporter) -> None:

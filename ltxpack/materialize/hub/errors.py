@@ -135,13 +135,7 @@ BY_STATUS: Mapping[int, Row] = MappingProxyType({
 
 def tell(row: Row, request: HubRequest, facts: Mapping[str, object] | None = None, **more: Any) -> SourceError:
     """The error of ``row``: ``facts`` fill its fields, ``more`` is passed on (expected, found, items)."""
-    values = {
-        "page": request.page,
-        "endpoint": request.endpoint,
-        "cache": request.cache,
-        "branch": request.revision or "main",
-        **(facts or {}),
-    }
+    values = {**vars(request), "page": request.page, "branch": request.revision or "main", **(facts or {})}
     problem, next_step, found = (text and text.format_map(values) for text in (row.problem, row.next, row.found))
     kind = HubUnreachable if row.away else SourceError
     return kind(str(problem), file=request.label, next=next_step, **{"found": found or None, **more})
