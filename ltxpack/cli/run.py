@@ -102,14 +102,8 @@ def run(
         raise click.UsageError("--save-tensors goes with --prompt; --prompts makes many videos")
     from ltxpack.runtime.run import RunOptions
 
-    options = RunOptions(
-        overlay,
-        prompt or "",
-        output or RunOptions.output,
-        save_tensors,
-        given(VIDEO),
-        SessionSettings(**given(SESSION)),
-    )
+    session = SessionSettings(**given(SESSION))
+    options = RunOptions(overlay, prompt or "", output or RunOptions.output, save_tensors, given(VIDEO), session)
     if prompts is not None:
         _many(options, prompts, output, verbose)
     else:

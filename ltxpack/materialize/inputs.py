@@ -6,6 +6,7 @@ code are refused, and the shard index must say what the shards' own headers say 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,7 @@ from typing import Any
 from ltxpack.errors import FormatError, SourceError, UnsupportedError
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, plain_file_name
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
-from ltxpack.ltx23.releases import (
-    CHECKPOINT,
-    LORA,
-    TEXT_ENCODER,
-    TEXT_ENCODER_REPO,
-    UPSAMPLER,
-)
+from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, TEXT_ENCODER_REPO, UPSAMPLER
 from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_lora, read_upsampler
 from ltxpack.materialize.sources import AGAIN, Access, InputFaults, InputFile, InputFolder, Sources
 
@@ -40,6 +35,7 @@ _LAYER = re.compile(r"language_model\..*layers\.(\d+)\.")
 _EMBEDDINGS = re.compile(r"(?:.*\.)?language_model\.(?:.*\.)?embed_tokens\.weight")
 
 OTHER_ENCODER = f"{AGAIN}--text-encoder {TEXT_ENCODER_REPO}"
+_unsupported = functools.partial(UnsupportedError, next=OTHER_ENCODER)
 
 
 @dataclass(frozen=True)
@@ -111,20 +107,16 @@ def read_text_encoder(
         raise SourceError("lacks files of the text encoder", file=folder.label, items=missing, next=OTHER_ENCODER)
     _check_configs(folder, access)
     if files[TOKENIZER].size > MAX_TOKENIZER_BYTES:  # a run would refuse it, after the download
-        raise FormatError(
-            "is too large for a tokenizer", file=files[TOKENIZER].label, next=OTHER_ENCODER,
-            expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{files[TOKENIZER].size} bytes",
-        )  # fmt: skip
+        most, found = f"at most {MAX_TOKENIZER_BYTES} bytes", f"{files[TOKENIZER].size} bytes"
+        label, problem = files[TOKENIZER].label, "is too large for a tokenizer"
+        raise FormatError(problem, file=label, expected=most, found=found, next=OTHER_ENCODER)
     weights, index = _weights(folder, access)
-    width, layers = _size(folder, _shapes(weights, index, access))
-    _check_stated_size(access.json(files[CONFIG]), width, layers, folder)
-    expected = (connectors["caption_channels"], connectors["text_proj_in_factor"] - 1) if connectors else None
-    if expected not in (None, (width, layers)):
-        raise UnsupportedError(
-            "is a Gemma 3 of another size than the checkpoint was made with", file=folder.label,
-            expected="width {} and {} layers".format(*expected), found=f"width {width} and {layers} layers",
-            next=OTHER_ENCODER,
-        )  # fmt: skip
+    size = _size(folder, _shapes(weights, index, access), access.json(files[CONFIG]))
+    expected = (connectors["caption_channels"], connectors["text_proj_in_factor"] - 1) if connectors else size
+    if expected != size:
+        wanted, found = ("width {} and {} layers".format(*each) for each in (expected, size))
+        problem = "is a Gemma 3 of another size than the checkpoint was made with"
+        raise _unsupported(problem, file=folder.label, expected=wanted, found=found)
     model = [files[name] for name in (*MODEL_FILES, *([INDEX] if index is not None else [])) if name in files]
     return {"text_encoder": model + weights, "tokenizer": [files[name] for name in TOKENIZER_FILES if name in files]}
 
@@ -133,21 +125,17 @@ def _check_configs(folder: InputFolder, access: Access) -> None:
     """Refuse another kind of model, and configs that would have a library run code or convert weights."""
     for name in (name for name in CHECKED_CONFIGS if name in folder.files):
         document = access.json(folder.files[name])
+        label = folder.files[name].label
         if not isinstance(document, dict):
-            raise FormatError("is not a JSON object", file=folder.files[name].label)
+            raise FormatError("is not a JSON object", file=label)
         refused = [key for key in ("auto_map", "custom_pipelines", "quantization_config") if key in document]
         if refused:
-            raise UnsupportedError(
-                f"has {refused[0]}, which is never followed", file=folder.files[name].label,
-                expected="plain configs and BF16 weights", next=OTHER_ENCODER,
-            )  # fmt: skip
-    kind = access.json(folder.files[CONFIG]).get("model_type")
+            problem = f"has {refused[0]}, which is never followed"
+            raise _unsupported(problem, file=label, expected="plain configs and BF16 weights")
+    kind, label = access.json(folder.files[CONFIG]).get("model_type"), folder.files[CONFIG].label
     if kind != TEXT_ENCODER_TYPE:
-        raise UnsupportedError(
-            "is not the text encoder of LTX-2.3", file=folder.files[CONFIG].label,
-            expected=f"model_type {TEXT_ENCODER_TYPE}", found=f"model_type {kind}",
-            next=OTHER_ENCODER,
-        )  # fmt: skip
+        wanted, found = f"model_type {TEXT_ENCODER_TYPE}", f"model_type {kind}"
+        raise _unsupported("is not the text encoder of LTX-2.3", file=label, expected=wanted, found=found)
 
 
 def _weights(folder: InputFolder, access: Access) -> tuple[list[InputFile], Mapping[str, str] | None]:
@@ -187,27 +175,19 @@ def _shapes(
     return shapes
 
 
-def _size(folder: InputFolder, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Width and depth of the language model, from its tensors."""
+def _size(folder: InputFolder, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> tuple[int, int]:
+    """Width and depth of the language model, from its tensors. A config of another size would build another model."""
     embeddings = [shape for name, shape in shapes.items() if _EMBEDDINGS.fullmatch(name) and len(shape) == 2]
     layers = {int(match[1]) for name in shapes if (match := _LAYER.search(name)) and len(match[1]) < 6}
     if len(embeddings) != 1 or layers != set(range(len(layers))) or not layers:
-        raise UnsupportedError(
-            "holds no whole Gemma 3 language model", file=folder.label,
-            expected="language_model.*: one table of embeddings and layers from 0 on",
-            found=f"{len(embeddings)} tables and {len(layers)} layers", next=OTHER_ENCODER,
-        )  # fmt: skip
-    return embeddings[0][1], len(layers)
-
-
-def _check_stated_size(config: Mapping[str, Any], hidden_size: int, layers: int, folder: InputFolder) -> None:
-    """A config of another size than the weights would build another model."""
-    stated = config.get("text_config")
+        wanted = "language_model.*: one table of embeddings and layers from 0 on"
+        found = f"{len(embeddings)} tables and {len(layers)} layers"
+        raise _unsupported("holds no whole Gemma 3 language model", file=folder.label, expected=wanted, found=found)
+    label, stated = folder.files[CONFIG].label, config.get("text_config")
     if not isinstance(stated, dict):
-        raise FormatError("has no text_config", file=folder.files[CONFIG].label)
-    for field, value in (("hidden_size", hidden_size), ("num_hidden_layers", layers)):
+        raise FormatError("has no text_config", file=label)
+    for field, value in (("hidden_size", embeddings[0][1]), ("num_hidden_layers", len(layers))):
         if stated.get(field, value) != value:
-            raise FormatError(
-                f"text_config.{field} is not that of the weights", file=folder.files[CONFIG].label,
-                expected=value, found=stated[field],
-            )  # fmt: skip
+            problem = f"text_config.{field} is not that of the weights"
+            raise FormatError(problem, file=label, expected=value, found=stated[field])
+    return embeddings[0][1], len(layers)
