@@ -275,7 +275,7 @@ class BakePlan:
         """The other shards: links to the base's."""
         records = {shard.name: shard.record for shard in self.base.shards if shard.name not in self.shards}
         return tuple(
-            LinkFile(f"{self.folder}/{name}", f"../../{record.path}", record.size, record.blake3)
+            LinkFile(f"{self.folder}/{name}", record.size, record.blake3, f"../../{record.path}")
             for name, record in records.items()
         )
 

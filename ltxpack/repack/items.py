@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
-from ltxpack.errors import FormatError, UnsupportedError, UsageError
+from ltxpack.errors import UnsupportedError, UsageError
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorInfo, build_header, tensor_nbytes
 from ltxpack.manifest import FileRecord
@@ -220,20 +220,8 @@ class WriteBytes:
         return len(self.data)
 
 
-@dataclass(frozen=True)
-class LinkFile:
-    """A relative symlink inside the overlay to a file whose record is known; ``target`` as stored in the link."""
-
-    path: str
-    target: str
-    size: int
-    blake3: str
-
-    def record(self) -> FileRecord:
-        """How the manifest lists it."""
-        return FileRecord(self.path, self.size, self.blake3, self.target)
-
-
+# A relative symlink inside the overlay is planned as its own record: what it links to is known.
+LinkFile = FileRecord
 Item = WriteShard | CopyFile | WriteBytes | LinkFile
 
 
@@ -271,11 +259,10 @@ def assign_shards(
     """Shards of at most ``max_shard_size`` tensor bytes each, then the index if there are several.
 
     Entries are taken in the given order; an entry larger than the limit has a shard to itself. ``folder`` is relative
-    to the overlay ("" for its root). Raises UsageError for a limit below 1, FormatError for a name used twice.
+    to the overlay ("" for its root). No name may be there twice. Raises UsageError for a limit below 1.
     """
     if max_shard_size < 1:
         raise UsageError("a shard must hold at least one byte", expected="1 or more", found=max_shard_size)
-    _refuse_twice(entries)
     groups = _split_by_size(entries, max_shard_size)
     count = len(groups)
     endings = [""] if count == 1 else [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)]
@@ -307,12 +294,3 @@ def _split_by_size(entries: Iterable[ShardEntry], limit: int) -> list[list[Shard
 def _aligned_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
     """Wider dtypes first, else the given order: readers that map the file need offsets that fit the dtype."""
     return tuple(sorted(entries, key=lambda entry: -DTYPE_BITS[entry.tensors[0].dtype]))
-
-
-def _refuse_twice(entries: Sequence[ShardEntry]) -> None:
-    seen: set[str] = set()
-    for entry in entries:
-        for tensor in entry.tensors:
-            if tensor.name in seen:
-                raise FormatError("is in one folder twice", file=entry.producer.ranges[0].path, tensor=tensor.name)
-            seen.add(tensor.name)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ltxpack.errors import FormatError, UnsupportedError, UsageError
+from ltxpack.errors import UnsupportedError, UsageError
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import TensorInfo, parse_header, tensor_nbytes
 from ltxpack.repack.items import ShardEntry, WriteBytes, WriteShard, assign_shards, fingerprint, sources, stored_tensor
@@ -86,9 +86,6 @@ def test_the_size_of_a_cast_tensor_is_that_of_what_is_written() -> None:
 
 
 def test_refusals() -> None:
-    twice = entries_of([("U8", (1,))]) * 2
-    with pytest.raises(FormatError, match="twice"):
-        assign_shards(twice, 10, "x")
     with pytest.raises(UsageError):
         assign_shards([], 0, "x")
     with pytest.raises(UnsupportedError, match="cannot be stored"):

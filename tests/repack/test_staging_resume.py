@@ -262,7 +262,7 @@ def bake_items(name: str, base: Manifest, content: bytes) -> list[Item]:
     folder = f"bakes/{name}"
     return [
         WriteBytes(f"{folder}/config.json", content),
-        LinkFile(f"{folder}/same.safetensors", f"../../{first.path}", first.size, first.blake3),
+        LinkFile(f"{folder}/same.safetensors", first.size, first.blake3, f"../../{first.path}"),
     ]
 
 
