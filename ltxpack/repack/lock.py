@@ -63,12 +63,16 @@ class OverlayLock:
                 if self._target.is_dir():
                     self.hold_folder(self._target)
         except BaseException:
-            self._release()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._release()
+        for fd, path in reversed(self._held):
+            if path == self._beside:  # removed while it is held, so that nobody else's lock is removed
+                path.unlink(missing_ok=True)
+            os.close(fd)
+        self._held.clear()
 
     def hold_folder(self, folder: Path) -> None:
         """Hold ``folder`` too, which becomes the overlay: the lock follows it when it is renamed. Raises OSError."""
@@ -108,10 +112,3 @@ class OverlayLock:
         return OverlayError(
             "is in use by another ltxpack", file=self.overlay, found=holder, next="wait for it, or stop it"
         )
-
-    def _release(self) -> None:
-        for fd, path in reversed(self._held):
-            if path == self._beside:  # removed while it is held, so that nobody else's lock is removed
-                path.unlink(missing_ok=True)
-            os.close(fd)
-        self._held.clear()

@@ -212,8 +212,7 @@ class Staging:
             self._announce()
             self._lock.hold_folder(self.root)
             _swap(self.paths)
-            self._published = True
-            self._close_and_clean()
+            self._finish()
 
     def _refuse_existing(self) -> None:
         paths, target = self.paths, self.paths.target
@@ -264,7 +263,8 @@ class Staging:
         replaced = [record.path.removeprefix(prefix) for record in named or ()]
         self._journal.publishing([*replaced, MANIFEST_NAME] if not prefix else replaced)
 
-    def _close_and_clean(self) -> None:
+    def _finish(self) -> None:
+        self._published = True
         self._journal.close()
         _clean(self.paths, self._journal, self._reporter)
 
@@ -288,8 +288,7 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
             _swap(staging.paths)
         atomic_write(path, manifest.dump(), folder=work)
         for staging in stagings:
-            staging._published = True
-            staging._close_and_clean()
+            staging._finish()
 
 
 def recover(overlay: Path, reporter: Reporter) -> None:

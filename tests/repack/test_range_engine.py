@@ -243,9 +243,9 @@ def test_one_producer_makes_several_tensors_of_another_dtype_from_several_source
 def test_a_file_that_would_be_too_short_is_a_fault_and_gets_no_name(tmp_path: Path) -> None:
     path = make_source(tmp_path / "s", [("w", "F32", (8,))])
     entry = stored_tensor("w", read_tensorfile(path).tensors["w"], path)
-    longer = ShardEntry((TensorSpec("w", "F32", (9,)),), entry.producer)
-    with pytest.raises(AssertionError, match="w: 32 bytes were made of 36"):
-        write_shard(WriteShard("o", (longer,)), tmp_path, SilentReporter())
+    longer = WriteShard("o", (ShardEntry((TensorSpec("w", "F32", (9,)),), entry.producer),))
+    with pytest.raises(AssertionError, match=f"{longer.size - 4} bytes were written of {longer.size}"):
+        write_shard(longer, tmp_path, SilentReporter())
     with (
         pytest.raises(AssertionError, match="3 bytes were written of 4"),
         ShardWriter(tmp_path, "x", b"abc", 4) as writer,
