@@ -5,7 +5,7 @@ And the upsampler between two stages: twice the height and width in latent space
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,7 +22,7 @@ from ltxpack.errors import OverlayError, UsageError
 from ltxpack.files.tensorfile import FLOATS
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, split, split_frames
 from ltxpack.runtime.torch_settings import exact_float32
-from ltxpack.runtime.weights.load import Reader, Stored, load_component, read_headers, read_tensors, verify_command
+from ltxpack.runtime.weights.load import Reader, load_component, read_headers, read_tensors, verify_command
 
 VideoVAE: TypeAlias = AutoencoderKLLTX2Video
 # Tiles are blended this many frames at a time, so that the float32 copies stay small beside the frames.
@@ -48,10 +48,21 @@ class LatentStatistics:
         No hash is compared: a hash covers a whole file, and loading the VAE itself compares it. Raises OverlayError if
         the statistics are missing or have not ``channels`` numbers; FormatError.
         """
-        stored = read_headers(folder)
-        mean, std = (_per_channel(stored, name, channels, folder) for name in ("latents_mean", "latents_std"))
-        found = read_tensors({"mean": mean, "std": std}, device, dtype)
-        return cls(found["mean"], found["std"])
+        headers, stored = read_headers(folder), {}
+        for name in ("latents_mean", "latents_std"):
+            entry = headers.get(name)
+            if entry is None or entry.dtype not in FLOATS or entry.shape != (channels,):
+                raise OverlayError(
+                    "the VAE's statistics are missing",
+                    file=folder if entry is None else entry.file,
+                    tensor=name,
+                    expected=f"floats [{channels}]",
+                    found="none" if entry is None else entry,
+                    next=verify_command(folder),
+                )
+            stored[name] = entry
+        found = read_tensors(stored, device, dtype)
+        return cls(found["latents_mean"], found["latents_std"])
 
     def normalise(self, latents: Tensor) -> Tensor:
         """``(z - mean) / std`` over ``[B, C, f, h, w]``, in the dtype of ``latents``."""
@@ -66,21 +77,6 @@ class LatentStatistics:
     def _broadcast(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1, 1)
         return self.mean.view(shape).to(latents), self.std.view(shape).to(latents)
-
-
-def _per_channel(stored: Mapping[str, Stored], name: str, channels: int, folder: Path) -> Stored:
-    """The entry called ``name``, a float for each latent channel. Raises OverlayError."""
-    entry = stored.get(name)
-    if entry is None or entry.dtype not in FLOATS or entry.shape != (channels,):
-        raise OverlayError(
-            "the VAE's statistics are missing",
-            file=folder if entry is None else entry.file,
-            tensor=name,
-            expected=f"floats [{channels}]",
-            found="none" if entry is None else entry,
-            next=verify_command(folder),
-        )
-    return entry
 
 
 def load_video_vae(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> VideoVAE:

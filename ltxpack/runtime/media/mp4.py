@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -89,20 +88,6 @@ def frame_rate(fps: float | Fraction | str) -> Fraction:
     return exact.limit_denominator(MAX_DENOMINATOR)
 
 
-@dataclass(frozen=True, slots=True)
-class VideoFormat:
-    """Size in pixels (both even), frames per second, and samples per second of its sound (None: silent)."""
-
-    width: int
-    height: int
-    rate: Fraction
-    sample_rate: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.width % 2 or self.height % 2 or min(self.width, self.height) < 2:
-            raise UsageError("not a size H.264 takes", expected="even sides", found=f"{self.width}x{self.height}")
-
-
 class VideoWriter:
     """``with VideoWriter(...) as w: w.write(frames); w.write_audio(waveform)``.
 
@@ -110,13 +95,17 @@ class VideoWriter:
     block the file is finished and renamed to ``path``; after an exception (a KeyboardInterrupt too) it is removed.
     ``blake3`` is then the hash of the file, whatever other writers have done to ``path`` since. Raises LtxpackError at
     the next call for anything that went wrong in the thread.
+
+    ``width`` and ``height`` in pixels, both even; ``sample_rate``: samples per second of the sound (None: silent).
     """
 
     def __init__(
         self, path: Path, width: int, height: int, fps: float | Fraction | str, sample_rate: int | None = None
     ) -> None:
         self.path = check_output(path)
-        self.format = VideoFormat(width, height, frame_rate(fps), sample_rate)
+        if width % 2 or height % 2 or min(width, height) < 2:
+            raise UsageError("not a size H.264 takes", expected="even sides", found=f"{width}x{height}")
+        self.width, self.height, self.rate, self.sample_rate = width, height, frame_rate(fps), sample_rate
         self.frames_written = 0
         self.blake3 = ""
         self._waveform: Tensor | None = None
@@ -130,7 +119,7 @@ class VideoWriter:
             made.callback(self._temporary.discard)
             container = av.open(str(self._temporary.path), "w", format=CONTAINERS[self.path.suffix.lower()])
             made.callback(_close, container)
-            self._encoder = _Encoder(container, self.format)
+            self._encoder = _Encoder(container, self.width, self.height, self.rate, self.sample_rate)
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-encoder")
             made.callback(self._thread.shutdown, cancel_futures=True)
             self._cleanup = made.pop_all()
@@ -138,7 +127,7 @@ class VideoWriter:
 
     def write(self, frames: Tensor) -> None:
         """Appends ``frames`` ``[n, H, W, 3]`` in [0, 1]. Waits while the chunk before the last is encoded."""
-        expected = (self.format.height, self.format.width, 3)
+        expected = (self.height, self.width, 3)
         if tuple(frames.shape[1:]) != expected:
             raise ValueError(f"frames are {tuple(frames.shape[1:])}, the video is {expected}")
         # In parts, so that the intermediate planes stay small beside the frames.
@@ -149,8 +138,8 @@ class VideoWriter:
 
     def write_audio(self, waveform: Tensor) -> None:
         """The whole sound, ``[2, N]`` in [-1, 1]; it is encoded after the last frame."""
-        if waveform.ndim != 2 or waveform.shape[0] != 2 or self.format.sample_rate is None:
-            raise ValueError(f"sound of shape {tuple(waveform.shape)} for {self.format}")
+        if waveform.ndim != 2 or waveform.shape[0] != 2 or self.sample_rate is None:
+            raise ValueError(f"sound of shape {tuple(waveform.shape)} for a video with {self.sample_rate} samples/s")
         self._await_encoder(2)
         self._waveform = waveform.float().cpu()
 
@@ -165,7 +154,7 @@ class VideoWriter:
     def _publish_whole(self) -> None:
         if not self.frames_written:
             raise LtxpackError("no frame was written", file=self.path)
-        if self.format.sample_rate is not None and self._waveform is None:
+        if self.sample_rate is not None and self._waveform is None:
             raise LtxpackError("its sound was not written", file=self.path)
         with self._told():
             self._encoder.finish(self._waveform)
@@ -197,25 +186,24 @@ def _close(container: OutputContainer) -> None:
 class _Encoder:
     """The streams of an open container."""
 
-    def __init__(self, container: OutputContainer, format: VideoFormat) -> None:
-        self._container = container
-        self._format = format
-        self._video = container.add_stream("libx264", rate=format.rate, options=X264)
-        self._video.width, self._video.height, self._video.pix_fmt = format.width, format.height, "yuv420p"
+    def __init__(
+        self, container: OutputContainer, width: int, height: int, rate: Fraction, sample_rate: int | None
+    ) -> None:
+        self._container, self._rate, self._sample_rate = container, rate, sample_rate
+        self._video = container.add_stream("libx264", rate=rate, options=X264)
+        self._video.width, self._video.height, self._video.pix_fmt = width, height, "yuv420p"
         context = self._video.codec_context
         context.thread_type, context.thread_count = "FRAME", 0
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
-        self._audio = None
-        if format.sample_rate is not None:
-            self._audio = container.add_stream("aac", rate=format.sample_rate, layout="stereo")
+        self._audio = sample_rate and container.add_stream("aac", rate=sample_rate, layout="stereo")
         self._count = 0
 
     def video(self, planes: NDArray[np.uint8]) -> None:
         """Encodes ``planes`` ``[n, 3 H / 2, W]`` (I420)."""
         for plane in planes:
             frame = av.VideoFrame.from_ndarray(plane, format="yuv420p")
-            frame.pts, frame.time_base = self._count, 1 / self._format.rate
+            frame.pts, frame.time_base = self._count, 1 / self._rate
             frame.colorspace, frame.color_range = BT709, LIMITED_RANGE
             self._container.mux(self._video.encode(frame))
             self._count += 1
@@ -223,8 +211,8 @@ class _Encoder:
     def finish(self, waveform: Tensor | None) -> None:
         """Flushes the pictures, then encodes the sound, and finishes the file."""
         self._container.mux(self._video.encode())
-        if self._audio is not None and waveform is not None:
-            rate = self._format.sample_rate
+        if self._audio and waveform is not None:
+            rate = self._sample_rate
             resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
             for frame in [*resampler.resample(_sound(waveform, rate)), *resampler.resample(None), None]:
                 self._container.mux(self._audio.encode(frame))

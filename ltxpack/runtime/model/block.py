@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ltxpack.runtime.model.config import DiTConfig, StreamConfig
 from ltxpack.runtime.model.kernels import AUDIO, TEXT, VIDEO
-from ltxpack.runtime.model.layers import Attention, AttentionShape, FeedForward, Keys, Rows, modulate
+from ltxpack.runtime.model.layers import Attention, FeedForward, Keys, Rows, modulate
 from ltxpack.runtime.model.rope import RopeTables
 from ltxpack.runtime.sampling.shape import AV
 
@@ -85,8 +85,9 @@ class TransformerBlock(nn.Module):
         self.functions = PLAIN
 
         def attention(kind: str, query: StreamConfig, context: StreamConfig, heads: StreamConfig) -> Attention:
-            shape = AttentionShape(kind, query.dim, context.dim, heads.heads, heads.head_dim)
-            return Attention(shape, bias=config.attention_bias, out_bias=config.attention_out_bias, eps=config.norm_eps)
+            biases = {"bias": config.attention_bias, "out_bias": config.attention_out_bias}
+            widths = (query.dim, context.dim, heads.heads, heads.head_dim)
+            return Attention(kind, *widths, **biases, eps=config.norm_eps)
 
         self.attn1 = attention(VIDEO, video, video, video)
         self.attn2 = attention(TEXT, video, video, video)
@@ -174,10 +175,8 @@ class TransformerBlock(nn.Module):
             return x
         rows = given.adaln.plus(layers.rows)
         own = modulate(self._norm(x), rows.row(1), rows.row(0))
-        if perturbed:
-            attended = layers.self_attention.values_only(own)
-        else:
-            attended = layers.self_attention.to_itself(own, given.rope.self_attention)
+        attention, turn = layers.self_attention, given.rope.self_attention
+        attended = attention.values_only(own) if perturbed else attention(own, attention.keys(own, turn), turn)
         x = x + rows.row(2) * attended
         query = modulate(self._norm(x), rows.row(7), rows.row(6))
         return x + rows.row(8) * layers.text_attention(query, text)

@@ -30,17 +30,6 @@ class Linear(nn.Linear):
         """Draws nothing."""
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """The kind of an attention (``kernels.VIDEO``, ``TEXT``, ``AUDIO``), the widths it connects, and its heads."""
-
-    kind: str
-    query_dim: int
-    context_dim: int
-    heads: int
-    head_dim: int
-
-
 class Keys(NamedTuple):
     """What is attended to: keys (normed and turned) and values, [B, heads, S, head_dim] each."""
 
@@ -49,19 +38,33 @@ class Keys(NamedTuple):
 
 
 class Attention(nn.Module):
-    """q from the stream, k and v from the context; q/k RMSNorm over all heads, RoPE, softmax, a gate per head."""
+    """q from the stream, k and v from the context; q/k RMSNorm over all heads, RoPE, softmax, a gate per head.
 
-    def __init__(self, shape: AttentionShape, *, bias: bool, out_bias: bool, eps: float) -> None:
+    ``kind``: ``kernels.VIDEO``, ``TEXT`` or ``AUDIO``.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        query_dim: int,
+        context_dim: int,
+        heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        out_bias: bool,
+        eps: float,
+    ) -> None:
         super().__init__()
-        inner = shape.heads * shape.head_dim
-        self.kind, self.heads = shape.kind, shape.heads
-        self.to_q = Linear(shape.query_dim, inner, bias=bias)
-        self.to_k = Linear(shape.context_dim, inner, bias=bias)
-        self.to_v = Linear(shape.context_dim, inner, bias=bias)
+        inner = heads * head_dim
+        self.kind, self.heads = kind, heads
+        self.to_q = Linear(query_dim, inner, bias=bias)
+        self.to_k = Linear(context_dim, inner, bias=bias)
+        self.to_v = Linear(context_dim, inner, bias=bias)
         self.norm_q = nn.RMSNorm(inner, eps=eps)
         self.norm_k = nn.RMSNorm(inner, eps=eps)
-        self.to_gate_logits = Linear(shape.query_dim, shape.heads)
-        self.to_out = nn.Sequential(Linear(inner, shape.query_dim, bias=out_bias))
+        self.to_gate_logits = Linear(query_dim, heads)
+        self.to_out = nn.Sequential(Linear(inner, query_dim, bias=out_bias))
         self.kernel: Kernel = KERNELS[DEFAULT]
 
     def forward(self, x: Tensor, keys: Keys, rotation: Rotation | None = None) -> Tensor:
@@ -73,10 +76,6 @@ class Attention(nn.Module):
         """Keys and values of ``context`` [B, S, context_dim]."""
         key = self._turned(self.norm_k(self.to_k(context)), rotation)
         return Keys(key, split_heads(self.to_v(context), self.heads))
-
-    def to_itself(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """Self-attention of ``x`` [B, T, query_dim]."""
-        return self(x, self.keys(x, rotation), rotation)
 
     def values_only(self, x: Tensor) -> Tensor:
         """The perturbed self-attention of STG: every token keeps its own value."""

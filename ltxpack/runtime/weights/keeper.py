@@ -73,7 +73,7 @@ class Residency:
         self._largest: Plan | None = None
         self._sizes: dict[tuple[str, ...], ModelSizes] = {}
         self._warmer: CacheWarmer | None = None
-        self._refused, self._refusal_told = "", False
+        self._refusal_told = False
         self._decoding_told = ""
         # The two queues of copies beside the stream that computes: for files that are read, and for slots.
         self._bulk: Copies | None = None
@@ -136,7 +136,7 @@ class Residency:
                 self._drop(part, placed)
             del placed
             if not stays:
-                self._give_back()
+                torch.cuda.empty_cache()
 
     def load_ahead(self, part: str, load: Load[M]) -> None:
         """Begin to load the transformer ``part`` beside whatever is computed, if the plan has room for it.
@@ -165,7 +165,7 @@ class Residency:
         self._held.clear()
         self._hashed.clear()
         self._spare.clear()
-        self._give_back()
+        torch.cuda.empty_cache()
 
     def close(self, *, process_ends: bool = False) -> None:
         """Give back all memory; a later use loads anew. Where the process ends, pinned memory is left to the kernel."""
@@ -233,9 +233,9 @@ class Residency:
         self.load_seconds += seconds
         size = sum(record.size for record in self.overlay.records(part))
         self.reporter.detail(f"{part}: {size / 1e9:.2f} GB ready after {seconds:.2f} s")
-        if self._refused and not self._refusal_told:
+        if placed.refused and not self._refusal_told:
             self._refusal_told = True
-            self.reporter.note(f"{part}: files are read through the page cache: {self._refused}")
+            self.reporter.note(f"{part}: files are read through the page cache: {placed.refused}")
         if placed.unpinned:
             self.reporter.warn(f"{part}: the system would not pin {placed.unpinned / 1e9:.1f} GB; copies are slower")
         return placed
@@ -271,7 +271,6 @@ class Residency:
             # As where it is used: to a compiler weights made otherwise are another kind of weights.
             with waiting, torch.inference_mode(), self._slots.computing():
                 module = load(self.overlay.folder(part), self.device, self.dtype, read)
-            self._refused = reader.refused or self._refused
         if placement.held:
             self._hashed[part] = stamps
         return PlacedModule(module, read)
@@ -314,11 +313,6 @@ class Residency:
         )
         records = [record for part in parts for record in self.overlay.records(part)]
         return [self.overlay.root / record.path for record in records if record.path.endswith(WEIGHTS)]
-
-    def _give_back(self) -> None:
-        """Hand back memory of the card that only waits to be used again."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _used(placed: PlacedModule[M], prepare: Prepare | None, work: Callable[[M], R]) -> R:

@@ -160,15 +160,12 @@ def check(module: nn.Module, stored: Mapping[str, Stored], folder: Path) -> None
 
 def read_tensors(stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
     """The tensors on ``device``, floating ones in ``dtype``; the default :class:`Reader`, which compares no hash."""
-    copies = copies_to(device)
     found = {
         name: torch.empty(entry.shape, dtype=entry.arriving_as(dtype), device=device) for name, entry in stored.items()
     }
-    reader = FileReader(copies)
-    try:
+    copies = copies_to(device)
+    with contextlib.closing(FileReader(copies)) as reader:
         copies.before_computing(reader.fill(entry.read_into(found[name]) for name, entry in stored.items()))
-    finally:
-        reader.close()
     return found
 
 
@@ -179,15 +176,7 @@ def verify_next(folder: Path) -> Iterator[None]:
         yield
     except LtxpackError as error:
         kind = OverlayError if isinstance(error, SourceError) else type(error)
-        raise kind(
-            error.problem,
-            file=error.file,
-            tensor=error.tensor,
-            expected=error.expected,
-            found=error.found,
-            items=error.items,
-            next=verify_command(folder),
-        ) from error
+        raise kind(**{**vars(error), "next": verify_command(folder)}) from error
 
 
 def verify_command(folder: Path) -> str:

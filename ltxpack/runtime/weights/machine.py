@@ -60,12 +60,7 @@ def usable_host() -> tuple[int, bool]:
 def free_host() -> int:
     """Bytes of memory a new process could have of the machine, or 0 where the system does not say."""
     available = re.search(r"^MemAvailable: +(\d+)", _text(Path("/proc/meminfo")), re.MULTILINE)
-    if available:
-        return int(available[1]) * 1024
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
+    return int(available[1]) * 1024 if available else 0
 
 
 def free_in_container(root: Path = Path("/")) -> int | None:

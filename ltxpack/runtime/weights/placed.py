@@ -49,12 +49,12 @@ class SpareMemory:
     def take(self, nbytes: int) -> HostMemory | None:
         """Memory of ``nbytes`` bytes, or None. Then memory of other sizes is dropped, so that it does not add up."""
         with self._lock:
-            found = next((memory for memory in self._free if memory.bytes.nbytes == nbytes), None)
-            if found is None:
-                self._free.clear()
-            else:
-                self._free.remove(found)
-            return found
+            for memory in self._free:
+                if memory.bytes.nbytes == nbytes:
+                    self._free.remove(memory)
+                    return memory
+            self._free.clear()
+            return None
 
     def give(self, memory: HostMemory) -> None:
         """Nobody reads ``memory`` any more."""
@@ -216,7 +216,7 @@ class PlacedModule(Generic[M]):
     def __init__(self, module: M, read: PlacementReader) -> None:
         self.module = module
         self.placement = read.placement
-        self.unpinned, self.held = read.unpinned, read.held
+        self.unpinned, self.held, self.refused = read.unpinned, read.held, read.reader.refused
         self._memory, self._spare, self._stream, self._copies = read.memory, read.spare, read.stream, read.copies
         blocks = [module.get_submodule(f"{read.root}.{number}") for number in read.sources]
         self._slots = Slots(blocks, list(read.sources.values()), self._copies)

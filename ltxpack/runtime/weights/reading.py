@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from ltxpack.runtime.weights.copies import Copies, Event, HostMemory
 from ltxpack.runtime.weights.plan import WAITING
 
 
+@dataclass(slots=True, eq=False)
 class TensorRead:
     """A tensor whose stored bytes are ``source``, of dtype ``stored``, on its way into the contiguous ``final``.
 
@@ -46,20 +48,16 @@ class TensorRead:
     read; else the queue of copies fills it. ``then`` is called when its last byte is there, or in that queue.
     """
 
-    __slots__ = ("_arriving", "_missing", "_then", "final", "on_host", "source", "stored")
+    source: Range
+    stored: torch.dtype
+    final: Tensor
+    on_host: bool = False
+    then: Callable[[], object] | None = None
+    _missing: int = field(init=False)
+    _arriving: Tensor | None = field(default=None, init=False)
 
-    def __init__(
-        self,
-        source: Range,
-        stored: torch.dtype,
-        final: Tensor,
-        on_host: bool = False,
-        then: Callable[[], object] | None = None,
-    ) -> None:
-        self.source, self.stored, self.final, self.on_host = source, stored, final, on_host
-        self._then = then
-        self._missing = source.nbytes
-        self._arriving: Tensor | None = None
+    def __post_init__(self) -> None:
+        self._missing = self.source.nbytes
 
     def bytes(self, offset: int, nbytes: int) -> Tensor:
         """Where ``nbytes`` of the stored bytes go, from ``offset`` on, as uint8."""
@@ -79,8 +77,8 @@ class TensorRead:
             if self._arriving is not self.final:
                 self.final.copy_(self._arriving)
             self._arriving = None
-            if self._then is not None:
-                self._then()
+            if self.then is not None:
+                self.then()
 
 
 class PinnedBuffer:

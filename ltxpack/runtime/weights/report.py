@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +49,7 @@ def described(plan: Plan) -> str:
     else:
         whence = "from pinned host memory" if placed.home == HOST else WHENCE[_word(placed)]
         parts = [f"{_of_each(plan, streamed_blocks(plan), totals=True)} pass through two slots on the device", whence]
-        held = _by_stage(plan, lambda part: len(plan.placements[part].held))
+        held = held_blocks(plan)
         if any(held):
             parts.append(f"{_of_each(plan, held)} stay in pinned host memory between videos")
     if _small_parts_stay(plan):
@@ -62,11 +62,12 @@ def described(plan: Plan) -> str:
 
 def streamed_blocks(plan: Plan) -> list[int]:
     """How many blocks of each stage's transformer pass through the slots."""
-    return _by_stage(plan, lambda part: len(plan.placements[part].streamed))
+    return [len(plan.placements[stage.part].streamed) for stage in plan.work.stages]
 
 
-def _by_stage(plan: Plan, count: Callable[[str], int]) -> list[int]:
-    return [count(stage.part) for stage in plan.work.stages]
+def held_blocks(plan: Plan) -> list[int]:
+    """How many blocks of each stage's transformer stay in pinned memory between uses."""
+    return [len(plan.placements[stage.part].held) for stage in plan.work.stages]
 
 
 def _word(placed: Placement) -> str:
@@ -162,9 +163,9 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
             "small_parts_stay": _small_parts_stay(plan),
             "weights": _word(plan.placements[plan.work.stages[0].part]),
             "text_encoder": TEXT_WORDS[plan.placements[TEXT_ENCODER].source],
-            "blocks": _by_stage(plan, lambda part: plan.blocks[part]),
+            "blocks": [plan.blocks[stage.part] for stage in plan.work.stages],
             "streamed_blocks": streamed_blocks(plan),
-            "held_blocks": _by_stage(plan, lambda part: len(plan.placements[part].held)),
+            "held_blocks": held_blocks(plan),
         },
         "decode": decoding(plan),
         "machine": {"card": machine.card, "host": machine.host},
