@@ -74,9 +74,9 @@ def pinning(bench: Bench) -> None:
 
 def _pinned(bench: Bench, size: int) -> tuple[float, float, float]:
     """Seconds to pin PINNED bytes in calls of ``size`` and to give them back, and of the longest launch meanwhile."""
-    from ltxpack.runtime.weights.copies import HostMemory, copies_to
+    from ltxpack.runtime.weights.copies import Copies, HostMemory
 
-    copies, counter = copies_to(bench.device), torch.zeros(1, device=bench.device)
+    copies, counter = Copies(bench.device), torch.zeros(1, device=bench.device)
     memories = [HostMemory(size, copies) for _ in range(PINNED // size)]
     for each in memories:
         each.bytes.zero_()

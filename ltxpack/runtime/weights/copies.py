@@ -25,87 +25,61 @@ Event = Any
 
 
 class Copies:
-    """A queue of copies to one device. This one is the CPU's stand-in: a copy is done as it is asked for.
+    """A queue of copies to one device. On a card it is a CUDA stream of its own beside ``compute``, the stream that is
+    current where this is made; on the CPU a copy is done as it is asked for, and no event is waited for.
 
+    From several threads. Each thread has a current stream of its own: only the one of the caller is the right one.
     ``process_ends``: pinned memory stays pinned, as the kernel takes it back faster.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.process_ends = device, False
+        self.compute = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, work: Callable[[], object], after: Event = None) -> Event:
-        """Do ``work`` in the queue after the event ``after``. Returns the event that it is done."""
-        with torch.inference_mode():
-            work()
-        return None
-
-    def now(self) -> Event:
-        """The event that everything asked of the computation so far is done."""
-        return None
-
-    def before_computing(self, event: Event) -> None:
-        """The computation asked for from now on waits for ``event``; the host goes on."""
-
-    def finish(self, event: Event) -> None:
-        """The host waits for ``event``."""
-
-    def computing(self) -> AbstractContextManager[object]:
-        """What the block makes on the device belongs to the stream that computes, whichever thread makes it."""
-        return contextlib.nullcontext()
-
-    def pin(self, memory: Tensor) -> bool:
-        """Let the device copy from ``memory`` by itself; False where the system refuses."""
-        return True
-
-    def unpin(self, memory: Tensor) -> None:
-        """Undo :meth:`pin`, before the memory is given back."""
-
-
-class CudaCopies(Copies):
-    """A CUDA stream of its own beside ``compute``, the stream that is current where this is made.
-
-    From several threads. Each thread has a current stream of its own: only the one of the caller is the right one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.compute = torch.cuda.current_stream(device)
-        self.stream = torch.cuda.Stream(device)
-
-    def run(self, work: Callable[[], object], after: Event = None) -> Event:
-        """Put ``work``, which must not wait for the device, into the stream."""
-        if after is not None:
+        """Do ``work``, which must not wait for the device, in the queue after the event ``after``. Returns the event
+        that it is done.
+        """
+        if self.stream is not None and after is not None:
             self.stream.wait_event(after)
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
+        with torch.inference_mode(), _current(self.stream):
             try:
                 work()
             except BaseException:
-                self.stream.synchronize()
+                if self.stream is not None:
+                    self.stream.synchronize()
                 raise
             return self._event(self.stream)
 
     def now(self) -> Event:
-        """An event in the stream that computes."""
-        with torch.cuda.device(self.device):
-            return self._event(self.compute)
+        """The event that everything asked of the computation so far is done."""
+        return self._event(self.compute)
 
     def before_computing(self, event: Event) -> None:
-        """The computing stream waits, not the host."""
-        if event is not None:
+        """The computation asked for from now on waits for ``event``; the host goes on."""
+        if self.compute is not None and event is not None:
             self.compute.wait_event(event)
 
     def finish(self, event: Event) -> None:
-        """Sleeps, so that the thread does not burn a core."""
-        if event is not None:
+        """The host waits for ``event``, asleep, so that the thread does not burn a core."""
+        if self.stream is not None and event is not None:
             event.synchronize()
 
     def computing(self) -> AbstractContextManager[object]:
-        """The computing stream is the current one."""
-        return torch.cuda.stream(self.compute)
+        """What the block makes on the device belongs to the stream that computes, whichever thread makes it."""
+        return _current(self.compute)
+
+    def elsewhere(self) -> bool:
+        """Whether this thread computes in another stream than the copies are made for."""
+        return self.compute is not None and torch.cuda.current_stream(self.device) != self.compute
 
     def pin(self, memory: Tensor) -> bool:
-        """Registers the memory as it is: PyTorch's own pinned allocations round up to a power of two."""
-        if memory.nbytes == 0:
+        """Let the device copy from ``memory`` by itself; False where the system refuses.
+
+        Registers the memory as it is: PyTorch's own pinned allocations round up to a power of two.
+        """
+        if self.stream is None or memory.nbytes == 0:
             return True
         # On the device itself: the driver would else make a context, half a gigabyte, on the first one.
         with torch.cuda.device(self.device):
@@ -117,26 +91,23 @@ class CudaCopies(Copies):
         return False
 
     def unpin(self, memory: Tensor) -> None:
-        """Unregisters what ``pin`` registered, once nothing is copied from it any more."""
-        if memory.nbytes:
+        """Undo :meth:`pin`, before the memory is given back and once nothing is copied from it any more."""
+        if self.stream is not None and memory.nbytes:
             self.stream.synchronize()
             with torch.cuda.device(self.device):
                 torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
-    def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=True)
-        event.record(stream)
+    def _event(self, stream: torch.cuda.Stream | None) -> Event:
+        if stream is None:
+            return None
+        with torch.cuda.device(self.device):
+            event = torch.cuda.Event(blocking=True)
+            event.record(stream)
         return event
 
 
-def copies_to(device: torch.device) -> Copies:
-    """A queue of copies to ``device``, beside the stream that is current on this thread."""
-    return CudaCopies(device) if device.type == "cuda" else Copies(device)
-
-
-def computing_elsewhere(copies: Copies) -> bool:
-    """Whether this thread computes in another stream than ``copies`` are made for."""
-    return isinstance(copies, CudaCopies) and torch.cuda.current_stream(copies.device) != copies.compute
+def _current(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 class HostMemory:

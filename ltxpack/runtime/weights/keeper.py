@@ -23,7 +23,7 @@ from ltxpack.runtime.overlay import BAKES, BASE, Overlay
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.background import Background, CacheWarmer, Stop
-from ltxpack.runtime.weights.copies import Copies, computing_elsewhere, copies_to
+from ltxpack.runtime.weights.copies import Copies
 from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import Reader
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
@@ -214,11 +214,11 @@ class Residency:
 
     def _make_queues(self) -> None:
         """The queues of copies, for the stream in which the caller computes; other weights belong to another stream."""
-        if self._bulk is not None and computing_elsewhere(self._bulk):
+        if self._bulk is not None and self._bulk.elsewhere():
             self.close()
             self._bulk = None
         if self._bulk is None:
-            self._bulk, self._slots = copies_to(self.device), copies_to(self.device)
+            self._bulk, self._slots = Copies(self.device), Copies(self.device)
 
     def _take(self, part: str, load: Load[M]) -> PlacedModule[M]:
         """The part from where it is kept, from what was loaded ahead, or loaded now."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ltxpack.errors import FormatError, LtxpackError, OverlayError, SourceError, UnsupportedError, quoted
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo, read_index, read_json, read_tensorfile
-from ltxpack.runtime.weights.copies import copies_to
+from ltxpack.runtime.weights.copies import Copies
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
 M = TypeVar("M", bound=nn.Module)
@@ -163,7 +163,7 @@ def read_tensors(stored: Mapping[str, Stored], device: torch.device, dtype: torc
     found = {
         name: torch.empty(entry.shape, dtype=entry.arriving_as(dtype), device=device) for name, entry in stored.items()
     }
-    copies = copies_to(device)
+    copies = Copies(device)
     with contextlib.closing(FileReader(copies)) as reader:
         copies.before_computing(reader.fill(entry.read_into(found[name]) for name, entry in stored.items()))
     return found

@@ -292,9 +292,9 @@ def test_frames_become_planes_on_the_card(
 
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
-    "copies begin before the memory is free": (copies.CudaCopies, "now", lambda self: None),
-    "the computation does not wait for copies": (copies.CudaCopies, "before_computing", lambda self, event: None),
-    "buffers are filled while they are copied from": (copies.CudaCopies, "finish", lambda self, event: None),
+    "copies begin before the memory is free": (copies.Copies, "now", lambda self: None),
+    "the computation does not wait for copies": (copies.Copies, "before_computing", lambda self, event: None),
+    "buffers are filled while they are copied from": (copies.Copies, "finish", lambda self, event: None),
     "slots are given back while they are copied to": (slots.Slots, "_finish", lambda self, slot: None),
 }
 
@@ -326,7 +326,7 @@ def test_a_caller_that_computes_in_a_stream_of_its_own(
 ) -> None:
     """What another thread loads is for the caller's stream, not for that thread's (REVIEW 3.7)."""
     for fault in faults:
-        monkeypatch.setattr(copies.CudaCopies, fault, OF_THE_THREAD[fault])
+        monkeypatch.setattr(copies.Copies, fault, OF_THE_THREAD[fault])
     planned(monkeypatch, placements(Placement(CARD), CARD))
     in_brief(monkeypatch)
     monkeypatch.setattr(Session, "upsample", lambda make, latents: pytest.fail("enough"))

@@ -15,7 +15,7 @@ from works import digests, of_blocks
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.shape import AV
-from ltxpack.runtime.weights.copies import CudaCopies, HostMemory
+from ltxpack.runtime.weights.copies import Copies, HostMemory
 from ltxpack.runtime.weights.device import machine_of
 from ltxpack.runtime.weights.load import load_module
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader
@@ -68,7 +68,7 @@ def outputs(dit: DiT, device: torch.device) -> list[Tensor]:
 def load(
     placement: Placement, known: Mapping[Path, str], reader: FileReader, folder: Path, device: torch.device
 ) -> tuple[PlacedModule[DiT], PlacementReader]:
-    read = PlacementReader(placement, "transformer_blocks", known, reader, CudaCopies(device), to_host=placement.ahead)
+    read = PlacementReader(placement, "transformer_blocks", known, reader, Copies(device), to_host=placement.ahead)
     with torch.inference_mode():
         return PlacedModule(load_module(empty_dit(), folder, device, torch.bfloat16, reader=read), read), read
 
@@ -76,7 +76,7 @@ def load(
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_every_placement_gives_the_same_bits(placement: Placement, folder: Path, device: torch.device) -> None:
     expected = outputs(load_module(empty_dit(), folder, device, torch.bfloat16), device)
-    reader = FileReader(CudaCopies(device), read_bytes=1 << 20)
+    reader = FileReader(Copies(device), read_bytes=1 << 20)
     placed, _ = load(placement, digests(folder), reader, folder, device)
     reader.close()
     assert placed.unpinned == 0
@@ -88,7 +88,7 @@ def test_every_placement_gives_the_same_bits(placement: Placement, folder: Path,
 
 
 def test_memory_is_pinned_and_given_back(device: torch.device) -> None:
-    copies = CudaCopies(device)
+    copies = Copies(device)
     for size in (1, 5000, 1 << 22):
         memory = HostMemory(size, copies)
         assert memory.pin()
@@ -99,7 +99,7 @@ def test_memory_is_pinned_and_given_back(device: torch.device) -> None:
 
 
 def test_streaming_takes_two_slots_and_not_the_blocks(folder: Path, device: torch.device) -> None:
-    reader = FileReader(CudaCopies(device))
+    reader = FileReader(Copies(device))
     before = torch.cuda.memory_allocated(device)
     placed, read = load(PLACEMENTS["every block from the file"], {}, reader, folder, device)
     reader.close()
