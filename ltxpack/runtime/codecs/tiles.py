@@ -36,10 +36,6 @@ class Cut:
     length: int
     overlap: int
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.length:
-            raise ValueError(f"an overlap of {self.overlap} does not fit tiles of {self.length} latents")
-
 
 class Tiling(NamedTuple):
     """How each axis is cut."""
@@ -57,11 +53,6 @@ class Span:
     stop: int
     rise: int = 0
     fall: int = 0
-
-    @property
-    def latents(self) -> slice:
-        """The latents this tile decodes."""
-        return slice(self.start, self.stop)
 
 
 def auto_tiling(height: int, width: int) -> Tiling:

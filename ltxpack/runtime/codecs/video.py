@@ -205,7 +205,7 @@ def spatial_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
     for span in split(length, cut):
         output = slice(span.start * scale, span.stop * scale)
         rise, fall = _ramp(span.rise * scale), _ramp(span.fall * scale)
-        tiles.append(AxisTile(span.latents, output, weights(output, rise, fall)))
+        tiles.append(AxisTile(slice(span.start, span.stop), output, weights(output, rise, fall)))
     return _summing_to_one(tiles)
 
 
@@ -215,7 +215,7 @@ def frame_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
     for span in split_frames(length, cut):
         output = slice(span.start * scale, (span.stop - 1) * scale + 1)
         rise = torch.cat([torch.zeros(1), _ramp((span.rise - 1) * scale)]) if span.rise else torch.empty(0)
-        tiles.append(AxisTile(span.latents, output, weights(output, rise, _ramp(span.fall * scale))))
+        tiles.append(AxisTile(slice(span.start, span.stop), output, weights(output, rise, _ramp(span.fall * scale))))
     return _summing_to_one(tiles)
 
 

@@ -35,8 +35,8 @@ MAX_DENOMINATOR = 1_000_000
 BT709 = LIMITED_RANGE = 1
 X264 = {"crf": "19", "preset": "veryfast"}
 FRAMES_AT_ONCE = 8
-# Red, green and blue in each plane, BT.709.
-PLANES = {"y": (0.2126, 0.7152, 0.0722), "cb": (-0.1146, -0.3854, 0.5), "cr": (0.5, -0.4542, -0.0458)}
+# Red, green and blue in Y, Cb and Cr of BT.709.
+PLANES = ((0.2126, 0.7152, 0.0722), (-0.1146, -0.3854, 0.5), (0.5, -0.4542, -0.0458))
 
 
 def check_output(path: Path) -> Path:
@@ -233,17 +233,8 @@ def to_i420(frames: Tensor) -> Tensor:
     The arithmetic is in the dtype of ``frames``; the result is truncated, not rounded. H and W are even.
     """
     count, height, width, _ = frames.shape
-    y, cb, cr = (_weighted(frames, row) for row in PLANES.values())
-    chroma = torch.stack([_halved(cb), _halved(cr)], dim=1)
+    red, green, blue = frames.unbind(-1)
+    y, cb, cr = (red * row[0] + green * row[1] + blue * row[2] for row in PLANES)
+    chroma = torch.stack([torch.nn.functional.avg_pool2d(plane[:, None], 2)[:, 0] for plane in (cb, cr)], dim=1)
     planes = [(y * 219 + 16).reshape(count, height, width), (chroma * 224 + 128).reshape(count, height // 2, width)]
     return torch.cat(planes, dim=1).clamp(0, 255).to(torch.uint8)
-
-
-def _weighted(frames: Tensor, row: tuple[float, float, float]) -> Tensor:
-    red, green, blue = frames.unbind(-1)
-    return red * row[0] + green * row[1] + blue * row[2]
-
-
-def _halved(plane: Tensor) -> Tensor:
-    """``[F, H, W]`` averaged over 2x2 squares."""
-    return torch.nn.functional.avg_pool2d(plane[:, None], 2)[:, 0]

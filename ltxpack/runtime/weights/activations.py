@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS
-from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling, auto_tiling
+from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling
 from ltxpack.runtime.sampling.shape import VideoShape
 
 LATENT_CHANNELS = 128
@@ -107,15 +107,13 @@ def decoder_sizes(widths: Widths) -> DecoderSizes:
     return DecoderSizes(widths.decoder, places, TEMPORAL_FACTOR * SPATIAL_FACTOR**2 * COLOURS)
 
 
-def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Tiling | None = None) -> int:
-    """The video decoder on one tile, and the frames around it; ``tiling`` None: the official one.
+def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Tiling) -> int:
+    """The video decoder on one tile of ``tiling``, and the frames around it.
 
     A tile's largest moment is a convolution of the last stage with its input padded by two frames, or taking the
     patches apart. Frames: the group under way; if there is more than one, the group before and its chunk handed out.
     At the end of a group its chunk is made in three steps.
     """
-    length, height, width = shape.grid
-    tiling = tiling or auto_tiling(height, width)
     tile = Tiles.of(shape.grid, tiling).largest
     frames = _frames(tile[0])
     area = math.prod(tile[1:]) * 32 * 32
@@ -123,13 +121,12 @@ def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Til
     conv = (9 * frames + 8) * widths.decoder * patches // 2
     unpatch = 2 * 3 * frames * area
     group = frames * 3 * shape.height * shape.width
-    held = group if length <= tile[0] else 3 * group
+    held = group if shape.grid[0] <= tile[0] else 3 * group
     return max(max(conv, unpatch) + held + 3 * frames * area, 3 * group) * itemsize
 
 
-def frames_on_host(shape: VideoShape, tiling: Tiling | None = None) -> int:
+def frames_on_host(shape: VideoShape, tiling: Tiling) -> int:
     """Decoded frames on their way to the video encoder: two groups, 8-bit."""
-    tiling = tiling or auto_tiling(*shape.grid[1:])
     return 2 * _frames(Tiles.of(shape.grid, tiling).largest[0]) * 3 * shape.height * shape.width
 
 

@@ -68,13 +68,11 @@ class Residency:
         self.mode, self.reads, self.warm_cache = mode, reads, warm_cache
         self.reporter = reporter or SilentReporter()
         self.plan: Plan | None = None
-        self.load_seconds = 0.0
         # The plan that took most host memory since the placements were made.
         self._largest: Plan | None = None
         self._sizes: dict[tuple[str, ...], ModelSizes] = {}
         self._warmer: CacheWarmer | None = None
         self._refusal_told = False
-        self._decoding_told = ""
         # The two queues of copies beside the stream that computes: for files that are read, and for slots.
         self._bulk: Copies | None = None
         self._slots: Copies | None = None
@@ -108,10 +106,9 @@ class Residency:
             self._begin(plan)
         if self._largest is None or plan.host > self._largest.host:
             self._largest = plan
-        decoding = report.decoding(plan) if plan.work.decode == FAST else ""
-        if decoding and decoding != self._decoding_told:
+        decoding = report.decoding(plan)
+        if plan.work.decode == FAST and (self.plan is None or decoding != report.decoding(self.plan)):
             self.reporter.note(decoding)
-        self._decoding_told = decoding
         self.plan = plan
         return plan
 
@@ -230,7 +227,6 @@ class Residency:
         else:
             placed = self._load(part, load, no_stop)
         seconds = time.perf_counter() - begin
-        self.load_seconds += seconds
         size = sum(record.size for record in self.overlay.records(part))
         self.reporter.detail(f"{part}: {size / 1e9:.2f} GB ready after {seconds:.2f} s")
         if placed.refused and not self._refusal_told:

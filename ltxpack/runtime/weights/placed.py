@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from ltxpack.runtime.weights.load import Stored
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
 from ltxpack.runtime.weights.reading import FileReader, HashCheck, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
-from ltxpack.runtime.weights.slots import BlockSource, ByteLayout, FileSource, FileStream, MemorySource, Slots
+from ltxpack.runtime.weights.slots import NOWHERE, BlockSource, ByteLayout, FileSource, FileStream, MemorySource, Slots
 
 M = TypeVar("M", bound=nn.Module)
 # Weights outside the blocks share memory in stretches of at most so many bytes or of one tensor. On the card because
@@ -34,7 +34,6 @@ M = TypeVar("M", bound=nn.Module)
 # pins, some 0.1 s for each GB, nothing else of the process gets through to the card: each stretch is pinned by itself,
 # while the next one is read.
 STRETCH = 256 * 1024 * 1024
-NOWHERE: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
 
 
 class SpareMemory:

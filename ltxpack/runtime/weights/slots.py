@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from ltxpack.runtime.weights.sizes import aligned
 
 CopyDone = Callable[[], Event]
 """Waits until the copies to a slot are asked for, and gives the event that they are done."""
+# Memory for weights that are somewhere else.
+NOWHERE: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,7 @@ class _Slot:
     def parameters_of(self, number: int, layout: ByteLayout) -> Mapping[str, nn.Parameter]:
         """The weights of block ``number`` in this slot."""
         if number not in self.parameters:
-            views = layout.views(self.memory)
-            self.parameters[number] = {name: nn.Parameter(view, requires_grad=False) for name, view in views.items()}
+            self.parameters[number] = _parameters(layout, self.memory)
         return self.parameters[number]
 
 
@@ -138,7 +140,7 @@ class Slots:
         self.blocks, self.sources, self.copies = blocks, sources, copies
         names = [source.layout.tensors for source in sources]
         self._owners = list(map(_owners, blocks, names))
-        self._empty = list(map(_on_meta, blocks, names))
+        self._empty = [_parameters(each.layout, torch.empty(each.layout.nbytes, **NOWHERE)) for each in sources]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._slots: list[_Slot] = []
         for number in range(len(blocks)):
@@ -215,7 +217,6 @@ def _owners(block: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module
     return {name: (block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
 
 
-def _on_meta(block: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters' shapes and dtypes, on the meta device."""
-    empty = {name: torch.empty_like(block.get_parameter(name), device="meta") for name in names}
-    return {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in empty.items()}
+def _parameters(layout: ByteLayout, memory: Tensor) -> dict[str, nn.Parameter]:
+    """A block's weights as views of ``memory``."""
+    return {name: nn.Parameter(view, requires_grad=False) for name, view in layout.views(memory).items()}

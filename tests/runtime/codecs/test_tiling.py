@@ -81,11 +81,6 @@ def test_an_axis_not_longer_than_its_tile_is_left_whole() -> None:
     assert group.output == slice(0, 73)
 
 
-def test_an_overlap_must_be_shorter_than_the_tile() -> None:
-    with pytest.raises(ValueError, match="does not fit"):
-        Cut(3, 3)
-
-
 cuts = st.integers(1, 12).flatmap(lambda length: st.builds(Cut, st.just(length), st.integers(0, length - 1)))
 
 
