@@ -96,7 +96,7 @@ class _Batch:
                 if record.is_done(line.output, self._identity(line)[1]):
                     self.outcomes[line.number] = Outcome(line, SKIPPED)
                 else:
-                    self.session.residency.check(work_of(self.session, line.request, min(len(lines), AHEAD)))
+                    self.session.residency.plan_for(work_of(self.session, line.request, min(len(lines), AHEAD)))
         done = sum(outcome.status == SKIPPED for outcome in self.outcomes.values())
         if done:
             self.reporter.note(f"{done} of {len(lines)} videos are done already")

@@ -92,7 +92,7 @@ class CacheWarmer:
     def _run(self, stop: Stop) -> None:
         for path in self._files:
             # A pipe in a file's place would wait for somebody to write.
-            with contextlib.suppress(OSError), open(path, "rb", opener=_not_waiting) as file:
+            with contextlib.suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 for start in range(0, size, READ_AHEAD):
                     self._free.wait()
@@ -101,7 +101,3 @@ class CacheWarmer:
                         return
                     self._left -= nbytes
                     os.posix_fadvise(file.fileno(), start, nbytes, os.POSIX_FADV_WILLNEED)
-
-
-def _not_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)

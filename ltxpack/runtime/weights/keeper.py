@@ -88,10 +88,6 @@ class Residency:
         self._held: dict[str, dict[int, MemorySource]] = {}
         self._hashed: dict[str, list[Stamp]] = {}
 
-    def check(self, work: Work) -> None:
-        """Raises DeviceError if ``work`` fits in no way, naming the GB needed and free and what to do instead."""
-        self._plan_for(work)
-
     def prepare(self, works: Sequence[Work]) -> Plan | None:
         """The plan for the largest of ``works``, told before anything is loaded. Raises DeviceError if nothing fits.
 
@@ -99,7 +95,7 @@ class Residency:
         """
         if not works:
             return self.plan
-        plan = self._plan_for(max(works, key=_size))
+        plan = self.plan_for(max(works, key=_size))
         if self.plan is None or plan.placements != self.plan.placements:
             self.close()
             self._largest = None
@@ -181,7 +177,10 @@ class Residency:
         """The command to try after memory ran out."""
         return report.after_shortage(self.plan.mode if self.plan else planner.SWAP, self.mode)
 
-    def _plan_for(self, work: Work) -> Plan:
+    def plan_for(self, work: Work) -> Plan:
+        """The plan for ``work`` as things are now. Raises DeviceError if it fits in no way, naming the GB needed and
+        free and what to do instead.
+        """
         machine = machine_of(self.device, used=self.plan is not None)
         if self._largest is not None:
             # What is placed may hold transformers that only the videos of another recipe use.

@@ -130,8 +130,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     with verify_next(folder):
-        weight_map = _weight_map(folder)
-        for name in sorted(set(weight_map.values())) if weight_map else [_single_file(folder)]:
+        weight_map, files = _weight_files(folder)
+        for name in files:
             path = folder / name
             for tensor, info in read_tensorfile(path).tensors.items():
                 if weight_map and weight_map.get(tensor) != name:
@@ -155,7 +155,15 @@ def check(module: nn.Module, stored: Mapping[str, Stored], folder: Path) -> None
             problem = f"{len(missing)} tensors missing, {len(extra)} not known to {type(module).__name__}"
             raise OverlayError(problem, file=folder, items=missing + extra)
         for name, tensor in wanted.items():
-            _check_tensor(name, tensor, stored[name])
+            entry, shape = stored[name], tuple(tensor.shape)
+            floating = tensor.is_floating_point()
+            accepted = set(FLOATS) if floating else {code for code, dtype in STORED.items() if dtype == tensor.dtype}
+            expected = _described(entry.dtype if entry.dtype in accepted else "|".join(sorted(accepted)), shape)
+            if entry.shape != shape:
+                raise OverlayError("shape differs", file=entry.file, tensor=name, expected=expected, found=str(entry))
+            if entry.dtype not in accepted:
+                problem = "a dtype that is not loaded as it is"
+                raise UnsupportedError(problem, file=entry.file, tensor=name, expected=expected, found=str(entry))
 
 
 def read_tensors(stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None) -> Mapping[str, Tensor]:
@@ -185,33 +193,20 @@ def verify_command(folder: Path) -> str:
     return f"ltxpack verify {quoted(overlay)}"
 
 
-def _check_tensor(name: str, wanted: Tensor, entry: Stored) -> None:
-    accepted = set(FLOATS) if wanted.is_floating_point() else {k for k, v in STORED.items() if v == wanted.dtype}
-    expected = _described(entry.dtype if entry.dtype in accepted else "|".join(sorted(accepted)), wanted.shape)
-    if entry.shape != tuple(wanted.shape):
-        raise OverlayError("shape differs", file=entry.file, tensor=name, expected=expected, found=str(entry))
-    if entry.dtype not in accepted:
-        problem = "a dtype that is not loaded as it is"
-        raise UnsupportedError(problem, file=entry.file, tensor=name, expected=expected, found=str(entry))
-
-
-def _weight_map(folder: Path) -> Mapping[str, str]:
-    """Tensor name -> file name of the folder's index; empty without an index."""
-    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+def _weight_files(folder: Path) -> tuple[Mapping[str, str], list[str]]:
+    """Tensor name -> file name of the folder's index, empty without one; and the names of the files."""
+    indices, files = (sorted(path.name for path in folder.glob(f"*{end}")) for end in (INDEX_SUFFIX, ".safetensors"))
     if len(indices) > 1:
-        raise OverlayError("several indices", file=folder, items=[path.name for path in indices])
-    weight_map = read_index(indices[0]) if indices else {}
-    if indices and not weight_map:
-        raise FormatError("names no tensors", file=indices[0])
-    return weight_map
-
-
-def _single_file(folder: Path) -> str:
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    problem, expected = "several weight files and no index", f"one .safetensors file, or an *{INDEX_SUFFIX}"
-    raise OverlayError(problem if files else "no weights", file=folder, expected=expected, items=files)
+        raise OverlayError("several indices", file=folder, items=indices)
+    if indices:
+        weight_map = read_index(folder / indices[0])
+        if not weight_map:
+            raise FormatError("names no tensors", file=folder / indices[0])
+        return weight_map, sorted(set(weight_map.values()))
+    if len(files) != 1:
+        problem, expected = "several weight files and no index", f"one .safetensors file, or an *{INDEX_SUFFIX}"
+        raise OverlayError(problem if files else "no weights", file=folder, expected=expected, items=files)
+    return {}, files
 
 
 def _described(dtype: str, shape: tuple[int, ...]) -> str:

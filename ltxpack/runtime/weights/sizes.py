@@ -71,12 +71,17 @@ def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> ModelSi
     """
     itemsize = itemsize_of(dtype)
     configs = {name: read_json(overlay.folder(name) / "config.json") for name in (*SMALL_PARTS, *BLOCKS)}
-    parts = {
-        name: _of_files(overlay.root, name, overlay.records(name), itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)
-    }
+
+    def part(component: str, records: Iterable[FileRecord]) -> PartSizes:
+        weights = [record for record in records if record.path.endswith(".safetensors")]
+        files = (read_tensorfile(overlay.root / record.path).tensors.values() for record in weights)
+        tensors = ((tensor.name, tensor.dtype, tensor.shape) for file in files for tensor in file)
+        return part_of(component, tensors, itemsize, sum(record.size for record in weights))
+
+    parts = {name: part(name, overlay.records(name)) for name in (*SMALL_PARTS, TEXT_ENCODER)}
     for name in names:
         records = overlay.records(transformer_part(name if name in overlay.manifest.bakes else BASE))
-        parts[transformer_part(name)] = _of_files(overlay.root, TRANSFORMER, records, itemsize)
+        parts[transformer_part(name)] = part(TRANSFORMER, records)
     return ModelSizes(parts, read_widths(configs, overlay.root), itemsize)
 
 
@@ -172,13 +177,3 @@ def _sound_width(number: Callable[[str, str], int], numbers: Callable[[str, str]
             width, samples = width // 2, samples * factor
             widest = max(widest, width * samples)
     return widest
-
-
-def _of_files(root: Path, component: str, records: Iterable[FileRecord], itemsize: int) -> PartSizes:
-    weights = [record for record in records if record.path.endswith(".safetensors")]
-    tensors = (
-        (tensor.name, tensor.dtype, tensor.shape)
-        for record in weights
-        for tensor in read_tensorfile(root / record.path).tensors.values()
-    )
-    return part_of(component, tensors, itemsize, sum(record.size for record in weights))

@@ -539,7 +539,7 @@ class TestPlans:
     def test_the_largest_of_many_videos_counts(self, demo: Path) -> None:
         with pipeline(demo / "overlay") as make:
             works = [hq_work(VideoShape(frames, 64, 64, 24.0), STAGES) for frames in (9, 121, 17)]
-            plan, alone = make.residency.prepare(works), make.residency._plan_for(works[1])
+            plan, alone = make.residency.prepare(works), make.residency.plan_for(works[1])
         assert plan.card == alone.card
 
     def test_too_little_memory_is_refused_before_loading(
