@@ -145,9 +145,10 @@ def decode_video(vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -
     _, _, length, height, width = latents.shape
     tiling = tiling or auto_tiling(height, width)
     spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    groups = frame_tiles(length, tiling.frames, temporal, latents.device)
-    rows = spatial_tiles(height, tiling.height, spatial, latents.device)
-    columns = spatial_tiles(width, tiling.width, spatial, latents.device)
+    device = latents.device
+    groups = [tile.to(device) for tile in frame_tiles(length, tiling.frames, temporal)]
+    rows = [tile.to(device) for tile in spatial_tiles(height, tiling.height, spatial)]
+    columns = [tile.to(device) for tile in spatial_tiles(width, tiling.width, spatial)]
     latents = LatentStatistics.of(vae).denormalise(latents)
 
     tail = latents.new_empty(0, 1, 1, 1)
@@ -187,34 +188,35 @@ def _blend(place: Tensor, tile: Tensor, group: AxisTile, row: AxisTile, column: 
 
 @dataclass(frozen=True, slots=True)
 class AxisTile:
-    """One tile along one axis: the latents it decodes, its positions in the output, and the weight of each.
-
-    The weights are computed on the CPU, whose rounding is the norm.
-    """
+    """One tile along one axis: the latents it decodes, its positions in the output, and the weight of each."""
 
     latents: slice
     output: slice
     weights: Tensor
 
+    def to(self, device: torch.device) -> AxisTile:
+        """The same tile with its weights on ``device``; they are computed on the CPU, whose rounding is the norm."""
+        return AxisTile(self.latents, self.output, self.weights.to(device))
 
-def spatial_tiles(length: int, cut: Cut, scale: int, device: torch.device | str = "cpu") -> list[AxisTile]:
-    """The tiles along height or width, ``scale`` pixels per latent; their weights are on ``device``."""
+
+def spatial_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
+    """The tiles along height or width, ``scale`` pixels per latent."""
     tiles = []
     for span in split(length, cut):
         output = slice(span.start * scale, span.stop * scale)
         rise, fall = _ramp(span.rise * scale), _ramp(span.fall * scale)
         tiles.append(AxisTile(slice(span.start, span.stop), output, weights(output, rise, fall)))
-    return _summing_to_one(tiles, device)
+    return _summing_to_one(tiles)
 
 
-def frame_tiles(length: int, cut: Cut, scale: int, device: torch.device | str = "cpu") -> list[AxisTile]:
+def frame_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
     """The tiles along time; ``n`` latents decode to ``scale * (n - 1) + 1`` frames."""
     tiles = []
     for span in split_frames(length, cut):
         output = slice(span.start * scale, (span.stop - 1) * scale + 1)
         rise = torch.cat([torch.zeros(1), _ramp((span.rise - 1) * scale)]) if span.rise else torch.empty(0)
         tiles.append(AxisTile(slice(span.start, span.stop), output, weights(output, rise, _ramp(span.fall * scale))))
-    return _summing_to_one(tiles, device)
+    return _summing_to_one(tiles)
 
 
 def fresh_frames(groups: list[AxisTile]) -> Iterator[int]:
@@ -237,15 +239,15 @@ def _ramp(length: int) -> Tensor:
     return torch.linspace(0, 1, length + 2)[1:-1]
 
 
-def _summing_to_one(tiles: list[AxisTile], device: torch.device | str) -> list[AxisTile]:
+def _summing_to_one(tiles: list[AxisTile]) -> list[AxisTile]:
     """Divides the weights by their sum where it is not 1: more than two tiles overlap there."""
     total = torch.zeros(max(tile.output.stop for tile in tiles))
     for tile in tiles:
         total[tile.output] += tile.weights
     if torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-5):
-        total.fill_(1)
+        return tiles
     total.clamp_(min=1e-8)
-    return [AxisTile(each.latents, each.output, (each.weights / total[each.output]).to(device)) for each in tiles]
+    return [AxisTile(tile.latents, tile.output, tile.weights / total[tile.output]) for tile in tiles]
 
 
 # Raises as load_component.
