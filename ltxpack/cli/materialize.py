@@ -9,7 +9,7 @@ import click
 from ltxpack.cli.terminal import TerminalReporter, json_option, plan_option, print_json, print_plan, verbose_option
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes, parse_size
-from ltxpack.runtime.sampling.recipes import HQ
+from ltxpack.runtime.sampling.recipes import DISTILLED, HQ
 
 
 @click.command()
@@ -55,8 +55,12 @@ def materialize(
     elif report.written:
         click.echo(f"{overlay}: {human_bytes(report.total_bytes)}")
         strengths = " ".join(f"--strength {strength:g}" for strength in HQ.strengths)
-        bake = f"ltxpack bake-lora {quoted(overlay)} {strengths}"
-        run = f"ltxpack run {quoted(overlay)} --stage1 base --stage2 base --prompt 'Waves on a beach'"
-        click.echo(f"next: {bake if report.manifest.loras else run}")
+        run = f"ltxpack run {quoted(overlay)} --prompt 'Waves on a beach'"
+        if report.manifest.distilled:
+            click.echo(f"next: {run} --recipe {DISTILLED.name}")
+        elif report.manifest.loras:
+            click.echo(f"next: ltxpack bake-lora {quoted(overlay)} {strengths}")
+        else:
+            click.echo(f"next: {run} --stage1 base --stage2 base")
     else:
         click.echo(f"{overlay}: already there, made from the same inputs; nothing to do")

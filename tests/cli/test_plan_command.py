@@ -171,7 +171,8 @@ def test_the_commands_name_the_distilled_checkpoint_and_a_lora_of_ones_own(demo:
     (lora,) = source.glob("*lora*.safetensors")
     mine = lora.rename(tmp_path / "mine.safetensors")
     out = tmp_path / "out"
-    assert ltxpack("materialize", source, out, "--checkpoint", distilled.name).returncode == 0
+    made = ltxpack("materialize", source, out, "--checkpoint", distilled.name)
+    assert made.stdout.splitlines()[-1] == f"next: ltxpack run {out} --prompt 'Waves on a beach' --recipe distilled"
     assert ltxpack("bake-lora", out, "--lora", mine, "--strength", "0.5").returncode == 0
     given = ("--recipe", "distilled", "--stage1", "mine-0.5", "--stage2", "mine-0.5")
     commands = planned(out, *given, "--vram", "24GB", "--ram", "64GB")["commands"]
