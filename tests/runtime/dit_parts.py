@@ -154,26 +154,6 @@ def recipe(streams: AV[Stream]) -> list[Pass]:
     return [Pass(streams), Pass(other), Pass(streams, isolated=True)]
 
 
-def full_size(timesteps: int) -> tuple[DiT, AV[Stream]]:
-    """Two blocks of full width and the tokens of stage 1, on the meta device; so many timesteps of the video."""
-    with torch.device("meta"):
-        dit = DiT(replace(DiTConfig.from_dict(LTX23), num_layers=2)).bfloat16()
-        rope = dit.rope(AV(torch.empty(1, 3, 8160, 2), torch.empty(1, 1, 126, 2)), torch.bfloat16, "meta")
-        streams = AV(8160, 126).map(
-            lambda count, config, tables: Stream(
-                latents=torch.empty(1, count, 128, dtype=torch.bfloat16),
-                timesteps=torch.empty(1, timesteps, dtype=torch.float64),
-                timestep_index=None if timesteps == 1 else torch.empty(count, dtype=torch.int64),
-                sigma=torch.empty(1, dtype=torch.float64),
-                context=torch.empty(1, 1024, config.dim, dtype=torch.bfloat16),
-                rope=tables,
-            ),
-            dit.config.streams,
-            rope,
-        )
-    return dit, streams
-
-
 def distance(found: AV[Tensor], expected: AV[Tensor]) -> float:
     """Relative L2, the worse of the two modalities."""
     return max(relative_l2(found.video, expected.video), relative_l2(found.audio, expected.audio))

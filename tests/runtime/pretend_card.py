@@ -118,7 +118,6 @@ class Memory:
 
     nbytes: int
     home: Stream
-    made: str
     written: tuple[int, int]
     read: Clock = field(default_factory=dict)
     used: Clock = field(default_factory=dict)
@@ -279,7 +278,7 @@ class Card(FakeTensorMode):
     def _ordered(self, what: str, memory: Memory, stream: Stream, used: Clock) -> None:
         other = self.before({n: c for n, c in used.items() if n != stream.number}, stream.clock)
         if other is not None:
-            self.race(f"{what} in stream {stream.number} does not wait for stream {other} (memory of {memory.made})")
+            self.race(f"{what} in stream {stream.number} does not wait for stream {other}")
 
     def memory_of(self, tensor: Tensor) -> Memory:
         """The allocation ``tensor`` lies in; a new one belongs to the current stream and was last used by it."""
@@ -290,7 +289,7 @@ class Card(FakeTensorMode):
             home = self.current(tensor.device)
             join(home.clock, self.host)
             stamp = (home.number, home.clock.get(home.number, 0))
-            found = self.memories[key] = Memory(storage.nbytes(), home, here() if CAREFUL else "", stamp)
+            found = self.memories[key] = Memory(storage.nbytes(), home, stamp)
             self.live += found.nbytes
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._freed, key).atexit = False
@@ -303,7 +302,7 @@ class Card(FakeTensorMode):
         join(known, self.host)
         other = self.before({n: c for n, c in memory.used.items() if n != memory.home.number}, known)
         if other is not None:
-            self.race(f"memory of stream {memory.home.number} is freed while stream {other} may use it ({memory.made})")
+            self.race(f"memory of stream {memory.home.number} is freed while stream {other} may use it")
 
     # Operations.
 
@@ -436,8 +435,6 @@ class Card(FakeTensorMode):
 
 REAL_RANDN, REAL_TENSOR, REAL_TO = torch.randn, torch.tensor, torch.Tensor.to
 REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
-# Say of every allocation where it was made; slow.
-CAREFUL = False
 
 
 def picked(tensor: Tensor, index: Any) -> Tensor:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 
 import pytest
-from codec_parts import golden_configs
 from diffusers import LTX2VideoTransformer3DModel
 from dit_parts import LTX23, SMALL
 
@@ -48,11 +46,6 @@ def test_sizes_of_ltx_2_3() -> None:
     assert config.streams.video.max_positions == (20, 2048, 2048)
     assert config.streams.audio.max_positions == (20,)
     assert (config.timestep_scale, config.cross_gate_timestep_scale) == (1000, 1000)
-
-
-def test_a_fixture_is_accepted(golden: Path) -> None:
-    config = golden_configs(golden)["transformer"]
-    assert DiTConfig.from_dict(config).num_layers == config["num_layers"]
 
 
 def test_no_number_of_output_channels_means_as_many_as_go_in() -> None:

@@ -1,16 +1,29 @@
-"""What the DiT promises of any weights: which inputs matter, which do not, and that the host never waits."""
+"""What the DiT promises of any weights: which inputs matter, which do not, and what passes together share."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
-from dit_parts import SMALL, SMALL_WEIGHTS, built, cast, distance, random_streams, with_timesteps
+from dit_parts import (
+    SMALL,
+    SMALL_WEIGHTS,
+    built,
+    cast,
+    distance,
+    random_streams,
+    random_weights,
+    recipe,
+    with_timesteps,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
-from ltxpack.runtime.model.model import DiT, Stream
+from ltxpack.runtime.model.block import TransformerBlock
+from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.sampling.shape import AV
 
 LENGTHS = AV(12, 5)
@@ -105,3 +118,82 @@ def test_tables_stored_in_float32_do_not_promote_the_rest() -> None:
     found = built(SMALL, kept)(streams)
     assert found.video.dtype == torch.bfloat16
     assert distance(found, built(SMALL, rounded)(streams)) == 0
+
+
+# Passes that go through the blocks together
+
+
+LAYERS = 3
+CONFIG = SMALL | {"num_layers": LAYERS}
+NONE: frozenset[int] = frozenset()
+
+
+@pytest.fixture(scope="module")
+def deep() -> DiT:
+    return built(CONFIG, random_weights(CONFIG))
+
+
+def equal(found: AV[Tensor], expected: AV[Tensor]) -> bool:
+    return torch.equal(found.video, expected.video) and torch.equal(found.audio, expected.audio)
+
+
+def alone(deep: DiT, each: Pass) -> AV[Tensor]:
+    return deep(each.streams, isolated=each.isolated, perturbed=each.perturbed)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_pass_gives_what_it_gives_alone(deep: DiT, masked: bool) -> None:
+    streams = random_streams(deep, LENGTHS)
+    if masked:
+        streams = AV(with_timesteps(streams.video, [0.0, 0.9], [0] * 4 + [1] * 8), streams.audio)
+    perturbed = Pass(streams, perturbed=AV(frozenset({1}), frozenset({0, 2})))
+    passes = [*recipe(streams), perturbed, replace(perturbed, isolated=True)]
+    expected = [alone(deep, each) for each in passes]
+    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [0, 0, 2]):
+        found = deep.passes([passes[i] for i in order])
+        assert all(equal(one, expected[i]) for one, i in zip(found, order, strict=True)), order
+    assert not any(equal(expected[0], one) for one in expected[1:]), "the passes differ, or this shows nothing"
+
+
+def calls(deep: DiT, passes: list[Pass]) -> Counter[str]:
+    """How often each layer and each block ran."""
+    found: Counter[str] = Counter()
+    layers = {name: module for name, module in deep.named_modules() if isinstance(module, nn.Linear | TransformerBlock)}
+    hooks = [
+        module.register_forward_hook(lambda module, args, out, name=name: found.update([name]))
+        for name, module in layers.items()
+    ]
+    deep.passes(passes)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_the_recipe_shares_text_and_the_beginning_of_block_0(deep: DiT) -> None:
+    found = calls(deep, recipe(random_streams(deep, LENGTHS)))
+    for number in range(LAYERS):
+        block = f"transformer_blocks.{number}"
+        for modality in ("", "audio_"):
+            assert found[f"{block}.{modality}attn2.to_k"] == found[f"{block}.{modality}attn2.to_v"] == 2
+            assert found[f"{block}.{modality}attn1.to_q"] == (2 if number == 0 else 3)
+            assert found[f"{block}.{modality}attn2.to_q"] == (2 if number == 0 else 3)
+            assert found[f"{block}.{modality}ff.net.2"] == 3
+        assert found[block] == 1, "streamed weights come once for all passes: in a block's hook"
+        assert found[f"{block}.audio_to_video_attn.to_q"] == found[f"{block}.video_to_audio_attn.to_q"] == 2
+    assert found["proj_in"] == found["time_embed.linear"] == found["audio_prompt_adaln.linear"] == 2
+
+
+def test_a_perturbed_pass_parts_at_its_first_perturbed_block(deep: DiT) -> None:
+    streams = random_streams(deep, LENGTHS)
+    found = calls(deep, [Pass(streams), Pass(streams, perturbed=AV(frozenset({1}), NONE))])
+    assert [found[f"transformer_blocks.{n}.ff.net.2"] for n in range(LAYERS)] == [1, 2, 2]
+    assert [found[f"transformer_blocks.{n}.attn1.to_q"] for n in range(LAYERS)] == [1, 1, 2]
+    assert [found[f"transformer_blocks.{n}.attn2.to_k"] for n in range(LAYERS)] == [1, 1, 1]
+
+
+def test_the_same_pass_twice_costs_one(deep: DiT) -> None:
+    streams = random_streams(deep, LENGTHS)
+    assert set(calls(deep, [Pass(streams), Pass(streams)]) - calls(deep, [Pass(streams)])) == {
+        "proj_out",
+        "audio_proj_out",
+    }

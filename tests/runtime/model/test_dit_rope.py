@@ -9,14 +9,12 @@ import pytest
 import torch
 from codec_parts import golden_configs
 from dit_parts import LTX23
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.model.rope import RopeTables, Rotation, rotate, rotation
+from ltxpack.runtime.model.rope import RopeTables, Rotation, rotate
 from ltxpack.runtime.sampling.shape import AV
 
 TABLES = {
@@ -41,13 +39,13 @@ def recorded_names(constants: dict[str, Tensor]) -> set[str]:
     return {key.split(".")[1] for key in constants if key.startswith("rope.")}
 
 
-def test_recorded_tables_are_reproduced(golden: Path) -> None:
-    constants = load(golden / "golden" / "constants.safetensors")
+def test_recorded_tables_are_reproduced(latents_golden: Path) -> None:
+    constants = load(latents_golden / "golden" / "constants.safetensors")
     names = recorded_names(constants)
     assert names
     for name in names:
         real = name.startswith("real_")
-        tables = tables_for(LTX23 if real else golden_configs(golden)["transformer"], constants, name)
+        tables = tables_for(LTX23 if real else golden_configs(latents_golden)["transformer"], constants, name)
         for kind, table in TABLES.items():
             for part, found in table(tables)._asdict().items():
                 expected = constants[f"rope.{name}.{kind}.{part}"]
@@ -57,34 +55,6 @@ def test_recorded_tables_are_reproduced(golden: Path) -> None:
                     assert torch.equal(stored, expected) or (stored - expected).abs().max() <= 2**-10, (name, kind)
                 else:
                     assert relative_l2(found, expected) <= 1e-6, (name, kind, part)
-
-
-def test_video_pairs_that_no_frequency_is_left_for_do_not_turn() -> None:
-    found = rotation(torch.rand(1, 3, 5, 2), (20, 2048, 2048), heads=2, head_dim=16, theta=10000.0)
-    pad = 16 - 3 * (32 // 6)
-    assert pad == 1
-    assert torch.equal(found.cos[:, 0, :, :pad], torch.ones(1, 5, pad))
-    assert torch.equal(found.sin[:, 0, :, :pad], torch.zeros(1, 5, pad))
-    assert (found.sin[:, 1] != 0).all()
-
-
-def test_the_first_frequency_turns_by_the_fraction_of_the_range() -> None:
-    """Middle of the range: no turn. One end: a quarter turn back."""
-    positions = torch.tensor([[[[10.0, 10.0], [0.0, 0.0]]]])
-    found = rotation(positions, (20,), heads=1, head_dim=4, theta=10000.0)
-    assert torch.allclose(found.cos[0, 0, :, 0], torch.tensor([1.0, 0.0]), atol=1e-6)
-    assert torch.allclose(found.sin[0, 0, :, 0], torch.tensor([0.0, -1.0]), atol=1e-6)
-
-
-@given(st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 3))
-@settings(max_examples=20, deadline=None)
-def test_a_rotation_keeps_lengths_and_is_undone_by_its_inverse(seed: int, tokens: int, heads: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, heads, tokens, 8, generator=generator)
-    angles = torch.randn(1, heads, tokens, 4, generator=generator)
-    turned = rotate(x, Rotation(angles.cos(), angles.sin()))
-    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
-    assert torch.allclose(rotate(turned, Rotation(angles.cos(), -angles.sin())), x, atol=1e-5)
 
 
 def test_bf16_rounds_the_product_and_then_the_sum() -> None:

@@ -37,8 +37,8 @@ shapes = st.builds(
 
 
 @pytest.fixture(scope="module")
-def constants(golden: Path) -> dict[str, Tensor]:
-    return load(golden / "golden" / "constants.safetensors")
+def constants(latents_golden: Path) -> dict[str, Tensor]:
+    return load(latents_golden / "golden" / "constants.safetensors")
 
 
 def latents(shape: VideoShape, seed: int = 0, dtype: torch.dtype = torch.float32) -> AV[Tensor]:
@@ -112,8 +112,8 @@ def test_unpatchify_undoes_patchify_and_drops_appended_tokens(shape: VideoShape,
 # Positions
 
 
-def test_positions_equal_the_recorded_ones(golden: Path, constants: dict[str, Tensor]) -> None:
-    run_fps = json.loads((golden / "fixture_params.json").read_text())["run"]["frame_rate"]
+def test_positions_equal_the_recorded_ones(latents_golden: Path, constants: dict[str, Tensor]) -> None:
+    run_fps = json.loads((latents_golden / "fixture_params.json").read_text())["run"]["frame_rate"]
     names = {key.split(".")[1] for key in constants if key.startswith("pos.")}
     assert names
     for name in names:
@@ -215,16 +215,6 @@ def test_a_state_is_consistent(shape: VideoShape, placed: list[tuple[int, float]
     assert torch.equal(video.mask_values[index], video.mask[0, :, 0])
     assert len(video.mask_values) == len(video.mask.unique())
     assert (video.mask_index is None) == (len(video.mask_values) == 1)
-
-
-def test_stage_one_is_pure_noise_where_nothing_is_held() -> None:
-    shape = VideoShape(9, 64, 96, 24.0)
-    generator, again = (torch.Generator().manual_seed(4) for _ in range(2))
-    state = initial_state(shape, None, (), 1.0, generator, "cpu", torch.bfloat16)
-    video = torch.randn(1, shape.tokens, 128, dtype=torch.bfloat16, generator=again)
-    audio = torch.randn(1, shape.audio_length, 128, dtype=torch.bfloat16, generator=again)
-    assert state.map(lambda s: s.latents).map(torch.equal, AV(video, audio)) == AV(True, True)
-    assert state.map(lambda s: s.mask_index) == AV(None, None)
 
 
 def test_the_last_image_at_frame_zero_wins_and_others_are_appended_in_order() -> None:

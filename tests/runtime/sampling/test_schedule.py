@@ -21,8 +21,8 @@ DEFAULT_TOKENS = 4096
 
 
 @pytest.fixture(scope="module")
-def constants(golden: Path) -> dict[str, Tensor]:
-    return load(golden / "golden" / "constants.safetensors")
+def constants(latents_golden: Path) -> dict[str, Tensor]:
+    return load(latents_golden / "golden" / "constants.safetensors")
 
 
 def test_shifted_sigmas_equal_the_recorded_ones(constants: dict[str, Tensor]) -> None:
