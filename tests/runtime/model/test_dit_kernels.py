@@ -30,7 +30,12 @@ VIDEO = AttentionKind("video", 2, 16, ((64, 64),), rotated=True, device=CPU, dty
 TEXT = replace(VIDEO, name="text", rotated=False, lengths=((64, 9),))
 AUDIO = replace(VIDEO, name="audio", width=8, lengths=((64, 5), (5, 64)))
 KINDS = (VIDEO, TEXT, AUDIO)
-ON_CPU = ("sdpa", "flash", "math")
+# The kernels of a CPU, and what each is in a traced graph.
+ON_CPU = {
+    "sdpa": "torch._C._nn.scaled_dot_product_attention",
+    "flash": "_scaled_dot_product_flash_attention_for_cpu",
+    "math": "_scaled_dot_product_attention_math",
+}
 LENGTHS = AV(24, 9)
 
 
@@ -61,14 +66,39 @@ def exact(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(-1) @ value.double()
 
 
+def alone(name: str) -> Callable[..., Tensor]:
+    """A function that is one kernel."""
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return KERNELS[name](query, key, value)
+
+    return kernel
+
+
+def allowed_kernels() -> tuple[bool, ...]:
+    """Which of torch's kernels are allowed for all threads."""
+    backends = torch.backends.cuda
+    asked = (backends.flash_sdp_enabled, backends.mem_efficient_sdp_enabled, backends.math_sdp_enabled)
+    return (*(each() for each in asked), backends.cudnn_sdp_enabled())
+
+
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_kernel_of_a_cpu_computes_attention(name: str, dtype: torch.dtype) -> None:
+    """It changes no setting that other threads see, and a compiled function contains it."""
+    allowed = {allowed_kernels()}
     kind = replace(VIDEO, heads=3, width=8, dtype=dtype)
     operands = kind.random(17, 11)
     limit = 1e-6 if dtype == torch.float32 else 1e-2
-    assert relative_l2(KERNELS[name](*operands), exact(*operands)) <= limit
-    assert kernels.fault(kind, name) is None
+    with Watch(lambda given, made: allowed.add(allowed_kernels())):
+        found = KERNELS[name](*operands)
+    assert relative_l2(found, exact(*operands)) <= limit
+    assert kernels.fault(kind, name) is None and len(allowed) == 1
+    graphs, backend = tracing()
+    compiled = torch.compile(alone(name), backend=backend, fullgraph=True)
+    assert torch.equal(compiled(*operands), found)
+    (graph,) = graphs
+    assert ON_CPU[name] in graph.code
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -242,7 +272,7 @@ def test_out_of_memory_while_measuring_is_no_choice(monkeypatch: pytest.MonkeyPa
 
 
 def test_time_is_measured_for_real() -> None:
-    choice = kernels.measured(AUDIO, ON_CPU)
+    choice = kernels.measured(AUDIO, tuple(ON_CPU))
     assert choice.best in ON_CPU
     assert all(value > 0 for value in choice.milliseconds.values())
 
@@ -266,33 +296,13 @@ def test_each_attention_takes_the_kernel_of_its_kind(dit: DiT) -> None:
         assert {attention.kernel for attention in others} == {KERNELS["sdpa"]}
 
 
-def allowed_kernels() -> tuple[bool, ...]:
-    """Which of torch's kernels are allowed for all threads."""
-    backends = torch.backends.cuda
-    asked = (backends.flash_sdp_enabled, backends.mem_efficient_sdp_enabled, backends.math_sdp_enabled)
-    return (*(each() for each in asked), backends.cudnn_sdp_enabled())
-
-
-@pytest.mark.parametrize("name", ON_CPU)
-def test_no_kernel_changes_a_setting_that_other_threads_see(name: str) -> None:
-    operands = VIDEO.random(17, 11)
-    found = {allowed_kernels()}
-    with Watch(lambda given, made: found.add(allowed_kernels())):
-        KERNELS[name](*operands)
-    assert len(found) == 1
-
-
 @pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
 def test_the_kernels_of_a_card_are_one_operator_in_one_graph(name: str) -> None:
     """On the meta device, where shapes alone are computed; eager, and traced by the compiler."""
     graphs, backend = tracing()
-
-    def alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return KERNELS[name](query, key, value)
-
     for kind, (queries, keys) in ((VIDEO, (24, 24)), (TEXT, (24, 7)), (AUDIO, (24, 5)), (AUDIO, (5, 24))):
         on_meta = [part.to("meta", torch.bfloat16) for part in kind.random(queries, keys)]
-        for function in (alone, torch.compile(alone, backend=backend, fullgraph=True)):
+        for function in (alone(name), torch.compile(alone(name), backend=backend, fullgraph=True)):
             found = function(*on_meta)
             assert (found.shape, found.dtype) == (on_meta[0].shape, torch.bfloat16)
     assert graphs and all(
@@ -307,19 +317,13 @@ def test_a_compiled_block_contains_the_kernel_of_its_day(dit: DiT, monkeypatch: 
     streams = random_streams(dit, LENGTHS)
     expected = dit(streams)
     dit.compile_blocks(backend=backend, fullgraph=True)
-    marks = {
-        "sdpa": "torch._C._nn.scaled_dot_product_attention",
-        "flash": "_scaled_dot_product_flash_attention_for_cpu",
-        "math": "_scaled_dot_product_attention_math",
-        "flash3": "ltxpack.flash_attention_3",
-    }
-    for name, mark in marks.items():
+    for name, mark in (("sdpa", ON_CPU["sdpa"]), ("flash3", "ltxpack.flash_attention_3")):
         graphs.clear()
         dit.use_attention(name)
         assert distance(dit(streams), expected) <= 1e-6
         assert sum(mark in graph.code for graph in graphs) == 2, name
         assert len(graphs) == (3 if name == "sdpa" else 2), "the text's keys and values need no kernel"
     graphs.clear()
-    dit.use_attention("flash")
+    dit.use_attention("sdpa")
     dit(streams)
     assert not graphs, "the graphs of each kernel are kept"

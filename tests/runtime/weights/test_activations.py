@@ -43,7 +43,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 LARGE, SMALL = 1.10, 1.6
 
 # Formulas are linear in a number's bytes: each size is counted in one of both dtypes.
-shapes = pytest.mark.parametrize(("shape", "dtype"), zip(SHAPES, (*DTYPES, DTYPES[0]), strict=True), ids=str)
+shapes = pytest.mark.parametrize(("shape", "dtype"), list(zip(SHAPES, (*DTYPES, DTYPES[0]), strict=True)))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
