@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,8 @@ def plan(
     machine = this_machine(*(None if size is None else parse_size(size, flag) for flag, size in sizes))
     planned = PlannedRun(Request.of("", **given(VIDEO)), SessionSettings(**given(SESSION)), images)
     stages, model, commands = _looked_up(overlay, planned)
-    found = plan_or_refuse(model, planned.work(stages), machine, planned.session.residency)
+    work = replace(planned.request.work(stages), images=images)
+    found = plan_or_refuse(model, work, machine, planned.session.residency)
     if as_json:
         print_json(to_json(found, machine, rate, commands))
         return

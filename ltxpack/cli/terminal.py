@@ -27,16 +27,13 @@ class TerminalReporter(Reporter):
         self._bar: tqdm[Any] | None = None
 
     def note(self, message: str) -> None:
-        """Print ``message``."""
         self._say(message)
 
     def detail(self, message: str) -> None:
-        """Print ``message`` under ``-v``."""
         if self._verbose:
             self._say(message)
 
     def warn(self, message: str) -> None:
-        """Print ``message`` as a warning."""
         self._say(f"warning: {message}")
 
     def begin(self, label: str, total: int, unit: str) -> None:
@@ -53,12 +50,10 @@ class TerminalReporter(Reporter):
         )
 
     def advance(self, amount: int = 1) -> None:
-        """Move the bar."""
         if self._bar is not None:
             self._bar.update(amount)
 
     def end(self) -> None:
-        """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -45,12 +45,6 @@ def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     if "video_stg_blocks" in RECIPES[recipe].defaults:
         given["video_stg_blocks"] = given["audio_stg_blocks"] = (1,)  # it has two
 
-    options = RunOptions(
-        overlay,
-        PROMPT,
-        output=folder / "video.mp4",
-        save_tensors=folder / "video.safetensors",
-        given=given,
-        session=SessionSettings(device="cpu", dtype="float32", cache=False),
-    )
+    session = SessionSettings(device="cpu", dtype="float32", cache=False)
+    options = RunOptions(overlay, PROMPT, folder / "video.mp4", folder / "video.safetensors", given, session)
     return run_to_file(options, reporter).output

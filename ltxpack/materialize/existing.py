@@ -7,6 +7,7 @@ training changes a tensor everywhere, and a sample finds it. Damage is what veri
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -136,10 +137,8 @@ def restore_base(
     items = [item for item in _items_again(paths, manifest, found, access) if item.path in paths]
     lost = sorted(set(paths) - {item.path for item in items})
     if lost:
-        raise SourceError(
-            "the inputs do not make these files of the overlay", file=overlay, items=lost,
-            next=_name_the_source(overlay),
-        )  # fmt: skip
+        problem = "the inputs do not make these files of the overlay"
+        raise SourceError(problem, file=overlay, items=lost, next=_name_the_source(overlay))
     needed = sources(items)
     for file in (file for files in found.values() for file in files.values() if file.path in needed):
         access.fetch(file)
@@ -189,15 +188,11 @@ def _find_recorded(
     if found is not None:
         return found
     files = [f"{file.name}, {file.size} bytes" for file in recorded]
+    refused = functools.partial(SourceError, next=_name_the_source(overlay))
     if folder is None:
-        raise SourceError(
-            "was made from local files; a repair needs to know where they are", file=overlay,
-            expected=f"the {role}: {', '.join(files)}", items=sorted(paths), next=_name_the_source(overlay),
-        )  # fmt: skip
-    raise SourceError(
-        f"does not hold the {role} that the overlay was made from", file=folder.label, items=files,
-        next=_name_the_source(overlay),
-    )  # fmt: skip
+        problem, expected = "was made from local files; a repair needs to know where they are", ", ".join(files)
+        raise refused(problem, file=overlay, expected=f"the {role}: {expected}", items=sorted(paths))
+    raise refused(f"does not hold the {role} that the overlay was made from", file=folder.label, items=files)
 
 
 def _name_the_source(overlay: Path) -> str:

@@ -69,18 +69,12 @@ class OverlayPlan:
 
     def to_json(self) -> dict[str, Any]:
         """``--plan --json``: files with sizes and what is done to each, what is missing, the sum of the sizes."""
-        files = [{"path": item.path, "bytes": item.size, "action": self.action(item)} for item in self.items()]
+        # Where no link is possible, a file is copied.
+        actions = {WriteShard: "repack", WriteBytes: "write", CopyFile: "copy" if self.copy else "link"}
+        files = [{"path": item.path, "bytes": item.size, "action": actions[type(item)]} for item in self.items()]
         files.sort(key=lambda file: str(file["path"]))
         total = sum(item.size for item in self.items())
         return {"files": files, "missing": list(self.missing), "total_bytes": total}
-
-    def action(self, item: Item) -> str:
-        """``repack`` weights, ``write`` small files, ``link`` (a copy where no link is possible) or ``copy``."""
-        if isinstance(item, WriteShard):
-            return "repack"
-        if isinstance(item, WriteBytes):
-            return "write"
-        return "copy" if self.copy else "link"
 
     def manifest(self, records: Mapping[str, FileRecord]) -> Manifest:
         """The manifest, given the record of every planned file by path."""

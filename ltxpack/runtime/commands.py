@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import UsageError, quoted
@@ -14,7 +14,6 @@ from ltxpack.runtime.overlay import BASE, Overlay, asked_stages, official_transf
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
-from ltxpack.runtime.weights.plan import Work
 from ltxpack.runtime.weights.report import Command
 
 PUBLISHED = "Lightricks/LTX-2.3"
@@ -31,10 +30,6 @@ class PlannedRun:
     request: Request
     session: SessionSettings
     images: int = 0
-
-    def work(self, transformers: Sequence[str]) -> Work:
-        """What the planner is asked, for the ``transformers`` of the stages."""
-        return replace(self.request.work(transformers), images=self.images)
 
 
 def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:

@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 DTYPES = ("bfloat16", "float32")
 RESIDENCIES = (AUTO, "resident", "swap", "stream")
-TYPES: Mapping[str, type] = {
-    **{"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": tuple},
-    **{"int | None": int, "str | None": str},
-}
+TYPES = {kind.__name__: kind for kind in (int, float, str, bool, tuple)}
 
 
 def _setting(default: Any, help: str | None = None, **more: Any) -> Any:
@@ -217,7 +214,7 @@ def flag_of(one: dataclasses.Field[Any]) -> str:
 
 def type_of(one: dataclasses.Field[Any]) -> type | None:
     """The plain type of a setting's value; None where it is not plain."""
-    return TYPES.get(str(one.type))
+    return TYPES.get(str(one.type).removesuffix(" | None").removesuffix("[int, ...]"))
 
 
 def planned_by(table: type) -> list[dataclasses.Field[Any]]:

@@ -41,11 +41,6 @@ class HubRequest:
     name: str | None = None
 
     @property
-    def page(self) -> str:
-        """The repository's page, for a browser."""
-        return f"{self.endpoint}/{self.repo}"
-
-    @property
     def label(self) -> str:
         """``REPO[@REV][/FILE]``, as the user would type it, with a commit shortened."""
         revision = self.revision or ""
@@ -135,7 +130,8 @@ BY_STATUS: Mapping[int, Row] = MappingProxyType({
 
 def tell(row: Row, request: HubRequest, facts: Mapping[str, object] | None = None, **more: Any) -> SourceError:
     """The error of ``row``: ``facts`` fill its fields, ``more`` is passed on (expected, found, items)."""
-    values = {**vars(request), "page": request.page, "branch": request.revision or "main", **(facts or {})}
+    page, branch = f"{request.endpoint}/{request.repo}", request.revision or "main"
+    values = {**vars(request), "page": page, "branch": branch, **(facts or {})}
     problem, next_step, found = (text and text.format_map(values) for text in (row.problem, row.next, row.found))
     kind = HubUnreachable if row.away else SourceError
     return kind(str(problem), file=request.label, next=next_step, **{"found": found or None, **more})
