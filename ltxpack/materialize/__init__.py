@@ -169,7 +169,7 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
     if inputs.sources.text_encoder is not None:
         reporter.note(f"text encoder: {inputs.sources.text_encoder.label}")
     checkpoint = inputs.checkpoint
-    cast = sum(tensor.info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for tensor in tensors)
+    cast = sum(info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for info in tensors.values())
     if cast:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
     if checkpoint.dropped:

@@ -23,22 +23,18 @@ FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 QUANTISED_SUFFIXES = (".weight_scale", ".input_scale")
 
 
-@dataclass(frozen=True)
-class Renamed:
-    """A tensor of the source and the name it gets."""
-
-    target: str
-    info: TensorInfo
+# The tensors of a component by the names they get, in order of their names in the source.
+Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An all-in-one checkpoint, understood. ``tensors``: per component, in order of source name."""
+    """An all-in-one checkpoint, understood. ``tensors``: per component."""
 
     file: TensorFile
     metadata: Metadata
     configs: Mapping[str, Config]
-    tensors: Mapping[str, tuple[Renamed, ...]]
+    tensors: Mapping[str, Tensors]
     dropped: tuple[str, ...]
 
 
@@ -46,14 +42,13 @@ class Checkpoint:
 class Upsampler:
     """A latent upsampler's file, understood."""
 
-    file: TensorFile
     config: Config
-    tensors: tuple[Renamed, ...]
+    tensors: Tensors
 
     @property
     def as_is(self) -> bool:
         """Whether the overlay can hold the file unchanged."""
-        return all(tensor.info.dtype == STORED_DTYPE and tensor.target == tensor.info.name for tensor in self.tensors)
+        return all(info.dtype == STORED_DTYPE and target == info.name for target, info in self.tensors.items())
 
 
 def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
@@ -90,7 +85,7 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
     faults: list[str] = []
     tensors = _matched(file.tensors.values(), LATENT_UPSAMPLER, inventory("latent_upsampler", done), faults)
     _refuse_faults(faults, label)
-    return Upsampler(file, done, tensors)
+    return Upsampler(done, tensors)
 
 
 def _refuse_faults(faults: Sequence[str], label: object) -> None:
@@ -102,24 +97,24 @@ def _refuse_faults(faults: Sequence[str], label: object) -> None:
 
 def _matched(
     infos: Iterable[TensorInfo], table: RenameTable, expected: Mapping[str, Shape], faults: list[str]
-) -> tuple[Renamed, ...]:
-    """One component's tensors by source name, whatever the file's order. What does not match goes to ``faults``."""
-    renamed = tuple(Renamed(table.rename(info.name), info) for info in sorted(infos, key=lambda info: info.name))
+) -> Tensors:
+    """One component's tensors, whatever the file's order. What does not match goes to ``faults``."""
     found: dict[str, TensorInfo] = {}
-    for tensor in renamed:
-        if tensor.target not in expected or tensor.target in found:
-            faults.append(f"unknown: {tensor.info.name}")
-        found.setdefault(tensor.target, tensor.info)
+    for info in sorted(infos, key=lambda info: info.name):
+        target = table.rename(info.name)
+        if target not in expected or target in found:
+            faults.append(f"unknown: {info.name}")
+        found.setdefault(target, info)
     back = table.reverse()
     for target, shape in expected.items():
-        info = found.get(target)
-        if info is None:
+        own = found.get(target)
+        if own is None:
             faults.append(f"missing: {back.rename(target)} {list(shape)}")
-        elif info.shape != shape:
-            faults.append(f"shape: {info.name}: expected {list(shape)}, found {list(info.shape)}")
-        elif info.dtype not in FLOATS:
-            faults.append(f"dtype: {info.name}: expected {STORED_DTYPE}, found {info.dtype}")
-    return renamed
+        elif own.shape != shape:
+            faults.append(f"shape: {own.name}: expected {list(shape)}, found {list(own.shape)}")
+        elif own.dtype not in FLOATS:
+            faults.append(f"dtype: {own.name}: expected {STORED_DTYPE}, found {own.dtype}")
+    return found
 
 
 def _refuse_quantised(file: TensorFile, label: object) -> None:

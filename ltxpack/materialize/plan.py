@@ -14,7 +14,7 @@ from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
 from ltxpack.ltx23.releases import CHECKPOINT, IMAGE_CRF
 from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, Lora, Manifest, Source, SourceFile
-from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Renamed, Upsampler
+from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Tensors, Upsampler
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.sources import InputFile
 from ltxpack.repack.items import (
@@ -149,10 +149,10 @@ def _config(name: str, config: Mapping[str, Any]) -> WriteBytes:
 
 
 def _repacked(
-    name: str, config: Mapping[str, Any], tensors: Sequence[Renamed], source: Path, max_shard_size: int
+    name: str, config: Mapping[str, Any], tensors: Tensors, source: Path, max_shard_size: int
 ) -> ComponentPlan:
     """Everything is stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3)."""
-    entries = [stored_tensor(tensor.target, tensor.info, source, STORED_DTYPE) for tensor in tensors]
+    entries = [stored_tensor(target, info, source, STORED_DTYPE) for target, info in tensors.items()]
     cast = tuple(sorted(entry.tensors[0].name for entry in entries if isinstance(entry.producer, Cast)))
     return ComponentPlan(name, (_config(name, config), *assign_shards(entries, max_shard_size, name)), cast)
 

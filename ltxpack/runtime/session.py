@@ -34,7 +34,6 @@ from ltxpack.runtime.weights.device import known_fault, resolve_device
 from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.plan import Work
 
-P = TypeVar("P", bound=torch.nn.Module)
 R = TypeVar("R")
 # What libraries say that raise a plain RuntimeError when memory runs out.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")

@@ -61,12 +61,12 @@ def test_golden_files_match_the_modules(golden: Path) -> None:
     (path,) = golden.glob("*-dev.safetensors")
     checkpoint = read_checkpoint(read_tensorfile(path), path)
     for component, config in checkpoint.configs.items():
-        found = {tensor.target: tensor.info.shape for tensor in checkpoint.tensors[component]}
+        found = {target: info.shape for target, info in checkpoint.tensors[component].items()}
         assert found == inventory(component, config) == module_shapes(component, config)
     (path,) = golden.glob("*spatial-upscaler-x2*.safetensors")
     upsampler = read_upsampler(read_tensorfile(path), checkpoint.configs["vae"]["latent_channels"], path)
     assert upsampler.as_is
-    found = {tensor.target: tensor.info.shape for tensor in upsampler.tensors}
+    found = {target: info.shape for target, info in upsampler.tensors.items()}
     assert found == module_shapes("latent_upsampler", upsampler.config)
     assert all(LATENT_UPSAMPLER.rename(name) == name for name in found)
 
