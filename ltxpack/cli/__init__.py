@@ -14,6 +14,7 @@ import click
 from ltxpack import __version__
 from ltxpack.cli.bake_lora import bake_lora
 from ltxpack.cli.demo import demo
+from ltxpack.cli.export import export
 from ltxpack.cli.inspect import inspect
 from ltxpack.cli.materialize import materialize
 from ltxpack.cli.plan import plan
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (materialize, bake_lora, plan, run, verify, inspect, demo):
+for command in (materialize, bake_lora, export, plan, run, verify, inspect, demo):
     cli.add_command(command)
 
 

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import click
 
-from ltxpack.cli.terminal import TerminalReporter, json_option, plan_option, print_json, print_plan, verbose_option
+from ltxpack.cli.terminal import (
+    TerminalReporter,
+    json_option,
+    plan_option,
+    print_json,
+    print_plan,
+    usual_overlay,
+    verbose_option,
+)
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes
-from ltxpack.manifest import is_overlay
 
 
 @click.command("bake-lora")
@@ -47,7 +54,7 @@ def bake_lora(
     """
     from ltxpack.lora_bake import PAGE_NAME, REPORT_NAMES, BakeOptions, bake, parse_added, plan_bake
 
-    folder = overlay or (Path() if is_overlay(Path()) else Path("out"))
+    folder = usual_overlay(overlay)
     reporter = TerminalReporter(verbose)
     stack = tuple(parse_added(text) for text in added)
     wanted = BakeOptions(folder, strengths, added=stack, **options)  # type: ignore[arg-type]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ltxpack.errors import printable
 from ltxpack.files.units import human_bytes
+from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -95,3 +97,8 @@ def print_plan(plan: dict[str, Any], as_json: bool, *, bounds: tuple[str, ...] =
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done and how.")
 plan_option = click.option("--plan", "plan_only", is_flag=True, help="Only say what would be written.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def usual_overlay(given: Path | None) -> Path:
+    """The overlay of a command that got none: the current folder if it is one, else ``out``."""
+    return given or (Path() if is_overlay(Path()) else Path("out"))

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, UsageError, quoted
 
 WRITE_PROBLEMS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
@@ -66,6 +66,19 @@ class Temporary:
                 self.publish()
         finally:
             self.discard()
+
+
+def check_writable(path: Path, flag: str, usual: str) -> None:
+    """Raises UsageError unless a file can be written at ``path``, which ``flag`` names; ``usual`` is such a name."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        better = f"choose {flag} {quoted(path / usual)}"
+        raise UsageError("is a folder", file=path, expected="a file name", next=better)
+    if not folder.is_dir():
+        remedy = f"mkdir -p {quoted(path.parent)}"
+        raise UsageError("no such folder", file=path.parent, expected="a folder that exists", next=remedy)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError("no permission to write there", file=path.parent, next=f"choose {flag} in another folder")
 
 
 def atomic_write(path: Path, data: bytes, *, folder: Path | None = None) -> None:

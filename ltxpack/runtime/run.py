@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ltxpack.errors import UsageError
+from ltxpack.files.publish import check_writable
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import recipe_run
-from ltxpack.runtime.media.mp4 import VideoWriter, check_output, check_writable, frame_rate
+from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ltxpack.files.publish import Temporary, write_errors
+from ltxpack.files.publish import Temporary, check_writable, write_errors
 from ltxpack.files.tensorfile import build_header
-from ltxpack.runtime.media.mp4 import FRAMES_AT_ONCE, VideoWriter, check_writable
+from ltxpack.runtime.media.mp4 import FRAMES_AT_ONCE, VideoWriter
 from ltxpack.runtime.sampling.recipes import stage_flag
 from ltxpack.runtime.sampling.shape import AV
 

@@ -7,7 +7,6 @@ deterministic at every width.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError, quoted
-from ltxpack.files.publish import Temporary
+from ltxpack.files.publish import Temporary, check_writable
 from ltxpack.files.reader import hash_file
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -52,19 +51,6 @@ def check_output(path: Path) -> Path:
         )
     check_writable(path, "-o", "video.mp4")
     return path
-
-
-def check_writable(path: Path, flag: str, usual: str) -> None:
-    """Raises UsageError unless a file can be written at ``path``, which ``flag`` names; ``usual`` is such a name."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        better = f"choose {flag} {quoted(path / usual)}"
-        raise UsageError("is a folder", file=path, expected="a file name", next=better)
-    if not folder.is_dir():
-        remedy = f"mkdir -p {quoted(path.parent)}"
-        raise UsageError("no such folder", file=path.parent, expected="a folder that exists", next=remedy)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError("no permission to write there", file=path.parent, next=f"choose {flag} in another folder")
 
 
 def frame_rate(fps: float | Fraction | str) -> Fraction:

@@ -1,0 +1,205 @@
+"""``export``: the checkpoint's own names, bytes and metadata come back; a bake's bytes are the file's bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from _full_size import make_full_size
+from support import ltxpack, refused, tree
+
+import ltxpack.export as exporting
+from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, read_tensorfile
+from ltxpack.ltx23.renames import TRANSFORMER, component_of
+from ltxpack.manifest import MANIFEST_NAME, read_manifest
+from ltxpack.repack.items import round_to_bfloat16
+
+BAKE = "distilled-0.5"
+
+
+def exported(overlay: Path, output: Path, *flags: str) -> TensorFile:
+    done = ltxpack("export", overlay, "-o", output, *flags)
+    assert done.returncode == 0, done.stderr
+    return read_tensorfile(output)
+
+
+def content(file: TensorFile, info: TensorInfo) -> bytes:
+    with file.path.open("rb") as opened:
+        opened.seek(info.start)
+        return opened.read(info.nbytes)
+
+
+def widened(data: bytes) -> bytes:
+    """bfloat16 as float32: its bytes are the upper half."""
+    return b"".join(b"\0\0" + data[at : at + 2] for at in range(0, len(data), 2))
+
+
+@pytest.fixture
+def checkpoint(demo: Path) -> TensorFile:
+    (path,) = (demo / "source").glob("*-dev.safetensors")
+    return read_tensorfile(path)
+
+
+def check_base(found: TensorFile, checkpoint: TensorFile) -> None:
+    """Names, shapes, bytes and metadata are the checkpoint's; tables are float32, of what bfloat16 keeps of them."""
+    assert found.tensors.keys() == checkpoint.tensors.keys()
+    for name, info in checkpoint.tensors.items():
+        ours, theirs = content(found, found.tensors[name]), content(checkpoint, info)
+        assert found.tensors[name].shape == info.shape, name
+        if "scale_shift_table" not in name:
+            assert (found.tensors[name].dtype, ours) == (info.dtype, theirs), name
+            continue
+        assert found.tensors[name].dtype == "F32", name
+        if info.dtype == "F32":
+            theirs = round_to_bfloat16(np.frombuffer(theirs, "<f4")).tobytes()
+        assert ours == widened(theirs), name
+    metadata = dict(found.metadata)
+    told = json.loads(metadata.pop("ltxpack"))
+    assert metadata == checkpoint.metadata
+    assert "not the published one" in told["notice"] and told["source"][0]["name"] == checkpoint.path.name
+    order = [(-DTYPE_BITS[info.dtype], name) for name, info in found.tensors.items()]
+    assert order == sorted(order) and all(
+        info.start % (DTYPE_BITS[info.dtype] // 8) == 0 for info in found.tensors.values()
+    )
+
+
+def test_the_base_is_the_checkpoint_bit_for_bit(demo: Path, checkpoint: TensorFile, tmp_path: Path) -> None:
+    check_base(exported(demo / "overlay", tmp_path / "base.safetensors"), checkpoint)
+
+
+def test_the_base_of_a_golden_checkpoint_is_that_checkpoint(golden: Path, tmp_path: Path) -> None:
+    checkpoint = read_tensorfile(next(golden.glob("*-dev.safetensors")))
+    assert ltxpack("materialize", golden, tmp_path / "out").returncode == 0
+    check_base(exported(tmp_path / "out", tmp_path / "base.safetensors"), checkpoint)
+
+
+def test_what_is_exported_makes_the_same_overlay_again(demo: Path, tmp_path: Path) -> None:
+    """The tables were rounded when the first overlay was made, and come out of float32 as they went in."""
+    output = tmp_path / "ltx-2.3-demo-dev.safetensors"
+    exported(demo / "overlay", output)
+    given = [f"--{role}={next((demo / 'source').glob(name))}" for role, name in OTHERS.items()]
+    done = ltxpack("materialize", output, tmp_path / "again", *given)
+    assert done.returncode == 0, done.stderr
+    before, after = tree(demo / "overlay"), tree(tmp_path / "again")
+    told = (MANIFEST_NAME, "source/metadata.json")  # name and hash of the source, and what it says of itself
+    assert {name: data for name, data in after.items() if name not in told} == {
+        name: data for name, data in before.items() if name not in told and not name.startswith("bakes/")
+    }
+
+
+OTHERS = {"lora": "*lora*.safetensors", "upsampler": "*upscaler*.safetensors", "text-encoder": "gemma*"}
+
+
+def test_a_bake_is_its_own_bytes_in_two_exports_that_are_one(demo: Path, tmp_path: Path) -> None:
+    overlay = demo / "overlay"
+    found = exported(overlay, tmp_path / "a.safetensors", "--bake", BAKE)
+    exported(overlay, tmp_path / "b.safetensors", "--bake", BAKE)
+    told = json.loads(found.metadata["ltxpack"])
+    assert told["bake"] == BAKE and [lora["strength"] for lora in told["loras"]] == [0.5]
+    # The name of a file is not part of it.
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    shards = map(read_tensorfile, (overlay / "bakes" / BAKE).glob("*.safetensors"))
+    baked = {info.name: content(shard, info) for shard in shards for info in shard.tensors.values()}
+    of_transformer = {name: info for name, info in found.tensors.items() if component_of(name) == "transformer"}
+    assert {TRANSFORMER.rename(name) for name in of_transformer} == baked.keys()
+    for name, info in of_transformer.items():
+        expected = baked[TRANSFORMER.rename(name)]
+        assert content(found, info) == (widened(expected) if info.dtype == "F32" else expected), name
+
+
+def test_the_transformer_alone_has_the_connectors_and_no_more(
+    demo: Path, checkpoint: TensorFile, tmp_path: Path
+) -> None:
+    found = exported(demo / "overlay", tmp_path / "t.safetensors", "--parts", "transformer")
+    assert found.tensors.keys() == {name for name in checkpoint.tensors if name.startswith("model.diffusion_model.")}
+    assert any("embeddings_connector" in name for name in found.tensors)
+
+
+@pytest.mark.parametrize(
+    ("parts", "tensors", "nbytes"), [("all", 5947, 46148472534), ("transformer", 4444, 42019470848)]
+)
+def test_the_plan_of_the_published_model_is_exact(
+    parts: str, tensors: int, nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of all tensors as spec 09, section 8 counts them."""
+    overlay = make_full_size(tmp_path / "full", hashed=False)
+    monkeypatch.setattr(exporting, "_metadata", lambda options, manifest: {})
+    options = exporting.ExportOptions(overlay, tmp_path / "x.safetensors", parts=parts)
+    item = exporting.plan_export(options)
+    assert len(item.entries) == tensors
+    assert item.size - len(item.header) == nbytes
+
+
+def test_the_plan_is_the_size_of_the_file(demo: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    planned = ltxpack("export", demo / "overlay", "-o", output, "--plan", "--json")
+    assert planned.returncode == 0 and not output.exists()
+    plan = json.loads(planned.stdout)
+    done = ltxpack("export", demo / "overlay", "-o", output, "--json")
+    report = json.loads(done.stdout)
+    assert plan["files"] == [{"path": str(output), "bytes": output.stat().st_size, "action": "write"}]
+    assert plan["total_bytes"] == report["bytes"] == output.stat().st_size
+
+
+def test_wrong_use(demo: Path, tmp_path: Path) -> None:
+    overlay, output = demo / "overlay", tmp_path / "x.safetensors"
+    message = refused(ltxpack("export", overlay, "-o", output, "--bake", "mine"), 2)
+    assert "no such bake" in message and BAKE in message
+    assert "no name for a safetensors file" in refused(ltxpack("export", overlay, "-o", tmp_path / "x.pt"), 2)
+    assert "is inside the overlay" in refused(ltxpack("export", overlay, "-o", overlay / "x.safetensors"), 2)
+    assert "is not an overlay" in refused(ltxpack("export", demo / "source", "-o", output), 1)
+    output.write_bytes(b"mine")
+    assert "exists already" in refused(ltxpack("export", overlay, "-o", output), 2)
+    assert output.read_bytes() == b"mine"
+    exported(overlay, output, "--force")
+
+
+def test_an_overlay_that_kept_no_metadata_or_that_changed_is_told(overlay: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    manifest = overlay / MANIFEST_NAME
+    kept = overlay / "source" / "metadata.json"
+    said = kept.read_bytes()
+    kept.unlink()
+    kept.write_bytes(said.replace(b"2.3", b"2.4"))
+    assert "has changed since" in refused(ltxpack("export", overlay, "-o", output), 1)
+    document = json.loads(manifest.read_text())
+    document["files"] = [file for file in document["files"] if file["path"] != "source/metadata.json"]
+    manifest.unlink()
+    manifest.write_text(json.dumps(document))
+    message = refused(ltxpack("export", overlay, "-o", output), 1)
+    assert "did not keep the checkpoint's metadata" in message and "ltxpack materialize SOURCE" in message
+    assert not output.exists()
+
+
+def test_a_shard_that_changed_is_told(overlay: Path, tmp_path: Path) -> None:
+    record = next(file for file in read_manifest(overlay).components["vae"].files if file.path.endswith(".safetensors"))
+    path = overlay / record.path
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data + bytes(4))
+    message = refused(ltxpack("export", overlay, "-o", tmp_path / "x.safetensors"), 1)
+    assert record.path in message and "ltxpack verify" in message
+
+
+@pytest.mark.parametrize("fault", ["disk", "interrupt"])
+def test_what_goes_wrong_leaves_no_file(
+    fault: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor changes the one that is there."""
+    output = tmp_path / "x.safetensors"
+    output.write_bytes(b"mine")
+
+    def hashed(path: Path, *more: object) -> str:
+        if fault == "interrupt":
+            raise KeyboardInterrupt
+        return "0" * 64
+
+    plan = exporting.plan_export(exporting.ExportOptions(demo / "overlay", output))
+    monkeypatch.setattr(exporting, "plan_export", lambda options: plan)
+    monkeypatch.setattr(exporting, "hash_file", hashed)
+    done = ltxpack("export", demo / "overlay", "-o", output, "--force")
+    assert done.returncode == (130 if fault == "interrupt" else 1)
+    assert fault == "interrupt" or "did not come back from the disk" in done.stderr
+    assert list(tmp_path.iterdir()) == [output] and output.read_bytes() == b"mine"
