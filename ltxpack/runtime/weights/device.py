@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,21 +22,14 @@ IN_PLACE = "expandable_segments"
 LIBRARIES, GAPS = 500_000_000, 2_200_000_000
 
 
-class KnownFault(NamedTuple):
-    """Pairs of torch and cuDNN, lowest and first that is not affected, and what they do to 3-d convolutions in bf16."""
-
-    torch: tuple[tuple[int, ...], tuple[int, ...]]
-    cudnn: tuple[int, int]
-    told: str
-
-
-# pytorch issues 163539 and 166643: first cuDNN was wrong, then torch went around it.
+# Versions of torch and of cuDNN, from the first to before the second, and what they do to 3-d convolutions in bf16
+# (pytorch issues 163539 and 166643): first cuDNN was wrong, then torch went around it.
 WRONG = "large ones can come out wrong (pytorch issue 163539)"
 AROUND = "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643)"
-FAULTS = (
-    KnownFault(((2, 0), (2, 9)), (90800, 91300), f"{WRONG}: install cuDNN 9.13 or later, or a newer torch"),
-    KnownFault(((2, 9, 0), (2, 9, 1)), (0, 1_000_000), f"{AROUND}: install another torch"),
-    KnownFault(((2, 9, 1), (2, 10)), (0, 91500), f"{AROUND}: install cuDNN 9.15 or later, or another torch"),
+KNOWN_FAULTS = (
+    ((2, 0), (2, 9), 90800, 91300, f"{WRONG}: install cuDNN 9.13 or later, or a newer torch"),
+    ((2, 9, 0), (2, 9, 1), 0, 1_000_000, f"{AROUND}: install another torch"),
+    ((2, 9, 1), (2, 10), 0, 91500, f"{AROUND}: install cuDNN 9.15 or later, or another torch"),
 )
 
 
@@ -102,7 +95,7 @@ def known_fault(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     version: Any = torch.backends.cudnn.version
     found, release = version() or 0, tuple(map(int, re.findall(r"\d+", torch.__version__)[:3]))
-    for fault in FAULTS:
-        if fault.torch[0] <= release < fault.torch[1] and fault.cudnn[0] <= found < fault.cudnn[1]:
-            return f"3-d convolutions of torch {torch.__version__} with cuDNN {found}: {fault.told}"
+    for first, fixed, cudnn, sound, told in KNOWN_FAULTS:
+        if first <= release < fixed and cudnn <= found < sound:
+            return f"3-d convolutions of torch {torch.__version__} with cuDNN {found}: {told}"
     return None

@@ -11,7 +11,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 MEBIBYTE = 1024 * 1024
 ANSWER_SECONDS = 20
@@ -69,30 +68,23 @@ def free_in_container(root: Path = Path("/")) -> int | None:
     ``root`` is where ``/proc`` and ``/sys`` are. Files in memory that the kernel can drop count as free.
     """
     found: list[int] = []
-    for files, folder in _memory_groups(root):
-        limit = min(limits) if (limits := [n for name in files.limits if (n := _number(folder / name))]) else UNKNOWN
+    for (limits, used, field), folder in _memory_groups(root):
+        limit = min((number for name in limits if (number := _number(folder / name))), default=UNKNOWN)
         if limit < NO_LIMIT:
-            used = _number(folder / files.used) or 0
-            droppable = re.search(rf"^{files.droppable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
-            found.append(max(0, limit - used + (int(droppable[1]) if droppable else 0)))
+            droppable = re.search(rf"^{field} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+            free = limit - (_number(folder / used) or 0) + (int(droppable[1]) if droppable else 0)
+            found.append(max(0, free))
     return min(found, default=None)
 
 
-class _GroupFiles(NamedTuple):
-    """The files of a control group that say its limits, what is used, and the field for droppable file pages."""
-
-    limits: tuple[str, ...]
-    used: str
-    droppable: str
-
-
+# The files of a control group that say its limits and what is used, and the field for file pages it can drop.
 GROUP_FILES = {
-    "cgroup2": _GroupFiles(("memory.max", "memory.high"), "memory.current", "inactive_file"),
-    "cgroup": _GroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
+    "cgroup2": (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
-def _memory_groups(root: Path) -> Iterator[tuple[_GroupFiles, Path]]:
+def _memory_groups(root: Path) -> Iterator[tuple[tuple[tuple[str, ...], str, str], Path]]:
     """The folders of the control groups that bound this process, from its own upwards, of both versions."""
     groups = _text(root / "proc/self/cgroup").splitlines()
     mounts = _text(root / "proc/self/mountinfo").splitlines()

@@ -110,7 +110,7 @@ class PlacementReader:
         rest, blocks = self._split(stored)
         tensors: dict[str, Tensor] = {}
         if self.to_host or self.placement.home == HOST:
-            for some in _stretches(rest, dtype):
+            for some in _stretches(rest, dtype, STRETCH):
                 stretch, views = self._in_memory(some, dtype, self.spare)
                 self.memory.append(stretch)
                 tensors.update(views)
@@ -167,8 +167,7 @@ class PlacementReader:
         self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        alone = ({name: entry} for name, entry in stored.items())
-        for some in _stretches(stored, dtype) if self.root else alone:
+        for some in _stretches(stored, dtype, STRETCH if self.root else 0):
             layout = ByteLayout.of(some, dtype)
             tensors.update(layout.views(_bytes_on(device, layout)))
         self._reads += [entry.read_into(tensors[name]) for name, entry in stored.items()]
@@ -275,13 +274,13 @@ class PlacedModule(Generic[M]):
         self.module.load_state_dict(arriving, strict=False, assign=True)
 
 
-def _stretches(stored: Mapping[str, Stored], dtype: torch.dtype | None) -> Iterator[dict[str, Stored]]:
-    """``stored`` in its order, in groups of at most STRETCH bytes or of one tensor."""
+def _stretches(stored: Mapping[str, Stored], dtype: torch.dtype | None, most: int) -> Iterator[dict[str, Stored]]:
+    """``stored`` in its order, in groups of at most ``most`` bytes or of one tensor."""
     group: dict[str, Stored] = {}
     held = 0
     for name, entry in stored.items():
         nbytes = aligned(math.prod(entry.shape) * entry.arriving_as(dtype).itemsize)
-        if group and held + nbytes > STRETCH:
+        if group and held + nbytes > most:
             yield group
             group, held = {}, 0
         group[name] = entry

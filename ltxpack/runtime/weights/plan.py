@@ -409,12 +409,9 @@ def _on_card(model: ModelSizes, part: str, streamed: int) -> int:
 
 def _pinned(model: ModelSizes, placements: Mapping[str, Placement]) -> int:
     """Bytes of weights in pinned memory through every phase."""
-    kept = staged = 0
-    for part, placed in placements.items():
-        sizes = model.parts[part]
-        kept += sizes.total if placed.home == HOST else len(placed.held) * sizes.largest
-        staged = max(staged, sizes.total if placed.ahead else 0)
-    return kept + staged
+    every = [(model.parts[part], placed) for part, placed in placements.items()]
+    kept = sum(sizes.total if placed.home == HOST else len(placed.held) * sizes.largest for sizes, placed in every)
+    return kept + max(sizes.total if placed.ahead else 0 for sizes, placed in every)
 
 
 def _reads(model: ModelSizes, work: Work, placements: Mapping[str, Placement]) -> tuple[int, int]:

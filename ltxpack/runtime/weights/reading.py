@@ -259,7 +259,10 @@ class FileReader:
         if read.buffer is not None and not read.planned.on_host:
             data = read.buffer.host.bytes[read.lead :]
             event = read.buffer.event = self.copies.run(lambda: _send_on(read.planned, data), after)
-        _note_on_host(read.planned)
+        with torch.inference_mode():
+            for stretch in read.planned.stretches:
+                if (target := stretch.host_target) is not None:
+                    target.arrived(stretch.nbytes)
         return event
 
 
@@ -273,10 +276,3 @@ def _send_on(read: PlannedRead[TensorRead], data: Tensor) -> None:
             target.bytes(stretch.offset, stretch.nbytes).copy_(part, non_blocking=True)
             target.arrived(stretch.nbytes)
         position += stretch.nbytes
-
-
-@torch.inference_mode()
-def _note_on_host(read: PlannedRead[TensorRead]) -> None:
-    for stretch in read.stretches:
-        if (target := stretch.host_target) is not None:
-            target.arrived(stretch.nbytes)

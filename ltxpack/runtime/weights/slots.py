@@ -170,9 +170,12 @@ class Slots:
 
     def _before(self, number: int) -> None:
         """The computation waits for the block; the host does so only where a thread still reads."""
-        slot = next((slot for slot in self._slots if slot.holds == number), None)
-        if slot is None:
-            slot = self._start_over(number)
+        if all(slot.holds != number for slot in self._slots):
+            # The block before was not the one expected.
+            for offset, slot in enumerate(self._slots):
+                self._finish(slot)
+                self._start((number + offset) % len(self.blocks), slot)
+        slot = next(slot for slot in self._slots if slot.holds == number)
         assert slot.copied is not None
         self.copies.before_computing(slot.copied())
         self._bind(number, slot.parameters_of(number, self.sources[number].layout))
@@ -184,13 +187,6 @@ class Slots:
         following = (number + len(self._slots)) % len(self.blocks)
         if following != number:
             self._start(following, slot)
-
-    def _start_over(self, number: int) -> _Slot:
-        """Copy ``number`` and what follows it: the block before was not the one expected."""
-        for offset, slot in enumerate(self._slots):
-            self._finish(slot)
-            self._start((number + offset) % len(self.blocks), slot)
-        return self._slots[0]
 
     def _bind(self, number: int, parameters: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in parameters.items():
