@@ -31,8 +31,8 @@ PT_FORMAT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 DEFAULT_STEM = "diffusion_pytorch_model"
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 Buffer = memoryview | bytes | bytearray
-CASTS = frozenset({("F32", "BF16"), ("F16", "BF16"), ("F64", "BF16")})
 STEP = 256 * 1024
+# What can be cast.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 QUIET_NAN = 0x7FC0
 
@@ -144,19 +144,10 @@ class ShardEntry:
 
 
 def stored_tensor(name: str, info: TensorInfo, source: Path, dtype: str | None = None) -> ShardEntry:
-    """The tensor ``info`` of the file ``source``, stored as ``name``; another ``dtype`` than its own is a cast.
-
-    Raises UnsupportedError for a cast that is not one to BF16.
-    """
-    dtype = dtype or info.dtype
-    spec, range_ = TensorSpec(name, dtype, info.shape), Range(source, info.start, info.nbytes)
-    if dtype == info.dtype:
-        return ShardEntry((spec,), Copied(range_))
-    if (info.dtype, dtype) not in CASTS:
-        raise UnsupportedError(
-            "has a dtype that cannot be stored here", file=source, tensor=info.name, expected=dtype, found=info.dtype
-        )
-    return ShardEntry((spec,), Cast(range_, info.dtype, name))
+    """The tensor ``info`` of ``source``, stored as ``name``; a float of another dtype is cast if ``dtype`` is BF16."""
+    range_ = Range(source, info.start, info.nbytes)
+    producer = Copied(range_) if dtype in (None, info.dtype) else Cast(range_, info.dtype, name)
+    return ShardEntry((TensorSpec(name, dtype or info.dtype, info.shape),), producer)
 
 
 def round_to_bfloat16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
