@@ -193,7 +193,11 @@ class PageCache:
     def __init__(self, fd: int) -> None:
         stat = os.fstat(fd)
         self._size = stat.st_size
-        self._address = _mapped(fd, self._size) if os.geteuid() in (0, stat.st_uid) else None
+        self._address: int | None = None
+        if self._size and os.geteuid() in (0, stat.st_uid):
+            # Never to be read from: the file may be cut meanwhile.
+            address = _libc().mmap(None, self._size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+            self._address = None if address == MAP_FAILED else address
 
     def holds(self, start: int, nbytes: int) -> bool:
         """Whether all ``nbytes`` bytes from ``start`` on are in memory."""
@@ -211,14 +215,6 @@ class PageCache:
         if self._address is not None:
             _libc().munmap(self._address, self._size)
             self._address = None
-
-
-def _mapped(fd: int, size: int) -> int | None:
-    """The address of the whole file in memory, never to be read from: the file may be cut meanwhile."""
-    if size == 0:
-        return None
-    address: int | None = _libc().mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    return None if address == MAP_FAILED else address
 
 
 @functools.cache

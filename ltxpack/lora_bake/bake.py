@@ -170,21 +170,16 @@ def _plans(
             LoraUse(adapter, value, digest, adapter.path.name)
             for (adapter, digest), value in zip(named, strengths, strict=True)
         )
-        if manifest.distilled and not options.force:
-            _refuse_distilling_twice(uses, options)
+        twice = [use.file for use in uses if use.strength and DISTILLED in use.adapter.name]
+        if twice and manifest.distilled and not options.force:
+            raise AdapterError(
+                "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
+                items=twice, next=options.command(force=True),
+            )  # fmt: skip
         *added, main = ((use.adapter.name, use.strength) for use in uses)
         name = options.name or bake_name(main, added)
         plans.append(BakePlan(name, uses, options.rule, base, options.overlay))
     return plans
-
-
-def _refuse_distilling_twice(uses: Sequence[LoraUse], options: BakeOptions) -> None:
-    items = [use.file for use in uses if use.strength and DISTILLED in use.adapter.name]
-    if items:
-        raise AdapterError(
-            "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
-            items=items, next=options.command(force=True),
-        )  # fmt: skip
 
 
 def _is_there(plan: BakePlan, manifest: Manifest) -> bool:

@@ -179,22 +179,17 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise changed_file(path, f"{record.size} bytes", found)
         if not record.path.endswith(".safetensors"):
-            small[path.name] = _small_file(path, record)
+            if record.size > MAX_INDEX_BYTES:
+                raise changed_file(path, f"at most {MAX_INDEX_BYTES} bytes", f"{record.size} bytes")
+            data = small[path.name] = path.read_bytes()
+            if (digest := blake3(data).hexdigest()) != record.blake3:
+                raise changed_file(path, f"blake3 {record.blake3}", f"blake3 {digest}")
             continue
         shard = BaseShard(record, read_tensorfile(path))
         _check_tensors(shard, shapes, overlay)
         shapes |= {name: info.shape for name, info in shard.file.tensors.items()}
         shards.append(shard)
     return BaseTransformer(tuple(shards), small, shapes)
-
-
-def _small_file(path: Path, record: FileRecord) -> bytes:
-    if record.size > MAX_INDEX_BYTES:
-        raise changed_file(path, f"at most {MAX_INDEX_BYTES} bytes", f"{record.size} bytes")
-    data = path.read_bytes()
-    if blake3(data).hexdigest() != record.blake3:
-        raise changed_file(path, f"blake3 {record.blake3}", f"blake3 {blake3(data).hexdigest()}")
-    return data
 
 
 def _check_tensors(shard: BaseShard, known: Mapping[str, object], overlay: Path) -> None:

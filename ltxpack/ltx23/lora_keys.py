@@ -103,7 +103,9 @@ class ModuleNames:
         for module in sorted(modules):
             self._add((module,), _spellings(module))
         for parent in sorted({module.rpartition(".")[0] for module in self.linears}):
-            self._add_fused(parent)
+            wanted = {letter: f"{parent}.to_{letter}" for letter in "qkv"}
+            for name, letters in FUSED.items() if self.linears.issuperset(wanted.values()) else ():
+                self._add(tuple(wanted[letter] for letter in letters), _spellings(f"{parent}.{name}"))
 
     def find(self, key: LoraKey) -> tuple[str, ...] | None:
         """The modules that ``key`` means, in row order: one, or two or three for a fused kv or qkv.
@@ -115,13 +117,6 @@ class ModuleNames:
         if match is None and key.module in table:
             raise KeyError(key.module)
         return match
-
-    def _add_fused(self, parent: str) -> None:
-        wanted = {"q": f"{parent}.to_q", "k": f"{parent}.to_k", "v": f"{parent}.to_v"}
-        if all(module in self.linears for module in wanted.values()):
-            for name, letters in FUSED.items():
-                match = tuple(wanted[letter] for letter in letters)
-                self._add(match, _spellings(f"{parent}.{name}"))
 
     def _add(self, modules: tuple[str, ...], spellings: Iterable[str]) -> None:
         for spelling in spellings:

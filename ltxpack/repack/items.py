@@ -259,7 +259,10 @@ def assign_shards(
     endings = [""] if count == 1 else [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)]
     names = [f"{stem}{ending}.safetensors" for ending in endings]
     prefix = f"{folder}/" if folder else ""
-    shards = tuple(WriteShard(prefix + name, _aligned_order(group)) for name, group in zip(names, groups, strict=True))
+    for group in groups:
+        # Wider dtypes first, else the given order: readers that map the file need offsets that fit the dtype.
+        group.sort(key=lambda entry: -DTYPE_BITS[entry.tensors[0].dtype])
+    shards = tuple(WriteShard(prefix + name, tuple(group)) for name, group in zip(names, groups, strict=True))
     if count == 1:
         return shards
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
@@ -280,8 +283,3 @@ def _split_by_size(entries: Iterable[ShardEntry], limit: int) -> list[list[Shard
         groups[-1].append(entry)
         used += entry.nbytes
     return groups
-
-
-def _aligned_order(entries: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
-    """Wider dtypes first, else the given order: readers that map the file need offsets that fit the dtype."""
-    return tuple(sorted(entries, key=lambda entry: -DTYPE_BITS[entry.tensors[0].dtype]))

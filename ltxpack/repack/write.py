@@ -10,7 +10,7 @@ import fcntl
 import itertools
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +46,9 @@ def execute(items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Re
     ``copy`` forbids links. Raises OverlayError (no space, no permission: before the first byte, or disk full on the
     way), SourceError and FormatError for sources; ``staging`` keeps what was complete.
     """
-    _refuse_paths(items)
+    for path, count in Counter(item.path for item in items).items():
+        if not safe_relative_path(path) or count > 1:  # a fault of whoever made the plan
+            raise OverlayError("is not a path inside the overlay, or is planned twice", file=path)
     left = [item for item in items if item.path not in staging.done]
     preflight(left, staging.root, copy=copy)
     if left:
@@ -260,15 +262,6 @@ def existing_parent(folder: Path) -> Path:
     """``folder``, or the nearest folder above it that exists."""
     folder = Path(os.path.realpath(folder))
     return next(path for path in (folder, *folder.parents) if path.is_dir())
-
-
-def _refuse_paths(items: Sequence[Item]) -> None:
-    """A plan that would write outside the overlay, or one file twice, is a fault of whoever made it."""
-    seen: set[str] = set()
-    for item in items:
-        if not safe_relative_path(item.path) or item.path in seen:
-            raise OverlayError("is not a path inside the overlay, or is planned twice", file=item.path)
-        seen.add(item.path)
 
 
 class ShardWriter:
