@@ -114,7 +114,10 @@ def parse_header(head: bytes, file_size: int, path: str | os.PathLike[str]) -> T
     document = parse_json(head[8 : 8 + length], path)
     if not isinstance(document, dict):
         raise FormatError("has a header that is not a JSON object", file=path, found=type(document).__name__)
-    metadata = _metadata(document.pop("__metadata__", None), path)
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(item, str) for item in metadata.values()):
+        raise FormatError("has metadata that is not an object of strings", file=path, tensor="__metadata__")
     tensors = sorted(
         (_tensor(name, entry, 8 + length, path) for name, entry in document.items()),
         key=lambda info: (info.start, info.nbytes),
@@ -234,14 +237,6 @@ def regular_size(path: Path) -> int:
     """Bytes of the file at ``path``. Raises AbsentError, or SourceError for what is no readable regular file."""
     with open_source(path) as file:
         return os.fstat(file.fileno()).st_size
-
-
-def _metadata(value: Any, path: str | os.PathLike[str]) -> dict[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise FormatError("has metadata that is not an object of strings", file=path, tensor="__metadata__")
-    return value
 
 
 def _tensor(name: str, entry: Any, base: int, path: str | os.PathLike[str]) -> TensorInfo:

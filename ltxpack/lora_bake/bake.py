@@ -11,10 +11,10 @@ import dataclasses
 import importlib
 import itertools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ltxpack.errors import AdapterError, DeviceError, OverlayError
 from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
@@ -25,7 +25,6 @@ from ltxpack.lora_bake.plan import (
     Arithmetic,
     BakeOptions,
     BakePlan,
-    BaseShard,
     BaseTransformer,
     bake_name,
     read_base,
@@ -39,9 +38,6 @@ from ltxpack.repack.staging import Staging, publish_bakes, recover
 from ltxpack.repack.verify import Fault, damaged, verify
 from ltxpack.repack.write import preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
-
-if TYPE_CHECKING:
-    from ltxpack.lora_bake.stream import ShardOutput
 
 
 def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
@@ -281,7 +277,7 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
 
 def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseTransformer, reporter: Reporter) -> None:
     """All shards that are not done, shard after shard, each read once for all bakes with the same arithmetic."""
-    from ltxpack.lora_bake.stream import Engine
+    from ltxpack.lora_bake.stream import Engine, ShardOutput
 
     for bake in bakes:
         for item in bake.missing_items():
@@ -290,12 +286,15 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseT
     for arithmetic in dict.fromkeys(bake.arithmetic for bake in bakes):
         with Engine(adapters, arithmetic, reporter) as engine:
             for shard in base.shards:
-                own = [(bake, bake.output(shard)) for bake in bakes if bake.arithmetic == arithmetic]
-                outputs = {bake: output for bake, output in own if output is not None}
-                if outputs:
-                    records = engine.fuse_shard(shard, list(outputs.values()))
-                    for (bake, output), record in zip(outputs.items(), records, strict=True):
-                        bake.record_shard(record, output)
+                outputs = {}
+                for bake in bakes:
+                    changed = bake.plan.shards.get(shard.name)
+                    if changed is not None and bake.arithmetic == arithmetic and not bake.has(changed.path):
+                        strengths = tuple(lora.strength for lora in bake.plan.loras)
+                        outputs[bake] = ShardOutput(changed, bake.root, strengths)
+                records = engine.fuse_shard(shard, list(outputs.values())) if outputs else []
+                for (bake, output), record in zip(outputs.items(), records, strict=True):
+                    bake.record_shard(record, output.stats.values())
 
 
 def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
@@ -333,21 +332,12 @@ class StagedBake(Staging):
 
     def missing_items(self) -> list[Item]:
         """What must still be written, but for the reports."""
-        return [item for item in self.plan.items if not self._has(item.path)]
+        return [item for item in self.plan.items if not self.has(item.path)]
 
-    def output(self, shard: BaseShard) -> ShardOutput | None:
-        """How ``shard`` is to be written for this bake; None if it is a link, or done."""
-        from ltxpack.lora_bake.stream import ShardOutput
-
-        item = self.plan.shards.get(shard.name)
-        if item is None or self._has(item.path):
-            return None
-        return ShardOutput(item, self.root, tuple(lora.strength for lora in self.plan.loras))
-
-    def record_shard(self, record: FileRecord, output: ShardOutput) -> None:
+    def record_shard(self, record: FileRecord, stats: Iterable[TargetStat]) -> None:
         """A shard is complete."""
-        self._stats[record.path] = list(output.stats.values())
-        measured = [dataclasses.astuple(stat) for stat in output.stats.values()]
+        self._stats[record.path] = list(stats)
+        measured = [dataclasses.astuple(stat) for stat in self._stats[record.path]]
         self.record(record, [dataclasses.astuple(self.arithmetic), measured])
 
     def finish(self) -> tuple[Bake, dict[str, Any]]:
@@ -364,7 +354,7 @@ class StagedBake(Staging):
         with contextlib.suppress(OSError):
             self.work.parent.rmdir()
 
-    def _has(self, path: str) -> bool:
+    def has(self, path: str) -> bool:
         """Whether ``path`` is done; a fused shard only if what was measured is known too."""
         return path in self.done and (path in self._stats or path not in self._shards)
 

@@ -177,19 +177,6 @@ def fuse_official(
     return delta.to(weight.dtype), square
 
 
-def _products(terms: Sequence[Term], work: Workspace) -> list[Tensor | None]:
-    """up @ down of each term in fp32."""
-    found: list[Tensor | None] = []
-    for i, term in enumerate(terms):
-        if term.up is None or term.down is None:
-            found.append(None)
-            continue
-        shape = (term.up.shape[0], term.down.shape[1])
-        result = work.empty(f"product {i}", shape, torch.float32, term.up.device)
-        found.append(torch.mm(term.up.float(), term.down.float(), out=result))
-    return found
-
-
 def square_sum(values: Tensor) -> float:
     """Sum of squares: fp32 within short runs, float64 over them, so the same on any number of threads."""
     flat = values.reshape(-1)
@@ -220,36 +207,20 @@ def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -
     return [math.inf if math.isnan(total) else max(0.0, total) for total in sums]
 
 
-def _sum(
-    weight: Tensor,
-    terms: Sequence[Term],
-    products: Sequence[Tensor | None],
-    strengths: Sequence[float],
-    work: Workspace,
-) -> Tensor:
+def _fuse_fp32(
+    weight: Tensor, terms: Sequence[Term], strengths: Sequence[Sequence[float]], work: Workspace, results: Workspace
+) -> list[Fused]:
     """W32 + sum of scale·(B@A) + strength·diff, LoRA after LoRA; after a DoRA term each row has its magnitude.
 
     DoRA: m · (W + dW) / |W + dW| with the norm over a row (spec 02, section 7). The strength scales dW, as in PEFT; a
     strength of 0 leaves the weight alone, magnitudes included.
     """
-    total = work.empty("sum", weight.shape, torch.float32, weight.device).copy_(weight)
-    for term, lowrank, strength in zip(terms, products, strengths, strict=True):
-        if strength == 0:
-            continue
-        if lowrank is not None:
-            total.add_(lowrank, alpha=strength * term.factor)
-        if term.diff is not None:
-            total.add_(term.diff.float(), alpha=strength)
-        if term.magnitude is not None:
-            norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-            total.mul_(term.magnitude.float().reshape(-1, 1) / norm)
-    return total
-
-
-def _fuse_fp32(
-    weight: Tensor, terms: Sequence[Term], strengths: Sequence[Sequence[float]], work: Workspace, results: Workspace
-) -> list[Fused]:
-    products = _products(terms, work)
+    products: list[Tensor | None] = [None] * len(terms)
+    for i, term in enumerate(terms):
+        if term.up is not None and term.down is not None:
+            shape = (term.up.shape[0], term.down.shape[1])
+            product = work.empty(f"product {i}", shape, torch.float32, term.up.device)
+            products[i] = torch.mm(term.up.float(), term.down.float(), out=product)
     lowrank = [found for found in products if found is not None]
     scales = [[strength * term.factor for strength, term in zip(row, terms, strict=True)] for row in strengths]
     plain = len(lowrank) == len(terms) and all(term.diff is None and term.magnitude is None for term in terms)
@@ -257,7 +228,17 @@ def _fuse_fp32(
     base_square = square_sum(weight)
     made = []
     for i, row in enumerate(strengths):
-        total = _sum(weight, terms, products, row, work)
+        total = work.empty("sum", weight.shape, torch.float32, weight.device).copy_(weight)
+        for term, found, strength in zip(terms, products, row, strict=True):
+            if strength == 0:
+                continue
+            if found is not None:
+                total.add_(found, alpha=strength * term.factor)
+            if term.diff is not None:
+                total.add_(term.diff.float(), alpha=strength)
+            if term.magnitude is not None:
+                norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
+                total.mul_(term.magnitude.float().reshape(-1, 1) / norm)
         stored = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device).copy_(total)
         delta_square = square_sum(total.sub_(weight)) if squares is None else squares[i]
         made.append(_measured(weight, stored, base_square, delta_square))

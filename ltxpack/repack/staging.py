@@ -235,24 +235,19 @@ class Staging:
         """Keep what the journal vouches for, remove everything else, start the journal."""
         self.work.mkdir(parents=True, exist_ok=True)
         journal = self._journal = Journal.read(self.paths.journal)
-        done = {}
-        if journal.fingerprint == self.fingerprint:
-            done = self._checked(journal.records)
+        done: dict[str, FileRecord] = {}
+        if journal.records and journal.fingerprint == self.fingerprint:
+            found, reporter = journal.records, self._reporter
+            reporter.begin("checking what is done", sum(record.size for record in found.values()), "B")
+            done = {path: record for path, record in found.items() if _is_intact(record, self.root, reporter)}
+            reporter.end()
+            reporter.note(f"going on: {len(done)} of {len(found)} finished files are intact and kept")
         elif journal.records:
             self._reporter.note(f"{self.work}: unfinished work of a run with other inputs is discarded")
         remove_below(self.root, keep=done)
         self.root.mkdir(exist_ok=True)
         fsync_folder(self.work.parent)
         journal.restart(self.fingerprint, done)
-
-    def _checked(self, recorded: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-        if not recorded:
-            return {}
-        self._reporter.begin("checking what is done", sum(record.size for record in recorded.values()), "B")
-        good = {path: record for path, record in recorded.items() if _is_intact(record, self.root, self._reporter)}
-        self._reporter.end()
-        self._reporter.note(f"going on: {len(good)} of {len(recorded)} finished files are intact and kept")
-        return good
 
     def _announce(self) -> None:
         """Journal that publishing begins: from here on ``recover`` expects it to be half done."""
