@@ -164,7 +164,7 @@ def by_size(
     items = one_strength_items(places, source.lora, f" of {blocks} blocks")
     costs = bench.in_turn(items, settings.runs if blocks == settings.largest else 1)
     peak = max(cost.peak for cost in costs[items[-1].key].values())
-    products = bare_arithmetic(source.lora)
+    products = bare_arithmetic(source.lora) if blocks == settings.largest else 0.0  # asked for the largest alone
     title = f"Bake of {blocks} blocks: {_size(base)} of base, {_size([source.lora])} of LoRA"
     _clear(places, source)
     return Flat(blocks, size, copied.peak, peak, bake_limit(settings.widths, blocks)), title, items, costs, products

@@ -8,12 +8,15 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -27,6 +30,10 @@ from ltxpack.reporter import SilentReporter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "tests" / "data"
+# Forks from a process that has imported everything that is installed: a kill costs no import, and none falls on one.
+FORKS = multiprocessing.get_context("forkserver")
+_IMPORTED = "pytest torch safetensors.torch jsonschema ltxpack.cli ltxpack.materialize ltxpack.lora_bake.stream"
+FORKS.set_forkserver_preload([*_IMPORTED.split(), "ltxpack.demo.checkpoint"])
 
 
 def golden_folders() -> list[Path]:
@@ -87,24 +94,28 @@ class Done:
 
 def ltxpack(*arguments: str | Path, cwd: Path | None = None) -> Done:
     """The command line as the console script runs it, in this process (importing torch anew takes seconds)."""
+    return done(main, "ltxpack", *arguments, cwd=cwd)
+
+
+def benchmark(script: ModuleType, *arguments: str | Path) -> Done:
+    """A script of the folder benchmarks, in this process."""
+    return done(script.main, str(script.__file__), *arguments)
+
+
+def done(run: Callable[[], object], *arguments: str | Path, cwd: Path | None = None) -> Done:
+    """``run``, called as the main function of a program with these arguments, its name first."""
     out, err = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(sys, "argv", ["ltxpack", *map(str, arguments)]),
+        mock.patch.object(sys, "argv", [*map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.chdir(cwd or Path.cwd()),
     ):
         try:
-            main()
+            sys.exit(run())
         except SystemExit as stop:
-            return Done(int(stop.code or 0), out.getvalue(), err.getvalue())
-    raise AssertionError("the console script always exits")
-
-
-def benchmark(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A script of the folder benchmarks, in a process of its own."""
-    command = [sys.executable, REPOSITORY / "benchmarks" / name, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+            message = stop.code if isinstance(stop.code, str) else ""
+            return Done(1 if message else int(stop.code or 0), out.getvalue(), err.getvalue() + message)
 
 
 def refused(done: Done, status: int) -> str:

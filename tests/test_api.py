@@ -37,9 +37,8 @@ from ltxpack.runtime.weights import reading
 
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
 FLAGS = ("--device=cpu", "--dtype=float32", "--height=64", "--width=64", "--num-frames=9", "--steps=2")
-EXAMPLES = re.findall(
-    r"^```python\n(.*?)^```", (REPOSITORY / "docs" / "python.md").read_text(), re.DOTALL | re.MULTILINE
-)
+DOCUMENTATION = (REPOSITORY / "docs" / "python.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", DOCUMENTATION, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -107,20 +106,14 @@ def test_one_load_serves_what_is_encoded_ahead(demo: Path, make: Pipeline, monke
         assert len(make.session.prompts.contexts(request.prompts, make.session.reporter)) == 2
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"height": 100},
-        {"num_frames": 10},
-        {"steps": 1},
-        {"images": ["nowhere.png"]},
-        {"images": [package.ImageSpec(Path("nowhere.png"))]},
-        {"images": [package.ImageSpec(Path(__file__), frame=9)]},
-        {"images": [package.ImageSpec(Path(__file__), strength=1.5)]},
-        {"video_cfg": float("nan")},
-        {"decode": "slow"},
-    ],
-)
+NO_RUN: list[dict[str, Any]] = [
+    {"height": 100}, {"num_frames": 10}, {"steps": 1}, {"images": ["nowhere.png"]}, {"video_cfg": float("nan")},
+    {"images": [package.ImageSpec(Path("nowhere.png"))]}, {"images": [package.ImageSpec(Path(__file__), frame=9)]},
+    {"images": [package.ImageSpec(Path(__file__), strength=1.5)]}, {"decode": "slow"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", NO_RUN)
 def test_values_no_run_could_use(settings: dict[str, Any], make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_run, "generate", None)
     with pytest.raises(UsageError):
@@ -143,41 +136,37 @@ def test_settings_of_the_pipeline(demo: Path, tmp_path: Path) -> None:
     with Pipeline.from_overlay(overlay, device="cpu", cache=tmp_path / "mine") as kept:
         assert kept.session.prompts.cache is not None
         assert kept.session.prompts.cache.folder == tmp_path / "mine"
-    for name, wrong in (
-        ("dtype", "float16"),
-        ("device", "tpu"),
-        ("residency", "all"),
-        ("reads", "fast"),
-        ("stage1", "x"),
-    ):
+    wrong: dict[str, Any] = {"dtype": "float16", "device": "tpu", "residency": "all", "reads": "fast", "stage1": "x"}
+    for name, value in wrong.items():
         with pytest.raises(UsageError):
-            Pipeline.from_overlay(overlay, **{name: wrong})  # type: ignore[arg-type]
+            Pipeline.from_overlay(overlay, **{name: value})
+    for kernel, told in (("fastest", "unknown"), ("cudnn", "cannot be used here")):
+        with pytest.raises(UsageError, match=told) as caught:
+            Pipeline.from_overlay(overlay, device="cpu", dtype="float32", attention=kernel)
+        assert "auto, flash, sdpa, math" in caught.value.next
 
 
 def test_the_attention_kernel_is_chosen_once_before_anything_is_loaded(
     demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes, choose, read = Notes(), kernels.choose, reading.FileReader.fill
+    notes = Notes()
+    for owner, name in ((kernels, "choose"), (reading.FileReader, "fill")):
+        real = getattr(owner, name)
 
-    def chosen(*arguments: Any) -> kernels.KernelChoice:
-        notes.notes.append("chosen")
-        return choose(*arguments)
+        def noted(*arguments: Any, real: Any = real, name: str = name, **options: Any) -> Any:
+            notes.notes.append(name)
+            return real(*arguments, **options)
 
-    def filled(self: Any, *arguments: Any, **options: Any) -> Any:
-        notes.notes.append("read")
-        return read(self, *arguments, **options)
-
-    monkeypatch.setattr(kernels, "choose", chosen)
-    monkeypatch.setattr(reading.FileReader, "fill", filled)
+        monkeypatch.setattr(owner, name, noted)
     with Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32", cache=False, reporter=notes) as make:
         assert not notes.notes, "nothing is measured before there is something to make"
         for _ in range(2):
             make("a boat", **SMALL)
-    assert notes.notes.count("chosen") == 1
+    assert notes.notes.count("choose") == 1
     assert [line for line in notes.notes if line.startswith("attention: ")] == [
         "attention: sdpa (torch's own choice; nothing is measured on a CPU)"
     ]
-    assert notes.notes.index("chosen") < notes.notes.index("read")
+    assert notes.notes.index("choose") < notes.notes.index("fill")
 
 
 @pytest.mark.parametrize(
@@ -212,13 +201,6 @@ def test_an_attention_kernel_asked_for_serves_both_stages(
     assert relative_l2(found, expected) <= 1e-4
     name = note.split()[1]
     assert len(used) == 4 and {kernel for _, kernel in used} == {kernels.KERNELS[name]}  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(("name", "word"), [("fastest", "unknown"), ("cudnn", "cannot be used here")])
-def test_an_attention_kernel_that_does_not_run_here_is_refused_at_once(name: str, word: str, demo: Path) -> None:
-    with pytest.raises(UsageError, match=word) as caught:
-        Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32", attention=name)
-    assert "auto, flash, sdpa, math" in caught.value.next
 
 
 def test_larger_tiles_and_the_official_ones(make: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,30 +324,28 @@ def test_after_an_error_the_pipeline_can_be_called_again(make: Pipeline, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "message"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory."), DeviceError, "ran out of memory"),
-        (MemoryError(), DeviceError, "ran out of memory"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
-         DeviceError, "ran out of memory"),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-         DeviceError, "ran out of memory"),
-        (RuntimeError("shapes differ"), RuntimeError, "shapes differ"),
-    ],
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
 )  # fmt: skip
-def test_whatever_says_that_memory_ran_out(
-    error: Exception, raised: type[Exception], message: str, make: Pipeline
-) -> None:
-    with pytest.raises(raised, match=message):
+def test_whatever_says_that_memory_ran_out(error: Exception, make: Pipeline) -> None:
+    with pytest.raises(DeviceError, match="ran out of memory"):
         make.session.within_memory(mock.Mock(side_effect=error))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        make.session.within_memory(mock.Mock(side_effect=RuntimeError("shapes differ")))
 
 
 def test_nothing_is_held_when_the_pipeline_is_gone(demo: Path) -> None:
-    pipeline = Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32")
-    gone = weakref.ref(pipeline)
-    del pipeline
+    gone = weakref.ref(Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32"))
     gc.collect()
     assert gone() is None
+
+
+def test_the_documentation_has_every_setting() -> None:
+    arguments = set(inspect.signature(Pipeline.from_overlay).parameters) - {"path", "given"}
+    settings = {one.name for table in (Settings, SessionSettings) for one in fields(table)}
+    assert EXAMPLES and not [name for name in arguments | settings if f"`{name}`" not in DOCUMENTATION]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"example {number}" for number in range(1, len(EXAMPLES) + 1)])
@@ -375,11 +355,3 @@ def test_the_examples_of_the_documentation_run(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(demo / "overlay", tmp_path / "out", symlinks=True)
     exec(compile(example, "docs/python.md", "exec"), {})
-
-
-def test_the_documentation_has_every_setting() -> None:
-    content = (REPOSITORY / "docs" / "python.md").read_text()
-    assert EXAMPLES
-    arguments = set(inspect.signature(Pipeline.from_overlay).parameters) - {"path", "given"}
-    for name in (*arguments, *(one.name for table in (Settings, SessionSettings) for one in fields(table))):
-        assert f"`{name}`" in content, name

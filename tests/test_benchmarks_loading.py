@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from pathlib import Path
-from typing import Any
 
 import _loading
+import loading
 import pytest
 from _gpu_sizes import TINY
-from support import REPOSITORY, benchmark
+from support import REPOSITORY, benchmark, refuse_direct
 
 
-def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
+def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch, results = tmp_path / "scratch", tmp_path / "results"
     scratch.mkdir()
+    for name, value in loading.KEEP_PAGES.items():  # else it begins anew in another process
+        monkeypatch.setenv(name, value)
     flags = ("--quick", "--rounds", "2", "--device", "cpu")
-    done = benchmark("loading.py", *flags, "--scratch", scratch, "--results", results)
+    done = benchmark(loading, *flags, "--scratch", scratch, "--results", results)
     assert done.returncode == 0, done.stderr
     assert not list(scratch.iterdir())
     [table, figures] = sorted(results.iterdir(), reverse=True)
@@ -43,15 +43,8 @@ def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path) -> None:
 def test_where_the_cache_cannot_be_passed_the_floor_is_read_through_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, plain, refused = tmp_path / "file", os.open, []
+    path = tmp_path / "file"
     path.write_bytes(bytes(100_001))
-
-    def opened(name: Any, flags: int, *more: Any) -> int:
-        if flags & os.O_DIRECT:
-            refused.append(name)
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return plain(name, flags, *more)
-
-    monkeypatch.setattr(_loading.os, "open", opened)
+    refused = refuse_direct(monkeypatch)
     assert _loading._read_floor([path], direct=True) > 0
     assert refused == [path] * _loading.READS

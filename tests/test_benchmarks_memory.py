@@ -11,13 +11,10 @@ import nullcard
 import pytest
 from support import benchmark
 
-FOUND = {
-    "mode": "stream",
-    "phases": {
-        name: {"planned": 20 * 10**9, "allocated": allocated, "reserved": allocated + 10**9}
-        for name, allocated in zip(memory.PHASES, (5 * 10**9, 21 * 10**9, 10**9, 22 * 10**9, 6 * 10**9), strict=True)
-    },
-}
+GB = 10**9
+ALLOCATED = dict(zip(memory.PHASES, (5, 21, 1, 22, 6), strict=True))
+PHASES = {name: {"planned": 20 * GB, "allocated": at * GB, "reserved": (at + 1) * GB} for name, at in ALLOCATED.items()}
+FOUND = {"mode": "stream", "phases": PHASES}
 
 
 def test_a_row_holds_each_phase_against_its_plan() -> None:
@@ -34,7 +31,7 @@ def test_without_a_cuda_build_it_says_what_to_install() -> None:
     torch = pytest.importorskip("torch")
     if torch.version.cuda:
         pytest.skip("torch here is a CUDA build")
-    done = benchmark("nullcard.py", "true")
+    done = benchmark(nullcard, "true")
     assert done.returncode == 2 and "no CUDA build" in done.stderr
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import _measure
 import _report
 import accuracy
+import offline
 import pytest
 import torch
 from _checkpoint import KEPT_BITS, REAL, TINY, config, lora_shapes, shapes_of, write_random
@@ -26,7 +27,7 @@ def quiet(_: str) -> None: ...
 def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None:
     scratch, results = tmp_path / "scratch", tmp_path / "results"
     scratch.mkdir()
-    done = benchmark("offline.py", "--quick", "--scratch", scratch, "--results", results)
+    done = benchmark(offline, "--quick", "--scratch", scratch, "--results", results)
     assert done.returncode == 0, done.stderr
     assert not list(scratch.iterdir())
     [table, figures] = sorted(results.iterdir(), reverse=True)
@@ -51,11 +52,16 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
         assert f"### {part}" in text
 
 
-def test_the_widths_are_those_of_the_model() -> None:
+def test_the_widths_are_those_of_the_model_and_a_tiny_checkpoint_has_its_blocks() -> None:
     """Spec 02, section 6: 1660 linears, and the payload of the published distilled LoRA to the byte."""
     shapes = lora_shapes(shapes_of(config(48, REAL)))
     assert len(shapes) == 2 * 1660
     assert 2 * sum(math.prod(shape) for shape in shapes.values()) == 7_604_994_048
+    two, three = (
+        {name.split(".")[3] for name in shapes_of(config(count, TINY)) if ".transformer_blocks." in name}
+        for count in (2, 3)
+    )
+    assert three - two == {"2"}
 
 
 def test_random_weights_are_normal_numbers(tmp_path: Path) -> None:
@@ -72,14 +78,7 @@ def test_random_weights_are_normal_numbers(tmp_path: Path) -> None:
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_a_tiny_checkpoint_has_its_blocks() -> None:
-    def blocks(count: int) -> set[str]:
-        return {name.split(".")[3] for name in shapes_of(config(count, TINY)) if ".transformer_blocks." in name}
-
-    assert blocks(3) - blocks(2) == {"2"}
-
-
-def test_the_cost_of_a_command_is_its_own(tmp_path: Path) -> None:
+def test_the_cost_of_a_command_is_its_own_and_a_failed_one_has_none(tmp_path: Path) -> None:
     """Not that of this process, which holds torch: the peak begins at what the starter holds."""
     bench = _measure.Bench(tmp_path, quiet)
     assert bench.run([sys.executable, "-I", "-S", "-c", "pass"]).peak < 40e6
@@ -89,11 +88,8 @@ def test_the_cost_of_a_command_is_its_own(tmp_path: Path) -> None:
     assert slept.wall >= 0.3 and slept.cpu < 0.2
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytes(10**8).hex()'])"
     assert bench.run([sys.executable, "-c", child]).peak > 200e6
-
-
-def test_a_command_that_fails_is_no_measurement(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"ended with 3:\nwhy"):
-        _measure.Bench(tmp_path, quiet).run(["sh", "-c", "echo why; exit 3"])
+        bench.run(["sh", "-c", "echo why; exit 3"])
 
 
 def test_items_take_turns(tmp_path: Path) -> None:

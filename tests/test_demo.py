@@ -10,26 +10,23 @@ import av
 import pytest
 import torch
 from safetensors import safe_open
-from support import load, ltxpack
+from support import load, ltxpack, refused
 
 from ltxpack.demo.config import REGISTERS
 
 
 def test_both_streams_of_the_video_decode(demo: Path) -> None:
     with av.open(str(demo / "video.mp4")) as container:
-        frames = sum(1 for _ in container.decode(video=0))
-        rate = container.streams.video[0].average_rate
-    with av.open(str(demo / "video.mp4")) as container:
-        samples = sum(frame.samples for frame in container.decode(audio=0))
-        sample_rate = container.streams.audio[0].rate
-    assert frames == 25
-    assert samples / sample_rate == pytest.approx(frames / float(rate), abs=0.1)
+        frames = [*container.decode(container.streams)]
+        rate, sample_rate = container.streams.video[0].average_rate, container.streams.audio[0].rate
+    samples = sum(frame.samples for frame in frames if isinstance(frame, av.AudioFrame))
+    assert sum(isinstance(frame, av.VideoFrame) for frame in frames) == 25
+    assert samples / sample_rate == pytest.approx(25 / float(rate), abs=0.1)
 
 
 def test_saved_tensors_are_those_of_the_design(demo: Path) -> None:
     tensors = load(demo / "video.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    samples = shapes["audio"][1]
     assert shapes == {
         "stage1.video": (1, 128, 4, 3, 5),
         "stage1.audio": (1, 8, 26, 16),
@@ -39,19 +36,12 @@ def test_saved_tensors_are_those_of_the_design(demo: Path) -> None:
         "video": (25, 192, 320, 3),
         "audio": (2, (4 * 26 - 3) * 480),
     }
-    assert samples > 0
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in tensors.values())
     assert 0 <= tensors["video"].min() < tensors["video"].max() <= 1
     assert tensors["audio"].abs().max() < 1
     with safe_open(demo / "video.safetensors", framework="pt") as file:
-        assert file.metadata() == {
-            "audio_sample_rate": "48000",
-            "fps": "24.0",
-            "seed": "10",
-            "recipe": "hq",
-            "stage1": "distilled-0.25",
-            "stage2": "distilled-0.5",
-        }
+        stages = {"stage1": "distilled-0.25", "stage2": "distilled-0.5"}
+        assert file.metadata() == {"audio_sample_rate": "48000", "fps": "24.0", "seed": "10", "recipe": "hq", **stages}
 
 
 def test_a_second_demo_gives_the_same_bytes_and_names_what_there_is_to_look_at(demo: Path) -> None:
@@ -75,7 +65,6 @@ def test_the_demo_runs_every_recipe(recipe: str, demo: Path, tmp_path: Path) -> 
 
 
 def test_the_overlay_verifies_and_names_no_path_of_this_machine(demo: Path) -> None:
-    assert ltxpack("verify", demo / "overlay").returncode == 0
     report = json.loads(ltxpack("verify", demo / "overlay", "--json").stdout)
     assert report["ok"] and report["faults"] == []
     for path in (demo / "overlay").rglob("*.json"):
@@ -84,9 +73,7 @@ def test_the_overlay_verifies_and_names_no_path_of_this_machine(demo: Path) -> N
 
 def test_another_folder_is_not_taken_for_a_demo(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    done = ltxpack("demo", tmp_path)
-    assert done.returncode == 1
-    assert "not a demo" in done.stderr
+    assert "not a demo" in refused(ltxpack("demo", tmp_path), 1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -96,17 +83,9 @@ def test_diffusers_loads_the_overlay_and_runs_two_steps(demo: Path) -> None:
 
     pipeline = LTX2Pipeline.from_pretrained(str(demo / "overlay"), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    video, audio = pipeline(
-        prompt="a boat",
-        negative_prompt="rain",
-        height=64,
-        width=64,
-        num_frames=9,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        output_type="pt",
-        return_dict=False,
-    )
+    size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+    noise = torch.Generator().manual_seed(0)
+    video, audio = pipeline("a boat", "rain", **size, generator=noise, output_type="pt", return_dict=False)
     assert tuple(video.shape) == (1, 9, 3, 64, 64)
     assert video.isfinite().all() and audio.isfinite().all()
     assert pipeline.connectors.config.video_connector_num_learnable_registers == REGISTERS

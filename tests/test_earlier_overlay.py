@@ -10,8 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from support import DATA, ltxpack
+from support import DATA, Done, load, ltxpack
 
 from ltxpack.manifest import read_manifest
 
@@ -27,28 +26,29 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def done(*command: str | Path) -> Done:
+    found = ltxpack(*command)
+    assert found.returncode == 0, found.stderr
+    return found
+
+
 def test_it_verifies_and_takes_another_bake(earlier: Path) -> None:
     overlay = earlier / "overlay"
-    assert ltxpack("verify", overlay).returncode == 0
+    done("verify", overlay)
     manifest = read_manifest(overlay)
-    done = ltxpack("bake-lora", overlay, "--strength", "0.25")
-    assert done.returncode == 0, done.stderr
+    done("bake-lora", overlay, "--strength", "0.25")
     made = read_manifest(overlay)
     assert [*made.bakes] == ["distilled-0.25", "distilled-0.5"]
     assert made.bakes["distilled-0.5"] == manifest.bakes["distilled-0.5"]
-    assert ltxpack("verify", overlay).returncode == 0
+    done("verify", overlay)
 
 
 def test_the_same_bake_has_the_same_numbers(earlier: Path) -> None:
     """All but a few: another processor may add in another order, and then round another way."""
     overlay = earlier / "overlay"
-    done = ltxpack("bake-lora", overlay, "--strength", "0.5")
-    assert done.returncode == 0 and "already" in done.stdout, done.stdout
-    done = ltxpack("bake-lora", overlay, "--strength", "0.5", "--name", "again")
-    assert done.returncode == 0, done.stderr
-    then, now = (
-        load_file(next((overlay / "bakes" / name).glob("*.safetensors"))) for name in ("distilled-0.5", "again")
-    )
+    assert "already" in done("bake-lora", overlay, "--strength", "0.5").stdout
+    done("bake-lora", overlay, "--strength", "0.5", "--name", "again")
+    then, now = (load(next((overlay / "bakes" / name).glob("*.safetensors"))) for name in ("distilled-0.5", "again"))
     assert then.keys() == now.keys()
     others = sum(int((then[name] != now[name]).sum()) for name in then)
     assert others <= 0.001 * sum(tensor.numel() for tensor in then.values())
@@ -57,14 +57,12 @@ def test_the_same_bake_has_the_same_numbers(earlier: Path) -> None:
 def test_it_runs(earlier: Path) -> None:
     video, tensors = earlier / "video.mp4", earlier / "video.safetensors"
     stages = ("--stage1", "base", "--stage2", "distilled-0.5")
-    done = ltxpack("run", earlier / "overlay", "--prompt", "x", *SIZE, *stages, "-o", video, "--save-tensors", tensors)
-    assert done.returncode == 0, done.stderr
+    done("run", earlier / "overlay", "--prompt", "x", *SIZE, *stages, "-o", video, "--save-tensors", tensors)
     assert video.stat().st_size
-    assert all(tensor.isfinite().all() for tensor in load_file(tensors).values())
+    assert all(tensor.isfinite().all() for tensor in load(tensors).values())
 
 
 def test_materialized_again_it_is_already_there_but_for_the_metadata(earlier: Path) -> None:
-    done = ltxpack("materialize", earlier / "source", earlier / "overlay")
-    assert done.returncode == 0, done.stderr
-    assert "already" in done.stdout
-    assert "source/metadata.json" in done.stderr and "--force" in done.stderr
+    told = done("materialize", earlier / "source", earlier / "overlay")
+    assert "already" in told.stdout
+    assert "source/metadata.json" in told.stderr and "--force" in told.stderr

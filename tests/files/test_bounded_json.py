@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -42,12 +44,8 @@ CROWDED = {
 @pytest.fixture
 def no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever parses has failed."""
-
-    def parsed(*_: object, **__: object) -> None:
-        raise AssertionError("it was parsed before it was counted")
-
-    monkeypatch.setattr(json, "loads", parsed)
-    monkeypatch.setattr(json, "load", parsed)
+    for name in ("loads", "load"):
+        monkeypatch.setattr(json, name, mock.Mock(side_effect=AssertionError("it was parsed before it was counted")))
 
 
 @pytest.mark.usefixtures("no_parser")
@@ -61,6 +59,16 @@ def test_too_many_values_are_counted_not_parsed(name: str, crowd: str, tmp_path:
     assert str(caught.value).startswith(f"{path}: ")
 
 
+@contextlib.contextmanager
+def in_a_megabyte() -> Iterator[None]:
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.usefixtures("no_parser")
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_too_large_is_refused_by_its_size(name: str, tmp_path: Path) -> None:
@@ -68,13 +76,8 @@ def test_a_file_too_large_is_refused_by_its_size(name: str, tmp_path: Path) -> N
     with path.open("wb") as file:
         file.write((1 << 40).to_bytes(8, "little"))
         file.truncate(1 << 34)
-    tracemalloc.start()
-    try:
-        with pytest.raises(LtxpackError, match="at most 16777216 bytes"):
-            READERS[name](path)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    finally:
-        tracemalloc.stop()
+    with in_a_megabyte(), pytest.raises(LtxpackError, match="at most 16777216 bytes"):
+        READERS[name](path)
 
 
 def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
@@ -82,12 +85,8 @@ def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"weight_map": {"a": "x.safetensors"}}')
     read_index(path)
-    tracemalloc.start()
-    try:
+    with in_a_megabyte():
         read_index(path), read_json(path), read_config(path)
-        assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    finally:
-        tracemalloc.stop()
 
 
 def test_what_a_string_hides_is_counted_where_it_is_parsed() -> None:

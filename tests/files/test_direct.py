@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from _measure import make_cold, resident
@@ -22,13 +22,8 @@ SIZE = 5 * ALIGN + 77
 LARGE = 2 * 1024 * 1024
 
 
-@contextmanager
-def opened(path: Path, reads: str = DIRECT) -> Iterator[DirectReader]:
-    file = DirectReader(path, reads)
-    try:
-        yield file
-    finally:
-        file.close()
+def opened(path: Path, reads: str = DIRECT) -> closing[DirectReader]:
+    return closing(DirectReader(path, reads))
 
 
 @pytest.fixture(scope="module")
@@ -123,33 +118,13 @@ def test_a_system_that_refuses_in_the_middle(
     assert bytes(memory[100:SIZE]) == path.read_bytes()[100:]
 
 
-def test_a_system_that_refuses_to_open(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = os.open
-
-    def refusing(name: Any, flags: int, *more: Any) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return plain(name, flags, *more)
-
-    monkeypatch.setattr(direct.os, "open", refusing)
-    memory = aligned_buffer(SIZE + 2 * ALIGN)
-    with opened(path) as file:
-        assert not file.past_cache and file.why == "O_DIRECT: Invalid argument"
-        file.gather(memory, 1, SIZE - 1)
-    assert bytes(memory[1:SIZE]) == path.read_bytes()[1:]
-
-
 @pytest.mark.parametrize("reads", READS)
 def test_faults_are_told(reads: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = aligned_buffer(2 * SIZE + 2 * ALIGN)
     with opened(path, reads) as file:
         with pytest.raises(FormatError, match="10 bytes are missing"):
             file.gather(memory, 10, SIZE)
-
-        def broken(*_: Any) -> int:
-            raise OSError(errno.EIO, "Input/output error")
-
-        monkeypatch.setattr(direct.os, "preadv", broken)
+        monkeypatch.setattr(direct.os, "preadv", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
         with pytest.raises(SourceError, match="cannot be read: Input/output error") as caught:
             file.gather(memory, 0, 10)
         assert caught.value.file == str(path)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors
-from hypothesis import given, settings
+import torch
+from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from support import in_fresh_process
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.files import tensorfile
@@ -46,14 +46,6 @@ def parse(data: bytes) -> tensorfile.TensorFile:
 
 def entry(dtype: str = "U8", shape: Any = (1,), offsets: Any = (0, 1)) -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-def library_accepts(data: bytes) -> bool:
-    try:
-        safetensors.deserialize(data)
-    except safetensors.SafetensorError:
-        return False
-    return True
 
 
 names = st.text(
@@ -88,75 +80,26 @@ def test_built_headers_are_read_back_by_us_and_by_the_library(
 
 
 def test_files_of_the_library_are_read(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
     tensors = {
         "a.weight": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
         "b": torch.tensor(1.5),
         "c": torch.zeros(0, 4, dtype=torch.float16),
     }
-    path = tmp_path / "m.safetensors"
-    save_file(tensors, path, metadata={"format": "pt", "config": '{"a": 1}\n'})
-    file = read_tensorfile(path)
-    assert file.size == path.stat().st_size
-    assert file.metadata == {"format": "pt", "config": '{"a": 1}\n'}
-    data = path.read_bytes()
+    path, metadata = tmp_path / "m.safetensors", {"format": "pt", "config": '{"a": 1}\n'}
+    save_file(tensors, path, metadata)
+    file, data = read_tensorfile(path), path.read_bytes()
+    assert (file.size, file.metadata) == (len(data), metadata)
     for name, tensor in tensors.items():
         info = file.tensors[name]
         assert info.shape == tuple(tensor.shape)
         assert data[info.start : info.start + info.nbytes] == bytes(tensor.flatten().view(torch.uint8).numpy())
 
 
-ODD = st.sampled_from(
-    [-1, -0.0, 1.0, 2**31, 2**63, 2**64, True, None, "x", "", [], {}, [1], [0, 1, 2], [[]], {"a": 1}, 1e300]
-)
-
-
-@st.composite
-def nearly_sound(draw: st.DrawFn) -> bytes:
-    """A small file in which something may have been changed: a value, a key, some bytes, or the length of the data."""
-    document: dict[str, Any] = {}
-    end = 0
-    for number in range(draw(st.integers(0, 3))):
-        dtype = draw(st.sampled_from([*DTYPE_BITS, "F8", "bf16"]))
-        shape = draw(st.lists(st.integers(0, 3), max_size=3))
-        bits = DTYPE_BITS.get(dtype, 8)
-        for dim in shape:
-            bits *= dim
-        start, end = end + draw(st.sampled_from([0] * 9 + [1, -1])), end + bits // 8
-        item: dict[str, Any] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-        if draw(st.integers(0, 4)) == 0:
-            item[draw(st.sampled_from(["dtype", "shape", "data_offsets", "more"]))] = draw(ODD)
-        document[f"t{number}"] = item
-    if draw(st.booleans()):
-        document["__metadata__"] = draw(st.one_of(st.none(), st.just({"a": "b"}), st.just({"a": 1}), ODD))
-    text = json.dumps(document).encode() + draw(st.sampled_from([b"", b" ", b"\n", b"\0", b",", b"}"]))
-    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
-        at = draw(st.integers(0, len(text)))
-        text = text[:at] + draw(st.binary(max_size=2)) + text[at + draw(st.integers(0, 2)) :]
-    data = bytes(max(0, end + draw(st.sampled_from([0] * 6 + [-1, 1, 8]))))
-    length = max(0, len(text) + draw(st.sampled_from([0] * 8 + [1, -1, 2**40, 2**63])))
-    return length.to_bytes(8, "little") + text + data
-
-
-@settings(max_examples=1500)
-@given(nearly_sound())
-def test_what_the_library_refuses_is_refused(data: bytes) -> None:
-    try:
-        file = parse(data)
-    except FormatError:
-        return
-    found = dict(safetensors.deserialize(data))
-    assert {name: (item["dtype"], item["shape"]) for name, item in found.items()} == {
-        name: (info.dtype, list(info.shape)) for name, info in file.tensors.items()
-    }
-
-
 def test_the_dtypes_are_those_of_the_library() -> None:
     for dtype, bits in DTYPE_BITS.items():
-        assert library_accepts(blob({"a": entry(dtype, [8], [0, bits])}, bytes(bits))), dtype
-        assert parse(blob({"a": entry(dtype, [8], [0, bits])}, bytes(bits))).tensors["a"].nbytes == bits
+        data = blob({"a": entry(dtype, [8], [0, bits])}, bytes(bits))
+        safetensors.deserialize(data)
+        assert parse(data).tensors["a"].nbytes == bits
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
@@ -230,11 +173,8 @@ def test_hostile_files_are_refused_in_one_message(case: str, tmp_path: Path) -> 
     with pytest.raises(FormatError) as caught:
         read_tensorfile(path)
     message = str(caught.value)
-    assert told in message
-    assert message.startswith(str(path))
-    assert len(message) < 1000
-    assert "\0" not in message
-    assert "\x1b" not in message
+    assert told in message and message.startswith(str(path))
+    assert len(message) < 1000 and message.replace("\n", "").isprintable()
 
 
 def test_headers_made_to_be_slow_are_refused_in_a_second_and_little_memory() -> None:
@@ -268,9 +208,9 @@ def test_headers_made_to_be_slow_are_refused_in_a_second_and_little_memory() -> 
         spent = time.process_time() - start
         if spent > 1:
             raise SystemExit(f"{spent:.2f} s: {body[:60]}")
+    answer = None
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_fresh_process(script)
 
 
 def test_a_header_over_the_limit_is_refused_before_it_is_read(tmp_path: Path) -> None:

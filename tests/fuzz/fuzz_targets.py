@@ -6,6 +6,7 @@ attempt that does anything else, takes long, takes much memory or writes outside
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,13 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import torch
+
 from ltxpack.demo.checkpoint import write_source
 from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
 from ltxpack.lora_bake import BakeOptions, plan_bake
-from ltxpack.lora_bake.adapter import open_adapter
+from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.find import scan
-from ltxpack.manifest import MANIFEST_NAME, read_manifest
+from ltxpack.lora_bake.fuse import fuse_rows
+from ltxpack.lora_bake.stream import FactorReader
+from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Manifest, read_manifest
 from ltxpack.materialize import Options, inspect_path, materialize, plan_overlay
 from ltxpack.materialize.checkpoint import read_lora, read_upsampler
 from ltxpack.materialize.inputs import read_text_encoder
@@ -81,11 +87,18 @@ class Guard:
     """
 
     CHANGING = frozenset(
-        {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
+        f"os.{name}" for name in ("rename", "remove", "rmdir", "mkdir", "symlink", "link", "truncate", "chmod")
     )
     FORBIDDEN = frozenset(
-        {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"}
-        | {"socket.connect", "socket.getaddrinfo"}
+        [
+            "pickle.find_class",
+            "subprocess.Popen",
+            "os.system",
+            "os.exec",
+            "os.posix_spawn",
+            "socket.connect",
+            "socket.getaddrinfo",
+        ]
     )
 
     def __init__(self) -> None:
@@ -174,8 +187,9 @@ def _loose(folder: Path) -> Iterator[Target]:
     data = bytes(sum(tensor_nbytes(dtype, shape) for _, dtype, shape in tensors))
 
     def read() -> None:
-        read_tensorfile(path)
-        _accepted_by_the_library(path)
+        file, library = read_tensorfile(path), dict(safetensors.deserialize(path.read_bytes()))
+        found = {name: (info.dtype, list(info.shape)) for name, info in file.tensors.items()}
+        assert found == {name: (info["dtype"], info["shape"]) for name, info in library.items()}
         inspect_path(path)
 
     yield Target("header", path, read, (header + data, build_header([], {})))
@@ -185,34 +199,24 @@ def _loose(folder: Path) -> Iterator[Target]:
     yield Target("index", index, lambda: read_index(index), (text,))
 
 
-def _accepted_by_the_library(path: Path) -> None:
-    """What we take, the safetensors library must take."""
-    import safetensors
-
-    safetensors.deserialize(path.read_bytes())
-
-
 def _source(source: Path, folder: Path) -> Iterator[Target]:
     """Inputs of ``materialize``: the checkpoint through the whole plan, the others through their part of it."""
     options = Options(str(source), folder / "out")
 
-    def plan(path: Path) -> None:
-        inspect_path(path)
-        plan_overlay(options, QUIET)
+    readers: dict[str, tuple[str, Callable[[Path], object]]] = {
+        "checkpoint": ("*-dev.*", lambda path: plan_overlay(options, QUIET)),
+        "lora": ("*-lora-*", lambda path: read_lora(read_tensorfile(path))),
+        "upsampler": ("*-upscaler-*", lambda path: read_upsampler(read_tensorfile(path), 128, path)),
+    }
 
-    def lora(path: Path) -> None:
+    def look(path: Path, read: Callable[[Path], object]) -> None:
         inspect_path(path)
-        read_lora(read_tensorfile(path))
+        read(path)
 
-    def upsampler(path: Path) -> None:
-        inspect_path(path)
-        read_upsampler(read_tensorfile(path), 128, path)
-
-    readers = {"checkpoint": ("*-dev.*", plan), "lora": ("*-lora-*", lora), "upsampler": ("*-upscaler-*", upsampler)}
     for name, (pattern, call) in readers.items():
         [path] = source.glob(pattern)
         head, tail = _split(path)
-        yield Target(name, path, functools.partial(call, path), (head,), tail)
+        yield Target(name, path, functools.partial(look, path, call), (head,), tail)
     yield from _text_encoder(source / "gemma")
 
 
@@ -233,15 +237,12 @@ def _text_encoder(gemma: Path) -> Iterator[Target]:
 
 def _overlay(overlay: Path) -> Iterator[Target]:
     """An overlay edited by hand, as ``verify``, ``inspect`` and ``bake-lora`` read it."""
-    options = BakeOptions(overlay, (0.5,))
+    bake = functools.partial(plan_bake, BakeOptions(overlay, (0.5,)), QUIET)
 
     def look() -> None:
         read_manifest(overlay)
         inspect_path(overlay)
         verify(overlay, QUIET)
-
-    def bake() -> None:
-        plan_bake(options, QUIET)
 
     path = overlay / MANIFEST_NAME
     manifest = read_manifest(overlay)
@@ -256,10 +257,8 @@ def _overlay(overlay: Path) -> Iterator[Target]:
     yield Target("transformer shard", shard, bake, (head,), tail)
 
 
-def _bake_entry(manifest: Any) -> Any:
+def _bake_entry(manifest: Manifest) -> Bake:
     """A bake as a manifest may list it: all of it links."""
-    from ltxpack.manifest import Bake, BakedLora
-
     files = manifest.components["transformer"].files
     links = tuple(
         dataclasses.replace(file, path=f"bakes/x-1/{Path(file.path).name}", link=f"../../{file.path}") for file in files
@@ -282,7 +281,7 @@ def _adapters(folder: Path, overlay: Path) -> Iterator[Target]:
             for allowed in (False, True):
                 adapter = open_adapter(place, shapes, allow_unmatched=allowed)
                 scan(adapter, QUIET)
-                assert adapter.targets
+                _use(adapter, shapes)
 
         return call
 
@@ -296,15 +295,19 @@ def _adapters(folder: Path, overlay: Path) -> Iterator[Target]:
     yield Target("peft config", peft / "adapter_config.json", fit(peft), (text,))
 
 
+def _use(adapter: Adapter, shapes: Shapes) -> None:
+    """What a bake does with an adapter that was taken."""
+    assert adapter.targets
+    with contextlib.closing(FactorReader(adapter)) as reader:
+        for name in adapter.targets:
+            fuse_rows(torch.zeros(shapes[name]), [reader.term(name)], [[0.5]], "fp32")
+
+
 PREFIXES = ("diffusion_model.", "transformer.", "base_model.model.", "lora_unet_", "model.diffusion_model.")
 
 
 def _adapter_files(shapes: Shapes, prefixes: tuple[str, ...] = PREFIXES) -> Iterator[bytes]:
-    modules = [
-        "transformer_blocks.0.attn1.to_q",
-        "transformer_blocks.1.attn2.to_out.0",
-        "transformer_blocks.1.ff.net.2",
-    ]
+    modules = [f"transformer_blocks.{name}" for name in ("0.attn1.to_q", "1.attn2.to_out.0", "1.ff.net.2")]
     random_bytes = random.Random(1)
     for prefix in prefixes:
         tensors: list[tuple[str, str, tuple[int, ...]]] = []
@@ -319,6 +322,12 @@ def _adapter_files(shapes: Shapes, prefixes: tuple[str, ...] = PREFIXES) -> Iter
         if prefix == "diffusion_model.":
             tensors.append((f"{prefix}{modules[0]}.dora_scale", "F16", (shapes[f"{modules[0]}.weight"][0], 1)))
             tensors.append((f"{prefix}transformer_blocks.0.ff.net.2.diff_b", "BF16", shapes["proj_in.bias"]))
+            tensors.append((f"{prefix}{modules[2]}.diff_b", "F32", shapes[f"{modules[2]}.bias"]))
+            fused = "transformer_blocks.0.audio_attn1.to_q"
+            rows, columns = shapes[f"{fused}.weight"]
+            tensors.append((f"{prefix}{fused}kv.lora_A.weight", "F8_E5M2", (2, columns)))
+            tensors.append((f"{prefix}{fused}kv.lora_B.weight", "F16", (3 * rows, 2)))
+            tensors.append((f"{prefix}proj_in.diff", "BF16", shapes["proj_in.weight"]))
         stated = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4.0})
         metadata = {"lora_adapter_metadata": stated} if prefix == "transformer." else {"format": "pt"}
         # Small numbers: bf16 and fp32 of 0x3c.. are about 0.01.

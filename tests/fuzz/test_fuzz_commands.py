@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from blake3 import blake3
 from fuzz_mutations import mutate
 from fuzz_targets import LONGEST_MESSAGE, guard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import Done, ltxpack, tree
+from safetensors.torch import save_file
+from support import Done, load, ltxpack, tree
 
 from ltxpack.manifest import MANIFEST_NAME
 
@@ -35,7 +37,7 @@ limited = settings(max_examples=8, deadline=None, suppress_health_check=list(Hea
 randoms = st.integers(0, 2**32 - 1).map(random.Random)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Files:
     """A sound ``source``, ``work/overlay`` with two bakes made from it, and ``strange``, which lies outside of both.
 
@@ -45,19 +47,8 @@ class Files:
     folder: Path
 
     def __post_init__(self) -> None:
+        self.source, self.strange, self.overlay = (self.folder / name for name in ("source", "strange", "work/overlay"))
         self.overlay.parent.mkdir(parents=True)
-
-    @property
-    def source(self) -> Path:
-        return self.folder / "source"
-
-    @property
-    def strange(self) -> Path:
-        return self.folder / "strange"
-
-    @property
-    def overlay(self) -> Path:
-        return self.folder / "work" / "overlay"
 
     def replace(self, path: Path, data: bytes) -> None:
         """Other bytes at ``path``, in a file of its own."""
@@ -97,9 +88,8 @@ def prepare(templates: Files) -> None:
     (templates.strange / "config.json").write_text('{"not": "yours"}')
     finished(ltxpack("materialize", templates.source, templates.overlay, *SMALL))
     finished(ltxpack("bake-lora", templates.overlay, "--strength", "0.25"))
-    finished(
-        ltxpack("bake-lora", templates.overlay, "--lora", part_lora(templates), "--strength", "1", "--name", "part")
-    )
+    lora = ("--lora", part_lora(templates), "--name", "part")
+    finished(ltxpack("bake-lora", templates.overlay, "--strength", "1", *lora))
     [shard] = list(templates.overlay.glob("bakes/distilled-0.25/*-00001-*.safetensors"))
     shard.unlink()
     finished(ltxpack("verify", templates.overlay, "--repair", "--source", templates.source))
@@ -107,10 +97,7 @@ def prepare(templates: Files) -> None:
 
 def part_lora(templates: Files) -> Path:
     """A LoRA of one linear: all but one shard of its bake are links."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    whole = load_file(next(templates.source.glob("*-lora-*")))
+    whole = load(next(templates.source.glob("*-lora-*")))
     name = next(key for key in sorted(whole) if ".transformer_blocks.0." in key).partition(".lora_")[0]
     path = templates.strange / "part.safetensors"
     save_file({key: tensor.to(torch.bfloat16) for key, tensor in whole.items() if key.startswith(f"{name}.")}, path)
@@ -189,11 +176,8 @@ def forge_file(attempt: Files, rng: random.Random) -> None:
     for record in records(text):
         if record.get("path") == path.relative_to(attempt.overlay).as_posix():
             before = json.dumps(record, indent=1, sort_keys=True)
-            after = json.dumps(
-                {**record, "size": len(data), "blake3": blake3(data).hexdigest()}, indent=1, sort_keys=True
-            )
-            pattern = r"\s*".join(map(re.escape, before.split()))
-            text = re.sub(pattern, lambda _, after=after: after, text)
+            after = json.dumps({**record, "size": len(data), "blake3": blake3(data).hexdigest()})
+            text = re.sub(r"\s*".join(map(re.escape, before.split())), lambda _, after=after: after, text)
     attempt.replace(manifest, text.encode())
 
 

@@ -13,7 +13,7 @@ from fuzz_targets import MEMORY, Finding, Target, guard, make_targets
 
 # By what one attempt costs: about a second of processor time per target, fifteen in all.
 COUNTS = {
-    "header": 1500,
+    "header": 2500,
     "index": 1000,
     "checkpoint": 15,
     "lora": 100,
@@ -28,7 +28,7 @@ COUNTS = {
     "transformer config.json": 30,
     "transformer diffusion_pytorch_model.safetensors.index.json": 30,
     "transformer shard": 30,
-    "adapter": 200,
+    "adapter": 400,
     "peft config": 200,
 }
 

@@ -237,51 +237,19 @@ def test_allow_unmatched_passes_unmatched_targets_only(tmp_path: Path) -> None:
     refused(save(tmp_path / "y.safetensors", tensors), "1 unknown key", allow_unmatched=True)
 
 
+WAN = [f"diffusion_model.blocks.{i}.self_attn.q.lora_{c}.weight" for i in range(40) for c in "AB"]
+SDXL = [f"{name}.lora_{c}.weight" for c in ("down", "up") for name in
+        ("lora_unet_down_blocks_1_attentions_0_proj_in", "lora_te1_text_model_encoder_layers_0_mlp_fc1")]  # fmt: skip
+
+
 @pytest.mark.parametrize("allow", [False, True])
-def test_a_lora_for_another_model_is_one_clear_message(allow: bool, tmp_path: Path) -> None:
-    tensors = {
-        f"diffusion_model.blocks.{i}.self_attn.q.lora_{c}.weight": torch.zeros(4, 4) for i in range(40) for c in "AB"
-    }
-    error = refused(save(tmp_path / "wan.safetensors", tensors), "is a LoRA for another model", allow_unmatched=allow)
-    assert "none of its 40 targets" in error.problem and "blocks.0.self_attn.q" in str(error.found)
-
-
-TEXT_PATH = {f"text_embedding_projection.video_aggregate_embed.lora_{c}.weight": torch.zeros(4, 4) for c in "AB"}
-INTEGERS = {key: tensor.to(torch.int8) for key, tensor in official_keys(low_rank(MODULES[:2])).items()}
-UNUSABLE = [(TEXT_PATH, "changes only the text path"), ({"weight": torch.zeros(2)}, "holds no LoRA"),
-            (INTEGERS, "2 unusable dtypes")]  # fmt: skip
-UNUSABLE += [
-    (official_keys(FACTORS) | alphas(official_root, MODULES[:1], value), "1 unreadable alpha")
-    for value in (math.nan, math.inf, 1e19)
-]
-
-
-@pytest.mark.parametrize(("tensors", "match"), UNUSABLE)
-def test_what_is_no_usable_lora(tensors: dict[str, torch.Tensor], match: str, tmp_path: Path) -> None:
-    refused(save(tmp_path / "x.safetensors", tensors), match)
-
-
-@pytest.mark.parametrize(
-    ("extra", "kind"),
-    [
-        ({f"transformer.{ATTENTION}.to_q.lora_A.weight": (4, 32)}, "1 duplicate"),
-        ({f"diffusion_model.{ATTENTION}.to_q.lora_down.weight": (4, 32)}, "1 duplicate"),
-        ({f"diffusion_model.{ATTENTION}.to_qkv.lora_A.weight": (4, 32),
-          f"diffusion_model.{ATTENTION}.to_qkv.lora_B.weight": (96, 4)}, "3 duplicate"),
-        ({f"diffusion_model.{ATTENTION}.norm_q.alpha": ()}, "1 half pair"),
-        ({f"diffusion_model.{ATTENTION}.norm_q.dora_scale": (32,)}, "1 half pair"),
-        ({f"diffusion_model.{ATTENTION}.to_q.dora_scale": (1, 32)}, "1 shape mismatch"),
-        ({f"diffusion_model.{ATTENTION}.to_q.alpha": (3,)}, "1 unreadable alpha"),
-        ({f"diffusion_model.{ATTENTION}.norm_q.diff": (3,)}, "1 shape mismatch"),
-        ({f"diffusion_model.{ATTENTION}.norm_q.diff_b": (32,)}, "1 shape mismatch"),
-        ({f"diffusion_model.{ATTENTION}.norm_q.lora_A.weight": (4, 32),
-          f"diffusion_model.{ATTENTION}.norm_q.lora_B.weight": (32, 4)}, "1 shape mismatch"),
-        ({"alpha": ()}, "1 unknown key"),
-    ],
-)  # fmt: skip
-def test_refusals(extra: dict[str, tuple[int, ...]], kind: str, tmp_path: Path) -> None:
-    tensors = official_keys(FACTORS) | {key: torch.zeros(shape) for key, shape in extra.items()}
-    assert kind in refused(save(tmp_path / "x.safetensors", tensors), "does not fit").problem
+@pytest.mark.parametrize(("keys", "count", "named"), [(WAN, 40, "blocks.0.self_attn.q"), (SDXL, 2, "attentions_0")])
+def test_a_lora_for_another_model_is_one_clear_message(
+    keys: list[str], count: int, named: str, allow: bool, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "x.safetensors", dict.fromkeys(keys, torch.zeros(4, 4)))
+    error = refused(path, "is a LoRA for another model", allow_unmatched=allow)
+    assert f"none of its {count} targets" in error.problem and named in str(error.found)
 
 
 def test_targets_of_other_widths_are_another_model(tmp_path: Path) -> None:

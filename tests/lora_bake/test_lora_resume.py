@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ import pytest
 import torch
 from kill_child import bake_until_killed
 from lora_support import change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
-from support import in_fresh_process, tree
+from support import FORKS, in_fresh_process, tree
 
 from ltxpack.errors import OverlayError
 from ltxpack.lora_bake import BakeOptions, bake
@@ -34,12 +33,10 @@ FACTORS = low_rank(linears())
 @pytest.fixture(scope="module")
 def spawn() -> Callable[..., Any]:
     """Bakes in a fresh process that dies at a call to the file system; the calls, or None if it was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "ltxpack.lora_bake", "jsonschema", "kill_child"])
 
     def run(*arguments: Any) -> Any:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=bake_until_killed, args=(*arguments, theirs))
+        ours, theirs = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=bake_until_killed, args=(*arguments, theirs))
         process.start()
         theirs.close()
         try:
