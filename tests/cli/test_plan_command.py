@@ -90,7 +90,9 @@ def test_the_commands_have_every_flag_the_plan_was_made_with(full_size: Path) ->
     refused(ltxpack("plan", *size, "--stage2", "mine"), 2)
 
 
-def test_blocks_that_stay_on_the_host_are_told() -> None:
+def test_blocks_that_stay_on_the_host_and_what_is_brought_into_the_page_cache_are_told() -> None:
+    some, all_of_it = (planned("--vram", "141GB", "--ram", ram)["loading"] for ram in ("96GB", "128GB"))
+    assert 0 < some["into_cache"] < some["first_video"]["bytes"] == all_of_it["into_cache"]
     document = planned("--vram", "24GB", "--ram", "64GB")
     held = document["setup"]["held_blocks"]
     assert all(held)
@@ -98,11 +100,6 @@ def test_blocks_that_stay_on_the_host_are_told() -> None:
     reads = document["loading"]
     assert reads["next_video"]["bytes"] < 0.7 * reads["first_video"]["bytes"]
     assert planned("--vram", "24GB", "--ram", "128GB")["setup"]["held_blocks"] == [0, 0]
-
-
-def test_what_is_brought_into_the_page_cache_is_told() -> None:
-    some, all_of_it = (planned("--vram", "141GB", "--ram", ram)["loading"] for ram in ("96GB", "128GB"))
-    assert 0 < some["into_cache"] < some["first_video"]["bytes"] == all_of_it["into_cache"]
 
 
 def test_the_tiles_of_the_decoder_are_told() -> None:
@@ -180,7 +177,8 @@ def test_the_commands_name_the_distilled_checkpoint_and_a_lora_of_ones_own(demo:
     ]
 
 
-def test_what_fits_nowhere_is_refused_with_numbers() -> None:
+def test_what_fits_nowhere_is_refused_with_numbers_and_what_is_no_overlay(tmp_path: Path) -> None:
+    assert "ltxpack materialize" in refused(ltxpack("plan", tmp_path), 1)
     message = refused(ltxpack("plan", "--vram", "6GB", "--ram", "64GB"), 1)
     assert "GB" in message and "6.0 GB free" in message
     message = refused(ltxpack("plan", "--vram", "24GB", "--ram", "64GB", "--residency", "resident"), 1)
@@ -195,10 +193,6 @@ def test_what_fits_nowhere_is_refused_with_numbers() -> None:
 def test_wrong_use(flag: str, value: str, words: list[str]) -> None:
     message = refused(ltxpack("plan", "--vram", "24GB", "--ram", "64GB", flag, value), 2)
     assert all(word in message for word in words)
-
-
-def test_no_overlay_there(tmp_path: Path) -> None:
-    assert "ltxpack materialize" in refused(ltxpack("plan", tmp_path), 1)
 
 
 def test_planning_loads_no_torch(full_size: Path) -> None:

@@ -49,7 +49,10 @@ def read(path: Path, start: int, nbytes: int) -> None:
     os.close(fd)
 
 
-def test_what_is_there_is_told_page_by_page(path: Path) -> None:
+def test_what_is_there_is_told_page_by_page(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    with cache_of(tmp_path / "empty") as cache:
+        assert not cache.holds(0, 1)
     with cache_of(path) as cache:
         assert not cache.holds(0, 1) and not cache.holds(0, SIZE)
         read(path, 2 * READ_BYTES, READ_BYTES)
@@ -63,12 +66,6 @@ def test_what_is_there_is_told_page_by_page(path: Path) -> None:
         with path.open("r+b") as file:
             file.truncate(PAGE)
         assert not cache.holds(0, SIZE) and not cache.holds(2 * READ_BYTES, READ_BYTES)
-
-
-def test_an_empty_file(tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-    with cache_of(tmp_path / "empty") as cache:
-        assert not cache.holds(0, 1)
 
 
 def test_where_the_system_does_not_say(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

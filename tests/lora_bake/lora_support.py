@@ -118,6 +118,13 @@ def make_overlay(
     return folder
 
 
+def peft_folder(folder: Path, factors: Factors, stated: Mapping[str, object], prefix: str = "") -> Path:
+    """A PEFT adapter of a wrapped model whose modules begin with ``prefix``, with the configuration ``stated``."""
+    save(folder / "adapter_model.safetensors", dotted(factors, lambda module: f"base_model.model.{prefix}{module}"))
+    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    return folder
+
+
 def record(folder: Path, path: Path) -> FileRecord:
     """How a manifest lists ``path``."""
     data = path.read_bytes()

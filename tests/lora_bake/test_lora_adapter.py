@@ -20,6 +20,7 @@ from lora_support import (
     low_rank,
     official,
     official_keys,
+    peft_folder,
     random_weights,
     save,
     shapes,
@@ -275,9 +276,7 @@ def test_other_float_dtypes_are_read(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 def peft(folder: Path, factors: Factors, **values: object) -> Path:
-    save(folder / "adapter_model.safetensors", dotted(factors, wrapped))
-    (folder / "adapter_config.json").write_text(json.dumps(config(**values)))
-    return folder
+    return peft_folder(folder, factors, config(**values))
 
 
 def test_one_alpha_for_mixed_ranks_is_ambiguous_and_a_stated_rank_must_be_the_rank(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from lora_support import (
     INDEX,
     LORA_FILE,
     change_byte,
-    dotted,
     goldens,
     linears,
     low_rank,
     make_overlay,
     official_keys,
+    peft_folder,
     random_weights,
     save,
 )
@@ -595,10 +595,8 @@ def test_a_torch_that_cannot_be_imported_is_told_where_it_is_asked_for(
 
 
 def test_a_peft_folder(overlay: Path) -> None:
-    folder = overlay.parent / "my_adapter"
-    save(folder / "adapter_model.safetensors", dotted(STYLE, lambda module: f"base_model.model.{module}"))
     stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
-    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    folder = peft_folder(overlay.parent / "my_adapter", STYLE, stated)
     assert run(overlay, 0.4, lora=str(folder)) == ["my_adapter-0.4"]
     doubled = save(overlay.parent / "d.safetensors", official_keys({m: (a, 2 * b) for m, (a, b) in STYLE.items()}))
     run(overlay, 0.4, lora=str(doubled))
@@ -648,8 +646,7 @@ def test_a_plan_takes_a_hub_lora_called_distilled_for_what_it_may_be(overlay: Pa
 
 
 def test_a_peft_adapter_from_the_hub_brings_its_configuration(overlay: Path, hub: FakeHub, repo: Path) -> None:
-    save(repo / "sub" / "adapter_model.safetensors", dotted(STYLE, lambda module: f"base_model.model.{module}"))
-    (repo / "sub" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    peft_folder(repo / "sub", STYLE, {"r": 2, "lora_alpha": 4})
     assert run(overlay, 0.5, lora="someone/repo/sub") == ["sub-0.5"]
     assert sorted(hub.fetched("")) == ["sub/adapter_config.json", "sub/adapter_model.safetensors"]
     assert read_manifest(overlay).bakes["sub-0.5"].loras[0].scale == 1.0

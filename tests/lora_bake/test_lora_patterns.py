@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_support import dotted, low_rank, save, shapes
+from lora_support import low_rank, peft_folder, shapes
 
 from ltxpack.errors import AdapterError
-from ltxpack.lora_bake.adapter import open_adapter
+from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.peft import Patterns, from_document
 
 CONFIG = Path("adapter_config.json")
@@ -60,19 +59,16 @@ def test_other_expressions_are_refused_by_name(pattern: str) -> None:
         assert len(message) < 1000
 
 
-def peft_folder(folder: Path, prefix: str, **stated: object) -> Path:
+def opened(folder: Path, prefix: str, **stated: object) -> Adapter:
     factors = low_rank([MODULE, "proj_in"])
-    save(folder / "adapter_model.safetensors", dotted(factors, lambda module: f"base_model.model.{prefix}{module}"))
-    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4, **stated}))
-    return folder
+    return open_adapter(peft_folder(folder, factors, {"r": 4, "lora_alpha": 4, **stated}, prefix), shapes())
 
 
 @pytest.mark.parametrize("prefix", ["model.", "diffusion_model.", "transformer.", ""])
 @pytest.mark.parametrize("anchor", ["", "^"])
 def test_a_pattern_may_carry_the_prefix_of_the_wrapped_model(prefix: str, anchor: str, tmp_path: Path) -> None:
     for number, written in enumerate({prefix, ""}):
-        folder = peft_folder(tmp_path / str(number), prefix, alpha_pattern={anchor + written + MODULE: 16})
-        adapter = open_adapter(folder, shapes())
+        adapter = opened(tmp_path / str(number), prefix, alpha_pattern={anchor + written + MODULE: 16})
         assert {name: target.factor for name, target in adapter.targets.items()} == {
             f"{MODULE}.weight": 4.0,
             "proj_in.weight": 1.0,
@@ -82,5 +78,5 @@ def test_a_pattern_may_carry_the_prefix_of_the_wrapped_model(prefix: str, anchor
 
 def test_a_pattern_that_matches_no_module_is_told(tmp_path: Path) -> None:
     table = {"blocks.7.nothing": 16, "^attn1.to_q": 16, "to_q": 4}
-    [told] = open_adapter(peft_folder(tmp_path, "", alpha_pattern=table), shapes()).warnings
+    [told] = opened(tmp_path, "", alpha_pattern=table).warnings
     assert told == "alpha_pattern has 2 patterns matching none of its modules: blocks.7.nothing, ^attn1.to_q"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import json
 import os
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kill_child import bake_until_killed
 from lora_support import change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
 from support import FORKS, in_fresh_process, tree
 
@@ -30,24 +33,34 @@ BASE = random_weights()
 FACTORS = low_rank(linears())
 
 
-@pytest.fixture(scope="module")
-def spawn() -> Callable[..., Any]:
-    """Bakes in a fresh process that dies at a call to the file system; the calls, or None if it was killed."""
+def bake_until_killed(overlay: Path, options: dict[str, Any], kill_at: int, answer: Connection) -> None:
+    """Bake; before the ``kill_at``-th change of the disk the process ends. Sends the changes if it gets through."""
+    calls = itertools.count(1)
 
-    def run(*arguments: Any) -> Any:
-        ours, theirs = FORKS.Pipe(duplex=False)
-        process = FORKS.Process(target=bake_until_killed, args=(*arguments, theirs))
-        process.start()
-        theirs.close()
-        try:
-            answer = ours.recv()
-        except EOFError:
-            answer = None
-        process.join(120)
-        assert process.exitcode == (0 if answer is not None else -9)
-        return answer
+    def watched(real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        if next(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
 
-    return run
+    for name in ("fsync", "rename", "replace", "unlink", "symlink"):
+        setattr(os, name, functools.partial(watched, getattr(os, name)))
+    bake(BakeOptions(overlay, **options), SilentReporter())
+    answer.send(next(calls) - 1)
+
+
+def spawn(*arguments: Any) -> int | None:
+    """Runs ``bake_until_killed`` in a fresh process: the number of changes, or None if it was killed."""
+    ours, theirs = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=bake_until_killed, args=(*arguments, theirs))
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+    except EOFError:
+        answer = None
+    process.join(120)
+    assert process.exitcode == (0 if answer is not None else -signal.SIGKILL)
+    return answer
 
 
 def start(folder: Path) -> Path:
@@ -91,7 +104,7 @@ JOBS = {
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_killed_anywhere_the_same_command_finishes(job: str, tmp_path: Path, spawn: Callable[..., Any]) -> None:
+def test_killed_anywhere_the_same_command_finishes(job: str, tmp_path: Path) -> None:
     options = JOBS[job]
     undisturbed, pristine = start(tmp_path / "undisturbed"), tmp_path / "pristine"
     shutil.copytree(undisturbed, pristine, symlinks=True)

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer
 from materialize import tiny_source
-from materialize.modules import needs_spec
-from materialize.test_plan import full_size_checkpoint
 from support import tree
 
 from ltxpack.errors import SourceError
@@ -90,22 +88,3 @@ def test_a_gated_text_encoder_is_told_before_the_first_weight(
         assert not out.exists()
         plan = plan_overlay(Options(REPO, out), SilentReporter()).to_json()
         assert [entry.split(":")[0] for entry in plan["missing"]] == ["text_encoder"]
-
-
-@needs_spec
-def test_the_full_size_checkpoint_is_planned_from_its_header(
-    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "base.safetensors"
-    full_size_checkpoint(path, f32=True)
-    served = repos(source)
-    served[REPO][DEFAULT_FILES["checkpoint"]] = path
-    # The miniature upsampler and text encoder would not fit it.
-    del served[REPO][DEFAULT_FILES["upsampler"]]
-    del served[TEXT_ENCODER_REPO]
-    with HubServer(served) as server:
-        server.use(monkeypatch, tmp_path / "cache")
-        plan = plan_overlay(Options(REPO, out), SilentReporter()).to_json()
-        assert plan["total_bytes"] > 46e9
-        assert sum(request.sent for request in server.requests) < 3_000_000
-        assert [entry.split(":")[0] for entry in plan["missing"]] == ["upsampler", "text_encoder"]

@@ -37,6 +37,14 @@ from ltxpack.reporter import SilentReporter
 SILENT = SilentReporter()
 
 
+def changes_of(work: Callable[..., object], *arguments: Any, dying: int) -> int:
+    """How often ``work`` changes the disk on a machine that dies at the change ``dying``; 0 if it does die."""
+    with contextlib.suppress(Dead), dying_at(dying) as count:
+        work(*arguments)
+        return count()
+    return 0
+
+
 def die_again(chance: random.Random, work: Callable[..., object], *arguments: Any) -> None:
     """Attempt ``work`` some times on a machine that dies soon, a little later each time."""
     for life in range(chance.randint(0, 3)):
@@ -74,16 +82,11 @@ def test_an_undisturbed_run_leaves_the_overlay_and_nothing_else(source: Path, tm
 
 def test_dying_at_every_change_of_the_disk(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     chance = random.Random(3)
-    change = 0
-    while True:
-        change += 1
+    for change in itertools.count(1):
         target = tmp_path / str(change) / "out"
-        try:
-            with dying_at(change) as count:
-                materialize(source, target)
+        if count := changes_of(materialize, source, target, dying=change):
             break
-        except Dead:
-            assert not target.exists() or tree(target) == whole
+        assert not target.exists() or tree(target) == whole
         if not target.exists():
             die_again(chance, remade, source, target)
             remade(source, target)
@@ -92,7 +95,7 @@ def test_dying_at_every_change_of_the_disk(source: Path, tmp_path: Path, whole: 
             assert not unfinished(target)
         assert tree(target) == whole
         assert {path.name for path in target.parent.iterdir()} == {"out"}
-    assert change == count() + 1 > 60
+    assert change == count + 1 > 60
 
 
 def test_what_is_complete_is_not_written_again(
@@ -184,17 +187,12 @@ def replaced_overlay(tmp_path: Path, name: str) -> tuple[Path, dict[str, bytes]]
 def test_replacing_an_overlay_dying_at_every_change(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     mine = {"transformer/mine.txt": b"the user's", "notes/n.md": b"the user's too"}
     chance = random.Random(4)
-    change = 60  # everything before happens in the staging folder, as in the test above
-    while True:
-        change += 1
+    for change in itertools.count(61):  # everything before happens in the staging folder, as in the test above
         target, old = replaced_overlay(tmp_path, str(change))
-        try:
-            with dying_at(change) as count:
-                materialize(source, target, force=True)
+        if count := changes_of(remade, source, target, dying=change):
             break
-        except Dead:
-            found = tree(target)
-            assert found in ({}, old) or whole.items() <= found.items()
+        found = tree(target)
+        assert found in ({}, old) or whole.items() <= found.items()
         die_again(chance, recovered, target)
         recovered(target)
         assert tree(target) in (old, whole | mine)
@@ -203,7 +201,7 @@ def test_replacing_an_overlay_dying_at_every_change(source: Path, tmp_path: Path
         assert tree(target) == whole | mine
         assert {path.name for path in target.parent.iterdir()} == {"out"}
     assert tree(target) == whole | mine
-    assert change == count() + 1 > 80
+    assert change == count + 1 > 80
 
 
 def test_force_is_needed_and_takes_only_overlays(source: Path, tmp_path: Path, listener: Notes) -> None:
@@ -303,24 +301,19 @@ def test_adding_and_replacing_bakes_dying_at_every_change(source: Path, tmp_path
     assert whole["bakes/old/config.json"] == whole["bakes/new/config.json"] == b"second"
     assert not (undisturbed / ".ltxpack").exists()
     chance = random.Random(5)
-    change = 0
-    while True:
-        change += 1
+    for change in itertools.count(1):
         target = tmp_path / str(change)
         shutil.copytree(pristine, target, symlinks=True)
-        try:
-            with dying_at(change) as count:
-                bake(target, ("old", "new"), b"second", force=True)
+        if count := changes_of(bake, target, ("old", "new"), b"second", True, dying=change):
             break
-        except Dead:
-            # At every moment the manifest names only what is whole.
-            faults = verify(target, SILENT)
-            assert {fault.problem for fault in faults} <= {"is not in the manifest"}, change
-            assert "kept" in read_manifest(target).bakes
+        # At every moment the manifest names only what is whole.
+        faults = verify(target, SILENT)
+        assert {fault.problem for fault in faults} <= {"is not in the manifest"}, change
+        assert "kept" in read_manifest(target).bakes
         die_again(chance, bake, target, ("old", "new"), b"second", True)
         bake(target, ("old", "new"), b"second", force=True)
         assert tree(target) == whole, change
-    assert change == count() + 1 > 60
+    assert change == count + 1 > 60
 
 
 def test_a_bake_that_exists_needs_force_and_a_stray_folder_does_not(source: Path, tmp_path: Path) -> None:
