@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_parts import SMALL, built, cast, distance, random_streams, random_weights, recipe, tracing, with_timesteps
+from dit_parts import cast, distance, random_streams, recipe, tracing, with_timesteps
 from support import Notes
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -153,21 +153,3 @@ def test_all_blocks_and_both_stages_share_their_graphs_and_agree_with_eager(dit:
     for (count, why, work), expected in zip(works, eager, strict=True):
         assert max(map(distance, work(), expected)) <= 1e-6
         assert len(graphs) == count, why
-
-
-def test_hooks_of_a_block_run_at_every_call_and_new_weights_are_used(dit: DiT) -> None:
-    """Weight streaming brings a block's weights in such a hook; the second stage's take the place of the first's."""
-    graphs, backend = tracing()
-    dit.compile_blocks(backend=backend, fullgraph=True)
-    streams = random_streams(dit, STAGES[0])
-    calls: list[int] = []
-    for number, block in enumerate(dit.transformer_blocks):
-        block.register_forward_pre_hook(lambda module, args, n=number: calls.append(n))
-    first = dit(streams)
-    others = random_weights(SMALL, seed=1)
-    dit.load_state_dict(others, assign=True)
-    second = dit(streams)
-    assert calls == [0, 1, 0, 1]
-    assert distance(second, built(SMALL, others)(streams)) <= 1e-6
-    assert distance(second, first) > 1e-3
-    assert len(graphs) == 3
