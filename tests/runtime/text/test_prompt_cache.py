@@ -381,18 +381,6 @@ def test_a_neighbour_is_no_more_than_rounding(demo: Path, dtype: torch.dtype, bo
         assert max(errors.video, errors.audio) <= bound
 
 
-def test_a_prompt_met_before_needs_no_text_encoder(demo: Path, loads: list[str], tmp_path: Path) -> None:
-    notes = Notes()
-    encoder(demo, PromptCache(tmp_path)).contexts(PAIR, notes)
-    assert loads == ["load_text_encoder", "load_connectors"]
-    assert notes.begun == ["text"]
-    encoder(demo, PromptCache(tmp_path)).contexts((f" {PAIR[0]}\n", PAIR[1]), notes)
-    assert len(loads) == 2
-    assert notes.begun == ["text"]
-    encoder(demo, PromptCache(tmp_path), torch.bfloat16).contexts(PAIR, notes)
-    assert len(loads) == 4
-
-
 def test_many_prompts_are_one_load(demo: Path, loads: list[str]) -> None:
     batches = [(f"boat {number}", "rain") for number in range(5)]
     ahead = encoder(demo, None)
@@ -408,9 +396,13 @@ def test_many_prompts_are_one_load(demo: Path, loads: list[str]) -> None:
         assert equal(contexts, reference(demo, batch, torch.float32))
 
 
-def test_a_damaged_entry_is_told_and_made_anew(demo: Path, loads: list[str], tmp_path: Path) -> None:
+def test_a_prompt_met_before_needs_no_text_encoder_unless_its_entry_is_damaged(
+    demo: Path, loads: list[str], tmp_path: Path
+) -> None:
     notes = Notes()
     wanted = encoder(demo, PromptCache(tmp_path)).contexts(PAIR, notes)
+    assert equal(encoder(demo, PromptCache(tmp_path)).contexts((f" {PAIR[0]}\n", PAIR[1]), notes), wanted)
+    assert loads == ["load_text_encoder", "load_connectors"] and notes.begun == ["text"]
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-5] + bytes(5))
