@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,28 @@ def test_a_shard_that_changed_is_told(overlay: Path, tmp_path: Path) -> None:
     path.write_bytes(data + bytes(4))
     message = refused(ltxpack("export", overlay, "-o", tmp_path / "x.safetensors"), 1)
     assert record.path in message and "ltxpack verify" in message
+
+
+def test_after_a_kill_the_same_command_makes_the_same_file(demo: Path, tmp_path: Path) -> None:
+    """Whenever it came: a file of that name is whole, and nothing of the killed one is left at the end."""
+    output = tmp_path / "x.safetensors"
+    command = [sys.executable, "-m", "ltxpack", "export", str(demo / "overlay"), "-o", str(output)]
+    whole: list[bytes] = []
+    for size in (0, 1, 10_000_000):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not any(
+            path.is_file() and path.stat().st_size >= size for path in tmp_path.rglob(".x.safetensors.*.tmp")
+        ):
+            pass
+        process.kill()
+        process.wait()
+        if output.exists():
+            whole.append(output.read_bytes())
+            output.unlink()
+    exported(demo / "overlay", output)
+    assert list(tmp_path.iterdir()) == [output]
+    exported(demo / "overlay", tmp_path / "y.safetensors")
+    assert {*whole, output.read_bytes()} == {(tmp_path / "y.safetensors").read_bytes()}
 
 
 @pytest.mark.parametrize("fault", ["disk", "interrupt"])

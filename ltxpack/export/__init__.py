@@ -6,21 +6,23 @@ The names come from the tables of the repacking, read backwards.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import OverlayError, UsageError, quoted
-from ltxpack.files.publish import Temporary, check_writable, write_errors
+from ltxpack.files.publish import check_writable, fsync_folder, write_errors
 from ltxpack.files.reader import Range, hash_file
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorInfo, read_json, read_tensorfile, regular_size
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.materialize.plan import METADATA
 from ltxpack.repack.items import Buffer, ShardEntry, TensorSpec, WriteShard, stored_tensor
-from ltxpack.repack.lock import OverlayLock, real_target
+from ltxpack.repack.lock import OverlayLock, real_target, refuse_links
 from ltxpack.repack.write import preflight, write_shard
 from ltxpack.reporter import Reporter
 
@@ -96,22 +98,33 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportReport:
     for a full disk, SourceError and FormatError for a shard that cannot be read.
     """
     output = _checked(options)
-    with OverlayLock(options.overlay, reporter, shared=True):
+    folder = output.parent / f".{output.name[:200]}.ltxpack"
+    refuse_links(folder)
+    with OverlayLock(options.overlay, reporter, shared=True), OverlayLock(folder, reporter), _emptied(folder):
         item = plan_export(options)
-        preflight([item], output.parent, copy=True)
-        temporary = Temporary(output, made=False)
-        try:
-            reporter.begin("writing", item.size, "B")
-            record = write_shard(replace(item, path=temporary.path.name), output.parent, reporter)
-            reporter.begin("reading back", item.size, "B")
-            _read_back(temporary.path, item, record, reporter)
-            reporter.end()
-            with write_errors(output):
-                temporary.publish(synced=True)
-        finally:
-            temporary.discard()
+        preflight([item], folder, copy=True)
+        reporter.begin("writing", item.size, "B")
+        record = write_shard(item, folder, reporter)
+        reporter.begin("reading back", item.size, "B")
+        _read_back(folder / item.path, item, record, reporter)
+        reporter.end()
+        with write_errors(output):
+            (folder / item.path).replace(output)
+            fsync_folder(output.parent)
     widened = sum(isinstance(entry.producer, Widened) for entry in item.entries)
     return ExportReport(options.output, item.size, record.blake3, len(item.entries), widened)
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[None]:
+    """The file is made in ``folder``: what a killed export left there goes first, and the folder goes at the end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with write_errors(folder):
+        folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checked(options: ExportOptions) -> Path:
@@ -216,6 +229,9 @@ def _read_back(path: Path, item: WriteShard, record: FileRecord, reporter: Repor
     found = hash_file(path, reporter)
     if found != record.blake3 or names != {tensor.name for tensor in item.tensors}:
         raise OverlayError(
-            "did not come back from the disk as it was written", file=path.parent / item.path,
-            expected=f"blake3 {record.blake3}", found=f"blake3 {found}", next="check the disk, then run this again",
-        )  # fmt: skip
+            "did not come back from the disk as it was written",
+            file=path,
+            expected=f"blake3 {record.blake3}",
+            found=f"blake3 {found}",
+            next="check the disk, then run this again",
+        )

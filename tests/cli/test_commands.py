@@ -14,7 +14,7 @@ from support import REPOSITORY, ltxpack, refused
 from ltxpack.cli import _what_again
 from ltxpack.runtime.model.kernels import AUTO, KERNELS
 
-COMMANDS = ("materialize", "bake-lora", "plan", "run", "verify", "inspect", "demo")
+COMMANDS = ("materialize", "bake-lora", "export", "plan", "run", "verify", "inspect", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
