@@ -57,8 +57,25 @@ class BakeReport:
         """The short form for the terminal: one line a LoRA, and if ``verbose`` what changed most."""
         if not self.made:
             return (f"{self.path}: is there already, made from the same inputs",)
-        shown = text_lines(self.document)[: None if verbose else len(self.document["loras"])]
-        return (f"{self.path}: baked", *(f"  {line}" for line in shown))
+        document, lines = self.document, [f"{self.path}: baked"]
+        for lora in document["loras"]:
+            ranks, scales = ", ".join(sorted(lora["ranks"], key=int)) or "none", lora["scales"]
+            others = f" and {lora['other_tensors']} other tensors" if lora["other_tensors"] else ""
+            span = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
+            lines.append(
+                f"  {lora['name']} at {lora['strength']:g}: {lora['matched']} of {lora['total']} linears"
+                f"{others}, rank {ranks}, scale {span}"
+            )
+        if verbose and document["targets"]:
+            biggest = sorted(document["kinds"].items(), key=lambda item: (-item[1]["largest_change"], item[0]))[:3]
+            lines.append(
+                f"  {document['changed_weights']:,} of {document['targeted_weights']:,} targeted weights changed in "
+                f"{document['changed_tensors']} tensors; rule {document['rule']}, kernel {document['kernel']}"
+            )
+            lines.append("  hardest: " + ", ".join(f"{kind} {value['largest_change']:.2e}" for kind, value in biggest))
+        elif verbose:
+            lines.append("  no weight changed: every strength is 0")
+        return tuple(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The report without its list of targets, which coverage.json holds."""
@@ -113,29 +130,6 @@ def build_report(
 def dump(document: Mapping[str, Any]) -> bytes:
     """The bytes of coverage.json."""
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
-
-
-def text_lines(document: Mapping[str, Any]) -> tuple[str, ...]:
-    """The report in a few lines."""
-    lines = []
-    for lora in document["loras"]:
-        ranks, scales = ", ".join(sorted(lora["ranks"], key=int)) or "none", lora["scales"]
-        others = f" and {lora['other_tensors']} other tensors" if lora["other_tensors"] else ""
-        span = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
-        lines.append(
-            f"{lora['name']} at {lora['strength']:g}: {lora['matched']} of {lora['total']} linears"
-            f"{others}, rank {ranks}, scale {span}"
-        )
-    biggest = sorted(document["kinds"].items(), key=lambda item: (-item[1]["largest_change"], item[0]))[:3]
-    if document["targets"]:
-        lines.append(
-            f"{document['changed_weights']:,} of {document['targeted_weights']:,} targeted weights changed in "
-            f"{document['changed_tensors']} tensors; rule {document['rule']}, kernel {document['kernel']}"
-        )
-        lines.append("hardest: " + ", ".join(f"{kind} {value['largest_change']:.2e}" for kind, value in biggest))
-    else:
-        lines.append("no weight changed: every strength is 0")
-    return tuple(lines)
 
 
 def _lora(lora: LoraUse, shapes: Shapes, rule: str) -> dict[str, Any]:

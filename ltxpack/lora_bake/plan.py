@@ -186,20 +186,15 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
                 raise changed_file(path, f"blake3 {record.blake3}", f"blake3 {digest}")
             continue
         shard = BaseShard(record, read_tensorfile(path))
-        _check_tensors(shard, shapes, overlay)
-        shapes |= {name: info.shape for name, info in shard.file.tensors.items()}
+        for name, info in shard.file.tensors.items():
+            if name in shapes:
+                raise OverlayError("is in two shards", file=path, tensor=name, next=f"ltxpack verify {quoted(overlay)}")
+            if info.dtype not in FLOATS:
+                problem, usable = "has a dtype no LoRA is baked into", " or ".join(FLOATS)
+                raise OverlayError(problem, file=path, tensor=name, expected=usable, found=info.dtype)
+            shapes[name] = info.shape
         shards.append(shard)
     return BaseTransformer(tuple(shards), small, shapes)
-
-
-def _check_tensors(shard: BaseShard, known: Mapping[str, object], overlay: Path) -> None:
-    for name, info in shard.file.tensors.items():
-        if name in known:
-            advice = f"ltxpack verify {quoted(overlay)}"
-            raise OverlayError("is in two shards", file=shard.file.path, tensor=name, next=advice)
-        if info.dtype not in FLOATS:
-            problem, usable = "has a dtype no LoRA is baked into", " or ".join(FLOATS)
-            raise OverlayError(problem, file=shard.file.path, tensor=name, expected=usable, found=info.dtype)
 
 
 # One bake
