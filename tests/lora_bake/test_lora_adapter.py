@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
 from lora_support import (
     Factors,
     dotted,
@@ -26,10 +28,10 @@ from lora_support import (
     shapes,
 )
 
-from ltxpack.errors import AdapterError, FormatError, SourceError
+from ltxpack.errors import AdapterError, FormatError, LtxpackError, SourceError
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
-from ltxpack.lora_bake.find import hash_adapter, scan
-from ltxpack.lora_bake.stream import FactorReader
+from ltxpack.lora_bake.find import all_finite, hash_adapter, scan
+from ltxpack.lora_bake.stream import DTYPES, FactorReader
 from ltxpack.reporter import SilentReporter
 
 RANK, ALPHA = 4, 8.0
@@ -324,6 +326,27 @@ def test_thousands_of_patterns_are_quick(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 2
 
 
+@pytest.mark.parametrize("gone", ["adapter_model.safetensors", "adapter_config.json"])
+def test_links_out_of_a_peft_folder_are_followed(gone: str, tmp_path: Path) -> None:
+    """A hub cache's snapshot is made of links."""
+    real, folder = peft(tmp_path / "blobs", FACTORS), tmp_path / "snapshot"
+    folder.mkdir()
+    for path in real.iterdir():
+        (folder / path.name).symlink_to(path)
+    assert open_adapter(folder, shapes()).factor == ALPHA / RANK
+    (real / gone).unlink()
+    with pytest.raises(LtxpackError):
+        open_adapter(folder, shapes())
+
+
+def test_ten_thousand_foreign_targets_are_judged_in_time(tmp_path: Path) -> None:
+    names = [f"diffusion_model.blocks.{i}.attn.lora_{letter}.weight" for i in range(10_000) for letter in "AB"]
+    path = save(tmp_path / "x.safetensors", dict.fromkeys(names, torch.ones(1, 1)))
+    started = time.perf_counter()
+    refused(path, "another model")
+    assert time.perf_counter() - started < 10
+
+
 def test_missing_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         open_adapter(tmp_path / "nothing.safetensors", shapes())
@@ -359,6 +382,24 @@ def test_nan_and_infinity_are_refused_with_the_list_and_large_values_pass(
     for key in bad:
         tensors[key].fill_(60000)
     scan(open_adapter(save(tmp_path / "large.safetensors", tensors), shapes()), SilentReporter())
+
+
+@given(st.sampled_from(sorted(DTYPES)), st.binary(min_size=8, max_size=64))
+def test_a_value_is_finite_where_torch_says_so(dtype: str, drawn: bytes) -> None:
+    data = bytearray(drawn[: len(drawn) // 8 * 8])
+    values = torch.frombuffer(data, dtype=DTYPES[dtype])
+    assert all_finite(memoryview(data), dtype) == bool(torch.isfinite(values.double()).all())
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("at", [0, 1, 200_000, 299_999])
+def test_one_bad_value_among_many_is_found(dtype: str, value: float, at: int) -> None:
+    values = torch.ones(300_000).to(DTYPES[dtype])
+    assert all_finite(values.view(torch.uint8).numpy().data, dtype)
+    values[at] = value
+    if not torch.isfinite(values[at].double()):  # F8_E4M3 has no infinity
+        assert not all_finite(values.view(torch.uint8).numpy().data, dtype)
 
 
 def test_metadata_alpha_of_a_trainer_is_told(tmp_path: Path) -> None:
