@@ -74,8 +74,7 @@ class Residency:
         self._warmer: CacheWarmer | None = None
         self._refusal_told = False
         # The two queues of copies beside the stream that computes: for files that are read, and for slots.
-        self._bulk: Copies | None = None
-        self._slots: Copies | None = None
+        self._queues: tuple[Copies, ...] = ()
         # Readers that nobody uses: their buffers stay pinned for the next load.
         self._idle: list[FileReader] = []
         self._spare = SpareMemory()
@@ -162,9 +161,8 @@ class Residency:
 
     def close(self, *, process_ends: bool = False) -> None:
         """Give back all memory; a later use loads anew. Where the process ends, pinned memory is left to the kernel."""
-        for copies in (self._bulk, self._slots):
-            if copies is not None:
-                copies.process_ends = process_ends
+        for copies in self._queues:
+            copies.process_ends = process_ends
         self.release()
         for reader in self._idle:
             reader.close()
@@ -210,11 +208,10 @@ class Residency:
 
     def _make_queues(self) -> None:
         """The queues of copies, for the stream in which the caller computes; other weights belong to another stream."""
-        if self._bulk is not None and self._bulk.elsewhere():
+        if self._queues and self._queues[0].elsewhere():
             self.close()
-            self._bulk = None
-        if self._bulk is None:
-            self._bulk, self._slots = Copies(self.device), Copies(self.device)
+            self._queues = ()
+        self._queues = self._queues or (Copies(self.device), Copies(self.device))
 
     def _take(self, part: str, load: Load[M]) -> PlacedModule[M]:
         """The part from where it is kept, from what was loaded ahead, or loaded now."""
@@ -249,14 +246,14 @@ class Residency:
         if stamps != self._hashed.pop(part, None):
             held = {}
         waiting = self._warmer.waiting() if self._warmer else contextlib.nullcontext()
-        assert self._slots is not None
-        with self._reader() as reader:
+        files, slots = self._queues
+        with self._reader(files) as reader:
             read = PlacementReader(
                 placement,
                 BLOCKS.get(TRANSFORMER if part.startswith(f"{BAKES}/") else part, ""),
                 {} if held else digests,
                 reader,
-                self._slots,
+                slots,
                 to_host=to_host,
                 hash_streamed=part == TEXT_ENCODER,
                 stop=stop,
@@ -264,7 +261,7 @@ class Residency:
                 spare=self._spare,
             )
             # As where it is used: to a compiler weights made otherwise are another kind of weights.
-            with waiting, torch.inference_mode(), self._slots.computing():
+            with waiting, torch.inference_mode(), slots.computing():
                 module = load(self.overlay.folder(part), self.device, self.dtype, read)
         if placement.held:
             self._hashed[part] = stamps
@@ -289,13 +286,12 @@ class Residency:
         self._carried.clear()
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[FileReader]:
+    def _reader(self, copies: Copies) -> Iterator[FileReader]:
         """One for the block alone; from several threads."""
-        assert self._bulk is not None
         try:
             reader = self._idle.pop()
         except IndexError:
-            reader = FileReader(self._bulk, reads=self.reads)
+            reader = FileReader(copies, reads=self.reads)
         try:
             yield reader
         finally:

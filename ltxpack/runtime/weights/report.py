@@ -185,7 +185,6 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
 
 
 TENTH = 10**8
-SMALLER = "free memory there, or choose a smaller --height, --width or --num-frames"
 
 
 def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:
@@ -215,7 +214,7 @@ def after_shortage(mode: str, asked: str) -> str:
         return "the same command with --residency swap"
     if mode == planner.SWAP or asked != planner.STREAM:
         return "the same command with --residency stream"
-    return SMALLER
+    return "free memory there, or choose a smaller --height, --width or --num-frames"
 
 
 def smaller_work(model: ModelSizes, work: Work, machine: Machine) -> Work | None:
