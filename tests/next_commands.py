@@ -11,10 +11,10 @@ from unittest import mock
 
 import click
 
-from ltxpack.cli import cli
+from ltxpack.cli import COMMANDS, cli
 from ltxpack.errors import LtxpackError
 
-COMMAND = re.compile(r"\bltxpack (?:--?\w|(?:" + "|".join(cli.commands) + r")\b)")
+COMMAND = re.compile(r"\bltxpack (?:--?\w|(?:" + "|".join(COMMANDS) + r")\b)")
 # What click does not ask for, and the command refuses to go without.
 NEEDED = {"run": {"--prompt", "--prompts"}}
 
@@ -72,7 +72,9 @@ def _fault_of_command(words: list[str], stand_in: str | None) -> str | None:
         return f"lacks {' or '.join(sorted(needed))}"
     with mock.patch.object(click.Path, "convert", lambda self, value, parameter, context: value):
         try:
-            cli.commands[words[1]].make_context(words[1], words[2:])
+            command = cli.get_command(click.Context(cli), words[1])
+            assert command is not None, words[1]
+            command.make_context(words[1], words[2:])
         except click.ClickException as error:
             message = error.format_message()
             # The last placeholder may stand for more words, such as options.

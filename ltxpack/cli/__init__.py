@@ -5,6 +5,7 @@ No heavy package is imported here: each command imports what it needs when it ru
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -12,21 +13,33 @@ from collections.abc import Sequence
 import click
 
 from ltxpack import __version__
-from ltxpack.cli.bake_lora import bake_lora
-from ltxpack.cli.demo import demo
-from ltxpack.cli.export import export
-from ltxpack.cli.inspect import inspect
-from ltxpack.cli.materialize import materialize
-from ltxpack.cli.plan import plan
-from ltxpack.cli.run import run
 from ltxpack.cli.terminal import say_error
-from ltxpack.cli.verify import verify
 from ltxpack.errors import LtxpackError
 
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+# Each is in the module of its name here.
+COMMANDS = ("bake-lora", "demo", "export", "inspect", "materialize", "plan", "run", "verify")
+
+
+class LazyGroup(click.Group):
+    """The commands, imported when they are named: importing all takes as long as the rest of a start."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or None for a name that is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"ltxpack.cli.{name}"), name)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ltxpack")
 def cli() -> None:
     """Repack LTX-2.3 checkpoints, bake LoRAs into transformer shards, run the two-stage HQ pipeline.
@@ -36,10 +49,6 @@ def cli() -> None:
     ltxpack bake-lora --strength 1.0
     ltxpack run out/ --prompt "..."
     """
-
-
-for command in (materialize, bake_lora, export, plan, run, verify, inspect, demo):
-    cli.add_command(command)
 
 
 def main() -> None:

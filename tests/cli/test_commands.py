@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 from support import REPOSITORY, ltxpack, refused
 
-from ltxpack.cli import _what_again
+from ltxpack.cli import COMMANDS, _what_again
 from ltxpack.runtime.model.kernels import AUTO, KERNELS
-
-COMMANDS = ("materialize", "bake-lora", "export", "plan", "run", "verify", "inspect", "demo")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
