@@ -82,6 +82,7 @@ class Session:
         # Whether the process ends with the session: then the kernel takes pinned memory back, which is faster.
         self.process_ends = False
         self._closed = False
+        self._statistics: video.LatentStatistics | None = None
         # A name that cannot be used is an error now; the fastest is measured when there is something to make.
         if kernels.asked_for(settings.attention) != kernels.AUTO:
             self.attention = self.within_memory(self._choose_attention)
@@ -134,8 +135,10 @@ class Session:
 
     def upsample(self, latents: Tensor) -> Tensor:
         """Video latents in twice the height and width; of the video VAE this needs two small tensors only."""
-        folder = self.overlay.folder("vae")
-        statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
+        if self._statistics is None:  # read once a session: each reading makes a stream on the card
+            folder = self.overlay.folder("vae")
+            self._statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
+        statistics = self._statistics
         return self.residency.use(
             "latent_upsampler", video.load_upsampler, lambda net: video.upsample(net, statistics, latents)
         )
@@ -171,6 +174,7 @@ class Session:
     def close(self) -> None:
         """Give back the memory held; a closed session makes no more videos."""
         self._closed = True
+        self._statistics = None
         self.prompts.forget()
         self.residency.close(process_ends=self.process_ends)
 
