@@ -166,9 +166,8 @@ class Access:
     def _small(self, file: InputFile, max_bytes: int) -> Path:
         """The path of a small file, fetched; a file that is too large is refused before that."""
         if file.size > max_bytes:
-            raise FormatError(
-                "is too large", file=file.label, expected=f"at most {max_bytes} bytes", found=f"{file.size} bytes"
-            )
+            most, found = f"at most {max_bytes} bytes", f"{file.size} bytes"
+            raise FormatError("is too large", file=file.label, expected=most, found=found)
         self.fetch(file)
         return file.path
 
@@ -208,16 +207,13 @@ def resolve(
     for role in PATTERNS:
         chosen[role] = faults.gather(role, functools.partial(file, role))
     encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
-    missing = {
-        role: fault
-        for role, fault in faults.found.items()
-        if allow_missing and role != CHECKPOINT and not isinstance(fault, AmbiguousError)
-    }
-    faults.refuse(besides=missing)
+    allowed = [role for role in faults.found if allow_missing and role != CHECKPOINT]
+    absent = [role for role in allowed if not isinstance(faults.found[role], AmbiguousError)]
+    missing = {role: " ".join(str(faults.found.pop(role)).split()) for role in absent}
+    faults.refuse()
     checkpoint = chosen[CHECKPOINT]
     assert checkpoint is not None
-    told = {role: " ".join(str(fault).split()) for role, fault in missing.items()}
-    return Sources(checkpoint, chosen[LORA], chosen[UPSAMPLER], encoder, told)
+    return Sources(checkpoint, chosen[LORA], chosen[UPSAMPLER], encoder, missing)
 
 
 class InputFaults:
@@ -237,15 +233,14 @@ class InputFaults:
             self.found[role] = fault
             return None
 
-    def refuse(self, besides: Mapping[str, object] | None = None) -> None:
-        """Raise what was found, but for the roles in ``besides``: one fault as it is, several as one SourceError."""
-        serious = [fault for role, fault in self.found.items() if role not in (besides or {})]
-        if len(serious) == 1:
-            raise serious[0]
-        if serious:
-            room = MAX_LISTED // len(serious)
-            items = [line for fault in serious for line in _told(fault, room)]
-            raise SourceError(self.problem, items=items, next=_all_next(serious))
+    def refuse(self) -> None:
+        """Raise what was found: one fault as it is, several as one SourceError."""
+        faults = list(self.found.values())
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            items = [line for fault in faults for line in _told(fault, MAX_LISTED // len(faults))]
+            raise SourceError(self.problem, items=items, next=_all_next(faults))
 
 
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:
@@ -359,10 +354,10 @@ def _matching(names: Iterable[str], pattern: str) -> list[str]:
 
 
 def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> InputFolder:
+    if typed is None and folder.repo is None:
+        return _text_encoder_below(folder, access)
     if typed is None:
-        return (
-            _text_encoder_below(folder, access) if folder.repo is None else hub_folder(TEXT_ENCODER_REPO, None, access)
-        )
+        return hub_folder(TEXT_ENCODER_REPO, None, access)
     found = _find(typed, access, within=folder)
     if isinstance(found, InputFile):
         raise SourceError(
@@ -374,10 +369,8 @@ def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> Inp
 
 def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
     """The one subfolder whose config says gemma3."""
-    configs = {
-        name.rpartition("/")[0]: folder.files[name] for name in sorted(folder.files) if name.endswith("/config.json")
-    }
-    kinds = {inner: _model_type(config, access) for inner, config in configs.items()}
+    inners = [name.removesuffix("/config.json") for name in sorted(folder.files) if name.endswith("/config.json")]
+    kinds = {inner: _model_type(folder.files[f"{inner}/config.json"], access) for inner in inners}
     candidates = [inner for inner, kind in kinds.items() if kind == TEXT_ENCODER_TYPE]
     if len(candidates) == 1:
         found = folder.find(candidates[0])

@@ -359,12 +359,11 @@ class Hub:
         snapshot = folder / "snapshots" / commit
         if not COMMIT.fullmatch(commit) or not snapshot.is_dir():
             return None
-        names = {path: path.relative_to(snapshot).as_posix() for path in sorted(snapshot.rglob("*"))}
-        files = {
-            name: RepoFile(name, path.stat().st_size, cached_sha256(path))
-            for path, name in names.items()
-            if path.is_file() and is_safe_name(name)
-        }
+        files = {}
+        for path in sorted(snapshot.rglob("*")):
+            name = path.relative_to(snapshot).as_posix()
+            if path.is_file() and is_safe_name(name):
+                files[name] = RepoFile(name, path.stat().st_size, cached_sha256(path))
         return RepoInfo(repo, commit, MappingProxyType(files), revision, cached_only=True) if files else None
 
     def _cached(self, info: RepoInfo, file: RepoFile) -> Path | None:
