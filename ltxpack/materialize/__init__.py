@@ -23,7 +23,7 @@ from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
 from ltxpack.materialize.sources import FLAGS, Access, resolve
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, Item, fingerprint
 from ltxpack.repack.lock import OverlayLock
-from ltxpack.repack.staging import Staging, recover, unfinished
+from ltxpack.repack.staging import Staging, recover, refuse_foreign, unfinished
 from ltxpack.repack.write import execute, require_space
 from ltxpack.reporter import Reporter
 
@@ -61,7 +61,7 @@ def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -
 
     Raises LtxpackError for inputs that are ambiguous, broken or not convertible, and for a target that is not ours.
     """
-    _refuse_foreign(options.overlay)
+    refuse_foreign(options.overlay)
     if is_overlay(options.overlay) and not options.force:
         reporter.note(f"{options.overlay}: is there already; nothing is written if it was made from the same inputs")
     inputs = _read(options, Access(reporter, hub), reporter, allow_missing=True)
@@ -74,7 +74,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
     All inputs are found and checked by their headers before anything large is fetched, the target before that.
     Killed at any point, the same call goes on. Raises LtxpackError.
     """
-    _refuse_foreign(options.overlay)
+    refuse_foreign(options.overlay)
     access = Access(reporter, hub)
     inputs = _read(options, access, reporter)
     with OverlayLock(options.overlay, reporter) as lock:
@@ -107,23 +107,6 @@ def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Acce
     copied = sum(item.size for item in items) - sum(repacked)
     how = "copy" if options.copy else "link where the filesystem can, else to copy"
     reporter.note(f"to write: {human_bytes(sum(repacked))}; to {how}: {human_bytes(copied)}")
-
-
-def _refuse_foreign(overlay: Path) -> None:
-    """Refuse a target that is not ours before hours of fetching. Raises OverlayError."""
-    try:
-        if is_overlay(overlay) or not (overlay.exists() or overlay.is_symlink()):
-            return
-        folder = overlay.is_dir()
-        if folder and not any(overlay.iterdir()):
-            return
-    except OSError as error:
-        problem = f"cannot be looked into: {error.strerror}"
-        raise OverlayError(problem, file=overlay, next="choose another folder") from None
-    raise OverlayError(
-        "exists and is not an overlay" if folder else "exists and is not a folder", file=overlay,
-        expected=f"a new folder, or one with {MANIFEST_NAME}", next="choose another folder",
-    )  # fmt: skip
 
 
 def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Report | None:

@@ -221,13 +221,7 @@ class Staging:
             return
         if paths.folder and paths.named() is None:
             return
-        if not is_overlay(paths.overlay):
-            raise OverlayError(
-                "exists and is not an overlay",
-                file=target,
-                expected=f"a new or empty folder, or one with {MANIFEST_NAME}",
-                next="choose another folder",
-            )
+        refuse_foreign(paths.overlay)
         if not self._force:
             raise OverlayError("exists already", file=target, next="the same command with --force replaces it")
 
@@ -284,6 +278,23 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
         atomic_write(path, manifest.dump(), folder=work)
         for staging in stagings:
             staging._finish()
+
+
+def refuse_foreign(overlay: Path) -> None:
+    """Refuse an ``overlay`` that is there and is none. Raises OverlayError."""
+    try:
+        if is_overlay(overlay) or not (overlay.exists() or overlay.is_symlink()):
+            return
+        folder = overlay.is_dir()
+        if folder and not any(overlay.iterdir()):
+            return
+    except OSError as error:
+        problem = f"cannot be looked into: {error.strerror}"
+        raise OverlayError(problem, file=overlay, next="choose another folder") from None
+    raise OverlayError(
+        "exists and is not an overlay" if folder else "exists and is not a folder", file=overlay,
+        expected=f"a new folder, or one with {MANIFEST_NAME}", next="choose another folder",
+    )  # fmt: skip
 
 
 def recover(overlay: Path, reporter: Reporter) -> None:
