@@ -18,7 +18,7 @@ from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings, Settings, flag_of, type_of
 
 if TYPE_CHECKING:
-    from ltxpack.runtime.batch import BatchSummary
+    from ltxpack.runtime.batch import Batch
     from ltxpack.runtime.run import Peaks, RunOptions
 
 VIDEO, SESSION = fields(Settings), fields(SessionSettings)
@@ -128,19 +128,20 @@ def _one(options: RunOptions, verbose: bool) -> None:
 
 def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool) -> None:
     from ltxpack.runtime.batch import DONE, FAILED, SKIPPED, run_batch
+    from ltxpack.runtime.run import Peaks
 
-    summary = run_batch(options, prompts, output, TerminalReporter(verbose))
-    for transformers in summary.choices:
+    batch = run_batch(options, prompts, output, TerminalReporter(verbose))
+    for transformers in batch.choices:
         click.echo(_stages(transformers))
-    _print_table(summary)
-    for decoding in summary.decodings:
+    _print_table(batch)
+    for decoding in dict.fromkeys(outcome.decoding for outcome in batch.of(DONE)):
         click.echo(decoding)
-    click.echo(f"prompts encoded ahead: {summary.ahead:.2f} s")
-    _print_peaks(summary.peaks)
-    click.echo(", ".join(f"{len(summary.of(status))} {status}" for status in (DONE, SKIPPED, FAILED)))
-    failed = summary.of(FAILED)
+    click.echo(f"prompts encoded ahead: {batch.ahead:.2f} s")
+    _print_peaks(Peaks.of(batch.session.device))
+    click.echo(", ".join(f"{len(batch.of(status))} {status}" for status in (DONE, SKIPPED, FAILED)))
+    failed = batch.of(FAILED)
     if failed:
-        problem = f"{len(failed)} of {len(summary.outcomes)} videos were not made"
+        problem = f"{len(failed)} of {len(batch.outcomes)} videos were not made"
         lines = [f"line {outcome.line.number}: {outcome.problem}" for outcome in failed]
         again = "fix the lines above, then run the same command again; it skips the videos that are done"
         raise FailedLinesError(problem, file=prompts, items=lines, next=again)
@@ -151,11 +152,11 @@ def _stages(transformers: Sequence[str]) -> str:
     return ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(transformers))
 
 
-def _print_table(summary: BatchSummary) -> None:
+def _print_table(batch: Batch) -> None:
     """One line a video: what became of it, seconds per phase, where it is."""
-    phases = list(dict.fromkeys(phase for outcome in summary.outcomes for phase in outcome.seconds))
+    phases = list(dict.fromkeys(phase for outcome in batch.outcomes.values() for phase in outcome.seconds))
     click.echo("  ".join([" line", "status ", *(f"{phase:>8}" for phase in phases), "   total", "output"]))
-    for outcome in summary.outcomes:
+    for outcome in batch.outcomes.values():
         total = sum(outcome.seconds.values()) if outcome.seconds else None
         counts = [*(outcome.seconds.get(phase) for phase in phases), total]
         numbers = "  ".join(f"{'-':>8}" if count is None else f"{count:8.2f}" for count in counts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ltxpack.errors import OverlayError
 from ltxpack.files.units import human_bytes
 from ltxpack.ltx23.releases import TEXT_ENCODER
-from ltxpack.manifest import MANIFEST_NAME, Manifest, is_overlay, read_manifest
+from ltxpack.manifest import Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import STORED_DTYPE
 from ltxpack.materialize.existing import differences, restore_base
 from ltxpack.materialize.hub.client import Hub

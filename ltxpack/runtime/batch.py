@@ -18,7 +18,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.prompts_file import PromptsLine, in_a_line, read_lines
 from ltxpack.runtime.recipe_run import encode_ahead, work_of
-from ltxpack.runtime.run import Peaks, RunOptions, tell_inside, write_video
+from ltxpack.runtime.run import RunOptions, tell_inside, write_video
 from ltxpack.runtime.session import Session, Timings
 
 # Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host, as planned.
@@ -37,29 +37,7 @@ class Outcome:
     decoding: str = ""
 
 
-@dataclass(frozen=True)
-class BatchSummary:
-    """What became of every line, in the order of the file; ``ahead`` are the seconds of encoding prompts ahead.
-
-    ``choices`` are the transformers of the stages, one entry for each recipe that a line has.
-    """
-
-    outcomes: Sequence[Outcome]
-    choices: Sequence[tuple[str, ...]]
-    ahead: float
-    peaks: Peaks
-
-    def of(self, status: str) -> list[Outcome]:
-        """The lines that ended so."""
-        return [outcome for outcome in self.outcomes if outcome.status == status]
-
-    @property
-    def decodings(self) -> list[str]:
-        """In which tiles videos were decoded, each way once."""
-        return list(dict.fromkeys(outcome.decoding for outcome in self.outcomes if outcome.decoding))
-
-
-def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter: Reporter) -> BatchSummary:
+def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter: Reporter) -> Batch:
     """Make the videos of the file ``prompts``; ``options`` and ``output`` for what a line leaves out.
 
     Raises BadLinesError before anything is loaded if any line cannot be used, UsageError, OverlayError, DeviceError
@@ -74,23 +52,31 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
             choices = [session.transformers(recipe) for recipe in recipes.values()]
             for choice in choices:
                 reporter.note(choice.note)
-            batch = _Batch(session, reporter)
+            batch = Batch(session, reporter, [choice.stages for choice in choices])
             batch.run(lines)
-            peaks = Peaks.of(session.device)
-    outcomes = [batch.outcomes[line.number] for line in lines]
-    return BatchSummary(outcomes, [choice.stages for choice in choices], batch.ahead, peaks)
+    return batch
 
 
 @dataclass
-class _Batch:
-    """The lines of one file on their way to outcomes, by line number."""
+class Batch:
+    """The lines of one prompts file on their way, and what became of each, by its number.
+
+    ``choices`` are the transformers of the stages, one entry for each recipe that a line has; ``ahead`` are the seconds
+    of encoding prompts ahead.
+    """
 
     session: Session
     reporter: Reporter
+    choices: Sequence[tuple[str, ...]]
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     ahead: float = 0.0
 
+    def of(self, status: str) -> list[Outcome]:
+        """What became of the lines that ended so."""
+        return [outcome for outcome in self.outcomes.values() if outcome.status == status]
+
     def run(self, lines: Sequence[PromptsLine]) -> None:
+        """Make the videos of ``lines``; the outcomes are then in the order of the file."""
         for line in lines:
             with self._attempt([line]):
                 if record.is_done(line.output, self._identity(line)[1]):
@@ -110,6 +96,7 @@ class _Batch:
             for line, following in zip(group, (*group[1:], None), strict=True):
                 with self._attempt([line]):
                     self._make(line, following)
+        self.outcomes = dict(sorted(self.outcomes.items()))
 
     def _make(self, line: PromptsLine, following: PromptsLine | None) -> None:
         self.reporter.note(f"line {line.number}: {line.output}")
