@@ -19,7 +19,7 @@ from ltxpack.runtime.settings import SessionSettings, Settings, flag_of, type_of
 
 if TYPE_CHECKING:
     from ltxpack.runtime.batch import Batch
-    from ltxpack.runtime.run import Peaks, RunOptions
+    from ltxpack.runtime.run import RunOptions
 
 VIDEO, SESSION = fields(Settings), fields(SessionSettings)
 
@@ -120,7 +120,7 @@ def _one(options: RunOptions, verbose: bool) -> None:
     if verbose:
         for phase, seconds in summary.seconds.items():
             click.echo(f"  {phase:<12} {seconds:8.2f} s")
-    _print_peaks(summary.peaks)
+    click.echo(summary.peaks)
     size = human_bytes(summary.output.stat().st_size)
     click.echo(f"{summary.shape}, {size}, made in {sum(summary.seconds.values()):.1f} s")
     click.echo(str(summary.output))
@@ -128,7 +128,7 @@ def _one(options: RunOptions, verbose: bool) -> None:
 
 def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool) -> None:
     from ltxpack.runtime.batch import DONE, FAILED, SKIPPED, run_batch
-    from ltxpack.runtime.run import Peaks
+    from ltxpack.runtime.run import peak_memory
 
     batch = run_batch(options, prompts, output, TerminalReporter(verbose))
     for transformers in batch.choices:
@@ -137,7 +137,7 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
     for decoding in dict.fromkeys(outcome.decoding for outcome in batch.of(DONE)):
         click.echo(decoding)
     click.echo(f"prompts encoded ahead: {batch.ahead:.2f} s")
-    _print_peaks(Peaks.of(batch.session.device))
+    click.echo(peak_memory(batch.session.device))
     click.echo(", ".join(f"{len(batch.of(status))} {status}" for status in (DONE, SKIPPED, FAILED)))
     failed = batch.of(FAILED)
     if failed:
@@ -162,8 +162,3 @@ def _print_table(batch: Batch) -> None:
         numbers = "  ".join(f"{'-':>8}" if count is None else f"{count:8.2f}" for count in counts)
         where = printable(str(outcome.line.output))
         click.echo(f"{outcome.line.number:5}  {outcome.status:<7}  {numbers}  {where}")
-
-
-def _print_peaks(peaks: Peaks) -> None:
-    device = "" if peaks.device is None else f", {human_bytes(peaks.device)} device"
-    click.echo(f"peak memory: {human_bytes(peaks.host)} host{device}")

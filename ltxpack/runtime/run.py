@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ltxpack.errors import UsageError
 from ltxpack.files.publish import check_writable
+from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import recipe_run
@@ -34,23 +35,9 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """The most memory held at once, in bytes; on the device None where it is the CPU."""
-
-    host: int
-    device: int | None
-
-    @classmethod
-    def of(cls, device: torch.device) -> Peaks:
-        """Those of this process so far."""
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return cls(host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
-
-
-@dataclass(frozen=True)
 class Summary:
-    """What a run used and made: the video's size in words, the transformer of each stage, the tiles in words, and
-    seconds per phase in order.
+    """What a run used and made: the video's size in words, the transformer of each stage, the tiles in words,
+    seconds per phase in order, and :func:`peak_memory`.
     """
 
     output: Path
@@ -58,7 +45,7 @@ class Summary:
     transformers: tuple[str, ...]
     decoding: str
     seconds: dict[str, float]
-    peaks: Peaks
+    peaks: str
 
 
 def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
@@ -79,11 +66,18 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         choice = session.transformers(request.recipe)
         reporter.note(choice.note)
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
-        seconds, peaks = dict(session.timings.seconds), Peaks.of(session.device)
+        seconds, peaks = dict(session.timings.seconds), peak_memory(session.device)
     shape = request.shape
     rate = f"{shape.frames} frames at {shape.fps:g} fps, {shape.frames / shape.fps:.1f} s with sound"
     words = f"{shape.width}x{shape.height}, {rate}"
     return Summary(options.output, words, choice.stages, session.decoding, seconds, peaks)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process held at once, on the host and on a card, in words."""
+    host = human_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    card = f", {human_bytes(torch.cuda.max_memory_allocated(device))} device" if device.type == "cuda" else ""
+    return f"peak memory: {host} host{card}"
 
 
 def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
