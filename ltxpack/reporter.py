@@ -40,11 +40,9 @@ class ProgressReporter(Reporter):
         self._phase, self._done, self._total = "", 0, 0
 
     def begin(self, label: str, total: int, unit: str) -> None:
-        """Tell that nothing is done yet."""
         self._phase, self._done, self._total = label, 0, total
         self.progress(label, 0, total)
 
     def advance(self, amount: int = 1) -> None:
-        """Tell how much is done."""
         self._done += amount
         self.progress(self._phase, self._done, self._total)

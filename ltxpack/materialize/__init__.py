@@ -50,7 +50,6 @@ class Options:
 class Report:
     """What was done. ``written`` is False where the overlay was there already."""
 
-    overlay: Path
     manifest: Manifest
     total_bytes: int
     written: bool
@@ -90,7 +89,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
             records = execute(items, staging, copy=options.copy, reporter=reporter)
             manifest = plan.manifest({record.path: record for record in records})
             staging.publish(manifest.dump())
-    return Report(options.overlay, manifest, sum(item.size for item in items), written=True)
+    return Report(manifest, sum(item.size for item in items), written=True)
 
 
 def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Access, reporter: Reporter) -> None:
@@ -135,7 +134,7 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
         )
     if METADATA not in {record.path for record in manifest.files}:
         reporter.note(f"an earlier version made the overlay, without {METADATA}, which exports need; --force adds it")
-    return Report(options.overlay, manifest, sum(item.size for item in plan.items()), written=False)
+    return Report(manifest, sum(item.size for item in plan.items()), written=False)
 
 
 def _read(options: Options, access: Access, reporter: Reporter, allow_missing: bool = False) -> Inputs:

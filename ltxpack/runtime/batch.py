@@ -5,6 +5,7 @@ A line that fails does not stop the rest; one that is done already is not made a
 
 from __future__ import annotations
 
+import fcntl
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -148,8 +149,6 @@ def _as_ours(error: Exception, output: Path) -> LtxpackError:
 @contextmanager
 def _claimed(prompts: Path) -> Iterator[None]:
     """Hold the prompts file, so that two runs of it never write the same video. Raises UsageError."""
-    import fcntl
-
     with open_source(prompts) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
