@@ -216,7 +216,7 @@ def test_force_is_needed_and_takes_only_overlays(source: Path, tmp_path: Path, l
             materialize(source, target, force=force)
     file = tmp_path / "file"
     file.write_bytes(b"x")
-    with pytest.raises(OverlayError, match="not an overlay"):
+    with pytest.raises(OverlayError, match="not a folder"):
         materialize(source, file, force=True)
     assert [path.name for path in (tmp_path / "home").iterdir()] == ["out"]
 
