@@ -106,14 +106,11 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
     strengths = _candidates(manifest)
     names = []
     for number, name in enumerate(asked):
-        if name == AUTO:
-            names.append(_automatic(number, recipe, strengths, manifest, overlay))
-        elif name != BASE and name not in manifest.bakes:
+        if name not in (AUTO, BASE, *manifest.bakes):
             known = [BASE, *manifest.bakes]
             advice = f"ltxpack inspect {quoted(overlay)}"
             raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
-        else:
-            names.append(name)
+        names.append(_automatic(number, recipe, strengths, manifest, overlay) if name == AUTO else name)
     official = official_transformers(recipe, manifest.distilled)
     found = tuple(f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name for name in names)
     beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"

@@ -47,10 +47,7 @@ class ImageSpec:
 
     @classmethod
     def parse(cls, text: str, num_frames: int) -> ImageSpec:
-        """``PATH[@FRAME][:STRENGTH]``, read from the right; a path that exists as typed wins; ``@last`` is a frame.
-
-        Raises UsageError as :meth:`check`.
-        """
+        """``PATH[@FRAME][:STRENGTH]``, read from the right; a path that exists as typed wins; ``@last`` is a frame."""
         rest, frame, strength = text, 0, 1.0
         head, colon, tail = text.rpartition(":")
         with suppress(ValueError):
@@ -60,9 +57,7 @@ class ImageSpec:
         with suppress(ValueError):
             if at and not Path(rest).is_file():
                 rest, frame = head, num_frames - 1 if tail == "last" else int(tail)
-        spec = cls(Path(rest), frame, strength)
-        spec.check(num_frames)
-        return spec
+        return cls(Path(rest), frame, strength)
 
     def check(self, num_frames: int) -> None:
         """Raises UsageError for a missing file, a frame outside the video or a strength outside [0, 1]."""

@@ -50,7 +50,7 @@ def test_read_from_the_right_and_a_path_as_typed_wins(
 )
 def test_what_no_image_condition_can_be(text: str, folder: Path) -> None:
     with pytest.raises(UsageError):
-        ImageSpec.parse(f"{folder}/{text}", 25)
+        ImageSpec.parse(f"{folder}/{text}", 25).check(25)
 
 
 @pytest.mark.parametrize(
