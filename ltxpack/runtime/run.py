@@ -66,11 +66,11 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         choice = session.transformers(request.recipe)
         reporter.note(choice.note)
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
-        seconds, peaks = dict(session.timings.seconds), peak_memory(session.device)
+        seconds, decoding, peaks = dict(session.timings.seconds), session.decoding, peak_memory(session.device)
     shape = request.shape
     rate = f"{shape.frames} frames at {shape.fps:g} fps, {shape.frames / shape.fps:.1f} s with sound"
     words = f"{shape.width}x{shape.height}, {rate}"
-    return Summary(options.output, words, choice.stages, session.decoding, seconds, peaks)
+    return Summary(options.output, words, choice.stages, decoding, seconds, peaks)
 
 
 def peak_memory(device: torch.device) -> str:
