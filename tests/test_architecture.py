@@ -34,9 +34,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 20_950,
+    "lines of the package": 20_150,
     "files of the package": 120,
-    "lines of the tests": 23_500,
+    "lines of the tests": 21_950,
 }
 
 

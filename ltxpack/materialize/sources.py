@@ -440,8 +440,11 @@ def _told(fault: LtxpackError, room: int) -> list[str]:
 
 
 def _all_next(faults: Sequence[LtxpackError]) -> str:
-    """What to do about all faults: all flags in one command, the rest as each says it."""
+    """What to do about all faults: all flags in one command, the rest as each says it. A command stands alone: first
+    comes what has to be done without one.
+    """
     following = list(dict.fromkeys(fault.next for fault in faults))
     flags = [text.removeprefix(AGAIN) for text in following if text.startswith(AGAIN)]
-    others = [text for text in following if not text.startswith(AGAIN)]
-    return "; ".join([*others, *([AGAIN + " ".join(flags)] if flags else [])])
+    commands = [text for text in following if text.startswith("ltxpack ")]
+    advice = [text for text in following if not text.startswith((AGAIN, "ltxpack "))]
+    return "; ".join([*advice, *([AGAIN + " ".join(flags)] if flags else [])]) or commands[0]
