@@ -113,6 +113,25 @@ def test_noise_sources_equal_the_recorded_draws(golden: Path) -> None:
             assert relative_l2(found, draws[key]) <= 1e-12, key
 
 
+def test_a_run_draws_the_recorded_noise_in_the_recorded_order(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per step: substep video, substep audio from one generator, step video, step audio from the other."""
+    draw, drawn = sample.NoiseSource.draw, list[Tensor]()
+    monkeypatch.setattr(
+        sample.NoiseSource, "draw", lambda source, like: (drawn.append(draw(source, like)), drawn[-1])[1]
+    )
+    noisy = [run for run in fully_recorded(golden, "fp32") if "stage1.sde_noise0" in run.tensors]
+    assert noisy
+    for run in noisy:
+        generator = torch.Generator().manual_seed(run.params["seed"])
+        for stage in run.stages:
+            drawn.clear()
+            sample.res2s(Replay(stage), stage.state(generator), stage.sigmas)
+            recorded = [key for key in run.tensors if key.startswith(f"stage{stage.number}.sde_noise")]
+            for number in range(len(recorded)):
+                expected = run.tensors[f"stage{stage.number}.sde_noise{number}"]
+                assert relative_l2(drawn[number], expected) <= 1e-12, (stage.number, number)
+
+
 def small_state(
     dtype: torch.dtype = torch.float32, images: tuple[ImageItem, ...] = (), device: str = "cpu"
 ) -> AV[LatentState]:
