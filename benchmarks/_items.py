@@ -77,6 +77,21 @@ def verify_items(places: Places) -> list[Item]:
     return [read, Item("verify", "ltxpack verify", command, files, size, places.clear, "cat")]
 
 
+def export_items(places: Places) -> list[Item]:
+    """Copying the files that an export reads, and exporting."""
+    parts = ("transformer", "connectors", "vae", "audio_vae", "vocoder")
+    files = tuple(path for part in parts for path in files_under(places.overlay / part))
+    size = sum(path.stat().st_size for path in files)
+    folders = [places.overlay / part for part in parts]
+    copy = places.shell('for part in "$@"; do $CP -r "$part" .; done; sync ./*/*', *folders)
+    copy = ("env", "-C", str(places.work), *copy)
+    command = (*LTXPACK, "export", str(places.overlay), "-o", str(places.work / "one.safetensors"))
+    return [
+        Item("export floor", "cp and fsync", copy, files, size, places.clear),
+        Item("export", "ltxpack export, read back", command, files, size, places.clear, "export floor"),
+    ]
+
+
 def bake_items(places: Places, lora: Path) -> list[Item]:
     """What reading and writing alone takes, for one and two strengths; ours; diffusers; the official rule."""
     base = files_under(places.overlay / "transformer")

@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from _checkpoint import REAL, TINY, Source, StreamWidths, config, lora_shapes, make_source, shapes_of
-from _items import LTXPACK, RIVALS, Places, bake_command, bake_items, copy_items, one_strength_items, verify_items
+from _items import (
+    LTXPACK,
+    RIVALS,
+    Places,
+    bake_command,
+    bake_items,
+    copy_items,
+    export_items,
+    one_strength_items,
+    verify_items,
+)
 from _marks import BAKE_PEAK, BAKE_TARGETS, GB, Findings, Flat, flat_table, mark_table
 from _measure import Bench, Costs, Item, files_under
 from _report import MATRIX_UNIT, RESULTS, Table, machine, write_results
@@ -125,9 +135,10 @@ def _measured(
     base = files_under(places.overlay / "transformer")
     loras = len(read_tensorfile(source.lora).tensors) // 2
     title = f"Bake of {loras} linears: {_size(base)} of base, {_size([source.lora])} of LoRA"
-    groups |= {"Verify": verify_items(places), title: bake_items(places, source.lora)}
-    costs |= bench.in_turn(groups["Verify"], settings.runs)
-    costs |= bench.in_turn(groups[title], settings.runs)
+    later = {"Verify": verify_items(places), "Export": export_items(places), title: bake_items(places, source.lora)}
+    for items in later.values():
+        costs |= bench.in_turn(items, settings.runs)
+    groups |= later
     products = bare_arithmetic(source.lora)
     _clear(places, source)
     return groups, costs, start, {"ours 1": products, "ours 2": 2 * products}

@@ -37,7 +37,7 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
     assert str(tmp_path) not in text and str(REPOSITORY) not in text
     document = json.loads(figures.read_text())
     assert set(document["costs"]) == set(document["payload"]) == {
-        *("cp", "ours", "mapped", "load-all", "cat", "verify"),
+        *("cp", "ours", "mapped", "load-all", "cat", "verify", "export floor", "export"),
         *("floor 1", "ours 1", "floor 2", "ours 2", "diffusers", "official"),
         *("floor 1 of 2 blocks", "ours 1 of 2 blocks"),
     }  # fmt: skip
@@ -48,7 +48,7 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
     assert len(document["marks"]) == 16 and document["accuracy"]
     assert document["arithmetic"].keys() == {"ours 1", "ours 2", "ours 1 of 2 blocks"}
     assert all(0 < seconds < 60 for seconds in document["arithmetic"].values())
-    for part in ("Copy of", "Verify", "Bake of 96 linears", "Memory by size", "Accuracy", "Marks"):
+    for part in ("Copy of", "Verify", "Export", "Bake of 96 linears", "Memory by size", "Accuracy", "Marks"):
         assert f"### {part}" in text
 
 
