@@ -54,11 +54,11 @@ def materialize(
         print_json(facts)
     elif report.written:
         click.echo(f"{overlay}: {human_bytes(report.total_bytes)}")
-        strengths = " ".join(f"--strength {strength:g}" for strength in HQ.strengths)
         run = f"ltxpack run {quoted(overlay)} --prompt 'Waves on a beach'"
         if report.manifest.distilled:
             click.echo(f"next: {run} --recipe {DISTILLED.name}")
         elif report.manifest.loras:
+            strengths = " ".join(f"--strength {strength:g}" for strength in HQ.strengths)
             click.echo(f"next: ltxpack bake-lora {quoted(overlay)} {strengths}")
         else:
             click.echo(f"next: {run} --stage1 base --stage2 base")

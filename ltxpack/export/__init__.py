@@ -137,7 +137,7 @@ def _checked(options: ExportOptions) -> Path:
         )  # fmt: skip
     check_writable(output, "-o", f"ltx-2.3{ENDING}")
     overlay = real_target(options.overlay)
-    if overlay in (Path(output).resolve(), *output.resolve().parents):
+    if overlay in output.resolve().parents:
         raise UsageError("is inside the overlay", file=options.output, next="choose -o in another folder")
     if output.exists() and not options.force:
         raise UsageError("exists already", file=options.output, next="choose another -o, or add --force")
