@@ -33,6 +33,8 @@ LIMITS = bounded_json.Limits(values=300_000, containers=20_000)
 ALLOWED_ENDINGS = (".safetensors", ".json", ".jinja", ".txt", ".html")
 BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 FULL_KIND, DISTILLED_KIND = "full", "distilled"
+# How the weights of a bake's linears are stored.
+BF16, FP8, INT8 = FORMATS = ("bf16", "fp8", "int8")
 RESERVED_BAKE_NAMES = frozenset({"auto", "base", ".", ".."})
 
 
@@ -105,8 +107,20 @@ class BakedLora:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The activations file that the input scales of a bake are from."""
+
+    name: str
+    blake3: str
+
+
+@dataclass(frozen=True)
 class Bake:
-    """A complete transformer folder made from the clean base; ``loras`` in order of application."""
+    """A complete transformer folder made from the clean base; ``loras`` in order of application.
+
+    ``format``: that of the ``quantised`` linears, which are named without ``.weight``; their input scales are all 1
+    without a ``calibration``.
+    """
 
     loras: tuple[BakedLora, ...]
     rule: str
@@ -114,6 +128,9 @@ class Bake:
     device: str
     files: tuple[FileRecord, ...]
     changed: tuple[str, ...]
+    format: str = BF16
+    quantised: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,10 @@ class Manifest:
         document = dataclasses.asdict(self)
         if self.transformer_kind is None:
             del document["transformer_kind"]
+        for bake in document["bakes"].values():
+            for name in ("format", "quantised", "calibration"):
+                if bake[name] == getattr(Bake, name):
+                    del bake[name]
         return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
@@ -288,6 +309,8 @@ def _fields(kind: type) -> dict[str, Any]:
 def _build(kind: Any, value: Any) -> Any:
     """``value`` (already valid against the schema) as ``kind``: dataclasses, tuples and mappings all the way."""
     origin = typing.get_origin(kind)
+    if origin is types.UnionType and value is not None:
+        return _build(typing.get_args(kind)[0], value)
     if dataclasses.is_dataclass(kind):
         fields = _fields(kind)  # type: ignore[arg-type]
         return kind(**{name: _build(fields[name], item) for name, item in value.items()})  # type: ignore[operator]

@@ -29,14 +29,15 @@ ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"runtime"}
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "av", "PIL", "huggingface_hub", "jsonschema", "tqdm"}
 
-# What may be at most. Goals: the package 19,000 lines in 120 files, the tests 20,000 lines.
+# What may be at most. Goals without recipes, quantised bakes and exports: the package 19,000 lines in 120 files, the
+# tests 20,000 lines.
 BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 20_150,
+    "lines of the package": 20_900,
     "files of the package": 120,
-    "lines of the tests": 21_950,
+    "lines of the tests": 22_600,
 }
 
 

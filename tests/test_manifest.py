@@ -22,6 +22,7 @@ from ltxpack.manifest import (
     MAX_MANIFEST_BYTES,
     Bake,
     BakedLora,
+    Calibration,
     Component,
     FileRecord,
     Lora,
@@ -91,6 +92,14 @@ def test_the_kind_of_transformer_is_the_manifests_else_that_of_the_files_name() 
         stated = replace(one, transformer_kind=kind)
         assert stated.distilled == (kind == "distilled")
         assert parse_manifest(stated.dump(), Path(MANIFEST_NAME)) == stated
+
+
+def test_a_quantised_bake_states_its_form_and_a_plain_one_nothing_new() -> None:
+    plain = manifest().bakes["distilled-0.5"]
+    one = replace(plain, format="fp8", quantised=("blocks.1.to_q",), calibration=Calibration("a.safetensors", HASH))
+    stated = manifest().with_bake("distilled-0.5", one)
+    assert parse_manifest(stated.dump(), Path(MANIFEST_NAME)) == stated
+    assert document()["bakes"]["distilled-0.5"].keys() == {"loras", "rule", "kernel", "device", "files", "changed"}
 
 
 @pytest.mark.parametrize("method", ["stat", "read_bytes"])
