@@ -108,10 +108,11 @@ class BakedLora:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The activations file that the input scales of a bake are from."""
+    """The activations file that the input ``scales`` of a bake are from, one for each quantised linear."""
 
     name: str
     blake3: str
+    scales: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def test_the_kind_of_transformer_is_the_manifests_else_that_of_the_files_name() 
 
 def test_a_quantised_bake_states_its_form_and_a_plain_one_nothing_new() -> None:
     plain = manifest().bakes["distilled-0.5"]
-    one = replace(plain, format="fp8", quantised=("blocks.1.to_q",), calibration=Calibration("a.safetensors", HASH))
+    one = replace(plain, format="fp8", quantised=("blocks.1.to_q",), calibration=Calibration("a", HASH, (0.5,)))
     stated = manifest().with_bake("distilled-0.5", one)
     assert parse_manifest(stated.dump(), Path(MANIFEST_NAME)) == stated
     assert document()["bakes"]["distilled-0.5"].keys() == {"loras", "rule", "kernel", "device", "files", "changed"}

@@ -17,6 +17,7 @@ from ltxpack.cli.terminal import (
 )
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes
+from ltxpack.manifest import BF16, FORMATS
 
 
 @click.command("bake-lora")
@@ -31,7 +32,22 @@ from ltxpack.files.units import human_bytes
     show_default=True,
     help="fp32 rounds once; official repeats the official bf16 arithmetic bit for bit.",
 )
-@click.option("--name", help="Name of the bake (with one strength).")
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(FORMATS),
+    multiple=True,
+    default=(BF16,),
+    show_default=True,
+    help="How linears are stored; one bake each, of one read of the base; repeatable.",
+)
+@click.option("--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]")
+@click.option(
+    "--activations",
+    type=click.Path(path_type=Path),
+    help="For fp8: take input scales from this file, which ltxpack run --save-activations wrote.",
+)
+@click.option("--name", help="Name of the bake (with one strength and format).")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--allow-unmatched", is_flag=True, help="Bake although some keys of a LoRA match nothing.")
 @plan_option
@@ -42,22 +58,24 @@ def bake_lora(
     overlay: Path | None,
     strengths: tuple[float, ...],
     added: tuple[str, ...],
+    keep_blocks: str | None,
     plan_only: bool,
     as_json: bool,
     verbose: bool,
-    **options: str | bool | None,
+    **options: object,
 ) -> None:
     """Bake LoRAs into OVERLAY/bakes/<name>/ from the clean base transformer.
 
     Without OVERLAY: the current folder if it is an overlay, else ./out. The distilled LoRA changes nearly every
     byte, so such a bake of the 22B model takes 38 GB; --plan says how much, to the byte but for the two reports.
     """
-    from ltxpack.lora_bake import PAGE_NAME, REPORT_NAMES, BakeOptions, bake, parse_added, plan_bake
+    from ltxpack.lora_bake import PAGE_NAME, REPORT_NAMES, BakeOptions, bake, parse_added, parse_blocks, plan_bake
 
     folder = usual_overlay(overlay)
     reporter = TerminalReporter(verbose)
     stack = tuple(parse_added(text) for text in added)
-    wanted = BakeOptions(folder, strengths, added=stack, **options)  # type: ignore[arg-type]
+    kept = None if keep_blocks is None else parse_blocks(keep_blocks)
+    wanted = BakeOptions(folder, strengths, added=stack, keep_blocks=kept, **options)  # type: ignore[arg-type]
     if plan_only:
         print_plan(plan_bake(wanted, reporter), as_json, bounds=REPORT_NAMES)
         return

@@ -20,6 +20,7 @@ from ltxpack.errors import AdapterError, DeviceError, OverlayError
 from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
+from ltxpack.lora_bake.forms import Activations, base_digest, quantised_linears
 from ltxpack.lora_bake.plan import (
     BAKES,
     Arithmetic,
@@ -30,7 +31,7 @@ from ltxpack.lora_bake.plan import (
     read_base,
 )
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, read_manifest
 from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
@@ -54,7 +55,7 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
     if all(lora.here for lora in found):
         plans = _to_be_made(plans, manifest, options)
-    arithmetic = _arithmetic(options.rule, options.device, [lora.adapter for lora in found], options)
+    arithmetic = _arithmetic_for(options, found)
     files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
     total = sum(file["bytes"] for file in files)
@@ -89,7 +90,7 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
         torch.result()
         made: dict[str, BakeReport] = {}
         if new:
-            arithmetic = _arithmetic(options.rule, options.device, [lora.adapter for lora in found], options)
+            arithmetic = _arithmetic_for(options, found)
             made = _run(new, arithmetic, reporter, lock)
         return [made.get(plan.name) or _there_already(plan, manifest) for plan in plans]
 
@@ -122,7 +123,7 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
 
 
 def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Reporter) -> None:
-    """Make the bake ``name`` again, whole, from the LoRAs, strengths, order and rule that the manifest records.
+    """Make the bake ``name`` again, whole, from the LoRAs, strengths, order, rule and form that the manifest records.
 
     ``files`` maps the LoRAs' blake3 to files or PEFT folders. The recorded kernel and device are used if this machine
     has them, so that the same bytes come out. Raises what ``bake`` raises, and OverlayError for a LoRA that changed.
@@ -141,8 +142,9 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
         )
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)
         if not _usable(arithmetic, made.rule):
-            arithmetic = _arithmetic(made.rule, "auto", adapters)
-        _run([BakePlan(name, loras, made.rule, base, overlay)], arithmetic, reporter, lock)
+            arithmetic = _arithmetic(made.rule, "auto", adapters, quantised=bool(made.quantised))
+        form = (made.format, made.quantised, made.calibration)
+        _run([BakePlan(name, loras, made.rule, base, overlay, *form)], arithmetic, reporter, lock)
 
 
 # Plan
@@ -151,7 +153,9 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
 def _plans(
     options: BakeOptions, manifest: Manifest, base: BaseTransformer, found: Sequence[FoundLora], digests: Sequence[str]
 ) -> list[BakePlan]:
-    """One plan per strength. Raises AdapterError for DoRA under the official rule, or a model distilled twice."""
+    """One plan per strength and format. Raises AdapterError for DoRA under the official rule, a model distilled twice,
+    or an activations file of another bake; UsageError for blocks that are not there.
+    """
     dora = [f"{lora.adapter.path.name}: {name}" for lora in found for name in lora.adapter.dora]
     if dora and options.rule == "official":
         raise AdapterError("the official rule has no DoRA", items=dora, next="use --rule fp32")
@@ -161,21 +165,40 @@ def _plans(
     ]
     plans = []
     for strength in options.strengths:
-        strengths = [*(value for _, value in options.added), strength]
+        # The base alone has no LoRA and the strength 0.
+        strengths = [*(value for _, value in options.added), strength] if named else []
         uses = tuple(
             LoraUse(adapter, value, digest, adapter.path.name)
             for (adapter, digest), value in zip(named, strengths, strict=True)
         )
-        twice = [use.file for use in uses if use.strength and DISTILLED in use.adapter.name]
-        if twice and manifest.distilled and not options.force:
-            raise AdapterError(
-                "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
-                items=twice, next=options.command(force=True),
-            )  # fmt: skip
-        *added, main = ((use.adapter.name, use.strength) for use in uses)
-        name = options.name or bake_name(main, added)
-        plans.append(BakePlan(name, uses, options.rule, base, options.overlay))
+        _refuse_twice_distilled(uses, manifest, options)
+        for form in options.formats:
+            name = options.name or bake_name([(use.adapter.name, use.strength) for use in uses], form)
+            plan = BakePlan(name, uses, options.rule, base, options.overlay)
+            plans.append(plan if form == BF16 else _quantised(plan, form, options))
     return plans
+
+
+def _refuse_twice_distilled(uses: Sequence[LoraUse], manifest: Manifest, options: BakeOptions) -> None:
+    twice = [use.file for use in uses if use.strength and DISTILLED in use.adapter.name]
+    if twice and manifest.distilled and not options.force:
+        raise AdapterError(
+            "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
+            items=twice, next=options.command(force=True),
+        )  # fmt: skip
+
+
+def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
+    """``plan`` with the linears that ``form`` stores in codes, and for fp8 the scales of their inputs."""
+    linears = quantised_linears(plan.base.shapes, options.keep_blocks, options.command(keep_blocks=()))
+    calibration = None
+    if form == FP8 and options.activations is not None:
+        loras = [(lora.blake3, lora.strength) for lora in plan.recorded if lora.strength]
+        bf16 = bake_name([(lora.name, lora.strength) for lora in plan.recorded]) if loras else "base"
+        record = f"run {plan.overlay} with --stage1 {bf16} --save-activations FILE"
+        shards = [shard.record for shard in plan.base.shards]
+        calibration = Activations(options.activations).calibration(loras, base_digest(shards), linears, record)
+    return dataclasses.replace(plan, form=form, quantised=linears, calibration=calibration)
 
 
 def _is_there(plan: BakePlan, manifest: Manifest) -> bool:
@@ -198,16 +221,20 @@ def _to_be_made(plans: Sequence[BakePlan], manifest: Manifest, options: BakeOpti
             raise OverlayError(
                 "exists already, made from other inputs",
                 file=plan.overlay / plan.folder,
-                expected=_described(plan.rule, plan.recorded),
-                found=_described(bake.rule, bake.loras),
+                expected=_described(plan, plan.form),
+                found=_described(bake, bake.format),
                 next=options.command(force=True),
             )
     return new
 
 
-def _described(rule: str, loras: Sequence[BakedLora]) -> str:
-    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.strength:g}" for lora in loras)
-    return f"{stack}, rule {rule}"
+def _described(made: BakePlan | Bake, form: str) -> str:
+    loras = made.recorded if isinstance(made, BakePlan) else made.loras
+    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.strength:g}" for lora in loras) or "the base"
+    if form == BF16:
+        return f"{stack}, rule {made.rule}"
+    calibrated = "" if made.calibration is None else f" calibrated by {made.calibration.name}"
+    return f"{stack}, rule {made.rule}, {len(made.quantised)} linears in {form}{calibrated}"
 
 
 def _there_already(plan: BakePlan, manifest: Manifest) -> BakeReport:
@@ -219,7 +246,9 @@ def _there_already(plan: BakePlan, manifest: Manifest) -> BakeReport:
 # Run
 
 
-def _arithmetic(rule: str, device: str, adapters: Sequence[Adapter], options: BakeOptions | None = None) -> Arithmetic:
+def _arithmetic(
+    rule: str, device: str, adapters: Sequence[Adapter], options: BakeOptions | None = None, quantised: bool = False
+) -> Arithmetic:
     """What is used here and now. Raises DeviceError."""
     import torch
 
@@ -230,8 +259,14 @@ def _arithmetic(rule: str, device: str, adapters: Sequence[Adapter], options: Ba
         assert options is not None
         raise DeviceError("there is no CUDA device", next=options.command(device="cpu"))
     chosen = "cuda" if available and device != "cpu" else "cpu"
-    plain = all(adapter.plain_bf16 for adapter in adapters)
+    # Codes are made of float32 sums, which addmm does not give.
+    plain = all(adapter.plain_bf16 for adapter in adapters) and not quantised
     return Arithmetic(rule, choose_kernel(rule, len(adapters), plain, chosen), chosen)
+
+
+def _arithmetic_for(options: BakeOptions, found: Sequence[FoundLora]) -> Arithmetic:
+    adapters = [lora.adapter for lora in found]
+    return _arithmetic(options.rule, options.device, adapters, options, quantised=options.formats != (BF16,))
 
 
 def _usable(arithmetic: Arithmetic, rule: str) -> bool:
@@ -342,7 +377,7 @@ class StagedBake(Staging):
 
     def finish(self) -> tuple[Bake, dict[str, Any]]:
         """Write the reports; the manifest's entry and the report's document."""
-        document = self.plan.document(self.arithmetic, itertools.chain.from_iterable(self._stats.values()))
+        document = self.plan.document(self.arithmetic, list(itertools.chain.from_iterable(self._stats.values())))
         for item in self.plan.reports(document):
             self.record(write_bytes(item, self.root))
         changed = (name for name, target in document["targets"].items() if target["changed"])
@@ -364,7 +399,10 @@ class StagedBake(Staging):
             try:
                 chosen, measured = self._journal.notes[path]
                 arithmetic = Arithmetic(*chosen)
-                stats = [TargetStat(str(n), float(w), float(d), int(e), int(c)) for n, w, d, e, c in measured]
+                stats = [
+                    TargetStat(str(name), float(base), float(delta), int(elements), int(changed), *map(float, rounding))
+                    for name, base, delta, elements, changed, *rounding in measured
+                ]
             except (KeyError, TypeError, ValueError):
                 continue
             fused = {tensor.name for tensor in item.tensors if tensor.nbytes and tensor.name in self.plan.touched}

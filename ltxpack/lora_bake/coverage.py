@@ -10,12 +10,13 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.ltx23.lora_keys import linear_modules
+from ltxpack.manifest import FP8, Calibration
 
 REPORT_FORMAT = 1
 REPORT_NAME = "coverage.json"
@@ -28,13 +29,24 @@ _DIGITS = 3
 
 @dataclass(frozen=True)
 class TargetStat:
-    """Measured while one tensor was fused: squared norms of it and of the change, elements, and how many differ."""
+    """Measured while one tensor was fused: squared norms of it and of the change, elements, and how many differ.
+
+    If it is quantised also squared norms of the float32 sum, of what is stored less that sum, and of what the rounding
+    to codes alone changed.
+    """
 
     name: str
-    base_square: float
-    delta_square: float
-    elements: int
-    changed: int
+    base_square: float = 0.0
+    delta_square: float = 0.0
+    elements: int = 0
+    changed: int = 0
+    sum_square: float = 0.0
+    error_square: float = 0.0
+    rounding_square: float = 0.0
+
+    def plus(self, **amounts: float) -> TargetStat:
+        """With ``amounts`` of more rows added."""
+        return replace(self, **{name: getattr(self, name) + more for name, more in amounts.items()})
 
     @property
     def change(self) -> float | None:
@@ -66,6 +78,8 @@ class BakeReport:
                 f"  {lora['name']} at {lora['strength']:g}: {lora['matched']} of {lora['total']} linears"
                 f"{others}, rank {ranks}, scale {span}"
             )
+        if "stored_as" in document:
+            lines.append(f"  {document['quantised']:,} linears in {document['stored_as']}{_told_errors(document)}")
         if verbose and document["targets"]:
             biggest = sorted(document["kinds"].items(), key=lambda item: (-item[1]["largest_change"], item[0]))[:3]
             lines.append(
@@ -81,6 +95,15 @@ class BakeReport:
         """The report without its list of targets, which coverage.json holds."""
         summary = {key: value for key, value in self.document.items() if key != "targets"}
         return {**summary, "name": self.name, "path": self.path, "made": self.made}
+
+
+def _told_errors(document: Mapping[str, Any]) -> str:
+    """Of quantised linears: the error of their weights, and where the scales of their inputs are from."""
+    error = "" if document["median_error"] is None else f", error {document['median_error']:.2%} (median)"
+    if document["stored_as"] != FP8:
+        return error
+    calibration = document["calibration"]
+    return error + (f", inputs calibrated by {calibration}" if calibration else "; not calibrated: input scales are 1")
 
 
 def significant(value: float) -> float:
@@ -124,6 +147,40 @@ def build_report(
         "block_kinds": sorted({kind for block, kind in places if block is not None}),
         "kinds": _kinds(measured, shapes),
         "targets": {stat.name: _target(stat, loras, arithmetic["rule"]) for _, stat in sorted(measured.items())},
+    }
+
+
+def with_rounding(
+    document: dict[str, Any],
+    stats: Iterable[TargetStat],
+    quantised: Collection[str],
+    form: str,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    """The report of a bake whose ``quantised`` weights are stored as ``form``, with the error of each.
+
+    ``error``: ‖stored - sum‖/‖sum‖ with the float32 sum; ``rounding``: the share of its square that the rounding to
+    codes alone makes; the rest is the rule's.
+    """
+    errors: dict[str, float] = {}
+    for stat in stats:
+        if stat.name in quantised:
+            error = math.sqrt(stat.error_square / stat.sum_square) if stat.sum_square else 0.0
+            errors[stat.name] = error = significant(error)
+            rounding = min(1.0, significant(stat.rounding_square / stat.error_square)) if stat.error_square else 0.0
+            document["targets"][stat.name] |= {"error": error, "rounding": rounding}
+    by_kind: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        by_kind.setdefault(split_name(name)[1], []).append(error)
+    for kind, found in by_kind.items():
+        document["kinds"][kind] |= {"median_error": _median(found), "largest_error": max(found)}
+    measured = {"median_error": _median(list(errors.values())), "largest_error": max(errors.values(), default=None)}
+    return {
+        **document,
+        "stored_as": form,
+        "quantised": len(quantised),
+        "calibration": calibration and calibration.name,
+        **measured,
     }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.lora_bake.coverage import split_name
+from ltxpack.manifest import FP8
 
 # The scale: 0.01 % to 100 %. Below, a change drowns in bf16's rounding; above, the weight is more LoRA than base.
 LOW, HIGH = -4, 0
@@ -239,20 +240,32 @@ def _head(view: CoverageView) -> Iterable[str]:
     block, kind = split_name(at[0]) if at else (None, "")
     place = name(kind if block is None else f"block {block}, {kind}")
     share = f"{changed / aimed:.1%}" if aimed else "none"
-    tiles = (
+    tiles = [
         (f"{view.reached:,} of {view.linears:,}", f"linears reached{_others(len(view.targets) - view.reached)}"),
         (share, f"of {aimed:,} targeted weights changed: {changed:,} in {document['changed_tensors']:,} tensors"),
         (_percent(document["median_change"]), "median ‖ΔW‖ / ‖W‖ of the targets"),
         (_percent(largest), f'largest ‖ΔW‖ / ‖W‖<br><span class="name mono">{place}</span>'),
-    )
+    ]
     yield f"<header>\n<p class=kicker>LoRA coverage</p>\n<h1 class=name>{name(document['bake'])}</h1>"
     yield (
         f"<p class=quiet>rule {text(document['rule'])}{_RULES.get(document['rule'], '')} · "
-        f"kernel {text(document['kernel'])} · device {text(document['device'])}</p>\n</header>\n<section class=tiles>"
+        f"kernel {text(document['kernel'])} · device {text(document['device'])}{_form(document)}</p>\n</header>\n"
+        "<section class=tiles>"
     )
+    if "stored_as" in document:
+        tiles.append((_percent(document["median_error"]), "median error of quantised weights"))
     for figure, told in tiles:
         yield f"<div class=tile><b>{figure}</b><span>{told}</span></div>"
     yield "</section>"
+
+
+def _form(document: Mapping[str, Any]) -> str:
+    """What is stored in codes, and where the scales of inputs are from."""
+    if "stored_as" not in document:
+        return ""
+    form, calibration = document["stored_as"], document["calibration"]
+    inputs = f", inputs calibrated by {name(calibration)}" if calibration else ", inputs not calibrated"
+    return f" · {_count(document['quantised'], 'linear')} in {text(form)}{inputs if form == FP8 else ''}"
 
 
 def _loras(view: CoverageView) -> Iterable[str]:
@@ -384,7 +397,8 @@ def _cell(view: CoverageView, block: int, kind: str) -> str:
         f"LoRA {term['lora'] + 1} rank {term['rank']} scale {term['scale']:g}" for term in target["terms"]
     )
     figure = "from zero" if change is None else f"{change:.2e}"
-    title = f"{text(key)}: {figure}{beyond}, {_counts(target)} weights changed; {terms}"
+    error = f"; stored with an error of {_percent(target['error'])}" if "error" in target else ""
+    title = f"{text(key)}: {figure}{beyond}, {_counts(target)} weights changed; {terms}{error}"
     return f'<td{f" class={look}" if look else ""}{_shade(change)} title="{title}">'
 
 
@@ -400,6 +414,9 @@ def _sums(view: CoverageView) -> Iterator[tuple[str, Mapping[str, str]]]:
         # A kind whose every change is from zero has no ratio.
         shown = {k: _brief(None if found["median_change"] is None else found[key]) for k, found in measured.items()}
         yield label, {kind: f"<td>{shown.get(kind, '')}" for kind in kinds}
+    if "stored_as" in view.document:
+        errors = {kind: _brief(found["median_error"]) for kind, found in measured.items() if "median_error" in found}
+        yield "error as stored, %", {kind: f"<td>{errors.get(kind, '')}" for kind in kinds}
     for i, lora in enumerate(view.loras):
         whose = f"LoRA {i + 1} " if len(view.loras) > 1 else ""
         ranks = {kind: view.ranks.get((i, kind), []) for kind in kinds}

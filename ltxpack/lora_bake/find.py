@@ -95,8 +95,13 @@ class FoundLora:
 def find_loras(
     options: BakeOptions, manifest: Manifest, shapes: Shapes, reporter: Reporter, headers_only: bool = False
 ) -> list[FoundLora]:
-    """The LoRAs in order of application, fitted: the added ones, then the main one. Raises LtxpackError."""
+    """The LoRAs in order of application, fitted: the added ones, then the main one; none for the base alone.
+
+    Raises LtxpackError.
+    """
     found = [_locate(text, shapes, options, True, reporter, headers_only) for text, _ in options.added]
+    if options.base_alone and not manifest.loras:
+        return []
     if options.lora is None:
         return [*found, _own_lora(options, manifest, shapes)]
     return [*found, _locate(options.lora, shapes, options, False, reporter, headers_only)]

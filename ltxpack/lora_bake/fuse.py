@@ -13,6 +13,7 @@ official  the official rule
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -82,13 +83,17 @@ class Term:
 
 @dataclass(frozen=True)
 class Fused:
-    """New rows and what the report says of them: squared norms of W and of the change, elements that differ."""
+    """New rows and what the report says of them: squared norms of W and of the change, elements that differ.
+
+    ``largest``: of a float32 sum its largest |x|.
+    """
 
     weight: Tensor
     base_square: float
     delta_square: float
     changed: int
     finite: bool
+    largest: float = 0.0
 
 
 def choose_kernel(rule: str, lora_count: int, plain_bf16: bool, device: str) -> str:
@@ -126,21 +131,24 @@ def fuse_rows(
     kernel: str,
     work: Workspace | None = None,
     results: Workspace | None = None,
+    into: Sequence[Tensor | None] = (),
 ) -> list[Fused]:
     """New rows for several bakes of the same LoRAs: ``strengths[bake][lora]`` in order of application.
 
     ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result is what
     that bake alone would give. Sums are made in ``work``; the new rows may lie in ``results``, valid until it is used
-    again.
+    again. ``into``: for each bake None, or float32 memory for its sum, which is then not rounded to the stored dtype.
     """
     work, results = work or Workspace(), results or Workspace()
+    into = into or [None] * len(strengths)
     if kernel == "official":
-        base_square = square_sum(weight)
-        fused = (fuse_official(weight, terms, row, results, f"result {i}") for i, row in enumerate(strengths))
-        return [_measured(weight, new, base_square, delta_square) for new, delta_square in fused]
+        return list(
+            map(functools.partial(_measured_official, weight, terms, results), range(len(into)), strengths, into)
+        )
     if kernel == "addmm" and _is_plain(terms) and weight.dtype == torch.bfloat16:
+        assert not any(memory is not None for memory in into), "addmm rounds its sums"
         return _fuse_addmm(weight, terms[0], [row[0] for row in strengths], results)
-    return _fuse_fp32(weight, terms, strengths, work, results)
+    return _fuse_fp32(weight, terms, strengths, work, results, into)
 
 
 def fuse_official(
@@ -183,9 +191,10 @@ def square_sum(values: Tensor) -> float:
     count = flat.numel()
     norms = torch.zeros(-(-count // _RUN), device=flat.device)
     # One piece of memory for all parts: small results between large ones would leave holes in the heap.
-    memory = torch.empty(min(_PART, count), device=flat.device)
+    memory = None if flat.dtype == torch.float32 else torch.empty(min(_PART, count), device=flat.device)
     for start in range(0, count, _PART):
-        part = memory[: min(_PART, count - start)].copy_(flat[start : start + _PART])
+        part = flat[start : start + _PART]
+        part = part if memory is None else memory[: part.numel()].copy_(part)
         whole = part.numel() // _RUN
         first = start // _RUN
         torch.linalg.vector_norm(part[: whole * _RUN].view(-1, _RUN), dim=1, out=norms[first : first + whole])
@@ -207,8 +216,22 @@ def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -
     return [math.inf if math.isnan(total) else max(0.0, total) for total in sums]
 
 
+def _measured_official(
+    weight: Tensor, terms: Sequence[Term], results: Workspace, i: int, strengths: Sequence[float], into: Tensor | None
+) -> Fused:
+    new, delta_square = fuse_official(weight, terms, strengths, results, f"result {i}")
+    if into is not None:
+        return _measured_sum(into.copy_(new), square_sum(weight), delta_square)
+    return _measured(weight, new, square_sum(weight), delta_square)
+
+
 def _fuse_fp32(
-    weight: Tensor, terms: Sequence[Term], strengths: Sequence[Sequence[float]], work: Workspace, results: Workspace
+    weight: Tensor,
+    terms: Sequence[Term],
+    strengths: Sequence[Sequence[float]],
+    work: Workspace,
+    results: Workspace,
+    into: Sequence[Tensor | None],
 ) -> list[Fused]:
     """W32 + sum of scale·(B@A) + strength·diff, LoRA after LoRA; after a DoRA term each row has its magnitude.
 
@@ -227,8 +250,9 @@ def _fuse_fp32(
     squares = _sum_square(lowrank, scales) if plain else None
     base_square = square_sum(weight)
     made = []
-    for i, row in enumerate(strengths):
-        total = work.empty("sum", weight.shape, torch.float32, weight.device).copy_(weight)
+    for i, (row, memory) in enumerate(zip(strengths, into, strict=True)):
+        total = work.empty("sum", weight.shape, torch.float32, weight.device) if memory is None else memory
+        total.copy_(weight)
         for term, found, strength in zip(terms, products, row, strict=True):
             if strength == 0:
                 continue
@@ -239,10 +263,18 @@ def _fuse_fp32(
             if term.magnitude is not None:
                 norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
                 total.mul_(term.magnitude.float().reshape(-1, 1) / norm)
+        delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
+        if memory is not None:
+            made.append(_measured_sum(total, base_square, delta_square))
+            continue
         stored = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device).copy_(total)
-        delta_square = square_sum(total.sub_(weight)) if squares is None else squares[i]
         made.append(_measured(weight, stored, base_square, delta_square))
     return made
+
+
+def _change_square(weight: Tensor, total: Tensor, work: Workspace) -> float:
+    change = work.empty("change", weight.shape, torch.float32, weight.device)
+    return square_sum(torch.sub(total, weight, out=change))
 
 
 def _fuse_addmm(weight: Tensor, term: Term, strengths: Sequence[float], results: Workspace) -> list[Fused]:
@@ -291,6 +323,12 @@ def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: f
     bound = math.sqrt(base_square) + math.sqrt(delta_square)
     finite = bound < torch.finfo(fused.dtype).max / 2 or bool(torch.isfinite(fused).all())
     return Fused(fused, base_square, delta_square, count_changed(weight, fused), finite)
+
+
+def _measured_sum(total: Tensor, base_square: float, delta_square: float) -> Fused:
+    """Of a float32 sum that becomes codes, so that all of it is stored in another way than W."""
+    low, high = (bound.item() for bound in torch.aminmax(total))
+    return Fused(total, base_square, delta_square, total.numel(), math.isfinite(high - low), max(-low, high))
 
 
 def count_changed(before: Tensor, after: Tensor) -> int:

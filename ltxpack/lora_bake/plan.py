@@ -24,14 +24,40 @@ from ltxpack.files.tensorfile import FLOATS, MAX_INDEX_BYTES, TensorFile, read_t
 from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.manifest import BAKE_NAME, RESERVED_BAKE_NAMES, Bake, BakedLora, FileRecord, Manifest, changed_file
-from ltxpack.repack.items import Buffer, Copied, Item, LinkFile, ShardEntry, WriteBytes, WriteShard, stored_tensor
+from ltxpack.lora_bake.forms import stored_specs
+from ltxpack.manifest import (
+    BAKE_NAME,
+    BF16,
+    FORMATS,
+    FP8,
+    RESERVED_BAKE_NAMES,
+    Bake,
+    BakedLora,
+    Calibration,
+    FileRecord,
+    Manifest,
+    changed_file,
+)
+from ltxpack.repack.items import (
+    INDEX_ENDING,
+    Buffer,
+    Copied,
+    Item,
+    LinkFile,
+    ShardEntry,
+    WriteBytes,
+    WriteShard,
+    index_bytes,
+    stored_tensor,
+)
 
 RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
 BAKES = "bakes"
 TRANSFORMER = "transformer"
 MAX_NAME_LENGTH = 200
+# How a bake of no LoRA begins its name.
+BASE_NAME = "base"
 # Beyond it weights leave what bfloat16 holds, whatever the LoRA and its alpha.
 MAX_STRENGTH = 1e18
 # Raised when the same inputs would give other bytes than before.
@@ -42,9 +68,11 @@ _FOREIGN = re.compile(r"[^A-Za-z0-9._+-]+")
 
 @dataclass(frozen=True)
 class BakeOptions:
-    """What is asked for: one bake per strength of the main LoRA (default: the overlay's distilled one).
+    """What is asked for: one bake per format and strength of the main LoRA (default: the overlay's distilled one).
 
-    ``added``: (file, PEFT folder or REPO/FILE; strength), applied in this order before the main one.
+    ``added``: (file, PEFT folder or REPO/FILE; strength), applied in this order before the main one. ``keep_blocks``:
+    those that quantised bakes leave in bf16, None for the usual ones. ``activations``: the file that fp8's input scales
+    are taken from.
     """
 
     overlay: Path
@@ -52,10 +80,18 @@ class BakeOptions:
     lora: str | None = None
     added: tuple[tuple[str, float], ...] = ()
     rule: str = "fp32"
+    formats: tuple[str, ...] = (BF16,)
     name: str | None = None
     device: str = "auto"
     force: bool = False
     allow_unmatched: bool = False
+    keep_blocks: tuple[int, ...] | None = None
+    activations: Path | None = None
+
+    @property
+    def base_alone(self) -> bool:
+        """Whether the base quantised is all that is asked for, so that a LoRA may be there or not."""
+        return self.lora is None and not self.added and self.strengths == (0.0,) and BF16 not in self.formats
 
     def command(self, **changes: object) -> str:
         """The command line that asks for this, with ``changes``, to be typed as it is."""
@@ -65,6 +101,10 @@ class BakeOptions:
         flags += [f"--add {quoted(f'{file}={format_strength(strength)}')}" for file, strength in wanted.added]
         named = (("--rule", wanted.rule, "fp32"), ("--name", wanted.name, None), ("--device", wanted.device, "auto"))
         flags += [f"{flag} {quoted(value)}" for flag, value, default in named if value is not None and value != default]
+        flags += [f"--format {form}" for form in wanted.formats if wanted.formats != (BF16,)]
+        if wanted.keep_blocks is not None:
+            flags.append(f"--keep-blocks {','.join(map(str, wanted.keep_blocks)) or 'none'}")
+        flags += [f"--activations {quoted(wanted.activations)}"] if wanted.activations is not None else []
         flags += [flag for flag, on in (("--allow-unmatched", wanted.allow_unmatched), ("--force", wanted.force)) if on]
         return " ".join(["ltxpack bake-lora", quoted(wanted.overlay), *flags])
 
@@ -72,16 +112,23 @@ class BakeOptions:
         """The same with equal strengths once. Raises UsageError for anything wrong."""
         if not self.strengths:
             raise UsageError("needs a strength", next=self.command(strengths=(1.0,)))
-        for value, known, flag in ((self.rule, RULES, "--rule"), (self.device, DEVICES, "--device")):
+        formats = tuple(dict.fromkeys(self.formats)) or (BF16,)
+        choices = ((self.rule, RULES, "--rule"), (self.device, DEVICES, "--device"))
+        for value, known, flag in (*choices, *((form, FORMATS, "--format") for form in formats)):
             if value not in known:
                 raise UsageError(f"{flag} is unknown", expected=" or ".join(known), found=value)
         strengths = tuple(dict.fromkeys(check_strength(strength) for strength in self.strengths))
         added = tuple((file, check_strength(strength)) for file, strength in self.added)
+        if self.keep_blocks is not None and formats == (BF16,):
+            raise UsageError("--keep-blocks goes with --format fp8 or int8", next=self.command(formats=(FP8,)))
+        if self.activations is not None and FP8 not in formats:
+            raise UsageError("--activations goes with --format fp8", next=self.command(formats=(*formats, FP8)))
         if self.name is not None:
             check_bake_name(self.name)
-            if len(self.strengths) > 1:
-                raise UsageError("--name goes with one strength", found=f"{len(self.strengths)} strengths")
-        return dataclasses.replace(self, strengths=strengths, added=added)
+            if len(self.strengths) * len(formats) > 1:
+                found = f"{len(self.strengths)} strengths and {len(formats)} formats"
+                raise UsageError("--name goes with one strength and one format", found=found)
+        return dataclasses.replace(self, strengths=strengths, added=added, formats=formats)
 
 
 # Names
@@ -120,9 +167,10 @@ def lora_name(stem: str) -> str:
     return _FOREIGN.sub("-", stem).strip("-.") or "lora"
 
 
-def bake_name(main: tuple[str, float], added: Sequence[tuple[str, float]]) -> str:
-    """``distilled-0.5+style-0.8``: the main LoRA, then the added ones in order of application."""
-    name = "+".join(f"{lora}-{format_strength(strength)}" for lora, strength in (main, *added))
+def bake_name(loras: Sequence[tuple[str, float]], form: str = BF16) -> str:
+    """``distilled-0.5+style-0.8-fp8``: the main LoRA, which is the last, the others in order, and the form."""
+    parts = [f"{lora}-{format_strength(strength)}" for lora, strength in (*loras[-1:], *loras[:-1])]
+    name = ("+".join(parts) or BASE_NAME) + ("" if form == BF16 else f"-{form}")
     if len(name) > MAX_NAME_LENGTH:
         raise UsageError("the bake's name would be too long", found=name[:80] + "…", next="give it one with --name")
     return name
@@ -209,11 +257,16 @@ class Arithmetic:
     device: str
 
 
+@dataclass(frozen=True, slots=True)
 class FusedTensor(Copied):
     """The producer of a base tensor with LoRAs added to it: its place in a shard's plan.
 
-    ``stream.Engine`` makes the bytes, for several bakes from one read of the base.
+    ``stream.Engine`` makes the bytes, for several bakes from one read of the base. In another ``form`` than bf16 these
+    are codes and scales, of fp8 with the ``input_scale``.
     """
+
+    form: str = BF16
+    input_scale: float = 1.0
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:
         """Raises AssertionError: this producer alone does not know the factors."""
@@ -222,13 +275,16 @@ class FusedTensor(Copied):
 
 @dataclass(frozen=True)
 class BakePlan:
-    """A bake to be made; ``loras`` in order of application."""
+    """A bake to be made; ``loras`` in order of application. ``quantised``: linears that are stored as ``form`` says."""
 
     name: str
     loras: tuple[LoraUse, ...]
     rule: str
     base: BaseTransformer
     overlay: Path
+    form: str = BF16
+    quantised: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def folder(self) -> str:
@@ -241,15 +297,25 @@ class BakePlan:
         return tuple(lora.record(self.rule) for lora in self.loras)
 
     def is_made_from(self, bake: Bake) -> bool:
-        """Whether ``bake`` is this very bake: the same LoRAs, strengths, order and rule."""
-        return (bake.loras, bake.rule) == (self.recorded, self.rule)
+        """Whether ``bake`` is this very bake: the same LoRAs, strengths, order, rule and form."""
+        made = (bake.loras, bake.rule, bake.format, bake.quantised, bake.calibration)
+        return made == (self.recorded, self.rule, self.form, self.quantised, self.calibration)
+
+    @functools.cached_property
+    def input_scales(self) -> dict[str, float]:
+        """Quantised weight -> the scale of its input: 1 without a calibration."""
+        names = [f"{linear}.weight" for linear in self.quantised]
+        scales = [1.0] * len(names) if self.calibration is None else self.calibration.scales
+        return dict(zip(names, scales, strict=True))
 
     @functools.cached_property
     def touched(self) -> frozenset[str]:
-        """The tensors that are fused. A strength of 0 adds nothing; the official rule only skips when all are 0."""
+        """The tensors that are fused or quantised. A strength of 0 adds nothing; the official rule only skips when all
+        are 0.
+        """
         all_take_part = self.rule == "official" and any(lora.strength for lora in self.loras)
         active = (lora for lora in self.loras if lora.strength or all_take_part)
-        return frozenset(name for lora in active for name in lora.adapter.targets)
+        return frozenset(name for lora in active for name in lora.adapter.targets).union(self.input_scales)
 
     @functools.cached_property
     def shards(self) -> dict[str, WriteShard]:
@@ -271,8 +337,11 @@ class BakePlan:
 
     @functools.cached_property
     def small(self) -> tuple[WriteBytes, ...]:
-        """config.json and the index, as in the base."""
-        return tuple(WriteBytes(f"{self.folder}/{name}", data) for name, data in sorted(self.base.small.items()))
+        """config.json and the index, as in the base; the scales are in the index too."""
+        small = dict(self.base.small)
+        if self.quantised:
+            small |= {name: self._index() for name in small if name.endswith(INDEX_ENDING)}
+        return tuple(WriteBytes(f"{self.folder}/{name}", data) for name, data in sorted(small.items()))
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -286,15 +355,19 @@ class BakePlan:
             WriteBytes(f"{self.folder}/{coverage.PAGE_NAME}", coverage_page.render(document)),
         )
 
-    def document(self, arithmetic: Arithmetic, stats: Iterable[TargetStat]) -> dict[str, Any]:
+    def document(self, arithmetic: Arithmetic, stats: Sequence[TargetStat]) -> dict[str, Any]:
         """coverage.json as a document."""
-        return coverage.build_report(self.name, self.loras, stats, self.base.shapes, dataclasses.asdict(arithmetic))
+        facts = dataclasses.asdict(arithmetic)
+        report = coverage.build_report(self.name, self.loras, stats, self.base.shapes, facts)
+        if not self.quantised:
+            return report
+        return coverage.with_rounding(report, stats, self.input_scales, self.form, self.calibration)
 
     def files(self, arithmetic: Arithmetic) -> list[dict[str, Any]]:
         """Every file with its size and what is done for it; for the two reports a bound, whatever will be measured."""
         # No figure is longer than a change of 1.11e-100 and a count of all elements.
         counts = {name: math.prod(self.base.shapes[name]) for name in sorted(self.touched)}
-        longest = [TargetStat(name, 1.0, 1.2321e-200, count, count) for name, count in counts.items()]
+        longest = [TargetStat(name, 1.0, 1.2321e-200, n, n, 1.0, 1.2321e-200, 1.1e-300) for name, n in counts.items()]
         document = self.document(arithmetic, longest)
         files = [(item.path, item.size, "link" if isinstance(item, LinkFile) else "write") for item in self.items]
         # A page with other looks than these is longer, but never twice as long.
@@ -311,6 +384,12 @@ class BakePlan:
             "base": [dataclasses.astuple(shard.record) for shard in self.base.shards],
             "small": {item.path: blake3(item.data).hexdigest() for item in self.small},
         }
+        if self.quantised:
+            inputs["quantised"] = [
+                self.form,
+                self.quantised,
+                self.calibration and dataclasses.astuple(self.calibration),
+            ]
         return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def record(self, arithmetic: Arithmetic, files: Mapping[str, FileRecord], changed: Iterable[str]) -> Bake:
@@ -324,21 +403,36 @@ class BakePlan:
             device=arithmetic.device,
             files=tuple(files[path] for path in sorted(paths)),
             changed=tuple(sorted(changed)),
+            format=self.form,
+            quantised=self.quantised,
+            calibration=self.calibration,
         )
 
     def _entries(self, shard: BaseShard) -> Iterator[ShardEntry]:
         """The base's tensors in the base's order; each that is touched comes from a FusedTensor."""
         source = shard.file.path
         for info in shard.file.tensors.values():
-            entry = stored_tensor(info.name, info, source)
-            fused = FusedTensor(Range(source, info.start, info.nbytes))
-            yield dataclasses.replace(entry, producer=fused) if info.name in self.touched else entry
+            entry, place = stored_tensor(info.name, info, source), Range(source, info.start, info.nbytes)
+            if info.name in self.input_scales:
+                specs = stored_specs(self.form, info.name, info.shape)
+                entry = ShardEntry(specs, FusedTensor(place, self.form, self.input_scales[info.name]))
+            elif info.name in self.touched:
+                entry = dataclasses.replace(entry, producer=FusedTensor(place))
+            yield entry
+
+    def _index(self) -> bytes:
+        """Of all tensors as this bake has them."""
+        entries = [(shard.name, entry) for shard in self.base.shards for entry in self._entries(shard)]
+        files = {tensor.name: name for name, entry in entries for tensor in entry.tensors}
+        return index_bytes(files, sum(entry.nbytes for _, entry in entries))
 
     def _provenance(self, shard: BaseShard) -> dict[str, str]:
         loras = [{"name": lora.name, "blake3": lora.blake3, "strength": lora.strength} for lora in self.recorded]
+        form = {"ltxpack_format": self.form} if self.quantised else {}
         return {
             "format": "pt",
             "ltxpack_base_blake3": shard.record.blake3,
             "ltxpack_loras": json.dumps(loras, sort_keys=True),
             "ltxpack_rule": self.rule,
+            **form,
         }

@@ -7,6 +7,7 @@ own. What is summed in one piece never depends on the number of threads.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import threading
@@ -18,6 +19,7 @@ from typing import NamedTuple, Self
 
 import torch
 from blake3 import blake3
+from torch import Tensor
 
 from ltxpack.errors import AdapterError
 from ltxpack.files.direct import DirectReader
@@ -27,7 +29,8 @@ from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
-from ltxpack.manifest import FileRecord, changed_file
+from ltxpack.lora_bake.quantise import Encoded, encode
+from ltxpack.manifest import BF16, FP8, FileRecord, changed_file
 from ltxpack.repack.items import WriteShard
 from ltxpack.repack.write import WRITE_BUFFERS, ShardWriter, passage
 from ltxpack.reporter import Reporter
@@ -54,16 +57,16 @@ class ShardOutput:
         self.root = root
         self.strengths = strengths
         self.stats: dict[str, TargetStat] = {}
-        self.touched = frozenset(
-            tensor.name for entry in item.entries if isinstance(entry.producer, FusedTensor) for tensor in entry.tensors
-        )
+        producers = ((entry.tensors[0].name, entry.producer) for entry in item.entries)
+        self.touched = {name: producer for name, producer in producers if isinstance(producer, FusedTensor)}
 
-    def measure(self, name: str, fused: Fused) -> None:
-        """Add what was measured of some rows of the tensor ``name``."""
-        old = self.stats.get(name) or TargetStat(name, 0.0, 0.0, 0, 0)
-        base, delta = old.base_square + fused.base_square, old.delta_square + fused.delta_square
-        count = old.elements + fused.weight.numel()
-        self.stats[name] = TargetStat(name, base, delta, count, old.changed + fused.changed)
+    def form(self, name: str) -> str:
+        """How the tensor ``name``, which is touched, is stored."""
+        return self.touched[name].form
+
+    def measure(self, name: str, **amounts: float) -> None:
+        """Add what was measured of some rows of the tensor ``name``, see :class:`.coverage.TargetStat`."""
+        self.stats[name] = (self.stats.get(name) or TargetStat(name)).plus(**amounts)
 
 
 class _Read(NamedTuple):
@@ -123,6 +126,8 @@ class Engine:
         self.pool = ThreadPoolExecutor(workers, "ltxpack-fuse", lambda: setattr(self.own, "sums", Workspace()))
         # While the results of one read are written, those of the next are made.
         self.results = [[Workspace() for _ in range(self.chunks)] for _ in range(2)]
+        # While the codes of one weight are written, the sums of the next are made.
+        self.sums = [Workspace(), Workspace()]
         self._settings = contextlib.nullcontext() if self.whole else _exact_sums(arithmetic.device)
 
     def __enter__(self) -> Self:
@@ -242,7 +247,8 @@ class _Fusing:
         self._thread = thread
         self._name, self._terms = "", list[Term | None]()
         self._under_way: deque[Future[None]] = deque()
-        self._turn = 0
+        self._turn = self._sums_turn = 0
+        self._sums: list[Future[list[Fused]]] = []
         self._whole = Workspace()
         self._filled = 0
 
@@ -258,7 +264,8 @@ class _Fusing:
     def fuse(self, step: _Read, info: TensorInfo, data: memoryview) -> None:
         """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
         if step.chunks and self._name != info.name:
-            self._name, self._terms = info.name, next(self._ahead)
+            self._name, self._terms, self._sums = info.name, next(self._ahead), []
+            self._sums_turn = 1 - self._sums_turn
         touching = [output for output in self._outputs if info.name in output.touched]
         others = [output for output in self._outputs if output not in touching]
         lead, rows = data[: step.lead], data[step.lead :]
@@ -266,15 +273,19 @@ class _Fusing:
         self._later(self._write, others, rows)
         if not self._engine.whole:
             self._turn = 1 - self._turn
-            self._later(self._write_fused, info, touching, self._rows(step, info, rows, touching))
+            self._sums += self._rows(step, info, rows, touching)
+            self._later(self._write_fused, info, touching, self._sums[-len(step.chunks) :])
+            if step.chunks[-1][1] == info.shape[0]:
+                self._encode(info, touching)
             return
         weight = self._gathered(info, rows)
         # Weights are large, so one bake's result at a time; only that is still to be written.
         for output in touching if step.chunks else ():
             self.settle()
-            made = self._rows(step, info, weight, [output])
-            wait(made)
-            self._later(self._write_fused, info, [output], made)
+            self._sums = self._rows(step, info, weight, [output])
+            wait(self._sums)
+            self._later(self._write_fused, info, [output], self._sums)
+            self._encode(info, [output], _as_tensor(weight, info))
 
     def _gathered(self, info: TensorInfo, data: memoryview) -> memoryview:
         """The tensor's memory with ``data`` put behind what came before."""
@@ -290,24 +301,79 @@ class _Fusing:
         engine = self._engine
         present = {i: term for i, term in enumerate(self._terms) if term is not None}
         strengths = [[output.strengths[lora] for lora in present] for output in batch]
-        weight = torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
+        weight = _as_tensor(data, info)
         start, results = step.chunks[0][0], engine.results[self._turn]
+        sums = [self._sum(output, info) for output in batch]
 
         def rows(slot: int) -> list[Fused]:
             first, last = step.chunks[slot]
             part = weight[first - start : last - start].to(engine.arithmetic.device)
             cut = [term.rows(first, last) for term in present.values()]
-            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.own.sums, results[slot])
+            into = [None if memory is None else memory[first:last] for memory in sums]
+            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.own.sums, results[slot], into)
 
         return [engine.pool.submit(rows, slot) for slot in range(len(step.chunks))]
+
+    def _sum(self, output: ShardOutput, info: TensorInfo) -> Tensor | None:
+        """The memory for the sum of a weight that ``output`` stores in codes; None for another."""
+        if output.form(info.name) == BF16:
+            return None
+        memory, use = self._engine.sums[self._sums_turn], f"sum {self._outputs.index(output)}"
+        return memory.empty(use, info.shape, torch.float32, self._engine.arithmetic.device)
+
+    def _encode(self, info: TensorInfo, batch: Sequence[ShardOutput], whole: Tensor | None = None) -> None:
+        """Put the sums of a weight that were made for ``batch`` into codes, and these in line to be written.
+
+        ``whole``: the weight, where its sums are not the fp32 rule's, to tell how far they are from that.
+        """
+        for i, output in enumerate(batch):
+            memory = self._sum(output, info)
+            if memory is None:
+                continue
+            largest = max(chunk.result()[i].largest for chunk in self._sums)
+            encoded = functools.partial(self._encoded, output, info.name, memory, largest, whole)
+            jobs = [self._engine.pool.submit(encoded, *span) for span in row_chunks(info.shape, "fp32")]
+            if whole is not None:
+                wait(jobs)
+            self._later(self._write_codes, info, output, jobs)
+
+    def _encoded(
+        self, output: ShardOutput, name: str, memory: Tensor, largest: float, whole: Tensor | None, *span: int
+    ) -> Encoded:
+        """The rows of a sum in codes."""
+        work, rows, beside = self._engine.own.sums, memory[slice(*span)], None
+        if whole is not None:
+            present = {lora: term.rows(*span) for lora, term in enumerate(self._terms) if term is not None}
+            strengths = [output.strengths[lora] for lora in present]
+            exact = work.empty("exact", rows.shape, torch.float32, rows.device)
+            part = whole[slice(*span)].to(rows.device)
+            fuse_rows(part, list(present.values()), [strengths], "fp32", work, into=[exact])
+            beside = torch.sub(rows, exact, out=exact)
+        return encode(output.form(name), rows, largest, work, beside)
 
     def _write_fused(self, info: TensorInfo, batch: Sequence[ShardOutput], made: Sequence[Future[list[Fused]]]) -> None:
         for chunk in made:
             for output, fused in zip(batch, chunk.result(), strict=True):
-                self._write([output], fused.weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                output.measure(info.name, fused)
+                if output.form(info.name) == BF16:
+                    self._write([output], _bytes_of(fused.weight))
+                counts = {"elements": fused.weight.numel(), "changed": fused.changed}
+                output.measure(info.name, base_square=fused.base_square, delta_square=fused.delta_square, **counts)
                 if not fused.finite:
                     self.overflow[info.name] = None
+
+    def _write_codes(self, info: TensorInfo, output: ShardOutput, made: Sequence[Future[Encoded]]) -> None:
+        """The codes of a weight, then its scales."""
+        scales = []
+        for job in made:
+            encoded = job.result()
+            self._write([output], _bytes_of(encoded.codes))
+            squares = {"rounding_square": encoded.rounding_square, "error_square": encoded.error_square}
+            output.measure(info.name, sum_square=encoded.square, **squares)
+            scales.append(encoded.scales)
+        producer = output.touched[info.name]
+        own = [*scales[:1], torch.tensor(producer.input_scale)] if producer.form == FP8 else scales
+        for scale in own:
+            self._write([output], _bytes_of(scale))
 
     def _write(self, outputs: Iterable[ShardOutput], data: memoryview | bytes) -> None:
         for output in outputs:
@@ -336,6 +402,16 @@ def _exact_sums(device: str) -> Iterator[None]:
         torch.set_num_threads(threads)
         if before is not None:
             matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def _as_tensor(data: memoryview, info: TensorInfo) -> Tensor:
+    """Whole rows of the tensor ``info``."""
+    return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    found: memoryview = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return found
 
 
 def _copies(path: Path, start: int, end: int) -> Iterator[_Read]:

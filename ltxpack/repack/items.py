@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PT_FORMAT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 DEFAULT_STEM = "diffusion_pytorch_model"
+INDEX_ENDING = ".safetensors.index.json"
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 Buffer = memoryview | bytes | bytearray
 STEP = 256 * 1024
@@ -267,9 +268,13 @@ def assign_shards(
         return shards
     weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
     total = sum(entry.nbytes for entry in entries)
+    return (*shards, WriteBytes(f"{prefix}{stem}{INDEX_ENDING}", index_bytes(weight_map, total)))
+
+
+def index_bytes(weight_map: Mapping[str, str], total: int) -> bytes:
+    """The index of shards with ``total`` bytes of tensors: tensor name -> file name."""
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    data = (json.dumps(index, indent=2, ensure_ascii=True) + "\n").encode()
-    return (*shards, WriteBytes(f"{prefix}{stem}.safetensors.index.json", data))
+    return (json.dumps(index, indent=2, ensure_ascii=True) + "\n").encode()
 
 
 def _split_by_size(entries: Iterable[ShardEntry], limit: int) -> list[list[ShardEntry]]:

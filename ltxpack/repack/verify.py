@@ -19,7 +19,7 @@ from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
-from ltxpack.repack.items import Item
+from ltxpack.repack.items import INDEX_ENDING, Item
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import PARTIAL, recover, remove_below, unfinished
 from ltxpack.repack.write import preflight, write_item
@@ -27,7 +27,6 @@ from ltxpack.reporter import Reporter
 
 # The problem of a file that somebody else put there, which no repair touches.
 NOT_OURS = "is not in the manifest"
-INDEX_ENDING = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)

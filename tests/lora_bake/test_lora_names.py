@@ -60,18 +60,20 @@ def test_add_refuses(text: str) -> None:
 
 @given(st.text(min_size=0, max_size=60), st.integers(-100_000, 100_000))
 def test_every_bake_name_is_allowed(stem: str, thousandths: int) -> None:
-    name = bake_name((lora_name(stem), thousandths / 1000), [("style", 0.8)])
+    name = bake_name([("style", 0.8), (lora_name(stem), thousandths / 1000)])
     assert BAKE_NAME.fullmatch(name)
     assert check_bake_name(name) == name
 
 
 def test_bake_names() -> None:
-    assert bake_name(("distilled", 1.0), []) == "distilled-1"
-    assert bake_name(("distilled", 0.5), [("style", 0.8)]) == "distilled-0.5+style-0.8"
-    assert bake_name(("distilled", 0.0), [("a", 1.0), ("b", -0.5)]) == "distilled-0+a-1+b--0.5"
+    assert bake_name([("distilled", 1.0)]) == "distilled-1"
+    assert bake_name([("style", 0.8), ("distilled", 0.5)]) == "distilled-0.5+style-0.8"
+    assert bake_name([("style", 0.8), ("distilled", 0.5)], "fp8") == "distilled-0.5+style-0.8-fp8"
+    assert (bake_name([], "fp8"), bake_name([], "int8")) == ("base-fp8", "base-int8")
+    assert bake_name([("a", 1.0), ("b", -0.5), ("distilled", 0.0)]) == "distilled-0+a-1+b--0.5"
     assert lora_name("my LoRA (v2)") == "my-LoRA-v2"
     with pytest.raises(UsageError, match="too long"):
-        bake_name(("distilled", 1e-300), [])
+        bake_name([("distilled", 1e-300)])
 
 
 @pytest.mark.parametrize("name", ["auto", "base", ".", "..", "a/b", "", "ä", "a b", "x" * 201])

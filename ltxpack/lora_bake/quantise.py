@@ -1,0 +1,135 @@
+"""A linear's weight in codes: the float32 sum of a bake, rounded once (spec 09, sections 4, 5 and 7). Pure.
+
+======  ==========  =============================================================================================
+form    codes       scales
+======  ==========  =============================================================================================
+fp8     E4M3        one for the weight; value = code·scale. One more for the activations
+int8    int8, of rows rotated by a Hadamard matrix in runs of inputs; one for each row
+======  ==========  =============================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ltxpack.lora_bake.forms import E4M3_LARGEST, SMALLEST_SCALE
+from ltxpack.lora_bake.fuse import Workspace, square_sum
+from ltxpack.manifest import FP8, INT8
+
+INT8_LARGEST = 127.0
+# Inputs that are rotated together: the largest power of 4 that divides their number, at most this.
+MOST_ROTATED = 256
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Some rows in codes: ``codes`` [rows, in] lie where the sum was; ``scales`` [] or [rows, 1], float32.
+
+    Squared norms: ``square`` of what was rounded, ``rounding_square`` of what the rounding changed, ``error_square`` of
+    what is stored less the fp32 rule's sum.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    square: float
+    rounding_square: float
+    error_square: float
+
+
+def encode(form: str, rows: Tensor, largest: float, work: Workspace, beside: Tensor | None = None) -> Encoded:
+    """``rows`` [rows, in] of a float32 sum in the codes of ``form``, with ``largest`` the whole weight's largest |x|.
+
+    ``beside``: ``rows`` less the fp32 rule's sum, if that is another. The memory of both is used up, that of ``rows``
+    for the codes.
+    """
+    if form == FP8:
+        return _encode_fp8(rows, largest, work, beside)
+    assert form == INT8
+    return _encode_int8(rows, work, beside)
+
+
+def fp8_scale(largest: float) -> float:
+    """The scale of a weight: its largest |x| / 448 in float32; 1 for a weight of zeros."""
+    if largest == 0:
+        return 1.0
+    return max(float(np.float32(largest) / np.float32(E4M3_LARGEST)), SMALLEST_SCALE)
+
+
+@functools.cache
+def hadamard(size: int) -> Tensor:
+    """H4⊗…⊗H4 / √size, [size, size], float32: symmetric, its own inverse. ``size``: a power of 4."""
+    four, found = torch.ones(4, 4) - 2 * torch.eye(4).flip(0), torch.ones(1, 1)
+    while len(found) < size:
+        found = torch.kron(found, four)
+    return found / math.sqrt(size)
+
+
+def rotate(rows: Tensor, work: Workspace) -> Tensor:
+    """Each run of inputs of ``rows`` times the Hadamard matrix, in ``work``.
+
+    By its two factors, H_a⊗H_b, which takes an eighth of the multiplications.
+    """
+    size = rotated_together(rows.shape[1])
+    left = 4 ** (round(math.log(size, 4)) // 2)
+    half = work.empty("half", (rows.numel() // size, left, size // left), torch.float32, rows.device)
+    whole = work.empty("scaled", half.shape, torch.float32, rows.device)
+    torch.matmul(rows.view(half.shape), hadamard(size // left).to(rows.device), out=half)
+    return torch.matmul(hadamard(left).to(rows.device), half, out=whole).view_as(rows)
+
+
+def rotated_together(inputs: int) -> int:
+    """How many inputs of a weight are rotated together."""
+    size = 1
+    while size < MOST_ROTATED and inputs % (4 * size) == 0:
+        size *= 4
+    return size
+
+
+def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | None) -> Encoded:
+    # A tensor on the device: by a number, a card multiplies with the reciprocal, which is another bit.
+    scale = torch.tensor(fp8_scale(largest), device=rows.device)
+    scaled = work.empty("scaled", rows.shape, torch.float32, rows.device)
+    torch.div(rows, scale, out=scaled).clamp_(-E4M3_LARGEST, E4M3_LARGEST)
+    codes = work.empty("codes", rows.shape, torch.float8_e4m3fn, rows.device).copy_(scaled)
+    square = square_sum(rows)
+    errors = _errors(rows.sub_(_decoded_fp8(codes, work), alpha=256 * scale.item()), beside)
+    return Encoded(_in_place(codes, rows), scale.cpu(), square, *errors)
+
+
+def _decoded_fp8(codes: Tensor, work: Workspace) -> Tensor:
+    """The codes' values / 256 in float32: sign, exponent and mantissa moved to where float16 has them.
+
+    torch decodes a code at a time, which takes as long as the sum.
+    """
+    bits = work.empty("bits", codes.shape, torch.int16, codes.device).copy_(codes.view(torch.int8))
+    half = bits.mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16)
+    return work.empty("scaled", codes.shape, torch.float32, codes.device).copy_(half)
+
+
+def _encode_int8(rows: Tensor, work: Workspace, beside: Tensor | None) -> Encoded:
+    rotated = rotate(rows, work)
+    largest = torch.maximum(rotated.amax(dim=1, keepdim=True), -rotated.amin(dim=1, keepdim=True))
+    scales = torch.where(largest > 0, largest / torch.full_like(largest, INT8_LARGEST), 1.0).clamp_(SMALLEST_SCALE)
+    square = square_sum(rows)
+    torch.div(rotated, scales, out=rows).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
+    codes = work.empty("codes", rows.shape, torch.int8, rows.device).copy_(rows)
+    errors = _errors(rotated.sub_(rows.mul_(scales)), None if beside is None else rotate(beside, Workspace()))
+    return Encoded(_in_place(codes, rows), scales.cpu(), square, *errors)
+
+
+def _errors(lost: Tensor, beside: Tensor | None) -> tuple[float, float]:
+    """The squared norms of what was ``lost`` by rounding, and of that with what the rounded sum was ``beside``."""
+    rounding = square_sum(lost)
+    return rounding, rounding if beside is None else square_sum(beside.sub_(lost))
+
+
+def _in_place(codes: Tensor, rows: Tensor) -> Tensor:
+    """``codes`` in the memory of ``rows``, which has been used up."""
+    memory = rows.view(-1).view(torch.uint8)[: codes.numel()].copy_(codes.view(-1).view(torch.uint8))
+    return memory.view(codes.dtype).view_as(codes)
