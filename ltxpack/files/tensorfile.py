@@ -38,7 +38,7 @@ DTYPE_BITS: Mapping[str, int] = {
 # How torch and users name the dtypes that weights are loaded in, and those of them that a run may cast.
 DTYPE_NAMES: Mapping[str, str] = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
-    "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
+    "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool", "I8": "int8", "F8_E4M3": "float8_e4m3fn",
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32")
 

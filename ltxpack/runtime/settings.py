@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 DTYPES = ("bfloat16", "float32")
 RESIDENCIES = (AUTO, "resident", "swap", "stream")
+# How the linears of an fp8 bake compute.
+TOKEN, STATIC, WEIGHTS = FP8_MODES = ("token", "static", "weights")
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, tuple)}
 
 

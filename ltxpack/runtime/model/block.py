@@ -176,7 +176,7 @@ class TransformerBlock(nn.Module):
         rows = given.adaln.plus(layers.rows)
         own = modulate(self._norm(x), rows.row(1), rows.row(0))
         attention, turn = layers.self_attention, given.rope.self_attention
-        attended = attention.values_only(own) if perturbed else attention(own, attention.keys(own, turn), turn)
+        attended = attention.values_only(own) if perturbed else attention.to_itself(own, turn)
         x = x + rows.row(2) * attended
         query = modulate(self._norm(x), rows.row(7), rows.row(6))
         return x + rows.row(8) * layers.text_attention(query, text)

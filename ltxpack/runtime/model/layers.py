@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from ltxpack.runtime.model.kernels import DEFAULT, KERNELS, Kernel
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 
 SINUSOID_CHANNELS = 256
+# Codes and their scales, by the dtype of the codes.
+Made: TypeAlias = dict[torch.dtype, tuple[Tensor, Tensor]]
 
 
 class Linear(nn.Linear):
@@ -28,6 +30,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draws nothing."""
+
+    def forward(self, x: Tensor, made: Made | None = None) -> Tensor:
+        """[..., in] -> [..., out]. ``made``: what linears that take codes have made of this ``x``, for one another."""
+        return F.linear(x, self.weight, self.bias)
 
 
 class Keys(NamedTuple):
@@ -67,26 +73,34 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(Linear(inner, query_dim, bias=out_bias))
         self.kernel: Kernel = KERNELS[DEFAULT]
 
-    def forward(self, x: Tensor, keys: Keys, rotation: Rotation | None = None) -> Tensor:
+    def forward(self, x: Tensor, keys: Keys, rotation: Rotation | None = None, made: Made | None = None) -> Tensor:
         """``x`` [B, T, query_dim] attends to ``keys``; returns [B, T, query_dim]."""
-        query = self._turned(self.norm_q(self.to_q(x)), rotation)
-        return self._out(x, self.kernel(query, keys.key, keys.value))
+        made = {} if made is None else made
+        query = self._turned(self.norm_q(self.to_q(x, made)), rotation)
+        return self._out(x, self.kernel(query, keys.key, keys.value), made)
 
-    def keys(self, context: Tensor, rotation: Rotation | None = None) -> Keys:
+    def keys(self, context: Tensor, rotation: Rotation | None = None, made: Made | None = None) -> Keys:
         """Keys and values of ``context`` [B, S, context_dim]."""
-        key = self._turned(self.norm_k(self.to_k(context)), rotation)
-        return Keys(key, split_heads(self.to_v(context), self.heads))
+        made = {} if made is None else made
+        key = self._turned(self.norm_k(self.to_k(context, made)), rotation)
+        return Keys(key, split_heads(self.to_v(context, made), self.heads))
+
+    def to_itself(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """``x`` attends to itself."""
+        made: Made = {}
+        return self(x, self.keys(x, rotation, made), rotation, made)
 
     def values_only(self, x: Tensor) -> Tensor:
         """The perturbed self-attention of STG: every token keeps its own value."""
-        return self._out(x, split_heads(self.to_v(x), self.heads))
+        made: Made = {}
+        return self._out(x, split_heads(self.to_v(x, made), self.heads), made)
 
     def _turned(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         heads = split_heads(x, self.heads)
         return heads if rotation is None else rotate(heads, rotation)
 
-    def _out(self, x: Tensor, attended: Tensor) -> Tensor:
-        gates = 2 * torch.sigmoid(self.to_gate_logits(x))
+    def _out(self, x: Tensor, attended: Tensor, made: Made) -> Tensor:
+        gates = 2 * torch.sigmoid(self.to_gate_logits(x, made))
         return self.to_out((attended.transpose(1, 2) * gates.unsqueeze(-1)).flatten(2))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ltxpack.errors import FormatError, LtxpackError, OverlayError, SourceError, UnsupportedError, quoted
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo, read_index, read_json, read_tensorfile
+from ltxpack.ltx23.codes import never_cast
 from ltxpack.runtime.weights.copies import Copies
 from ltxpack.runtime.weights.reading import FileReader, TensorRead
 
@@ -30,9 +31,10 @@ STORED: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in D
 
 @dataclass(frozen=True, slots=True)
 class Stored(TensorInfo):
-    """A tensor as the header of ``file`` states it."""
+    """A tensor as the header of ``file`` states it. ``never_cast``: it is loaded in its stored dtype."""
 
     file: Path
+    never_cast: bool = False
 
     def __str__(self) -> str:
         return _described(self.dtype, self.shape)
@@ -47,8 +49,8 @@ class Stored(TensorInfo):
         return TensorRead(self.source, STORED[self.dtype], final, on_host, then)
 
     def arriving_as(self, dtype: torch.dtype | None) -> torch.dtype:
-        """The dtype it has when it is loaded: ``dtype`` if that is given and this is a float."""
-        return dtype if dtype is not None and self.dtype in FLOATS else STORED[self.dtype]
+        """The dtype it has when it is loaded: ``dtype`` if that is given and this is a float that may be cast."""
+        return dtype if dtype is not None and self.dtype in FLOATS and not self.never_cast else STORED[self.dtype]
 
 
 Reader = Callable[[Mapping[str, Stored], torch.device, torch.dtype | None], Mapping[str, Tensor]]
@@ -73,17 +75,18 @@ def load_module(
     dtype: torch.dtype | None = None,
     buffers: Mapping[str, Tensor] | None = None,
     reader: Reader | None = None,
+    stored: Mapping[str, Stored] | None = None,
 ) -> M:
     """Fills ``module`` (built on the meta device) with the tensors of ``folder`` and returns it in eval mode.
 
     ``dtype`` casts floating tensors as they arrive on ``device``; None keeps the stored one. ``buffers`` gives
     the buffers that are in no file (non-persistent ones, lost on the meta device); they keep their own dtype.
-    ``reader`` does the reading, :func:`read_tensors` if None.
+    ``reader`` does the reading, :func:`read_tensors` if None. ``stored``: the headers, if they were read before.
 
     Raises OverlayError (a tensor missing, left over, misshapen; a file missing), FormatError (a damaged file)
     and UnsupportedError (a stored dtype that is no plain float), all before any tensor is read.
     """
-    stored = read_headers(folder)
+    stored = read_headers(folder) if stored is None else stored
     check(module, stored, folder)
     buffers, kept = buffers or {}, module.state_dict()
     lost = {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if name not in kept}
@@ -142,7 +145,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
         absent = [f"{name} ({weight_map[name]})" for name in sorted(set(weight_map) - set(found))]
         if absent:
             raise OverlayError("tensors named in the index are in no shard", file=folder, items=absent)
-    return found
+    kept = never_cast({name: entry.dtype for name, entry in found.items()})
+    return {name: replace(entry, never_cast=True) if name in kept else entry for name, entry in found.items()}
 
 
 def check(module: nn.Module, stored: Mapping[str, Stored], folder: Path) -> None:
@@ -156,8 +160,8 @@ def check(module: nn.Module, stored: Mapping[str, Stored], folder: Path) -> None
             raise OverlayError(problem, file=folder, items=missing + extra)
         for name, tensor in wanted.items():
             entry, shape = stored[name], tuple(tensor.shape)
-            floating = tensor.is_floating_point()
-            accepted = set(FLOATS) if floating else {code for code, dtype in STORED.items() if dtype == tensor.dtype}
+            same = {code for code, dtype in STORED.items() if dtype == tensor.dtype}
+            accepted = set(FLOATS) if same & set(FLOATS) and not entry.never_cast else same
             expected = _described(entry.dtype if entry.dtype in accepted else "|".join(sorted(accepted)), shape)
             if entry.shape != shape:
                 raise OverlayError("shape differs", file=entry.file, tensor=name, expected=expected, found=str(entry))

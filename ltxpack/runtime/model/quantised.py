@@ -1,0 +1,220 @@
+"""Linears whose weights are codes: fp8 (E4M3), and int8 of rotated rows (spec 09, sections 6 and 7).
+
+======== ====================================================================
+mode     what a linear computes
+======== ====================================================================
+token    both sides in codes; each token of the input has its own scale
+static   fp8 only: both sides in codes; the stored scale for the whole input
+weights  the weights decoded, and a plain product
+======== ====================================================================
+
+Knows codes, scales and products; neither blocks nor files. It is written so that a compiler makes the codes of an input
+in the kernel that makes the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ltxpack.ltx23.codes import FP8, INT8
+from ltxpack.runtime.model.layers import Linear, Made
+from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
+
+# Inputs that are rotated together: the largest power of 4 that divides their number, at most this.
+MOST_ROTATED = 256
+# Without a compiler float32 copies are made of so many numbers at a time.
+STRETCH = 2**24
+# cuBLAS multiplies int8 codes of no fewer tokens.
+FEWEST_INT8_TOKENS = 17
+# A product of codes is used if it comes this near to the decoded one on random data; 4 % is usual.
+AGREEMENT = 0.1
+
+
+class QuantisedLinear(Linear):
+    """``x·Wᵀ + bias``, with W in ``codes`` of at most ``largest``. ``weight_scale``: float32, [] or [out, 1].
+
+    ``mode`` as above; ``decoded``: the weights are decoded, whatever the mode is. ``granule``: cards multiply codes
+    where both widths are multiples of it.
+    """
+
+    codes: torch.dtype
+    largest: float
+    granule: int
+    weight_scale: Tensor
+
+    def __init__(self, plain: nn.Linear, **scales: tuple[int, ...]) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.mode, self.decoded = TOKEN, False
+        self.weight = _unset(plain.weight, plain.weight.shape, self.codes)
+        for name, shape in scales.items():
+            self.register_parameter(name, _unset(plain.weight, shape, torch.float32))
+        self.register_parameter("bias", plain.bias)
+
+    def forward(self, x: Tensor, made: Made | None = None) -> Tensor:
+        """As :class:`.layers.Linear`, in the dtype of ``x``."""
+        if self.decoded or self.mode == WEIGHTS:
+            return F.linear(self.turned(x), self.values(x.dtype), self.bias)
+        product = self.product(*self.once(x.flatten(0, -2), made), x.dtype).unflatten(0, x.shape[:-1])
+        return product if self.bias is None else product + self.bias
+
+    def once(self, rows: Tensor, made: Made | None) -> tuple[Tensor, Tensor]:
+        """:meth:`codes_of`, or what another linear has made of the same rows; stored scales are a linear's own."""
+        if made is None or self.mode == STATIC:
+            return self.codes_of(rows)
+        if self.codes not in made:
+            codes, scales = self.codes_of(rows)
+            # To the compiler strides are a statement about memory; without it each product gets codes of its own.
+            made[self.codes] = codes.as_strided(codes.shape, (self.in_features, 1)), scales
+        return made[self.codes]
+
+    def codes_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, in] -> their codes and the scales of these."""
+        return self.by_token(self.turned(rows))
+
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Those codes -> [tokens, out] in ``dtype``."""
+        raise NotImplementedError
+
+    def turned(self, x: Tensor) -> Tensor:
+        """``x`` as the codes expect it."""
+        return x
+
+    def code(self, scaled: Tensor) -> Tensor:
+        """Numbers as codes."""
+        return scaled.clamp(-self.largest, self.largest).to(self.codes)
+
+    def by_token(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of ``rows``, and the scale of each, [tokens, 1]; 1 for a row of zeros."""
+        scales = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float() / self.largest
+        scales = torch.where(scales == 0, 1.0, scales)
+        return by_stretches(lambda some, scale: self.code(some / scale), self.codes, rows, scales), scales
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The weights, decoded in float32 and rounded to ``dtype``; turned ones still turned."""
+        scales = self.weight_scale.reshape(-1, 1).expand(self.out_features, 1)
+        return by_stretches(lambda codes, scale: (codes.float() * scale).to(dtype), dtype, self.weight, scales)
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether ``device`` multiplies codes of these widths."""
+        return device.type == "cpu" or not (self.in_features % self.granule or self.out_features % self.granule)
+
+
+class Fp8Linear(QuantisedLinear):
+    """E4M3 codes. ``input_scale``: 1 where the bake was not calibrated."""
+
+    codes, largest, granule = torch.float8_e4m3fn, 448.0, 16
+    input_scale: Tensor
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain, weight_scale=(), input_scale=())
+
+    def codes_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As in the base class, or with the stored scale."""
+        if self.mode != STATIC:
+            return super().codes_of(rows)
+        # The product is rounded to the dtype of the input before it becomes codes, as in the official code.
+        factor = self.input_scale.reciprocal()
+        return by_stretches(lambda some: self.code(some * factor), self.codes, rows), self.input_scale
+
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """As in the base class. Both scales of a product are single ones, or both are by row."""
+        weight, weight_scale = self.weight, self.weight_scale
+        row = scales.dim() or weight_scale.dim()
+        if row:
+            scales = scales.reshape(-1, 1).expand(len(codes), 1).contiguous()
+            weight_scale = weight_scale.reshape(1, -1).expand(1, len(weight)).contiguous()
+        if not hasattr(F, "scaled_mm"):  # before torch 2.10
+            return torch._scaled_mm(codes, weight.t(), scales, weight_scale, out_dtype=dtype, use_fast_accum=True)
+        kind = F.ScalingType.RowWise if row else F.ScalingType.TensorWise
+        return F.scaled_mm(codes, weight.t(), scales, kind, weight_scale, kind, output_dtype=dtype, use_fast_accum=True)
+
+
+class Int8Linear(QuantisedLinear):
+    """int8 codes of rotated rows, each row with its scale."""
+
+    codes, largest, granule = torch.int8, 127.0, 8
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain, weight_scale=(plain.out_features, 1))
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Each run of inputs times the matrix."""
+        size = rotated_together(self.in_features)
+        return (x.unflatten(-1, (-1, size)) @ hadamard(size, x.device).to(x.dtype)).flatten(-2)
+
+    def code(self, scaled: Tensor) -> Tensor:
+        """Rounded half to even."""
+        return super().code(scaled.round())
+
+    def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """As in the base class."""
+        tokens, weight_scales = len(codes), self.weight_scale.t()
+        if codes.is_cuda and tokens < FEWEST_INT8_TOKENS:
+            codes = F.pad(codes, (0, 0, 0, FEWEST_INT8_TOKENS - tokens))
+        product = torch._int_mm(codes, self.weight.t())[:tokens]
+        return by_stretches(lambda some, scale: (some * scale * weight_scales).to(dtype), dtype, product, scales)
+
+
+KINDS: Mapping[str, type[Fp8Linear | Int8Linear]] = {FP8: Fp8Linear, INT8: Int8Linear}
+
+
+def put_quantised(model: nn.Module, codes: Mapping[str, str]) -> None:
+    """Replace the linears of ``model`` that ``codes`` names, with the dtype of theirs; other modules stay."""
+    modules = dict(model.named_modules())
+    for name, dtype in codes.items():
+        if isinstance(modules.get(name), Linear):
+            model.set_submodule(name, KINDS[dtype](modules[name]))
+
+
+def quantised_linears(model: nn.Module) -> list[QuantisedLinear]:
+    """The quantised linears of ``model``."""
+    return [module for module in model.modules() if isinstance(module, QuantisedLinear)]
+
+
+def decode_weights(model: nn.Module, decoded: bool) -> None:
+    """Until this is called again the weights of ``model`` are decoded, or what its modes say happens."""
+    for linear in quantised_linears(model):
+        linear.decoded = decoded
+
+
+def by_stretches(make: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor) -> Tensor:
+    """``make(*rows)``, of the shape of the first and in ``dtype``, from some rows at a time where no compiler fuses."""
+    first = rows[0]
+    if torch.compiler.is_compiling() or first.numel() <= STRETCH:
+        return make(*rows)
+    found = torch.empty(first.shape, dtype=dtype, device=first.device)
+    stretches = (each.split(max(1, STRETCH // first.shape[1])) for each in (found, *rows))
+    for target, *some in zip(*stretches, strict=True):
+        target.copy_(make(*some))
+    return found
+
+
+def rotated_together(inputs: int) -> int:
+    """How many of a linear's inputs are rotated together."""
+    size = 1
+    while size < MOST_ROTATED and inputs % (4 * size) == 0:
+        size *= 4
+    return size
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """H4⊗…⊗H4 / √size, [size, size], float32: symmetric, and its own inverse.
+
+    An entry is negative where an odd number of the base-4 digits of row and column add up to 3.
+    """
+    number = torch.arange(size, device=device)
+    threes = number[:, None] ^ number
+    threes = threes & (threes >> 1) & 0x55
+    for shift in (4, 2):
+        threes = threes ^ (threes >> shift)
+    return (1 - 2 * (threes & 1)).float() / math.sqrt(size)
+
+
+def _unset(like: Tensor, shape: Iterable[int], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device=like.device), requires_grad=False)
