@@ -4,6 +4,7 @@ LtxpackError
 ├── UsageError        wrong arguments (exit status 2)
 │   └── BadLinesError unusable lines of a prompts file, all listed
 ├── FormatError       a file is not what it claims to be: truncated, hostile, not safetensors, bad JSON
+│   └── OtherFormatError  a file of another format than safetensors: GGUF, a pickle, a web page
 ├── SourceError       an input cannot be had: ambiguous, gated, no network
 │   └── AbsentError   an input does not exist
 ├── UnsupportedError  a sound file this version does not convert: other generation, unknown tensor or field
@@ -102,6 +103,10 @@ class FormatError(LtxpackError):
     """A file is not what it claims to be."""
 
     fallback = "fetch or write that file anew, then run the same command again"
+
+
+class OtherFormatError(FormatError):
+    """A file of another format than safetensors; ``found`` says of which."""
 
 
 class SourceError(LtxpackError):

@@ -35,9 +35,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 20_900,
-    "files of the package": 120,
-    "lines of the tests": 22_600,
+    "lines of the package": 22_100,
+    "files of the package": 125,
+    "lines of the tests": 23_400,
 }
 
 

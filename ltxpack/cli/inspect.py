@@ -1,4 +1,4 @@
-"""``ltxpack inspect``: what a file or an overlay holds, from headers alone."""
+"""``ltxpack inspect``: what a file or an overlay holds, and what takes it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import click
 
 from ltxpack.cli.terminal import json_option, print_json
-from ltxpack.errors import printable
+from ltxpack.errors import MAX_LISTED, printable
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what PATH holds: a checkpoint, a LoRA file or an overlay. Reads headers only."""
+    """Say what PATH holds, in which form, which programs take it and what is wrong with it.
+
+    PATH is a checkpoint or a part of one, quantised or not, an export, a LoRA, an overlay or a folder. Of a file only
+    the header is read, and the input scales of a quantised one.
+    """
     from ltxpack.materialize.inspect import inspect_path
 
     facts = inspect_path(path)
@@ -32,7 +36,8 @@ def _indented(value: Any, indent: str = "") -> list[str]:
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         flat = isinstance(item, list) and not any(isinstance(inner, (dict, list)) for inner in item)
         if flat:
-            lines.append(f"{indent}{key}: {', '.join(map(str, item))}")
+            more = [f"and {len(item) - MAX_LISTED} more"] if len(item) > MAX_LISTED else []
+            lines.append(f"{indent}{key}: {', '.join([*map(str, item[:MAX_LISTED]), *more])}")
         elif isinstance(item, (dict, list)) and item:
             lines += [f"{indent}{key}:", *_indented(item, indent + "  ")]
         else:

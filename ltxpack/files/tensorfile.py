@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
 
-from ltxpack.errors import AbsentError, FormatError, SourceError, clipped
+from ltxpack.errors import AbsentError, FormatError, OtherFormatError, SourceError, clipped
 from ltxpack.files import bounded_json
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
@@ -42,14 +42,15 @@ DTYPE_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32")
 
-# What the first bytes of a file are when it is not safetensors but something users often pass instead.
+# What the first bytes of a file are when it is not safetensors but something users often pass instead; and what to do.
+GGUF, ZIP, PICKLE = "a GGUF file", "a zip archive (a .pt or .bin pickle?)", "a Python pickle"
+_TAKE_OTHER = "take the same weights as a .safetensors file in bf16"
 LOOKALIKES = (
-    (b"PK\x03\x04", "a zip archive (a .pt or .bin pickle?)"),
-    (b"\x80\x02", "a Python pickle"),
-    (b"\x80\x04", "a Python pickle"),
-    (b"GGUF", "a GGUF file"),
-    (b"version ", "a git LFS pointer (the file itself was not fetched)"),
-    (b"<", "a web page"),
+    (b"PK\x03\x04", ZIP, _TAKE_OTHER),
+    *((bytes((0x80, protocol)), PICKLE, _TAKE_OTHER) for protocol in range(2, 6)),
+    (b"GGUF", GGUF, _TAKE_OTHER),
+    (b"version ", "a git LFS pointer (the file itself was not fetched)", "fetch the file itself: git lfs pull"),
+    (b"<", "a web page", "fetch the file itself, logged in and with the licence accepted"),
 )
 
 
@@ -86,17 +87,24 @@ def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
 
 def header_length(first8: bytes, file_size: int, path: str | os.PathLike[str]) -> int:
     """Bytes of JSON that follow the first eight bytes. Raises FormatError if no header fits there."""
-    lookalike = next((what for magic, what in LOOKALIKES if first8.startswith(magic)), None)
-    if file_size < 8 or len(first8) < 8:
-        found = lookalike or f"{file_size} bytes"
-        raise FormatError("is not a safetensors file", file=path, expected="at least 8 bytes", found=found)
     length = int.from_bytes(first8[:8], "little")
+    whole = file_size >= 8 and len(first8) >= 8
+    # The length of a small header may begin like a pickle.
+    if not whole or length > MAX_HEADER_BYTES:
+        for magic, what, instead in LOOKALIKES:
+            if first8.startswith(magic):
+                raise OtherFormatError(
+                    "is not a safetensors file", file=path, expected="safetensors", found=what, next=instead
+                )
+    if not whole:
+        expected, found = "at least 8 bytes", f"{file_size} bytes"
+        raise FormatError("is not a safetensors file", file=path, expected=expected, found=found)
     if length > MAX_HEADER_BYTES:
         raise FormatError(
             "is not a safetensors file, or a hostile one",
             file=path,
             expected=f"a header of at most {MAX_HEADER_BYTES} bytes",
-            found=lookalike or f"{length} bytes",
+            found=f"{length} bytes",
         )
     if 8 + length > file_size:
         raise truncated(path, 8 + length, file_size)

@@ -16,8 +16,10 @@ from ltxpack.errors import AdapterError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_json, read_tensorfile
 from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.peft import MAX_ALPHA, PeftConfig
+from ltxpack.ltx23.forms import described
 from ltxpack.ltx23.lora_keys import LoraKey, ModuleNames, belongs_elsewhere, parse_key
 from ltxpack.manifest import BakedLora
+from ltxpack.materialize.checkpoint import read_lora
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -146,6 +148,7 @@ def fit_adapter(
     parsed = {name: parse_key(name) for name in file.tensors}
     keys = [key for key in parsed.values() if key]
     if not any(key.role in ("down", "up", "diff", "diff_b") for key in keys):
+        refuse_model(file)
         raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
     fit = _Fit(file, shapes, stated, read)
     unmatched = fit.sort(keys, ModuleNames(shapes))
@@ -172,6 +175,18 @@ def fit_adapter(
         skipped=tuple(unmatched),
         warnings=(*_warnings(file, keys, unmatched), *stated.unused_patterns((k.path, k.module) for k in keys)),
     )
+
+
+def refuse_model(file: TensorFile) -> None:
+    """Refuse (AdapterError) the weights of a model, a LoRA merged into them perhaps, in the place of a LoRA."""
+    model = None if read_lora(file).is_lora else described(file)
+    if model:
+        raise AdapterError(
+            f"is no LoRA but {model}",
+            file=file.path,
+            expected="the LoRA itself: pairs of lora_A and lora_B weights",
+            next="ltxpack bake-lora OVERLAY --strength 0.5 (takes the overlay's own LoRA; --add FILE=S adds one)",
+        )
 
 
 @dataclass

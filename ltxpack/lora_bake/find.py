@@ -26,6 +26,7 @@ from ltxpack.lora_bake.adapter import (
     adapter_files,
     fit_adapter,
     open_adapter,
+    refuse_model,
 )
 from ltxpack.lora_bake.plan import BakeOptions, lora_name
 from ltxpack.ltx23.classes import DISTILLED
@@ -163,8 +164,9 @@ def _locate(
         stem = place.parent.name or info.repo.rpartition("/")[2] if place.name == PEFT_WEIGHTS else place.stem
         name, config = lora_name(stem), str(place.with_name(PEFT_CONFIG))
         is_peft = place.name == PEFT_WEIGHTS and config in info.files
+        head = parse_header(hub.header(info, member), info.files[member].size, f"{info.repo}/{member}")
+        refuse_model(head)  # before 29 GB are fetched
         if headers_only and not is_peft:
-            head = parse_header(hub.header(info, member), info.files[member].size, f"{info.repo}/{member}")
             stated = peft.from_metadata(head.metadata, head.path)
             return FoundLora(name, fit_adapter(head, shapes, stated, None, options.allow_unmatched), None, added, False)
         if is_peft:

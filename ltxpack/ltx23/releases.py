@@ -23,6 +23,8 @@ DEFAULT_FILES = {
     LORA: "ltx-2.3-22b-distilled-lora-384-1.1.safetensors",
     UPSAMPLER: "ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
 }
+# The one to take where a distilled checkpoint is wanted.
+DISTILLED_FILE = "ltx-2.3-22b-distilled-1.1.safetensors"
 OFFICIAL_REPO = "Lightricks/LTX-2.3"
 TEXT_ENCODER_REPO = "google/gemma-3-12b-it-qat-q4_0-unquantized"
 

@@ -7,20 +7,30 @@ LoRA fits a transformer is decided where it is baked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ltxpack.errors import UnsupportedError
+from ltxpack.errors import OtherFormatError, UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
+from ltxpack.ltx23.forms import ALL, ROOT, TOLD, described, official, parts_of, read_linears, spelled_root
 from ltxpack.ltx23.lora_keys import LoraKey, parse_key
-from ltxpack.ltx23.releases import Metadata, read_metadata
+from ltxpack.ltx23.releases import (
+    CHECKPOINT,
+    DEFAULT_FILES,
+    DISTILLED_FILE,
+    OFFICIAL_REPO,
+    SUPPORTED,
+    UPSAMPLER,
+    Metadata,
+    parse_version,
+    read_metadata,
+)
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
-QUANTISED_SUFFIXES = (".weight_scale", ".input_scale")
 
 
 # The tensors of a component by the names they get, in order of their names in the source.
@@ -53,7 +63,8 @@ class Upsampler:
 
 def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
     """Understand a checkpoint by its header; messages name it ``label``. Raises UnsupportedError or FormatError."""
-    _refuse_quantised(file, label)
+    _refuse_quantised(file, label, take_instead(label))
+    _refuse_parts(file, label)
     metadata = read_metadata(file.metadata, file.tensors, label)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     configs = checkpoint_configs(metadata.config, shapes, label)
@@ -73,7 +84,7 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
 
     Raises UnsupportedError or FormatError.
     """
-    _refuse_quantised(file, label)
+    _refuse_quantised(file, label, f"use the bf16 file ({DEFAULT_FILES[UPSAMPLER]})")
     text = file.metadata.get("config")
     config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
     if not isinstance(config, Mapping):
@@ -117,15 +128,55 @@ def _matched(
     return found
 
 
-def _refuse_quantised(file: TensorFile, label: object) -> None:
-    scales = [name for name in file.tensors if name.endswith(QUANTISED_SUFFIXES)]
-    narrow = [info.name for info in file.tensors.values() if info.dtype.startswith("F8_")]
-    if scales or narrow:
+def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFile:
+    """What ``read`` gives, if it may be a checkpoint at all; the rest is left to :func:`read_checkpoint`.
+
+    Raises UnsupportedError, which says what to take instead, for a file that is no safetensors file, is quantised, or
+    lacks whole parts; and what ``read`` raises.
+    """
+    try:
+        file = read()
+    except OtherFormatError as error:
+        problem = f"is {error.found}; an overlay is made from bf16 weights in safetensors"
+        raise UnsupportedError(problem, file=str(label), next=take_instead(label)) from None
+    _refuse_quantised(file, label, take_instead(label))
+    _refuse_parts(file, label)
+    return file
+
+
+def take_instead(label: object) -> str:
+    """The command that takes the published bf16 checkpoint, a distilled one in the place of a distilled one."""
+    command = f"ltxpack materialize {OFFICIAL_REPO} OVERLAY"
+    if "distilled" in str(label).rpartition("/")[2].lower():
+        return f"{command} --checkpoint {DISTILLED_FILE} (takes the bf16 file)"
+    return f"{command} (takes the bf16 file, {DEFAULT_FILES[CHECKPOINT]})"
+
+
+def _refuse_quantised(file: TensorFile, label: object, instead: str) -> None:
+    linears = read_linears(file)
+    if linears.quantised:
+        scales = [info.name for scales in linears.scales.values() for info in scales.values()]
+        codes = [info.name for info in linears.codes.values()]
         raise UnsupportedError(
-            "is a quantised (fp8) file; bakes need the BF16 weights", file=str(label), tensor=(scales + narrow)[0],
-            expected=f"{STORED_DTYPE} weights", found=f"{len(narrow)} fp8 tensors and {len(scales)} scales",
-            next="use the bf16 file (ltx-2.3-22b-dev.safetensors)",
+            f"is quantised ({TOLD[linears.form]}); overlays and bakes are made from bf16 weights",
+            file=str(label), tensor=next(iter(scales + codes), None), expected=f"{STORED_DTYPE} weights",
+            found=f"{len(codes)} weights in codes, {len(scales)} scales", next=instead,
         )  # fmt: skip
+
+
+def _refuse_parts(file: TensorFile, label: object) -> None:
+    """Refuse a file that lacks whole parts of a checkpoint, or spells the names of its transformer in another way."""
+    root = spelled_root(file.tensors)
+    parts = parts_of(official(name, root) for name in file.tensors)
+    generation = parse_version(file.metadata.get("model_version", "").strip('"'))[:2] or SUPPORTED
+    if (parts in (None, ALL) and root in (None, ROOT)) or generation != SUPPORTED:
+        return
+    components = dict.fromkeys(component_of(official(name, root)) or "unknown parts" for name in file.tensors)
+    raise UnsupportedError(
+        f"is no whole checkpoint but {described(file)}", file=str(label), expected=", ".join(CHECKPOINT_TABLES),
+        found=", ".join(components) + ("" if root in (None, ROOT) else f"; names without {ROOT}"),
+        next=take_instead(label),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

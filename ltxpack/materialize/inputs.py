@@ -16,8 +16,16 @@ from typing import Any
 from ltxpack.errors import FormatError, SourceError, UnsupportedError
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, plain_file_name
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
+from ltxpack.ltx23.forms import described
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, TEXT_ENCODER_REPO, UPSAMPLER
-from ltxpack.materialize.checkpoint import Checkpoint, Upsampler, read_checkpoint, read_lora, read_upsampler
+from ltxpack.materialize.checkpoint import (
+    Checkpoint,
+    Upsampler,
+    checkpoint_header,
+    read_checkpoint,
+    read_lora,
+    read_upsampler,
+)
 from ltxpack.materialize.sources import AGAIN, Access, InputFaults, InputFile, InputFolder, Sources
 
 CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -66,7 +74,7 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
     """
     faults = InputFaults("inputs cannot be used")
     file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
-    checkpoint = faults.gather(CHECKPOINT, lambda: read_checkpoint(access.header(file), file.label))
+    checkpoint = faults.gather(CHECKPOINT, lambda: _read_checkpoint(file, access))
     configs = checkpoint.configs if checkpoint else None
     channels = configs["vae"]["latent_channels"] if configs else None
     connectors = configs["connectors"] if configs else None
@@ -82,6 +90,10 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
     return Inputs(sources, checkpoint, upsampler, encoder or {})
 
 
+def _read_checkpoint(file: InputFile, access: Access) -> Checkpoint:
+    return read_checkpoint(checkpoint_header(lambda: access.header(file), file.label), file.label)
+
+
 def _check_lora(lora: InputFile, access: Access) -> None:
     if not plain_file_name(lora.name) or not lora.name.endswith(".safetensors"):
         raise UnsupportedError("has a name that no overlay may hold", file=lora.label, expected="NAME.safetensors")
@@ -89,7 +101,7 @@ def _check_lora(lora: InputFile, access: Access) -> None:
     if not header.is_lora:
         raise UnsupportedError(
             "is not a LoRA", file=lora.label, expected="pairs of lora_A and lora_B weights",
-            found=f"{len(header.others)} other tensors", next=f"{AGAIN}--lora FILE",
+            found=described(access.header(lora)) or f"{len(header.others)} other tensors", next=f"{AGAIN}--lora FILE",
         )  # fmt: skip
 
 

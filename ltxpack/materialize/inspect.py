@@ -1,25 +1,53 @@
-"""What a checkpoint, a LoRA, an upsampler or an overlay holds, from headers and the manifest alone."""
+"""What a checkpoint, a LoRA, an upsampler, an overlay or another file holds, and which program takes it.
+
+From headers and the manifest alone, but for the input scales and markers of quantised files, a few bytes each.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import LtxpackError, SourceError
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
-from ltxpack.ltx23.releases import likely, parse_version
-from ltxpack.ltx23.renames import component_of
-from ltxpack.manifest import Bake, FileRecord, is_overlay, read_manifest
-from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler
-from ltxpack.materialize.sources import InputFile, local_file
+from ltxpack.errors import LtxpackError, OtherFormatError, SourceError, quoted
+from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, parse_json, read_tensorfile
+from ltxpack.ltx23.forms import (
+    INPUT_SCALE,
+    MARKER,
+    MAX_LINEARS,
+    PARTS_TOLD,
+    QUANTISATION,
+    ROOT,
+    SCALED,
+    TOLD,
+    Linears,
+    ReadTensor,
+    few,
+    official,
+    parts_of,
+    read_linears,
+    spelled_root,
+)
+from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
+from ltxpack.ltx23.renames import TRANSFORMER, component_of
+from ltxpack.manifest import FP8, Bake, FileRecord, is_overlay, read_manifest
+from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler, take_instead
+from ltxpack.materialize.sources import OTHER_WEIGHTS, WEIGHTS, InputFile, local_file
+from ltxpack.materialize.takers import COMFYUI, OFFICIAL, PROGRAMS, UNTRIED, Look, judge
 
 MAX_LISTED = 20
 MAX_TEXT = 500
+MAX_MADE_FROM = 64 * 1024
+# The metadata key under which an export says what it was made of, and the beginning of an activations file's format.
+MADE_FROM, ACTIVATIONS = "ltxpack", "ltxpack-activations-"
+MATERIALIZE = "ltxpack materialize"
+NOT_CALIBRATED = "not calibrated"
+_OTHER_KINDS = {GGUF: "gguf", ZIP: "pickle", PICKLE: "pickle"}
 _BLOCK = re.compile(r"(?<=blocks[._])\d+")
 UPSAMPLER_MARK = "post_upsample_res_blocks.0.conv1.weight"
 
@@ -33,14 +61,38 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         return _overlay(path) if is_overlay(path) else _folder(path)
     file = local_file(path)
-    tensors = read_tensorfile(path)
-    return {"path": str(path), **_file(file, tensors)}
+    try:
+        tensors = read_tensorfile(path)
+    except OtherFormatError as error:
+        kind = _OTHER_KINDS.get(str(error.found))
+        # A name that says safetensors is wrong then, and the file is told as broken.
+        if kind is None or path.suffix == WEIGHTS:
+            raise
+        return {"path": str(path), "kind": kind, "bytes": file.size, **_other(str(error.found), file)}
+    with path.open("rb", buffering=0) as stream:
+
+        def read(info: TensorInfo) -> bytes:
+            stream.seek(info.start)
+            return stream.read(info.nbytes)
+
+        return {"path": str(path), **_file(file, tensors, read)}
 
 
-def _file(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
+def _other(what: str, file: InputFile) -> dict[str, Any]:
+    """A file that is no safetensors: it is told, and not opened."""
+    only = dict.fromkeys((*OFFICIAL, MATERIALIZE), "no: reads safetensors only")
+    if what == GGUF:
+        only |= dict.fromkeys(COMFYUI, "no: a node of its own reads it, such as that of ComfyUI-GGUF")
+    taken: dict[str, str] = {**dict.fromkeys(PROGRAMS, UNTRIED), **only}
+    return {"summary": f"{what}, not opened", "takes": taken, "next": take_instead(file.name)}
+
+
+def _file(file: InputFile, tensors: TensorFile, read: ReadTensor) -> dict[str, Any]:
     known = file.known
     by_name = likely(file.name, file.size)
+    linears = read_linears(tensors, read)
     common: dict[str, Any] = {
+        "form": linears.form,
         "bytes": file.size,
         "sha256": file.sha256,
         "release": known.release.name if known.release else None,
@@ -50,38 +102,119 @@ def _file(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
     }
     lora = read_lora(tensors)
     if lora.is_lora:
-        return {"kind": "lora", **common, **_lora(lora, tensors)}
-    if any(component_of(name) for name in tensors.tensors):
-        return {"kind": "checkpoint", **common, **_checkpoint(file, tensors)}
+        return {"kind": "lora", **common, **_lora(lora, tensors), "takes": {"ltxpack bake-lora": "yes"}}
+    if tensors.metadata.get("format", "").startswith(ACTIVATIONS):
+        takes = {"ltxpack bake-lora": "yes: by --activations", "ltxpack export": "yes: by --activations"}
+        return {"kind": "activations", **common, "metadata": _metadata(tensors), "takes": takes}
+    root = spelled_root(tensors.tensors)
+    parts = parts_of(official(name, root) for name in tensors.tensors)
+    if parts:
+        look = Look(tensors, linears, root, parts, _input_scales(linears, read))
+        return {"kind": "checkpoint", **common, **_checkpoint(file, look)}
     if UPSAMPLER_MARK in tensors.tensors:
-        converts = _converts(lambda: read_upsampler(tensors, None, file.name))
-        return {"kind": "upsampler", **common, "config": _config(tensors), **converts}
-    return {"kind": "tensors", **common, "metadata": _metadata(tensors), "names": sorted(tensors.tensors)[:MAX_LISTED]}
+        converts, cell = _converts(lambda: read_upsampler(tensors, None, file.name))
+        return {"kind": "upsampler", **common, "config": _config(tensors), **converts, "takes": {MATERIALIZE: cell}}
+    diffusers = any(part in TRANSFORMER.paths.values() for name in tensors.tensors for part in name.split("."))
+    naming = {"naming": "diffusers"} if diffusers else {}
+    metadata, names = _metadata(tensors), sorted(tensors.tensors)[:MAX_LISTED]
+    return {"kind": "tensors", **common, **naming, "metadata": metadata, "names": names}
 
 
-def _checkpoint(file: InputFile, tensors: TensorFile) -> dict[str, Any]:
+def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
+    tensors, linears = look.file, look.linears
     groups: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.tensors.items():
-        groups.setdefault(component_of(name) or "unknown", []).append(info)
+        groups.setdefault(component_of(official(name, look.root)) or "unknown", []).append(info)
     unknown = [info.name for info in groups.pop("unknown", [])]
     has_duration = any(name.startswith("duration_head.") for name in tensors.tensors)
+    generation = _generation(tensors.metadata.get("model_version", "2.5" if has_duration else ""))
+    faults, takes = judge(look)
+    converts, cell = _converts(lambda: read_checkpoint(tensors, file.name))
+    if generation not in ("unknown", _generation(".".join(map(str, SUPPORTED)))):
+        takes = {}  # what is known of programs is known for LTX-2.3
+    quantised = _quantised(look) if linears.quantised else None
     return {
-        "generation": _generation(tensors.metadata.get("model_version", "2.5" if has_duration else "")),
+        "summary": _summary(look, quantised),
+        "parts": look.parts,
+        "prefix": look.root,
+        "generation": generation,
         "model_version": tensors.metadata.get("model_version"),
         "licence": _cut(tensors.metadata.get("license") or tensors.metadata.get("licence")),
+        "made_from": _made_from(tensors),
+        "quantised": quantised,
         "components": {name: _amounts(infos) for name, infos in groups.items()},
         "unknown": {"count": len(unknown), "names": sorted(unknown)[:MAX_LISTED]},
-        **_converts(lambda: read_checkpoint(tensors, file.name)),
+        **converts,
+        "faults": {name: {"count": len(where), "names": where[:MAX_LINEARS]} for name, where in faults.items()},
+        "takes": takes | {MATERIALIZE: cell},
+        "next": f"ltxpack materialize {quoted(file.member)} OVERLAY"
+        if converts["converts"]
+        else take_instead(file.name),
     }
 
 
-def _converts(read: Callable[[], object]) -> dict[str, Any]:
-    """Whether this version converts the file that ``read`` reads, and if not, why."""
+def _summary(look: Look, quantised: dict[str, Any] | None) -> str:
+    words = [PARTS_TOLD[look.parts], TOLD[look.linears.form]]
+    if quantised:
+        words.append(f"{quantised['linears']} linears quantised")
+        words += [quantised["calibration"]] if quantised["calibration"] else []
+    if look.root not in (None, ROOT):
+        words.append(f"names without {ROOT}")
+    return ", ".join(words)
+
+
+def _quantised(look: Look) -> dict[str, Any]:
+    """How many linears are in codes, in which blocks, what marks them, and whether they are calibrated."""
+    linears = look.linears
+    blocks = {int(found[0]) for name in linears.codes if (found := _BLOCK.search(name)) and len(found[0]) < 6}
+    marks = [name for name, there in ((QUANTISATION, linears.layers), (MARKER, linears.markers)) if there]
+    formats = (str(layer.get("format"))[:MAX_TEXT] for layer in linears.described.values())
+    return {
+        "linears": len(linears.codes),
+        "blocks": sorted(blocks)[:MAX_LINEARS],
+        "marked_by": marks,
+        "formats": dict(Counter(formats).most_common(MAX_LISTED)),
+        "calibration": _calibration(look),
+    }
+
+
+def _calibration(look: Look) -> str | None:
+    scales = look.linears.scales[INPUT_SCALE]
+    if not scales or look.linears.form != SCALED:
+        return None
+    if not look.input_scales:
+        return "unknown"
+    return NOT_CALIBRATED if set(look.input_scales.values()) == {1.0} else "calibrated"
+
+
+def _input_scales(linears: Linears, read: ReadTensor) -> dict[str, float]:
+    """Linear -> its input scale, of those that are F32 scalars."""
+    found = {
+        linear: info
+        for linear, info in linears.scales[INPUT_SCALE].items()
+        if info.dtype == "F32" and math.prod(info.shape) == 1
+    }
+    return {linear: struct.unpack("<f", read(info))[0] for linear, info in found.items()} if few(found) else {}
+
+
+def _made_from(tensors: TensorFile) -> Any:
+    """What an export of ours states of itself; None for a file of others."""
+    text = tensors.metadata.get(MADE_FROM)
+    if text is None or len(text) > MAX_MADE_FROM:
+        return _cut(text)
+    try:
+        return parse_json(text.encode("utf-8", "surrogatepass"), tensors.path)
+    except LtxpackError:
+        return _cut(text)
+
+
+def _converts(read: Callable[[], object]) -> tuple[dict[str, Any], str]:
+    """Whether this version converts the file that ``read`` reads, and if not, why; and the same as a cell of takers."""
     try:
         read()
     except LtxpackError as error:
-        return {"converts": False, "problem": str(error)}
-    return {"converts": True, "problem": None}
+        return {"converts": False, "problem": str(error)}, f"no: {error.problem}"
+    return {"converts": True, "problem": None}, "yes"
 
 
 def _generation(model_version: str) -> str:
@@ -161,21 +294,25 @@ def _bake(bake: Bake) -> dict[str, Any]:
         "kernel": bake.kernel,
         "bytes": _bytes(bake.files),
         "changed": len(bake.changed),
+        "format": bake.format,
+        "quantised": len(bake.quantised),
+        "calibration": bake.calibration.name if bake.calibration else NOT_CALIBRATED if bake.format == FP8 else None,
     }
 
 
 def _folder(folder: Path) -> dict[str, Any]:
     """A folder that is no overlay: its safetensors files, each in a line's worth."""
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(".safetensors"))
+    files = sorted(path for path in folder.iterdir() if path.name.endswith((WEIGHTS, *OTHER_WEIGHTS)))
     if not files:
         raise SourceError(
             "holds neither an overlay nor a .safetensors file", file=folder, next="ltxpack inspect FILE_OR_OVERLAY"
         )
-    listed = []
+    listed: list[dict[str, Any]] = []
     for path in files[:MAX_LISTED]:
         try:
             described = inspect_path(path)
-            listed.append({"name": path.name, "kind": described["kind"], "bytes": described["bytes"]})
+            form = {"form": described["form"]} if "form" in described else {}
+            listed.append({"name": path.name, "kind": described["kind"], "bytes": described["bytes"], **form})
         except LtxpackError as error:
             listed.append({"name": path.name, "kind": "broken", "problem": error.problem})
     return {"kind": "folder", "path": str(folder), "count": len(files), "files": listed}

@@ -6,9 +6,11 @@ folder, name within SOURCE, or REPO[@REV][/FILE]. All inputs are looked for befo
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +30,7 @@ from ltxpack.ltx23.releases import (
     Recognised,
     recognise,
 )
+from ltxpack.materialize.checkpoint import checkpoint_header
 from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
 from ltxpack.reporter import Reporter
 
@@ -35,9 +38,13 @@ FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSA
 # What a fault that a flag resolves says to do, before the flag.
 AGAIN = "the same command with "
 WEIGHTS = ".safetensors"
+# Weights that are found in order to be refused by name.
+OTHER_WEIGHTS = (".gguf", ".ckpt", ".pt", ".pth")
 # What may enter an overlay besides weights.
 TEXT_ENDINGS = (".json", ".jinja", ".txt")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
+
+_SAYS_QUANTISED = re.compile(r"fp8|fp4|int8|int4|nf4|bnb|gptq|awq", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -183,7 +190,8 @@ def resolve(
     """The files that SOURCE and the flags (by role) mean.
 
     ``allow_missing``: an input other than the checkpoint that is not found is listed; an ambiguous one still raises.
-    Raises SourceError, UsageError or FormatError naming everything that is missing or ambiguous.
+    Raises SourceError, UsageError or FormatError naming everything that is missing or ambiguous, UnsupportedError for a
+    checkpoint that could not be used if the rest were there.
     """
     folder, single = open_source_folder(source, revision, access)
     if single is not None and flags.get(CHECKPOINT):
@@ -210,10 +218,18 @@ def resolve(
     allowed = [role for role in faults.found if allow_missing and role != CHECKPOINT]
     absent = [role for role in allowed if not isinstance(faults.found[role], AmbiguousError)]
     missing = {role: " ".join(str(faults.found.pop(role)).split()) for role in absent}
-    faults.refuse()
     checkpoint = chosen[CHECKPOINT]
+    if faults.found and checkpoint is not None:
+        _refuse_form(checkpoint, access)
+    faults.refuse()
     assert checkpoint is not None
     return Sources(checkpoint, chosen[LORA], chosen[UPSAMPLER], encoder, missing)
+
+
+def _refuse_form(checkpoint: InputFile, access: Access) -> None:
+    """UnsupportedError for a checkpoint that is of no use: nobody should look for the other inputs before."""
+    with contextlib.suppress(SourceError, FormatError):
+        checkpoint_header(lambda: access.header(checkpoint), checkpoint.label)
 
 
 class InputFaults:
@@ -295,7 +311,7 @@ def local_file(path: Path) -> InputFile:
 
 def local_folder(folder: Path) -> InputFolder:
     """The files of ``folder`` that may enter an overlay, and of its subfolders that hold a config.json."""
-    endings = (WEIGHTS, *TEXT_ENDINGS)
+    endings = (WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS)
     try:
         folders = [folder, *(inner for inner in folder.iterdir() if (inner / "config.json").is_file())]
         found = sorted(path for place in folders for path in place.iterdir() if path.name.endswith(endings))
@@ -323,7 +339,8 @@ def _repo_folder(info: RepoInfo, access: Access) -> InputFolder:
     files = {
         name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)
         for name, file in info.files.items()
-        if name.endswith((WEIGHTS, *TEXT_ENDINGS)) and all(tensorfile.plain_file_name(part) for part in name.split("/"))
+        if name.endswith((WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS))
+        and all(tensorfile.plain_file_name(part) for part in name.split("/"))
     }
     return InputFolder(info.repo if info.revision is None else f"{info.repo}@{info.revision}", files, info)
 
@@ -341,8 +358,11 @@ def choose(role: str, folder: InputFolder) -> InputFile:
     if candidates:
         raise AmbiguousError(
             f"holds several files that may be the {role}", file=folder.label, expected=expected, items=candidates,
-            next=again + quoted(candidates[0]),
+            next=again + quoted(min(candidates, key=lambda name: bool(_SAYS_QUANTISED.search(name)))),
         )  # fmt: skip
+    unusable = [name for name in sorted(folder.files) if "/" not in name and name.endswith(OTHER_WEIGHTS)]
+    if unusable and role == CHECKPOINT:
+        return folder.files[unusable[0]]  # refused by its form later, with what to take instead
     raise SourceError(
         f"holds no file for the {role}", file=folder.label, expected=expected,
         found=", ".join(sorted(weights)) or "no .safetensors file", next=again + "FILE",

@@ -192,11 +192,21 @@ def _loose(folder: Path) -> Iterator[Target]:
         assert found == {name: (info["dtype"], info["shape"]) for name, info in library.items()}
         inspect_path(path)
 
-    yield Target("header", path, read, (header + data, build_header([], {})))
+    yield Target("header", path, read, (header + data, build_header([], {}), _quantised()))
     index = folder / "x.safetensors.index.json"
     names = {"a.weight": "x-1.safetensors", "b": "x-2.safetensors"}
     text = json.dumps({"metadata": {"total_size": 16}, "weight_map": names}).encode()
     yield Target("index", index, lambda: read_index(index), (text,))
+
+
+def _quantised() -> bytes:
+    """An fp8 linear with all that may say so."""
+    name, text = "model.diffusion_model.transformer_blocks.0.attn1.to_q", b'{"format": "float8_e4m3fn"}'
+    entries = {"weight_scale": ("F32", ()), "input_scale": ("F32", ()), "weight": ("F8_E4M3", (2, 3))}
+    entries["comfy_quant"] = ("U8", (len(text),))
+    layers = {"format_version": "1.0", "layers": {name: {"format": "float8_e4m3fn"}}}
+    metadata = {"_quantization_metadata": json.dumps(layers), "model_version": "2.3.0", "ltxpack": '{"bake": "x"}'}
+    return build_header(((f"{name}.{end}", *entry) for end, entry in entries.items()), metadata) + bytes(14) + text
 
 
 def _source(source: Path, folder: Path) -> Iterator[Target]:

@@ -663,6 +663,14 @@ def test_a_hub_reference_that_fits_nothing(overlay: Path, hub: FakeHub, repo: Pa
     assert hub.fetched("") == []
 
 
+def test_a_model_on_the_hub_is_no_lora_and_stays_there(overlay: Path, hub: FakeHub, repo: Path) -> None:
+    codes = torch.zeros(2, 3, dtype=torch.float8_e4m3fn)
+    save(repo / "x-fp8.safetensors", {"model.diffusion_model.transformer_blocks.0.attn1.to_q.weight": codes})
+    with pytest.raises(AdapterError, match="is no LoRA but the transformer alone, in fp8"):
+        run(overlay, 1.0, lora="someone/repo/x-fp8.safetensors")
+    assert hub.fetched("") == []
+
+
 def test_what_exists_as_typed_wins_over_the_hub(overlay: Path, hub: FakeHub, repo: Path) -> None:
     save(repo.parent / "a" / "b" / "c.safetensors", official_keys(STYLE))
     assert run(overlay, 1.0, lora="a/b/c.safetensors") == ["c-1"]

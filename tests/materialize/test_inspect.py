@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from materialize import tiny_source
+from support import ltxpack
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.ltx23.releases import RELEASES
+from ltxpack.manifest import MANIFEST_NAME, Bake, Calibration, FileRecord, read_manifest
 from ltxpack.materialize import Options, inspect_path, materialize
 from ltxpack.reporter import SilentReporter
 
@@ -81,6 +84,36 @@ def test_an_overlay(out: Path, tmp_path: Path) -> None:
     assert [lora["name"] for lora in found["loras"]] == ["distilled"]
     files = [path for path in out.rglob("*") if path.is_file() and path.name != "ltxpack.json"]
     assert found["bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_bakes_state_their_form(source: Path, out: Path) -> None:
+    materialize(Options(str(source), out), SilentReporter())
+    manifest = read_manifest(out)
+    plain = Bake((), "fp32", "addmm", "cpu", (), ())
+    fp8 = replace(plain, format="fp8", quantised=("transformer_blocks.1.attn1.to_q",))
+    calibrated = replace(fp8, calibration=Calibration("mine.safetensors", "ab" * 32, (0.5,)))
+    int8 = replace(fp8, format="int8")
+    bakes = {
+        name: replace(bake, files=(FileRecord(f"bakes/{name}/config.json", 1, "ab" * 32),))
+        for name, bake in {"bf16": plain, "fp8": fp8, "calibrated": calibrated, "int8": int8}.items()
+    }
+    (out / MANIFEST_NAME).write_bytes(replace(manifest, bakes=bakes).dump())
+    done = ltxpack("inspect", out, "--json")
+    assert done.returncode == 0, done.stderr
+    found = {name: (bake["format"], bake["quantised"], bake["calibration"])
+             for name, bake in json.loads(done.stdout)["bakes"].items()}  # fmt: skip
+    assert found == {
+        "bf16": ("bf16", 0, None),
+        "fp8": ("fp8", 1, "not calibrated"),
+        "calibrated": ("fp8", 1, "mine.safetensors"),
+        "int8": ("int8", 1, None),
+    }
+
+
+def test_an_activations_file(tmp_path: Path) -> None:
+    metadata = {"format": "ltxpack-activations-1", "model_version": "2.3.0"}
+    found = inspect_path(write(tmp_path / "x.safetensors", {"transformer_blocks.1.attn1.to_q": ()}, **metadata))
+    assert (found["kind"], found["metadata"]) == ("activations", metadata)
 
 
 def test_a_folder_lists_its_files(source: Path, tmp_path: Path) -> None:
