@@ -18,10 +18,11 @@ PACKAGE = REPOSITORY / "ltxpack"
 ALLOWED: dict[str, set[str]] = {"errors": set(), "reporter": set()}
 ALLOWED["files"] = {"errors", "reporter"}
 ALLOWED["ltx23"] = ALLOWED["manifest"] = {"errors", "files"}
+ALLOWED["activations"] = {"errors", "files", "manifest"}
 ALLOWED["repack"] = {"errors", "reporter", "files", "ltx23", "manifest"}
-ALLOWED["runtime"] = {"errors", "reporter", "files", "ltx23", "manifest"}
+ALLOWED["runtime"] = {*ALLOWED["repack"], "activations"}
 ALLOWED["materialize"] = {*ALLOWED["repack"], "repack"}
-ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize"}
+ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize", "activations"}
 ALLOWED["export"] = {*ALLOWED["lora_bake"], "lora_bake"}
 ALLOWED["demo"] = {*ALLOWED["export"], "export", "runtime"}
 ALLOWED["cli"] = {*ALLOWED["demo"], "demo"}
@@ -36,7 +37,7 @@ BOUNDS = {
     "parameters of a function": 10,
     "class names twice": 0,
     "lines of the package": 22_100,
-    "files of the package": 125,
+    "files of the package": 126,
     "lines of the tests": 23_400,
 }
 

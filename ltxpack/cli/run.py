@@ -121,6 +121,8 @@ def _one(options: RunOptions, verbose: bool) -> None:
         for phase, seconds in summary.seconds.items():
             click.echo(f"  {phase:<12} {seconds:8.2f} s")
     click.echo(summary.peaks)
+    if summary.activations:
+        click.echo(summary.activations)
     size = human_bytes(summary.output.stat().st_size)
     click.echo(f"{summary.shape}, {size}, made in {sum(summary.seconds.values()):.1f} s")
     click.echo(str(summary.output))
@@ -138,6 +140,8 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
         click.echo(decoding)
     click.echo(f"prompts encoded ahead: {batch.ahead:.2f} s")
     click.echo(peak_memory(batch.session.device))
+    if batch.session.activations is not None and batch.session.activations.summary:
+        click.echo(batch.session.activations.summary)
     click.echo(", ".join(f"{len(batch.of(status))} {status}" for status in (DONE, SKIPPED, FAILED)))
     failed = batch.of(FAILED)
     if failed:

@@ -16,11 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
+from ltxpack.activations import base_digest
 from ltxpack.errors import AdapterError, DeviceError, OverlayError
 from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
-from ltxpack.lora_bake.forms import Activations, base_digest, quantised_linears
+from ltxpack.lora_bake.forms import calibrated, quantised_linears
 from ltxpack.lora_bake.plan import (
     BAKES,
     Arithmetic,
@@ -197,7 +198,7 @@ def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
         bf16 = bake_name([(lora.name, lora.strength) for lora in plan.recorded]) if loras else "base"
         record = f"run {plan.overlay} with --stage1 {bf16} --save-activations FILE"
         shards = [shard.record for shard in plan.base.shards]
-        calibration = Activations(options.activations).calibration(loras, base_digest(shards), linears, record)
+        calibration = calibrated(options.activations, loras, base_digest(shards), linears, record)
     return dataclasses.replace(plan, form=form, quantised=linears, calibration=calibration)
 
 

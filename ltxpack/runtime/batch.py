@@ -19,7 +19,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.prompts_file import PromptsLine, in_a_line, read_lines
 from ltxpack.runtime.recipe_run import encode_ahead, work_of
-from ltxpack.runtime.run import RunOptions, tell_inside, write_video
+from ltxpack.runtime.run import RunOptions, outputs_of, tell_inside, write_video
 from ltxpack.runtime.session import Session, Timings
 
 # Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host, as planned.
@@ -46,7 +46,7 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
     """
     with _claimed(prompts):
         lines = read_lines(prompts, options.given, output)
-        tell_inside((line.output for line in lines), reporter)
+        tell_inside(outputs_of(options, [(f"line {line.number}", line.output) for line in lines]), reporter)
         with Session(options.overlay, options.session, reporter) as session:
             session.process_ends = True
             recipes = {line.request.recipe.name: line.request.recipe for line in lines}
@@ -80,7 +80,8 @@ class Batch:
         """Make the videos of ``lines``; the outcomes are then in the order of the file."""
         for line in lines:
             with self._attempt([line]):
-                if record.is_done(line.output, self._identity(line)[1]):
+                # What is done may be without what is to be recorded of it.
+                if self.session.activations is None and record.is_done(line.output, self._identity(line)[1]):
                     self.outcomes[line.number] = Outcome(line, SKIPPED)
                 else:
                     self.session.residency.plan_for(work_of(self.session, line.request, min(len(lines), AHEAD)))

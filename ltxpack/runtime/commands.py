@@ -53,7 +53,7 @@ def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None
     bakes = {} if overlay is None else overlay.manifest.bakes
     found = [Command(_materialized(overlay), overlay is not None)]
     names = [name for name in dict.fromkeys(stages) if name != BASE]
-    found += [Command(_baked(root, bakes[name]), True) for name in names if name in bakes]
+    found += [Command(baked(root, bakes[name]), True) for name in names if name in bakes]
     missing = [f"--strength {name.removeprefix(BAKED)}" for name in names if name not in bakes]
     if missing:
         found.append(Command(f"ltxpack bake-lora {quoted(root)} {' '.join(missing)}", False))
@@ -70,7 +70,8 @@ def _materialized(overlay: Overlay | None) -> str:
     return " ".join(words)
 
 
-def _baked(root: Path, bake: Bake) -> str:
+def baked(root: Path, bake: Bake) -> str:
+    """The command that makes ``bake``, in bf16."""
     *added, main = bake.loras
     words = [f"ltxpack bake-lora {quoted(root)}"]
     words += [] if main.name == DISTILLED else [f"--lora {quoted(main.file)}"]

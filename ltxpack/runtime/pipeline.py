@@ -70,6 +70,7 @@ class Pipeline:
             session.within_memory(
                 lambda: recipe_run.decode_video(session, latents.video, lambda part: frames.append(part.cpu()))
             )
+        session.end_video()
         return recipe_run.finish(session, request, latents, frames, waveform, rate)
 
     def encode_ahead(self, requests: Sequence[Request]) -> float:

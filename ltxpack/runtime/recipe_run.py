@@ -26,7 +26,7 @@ from ltxpack.runtime.sampling.recipes import Guidance, stage_label
 from ltxpack.runtime.sampling.sample import SAMPLERS
 from ltxpack.runtime.sampling.schedule import sigmas_of
 from ltxpack.runtime.sampling.shape import AV, LONGEST_SECONDS, VideoShape
-from ltxpack.runtime.session import Session, Timings
+from ltxpack.runtime.session import Session
 from ltxpack.runtime.video import Latents, Video
 from ltxpack.runtime.weights.plan import Work
 
@@ -78,7 +78,7 @@ def generate(
     for one where that takes more memory. Raises LtxpackError.
     """
     session.check_open()
-    session.timings = Timings()
+    session.begin_video()
     shape = request.shape
     if shape.frames > shape.longest:
         session.reporter.warn(

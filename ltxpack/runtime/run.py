@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ltxpack.files.publish import check_writable
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
-from ltxpack.runtime import recipe_run
+from ltxpack.runtime import calibration, recipe_run
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
@@ -37,7 +37,7 @@ class RunOptions:
 @dataclass(frozen=True)
 class Summary:
     """What a run used and made: the video's size in words, the transformer of each stage, the tiles in words,
-    seconds per phase in order, and :func:`peak_memory`.
+    seconds per phase in order, :func:`peak_memory`, and :attr:`ActivationsRecorder.summary` if there was one.
     """
 
     output: Path
@@ -46,6 +46,7 @@ class Summary:
     decoding: str
     seconds: dict[str, float]
     peaks: str
+    activations: str = ""
 
 
 def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
@@ -58,19 +59,18 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
     frame_rate(request.shape.fps)
     if options.save_tensors is not None:
         check_writable(options.save_tensors, "--save-tensors", "video.safetensors")
-        if options.save_tensors.resolve() == options.output.resolve():
-            raise UsageError("--save-tensors and -o are one file", file=options.output, next="choose two names")
-    tell_inside((options.output, *((options.save_tensors,) if options.save_tensors else ())), reporter)
+    tell_inside(outputs_of(options, [("-o", options.output)]), reporter)
     with Session(options.overlay, options.session, reporter) as session:
         session.process_ends = True
         choice = session.transformers(request.recipe)
         reporter.note(choice.note)
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
         seconds, decoding, peaks = dict(session.timings.seconds), session.decoding, peak_memory(session.device)
+        activations = session.activations.summary if session.activations is not None else ""
     shape = request.shape
     rate = f"{shape.frames} frames at {shape.fps:g} fps, {shape.frames / shape.fps:.1f} s with sound"
     words = f"{shape.width}x{shape.height}, {rate}"
-    return Summary(options.output, words, choice.stages, decoding, seconds, peaks)
+    return Summary(options.output, words, choice.stages, decoding, seconds, peaks, activations)
 
 
 def peak_memory(device: torch.device) -> str:
@@ -78,6 +78,21 @@ def peak_memory(device: torch.device) -> str:
     host = human_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     card = f", {human_bytes(torch.cuda.max_memory_allocated(device))} device" if device.type == "cuda" else ""
     return f"peak memory: {host} host{card}"
+
+
+def outputs_of(options: RunOptions, videos: Sequence[tuple[str, Path]]) -> list[Path]:
+    """All files that are written: ``videos``, with the words that name them, and what is saved beside them.
+
+    Raises UsageError for two outputs that are one file.
+    """
+    others = ("--save-tensors", options.save_tensors), (calibration.FLAG, options.session.save_activations)
+    seen: dict[Path, str] = {}
+    for flag, path in (*videos, *others):
+        if path is not None:
+            first = seen.setdefault(Path(path).resolve(), flag)
+            if first != flag:
+                raise UsageError(f"{flag} and {first} are one file", file=path, next="choose two names")
+    return [*seen]
 
 
 def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
@@ -123,4 +138,5 @@ def write_video(
     digest = session.within_memory(write)
     if save_tensors is not None:
         recipe_run.finish(session, request, latents, kept, waveform, sample_rate).save_tensors(save_tensors)
+    session.end_video()
     return digest

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import Reporter, SilentReporter
+from ltxpack.runtime.calibration import ActivationsRecorder
 from ltxpack.runtime.codecs import video
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
@@ -76,6 +78,8 @@ class Session:
         folder = None if isinstance(settings.cache, bool) else Path(settings.cache)
         cache = PromptCache.at(folder) if settings.cache is not False else None
         self.prompts = PromptEncoder(self.overlay, self.residency, cache)
+        path = settings.save_activations
+        self.activations = None if path is None else ActivationsRecorder(Path(path), self.overlay, self.device)
         self.timings = Timings()
         self.attention: kernels.KernelChoice | None = None
         self._attention_told = False
@@ -92,7 +96,10 @@ class Session:
 
     def transformers(self, recipe: Recipe) -> TransformerChoice:
         """The transformers of the recipe's stages. Raises OverlayError, UsageError."""
-        return choose(self.overlay.manifest, recipe, self.settings.transformers, self.overlay.root)
+        found = choose(self.overlay.manifest, recipe, self.settings.transformers, self.overlay.root)
+        if self.activations is not None:
+            self.activations.check(found.stages)
+        return found
 
     def check_blocks(self, guidance: AV[Guidance]) -> None:
         """Raises UsageError where ``guidance`` perturbs a block that the transformer does not have."""
@@ -127,7 +134,7 @@ class Session:
 
     def transform(self, name: str, work: Callable[[DiT], R]) -> R:
         """``work(transformer)`` with the transformer ``name`` ready on the device. Raises OverlayError."""
-        return self.residency.use(transformer_part(name), load_dit, work, self._prepare)
+        return self.residency.use(transformer_part(name), load_dit, work, partial(self._prepare, name))
 
     def load_ahead(self, name: str) -> None:
         """Begin to load the transformer ``name`` while others compute, if the plan has room for it."""
@@ -142,6 +149,17 @@ class Session:
         return self.residency.use(
             "latent_upsampler", video.load_upsampler, lambda net: video.upsample(net, statistics, latents)
         )
+
+    def begin_video(self) -> None:
+        """What is timed and noted from now on is of a new video."""
+        self.timings = Timings()
+        if self.activations is not None:
+            self.activations.begin()
+
+    def end_video(self) -> None:
+        """The video is whole: what was noted of it goes to its file. Raises as :meth:`ActivationsRecorder.save`."""
+        if self.activations is not None:
+            self.activations.save()
 
     def within_memory(self, work: Callable[[], R]) -> R:
         """``work()``. Raises DeviceError, with everything of ``work`` released, when memory runs out in it."""
@@ -176,6 +194,8 @@ class Session:
         self._closed = True
         self._statistics = None
         self.prompts.forget()
+        if self.activations is not None:
+            self.activations.forget()
         self.residency.close(process_ends=self.process_ends)
 
     def __enter__(self) -> Session:
@@ -185,8 +205,10 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _prepare(self, model: DiT, streamed: bool) -> None:
+    def _prepare(self, name: str, model: DiT, streamed: bool) -> None:
         """Prepare a transformer once, when its weights have come to the device or come there block by block."""
+        if self.activations is not None:
+            self.activations.watch(name, model)
         if self.attention is not None:
             model.use_attention(self.attention.kernels)
         if self.settings.compile:

@@ -164,6 +164,9 @@ class SessionSettings:
     )
     compile: bool = _setting(False)
     cache: bool | str | Path = _setting(True, "Keep encoded prompts on disk.")  # noqa: RUF009
+    save_activations: str | Path | None = _setting(  # noqa: RUF009
+        None, "Add the largest input of each linear to this file, for the scales of fp8 bakes.", metavar="FILE"
+    )
 
     @classmethod
     def of(cls, given: SessionGiven) -> SessionSettings:
@@ -200,6 +203,7 @@ class SessionGiven(TypedDict, total=False):
     attention: str | None
     compile: bool
     cache: bool | str | Path
+    save_activations: str | Path | None
 
 
 def recipe_named(name: str) -> Recipe:

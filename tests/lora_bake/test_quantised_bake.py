@@ -16,8 +16,9 @@ from lora_support import INDEX, change_byte, linears, low_rank, make_overlay, of
 from safetensors import safe_open
 from support import distance, load, ltxpack, refused, tree
 
+from ltxpack.activations import FORMAT, base_digest
 from ltxpack.files.tensorfile import read_index
-from ltxpack.lora_bake.forms import activation_scale, base_digest
+from ltxpack.lora_bake.forms import activation_scale
 from ltxpack.lora_bake.fuse import Workspace
 from ltxpack.lora_bake.quantise import encode, hadamard, rotated_together
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
@@ -271,9 +272,13 @@ def test_the_plan_is_exact_and_a_damaged_bake_is_made_again(overlay: Path) -> No
 def activations(path: Path, overlay: Path, made_of: dict[str, list], largest: float = 7.0, **metadata: str) -> Path:
     """A file such as ``run --save-activations`` writes: the largest |x| of the i-th linear is ``largest`` + i."""
     files = read_manifest(overlay).components["transformer"].files
-    shards = [file for file in files if file.path.endswith("safetensors")]
     tensors = {f"{name}:{k}": torch.tensor(largest + i) for name in made_of for i, k in enumerate(sorted(linears()))}
-    stated = {"format": "ltxpack-activations-1", "base": base_digest(shards), "transformers": json.dumps(made_of)}
+    stated = {
+        "format": FORMAT,
+        "model_version": "2.3.0",
+        "base": base_digest(files),
+        "transformers": json.dumps(made_of),
+    }
     return save(path, tensors, {**stated, **metadata})
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltxpack.runtime.model.kernels import DEFAULT, KERNELS, Kernel
+from ltxpack.runtime.model.largest import note_largest
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 
 SINUSOID_CHANNELS = 256
@@ -25,14 +26,18 @@ Made: TypeAlias = dict[torch.dtype, tuple[Tensor, Tensor]]
 class Linear(nn.Linear):
     """``torch.nn.Linear`` without first values: drawing some takes longer than building all the rest of a model.
 
-    Off the meta device its weights are whatever the memory held.
+    Off the meta device its weights are whatever the memory held. ``largest_input``: see :class:`.LargestInputs`.
     """
+
+    largest_input: Tensor | None = None
 
     def reset_parameters(self) -> None:
         """Draws nothing."""
 
     def forward(self, x: Tensor, made: Made | None = None) -> Tensor:
         """[..., in] -> [..., out]. ``made``: what linears that take codes have made of this ``x``, for one another."""
+        if self.largest_input is not None:
+            note_largest(self.largest_input, x)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -18,6 +18,8 @@ from torch._inductor import config
 from torch._inductor.runtime.runtime_utils import cache_dir
 
 from ltxpack.reporter import SilentReporter
+from ltxpack.runtime.model.block import PLAIN
+from ltxpack.runtime.model.largest import LargestInputs
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, compiled_code, set_up_compiler
@@ -79,6 +81,24 @@ def test_compiled_agrees_with_eager_in_bfloat16(dit: DiT) -> None:
     compiled = half(rounded, isolated=True)
     assert distance(compiled, eager) <= 1.4e-2
     assert distance(compiled, exact) <= 1.1 * distance(eager, exact)
+
+
+def test_the_largest_inputs_are_noted_in_the_same_graphs_of_all_blocks(dit: DiT) -> None:
+    """Also by a model that was compiled, and used, before it was watched; the numbers it computes stay."""
+    streams, largest = random_streams(dit, STAGES[0]), LargestInputs(torch.device("cpu"))
+    graphs, backend = tracing()
+    dit.compile_blocks(backend=backend, fullgraph=True)
+    before = dit(streams)
+    largest.watch(dit)
+    after = dit(streams)
+    assert len(graphs) == 2 * 3, "text, attend, exchange"
+    assert torch.equal(before.video, after.video) and torch.equal(before.audio, after.audio)
+    compiled = largest.read()
+    largest.clear()
+    for block in dit.blocks():
+        block.functions = PLAIN
+    dit(streams)
+    assert compiled == pytest.approx(largest.read(), rel=1e-6) and all(compiled.values())
 
 
 @pytest.mark.parametrize(("asked", "found"), [(None, 4), ("9", 16)])

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
-from dit_parts import golden_dit
+from codec_parts import golden_configs
+from dit_parts import built, golden_dit
 from golden_runs import DISTILLED_LORA, NAMES
 from safetensors import safe_open
 from support import load, relative_l2
 from torch import Tensor
 
+from ltxpack.ltx23.renames import TRANSFORMER
+from ltxpack.runtime.model.largest import LargestInputs, linears
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.shape import AV
 
@@ -199,6 +203,29 @@ def test_every_recorded_pass_of_the_other_recipes_is_reproduced(golden: Path) ->
     assert expected.keys() <= found.keys()
     errors = {name: relative_l2(found[name], value) for name, value in expected.items()}
     assert {name: error for name, error in errors.items() if not error <= FP32_LIMIT} == {}
+
+
+def test_the_largest_inputs_are_those_of_the_recorded_scales(golden: Path) -> None:
+    """Of the bake at 0.5 by the rule fp32, as a fp8 bake is calibrated with it."""
+    (path,) = golden.glob(DISTILLED_LORA)
+    lora, weights = load(path), golden_dit(golden, [], torch.float32).state_dict()
+    for name in lora:
+        module, up, _ = name.partition(".lora_B")
+        target = f"{TRANSFORMER.rename(f'model.{module}')}.weight" if up else ""
+        if target in weights:
+            update = 0.5 * (lora[name].float() @ lora[f"{module}.lora_A.weight"].float())
+            weights[target] = (weights[target] + update).bfloat16().float()
+    dit = built(golden_configs(golden)["transformer"], weights)
+    largest = LargestInputs(torch.device("cpu"))
+    largest.watch(dit)
+    recorded = Recorded(load(golden / "golden" / "transformer_fp32.safetensors"), dit)
+    dit(recorded.streams("cond"))
+    found, scales = largest.read(), load(golden / "golden" / "fp8_weights_s0.5.safetensors")
+    wanted = [re.fullmatch(r"tensor\.(.*)\.input_scale", name) for name in scales]
+    names = {match[1]: TRANSFORMER.rename(f"model.diffusion_model.{match[1]}") for match in wanted if match}
+    assert len(names) == 2 * 34 and set(names.values()) < found.keys() == set(linears(3))
+    for official, name in names.items():
+        assert found[name] / 448 == pytest.approx(scales[f"tensor.{official}.input_scale"].item(), rel=1e-5), name
 
 
 def test_bf16_is_bit_equal_where_this_machine_multiplies_like_the_recorder(golden: Path) -> None:

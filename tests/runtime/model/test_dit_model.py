@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ltxpack.runtime.model.block import TransformerBlock
+from ltxpack.runtime.model.largest import SAME_INPUT, LargestInputs, linears
 from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.sampling.shape import AV
 
@@ -197,3 +198,29 @@ def test_the_same_pass_twice_costs_one(deep: DiT) -> None:
         "proj_out",
         "audio_proj_out",
     }
+
+
+def test_the_largest_inputs_are_those_that_hooks_see(deep: DiT) -> None:
+    """Of every linear of the blocks, in all passes; what shares an input shares its number, though STG leaves q out."""
+    seen: dict[str, float] = defaultdict(float)
+
+    def see(name: str, x: Tensor) -> None:
+        seen[name] = max(seen[name], x.abs().max().item())
+
+    for name, module in deep.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("transformer_blocks."):
+            module.register_forward_pre_hook(lambda module, args, name=name: see(name, args[0]))
+    largest = LargestInputs(torch.device("cpu"))
+    largest.watch(deep)
+    streams = random_streams(deep, LENGTHS)
+    for block in range(LAYERS):
+        perturbed = frozenset(range(block, LAYERS))
+        deep.passes([*recipe(streams), Pass(streams, perturbed=AV(perturbed, perturbed))])
+    found = largest.read()
+    assert sorted(found) == sorted(seen) == linears(LAYERS) and len(found) == 34 * LAYERS
+    for number in range(LAYERS):
+        for names in SAME_INPUT.values():
+            group = [f"transformer_blocks.{number}.{name}" for name in names]
+            assert {found[name] for name in group} == {max(seen[name] for name in group)}
+    largest.clear()
+    assert not any(largest.read().values())

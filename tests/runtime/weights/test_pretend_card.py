@@ -184,7 +184,7 @@ def test_a_video_of_full_size(overlay: Path, card: Card, tmp_path: Path, monkeyp
     monkeypatch.setattr(Timings, "phase", phase)
     images = (f"{picture(tmp_path / 'a.png')}@0:1", f"{picture(tmp_path / 'b.png')}@last:0.7")
     reporter = Watched(card)
-    with opened(overlay, residency="resident", reporter=reporter) as make:
+    with opened(overlay, residency="resident", reporter=reporter, save_activations=tmp_path / "a.st") as make:
         stg: Any = {f"{side}_stg{what}": value for side in ("video", "audio") for what, value in STG.items()}
         request = Request.of("a boat", images=images, steps=2, **stg)
         latents, waveform, _ = generate(make, request)
@@ -234,13 +234,13 @@ def planned(patch: pytest.MonkeyPatch, placements: Mapping[str, Placement]) -> N
 @pytest.mark.parametrize("reads", [DIRECT, CACHED])
 @pytest.mark.parametrize("way", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_weights_wherever_they_lie(
-    way: Mapping[str, Placement], reads: str, overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch
+    way: Mapping[str, Placement], reads: str, overlay: Path, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two videos one after the other: what is kept between them serves again."""
+    """Two videos one after the other: what is kept between them serves again. Activations are noted without a wait."""
     planned(monkeypatch, way)
     in_brief(monkeypatch)
     reporter = Watched(card)
-    with opened(overlay, reporter=reporter, reads=reads) as make:
+    with opened(overlay, reporter=reporter, reads=reads, save_activations=tmp_path / "a.st") as make:
         request = with_prompts(make, Request.of("a boat", **SMALL))
         pinned, streams = [], []
         for following in (request, None):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -152,22 +153,37 @@ def reference(overlay: Path) -> dict[str, Tensor]:
     return found
 
 
+@functools.cache
+def met(overlay: Path) -> bytes:
+    """The activations file of the same video, whole parts again."""
+    with TemporaryDirectory() as folder, pipeline(overlay, save_activations=Path(folder) / "a") as make:
+        make.residency.prepare = lambda works: None
+        video(make, request(), codecs=False)
+        make.end_video()
+        return (Path(folder) / "a").read_bytes()
+
+
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @ways
 def test_every_way_to_run_gives_the_same_bits_twice(
-    way: Way, demo: Path, force: Callable[[Way], None], monkeypatch: pytest.MonkeyPatch
+    way: Way, demo: Path, tmp_path: Path, force: Callable[[Way], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And meets the same largest inputs, of each block by its number; noting them changes nothing."""
     streamed: list[int] = []
     original = slots.Slots.open
     monkeypatch.setattr(slots.Slots, "open", lambda self: (streamed.append(len(self.blocks)), original(self))[1])
     force(way)
-    with pipeline(demo / "overlay") as make:
+    largest = met(demo / "overlay")
+    with pipeline(demo / "overlay", save_activations=tmp_path / "a.safetensors") as make:
         # The codecs know of a plan only whether they stay.
         for codecs in (way in (WAYS[0], WAYS[2]), False):
+            make.begin_video()
             assert same(video(make, request(), codecs), reference(demo / "overlay"))
+            make.end_video()
+            assert (tmp_path / "a.safetensors").read_bytes() == largest
         assert make.residency.plan is not None and make.residency.plan.placements == way.placements
     layers = TEXT_LAYERS if way.text else 0
     assert [count for count in streamed if count] == 2 * [count for count in (layers, *way.streamed) if count]

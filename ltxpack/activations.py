@@ -1,0 +1,101 @@
+"""The activations file: per transformer and linear the largest input of its runs, for the scales of fp8 bakes.
+
+``ltxpack run --save-activations`` writes it, ``bake-lora`` and ``export`` read it. It is untrusted when read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from blake3 import blake3
+
+from ltxpack.errors import FormatError
+from ltxpack.files.tensorfile import MAX_HEADER_BYTES, build_header, open_source, parse_header, parse_json
+from ltxpack.manifest import FileRecord
+
+FORMAT = "ltxpack-activations-1"
+# The largest header, and a float for each of its tensors, which take far more than four bytes of it.
+MAX_BYTES = 2 * MAX_HEADER_BYTES
+ANOTHER = "choose another file, or write one anew with --save-activations"
+
+Loras = tuple[tuple[str, float], ...]
+"""The blake3 and strength of each LoRA of a transformer, in their order."""
+
+
+@dataclass(frozen=True)
+class ActivationsFile:
+    """What a file holds. ``base`` is the base's :func:`base_digest`.
+
+    By name of the transformer: ``transformers`` the LoRAs it is made from, ``largest`` the largest |x| that entered
+    each linear (overlay name without ``.weight``).
+    """
+
+    model_version: str
+    base: str
+    transformers: Mapping[str, Loras] = field(default_factory=dict)
+    largest: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> ActivationsFile:
+        """The file at ``path``. Raises FormatError for any other file, SourceError if it cannot be read."""
+        with open_source(path) as file:
+            size, data = os.fstat(file.fileno()).st_size, file.read(MAX_BYTES)
+        header, wrong = parse_header(data, size, path), functools.partial(FormatError, file=path, next=ANOTHER)
+        found = header.metadata
+        if found.get("format") != FORMAT or not {"model_version", "base", "transformers"} <= found.keys():
+            raise wrong("is not an activations file", expected=f"format {FORMAT}", found=found.get("format"))
+        try:
+            stated = parse_json(found["transformers"].encode(), path).items()
+            transformers = {str(name): tuple((str(each), float(by)) for each, by in loras) for name, loras in stated}
+        except (AttributeError, TypeError, ValueError):
+            raise wrong("does not say which transformers it was recorded of") from None
+        largest: dict[str, dict[str, float]] = {name: {} for name in transformers}
+        for name, info in header.tensors.items():
+            transformer, _, linear = name.partition(":")
+            scalar = (info.dtype, info.shape) == ("F32", ()) and transformer in transformers
+            value = struct.unpack_from("<f", data, info.start)[0] if scalar else math.nan
+            if not 0 <= value < math.inf:
+                problem, expected = "is not the largest |x| of an input", "one finite F32 that is not negative"
+                raise wrong(problem, tensor=name, expected=expected, found=value if scalar else info.dtype)
+            largest[transformer][linear] = value
+        return cls(found["model_version"], found["base"], transformers, largest)
+
+    def with_larger(self, transformer: str, loras: Loras, largest: Mapping[str, float]) -> ActivationsFile:
+        """These, and another run of a transformer added by the maximum."""
+        before = self.largest.get(transformer, {})
+        larger = {name: max(value, before.get(name, 0.0)) for name, value in largest.items()}
+        return dataclasses.replace(
+            self,
+            transformers={**self.transformers, transformer: loras},
+            largest={**self.largest, transformer: {**before, **larger}},
+        )
+
+    def dump(self) -> bytes:
+        """The file's bytes: the same values always give the same bytes."""
+        values = {
+            f"{transformer}:{linear}": value
+            for transformer, largest in sorted(self.largest.items())
+            for linear, value in sorted(largest.items())
+        }
+        metadata = {
+            "format": FORMAT,
+            "model_version": self.model_version,
+            "base": self.base,
+            "transformers": json.dumps(dict(sorted(self.transformers.items()))),
+        }
+        header = build_header(((name, "F32", ()) for name in values), metadata)
+        return header + struct.pack(f"<{len(values)}f", *values.values())
+
+
+def base_digest(files: Iterable[FileRecord]) -> str:
+    """Tells the base transformer with these files from others: the blake3 of the sorted lines ``path blake3``."""
+    shards = (file for file in files if file.path.endswith(".safetensors"))
+    return blake3("".join(sorted(f"{file.path} {file.blake3}\n" for file in shards)).encode()).hexdigest()

@@ -1,0 +1,146 @@
+"""``--save-activations``: what the transformers of a session meet, added to a file after each video.
+
+A fp8 bake takes its input scales from the file. The maxima stay on the device until a video is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ltxpack.activations import ActivationsFile, Loras, base_digest
+from ltxpack.errors import AbsentError, LtxpackError, UsageError, quoted
+from ltxpack.files.publish import atomic_write, check_writable, write_errors
+from ltxpack.manifest import BF16
+from ltxpack.runtime.commands import baked
+from ltxpack.runtime.model.largest import LargestInputs, linears
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.weights import read_dit_config
+from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
+from ltxpack.runtime.sampling.recipes import stage_flag
+
+FLAG, USUAL = "--save-activations", "activations.safetensors"
+ANOTHER = f"choose another file for {FLAG}, or remove this one"
+
+
+class ActivationsRecorder:
+    """The largest inputs of the transformers of ``overlay``, for the file ``path``.
+
+    Raises FormatError for another kind of file, UsageError for one of another model.
+    """
+
+    def __init__(self, path: Path, overlay: Overlay, device: torch.device) -> None:
+        check_writable(path, FLAG, USUAL)
+        self.path, self._overlay, self._device = path, overlay, device
+        self._met: dict[str, LargestInputs] = {}
+        # What the file holds, as last read or written.
+        self._file = self._read()
+        self._saved = False
+
+    def check(self, stages: Sequence[str]) -> None:
+        """Raises UsageError for a quantised transformer, and for one that the file has with other LoRAs."""
+        for number, name in enumerate(stages):
+            bake = self._overlay.manifest.bakes.get(name)
+            if bake is not None and bake.format != BF16:
+                problem = f"{FLAG} wants bf16 transformers, and {stage_flag(number)} is a quantised one"
+                raise UsageError(
+                    problem, file=self._overlay.root, found=f"{name} ({bake.format})", next=self._bf16(number, name)
+                )
+            self._check_loras(name)
+
+    def watch(self, name: str, model: DiT) -> None:
+        """Note what enters the linears of ``model``, which is the transformer ``name``."""
+        self._met.setdefault(name, LargestInputs(self._device)).watch(model)
+
+    def begin(self) -> None:
+        """A new video: what one that failed has met is forgotten."""
+        for met in self._met.values():
+            met.clear()
+
+    def forget(self) -> None:
+        """Give the device's memory back."""
+        self._met.clear()
+
+    def save(self) -> None:
+        """Add what the video has met to the file, which is as it was until it is whole.
+
+        Raises LtxpackError for inputs that are not finite, and as the class for a file that cannot be added to any
+        more; OverlayError for one that cannot be written.
+        """
+        met = {name: inputs.read() for name, inputs in self._met.items()}
+        met = {name: largest for name, largest in met.items() if any(largest.values())}
+        odd = [f"{name}:{linear}" for name in met for linear, value in met[name].items() if not math.isfinite(value)]
+        if odd:
+            problem = "nothing was added: the inputs of some linears are not finite"
+            raise LtxpackError(problem, file=self.path, items=odd, next="run another prompt, or correct the LoRAs")
+        with _alone_in(self.path.absolute().parent), write_errors(self.path):
+            self._file = self._read()
+            for name, largest in met.items():
+                self._check_loras(name)
+                self._file = self._file.with_larger(name, self._loras(name), largest)
+            atomic_write(self.path, self._file.dump())
+        self._saved = True
+
+    @property
+    def summary(self) -> str:
+        """What this session has added to, in words; empty before a video is whole."""
+        if not self._saved:
+            return ""
+        counts = ", ".join(f"{len(largest)} of {name}" for name, largest in self._file.largest.items())
+        total = sum(map(len, self._file.largest.values()))
+        return f"largest inputs of {total} linears ({counts}): {self.path}"
+
+    def _read(self) -> ActivationsFile:
+        """The file, or an empty one if it is not there."""
+        manifest = self._overlay.manifest
+        empty = ActivationsFile(manifest.model_version, base_digest(manifest.components["transformer"].files))
+        try:
+            file = ActivationsFile.read(self.path)
+        except AbsentError:
+            return empty
+        for what, found, expected in (
+            ("version of the model", file.model_version, empty.model_version),
+            ("base transformer", file.base, empty.base),
+        ):
+            if found != expected:
+                raise UsageError(f"is of another {what}", file=self.path, expected=expected, found=found, next=ANOTHER)
+        known = linears(read_dit_config(self._overlay.folder(transformer_part(BASE))).num_layers)
+        if any(sorted(largest) != known for largest in file.largest.values()):
+            raise UsageError("holds other linears than the model", file=self.path, next=ANOTHER)
+        return file
+
+    def _loras(self, name: str) -> Loras:
+        bake = self._overlay.manifest.bakes.get(name)
+        return () if bake is None else tuple((lora.blake3, lora.strength) for lora in bake.loras)
+
+    def _check_loras(self, name: str) -> None:
+        if self._file.transformers.get(name, self._loras(name)) != self._loras(name):
+            problem = f"holds a transformer {name} made from other LoRAs"
+            raise UsageError(problem, file=self.path, expected=f"{name} of {self._overlay.root}", next=ANOTHER)
+
+    def _bf16(self, number: int, name: str) -> str:
+        """The command that takes a bf16 bake instead of ``name`` for stage ``number``, or that makes one."""
+        root, bakes = self._overlay.root, self._overlay.manifest.bakes
+        for other, bake in bakes.items():
+            if bake.format == BF16 and bake.loras == bakes[name].loras:
+                stage = f"--{stage_flag(number)} {other}"
+                return f"ltxpack run {quoted(root)} {stage} {FLAG} {quoted(self.path)} --prompt TEXT"
+        return baked(root, bakes[name])
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time in the block: a rename would lose what another one has added meanwhile."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a filesystem without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
