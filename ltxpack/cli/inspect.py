@@ -36,8 +36,10 @@ def _indented(value: Any, indent: str = "") -> list[str]:
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         flat = isinstance(item, list) and not any(isinstance(inner, (dict, list)) for inner in item)
         if flat:
-            more = [f"and {len(item) - MAX_LISTED} more"] if len(item) > MAX_LISTED else []
-            lines.append(f"{indent}{key}: {', '.join([*map(str, item[:MAX_LISTED]), *more])}")
+            # Numbers are short, names are not.
+            shown = MAX_LISTED if any(isinstance(inner, str) for inner in item) else len(item)
+            more = [f"and {len(item) - shown} more"] if len(item) > shown else []
+            lines.append(f"{indent}{key}: {', '.join([*map(str, item[:shown]), *more])}")
         elif isinstance(item, (dict, list)) and item:
             lines += [f"{indent}{key}:", *_indented(item, indent + "  ")]
         else:

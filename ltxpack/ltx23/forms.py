@@ -27,8 +27,12 @@ PARTS_TOLD = {
     TEXT: "text connectors alone",
     SOME: "some parts of a checkpoint",
 }
+# In a file of one codec with bare names, as ComfyUI's tools split it off.
+BARE_CODEC_MARK = "per_channel_statistics"
 CODEC_COMPONENTS = frozenset({"vae", "audio_vae", "vocoder"})
 
+# A bake's shards state their form under this key.
+OUR_FORMAT = "ltxpack_format"
 QUANTISATION = "_quantization_metadata"
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE, MARKER = "weight", "weight_scale", "input_scale", "comfy_quant"
 MAX_MARKER_BYTES, MAX_LINEARS = 1024, 4096
@@ -130,6 +134,9 @@ def official(name: str, root: str | None) -> str:
 
 def parts_of(names: Iterable[str]) -> str | None:
     """Which parts of a checkpoint ``names`` are, as official names; None if they are of none."""
+    names = list(names)
+    if BARE_CODEC_MARK in {name.rpartition(".")[0] for name in names}:
+        return CODECS
     found = {component for name in names if (component := component_of(name))}
     if not found or found == CHECKPOINT_TABLES.keys():
         return ALL if found else None
@@ -158,6 +165,8 @@ def _form(
     dtypes = {info.dtype for info in codes.values()}
     if not dtypes and not any(scales.values()):
         return _plain(file)
+    if dtypes == {"I8"} and file.metadata.get(OUR_FORMAT) == "int8":
+        return ROTATED
     if dtypes == {"I8"}:
         # Without ``read`` a comfy_quant tensor is here that may say that the weights are rotated.
         told = marked.values() if marked else ()

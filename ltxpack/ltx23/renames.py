@@ -128,7 +128,10 @@ DROPPED = tuple(
 )
 
 
+_ROOTS = [(root, component) for component, table in CHECKPOINT_TABLES.items() for root in table.roots]
+_LONGEST_FIRST = sorted(_ROOTS, key=lambda item: -len(item[0]))
+
+
 def component_of(key: str) -> str | None:
     """The component with the longest root that ``key`` starts with, or None for an unknown key."""
-    roots = {root: component for component, table in CHECKPOINT_TABLES.items() for root in table.roots}
-    return max(((len(root), roots[root]) for root in roots if key.startswith(root)), default=(0, None))[1]
+    return next((component for root, component in _LONGEST_FIRST if key.startswith(root)), None)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ltxpack.errors import OtherFormatError, UnsupportedError
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
+from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.forms import ALL, ROOT, TOLD, described, official, parts_of, read_linears, spelled_root
+from ltxpack.ltx23.forms import ALL, MARKS, ROOT, TOLD, described, official, parts_of, read_linears, spelled_root
 from ltxpack.ltx23.lora_keys import LoraKey, parse_key
 from ltxpack.ltx23.releases import (
     CHECKPOINT,
@@ -30,6 +30,8 @@ from ltxpack.ltx23.releases import (
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"
+# Formats in which other programs keep whole models.
+MODEL_FORMATS = {GGUF: "gguf", ZIP: "pickle", PICKLE: "pickle"}
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
@@ -137,6 +139,8 @@ def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFi
     try:
         file = read()
     except OtherFormatError as error:
+        if error.found not in MODEL_FORMATS:
+            raise
         problem = f"is {error.found}; an overlay is made from bf16 weights in safetensors"
         raise UnsupportedError(problem, file=str(label), next=take_instead(label)) from None
     _refuse_quantised(file, label, take_instead(label))
@@ -157,10 +161,12 @@ def _refuse_quantised(file: TensorFile, label: object, instead: str) -> None:
     if linears.quantised:
         scales = [info.name for scales in linears.scales.values() for info in scales.values()]
         codes = [info.name for info in linears.codes.values()]
+        marked = [name for name in file.tensors if name.rpartition(".")[2] in MARKS]
+        counts = ((len(codes), "weights in codes"), (len(scales), "scales"), (len(marked), "tensors of that form"))
         raise UnsupportedError(
             f"is quantised ({TOLD[linears.form]}); overlays and bakes are made from bf16 weights",
-            file=str(label), tensor=next(iter(scales + codes), None), expected=f"{STORED_DTYPE} weights",
-            found=f"{len(codes)} weights in codes, {len(scales)} scales", next=instead,
+            file=str(label), tensor=(scales + codes + marked)[0], expected=f"{STORED_DTYPE} weights",
+            found=", ".join(f"{count} {what}" for count, what in counts if count), next=instead,
         )  # fmt: skip
 
 
@@ -171,6 +177,8 @@ def _refuse_parts(file: TensorFile, label: object) -> None:
     generation = parse_version(file.metadata.get("model_version", "").strip('"'))[:2] or SUPPORTED
     if (parts in (None, ALL) and root in (None, ROOT)) or generation != SUPPORTED:
         return
+    if read_lora(file).is_lora:
+        raise UnsupportedError("is a LoRA, no checkpoint", file=str(label), next=take_instead(label))
     components = dict.fromkeys(component_of(official(name, root)) or "unknown parts" for name in file.tensors)
     raise UnsupportedError(
         f"is no whole checkpoint but {described(file)}", file=str(label), expected=", ".join(CHECKPOINT_TABLES),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import LtxpackError, OtherFormatError, SourceError, quoted
-from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, parse_json, read_tensorfile
+from ltxpack.files.tensorfile import GGUF, TensorFile, TensorInfo, parse_json, read_tensorfile
 from ltxpack.ltx23.forms import (
     INPUT_SCALE,
     MARKER,
@@ -35,10 +35,18 @@ from ltxpack.ltx23.forms import (
 )
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
-from ltxpack.manifest import FP8, Bake, FileRecord, is_overlay, read_manifest
-from ltxpack.materialize.checkpoint import LoraHeader, read_checkpoint, read_lora, read_upsampler, take_instead
+from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, is_overlay, read_manifest
+from ltxpack.materialize.checkpoint import (
+    MODEL_FORMATS,
+    LoraHeader,
+    read_checkpoint,
+    read_lora,
+    read_upsampler,
+    take_instead,
+)
+from ltxpack.materialize.plan import METADATA
 from ltxpack.materialize.sources import OTHER_WEIGHTS, WEIGHTS, InputFile, local_file
-from ltxpack.materialize.takers import COMFYUI, OFFICIAL, PROGRAMS, UNTRIED, Look, judge
+from ltxpack.materialize.takers import COMFYUI, DIFFUSERS, OFFICIAL, PROGRAMS, UNTRIED, Look, judge
 
 MAX_LISTED = 20
 MAX_TEXT = 500
@@ -47,7 +55,6 @@ MAX_MADE_FROM = 64 * 1024
 MADE_FROM, ACTIVATIONS = "ltxpack", "ltxpack-activations-"
 MATERIALIZE = "ltxpack materialize"
 NOT_CALIBRATED = "not calibrated"
-_OTHER_KINDS = {GGUF: "gguf", ZIP: "pickle", PICKLE: "pickle"}
 _BLOCK = re.compile(r"(?<=blocks[._])\d+")
 UPSAMPLER_MARK = "post_upsample_res_blocks.0.conv1.weight"
 
@@ -64,7 +71,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     try:
         tensors = read_tensorfile(path)
     except OtherFormatError as error:
-        kind = _OTHER_KINDS.get(str(error.found))
+        kind = MODEL_FORMATS.get(str(error.found))
         # A name that says safetensors is wrong then, and the file is told as broken.
         if kind is None or path.suffix == WEIGHTS:
             raise
@@ -102,7 +109,8 @@ def _file(file: InputFile, tensors: TensorFile, read: ReadTensor) -> dict[str, A
     }
     lora = read_lora(tensors)
     if lora.is_lora:
-        return {"kind": "lora", **common, **_lora(lora, tensors), "takes": {"ltxpack bake-lora": "yes"}}
+        takes = {"ltxpack bake-lora": "yes: if its targets fit, which --plan says"}
+        return {"kind": "lora", **common, **_lora(lora, tensors), "takes": takes}
     if tensors.metadata.get("format", "").startswith(ACTIVATIONS):
         takes = {"ltxpack bake-lora": "yes: by --activations", "ltxpack export": "yes: by --activations"}
         return {"kind": "activations", **common, "metadata": _metadata(tensors), "takes": takes}
@@ -115,7 +123,10 @@ def _file(file: InputFile, tensors: TensorFile, read: ReadTensor) -> dict[str, A
         converts, cell = _converts(lambda: read_upsampler(tensors, None, file.name))
         return {"kind": "upsampler", **common, "config": _config(tensors), **converts, "takes": {MATERIALIZE: cell}}
     diffusers = any(part in TRANSFORMER.paths.values() for name in tensors.tensors for part in name.split("."))
-    naming = {"naming": "diffusers"} if diffusers else {}
+    naming: dict[str, Any] = {}
+    if diffusers:
+        cell = "no: reads no codes" if linears.quantised else "yes: with its folder"
+        naming = {"naming": "diffusers", "takes": {"ltxpack run": "yes: within its overlay", DIFFUSERS: cell}}
     metadata, names = _metadata(tensors), sorted(tensors.tensors)[:MAX_LISTED]
     return {"kind": "tensors", **common, **naming, "metadata": metadata, "names": names}
 
@@ -156,7 +167,8 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
 def _summary(look: Look, quantised: dict[str, Any] | None) -> str:
     words = [PARTS_TOLD[look.parts], TOLD[look.linears.form]]
     if quantised:
-        words.append(f"{quantised['linears']} linears quantised")
+        blocks = len(quantised["blocks"])
+        words.append(f"{quantised['linears']} linears in {blocks} block{'s' * (blocks != 1)} quantised")
         words += [quantised["calibration"]] if quantised["calibration"] else []
     if look.root not in (None, ROOT):
         words.append(f"names without {ROOT}")
@@ -284,6 +296,17 @@ def _overlay(folder: Path) -> dict[str, Any]:
         "components": components,
         "loras": [{"name": lora.name, "path": lora.file.path, "bytes": lora.file.size} for lora in manifest.loras],
         "bakes": {name: _bake(bake) for name, bake in manifest.bakes.items()},
+        "takes": _overlay_takes(manifest),
+    }
+
+
+def _overlay_takes(manifest: Manifest) -> dict[str, str]:
+    kept = any(record.path == METADATA for record in manifest.files)
+    coded = ", ".join(name for name, bake in manifest.bakes.items() if bake.format != BF16)
+    return {
+        "ltxpack run": "yes",
+        "ltxpack export": "yes" if kept else f"no: there is no {METADATA}, which materialize --force adds",
+        DIFFUSERS: f"yes: all but its quantised bakes ({coded})" if coded else "yes",
     }
 
 

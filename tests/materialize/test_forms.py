@@ -67,6 +67,8 @@ KINDS: dict[str, tuple[Any, dict[str, str], dict[str, Any], str]] = {
                   {"parts": "transformer", "prefix": "diffusion_model."}, "no no no unknown unknown no"),
     "codecs": (lambda: made.renamed(made.plain(), lambda name: name if name.startswith(("vae.", "voc")) else None), {},
                {"form": "bf16", "parts": "codecs"}, "no no no no no no"),
+    "bare codec": (lambda: made.renamed(made.plain(), lambda name: name[4:] if name.startswith("vae.") else None), {},
+                   {"form": "bf16", "parts": "codecs"}, "no no no no no no"),
     "nf4": (lambda: made.plain() | {f"{QUERY}.weight.quant_map": made.scalar(1)}, {}, {"form": "nf4"},
             "unknown unknown unknown unknown unknown no"),
     "ComfyUI's earlier fp8": (lambda: made.fp8() | {"scaled_fp8": ("F8_E4M3", (2,), bytes(2))}, {},
@@ -84,6 +86,12 @@ def test_each_form_is_told_with_who_takes_it(kind: str, tmp_path: Path) -> None:
         assert list(facts["takes"]) == [MATERIALIZE] and facts["takes"][MATERIALIZE].startswith("no: ")
     else:
         assert verdicts(facts) == takes.split()
+
+
+def test_a_lora_in_the_place_of_a_checkpoint(source: Path, out: Path) -> None:
+    (source / tiny_source.CHECKPOINT).unlink()
+    shutil.copy(source / tiny_source.LORA, source / tiny_source.CHECKPOINT)
+    assert "is a LoRA, no checkpoint" in refused(ltxpack("materialize", source, out), 1)
 
 
 def rows(linear: str) -> made.Tensors:
@@ -136,7 +144,7 @@ def test_a_scale_of_one_everywhere_is_not_calibrated(tmp_path: Path) -> None:
     for scale, told in ((1.0, "not calibrated"), (0.5, "calibrated")):
         facts = inspected(made.write(path, made.fp8(scale), METADATA | made.marker()))
         assert (facts["quantised"]["calibration"], facts["faults"]) == (told, {})
-        assert facts["summary"].endswith(f"34 linears quantised, {told}")
+        assert facts["summary"].endswith(f"34 linears in 1 block quantised, {told}")
         assert facts["quantised"] | {"calibration": told, "linears": 34, "blocks": [1]} == facts["quantised"]
 
 

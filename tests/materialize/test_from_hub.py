@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from materialize import tiny_source
+from materialize import quantised_source, tiny_source
 from support import tree
 
-from ltxpack.errors import SourceError
+from ltxpack.errors import SourceError, UnsupportedError
 from ltxpack.ltx23.releases import DEFAULT_FILES, TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import read_manifest
@@ -74,6 +74,24 @@ def test_the_same_again_needs_no_network(
     again = tmp_path / "again"
     materialize(Options(REPO, again), SilentReporter())
     assert tree(again / "transformer") == tree(out / "transformer")
+
+
+@pytest.mark.parametrize("name", ["ltx-2.3-dev-fp8.safetensors", "LTX-2.3-dev-Q4_K_M.gguf"])
+def test_an_unusable_checkpoint_is_refused_by_its_header(
+    name: str, source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the repository holds none of the other inputs."""
+    file = quantised_source.write(tmp_path / name, quantised_source.fp8(), quantised_source.METADATA)
+    if name.endswith(".gguf"):
+        file.write_bytes(b"GGUF\3\0\0\0" + file.read_bytes()[8:])
+    with HubServer({"someone/repo": {name: file}, TEXT_ENCODER_REPO: repos(source)[TEXT_ENCODER_REPO]}) as server:
+        server.use(monkeypatch, tmp_path / "cache")
+        for within in ("someone/repo", f"someone/repo/{name}"):
+            with pytest.raises(UnsupportedError, match=r"scaled fp8|GGUF") as caught:
+                materialize(Options(within, out), SilentReporter())
+            assert caught.value.next.startswith("ltxpack materialize Lightricks/LTX-2.3 OVERLAY")
+    assert sum(request.sent for request in server.requests) < file.stat().st_size
+    assert not out.exists()
 
 
 def test_a_gated_text_encoder_is_told_before_the_first_weight(

@@ -12,7 +12,7 @@ from support import ltxpack
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.ltx23.releases import RELEASES
-from ltxpack.manifest import MANIFEST_NAME, Bake, Calibration, FileRecord, read_manifest
+from ltxpack.manifest import MANIFEST_NAME, Calibration, read_manifest
 from ltxpack.materialize import Options, inspect_path, materialize
 from ltxpack.reporter import SilentReporter
 
@@ -86,28 +86,27 @@ def test_an_overlay(out: Path, tmp_path: Path) -> None:
     assert found["bytes"] == sum(path.stat().st_size for path in files)
 
 
-def test_bakes_state_their_form(source: Path, out: Path) -> None:
-    materialize(Options(str(source), out), SilentReporter())
-    manifest = read_manifest(out)
-    plain = Bake((), "fp32", "addmm", "cpu", (), ())
-    fp8 = replace(plain, format="fp8", quantised=("transformer_blocks.1.attn1.to_q",))
-    calibrated = replace(fp8, calibration=Calibration("mine.safetensors", "ab" * 32, (0.5,)))
-    int8 = replace(fp8, format="int8")
-    bakes = {
-        name: replace(bake, files=(FileRecord(f"bakes/{name}/config.json", 1, "ab" * 32),))
-        for name, bake in {"bf16": plain, "fp8": fp8, "calibrated": calibrated, "int8": int8}.items()
-    }
-    (out / MANIFEST_NAME).write_bytes(replace(manifest, bakes=bakes).dump())
-    done = ltxpack("inspect", out, "--json")
-    assert done.returncode == 0, done.stderr
-    found = {name: (bake["format"], bake["quantised"], bake["calibration"])
-             for name, bake in json.loads(done.stdout)["bakes"].items()}  # fmt: skip
-    assert found == {
-        "bf16": ("bf16", 0, None),
-        "fp8": ("fp8", 1, "not calibrated"),
-        "calibrated": ("fp8", 1, "mine.safetensors"),
-        "int8": ("int8", 1, None),
-    }
+def test_bakes_state_their_form(overlay: Path) -> None:
+    made = ltxpack(
+        "bake-lora", overlay, *["--strength", "1", "--format", "fp8", "--format", "int8", "--keep-blocks", "0"]
+    )
+    assert made.returncode == 0, made.stderr
+    manifest = read_manifest(overlay)
+    fp8 = manifest.bakes["distilled-1-fp8"]
+    calibrated = replace(fp8, calibration=Calibration("mine.safetensors", "ab" * 32, (0.5,) * len(fp8.quantised)))
+    for calibration, written in (("not calibrated", manifest), ("mine.safetensors", None)):
+        (overlay / MANIFEST_NAME).unlink()
+        (overlay / MANIFEST_NAME).write_bytes((written or manifest.with_bake("distilled-1-fp8", calibrated)).dump())
+        found = json.loads(ltxpack("inspect", overlay, "--json").stdout)
+        facts = {n: (bake["format"], bake["quantised"], bake["calibration"]) for n, bake in found["bakes"].items()}
+        assert facts["distilled-0.5"] == ("bf16", 0, None)
+        assert facts["distilled-1-fp8"] == ("fp8", 34, calibration)
+        assert facts["distilled-1-int8"] == ("int8", 34, None)
+        assert "distilled-1-fp8, distilled-1-int8" in found["takes"]["diffusers"]
+    for name, form in (("fp8", "fp8-scaled"), ("int8", "int8-rotated")):
+        [shard] = overlay.glob(f"bakes/distilled-1-{name}/*.safetensors")
+        found = inspect_path(shard)
+        assert (found["kind"], found["form"], found["naming"]) == ("tensors", form, "diffusers")
 
 
 def test_an_activations_file(tmp_path: Path) -> None:
