@@ -39,7 +39,7 @@ HEAD = (
 def rows(recipe: Recipe) -> Iterator[str]:
     """One row of the table a machine: the published release with the official bakes, in bfloat16."""
     configs, stages = published_configs(), official_transformers(recipe)
-    model = model_of(published_tensors(configs), configs, stages, "bfloat16")
+    model = model_of(published_tensors(configs), configs, dict.fromkeys(stages), "bfloat16")
     work = Request.of("", recipe=recipe.name).work(stages)
     for card, host in MACHINES:
         plan = best_plan(model, work, this_machine(card * GB, host * GB))

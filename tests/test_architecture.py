@@ -36,9 +36,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 22_100,
+    "lines of the package": 22_450,
     "files of the package": 126,
-    "lines of the tests": 23_400,
+    "lines of the tests": 23_700,
 }
 
 

@@ -70,7 +70,7 @@ def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...],
     recipe, asked = planned.request.recipe, planned.session.transformers
     if root is None:
         stages, configs = published_stages(recipe, asked), published_configs()
-        model = model_of(published_tensors(configs), configs, stages, planned.session.dtype)
+        model = model_of(published_tensors(configs), configs, dict.fromkeys(stages), planned.session.dtype)
         return stages, model, commands(stages, planned)
     opened = Overlay.open(root)
     if not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:

@@ -14,12 +14,10 @@ from ltxpack.activations import ActivationsFile
 from ltxpack.errors import AdapterError, UsageError
 from ltxpack.files.reader import hash_file
 from ltxpack.lora_bake.coverage import split_name
-from ltxpack.manifest import FP8, INT8, Calibration
+from ltxpack.ltx23.codes import CODES, KEPT_BLOCKS
+from ltxpack.manifest import INT8, Calibration
 from ltxpack.repack.items import TensorSpec
 
-CODES = {FP8: "F8_E4M3", INT8: "I8"}
-# Blocks that stay as they are in a model of so many; of others the first and the last.
-KEPT_BLOCKS = {48: (0, 1, 46, 47)}
 E4M3_LARGEST = 448.0
 SMALLEST_SCALE = 2.0**-126
 

@@ -1,12 +1,20 @@
-"""Weights stored as codes: which dtypes they have, and the tensors that belong to them (spec 09, sections 5 and 7)."""
+"""Weights stored as codes: their dtypes, the scales beside them, and the blocks that stay without (spec 09)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 FP8, INT8 = "F8_E4M3", "I8"
+# The form of a bake, as users name it -> the dtype of its codes.
+CODES = {"fp8": FP8, "int8": INT8}
 # The dtype of a linear's ``weight`` in codes -> the float32 scales beside it.
 SCALES = {FP8: ("weight_scale", "input_scale"), INT8: ("weight_scale",)}
+# Blocks that stay as they are in a model of so many; of others the first and the last.
+KEPT_BLOCKS = {48: (0, 1, 46, 47)}
+
+Tensor = tuple[str, str, tuple[int, ...]]
+"""Name, dtype as safetensors spells it, shape."""
 
 
 def coded_linears(dtypes: Mapping[str, str]) -> dict[str, str]:
@@ -19,3 +27,17 @@ def never_cast(dtypes: Mapping[str, str]) -> frozenset[str]:
     """The codes and scales among these tensors: they are loaded as they are stored, whatever the model's dtype is."""
     parts = (f"{name}.{part}" for name, codes in coded_linears(dtypes).items() for part in ("weight", *SCALES[codes]))
     return frozenset(parts) & dtypes.keys()
+
+
+def with_codes(tensors: Iterable[Tensor], codes: str) -> Iterator[Tensor]:
+    """The transformer's ``tensors`` with the linears of all blocks but the usual ones in ``codes``."""
+    found = [(re.match(r"transformer_blocks\.(\d+)\.", tensor[0]), *tensor) for tensor in tensors]
+    count = 1 + max((int(block[1]) for block, *_ in found if block), default=-1)
+    for block, name, dtype, shape in found:
+        linear = name.endswith(".weight") and len(shape) == 2
+        if block is None or not linear or int(block[1]) in KEPT_BLOCKS.get(count, (0, count - 1)):
+            yield name, dtype, shape
+            continue
+        yield name, codes, shape
+        scale = (shape[0], 1) if codes == INT8 else ()
+        yield from ((f"{name.removesuffix('weight')}{part}", "F32", scale) for part in SCALES[codes])

@@ -26,13 +26,15 @@ class Watch(TorchDispatchMode):
 
 
 class Meter:
-    """``peak`` is the largest sum of bytes of noted storages that are still alive."""
+    """``peak`` is the largest sum of bytes of storages that were made, and not given, and are still alive."""
 
     def __init__(self) -> None:
         self.live = self.peak = 0
         self._seen: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
     def note(self, given: list[Tensor], made: list[Tensor]) -> None:
+        # What was there before is not made by a view of it.
+        self._seen.update({tensor.untyped_storage(): True for tensor in given})
         for storage in (tensor.untyped_storage() for tensor in made):
             if storage not in self._seen:
                 self._seen[storage] = True

@@ -28,7 +28,7 @@ from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
 # Inputs that are rotated together: the largest power of 4 that divides their number, at most this.
 MOST_ROTATED = 256
 # Without a compiler float32 copies are made of so many numbers at a time.
-STRETCH = 2**24
+STRETCH = 2**22
 # cuBLAS multiplies int8 codes of no fewer tokens.
 FEWEST_INT8_TOKENS = 17
 # A product of codes is used if it comes this near to the decoded one on random data; 4 % is usual.
@@ -86,8 +86,8 @@ class QuantisedLinear(Linear):
         return x
 
     def code(self, scaled: Tensor) -> Tensor:
-        """Numbers as codes."""
-        return scaled.clamp(-self.largest, self.largest).to(self.codes)
+        """Numbers as codes; their memory is used up."""
+        return scaled.clamp_(-self.largest, self.largest).to(self.codes)
 
     def by_token(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The codes of ``rows``, and the scale of each, [tokens, 1]; 1 for a row of zeros."""
@@ -98,7 +98,7 @@ class QuantisedLinear(Linear):
     def values(self, dtype: torch.dtype) -> Tensor:
         """The weights, decoded in float32 and rounded to ``dtype``; turned ones still turned."""
         scales = self.weight_scale.reshape(-1, 1).expand(self.out_features, 1)
-        return by_stretches(lambda codes, scale: (codes.float() * scale).to(dtype), dtype, self.weight, scales)
+        return by_stretches(lambda codes, scale: codes.float().mul_(scale).to(dtype), dtype, self.weight, scales)
 
     def fits(self, device: torch.device) -> bool:
         """Whether ``device`` multiplies codes of these widths."""
@@ -150,7 +150,7 @@ class Int8Linear(QuantisedLinear):
 
     def code(self, scaled: Tensor) -> Tensor:
         """Rounded half to even."""
-        return super().code(scaled.round())
+        return super().code(scaled.round_())
 
     def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """As in the base class."""
@@ -158,7 +158,7 @@ class Int8Linear(QuantisedLinear):
         if codes.is_cuda and tokens < FEWEST_INT8_TOKENS:
             codes = F.pad(codes, (0, 0, 0, FEWEST_INT8_TOKENS - tokens))
         product = torch._int_mm(codes, self.weight.t())[:tokens]
-        return by_stretches(lambda some, scale: (some * scale * weight_scales).to(dtype), dtype, product, scales)
+        return by_stretches(lambda some, scale: (some * scale).mul_(weight_scales).to(dtype), dtype, product, scales)
 
 
 KINDS: Mapping[str, type[Fp8Linear | Int8Linear]] = {FP8: Fp8Linear, INT8: Int8Linear}

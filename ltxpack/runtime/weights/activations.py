@@ -15,7 +15,7 @@ from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling
 from ltxpack.runtime.sampling.shape import VideoShape
 
 LATENT_CHANNELS = 128
-FLOAT32, FLOAT64 = 4, 8
+FLOAT32, FLOAT64, INT32 = 4, 8, 4
 FEED_FORWARD = 4
 PROMPTS = 2
 COLOURS = 3
@@ -42,13 +42,14 @@ class Widths:
     sound: int
 
 
-def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, images: int) -> int:
+def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, images: int, int8: bool = False) -> int:
     """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
     At the feed-forward of the last pass: the stream, its normed and modulated copies, the two inner tensors of four
     widths; of each pass what goes in and comes out; of each prompt the attended states, the context and its keys
     and values.
-    Appended keyframes are counted as one frame per image.
+    Appended keyframes are counted as one frame per image. ``int8``: an inner tensor is in codes, and one is
+    int32 before it is scaled.
     """
     prompts = min(passes, PROMPTS)
     tokens = shape.tokens + images * shape.tokens_per_frame
@@ -57,7 +58,8 @@ def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, i
     text = prompts * 3 * TEXT_TOKENS * (widths.video + widths.audio)
     rope = tokens * (widths.video + widths.audio)
     sampler = 4 * tokens * LATENT_CHANNELS * FLOAT64
-    return (states + text + rope) * itemsize + sampler
+    products = FEED_FORWARD * tokens * widths.video * (1 + max(0, INT32 - itemsize)) if int8 else 0
+    return (states + text + rope) * itemsize + sampler + products
 
 
 def hidden_states(widths: Widths, itemsize: int) -> int:

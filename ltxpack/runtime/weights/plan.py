@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -18,7 +18,7 @@ from ltxpack.runtime.overlay import transformer_part
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import activations
 from ltxpack.runtime.weights.machine import UNKNOWN, Machine
-from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes
+from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes, PartSizes
 
 RESIDENT, SWAP, STREAM, AUTO = "resident", "swap", "stream", "auto"
 MODES = (RESIDENT, SWAP, STREAM)
@@ -372,11 +372,11 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
         """The phase in which ``parts`` are in use, with ``taken`` bytes of activations and more on the ``host``."""
         weights, host = stays, always + host
         for part in parts:
-            placed, largest = placements[part], model.parts[part].largest
+            placed, sizes = placements[part], model.parts[part]
             if placed.home != CARD:
-                weights += _on_card(model, part, len(placed.streamed))
+                weights += _on_card(sizes, placed.streamed)
             if placed.home == FILE and placed.source == HOST:
-                host += len(placed.streamed - placed.held) * largest
+                host += sizes.of(placed.streamed - placed.held)
             if part == TEXT_ENCODER and placed.source == FILE:
                 host += WAITING
         return Phase(name, weights, taken, host)
@@ -393,7 +393,8 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
             yield phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
-        taken = activations.sampling(widths, stage.shape, itemsize, passes=stage.passes, images=work.images)
+        int8 = model.parts[stage.part].int8
+        taken = activations.sampling(widths, stage.shape, itemsize, passes=stage.passes, images=work.images, int8=int8)
         yield phase(f"stage {number + 1}", taken, stage.part)
         before = stage
     yield phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", "vocoder")
@@ -401,16 +402,15 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
     yield phase("video", activations.video_decoding(widths, work.shape, itemsize, tiling), "vae", host=frames)
 
 
-def _on_card(model: ModelSizes, part: str, streamed: int) -> int:
-    """Bytes of ``part`` on the card while it is in use, with so many blocks streamed."""
-    sizes = model.parts[part]
-    return sizes.total - streamed * sizes.largest + min(SLOTS, streamed) * sizes.largest
+def _on_card(sizes: PartSizes, streamed: Collection[int]) -> int:
+    """Bytes of a part on the card while it is in use, with these blocks streamed."""
+    return sizes.total - sizes.of(streamed) + min(SLOTS, len(streamed)) * sizes.largest(streamed)
 
 
 def _pinned(model: ModelSizes, placements: Mapping[str, Placement]) -> int:
     """Bytes of weights in pinned memory through every phase."""
     every = [(model.parts[part], placed) for part, placed in placements.items()]
-    kept = sum(sizes.total if placed.home == HOST else len(placed.held) * sizes.largest for sizes, placed in every)
+    kept = sum(sizes.total if placed.home == HOST else sizes.of(placed.held) for sizes, placed in every)
     return kept + max(sizes.total if placed.ahead else 0 for sizes, placed in every)
 
 
@@ -424,13 +424,13 @@ def _reads(model: ModelSizes, work: Work, placements: Mapping[str, Placement]) -
         if part == "vae" and work.images and placed.home != CARD:
             read += sizes.stored
         if placed.source == FILE:
-            streamed = len(placed.streamed - placed.held) * sizes.largest
+            streamed = sizes.of(placed.streamed - placed.held)
             # The text encoder is hashed as its layers stream, a transformer before that.
             times = work.evaluations(part) - (part == TEXT_ENCODER)
             read += times * _share(sizes.stored, streamed, sizes.total)
         first += read
         if placed.home == FILE:
-            again += read - _share(sizes.stored, len(placed.held) * sizes.largest, sizes.total)
+            again += read - _share(sizes.stored, sizes.of(placed.held), sizes.total)
     return first, again
 
 

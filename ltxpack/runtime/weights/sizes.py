@@ -1,6 +1,6 @@
 """How many bytes each part of the pipeline is, in its files and in memory; from headers, or from an inventory.
 
-Knows no machine and no mode. Weights are counted as they are loaded: floats in the run's dtype.
+Knows no machine and no mode. Weights are counted as they are loaded: floats in the run's dtype, codes as they are.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, DTYPE_NAMES, FLOATS, read_json, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_ROOT
+from ltxpack.ltx23.codes import INT8, Tensor, never_cast, with_codes
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.weights.activations import Widths
@@ -27,27 +28,31 @@ SMALL_PARTS = ("connectors", "vae", "audio_vae", VOCODER, "latent_upsampler")
 # Part -> the modules in it that can be streamed one by one.
 BLOCKS = {TRANSFORMER: "transformer_blocks", TEXT_ENCODER: "layers"}
 
-Tensor = tuple[str, str, tuple[int, ...]]
-"""Name, dtype as safetensors spells it, shape."""
-
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Bytes of a part: ``stored`` in its files, and in memory those of each of its ``blocks`` and the ``rest``."""
+    """Bytes of a part: ``stored`` in its files, and in memory those of each of its ``blocks`` and the ``rest``.
+
+    ``int8``: it has linears in such codes, whose products are int32 before they are scaled.
+    """
 
     stored: int
     rest: int
     blocks: tuple[int, ...] = ()
+    int8: bool = False
 
     @property
     def total(self) -> int:
         """All of it in memory."""
         return self.rest + sum(self.blocks)
 
-    @property
-    def largest(self) -> int:
-        """The largest block, which a slot must hold."""
-        return max(self.blocks, default=0)
+    def of(self, numbers: Collection[int]) -> int:
+        """These of its blocks."""
+        return sum(self.blocks[number] for number in numbers)
+
+    def largest(self, numbers: Collection[int]) -> int:
+        """The largest of these blocks, which a slot must hold."""
+        return max((self.blocks[number] for number in numbers), default=0)
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,18 @@ def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> ModelSi
 
 
 def model_of(
-    tensors: Mapping[str, Iterable[Tensor]], configs: Mapping[str, Mapping[str, Any]], names: Iterable[str], dtype: str
+    tensors: Mapping[str, Iterable[Tensor]],
+    configs: Mapping[str, Mapping[str, Any]],
+    names: Mapping[str, str | None],
+    dtype: str,
 ) -> ModelSizes:
-    """The sizes of an overlay that would hold ``tensors`` by component; all of its transformers ``names`` are alike."""
+    """The sizes of an overlay that would hold ``tensors`` by component, and transformers ``names`` in these codes."""
     itemsize = itemsize_of(dtype)
     parts = {name: part_of(name, tensors[name], itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)}
-    transformer = part_of(TRANSFORMER, tensors[TRANSFORMER], itemsize)
-    parts |= {transformer_part(name): transformer for name in names}
+    plain = tuple(tensors[TRANSFORMER])
+    for codes in set(names.values()):
+        part = part_of(TRANSFORMER, plain if codes is None else with_codes(plain, codes), itemsize)
+        parts |= {transformer_part(name): part for name, found in names.items() if found == codes}
     return ModelSizes(parts, read_widths(configs, Path()), itemsize)
 
 
@@ -102,6 +112,9 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
     in_files = rest = 0
     blocks: dict[int, int] = {}
     root = TEXT_ROOT if component == TEXT_ENCODER else ""
+    tensors = tuple(tensors)
+    dtypes = {name: dtype for name, dtype, _ in tensors}
+    kept = never_cast(dtypes)
     for full_name, dtype, shape in tensors:
         count = math.prod(shape)
         in_files += count * DTYPE_BITS[dtype] // 8
@@ -110,13 +123,15 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
         name = full_name.removeprefix(root)
         # The vocoder computes in float32 whatever the rest does.
         wanted = itemsize_of("float32") if component == VOCODER else itemsize
-        size = count * wanted if dtype in FLOATS else count * DTYPE_BITS[dtype] // 8
+        cast = dtype in FLOATS and full_name not in kept
+        size = count * wanted if cast else count * DTYPE_BITS[dtype] // 8
         block = pattern.match(name) if pattern is not None else None
         if block is None:
             rest += size
         else:
             blocks[int(block[1])] = blocks.get(int(block[1]), 0) + aligned(size)
-    return PartSizes(in_files if stored is None else stored, rest, tuple(blocks[number] for number in sorted(blocks)))
+    in_order = tuple(blocks[number] for number in sorted(blocks))
+    return PartSizes(in_files if stored is None else stored, rest, in_order, any(dtypes[name] == INT8 for name in kept))
 
 
 def itemsize_of(dtype: str) -> int:

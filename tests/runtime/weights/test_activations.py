@@ -20,14 +20,16 @@ from runtime.memory_meter import peak_of
 from torch import Tensor, nn
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
+from ltxpack.ltx23.codes import FP8, INT8
 from ltxpack.ltx23.published import published_configs
 from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.codecs.video import AxisTile
 from ltxpack.runtime.media.images import prepare_image
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.layers import Attention
+from ltxpack.runtime.model.layers import Attention, Linear
 from ltxpack.runtime.model.model import DiT, Pass, Stream
+from ltxpack.runtime.model.quantised import put_quantised
 from ltxpack.runtime.sampling.conditioning import positions
 from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.text import gemma as text
@@ -67,10 +69,12 @@ def check(planned: int, counted: int, tolerance: float = LARGE) -> None:
 
 
 @functools.cache
-def transformer(dtype: torch.dtype) -> DiT:
+def transformer(dtype: torch.dtype, codes: str = "") -> DiT:
     """Two blocks of it: what is alive does not depend on their number."""
     with torch.device("meta"):
         model = DiT(DiTConfig.from_dict({**CONFIGS["transformer"], "num_layers": 2})).to(dtype)
+    linears = (name for name, module in model.transformer_blocks.named_modules() if isinstance(module, Linear))
+    put_quantised(model.transformer_blocks, dict.fromkeys(linears if codes else (), codes))
     for module in model.modules():
         if isinstance(module, Attention):
             # What fused attention leaves; on the meta device torch would write the scores out.
@@ -81,8 +85,18 @@ def transformer(dtype: torch.dtype) -> DiT:
 @shapes
 @pytest.mark.parametrize(("stage", "images"), [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype) -> None:
+    check_stage(stage, images, shape, dtype, "")
+
+
+@pytest.mark.parametrize("codes", [FP8, INT8])
+@pytest.mark.parametrize(("stage", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_a_stage_in_codes(codes: str, stage: int, dtype: torch.dtype) -> None:
+    check_stage(stage, 0, SHAPES[0], dtype, codes)
+
+
+def check_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype, codes: str) -> None:
     shape = shape.divided(2) if stage == 1 else shape
-    model = transformer(dtype)
+    model = transformer(dtype, codes)
     tokens = AV(shape.tokens + images * shape.tokens_per_frame, shape.audio_length)
 
     def forward() -> None:
@@ -97,7 +111,8 @@ def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype)
         model.passes(passes)
         del noisy
 
-    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, passes=3 if stage == 1 else 1, images=images)
+    passes = 3 if stage == 1 else 1
+    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, passes=passes, images=images, int8=codes == INT8)
     check(planned, peak_of(forward))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from works import OFFICIAL, hq_work
 
 from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files.tensorfile import DTYPE_BITS
+from ltxpack.ltx23.codes import with_codes
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
@@ -29,12 +31,15 @@ from ltxpack.runtime.weights.sizes import PartSizes
 GB = 10**9
 CONFIGS = published_configs()
 TENSORS = published_tensors(CONFIGS)
-MODEL = sizes.model_of(TENSORS, CONFIGS, OFFICIAL, "bfloat16")
+MODEL = sizes.model_of(TENSORS, CONFIGS, dict.fromkeys(OFFICIAL), "bfloat16")
 WORK = hq_work(VideoShape(121, 1088, 1920, 24.0), OFFICIAL)
 FIRST, SECOND = WORK.transformer_parts
 ALONE = hq_work(WORK.shape, ("base", "base"))
 # The same with one transformer for both stages.
 ONE = replace(MODEL, parts={**MODEL.parts, "transformer": MODEL.parts[FIRST]})
+
+
+LINEAR = re.compile(r"transformer_blocks\.2\..*\.weight")
 
 
 def card(vram: int, ram: int = 128) -> Machine:
@@ -80,9 +85,32 @@ def test_parts_of_the_published_model() -> None:
     transformer, vocoder = MODEL.parts[FIRST], MODEL.parts["vocoder"]
     assert len(transformer.blocks) == len(MODEL.parts["text_encoder"].blocks) == 48
     assert transformer.total == pytest.approx(2 * 18.989e9, rel=1e-3)
-    doubled = sizes.model_of(TENSORS, CONFIGS, OFFICIAL, "float32").parts
+    doubled = sizes.model_of(TENSORS, CONFIGS, dict.fromkeys(OFFICIAL), "float32").parts
     assert doubled[FIRST].total == pytest.approx(2 * transformer.total, rel=1e-5)
     assert doubled["vocoder"].total == vocoder.total == 2 * vocoder.stored
+
+
+def test_codes_halve_the_blocks_that_have_them() -> None:
+    """44 of 48; the scales are float32 whatever the run's dtype is; blocks of two sizes are counted one by one."""
+    forms = {"a": None, "b": "F8_E4M3", "c": "I8"}
+    plain, fp8, int8 = (
+        sizes.model_of(TENSORS, CONFIGS, forms, "bfloat16").parts[f"bakes/{name}"] for name in sorted(forms)
+    )
+    assert [number for number in range(48) if fp8.blocks[number] == plain.blocks[number]] == [0, 1, 46, 47]
+    shapes = [shape for name, _, shape in TENSORS["transformer"] if LINEAR.fullmatch(name) and len(shape) == 2]
+    assert len(shapes) == 34
+    assert plain.blocks[2] - fp8.blocks[2] == sum(map(math.prod, shapes)) - 34 * 2 * sizes.ALIGNMENT
+    scales = sum(sizes.aligned(4 * rows) for rows, _ in shapes)
+    assert plain.blocks[2] - int8.blocks[2] == sum(map(math.prod, shapes)) - scales
+    rounded = with_codes([(name, "BF16", shape) for name, _, shape in TENSORS["transformer"]], "F8_E4M3")
+    assert sizes.part_of("transformer", rounded, 2).stored == 20_973_193_408, "spec 09, section 8"
+    assert int8.int8 and not fp8.int8
+    wide = sizes.model_of(TENSORS, CONFIGS, forms, "float32").parts["bakes/b"]
+    assert wide.blocks[0] > 1.99 * plain.blocks[0] and wide.blocks[2] < 1.01 * fp8.blocks[2]
+    some = Placement(FILE, HOST, frozenset({0, 2, 3}), frozenset({2}))
+    model = sizes.ModelSizes({"part": fp8}, MODEL.widths, 2)
+    assert planner._on_card(fp8, some.streamed) == fp8.total + fp8.blocks[0] - 2 * fp8.blocks[2]
+    assert planner._pinned(model, {"part": some}) == fp8.blocks[2]
 
 
 @pytest.mark.parametrize(
@@ -319,7 +347,7 @@ def test_blocks_stay_on_the_host_between_videos_as_far_as_it_goes() -> None:
     first, second = counts(plan, "held")
     assert (placed(plan).home, placed(plan).source) == (FILE, HOST) and first >= counts(plan)[0]
     assert 0 < second <= counts(plan)[1]
-    block = MODEL.parts[FIRST].largest
+    block = MODEL.parts[FIRST].blocks[0]
     assert plan.first_read - plan.next_read == pytest.approx((first + second) * block, rel=1e-3)
     assert plan.next_read < 0.7 * plan.first_read
     room = machine.host - plan.host
@@ -343,7 +371,7 @@ def test_what_would_be_read_at_every_step_is_held_even_for_one_video() -> None:
     first, second = counts(plan, "held")
     assert placed(plan).source == FILE and 0 < first < counts(plan)[0] and second == 0
     without = with_placements(plan, held=frozenset())
-    saved = WORK.evaluations(FIRST) * first * MODEL.parts[FIRST].largest
+    saved = WORK.evaluations(FIRST) * first * MODEL.parts[FIRST].blocks[0]
     assert without.first_read - plan.first_read == pytest.approx(saved, rel=1e-3)
 
 
@@ -354,7 +382,7 @@ def test_two_stages_of_one_transformer_hold_its_blocks_once() -> None:
             assert found is not None and counts(found, "held")[0] <= (counts(found)[0] if once else 48)
             without = {part: replace(each, held=frozenset()) for part, each in found.placements.items()}
             bare = planner.plan_for(ONE, found.work, found.mode, without)
-            block = MODEL.parts[FIRST].largest
+            block = MODEL.parts[FIRST].blocks[0]
             assert found.phases[-1].host - bare.phases[-1].host == counts(found, "held")[0] * block
 
 
