@@ -37,6 +37,11 @@ BUILDER, SCALED_MM, FP8_CAST = (f"official code, {how}" for how in ("bf16", "fp8
 LOADER, UNET, SGLANG, DIFFUSERS = "ComfyUI CheckpointLoaderSimple", "ComfyUI UNETLoader", "sglang", "diffusers"
 OFFICIAL, COMFYUI = (BUILDER, SCALED_MM, FP8_CAST), (LOADER, UNET)
 PROGRAMS = (*OFFICIAL, *COMFYUI, SGLANG, DIFFUSERS)
+# What reads one part of a file of any form -> how the names begin that it looks for, and whether it reads `config`.
+PART_LOADERS = {
+    "ComfyUI LTXVAudioVAELoader": (("audio_vae.", "vocoder."), True),
+    "ComfyUI LTXAVTextEncoderLoader": (("text_embedding_projection.",), False),
+}
 # From bad to good: of several verdicts the worst counts.
 VERDICTS = ("no", "wrong", "unknown", "yes")
 UNTRIED = "unknown: not tried"
@@ -110,7 +115,14 @@ def judge(look: Look) -> tuple[dict[str, list[str]], dict[str, str]]:
     rules: list[Cells] = [{**BY_FORM.get(look.linears.form, {}), **rest}, BY_PART[look.parts]]
     rules += [fault.effect for fault in FAULTS if found[fault.name]]
     takes = {program: _worst([cells.get(program, "") for cells in rules]) for program in PROGRAMS}
+    takes |= {program: _part_cell(look.file, *needs) for program, needs in PART_LOADERS.items()}
     return {name: where for name, where in found.items() if where}, takes
+
+
+def _part_cell(file: TensorFile, roots: tuple[str, ...], config: bool) -> str:
+    missing = [root for root in roots if not any(name.startswith(root) for name in file.tensors)]
+    missing += ["`config`"] * (config and not file.metadata.get("config"))
+    return f"no: lacks {', '.join(missing)}" if missing else "yes"
 
 
 def _worst(cells: list[str]) -> str:

@@ -88,6 +88,22 @@ def test_each_form_is_told_with_who_takes_it(kind: str, tmp_path: Path) -> None:
         assert verdicts(facts) == takes.split()
 
 
+@pytest.mark.parametrize(
+    ("roots", "config", "sound", "text"),
+    [
+        (("vae.", "audio_vae.", "vocoder.", ROOT, "text_"), True, "yes", "yes"),
+        (("audio_vae.", "vocoder."), True, "yes", "no: lacks text_embedding_projection."),
+        (("audio_vae.", "text_"), False, "no: lacks vocoder., `config`", "yes"),
+    ],
+)
+def test_comfyuis_loaders_of_one_part(
+    roots: tuple[str, ...], config: bool, sound: str, text: str, tmp_path: Path
+) -> None:
+    tensors = made.renamed(made.plain(), lambda name: name if name.startswith(roots) else None)
+    facts = inspected(made.write(tmp_path / "x.safetensors", tensors, METADATA if config else {}))
+    assert [facts["takes"][f"ComfyUI LTX{name}Loader"] for name in ("VAudioVAE", "AVTextEncoder")] == [sound, text]
+
+
 def test_a_lora_in_the_place_of_a_checkpoint(source: Path, out: Path) -> None:
     (source / tiny_source.CHECKPOINT).unlink()
     shutil.copy(source / tiny_source.LORA, source / tiny_source.CHECKPOINT)
@@ -114,7 +130,7 @@ FAULTS: dict[str, tuple[made.Tensors, dict[str, str], list[str], dict[str, str]]
     "codes that cannot be right": ({f"{QUERY}.weight": ("F8_E5M2", (2, 3), bytes(6))}, made.marker(), [QUERY],
                                    {SCALED_MM: "unknown", LOADER: "unknown"}),
     "neither in _quantization_metadata nor marked by comfy_quant": ({}, made.marker(LINEARS[3:]), LINEARS[:3],
-                                                                    {LOADER: "wrong", UNET: "wrong"}),
+                                                                    {SCALED_MM: "yes", LOADER: "wrong", UNET: "wrong"}),
     "_quantization_metadata that cannot be read": ({}, {"_quantization_metadata": '{"layers": 3}'},
                                                    ["_quantization_metadata"], {LOADER: "wrong", UNET: "wrong"}),
     "keys of _quantization_metadata that begin otherwise than the tensors": ({}, made.marker(KEYS), KEYS,
