@@ -19,8 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ltxpack.errors import OverlayError, quoted
+from blake3 import blake3
+
+from ltxpack.errors import OverlayError, SourceError, quoted
 from ltxpack.files import bounded_json
+from ltxpack.files.tensorfile import MAX_INDEX_BYTES, open_source
 
 if TYPE_CHECKING:
     import jsonschema
@@ -240,6 +243,22 @@ def changed_file(path: Path, expected: object, found: object) -> OverlayError:
     problem = "has changed since the overlay was written"
     overlay = next((folder for folder in path.parents if is_overlay(folder)), path.parent)
     return OverlayError(problem, file=path, expected=expected, found=found, next=f"ltxpack verify {quoted(overlay)}")
+
+
+def recorded_bytes(overlay: Path, record: FileRecord) -> bytes:
+    """A small file of ``overlay``, whole. Raises OverlayError if it is not what the manifest says."""
+    path = overlay / record.path
+    if record.size > MAX_INDEX_BYTES:
+        raise changed_file(path, f"at most {MAX_INDEX_BYTES} bytes", f"{record.size} bytes")
+    try:
+        with open_source(path) as file:
+            data = file.read(record.size + 1)
+    except SourceError as error:
+        raise changed_file(path, f"{record.size} bytes", error.problem) from None
+    if len(data) != record.size or (digest := blake3(data).hexdigest()) != record.blake3:
+        found = f"blake3 {digest}" if len(data) == record.size else "other bytes"
+        raise changed_file(path, f"blake3 {record.blake3}", found)
+    return data
 
 
 def safe_relative_path(path: str) -> bool:

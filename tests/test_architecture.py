@@ -36,9 +36,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 22_450,
-    "files of the package": 126,
-    "lines of the tests": 23_700,
+    "lines of the package": 22_800,
+    "files of the package": 129,
+    "lines of the tests": 24_050,
 }
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +16,13 @@ import pytest
 from _full_size import make_full_size
 from support import ltxpack, refused, tree
 
-import ltxpack.export as exporting
+import ltxpack.export.plan as exporting
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, read_tensorfile
+from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 from ltxpack.repack.items import round_to_bfloat16
+from ltxpack.reporter import SilentReporter
 
 BAKE = "distilled-0.5"
 
@@ -120,18 +126,36 @@ def test_the_transformer_alone_has_the_connectors_and_no_more(
 
 
 @pytest.mark.parametrize(
-    ("parts", "tensors", "nbytes"), [("all", 5947, 46148472534), ("transformer", 4444, 42019470848)]
+    ("parts", "form", "blocks", "nbytes"),
+    [
+        ("all", "", 0, 46148472534),
+        ("transformer", "", 0, 42019470848),
+        ("all", "fp8", 44, 29143989654),
+        ("transformer", "fp8", 44, 25014987968),
+        ("all", "fp8", 48, 27598127574),
+        ("transformer", "fp8", 48, 23469125888),
+        ("all", "int8", 44, 29161312982),
+        ("transformer", "int8", 44, 25032311296),
+        ("all", "int8", 48, 27617025750),
+        ("transformer", "int8", 48, 23488024064),
+    ],
 )
 def test_the_plan_of_the_published_model_is_exact(
-    parts: str, tensors: int, nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: str, form: str, blocks: int, nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all tensors as spec 09, section 8 counts them."""
     overlay = make_full_size(tmp_path / "full", hashed=False)
-    monkeypatch.setattr(exporting, "_metadata", lambda options, manifest: {})
-    options = exporting.ExportOptions(overlay, tmp_path / "x.safetensors", parts=parts)
-    item = exporting.plan_export(options)
-    assert len(item.entries) == tensors
-    assert item.size - len(item.header) == nbytes
+    manifest = dataclasses.replace(read_manifest(overlay), loras=(), bakes={})
+    (overlay / MANIFEST_NAME).write_bytes(manifest.dump())
+    monkeypatch.setattr(exporting, "_metadata", lambda *inputs: {})
+    make = None
+    if form:
+        make = BakeOptions(overlay, (0.0,), formats=(form,), keep_blocks=None if blocks == 44 else ())
+    options = exporting.ExportOptions(overlay, tmp_path / "x.safetensors", make=make, parts=parts)
+    plan = exporting.plan_export(options, SilentReporter(), headers_only=True)
+    assert plan.size - len(plan.header) == nbytes + sum(map(len, plan.literals.values()))
+    coded = {"fp8": 2, "int8": 1, "": 0}[form] + (parts == "transformer" and form != "")
+    assert len(plan.tensors) == (5947 if parts == "all" else 4444) + 34 * blocks * coded
 
 
 def test_the_plan_is_the_size_of_the_file(demo: Path, tmp_path: Path) -> None:
@@ -171,7 +195,7 @@ def test_an_overlay_that_kept_no_metadata_or_that_changed_is_told(overlay: Path,
     manifest.unlink()
     manifest.write_text(json.dumps(document))
     message = refused(ltxpack("export", overlay, "-o", output), 1)
-    assert "did not keep the checkpoint's metadata" in message and "ltxpack materialize SOURCE" in message
+    assert "did not keep the checkpoint's metadata" in message and "--source SOURCE" in message
     assert not output.exists()
 
 
@@ -193,7 +217,7 @@ def test_after_a_kill_the_same_command_makes_the_same_file(demo: Path, tmp_path:
     for size in (0, 1, 10_000_000):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not any(
-            path.is_file() and path.stat().st_size >= size for path in tmp_path.rglob(".x.safetensors.*.tmp")
+            path.is_file() and path.stat().st_blocks * 512 >= size for path in tmp_path.rglob("unfinished.*")
         ):
             pass
         process.kill()
@@ -207,23 +231,33 @@ def test_after_a_kill_the_same_command_makes_the_same_file(demo: Path, tmp_path:
     assert {*whole, output.read_bytes()} == {(tmp_path / "y.safetensors").read_bytes()}
 
 
-@pytest.mark.parametrize("fault", ["disk", "interrupt"])
+@pytest.mark.parametrize("fault", ["disk", "interrupt", "full"])
 def test_what_goes_wrong_leaves_no_file(
     fault: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor changes the one that is there."""
-    output = tmp_path / "x.safetensors"
+    """Nor changes the one that is there; what is sound of the work is used by the next run."""
+    output, work = tmp_path / "x.safetensors", tmp_path / ".x.safetensors.ltxpack"
     output.write_bytes(b"mine")
+    real, calls = os.pwrite, itertools.count()
 
-    def hashed(path: Path, *more: object) -> str:
-        if fault == "interrupt":
-            raise KeyboardInterrupt
-        return "0" * 64
+    def written(fd: int, data: memoryview, offset: int) -> int:
+        if next(calls) == 1500:
+            if fault == "interrupt":
+                raise KeyboardInterrupt
+            if fault == "full":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            data = memoryview(bytes(len(data)))
+        return real(fd, data, offset)
 
-    plan = exporting.plan_export(exporting.ExportOptions(demo / "overlay", output))
-    monkeypatch.setattr(exporting, "plan_export", lambda options: plan)
-    monkeypatch.setattr(exporting, "hash_file", hashed)
-    done = ltxpack("export", demo / "overlay", "-o", output, "--force")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", written)
+        done = ltxpack("export", demo / "overlay", "-o", output, "--force")
+    assert next(calls) > 1000
     assert done.returncode == (130 if fault == "interrupt" else 1)
-    assert fault == "interrupt" or "did not come back from the disk" in done.stderr
-    assert list(tmp_path.iterdir()) == [output] and output.read_bytes() == b"mine"
+    told = {"disk": "did not come back from the disk", "interrupt": "goes on from there", "full": "the disk is full"}
+    assert told[fault] in done.stderr and output.read_bytes() == b"mine"
+    assert work.exists() == (fault != "disk")
+    again = ltxpack("export", demo / "overlay", "-o", output, "--force")
+    assert again.returncode == 0 and ("going on" in again.stderr) == (fault != "disk")
+    exported(demo / "overlay", tmp_path / "y.safetensors")
+    assert output.read_bytes() == (tmp_path / "y.safetensors").read_bytes() and not work.exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,19 +17,30 @@ from ltxpack.cli.terminal import (
     usual_overlay,
     verbose_option,
 )
+from ltxpack.errors import UsageError
 from ltxpack.files.units import human_bytes
+from ltxpack.manifest import BF16, FORMATS, FP8, INT8
 
-# By what the file holds: where a program looks for the file, and what takes it there (spec 09, section 2).
-TAKEN_BY = {
+if TYPE_CHECKING:
+    from ltxpack.export import ExportOptions
+
+PARTS = ("all", "transformer")
+# By what the file holds: where ComfyUI looks for the file, and what takes it there (spec 09, section 2).
+COMFY = {
     "all": (
         "ComfyUI: put it into models/checkpoints; CheckpointLoaderSimple takes transformer and video VAE, "
-        "LTXVAudioVAELoader the sound, LTXAVTextEncoderLoader the text projection",
-        "official code: it takes the place of the checkpoint",
+        "LTXVAudioVAELoader the sound, LTXAVTextEncoderLoader the text projection"
     ),
-    "transformer": (
-        "ComfyUI: put it into models/diffusion_models; UNETLoader takes it",
-        "official code: --transformer-path takes it",
-    ),
+    "transformer": "ComfyUI: put it into models/diffusion_models; UNETLoader takes it",
+}
+# By form and what the file holds: how the official code takes it.
+OFFICIAL = {
+    (BF16, "all"): "official code: it takes the place of the checkpoint",
+    (BF16, "transformer"): "official code: --transformer-path takes it",
+    (FP8, "all"): "official code: it takes the place of the checkpoint, with --quantization fp8-scaled-mm",
+    (FP8, "transformer"): "official code: --transformer-path takes it, with --quantization fp8-scaled-mm",
+    (INT8, "all"): "official code: it cannot read int8",
+    (INT8, "transformer"): "official code: it cannot read int8",
 }
 
 
@@ -35,50 +48,99 @@ TAKEN_BY = {
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
 @click.option("--bake", help="A bake of the overlay instead of the base.")
+@click.option("--strength", type=float, help="Merge the main LoRA on the way, at this strength; no bake is written.")
+@click.option("--lora", metavar="FILE", help="Main LoRA instead of the overlay's distilled one.")
+@click.option("--add", "added", multiple=True, metavar="FILE=S", help="Stack a LoRA, applied before the main one.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    help="How linears are stored.  [default: as in the bake, else bf16]",
+)
+@click.option("--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]")
+@click.option(
+    "--activations",
+    type=click.Path(path_type=Path),
+    help="For fp8: take input scales from this file, which ltxpack run --save-activations wrote.",
+)
 @click.option(
     "--parts",
-    type=click.Choice(tuple(TAKEN_BY)),
-    default="all",
+    type=click.Choice(PARTS),
+    default=PARTS[0],
     show_default=True,
     help="The whole checkpoint, or the transformer with the connectors.",
 )
+@click.option("--source", help="File, folder or repo with the checkpoint, if the overlay lacks its metadata.")
 @plan_option
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
 @json_option
 @verbose_option
-def export(
-    overlay: Path | None,
-    output: Path,
-    bake: str | None,
-    parts: str,
-    plan_only: bool,
-    force: bool,
-    as_json: bool,
-    verbose: bool,
-) -> None:
-    """Write OVERLAY's weights as one bf16 safetensors file with the official names, for ComfyUI and the official code.
+def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, **options: object) -> None:
+    """Write OVERLAY's weights as one safetensors file with the official names, for ComfyUI and the official code.
 
-    Without OVERLAY: the current folder if it is an overlay, else ./out. Tensors are copied byte for byte; the
-    scale_shift_table tensors, which official files hold in float32, are widened.
+    Without OVERLAY: the current folder if it is an overlay, else ./out. A bake is copied byte for byte; with --strength
+    or --format one is made on the way. scale_shift_table tensors, which official files hold in float32, are widened.
     """
-    from ltxpack.export import ExportOptions, plan_export
     from ltxpack.export import export as write
+    from ltxpack.export import plan_export
 
-    wanted = ExportOptions(usual_overlay(overlay), output, bake, parts, force)
+    reporter = TerminalReporter(verbose)
+    wanted = _wanted(usual_overlay(overlay), **options)  # type: ignore[arg-type]
     if plan_only:
-        size = plan_export(wanted).size
-        files = [{"path": str(output), "bytes": size, "action": "write"}]
+        size = plan_export(wanted, reporter, headers_only=True).size
+        files = [{"path": str(wanted.output), "bytes": size, "action": "write"}]
         print_plan({"files": files, "missing": [], "total_bytes": size}, as_json)
         return
-    report = write(wanted, TerminalReporter(verbose))
+    report = write(wanted, reporter)
+    plan = report.plan
     if as_json:
-        facts = {"path": str(report.path), "bytes": report.size, "blake3": report.blake3}
-        print_json({**facts, "tensors": report.tensors, "widened": report.widened})
+        facts = {"path": str(report.path), "bytes": plan.size, "blake3": report.blake3, "format": plan.form}
+        print_json({**facts, "tensors": len(plan.tensors), "quantised": plan.quantised, "widened": plan.widened})
         return
-    widened = f", {report.widened} tables widened to float32" if report.widened else ""
-    click.echo(f"{report.path}: {human_bytes(report.size)}, {report.tensors} tensors{widened}")
+    widened = f", {plan.widened} tables widened to float32" if plan.widened else ""
+    click.echo(f"{report.path}: {human_bytes(plan.size)}, {len(plan.tensors)} tensors{widened}")
+    if plan.quantised:
+        uncalibrated = plan.form == FP8 and plan.bake is not None and plan.bake.calibration is None
+        told = "; not calibrated: input scales are 1" if uncalibrated else ""
+        click.echo(f"  {plan.quantised:,} linears in {plan.form}{told}")
     click.echo(
         "  changed from the published file; it is passed on under the same licence only, which is in its metadata"
     )
-    for line in TAKEN_BY[parts]:
+    for line in (COMFY[wanted.parts], OFFICIAL[plan.form, wanted.parts]):
         click.echo(f"  {line}")
+
+
+def _wanted(
+    overlay: Path,
+    output: Path,
+    bake: str | None,
+    strength: float | None,
+    lora: str | None,
+    added: tuple[str, ...],
+    form: str | None,
+    keep_blocks: str | None,
+    activations: Path | None,
+    **options: object,
+) -> ExportOptions:
+    """Raises UsageError for what does not go together."""
+    from ltxpack.export import ExportOptions
+    from ltxpack.lora_bake import BakeOptions, parse_added, parse_blocks
+
+    wanted = ExportOptions(overlay, output, bake, None, **options)  # type: ignore[arg-type]
+    making = {"--strength": strength, "--lora": lora, "--add": added or None, "--keep-blocks": keep_blocks}
+    asked = [flag for flag, value in (making | {"--activations": activations}).items() if value is not None]
+    if bake is not None:
+        if asked:
+            advice = "leave --bake out, or those"
+            raise UsageError("--bake is copied as it is", found=", ".join(asked), next=advice)
+        return dataclasses.replace(wanted, form=form)
+    if not asked and form in (None, BF16):
+        return wanted
+    if strength is None and (lora or added):
+        raise UsageError("--lora and --add need a --strength", next="add --strength, 0 for the added ones alone")
+    kept = None if keep_blocks is None else parse_blocks(keep_blocks)
+    stack = tuple(parse_added(text) for text in added)
+    make = BakeOptions(
+        overlay, (strength or 0.0,), lora, stack, formats=(form or BF16,), keep_blocks=kept, activations=activations
+    )
+    return dataclasses.replace(wanted, make=make.checked())

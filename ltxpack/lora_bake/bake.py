@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import shutil
@@ -38,7 +39,7 @@ from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import Staging, publish_bakes, recover
 from ltxpack.repack.verify import Fault, damaged, verify
-from ltxpack.repack.write import preflight, write_bytes, write_item
+from ltxpack.repack.write import ShardWriter, preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
 
 
@@ -94,6 +95,33 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
             arithmetic = _arithmetic_for(options, found)
             made = _run(new, arithmetic, reporter, lock)
         return [made.get(plan.name) or _there_already(plan, manifest) for plan in plans]
+
+
+@dataclasses.dataclass(frozen=True)
+class UnwrittenBake:
+    """A bake whose weights go into a file of another kind."""
+
+    plan: BakePlan
+    arithmetic: Arithmetic
+
+    @property
+    def stated(self) -> Bake:
+        """What the manifest would say of it, without files."""
+        plan, chosen = self.plan, self.arithmetic
+        form = (plan.form, plan.quantised, plan.calibration)
+        return Bake(plan.recorded, plan.rule, chosen.kernel, chosen.device, (), (), *form)
+
+
+def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bool = False) -> UnwrittenBake:
+    """The one bake that ``options`` ask for, its LoRAs read. Raises what ``bake`` raises before it writes."""
+    options = options.checked()
+    manifest = read_manifest(options.overlay)
+    base = read_base(options.overlay, manifest)
+    found = find_loras(options, manifest, base.shapes, reporter, headers_only)
+    digests = [lora.known_digest() if headers_only else lora.read_digest(reporter) for lora in found]
+    [plan] = _plans(options, manifest, base, found, digests)
+    _tell(plan.rule, [lora.adapter for lora in plan.loras], reporter)
+    return UnwrittenBake(plan, _arithmetic_for(options, found))
 
 
 def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[Path] = ()) -> list[Fault]:
@@ -326,11 +354,16 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseT
                 for bake in bakes:
                     changed = bake.plan.shards.get(shard.name)
                     if changed is not None and bake.arithmetic == arithmetic and not bake.has(changed.path):
-                        strengths = tuple(lora.strength for lora in bake.plan.loras)
-                        outputs[bake] = ShardOutput(changed, bake.root, strengths)
+                        opened = functools.partial(_opened, changed, bake.root, reporter)
+                        outputs[bake] = ShardOutput(changed.path, changed.entries, bake.plan.strengths, opened)
                 records = engine.fuse_shard(shard, list(outputs.values())) if outputs else []
                 for (bake, output), record in zip(outputs.items(), records, strict=True):
                     bake.record_shard(record, output.stats.values())
+
+
+def _opened(item: WriteShard, root: Path, reporter: Reporter, buffers: int) -> ShardWriter:
+    reporter.advance(len(item.header))
+    return ShardWriter(root, item.path, item.header, item.size, buffers=buffers)
 
 
 def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:

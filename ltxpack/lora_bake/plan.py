@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.files.reader import Range
-from ltxpack.files.tensorfile import FLOATS, MAX_INDEX_BYTES, TensorFile, read_tensorfile
+from ltxpack.files.tensorfile import FLOATS, TensorFile, read_tensorfile
 from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
@@ -37,6 +37,7 @@ from ltxpack.manifest import (
     FileRecord,
     Manifest,
     changed_file,
+    recorded_bytes,
 )
 from ltxpack.repack.items import (
     INDEX_ENDING,
@@ -227,11 +228,7 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise changed_file(path, f"{record.size} bytes", found)
         if not record.path.endswith(".safetensors"):
-            if record.size > MAX_INDEX_BYTES:
-                raise changed_file(path, f"at most {MAX_INDEX_BYTES} bytes", f"{record.size} bytes")
-            data = small[path.name] = path.read_bytes()
-            if (digest := blake3(data).hexdigest()) != record.blake3:
-                raise changed_file(path, f"blake3 {record.blake3}", f"blake3 {digest}")
+            small[path.name] = recorded_bytes(overlay, record)
             continue
         shard = BaseShard(record, read_tensorfile(path))
         for name, info in shard.file.tensors.items():
@@ -291,6 +288,11 @@ class BakePlan:
         """Where it goes in the overlay."""
         return f"{BAKES}/{self.name}"
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Of its LoRAs."""
+        return tuple(lora.strength for lora in self.loras)
+
     @functools.cached_property
     def recorded(self) -> tuple[BakedLora, ...]:
         """Its LoRAs as the manifest lists them."""
@@ -321,7 +323,7 @@ class BakePlan:
     def shards(self) -> dict[str, WriteShard]:
         """Base shard's name -> the shard to be written: those that hold a touched tensor."""
         return {
-            shard.name: WriteShard(f"{self.folder}/{shard.name}", tuple(self._entries(shard)), self._provenance(shard))
+            shard.name: WriteShard(f"{self.folder}/{shard.name}", tuple(self.entries(shard)), self._provenance(shard))
             for shard in self.base.shards
             if not self.touched.isdisjoint(shard.file.tensors)
         }
@@ -408,8 +410,8 @@ class BakePlan:
             calibration=self.calibration,
         )
 
-    def _entries(self, shard: BaseShard) -> Iterator[ShardEntry]:
-        """The base's tensors in the base's order; each that is touched comes from a FusedTensor."""
+    def entries(self, shard: BaseShard) -> Iterator[ShardEntry]:
+        """What is made of ``shard``: its tensors in its order; each that is touched comes from a FusedTensor."""
         source = shard.file.path
         for info in shard.file.tensors.values():
             entry, place = stored_tensor(info.name, info, source), Range(source, info.start, info.nbytes)
@@ -422,7 +424,7 @@ class BakePlan:
 
     def _index(self) -> bytes:
         """Of all tensors as this bake has them."""
-        entries = [(shard.name, entry) for shard in self.base.shards for entry in self._entries(shard)]
+        entries = [(shard.name, entry) for shard in self.base.shards for entry in self.entries(shard)]
         files = {tensor.name: name for name, entry in entries for tensor in entry.tensors}
         return index_bytes(files, sum(entry.nbytes for _, entry in entries))
 

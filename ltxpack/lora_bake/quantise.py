@@ -20,11 +20,10 @@ from torch import Tensor
 
 from ltxpack.lora_bake.forms import E4M3_LARGEST, SMALLEST_SCALE
 from ltxpack.lora_bake.fuse import Workspace, square_sum
+from ltxpack.ltx23.codes import rotated_together
 from ltxpack.manifest import FP8, INT8
 
 INT8_LARGEST = 127.0
-# Inputs that are rotated together: the largest power of 4 that divides their number, at most this.
-MOST_ROTATED = 256
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,6 @@ def rotate(rows: Tensor, work: Workspace) -> Tensor:
     whole = work.empty("scaled", half.shape, torch.float32, rows.device)
     torch.matmul(rows.view(half.shape), hadamard(size // left).to(rows.device), out=half)
     return torch.matmul(hadamard(left).to(rows.device), half, out=whole).view_as(rows)
-
-
-def rotated_together(inputs: int) -> int:
-    """How many inputs of a weight are rotated together."""
-    size = 1
-    while size < MOST_ROTATED and inputs % (4 * size) == 0:
-        size *= 4
-    return size
 
 
 def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | None) -> Encoded:

@@ -31,8 +31,8 @@ from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.lora_bake.quantise import Encoded, encode
 from ltxpack.manifest import BF16, FP8, FileRecord, changed_file
-from ltxpack.repack.items import WriteShard
-from ltxpack.repack.write import WRITE_BUFFERS, ShardWriter, passage
+from ltxpack.repack.items import ShardEntry
+from ltxpack.repack.write import WRITE_BUFFERS, TensorWriter, passage
 from ltxpack.reporter import Reporter
 
 COPY_BYTES = 8 * 1024 * 1024
@@ -47,17 +47,24 @@ DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 class ShardOutput:
     """One bake's version of a shard, and what is measured while it is written (tensor name -> stat).
 
-    ``strengths`` has one for each of the engine's adapters, in order of application. The engine makes the ``writer``.
+    ``strengths`` has one for each of the engine's adapters, in order of application. The engine makes the ``writer``:
+    with ``open``, which is given the number of its buffers.
     """
 
-    writer: ShardWriter
+    writer: TensorWriter
 
-    def __init__(self, item: WriteShard, root: Path, strengths: tuple[float, ...]) -> None:
-        self.item = item
-        self.root = root
+    def __init__(
+        self,
+        path: str,
+        entries: Sequence[ShardEntry],
+        strengths: tuple[float, ...],
+        open: Callable[[int], TensorWriter],
+    ) -> None:
+        self.path = path
         self.strengths = strengths
+        self.open = open
         self.stats: dict[str, TargetStat] = {}
-        producers = ((entry.tensors[0].name, entry.producer) for entry in item.entries)
+        producers = ((entry.tensors[0].name, entry.producer) for entry in entries)
         self.touched = {name: producer for name, producer in producers if isinstance(producer, FusedTensor)}
 
     def form(self, name: str) -> str:
@@ -151,10 +158,7 @@ class Engine:
         buffers = max(2, WRITE_BUFFERS + 1 - len(outputs))
         with contextlib.ExitStack() as stack:
             for output in outputs:
-                item = output.item
-                writer = ShardWriter(output.root, item.path, item.header, item.size, buffers=buffers)
-                output.writer = stack.enter_context(writer)
-                self.reporter.advance(len(item.header))
+                output.writer = stack.enter_context(output.open(buffers))
             reader = stack.enter_context(RangeReader([step.range for step in steps], in_flight=2, kept=1))
             terms = self._terms_ahead(dict.fromkeys(step.info.name for step in steps if step.info and step.chunks))
             fusing = _Fusing(self, outputs, terms, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
@@ -176,7 +180,7 @@ class Engine:
                 raise changed_file(path, f"blake3 {shard.record.blake3}", f"blake3 {hasher.hexdigest()}")
             records = [output.writer.close() for output in outputs]
             for output in outputs:
-                self.reporter.detail(f"{output.item.path}: {passage(reader, output.writer)}")
+                self.reporter.detail(f"{output.path}: {passage(reader, output.writer)}")
             return records
 
     def _steps(self, shard: BaseShard, touched: frozenset[str]) -> Iterator[_Read]:

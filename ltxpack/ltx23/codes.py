@@ -13,8 +13,19 @@ SCALES = {FP8: ("weight_scale", "input_scale"), INT8: ("weight_scale",)}
 # Blocks that stay as they are in a model of so many; of others the first and the last.
 KEPT_BLOCKS = {48: (0, 1, 46, 47)}
 
+# Inputs that int8 rotates together: the largest power of 4 that divides their number, at most this.
+MOST_ROTATED = 256
+
 Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype as safetensors spells it, shape."""
+
+
+def rotated_together(inputs: int) -> int:
+    """How many inputs of a weight int8 rotates together."""
+    size = 1
+    while size < MOST_ROTATED and inputs % (4 * size) == 0:
+        size *= 4
+    return size
 
 
 def coded_linears(dtypes: Mapping[str, str]) -> dict[str, str]:

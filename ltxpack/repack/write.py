@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from blake3 import blake3
 
@@ -147,7 +147,7 @@ def read_plan(ranges: Sequence[Range], limit: int = WINDOW) -> tuple[list[Window
     return windows, counts
 
 
-def passage(reader: RangeReader, writer: ShardWriter) -> str:
+def passage(reader: RangeReader, writer: TensorWriter) -> str:
     """How the bytes went, for the details: past the page cache, or why not."""
     ways = (("read", reader.why), ("written", writer.why))
     return ", ".join(f"{verb} {f'through the page cache ({why})' if why else 'with O_DIRECT'}" for verb, why in ways)
@@ -262,6 +262,24 @@ def existing_parent(folder: Path) -> Path:
     """``folder``, or the nearest folder above it that exists."""
     folder = Path(os.path.realpath(folder))
     return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+class TensorWriter(Protocol):
+    """Takes the bytes of a shard's tensors in their order. A context manager."""
+
+    @property
+    def why(self) -> str:
+        """Why it does not write past the page cache, or ""."""
+
+    def write(self, data: Buffer) -> None:
+        """The next bytes."""
+
+    def close(self) -> FileRecord:
+        """All of them are on the disk."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
 
 
 class ShardWriter:

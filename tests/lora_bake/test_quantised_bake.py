@@ -20,7 +20,8 @@ from ltxpack.activations import FORMAT, base_digest
 from ltxpack.files.tensorfile import read_index
 from ltxpack.lora_bake.forms import activation_scale
 from ltxpack.lora_bake.fuse import Workspace
-from ltxpack.lora_bake.quantise import encode, hadamard, rotated_together
+from ltxpack.lora_bake.quantise import encode, hadamard
+from ltxpack.ltx23.codes import rotated_together
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 
 BASE = random_weights()

@@ -1,0 +1,25 @@
+"""Puts the weights of a bake that is made on the way into an exported file; nothing else of it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ltxpack.export.plan import Unit
+from ltxpack.lora_bake.bake import UnwrittenBake
+from ltxpack.lora_bake.stream import Engine, ShardOutput
+from ltxpack.repack.write import TensorWriter
+from ltxpack.reporter import Reporter
+
+
+def bake_units(
+    made: UnwrittenBake, units: Sequence[Unit], writer: Callable[[Unit], TensorWriter], reporter: Reporter
+) -> None:
+    """Raises AdapterError listing the weights that overflow, OverlayError for a base that changed."""
+    plan = made.plan
+    with Engine([lora.adapter for lora in plan.loras], made.arithmetic, reporter) as engine:
+        for unit in units:
+            engine.fuse_shard(unit.shard, [_output(unit, plan.strengths, writer)])
+
+
+def _output(unit: Unit, strengths: tuple[float, ...], writer: Callable[[Unit], TensorWriter]) -> ShardOutput:
+    return ShardOutput(unit.shard.record.path, unit.entries, strengths, lambda buffers: writer(unit))

@@ -1,0 +1,295 @@
+"""Writes an exported file: each file of the overlay is read once, in order, and its tensors put where they belong.
+
+An unfinished file lies in a folder beside the output, with a journal of what is in it: the same command goes on from
+there. Its header comes last, so that it is not one that programs take. It is read back before it gets its name.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from blake3 import blake3
+
+from ltxpack.errors import AdapterError, OverlayError, UsageError, quoted
+from ltxpack.export.plan import ENDING, ExportOptions, ExportPlan, Place, Unit, plan_export
+from ltxpack.files.publish import check_writable, fsync_folder, write_errors
+from ltxpack.files.reader import RangeReader, file_ranges
+from ltxpack.manifest import FileRecord, changed_file
+from ltxpack.repack.items import Buffer
+from ltxpack.repack.lock import OverlayLock, real_target, refuse_links
+from ltxpack.repack.staging import Journal
+from ltxpack.repack.write import require_space
+from ltxpack.reporter import Reporter
+
+JOURNAL = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The file that was written."""
+
+    path: Path
+    blake3: str
+    plan: ExportPlan
+
+
+def export(options: ExportOptions, reporter: Reporter) -> ExportReport:
+    """Write the file: whole, on the disk and read back, or not at all.
+
+    Raises UsageError for an output that cannot be written or is there already, what :func:`plan_export` raises,
+    OverlayError for a shard that changed or a full disk, AdapterError for sums that are not finite.
+    """
+    output = _checked(options)
+    folder = output.parent / f".{output.name[:200]}.ltxpack"
+    refuse_links(folder)
+    with OverlayLock(options.overlay, reporter, shared=True), OverlayLock(folder, reporter):
+        plan = plan_export(options, reporter)
+        with UnfinishedFile(folder, plan, reporter) as file:
+            _write(plan, file, reporter)
+            digest = file.read_back()
+            with write_errors(output):
+                file.path.replace(output)
+                fsync_folder(output.parent)
+            file.discard()
+    return ExportReport(options.output, digest, plan)
+
+
+def _checked(options: ExportOptions) -> Path:
+    """Where the file goes, absolute. Raises UsageError for a place that is not to be written to."""
+    output = options.output.absolute()
+    if output.suffix != ENDING:
+        raise UsageError(
+            "is no name for a safetensors file", file=options.output, expected=f"a name ending in {ENDING}",
+            next=f"choose -o {quoted(options.output.with_suffix(ENDING))}",
+        )  # fmt: skip
+    check_writable(output, "-o", f"ltx-2.3{ENDING}")
+    overlay = real_target(options.overlay)
+    if overlay in output.resolve().parents:
+        raise UsageError("is inside the overlay", file=options.output, next="choose -o in another folder")
+    if output.exists() and not options.force:
+        raise UsageError("exists already", file=options.output, next="choose another -o, or add --force")
+    return output
+
+
+def _write(plan: ExportPlan, file: UnfinishedFile, reporter: Reporter) -> None:
+    """Everything that is not in the file yet."""
+    left = [unit for unit in plan.units if not file.holds(unit)]
+    reporter.begin("writing", sum(unit.nbytes for unit in left), "B")
+    made = frozenset[str]()
+    if plan.made is not None:
+        made = frozenset(shard.record.path for shard in plan.made.plan.base.shards)
+    copied = [unit for unit in left if unit.shard.record.path not in made]
+    with ThreadPoolExecutor(2, "ltxpack-export") as threads:
+        for unit in copied:
+            _copy(unit, file, threads, reporter)
+    if len(copied) < len(left) and plan.made is not None:
+        # Needs torch, which copying does not.
+        from ltxpack.export.bake import bake_units
+
+        try:
+            fused = [unit for unit in left if unit.shard.record.path in made]
+            bake_units(plan.made, fused, functools.partial(PlacedWriter, file), reporter)
+        except AdapterError:
+            file.discard()
+            raise
+    reporter.end()
+
+
+def _copy(unit: Unit, file: UnfinishedFile, threads: ThreadPoolExecutor, reporter: Reporter) -> None:
+    """Raises OverlayError if the file is not what the manifest says."""
+    path, size = unit.shard.file.path, unit.shard.file.size
+    hasher, writer = blake3(), PlacedWriter(file, unit)
+    header = size - unit.nbytes
+    with RangeReader(file_ranges(path, size)) as reader:
+        for data in reader:
+            body = data[header:]
+            header = max(0, header - len(data))
+            hashed = threads.submit(hasher.update, data)
+            threads.submit(writer.write, body).result()
+            hashed.result()
+            reporter.advance(len(body))
+    if hasher.hexdigest() != unit.shard.record.blake3:
+        raise changed_file(path, f"blake3 {unit.shard.record.blake3}", f"blake3 {hasher.hexdigest()}")
+    writer.close()
+
+
+class PlacedWriter:
+    """Takes the bytes of a unit's tensors in the unit's order, puts each where it belongs, and hashes it.
+
+    Like a :class:`.repack.write.ShardWriter`, which writes a file of its own.
+    """
+
+    why = "its tensors have another order"
+
+    def __init__(self, file: UnfinishedFile, unit: Unit) -> None:
+        self._file, self._unit = file, unit
+        self._places = iter([place for place in unit.places if place.nbytes])
+        self._place: Place | None = None
+        self._done = 0
+        self._hasher = blake3()
+        self._table = bytearray()
+        self._digests = {place.name: blake3().hexdigest() for place in unit.places if not place.nbytes}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """What is written stays."""
+
+    def write(self, data: Buffer) -> None:
+        """The next bytes. Raises OverlayError."""
+        left = memoryview(data).cast("B")
+        while len(left):
+            place = self._place = self._place or next(self._places)
+            part, left = left[: place.nbytes - self._done], left[place.nbytes - self._done :]
+            if place.widened:
+                self._table += part
+            elif place.offset is not None:
+                self._put(part, place.offset + self._done)
+            self._done += len(part)
+            if self._done == place.nbytes:
+                self._end(place)
+
+    def close(self) -> FileRecord:
+        """All of the unit is there; it is on the disk when this returns."""
+        if self._place is not None or next(self._places, None) is not None:
+            raise AssertionError(f"{self._unit.shard.record.path}: tensors are missing")
+        return self._file.complete(self._unit, self._digests)
+
+    def _end(self, place: Place) -> None:
+        if place.widened:
+            assert place.offset is not None
+            self._put(_widened(self._table), place.offset)
+            self._table.clear()
+        if place.offset is not None:
+            self._digests[place.name] = self._hasher.hexdigest()
+        self._place, self._done, self._hasher = None, 0, blake3()
+
+    def _put(self, data: Buffer, offset: int) -> None:
+        self._hasher.update(data)
+        self._file.put(data, offset)
+
+
+def _widened(table: bytearray) -> memoryview:
+    """bfloat16 values as float32, exactly."""
+    import numpy as np
+
+    return (np.frombuffer(table, "<u2").astype("<u4") << 16).view("u1").data
+
+
+class UnfinishedFile:
+    """The file while it is written, in a folder of its own. What is in it stays for the next run of the same plan."""
+
+    def __init__(self, folder: Path, plan: ExportPlan, reporter: Reporter) -> None:
+        self.path = folder / f"unfinished{ENDING}"
+        self._folder, self._plan, self._reporter = folder, plan, reporter
+        self._digests: dict[str, str] = {}
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        journal = self._journal = Journal.read(self._folder / JOURNAL)
+        fingerprint, records = self._plan.fingerprint(), dict[str, FileRecord]()
+        with write_errors(self.path):
+            there = self.path.is_file() and not self.path.is_symlink() and self.path.stat().st_size == self._plan.size
+            if journal.fingerprint == fingerprint and there:
+                records = {path: record for path, record in journal.records.items() if path in journal.notes}
+                self._reporter.note(f"going on: {len(records)} of {len(self._plan.units)} parts are there")
+            else:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            used = self.path.stat().st_blocks * 512 if records else 0
+            require_space(self._folder, max(0, self._plan.size - used), 2)
+            self._folder.mkdir(exist_ok=True)
+            journal.restart(fingerprint, records)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._fd, self._plan.size)
+        for path in records:
+            self._digests |= {str(name): str(digest) for name, digest in journal.notes[path].items()}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        os.close(self._fd)
+        self._journal.close()
+        if kind and issubclass(kind, KeyboardInterrupt) and self._folder.is_dir():
+            done = len(self._journal.records)
+            self._reporter.note(f"stopped; {done} parts are there, the same command goes on from there")
+
+    def holds(self, unit: Unit) -> bool:
+        """Whether all of ``unit`` is in it."""
+        return unit.shard.record.path in self._journal.records
+
+    def put(self, data: Buffer, offset: int) -> None:
+        """Raises OverlayError for a full disk."""
+        left = memoryview(data)
+        with write_errors(self.path):
+            while left:
+                written = os.pwrite(self._fd, left, offset)
+                left, offset = left[written:], offset + written
+
+    def complete(self, unit: Unit, digests: Mapping[str, str]) -> FileRecord:
+        """All of ``unit`` was put; ``digests``: the blake3 of each tensor."""
+        with write_errors(self.path):
+            os.fsync(self._fd)
+        self._digests |= digests
+        self._journal.record(unit.shard.record, dict(digests))
+        return unit.shard.record
+
+    def read_back(self) -> str:
+        """Put header and literals in, read all of it from the disk; its blake3. Raises OverlayError for other bytes."""
+        plan, offset = self._plan, len(self._plan.header)
+        expected = [("its header", len(plan.header), blake3(plan.header).hexdigest())]
+        for tensor in plan.tensors:
+            if tensor.name in plan.literals:
+                self.put(plan.literals[tensor.name], offset)
+                self._digests[tensor.name] = blake3(plan.literals[tensor.name]).hexdigest()
+            expected.append((tensor.name, tensor.nbytes, self._digests[tensor.name]))
+            offset += tensor.nbytes
+        self.put(plan.header, 0)
+        with write_errors(self.path):
+            os.fsync(self._fd)
+        self._reporter.begin("reading back", plan.size, "B")
+        digest = self._compared(expected)
+        self._reporter.end()
+        return digest
+
+    def _compared(self, expected: Sequence[tuple[str, int, str]]) -> str:
+        """The file's blake3. ``expected``: name, length and blake3 of its parts in order."""
+        whole, part, wanted = blake3(), blake3(), iter(expected)
+        name, left, digest = next(wanted)
+        with RangeReader(file_ranges(self.path, self._plan.size)) as reader, ThreadPoolExecutor(1) as thread:
+            for data in reader:
+                hashed, at = thread.submit(whole.update, data), 0
+                while at < len(data) or not left:
+                    taken = data[at : at + left]
+                    part.update(taken)
+                    at, left = at + len(taken), left - len(taken)
+                    if not left:
+                        if part.hexdigest() != digest:
+                            self._refuse(name, digest, part.hexdigest())
+                        name, left, digest = next(wanted, ("", -1, ""))
+                        part = blake3()
+                hashed.result()
+                self._reporter.advance(len(data))
+        return str(whole.hexdigest())
+
+    def _refuse(self, name: str, expected: str, found: str) -> None:
+        path = self.path
+        self.discard()
+        raise OverlayError(
+            "did not come back from the disk as it was written",
+            file=path,
+            tensor=name,
+            expected=f"blake3 {expected}",
+            found=f"blake3 {found}",
+            next="check the disk, then run this again",
+        )
+
+    def discard(self) -> None:
+        """Remove what is left of it."""
+        shutil.rmtree(self._folder, ignore_errors=True)
