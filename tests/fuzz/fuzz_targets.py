@@ -23,6 +23,7 @@ from typing import Any
 import safetensors
 import torch
 
+from ltxpack.activations import ActivationsFile
 from ltxpack.demo.checkpoint import write_source
 from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
@@ -197,6 +198,13 @@ def _loose(folder: Path) -> Iterator[Target]:
     names = {"a.weight": "x-1.safetensors", "b": "x-2.safetensors"}
     text = json.dumps({"metadata": {"total_size": 16}, "weight_map": names}).encode()
     yield Target("index", index, lambda: read_index(index), (text,))
+    largest = folder / "activations.safetensors"
+    met = (
+        ActivationsFile("2.3.0", "0" * 64)
+        .with_larger("base", (), {"a": 1.0})
+        .with_larger("x", (("1", 0.5),), {"a": 2.0})
+    )
+    yield Target("activations", largest, lambda: ActivationsFile.read(largest).dump(), (met.dump(),))
 
 
 def _quantised() -> bytes:

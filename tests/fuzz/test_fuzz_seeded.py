@@ -15,6 +15,7 @@ from fuzz_targets import MEMORY, Finding, Target, guard, make_targets
 COUNTS = {
     "header": 2500,
     "index": 1000,
+    "activations": 1000,
     "checkpoint": 15,
     "lora": 100,
     "upsampler": 200,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import signal
@@ -267,3 +268,16 @@ def test_a_file_holds_the_maximum_of_its_runs_in_any_order(caches: Path, found: 
     assert of(file.dump(), caches) == file
     draw.shuffle(found)
     assert added(found).dump() == file.dump()
+
+
+def test_a_fp8_bake_takes_its_scales_from_the_file(overlay: Path, first: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(first)
+    flags = ("--format", "fp8", "--keep-blocks", "none", "--activations", path)
+    done = ltxpack("bake-lora", overlay, "--strength", "0.5", *flags)
+    assert f"calibrated by {path.name}" in done.stdout, done.stderr
+    (shard,) = (overlay / "bakes" / FP8).glob("*.safetensors")
+    stored, largest = load_file(shard), load_file(path)
+    for linear in LINEARS:
+        scale, least = stored[f"{linear}.input_scale"].item(), largest[f"{BAKE}:{linear}"].item() / 448
+        assert least <= scale < 2 * least and math.frexp(scale)[0] == 0.5, linear
