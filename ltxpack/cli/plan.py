@@ -63,21 +63,23 @@ def plan(
 def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
     """The transformers of the stages, the sizes of the model, and what to type; of the published model without one."""
     from ltxpack.ltx23.published import published_configs, published_tensors
-    from ltxpack.runtime.commands import commands, published_stages
+    from ltxpack.runtime.commands import codes_named, commands, published_stages
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
     from ltxpack.runtime.weights.sizes import model_of, overlay_model
 
-    recipe, asked = planned.request.recipe, planned.session.transformers
+    recipe, asked, form = planned.request.recipe, planned.session.transformers, planned.session.format
     if root is None:
-        stages, configs = published_stages(recipe, asked), published_configs()
-        model = model_of(published_tensors(configs), configs, dict.fromkeys(stages), planned.session.dtype)
+        stages, configs = published_stages(recipe, asked, form), published_configs()
+        codes = {name: codes_named(name) for name in stages}
+        model = model_of(published_tensors(configs), configs, codes, planned.session.dtype)
         return stages, model, commands(stages, planned)
     opened = Overlay.open(root)
     if not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
-        stages = official_transformers(recipe)
+        stages = official_transformers(recipe, form=form)
     else:
-        stages = choose(opened.manifest, recipe, asked, root).stages
-    return stages, overlay_model(opened, stages, planned.session.dtype), commands(stages, planned, opened)
+        stages = choose(opened.manifest, recipe, asked, root, form).stages
+    codes = {name: codes_named(name) for name in stages}
+    return stages, overlay_model(opened, codes, planned.session.dtype), commands(stages, planned, opened)
 
 
 def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Plan, rate: int) -> None:

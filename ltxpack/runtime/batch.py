@@ -133,7 +133,8 @@ class Batch:
     def _identity(self, line: PromptsLine) -> tuple[dict[str, Any], str]:
         session = self.session
         names = session.transformers(line.request.recipe).stages
-        description = record.described(line.request, session.overlay, names, session.settings.dtype)
+        settings = session.settings
+        description = record.described(line.request, session.overlay, names, settings.dtype, settings.fp8)
         return description, record.fingerprint(description, names, session.overlay)
 
 

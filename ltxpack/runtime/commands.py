@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import Bake
+from ltxpack.ltx23.codes import CODES
+from ltxpack.manifest import BF16, Bake
 from ltxpack.runtime.overlay import BASE, Overlay, asked_stages, official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
@@ -18,7 +19,7 @@ from ltxpack.runtime.weights.report import Command
 
 PUBLISHED = "Lightricks/LTX-2.3"
 BAKED = f"{DISTILLED}-"
-STRENGTH = re.compile(re.escape(BAKED) + r"\d+(\.\d+)?")
+STRENGTH = re.compile(re.escape(BAKED) + rf"(?P<strength>\d+(\.\d+)?)(-(?P<form>{'|'.join(CODES)}))?")
 DEFAULT_FOLDER = Path("out")
 USUAL_RULE = "fp32"
 
@@ -32,12 +33,13 @@ class PlannedRun:
     images: int = 0
 
 
-def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
-    """The transformers of the stages where there is no overlay yet: the official ones unless ``asked`` otherwise.
+def published_stages(recipe: Recipe, asked: Sequence[str], form: str = BF16) -> tuple[str, ...]:
+    """The transformers of the stages where there is no overlay yet: the official ones in ``form`` unless ``asked``
+    otherwise.
 
     Raises UsageError for a name that says nothing of how to bake it.
     """
-    pairs = zip(asked_stages(recipe, asked), official_transformers(recipe), strict=True)
+    pairs = zip(asked_stages(recipe, asked), official_transformers(recipe, form=form), strict=True)
     found = tuple(official if name == AUTO else name for name, official in pairs)
     for name in found:
         if name != BASE and not STRENGTH.fullmatch(name):
@@ -47,16 +49,29 @@ def published_stages(recipe: Recipe, asked: Sequence[str]) -> tuple[str, ...]:
     return found
 
 
+def codes_named(name: str) -> str | None:
+    """The dtype of the codes of a bake that is not made yet, by its usual name."""
+    found = STRENGTH.fullmatch(name)
+    return None if found is None or found["form"] is None else CODES[found["form"]]
+
+
 def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None = None) -> list[Command]:
     """From nothing, or for an ``overlay`` that is there; ``stages`` may name bakes of it that are not made yet."""
     root = DEFAULT_FOLDER if overlay is None else overlay.root
     bakes = {} if overlay is None else overlay.manifest.bakes
     found = [Command(_materialized(overlay), overlay is not None)]
     names = [name for name in dict.fromkeys(stages) if name != BASE]
-    found += [Command(baked(root, bakes[name]), True) for name in names if name in bakes]
-    missing = [f"--strength {name.removeprefix(BAKED)}" for name in names if name not in bakes]
-    if missing:
-        found.append(Command(f"ltxpack bake-lora {quoted(root)} {' '.join(missing)}", False))
+    for name in names:
+        if name in bakes:
+            bake = bakes[name]
+            ending = "" if bake.format == BF16 else f" --format {bake.format}"
+            found.append(Command(f"{baked(root, bake)}{ending}", True))
+    missing: dict[str, str] = {}
+    for parts in (STRENGTH.fullmatch(name) for name in names if name not in bakes):
+        assert parts is not None, "published_stages has looked at the names"
+        ending = "" if parts["form"] is None else f" --format {parts['form']}"
+        missing[ending] = missing.get(ending, "") + f" --strength {parts['strength']}"
+    found += [Command(f"ltxpack bake-lora {quoted(root)}{each}{ending}", False) for ending, each in missing.items()]
     return [*found, Command(_run(root, planned), False)]
 
 
@@ -72,10 +87,10 @@ def _materialized(overlay: Overlay | None) -> str:
 
 def baked(root: Path, bake: Bake) -> str:
     """The command that makes ``bake``, in bf16."""
-    *added, main = bake.loras
+    *added, main = bake.loras or (None,)
     words = [f"ltxpack bake-lora {quoted(root)}"]
-    words += [] if main.name == DISTILLED else [f"--lora {quoted(main.file)}"]
-    words += [f"--strength {main.strength:g}"]
+    words += [] if main is None or main.name == DISTILLED else [f"--lora {quoted(main.file)}"]
+    words += [f"--strength {0 if main is None else main.strength:g}"]
     words += [f"--add {quoted(f'{lora.file}={lora.strength:g}')}" for lora in added]
     words += [f"--rule {bake.rule}"] if bake.rule != USUAL_RULE else []
     return " ".join(words)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
-from ltxpack.manifest import FileRecord, Manifest, changed_file, read_manifest
+from ltxpack.manifest import BF16, FORMATS, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO
 
@@ -59,6 +59,10 @@ class Overlay:
         folder, _, name = part.rpartition("/")
         return self.manifest.bakes[name].files if folder == BAKES else self.manifest.components[part].files
 
+    def form(self, name: str) -> str:
+        """How the linears of a transformer are stored."""
+        return form_of(self.manifest, name)
+
     def check(self, records: Iterable[FileRecord]) -> None:
         """Compare files with the blake3 in the manifest. Raises OverlayError for the first that changed.
 
@@ -91,8 +95,12 @@ class TransformerChoice:
     note: str
 
 
-def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Path) -> TransformerChoice:
+def choose(
+    manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Path, form: str = BF16
+) -> TransformerChoice:
     """The transformers of ``recipe``; ``asked`` says for each stage ``auto``, ``base`` or a bake's name.
+
+    Of several bakes of one strength ``auto`` takes the one of ``form``, else the bf16 one, else any.
 
     Raises OverlayError where no bake fits or several do, or the base is distilled and the recipe wants a full model,
     UsageError for an unknown name, or for a stage that the recipe does not have.
@@ -110,12 +118,21 @@ def choose(manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Pa
             known = [BASE, *manifest.bakes]
             advice = f"ltxpack inspect {quoted(overlay)}"
             raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
-        names.append(_automatic(number, recipe, strengths, manifest, overlay) if name == AUTO else name)
+        names.append(_automatic(number, recipe, strengths, manifest, overlay, form) if name == AUTO else name)
     official = official_transformers(recipe, manifest.distilled)
-    found = tuple(f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name for name in names)
+    bases = (BASE, *_bases(manifest))
+    found = tuple(BASE if name in bases else _usual_name(name, strengths) for name in names)
     beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"
     note = ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(names))
+    for name in dict.fromkeys(name for name, wanted in zip(names, asked, strict=True) if wanted == AUTO):
+        if form_of(manifest, name) != form:
+            beside += f"; there is no {form} bake in place of {name}"
     return TransformerChoice(tuple(names), note + beside)
+
+
+def form_of(manifest: Manifest, name: str) -> str:
+    """How the linears of a transformer are stored: one of ``manifest.FORMATS``."""
+    return manifest.bakes[name].format if name in manifest.bakes else BF16
 
 
 def asked_stages(recipe: Recipe, asked: Sequence[str]) -> list[str]:
@@ -128,23 +145,41 @@ def asked_stages(recipe: Recipe, asked: Sequence[str]) -> list[str]:
     return [*asked, *[AUTO] * count][:count]
 
 
-def official_transformers(recipe: Recipe, distilled_base: bool = False) -> tuple[str, ...]:
-    """The transformers that the official code takes for the stages, by the usual names of their bakes."""
-    found = []
+def official_transformers(recipe: Recipe, distilled_base: bool = False, form: str = BF16) -> tuple[str, ...]:
+    """The transformers that the official code takes for the stages, by the usual names of their bakes in ``form``."""
+    found, ending = [], "" if form == BF16 else f"-{form}"
     for stage in recipe.stages:
         rule = stage.transformer
         base = not rule.strengths or (rule.base_if_distilled and distilled_base)
-        found.append(BASE if base else f"{DISTILLED}-{rule.strengths[0]:g}")
+        if base:
+            found.append(f"{DISTILLED}-0{ending}" if ending else BASE)
+        else:
+            found.append(f"{DISTILLED}-{rule.strengths[0]:g}{ending}")
     return tuple(found)
 
 
+def _usual_name(name: str, strengths: Mapping[str, float]) -> str:
+    return f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name
+
+
+def _bases(manifest: Manifest) -> list[str]:
+    """The bakes that are the base in another form."""
+    return [name for name, bake in manifest.bakes.items() if all(lora.strength == 0 for lora in bake.loras)]
+
+
 def _candidates(manifest: Manifest) -> dict[str, float]:
-    """Bake name -> strength of the distilled LoRA: those of it alone, else the stacked ones if all have one suffix."""
+    """Bake name -> strength of the distilled LoRA: those of it alone, else the stacked ones if all have one suffix.
+
+    Those that are the base in another form are left out.
+    """
     distilled = manifest.lora(DISTILLED)
     if distilled is None:
         return {}
     stacks: dict[tuple[tuple[str, float], ...], dict[str, float]] = defaultdict(dict)
+    bases = _bases(manifest)
     for name, bake in manifest.bakes.items():
+        if name in bases:
+            continue
         *added, main = bake.loras
         if main.blake3 == distilled.file.blake3:
             stacks[tuple((lora.blake3, lora.strength) for lora in added)][name] = main.strength
@@ -153,26 +188,42 @@ def _candidates(manifest: Manifest) -> dict[str, float]:
     return next(iter(stacks.values())) if len(stacks) == 1 else {}
 
 
-def _automatic(number: int, recipe: Recipe, strengths: Mapping[str, float], manifest: Manifest, overlay: Path) -> str:
+def _automatic(
+    number: int, recipe: Recipe, strengths: Mapping[str, float], manifest: Manifest, overlay: Path, form: str
+) -> str:
     """The transformer of stage ``number`` by the rule of its stage."""
     rule = recipe.stages[number].transformer
+
+    def only(names: Sequence[str]) -> str:
+        return _only(_in_form(names, strengths, manifest, form), number, overlay)
+
+    base = only([BASE, *(name for name in _bases(manifest) if form_of(manifest, name) == form != BF16)])
     if manifest.distilled:
-        return BASE
+        return base
     for wanted in rule.strengths:
         fitting = [name for name, strength in strengths.items() if strength == wanted]
         if fitting:
-            return _only(fitting, number, overlay)
+            return only(fitting)
     if rule.else_base:
-        return BASE
+        return base
     left = [name for name, strength in strengths.items() if strength not in rule.besides]
     if left:
-        return _only(left, number, overlay)
+        return only(left)
     problem = f"holds no bake that {stage_label(number)} could use"
     expected = f"a bake of the distilled LoRA at {rule.strengths[0]:g}"
     found = ", ".join(manifest.bakes) or "no bakes"
     flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths)
+    flags += "" if form == BF16 else f" --format {form}"
     bake = f"ltxpack bake-lora {quoted(overlay)} {flags}"
     raise OverlayError(problem, file=overlay, expected=expected, found=found, next=bake)
+
+
+def _in_form(names: Sequence[str], strengths: Mapping[str, float], manifest: Manifest, form: str) -> list[str]:
+    """Of bakes of one strength those in ``form``, else in the first form that there is; all if strengths differ."""
+    forms = {name: form_of(manifest, name) for name in names}
+    first = next(one for one in (form, *FORMATS) if one in forms.values())
+    alike = len({strengths.get(name) for name in names}) == 1
+    return [name for name in names if forms[name] == first or not alike]
 
 
 def _only(names: list[str], number: int, overlay: Path) -> str:

@@ -19,6 +19,7 @@ from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.media.images import load_image, prepare_image
 from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.quantised import decode_weights
 from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state, unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
@@ -63,7 +64,8 @@ def sample(session: Session, request: Request, following: str | None = None) -> 
             guidance = settings.guidance if stage.guided else None
             ahead = (*names[1:], following)[number]
             label = stage_label(number)
-            denoise = partial(_denoised, session, label, stage.sampler, state, sigmas, contexts, guidance, ahead)
+            kept = request.kept_steps(number)
+            denoise = partial(_denoised, session, label, stage.sampler, state, sigmas, contexts, guidance, ahead, kept)
             tokens = session.transform(names[number], denoise)
             made.append(unpatchify(tokens, shape))
     return Latents(tuple(made), upsampled)
@@ -195,19 +197,29 @@ def _denoised(
     contexts: Sequence[AV[Tensor]],
     guidance: AV[Guidance] | None,
     ahead: str | None,
+    kept: frozenset[int],
     model: DiT,
 ) -> AV[Tensor]:
-    """The tokens of a stage after sampling with ``model``; the transformer ``ahead`` is loaded meanwhile."""
+    """The tokens of a stage after sampling with ``model``; the transformer ``ahead`` is loaded meanwhile.
+
+    In the steps ``kept`` quantised weights are decoded.
+    """
     if ahead is not None:
         session.load_ahead(ahead)
     denoiser = Denoiser(model, contexts[0], contexts[1] if len(contexts) > 1 else None, guidance)
     rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
+
+    def on_step(done: int, total: int) -> None:
+        session.reporter.advance()
+        decode_weights(model, done in kept)
+
     session.reporter.begin(label, len(sigmas) - 1, "step")
+    decode_weights(model, 0 in kept)
     tokens = SAMPLERS[sampler](
         lambda latents, sigma: denoiser(latents, sigma, state, rope),
         state,
         sigmas,
-        on_step=lambda done, total: session.reporter.advance(),
+        on_step=on_step,
     )
     session.reporter.end()
     return tokens

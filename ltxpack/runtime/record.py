@@ -21,11 +21,11 @@ from ltxpack.files.publish import atomic_write
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_json
 from ltxpack.ltx23.classes import LOADED_CLASSES
-from ltxpack.manifest import FileRecord
+from ltxpack.manifest import FP8, FileRecord
 from ltxpack.runtime.overlay import Overlay, transformer_part
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Guidance, stage_flag
-from ltxpack.runtime.settings import Settings
+from ltxpack.runtime.settings import TOKEN, Settings
 
 FORMAT = 1
 MADE_BY = "ltxpack run --prompts"
@@ -44,7 +44,9 @@ def is_free(output: Path) -> None:
         raise UsageError("would be overwritten, and ltxpack did not write it", file=path, next=f"move {path}")
 
 
-def described(request: Request, overlay: Overlay, transformers: Sequence[str], dtype: str) -> dict[str, Any]:
+def described(
+    request: Request, overlay: Overlay, transformers: Sequence[str], dtype: str, fp8: str = TOKEN
+) -> dict[str, Any]:
     """Everything the video of ``request`` depends on, as JSON. Raises SourceError for an image that cannot be read."""
     settings = request.settings
     found: dict[str, Any] = {"prompt": request.prompt.strip()}
@@ -60,6 +62,10 @@ def described(request: Request, overlay: Overlay, transformers: Sequence[str], d
     if settings.recipe == Settings.recipe:
         # A record from before recipes existed must give the same fingerprint.
         del found["recipe"]
+    if settings.keep_steps is None:
+        del found["keep_steps"]
+    if fp8 != TOKEN and any(overlay.form(name) == FP8 for name in transformers):
+        found["fp8"] = fp8
     found |= {stage_flag(number): name for number, name in enumerate(transformers)}
     return found | {"dtype": dtype}
 

@@ -32,6 +32,8 @@ DEFAULT_NEGATIVE_PROMPT = (
     "camera, flat lighting, inconsistent tone, cinematic oversaturation, stylized filters, or AI artifacts."
 )
 SEE_HELP = "ltxpack run --help"
+# Steps of a stage as --keep-steps names them; others go by number, from 1.
+FIRST, LAST = "first", "last"
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,17 @@ class Request:
         given = self.settings.negative_prompt
         return DEFAULT_NEGATIVE_PROMPT if given is None else given
 
+    @property
+    def _kept_words(self) -> list[str]:
+        asked = self.settings.keep_steps
+        return [] if asked is None else [word.strip() for word in asked.split(",")]
+
+    def kept_steps(self, stage: int) -> frozenset[int]:
+        """The steps of a stage, counted from 0, in which quantised weights are decoded."""
+        count = self.recipe.stages[stage].schedule.steps(self.settings.steps)
+        named = {FIRST: 0, LAST: count - 1}
+        return frozenset(named[word] if word in named else int(word) - 1 for word in self._kept_words)
+
     def work(self, transformers: Sequence[str], *, prompts: int = 1, once: bool = False) -> Work:
         """What the planner is asked: the stages with their ``transformers``, and how much they compute.
 
@@ -146,6 +159,11 @@ class Request:
                 _check_strength(one, getattr(s, one.name))
         for text in (self.prompt, self.negative_prompt):
             _check_text(text)
+        most = max(stage.schedule.steps(s.steps) for stage in self.recipe.stages)
+        for word in self._kept_words:
+            if word not in (FIRST, LAST) and not (word.isdecimal() and 1 <= int(word) <= most):
+                wanted = f"{FIRST}, {LAST} or numbers from 1 to {most}, with commas"
+                raise UsageError("wrong --keep-steps", expected=wanted, found=s.keep_steps, next=SEE_HELP)
 
 
 def _check_strength(one: dataclasses.Field[Any], value: float | tuple[int, ...]) -> None:

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from ltxpack.errors import DeviceError, UsageError
+from ltxpack.manifest import FP8
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.calibration import ActivationsRecorder
 from ltxpack.runtime.codecs import video
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.quantised import use_codes
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, transformer_part
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
-from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.settings import STATIC, SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
 from ltxpack.runtime.torch_settings import set_up_compiler
@@ -83,6 +85,8 @@ class Session:
         self.timings = Timings()
         self.attention: kernels.KernelChoice | None = None
         self._attention_told = False
+        # What was told of transformers in codes.
+        self._told: set[str] = set()
         # Whether the process ends with the session: then the kernel takes pinned memory back, which is faster.
         self.process_ends = False
         self._closed = False
@@ -96,7 +100,8 @@ class Session:
 
     def transformers(self, recipe: Recipe) -> TransformerChoice:
         """The transformers of the recipe's stages. Raises OverlayError, UsageError."""
-        found = choose(self.overlay.manifest, recipe, self.settings.transformers, self.overlay.root)
+        settings = self.settings
+        found = choose(self.overlay.manifest, recipe, settings.transformers, self.overlay.root, settings.format)
         if self.activations is not None:
             self.activations.check(found.stages)
         return found
@@ -209,6 +214,15 @@ class Session:
         """Prepare a transformer once, when its weights have come to the device or come there block by block."""
         if self.activations is not None:
             self.activations.watch(name, model)
+        fp8 = self.settings.fp8
+        told = use_codes(model, fp8, self.device, self.dtype)
+        if fp8 == STATIC and self.overlay.form(name) == FP8 and self.overlay.manifest.bakes[name].calibration is None:
+            clips = "--fp8 static uses 1 as every input scale and clips inputs above 448"
+            told.append(f"{name} is not calibrated: {clips} (bake-lora --activations FILE, or --fp8 token)")
+        for line in told:
+            if line not in self._told:
+                self.reporter.note(line)
+        self._told.update(told)
         if self.attention is not None:
             model.use_attention(self.attention.kernels)
         if self.settings.compile:

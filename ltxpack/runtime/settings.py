@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ltxpack.errors import UsageError
 from ltxpack.files.direct import READS
+from ltxpack.manifest import BF16, FORMATS
 from ltxpack.runtime.codecs.tiles import DECODES, OFFICIAL
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Guidance, Recipe
 from ltxpack.runtime.sampling.shape import AV
@@ -85,6 +86,9 @@ class Settings:
     decode: str = _setting(
         OFFICIAL, "fast: larger tiles where memory allows; pixels near seams differ.", choices=DECODES, plan=True
     )
+    keep_steps: str | None = _setting(
+        None, "Steps of each stage in which quantised weights are decoded: first, last, N.", metavar="first,last"
+    )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
@@ -141,6 +145,7 @@ class SettingsGiven(TypedDict, total=False):
     audio_skip_step: int
     modality: float
     decode: str
+    keep_steps: str | None
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,10 @@ class SessionSettings:
 
     stage1: str = _setting(AUTO, "base, or a bake's name.", plan=True)
     stage2: str = _setting(AUTO, "base, or a bake's name.", plan=True)
+    format: str = _setting(BF16, "Which of several bakes auto takes.", choices=FORMATS, plan=True)
+    fp8: str = _setting(
+        TOKEN, "fp8 bakes: inputs in codes, scaled by token or as calibrated; or weights decoded.", choices=FP8_MODES
+    )
     device: str = _setting(AUTO, "auto, cuda, cuda:N or cpu.")
     dtype: str = _setting(DTYPES[0], choices=DTYPES, plan=True)
     residency: str = _setting(AUTO, choices=RESIDENCIES, plan=True)
@@ -195,6 +204,8 @@ class SessionGiven(TypedDict, total=False):
 
     stage1: str
     stage2: str
+    format: str
+    fp8: str
     device: str
     dtype: str | torch.dtype
     residency: str

@@ -26,6 +26,7 @@ INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # How many processes inductor compiles in; by default as many as there are cores.
 COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 MOST_COMPILERS = 4
+MOST_GRAPHS = 64
 FOLDER = "ltxpack-compiled"
 
 
@@ -80,11 +81,13 @@ def _without_tf32() -> Callable[[], None]:
 
 
 def set_up_compiler(reporter: Reporter) -> None:
-    """Have torch keep compiled code for later processes, and compile in few processes.
+    """Have torch keep compiled code for later processes, compile in few processes, and keep as many graphs as we need.
 
-    Both are settings of this process and of those it starts. What the user has set for torch stays.
+    All are settings of this process and of those it starts. What the user has set for torch stays.
     """
     os.environ[INDUCTOR_CACHE] = str(compiled_code(os.environ, reporter))
+    # Blocks in bf16, in codes and decoded, with and without images and STG: each is a graph of the same functions.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
     if COMPILERS not in os.environ:
         from torch._inductor import config
 

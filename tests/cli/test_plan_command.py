@@ -71,11 +71,29 @@ def test_without_an_overlay_the_commands_begin_at_nothing() -> None:
     assert not any(c["done"] for c in document["commands"])
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_bakes_in_codes_need_little_more_than_half_the_memory(form: str, full_size: Path, tmp_path: Path) -> None:
+    size = ("--vram", "64GB", "--ram", "128GB")
+    assert planned(*size)["mode"] == "swap"
+    # Links: the files are sparse and of full size.
+    bare = Path(shutil.copytree(full_size, tmp_path / "out", symlinks=True, copy_function=os.link))
+    document = json.loads((bare / "ltxpack.json").read_text()) | {"bakes": {}}
+    (bare / "ltxpack.json").unlink()
+    (bare / "ltxpack.json").write_text(json.dumps(document))
+    for overlay, root in (((), "out"), ((bare,), str(bare))):
+        document = planned(*overlay, *size, "--format", form)
+        assert document["stages"] == [f"distilled-0.25-{form}", f"distilled-0.5-{form}"]
+        assert document["mode"] == "resident"
+        (bake,) = (c["command"] for c in document["commands"] if "bake-lora" in c["command"])
+        assert bake == f"ltxpack bake-lora {root} --strength 0.25 --strength 0.5 --format {form}"
+        assert document["commands"][-1]["command"].endswith(f"--format {form}")
+
+
 def test_the_commands_have_every_flag_the_plan_was_made_with(full_size: Path) -> None:
     size = ("--vram", "24GB", "--ram", "64GB")
     flags = (
         "--height 576 --width 1024 --num-frames 49 --fps 12.5 --steps 8 --decode fast "
-        "--stage1 base --stage2 distilled-0.25 --dtype float32 --residency stream"
+        "--stage1 base --stage2 distilled-0.25 --format int8 --dtype float32 --residency stream"
     )
     words = flags.split()
     of_run, of_plan = (

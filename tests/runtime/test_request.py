@@ -109,3 +109,13 @@ def test_each_recipe_has_its_defaults_its_sizes_and_its_prompts() -> None:
 def test_the_default_negative_prompt_is_the_official_one_to_the_letter() -> None:
     digest = hashlib.sha256(request().negative_prompt.encode()).hexdigest()
     assert digest == "5d3fc170ddbab647fd3baf4694dfcca44dd817fe489bc3ab0684e12505472be4"
+
+
+def test_steps_with_decoded_weights_are_named_by_number_or_by_their_place() -> None:
+    kept = Request.of("x", keep_steps="first, 2,last")
+    assert [sorted(kept.kept_steps(stage)) for stage in (0, 1)] == [[0, 1, 14], [0, 1, 2]]
+    assert Request.of("x").kept_steps(0) == frozenset()
+    assert Request.of("x", recipe="distilled", keep_steps="8").kept_steps(1) == {7}, "a step that stage 2 has not"
+    for wrong in ("0", "16", "-1", "middle", "", "1;2", "1.0"):
+        with pytest.raises(UsageError, match="wrong --keep-steps"):
+            Request.of("x", keep_steps=wrong)

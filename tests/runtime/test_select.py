@@ -20,10 +20,14 @@ def lora(digest: str, strength: float) -> BakedLora:
     return BakedLora("x", "x.safetensors", 1, digest, strength, strength)
 
 
-def bake(*loras: BakedLora) -> Bake:
-    return Bake(loras, "fp32", "fp32", "cpu", (FileRecord("x.json", 1, "0" * 64),), ())
+def bake(*loras: BakedLora, form: str = "bf16") -> Bake:
+    return Bake(loras, "fp32", "fp32", "cpu", (FileRecord("x.json", 1, "0" * 64),), (), form)
 
 
+CODED = {
+    f"distilled-{s:g}-{form}": bake(lora(DISTILLED, s), form=form)
+    for s in (0, 0.25, 0.5, 0.8) for form in ("fp8", "int8")
+} | {"base-fp8": bake(form="fp8")}  # fmt: skip
 ALONE = {f"distilled-{s:g}": bake(lora(DISTILLED, s)) for s in (0.25, 0.5, 0.8, 1.0)}
 STACKED = {f"distilled-{s:g}+style-0.8": bake(lora(STYLE, 0.8), lora(DISTILLED, s)) for s in (0.25, 0.5)}
 
@@ -41,7 +45,7 @@ def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> 
 
 
 def some(*names: str) -> dict[str, Bake]:
-    return {name: {**ALONE, **STACKED}[name] for name in names}
+    return {name: {**ALONE, **STACKED, **CODED}[name] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -114,3 +118,38 @@ def test_named_stages_win_and_must_exist() -> None:
     assert pick(some("distilled-0.25"), "base", "distilled-0.25") == ("base", "distilled-0.25")
     with pytest.raises(UsageError):
         pick(some("distilled-0.5"), stage1="distilled-0.7")
+
+
+FP8_PAIR, INT8_PAIR = (tuple(f"distilled-{s}-{form}" for s in ("0.25", "0.5")) for form in ("fp8", "int8"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "form", "names", "expected", "told"),
+    [
+        (HQ, "bf16", [*FP8_PAIR, "distilled-0.25", "distilled-0.5"], ("distilled-0.25", "distilled-0.5"), None),
+        (HQ, "fp8", [*FP8_PAIR, *INT8_PAIR, "distilled-0.25", "distilled-0.5"], FP8_PAIR, None),
+        (HQ, "int8", [*FP8_PAIR, *INT8_PAIR], INT8_PAIR, None),
+        (HQ, "bf16", FP8_PAIR, FP8_PAIR, "there is no bf16 bake in place of distilled-0.25-fp8"),
+        (HQ, "bf16", ["distilled-0.25", FP8_PAIR[1]], ("distilled-0.25", FP8_PAIR[1]), f"in place of {FP8_PAIR[1]}"),
+        (HQ, "fp8", ["distilled-0.8", "distilled-0.8-fp8"], ("base", "distilled-0.8-fp8"), "no fp8 bake in"),
+        (TWO_STAGE, "fp8", ["distilled-0-fp8", FP8_PAIR[1]], ("distilled-0-fp8", FP8_PAIR[1]), None),
+        (TWO_STAGE, "bf16", ["distilled-0-fp8", FP8_PAIR[1]], ("base", FP8_PAIR[1]), "no bf16 bake in place of dist"),
+        (ONE_STAGE, "int8", ["distilled-0-int8", "distilled-0-fp8"], ("distilled-0-int8",), None),
+    ],
+)  # fmt: skip
+def test_the_form_chooses_among_bakes_of_one_strength(
+    recipe: Recipe, form: str, names: list[str], expected: tuple[str, ...], told: str | None
+) -> None:
+    choice = choose(manifest(some(*names)), recipe, ("auto", "auto"), Path("out"), form)
+    assert choice.stages == tuple(expected)
+    assert (told in choice.note) if told else ("in place of" not in choice.note)
+
+
+def test_bakes_of_several_strengths_are_not_guessed_among_by_their_form() -> None:
+    with pytest.raises(OverlayError, match="several bakes"):
+        choose(manifest(some("distilled-0.8-fp8", "distilled-1")), HQ, ("auto", "auto"), Path("out"), "fp8")
+    with pytest.raises(OverlayError, match=r"--strength 0\.5 --format fp8"):
+        choose(manifest({}), DISTILLED_RECIPE, ("auto", "auto"), Path("out"), "fp8")
+    distilled = replace(manifest(some("base-fp8")), transformer_kind="distilled")
+    assert choose(distilled, DISTILLED_RECIPE, (), Path("out"), "fp8").stages == ("base-fp8",) * 2
+    assert choose(distilled, DISTILLED_RECIPE, (), Path("out")).stages == ("base", "base")

@@ -14,6 +14,7 @@ in the kernel that makes the input.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltxpack.ltx23.codes import FP8, INT8
+from ltxpack.ltx23.codes import CODES, FP8, INT8
 from ltxpack.runtime.model.layers import Linear, Made
 from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
 
@@ -33,6 +34,12 @@ STRETCH = 2**22
 FEWEST_INT8_TOKENS = 17
 # A product of codes is used if it comes this near to the decoded one on random data; 4 % is usual.
 AGREEMENT = 0.1
+# What is told of a mode.
+TOLD = {
+    TOKEN: "inputs in codes, with a scale for each token",
+    STATIC: "inputs in codes, with the scales of the bake",
+    WEIGHTS: "weights decoded for each product",
+}
 
 
 class QuantisedLinear(Linear):
@@ -181,6 +188,46 @@ def decode_weights(model: nn.Module, decoded: bool) -> None:
     """Until this is called again the weights of ``model`` are decoded, or what its modes say happens."""
     for linear in quantised_linears(model):
         linear.decoded = decoded
+
+
+def use_codes(model: nn.Module, fp8: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Have ``model`` compute by codes, fp8 ones in the mode ``fp8``, as far as ``device`` can; returns what to tell."""
+    told = []
+    for form, codes in CODES.items():
+        linears = [linear for linear in quantised_linears(model) if isinstance(linear, KINDS[codes])]
+        mode = fp8 if codes == FP8 else TOKEN
+        why = fault(codes, mode, device, dtype) if linears and mode != WEIGHTS else None
+        odd = [linear for linear in linears if mode != WEIGHTS and not linear.fits(device)]
+        if why is not None:
+            told.append(f"{form}: {TOLD[WEIGHTS]}: {device} does not multiply these codes: {why}")
+        elif linears:
+            told.append(f"{form}: {TOLD[mode]}")
+        if odd and why is None:
+            wanted = f"{device} multiplies codes where both widths are multiples of {KINDS[codes].granule}"
+            told.append(f"{form}: {len(odd)} of {len(linears)} linears with {TOLD[WEIGHTS]}: {wanted}")
+        for linear in linears:
+            linear.mode = mode if why is None and linear not in odd else WEIGHTS
+    return told
+
+
+@functools.cache
+@torch.inference_mode()
+def fault(codes: str, mode: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``device`` does not compute so; None if it does, and comes near to decoded weights. Tried once."""
+    generator = torch.Generator().manual_seed(0)
+    linear = KINDS[codes](Linear(64, 32, bias=False, device="meta")).to_empty(device="cpu")
+    for name, value in linear.named_parameters():
+        given = torch.randn(32, 64, generator=generator) * linear.largest / 8
+        value.copy_(given if name == "weight" else torch.full(value.shape, 1 / 64))
+    try:
+        linear, x = linear.to(device), torch.randn(40, 64, generator=generator).to(device, dtype)
+        linear.mode = mode
+        found, linear.mode = linear(x).float(), WEIGHTS
+        exact = linear(x).float()
+        error = ((found - exact).norm() / exact.norm()).item()
+    except (RuntimeError, AttributeError, TypeError) as failed:
+        return (str(failed).strip() or type(failed).__name__).splitlines()[0]
+    return None if error <= AGREEMENT else f"its result is {error:.0%} off"
 
 
 def by_stretches(make: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor) -> Tensor:

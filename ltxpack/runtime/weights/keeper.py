@@ -193,7 +193,9 @@ class Residency:
         """The sizes of the parts of ``work``, and of the transformers ``others``."""
         names = tuple(dict.fromkeys((*work.transformers, *others)))
         if names not in self._sizes:
-            self._sizes[names] = overlay_model(self.overlay, names, str(self.dtype).removeprefix("torch."))
+            self._sizes[names] = overlay_model(
+                self.overlay, dict.fromkeys(names), str(self.dtype).removeprefix("torch.")
+            )
         return self._sizes[names]
 
     def _begin(self, plan: Plan) -> None:

@@ -67,26 +67,29 @@ class ModelSizes:
     itemsize: int
 
 
-def overlay_model(overlay: Overlay, names: Iterable[str], dtype: str) -> ModelSizes:
+def overlay_model(overlay: Overlay, names: Mapping[str, str | None], dtype: str) -> ModelSizes:
     """The sizes of ``overlay`` with the transformers ``names``, from its files' headers.
 
-    A bake that is not there is taken to be like the base.
+    A bake that is not there is taken to be like the base, in the codes that ``names`` says.
 
     Raises OverlayError, FormatError.
     """
     itemsize = itemsize_of(dtype)
     configs = {name: read_json(overlay.folder(name) / "config.json") for name in (*SMALL_PARTS, *BLOCKS)}
 
-    def part(component: str, records: Iterable[FileRecord]) -> PartSizes:
+    def part(component: str, records: Iterable[FileRecord], codes: str | None = None) -> PartSizes:
         weights = [record for record in records if record.path.endswith(".safetensors")]
         files = (read_tensorfile(overlay.root / record.path).tensors.values() for record in weights)
         tensors = ((tensor.name, tensor.dtype, tensor.shape) for file in files for tensor in file)
+        if codes is not None:
+            return part_of(component, with_codes(tensors, codes), itemsize)
         return part_of(component, tensors, itemsize, sum(record.size for record in weights))
 
     parts = {name: part(name, overlay.records(name)) for name in (*SMALL_PARTS, TEXT_ENCODER)}
-    for name in names:
-        records = overlay.records(transformer_part(name if name in overlay.manifest.bakes else BASE))
-        parts[transformer_part(name)] = part(TRANSFORMER, records)
+    for name, codes in names.items():
+        there = name in overlay.manifest.bakes
+        records = overlay.records(transformer_part(name if there else BASE))
+        parts[transformer_part(name)] = part(TRANSFORMER, records, None if there else codes)
     return ModelSizes(parts, read_widths(configs, overlay.root), itemsize)
 
 
