@@ -121,7 +121,7 @@ def _one_step_each(bench: Bench) -> None:
     """So that compiling is not part of the video: a warm process is measured."""
     begin = time.perf_counter()
     for number in range(2):
-        _stage(bench, number, whole=False)
+        sampled(bench, number, whole=False)
     bench.clock.wait()
     bench.note("run.warming up", time.perf_counter() - begin)
 
@@ -142,11 +142,11 @@ def _make(bench: Bench, blocks: str) -> None:
     flops = run_flops(bench.config, evaluations)
     codecs = random_codecs(sizes, bench.device, bench.dtype) if installed(CODEC_PACKAGE) else None
     with phases.phase("stage 1", flops["stage 1"]):
-        first = unpatchify(_stage(bench, 0), sizes.shape.divided(2))
+        first = unpatchify(sampled(bench, 0), sizes.shape.divided(2))
     with phases.phase("upsample"):
         start = AV(_upsampled(bench, codecs, first.video), first.audio)
     with phases.phase("stage 2", flops["stage 2"]):
-        second = unpatchify(_stage(bench, 1, start), sizes.shape)
+        second = unpatchify(sampled(bench, 1, start), sizes.shape)
     if codecs is None:
         table.note += f" {CODEC_PACKAGE} is not installed here: the upsampler is a copy, and nothing is decoded."
     else:
@@ -155,7 +155,7 @@ def _make(bench: Bench, blocks: str) -> None:
     table.rows.append(("all of it", f"{total:.2f}", "-", "-", "-"))
 
 
-def _stage(bench: Bench, number: int, start: AV[Tensor] | None = None, *, whole: bool = True) -> AV[Tensor]:
+def sampled(bench: Bench, number: int, start: AV[Tensor] | None = None, *, whole: bool = True) -> AV[Tensor]:
     """The tokens of a stage; not ``whole``: of its first step alone."""
     sizes, dit, stage = bench.sizes, bench.dit, bench.recipe.stages[number]
     shape = stage.shape(sizes.shape)

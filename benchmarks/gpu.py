@@ -27,6 +27,7 @@ import torch
 from _gpu_bench import Bench
 from _gpu_checks import checks
 from _gpu_clock import OutOfTime, at_most
+from _gpu_codes import codes
 from _gpu_forward import attention, diffusers, forward, rates
 from _gpu_residency import residency
 from _gpu_sizes import REAL, TINY
@@ -64,6 +65,7 @@ SECTIONS = (
     Section("forward", 140, forward),
     Section("diffusers", 120, diffusers_or_a_line("Forward, diffusers' transformer", diffusers)),
     Section("video", 100, video),
+    Section("codes", 150, codes),
     Section("residency", 100, residency),
     Section("checks", 60, checks),
     Section("decode", 40, decode),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from ltxpack.errors import UsageError
 from ltxpack.files.direct import READS
-from ltxpack.manifest import BF16, FORMATS
+from ltxpack.ltx23.codes import CODES
 from ltxpack.runtime.codecs.tiles import DECODES, OFFICIAL
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Guidance, Recipe
 from ltxpack.runtime.sampling.shape import AV
@@ -154,7 +154,7 @@ class SessionSettings:
 
     stage1: str = _setting(AUTO, "base, or a bake's name.", plan=True)
     stage2: str = _setting(AUTO, "base, or a bake's name.", plan=True)
-    format: str = _setting(BF16, "Which of several bakes auto takes.", choices=FORMATS, plan=True)
+    format: str = _setting("bf16", "Which of several bakes auto takes.", choices=("bf16", *CODES), plan=True)
     fp8: str = _setting(
         TOKEN, "fp8 bakes: inputs in codes, scaled by token or as calibrated; or weights decoded.", choices=FP8_MODES
     )

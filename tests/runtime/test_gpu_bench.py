@@ -113,7 +113,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     assert {section["outcome"] for section in document["sections"]} == {"done"}
     titles = [table["title"] for table in document["tables"]]
     assert all(table["rows"] for table in document["tables"]), "no section left an empty table"
-    assert len(titles) == len(set(titles)) == 16
+    assert len(titles) == len(set(titles)) == 20
     found = document["found"]
     for stage in (1, 2):
         for key in ("ours.eager", "ours.compiled", "diffusers.eager", "diffusers.compiled"):
@@ -125,6 +125,10 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     )
     assert all(found[f"loading.{way}"] > 0 for way in (*_loading.OURS.values(), *_loading.FLOORS))
     assert found["residency.swap.stage 2"]["planned"] > 0 and found["residency.swap.wait.stage 2"] > 0
+    for form in ("bf16", "fp8, token", "fp8, static", "int8, token"):
+        assert all(found[f"codes.{what}.{form}.stage 2"] > 0 for what in ("block", "linear 32 x 128"))
+    assert found["codes.run.bf16.video"] == 0 and 1e-4 < found["codes.run.int8, token.video"] < 0.1
+    assert found["codes.run.int8, token.video"] < found["codes.run.fp8, token.video"] < 0.5
     assert document["failures"] == []
     assert "dry run: no measurement" in text
     assert str(tmp_path) not in text + json.dumps(document) and str(REPOSITORY) not in text
@@ -165,7 +169,8 @@ runpy.run_path({script!r}, run_name="__main__")
 
 def test_a_machine_with_torch_and_little_else_is_enough(tmp_path: Path) -> None:
     script = str(REPOSITORY / "benchmarks" / "gpu.py")
-    given = arguments(tmp_path, "--compiler", "none", "--only", "rates", "video", "diffusers", "decode", "residency")
+    sections = ("rates", "video", "codes", "diffusers", "decode", "residency")
+    given = arguments(tmp_path, "--compiler", "none", "--only", *sections)
     code = WITHOUT.format(absent=ABSENT, script=script, folder=str(Path(script).parent), arguments=given)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
