@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from ltxpack.manifest import MANIFEST_NAME
 LTXPACK = (sys.executable, "-m", "ltxpack")
 RIVALS = (sys.executable, str(Path(__file__).with_name("_rivals.py")))
 STRENGTHS = (0.5, 0.25)
+EXPORTED = ("transformer", "connectors", "vae", "audio_vae", "vocoder")
+FP8_EXPORT = "export fp8"
 
 
 class Places:
@@ -79,16 +82,43 @@ def verify_items(places: Places) -> list[Item]:
 
 def export_items(places: Places) -> list[Item]:
     """Copying the files that an export reads, and exporting."""
-    parts = ("transformer", "connectors", "vae", "audio_vae", "vocoder")
-    files = tuple(path for part in parts for path in files_under(places.overlay / part))
+    files = tuple(path for part in EXPORTED for path in files_under(places.overlay / part))
     size = sum(path.stat().st_size for path in files)
-    folders = [places.overlay / part for part in parts]
+    folders = [places.overlay / part for part in EXPORTED]
     copy = places.shell('for part in "$@"; do $CP -r "$part" .; done; sync ./*/*', *folders)
     copy = ("env", "-C", str(places.work), *copy)
     command = (*LTXPACK, "export", str(places.overlay), "-o", str(places.work / "one.safetensors"))
     return [
         Item("export floor", "cp and fsync", copy, files, size, places.clear),
         Item("export", "ltxpack export, read back", command, files, size, places.clear, "export floor"),
+    ]
+
+
+def export_fp8_items(places: Places, lora: Path) -> list[Item]:
+    """Reading base and LoRA and writing as much as the result, and an fp8 file with the LoRA made on the way."""
+    files = tuple(path for part in EXPORTED for path in files_under(places.overlay / part))
+    output = places.work / "one.safetensors"
+    command = [*LTXPACK, "export", str(places.overlay), "-o", str(output), "--format", "fp8", "--keep-blocks", "none"]
+    command += ["--strength", str(STRENGTHS[0]), "--lora", str(lora)]
+    plan = json.loads(subprocess.run([*command, "--plan", "--json"], check=True, capture_output=True).stdout)
+    size = plan["total_bytes"]
+    floor = places.shell(
+        'out=$1; size=$2; shift 2; cat "$@" | { head -c "$size" > "$out"; cat > /dev/null; }; sync "$out"',
+        output, Path(str(size)), *files, lora,
+    )  # fmt: skip
+    return [
+        Item(
+            "fp8 floor", "cat of base and LoRA, so much of it written, fsync", floor, (*files, lora), size, places.clear
+        ),
+        Item(
+            FP8_EXPORT,
+            "ltxpack export, fp8 on the way",
+            tuple(command),
+            (*files, lora),
+            size,
+            places.clear,
+            "fp8 floor",
+        ),
     ]
 
 

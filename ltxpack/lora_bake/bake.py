@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ltxpack.activations import base_digest
-from ltxpack.errors import AdapterError, DeviceError, OverlayError
+from ltxpack.errors import AdapterError, DeviceError, OverlayError, quoted
 from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
@@ -224,7 +224,8 @@ def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
     if form == FP8 and options.activations is not None:
         loras = [(lora.blake3, lora.strength) for lora in plan.recorded if lora.strength]
         bf16 = bake_name([(lora.name, lora.strength) for lora in plan.recorded]) if loras else "base"
-        record = f"run {plan.overlay} with --stage1 {bf16} --save-activations FILE"
+        run = f"ltxpack run {quoted(plan.overlay)} --save-activations FILE --prompt TEXT"
+        record = f"{run} (with {bf16} in the stage it is meant for)"
         shards = [shard.record for shard in plan.base.shards]
         calibration = calibrated(options.activations, loras, base_digest(shards), linears, record)
     return dataclasses.replace(plan, form=form, quantised=linears, calibration=calibration)
