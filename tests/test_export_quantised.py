@@ -25,6 +25,7 @@ from ltxpack.files.tensorfile import TensorFile, read_tensorfile
 from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import MANIFEST_NAME
+from ltxpack.materialize.inspect import inspect_path
 from ltxpack.reporter import SilentReporter
 
 ROOT = "model.diffusion_model."
@@ -106,6 +107,10 @@ def test_loaders_find_what_is_quantised(form: str, demo: Path, tmp_path: Path) -
         size = mark.pop("convrot_groupsize")
         assert mark == {"format": "int8_tensorwise", "convrot": True} and scale.shape == (weight.shape[0], 1)
         assert weight.shape[1] % size == 0 and size in (4, 16, 64, 256)
+    for file, parts in ((whole, "all"), (alone, "transformer")):
+        facts = inspect_path(file.path)
+        assert (facts["form"], facts["parts"]) == ({"fp8": "fp8-scaled", "int8": "int8-rotated"}[form], parts)
+        assert not facts["faults"], facts["faults"]
     told = json.loads(whole.metadata["ltxpack"])
     assert f"{len(linears)} linears quantised to {form}" in told["notice"] and told["loras"][0]["strength"] == 0.5
     assert whole.metadata["model_version"] == alone.metadata["model_version"]
