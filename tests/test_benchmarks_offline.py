@@ -38,6 +38,7 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
     document = json.loads(figures.read_text())
     assert set(document["costs"]) == set(document["payload"]) == {
         *("cp", "ours", "mapped", "load-all", "cat", "verify", "export floor", "export"),
+        *("fp8 floor", "export fp8"),
         *("floor 1", "ours 1", "floor 2", "ours 2", "diffusers", "official"),
         *("floor 1 of 2 blocks", "ours 1 of 2 blocks"),
     }  # fmt: skip
@@ -45,8 +46,8 @@ def test_the_dry_run_ends_in_a_dated_table_of_everything(tmp_path: Path) -> None
         assert len(runs) == 1, key
         assert all(0 < run["wall"] < 120 and run["cpu"] > 0 and run["peak"] > 1e6 for run in runs.values()), key
     assert [one["blocks"] for one in document["memory"]] == [1, 2]
-    assert len(document["marks"]) == 16 and document["accuracy"]
-    assert document["arithmetic"].keys() == {"ours 1", "ours 2", "ours 1 of 2 blocks"}
+    assert len(document["marks"]) == 20 and document["accuracy"]
+    assert document["arithmetic"].keys() == {"export fp8", "ours 1", "ours 2", "ours 1 of 2 blocks"}
     assert all(0 < seconds < 60 for seconds in document["arithmetic"].values())
     for part in ("Copy of", "Verify", "Export", "Bake of 96 linears", "Memory by size", "Accuracy", "Marks"):
         assert f"### {part}" in text
@@ -135,6 +136,7 @@ def test_ratios_are_taken_within_a_round(unit: bool) -> None:
         {"ours 1": 1.2},
         [Flat(2, 1, 60_000_000, 1, 1), Flat(8, 1, 69_000_000, 1, 1)],
         5e7,
+        0.0,
         real=True,
         arithmetic={"ours 1": 1.6, "ours 2": 3.2},
         matrix_unit=unit,
