@@ -17,8 +17,9 @@ from ltxpack.demo.checkpoint import tokenizer_documents
 from ltxpack.demo.config import GEMMA
 from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.ltx23.classes import LOADED_CLASSES
+from ltxpack.ltx23.codes import CODES, with_codes
 from ltxpack.ltx23.published import published_configs, published_tensors
-from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
+from ltxpack.manifest import BF16, MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, WriteBytes, assign_shards, stored_tensor
 
 STRENGTHS = (0.25, 0.5)
@@ -62,8 +63,8 @@ class Holes:
         return tuple(records)
 
 
-def make_full_size(root: Path, *, blocks: int = 48, hashed: bool = True) -> Path:
-    """The overlay, in the new folder ``root``; its transformers have ``blocks`` blocks."""
+def make_full_size(root: Path, *, blocks: int = 48, hashed: bool = True, forms: Sequence[str] = (BF16,)) -> Path:
+    """The overlay, in the new folder ``root``; its transformers have ``blocks`` blocks, its bakes are in ``forms``."""
     holes = Holes(root, hashed)
     configs = published_configs()
     configs["transformer"]["num_layers"] = blocks
@@ -77,16 +78,18 @@ def make_full_size(root: Path, *, blocks: int = 48, hashed: bool = True) -> Path
     files = tuple(holes.write(f"tokenizer/{name}", json.dumps(document).encode()) for name, document in documents)
     components["tokenizer"] = Component("transformers", "GemmaTokenizerFast", files)
     lora = Lora("distilled", holes.write("loras/distilled.safetensors", build_header([("a", "BF16", (1,))], {}), 2))
-    bakes = {f"distilled-{strength}": _bake(holes, lora, strength, tensors, configs) for strength in STRENGTHS}
+    bakes = {}
+    for form in forms:
+        plain = tensors["transformer"]
+        stored = plain if form == BF16 else list(with_codes(plain, CODES[form]))
+        for strength in STRENGTHS:
+            name = f"distilled-{strength}" + ("" if form == BF16 else f"-{form}")
+            files = holes.component(f"bakes/{name}", stored, configs["transformer"])
+            baked = BakedLora(lora.name, lora.file.path, lora.file.size, lora.file.blake3, strength, None)
+            bakes[name] = Bake((baked,), "fp32", "cpu", "cpu", files, (), form)
     manifest = Manifest("2.3.0", 33, None, Source("Lightricks/LTX-2.3", None, ()), components, (lora,), (), bakes)
     (root / MANIFEST_NAME).write_bytes(manifest.dump())
     return root
-
-
-def _bake(holes: Holes, lora: Lora, strength: float, tensors: Any, configs: Any) -> Bake:
-    files = holes.component(f"bakes/distilled-{strength}", tensors["transformer"], configs["transformer"])
-    baked = BakedLora(lora.name, lora.file.path, lora.file.size, lora.file.blake3, strength, None)
-    return Bake((baked,), "fp32", "cpu", "cpu", files, ())
 
 
 def blake3_of(path: Path) -> str:

@@ -104,7 +104,6 @@ UNGUIDED = {"video_cfg": 1.0, "audio_cfg": 1.0, "modality": 1.0}
     ("recipe", "forms", "more"),
     [
         ("hq", (INT8,), {}),
-        ("hq", (FP8,), {"fp8": "weights"}),
         # Guidance multiplies differences of passes, and with them what the codes of each pass lose: see docs.
         ("hq", (FP8,), {"keep_steps": "first"}),
         ("hq", (FP8,), UNGUIDED),
@@ -124,17 +123,17 @@ def test_the_first_x0_is_near_that_of_the_bf16_bakes(
 @pytest.mark.parametrize("stages", [FP8, (INT8[0], PLAIN[1])], ids="+".join)
 def test_every_residency_mode_gives_the_same_bits(stages: tuple[str, str], coded: Path) -> None:
     """Blocks of two sizes and kinds pass through the same slots, and so do those of mixed stages."""
-    expected = run(coded, stages, "resident")
+    expected = run(coded, stages, "resident", **UNGUIDED)
     for mode in list(MODES)[1:]:
-        found = run(coded, stages, mode)
+        found = run(coded, stages, mode, **UNGUIDED)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), mode
 
 
 def test_steps_that_are_kept_decode_the_weights_and_only_these(coded: Path) -> None:
-    usual, decoded = run(coded, FP8), run(coded, FP8, fp8="weights")
-    every, first = run(coded, FP8, keep_steps="first, 2,3"), run(coded, FP8, keep_steps="first")
+    usual, decoded = run(coded, FP8, **UNGUIDED), run(coded, FP8, fp8="weights", **UNGUIDED)
+    every, first = (run(coded, FP8, keep_steps=steps, **UNGUIDED) for steps in ("first, 2,3", "first"))
     assert all(torch.equal(every[name], tensor) for name, tensor in decoded.items())
-    assert torch.equal(first["x0.video"], decoded["x0.video"]) and worst(first, decoded, "0") > 1e-3
+    assert torch.equal(first["x0.video"], decoded["x0.video"]) and worst(first, decoded, "0") > 1e-4
     assert worst(first, usual, "x0") > 1e-3
 
 

@@ -11,14 +11,17 @@ import math
 from dataclasses import dataclass
 
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS
+from ltxpack.ltx23.codes import INT8
 from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling
 from ltxpack.runtime.sampling.shape import VideoShape
 
 LATENT_CHANNELS = 128
-FLOAT32, FLOAT64, INT32 = 4, 8, 4
+FLOAT32, INT32, FLOAT64 = 4, 4, 8
 FEED_FORWARD = 4
 PROMPTS = 2
 COLOURS = 3
+# Rows that become codes, in two float32 copies.
+CODED = 2 * 2**22 * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,15 @@ class Widths:
     sound: int
 
 
-def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, images: int, int8: bool = False) -> int:
+def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, images: int, codes: str = "") -> int:
     """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
     At the feed-forward of the last pass: the stream, its normed and modulated copies, the two inner tensors of four
     widths; of each pass what goes in and comes out; of each prompt the attended states, the context and its keys
     and values.
-    Appended keyframes are counted as one frame per image. ``int8``: an inner tensor is in codes, and one is
-    int32 before it is scaled.
+    Appended keyframes are counted as one frame per image. With weights in ``codes`` a few rows are float32 while they
+    become codes, and a weight may be decoded, of a short video in place of an inner tensor; of int8 an inner tensor is
+    in codes, and one is int32 before it is scaled.
     """
     prompts = min(passes, PROMPTS)
     tokens = shape.tokens + images * shape.tokens_per_frame
@@ -58,8 +62,10 @@ def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, i
     text = prompts * 3 * TEXT_TOKENS * (widths.video + widths.audio)
     rope = tokens * (widths.video + widths.audio)
     sampler = 4 * tokens * LATENT_CHANNELS * FLOAT64
-    products = FEED_FORWARD * tokens * widths.video * (1 + max(0, INT32 - itemsize)) if int8 else 0
-    return (states + text + rope) * itemsize + sampler + products
+    inner = FEED_FORWARD * widths.video
+    coded = inner * tokens * (1 + max(0, INT32 - itemsize)) if codes == INT8 else 0
+    coded += inner * max(0, widths.video - tokens) * itemsize + CODED if codes else 0
+    return (states + text + rope) * itemsize + sampler + coded
 
 
 def hidden_states(widths: Widths, itemsize: int) -> int:

@@ -393,8 +393,10 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
             yield phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
-        int8 = model.parts[stage.part].int8
-        taken = activations.sampling(widths, stage.shape, itemsize, passes=stage.passes, images=work.images, int8=int8)
+        codes = model.parts[stage.part].codes
+        taken = activations.sampling(
+            widths, stage.shape, itemsize, passes=stage.passes, images=work.images, codes=codes
+        )
         yield phase(f"stage {number + 1}", taken, stage.part)
         before = stage
     yield phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", "vocoder")

@@ -16,7 +16,7 @@ from typing import Any
 from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, DTYPE_NAMES, FLOATS, read_json, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_ROOT
-from ltxpack.ltx23.codes import INT8, Tensor, never_cast, with_codes
+from ltxpack.ltx23.codes import Tensor, coded_linears, never_cast, with_codes
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.weights.activations import Widths
@@ -33,13 +33,13 @@ BLOCKS = {TRANSFORMER: "transformer_blocks", TEXT_ENCODER: "layers"}
 class PartSizes:
     """Bytes of a part: ``stored`` in its files, and in memory those of each of its ``blocks`` and the ``rest``.
 
-    ``int8``: it has linears in such codes, whose products are int32 before they are scaled.
+    ``codes``: the dtype of the codes that some of its linears have, if they do.
     """
 
     stored: int
     rest: int
     blocks: tuple[int, ...] = ()
-    int8: bool = False
+    codes: str = ""
 
     @property
     def total(self) -> int:
@@ -134,7 +134,8 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
         else:
             blocks[int(block[1])] = blocks.get(int(block[1]), 0) + aligned(size)
     in_order = tuple(blocks[number] for number in sorted(blocks))
-    return PartSizes(in_files if stored is None else stored, rest, in_order, any(dtypes[name] == INT8 for name in kept))
+    codes = next(iter(coded_linears(dtypes).values()), "")
+    return PartSizes(in_files if stored is None else stored, rest, in_order, codes)
 
 
 def itemsize_of(dtype: str) -> int:

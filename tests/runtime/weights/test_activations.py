@@ -112,7 +112,7 @@ def check_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype, 
         del noisy
 
     passes = 3 if stage == 1 else 1
-    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, passes=passes, images=images, int8=codes == INT8)
+    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, passes=passes, images=images, codes=codes)
     check(planned, peak_of(forward))
 
 

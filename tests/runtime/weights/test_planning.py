@@ -104,7 +104,7 @@ def test_codes_halve_the_blocks_that_have_them() -> None:
     assert plain.blocks[2] - int8.blocks[2] == sum(map(math.prod, shapes)) - scales
     rounded = with_codes([(name, "BF16", shape) for name, _, shape in TENSORS["transformer"]], "F8_E4M3")
     assert sizes.part_of("transformer", rounded, 2).stored == 20_973_193_408, "spec 09, section 8"
-    assert int8.int8 and not fp8.int8
+    assert [part.codes for part in (plain, fp8, int8)] == ["", "F8_E4M3", "I8"]
     wide = sizes.model_of(TENSORS, CONFIGS, forms, "float32").parts["bakes/b"]
     assert wide.blocks[0] > 1.99 * plain.blocks[0] and wide.blocks[2] < 1.01 * fp8.blocks[2]
     some = Placement(FILE, HOST, frozenset({0, 2, 3}), frozenset({2}))

@@ -37,9 +37,10 @@ from pretend_card import GIB, Card
 from ltxpack.files import reader
 from ltxpack.files.direct import ALIGN, CACHED, DIRECT, DirectReader
 from ltxpack.lora_bake import BakeOptions, bake, stream
+from ltxpack.manifest import FORMATS
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime import recipe_run
-from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model import kernels, quantised
 from ltxpack.runtime.recipe_run import decode_video, encode_ahead, generate, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
@@ -61,7 +62,7 @@ SMALL: dict[str, Any] = {"height": 128, "width": 192, "num_frames": 9, "steps": 
 
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_full_size(tmp_path_factory.mktemp("pretended"), blocks=BLOCKS, hashed=False)
+    return make_full_size(tmp_path_factory.mktemp("pretended"), blocks=BLOCKS, hashed=False, forms=FORMATS)
 
 
 @pytest.fixture
@@ -256,6 +257,37 @@ def test_weights_wherever_they_lie(
         assert reporter.inside == []
     if way[PARTS[0]].ahead or way[PARTS[0]].home == HOST:
         assert pinned[1] == pinned[0], "pinning holds up the card: what was pinned for a video serves the next one"
+    assert card.live == 0 and card.pins == []
+
+
+CODED = ("distilled-0.25-fp8", "distilled-0.5-int8")
+
+
+def test_blocks_in_codes_pass_through_the_slots(overlay: Path, card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two sizes, a stage in fp8 and one in int8; that the card multiplies codes is pretended too."""
+    names = dict(zip(PARTS, (f"bakes/{coded}" for coded in CODED), strict=True))
+    way = {names.get(part, part): placed for part, placed in SOME_HELD.items()}
+    planned(monkeypatch, way)
+    in_brief(monkeypatch)
+    monkeypatch.setattr(quantised, "fault", lambda *_: None)
+    reporter, peaks = Watched(card), []
+    transform = Session.transform
+
+    def metered(make: Session, *given: Any) -> Any:
+        card.peak = card.live
+        found = transform(make, *given)
+        peaks.append(card.peak)
+        return found
+
+    monkeypatch.setattr(Session, "transform", metered)
+    sizes = {**SMALL, "height": 512, "width": 768}
+    with opened(overlay, reporter=reporter, stage1=CODED[0], stage2=CODED[1]) as make:
+        generate(make, with_prompts(make, Request.of("a boat", **sizes, keep_steps="last")))
+        plan = make.residency.plan
+        assert plan is not None
+    assert card.races == [] and reporter.inside == []
+    assert [peak <= 1.01 * phase.card for peak, phase in zip(peaks, plan.phases[2::2], strict=False)] == [True, True]
+    assert all(any(what.startswith(f"aten.{product}") for what in card.asked) for product in ("_scaled_mm", "_int_mm"))
     assert card.live == 0 and card.pins == []
 
 
