@@ -97,7 +97,7 @@ def faults_but_strays(overlay: Path) -> list[str]:
 
 
 JOBS = {
-    "two strengths": {"strengths": (0.5, 1.0)},
+    "two strengths in two forms": {"strengths": (0.5, 1.0), "formats": ("bf16", "fp8")},
     "official": {"strengths": (0.7,), "rule": "official"},
     "replacing": {"strengths": (0.6,), "name": "mine", "force": True},
 }
