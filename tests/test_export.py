@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from _full_size import make_full_size
-from support import ltxpack, refused, tree
+from support import in_fresh_process, ltxpack, refused, tree
 
 import ltxpack.export.plan as exporting
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, read_tensorfile
@@ -154,8 +154,28 @@ def test_the_plan_of_the_published_model_is_exact(
     options = exporting.ExportOptions(overlay, tmp_path / "x.safetensors", make=make, parts=parts)
     plan = exporting.plan_export(options, SilentReporter(), headers_only=True)
     assert plan.size - len(plan.header) == nbytes + sum(map(len, plan.literals.values()))
+    if form == "fp8" and parts == "all":
+        _check_small_plan(overlay, blocks)
     coded = {"fp8": 2, "int8": 1, "": 0}[form] + (parts == "transformer" and form != "")
     assert len(plan.tensors) == (5947 if parts == "all" else 4444) + 34 * blocks * coded
+
+
+def _check_small_plan(overlay: Path, blocks: int) -> None:
+    code = """
+    import sys
+    from pathlib import Path
+    import ltxpack.export.plan as exporting
+    from ltxpack.lora_bake import BakeOptions
+    from ltxpack.reporter import SilentReporter
+    exporting._metadata = lambda *inputs: {}
+    overlay, kept = Path(sys.argv[1]), None if sys.argv[2] == "44" else ()
+    make = BakeOptions(overlay, (0.0,), formats=("fp8",), keep_blocks=kept)
+    options = exporting.ExportOptions(overlay, Path("x.safetensors"), make=make)
+    exporting.plan_export(options, SilentReporter(), headers_only=True).size
+    answer = "torch" in sys.modules
+    """
+    loads_torch, peak = in_fresh_process(code, overlay, str(blocks))
+    assert not loads_torch and peak < 100e6
 
 
 def test_the_plan_is_the_size_of_the_file(demo: Path, tmp_path: Path) -> None:

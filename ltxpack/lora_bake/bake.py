@@ -57,7 +57,7 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
     if all(lora.here for lora in found):
         plans = _to_be_made(plans, manifest, options)
-    arithmetic = _arithmetic_for(options, found)
+    arithmetic = _arithmetic_for(options, [lora.adapter for lora in found])
     files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
     total = sum(file["bytes"] for file in files)
@@ -92,7 +92,7 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
         torch.result()
         made: dict[str, BakeReport] = {}
         if new:
-            arithmetic = _arithmetic_for(options, found)
+            arithmetic = _arithmetic_for(options, [lora.adapter for lora in found])
             made = _run(new, arithmetic, reporter, lock)
         return [made.get(plan.name) or _there_already(plan, manifest) for plan in plans]
 
@@ -102,14 +102,18 @@ class UnwrittenBake:
     """A bake whose weights go into a file of another kind."""
 
     plan: BakePlan
-    arithmetic: Arithmetic
+    options: BakeOptions
+
+    @functools.cached_property
+    def arithmetic(self) -> Arithmetic:
+        """What is used here and now. Needs torch, which a plan does not."""
+        return _arithmetic_for(self.options, [lora.adapter for lora in self.plan.loras])
 
     @property
     def stated(self) -> Bake:
-        """What the manifest would say of it, without files."""
-        plan, chosen = self.plan, self.arithmetic
-        form = (plan.form, plan.quantised, plan.calibration)
-        return Bake(plan.recorded, plan.rule, chosen.kernel, chosen.device, (), (), *form)
+        """What the manifest would say of it, without files and arithmetic."""
+        plan = self.plan
+        return Bake(plan.recorded, plan.rule, "", "", (), (), plan.form, plan.quantised, plan.calibration)
 
 
 def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bool = False) -> UnwrittenBake:
@@ -121,7 +125,7 @@ def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bo
     digests = [lora.known_digest() if headers_only else lora.read_digest(reporter) for lora in found]
     [plan] = _plans(options, manifest, base, found, digests)
     _tell(plan.rule, [lora.adapter for lora in plan.loras], reporter)
-    return UnwrittenBake(plan, _arithmetic_for(options, found))
+    return UnwrittenBake(plan, options)
 
 
 def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[Path] = ()) -> list[Fault]:
@@ -294,8 +298,7 @@ def _arithmetic(
     return Arithmetic(rule, choose_kernel(rule, len(adapters), plain, chosen), chosen)
 
 
-def _arithmetic_for(options: BakeOptions, found: Sequence[FoundLora]) -> Arithmetic:
-    adapters = [lora.adapter for lora in found]
+def _arithmetic_for(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic:
     return _arithmetic(options.rule, options.device, adapters, options, quantised=options.formats != (BF16,))
 
 
