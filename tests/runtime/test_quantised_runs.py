@@ -20,7 +20,8 @@ from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import quantised_linears
-from ltxpack.runtime.overlay import transformer_part
+from ltxpack.runtime.model.weights import load_dit
+from ltxpack.runtime.overlay import Overlay, transformer_part
 from ltxpack.runtime.recipe_run import sample
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.guidance import Denoiser
@@ -30,6 +31,7 @@ from ltxpack.runtime.settings import SessionSettings, Settings
 from ltxpack.runtime.weights import keeper
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
+from ltxpack.runtime.weights.sizes import aligned, overlay_model
 
 PLAIN = ("distilled-0.25", "distilled-0.5")
 FP8, INT8 = (tuple(f"{name}-{form}" for name in PLAIN) for form in ("fp8", "int8"))
@@ -127,6 +129,19 @@ def test_every_residency_mode_gives_the_same_bits(stages: tuple[str, str], coded
     for mode in list(MODES)[1:]:
         found = run(coded, stages, mode, **UNGUIDED)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), mode
+
+
+@pytest.mark.parametrize("name", [FP8[0], INT8[0]])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_plan_counts_the_bytes_that_are_loaded(name: str, dtype: str, coded: Path) -> None:
+    """Block by block, and the rest; codes and scales are loaded as they are stored, whatever the dtype."""
+    overlay = Overlay.open(coded)
+    part = overlay_model(overlay, {name: None}, dtype).parts[transformer_part(name)]
+    dit = load_dit(overlay.folder(transformer_part(name)), torch.device("cpu"), getattr(torch, dtype))
+    found = [sum(aligned(value.nbytes) for value in block.state_dict().values()) for block in dit.blocks()]
+    assert list(part.blocks) == found and part.blocks[1] < part.blocks[0]
+    blocks = sum(value.nbytes for block in dit.blocks() for value in block.state_dict().values())
+    assert part.rest == sum(value.nbytes for value in dit.state_dict().values()) - blocks
 
 
 def test_steps_that_are_kept_decode_the_weights_and_only_these(coded: Path) -> None:
