@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLLTX2Audio
 from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
+from diffusers.pipelines.ltx2 import vocoder as vocoders
 from diffusers.pipelines.ltx2.vocoder import UpSample1d
 from torch import Tensor
 
@@ -26,10 +29,32 @@ def load_vocoder(
     Raises as :func:`ltxpack.runtime.weights.load.load_module`.
     """
     config = read_config(folder, LTX2VocoderWithBWE.__name__)
-    vocoder = build_on_meta(LTX2VocoderWithBWE, config, folder)
-    ratio = vocoder.config.output_sampling_rate // vocoder.config.input_sampling_rate
+    with _filters_by_shape():
+        module = build_on_meta(LTX2VocoderWithBWE, config, folder)
+    ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
     resampler = UpSample1d(ratio, window_type="hann", persistent=False)
-    return load_module(vocoder, folder, device, dtype, {"resampler.filter": resampler.filter}, reader).float()
+    return load_module(module, folder, device, dtype, {"resampler.filter": resampler.filter}, reader).float()
+
+
+_filter = vocoders.kaiser_sinc_filter1d
+
+
+@contextmanager
+def _filters_by_shape() -> Iterator[None]:
+    """In the block, a filter that is made on the meta device has a shape alone, and all others their values.
+
+    diffusers computes 400 filters as it builds the vocoder. On the meta device torch does so in Python, for seconds.
+    """
+
+    def made(cutoff: float, half_width: float, kernel_size: int) -> Tensor:
+        on_meta = torch.get_default_device().type == "meta"
+        return torch.empty(kernel_size) if on_meta else _filter(cutoff, half_width, kernel_size)
+
+    vocoders.kaiser_sinc_filter1d = made
+    try:
+        yield
+    finally:
+        vocoders.kaiser_sinc_filter1d = _filter
 
 
 @torch.no_grad()
