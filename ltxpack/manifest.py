@@ -235,6 +235,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         raise OverlayError(f"does not fit its schema at {where}: {fault.message[:300]}", file=path, next=remake)
     manifest: Manifest = _build(Manifest, document)
     _check_paths(manifest, path, remake)
+    _check_bakes(manifest, path, remake)
     return manifest
 
 
@@ -313,6 +314,14 @@ def _check_paths(manifest: Manifest, path: Path, remake: str) -> None:
         seen.add(record.path)
         if record.is_symlink and not _link_stays_inside(record):
             raise OverlayError("names a link that leaves the overlay", file=path, found=record.link, next=remake)
+
+
+def _check_bakes(manifest: Manifest, path: Path, remake: str) -> None:
+    for name, bake in manifest.bakes.items():
+        scales = len(bake.quantised) if bake.calibration is None else len(bake.calibration.scales)
+        if scales != len(bake.quantised) or (bake.format == BF16) != (not bake.quantised):
+            problem = f"states a form, quantised linears and input scales of the bake {name} that do not go together"
+            raise OverlayError(problem, file=path, next=remake)
 
 
 def _link_stays_inside(record: FileRecord) -> bool:

@@ -94,11 +94,17 @@ def test_the_kind_of_transformer_is_the_manifests_else_that_of_the_files_name() 
         assert parse_manifest(stated.dump(), Path(MANIFEST_NAME)) == stated
 
 
-def test_a_quantised_bake_states_its_form_and_a_plain_one_nothing_new() -> None:
+def test_a_quantised_bake_states_its_form_and_a_plain_one_nothing_new(tmp_path: Path) -> None:
     plain = manifest().bakes["distilled-0.5"]
     one = replace(plain, format="fp8", quantised=("blocks.1.to_q",), calibration=Calibration("a", HASH, (0.5,)))
     stated = manifest().with_bake("distilled-0.5", one)
     assert parse_manifest(stated.dump(), Path(MANIFEST_NAME)) == stated
+    for odd in (
+        replace(one, calibration=Calibration("a", HASH, (0.5, 1.0))),
+        replace(one, quantised=(), calibration=None),
+    ):
+        text = manifest().with_bake("distilled-0.5", odd).dump().decode()
+        assert "do not go together" in refused(text, tmp_path)
     assert document()["bakes"]["distilled-0.5"].keys() == {"loras", "rule", "kernel", "device", "files", "changed"}
 
 

@@ -166,6 +166,9 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
         made, base = manifest.bakes[name], read_base(overlay, manifest)
+        if made.quantised and not set(made.quantised) <= set(quantised_linears(base.shapes, (), "ltxpack --help")):
+            again = f"ltxpack bake-lora {quoted(overlay)} --strength 1.0 --force"
+            raise OverlayError(f"the bake {name} names linears that the base does not have", file=overlay, next=again)
         adapters = [
             open_adapter(files[lora.blake3], base.shapes, name=lora.name, allow_unmatched=True) for lora in made.loras
         ]
