@@ -1,12 +1,14 @@
 """coverage.html: a bake at a glance, block by module, as one page without scripts or anything from elsewhere.
 
-Made from the document of coverage.json alone: the same document gives the same bytes. Every name is escaped. The style
-is coverage.css. The colours are one logarithmic scale for all pages, so that two pages can be compared.
+Made from the document of coverage.json alone: the same document gives the same bytes. Every name is escaped. What is on
+every page is in coverage.html, the style in coverage.css. The colours are one logarithmic scale for all pages, so that
+two pages can be compared.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import re
 from collections import Counter
@@ -21,7 +23,6 @@ from ltxpack.manifest import FP8
 # The scale: 0.01 % to 100 %. Below, a change drowns in bf16's rounding; above, the weight is more LoRA than base.
 LOW, HIGH = -4, 0
 BINS_PER_DECADE = 10
-TICKS = ("0.01 %", "0.1 %", "1 %", "10 %", "100 %")
 # Indigo to yellow by magenta, evenly lighter from stop to stop (OKLCH lightness 0.26 to 0.95, hue 275 to 465).
 RAMP = ("#190070", "#4a008a", "#7f078e", "#b21e80", "#de3a66", "#ff603e", "#ff9b46", "#ffc962", "#fff465")
 # Longer lists and names are cut; coverage.json has them whole.
@@ -100,17 +101,13 @@ class CoverageView:
 def render(document: Mapping[str, Any]) -> bytes:
     """The page for ``document`` (coverage.json)."""
     view = CoverageView(document)
-    sections = (_head(view), _loras(view), _legend(view), _map(view), _outside(view), _left_out(view))
-    body = "\n".join(line for section in sections for line in section)
-    style = Path(__file__).with_name("coverage.css").read_text(encoding="utf-8")
-    return (
-        "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
-        '<meta name=viewport content="width=device-width, initial-scale=1">\n'
-        f"<title>LoRA coverage: {text(document['bake'])}</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n{body}\n"
-        "<footer>coverage.json beside this page holds every figure and every name in full. "
-        "The same bake always gives the same page.</footer>\n</body>\n</html>\n"
-    ).encode("utf-8", "backslashreplace")
+    folder = Path(__file__).parent
+    page = (folder / "coverage.html").read_text(encoding="utf-8")
+    sections = {"lora_cards": _loras(view), "map": _map(view), "outside": _outside(view), "left_out": _left_out(view)}
+    facts: dict[str, Any] = {"view": view, "style": (folder / "coverage.css").read_text(encoding="utf-8")}
+    facts |= {key: text(value) if isinstance(value, str) else value for key, value in document.items()}
+    facts |= {place: "".join(f"{line}\n" for line in lines) for place, lines in sections.items()}
+    return page.format_map(facts | _head(view) | _legend(view)).encode("utf-8", "backslashreplace")
 
 
 # Model order
@@ -199,6 +196,10 @@ def name(value: object) -> str:
     return "<wbr>".join(text(part) for part in parts)
 
 
+def _mono(value: object) -> str:
+    return f'<span class="name mono">{name(value)}</span>'
+
+
 def _percent(change: float | None) -> str:
     return "none" if change is None else f"{100 * change:.3g} %"
 
@@ -230,33 +231,26 @@ def _others(count: int) -> str:
     return f" and {_count(count, 'other tensor')}" if count else ""
 
 
-# The page from head to foot
+# What fills coverage.html, from head to foot
 
 
-def _head(view: CoverageView) -> Iterable[str]:
+def _head(view: CoverageView) -> dict[str, str]:
     document = view.document
-    changed, aimed, largest = (document[key] for key in ("changed_weights", "targeted_weights", "largest_change"))
+    aimed, largest = document["targeted_weights"], document["largest_change"]
     at = [key for key, target in view.targets.items() if target["change"] == largest and largest is not None]
     block, kind = split_name(at[0]) if at else (None, "")
-    place = name(kind if block is None else f"block {block}, {kind}")
-    share = f"{changed / aimed:.1%}" if aimed else "none"
-    tiles = [
-        (f"{view.reached:,} of {view.linears:,}", f"linears reached{_others(len(view.targets) - view.reached)}"),
-        (share, f"of {aimed:,} targeted weights changed: {changed:,} in {document['changed_tensors']:,} tensors"),
-        (_percent(document["median_change"]), "median ‖ΔW‖ / ‖W‖ of the targets"),
-        (_percent(largest), f'largest ‖ΔW‖ / ‖W‖<br><span class="name mono">{place}</span>'),
-    ]
-    yield f"<header>\n<p class=kicker>LoRA coverage</p>\n<h1 class=name>{name(document['bake'])}</h1>"
-    yield (
-        f"<p class=quiet>rule {text(document['rule'])}{_RULES.get(document['rule'], '')} · "
-        f"kernel {text(document['kernel'])} · device {text(document['device'])}{_form(document)}</p>\n</header>\n"
-        "<section class=tiles>"
-    )
-    if "stored_as" in document:
-        tiles.append((_percent(document["median_error"]), "median error of quantised weights"))
-    for figure, told in tiles:
-        yield f"<div class=tile><b>{figure}</b><span>{told}</span></div>"
-    yield "</section>"
+    error = "<div class=tile><b>{}</b><span>median error of quantised weights</span></div>\n"
+    return {
+        "bake_name": name(document["bake"]),
+        "how": _RULES.get(document["rule"], ""),
+        "form": _form(document),
+        "others": _others(len(view.targets) - view.reached),
+        "share": f"{document['changed_weights'] / aimed:.1%}" if aimed else "none",
+        "median": _percent(document["median_change"]),
+        "largest": _percent(largest),
+        "place": name(kind if block is None else f"block {block}, {kind}"),
+        "error": error.format(_percent(document["median_error"])) if "stored_as" in document else "",
+    }
 
 
 def _form(document: Mapping[str, Any]) -> str:
@@ -295,45 +289,28 @@ def _facts(lora: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str]]:
         yield label, _count(lora[key], "target") if lora[key] else "none"
     yield "left out", f"{_count(len(lora['left_out']), 'target')}, listed below" if lora["left_out"] else "none"
     yield "naming", name(", ".join(lora["namings"]))
-    yield "file", f'<span class="name mono">{name(lora["file"])}</span>'
-    yield "blake3", f'<span class="name mono">{text(lora["blake3"][:16])}…</span>'
+    yield "file", _mono(lora["file"])
+    yield "blake3", _mono(f"{lora['blake3'][:16]}…")
 
 
-def _legend(view: CoverageView) -> Iterable[str]:
-    """The scale with the page's own distribution on it, and what is not on it."""
-    median, largest = view.document["median_change"], view.document["largest_change"]
-    counts = histogram(target["change"] for target in view.targets.values())
-    marks = "".join(
-        f'<span style="left:{position(change):.1%}">{sign}</span>'
-        for sign, change in (("▽", median), ("▼", largest))
-        if change is not None
-    )
-    bars = "".join(
-        f'<i style="height:{count / max(*counts, 1):.0%};'
-        f'background:{colour(10 ** (LOW + (i + 0.5) / BINS_PER_DECADE))}"></i>'
-        for i, count in enumerate(counts)
-    )
-    ticks = "".join(f'<span style="left:{i / (len(TICKS) - 1):.0%}">{tick}</span>' for i, tick in enumerate(TICKS))
-    yield (
-        "<h2>Blocks</h2>\n<p>How far the bake moves each linear, relative to its size: ‖ΔW‖ / ‖W‖ (Frobenius norms). "
-        "The colours are the same on every page, so two pages can be compared.</p>"
-    )
-    yield f"<div class=key>\n<div class=legend>\n<div class=marks>{marks}</div>\n<div class=bars>{bars}</div>"
-    yield f'<div class=ramp style="background:linear-gradient(to right, {", ".join(RAMP)})"></div>'
-    yield f"<div class=ticks>{ticks}</div>\n</div>\n<div class=told>"
-    yield f"<p><span class=chip>▽</span>median {_percent(median)}</p>"
-    yield f"<p><span class=chip>▼</span>largest {_percent(largest)}</p>"
-    found = Counter(_look(target["change"]) for target in view.targets.values())
-    bottom, top = _shade(10.0**LOW), _shade(10.0**HIGH)
-    for kind, attribute, count, told in (
-        ("none", "", view.untouched, "not touched"),
-        ("lo", bottom, found["lo"], f"below {TICKS[0]}, drawn as {TICKS[0]}"),
-        ("hi", top, found["hi"], f"above {TICKS[-1]}, drawn as {TICKS[-1]}"),
-        ("zr", "", found["zr"], "touched, and ΔW is zero"),
-        ("fz", top, found["fz"], "changed from zero: W is zero, there is no ratio"),
-    ):
-        yield f'<p><span class="chip {kind}"{attribute}></span><span class=count>{count:,}</span>{told}</p>'
-    yield "</div>\n</div>"
+def _legend(view: CoverageView) -> dict[str, Any]:
+    """The scale with the page's own distribution on it, and how many targets are not on it."""
+    changes = [target["change"] for target in view.targets.values()]
+    counts = histogram(changes)
+    marks = (("▽", view.document["median_change"]), ("▼", view.document["largest_change"]))
+    bar = '<i style="height:{:.0%};background:{}"></i>'
+    return {
+        "marks": "".join(
+            f'<span style="left:{position(at):.1%}">{sign}</span>' for sign, at in marks if at is not None
+        ),
+        "bars": "".join(
+            bar.format(count / max(*counts, 1), colour(10 ** (LOW + (i + 0.5) / BINS_PER_DECADE)))
+            for i, count in enumerate(counts)
+        ),
+        "ramp": ", ".join(RAMP),
+        "colours": RAMP,
+        "looks": Counter(map(_look, changes)),
+    }
 
 
 def _map(view: CoverageView) -> Iterable[str]:
@@ -351,39 +328,37 @@ def _map(view: CoverageView) -> Iterable[str]:
     yield from _column_heads(view.groups)
     yield "<tbody>"
     for block in range(view.blocks):
-        row = [f"<tr><th class=block scope=row>{block}"]
-        for i, group in enumerate(view.groups):
-            row.append(f"<td rowspan={view.blocks}>" if i and not block else "")
-            row += (_cell(view, block, kind) for kind, _ in group.columns)
-        yield "".join(row)
+        gap = "" if block else f"<td rowspan={view.blocks}>"
+        cells = ("".join(_cell(view, block, kind) for kind, _ in group.columns) for group in view.groups)
+        yield f"<tr><th class=block scope=row>{block}{gap.join(cells)}"
     yield "</tbody>\n<tfoot>"
-    for label, cells in _sums(view):
-        groups = ("".join(cells[kind] for kind, _ in group.columns) for group in view.groups)
-        yield f"<tr><th scope=row>{label}" + "<td>".join(groups)
+    for label, sums in _sums(view):
+        cells = ("".join(sums[kind] for kind, _ in group.columns) for group in view.groups)
+        yield f"<tr><th scope=row>{label}{'<td>'.join(cells)}"
     yield "</tfoot>\n</table></div>"
 
 
 def _column_heads(groups: Sequence[ColumnGroup]) -> Iterable[str]:
     """Three lines over the columns: the stream, the module, its part."""
-    columns, streams, modules, parts = ["<col class=axis>"], "", "", ""
-    for i, group in enumerate(groups):
-        first = not i or groups[i - 1].stream != group.stream
-        if i:
-            columns.append(f"<col class={'break' if first else 'gap'}>")
-            modules += "<td>"
-            parts += "<td>"
-        width = len(group.columns)
-        columns.append(f"<col span={width}>")
-        if first:
-            span = sum(len(other.columns) + 1 for other in groups if other.stream == group.stream) - 1
-            streams += f"{'<td>' if i else ''}<th class=stream colspan={span} scope=colgroup>{group.stream}"
-        note = f"<br><span class=quiet>{group.note}</span>" if group.note else ""
-        modules += f"<th class=group colspan={width} scope=colgroup><span class=mono>{name(group.module)}</span>{note}"
-        for _, label in group.columns:
-            shown = text(label) if len(label) <= _FLAT_LABEL else f"<div>{text(label)}</div>"
-            parts += f"<th class=part scope=col>{shown}"
-    yield f"<colgroup>{''.join(columns)}</colgroup>"
-    yield f"<thead>\n<tr><th class=corner rowspan=3>block ↓{streams}\n<tr>{modules}\n<tr>{parts}\n</thead>"
+    streams = [list(own) for _, own in itertools.groupby(groups, lambda group: group.stream)]
+    columns = ("<col class=gap>".join(f"<col span={len(group.columns)}>" for group in own) for own in streams)
+    yield f"<colgroup><col class=axis>{'<col class=break>'.join(columns)}</colgroup>"
+    heads = (
+        f"<th class=stream colspan={sum(len(group.columns) + 1 for group in own) - 1} scope=colgroup>{own[0].stream}"
+        for own in streams
+    )
+    modules = (
+        f"<th class=group colspan={len(group.columns)} scope=colgroup><span class=mono>{name(group.module)}</span>"
+        + (f"<br><span class=quiet>{group.note}</span>" if group.note else "")
+        for group in groups
+    )
+    parts = ("".join(f"<th class=part scope=col>{_part(label)}" for _, label in group.columns) for group in groups)
+    yield f"<thead>\n<tr><th class=corner rowspan=3>block ↓{'<td>'.join(heads)}"
+    yield f"<tr>{'<td>'.join(modules)}\n<tr>{'<td>'.join(parts)}\n</thead>"
+
+
+def _part(label: str) -> str:
+    return text(label) if len(label) <= _FLAT_LABEL else f"<div>{text(label)}</div>"
 
 
 def _cell(view: CoverageView, block: int, kind: str) -> str:
@@ -446,15 +421,15 @@ def _outside(view: CoverageView) -> Iterable[str]:
     for stream, kinds in view.outside.items():
         yield f"<table>\n<tr><th colspan=2>{stream}<th class=number>‖ΔW‖ / ‖W‖<th class=number>weights changed</tr>"
         for kind in kinds:
-            look, colours, figures = "none", "", '<td class="number quiet" colspan=2>not touched'
+            look, figures = 'none"', '<td class="number quiet" colspan=2>not touched'
             if kind in view.ends:
                 target = view.targets[view.ends[kind]]
                 change = target["change"]
-                look, colours = _look(change), _shade(change)
+                look = f'{_look(change)}"{_shade(change)}'
                 told = "from zero" if change is None else _percent(change)
                 figures = f"<td class=number>{told}<td class=number>{_counts(target)}"
-            chip = f'<span class="chip {look}"{colours}></span>'
-            yield f'<tr><td>{chip}<td class="name mono">{name(view.ends.get(kind, kind))}{figures}</tr>'
+            shown = name(view.ends.get(kind, kind))
+            yield f'<tr><td><span class="chip {look}></span><td class="name mono">{shown}{figures}</tr>'
         yield "</table>"
     yield "</section>"
 
