@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ltxpack.errors import FormatError, LtxpackError, OverlayError, UnsupportedError
+from ltxpack.errors import FormatError, LtxpackError, OtherFormatError, OverlayError, UnsupportedError
 from ltxpack.runtime.weights import load
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ class TestRefusedBeforeReading:
     def test_a_file_of_something_else(self, tmp_path: Path) -> None:
         path = write_single(tmp_path / "part", tensors()) / "model.safetensors"
         path.write_text("<!doctype html>")
-        assert refused(path.parent, FormatError).file == str(path)
+        assert refused(path.parent, OtherFormatError).file == str(path)
 
     def test_a_missing_shard(self, tmp_path: Path) -> None:
         folder = write_shards(tmp_path / "part", tensors())
