@@ -17,7 +17,7 @@ from ltxpack.demo.checkpoint import tokenizer_documents
 from ltxpack.demo.config import GEMMA
 from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.ltx23.classes import LOADED_CLASSES
-from ltxpack.ltx23.codes import CODES, with_codes
+from ltxpack.ltx23.codes import CODES, coded_linears, with_codes
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.manifest import BF16, MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, WriteBytes, assign_shards, stored_tensor
@@ -82,11 +82,12 @@ def make_full_size(root: Path, *, blocks: int = 48, hashed: bool = True, forms: 
     for form in forms:
         plain = tensors["transformer"]
         stored = plain if form == BF16 else list(with_codes(plain, CODES[form]))
+        linears = tuple(sorted(coded_linears({name: dtype for name, dtype, _ in stored})))
         for strength in STRENGTHS:
             name = f"distilled-{strength}" + ("" if form == BF16 else f"-{form}")
             files = holes.component(f"bakes/{name}", stored, configs["transformer"])
             baked = BakedLora(lora.name, lora.file.path, lora.file.size, lora.file.blake3, strength, None)
-            bakes[name] = Bake((baked,), "fp32", "cpu", "cpu", files, (), form)
+            bakes[name] = Bake((baked,), "fp32", "cpu", "cpu", files, (), form, linears)
     manifest = Manifest("2.3.0", 33, None, Source("Lightricks/LTX-2.3", None, ()), components, (lora,), (), bakes)
     (root / MANIFEST_NAME).write_bytes(manifest.dump())
     return root
