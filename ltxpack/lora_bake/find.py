@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from ltxpack.errors import AdapterError, OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.reader import Range, RangeReader, hash_file
-from ltxpack.files.tensorfile import TensorInfo, parse_header, read_tensorfile
+from ltxpack.files.tensorfile import TensorInfo, read_tensorfile
 from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.adapter import (
     PEFT_CONFIG,
@@ -31,7 +31,7 @@ from ltxpack.lora_bake.adapter import (
 from ltxpack.lora_bake.plan import BakeOptions, lora_name
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import Lora, Manifest, changed_file
-from ltxpack.materialize.hub.client import Hub, RepoInfo, parse_reference
+from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 from ltxpack.reporter import Reporter
 
 UNKNOWN_HASH = "0" * 64
@@ -158,51 +158,44 @@ def _locate(
     if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
         name = lora_name(path.name if path.is_dir() else path.stem)
     else:
-        hub, info, member = _on_hub(text, path, reporter)
-        place = PurePosixPath(member)
+        access = Access(reporter)
+        file, config = _on_hub(text, access)
+        place = PurePosixPath(file.label)
         # A PEFT file is always called the same; the folder or repo it is in names it.
-        stem = place.parent.name or info.repo.rpartition("/")[2] if place.name == PEFT_WEIGHTS else place.stem
-        name, config = lora_name(stem), str(place.with_name(PEFT_CONFIG))
-        is_peft = place.name == PEFT_WEIGHTS and config in info.files
-        head = parse_header(hub.header(info, member), info.files[member].size, f"{info.repo}/{member}")
+        name = lora_name(place.parent.name if place.name == PEFT_WEIGHTS else place.stem)
+        head = access.header(file)
         refuse_model(head)  # before 29 GB are fetched
-        if headers_only and not is_peft:
+        if headers_only and config is None:
             stated = peft.from_metadata(head.metadata, head.path)
             return FoundLora(name, fit_adapter(head, shapes, stated, None, options.allow_unmatched), None, added, False)
-        if is_peft:
-            hub.fetch(info, config)
-        path = hub.fetch(info, member)
+        for needed in (config, file):
+            if needed is not None:
+                access.fetch(needed)
+        path = file.path
     return FoundLora(name, open_adapter(path, shapes, name=name, allow_unmatched=options.allow_unmatched), None, added)
 
 
-def _on_hub(text: str, path: Path, reporter: Reporter) -> tuple[Hub, RepoInfo, str]:
-    """The repo that ``text`` names and the file in it. Raises SourceError or UsageError."""
-    missing = SourceError("no such LoRA", file=text, expected="a file, a PEFT folder, or REPO/FILE on the hub")
-    try:
-        repo, revision, member = parse_reference(text)
-    except UsageError:
-        raise missing from None
-    if path.is_absolute() or text.startswith(".") or (member is None and text.endswith(".safetensors")):
-        raise missing
-    hub = Hub(reporter=reporter)
-    info = hub.info(repo, revision)
-    return hub, info, _member(info, member, text)
+def _on_hub(text: str, access: Access) -> tuple[InputFile, InputFile | None]:
+    """The file that is meant, and its PEFT configuration: the file named, the adapter in a folder, or the only one.
 
-
-def _member(info: RepoInfo, member: str | None, text: str) -> str:
-    """Which file of the repo is meant: the one named, the PEFT adapter in the folder named, or the only one."""
-    names = sorted(name for name in info.files if name.endswith(".safetensors"))
-    if member is not None and member in info.files:
-        if member not in names:
+    Raises SourceError or UsageError.
+    """
+    reference = hub_reference(text)
+    if reference is None:
+        raise SourceError("no such LoRA", file=text, expected="a file, a PEFT folder, or REPO/FILE on the hub")
+    repo, member = hub_folder(reference.repo, reference.revision, access), reference.file
+    names = [name for name in sorted(repo.files) if name.endswith(WEIGHTS)]
+    found = repo if member is None else repo.find(member)
+    if isinstance(found, InputFolder):
+        only = repo.files[names[0]] if found is repo and len(names) == 1 else None
+        found = found.files.get(PEFT_WEIGHTS, only)
+    if found is None or found.member not in names:
+        if member in access.info(reference.repo, reference.revision).files:
             raise SourceError("is not a .safetensors file", file=text)
-        return member
-    inside = f"{member}/{PEFT_WEIGHTS}" if member else PEFT_WEIGHTS
-    if inside in info.files:
-        return inside
-    if member is None and len(names) == 1:
-        return names[0]
-    problem = f"is not in {info.repo}" if member else "names a repo with several or no LoRA files"
-    raise SourceError(problem, file=member or text, items=names, next=f"name one: {info.repo}/FILE")
+        problem = f"is not in {reference.repo}" if member else "names a repo with several or no LoRA files"
+        raise SourceError(problem, file=member or text, items=names, next=f"name one: {reference.repo}/FILE")
+    place = PurePosixPath(found.member)
+    return found, repo.files.get(str(place.with_name(PEFT_CONFIG))) if place.name == PEFT_WEIGHTS else None
 
 
 # The bytes

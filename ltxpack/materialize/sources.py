@@ -280,7 +280,7 @@ def _find(
     inside = within.find(typed) if within else None
     if inside is not None:
         return inside
-    reference = _reference(typed)
+    reference = hub_reference(typed)
     if reference is None:
         where = f", a name within {within.label}" if within else ""
         raise SourceError(
@@ -426,7 +426,7 @@ def _kind(path: Path) -> str | None:
         return None
 
 
-def _reference(typed: str) -> Reference | None:
+def hub_reference(typed: str) -> Reference | None:
     """``typed`` as a place on the hub, or None for what can only be a path. Raises UsageError for a web address."""
     if typed.startswith((".", "/", "~")):
         return None

@@ -36,6 +36,7 @@ from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, find, plan_bake
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import Bake, read_manifest
+from ltxpack.materialize import sources
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
@@ -617,7 +618,7 @@ def repo(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(repo: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     hub = FakeHub({"someone/repo": repo})
-    monkeypatch.setattr(find, "Hub", lambda **_: hub)
+    monkeypatch.setattr(sources, "Hub", lambda **_: hub)
     monkeypatch.chdir(repo.parent)
     return hub
 
@@ -631,7 +632,8 @@ def test_a_lora_from_the_hub(overlay: Path, hub: FakeHub, repo: Path) -> None:
     assert {file["path"] for file in plan["files"]} == {
         path.relative_to(overlay).as_posix() for path in (overlay / "bakes").rglob("*") if path.is_file()
     }
-    assert run(overlay, 0.5, lora="someone/repo@main") == ["ltx2.3-style-0.5"]
+    for whole_repo_or_stem in ("someone/repo@main", "someone/repo/ltx2.3-style"):
+        assert run(overlay, 0.5, lora=whole_repo_or_stem) == ["ltx2.3-style-0.5"]
 
 
 def test_a_plan_takes_a_hub_lora_called_distilled_for_what_it_may_be(overlay: Path, hub: FakeHub, repo: Path) -> None:
