@@ -52,10 +52,7 @@ OFFICIAL = {
 @click.option("--lora", metavar="FILE", help="Main LoRA instead of the overlay's distilled one.")
 @click.option("--add", "added", multiple=True, metavar="FILE=S", help="Stack a LoRA, applied before the main one.")
 @click.option(
-    "--format",
-    "form",
-    type=click.Choice(FORMATS),
-    help="How linears are stored.  [default: as in the bake, else bf16]",
+    "--format", "form", type=click.Choice(FORMATS), help="How linears are stored.  [default: as in the bake, else bf16]"
 )
 @click.option("--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]")
 @click.option(

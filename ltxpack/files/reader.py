@@ -164,10 +164,7 @@ class ReadQueue(Generic[B]):
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="ltxpack-read")
 
     def run(
-        self,
-        planned: Iterable[PlannedRead[T]],
-        check: ReadCheck | None = None,
-        stop: Callable[[], None] = no_stop,
+        self, planned: Iterable[PlannedRead[T]], check: ReadCheck | None = None, stop: Callable[[], None] = no_stop
     ) -> Generator[PendingRead[T, B]]:
         """The reads, finished, in their order; ``check`` has begun to take in each. ``stop`` raises to end the reading.
 

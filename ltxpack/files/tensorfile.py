@@ -100,12 +100,8 @@ def header_length(first8: bytes, file_size: int, path: str | os.PathLike[str]) -
         expected, found = "at least 8 bytes", f"{file_size} bytes"
         raise FormatError("is not a safetensors file", file=path, expected=expected, found=found)
     if length > MAX_HEADER_BYTES:
-        raise FormatError(
-            "is not a safetensors file, or a hostile one",
-            file=path,
-            expected=f"a header of at most {MAX_HEADER_BYTES} bytes",
-            found=f"{length} bytes",
-        )
+        problem, most = "is not a safetensors file, or a hostile one", f"a header of at most {MAX_HEADER_BYTES} bytes"
+        raise FormatError(problem, file=path, expected=most, found=f"{length} bytes")
     if 8 + length > file_size:
         raise truncated(path, 8 + length, file_size)
     return length
@@ -290,13 +286,8 @@ def _check_spans(tensors: list[TensorInfo], base: int, file_size: int, path: str
 
 def truncated(path: str | os.PathLike[str], needed: int, found: int) -> FormatError:
     """The error for a file of ``found`` bytes that must have ``needed``."""
-    return FormatError(
-        f"is truncated: {needed - found} bytes are missing",
-        file=path,
-        expected=f"at least {needed} bytes",
-        found=f"{found} bytes",
-        next="fetch or copy the file again",
-    )
+    problem, again = f"is truncated: {needed - found} bytes are missing", "fetch or copy the file again"
+    return FormatError(problem, file=path, expected=f"at least {needed} bytes", found=f"{found} bytes", next=again)
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

@@ -7,13 +7,4 @@ from ltxpack.lora_bake.coverage import PAGE_NAME, REPORT_NAMES, BakeReport
 from ltxpack.lora_bake.forms import parse_blocks
 from ltxpack.lora_bake.plan import BakeOptions, parse_added
 
-__all__ = [
-    "PAGE_NAME",
-    "REPORT_NAMES",
-    "BakeOptions",
-    "BakeReport",
-    "bake",
-    "parse_added",
-    "parse_blocks",
-    "plan_bake",
-]
+__all__ = ["PAGE_NAME", "REPORT_NAMES", "BakeOptions", "BakeReport", "bake", "parse_added", "parse_blocks", "plan_bake"]

@@ -23,15 +23,7 @@ from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
 from ltxpack.lora_bake.forms import calibrated, quantised_linears
-from ltxpack.lora_bake.plan import (
-    BAKES,
-    Arithmetic,
-    BakeOptions,
-    BakePlan,
-    BaseTransformer,
-    bake_name,
-    read_base,
-)
+from ltxpack.lora_bake.plan import BAKES, Arithmetic, BakeOptions, BakePlan, BaseTransformer, bake_name, read_base
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, read_manifest
 from ltxpack.materialize import restore_base
@@ -255,13 +247,9 @@ def _to_be_made(plans: Sequence[BakePlan], manifest: Manifest, options: BakeOpti
     for plan in new:
         bake = manifest.bakes.get(plan.name)
         if bake is not None and not plan.is_made_from(bake):
-            raise OverlayError(
-                "exists already, made from other inputs",
-                file=plan.overlay / plan.folder,
-                expected=_described(plan, plan.form),
-                found=_described(bake, bake.format),
-                next=options.command(force=True),
-            )
+            wanted, found = _described(plan, plan.form), _described(bake, bake.format)
+            problem, path = "exists already, made from other inputs", plan.overlay / plan.folder
+            raise OverlayError(problem, file=path, expected=wanted, found=found, next=options.command(force=True))
     return new
 
 

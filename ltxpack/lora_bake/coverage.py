@@ -122,11 +122,7 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 
 def build_report(
-    name: str,
-    loras: Sequence[LoraUse],
-    stats: Iterable[TargetStat],
-    shapes: Shapes,
-    arithmetic: Mapping[str, str],
+    name: str, loras: Sequence[LoraUse], stats: Iterable[TargetStat], shapes: Shapes, arithmetic: Mapping[str, str]
 ) -> dict[str, Any]:
     """coverage.json as a document. ``arithmetic`` holds rule, kernel and device."""
     measured = {stat.name: stat for stat in stats}

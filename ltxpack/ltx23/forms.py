@@ -145,10 +145,15 @@ def parts_of(names: Iterable[str]) -> str | None:
     return CODECS if found <= CODEC_COMPONENTS else TEXT if found == {"connectors"} else SOME
 
 
+def root_and_parts(file: TensorFile) -> tuple[str | None, str | None]:
+    """How the names of the transformer in ``file`` begin, and which parts of a checkpoint it holds."""
+    root = spelled_root(file.tensors)
+    return root, parts_of(official(name, root) for name in file.tensors)
+
+
 def described(file: TensorFile) -> str | None:
     """Weights of a model in words, such as "the transformer alone, in scaled fp8"; None for another file."""
-    root = spelled_root(file.tensors)
-    parts = parts_of(official(name, root) for name in file.tensors)
+    _, parts = root_and_parts(file)
     return f"{PARTS_TOLD[parts]}, in {TOLD[read_linears(file).form]}" if parts else None
 
 

@@ -12,13 +12,7 @@ from dataclasses import dataclass
 
 from ltxpack.ltx23.renames import TRANSFORMER
 
-DOTTED_PREFIXES = (
-    "base_model.model.",
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "transformer.",
-    "model.",
-)
+DOTTED_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 FUSED = {"to_qkv": "qkv", "qkv": "qkv", "to_kv": "kv", "kv": "kv"}
 

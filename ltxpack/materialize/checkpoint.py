@@ -14,7 +14,7 @@ from ltxpack.errors import OtherFormatError, UnsupportedError
 from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.forms import ALL, MARKS, ROOT, TOLD, described, official, parts_of, read_linears, spelled_root
+from ltxpack.ltx23.forms import ALL, MARKS, ROOT, TOLD, described, official, read_linears, root_and_parts
 from ltxpack.ltx23.lora_keys import LoraKey, parse_key
 from ltxpack.ltx23.releases import (
     CHECKPOINT,
@@ -172,8 +172,7 @@ def _refuse_quantised(file: TensorFile, label: object, instead: str) -> None:
 
 def _refuse_parts(file: TensorFile, label: object) -> None:
     """Refuse a file that lacks whole parts of a checkpoint, or spells the names of its transformer in another way."""
-    root = spelled_root(file.tensors)
-    parts = parts_of(official(name, root) for name in file.tensors)
+    root, parts = root_and_parts(file)
     generation = parse_version(file.metadata.get("model_version", "").strip('"'))[:2] or SUPPORTED
     if (parts in (None, ALL) and root in (None, ROOT)) or generation != SUPPORTED:
         return

@@ -16,23 +16,7 @@ from typing import Any
 
 from ltxpack.errors import LtxpackError, OtherFormatError, SourceError, quoted
 from ltxpack.files.tensorfile import GGUF, TensorFile, TensorInfo, parse_json, read_tensorfile
-from ltxpack.ltx23.forms import (
-    INPUT_SCALE,
-    MARKER,
-    MAX_LINEARS,
-    PARTS_TOLD,
-    QUANTISATION,
-    ROOT,
-    SCALED,
-    TOLD,
-    Linears,
-    ReadTensor,
-    few,
-    official,
-    parts_of,
-    read_linears,
-    spelled_root,
-)
+from ltxpack.ltx23 import forms
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, is_overlay, read_manifest
@@ -94,10 +78,10 @@ def _other(what: str, file: InputFile) -> dict[str, Any]:
     return {"summary": f"{what}, not opened", "takes": taken, "next": take_instead(file.name)}
 
 
-def _file(file: InputFile, tensors: TensorFile, read: ReadTensor) -> dict[str, Any]:
+def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[str, Any]:
     known = file.known
     by_name = likely(file.name, file.size)
-    linears = read_linears(tensors, read)
+    linears = forms.read_linears(tensors, read)
     common: dict[str, Any] = {
         "form": linears.form,
         "bytes": file.size,
@@ -114,8 +98,7 @@ def _file(file: InputFile, tensors: TensorFile, read: ReadTensor) -> dict[str, A
     if tensors.metadata.get("format", "").startswith(ACTIVATIONS):
         takes = {"ltxpack bake-lora": "yes: by --activations", "ltxpack export": "yes: by --activations"}
         return {"kind": "activations", **common, "metadata": _metadata(tensors), "takes": takes}
-    root = spelled_root(tensors.tensors)
-    parts = parts_of(official(name, root) for name in tensors.tensors)
+    root, parts = forms.root_and_parts(tensors)
     if parts:
         look = Look(tensors, linears, root, parts, _input_scales(linears, read))
         return {"kind": "checkpoint", **common, **_checkpoint(file, look)}
@@ -135,7 +118,7 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
     tensors, linears = look.file, look.linears
     groups: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.tensors.items():
-        groups.setdefault(component_of(official(name, look.root)) or "unknown", []).append(info)
+        groups.setdefault(component_of(forms.official(name, look.root)) or "unknown", []).append(info)
     unknown = [info.name for info in groups.pop("unknown", [])]
     has_duration = any(name.startswith("duration_head.") for name in tensors.tensors)
     generation = _generation(tensors.metadata.get("model_version", "2.5" if has_duration else ""))
@@ -156,7 +139,7 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
         "components": {name: _amounts(infos) for name, infos in groups.items()},
         "unknown": {"count": len(unknown), "names": sorted(unknown)[:MAX_LISTED]},
         **converts,
-        "faults": {name: {"count": len(where), "names": where[:MAX_LINEARS]} for name, where in faults.items()},
+        "faults": {name: {"count": len(where), "names": where[: forms.MAX_LINEARS]} for name, where in faults.items()},
         "takes": takes | {MATERIALIZE: cell},
         "next": f"ltxpack materialize {quoted(file.member)} OVERLAY"
         if converts["converts"]
@@ -165,13 +148,13 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
 
 
 def _summary(look: Look, quantised: dict[str, Any] | None) -> str:
-    words = [PARTS_TOLD[look.parts], TOLD[look.linears.form]]
+    words = [forms.PARTS_TOLD[look.parts], forms.TOLD[look.linears.form]]
     if quantised:
         blocks = len(quantised["blocks"])
         words.append(f"{quantised['linears']} linears in {blocks} block{'s' * (blocks != 1)} quantised")
         words += [quantised["calibration"]] if quantised["calibration"] else []
-    if look.root not in (None, ROOT):
-        words.append(f"names without {ROOT}")
+    if look.root not in (None, forms.ROOT):
+        words.append(f"names without {forms.ROOT}")
     return ", ".join(words)
 
 
@@ -179,11 +162,11 @@ def _quantised(look: Look) -> dict[str, Any]:
     """How many linears are in codes, in which blocks, what marks them, and whether they are calibrated."""
     linears = look.linears
     blocks = {int(found[0]) for name in linears.codes if (found := _BLOCK.search(name)) and len(found[0]) < 6}
-    marks = [name for name, there in ((QUANTISATION, linears.layers), (MARKER, linears.markers)) if there]
+    marks = [name for name, there in ((forms.QUANTISATION, linears.layers), (forms.MARKER, linears.markers)) if there]
     formats = (str(layer.get("format"))[:MAX_TEXT] for layer in linears.described.values())
     return {
         "linears": len(linears.codes),
-        "blocks": sorted(blocks)[:MAX_LINEARS],
+        "blocks": sorted(blocks)[: forms.MAX_LINEARS],
         "marked_by": marks,
         "formats": dict(Counter(formats).most_common(MAX_LISTED)),
         "calibration": _calibration(look),
@@ -191,22 +174,22 @@ def _quantised(look: Look) -> dict[str, Any]:
 
 
 def _calibration(look: Look) -> str | None:
-    scales = look.linears.scales[INPUT_SCALE]
-    if not scales or look.linears.form != SCALED:
+    scales = look.linears.scales[forms.INPUT_SCALE]
+    if not scales or look.linears.form != forms.SCALED:
         return None
     if not look.input_scales:
         return "unknown"
     return NOT_CALIBRATED if set(look.input_scales.values()) == {1.0} else "calibrated"
 
 
-def _input_scales(linears: Linears, read: ReadTensor) -> dict[str, float]:
+def _input_scales(linears: forms.Linears, read: forms.ReadTensor) -> dict[str, float]:
     """Linear -> its input scale, of those that are F32 scalars."""
     found = {
         linear: info
-        for linear, info in linears.scales[INPUT_SCALE].items()
+        for linear, info in linears.scales[forms.INPUT_SCALE].items()
         if info.dtype == "F32" and math.prod(info.shape) == 1
     }
-    return {linear: struct.unpack("<f", read(info))[0] for linear, info in found.items()} if few(found) else {}
+    return {linear: struct.unpack("<f", read(info))[0] for linear, info in found.items()} if forms.few(found) else {}
 
 
 def _made_from(tensors: TensorFile) -> Any:

@@ -11,27 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ltxpack.files.tensorfile import TensorFile, TensorInfo
-from ltxpack.ltx23.forms import (
-    ALL,
-    CAST,
-    CODECS,
-    FORMAT_DTYPES,
-    INPUT_SCALE,
-    MARKER,
-    QUANTISATION,
-    ROOT,
-    ROOTS,
-    ROTATED,
-    ROWS,
-    SCALED,
-    SOME,
-    TEXT,
-    TRANSFORMER_ALONE,
-    WEIGHT_SCALE,
-    Linears,
-    official,
-    spelled,
-)
+from ltxpack.ltx23 import forms
 
 BUILDER, SCALED_MM, FP8_CAST = (f"official code, {how}" for how in ("bf16", "fp8-scaled-mm", "fp8-cast"))
 LOADER, UNET, SGLANG, DIFFUSERS = "ComfyUI CheckpointLoaderSimple", "ComfyUI UNETLoader", "sglang", "diffusers"
@@ -61,22 +41,22 @@ _FAILS = "no: loads it without a word, fails in the first matmul"
 BY_FORM: Mapping[str, Cells] = {
     "bf16": _cells("yes", BUILDER, *COMFYUI)
     | {SCALED_MM: "no: refuses it, names fp8-cast", FP8_CAST: "yes: casts the linears of all blocks, without scales"},
-    SCALED: _cells("yes: activations by input_scale", SCALED_MM, *COMFYUI)
+    forms.SCALED: _cells("yes: activations by input_scale", SCALED_MM, *COMFYUI)
     | {BUILDER: _FAILS, FP8_CAST: "yes: folds the scales into bf16 and casts again; values below 2^-6 lose bits"},
-    ROWS: _cells("no: raises in the first matmul", *COMFYUI)
+    forms.ROWS: _cells("no: raises in the first matmul", *COMFYUI)
     | {BUILDER: _FAILS, SCALED_MM: "no: the sizes of the scales differ", FP8_CAST: "no: takes one scale a tensor"},
-    CAST: _cells("yes: the codes are the values", *COMFYUI)
+    forms.CAST: _cells("yes: the codes are the values", *COMFYUI)
     | {SCALED_MM: "no: warns of uninitialized parameters, cannot be used"},
-    ROTATED: _cells("yes", *COMFYUI) | _NO_OFFICIAL | {BUILDER: "no: refuses it"},
+    forms.ROTATED: _cells("yes", *COMFYUI) | _NO_OFFICIAL | {BUILDER: "no: refuses it"},
 }
 _NO_TRANSFORMER = _cells("no: there is no transformer in it", *OFFICIAL, *COMFYUI)
 # Part of a checkpoint -> what changes by it.
 BY_PART: Mapping[str, Cells] = {
-    ALL: {},
-    TRANSFORMER_ALONE: _cells("yes: with --transformer-path", *OFFICIAL),
-    SOME: _cells("unknown: parts are missing", *OFFICIAL, LOADER),
-    CODECS: _NO_TRANSFORMER,
-    TEXT: _NO_TRANSFORMER,
+    forms.ALL: {},
+    forms.TRANSFORMER_ALONE: _cells("yes: with --transformer-path", *OFFICIAL),
+    forms.SOME: _cells("unknown: parts are missing", *OFFICIAL, LOADER),
+    forms.CODECS: _NO_TRANSFORMER,
+    forms.TEXT: _NO_TRANSFORMER,
 }
 
 
@@ -85,7 +65,7 @@ class Look:
     """A file in which faults are looked for. ``root``: how the transformer's names begin there."""
 
     file: TensorFile
-    linears: Linears
+    linears: forms.Linears
     root: str | None
     parts: str
     input_scales: Mapping[str, float] = field(default_factory=dict)
@@ -93,7 +73,7 @@ class Look:
     @property
     def scaled(self) -> bool:
         """Whether its codes mean nothing without scales and a marker."""
-        return self.linears.form in (SCALED, ROWS, ROTATED)
+        return self.linears.form in (forms.SCALED, forms.ROWS, forms.ROTATED)
 
 
 Names = Iterable[str]
@@ -135,7 +115,7 @@ def _worst(cells: list[str]) -> str:
 
 def _without(ending: str) -> Callable[[Look], Names]:
     def find(look: Look) -> Names:
-        wanted = look.scaled and (ending == WEIGHT_SCALE or look.linears.form != ROTATED)
+        wanted = look.scaled and (ending == forms.WEIGHT_SCALE or look.linears.form != forms.ROTATED)
         return look.linears.codes.keys() - look.linears.scales[ending].keys() if wanted else ()
 
     return find
@@ -149,7 +129,7 @@ def _scales(look: Look) -> Iterator[tuple[str, str, TensorInfo, tuple[int, ...]]
 
 
 def _row_scales(look: Look) -> Names:
-    return [one for one, _, info, _ in _scales(look) if math.prod(info.shape) > 1 and look.linears.form == ROWS]
+    return [one for one, _, info, _ in _scales(look) if math.prod(info.shape) > 1 and look.linears.form == forms.ROWS]
 
 
 def _odd_scales(look: Look) -> Names:
@@ -157,9 +137,9 @@ def _odd_scales(look: Look) -> Names:
     for one, ending, info, shape in _scales(look):
         rows = shape[0] if shape else 0
         shapes: tuple[tuple[int, ...], ...] = ((), (1,), (rows,), (rows, 1))
-        if look.linears.form == ROTATED:
+        if look.linears.form == forms.ROTATED:
             shapes = shapes[3:]
-        elif ending == INPUT_SCALE:
+        elif ending == forms.INPUT_SCALE:
             shapes = shapes[:2]
         if info.dtype != "F32" or info.shape not in shapes:
             yield one
@@ -167,7 +147,7 @@ def _odd_scales(look: Look) -> Names:
 
 def _scales_without_codes(look: Look) -> Names:
     scales = look.linears.scales
-    return (scales[WEIGHT_SCALE].keys() | scales[INPUT_SCALE].keys()) - look.linears.codes.keys()
+    return (scales[forms.WEIGHT_SCALE].keys() | scales[forms.INPUT_SCALE].keys()) - look.linears.codes.keys()
 
 
 def _unmarked(look: Look) -> Names:
@@ -177,17 +157,17 @@ def _unmarked(look: Look) -> Names:
 
 
 def _unreadable(look: Look) -> Names:
-    return (QUANTISATION,) if look.linears.layers is None else ()
+    return (forms.QUANTISATION,) if look.linears.layers is None else ()
 
 
 def _other_root(look: Look) -> Names:
     """Keys of the metadata that are a linear's name but for the root."""
     codes = look.linears.codes
-    return [key for key in look.linears.layers or () if key not in codes and spelled(key, codes)]
+    return [key for key in look.linears.layers or () if key not in codes and forms.spelled(key, codes)]
 
 
 def _without_codes(look: Look) -> Names:
-    return [key for key in look.linears.layers or () if spelled(key, look.linears.codes) is None]
+    return [key for key in look.linears.layers or () if forms.spelled(key, look.linears.codes) is None]
 
 
 def _impossible_codes(look: Look) -> Names:
@@ -195,7 +175,7 @@ def _impossible_codes(look: Look) -> Names:
     for linear, info in look.linears.codes.items() if look.scaled else ():
         layer = look.linears.described.get(linear, {})
         name, group = layer.get("format"), layer.get("convrot_groupsize", 1)
-        other = isinstance(name, str) and FORMAT_DTYPES.get(name, info.dtype) != info.dtype
+        other = isinstance(name, str) and forms.FORMAT_DTYPES.get(name, info.dtype) != info.dtype
         whole = type(group) is int and group > 0
         if other or not whole or len(info.shape) != 2 or 0 in info.shape or info.shape[1] % group:
             yield linear
@@ -204,7 +184,7 @@ def _impossible_codes(look: Look) -> Names:
 def _begin_with(root: str) -> Callable[[Look], Names]:
     """The transformer's names, if they begin with ``root``; the other parts keep theirs."""
     return lambda look: (
-        [name for name in look.file.tensors if official(name, root) != name] if look.root == root else ()
+        [name for name in look.file.tensors if forms.official(name, root) != name] if look.root == root else ()
     )
 
 
@@ -221,14 +201,16 @@ def _number(look: Look) -> Names:
 _ODD = _cells("unknown: the file contradicts itself", *OFFICIAL, *COMFYUI)
 _UNSET = "no: warns of uninitialized parameters, cannot be used"
 _NOISE = "wrong: takes the codes for weights: noise"
-_DROPS = _cells(f"no: drops every tensor without {ROOT}, without a word", *OFFICIAL)
+_DROPS = _cells(f"no: drops every tensor without {forms.ROOT}, without a word", *OFFICIAL)
 FAULTS = (
     FileFault(
         "no input_scale",
-        _without(INPUT_SCALE),
+        _without(forms.INPUT_SCALE),
         {SCALED_MM: _UNSET} | _cells("yes: linears without input_scale run at 1.0, without a word", *COMFYUI),
     ),
-    FileFault("no weight_scale", _without(WEIGHT_SCALE), {SCALED_MM: _UNSET} | _cells(_NOISE, FP8_CAST, *COMFYUI)),
+    FileFault(
+        "no weight_scale", _without(forms.WEIGHT_SCALE), {SCALED_MM: _UNSET} | _cells(_NOISE, FP8_CAST, *COMFYUI)
+    ),
     FileFault("a scale for each row", _row_scales),
     FileFault(
         "scales of shape [1]",
@@ -243,12 +225,14 @@ FAULTS = (
     ),
     FileFault("scales without codes", _scales_without_codes),
     FileFault("codes that cannot be right", _impossible_codes, _ODD),
-    FileFault(f"neither in {QUANTISATION} nor marked by {MARKER}", _unmarked, _cells(_NOISE, *COMFYUI)),
-    FileFault(f"{QUANTISATION} that cannot be read", _unreadable),
-    FileFault(f"keys of {QUANTISATION} that begin otherwise than the tensors", _other_root, {LOADER: _NOISE}),
-    FileFault(f"layers of {QUANTISATION} without codes", _without_codes),
+    FileFault(f"neither in {forms.QUANTISATION} nor marked by {forms.MARKER}", _unmarked, _cells(_NOISE, *COMFYUI)),
+    FileFault(f"{forms.QUANTISATION} that cannot be read", _unreadable),
+    FileFault(f"keys of {forms.QUANTISATION} that begin otherwise than the tensors", _other_root, {LOADER: _NOISE}),
+    FileFault(f"layers of {forms.QUANTISATION} without codes", _without_codes),
     FileFault("bare names", _begin_with(""), _DROPS | {LOADER: UNTRIED}),
-    FileFault(f"names that begin with {ROOTS[1]}", _begin_with(ROOTS[1]), _DROPS | _cells(UNTRIED, *COMFYUI)),
+    FileFault(
+        f"names that begin with {forms.ROOTS[1]}", _begin_with(forms.ROOTS[1]), _DROPS | _cells(UNTRIED, *COMFYUI)
+    ),
     FileFault("no config in the metadata", _lacks("config"), {LOADER: "no: needs `config`"}),
     FileFault("no model_version in the metadata", _lacks("model_version")),
     FileFault("model_version that is a number", _number, _cells("no: its check of model_version fails", *OFFICIAL)),

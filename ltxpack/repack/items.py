@@ -122,13 +122,8 @@ class Cast:
 
     def _refuse_overflow(self, lost: np.ndarray[Any, Any]) -> None:
         if len(lost):
-            raise UnsupportedError(
-                "holds a value too large for bfloat16",
-                file=self.source.path,
-                tensor=self.name,
-                expected="at most 3.39e38",
-                found=float(lost[0]),
-            )
+            problem, most, path = "holds a value too large for bfloat16", "at most 3.39e38", self.source.path
+            raise UnsupportedError(problem, file=path, tensor=self.name, expected=most, found=float(lost[0]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,13 +236,9 @@ def require_space(folder: Path, written: int, files: int) -> None:
         raise OverlayError("may not be written", file=base, next="choose another folder, or correct its permissions")
     free = shutil.disk_usage(base).free
     if written + BYTES_PER_FILE * files > free:
-        raise OverlayError(
-            "the disk is too small",
-            file=base,
-            expected=f"{written} bytes free",
-            found=f"{free} bytes",
-            next="free some space, or choose another folder, then run the same command again",
-        )
+        wanted = f"{written} bytes free"
+        advice = "free some space, or choose another folder, then run the same command again"
+        raise OverlayError("the disk is too small", file=base, expected=wanted, found=f"{free} bytes", next=advice)
 
 
 def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:

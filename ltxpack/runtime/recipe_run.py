@@ -216,10 +216,7 @@ def _denoised(
     session.reporter.begin(label, len(sigmas) - 1, "step")
     decode_weights(model, 0 in kept)
     tokens = SAMPLERS[sampler](
-        lambda latents, sigma: denoiser(latents, sigma, state, rope),
-        state,
-        sigmas,
-        on_step=on_step,
+        lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas, on_step=on_step
     )
     session.reporter.end()
     return tokens

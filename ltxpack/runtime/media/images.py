@@ -70,12 +70,8 @@ def read_image(path: Path) -> Pixels:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise FormatError(
-                    "too large a picture",
-                    file=path,
-                    expected=f"at most {MAX_PIXELS} pixels",
-                    found=f"{image.width}x{image.height}",
-                )
+                most, found = f"at most {MAX_PIXELS} pixels", f"{image.width}x{image.height}"
+                raise FormatError("too large a picture", file=path, expected=most, found=found)
             image.load()
             return np.array(_to_srgb(_upright(image), path))
 

@@ -42,13 +42,9 @@ def check_output(path: Path) -> Path:
     """``path`` if a video can be written there. Raises UsageError: unknown ending, no such folder, not writable."""
     if path.suffix.lower() not in CONTAINERS:
         better = path.parent / f"{path.stem or 'video'}.mp4"
-        raise UsageError(
-            "not a video file this can write",
-            file=path,
-            expected=f"a name ending in {', '.join(CONTAINERS)}",
-            found=path.suffix or "no ending",
-            next=f"choose -o {quoted(better)}",
-        )
+        known, advice = f"a name ending in {', '.join(CONTAINERS)}", f"choose -o {quoted(better)}"
+        problem, found = "not a video file this can write", path.suffix or "no ending"
+        raise UsageError(problem, file=path, expected=known, found=found, next=advice)
     check_writable(path, "-o", "video.mp4")
     return path
 

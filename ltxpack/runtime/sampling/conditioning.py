@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
-from ltxpack.runtime.sampling.shape import (
-    AUDIO_BINS,
-    AUDIO_CHANNELS,
-    AUDIO_HOP,
-    AUDIO_SAMPLE_RATE,
-    AV,
-    VideoShape,
-)
+from ltxpack.runtime.sampling.shape import AUDIO_BINS, AUDIO_CHANNELS, AUDIO_HOP, AUDIO_SAMPLE_RATE, AV, VideoShape
 
 
 def patchify(latents: AV[Tensor]) -> AV[Tensor]:

@@ -59,12 +59,8 @@ class VideoShape:
         check_sizes(self.height, self.width, SPATIAL_FACTOR)
         if self.frames < 1 or self.frames % TEMPORAL_FACTOR != 1:
             below = max(1, (self.frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
-            raise UsageError(
-                "wrong number of frames",
-                expected="a multiple of 8, plus 1",
-                found=self.frames,
-                next=f"choose --num-frames {below} or {below + TEMPORAL_FACTOR}",
-            )
+            fitting, better = "a multiple of 8, plus 1", f"choose --num-frames {below} or {below + TEMPORAL_FACTOR}"
+            raise UsageError("wrong number of frames", expected=fitting, found=self.frames, next=better)
         if not (math.isfinite(self.fps) and self.fps > 0 and math.isfinite(self.frames / self.fps)):
             raise UsageError("wrong frame rate", expected="a number above 0", found=self.fps, next="choose --fps 24")
         if self.audio_length < 1:
@@ -120,9 +116,5 @@ def check_sizes(height: int, width: int, factor: int) -> None:
     for flag, value in (("--height", height), ("--width", width)):
         if value < factor or value % factor:
             below = max(factor, value // factor * factor)
-            raise UsageError(
-                f"wrong {flag.removeprefix('--')}",
-                expected=f"a multiple of {factor}",
-                found=value,
-                next=f"choose {flag} {below} or {below + factor}",
-            )
+            problem, better = f"wrong {flag.removeprefix('--')}", f"choose {flag} {below} or {below + factor}"
+            raise UsageError(problem, expected=f"a multiple of {factor}", found=value, next=better)
