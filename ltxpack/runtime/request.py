@@ -33,7 +33,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 SEE_HELP = "ltxpack run --help"
 # Steps of a stage as --keep-steps names them; others go by number, from 1.
-FIRST, LAST = "first", "last"
+FIRST, LAST, NONE = "first", "last", "none"
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,16 @@ class Request:
     @property
     def _kept_words(self) -> list[str]:
         asked = self.settings.keep_steps
-        return [] if asked is None else [word.strip() for word in asked.split(",")]
+        return [] if asked in (None, NONE) else [word.strip() for word in str(asked).split(",")]
 
     def kept_steps(self, stage: int) -> frozenset[int]:
-        """The steps of a stage, counted from 0, in which quantised weights are decoded."""
+        """The steps of a stage, counted from 0, in which quantised weights are decoded.
+
+        Without a setting the first of a stage that is guided: guidance multiplies what codes lose, and this step
+        decides what the video shows.
+        """
+        if self.settings.keep_steps is None:
+            return frozenset([0][: self.recipe.stages[stage].guided])
         count = self.recipe.stages[stage].schedule.steps(self.settings.steps)
         named = {FIRST: 0, LAST: count - 1}
         return frozenset(named[word] if word in named else int(word) - 1 for word in self._kept_words)
@@ -162,7 +168,7 @@ class Request:
         most = max(stage.schedule.steps(s.steps) for stage in self.recipe.stages)
         for word in self._kept_words:
             if word not in (FIRST, LAST) and not (word.isdecimal() and 1 <= int(word) <= most):
-                wanted = f"{FIRST}, {LAST} or numbers from 1 to {most}, with commas"
+                wanted = f"{NONE}, or {FIRST}, {LAST} or numbers from 1 to {most}, with commas"
                 raise UsageError("wrong --keep-steps", expected=wanted, found=s.keep_steps, next=SEE_HELP)
 
 

@@ -87,7 +87,10 @@ class Settings:
         OFFICIAL, "fast: larger tiles where memory allows; pixels near seams differ.", choices=DECODES, plan=True
     )
     keep_steps: str | None = _setting(
-        None, "Steps of each stage in which quantised weights are decoded: first, last, N.", metavar="first,last"
+        None,
+        "Steps of each stage in which quantised weights are decoded: none, or first, last, N. Default: the first where "
+        "it is guided.",
+        metavar="first,last",
     )
 
     @classmethod

@@ -114,7 +114,8 @@ def test_the_default_negative_prompt_is_the_official_one_to_the_letter() -> None
 def test_steps_with_decoded_weights_are_named_by_number_or_by_their_place() -> None:
     kept = Request.of("x", keep_steps="first, 2,last")
     assert [sorted(kept.kept_steps(stage)) for stage in (0, 1)] == [[0, 1, 14], [0, 1, 2]]
-    assert Request.of("x").kept_steps(0) == frozenset()
+    assert [Request.of("x").kept_steps(stage) for stage in (0, 1)] == [{0}, frozenset()], "the first, where guided"
+    assert Request.of("x", recipe="distilled").kept_steps(0) == Request.of("x", keep_steps="none").kept_steps(0) == set()
     assert Request.of("x", recipe="distilled", keep_steps="8").kept_steps(1) == {7}, "a step that stage 2 has not"
     for wrong in ("0", "16", "-1", "middle", "", "1;2", "1.0"):
         with pytest.raises(UsageError, match="wrong --keep-steps"):
