@@ -14,10 +14,10 @@ from _gpu_forward import BRIEF, compiled
 from _gpu_video import sampled
 from torch import Tensor
 
-from ltxpack.ltx23.codes import FP8, INT8, KEPT_BLOCKS
+from ltxpack.ltx23.codes import FP8, INT8, KEPT_BLOCKS, rotated_together
 from ltxpack.runtime.model.layers import Linear
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.model.quantised import KINDS, fault, hadamard, put_quantised, rotated_together, use_codes
+from ltxpack.runtime.model.quantised import KINDS, fault, hadamard, put_quantised, use_codes
 from ltxpack.runtime.sampling.conditioning import unpatchify
 from ltxpack.runtime.sampling.recipes import DISTILLED
 from ltxpack.runtime.sampling.shape import AV

@@ -115,7 +115,9 @@ def test_steps_with_decoded_weights_are_named_by_number_or_by_their_place() -> N
     kept = Request.of("x", keep_steps="first, 2,last")
     assert [sorted(kept.kept_steps(stage)) for stage in (0, 1)] == [[0, 1, 14], [0, 1, 2]]
     assert [Request.of("x").kept_steps(stage) for stage in (0, 1)] == [{0}, frozenset()], "the first, where guided"
-    assert Request.of("x", recipe="distilled").kept_steps(0) == Request.of("x", keep_steps="none").kept_steps(0) == set()
+    assert (
+        Request.of("x", recipe="distilled").kept_steps(0) == Request.of("x", keep_steps="none").kept_steps(0) == set()
+    )
     assert Request.of("x", recipe="distilled", keep_steps="8").kept_steps(1) == {7}, "a step that stage 2 has not"
     for wrong in ("0", "16", "-1", "middle", "", "1;2", "1.0"):
         with pytest.raises(UsageError, match="wrong --keep-steps"):

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltxpack.ltx23.codes import CODES, FP8, INT8
+from ltxpack.ltx23.codes import CODES, FP8, INT8, rotated_together
 from ltxpack.runtime.model.layers import Linear, Made
 from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
 
-# Inputs that are rotated together: the largest power of 4 that divides their number, at most this.
-MOST_ROTATED = 256
 # Without a compiler float32 copies are made of so many numbers at a time.
 STRETCH = 2**22
 # cuBLAS multiplies int8 codes of no fewer tokens.
@@ -240,14 +238,6 @@ def by_stretches(make: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor)
     for target, *some in zip(*stretches, strict=True):
         target.copy_(make(*some))
     return found
-
-
-def rotated_together(inputs: int) -> int:
-    """How many of a linear's inputs are rotated together."""
-    size = 1
-    while size < MOST_ROTATED and inputs % (4 * size) == 0:
-        size *= 4
-    return size
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
