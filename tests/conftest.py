@@ -40,13 +40,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # Whole files go to the workers: a long one begun last would keep one of them waiting.
 LONG = (
-    "test_kills.py",
-    "test_dit_compile.py",
-    "test_residency.py",
-    "test_many_videos.py",
     "test_pretend_card.py",
-    "test_benchmarks_offline.py",
+    "test_dit_compile.py",
     "test_end_to_end.py",
+    "test_many_videos.py",
+    "test_gpu_bench.py",
+    "test_residency.py",
+    "test_lora_resume.py",
+    "test_residency_slots.py",
+    "test_kills.py",
+    "test_codecs.py",
+    "test_benchmarks_offline.py",
+    "test_forms.py",
 )
 
 

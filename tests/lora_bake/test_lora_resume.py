@@ -63,12 +63,20 @@ def spawn(*arguments: Any) -> int | None:
     return answer
 
 
-def start(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An overlay with one bake to be kept and one to be replaced."""
-    overlay = make_overlay(folder, BASE, shards=4, distilled=official_keys(FACTORS))
+    overlay = make_overlay(
+        tmp_path_factory.mktemp("pristine") / "out", BASE, shards=4, distilled=official_keys(FACTORS)
+    )
     bake(BakeOptions(overlay, (0.25,)), SilentReporter())
     bake(BakeOptions(overlay, (0.9,), name="mine"), SilentReporter())
     return overlay
+
+
+@pytest.fixture
+def overlay(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / "out", symlinks=True))
 
 
 @pytest.fixture
@@ -104,12 +112,10 @@ JOBS = {
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_killed_anywhere_the_same_command_finishes(job: str, tmp_path: Path) -> None:
+def test_killed_anywhere_the_same_command_finishes(job: str, overlay: Path, pristine: Path, tmp_path: Path) -> None:
     options = JOBS[job]
-    undisturbed, pristine = start(tmp_path / "undisturbed"), tmp_path / "pristine"
-    shutil.copytree(undisturbed, pristine, symlinks=True)
-    total = spawn(undisturbed, options, 0)
-    expected = tree(undisturbed)
+    total = spawn(overlay, options, 0)
+    expected = tree(overlay)
     order = random.Random(job)
     # The last calls move everything into its place: a third of the kills fall there.
     points = sorted(order.sample(range(1, total - 30), 4) + order.sample(range(total - 30, total + 1), 3))
@@ -126,9 +132,8 @@ def test_killed_anywhere_the_same_command_finishes(job: str, tmp_path: Path) -> 
 
 
 def test_a_stopped_bake_goes_on_with_its_kernel(
-    tmp_path: Path, stopped_after: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    overlay: Path, stopped_after: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overlay = start(tmp_path / "out")
     monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda: False)
     stopped_after(1, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -158,13 +163,19 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the overlay holds after another bake, made in peace."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    bake(BakeOptions(Path(shutil.copytree(pristine, folder, symlinks=True)), (0.5,)), SilentReporter())
+    return tree(folder)
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_what_a_stopped_bake_left_is_kept_once_it_is_checked(
-    damage: str, tmp_path: Path, stopped_after: Callable[..., Any]
+    damage: str, overlay: Path, whole: dict[str, bytes], stopped_after: Callable[..., Any]
 ) -> None:
     """After a failure in the third shard the first two are not fused again, and their figures are in the report."""
-    overlay, whole = start(tmp_path / "out"), start(tmp_path / "whole")
-    bake(BakeOptions(whole, (0.5,)), SilentReporter())
     fused = []
     for count in (2, 1):
         names = stopped_after(count)
@@ -175,7 +186,7 @@ def test_what_a_stopped_bake_left_is_kept_once_it_is_checked(
     stopped_after(None)
     DAMAGES[damage](overlay / ".ltxpack" / "distilled-0.5.partial")
     bake(BakeOptions(overlay, (0.5,)), SilentReporter())
-    assert tree(overlay) == tree(whole)
+    assert tree(overlay) == whole
 
 
 ROWS, COLUMNS, RANK, COUNT = 4096, 4096, 8, 14

@@ -166,7 +166,6 @@ class Card(FakeTensorMode):
         self.contexts: set[int] = set()
         self.asked: dict[str, int] = defaultdict(int)
         self._kinds: dict[Any, Kind] = {}
-        self._known: dict[Any, Any] = {}
         self._within = False
 
     @property
@@ -338,9 +337,9 @@ class Card(FakeTensorMode):
         return out
 
     def _shaped(self, func: Any, kind: Kind, types: Any, args: Any, kwargs: Any) -> Any:
-        """What comes of an operation: as torch says, or as it said of the same before, which is a third of the work."""
-        key = None if kind.writes else (func, described(args), described(kwargs))
-        found = self._known.get(key)
+        """What comes of an operation: as torch says, or as it said of the same before, whatever card that was."""
+        key = None if kind.writes else (func, described(args, kind.view), described(kwargs, kind.view))
+        found = KNOWN.get(key)
         # A view shares what counts the changes of its tensor, which those made in inference mode do without.
         if found is not None and not (kind.view and args[0].is_inference() != torch.is_inference_mode_enabled()):
             size, stride, offset, dtype, device = found
@@ -353,7 +352,7 @@ class Card(FakeTensorMode):
         finally:
             self._within = False
         if key is not None and isinstance(out, Tensor) and is_on_card(out):
-            self._known[key] = (tuple(out.shape), out.stride(), out.storage_offset(), out.dtype, out.device)
+            KNOWN[key] = (tuple(out.shape), out.stride(), out.storage_offset(), out.dtype, out.device)
         return out
 
     def _account(self, func: Any, kind: Kind, args: Any, kwargs: Any, cards: Sequence[Tensor], out: Any) -> None:
@@ -433,6 +432,8 @@ class Card(FakeTensorMode):
         return out
 
 
+# Operation and arguments -> size, stride, offset, dtype and device of what came of it.
+KNOWN: dict[Any, Any] = {}
 REAL_RANDN, REAL_TENSOR, REAL_TO = torch.randn, torch.tensor, torch.Tensor.to
 REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
@@ -565,16 +566,16 @@ def laid(tensor: Tensor) -> tuple[Any, Any]:
     return tuple(tensor.shape), tensor.stride()
 
 
-def described(value: Any) -> Any:
-    """Arguments as a key: of tensors all but their content."""
+def described(value: Any, view: bool) -> Any:
+    """Arguments as a key: of tensors all but their content, and for a view also where they begin."""
     if isinstance(value, FakeTensor):
-        return "fake", value.shape, value.stride(), value.storage_offset(), value.dtype, value.device
+        return "fake", value.shape, value.stride(), view and value.storage_offset(), value.dtype, value.device
     if isinstance(value, Tensor):
         return object()
     if isinstance(value, list | tuple):
-        return tuple(map(described, value))
+        return tuple(described(part, view) for part in value)
     if isinstance(value, dict):
-        return tuple((name, described(part)) for name, part in value.items())
+        return tuple((name, described(part, view)) for name, part in value.items())
     # 1, 1.0 and True are equal keys and different arguments.
     return type(value), value
 

@@ -26,6 +26,7 @@ from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, co
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 STAGES = [AV(24, 9), AV(50, 14)]
+# Streams of the same widths have kernels in common, each of which takes the C++ compiler two seconds.
 EVEN = SMALL | {f"audio_{name}": SMALL[name] for name in SMALL if f"audio_{name}" in SMALL}
 CXX = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 
@@ -49,10 +50,7 @@ def lookups() -> AV[int]:
 
 @needs_compiler
 def test_compiled_agrees_with_eager_and_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guided passes at both stages, with image conditioning; then as in a new process.
-
-    Both streams have the same widths here, which is half as many kernels for the C++ compiler.
-    """
+    """Guided passes at both stages, with image conditioning; then as in a new process."""
     dit = built(EVEN, random_weights(EVEN))
     monkeypatch.setenv(INDUCTOR_CACHE, "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -71,11 +69,12 @@ def test_compiled_agrees_with_eager_and_is_found_again(tmp_path: Path, monkeypat
 
 
 @needs_compiler
-def test_compiled_agrees_with_eager_in_bfloat16(dit: DiT) -> None:
+def test_compiled_agrees_with_eager_in_bfloat16() -> None:
     """A compiled block rounds less often, so neither is the exact one; both are as near to float32.
 
     The pass is isolated: what exchanges is compiled in the test above.
     """
+    dit = built(EVEN, random_weights(EVEN))
     streams = random_streams(dit, STAGES[0])
     exact = dit(streams, isolated=True)
     half, rounded = dit.bfloat16(), cast(streams, torch.bfloat16)

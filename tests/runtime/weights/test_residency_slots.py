@@ -337,11 +337,13 @@ def test_the_layout_is_what_the_plan_counts(folder: Path) -> None:
             assert ByteLayout.of(own, dtype).nbytes == part.blocks[number]
 
 
-@pytest.mark.parametrize("name", ["some blocks from memory", "every block from the file"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_blocks_share_their_graphs_wherever_weights_lie(name: str, folder: Path) -> None:
-    """The hooks of the slots run at every call, and what they bring is used: no graph holds weights."""
-    placement = PLACEMENTS[name]
+def test_compiled_blocks_share_their_graphs_wherever_weights_lie(folder: Path) -> None:
+    """The hooks of the slots run at every call, and what they bring is used: no graph holds weights.
+
+    Blocks from the file, from host memory and on the card.
+    """
+    placement = PLACEMENTS["some from the file, some held"]
     graphs, backend = tracing()
     expected = plain_outputs(folder)
     held = placed_module(folder, placement, AT_ONCE)
