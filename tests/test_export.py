@@ -88,8 +88,11 @@ def test_what_is_exported_makes_the_same_overlay_again(demo: Path, tmp_path: Pat
     output = tmp_path / "ltx-2.3-demo-dev.safetensors"
     exported(demo / "overlay", output)
     given = [f"--{role}={next((demo / 'source').glob(name))}" for role, name in OTHERS.items()]
+    merged = exported(demo / "overlay", tmp_path / "ltx-2.3-mine-dev.safetensors", "--bake", BAKE)
+    told = ltxpack("materialize", merged.path, tmp_path / "merged", *given, "--plan").stderr
+    assert "warning" in told and "demo-distilled-lora-8.safetensors at 0.5" in told
     done = ltxpack("materialize", output, tmp_path / "again", *given)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "merged" not in done.stderr, done.stderr
     before, after = tree(demo / "overlay"), tree(tmp_path / "again")
     told = (MANIFEST_NAME, "source/metadata.json")  # name and hash of the source, and what it says of itself
     assert {name: data for name, data in after.items() if name not in told} == {

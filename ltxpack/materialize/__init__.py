@@ -14,7 +14,7 @@ from ltxpack.errors import OverlayError
 from ltxpack.files.units import human_bytes
 from ltxpack.ltx23.releases import TEXT_ENCODER
 from ltxpack.manifest import Manifest, is_overlay, read_manifest
-from ltxpack.materialize.checkpoint import STORED_DTYPE
+from ltxpack.materialize.checkpoint import STORED_DTYPE, merged_loras
 from ltxpack.materialize.existing import differences, restore_base
 from ltxpack.materialize.hub.client import Hub
 from ltxpack.materialize.inputs import Inputs, read_inputs
@@ -151,6 +151,9 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
     if inputs.sources.text_encoder is not None:
         reporter.note(f"text encoder: {inputs.sources.text_encoder.label}")
     checkpoint = inputs.checkpoint
+    if merged := merged_loras(checkpoint.file):
+        told = f"{inputs.sources.checkpoint.label} is an export with LoRAs merged into it ({', '.join(merged)})"
+        reporter.warn(f"{told}: base and bakes of this overlay all have them")
     cast = sum(info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for info in tensors.values())
     if cast:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")

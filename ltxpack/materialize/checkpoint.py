@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ltxpack.errors import OtherFormatError, UnsupportedError
+from ltxpack.errors import LtxpackError, OtherFormatError, UnsupportedError
 from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
@@ -61,6 +61,15 @@ class Upsampler:
     def as_is(self) -> bool:
         """Whether the overlay can hold the file unchanged."""
         return all(info.dtype == STORED_DTYPE and target == info.name for target, info in self.tensors.items())
+
+
+def merged_loras(file: TensorFile) -> list[str]:
+    """The LoRAs that an export of ours says are merged into it; none for a file that does not say so."""
+    try:
+        stated = parse_json(file.metadata.get("ltxpack", "null").encode("utf-8", "surrogatepass"), file.path)
+        return [f"{lora['file']} at {lora['strength']:g}" for lora in stated["loras"] if lora["strength"]]
+    except (LtxpackError, KeyError, TypeError, ValueError):
+        return []
 
 
 def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
