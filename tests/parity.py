@@ -89,7 +89,4 @@ HEAD = [
     "another layout; the latents of the sound it takes before normalisation.",
     "",
 ]
-COLUMNS = [
-    "| fixture | file | compared | worst | tensor |",
-    "|---|---|---|---|---|",
-]
+COLUMNS = ["| fixture | file | compared | worst | tensor |", "|---|---|---|---|---|"]

@@ -230,10 +230,7 @@ def test_distilled_loads_one_transformer_once_in_every_residency_mode(
         path.stat().st_size for path in loads[0].glob("*.safetensors")
     )
     with safe_open(tensors, framework="pt") as file:
-        assert [file.metadata()[name] for name in ("recipe", "stage1", "stage2")] == [
-            "distilled",
-            *[name] * 2,
-        ]
+        assert [file.metadata()[name] for name in ("recipe", "stage1", "stage2")] == ["distilled", *[name] * 2]
 
 
 @pytest.mark.parametrize("mode", MODES)

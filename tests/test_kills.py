@@ -10,14 +10,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from materialize import tiny_source
 from support import FORKS, ltxpack, tree
 
 from ltxpack.cli import main
 from ltxpack.manifest import MANIFEST_NAME
-from ltxpack.repack import staging
 
 # Fifty in all.
 MATERIALIZE_KILLS, BAKE_KILLS = 34, 16
@@ -49,15 +47,6 @@ def seconds_of(errors: Path, *arguments: str | Path) -> float:
     begin = time.perf_counter()
     assert ended(arguments, errors) == 0
     return time.perf_counter() - begin
-
-
-@pytest.fixture(scope="module")
-def undisturbed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An overlay of many small shards with two bakes, made in peace."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    for command in commands(demo / "source", out, "200kB"):
-        assert ltxpack(*command).returncode == 0
-    return out
 
 
 def commands(source: Path, out: Path, shards: str) -> list[list[str | Path]]:
@@ -95,43 +84,21 @@ def test_materialize(tmp_path: Path) -> None:
     assert kills >= MATERIALIZE_KILLS
 
 
-def test_bake_lora(demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_bake_lora(demo: Path, tmp_path: Path) -> None:
     out, errors = tmp_path / "out", tmp_path / "errors"
     base, command = commands(demo / "source", out, "200kB")
     assert ltxpack(*base).returncode == 0
-    manifest, expected = (out / MANIFEST_NAME).read_bytes(), tree(undisturbed)
+    manifest = (out / MANIFEST_NAME).read_bytes()
     usual, draw, kills = seconds_of(errors, *command), random.Random(1), 0
+    expected = tree(out)
     for _ in range(10 * BAKE_KILLS):
         if kills >= BAKE_KILLS:
             break
+        shutil.rmtree(out / "bakes")
+        (out / MANIFEST_NAME).write_bytes(manifest)
         for _ in kills_until_it_ends(usual, draw, errors, command):
             kills += 1
             assert ltxpack("verify", out).returncode == 0, "a failed bake leaves the overlay valid"
         assert tree(out) == expected
         assert sorted(path.name for path in (out / "bakes").iterdir()) == ["distilled-0.25", "distilled-0.7"]
-        shutil.rmtree(out / "bakes")
-        (out / MANIFEST_NAME).write_bytes(manifest)
     assert kills >= BAKE_KILLS
-
-
-def test_stopped_between_the_bake_and_the_manifest(
-    demo: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    base, command = commands(demo / "source", out, "200kB")
-    assert ltxpack(*base).returncode == 0
-    swap = staging._swap
-
-    def swap_and_stop(place: staging.StagingPaths) -> None:
-        swap(place)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(staging, "_swap", swap_and_stop)
-    assert ltxpack(*command).returncode == 130
-    assert (out / "bakes" / "distilled-0.25").is_dir()
-    checked = ltxpack("verify", out)
-    assert checked.returncode == 0, checked.stdout
-    assert "unfinished" in checked.stderr
-    monkeypatch.undo()
-    assert ltxpack(*command).returncode == 0
-    assert tree(out) == tree(undisturbed)

@@ -171,8 +171,7 @@ def test_what_an_overlay_may_not_say(place: tuple[str | int, ...], value: Any, t
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "format": 1}', "[" * 100_000, '{"a": NaN}', "\x00"],
+    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "format": 1}', "[" * 100_000, '{"a": NaN}', "\x00"]
 )
 def test_json_that_is_no_manifest(text: str, tmp_path: Path) -> None:
     refused(text, tmp_path)

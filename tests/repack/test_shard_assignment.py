@@ -90,10 +90,7 @@ def test_a_shard_holds_something() -> None:
         assign_shards([], 0, "x")
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 900), st.booleans()), max_size=20),
-    st.integers(16, 400),
-)
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 900), st.booleans()), max_size=20), st.integers(16, 400))
 def test_reads_give_every_byte_of_every_range_in_order(spans: list[tuple[int, int, bool]], limit: int) -> None:
     ranges = [Range(Path("b" if other else "a"), start, size) for start, size, other in spans]
     windows, counts = read_plan(ranges, limit)

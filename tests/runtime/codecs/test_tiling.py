@@ -66,8 +66,7 @@ def test_default_size_is_cut_as_the_spec_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "tile"),
-    [(7, 48, 4), (9, 48, 4), (11, 48, 6), (2, 48, 3), (48, 48, 24), (60, 34, 24)],
+    ("height", "width", "tile"), [(7, 48, 4), (9, 48, 4), (11, 48, 6), (2, 48, 3), (48, 48, 24), (60, 34, 24)]
 )
 def test_the_short_side_is_rounded_half_to_even_and_at_least_three(height: int, width: int, tile: int) -> None:
     assert auto_tiling(height, width).height.length == tile

@@ -61,10 +61,7 @@ def calls_of(case: str) -> list[Call]:
         return [call_of(case)]
     kinds = mixed[1].split("_")
     return [
-        Call(
-            isolated=kind == "iso",
-            perturbed=AV(frozenset({int(kind[3:])}) if kind.startswith("stg") else NONE, NONE),
-        )
+        Call(isolated=kind == "iso", perturbed=AV(frozenset({int(kind[3:])}) if kind.startswith("stg") else NONE, NONE))
         for kind in kinds
     ]
 

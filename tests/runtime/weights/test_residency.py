@@ -528,11 +528,7 @@ class TestPlans:
         with pipeline(demo / "overlay", notes, residency="stream") as make:
             for frames in (17, 9, 9):
                 make.residency.prepare([hq_work(VideoShape(frames, 64, 64, 24.0), STAGES, 2)])
-        assert [note.split(":")[0] for note in notes.notes] == [
-            "residency stream",
-            "peak memory planned",
-            "reads auto",
-        ]
+        assert [note.split(":")[0] for note in notes.notes] == ["residency stream", "peak memory planned", "reads auto"]
 
     def test_the_largest_of_many_videos_counts(self, demo: Path) -> None:
         with pipeline(demo / "overlay") as make:
