@@ -38,7 +38,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 23_050,
     "files of the package": 129,
-    "lines of the tests": 24_250,
+    "lines of the tests": 24_220,
 }
 
 
