@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ltxpack.cli.terminal import (
-    TerminalReporter,
-    json_option,
-    plan_option,
-    print_json,
-    print_plan,
-    usual_overlay,
-    verbose_option,
-)
+from ltxpack.cli import terminal
 from ltxpack.errors import UsageError
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import BF16, FORMATS, FP8, INT8
@@ -49,17 +41,13 @@ OFFICIAL = {
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
 @click.option("--bake", help="A bake of the overlay instead of the base.")
 @click.option("--strength", type=float, help="Merge the main LoRA on the way, at this strength; no bake is written.")
-@click.option("--lora", metavar="FILE", help="Main LoRA instead of the overlay's distilled one.")
-@click.option("--add", "added", multiple=True, metavar="FILE=S", help="Stack a LoRA, applied before the main one.")
+@terminal.lora_option
+@terminal.added_option
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), help="How linears are stored.  [default: as in the bake, else bf16]"
 )
-@click.option("--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]")
-@click.option(
-    "--activations",
-    type=click.Path(path_type=Path),
-    help="For fp8: take input scales from this file, which ltxpack run --save-activations wrote.",
-)
+@terminal.keep_blocks_option
+@terminal.activations_option
 @click.option(
     "--parts",
     type=click.Choice(PARTS),
@@ -68,10 +56,10 @@ OFFICIAL = {
     help="The whole checkpoint, or the transformer with the connectors.",
 )
 @click.option("--source", help="File, folder or repo with the checkpoint, if the overlay lacks its metadata.")
-@plan_option
+@terminal.plan_option
 @click.option("--force", is_flag=True, help="Replace a file that is there.")
-@json_option
-@verbose_option
+@terminal.json_option
+@terminal.verbose_option
 def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, **options: object) -> None:
     """Write OVERLAY's weights as one safetensors file with the official names, for ComfyUI and the official code.
 
@@ -81,18 +69,20 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
     from ltxpack.export import export as write
     from ltxpack.export import plan_export
 
-    reporter = TerminalReporter(verbose)
-    wanted = _wanted(usual_overlay(overlay), **options)  # type: ignore[arg-type]
+    reporter = terminal.TerminalReporter(verbose)
+    wanted = _wanted(terminal.usual_overlay(overlay), **options)  # type: ignore[arg-type]
     if plan_only:
         size = plan_export(wanted, reporter, headers_only=True).size
         files = [{"path": str(wanted.output), "bytes": size, "action": "write"}]
-        print_plan({"files": files, "missing": [], "total_bytes": size}, as_json)
+        terminal.print_plan({"files": files, "missing": [], "total_bytes": size}, as_json)
         return
     report = write(wanted, reporter)
     plan = report.plan
     if as_json:
         facts = {"path": str(report.path), "bytes": plan.size, "blake3": report.blake3, "format": plan.form}
-        print_json({**facts, "tensors": len(plan.tensors), "quantised": plan.quantised, "widened": plan.widened})
+        terminal.print_json(
+            {**facts, "tensors": len(plan.tensors), "quantised": plan.quantised, "widened": plan.widened}
+        )
         return
     widened = f", {plan.widened} tables widened to float32" if plan.widened else ""
     click.echo(f"{report.path}: {human_bytes(plan.size)}, {len(plan.tensors)} tensors{widened}")

@@ -97,6 +97,19 @@ def print_plan(plan: dict[str, Any], as_json: bool, *, bounds: tuple[str, ...] =
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done and how.")
 plan_option = click.option("--plan", "plan_only", is_flag=True, help="Only say what would be written.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+# Of what makes a bake, into its folder or into an export.
+lora_option = click.option("--lora", metavar="FILE", help="Main LoRA instead of the overlay's distilled one.")
+added_option = click.option(
+    "--add", "added", multiple=True, metavar="FILE=S", help="Stack a LoRA, applied before the main one."
+)
+keep_blocks_option = click.option(
+    "--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]"
+)
+activations_option = click.option(
+    "--activations",
+    type=click.Path(path_type=Path),
+    help="For fp8: take input scales from this file, which ltxpack run --save-activations wrote.",
+)
 
 
 def usual_overlay(given: Path | None) -> Path:

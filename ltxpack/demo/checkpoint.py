@@ -22,6 +22,7 @@ from ltxpack.files.tensorfile import build_header, tensor_nbytes
 from ltxpack.ltx23.configs import Shapes, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import source_inventory
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
+from ltxpack.repack.items import round_to_bfloat16
 
 NAME = "ltx-2.3-demo"
 RANK = 8
@@ -241,8 +242,7 @@ def _tokenizer() -> str:
 
 def _stored(values: NDArray[np.float32], dtype: str) -> bytes:
     """The bytes of ``values`` rounded to bfloat16, to nearest even."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    rounded = round_to_bfloat16(values)
     if dtype == "BF16":
         return rounded.tobytes()
     return (rounded.astype("<u4") << 16).tobytes() if dtype == "F32" else bytes(tensor_nbytes(dtype, values.shape))

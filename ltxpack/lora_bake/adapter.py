@@ -92,18 +92,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class LoraUse:
-    """One LoRA of a bake: what it fits, at what strength, and its content's hash. ``file`` is its recorded name."""
+    """One LoRA of a bake: what it fits, and how the manifest lists it."""
 
     adapter: Adapter
-    strength: float
-    digest: str
-    file: str
+    baked: BakedLora
 
-    def record(self, rule: str) -> BakedLora:
-        """How the manifest lists it."""
-        factor = 1.0 if rule == "official" else self.adapter.factor
-        scale = None if factor is None else self.strength * factor
-        return BakedLora(self.adapter.name, self.file, self.adapter.size, self.digest, self.strength, scale)
+    @classmethod
+    def of(cls, adapter: Adapter, strength: float, digest: str, rule: str) -> LoraUse:
+        """``adapter`` at ``strength``; ``digest`` is its content's hash."""
+        factor = 1.0 if rule == "official" else adapter.factor
+        scale = None if factor is None else strength * factor
+        return cls(adapter, BakedLora(adapter.name, adapter.path.name, adapter.size, digest, strength, scale))
 
 
 def open_adapter(path: Path, shapes: Shapes, *, name: str | None = None, allow_unmatched: bool = False) -> Adapter:

@@ -161,18 +161,17 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
         if made.quantised and not set(made.quantised) <= set(quantised_linears(base.shapes, (), "ltxpack --help")):
             again = f"ltxpack bake-lora {quoted(overlay)} --strength 1.0 --force"
             raise OverlayError(f"the bake {name} names linears that the base does not have", file=overlay, next=again)
-        adapters = [
-            open_adapter(files[lora.blake3], base.shapes, name=lora.name, allow_unmatched=True) for lora in made.loras
-        ]
-        loras = tuple(
-            LoraUse(adapter, lora.strength, scan(adapter, reporter, lora.blake3), lora.file)
-            for adapter, lora in zip(adapters, made.loras, strict=True)
-        )
+        loras: list[LoraUse] = []
+        for lora in made.loras:
+            adapter = open_adapter(files[lora.blake3], base.shapes, name=lora.name, allow_unmatched=True)
+            scan(adapter, reporter, lora.blake3)
+            loras.append(LoraUse(adapter, lora))
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)
         if not _usable(arithmetic, made.rule):
+            adapters = [lora.adapter for lora in loras]
             arithmetic = _arithmetic(made.rule, "auto", adapters, quantised=bool(made.quantised))
         form = (made.format, made.quantised, made.calibration)
-        _run([BakePlan(name, loras, made.rule, base, overlay, *form)], arithmetic, reporter, lock)
+        _run([BakePlan(name, tuple(loras), made.rule, base, overlay, *form)], arithmetic, reporter, lock)
 
 
 # Plan
@@ -196,19 +195,19 @@ def _plans(
         # The base alone has no LoRA and the strength 0.
         strengths = [*(value for _, value in options.added), strength] if named else []
         uses = tuple(
-            LoraUse(adapter, value, digest, adapter.path.name)
+            LoraUse.of(adapter, value, digest, options.rule)
             for (adapter, digest), value in zip(named, strengths, strict=True)
         )
         _refuse_twice_distilled(uses, manifest, options)
         for form in options.formats:
-            name = options.name or bake_name([(use.adapter.name, use.strength) for use in uses], form)
+            name = options.name or bake_name([(use.baked.name, use.baked.strength) for use in uses], form)
             plan = BakePlan(name, uses, options.rule, base, options.overlay)
             plans.append(plan if form == BF16 else _quantised(plan, form, options))
     return plans
 
 
 def _refuse_twice_distilled(uses: Sequence[LoraUse], manifest: Manifest, options: BakeOptions) -> None:
-    twice = [use.file for use in uses if use.strength and DISTILLED in use.adapter.name]
+    twice = [use.baked.file for use in uses if use.baked.strength and DISTILLED in use.baked.name]
     if twice and manifest.distilled and not options.force:
         raise AdapterError(
             "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,

@@ -133,7 +133,7 @@ def build_report(
         "format": REPORT_FORMAT,
         "bake": name,
         **arithmetic,
-        "loras": [_lora(lora, shapes, arithmetic["rule"]) for lora in loras],
+        "loras": [_lora(lora, shapes) for lora in loras],
         "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
         "changed_weights": sum(stat.changed for stat in measured.values()),
         "targeted_weights": sum(stat.elements for stat in measured.values()),
@@ -185,10 +185,9 @@ def dump(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
-def _lora(lora: LoraUse, shapes: Shapes, rule: str) -> dict[str, Any]:
-    record = lora.record(rule)
+def _lora(lora: LoraUse, shapes: Shapes) -> dict[str, Any]:
+    record, targets = lora.baked, lora.adapter.targets
     linears = linear_modules(shapes)
-    targets = lora.adapter.targets
     matched = {name for name in targets if name.removesuffix(".weight") in linears}
     ranks = Counter(target.rank for target in targets.values() if target.down is not None)
     alphas = {f"{target.alpha:g}" for target in targets.values() if target.alpha is not None}
@@ -245,6 +244,6 @@ def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str) -> dict[str, 
         target = lora.adapter.targets.get(stat.name)
         if target is not None:
             # What multiplies B·A (spec 02, section 2).
-            scale = lora.strength if rule == "official" else lora.strength * target.factor
+            scale = lora.baked.strength * (1.0 if rule == "official" else target.factor)
             terms.append({"lora": i, "rank": target.rank, "scale": scale})
     return {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}

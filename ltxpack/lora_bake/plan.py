@@ -291,12 +291,12 @@ class BakePlan:
     @property
     def strengths(self) -> tuple[float, ...]:
         """Of its LoRAs."""
-        return tuple(lora.strength for lora in self.loras)
+        return tuple(lora.strength for lora in self.recorded)
 
     @functools.cached_property
     def recorded(self) -> tuple[BakedLora, ...]:
         """Its LoRAs as the manifest lists them."""
-        return tuple(lora.record(self.rule) for lora in self.loras)
+        return tuple(lora.baked for lora in self.loras)
 
     def is_made_from(self, bake: Bake) -> bool:
         """Whether ``bake`` is this very bake: the same LoRAs, strengths, order, rule and form."""
@@ -315,8 +315,8 @@ class BakePlan:
         """The tensors that are fused or quantised. A strength of 0 adds nothing; the official rule only skips when all
         are 0.
         """
-        all_take_part = self.rule == "official" and any(lora.strength for lora in self.loras)
-        active = (lora for lora in self.loras if lora.strength or all_take_part)
+        all_take_part = self.rule == "official" and any(self.strengths)
+        active = (lora for lora in self.loras if lora.baked.strength or all_take_part)
         return frozenset(name for lora in active for name in lora.adapter.targets).union(self.input_scales)
 
     @functools.cached_property

@@ -26,7 +26,7 @@ ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_at
 def applied(path: Path, strength: float = 1.0) -> LoraUse:
     """The LoRA in ``path``, as a bake has it."""
     adapter = open_adapter(path, shapes(), allow_unmatched=True)
-    return LoraUse(adapter, strength, "ab" * 32, path.name)
+    return LoraUse.of(adapter, strength, "ab" * 32, "fp32")
 
 
 def measured(name: str, change: float | None) -> TargetStat:
