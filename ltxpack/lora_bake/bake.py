@@ -49,7 +49,7 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
     if all(lora.here for lora in found):
         plans = _to_be_made(plans, manifest, options)
-    arithmetic = _arithmetic_for(options, [lora.adapter for lora in found])
+    arithmetic = _arithmetic(options, [lora.adapter for lora in found])
     files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
     total = sum(file["bytes"] for file in files)
@@ -84,7 +84,7 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
         torch.result()
         made: dict[str, BakeReport] = {}
         if new:
-            arithmetic = _arithmetic_for(options, [lora.adapter for lora in found])
+            arithmetic = _arithmetic(options, [lora.adapter for lora in found])
             made = _run(new, arithmetic, reporter, lock)
         return [made.get(plan.name) or _there_already(plan, manifest) for plan in plans]
 
@@ -99,7 +99,7 @@ class UnwrittenBake:
     @functools.cached_property
     def arithmetic(self) -> Arithmetic:
         """What is used here and now. Needs torch, which a plan does not."""
-        return _arithmetic_for(self.options, [lora.adapter for lora in self.plan.loras])
+        return _arithmetic(self.options, [lora.adapter for lora in self.plan.loras])
 
     @property
     def stated(self) -> Bake:
@@ -168,8 +168,8 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
             loras.append(LoraUse(adapter, lora))
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)
         if not _usable(arithmetic, made.rule):
-            adapters = [lora.adapter for lora in loras]
-            arithmetic = _arithmetic(made.rule, "auto", adapters, quantised=bool(made.quantised))
+            options = BakeOptions(overlay, (), rule=made.rule, formats=(made.format,))
+            arithmetic = _arithmetic(options, [lora.adapter for lora in loras])
         form = (made.format, made.quantised, made.calibration)
         _run([BakePlan(name, tuple(loras), made.rule, base, overlay, *form)], arithmetic, reporter, lock)
 
@@ -270,26 +270,19 @@ def _there_already(plan: BakePlan, manifest: Manifest) -> BakeReport:
 # Run
 
 
-def _arithmetic(
-    rule: str, device: str, adapters: Sequence[Adapter], options: BakeOptions | None = None, quantised: bool = False
-) -> Arithmetic:
+def _arithmetic(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic:
     """What is used here and now. Raises DeviceError."""
     import torch
 
     from ltxpack.lora_bake.fuse import choose_kernel
 
     available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        assert options is not None
+    if options.device == "cuda" and not available:
         raise DeviceError("there is no CUDA device", next=options.command(device="cpu"))
-    chosen = "cuda" if available and device != "cpu" else "cpu"
+    device = "cuda" if available and options.device != "cpu" else "cpu"
     # Codes are made of float32 sums, which addmm does not give.
-    plain = all(adapter.plain_bf16 for adapter in adapters) and not quantised
-    return Arithmetic(rule, choose_kernel(rule, len(adapters), plain, chosen), chosen)
-
-
-def _arithmetic_for(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic:
-    return _arithmetic(options.rule, options.device, adapters, options, quantised=options.formats != (BF16,))
+    plain = options.formats == (BF16,) and all(adapter.plain_bf16 for adapter in adapters)
+    return Arithmetic(options.rule, choose_kernel(options.rule, len(adapters), plain, device), device)
 
 
 def _usable(arithmetic: Arithmetic, rule: str) -> bool:

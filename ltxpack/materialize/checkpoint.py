@@ -12,21 +12,11 @@ from dataclasses import dataclass
 
 from ltxpack.errors import LtxpackError, OtherFormatError, UnsupportedError
 from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, parse_json
+from ltxpack.ltx23 import releases
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
 from ltxpack.ltx23.forms import ALL, MARKS, ROOT, TOLD, described, official, read_linears, root_and_parts
 from ltxpack.ltx23.lora_keys import LoraKey, parse_key
-from ltxpack.ltx23.releases import (
-    CHECKPOINT,
-    DEFAULT_FILES,
-    DISTILLED_FILE,
-    OFFICIAL_REPO,
-    SUPPORTED,
-    UPSAMPLER,
-    Metadata,
-    parse_version,
-    read_metadata,
-)
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"
@@ -44,7 +34,7 @@ class Checkpoint:
     """An all-in-one checkpoint, understood. ``tensors``: per component."""
 
     file: TensorFile
-    metadata: Metadata
+    metadata: releases.Metadata
     configs: Mapping[str, Config]
     tensors: Mapping[str, Tensors]
     dropped: tuple[str, ...]
@@ -76,7 +66,7 @@ def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
     """Understand a checkpoint by its header; messages name it ``label``. Raises UnsupportedError or FormatError."""
     _refuse_quantised(file, label, take_instead(label))
     _refuse_parts(file, label)
-    metadata = read_metadata(file.metadata, file.tensors, label)
+    metadata = releases.read_metadata(file.metadata, file.tensors, label)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     configs = checkpoint_configs(metadata.config, shapes, label)
     dropped = tuple(name for name in file.tensors if name.startswith(DROPPED))
@@ -95,7 +85,7 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
 
     Raises UnsupportedError or FormatError.
     """
-    _refuse_quantised(file, label, f"use the bf16 file ({DEFAULT_FILES[UPSAMPLER]})")
+    _refuse_quantised(file, label, f"use the bf16 file ({releases.DEFAULT_FILES[releases.UPSAMPLER]})")
     text = file.metadata.get("config")
     config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
     if not isinstance(config, Mapping):
@@ -159,10 +149,10 @@ def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFi
 
 def take_instead(label: object) -> str:
     """The command that takes the published bf16 checkpoint, a distilled one in the place of a distilled one."""
-    command = f"ltxpack materialize {OFFICIAL_REPO} OVERLAY"
+    command = f"ltxpack materialize {releases.OFFICIAL_REPO} OVERLAY"
     if "distilled" in str(label).rpartition("/")[2].lower():
-        return f"{command} --checkpoint {DISTILLED_FILE} (takes the bf16 file)"
-    return f"{command} (takes the bf16 file, {DEFAULT_FILES[CHECKPOINT]})"
+        return f"{command} --checkpoint {releases.DISTILLED_FILE} (takes the bf16 file)"
+    return f"{command} (takes the bf16 file, {releases.DEFAULT_FILES[releases.CHECKPOINT]})"
 
 
 def _refuse_quantised(file: TensorFile, label: object, instead: str) -> None:
@@ -182,8 +172,8 @@ def _refuse_quantised(file: TensorFile, label: object, instead: str) -> None:
 def _refuse_parts(file: TensorFile, label: object) -> None:
     """Refuse a file that lacks whole parts of a checkpoint, or spells the names of its transformer in another way."""
     root, parts = root_and_parts(file)
-    generation = parse_version(file.metadata.get("model_version", "").strip('"'))[:2] or SUPPORTED
-    if (parts in (None, ALL) and root in (None, ROOT)) or generation != SUPPORTED:
+    generation = releases.parse_version(file.metadata.get("model_version", "").strip('"'))[:2] or releases.SUPPORTED
+    if (parts in (None, ALL) and root in (None, ROOT)) or generation != releases.SUPPORTED:
         return
     if read_lora(file).is_lora:
         raise UnsupportedError("is a LoRA, no checkpoint", file=str(label), next=take_instead(label))
