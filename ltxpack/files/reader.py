@@ -77,11 +77,10 @@ class Stretch(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class PlannedRead(Generic[T]):
-    """The bytes of one read: stretches without a gap between them. ``last``: the last planned read of its file."""
+    """The bytes of one read: stretches without a gap between them."""
 
     file: Path
     stretches: tuple[Stretch[T], ...]
-    last: bool = False
 
     @property
     def start(self) -> int:
@@ -330,9 +329,8 @@ def plan_reads(targets: Iterable[T], whole: Iterable[Range], limit: int) -> Iter
         by_file.setdefault(target.source.path, []).append(target)
     for path, wanted in by_file.items():
         wanted.sort(key=lambda target: target.source.start)
-        cut = list(_cut(_stretches(wanted, sizes.get(path)), limit))
-        for number, stretches in enumerate(cut):
-            yield PlannedRead(path, stretches, number == len(cut) - 1)
+        for stretches in _cut(_stretches(wanted, sizes.get(path)), limit):
+            yield PlannedRead(path, stretches)
 
 
 def _stretches(targets: Sequence[T], size: int | None) -> Iterator[Stretch[T]]:

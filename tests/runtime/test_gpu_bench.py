@@ -25,8 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
-from ltxpack.runtime.sampling.recipes import REFINING
-from ltxpack.runtime.sampling.schedule import res2s_plan, shifted_sigmas, sigmas_of
+from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.sampling.shape import AV
 
 CPU = torch.device("cpu")
@@ -61,8 +60,7 @@ def test_operations_are_those_of_the_spec(stage: int, whole: float, isolated: fl
 def test_operations_of_the_recipe() -> None:
     """24,766 and 12,004 TFLOP by the spec; ours leave out what the passes of a step share."""
     assert DiTConfig.from_dict(LTX23) == CONFIG
-    evaluations = res2s_plan(shifted_sigmas(8160, REAL.steps)).evaluations, res2s_plan(sigmas_of(REFINING)).evaluations
-    assert evaluations == (31, 7)
+    assert [stage.evaluations(REAL.steps) for stage in HQ.stages] == [31, 7]
     found = run_flops(CONFIG, {"stage 1": (REAL.lengths(1), 31, True), "stage 2": (REAL.lengths(2), 7, False)})
     shared = 31 * shared_flops(CONFIG, REAL.lengths(1))
     assert round((found["stage 1"] + shared) / 1e12) == 24766

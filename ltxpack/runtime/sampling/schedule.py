@@ -137,11 +137,6 @@ class Res2sPlan:
     steps: tuple[Step, ...]
     terminal: float | None
 
-    @property
-    def evaluations(self) -> int:
-        """How often the denoiser will be called."""
-        return 2 * len(self.steps) + (self.terminal is not None)
-
 
 def res2s_plan(sigmas: Tensor) -> Res2sPlan:
     """The plan for fp32 ``sigmas`` [n + 1], strictly falling (spec 05, section 4)."""

@@ -255,7 +255,6 @@ def test_reads_cover_what_is_wanted_once(gaps: list[tuple[int, int]], limit: int
     for source in sources:
         expected[source.start : source.start + source.nbytes] = [1] * source.nbytes
     assert read == expected
-    assert [each.last for each in planned] == [False] * (len(planned) - 1) + [True] * bool(planned)
 
 
 def test_more_tensors_than_the_system_takes_in_one_call(tmp_path: Path) -> None:
