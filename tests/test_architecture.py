@@ -36,7 +36,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 23_050,
+    "lines of the package": 22_860,
     "files of the package": 129,
     "lines of the tests": 24_220,
 }

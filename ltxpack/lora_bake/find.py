@@ -136,12 +136,8 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
     overlay = options.overlay
     lora = manifest.lora(DISTILLED) or (manifest.loras[0] if len(manifest.loras) == 1 else None)
     if lora is None:
-        raise OverlayError(
-            "holds no distilled LoRA",
-            file=overlay,
-            items=[lora.name for lora in manifest.loras],
-            next=f"ltxpack bake-lora {quoted(overlay)} --lora FILE --strength 1.0",
-        )
+        names, advice = [lora.name for lora in manifest.loras], f"ltxpack bake-lora {quoted(overlay)} --lora FILE"
+        raise OverlayError("holds no distilled LoRA", file=overlay, items=names, next=f"{advice} --strength 1.0")
     path = overlay / lora.file.path
     if not path.is_file() or path.stat().st_size != lora.file.size:
         problem = "is missing or has changed since the overlay was written"

@@ -221,13 +221,10 @@ def repair(
 
 def _refuse_other_content(found: FileRecord, wanted: FileRecord, target: Path) -> None:
     if (found.size, found.blake3) != (wanted.size, wanted.blake3):
-        raise OverlayError(
-            "cannot be repaired: the source is not the one it was made from",
-            file=target,
-            expected=f"blake3 {wanted.blake3}",
-            found=f"blake3 {found.blake3}",
-            next="name the source the overlay was made from, or materialize again with --force",
-        )
+        problem = "cannot be repaired: the source is not the one it was made from"
+        expected, other = f"blake3 {wanted.blake3}", f"blake3 {found.blake3}"
+        advice = "name the source the overlay was made from, or materialize again with --force"
+        raise OverlayError(problem, file=target, expected=expected, found=other, next=advice)
 
 
 def _with_records(manifest: Manifest, changed: Mapping[str, FileRecord]) -> Manifest:

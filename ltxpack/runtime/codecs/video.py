@@ -53,13 +53,9 @@ class LatentStatistics:
             entry = headers.get(name)
             if entry is None or entry.dtype not in FLOATS or entry.shape != (channels,):
                 raise OverlayError(
-                    "the VAE's statistics are missing",
-                    file=folder if entry is None else entry.file,
-                    tensor=name,
-                    expected=f"floats [{channels}]",
-                    found="none" if entry is None else entry,
-                    next=verify_command(folder),
-                )
+                    "the VAE's statistics are missing", file=entry.file if entry else folder, tensor=name,
+                    expected=f"floats [{channels}]", found=entry or "none", next=verify_command(folder),
+                )  # fmt: skip
             stored[name] = entry
         found = read_tensors(stored, device, dtype)
         return cls(found["latents_mean"], found["latents_std"])
