@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from materialize.fake_hub import FakeHub
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import FORKS, load, ltxpack, refused
@@ -25,6 +26,7 @@ from ltxpack.files.tensorfile import TensorFile, read_tensorfile
 from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import MANIFEST_NAME
+from ltxpack.materialize import sources
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.reporter import SilentReporter
 
@@ -143,16 +145,21 @@ def test_what_does_not_go_together_is_wrong_use(flags: str, told: str, demo: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_an_earlier_overlay_takes_its_metadata_from_the_source(overlay: Path, demo: Path, tmp_path: Path) -> None:
+def test_an_earlier_overlay_takes_its_metadata_from_the_source(
+    overlay: Path, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = json.loads((overlay / MANIFEST_NAME).read_text())
     manifest["files"] = [file for file in manifest["files"] if file["path"] != "source/metadata.json"]
     (overlay / MANIFEST_NAME).unlink()
     (overlay / MANIFEST_NAME).write_text(json.dumps(manifest))
     wanted = exported(demo / "overlay", tmp_path / "a.safetensors")
     [checkpoint] = (demo / "source").glob("*-dev.safetensors")
-    for source in (demo / "source", checkpoint):
+    hub = FakeHub({"someone/repo": demo / "source"})
+    monkeypatch.setattr(sources, "Hub", lambda **_: hub)
+    for source in (demo / "source", checkpoint, "someone/repo"):
         exported(overlay, tmp_path / "b.safetensors", "--source", source, "--force")
         assert (tmp_path / "b.safetensors").read_bytes() == wanted.path.read_bytes()
+    assert hub.fetched("") == [], "the header alone"
     output, shorter = tmp_path / "c.safetensors", tmp_path / "dev.safetensors"
     shutil.copy(wanted.path, shorter)
     told = refused(ltxpack("export", overlay, "-o", output, "--source", shorter), 1)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from ltxpack.files.tensorfile import read_index
 from ltxpack.lora_bake.forms import activation_scale
 from ltxpack.lora_bake.fuse import Workspace
 from ltxpack.lora_bake.quantise import encode, hadamard
+from ltxpack.lora_bake.stream import Engine
 from ltxpack.ltx23.codes import rotated_together
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 
@@ -143,7 +145,9 @@ def test_codes_and_scales_are_the_goldens(golden: Path, tmp_path: Path) -> None:
 
 
 def test_forms_made_together_are_those_made_alone_and_all_else_is_the_bf16_bake(overlay: Path) -> None:
-    together = baked(overlay, "--strength", 0.7, "--strength", 0, *FORMS)
+    with mock.patch.object(Engine, "fuse_shard", autospec=True, side_effect=Engine.fuse_shard) as reads:
+        together = baked(overlay, "--strength", 0.7, "--strength", 0, *FORMS)
+    assert reads.call_count == 3, "each shard of the base is read once"
     names = ["distilled-0.7", "distilled-0.7-fp8", "distilled-0.7-int8"]
     assert together == [*names, "distilled-0", "distilled-0-fp8", "distilled-0-int8"]
     first = tree(overlay / "bakes")
