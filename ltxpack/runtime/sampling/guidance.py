@@ -20,11 +20,7 @@ ABSENT: AV[Any] = AV(None, None)
 
 
 def combine(
-    guidance: Guidance,
-    cond: Tensor,
-    uncond: Tensor | None,
-    perturbed: Tensor | None,
-    isolated: Tensor | None,
+    guidance: Guidance, cond: Tensor, uncond: Tensor | None, perturbed: Tensor | None, isolated: Tensor | None
 ) -> Tensor:
     """One guided x0 from the passes' x0 [1, T, C] each; computed in fp32, returned in ``cond``'s dtype.
 
@@ -58,11 +54,7 @@ class Denoiser:
     """
 
     def __init__(
-        self,
-        model: DiT,
-        positive: AV[Tensor],
-        negative: AV[Tensor] | None = None,
-        guidance: AV[Guidance] | None = None,
+        self, model: DiT, positive: AV[Tensor], negative: AV[Tensor] | None = None, guidance: AV[Guidance] | None = None
     ) -> None:
         self.model = model
         self.positive = positive

@@ -74,11 +74,7 @@ class VideoShape:
     @property
     def grid(self) -> tuple[int, int, int]:
         """(f, h, w) of the video latents."""
-        return (
-            (self.frames - 1) // TEMPORAL_FACTOR + 1,
-            self.height // SPATIAL_FACTOR,
-            self.width // SPATIAL_FACTOR,
-        )
+        return ((self.frames - 1) // TEMPORAL_FACTOR + 1, self.height // SPATIAL_FACTOR, self.width // SPATIAL_FACTOR)
 
     @property
     def longest(self) -> int:
