@@ -421,15 +421,15 @@ def _outside(view: CoverageView) -> Iterable[str]:
     for stream, kinds in view.outside.items():
         yield f"<table>\n<tr><th colspan=2>{stream}<th class=number>‖ΔW‖ / ‖W‖<th class=number>weights changed</tr>"
         for kind in kinds:
-            look, figures = 'none"', '<td class="number quiet" colspan=2>not touched'
+            look, shade, figures = "none", "", '<td class="number quiet" colspan=2>not touched'
             if kind in view.ends:
                 target = view.targets[view.ends[kind]]
                 change = target["change"]
-                look = f'{_look(change)}"{_shade(change)}'
+                look, shade = _look(change), _shade(change)
                 told = "from zero" if change is None else _percent(change)
                 figures = f"<td class=number>{told}<td class=number>{_counts(target)}"
             shown = name(view.ends.get(kind, kind))
-            yield f'<tr><td><span class="chip {look}></span><td class="name mono">{shown}{figures}</tr>'
+            yield f'<tr><td><span class="chip {look}"{shade}></span><td class="name mono">{shown}{figures}</tr>'
         yield "</table>"
     yield "</section>"
 
