@@ -242,7 +242,7 @@ def _tokenizer() -> str:
 
 def _stored(values: NDArray[np.float32], dtype: str) -> bytes:
     """The bytes of ``values`` rounded to bfloat16, to nearest even."""
-    rounded = round_to_bfloat16(values)
+    rounded = round_to_bfloat16(np.atleast_1d(values))
     if dtype == "BF16":
         return rounded.tobytes()
     return (rounded.astype("<u4") << 16).tobytes() if dtype == "F32" else bytes(tensor_nbytes(dtype, values.shape))
