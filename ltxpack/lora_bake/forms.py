@@ -14,7 +14,7 @@ from ltxpack.activations import ActivationsFile
 from ltxpack.errors import AdapterError, UsageError
 from ltxpack.files.reader import hash_file
 from ltxpack.lora_bake.coverage import split_name
-from ltxpack.ltx23.codes import CODES, KEPT_BLOCKS
+from ltxpack.ltx23.codes import CODES, kept_blocks
 from ltxpack.manifest import INT8, Calibration
 from ltxpack.repack.items import TensorSpec
 
@@ -53,7 +53,7 @@ def quantised_linears(shapes: Shapes, kept: Sequence[int] | None, command: str) 
         if block is not None and len(shape) == 2 and name.endswith(".weight"):
             blocks.setdefault(block, []).append(name.removesuffix(".weight"))
     count = max(blocks, default=-1) + 1
-    kept = KEPT_BLOCKS.get(count, (0, count - 1)) if kept is None else kept
+    kept = kept_blocks(count) if kept is None else kept
     if absent := [block for block in kept if block not in blocks]:
         there = f"blocks 0 to {count - 1}"
         raise UsageError("--keep-blocks names a block that is not there", expected=there, found=absent[0], next=command)

@@ -10,7 +10,7 @@ FP8, INT8 = "F8_E4M3", "I8"
 CODES = {"fp8": FP8, "int8": INT8}
 # The dtype of a linear's ``weight`` in codes -> the float32 scales beside it.
 SCALES = {FP8: ("weight_scale", "input_scale"), INT8: ("weight_scale",)}
-# Blocks that stay as they are in a model of so many; of others the first and the last.
+# Blocks that usually stay as they are in a model of so many; of others the first and the last.
 KEPT_BLOCKS = {48: (0, 1, 46, 47)}
 
 # Inputs that int8 rotates together: the largest power of 4 that divides their number, at most this.
@@ -18,6 +18,11 @@ MOST_ROTATED = 256
 
 Tensor = tuple[str, str, tuple[int, ...]]
 """Name, dtype as safetensors spells it, shape."""
+
+
+def kept_blocks(count: int) -> tuple[int, ...]:
+    """The blocks that usually stay as they are in a model of ``count``."""
+    return KEPT_BLOCKS.get(count, (0, count - 1))
 
 
 def rotated_together(inputs: int) -> int:
@@ -46,7 +51,7 @@ def with_codes(tensors: Iterable[Tensor], codes: str) -> Iterator[Tensor]:
     count = 1 + max((int(block[1]) for block, *_ in found if block), default=-1)
     for block, name, dtype, shape in found:
         linear = name.endswith(".weight") and len(shape) == 2
-        if block is None or not linear or int(block[1]) in KEPT_BLOCKS.get(count, (0, count - 1)):
+        if block is None or not linear or int(block[1]) in kept_blocks(count):
             yield name, dtype, shape
             continue
         yield name, codes, shape
