@@ -58,7 +58,11 @@ class Findings:
 
     def marks(self) -> list[Mark]:
         """Every limit that this benchmark can see, held against its finding."""
-        return [*self._copy(), *(mark for key in self.arithmetic for mark in self._bake(key))]
+        return [*self._copy(), *self.bake_marks()]
+
+    def bake_marks(self) -> list[Mark]:
+        """Those of bakes, and of exports with a LoRA."""
+        return [mark for key in self.arithmetic for mark in self._bake(key)]
 
     def ratios(self, key: str, less: float = 0.0, at_least: float = 0.0) -> list[float]:
         """Wall, ``less`` taken off, over that of the floor (``at_least`` so much) in the same round, pair by pair."""

@@ -1,6 +1,7 @@
 """The offline stage against ``cp`` and against what users have today, on checkpoints of real width, cold and paired.
 
     python benchmarks/offline.py [--blocks 4] [--runs 5] [--flat 2 8] [--scratch FOLDER] [--results FOLDER] [--quick]
+    python benchmarks/offline.py --exports [--blocks 4] [--runs 5] …      # exports alone, beside a bake
 
 In one run, item after item, round after round: each ratio is taken within one round. Ours are the real commands in
 processes of their own, hashing included. Every item ends with its bytes on the disk. ``--quick`` goes through all of
@@ -123,6 +124,47 @@ def run(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any
     return f"# The offline stage\n\n{head}\n\n" + "\n".join(table.markdown() for table in tables), document
 
 
+def run_exports(settings: Settings, scratch: Path, say: Say) -> tuple[str, dict[str, Any]]:
+    """Exports, and a bake of the same LoRA beside them: as :func:`run`, of these alone."""
+    facts, bench, places = machine(scratch), Bench(scratch, say), Places(scratch)
+    say(f"making a checkpoint of {settings.blocks} blocks")
+    source = make_source(places.scratch / "main", settings.blocks, settings.widths)
+    bench.once(_named("ours", copy_items(places, source)))
+    places.keep_overlay()
+    source.checkpoint.unlink()
+    start = start_up(bench, places, source, 1, ("ours 1",))
+    groups = {"Export": export_items(places), "Export with a LoRA, quantised": export_fp8_items(places, source.lora)}
+    groups["Bake"] = one_strength_items(places, source.lora, "")
+    products = bare_arithmetic(source.lora)
+    costs: Costs = {}
+    for items in groups.values():
+        costs |= bench.in_turn(items, settings.runs)
+    findings = Findings(
+        items={item.key: item for group in groups.values() for item in group},
+        costs=costs,
+        start=start,
+        flat=(),
+        bake_limit=bake_limit(settings.widths, settings.blocks),
+        sums=2 * 4 * largest_weight(settings.widths, settings.blocks),
+        real=settings.widths == REAL,
+        arithmetic={FP8_EXPORT: products, "ours 1": products},
+        matrix_unit=MATRIX_UNIT in facts["bf16 unit"],
+    )
+    marks = findings.bake_marks()
+    tables = [findings.cost_table(title, [item.key for item in group]) for title, group in groups.items()]
+    facts |= {"cold by": "; ".join(sorted(bench.how_cold)), "command": f"`{settings.command} --exports`"}
+    head = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    document = {
+        "machine": facts,
+        "settings": asdict(settings),
+        "costs": {key: {turn: asdict(cost) for turn, cost in runs.items()} for key, runs in costs.items()},
+        "arithmetic": findings.arithmetic,
+        "marks": [asdict(mark) for mark in marks],
+    }
+    text = "\n".join(table.markdown() for table in (*tables, mark_table(marks)))
+    return f"# Exports\n\n{head}\n\nBare products of one strength: {products:.1f} s.\n\n{text}", document
+
+
 def _measured(
     settings: Settings, bench: Bench, places: Places, say: Say
 ) -> tuple[dict[str, list[Item]], Costs, dict[str, float], dict[str, float]]:
@@ -149,14 +191,16 @@ def _measured(
     return groups, costs, start, {FP8_EXPORT: products, "ours 1": products, "ours 2": 2 * products}
 
 
-def start_up(bench: Bench, places: Places, source: Source, times: int = STARTS) -> dict[str, float]:
+def start_up(
+    bench: Bench, places: Places, source: Source, times: int = STARTS, keys: Sequence[str] = ("ours", "ours 1")
+) -> dict[str, float]:
     """Seconds that ours take before the first byte (imports, headers), least of a few; the same for any size."""
     places.clear()
     commands = {
         "ours": [*LTXPACK, "materialize", str(source.folder), str(places.work / "out"), "--plan", "--json"],
         "ours 1": [*bake_command(places.overlay, source.lora, 1), "--plan", "--json"],
     }
-    return {key: min(bench.run(command).wall for _ in range(times)) for key, command in commands.items()}
+    return {key: min(bench.run(commands[key]).wall for _ in range(times)) for key in keys}
 
 
 def bare_arithmetic(lora: Path) -> float:
@@ -255,6 +299,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--scratch", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--results", type=Path, help="folder for the dated table (default: benchmarks/results)")
+    parser.add_argument("--exports", action="store_true", help="measure exports alone, beside a bake")
     parser.add_argument("--quick", action="store_true", help="tiny widths, one round; nothing kept without --results")
     return parser.parse_args()
 
@@ -270,10 +315,11 @@ def main() -> None:
         needed, free = needed_bytes(settings), shutil.disk_usage(scratch).free
         if needed > USABLE * free:
             raise SystemExit(f"needs {needed / GB:.0f} GB, of which {free / GB:.0f} GB are free: see --scratch")
-        text, document = run(settings, scratch, lambda line: print(line, file=sys.stderr, flush=True))
+        measure = run_exports if wanted.exports else run
+        text, document = measure(settings, scratch, lambda line: print(line, file=sys.stderr, flush=True))
     results = wanted.results or (None if wanted.quick else RESULTS)
     if results is not None:
-        write_results(results, "offline", text, document)
+        write_results(results, "exports" if wanted.exports else "offline", text, document)
     print(text)
 
 
