@@ -29,6 +29,8 @@ from ltxpack.repack.write import require_space
 from ltxpack.reporter import Reporter
 
 JOURNAL = "journal.jsonl"
+# So many bytes may wait in the page cache for the disk.
+WAITING = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class UnfinishedFile:
         self.path = folder / f"unfinished{ENDING}"
         self._folder, self._plan, self._reporter = folder, plan, reporter
         self._digests: dict[str, str] = {}
-        self._fd = -1
+        self._fd, self._waiting = -1, 0
 
     def __enter__(self) -> Self:
         journal = self._journal = Journal.read(self._folder / JOURNAL)
@@ -231,6 +233,11 @@ class UnfinishedFile:
             while left:
                 written = os.pwrite(self._fd, left, offset)
                 left, offset = left[written:], offset + written
+                self._waiting += written
+            if self._waiting >= WAITING and hasattr(os, "posix_fadvise"):
+                # The disk begins with what waits in the page cache, instead of with all of it at the end.
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                self._waiting = 0
 
     def complete(self, unit: Unit, digests: Mapping[str, str]) -> FileRecord:
         """All of ``unit`` was put; ``digests``: the blake3 of each tensor."""
