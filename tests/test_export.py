@@ -236,12 +236,17 @@ def test_after_a_kill_the_same_command_makes_the_same_file(demo: Path, tmp_path:
     """Whenever it came: a file of that name is whole, and nothing of the killed one is left at the end."""
     output = tmp_path / "x.safetensors"
     command = [sys.executable, "-m", "ltxpack", "export", str(demo / "overlay"), "-o", str(output)]
-    whole: list[bytes] = []
+    unfinished, whole = tmp_path / ".x.safetensors.ltxpack" / "unfinished.safetensors", list[bytes]()
+
+    def holds(size: int) -> bool:
+        try:
+            return unfinished.stat().st_blocks * 512 >= size
+        except OSError:  # not yet, or not any more
+            return False
+
     for size in (0, 1, 10_000_000):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not any(
-            path.is_file() and path.stat().st_blocks * 512 >= size for path in tmp_path.rglob("unfinished.*")
-        ):
+        while process.poll() is None and not holds(size):
             pass
         process.kill()
         process.wait()
