@@ -20,6 +20,7 @@ from ltxpack.files.tensorfile import DTYPE_BITS, build_header, parse_json, read_
 from ltxpack.lora_bake.bake import UnwrittenBake, plan_unwritten
 from ltxpack.lora_bake.plan import BakeOptions, BaseShard
 from ltxpack.ltx23.codes import CODES, rotated_together
+from ltxpack.ltx23.forms import MADE_FROM, MARKER, QUANTISATION, ROOT
 from ltxpack.ltx23.releases import CHECKPOINT
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import BF16, FP8, Bake, Manifest, changed_file, read_manifest, recorded_bytes
@@ -31,12 +32,9 @@ from ltxpack.reporter import Reporter
 ENDING = ".safetensors"
 # ``all``: the components of the checkpoint. ``transformer``: what is below one root there, connectors included.
 PARTS = ("all", "transformer")
-TRANSFORMER, TRANSFORMER_ROOT = "transformer", "model.diffusion_model."
+TRANSFORMER = "transformer"
 # Official files hold these in float32, an overlay in bfloat16.
 TABLE = "scale_shift_table"
-# Metadata keys: what the file was made of, and which linears are quantised. A file of the transformer alone says the
-# latter with a tensor beside each.
-MADE_FROM, QUANTISED, MARKER = "ltxpack", "_quantization_metadata", "comfy_quant"
 LICENCE_KEYS = ("license", "licence")
 # Raised when the same inputs would give other bytes than before.
 EXPORT_VERSION = 1
@@ -142,7 +140,7 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
     literals: dict[str, bytes] = {}
     metadata = _metadata(options, manifest, bake, reporter)
     if marks and options.parts == PARTS[0]:
-        metadata[QUANTISED] = json.dumps({"format_version": "1.0", "layers": dict(sorted(marks.items()))})
+        metadata[QUANTISATION] = json.dumps({"format_version": "1.0", "layers": dict(sorted(marks.items()))})
     elif marks:
         literals = {f"{linear}.{MARKER}": json.dumps(mark).encode() for linear, mark in marks.items()}
     tensors += [TensorSpec(name, "U8", (len(data),)) for name, data in literals.items()]
@@ -224,7 +222,7 @@ def _official_names(
             verify = f"ltxpack verify {quoted(options.overlay)}"
             raise OverlayError("has no official name", file=options.overlay, tensor=tensor.name, next=verify)
         wide = tensor.dtype == "BF16" and TABLE in official.rpartition(".")[2]
-        wanted = options.parts == PARTS[0] or official.startswith(TRANSFORMER_ROOT)
+        wanted = options.parts == PARTS[0] or official.startswith(ROOT)
         spec = TensorSpec(official, "F32" if wide else tensor.dtype, tensor.shape)
         found.append((tensor, spec if wanted else None))
     return found

@@ -201,7 +201,11 @@ class UnfinishedFile:
         with write_errors(self.path):
             there = self.path.is_file() and not self.path.is_symlink() and self.path.stat().st_size == self._plan.size
             if journal.fingerprint == fingerprint and there:
-                records = {path: record for path, record in journal.records.items() if path in journal.notes}
+                records = {
+                    path: record
+                    for path, record in journal.records.items()
+                    if isinstance(journal.notes.get(path), dict)
+                }
                 self._reporter.note(f"going on: {len(records)} of {len(self._plan.units)} parts are there")
             else:
                 shutil.rmtree(self._folder, ignore_errors=True)

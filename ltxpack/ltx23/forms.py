@@ -33,6 +33,8 @@ CODEC_COMPONENTS = frozenset({"vae", "audio_vae", "vocoder"})
 
 # A bake's shards state their form under this key.
 OUR_FORMAT = "ltxpack_format"
+# An export says under this key what it was made of.
+MADE_FROM = "ltxpack"
 QUANTISATION = "_quantization_metadata"
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE, MARKER = "weight", "weight_scale", "input_scale", "comfy_quant"
 MAX_MARKER_BYTES, MAX_LINEARS = 1024, 4096

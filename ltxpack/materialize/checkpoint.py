@@ -15,7 +15,7 @@ from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, 
 from ltxpack.ltx23 import releases
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.forms import ALL, MARKS, ROOT, TOLD, described, official, read_linears, root_and_parts
+from ltxpack.ltx23.forms import ALL, MADE_FROM, MARKS, ROOT, TOLD, described, official, read_linears, root_and_parts
 from ltxpack.ltx23.lora_keys import LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
@@ -56,7 +56,7 @@ class Upsampler:
 def merged_loras(file: TensorFile) -> list[str]:
     """The LoRAs that an export of ours says are merged into it; none for a file that does not say so."""
     try:
-        stated = parse_json(file.metadata.get("ltxpack", "null").encode("utf-8", "surrogatepass"), file.path)
+        stated = parse_json(file.metadata.get(MADE_FROM, "null").encode("utf-8", "surrogatepass"), file.path)
         return [f"{lora['file']} at {lora['strength']:g}" for lora in stated["loras"] if lora["strength"]]
     except (LtxpackError, KeyError, TypeError, ValueError):
         return []

@@ -36,7 +36,7 @@ MAX_LISTED = 20
 MAX_TEXT = 500
 MAX_MADE_FROM = 64 * 1024
 # The metadata key under which an export says what it was made of, and the beginning of an activations file's format.
-MADE_FROM, ACTIVATIONS = "ltxpack", "ltxpack-activations-"
+ACTIVATIONS = "ltxpack-activations-"
 MATERIALIZE = "ltxpack materialize"
 NOT_CALIBRATED = "not calibrated"
 _BLOCK = re.compile(r"(?<=blocks[._])\d+")
@@ -194,7 +194,7 @@ def _input_scales(linears: forms.Linears, read: forms.ReadTensor) -> dict[str, f
 
 def _made_from(tensors: TensorFile) -> Any:
     """What an export of ours states of itself; None for a file of others."""
-    text = tensors.metadata.get(MADE_FROM)
+    text = tensors.metadata.get(forms.MADE_FROM)
     if text is None or len(text) > MAX_MADE_FROM:
         return _cut(text)
     try:
