@@ -36,9 +36,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 22_860,
-    "files of the package": 129,
-    "lines of the tests": 24_220,
+    "lines of the package": 26_000,
+    "files of the package": 150,
+    "lines of the tests": 28_500,
 }
 
 
