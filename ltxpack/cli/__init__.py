@@ -6,13 +6,13 @@ No heavy package is imported here: each command imports what it needs when it ru
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from ltxpack import __version__
+from ltxpack.cli.streams import hold_streams, lost_result
 from ltxpack.cli.terminal import say_error
 from ltxpack.errors import LtxpackError
 
@@ -53,30 +53,38 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    try:
-        status = cli.main(standalone_mode=False) or 0
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
-    except LtxpackError as error:
-        say_error(error.render())
-        status = error.exit_status
-    except (KeyboardInterrupt, click.Abort):
-        say_error(f"interrupted; the same command {_what_again(sys.argv[1:])}")
-        status = INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
-    except OSError as error:
+    stdout = hold_streams()
+    status = _status()
+    if not status and (lost := lost_result(stdout)):
         say_error(
-            f"{error.filename or 'the output'}: {error.strerror or error}\n"
-            "  next: free that place or choose another, then run the same command again"
+            f"the result could not be printed: {lost.strerror}; what was made is there and whole\n"
+            "  next: free that place, or send the output elsewhere"
         )
         status = 1
+    sys.exit(status)
+
+
+def _status() -> int:
+    """Run the command line; its exit status."""
+    try:
+        return cli.main(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except LtxpackError as error:
+        say_error(error.render())
+        return error.exit_status
+    except (KeyboardInterrupt, click.Abort):
+        say_error(f"interrupted; the same command {_what_again(sys.argv[1:])}")
+        return INTERRUPTED
+    except OSError as error:
+        say_error(
+            f"{error.filename or 'a file'}: {error.strerror or error}\n"
+            "  next: free that place or choose another, then run the same command again"
+        )
     except MemoryError:
         say_error("the machine has too little free memory for this\n  next: close other programs and run it again")
-        status = 1
-    sys.exit(status)
+    return 1
 
 
 def _what_again(arguments: Sequence[str]) -> str:

@@ -43,7 +43,7 @@ class TerminalReporter(Reporter):
         from tqdm import tqdm
 
         self.end()
-        if sys.stderr is None or not sys.stderr.isatty():
+        if not sys.stderr.isatty():
             self._say(label)
             return
         scaled = unit == "B"

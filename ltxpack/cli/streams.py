@@ -1,0 +1,107 @@
+"""Standard streams that never end a job: a full log disk, a closed terminal or a reader that left stops no work.
+
+What cannot be written is dropped, whoever writes it: results, notes, progress bars, warnings of libraries. Whether a
+result was lost is asked when the work is done.
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import select
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# A reader that left has what it wants.
+READER_GONE = frozenset({errno.EPIPE, errno.ECONNRESET})
+PLAINER = {"…": "..."}
+REPLACED = "ltxpack-replaced"
+
+
+class SteadyFile(io.RawIOBase):
+    """The open file ``fd``, which takes every byte. ``lost``: the first error that lost some of them."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.lost: OSError | None = None
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def fileno(self) -> int:
+        """``fd``."""
+        return self._fd
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal."""
+        return os.isatty(self._fd)
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """Write ``data``, or drop it; always counts all of it."""
+        left = memoryview(data).cast("B")
+        total = len(left)
+        while left:
+            try:
+                left = left[os.write(self._fd, left) :]
+            except BlockingIOError:  # another program made the pipe so
+                select.select([], [self._fd], [])
+            except OSError as error:
+                self.lost = self.lost or error
+                break
+        return total
+
+
+def hold_streams() -> SteadyFile | None:
+    """Make the process's own stdout and stderr steady until it ends; returns the file of stdout.
+
+    A letter that the encoding of a stream lacks is replaced. None for a stdout that Python code put in place of it.
+    """
+    _open_closed()
+    codecs.register_error(REPLACED, _replaced)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr, _ = _steady(sys.stderr, 2)
+    if sys.stdout is not sys.__stdout__:
+        return None
+    sys.stdout, file = _steady(sys.stdout, 1)
+    return file
+
+
+def lost_result(stdout: SteadyFile | None) -> OSError | None:
+    """Why some of what was printed on ``stdout`` is lost; None if nothing is, or its reader did not want it."""
+    sys.stdout.flush()
+    if stdout is None or stdout.lost is None or stdout.lost.errno in READER_GONE:
+        return None
+    return stdout.lost
+
+
+def _steady(stream: TextIO | None, fd: int) -> tuple[TextIO, SteadyFile]:
+    file = SteadyFile(fd)
+    encoding = stream.encoding if stream is not None else "utf-8"
+    return io.TextIOWrapper(io.BufferedWriter(file), encoding, REPLACED, line_buffering=True), file
+
+
+def _open_closed() -> None:
+    """Open the null device in place of each closed standard stream: else a file of ours would get its number, and
+    with it what libraries write to the stream.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A handler of encoding errors: a byte of a file name that is no letter stays that byte, a letter becomes ASCII."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    if "\udc80" <= letter <= "\udcff":
+        return bytes([ord(letter) - 0xDC00]), error.start + 1
+    return PLAINER.get(letter, ascii(letter)[1:-1]), error.start + 1
