@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from ltxpack.cli import terminal
+from ltxpack.cli.lora_words import LoraCommand
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import BF16, FORMATS
 
 
-@click.command("bake-lora")
+@click.command("bake-lora", cls=LoraCommand)
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
 @click.option("--strength", "strengths", type=float, multiple=True, required=True, help="One bake each; repeatable.")
 @terminal.lora_option

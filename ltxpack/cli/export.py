@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ltxpack.cli import terminal
+from ltxpack.cli.lora_words import LoraCommand
 from ltxpack.errors import UsageError
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import BF16, FORMATS, FP8, INT8
@@ -36,7 +37,7 @@ OFFICIAL = {
 }
 
 
-@click.command()
+@click.command(cls=LoraCommand)
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
 @click.option("--bake", help="A bake of the overlay instead of the base.")

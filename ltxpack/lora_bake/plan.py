@@ -155,11 +155,14 @@ def parse_added(text: str) -> tuple[str, float]:
     """``FILE=S`` split at the last ``=``. Raises UsageError."""
     file, equals, number = text.rpartition("=")
     if not equals or not file:
-        raise UsageError("--add needs a file and a strength", expected="FILE=S", found=text)
+        raise UsageError(
+            "--add needs a file and a strength", expected="FILE=S", found=text, next="write --add FILE=0.8"
+        )
     try:
         strength = float(number)
     except ValueError:
-        raise UsageError("the strength of --add is not a number", expected="FILE=S", found=text) from None
+        problem, advice = "the strength of --add is not a number", f"write --add {quoted(f'{file}=0.8')}"
+        raise UsageError(problem, expected="FILE=S", found=text, next=advice) from None
     return file, check_strength(strength)
 
 

@@ -1,0 +1,137 @@
+"""Strengths and LoRAs as people write them for other tools: told as what to type here, before anything is looked for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+
+import click
+
+from ltxpack.errors import UsageError
+
+STRENGTH, ADD, LORA = "--strength", "--add", "--lora"
+
+Word = tuple[str | None, str | None]
+"""A flag with its value, a flag alone, or an argument: (None, value)."""
+
+# Flag -> what is wrong with what is written, and how it is written.
+_TOLD = {
+    STRENGTH: ("a strength is one number with a point, behind a --strength of its own", "--strength 0.25 --strength 0.5"),
+    ADD: ("--add needs a file and a strength with = between them", "--add FILE=S, such as --add style.safetensors=0.8"),
+    LORA: ("the strength of the main LoRA is said with --strength", "--lora FILE --strength S"),
+}  # fmt: skip
+_ONE_STRENGTH = ("one file holds one strength", "one --strength")
+_PLAIN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_LOOSE = re.compile(r"(?P<number>[+-]?(?:\d+[.,]?\d*|[.,]\d+))\s*(?P<percent>%?)")
+# A strength behind a file. A name may hold these signs too: what exists as typed is a file alone.
+_BEHIND = re.compile(r"(?P<file>.+?)(?:\s*[=:]\s*|(?<=\.safetensors)[\s,;]+)(?P<strength>[+-]?[\d.,]+\s*%?)")
+
+
+class LoraCommand(click.Command):
+    """A command that takes LoRAs and strengths."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Raises UsageError, with the command to type, for what is written as elsewhere."""
+        options = [param for param in self.params if isinstance(param, click.Option)]
+        valued = {flag for option in options if not option.is_flag for flag in option.opts}
+        written = list(_taken_apart(args, valued))
+        meant = _meant(written)
+        told, strengths = _TOLD, [word for word in meant if word[0] == STRENGTH]
+        [option] = [option for option in options if STRENGTH in option.opts]
+        if len(strengths) > 1 and not option.multiple:
+            meant = [word for i, word in enumerate(meant) if word[0] != STRENGTH or i == meant.index(strengths[0])]
+            told = {**_TOLD, STRENGTH: _ONE_STRENGTH}
+        if meant != written:
+            wrong = [word for word in written if word not in meant] or written
+            problem, expected = told.get(wrong[0][0] or STRENGTH, told[STRENGTH])
+            meant += _lacking(meant) if option.required else []
+            command = f"ltxpack {self.name} {_typed(meant)}"
+            raise UsageError(problem, expected=expected, found=_typed(wrong), next=command)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            if error.param is option:
+                error.message = f"\n  next: ltxpack {self.name} {_typed([*written, *_lacking(written)])}"
+            raise
+
+
+def _lacking(words: Sequence[Word]) -> list[Word]:
+    """The --strength that is missing: added LoRAs are meant alone."""
+    flags = {flag for flag, _ in words}
+    return [] if STRENGTH in flags else [(STRENGTH, "0" if ADD in flags and LORA not in flags else "1.0")]
+
+
+def _typed(words: Sequence[Word]) -> str:
+    return shlex.join(part for word in words for part in word if part is not None)
+
+
+def _taken_apart(words: Sequence[str], valued: set[str]) -> Iterator[Word]:
+    """``valued`` are the flags with a value."""
+    left = list(words[::-1])
+    while left:
+        word = left.pop()
+        flag, equals, value = word.partition("=")
+        if flag in valued:
+            yield flag, value if equals else left.pop() if left else None
+        elif word.startswith("-") and not _numbers(word):
+            yield word, None
+        else:
+            yield None, word
+
+
+def _meant(words: Sequence[Word]) -> list[Word]:
+    """The words as they are written here.
+
+    A number that stands alone is the strength of the --add before it if that has none, else it lacks its --strength.
+    """
+    found: list[Word] = []
+    for flag, value in words:
+        if flag is not None or not value or not _numbers(value) or os.path.exists(value):  # noqa: PTH110
+            found.append((flag, value))
+        elif found and found[-1][0] == ADD and found[-1][1] and _file_and_strength(found[-1][1])[1] is None:
+            found[-1] = (ADD, f"{found[-1][1]}={value}")
+        else:
+            found.append((STRENGTH, value))
+    given = any(flag == STRENGTH for flag, _ in found)
+    return [each for word in found for each in _rewritten(*word, given)]
+
+
+def _rewritten(flag: str | None, value: str | None, given: bool) -> Iterator[Word]:
+    """One word in our spelling. ``given``: there is a --strength."""
+    if not value or flag not in (STRENGTH, ADD, LORA):
+        yield flag, value
+        return
+    if flag == STRENGTH:
+        yield from ((STRENGTH, number) for number in _numbers(value) or [value])
+        return
+    file, strength = _file_and_strength(value)
+    if flag == LORA:
+        yield LORA, file
+        if strength is not None and not given:
+            yield STRENGTH, strength
+    else:
+        unreadable = "=" in value and file == value and not os.path.exists(value)  # noqa: PTH110
+        yield ADD, value if unreadable else f"{file}={strength or 1}"
+
+
+def _file_and_strength(text: str) -> tuple[str, str | None]:
+    """Of what is typed behind --add or --lora."""
+    found = None if os.path.exists(text) else _BEHIND.fullmatch(text)  # noqa: PTH110
+    numbers = _numbers(found["strength"]) if found else []
+    return (found["file"], numbers[0]) if found and len(numbers) == 1 else (text, None)
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers that ``text`` holds and nothing else, as float reads them: ``0,5`` -> 0.5, ``50%`` -> 0.5."""
+    if _PLAIN.fullmatch(text):
+        return [text]
+    loose = _LOOSE.fullmatch(text.strip())
+    if loose:
+        number = Decimal(loose["number"].replace(",", "."))
+        return [f"{(number / 100 if loose['percent'] else number).normalize():f}"]
+    parts = [part for part in re.split(r"[\s,;]+", text.strip("[]() ")) if part]
+    found = [_numbers(part) for part in parts] if len(parts) > 1 else []
+    return [number for numbers in found for number in numbers] if all(found) else []

@@ -1,0 +1,97 @@
+"""Strengths and LoRAs as people write them for other tools: each told with the command to type, which then works."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from lora_support import linears, low_rank, make_overlay, official_keys, save
+from support import ltxpack, refused
+
+STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an overlay ``out`` and two LoRAs, one with a number behind its name. Nothing is written there."""
+    folder = tmp_path_factory.mktemp("place")
+    make_overlay(folder / "out")
+    for name in ("style.safetensors", "my style.safetensors", "odd=0.5"):
+        save(folder / name, official_keys(STYLE))
+    return folder
+
+
+DISTILLED, STACKED = "distilled-0.5", "distilled-0.5+style-0.8"
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ("--strength 0.25 0.5", ["distilled-0.25", DISTILLED]),
+        ("out --strength 0.25 0.5 1", ["distilled-0.25", DISTILLED, "distilled-1"]),
+        ("--strength 0.25,0.5", ["distilled-0.25", DISTILLED]),
+        ("--strength '0.25, 0.5'", ["distilled-0.25", DISTILLED]),
+        ("--strength '[0.25 0.5]'", ["distilled-0.25", DISTILLED]),
+        ("out 0.5", [DISTILLED]),
+        ("--strength 0,5", [DISTILLED]),
+        ("--strength=0,5", [DISTILLED]),
+        ("--strength 50%", [DISTILLED]),
+        ("--strength '50 %'", [DISTILLED]),
+        ("--strength -12,5%", ["distilled--0.125"]),
+        ("--strength 0.5 -0.25", [DISTILLED, "distilled--0.25"]),
+        ("--strength 0.5 --add style.safetensors:0.8", [STACKED]),
+        ("--strength 0.5 --add style.safetensors=0,8", [STACKED]),
+        ("--strength 0.5 --add style.safetensors=80%", [STACKED]),
+        ("--strength 0.5 --add 'style.safetensors = 80%'", [STACKED]),
+        ("--strength 0.5 --add 'style.safetensors 0.8'", [STACKED]),
+        ("--strength 0.5 --add style.safetensors 0.8", [STACKED]),
+        ("--add style.safetensors 0.8 --strength 0.5", [STACKED]),
+        ("--add style.safetensors 0.8", ["distilled-0+style-0.8"]),
+        ("--add style.safetensors=0.8 0.5", [STACKED]),
+        ("--strength 0.5 --add style.safetensors", ["distilled-0.5+style-1"]),
+        ("--strength 0.5 --add 'my style.safetensors:0,8'", ["distilled-0.5+my-style-0.8"]),
+        ("--strength 0.5 --add odd=0.5", ["distilled-0.5+odd-0-1"]),
+        ("--lora style.safetensors:0.8", ["style-0.8"]),
+        ("--lora style.safetensors=80% --strength 0,5", ["style-0.5"]),
+        ("--lora style.safetensors 0.8", ["style-0.8"]),
+        ("", ["distilled-1"]),
+        ("--lora style.safetensors", ["style-1"]),
+        ("--add style.safetensors=0.8", ["distilled-0+style-0.8"]),
+    ],
+)  # fmt: skip
+def test_what_to_type_is_told_and_works(written: str, names: list[str], place: Path) -> None:
+    words = [*shlex.split(written), "--plan", "--json"]
+    message = refused(ltxpack("bake-lora", *words, cwd=place), 2)
+    told = shlex.split(message.partition("next: ")[2])
+    done = ltxpack(*told[1:], cwd=place)
+    assert done.returncode == 0, done.stderr
+    planned = dict.fromkeys(file["path"].split("/")[1] for file in json.loads(done.stdout)["files"])
+    assert list(planned) == names
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ("--strength 0.25 --strength 0.5", "--strength 0.25"),
+        ("--strength 0,5", "--strength 0.5"),
+        ("--strength 0.5 --add style.safetensors:80%", "--strength 0.5 --add style.safetensors=0.8"),
+    ],
+)
+def test_an_export_is_told_the_same(written: str, wanted: str, place: Path) -> None:
+    message = refused(ltxpack("export", "out", "-o", "x.safetensors", *shlex.split(written), cwd=place), 2)
+    assert message.endswith(f"next: ltxpack export out -o x.safetensors {wanted}\n")
+
+
+def test_what_is_there_as_typed_is_no_number_and_no_strength(place: Path) -> None:
+    make_overlay(place / "0.5")
+    done = ltxpack("bake-lora", "0.5", "--strength", "1", "--add", "odd=0.5=.8", "--plan", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"][0]["path"].startswith("bakes/distilled-1+odd-0-0.8/")
+
+
+@pytest.mark.parametrize("written", ["--strength half", "--strength 0.5 --add style.safetensors=half",
+                                     "--strength 1,2,3,", "--strength 0.5 --add =0.5"])  # fmt: skip
+def test_what_is_no_number_at_all_is_refused(written: str, place: Path) -> None:
+    refused(ltxpack("bake-lora", "out", *shlex.split(written), cwd=place), 2)
