@@ -74,6 +74,15 @@ def test_what_a_run_has_not(overlay: Path, tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "v.mp4").exists()
 
 
+def test_pictures_are_checked_before_the_overlay_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(200))
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "images": [{"path": "a.heic"}]}\n')
+    done = ltxpack("run", tmp_path / "none", *RUN, "-o", tmp_path / "v.mp4", "--image", tmp_path / "a.heic")
+    assert "found a HEIC picture" in refused(done, 1)
+    told = refused(ltxpack("run", tmp_path / "none", "--prompts", tmp_path / "a.jsonl", *RUN[2:]), 2)
+    assert "1 of 2 lines" in told and "line 2" in told and "found a HEIC picture" in told
+
+
 def test_an_interrupt_leaves_the_older_video(overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     video = tmp_path / "v.mp4"
     video.write_bytes(b"older")

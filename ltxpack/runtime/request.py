@@ -32,6 +32,7 @@ DEFAULT_NEGATIVE_PROMPT = (
     "camera, flat lighting, inconsistent tone, cinematic oversaturation, stylized filters, or AI artifacts."
 )
 SEE_HELP = "ltxpack run --help"
+WEB = ("http:/", "https:/", "hf:/", "s3:/", "data:")
 # Steps of a stage as --keep-steps names them; others go by number, from 1.
 FIRST, LAST, NONE = "first", "last", "none"
 
@@ -53,19 +54,19 @@ class ImageSpec:
         rest, frame, strength = text, 0, 1.0
         head, colon, tail = text.rpartition(":")
         with suppress(ValueError):
-            if colon and not Path(text).is_file():
+            if colon and not _is_file(text):
                 rest, strength = head, float(tail)
         head, at, tail = rest.rpartition("@")
         with suppress(ValueError):
-            if at and not Path(rest).is_file():
+            if at and not _is_file(rest):
                 rest, frame = head, num_frames - 1 if tail == "last" else int(tail)
         return cls(Path(rest), frame, strength)
 
     def check(self, num_frames: int) -> None:
         """Raises UsageError for a missing file, a frame outside the video or a strength outside [0, 1]."""
         refused = functools.partial(UsageError, file=self.path, next=SEE_HELP)
-        if not self.path.is_file():
-            raise refused("there is no such image")
+        if not _is_file(self.path):
+            raise _no_such_image(self.path)
         if not 0 <= self.frame < num_frames:
             wanted = f"a frame from 0 to {num_frames - 1}, or last"
             raise refused("image outside the video", expected=wanted, found=self.frame)
@@ -170,6 +171,26 @@ class Request:
             if word not in (FIRST, LAST) and not (word.isdecimal() and 1 <= int(word) <= most):
                 wanted = f"{NONE}, or {FIRST}, {LAST} or numbers from 1 to {most}, with commas"
                 raise UsageError("wrong --keep-steps", expected=wanted, found=s.keep_steps, next=SEE_HELP)
+
+
+def _is_file(path: str | Path) -> bool:
+    """Whether there is such a file, also for text that no path can be."""
+    try:
+        return Path(path).is_file()
+    except OSError:
+        return False
+
+
+def _no_such_image(path: Path) -> UsageError:
+    """The error for what is no file; a Path has only one of the two slashes of a web address."""
+    try:
+        path.stat()
+        found, better = "a folder or a device", "give a picture in it"
+    except (OSError, ValueError) as error:
+        found, better = getattr(error, "strerror", None) or str(error), SEE_HELP
+    if str(path).startswith(WEB):
+        better = "download the picture first, and give its path"
+    return UsageError("there is no such image", file=path, found=found, next=better)
 
 
 def _check_strength(one: dataclasses.Field[Any], value: float | tuple[int, ...]) -> None:

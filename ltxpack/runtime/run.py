@@ -16,6 +16,7 @@ from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import calibration, recipe_run
+from ltxpack.runtime.media.images import read_image
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
@@ -57,6 +58,8 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
     request = Request.of(options.prompt, **options.given)
     check_output(options.output)
     frame_rate(request.shape.fps)
+    for path in dict.fromkeys(image.path for image in request.images):
+        read_image(path)
     if options.save_tensors is not None:
         check_writable(options.save_tensors, "--save-tensors", "video.safetensors")
     tell_inside(outputs_of(options, [("-o", options.output)]), reporter)

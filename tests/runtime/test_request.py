@@ -54,6 +54,24 @@ def test_what_no_image_condition_can_be(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "found", "better"),
+    [
+        ("none.png", "No such file", "--help"),
+        ("x" * 300, "name too long", "--help"),
+        ("a.png/b.png", "Not a directory", "--help"),
+        ("", "a folder", "give a picture in it"),
+        ("https://example.org/a.png", "No such file", "download the picture first"),
+        ("a\0.png", "null", "--help"),
+    ],
+)
+def test_an_image_that_is_no_file_is_told_with_the_reason(text: str, found: str, better: str, folder: Path) -> None:
+    image = ImageSpec.parse(text if "//" in text else f"{folder}/{text}", 25)
+    with pytest.raises(UsageError, match="no such image") as refused:
+        image.check(25)
+    assert found in str(refused.value.found) and better in refused.value.next
+
+
+@pytest.mark.parametrize(
     ("frame", "strength", "says"),
     [
         (9, 1.0, "from 0 to 8"),

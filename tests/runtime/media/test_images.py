@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import struct
 import zlib
@@ -105,16 +106,81 @@ def test_palettes_bilevel_and_cmyk_become_rgb(tmp_path: Path) -> None:
     assert read_image(save(tmp_path / "b.png", Image.new("1", (8, 8), 1))).min() == 255
 
 
-def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
-    grey = np.array([[0, 256, 32768, 65535]], np.uint16)
-    path = save(tmp_path / "a.png", Image.fromarray(grey))
-    assert read_image(path)[0, :, 0].tolist() == [0, 1, 128, 255]
+SIXTEEN = np.array([[0, 255, 256, 511, 32768, 65279, 65535, 257]], np.uint16)
 
 
-def test_a_picture_of_floats_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.tiff", Image.fromarray(np.ones((4, 4), np.float32)))
-    with pytest.raises(UnsupportedError, match="floating-point"):
+def png16(colour: int, values: np.ndarray) -> bytes:
+    """A PNG of 16 bits per channel; ``values`` [H, W, channels]. Pillow writes grey ones alone."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_pngs_of_all_kinds_keep_their_high_bytes(tmp_path: Path, colour: int, channels: int) -> None:
+    values = np.stack([np.roll(SIXTEEN, turn) for turn in range(channels)], axis=-1)
+    path = tmp_path / "a.png"
+    path.write_bytes(png16(colour, values))
+    shown = [0, 1, 2] if channels > 2 else [0, 0, 0]
+    assert np.array_equal(read_image(path), values[..., shown] >> 8)
+
+
+def tiff(bits: int, photometric: int, data: bytes, sample_format: int = 1) -> bytes:
+    """A TIFF of one row of grey, four pixels wide."""
+    entries = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    entries[339] = sample_format
+    directory = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+GREY = np.array([0, 256, 32768, 65535], "<u2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (tiff(16, 1, GREY), [0, 1, 128, 255]),
+        (tiff(16, 0, GREY), [255, 254, 127, 0]),
+        (tiff(12, 1, bytes.fromhex("000800fff010")), [0, 128, 255, 1]),
+        (b"P5 4 1 65535\n" + np.array([0, 256, 32768, 65535], ">u2").tobytes(), [0, 1, 128, 255]),
+    ],
+    ids=["16 bits", "white is zero", "12 bits", "PGM"],
+)
+def test_deep_grey_of_other_formats_keeps_its_shades(tmp_path: Path, content: bytes, expected: list[int]) -> None:
+    path = tmp_path / "a.picture"
+    path.write_bytes(content)
+    assert read_image(path)[0].tolist() == [[grey] * 3 for grey in expected]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tiff(32, 1, np.ones(4, "<f4").tobytes(), 3), "floating-point"),
+        (tiff(32, 1, np.ones(4, "<u4").tobytes()), "32-bit"),
+        (tiff(16, 1, GREY, 2), "signed"),
+        (tiff(64, 1, np.ones(4, "<f8").tobytes(), 3), "TIFF file of a kind that is not read"),
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(200), "HEIC"),
+        (b"\0\0\0\x24ftypmif1\0\0\0\0mif1heic" + bytes(200), "HEIF"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(60), "JPEG XL"),
+        (b"\xff\x0a" + bytes(60), "JPEG XL"),
+        (b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "PostScript"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"v/1\x01" + bytes(60), "OpenEXR"),
+    ],
+)
+def test_pictures_of_other_kinds_are_named_and_to_be_converted(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(UnsupportedError, match=message) as refused:
         read_image(path)
+    assert refused.value.file == str(path)
+    assert refused.value.next.startswith("convert it to")
 
 
 def swapped_profile() -> bytes:
@@ -151,12 +217,52 @@ def png_claiming(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.parametrize(
+    "exif",
+    [b"\0\x08\0\x02\x01\x12\0\x03", b"nonsense", b"MM\0*\x7f\xff\xff\xff", b"II*\0\x08\0\0\0\x01\0\x12\x01", b""],
+)
+@pytest.mark.parametrize("format", ["png", "webp", "jpeg"])
+def test_broken_exif_data_counts_as_none(
+    tmp_path: Path, format: str, exif: bytes, recwarn: pytest.WarningsRecorder
+) -> None:
+    picture = Image.fromarray(noise(8, 16))
+    plain = save(tmp_path / f"plain.{format}", picture)
+    broken = save(tmp_path / f"broken.{format}", picture, exif=b"Exif\0\0" + exif)
+    assert np.array_equal(read_image(broken), read_image(plain))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("side", [11_000, 20_000, 100_000])
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, side: int) -> None:
     path = tmp_path / "bomb.png"
     path.write_bytes(png_claiming(side, side))
-    with pytest.raises(FormatError, match="too large a picture"):
+    with pytest.raises(FormatError, match="too large a picture") as refused:
         read_image(path)
+    assert "scale it down to at most 100 million pixels" in refused.value.next
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        (bytes(10_000), "zero bytes"),
+        (b"\0\0\0\x20ftypisom" + bytes(200), "a video"),
+        (b"\x1aE\xdf\xa3" + bytes(200), "a video"),
+        (b"RIFF\0\0\0\0AVI " + bytes(60), "a video"),
+        (b"\0\0\x01\xba" + bytes(60), "a video"),
+        (b"<!doctype html><title>Log in</title>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git LFS"),
+        (b"PK\3\4" + bytes(60), "an archive"),
+        (png_claiming(8, 8)[:20], "a damaged picture"),
+        (png_claiming(8, 8)[:30] + b"?" + png_claiming(8, 8)[31:], "a PNG file"),
+    ],
+)
+def test_files_that_are_no_pictures_are_named(tmp_path: Path, content: bytes, found: str) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(FormatError) as refused:
+        read_image(path)
+    assert found in refused.value.render() and refused.value.file == str(path)
 
 
 def test_what_is_no_picture_is_refused_by_name(tmp_path: Path) -> None:
@@ -209,6 +315,22 @@ def test_compression_leaves_crf_zero_and_slivers_alone() -> None:
         assert compress(pixels, crf) is pixels
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(64, 20_000), (17_000, 30), (2, 30_000), (16_386, 16)])
+def test_sides_that_x264_does_not_take_are_scaled_and_told(
+    tmp_path: Path, rows: int, columns: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    ramp = np.linspace(0, 255, max(rows, columns)).astype(np.uint8)
+    ramp = ramp[:, None] if rows > columns else ramp[None]
+    path = save(tmp_path / "a.png", Image.fromarray(np.broadcast_to(ramp[..., None], (rows, columns, 3)).copy()))
+    with caplog.at_level(logging.WARNING):
+        found = load_image(path, 10).float()
+        assert load_image(path, 0).shape == (rows, columns, 3)
+    assert max(found.shape[:2]) == 16_384 and min(found.shape[:2]) >= 2
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True]
+    along = found.mean((1, 2)) if rows > columns else found.mean((0, 2))
+    assert (along - torch.linspace(0, 255, 16_384)).abs().max() < 4
+
+
 @pytest.mark.parametrize("crf", [-1, 52])
 def test_a_crf_x264_does_not_take_is_refused(tmp_path: Path, crf: int) -> None:
     path = save(tmp_path / "a.png", Image.fromarray(noise(4, 4)))
@@ -228,6 +350,30 @@ def test_the_centre_is_kept() -> None:
     pixels[:, 17:49] = 255
     assert prepare_image(pixels, 32, 32, CPU, torch.float32).min() == 1
     assert prepare_image(pixels.transpose(0, 1), 32, 32, CPU, torch.float32).min() == 1
+
+
+@pytest.mark.parametrize("shape", [(3000, 20), (7, 9000), (1, 2000), (2000, 1), (601, 33)])
+def test_of_a_narrow_picture_only_the_centre_is_scaled(shape: tuple[int, int]) -> None:
+    """To what scaling the whole and cropping it gives, in the memory of the result."""
+    height, width = 64, 96
+    picture = torch.from_numpy(noise(*shape))
+    found = prepare_image(picture, height, width, CPU, torch.float32)[0, :, 0]
+    scale = max(height / shape[0], width / shape[1])
+    covering = [math.ceil(side * scale) for side in shape]
+    whole = picture.permute(2, 0, 1)[None].float()
+    whole = torch.nn.functional.interpolate(whole, size=covering, mode="bilinear", align_corners=False)[0]
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    expected = whole[:, top : top + height, left : left + width] / 127.5 - 1
+    assert (found - expected).abs().max() < 2e-4
+    largest = 0
+
+    def note(given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        nonlocal largest
+        largest = max(largest, *(x.untyped_storage().nbytes() for x in made if x.data_ptr() != picture.data_ptr()))
+
+    with Watch(note):
+        prepare_image(picture, height, width, CPU, torch.float32)
+    assert largest <= 2 * found.nbytes
 
 
 @settings(max_examples=60, deadline=None)
