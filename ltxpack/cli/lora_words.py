@@ -1,4 +1,4 @@
-"""Strengths and LoRAs as people write them for other tools: told as what to type here, before anything is looked for."""
+"""Strengths and LoRAs as people write them for other tools: each told as what to type here, before a file is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Word = tuple[str | None, str | None]
 
 # Flag -> what is wrong with what is written, and how it is written.
 _TOLD = {
-    STRENGTH: ("a strength is one number with a point, behind a --strength of its own", "--strength 0.25 --strength 0.5"),
+    STRENGTH: ("a strength is one number with a point behind its own --strength", "--strength 0.25 --strength 0.5"),
     ADD: ("--add needs a file and a strength with = between them", "--add FILE=S, such as --add style.safetensors=0.8"),
     LORA: ("the strength of the main LoRA is said with --strength", "--lora FILE --strength S"),
 }  # fmt: skip
@@ -54,7 +54,8 @@ class LoraCommand(click.Command):
             return super().parse_args(ctx, args)
         except click.MissingParameter as error:
             if error.param is option:
-                error.message = f"\n  next: ltxpack {self.name} {_typed([*written, *_lacking(written)])}"
+                told_next = f"\n  next: ltxpack {self.name} {_typed([*written, *_lacking(written)])}"
+                raise click.MissingParameter(told_next, ctx, option) from None
             raise
 
 
