@@ -258,8 +258,13 @@ def text_encoder(config: Config) -> Named:
         "post_feedforward_layernorm": (width,),
     }
     yield f"{TEXT_ROOT}embed_tokens.weight", (text["vocab_size"], width)
+    biased = [
+        module
+        for module in layer
+        if text.get("attention_bias") and module.startswith("self_attn.") and "proj" in module
+    ]
     for number, (module, shape) in itertools.product(range(text["num_hidden_layers"]), layer.items()):
-        yield f"{TEXT_ROOT}layers.{number}.{module}.weight", shape
+        yield from _layer(f"{TEXT_ROOT}layers.{number}.{module}", *shape, bias=module in biased)
     yield f"{TEXT_ROOT}norm.weight", (width,)
 
 

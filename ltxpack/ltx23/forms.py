@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from ltxpack.errors import FormatError
+from ltxpack.errors import FormatError, UnsupportedError
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, TRANSFORMER, component_of
 
@@ -107,6 +107,21 @@ def read_linears(file: TensorFile, read: ReadTensor | None = None) -> Linears:
         described[spelled(key, codes) or key] = layer
     form = _form(file, codes, found, described or markers or layers)
     return Linears(form, codes, found, layers, markers, described)
+
+
+def refuse_quantised(file: TensorFile, label: object, purpose: str, next: str) -> None:
+    """Refuse (UnsupportedError) codes where ``purpose``, as in "overlays are made from", needs bf16 weights."""
+    linears = read_linears(file)
+    if linears.quantised:
+        scales = [info.name for scales in linears.scales.values() for info in scales.values()]
+        codes = [info.name for info in linears.codes.values()]
+        marked = [name for name in file.tensors if name.rpartition(".")[2] in MARKS]
+        counts = ((len(codes), "weights in codes"), (len(scales), "scales"), (len(marked), "tensors of that form"))
+        raise UnsupportedError(
+            f"is quantised ({TOLD[linears.form]}); {purpose} bf16 weights",
+            file=str(label), tensor=(scales + codes + marked)[0], expected="BF16 weights",
+            found=", ".join(f"{count} {what}" for count, what in counts if count), next=next,
+        )  # fmt: skip
 
 
 def few(linears: Sized) -> bool:

@@ -154,6 +154,8 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
     if merged := merged_loras(checkpoint.file):
         told = f"{inputs.sources.checkpoint.label} is an export with LoRAs merged into it ({', '.join(merged)})"
         reporter.warn(f"{told}: base and bakes of this overlay all have them")
+    if inputs.text_encoder and inputs.text_encoder.tensors:
+        reporter.note("text encoder: is written anew, in BF16 and under the published names")
     cast = sum(info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for info in tensors.values())
     if cast:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")

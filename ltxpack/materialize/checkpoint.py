@@ -15,13 +15,14 @@ from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, 
 from ltxpack.ltx23 import releases
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.forms import ALL, MADE_FROM, MARKS, ROOT, TOLD, described, official, read_linears, root_and_parts
+from ltxpack.ltx23.forms import ALL, MADE_FROM, ROOT, described, official, refuse_quantised, root_and_parts
 from ltxpack.ltx23.lora_keys import LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"
 # Formats in which other programs keep whole models.
 MODEL_FORMATS = {GGUF: "gguf", ZIP: "pickle", PICKLE: "pickle"}
+MADE_OF = "overlays and bakes are made from"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
@@ -64,7 +65,7 @@ def merged_loras(file: TensorFile) -> list[str]:
 
 def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
     """Understand a checkpoint by its header; messages name it ``label``. Raises UnsupportedError or FormatError."""
-    _refuse_quantised(file, label, take_instead(label))
+    refuse_quantised(file, label, MADE_OF, take_instead(label))
     _refuse_parts(file, label)
     metadata = releases.read_metadata(file.metadata, file.tensors, label)
     shapes = {name: info.shape for name, info in file.tensors.items()}
@@ -85,7 +86,7 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
 
     Raises UnsupportedError or FormatError.
     """
-    _refuse_quantised(file, label, f"use the bf16 file ({releases.DEFAULT_FILES[releases.UPSAMPLER]})")
+    refuse_quantised(file, label, MADE_OF, f"use the bf16 file ({releases.DEFAULT_FILES[releases.UPSAMPLER]})")
     text = file.metadata.get("config")
     config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
     if not isinstance(config, Mapping):
@@ -142,7 +143,7 @@ def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFi
             raise
         problem = f"is {error.found}; an overlay is made from bf16 weights in safetensors"
         raise UnsupportedError(problem, file=str(label), next=take_instead(label)) from None
-    _refuse_quantised(file, label, take_instead(label))
+    refuse_quantised(file, label, MADE_OF, take_instead(label))
     _refuse_parts(file, label)
     return file
 
@@ -153,20 +154,6 @@ def take_instead(label: object) -> str:
     if "distilled" in str(label).rpartition("/")[2].lower():
         return f"{command} --checkpoint {releases.DISTILLED_FILE} (takes the bf16 file)"
     return f"{command} (takes the bf16 file, {releases.DEFAULT_FILES[releases.CHECKPOINT]})"
-
-
-def _refuse_quantised(file: TensorFile, label: object, instead: str) -> None:
-    linears = read_linears(file)
-    if linears.quantised:
-        scales = [info.name for scales in linears.scales.values() for info in scales.values()]
-        codes = [info.name for info in linears.codes.values()]
-        marked = [name for name in file.tensors if name.rpartition(".")[2] in MARKS]
-        counts = ((len(codes), "weights in codes"), (len(scales), "scales"), (len(marked), "tensors of that form"))
-        raise UnsupportedError(
-            f"is quantised ({TOLD[linears.form]}); overlays and bakes are made from bf16 weights",
-            file=str(label), tensor=(scales + codes + marked)[0], expected=f"{STORED_DTYPE} weights",
-            found=", ".join(f"{count} {what}" for count, what in counts if count), next=instead,
-        )  # fmt: skip
 
 
 def _refuse_parts(file: TensorFile, label: object) -> None:

@@ -31,9 +31,11 @@ from ltxpack.materialize.plan import (
     plan_metadata,
     plan_model_index,
     plan_scheduler,
+    plan_text_encoder,
     plan_upsampler,
 )
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, choose, hub_folder, open_source_folder
+from ltxpack.materialize.text_encoder import read_text_encoder
 from ltxpack.repack.items import Copied, CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.verify import repair
 from ltxpack.reporter import Reporter
@@ -160,10 +162,17 @@ def _items_again(
         yield from plan_upsampler(read_upsampler(access.header(file), None, file.label), file, limit).items
     yield from plan_scheduler(manifest.distilled).items
     yield plan_model_index()
+    texts = found.get(TEXT_ENCODER, {})
+    of_text = manifest.components[TEXT_ENCODER].files if texts else ()
+    sizes = {record.path.rpartition("/")[2]: record.size for record in of_text}
+    as_they_are = all(name in texts and texts[name].size == size for name, size in sizes.items())
+    if texts and not as_they_are:
+        encoder = read_text_encoder(InputFolder("the text encoder", texts), access, None)
+        yield from plan_text_encoder(encoder, limit)[0].items
     for path in sorted(paths):
         place, _, name = path.rpartition("/")
         role = _ROLES.get(place)
-        if role in (LORA, TEXT_ENCODER) and name in found[role]:
+        if role in (LORA, TEXT_ENCODER) and name in found[role] and (place != TEXT_ENCODER or as_they_are):
             yield CopyFile(path, found[role][name].path, found[role][name].size)
 
 

@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ltxpack.files.tensorfile import TensorInfo
 from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
-from ltxpack.ltx23.releases import CHECKPOINT, IMAGE_CRF
+from ltxpack.ltx23.releases import CHECKPOINT, IMAGE_CRF, TEXT_ENCODER
 from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, Lora, Manifest, Source, SourceFile
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Tensors, Upsampler
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.sources import InputFile
+from ltxpack.materialize.text_encoder import STEM, TOKENIZER_FOLDER, TextEncoder
 from ltxpack.repack.items import (
     DEFAULT_STEM,
     Cast,
@@ -33,6 +35,8 @@ MODEL_INDEX = "model_index.json"
 SCHEDULER = "scheduler"
 # The checkpoint's own metadata, every string as it is there, so that an export can give it back.
 METADATA = "source/metadata.json"
+# Tensors by the names they get, with the file that each is in.
+Placed = Mapping[str, tuple[TensorInfo, Path]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
         components.append(plan_upsampler(inputs.upsampler, sources.upsampler, max_shard_size))
     distilled = sources.checkpoint.distilled
     components.append(plan_scheduler(distilled))
-    components += [ComponentPlan(name, _copies(name, files)) for name, files in inputs.text_encoder.items()]
+    components += plan_text_encoder(inputs.text_encoder, max_shard_size) if inputs.text_encoder else []
     kind = DISTILLED_KIND if distilled else FULL_KIND
     source = _source(inputs, max_shard_size)
     stated = Manifest(metadata.model_version, IMAGE_CRF, metadata.licence, source, {}, (), (), transformer_kind=kind)
@@ -114,7 +118,7 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
 def plan_checkpoint(checkpoint: Checkpoint, source: Path, max_shard_size: int) -> list[ComponentPlan]:
     """The components that the checkpoint, the file ``source``, becomes."""
     return [
-        _repacked(name, config, checkpoint.tensors[name], source, max_shard_size)
+        _repacked(name, config, _in(source, checkpoint.tensors[name]), max_shard_size)
         for name, config in checkpoint.configs.items()
     ]
 
@@ -123,9 +127,22 @@ def plan_upsampler(upsampler: Upsampler, file: InputFile, max_shard_size: int) -
     """The upsampler's component: its file as it is where that is possible."""
     name = "latent_upsampler"
     if not upsampler.as_is:
-        return _repacked(name, upsampler.config, upsampler.tensors, file.path, max_shard_size)
+        return _repacked(name, upsampler.config, _in(file.path, upsampler.tensors), max_shard_size)
     copied = CopyFile(f"{name}/{DEFAULT_STEM}.safetensors", file.path, file.size)
     return ComponentPlan(name, (_config(name, upsampler.config), copied))
+
+
+def plan_text_encoder(encoder: TextEncoder, max_shard_size: int) -> list[ComponentPlan]:
+    """The text encoder's and the tokenizer's components."""
+    stored = {name: (info, file.path) for name, (info, file) in encoder.tensors.items()}
+    shards, cast = _stored(TEXT_ENCODER, stored, max_shard_size, STEM) if stored else ((), ())
+    small = tuple(WriteBytes(path, data) for path, data in encoder.written.items())
+    taken = [CopyFile(path, file.path, file.size) for path, file in encoder.taken.items()]
+    model, tokenizer = (
+        tuple(item for item in taken if item.path.startswith(f"{folder}/"))
+        for folder in (TEXT_ENCODER, TOKENIZER_FOLDER)
+    )
+    return [ComponentPlan(TEXT_ENCODER, (*small, *model, *shards), cast), ComponentPlan(TOKENIZER_FOLDER, tokenizer)]
 
 
 def plan_scheduler(distilled: bool) -> ComponentPlan:
@@ -148,13 +165,25 @@ def _config(name: str, config: Mapping[str, Any]) -> WriteBytes:
     return WriteBytes(f"{name}/config.json", json_bytes(config))
 
 
-def _repacked(
-    name: str, config: Mapping[str, Any], tensors: Tensors, source: Path, max_shard_size: int
-) -> ComponentPlan:
-    """Everything is stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3)."""
-    entries = [stored_tensor(target, info, source, STORED_DTYPE) for target, info in tensors.items()]
+def _repacked(name: str, config: Mapping[str, Any], tensors: Placed, max_shard_size: int) -> ComponentPlan:
+    shards, cast = _stored(name, tensors, max_shard_size)
+    return ComponentPlan(name, (_config(name, config), *shards), cast)
+
+
+def _stored(
+    name: str, tensors: Placed, max_shard_size: int, stem: str = DEFAULT_STEM
+) -> tuple[tuple[Item, ...], tuple[str, ...]]:
+    """Shards of ``tensors``, and the names of those that are cast.
+
+    Everything is stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3).
+    """
+    entries = [stored_tensor(target, info, path, STORED_DTYPE) for target, (info, path) in tensors.items()]
     cast = tuple(sorted(entry.tensors[0].name for entry in entries if isinstance(entry.producer, Cast)))
-    return ComponentPlan(name, (_config(name, config), *assign_shards(entries, max_shard_size, name)), cast)
+    return assign_shards(entries, max_shard_size, name, stem), cast
+
+
+def _in(path: Path, tensors: Tensors) -> Placed:
+    return {name: (info, path) for name, info in tensors.items()}
 
 
 def _copies(folder: str, files: Sequence[InputFile]) -> tuple[CopyFile, ...]:

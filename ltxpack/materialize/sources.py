@@ -379,12 +379,15 @@ def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> Inp
     if typed is None:
         return hub_folder(TEXT_ENCODER_REPO, None, access)
     found = _find(typed, access, within=folder)
-    if isinstance(found, InputFile):
-        raise SourceError(
-            "is a file", file=typed, expected="the folder of the text encoder",
-            next=f"{AGAIN}{FLAGS[TEXT_ENCODER]} {quoted(str(PurePosixPath(typed).parent))}",
-        )  # fmt: skip
-    return found
+    if isinstance(found, InputFolder):
+        return found
+    beside = local_folder(Path(found.member).parent) if found.repo is None else None
+    if beside is not None and "config.json" not in beside.files:  # it is told what else it needs
+        return InputFolder(found.member, {found.name: found})
+    raise SourceError(
+        "is a file", file=typed, expected="the folder of the text encoder",
+        next=f"{AGAIN}{FLAGS[TEXT_ENCODER]} {quoted(str(PurePosixPath(typed).parent))}",
+    )  # fmt: skip
 
 
 def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:

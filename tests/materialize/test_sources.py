@@ -15,6 +15,7 @@ from materialize.fake_hub import COMMIT, FakeHub
 from support import ltxpack, refused
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
+from ltxpack.ltx23.expected import inventory
 from ltxpack.ltx23.releases import DEFAULT_FILES, RELEASES, TEXT_ENCODER_REPO, likely, recognise
 from ltxpack.materialize.hub.client import cached_sha256
 from ltxpack.materialize.inputs import Inputs, read_inputs
@@ -252,16 +253,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
     "quantised": (lambda f: change_json(f, quantization_config={}), UnsupportedError, "quantization_config"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), SourceError, "tokenizer.json"),
     "endless tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 2**40), FormatError, "too large for a tokenizer"),
-    "no processor": (lambda f: (f / "processor_config.json").unlink(), SourceError, "processor_config.json"),
     "no shard": (lambda f: (f / SHARDS[1]).unlink(), SourceError, "lacks shards"),
-    "no index": (lambda f: (f / INDEX).unlink(), SourceError, "model.safetensors"),
+    "no index, no shard": (lambda f: [(f / n).unlink() for n in (INDEX, SHARDS[1])], SourceError, SHARDS[1]),
     "index lies": (lambda f: change_index(f, dict.popitem), FormatError, "not in the index"),
     "index outside": (
         lambda f: change_index(f, lambda names: names.update(dict.fromkeys(names, "../evil.safetensors"))),
         FormatError,
         "plain .safetensors file name",
     ),
-    "other width": (lambda f: change_json(f, text_config={"hidden_size": 8}), FormatError, "hidden_size"),
+    "other width": (
+        lambda f: change_json(f, text_config={**tiny_source.GEMMA_TEXT, "hidden_size": 8}),
+        FormatError,
+        "hidden_size",
+    ),
     "torn shard": (lambda f: os.truncate(f / SHARDS[0], 40), FormatError, "truncated"),
     "list as config": (lambda f: (f / "processor_config.json").write_text("[]"), FormatError, "JSON object"),
 }
@@ -286,15 +290,15 @@ def test_a_text_encoder_of_another_size_does_not_fit(source: Path) -> None:
 
 def test_only_known_files_of_the_text_encoder_are_taken_and_one_weight_file_needs_no_index(source: Path) -> None:
     encoder, folder = read(source).text_encoder, source / tiny_source.GEMMA
-    names = {file.name for files in encoder.values() for file in files}
-    assert not [name for name in names if not name.endswith((".safetensors", ".json", ".jinja"))]
-    assert "chat_template.jinja" in {file.name for file in encoder["tokenizer"]}
+    assert encoder is not None
+    assert not [path for path in encoder.taken if not path.endswith((".safetensors", ".json", ".jinja"))]
+    assert "tokenizer/chat_template.jinja" in encoder.taken
     for path in folder.glob("model*"):
         path.unlink()
-    shapes = {"language_model.model.embed_tokens.weight": (32, 24)}
-    shapes |= {f"language_model.model.layers.{i}.input_layernorm.weight": (24,) for i in range(2)}
-    tiny_source.write_tensors(folder / "model.safetensors", shapes, {})
-    assert "model.safetensors" in {file.name for file in read(source).text_encoder["text_encoder"]}
+    shapes = inventory("text_encoder", {"text_config": tiny_source.GEMMA_TEXT})
+    tiny_source.write_tensors(folder / "gemma_3.safetensors", shapes, {})
+    encoder = read(source).text_encoder
+    assert encoder is not None and encoder.taken["text_encoder/model.safetensors"].name == "gemma_3.safetensors"
 
 
 def test_a_file_as_text_encoder_names_its_folder(source: Path) -> None:

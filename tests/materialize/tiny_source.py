@@ -19,7 +19,7 @@ from typing import Any
 from ltxpack.demo import checkpoint
 from ltxpack.demo.config import blocks
 from ltxpack.ltx23.configs import upsampler_config
-from ltxpack.ltx23.expected import source_inventory
+from ltxpack.ltx23.expected import inventory, source_inventory
 from ltxpack.ltx23.published import published_files
 
 Shape = tuple[int, ...]
@@ -29,6 +29,10 @@ UPSAMPLER = "ltx-2.3-mini-spatial-upscaler-x2.safetensors"
 NAMES = {"checkpoint": CHECKPOINT, "lora": LORA, "upsampler": UPSAMPLER}
 GEMMA = "gemma"
 GEMMA_WIDTH, GEMMA_LAYERS = 24, 2
+GEMMA_TEXT = {
+    "hidden_size": GEMMA_WIDTH, "num_hidden_layers": GEMMA_LAYERS, "vocab_size": 32, "intermediate_size": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4,
+}  # fmt: skip
 
 OPTIONAL = ("attention_type", "cross_attention_norm", "double_self_attention", "only_cross_attention", "share_ff",
             "use_linear_projection", "num_vector_embeds")  # fmt: skip
@@ -144,19 +148,19 @@ def _small(seed: int, name: str, shape: Shape) -> Any:
 
 
 def write_gemma(folder: Path, config: Mapping[str, Any], seed: int) -> None:
-    """A text encoder's folder, as far as materialize looks: headers, index, configs."""
+    """A text encoder's folder: weights of a whole language model, index, configs, and a tokenizer in name only."""
     folder.mkdir(exist_ok=True)
-    layers = {f"language_model.model.layers.{i}.input_layernorm.weight": (GEMMA_WIDTH,) for i in range(GEMMA_LAYERS)}
+    shapes = inventory("text_encoder", {"text_config": GEMMA_TEXT})
+    table = "language_model.model.embed_tokens.weight"
     shards = {
-        "model-00001-of-00002.safetensors": {"language_model.model.embed_tokens.weight": (32, GEMMA_WIDTH)},
-        "model-00002-of-00002.safetensors": layers,
+        "model-00001-of-00002.safetensors": {table: shapes.pop(table)},
+        "model-00002-of-00002.safetensors": shapes,
     }
-    for name, shapes in shards.items():
-        write_tensors(folder / name, shapes, {"format": "pt"}, seed)
-    weight_map = {tensor: name for name, shapes in shards.items() for tensor in shapes}
-    text = {"hidden_size": GEMMA_WIDTH, "num_hidden_layers": GEMMA_LAYERS}
+    for name, own in shards.items():
+        write_tensors(folder / name, own, {"format": "pt"}, seed)
+    weight_map = {tensor: name for name, own in shards.items() for tensor in own}
     documents: dict[str, Any] = {
-        "config.json": {"text_config": text, **config},
+        "config.json": {"text_config": GEMMA_TEXT, **config},
         "generation_config.json": {"do_sample": True},
         "tokenizer.json": {"version": "1.0"},
         "tokenizer_config.json": {"model_max_length": 10**30, "tokenizer_class": "GemmaTokenizer"},

@@ -7,7 +7,7 @@ processor of our own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,16 @@ from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import Gemma3Config, Gemma3TextModel, PreTrainedTokenizerFast
+from transformers import Gemma3Config, Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
-from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
+from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE, TEXT_TOKENS
+from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
+from ltxpack.ltx23.text_encoder import language_model, text_config
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights import load
-
-UNUSED_ROOTS = ("vision_tower.", "multi_modal_projector.", "language_model.lm_head.")
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,15 @@ def load_text_encoder(
     """Gemma 3's language model from ``folder``, without lm_head, each tensor read once, straight to ``device``.
 
     ``dtype`` None keeps the stored one. The files hold exactly the language model that config.json describes; a vision
-    tower and a projector may be there too. Raises OverlayError and FormatError before it reads a tensor.
+    tower, a projector and a head may be there too. Raises UnsupportedError naming what does not fit, OverlayError and
+    FormatError, before it reads a tensor.
     """
-    config = _gemma_config(folder).get_text_config()
+    fields, config = _gemma_config(folder)
     # torch's own attention, whatever the file says: _attention_masks are made for it.
     config._attn_implementation = "sdpa"
     with _WeightsOnMeta():
         model = Gemma3TextModel(config)
-    stored = {name.removeprefix(TEXT_ROOT): entry for name, entry in _language_model(folder).items()}
+    stored = language_model(fields, load.read_headers(folder), folder, another_encoder(folder)).tensors
     load.check(model, stored, folder)
     model.load_state_dict((reader or load.read_tensors)(stored, device, dtype), strict=True, assign=True)
     # The rotary frequencies and the embedding scale are in no file. They move to the device and stay fp32.
@@ -188,23 +189,20 @@ def use_rounded_rotary(connectors: LTX2TextConnectors) -> None:
             block.attn1.set_processor(RoundedRotaryAttention())
 
 
-def _gemma_config(folder: Path) -> Gemma3Config:
-    refused = partial(OverlayError, file=folder / "config.json", next=load.verify_command(folder))
+def another_encoder(folder: Path) -> str:
+    """What to do about a text encoder that was taken over before it was checked: verify finds nothing wrong with it."""
+    overlay = quoted(folder.parent)
+    return f"ltxpack materialize SOURCE {overlay} --force --text-encoder {TEXT_ENCODER_REPO} (takes the published one)"
+
+
+def _gemma_config(folder: Path) -> tuple[Mapping[str, Any], Gemma3TextConfig]:
+    """The language model's fields, and the config that transformers makes of them."""
+    path = folder / "config.json"
     try:
         fields, _ = Gemma3Config.get_config_dict(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise refused("not a readable config", found=str(error)) from error
-    kind = fields.get("model_type")
-    if kind != "gemma3":
-        raise refused("another kind of text encoder", expected="model_type gemma3", found=kind)
-    return Gemma3Config.from_dict(fields)
-
-
-def _language_model(folder: Path) -> dict[str, load.Stored]:
-    """The headers of the language model's tensors. Raises OverlayError for a tensor that is no part of Gemma 3."""
-    stored = load.read_headers(folder)
-    unknown = [name for name in sorted(stored) if not name.startswith((TEXT_ROOT, *UNUSED_ROOTS))]
-    if unknown:
-        problem = f"{len(unknown)} tensors that are no part of Gemma 3"
-        raise OverlayError(problem, file=folder, items=unknown, next=load.verify_command(folder))
-    return {name: entry for name, entry in stored.items() if name.startswith(TEXT_ROOT)}
+        problem = "not a readable config"
+        raise OverlayError(problem, file=path, found=str(error), next=load.verify_command(folder)) from error
+    text = text_config(fields, path, another_encoder(folder))
+    whole = Gemma3Config if fields["model_type"] == TEXT_ENCODER_TYPE else Gemma3TextConfig
+    return text, whole.from_dict(fields).get_text_config()

@@ -17,6 +17,7 @@ from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, DTYPE_NAMES, FLOATS, read_json, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.ltx23.codes import Tensor, coded_linears, never_cast, with_codes
+from ltxpack.ltx23.text_encoder import root_of
 from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.weights.activations import Widths
@@ -114,9 +115,9 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
     pattern = re.compile(re.escape(BLOCKS[component]) + r"\.(\d+)\.") if component in BLOCKS else None
     in_files = rest = 0
     blocks: dict[int, int] = {}
-    root = TEXT_ROOT if component == TEXT_ENCODER else ""
     tensors = tuple(tensors)
     dtypes = {name: dtype for name, dtype, _ in tensors}
+    root = root_of(dtypes) or TEXT_ROOT if component == TEXT_ENCODER else ""
     kept = never_cast(dtypes)
     for full_name, dtype, shape in tensors:
         count = math.prod(shape)
