@@ -15,20 +15,26 @@ from pathlib import Path
 from ltxpack.errors import AdapterError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_json, read_tensorfile
 from ltxpack.lora_bake import peft
+from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.lora_bake.peft import MAX_ALPHA, PeftConfig
 from ltxpack.ltx23.forms import described
-from ltxpack.ltx23.lora_keys import LoraKey, ModuleNames, belongs_elsewhere, parse_key
+from ltxpack.ltx23.lora_keys import METHODS, SCALE, LoraKey, Method, ModuleNames, belongs_elsewhere, parse_key
 from ltxpack.manifest import BakedLora
 from ltxpack.materialize.checkpoint import read_lora
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+# More different beginnings of names than this are another model's.
+MAX_RESTS = 2
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
 _SCALARS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b",
 }  # fmt: skip
-_FACTOR_ROLES = ("down", "up", "magnitude", "diff", "diff_b")
+# Which of a method's tensors change the module's bias, not its weight.
+_BIAS_ROLES = frozenset({"up_b", "diff_b", "bias"})
+# Methods that change norms and tables too, not only linears.
+_ANY_SHAPE = ("diff", "weight")
 
 Shapes = Mapping[str, tuple[int, ...]]
 ReadTensor = Callable[[TensorInfo], bytes]
@@ -36,26 +42,26 @@ ReadTensor = Callable[[TensorInfo], bytes]
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """What an adapter does to one weight (or bias): a low-rank product, a full difference, or both.
+    """What an adapter does to one weight (or bias): by which methods, with which tensors.
 
-    ``down`` is A [rank, in], ``up`` is B [out, rank]. ``factor`` is what the strength is multiplied by for B·A:
-    alpha/rank, alpha/sqrt(rank) with rslora, or 1; a full difference is scaled by the strength alone. The tensors are
-    byte ranges of the adapter file; of a fused projection each target has its own rows.
+    ``methods`` are names of :data:`.lora_keys.METHODS`. ``tensors`` maps roles to byte ranges of the adapter file; of a
+    fused projection each target has its own rows. ``factor`` is what the strength is multiplied by for a method with a
+    rank: alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is as stated; of a rotation, its bound.
     """
 
     weight: str
+    methods: tuple[str, ...]
+    tensors: Mapping[str, TensorInfo]
     rank: int = 0
     factor: float = 1.0
     alpha: float | None = None
-    down: TensorInfo | None = None
-    up: TensorInfo | None = None
-    magnitude: TensorInfo | None = None
-    diff: TensorInfo | None = None
 
     @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """All the byte ranges this target needs."""
-        return tuple(info for info in (self.down, self.up, self.magnitude, self.diff) if info is not None)
+    def beyond_official(self) -> str | None:
+        """What the official rule has no arithmetic for; None for a product of two factors or a difference."""
+        if "magnitude" in self.tensors:
+            return "DoRA"
+        return next((name for name in self.methods if name not in ("lora", "diff")), None)
 
 
 @dataclass(frozen=True)
@@ -73,21 +79,23 @@ class Adapter:
 
     @property
     def factor(self) -> float | None:
-        """The factor if it is the same for all low-rank targets, else None."""
-        factors = {target.factor for target in self.targets.values() if target.down is not None} or {1.0}
+        """The factor if it is the same for all targets with a rank, else None."""
+        factors = {target.factor for target in self.targets.values() if target.rank} or {1.0}
         return factors.pop() if len(factors) == 1 else None
 
     @property
     def dora(self) -> list[str]:
         """The weights whose rows have a magnitude."""
-        return [target.weight for target in self.targets.values() if target.magnitude is not None]
+        return [target.weight for target in self.targets.values() if "magnitude" in target.tensors]
 
     @property
     def plain_bf16(self) -> bool:
         """Whether every target is a bf16 product and nothing else."""
         targets = self.targets.values()
-        products = not self.dora and all(target.diff is None for target in targets)
-        return products and all(info.dtype == "BF16" for target in targets for info in target.tensors)
+        return all(
+            target.tensors.keys() == {"down", "up"} and all(info.dtype == "BF16" for info in target.tensors.values())
+            for target in targets
+        )
 
 
 @dataclass(frozen=True)
@@ -144,19 +152,20 @@ def fit_adapter(
 
     ``read`` gives a tensor's bytes; None if only the header is here, and then alphas stored as tensors are not known.
     """
-    parsed = {name: parse_key(name) for name in file.tensors}
+    parsed = {name: parse_key(name) for name, info in file.tensors.items() if not _is_marker(info)}
     keys = [key for key in parsed.values() if key]
-    if not any(key.role in ("down", "up", "diff", "diff_b") for key in keys):
+    if not any(method.is_there([key.role for key in keys]) for method in METHODS[:-1]):
         refuse_model(file)
         raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
     fit = _Fit(file, shapes, stated, read)
     unmatched = fit.sort(keys, ModuleNames(shapes))
     if not fit.modules:
-        raise _other_model(file.path, unmatched, shapes)
+        raise _other_model(file.path, unmatched, shapes, list(fit.rests))
     if not allow_unmatched:
         for module in unmatched:
             kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
-            fit.fault(kind, module)
+            rest = next((rest for rest in fit.rests if module.startswith(rest)), None)
+            fit.fault(kind, f"{module} has {rest} before our name" if rest else module)
     for name in (name for name, key in parsed.items() if key is None):
         fit.fault("unknown key", name)
     targets = fit.targets()
@@ -172,7 +181,11 @@ def fit_adapter(
         targets=dict(sorted(targets.items())),
         styles=tuple(sorted({key.style for key in keys if key.role != "alpha"})),
         skipped=tuple(unmatched),
-        warnings=(*_warnings(file, keys, unmatched), *stated.unused_patterns((k.path, k.module) for k in keys)),
+        warnings=(
+            *_warnings(file, keys, unmatched),
+            *stated.unused_patterns((k.path, k.module) for k in keys),
+            *_told(fit.rests, targets),
+        ),
     )
 
 
@@ -202,6 +215,8 @@ class _Fit:
 
     def __init__(self, file: TensorFile, shapes: Shapes, stated: PeftConfig, read: ReadTensor | None) -> None:
         self.modules: dict[tuple[str, ...], _ModuleKeys] = {}
+        # What stands before names of ours, where it is no known prefix.
+        self.rests: dict[str, None] = {}
         self.faults: dict[str, list[str]] = {}
         self._file, self._shapes, self._stated, self._read = file, shapes, stated, read
 
@@ -212,12 +227,7 @@ class _Fit:
     def sort(self, keys: Iterable[LoraKey], names: ModuleNames) -> list[str]:
         """Put the keys to the modules they mean; returns the modules that the transformer does not have."""
         unmatched: dict[str, None] = {}
-        for key in keys:
-            try:
-                modules = names.find(key)
-            except KeyError:
-                self.fault("ambiguous name", key.key)
-                continue
+        for key, modules in self._found(list(keys), names):
             if modules is None:
                 unmatched[key.module] = None
                 continue
@@ -227,6 +237,21 @@ class _Fit:
             else:
                 found[key.role] = self._file.tensors[key.key]
         return list(unmatched)
+
+    def _found(self, keys: Sequence[LoraKey], names: ModuleNames) -> Iterator[tuple[LoraKey, tuple[str, ...] | None]]:
+        """Each key with its modules. A rest that is no known prefix is taken off if it is the same before all keys."""
+        found: list[tuple[LoraKey, tuple[str, ...] | None]] = []
+        for key in keys:
+            try:
+                found.append((key, names.find(key)))
+            except KeyError:
+                self.fault("ambiguous name", key.key)
+        self.rests = dict.fromkeys(rest for key, modules in found if not modules and (rest := names.rest_before(key)))
+        if len(self.rests) != 1 or any(modules for _, modules in found):
+            return iter(found)
+        [rest] = self.rests
+        inner = (replace(key, module=key.module.removeprefix(rest)) for key, _ in found)
+        return ((key, names.find(short)) for (key, _), short in zip(found, inner, strict=True))
 
     def targets(self) -> dict[str, LoraTarget]:
         """All targets by their weight."""
@@ -241,17 +266,27 @@ class _Fit:
 
     def _is_complete(self, found: Mapping[str, TensorInfo]) -> bool:
         """Whether the tensors of a module belong together and have dtypes that can be used."""
-        bad = next((found[r] for r in _FACTOR_ROLES if r in found and found[r].dtype not in FACTOR_DTYPES), None)
-        lone = found.keys() & {"down", "up"}
+        stored = {role: info for role, info in found.items() if role != "alpha"}
+        bad = next((info for info in stored.values() if info.dtype not in FACTOR_DTYPES), None)
+        lone = next((info for role, info in stored.items() if role.removesuffix(SCALE) not in found), None)
+        there = [method for method in METHODS if method.is_there(stored)]
+        apart = {method: method.missing(stored) for method in there if method.missing(stored)}
         if bad is not None:
             self.fault("unusable dtype", f"{bad.name} is {bad.dtype}")
-        elif len(lone) == 1:
-            has, lacks = ("down", "up") if "down" in found else ("up", "down")
-            self.fault("half pair", f"{found[has].name} has no {lacks} factor")
-        elif not found.keys() & {"down", "diff", "diff_b"}:
+        elif lone is not None:
+            self.fault("half pair", f"{lone.name} has no tensor that it scales")
+        elif not there:
             self.fault("half pair", f"{', '.join(info.name for info in found.values())} without factors")
-        elif "magnitude" in found and ("down" not in found or "diff" in found):
-            self.fault("half pair", f"{found['magnitude'].name} needs both factors and no .diff beside them")
+        elif apart:
+            method, wrong = next(iter(apart.items()))
+            has = next(info for role, info in stored.items() if role in method.roles)
+            lacks = " or ".join(role for role in wrong if role not in stored)
+            self.fault("half pair", f"{has.name} has no {lacks} factor" if lacks else f"{has.name} and {wrong[0]}")
+        elif "magnitude" in stored and not all(method.rank for method in there):
+            self.fault("half pair", f"{stored['magnitude'].name} needs both factors and no .diff beside them")
+        elif len(there) > 1 and any(method.alone for method in there):
+            first, second = (next(stored[role] for role in stored if role in method.roles) for method in there[-2:])
+            self.fault("conflict", f"{second.name} replaces what {first.name} changes")
         else:
             return True
         return False
@@ -261,46 +296,97 @@ class _Fit:
         wanted = self._wanted_shapes(group)
         if wanted is None or not all(self._has_shape(group.found[role], shape) for role, shape in wanted.items()):
             return
-        rank, alpha, factor = 0, None, 1.0
-        if "down" in group.found:
-            rank = group.found["down"].shape[0]
-            alpha, factor = self._alpha(group, rank)
+        sized = {role: replace(group.found[role], shape=shape) for role, shape in wanted.items() if shape}
+        scales = {role: info for role, info in group.found.items() if role.endswith(SCALE)}
+        if not all(self._has_scale(info, sized[role.removesuffix(SCALE)]) for role, info in scales.items()):
+            return
+        methods = [method for method in METHODS if method.is_there(sized)]
+        cut = {"magnitude"}.union(*(FORMULAS[method.name].rows or () for method in methods))
+        facts = self._facts(group, methods)
         count = len(group.modules)
         for i, module in enumerate(group.modules):
-            own = {r: group.found[r] if r == "down" else _rows(group.found[r], i, count) for r in wanted}
-            bias = own.pop("diff_b", None)
-            if own:
-                yield LoraTarget(f"{module}.weight", rank, factor, alpha, **own)
-            if bias is not None:
-                yield LoraTarget(f"{module}.bias", diff=bias)
+            own: dict[str, dict[str, TensorInfo]] = {"weight": {}, "bias": {}}
+            for role, info in (sized | scales).items():
+                base = role.removesuffix(SCALE)
+                whole = base not in cut or math.prod(info.shape) == 1
+                own["bias" if base in _BIAS_ROLES else "weight"][role] = info if whole else _rows(info, i, count)
+            for kind, tensors in own.items():
+                names = tuple(method.name for method in methods if method.is_there(tensors))
+                if names:
+                    yield LoraTarget(f"{module}.{kind}", names, tensors, *facts)
+
+    def _facts(self, group: _ModuleKeys, methods: Sequence[Method]) -> tuple[int, float, float | None]:
+        """``(rank, factor, alpha)`` of a module's targets."""
+        scaled = [method for method in methods if method.rank]
+        if not scaled:
+            return 0, 1.0, None
+        rank = scaled[0].rank_of({role: info.shape for role, info in group.found.items()})
+        if rank:
+            alpha, factor = self._alpha(group, rank)
+            return rank, factor, alpha
+        # LoKr of two whole matrices: PEFT scales them by what its configuration says, LyCORIS does not scale them.
+        path, module = group.key.path, group.key.module
+        alpha = self._stated.alphas.find(path, module, self._stated.alpha)
+        stated = self._stated.ranks.find(path, module, self._stated.rank)
+        if alpha is None or not stated or "alpha" in group.found:
+            return 0, 1.0, None
+        return 0, self._stated.factor(alpha, int(stated)), alpha
 
     def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
         """role -> the shape its tensor must have, None if nothing is there to change; None after a fault."""
-        found, count = group.found, len(group.modules)
-        weights, biases = ([self._shapes.get(f"{m}.{kind}") for m in group.modules] for kind in ("weight", "bias"))
-        wanted: dict[str, tuple[int, ...] | None] = {}
-        if "down" in found:
-            down, up = found["down"], found["up"]
-            weight = weights[0]
-            if weight is None or len(weight) != 2 or len(set(weights)) != 1:
-                self.fault("shape mismatch", f"{group.key.module} is no linear, or its fused parts differ in shape")
+        found, count, module = group.found, len(group.modules), group.key.module
+        sizes = {role: info.shape for role, info in found.items()}
+        weight, bias = self._whole(group, "weight"), self._whole(group, "bias")
+        wanted: dict[str, tuple[int, ...] | None] = {role: bias for role in found if role in _BIAS_ROLES}
+        for method in METHODS:
+            own = method.roles.intersection(found) - _BIAS_ROLES
+            if not own:
+                continue
+            formula, linear = FORMULAS[method.name], weight is not None and len(weight) == 2
+            if method.name not in _ANY_SHAPE and not linear:
+                self.fault("shape mismatch", f"{module} is no linear, or its fused parts differ in shape")
                 return None
-            if len(down.shape) == 2 and len(up.shape) == 2 and down.shape[0] != up.shape[1]:
-                self.fault("rank mismatch", f"{down.name} {list(down.shape)} and {up.name} {list(up.shape)}")
+            if count > 1 and formula.rows is None:
+                self.fault(
+                    "shape mismatch", f"{module} is a fused projection, and {method.name} cannot be cut in parts"
+                )
                 return None
-            rank, rows = down.shape[0] if down.shape else 0, count * weight[0]
-            wanted |= {"down": (rank, weight[1]), "up": (rows, rank)}
-            if "magnitude" in found:
-                # One for each output row: [out] (PEFT) or [out, 1] (Comfy).
-                wanted["magnitude"] = (rows, 1) if len(found["magnitude"].shape) == 2 else (rows,)
-        for role, old in (("diff", weights), ("diff_b", biases)):
-            if role in found:
-                shape = old[0] if len(set(old)) == 1 else None
-                wanted[role] = (count * shape[0], *shape[1:]) if shape else None
+            if weight is None:
+                wanted |= dict.fromkeys(own)
+            elif apart := [pair for pair in formula.pairs if not _agree(sizes, *pair)]:
+                left, right = (found[role] for role in apart[0])
+                self.fault("rank mismatch", f"{left.name} {list(left.shape)} and {right.name} {list(right.shape)}")
+                return None
+            else:
+                try:
+                    wanted |= formula.shapes(sizes, weight)
+                except (ValueError, IndexError) as error:
+                    self.fault("shape mismatch", f"{module}: {error}")
+                    return None
+        if "magnitude" in found and weight is not None:
+            # One for each output row, [out] (PEFT) or [out, 1]; or one for each input, [1, in] (LyCORIS).
+            inputs = (1, weight[1])
+            over_inputs = sizes["magnitude"] == inputs and weight[0] > 1 and count == 1
+            wanted["magnitude"] = inputs if over_inputs else weight[:1]
         return wanted
 
+    def _whole(self, group: _ModuleKeys, kind: str) -> tuple[int, ...] | None:
+        """The shape of a module's weight or bias, of fused ones one below another; None if there is no such thing."""
+        shapes = {self._shapes.get(f"{module}.{kind}") for module in group.modules}
+        shape = shapes.pop()
+        return None if shapes or not shape else (len(group.modules) * shape[0], *shape[1:])
+
+    def _has_scale(self, scale: TensorInfo, scaled: TensorInfo) -> bool:
+        """Whether ``scale`` is one number, or one for each row of what it scales."""
+        if math.prod(scale.shape) == 1 or scale.shape in ((scaled.shape[0],), (scaled.shape[0], 1)):
+            return True
+        expected = f"one number, or one for each of the {scaled.shape[0]} rows of {scaled.name}"
+        self.fault("shape mismatch", f"{scale.name} {list(scale.shape)}, expected {expected}")
+        return False
+
     def _has_shape(self, info: TensorInfo, shape: tuple[int, ...] | None) -> bool:
-        if shape is not None and info.shape == shape and 0 not in shape:
+        # Some write [rank, in, 1, 1], as of a convolution.
+        if shape is not None and _trimmed(info.shape, len(shape)) == shape and 0 not in shape:
             return True
         expected = "nothing to change there" if shape is None else list(shape)
         self.fault("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
@@ -336,6 +422,22 @@ class _Fit:
             self.fault("ambiguous alpha", f"one alpha for ranks {listed}, and no rank_pattern that says which is meant")
 
 
+def _is_marker(info: TensorInfo) -> bool:
+    """Whether a tensor only marks a file, and holds nothing: of no element, or the sign of quantised weights."""
+    return parse_key(info.name) is None and (not info.nbytes or info.name.rpartition(".")[2] == "scaled_fp8")
+
+
+def _trimmed(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
+    """``shape`` without the ones behind its first ``length`` sizes."""
+    return shape[:length] if all(size == 1 for size in shape[length:]) else shape
+
+
+def _agree(sizes: Mapping[str, tuple[int, ...]], left: str, right: str) -> bool:
+    """Whether two factors that are multiplied have one rank; True where they are not both there as matrices."""
+    first, second = _trimmed(sizes.get(left, ()), 2), _trimmed(sizes.get(right, ()), 2)
+    return len(first) != 2 or len(second) != 2 or first[1] == second[0]
+
+
 def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
     """The ``i``-th of ``count`` equal shares of the rows: still one run of bytes."""
     nbytes = info.nbytes // count
@@ -363,17 +465,33 @@ def _misfit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
     )
 
 
-def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes) -> AdapterError:
+def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Sequence[str]) -> AdapterError:
     outside = all(belongs_elsewhere(module) for module in unmatched)
     example = next(iter(sorted(name for name in shapes if name.endswith(".to_q.weight"))), next(iter(shapes)))
+    problem = f"is a LoRA for another model: none of its {len(unmatched)} targets is in this transformer"
+    advice = None
+    if outside:
+        problem = "changes only the text path, no transformer weight"
+    elif 0 < len(rests) <= MAX_RESTS:
+        problem = f"is not read: its names have {' and '.join(map(repr, rests))} before ours"
+        advice = "rename its tensors so that the same, or nothing, stands before all of them"
     return AdapterError(
-        "changes only the text path, no transformer weight"
-        if outside
-        else f"is a LoRA for another model: none of its {len(unmatched)} targets is in this transformer",
+        problem,
         file=path,
         expected=f"targets like {example.removesuffix('.weight')}",
         found=f"{', '.join(unmatched[:3])}{' …' if len(unmatched) > 3 else ''}",
+        next=advice,
     )
+
+
+def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget]) -> Iterator[str]:
+    """What of its names and methods a user should know."""
+    for rest in rests:
+        yield f"its names have {rest!r} before ours, which is taken off"
+    replaced = [name for name, target in targets.items() if "weight" in target.methods]
+    if replaced:
+        shown = ", ".join(replaced[:5]) + (" …" if len(replaced) > 5 else "")
+        yield f"{len(replaced)} tensors are replaced whole (at strength 1; else that share of the way): {shown}"
 
 
 def _warnings(file: TensorFile, keys: Iterable[LoraKey], unmatched: Sequence[str]) -> Iterator[str]:

@@ -180,12 +180,11 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
 def _plans(
     options: BakeOptions, manifest: Manifest, base: BaseTransformer, found: Sequence[FoundLora], digests: Sequence[str]
 ) -> list[BakePlan]:
-    """One plan per strength and format. Raises AdapterError for DoRA under the official rule, a model distilled twice,
-    or an activations file of another bake; UsageError for blocks that are not there.
+    """One plan per strength and format. Raises AdapterError for what the official rule does not know, a model distilled
+    twice, or an activations file of another bake; UsageError for blocks that are not there.
     """
-    dora = [f"{lora.adapter.path.name}: {name}" for lora in found for name in lora.adapter.dora]
-    if dora and options.rule == "official":
-        raise AdapterError("the official rule has no DoRA", items=dora, next="use --rule fp32")
+    if options.rule == "official":
+        _refuse_beyond_official([lora.adapter for lora in found], options)
     named = [
         (dataclasses.replace(lora.adapter, name=lora.bake_part(digest, manifest, options)), digest)
         for lora, digest in zip(found, digests, strict=True)
@@ -204,6 +203,19 @@ def _plans(
             plan = BakePlan(name, uses, options.rule, base, options.overlay)
             plans.append(plan if form == BF16 else _quantised(plan, form, options))
     return plans
+
+
+def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -> None:
+    beyond = [
+        (f"{adapter.path.name}: {name}", method)
+        for adapter in adapters
+        for name, target in adapter.targets.items()
+        if (method := target.beyond_official)
+    ]
+    if beyond:
+        methods = " or ".join(dict.fromkeys(method for _, method in beyond))
+        names = [name for name, _ in beyond]
+        raise AdapterError(f"the official rule has no {methods}", items=names, next=options.command(rule="fp32"))
 
 
 def _refuse_twice_distilled(uses: Sequence[LoraUse], manifest: Manifest, options: BakeOptions) -> None:

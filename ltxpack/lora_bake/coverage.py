@@ -189,7 +189,7 @@ def _lora(lora: LoraUse, shapes: Shapes) -> dict[str, Any]:
     record, targets = lora.baked, lora.adapter.targets
     linears = linear_modules(shapes)
     matched = {name for name in targets if name.removesuffix(".weight") in linears}
-    ranks = Counter(target.rank for target in targets.values() if target.down is not None)
+    ranks = Counter(target.rank for target in targets.values() if target.rank)
     alphas = {f"{target.alpha:g}" for target in targets.values() if target.alpha is not None}
     totals = Counter(split_name(module)[1] for module in linears)
     counts = Counter(split_name(name)[1] for name in matched)
@@ -209,7 +209,8 @@ def _lora(lora: LoraUse, shapes: Shapes) -> dict[str, Any]:
         if record.scale is None
         else [record.scale],
         "dora": len(lora.adapter.dora),
-        "full_differences": sum(target.diff is not None for target in targets.values()),
+        "full_differences": sum("diff" in target.methods for target in targets.values()),
+        "methods": dict(sorted(Counter(method for target in targets.values() for method in target.methods).items())),
         "kinds": {kind: {"matched": counts[kind], "total": total} for kind, total in sorted(totals.items())},
     }
 

@@ -228,7 +228,7 @@ def scan(adapter: Adapter, reporter: Reporter, recorded: str | None = None) -> s
 
 def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
     """All bytes of an adapter's file in order, BLOCK at a time; with a factor's bytes the factor."""
-    wanted = {info.name for target in adapter.targets.values() for info in target.tensors}
+    wanted = {info.name for target in adapter.targets.values() for info in target.tensors.values()}
     factors = [info for info in read_tensorfile(adapter.path).tensors.values() if info.name in wanted]
     ends = [end for info in factors for end in ((info.start, None), (info.start + info.nbytes, info))]
     position = 0

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltxpack.lora_bake.turns import Turn
+
 KERNELS = ("fp32", "addmm", "official")
 # Rows of so many elements are fused at a time: what fits a core's cache, and for addmm what pays for packing A once
 # more. Constants: the bits must not depend on the machine.
@@ -50,10 +52,14 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Term:
-    """What one LoRA adds to one weight: ``factor``·(up@down) + diff, times the strength; with ``magnitude``, DoRA.
+    """What one LoRA does to one weight W, at the strength s, in this order:
 
-    down [rank, in], up [out, rank], magnitude [out] or [out, 1], diff like the weight; as stored in the adapter.
-    ``square`` is |B·A|² of the whole weight, if known; it is counted with the ``first`` rows.
+    W += s·(factor·(up@down + delta) + diff); W = turn(W), see :class:`.turns.Turn`; W += s·(new - W); and with
+    ``magnitude`` each row, or each column if it is ``over_inputs``, gets it as its norm (DoRA). With ``over_base`` it
+    is divided by the norm before the change instead.
+
+    down [rank, in], up [out, rank], magnitude [out], [out, 1] or [1, in], delta, diff and new like the weight; as
+    stored in the adapter. ``square`` is |B·A|² of the whole weight, if known; it is counted with the ``first`` rows.
     """
 
     factor: float = 1.0
@@ -63,13 +69,29 @@ class Term:
     diff: Tensor | None = None
     square: float | None = None
     first: bool = True
+    delta: Tensor | None = None
+    new: Tensor | None = None
+    turn: Turn | None = None
+    over_inputs: bool = False
+    over_base: bool = False
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a row of the result depends on other rows of the weight."""
+        return self.over_inputs or (self.turn is not None and not self.turn.over_inputs)
+
+    @property
+    def sums_only(self) -> bool:
+        """Whether nothing but factor·(up@down + delta) is added."""
+        return all(other is None for other in (self.magnitude, self.diff, self.new, self.turn))
 
     def rows(self, first: int, last: int) -> Term:
         """The share of the weight's rows ``first`` to ``last``."""
-        up, magnitude, diff = (
-            None if tensor is None else tensor[first:last] for tensor in (self.up, self.magnitude, self.diff)
-        )
-        return replace(self, up=up, magnitude=magnitude, diff=diff, first=first == 0)
+        cut = [None if tensor is None else tensor[first:last] for tensor in (self.up, self.diff, self.delta, self.new)]
+        up, diff, delta, new = cut
+        magnitude = self.magnitude if self.magnitude is None or self.over_inputs else self.magnitude[first:last]
+        turn = None if self.turn is None else self.turn.rows(first, last)
+        return replace(self, up=up, magnitude=magnitude, diff=diff, delta=delta, new=new, turn=turn, first=first == 0)
 
     def prepared(self, kernel: str, work: Workspace) -> Term:
         """With that done once, in ``work``, which the row chunks of one weight would each do again."""
@@ -161,13 +183,13 @@ def fuse_official(
     """``(new weight, squared norm of the change)`` in the official bf16 arithmetic (spec 02, section 4).
 
     alpha is never read. A full difference, which the official loader does not know, is added as one more bf16 term.
-    Raises ValueError for DoRA, which this rule has no arithmetic for.
+    Raises ValueError for DoRA and all else, which this rule has no arithmetic for.
     """
     work = work or Workspace()
     delta: Tensor | None = None
     for term, strength in zip(terms, strengths, strict=True):
-        if term.magnitude is not None:
-            raise ValueError("the official rule has no DoRA")
+        if not replace(term, diff=None).sums_only or term.delta is not None:
+            raise ValueError("the official rule has products and differences only, no DoRA")
         if term.up is not None and term.down is not None:
             up, down = term.up.to(torch.bfloat16), term.down.to(torch.bfloat16)
             if delta is None:
@@ -233,36 +255,24 @@ def _fuse_fp32(
     results: Workspace,
     into: Sequence[Tensor | None],
 ) -> list[Fused]:
-    """W32 + sum of scale·(B@A) + strength·diff, LoRA after LoRA; after a DoRA term each row has its magnitude.
+    """Term after term as :class:`Term` says, in float32, rounded once.
 
     DoRA: m · (W + dW) / |W + dW| with the norm over a row (spec 02, section 7). The strength scales dW, as in PEFT; a
     strength of 0 leaves the weight alone, magnitudes included.
     """
-    products: list[Tensor | None] = [None] * len(terms)
-    for i, term in enumerate(terms):
-        if term.up is not None and term.down is not None:
-            shape = (term.up.shape[0], term.down.shape[1])
-            product = work.empty(f"product {i}", shape, torch.float32, term.up.device)
-            products[i] = torch.mm(term.up.float(), term.down.float(), out=product)
-    lowrank = [found for found in products if found is not None]
+    sums = [_summed(term, f"product {i}", work) for i, term in enumerate(terms)]
     scales = [[strength * term.factor for strength, term in zip(row, terms, strict=True)] for row in strengths]
-    plain = len(lowrank) == len(terms) and all(term.diff is None and term.magnitude is None for term in terms)
+    lowrank = [found for found in sums if found is not None]
+    plain = len(lowrank) == len(terms) and all(term.sums_only for term in terms)
     squares = _sum_square(lowrank, scales) if plain else None
     base_square = square_sum(weight)
     made = []
     for i, (row, memory) in enumerate(zip(strengths, into, strict=True)):
         total = work.empty("sum", weight.shape, torch.float32, weight.device) if memory is None else memory
         total.copy_(weight)
-        for term, found, strength in zip(terms, products, row, strict=True):
-            if strength == 0:
-                continue
-            if found is not None:
-                total.add_(found, alpha=strength * term.factor)
-            if term.diff is not None:
-                total.add_(term.diff.float(), alpha=strength)
-            if term.magnitude is not None:
-                norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
-                total.mul_(term.magnitude.float().reshape(-1, 1) / norm)
+        for term, found, strength in zip(terms, sums, row, strict=True):
+            if strength:
+                _apply(term, found, strength, total)
         delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
         if memory is not None:
             made.append(_measured_sum(total, base_square, delta_square))
@@ -270,6 +280,33 @@ def _fuse_fp32(
         stored = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device).copy_(total)
         made.append(_measured(weight, stored, base_square, delta_square))
     return made
+
+
+def _summed(term: Term, use: str, work: Workspace) -> Tensor | None:
+    """up@down + delta in float32; None if there is neither."""
+    if term.up is None or term.down is None:
+        return term.delta
+    shape = (term.up.shape[0], term.down.shape[1])
+    product = work.empty(use, shape, torch.float32, term.up.device)
+    torch.mm(term.up.float(), term.down.float(), out=product)
+    return product if term.delta is None else product.add_(term.delta)
+
+
+def _apply(term: Term, found: Tensor | None, strength: float, total: Tensor) -> None:
+    """Change ``total``, float32, by a term whose sum is ``found``."""
+    axis = 0 if term.over_inputs else 1
+    norm = torch.linalg.vector_norm(total, dim=axis, keepdim=True) if term.over_base else None
+    if found is not None:
+        total.add_(found, alpha=strength * term.factor)
+    if term.diff is not None:
+        total.add_(term.diff.float(), alpha=strength)
+    if term.turn is not None:
+        total.copy_(term.turn.apply(total, strength))
+    if term.new is not None:
+        total.lerp_(term.new.float(), strength)
+    if term.magnitude is not None:
+        norm = torch.linalg.vector_norm(total, dim=axis, keepdim=True) if norm is None else norm
+        total.mul_(term.magnitude.float().reshape(norm.shape) / norm)
 
 
 def _change_square(weight: Tensor, total: Tensor, work: Workspace) -> float:
@@ -312,7 +349,7 @@ def _gram_sum(up: Tensor, down: Tensor) -> float:
 
 def _is_plain(terms: Sequence[Term]) -> bool:
     """Whether there is one product of bf16 factors and nothing else."""
-    if len(terms) != 1 or terms[0].diff is not None or terms[0].magnitude is not None:
+    if len(terms) != 1 or not terms[0].sums_only or terms[0].delta is not None:
         return False
     factors = (terms[0].up, terms[0].down)
     return all(factor is not None and factor.dtype == torch.bfloat16 for factor in factors)

@@ -28,8 +28,10 @@ from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
+from ltxpack.lora_bake.methods import needs_whole, term_of
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.lora_bake.quantise import Encoded, encode
+from ltxpack.ltx23.lora_keys import SCALE
 from ltxpack.manifest import BF16, FP8, FileRecord, changed_file
 from ltxpack.repack.items import ShardEntry
 from ltxpack.repack.write import WRITE_BUFFERS, TensorWriter, passage
@@ -106,15 +108,18 @@ class FactorReader:
         if target is None:
             return None
 
-        def load(use: str) -> torch.Tensor | None:
-            info: TensorInfo | None = getattr(target, use)
-            if info is None:
-                return None
-            stored = memory.empty(use, (info.nbytes,), torch.uint8)
+        def load(role: str) -> Tensor:
+            info = target.tensors[role]
+            stored = memory.empty(role, (info.nbytes,), torch.uint8)
             self._file.scatter([stored.numpy().data], info.start)
             return stored.view(DTYPES[info.dtype]).reshape(info.shape).to(device)
 
-        return Term(target.factor, load("down"), load("up"), load("magnitude"), load("diff"))
+        tensors = {role: load(role) for role in target.tensors}
+        for role in [role for role in tensors if role.endswith(SCALE)]:
+            scaled, scale = tensors[role.removesuffix(SCALE)], tensors.pop(role).float()
+            shape = (-1, *[1] * (scaled.dim() - 1)) if scale.numel() > 1 else ()
+            tensors[role.removesuffix(SCALE)] = scaled.float() * scale.reshape(shape)
+        return term_of(target, tensors, memory)
 
 
 class Engine:
@@ -126,6 +131,9 @@ class Engine:
         self.reporter = reporter
         # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
         self.whole = arithmetic.kernel == "official"
+        self._gathered = frozenset(
+            name for adapter in adapters for name, target in adapter.targets.items() if needs_whole(target)
+        )
         self.chunks = CHUNKS_PER_READ[arithmetic.kernel]
         workers = 2 if self.whole else min(MOST_WORKERS, usable_cores())
         # Each thread's memory for sums.
@@ -136,6 +144,10 @@ class Engine:
         # While the codes of one weight are written, the sums of the next are made.
         self.sums = [Workspace(), Workspace()]
         self._settings = contextlib.nullcontext() if self.whole else _exact_sums(arithmetic.device)
+
+    def is_gathered(self, name: str) -> bool:
+        """Whether the weight ``name`` is fused in one piece: under the official rule, or by a method that needs it."""
+        return self.whole or name in self._gathered
 
     def __enter__(self) -> Self:
         self._settings.__enter__()
@@ -202,9 +214,10 @@ class Engine:
 
     def _reads(self, info: TensorInfo) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
         """The reads of a tensor that is fused: first byte, end, row chunks that are complete with it."""
-        chunks = tuple(row_chunks(info.shape, self.arithmetic.kernel))
+        gathered = self.is_gathered(info.name)
+        chunks = tuple(row_chunks(info.shape, "official" if gathered else self.arithmetic.kernel))
         end = info.start + info.nbytes
-        if self.whole:
+        if gathered:
             for first in range(info.start, end, COPY_BYTES):
                 last = min(first + COPY_BYTES, end)
                 yield first, last, chunks if last == end else ()
@@ -275,23 +288,24 @@ class _Fusing:
         lead, rows = data[: step.lead], data[step.lead :]
         self._later(self._write, self._outputs, lead)
         self._later(self._write, others, rows)
-        if not self._engine.whole:
+        if not self._engine.is_gathered(info.name):
             self._turn = 1 - self._turn
             self._sums += self._rows(step, info, rows, touching)
             self._later(self._write_fused, info, touching, self._sums[-len(step.chunks) :])
             if step.chunks[-1][1] == info.shape[0]:
                 self._encode(info, touching)
             return
-        weight = self._gathered(info, rows)
+        weight = self._gather(info, rows)
+        exact = _as_tensor(weight, info) if self._engine.whole else None
         # Weights are large, so one bake's result at a time; only that is still to be written.
         for output in touching if step.chunks else ():
             self.settle()
             self._sums = self._rows(step, info, weight, [output])
             wait(self._sums)
             self._later(self._write_fused, info, [output], self._sums)
-            self._encode(info, [output], _as_tensor(weight, info))
+            self._encode(info, [output], exact)
 
-    def _gathered(self, info: TensorInfo, data: memoryview) -> memoryview:
+    def _gather(self, info: TensorInfo, data: memoryview) -> memoryview:
         """The tensor's memory with ``data`` put behind what came before."""
         memory = self._whole.empty("weight", (info.nbytes,), torch.uint8).numpy().data
         memory[self._filled : self._filled + len(data)] = data

@@ -6,15 +6,18 @@ materialize, inspect and bake-lora all ask here, so that they agree on any file 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ltxpack.ltx23.renames import TRANSFORMER
 
 DOTTED_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 FUSED = {"to_qkv": "qkv", "qkv": "qkv", "to_kv": "kv", "kv": "kv"}
+# Ends the role of a number that a factor stored in fp8 is multiplied by.
+SCALE = ".scale"
 
 _OFFICIAL_ROOT = "model.diffusion_model."
 _TO_OFFICIAL = TRANSFORMER.reverse()
@@ -24,26 +27,104 @@ _ELSEWHERE = re.compile(
 )
 # However many there are; something is always left.
 _PREFIXES = re.compile(rf"(?:(?:{'|'.join(map(re.escape, DOTTED_PREFIXES))})(?!\Z))*")
-# PEFT puts the adapter's name between the factor and "weight"; loralib writes the bare factor.
-_ROLES = (
-    ("down", "lora_A", re.compile(r"\.lora_A(?:(?:\.[^.]+)?\.weight)?\Z")),
-    ("up", "lora_A", re.compile(r"\.lora_B(?:(?:\.[^.]+)?\.weight)?\Z")),
-    ("down", "lora_down", re.compile(r"\.lora[_.]down\.weight\Z")),
-    ("up", "lora_down", re.compile(r"\.lora[_.]up\.weight\Z")),
-    ("alpha", "alpha", re.compile(r"\.alpha\Z")),
-    ("magnitude", "dora", re.compile(r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)\Z")),
-    ("diff", "diff", re.compile(r"\.diff\Z")),
-    ("diff_b", "diff", re.compile(r"\.diff_b\Z")),
+# Flattened, the same prefixes; looked up whole first, because our own names begin with transformer_ too.
+_FLAT_ROOTS = re.compile(r"(?:base_model_|diffusion_model_|transformer_|model_)")
+# Components that torch.compile, FSDP, checkpointing, DDP and PEFT put into a name; no module of ours is called so.
+_NAMES = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module|base_layer"
+_WRAPPERS = re.compile(rf"(?:\A|\.)(?:{_NAMES}|processor)(?=\.|\Z)")
+_FLAT_WRAPPERS = re.compile(rf"(?:\A|_)(?:{_NAMES})(?=_|\Z)")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way in which an adapter changes a weight, by the tensors of one module that it needs.
+
+    ``parts``: of each part one of the sets of roles must be there, whole. ``extra``: roles that may be there too.
+    ``rank``: the first of these roles that is there has the rank as its first size; a method without is not scaled by
+    alpha. ``alone``: no other method may change the same module.
+    """
+
+    name: str
+    parts: tuple[tuple[tuple[str, ...], ...], ...]
+    extra: tuple[str, ...] = ()
+    rank: tuple[str, ...] = ()
+    alone: bool = False
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """All roles that it may use."""
+        return frozenset(role for part in self.parts for way in part for role in way).union(self.extra)
+
+    def is_there(self, found: Iterable[str]) -> bool:
+        """Whether any of its roles is in ``found``, so that the others must be."""
+        return not self.roles.isdisjoint(found)
+
+    def missing(self, found: Iterable[str]) -> list[str]:
+        """The roles that ``found`` lacks, or that have no place beside the others; empty if it is complete."""
+        own = self.roles.intersection(found)
+        whole = [set(way).union(*rest) for way, *rest in itertools.product(*self.parts)]
+        nearest = min(whole, key=lambda wanted: len(wanted ^ (own - set(self.extra))))
+        return sorted(nearest ^ (own - set(self.extra)))
+
+    def rank_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The rank that ``shapes`` (role -> shape) shows; 0 where there is none."""
+        return next((shapes[role][0] for role in self.rank if shapes.get(role)), 0)
+
+
+def _either(whole: str, *more: str) -> tuple[tuple[str, ...], ...]:
+    """A matrix as it is, or as the product of its two factors; with ``more``, the core between them, too."""
+    factors = (f"{whole}_a", f"{whole}_b")
+    return ((whole,), factors, *((core, *factors) for core in more))
+
+
+_HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+# Every way there is; how the tensors become a change of the weight is in lora_bake/kinds.py.
+METHODS = (
+    Method("lora", ((("down", "up"),),), ("up_b",), rank=("down",)),
+    Method("loha", ((_HADA, (*_HADA, "hada_t1", "hada_t2")),), rank=("hada_w1_b",)),
+    Method("lokr", (_either("lokr_w1"), _either("lokr_w2", "lokr_t2")), rank=("lokr_w2_b", "lokr_w1_b")),
+    Method("diff", ((("diff",), ("diff_b",), ("diff", "diff_b")),)),
+    Method("weight", ((("weight",), ("bias",), ("weight", "bias")),), alone=True),
 )
+
+
+def _factor(name: str) -> str:
+    """The ending of a tensor called ``name``: PEFT puts the adapter's name behind it, and some write "weight"."""
+    return rf"\.{name}(?:\.(?!bias\Z)[^.]+)?(?:\.weight)?\Z"
+
+
+_KOHYA = r"(?:(?:\.lora_linear_layer|\.lora|_lora)\.{0}\.weight|\.lora_{0}(?:\.weight)?)\Z"
+# (role, name of the ending in reports, the ending). loralib writes the bare factor.
+_ENDINGS = (
+    ("down", "lora_A", r"\.lora_A(?:(?:\.[^.]+)?\.weight)?\Z"),
+    ("up", "lora_A", r"\.lora_B(?:(?:\.[^.]+)?\.weight)?\Z"),
+    ("up_b", "lora_A", r"\.lora_B(?:\.[^.]+)?\.bias\Z"),
+    ("down", "lora_down", _KOHYA.format("down")),
+    ("up", "lora_down", _KOHYA.format("up")),
+    ("alpha", "alpha", r"\.alpha\Z"),
+    ("magnitude", "dora", r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)\Z"),
+    *((role, method.name, _factor(role)) for method in METHODS[1:-2] for role in sorted(method.roles)),
+    ("diff", "diff", r"\.(?:diff|w_norm)\Z"),
+    ("diff_b", "diff", r"\.(?:diff_b|b_norm)\Z"),
+    # A module saved whole (PEFT's modules_to_save).
+    ("weight", "weight", r"(?:\.modules_to_save(?:\.[^.]+)?)?\.weight\Z"),
+    ("bias", "weight", r"(?:\.modules_to_save(?:\.[^.]+)?)?\.bias\Z"),
+)
+_ROLES = tuple((role, style, re.compile(ending)) for role, style, ending in _ENDINGS)
+# Which a factor of an unknown kind, or a bias of a factor, must not be taken for.
+_IN_BLOCK = re.compile(r"\.\d+\.")
+_NO_MODULE = re.compile(r"[._](?:lora|lokr|hada|oft|boft|ia3|vera)_\w*\Z|\.original_module\Z")
+_SCALED = re.compile(r"(?:\.weight)?[._](?:scale_weight|weight_scale)\Z")
 
 
 @dataclass(frozen=True)
 class LoraKey:
     """A key taken apart.
 
-    ``prefix`` and ``module`` are as the file spells them (``prefix`` without its last dot, "" if there is none).
-    ``role`` is down, up, alpha, magnitude, diff or diff_b. ``style`` names prefix and ending for reports. ``flat``
-    says that the module's dots are written as underscores (kohya).
+    ``prefix`` and ``module`` are as the file spells them, but for what wraps modules (``prefix`` without its last dot,
+    "" if there is none). ``role`` is alpha, magnitude, one of a method's, or one of these with SCALE behind it.
+    ``style`` names prefix and ending for reports. ``flat`` says that the module's dots are written as underscores
+    (kohya).
     """
 
     key: str
@@ -61,20 +142,36 @@ class LoraKey:
 
 
 def parse_key(key: str) -> LoraKey | None:
-    """``key`` taken apart, or None if it has no ending that a LoRA uses, or names no module."""
+    """``key`` taken apart, or None if it has no ending that an adapter uses, or names no module."""
+    if scaled := _SCALED.search(key):
+        stem = key[: scaled.start()]
+        found = _parse(stem) or _parse(f"{stem}.weight")
+        return found and replace(found, key=key, role=found.role + SCALE)
+    return _parse(key)
+
+
+def _parse(key: str) -> LoraKey | None:
     for role, style, pattern in _ROLES:
         found = pattern.search(key)
         if found is None or found.start() == 0:
             continue
         path = key[: found.start()]
+        if style == "weight" and _NO_MODULE.search(path):
+            return None
         for prefix in FLAT_PREFIXES:
-            module = path.removeprefix(prefix).removeprefix("diffusion_model_")
+            module = path.removeprefix(prefix)
             if path.startswith(prefix) and "." not in path and module:
-                return LoraKey(key, prefix, module, role, "kohya", True)
+                return LoraKey(key, prefix, _unwrapped(module, _FLAT_WRAPPERS, "_"), role, "kohya", True)
+        path = _unwrapped(path, _WRAPPERS, ".")
         module = _PREFIXES.sub("", path, count=1)
         prefix = path.removesuffix(module).removesuffix(".")
         return LoraKey(key, prefix, module, role, f"{prefix or 'bare'} {style}", False)
     return None
+
+
+def _unwrapped(path: str, wrappers: re.Pattern[str], dot: str) -> str:
+    inner = wrappers.sub("", path)
+    return path if inner in ("", path) else inner.removeprefix(dot)
 
 
 def belongs_elsewhere(module: str) -> bool:
@@ -106,11 +203,26 @@ class ModuleNames:
 
         Returns None for an unknown name. Raises KeyError if the name could mean two modules.
         """
-        table = self._flat if key.flat else self._dotted
-        match = table.get(key.module)
-        if match is None and key.module in table:
-            raise KeyError(key.module)
+        table, module = self._flat if key.flat else self._dotted, key.module
+        while key.flat and module not in table and (root := _FLAT_ROOTS.match(module)):
+            module = module[root.end() :]
+        match = table.get(module)
+        if match is None and module in table:
+            raise KeyError(module)
         return match
+
+    def rest_before(self, key: LoraKey) -> str | None:
+        """What stands before the name of a module in a block, where :meth:`find` does not know the whole.
+
+        None if no ending of the name, or more than one, is such a name, and for a module of the text path: its
+        connectors have names like ours.
+        """
+        table, dot = (self._flat, "_") if key.flat else (self._dotted, ".")
+        if belongs_elsewhere(key.module):
+            return None
+        ends = [i + 1 for i, letter in enumerate(key.module) if letter == dot]
+        found = [key.module[:end] for end in ends if any(map(_IN_BLOCK.search, table.get(key.module[end:]) or ()))]
+        return found[0] if len(found) == 1 else None
 
     def _add(self, modules: tuple[str, ...], spellings: Iterable[str]) -> None:
         for spelling in spellings:

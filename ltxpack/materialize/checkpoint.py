@@ -16,7 +16,7 @@ from ltxpack.ltx23 import releases
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import Shape, inventory
 from ltxpack.ltx23.forms import ALL, MADE_FROM, ROOT, described, official, refuse_quantised, root_and_parts
-from ltxpack.ltx23.lora_keys import LoraKey, parse_key
+from ltxpack.ltx23.lora_keys import METHODS, LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 
 STORED_DTYPE = "BF16"
@@ -174,14 +174,17 @@ def _refuse_parts(file: TensorFile, label: object) -> None:
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """A LoRA by its header. ``targets``: module -> rank; ``unpaired``: factors whose partner is missing.
+    """A LoRA, or another adapter, by its header.
 
-    ``roles``: number of keys by what they are; ``others``: names of tensors that are no part of a LoRA.
+    ``targets``: module -> rank, 0 for methods without one, of the modules that are changed by factors; ``unpaired``:
+    tensors of modules where others are missing. ``methods``: number of modules by the method that changes them.
+    ``roles``: number of keys by what they are; ``others``: names of tensors that are no part of an adapter.
     """
 
     style: str
     targets: Mapping[str, int]
     unpaired: Sequence[str]
+    methods: Counter[str]
     roles: Counter[str]
     others: Sequence[str]
 
@@ -199,15 +202,30 @@ class LoraHeader:
 def read_lora(file: TensorFile) -> LoraHeader:
     """The LoRA in ``file``; ``is_lora`` is False if there is none."""
     parsed = {name: parse_key(name) for name in file.tensors}
-    keys = [key for key in parsed.values() if key]
-    downs, ups = ({key.module: key.key for key in keys if key.role == role} for role in ("down", "up"))
-    shapes = {module: file.tensors[key].shape for module, key in downs.items() if module in ups}
+    modules: dict[str, dict[str, str]] = {}
+    for key in parsed.values():
+        if key is not None and key.role != "alpha":
+            modules.setdefault(key.module, {}).setdefault(key.role, key.key)
+    targets: dict[str, int] = {}
+    unpaired: list[str] = []
+    methods = Counter[str]()
+    for module, keys in modules.items():
+        shapes = {role: file.tensors[key].shape for role, key in keys.items()}
+        for method in (method for method in METHODS if method.is_there(keys)):
+            if method.missing(keys):
+                unpaired += [key for role, key in keys.items() if role in method.roles]
+                continue
+            methods[method.name] += 1
+            if method.name not in ("diff", "weight"):
+                targets[module] = targets.get(module) or method.rank_of(shapes)
+    known = [key for key in parsed.values() if key]
     return LoraHeader(
-        _lora_style(keys),
-        targets={module: shape[0] if shape else 0 for module, shape in shapes.items()},
-        unpaired=[key for module, key in (downs | ups).items() if module not in shapes],
-        roles=Counter(key.role for key in keys),
-        others=[name for name, key in parsed.items() if key is None],
+        _lora_style(known),
+        targets=targets,
+        unpaired=unpaired,
+        methods=methods,
+        roles=Counter(key.role for key in known),
+        others=[name for name, key in parsed.items() if key is None or not (targets or methods["diff"])],
     )
 
 

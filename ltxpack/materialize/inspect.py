@@ -228,9 +228,10 @@ def _lora(lora: LoraHeader, tensors: TensorFile) -> dict[str, Any]:
     return {
         "style": lora.style,
         "targets": len(lora.targets),
-        "ranks": {str(rank): count for rank, count in sorted(Counter(lora.targets.values()).items())},
+        "ranks": {str(rank): count for rank, count in sorted(Counter(filter(None, lora.targets.values())).items())},
         # Module paths with the number of the block dropped.
         "kinds": dict(sorted(Counter(_BLOCK.sub("*", module) for module in lora.targets).items())),
+        "methods": dict(sorted(lora.methods.items())),
         "alpha": _alpha(lora, tensors),
         "dora": lora.roles["magnitude"],
         "deltas": lora.deltas,

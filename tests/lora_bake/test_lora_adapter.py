@@ -217,14 +217,14 @@ def test_all_faults_are_listed_at_once(tmp_path: Path) -> None:
     tensors[f"{root}.to_v.lora_A.weight"] = torch.zeros(RANK + 1, 32)
     connector = "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q"
     for key in ("transformer_blocks.99.attn1.to_q.lora_A.weight", "transformer_blocks.99.attn1.to_q.lora_B.weight",
-                "transformer_blocks.0.attn1.to_q.hada_w1_a", f"{connector}.lora_A.weight"):  # fmt: skip
+                "transformer_blocks.0.attn1.to_q.ia3_l", f"{connector}.lora_A.weight"):  # fmt: skip
         tensors[f"diffusion_model.{key}"] = torch.zeros(4, 4)
     error = refused(save(tmp_path / "x.safetensors", tensors), "does not fit this transformer")
     for part in ("1 half pair", "1 shape mismatch", "1 rank mismatch", "1 unmatched target", "1 unknown key",
                  "1 target outside the transformer"):  # fmt: skip
         assert part in error.problem
     listed = "\n".join(map(str, error.items))
-    for part in ("to_q.lora_A.weight has no up factor", "[4, 7]", "[5, 32]", "blocks.99", "hada_w1_a", "connector"):
+    for part in ("to_q.lora_A.weight has no up factor", "[4, 7]", "[5, 32]", "blocks.99", "ia3_l", "connector"):
         assert part in listed
 
 
