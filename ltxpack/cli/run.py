@@ -100,6 +100,11 @@ def run(
         raise click.UsageError("give --prompt TEXT for one video, or --prompts FILE for many")
     if prompts is not None and save_tensors is not None:
         raise click.UsageError("--save-tensors goes with --prompt; --prompts makes many videos")
+    if prompt is not None:
+        from ltxpack.runtime.request import Request
+
+        # Told at once; what follows imports torch.
+        Request.of(prompt, **given(VIDEO))
     from ltxpack.runtime.run import RunOptions
 
     session = SessionSettings(**given(SESSION))

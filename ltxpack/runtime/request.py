@@ -168,7 +168,7 @@ class Request:
             _check_text(text)
         most = max(stage.schedule.steps(s.steps) for stage in self.recipe.stages)
         for word in self._kept_words:
-            if word not in (FIRST, LAST) and not (word.isdecimal() and 1 <= int(word) <= most):
+            if word not in (FIRST, LAST) and not (word.isdecimal() and len(word) < 10 and 1 <= int(word) <= most):
                 wanted = f"{NONE}, or {FIRST}, {LAST} or numbers from 1 to {most}, with commas"
                 raise UsageError("wrong --keep-steps", expected=wanted, found=s.keep_steps, next=SEE_HELP)
 

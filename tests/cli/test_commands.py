@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import REPOSITORY, ltxpack, refused
+from support import REPOSITORY, in_fresh_process, ltxpack, refused
 
 from ltxpack.cli import COMMANDS, _what_again
 from ltxpack.runtime.model.kernels import AUTO, KERNELS
@@ -94,7 +94,9 @@ RUN = ("run", "overlay", "--prompt", "x")
         (["--height", "100"], ["height", "multiple of 64", "100", "choose --height 64 or 128"]),
         (["--width", "96"], ["width", "multiple of 64", "96"]),
         (["--num-frames", "24"], ["frames", "8", "24"]),
+        (["--num-frames", "9999999999993"], ["too many frames", "at most"]),
         (["--steps", "1"], ["steps", "2 or more", "1"]),
+        (["--keep-steps", "9" * 5000], ["--keep-steps", "numbers from 1"]),
         (["--fps", "0"], ["frame rate", "0"]),
         (["--image", "nowhere.png"], ["image", "nowhere.png"]),
         (["--image", "here.png@121"], ["121", "frame from 0 to 120"]),
@@ -119,6 +121,18 @@ def test_values_no_run_could_use_are_refused_before_loading(flags: list[str], wo
     message = refused(done, 2)
     assert all(word in message for word in words), message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here.png"]
+
+
+def test_wrong_settings_of_a_video_are_told_before_torch_is_imported() -> None:
+    code = """
+    import sys
+    from ltxpack.cli import cli
+    try:
+        cli.main(["run", "overlay", "--prompt", "x", "--num-frames", "24"], standalone_mode=False)
+    except Exception as error:
+        answer = [type(error).__name__, *sorted({"torch", "diffusers", "transformers"} & set(sys.modules))]
+    """
+    assert in_fresh_process(code)[0] == ["UsageError"]
 
 
 @pytest.mark.parametrize("command", [["run", "nowhere", "--prompt", "x"], ["verify", "nowhere"]])

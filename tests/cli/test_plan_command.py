@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,27 @@ def test_what_fits_nowhere_is_refused_with_numbers_and_what_is_no_overlay(tmp_pa
 def test_wrong_use(flag: str, value: str, words: list[str]) -> None:
     message = refused(ltxpack("plan", "--vram", "24GB", "--ram", "64GB", flag, value), 2)
     assert all(word in message for word in words)
+
+
+HUGE = ("--height", "3200000", "--width", "3200000", "--num-frames", "9000001")
+
+
+@pytest.mark.parametrize(
+    "flags", [HUGE[:2], HUGE[4:], HUGE, (*HUGE[4:], "--decode", "fast"), (*HUGE[4:], "--fps", "1e-7")]
+)
+@pytest.mark.parametrize("machine", [("--vram", "24GB", "--ram", "64GB"), ("--ram", "64GB")])
+def test_sizes_of_millions_are_answered_at_once(flags: tuple[str, ...], machine: tuple[str, ...]) -> None:
+    begin = time.process_time()
+    message = refused(ltxpack("plan", *machine, *flags), 1)
+    assert "too little free memory" in message
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize("flag", ["--height", "--width", "--num-frames"])
+@pytest.mark.parametrize("multiple", [2**40, 10**4000])
+def test_sizes_that_no_plan_can_count_are_wrong_use(flag: str, multiple: int) -> None:
+    message = refused(ltxpack("plan", flag, str(multiple + (flag == "--num-frames"))), 2)
+    assert "at most 2147483648" in message and len(message) < 5000
 
 
 def test_planning_loads_no_torch(full_size: Path) -> None:

@@ -19,6 +19,7 @@ from ltxpack.runtime.sampling.recipes import Schedule
 SHIFT_TOKENS = (1024, 4096)
 SHIFT = (0.95, 2.05)
 LAST_SIGMA = 0.1
+LARGEST_EXPONENT = 700.0
 
 # Replaces the final zero of a schedule: the last res_2s step ends here, and one plain evaluation follows.
 TERMINAL_SIGMA = 0.0011
@@ -50,8 +51,9 @@ def shifted_sigmas(tokens: int, steps: int) -> Tensor:
     if steps < 2:
         raise UsageError("too few steps", expected="at least 2", found=steps, next="choose --steps 2 or more")
     slope = (SHIFT[1] - SHIFT[0]) / (SHIFT_TOKENS[1] - SHIFT_TOKENS[0])
-    shift = math.exp(SHIFT[0] + (tokens - SHIFT_TOKENS[0]) * slope)
-    uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float32)[:-1]
+    shift = math.exp(min(SHIFT[0] + (tokens - SHIFT_TOKENS[0]) * slope, LARGEST_EXPONENT))
+    # So many float32 numbers are never apart, and the refusal needs no more of them.
+    uniform = torch.linspace(1, 0, min(steps, 2**24) + 1, dtype=torch.float32)[:-1]
     distance = 1 - shift / (shift + (1 / uniform - 1))
     sigmas = torch.cat([1 - distance / (distance[-1] / (1 - LAST_SIGMA)), torch.zeros(1)])
     if not bool((sigmas[:-1] > sigmas[1:]).all()):

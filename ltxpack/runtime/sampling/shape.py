@@ -13,6 +13,9 @@ from typing import Any, Generic, TypeVar
 from ltxpack.errors import UsageError
 from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
 
+# Beyond this no plan is made, nor could be counted in floating point.
+MOST = 2**31
+
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -61,6 +64,8 @@ class VideoShape:
             below = max(1, (self.frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
             fitting, better = "a multiple of 8, plus 1", f"choose --num-frames {below} or {below + TEMPORAL_FACTOR}"
             raise UsageError("wrong number of frames", expected=fitting, found=self.frames, next=better)
+        if self.frames > MOST:
+            raise UsageError("too many frames", expected=f"at most {MOST}", found=self.frames, next="choose fewer")
         if not (math.isfinite(self.fps) and self.fps > 0 and math.isfinite(self.frames / self.fps)):
             raise UsageError("wrong frame rate", expected="a number above 0", found=self.fps, next="choose --fps 24")
         if self.audio_length < 1:
@@ -114,3 +119,10 @@ def check_sizes(height: int, width: int, factor: int) -> None:
             below = max(factor, value // factor * factor)
             problem, better = f"wrong {flag.removeprefix('--')}", f"choose {flag} {below} or {below + factor}"
             raise UsageError(problem, expected=f"a multiple of {factor}", found=value, next=better)
+        if value > MOST:
+            raise UsageError(
+                f"too large a {flag.removeprefix('--')}",
+                expected=f"at most {MOST}",
+                found=value,
+                next=f"choose a smaller {flag}",
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -220,15 +221,26 @@ def after_shortage(mode: str, asked: str) -> str:
 def smaller_work(model: ModelSizes, work: Work, machine: Machine) -> Work | None:
     """The next smaller video that fits in some way: fewer frames first, then a smaller picture too."""
     asked, unit = work.shape, 2 * SPATIAL_FACTOR
+
+    def resized(frames: int, height: int, width: int) -> Work | None:
+        with suppress(UsageError):  # too short for any sound
+            return work.resized(VideoShape(frames, height, width, asked.fps))
+        return None
+
     for share in (1, 0.75, 0.5, 0.25):
         height, width = (max(unit, int(side * share) // unit * unit) for side in (asked.height, asked.width))
-        for frames in range(asked.frames, TEMPORAL_FACTOR, -TEMPORAL_FACTOR):
-            with suppress(UsageError):  # too short for any sound
-                smaller = work.resized(VideoShape(frames, height, width, asked.fps))
-                if smaller.shape == asked:
-                    continue
-                if planner.shortage(planner.smallest_plan(model, smaller), machine) is None:
-                    return smaller
+        first = asked.frames - TEMPORAL_FACTOR * ((height, width) == (asked.height, asked.width))
+        counts = range(first, TEMPORAL_FACTOR, -TEMPORAL_FACTOR)
+
+        def fits(frames: int, height: int = height, width: int = width) -> bool:
+            """Also what is too short: more frames take more memory, so that the first that fits can be bisected."""
+            smaller = resized(frames, height, width)
+            return smaller is None or planner.shortage(planner.smallest_plan(model, smaller), machine) is None
+
+        found = bisect_left(counts, True, key=fits)
+        smaller = resized(counts[found], height, width) if found < len(counts) else None
+        if smaller is not None:
+            return smaller
     return None
 
 

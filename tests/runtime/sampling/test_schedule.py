@@ -61,9 +61,10 @@ def test_fewer_than_two_steps_are_wrong_use(steps: int) -> None:
         schedule.shifted_sigmas(DEFAULT_TOKENS, steps)
 
 
-def test_a_size_beyond_float32_is_refused_not_sampled_with_nan() -> None:
+@pytest.mark.parametrize(("tokens", "steps"), [(100_000, 15), (10**12, 15), (DEFAULT_TOKENS, 10**12)])
+def test_a_size_beyond_float32_is_refused_not_sampled_with_nan(tokens: int, steps: int) -> None:
     with pytest.raises(UsageError, match="no schedule for this size"):
-        schedule.shifted_sigmas(100_000, 15)
+        schedule.shifted_sigmas(tokens, steps)
 
 
 @settings(deadline=None)

@@ -226,6 +226,19 @@ def test_a_card_for_no_mode_gets_a_smaller_video_that_fits() -> None:
         report.plan_or_refuse(MODEL, work, card(8), "auto")
 
 
+def test_the_smaller_video_is_the_next_one_that_fits() -> None:
+    """Found by bisection; of the same size no longer one fits."""
+    work, machine = hq_work(VideoShape(9_000_001, 576, 1024, 24.0), OFFICIAL), card(24)
+    found = report.smaller_work(MODEL, work, machine)
+    assert found is not None and (found.shape.height, found.shape.width) == (576, 1024)
+    assert planner.best_plan(MODEL, found, machine) is not None
+    longer = work.resized(replace(found.shape, frames=found.shape.frames + 8))
+    assert planner.best_plan(MODEL, longer, machine) is None
+    # At this rate what would fit is too short for any sound.
+    fast = hq_work(VideoShape(9_000_001, 576, 1024, 1e8), OFFICIAL)
+    assert report.smaller_work(MODEL, fast, machine) is None
+
+
 def test_a_small_host_is_named_as_such() -> None:
     with pytest.raises(DeviceError, match="the host has too little free memory") as caught:
         report.plan_or_refuse(MODEL, WORK, Machine(GB, 141 * GB), "auto", "cuda:0")
