@@ -17,17 +17,18 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ltxpack.errors import FormatError
+from ltxpack.errors import FormatError, UsageError
 from ltxpack.files.tensorfile import MAX_HEADER_BYTES, build_header, open_source, parse_header, parse_json
 from ltxpack.manifest import FileRecord
+from ltxpack.strength import Strength
 
 FORMAT = "ltxpack-activations-1"
 # The largest header, and a float for each of its tensors, which take far more than four bytes of it.
 MAX_BYTES = 2 * MAX_HEADER_BYTES
 ANOTHER = "choose another file, or write one anew with --save-activations"
 
-Loras = tuple[tuple[str, float], ...]
-"""The blake3 and strength of each LoRA of a transformer, in their order."""
+Loras = tuple[tuple[str, float | str], ...]
+"""The blake3 and strength of each LoRA of a transformer, in their order; see manifest.BakedLora.stated."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class ActivationsFile:
             raise wrong("is not an activations file", expected=f"format {FORMAT}", found=found.get("format"))
         try:
             stated = parse_json(found["transformers"].encode(), path).items()
-            transformers = {str(name): tuple((str(each), float(by)) for each, by in loras) for name, loras in stated}
-        except (AttributeError, TypeError, ValueError):
+            transformers = {str(name): tuple((str(each), _stated(by)) for each, by in loras) for name, loras in stated}
+        except (AttributeError, TypeError, ValueError, UsageError):
             raise wrong("does not say which transformers it was recorded of") from None
         largest: dict[str, dict[str, float]] = {name: {} for name in transformers}
         for name, info in header.tensors.items():
@@ -93,6 +94,11 @@ class ActivationsFile:
         }
         header = build_header(((name, "F32", ()) for name in values), metadata)
         return header + struct.pack(f"<{len(values)}f", *values.values())
+
+
+def _stated(strength: object) -> float | str:
+    """Raises UsageError, TypeError or ValueError."""
+    return str(Strength.parse(strength)) if isinstance(strength, str) else float(strength)  # type: ignore[arg-type]
 
 
 def base_digest(files: Iterable[FileRecord]) -> str:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from ltxpack.errors import OverlayError, SourceError, quoted
+from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files import bounded_json
 from ltxpack.files.tensorfile import MAX_INDEX_BYTES, open_source
+from ltxpack.strength import BlockRun, Strength
 
 if TYPE_CHECKING:
     import jsonschema
@@ -99,7 +100,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class BakedLora:
-    """One LoRA of a bake. ``scale`` is strength times alpha/rank where one value holds for all targets."""
+    """One LoRA of a bake. ``scale`` is strength times alpha/rank where one value holds for all targets.
+
+    ``blocks``: those in which the strength is another.
+    """
 
     name: str
     file: str
@@ -107,6 +111,22 @@ class BakedLora:
     blake3: str
     strength: float
     scale: float | None
+    blocks: tuple[BlockRun, ...] = ()
+
+    @property
+    def applied(self) -> Strength:
+        """Its strength with that of the blocks."""
+        return Strength(self.strength, self.blocks)
+
+    @property
+    def stated(self) -> float | str:
+        """Its strength as other files state it: the number, or the text of one that is not the same in all blocks."""
+        return str(self.applied) if self.blocks else self.strength
+
+    @property
+    def idle(self) -> bool:
+        """Whether it adds nothing, because its strength is 0."""
+        return not any(self.applied.numbers)
 
 
 @dataclass(frozen=True)
@@ -187,6 +207,9 @@ class Manifest:
             for name in ("format", "quantised", "calibration"):
                 if bake[name] == getattr(Bake, name):
                     del bake[name]
+            for lora in bake["loras"]:
+                if not lora["blocks"]:
+                    del lora["blocks"]
         return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
@@ -322,6 +345,16 @@ def _check_bakes(manifest: Manifest, path: Path, remake: str) -> None:
         if scales != len(bake.quantised) or (bake.format == BF16) != (not bake.quantised):
             problem = f"states a form, quantised linears and input scales of the bake {name} that do not go together"
             raise OverlayError(problem, file=path, next=remake)
+        if not all(_in_order(lora.applied) for lora in bake.loras if lora.blocks):
+            problem = f"states strengths of blocks of the bake {name} that overlap or are in no order"
+            raise OverlayError(problem, file=path, next=remake)
+
+
+def _in_order(strength: Strength) -> bool:
+    try:
+        return Strength.of(strength) == strength and all(run.first <= run.last for run in strength.blocks)
+    except UsageError:
+        return False
 
 
 def _link_stays_inside(record: FileRecord) -> bool:

@@ -17,9 +17,11 @@ PACKAGE = REPOSITORY / "ltxpack"
 # Room -> the rooms it may import. errors and reporter know nobody.
 ALLOWED: dict[str, set[str]] = {"errors": set(), "reporter": set()}
 ALLOWED["files"] = {"errors", "reporter"}
-ALLOWED["ltx23"] = ALLOWED["manifest"] = {"errors", "files"}
-ALLOWED["activations"] = {"errors", "files", "manifest"}
-ALLOWED["repack"] = {"errors", "reporter", "files", "ltx23", "manifest"}
+ALLOWED["strength"] = {"errors"}
+ALLOWED["ltx23"] = {"errors", "files"}
+ALLOWED["manifest"] = {"errors", "files", "strength"}
+ALLOWED["activations"] = {"errors", "files", "manifest", "strength"}
+ALLOWED["repack"] = {"errors", "reporter", "files", "ltx23", "manifest", "strength"}
 ALLOWED["runtime"] = {*ALLOWED["repack"], "activations"}
 ALLOWED["materialize"] = {*ALLOWED["repack"], "repack"}
 ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize", "activations"}

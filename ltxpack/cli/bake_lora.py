@@ -7,15 +7,23 @@ from pathlib import Path
 import click
 
 from ltxpack.cli import terminal
-from ltxpack.cli.lora_words import LoraCommand
+from ltxpack.cli.lora_words import LoraCommand, StrengthType
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import BF16, FORMATS
+from ltxpack.strength import Strength
 
 
 @click.command("bake-lora", cls=LoraCommand)
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
-@click.option("--strength", "strengths", type=float, multiple=True, required=True, help="One bake each; repeatable.")
+@click.option(
+    "--strength",
+    "strengths",
+    type=StrengthType(),
+    multiple=True,
+    required=True,
+    help="One bake each; repeatable. S@0-11,30:T is T in blocks 0 to 11 and 30, S in all else.",
+)
 @terminal.lora_option
 @terminal.added_option
 @click.option(
@@ -45,7 +53,7 @@ from ltxpack.manifest import BF16, FORMATS
 @terminal.verbose_option
 def bake_lora(
     overlay: Path | None,
-    strengths: tuple[float, ...],
+    strengths: tuple[Strength, ...],
     added: tuple[str, ...],
     keep_blocks: str | None,
     plan_only: bool,

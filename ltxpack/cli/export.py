@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ltxpack.cli import terminal
-from ltxpack.cli.lora_words import LoraCommand
+from ltxpack.cli.lora_words import LoraCommand, StrengthType
 from ltxpack.errors import UsageError
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import BF16, FORMATS, FP8, INT8
+from ltxpack.strength import Strength
 
 if TYPE_CHECKING:
     from ltxpack.export import ExportOptions
@@ -41,7 +42,9 @@ OFFICIAL = {
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
 @click.option("--bake", help="A bake of the overlay instead of the base.")
-@click.option("--strength", type=float, help="Merge the main LoRA on the way, at this strength; no bake is written.")
+@click.option(
+    "--strength", type=StrengthType(), help="Merge the main LoRA on the way, at this strength; no bake is written."
+)
 @terminal.lora_option
 @terminal.added_option
 @click.option(
@@ -102,7 +105,7 @@ def _wanted(
     overlay: Path,
     output: Path,
     bake: str | None,
-    strength: float | None,
+    strength: Strength | None,
     lora: str | None,
     added: tuple[str, ...],
     form: str | None,
@@ -129,6 +132,12 @@ def _wanted(
     kept = None if keep_blocks is None else parse_blocks(keep_blocks)
     stack = tuple(parse_added(text) for text in added)
     make = BakeOptions(
-        overlay, (strength or 0.0,), lora, stack, formats=(form or BF16,), keep_blocks=kept, activations=activations
+        overlay,
+        (Strength(0.0) if strength is None else strength,),
+        lora,
+        stack,
+        formats=(form or BF16,),
+        keep_blocks=kept,
+        activations=activations,
     )
     return dataclasses.replace(wanted, make=make.checked())

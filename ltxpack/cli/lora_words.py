@@ -11,6 +11,7 @@ from decimal import Decimal
 import click
 
 from ltxpack.errors import UsageError
+from ltxpack.strength import Strength
 
 STRENGTH, ADD, LORA = "--strength", "--add", "--lora"
 
@@ -27,7 +28,25 @@ _ONE_STRENGTH = ("one file holds one strength", "one --strength")
 _PLAIN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _LOOSE = re.compile(r"(?P<number>[+-]?(?:\d+[.,]?\d*|[.,]\d+))\s*(?P<percent>%?)")
 # A strength behind a file. A name may hold these signs too: what exists as typed is a file alone.
+_BY_BLOCK = re.compile(r"(?P<file>.+)=(?P<strength>[^=/]*@[^=/]*)")
 _BEHIND = re.compile(r"(?P<file>.+?)(?:\s*[=:]\s*|(?<=\.safetensors)[\s,;]+)(?P<strength>[+-]?[\d.,]+\s*%?)")
+
+
+class StrengthType(click.ParamType[Strength]):
+    """A number, or one with others for some blocks."""
+
+    name = "S"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Strength:
+        """A Strength. Raises UsageError for what is wrong with the blocks."""
+        if isinstance(value, Strength):
+            return value
+        if "@" in str(value):
+            return Strength.parse(str(value))
+        try:
+            return Strength.of(float(str(value)))
+        except ValueError:
+            self.fail(f"{value!r} is not a number such as 0.5.", param, ctx)
 
 
 class LoraCommand(click.Command):
@@ -120,7 +139,11 @@ def _rewritten(flag: str | None, value: str | None, given: bool) -> Iterator[Wor
 
 def _file_and_strength(text: str) -> tuple[str, str | None]:
     """Of what is typed behind --add or --lora."""
-    found = None if os.path.exists(text) else _BEHIND.fullmatch(text)  # noqa: PTH110
+    if os.path.exists(text):  # noqa: PTH110
+        return text, None
+    if by_block := _BY_BLOCK.fullmatch(text):
+        return by_block["file"], by_block["strength"]
+    found = _BEHIND.fullmatch(text)
     numbers = _numbers(found["strength"]) if found else []
     return (found["file"], numbers[0]) if found and len(numbers) == 1 else (text, None)
 

@@ -100,7 +100,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 # Of what makes a bake, into its folder or into an export.
 lora_option = click.option("--lora", metavar="FILE", help="Main LoRA instead of the overlay's distilled one.")
 added_option = click.option(
-    "--add", "added", multiple=True, metavar="FILE=S", help="Stack a LoRA, applied before the main one."
+    "--add",
+    "added",
+    multiple=True,
+    metavar="FILE=S",
+    help="Stack a LoRA, applied before the main one. FILE=S@0-11,30:T: T in these blocks.",
 )
 keep_blocks_option = click.option(
     "--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ltxpack.export.plan import Unit
 from ltxpack.lora_bake.bake import UnwrittenBake
+from ltxpack.lora_bake.plan import BakePlan
 from ltxpack.lora_bake.stream import Engine, ShardOutput
 from ltxpack.repack.write import TensorWriter
 from ltxpack.reporter import Reporter
@@ -18,8 +19,8 @@ def bake_units(
     plan = made.plan
     with Engine([lora.adapter for lora in plan.loras], made.arithmetic, reporter) as engine:
         for unit in units:
-            engine.fuse_shard(unit.shard, [_output(unit, plan.strengths, writer)])
+            engine.fuse_shard(unit.shard, [_output(unit, plan, writer)])
 
 
-def _output(unit: Unit, strengths: tuple[float, ...], writer: Callable[[Unit], TensorWriter]) -> ShardOutput:
-    return ShardOutput(unit.shard.record.path, unit.entries, strengths, lambda buffers: writer(unit))
+def _output(unit: Unit, plan: BakePlan, writer: Callable[[Unit], TensorWriter]) -> ShardOutput:
+    return ShardOutput(unit.shard.record.path, unit.entries, plan.strengths_in, lambda buffers: writer(unit))

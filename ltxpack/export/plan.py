@@ -280,7 +280,7 @@ def _metadata_of(source: str, manifest: Manifest, reporter: Reporter) -> dict[st
 
 def _made_from(options: ExportOptions, manifest: Manifest, bake: Bake | None) -> dict[str, Any]:
     changes = f"renamed and copied by ltxpack, {TABLE} tensors as float32 of their bfloat16 values"
-    loras = [] if bake is None else [lora for lora in bake.loras if lora.strength]
+    loras = [] if bake is None else [lora for lora in bake.loras if not lora.idle]
     changes += f", {len(loras)} LoRAs merged" if loras else ""
     changes += f", {len(bake.quantised)} linears quantised to {bake.format}" if bake and bake.quantised else ""
     found: dict[str, Any] = {
@@ -290,7 +290,7 @@ def _made_from(options: ExportOptions, manifest: Manifest, bake: Bake | None) ->
     }
     if bake is None:
         return found
-    merged = [{"file": lora.file, "blake3": lora.blake3, "strength": lora.strength} for lora in bake.loras]
+    merged = [{"file": lora.file, "blake3": lora.blake3, "strength": lora.stated} for lora in bake.loras]
     found |= {"bake": options.bake, "loras": merged, "rule": bake.rule}
     if bake.quantised:
         found["format"] = bake.format

@@ -21,6 +21,7 @@ from ltxpack.ltx23.forms import described
 from ltxpack.ltx23.lora_keys import METHODS, SCALE, LoraKey, Method, ModuleNames, belongs_elsewhere, parse_key
 from ltxpack.manifest import BakedLora
 from ltxpack.materialize.checkpoint import read_lora
+from ltxpack.strength import Strength
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 # More different beginnings of names than this are another model's.
@@ -106,11 +107,12 @@ class LoraUse:
     baked: BakedLora
 
     @classmethod
-    def of(cls, adapter: Adapter, strength: float, digest: str, rule: str) -> LoraUse:
+    def of(cls, adapter: Adapter, strength: float | Strength, digest: str, rule: str) -> LoraUse:
         """``adapter`` at ``strength``; ``digest`` is its content's hash."""
-        factor = 1.0 if rule == "official" else adapter.factor
-        scale = None if factor is None else strength * factor
-        return cls(adapter, BakedLora(adapter.name, adapter.path.name, adapter.size, digest, strength, scale))
+        factor, by = 1.0 if rule == "official" else adapter.factor, Strength.of(strength)
+        scale = None if factor is None or by.blocks else by.value * factor
+        file = (adapter.name, adapter.path.name, adapter.size, digest)
+        return cls(adapter, BakedLora(*file, by.value, scale, by.blocks))
 
 
 def open_adapter(path: Path, shapes: Shapes, *, name: str | None = None, allow_unmatched: bool = False) -> Adapter:

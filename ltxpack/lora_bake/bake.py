@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from ltxpack.activations import base_digest
-from ltxpack.errors import AdapterError, DeviceError, OverlayError, quoted
+from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
 from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
-from ltxpack.lora_bake.coverage import BakeReport, TargetStat
+from ltxpack.lora_bake.coverage import BakeReport, TargetStat, split_name
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
 from ltxpack.lora_bake.forms import calibrated, quantised_linears
 from ltxpack.lora_bake.plan import BAKES, Arithmetic, BakeOptions, BakePlan, BaseTransformer, bake_name, read_base
@@ -33,6 +33,7 @@ from ltxpack.repack.staging import Staging, publish_bakes, recover
 from ltxpack.repack.verify import Fault, damaged, verify
 from ltxpack.repack.write import ShardWriter, preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
+from ltxpack.strength import Strength
 
 
 def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
@@ -190,6 +191,7 @@ def _plans(
         for lora, digest in zip(found, digests, strict=True)
     ]
     plans = []
+    _refuse_absent_blocks(options, base)
     for strength in options.strengths:
         # The base alone has no LoRA and the strength 0.
         strengths = [*(value for _, value in options.added), strength] if named else []
@@ -199,7 +201,7 @@ def _plans(
         )
         _refuse_twice_distilled(uses, manifest, options)
         for form in options.formats:
-            name = options.name or bake_name([(use.baked.name, use.baked.strength) for use in uses], form)
+            name = options.name or bake_name([(use.baked.name, use.baked.applied) for use in uses], form)
             plan = BakePlan(name, uses, options.rule, base, options.overlay)
             plans.append(plan if form == BF16 else _quantised(plan, form, options))
     return plans
@@ -218,8 +220,22 @@ def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -
         raise AdapterError(f"the official rule has no {methods}", items=names, next=options.command(rule="fp32"))
 
 
+def _refuse_absent_blocks(options: BakeOptions, base: BaseTransformer) -> None:
+    main, added = options.strengths, options.added
+    strengths = [Strength.of(by) for by in (*main, *(by for _, by in added))]
+    there = {block for block, _ in map(split_name, base.shapes) if block is not None}
+    count, last = max(there, default=-1) + 1, max((run.last for by in strengths for run in by.blocks), default=-1)
+    if last >= count:
+        within = [by.within(count) for by in strengths]
+        added = tuple((file, by) for (file, _), by in zip(added, within[len(main) :], strict=True))
+        raise UsageError(
+            "a strength names a block that is not there", file=options.overlay, expected=f"blocks 0 to {count - 1}",
+            found=last, next=options.command(strengths=tuple(within[: len(main)]), added=added),
+        )  # fmt: skip
+
+
 def _refuse_twice_distilled(uses: Sequence[LoraUse], manifest: Manifest, options: BakeOptions) -> None:
-    twice = [use.baked.file for use in uses if use.baked.strength and DISTILLED in use.baked.name]
+    twice = [use.baked.file for use in uses if not use.baked.idle and DISTILLED in use.baked.name]
     if twice and manifest.distilled and not options.force:
         raise AdapterError(
             "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
@@ -232,8 +248,8 @@ def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
     linears = quantised_linears(plan.base.shapes, options.keep_blocks, options.command(keep_blocks=()))
     calibration = None
     if form == FP8 and options.activations is not None:
-        loras = [(lora.blake3, lora.strength) for lora in plan.recorded if lora.strength]
-        bf16 = bake_name([(lora.name, lora.strength) for lora in plan.recorded]) if loras else "base"
+        loras = tuple((lora.blake3, lora.stated) for lora in plan.recorded if not lora.idle)
+        bf16 = bake_name([(lora.name, lora.applied) for lora in plan.recorded]) if loras else "base"
         run = f"ltxpack run {quoted(plan.overlay)} --save-activations FILE --prompt TEXT"
         record = f"{run} (with {bf16} in the stage it is meant for)"
         shards = [shard.record for shard in plan.base.shards]
@@ -266,7 +282,7 @@ def _to_be_made(plans: Sequence[BakePlan], manifest: Manifest, options: BakeOpti
 
 def _described(made: BakePlan | Bake, form: str) -> str:
     loras = made.recorded if isinstance(made, BakePlan) else made.loras
-    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.strength:g}" for lora in loras) or "the base"
+    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.applied}" for lora in loras) or "the base"
     if form == BF16:
         return f"{stack}, rule {made.rule}"
     calibrated = "" if made.calibration is None else f" calibrated by {made.calibration.name}"
@@ -354,7 +370,7 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseT
                     changed = bake.plan.shards.get(shard.name)
                     if changed is not None and bake.arithmetic == arithmetic and not bake.has(changed.path):
                         opened = functools.partial(_opened, changed, bake.root, reporter)
-                        outputs[bake] = ShardOutput(changed.path, changed.entries, bake.plan.strengths, opened)
+                        outputs[bake] = ShardOutput(changed.path, changed.entries, bake.plan.strengths_in, opened)
                 records = engine.fuse_shard(shard, list(outputs.values())) if outputs else []
                 for (bake, output), record in zip(outputs.items(), records, strict=True):
                     bake.record_shard(record, output.stats.values())

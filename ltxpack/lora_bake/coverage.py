@@ -75,7 +75,7 @@ class BakeReport:
             others = f" and {lora['other_tensors']} other tensors" if lora["other_tensors"] else ""
             span = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
             lines.append(
-                f"  {lora['name']} at {lora['strength']:g}: {lora['matched']} of {lora['total']} linears"
+                f"  {lora['name']} at {told_strength(lora['strength'])}: {lora['matched']} of {lora['total']} linears"
                 f"{others}, rank {ranks}, scale {span}"
             )
         if "stored_as" in document:
@@ -106,6 +106,11 @@ def _told_errors(document: Mapping[str, Any]) -> str:
     return error + (f", inputs calibrated by {calibration}" if calibration else "; not calibrated: input scales are 1")
 
 
+def told_strength(strength: float | str) -> str:
+    """A LoRA's strength as a line says it."""
+    return strength if isinstance(strength, str) else f"{strength:g}"
+
+
 def significant(value: float) -> float:
     """``value`` rounded to three significant digits: what both kernels' norms agree to."""
     return float(f"{value:.{_DIGITS - 1}e}")
@@ -133,7 +138,7 @@ def build_report(
         "format": REPORT_FORMAT,
         "bake": name,
         **arithmetic,
-        "loras": [_lora(lora, shapes) for lora in loras],
+        "loras": [_lora(lora, shapes, arithmetic["rule"]) for lora in loras],
         "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
         "changed_weights": sum(stat.changed for stat in measured.values()),
         "targeted_weights": sum(stat.elements for stat in measured.values()),
@@ -185,7 +190,7 @@ def dump(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
-def _lora(lora: LoraUse, shapes: Shapes) -> dict[str, Any]:
+def _lora(lora: LoraUse, shapes: Shapes, rule: str) -> dict[str, Any]:
     record, targets = lora.baked, lora.adapter.targets
     linears = linear_modules(shapes)
     matched = {name for name in targets if name.removesuffix(".weight") in linears}
@@ -197,7 +202,7 @@ def _lora(lora: LoraUse, shapes: Shapes) -> dict[str, Any]:
         "name": record.name,
         "file": record.file,
         "blake3": record.blake3,
-        "strength": record.strength,
+        "strength": record.stated,
         "namings": list(lora.adapter.styles),
         "matched": len(matched),
         "total": len(linears),
@@ -205,7 +210,7 @@ def _lora(lora: LoraUse, shapes: Shapes) -> dict[str, Any]:
         "left_out": list(lora.adapter.skipped),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "alphas": sorted(alphas, key=float),
-        "scales": sorted({significant(record.strength * target.factor) for target in targets.values()})
+        "scales": sorted({significant(_scale(lora, name, rule)) for name in targets})
         if record.scale is None
         else [record.scale],
         "dora": len(lora.adapter.dora),
@@ -244,7 +249,11 @@ def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str) -> dict[str, 
     for i, lora in enumerate(loras):
         target = lora.adapter.targets.get(stat.name)
         if target is not None:
-            # What multiplies B·A (spec 02, section 2).
-            scale = lora.baked.strength * (1.0 if rule == "official" else target.factor)
-            terms.append({"lora": i, "rank": target.rank, "scale": scale})
+            terms.append({"lora": i, "rank": target.rank, "scale": _scale(lora, stat.name, rule)})
     return {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}
+
+
+def _scale(lora: LoraUse, name: str, rule: str) -> float:
+    """What multiplies B·A in the target ``name`` (spec 02, section 2)."""
+    factor = 1.0 if rule == "official" else lora.adapter.targets[name].factor
+    return lora.baked.applied.at(split_name(name)[0]) * factor

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltxpack.lora_bake.coverage import split_name
+from ltxpack.lora_bake.coverage import split_name, told_strength
 from ltxpack.manifest import FP8
 
 # The scale: 0.01 % to 100 %. Below, a change drowns in bf16's rounding; above, the weight is more LoRA than base.
@@ -280,7 +280,7 @@ def _facts(lora: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str]]:
     """The lines of one LoRA's card, escaped."""
     ranks = sorted(lora["ranks"].items(), key=lambda item: int(item[0]))
     ignored = " (not used by the official rule)" if rule == "official" and lora["alphas"] else ""
-    yield "strength", f"{lora['strength']:g}"
+    yield "strength", told_strength(lora["strength"])
     yield "scale of B·A", _listed(f"{value:g}" for value in lora["scales"])
     yield "matched", f"{lora['matched']:,} of {lora['total']:,} linears{_others(lora['other_tensors'])}"
     yield "ranks", _listed((f"{rank} ×{count:,}" for rank, count in ranks), [rank for rank, _ in ranks])

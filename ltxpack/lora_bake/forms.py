@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ltxpack.activations import ActivationsFile
+from ltxpack.activations import ActivationsFile, Loras
 from ltxpack.errors import AdapterError, UsageError
 from ltxpack.files.reader import hash_file
 from ltxpack.lora_bake.coverage import split_name
@@ -68,10 +68,8 @@ def activation_scale(largest: float) -> float:
     return max(2.0 ** math.ceil(math.log2(largest / E4M3_LARGEST)), SMALLEST_SCALE) if largest else 1.0
 
 
-def calibrated(
-    path: Path, loras: Sequence[tuple[str, float]], base: str, linears: Sequence[str], next: str
-) -> Calibration:
-    """The input scales of ``linears`` in the base ``base`` with ``loras`` (blake3, strength; none at 0) in it.
+def calibrated(path: Path, loras: Loras, base: str, linears: Sequence[str], next: str) -> Calibration:
+    """The input scales of ``linears`` in the base ``base`` with ``loras`` (none at 0) in it.
 
     ``path`` is an activations file. Raises FormatError or SourceError for another one, AdapterError, with ``next`` to
     do, for one of another model or bake.
@@ -84,7 +82,7 @@ def calibrated(
     if not names:
         raise AdapterError(
             "was recorded of other bakes", file=path, items=sorted(made_of), next=next,
-            expected=", ".join(f"{digest[:8]} at {strength:g}" for digest, strength in loras) or "the base",
+            expected=", ".join(f"{digest[:8]} at {strength}" for digest, strength in loras) or "the base",
         )  # fmt: skip
     largest = file.largest[names[0]]
     if missing := [linear for linear in linears if linear not in largest]:

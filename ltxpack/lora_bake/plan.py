@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -51,6 +50,7 @@ from ltxpack.repack.items import (
     index_bytes,
     stored_tensor,
 )
+from ltxpack.strength import Strength, format_strength
 
 RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
@@ -59,8 +59,6 @@ TRANSFORMER = "transformer"
 MAX_NAME_LENGTH = 200
 # How a bake of no LoRA begins its name.
 BASE_NAME = "base"
-# Beyond it weights leave what bfloat16 holds, whatever the LoRA and its alpha.
-MAX_STRENGTH = 1e18
 # Raised when the same inputs would give other bytes than before.
 ARITHMETIC_VERSION = 1
 
@@ -77,9 +75,9 @@ class BakeOptions:
     """
 
     overlay: Path
-    strengths: tuple[float, ...]
+    strengths: tuple[float | Strength, ...]
     lora: str | None = None
-    added: tuple[tuple[str, float], ...] = ()
+    added: tuple[tuple[str, float | Strength], ...] = ()
     rule: str = "fp32"
     formats: tuple[str, ...] = (BF16,)
     name: str | None = None
@@ -92,14 +90,19 @@ class BakeOptions:
     @property
     def base_alone(self) -> bool:
         """Whether the base quantised is all that is asked for, so that a LoRA may be there or not."""
-        return self.lora is None and not self.added and self.strengths == (0.0,) and BF16 not in self.formats
+        return (
+            self.lora is None
+            and not self.added
+            and self.strengths in ((0.0,), (Strength(0.0),))
+            and BF16 not in self.formats
+        )
 
     def command(self, **changes: object) -> str:
         """The command line that asks for this, with ``changes``, to be typed as it is."""
         wanted = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-        flags = [f"--strength {format_strength(strength)}" for strength in wanted.strengths]
+        flags = [f"--strength {_typed(strength)}" for strength in wanted.strengths]
         flags += [f"--lora {quoted(wanted.lora)}"] if wanted.lora is not None else []
-        flags += [f"--add {quoted(f'{file}={format_strength(strength)}')}" for file, strength in wanted.added]
+        flags += [f"--add {quoted(f'{file}={_typed(strength)}')}" for file, strength in wanted.added]
         named = (("--rule", wanted.rule, "fp32"), ("--name", wanted.name, None), ("--device", wanted.device, "auto"))
         flags += [f"{flag} {quoted(value)}" for flag, value, default in named if value is not None and value != default]
         flags += [f"--format {form}" for form in wanted.formats if wanted.formats != (BF16,)]
@@ -118,8 +121,8 @@ class BakeOptions:
         for value, known, flag in (*choices, *((form, FORMATS, "--format") for form in formats)):
             if value not in known:
                 raise UsageError(f"{flag} is unknown", expected=" or ".join(known), found=value)
-        strengths = tuple(dict.fromkeys(check_strength(strength) for strength in self.strengths))
-        added = tuple((file, check_strength(strength)) for file, strength in self.added)
+        strengths = tuple(dict.fromkeys(Strength.of(strength) for strength in self.strengths))
+        added = tuple((file, Strength.of(strength)) for file, strength in self.added)
         if self.keep_blocks is not None and formats == (BF16,):
             raise UsageError("--keep-blocks goes with --format fp8 or int8", next=self.command(formats=(FP8,)))
         if self.activations is not None and FP8 not in formats:
@@ -135,35 +138,18 @@ class BakeOptions:
 # Names
 
 
-def format_strength(strength: float) -> str:
-    """The shortest decimal that reads back as ``strength``: no exponent, no trailing zeros (1.0 -> ``1``)."""
-    if strength == 0:
-        return "0"
-    text = format(Decimal(repr(float(strength))), "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
+def _typed(strength: float | Strength) -> str:
+    return str(strength) if isinstance(strength, Strength) else format_strength(strength)
 
 
-def check_strength(strength: float) -> float:
-    """``strength`` if the sums, which are float32, can use it. Raises UsageError."""
-    if not abs(strength) <= MAX_STRENGTH:
-        most, advice = f"one of at most {MAX_STRENGTH:g}", "choose another, such as 0.5"
-        raise UsageError("a strength must be a finite number", expected=most, found=strength, next=advice)
-    return 0.0 if strength == 0 else strength
-
-
-def parse_added(text: str) -> tuple[str, float]:
-    """``FILE=S`` split at the last ``=``. Raises UsageError."""
+def parse_added(text: str) -> tuple[str, Strength]:
+    """``FILE=S`` or ``FILE=S@BLOCKS:S`` split at the last ``=``. Raises UsageError."""
     file, equals, number = text.rpartition("=")
     if not equals or not file:
         raise UsageError(
             "--add needs a file and a strength", expected="FILE=S", found=text, next="write --add FILE=0.8"
         )
-    try:
-        strength = float(number)
-    except ValueError:
-        problem, advice = "the strength of --add is not a number", f"write --add {quoted(f'{file}=0.8')}"
-        raise UsageError(problem, expected="FILE=S", found=text, next=advice) from None
-    return file, check_strength(strength)
+    return file, Strength.parse(number)
 
 
 def lora_name(stem: str) -> str:
@@ -171,9 +157,9 @@ def lora_name(stem: str) -> str:
     return _FOREIGN.sub("-", stem).strip("-.") or "lora"
 
 
-def bake_name(loras: Sequence[tuple[str, float]], form: str = BF16) -> str:
+def bake_name(loras: Sequence[tuple[str, float | Strength]], form: str = BF16) -> str:
     """``distilled-0.5+style-0.8-fp8``: the main LoRA, which is the last, the others in order, and the form."""
-    parts = [f"{lora}-{format_strength(strength)}" for lora, strength in (*loras[-1:], *loras[:-1])]
+    parts = [f"{lora}-{Strength.of(strength).in_name}" for lora, strength in (*loras[-1:], *loras[:-1])]
     name = ("+".join(parts) or BASE_NAME) + ("" if form == BF16 else f"-{form}")
     if len(name) > MAX_NAME_LENGTH:
         raise UsageError("the bake's name would be too long", found=name[:80] + "…", next="give it one with --name")
@@ -291,10 +277,10 @@ class BakePlan:
         """Where it goes in the overlay."""
         return f"{BAKES}/{self.name}"
 
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        """Of its LoRAs."""
-        return tuple(lora.strength for lora in self.recorded)
+    def strengths_in(self, name: str) -> tuple[float, ...]:
+        """Of its LoRAs in the tensor ``name``."""
+        block = coverage.split_name(name)[0]
+        return tuple(lora.applied.at(block) for lora in self.recorded)
 
     @functools.cached_property
     def recorded(self) -> tuple[BakedLora, ...]:
@@ -318,9 +304,11 @@ class BakePlan:
         """The tensors that are fused or quantised. A strength of 0 adds nothing; the official rule only skips when all
         are 0.
         """
-        all_take_part = self.rule == "official" and any(self.strengths)
-        active = (lora for lora in self.loras if lora.baked.strength or all_take_part)
-        return frozenset(name for lora in active for name in lora.adapter.targets).union(self.input_scales)
+        all_take_part = self.rule == "official" and not all(lora.idle for lora in self.recorded)
+        found = set(self.input_scales)
+        for i, lora in enumerate(self.loras):
+            found |= {name for name in lora.adapter.targets if all_take_part or self.strengths_in(name)[i]}
+        return frozenset(found)
 
     @functools.cached_property
     def shards(self) -> dict[str, WriteShard]:
@@ -385,7 +373,7 @@ class BakePlan:
             "version": ARITHMETIC_VERSION,
             "rule": self.rule,
             "name": self.name,
-            "loras": [[lora.blake3, lora.strength, lora.scale] for lora in self.recorded],
+            "loras": [[lora.blake3, lora.stated, lora.scale] for lora in self.recorded],
             "base": [dataclasses.astuple(shard.record) for shard in self.base.shards],
             "small": {item.path: blake3(item.data).hexdigest() for item in self.small},
         }
@@ -432,7 +420,7 @@ class BakePlan:
         return index_bytes(files, sum(entry.nbytes for _, entry in entries))
 
     def _provenance(self, shard: BaseShard) -> dict[str, str]:
-        loras = [{"name": lora.name, "blake3": lora.blake3, "strength": lora.strength} for lora in self.recorded]
+        loras = [{"name": lora.name, "blake3": lora.blake3, "strength": lora.stated} for lora in self.recorded]
         form = {"ltxpack_format": self.form} if self.quantised else {}
         return {
             "format": "pt",

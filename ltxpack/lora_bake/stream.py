@@ -49,8 +49,8 @@ DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 class ShardOutput:
     """One bake's version of a shard, and what is measured while it is written (tensor name -> stat).
 
-    ``strengths`` has one for each of the engine's adapters, in order of application. The engine makes the ``writer``:
-    with ``open``, which is given the number of its buffers.
+    ``strengths`` gives those for a tensor: one for each of the engine's adapters, in order of application. The engine
+    makes the ``writer``: with ``open``, which is given the number of its buffers.
     """
 
     writer: TensorWriter
@@ -59,7 +59,7 @@ class ShardOutput:
         self,
         path: str,
         entries: Sequence[ShardEntry],
-        strengths: tuple[float, ...],
+        strengths: Callable[[str], Sequence[float]],
         open: Callable[[int], TensorWriter],
     ) -> None:
         self.path = path
@@ -318,7 +318,7 @@ class _Fusing:
         """The results of each row chunk, for each output of ``batch``, as they will come."""
         engine = self._engine
         present = {i: term for i, term in enumerate(self._terms) if term is not None}
-        strengths = [[output.strengths[lora] for lora in present] for output in batch]
+        strengths = [[output.strengths(info.name)[lora] for lora in present] for output in batch]
         weight = _as_tensor(data, info)
         start, results = step.chunks[0][0], engine.results[self._turn]
         sums = [self._sum(output, info) for output in batch]
@@ -362,7 +362,7 @@ class _Fusing:
         work, rows, beside = self._engine.own.sums, memory[slice(*span)], None
         if whole is not None:
             present = {lora: term.rows(*span) for lora, term in enumerate(self._terms) if term is not None}
-            strengths = [output.strengths[lora] for lora in present]
+            strengths = [output.strengths(name)[lora] for lora in present]
             exact = work.empty("exact", rows.shape, torch.float32, rows.device)
             part = whole[slice(*span)].to(rows.device)
             fuse_rows(part, list(present.values()), [strengths], "fp32", work, into=[exact])

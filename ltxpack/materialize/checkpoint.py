@@ -18,6 +18,7 @@ from ltxpack.ltx23.expected import Shape, inventory
 from ltxpack.ltx23.forms import ALL, MADE_FROM, ROOT, described, official, refuse_quantised, root_and_parts
 from ltxpack.ltx23.lora_keys import METHODS, LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
+from ltxpack.strength import format_strength
 
 STORED_DTYPE = "BF16"
 # Formats in which other programs keep whole models.
@@ -58,7 +59,8 @@ def merged_loras(file: TensorFile) -> list[str]:
     """The LoRAs that an export of ours says are merged into it; none for a file that does not say so."""
     try:
         stated = parse_json(file.metadata.get(MADE_FROM, "null").encode("utf-8", "surrogatepass"), file.path)
-        return [f"{lora['file']} at {lora['strength']:g}" for lora in stated["loras"] if lora["strength"]]
+        strengths = [(lora["file"], lora["strength"]) for lora in stated["loras"] if lora["strength"]]
+        return [f"{file} at {by if isinstance(by, str) else format_strength(by)}" for file, by in strengths]
     except (LtxpackError, KeyError, TypeError, ValueError):
         return []
 

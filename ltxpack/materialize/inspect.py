@@ -296,7 +296,7 @@ def _overlay_takes(manifest: Manifest) -> dict[str, str]:
 
 def _bake(bake: Bake) -> dict[str, Any]:
     return {
-        "loras": [{"name": lora.name, "file": lora.file, "strength": lora.strength} for lora in bake.loras],
+        "loras": [{"name": lora.name, "file": lora.file, "strength": lora.stated} for lora in bake.loras],
         "rule": bake.rule,
         "kernel": bake.kernel,
         "bytes": _bytes(bake.files),

@@ -117,7 +117,7 @@ class ActivationsRecorder:
 
     def _loras(self, name: str) -> Loras:
         bake = self._overlay.manifest.bakes.get(name)
-        return () if bake is None else tuple((lora.blake3, lora.strength) for lora in bake.loras)
+        return () if bake is None else tuple((lora.blake3, lora.stated) for lora in bake.loras)
 
     def _check_loras(self, name: str) -> None:
         if self._file.transformers.get(name, self._loras(name)) != self._loras(name):

@@ -90,8 +90,8 @@ def baked(root: Path, bake: Bake) -> str:
     *added, main = bake.loras or (None,)
     words = [f"ltxpack bake-lora {quoted(root)}"]
     words += [] if main is None or main.name == DISTILLED else [f"--lora {quoted(main.file)}"]
-    words += [f"--strength {0 if main is None else main.strength:g}"]
-    words += [f"--add {quoted(f'{lora.file}={lora.strength:g}')}" for lora in added]
+    words += [f"--strength {0 if main is None else main.applied}"]
+    words += [f"--add {quoted(f'{lora.file}={lora.applied}')}" for lora in added]
     words += [f"--rule {bake.rule}"] if bake.rule != USUAL_RULE else []
     return " ".join(words)
 

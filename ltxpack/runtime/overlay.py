@@ -164,25 +164,25 @@ def _usual_name(name: str, strengths: Mapping[str, float]) -> str:
 
 def _bases(manifest: Manifest) -> list[str]:
     """The bakes that are the base in another form."""
-    return [name for name, bake in manifest.bakes.items() if all(lora.strength == 0 for lora in bake.loras)]
+    return [name for name, bake in manifest.bakes.items() if all(lora.idle for lora in bake.loras)]
 
 
 def _candidates(manifest: Manifest) -> dict[str, float]:
     """Bake name -> strength of the distilled LoRA: those of it alone, else the stacked ones if all have one suffix.
 
-    Those that are the base in another form are left out.
+    Those that are the base in another form are left out, and those with another strength in some blocks.
     """
     distilled = manifest.lora(DISTILLED)
     if distilled is None:
         return {}
-    stacks: dict[tuple[tuple[str, float], ...], dict[str, float]] = defaultdict(dict)
+    stacks: dict[tuple[tuple[str, float | str], ...], dict[str, float]] = defaultdict(dict)
     bases = _bases(manifest)
     for name, bake in manifest.bakes.items():
         if name in bases:
             continue
         *added, main = bake.loras
-        if main.blake3 == distilled.file.blake3:
-            stacks[tuple((lora.blake3, lora.strength) for lora in added)][name] = main.strength
+        if main.blake3 == distilled.file.blake3 and not main.blocks:
+            stacks[tuple((lora.blake3, lora.stated) for lora in added)][name] = main.strength
     if () in stacks:
         return stacks[()]
     return next(iter(stacks.values())) if len(stacks) == 1 else {}

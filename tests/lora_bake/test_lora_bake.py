@@ -40,6 +40,7 @@ from ltxpack.materialize import sources
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
+from ltxpack.strength import Strength
 
 BASE = random_weights()
 FACTORS = low_rank(linears())
@@ -347,7 +348,8 @@ WRONG = [*({"name": name} for name in ("base", "..", "a/b", "")), {"name": "x", 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_options_are_checked(overlay: Path, wrong: dict) -> None:
-    assert BakeOptions(Path("x"), (0.5, 0.25, 0.5, -0.0, 0.0)).checked().strengths == (0.5, 0.25, 0.0)
+    checked = BakeOptions(Path("x"), (0.5, 0.25, 0.5, -0.0, 0.0)).checked()
+    assert checked.strengths == (Strength(0.5), Strength(0.25), Strength(0.0))
     with pytest.raises(UsageError, match="finite" if wrong in NO_NUMBERS else None):
         bake(dataclasses.replace(options(overlay, 1.0), **wrong), SilentReporter())
 

@@ -15,11 +15,12 @@ from lora_support import linears, low_rank, official, official_keys, save, shape
 from ltxpack.errors import AdapterError, UsageError
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake.adapter import open_adapter
-from ltxpack.lora_bake.plan import bake_name, check_bake_name, format_strength, lora_name, parse_added
+from ltxpack.lora_bake.plan import bake_name, check_bake_name, lora_name, parse_added
 from ltxpack.ltx23.lora_keys import FLAT_PREFIXES, ModuleNames, belongs_elsewhere, linear_modules, parse_key
 from ltxpack.manifest import BAKE_NAME
 from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.materialize.inspect import inspect_path
+from ltxpack.strength import Strength, format_strength
 
 FULL = {
     "num_attention_heads": 32, "attention_head_dim": 128, "cross_attention_dim": 4096, "in_channels": 128,
@@ -47,7 +48,7 @@ def test_strength_text_reads_back_and_is_plain(strength: float) -> None:
 
 @given(st.text(min_size=1, max_size=40), st.floats(min_value=-10, max_value=10))
 def test_add_splits_at_the_last_equals_sign(file: str, strength: float) -> None:
-    assert parse_added(f"{file}={strength!r}") == (file, strength)
+    assert parse_added(f"{file}={strength!r}") == (file, Strength(strength))
 
 
 @pytest.mark.parametrize(
