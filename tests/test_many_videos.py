@@ -135,6 +135,24 @@ def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
 
+def test_prompts_longer_than_the_model_reads_are_told_with_the_words(demo: Path, tmp_path: Path, quick: None) -> None:
+    """By line, before any is made; of one video too, and also where the prompt is in the cache."""
+    long = "boat " * 300
+    lines = [{"prompt": f"{long}the end"}, {"prompt": "b", "negative_prompt": long}, {"prompt": "c"}]
+    prompts = written(tmp_path, *lines)
+    done = many(demo, prompts, "--negative-prompt", long)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if "of which the model reads 1024" in line]
+    assert [line.partition(" tokens")[0].rpartition(": ")[0] for line in told] == [
+        "warning: line 1: prompt", "warning: line 1: negative prompt and 2 more like it",
+    ]  # fmt: skip
+    assert told[0].endswith("boat the end") and "does not read the last" in told[0]
+    assert done.stderr.index(told[1]) < done.stderr.index("line 1: " + str(tmp_path))
+    for _ in range(2):
+        alone = ltxpack("run", demo / "overlay", *FLAGS, "--prompt", f"{long}the end", "-o", tmp_path / "a.mp4")
+        assert told[0].replace("line 1: ", "") in alone.stderr
+
+
 # Made as one by one, and not again
 
 

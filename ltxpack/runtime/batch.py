@@ -21,6 +21,7 @@ from ltxpack.runtime.prompts_file import PromptsLine, in_a_line, read_lines
 from ltxpack.runtime.recipe_run import encode_ahead, work_of
 from ltxpack.runtime.run import RunOptions, outputs_of, tell_inside, write_video
 from ltxpack.runtime.session import Session, Timings
+from ltxpack.runtime.text.length import tell_cut
 
 # Videos whose prompts are encoded in one go: so many contexts of the 22B model take 1.6 GB on the host, as planned.
 AHEAD = 64
@@ -89,6 +90,9 @@ class Batch:
         if done:
             self.reporter.note(f"{done} of {len(lines)} videos are done already")
         pending = [line for line in lines if line.number not in self.outcomes]
+        named = ((f"line {line.number}: {name}", text) for line in pending for name, text in line.request.named_prompts)
+        with self._attempt(pending):
+            tell_cut(self.session.overlay, named, self.reporter)
         for start in range(0, len(pending), AHEAD):
             group = pending[start : start + AHEAD]
             with self._attempt(group):

@@ -18,6 +18,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionGiven, SessionSettings, SettingsGiven, recipe_named
+from ltxpack.runtime.text.length import tell_cut
 from ltxpack.runtime.video import Video
 
 Progress = Callable[[str, int, int], object]
@@ -66,6 +67,7 @@ class Pipeline:
         following = self._waiting[0] if self._waiting else None
         reporter = session.reporter if progress is None else ProgressReporter(progress, session.reporter)
         with session.reporting(reporter):
+            tell_cut(session.overlay, request.named_prompts, reporter)
             latents, waveform, rate = recipe_run.generate(session, request, following=following)
             session.within_memory(
                 lambda: recipe_run.decode_video(session, latents.video, lambda part: frames.append(part.cpu()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +113,11 @@ class Request:
     def prompts(self) -> tuple[str, ...]:
         """The batch that is encoded: the prompt, and its negative where the recipe needs one."""
         return (self.prompt, self.negative_prompt) if self.recipe.negative else (self.prompt,)
+
+    @property
+    def named_prompts(self) -> Iterator[tuple[str, str]]:
+        """:attr:`prompts`, each after its name."""
+        return zip(("prompt", "negative prompt"), self.prompts, strict=False)
 
     @property
     def negative_prompt(self) -> str:

@@ -21,6 +21,7 @@ from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
+from ltxpack.runtime.text.length import tell_cut
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         session.process_ends = True
         choice = session.transformers(request.recipe)
         reporter.note(choice.note)
+        tell_cut(session.overlay, request.named_prompts, reporter)
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
         seconds, decoding, peaks = dict(session.timings.seconds), session.decoding, peak_memory(session.device)
         activations = session.activations.summary if session.activations is not None else ""

@@ -31,6 +31,7 @@ from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.text import gemma as text
+from ltxpack.runtime.text.length import cut_off
 
 ENCODER, TOKENIZER, CONNECTOR_FOLDER = "text_encoder", "tokenizer", "connectors"
 CPU = torch.device("cpu")
@@ -199,6 +200,25 @@ def test_a_prompt_too_long_is_cut_behind_its_bos(small: Path) -> None:
     assert mask[0].all()
     assert ids[1, -4:].tolist() == [0, 2, 6, 7]
     assert mask[1].sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "cut"),
+    [(TEXT_TOKENS - 1, 0), (TEXT_TOKENS, 1), (TEXT_TOKENS + 1, 2), (3 * TEXT_TOKENS, 2 * TEXT_TOKENS + 1)],
+)
+def test_what_is_cut_off_is_what_the_ids_lack(small: Path, count: int, cut: int) -> None:
+    tokenizer = text.load_tokenizer(small / TOKENIZER)
+    words = [WORDS[4 + number % 4] for number in range(count)]
+    found, rest = cut_off(tokenizer, f"  {'  '.join(words)}\n")
+    assert (found, rest.split()) == (count + 1, words[count - cut :])
+    ids, mask = text.tokenize(tokenizer, [" ".join(words)])
+    assert tokenizer.decode(ids[0, -mask.sum() :]).split()[1:] == words[: count - cut]
+
+
+def test_without_a_bos_one_more_is_cut_off(small: Path) -> None:
+    path = small / TOKENIZER / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
+    assert cut_off(text.load_tokenizer(small / TOKENIZER), "a b " * 512) == (1025, " b")
 
 
 def test_a_tokenizer_of_a_terabyte_is_not_opened(small: Path) -> None:

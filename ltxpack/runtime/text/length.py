@@ -1,0 +1,63 @@
+"""Which prompts are longer than the model reads, and the words of them that it does not read.
+
+The text path itself cuts without a word, as the official one does (:func:`ltxpack.runtime.text.gemma.tokenize`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerFast
+
+from ltxpack.ltx23.classes import TEXT_TOKENS
+from ltxpack.reporter import Reporter
+from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT
+from ltxpack.runtime.text.gemma import load_tokenizer
+
+# Letters of a prompt's end that a warning quotes.
+LONGEST_SHOWN = 300
+
+
+def tell_cut(overlay: Overlay, prompts: Iterable[tuple[str, str]], reporter: Reporter) -> None:
+    """Warn of every prompt, given as (name, text), whose end the model does not read. Raises OverlayError.
+
+    The official negative prompt is not looked at: users did not write it.
+    """
+    names: dict[str, list[str]] = {}
+    for name, prompt in prompts:
+        if prompt != DEFAULT_NEGATIVE_PROMPT and _most_tokens(prompt) > TEXT_TOKENS:
+            names.setdefault(prompt, []).append(name)
+    if not names:
+        return
+    overlay.check(overlay.records("tokenizer"))
+    tokenizer = load_tokenizer(overlay.folder("tokenizer"))
+    for prompt, (first, *others) in names.items():
+        count, rest = cut_off(tokenizer, prompt)
+        if rest.strip():
+            more = f" and {len(others)} more like it" if others else ""
+            limit = f"{count} tokens, of which the model reads {TEXT_TOKENS}"
+            words = len(rest.split())
+            reporter.warn(f"{first}{more}: {limit}; it does not read the last {words} words: {_in_one_line(rest)}")
+
+
+def cut_off(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, str]:
+    """How many tokens ``prompt`` has, and the end of it that is cut off."""
+    stripped = prompt.strip()
+    found = tokenizer(stripped, return_offsets_mapping=True, verbose=False)
+    ids, spans = found["input_ids"], found["offset_mapping"]
+    lacks_bos = ids[:1] != [tokenizer.bos_token_id]
+    read = spans[: TEXT_TOKENS - lacks_bos]
+    rest = stripped[max((end for _, end in read), default=0) :] if len(ids) > len(read) else ""
+    return len(ids) + lacks_bos, rest
+
+
+def _most_tokens(prompt: str) -> int:
+    """A tokenizer that merges nothing has a token for each byte, and a space is a sign of three bytes to Gemma's."""
+    return len(prompt.encode()) + 2 * prompt.count(" ") + 1
+
+
+def _in_one_line(text: str) -> str:
+    """``text``, of a long one the beginning and the end."""
+    text, half = " ".join(text.split()), LONGEST_SHOWN // 2
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} … {text[-half:]}"
