@@ -24,6 +24,8 @@ from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.strength import Strength
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+# What PEFT's OFT takes where its configuration does not say otherwise.
+PEFT_TERMS = 5
 # More different beginnings of names than this are another model's.
 MAX_RESTS = 2
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -47,7 +49,8 @@ class LoraTarget:
 
     ``methods`` are names of :data:`.lora_keys.METHODS`. ``tensors`` maps roles to byte ranges of the adapter file; of a
     fused projection each target has its own rows. ``factor`` is what the strength is multiplied by for a method with a
-    rank: alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is as stated; of a rotation, its bound.
+    rank: alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is as stated; of a rotation, its bound. ``terms``:
+    of the series that PEFT makes a rotation with, 0 for its limit.
     """
 
     weight: str
@@ -56,6 +59,7 @@ class LoraTarget:
     rank: int = 0
     factor: float = 1.0
     alpha: float | None = None
+    terms: int = PEFT_TERMS
 
     @property
     def beyond_official(self) -> str | None:
@@ -286,8 +290,8 @@ class _Fit:
             self.fault("half pair", f"{has.name} has no {lacks} factor" if lacks else f"{has.name} and {wrong[0]}")
         elif "magnitude" in stored and not all(method.rank for method in there):
             self.fault("half pair", f"{stored['magnitude'].name} needs both factors and no .diff beside them")
-        elif len(there) > 1 and any(method.alone for method in there):
-            first, second = (next(stored[role] for role in stored if role in method.roles) for method in there[-2:])
+        elif clash := _clash(stored):
+            first, second = clash
             self.fault("conflict", f"{second.name} replaces what {first.name} changes")
         else:
             return True
@@ -321,7 +325,8 @@ class _Fit:
         """``(rank, factor, alpha)`` of a module's targets."""
         scaled = [method for method in methods if method.rank]
         if not scaled:
-            return 0, 1.0, None
+            bounded = any(method.name == "oft" for method in methods)
+            return 0, 1.0, self._stored_alpha(group.found.get("alpha")) if bounded else None
         rank = scaled[0].rank_of({role: info.shape for role, info in group.found.items()})
         if rank:
             alpha, factor = self._alpha(group, rank)
@@ -333,6 +338,16 @@ class _Fit:
         if alpha is None or not stated or "alpha" in group.found:
             return 0, 1.0, None
         return 0, self._stated.factor(alpha, int(stated)), alpha
+
+    def _stored_alpha(self, info: TensorInfo | None) -> float | None:
+        """The number in ``info``; None without one, or after a fault."""
+        if info is None or self._read is None:
+            return None
+        alpha = _scalar(info, self._read) if math.prod(info.shape) == 1 else None
+        if alpha is None:
+            wanted = f"not one number of at most {MAX_ALPHA:g}"
+            self.fault("unreadable alpha", f"{info.name} is {info.dtype} {list(info.shape)}, {wanted}")
+        return alpha
 
     def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
         """role -> the shape its tensor must have, None if nothing is there to change; None after a fault."""
@@ -404,10 +419,8 @@ class _Fit:
         info = group.found.get("alpha")
         if info is None or self._read is None:
             return configured, self._stated.factor(configured, rank)
-        alpha = _scalar(info, self._read) if math.prod(info.shape) == 1 else None
+        alpha = self._stored_alpha(info)
         if alpha is None:
-            wanted = f"not one number of at most {MAX_ALPHA:g}"
-            self.fault("unreadable alpha", f"{info.name} is {info.dtype} {list(info.shape)}, {wanted}")
             return None, 1.0
         if configured is not None and configured != alpha:
             self.fault("ambiguous alpha", f"{info.name} is {alpha:g}, the configuration says {configured:g}")
@@ -422,6 +435,16 @@ class _Fit:
         if len(ranks) > 1:
             listed = ", ".join(map(str, ranks))
             self.fault("ambiguous alpha", f"one alpha for ranks {listed}, and no rank_pattern that says which is meant")
+
+
+def _clash(stored: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo] | None:
+    """Two tensors that cannot both change a module's weight, or its bias; None if there are none."""
+    for own in (stored.keys() - _BIAS_ROLES, stored.keys() & _BIAS_ROLES):
+        there = [method for method in METHODS if method.is_there(own)]
+        if len(there) > 1 and any(method.alone for method in there):
+            first, second = (next(stored[role] for role in method.roles if role in own) for method in there[-2:])
+            return first, second
+    return None
 
 
 def _is_marker(info: TensorInfo) -> bool:

@@ -215,7 +215,7 @@ def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -
         if (method := target.beyond_official)
     ]
     if beyond:
-        methods = " or ".join(dict.fromkeys(method for _, method in beyond))
+        methods = ", ".join(dict.fromkeys(method for _, method in beyond))
         names = [name for name, _ in beyond]
         raise AdapterError(f"the official rule has no {methods}", items=names, next=options.command(rule="fp32"))
 

@@ -6,6 +6,7 @@ no torch. Nothing here opens a file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def term_of(target: LoraTarget, tensors: Tensors, work: Workspace) -> Term:
 def needs_whole(target: LoraTarget) -> bool:
     """Whether :attr:`.fuse.Term.needs_whole` will hold of its term."""
     magnitude = target.tensors.get("magnitude")
-    return magnitude is not None and len(magnitude.shape) == 2 and magnitude.shape[0] == 1
+    return "oft" in target.methods or (magnitude is not None and len(magnitude.shape) == 2 and magnitude.shape[0] == 1)
 
 
 def _lora_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
@@ -127,6 +128,95 @@ def _lokr(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, An
     return {"delta": torch.kron(first, second, out=delta)}
 
 
+def _oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
+    role = "oft_blocks" if "oft_blocks" in found else "oft_diag"
+    shape = found[role]
+    if not shape or not shape[-1] or weight[0] % shape[-1]:
+        raise ValueError(f"{role} {list(shape)} cannot turn {weight[0]} outputs")
+    stages = shape[:1] if len(shape) == 4 and role == "oft_blocks" else ()
+    _check_stages(stages, shape[-1], weight[0])
+    wanted = {role: (*stages, weight[0] // shape[-1], shape[-1], shape[-1])}
+    return wanted | ({"rescale": (weight[0], 1)} if "rescale" in found else {})
+
+
+def _check_stages(stages: Shape, size: int, turned: int) -> None:
+    """Whether blocks of ``size`` can be brought together in so many stages of a butterfly."""
+    if stages and (not 0 < stages[0] < 32 or (stages[0] > 1 and (size % 2 or turned % (size << stages[0] - 1)))):
+        raise ValueError(f"a butterfly of {stages[0]} stages with blocks of {size} cannot turn {turned}")
+
+
+def _oft(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+    """LyCORIS and kohya: (I + Q)/(I - Q), transposed, with |Q| <= alpha · outputs; four-dimensional: BOFT, as it is."""
+    import torch
+
+    from ltxpack.lora_bake.turns import Turn, cayley
+
+    stored = tensors["oft_blocks" if "oft_blocks" in tensors else "oft_diag"].double()
+    skew = stored - stored.mT
+    bound = (target.alpha or 0.0) * stored.shape[-3] * stored.shape[-1]
+    norm = torch.linalg.vector_norm(skew).item()
+    blocks = cayley(skew * (bound / (norm + 1e-8)) if 0 < bound < norm else skew)
+    if "oft_diag" in tensors and _is_orthogonal(stored):
+        blocks = stored
+    if blocks.dim() == 4:
+        count, size = blocks.shape[1:3]
+        # LyCORIS has the two halves of a block in turns, element by element.
+        apart = blocks.reshape(-1, count, size // 2, 2, size // 2, 2).permute(0, 1, 3, 2, 5, 4)
+        blocks = apart.reshape(blocks.shape)
+    else:
+        blocks = blocks.mT[None]
+    return {"turn": Turn(blocks.float(), over_inputs=False, rescale=tensors.get("rescale"))}
+
+
+def _is_orthogonal(blocks: Tensor) -> bool:
+    """Whether rotations are stored, as early LyCORIS did, and not what they are made from."""
+    import torch
+
+    unit = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    return bool((blocks @ blocks.mT - unit).abs().max() < 0.1)
+
+
+def _peft_oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
+    shape = found["oft_R"]
+    size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
+    if shape[-1] < 1 or size * (size - 1) // 2 != shape[-1] or weight[1] % size:
+        raise ValueError(f"oft_R {list(shape)} cannot turn {weight[1]} inputs")
+    shared = shape[0] == 1
+    return {"oft_R": (1 if shared else weight[1] // size, shape[-1])}
+
+
+def _peft_oft(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+    """PEFT: the part above the diagonal of a skew matrix for each block of inputs, or one for all."""
+    import torch
+
+    from ltxpack.lora_bake.turns import Turn, cayley, cayley_series
+
+    stored = tensors["oft_R"].double()
+    size = (1 + math.isqrt(1 + 8 * stored.shape[1])) // 2
+    upper = torch.zeros(len(stored), size, size, dtype=stored.dtype, device=stored.device)
+    upper[:, *torch.triu_indices(size, size, 1)] = stored
+    skew = upper - upper.mT
+    blocks = cayley_series(skew, target.terms) if target.terms else cayley(-skew)
+    return {"turn": Turn(blocks.float()[None], over_inputs=True, of_result=True)}
+
+
+def _peft_boft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
+    shape = found["boft_R"]
+    if len(shape) != 4 or not shape[-1] or weight[1] % shape[-1]:
+        raise ValueError(f"boft_R {list(shape)} cannot turn {weight[1]} inputs")
+    _check_stages(shape[:1], shape[-1], weight[1])
+    wanted = {"boft_R": (shape[0], weight[1] // shape[-1], shape[-1], shape[-1])}
+    return wanted | ({"boft_s": (weight[0], 1)} if "boft_s" in found else {})
+
+
+def _peft_boft(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+    from ltxpack.lora_bake.turns import Turn, cayley
+
+    stored = tensors["boft_R"].double()
+    blocks = cayley((stored.mT - stored) / 2).float()
+    return {"turn": Turn(blocks, over_inputs=True, rescale=tensors.get("boft_s"), of_result=True)}
+
+
 def _same_shape(*roles: str) -> Callable[[Sizes, Shape], dict[str, Shape]]:
     return lambda found, weight: {role: weight for role in roles if role in found}
 
@@ -140,6 +230,9 @@ FORMULAS: Mapping[str, Formula] = {
     "lora": Formula(_lora_shapes, _lora, frozenset({"up", "up_b"}), (("up", "down"),)),
     "loha": Formula(_loha_shapes, _loha, frozenset({"hada_w1_a", "hada_w2_a"})),
     "lokr": Formula(_lokr_shapes, _lokr),
+    "oft": Formula(_oft_shapes, _oft),
+    "peft-oft": Formula(_peft_oft_shapes, _peft_oft),
+    "peft-boft": Formula(_peft_boft_shapes, _peft_boft),
     "diff": Formula(_same_shape("diff"), _operand(diff="diff", diff_b="diff"), frozenset({"diff", "diff_b"})),
     "weight": Formula(_same_shape("weight"), _operand(weight="new", bias="new"), frozenset({"weight", "bias"})),
 }

@@ -12,10 +12,10 @@ from torch import Tensor
 class Turn:
     """W -> rescale · (R W), or rescale · (W Rᵀ) if it is ``over_inputs``.
 
-    ``blocks`` [stages, blocks, size, size], float32. Stage i of several brings together what is 2^i·size/2 apart
-    (BOFT, Liu et al., arXiv 2311.06243); a single one turns neighbours (OFT, Qiu et al., arXiv 2306.07280). A strength
-    s other than 1 makes s·R + (1-s)·I of each stage, as LyCORIS does, or with ``of_result`` W + s·(W' - W).
-    ``rescale`` [out, 1] or None.
+    ``blocks`` [stages, blocks, size, size], float32: R is the last stage times … times the first. Stage 0 turns
+    neighbours (OFT, Qiu et al., arXiv 2306.07280), stage i what is 2^i·size/2 apart (BOFT, Liu et al., arXiv
+    2311.06243). A strength s other than 1 makes s·R + (1-s)·I of each stage, as LyCORIS does, or with ``of_result``
+    W + s·(W' - W). ``rescale`` [out, 1] or None.
     """
 
     blocks: Tensor
@@ -30,16 +30,33 @@ class Turn:
     def apply(self, weight: Tensor, strength: float) -> Tensor:
         """``weight`` [out, in], float32, turned."""
         turned = weight.T if self.over_inputs else weight
-        stages, count, size, _ = self.blocks.shape
-        blocks = self.blocks
+        size, columns, blocks = self.blocks.shape[-1], turned.shape[1], self.blocks
+        if blocks.shape[1] == 1:
+            blocks = blocks.expand(-1, len(turned) // size, -1, -1)
         if strength != 1 and not self.of_result:
             blocks = blocks * strength + (1 - strength) * torch.eye(size, device=blocks.device)
         for i, stage in enumerate(blocks):
-            apart = 2**i * (size // 2)
-            cut = (-1, 2, apart, turned.shape[1]) if stages > 1 else (-1, 1, size, turned.shape[1])
-            near = turned.reshape(cut).transpose(1, 2).reshape(count, size, -1)
-            back = (cut[0], cut[2], cut[1], cut[3])
-            turned = torch.bmm(stage, near).reshape(back).transpose(1, 2).reshape(turned.shape)
+            near = turned.reshape(-1, 2, 2**i, size // 2, columns).transpose(1, 2) if i else turned
+            near = torch.bmm(stage, near.reshape(len(stage), size, columns))
+            back = near.reshape(-1, 2**i, 2, size // 2, columns).transpose(1, 2) if i else near
+            turned = back.reshape(turned.shape)
         turned = turned.T if self.over_inputs else turned
         turned = turned if self.rescale is None else turned * self.rescale.float()
         return weight.lerp(turned, strength) if self.of_result and strength != 1 else turned
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """(I + Q)(I - Q)⁻¹ of skew matrices [..., n, n]: rotations (Cayley)."""
+    unit = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    rotation: Tensor = torch.linalg.solve(unit - skew, unit + skew, left=False)
+    return rotation
+
+
+def cayley_series(skew: Tensor, terms: int) -> Tensor:
+    """The Neumann series of (I + Q)(I - Q)⁻¹ as PEFT cuts it off: I + 2Q + 2Q² + … + Q^(terms-1)."""
+    power = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
+    total = power.clone()
+    for i in range(1, terms):
+        power = power @ skew
+        total += power if i == terms - 1 else 2 * power
+    return total

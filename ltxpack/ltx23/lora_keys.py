@@ -83,6 +83,9 @@ METHODS = (
     Method("lora", ((("down", "up"),),), ("up_b",), rank=("down",)),
     Method("loha", ((_HADA, (*_HADA, "hada_t1", "hada_t2")),), rank=("hada_w1_b",)),
     Method("lokr", (_either("lokr_w1"), _either("lokr_w2", "lokr_t2")), rank=("lokr_w2_b", "lokr_w1_b")),
+    Method("oft", ((("oft_blocks",), ("oft_diag",)),), ("rescale",), alone=True),
+    Method("peft-oft", ((("oft_R",),),), alone=True),
+    Method("peft-boft", ((("boft_R",),),), ("boft_s",), alone=True),
     Method("diff", ((("diff",), ("diff_b",), ("diff", "diff_b")),)),
     Method("weight", ((("weight",), ("bias",), ("weight", "bias")),), alone=True),
 )

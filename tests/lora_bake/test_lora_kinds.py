@@ -6,25 +6,34 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lora_support import Factors, low_rank, official, random_weights, save, shapes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_support import Factors, low_rank, make_overlay, official, random_weights, save, shapes
+from support import load
 
 from ltxpack.errors import AdapterError
+from ltxpack.lora_bake import BakeOptions, bake
 from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.fuse import fuse_rows
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.lora_bake.stream import FactorReader
 from ltxpack.ltx23.lora_keys import METHODS
+from ltxpack.reporter import SilentReporter
 
 BASE = random_weights(dtype=torch.float32)
 ATTENTION = "transformer_blocks.1.attn1"
 QUERY, WIDE = f"{ATTENTION}.to_q", "transformer_blocks.0.ff.net.0.proj"
+
+A, B = "lora_A.weight", "lora_B.weight"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,6 +55,10 @@ def baked(path: Path, strength: float = 1.0, **options: bool) -> Tensors:
 
 def agrees(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> bool:
     return bool((found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item()))
+
+
+def flat(prefix: str, module: str) -> str:
+    return prefix + module.replace(".", "_")
 
 
 def linear(module: str) -> torch.nn.Linear:
@@ -74,11 +87,14 @@ def lycoris(kind: str, module: str, strength: float = 1.0, **options: Any) -> tu
     The weight is read off the forward pass, which training goes through: lycoris-lora 4.1.3 merges LoHa and LoKr with
     the square of alpha/rank.
     """
+    from lycoris.modules.boft import ButterflyOFTModule
+    from lycoris.modules.diag_oft import DiagOFTModule
     from lycoris.modules.locon import LoConModule
     from lycoris.modules.loha import LohaModule
     from lycoris.modules.lokr import LokrModule
 
-    classes = {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule}
+    classes = {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule, "oft": DiagOFTModule}
+    classes["boft"] = ButterflyOFTModule
     org = linear(module)
     made = randomised(classes[kind]("x", org, multiplier=strength, **options))
     made.apply_to()
@@ -94,11 +110,22 @@ LYCORIS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lokr": ("lokr", {"lora_dim": 2, "alpha": 1, "factor": 4}),
     "lokr, both in two": ("lokr", {"lora_dim": 2, "alpha": 1, "factor": 8, "decompose_both": True}),
     "lokr, both whole": ("lokr", {"lora_dim": 4, "alpha": 1, "factor": 4, "full_matrix": True}),
+    "oft": ("oft", {"lora_dim": 4}),
+    "oft, bounded, rescaled": ("oft", {"lora_dim": 8, "constraint": 0.005, "rescaled": True}),
+    "boft": ("boft", {"lora_dim": 4}),
+    "boft, bounded, rescaled": ("boft", {"lora_dim": 2, "constraint": 0.01, "rescaled": True}),
+    "dora": ("lora", {"lora_dim": 4, "alpha": 2, "weight_decompose": True}),
+    "dora over inputs": ("lora", {"lora_dim": 4, "alpha": 2, "weight_decompose": True, "wd_on_out": False}),
+    "dora of lokr": ("lokr", {"lora_dim": 2, "alpha": 1, "factor": 4, "weight_decompose": True}),
+    "dora of loha over inputs": ("loha", {"lora_dim": 2, "alpha": 1, "weight_decompose": True, "wd_on_out": False}),
 }
+# At other strengths lycoris-lora scales the sum of W and the whole change; here the strength scales the change.
+ONLY_AT_ONE = frozenset(case for case in LYCORIS if case.startswith("dora"))
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-@pytest.mark.parametrize("case", LYCORIS)
+@pytest.mark.parametrize(
+    ("case", "strength"), [(case, s) for case in LYCORIS for s in (1.0, 0.5) if s == 1 or case not in ONLY_AT_ONE]
+)
 def test_a_method_of_lycoris_is_what_lycoris_merges(case: str, strength: float, tmp_path: Path) -> None:
     kind, options = LYCORIS[case]
     tensors: Tensors = {}
@@ -142,18 +169,290 @@ def peft(config: Any, folder: Path, modules: tuple[str, ...] = (QUERY, WIDE), se
     return {name: tensor for name, tensor in merged.items() if not torch.equal(tensor, BASE[name])}
 
 
+def peft_configs() -> Mapping[str, Any]:
+    """Configurations of PEFT by what they show."""
+    from peft import BOFTConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
+
+    at = {"target_modules": ["to_q", "proj"]}
+    return {
+        "lora": LoraConfig(r=4, lora_alpha=4, **at),
+        "lora with a bias": LoraConfig(r=4, lora_alpha=4, lora_bias=True, **at),
+        "dora": LoraConfig(r=4, lora_alpha=4, use_dora=True, **at),
+        "biases saved whole": LoraConfig(r=4, lora_alpha=4, bias="all", **at),
+        "loha": LoHaConfig(r=4, alpha=4, **at),
+        "lokr": LoKrConfig(r=2, alpha=2, decompose_factor=4, **at),
+        "lokr, both in two": LoKrConfig(r=2, alpha=2, decompose_both=True, decompose_factor=8, **at),
+        "lokr, both whole": LoKrConfig(r=64, alpha=64, **at),
+        "oft": OFTConfig(oft_block_size=4, **at),
+        "oft, one block for all": OFTConfig(oft_block_size=8, block_share=True, **at),
+        "boft": BOFTConfig(boft_block_size=4, **at),
+    }
+
+
+PEFT = ("lora", "lora with a bias", "dora", "biases saved whole", "loha", "lokr", "lokr, both in two",
+        "lokr, both whole", "oft", "oft, one block for all", "boft")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PEFT)
+def test_a_method_of_peft_is_what_peft_merges(case: str, tmp_path: Path) -> None:
+    expected = peft(peft_configs()[case], tmp_path)
+    path = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "x.safetensors")
+    found = baked(path)
+    assert found.keys() >= expected.keys() >= {f"{QUERY}.weight", f"{WIDE}.weight"}
+    assert all(agrees(found[name], expected.get(name, BASE[name])) for name in found)
+
+
+def test_a_butterfly_of_peft_in_several_stages_is_its_product_of_matrices(tmp_path: Path) -> None:
+    """PEFT makes these on a card alone. Stage i brings together halves of blocks that are 2^i halves apart."""
+    out, columns = BASE[f"{QUERY}.weight"].shape
+    stages, size = 3, 4
+    blocks = torch.randn(stages, columns // size, size, size, generator=torch.Generator().manual_seed(3)) * 0.2
+    scale = torch.linspace(0.5, 1.5, out)[:, None]
+    whole = torch.eye(columns, dtype=torch.float64)
+    for i, stage in enumerate(blocks.double()):
+        skew = (stage - stage.mT) / 2
+        unit = torch.eye(size, dtype=torch.float64)
+        diagonal = torch.block_diag(*((unit - skew) @ torch.linalg.inv(unit + skew)))
+        units = torch.arange(columns).reshape(-1, 2 ** (i + 1), size // 2)
+        order = torch.cat([units[:, 0::2], units[:, 1::2]], 1).reshape(-1)
+        permute = torch.eye(columns, dtype=torch.float64)[order]
+        whole = permute @ diagonal @ permute.T @ whole
+    tensors = {f"base_model.model.{QUERY}.boft_R": blocks, f"base_model.model.{QUERY}.boft_s": scale}
+    weight = BASE[f"{QUERY}.weight"].double()
+    turned = scale.double() * (whole @ weight.T).T
+    path = save(tmp_path / "x.safetensors", tensors)
+    for strength in (1.0, 0.25):
+        expected = weight + strength * (turned - weight)
+        assert agrees(baked(path, strength)[f"{QUERY}.weight"], expected.float())
+
+
+# Any mixture
+
+MODULES = (QUERY, f"{ATTENTION}.to_out.0", WIDE, "transformer_blocks.0.audio_attn1.to_v", "proj_out")
+PREFIXES: tuple[Callable[[str], str], ...] = (
+    lambda m: f"diffusion_model.{official(m)}",
+    lambda m: f"transformer.{m}",
+    lambda m: f"base_model.model.{m}",
+    lambda m: flat("lora_unet_", official(m)),
+    lambda m: flat("lycoris_model_", m),
+    lambda m: f"pipe.dit._orig_mod.{m}",
+    lambda m: m,
+)
+RANKS, FRACTIONS = st.sampled_from([1, 2, 4]), st.sampled_from([0.0, 0.5, 1.0, 3.0])
+
+
+@st.composite
+def drawn_methods(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A method of LyCORIS with its options."""
+    kind = draw(st.sampled_from(["lora", "loha", "lokr", "oft", "boft"]))
+    if kind in ("oft", "boft"):
+        bound = {"constraint": draw(st.sampled_from([0.0, 0.003]))}
+        return kind, {"lora_dim": draw(st.sampled_from([2, 4])), "rescaled": draw(st.booleans()), **bound}
+    options = {"lora_dim": draw(RANKS), "alpha": draw(st.sampled_from([0.5, 1.0, 2.0, 8.0]))}
+    if kind == "lokr":
+        options |= {"factor": draw(st.sampled_from([2, 4])), "decompose_both": draw(st.booleans())}
+    if draw(st.booleans()):
+        options |= {"weight_decompose": True, "wd_on_out": draw(st.booleans())}
+    return kind, options
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(MODULES), drawn_methods(), min_size=1),
+    st.sampled_from(PREFIXES), st.sampled_from([1.0, 0.5, -0.25]),
+)  # fmt: skip
+def test_any_mixture_is_what_the_oracle_makes_of_it(
+    methods: dict[str, tuple[str, dict[str, Any]]], spell: Callable[[str], str], strength: float
+) -> None:
+    tensors: Tensors = {}
+    expected: Tensors = {}
+    for module, (kind, options) in methods.items():
+        own = {name: value for name, value in options.items() if strength == 1 or name != "weight_decompose"}
+        made, expected[f"{module}.weight"] = lycoris(kind, module, strength, **own)
+        tensors |= {f"{spell(module)}.{name}": tensor for name, tensor in made.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        found = baked(save(Path(folder) / "x.safetensors", tensors), strength)
+    assert found.keys() == expected.keys()
+    assert all(agrees(found[name], expected[name], 2e-6) for name in expected)
+
+
+def mixture(path: Path) -> Path:
+    """Every method in one file, the two ways of PEFT to rotate among them."""
+    tensors, _, _ = low()
+    for module, (kind, options) in zip(
+        (f"{ATTENTION}.to_k", f"{ATTENTION}.to_v", WIDE, "proj_in"),
+        (LYCORIS[case] for case in ("lokr", "oft, bounded, rescaled", "dora of loha over inputs", "boft")),
+        strict=True,
+    ):
+        own, _ = lycoris(kind, module, **options)
+        tensors |= {f"diffusion_model.{official(module)}.{name}": tensor for name, tensor in own.items()}
+    audio = f"diffusion_model.{official('transformer_blocks.0.audio_attn1')}"
+    normal = torch.randn(4, 8, generator=torch.Generator().manual_seed(5)) * 0.2
+    tensors[f"{audio}.to_q.oft_R.weight"] = normal[:, :6].contiguous()
+    tensors[f"{audio}.to_k.boft_R"] = normal[None, :, :4, None] * normal[None, :, None, 4:]
+    tensors[f"{audio}.to_k.boft_s"] = torch.linspace(0.5, 1.5, 16)[:, None]
+    tensors[f"{audio}.to_v.diff"] = torch.full((16, 16), 0.25)
+    tensors["diffusion_model.proj_out.weight"] = torch.randn(shapes()["proj_out.weight"])
+    return save(path, tensors)
+
+
+def test_bakes_of_every_method_are_the_sums_rounded_once(tmp_path: Path) -> None:
+    """In bf16 and in codes, several strengths in one pass, weights in one piece and in rows."""
+    overlay, path = make_overlay(tmp_path / "out", BASE, shards=3), mixture(tmp_path / "x.safetensors")
+    options = BakeOptions(overlay, (1.0, 0.5), lora=str(path), formats=("bf16", "fp8"), device="cpu", keep_blocks=())
+    for report in bake(options, SilentReporter()):
+        strength = report.document["loras"][0]["strength"]
+        folder, sums = overlay / report.path, baked(path, strength)
+        made = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load(file).items()}
+        for name, expected in sums.items():
+            scale = made.get(f"{name}_scale")
+            found = made[name].float() * (1.0 if scale is None else scale)
+            assert (found - expected).norm() <= (1e-6 if scale is None else 0.04) * expected.norm(), name
+        untouched = BASE.keys() - sums.keys() - {name.removesuffix("_scale") for name in made if "_scale" in name}
+        assert all(torch.equal(made[name], BASE[name]) for name in untouched)
+        methods = dict.fromkeys(("diff", "loha", "lokr", "lora", "peft-boft", "peft-oft", "weight"), 1)
+        assert report.document["loras"][0]["methods"] == {**methods, "oft": 2}
+    with pytest.raises(AdapterError, match="the official rule has no ") as caught:
+        bake(replace(options, rule="official", formats=("bf16",), keep_blocks=None), SilentReporter())
+    assert caught.value.next is not None and "--rule" not in caught.value.next
+    assert len(caught.value.items) == 7
+
+
+# What no library saves so
+
+
+def low(module: str = QUERY, prefix: str = "diffusion_model.") -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    """(keys of a LoRA, A, B)."""
+    [(a, b)] = low_rank([module], dtype=torch.float32).values()
+    return {f"{prefix}{official(module)}.{A}": a, f"{prefix}{official(module)}.{B}": b}, a, b
+
+
+@pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale", "weight.scale_weight"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_fp8_are_multiplied_by_their_scales(
+    spelling: str, rows: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    _, a, b = low()
+    down, up = (4 * a).to(dtype), (8 * b).to(dtype)
+    root = f"diffusion_model.{official(QUERY)}"
+    scale = torch.linspace(0.1, 0.2, len(up))[:, None] if rows else torch.tensor(0.125)
+    tensors = {f"{root}.{A}": down, f"{root}.{B}": up, "scaled_fp8": torch.zeros(2).to(dtype)}
+    tensors |= {f"{root}.lora_A.{spelling}": torch.tensor([0.25]), f"{root}.lora_B.{spelling}": scale}
+    expected = BASE[f"{QUERY}.weight"] + 0.5 * (scale * up.float()) @ (0.25 * down.float())
+    assert agrees(baked(save(tmp_path / "x.safetensors", tensors), 0.5)[f"{QUERY}.weight"], expected)
+    tensors[f"{root}.lora_B.{spelling}"] = torch.ones(3)
+    with pytest.raises(AdapterError, match="no shape agrees") as caught:
+        open_adapter(save(tmp_path / "y.safetensors", tensors), shapes())
+    assert "one number, or one for each of the 32 rows" in str(caught.value.items)
+
+
+@pytest.mark.parametrize("infix", ["", ".modules_to_save", ".modules_to_save.default"])
+def test_a_module_saved_whole_is_the_new_one_at_strength_1(infix: str, tmp_path: Path) -> None:
+    name, norm = "proj_out", f"{ATTENTION}.norm_q.weight"
+    new = {f"{name}.weight": torch.randn(shapes()[f"{name}.weight"]), f"{name}.bias": torch.randn(8)}
+    new[norm] = torch.randn(shapes()[norm])
+    keys = {f"base_model.model.{key.replace('.weight', infix + '.weight')}": new[key] for key in new}
+    path = save(tmp_path / "x.safetensors", keys | low()[0])
+    found, half = baked(path), baked(path, 0.5)
+    for key, tensor in new.items():
+        assert torch.equal(found[key], tensor)
+        assert agrees(half[key], (BASE[key] + tensor) / 2)
+    assert any("3 tensors are replaced whole" in warning for warning in open_adapter(path, shapes()).warnings)
+
+
+def test_norms_of_lycoris_are_differences_and_a_bias_of_a_factor_is_scaled(tmp_path: Path) -> None:
+    tensors, a, b = low()
+    root, norm = f"diffusion_model.{official(QUERY)}", f"{ATTENTION}.norm_q"
+    weight, bias = torch.randn(shapes()[f"{norm}.weight"]), torch.randn(len(b))
+    tensors |= {f"{root}.lora_B.bias": bias, f"{root}.alpha": torch.tensor(2.0), f"{root}.diff_b": bias}
+    tensors[f"lycoris_{norm.replace('.', '_')}.w_norm"] = weight
+    found = baked(save(tmp_path / "x.safetensors", tensors), 0.5)
+    assert agrees(found[f"{norm}.weight"], BASE[f"{norm}.weight"] + 0.5 * weight)
+    assert agrees(found[f"{QUERY}.bias"], BASE[f"{QUERY}.bias"] + 0.5 * (0.5 * bias + bias))
+    assert agrees(found[f"{QUERY}.weight"], BASE[f"{QUERY}.weight"] + 0.25 * b @ a)
+
+
+def test_tucker_cores_stand_between_the_factors(tmp_path: Path) -> None:
+    """As LyCORIS writes them for convolutions: a is [rank, out] then, and the core has ones behind its ranks."""
+    out, columns = shapes()[f"{QUERY}.weight"]
+    normal = lambda *shape: torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.3  # noqa: E731
+    hada = {f"hada_{name}": normal(*shape) for name, shape in (
+        ("w1_a", (3, out)), ("w1_b", (3, columns)), ("t1", (3, 3, 1, 1)),
+        ("w2_a", (2, out)), ("w2_b", (2, columns)), ("t2", (2, 2)))}  # fmt: skip
+    lokr = {"lokr_w1": normal(4, 4), "lokr_w2_a": normal(3, out // 4), "lokr_w2_b": normal(3, columns // 4),
+            "lokr_t2": normal(3, 3, 1, 1)}  # fmt: skip
+    keys = {f"diffusion_model.{official(QUERY)}.{name}": tensor for name, tensor in hada.items()}
+    key = official(f"{ATTENTION}.to_k")
+    keys |= {f"diffusion_model.{key}.{name}": tensor for name, tensor in lokr.items()}
+    found = baked(save(tmp_path / "x.safetensors", keys))
+    first = hada["hada_w1_a"].T @ hada["hada_t1"][..., 0, 0] @ hada["hada_w1_b"]
+    second = hada["hada_w2_a"].T @ hada["hada_t2"] @ hada["hada_w2_b"]
+    assert agrees(found[f"{QUERY}.weight"], BASE[f"{QUERY}.weight"] + first * second)
+    inner = lokr["lokr_w2_a"].T @ lokr["lokr_t2"][..., 0, 0] @ lokr["lokr_w2_b"]
+    assert agrees(
+        found[f"{ATTENTION}.to_k.weight"], BASE[f"{ATTENTION}.to_k.weight"] + torch.kron(lokr["lokr_w1"], inner)
+    )
+
+
+def test_rotations_stored_as_such_are_told_from_what_makes_them(tmp_path: Path) -> None:
+    """``oft_diag`` of early LyCORIS."""
+    out = shapes()[f"{QUERY}.weight"][0]
+    skew = torch.randn(out // 4, 4, 4, generator=torch.Generator().manual_seed(1)) * 0.3
+    skew = (skew - skew.mT) / 2
+    unit = torch.eye(4)
+    rotation = (unit + skew) @ torch.linalg.inv(unit - skew)
+    expected = torch.block_diag(*rotation).T @ BASE[f"{QUERY}.weight"]
+    for blocks in (rotation, skew / 2):
+        key = f"lycoris_{QUERY.replace('.', '_')}.oft_diag"
+        found = baked(save(tmp_path / "x.safetensors", {key: blocks}))
+        assert agrees(found[f"{QUERY}.weight"], expected)
+
+
+CLASHES = {
+    "a rotation and a product": ("oft_blocks", (8, 4, 4), "conflict"),
+    "a new weight and a product": ("weight", (32, 32), "conflict"),
+    "half of a LoKr": ("lokr_w1", (4, 4), "has no lokr_w2"),
+    "a scale of nothing": ("lokr_w1.weight_scale", (), "no tensor that it scales"),
+}
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_tensors_that_do_not_belong_together_are_refused(case: str, tmp_path: Path) -> None:
+    ending, shape, told = CLASHES[case]
+    tensors = low()[0] | {f"diffusion_model.{official(QUERY)}.{ending}": torch.zeros(shape)}
+    with pytest.raises(AdapterError) as caught:
+        open_adapter(save(tmp_path / "x.safetensors", tensors), shapes())
+    assert told in str(caught.value)
+
+
+MISFITS = {
+    "lokr": ({"lokr_w1": (5, 4), "lokr_w2": (8, 8)}, "w1 [5, 4] does not divide [32, 32]"),
+    "loha": ({"hada_w1_a": (32, 4), "hada_w1_b": (4, 32), "hada_w2_a": (32, 2), "hada_w2_b": (4, 32)}, "[32, 2]"),
+    "oft": ({"oft_blocks": (8, 5, 5)}, "cannot turn 32 outputs"),
+    "boft": ({"oft_blocks": (5, 8, 4, 4)}, "a butterfly of 5 stages with blocks of 4 cannot turn 32"),
+    "peft-oft": ({"oft_R.weight": (4, 6)}, "oft_R.weight [4, 6], expected [8, 6]"),
+    "peft-oft, no triangle": ({"oft_R.weight": (4, 7)}, "cannot turn 32 inputs"),
+    "peft-boft": ({"boft_R": (1, 4, 4, 4), "boft_s": (32, 1)}, "[1, 8, 4, 4]"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_shapes_that_cannot_belong_to_the_weight_are_refused(case: str, tmp_path: Path) -> None:
+    sizes, told = MISFITS[case]
+    tensors = {f"diffusion_model.{official(QUERY)}.{name}": torch.zeros(size) for name, size in sizes.items()}
+    with pytest.raises(AdapterError) as caught:
+        open_adapter(save(tmp_path / "x.safetensors", tensors), shapes())
+    assert told in str(caught.value)
+
+
 # Names
 
-A, B = "lora_A.weight", "lora_B.weight"
 FACTORS = low_rank([QUERY, f"{ATTENTION}.to_out.0", WIDE], dtype=torch.float32)
 
 
 def spelled(spell: Callable[[str], str], down: str = A, up: str = B, factors: Factors = FACTORS) -> Tensors:
     return {f"{spell(m)}.{end}": t for m, (a, b) in factors.items() for end, t in ((down, a), (up, b))}
-
-
-def flat(prefix: str, module: str) -> str:
-    return prefix + module.replace(".", "_")
 
 
 NAMES: Mapping[str, Tensors] = {
