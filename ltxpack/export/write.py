@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from ltxpack.errors import AdapterError, OverlayError, UsageError, quoted
 from ltxpack.export.plan import ENDING, ExportOptions, ExportPlan, Place, Unit, plan_export
-from ltxpack.files.publish import check_writable, fsync_folder, write_errors
+from ltxpack.files.publish import check_writable, fsync_folder, move_file, write_errors
 from ltxpack.files.reader import RangeReader, file_ranges
 from ltxpack.manifest import FileRecord, changed_file
 from ltxpack.repack.items import Buffer
@@ -57,7 +57,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportReport:
             _write(plan, file, reporter)
             digest = file.read_back()
             with write_errors(output):
-                file.path.replace(output)
+                move_file(file.path, output)
                 fsync_folder(output.parent)
             file.discard()
     return ExportReport(options.output, digest, plan)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,20 +28,20 @@ WRITE_PROBLEMS = {
 RESUME = "then run the same command again: finished files are kept"
 # Ends the name of every temporary file.
 TEMPORARY_ENDING = ".tmp"
+RANDOM_BYTES = 8
 
 
 class Temporary:
     """A temporary file that becomes ``path``: empty when made, renamed by ``publish``, removed by ``discard``.
 
     As a context manager it gives the temporary path, publishes when the block ends well and discards when it raises.
-    The temporary file is in ``folder``, which must be on the same filesystem (default: the folder of ``path``). Raises
-    OSError.
+    The temporary file is in the folder of ``path``. Raises OSError.
     """
 
-    def __init__(self, path: Path, folder: Path | None = None, *, made: bool = True) -> None:
+    def __init__(self, path: Path, *, made: bool = True) -> None:
         """``made`` False only chooses the name: the caller makes the file, as a link."""
         self.target = path
-        self.path = (folder or path.parent) / f".{path.name[:200]}.{secrets.token_hex(8)}{TEMPORARY_ENDING}"
+        self.path = path.parent / f".{path.name[:200]}.{secrets.token_hex(RANDOM_BYTES)}{TEMPORARY_ENDING}"
         if made:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
@@ -47,9 +49,7 @@ class Temporary:
         """Give the file its final name; file and name are on the disk afterwards. ``synced``: its bytes are already."""
         if not synced:
             fsync_file(self.path)
-        self.path.replace(self.target)
-        # A rename does nothing where both names are hard links of one file.
-        self.path.unlink(missing_ok=True)
+        move_file(self.path, self.target)
         fsync_folder(self.target.parent)
 
     def discard(self) -> None:
@@ -68,6 +68,64 @@ class Temporary:
             self.discard()
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of temporary files for ``path``; no other may be writing it. Raises OSError."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:200])}.{'?' * 2 * RANDOM_BYTES}{TEMPORARY_ENDING}"):
+        left.unlink(missing_ok=True)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Give the file or link ``source`` the name ``target``, in place of a file that has it. Raises OSError.
+
+    Between filesystems, or mounts of one, a copy gets the name. A file that is a mount point itself, as containers
+    have them, keeps its place and gets the bytes.
+    """
+    try:
+        source.replace(target)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            _copy(source, target)
+        elif error.errno == errno.EBUSY and target.is_file() and target.stat().st_nlink == 1:
+            shutil.copyfile(source, target)
+            fsync_file(target)
+        else:
+            raise
+    # A rename does nothing where both names are hard links of one file.
+    source.unlink(missing_ok=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    linked = source.is_symlink()
+    copy = Temporary(target, made=not linked)
+    try:
+        shutil.copyfile(source, copy.path, follow_symlinks=False)
+        copy.publish(synced=linked)
+    finally:
+        copy.discard()
+
+
+def try_move(origin: Path, target: Path, name: str) -> None:
+    """Move an empty file ``name`` from the folder ``origin`` to the folder ``target``, to see whether that works.
+
+    The file is removed. What a process that was killed left of one is replaced. Raises OSError.
+    """
+    made, moved = origin / name, target / name
+    try:
+        made.unlink(missing_ok=True)
+        os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        made.rename(moved)
+    finally:
+        with contextlib.suppress(OSError):
+            made.unlink(missing_ok=True)
+            moved.unlink(missing_ok=True)
+
+
+def existing_parent(folder: Path) -> Path:
+    """``folder``, or the nearest folder above it that exists."""
+    folder = Path(os.path.realpath(folder))
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
 def check_writable(path: Path, flag: str, usual: str) -> None:
     """Raises UsageError unless a file can be written at ``path``, which ``flag`` names; ``usual`` is such a name."""
     folder = path.absolute().parent
@@ -81,9 +139,9 @@ def check_writable(path: Path, flag: str, usual: str) -> None:
         raise UsageError("no permission to write there", file=path.parent, next=f"choose {flag} in another folder")
 
 
-def atomic_write(path: Path, data: bytes, *, folder: Path | None = None) -> None:
-    """Put ``data`` at ``path``: whole and on the disk, or not at all. ``folder``: as for Temporary. Raises OSError."""
-    with Temporary(path, folder) as temporary:
+def atomic_write(path: Path, data: bytes) -> None:
+    """Put ``data`` at ``path``: whole and on the disk, or not at all. Raises OSError."""
+    with Temporary(path) as temporary:
         temporary.write_bytes(data)
 
 

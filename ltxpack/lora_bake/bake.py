@@ -29,7 +29,7 @@ from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, read_manifes
 from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
-from ltxpack.repack.staging import Staging, publish_bakes, recover
+from ltxpack.repack.staging import Staging, find_place, publish_bakes, recover
 from ltxpack.repack.verify import Fault, damaged, verify
 from ltxpack.repack.write import ShardWriter, preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
@@ -135,6 +135,7 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
     paths = damaged(faults, manifest)
     if not paths:
         return faults
+    find_place(overlay)
     of_bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
     if base := paths - of_bakes:
         reporter.note(f"{len(base)} files of the base are damaged; they are made again")
@@ -332,7 +333,7 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
     with contextlib.ExitStack() as stack:
         bakes = [stack.enter_context(StagedBake(plan, chosen, reporter, lock)) for plan in plans]
         items = [item for bake in bakes for item in bake.missing_items()]
-        preflight(items, overlay, copy=False)
+        preflight(items, bakes[0].root, copy=False)
         reporter.begin(f"bake {', '.join(plan.name for plan in plans)}", sum(item.size for item in items), "B")
         try:
             _write(bakes, adapters, plans[0].base, reporter)

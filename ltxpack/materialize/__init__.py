@@ -23,7 +23,7 @@ from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
 from ltxpack.materialize.sources import FLAGS, Access, resolve
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, Item, fingerprint
 from ltxpack.repack.lock import OverlayLock
-from ltxpack.repack.staging import Staging, recover, refuse_foreign, unfinished
+from ltxpack.repack.staging import Staging, find_place, recover, refuse_foreign, unfinished
 from ltxpack.repack.write import execute, require_space
 from ltxpack.reporter import Reporter
 
@@ -83,6 +83,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
         if done is not None:
             return done
         items = list(plan.items())
+        find_place(options.overlay)
         _fetch(inputs, items, options, access, reporter)
         mark = fingerprint(items, {"copy": options.copy})
         with Staging(lock, mark, reporter, force=options.force) as staging:

@@ -1,17 +1,21 @@
 """Stop and go on: work is written in a staging folder, journaled file by file, and published by rename.
 
-A staging folder holds ``journal.jsonl``, ``files/`` (laid out like the overlay) and, while an old version is being
-replaced, ``old/``. It is ``.<name>.partial`` beside a new overlay, ``.ltxpack/<name>.partial`` inside an overlay that
-gets a bake. Nothing of it is in its final place before publishing. ``recover`` finishes or undoes a publishing that was
-cut short, so that at every moment the manifest names either the old or the new version, whole.
+A staging folder holds ``journal.jsonl`` and ``files/`` (laid out like the overlay), on the filesystem that holds the
+result. It is ``.<name>.partial`` beside an overlay whose folder is not there yet, ``.ltxpack/<name>.partial`` inside a
+folder that is there. Nothing of it is in its final place before publishing. A folder that is not there appears by one
+rename. One that is there, which may be a mount point, the current folder or another user's, stays and is filled file by
+file; then the manifest is removed first and comes last. ``recover`` finishes or undoes a publishing that was cut short,
+so that at every moment the manifest, if there is one, names either the old or the new version, whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +23,15 @@ from typing import Any, BinaryIO, Self
 
 from ltxpack.errors import OverlayError, SourceError
 from ltxpack.files import bounded_json
-from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
+from ltxpack.files.publish import (
+    atomic_write,
+    existing_parent,
+    fsync_folder,
+    move_file,
+    remove_temporaries,
+    try_move,
+    write_errors,
+)
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import open_source
 from ltxpack.manifest import (
@@ -33,9 +45,14 @@ from ltxpack.manifest import (
     safe_relative_path,
 )
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, real_target, refuse_links
-from ltxpack.reporter import Reporter
+from ltxpack.reporter import Reporter, SilentReporter
 
 PARTIAL = ".partial"
+BAKES = "bakes"
+# Names the staging folder of a whole overlay inside of it: no bake may have the name.
+WHOLE = "base"
+# What a new filesystem holds.
+LOST_AND_FOUND = "lost+found"
 FORMAT = 1
 # A line is some 200 bytes, with what a bake measured some 100 KB; more than this is not read.
 MAX_JOURNAL_BYTES = 16 * 1024 * 1024
@@ -44,23 +61,41 @@ MAX_JOURNAL_BYTES = 16 * 1024 * 1024
 class StagingPaths:
     """The paths of a staging folder. ``folder``: "" for the overlay itself, else ``bakes/<name>``.
 
-    ``target`` appears at the end, ``work`` is the staging folder; in it ``root`` is laid out like the overlay,
-    ``payload`` is what becomes ``target``, and ``old`` keeps the version that is being replaced.
+    ``target`` appears at the end, ``work`` is the staging folder; in it ``root`` is laid out like the overlay, and
+    ``payload`` is what becomes ``target``. ``base``: the folder that holds ``work``, None for beside the overlay.
     """
 
-    def __init__(self, overlay: Path, folder: str) -> None:
-        self.overlay, self.folder = overlay, folder
+    def __init__(self, overlay: Path, folder: str, base: Path | None) -> None:
+        self.overlay, self.folder, self.base = overlay, folder, base
         self.target = overlay / folder
-        beside = overlay.parent / f".{overlay.name}{PARTIAL}"
-        self.work = overlay / WORK_FOLDER / (self.target.name + PARTIAL) if folder else beside
-        self.root, self.old, self.journal = self.work / "files", self.work / "old", self.work / "journal.jsonl"
+        name = self.target.name if folder else WHOLE
+        inside = base / WORK_FOLDER / (name + PARTIAL) if base else None
+        self.work = inside or overlay.parent / f".{overlay.name}{PARTIAL}"
+        self.root, self.journal = self.work / "files", self.work / "journal.jsonl"
         self.payload = self.root / folder
+
+    @classmethod
+    def all(cls, overlay: Path, folder: str) -> list[Self]:
+        """Where a staging folder may be, the usual place first."""
+        if folder:
+            bases = [overlay, *reversed(Path(folder).parents[:-1]), Path(folder)]
+            return [cls(overlay, folder, overlay / base) for base in bases]
+        return [cls(overlay, folder, base) for base in ((overlay, None) if overlay.is_dir() else (None,))]
 
     def refuse_links(self) -> None:
         """Raise OverlayError for a link among the folders: it would lead writes and removals out of the overlay."""
         parts = [parent for parent in (Path(self.folder), *Path(self.folder).parents) if parent.name]
-        inner = [self.overlay / WORK_FOLDER, *(self.overlay / part for part in parts)]
-        refuse_links(*inner, self.work, self.root, *(self.root / part for part in parts), self.old)
+        inner = [self.overlay / part for part in parts]
+        refuse_links(*inner, self.work.parent, self.work, self.root, *(self.root / part for part in parts))
+
+    def try_out(self) -> None:
+        """Try with empty files whether the new version can be moved into its place. Raises OSError."""
+        goal, name = existing_parent(self.target), f".{self.overlay.name}.trial"
+        try_move(existing_parent(self.work), goal, name)
+        folders = {(self.overlay / record.path).parent for record in self.named() or ()} | {self.overlay}
+        for folder in folders - {goal}:
+            if _is_folder(folder):
+                try_move(folder, folder, name)
 
     def named(self) -> tuple[FileRecord, ...] | None:
         """The files that the overlay's manifest, if it can be read, names for ``folder``."""
@@ -172,7 +207,7 @@ class Staging:
     def __init__(
         self, lock: OverlayLock, fingerprint: str, reporter: Reporter, *, folder: str = "", force: bool = False
     ) -> None:
-        self.paths = StagingPaths(real_target(lock.overlay), folder)
+        self.paths = find_place(lock.overlay, folder)
         self.root, self.work = self.paths.root, self.paths.work
         self.fingerprint = fingerprint
         self._reporter = reporter
@@ -210,14 +245,15 @@ class Staging:
             self.root.mkdir(parents=True, exist_ok=True)
             atomic_write(self.root / MANIFEST_NAME, manifest)
             self._announce()
-            self._lock.hold_folder(self.root)
-            _swap(self.paths)
+            if not self.paths.target.is_dir():
+                self._lock.hold_folder(self.root)
+            self._place()
             self._finish()
 
     def _refuse_existing(self) -> None:
         paths, target = self.paths, self.paths.target
         paths.refuse_links()
-        if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        if not os.path.lexists(target) or (target.is_dir() and not _occupied(target)):
             return
         if paths.folder and paths.named() is None:
             return
@@ -249,13 +285,15 @@ class Staging:
             fsync_folder(name)
         prefix = f"{self.paths.folder}/" if self.paths.folder else ""
         named = self.paths.named() if os.path.lexists(self.paths.target) else None
-        replaced = [record.path.removeprefix(prefix) for record in named or ()]
-        self._journal.publishing([*replaced, MANIFEST_NAME] if not prefix else replaced)
+        self._journal.publishing(record.path.removeprefix(prefix) for record in named or ())
+
+    def _place(self) -> None:
+        _place(self.paths, self._journal, self._reporter)
 
     def _finish(self) -> None:
         self._published = True
         self._journal.close()
-        _clean(self.paths, self._journal, self._reporter)
+        _clean(self.paths)
 
 
 def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
@@ -263,7 +301,7 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
 
     Bakes that are replaced leave the manifest first: the overlay is valid at every moment. Raises OverlayError.
     """
-    overlay, work = stagings[0].paths.overlay, stagings[0].work
+    overlay = stagings[0].paths.overlay
     path = overlay / MANIFEST_NAME
     with write_errors(path):
         for staging in stagings:
@@ -272,12 +310,32 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
         names = {staging.paths.target.name for staging in stagings}
         kept = {name: bake for name, bake in before.bakes.items() if name not in names}
         if len(kept) < len(before.bakes):
-            atomic_write(path, dataclasses.replace(before, bakes=kept).dump(), folder=work)
+            atomic_write(path, dataclasses.replace(before, bakes=kept).dump())
         for staging in stagings:
-            _swap(staging.paths)
-        atomic_write(path, manifest.dump(), folder=work)
+            staging._place()
+        atomic_write(path, manifest.dump())
         for staging in stagings:
             staging._finish()
+
+
+def find_place(overlay: Path, folder: str = "") -> StagingPaths:
+    """Where to stage ``folder`` of ``overlay``: where unfinished work is, else on the filesystem of the result.
+
+    Whether the last step can work there is tried, in milliseconds. Raises OverlayError if it cannot anywhere.
+    """
+    places = StagingPaths.all(real_target(overlay), folder)
+    problem: OSError | None = None
+    with write_errors(places[0].target):
+        for place in sorted(places, key=lambda place: not place.journal.is_file()):
+            place.refuse_links()
+            try:
+                place.try_out()
+            except OSError as error:
+                problem = problem or error
+            else:
+                return place
+        assert problem is not None
+        raise problem
 
 
 def refuse_foreign(overlay: Path) -> None:
@@ -286,7 +344,7 @@ def refuse_foreign(overlay: Path) -> None:
         if is_overlay(overlay) or not (overlay.exists() or overlay.is_symlink()):
             return
         folder = overlay.is_dir()
-        if folder and not any(overlay.iterdir()):
+        if folder and (not _occupied(overlay) or any(map(_is_half_filled, StagingPaths.all(real_target(overlay), "")))):
             return
     except OSError as error:
         problem = f"cannot be looked into: {error.strerror}"
@@ -300,10 +358,9 @@ def refuse_foreign(overlay: Path) -> None:
 def recover(overlay: Path, reporter: Reporter) -> None:
     """Finish or undo what a killed publishing left of ``overlay``. Call it under the OverlayLock."""
     overlay = real_target(overlay)
-    names = [path.name.removesuffix(PARTIAL) for path in sorted((overlay / WORK_FOLDER).glob(f"*{PARTIAL}"))]
-    bakes = [name for name in names if BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES]
-    for folder in ("", *(f"bakes/{name}" for name in bakes)):
-        paths = StagingPaths(overlay, folder)
+    with contextlib.suppress(OSError):
+        remove_temporaries(overlay / MANIFEST_NAME)
+    for paths in _begun(overlay):
         journal = Journal.read(paths.journal)
         if journal.replaced is not None:
             _settle(paths, journal, reporter)
@@ -312,9 +369,34 @@ def recover(overlay: Path, reporter: Reporter) -> None:
 
 def unfinished(overlay: Path) -> list[Path]:
     """The staging folders of ``overlay`` that are there."""
-    overlay = real_target(overlay)
-    inside = sorted((overlay / WORK_FOLDER).glob(f"*{PARTIAL}"))
-    return [path for path in (StagingPaths(overlay, "").work, *inside) if path.is_dir()]
+    return [paths.work for paths in _begun(real_target(overlay))]
+
+
+def _begun(overlay: Path) -> list[StagingPaths]:
+    """The staging folders that are there, of the whole overlay and of bakes."""
+    bases = [overlay, overlay / BAKES, *sorted((overlay / BAKES).glob("*/"))]
+    places = StagingPaths.all(overlay, "")
+    for base in bases:
+        for path in sorted((base / WORK_FOLDER).glob(f"*{PARTIAL}")):
+            name = path.name.removesuffix(PARTIAL)
+            if BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES:
+                places.append(StagingPaths(overlay, f"{BAKES}/{name}", base))
+    return [place for place in places if place.work.is_dir()]
+
+
+def _occupied(folder: Path) -> bool:
+    """Whether ``folder`` holds anything but what systems put into folders, and unfinished work of ours."""
+    return any(not path.name.startswith(".") and path.name != LOST_AND_FOUND for path in folder.iterdir())
+
+
+def _is_half_filled(paths: StagingPaths) -> bool:
+    """Whether a publishing that fills the whole overlay was cut short there: all that has no manifest yet is ours."""
+    journal = Journal.read(paths.journal)
+    if journal.replaced is None or not os.path.lexists(paths.payload / MANIFEST_NAME):
+        return False
+    found = (path for path in _files_below(paths.target) if not path.name.startswith("."))
+    names = (path.relative_to(paths.target).as_posix() for path in found)
+    return paths.base is not None or is_overlay(paths.target) or all(name in journal.records for name in names)
 
 
 def remove_below(root: Path, keep: Collection[str] = ()) -> None:
@@ -330,35 +412,100 @@ def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
     """Make one begun publishing whole again."""
     paths.refuse_links()
     with write_errors(paths.target):
-        if not paths.payload.exists() and (not paths.folder or paths.named() is not None):
-            _clean(paths, journal, reporter)
-        elif not paths.folder:
-            if paths.old.exists() and not os.path.lexists(paths.target):
-                paths.old.rename(paths.target)
-        elif paths.payload.exists():
-            if paths.named() is None:
-                _drop_named(paths.target, journal)
-                _drop_old(paths, journal, reporter)
-        elif paths.target.exists():
-            paths.payload.parent.mkdir(parents=True, exist_ok=True)
-            paths.target.rename(paths.payload)
-            _drop_old(paths, journal, reporter)
+        if not paths.folder and os.path.lexists(paths.payload / MANIFEST_NAME):
+            if paths.target.is_dir() and _is_half_filled(paths):
+                _place(paths, journal, reporter)
+                _clean(paths)
+        elif paths.folder and paths.named() is None:
+            _take_back(paths, journal)
+        elif not paths.payload.is_dir() or not any(_files_below(paths.payload)):
+            _clean(paths)
 
 
-def _swap(paths: StagingPaths) -> None:
-    """Move the old version aside, the new one in its place."""
+def _place(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
+    """Move the new version into its place: by one rename, or file by file into a folder that is there."""
     paths.target.parent.mkdir(parents=True, exist_ok=True)
-    if os.path.lexists(paths.target):
-        paths.target.rename(paths.old)
-        fsync_folder(paths.target.parent)
-    paths.payload.rename(paths.target)
-    fsync_folder(paths.payload.parent)
-    fsync_folder(paths.target.parent)
+    if not os.path.lexists(paths.target):
+        with contextlib.suppress(OSError):  # then file by file
+            paths.payload.rename(paths.target)
+            fsync_folder(paths.payload.parent)
+            fsync_folder(paths.target.parent)
+            return
+    _fill(paths, journal, reporter)
 
 
-def _clean(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
-    """After a publishing: remove what the old manifest named, move foreign files to the new version."""
-    _drop_old(paths, journal, reporter)
+def _fill(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
+    """Move what is staged file by file; done again it goes on. The manifest of an overlay goes first and comes last."""
+    target, payload = paths.target, paths.payload
+    staged = [path.relative_to(payload).as_posix() for path in _files_below(payload)]
+    if not paths.folder:
+        (target / MANIFEST_NAME).unlink(missing_ok=True)
+        fsync_folder(target)
+        staged.remove(MANIFEST_NAME)
+    prefix = f"{paths.folder}/" if paths.folder else ""
+    replaced = frozenset(journal.replaced or ())
+    _drop_named(target, replaced - {path.removeprefix(prefix) for path in journal.records})
+    for name in sorted(staged):
+        record = journal.records.get(prefix + name)
+        ours = name in replaced or (record is not None and _is_intact(record, paths.overlay, SilentReporter()))
+        _clear_the_way(paths, name, ours, reporter)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(target / name)
+        move_file(payload / name, target / name)
+    for folder in {target, *((target / name).parent for name in staged)}:
+        fsync_folder(folder)
+    if not paths.folder:
+        move_file(payload / MANIFEST_NAME, target / MANIFEST_NAME)
+        fsync_folder(target)
+
+
+def _clear_the_way(paths: StagingPaths, name: str, ours: bool, reporter: Reporter) -> None:
+    """Put aside what the new file ``name`` cannot or must not replace. ``ours``: what has its name may be replaced."""
+    home = paths.target / name
+    folders = [paths.target / parent for parent in reversed(Path(name).parents)]
+    found = next((folder for folder in folders if os.path.lexists(folder) and not _is_folder(folder)), None)
+    if found is None and os.path.lexists(home) and (_is_folder(home) or not ours):
+        found = home
+    if found is None:
+        return
+    inner = found.relative_to(paths.overlay)
+    aside = paths.overlay.parent / f"{paths.overlay.name}.kept" / inner
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        found.rename(_free_name(aside))
+    except OSError:  # another filesystem, or another user's
+        aside = paths.overlay / ".kept" / inner
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(found, _free_name(aside))
+    reporter.warn(f"{inner}: not ltxpack's, but in the way of a new file; it is now {aside}")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or where that is taken a name like it."""
+    while os.path.lexists(path):
+        path = path.with_name(f"{path.name}~")
+    return path
+
+
+def _take_back(paths: StagingPaths, journal: Journal) -> None:
+    """Undo the publishing of a bake that the manifest does not name: its files are staged again, the old ones go."""
+    for path in journal.records:
+        home, staged = paths.overlay / path, paths.root / path
+        if os.path.lexists(home) and not os.path.lexists(staged) and not _through_link(home, paths.target):
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            move_file(home, staged)
+            fsync_folder(staged.parent)
+    _drop_named(paths.target, journal.replaced or ())
+    with contextlib.suppress(OSError):
+        paths.target.rmdir()
+
+
+def _clean(paths: StagingPaths) -> None:
+    """Remove the staging folder after a publishing."""
     remove_below(paths.work, keep={paths.journal.name})
     paths.journal.unlink(missing_ok=True)
     _remove_if_empty(paths)
@@ -368,36 +515,24 @@ def _remove_if_empty(paths: StagingPaths) -> None:
     """Remove the staging folder, and ``.ltxpack`` with the last one in it."""
     with contextlib.suppress(OSError):
         paths.work.rmdir()
-        if paths.folder:
+        if paths.base is not None:
             paths.work.parent.rmdir()
 
 
-def _drop_old(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
-    """Remove the old version; files in it that its manifest did not name move to the new one, or aside."""
-    _drop_named(paths.old, journal)
-    if not paths.old.is_dir():
-        return
-    for path in list(_files_below(paths.old)):
-        name = path.relative_to(paths.old)
-        home = paths.target / name
-        if os.path.lexists(home):
-            home = paths.overlay.parent / f"{paths.overlay.name}.kept" / paths.folder / name
-            reporter.warn(f"{name}: not ltxpack's, but in the way of a new file; it is now {home}")
-        home.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(home)
-    _remove_empty(paths.old)
-
-
-def _drop_named(folder: Path, journal: Journal) -> None:
-    """Remove the files of the old version that its manifest named, never through a link to elsewhere."""
-    if not folder.is_dir():
-        return
-    for name in journal.replaced or ():
-        path = folder / name
-        if not any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(folder)):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+def _drop_named(folder: Path, names: Iterable[str]) -> None:
+    """Remove the files of an old version that its manifest named, never through a link to elsewhere."""
+    for path in map(folder.joinpath, names):
+        if not _through_link(path, folder):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 path.unlink()
-    _remove_empty(folder)
+            with contextlib.suppress(OSError):
+                for emptied in itertools.takewhile(lambda parent: parent != folder, path.parents):
+                    emptied.rmdir()
+
+
+def _through_link(path: Path, folder: Path) -> bool:
+    """Whether a folder on the way from ``folder`` to ``path`` is a link."""
+    return any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(folder))
 
 
 def _is_intact(record: FileRecord, root: Path, reporter: Reporter) -> bool:

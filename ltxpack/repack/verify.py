@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ltxpack.errors import LtxpackError, OverlayError
-from ltxpack.files.publish import atomic_write, fsync_folder, write_errors
+from ltxpack.files.publish import atomic_write, fsync_folder, move_file, write_errors
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
@@ -206,11 +206,11 @@ def repair(
                 changed[item.path] = write_item(item, root, copy=copy, reporter=reporter)
                 _refuse_other_content(changed[item.path], records[item.path], target)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                (root / item.path).replace(target)
+                move_file(root / item.path, target)
                 fsync_folder(target.parent)
             after = _with_records(manifest, changed)
             if after != manifest:
-                atomic_write(overlay / MANIFEST_NAME, after.dump(), folder=root)
+                atomic_write(overlay / MANIFEST_NAME, after.dump())
         finally:
             remove_below(root)
             with contextlib.suppress(OSError):

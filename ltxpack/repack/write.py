@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from ltxpack.errors import FormatError, OverlayError
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectWriter, aligned_buffer, round_up
-from ltxpack.files.publish import Temporary, fsync_file, write_errors
+from ltxpack.files.publish import Temporary, existing_parent, fsync_file, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
 from ltxpack.manifest import FileRecord, safe_relative_path
@@ -252,12 +252,6 @@ def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:
         return mine and status.st_dev == existing_parent(folder).stat().st_dev
     except OSError:
         return False
-
-
-def existing_parent(folder: Path) -> Path:
-    """``folder``, or the nearest folder above it that exists."""
-    folder = Path(os.path.realpath(folder))
-    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 class TensorWriter(Protocol):

@@ -80,14 +80,52 @@ def test_an_undisturbed_run_leaves_the_overlay_and_nothing_else(source: Path, tm
     assert tree(tmp_path / "a/out") == tree(tmp_path / "b/out")
 
 
-def test_dying_at_every_change_of_the_disk(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def one_filesystem(patch: pytest.MonkeyPatch) -> None:
+    """Staging folder and result are on it."""
+
+
+def two_filesystems(patch: pytest.MonkeyPatch) -> None:
+    """Nothing can be renamed out of a staging folder or into one."""
+
+    def crossing(real: Callable[..., None]) -> Callable[..., None]:
+        def renamed(source: Any, target: Any) -> None:
+            if (f".partial{os.sep}files" in str(source)) != (f".partial{os.sep}files" in str(target)):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+            real(source, target)
+
+        return renamed
+
+    patch.setattr(os, "rename", crossing(os.rename))
+    patch.setattr(os, "replace", crossing(os.replace))
+
+
+def seen(target: Path) -> dict[str, bytes]:
+    """The files of an overlay without begun work and the trials of those who died."""
+    hidden = {path for path in tree(target) if path.startswith(".ltxpack/") or path.endswith(".trial")}
+    return {path: content for path, content in tree(target).items() if path not in hidden}
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["a new folder", "an empty folder"])
+@pytest.mark.parametrize("disks", [one_filesystem, two_filesystems])
+def test_dying_at_every_change_of_the_disk(
+    there: bool,
+    disks: Callable[[pytest.MonkeyPatch], None],
+    source: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disks(monkeypatch)
     chance = random.Random(3)
     for change in itertools.count(1):
         target = tmp_path / str(change) / "out"
+        target.parent.mkdir()
+        if there:
+            target.mkdir()
         if count := changes_of(materialize, source, target, dying=change):
             break
-        assert not target.exists() or tree(target) == whole
-        if not target.exists():
+        assert MANIFEST_NAME not in seen(target) or seen(target) == whole
+        if MANIFEST_NAME not in seen(target):
             die_again(chance, remade, source, target)
             remade(source, target)
         else:
@@ -184,19 +222,28 @@ def replaced_overlay(tmp_path: Path, name: str) -> tuple[Path, dict[str, bytes]]
     return target, tree(target)
 
 
-def test_replacing_an_overlay_dying_at_every_change(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+@pytest.mark.parametrize("disks", [one_filesystem, two_filesystems])
+def test_replacing_an_overlay_dying_at_every_change(
+    disks: Callable[[pytest.MonkeyPatch], None],
+    source: Path,
+    tmp_path: Path,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    disks(monkeypatch)
     mine = {"transformer/mine.txt": b"the user's", "notes/n.md": b"the user's too"}
     chance = random.Random(4)
     for change in itertools.count(61):  # everything before happens in the staging folder, as in the test above
         target, old = replaced_overlay(tmp_path, str(change))
         if count := changes_of(remade, source, target, dying=change):
             break
-        found = tree(target)
-        assert found in ({}, old) or whole.items() <= found.items()
+        found = seen(target)
+        assert MANIFEST_NAME not in found or old.items() <= found.items() or whole.items() <= found.items()
+        assert mine.items() <= found.items()
         die_again(chance, recovered, target)
         recovered(target)
-        assert tree(target) in (old, whole | mine)
-        if tree(target) == old:
+        assert seen(target) in (old, whole | mine)
+        if seen(target) == old:
             materialize(source, target, force=True)
         assert tree(target) == whole | mine
         assert {path.name for path in target.parent.iterdir()} == {"out"}
@@ -288,7 +335,11 @@ def bake(overlay: Path, names: tuple[str, ...], content: bytes, force: bool = Fa
                 staging.__exit__(None, None, None)
 
 
-def test_adding_and_replacing_bakes_dying_at_every_change(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("disks", [one_filesystem, two_filesystems])
+def test_adding_and_replacing_bakes_dying_at_every_change(
+    disks: Callable[[pytest.MonkeyPatch], None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disks(monkeypatch)
     pristine = tmp_path / "pristine"
     materialize(source, pristine)
     bake(pristine, ("kept", "old"), b"first")
@@ -432,16 +483,16 @@ def test_a_replaced_overlay_is_held_until_the_end(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also for those who may not write beside it."""
-    out, swap, tried = tmp_path / "out", staging_module._swap, []
+    out, place, tried = tmp_path / "out", staging_module._place, []
     materialize(source, out)
 
-    def swap_and_look(place: staging_module.StagingPaths) -> None:
-        swap(place)
+    def place_and_look(*arguments: Any) -> None:
+        place(*arguments)
         with monkeypatch.context() as patch, pytest.raises(OverlayError, match="in use"):
             patch.setattr(os, "access", lambda path, mode: path != tmp_path)
             tried.append(OverlayLock(out).__enter__())
 
-    monkeypatch.setattr(staging_module, "_swap", swap_and_look)
+    monkeypatch.setattr(staging_module, "_place", place_and_look)
     materialize(source, out, force=True)
     assert tried == [] and not verify(out, SILENT)
 

@@ -1,0 +1,237 @@
+"""Places where a folder cannot be swapped: mount points, the current folder, other users' folders, layers, two disks.
+
+By real mounts where the machine allows them; the kinds that need none run everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from materialize import tiny_source
+from support import FORKS, Done, ltxpack, refused, tree
+
+from ltxpack.cli import main
+from ltxpack.manifest import MANIFEST_NAME
+
+NOBODY = 65534
+Mount = Callable[..., None]
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    """``mount(folder, kind, options)``; the test is skipped where mounting is not allowed."""
+    mounted: list[Path] = []
+
+    def made(folder: Path, kind: str = "tmpfs", options: str = "size=64m", source: str | Path = "none") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = ["--bind"] if kind == "bind" else ["-t", kind, "-o", options]
+        done = subprocess.run(["mount", *flags, str(source), str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no {kind} can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield made
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def said(done: Done) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tiny_source.make_source(tmp_path / "source")
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
+    """The overlay as it is in a folder of its own."""
+    said(ltxpack("materialize", source, tmp_path / "usual/out", "--copy"))
+    return tree(tmp_path / "usual/out")
+
+
+def plain_folder(folder: Path, mount: Mount) -> None:
+    folder.mkdir()
+
+
+def own_disk(folder: Path, mount: Mount) -> None:
+    mount(folder)
+
+
+def new_disk(folder: Path, mount: Mount) -> None:
+    mount(folder)
+    (folder / "lost+found").mkdir(mode=0o700)
+
+
+def same_disk_mounted_again(folder: Path, mount: Mount) -> None:
+    (folder.parent / "behind").mkdir()
+    mount(folder, "bind", source=folder.parent / "behind")
+
+
+def below_a_read_only_disk(folder: Path, mount: Mount) -> None:
+    mount(folder.parent)
+    folder.mkdir()
+    mount(folder)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder.parent)], check=True)
+
+
+def upper_layer(folder: Path, mount: Mount) -> None:
+    """A folder of an image's layer, seen through an overlayfs."""
+    base = folder.parent / "layers"
+    mount(base)
+    for name in ("lower/out", "upper", "work"):
+        (base / name).mkdir(parents=True)
+    mount(folder.parent / "seen", "overlay", f"lowerdir={base}/lower,upperdir={base}/upper,workdir={base}/work")
+    folder.symlink_to("seen/out")
+
+
+PLACES = [plain_folder, own_disk, new_disk, same_disk_mounted_again, below_a_read_only_disk, upper_layer]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_empty_folder_is_filled_and_replaced_where_it_is(
+    place: Callable[[Path, Mount], None], mount: Mount, source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "place/out"
+    out.parent.mkdir()
+    place(out, mount)
+    os.chown(out, os.getuid(), os.getgid())
+    out.chmod(0o2771)
+    kept = (out.stat().st_ino, out.stat().st_mode)
+    command = ["materialize", source, out, "--copy"]
+    said(ltxpack(*command))
+    assert tree(out) == whole
+    assert "nothing to do" in said(ltxpack(*command))
+    (out / "vae/mine.txt").write_bytes(b"the user's")
+    said(ltxpack(*command, "--force"))
+    assert tree(out) == whole | {"vae/mine.txt": b"the user's"}
+    assert (out.stat().st_ino, out.stat().st_mode) == kept
+    (out / "vae/mine.txt").unlink()
+    damaged = next((out / "transformer").glob("*.safetensors"))
+    damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    assert "every file as written" in said(ltxpack("verify", out, "--repair", "--source", source))
+    assert tree(out) == whole
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_current_folder_is_filled(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / ".DS_Store").write_bytes(b"of a system")
+    said(ltxpack("materialize", source, ".", "--copy", cwd=here))
+    said(ltxpack("materialize", source, ".", "--copy", "--force", cwd=here))
+    assert tree(here) == whole | {".DS_Store": b"of a system"}
+
+
+def as_nobody(arguments: list[str]) -> None:
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    sys.argv = ["ltxpack", *arguments]
+    main()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_another_user_fills_a_folder_whose_parent_is_not_his(
+    whole: dict[str, bytes],
+) -> None:
+    """As in containers that run as nobody: the folder is his, what it lies in is root's."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        source, out = tiny_source.make_source(place / "source"), place / "out"
+        for path in (source, *source.rglob("*")):
+            path.chmod(0o755)
+        out.mkdir()
+        os.chown(out, NOBODY, NOBODY)
+        for more in ([], ["--force"]):
+            process = FORKS.Process(target=as_nobody, args=(["materialize", str(source), str(out), "--copy", *more],))
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+            assert tree(out) == whole
+            assert {path.stat().st_uid for path in (out, *out.rglob("*"))} == {NOBODY}
+        assert {path.name for path in place.iterdir()} == {"source", "out"}
+
+
+def test_what_cannot_work_at_the_end_is_told_at_the_beginning(source: Path, tmp_path: Path, mount: Mount) -> None:
+    """--force on an overlay one folder of which may not be written: nothing is read or written before that is told."""
+    out = tmp_path / "out"
+    said(ltxpack("materialize", source, out, "--copy"))
+    before = tree(out)
+    mount(out / "vae", "bind", source=out / "vae")
+    subprocess.run(["mount", "-o", "remount,ro,bind", str(out / "vae")], check=True)
+    message = refused(ltxpack("materialize", source, out, "--copy", "--force"), 1)
+    assert "is on a read-only filesystem" in message and f"{out}/vae" in message
+    assert tree(out) == before
+
+
+def test_part_of_an_overlay_on_another_disk(
+    source: Path, tmp_path: Path, mount: Mount, whole: dict[str, bytes]
+) -> None:
+    """Its files are moved one by one, as copies."""
+    out = tmp_path / "out"
+    said(ltxpack("materialize", source, out, "--copy"))
+    shutil.rmtree(out / "transformer")
+    mount(out / "transformer")
+    said(ltxpack("verify", out, "--repair", "--source", source))
+    assert tree(out) == whole
+    said(ltxpack("materialize", source, out, "--copy", "--force"))
+    assert tree(out) == whole and os.path.ismount(out / "transformer")
+
+
+BAKE = ["--strength", "0.7"]
+
+
+def test_bakes_on_a_disk_of_their_own(demo: Path, tmp_path: Path, mount: Mount) -> None:
+    """The work is on that disk and needs its space, not the overlay's."""
+    out = tmp_path / "out"
+    mount(out, options="size=32m")
+    shutil.copytree(demo / "overlay", out, symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(out / "bakes")
+    manifest = json.loads((out / MANIFEST_NAME).read_bytes())
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest | {"bakes": {}}))
+    mount(out / "bakes", options="size=500k")
+    assert "the disk is too small" in refused(ltxpack("bake-lora", out, *BAKE), 1)
+    (out / "ballast").write_bytes(bytes(shutil.disk_usage(out).free - 200_000))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(out / "bakes")], check=True)
+    said(ltxpack("bake-lora", out, *BAKE))
+    before = tree(out)
+    said(ltxpack("bake-lora", out, *BAKE, "--force"))
+    assert tree(out) == before
+    (out / "ballast").unlink()
+    assert "every file as written" in said(ltxpack("verify", out))
+    assert [path.name for path in (out / "bakes").iterdir()] == ["distilled-0.7"]
+    assert not (out / ".ltxpack").exists()
+    config = out / "bakes/distilled-0.7/config.json"
+    config.unlink()
+    said(ltxpack("verify", out, "--repair"))
+    assert tree(out) == {path: content for path, content in before.items() if path != "ballast"}
+
+
+def test_bakes_of_an_overlay_in_the_layer_of_an_image(demo: Path, tmp_path: Path, mount: Mount) -> None:
+    base, out = tmp_path / "layers", tmp_path / "seen/out"
+    mount(base, options="size=200m")
+    (base / "lower").mkdir()
+    shutil.copytree(demo / "overlay", base / "lower/out", symlinks=True)
+    lower = tree(base / "lower")
+    for name in ("upper", "work"):
+        (base / name).mkdir()
+    mount(tmp_path / "seen", "overlay", f"lowerdir={base}/lower,upperdir={base}/upper,workdir={base}/work")
+    said(ltxpack("bake-lora", out, *BAKE))
+    said(ltxpack("bake-lora", out, "--strength", "0.5", "--force"))
+    assert "every file as written" in said(ltxpack("verify", out))
+    expected = {path.removeprefix("out/"): content for path, content in lower.items()}
+    found = {path: content for path, content in tree(out).items() if "distilled-0.7" not in path}
+    assert {path for path in found if found[path] != expected.get(path)} <= {MANIFEST_NAME}
+    assert tree(base / "lower") == lower
