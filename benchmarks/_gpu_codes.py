@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from functools import partial
 import torch
 from _gpu_bench import STAGES, Bench
 from _gpu_forward import BRIEF, compiled
-from _gpu_video import sampled
+from _gpu_models import Codecs, installed, random_codecs
+from _gpu_video import CODEC_PACKAGE, sampled
 from torch import Tensor
 
 from ltxpack.ltx23.codes import FP8, INT8, KEPT_BLOCKS, rotated_together
@@ -19,7 +21,7 @@ from ltxpack.runtime.model.layers import Linear
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.model.quantised import KINDS, fault, hadamard, put_quantised, use_codes
 from ltxpack.runtime.sampling.conditioning import unpatchify
-from ltxpack.runtime.sampling.recipes import DISTILLED
+from ltxpack.runtime.sampling.recipes import DISTILLED, HQ
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.settings import STATIC, TOKEN
 
@@ -92,31 +94,71 @@ def _block(bench: Bench) -> None:
 
 
 def _run(bench: Bench) -> None:
-    """Both stages of the recipe distilled, with 44 of 48 blocks in codes, from the same noise."""
-    columns = ("form", "stage 1, s", "stage 2, s", "video from bf16's", "audio from bf16's")
-    note = "Relative L2 of the last latents. Random weights: what is lost is not that of the model."
-    table = bench.table("A run of the recipe distilled", columns, note)
-    count = bench.config.num_layers
-    kept = KEPT_BLOCKS.get(count, (0, count - 1) if count > 2 else (0,))
-    first: AV[Tensor] | None = None
+    """Both stages of two recipes, with 44 of 48 blocks in codes, from the same noise; and the frames of each.
+
+    The guided recipe makes a third of its steps, which is enough to tell how long one takes and how far it leads.
+    """
+    fewer = replace(bench.sizes, steps=max(2, bench.sizes.steps // 3))
+    columns = ("recipe", "form", "stage 1, s", "stage 2, s", "video", "audio", "frames", "PSNR of frames, dB")
+    note = f"Relative L2 from bf16's. Random weights: what is lost is not that of the model. hq: {fewer.steps} steps."
+    table = bench.table("Runs in codes", columns, note)
+    codecs = random_codecs(bench.sizes, bench.device, bench.dtype) if installed(CODEC_PACKAGE) else None
+    first: dict[str, tuple[AV[Tensor], Tensor | None]] = {}
     for form in (FORMS[0], FORMS[1], FORMS[3]):
         torch.compiler.reset()
-        dit = in_codes(bench, form, [number for number in range(count) if number not in kept])
-        recipe = replace(bench, recipe=DISTILLED)
-        recipe.__dict__["dit"] = bench.dit
-        with bench.attempt(f"a run, {form.name}"), _of(recipe, dit):
-            for number in range(2):
-                sampled(recipe, number, whole=False)
-            latents, seconds = _both_stages(recipe)
-            first = first or latents
-            apart = latents.map(_distance, first)
-            for number, one in enumerate(seconds, start=1):
-                bench.note(f"codes.run.{form.name}.stage {number}", one)
-            bench.note(f"codes.run.{form.name}.video", apart.video)
-            told = ("-", "-") if latents is first else (f"{apart.video:.1e}", f"{apart.audio:.1e}")
-            table.rows.append((form.name, *(f"{one:.2f}" for one in seconds), *told))
+        dit = in_codes(bench, form, _coded_blocks(bench.config.num_layers))
+        for recipe in (DISTILLED, HQ):
+            asked = replace(bench, recipe=recipe, sizes=fewer if recipe is HQ else bench.sizes)
+            asked.__dict__["dit"] = bench.dit
+            with bench.attempt(f"a run of {recipe.name}, {form.name}"), _of(asked, dit):
+                for number in range(2):
+                    sampled(asked, number, whole=False)
+                latents, seconds = _both_stages(asked)
+                frames = None if codecs is None else _frames(codecs, latents.video)
+                told = _apart(bench, f"codes.{recipe.name}.{form.name}", (latents, frames), first, recipe.name)
+                for number, one in enumerate(seconds, start=1):
+                    bench.note(f"codes.{recipe.name}.{form.name}.stage {number}", one)
+                table.rows.append((recipe.name, form.name, *(f"{one:.2f}" for one in seconds), *told))
         del dit  # the card has no room for all of them
         bench.release()
+
+
+def _coded_blocks(count: int) -> list[int]:
+    """The blocks of ``count`` that a quantised bake stores in codes."""
+    kept = KEPT_BLOCKS.get(count, (0, count - 1) if count > 2 else (0,))
+    return [number for number in range(count) if number not in kept]
+
+
+def _apart(
+    bench: Bench,
+    key: str,
+    made: tuple[AV[Tensor], Tensor | None],
+    first: dict[str, tuple[AV[Tensor], Tensor | None]],
+    recipe: str,
+) -> tuple[str, ...]:
+    """How far latents and frames are from the ``first`` of the recipe, which are bf16's; in words, and noted."""
+    (latents, frames), (expected, pictures) = made, first.setdefault(recipe, made)
+    apart = latents.map(_distance, expected)
+    found = {"video": apart.video, "audio": apart.audio}
+    if frames is not None and pictures is not None:
+        found["frames"] = _distance(frames, pictures)
+    for what, value in found.items():
+        bench.note(f"{key}.{what}", value)
+    if latents is expected:
+        return ("-", "-", "-", "-")
+    psnr = "-"
+    if frames is not None and pictures is not None:
+        square = (frames.double() - pictures.double()).square().mean().item()
+        psnr = f"{-10 * math.log10(max(square, 1e-12)):.1f}"
+    return (*(f"{found[what]:.1e}" if what in found else "-" for what in ("video", "audio", "frames")), psnr)
+
+
+def _frames(parts: Codecs, latents: Tensor) -> Tensor:
+    """Every eighth frame in [0, 1], on the CPU."""
+    from ltxpack.runtime.codecs import video
+
+    frames = torch.cat([some.float().cpu() for some in video.decode_video(parts.vae, latents)])
+    return frames[::8]
 
 
 def _both_stages(bench: Bench) -> tuple[AV[Tensor], list[float]]:

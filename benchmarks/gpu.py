@@ -65,7 +65,7 @@ SECTIONS = (
     Section("forward", 140, forward),
     Section("diffusers", 120, diffusers_or_a_line("Forward, diffusers' transformer", diffusers)),
     Section("video", 100, video),
-    Section("codes", 150, codes),
+    Section("codes", 220, codes),
     Section("residency", 100, residency),
     Section("checks", 60, checks),
     Section("decode", 40, decode),
