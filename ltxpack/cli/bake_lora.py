@@ -9,7 +9,7 @@ import click
 from ltxpack.cli import terminal
 from ltxpack.cli.lora_words import LoraCommand, StrengthType
 from ltxpack.errors import quoted
-from ltxpack.files.units import human_bytes
+from ltxpack.files.units import human_bytes, human_seconds
 from ltxpack.manifest import BF16, FORMATS
 from ltxpack.strength import Strength
 
@@ -74,7 +74,14 @@ def bake_lora(
     kept = None if keep_blocks is None else parse_blocks(keep_blocks)
     wanted = BakeOptions(folder, strengths, added=stack, keep_blocks=kept, **options)  # type: ignore[arg-type]
     if plan_only:
-        terminal.print_plan(plan_bake(wanted, reporter), as_json, bounds=REPORT_NAMES)
+        plan = plan_bake(wanted, reporter)
+        terminal.print_plan(plan, as_json, bounds=REPORT_NAMES)
+        if "arithmetic" in plan and not as_json:
+            told = plan["arithmetic"]
+            click.echo(
+                f"products of the LoRAs: {told['flop'] / 1e12:.3g} TFLOP, about {human_seconds(told['seconds'])} here "
+                f"(rule {told['rule']}, kernel {told['kernel']}, {told['device']})"
+            )
         return
     reports = bake(wanted, reporter)
     if as_json:

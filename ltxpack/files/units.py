@@ -37,3 +37,10 @@ def human_bytes(count: float) -> str:
 def gigabytes(count: float) -> str:
     """``count`` bytes in GB, for figures that are compared with each other: ``0.5 GB``."""
     return f"{count / 1e9:.1f} GB"
+
+
+def human_seconds(seconds: float) -> str:
+    """``seconds`` in the unit that fits: ``3 s``, ``12 min``, ``8.1 h``."""
+    if seconds < 90:
+        return f"{max(1, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

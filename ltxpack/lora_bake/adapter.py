@@ -94,6 +94,12 @@ class Adapter:
         return [target.weight for target in self.targets.values() if "magnitude" in target.tensors]
 
     @property
+    def flop(self) -> float:
+        """FLOP of the products of two factors, once for all weights."""
+        pairs = ((t.tensors["up"].shape, t.tensors["down"].shape) for t in self.targets.values() if "up" in t.tensors)
+        return sum(2.0 * up[0] * math.prod(down) for up, down in pairs if up)
+
+    @property
     def plain_bf16(self) -> bool:
         """Whether every target is a bf16 product and nothing else."""
         targets = self.targets.values()

@@ -40,8 +40,9 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     """What ``bake`` would write: every file with its size, ``write`` or ``link``. Nothing is written or fetched.
 
     ``total_bytes`` is the sum of all sizes, ``written_bytes`` without the links; both hold a bound for each of the two
-    reports. Raises what ``bake`` raises before it writes. Of a LoRA on the hub only the header is read, so what needs
-    its content (NaN, other inputs) is not seen.
+    reports. ``arithmetic`` says how the sums would be made and how long the products take here. Raises what ``bake``
+    raises before it writes. Of a LoRA on the hub only the header is read, so what needs its content (NaN, other inputs)
+    is not seen.
     """
     options = options.checked()
     manifest = read_manifest(options.overlay)
@@ -50,11 +51,15 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
     if all(lora.here for lora in found):
         plans = _to_be_made(plans, manifest, options)
-    arithmetic = _arithmetic(options, [lora.adapter for lora in found])
+    adapters = [lora.adapter for lora in found]
+    arithmetic = _arithmetic(options, adapters)
     files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
     total = sum(file["bytes"] for file in files)
-    return {"files": files, "missing": [], "total_bytes": total, "written_bytes": written}
+    plan: dict[str, Any] = {"files": files, "missing": [], "total_bytes": total, "written_bytes": written}
+    if files:
+        plan["arithmetic"] = _time(arithmetic, adapters, len({made.strengths for made in plans}))
+    return plan
 
 
 def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
@@ -311,7 +316,18 @@ def _arithmetic(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic
     device = "cuda" if available and options.device != "cpu" else "cpu"
     # Codes are made of float32 sums, which addmm does not give.
     plain = options.formats == (BF16,) and all(adapter.plain_bf16 for adapter in adapters)
-    return Arithmetic(options.rule, choose_kernel(options.rule, len(adapters), plain, device), device)
+    flop = sum(adapter.flop for adapter in adapters)
+    return Arithmetic(options.rule, choose_kernel(options.rule, len(adapters), plain, device, flop), device)
+
+
+def _time(arithmetic: Arithmetic, adapters: Sequence[Adapter], strengths: int) -> dict[str, Any]:
+    """How the sums would be made, and how long the products of the LoRAs would take on this processor."""
+    from ltxpack.lora_bake.fuse import products_per_second
+
+    # The kernel fp32 makes a product once for all strengths.
+    flop = sum(adapter.flop for adapter in adapters) * (1 if arithmetic.kernel == "fp32" else strengths)
+    rate = products_per_second(arithmetic.kernel, arithmetic.device)
+    return {**dataclasses.asdict(arithmetic), "flop": flop, "flop_per_second": rate, "seconds": flop / rate}
 
 
 def _usable(arithmetic: Arithmetic, rule: str) -> bool:

@@ -1,20 +1,24 @@
 """The arithmetic of a bake: one weight and the LoRAs that change it -> the new weight. Pure; opens no file.
 
 Two rules (spec 02, section 4). ``fp32``: W32 + sum of scale·(B@A) in fp32, rounded once to the stored dtype.
-``official``: the official bf16 arithmetic, bit for bit, three roundings and all. Three kernels carry them out:
+``official``: the official bf16 arithmetic, bit for bit, three roundings and all. Four kernels carry them out:
 
-========  ========================================================================================================
-fp32      the fp32 rule in fp32 matmuls
-addmm     the fp32 rule for one LoRA with bf16 factors: one bf16 ``addmm``, which on a bf16 matrix unit (AMX,
-          AVX512-BF16, a CUDA card) sums in fp32 and rounds once; elsewhere it is slow, and in a chain not exact
-official  the official rule
-========  ========================================================================================================
+=============  ===================================================================================================
+fp32           the fp32 rule in fp32 matmuls
+addmm          the fp32 rule for one LoRA with bf16 factors: one bf16 ``addmm``, which on a bf16 matrix unit (AMX,
+               AVX512-BF16, a CUDA card) sums in fp32 and rounds once; elsewhere it is slow, and in a chain not exact
+official       the official rule in bf16 matmuls
+official-fp32  the official rule where bf16 matmuls take hours: the products of the same bf16 factors are made in
+               fp32, then rounded as the rule says. Sums of long ranks come in another order, as on another card: one
+               element in some 10,000 of a rank of 384 is the bf16 number beside
+=============  ===================================================================================================
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +29,11 @@ from torch import Tensor
 
 from ltxpack.lora_bake.turns import Turn
 
-KERNELS = ("fp32", "addmm", "official")
+KERNELS = ("fp32", "addmm", "official", "official-fp32")
+# Those that fuse a weight in one piece.
+WHOLE = frozenset({"official", "official-fp32"})
+# The most products, in FLOP, that a processor without a bf16 unit makes in bf16: half a minute at 0.5 GFLOP/s.
+SLOW_FLOP = 15e9
 # Rows of so many elements are fused at a time: what fits a core's cache, and for addmm what pays for packing A once
 # more. Constants: the bits must not depend on the machine.
 CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 22}
@@ -95,7 +103,7 @@ class Term:
 
     def prepared(self, kernel: str, work: Workspace) -> Term:
         """With that done once, in ``work``, which the row chunks of one weight would each do again."""
-        if self.up is None or self.down is None or kernel == "official":
+        if self.up is None or self.down is None or kernel in WHOLE:
             return self
         if kernel == "addmm" and _is_plain([self]):
             return replace(self, square=_product_square(self.up, self.down))
@@ -118,11 +126,14 @@ class Fused:
     largest: float = 0.0
 
 
-def choose_kernel(rule: str, lora_count: int, plain_bf16: bool, device: str) -> str:
-    """The kernel for a bake (spec 02, section 4). ``plain_bf16``: every factor of the one LoRA is bf16, no DoRA."""
-    if rule == "official":
-        return "official"
+def choose_kernel(rule: str, lora_count: int, plain_bf16: bool, device: str, flop: float = 0.0) -> str:
+    """The kernel for a bake (spec 02, section 4). ``plain_bf16``: every factor of the one LoRA is bf16, no DoRA.
+
+    ``flop``: of all products of one strength.
+    """
     fast = device == "cuda" or cpu_has_bf16_unit()
+    if rule == "official":
+        return "official" if fast or flop <= SLOW_FLOP else "official-fp32"
     return "addmm" if lora_count == 1 and plain_bf16 and fast else "fp32"
 
 
@@ -138,10 +149,29 @@ def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not _CPU_FLAGS.isdisjoint(flags.split())
 
 
+def products_per_second(kernel: str, device: str) -> float:
+    """FLOP/s of products such as ``kernel`` makes, measured here and now on all cores, in a tenth of a second."""
+    dtype = torch.float32 if kernel.endswith("fp32") else torch.bfloat16
+    rows, rank, columns = 64, 128, 512
+    while True:
+        up, down = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, rank), (rank, columns)))
+        spent = min(_seconds(up, down) for _ in range(3))
+        if spent > 0.01 or rows >= 1 << 12:
+            return 2 * rows * rank * columns / spent
+        rows, columns = 2 * rows, 2 * columns
+
+
+def _seconds(up: Tensor, down: Tensor) -> float:
+    """Of one product, all of it."""
+    begin = time.perf_counter()
+    (up @ down)[0, 0].item()
+    return time.perf_counter() - begin
+
+
 def row_chunks(shape: tuple[int, ...], kernel: str) -> Iterator[tuple[int, int]]:
     """The row ranges a weight is fused in: all at once under the official rule (bits depend on the matmul's shape)."""
     rows = shape[0] if shape else 1
-    step = rows if kernel == "official" else max(1, CHUNK_ELEMENTS[kernel] // max(1, math.prod(shape[1:])))
+    step = rows if kernel in WHOLE else max(1, CHUNK_ELEMENTS[kernel] // max(1, math.prod(shape[1:])))
     for first in range(0, rows, max(1, step)):
         yield first, min(rows, first + step)
 
@@ -163,10 +193,10 @@ def fuse_rows(
     """
     work, results = work or Workspace(), results or Workspace()
     into = into or [None] * len(strengths)
-    if kernel == "official":
-        return list(
-            map(functools.partial(_measured_official, weight, terms, results), range(len(into)), strengths, into)
-        )
+    if kernel in WHOLE:
+        through = torch.float32 if kernel == "official-fp32" else torch.bfloat16
+        one = functools.partial(_measured_official, weight, terms, results, through)
+        return list(map(one, range(len(into)), strengths, into))
     if kernel == "addmm" and _is_plain(terms) and weight.dtype == torch.bfloat16:
         assert not any(memory is not None for memory in into), "addmm rounds its sums"
         return _fuse_addmm(weight, terms[0], [row[0] for row in strengths], results)
@@ -179,9 +209,11 @@ def fuse_official(
     strengths: Sequence[float],
     work: Workspace | None = None,
     use: str = "result",
+    through: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, float]:
     """``(new weight, squared norm of the change)`` in the official bf16 arithmetic (spec 02, section 4).
 
+    Products of the bf16 factors are made ``through`` bf16 matmuls or fp32 ones, which are rounded afterwards.
     alpha is never read. A full difference, which the official loader does not know, is added as one more bf16 term.
     Raises ValueError for DoRA and all else, which this rule has no arithmetic for.
     """
@@ -192,8 +224,14 @@ def fuse_official(
             raise ValueError("the official rule has products and differences only, no DoRA")
         if term.up is not None and term.down is not None:
             up, down = term.up.to(torch.bfloat16), term.down.to(torch.bfloat16)
+            first = delta is None
             if delta is None:
                 delta = work.empty(use, weight.shape, torch.bfloat16, weight.device)
+            if through == torch.float32:
+                product = work.empty("product in fp32", weight.shape, torch.float32, weight.device)
+                torch.mm((up * strength if first else up).float(), down.float(), out=product)
+                delta.copy_(product if first else product.mul_(strength).add_(delta))
+            elif first:
                 torch.mm(up * strength, down, out=delta)
             else:
                 torch.addmm(delta, up, down, alpha=strength, out=delta)
@@ -239,9 +277,15 @@ def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -
 
 
 def _measured_official(
-    weight: Tensor, terms: Sequence[Term], results: Workspace, i: int, strengths: Sequence[float], into: Tensor | None
+    weight: Tensor,
+    terms: Sequence[Term],
+    results: Workspace,
+    through: torch.dtype,
+    i: int,
+    strengths: Sequence[float],
+    into: Tensor | None,
 ) -> Fused:
-    new, delta_square = fuse_official(weight, terms, strengths, results, f"result {i}")
+    new, delta_square = fuse_official(weight, terms, strengths, results, f"result {i}", through)
     if into is not None:
         return _measured_sum(into.copy_(new), square_sum(weight), delta_square)
     return _measured(weight, new, square_sum(weight), delta_square)

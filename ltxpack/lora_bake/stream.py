@@ -27,7 +27,7 @@ from ltxpack.files.reader import Range, RangeReader
 from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.lora_bake.fuse import Fused, Term, Workspace, fuse_rows, row_chunks
+from ltxpack.lora_bake.fuse import WHOLE, Fused, Term, Workspace, fuse_rows, row_chunks
 from ltxpack.lora_bake.methods import needs_whole, term_of
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.lora_bake.quantise import Encoded, encode
@@ -40,7 +40,7 @@ from ltxpack.reporter import Reporter
 COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
 # Row chunks per read, by kernel: so much is in memory at once. Chunks of two reads are under way together.
-CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1}
+CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1, "official-fp32": 1}
 MOST_WORKERS = 4
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, DTYPE_NAMES[code]) for code in (*FLOATS, "F64")}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -130,7 +130,7 @@ class Engine:
         self.arithmetic = arithmetic
         self.reporter = reporter
         # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
-        self.whole = arithmetic.kernel == "official"
+        self.whole = arithmetic.kernel in WHOLE
         self._gathered = frozenset(
             name for adapter in adapters for name, target in adapter.targets.items() if needs_whole(target)
         )

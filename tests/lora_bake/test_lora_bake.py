@@ -18,6 +18,7 @@ from lora_support import (
     CONFIG,
     INDEX,
     LORA_FILE,
+    Factors,
     change_byte,
     goldens,
     linears,
@@ -33,7 +34,7 @@ from support import Notes, in_fresh_process, load, ltxpack, refused, tree
 
 from ltxpack.errors import AdapterError, DeviceError, LtxpackError, OverlayError, SourceError, UsageError
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, find, plan_bake
+from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, find, fuse, plan_bake
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import Bake, read_manifest
 from ltxpack.materialize import sources
@@ -92,7 +93,13 @@ def exact(strengths: Mapping[str, float]) -> dict[str, torch.Tensor]:
 # The weights
 
 
-def test_official_bakes_equal_the_goldens(golden: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slow", [None, 0.0], ids=["bf16", "through fp32"])
+def test_official_bakes_equal_the_goldens(
+    slow: float | None, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slow is not None:
+        monkeypatch.setattr(fuse, "SLOW_FLOP", slow)
+        monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda: False)
     checkpoint = load(next(path for path in golden.glob("*.safetensors") if path.name.endswith("-dev.safetensors")))
     root, renamed = "model.diffusion_model.", {}
     for name, tensor in checkpoint.items():
@@ -107,6 +114,8 @@ def test_official_bakes_equal_the_goldens(golden: Path, tmp_path: Path) -> None:
             added = tuple((str(style), at) for style, at in styles)
             made[run(overlay, strength, added=added, rule="official", device="cpu")[0]] = file
     assert len(made) == len(recorded)
+    kernels = {bake.kernel for bake in read_manifest(overlay).bakes.values()}
+    assert kernels == ({"official"} if slow is None else {"official-fp32"})
     for name, file in made.items():
         found = folder_weights(overlay / "bakes" / name)
         for key, tensor in load(file).items():
@@ -260,6 +269,10 @@ def test_strength_zero(overlay: Path, style: Path) -> None:
     assert all(torch.equal(found[key], BASE[key]) for key in untouched)
 
 
+def flop_of(factors: Factors) -> int:
+    return sum(2 * up.shape[0] * down.numel() for down, up in factors.values())
+
+
 def test_the_plan_says_every_file_and_its_size(overlay: Path, style: Path) -> None:
     wanted = options(overlay, 0.25, 1.0, added=((str(style), 0.8),))
     before = tree(overlay)
@@ -276,6 +289,11 @@ def test_the_plan_says_every_file_and_its_size(overlay: Path, style: Path) -> No
         assert file["action"] == "write"
     assert plan["total_bytes"] == plan["written_bytes"] == sum(file["bytes"] for file in plan["files"])
     assert plan["missing"] == []
+    told, own, added = plan["arithmetic"], flop_of(FACTORS), flop_of(STYLE)
+    flop = own + added
+    assert (told["rule"], told["kernel"], told["flop"]) == ("fp32", "fp32", flop), "once for both strengths"
+    assert told["seconds"] == pytest.approx(flop / told["flop_per_second"]) and 1e6 < told["flop_per_second"] < 1e16
+    assert planned(overlay, 0.25, 1.0, rule="official")["arithmetic"]["flop"] == 2 * own
     run(overlay, 0.5)
     assert planned(overlay, 0.5)["files"] == plan_bake(wanted, SilentReporter())["files"] == []
     with pytest.raises(OverlayError, match="made from other inputs"):

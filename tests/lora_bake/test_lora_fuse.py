@@ -57,6 +57,21 @@ def test_official_rule_differs_from_fp32_only_by_rounding() -> None:
     assert torch.allclose(official.float(), single.float(), rtol=2**-6, atol=2**-9)
 
 
+@pytest.mark.parametrize("rank", [4, 64])
+def test_official_products_through_fp32_are_the_rounded_products_of_the_bf16_factors(rank: int) -> None:
+    """Two LoRAs, so that the second is added to a rounded product; held against float64."""
+    weight, terms, strengths = matrix(64, 96), [factors(64, 96, rank, seed=seed) for seed in (1, 2)], [0.3, -0.7]
+    delta = torch.zeros(64, 96, dtype=torch.bfloat16)
+    for i, (term, strength) in enumerate(zip(terms, strengths, strict=True)):
+        up = (term.up * strength if i == 0 else term.up).double()
+        product = up @ term.down.double()
+        delta = (product if i == 0 else delta.double() + strength * product).float().bfloat16()
+    expected = delta + weight
+    found, _ = fuse_official(weight, terms, strengths, through=torch.float32)
+    assert wrong_share(found, expected.double()) < 1e-3
+    assert wrong_share(fuse_official(weight, terms, strengths)[0], found.double()) < 1e-3
+
+
 def test_official_rule_ignores_alpha_and_has_no_dora() -> None:
     weight, term = matrix(32, 32), factors(32, 32, 4)
     twice = Term(2.0, term.down, term.up)
@@ -211,9 +226,12 @@ def test_the_kernel_is_chosen_by_what_is_exact_and_fast(monkeypatch: pytest.Monk
         (True, "fp32", 1, True, "cpu", "addmm"), (True, "fp32", 2, True, "cpu", "fp32"),
         (True, "fp32", 1, False, "cuda", "fp32"), (True, "official", 1, True, "cpu", "official"),
         (False, "fp32", 1, True, "cpu", "fp32"), (False, "fp32", 1, True, "cuda", "addmm"),
+        (False, "official", 2, True, "cpu", "official"), (False, "official", 1, True, "cuda", "official"),
     ):  # fmt: skip
         monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda unit=unit: unit)
         assert choose_kernel(rule, loras, plain, device) == kernel
+        slow = rule == "official" and not unit and device == "cpu"
+        assert choose_kernel(rule, loras, plain, device, flop=14.6e12) == ("official-fp32" if slow else kernel)
 
 
 @pytest.mark.parametrize(
