@@ -58,7 +58,7 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     total = sum(file["bytes"] for file in files)
     plan: dict[str, Any] = {"files": files, "missing": [], "total_bytes": total, "written_bytes": written}
     if files:
-        plan["arithmetic"] = _time(arithmetic, adapters, len({made.strengths for made in plans}))
+        plan["arithmetic"] = _time(arithmetic, adapters, len({made.recorded for made in plans}))
     return plan
 
 
