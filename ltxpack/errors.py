@@ -21,7 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-MAX_LISTED = 20
+MAX_LISTED = 10
 # What a hostile file may add to a message; names of tensors and modules are far shorter.
 LONGEST_PART = 1000
 LONGEST_ITEM = 300

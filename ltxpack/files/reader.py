@@ -295,8 +295,18 @@ def file_ranges(path: Path, size: int) -> list[Range]:
     return [Range(path, start, min(BUFFER, size - start)) for start in range(0, size, BUFFER)]
 
 
+# Looks through the bytes of ranges as they pass.
+Watch = Callable[[Sequence[Range], Iterable[memoryview]], Iterator[memoryview]]
+
+
 def hash_file(
-    path: Path, reporter: Reporter | None = None, *, before: bytes = b"", cached: bool = False, direct: bool = True
+    path: Path,
+    reporter: Reporter | None = None,
+    *,
+    before: bytes = b"",
+    cached: bool = False,
+    direct: bool = True,
+    watch: Watch | None = None,
 ) -> str:
     """blake3 of ``before`` and then all of the file, as hex digits, at disk speed.
 
@@ -313,8 +323,9 @@ def hash_file(
         if reporter is not None:
             reporter.advance(size)
         return hasher.hexdigest()
-    with RangeReader(file_ranges(path, size), direct=direct and size >= DIRECT_FROM) as reader:
-        for data in reader:
+    ranges = file_ranges(path, size)
+    with RangeReader(ranges, direct=direct and size >= DIRECT_FROM) as reader:
+        for data in watch(ranges, reader) if watch else reader:
             hasher.update(data)
             if reporter is not None:
                 reporter.advance(len(data))

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 from ltxpack.errors import AbsentError, FormatError, OtherFormatError, SourceError, clipped
 from ltxpack.files import bounded_json
+from ltxpack.files.lookalikes import HEAD_BYTES, lookalike
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 # An index of 50,000 tensors is some 5 MB.
@@ -42,16 +43,7 @@ DTYPE_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 FLOATS = ("BF16", "F16", "F32")
 
-# What the first bytes of a file are when it is not safetensors but something users often pass instead; and what to do.
-GGUF, ZIP, PICKLE = "a GGUF file", "a zip archive (a .pt or .bin pickle?)", "a Python pickle"
-_TAKE_OTHER = "take the same weights as a .safetensors file in bf16"
-LOOKALIKES = (
-    (b"PK\x03\x04", ZIP, _TAKE_OTHER),
-    *((bytes((0x80, protocol)), PICKLE, _TAKE_OTHER) for protocol in range(2, 6)),
-    (b"GGUF", GGUF, _TAKE_OTHER),
-    (b"version ", "a git LFS pointer (the file itself was not fetched)", "fetch the file itself: git lfs pull"),
-    (b"<", "a web page", "fetch the file itself, logged in and with the licence accepted"),
-)
+FETCH_AGAIN = "fetch or copy the file again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,31 +72,41 @@ def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
     path = Path(path)
     with open_source(path) as file:
         size = os.fstat(file.fileno()).st_size
-        first = file.read(8)
-        head = first + file.read(header_length(first, size, path))
+        first = file.read(HEAD_BYTES)
+        head = first + file.read(max(0, 8 + header_length(first, size, path) - len(first)))
     return parse_header(head, size, path)
 
 
-def header_length(first8: bytes, file_size: int, path: str | os.PathLike[str]) -> int:
-    """Bytes of JSON that follow the first eight bytes. Raises FormatError if no header fits there."""
-    length = int.from_bytes(first8[:8], "little")
-    whole = file_size >= 8 and len(first8) >= 8
+def header_length(first: bytes, file_size: int, path: str | os.PathLike[str]) -> int:
+    """Bytes of JSON that follow the first eight bytes. Raises FormatError if no header fits there.
+
+    ``first``: eight bytes or more; with ``HEAD_BYTES`` of them every other format is told.
+    """
+    length = int.from_bytes(first[:8], "little")
+    whole = file_size >= 8 and len(first) >= 8
+    fits = whole and 2 <= length <= MAX_HEADER_BYTES and 8 + length <= file_size
     # The length of a small header may begin like a pickle.
-    if not whole or length > MAX_HEADER_BYTES:
-        for magic, what, instead in LOOKALIKES:
-            if first8.startswith(magic):
-                raise OtherFormatError(
-                    "is not a safetensors file", file=path, expected="safetensors", found=what, next=instead
-                )
-    if not whole:
-        expected, found = "at least 8 bytes", f"{file_size} bytes"
-        raise FormatError("is not a safetensors file", file=path, expected=expected, found=found)
+    begins = whole and first[8:9] in (b"{", b"") and length <= MAX_HEADER_BYTES
+    other = None if begins else lookalike(first)
+    if fits and other is None:
+        return length
+    refused = functools.partial(FormatError, "is not a safetensors file", file=path, expected="safetensors")
+    if not file_size:
+        raise FormatError("is empty", file=path, expected="safetensors", found="0 bytes")
+    if not any(first):
+        raise refused(found="zeros, as a download that did not finish leaves them", next=FETCH_AGAIN)
+    if other is not None:
+        raise OtherFormatError(
+            "is not a safetensors file", file=path, expected="safetensors", found=other.what, next=other.instead
+        )
+    if not whole or length < 2:
+        raise refused(found=f"{file_size} bytes" if not whole else f"a header of {length} bytes")
     if length > MAX_HEADER_BYTES:
-        problem, most = "is not a safetensors file, or a hostile one", f"a header of at most {MAX_HEADER_BYTES} bytes"
-        raise FormatError(problem, file=path, expected=most, found=f"{length} bytes")
-    if 8 + length > file_size:
-        raise truncated(path, 8 + length, file_size)
-    return length
+        most, found = f"a header of at most {MAX_HEADER_BYTES} bytes", f"{length} bytes"
+        claimed = 8 + length <= file_size and first[8:9] in (b"{", b"")
+        problem = "has a header that is too large, perhaps a hostile one" if claimed else "is not a safetensors file"
+        raise FormatError(problem, file=path, expected=most, found=found)
+    raise truncated(path, 8 + length, file_size)
 
 
 def parse_header(head: bytes, file_size: int, path: str | os.PathLike[str]) -> TensorFile:
@@ -112,7 +114,7 @@ def parse_header(head: bytes, file_size: int, path: str | os.PathLike[str]) -> T
 
     Raises FormatError naming the tensor at fault.
     """
-    length = header_length(head[:8], file_size, path)
+    length = header_length(head[:HEAD_BYTES], file_size, path)
     if len(head) < 8 + length:
         raise truncated(path, 8 + length, len(head))
     document = parse_json(head[8 : 8 + length], path)
@@ -286,8 +288,10 @@ def _check_spans(tensors: list[TensorInfo], base: int, file_size: int, path: str
 
 def truncated(path: str | os.PathLike[str], needed: int, found: int) -> FormatError:
     """The error for a file of ``found`` bytes that must have ``needed``."""
-    problem, again = f"is truncated: {needed - found} bytes are missing", "fetch or copy the file again"
-    return FormatError(problem, file=path, expected=f"at least {needed} bytes", found=f"{found} bytes", next=again)
+    problem = f"is truncated: {needed - found} bytes are missing"
+    return FormatError(
+        problem, file=path, expected=f"at least {needed} bytes", found=f"{found} bytes", next=FETCH_AGAIN
+    )
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

@@ -17,7 +17,7 @@ from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_json, read_ten
 from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.lora_bake.peft import MAX_ALPHA, PeftConfig
-from ltxpack.ltx23.forms import described
+from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_keys import METHODS, SCALE, LoraKey, Method, ModuleNames, belongs_elsewhere, parse_key
 from ltxpack.manifest import BakedLora
 from ltxpack.materialize.checkpoint import read_lora

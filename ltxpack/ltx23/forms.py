@@ -168,12 +168,6 @@ def root_and_parts(file: TensorFile) -> tuple[str | None, str | None]:
     return root, parts_of(official(name, root) for name in file.tensors)
 
 
-def described(file: TensorFile) -> str | None:
-    """Weights of a model in words, such as "the transformer alone, in scaled fp8"; None for another file."""
-    _, parts = root_and_parts(file)
-    return f"{PARTS_TOLD[parts]}, in {TOLD[read_linears(file).form]}" if parts else None
-
-
 def _form(
     file: TensorFile,
     codes: Mapping[str, TensorInfo],

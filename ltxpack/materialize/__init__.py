@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import OverlayError
+from ltxpack.files.reader import Range
+from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.files.units import human_bytes
+from ltxpack.files.zeros import ZeroStretches
 from ltxpack.ltx23.releases import TEXT_ENCODER
 from ltxpack.manifest import Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import STORED_DTYPE, merged_loras
@@ -86,8 +89,10 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
         find_place(options.overlay)
         _fetch(inputs, items, options, access, reporter)
         mark = fingerprint(items, {"copy": options.copy})
+        zeros = ZeroStretches()
         with Staging(lock, mark, reporter, force=options.force) as staging:
-            records = execute(items, staging, copy=options.copy, reporter=reporter)
+            records = execute(items, staging, copy=options.copy, reporter=reporter, zeros=zeros)
+            _tell_zeros(zeros, reporter)
             manifest = plan.manifest({record.path: record for record in records})
             staging.publish(manifest.dump())
     return Report(manifest, sum(item.size for item in items), written=True)
@@ -107,6 +112,25 @@ def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Acce
     copied = sum(item.size for item in items) - sum(repacked)
     how = "copy" if options.copy else "link where the filesystem can, else to copy"
     reporter.note(f"to write: {human_bytes(sum(repacked))}; to {how}: {human_bytes(copied)}")
+
+
+def _tell_zeros(zeros: ZeroStretches, reporter: Reporter) -> None:
+    """Warn of files whose weights are zeros over long stretches: a download that did not finish looks so."""
+    stretches: dict[Path, list[Range]] = {}
+    for stretch in zeros.long():
+        stretches.setdefault(stretch.path, []).append(stretch)
+    for path, found in stretches.items():
+        names = [
+            info.name
+            for info in read_tensorfile(path).tensors.values()
+            if any(info.start < part.start + part.nbytes and part.start < info.start + info.nbytes for part in found)
+        ]
+        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        amount = human_bytes(sum(part.nbytes for part in found))
+        reporter.warn(
+            f"{path}: {amount} of its weights are zeros, from byte {found[0].start} on ({told}): perhaps a download"
+            " that did not finish. Compare its hash with the published one, or fetch it again"
+        )
 
 
 def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Report | None:

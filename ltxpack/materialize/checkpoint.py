@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ltxpack.errors import LtxpackError, OtherFormatError, UnsupportedError
-from ltxpack.files.tensorfile import GGUF, PICKLE, ZIP, TensorFile, TensorInfo, parse_json
+from ltxpack.files.lookalikes import ARCHIVE, WEIGHT_FORMATS
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23 import releases
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
+from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.forms import ALL, MADE_FROM, ROOT, described, official, refuse_quantised, root_and_parts
+from ltxpack.ltx23.forms import ALL, MADE_FROM, ROOT, official, refuse_quantised, root_and_parts
 from ltxpack.ltx23.lora_keys import METHODS, LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 from ltxpack.strength import format_strength
 
 STORED_DTYPE = "BF16"
-# Formats in which other programs keep whole models.
-MODEL_FORMATS = {GGUF: "gguf", ZIP: "pickle", PICKLE: "pickle"}
 MADE_OF = "overlays and bakes are made from"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
@@ -141,7 +141,7 @@ def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFi
     try:
         file = read()
     except OtherFormatError as error:
-        if error.found not in MODEL_FORMATS:
+        if WEIGHT_FORMATS.get(str(error.found), ARCHIVE) == ARCHIVE:
             raise
         problem = f"is {error.found}; an overlay is made from bf16 weights in safetensors"
         raise UnsupportedError(problem, file=str(label), next=take_instead(label)) from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import plain_file_name
-from ltxpack.ltx23.forms import described
+from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.materialize.checkpoint import (
     Checkpoint,

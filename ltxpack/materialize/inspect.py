@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import LtxpackError, OtherFormatError, SourceError, quoted
-from ltxpack.files.tensorfile import GGUF, TensorFile, TensorInfo, parse_json, read_tensorfile
+from ltxpack.files.lookalikes import ARCHIVE, GGUF, WEIGHT_FORMATS
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
+from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
+from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
+from ltxpack.ltx23.text_encoder import root_of
 from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import (
-    MODEL_FORMATS,
     LoraHeader,
     read_checkpoint,
     read_lora,
@@ -35,12 +38,10 @@ from ltxpack.materialize.takers import COMFYUI, DIFFUSERS, OFFICIAL, PROGRAMS, U
 MAX_LISTED = 20
 MAX_TEXT = 500
 MAX_MADE_FROM = 64 * 1024
-# The metadata key under which an export says what it was made of, and the beginning of an activations file's format.
-ACTIVATIONS = "ltxpack-activations-"
 MATERIALIZE = "ltxpack materialize"
+TOLD_CODES = "prompts are read with bf16 weights"
 NOT_CALIBRATED = "not calibrated"
 _BLOCK = re.compile(r"(?<=blocks[._])\d+")
-UPSAMPLER_MARK = "post_upsample_res_blocks.0.conv1.weight"
 
 
 def inspect_path(path: str | Path) -> dict[str, Any]:
@@ -55,11 +56,11 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     try:
         tensors = read_tensorfile(path)
     except OtherFormatError as error:
-        kind = MODEL_FORMATS.get(str(error.found))
+        kind = WEIGHT_FORMATS.get(str(error.found))
         # A name that says safetensors is wrong then, and the file is told as broken.
         if kind is None or path.suffix == WEIGHTS:
             raise
-        return {"path": str(path), "kind": kind, "bytes": file.size, **_other(str(error.found), file)}
+        return {"path": str(path), "kind": kind, "bytes": file.size, **_other(error, kind, file)}
     with path.open("rb", buffering=0) as stream:
 
         def read(info: TensorInfo) -> bytes:
@@ -69,13 +70,14 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         return {"path": str(path), **_file(file, tensors, read)}
 
 
-def _other(what: str, file: InputFile) -> dict[str, Any]:
+def _other(error: OtherFormatError, kind: str, file: InputFile) -> dict[str, Any]:
     """A file that is no safetensors: it is told, and not opened."""
     only = dict.fromkeys((*OFFICIAL, MATERIALIZE), "no: reads safetensors only")
-    if what == GGUF:
+    if kind == GGUF:
         only |= dict.fromkeys(COMFYUI, "no: a node of its own reads it, such as that of ComfyUI-GGUF")
     taken: dict[str, str] = {**dict.fromkeys(PROGRAMS, UNTRIED), **only}
-    return {"summary": f"{what}, not opened", "takes": taken, "next": take_instead(file.name)}
+    instead = error.next if kind == ARCHIVE else take_instead(file.name)
+    return {"summary": f"{error.found}, not opened", "takes": taken, "next": instead}
 
 
 def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[
         "sha256": file.sha256,
         "release": known.release.name if known.release else None,
         "release_by_name_and_size": by_name.name if by_name else None,
-        "warning": known.warning,
+        "warning": known.warning or _unfinished(file),
         **_amounts(tensors.tensors.values()),
     }
     lora = read_lora(tensors)
@@ -110,8 +112,20 @@ def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[
     if diffusers:
         cell = "no: reads no codes" if linears.quantised else "yes: with its folder"
         naming = {"naming": "diffusers", "takes": {"ltxpack run": "yes: within its overlay", DIFFUSERS: cell}}
+    elif root_of(tensors.tensors) is not None:
+        cell = f"no: {TOLD_CODES}" if linears.quantised else "yes: by --text-encoder, with its configs and tokenizer"
+        naming = {"takes": {MATERIALIZE: cell}}
     metadata, names = _metadata(tensors), sorted(tensors.tensors)[:MAX_LISTED]
-    return {"kind": "tensors", **common, **naming, "metadata": metadata, "names": names}
+    told = {"summary": described(tensors)} if described(tensors) else {}
+    return {"kind": "tensors", **told, **common, **naming, "metadata": metadata, "names": names}
+
+
+def _unfinished(file: InputFile) -> str | None:
+    try:
+        refuse_unfinished(file.member)
+    except SourceError as error:
+        return f"{error.problem} ({error.found})"
+    return None
 
 
 def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:

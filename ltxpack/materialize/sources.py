@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
 from ltxpack.files import tensorfile
+from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.releases import (
     CHECKPOINT,
@@ -47,6 +48,12 @@ MAX_CONFIG_BYTES = 16 * 1024 * 1024
 _SAYS_QUANTISED = re.compile(r"fp8|fp4|int8|int4|nf4|bnb|gptq|awq", re.IGNORECASE)
 
 T = TypeVar("T")
+
+
+class SeveralFaultsError(SourceError):
+    """The faults of several inputs, each with a list of its own that ends."""
+
+    max_listed = len((CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)) * MAX_LISTED
 
 
 class AmbiguousError(SourceError):
@@ -139,9 +146,10 @@ class Access:
         return self._infos[key]
 
     def header(self, file: InputFile) -> tensorfile.TensorFile:
-        """The header of a safetensors file. Raises SourceError or FormatError."""
+        """The header of a safetensors file. Raises SourceError, for half a download too, or FormatError."""
         if file.path not in self._headers:
             if file.repo is None:
+                refuse_unfinished(file.member)
                 self._headers[file.path] = tensorfile.read_tensorfile(file.path)
             else:
                 head = self.hub.header(file.repo, file.member)
@@ -255,8 +263,8 @@ class InputFaults:
         if len(faults) == 1:
             raise faults[0]
         if faults:
-            items = [line for fault in faults for line in _told(fault, MAX_LISTED // len(faults))]
-            raise SourceError(self.problem, items=items, next=_all_next(faults))
+            items = [line for fault in faults for line in _told(fault, MAX_LISTED // 2)]
+            raise SeveralFaultsError(self.problem, items=items, next=_all_next(faults))
 
 
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:

@@ -23,6 +23,7 @@ from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectWriter, align
 from ltxpack.files.publish import Temporary, existing_parent, fsync_file, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
+from ltxpack.files.zeros import ZeroStretches
 from ltxpack.manifest import FileRecord, safe_relative_path
 from ltxpack.repack.items import Buffer, CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging
@@ -40,11 +41,13 @@ MAX_GAP = 64 * 1024
 FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # Python has it from 3.12 on
 
 
-def execute(items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter) -> tuple[FileRecord, ...]:
+def execute(
+    items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
+) -> tuple[FileRecord, ...]:
     """Write what ``staging`` does not hold yet; the records of all items, in order of the plan.
 
-    ``copy`` forbids links. Raises OverlayError (no space, no permission: before the first byte, or disk full on the
-    way), SourceError and FormatError for sources; ``staging`` keeps what was complete.
+    ``copy`` forbids links; ``zeros`` sees all that is read. Raises OverlayError (no space, no permission: before the
+    first byte, or disk full on the way), SourceError and FormatError for sources; ``staging`` keeps what was complete.
     """
     for path, count in Counter(item.path for item in items).items():
         if not safe_relative_path(path) or count > 1:  # a fault of whoever made the plan
@@ -54,18 +57,20 @@ def execute(items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Re
     if left:
         reporter.begin("writing", sum(item.size for item in left), "B")
         for item in left:
-            staging.record(write_item(item, staging.root, copy=copy, reporter=reporter))
+            staging.record(write_item(item, staging.root, copy=copy, reporter=reporter, zeros=zeros))
         reporter.end()
     return tuple(staging.done[item.path] for item in items)
 
 
-def write_item(item: Item, root: Path, *, copy: bool, reporter: Reporter) -> FileRecord:
+def write_item(
+    item: Item, root: Path, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
+) -> FileRecord:
     """Write one item under ``root``, whole and on the disk."""
     match item:
         case WriteShard():
-            return write_shard(item, root, reporter)
+            return write_shard(item, root, reporter, zeros=zeros)
         case CopyFile():
-            return copy_file(item, root, reporter, allow_link=not copy)
+            return copy_file(item, root, reporter, allow_link=not copy, zeros=zeros)
         case LinkFile():
             record = write_link(item, root)
         case WriteBytes():
@@ -74,16 +79,22 @@ def write_item(item: Item, root: Path, *, copy: bool, reporter: Reporter) -> Fil
     return record
 
 
-def write_shard(item: WriteShard, root: Path, reporter: Reporter, *, direct: bool = True) -> FileRecord:
+def write_shard(
+    item: WriteShard, root: Path, reporter: Reporter, *, direct: bool = True, zeros: ZeroStretches | None = None
+) -> FileRecord:
     """Write the shard under ``root``. Advances ``reporter`` by the bytes of the file."""
     windows, counts = read_plan([source for entry in item.entries for source in entry.producer.ranges])
-    reader = RangeReader([window.range for window in windows], direct=direct)
-    return _stream(item, item.header, _made(item, windows, counts, reader), reader, root, reporter, direct)
+    ranges = [window.range for window in windows]
+    reader = RangeReader(ranges, direct=direct)
+    data = zeros.watch(ranges, reader) if zeros else reader
+    return _stream(item, item.header, _made(item, windows, counts, data), reader, root, reporter, direct)
 
 
-def _made(item: WriteShard, windows: Sequence[Window], counts: Sequence[int], reader: RangeReader) -> Iterator[Buffer]:
-    """The bytes of the tensors, made by their producers from what the reader brings."""
-    parts = (data[at : at + size] for window, data in zip(windows, reader, strict=True) for at, size in window.parts)
+def _made(
+    item: WriteShard, windows: Sequence[Window], counts: Sequence[int], read: Iterable[memoryview]
+) -> Iterator[Buffer]:
+    """The bytes of the tensors, made by their producers from what is ``read``."""
+    parts = (data[at : at + size] for window, data in zip(windows, read, strict=True) for at, size in window.parts)
     left = iter(counts)
     for entry in item.entries:
         own = sum(itertools.islice(left, len(entry.producer.ranges)))
@@ -154,7 +165,13 @@ def passage(reader: RangeReader, writer: TensorWriter) -> str:
 
 
 def copy_file(
-    item: CopyFile, root: Path, reporter: Reporter, *, allow_link: bool = True, direct: bool = True
+    item: CopyFile,
+    root: Path,
+    reporter: Reporter,
+    *,
+    allow_link: bool = True,
+    direct: bool = True,
+    zeros: ZeroStretches | None = None,
 ) -> FileRecord:
     """Take over the real file behind ``item.source``: reflink, else hard link, else (or if not allowed) copy.
 
@@ -166,10 +183,11 @@ def copy_file(
         raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
     how = _link(source, root / item.path) if allow_link else "copied"
     if how == "copied":
-        reader = RangeReader(file_ranges(source, item.size), direct=direct and item.size >= DIRECT_FROM)
-        return _stream(item, b"", reader, reader, root, reporter, direct)
+        ranges = file_ranges(source, item.size)
+        reader = RangeReader(ranges, direct=direct and item.size >= DIRECT_FROM)
+        return _stream(item, b"", zeros.watch(ranges, reader) if zeros else reader, reader, root, reporter, direct)
     reporter.detail(f"{item.path}: {how}")
-    digest = hash_file(root / item.path, reporter, direct=direct)
+    digest = hash_file(root / item.path, reporter, direct=direct, watch=zeros.watching(source) if zeros else None)
     return FileRecord(item.path, item.size, digest, "hard" if how == "hard-linked" else None)
 
 

@@ -150,7 +150,8 @@ def _small(seed: int, name: str, shape: Shape) -> Any:
 def write_gemma(folder: Path, config: Mapping[str, Any], seed: int) -> None:
     """A text encoder's folder: weights of a whole language model, index, configs, and a tokenizer in name only."""
     folder.mkdir(exist_ok=True)
-    shapes = inventory("text_encoder", {"text_config": GEMMA_TEXT})
+    text = {"text_config": GEMMA_TEXT, **config}
+    shapes = inventory("text_encoder", text)
     table = "language_model.model.embed_tokens.weight"
     shards = {
         "model-00001-of-00002.safetensors": {table: shapes.pop(table)},
@@ -160,7 +161,7 @@ def write_gemma(folder: Path, config: Mapping[str, Any], seed: int) -> None:
         write_tensors(folder / name, own, {"format": "pt"}, seed)
     weight_map = {tensor: name for name, own in shards.items() for tensor in own}
     documents: dict[str, Any] = {
-        "config.json": {"text_config": GEMMA_TEXT, **config},
+        "config.json": text,
         "generation_config.json": {"do_sample": True},
         "tokenizer.json": {"version": "1.0"},
         "tokenizer_config.json": {"model_max_length": 10**30, "tokenizer_class": "GemmaTokenizer"},
