@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ltxpack.cli import terminal
-from ltxpack.cli.lora_words import LoraCommand, StrengthType
+from ltxpack.cli.lora_words import LoraCommand, StrengthType, device_option, rule_option, unmatched_option
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes, human_seconds
 from ltxpack.manifest import BF16, FORMATS
@@ -26,13 +26,7 @@ from ltxpack.strength import Strength
 )
 @terminal.lora_option
 @terminal.added_option
-@click.option(
-    "--rule",
-    type=click.Choice(["fp32", "official"]),
-    default="fp32",
-    show_default=True,
-    help="fp32 rounds once; official repeats the official bf16 arithmetic bit for bit.",
-)
+@rule_option
 @click.option(
     "--format",
     "formats",
@@ -45,8 +39,8 @@ from ltxpack.strength import Strength
 @terminal.keep_blocks_option
 @terminal.activations_option
 @click.option("--name", help="Name of the bake (with one strength and format).")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--allow-unmatched", is_flag=True, help="Bake although some keys of a LoRA match nothing.")
+@device_option
+@unmatched_option
 @terminal.plan_option
 @click.option("--force", is_flag=True, help="Make the bake anew, whatever is there.")
 @terminal.json_option

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ltxpack.cli import terminal
-from ltxpack.cli.lora_words import LoraCommand, StrengthType
+from ltxpack.cli.lora_words import LoraCommand, StrengthType, device_option, rule_option, unmatched_option
 from ltxpack.errors import UsageError
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import BF16, FORMATS, FP8, INT8
@@ -37,6 +38,13 @@ OFFICIAL = {
     (INT8, "transformer"): "official code: it cannot read int8",
 }
 
+# What makes a bake on the way, and is for --bake as it is stored: parameter -> its value where it is not given.
+MAKING = {
+    "strength": None, "lora": None, "added": (), "rule": "fp32", "device": "auto", "allow_unmatched": False,
+    "keep_blocks": None, "activations": None,
+}  # fmt: skip
+FLAGS = {"added": "--add"}
+
 
 @click.command(cls=LoraCommand)
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
@@ -50,6 +58,9 @@ OFFICIAL = {
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), help="How linears are stored.  [default: as in the bake, else bf16]"
 )
+@rule_option
+@device_option
+@unmatched_option
 @terminal.keep_blocks_option
 @terminal.activations_option
 @click.option(
@@ -61,7 +72,7 @@ OFFICIAL = {
 )
 @click.option("--source", help="File, folder or repo with the checkpoint, if the overlay lacks its metadata.")
 @terminal.plan_option
-@click.option("--force", is_flag=True, help="Replace a file that is there.")
+@click.option("--force", is_flag=True, help="Replace a file that is there, and merge what bake-lora --force bakes.")
 @terminal.json_option
 @terminal.verbose_option
 def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, **options: object) -> None:
@@ -74,7 +85,7 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
     from ltxpack.export import plan_export
 
     reporter = terminal.TerminalReporter(verbose)
-    wanted = _wanted(terminal.usual_overlay(overlay), **options)  # type: ignore[arg-type]
+    wanted = _wanted(terminal.usual_overlay(overlay), options)
     if plan_only:
         size = plan_export(wanted, reporter, headers_only=True).size
         files = [{"path": str(wanted.output), "bytes": size, "action": "write"}]
@@ -101,43 +112,32 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
         click.echo(f"  {line}")
 
 
-def _wanted(
-    overlay: Path,
-    output: Path,
-    bake: str | None,
-    strength: Strength | None,
-    lora: str | None,
-    added: tuple[str, ...],
-    form: str | None,
-    keep_blocks: str | None,
-    activations: Path | None,
-    **options: object,
-) -> ExportOptions:
+def _wanted(overlay: Path, options: Mapping[str, Any]) -> ExportOptions:
     """Raises UsageError for what does not go together."""
     from ltxpack.export import ExportOptions
     from ltxpack.lora_bake import BakeOptions, parse_added, parse_blocks
 
-    wanted = ExportOptions(overlay, output, bake, None, **options)  # type: ignore[arg-type]
-    making = {"--strength": strength, "--lora": lora, "--add": added or None, "--keep-blocks": keep_blocks}
-    asked = [flag for flag, value in (making | {"--activations": activations}).items() if value is not None]
-    if bake is not None:
+    said = {name: value for name, value in options.items() if name not in MAKING}
+    making = {name: options[name] for name in MAKING}
+    asked = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in MAKING if making[name] != MAKING[name]]
+    wanted = ExportOptions(overlay, **said)
+    if wanted.bake is not None:
         if asked:
             advice = "leave --bake out, or those"
             raise UsageError("--bake is copied as it is", found=", ".join(asked), next=advice)
-        return dataclasses.replace(wanted, form=form)
-    if not asked and form in (None, BF16):
         return wanted
-    if strength is None and (lora or added):
+    if not asked and wanted.form in (None, BF16):
+        return wanted
+    strength, added = making.pop("strength"), tuple(map(parse_added, making.pop("added")))
+    if strength is None and (making["lora"] or added):
         raise UsageError("--lora and --add need a --strength", next="add --strength, 0 for the added ones alone")
-    kept = None if keep_blocks is None else parse_blocks(keep_blocks)
-    stack = tuple(parse_added(text) for text in added)
+    kept = making.pop("keep_blocks")
     make = BakeOptions(
         overlay,
         (Strength(0.0) if strength is None else strength,),
-        lora,
-        stack,
-        formats=(form or BF16,),
-        keep_blocks=kept,
-        activations=activations,
+        added=added,
+        formats=(wanted.form or BF16,),
+        keep_blocks=None if kept is None else parse_blocks(kept),
+        **making,
     )
-    return dataclasses.replace(wanted, make=make.checked())
+    return dataclasses.replace(wanted, make=make, form=None)

@@ -32,6 +32,25 @@ _BY_BLOCK = re.compile(r"(?P<file>.+)=(?P<strength>[^=/]*@[^=/]*)")
 _BEHIND = re.compile(r"(?P<file>.+?)(?:\s*[=:]\s*|(?<=\.safetensors)[\s,;]+)(?P<strength>[+-]?[\d.,]+\s*%?)")
 
 
+rule_option = click.option(
+    "--rule",
+    type=click.Choice(["fp32", "official"]),
+    default="fp32",
+    show_default=True,
+    help="fp32 rounds once; official repeats the official bf16 arithmetic bit for bit.",
+)
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where sums are made.",
+)
+unmatched_option = click.option(
+    "--allow-unmatched", is_flag=True, help="Go on although some keys of a LoRA match nothing."
+)
+
+
 class StrengthType(click.ParamType[Strength]):
     """A number, or one with others for some blocks."""
 

@@ -7,6 +7,7 @@ them. The weights of the transformer are copied from the base or a bake, or thos
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
     raises before it writes.
     """
     manifest = read_manifest(options.overlay)
-    made = None if options.make is None else plan_unwritten(options.make, reporter, headers_only=headers_only)
+    made = None if options.make is None else plan_unwritten(_making(options), reporter, headers_only=headers_only)
     bake = made.stated if made is not None else _bake(options, manifest)
     sources = list(_sources(options, manifest, made))
     names = [_official_names(component, entries, options) for component, _, entries in sources]
@@ -158,6 +159,18 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
     return ExportPlan(header, tuple(tensors), literals, units, bake, made)
 
 
+def _making(options: ExportOptions) -> BakeOptions:
+    """What is made on the way; it needs no name of its own."""
+    assert options.make is not None
+    return dataclasses.replace(options.make, name="export", force=options.force, export=_flags(options))
+
+
+def _flags(options: ExportOptions) -> str:
+    parts = [] if options.parts == PARTS[0] else [f"--parts {options.parts}"]
+    source = [] if options.source is None else [f"--source {quoted(options.source)}"]
+    return " ".join([f"-o {quoted(options.output)}", *parts, *source])
+
+
 def _place(tensor: TensorSpec, spec: TensorSpec | None, offsets: Mapping[str, int]) -> Place:
     if spec is None:
         return Place(tensor.name, tensor.nbytes, None)
@@ -171,10 +184,10 @@ def _bake(options: ExportOptions, manifest: Manifest) -> Bake | None:
     if options.bake is None:
         return None
     if options.bake not in manifest.bakes:
-        known = ", ".join(manifest.bakes) or "no bake"
-        raise UsageError(
-            "no such bake", file=options.overlay, expected=known, found=options.bake, next="choose another --bake"
-        )
+        known, start = list(manifest.bakes), f"ltxpack export {quoted(options.overlay)} {_flags(options)}"
+        close = difflib.get_close_matches(options.bake, known, 1, 0.0)
+        again = f"{start} --bake {close[0]}" if close else f"{start} --strength 0.5"
+        raise UsageError("no such bake", file=options.overlay, found=options.bake, items=known, next=again)
     found = manifest.bakes[options.bake]
     if options.form not in (None, found.format):
         raise UsageError(
@@ -252,7 +265,7 @@ def _metadata(options: ExportOptions, manifest: Manifest, bake: Bake | None, rep
         raise OverlayError(
             "was made by a version of ltxpack that did not keep the checkpoint's metadata, which an export needs",
             file=overlay,
-            next=f"ltxpack export {quoted(overlay)} -o {quoted(options.output)} --source {source}",
+            next=f"the same command with --source {source}",
         )
     else:
         kept = _metadata_of(options.source, manifest, reporter)
@@ -260,7 +273,7 @@ def _metadata(options: ExportOptions, manifest: Manifest, bake: Bake | None, rep
         raise SourceError(
             "has no licence text, which the checkpoint had and which is to be passed on with its weights",
             file=options.source or overlay,
-            next=f"ltxpack export {quoted(overlay)} -o {quoted(options.output)} --source SOURCE",
+            next="the same command with --source SOURCE, the folder, file or repo that has it",
         )
     return {**kept, MADE_FROM: json.dumps(_made_from(options, manifest, bake), sort_keys=True)}
 

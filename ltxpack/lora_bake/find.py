@@ -136,8 +136,8 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
     overlay = options.overlay
     lora = manifest.lora(DISTILLED) or (manifest.loras[0] if len(manifest.loras) == 1 else None)
     if lora is None:
-        names, advice = [lora.name for lora in manifest.loras], f"ltxpack bake-lora {quoted(overlay)} --lora FILE"
-        raise OverlayError("holds no distilled LoRA", file=overlay, items=names, next=f"{advice} --strength 1.0")
+        names = [lora.name for lora in manifest.loras]
+        raise OverlayError("holds no distilled LoRA", file=overlay, items=names, next=options.command(lora="FILE"))
     path = overlay / lora.file.path
     if not path.is_file() or path.stat().st_size != lora.file.size:
         problem = "is missing or has changed since the overlay was written"

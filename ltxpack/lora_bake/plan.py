@@ -71,7 +71,7 @@ class BakeOptions:
 
     ``added``: (file, PEFT folder or REPO/FILE; strength), applied in this order before the main one. ``keep_blocks``:
     those that quantised bakes leave in bf16, None for the usual ones. ``activations``: the file that fp8's input scales
-    are taken from.
+    are taken from. ``export``: the flags of the export that the bake is made for, "" if it is one of the overlay.
     """
 
     overlay: Path
@@ -86,6 +86,7 @@ class BakeOptions:
     allow_unmatched: bool = False
     keep_blocks: tuple[int, ...] | None = None
     activations: Path | None = None
+    export: str = ""
 
     @property
     def base_alone(self) -> bool:
@@ -103,14 +104,16 @@ class BakeOptions:
         flags = [f"--strength {_typed(strength)}" for strength in wanted.strengths]
         flags += [f"--lora {quoted(wanted.lora)}"] if wanted.lora is not None else []
         flags += [f"--add {quoted(f'{file}={_typed(strength)}')}" for file, strength in wanted.added]
-        named = (("--rule", wanted.rule, "fp32"), ("--name", wanted.name, None), ("--device", wanted.device, "auto"))
+        name = None if wanted.export else wanted.name
+        named = (("--rule", wanted.rule, "fp32"), ("--name", name, None), ("--device", wanted.device, "auto"))
         flags += [f"{flag} {quoted(value)}" for flag, value, default in named if value is not None and value != default]
         flags += [f"--format {form}" for form in wanted.formats if wanted.formats != (BF16,)]
         if wanted.keep_blocks is not None:
             flags.append(f"--keep-blocks {','.join(map(str, wanted.keep_blocks)) or 'none'}")
         flags += [f"--activations {quoted(wanted.activations)}"] if wanted.activations is not None else []
         flags += [flag for flag, on in (("--allow-unmatched", wanted.allow_unmatched), ("--force", wanted.force)) if on]
-        return " ".join(["ltxpack bake-lora", quoted(wanted.overlay), *flags])
+        command = ["ltxpack export" if wanted.export else "ltxpack bake-lora", quoted(wanted.overlay)]
+        return " ".join([*command, *([wanted.export] if wanted.export else []), *flags])
 
     def checked(self) -> BakeOptions:
         """The same with equal strengths once. Raises UsageError for anything wrong."""
