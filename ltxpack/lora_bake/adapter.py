@@ -50,7 +50,8 @@ class LoraTarget:
     ``methods`` are names of :data:`.lora_keys.METHODS`. ``tensors`` maps roles to byte ranges of the adapter file; of a
     fused projection each target has its own rows. ``factor`` is what the strength is multiplied by for a method with a
     rank: alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is as stated; of a rotation, its bound. ``terms``:
-    of the series that PEFT makes a rotation with, 0 for its limit.
+    of the series that PEFT makes a rotation with, 0 for its limit. ``over_base``: DoRA's magnitudes are factors of the
+    norms before the change.
     """
 
     weight: str
@@ -60,6 +61,7 @@ class LoraTarget:
     factor: float = 1.0
     alpha: float | None = None
     terms: int = PEFT_TERMS
+    over_base: bool = False
 
     @property
     def beyond_official(self) -> str | None:
@@ -409,8 +411,11 @@ class _Fit:
 
     def _has_shape(self, info: TensorInfo, shape: tuple[int, ...] | None) -> bool:
         # Some write [rank, in, 1, 1], as of a convolution.
-        if shape is not None and _trimmed(info.shape, len(shape)) == shape and 0 not in shape:
+        if shape is not None and _trimmed(info.shape, len(shape)) == shape and info.nbytes:
             return True
+        if not info.nbytes:
+            self.fault("empty tensor", f"{info.name} {list(info.shape)} changes nothing")
+            return False
         expected = "nothing to change there" if shape is None else list(shape)
         self.fault("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
         return False
@@ -522,7 +527,8 @@ def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget]) -> Iterator[s
     replaced = [name for name, target in targets.items() if "weight" in target.methods]
     if replaced:
         shown = ", ".join(replaced[:5]) + (" …" if len(replaced) > 5 else "")
-        yield f"{len(replaced)} tensors are replaced whole (at strength 1; else that share of the way): {shown}"
+        what = "1 tensor is" if len(replaced) == 1 else f"{len(replaced)} tensors are"
+        yield f"{what} replaced whole (at strength 1; else that share of the way): {shown}"
 
 
 def _warnings(file: TensorFile, keys: Iterable[LoraKey], unmatched: Sequence[str]) -> Iterator[str]:

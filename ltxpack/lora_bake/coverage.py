@@ -73,6 +73,8 @@ class BakeReport:
         for lora in document["loras"]:
             ranks, scales = ", ".join(sorted(lora["ranks"], key=int)) or "none", lora["scales"]
             others = f" and {lora['other_tensors']} other tensors" if lora["other_tensors"] else ""
+            methods = [name for name in lora["methods"] if name != "lora"]
+            others += f", {', '.join(lora['methods'])}" if methods else ""
             span = f"{scales[0]:g}" if len(scales) == 1 else f"{scales[0]:g} to {scales[-1]:g}"
             lines.append(
                 f"  {lora['name']} at {told_strength(lora['strength'])}: {lora['matched']} of {lora['total']} linears"
@@ -195,7 +197,7 @@ def _lora(lora: LoraUse, shapes: Shapes, rule: str) -> dict[str, Any]:
     linears = linear_modules(shapes)
     matched = {name for name in targets if name.removesuffix(".weight") in linears}
     ranks = Counter(target.rank for target in targets.values() if target.rank)
-    alphas = {f"{target.alpha:g}" for target in targets.values() if target.alpha is not None}
+    alphas = {f"{target.alpha:g}" for target in targets.values() if target.rank and target.alpha is not None}
     totals = Counter(split_name(module)[1] for module in linears)
     counts = Counter(split_name(name)[1] for name in matched)
     return {

@@ -285,6 +285,7 @@ def _facts(lora: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str]]:
     yield "matched", f"{lora['matched']:,} of {lora['total']:,} linears{_others(lora['other_tensors'])}"
     yield "ranks", _listed((f"{rank} ×{count:,}" for rank, count in ranks), [rank for rank, _ in ranks])
     yield "alpha", (_listed(lora["alphas"]) if lora["alphas"] else "none in the file") + ignored
+    yield "methods", _listed(f"{method} ×{count:,}" for method, count in lora["methods"].items())
     for label, key in (("DoRA", "dora"), ("full differences", "full_differences")):
         yield label, _count(lora[key], "target") if lora[key] else "none"
     yield "left out", f"{_count(len(lora['left_out']), 'target')}, listed below" if lora["left_out"] else "none"

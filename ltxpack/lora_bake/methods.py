@@ -50,7 +50,8 @@ def term_of(target: LoraTarget, tensors: Tensors, work: Workspace) -> Term:
             made["delta"] = operands["delta"] + made["delta"]
         operands |= made
     if "magnitude" in tensors:
-        operands |= {"magnitude": tensors["magnitude"], "over_inputs": needs_whole(target)}
+        sides = {"over_inputs": needs_whole(target), "over_base": target.over_base}
+        operands |= {"magnitude": tensors["magnitude"], **sides}
     return Term(target.factor, **operands)
 
 

@@ -246,7 +246,7 @@ def evil_document() -> dict[str, Any]:
         "kinds": {EVIL: {**figures, "largest_change": 0.1}},
         "loras": [{"name": EVIL, "file": EVIL, "strength": 1.0, "scales": [1.0], "ranks": {"4": 1}, "matched": 1,
                    "total": 1, "other_tensors": 0, "namings": [EVIL], "blake3": EVIL, "alphas": [EVIL],
-                   "dora": 0, "full_differences": 0, "left_out": [EVIL],
+                   "dora": 0, "full_differences": 0, "methods": {"lora": 1}, "left_out": [EVIL],
                    "kinds": {EVIL: kind, f"proj_in.{EVIL}": kind}}],
         "targets": {f"blocks.0.{EVIL}": {"change": 0.1, "changed": 1, "elements": 1, "terms": []},
                     EVIL: {"change": None, "changed": 1, "elements": 1, "terms": []}},
