@@ -13,8 +13,9 @@ import click
 
 from ltxpack import __version__
 from ltxpack.cli.streams import hold_streams, lost_result
-from ltxpack.cli.terminal import say_error
+from ltxpack.cli.terminal import TerminalReporter, say_error
 from ltxpack.errors import LtxpackError
+from ltxpack.files.environment import set_aside
 
 INTERRUPTED = 130
 
@@ -49,6 +50,8 @@ def cli() -> None:
     ltxpack bake-lora --strength 1.0
     ltxpack run out/ --prompt "..."
     """
+    for told in set_aside():
+        TerminalReporter().warn(told)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from urllib.parse import unquote, urlsplit
 
 from ltxpack import __version__
 from ltxpack.errors import LtxpackError, SourceError, UsageError
+from ltxpack.files.environment import endpoint_fault, network_fault
 from ltxpack.files.publish import atomic_write
 from ltxpack.files.tensorfile import header_length
 from ltxpack.files.units import human_bytes
@@ -206,6 +207,7 @@ class Hub:
     def _ask(self, request: HubRequest) -> RepoInfo:
         """What the hub holds. It describes gated repositories to everyone, so this asks for one file as well."""
         with self._explained(request):
+            self._check_environment(request)
             self._check_token(request)
             try:
                 ask, repo, revision = self._api.model_info, request.repo, request.revision
@@ -256,6 +258,13 @@ class Hub:
 
     def _request(self, repo: str, revision: str | None = None, name: str | None = None) -> HubRequest:
         return HubRequest(self._endpoint, self._cache, repo, revision, name)
+
+    def _check_environment(self, request: HubRequest) -> None:
+        """Refuses by name a variable that the HTTP library would fail at."""
+        fault = endpoint_fault(self._endpoint) or network_fault(self._reporter.warn)
+        if fault is not None:
+            facts = {"variable": fault.variable, "value": fault.value, "why": fault.reason, "instead": fault.next}
+            raise tell(hub_errors.BAD_VARIABLE, request, facts)
 
     def _check_token(self, request: HubRequest) -> None:
         """Refuses a token that is not fit for a header: the HTTP library would quote it, whole, in its error."""

@@ -76,6 +76,7 @@ NO_FILE = Row("no such file in the repository", "see {page}/tree/{branch} for wh
 NOT_UNDERSTOOD = Row("the hub's answer cannot be used: {reason}", _CHECK)
 NO_ROOM = Row("the disk of the hub cache is full", _ROOM)
 BAD_TOKEN = Row("the access token holds characters that no token has", _LOGIN)
+BAD_VARIABLE = Row("{variable} cannot be used: {why}", "{instead}", "{variable}={value}", away=True)
 BROKE_OFF = Row(
     "the download broke off, after several tries", "run the same command again; it goes on from there", away=True
 )
