@@ -378,7 +378,7 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseT
     for bake in bakes:
         for item in bake.missing_items():
             if not isinstance(item, WriteShard):
-                bake.record(write_item(item, bake.root, copy=False, reporter=reporter))
+                bake.record(write_item(item, bake.root, bake.plan.overlay, copy=False, reporter=reporter))
     for arithmetic in dict.fromkeys(bake.arithmetic for bake in bakes):
         with Engine(adapters, arithmetic, reporter) as engine:
             for shard in base.shards:

@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -144,7 +145,7 @@ def restore_base(
     needed = sources(items)
     for file in (file for files in found.values() for file in files.values() if file.path in needed):
         access.fetch(file)
-    linked = any(record.link == "hard" for record in manifest.records())
+    linked = any(record.link == "hard" for record in replace(manifest, bakes={}).records())
     repair(items, overlay, manifest, reporter, copy=not linked)
 
 

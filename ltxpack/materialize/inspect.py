@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import LtxpackError, OtherFormatError, SourceError, quoted
+from ltxpack.files.foreign import entries
 from ltxpack.files.lookalikes import ARCHIVE, GGUF, WEIGHT_FORMATS
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
 from ltxpack.files.unfinished import refuse_unfinished
@@ -323,7 +324,7 @@ def _bake(bake: Bake) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     """A folder that is no overlay: its safetensors files, each in a line's worth."""
-    files = sorted(path for path in folder.iterdir() if path.name.endswith((WEIGHTS, *OTHER_WEIGHTS)))
+    files = sorted(path for path in entries(folder) if path.name.endswith((WEIGHTS, *OTHER_WEIGHTS)))
     if not files:
         raise SourceError(
             "holds neither an overlay nor a .safetensors file", file=folder, next="ltxpack inspect FILE_OR_OVERLAY"

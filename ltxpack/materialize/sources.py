@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
 from ltxpack.files import tensorfile
+from ltxpack.files.foreign import entries, is_foreign
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.releases import (
@@ -321,12 +322,20 @@ def local_folder(folder: Path) -> InputFolder:
     """The files of ``folder`` that may enter an overlay, and of its subfolders that hold a config.json."""
     endings = (WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS)
     try:
-        folders = [folder, *(inner for inner in folder.iterdir() if (inner / "config.json").is_file())]
-        found = sorted(path for place in folders for path in place.iterdir() if path.name.endswith(endings))
+        folders = [folder, *filter(_has_config, entries(folder))]
+        found = sorted(path for place in folders for path in entries(place) if path.name.endswith(endings))
         files = {path.relative_to(folder).as_posix(): local_file(path) for path in found if path.is_file()}
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=folder) from None
     return InputFolder(str(folder), files)
+
+
+def _has_config(folder: Path) -> bool:
+    """Whether ``folder`` holds a config.json that can be seen: a disk has folders of the system, too."""
+    try:
+        return (folder / "config.json").is_file()
+    except OSError:
+        return False
 
 
 def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | None = None) -> InputFolder:
@@ -348,6 +357,7 @@ def _repo_folder(info: RepoInfo, access: Access) -> InputFolder:
         name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)
         for name, file in info.files.items()
         if name.endswith((WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS))
+        and not is_foreign(name)
         and all(tensorfile.plain_file_name(part) for part in name.split("/"))
     }
     return InputFolder(info.repo if info.revision is None else f"{info.repo}@{info.revision}", files, info)

@@ -7,7 +7,7 @@ lock is inside what is published, and the system drops all locks when the proces
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import fcntl
 import json
 import os
@@ -19,8 +19,6 @@ from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.publish import write_errors
 from ltxpack.reporter import Reporter, SilentReporter
 
-# EBADF: NFS locks no folder, which cannot be opened for writing.
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL})
 LOCK_FILE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 WORK_FOLDER = ".ltxpack"
@@ -41,7 +39,7 @@ def refuse_links(*folders: Path) -> None:
 class OverlayLock:
     """Holds ``overlay`` (there already or not) for this process. Use as a context manager.
 
-    ``shared``: only reads, together with others that do so. Where the filesystem has no locks nothing is held and the
+    ``shared``: only reads, together with others that do so. Where the filesystem refuses locks nothing is held and the
     reporter gets a note. Raises OverlayError, which names the process and host that hold it if they are known.
     """
 
@@ -51,16 +49,20 @@ class OverlayLock:
         self._beside = self._target.parent / f".{self._target.name}.lock"
         self._reporter = reporter or SilentReporter()
         self._shared = shared
+        self._told = False
         # Lock file (if any) and folders.
         self._held: list[tuple[int, Path]] = []
 
     def __enter__(self) -> Self:
         try:
             with write_errors(self._beside):
-                if not self._shared and (not self._target.is_dir() or os.access(self._target.parent, os.W_OK)):
+                there = self._target.is_dir()
+                if not self._shared and (not there or os.access(self._target.parent, os.W_OK)):
                     self._target.parent.mkdir(parents=True, exist_ok=True)
-                    self._hold(self._beside, LOCK_FILE)
-                if self._target.is_dir():
+                    # The folder's own lock will do where none can be made beside it.
+                    with contextlib.suppress(OSError) if there else contextlib.nullcontext():
+                        self._hold(self._beside, LOCK_FILE)
+                if there:
                     self.hold_folder(self._target)
         except BaseException:
             self.__exit__()
@@ -70,7 +72,8 @@ class OverlayLock:
     def __exit__(self, *exception: object) -> None:
         for fd, path in reversed(self._held):
             if path == self._beside:  # removed while it is held, so that nobody else's lock is removed
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
             os.close(fd)
         self._held.clear()
 
@@ -85,22 +88,26 @@ class OverlayLock:
             self._held.append((fd, path))
             try:
                 fcntl.flock(fd, (fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), path.stat()):
-                    break
-            except FileNotFoundError:
-                pass
             except BlockingIOError:
                 self._held.pop()
                 raise self._in_use(fd) from None
             except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                self._reporter.note(f"{path}: this filesystem has no locks; run one ltxpack at a time on it")
+                self._tell(path, error)
                 break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), path.stat()):
+                    break
             os.close(self._held.pop()[0])
         if path == self._beside:
-            os.ftruncate(fd, 0)
-            os.write(fd, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+            with contextlib.suppress(OSError):  # a full disk
+                os.ftruncate(fd, 0)
+                os.write(fd, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+
+    def _tell(self, path: Path, error: OSError) -> None:
+        if not self._told:
+            why = f"this filesystem has no locks ({error.strerror})"
+            self._reporter.note(f"{path}: {why}; run one ltxpack at a time on it")
+        self._told = True
 
     def _in_use(self, fd: int) -> OverlayError:
         try:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Self
 
 from ltxpack.errors import OverlayError, SourceError
 from ltxpack.files import bounded_json
+from ltxpack.files.foreign import entries, is_foreign
 from ltxpack.files.publish import (
     atomic_write,
     existing_parent,
@@ -51,8 +52,6 @@ PARTIAL = ".partial"
 BAKES = "bakes"
 # Names the staging folder of a whole overlay inside of it: no bake may have the name.
 WHOLE = "base"
-# What a new filesystem holds.
-LOST_AND_FOUND = "lost+found"
 FORMAT = 1
 # A line is some 200 bytes, with what a bake measured some 100 KB; more than this is not read.
 MAX_JOURNAL_BYTES = 16 * 1024 * 1024
@@ -372,11 +371,15 @@ def unfinished(overlay: Path) -> list[Path]:
     return [paths.work for paths in _begun(real_target(overlay))]
 
 
+def staging_bases(overlay: Path) -> list[Path]:
+    """The folders of ``overlay`` that staging folders may be in: all that may be mount points with bakes."""
+    return [overlay, overlay / BAKES, *sorted((overlay / BAKES).glob("*/"))]
+
+
 def _begun(overlay: Path) -> list[StagingPaths]:
     """The staging folders that are there, of the whole overlay and of bakes."""
-    bases = [overlay, overlay / BAKES, *sorted((overlay / BAKES).glob("*/"))]
     places = StagingPaths.all(overlay, "")
-    for base in bases:
+    for base in staging_bases(overlay):
         for path in sorted((base / WORK_FOLDER).glob(f"*{PARTIAL}")):
             name = path.name.removesuffix(PARTIAL)
             if BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES:
@@ -386,7 +389,7 @@ def _begun(overlay: Path) -> list[StagingPaths]:
 
 def _occupied(folder: Path) -> bool:
     """Whether ``folder`` holds anything but what systems put into folders, and unfinished work of ours."""
-    return any(not path.name.startswith(".") and path.name != LOST_AND_FOUND for path in folder.iterdir())
+    return any(entries(folder))
 
 
 def _is_half_filled(paths: StagingPaths) -> bool:
@@ -394,9 +397,9 @@ def _is_half_filled(paths: StagingPaths) -> bool:
     journal = Journal.read(paths.journal)
     if journal.replaced is None or not os.path.lexists(paths.payload / MANIFEST_NAME):
         return False
-    found = (path for path in _files_below(paths.target) if not path.name.startswith("."))
-    names = (path.relative_to(paths.target).as_posix() for path in found)
-    return paths.base is not None or is_overlay(paths.target) or all(name in journal.records for name in names)
+    names = (path.relative_to(paths.target).as_posix() for path in _files_below(paths.target))
+    ours = all(name in journal.records for name in names if not is_foreign(name))
+    return paths.base is not None or is_overlay(paths.target) or ours
 
 
 def remove_below(root: Path, keep: Collection[str] = ()) -> None:

@@ -15,18 +15,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ltxpack.errors import LtxpackError, OverlayError
+from ltxpack.files.foreign import LOST_AND_FOUND, is_foreign
 from ltxpack.files.publish import atomic_write, fsync_folder, move_file, write_errors
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import INDEX_ENDING, Item
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
-from ltxpack.repack.staging import PARTIAL, recover, remove_below, unfinished
+from ltxpack.repack.staging import PARTIAL, recover, remove_below, staging_bases, unfinished
 from ltxpack.repack.write import preflight, write_item
 from ltxpack.reporter import Reporter
 
 # The problem of a file that somebody else put there, which no repair touches.
 NOT_OURS = "is not in the manifest"
+MAX_FOREIGN = 10
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         begun = unfinished(overlay)
         for path in begun:
             reporter.note(f"{path}: unfinished work; run the command that began it again to finish it")
-        reporter.begin("verifying", sum(record.size for record in records.values() if not record.is_symlink), "B")
+        sizes = (record.size for record in records.values() if not (overlay / record.path).is_symlink())
+        reporter.begin("verifying", sum(sizes), "B")
         faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
         reporter.end()
         # A bake killed while it was published may be in its place already, but the manifest does not name it yet.
         unnamed = {path.name.removesuffix(PARTIAL) for path in begun} - manifest.bakes.keys()
-        faults += _stray_faults(overlay, records, {f"bakes/{name}" for name in unnamed})
+        strays = list(_strays(overlay, records, {f"bakes/{name}" for name in unnamed}))
+        faults += [Fault(path, NOT_OURS) for path in strays if not is_foreign(path)]
+        _tell_foreign([path for path in strays if is_foreign(path)], reporter)
         bad = {fault.path for fault in faults}
         # Folders whose shards together make one model: those of components and bakes, not ``loras``.
         models = [part.files for part in manifest.components.values()] + [
@@ -81,6 +86,7 @@ def damaged(faults: Iterable[Fault], manifest: Manifest) -> frozenset[str]:
 def _file_faults(
     record: FileRecord, records: Mapping[str, FileRecord], overlay: Path, reporter: Reporter
 ) -> Iterator[Fault]:
+    """A file of the right content in the place of a link is none: copies of an overlay have them."""
     path = overlay / record.path
     linked = next((parent for parent in _parents(record.path) if (overlay / parent).is_symlink()), None)
     if linked is not None:
@@ -91,13 +97,11 @@ def _file_faults(
     except OSError as error:
         yield Fault(record.path, "is missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}")
         return
-    if stat.S_ISLNK(status.st_mode) != record.is_symlink:
-        what = "a link" if stat.S_ISLNK(status.st_mode) else "a file of its own"
-        yield Fault(record.path, "was replaced", record.link or "a file of its own", what)
-    elif record.is_symlink:
+    is_link = stat.S_ISLNK(status.st_mode)
+    if is_link and record.is_symlink:
         yield from _link_faults(record, records, path)
     elif not stat.S_ISREG(status.st_mode):
-        yield Fault(record.path, "was replaced", "a file", "something else")
+        yield Fault(record.path, "was replaced", record.link or "a file of its own", "a link" if is_link else "no file")
     elif status.st_size != record.size:
         yield Fault(record.path, f"size differs{_blame(record)}", f"{record.size} bytes", f"{status.st_size} bytes")
     else:
@@ -130,17 +134,23 @@ def _link_faults(record: FileRecord, records: Mapping[str, FileRecord], path: Pa
         yield Fault(record.path, "links to a file that is missing", goal)
 
 
-def _stray_faults(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[str]) -> Iterator[Fault]:
+def _strays(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[str]) -> Iterator[str]:
+    """What is in ``overlay`` beside its files; a foreign folder as a whole, begun work not at all."""
+    ours = {(place / WORK_FOLDER).relative_to(overlay).as_posix() for place in staging_bases(overlay)}
     for name, folders, files in os.walk(overlay):
-        folder = Path(name)
-        folders[:] = [entry for entry in folders if (folder / entry).relative_to(overlay).as_posix() not in begun]
-        if folder == overlay and WORK_FOLDER in folders and not (folder / WORK_FOLDER).is_symlink():
-            folders.remove(WORK_FOLDER)
-        links = [entry for entry in folders if (folder / entry).is_symlink()]
-        for entry in (*files, *links):
-            path = (folder / entry).relative_to(overlay).as_posix()
+        place = Path(name).relative_to(overlay)
+        folders[:] = [entry for entry in folders if (place / entry).as_posix() not in ours | {*begun, LOST_AND_FOUND}]
+        whole = [entry for entry in folders if is_foreign(entry) or (overlay / place / entry).is_symlink()]
+        folders[:] = [entry for entry in folders if not is_foreign(entry)]
+        for path in ((place / entry).as_posix() for entry in (*files, *whole)):
             if path not in records and path != MANIFEST_NAME:
-                yield Fault(path, NOT_OURS)
+                yield path
+
+
+def _tell_foreign(paths: Sequence[str], reporter: Reporter) -> None:
+    if paths:
+        more = f" and {len(paths) - MAX_FOREIGN} more" if len(paths) > MAX_FOREIGN else ""
+        reporter.note(f"not the overlay's, and no damage: {', '.join(sorted(paths)[:MAX_FOREIGN])}{more}")
 
 
 def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord], bad: set[str]) -> Iterator[Fault]:
@@ -203,7 +213,7 @@ def repair(
             for item in items:
                 target = overlay / item.path
                 refuse_links(*(overlay / parent for parent in _parents(item.path)))
-                changed[item.path] = write_item(item, root, copy=copy, reporter=reporter)
+                changed[item.path] = write_item(item, root, overlay, copy=copy, reporter=reporter)
                 _refuse_other_content(changed[item.path], records[item.path], target)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 move_file(root / item.path, target)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import posixpath
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ from ltxpack.files.publish import Temporary, existing_parent, fsync_file, write_
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
 from ltxpack.files.zeros import ZeroStretches
-from ltxpack.manifest import FileRecord, safe_relative_path
+from ltxpack.manifest import FileRecord, changed_file, safe_relative_path
 from ltxpack.repack.items import Buffer, CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging
 from ltxpack.reporter import Reporter
@@ -57,22 +58,23 @@ def execute(
     if left:
         reporter.begin("writing", sum(item.size for item in left), "B")
         for item in left:
-            staging.record(write_item(item, staging.root, copy=copy, reporter=reporter, zeros=zeros))
+            record = write_item(item, staging.root, staging.paths.overlay, copy=copy, reporter=reporter, zeros=zeros)
+            staging.record(record)
         reporter.end()
     return tuple(staging.done[item.path] for item in items)
 
 
 def write_item(
-    item: Item, root: Path, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
+    item: Item, root: Path, overlay: Path, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
 ) -> FileRecord:
-    """Write one item under ``root``, whole and on the disk."""
+    """Write one item under ``root``, whole and on the disk. What links lead to is in ``overlay``."""
     match item:
         case WriteShard():
             return write_shard(item, root, reporter, zeros=zeros)
         case CopyFile():
             return copy_file(item, root, reporter, allow_link=not copy, zeros=zeros)
         case LinkFile():
-            record = write_link(item, root)
+            return write_link(item, root, overlay, reporter)
         case WriteBytes():
             record = write_bytes(item, root)
     reporter.advance(item.size)
@@ -223,16 +225,30 @@ def write_bytes(item: WriteBytes, root: Path) -> FileRecord:
         return writer.close()
 
 
-def write_link(item: LinkFile, root: Path) -> FileRecord:
-    """Make the relative symlink under ``root``."""
+def write_link(item: LinkFile, root: Path, overlay: Path, reporter: Reporter) -> FileRecord:
+    """Make the relative symlink under ``root``; where the filesystem has none, take over the file in ``overlay``.
+
+    Advances ``reporter`` by the file's size. Raises OverlayError if a file that is taken over is not what was planned.
+    """
     path = root / item.path
+    assert item.link is not None
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         link = Temporary(path, made=False)
-        assert item.link is not None
-        link.path.symlink_to(item.link)
-        link.publish(synced=True)
-    return item
+        try:
+            link.path.symlink_to(item.link)
+            link.publish(synced=True)
+        except OSError as error:
+            link.discard()
+            reporter.detail(f"{item.path}: no link: {error.strerror}")
+        else:
+            reporter.advance(item.size)
+            return item
+    goal = overlay / posixpath.normpath(posixpath.join(posixpath.dirname(item.path), item.link))
+    record = copy_file(CopyFile(item.path, goal, item.size), root, reporter)
+    if record.blake3 != item.blake3:
+        raise changed_file(goal, f"blake3 {item.blake3}", f"blake3 {record.blake3}")
+    return record
 
 
 def preflight(items: Sequence[Item], folder: Path, *, copy: bool) -> None:
@@ -261,8 +277,10 @@ def require_space(folder: Path, written: int, files: int) -> None:
 
 def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:
     """Whether it is a link, or a file that can probably be reflinked or hard-linked into ``folder``."""
+    if isinstance(item, LinkFile):
+        return _has_links(existing_parent(folder))
     if not isinstance(item, CopyFile) or copy:
-        return isinstance(item, LinkFile)
+        return False
     try:
         status = item.source.stat()
         # Linux (protected_hardlinks) lets users link only what they own or may write.
@@ -270,6 +288,23 @@ def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:
         return mine and status.st_dev == existing_parent(folder).stat().st_dev
     except OSError:
         return False
+
+
+def _has_links(folder: Path) -> bool:
+    """Whether links of any kind can be made in ``folder``."""
+    first, second = (Temporary(folder / "trial", made=False) for _ in range(2))
+    try:
+        first.path.touch()
+        for make in (second.path.symlink_to, second.path.hardlink_to):
+            with contextlib.suppress(OSError):
+                make(first.path)
+                return True
+        return False
+    except OSError:
+        return True
+    finally:
+        first.discard()
+        second.discard()
 
 
 class TensorWriter(Protocol):

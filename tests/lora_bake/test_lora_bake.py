@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
 import math
@@ -11,6 +12,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -253,6 +255,31 @@ def test_shards_without_a_changed_tensor_are_relative_links(tmp_path: Path) -> N
     assert verify(overlay, SilentReporter()) == []
     moved = overlay.rename(tmp_path / "elsewhere")
     assert verify(moved, SilentReporter()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV])
+@pytest.mark.parametrize("hard", [True, False], ids=["hard links", "copies"])
+def test_where_there_are_no_symlinks_shards_are_hard_links_or_copies(
+    hard: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = [module for module in linears() if module.startswith("transformer_blocks.2.")]
+    overlay = make_overlay(tmp_path / "out", BASE, shards=6, distilled=official_keys(low_rank(block)))
+    [name] = run(overlay, 1.0)
+    usual = {path.name: path.read_bytes() for path in (overlay / "bakes" / name).iterdir()}
+    linked = {record.path for record in read_manifest(overlay).bakes[name].files if record.link}
+    for made in ("symlink", "link")[: 1 if hard else 2]:
+        monkeypatch.setattr(os, made, mock.Mock(side_effect=OSError(code, os.strerror(code))))
+    run(overlay, 1.0, force=True)
+    monkeypatch.undo()
+    records = {record.path: record.link for record in read_manifest(overlay).bakes[name].files}
+    assert {path for path, link in records.items() if link == "hard"} == (linked if hard else set())
+    assert all(link in (None, "hard") for link in records.values())
+    assert {path.name: path.read_bytes() for path in (overlay / "bakes" / name).iterdir()} == usual
+    for path in linked:
+        assert (overlay / path).samefile(overlay / "transformer" / Path(path).name) == hard
+    assert verify(overlay, SilentReporter()) == []
+    assert not bake(options(overlay, 1.0), SilentReporter())[0].made, "it is there already"
+    assert run(overlay, 1.0, force=True) and verify(overlay, SilentReporter()) == []
 
 
 def test_strength_zero(overlay: Path, style: Path) -> None:

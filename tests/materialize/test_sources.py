@@ -53,6 +53,21 @@ def test_a_folder_is_enough_and_a_single_file_finds_the_others_beside_it(source:
     assert find(renamed).checkpoint.path == renamed
 
 
+def test_files_of_systems_are_no_inputs(source: Path, tmp_path: Path) -> None:
+    """As macOS leaves them on other disks, beside every file; and a disk's folders of its own."""
+    expected, before = find(source), tmp_path / "before"
+    shutil.copytree(source, before)
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    shutil.copytree(before / tiny_source.GEMMA, source / ".Trash-1000")
+    (source / "lost+found").mkdir(mode=0)
+    assert find(source) == expected
+    taken, usual = ([file.name for _, file in read(place).files()] for place in (source, before))
+    assert taken == usual
+    found = find("a/b", FakeHub({"a/b": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA}))
+    assert {role: getattr(found, role).name for role in tiny_source.NAMES} == tiny_source.NAMES
+
+
 @pytest.mark.parametrize("role", tiny_source.NAMES)
 def test_two_candidates_are_refused_and_listed(source: Path, role: str) -> None:
     name = tiny_source.NAMES[role]

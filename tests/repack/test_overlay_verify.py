@@ -93,7 +93,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
     "the source of a hard link changed": (change_source, {LORA: "the source file it is hard-linked to was changed"}),
     "replaced by a link": (lambda out: replace(out / SHARD, Path.symlink_to, "/etc/hostname"), {SHARD: "was replaced"}),
     "replaced by a folder": (lambda out: replace(out / SHARD, Path.mkdir), {SHARD: "was replaced"}),
-    "a link replaced by a file": (lambda out: rewrite(out / BAKED, flip), {BAKED: "was replaced"}),
+    "a link replaced by another file": (lambda out: rewrite(out / BAKED, flip), {BAKED: "content differs"}),
+    "a link replaced by the file": (lambda out: rewrite(out / BAKED, lambda data: None), {}),
+    "a link replaced by a folder": (lambda out: replace(out / BAKED, Path.mkdir), {BAKED: "was replaced"}),
     "a link that leads elsewhere": (
         lambda out: replace(out / BAKED, Path.symlink_to, f"../../{SHARD}"),
         {BAKED: "links elsewhere"},
@@ -175,7 +177,23 @@ def test_unfinished_work_is_told_and_is_no_fault(overlay: Path, listener: Notes)
     assert len(listener.notes) == 2
     (overlay / "transformer/.ltxpack").mkdir()
     (overlay / "transformer/.ltxpack/a.safetensors").write_bytes(b"x")
-    assert [fault.path for fault in verify(overlay, SILENT)] == ["transformer/.ltxpack/a.safetensors"]
+    assert verify(overlay, listener) == []
+    assert listener.notes[-1] == "not the overlay's, and no damage: transformer/.ltxpack"
+
+
+def test_files_of_systems_are_told_in_one_line_and_are_no_fault(overlay: Path, listener: Notes) -> None:
+    for name in (".DS_Store", "transformer/._config.json", f"bakes/b/._{Path(SECOND).name}", ".git/config"):
+        (overlay / name).parent.mkdir(exist_ok=True)
+        (overlay / name).write_bytes(b"\0\5\x16\7")
+    (overlay / "lost+found").mkdir(mode=0)
+    (overlay / "notes.txt").write_bytes(b"the user's")
+    assert [fault.path for fault in verify(overlay, listener)] == ["notes.txt"]
+    names = f".DS_Store, .git, bakes/b/._{Path(SECOND).name}, transformer/._config.json"
+    assert listener.notes == [f"not the overlay's, and no damage: {names}"]
+    for number in range(20):
+        (overlay / f"loras/._{number}.safetensors").write_bytes(b"x")
+    assert len(verify(overlay, listener)) == 1
+    assert listener.notes[-1].endswith(" and 14 more")
 
 
 def test_progress_is_that_of_the_bytes_read(overlay: Path, listener: Notes) -> None:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from blake3 import blake3
@@ -507,15 +508,37 @@ def test_verifying_waits_for_nobody_who_reads(source: Path, tmp_path: Path) -> N
         verify(tmp_path / "out", SILENT)
 
 
-def test_a_filesystem_without_locks_is_told(tmp_path: Path, listener: Notes, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flock(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+@pytest.mark.parametrize("code", ["ENOLCK", "EBADF", "EIO", "ENOSYS", "EACCES", "ESTALE", "EREMOTEIO"])
+def test_a_filesystem_without_locks_is_told_once(
+    code: str, source: Path, tmp_path: Path, listener: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = OSError(getattr(errno, code), "refused")
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=problem))
+    materialize(source, tmp_path / "out", listener)
+    why = "this filesystem has no locks (refused); run one ltxpack at a time on it"
+    assert listener.notes == [f"{tmp_path}/.out.lock: {why}"]
+    assert verify(tmp_path / "out", listener) == []
+    assert listener.notes[1:] == [f"{tmp_path}/out: {why}"]
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with OverlayLock(tmp_path / "out", listener):
-        assert listener.notes == [
-            f"{tmp_path}/.out.lock: this filesystem has no locks; run one ltxpack at a time on it"
-        ]
+
+def test_a_lock_file_that_cannot_be_made_or_filled_stops_nobody(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def opened(path: Any, flags: int, *mode: Any, **more: Any) -> int:
+        if str(path).endswith(".lock"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *mode, **more)
+
+    materialize(source, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        materialize(source, tmp_path / "out", force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", mock.Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        materialize(source, tmp_path / "out", force=True)
+    assert verify(tmp_path / "out", SILENT) == []
 
 
 def test_preflight_refuses_before_the_first_byte(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ltxpack.errors import FormatError, LtxpackError, OverlayError, SourceError, UnsupportedError, quoted
+from ltxpack.files.foreign import is_foreign
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo, read_index, read_json, read_tensorfile
 from ltxpack.ltx23.codes import never_cast
@@ -199,7 +200,8 @@ def verify_command(folder: Path) -> str:
 
 def _weight_files(folder: Path) -> tuple[Mapping[str, str], list[str]]:
     """Tensor name -> file name of the folder's index, empty without one; and the names of the files."""
-    indices, files = (sorted(path.name for path in folder.glob(f"*{end}")) for end in (INDEX_SUFFIX, ".safetensors"))
+    names = sorted(path.name for path in folder.glob("*") if not is_foreign(path.name))
+    indices, files = ([name for name in names if name.endswith(end)] for end in (INDEX_SUFFIX, ".safetensors"))
     if len(indices) > 1:
         raise OverlayError("several indices", file=folder, items=indices)
     if indices:
