@@ -7,17 +7,24 @@ Spec 02, sections 1, 2 and 7. Knows nothing of arithmetic.
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ltxpack.errors import AdapterError, SourceError
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_json, read_tensorfile
-from ltxpack.lora_bake import peft
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake.methods import FORMULAS
-from ltxpack.lora_bake.peft import MAX_ALPHA, PeftConfig
 from ltxpack.ltx23.contents import described
+from ltxpack.ltx23.lora_facts import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    Configuration,
+    LoraFacts,
+    ReadTensor,
+    configuration_beside,
+    read_configuration,
+    read_facts,
+)
 from ltxpack.ltx23.lora_keys import METHODS, SCALE, LoraKey, Method, ModuleNames, belongs_elsewhere, parse_key
 from ltxpack.manifest import BakedLora
 from ltxpack.materialize.checkpoint import read_lora
@@ -28,19 +35,12 @@ FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 PEFT_TERMS = 5
 # More different beginnings of names than this are another model's.
 MAX_RESTS = 2
-PEFT_WEIGHTS = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
-
-_SCALARS = {
-    "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b",
-}  # fmt: skip
 # Which of a method's tensors change the module's bias, not its weight.
 _BIAS_ROLES = frozenset({"up_b", "diff_b", "bias"})
 # Methods that change norms and tables too, not only linears.
 _ANY_SHAPE = ("diff", "weight")
 
 Shapes = Mapping[str, tuple[int, ...]]
-ReadTensor = Callable[[TensorInfo], bytes]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits the transformer. ``skipped`` are modules left out because the caller allowed it."""
+    """An adapter that fits the transformer. ``skipped`` are modules left out because the caller allowed it.
+
+    ``foreign``: the other model that it says it was made for. ``notes``, ``warnings``: what to tell of it.
+    """
 
     name: str
     path: Path
@@ -82,6 +85,8 @@ class Adapter:
     styles: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     config: Path | None = None
+    foreign: str | None = None
+    notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -127,13 +132,21 @@ class LoraUse:
         return cls(adapter, BakedLora(*file, by.value, scale, by.blocks))
 
 
-def open_adapter(path: Path, shapes: Shapes, *, name: str | None = None, allow_unmatched: bool = False) -> Adapter:
+def open_adapter(
+    path: Path,
+    shapes: Shapes,
+    *,
+    name: str | None = None,
+    allow_unmatched: bool = False,
+    files: tuple[Path, Path | None] | None = None,
+) -> Adapter:
     """The adapter at ``path`` (a safetensors file or a PEFT folder), fitted to a transformer.
 
-    ``shapes`` maps the transformer's tensor names (diffusers spelling) to their shapes. Raises SourceError or
-    FormatError for a file that cannot be read, AdapterError listing everything that does not fit.
+    ``files``: its weights and configuration, where these are known already. ``shapes`` maps the transformer's tensor
+    names (diffusers spelling) to their shapes. Raises SourceError or FormatError for a file that cannot be read,
+    AdapterError listing everything that does not fit.
     """
-    weights, config = adapter_files(path)
+    weights, config = files or adapter_files(path)
     file = read_tensorfile(weights)
     with weights.open("rb") as stream:
 
@@ -141,13 +154,13 @@ def open_adapter(path: Path, shapes: Shapes, *, name: str | None = None, allow_u
             stream.seek(info.start)
             return stream.read(info.nbytes)
 
-        stated = peft.from_document(read_json(config), config) if config else peft.from_metadata(file.metadata, weights)
-        adapter = fit_adapter(file, shapes, stated, read, allow_unmatched)
+        facts = adapter_facts(file, read_configuration(config), read)
+        adapter = fit_adapter(file, shapes, facts, allow_unmatched)
     return replace(adapter, name=name or path.stem, config=config)
 
 
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
-    """The weights and, for PEFT, the configuration. Raises SourceError."""
+    """The weights, and the PEFT configuration that belongs to them. Raises SourceError."""
     if path.is_dir():
         weights = path / PEFT_WEIGHTS
         if not weights.is_file():
@@ -155,23 +168,25 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
         if not (path / PEFT_CONFIG).is_file():
             raise SourceError("is a PEFT folder without its configuration", file=path, expected=PEFT_CONFIG)
         return weights, path / PEFT_CONFIG
-    config = path.with_name(PEFT_CONFIG)
-    return path, config if path.name == PEFT_WEIGHTS and config.is_file() else None
+    return path, configuration_beside(path)
 
 
-def fit_adapter(
-    file: TensorFile, shapes: Shapes, stated: PeftConfig, read: ReadTensor | None, allow_unmatched: bool = False
-) -> Adapter:
-    """The adapter whose header is ``file``. Raises AdapterError listing everything that does not fit.
+def adapter_facts(file: TensorFile, configuration: Configuration | None, read: ReadTensor | None) -> LoraFacts:
+    """What the adapter ``file`` states beside its factors. Raises AdapterError or FormatError.
 
     ``read`` gives a tensor's bytes; None if only the header is here, and then alphas stored as tensors are not known.
     """
+    return read_facts(file, filter(None, map(parse_key, file.tensors)), configuration, read)
+
+
+def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatched: bool = False) -> Adapter:
+    """The adapter whose header is ``file``. Raises AdapterError listing everything that does not fit."""
     parsed = {name: parse_key(name) for name, info in file.tensors.items() if not _is_marker(info)}
     keys = [key for key in parsed.values() if key]
     if not any(method.is_there([key.role for key in keys]) for method in METHODS[:-1]):
         refuse_model(file)
         raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
-    fit = _Fit(file, shapes, stated, read)
+    fit = _Fit(file, shapes, facts)
     unmatched = fit.sort(keys, ModuleNames(shapes))
     if not fit.modules:
         raise _other_model(file.path, unmatched, shapes, list(fit.rests))
@@ -183,6 +198,10 @@ def fit_adapter(
     for name in (name for name, key in parsed.items() if key is None):
         fit.fault("unknown key", name)
     targets = fit.targets()
+    judged = facts.judge((key for key in keys if key.module not in set(unmatched)), file.tensors)
+    for kind, items in judged.faults.items():
+        for item in items:
+            fit.fault(kind, item)
     if not targets and set(fit.faults) == {"shape mismatch"}:
         problem = "is a LoRA for another model: its names are in this transformer, but no shape agrees"
         raise AdapterError(problem, file=file.path, items=fit.faults["shape mismatch"])
@@ -195,11 +214,9 @@ def fit_adapter(
         targets=dict(sorted(targets.items())),
         styles=tuple(sorted({key.style for key in keys if key.role != "alpha"})),
         skipped=tuple(unmatched),
-        warnings=(
-            *_warnings(file, keys, unmatched),
-            *stated.unused_patterns((k.path, k.module) for k in keys),
-            *_told(fit.rests, targets),
-        ),
+        foreign=facts.foreign,
+        notes=tuple(judged.notes),
+        warnings=(*_warnings(unmatched), *judged.warnings, *_told(fit.rests, targets)),
     )
 
 
@@ -227,12 +244,12 @@ class _ModuleKeys:
 class _Fit:
     """One adapter while it is fitted. ``faults`` collects everything wrong, by kind, so that one error lists all."""
 
-    def __init__(self, file: TensorFile, shapes: Shapes, stated: PeftConfig, read: ReadTensor | None) -> None:
+    def __init__(self, file: TensorFile, shapes: Shapes, facts: LoraFacts) -> None:
         self.modules: dict[tuple[str, ...], _ModuleKeys] = {}
         # What stands before names of ours, where it is no known prefix.
         self.rests: dict[str, None] = {}
         self.faults: dict[str, list[str]] = {}
-        self._file, self._shapes, self._stated, self._read = file, shapes, stated, read
+        self._file, self._shapes, self._stated = file, shapes, facts
 
     def fault(self, kind: str, item: str) -> None:
         """Something does not fit."""
@@ -269,7 +286,6 @@ class _Fit:
 
     def targets(self) -> dict[str, LoraTarget]:
         """All targets by their weight."""
-        self._check_mixed_alpha()
         targets: dict[str, LoraTarget] = {}
         for group in self.modules.values():
             for target in self._targets_of(group) if self._is_complete(group.found) else ():
@@ -334,28 +350,10 @@ class _Fit:
         scaled = [method for method in methods if method.rank]
         if not scaled:
             bounded = any(method.name == "oft" for method in methods)
-            return 0, 1.0, self._stored_alpha(group.found.get("alpha")) if bounded else None
+            return 0, 1.0, self._stated.alphas.get(group.key.module) if bounded else None
         rank = scaled[0].rank_of({role: info.shape for role, info in group.found.items()})
-        if rank:
-            alpha, factor = self._alpha(group, rank)
-            return rank, factor, alpha
-        # LoKr of two whole matrices: PEFT scales them by what its configuration says, LyCORIS does not scale them.
-        path, module = group.key.path, group.key.module
-        alpha = self._stated.alphas.find(path, module, self._stated.alpha)
-        stated = self._stated.ranks.find(path, module, self._stated.rank)
-        if alpha is None or not stated or "alpha" in group.found:
-            return 0, 1.0, None
-        return 0, self._stated.factor(alpha, int(stated)), alpha
-
-    def _stored_alpha(self, info: TensorInfo | None) -> float | None:
-        """The number in ``info``; None without one, or after a fault."""
-        if info is None or self._read is None:
-            return None
-        alpha = _scalar(info, self._read) if math.prod(info.shape) == 1 else None
-        if alpha is None:
-            wanted = f"not one number of at most {MAX_ALPHA:g}"
-            self.fault("unreadable alpha", f"{info.name} is {info.dtype} {list(info.shape)}, {wanted}")
-        return alpha
+        alpha, factor = self._stated.scale(group.key, rank)
+        return rank, factor, alpha
 
     def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
         """role -> the shape its tensor must have, None if nothing is there to change; None after a fault."""
@@ -420,33 +418,6 @@ class _Fit:
         self.fault("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
         return False
 
-    def _alpha(self, group: _ModuleKeys, rank: int) -> tuple[float | None, float]:
-        """``(alpha, factor)``: from a tensor beside the factors, or from the configuration; a fault if they differ."""
-        path, module = group.key.path, group.key.module
-        stated = self._stated.ranks.find(path, module, self._stated.rank)
-        if stated is not None and stated != rank and "ambiguous alpha" not in self.faults:
-            self.fault("rank mismatch", f"{module} has rank {rank}, the configuration says {stated}")
-        configured = self._stated.alphas.find(path, module, self._stated.alpha)
-        info = group.found.get("alpha")
-        if info is None or self._read is None:
-            return configured, self._stated.factor(configured, rank)
-        alpha = self._stored_alpha(info)
-        if alpha is None:
-            return None, 1.0
-        if configured is not None and configured != alpha:
-            self.fault("ambiguous alpha", f"{info.name} is {alpha:g}, the configuration says {configured:g}")
-        return alpha, self._stated.factor(alpha, rank)
-
-    def _check_mixed_alpha(self) -> None:
-        """One alpha for several ranks without a rank_pattern does not say what it is to be divided by."""
-        if self._stated.ranks or (self._stated.alpha is None and not self._stated.alphas):
-            return
-        found = [group.found for group in self.modules.values() if "alpha" not in group.found]
-        ranks = sorted({tensors["down"].shape[0] for tensors in found if "down" in tensors and tensors["down"].shape})
-        if len(ranks) > 1:
-            listed = ", ".join(map(str, ranks))
-            self.fault("ambiguous alpha", f"one alpha for ranks {listed}, and no rank_pattern that says which is meant")
-
 
 def _clash(stored: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo] | None:
     """Two tensors that cannot both change a module's weight, or its bias; None if there are none."""
@@ -479,15 +450,6 @@ def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
     nbytes = info.nbytes // count
     shape = (info.shape[0] // count, *info.shape[1:])
     return replace(info, shape=shape, start=info.start + i * nbytes, nbytes=nbytes)
-
-
-def _scalar(info: TensorInfo, read: ReadTensor) -> float | None:
-    if info.dtype not in _SCALARS:
-        return None
-    # A bfloat16 is the upper half of a float32.
-    data = b"\0\0" + read(info) if info.dtype == "BF16" else read(info)
-    (value,) = struct.unpack(_SCALARS[info.dtype], data)
-    return float(value) if abs(value) <= MAX_ALPHA else None
 
 
 def _misfit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
@@ -531,13 +493,7 @@ def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget]) -> Iterator[s
         yield f"{what} replaced whole (at strength 1; else that share of the way): {shown}"
 
 
-def _warnings(file: TensorFile, keys: Iterable[LoraKey], unmatched: Sequence[str]) -> Iterator[str]:
+def _warnings(unmatched: Sequence[str]) -> Iterator[str]:
     if unmatched:
         shown = ", ".join(unmatched[:5]) + (" …" if len(unmatched) > 5 else "")
         yield f"{len(unmatched)} targets are not in the transformer and are left out: {shown}"
-    network_alpha = file.metadata.get("ss_network_alpha")
-    if network_alpha not in (None, "None") and not any(key.role == "alpha" for key in keys):
-        yield (
-            f"its metadata says ss_network_alpha {network_alpha[:20]}, but no alpha is stored beside the factors: "
-            "the strength is used unchanged"
-        )

@@ -17,12 +17,10 @@ from blake3 import blake3
 from ltxpack.errors import AdapterError, OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.reader import Range, RangeReader, hash_file
 from ltxpack.files.tensorfile import TensorInfo, read_tensorfile
-from ltxpack.lora_bake import peft
 from ltxpack.lora_bake.adapter import (
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
     Adapter,
     Shapes,
+    adapter_facts,
     adapter_files,
     fit_adapter,
     open_adapter,
@@ -30,6 +28,8 @@ from ltxpack.lora_bake.adapter import (
 )
 from ltxpack.lora_bake.plan import BakeOptions, lora_name
 from ltxpack.ltx23.classes import DISTILLED
+from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
+from ltxpack.ltx23.lora_facts import PEFT_CONFIG, PEFT_WEIGHTS, belongs
 from ltxpack.manifest import Lora, Manifest, changed_file
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 from ltxpack.reporter import Reporter
@@ -70,8 +70,6 @@ class FoundLora:
 
     def read_digest(self, reporter: Reporter) -> str:
         """Its hash, every byte looked at. Raises AdapterError for NaN, OverlayError if the overlay's own changed."""
-        for warning in self.adapter.warnings:
-            reporter.warn(f"{self.adapter.path.name}: {warning}")
         return scan(self.adapter, reporter, None if self.own is None else self.own.file.blake3)
 
     def bake_part(self, digest: str, manifest: Manifest, options: BakeOptions) -> str:
@@ -104,8 +102,27 @@ def find_loras(
     if options.base_alone and not manifest.loras:
         return []
     if options.lora is None:
-        return [*found, _own_lora(options, manifest, shapes)]
-    return [*found, _locate(options.lora, shapes, options, False, reporter, headers_only)]
+        found.append(_own_lora(options, manifest, shapes))
+    else:
+        found.append(_locate(options.lora, shapes, options, False, reporter, headers_only))
+    for lora in found:
+        _tell(lora.adapter, options, reporter)
+    return found
+
+
+def _tell(adapter: Adapter, options: BakeOptions, reporter: Reporter) -> None:
+    """What the user should know of an adapter before it is baked. Raises AdapterError for one of another model."""
+    if adapter.foreign and not options.force:
+        raise AdapterError(
+            "says that it was made for another model", file=adapter.path, expected=SUPPORTED_BASE,
+            found=adapter.foreign, next=f"{options.command(force=True)} (bakes it all the same)",
+        )  # fmt: skip
+    if adapter.foreign:
+        reporter.warn(f"{adapter.path.name}: says that it was made for another model ({adapter.foreign})")
+    for note in adapter.notes:
+        reporter.note(f"{adapter.path.name}: {note}")
+    for warning in adapter.warnings:
+        reporter.warn(f"{adapter.path.name}: {warning}")
 
 
 def recorded_files(overlay: Path, manifest: Manifest, name: str, given: Sequence[Path]) -> dict[str, Path]:
@@ -142,7 +159,8 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
     if not path.is_file() or path.stat().st_size != lora.file.size:
         problem = "is missing or has changed since the overlay was written"
         raise OverlayError(problem, file=path, next=f"ltxpack verify {quoted(overlay)}")
-    adapter = open_adapter(path, shapes, name=DISTILLED, allow_unmatched=options.allow_unmatched)
+    # What lies beside the overlay's own file is not its configuration.
+    adapter = open_adapter(path, shapes, name=DISTILLED, allow_unmatched=options.allow_unmatched, files=(path, None))
     return FoundLora(DISTILLED, adapter, own=lora)
 
 
@@ -153,6 +171,7 @@ def _locate(
     path = Path(text)
     if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
         name = lora_name(path.name if path.is_dir() else path.stem)
+        files = adapter_files(path)
     else:
         access = Access(reporter)
         file, config = _on_hub(text, access)
@@ -162,13 +181,14 @@ def _locate(
         head = access.header(file)
         refuse_model(head)  # before 29 GB are fetched
         if headers_only and config is None:
-            stated = peft.from_metadata(head.metadata, head.path)
-            return FoundLora(name, fit_adapter(head, shapes, stated, None, options.allow_unmatched), None, added, False)
+            facts = adapter_facts(head, None, None)
+            return FoundLora(name, fit_adapter(head, shapes, facts, options.allow_unmatched), None, added, False)
         for needed in (config, file):
             if needed is not None:
                 access.fetch(needed)
-        path = file.path
-    return FoundLora(name, open_adapter(path, shapes, name=name, allow_unmatched=options.allow_unmatched), None, added)
+        files = file.path, None if config is None else config.path
+    adapter = open_adapter(files[0], shapes, name=name, allow_unmatched=options.allow_unmatched, files=files)
+    return FoundLora(name, adapter, None, added)
 
 
 def _on_hub(text: str, access: Access) -> tuple[InputFile, InputFile | None]:
@@ -191,7 +211,8 @@ def _on_hub(text: str, access: Access) -> tuple[InputFile, InputFile | None]:
         problem = f"is not in {reference.repo}" if member else "names a repo with several or no LoRA files"
         raise SourceError(problem, file=member or text, items=names, next=f"name one: {reference.repo}/FILE")
     place = PurePosixPath(found.member)
-    return found, repo.files.get(str(place.with_name(PEFT_CONFIG))) if place.name == PEFT_WEIGHTS else None
+    beside = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == place.parent]
+    return found, repo.files.get(str(place.with_name(PEFT_CONFIG))) if belongs(place.name, beside) else None
 
 
 # The bytes

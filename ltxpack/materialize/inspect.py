@@ -21,6 +21,8 @@ from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_te
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
 from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
+from ltxpack.ltx23.lora_facts import configuration_beside, read_configuration, read_facts
+from ltxpack.ltx23.lora_keys import belongs_elsewhere, parse_key
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.ltx23.text_encoder import root_of
@@ -97,7 +99,7 @@ def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[
     lora = read_lora(tensors)
     if lora.is_lora:
         takes = {"ltxpack bake-lora": "yes: if its targets fit, which --plan says"}
-        return {"kind": "lora", **common, **_lora(lora, tensors), "takes": takes}
+        return {"kind": "lora", **common, **_lora(lora, file, tensors, read), "takes": takes}
     if tensors.metadata.get("format", "").startswith(ACTIVATIONS):
         takes = {"ltxpack bake-lora": "yes: by --activations", "ltxpack export": "yes: by --activations"}
         return {"kind": "activations", **common, "metadata": _metadata(tensors), "takes": takes}
@@ -239,7 +241,9 @@ def _config(tensors: TensorFile) -> Any:
         return None
 
 
-def _lora(lora: LoraHeader, tensors: TensorFile) -> dict[str, Any]:
+def _lora(lora: LoraHeader, file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[str, Any]:
+    stated = _stated(Path(file.member), tensors, read)
+    alpha = stated.pop("alpha")
     return {
         "style": lora.style,
         "targets": len(lora.targets),
@@ -247,21 +251,28 @@ def _lora(lora: LoraHeader, tensors: TensorFile) -> dict[str, Any]:
         # Module paths with the number of the block dropped.
         "kinds": dict(sorted(Counter(_BLOCK.sub("*", module) for module in lora.targets).items())),
         "methods": dict(sorted(lora.methods.items())),
-        "alpha": _alpha(lora, tensors),
+        "alpha": f"per target ({lora.roles['alpha']})" if lora.roles["alpha"] else alpha,
         "dora": lora.roles["magnitude"],
         "deltas": lora.deltas,
         "unpaired": lora.unpaired[:MAX_LISTED],
         "others": lora.others[:MAX_LISTED],
+        **stated,
         "metadata": _metadata(tensors),
     }
 
 
-def _alpha(lora: LoraHeader, tensors: TensorFile) -> str:
-    """Where the file states alpha: per target, in the metadata, or nowhere (then the scale is the strength)."""
-    if lora.roles["alpha"]:
-        return f"per target ({lora.roles['alpha']})"
-    text = tensors.metadata.get("lora_adapter_metadata", "") + tensors.metadata.get("lora_alpha", "")
-    return "in the metadata" if "alpha" in text or "lora_alpha" in tensors.metadata else "none"
+def _stated(path: Path, tensors: TensorFile, read: forms.ReadTensor) -> dict[str, Any]:
+    """What a LoRA states beside its factors, as ``bake-lora`` reads it; ``problem``: why it would be refused."""
+    found: dict[str, Any] = {"alpha": "none", "made_for": None, "notes": [], "warnings": [], "problem": None}
+    keys = [key for name in tensors.tensors if (key := parse_key(name))]
+    try:
+        facts = read_facts(tensors, keys, read_configuration(configuration_beside(path)), read)
+        judged = facts.judge([key for key in keys if not belongs_elsewhere(key.module)], tensors.tensors)
+    except LtxpackError as error:
+        return found | {"problem": str(error)}
+    faults = [f"{kind}: {item}" for kind, items in judged.faults.items() for item in items]
+    stated = {"made_for": facts.foreign, "notes": judged.notes, "warnings": judged.warnings}
+    return found | stated | {"alpha": facts.alpha, "problem": "; ".join(faults[:MAX_LISTED]) or None}
 
 
 def _overlay(folder: Path) -> dict[str, Any]:

@@ -400,8 +400,3 @@ def test_one_bad_value_among_many_is_found(dtype: str, value: float, at: int) ->
     values[at] = value
     if not torch.isfinite(values[at].double()):  # F8_E4M3 has no infinity
         assert not all_finite(values.view(torch.uint8).numpy().data, dtype)
-
-
-def test_metadata_alpha_of_a_trainer_is_told(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.safetensors", official_keys(FACTORS), {"ss_network_alpha": "1"})
-    assert "ss_network_alpha" in open_adapter(path, shapes()).warnings[0]

@@ -71,7 +71,7 @@ def test_half_pairs_and_others_are_listed(tmp_path: Path) -> None:
     shapes = {"a.lora_A.weight": (2, 3), "b.lora_A.weight": (2, 3), "b.lora_B.weight": (3, 2), "c.odd": (1,)}
     found = inspect_path(write(tmp_path / "x.safetensors", shapes, lora_alpha="8"))
     assert (found["unpaired"], found["others"], found["targets"]) == (["a.lora_A.weight"], ["c.odd"], 1)
-    assert found["alpha"] == "in the metadata"
+    assert found["alpha"] == "8 from the header (lora_alpha)"
 
 
 def test_an_overlay(out: Path, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""PEFT's rank_pattern and alpha_pattern: which value they give a module. Untrusted.
+
+PEFT takes regular expressions, and the first that matches a module's name, or what follows one of its dots, to the end
+wins. Here a pattern must be a plain name: no expression of a stranger's is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ltxpack.errors import AdapterError
+
+# Longer than any name of a module.
+MAX_PATTERN = 512
+# In how many places a file's patterns may have their dots. A name is compared once with each.
+MAX_MASKS = 1024
+_PLAIN = re.compile(r"(\^?)([A-Za-z0-9_-]+(?:\\?\.[A-Za-z0-9_-]+)*)\$?")
+
+# Where a pattern's unescaped dots are: each of them stands for any one character, as in a regular expression.
+Mask = tuple[int, ...]
+
+
+class Patterns:
+    """A table of patterns: names, or endings of them that begin after a dot, with ``^`` before a whole name.
+
+    Raises AdapterError for any richer pattern, by its name.
+    """
+
+    def __init__(self, table: Mapping[str, float], name: str = "", file: Path | None = None) -> None:
+        self.name = name
+        self._count = len(table)
+        # (whole name only, length) -> where the dots are -> the text with a dot there -> number, pattern and value
+        self._entries: dict[tuple[bool, int], dict[Mask, dict[str, tuple[int, str, float]]]] = {}
+        for number, (pattern, value) in enumerate(table.items()):
+            plain = _PLAIN.fullmatch(pattern)
+            if plain is None or len(pattern) > MAX_PATTERN:
+                raise AdapterError(
+                    f"{name} has a pattern that is no plain module name", file=file, found=pattern[:80],
+                    expected="a module's name or an ending of it, such as attn1.to_q",
+                    next=f"write plain module names in {name}",
+                )  # fmt: skip
+            text = plain[2].replace("\\.", "\0")
+            mask = tuple(i for i, letter in enumerate(text) if letter == ".")
+            masks = self._entries.setdefault((bool(plain[1]), len(text)), {})
+            masks.setdefault(mask, {}).setdefault(text.replace("\0", "."), (number, pattern, value))
+        if sum(map(len, self._entries.values())) > MAX_MASKS:
+            raise AdapterError(f"{name} has too many patterns of different forms", file=file, expected=MAX_MASKS)
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
+    def find(self, names: Sequence[str], default: float | None) -> float | None:
+        """The value for a module that may be called any of ``names`` in the model that PEFT wrapped."""
+        return min(self._matches(names), key=lambda entry: entry[0], default=(0, "", default))[2]
+
+    def unused(self, modules: Iterable[Sequence[str]]) -> list[str]:
+        """The patterns that match none of ``modules``, each given by its names."""
+        used = {number for names in modules for number, _, _ in self._matches(names)}
+        entries = [entry for masks in self._entries.values() for table in masks.values() for entry in table.values()]
+        return [pattern for number, pattern, _ in sorted(entries) if number not in used]
+
+    def _matches(self, names: Sequence[str]) -> Iterator[tuple[int, str, float | None]]:
+        for name in names:
+            starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+            for at in starts:
+                for whole in (True, False) if at == 0 else (False,):
+                    for mask, table in self._entries.get((whole, len(name) - at), {}).items():
+                        text = list(name[at:])
+                        for place in mask:
+                            text[place] = "."
+                        if (entry := table.get("".join(text))) is not None:
+                            yield entry
