@@ -34,9 +34,12 @@ KERNELS = ("fp32", "addmm", "official", "official-fp32")
 WHOLE = frozenset({"official", "official-fp32"})
 # The most products, in FLOP, that a processor without a bf16 unit makes in bf16: half a minute at 0.5 GFLOP/s.
 SLOW_FLOP = 15e9
-# Rows of so many elements are fused at a time: what fits a core's cache, and for addmm what pays for packing A once
-# more. Constants: the bits must not depend on the machine.
+# Rows of so many elements, and so many rows at least, are multiplied at a time: what pays for packing A once more.
+# Constants: the bits must not depend on the machine.
 CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 22}
+CHUNK_ROWS = {"fp32": 512, "addmm": 1}
+# Rows of so many elements are added, measured and rounded at a time: what fits a core's cache.
+PART_ELEMENTS = 1 << 20
 # Measuring goes through a weight in parts that stay in a core's cache, norms in runs that one thread sums, products of
 # factors with themselves in bands of so many rows.
 _PART, _RUN, _BAND = 1 << 18, 1 << 10, 64
@@ -170,9 +173,21 @@ def _seconds(up: Tensor, down: Tensor) -> float:
 
 def row_chunks(shape: tuple[int, ...], kernel: str) -> Iterator[tuple[int, int]]:
     """The row ranges a weight is fused in: all at once under the official rule (bits depend on the matmul's shape)."""
+    if kernel in WHOLE:
+        return _ranges(shape, math.prod(shape), 1)
+    return _ranges(shape, CHUNK_ELEMENTS[kernel], CHUNK_ROWS[kernel])
+
+
+def row_parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The row ranges that are worked on element by element."""
+    return _ranges(shape, PART_ELEMENTS, 1)
+
+
+def _ranges(shape: tuple[int, ...], elements: int, least: int) -> Iterator[tuple[int, int]]:
+    """Ranges of as many rows as ``elements`` fill, but no fewer than ``least``."""
     rows = shape[0] if shape else 1
-    step = rows if kernel in WHOLE else max(1, CHUNK_ELEMENTS[kernel] // max(1, math.prod(shape[1:])))
-    for first in range(0, rows, max(1, step)):
+    step = max(1, least, elements // max(1, math.prod(shape[1:])))
+    for first in range(0, rows, step):
         yield first, min(rows, first + step)
 
 
@@ -252,8 +267,9 @@ def square_sum(values: Tensor) -> float:
     norms = torch.zeros(-(-count // _RUN), device=flat.device)
     # One piece of memory for all parts: small results between large ones would leave holes in the heap.
     memory = None if flat.dtype == torch.float32 else torch.empty(min(_PART, count), device=flat.device)
-    for start in range(0, count, _PART):
-        part = flat[start : start + _PART]
+    step = _PART if memory is not None else max(1, count)
+    for start in range(0, count, step):
+        part = flat[start : start + step]
         part = part if memory is None else memory[: part.numel()].copy_(part)
         whole = part.numel() // _RUN
         first = start // _RUN
@@ -299,31 +315,61 @@ def _fuse_fp32(
     results: Workspace,
     into: Sequence[Tensor | None],
 ) -> list[Fused]:
-    """Term after term as :class:`Term` says, in float32, rounded once.
+    """Term after term as :class:`Term` says, in float32, rounded once: products of all rows, then part by part.
 
     DoRA: m · (W + dW) / |W + dW| with the norm over a row (spec 02, section 7). The strength scales dW, as in PEFT; a
     strength of 0 leaves the weight alone, magnitudes included.
     """
     sums = [_summed(term, f"product {i}", work) for i, term in enumerate(terms)]
+    made = [
+        results.empty(f"result {i}", weight.shape, weight.dtype, weight.device) if memory is None else memory
+        for i, memory in enumerate(into)
+    ]
+    whole = any(term.needs_whole for term in terms)
+    parts = []
+    for span in [(0, len(weight))] if whole else row_parts(weight.shape):
+        rows = slice(*span)
+        cut = [None if found is None else found[rows] for found in sums]
+        own = [term.rows(*span) for term in terms]
+        targets = [(memory[rows], kept is None) for memory, kept in zip(made, into, strict=True)]
+        parts.append(_fuse_part(weight[rows], own, cut, strengths, work, targets))
+    return [_joined(memory, found) for memory, found in zip(made, zip(*parts, strict=True), strict=True)]
+
+
+def _fuse_part(
+    weight: Tensor,
+    terms: Sequence[Term],
+    sums: Sequence[Tensor | None],
+    strengths: Sequence[Sequence[float]],
+    work: Workspace,
+    targets: Sequence[tuple[Tensor, bool]],
+) -> list[Fused]:
+    """Rows whose products are there. ``targets``: for each bake where its result goes, and whether it is rounded."""
     scales = [[strength * term.factor for strength, term in zip(row, terms, strict=True)] for row in strengths]
     lowrank = [found for found in sums if found is not None]
     plain = len(lowrank) == len(terms) and all(term.sums_only for term in terms)
     squares = _sum_square(lowrank, scales) if plain else None
-    base_square = square_sum(weight)
-    made = []
-    for i, (row, memory) in enumerate(zip(strengths, into, strict=True)):
-        total = work.empty("sum", weight.shape, torch.float32, weight.device) if memory is None else memory
+    base_square, measured = math.nan, []
+    for i, (row, (stored, rounded)) in enumerate(zip(strengths, targets, strict=True)):
+        total = work.empty("sum", weight.shape, torch.float32, weight.device) if rounded else stored
         total.copy_(weight)
+        base_square = square_sum(total) if i == 0 else base_square
         for term, found, strength in zip(terms, sums, row, strict=True):
             if strength:
                 _apply(term, found, strength, total)
         delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
-        if memory is not None:
-            made.append(_measured_sum(total, base_square, delta_square))
-            continue
-        stored = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device).copy_(total)
-        made.append(_measured(weight, stored, base_square, delta_square))
-    return made
+        if rounded:
+            measured.append(_measured(weight, stored.copy_(total), base_square, delta_square))
+        else:
+            measured.append(_measured_sum(total, base_square, delta_square))
+    return measured
+
+
+def _joined(memory: Tensor, parts: Sequence[Fused]) -> Fused:
+    """All rows of a result, which lie in ``memory``."""
+    squares = (sum(part.base_square for part in parts), sum(part.delta_square for part in parts))
+    changed, finite = sum(part.changed for part in parts), all(part.finite for part in parts)
+    return Fused(memory, *squares, changed, finite, max(part.largest for part in parts))
 
 
 def _summed(term: Term, use: str, work: Workspace) -> Tensor | None:

@@ -27,7 +27,7 @@ from ltxpack.files.reader import Range, RangeReader
 from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.lora_bake.fuse import WHOLE, Fused, Term, Workspace, fuse_rows, row_chunks
+from ltxpack.lora_bake.fuse import WHOLE, Fused, Term, Workspace, fuse_rows, row_chunks, row_parts
 from ltxpack.lora_bake.methods import needs_whole, term_of
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.lora_bake.quantise import Encoded, encode
@@ -39,8 +39,10 @@ from ltxpack.reporter import Reporter
 
 COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
-# Row chunks per read, by kernel: so much is in memory at once. Chunks of two reads are under way together.
+# The most row chunks per read, by kernel, and what they should take at most: so much is in memory at once. Chunks of
+# two reads are under way together.
 CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1, "official-fp32": 1}
+READ_BYTES = 16 * 1024 * 1024
 MOST_WORKERS = 4
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, DTYPE_NAMES[code]) for code in (*FLOATS, "F64")}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -223,8 +225,10 @@ class Engine:
                 yield first, last, chunks if last == end else ()
             return
         row = info.nbytes // info.shape[0]
-        for i in range(0, len(chunks), self.chunks):
-            group = chunks[i : i + self.chunks]
+        # Two at least, so that there is work for two threads.
+        together = max(min(2, self.chunks), min(self.chunks, READ_BYTES // (chunks[0][1] * row)))
+        for i in range(0, len(chunks), together):
+            group = chunks[i : i + together]
             yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
 
     def _terms_ahead(self, names: Iterable[str]) -> Iterator[list[Term | None]]:
@@ -350,7 +354,7 @@ class _Fusing:
                 continue
             largest = max(chunk.result()[i].largest for chunk in self._sums)
             encoded = functools.partial(self._encoded, output, info.name, memory, largest, whole)
-            jobs = [self._engine.pool.submit(encoded, *span) for span in row_chunks(info.shape, "fp32")]
+            jobs = [self._engine.pool.submit(encoded, *span) for span in row_parts(info.shape)]
             if whole is not None:
                 wait(jobs)
             self._later(self._write_codes, info, output, jobs)

@@ -12,7 +12,15 @@ import torch
 from lora_support import fuse_fp32
 
 from ltxpack.lora_bake import fuse
-from ltxpack.lora_bake.fuse import Term, choose_kernel, cpu_has_bf16_unit, fuse_official, fuse_rows, row_chunks
+from ltxpack.lora_bake.fuse import (
+    Term,
+    choose_kernel,
+    cpu_has_bf16_unit,
+    fuse_official,
+    fuse_rows,
+    row_chunks,
+    row_parts,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -215,9 +223,8 @@ def test_changed_elements_are_counted_by_their_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(1,), (5000,), (7, 3), (4096, 4096), (3, 9_000_000)])
 def test_row_chunks_cover_every_row_once(shape: tuple[int, ...]) -> None:
-    for kernel in ("fp32", "addmm"):
-        rows = list(itertools.chain.from_iterable(range(a, b) for a, b in row_chunks(shape, kernel)))
-        assert rows == list(range(shape[0]))
+    for ranges in (row_chunks(shape, "fp32"), row_chunks(shape, "addmm"), row_parts(shape)):
+        assert list(itertools.chain.from_iterable(range(a, b) for a, b in ranges)) == list(range(shape[0]))
     assert list(row_chunks(shape, "official")) == [(0, shape[0])], "never cut"
 
 
