@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Pair = tuple[int, int, int]
 """Rows, rank and columns of a product."""
 # Rows of a product that one thread makes at a time.
-ROWS = 256
+ROWS = 1024
 
 
 def load_save(source: str, target: str, backend: str = "mmap") -> None:
