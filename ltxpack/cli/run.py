@@ -151,7 +151,7 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
     failed = batch.of(FAILED)
     if failed:
         problem = f"{len(failed)} of {len(batch.outcomes)} videos were not made"
-        lines = [f"line {outcome.line.number}: {outcome.problem}" for outcome in failed]
+        lines = [f"{outcome.line.name}: {outcome.problem}" for outcome in failed]
         again = "fix the lines above, then run the same command again; it skips the videos that are done"
         raise FailedLinesError(problem, file=prompts, items=lines, next=again)
 

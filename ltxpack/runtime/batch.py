@@ -47,7 +47,7 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
     """
     with _claimed(prompts):
         lines = read_lines(prompts, options.given, output)
-        tell_inside(outputs_of(options, [(f"line {line.number}", line.output) for line in lines]), reporter)
+        tell_inside(outputs_of(options, [(line.name, line.output) for line in lines]), reporter)
         with Session(options.overlay, options.session, reporter) as session:
             session.process_ends = True
             recipes = {line.request.recipe.name: line.request.recipe for line in lines}
@@ -90,7 +90,7 @@ class Batch:
         if done:
             self.reporter.note(f"{done} of {len(lines)} videos are done already")
         pending = [line for line in lines if line.number not in self.outcomes]
-        named = ((f"line {line.number}: {name}", text) for line in pending for name, text in line.request.named_prompts)
+        named = ((f"{line.name}: {name}", text) for line in pending for name, text in line.request.named_prompts)
         with self._attempt(pending):
             tell_cut(self.session.overlay, named, self.reporter)
         for start in range(0, len(pending), AHEAD):
@@ -105,7 +105,7 @@ class Batch:
         self.outcomes = dict(sorted(self.outcomes.items()))
 
     def _make(self, line: PromptsLine, following: PromptsLine | None) -> None:
-        self.reporter.note(f"line {line.number}: {line.output}")
+        self.reporter.note(f"{line.name}: {line.output}")
         session = self.session
         description, fingerprint = self._identity(line)
         next_request = None if following is None else following.request
@@ -131,7 +131,7 @@ class Batch:
         ours = _as_ours(error, line.output)
         if ours is not error:
             self.reporter.detail("".join(traceback.format_exception(error)))
-        self.reporter.warn(f"line {line.number} failed: {ours.render()}")
+        self.reporter.warn(f"{line.name} failed: {ours.render()}")
         self.outcomes[line.number] = Outcome(line, FAILED, dict(self.session.timings.seconds), in_a_line(ours))
 
     def _identity(self, line: PromptsLine) -> tuple[dict[str, Any], str]:

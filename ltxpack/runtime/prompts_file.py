@@ -1,7 +1,7 @@
-"""A prompts file: one JSON object per line, one video each, all of them checked before anything runs.
+"""A prompts file: many videos, all of them checked before anything runs.
 
-Reads lines and pictures, knows no model. A field that is absent has the value of its flag; paths are relative to the
-folder of the file.
+Reads lines (in the forms of :mod:`prompts_form`) and pictures, knows no model. A field that is absent has the value
+of its flag; paths are relative to the folder of the file.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 import jsonschema
 
-from ltxpack.errors import BadLinesError, FormatError, LtxpackError, UsageError
-from ltxpack.files.tensorfile import open_source, parse_json
+from ltxpack.errors import BadLinesError, LtxpackError, UsageError
+from ltxpack.files.tensorfile import open_source
 from ltxpack.manifest import load_schema
 from ltxpack.runtime.media.images import read_image
 from ltxpack.runtime.media.mp4 import check_output, frame_rate
+from ltxpack.runtime.prompts_form import Entry, entries, unknown_field
 from ltxpack.runtime.record import is_free
 from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.runtime.settings import Settings, SettingsGiven, type_of
@@ -29,14 +30,14 @@ MAX_BYTES = 64 * 1024 * 1024
 MAX_FAULT_LENGTH = 300
 # Leaves room for what is put around the name of a file that is not whole yet.
 MAX_NAME_BYTES = 230
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class PromptsLine:
-    """Line ``number`` (from 1) of a prompts file: the video asked for, and where it goes."""
+    """A line of a prompts file, ``number`` from 1: the video asked for, and where it goes; ``name`` is ``line 1``."""
 
     number: int
+    name: str
     request: Request
     output: Path
 
@@ -49,16 +50,17 @@ def read_lines(path: Path, given: SettingsGiven, output: Path | None = None) -> 
     """
     reader = _LineReader(path, given, output)
     found, faults = [], []
-    for number, text in _lines(path):
+    listed = entries(path, _content(path))
+    for entry in listed:
         try:
-            found.append(reader.read(number, text))
+            found.append(reader.read(entry))
         except LtxpackError as error:
-            faults.append(f"line {number}: {in_a_line(error)}")
+            faults.append(f"{entry.name}: {in_a_line(error)}")
     if faults:
-        problem = f"{len(faults)} of {len(faults) + len(found)} lines cannot be used; nothing was run"
-        raise BadLinesError(problem, file=path, items=faults, next="correct these lines and run the same command again")
-    if not found:
-        raise UsageError("holds no line", file=path, expected='lines like {"prompt": "…", "output": "a.mp4"}')
+        word = listed[0].word
+        problem = f"{len(faults)} of {len(listed)} {word}s cannot be used; nothing was run"
+        again = f"correct these {word}s and run the same command again"
+        raise BadLinesError(problem, file=path, items=faults, next=again)
     return found
 
 
@@ -67,14 +69,12 @@ def in_a_line(error: LtxpackError) -> str:
     return ", ".join(line.strip() for line in error.render().splitlines()[:-1])
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _content(path: Path) -> bytes:
     with open_source(path) as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise UsageError("is too large", file=path, expected=f"at most {MAX_BYTES} bytes")
-    for number, line in enumerate(data.removeprefix(BYTE_ORDER_MARK).split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
+    return data
 
 
 @dataclass
@@ -84,18 +84,18 @@ class _LineReader:
     path: Path
     given: SettingsGiven
     output: Path | None
-    taken: dict[Path, int] = field(default_factory=dict)
+    taken: dict[Path, str] = field(default_factory=dict)
     pictures: set[Path] = field(default_factory=set)
 
-    def read(self, number: int, text: bytes) -> PromptsLine:
-        said = _said(text)
+    def read(self, entry: Entry) -> PromptsLine:
+        said = _said(entry)
         request = Request.of(said["prompt"], **self._settings(said))
         for image in request.images:
             if image.path not in self.pictures:
                 read_image(image.path)
                 self.pictures.add(image.path)
         frame_rate(request.shape.fps)
-        return PromptsLine(number, request, self._output(said.get("output"), number))
+        return PromptsLine(entry.number, entry.name, request, self._output(said.get("output"), entry))
 
     def _settings(self, line: Mapping[str, Any]) -> SettingsGiven:
         """The settings of a line: its own, and for the others those that were given for all."""
@@ -114,19 +114,19 @@ class _LineReader:
         path = self.path.parent / said["path"]
         return ImageSpec(path, num_frames - 1 if frame == "last" else int(frame), float(said.get("strength", 1.0)))
 
-    def _output(self, named: str | None, number: int) -> Path:
+    def _output(self, named: str | None, entry: Entry) -> Path:
         if named is not None:
             output = self.path.parent / named
         else:
-            output = self.output or self.path.with_name(f"{self.path.stem}-{number:04}.mp4")
+            output = self.output or self.path.with_name(f"{self.path.stem}-{entry.number:04}.mp4")
         if not output.name.isprintable() or len(os.fsencode(output.name)) > MAX_NAME_BYTES:
             raise UsageError("not a file name", found=ascii(output.name[:MAX_NAME_BYTES]))
         check_output(output)
         place = Path(os.path.realpath(output.parent)) / output.name
-        first = self.taken.setdefault(place, number)
-        if first != number:
-            why = "; -o is for a single line" if named is None and self.output else ""
-            raise UsageError(f"has the same output as line {first}{why}", file=output)
+        first = self.taken.setdefault(place, entry.name)
+        if first != entry.name:
+            why = f"; -o is for a single {entry.word}" if named is None and self.output else ""
+            raise UsageError(f"has the same output as {first}{why}", file=output)
         is_free(output)
         return output
 
@@ -136,16 +136,27 @@ def _validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(json.loads(load_schema("prompts")))
 
 
-def _said(text: bytes) -> dict[str, Any]:
-    """The object in ``text``. Raises UsageError with every fault of it."""
-    try:
-        said: dict[str, Any] = parse_json(text.strip(), "")
-    except FormatError as error:
-        raise UsageError(error.problem) from None
+def _said(entry: Entry) -> dict[str, Any]:
+    """The fields of ``entry``. Raises UsageError with every fault of them."""
+    if entry.problem:
+        raise UsageError(entry.problem)
     faults = [
-        ": ".join([*(str(part) for part in error.absolute_path), error.message[:MAX_FAULT_LENGTH]])
-        for error in sorted(_validator().iter_errors(said), key=lambda error: list(map(str, error.absolute_path)))
+        ": ".join([*(str(part) for part in error.absolute_path), fault])
+        for error in sorted(
+            _validator().iter_errors(entry.value), key=lambda error: list(map(str, error.absolute_path))
+        )
+        for fault in _in_words(error)
     ]
     if faults:
         raise UsageError("; ".join(faults))
+    said: dict[str, Any] = entry.value
     return said
+
+
+def _in_words(error: jsonschema.ValidationError) -> list[str]:
+    """What the validator found, field by field where it is of fields that there are not."""
+    if error.validator != "additionalProperties":
+        return [error.message[:MAX_FAULT_LENGTH]]
+    known, instance = cast(Any, error.schema)["properties"], cast(dict[str, Any], error.instance)
+    of_image = bool(error.absolute_path)
+    return [unknown_field(name, known, of_image=of_image) for name in instance if name not in known]

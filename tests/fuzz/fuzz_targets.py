@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import random
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
+from PIL import Image
 
 from ltxpack.activations import ActivationsFile
 from ltxpack.demo.checkpoint import write_source
@@ -39,6 +42,9 @@ from ltxpack.materialize.inputs import read_text_encoder
 from ltxpack.materialize.sources import Access, local_folder
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
+from ltxpack.runtime.media.images import MAX_PIXELS, ORIENTATION, read_image
+from ltxpack.runtime.prompts_file import read_lines
+from ltxpack.runtime.settings import SettingsGiven
 
 SECONDS = 1.0
 # Many times what the largest file tried here takes (200 KB of JSON).
@@ -56,13 +62,17 @@ class Finding(AssertionError):
 
 @dataclass(frozen=True)
 class Target:
-    """``path`` is where the bytes are put, with ``tail`` zero bytes of payload after them; ``call`` reads them."""
+    """``path`` is where the bytes are put, with ``tail`` zero bytes of payload after them; ``call`` reads them, within
+    ``seconds`` and ``memory``.
+    """
 
     name: str
     path: Path
     call: Callable[[], object]
     seeds: tuple[bytes, ...]
     tail: int = 0
+    seconds: float = SECONDS
+    memory: int = MEMORY
 
     def put(self, data: bytes) -> None:
         """Write ``data`` with its payload; the payload is a hole in the file."""
@@ -149,7 +159,7 @@ def _watched(target: Target) -> str | None:
     peak = _status("VmHWM") - before
     if watch.seen:
         raise Finding(f"{target.name}: {watch.seen[:3]}")
-    if spent > SECONDS or peak > MEMORY:
+    if spent > target.seconds or peak > target.memory:
         raise Finding(f"{target.name}: {spent:.2f} s, {peak / 1e6:.0f} MB")
     if message is not None and (len(message) > LONGEST_MESSAGE or not message.replace("\n", "").isprintable()):
         raise Finding(f"{target.name}: a message that no terminal should show: {message[:300]!r}")
@@ -175,7 +185,13 @@ def make_targets(folder: Path, made: Path | None = None) -> dict[str, Target]:
     source, overlay = folder / "source", folder / "overlay"
     write_source(source) if made is None else shutil.copytree(made, source)
     materialize(Options(str(source), overlay, max_shard_size=150_000), QUIET)
-    targets = [*_loose(folder / "loose"), *_source(source, folder), *_overlay(overlay), *_adapters(folder, overlay)]
+    targets = [
+        *_loose(folder / "loose"),
+        *_of_a_run(folder / "run"),
+        *_source(source, folder),
+        *_overlay(overlay),
+        *_adapters(folder, overlay),
+    ]
     return {target.name: target for target in targets}
 
 
@@ -205,6 +221,47 @@ def _loose(folder: Path) -> Iterator[Target]:
         .with_larger("x", (("1", 0.5),), {"a": 2.0})
     )
     yield Target("activations", largest, lambda: ActivationsFile.read(largest).dump(), (met.dump(),))
+
+
+def _of_a_run(folder: Path) -> Iterator[Target]:
+    """What ``ltxpack run`` is given besides an overlay: a prompts file in any form, and pictures."""
+    folder.mkdir()
+    (folder / "a.png").write_bytes(next(_pictures()))
+    videos = [
+        {"prompt": "a boat", "seed": 1, "images": [{"path": "a.png", "frame": "last", "strength": 0.5}]},
+        {"prompt": "é", "negative_prompt": "x", "recipe": "hq", "output": "b.mp4", "fps": 24.0, "num_frames": 17},
+    ]
+    lines = "\n".join(json.dumps(video, ensure_ascii=False) for video in videos)
+    size = SettingsGiven(height=64, width=64, num_frames=9)
+    listed = (lines, "\ufeff" + lines.replace("\n", ",\r\n"), json.dumps(videos), json.dumps(videos, indent=1))
+    for name, seeds in (
+        ("prompts.jsonl", (*(text.encode() for text in listed), lines.encode("utf-16"))),
+        ("prompts.txt", (b"A boat, at sea.\n\nA dog.\r\n", "Ein Fähnchen.\n".encode("utf-16"))),
+    ):
+        path = folder / name
+        yield Target(name, path, functools.partial(read_lines, path, size), seeds)
+    picture = folder / "picture"
+    # A header may claim as many pixels as are taken at all.
+    most = {"seconds": 20.0, "memory": 20 * MAX_PIXELS}
+    yield Target("picture", picture, functools.partial(read_image, picture), tuple(_pictures()), **most)
+
+
+def _pictures() -> Iterator[bytes]:
+    """Small pictures of the usual formats, with EXIF data and 16 bits where they may have them."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    ramp = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    deep = Image.fromarray(ramp[..., 0].astype(np.uint16) * 257)
+    for image, form in (
+        *(
+            (Image.fromarray(ramp), form)
+            for form in ("png", "jpeg", "webp", "bmp", "tiff", "gif", "ppm", "tga", "avif")
+        ),
+        *((deep, form) for form in ("png", "tiff", "ppm")),
+    ):
+        file = io.BytesIO()
+        image.save(file, form, **({"exif": exif} if form in ("png", "jpeg", "webp") else {}))
+        yield file.getvalue()
 
 
 def _quantised() -> bytes:
