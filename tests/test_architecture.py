@@ -38,7 +38,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 26_000,
+    "lines of the package": 27_500,
     "files of the package": 150,
     "lines of the tests": 28_500,
 }
