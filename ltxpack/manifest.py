@@ -39,6 +39,8 @@ BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 FULL_KIND, DISTILLED_KIND = "full", "distilled"
 # How the weights of a bake's linears are stored.
 BF16, FP8, INT8 = FORMATS = ("bf16", "fp8", "int8")
+# The folders of bakes: transformers with LoRAs in them, and text encoders with their connectors.
+BAKES, TEXT_ENCODERS = BAKED = ("bakes", "text_encoders")
 RESERVED_BAKE_NAMES = frozenset({"auto", "base", ".", ".."})
 
 
@@ -140,7 +142,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Bake:
-    """A complete transformer folder made from the clean base; ``loras`` in order of application.
+    """A complete folder made from the clean base, a transformer or a text path; ``loras`` in order of application.
 
     ``format``: that of the ``quantised`` linears, which are named without ``.weight``; their input scales are all 1
     without a ``calibration``.
@@ -159,7 +161,10 @@ class Bake:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything an overlay holds. ``transformer_kind`` is None in an overlay that an earlier version made."""
+    """Everything an overlay holds. ``transformer_kind`` is None in an overlay that an earlier version made.
+
+    ``text_encoders``: bakes of the text encoder and the connectors.
+    """
 
     model_version: str
     image_crf: int
@@ -171,6 +176,13 @@ class Manifest:
     bakes: Mapping[str, Bake] = field(default_factory=dict)
     format: int = FORMAT
     transformer_kind: str | None = None
+    text_encoders: Mapping[str, Bake] = field(default_factory=dict)
+
+    @property
+    def baked(self) -> dict[str, Bake]:
+        """Every bake by its folder."""
+        places = ((BAKES, self.bakes), (TEXT_ENCODERS, self.text_encoders))
+        return {f"{place}/{name}": bake for place, bakes in places for name, bake in bakes.items()}
 
     @property
     def distilled(self) -> bool:
@@ -187,23 +199,34 @@ class Manifest:
             yield from component.files
         for lora in self.loras:
             yield lora.file
-        for bake in self.bakes.values():
+        for bake in self.baked.values():
             yield from bake.files
 
     def lora(self, name: str) -> Lora | None:
         """The LoRA kept under ``name``."""
         return next((lora for lora in self.loras if lora.name == name), None)
 
-    def with_bake(self, name: str, bake: Bake) -> Manifest:
-        """This manifest with one bake more (or replaced)."""
-        return dataclasses.replace(self, bakes=dict(sorted({**self.bakes, name: bake}.items())))
+    def with_bake(self, folder: str, bake: Bake) -> Manifest:
+        """This manifest with one bake more (or replaced): the one in ``folder``, or in bakes/ where that is a name."""
+        return self.with_baked({**self.baked, folder if "/" in folder else f"{BAKES}/{folder}": bake})
+
+    def with_baked(self, found: Mapping[str, Bake]) -> Manifest:
+        """This manifest with the bakes ``found`` (by folder) and no other."""
+        of = {
+            place: {f.rpartition("/")[2]: found[f] for f in sorted(found) if f.startswith(f"{place}/")}
+            for place in BAKED
+        }
+        return dataclasses.replace(self, bakes=of[BAKES], text_encoders=of[TEXT_ENCODERS])
 
     def dump(self) -> bytes:
         """The file's bytes: the same manifest always gives the same bytes."""
         document = dataclasses.asdict(self)
         if self.transformer_kind is None:
             del document["transformer_kind"]
-        for bake in document["bakes"].values():
+        baked = [*document["bakes"].values(), *document["text_encoders"].values()]
+        if not self.text_encoders:
+            del document["text_encoders"]
+        for bake in baked:
             for name in ("format", "quantised", "calibration"):
                 if bake[name] == getattr(Bake, name):
                     del bake[name]
@@ -340,7 +363,7 @@ def _check_paths(manifest: Manifest, path: Path, remake: str) -> None:
 
 
 def _check_bakes(manifest: Manifest, path: Path, remake: str) -> None:
-    for name, bake in manifest.bakes.items():
+    for name, bake in manifest.baked.items():
         scales = len(bake.quantised) if bake.calibration is None else len(bake.calibration.scales)
         if scales != len(bake.quantised) or (bake.format == BF16) != (not bake.quantised):
             problem = f"states a form, quantised linears and input scales of the bake {name} that do not go together"

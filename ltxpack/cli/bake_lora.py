@@ -10,7 +10,7 @@ from ltxpack.cli import terminal
 from ltxpack.cli.lora_words import LoraCommand, StrengthType, device_option, rule_option, unmatched_option
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes, human_seconds
-from ltxpack.manifest import BF16, FORMATS
+from ltxpack.manifest import BF16, FORMATS, TEXT_ENCODERS
 from ltxpack.strength import Strength
 
 
@@ -40,6 +40,7 @@ from ltxpack.strength import Strength
 @terminal.activations_option
 @click.option("--name", help="Name of the bake (with one strength and format).")
 @device_option
+@click.option("--text", is_flag=True, help="Bake what LoRAs change of text encoder and connectors, too.")
 @unmatched_option
 @terminal.plan_option
 @click.option("--force", is_flag=True, help="Make the bake anew, whatever is there.")
@@ -85,7 +86,10 @@ def bake_lora(
         for line in report.lines(verbose):
             click.echo(line)
         if report.made:
-            size = sum(file.stat().st_size for file in (folder / report.path).iterdir() if not file.is_symlink())
+            files = [file for file in (folder / report.path).rglob("*") if file.is_file() and not file.is_symlink()]
+            size = sum(file.stat().st_size for file in files)
             click.echo(f"  {human_bytes(size)}; what changed: {folder / report.path / PAGE_NAME}")
+        if report.path.startswith(f"{TEXT_ENCODERS}/"):
+            click.echo(f"  ltxpack run takes it by --text-encoder {report.name}")
     if any(report.made for report in reports):
         click.echo(f"next: ltxpack run {quoted(folder)} --prompt 'A paper boat drifts down a rainy street.'")

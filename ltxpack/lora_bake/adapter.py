@@ -26,6 +26,7 @@ from ltxpack.ltx23.lora_facts import (
     read_facts,
 )
 from ltxpack.ltx23.lora_keys import METHODS, SCALE, LoraKey, Method, ModuleNames, belongs_elsewhere, parse_key
+from ltxpack.ltx23.text_keys import names_of
 from ltxpack.manifest import BakedLora
 from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.strength import Strength
@@ -105,6 +106,10 @@ class Adapter:
         """FLOP of the products of two factors, once for all weights."""
         pairs = ((t.tensors["up"].shape, t.tensors["down"].shape) for t in self.targets.values() if "up" in t.tensors)
         return sum(2.0 * up[0] * math.prod(down) for up, down in pairs if up)
+
+    def within(self, shapes: Shapes) -> Adapter:
+        """What of it changes the tensors ``shapes``."""
+        return replace(self, targets={name: target for name, target in self.targets.items() if name in shapes})
 
     @property
     def plain_bf16(self) -> bool:
@@ -187,7 +192,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
         refuse_model(file)
         raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
     fit = _Fit(file, shapes, facts)
-    unmatched = fit.sort(keys, ModuleNames(shapes))
+    unmatched = fit.sort(keys, names_of(shapes))
     if not fit.modules:
         raise _other_model(file.path, unmatched, shapes, list(fit.rests))
     if not allow_unmatched:
@@ -453,14 +458,23 @@ def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
 
 
 def _misfit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
-    counts = (f"{len(items)} {kind}{'' if len(items) == 1 else 's'}" for kind, items in faults.items())
+    counts = (f"{len(items)} {kind if len(items) == 1 else _plural(kind)}" for kind, items in faults.items())
     skippable = set(faults) <= {"unmatched target", "target outside the transformer"}
     return AdapterError(
         f"does not fit this transformer: {', '.join(counts)}",
         file=path,
         items=[f"{kind}: {item}" for kind, items in faults.items() for item in items],
-        next="the same command with --allow-unmatched leaves these targets out" if skippable else None,
+        next=_advice(faults) if skippable else None,
     )
+
+
+def _plural(kind: str) -> str:
+    return kind.replace("target ", "targets ", 1) if kind.startswith("target ") else f"{kind}s"
+
+
+def _advice(faults: Iterable[str]) -> str:
+    text = "; bake-lora --text bakes those of the text path" if "target outside the transformer" in faults else ""
+    return f"the same command with --allow-unmatched leaves these targets out{text}"
 
 
 def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Sequence[str]) -> AdapterError:
@@ -470,6 +484,7 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
     advice = None
     if outside:
         problem = "changes only the text path, no transformer weight"
+        advice = "bake-lora with --text bakes it"
     elif 0 < len(rests) <= MAX_RESTS:
         problem = f"is not read: its names have {' and '.join(map(repr, rests))} before ours"
         advice = "rename its tensors so that the same, or nothing, stands before all of them"

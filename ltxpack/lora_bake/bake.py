@@ -19,13 +19,13 @@ from typing import Any, Self
 
 from ltxpack.activations import base_digest
 from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
-from ltxpack.lora_bake.adapter import Adapter, LoraUse, open_adapter
+from ltxpack.lora_bake.adapter import Adapter, LoraUse, Shapes, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat, split_name
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
 from ltxpack.lora_bake.forms import calibrated, quantised_linears
-from ltxpack.lora_bake.plan import BAKES, Arithmetic, BakeOptions, BakePlan, BaseTransformer, bake_name, read_base
+from ltxpack.lora_bake.plan import Arithmetic, BakeOptions, BakePlan, Base, bake_name, read_base
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, read_manifest
+from ltxpack.manifest import BAKED, BAKES, BF16, FP8, TEXT_ENCODERS, Bake, FileRecord, Manifest, read_manifest
 from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
@@ -46,12 +46,12 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     """
     options = options.checked()
     manifest = read_manifest(options.overlay)
-    base = read_base(options.overlay, manifest)
-    found = find_loras(options, manifest, base.shapes, reporter, headers_only=True)
-    plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
+    bases = _bases(options, manifest)
+    found = find_loras(options, manifest, _shapes(bases), reporter, headers_only=True)
+    plans = _plans(options, manifest, bases, found, [lora.known_digest() for lora in found])
     if all(lora.here for lora in found):
         plans = _to_be_made(plans, manifest, options)
-    adapters = [lora.adapter for lora in found]
+    adapters = [lora.adapter.within(bases[BAKES].shapes) for lora in found]
     arithmetic = _arithmetic(options, adapters)
     files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
@@ -72,27 +72,29 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
     overlay = options.overlay
     read_manifest(overlay)
     with OverlayLock(overlay, reporter) as lock:
-        refuse_links(overlay / WORK_FOLDER, overlay / BAKES)
+        refuse_links(overlay / WORK_FOLDER, *(overlay / place for place in BAKED))
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
-        base = read_base(overlay, manifest)
-        found = find_loras(options, manifest, base.shapes, reporter)
+        bases = _bases(options, manifest)
+        found = find_loras(options, manifest, _shapes(bases), reporter)
         if all(lora.own for lora in found) and not options.force:
-            plans = _plans(options, manifest, base, found, [lora.known_digest() for lora in found])
+            plans = _plans(options, manifest, bases, found, [lora.known_digest() for lora in found])
             if all(_is_there(plan, manifest) for plan in plans):
                 return [_there_already(plan, manifest) for plan in plans]
         # Importing torch takes as long as reading a LoRA: on another thread, one hides the other.
         loader = ThreadPoolExecutor(1)
         torch = loader.submit(importlib.import_module, "torch")
         loader.shutdown(wait=False)
-        plans = _plans(options, manifest, base, found, [lora.read_digest(reporter) for lora in found])
+        plans = _plans(options, manifest, bases, found, [lora.read_digest(reporter) for lora in found])
         new = _to_be_made(plans, manifest, options)
         torch.result()
         made: dict[str, BakeReport] = {}
-        if new:
-            arithmetic = _arithmetic(options, [lora.adapter for lora in found])
-            made = _run(new, arithmetic, reporter, lock)
-        return [made.get(plan.name) or _there_already(plan, manifest) for plan in plans]
+        for place in BAKED:
+            if group := [plan for plan in new if plan.base.place == place]:
+                wanted = options if place == BAKES else dataclasses.replace(options, formats=(BF16,))
+                arithmetic = _arithmetic(wanted, [lora.adapter for lora in group[0].loras])
+                made |= _run(group, arithmetic, reporter, lock)
+        return [made.get(plan.folder) or _there_already(plan, manifest) for plan in plans]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +120,10 @@ def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bo
     """The one bake that ``options`` ask for, its LoRAs read. Raises what ``bake`` raises before it writes."""
     options = options.checked()
     manifest = read_manifest(options.overlay)
-    base = read_base(options.overlay, manifest)
-    found = find_loras(options, manifest, base.shapes, reporter, headers_only)
+    bases = _bases(options, manifest)
+    found = find_loras(options, manifest, _shapes(bases), reporter, headers_only)
     digests = [lora.known_digest() if headers_only else lora.read_digest(reporter) for lora in found]
-    [plan] = _plans(options, manifest, base, found, digests)
+    [plan] = _plans(options, manifest, bases, found, digests)
     _tell(plan.rule, [lora.adapter for lora in plan.loras], reporter)
     return UnwrittenBake(plan, options)
 
@@ -141,38 +143,40 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
     if not paths:
         return faults
     find_place(overlay)
-    of_bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
+    of_bakes = {record.path for bake in manifest.baked.values() for record in bake.files}
     if base := paths - of_bakes:
         reporter.note(f"{len(base)} files of the base are damaged; they are made again")
         restore_base(overlay, manifest, base, reporter, source=source)
-    for name, bake in manifest.bakes.items():
+    for folder, bake in manifest.baked.items():
         count = len(paths & {record.path for record in bake.files})
         if count:
-            files = recorded_files(overlay, manifest, name, loras)
-            reporter.note(f"bakes/{name}: {count} files are damaged; the bake is made again")
-            remake(overlay, name, files, reporter)
+            files = recorded_files(overlay, manifest, folder, loras)
+            reporter.note(f"{folder}: {count} files are damaged; the bake is made again")
+            remake(overlay, folder, files, reporter)
     return verify(overlay, reporter)
 
 
-def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Reporter) -> None:
-    """Make the bake ``name`` again, whole, from the LoRAs, strengths, order, rule and form that the manifest records.
+def remake(overlay: Path, folder: str, files: Mapping[str, Path], reporter: Reporter) -> None:
+    """Make the bake in ``folder`` again, whole, from what the manifest records: LoRAs, strengths, order, rule and form.
 
     ``files`` maps the LoRAs' blake3 to files or PEFT folders. The recorded kernel and device are used if this machine
     has them, so that the same bytes come out. Raises what ``bake`` raises, and OverlayError for a LoRA that changed.
     """
     with OverlayLock(overlay, reporter) as lock:
-        refuse_links(overlay / WORK_FOLDER, overlay / BAKES)
+        refuse_links(overlay / WORK_FOLDER, *(overlay / place for place in BAKED))
         recover(overlay, reporter)
         manifest = read_manifest(overlay)
-        made, base = manifest.bakes[name], read_base(overlay, manifest)
+        place, _, name = folder.rpartition("/")
+        made, base = manifest.baked[folder], read_base(overlay, manifest, place)
+        shapes = base.shapes if place == BAKES else {**read_base(overlay, manifest).shapes, **base.shapes}
         if made.quantised and not set(made.quantised) <= set(quantised_linears(base.shapes, (), "ltxpack --help")):
             again = f"ltxpack bake-lora {quoted(overlay)} --strength 1.0 --force"
             raise OverlayError(f"the bake {name} names linears that the base does not have", file=overlay, next=again)
         loras: list[LoraUse] = []
         for lora in made.loras:
-            adapter = open_adapter(files[lora.blake3], base.shapes, name=lora.name, allow_unmatched=True)
+            adapter = open_adapter(files[lora.blake3], shapes, name=lora.name, allow_unmatched=True)
             scan(adapter, reporter, lora.blake3)
-            loras.append(LoraUse(adapter, lora))
+            loras.append(LoraUse(adapter.within(base.shapes), lora))
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)
         if not _usable(arithmetic, made.rule):
             options = BakeOptions(overlay, (), rule=made.rule, formats=(made.format,))
@@ -185,32 +189,53 @@ def remake(overlay: Path, name: str, files: Mapping[str, Path], reporter: Report
 
 
 def _plans(
-    options: BakeOptions, manifest: Manifest, base: BaseTransformer, found: Sequence[FoundLora], digests: Sequence[str]
+    options: BakeOptions,
+    manifest: Manifest,
+    bases: Mapping[str, Base],
+    found: Sequence[FoundLora],
+    digests: Sequence[str],
 ) -> list[BakePlan]:
-    """One plan per strength and format. Raises AdapterError for what the official rule does not know, a model distilled
-    twice, or an activations file of another bake; UsageError for blocks that are not there.
+    """One plan per strength and format, and one per strength for the text path.
+
+    Raises AdapterError for what the official rule does not know, a model distilled twice, an activations file of
+    another bake, or a text path that no LoRA changes; UsageError for blocks that are not there.
     """
     if options.rule == "official":
         _refuse_beyond_official([lora.adapter for lora in found], options)
+    _refuse_absent_blocks(options, bases[BAKES])
     named = [
         (dataclasses.replace(lora.adapter, name=lora.bake_part(digest, manifest, options)), digest)
         for lora, digest in zip(found, digests, strict=True)
     ]
-    plans = []
-    _refuse_absent_blocks(options, base)
-    for strength in options.strengths:
+    plans: dict[str, BakePlan] = {}
+    for (place, base), strength in itertools.product(bases.items(), options.strengths):
         # The base alone has no LoRA and the strength 0.
-        strengths = [*(value for _, value in options.added), strength] if named else []
+        strengths = [*(value for _, value in options.added), strength] if found else []
         uses = tuple(
-            LoraUse.of(adapter, value, digest, options.rule)
+            LoraUse.of(part, value, digest, options.rule)
             for (adapter, digest), value in zip(named, strengths, strict=True)
+            if (part := adapter.within(base.shapes)).targets
         )
         _refuse_twice_distilled(uses, manifest, options)
-        for form in options.formats:
+        for form in options.formats if place == BAKES else (BF16,):
             name = options.name or bake_name([(use.baked.name, use.baked.applied) for use in uses], form)
             plan = BakePlan(name, uses, options.rule, base, options.overlay)
-            plans.append(plan if form == BF16 else _quantised(plan, form, options))
-    return plans
+            if uses or not found:  # else the LoRAs change the text path alone, or nothing of it
+                plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options))
+    if options.text and not any(plan.base.place == TEXT_ENCODERS for plan in plans.values()):
+        files = [lora.adapter.path.name for lora in found]
+        raise AdapterError("no LoRA changes the text path", items=files, next=options.command(text=False))
+    return list(plans.values())
+
+
+def _bases(options: BakeOptions, manifest: Manifest) -> dict[str, Base]:
+    """What is baked into, by the place of its bakes."""
+    return {place: read_base(options.overlay, manifest, place) for place in (BAKED if options.text else (BAKES,))}
+
+
+def _shapes(bases: Mapping[str, Base]) -> Shapes:
+    """Those of all bases: no name of one is a name of another."""
+    return {name: shape for base in bases.values() for name, shape in base.shapes.items()}
 
 
 def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -> None:
@@ -226,7 +251,7 @@ def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -
         raise AdapterError(f"the official rule has no {methods}", items=names, next=options.command(rule="fp32"))
 
 
-def _refuse_absent_blocks(options: BakeOptions, base: BaseTransformer) -> None:
+def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
     main, added = options.strengths, options.added
     strengths = [Strength.of(by) for by in (*main, *(by for _, by in added))]
     there = {block for block, _ in map(split_name, base.shapes) if block is not None}
@@ -265,7 +290,7 @@ def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
 
 def _is_there(plan: BakePlan, manifest: Manifest) -> bool:
     """Whether the overlay holds this very bake, whole as far as sizes tell."""
-    bake = manifest.bakes.get(plan.name)
+    bake = manifest.baked.get(plan.folder)
     if bake is None or not plan.is_made_from(bake):
         return False
     paths = [(plan.overlay / record.path, record.size) for record in bake.files]
@@ -278,7 +303,7 @@ def _to_be_made(plans: Sequence[BakePlan], manifest: Manifest, options: BakeOpti
         return list(plans)
     new = [plan for plan in plans if not _is_there(plan, manifest)]
     for plan in new:
-        bake = manifest.bakes.get(plan.name)
+        bake = manifest.baked.get(plan.folder)
         if bake is not None and not plan.is_made_from(bake):
             wanted, found = _described(plan, plan.form), _described(bake, bake.format)
             problem, path = "exists already, made from other inputs", plan.overlay / plan.folder
@@ -296,7 +321,7 @@ def _described(made: BakePlan | Bake, form: str) -> str:
 
 
 def _there_already(plan: BakePlan, manifest: Manifest) -> BakeReport:
-    bake = manifest.bakes[plan.name]
+    bake = manifest.baked[plan.folder]
     document = {"bake": plan.name, "rule": bake.rule, "kernel": bake.kernel, "device": bake.device}
     return BakeReport(plan.name, plan.folder, False, {**document, "changed_tensors": len(bake.changed)})
 
@@ -364,14 +389,14 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
         reports = {}
         for bake in bakes:
             record, document = bake.finish()
-            manifest = manifest.with_bake(bake.plan.name, record)
-            reports[bake.plan.name] = BakeReport(bake.plan.name, bake.plan.folder, True, document)
+            manifest = manifest.with_bake(bake.plan.folder, record)
+            reports[bake.plan.folder] = BakeReport(bake.plan.name, bake.plan.folder, True, document)
         reporter.end()
         publish_bakes(bakes, manifest)
     return reports
 
 
-def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: BaseTransformer, reporter: Reporter) -> None:
+def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: Base, reporter: Reporter) -> None:
     """All shards that are not done, shard after shard, each read once for all bakes with the same arithmetic."""
     from ltxpack.lora_bake.stream import Engine, ShardOutput
 

@@ -30,7 +30,7 @@ from ltxpack.lora_bake.plan import BakeOptions, lora_name
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
 from ltxpack.ltx23.lora_facts import PEFT_CONFIG, PEFT_WEIGHTS, belongs
-from ltxpack.manifest import Lora, Manifest, changed_file
+from ltxpack.manifest import BAKES, Lora, Manifest, changed_file
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 from ltxpack.reporter import Reporter
 
@@ -125,17 +125,17 @@ def _tell(adapter: Adapter, options: BakeOptions, reporter: Reporter) -> None:
         reporter.warn(f"{adapter.path.name}: {warning}")
 
 
-def recorded_files(overlay: Path, manifest: Manifest, name: str, given: Sequence[Path]) -> dict[str, Path]:
-    """blake3 -> file for the LoRAs of the bake ``name``. Raises SourceError if one is neither kept nor ``given``."""
+def recorded_files(overlay: Path, manifest: Manifest, folder: str, given: Sequence[Path]) -> dict[str, Path]:
+    """blake3 -> file for the LoRAs of the bake in ``folder``. Raises SourceError if one is neither kept nor given."""
     digests = {path: hash_adapter(*adapter_files(path)) for path in given}
     files = {digest: path for path, digest in digests.items()}
     files |= {lora.file.blake3: overlay / lora.file.path for lora in manifest.loras}
-    missing = {lora.blake3: lora for lora in manifest.bakes[name].loras if lora.blake3 not in files}.values()
+    missing = {lora.blake3: lora for lora in manifest.baked[folder].loras if lora.blake3 not in files}.values()
     if not missing:
         return files
-    used = {lora.blake3 for bake in manifest.bakes.values() for lora in bake.loras}
+    used = {lora.blake3 for bake in manifest.baked.values() for lora in bake.loras}
     others = [f"{path} (blake3 {digest[:8]})" for path, digest in digests.items() if digest not in used]
-    problem = f"the LoRA of the bake {name} is needed to repair it"
+    problem = f"the LoRA of the bake {folder.removeprefix(f'{BAKES}/')} is needed to repair it"
     # The files that do match are part of the next command: without them it would miss those instead.
     flags = [f"--lora {quoted(path)}" for path, digest in digests.items() if digest in used]
     raise SourceError(

@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import json
 import math
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -24,12 +25,15 @@ from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.lora_bake.forms import stored_specs
+from ltxpack.ltx23.text_keys import TEXT_COMPONENTS
 from ltxpack.manifest import (
     BAKE_NAME,
+    BAKES,
     BF16,
     FORMATS,
     FP8,
     RESERVED_BAKE_NAMES,
+    TEXT_ENCODERS,
     Bake,
     BakedLora,
     Calibration,
@@ -54,8 +58,7 @@ from ltxpack.strength import Strength, format_strength
 
 RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
-BAKES = "bakes"
-TRANSFORMER = "transformer"
+TRANSFORMER, CONNECTORS = "transformer", "connectors"
 MAX_NAME_LENGTH = 200
 # How a bake of no LoRA begins its name.
 BASE_NAME = "base"
@@ -72,6 +75,7 @@ class BakeOptions:
     ``added``: (file, PEFT folder or REPO/FILE; strength), applied in this order before the main one. ``keep_blocks``:
     those that quantised bakes leave in bf16, None for the usual ones. ``activations``: the file that fp8's input scales
     are taken from. ``export``: the flags of the export that the bake is made for, "" if it is one of the overlay.
+    ``text``: bake what LoRAs change of the text path, too.
     """
 
     overlay: Path
@@ -87,6 +91,7 @@ class BakeOptions:
     keep_blocks: tuple[int, ...] | None = None
     activations: Path | None = None
     export: str = ""
+    text: bool = False
 
     @property
     def base_alone(self) -> bool:
@@ -111,7 +116,8 @@ class BakeOptions:
         if wanted.keep_blocks is not None:
             flags.append(f"--keep-blocks {','.join(map(str, wanted.keep_blocks)) or 'none'}")
         flags += [f"--activations {quoted(wanted.activations)}"] if wanted.activations is not None else []
-        flags += [flag for flag, on in (("--allow-unmatched", wanted.allow_unmatched), ("--force", wanted.force)) if on]
+        switches = (("--text", wanted.text), ("--allow-unmatched", wanted.allow_unmatched), ("--force", wanted.force))
+        flags += [flag for flag, on in switches if on]
         command = ["ltxpack export" if wanted.export else "ltxpack bake-lora", quoted(wanted.overlay)]
         return " ".join([*command, *([wanted.export] if wanted.export else []), *flags])
 
@@ -190,37 +196,49 @@ class BaseShard:
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return PurePosixPath(self.record.path).name
+        """The file's name in a bake, see :func:`_name_in_bake`."""
+        return _name_in_bake(self.record.path)
+
+
+def _name_in_bake(path: str) -> str:
+    """Where a bake has the file ``path`` of the base: in its own folder, but the connectors in a folder of that."""
+    component, _, name = path.partition("/")
+    return path if component == CONNECTORS else name
 
 
 @dataclass(frozen=True)
-class BaseTransformer:
-    """The transformer that every bake starts from. ``small`` holds config and index: file name -> bytes."""
+class Base:
+    """What every bake starts from: the transformer, or the text encoder and its connectors.
+
+    ``small`` holds configs and indices: name in a bake -> bytes. ``place``: the folder that its bakes are in.
+    """
 
     shards: tuple[BaseShard, ...]
     small: dict[str, bytes]
     shapes: dict[str, tuple[int, ...]]
+    place: str = BAKES
 
 
-def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
-    """The base of ``overlay``; sizes and small files are checked here, shards while they are streamed.
+def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
+    """The base of ``overlay`` for bakes in ``place``; sizes and small files are checked here, shards while they are
+    streamed.
 
     Raises OverlayError for anything that is not as the manifest says.
     """
-    if TRANSFORMER not in manifest.components:
+    components = TEXT_COMPONENTS if place == TEXT_ENCODERS else (TRANSFORMER,)
+    if lacking := [name for name in components if name not in manifest.components]:
         advice = f"ltxpack materialize SOURCE {quoted(overlay)} --force"
-        raise OverlayError("holds no transformer", file=overlay, next=advice)
+        raise OverlayError(f"holds no {' and no '.join(lacking)}", file=overlay, next=advice)
     shards: list[BaseShard] = []
     small: dict[str, bytes] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for record in manifest.components[TRANSFORMER].files:
+    for record in (record for name in components for record in manifest.components[name].files):
         path = overlay / record.path
         if not path.is_file() or path.stat().st_size != record.size:
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
             raise changed_file(path, f"{record.size} bytes", found)
         if not record.path.endswith(".safetensors"):
-            small[path.name] = recorded_bytes(overlay, record)
+            small[_name_in_bake(record.path)] = recorded_bytes(overlay, record)
             continue
         shard = BaseShard(record, read_tensorfile(path))
         for name, info in shard.file.tensors.items():
@@ -231,7 +249,7 @@ def read_base(overlay: Path, manifest: Manifest) -> BaseTransformer:
                 raise OverlayError(problem, file=path, tensor=name, expected=usable, found=info.dtype)
             shapes[name] = info.shape
         shards.append(shard)
-    return BaseTransformer(tuple(shards), small, shapes)
+    return Base(tuple(shards), small, shapes, place)
 
 
 # One bake
@@ -269,7 +287,7 @@ class BakePlan:
     name: str
     loras: tuple[LoraUse, ...]
     rule: str
-    base: BaseTransformer
+    base: Base
     overlay: Path
     form: str = BF16
     quantised: tuple[str, ...] = ()
@@ -278,7 +296,7 @@ class BakePlan:
     @property
     def folder(self) -> str:
         """Where it goes in the overlay."""
-        return f"{BAKES}/{self.name}"
+        return f"{self.base.place}/{self.name}"
 
     def strengths_in(self, name: str) -> tuple[float, ...]:
         """Of its LoRAs in the tensor ``name``."""
@@ -327,7 +345,7 @@ class BakePlan:
         """The other shards: links to the base's."""
         records = {shard.name: shard.record for shard in self.base.shards if shard.name not in self.shards}
         return tuple(
-            LinkFile(f"{self.folder}/{name}", record.size, record.blake3, f"../../{record.path}")
+            LinkFile(f"{self.folder}/{name}", record.size, record.blake3, self._way_to(record.path, name))
             for name, record in records.items()
         )
 
@@ -415,6 +433,10 @@ class BakePlan:
             elif info.name in self.touched:
                 entry = dataclasses.replace(entry, producer=FusedTensor(place))
             yield entry
+
+    def _way_to(self, path: str, name: str) -> str:
+        """From the folder of the file ``name`` of the bake to ``path`` of the overlay."""
+        return posixpath.relpath(path, posixpath.dirname(f"{self.folder}/{name}"))
 
     def _index(self) -> bytes:
         """Of all tensors as this bake has them."""

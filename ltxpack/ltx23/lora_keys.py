@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ltxpack.ltx23.renames import TRANSFORMER
@@ -23,7 +23,8 @@ _OFFICIAL_ROOT = "model.diffusion_model."
 _TO_OFFICIAL = TRANSFORMER.reverse()
 _ELSEWHERE = re.compile(
     r"(^|[._])(embeddings_connector|text_embedding_projection|connectors|video_connector|audio_connector"
-    r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*)([._]|$)|_embeddings_connector"
+    r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*|language_model"
+    r"|layers[._]\d+[._](self_attn|mlp))([._]|$)|_embeddings_connector"
 )
 # However many there are; something is always left.
 _PREFIXES = re.compile(rf"(?:(?:{'|'.join(map(re.escape, DOTTED_PREFIXES))})(?!\Z))*")
@@ -183,23 +184,26 @@ def belongs_elsewhere(module: str) -> bool:
 
 
 class ModuleNames:
-    """All spellings of the modules of one transformer, derived from its own tensor names and the rename table.
+    """All spellings of the modules of one model, derived from its own tensor names: of a transformer, unless said else.
 
-    Flattened names are looked up whole, never split. ``shapes`` maps every tensor name of the transformer (diffusers
-    spelling) to its shape.
+    Flattened names are looked up whole, never split. ``shapes`` maps every tensor name of the model (diffusers
+    spelling) to its shape, ``spellings`` a module to its names (default: those of the transformer's rename table).
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], spellings: Callable[[str], set[str]] | None = None
+    ) -> None:
+        spelled = spellings or _spellings
         modules = {name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".bias"))}
         self.linears = linear_modules(shapes)
         self._dotted: dict[str, tuple[str, ...] | None] = {}
         self._flat: dict[str, tuple[str, ...] | None] = {}
         for module in sorted(modules):
-            self._add((module,), _spellings(module))
+            self._add((module,), spelled(module))
         for parent in sorted({module.rpartition(".")[0] for module in self.linears}):
             wanted = {letter: f"{parent}.to_{letter}" for letter in "qkv"}
             for name, letters in FUSED.items() if self.linears.issuperset(wanted.values()) else ():
-                self._add(tuple(wanted[letter] for letter in letters), _spellings(f"{parent}.{name}"))
+                self._add(tuple(wanted[letter] for letter in letters), spelled(f"{parent}.{name}"))
 
     def find(self, key: LoraKey) -> tuple[str, ...] | None:
         """The modules that ``key`` means, in row order: one, or two or three for a fused kv or qkv.

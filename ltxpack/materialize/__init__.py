@@ -142,7 +142,7 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
         return None
     if options.force:
         with contextlib.suppress(OverlayError):
-            bakes = read_manifest(options.overlay).bakes
+            bakes = [folder.removeprefix("bakes/") for folder in read_manifest(options.overlay).baked]
             if bakes:  # they were made from the transformer that is being replaced
                 names = ", ".join(bakes)
                 reporter.warn(f"{options.overlay}: is replaced with its bakes ({names}); bake them again after")

@@ -59,7 +59,7 @@ def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterato
         what = "other inputs" if other is None else f"another {other.role.replace('_', ' ')} than {other.name}"
         yield f"it was made from {what}"
     planned = {item.path: item for item in plan.items()}
-    bakes = {record.path for bake in manifest.bakes.values() for record in bake.files}
+    bakes = {record.path for bake in manifest.baked.values() for record in bake.files}
     records = {record.path: record for record in manifest.records() if record.path not in bakes}
     if METADATA not in records:  # an overlay of an earlier version
         del planned[METADATA]

@@ -306,6 +306,7 @@ def _overlay(folder: Path) -> dict[str, Any]:
         "components": components,
         "loras": [{"name": lora.name, "path": lora.file.path, "bytes": lora.file.size} for lora in manifest.loras],
         "bakes": {name: _bake(bake) for name, bake in manifest.bakes.items()},
+        "text_encoders": {name: _bake(bake) for name, bake in manifest.text_encoders.items()},
         "takes": _overlay_takes(manifest),
     }
 

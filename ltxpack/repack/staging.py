@@ -37,6 +37,8 @@ from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import open_source
 from ltxpack.manifest import (
     BAKE_NAME,
+    BAKED,
+    BAKES,
     MANIFEST_NAME,
     RESERVED_BAKE_NAMES,
     FileRecord,
@@ -49,7 +51,6 @@ from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, real_target, refuse_li
 from ltxpack.reporter import Reporter, SilentReporter
 
 PARTIAL = ".partial"
-BAKES = "bakes"
 # Names the staging folder of a whole overlay inside of it: no bake may have the name.
 WHOLE = "base"
 FORMAT = 1
@@ -58,7 +59,7 @@ MAX_JOURNAL_BYTES = 16 * 1024 * 1024
 
 
 class StagingPaths:
-    """The paths of a staging folder. ``folder``: "" for the overlay itself, else ``bakes/<name>``.
+    """The paths of a staging folder. ``folder``: "" for the overlay itself, else that of a bake: ``bakes/<name>``.
 
     ``target`` appears at the end, ``work`` is the staging folder; in it ``root`` is laid out like the overlay, and
     ``payload`` is what becomes ``target``. ``base``: the folder that holds ``work``, None for beside the overlay.
@@ -67,7 +68,7 @@ class StagingPaths:
     def __init__(self, overlay: Path, folder: str, base: Path | None) -> None:
         self.overlay, self.folder, self.base = overlay, folder, base
         self.target = overlay / folder
-        name = self.target.name if folder else WHOLE
+        name = _work_name(folder) if folder else WHOLE
         inside = base / WORK_FOLDER / (name + PARTIAL) if base else None
         self.work = inside or overlay.parent / f".{overlay.name}{PARTIAL}"
         self.root, self.journal = self.work / "files", self.work / "journal.jsonl"
@@ -102,7 +103,7 @@ class StagingPaths:
             manifest = read_manifest(self.overlay)
             if not self.folder:
                 return tuple(manifest.records())
-            bake = manifest.bakes.get(self.target.name)
+            bake = manifest.baked.get(self.folder)
             return bake.files if bake else None
         return None
 
@@ -306,10 +307,10 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
         for staging in stagings:
             staging._announce()
         before = read_manifest(overlay)
-        names = {staging.paths.target.name for staging in stagings}
-        kept = {name: bake for name, bake in before.bakes.items() if name not in names}
-        if len(kept) < len(before.bakes):
-            atomic_write(path, dataclasses.replace(before, bakes=kept).dump())
+        folders = {staging.paths.folder for staging in stagings}
+        kept = {folder: bake for folder, bake in before.baked.items() if folder not in folders}
+        if len(kept) < len(before.baked):
+            atomic_write(path, before.with_baked(kept).dump())
         for staging in stagings:
             staging._place()
         atomic_write(path, manifest.dump())
@@ -373,7 +374,8 @@ def unfinished(overlay: Path) -> list[Path]:
 
 def staging_bases(overlay: Path) -> list[Path]:
     """The folders of ``overlay`` that staging folders may be in: all that may be mount points with bakes."""
-    return [overlay, overlay / BAKES, *sorted((overlay / BAKES).glob("*/"))]
+    inner = [base for place in BAKED for base in (overlay / place, *sorted((overlay / place).glob("*/")))]
+    return [overlay, *inner]
 
 
 def _begun(overlay: Path) -> list[StagingPaths]:
@@ -381,10 +383,24 @@ def _begun(overlay: Path) -> list[StagingPaths]:
     places = StagingPaths.all(overlay, "")
     for base in staging_bases(overlay):
         for path in sorted((base / WORK_FOLDER).glob(f"*{PARTIAL}")):
-            name = path.name.removesuffix(PARTIAL)
-            if BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES:
-                places.append(StagingPaths(overlay, f"{BAKES}/{name}", base))
+            folder = folder_of(path)
+            if folder is not None:
+                places.append(StagingPaths(overlay, folder, base))
     return [place for place in places if place.work.is_dir()]
+
+
+def _work_name(folder: str) -> str:
+    """A bake's staging folder goes by its name; in another place than bakes/ with that before it."""
+    place, _, name = folder.rpartition("/")
+    return name if place == BAKES else f"{place}@{name}"
+
+
+def folder_of(work: Path) -> str | None:
+    """The folder of the bake that is staged in ``work``; None for another name."""
+    place, at, name = work.name.removesuffix(PARTIAL).rpartition("@")
+    known = (place in BAKED and place != BAKES) if at else True
+    allowed = BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES
+    return f"{place or BAKES}/{name}" if known and allowed else None
 
 
 def _occupied(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from ltxpack.files.tensorfile import read_index, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import INDEX_ENDING, Item
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
-from ltxpack.repack.staging import PARTIAL, recover, remove_below, staging_bases, unfinished
+from ltxpack.repack.staging import folder_of, recover, remove_below, staging_bases, unfinished
 from ltxpack.repack.write import preflight, write_item
 from ltxpack.reporter import Reporter
 
@@ -64,15 +64,13 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
         reporter.end()
         # A bake killed while it was published may be in its place already, but the manifest does not name it yet.
-        unnamed = {path.name.removesuffix(PARTIAL) for path in begun} - manifest.bakes.keys()
-        strays = list(_strays(overlay, records, {f"bakes/{name}" for name in unnamed}))
+        staged = {folder for folder in map(folder_of, begun) if folder is not None}
+        strays = list(_strays(overlay, records, staged - manifest.baked.keys()))
         faults += [Fault(path, NOT_OURS) for path in strays if not is_foreign(path)]
         _tell_foreign([path for path in strays if is_foreign(path)], reporter)
         bad = {fault.path for fault in faults}
         # Folders whose shards together make one model: those of components and bakes, not ``loras``.
-        models = [part.files for part in manifest.components.values()] + [
-            bake.files for bake in manifest.bakes.values()
-        ]
+        models = [*(part.files for part in manifest.components.values()), *(b.files for b in manifest.baked.values())]
         for folder in sorted({posixpath.dirname(record.path) for files in models for record in files}):
             faults += _folder_faults(overlay, folder, records, bad)
         return sorted(faults, key=lambda fault: (fault.path, fault.problem))

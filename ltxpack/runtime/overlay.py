@@ -5,6 +5,7 @@ And which of its transformers each stage of a recipe uses.
 
 from __future__ import annotations
 
+import posixpath
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from pathlib import Path
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
-from ltxpack.manifest import BF16, FORMATS, FileRecord, Manifest, changed_file, read_manifest
+from ltxpack.manifest import BAKES, BF16, FORMATS, TEXT_ENCODERS, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO
 
-BASE, BAKES = "base", "bakes"
+BASE = "base"
+# Part of the text path -> its folder in that of a baked text encoder.
+TEXT_PARTS = {"text_encoder": "", "connectors": "connectors"}
 
 
 def transformer_part(name: str) -> str:
@@ -27,18 +30,27 @@ def transformer_part(name: str) -> str:
 
 @dataclass(frozen=True)
 class Overlay:
-    """An overlay folder and its validated manifest."""
+    """An overlay folder and its validated manifest.
+
+    ``text``: the folder of the baked text encoder that takes the place of the base's; "" for that.
+    """
 
     root: Path
     manifest: Manifest
+    text: str = ""
 
     @classmethod
-    def open(cls, root: Path) -> Overlay:
+    def open(cls, root: Path, text_encoder: str | None = None) -> Overlay:
         """Read the manifest; every file must be there in its size, every component of its class.
 
-        Raises OverlayError. Contents are checked by :meth:`check` when a part is used.
+        ``text_encoder``: the name of a baked one, None or ``base`` for the base's. Raises OverlayError, UsageError for
+        a name that is none. Contents are checked by :meth:`check` when a part is used.
         """
-        overlay = cls(root, read_manifest(root))
+        manifest, baked = read_manifest(root), text_encoder not in (None, BASE)
+        if baked and text_encoder not in manifest.text_encoders:
+            known, advice = [BASE, *manifest.text_encoders], f"ltxpack inspect {quoted(root)}"
+            raise UsageError(f"there is no text encoder {text_encoder!r}", file=root, items=known, next=advice)
+        overlay = cls(root, manifest, f"{TEXT_ENCODERS}/{text_encoder}" if baked else "")
         for name, wanted in LOADED_CLASSES.items():
             component = overlay.manifest.components.get(name)
             found = component and component.class_name
@@ -52,12 +64,15 @@ class Overlay:
 
     def folder(self, part: str) -> Path:
         """The folder of a component, or of a bake ``bakes/NAME``."""
-        return self.root / part
+        return self.root / (f"{self.text}/{TEXT_PARTS[part]}" if self.text and part in TEXT_PARTS else part)
 
     def records(self, part: str) -> tuple[FileRecord, ...]:
         """The files of a component, or of a bake ``bakes/NAME``."""
-        folder, _, name = part.rpartition("/")
-        return self.manifest.bakes[name].files if folder == BAKES else self.manifest.components[part].files
+        if self.text and part in TEXT_PARTS:
+            folder = posixpath.normpath(f"{self.text}/{TEXT_PARTS[part]}")
+            files = self.manifest.baked[self.text].files
+            return tuple(record for record in files if posixpath.dirname(record.path) == folder)
+        return self.manifest.baked[part].files if "/" in part else self.manifest.components[part].files
 
     def form(self, name: str) -> str:
         """How the linears of a transformer are stored."""

@@ -67,6 +67,8 @@ def described(
     if fp8 != TOKEN and any(overlay.form(name) == FP8 for name in transformers):
         found["fp8"] = fp8
     found |= {stage_flag(number): name for number, name in enumerate(transformers)}
+    if overlay.text:
+        found["text_encoder"] = overlay.text.rpartition("/")[2]
     return found | {"dtype": dtype}
 
 

@@ -69,7 +69,7 @@ class Session:
     def __init__(self, root: Path, settings: SessionSettings, reporter: Reporter | None = None) -> None:
         settings.check()
         self.settings = settings
-        self.overlay = Overlay.open(root)
+        self.overlay = Overlay.open(root, settings.text_encoder)
         self.device = resolve_device(settings.device)
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()

@@ -157,6 +157,9 @@ class SessionSettings:
 
     stage1: str = _setting(AUTO, "base, or a bake's name.", plan=True)
     stage2: str = _setting(AUTO, "base, or a bake's name.", plan=True)
+    text_encoder: str | None = _setting(
+        None, "A text encoder baked by bake-lora --text instead of the base's.", metavar="NAME"
+    )
     format: str = _setting("bf16", "Which of several bakes auto takes.", choices=("bf16", *CODES), plan=True)
     fp8: str = _setting(
         TOKEN, "fp8 bakes: inputs in codes, scaled by token or as calibrated; or weights decoded.", choices=FP8_MODES
@@ -207,6 +210,7 @@ class SessionGiven(TypedDict, total=False):
 
     stage1: str
     stage2: str
+    text_encoder: str | None
     format: str
     fp8: str
     device: str

@@ -17,9 +17,10 @@ from torch import nn
 from ltxpack.errors import LtxpackError
 from ltxpack.files.direct import AUTO
 from ltxpack.files.reader import no_stop
+from ltxpack.manifest import BAKES
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.codecs.tiles import FAST
-from ltxpack.runtime.overlay import BAKES, BASE, Overlay
+from ltxpack.runtime.overlay import BASE, Overlay
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.background import Background, CacheWarmer, Stop
