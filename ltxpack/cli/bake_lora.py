@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes, human_seconds
 from ltxpack.manifest import BF16, FORMATS, TEXT_ENCODERS
 from ltxpack.strength import Strength
+
+if TYPE_CHECKING:
+    from ltxpack.lora_bake import BakeReport
 
 
 @click.command("bake-lora", cls=LoraCommand)
@@ -61,7 +65,7 @@ def bake_lora(
     Without OVERLAY: the current folder if it is an overlay, else ./out. The distilled LoRA changes nearly every
     byte, so such a bake of the 22B model takes 38 GB; --plan says how much, to the byte but for the two reports.
     """
-    from ltxpack.lora_bake import PAGE_NAME, REPORT_NAMES, BakeOptions, bake, parse_added, parse_blocks, plan_bake
+    from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, parse_added, parse_blocks, plan_bake
 
     folder = terminal.usual_overlay(overlay)
     reporter = terminal.TerminalReporter(verbose)
@@ -83,13 +87,20 @@ def bake_lora(
         terminal.print_json([report.to_json() for report in reports])
         return
     for report in reports:
-        for line in report.lines(verbose):
-            click.echo(line)
-        if report.made:
-            files = [file for file in (folder / report.path).rglob("*") if file.is_file() and not file.is_symlink()]
-            size = sum(file.stat().st_size for file in files)
-            click.echo(f"  {human_bytes(size)}; what changed: {folder / report.path / PAGE_NAME}")
-        if report.path.startswith(f"{TEXT_ENCODERS}/"):
-            click.echo(f"  ltxpack run takes it by --text-encoder {report.name}")
+        _print_report(report, folder, verbose)
     if any(report.made for report in reports):
         click.echo(f"next: ltxpack run {quoted(folder)} --prompt 'A paper boat drifts down a rainy street.'")
+
+
+def _print_report(report: BakeReport, overlay: Path, verbose: bool) -> None:
+    from ltxpack.lora_bake import PAGE_NAME
+
+    folder = overlay / report.path
+    for line in report.lines(verbose):
+        click.echo(line)
+    if report.made:
+        files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+        size = sum(file.stat().st_size for file in files)
+        click.echo(f"  {human_bytes(size)}; what changed: {folder / PAGE_NAME}")
+    if report.path.startswith(f"{TEXT_ENCODERS}/"):
+        click.echo(f"  ltxpack run takes it by --text-encoder {report.name}")
