@@ -152,8 +152,9 @@ def _items(path: Path, data: bytes) -> list[Entry]:
     values: list[Any] = []
     for document in _documents(data):
         values.extend(document if isinstance(document, list) else [document])
-    if not values:
-        raise UsageError("holds no item", file=path, expected=WANTED, next=WRITE)
+    if not any(isinstance(value, dict | str) for value in values):
+        found = f"{len(values)} other values" if values else None
+        raise UsageError("holds no item", file=path, expected=WANTED, found=found, next=WRITE)
     return [Entry(ITEM, n, {"prompt": v} if isinstance(v, str) else v) for n, v in enumerate(values, start=1)]
 
 

@@ -100,7 +100,12 @@ def test_files_of_other_forms_are_named_in_one_line(
 
 
 def test_an_odd_utf16_file_and_an_empty_list(tmp_path: Path) -> None:
-    for content, says in ((b"\xff\xfea", "not sound UTF-16 text"), (b"[]", "holds no item"), (b"\xff\xfe", "no line")):
+    for content, says in (
+        (b"\xff\xfea", "not sound UTF-16 text"),
+        (b"[]", "holds no item"),
+        (b"[0, 1]", "2 other"),
+        (b"\xff\xfe", "no line"),
+    ):
         with pytest.raises(UsageError, match=says):
             read(tmp_path, "a.jsonl", content)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -18,7 +19,7 @@ from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
-from ltxpack.runtime.media.formats import refusal_of
+from ltxpack.runtime.media.formats import CONVERT, refusal_of
 
 Pixels = NDArray[np.uint8]
 """``[H, W, 3]`` RGB."""
@@ -30,7 +31,9 @@ MAX_SIDE = 16384
 # How many times the pixels that are needed make a picture a large one.
 LARGE = 4
 ORIENTATION = 0x0112
-BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF, and a value of the second
+# Tags of TIFF, and values of them.
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+SUBFILE, REDUCED, SUB_IFDS, DNG_VERSION = 254, 1, 330, 50706
 # Pillow would start Ghostscript for these.
 NOT_LOADED = ("EPS",)
 # Files whose whole numbers end at 65535, in any mode that Pillow gives them.
@@ -40,6 +43,12 @@ TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.
 WITHOUT_ALPHA = {"RGBA": "RGB", "LA": "L"}
 
 _log = logging.getLogger(__name__)
+
+
+@functools.cache
+def _tell(message: str, *facts: object) -> None:
+    """A warning, once: pictures are read when they are checked, and again when they are used."""
+    _log.warning(message, *facts)
 
 
 def load_image(path: Path, crf: int) -> Tensor:
@@ -52,7 +61,7 @@ def load_image(path: Path, crf: int) -> Tensor:
         raise UsageError("not a constant rate factor of x264", expected=f"0 to {MAX_CRF}", found=crf)
     pixels = read_image(path)
     if crf and max(pixels.shape[:2]) > MAX_SIDE:
-        _log.warning("%s: scaled to sides of at most %d, which x264 takes", path, MAX_SIDE)
+        _tell("%s: scaled to sides of at most %d, which x264 takes", path, MAX_SIDE)
     return torch.from_numpy(compress(pixels, crf))
 
 
@@ -111,8 +120,17 @@ def read_image(path: Path) -> Pixels:
                 raise _too_large(path, f"{image.width}x{image.height}")
             if image.format in NOT_LOADED or isinstance(image, ImageFile.StubImageFile):
                 raise refusal_of(path)
+            if _is_preview(image):
+                found = "a raw picture of a camera, of which only a preview could be read"
+                raise UnsupportedError("not a picture of a known format", file=path, found=found, next=CONVERT)
             image.load()
             return np.array(_to_srgb(_upright(image, path), path))
+
+
+def _is_preview(image: Image.Image) -> bool:
+    """Whether a TIFF begins with a small copy of what it holds, as raw pictures of cameras do."""
+    tags = getattr(image, "tag_v2", {})
+    return DNG_VERSION in tags or (tags.get(SUBFILE) == REDUCED and SUB_IFDS in tags)
 
 
 def compress(pixels: Pixels, crf: int) -> Pixels:
@@ -145,7 +163,7 @@ def _upright(image: Image.Image, path: Path) -> Image.Image:
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception as error:  # whatever Pillow raises for EXIF data of any content
-        _log.warning("%s: its EXIF data cannot be read (%s); taken as upright", path, error)
+        _tell("%s: its EXIF data cannot be read (%s); taken as upright", path, str(error))
         turn = None
     turned = image if turn is None else image.transpose(turn)
     return turned.convert(WITHOUT_ALPHA[turned.mode]) if turned.mode in WITHOUT_ALPHA else turned
@@ -161,7 +179,7 @@ def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
-            _log.warning("%s: its colour profile cannot be used (%s); read as sRGB", path, error)
+            _tell("%s: its colour profile cannot be used (%s); read as sRGB", path, str(error))
         else:
             if converted is not None:
                 return converted

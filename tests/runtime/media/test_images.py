@@ -183,6 +183,13 @@ def test_pictures_of_other_kinds_are_named_and_to_be_converted(tmp_path: Path, c
     assert refused.value.next.startswith("convert it to")
 
 
+@pytest.mark.parametrize("tags", [{50706: b"\1\4\0\0"}, {254: 1, 330: 8}])
+def test_the_preview_in_a_raw_picture_is_not_taken_for_it(tmp_path: Path, tags: dict[int, object]) -> None:
+    path = save(tmp_path / "a.dng", Image.fromarray(noise(4, 6)), format="tiff", tiffinfo=tags)
+    with pytest.raises(UnsupportedError, match="a raw picture of a camera, of which only a preview"):
+        read_image(path)
+
+
 def swapped_profile() -> bytes:
     """An sRGB profile with the red and blue primaries exchanged."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -203,7 +210,8 @@ def test_a_useless_profile_is_told_and_ignored(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         assert np.array_equal(read_image(path), pixels)
         assert np.array_equal(read_image(grey)[..., 1], pixels[..., 0])
-    assert [str(path) in record.getMessage() for record in caplog.records] == [True, False]
+        read_image(path)
+    assert [str(path) in record.getMessage() for record in caplog.records] == [True, False], "once for each"
     assert len(caplog.records) == 2
 
 
