@@ -38,6 +38,7 @@ PEFT_TERMS = 5
 MAX_RESTS = 2
 # Which of a method's tensors change the module's bias, not its weight.
 _BIAS_ROLES = frozenset({"up_b", "diff_b", "bias"})
+_SCALED = frozenset(method.name for method in METHODS if method.rank)
 # Methods that change norms and tables too, not only linears.
 _ANY_SHAPE = ("diff", "weight")
 
@@ -92,8 +93,8 @@ class Adapter:
 
     @property
     def factor(self) -> float | None:
-        """The factor if it is the same for all targets with a rank, else None."""
-        factors = {target.factor for target in self.targets.values() if target.rank} or {1.0}
+        """The factor if it is the same for all targets that alpha scales, else None."""
+        factors = {target.factor for target in self.targets.values() if not _SCALED.isdisjoint(target.methods)} or {1.0}
         return factors.pop() if len(factors) == 1 else None
 
     @property
@@ -265,7 +266,7 @@ class _Fit:
         unmatched: dict[str, None] = {}
         for key, modules in self._found(list(keys), names):
             if modules is None:
-                unmatched[key.module] = None
+                unmatched |= {key.module: None} if self._file.tensors[key.key].nbytes else {}
                 continue
             found = self.modules.setdefault(modules, _ModuleKeys(modules, key)).found
             if key.role in found:
@@ -337,7 +338,7 @@ class _Fit:
             return
         methods = [method for method in METHODS if method.is_there(sized)]
         cut = {"magnitude"}.union(*(FORMULAS[method.name].rows or () for method in methods))
-        facts = self._facts(group, methods)
+        rank, factor, alpha = self._facts(group, methods)
         count = len(group.modules)
         for i, module in enumerate(group.modules):
             own: dict[str, dict[str, TensorInfo]] = {"weight": {}, "bias": {}}
@@ -348,7 +349,9 @@ class _Fit:
             for kind, tensors in own.items():
                 names = tuple(method.name for method in methods if method.is_there(tensors))
                 if names:
-                    yield LoraTarget(f"{module}.{kind}", names, tensors, *facts)
+                    # A bias has no rank of its own to be counted.
+                    own_rank = rank if kind == "weight" else 0
+                    yield LoraTarget(self._tensor(module, kind), names, tensors, own_rank, factor, alpha)
 
     def _facts(self, group: _ModuleKeys, methods: Sequence[Method]) -> tuple[int, float, float | None]:
         """``(rank, factor, alpha)`` of a module's targets."""
@@ -362,47 +365,39 @@ class _Fit:
 
     def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
         """role -> the shape its tensor must have, None if nothing is there to change; None after a fault."""
-        found, count, module = group.found, len(group.modules), group.key.module
-        sizes = {role: info.shape for role, info in found.items()}
+        found, sizes = group.found, {role: info.shape for role, info in group.found.items()}
         weight, bias = self._whole(group, "weight"), self._whole(group, "bias")
         wanted: dict[str, tuple[int, ...] | None] = {role: bias for role in found if role in _BIAS_ROLES}
         for method in METHODS:
             own = method.roles.intersection(found) - _BIAS_ROLES
-            if not own:
-                continue
-            formula, linear = FORMULAS[method.name], weight is not None and len(weight) == 2
-            if method.name not in _ANY_SHAPE and not linear:
-                self.fault("shape mismatch", f"{module} is no linear, or its fused parts differ in shape")
-                return None
-            if count > 1 and formula.rows is None:
-                self.fault(
-                    "shape mismatch", f"{module} is a fused projection, and {method.name} cannot be cut in parts"
-                )
-                return None
-            if weight is None:
+            if own and weight is None and method.name in _ANY_SHAPE:
                 wanted |= dict.fromkeys(own)
-            elif apart := [pair for pair in formula.pairs if not _agree(sizes, *pair)]:
-                left, right = (found[role] for role in apart[0])
-                self.fault("rank mismatch", f"{left.name} {list(left.shape)} and {right.name} {list(right.shape)}")
-                return None
-            else:
+            elif own:
+                if obstacle := _obstacle(group, method, weight):
+                    self.fault(*obstacle)
+                    return None
+                assert weight is not None
                 try:
-                    wanted |= formula.shapes(sizes, weight)
-                except (ValueError, IndexError) as error:
-                    self.fault("shape mismatch", f"{module}: {error}")
+                    wanted |= FORMULAS[method.name].shapes(sizes, weight)
+                except ValueError as error:
+                    self.fault("shape mismatch", f"{group.key.module}: {error}")
                     return None
         if "magnitude" in found and weight is not None:
             # One for each output row, [out] (PEFT) or [out, 1]; or one for each input, [1, in] (LyCORIS).
             inputs = (1, weight[1])
-            over_inputs = sizes["magnitude"] == inputs and weight[0] > 1 and count == 1
+            over_inputs = sizes["magnitude"] == inputs and weight[0] > 1 and len(group.modules) == 1
             wanted["magnitude"] = inputs if over_inputs else weight[:1]
         return wanted
 
     def _whole(self, group: _ModuleKeys, kind: str) -> tuple[int, ...] | None:
         """The shape of a module's weight or bias, of fused ones one below another; None if there is no such thing."""
-        shapes = {self._shapes.get(f"{module}.{kind}") for module in group.modules}
+        shapes = {self._shapes.get(self._tensor(module, kind)) for module in group.modules}
         shape = shapes.pop()
         return None if shapes or not shape else (len(group.modules) * shape[0], *shape[1:])
+
+    def _tensor(self, module: str, kind: str) -> str:
+        """The name of a module's weight or bias; a table goes by its own."""
+        return module if kind == "weight" and module in self._shapes else f"{module}.{kind}"
 
     def _has_scale(self, scale: TensorInfo, scaled: TensorInfo) -> bool:
         """Whether ``scale`` is one number, or one for each row of what it scales."""
@@ -422,6 +417,29 @@ class _Fit:
         expected = "nothing to change there" if shape is None else list(shape)
         self.fault("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
         return False
+
+
+def _obstacle(group: _ModuleKeys, method: Method, weight: tuple[int, ...] | None) -> tuple[str, str] | None:
+    """Why ``method`` cannot change a weight of this shape, as a fault; None if its tensors' shapes decide."""
+    sizes, module, formula = (
+        {role: info.shape for role, info in group.found.items()},
+        group.key.module,
+        FORMULAS[method.name],
+    )
+    if method.name in _ANY_SHAPE:
+        return None
+    if weight is None or len(weight) != 2:
+        return "shape mismatch", f"{module} is no linear, or its fused parts differ in shape"
+    if len(group.modules) > 1 and formula.rows is None:
+        return "shape mismatch", f"{module} is a fused projection, and {method.name} cannot be cut in parts"
+    flat = next((info for role, info in group.found.items() if role in method.needed and len(info.shape) < 2), None)
+    if flat is not None:
+        return "shape mismatch", f"{flat.name} {list(flat.shape)}, expected a matrix"
+    apart = next((pair for pair in formula.pairs if not _agree(sizes, *pair)), None)
+    if apart is None:
+        return None
+    left, right = (group.found[role] for role in apart)
+    return "rank mismatch", f"{left.name} {list(left.shape)} and {right.name} {list(right.shape)}"
 
 
 def _clash(stored: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo] | None:

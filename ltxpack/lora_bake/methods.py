@@ -136,6 +136,8 @@ def _oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
         raise ValueError(f"{role} {list(shape)} cannot turn {weight[0]} outputs")
     stages = shape[:1] if len(shape) == 4 and role == "oft_blocks" else ()
     _check_stages(stages, shape[-1], weight[0])
+    if stages and shape[-1] % 2:
+        raise ValueError(f"{role} {list(shape)}: blocks of a butterfly have an even size")
     wanted = {role: (*stages, weight[0] // shape[-1], shape[-1], shape[-1])}
     return wanted | ({"rescale": (weight[0], 1)} if "rescale" in found else {})
 

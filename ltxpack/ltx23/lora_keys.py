@@ -54,7 +54,12 @@ class Method:
     @property
     def roles(self) -> frozenset[str]:
         """All roles that it may use."""
-        return frozenset(role for part in self.parts for way in part for role in way).union(self.extra)
+        return self.needed.union(self.extra)
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The roles of its parts."""
+        return frozenset(role for part in self.parts for way in part for role in way)
 
     def is_there(self, found: Iterable[str]) -> bool:
         """Whether any of its roles is in ``found``, so that the others must be."""
@@ -112,12 +117,13 @@ _ENDINGS = (
     ("diff_b", "diff", r"\.(?:diff_b|b_norm)\Z"),
     # A module saved whole (PEFT's modules_to_save).
     ("weight", "weight", r"(?:\.modules_to_save(?:\.[^.]+)?)?\.weight\Z"),
+    ("weight", "weight", r"\.set_weight\Z"),
     ("bias", "weight", r"(?:\.modules_to_save(?:\.[^.]+)?)?\.bias\Z"),
 )
 _ROLES = tuple((role, style, re.compile(ending)) for role, style, ending in _ENDINGS)
 # Which a factor of an unknown kind, or a bias of a factor, must not be taken for.
 _IN_BLOCK = re.compile(r"\.\d+\.")
-_NO_MODULE = re.compile(r"[._](?:lora|lokr|hada|oft|boft|ia3|vera)_\w*\Z|\.original_module\Z")
+_NO_MODULE = re.compile(r"[._](?:lora|lokr|hada|oft|boft|ia3|vera)_\w*\Z|\.(?:original_module|[ab][12]|bm[12])\Z")
 _SCALED = re.compile(r"(?:\.weight)?[._](?:scale_weight|weight_scale)\Z")
 
 
@@ -194,7 +200,8 @@ class ModuleNames:
         self, shapes: Mapping[str, tuple[int, ...]], spellings: Callable[[str], set[str]] | None = None
     ) -> None:
         spelled = spellings or _spellings
-        modules = {name.rpartition(".")[0] for name in shapes if name.endswith((".weight", ".bias"))}
+        # A table is no module's weight, and a module to what is said of names here.
+        modules = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
         self.linears = linear_modules(shapes)
         self._dotted: dict[str, tuple[str, ...] | None] = {}
         self._flat: dict[str, tuple[str, ...] | None] = {}

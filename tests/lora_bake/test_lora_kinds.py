@@ -373,6 +373,19 @@ def test_norms_of_lycoris_are_differences_and_a_bias_of_a_factor_is_scaled(tmp_p
     assert agrees(found[f"{QUERY}.weight"], BASE[f"{QUERY}.weight"] + 0.25 * b @ a)
 
 
+def test_tables_are_changed_by_their_own_names_and_a_bias_counts_no_rank(tmp_path: Path) -> None:
+    tensors, _, b = low()
+    table = "transformer_blocks.0.audio_a2v_cross_attn_scale_shift_table"
+    tensors[f"diffusion_model.{official(table)}.diff"] = torch.ones(shapes()[table])
+    tensors["diffusion_model.scale_shift_table.set_weight"] = torch.ones(shapes()["scale_shift_table"])
+    tensors[f"diffusion_model.{official(QUERY)}.lora_B.bias"] = torch.ones(len(b))
+    path = save(tmp_path / "x.safetensors", tensors)
+    found = baked(path, 0.5)
+    assert agrees(found[table], BASE[table] + 0.5) and len(found) == 4
+    assert agrees(found["scale_shift_table"], (BASE["scale_shift_table"] + 1) / 2)
+    assert [target.rank for target in open_adapter(path, shapes()).targets.values() if target.rank] == [4]
+
+
 def test_tucker_cores_stand_between_the_factors(tmp_path: Path) -> None:
     """As LyCORIS writes them for convolutions: a is [rank, out] then, and the core has ones behind its ranks."""
     out, columns = shapes()[f"{QUERY}.weight"]
@@ -433,6 +446,11 @@ MISFITS = {
     "boft": ({"oft_blocks": (5, 8, 4, 4)}, "a butterfly of 5 stages with blocks of 4 cannot turn 32"),
     "peft-oft": ({"oft_R.weight": (4, 6)}, "oft_R.weight [4, 6], expected [8, 6]"),
     "peft-oft, no triangle": ({"oft_R.weight": (4, 7)}, "cannot turn 32 inputs"),
+    "no matrix": ({"lokr_w1": (16,), "lokr_w2": (8, 8)}, "lokr_w1 [16], expected a matrix"),
+    "half a block": ({"oft_blocks": (1, 8, 4, 4, 1)}, "expected [32, 1, 1]"),
+    "odd blocks of a butterfly": ({"oft_blocks": (1, 32, 1, 1)}, "even size"),
+    "nothing": ({A: (0, 32), B: (32, 0)}, "1 empty tensor"),
+    "GLoRA": ({A: (2, 32), B: (32, 2), "a1.weight": (32, 2)}, "1 unknown key"),
     "peft-boft": ({"boft_R": (1, 4, 4, 4), "boft_s": (32, 1)}, "[1, 8, 4, 4]"),
 }
 
