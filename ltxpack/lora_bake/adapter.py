@@ -16,8 +16,10 @@ from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_facts import (
+    PEFT_CAYLEY,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
+    CayleyForm,
     Configuration,
     LoraFacts,
     ReadTensor,
@@ -32,8 +34,6 @@ from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.strength import Strength
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-# What PEFT's OFT takes where its configuration does not say otherwise.
-PEFT_TERMS = 5
 # More different beginnings of names than this are another model's.
 MAX_RESTS = 2
 # Which of a method's tensors change the module's bias, not its weight.
@@ -51,9 +51,8 @@ class LoraTarget:
 
     ``methods`` are names of :data:`.lora_keys.METHODS`. ``tensors`` maps roles to byte ranges of the adapter file; of a
     fused projection each target has its own rows. ``factor`` is what the strength is multiplied by for a method with a
-    rank: alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is as stated; of a rotation, its bound. ``terms``:
-    of the series that PEFT makes a rotation with, 0 for its limit. ``over_base``: DoRA's magnitudes are factors of the
-    norms before the change.
+    rank: alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is as stated; it bounds the rotations of LyCORIS,
+    and ``cayley`` says how PEFT makes its own. ``over_base``: DoRA's magnitudes are divided by norms before the change.
     """
 
     weight: str
@@ -62,7 +61,7 @@ class LoraTarget:
     rank: int = 0
     factor: float = 1.0
     alpha: float | None = None
-    terms: int = PEFT_TERMS
+    cayley: CayleyForm = PEFT_CAYLEY
     over_base: bool = False
 
     @property
@@ -351,7 +350,8 @@ class _Fit:
                 if names:
                     # A bias has no rank of its own to be counted.
                     own_rank = rank if kind == "weight" else 0
-                    yield LoraTarget(self._tensor(module, kind), names, tensors, own_rank, factor, alpha)
+                    name, cayley = self._tensor(module, kind), self._stated.cayley
+                    yield LoraTarget(name, names, tensors, own_rank, factor, alpha, cayley)
 
     def _facts(self, group: _ModuleKeys, methods: Sequence[Method]) -> tuple[int, float, float | None]:
         """``(rank, factor, alpha)`` of a module's targets."""

@@ -199,7 +199,11 @@ def _peft_oft(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str
     upper = torch.zeros(len(stored), size, size, dtype=stored.dtype, device=stored.device)
     upper[:, *torch.triu_indices(size, size, 1)] = stored
     skew = upper - upper.mT
-    blocks = cayley_series(skew, target.terms) if target.terms else cayley(-skew)
+    terms, bound = target.cayley.terms, target.cayley.bound
+    if bound is not None:
+        norms = torch.linalg.matrix_norm(skew, keepdim=True)
+        skew = skew * (bound / math.sqrt(len(skew)) / norms.clamp(min=1e-300)).clamp(max=1)
+    blocks = cayley_series(skew, terms) if terms else cayley(-skew)
     return {"turn": Turn(blocks.float()[None], over_inputs=True, of_result=True)}
 
 

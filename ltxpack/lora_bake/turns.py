@@ -53,10 +53,10 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def cayley_series(skew: Tensor, terms: int) -> Tensor:
-    """The Neumann series of (I + Q)(I - Q)⁻¹ as PEFT cuts it off: I + 2Q + 2Q² + … + Q^(terms-1)."""
+    """The Neumann series of (I + Q)(I - Q)⁻¹ as PEFT cuts it off: I + 2Q + 2Q² + … + Q^(terms-1); of two, I + 2Q."""
     power = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
     total = power.clone()
     for i in range(1, terms):
         power = power @ skew
-        total += power if i == terms - 1 else 2 * power
+        total += power if i == terms - 1 > 1 else 2 * power
     return total

@@ -26,6 +26,9 @@ PEFT_CONFIG = "adapter_config.json"
 # Times the largest strength, which is as large, it still fits float32.
 MAX_ALPHA = 1e18
 HEADER = "the header"
+# What PEFT's constrained OFT takes where nothing says otherwise.
+PEFT_EPS = 6e-5
+MAX_TERMS = 100
 
 ALPHA, RANK, RSLORA, DORA, BASE, USE = "alpha", "rank", "rslora", "dora", "base", "use"
 # Set to anything but off, these change what merging means or what base the adapter belongs to.
@@ -46,7 +49,8 @@ _SPELLED: Mapping[str, Sequence[str]] = {
         name: (name,)
         for name in (
             "peft_type", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "lora_bias", "modules_to_save",
-            "target_parameters", *_UNSUPPORTED,
+            "target_parameters", "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps",
+            *_UNSUPPORTED,
         )
     },
 }  # fmt: skip
@@ -95,6 +99,20 @@ class Statement:
     def __str__(self) -> str:
         shown = ".".join(part for part in (self.prefix, self.name) if part)
         return f"{shown} {str(self.value)[:80]} ({self.place})"
+
+
+@dataclass(frozen=True)
+class CayleyForm:
+    """How PEFT's OFT makes a rotation of a skew matrix Q: ``terms`` of the Neumann series, or 0 to solve for it.
+
+    ``bound`` is what it keeps |Q| of all blocks together below (COFT). The defaults are PEFT's own.
+    """
+
+    terms: int = 5
+    bound: float | None = None
+
+
+PEFT_CAYLEY = CayleyForm()
 
 
 @dataclass(frozen=True)
@@ -198,6 +216,21 @@ class LoraFacts:
         told = (f"{own.alpha:g} from {own.source}" for own in self.scalings.values() if own.alpha is not None)
         patterns = (f"by {own.source}" for own in self.scalings.values() if own.alphas)
         return ", ".join(dict.fromkeys((*told, *patterns))) or "none"
+
+    @property
+    def cayley(self) -> CayleyForm:
+        """How PEFT's OFT makes its rotations. Raises AdapterError."""
+        stated = {one.fact: one for one in self.statements}
+        numbers = {
+            fact: _number(stated[fact], self.file) for fact in ("num_cayley_neumann_terms", "eps") if fact in stated
+        }
+        switches = {fact: _truth(stated[fact], self.file) for fact in ("use_cayley_neumann", "coft") if fact in stated}
+        terms = numbers.get("num_cayley_neumann_terms") or PEFT_CAYLEY.terms
+        if terms != int(terms) or not 1 < terms <= MAX_TERMS:
+            expected = f"a whole number from 2 to {MAX_TERMS}"
+            raise AdapterError("num_cayley_neumann_terms is none", file=self.file, expected=expected, found=terms)
+        bound = (numbers.get("eps") or PEFT_EPS) if switches.get("coft") else None
+        return CayleyForm(int(terms) if switches.get("use_cayley_neumann", True) else 0, bound)
 
     @property
     def foreign(self) -> str | None:

@@ -175,31 +175,34 @@ def peft_configs() -> Mapping[str, Any]:
 
     at = {"target_modules": ["to_q", "proj"]}
     return {
-        "lora": LoraConfig(r=4, lora_alpha=4, **at),
-        "lora with a bias": LoraConfig(r=4, lora_alpha=4, lora_bias=True, **at),
-        "dora": LoraConfig(r=4, lora_alpha=4, use_dora=True, **at),
-        "biases saved whole": LoraConfig(r=4, lora_alpha=4, bias="all", **at),
-        "loha": LoHaConfig(r=4, alpha=4, **at),
-        "lokr": LoKrConfig(r=2, alpha=2, decompose_factor=4, **at),
-        "lokr, both in two": LoKrConfig(r=2, alpha=2, decompose_both=True, decompose_factor=8, **at),
-        "lokr, both whole": LoKrConfig(r=64, alpha=64, **at),
+        "lora": LoraConfig(r=4, lora_alpha=2, **at),
+        "lora, rslora": LoraConfig(r=4, lora_alpha=2, use_rslora=True, **at),
+        "lora of two ranks": LoraConfig(r=4, lora_alpha=2, rank_pattern={"proj": 2}, alpha_pattern={"to_q": 1}, **at),
+        "lora with a bias": LoraConfig(r=4, lora_alpha=2, lora_bias=True, **at),
+        "dora": LoraConfig(r=4, lora_alpha=2, use_dora=True, **at),
+        "biases saved whole": LoraConfig(r=4, lora_alpha=2, bias="all", **at),
+        "a module saved whole": LoraConfig(r=4, lora_alpha=2, target_modules=["to_q"], modules_to_save=["proj"]),
+        "loha": LoHaConfig(r=4, alpha=2, **at),
+        "loha of two ranks": LoHaConfig(r=4, alpha=2, rank_pattern={"proj": 2}, alpha_pattern={"to_q": 1}, **at),
+        "lokr": LoKrConfig(r=2, alpha=1, decompose_factor=4, **at),
+        "lokr, both in two": LoKrConfig(r=2, alpha=1, decompose_both=True, decompose_factor=8, **at),
+        "lokr, both whole": LoKrConfig(r=64, alpha=16, **at),
         "oft": OFTConfig(oft_block_size=4, **at),
+        "oft, seven terms": OFTConfig(oft_block_size=4, num_cayley_neumann_terms=7, **at),
+        "oft, two terms": OFTConfig(oft_block_size=4, num_cayley_neumann_terms=2, **at),
+        "oft, solved": OFTConfig(oft_block_size=4, use_cayley_neumann=False, **at),
+        "oft, bounded": OFTConfig(oft_block_size=4, use_cayley_neumann=False, coft=True, eps=0.01, **at),
         "oft, one block for all": OFTConfig(oft_block_size=8, block_share=True, **at),
         "boft": BOFTConfig(boft_block_size=4, **at),
     }
 
 
-PEFT = ("lora", "lora with a bias", "dora", "biases saved whole", "loha", "lokr", "lokr, both in two",
-        "lokr, both whole", "oft", "oft, one block for all", "boft")  # fmt: skip
-
-
-@pytest.mark.parametrize("case", PEFT)
-def test_a_method_of_peft_is_what_peft_merges(case: str, tmp_path: Path) -> None:
-    expected = peft(peft_configs()[case], tmp_path)
-    path = (tmp_path / "adapter_model.safetensors").rename(tmp_path / "x.safetensors")
-    found = baked(path)
-    assert found.keys() >= expected.keys() >= {f"{QUERY}.weight", f"{WIDE}.weight"}
-    assert all(agrees(found[name], expected.get(name, BASE[name])) for name in found)
+def test_a_method_of_peft_is_what_peft_merges(tmp_path: Path) -> None:
+    for case, config in peft_configs().items():
+        expected = peft(config, tmp_path / case)
+        found = baked(tmp_path / case)
+        assert found.keys() >= expected.keys() >= {f"{QUERY}.weight", f"{WIDE}.weight"}, case
+        assert all(agrees(found[name], expected.get(name, BASE[name])) for name in found), case
 
 
 def test_a_butterfly_of_peft_in_several_stages_is_its_product_of_matrices(tmp_path: Path) -> None:
