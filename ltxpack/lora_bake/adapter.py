@@ -321,7 +321,7 @@ class _Fit:
             self.fault("half pair", f"{stored['magnitude'].name} needs both factors and no .diff beside them")
         elif clash := _clash(stored):
             first, second = clash
-            self.fault("conflict", f"{second.name} replaces what {first.name} changes")
+            self.fault("conflict", f"{first.name} and {second.name} change one module in two ways")
         else:
             return True
         return False
@@ -350,8 +350,8 @@ class _Fit:
                 if names:
                     # A bias has no rank of its own to be counted.
                     own_rank = rank if kind == "weight" else 0
-                    name, cayley = self._tensor(module, kind), self._stated.cayley
-                    yield LoraTarget(name, names, tensors, own_rank, factor, alpha, cayley)
+                    cayley = self._stated.cayley if "peft-oft" in names else PEFT_CAYLEY
+                    yield LoraTarget(self._tensor(module, kind), names, tensors, own_rank, factor, alpha, cayley)
 
     def _facts(self, group: _ModuleKeys, methods: Sequence[Method]) -> tuple[int, float, float | None]:
         """``(rank, factor, alpha)`` of a module's targets."""
@@ -421,33 +421,30 @@ class _Fit:
 
 def _obstacle(group: _ModuleKeys, method: Method, weight: tuple[int, ...] | None) -> tuple[str, str] | None:
     """Why ``method`` cannot change a weight of this shape, as a fault; None if its tensors' shapes decide."""
-    sizes, module, formula = (
-        {role: info.shape for role, info in group.found.items()},
-        group.key.module,
-        FORMULAS[method.name],
-    )
+    found, module = group.found, group.key.module
     if method.name in _ANY_SHAPE:
         return None
     if weight is None or len(weight) != 2:
         return "shape mismatch", f"{module} is no linear, or its fused parts differ in shape"
-    if len(group.modules) > 1 and formula.rows is None:
+    if len(group.modules) > 1 and FORMULAS[method.name].rows is None:
         return "shape mismatch", f"{module} is a fused projection, and {method.name} cannot be cut in parts"
-    flat = next((info for role, info in group.found.items() if role in method.needed and len(info.shape) < 2), None)
+    flat = next((info for role, info in found.items() if role in method.needed and len(info.shape) < 2), None)
     if flat is not None:
         return "shape mismatch", f"{flat.name} {list(flat.shape)}, expected a matrix"
-    apart = next((pair for pair in formula.pairs if not _agree(sizes, *pair)), None)
-    if apart is None:
+    if method.name != "lora" or found["up"].shape[1] == found["down"].shape[0]:
         return None
-    left, right = (group.found[role] for role in apart)
-    return "rank mismatch", f"{left.name} {list(left.shape)} and {right.name} {list(right.shape)}"
+    down, up = (f"{found[role].name} {list(found[role].shape)}" for role in ("down", "up"))
+    return "rank mismatch", f"{down} and {up}"
 
 
 def _clash(stored: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo] | None:
     """Two tensors that cannot both change a module's weight, or its bias; None if there are none."""
     for own in (stored.keys() - _BIAS_ROLES, stored.keys() & _BIAS_ROLES):
         there = [method for method in METHODS if method.is_there(own)]
-        if len(there) > 1 and any(method.alone for method in there):
-            first, second = (next(stored[role] for role in method.roles if role in own) for method in there[-2:])
+        ranked = [method for method in there if method.rank]
+        apart = ranked if len(ranked) > 1 else there if any(method.alone for method in there) else []
+        if len(apart) > 1:
+            first, second = (next(stored[role] for role in method.roles if role in own) for method in apart[:2])
             return first, second
     return None
 
@@ -460,12 +457,6 @@ def _is_marker(info: TensorInfo) -> bool:
 def _trimmed(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
     """``shape`` without the ones behind its first ``length`` sizes."""
     return shape[:length] if all(size == 1 for size in shape[length:]) else shape
-
-
-def _agree(sizes: Mapping[str, tuple[int, ...]], left: str, right: str) -> bool:
-    """Whether two factors that are multiplied have one rank; True where they are not both there as matrices."""
-    first, second = _trimmed(sizes.get(left, ()), 2), _trimmed(sizes.get(right, ()), 2)
-    return len(first) != 2 or len(second) != 2 or first[1] == second[0]
 
 
 def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:

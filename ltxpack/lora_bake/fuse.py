@@ -65,7 +65,7 @@ class Workspace:
 class Term:
     """What one LoRA does to one weight W, at the strength s, in this order:
 
-    W += s·(factor·(up@down + delta) + diff); W = turn(W), see :class:`.turns.Turn`; W += s·(new - W); and with
+    W += s·(factor·(up@down or delta) + diff); W = turn(W), see :class:`.turns.Turn`; W += s·(new - W); and with
     ``magnitude`` each row, or each column if it is ``over_inputs``, gets it as its norm (DoRA). With ``over_base`` it
     is divided by the norm before the change instead.
 
@@ -93,7 +93,7 @@ class Term:
 
     @property
     def sums_only(self) -> bool:
-        """Whether nothing but factor·(up@down + delta) is added."""
+        """Whether nothing but factor·(up@down or delta) is added."""
         return all(other is None for other in (self.magnitude, self.diff, self.new, self.turn))
 
     def rows(self, first: int, last: int) -> Term:
@@ -373,13 +373,12 @@ def _joined(memory: Tensor, parts: Sequence[Fused]) -> Fused:
 
 
 def _summed(term: Term, use: str, work: Workspace) -> Tensor | None:
-    """up@down + delta in float32; None if there is neither."""
+    """up@down in float32, or delta; None if there is neither."""
     if term.up is None or term.down is None:
         return term.delta
     shape = (term.up.shape[0], term.down.shape[1])
     product = work.empty(use, shape, torch.float32, term.up.device)
-    torch.mm(term.up.float(), term.down.float(), out=product)
-    return product if term.delta is None else product.add_(term.delta)
+    return torch.mm(term.up.float(), term.down.float(), out=product)
 
 
 def _apply(term: Term, found: Tensor | None, strength: float, total: Tensor) -> None:

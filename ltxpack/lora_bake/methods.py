@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ltxpack.lora_bake.adapter import LoraTarget
-    from ltxpack.lora_bake.fuse import Term, Workspace
+    from ltxpack.lora_bake.fuse import Term
 
 Shape = tuple[int, ...]
 Sizes = Mapping[str, Shape]
@@ -27,31 +27,26 @@ class Formula:
     """One method's part of the table.
 
     ``shapes``: (shapes of the method's tensors by role, shape [out, in] of the weight) -> the shapes they must have.
-    Raises ValueError saying why the weight cannot have such tensors. ``operands``: (tensors by role, the target,
-    memory) -> fields of a :class:`.fuse.Term`. ``rows``: the roles with a row for each row of the weight, which are
-    cut where the weight is a part of a fused projection; None if a part cannot be had so. ``pairs``: factors of one
-    product.
+    Raises ValueError saying why the weight cannot have such tensors. ``operands``: (tensors by role, the target) ->
+    fields of a :class:`.fuse.Term`. ``rows``: the roles with a row for each row of the weight, which are cut where the
+    weight is a part of a fused projection; None if a part cannot be had so.
     """
 
     shapes: Callable[[Sizes, Shape], dict[str, Shape]]
-    operands: Callable[[Tensors, LoraTarget, Workspace], dict[str, Any]]
+    operands: Callable[[Tensors, LoraTarget], dict[str, Any]]
     rows: frozenset[str] | None = None
-    pairs: tuple[tuple[str, str], ...] = ()
 
 
-def term_of(target: LoraTarget, tensors: Tensors, work: Workspace) -> Term:
-    """What ``target`` adds to its weight. ``tensors`` are as stored; what is made of them lies in ``work``."""
+def term_of(target: LoraTarget, tensors: Tensors) -> Term:
+    """What ``target`` does to its weight. ``tensors`` are as stored."""
     from ltxpack.lora_bake.fuse import Term
 
     operands: dict[str, Any] = {}
     for method in target.methods:
-        made = FORMULAS[method].operands(tensors, target, work)
-        if "delta" in operands and "delta" in made:
-            made["delta"] = operands["delta"] + made["delta"]
-        operands |= made
+        operands |= FORMULAS[method].operands(tensors, target)
     if "magnitude" in tensors:
-        sides = {"over_inputs": needs_whole(target), "over_base": target.over_base}
-        operands |= {"magnitude": tensors["magnitude"], **sides}
+        operands["magnitude"] = tensors["magnitude"]
+        operands |= {"over_inputs": needs_whole(target), "over_base": target.over_base}
     return Term(target.factor, **operands)
 
 
@@ -66,67 +61,50 @@ def _lora_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
     return {"down": (rank, weight[1]), "up": (weight[0], rank)}
 
 
-def _lora(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+def _lora(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     if "up_b" in tensors:
         return {"delta": tensors["up_b"].float()}
     return {role: tensors[role] for role in ("down", "up")}
 
 
+def _factored(found: Sizes, matrix: str, core: str, shape: Shape) -> dict[str, Shape]:
+    """The shapes of a matrix as it is, or of its factors a [out, rank] and b; with a Tucker core a is [rank, out]."""
+    if matrix in found:
+        return {matrix: shape}
+    rank = found[f"{matrix}_b"][0]
+    if core not in found:
+        return {f"{matrix}_a": (shape[0], rank), f"{matrix}_b": (rank, shape[1])}
+    return {f"{matrix}_a": (rank, shape[0]), f"{matrix}_b": (rank, shape[1]), core: (rank, rank)}
+
+
+def _matrix(tensors: Tensors, matrix: str, core: str) -> Tensor:
+    """A matrix in float32: as it is, a·b, or aᵀ·core·b."""
+    if matrix in tensors:
+        return tensors[matrix].float()
+    left, right = (tensors[f"{matrix}_{side}"].float() for side in "ab")
+    return left.T @ tensors[core].float() @ right if core in tensors else left @ right
+
+
 def _loha_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
-    wanted: dict[str, Shape] = {}
-    for pair in ("1", "2"):
-        rank = found[f"hada_w{pair}_b"][0]
-        core = f"hada_t{pair}"
-        wanted[f"hada_w{pair}_b"] = (rank, weight[1])
-        wanted[f"hada_w{pair}_a"] = (rank, weight[0]) if core in found else (weight[0], rank)
-        wanted |= {core: (rank, rank)} if core in found else {}
-    return wanted
+    return _factored(found, "hada_w1", "hada_t1", weight) | _factored(found, "hada_w2", "hada_t2", weight)
 
 
-def _loha(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
-    import torch
-
-    first, second = (
-        (_outer(tensors, f"hada_w{pair}", f"hada_t{pair}"), tensors[f"hada_w{pair}_b"].float()) for pair in "12"
-    )
-    shape = (len(first[0]), first[1].shape[1])
-    delta = work.empty("delta", shape, torch.float32, first[0].device)
-    other = work.empty("other product", shape, torch.float32, first[0].device)
-    return {"delta": torch.mm(*first, out=delta).mul_(torch.mm(*second, out=other))}
-
-
-def _outer(tensors: Tensors, matrix: str, core: str) -> Tensor:
-    """The left factor [out, rank] of a matrix; with a Tucker core aᵀ·t, where a is [rank, out]."""
-    left = tensors[f"{matrix}_a"].float()
-    return left.T @ tensors[core].float() if core in tensors else left
+def _loha(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
+    return {"delta": _matrix(tensors, "hada_w1", "hada_t1").mul_(_matrix(tensors, "hada_w2", "hada_t2"))}
 
 
 def _lokr_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
     rows, columns = found["lokr_w1"] if "lokr_w1" in found else (found["lokr_w1_a"][0], found["lokr_w1_b"][-1])
     if 0 in (rows, columns) or weight[0] % rows or weight[1] % columns:
         raise ValueError(f"w1 [{rows}, {columns}] does not divide {list(weight)}")
-    wanted: dict[str, Shape] = {}
-    for matrix, (high, wide) in (("1", (rows, columns)), ("2", (weight[0] // rows, weight[1] // columns))):
-        name, core = f"lokr_w{matrix}", f"lokr_t{matrix}"
-        if name in found:
-            wanted[name] = (high, wide)
-            continue
-        rank = found[f"{name}_b"][0]
-        wanted |= {f"{name}_a": (rank, high) if core in found else (high, rank), f"{name}_b": (rank, wide)}
-        wanted |= {core: (rank, rank)} if core in found else {}
-    return wanted
+    inner = (weight[0] // rows, weight[1] // columns)
+    return _factored(found, "lokr_w1", "", (rows, columns)) | _factored(found, "lokr_w2", "lokr_t2", inner)
 
 
-def _lokr(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+def _lokr(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     import torch
 
-    first, second = (
-        tensors[name].float() if name in tensors else _outer(tensors, name, core) @ tensors[f"{name}_b"].float()
-        for name, core in (("lokr_w1", ""), ("lokr_w2", "lokr_t2"))
-    )
-    shape = (first.shape[0] * second.shape[0], first.shape[1] * second.shape[1])
-    delta = work.empty("delta", shape, torch.float32, first.device)
-    return {"delta": torch.kron(first, second, out=delta)}
+    return {"delta": torch.kron(_matrix(tensors, "lokr_w1", ""), _matrix(tensors, "lokr_w2", "lokr_t2"))}
 
 
 def _oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
@@ -135,20 +113,19 @@ def _oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
     if not shape or not shape[-1] or weight[0] % shape[-1]:
         raise ValueError(f"{role} {list(shape)} cannot turn {weight[0]} outputs")
     stages = shape[:1] if len(shape) == 4 and role == "oft_blocks" else ()
-    _check_stages(stages, shape[-1], weight[0])
-    if stages and shape[-1] % 2:
-        raise ValueError(f"{role} {list(shape)}: blocks of a butterfly have an even size")
+    if stages:
+        _check_stages(stages[0], shape[-1], weight[0])
     wanted = {role: (*stages, weight[0] // shape[-1], shape[-1], shape[-1])}
     return wanted | ({"rescale": (weight[0], 1)} if "rescale" in found else {})
 
 
-def _check_stages(stages: Shape, size: int, turned: int) -> None:
+def _check_stages(stages: int, size: int, turned: int) -> None:
     """Whether blocks of ``size`` can be brought together in so many stages of a butterfly."""
-    if stages and (not 0 < stages[0] < 32 or (stages[0] > 1 and (size % 2 or turned % (size << stages[0] - 1)))):
-        raise ValueError(f"a butterfly of {stages[0]} stages with blocks of {size} cannot turn {turned}")
+    if not 0 < stages < 32 or size % 2 or turned % (size << stages - 1):
+        raise ValueError(f"a butterfly of {stages} stages with blocks of {size} cannot turn {turned}")
 
 
-def _oft(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+def _oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     """LyCORIS and kohya: (I + Q)/(I - Q), transposed, with |Q| <= alpha · outputs; four-dimensional: BOFT, as it is."""
     import torch
 
@@ -184,11 +161,10 @@ def _peft_oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
     size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
     if shape[-1] < 1 or size * (size - 1) // 2 != shape[-1] or weight[1] % size:
         raise ValueError(f"oft_R {list(shape)} cannot turn {weight[1]} inputs")
-    shared = shape[0] == 1
-    return {"oft_R": (1 if shared else weight[1] // size, shape[-1])}
+    return {"oft_R": (1 if shape[0] == 1 else weight[1] // size, shape[-1])}
 
 
-def _peft_oft(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+def _peft_oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     """PEFT: the part above the diagonal of a skew matrix for each block of inputs, or one for all."""
     import torch
 
@@ -211,12 +187,13 @@ def _peft_boft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
     shape = found["boft_R"]
     if len(shape) != 4 or not shape[-1] or weight[1] % shape[-1]:
         raise ValueError(f"boft_R {list(shape)} cannot turn {weight[1]} inputs")
-    _check_stages(shape[:1], shape[-1], weight[1])
+    if shape[0] != 1:
+        _check_stages(shape[0], shape[-1], weight[1])
     wanted = {"boft_R": (shape[0], weight[1] // shape[-1], shape[-1], shape[-1])}
     return wanted | ({"boft_s": (weight[0], 1)} if "boft_s" in found else {})
 
 
-def _peft_boft(tensors: Tensors, target: LoraTarget, work: Workspace) -> dict[str, Any]:
+def _peft_boft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     from ltxpack.lora_bake.turns import Turn, cayley
 
     stored = tensors["boft_R"].double()
@@ -228,13 +205,13 @@ def _same_shape(*roles: str) -> Callable[[Sizes, Shape], dict[str, Shape]]:
     return lambda found, weight: {role: weight for role in roles if role in found}
 
 
-def _operand(**fields: str) -> Callable[[Tensors, LoraTarget, Workspace], dict[str, Any]]:
+def _operand(**fields: str) -> Callable[[Tensors, LoraTarget], dict[str, Any]]:
     """role -> the field that its tensor is."""
-    return lambda tensors, target, work: {field: tensors[role] for role, field in fields.items() if role in tensors}
+    return lambda tensors, target: {field: tensors[role] for role, field in fields.items() if role in tensors}
 
 
 FORMULAS: Mapping[str, Formula] = {
-    "lora": Formula(_lora_shapes, _lora, frozenset({"up", "up_b"}), (("up", "down"),)),
+    "lora": Formula(_lora_shapes, _lora, frozenset({"up", "up_b"})),
     "loha": Formula(_loha_shapes, _loha, frozenset({"hada_w1_a", "hada_w2_a"})),
     "lokr": Formula(_lokr_shapes, _lokr),
     "oft": Formula(_oft_shapes, _oft),

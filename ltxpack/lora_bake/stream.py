@@ -121,7 +121,7 @@ class FactorReader:
             scaled, scale = tensors[role.removesuffix(SCALE)], tensors.pop(role).float()
             shape = (-1, *[1] * (scaled.dim() - 1)) if scale.numel() > 1 else ()
             tensors[role.removesuffix(SCALE)] = scaled.float() * scale.reshape(shape)
-        return term_of(target, tensors, memory)
+        return term_of(target, tensors)
 
 
 class Engine:

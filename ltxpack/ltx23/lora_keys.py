@@ -156,7 +156,7 @@ def parse_key(key: str) -> LoraKey | None:
     if scaled := _SCALED.search(key):
         stem = key[: scaled.start()]
         found = _parse(stem) or _parse(f"{stem}.weight")
-        return found and replace(found, key=key, role=found.role + SCALE)
+        return replace(found, key=key, role=found.role + SCALE) if found and found.role != "alpha" else None
     return _parse(key)
 
 

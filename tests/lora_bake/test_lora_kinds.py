@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lora_support import Factors, low_rank, make_overlay, official, random_weights, save, shapes
 from support import load
@@ -267,6 +267,8 @@ def drawn_methods(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 def test_any_mixture_is_what_the_oracle_makes_of_it(
     methods: dict[str, tuple[str, dict[str, Any]]], spell: Callable[[str], str], strength: float
 ) -> None:
+    # An unknown prefix is believed where it stands before the name of a module in a block.
+    assume(methods.keys() != {"proj_out"} or "pipe" not in spell(""))
     tensors: Tensors = {}
     expected: Tensors = {}
     for module, (kind, options) in methods.items():
@@ -427,6 +429,8 @@ def test_rotations_stored_as_such_are_told_from_what_makes_them(tmp_path: Path) 
 
 CLASHES = {
     "a rotation and a product": ("oft_blocks", (8, 4, 4), "conflict"),
+    "a difference of two kinds": ("hada_w1_a", (32, 4), "has no hada_"),
+    "a scaled alpha": ("alpha.weight_scale", (), "unknown key"),
     "a new weight and a product": ("weight", (32, 32), "conflict"),
     "half of a LoKr": ("lokr_w1", (4, 4), "has no lokr_w2"),
     "a scale of nothing": ("lokr_w1.weight_scale", (), "no tensor that it scales"),
@@ -451,7 +455,7 @@ MISFITS = {
     "peft-oft, no triangle": ({"oft_R.weight": (4, 7)}, "cannot turn 32 inputs"),
     "no matrix": ({"lokr_w1": (16,), "lokr_w2": (8, 8)}, "lokr_w1 [16], expected a matrix"),
     "half a block": ({"oft_blocks": (1, 8, 4, 4, 1)}, "expected [32, 1, 1]"),
-    "odd blocks of a butterfly": ({"oft_blocks": (1, 32, 1, 1)}, "even size"),
+    "odd blocks of a butterfly": ({"oft_blocks": (1, 32, 1, 1)}, "a butterfly of 1 stages with blocks of 1"),
     "nothing": ({A: (0, 32), B: (32, 0)}, "1 empty tensor"),
     "GLoRA": ({A: (2, 32), B: (32, 2), "a1.weight": (32, 2)}, "1 unknown key"),
     "peft-boft": ({"boft_R": (1, 4, 4, 4), "boft_s": (32, 1)}, "[1, 8, 4, 4]"),
