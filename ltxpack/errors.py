@@ -10,6 +10,7 @@ LtxpackError
 ├── UnsupportedError  a sound file this version does not convert: other generation, unknown tensor or field
 ├── AdapterError      a LoRA that does not fit: unmatched keys, half pairs, wrong shapes
 ├── OverlayError      an overlay that is missing, changed, incomplete or in use
+├── UnwrittenError    an output of a run that a full disk did not take
 ├── DeviceError       no such device, or too little memory on it
 └── FailedLinesError  some of many videos were not made, all listed
 """
@@ -135,6 +136,17 @@ class OverlayError(LtxpackError):
     """An overlay that is missing, changed, incomplete or in use."""
 
     fallback = "ltxpack verify OVERLAY"
+
+
+class UnwrittenError(LtxpackError):
+    """An output of a run that could not be written; ``items`` say what is kept of the video."""
+
+    fallback = "free some space, then run the same command again"
+
+    def keeping(self, *paths: str | os.PathLike[str]) -> UnwrittenError:
+        """The same of a video of which the files ``paths`` are whole."""
+        kept = [f"kept: {os.fspath(path)}" for path in paths] or ["nothing of this video is kept"]
+        return UnwrittenError(self.problem, file=self.file, found=self.found, items=kept, next=self.next)
 
 
 class DeviceError(LtxpackError):

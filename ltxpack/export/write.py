@@ -19,13 +19,12 @@ from blake3 import blake3
 
 from ltxpack.errors import AdapterError, OverlayError, UsageError, quoted
 from ltxpack.export.plan import ENDING, ExportOptions, ExportPlan, Place, Unit, plan_export
-from ltxpack.files.publish import check_writable, fsync_folder, move_file, write_errors
+from ltxpack.files.publish import check_writable, fsync_folder, move_file, require_space, write_errors
 from ltxpack.files.reader import RangeReader, file_ranges
 from ltxpack.manifest import FileRecord, changed_file
 from ltxpack.repack.items import Buffer
 from ltxpack.repack.lock import OverlayLock, real_target, refuse_links
 from ltxpack.repack.staging import Journal
-from ltxpack.repack.write import require_space
 from ltxpack.reporter import Reporter
 
 JOURNAL = "journal.jsonl"

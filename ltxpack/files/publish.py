@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ltxpack.errors import OverlayError, UsageError, quoted
+from ltxpack.errors import OverlayError, UnwrittenError, UsageError, quoted
 
 WRITE_PROBLEMS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
@@ -26,6 +26,8 @@ WRITE_PROBLEMS = {
     errno.EROFS: ("is on a read-only filesystem", "choose another folder"),
 }
 RESUME = "then run the same command again: finished files are kept"
+# What a file needs beside its bytes: blocks not filled, its name, the journal.
+BYTES_PER_FILE = 16 * 1024
 # Ends the name of every temporary file.
 TEMPORARY_ENDING = ".tmp"
 RANDOM_BYTES = 8
@@ -160,6 +162,38 @@ def fsync_folder(folder: str | Path) -> None:
         fsync_file(Path(folder))
 
 
+def require_space(folder: Path, written: int, files: int) -> None:
+    """Refuse (OverlayError) a ``folder``, there already or not, that is not writable or lacks ``written`` bytes."""
+    base = existing_parent(folder)
+    if not os.access(base, os.W_OK | os.X_OK):
+        raise OverlayError("may not be written", file=base, next="choose another folder, or correct its permissions")
+    free = shutil.disk_usage(base).free
+    if written + BYTES_PER_FILE * files > free:
+        wanted = f"{written} bytes free"
+        advice = "free some space, or choose another folder, then run the same command again"
+        raise OverlayError("the disk is too small", file=base, expected=wanted, found=f"{free} bytes", next=advice)
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into an UnwrittenError of the output ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritten(path, error) from None
+
+
+def unwritten(path: Path, error: OSError) -> UnwrittenError:
+    """What is said of an output that ``error`` kept from being written."""
+    problem, remedy = _told(error)
+    return UnwrittenError(problem, file=path, next=f"{remedy}, then run the same command again")
+
+
+def _told(error: OSError) -> tuple[str, str]:
+    """What is wrong, and what to do about it."""
+    return WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror or error}", "correct that"))
+
+
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into an OverlayError of the path it names or else of ``path``."""
@@ -167,6 +201,6 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         named = Path(error.filename) if isinstance(error.filename, str | Path) else path
-        problem, remedy = WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror}", "correct that"))
+        problem, remedy = _told(error)
         file = path if named.suffix == TEMPORARY_ENDING else named
         raise OverlayError(problem, file=file, next=f"{remedy}, {RESUME}") from None

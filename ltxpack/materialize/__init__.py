@@ -13,6 +13,7 @@ from pathlib import Path
 from ltxpack.errors import OverlayError
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_tensorfile
+from ltxpack.files.publish import require_space
 from ltxpack.files.units import human_bytes
 from ltxpack.files.zeros import ZeroStretches
 from ltxpack.ltx23.releases import TEXT_ENCODER
@@ -27,7 +28,7 @@ from ltxpack.materialize.sources import FLAGS, Access, resolve
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, Item, fingerprint
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, find_place, recover, refuse_foreign, unfinished
-from ltxpack.repack.write import execute, require_space
+from ltxpack.repack.write import execute
 from ltxpack.reporter import Reporter
 
 __all__ = ["Options", "OverlayPlan", "Report", "inspect_path", "materialize", "plan_overlay", "restore_base"]

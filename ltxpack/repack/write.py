@@ -10,7 +10,6 @@ import fcntl
 import itertools
 import os
 import posixpath
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,7 @@ from blake3 import blake3
 
 from ltxpack.errors import FormatError, OverlayError
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectWriter, aligned_buffer, round_up
-from ltxpack.files.publish import Temporary, existing_parent, fsync_file, write_errors
+from ltxpack.files.publish import Temporary, existing_parent, fsync_file, require_space, write_errors
 from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
 from ltxpack.files.zeros import ZeroStretches
@@ -33,8 +32,6 @@ from ltxpack.reporter import Reporter
 # Buffers of a file that is written; its hash is made in steps that stay in a core's cache.
 WRITE_BUFFERS = 4
 HASH_STEP = 256 * 1024
-# What a file needs beside its bytes: blocks not filled, its name, the journal.
-BYTES_PER_FILE = 16 * 1024
 # One read. With the bytes before it that a read past the cache takes along, it fills a buffer of whole huge pages.
 WINDOW = BUFFER - ALIGN
 # Ranges this near to each other in a source are read in one go, the gap thrown away.
@@ -261,18 +258,6 @@ def preflight(items: Sequence[Item], folder: Path, *, copy: bool) -> None:
         if (size := regular_size(path)) < needed:
             raise truncated(path, needed, size)
     require_space(folder, sum(item.size for item in items if not _takes_no_space(item, folder, copy)), len(items))
-
-
-def require_space(folder: Path, written: int, files: int) -> None:
-    """Refuse (OverlayError) a ``folder``, there already or not, that is not writable or lacks ``written`` bytes."""
-    base = existing_parent(folder)
-    if not os.access(base, os.W_OK | os.X_OK):
-        raise OverlayError("may not be written", file=base, next="choose another folder, or correct its permissions")
-    free = shutil.disk_usage(base).free
-    if written + BYTES_PER_FILE * files > free:
-        wanted = f"{written} bytes free"
-        advice = "free some space, or choose another folder, then run the same command again"
-        raise OverlayError("the disk is too small", file=base, expected=wanted, found=f"{free} bytes", next=advice)
 
 
 def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:

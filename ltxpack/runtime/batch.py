@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.errors import LtxpackError, UnwrittenError, UsageError
 from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
@@ -112,7 +112,11 @@ class Batch:
         digest = write_video(session, line.request, line.output, following=next_request)
         seconds = dict(session.timings.seconds)
         assert session.attention is not None
-        record.write_record(line.output, digest, description, fingerprint, seconds, session.attention.name)
+        kernel = session.attention.name
+        try:
+            record.write_record(line.output, digest, description, fingerprint, seconds, kernel)
+        except UnwrittenError as error:
+            raise error.keeping(line.output) from None
         self.outcomes[line.number] = Outcome(line, DONE, seconds, decoding=session.decoding)
 
     @contextmanager

@@ -16,7 +16,7 @@ import torch
 
 from ltxpack.activations import ActivationsFile, Loras, base_digest
 from ltxpack.errors import AbsentError, LtxpackError, UsageError, quoted
-from ltxpack.files.publish import atomic_write, check_writable, write_errors
+from ltxpack.files.publish import atomic_write, check_writable, output_errors
 from ltxpack.manifest import BF16
 from ltxpack.runtime.commands import baked
 from ltxpack.runtime.model.largest import LargestInputs, linears
@@ -71,7 +71,7 @@ class ActivationsRecorder:
         """Add what the video has met to the file, which is as it was until it is whole.
 
         Raises LtxpackError for inputs that are not finite, and as the class for a file that cannot be added to any
-        more; OverlayError for one that cannot be written.
+        more; UnwrittenError for one that cannot be written.
         """
         met = {name: inputs.read() for name, inputs in self._met.items()}
         met = {name: largest for name, largest in met.items() if any(largest.values())}
@@ -79,7 +79,7 @@ class ActivationsRecorder:
         if odd:
             problem = "nothing was added: the inputs of some linears are not finite"
             raise LtxpackError(problem, file=self.path, items=odd, next="run another prompt, or correct the LoRAs")
-        with _alone_in(self.path.absolute().parent), write_errors(self.path):
+        with _alone_in(self.path.absolute().parent), output_errors(self.path):
             self._file = self._read()
             for name, largest in met.items():
                 self._check_loras(name)

@@ -17,7 +17,7 @@ from typing import Any
 from blake3 import blake3
 
 from ltxpack.errors import LtxpackError, SourceError, UsageError
-from ltxpack.files.publish import atomic_write
+from ltxpack.files.publish import atomic_write, output_errors
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_json
 from ltxpack.ltx23.classes import LOADED_CLASSES
@@ -103,7 +103,7 @@ def write_record(
     seconds: Mapping[str, float],
     attention: str,
 ) -> None:
-    """Write the record of the finished video ``output``. Raises OSError.
+    """Write the record of the finished video ``output``. Raises UnwrittenError.
 
     ``video_blake3`` is of the video that was made: another run may have replaced the file since. The fingerprint does
     not hold the ``attention`` kernel: ``auto`` may choose another one next time.
@@ -117,7 +117,8 @@ def write_record(
         "attention": attention,
         "seconds": {phase: round(count, 3) for phase, count in seconds.items()},
     }
-    atomic_write(record_path(output), (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode())
+    with output_errors(record_path(output)):
+        atomic_write(record_path(output), (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

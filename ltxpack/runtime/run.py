@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ltxpack.errors import UsageError
-from ltxpack.files.publish import check_writable
+from ltxpack.errors import UnwrittenError, UsageError
+from ltxpack.files.publish import check_writable, require_space
+from ltxpack.files.tensorfile import tensor_nbytes
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
@@ -22,6 +24,8 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.text.length import tell_cut
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         read_image(path)
     if options.save_tensors is not None:
         check_writable(options.save_tensors, "--save-tensors", "video.safetensors")
+        frames = tensor_nbytes("F32", (request.shape.frames, request.shape.height, request.shape.width, 3))
+        require_space(options.save_tensors.absolute().parent, frames, 1)
     tell_inside(outputs_of(options, [("-o", options.output)]), reporter)
     with Session(options.overlay, options.session, reporter) as session:
         session.process_ends = True
@@ -122,26 +128,63 @@ def write_video(
     """Make the video of ``request`` and encode it while it is decoded; returns the blake3 of the file.
 
     ``session.timings`` are its seconds. ``following`` and ``once`` as in :func:`recipe_run.generate`. Raises
-    LtxpackError; then ``output`` is as it was.
+    LtxpackError; then ``output`` is as it was, or UnwrittenError, which says what is kept.
     """
     latents, waveform, sample_rate = recipe_run.generate(session, request, following=following, once=once)
     kept: list[Tensor] = []
     shape = request.shape
+
+    def keep(frames: Tensor) -> None:
+        if save_tensors is not None:
+            kept.append(frames.cpu())
 
     def write() -> str:
         with VideoWriter(output, shape.width, shape.height, shape.fps, sample_rate) as writer:
 
             def take(frames: Tensor) -> None:
                 writer.write(frames)
-                if save_tensors is not None:
-                    kept.append(frames.cpu())
+                keep(frames)
 
             recipe_run.decode_video(session, latents.video, take)
             writer.write_audio(waveform)
         return writer.blake3
 
-    digest = session.within_memory(write)
-    if save_tensors is not None:
-        recipe_run.finish(session, request, latents, kept, waveform, sample_rate).save_tensors(save_tensors)
-    session.end_video()
-    return digest
+    def save() -> None:
+        if save_tensors is not None:
+            recipe_run.finish(session, request, latents, kept, waveform, sample_rate).save_tensors(save_tensors)
+
+    outputs = _Outputs()
+    digest = outputs.attempt(output, lambda: session.within_memory(write))
+    if digest is None and save_tensors is not None:
+        kept.clear()
+        session.within_memory(lambda: recipe_run.decode_video(session, latents.video, keep))
+    outputs.attempt(save_tensors, save)
+    outputs.attempt(session.activations and session.activations.path, session.end_video)
+    return outputs.all_or_raise(digest)
+
+
+class _Outputs:
+    """The files of one video: where one cannot be written the others still are."""
+
+    def __init__(self) -> None:
+        self._written: list[Path] = []
+        self._fault: UnwrittenError | None = None
+
+    def attempt(self, path: Path | None, write: Callable[[], R]) -> R | None:
+        """What ``write`` gives, which writes ``path``; None if that cannot be written."""
+        try:
+            result = write()
+        except UnwrittenError as error:
+            # A copy: the traceback of the error itself would keep tensors alive.
+            self._fault = self._fault or error.keeping()
+            return None
+        if path is not None:
+            self._written.append(path)
+        return result
+
+    def all_or_raise(self, digest: str | None) -> str:
+        """``digest``. Raises UnwrittenError if a file could not be written."""
+        if self._fault is not None or digest is None:
+            assert self._fault is not None
+            raise self._fault.keeping(*self._written)
+        return digest

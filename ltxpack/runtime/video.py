@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ltxpack.files.publish import Temporary, check_writable, write_errors
+from ltxpack.files.publish import Temporary, check_writable, output_errors
 from ltxpack.files.tensorfile import build_header
 from ltxpack.runtime.media.mp4 import FRAMES_AT_ONCE, VideoWriter
 from ltxpack.runtime.sampling.recipes import stage_flag
@@ -89,7 +89,7 @@ class Video:
     def save_tensors(self, path: str | Path) -> Path:
         """Write what ``ltxpack run --save-tensors`` writes, in float32; the same tensors always give the same bytes.
 
-        Raises UsageError for a path that cannot be written.
+        Raises UsageError for a path that cannot be written, UnwrittenError for a full disk.
         """
         path = Path(path)
         check_writable(path, "--save-tensors", "video.safetensors")
@@ -110,7 +110,7 @@ class Video:
             **{stage_flag(number): name for number, name in enumerate(self.transformers)},
         }
         header = build_header(((name, "F32", tuple(tensor.shape)) for name, tensor in named.items()), metadata)
-        with write_errors(path), Temporary(path) as temporary, temporary.open("wb") as file:
+        with output_errors(path), Temporary(path) as temporary, temporary.open("wb") as file:
             file.write(header)
             for tensor in named.values():
                 file.write(tensor.float().cpu().contiguous().numpy().data)

@@ -25,6 +25,7 @@ from repack_support import Dead, dying_at, make_source, materialize, plan
 from support import Notes, tree
 
 from ltxpack.errors import FormatError, OverlayError, SourceError
+from ltxpack.files.publish import BYTES_PER_FILE
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
 from ltxpack.repack import staging as staging_module
 from ltxpack.repack import write as execute_module
@@ -547,9 +548,9 @@ def test_preflight_refuses_before_the_first_byte(source: Path, tmp_path: Path, m
     copied = sum(item.size for item in items)
 
     class Usage:
-        free = written + len(items) * execute_module.BYTES_PER_FILE
+        free = written + len(items) * BYTES_PER_FILE
 
-    monkeypatch.setattr(execute_module.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     preflight(items, tmp_path / "not/there/yet", copy=False)
     with pytest.raises(OverlayError, match=f"expected {copied} bytes free, found {Usage.free} bytes"):
         materialize(source, tmp_path / "out", copy=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError, quoted
-from ltxpack.files.publish import Temporary, check_writable
+from ltxpack.files.publish import Temporary, check_writable, unwritten
 from ltxpack.files.reader import hash_file
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -155,6 +155,8 @@ class VideoWriter:
     def _told(self, problem: str = "the video could not be written") -> Iterator[None]:
         try:
             yield
+        except OSError as error:
+            raise unwritten(self.path, error) from error
         except Exception as error:
             raise LtxpackError(problem, file=self.path, found=str(error)) from error
 
