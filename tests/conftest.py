@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from next_commands import Recorder
-from support import DATA, golden_folders, ltxpack
+from support import DATA, Mount, golden_folders, ltxpack
 
 torch.set_num_threads(1)
 # Timings of a shared machine are not what these tests are about; CI draws the same examples every time.
@@ -125,3 +126,21 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def mount() -> Iterator[Mount]:
+    """``mount(folder, kind, options)``; the test is skipped where mounting is not allowed."""
+    mounted: list[Path] = []
+
+    def made(folder: Path, kind: str = "tmpfs", options: str = "size=64m", source: str | Path = "none") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = ["--bind"] if kind == "bind" else ["-t", kind, "-o", options]
+        done = subprocess.run(["mount", *flags, str(source), str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no {kind} can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield made
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -30,6 +30,8 @@ from ltxpack.reporter import SilentReporter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "tests" / "data"
+# What the fixture ``mount`` gives.
+Mount = Callable[..., None]
 # Forks from a process that has imported everything that is installed: a kill costs no import, and none falls on one.
 FORKS = multiprocessing.get_context("forkserver")
 _IMPORTED = "pytest torch safetensors.torch jsonschema ltxpack.cli ltxpack.materialize ltxpack.lora_bake.stream"

@@ -11,36 +11,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from materialize import tiny_source
-from support import FORKS, Done, ltxpack, refused, tree
+from support import FORKS, Done, Mount, ltxpack, refused, tree
 
 from ltxpack.cli import main
 from ltxpack.manifest import MANIFEST_NAME
 
 NOBODY = 65534
-Mount = Callable[..., None]
-
-
-@pytest.fixture
-def mount() -> Iterator[Mount]:
-    """``mount(folder, kind, options)``; the test is skipped where mounting is not allowed."""
-    mounted: list[Path] = []
-
-    def made(folder: Path, kind: str = "tmpfs", options: str = "size=64m", source: str | Path = "none") -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = ["--bind"] if kind == "bind" else ["-t", kind, "-o", options]
-        done = subprocess.run(["mount", *flags, str(source), str(folder)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no {kind} can be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-
-    yield made
-    for folder in reversed(mounted):
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def said(done: Done) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import OverlayError
+from ltxpack.files.publish import require_space
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.files.publish import require_space
 from ltxpack.files.units import human_bytes
 from ltxpack.files.zeros import ZeroStretches
 from ltxpack.ltx23.releases import TEXT_ENCODER

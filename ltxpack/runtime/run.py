@@ -149,17 +149,15 @@ def write_video(
             writer.write_audio(waveform)
         return writer.blake3
 
-    def save() -> None:
-        if save_tensors is not None:
-            recipe_run.finish(session, request, latents, kept, waveform, sample_rate).save_tensors(save_tensors)
-
-    outputs = _Outputs()
+    outputs, recorder = _Outputs(), session.activations
     digest = outputs.attempt(output, lambda: session.within_memory(write))
-    if digest is None and save_tensors is not None:
-        kept.clear()
-        session.within_memory(lambda: recipe_run.decode_video(session, latents.video, keep))
-    outputs.attempt(save_tensors, save)
-    outputs.attempt(session.activations and session.activations.path, session.end_video)
+    if save_tensors is not None:
+        if digest is None:  # the writer has not taken all frames
+            kept.clear()
+            session.within_memory(lambda: recipe_run.decode_video(session, latents.video, keep))
+        whole = recipe_run.finish(session, request, latents, kept, waveform, sample_rate)
+        outputs.attempt(save_tensors, lambda: whole.save_tensors(save_tensors))
+    outputs.attempt(None if recorder is None else recorder.path, session.end_video)
     return outputs.all_or_raise(digest)
 
 
