@@ -8,6 +8,7 @@ from ltxpack.export.plan import Unit
 from ltxpack.lora_bake.bake import UnwrittenBake
 from ltxpack.lora_bake.plan import BakePlan
 from ltxpack.lora_bake.stream import Engine, ShardOutput
+from ltxpack.lora_bake.trial import settled, tell_idle
 from ltxpack.repack.write import TensorWriter
 from ltxpack.reporter import Reporter
 
@@ -17,7 +18,9 @@ def bake_units(
 ) -> None:
     """Raises AdapterError listing the weights that overflow, OverlayError for a base that changed."""
     plan = made.plan
-    with Engine([lora.adapter for lora in plan.loras], made.arithmetic, reporter) as engine:
+    adapters = settled([lora.adapter for lora in plan.loras], plan.base, reporter)
+    tell_idle([plan], plan.base, reporter)
+    with Engine(adapters, made.arithmetic, reporter) as engine:
         for unit in units:
             engine.fuse_shard(unit.shard, [_output(unit, plan, writer)])
 

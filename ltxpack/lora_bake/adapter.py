@@ -7,7 +7,7 @@ Spec 02, sections 1, 2 and 7. Knows nothing of arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,10 +20,9 @@ from ltxpack.ltx23.lora_facts import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
     CayleyForm,
-    Configuration,
     LoraFacts,
-    ReadTensor,
     configuration_beside,
+    listed,
     read_configuration,
     read_facts,
 )
@@ -64,6 +63,18 @@ class LoraTarget:
     cayley: CayleyForm = PEFT_CAYLEY
     over_base: bool = False
 
+    def is_idle(self, zero: Collection[str]) -> bool:
+        """Whether it changes nothing if the tensors called ``zero`` are all zero."""
+        if {"magnitude", "rescale", "boft_s"}.intersection(self.tensors) or "weight" in self.methods:
+            return False
+        own = [method for method in METHODS if method.name in self.methods]
+        # Of products one factor of zeros is enough; a rotation of zeros is none.
+        return all(
+            (method.rank and self.factor == 0)
+            or any(info.name in zero for role, info in self.tensors.items() if role.removesuffix(SCALE) in method.roles)
+            for method in own
+        )
+
     @property
     def beyond_official(self) -> str | None:
         """What the official rule has no arithmetic for; None for a product of two factors or a difference."""
@@ -76,7 +87,8 @@ class LoraTarget:
 class Adapter:
     """An adapter that fits the transformer. ``skipped`` are modules left out because the caller allowed it.
 
-    ``foreign``: the other model that it says it was made for. ``notes``, ``warnings``: what to tell of it.
+    ``foreign``: the other model that it says it was made for. ``dora_by``: who states what its magnitudes mean.
+    ``notes``, ``warnings``: what to tell of it.
     """
 
     name: str
@@ -87,6 +99,7 @@ class Adapter:
     skipped: tuple[str, ...] = ()
     config: Path | None = None
     foreign: str | None = None
+    dora_by: str | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -159,7 +172,7 @@ def open_adapter(
             stream.seek(info.start)
             return stream.read(info.nbytes)
 
-        facts = adapter_facts(file, read_configuration(config), read)
+        facts = read_facts(file, read_configuration(config), read)
         adapter = fit_adapter(file, shapes, facts, allow_unmatched)
     return replace(adapter, name=name or path.stem, config=config)
 
@@ -174,14 +187,6 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
             raise SourceError("is a PEFT folder without its configuration", file=path, expected=PEFT_CONFIG)
         return weights, path / PEFT_CONFIG
     return path, configuration_beside(path)
-
-
-def adapter_facts(file: TensorFile, configuration: Configuration | None, read: ReadTensor | None) -> LoraFacts:
-    """What the adapter ``file`` states beside its factors. Raises AdapterError or FormatError.
-
-    ``read`` gives a tensor's bytes; None if only the header is here, and then alphas stored as tensors are not known.
-    """
-    return read_facts(file, filter(None, map(parse_key, file.tensors)), configuration, read)
 
 
 def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatched: bool = False) -> Adapter:
@@ -220,6 +225,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
         styles=tuple(sorted({key.style for key in keys if key.role != "alpha"})),
         skipped=tuple(unmatched),
         foreign=facts.foreign,
+        dora_by=facts.dora_by,
         notes=tuple(judged.notes),
         warnings=(*_warnings(unmatched), *judged.warnings, *_told(fit.rests, targets)),
     )
@@ -510,6 +516,12 @@ def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget]) -> Iterator[s
     """What of its names and methods a user should know."""
     for rest in rests:
         yield f"its names have {rest!r} before ours, which is taken off"
+    scaled = {name: target.factor for name, target in targets.items() if target.rank}
+    if still := [name for name, factor in scaled.items() if factor == 0]:
+        whole = "it changes nothing" if len(still) == len(targets) else f"these change nothing: {listed(still)}"
+        yield f"alpha is 0 in {len(still)} of {len(targets)} targets: {whole}"
+    if turned := [name for name, factor in scaled.items() if factor < 0]:
+        yield f"alpha is negative in {len(turned)} of {len(targets)} targets: they act in reverse"
     replaced = [name for name, target in targets.items() if "weight" in target.methods]
     if replaced:
         shown = ", ".join(replaced[:5]) + (" …" if len(replaced) > 5 else "")

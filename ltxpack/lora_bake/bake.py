@@ -25,6 +25,7 @@ from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
 from ltxpack.lora_bake.forms import calibrated, quantised_linears
 from ltxpack.lora_bake.plan import Arithmetic, BakeOptions, BakePlan, Base, bake_name, read_base
 from ltxpack.ltx23.classes import DISTILLED
+from ltxpack.ltx23.releases import RELEASES
 from ltxpack.manifest import BAKED, BAKES, BF16, FP8, TEXT_ENCODERS, Bake, FileRecord, Manifest, read_manifest
 from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item, WriteShard
@@ -266,7 +267,9 @@ def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
 
 
 def _refuse_twice_distilled(uses: Sequence[LoraUse], manifest: Manifest, options: BakeOptions) -> None:
-    twice = [use.baked.file for use in uses if not use.baked.idle and DISTILLED in use.baked.name]
+    sizes = {release.size for release in RELEASES if "distilled-lora" in release.name}
+    named = [use for use in uses if DISTILLED in use.baked.name.lower() or use.adapter.size in sizes]
+    twice = [use.baked.file for use in named if not use.baked.idle]
     if twice and manifest.distilled and not options.force:
         raise AdapterError(
             "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
@@ -369,8 +372,12 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
     """Write, publish and enter the manifest. What is complete is kept if it fails, unless the LoRA is at fault."""
     import torch
 
+    from ltxpack.lora_bake.trial import settled, tell_idle
+
     overlay, adapters = plans[0].overlay, [lora.adapter for lora in plans[0].loras]
     _tell(plans[0].rule, adapters, reporter)
+    adapters = settled(adapters, plans[0].base, reporter)
+    tell_idle(plans, plans[0].base, reporter)
     with contextlib.ExitStack() as stack:
         bakes = [stack.enter_context(StagedBake(plan, chosen, reporter, lock)) for plan in plans]
         items = [item for bake in bakes for item in bake.missing_items()]

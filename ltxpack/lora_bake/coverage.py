@@ -23,6 +23,9 @@ REPORT_NAME = "coverage.json"
 PAGE_NAME = "coverage.html"
 REPORT_NAMES = (REPORT_NAME, PAGE_NAME)
 
+# A bake that changes less than one of so many of its weights is told.
+NEXT_TO_NOTHING = 1000
+
 _BLOCK = re.compile(r"^[A-Za-z_]\w*\.(\d+)\.(.+)$")
 _DIGITS = 3
 
@@ -82,6 +85,11 @@ class BakeReport:
             )
         if "stored_as" in document:
             lines.append(f"  {document['quantised']:,} linears in {document['stored_as']}{_told_errors(document)}")
+        changed, targeted = document["changed_weights"], document["targeted_weights"]
+        if targeted and changed < targeted / NEXT_TO_NOTHING and "stored_as" not in document:
+            lines.append(
+                f"  changes {'next to ' if changed else ''}nothing: {changed:,} of {targeted:,} targeted weights"
+            )
         if verbose and document["targets"]:
             biggest = sorted(document["kinds"].items(), key=lambda item: (-item[1]["largest_change"], item[0]))[:3]
             lines.append(

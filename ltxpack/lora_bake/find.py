@@ -7,7 +7,7 @@ imported while the bytes are read.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +20,6 @@ from ltxpack.files.tensorfile import TensorInfo, read_tensorfile
 from ltxpack.lora_bake.adapter import (
     Adapter,
     Shapes,
-    adapter_facts,
     adapter_files,
     fit_adapter,
     open_adapter,
@@ -29,7 +28,7 @@ from ltxpack.lora_bake.adapter import (
 from ltxpack.lora_bake.plan import BakeOptions, lora_name
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
-from ltxpack.ltx23.lora_facts import PEFT_CONFIG, PEFT_WEIGHTS, belongs
+from ltxpack.ltx23.lora_facts import PEFT_CONFIG, PEFT_WEIGHTS, belongs, listed, read_facts
 from ltxpack.manifest import BAKES, Lora, Manifest, changed_file
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 from ltxpack.reporter import Reporter
@@ -37,7 +36,8 @@ from ltxpack.reporter import Reporter
 UNKNOWN_HASH = "0" * 64
 BLOCK = 8 * 1024 * 1024
 
-# A value is NaN or infinite exactly where all of these bits are set; F8_E4M3 has no infinity, and one NaN per sign.
+# A value is NaN or infinite exactly where its bits without the sign are at least these; F8_E4M3 has no infinity, and
+# one NaN per sign.
 _NOT_FINITE: Mapping[str, tuple[type[np.unsignedinteger], int]] = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
@@ -181,7 +181,7 @@ def _locate(
         head = access.header(file)
         refuse_model(head)  # before 29 GB are fetched
         if headers_only and config is None:
-            facts = adapter_facts(head, None, None)
+            facts = read_facts(head, None, None)
             return FoundLora(name, fit_adapter(head, shapes, facts, options.allow_unmatched), None, added, False)
         for needed in (config, file):
             if needed is not None:
@@ -226,9 +226,11 @@ def hash_adapter(weights: Path, config: Path | None) -> str:
 def scan(adapter: Adapter, reporter: Reporter, recorded: str | None = None) -> str:
     """The adapter's hash as :func:`hash_adapter` gives it, with every factor looked at on the way.
 
-    Raises AdapterError listing the tensors that hold NaN or infinity, OverlayError for another hash than ``recorded``.
+    Targets whose tensors are zero are told. Raises AdapterError listing the tensors that hold NaN or infinity,
+    OverlayError for another hash than ``recorded``.
     """
     parts, hasher = list(_parts(adapter)), blake3()
+    largest: dict[str, int] = {}
     bad: dict[str, None] = {}
     reporter.begin(f"read {adapter.path.name}", adapter.size, "B")
     # Through the page cache: the bake reads the factors again.
@@ -236,15 +238,36 @@ def scan(adapter: Adapter, reporter: Reporter, recorded: str | None = None) -> s
         for (_, factor), data in zip(parts, reader, strict=True):
             hasher.update(data)
             reporter.advance(len(data))
-            if factor is not None and not all_finite(data, factor.dtype):
-                bad[factor.name] = None
+            if factor is not None:
+                bits = largest_bits(data, factor.dtype)
+                largest[factor.name] = max(bits, largest.get(factor.name, 0))
+                if bits >= _NOT_FINITE[factor.dtype][1]:
+                    bad[factor.name] = None
     reporter.end()
     if bad:
         raise AdapterError(f"holds NaN or infinity in {len(bad)} tensors", file=adapter.path, items=list(bad))
     digest = _with_config(hasher.hexdigest(), adapter.config)
     if recorded not in (None, digest):
         raise changed_file(adapter.path, f"blake3 {recorded}", f"blake3 {digest}")
+    _tell_zeros(adapter, [name for name, bits in largest.items() if bits == 0], list(largest), reporter)
     return digest
+
+
+def _tell_zeros(adapter: Adapter, zero: Collection[str], order: Sequence[str], reporter: Reporter) -> None:
+    """Warn of targets that change nothing. ``order``: all tensors as they are in the file."""
+    targets, name = adapter.targets, adapter.path.name
+    idle = [weight for weight, target in targets.items() if target.is_idle(zero)]
+    if not zero or not idle:
+        return
+    tail = len(order) - max((i + 1 for i, factor in enumerate(order) if factor not in zero), default=0)
+    # Of a pair only one factor starts from zeros.
+    lost = any({info.name for info in targets[weight].tensors.values()}.issubset(zero) for weight in idle)
+    half = f"; its last {tail} tensors are all zero, as in half a download" if lost and tail else ""
+    if len(idle) == len(targets):
+        reporter.warn(f"{name}: changes nothing: all {len(targets)} targets have a factor of zeros{half}")
+    else:
+        share = f"{len(idle)} of {len(targets)} targets"
+        reporter.warn(f"{name}: {share} have a factor of zeros and change nothing: {listed(idle)}{half}")
 
 
 def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
@@ -261,14 +284,16 @@ def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
 
 def all_finite(data: memoryview, dtype: str) -> bool:
     """Whether no value among ``data``, whole values of ``dtype`` (as safetensors names it), is NaN or infinite."""
-    kind, pattern = _NOT_FINITE[dtype]
-    bits, mask = np.frombuffer(data, kind), kind(pattern)
-    masked = np.empty(min(_CHECKED, bits.size), kind)
-    for start in range(0, bits.size, _CHECKED):
-        part = bits[start : start + _CHECKED]
-        if np.bitwise_and(part, mask, out=masked[: part.size]).max() == mask:
-            return False
-    return True
+    return largest_bits(data, dtype) < _NOT_FINITE[dtype][1]
+
+
+def largest_bits(data: memoryview, dtype: str) -> int:
+    """The bits of the largest absolute value in ``data``: 0 if all are zero. Bits without sign order as values do."""
+    kind, _ = _NOT_FINITE[dtype]
+    bits, mask = np.frombuffer(data, kind), kind(np.iinfo(kind).max >> 1)
+    unsigned = np.empty(min(_CHECKED, bits.size), kind)
+    parts = (bits[start : start + _CHECKED] for start in range(0, bits.size, _CHECKED))
+    return max((int(np.bitwise_and(part, mask, out=unsigned[: part.size]).max()) for part in parts), default=0)
 
 
 def _with_config(digest: str, config: Path | None) -> str:

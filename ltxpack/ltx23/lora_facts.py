@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ltxpack.errors import AdapterError, FormatError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_json
+from ltxpack.ltx23.forms import ReadTensor
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE, named_base
-from ltxpack.ltx23.lora_keys import METHODS, LoraKey, belongs_elsewhere
+from ltxpack.ltx23.lora_keys import METHODS, LoraKey, belongs_elsewhere, parse_key
 from ltxpack.ltx23.lora_patterns import Patterns
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -36,6 +37,8 @@ _UNSUPPORTED = (
     "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
     "kasa_config", "monteclora_config",
 )  # fmt: skip
+# What these name is not among the factors.
+_BESIDE = ("bias", "lora_bias", "modules_to_save", "target_parameters")
 # Fact -> the fields that state it.
 _SPELLED: Mapping[str, Sequence[str]] = {
     ALPHA: ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha"),
@@ -48,9 +51,8 @@ _SPELLED: Mapping[str, Sequence[str]] = {
     **{
         name: (name,)
         for name in (
-            "peft_type", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "lora_bias", "modules_to_save",
-            "target_parameters", "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "eps",
-            *_UNSUPPORTED,
+            "peft_type", "rank_pattern", "alpha_pattern", "init_lora_weights", "use_cayley_neumann",
+            "num_cayley_neumann_terms", "coft", "eps", *_BESIDE, *_UNSUPPORTED,
         )
     },
 }  # fmt: skip
@@ -58,7 +60,7 @@ _FIELDS = {name: fact for fact, names in _SPELLED.items() for name in names}
 _IC_LORA = re.compile(r"(?:ss_)?(?:reference_\w{0,40}(?:factor|scale)|ic_lora_\w{1,40})")
 # JSON under a key of the header is a LoRA's configuration if the key says so or a field is no other program's.
 _CONFIGURATIONS = ("lora_adapter_metadata", PEFT_CONFIG.removesuffix(".json"), "peft_config", "lora_config")
-_DISTINCT = frozenset(_FIELDS) - {"r", "alpha", "rank", "bias", "base_model", "model_version"}
+_DISTINCT = frozenset(_FIELDS) - {"r", "alpha", "rank", "bias", "base_model", "model_version", "coft", "eps"}
 _TELLING = re.compile("|".join([*map(re.escape, sorted(_DISTINCT)), "reference_", "ic_lora_"]))
 _DEEPEST = 3
 # kohya writes None, and Dynamic for a file whose ranks differ.
@@ -75,8 +77,6 @@ _SCALARS = {
 }  # fmt: skip
 # How far a number stored as bfloat16 may be from the one that a text states.
 _STORED = 2.0**-7
-
-ReadTensor = Callable[[TensorInfo], bytes]
 
 
 class Configuration(NamedTuple):
@@ -136,19 +136,9 @@ class Scaling:
         """Whether any alpha is stated."""
         return self.alpha is not None or bool(self.alphas)
 
-    def factor(self, alpha: float | None, rank: int, beside: float | None = None) -> float:
-        """What strength is multiplied by: alpha/rank, alpha/sqrt(rank) with rslora, 1 without alpha.
-
-        ``beside``: the alpha that stands beside the factors.
-        """
-        if alpha is None or not rank:
-            return 1.0
-        corrected = beside is not None and self.corrected
-        return alpha / math.sqrt(rank) if self.rslora and not corrected else alpha / rank
-
-    def agrees(self, beside: float, stated: float, rank: int) -> bool:
-        """Whether the alpha ``beside`` the factors is the one that is ``stated``."""
-        return _close(beside, stated * math.sqrt(rank) if self.corrected else stated)
+    def factor(self, alpha: float, rank: int, beside: bool) -> float:
+        """What strength is multiplied by: alpha/rank, alpha/sqrt(rank) with rslora."""
+        return alpha / math.sqrt(rank) if self.rslora and not (beside and self.corrected) else alpha / rank
 
 
 @dataclass
@@ -185,12 +175,14 @@ class LoraFacts:
             # LoKr of two whole matrices: PEFT scales them by what its configuration says, LyCORIS does not scale them.
             rank = int(stated.ranks.find(names, stated.rank) or 0) if key.module not in self.alphas else 0
             alpha = alpha if rank else None
-        return alpha, stated.factor(alpha, rank, beside)
+        if alpha is None or not rank:
+            return alpha, 1.0
+        return alpha, stated.factor(alpha, rank, beside is not None)
 
     def judge(self, keys: Iterable[LoraKey], tensors: Mapping[str, TensorInfo]) -> Judged:
         """Compare the statements with the factors of ``keys``. Raises AdapterError for a lost DoRA."""
         keys, judged = list(keys), Judged()
-        ranks = _ranks(keys, tensors)
+        ranks = ranks_of(keys, tensors)
         for own in dict.fromkeys(map(self.scaling, ranks)):
             self._judge_scaling(own, {key: rank for key, rank in ranks.items() if self.scaling(key) is own}, judged)
         for key in (key for key in keys if key.role == "alpha" and not self.unread):
@@ -233,6 +225,12 @@ class LoraFacts:
         return CayleyForm(int(terms) if switches.get("use_cayley_neumann", True) else 0, bound)
 
     @property
+    def dora_by(self) -> str | None:
+        """Who says how DoRA's magnitudes are meant: LyCORIS, whose they are norms of the result; None if nobody."""
+        own = next((one for one in self.statements if one.name == "dora_wd" and _truth(one, self.file)), None)
+        return f"as LyCORIS writes it ({own})" if own else None
+
+    @property
     def foreign(self) -> str | None:
         """The model that it says it was made for, and where it does, if that is not LTX-2.3."""
         found: dict[str, Statement] = {}
@@ -248,9 +246,9 @@ class LoraFacts:
         mixed = sorted(set(bare.values()))
         ambiguous = own.states_alpha and not own.ranks and len(mixed) > 1
         if ambiguous:
-            listed = ", ".join(map(str, mixed))
+            told = ", ".join(map(str, mixed))
             judged.faults["ambiguous alpha"] = [
-                f"one alpha for ranks {listed}, and no rank_pattern that says which is meant"
+                f"one alpha for ranks {told}, and no rank_pattern that says which is meant"
             ]
         for key, rank in ranks.items():
             names = wrapped_names(key)
@@ -259,14 +257,16 @@ class LoraFacts:
                 told = f"{key.module} has rank {rank}, {self._where(RANK)} says {stated:g}"
                 judged.faults.setdefault("rank mismatch", []).append(told)
             configured, beside = own.alphas.find(names, own.alpha), self.alphas.get(key.module)
-            if configured is not None and beside is not None and not own.agrees(beside, configured, rank):
-                told = f"{key.module}.alpha is {beside:g}, {own.source} says {configured:g}"
-                judged.faults.setdefault("ambiguous alpha", []).append(told)
+            if configured is not None and beside is not None:
+                expected = configured * (math.sqrt(rank) if own.corrected else 1)
+                if not math.isclose(beside, expected, rel_tol=_STORED):
+                    told = f"{key.module}.alpha is {beside:g}, {own.source} says {configured:g}"
+                    judged.faults.setdefault("ambiguous alpha", []).append(told)
         self._tell(own, bare, judged)
         for patterns in (own.ranks, own.alphas):
             if unused := patterns.unused(map(wrapped_names, ranks)) if patterns else []:
                 count = f"{len(unused)} pattern{'' if len(unused) == 1 else 's'}"
-                judged.warnings.append(f"{patterns.name} has {count} matching none of its modules: {_listed(unused)}")
+                judged.warnings.append(f"{patterns.name} has {count} matching none of its modules: {listed(unused)}")
 
     def _tell(self, own: Scaling, bare: Mapping[LoraKey, int], judged: Judged) -> None:
         """Say which alpha counts for the factors that have none beside them."""
@@ -276,8 +276,8 @@ class LoraFacts:
             span = " to ".join(f"{factor:g}" for factor in dict.fromkeys((factors[0], factors[-1])))
             effect = "the strength is used unchanged" if factors == [1] else f"the strength is multiplied by {span}"
             rslora = ", rslora" if own.rslora else ""
-            listed = ", ".join(map(str, sorted(set(bare.values()))[:5]))
-            judged.notes.append(f"{alpha} from {own.source}{rslora}, rank {listed}: {effect}")
+            shown = ", ".join(map(str, sorted(set(bare.values()))[:5]))
+            judged.notes.append(f"{alpha} from {own.source}{rslora}, rank {shown}: {effect}")
         elif any(key.prefix.startswith("base_model.model") for key in bare) and not own.states_alpha:
             judged.warnings.append(
                 f"its names are PEFT's, but neither its header nor an {PEFT_CONFIG} of its own states alpha: the "
@@ -297,9 +297,9 @@ class LoraFacts:
                 next="save the adapter again, with its magnitudes",
             )  # fmt: skip
         for one in self.statements:
-            if one.fact in _ABSENT and _is_set(one) and (lost := _ABSENT[one.fact](one.value, tensors)):
+            if one.fact in _BESIDE and _is_set(one) and (lost := _lost(one, tensors)):
                 judged.warnings.append(
-                    f"{one.name} in {one.place} names what the file does not hold ({_listed(lost)}): what was trained "
+                    f"{one.name} in {one.place} names what the file does not hold ({listed(lost)}): what was trained "
                     "there is not baked"
                 )
 
@@ -308,12 +308,7 @@ class LoraFacts:
         return next((f"{one.place} ({one.name})" for one in self.statements if one.fact == fact), "a pattern")
 
 
-def read_facts(
-    file: TensorFile,
-    keys: Iterable[LoraKey],
-    configuration: Configuration | None = None,
-    read: ReadTensor | None = None,
-) -> LoraFacts:
+def read_facts(file: TensorFile, configuration: Configuration | None, read: ReadTensor | None) -> LoraFacts:
     """All that a LoRA states. ``read`` gives a tensor's bytes; without it alphas beside the factors are not known.
 
     Raises AdapterError for statements that contradict one another, cannot be read, or name what cannot be merged, and
@@ -322,7 +317,7 @@ def read_facts(
     found = tuple(_statements(file, configuration))
     where = configuration.file if configuration else file.path
     _refuse_other_methods(found, where)
-    keys = list(keys)
+    keys = list(filter(None, map(parse_key, file.tensors)))
     alphas = {key.module: key.key for key in keys if key.role == "alpha"}
     return LoraFacts(
         file.path,
@@ -378,7 +373,13 @@ def scalar(info: TensorInfo, read: ReadTensor) -> float | None:
     return float(value) if abs(value) <= MAX_ALPHA else None
 
 
-def _ranks(keys: Iterable[LoraKey], tensors: Mapping[str, TensorInfo]) -> dict[LoraKey, int]:
+def judged_keys(names: Iterable[str]) -> list[LoraKey]:
+    """The keys that a bake of the transformer will judge; those of the text path where there are no others."""
+    keys = [key for name in names if (key := parse_key(name))]
+    return [key for key in keys if not belongs_elsewhere(key.module)] or keys
+
+
+def ranks_of(keys: Iterable[LoraKey], tensors: Mapping[str, TensorInfo]) -> dict[LoraKey, int]:
     """The rank of every module that has one, under the key of the tensor that shows it."""
     modules: dict[str, dict[str, LoraKey]] = {}
     for key in keys:
@@ -485,20 +486,15 @@ def _number(one: Statement, where: Path) -> float | None:
             value = float(value)
         except ValueError:
             value = None if one.fact == RANK else value
-    if value is None or (value == 0 and one.name in _ZERO_IS_RANK):
-        return None
-    return (_rank if one.fact == RANK else _finite)(value, one.name, where)
+    zero_is_rank = value == 0 and one.name in _ZERO_IS_RANK
+    return None if value is None or zero_is_rank else _checked(value, one.name, where, one.fact == RANK)
 
 
-def _finite(value: object, name: str, where: Path) -> float:
+def _checked(value: object, name: str, where: Path, is_rank: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
         wanted = f"one of at most {MAX_ALPHA:g}"
         raise AdapterError(f"{name} is not a finite number", file=where, expected=wanted, found=value)
-    return float(value)
-
-
-def _rank(value: object, name: str, where: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1 << 31 or value != int(value):
+    if is_rank and (value != int(value) or not 0 < value < 1 << 31):
         raise AdapterError(f"{name} is not a positive whole number", file=where, found=value)
     return float(value)
 
@@ -520,8 +516,9 @@ def _patterns(one: Statement | None, where: Path) -> Patterns:
         raise AdapterError(f"{one and one.name} is not an object", file=where, found=type(table).__name__)
     if one is None:
         return Patterns({})
-    read = _rank if one.fact == "rank_pattern" else _finite
-    return Patterns({pattern: read(value, one.name, where) for pattern, value in table.items()}, one.name, where)
+    ranks = one.fact == "rank_pattern"
+    numbers = {pattern: _checked(value, one.name, where, ranks) for pattern, value in table.items()}
+    return Patterns(numbers, one.name, where)
 
 
 def _refuse_other_methods(statements: Iterable[Statement], where: Path) -> None:
@@ -559,43 +556,25 @@ def _is_set(one: Statement) -> bool:
     return bool(one.value) and not _says_nothing(one.value) and str(one.value).lower() not in off
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=_STORED)
+def _lost(one: Statement, tensors: Iterable[str]) -> list[str]:
+    """What a field says was trained besides the factors, and no tensor holds."""
+    if one.fact in ("bias", "lora_bias"):
+        held = str(one.value).lower() == "none" or any(name.endswith(("bias", ".diff_b")) for name in tensors)
+        return [] if held else ["biases"]
+    names = [name for name in (one.value if isinstance(one.value, list) else [one.value]) if isinstance(name, str)]
+    # A parameter's factors bear the name of the module that holds it.
+    modules = [name if one.fact == "modules_to_save" else name.rpartition(".")[0] for name in names]
+    beside = {
+        re.split(r"\.base_layer\b|\.lora_|\.modules_to_save\b|\.(?:weight|bias)\Z", f".{name}")[0] for name in tensors
+    }
+    return [
+        name
+        for name, module in zip(names, modules, strict=True)
+        if not any(own.endswith(f".{module}") for own in beside)
+    ]
 
 
-# Stated and absent
-
-
-def _lost_bias(value: object, tensors: Iterable[str]) -> list[str]:
-    held = str(value).lower() == "none" or any(name.endswith(("bias", ".diff_b")) for name in tensors)
-    return [] if held else ["biases"]
-
-
-def _lost_modules(value: object, tensors: Iterable[str]) -> list[str]:
-    modules = _names(value)
-    held = {name.rpartition(".")[0].replace(".modules_to_save", "") for name in tensors if ".lora_" not in name}
-    held = {re.sub(r"\.default\Z", "", name) for name in held}
-    return [module for module in modules if not any(f".{name}".endswith(f".{module}") for name in held)]
-
-
-def _lost_parameters(value: object, tensors: Iterable[str]) -> list[str]:
-    held = [name.partition(".lora_")[0] for name in tensors if ".lora_" in name]
-    held = [name.replace(".base_layer", "") for name in held]
-    owners = {name: name.rpartition(".")[0] for name in _names(value)}
-    return [name for name, owner in owners.items() if not any(f".{one}".endswith(f".{owner}") for one in held)]
-
-
-def _names(value: object) -> list[str]:
-    listed = value if isinstance(value, list) else [value]
-    return [name for name in listed if isinstance(name, str) and name]
-
-
-_ABSENT: Mapping[str, Callable[[object, Iterable[str]], list[str]]] = {
-    "bias": _lost_bias, "lora_bias": _lost_bias, "modules_to_save": _lost_modules,
-    "target_parameters": _lost_parameters,
-}  # fmt: skip
-
-
-def _listed(items: Sequence[str], most: int = 10) -> str:
+def listed(items: Sequence[str], most: int = 10) -> str:
+    """The first of ``items``, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(item[:80] for item in items[:most]) + more

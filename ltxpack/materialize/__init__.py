@@ -187,8 +187,11 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
     if checkpoint.dropped:
         reporter.detail(f"left out, read by no module: {', '.join(checkpoint.dropped)}")
-    base = inputs.sources.checkpoint
-    by = "hash" if base.known.release else "file name"
-    kind = "distilled, for the recipe distilled" if base.distilled else "full"
+    by = inputs.distilled_by or ("hash" if inputs.sources.checkpoint.known.release else "file name")
+    kind = "distilled, for the recipe distilled; bake no distilled LoRA into it" if inputs.distilled_by else "full"
     reporter.note(f"kind of transformer, by its {by}: {kind}")
+    for note in inputs.lora.notes if inputs.lora else ():
+        reporter.note(f"lora: {note}")
+    for warning in inputs.lora.warnings if inputs.lora else ():
+        reporter.warn(f"lora: {warning}")
     return inputs

@@ -55,6 +55,17 @@ class Upsampler:
         return all(info.dtype == STORED_DTYPE and target == info.name for target, info in self.tensors.items())
 
 
+def says_distilled(file: TensorFile) -> bool:
+    """Whether a checkpoint's header says that it is a distilled one: by its title, or as an export of ours."""
+    titles = [file.metadata.get(key, "") for key in ("modelspec.title", "title", "name", "model_name")]
+    try:
+        stated = parse_json(file.metadata.get(MADE_FROM, "null").encode("utf-8", "surrogatepass"), file.path)
+        titles += [one["name"] for one in stated["source"] if one["role"] == releases.CHECKPOINT]
+    except (LtxpackError, KeyError, TypeError):
+        pass
+    return any("distilled" in str(title).lower() for title in (*titles, *merged_loras(file)))
+
+
 def merged_loras(file: TensorFile) -> list[str]:
     """The LoRAs that an export of ours says are merged into it; none for a file that does not say so."""
     try:

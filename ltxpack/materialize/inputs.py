@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ltxpack.errors import UnsupportedError
-from ltxpack.files.tensorfile import plain_file_name
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, plain_file_name
 from ltxpack.ltx23.contents import described
+from ltxpack.ltx23.lora_facts import (
+    PEFT_CONFIG,
+    Configuration,
+    Judged,
+    belongs,
+    configuration_beside,
+    judged_keys,
+    ranks_of,
+    read_configuration,
+    read_facts,
+)
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.materialize.checkpoint import (
     Checkpoint,
@@ -15,19 +29,29 @@ from ltxpack.materialize.checkpoint import (
     read_checkpoint,
     read_lora,
     read_upsampler,
+    says_distilled,
 )
-from ltxpack.materialize.sources import AGAIN, Access, InputFaults, InputFile, Sources
+from ltxpack.materialize.sources import AGAIN, Access, InputFaults, InputFile, Sources, hub_folder
 from ltxpack.materialize.text_encoder import TextEncoder, read_text_encoder
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the overlay is made from. An input that is None is missing, or a LoRA that a distilled base needs not."""
+    """What the overlay is made from. An input that is None is missing, or a LoRA that a distilled base needs not.
+
+    ``lora``: what is to be told of the LoRA.
+    """
 
     sources: Sources
     checkpoint: Checkpoint
     upsampler: Upsampler | None
     text_encoder: TextEncoder | None
+    lora: Judged | None = None
+
+    @property
+    def distilled_by(self) -> str | None:
+        """What shows that the checkpoint is a distilled one; None for a full one."""
+        return self.sources.checkpoint.distilled_by or ("header" if says_distilled(self.checkpoint.file) else None)
 
     def files(self) -> list[tuple[str, InputFile]]:
         """Every input file with its role, in a fixed order."""
@@ -49,23 +73,23 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
     configs = checkpoint.configs if checkpoint else None
     channels = configs["vae"]["latent_channels"] if configs else None
     connectors = configs["connectors"] if configs else None
-    upsampler = encoder = None
+    upsampler = encoder = judged = None
     if lora is not None:
-        faults.gather(LORA, lambda: _check_lora(lora, access))
+        judged = faults.gather(LORA, lambda: _check_lora(lora, access))
     if own is not None:
         upsampler = faults.gather(UPSAMPLER, lambda: read_upsampler(access.header(own), channels, own.label))
     if folder is not None:
         encoder = faults.gather(TEXT_ENCODER, lambda: read_text_encoder(folder, access, connectors))
     faults.refuse()
     assert checkpoint is not None
-    return Inputs(sources, checkpoint, upsampler, encoder)
+    return Inputs(sources, checkpoint, upsampler, encoder, judged)
 
 
 def _read_checkpoint(file: InputFile, access: Access) -> Checkpoint:
     return read_checkpoint(checkpoint_header(lambda: access.header(file), file.label), file.label)
 
 
-def _check_lora(lora: InputFile, access: Access) -> None:
+def _check_lora(lora: InputFile, access: Access) -> Judged:
     if not plain_file_name(lora.name) or not lora.name.endswith(".safetensors"):
         raise UnsupportedError("has a name that no overlay may hold", file=lora.label, expected="NAME.safetensors")
     header = read_lora(access.header(lora))
@@ -74,3 +98,47 @@ def _check_lora(lora: InputFile, access: Access) -> None:
             "is not a LoRA", file=lora.label, expected="pairs of lora_A and lora_B weights",
             found=described(access.header(lora)) or f"{len(header.others)} other tensors", next=f"{AGAIN}--lora FILE",
         )  # fmt: skip
+    return _judged(lora, access.header(lora), access)
+
+
+def _judged(lora: InputFile, file: TensorFile, access: Access) -> Judged:
+    """What the LoRA states of itself, as a bake will read it. Raises AdapterError or UnsupportedError."""
+    with contextlib.ExitStack() as stack:
+        stream = None if lora.repo else stack.enter_context(lora.path.open("rb"))
+        read = None if stream is None else lambda info: _bytes(stream, info)
+        facts = read_facts(file, None, read)
+        beside = read_facts(file, _configuration(lora, access), read)
+    keys = judged_keys(file.tensors)
+    judged = facts.judge(keys, file.tensors)
+    ranks = ranks_of(keys, file.tensors).items()
+    problem, found, items = (
+        None,
+        facts.foreign,
+        [f"{kind}: {one}" for kind, all in judged.faults.items() for one in all],
+    )
+    if facts.foreign:
+        problem = "says that it was made for another model"
+    elif items:
+        problem = "contradicts itself"
+    elif any(facts.scale(key, rank)[1] != beside.scale(key, rank)[1] for key, rank in ranks):
+        problem, found = f"is scaled by the {PEFT_CONFIG} beside it, which an overlay does not keep", beside.alpha
+    if problem:
+        again = f"{AGAIN}--lora FILE (another one; this one can be baked by the --add or --lora of bake-lora)"
+        raise UnsupportedError(problem, file=lora.label, found=found, items=items, next=again)
+    return judged
+
+
+def _bytes(stream: BinaryIO, info: TensorInfo) -> bytes:
+    stream.seek(info.start)
+    return stream.read(info.nbytes)
+
+
+def _configuration(lora: InputFile, access: Access) -> Configuration | None:
+    """The PEFT configuration that belongs to ``lora``."""
+    if lora.repo is None:
+        return read_configuration(configuration_beside(Path(lora.member)))
+    files = hub_folder(lora.repo.repo, lora.repo.revision, access).files
+    place = PurePosixPath(lora.member)
+    names = [PurePosixPath(name).name for name in files if PurePosixPath(name).parent == place.parent]
+    config = files.get(str(place.with_name(PEFT_CONFIG))) if belongs(place.name, names) else None
+    return None if config is None else Configuration(access.json(config), Path(config.label))

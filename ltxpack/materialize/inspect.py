@@ -21,8 +21,7 @@ from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_te
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
 from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
-from ltxpack.ltx23.lora_facts import configuration_beside, read_configuration, read_facts
-from ltxpack.ltx23.lora_keys import belongs_elsewhere, parse_key
+from ltxpack.ltx23.lora_facts import configuration_beside, judged_keys, read_configuration, read_facts
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.ltx23.text_encoder import root_of
@@ -264,10 +263,9 @@ def _lora(lora: LoraHeader, file: InputFile, tensors: TensorFile, read: forms.Re
 def _stated(path: Path, tensors: TensorFile, read: forms.ReadTensor) -> dict[str, Any]:
     """What a LoRA states beside its factors, as ``bake-lora`` reads it; ``problem``: why it would be refused."""
     found: dict[str, Any] = {"alpha": "none", "made_for": None, "notes": [], "warnings": [], "problem": None}
-    keys = [key for name in tensors.tensors if (key := parse_key(name))]
     try:
-        facts = read_facts(tensors, keys, read_configuration(configuration_beside(path)), read)
-        judged = facts.judge([key for key in keys if not belongs_elsewhere(key.module)], tensors.tensors)
+        facts = read_facts(tensors, read_configuration(configuration_beside(path)), read)
+        judged = facts.judge(judged_keys(tensors.tensors), tensors.tensors)
     except LtxpackError as error:
         return found | {"problem": str(error)}
     faults = [f"{kind}: {item}" for kind, items in judged.faults.items() for item in items]

@@ -98,7 +98,7 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
     components = plan_checkpoint(checkpoint, sources.checkpoint.path, max_shard_size)
     if inputs.upsampler is not None and sources.upsampler is not None:
         components.append(plan_upsampler(inputs.upsampler, sources.upsampler, max_shard_size))
-    distilled = sources.checkpoint.distilled
+    distilled = inputs.distilled_by is not None
     components.append(plan_scheduler(distilled))
     components += plan_text_encoder(inputs.text_encoder, max_shard_size) if inputs.text_encoder else []
     kind = DISTILLED_KIND if distilled else FULL_KIND

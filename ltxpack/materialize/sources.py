@@ -26,6 +26,7 @@ from ltxpack.ltx23.releases import (
     DEFAULT_FILES,
     LORA,
     PATTERNS,
+    RELEASES,
     TEXT_ENCODER,
     TEXT_ENCODER_REPO,
     UPSAMPLER,
@@ -86,9 +87,12 @@ class InputFile:
         return recognise(self.name, self.size, self.sha256)
 
     @property
-    def distilled(self) -> bool:
-        """Whether it is a distilled checkpoint, by its content or else by its name."""
-        return "distilled" in (self.known.release.name if self.known.release else self.name)
+    def distilled_by(self) -> str | None:
+        """What shows that it is a distilled checkpoint: hash, size (each published file has its own) or name."""
+        by_size = next((release for release in RELEASES if release.size == self.size), None)
+        known = (("hash", self.known.release), ("size", by_size))
+        by, name = next(((by, release.name) for by, release in known if release), ("file name", self.name.lower()))
+        return by if "distilled" in name else None
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def resolve(
         if role == CHECKPOINT and single:
             return single
         typed, base = flags.get(role), chosen.get(CHECKPOINT)
-        if role == LORA and typed is None and base and base.distilled:
+        if role == LORA and typed is None and base and base.distilled_by:
             return None
         found = folder if typed is None else _find(typed, access, within=folder)
         return choose(role, found) if isinstance(found, InputFolder) else found

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_support import dotted, low_rank, make_overlay, official, official_keys, save, shapes
+from lora_support import dotted, linears, low_rank, make_overlay, official, official_keys, save, shapes
+from support import Notes
 
 from ltxpack.errors import AdapterError, FormatError
+from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.find import find_loras
 from ltxpack.lora_bake.plan import BakeOptions
 from ltxpack.ltx23.lora_bases import named_base
+from ltxpack.ltx23.lora_keys import METHODS
 from ltxpack.manifest import read_manifest
+from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.materialize.inspect import inspect_path
-from ltxpack.reporter import Reporter
 
 RANK = 4
 MODULES = [f"transformer_blocks.{i}.attn1.to_q" for i in range(3)]
@@ -176,25 +180,11 @@ def test_header_and_configuration_must_agree(tmp_path: Path) -> None:
     assert "lora_alpha 4 (the header)" in str(caught.value)
 
 
-class Told(Reporter):
-    """Keeps what is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-
-
-def found(folder: Path, path: Path, **options: Any) -> Told:
+def found(folder: Path, path: Path, **options: Any) -> Notes:
     """What ``bake-lora`` says of a LoRA before anything is written."""
     overlay = folder / "overlay"
     overlay = overlay if overlay.is_dir() else make_overlay(overlay)
-    told = Told()
+    told = Notes()
     find_loras(BakeOptions(overlay, (1.0,), lora=str(path), **options), read_manifest(overlay), shapes(), told)
     return told
 
@@ -322,3 +312,52 @@ def test_what_is_stated_and_absent_is_told(case: str, tmp_path: Path) -> None:
     if lost:
         told = f"{case} in adapter_config.json names what the file does not hold ({lost})"
         assert warnings[0] == f"{told}: what was trained there is not baked"
+
+
+# Method -> tensors of one module with the weight [out, in].
+MADE_BY = {
+    "lora": lambda out, wide: {"lora_A.weight": (4, wide), "lora_B.weight": (out, 4)},
+    "loha": lambda out, wide: {f"hada_w{i}_{j}": (out, 2) if j == "a" else (2, wide) for i in "12" for j in "ab"},
+    "lokr": lambda out, wide: {"lokr_w1": (2, 2), "lokr_w2_a": (out // 2, 2), "lokr_w2_b": (2, wide // 2)},
+    "oft": lambda out, wide: {"oft_blocks": (out // 4, 4, 4)},
+    "peft-oft": lambda out, wide: {"oft_R.weight": (wide // 4, 6)},
+    "diff": lambda out, wide: {"diff": (out, wide), "diff_b": (out,)},
+}
+LETTERS = {"diffusion_model.": official, "base_model.model.": str, "transformer.": str, "": str, "pipe.dit.": official}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([name for name in linears() if "gate" not in name]),
+        st.sampled_from(sorted(MADE_BY)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(sorted(LETTERS)),
+    st.sampled_from(sorted(HEADERS)),
+    st.booleans(),
+)
+def test_what_bake_lora_accepts_is_a_lora_to_all(
+    methods: dict[str, str], prefix: str, header: str, alpha: bool
+) -> None:
+    tensors = {}
+    for module, method in methods.items():
+        name = prefix + LETTERS[prefix](module)
+        for ending, shape in MADE_BY[method](*shapes()[f"{module}.weight"]).items():
+            tensors[f"{name}.{ending}"] = torch.full(shape, 0.01)
+        if alpha and method != "diff":
+            tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = made(Path(folder), HEADERS[header][0], tensors)
+        described = inspect_path(path)
+        try:
+            adapter = opened(path)
+        except AdapterError as error:
+            # The transformer has every module, so only what is stated can be at fault, which inspect sees as well.
+            assert described["problem"] is not None, error
+            return
+        assert (described["kind"], described["problem"]) == ("lora", None)
+        assert described["notes"] == list(adapter.notes) and set(described["warnings"]) <= set(adapter.warnings)
+        assert read_lora(read_tensorfile(path)).is_lora
+    assert MADE_BY.keys() <= {method.name for method in METHODS}

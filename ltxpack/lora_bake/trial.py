@@ -1,0 +1,151 @@
+"""A few rows of a few weights, fused before a bake begins: what DoRA's magnitudes are, and whether anything changes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltxpack.files.tensorfile import TensorInfo
+from ltxpack.lora_bake.adapter import Adapter, LoraTarget
+from ltxpack.lora_bake.fuse import Term, fuse_rows
+from ltxpack.lora_bake.methods import needs_whole
+from ltxpack.lora_bake.plan import BakePlan, Base
+from ltxpack.lora_bake.stream import DTYPES, FactorReader
+from ltxpack.manifest import BF16
+from ltxpack.reporter import Reporter
+
+# How much is looked at: so many weights, spread over all, and the first rows of each.
+WEIGHTS, ROWS = 8, 256
+# Norms tell the meanings apart if they are so many standard errors nearer to one.
+CERTAIN = 3.0
+# Numbers that a straight line is fitted with.
+FITTED = 2
+
+
+def settled(adapters: Sequence[Adapter], base: Base, reporter: Reporter) -> list[Adapter]:
+    """The adapters with DoRA's magnitudes understood, and told as what."""
+    return [_settled(adapter, base, reporter) for adapter in adapters]
+
+
+def tell_idle(plans: Sequence[BakePlan], base: Base, reporter: Reporter) -> None:
+    """Warn of bakes that change none of the weights looked at, although their LoRAs are not zero."""
+    for plan in plans:
+        if plan.form != BF16 or not plan.touched:
+            continue
+        looked_at = changed = 0
+        with contextlib.ExitStack() as stack:
+            readers = [stack.enter_context(_reader(lora.adapter)) for lora in plan.loras]
+            for name, rows in _samples(sorted(plan.touched), [reader.adapter for reader in readers], base):
+                terms = [reader.term(name) for reader in readers]
+                used = [
+                    (term.rows(0, len(rows)), strength)
+                    for term, strength in zip(terms, plan.strengths_in(name), strict=True)
+                    if term is not None and strength and _is_live(term)
+                ]
+                if used:
+                    looked_at += rows.numel()
+                    [fused] = fuse_rows(rows, [term for term, _ in used], [[strength for _, strength in used]], "fp32")
+                    changed += fused.changed
+        if looked_at and not changed:
+            reporter.warn(
+                f"{plan.folder}: changes nothing: of {looked_at:,} weights looked at none does, because what its LoRAs "
+                "add is below what bf16 resolves"
+            )
+
+
+class _Spread(NamedTuple):
+    """Sums over rows of ν², x·ν and x², and their number: ν = log(|W+ΔW|/|W|), x = log(dora_scale/|W|), less the means.
+
+    If the magnitudes are norms of the result, x does not depend on ν. If they are factors of W+ΔW over |W|, x = -ν.
+    """
+
+    square: float = 0.0
+    product: float = 0.0
+    other: float = 0.0
+    rows: float = 0.0
+
+    def plus(self, nu: Tensor, x: Tensor) -> _Spread:
+        nu, x = nu - nu.mean(), x - x.mean()
+        sums = ((nu * nu).sum().item(), (x * nu).sum().item(), (x * x).sum().item(), float(len(x)))
+        return _Spread(*(a + b for a, b in zip(self, sums, strict=True)))
+
+    @property
+    def over_base(self) -> tuple[bool, bool]:
+        """Whether the magnitudes are over |W|, and whether that is certain."""
+        if self.rows <= FITTED or not self.square:
+            return False, False
+        slope = self.product / self.square
+        error = math.sqrt(max(0.0, self.other - slope * self.product) / (self.rows - FITTED) / self.square)
+        return slope < -0.5, abs(slope + 0.5) > CERTAIN * error
+
+
+def _settled(adapter: Adapter, base: Base, reporter: Reporter) -> Adapter:
+    names = [name for name, target in sorted(adapter.targets.items()) if _is_ambiguous(target)]
+    if not names:
+        return adapter
+    spread = _Spread()
+    with _reader(adapter) as reader:
+        for name, rows in _samples(names, [adapter], base):
+            term, stored = reader.term(name), rows.float()
+            assert term is not None
+            term = term.rows(0, len(rows))
+            assert term.magnitude is not None
+            [fused] = fuse_rows(stored, [replace(term, magnitude=None, over_base=False)], [[1.0]], "fp32")
+            before, after = (torch.linalg.vector_norm(each, dim=1).double() for each in (stored, fused.weight))
+            magnitude = term.magnitude.double().reshape(-1)
+            sound = (before > 0) & (after > 0) & (magnitude > 0)
+            if sound.sum() > FITTED:
+                nu, x = torch.log(after / before), torch.log(magnitude / before)
+                spread = spread.plus(nu[sound], x[sound])
+    over_base, certain = spread.over_base
+    if not certain:
+        over_base = False
+    meaning = "factors over |W|" if over_base else "norms, over |W+ΔW|"
+    by = "as the norms show" if certain else adapter.dora_by or "which the norms do not tell"
+    reporter.note(f"{adapter.path.name}: its dora_scale is taken as {meaning}, {by}")
+    targets = {
+        name: replace(target, over_base=over_base) if _is_ambiguous(target) else target
+        for name, target in adapter.targets.items()
+    }
+    return replace(adapter, targets=targets)
+
+
+def _is_ambiguous(target: LoraTarget) -> bool:
+    """Whether a target's magnitudes may be over |W| or over |W+ΔW|: PEFT's, and those of inputs, are the latter."""
+    magnitude = target.tensors.get("magnitude")
+    return magnitude is not None and magnitude.name.endswith("dora_scale") and not needs_whole(target)
+
+
+def _is_live(term: Term) -> bool:
+    """Whether a term is there to change anything: no factor of it is all zero."""
+    sums = [tensor for tensor in (term.up, term.down, term.delta) if tensor is not None]
+    added = bool(sums) and term.factor != 0 and all(tensor.float().count_nonzero() for tensor in sums)
+    return added or any(each is not None for each in (term.diff, term.new, term.turn, term.magnitude))
+
+
+def _reader(adapter: Adapter) -> contextlib.closing[FactorReader]:
+    return contextlib.closing(FactorReader(adapter))
+
+
+def _samples(names: Sequence[str], adapters: Sequence[Adapter], base: Base) -> Iterator[tuple[str, Tensor]]:
+    """The first rows of some weights, as stored; all rows where a result's row depends on others."""
+    chosen = [names[i * len(names) // min(WEIGHTS, len(names))] for i in range(min(WEIGHTS, len(names)))]
+    whole = {name for adapter in adapters for name in chosen if _needs_whole(adapter.targets.get(name))}
+    for shard in base.shards:
+        with shard.file.path.open("rb") as file:
+            for name in (name for name in chosen if name in shard.file.tensors):
+                info: TensorInfo = shard.file.tensors[name]
+                count = info.shape[0] if name in whole else min(ROWS, info.shape[0])
+                file.seek(info.start)
+                data = bytearray(file.read(info.nbytes // info.shape[0] * count))
+                yield name, torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(count, *info.shape[1:])
+
+
+def _needs_whole(target: LoraTarget | None) -> bool:
+    return target is not None and needs_whole(target)
