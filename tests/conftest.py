@@ -134,7 +134,8 @@ def mount() -> Iterator[Mount]:
     mounted: list[Path] = []
 
     def made(folder: Path, kind: str = "tmpfs", options: str = "size=64m", source: str | Path = "none") -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
         flags = ["--bind"] if kind == "bind" else ["-t", kind, "-o", options]
         done = subprocess.run(["mount", *flags, str(source), str(folder)], capture_output=True, text=True, check=False)
         if done.returncode:

@@ -76,6 +76,8 @@ def test_materialize(tmp_path: Path) -> None:
             break
         out = tmp_path / f"{trial}" / "out"
         out.parent.mkdir()
+        if trial % 2:  # then it is filled file by file, else it appears by one rename
+            out.mkdir()
         for _ in kills_until_it_ends(usual, draw, errors, commands(source, out, "20kB")[0]):
             kills += 1
             assert not (out / MANIFEST_NAME).exists() or ltxpack("verify", out).returncode == 0

@@ -5,6 +5,7 @@ By real mounts where the machine allows them; the kinds that need none run every
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from materialize import tiny_source
@@ -216,3 +218,40 @@ def test_bakes_of_an_overlay_in_the_layer_of_an_image(demo: Path, tmp_path: Path
     found = {path: content for path, content in tree(out).items() if "distilled-0.7" not in path}
     assert {path for path in found if found[path] != expected.get(path)} <= {MANIFEST_NAME}
     assert tree(base / "lower") == lower
+
+
+def test_outputs_that_are_mount_points_keep_their_place(demo: Path, tmp_path: Path, mount: Mount) -> None:
+    """As containers have single files: nothing can be renamed onto them."""
+    for name in ("a.mp4", "a.safetensors", "whole.safetensors"):
+        (tmp_path / "outside" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "outside" / name).write_bytes(b"older and longer than nothing")
+        (tmp_path / name).touch()
+        mount(tmp_path / name, "bind", source=tmp_path / "outside" / name)
+    small = ["--device=cpu", "--recipe=distilled", "--height=64", "--width=64", "--num-frames=9", "--prompt=boat"]
+    outputs = ["-o", tmp_path / "a.mp4", "--save-tensors", tmp_path / "a.safetensors"]
+    said(ltxpack("run", demo / "overlay", *small, *outputs))
+    said(
+        ltxpack("run", demo / "overlay", *small, "-o", tmp_path / "b.mp4", "--save-tensors", tmp_path / "b.safetensors")
+    )
+    assert (tmp_path / "outside/a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert (tmp_path / "outside/a.mp4").read_bytes()[4:8] == b"ftyp"
+    said(ltxpack("export", demo / "overlay", "-o", tmp_path / "whole.safetensors", "--force"))
+    said(ltxpack("export", demo / "overlay", "-o", tmp_path / "other.safetensors"))
+    assert (tmp_path / "outside/whole.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_output_that_cannot_be_made_is_told_before_anything_is(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def opened(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & os.O_CREAT and str(path).startswith(str(tmp_path)):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", opened)
+    for command in (["run", "--prompt=boat", "-o", "a.mp4"], ["export", "-o", "a.safetensors"]):
+        message = refused(ltxpack(command[0], demo / "overlay", *command[1:-1], tmp_path / command[-1]), 2)
+        assert "is on a read-only filesystem" in message and "choose -o in another folder" in message

@@ -12,6 +12,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,7 +130,10 @@ def existing_parent(folder: Path) -> Path:
 
 
 def check_writable(path: Path, flag: str, usual: str) -> None:
-    """Raises UsageError unless a file can be written at ``path``, which ``flag`` names; ``usual`` is such a name."""
+    """Raises UsageError unless a file can be written at ``path``, which ``flag`` names; ``usual`` is such a name.
+
+    That is tried with an empty file: permissions do not tell everything.
+    """
     folder = path.absolute().parent
     if path.is_dir():
         better = f"choose {flag} {quoted(path / usual)}"
@@ -139,6 +143,18 @@ def check_writable(path: Path, flag: str, usual: str) -> None:
         raise UsageError("no such folder", file=path.parent, expected="a folder that exists", next=remedy)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError("no permission to write there", file=path.parent, next=f"choose {flag} in another folder")
+    if path.exists() and _is_kept_for_others(folder, path):
+        raise UsageError("belongs to another user", file=path, next=f"choose another {flag}")
+    try:
+        Temporary(path.absolute()).discard()
+    except OSError as error:
+        raise UsageError(_told(error)[0], file=path.parent, next=f"choose {flag} in another folder") from None
+
+
+def _is_kept_for_others(folder: Path, path: Path) -> bool:
+    """Whether ``folder`` lets only the owners of its files replace them, as /tmp does, and ``path`` is another's."""
+    status = folder.stat()
+    return bool(status.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, status.st_uid, path.stat().st_uid)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
