@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 
-from ltxpack.errors import OverlayError
-from ltxpack.files.publish import Temporary, atomic_write, write_errors
+from ltxpack.errors import OverlayError, UsageError
+from ltxpack.files.publish import Temporary, atomic_write, check_writable, move_file, try_move, write_errors
 
 
 def test_two_writers_of_one_name_never_touch_each_other(tmp_path: Path) -> None:
@@ -62,3 +62,57 @@ def test_atomic_write_replaces_a_link_not_what_it_points_to(tmp_path: Path) -> N
     path.symlink_to(other)
     atomic_write(path, b"new")
     assert (other.read_bytes(), path.read_bytes(), path.is_symlink()) == (b"kept", b"new", False)
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["a file", "a link"])
+def test_a_file_is_moved_between_filesystems_as_a_copy(
+    link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, real = tmp_path / "one/x", tmp_path / "two/x", os.replace
+    for path in (source, target):
+        path.parent.mkdir()
+    target.write_bytes(b"older")
+    source.symlink_to("../goal") if link else source.write_bytes(b"newer")
+
+    def replace(origin: Path, goal: Path) -> None:
+        if Path(origin).parent != Path(goal).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(origin, goal)
+
+    monkeypatch.setattr(os, "replace", replace)
+    move_file(source, target)
+    assert target.is_symlink() == link
+    assert str(target.readlink()) == "../goal" if link else target.read_bytes() == b"newer"
+    assert not os.path.lexists(source) and list(target.parent.iterdir()) == [target]
+
+
+def test_a_file_that_is_moved_onto_its_own_hard_link_leaves_its_old_name(tmp_path: Path) -> None:
+    source, target = tmp_path / "x", tmp_path / "y"
+    source.write_bytes(b"one")
+    target.hardlink_to(source)
+    move_file(source, target)
+    assert [path.name for path in tmp_path.iterdir()] == ["y"]
+
+
+def test_a_trial_leaves_nothing_and_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for left in (tmp_path / ".trial", tmp_path / "a/.trial"):
+        left.touch()
+    try_move(tmp_path, tmp_path / "a", ".trial")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and not list((tmp_path / "a").iterdir())
+    with pytest.raises(FileNotFoundError):
+        try_move(tmp_path, tmp_path / "none", ".trial")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_of_another_user_in_a_folder_like_tmp_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o1777)
+    path = tmp_path / "video.mp4"
+    path.touch()
+    check_writable(path, "-o", "video.mp4")
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(UsageError, match="belongs to another user"):
+        check_writable(path, "-o", "video.mp4")
+    check_writable(tmp_path / "mine.mp4", "-o", "video.mp4")
