@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ltxpack.demo.checkpoint import write_source
 from ltxpack.errors import OverlayError
+from ltxpack.files.foreign import entries
 from ltxpack.lora_bake import BakeOptions, bake
 from ltxpack.materialize import Options, materialize
 from ltxpack.reporter import Reporter
@@ -24,7 +25,7 @@ def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     Raises OverlayError if ``folder`` holds something that is not a demo.
     """
     source, overlay = folder / "source", folder / "overlay"
-    if folder.exists() and any(folder.iterdir()) and not source.is_dir():
+    if folder.exists() and any(entries(folder)) and not source.is_dir():
         raise OverlayError(
             "is not empty and not a demo", file=folder, expected="a new folder", next="ltxpack demo OTHER_FOLDER"
         )

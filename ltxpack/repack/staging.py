@@ -409,13 +409,15 @@ def _occupied(folder: Path) -> bool:
 
 
 def _is_half_filled(paths: StagingPaths) -> bool:
-    """Whether a publishing that fills the whole overlay was cut short there: all that has no manifest yet is ours."""
+    """Whether a publishing that fills the folder of a whole overlay was cut short there."""
     journal = Journal.read(paths.journal)
     if journal.replaced is None or not os.path.lexists(paths.payload / MANIFEST_NAME):
         return False
+    if paths.base is not None or (journal.replaced and not is_overlay(paths.target)):
+        return True
+    # A folder that was not there when the work began may be anything by now.
     names = (path.relative_to(paths.target).as_posix() for path in _files_below(paths.target))
-    ours = all(name in journal.records for name in names if not is_foreign(name))
-    return paths.base is not None or is_overlay(paths.target) or ours
+    return all(name in journal.records for name in names if not is_foreign(name))
 
 
 def remove_below(root: Path, keep: Collection[str] = ()) -> None:
