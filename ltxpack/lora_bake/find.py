@@ -6,10 +6,9 @@ imported while the bytes are read.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from blake3 import blake3
@@ -25,12 +24,13 @@ from ltxpack.lora_bake.adapter import (
     open_adapter,
     refuse_model,
 )
-from ltxpack.lora_bake.plan import BakeOptions, lora_name
+from ltxpack.lora_bake.locate import locate
+from ltxpack.lora_bake.plan import BakeOptions
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
-from ltxpack.ltx23.lora_facts import PEFT_CONFIG, PEFT_WEIGHTS, belongs, listed, read_facts
+from ltxpack.ltx23.lora_facts import listed, read_facts
 from ltxpack.manifest import BAKES, Lora, Manifest, changed_file
-from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
+from ltxpack.materialize.sources import Access
 from ltxpack.reporter import Reporter
 
 UNKNOWN_HASH = "0" * 64
@@ -167,52 +167,28 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
 def _locate(
     text: str, shapes: Shapes, options: BakeOptions, added: bool, reporter: Reporter, headers_only: bool
 ) -> FoundLora:
-    """The LoRA that ``text`` names, fitted; what exists as typed wins over the hub."""
-    path = Path(text)
-    if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
-        name = lora_name(path.name if path.is_dir() else path.stem)
-        files = adapter_files(path)
-    else:
-        access = Access(reporter)
-        file, config = _on_hub(text, access)
-        place = PurePosixPath(file.label)
-        # A PEFT file is always called the same; the folder or repo it is in names it.
-        name = lora_name(place.parent.name if place.name == PEFT_WEIGHTS else place.stem)
+    """The LoRA that ``text`` names, fitted."""
+    access = Access(reporter)
+    place = locate(text, access, lambda other: _command(options, text, other))
+    if place.remote is not None:
+        file, config = place.remote
         head = access.header(file)
         refuse_model(head)  # before 29 GB are fetched
         if headers_only and config is None:
-            facts = read_facts(head, None, None)
-            return FoundLora(name, fit_adapter(head, shapes, facts, options.allow_unmatched), None, added, False)
+            adapter = fit_adapter(head, shapes, read_facts(head, None, None), options.allow_unmatched)
+            return FoundLora(place.name, adapter, None, added, False)
         for needed in (config, file):
             if needed is not None:
                 access.fetch(needed)
-        files = file.path, None if config is None else config.path
-    adapter = open_adapter(files[0], shapes, name=name, allow_unmatched=options.allow_unmatched, files=files)
+    files, name = (place.weights, place.config), place.name
+    adapter = open_adapter(place.weights, shapes, name=name, allow_unmatched=options.allow_unmatched, files=files)
     return FoundLora(name, adapter, None, added)
 
 
-def _on_hub(text: str, access: Access) -> tuple[InputFile, InputFile | None]:
-    """The file that is meant, and its PEFT configuration: the file named, the adapter in a folder, or the only one.
-
-    Raises SourceError or UsageError.
-    """
-    reference = hub_reference(text)
-    if reference is None:
-        raise SourceError("no such LoRA", file=text, expected="a file, a PEFT folder, or REPO/FILE on the hub")
-    repo, member = hub_folder(reference.repo, reference.revision, access), reference.file
-    names = [name for name in sorted(repo.files) if name.endswith(WEIGHTS)]
-    found = repo if member is None else repo.find(member)
-    if isinstance(found, InputFolder):
-        only = repo.files[names[0]] if found is repo and len(names) == 1 else None
-        found = found.files.get(PEFT_WEIGHTS, only)
-    if found is None or found.member not in names:
-        if member in access.info(reference.repo, reference.revision).files:
-            raise SourceError("is not a .safetensors file", file=text)
-        problem = f"is not in {reference.repo}" if member else "names a repo with several or no LoRA files"
-        raise SourceError(problem, file=member or text, items=names, next=f"name one: {reference.repo}/FILE")
-    place = PurePosixPath(found.member)
-    beside = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == place.parent]
-    return found, repo.files.get(str(place.with_name(PEFT_CONFIG))) if belongs(place.name, beside) else None
+def _command(options: BakeOptions, typed: str, other: str) -> str:
+    """The command with ``other`` where ``typed`` was named as a LoRA."""
+    added = tuple((other if file == typed else file, strength) for file, strength in options.added)
+    return options.command(added=added, lora=other if options.lora == typed else options.lora)
 
 
 # The bytes

@@ -119,5 +119,5 @@ def test_a_changed_base_makes_no_bake(overlay: Path) -> None:
     before = {name: data for name, data in tree(overlay).items() if not name.startswith(".ltxpack")}
     own_files = {lora.file.blake3: overlay / lora.file.path for lora in read_manifest(overlay).loras}
     with pytest.raises(OverlayError, match="has changed"):
-        remake(overlay, PLAIN, own_files, SILENT)
+        remake(overlay, f"bakes/{PLAIN}", own_files, SILENT)
     assert {name: data for name, data in tree(overlay).items() if not name.startswith(".ltxpack")} == before

@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -38,7 +39,12 @@ from ltxpack.reporter import Reporter, SilentReporter
 REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 REFERENCE = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<file>.+))?")
 REVISION_FORBIDDEN = re.compile(r"[\s~^:?*\[\\]|\.\.|@\{|^-|\.lock$")
-WEB_ADDRESS = re.compile(r"https?://[^/]+/(?P<repo>[^/?#]+/[^/?#]+)")
+# The path of a page: /ORG/NAME, and behind it what of the repository is shown.
+PAGE = re.compile(r"/(?P<repo>[^/]+/[^/]+)(?:/(?:blob|resolve|tree|raw)/(?P<revision>[^/]+)(?P<file>/.*)?)?/?")
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
+# What the hub has besides models, and pages of its own.
+NO_MODELS = ("datasets", "spaces", "collections", "docs", "blog", "papers", "models", "settings")
+MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 LONGEST_NAME = 1024
@@ -85,24 +91,43 @@ class RepoInfo:
 
 
 def parse_reference(text: str) -> Reference:
-    """``ORG/NAME[@REV][/FILE]`` taken apart.
+    """``ORG/NAME[@REV][/FILE]`` taken apart, with ``hf://`` before it too, or the address of a page of the hub.
 
     A revision is a branch, tag, commit or ``refs/pr/N``; a slash in a branch's name is written ``%2F``. Raises
     UsageError.
     """
+    text = _page(text) or text.removeprefix("hf://").removesuffix("/")
     match = REFERENCE.fullmatch(text)
     if match is None:
-        address = WEB_ADDRESS.match(text)
         raise UsageError(
             "is not a reference to a repository of the hub", file=text,
-            expected="ORG/NAME, ORG/NAME@REVISION or ORG/NAME/FILE",
-            next=f"write {address['repo']}" if address else "write it like Lightricks/LTX-2.3",
+            expected="ORG/NAME, ORG/NAME@REVISION or ORG/NAME/FILE", next="write it like Lightricks/LTX-2.3",
         )  # fmt: skip
     revision = None if match["revision"] is None else unquote(match["revision"])
     check_request(match["repo"], revision)
     if match["file"] is not None and not is_safe_name(match["file"]):
         raise UsageError("is not the name of a file in a repository", file=match["file"], next=f"correct {text}")
     return Reference(match["repo"], revision, match["file"])
+
+
+def _page(text: str) -> str | None:
+    """The address of a repository, a folder or a file on a page of the hub, as a reference; None for no address."""
+    if not text.lower().startswith(("http://", "https://")):
+        return None
+    try:
+        address = urlsplit(text)
+    except ValueError:
+        address = urlsplit("")
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "")).hostname
+    page = PAGE.fullmatch(address.path)
+    if address.hostname not in (*HOSTS, endpoint) or page is None or page["repo"].split("/")[0] in NO_MODELS:
+        raise UsageError(
+            "is no page of a model on the hub", file=text, expected="https://huggingface.co/ORG/NAME/blob/main/FILE",
+            next="fetch the file with a browser, then give its path",
+        )  # fmt: skip
+    revision = page["revision"] if page["revision"] not in (None, MAIN) else None
+    file = unquote(page["file"] or "").strip("/")
+    return page["repo"] + (f"@{revision}" if revision else "") + (f"/{file}" if file else "")
 
 
 def check_request(repo: str, revision: str | None) -> None:

@@ -1,0 +1,156 @@
+"""Where the LoRA is that somebody typed: a file, a folder, a place on the hub or the address of its page.
+
+Names only; of files that may be meant the headers say whether they are LoRAs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from ltxpack.errors import LtxpackError, SourceError
+from ltxpack.files.tensorfile import TensorFile, read_tensorfile
+from ltxpack.files.unfinished import refuse_unfinished
+from ltxpack.lora_bake.adapter import adapter_files
+from ltxpack.lora_bake.plan import lora_name
+from ltxpack.ltx23.lora_facts import PEFT_CONFIG, PEFT_WEIGHTS, belongs
+from ltxpack.materialize.checkpoint import read_lora
+from ltxpack.materialize.hub.client import Reference
+from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
+
+# Of so many files on the hub the headers are asked for.
+MOST_HEADERS = 10
+EXPECTED = "a file, a folder with one LoRA, REPO/FILE on the hub, or the address of its page there"
+
+Again = Callable[[str], str]
+"""The command that names another LoRA in the place of the one typed."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A LoRA's ``weights`` and PEFT configuration. ``name``: its part of a bake's name, unless it is the overlay's own.
+
+    ``remote``: both as the hub has them, for a LoRA that lies there; then the paths are where they will be.
+    """
+
+    name: str
+    weights: Path
+    config: Path | None
+    remote: tuple[InputFile, InputFile | None] | None = None
+
+
+def locate(typed: str, access: Access, again: Again) -> Located:
+    """What ``typed`` means; what exists as typed wins over the hub.
+
+    Raises SourceError with what is there instead, or for half a download; UsageError for what is no place at all.
+    """
+    path = _expanded(typed)
+    if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
+        return _here(path, again)
+    reference = hub_reference(typed)
+    if reference is None:
+        similar = _similar(path)
+        advice = again(similar[0]) if similar else None
+        raise SourceError("no such LoRA", file=typed, expected=EXPECTED, items=similar, next=advice)
+    return _on_hub(reference, typed, access, again)
+
+
+def _expanded(typed: str) -> Path:
+    try:
+        return Path(typed).expanduser()
+    except RuntimeError:  # no such user
+        return Path(typed)
+
+
+def _here(path: Path, again: Again) -> Located:
+    if path.is_dir() and not (path / PEFT_WEIGHTS).is_file():
+        only = _only_one(path, again)
+        found = _here(only, again)
+        return replace(found, name=lora_name(only.resolve().parent.name)) if only.name == PEFT_WEIGHTS else found
+    weights, config = adapter_files(path)
+    refuse_unfinished(weights)
+    name = path.resolve().name if path.is_dir() else path.stem
+    return Located(lora_name(name), weights, config)
+
+
+def _only_one(folder: Path, again: Again) -> Path:
+    """The only LoRA in ``folder``, or in the folders in it if it holds no weights itself."""
+    for pattern in ("*", "*/*"):
+        files = sorted(path for path in folder.glob(pattern) if path.name.lower().endswith(WEIGHTS) and path.is_file())
+        if files:
+            break
+    loras = [path for path in files if _is_lora(partial(read_tensorfile, path))]
+    if len(loras) == 1:
+        return loras[0]
+    if not files:
+        raise SourceError("is a folder without a LoRA", file=folder, expected=f"a {WEIGHTS} file in it")
+    problem = "is a folder with several LoRAs" if loras else "is a folder whose files are no LoRAs"
+    raise SourceError(problem, file=folder, items=loras or files, next=again(str(loras[0])) if loras else None)
+
+
+def _is_lora(header: Callable[[], TensorFile]) -> bool:
+    with contextlib.suppress(LtxpackError):
+        return read_lora(header()).is_lora
+    return False
+
+
+def _similar(path: Path) -> list[str]:
+    """Names beside a path that does not exist that may be meant."""
+    try:
+        beside = {entry.name: entry for entry in path.parent.iterdir()}
+    except (OSError, ValueError):
+        return []
+    return [str(beside[name]) for name in _close(path.name, beside)]
+
+
+def _close(name: str, known: Iterable[str]) -> list[str]:
+    """The names among ``known`` that are ``name`` but for case and ending, then those much like it."""
+    known, wanted = list(known), name.lower().removesuffix(WEIGHTS)
+    same = [other for other in known if other.lower().removesuffix(WEIGHTS) == wanted]
+    near = [other for end in ("", WEIGHTS) for other in difflib.get_close_matches(name + end, known, 5, 0.6)]
+    return list(dict.fromkeys([*same, *near]))[:5]
+
+
+def _on_hub(reference: Reference, typed: str, access: Access, again: Again) -> Located:
+    """The file named, the adapter in a folder of the repo, or the only LoRA there."""
+    repo, member = hub_folder(reference.repo, reference.revision, access, _expanded(typed)), reference.file
+    start = reference.repo if reference.revision is None else f"{reference.repo}@{reference.revision}"
+    names = [name for name in sorted(repo.files) if name.endswith(WEIGHTS)]
+    found = repo if member is None else repo.find(member)
+    if isinstance(found, InputFolder):
+        loras = _loras(found.files, access)
+        if len(loras) != 1:
+            listed = [file.member for file in loras] or names
+            problem = "names a repo or folder with several or no LoRA files"
+            advice = again(f"{start}/{listed[0]}") if loras else None
+            raise SourceError(problem, file=typed, items=listed, next=advice)
+        [found] = loras
+    if found is None or found.member not in names:
+        if member in access.info(reference.repo, reference.revision).files:
+            raise SourceError("is not a .safetensors file", file=typed)
+        close = _close(member or "", names)
+        advice = again(f"{start}/{close[0]}") if close else None
+        raise SourceError(f"is not in {reference.repo}", file=member or typed, items=close or names, next=advice)
+    place = PurePosixPath(found.member)
+    beside = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == place.parent]
+    config = repo.files.get(str(place.with_name(PEFT_CONFIG))) if belongs(place.name, beside) else None
+    # A PEFT file is always called the same; the folder or repo it is in names it.
+    label = PurePosixPath(found.label)
+    name = lora_name(label.parent.name if label.name == PEFT_WEIGHTS else label.stem)
+    return Located(name, found.path, None if config is None else config.path, (found, config))
+
+
+def _loras(files: Mapping[str, InputFile], access: Access) -> list[InputFile]:
+    """The files that may be meant by their folder: PEFT's, the only one, else those that are LoRAs by their headers."""
+    weights = {name: file for name, file in files.items() if name.endswith(WEIGHTS)}
+    if PEFT_WEIGHTS in weights:
+        return [weights[PEFT_WEIGHTS]]
+    own = [file for name, file in weights.items() if "/" not in name] or list(weights.values())
+    if not 1 < len(own) <= MOST_HEADERS:
+        return own
+    return [file for file in own if _is_lora(partial(access.header, file))]

@@ -1,0 +1,125 @@
+"""Where a LoRA may be: a file, a folder with one, a place on the hub or its page's address; what is told of others."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from lora_support import linears, low_rank, make_overlay, official_keys, peft_folder, random_weights, save
+from materialize.fake_hub import FakeHub
+from support import ltxpack, refused
+
+from ltxpack.errors import UsageError
+from ltxpack.materialize import sources
+from ltxpack.materialize.hub.client import Reference, parse_reference
+
+FACTORS = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, and the home folder: with an overlay ``out`` and a LoRA; a hub with some repos."""
+    make_overlay(tmp_path / "out")
+    save(tmp_path / "style.safetensors", official_keys(FACTORS))
+    for name in ("one/style.safetensors", "several/b.safetensors", "several/a.safetensors", "beside/lora.safetensors"):
+        save(tmp_path / name, official_keys(FACTORS))
+    save(tmp_path / "beside" / "vae.safetensors", {"vae.decoder.conv_in.weight": random_weights()["proj_in.weight"]})
+    peft_folder(tmp_path / "run" / "checkpoint-100", FACTORS, {"r": 2, "lora_alpha": 2, "peft_type": "LORA"})
+    repo = tmp_path / "hub"
+    for name in ("loras/style-v1.safetensors", "loras/style-v2.safetensors", "alone/only.safetensors"):
+        save(repo / name, official_keys(FACTORS))
+    monkeypatch.setattr(sources, "Hub", lambda **_: FakeHub({"someone/repo": repo, "someone/one": repo / "alone"}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+PAGE = "https://huggingface.co/someone"
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("style.safetensors", "style"),
+        ("~/style.safetensors", "style"),
+        ("one", "style"),
+        ("~/one/", "style"),
+        ("beside", "lora"),
+        ("run", "checkpoint-100"),
+        ("run/checkpoint-100", "checkpoint-100"),
+        ("someone/one", "only"),
+        ("hf://someone/one", "only"),
+        ("hf://someone/repo/loras/style-v2.safetensors", "style-v2"),
+        ("hf://someone/repo@main/loras/style-v2.safetensors", "style-v2"),
+        (f"{PAGE}/repo/blob/main/loras/style-v2.safetensors", "style-v2"),
+        (f"{PAGE}/repo/resolve/main/loras/style-v2.safetensors?download=true", "style-v2"),
+        (f"{PAGE}/repo/tree/main/alone", "only"),
+        (f"{PAGE}/one", "only"),
+        (f"{PAGE}/one/tree/main/", "only"),
+        ("https://hf.co/someone/one/tree/v1.0", "only"),
+    ],
+)
+@pytest.mark.parametrize("added", [False, True], ids=["lora", "add"])
+def test_what_may_be_typed(typed: str, name: str, added: bool, place: Path) -> None:
+    words = ["--strength", "0", "--add", f"{typed}=0.5"] if added else ["--strength", "0.5", "--lora", typed]
+    done = ltxpack("bake-lora", "out", *words, "--plan", "--json")
+    assert done.returncode == 0, done.stderr
+    expected = f"distilled-0+{name}-0.5" if added else f"{name}-0.5"
+    assert {file["path"].split("/")[1] for file in json.loads(done.stdout)["files"]} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("typed", "told", "again"),
+    [
+        ("stile.safetensors", "no such LoRA", "style.safetensors"),
+        ("STYLE.safetensors", "no such LoRA", "style.safetensors"),
+        ("./style", "no such LoRA", "style.safetensors"),
+        ("several", "several LoRAs", "several/a.safetensors"),
+        ("someone/repo", "several or no LoRA files", "someone/repo/alone/only.safetensors"),
+        ("someone/repo/loras", "several or no LoRA files", "someone/repo/loras/style-v1.safetensors"),
+        ("someone/repo/loras/style-v3.safetensors", "is not in someone/repo",
+         "someone/repo/loras/style-v2.safetensors"),
+        ("nowhere.safetensors", "no such LoRA", None),
+        ("~nobody/x.safetensors", "no such LoRA", None),
+        ("out/transformer", "no LoRAs", None),
+        ("hub", "without a LoRA", None),
+        ("https://civitai.com/models/123", "no page of a model on the hub", None),
+        ("https://huggingface.co/datasets/a/b", "no page of a model on the hub", None),
+        ("https://[", "no page of a model on the hub", None),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_told_with_what_is(typed: str, told: str, again: str | None, place: Path) -> None:
+    (place / "hub" / "loras").rename(place / "hub" / "x") if typed == "hub" else None
+    if typed == "hub":
+        for path in (place / "hub").rglob("*.safetensors"):
+            path.unlink()
+    for words in (["--lora", typed], ["--add", f"{typed}=0.25@0:1"]):
+        found = ltxpack("bake-lora", "out", "--strength", "0.5", *words, "--plan")
+        assert told in refused(found, 2 if typed.startswith("https") else 1)
+        if again is None:
+            continue
+        command = shlex.split(found.stderr.partition("next: ")[2])
+        wanted = again if words[0] == "--lora" else f"{again}=0.25@0:1"
+        assert command[:3] == ["ltxpack", "bake-lora", "out"] and wanted in command
+        assert ltxpack(*command[1:], "--plan").returncode == 0
+
+
+@pytest.mark.parametrize("ending", [".aria2", ".part", ".crdownload", ".incomplete"])
+def test_half_a_download_is_refused(ending: str, place: Path) -> None:
+    (place / f"style.safetensors{ending}").write_bytes(b"")
+    (place / "run" / "checkpoint-100" / f"adapter_model.safetensors{ending}").write_bytes(b"")
+    for typed in ("style.safetensors", "run"):
+        message = refused(ltxpack("bake-lora", "out", "--strength", "1", "--lora", typed, "--plan"), 1)
+        assert "half a download" in message and ending in message
+
+
+def test_references_and_addresses() -> None:
+    address = "https://huggingface.co/a/b/blob/refs%2Fpr%2F1/my%20file.safetensors"
+    assert parse_reference(address) == Reference("a/b", "refs/pr/1", "my file.safetensors")
+    assert parse_reference("hf://a/b@v1/c") == Reference("a/b", "v1", "c")
+    assert parse_reference("HTTPS://huggingface.co/a/b/") == Reference("a/b", None, None)
+    for odd in ("https://huggingface.co/a", "https://huggingface.co/a/b/blob/main/../../x", "hf://", "hf://a"):
+        with pytest.raises(UsageError):
+            parse_reference(odd)
