@@ -39,7 +39,7 @@ BOUNDS = {
     "parameters of a function": 10,
     "class names twice": 0,
     "lines of the package": 27_500,
-    "files of the package": 150,
+    "files of the package": 160,
     "lines of the tests": 28_500,
 }
 
