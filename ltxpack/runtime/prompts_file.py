@@ -23,7 +23,7 @@ from ltxpack.runtime.media.images import read_image
 from ltxpack.runtime.media.mp4 import check_output, frame_rate
 from ltxpack.runtime.prompts_form import Entry, entries, unknown_field
 from ltxpack.runtime.record import is_free
-from ltxpack.runtime.request import ImageSpec, Request
+from ltxpack.runtime.request import ImageSpec, Request, at_home
 from ltxpack.runtime.settings import Settings, SettingsGiven, type_of
 
 MAX_BYTES = 64 * 1024 * 1024
@@ -111,7 +111,7 @@ class _LineReader:
 
     def _image(self, said: Mapping[str, Any], num_frames: int) -> ImageSpec:
         frame = said.get("frame", 0)
-        path = self.path.parent / said["path"]
+        path = self.path.parent / at_home(said["path"])
         return ImageSpec(path, num_frames - 1 if frame == "last" else int(frame), float(said.get("strength", 1.0)))
 
     def _output(self, named: str | None, entry: Entry) -> Path:

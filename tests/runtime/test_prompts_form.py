@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.prompts_file import PromptsLine, read_lines
@@ -49,12 +50,12 @@ def test_json_in_any_layout_is_the_same_videos(name: str, content: str | bytes, 
     assert [each.output.name for each in found] == ["a-0001.mp4", "a-0002.mp4"]
 
 
-def test_one_indented_object_with_pictures_is_one_video(tmp_path: Path) -> None:
-    from PIL import Image
-
+def test_one_indented_object_with_pictures_is_one_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (found,) = read(tmp_path, "a.json", json.dumps({"prompt": "x", "images": [{"path": "a.png"}]}, indent=1))
-    assert [image.path for image in found.request.images] == [tmp_path / "a.png"]
+    images = [{"path": "a.png"}, {"path": "~/a.png", "frame": "last"}]
+    (found,) = read(tmp_path, "a.json", json.dumps({"prompt": "x", "images": images}, indent=1))
+    assert [(image.path, image.frame) for image in found.request.images] == [(tmp_path / "a.png", at) for at in (0, 8)]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "A.TXT", "prompts"])

@@ -53,6 +53,19 @@ def test_what_no_image_condition_can_be(text: str, folder: Path) -> None:
         ImageSpec.parse(f"{folder}/{text}", 25).check(25)
 
 
+def test_a_tilde_is_the_users_folder_unless_a_file_is_called_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert ImageSpec.parse("~/a.png@8:0.5", 25) == ImageSpec(folder / "a.png", 8, 0.5)
+    for name in ("~a.png", "~nobody-of-this-name/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        assert ImageSpec.parse(name, 25).path == Path(name)
+        (tmp_path / name).touch()
+        assert ImageSpec.parse(f"{name}@3", 25) == ImageSpec(Path(name), 3)
+
+
 @pytest.mark.parametrize(
     ("text", "found", "better"),
     [
