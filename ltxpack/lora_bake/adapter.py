@@ -204,7 +204,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
         for module in unmatched:
             kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
             rest = next((rest for rest in fit.rests if module.startswith(rest)), None)
-            fit.fault(kind, f"{module} has {rest} before our name" if rest else module)
+            fit.fault(kind, f"{module} has `{rest}` before our name" if rest else module)
     for name in (name for name, key in parsed.items() if key is None):
         fit.fault("unknown key", name)
     targets = fit.targets()
@@ -484,7 +484,9 @@ def _misfit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
 
 
 def _plural(kind: str) -> str:
-    return kind.replace("target ", "targets ", 1) if kind.startswith("target ") else f"{kind}s"
+    if kind.startswith("target "):
+        return kind.replace("target ", "targets ", 1)
+    return f"{kind}es" if kind.endswith("ch") else f"{kind}s"
 
 
 def _advice(faults: Iterable[str]) -> str:
@@ -501,7 +503,7 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
         problem = "changes only the text path, no transformer weight"
         advice = "bake-lora with --text bakes it"
     elif 0 < len(rests) <= MAX_RESTS:
-        problem = f"is not read: its names have {' and '.join(map(repr, rests))} before ours"
+        problem = f"is not read: its names have {' and '.join(f'`{rest}`' for rest in rests)} before ours"
         advice = "rename its tensors so that the same, or nothing, stands before all of them"
     return AdapterError(
         problem,
@@ -515,7 +517,7 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
 def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget]) -> Iterator[str]:
     """What of its names and methods a user should know."""
     for rest in rests:
-        yield f"its names have {rest!r} before ours, which is taken off"
+        yield f"its names have `{rest}` before ours, which is taken off"
     scaled = {name: target.factor for name, target in targets.items() if target.rank}
     if still := [name for name, factor in scaled.items() if factor == 0]:
         whole = "it changes nothing" if len(still) == len(targets) else f"these change nothing: {listed(still)}"

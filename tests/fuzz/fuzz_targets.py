@@ -403,11 +403,35 @@ def _adapter_files(shapes: Shapes, prefixes: tuple[str, ...] = PREFIXES) -> Iter
             tensors.append((f"{prefix}{fused}kv.lora_A.weight", "F8_E5M2", (2, columns)))
             tensors.append((f"{prefix}{fused}kv.lora_B.weight", "F16", (3 * rows, 2)))
             tensors.append((f"{prefix}proj_in.diff", "BF16", shapes["proj_in.weight"]))
+            tensors += _of_other_methods(f"{prefix}transformer_blocks.1.attn1.to_", shapes)
         stated = json.dumps({"transformer.r": 2, "transformer.lora_alpha": 4.0})
         metadata = {"lora_adapter_metadata": stated} if prefix == "transformer." else {"format": "pt"}
         # Small numbers: bf16 and fp32 of 0x3c.. are about 0.01.
         count = sum(tensor_nbytes(dtype, shape) for _, dtype, shape in tensors)
         yield build_header(tensors, metadata) + bytes(random_bytes.choice((0x3C, 0x3D)) for _ in range(count))
+
+
+def _of_other_methods(root: str, shapes: Shapes) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """LoKr, LoHa, OFT, BOFT and modules saved whole, with scales and adapters' names here and there."""
+    rows, columns = shapes["transformer_blocks.1.attn1.to_q.weight"]
+    yield from ((f"{root}k.lokr_w1_{side}", "BF16", (2, 2)) for side in "ab")
+    yield f"{root}k.lokr_w2.default", "F8_E4M3", (rows // 2, columns // 2)
+    yield f"{root}k.lokr_w2.scale_weight", "F32", (1,)
+    for pair in "12":
+        yield f"{root}v.hada_w{pair}_a", "F32", (rows, 2)
+        yield f"{root}v.hada_w{pair}_b", "F16", (2, columns)
+    yield f"{root}v.dora_scale", "F32", (1, columns)
+    other = root.replace("attn1", "attn2")
+    yield from (
+        (f"{other}q.{name}", "F32", shape) for name, shape in (("oft_blocks", (2, rows // 4, 4, 4)), ("alpha", ()))
+    )
+    yield f"{other}q.rescale", "BF16", (rows, 1)
+    yield f"{other}k.oft_R.weight", "F32", (columns // 4, 6)
+    yield f"{other}v.boft_R", "F32", (1, columns // 2, 2, 2)
+    yield f"{other}v.boft_s", "F32", (rows, 1)
+    yield f"{root.removesuffix('to_')}norm_q.w_norm", "F32", shapes["transformer_blocks.1.attn1.norm_q.weight"]
+    yield "base_model.model.proj_out.modules_to_save.default.weight", "F32", shapes["proj_out.weight"]
+    yield "scaled_fp8", "F8_E4M3", (0,)
 
 
 def _split(path: Path) -> tuple[bytes, int]:

@@ -519,20 +519,18 @@ def test_every_spelling_of_a_name_is_the_same_module(case: str, tmp_path: Path) 
 
 def test_what_stands_before_the_names_must_be_the_same(tmp_path: Path) -> None:
     both = spelled(lambda m: ("pipe.dit." if m == QUERY else "other.") + m)
-    with pytest.raises(
-        AdapterError, match=r"its names have 'other\.' and 'pipe\.dit\.' before ours|'pipe.dit.' and"
-    ) as caught:
+    with pytest.raises(AdapterError, match="its names have `") as caught:
         open_adapter(save(tmp_path / "x.safetensors", both), shapes())
-    assert "another model" not in caught.value.problem
+    assert "another model" not in caught.value.problem and "`pipe.dit.`" in caught.value.problem
     some = spelled(lambda m: ("refiner." if m == QUERY else "transformer.") + m)
     with pytest.raises(AdapterError, match="1 unmatched target") as caught:
         open_adapter(save(tmp_path / "y.safetensors", some), shapes())
-    assert "has refiner. before our name" in str(caught.value.items)
+    assert "has `refiner.` before our name" in str(caught.value.items)
 
 
 def test_a_prefix_is_told_and_names_of_connectors_are_not_ours(tmp_path: Path) -> None:
     path = save(tmp_path / "x.safetensors", spelled("pipe.dit.{}".format))
-    assert any("'pipe.dit.' before ours" in warning for warning in open_adapter(path, shapes()).warnings)
+    assert any("`pipe.dit.` before ours" in warning for warning in open_adapter(path, shapes()).warnings)
     text = spelled("connectors.video_connector.{}".format)
     with pytest.raises(AdapterError, match="changes only the text path"):
         open_adapter(save(tmp_path / "y.safetensors", text), shapes())
