@@ -16,6 +16,7 @@ from ltxpack.runtime.sampling.recipes import DISTILLED, HQ
 @click.argument("source")
 @click.argument("overlay", type=click.Path(path_type=Path))
 @click.option("--checkpoint", metavar="REF", help="The all-in-one checkpoint.")
+@click.option("--part", metavar="REF", multiple=True, help="A further file of a checkpoint in parts; repeatable.")
 @click.option("--lora", metavar="REF", help="The distilled LoRA.")
 @click.option("--upsampler", metavar="REF", help="The spatial x2 upsampler.")
 @click.option("--text-encoder", metavar="REF", help="The Gemma 3 folder or repo.")
@@ -33,7 +34,7 @@ def materialize(
     as_json: bool,
     verbose: bool,
     max_shard_size: str,
-    **options: str | bool | None,
+    **options: str | bool | tuple[str, ...] | None,
 ) -> None:
     """Repack SOURCE (hub repo id, folder or .safetensors file) into the folder OVERLAY.
 

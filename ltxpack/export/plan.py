@@ -282,9 +282,9 @@ def _metadata_of(source: str, manifest: Manifest, reporter: Reporter) -> dict[st
     """That of the checkpoint in ``source``, by its header. Raises SourceError for another one than the overlay's."""
     access = Access(reporter)
     folder, single = open_source_folder(source, None, access)
-    [checkpoint] = [found for found in manifest.source.files if found.role == CHECKPOINT]
+    checkpoint, *_ = [found for found in manifest.source.files if found.role == CHECKPOINT]
     named = folder.find(checkpoint.name)
-    file = single or (named if isinstance(named, InputFile) else choose(CHECKPOINT, folder))
+    file = single or (named if isinstance(named, InputFile) else choose(CHECKPOINT, folder, access))
     if file.size != checkpoint.size:
         expected, found = f"{checkpoint.name}, {checkpoint.size} bytes", f"{file.size} bytes"
         raise SourceError("is not the checkpoint of this overlay", file=file.label, expected=expected, found=found)

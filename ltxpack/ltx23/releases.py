@@ -109,7 +109,8 @@ def parse_version(text: str) -> tuple[int, ...]:
 def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: object) -> Metadata:
     """The metadata of an LTX-2.3 checkpoint with tensors ``names``. Raises UnsupportedError for another generation."""
     version = _plain(metadata, "model_version")
-    again = f"get the LTX-2.3 checkpoint ({OFFICIAL_REPO})"
+    again = f"ltxpack materialize {OFFICIAL_REPO} OVERLAY (takes the LTX-2.3 checkpoint)"
+    names = list(names)
     if version is not None and parse_version(version)[:2] != SUPPORTED:
         raise UnsupportedError(
             "is a checkpoint of another generation", file=str(file), expected="model_version 2.3.x",
@@ -120,12 +121,18 @@ def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: objec
             "is a checkpoint of another generation (LTX-2.5)", file=str(file), expected="tensors of LTX-2.3",
             found="duration_head.*", next=again,
         )  # fmt: skip
+    told = ("transformer_blocks.", "prompt_adaln_single.")
+    if version is None and [any(part in name for name in names) for part in told] == [True, False]:
+        raise UnsupportedError(
+            "is a checkpoint of another generation (LTX-2 or earlier)", file=str(file), expected="tensors of LTX-2.3",
+            found="no prompt_adaln_single, and no model_version in the metadata", next=again,
+        )  # fmt: skip
     missing = [name for name in ("config", "model_version") if name not in metadata]
     if missing or version is None:
         raise UnsupportedError(
             "is not an all-in-one LTX-2.3 checkpoint", file=str(file),
             expected="safetensors metadata with `config` and `model_version`", found=f"no {' and no '.join(missing)}",
-            next="ltxpack inspect FILE",
+            next=again,
         )  # fmt: skip
     config = parse_json(metadata["config"].encode("utf-8", "surrogatepass"), f"{file}: metadata `config`")
     if not isinstance(config, Mapping):

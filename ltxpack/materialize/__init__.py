@@ -44,6 +44,7 @@ class Options:
     lora: str | None = None
     upsampler: str | None = None
     text_encoder: str | None = None
+    part: tuple[str, ...] = ()
     revision: str | None = None
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE
     copy: bool = False
@@ -166,7 +167,8 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
 def _read(options: Options, access: Access, reporter: Reporter, allow_missing: bool = False) -> Inputs:
     """The inputs; told are which files and releases they are, and what will be other than in the source."""
     flags = {role: getattr(options, role) for role in FLAGS}
-    found = resolve(options.source, flags, access, revision=options.revision, allow_missing=allow_missing)
+    parts, revision = options.part, options.revision
+    found = resolve(options.source, flags, access, parts=parts, revision=revision, allow_missing=allow_missing)
     inputs = read_inputs(found, access)
     for role, file in inputs.files():
         release = file.known.release
@@ -182,6 +184,9 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
         reporter.warn(f"{told}: base and bakes of this overlay all have them")
     if inputs.text_encoder and inputs.text_encoder.tensors:
         reporter.note("text encoder: is written anew, in BF16 and under the published names")
+    if inputs.doubled:
+        also = f"{inputs.doubled[0]}" + (f" and {len(inputs.doubled) - 1} more" if len(inputs.doubled) > 1 else "")
+        reporter.warn(f"two files of the checkpoint hold {also}: the first file's are taken")
     cast = sum(info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for info in tensors.values())
     if cast:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")

@@ -15,14 +15,17 @@ from ltxpack.files.lookalikes import ARCHIVE, WEIGHT_FORMATS
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23 import releases
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
-from ltxpack.ltx23.contents import described
+from ltxpack.ltx23.contents import UPSAMPLER_MARK, described
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.forms import ALL, MADE_FROM, ROOT, official, refuse_quantised, root_and_parts
+from ltxpack.ltx23.forms import ALL, MADE_FROM, refuse_quantised, root_and_parts
 from ltxpack.ltx23.lora_keys import METHODS, LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 from ltxpack.strength import format_strength
 
 STORED_DTYPE = "BF16"
+# What a fault that a flag resolves says to do, before the flag.
+AGAIN = "the same command with "
+OTHER_UPSAMPLER = f"{AGAIN}--upsampler {releases.OFFICIAL_REPO}/{releases.DEFAULT_FILES[releases.UPSAMPLER]}"
 MADE_OF = "overlays and bakes are made from"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
@@ -79,7 +82,6 @@ def merged_loras(file: TensorFile) -> list[str]:
 def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
     """Understand a checkpoint by its header; messages name it ``label``. Raises UnsupportedError or FormatError."""
     refuse_quantised(file, label, MADE_OF, take_instead(label))
-    _refuse_parts(file, label)
     metadata = releases.read_metadata(file.metadata, file.tensors, label)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     configs = checkpoint_configs(metadata.config, shapes, label)
@@ -99,15 +101,20 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
 
     Raises UnsupportedError or FormatError.
     """
-    refuse_quantised(file, label, MADE_OF, f"use the bf16 file ({releases.DEFAULT_FILES[releases.UPSAMPLER]})")
+    refuse_quantised(file, label, MADE_OF, OTHER_UPSAMPLER)
     text = file.metadata.get("config")
     config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
     if not isinstance(config, Mapping):
+        told = described(file) or "other tensors"
+        lost = "is a latent upsampler without the `config` that says of which kind"
         raise UnsupportedError(
-            "is not a latent upsampler", file=str(label), expected="safetensors metadata with `config`",
-            found="none" if text is None else "something else", next="ltxpack inspect FILE",
+            lost if UPSAMPLER_MARK in file.tensors else "is not a latent upsampler", file=str(label),
+            expected="safetensors metadata with `config`", found=told, next=OTHER_UPSAMPLER,
         )  # fmt: skip
-    done = upsampler_config(config, latent_channels, label)
+    try:
+        done = upsampler_config(config, latent_channels, label)
+    except UnsupportedError as error:
+        raise UnsupportedError(**{**vars(error), "next": OTHER_UPSAMPLER}) from None
     faults: list[str] = []
     tensors = _matched(file.tensors.values(), LATENT_UPSAMPLER, inventory("latent_upsampler", done), faults)
     _refuse_faults(faults, label)
@@ -147,7 +154,7 @@ def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFi
     """What ``read`` gives, if it may be a checkpoint at all; the rest is left to :func:`read_checkpoint`.
 
     Raises UnsupportedError, which says what to take instead, for a file that is no safetensors file, is quantised, or
-    lacks whole parts; and what ``read`` raises.
+    is a LoRA; and what ``read`` raises.
     """
     try:
         file = read()
@@ -157,7 +164,8 @@ def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFi
         problem = f"is {error.found}; an overlay is made from bf16 weights in safetensors"
         raise UnsupportedError(problem, file=str(label), next=take_instead(label)) from None
     refuse_quantised(file, label, MADE_OF, take_instead(label))
-    _refuse_parts(file, label)
+    if read_lora(file).is_lora and root_and_parts(file)[1] != ALL:
+        raise UnsupportedError("is a LoRA, no checkpoint", file=str(label), next=take_instead(label))
     return file
 
 
@@ -167,22 +175,6 @@ def take_instead(label: object) -> str:
     if "distilled" in str(label).rpartition("/")[2].lower():
         return f"{command} --checkpoint {releases.DISTILLED_FILE} (takes the bf16 file)"
     return f"{command} (takes the bf16 file, {releases.DEFAULT_FILES[releases.CHECKPOINT]})"
-
-
-def _refuse_parts(file: TensorFile, label: object) -> None:
-    """Refuse a file that lacks whole parts of a checkpoint, or spells the names of its transformer in another way."""
-    root, parts = root_and_parts(file)
-    generation = releases.parse_version(file.metadata.get("model_version", "").strip('"'))[:2] or releases.SUPPORTED
-    if (parts in (None, ALL) and root in (None, ROOT)) or generation != releases.SUPPORTED:
-        return
-    if read_lora(file).is_lora:
-        raise UnsupportedError("is a LoRA, no checkpoint", file=str(label), next=take_instead(label))
-    components = dict.fromkeys(component_of(official(name, root)) or "unknown parts" for name in file.tensors)
-    raise UnsupportedError(
-        f"is no whole checkpoint but {described(file)}", file=str(label), expected=", ".join(CHECKPOINT_TABLES),
-        found=", ".join(components) + ("" if root in (None, ROOT) else f"; names without {ROOT}"),
-        next=take_instead(label),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, PATTERNS, TEXT_ENCODER, UPSAMPLER
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import Manifest, SourceFile
-from ltxpack.materialize.checkpoint import read_checkpoint, read_upsampler
+from ltxpack.materialize.checkpoint import read_upsampler
 from ltxpack.materialize.hub.client import Hub
+from ltxpack.materialize.parts import read_parts
 from ltxpack.materialize.plan import (
     LORA_FOLDER,
     METADATA,
@@ -35,7 +36,17 @@ from ltxpack.materialize.plan import (
     plan_text_encoder,
     plan_upsampler,
 )
-from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, choose, hub_folder, open_source_folder
+from ltxpack.materialize.sources import (
+    WEIGHTS,
+    Access,
+    InputFile,
+    InputFolder,
+    choose,
+    hub_folder,
+    open_source_folder,
+    part_of,
+    with_comfyui,
+)
 from ltxpack.materialize.text_encoder import read_text_encoder
 from ltxpack.repack.items import Copied, CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.verify import repair
@@ -133,8 +144,12 @@ def restore_base(
     found: dict[str, dict[str, InputFile]] = {}
     for role in sorted({_ROLES[place] for place in (path.split("/")[0] for path in paths) if place in _ROLES}):
         recorded = [file for file in manifest.source.files if file.role == role]
-        if role == CHECKPOINT and single is not None:
+        if role == CHECKPOINT and single is not None and len(recorded) == 1:
             found[role] = {recorded[0].name: single}
+        elif role == CHECKPOINT and len(recorded) > 1:  # in folders or repos of their own
+            wider = with_comfyui(folder) if folder and folder.repo is None else folder
+            each = (_find_recorded(role, [file], wider, access, overlay, paths, renamed=False) for file in recorded)
+            found[role] = {name: file for one in each for name, file in one.items()}
         else:
             found[role] = _find_recorded(role, recorded, folder, access, overlay, paths)
     items = [item for item in _items_again(paths, manifest, found, access) if item.path in paths]
@@ -154,10 +169,10 @@ def _items_again(
 ) -> Iterator[Item]:
     """The items of the plan that wrote ``paths``, and others of the same inputs. ``found``: role -> name -> file."""
     limit = manifest.source.max_shard_size
-    for file in found.get(CHECKPOINT, {}).values():
-        checkpoint = read_checkpoint(access.header(file), file.label)
+    if files := found.get(CHECKPOINT):
+        checkpoint, assembled = read_parts([part_of(file, access) for file in files.values()])
         yield plan_metadata(checkpoint)
-        for component in plan_checkpoint(checkpoint, file.path, limit):
+        for component in plan_checkpoint(checkpoint, assembled.places, limit):
             yield from component.items
     for file in found.get(UPSAMPLER, {}).values():
         yield from plan_upsampler(read_upsampler(access.header(file), None, file.label), file, limit).items
@@ -184,14 +199,18 @@ def _find_recorded(
     access: Access,
     overlay: Path,
     paths: Collection[str],
+    renamed: bool = True,
 ) -> dict[str, InputFile]:
-    """The inputs of ``role`` by recorded name: in ``folder`` if one is given, else on the hub. Raises SourceError."""
+    """The inputs of ``role`` by recorded name: in ``folder`` if one is given, else on the hub. Raises SourceError.
+
+    ``renamed``: the one file of ``folder`` for the role will do, too.
+    """
     if not recorded:
         raise SourceError(f"was made without a {role}", file=overlay)
     first = recorded[0]
     found = _all_of(recorded, folder) if folder else None
-    if found is None and folder and first.repo is None and role in PATTERNS:
-        found = {first.name: choose(role, folder)}  # the file may have another name by now
+    if found is None and folder and first.repo is None and role in PATTERNS and renamed:
+        found = {first.name: choose(role, folder, access)}  # the file may have another name by now
     if found is None and first.repo is not None:
         folder = hub_folder(first.repo, first.revision, access)
         found = _all_of(recorded, folder)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ltxpack.errors import UnsupportedError
+from ltxpack.errors import LtxpackError, SourceError, UnsupportedError, quoted
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, plain_file_name
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_facts import (
@@ -23,15 +24,15 @@ from ltxpack.ltx23.lora_facts import (
 )
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.materialize.checkpoint import (
+    AGAIN,
     Checkpoint,
     Upsampler,
-    checkpoint_header,
-    read_checkpoint,
     read_lora,
     read_upsampler,
     says_distilled,
 )
-from ltxpack.materialize.sources import AGAIN, Access, InputFaults, InputFile, Sources, hub_folder
+from ltxpack.materialize.parts import read_parts
+from ltxpack.materialize.sources import KINDS, Access, InputFaults, InputFile, Sources, hub_folder, part_of
 from ltxpack.materialize.text_encoder import TextEncoder, read_text_encoder
 
 
@@ -39,14 +40,17 @@ from ltxpack.materialize.text_encoder import TextEncoder, read_text_encoder
 class Inputs:
     """What the overlay is made from. An input that is None is missing, or a LoRA that a distilled base needs not.
 
-    ``lora``: what is to be told of the LoRA.
+    ``lora``: what is to be told of the LoRA. ``places``: the file that each tensor of the checkpoint is in;
+    ``doubled``: those that two of its files hold.
     """
 
     sources: Sources
     checkpoint: Checkpoint
+    places: Mapping[str, Path]
     upsampler: Upsampler | None
     text_encoder: TextEncoder | None
     lora: Judged | None = None
+    doubled: Sequence[str] = ()
 
     @property
     def distilled_by(self) -> str | None:
@@ -56,7 +60,8 @@ class Inputs:
     def files(self) -> list[tuple[str, InputFile]]:
         """Every input file with its role, in a fixed order."""
         sources = self.sources
-        single = [(CHECKPOINT, sources.checkpoint), (LORA, sources.lora), (UPSAMPLER, sources.upsampler)]
+        parts = [(CHECKPOINT, file) for file in sources.parts]
+        single = [(CHECKPOINT, sources.checkpoint), *parts, (LORA, sources.lora), (UPSAMPLER, sources.upsampler)]
         files = [(role, file) for role, file in single if file is not None]
         members = self.text_encoder.files if self.text_encoder else ()
         return [*files, *((TEXT_ENCODER, file) for file in sorted(members, key=lambda file: file.name))]
@@ -69,7 +74,9 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
     """
     faults = InputFaults("inputs cannot be used")
     file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
-    checkpoint = faults.gather(CHECKPOINT, lambda: _read_checkpoint(file, access))
+    files = [file, *sources.parts]
+    read = faults.gather(CHECKPOINT, lambda: read_parts([part_of(each, access) for each in files]))
+    checkpoint, assembled = read or (None, None)
     configs = checkpoint.configs if checkpoint else None
     channels = configs["vae"]["latent_channels"] if configs else None
     connectors = configs["connectors"] if configs else None
@@ -80,13 +87,22 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
         upsampler = faults.gather(UPSAMPLER, lambda: read_upsampler(access.header(own), channels, own.label))
     if folder is not None:
         encoder = faults.gather(TEXT_ENCODER, lambda: read_text_encoder(folder, access, connectors))
+    if lora is not None and {CHECKPOINT, LORA} <= faults.found.keys():
+        _refuse_swapped(file, lora, access)
     faults.refuse()
-    assert checkpoint is not None
-    return Inputs(sources, checkpoint, upsampler, encoder, judged)
+    assert checkpoint is not None and assembled is not None
+    return Inputs(sources, checkpoint, assembled.places, upsampler, encoder, judged, assembled.doubled)
 
 
-def _read_checkpoint(file: InputFile, access: Access) -> Checkpoint:
-    return read_checkpoint(checkpoint_header(lambda: access.header(file), file.label), file.label)
+def _refuse_swapped(checkpoint: InputFile, lora: InputFile, access: Access) -> None:
+    """SourceError for a LoRA and a checkpoint in one another's place."""
+    told = [""]
+    with contextlib.suppress(LtxpackError):
+        told = [described(access.header(file)) or "" for file in (checkpoint, lora)]
+    if told[0] in KINDS[LORA] and told[-1].startswith(KINDS[CHECKPOINT]):
+        flags = f"--checkpoint {quoted(lora.label)} --lora {quoted(checkpoint.label)}"
+        items = [f"{file.label}: {what}" for file, what in zip((checkpoint, lora), told, strict=True)]
+        raise SourceError("the checkpoint and the LoRA are swapped", items=items, next=f"{AGAIN}{flags}")
 
 
 def _check_lora(lora: InputFile, access: Access) -> Judged:

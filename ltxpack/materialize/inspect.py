@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import LtxpackError, OtherFormatError, SourceError, quoted
+from ltxpack.errors import MAX_LISTED, LtxpackError, OtherFormatError, SourceError, quoted
 from ltxpack.files.foreign import entries
 from ltxpack.files.lookalikes import ARCHIVE, GGUF, WEIGHT_FORMATS
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
@@ -28,16 +28,15 @@ from ltxpack.ltx23.text_encoder import root_of
 from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.checkpoint import (
     LoraHeader,
-    read_checkpoint,
     read_lora,
     read_upsampler,
     take_instead,
 )
+from ltxpack.materialize.parts import Part, lacking, read_parts
 from ltxpack.materialize.plan import METADATA
 from ltxpack.materialize.sources import OTHER_WEIGHTS, WEIGHTS, InputFile, local_file
 from ltxpack.materialize.takers import COMFYUI, DIFFUSERS, OFFICIAL, PROGRAMS, UNTRIED, Look, judge
 
-MAX_LISTED = 20
 MAX_TEXT = 500
 MAX_MADE_FROM = 64 * 1024
 MATERIALIZE = "ltxpack materialize"
@@ -60,7 +59,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     except OtherFormatError as error:
         kind = WEIGHT_FORMATS.get(str(error.found))
         # A name that says safetensors is wrong then, and the file is told as broken.
-        if kind is None or path.suffix == WEIGHTS:
+        if kind is None or path.suffix.lower() == WEIGHTS:
             raise
         return {"path": str(path), "kind": kind, "bytes": file.size, **_other(error, kind, file)}
     with path.open("rb", buffering=0) as stream:
@@ -117,7 +116,7 @@ def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[
     elif root_of(tensors.tensors) is not None:
         cell = f"no: {TOLD_CODES}" if linears.quantised else "yes: by --text-encoder, with its configs and tokenizer"
         naming = {"takes": {MATERIALIZE: cell}}
-    metadata, names = _metadata(tensors), sorted(tensors.tensors)[:MAX_LISTED]
+    metadata, names = _metadata(tensors), _listed(sorted(tensors.tensors))
     told = {"summary": described(tensors)} if described(tensors) else {}
     return {"kind": "tensors", **told, **common, **naming, "metadata": metadata, "names": names}
 
@@ -139,7 +138,8 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
     has_duration = any(name.startswith("duration_head.") for name in tensors.tensors)
     generation = _generation(tensors.metadata.get("model_version", "2.5" if has_duration else ""))
     faults, takes = judge(look)
-    converts, cell = _converts(lambda: read_checkpoint(tensors, file.name))
+    part = Part(file.name, file.path, tensors)
+    converts, cell = _converts(lambda: read_parts([part]))
     if generation not in ("unknown", _generation(".".join(map(str, SUPPORTED)))):
         takes = {}  # what is known of programs is known for LTX-2.3
     quantised = _quantised(look) if linears.quantised else None
@@ -153,14 +153,22 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
         "made_from": _made_from(tensors),
         "quantised": quantised,
         "components": {name: _amounts(infos) for name, infos in groups.items()},
-        "unknown": {"count": len(unknown), "names": sorted(unknown)[:MAX_LISTED]},
+        "unknown": {"count": len(unknown), "names": _listed(sorted(unknown))},
         **converts,
         "faults": {name: {"count": len(where), "names": where[: forms.MAX_LINEARS]} for name, where in faults.items()},
         "takes": takes | {MATERIALIZE: cell},
-        "next": f"ltxpack materialize {quoted(file.member)} OVERLAY"
-        if converts["converts"]
-        else take_instead(file.name),
+        "next": _next(file, part, bool(converts["converts"])),
     }
+
+
+def _next(file: InputFile, part: Part, converts: bool) -> str:
+    """The command that makes an overlay: of the file, of it with its other parts, or of what to take instead."""
+    missing = lacking([part])
+    command = f"ltxpack materialize {quoted(file.member)} OVERLAY"
+    if converts:
+        return command
+    alone = missing and forms.ROOT not in missing and not forms.read_linears(part.file).quantised
+    return f"{command} --part FILE (and the other parts of it)" if alone else take_instead(file.name)
 
 
 def _summary(look: Look, quantised: dict[str, Any] | None) -> str:
@@ -334,7 +342,7 @@ def _bake(bake: Bake) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     """A folder that is no overlay: its safetensors files, each in a line's worth."""
-    files = sorted(path for path in entries(folder) if path.name.endswith((WEIGHTS, *OTHER_WEIGHTS)))
+    files = sorted(path for path in entries(folder) if path.name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)))
     if not files:
         raise SourceError(
             "holds neither an overlay nor a .safetensors file", file=folder, next="ltxpack inspect FILE_OR_OVERLAY"
@@ -363,6 +371,11 @@ def _amounts(infos: Iterable[TensorInfo]) -> dict[str, Any]:
 def _bytes(records: Iterable[FileRecord]) -> int:
     """Bytes on disk: a symlink inside the overlay costs none."""
     return sum(record.size for record in records if record.link in (None, "hard"))
+
+
+def _listed(names: list[str]) -> list[str]:
+    """The first of ``names``, and how many more there are."""
+    return names if len(names) <= MAX_LISTED else [*names[: MAX_LISTED - 1], f"and {len(names) - MAX_LISTED + 1} more"]
 
 
 def _metadata(tensors: TensorFile) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
 from ltxpack.ltx23.releases import CHECKPOINT, IMAGE_CRF, TEXT_ENCODER
 from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, Lora, Manifest, Source, SourceFile
-from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Tensors, Upsampler
+from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Upsampler
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.sources import InputFile
 from ltxpack.materialize.text_encoder import STEM, TOKENIZER_FOLDER, TextEncoder
@@ -95,7 +95,7 @@ class OverlayPlan:
 def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> OverlayPlan:
     """The plan of an overlay made from ``inputs``, which need not be on this machine yet."""
     checkpoint, metadata, sources = inputs.checkpoint, inputs.checkpoint.metadata, inputs.sources
-    components = plan_checkpoint(checkpoint, sources.checkpoint.path, max_shard_size)
+    components = plan_checkpoint(checkpoint, inputs.places, max_shard_size)
     if inputs.upsampler is not None and sources.upsampler is not None:
         components.append(plan_upsampler(inputs.upsampler, sources.upsampler, max_shard_size))
     distilled = inputs.distilled_by is not None
@@ -115,19 +115,21 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
     )
 
 
-def plan_checkpoint(checkpoint: Checkpoint, source: Path, max_shard_size: int) -> list[ComponentPlan]:
-    """The components that the checkpoint, the file ``source``, becomes."""
-    return [
-        _repacked(name, config, _in(source, checkpoint.tensors[name]), max_shard_size)
-        for name, config in checkpoint.configs.items()
-    ]
+def plan_checkpoint(checkpoint: Checkpoint, places: Mapping[str, Path], max_shard_size: int) -> list[ComponentPlan]:
+    """The components that the checkpoint becomes; ``places``: the file that each of its tensors is in."""
+    planned = []
+    for name, config in checkpoint.configs.items():
+        placed = {target: (info, places[info.name]) for target, info in checkpoint.tensors[name].items()}
+        planned.append(_repacked(name, config, placed, max_shard_size))
+    return planned
 
 
 def plan_upsampler(upsampler: Upsampler, file: InputFile, max_shard_size: int) -> ComponentPlan:
     """The upsampler's component: its file as it is where that is possible."""
     name = "latent_upsampler"
     if not upsampler.as_is:
-        return _repacked(name, upsampler.config, _in(file.path, upsampler.tensors), max_shard_size)
+        placed = {target: (info, file.path) for target, info in upsampler.tensors.items()}
+        return _repacked(name, upsampler.config, placed, max_shard_size)
     copied = CopyFile(f"{name}/{DEFAULT_STEM}.safetensors", file.path, file.size)
     return ComponentPlan(name, (_config(name, upsampler.config), copied))
 
@@ -180,10 +182,6 @@ def _stored(
     entries = [stored_tensor(target, info, path, STORED_DTYPE) for target, (info, path) in tensors.items()]
     cast = tuple(sorted(entry.tensors[0].name for entry in entries if isinstance(entry.producer, Cast)))
     return assign_shards(entries, max_shard_size, name, stem), cast
-
-
-def _in(path: Path, tensors: Tensors) -> Placed:
-    return {name: (info, path) for name, info in tensors.items()}
 
 
 def _copies(folder: str, files: Sequence[InputFile]) -> tuple[CopyFile, ...]:

@@ -11,16 +11,18 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UsageError, quoted
+from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UnsupportedError, UsageError, quoted
 from ltxpack.files import tensorfile
 from ltxpack.files.foreign import entries, is_foreign
-from ltxpack.files.unfinished import refuse_unfinished
+from ltxpack.files.unfinished import finished_name, refuse_unfinished
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
+from ltxpack.ltx23.contents import described
+from ltxpack.ltx23.forms import PLAIN, ROOT, TOLD, read_linears
 from ltxpack.ltx23.releases import (
     CHECKPOINT,
     DEFAULT_FILES,
@@ -33,18 +35,24 @@ from ltxpack.ltx23.releases import (
     Recognised,
     recognise,
 )
-from ltxpack.materialize.checkpoint import checkpoint_header
+from ltxpack.manifest import is_overlay
+from ltxpack.materialize.checkpoint import AGAIN, checkpoint_header, take_instead
 from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
+from ltxpack.materialize.parts import PIECES, Part, lacking, pieces_of, refuse_lacking
+from ltxpack.materialize.shards import shards_of
 from ltxpack.reporter import Reporter
 
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
-# What a fault that a flag resolves says to do, before the flag.
-AGAIN = "the same command with "
 WEIGHTS = ".safetensors"
+# Role -> how `described` begins for a file that will do.
+KINDS = {CHECKPOINT: ("a whole checkpoint", "the transformer"), LORA: ("a LoRA",), UPSAMPLER: ("a latent upsampler",)}
+DIFFUSERS_MARKS = ("model_index.json", "transformer/config.json")
 # Weights that are found in order to be refused by name.
 OTHER_WEIGHTS = (".gguf", ".ckpt", ".pt", ".pth")
 # What may enter an overlay besides weights.
 TEXT_ENDINGS = (".json", ".jinja", ".txt")
+# Where ComfyUI keeps the parts of a model, below one folder.
+COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints", "vae", "text_encoders", "clip")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
 _SAYS_QUANTISED = re.compile(r"fp8|fp4|int8|int4|nf4|bnb|gptq|awq", re.IGNORECASE)
@@ -99,26 +107,29 @@ class InputFile:
 class InputFolder:
     """A folder here, a repo on the hub, or a folder of one: ``files`` by relative path. Local ones go one level deep.
 
-    ``repo`` is None for a folder of this machine.
+    ``repo`` is None for a folder of this machine. ``broken``: what is there and cannot be used -> why.
     """
 
     label: str
     files: Mapping[str, InputFile]
     repo: RepoInfo | None = None
+    broken: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str) -> InputFile | InputFolder | None:
         """The file or subfolder ``name``; the ending of a weights file may be left out."""
         file = self.files.get(name) or self.files.get(name + WEIGHTS)
         prefix = name.strip("/") + "/"
         inside = {other[len(prefix) :]: file for other, file in self.files.items() if other.startswith(prefix)}
-        return file or (InputFolder(f"{self.label}/{name}", inside, self.repo) if inside else None)
+        broken = {other[len(prefix) :]: why for other, why in self.broken.items() if other.startswith(prefix)}
+        return file or (InputFolder(f"{self.label}/{name}", inside, self.repo, broken) if inside else None)
 
 
 @dataclass(frozen=True)
 class Sources:
     """The inputs. ``missing``: role -> why, only where the caller allowed inputs to be missing.
 
-    ``lora`` is None too for a distilled checkpoint, unless a LoRA was named.
+    ``lora`` is None too for a distilled checkpoint, unless a LoRA was named. ``parts``: the other files that the
+    checkpoint is in.
     """
 
     checkpoint: InputFile
@@ -126,6 +137,7 @@ class Sources:
     upsampler: InputFile | None
     text_encoder: InputFolder | None
     missing: Mapping[str, str]
+    parts: tuple[InputFile, ...] = ()
 
 
 class Access:
@@ -197,10 +209,11 @@ def resolve(
     flags: Mapping[str, str | None],
     access: Access,
     *,
+    parts: Sequence[str] = (),
     revision: str | None = None,
     allow_missing: bool = False,
 ) -> Sources:
-    """The files that SOURCE and the flags (by role) mean.
+    """The files that SOURCE and the flags (by role) mean; ``parts``: more files of the checkpoint.
 
     ``allow_missing``: an input other than the checkpoint that is not found is listed; an ambiguous one still raises.
     Raises SourceError, UsageError or FormatError naming everything that is missing or ambiguous, UnsupportedError for a
@@ -214,6 +227,7 @@ def resolve(
         )  # fmt: skip
 
     chosen: dict[str, InputFile | None] = {}
+    named = [_part(typed, access, folder) for typed in parts]
 
     def file(role: str) -> InputFile | None:
         if role == CHECKPOINT and single:
@@ -222,27 +236,123 @@ def resolve(
         if role == LORA and typed is None and base and base.distilled_by:
             return None
         found = folder if typed is None else _find(typed, access, within=folder)
-        return choose(role, found) if isinstance(found, InputFolder) else found
+        return choose(role, found, access) if isinstance(found, InputFolder) else found
 
     faults = InputFaults("several inputs were not found")
     for role in PATTERNS:
         chosen[role] = faults.gather(role, functools.partial(file, role))
+    checkpoint, others = chosen[CHECKPOINT], None
+    if checkpoint is not None:
+        others = faults.gather(CHECKPOINT, functools.partial(find_parts, checkpoint, named, access))
     encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
-    allowed = [role for role in faults.found if allow_missing and role != CHECKPOINT]
-    absent = [role for role in allowed if not isinstance(faults.found[role], AmbiguousError)]
-    missing = {role: " ".join(str(faults.found.pop(role)).split()) for role in absent}
-    checkpoint = chosen[CHECKPOINT]
-    if faults.found and checkpoint is not None:
-        _refuse_form(checkpoint, access)
+    missing = _missing(faults) if allow_missing else {}
+    if faults.found:
+        _refuse_unusable(faults, checkpoint, others, access)
     faults.refuse()
     assert checkpoint is not None
-    return Sources(checkpoint, chosen[LORA], chosen[UPSAMPLER], encoder, missing)
+    return Sources(checkpoint, chosen[LORA], chosen[UPSAMPLER], encoder, missing, tuple(others or ()))
 
 
-def _refuse_form(checkpoint: InputFile, access: Access) -> None:
-    """UnsupportedError for a checkpoint that is of no use: nobody should look for the other inputs before."""
-    with contextlib.suppress(SourceError, FormatError):
-        checkpoint_header(lambda: access.header(checkpoint), checkpoint.label)
+def _missing(faults: InputFaults) -> dict[str, str]:
+    """Takes those of ``faults`` that a plan only lists: role -> why the input is not there."""
+    absent = [
+        role for role, fault in faults.found.items() if role != CHECKPOINT and not isinstance(fault, AmbiguousError)
+    ]
+    return {role: " ".join(str(faults.found.pop(role)).split()) for role in absent}
+
+
+def _refuse_unusable(
+    faults: InputFaults, checkpoint: InputFile | None, others: Sequence[InputFile] | None, access: Access
+) -> None:
+    """UnsupportedError for a checkpoint that is of no use: nobody should look for the other inputs before.
+
+    ``others``: its other parts, None where these are among the ``faults``.
+    """
+    fault = faults.found.get(CHECKPOINT)
+    if checkpoint is None and isinstance(fault, UnsupportedError):
+        raise fault
+    if checkpoint is not None:
+        with contextlib.suppress(SourceError, FormatError):
+            parts = [part_of(file, access) for file in (checkpoint, *(others or ()))]
+            if others is not None:
+                refuse_lacking(parts)
+
+
+def part_of(file: InputFile, access: Access) -> Part:
+    """A file of a checkpoint by its header. Raises UnsupportedError, see :func:`.checkpoint.checkpoint_header`."""
+    return Part(file.label, file.path, checkpoint_header(lambda: access.header(file), file.label))
+
+
+def _part(typed: str, access: Access, folder: InputFolder) -> InputFile:
+    found = _find(typed, access, within=folder)
+    if isinstance(found, InputFolder):
+        raise SourceError("is a folder", file=typed, expected="one file of the checkpoint", next=f"{AGAIN}--part FILE")
+    return found
+
+
+def find_parts(checkpoint: InputFile, named: Sequence[InputFile], access: Access) -> list[InputFile]:
+    """The other files that ``checkpoint`` is in: the rest of its shards, those ``named``, and those beside it.
+
+    A transformer alone finds its other parts in its folder, and where ComfyUI keeps them. Raises SourceError for
+    missing shards, AmbiguousError where several files hold one part.
+    """
+    beside = _beside(checkpoint, access)
+    own = {file.name: file for name, file in beside.files.items() if "/" not in name}
+    shards = shards_of(checkpoint.name, own)
+    if shards and shards.missing:
+        raise SourceError("lacks shards of the checkpoint", file=beside.label, items=shards.missing)
+    found = [own[name] for name in shards.there if name != checkpoint.name] if shards else []
+    found += [file for file in named if file.path not in {checkpoint.path, *(other.path for other in found)}]
+    wanted: list[str] = []
+    with contextlib.suppress(LtxpackError):  # told when all inputs are read
+        wanted = lacking([part_of(file, access) for file in (checkpoint, *found)])
+    if wanted and ROOT not in wanted:
+        found += _parts_beside(wanted, beside, {file.path for file in (checkpoint, *found)}, access)
+    return found
+
+
+def _parts_beside(
+    wanted: Sequence[str], beside: InputFolder, taken: Collection[Path], access: Access
+) -> Iterator[InputFile]:
+    """One file for each of the ``wanted`` pieces of a checkpoint that ``beside`` has a file for."""
+    held: dict[str, list[InputFile]] = {piece: [] for piece in wanted}
+    for file in beside.files.values():
+        if file.path not in taken and file.name.lower().endswith(WEIGHTS):
+            with contextlib.suppress(LtxpackError):
+                pieces = pieces_of(part_of(file, access).file)
+                for piece in pieces if pieces and pieces <= set(wanted) else ():
+                    held[piece].append(file)
+    for piece, files in held.items():
+        if len(files) > 1:
+            raise AmbiguousError(
+                f"holds several files with {PIECES[piece]}", file=beside.label,
+                items=[file.member for file in files], next=f"{AGAIN}--part {quoted(files[0].member)}",
+            )  # fmt: skip
+    yield from {file.path: file for files in held.values() for file in files}.values()
+
+
+def _beside(file: InputFile, access: Access) -> InputFolder:
+    """The folder that ``file`` is in, with those in which ComfyUI keeps parts where it is one of these."""
+    if file.repo is None:
+        place = Path(file.member).parent
+        return with_comfyui(local_folder(place)) if place.resolve().name in COMFYUI_FOLDERS else local_folder(place)
+    folder, prefix = _repo_folder(file.repo, access), file.member.rpartition("/")[0]
+    found = folder.find(prefix) if prefix else folder
+    assert isinstance(found, InputFolder)
+    return found
+
+
+def with_comfyui(folder: InputFolder) -> InputFolder:
+    """``folder`` of this machine, and the folders beside it and in it in which ComfyUI keeps parts of a model."""
+    own = Path(folder.label).resolve()
+    places = {place: way for way in ("..", ".") for place in ((own / way / name).resolve() for name in COMFYUI_FOLDERS)}
+    more = {
+        f"{way}/{place.name}/{name}": file
+        for place, way in places.items()
+        if place != own and place.is_dir()
+        for name, file in local_folder(place).files.items()
+    }
+    return InputFolder(folder.label, {**folder.files, **more}, broken=folder.broken)
 
 
 class InputFaults:
@@ -319,7 +429,9 @@ def local_file(path: Path) -> InputFile:
         size = real.stat().st_size
     except (OSError, RuntimeError) as error:
         raise SourceError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from None
-    return InputFile(path.name, size, cached_sha256(path), real, None, str(path))
+    # An overlay knows one spelling of the ending.
+    name = path.name[: -len(WEIGHTS)] + WEIGHTS if path.name.lower().endswith(WEIGHTS) else path.name
+    return InputFile(name, size, cached_sha256(path), real, None, str(path))
 
 
 def local_folder(folder: Path) -> InputFolder:
@@ -327,11 +439,16 @@ def local_folder(folder: Path) -> InputFolder:
     endings = (WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS)
     try:
         folders = [folder, *filter(_has_config, entries(folder))]
-        found = sorted(path for place in folders for path in entries(place) if path.name.endswith(endings))
-        files = {path.relative_to(folder).as_posix(): local_file(path) for path in found if path.is_file()}
+        there = {path.relative_to(folder).as_posix(): path for place in folders for path in entries(place)}
+        found = {name: path for name, path in sorted(there.items()) if name.lower().endswith(endings)}
+        files = {name: local_file(path) for name, path in found.items() if path.is_file()}
+        links = {name: path for name, path in found.items() if path.is_symlink() and name not in files}
+        broken = {name: f"a link to {path.readlink()}, which is not there" for name, path in links.items()}
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=folder) from None
-    return InputFolder(str(folder), files)
+    halves = {name: finished for name in there if (finished := finished_name(name)) and finished not in files}
+    broken |= {name: "a download that did not finish" for name, end in halves.items() if end.lower().endswith(WEIGHTS)}
+    return InputFolder(str(folder), files, broken=broken)
 
 
 def _has_config(folder: Path) -> bool:
@@ -367,32 +484,86 @@ def _repo_folder(info: RepoInfo, access: Access) -> InputFolder:
     return InputFolder(info.repo if info.revision is None else f"{info.repo}@{info.revision}", files, info)
 
 
-def choose(role: str, folder: InputFolder) -> InputFile:
+def choose(role: str, folder: InputFolder, access: Access) -> InputFile:
     """The one file of ``folder`` for ``role``. Raises SourceError with the candidates if there is none or several."""
-    weights = {name: file for name, file in folder.files.items() if "/" not in name and name.endswith(WEIGHTS)}
+    weights = {name: file for name, file in folder.files.items() if "/" not in name and name.lower().endswith(WEIGHTS)}
     if folder.repo is not None and DEFAULT_FILES[role] in weights:
         return weights[DEFAULT_FILES[role]]
     others = {name for other in (LORA, UPSAMPLER) if role == CHECKPOINT for name in _matching(weights, PATTERNS[other])}
     candidates = [name for name in _matching(weights, PATTERNS[role]) if name not in others]
+    if role == CHECKPOINT and len(candidates) > 1:
+        candidates = _whole(candidates, weights, access)
     if len(candidates) == 1:
         return weights[candidates[0]]
     expected, again = f"one file named {PATTERNS[role]}{WEIGHTS}", f"{AGAIN}{FLAGS[role]} "
     if candidates:
+        told = {name: _form_of(weights[name], access) if role == CHECKPOINT else "" for name in candidates}
+        best = min(candidates, key=lambda name: (told[name] != PLAIN["BF16"], bool(_SAYS_QUANTISED.search(name))))
         raise AmbiguousError(
-            f"holds several files that may be the {role}", file=folder.label, expected=expected, items=candidates,
-            next=again + quoted(min(candidates, key=lambda name: bool(_SAYS_QUANTISED.search(name)))),
+            f"holds several files that may be the {role}", file=folder.label, expected=expected,
+            items=[f"{name} ({told[name]})" if told[name] else name for name in candidates], next=again + quoted(best),
         )  # fmt: skip
-    unusable = [name for name in sorted(folder.files) if "/" not in name and name.endswith(OTHER_WEIGHTS)]
+    unusable = [name for name in sorted(folder.files) if "/" not in name and name.lower().endswith(OTHER_WEIGHTS)]
     if unusable and role == CHECKPOINT:
         return folder.files[unusable[0]]  # refused by its form later, with what to take instead
-    raise SourceError(
+    raise _none_for(role, folder, weights, access)
+
+
+def _whole(candidates: Sequence[str], weights: Mapping[str, InputFile], access: Access) -> list[str]:
+    """``candidates`` without further shards of one that is there, and without parts that hold no transformer."""
+    first = [name for name in candidates if not (found := shards_of(name, weights)) or found.there[0] == name]
+    kept = []
+    for name in first:
+        with contextlib.suppress(LtxpackError):
+            pieces = pieces_of(access.header(weights[name]))
+            if pieces and ROOT not in pieces and not shards_of(name, weights):
+                continue
+        kept.append(name)
+    return kept or first
+
+
+def _form_of(file: InputFile, access: Access) -> str:
+    """How a file's numbers are stored, in a word; "" for a file that cannot be read."""
+    try:
+        return read_linears(access.header(file)).form
+    except LtxpackError:
+        return ""
+
+
+def _none_for(role: str, folder: InputFolder, weights: Mapping[str, InputFile], access: Access) -> LtxpackError:
+    """The error for a folder without a file for ``role``: what is there instead, and which of it would do."""
+    again, expected = f"{AGAIN}{FLAGS[role]} ", f"one file named {PATTERNS[role]}{WEIGHTS}"
+    broken = [f"{name}: {why}" for name, why in folder.broken.items() if _matching([name], PATTERNS[role])]
+    if broken:
+        advice = "fetch the file anew; in the place of a link that leads nowhere copy the file it led to (cp -L)"
+        return SourceError(f"holds no whole file for the {role}", file=folder.label, items=broken, next=advice)
+    if role == CHECKPOINT and folder.repo is None and is_overlay(Path(folder.label)):
+        problem, run = "is an overlay already", f"ltxpack run {quoted(folder.label)} --prompt TEXT"
+        return UnsupportedError(problem, file=folder.label, expected="a folder with a checkpoint", next=run)
+    if role == CHECKPOINT and any(name in folder.files for name in DIFFUSERS_MARKS):
+        problem = "is a folder in diffusers' layout; an overlay is made from the checkpoint it was converted from"
+        return UnsupportedError(problem, file=folder.label, next=take_instead(folder.label))
+    fitting = next((quoted(name) for name, file in weights.items() if _fits(role, file, access)), "FILE")
+    return SourceError(
         f"holds no file for the {role}", file=folder.label, expected=expected,
-        found=", ".join(sorted(weights)) or "no .safetensors file", next=again + "FILE",
+        found=_first(sorted(weights)) or "no .safetensors file", next=again + fitting,
     )  # fmt: skip
 
 
+def _fits(role: str, file: InputFile, access: Access) -> bool:
+    """Whether a file with another name than usual is of the kind that ``role`` needs."""
+    with contextlib.suppress(LtxpackError):
+        told = described(access.header(file)) or ""
+        return told.startswith(KINDS[role]) and (role == LORA or told.endswith(TOLD[PLAIN["BF16"]]))
+    return False
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
+
+
 def _matching(names: Iterable[str], pattern: str) -> list[str]:
-    return [name for name in sorted(names) if fnmatch.fnmatchcase(name, pattern)]
+    return [name for name in sorted(names) if fnmatch.fnmatchcase(name.lower(), pattern)]
 
 
 def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> InputFolder:

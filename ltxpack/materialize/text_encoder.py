@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import FormatError, OtherFormatError, SourceError, UnsupportedError
-from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, TensorInfo
+from ltxpack.files.lookalikes import HEAD_BYTES, lookalike
+from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, TensorInfo, open_source
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.configs import json_bytes
 from ltxpack.ltx23.forms import TOLD, read_linears
 from ltxpack.ltx23.releases import TEXT_ENCODER, TEXT_ENCODER_REPO
 from ltxpack.ltx23.text_encoder import PUBLISHED_ROOTS, language_model, published_name, text_config
-from ltxpack.materialize.checkpoint import FLOATS, STORED_DTYPE
+from ltxpack.materialize.checkpoint import AGAIN, FLOATS, STORED_DTYPE
 from ltxpack.materialize.shards import shards_of
-from ltxpack.materialize.sources import AGAIN, OTHER_WEIGHTS, WEIGHTS, Access, InputFile, InputFolder
+from ltxpack.materialize.sources import OTHER_WEIGHTS, WEIGHTS, Access, InputFile, InputFolder
 from ltxpack.repack.items import index_bytes
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -117,6 +118,13 @@ def _refuse_incomplete(folder: InputFolder, access: Access) -> None:
         found = ", ".join(_told(files[name], access) for name in weights[:3]) or None
         items = [f"{name} (tokenizer.model is not read)" if name == TOKENIZER else name for name in missing]
         raise SourceError(problem, file=folder.label, found=found, items=items, next=OTHER_ENCODER)
+    if files[TOKENIZER].repo is None:
+        with open_source(files[TOKENIZER].path) as file:
+            other = lookalike(file.read(HEAD_BYTES))
+        if other is None or not other.what.startswith("JSON"):
+            found = other.what if other else "other bytes"
+            told = other.instead if other else OTHER_ENCODER
+            raise FormatError("is no JSON", file=files[TOKENIZER].label, expected="JSON", found=found, next=told)
     if files[TOKENIZER].size > MAX_TOKENIZER_BYTES:  # a run would refuse it, after the download
         most, found = f"at most {MAX_TOKENIZER_BYTES} bytes", f"{files[TOKENIZER].size} bytes"
         label, problem = files[TOKENIZER].label, "is too large for a tokenizer"

@@ -52,7 +52,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
-        raise refused("not a tokenizer", found=str(error)) from error
+        raise OverlayError("not a tokenizer", file=path, found=str(error), next=another_encoder(folder)) from error
 
 
 def load_text_encoder(

@@ -1,0 +1,156 @@
+"""One checkpoint out of several files: shards of it, or the parts that other programs keep apart.
+
+Pure: it sees headers. The result is a header with the official names, as of a whole checkpoint, and where each of its
+tensors lies, so that an overlay is the same whatever the checkpoint came in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ltxpack.errors import FormatError, UnsupportedError
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
+from ltxpack.ltx23.contents import described, official_names
+from ltxpack.ltx23.forms import ROOT, spelled_root
+from ltxpack.ltx23.releases import SUPPORTED, parse_version
+from ltxpack.materialize.checkpoint import AGAIN, Checkpoint, read_checkpoint, take_instead
+
+# How the names of a whole checkpoint begin -> how a sentence calls what has them.
+PIECES = {
+    ROOT: "the transformer",
+    f"{ROOT}video_embeddings_connector.": "the video connector",
+    f"{ROOT}audio_embeddings_connector.": "the audio connector",
+    "text_embedding_projection.": "the text projections",
+    "vae.": "the video VAE",
+    "audio_vae.": "the audio VAE",
+    "vocoder.": "the vocoder",
+}
+_LONGEST_FIRST = sorted(PIECES, key=len, reverse=True)
+# What a file may say of the whole checkpoint that the first one leaves out.
+_SHARED_METADATA = ("model_version", "license", "licence")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file that a checkpoint is in: how messages name it, where it lies, and its header."""
+
+    label: str
+    path: Path
+    file: TensorFile
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A checkpoint by its official names; ``places``: the file of each tensor. ``doubled``: names met in two files."""
+
+    file: TensorFile
+    places: Mapping[str, Path]
+    doubled: tuple[str, ...] = ()
+
+
+def pieces_of(file: TensorFile) -> frozenset[str]:
+    """The keys of PIECES that ``file`` holds anything of."""
+    names = official_names(file.tensors, spelled_root(file.tensors))
+    found = {next((root for root in _LONGEST_FIRST if name.startswith(root)), "") for name in names}
+    return frozenset(found - {""})
+
+
+def lacking(parts: Sequence[Part]) -> list[str]:
+    """The keys of PIECES that no part holds anything of."""
+    there = frozenset[str]().union(*(pieces_of(part.file) for part in parts))
+    return [piece for piece in PIECES if piece not in there]
+
+
+def read_parts(parts: Sequence[Part]) -> tuple[Checkpoint, Assembled]:
+    """The checkpoint that ``parts`` are, understood, and where its tensors lie.
+
+    Raises UnsupportedError and FormatError, see :func:`.checkpoint.read_checkpoint`, and for a part alone.
+    """
+    refuse_lacking(parts)
+    assembled = assemble(parts)
+    return read_checkpoint(assembled.file, parts[0].label), assembled
+
+
+def refuse_lacking(parts: Sequence[Part]) -> None:
+    """Refuse files that hold pieces of an LTX-2.3 checkpoint and lack others."""
+    missing = lacking(parts)
+    versions = [part.file.metadata.get("model_version", "").strip('"') for part in parts]
+    other = any(parse_version(version)[:2] not in ((), SUPPORTED) for version in versions)
+    if not missing or other or not any(pieces_of(part.file) for part in parts):
+        return
+    again = AGAIN + " ".join(["--part FILE"] * _files_for(missing))
+    raise UnsupportedError(
+        f"is no whole checkpoint but {described(parts[0].file)}", file=parts[0].label,
+        items=[f"missing: {PIECES[piece]} ({piece}*)" for piece in missing],
+        next=take_instead(parts[0].label) if ROOT in missing else again,
+    )  # fmt: skip
+
+
+def _files_for(missing: Collection[str]) -> int:
+    """In how many files the pieces are usually kept: the audio VAE with its vocoder, the others each alone."""
+    return len({"audio" if piece in ("audio_vae.", "vocoder.") else piece for piece in missing})
+
+
+def assemble(parts: Sequence[Part]) -> Assembled:
+    """The checkpoint that ``parts`` are; of tensors that two hold alike the first file's count.
+
+    Raises FormatError for parts that contradict one another.
+    """
+    first = parts[0]
+    if len(parts) == 1 and spelled_root(first.file.tensors) in (None, ROOT):
+        return Assembled(first.file, dict.fromkeys(first.file.tensors, first.path))
+    tensors: dict[str, TensorInfo] = {}
+    places: dict[str, Path] = {}
+    doubled: list[str] = []
+    for part in parts:
+        names = official_names(part.file.tensors, spelled_root(part.file.tensors))
+        for official, name in names.items():
+            info, known = part.file.tensors[name], tensors.get(official)
+            if known is None:
+                tensors[official], places[official] = replace(info, name=official), part.path
+            elif (known.shape, known.dtype) == (info.shape, info.dtype):
+                doubled.append(official)
+            else:
+                expected, found = (f"{each.dtype} {list(each.shape)}" for each in (known, info))
+                raise FormatError(
+                    "differs from the same tensor in another part", file=part.label, tensor=name, expected=expected,
+                    found=found, next="leave one of the files out",
+                )  # fmt: skip
+    size = sum(part.file.size for part in parts)
+    return Assembled(TensorFile(first.path, size, tensors, _metadata(parts)), places, tuple(doubled))
+
+
+def _metadata(parts: Sequence[Part]) -> Mapping[str, str]:
+    """The metadata of the first part that states a config, with the sections that only others state."""
+    stating = [part for part in parts if "config" in part.file.metadata]
+    base = dict((stating or parts)[0].file.metadata)
+    for key in _SHARED_METADATA:
+        stated = {part.label: part.file.metadata[key] for part in parts if key in part.file.metadata}
+        if key == "model_version":
+            _refuse_several(stated)
+        if stated:
+            base.setdefault(key, next(iter(stated.values())))
+    sections: dict[str, Any] = {}
+    for part in stating:
+        config = parse_json(part.file.metadata["config"].encode("utf-8", "surrogatepass"), f"{part.label}: `config`")
+        for section, content in config.items() if isinstance(config, dict) else ():
+            if sections.setdefault(section, content) != content:
+                raise FormatError(
+                    f"states another `{section}` in its config than another part", file=part.label,
+                    next="take all parts from one checkpoint",
+                )  # fmt: skip
+    if stating and sections != parse_json(base["config"].encode("utf-8", "surrogatepass"), "config"):
+        base["config"] = json.dumps(sections)
+    return base
+
+
+def _refuse_several(versions: Mapping[str, str]) -> None:
+    """FormatError for parts of two generations. ``versions``: label -> model_version."""
+    told = {parse_version(version.strip('"'))[:2]: f"{label}: {version}" for label, version in versions.items()}
+    if len(told) > 1:
+        problem = "the parts are of different generations of the model"
+        raise FormatError(problem, items=list(told.values()), next="take all parts from one checkpoint")
