@@ -221,11 +221,8 @@ def resolve(
     """
     folder, single = open_source_folder(source, revision, access)
     if single is not None and flags.get(CHECKPOINT):
-        raise UsageError(
-            "the checkpoint is named twice", expected="SOURCE or --checkpoint", found="both",
-            next="give the folder as SOURCE, or leave --checkpoint out",
-        )  # fmt: skip
-
+        advice = "give the folder as SOURCE, or leave --checkpoint out"
+        raise UsageError("the checkpoint is named twice", expected="SOURCE or --checkpoint", found="both", next=advice)
     chosen: dict[str, InputFile | None] = {}
     named = [_part(typed, access, folder) for typed in parts]
 
@@ -241,9 +238,8 @@ def resolve(
     faults = InputFaults("several inputs were not found")
     for role in PATTERNS:
         chosen[role] = faults.gather(role, functools.partial(file, role))
-    checkpoint, others = chosen[CHECKPOINT], None
-    if checkpoint is not None:
-        others = faults.gather(CHECKPOINT, functools.partial(find_parts, checkpoint, named, access))
+    checkpoint = chosen[CHECKPOINT]
+    others = faults.gather(CHECKPOINT, lambda: find_parts(checkpoint, named, access)) if checkpoint else None
     encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
     missing = _missing(faults) if allow_missing else {}
     if faults.found:
