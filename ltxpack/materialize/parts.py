@@ -1,13 +1,14 @@
 """One checkpoint out of several files: shards of it, or the parts that other programs keep apart.
 
-Pure: it sees headers. The result is a header with the official names, as of a whole checkpoint, and where each of its
+Pure: it sees names and headers. The result is a header with the official names, as of a whole checkpoint, and where each of its
 tensors lies, so that an overlay is the same whatever the checkpoint came in.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ PIECES = {
     "vocoder.": "the vocoder",
 }
 _LONGEST_FIRST = sorted(PIECES, key=len, reverse=True)
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_MAX_SHARDS = 1000
 # What a file may say of the whole checkpoint that the first one leaves out.
 _SHARED_METADATA = ("model_version", "license", "licence")
 
@@ -154,3 +157,22 @@ def _refuse_several(versions: Mapping[str, str]) -> None:
     if len(told) > 1:
         problem = "the parts are of different generations of the model"
         raise FormatError(problem, items=list(told.values()), next="take all parts from one checkpoint")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One set of shards, in order: the names that are there, and those that are not."""
+
+    there: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def shards_of(name: str, names: Iterable[str]) -> Shards | None:
+    """The set of shards that ``name`` belongs to among ``names``; None for a file that is no shard."""
+    found = _SHARD.fullmatch(name)
+    count = int(found["count"]) if found else 0
+    if found is None or not 0 < int(found["number"]) <= count <= _MAX_SHARDS:
+        return None
+    wanted = [f"{found['stem']}-{number:05d}-of-{found['count']}.safetensors" for number in range(1, count + 1)]
+    there = set(names)
+    return Shards(tuple(each for each in wanted if each in there), tuple(each for each in wanted if each not in there))

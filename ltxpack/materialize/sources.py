@@ -38,8 +38,7 @@ from ltxpack.ltx23.releases import (
 from ltxpack.manifest import is_overlay
 from ltxpack.materialize.checkpoint import AGAIN, checkpoint_header, take_instead
 from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
-from ltxpack.materialize.parts import PIECES, Part, lacking, pieces_of, refuse_lacking
-from ltxpack.materialize.shards import shards_of
+from ltxpack.materialize.parts import PIECES, Part, lacking, pieces_of, refuse_lacking, shards_of
 from ltxpack.reporter import Reporter
 
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}

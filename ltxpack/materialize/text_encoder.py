@@ -20,7 +20,7 @@ from ltxpack.ltx23.forms import TOLD, read_linears
 from ltxpack.ltx23.releases import TEXT_ENCODER, TEXT_ENCODER_REPO
 from ltxpack.ltx23.text_encoder import PUBLISHED_ROOTS, language_model, published_name, text_config
 from ltxpack.materialize.checkpoint import AGAIN, FLOATS, STORED_DTYPE
-from ltxpack.materialize.shards import shards_of
+from ltxpack.materialize.parts import shards_of
 from ltxpack.materialize.sources import OTHER_WEIGHTS, WEIGHTS, Access, InputFile, InputFolder
 from ltxpack.repack.items import index_bytes
 
