@@ -1,7 +1,7 @@
 """One checkpoint out of several files: shards of it, or the parts that other programs keep apart.
 
-Pure: it sees names and headers. The result is a header with the official names, as of a whole checkpoint, and where each of its
-tensors lies, so that an overlay is the same whatever the checkpoint came in.
+Pure: it sees names and headers. The result is a header with the official names, as of a whole checkpoint, and where
+each of its tensors lies, so that an overlay is the same whatever the checkpoint came in.
 """
 
 from __future__ import annotations
