@@ -6,6 +6,7 @@ By real mounts where the machine allows them; the kinds that need none run every
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,13 +16,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from materialize import tiny_source
 from support import FORKS, Done, Mount, ltxpack, refused, tree
 
 from ltxpack.cli import main
-from ltxpack.manifest import MANIFEST_NAME
+from ltxpack.manifest import MANIFEST_NAME, read_manifest
 
 NOBODY = 65534
 
@@ -255,3 +257,47 @@ def test_an_output_that_cannot_be_made_is_told_before_anything_is(
     for command in (["run", "--prompt=boat", "-o", "a.mp4"], ["export", "-o", "a.safetensors"]):
         message = refused(ltxpack(command[0], demo / "overlay", *command[1:-1], tmp_path / command[-1]), 2)
         assert "is on a read-only filesystem" in message and "choose -o in another folder" in message
+
+
+def test_commands_go_on_without_locks(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOTSUP, "Operation not supported")))
+    source = demo / "source"
+    for command in (
+        ["materialize", source, out],
+        ["bake-lora", out, *BAKE],
+        ["verify", out],
+        ["verify", out, "--repair", "--source", source],
+        ["export", out, "-o", tmp_path / "whole.safetensors"],
+    ):
+        done = said(ltxpack(*command))
+        assert "this filesystem has no locks (Operation not supported); run one ltxpack at a time on it" in done
+    assert (tmp_path / "whole.safetensors").exists()
+
+
+def test_materialize_where_nothing_can_be_linked(
+    source: Path, tmp_path: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((os, "link"), (os, "symlink"), (fcntl, "ioctl")):
+        monkeypatch.setattr(module, name, mock.Mock(side_effect=OSError(errno.EOPNOTSUPP, "Operation not supported")))
+    said(ltxpack("materialize", source, tmp_path / "out"))
+    assert tree(tmp_path / "out") == whole
+    assert {record.link for record in read_manifest(tmp_path / "out").records()} == {None}
+
+
+def test_a_file_of_the_user_in_the_way_is_kept_on_the_disk_it_is_on(
+    source: Path, tmp_path: Path, mount: Mount, whole: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    mount(out)
+    said(ltxpack("materialize", source, out, "--copy"))
+    manifest = json.loads((out / MANIFEST_NAME).read_bytes())
+    lora = manifest["loras"].pop()["file"]["path"]
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
+    for content in (b"first", b"second"):
+        (out / lora).unlink()
+        (out / lora).write_bytes(content)
+        assert "in the way of a new file" in said(ltxpack("materialize", source, out, "--copy", "--force"))
+        (out / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert tree(out / ".kept") == {lora: b"first", f"{lora}~": b"second"}
+    assert not (tmp_path / "out.kept").exists()

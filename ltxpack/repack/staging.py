@@ -252,7 +252,6 @@ class Staging:
 
     def _refuse_existing(self) -> None:
         paths, target = self.paths, self.paths.target
-        paths.refuse_links()
         if not os.path.lexists(target) or (target.is_dir() and not _occupied(target)):
             return
         if paths.folder and paths.named() is None:
@@ -493,11 +492,12 @@ def _clear_the_way(paths: StagingPaths, name: str, ours: bool, reporter: Reporte
     aside = paths.overlay.parent / f"{paths.overlay.name}.kept" / inner
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
-        found.rename(_free_name(aside))
+        aside = found.rename(_free_name(aside))
     except OSError:  # another filesystem, or another user's
-        aside = paths.overlay / ".kept" / inner
+        _remove_empty(paths.overlay.parent / f"{paths.overlay.name}.kept")
+        aside = _free_name(paths.overlay / ".kept" / inner)
         aside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(found, _free_name(aside))
+        shutil.move(found, aside)
     reporter.warn(f"{inner}: not ltxpack's, but in the way of a new file; it is now {aside}")
 
 
