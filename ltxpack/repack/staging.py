@@ -397,9 +397,9 @@ def _work_name(folder: str) -> str:
 def folder_of(work: Path) -> str | None:
     """The folder of the bake that is staged in ``work``; None for another name."""
     place, at, name = work.name.removesuffix(PARTIAL).rpartition("@")
-    known = (place in BAKED and place != BAKES) if at else True
-    allowed = BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES
-    return f"{place or BAKES}/{name}" if known and allowed else None
+    place = place if at else BAKES
+    written = BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES and place in BAKED
+    return f"{place}/{name}" if written and _work_name(f"{place}/{name}") + PARTIAL == work.name else None
 
 
 def _occupied(folder: Path) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ltxpack.ltx23.lora_keys import parse_key
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.ltx23.text_keys import TextNames
 from ltxpack.manifest import read_manifest
+from ltxpack.repack.staging import folder_of, unfinished
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj"
 DOWN = "language_model.model.layers.1.mlp.down_proj"
@@ -176,6 +179,32 @@ def test_a_run_takes_it_and_says_so(overlay: Path, tmp_path: Path) -> None:
     assert not torch.equal(found["base"], found["style-1"])
     message = refused(ltxpack("run", overlay, "--prompt", "x", "--text-encoder", "none"), 2)
     assert "there is no text encoder" in message and "style-1" in message
+
+
+def test_one_that_was_stopped_goes_on(overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = lora(tmp_path / "style.safetensors", overlay)
+    words = ("bake-lora", overlay, "--lora", file, "--strength", "1", "--text")
+    with monkeypatch.context() as patch:
+        module = importlib.import_module("ltxpack.lora_bake.bake")
+        patch.setattr(module, "publish_bakes", mock.Mock(side_effect=KeyboardInterrupt))
+        assert ltxpack(*words).returncode == 130
+    (work,) = unfinished(overlay)
+    assert folder_of(work) == "text_encoders/style-1" and not (overlay / "text_encoders").exists()
+    assert "unfinished work" in ltxpack("verify", overlay).stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("ltxpack.lora_bake.stream.Engine.fuse_shard", lambda *_: pytest.fail("it was made again"))
+        done(*words)
+    check(overlay, "text_encoders/style-1", 1.0)
+    assert not unfinished(overlay) and not ltxpack("verify", overlay).returncode
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("x", "bakes/x"), ("text_encoders@x", "text_encoders/x"), ("bakes@x", None), ("@x", None), ("base", None),
+     ("other@x", None), ("text_encoders@..", None)],
+)  # fmt: skip
+def test_staging_folders_by_their_names(name: str, folder: str | None) -> None:
+    assert folder_of(Path(f"{name}.partial")) == folder
 
 
 def test_names_of_other_models_are_none_of_the_text_path() -> None:

@@ -41,6 +41,7 @@ REFERENCE = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/[^/]+/[^/]
 REVISION_FORBIDDEN = re.compile(r"[\s~^:?*\[\\]|\.\.|@\{|^-|\.lock$")
 # The path of a page: /ORG/NAME, and behind it what of the repository is shown.
 PAGE = re.compile(r"/(?P<repo>[^/]+/[^/]+)(?:/(?:blob|resolve|tree|raw)/(?P<revision>[^/]+)(?P<file>/.*)?)?/?")
+SCHEME = "hf://"
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
 # What the hub has besides models, and pages of its own.
 NO_MODELS = ("datasets", "spaces", "collections", "docs", "blog", "papers", "models", "settings")
@@ -96,7 +97,7 @@ def parse_reference(text: str) -> Reference:
     A revision is a branch, tag, commit or ``refs/pr/N``; a slash in a branch's name is written ``%2F``. Raises
     UsageError.
     """
-    text = _page(text) or text.removeprefix("hf://").removesuffix("/")
+    text = _page(text) or (text[len(SCHEME) :].removesuffix("/") if text.startswith(SCHEME) else text)
     match = REFERENCE.fullmatch(text)
     if match is None:
         raise UsageError(
@@ -123,7 +124,7 @@ def _page(text: str) -> str | None:
     if address.hostname not in (*HOSTS, endpoint) or page is None or page["repo"].split("/")[0] in NO_MODELS:
         raise UsageError(
             "is no page of a model on the hub", file=text, expected="https://huggingface.co/ORG/NAME/blob/main/FILE",
-            next="fetch the file with a browser, then give its path",
+            next=f"write {page['repo']}" if page and page["revision"] else "fetch the file and give its path",
         )  # fmt: skip
     revision = page["revision"] if page["revision"] not in (None, MAIN) else None
     file = unquote(page["file"] or "").strip("/")
