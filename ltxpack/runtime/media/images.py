@@ -183,7 +183,7 @@ def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
         else:
             if converted is not None:
                 return converted
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
