@@ -118,6 +118,10 @@ def _refuse_incomplete(folder: InputFolder, access: Access) -> None:
         found = ", ".join(_told(files[name], access) for name in weights[:3]) or None
         items = [f"{name} (tokenizer.model is not read)" if name == TOKENIZER else name for name in missing]
         raise SourceError(problem, file=folder.label, found=found, items=items, next=OTHER_ENCODER)
+    if files[TOKENIZER].size > MAX_TOKENIZER_BYTES:  # a run would refuse it, after the download
+        most, found = f"at most {MAX_TOKENIZER_BYTES} bytes", f"{files[TOKENIZER].size} bytes"
+        label, problem = files[TOKENIZER].label, "is too large for a tokenizer"
+        raise FormatError(problem, file=label, expected=most, found=found, next=OTHER_ENCODER)
     if files[TOKENIZER].repo is None:
         with open_source(files[TOKENIZER].path) as file:
             other = lookalike(file.read(HEAD_BYTES))
@@ -125,10 +129,6 @@ def _refuse_incomplete(folder: InputFolder, access: Access) -> None:
             found = other.what if other else "other bytes"
             told = other.instead if other else OTHER_ENCODER
             raise FormatError("is no JSON", file=files[TOKENIZER].label, expected="JSON", found=found, next=told)
-    if files[TOKENIZER].size > MAX_TOKENIZER_BYTES:  # a run would refuse it, after the download
-        most, found = f"at most {MAX_TOKENIZER_BYTES} bytes", f"{files[TOKENIZER].size} bytes"
-        label, problem = files[TOKENIZER].label, "is too large for a tokenizer"
-        raise FormatError(problem, file=label, expected=most, found=found, next=OTHER_ENCODER)
 
 
 def _told(file: InputFile, access: Access) -> str:
