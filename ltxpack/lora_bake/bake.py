@@ -52,7 +52,7 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     plans = _plans(options, manifest, bases, found, [lora.known_digest() for lora in found])
     if all(lora.here for lora in found):
         plans = _to_be_made(plans, manifest, options)
-    adapters = [lora.adapter.within(bases[BAKES].shapes) for lora in found]
+    adapters = [part for lora in found if (part := lora.adapter.within(bases[BAKES].shapes)).targets]
     arithmetic = _arithmetic(options, adapters)
     files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
@@ -213,7 +213,7 @@ def _plans(
         # The base alone has no LoRA and the strength 0.
         strengths = [*(value for _, value in options.added), strength] if found else []
         uses = tuple(
-            LoraUse.of(part, value, digest, options.rule)
+            LoraUse.of(part, base.strength(value), digest, options.rule)
             for (adapter, digest), value in zip(named, strengths, strict=True)
             if (part := adapter.within(base.shapes)).targets
         )

@@ -96,12 +96,8 @@ class BakeOptions:
     @property
     def base_alone(self) -> bool:
         """Whether the base quantised is all that is asked for, so that a LoRA may be there or not."""
-        return (
-            self.lora is None
-            and not self.added
-            and self.strengths in ((0.0,), (Strength(0.0),))
-            and BF16 not in self.formats
-        )
+        zero = tuple(map(Strength.of, self.strengths)) == (Strength(0.0),)
+        return self.lora is None and not self.added and zero and BF16 not in self.formats
 
     def command(self, **changes: object) -> str:
         """The command line that asks for this, with ``changes``, to be typed as it is."""
@@ -217,6 +213,11 @@ class Base:
     small: dict[str, bytes]
     shapes: dict[str, tuple[int, ...]]
     place: str = BAKES
+
+    def strength(self, asked: float | Strength) -> Strength:
+        """What of ``asked`` is meant here: the blocks that a strength names are the transformer's."""
+        found = Strength.of(asked)
+        return found if self.place == BAKES else Strength(found.value)
 
 
 def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:

@@ -119,11 +119,11 @@ def test_every_spelling_gives_the_same_weights(spell: Callable[[str], str], over
 
 def test_both_halves_of_a_lora_are_baked_and_repaired_and_planned(overlay: Path, tmp_path: Path) -> None:
     file = lora(tmp_path / "style.safetensors", overlay, transformer=True)
-    words = ("bake-lora", overlay, "--strength", "0", "--strength", "0.5", "--add", f"{file}=0.8", "--text")
+    words = ("bake-lora", overlay, "--strength", "0", "--strength", "0.5", "--add", f"{file}=0.8@0:0.25", "--text")
     plan = json.loads(done(*words, "--plan", "--json").stdout)
     done(*words)
     manifest = read_manifest(overlay)
-    assert {"distilled-0+style-0.8", "distilled-0.5+style-0.8"} <= set(manifest.bakes)
+    assert {"distilled-0+style-0.8_0at0.25", "distilled-0.5+style-0.8_0at0.25"} <= set(manifest.bakes)
     assert list(manifest.text_encoders) == ["style-0.8"]
     check(overlay, "text_encoders/style-0.8", 0.8)
     written = {path for path in tree(overlay) if path.startswith("text_encoders/")}
@@ -168,7 +168,6 @@ def test_without_text_they_are_refused_and_may_be_left_out(overlay: Path, tmp_pa
 def test_a_run_takes_it_and_says_so(overlay: Path, tmp_path: Path) -> None:
     file = lora(tmp_path / "style.safetensors", overlay)
     done("bake-lora", overlay, "--lora", file, "--strength", "1", "--strength", "0", "--text")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a boat", "output": "a.mp4"}\n')
     found = {}
     for name in ("base", "style-0", "style-1"):
         tensors = tmp_path / f"{name}.safetensors"
