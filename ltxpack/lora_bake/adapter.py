@@ -26,7 +26,16 @@ from ltxpack.ltx23.lora_facts import (
     read_configuration,
     read_facts,
 )
-from ltxpack.ltx23.lora_keys import METHODS, SCALE, LoraKey, Method, ModuleNames, belongs_elsewhere, parse_key
+from ltxpack.ltx23.lora_keys import (
+    METHODS,
+    SCALE,
+    LoraKey,
+    Method,
+    ModuleNames,
+    belongs_elsewhere,
+    parse_key,
+    unread_method,
+)
 from ltxpack.ltx23.text_keys import names_of
 from ltxpack.manifest import BakedLora
 from ltxpack.materialize.checkpoint import read_lora
@@ -206,7 +215,8 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
             rest = next((rest for rest in fit.rests if module.startswith(rest)), None)
             fit.fault(kind, f"{module} has `{rest}` before our name" if rest else module)
     for name in (name for name, key in parsed.items() if key is None):
-        fit.fault("unknown key", name)
+        method = unread_method(name)
+        fit.fault("unknown key", f"{name} is of {method}, which is not read" if method else name)
     targets = fit.targets()
     judged = facts.judge((key for key in keys if key.module not in set(unmatched)), file.tensors)
     for kind, items in judged.faults.items():
@@ -233,7 +243,8 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
 
 def refuse_model(file: TensorFile) -> None:
     """Refuse (AdapterError) the weights of a model, a LoRA merged into them perhaps, in the place of a LoRA."""
-    model = None if read_lora(file).is_lora else described(file)
+    header = read_lora(file)
+    model = None if header.is_lora or header.unpaired else described(file)
     if model:
         raise AdapterError(
             f"is no LoRA but {model}",

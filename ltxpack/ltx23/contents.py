@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ltxpack.files.tensorfile import TensorFile, TensorInfo
 from ltxpack.ltx23.forms import ALL, PARTS_TOLD, TOLD, official, read_linears, root_and_parts
+from ltxpack.ltx23.lora_keys import unread_method
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, TRANSFORMER, component_of
 from ltxpack.ltx23.text_encoder import root_of
 
@@ -64,6 +65,9 @@ def described(file: TensorFile) -> str | None:
         return "an activations file"
     if sum(bool(_ADAPTER.search(name)) for name in file.tensors) > len(file.tensors) / 2:
         return "a LoRA"
+    unread = [method for name in file.tensors if (method := unread_method(name))]
+    if len(unread) > len(file.tensors) / 2:
+        return f"an adapter of {unread[0]}, which is not read"
     what = _model(file) if file.tensors else "a file without tensors"
     return f"{what}, in {TOLD[read_linears(file).form]}" if what and file.tensors else what
 

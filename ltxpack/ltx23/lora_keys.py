@@ -124,6 +124,11 @@ _ROLES = tuple((role, style, re.compile(ending)) for role, style, ending in _END
 # Which a factor of an unknown kind, or a bias of a factor, must not be taken for.
 _IN_BLOCK = re.compile(r"\.\d+\.")
 _NO_MODULE = re.compile(r"[._](?:lora|lokr|hada|oft|boft|ia3|vera)_\w*\Z|\.(?:original_module|[ab][12]|bm[12])\Z")
+# Methods that are known by their names alone.
+_UNREAD = {
+    "GLoRA": r"\.(?:[ab][12]|bm[12])\.weight", "IA3": r"\.(?:on_input|ia3_l)", "Tucker LoCon": r"\.lora_mid\.weight",
+    "OFT of PEFT before 0.16": r"\.oft_r", "VeRA": r"\.vera_lambda_[bd]", "HRA": r"\.hra_u",
+}  # fmt: skip
 _SCALED = re.compile(r"(?:\.weight)?[._](?:scale_weight|weight_scale)\Z")
 
 
@@ -182,6 +187,11 @@ def _parse(key: str) -> LoraKey | None:
 def _unwrapped(path: str, wrappers: re.Pattern[str], dot: str) -> str:
     inner = wrappers.sub("", path)
     return path if inner in ("", path) else inner.removeprefix(dot)
+
+
+def unread_method(key: str) -> str | None:
+    """The method of an adapter whose tensors are not read, where ``key`` is the name of one; else None."""
+    return next((name for name, ending in _UNREAD.items() if re.search(rf"{ending}\Z", key)), None)
 
 
 def belongs_elsewhere(module: str) -> bool:

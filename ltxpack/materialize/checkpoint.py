@@ -230,7 +230,7 @@ def read_lora(file: TensorFile) -> LoraHeader:
         unpaired=unpaired,
         methods=methods,
         roles=Counter(key.role for key in known),
-        others=[name for name, key in parsed.items() if key is None or not (targets or methods["diff"])],
+        others=[name for name, key in parsed.items() if key is None or not (targets or unpaired or methods["diff"])],
     )
 
 

@@ -95,7 +95,7 @@ def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[
         **_amounts(tensors.tensors.values()),
     }
     lora = read_lora(tensors)
-    if lora.is_lora:
+    if lora.is_lora or lora.unpaired:
         takes = {"ltxpack bake-lora": "yes: if its targets fit, which --plan says"}
         return {"kind": "lora", **common, **_lora(lora, file, tensors, read), "takes": takes}
     if tensors.metadata.get("format", "").startswith(ACTIVATIONS):

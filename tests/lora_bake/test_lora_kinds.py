@@ -21,12 +21,14 @@ from lora_support import Factors, low_rank, make_overlay, official, random_weigh
 from support import load
 
 from ltxpack.errors import AdapterError
+from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake import BakeOptions, bake
 from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.fuse import fuse_rows
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.lora_bake.stream import FactorReader
 from ltxpack.ltx23.lora_keys import METHODS
+from ltxpack.materialize.inspect import inspect_path
 from ltxpack.reporter import SilentReporter
 
 BASE = random_weights(dtype=torch.float32)
@@ -281,6 +283,10 @@ def test_any_mixture_is_what_the_oracle_makes_of_it(
     assert all(agrees(found[name], expected[name], 2e-6) for name in expected)
 
 
+# Its methods that it has once.
+MIXED = ("diff", "loha", "lokr", "lora", "peft-boft", "peft-oft", "weight")
+
+
 def mixture(path: Path) -> Path:
     """Every method in one file, the two ways of PEFT to rotate among them."""
     tensors, _, _ = low()
@@ -315,8 +321,7 @@ def test_bakes_of_every_method_are_the_sums_rounded_once(tmp_path: Path) -> None
             assert (found - expected).norm() <= (1e-6 if scale is None else 0.04) * expected.norm(), name
         untouched = BASE.keys() - sums.keys() - {name.removesuffix("_scale") for name in made if "_scale" in name}
         assert all(torch.equal(made[name], BASE[name]) for name in untouched)
-        methods = dict.fromkeys(("diff", "loha", "lokr", "lora", "peft-boft", "peft-oft", "weight"), 1)
-        assert report.document["loras"][0]["methods"] == {**methods, "oft": 2}
+        assert report.document["loras"][0]["methods"] == {**dict.fromkeys(MIXED, 1), "oft": 2}
     with pytest.raises(AdapterError, match="the official rule has no ") as caught:
         bake(replace(options, rule="official", formats=("bf16",), keep_blocks=None), SilentReporter())
     assert caught.value.next is not None and "--rule" not in caught.value.next
@@ -534,6 +539,41 @@ def test_a_prefix_is_told_and_names_of_connectors_are_not_ours(tmp_path: Path) -
     text = spelled("connectors.video_connector.{}".format)
     with pytest.raises(AdapterError, match="changes only the text path"):
         open_adapter(save(tmp_path / "y.safetensors", text), shapes())
+
+
+def test_methods_that_are_not_read_are_named_and_halves_are_an_adapter_still(tmp_path: Path) -> None:
+    names = {f"diffusion_model.{official(QUERY)}.{part}.weight": torch.zeros(4, 4) for part in ("a1", "a2", "b1", "b2")}
+    with pytest.raises(AdapterError, match="an adapter of GLoRA, which is not read"):
+        open_adapter(save(tmp_path / "x.safetensors", names), shapes())
+    with pytest.raises(AdapterError, match="1 unknown key") as caught:
+        open_adapter(save(tmp_path / "y.safetensors", low()[0] | dict([*names.items()][:1])), shapes())
+    assert "is of GLoRA, which is not read" in str(caught.value.items)
+    half = save(tmp_path / "z.safetensors", {f"diffusion_model.{official(QUERY)}.lokr_w1": torch.zeros(4, 4)})
+    told = inspect_path(half)
+    assert (told["kind"], told["unpaired"], told["others"]) == ("lora", [*read_tensorfile(half).tensors], [])
+
+
+def test_no_adapter_that_is_baked_is_called_something_else(tmp_path: Path) -> None:
+    for case, (kind, options) in LYCORIS.items():
+        tensors = {
+            f"lycoris_{flat('', QUERY)}.{name}": value for name, value in lycoris(kind, QUERY, **options)[0].items()
+        }
+        path = save(tmp_path / "x.safetensors", tensors)
+        told = inspect_path(path)
+        assert told["kind"] == "lora" and told["targets"] == sum(told["methods"].values()) == 1, case
+        assert open_adapter(path, shapes()).targets.keys() == {f"{QUERY}.weight"}
+    told = inspect_path(mixture(tmp_path / "x.safetensors"))
+    assert told["methods"] == {
+        "diff": 1,
+        "loha": 1,
+        "lokr": 1,
+        "lora": 1,
+        "oft": 2,
+        "peft-boft": 1,
+        "peft-oft": 1,
+        "weight": 1,
+    }
+    assert (told["targets"], told["deltas"], told["ranks"], told["unpaired"]) == (7, 1, {"2": 2, "4": 1}, [])
 
 
 def test_every_method_has_a_formula() -> None:
