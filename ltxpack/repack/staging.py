@@ -409,12 +409,14 @@ def _occupied(folder: Path) -> bool:
 
 def _is_half_filled(paths: StagingPaths) -> bool:
     """Whether a publishing that fills the folder of a whole overlay was cut short there."""
-    journal = Journal.read(paths.journal)
-    if journal.replaced is None or not os.path.lexists(paths.payload / MANIFEST_NAME):
+    journal, staged, there = Journal.read(paths.journal), paths.payload / MANIFEST_NAME, paths.target / MANIFEST_NAME
+    if journal.replaced is None or not staged.is_file():
         return False
-    if paths.base is not None or (journal.replaced and not is_overlay(paths.target)):
+    if paths.base is not None:
         return True
     # A folder that was not there when the work began may be anything by now.
+    if journal.replaced or is_overlay(paths.target):
+        return not there.is_file() or there.read_bytes() == staged.read_bytes()
     names = (path.relative_to(paths.target).as_posix() for path in _files_below(paths.target))
     return all(name in journal.records for name in names if not is_foreign(name))
 
