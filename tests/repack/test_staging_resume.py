@@ -145,11 +145,11 @@ def test_what_is_complete_is_not_written_again(
     shards = [item for item in items if isinstance(item, WriteShard)]
     written: list[str] = []
 
-    def noted(item: WriteShard, *rest: object) -> FileRecord:
+    def noted(item: WriteShard, *rest: object, **more: object) -> FileRecord:
         if item is shards[-1]:
             raise KeyboardInterrupt
         written.append(item.path)
-        return write_shard(item, *rest)  # type: ignore[arg-type]
+        return write_shard(item, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(execute_module, "write_shard", noted)
     with (
