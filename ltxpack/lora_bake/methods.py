@@ -26,7 +26,7 @@ Tensors = Mapping[str, "Tensor"]
 class Formula:
     """One method's part of the table.
 
-    ``shapes``: (shapes of the method's tensors by role, shape [out, in] of the weight) -> the shapes they must have.
+    ``shapes``: (shapes of the module's tensors by role, shape [out, in] of the weight) -> the shapes they must have.
     Raises ValueError saying why the weight cannot have such tensors. ``operands``: (tensors by role, the target) ->
     fields of a :class:`.fuse.Term`. ``rows``: the roles with a row for each row of the weight, which are cut where the
     weight is a part of a fused projection; None if a part cannot be had so.

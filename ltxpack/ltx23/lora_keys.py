@@ -84,7 +84,7 @@ def _either(whole: str, *more: str) -> tuple[tuple[str, ...], ...]:
 
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-# Every way there is; how the tensors become a change of the weight is in lora_bake/kinds.py.
+# Every way there is; how the tensors become a change of the weight is in lora_bake/methods.py.
 METHODS = (
     Method("lora", ((("down", "up"),),), ("up_b",), rank=("down",)),
     Method("loha", ((_HADA, (*_HADA, "hada_t1", "hada_t2")),), rank=("hada_w1_b",)),
@@ -112,7 +112,7 @@ _ENDINGS = (
     ("up", "lora_down", _KOHYA.format("up")),
     ("alpha", "alpha", r"\.alpha\Z"),
     ("magnitude", "dora", r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)\Z"),
-    *((role, method.name, _factor(role)) for method in METHODS[1:-2] for role in sorted(method.roles)),
+    *((role, method.name, _factor(role)) for method in METHODS[1:-2] for role in sorted(method.roles)),  # LoHa to BOFT
     ("diff", "diff", r"\.(?:diff|w_norm)\Z"),
     ("diff_b", "diff", r"\.(?:diff_b|b_norm)\Z"),
     # A module saved whole (PEFT's modules_to_save).
@@ -121,8 +121,8 @@ _ENDINGS = (
     ("bias", "weight", r"(?:\.modules_to_save(?:\.[^.]+)?)?\.bias\Z"),
 )
 _ROLES = tuple((role, style, re.compile(ending)) for role, style, ending in _ENDINGS)
-# Which a factor of an unknown kind, or a bias of a factor, must not be taken for.
 _IN_BLOCK = re.compile(r"\.\d+\.")
+# What stands before "weight" or "bias" and is no module that was saved whole.
 _NO_MODULE = re.compile(r"[._](?:lora|lokr|hada|oft|boft|ia3|vera)_\w*\Z|\.(?:original_module|[ab][12]|bm[12])\Z")
 # Methods that are known by their names alone.
 _UNREAD = {
