@@ -33,7 +33,8 @@ def refuse_links(*folders: Path) -> None:
     """Raise OverlayError if one of ``folders`` is a link: it would lead writes and removals out of the overlay."""
     for folder in folders:
         if folder.is_symlink():
-            raise OverlayError("is a link where only a folder may be", file=folder, next=f"rm {quoted(folder)}")
+            remedy = f"rm {quoted(folder)} (for a folder on another disk, mount that there)"
+            raise OverlayError("is a link where only a folder may be", file=folder, next=remedy)
 
 
 class OverlayLock:
