@@ -75,7 +75,7 @@ def test_a_new_setting_is_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert More.of({"grain": 5}) == More(grain=5)
     assert [one.name for one in planned_by(More)][-1] == "grain"
     assert list(words(More(grain=5, fps=12.5), More())) == ["--fps 12.5", "--grain 5"]
-    overlay: Any = SimpleNamespace(manifest=SimpleNamespace(image_crf=33))
+    overlay: Any = SimpleNamespace(manifest=SimpleNamespace(image_crf=33), text="")
     described = record.described(Request("x", More(grain=5)), overlay, ("base", "base"), "float32")
     assert described["grain"] == 5
 
