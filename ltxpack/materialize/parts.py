@@ -111,6 +111,9 @@ def assemble(parts: Sequence[Part]) -> Assembled:
     doubled: list[str] = []
     for part in parts:
         names = official_names(part.file.tensors, spelled_root(part.file.tensors))
+        if lost := sorted(part.file.tensors.keys() - names.values()):
+            problem = "holds tensors twice, with the official root and without"
+            raise FormatError(problem, file=part.label, items=lost, next="leave that file out")
         for official, name in names.items():
             info, known = part.file.tensors[name], tensors.get(official)
             if known is None:

@@ -35,6 +35,7 @@ from ltxpack.ltx23.releases import (
     Recognised,
     recognise,
 )
+from ltxpack.ltx23.text_encoder import TEXT_ONLY_TYPE, root_of
 from ltxpack.manifest import is_overlay
 from ltxpack.materialize.checkpoint import AGAIN, checkpoint_header, take_instead
 from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
@@ -291,18 +292,22 @@ def find_parts(checkpoint: InputFile, named: Sequence[InputFile], access: Access
     A transformer alone finds its other parts in its folder, and where ComfyUI keeps them. Raises SourceError for
     missing shards, AmbiguousError where several files hold one part.
     """
-    beside = _beside(checkpoint, access)
-    own = {file.name: file for name, file in beside.files.items() if "/" not in name}
-    shards = shards_of(checkpoint.name, own)
-    if shards and shards.missing:
-        raise SourceError("lacks shards of the checkpoint", file=beside.label, items=shards.missing)
-    found = [own[name] for name in shards.there if name != checkpoint.name] if shards else []
+    found: list[InputFile] = []
+    if shards_of(checkpoint.name, ()):
+        beside = _beside(checkpoint, access)
+        own = {file.name: file for name, file in beside.files.items() if "/" not in name}
+        shards = shards_of(checkpoint.name, own)
+        assert shards is not None
+        if shards.missing:
+            raise SourceError("lacks shards of the checkpoint", file=beside.label, items=shards.missing)
+        found = [own[name] for name in shards.there if name != checkpoint.name]
     found += [file for file in named if file.path not in {checkpoint.path, *(other.path for other in found)}]
     wanted: list[str] = []
     with contextlib.suppress(LtxpackError):  # told when all inputs are read
         wanted = lacking([part_of(file, access) for file in (checkpoint, *found)])
     if wanted and ROOT not in wanted:
-        found += _parts_beside(wanted, beside, {file.path for file in (checkpoint, *found)}, access)
+        taken = {file.path for file in (checkpoint, *found)}
+        found += _parts_beside(wanted, _beside(checkpoint, access), taken, access)
     return found
 
 
@@ -319,6 +324,7 @@ def _parts_beside(
                     held[piece].append(file)
     for piece, files in held.items():
         if len(files) > 1:
+            files.sort(key=lambda file: _form_of(file, access) != PLAIN["BF16"])
             raise AmbiguousError(
                 f"holds several files with {PIECES[piece]}", file=beside.label,
                 items=[file.member for file in files], next=f"{AGAIN}--part {quoted(files[0].member)}",
@@ -582,7 +588,7 @@ def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
     """The one subfolder whose config says gemma3."""
     inners = [name.removesuffix("/config.json") for name in sorted(folder.files) if name.endswith("/config.json")]
     kinds = {inner: _model_type(folder.files[f"{inner}/config.json"], access) for inner in inners}
-    candidates = [inner for inner, kind in kinds.items() if kind == TEXT_ENCODER_TYPE]
+    candidates = [inner for inner, kind in kinds.items() if kind in (TEXT_ENCODER_TYPE, TEXT_ONLY_TYPE)]
     if len(candidates) == 1:
         found = folder.find(candidates[0])
         assert isinstance(found, InputFolder)
@@ -595,8 +601,27 @@ def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
     raise SourceError(
         "holds no text encoder", file=folder.label,
         expected=f'one subfolder whose config.json says "model_type": "{TEXT_ENCODER_TYPE}"',
-        items=[f"{inner} (model_type {kind})" for inner, kind in kinds.items()], next=again + TEXT_ENCODER_REPO,
+        items=[f"{inner} (model_type {kind})" for inner, kind in kinds.items()] + _gemma_alone(folder, access),
+        next=again + TEXT_ENCODER_REPO,
     )  # fmt: skip
+
+
+def _gemma_alone(folder: InputFolder, access: Access) -> list[str]:
+    """Files of a text encoder's weights in ``folder``, each with what else it needs."""
+    alone = [
+        name
+        for name, file in folder.files.items()
+        if "/" not in name and name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)) and _is_language_model(file, access)
+    ]
+    return [
+        f"{name}: weights alone; config.json, tokenizer.json and tokenizer_config.json belong to them" for name in alone
+    ]
+
+
+def _is_language_model(file: InputFile, access: Access) -> bool:
+    with contextlib.suppress(LtxpackError):
+        return root_of(access.header(file).tensors) is not None
+    return "gemma" in file.name.lower()
 
 
 def _model_type(config: InputFile, access: Access) -> str | None:

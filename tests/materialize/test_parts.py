@@ -264,6 +264,15 @@ def test_a_part_alone_is_told_by_inspect_with_what_to_do(source: Path, tmp_path:
         assert words in problem, name
 
 
+def test_a_tensor_under_two_names_of_one_file_is_refused(source: Path, out: Path) -> None:
+    tensors, metadata = read(source / CHECKPOINT)
+    name = f"{ROOT}proj_out.bias"
+    bare = {key.removeprefix(ROOT): entry for key, entry in tensors.items()}
+    made.write(source / CHECKPOINT, bare | {name: tensors[name]}, metadata)
+    with pytest.raises(LtxpackError, match=r"twice|unknown"):
+        materialize(Options(str(source), out), Notes())
+
+
 def test_a_folder_as_a_part_is_refused(source: Path, out: Path) -> None:
     with pytest.raises(LtxpackError, match="is a folder"):
         materialize(Options(str(source), out, part=(str(source),)), Notes())

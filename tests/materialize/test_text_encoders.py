@@ -232,5 +232,24 @@ def test_weights_alone_are_told_what_else_they_need(name: str, typed: str, demo:
     assert all(f"- {needed}" in message for needed in ("config.json", "tokenizer.json", "tokenizer_config.json"))
 
 
+@pytest.mark.parametrize("name", WEIGHTS_ALONE)
+def test_weights_alone_beside_the_checkpoint_are_told_too(name: str, source: Path, out: Path) -> None:
+    shutil.rmtree(source / "gemma")
+    (source / name).write_bytes(b"GGUF" + bytes(60))
+    if name.endswith(".safetensors"):
+        save_file({f"{ROOT}embed_tokens.weight": torch.zeros(2, 2)}, source / name)
+    message = refused(ltxpack("materialize", source, out), 1)
+    assert "holds no text encoder" in message and f"{name}: weights alone; config.json, tokenizer.json" in message
+
+
+def test_the_language_model_alone_is_found_in_a_folder(source: Path, out: Path) -> None:
+    path = source / "gemma" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config["text_config"] | {"model_type": "gemma3_text"}))
+    assert ltxpack("materialize", source, out).returncode == 0
+    made_anew = json.loads((out / "text_encoder/config.json").read_text())
+    assert made_anew["model_type"] == "gemma3" and made_anew["text_config"]["hidden_size"] == 24
+
+
 def test_sizes_that_a_config_leaves_out_are_those_of_transformers() -> None:
     assert {name: getattr(Gemma3TextConfig(), name) for name in SIZES} == SIZES
