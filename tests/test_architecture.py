@@ -40,7 +40,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 27_500,
     "files of the package": 160,
-    "lines of the tests": 28_500,
+    "lines of the tests": 29_000,
 }
 
 

@@ -65,13 +65,6 @@ def same(config: dict[str, object]) -> dict[str, object]:
     return config
 
 
-def without_defaults(config: dict[str, object]) -> dict[str, object]:
-    """A config that leaves out what transformers takes by default, as the published one does."""
-    own = config["text_config"]
-    assert isinstance(own, dict)
-    return {**config, "text_config": {name: value for name, value in own.items() if name != "initializer_range"}}
-
-
 def gemma(demo: Path, folder: Path, change: Callable[[Weights], Weights], config: Callable[..., object] = same) -> Path:
     """The demo's text encoder with other weights and another config."""
     shutil.copytree(demo / "source" / "gemma", folder)
@@ -99,7 +92,7 @@ TAKEN: dict[str, tuple[Callable[[Weights], Weights], Callable[..., object], bool
     "names of newer transformers": (NEWER, same, False),
     "with its tied head": (with_head, same, False),
     "newer names and a head": (lambda weights: NEWER(weights) | {HEAD: with_head(weights)[HEAD]}, same, False),
-    "no vision tower": (renamed(text=ROOT), without_defaults, False),
+    "no vision tower": (renamed(text=ROOT), same, False),
     "vision tower in F32": (stored(torch.float32, "post_layernorm.bias"), same, False),
     "the language model alone": (renamed(text="model."), alone, True),
     "alone, without a head": (renamed(text=""), alone, True),
