@@ -15,6 +15,9 @@ from ltxpack.strength import Strength
 
 STRENGTH, ADD, LORA = "--strength", "--add", "--lora"
 
+# A corrected word may need another correction: a:1:1.
+MOST_ROUNDS = 9
+
 Word = tuple[str | None, str | None]
 """A flag with its value, a flag alone, or an argument: (None, value)."""
 
@@ -122,7 +125,17 @@ def _taken_apart(words: Sequence[str], valued: set[str]) -> Iterator[Word]:
 
 
 def _meant(words: Sequence[Word]) -> list[Word]:
-    """The words as they are written here.
+    """The words as they are written here, so that none of them would be corrected again."""
+    found = list(words)
+    for _ in range(MOST_ROUNDS):
+        before, found = found, _corrected(found)
+        if found == before:
+            break
+    return found
+
+
+def _corrected(words: Sequence[Word]) -> list[Word]:
+    """One round of corrections.
 
     A number that stands alone is the strength of the --add before it if that has none, else it lacks its --strength.
     """
@@ -164,7 +177,7 @@ def _file_and_strength(text: str) -> tuple[str, str | None]:
         return by_block["file"], by_block["strength"]
     found = _BEHIND.fullmatch(text)
     numbers = _numbers(found["strength"]) if found else []
-    return (found["file"], numbers[0]) if found and len(numbers) == 1 else (text, None)
+    return (found["file"].strip(), numbers[0]) if found and len(numbers) == 1 else (text.strip(), None)
 
 
 def _numbers(text: str) -> list[str]:

@@ -22,6 +22,7 @@ from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
 from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
 from ltxpack.ltx23.lora_facts import configuration_beside, judged_keys, read_configuration, read_facts
+from ltxpack.ltx23.lora_keys import belongs_elsewhere, parse_key
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.ltx23.text_encoder import root_of
@@ -96,7 +97,9 @@ def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[
     }
     lora = read_lora(tensors)
     if lora.is_lora or lora.unpaired:
-        takes = {"ltxpack bake-lora": "yes: if its targets fit, which --plan says"}
+        text = any(key is not None and belongs_elsewhere(key.module) for key in map(parse_key, tensors.tensors))
+        also = "; --text bakes those of the text path" if text else ""
+        takes = {"ltxpack bake-lora": f"yes: if its targets fit, which --plan says{also}"}
         return {"kind": "lora", **common, **_lora(lora, file, tensors, read), "takes": takes}
     if tensors.metadata.get("format", "").startswith(ACTIVATIONS):
         takes = {"ltxpack bake-lora": "yes: by --activations", "ltxpack export": "yes: by --activations"}

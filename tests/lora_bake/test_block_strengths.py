@@ -251,3 +251,12 @@ def test_a_bake_without_them_is_recorded_as_before(overlay: Path) -> None:
     assert b'"blocks"' not in manifest.dump() and [*manifest.bakes] == ["distilled-0.5"]
     plain = dataclasses.replace(manifest.bakes["distilled-0.5"].loras[0], blocks=())
     assert plain == manifest.bakes["distilled-0.5"].loras[0] and plain.scale == 0.5
+
+
+@given(st.text("0123456789.,:@-+e nai", max_size=24))
+def test_any_text_is_a_strength_or_refused(text: str) -> None:
+    try:
+        strength = Strength.parse(text)
+    except UsageError:
+        return
+    assert Strength.parse(str(strength)) == strength and BAKE_NAME.fullmatch(strength.in_name)

@@ -7,8 +7,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from lora_support import linears, low_rank, make_overlay, official_keys, save
 from support import ltxpack, refused
+
+from ltxpack.cli.lora_words import _meant, _taken_apart
 
 STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
 
@@ -95,3 +99,21 @@ def test_what_is_there_as_typed_is_no_number_and_no_strength(place: Path) -> Non
                                      "--strength 1,2,3,", "--strength 0.5 --add =0.5"])  # fmt: skip
 def test_what_is_no_number_at_all_is_refused(written: str, place: Path) -> None:
     refused(ltxpack("bake-lora", "out", *shlex.split(written), cwd=place), 2)
+
+
+WORDS = st.lists(
+    st.one_of(
+        st.sampled_from(["--strength", "--add", "--lora", "--strength=0,5", "--add=a:1", "--plan", "out", "--", "-o"]),
+        st.text("0123456789.,:=@%- eab", max_size=8),
+    ),
+    max_size=8,
+)
+
+
+@given(WORDS)
+def test_what_is_told_is_not_told_again(words: list[str]) -> None:
+    """Whatever is typed: the corrected words need no correction, and are words."""
+    valued = {"--strength", "--add", "--lora", "-o"}
+    meant = _meant(list(_taken_apart(words, valued)))
+    typed = [part for word in meant for part in word if part is not None]
+    assert _meant(list(_taken_apart(typed, valued))) == meant

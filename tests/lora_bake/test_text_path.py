@@ -213,3 +213,11 @@ def test_names_of_other_models_are_none_of_the_text_path() -> None:
     for module in (*others, "text_encoder.vision_tower.x"):
         parsed = parse_key(f"{module}.lora_A.weight")
         assert parsed is not None and names.find(parsed) is None
+
+
+def test_inspect_says_what_bakes_it(overlay: Path, tmp_path: Path) -> None:
+    file = lora(tmp_path / "style.safetensors", overlay)
+    assert (
+        "--text bakes those of the text path"
+        in json.loads(done("inspect", file, "--json").stdout)["takes"]["ltxpack bake-lora"]
+    )
