@@ -408,15 +408,13 @@ def _occupied(folder: Path) -> bool:
 
 
 def _is_half_filled(paths: StagingPaths) -> bool:
-    """Whether a publishing that fills the folder of a whole overlay was cut short there."""
-    journal, staged, there = Journal.read(paths.journal), paths.payload / MANIFEST_NAME, paths.target / MANIFEST_NAME
-    if journal.replaced is None or not staged.is_file():
+    """Whether a publishing that fills the folder of a whole overlay was cut short there, between two manifests."""
+    journal = Journal.read(paths.journal)
+    if journal.replaced is None or not (paths.payload / MANIFEST_NAME).is_file() or is_overlay(paths.target):
         return False
-    if paths.base is not None:
+    if paths.base is not None or journal.replaced:
         return True
     # A folder that was not there when the work began may be anything by now.
-    if journal.replaced or is_overlay(paths.target):
-        return not there.is_file() or there.read_bytes() == staged.read_bytes()
     names = (path.relative_to(paths.target).as_posix() for path in _files_below(paths.target))
     return all(name in journal.records for name in names if not is_foreign(name))
 
@@ -434,14 +432,20 @@ def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
     """Make one begun publishing whole again."""
     paths.refuse_links()
     with write_errors(paths.target):
-        if not paths.folder and os.path.lexists(paths.payload / MANIFEST_NAME):
-            if paths.target.is_dir() and _is_half_filled(paths):
-                _place(paths, journal, reporter)
-                _clean(paths)
-        elif paths.folder and paths.named() is None:
+        if paths.folder and paths.named() is None:
             _take_back(paths, journal)
-        elif not paths.payload.is_dir() or not any(_files_below(paths.payload)):
+        elif paths.target.is_dir() and not paths.folder and _is_half_filled(paths):
+            _place(paths, journal, reporter)
             _clean(paths)
+        elif _is_published(paths):
+            _clean(paths)
+
+
+def _is_published(paths: StagingPaths) -> bool:
+    """Whether nothing is left to move; the manifest may be there twice, where it was moved as a copy."""
+    left = list(_files_below(paths.payload))
+    staged, there = paths.payload / MANIFEST_NAME, paths.target / MANIFEST_NAME
+    return not left or (left == [staged] and there.is_file() and there.read_bytes() == staged.read_bytes())
 
 
 def _place(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
