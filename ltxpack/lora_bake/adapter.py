@@ -237,7 +237,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
         foreign=facts.foreign,
         dora_by=facts.dora_by,
         notes=tuple(judged.notes),
-        warnings=(*_warnings(unmatched), *judged.warnings, *_told(fit.rests, targets)),
+        warnings=(*_warnings(unmatched), *judged.warnings, *_told(fit.rests, targets, facts)),
     )
 
 
@@ -525,7 +525,7 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
     )
 
 
-def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget]) -> Iterator[str]:
+def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget], facts: LoraFacts) -> Iterator[str]:
     """What of its names and methods a user should know."""
     for rest in rests:
         yield f"its names have `{rest}` before ours, which is taken off"
@@ -535,6 +535,9 @@ def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget]) -> Iterator[s
         yield f"alpha is 0 in {len(still)} of {len(targets)} targets: {whole}"
     if turned := [name for name, factor in scaled.items() if factor < 0]:
         yield f"alpha is negative in {len(turned)} of {len(targets)} targets: they act in reverse"
+    stated = any(one.fact == "use_cayley_neumann" for one in facts.statements)
+    if not stated and any("peft-oft" in target.methods for target in targets.values()):
+        yield "nothing says how its oft_R becomes rotations: taken as PEFT does by default (a series of 5 terms)"
     replaced = [name for name, target in targets.items() if "weight" in target.methods]
     if replaced:
         shown = ", ".join(replaced[:5]) + (" …" if len(replaced) > 5 else "")

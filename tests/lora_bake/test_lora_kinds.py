@@ -204,6 +204,7 @@ def test_a_method_of_peft_is_what_peft_merges(tmp_path: Path) -> None:
         expected = peft(config, tmp_path / case)
         found = baked(tmp_path / case)
         assert found.keys() >= expected.keys() >= {f"{QUERY}.weight", f"{WIDE}.weight"}, case
+        assert not any("by default" in warning for warning in open_adapter(tmp_path / case, shapes()).warnings), case
         assert all(agrees(found[name], expected.get(name, BASE[name])) for name in found), case
 
 
@@ -562,7 +563,8 @@ def test_no_adapter_that_is_baked_is_called_something_else(tmp_path: Path) -> No
         told = inspect_path(path)
         assert told["kind"] == "lora" and told["targets"] == sum(told["methods"].values()) == 1, case
         assert open_adapter(path, shapes()).targets.keys() == {f"{QUERY}.weight"}
-    told = inspect_path(mixture(tmp_path / "x.safetensors"))
+    assert any("as PEFT does by default" in told for told in open_adapter(mixture(path), shapes()).warnings)
+    told = inspect_path(path)
     assert told["methods"] == {
         "diff": 1,
         "loha": 1,
