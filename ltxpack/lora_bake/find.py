@@ -119,7 +119,7 @@ def _tell(adapter: Adapter, options: BakeOptions, reporter: Reporter) -> None:
         )  # fmt: skip
     if adapter.foreign:
         reporter.warn(f"{adapter.path.name}: says that it was made for another model ({adapter.foreign})")
-    for note in adapter.notes:
+    for note in adapter.notes if options.rule != "official" else ():  # which reads no alpha, and warns where it matters
         reporter.note(f"{adapter.path.name}: {note}")
     for warning in adapter.warnings:
         reporter.warn(f"{adapter.path.name}: {warning}")

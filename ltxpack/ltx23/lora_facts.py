@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ltxpack.errors import AdapterError, FormatError
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_json
+from ltxpack.errors import AdapterError, FormatError, LtxpackError
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_json, read_tensorfile
 from ltxpack.ltx23.forms import ReadTensor
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE, named_base
 from ltxpack.ltx23.lora_keys import METHODS, LoraKey, belongs_elsewhere, parse_key
@@ -27,6 +27,8 @@ PEFT_CONFIG = "adapter_config.json"
 # Times the largest strength, which is as large, it still fits float32.
 MAX_ALPHA = 1e18
 HEADER = "the header"
+# More files than this beside a configuration are not looked into to find its own.
+MAX_BESIDE = 50
 # What PEFT's constrained OFT takes where nothing says otherwise.
 PEFT_EPS = 6e-5
 MAX_TERMS = 100
@@ -253,7 +255,7 @@ class LoraFacts:
         for key, rank in ranks.items():
             names = wrapped_names(key)
             stated = own.ranks.find(names, own.rank)
-            if stated not in (None, rank) and not ambiguous:
+            if stated not in (None, rank) and rank not in own.ranks.values(names) and not ambiguous:
                 told = f"{key.module} has rank {rank}, {self._where(RANK)} says {stated:g}"
                 judged.faults.setdefault("rank mismatch", []).append(told)
             configured, beside = own.alphas.find(names, own.alpha), self.alphas.get(key.module)
@@ -337,17 +339,27 @@ def configuration_beside(weights: Path) -> Path | None:
     try:
         if not config.is_file():
             return None
-        names = {path.name for path in weights.parent.iterdir() if path.name.endswith(".safetensors")}
+        if weights.name == PEFT_WEIGHTS:
+            return config
+        others = [path for path in weights.parent.iterdir() if not belongs(weights.name, [path.name])]
     except OSError:
         return None
-    return config if belongs(weights.name, names) else None
+    return None if len(others) > MAX_BESIDE or any(map(_holds_factors, others)) else config
+
+
+def _holds_factors(path: Path) -> bool:
+    """Whether ``path`` is an adapter, by its header."""
+    roles = frozenset[str]().union(*(method.roles for method in METHODS[:-1]))
+    try:
+        return any(key.role in roles for key in map(parse_key, read_tensorfile(path).tensors) if key)
+    except LtxpackError:
+        return True
 
 
 def belongs(weights: str, names: Iterable[str]) -> bool:
     """Whether an adapter_config.json in a folder of ``names`` is that of ``weights``: PEFT's name, or no other file."""
-    return weights == PEFT_WEIGHTS or not any(
-        name.endswith(".safetensors") and name != weights and not name.startswith(".") for name in names
-    )
+    others = (name for name in names if name != weights and not name.startswith("."))
+    return weights == PEFT_WEIGHTS or not any(name.lower().endswith(".safetensors") for name in others)
 
 
 def read_configuration(config: Path | None) -> Configuration | None:

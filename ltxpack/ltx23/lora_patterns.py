@@ -55,6 +55,10 @@ class Patterns:
         """The value for a module that may be called any of ``names`` in the model that PEFT wrapped."""
         return min(self._matches(names), key=lambda entry: entry[0], default=(0, "", default))[2]
 
+    def values(self, names: Sequence[str]) -> set[float | None]:
+        """What all patterns say that match a module: PEFT sorts them as it saves them, so that the first may change."""
+        return {value for _, _, value in self._matches(names)}
+
     def unused(self, modules: Iterable[Sequence[str]]) -> list[str]:
         """The patterns that match none of ``modules``, each given by its names."""
         used = {number for names in modules for number, _, _ in self._matches(names)}

@@ -97,10 +97,7 @@ def _file(file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[
     }
     lora = read_lora(tensors)
     if lora.is_lora or lora.unpaired:
-        text = any(key is not None and belongs_elsewhere(key.module) for key in map(parse_key, tensors.tensors))
-        also = "; --text bakes those of the text path" if text else ""
-        takes = {"ltxpack bake-lora": f"yes: if its targets fit, which --plan says{also}"}
-        return {"kind": "lora", **common, **_lora(lora, file, tensors, read), "takes": takes}
+        return {"kind": "lora", **common, **_lora(lora, file, tensors, read)}
     if tensors.metadata.get("format", "").startswith(ACTIVATIONS):
         takes = {"ltxpack bake-lora": "yes: by --activations", "ltxpack export": "yes: by --activations"}
         return {"kind": "activations", **common, "metadata": _metadata(tensors), "takes": takes}
@@ -254,6 +251,10 @@ def _config(tensors: TensorFile) -> Any:
 def _lora(lora: LoraHeader, file: InputFile, tensors: TensorFile, read: forms.ReadTensor) -> dict[str, Any]:
     stated = _stated(Path(file.member), tensors, read)
     alpha = stated.pop("alpha")
+    text = any(key is not None and belongs_elsewhere(key.module) for key in map(parse_key, tensors.tensors))
+    taken = "yes: if its targets fit, which --plan says" + ("; --text bakes those of the text path" if text else "")
+    if stated["problem"] or stated["made_for"]:
+        taken = "no: see problem" if stated["problem"] else "yes: with --force, if its targets fit"
     return {
         "style": lora.style,
         "targets": len(lora.targets),
@@ -268,6 +269,7 @@ def _lora(lora: LoraHeader, file: InputFile, tensors: TensorFile, read: forms.Re
         "others": lora.others[:MAX_LISTED],
         **stated,
         "metadata": _metadata(tensors),
+        "takes": {"ltxpack bake-lora": taken},
     }
 
 

@@ -165,6 +165,7 @@ def test_a_configuration_beside_a_renamed_file(tmp_path: Path) -> None:
     assert "alpha 16 from adapter_config.json (lora_alpha)" in adapter.notes[0]
     assert inspect_path(path)["alpha"] == "16 from adapter_config.json (lora_alpha)"
     save(tmp_path / "._hidden.safetensors", HEADER)
+    save(tmp_path / "a-checkpoint.safetensors", {"transformer_blocks.0.attn1.to_q.weight": torch.zeros(2, 2)})
     assert opened(path).factor == 4
     save(tmp_path / "other.safetensors", HEADER)
     assert opened(path).factor == 1
@@ -242,6 +243,7 @@ def test_a_lora_of_another_base_is_refused_unless_forced(tmp_path: Path) -> None
     assert "was made for another model" in told.warnings[0] and "alpha 4" in told.notes[0]
     assert inspect_path(path)["made_for"] == "LTX-2, by ss_base_model_version ltx2 (the header)"
     # LTX-2 is the family's name as well.
+    assert inspect_path(path)["takes"] == {"ltxpack bake-lora": "yes: with --force, if its targets fit"}
     both = made(tmp_path / "both", {"ss_base_model_version": "ltx2", "model_version": "2.3.0"})
     assert found(tmp_path, both).warnings == []
 

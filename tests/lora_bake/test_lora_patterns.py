@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_support import low_rank, peft_folder, shapes
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
 
 from ltxpack.errors import AdapterError
@@ -83,3 +87,64 @@ def test_a_pattern_that_matches_no_module_is_told(tmp_path: Path) -> None:
     table = {"blocks.7.nothing": 16, "^attn1.to_q": 16, "to_q": 4}
     [told] = opened(tmp_path, "", alpha_pattern=table).warnings
     assert told == "alpha_pattern has 2 patterns matching none of its modules: blocks.7.nothing, ^attn1.to_q"
+
+
+def wrapped_model(prefix: str) -> torch.nn.Module:
+    """A model with a few of the transformer's linears under ``prefix``."""
+    root = torch.nn.Module()
+    for name in (MODULE, MODULE.replace("to_q", "to_k"), MODULE.replace(".0.", ".1."), "proj_in"):
+        *path, last = f"{prefix}{name}".split(".")
+        place = root
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = getattr(place, part)
+        out, columns = shapes()[f"{name}.weight"]
+        place.add_module(last, torch.nn.Linear(columns, out))
+    return root
+
+
+spelled = st.sampled_from(["to_q", "attn1.to_q", r"attn1\.to_k", "^PREFIX" + MODULE, "^" + MODULE, "PREFIX" + MODULE,
+                           "to_q$", "transformer_blocks.1.attn1.to_q", "proj_in", "proj.in", "nothing"])  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The following")
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from(["", "model.", "diffusion_model.", "transformer."]),
+    # PEFT cannot load again what several patterns for one module made.
+    st.dictionaries(spelled, st.integers(1, 5), max_size=1),
+    st.dictionaries(spelled, st.integers(1, 40), max_size=3),
+    st.booleans(),
+)
+def test_ranks_and_scales_are_those_of_peft(
+    prefix: str, ranks: dict[str, int], alphas: dict[str, int], rslora: bool
+) -> None:
+    tables = ({name.replace("PREFIX", prefix): value for name, value in table.items()} for table in (ranks, alphas))
+    rank_pattern, alpha_pattern = tables
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_k", "proj_in"], use_rslora=rslora,
+        rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        get_peft_model(wrapped_model(prefix), config).save_pretrained(folder)
+        adapter = open_adapter(Path(folder), shapes())
+        # PEFT sorts the patterns as it saves them: what it loads counts.
+        model = PeftModel.from_pretrained(wrapped_model(prefix), folder)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    assert len(layers) == len(adapter.targets) == 4
+    for name, layer in layers.items():
+        target = adapter.targets[name.removeprefix(f"base_model.model.{prefix}") + ".weight"]
+        assert target.rank == layer.r["default"]
+        assert target.factor == pytest.approx(layer.scaling["default"])
+
+
+def test_ranks_of_patterns_that_peft_has_sorted(tmp_path: Path) -> None:
+    """The factors say which of two patterns was the first."""
+    for rank in (4, 8):
+        factors = low_rank([MODULE], rank)
+        stated = {"r": 2, "lora_alpha": 8, "rank_pattern": {"attn1.to_q": 4, "to_q": 8}}
+        adapter = open_adapter(peft_folder(tmp_path / str(rank), factors, stated), shapes())
+        assert adapter.factor == 8 / rank
+    with pytest.raises(AdapterError, match="1 rank mismatch"):
+        open_adapter(peft_folder(tmp_path / "x", low_rank([MODULE], 2), stated), shapes())
