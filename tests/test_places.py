@@ -5,6 +5,7 @@ By real mounts where the machine allows them; the kinds that need none run every
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -119,6 +120,9 @@ def test_the_current_folder_is_filled(source: Path, tmp_path: Path, whole: dict[
 
 
 def as_nobody(arguments: list[str]) -> None:
+    sys.argv = ["ltxpack", *arguments, "--plan"]
+    with contextlib.suppress(SystemExit):
+        main()  # imports what another user may not be allowed to read
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
