@@ -48,7 +48,7 @@ def sample(session: Session, request: Request, following: str | None = None) -> 
     generator = torch.Generator(device=session.device).manual_seed(settings.seed)
     session.load_ahead(names[0])
     with session.timings.phase("text"):
-        contexts = session.prompts.contexts(request.prompts, session.reporter)
+        contexts = session.ranks.contexts(lambda: session.prompts.contexts(request.prompts, session.reporter))
     with session.timings.phase("images"):
         images = _encoded(session, request, pictures, shapes)
     made: list[AV[Tensor]] = []
@@ -79,6 +79,13 @@ def generate(
     ``following`` is the video that is made next, as far as is known; ``once``: none is, so that no weights are kept
     for one where that takes more memory. Raises LtxpackError.
     """
+    latents = latents_of(session, request, following, once)
+    sound = latents.stages[request.recipe.sound].audio
+    return latents, *session.within_memory(lambda: decode_audio(session, sound))
+
+
+def latents_of(session: Session, request: Request, following: Request | None, once: bool) -> Latents:
+    """The share of :func:`generate` that every rank takes part in."""
     session.check_open()
     session.begin_video()
     shape = request.shape
@@ -89,9 +96,12 @@ def generate(
         )
     session.prepare([work_of(session, request, session.prompts.ahead, once)])
     name = None if following is None else session.transformers(following.recipe).stages[0]
-    latents = session.within_memory(lambda: sample(session, request, name))
-    sound = latents.stages[request.recipe.sound].audio
-    return latents, *session.within_memory(lambda: decode_audio(session, sound))
+    session.ranks.begin(request, following, once)
+    try:
+        return session.within_memory(lambda: sample(session, request, name))
+    except BaseException:
+        session.ranks.abandon()
+        raise
 
 
 def finish(
@@ -206,7 +216,7 @@ def _denoised(
     """
     if ahead is not None:
         session.load_ahead(ahead)
-    denoiser = Denoiser(model, contexts[0], contexts[1] if len(contexts) > 1 else None, guidance)
+    denoiser = Denoiser(session.ranks.front(model), contexts[0], contexts[1] if len(contexts) > 1 else None, guidance)
     rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
 
     def on_step(done: int, total: int) -> None:

@@ -27,9 +27,12 @@ from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import use_codes
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, transformer_part
+from ltxpack.runtime.parallel.devices import named_devices
+from ltxpack.runtime.parallel.ranks import ALONE, Alone
+from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
-from ltxpack.runtime.settings import STATIC, SessionSettings
+from ltxpack.runtime.settings import AUTO, STATIC, SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
 from ltxpack.runtime.torch_settings import set_up_compiler
@@ -70,7 +73,8 @@ class Session:
         settings.check()
         self.settings = settings
         self.overlay = Overlay.open(root, settings.text_encoder)
-        self.device = resolve_device(settings.device)
+        devices = _devices(settings)
+        self.device = resolve_device(devices[0])
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()
         self.residency = Residency(
@@ -97,6 +101,7 @@ class Session:
         fault = known_fault(self.device, self.dtype)
         if fault is not None:
             self.reporter.warn(fault)
+        self.ranks: Alone = ALONE if len(devices) == 1 else Team(root, settings, devices, self.device, self.reporter)
 
     def transformers(self, recipe: Recipe) -> TransformerChoice:
         """The transformers of the recipe's stages. Raises OverlayError, UsageError."""
@@ -197,6 +202,7 @@ class Session:
     def close(self) -> None:
         """Give back the memory held; a closed session makes no more videos."""
         self._closed = True
+        self.ranks.close()
         self._statistics = None
         self.prompts.forget()
         if self.activations is not None:
@@ -236,6 +242,18 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
+
+
+def _devices(settings: SessionSettings) -> tuple[str, ...]:
+    """One for each rank. Raises UsageError for what does not go together."""
+    if settings.devices is None:
+        return (settings.device,)
+    if settings.device != AUTO:
+        raise UsageError("--device and --devices are two answers to one question", next="leave --device out")
+    if settings.save_activations is not None:
+        # Each rank sees the inputs of its own passes alone.
+        raise UsageError("--save-activations goes with one device", next="leave --devices out")
+    return named_devices(settings.devices)
 
 
 def _out_of_memory(error: BaseException) -> str | None:

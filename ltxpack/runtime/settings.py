@@ -165,6 +165,9 @@ class SessionSettings:
         TOKEN, "fp8 bakes: inputs in codes, scaled by token or as calibrated; or weights decoded.", choices=FP8_MODES
     )
     device: str = _setting(AUTO, "auto, cuda, cuda:N or cpu.")
+    devices: str | None = _setting(
+        None, "Several cards for one video: the passes of a guided step are shared out.", metavar="0,1,…"
+    )
     dtype: str = _setting(DTYPES[0], choices=DTYPES, plan=True)
     residency: str = _setting(AUTO, choices=RESIDENCIES, plan=True)
     reads: str = _setting(
@@ -214,6 +217,7 @@ class SessionGiven(TypedDict, total=False):
     format: str
     fp8: str
     device: str
+    devices: str | None
     dtype: str | torch.dtype
     residency: str
     reads: str

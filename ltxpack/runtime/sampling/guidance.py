@@ -6,15 +6,23 @@ sampler: a ``Denoiser`` sees one set of latents and one sigma.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from ltxpack.runtime.model.model import DiT, Pass, Stream
+from ltxpack.runtime.model.model import Pass, Stream
 from ltxpack.runtime.sampling.conditioning import LatentState
 from ltxpack.runtime.sampling.recipes import Guidance
 from ltxpack.runtime.sampling.shape import AV
+
+
+class Model(Protocol):
+    """What a denoiser asks of a transformer."""
+
+    def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
+        """The velocities of each pass, see :meth:`.model.DiT.passes`."""
+
 
 ABSENT: AV[Any] = AV(None, None)
 
@@ -54,7 +62,11 @@ class Denoiser:
     """
 
     def __init__(
-        self, model: DiT, positive: AV[Tensor], negative: AV[Tensor] | None = None, guidance: AV[Guidance] | None = None
+        self,
+        model: Model,
+        positive: AV[Tensor],
+        negative: AV[Tensor] | None = None,
+        guidance: AV[Guidance] | None = None,
     ) -> None:
         self.model = model
         self.positive = positive

@@ -1,0 +1,24 @@
+"""What ``--devices`` names: a device for each process. Needs no torch."""
+
+from __future__ import annotations
+
+from ltxpack.errors import UsageError
+
+EXAMPLES = "ordinals such as 0,1,2, or cpu:N for N processes on the CPU"
+# More than any machine has, so that a slip of the pen starts no thousand processes.
+MOST = 64
+
+
+def named_devices(text: str) -> tuple[str, ...]:
+    """A device for each process: ``0,1`` -> cuda:0 and cuda:1; ``cpu:3`` -> cpu, three times. Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    kind, colon, count = text.strip().partition(":")
+    if kind == "cpu" and (not colon or (count.isdecimal() and 0 < int(count[:4]) <= MOST)):
+        return ("cpu",) * (int(count) if colon else 1)
+    ordinals = [part.removeprefix("cuda:") for part in parts]
+    if not all(one.isdecimal() and len(one) < 4 for one in ordinals) or len(ordinals) > MOST:
+        raise UsageError("--devices names no devices", expected=EXAMPLES, found=text, next="choose --devices 0,1")
+    numbers = [int(one) for one in ordinals]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError("--devices names a card twice", expected=EXAMPLES, found=text, next="choose --devices 0,1")
+    return tuple(f"cuda:{number}" for number in numbers)

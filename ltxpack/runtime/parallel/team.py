@@ -1,0 +1,169 @@
+"""Rank 0: starts a process for every other device, hands out the work, and ends the run when one of them ends.
+
+A worker is told by its standard input, which nobody else can write to; when that is closed, because this process ended
+in whatever way, the worker ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ltxpack.errors import DeviceError
+from ltxpack.reporter import Reporter
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.parallel.ranks import Alone, Contexts, GuidanceFront, join, meeting_place
+from ltxpack.runtime.sampling.guidance import Model
+from ltxpack.runtime.settings import SessionSettings
+
+WORKER = "ltxpack.runtime.parallel.worker"
+# What a worker writes when it is ready to join, and before it says why it ends.
+READY, FAULT = "ltxpack-ready", "ltxpack-fault: "
+# Seconds: until a failed exchange is explained by a worker that ended; until a run ends that waits for such a one; and
+# what a worker gets to end by itself.
+EXPLAINED, GIVEN_UP, LEFT = 3.0, 8.0, 5.0
+
+
+class Worker:
+    """The process of one other rank, and what it said last."""
+
+    def __init__(self, rank: int, device: str, ended: Callable[[Worker], None]) -> None:
+        self.rank, self.device = rank, device
+        self.ready = threading.Event()
+        self._said = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        self._thread = threading.Thread(target=self._watch, args=(ended,), daemon=True)
+        self._thread.start()
+
+    def tell(self, message: Any) -> None:
+        """Hand it ``message``. That it is gone is noted elsewhere."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            pickle.dump(message, self.process.stdin)
+            self.process.stdin.flush()
+
+    def end(self, seconds: float) -> None:
+        """It gets ``seconds`` to end by itself."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._thread.join()
+
+    @property
+    def fault(self) -> str:
+        """Why it ended, in words."""
+        code = self.process.wait()
+        return self._said or (f"its process was ended by signal {-code}" if code < 0 else f"exit status {code}")
+
+    def _watch(self, ended: Callable[[Worker], None]) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                text = line.decode(errors="replace").rstrip()
+                if text == READY:
+                    self.ready.set()
+                elif text.startswith(FAULT):
+                    self._said = text.removeprefix(FAULT)
+        ended(self)
+
+
+class Team(Alone):
+    """Rank 0 of several, and the processes of the others. ``devices``: one for each rank, rank 0's first.
+
+    Workers start at once; they are waited for when there is something to make. After :meth:`abandon` new ones start.
+    """
+
+    def __init__(
+        self, root: Path, settings: SessionSettings, devices: Sequence[str], device: torch.device, reporter: Reporter
+    ) -> None:
+        self._root, self._settings, self._devices, self._device = root, settings, devices, device
+        self._reporter = reporter
+        self._start()
+
+    def begin(self, *work: Any) -> None:
+        """Raises DeviceError where a worker has ended or cannot begin."""
+        if not self._workers:
+            self._start()
+        if not dist.is_initialized():
+            while not all(worker.ready.wait(0.05) for worker in self._workers):
+                self._check()
+            join(self._store, 0, len(self._devices), self._device)
+        self._check()
+        for worker in self._workers:
+            worker.tell(work)
+
+    def contexts(self, make: Callable[[], Contexts]) -> Contexts:
+        made = make()
+        for worker in self._workers:
+            worker.tell([context.map(lambda tensor: tensor.cpu()) for context in made])
+        return made
+
+    def front(self, model: DiT) -> Model:
+        return GuidanceFront(model, 0, len(self._devices), self._check)
+
+    def abandon(self) -> None:
+        self._end(0.0)
+
+    def close(self) -> None:
+        self._end(LEFT)
+
+    def _start(self) -> None:
+        self._gone: Worker | None = None
+        self._store = meeting_place()
+        self._workers = [Worker(rank, name, self._ended) for rank, name in enumerate(self._devices) if rank]
+        for worker in self._workers:
+            own = replace(self._settings, device=worker.device, devices=None)
+            threads = torch.get_num_threads()
+            worker.tell((self._root, own, worker.rank, len(self._devices), self._store.port, threads))
+
+    def _end(self, seconds: float) -> None:
+        """End all workers; each gets ``seconds``, unless one is gone, which the others would wait for."""
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.end(0.0 if self._gone else seconds)
+        if workers and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _ended(self, worker: Worker) -> None:
+        """Called from the worker's thread. The main thread may wait for the worker in a library, for ever."""
+        if worker not in self._workers or self._gone is not None:
+            return
+        self._gone = worker
+        time.sleep(GIVEN_UP)
+        if worker in self._workers:
+            self._reporter.end()
+            self._reporter.warn(self._fault(worker).render())
+            for other in self._workers:
+                other.process.kill()
+            os._exit(1)
+
+    def _check(self, failed: bool = False) -> None:
+        """Raises DeviceError where a worker has ended. ``failed``: an exchange says so, and its end is to be seen."""
+        end = time.monotonic() + (EXPLAINED if failed else 0.0)
+        while self._gone is None and time.monotonic() < end:
+            time.sleep(0.02)
+        if self._gone is not None:
+            raise self._fault(self._gone)
+
+    def _fault(self, worker: Worker) -> DeviceError:
+        problem = f"rank {worker.rank} on {worker.device} ended: {worker.fault}"
+        return DeviceError(problem, next="the same command without --devices")

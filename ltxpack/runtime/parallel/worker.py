@@ -1,0 +1,98 @@
+"""The process of a rank other than 0: makes its share of each video, writes nothing, and ends with rank 0.
+
+Started by :mod:`team`, which is the only one that can write to its standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ltxpack.errors import LtxpackError
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.parallel.ranks import Alone, Contexts, GuidanceFront, join, meeting_place
+from ltxpack.runtime.parallel.team import FAULT, READY
+from ltxpack.runtime.recipe_run import latents_of
+from ltxpack.runtime.sampling.guidance import Model
+from ltxpack.runtime.session import Session
+
+
+class Messages:
+    """What rank 0 writes, in order; None at its end. If that comes in the middle of work, this process ends."""
+
+    def __init__(self) -> None:
+        self.busy = True
+        self._waiting: queue.Queue[Any] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def next(self) -> Any:
+        """The next message, once it is there."""
+        self.busy = False
+        message = self._waiting.get()
+        self.busy = True
+        return message
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = pickle.load(sys.stdin.buffer)
+            except (EOFError, OSError, pickle.UnpicklingError):
+                break
+            self._waiting.put(message)
+        if self.busy or not self._waiting.empty():
+            os._exit(1)
+        self._waiting.put(None)
+
+
+class Follower(Alone):
+    """A rank other than 0."""
+
+    def __init__(self, messages: Messages, rank: int, size: int, device: torch.device) -> None:
+        self._messages, self._rank, self._size, self._device = messages, rank, size, device
+
+    def contexts(self, make: Callable[[], Contexts]) -> Contexts:
+        return [context.map(lambda tensor: tensor.to(self._device)) for context in self._messages.next()]
+
+    def front(self, model: DiT) -> Model:
+        return GuidanceFront(model, self._rank, self._size, lambda failed: None)
+
+
+def main() -> int:
+    """Until rank 0 has no more work; the exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too
+    messages = Messages()
+    root, settings, rank, size, port, threads = messages.next()
+    torch.set_num_threads(threads)
+    try:
+        with Session(root, settings) as session:
+            session.ranks = Follower(messages, rank, size, session.device)
+            if session.device.type == "cuda":
+                torch.cuda.set_device(session.device)
+            _say(READY)
+            join(meeting_place(port), rank, size, session.device)
+            while (work := messages.next()) is not None:
+                latents_of(session, *work)
+    except LtxpackError as error:
+        _say(FAULT + error.render().replace("\n", ";"))
+        os._exit(1)
+    except Exception as error:
+        _say(f"{FAULT}{type(error).__name__}: {str(error).splitlines()[:1]}")
+        os._exit(1)
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

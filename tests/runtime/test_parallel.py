@@ -1,0 +1,178 @@
+"""Several ranks make the video of one device, bit for bit; what they exchange; what is left when one ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from support import Notes, ltxpack
+
+from ltxpack import Pipeline
+from ltxpack.errors import DeviceError, UsageError
+from ltxpack.runtime.parallel import ranks
+from ltxpack.runtime.parallel.devices import named_devices
+from ltxpack.runtime.parallel.team import Team
+from ltxpack.runtime.settings import SessionSettings
+
+TINY: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
+STG: dict[str, Any] = {"video_stg": 1.0, "audio_stg": 0.5, "video_stg_blocks": (0,), "audio_stg_blocks": (1,)}
+VIDEOS: dict[str, dict[str, Any]] = {
+    "three passes": {"steps": 3},
+    "two passes": {"steps": 2, "modality": 1.0},
+    "four passes, skipped steps": {"recipe": "two-stage", "steps": 3, "video_skip_step": 1, **STG},
+    "one-stage": {"recipe": "one-stage", "steps": 3, **STG},
+    "one pass": {"recipe": "distilled"},
+}
+
+
+@pytest.fixture(scope="module")
+def alone(demo: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32") as pipeline:
+        yield pipeline
+
+
+@pytest.fixture(scope="module")
+def three(demo: Path) -> Iterator[Pipeline]:
+    with Pipeline.from_overlay(demo / "overlay", devices="cpu:3", dtype="float32") as pipeline:
+        yield pipeline
+
+
+def latents(pipeline: Pipeline, **given: Any) -> list[torch.Tensor]:
+    video = pipeline("A paper boat", **TINY, **given)
+    return [part for stage in video.latents.stages for part in (stage.video, stage.audio)]
+
+
+@pytest.mark.parametrize("given", VIDEOS.values(), ids=list(VIDEOS))
+def test_three_ranks_make_the_latents_of_one_device(
+    given: dict[str, Any], alone: Pipeline, three: Pipeline, tmp_path: Path
+) -> None:
+    picture = tmp_path / "picture.png"
+    Image.linear_gradient("L").convert("RGB").save(picture)
+    given = {**given, "images": [f"{picture}", f"{picture}@last:0.5"]}
+    found, expected = latents(three, **given), latents(alone, **given)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_ranks_exchange_the_velocities_of_guided_steps_and_nothing_else(
+    three: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[int, int]] = []
+    broadcast = ranks.dist.broadcast
+
+    def counted(tensor: torch.Tensor, src: int) -> None:
+        sent.append((src, tensor.nbytes))
+        broadcast(tensor, src=src)
+
+    monkeypatch.setattr(ranks.dist, "broadcast", counted)
+    first = latents(three, steps=3)[:2]
+    # 2n + 1 evaluations by three passes, which the ranks take in turn; stage 2 has one pass.
+    assert sent == [(owner, part.nbytes) for owner in (0, 1, 2) for part in first] * 7
+
+
+def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(alone: Pipeline, demo: Path) -> None:
+    with Pipeline.from_overlay(demo / "overlay", devices="cpu:2", dtype="float32") as two:
+        team = two.session.ranks
+        assert isinstance(team, Team)
+        killed: list[float] = []
+
+        def kill(phase: str, done: int, total: int) -> None:
+            if (phase, done) == ("stage 1", 1) and not killed:
+                killed.append(time.monotonic())
+                os.kill(team._workers[0].process.pid, signal.SIGKILL)
+
+        with pytest.raises(DeviceError, match="rank 1 on cpu ended: its process was ended by signal 9"):
+            two("A paper boat", progress=kill, **TINY, steps=3)
+        assert time.monotonic() - killed[0] < 10
+        assert team._workers == [], "nobody is left in the middle of a video"
+        assert all(map(torch.equal, latents(two, steps=2), latents(alone, steps=2)))
+        process = team._workers[0].process
+    assert process.returncode == 0
+
+
+def test_what_ends_a_call_does_not_leave_the_ranks_apart(alone: Pipeline, three: Pipeline) -> None:
+    def stop(phase: str, done: int, total: int) -> None:
+        if done == 1 and phase == "stage 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        three("A paper boat", progress=stop, **TINY, steps=3)
+    assert all(map(torch.equal, latents(three, steps=2), latents(alone, steps=2)))
+
+
+def test_a_rank_that_cannot_begin_says_why(tmp_path: Path) -> None:
+    team = Team(tmp_path / "none", SessionSettings(), ("cpu", "cpu"), torch.device("cpu"), Notes())
+    with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"):
+        team.begin()
+    team.close()
+
+
+def test_the_ranks_end_with_rank_0(demo: Path) -> None:
+    code = (
+        "import sys, time; from ltxpack import Pipeline\n"
+        "two = Pipeline.from_overlay(sys.argv[1], devices='cpu:2', dtype='float32')\n"
+        "print(two.session.ranks._workers[0].process.pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(demo / "overlay")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        worker = int(first.stdout.readline())
+        first.kill()
+        first.wait()
+        end = time.monotonic() + 20
+        while alive(worker) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not alive(worker)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_one_process_does_not_ask_how_many_there_are(alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("an exchange on one device")
+
+    for name in ("broadcast", "init_process_group"):
+        monkeypatch.setattr(ranks.dist, name, refused)
+    assert latents(alone, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [
+        ("cpu", ("cpu",)),
+        ("cpu:3", ("cpu",) * 3),
+        ("0", ("cuda:0",)),
+        ("2,0", ("cuda:2", "cuda:0")),
+        ("cuda:1", ("cuda:1",)),
+    ],
+)
+def test_devices_are_ordinals_or_a_number_of_processes(text: str, devices: tuple[str, ...]) -> None:
+    assert named_devices(text) == devices
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "0,,1", "0,0", "cpu:0", "cpu:99999999999", "-1", "cpu:2,0", "0-3", "1e3", "²"]
+)
+def test_other_devices_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--devices names"):
+        named_devices(text)
+
+
+@pytest.mark.parametrize("more", [("--device", "cpu"), ("--save-activations", "x.safetensors")])
+def test_what_does_not_go_with_several_devices_is_refused(more: tuple[str, ...], demo: Path) -> None:
+    done = ltxpack("run", demo / "overlay", "--prompt", "a", "--devices", "cpu:2", *more)
+    assert done.returncode == 2 and "--devices" in done.stderr
