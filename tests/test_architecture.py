@@ -38,7 +38,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 27_500,
+    "lines of the package": 27_900,
     "files of the package": 160,
     "lines of the tests": 29_000,
 }

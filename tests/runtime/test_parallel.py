@@ -27,7 +27,6 @@ TINY: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
 STG: dict[str, Any] = {"video_stg": 1.0, "audio_stg": 0.5, "video_stg_blocks": (0,), "audio_stg_blocks": (1,)}
 VIDEOS: dict[str, dict[str, Any]] = {
     "three passes": {"steps": 3},
-    "two passes": {"steps": 2, "modality": 1.0},
     "four passes, skipped steps": {"recipe": "two-stage", "steps": 3, "video_skip_step": 1, **STG},
     "one-stage": {"recipe": "one-stage", "steps": 3, **STG},
     "one pass": {"recipe": "distilled"},
