@@ -36,7 +36,7 @@ WHOLE = frozenset({"official", "official-fp32"})
 SLOW_FLOP = 15e9
 # Rows of so many elements, and so many rows at least, are multiplied at a time: what pays for packing A once more.
 # Constants: the bits must not depend on the machine.
-CHUNK_ELEMENTS = {"fp32": 1 << 21, "addmm": 1 << 22}
+CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 22}
 CHUNK_ROWS = {"fp32": 256, "addmm": 1}
 # Rows of so many elements are added, measured and rounded at a time: what fits a core's cache.
 PART_ELEMENTS = 1 << 20

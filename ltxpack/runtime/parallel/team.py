@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 
-from ltxpack.errors import DeviceError
+from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.parallel.ranks import Alone, Contexts, GuidanceFront, join, meeting_place
@@ -90,13 +90,19 @@ class Team(Alone):
     """Rank 0 of several, and the processes of the others. ``devices``: one for each rank, rank 0's first.
 
     Workers start at once; they are waited for when there is something to make. After :meth:`abandon` new ones start.
+    Raises UsageError for a second team: a process can be in one group of ``torch.distributed`` at a time.
     """
+
+    _only: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(
         self, root: Path, settings: SessionSettings, devices: Sequence[str], device: torch.device, reporter: Reporter
     ) -> None:
         self._root, self._settings, self._devices, self._device = root, settings, devices, device
-        self._reporter = reporter
+        self._reporter, self._closed = reporter, False
+        if not self._only.acquire(blocking=False):
+            problem = "another pipeline of this process has several devices"
+            raise UsageError(problem, next="close the other pipeline first")
         self._start()
 
     def begin(self, *work: Any) -> None:
@@ -125,9 +131,13 @@ class Team(Alone):
 
     def close(self) -> None:
         self._end(LEFT)
+        if not self._closed:
+            self._closed = True
+            self._only.release()
 
     def _start(self) -> None:
         self._gone: Worker | None = None
+        self._over = threading.Event()
         self._store = meeting_place()
         self._workers = [Worker(rank, name, self._ended) for rank, name in enumerate(self._devices) if rank]
         for worker in self._workers:
@@ -138,6 +148,7 @@ class Team(Alone):
     def _end(self, seconds: float) -> None:
         """End all workers; each gets ``seconds``, unless one is gone, which the others would wait for."""
         workers, self._workers = self._workers, []
+        self._over.set()
         for worker in workers:
             worker.end(0.0 if self._gone else seconds)
         if workers and dist.is_initialized():
@@ -148,8 +159,7 @@ class Team(Alone):
         if worker not in self._workers or self._gone is not None:
             return
         self._gone = worker
-        time.sleep(GIVEN_UP)
-        if worker in self._workers:
+        if not self._over.wait(GIVEN_UP):
             self._reporter.end()
             self._reporter.warn(self._fault(worker).render())
             for other in self._workers:
