@@ -96,12 +96,8 @@ def latents_of(session: Session, request: Request, following: Request | None, on
         )
     session.prepare([work_of(session, request, session.prompts.ahead, once)])
     name = None if following is None else session.transformers(following.recipe).stages[0]
-    session.ranks.begin(request, following, once)
-    try:
+    with session.ranks.together(request, following, once):
         return session.within_memory(lambda: sample(session, request, name))
-    except BaseException:
-        session.ranks.abandon()
-        raise
 
 
 def finish(

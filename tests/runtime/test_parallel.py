@@ -112,8 +112,8 @@ def test_a_second_team_of_one_process_is_refused(three: Pipeline, demo: Path) ->
 def test_a_rank_that_cannot_begin_says_why(three: Pipeline, tmp_path: Path) -> None:
     three.close()
     team = Team(tmp_path / "none", SessionSettings(), ("cpu", "cpu"), torch.device("cpu"), Notes())
-    with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"):
-        team.begin()
+    with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"), team.together():
+        raise AssertionError("never begun")
     team.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ Contexts = list[AV[Tensor]]
 class Alone:
     """One process on one device: nothing is handed out."""
 
-    def begin(self, *work: Any) -> None:
-        """``work`` begins, which the other ranks take part in."""
+    def together(self, *work: Any) -> AbstractContextManager[None]:
+        """A block in which all ranks do ``work``. If it fails, the others are of no use any more."""
+        return nullcontext()
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
         """The text contexts that rank 0 gets from ``make``, on this rank's device."""
@@ -35,9 +37,6 @@ class Alone:
     def front(self, model: DiT) -> Model:
         """``model`` as a denoiser is to use it."""
         return model
-
-    def abandon(self) -> None:
-        """The work that began has failed: the other ranks, which are in the middle of it, are of no use any more."""
 
     def close(self) -> None:
         """The session is over, for all ranks."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -89,7 +89,7 @@ class Worker:
 class Team(Alone):
     """Rank 0 of several, and the processes of the others. ``devices``: one for each rank, rank 0's first.
 
-    Workers start at once; they are waited for when there is something to make. After :meth:`abandon` new ones start.
+    Workers start at once; they are waited for when there is something to make.
     Raises UsageError for a second team: a process can be in one group of ``torch.distributed`` at a time.
     """
 
@@ -99,23 +99,26 @@ class Team(Alone):
         self, root: Path, settings: SessionSettings, devices: Sequence[str], device: torch.device, reporter: Reporter
     ) -> None:
         self._root, self._settings, self._devices, self._device = root, settings, devices, device
-        self._reporter, self._closed = reporter, False
+        self._reporter, self._working, self._closed = reporter, False, False
         if not self._only.acquire(blocking=False):
             problem = "another pipeline of this process has several devices"
             raise UsageError(problem, next="close the other pipeline first")
         self._start()
 
-    def begin(self, *work: Any) -> None:
-        """Raises DeviceError where a worker has ended or cannot begin."""
-        if not self._workers:
-            self._start()
-        if not dist.is_initialized():
-            while not all(worker.ready.wait(0.05) for worker in self._workers):
-                self._check()
-            join(self._store, 0, len(self._devices), self._device)
-        self._check()
-        for worker in self._workers:
-            worker.tell(work)
+    @contextlib.contextmanager
+    def together(self, *work: Any) -> Iterator[None]:
+        """Raises DeviceError where a worker has ended or cannot begin; after any failure new ones start."""
+        try:
+            self._begin()
+            for worker in self._workers:
+                worker.tell(work)
+            self._working = True
+            yield
+        except BaseException:
+            self._end(0.0)
+            raise
+        finally:
+            self._working = False
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
         made = make()
@@ -125,9 +128,6 @@ class Team(Alone):
 
     def front(self, model: DiT) -> Model:
         return GuidanceFront(model, 0, len(self._devices), self._check)
-
-    def abandon(self) -> None:
-        self._end(0.0)
 
     def close(self) -> None:
         self._end(LEFT)
@@ -145,6 +145,16 @@ class Team(Alone):
             threads = torch.get_num_threads()
             worker.tell((self._root, own, worker.rank, len(self._devices), self._store.port, threads))
 
+    def _begin(self) -> None:
+        """Have all workers ready and joined."""
+        if not self._workers:
+            self._start()
+        if not dist.is_initialized():
+            while not all(worker.ready.wait(0.05) for worker in self._workers):
+                self._check()
+            join(self._store, 0, len(self._devices), self._device)
+        self._check()
+
     def _end(self, seconds: float) -> None:
         """End all workers; each gets ``seconds``, unless one is gone, which the others would wait for."""
         workers, self._workers = self._workers, []
@@ -159,7 +169,7 @@ class Team(Alone):
         if worker not in self._workers or self._gone is not None:
             return
         self._gone = worker
-        if not self._over.wait(GIVEN_UP):
+        if not self._over.wait(GIVEN_UP) and self._working:
             self._reporter.end()
             self._reporter.warn(self._fault(worker).render())
             for other in self._workers:
