@@ -25,6 +25,18 @@ def test_a_missing_lora_and_an_addition_without_strength(demo: Path) -> None:
         refused(ltxpack("bake-lora", demo / "overlay", "--strength", "0.5", "--add", added), 2)
 
 
+def test_the_folder_of_a_user_that_is_not_there(demo: Path, tmp_path: Path) -> None:
+    nowhere = "~nobody-called-so/x.safetensors"
+    for command in (
+        ("inspect", nowhere),
+        ("materialize", nowhere, tmp_path / "out"),
+        ("materialize", demo / "source", tmp_path / "out", "--lora", nowhere),
+        ("bake-lora", demo / "overlay", "--strength", "1", "--lora", nowhere),
+    ):
+        assert nowhere in refused(ltxpack(*command), 1)
+    assert nowhere in refused(ltxpack("run", demo / "overlay", *RUN, f"--image={nowhere}"), 2)
+
+
 def test_an_overlay_without_the_needed_bake(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert ltxpack("materialize", demo / "source", out).returncode == 0

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import LtxpackError, SourceError
 from ltxpack.files.tensorfile import TensorFile, read_tensorfile
+from ltxpack.files.typed import at_home
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.plan import lora_name
@@ -49,7 +50,7 @@ def locate(typed: str, access: Access, again: Again) -> Located:
 
     Raises SourceError with what is there instead, or for half a download; UsageError for what is no place at all.
     """
-    path = _expanded(typed)
+    path = at_home(typed)
     if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
         return _here(path, again)
     reference = hub_reference(typed)
@@ -58,13 +59,6 @@ def locate(typed: str, access: Access, again: Again) -> Located:
         advice = again(similar[0]) if similar else None
         raise SourceError("no such LoRA", file=typed, expected=EXPECTED, items=similar, next=advice)
     return _on_hub(reference, typed, access, again)
-
-
-def _expanded(typed: str) -> Path:
-    try:
-        return Path(typed).expanduser()
-    except RuntimeError:  # no such user
-        return Path(typed)
 
 
 def _here(path: Path, again: Again) -> Located:
@@ -118,7 +112,7 @@ def _close(name: str, known: Iterable[str]) -> list[str]:
 
 def _on_hub(reference: Reference, typed: str, access: Access, again: Again) -> Located:
     """The file named, the adapter in a folder of the repo, or the only LoRA there."""
-    repo, member = hub_folder(reference.repo, reference.revision, access, _expanded(typed)), reference.file
+    repo, member = hub_folder(reference.repo, reference.revision, access, at_home(typed)), reference.file
     start = reference.repo if reference.revision is None else f"{reference.repo}@{reference.revision}"
     names = [name for name in sorted(repo.files) if name.endswith(WEIGHTS)]
     found = repo if member is None else repo.find(member)

@@ -18,6 +18,7 @@ from ltxpack.errors import MAX_LISTED, LtxpackError, OtherFormatError, SourceErr
 from ltxpack.files.foreign import entries
 from ltxpack.files.lookalikes import ARCHIVE, GGUF, WEIGHT_FORMATS
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
+from ltxpack.files.typed import at_home
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
 from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
@@ -51,7 +52,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 
     Raises SourceError, FormatError or OverlayError if it cannot be read at all.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.is_dir():
         return _overlay(path) if is_overlay(path) else _folder(path)
     file = local_file(path)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UnsupportedError, UsageError, quoted
 from ltxpack.files import tensorfile
 from ltxpack.files.foreign import entries, is_foreign
+from ltxpack.files.typed import at_home
 from ltxpack.files.unfinished import finished_name, refuse_unfinished
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.contents import described
@@ -395,7 +396,7 @@ def _find(
     typed: str, access: Access, *, revision: str | None = None, within: InputFolder | None = None
 ) -> InputFile | InputFolder:
     """What is typed: a file or folder here, a name ``within`` SOURCE, or a repo, a folder or a file on the hub."""
-    path = Path(typed).expanduser()
+    path = at_home(typed)
     kind = _kind(path)
     if kind is not None:
         if revision is not None:

@@ -18,12 +18,13 @@ import jsonschema
 
 from ltxpack.errors import BadLinesError, LtxpackError, UsageError
 from ltxpack.files.tensorfile import open_source
+from ltxpack.files.typed import at_home
 from ltxpack.manifest import load_schema
 from ltxpack.runtime.media.images import read_image
 from ltxpack.runtime.media.mp4 import check_output, frame_rate
 from ltxpack.runtime.prompts_form import Entry, entries, unknown_field
 from ltxpack.runtime.record import is_free
-from ltxpack.runtime.request import ImageSpec, Request, at_home
+from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.runtime.settings import Settings, SettingsGiven, type_of
 
 MAX_BYTES = 64 * 1024 * 1024

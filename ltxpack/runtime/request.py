@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from ltxpack.errors import UsageError
+from ltxpack.files.typed import at_home
 from ltxpack.runtime.codecs.tiles import DECODES
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.sampling.shape import VideoShape, check_sizes
@@ -51,7 +52,8 @@ class ImageSpec:
     @classmethod
     def parse(cls, text: str, num_frames: int) -> ImageSpec:
         """``PATH[@FRAME][:STRENGTH]``, read from the right; a path that exists as typed wins; ``@last`` is a frame."""
-        text = at_home(text)
+        # A shell leaves the ~ alone in --image=~/a.png.
+        text = text if _is_file(text) else str(at_home(text))
         rest, frame, strength = text, 0, 1.0
         head, colon, tail = text.rpartition(":")
         with suppress(ValueError):
@@ -177,13 +179,6 @@ class Request:
             if word not in (FIRST, LAST) and not (word.isdecimal() and len(word) < 10 and 1 <= int(word) <= most):
                 wanted = f"{NONE}, or {FIRST}, {LAST} or numbers from 1 to {most}, with commas"
                 raise UsageError("wrong --keep-steps", expected=wanted, found=s.keep_steps, next=SEE_HELP)
-
-
-def at_home(text: str) -> str:
-    """``text`` with the user's folder for a ``~`` in front, which a shell leaves alone in ``--image=~/a.png``."""
-    with suppress(RuntimeError):  # there is no such user
-        return text if _is_file(text) else str(Path(text).expanduser())
-    return text
 
 
 def _is_file(path: str | Path) -> bool:
