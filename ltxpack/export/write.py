@@ -19,7 +19,14 @@ from blake3 import blake3
 
 from ltxpack.errors import AdapterError, OverlayError, UsageError, quoted
 from ltxpack.export.plan import ENDING, ExportOptions, ExportPlan, Place, Unit, plan_export
-from ltxpack.files.publish import check_writable, fsync_folder, move_file, require_space, write_errors
+from ltxpack.files.publish import (
+    check_writable,
+    fsync_folder,
+    move_file,
+    remove_temporaries,
+    require_space,
+    write_errors,
+)
 from ltxpack.files.reader import RangeReader, file_ranges
 from ltxpack.manifest import FileRecord, changed_file
 from ltxpack.repack.items import Buffer
@@ -51,6 +58,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportReport:
     folder = output.parent / f".{output.name[:200]}.ltxpack"
     refuse_links(folder)
     with OverlayLock(options.overlay, reporter, shared=True), OverlayLock(folder, reporter):
+        remove_temporaries(output)
         plan = plan_export(options, reporter)
         with UnfinishedFile(folder, plan, reporter) as file:
             _write(plan, file, reporter)
