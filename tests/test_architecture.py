@@ -38,9 +38,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 27_900,
-    "files of the package": 160,
-    "lines of the tests": 29_000,
+    "lines of the package": 27_920,
+    "files of the package": 157,
+    "lines of the tests": 28_900,
 }
 
 

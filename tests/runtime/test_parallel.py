@@ -94,16 +94,6 @@ def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(alone: Pipelin
     assert all(map(torch.equal, latents(three, steps=2), latents(alone, steps=2)))
 
 
-def test_what_ends_a_call_does_not_leave_the_ranks_apart(alone: Pipeline, three: Pipeline) -> None:
-    def stop(phase: str, done: int, total: int) -> None:
-        if done == 1 and phase == "stage 1":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        three("A paper boat", progress=stop, **TINY, steps=3)
-    assert all(map(torch.equal, latents(three, steps=2), latents(alone, steps=2)))
-
-
 def test_a_second_team_of_one_process_is_refused(three: Pipeline, demo: Path) -> None:
     with pytest.raises(UsageError, match="another pipeline of this process has several devices"):
         Pipeline.from_overlay(demo / "overlay", devices="cpu:2")
