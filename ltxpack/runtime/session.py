@@ -74,7 +74,7 @@ class Session:
         self.settings = settings
         self.overlay = Overlay.open(root, settings.text_encoder)
         devices = _devices(settings)
-        self.device = resolve_device(devices[0])
+        self.device = resolve_device(devices[0], "--device" if settings.devices is None else "--devices")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()
         self.residency = Residency(

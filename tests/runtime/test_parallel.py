@@ -164,6 +164,12 @@ def test_other_devices_are_refused(text: str) -> None:
         named_devices(text)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are cards")
+def test_cards_that_are_not_there(demo: Path) -> None:
+    done = ltxpack("run", demo / "overlay", "--prompt", "a", "--devices", "0,1")
+    assert done.returncode == 1 and "next: the same command with --devices cpu," in done.stderr
+
+
 @pytest.mark.parametrize("more", [("--device", "cpu"), ("--save-activations", "x.safetensors")])
 def test_what_does_not_go_with_several_devices_is_refused(more: tuple[str, ...], demo: Path) -> None:
     done = ltxpack("run", demo / "overlay", "--prompt", "a", "--devices", "cpu:2", *more)

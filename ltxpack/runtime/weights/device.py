@@ -33,8 +33,8 @@ KNOWN_FAULTS = (
 )
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``. Raises DeviceError when CUDA is asked for and not there."""
+def resolve_device(name: str, flag: str = "--device") -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``, as ``flag`` says. Raises DeviceError for CUDA that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -46,7 +46,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             "CUDA was asked for, but torch finds no CUDA device",
-            next="the same command with --device cpu, or install a CUDA build of torch and a driver for it",
+            next=f"the same command with {flag} cpu, or install a CUDA build of torch and a driver for it",
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError("no such device", expected=f"fewer than {torch.cuda.device_count()}", found=name)
