@@ -73,6 +73,10 @@ def low_rank(modules: list[str], rank: int = 4, seed: int = 1, dtype: torch.dtyp
     return factors
 
 
+# The factors of a user's own LoRA.
+STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
+
+
 def official_keys(factors: Factors) -> dict[str, torch.Tensor]:
     """``diffusion_model.<official module>.lora_A.weight`` …"""
     return dotted(factors, lambda module: f"diffusion_model.{official(module)}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_support import change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
+from lora_support import STYLE, change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
 from support import load, ltxpack, refused, tree
 
 from ltxpack.activations import ActivationsFile
@@ -27,7 +27,6 @@ from ltxpack.strength import BlockRun, Strength
 
 BASE = random_weights()
 FACTORS = low_rank(linears())
-STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
 
 
 @pytest.fixture

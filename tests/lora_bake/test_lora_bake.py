@@ -20,6 +20,7 @@ from lora_support import (
     CONFIG,
     INDEX,
     LORA_FILE,
+    STYLE,
     Factors,
     change_byte,
     goldens,
@@ -47,7 +48,6 @@ from ltxpack.strength import Strength
 
 BASE = random_weights()
 FACTORS = low_rank(linears())
-STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_support import linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
+from lora_support import STYLE, linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
 from page_support import parsed
 from support import load
 
@@ -18,7 +18,6 @@ from ltxpack.reporter import SilentReporter
 
 BASE = random_weights()
 FACTORS = low_rank(linears())
-STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
 
 
 @pytest.fixture(scope="module")

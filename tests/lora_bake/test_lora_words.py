@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_support import linears, low_rank, make_overlay, official_keys, save
+from lora_support import STYLE, make_overlay, official_keys, save
 from support import ltxpack, refused
 
 from ltxpack.cli.lora_words import _meant, _taken_apart
-
-STYLE = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
 
 
 @pytest.fixture(scope="module")

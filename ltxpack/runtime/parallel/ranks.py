@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.guidance import Model
@@ -89,12 +88,14 @@ class GuidanceFront:
         return tensor
 
 
-def meeting_place(port: int = 0) -> TCPStore:
+def meeting_place(port: int = 0) -> Any:
     """Where the ranks of this machine meet: at ``port``, or newly opened by rank 0, whose ``port`` the others need."""
-    return TCPStore("127.0.0.1", port, is_master=port == 0, wait_for_workers=False)
+    # Not imported above: a torch without torch.distributed has none, and makes videos on one device.
+    store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    return store("127.0.0.1", port, is_master=port == 0, wait_for_workers=False)
 
 
-def join(store: TCPStore, rank: int, size: int, device: torch.device) -> None:
+def join(store: Any, rank: int, size: int, device: torch.device) -> None:
     """Become one of ``size`` ranks, which wait for each other here: by NCCL on cards, by gloo on the CPU."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo looks for the machine's name in the network
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
