@@ -299,7 +299,12 @@ class _Fit:
                 found.append((key, names.find(key)))
             except KeyError:
                 self.fault("ambiguous name", key.key)
-        self.rests = dict.fromkeys(rest for key, modules in found if not modules and (rest := names.rest_before(key)))
+        unknown = [key for key, modules in found if not modules]
+        self.rests = dict.fromkeys(rest for key in unknown if (rest := names.rest_before(key)))
+        if not self.rests:
+            # Outside the blocks other models' modules are called like ours, so one strange name is enough to doubt all.
+            every = dict.fromkeys(names.rest_before(key, in_block=False) for key in unknown)
+            self.rests = {rest: None for rest in every if rest} if len(every) == 1 else {}
         if len(self.rests) != 1 or any(modules for _, modules in found):
             return iter(found)
         [rest] = self.rests

@@ -235,8 +235,9 @@ class ModuleNames:
             raise KeyError(module)
         return match
 
-    def rest_before(self, key: LoraKey) -> str | None:
-        """What stands before the name of a module in a block, where :meth:`find` does not know the whole.
+    def rest_before(self, key: LoraKey, in_block: bool = True) -> str | None:
+        """What stands before the name of a module (``in_block``: of one in a block), where :meth:`find` does not know
+        the whole.
 
         None if no ending of the name, or more than one, is such a name, and for a module of the text path: its
         connectors have names like ours.
@@ -245,7 +246,8 @@ class ModuleNames:
         if belongs_elsewhere(key.module):
             return None
         ends = [i + 1 for i, letter in enumerate(key.module) if letter == dot]
-        found = [key.module[:end] for end in ends if any(map(_IN_BLOCK.search, table.get(key.module[end:]) or ()))]
+        means = _IN_BLOCK.search if in_block else bool
+        found = [key.module[:end] for end in ends if any(map(means, table.get(key.module[end:]) or ()))]
         return found[0] if len(found) == 1 else None
 
     def _add(self, modules: tuple[str, ...], spellings: Iterable[str]) -> None:

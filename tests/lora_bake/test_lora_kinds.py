@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lora_support import Factors, low_rank, make_overlay, official, random_weights, save, shapes
+from lora_support import Factors, dotted, linears, low_rank, make_overlay, official, random_weights, save, shapes
 from support import load
 
 from ltxpack.errors import AdapterError
@@ -540,6 +540,15 @@ def test_a_prefix_is_told_and_names_of_connectors_are_not_ours(tmp_path: Path) -
     text = spelled("connectors.video_connector.{}".format)
     with pytest.raises(AdapterError, match="changes only the text path"):
         open_adapter(save(tmp_path / "y.safetensors", text), shapes())
+
+
+def test_names_outside_the_blocks_are_found_behind_a_prefix_if_all_are(tmp_path: Path) -> None:
+    outside = low_rank([module for module in linears() if "blocks" not in module], 2, seed=3)
+    mine = dotted(outside, "pipe.dit.{}".format)
+    assert len(open_adapter(save(tmp_path / "x.safetensors", mine), shapes()).targets) == len(outside)
+    foreign = mine | dotted(low_rank(["proj_out"], 2, seed=4), "pipe.dit.decoder_{}".format)
+    with pytest.raises(AdapterError, match="is a LoRA for another model"):
+        open_adapter(save(tmp_path / "y.safetensors", foreign), shapes())
 
 
 def test_methods_that_are_not_read_are_named_and_halves_are_an_adapter_still(tmp_path: Path) -> None:
