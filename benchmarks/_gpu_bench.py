@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from _flops import forward_flops
 from _gpu_clock import Clock
 from _gpu_models import Inputs, forward_inputs, random_dit
 from _gpu_sizes import Sizes
@@ -17,6 +16,7 @@ from _report import Table
 
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.flops import forward_flops
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.recipes import HQ, Recipe
 

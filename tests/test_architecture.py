@@ -38,9 +38,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 27_920,
-    "files of the package": 157,
-    "lines of the tests": 28_900,
+    "lines of the package": 28_184,
+    "files of the package": 159,
+    "lines of the tests": 28_994,
 }
 
 

@@ -14,7 +14,6 @@ import _loading
 import gpu
 import pytest
 import torch
-from _flops import Lengths, forward_flops, forward_parts, guided_flops, run_flops, shared_flops
 from _gpu_bench import Bench
 from _gpu_clock import Clock, OutOfTime, at_most
 from _gpu_models import forward_inputs, random_dit
@@ -24,6 +23,7 @@ from support import REPOSITORY
 from torch.utils.flop_counter import FlopCounterMode
 
 from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts, guided_flops, run_flops, shared_flops
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.sampling.shape import AV

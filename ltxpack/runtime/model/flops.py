@@ -1,7 +1,7 @@
 """How many floating-point operations a forward of the DiT needs: 2 per multiply-add, as spec 07 section 5 counts.
 
 Matrix products and attention alone; norms, rotations and gates are not counted, nor the AdaLN layers and the
-projections into and out of the model, which are evaluated once and not per block (0.01 % of a forward).
+projections into and out of the model, which are evaluated once and not per block (0.01 % of a forward). Needs no torch.
 """
 
 from __future__ import annotations
@@ -25,21 +25,25 @@ class Lengths:
     text: int
 
 
-def forward_parts(config: DiTConfig, lengths: Lengths) -> dict[str, int]:
-    """FLOP of one forward by part, over all blocks; batch 1."""
+def forward_parts(config: DiTConfig, lengths: Lengths, ranks: int = 1) -> dict[str, int]:
+    """FLOP of one forward by part, over all blocks; batch 1.
+
+    ``ranks``: those of one of so many that share out the video's tokens; audio and text are computed by each.
+    """
     video, audio = config.streams.video, config.streams.audio
     v, a, text = lengths.video, lengths.audio, lengths.text
-    inner = audio.dim
+    own, inner = -(-v // ranks), audio.dim
     per_block = {
-        "video self-attention linears": _queries(v, video.dim, video.dim, video.heads)
-        + 2 * _linear(v, video.dim, video.dim),
-        "video text linears": _queries(v, video.dim, video.dim, video.heads) + 2 * _linear(text, video.dim, video.dim),
-        "video feed-forward": 2 * _linear(v, video.dim, FEED_FORWARD * video.dim),
+        "video self-attention linears": _queries(own, video.dim, video.dim, video.heads)
+        + 2 * _linear(own, video.dim, video.dim),
+        "video text linears": _queries(own, video.dim, video.dim, video.heads)
+        + 2 * _linear(text, video.dim, video.dim),
+        "video feed-forward": 2 * _linear(own, video.dim, FEED_FORWARD * video.dim),
         "a2v and v2a linears": (
-            _queries(v, video.dim, inner, audio.heads)
+            _queries(own, video.dim, inner, audio.heads)
             + _queries(a, audio.dim, inner, audio.heads)
             + 2 * _linear(a, audio.dim, inner)
-            + 2 * _linear(v, video.dim, inner)
+            + 2 * _linear(own, video.dim, inner)
         ),
         "audio linears": (
             2 * _queries(a, audio.dim, audio.dim, audio.heads)
@@ -47,17 +51,18 @@ def forward_parts(config: DiTConfig, lengths: Lengths) -> dict[str, int]:
             + 2 * _linear(text, audio.dim, audio.dim)
             + 2 * _linear(a, audio.dim, FEED_FORWARD * audio.dim)
         ),
-        "video self-attention": _attention(v, v, video.dim),
-        "text attention": _attention(v, text, video.dim),
-        "a2v and v2a attention": 2 * _attention(v, a, inner),
+        # All tokens attend with a share of the heads, or a share of them with all heads.
+        "video self-attention": _attention(own, v, video.dim),
+        "text attention": _attention(own, text, video.dim),
+        "a2v and v2a attention": _attention(own, a, inner) + _attention(a, v, inner),
         "audio attention": _attention(a, a + text, audio.dim),
     }
     return {part: config.num_layers * count for part, count in per_block.items()}
 
 
-def forward_flops(config: DiTConfig, lengths: Lengths, *, isolated: bool = False) -> int:
-    """FLOP of one pass alone."""
-    parts = forward_parts(config, lengths)
+def forward_flops(config: DiTConfig, lengths: Lengths, ranks: int = 1, *, isolated: bool = False) -> int:
+    """FLOP of one pass alone, or of one of ``ranks`` that share it."""
+    parts = forward_parts(config, lengths, ranks)
     return sum(count for part, count in parts.items() if not (isolated and part in ACROSS))
 
 
