@@ -14,9 +14,12 @@ from materialize import tiny_source
 from materialize.fake_hub import FakeHub
 from support import Done, ltxpack, refused, tree
 
+from ltxpack.errors import LtxpackError
 from ltxpack.ltx23.releases import DEFAULT_FILES, OFFICIAL_REPO, TEXT_ENCODER_REPO
+from ltxpack.ltx23.text_encoder import text_config
 from ltxpack.materialize import sources
 from ltxpack.materialize.checkpoint import AGAIN
+from ltxpack.runtime.text.gemma import another_encoder
 
 CHECKPOINT, LORA, UPSAMPLER, GEMMA = (*tiny_source.NAMES.values(), tiny_source.GEMMA)
 
@@ -77,6 +80,7 @@ def diffusers_layout(folder: Path) -> None:
 GONE = write(CHECKPOINT, b"")
 OTHER = "ltx-2.3-mini.safetensors"
 BF16 = f"next: {AGAIN}--checkpoint {CHECKPOINT}\n"
+ENCODER = f"next: {AGAIN}--text-encoder {TEXT_ENCODER_REPO}\n"
 HUB = f"next: ltxpack materialize {OFFICIAL_REPO} OVERLAY"
 # What a folder holds -> the change to a sound one, words of the message, and for a `next` in plain words what it says.
 KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], Callable[[Path], object] | None]] = {
@@ -140,6 +144,14 @@ KINDS: dict[str, tuple[Callable[[Path], object], tuple[str, ...], Callable[[Path
     "a checkpoint as the upsampler": (
         lambda folder: shutil.copy(folder / CHECKPOINT, folder / UPSAMPLER), ("is not a", "--upsampler Light"), None
     ),
+    "a text encoder of another model": (
+        write(f"{GEMMA}/config.json", b'{"model_type": "gemma3", "text_config": {}, "vision_config": {}}'),
+        ("num_hidden_layers in its config is not that of its weights", ENCODER),
+        None,
+    ),
+    "a text encoder without its tokenizer": (
+        lambda folder: (folder / GEMMA / "tokenizer.json").unlink(), ("tokenizer.json", ENCODER), None
+    ),
 }  # fmt: skip
 
 
@@ -182,6 +194,19 @@ def test_what_is_said_and_that_its_next_gets_there(kind: str, source: Path, out:
     assert not out.exists()
     done = type_next(message, command, source, mend)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_a_run_says_of_an_encoder_it_cannot_use_gets_there(source: Path, out: Path) -> None:
+    assert ltxpack("materialize", source, out).returncode == 0
+    sound = (out / "text_encoder/config.json").read_bytes()
+    with pytest.raises(LtxpackError) as caught:
+        text_config({"model_type": "t5"}, out / "text_encoder/config.json", another_encoder(out / "text_encoder"))
+    (out / "text_encoder/config.json").write_text("{}")
+    words = shlex.split(str(caught.value.next).partition(" (")[0])
+    done = ltxpack(*(str(source) if word == "SOURCE" else word for word in words[1:]))
+    assert done.returncode == 0, done.stderr
+    assert (out / "text_encoder/config.json").read_bytes() == sound
 
 
 @pytest.mark.parametrize(
