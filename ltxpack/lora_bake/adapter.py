@@ -308,8 +308,7 @@ class _Fit:
         if len(self.rests) != 1 or any(modules for _, modules in found):
             return iter(found)
         [rest] = self.rests
-        inner = (replace(key, module=key.module.removeprefix(rest)) for key, _ in found)
-        return ((key, names.find(short)) for (key, _), short in zip(found, inner, strict=True))
+        return ((key, names.find(key.without(rest))) for key, _ in found)
 
     def targets(self) -> dict[str, LoraTarget]:
         """All targets by their weight."""

@@ -150,6 +150,15 @@ class LoraKey:
     flat: bool
 
     @property
+    def may_be_flat(self) -> bool:
+        """Whether the module's name holds no dot, so that a prefix nobody knows may stand before a flattened one."""
+        return self.flat or "." not in self.module
+
+    def without(self, rest: str) -> LoraKey:
+        """The key without ``rest`` before its module's name, see :meth:`ModuleNames.rest_before`."""
+        return replace(self, module=self.module.removeprefix(rest), flat=self.may_be_flat)
+
+    @property
     def path(self) -> str:
         """The module's name in the model that PEFT wrapped: with the model's own prefix, without PEFT's."""
         own = f"{self.prefix}.".removeprefix("base_model.model.")
@@ -242,7 +251,7 @@ class ModuleNames:
         None if no ending of the name, or more than one, is such a name, and for a module of the text path: its
         connectors have names like ours.
         """
-        table, dot = (self._flat, "_") if key.flat else (self._dotted, ".")
+        table, dot = (self._flat, "_") if key.may_be_flat else (self._dotted, ".")
         if belongs_elsewhere(key.module):
             return None
         ends = [i + 1 for i, letter in enumerate(key.module) if letter == dot]

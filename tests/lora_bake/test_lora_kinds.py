@@ -489,6 +489,7 @@ def spelled(spell: Callable[[str], str], down: str = A, up: str = B, factors: Fa
 NAMES: Mapping[str, Tensors] = {
     "an unknown prefix": spelled("pipe.dit.{}".format),
     "an unknown prefix, flattened": spelled(lambda m: flat("lora_unet_pipe_dit_", m)),
+    "a flattened prefix that nobody knows": spelled(lambda m: flat("lora_dit_", official(m))),
     "flattened with model_": spelled(lambda m: flat("lora_unet_model_", m)),
     "flattened with model_ and without": spelled(lambda m: flat("lora_unet_model_" * (m == QUERY) or "lora_unet_", m)),
     "compiled": spelled("_orig_mod.{}".format),
