@@ -19,6 +19,8 @@ from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO
 
 BASE = "base"
+# The LoRAs that a bake has beneath its main one, in order: the hash and strength of each.
+Stack = tuple[tuple[str, float | str], ...]
 # Part of the text path -> its folder in that of a baked text encoder.
 TEXT_PARTS = {"text_encoder": "", "connectors": "connectors"}
 
@@ -111,11 +113,17 @@ class TransformerChoice:
 
 
 def choose(
-    manifest: Manifest, recipe: Recipe, asked: Sequence[str], overlay: Path, form: str = BF16
+    manifest: Manifest,
+    recipe: Recipe,
+    asked: Sequence[str],
+    overlay: Path,
+    form: str = BF16,
+    stack: Stack | None = None,
 ) -> TransformerChoice:
     """The transformers of ``recipe``; ``asked`` says for each stage ``auto``, ``base`` or a bake's name.
 
-    Of several bakes of one strength ``auto`` takes the one of ``form``, else the bf16 one, else any.
+    Of several bakes of one strength ``auto`` takes the one of ``form``, else the bf16 one, else any. With a ``stack``
+    it takes bakes with that stack alone: in place of the base the one with the distilled LoRA at 0.
 
     Raises OverlayError where no bake fits or several do, or the base is distilled and the recipe wants a full model,
     UsageError for an unknown name, or for a stage that the recipe does not have.
@@ -126,17 +134,21 @@ def choose(
         expected = "--recipe distilled, or --stage1 base for the recipe all the same"
         again = f"ltxpack run {quoted(overlay)} --recipe distilled --prompt TEXT"
         raise OverlayError(problem, file=overlay, expected=expected, next=again)
-    strengths = _candidates(manifest)
+    strengths, bases = _candidates(manifest), [BASE, *_bases(manifest, form)]
+    if stack is not None:
+        every = stacks(manifest)[stack]
+        strengths = {name: strength for name, strength in every.items() if strength}
+        bases = [name for name in every if name not in strengths]
     names = []
     for number, name in enumerate(asked):
         if name not in (AUTO, BASE, *manifest.bakes):
             known = [BASE, *manifest.bakes]
             advice = f"ltxpack inspect {quoted(overlay)}"
             raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
-        names.append(_automatic(number, recipe, strengths, manifest, overlay, form) if name == AUTO else name)
+        names.append(_automatic(number, recipe, strengths, bases, manifest, overlay, form) if name == AUTO else name)
     official = official_transformers(recipe, manifest.distilled)
-    bases = (BASE, *_bases(manifest))
-    found = tuple(BASE if name in bases else _usual_name(name, strengths) for name in names)
+    plain = (BASE, *_bases(manifest))
+    found = tuple(BASE if name in plain else _usual_name(name, strengths) for name in names)
     beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"
     note = ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(names))
     for name in dict.fromkeys(name for name, wanted in zip(names, asked, strict=True) if wanted == AUTO):
@@ -177,34 +189,45 @@ def _usual_name(name: str, strengths: Mapping[str, float]) -> str:
     return f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name
 
 
-def _bases(manifest: Manifest) -> list[str]:
-    """The bakes that are the base in another form."""
-    return [name for name, bake in manifest.bakes.items() if all(lora.idle for lora in bake.loras)]
+def _bases(manifest: Manifest, form: str | None = None) -> list[str]:
+    """The bakes that are the base in another form: of all, or in ``form`` alone."""
+    found = [name for name, bake in manifest.bakes.items() if all(lora.idle for lora in bake.loras)]
+    return [name for name in found if form is None or form_of(manifest, name) == form != BF16]
 
 
-def _candidates(manifest: Manifest) -> dict[str, float]:
-    """Bake name -> strength of the distilled LoRA: those of it alone, else the stacked ones if all have one suffix.
+def stacks(manifest: Manifest) -> dict[Stack, dict[str, float]]:
+    """Bakes of the distilled LoRA by the stack beneath it, and the strength it has in each.
 
     Those that are the base in another form are left out, and those with another strength in some blocks.
     """
     distilled = manifest.lora(DISTILLED)
-    if distilled is None:
-        return {}
-    stacks: dict[tuple[tuple[str, float | str], ...], dict[str, float]] = defaultdict(dict)
+    found: dict[Stack, dict[str, float]] = defaultdict(dict)
     bases = _bases(manifest)
     for name, bake in manifest.bakes.items():
-        if name in bases:
+        if distilled is None or name in bases:
             continue
         *added, main = bake.loras
         if main.blake3 == distilled.file.blake3 and not main.blocks:
-            stacks[tuple((lora.blake3, lora.stated) for lora in added)][name] = main.strength
-    if () in stacks:
-        return stacks[()]
-    return next(iter(stacks.values())) if len(stacks) == 1 else {}
+            found[tuple((lora.blake3, lora.stated) for lora in added)][name] = main.strength
+    return dict(found)
+
+
+def _candidates(manifest: Manifest) -> dict[str, float]:
+    """Bakes of the distilled LoRA alone, else the stacked ones if all have one stack; name -> strength."""
+    found = stacks(manifest)
+    if () in found:
+        return found[()]
+    return next(iter(found.values())) if len(found) == 1 else {}
 
 
 def _automatic(
-    number: int, recipe: Recipe, strengths: Mapping[str, float], manifest: Manifest, overlay: Path, form: str
+    number: int,
+    recipe: Recipe,
+    strengths: Mapping[str, float],
+    bases: Sequence[str],
+    manifest: Manifest,
+    overlay: Path,
+    form: str,
 ) -> str:
     """The transformer of stage ``number`` by the rule of its stage."""
     rule = recipe.stages[number].transformer
@@ -212,22 +235,22 @@ def _automatic(
     def only(names: Sequence[str]) -> str:
         return _only(_in_form(names, strengths, manifest, form), number, overlay)
 
-    base = only([BASE, *(name for name in _bases(manifest) if form_of(manifest, name) == form != BF16)])
-    if manifest.distilled:
+    base = only(bases) if bases else None
+    if manifest.distilled and base is not None:
         return base
     for wanted in rule.strengths:
         fitting = [name for name, strength in strengths.items() if strength == wanted]
         if fitting:
             return only(fitting)
-    if rule.else_base:
+    if rule.else_base and base is not None:
         return base
     left = [name for name, strength in strengths.items() if strength not in rule.besides]
-    if left:
+    if left and not rule.else_base:
         return only(left)
     problem = f"holds no bake that {stage_label(number)} could use"
-    expected = f"a bake of the distilled LoRA at {rule.strengths[0]:g}"
+    expected = f"a bake of the distilled LoRA at {(*rule.strengths, 0)[0]:g}"
     found = ", ".join(manifest.bakes) or "no bakes"
-    flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths)
+    flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths or (0,))
     flags += "" if form == BF16 else f" --format {form}"
     bake = f"ltxpack bake-lora {quoted(overlay)} {flags}"
     raise OverlayError(problem, file=overlay, expected=expected, found=found, next=bake)

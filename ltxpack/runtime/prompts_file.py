@@ -20,8 +20,9 @@ from ltxpack.errors import BadLinesError, LtxpackError, UsageError
 from ltxpack.files.tensorfile import open_source
 from ltxpack.files.typed import at_home
 from ltxpack.manifest import load_schema
-from ltxpack.runtime.media.images import read_image
-from ltxpack.runtime.media.mp4 import check_output, frame_rate
+from ltxpack.runtime.media.mp4 import check_output
+from ltxpack.runtime.media.pictures import read_image
+from ltxpack.runtime.media.rate import frame_rate
 from ltxpack.runtime.prompts_form import Entry, entries, unknown_field
 from ltxpack.runtime.record import is_free
 from ltxpack.runtime.request import ImageSpec, Request

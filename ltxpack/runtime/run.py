@@ -18,8 +18,9 @@ from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import calibration, recipe_run
-from ltxpack.runtime.media.images import read_image
-from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate
+from ltxpack.runtime.media.mp4 import VideoWriter, check_output
+from ltxpack.runtime.media.pictures import read_image
+from ltxpack.runtime.media.rate import frame_rate
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven

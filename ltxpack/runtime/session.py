@@ -9,10 +9,10 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, tr
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.ranks import ALONE, Alone
 from ltxpack.runtime.parallel.team import Team
-from ltxpack.runtime.sampling.recipes import Guidance, Recipe
+from ltxpack.runtime.sampling.recipes import Guidance, Recipe, stage_flag
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
 from ltxpack.runtime.settings import AUTO, STATIC, SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
@@ -193,6 +193,17 @@ class Session:
             yield
         finally:
             self.reporter = before
+
+    @contextmanager
+    def taking(self, stages: Sequence[str]) -> Iterator[None]:
+        """Work in the block takes the transformers ``stages``, whatever the settings of the session say."""
+        before = self.settings
+        named: dict[str, Any] = {stage_flag(number): name for number, name in enumerate(stages)}
+        self.settings = replace(before, **named)
+        try:
+            yield
+        finally:
+            self.settings = before
 
     def check_open(self) -> None:
         """Raises UsageError for a session that was closed."""

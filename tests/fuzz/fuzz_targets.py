@@ -42,7 +42,7 @@ from ltxpack.materialize.inputs import read_text_encoder
 from ltxpack.materialize.sources import Access, local_folder
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.media.images import MAX_PIXELS, ORIENTATION, read_image
+from ltxpack.runtime.media.pictures import MAX_PIXELS, ORIENTATION, read_image
 from ltxpack.runtime.prompts_file import read_lines
 from ltxpack.runtime.settings import SettingsGiven
 

@@ -9,7 +9,7 @@ import pytest
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source
-from ltxpack.runtime.overlay import choose
+from ltxpack.runtime.overlay import Stack, choose, stacks
 from ltxpack.runtime.sampling.recipes import DISTILLED as DISTILLED_RECIPE
 from ltxpack.runtime.sampling.recipes import HQ, ONE_STAGE, TWO_STAGE, Recipe
 
@@ -111,6 +111,25 @@ def test_recipes_of_the_full_model_are_refused_on_a_distilled_base_unless_forced
         choose(distilled, recipe, (), Path("out"))
     assert "next: ltxpack run out --recipe distilled --prompt TEXT" in str(caught.value)
     assert set(choose(distilled, recipe, ("base",), Path("out")).stages) == {"base"}
+
+
+def test_a_stack_is_taken_from_its_own_bakes_alone() -> None:
+    """In place of the base the one with the distilled LoRA at 0: the base would lack the stacked LoRA."""
+    style: Stack = ((STYLE, 0.8),)
+    zero = {"distilled-0+style-0.8": bake(lora(STYLE, 0.8), lora(DISTILLED, 0.0))}
+    holds = manifest({**some(*ALONE, *STACKED), **zero})
+    assert set(stacks(holds)) == {(), style}
+
+    def taken(recipe: Recipe, holds: Manifest) -> tuple[str, ...]:
+        return choose(holds, recipe, ("auto", "auto"), Path("out"), stack=style).stages
+
+    assert taken(HQ, holds) == tuple(STACKED)
+    assert taken(DISTILLED_RECIPE, holds) == ("distilled-0.5+style-0.8",) * 2
+    assert taken(TWO_STAGE, holds) == ("distilled-0+style-0.8", "distilled-0.5+style-0.8")
+    assert taken(ONE_STAGE, holds) == ("distilled-0+style-0.8",)
+    for recipe in (TWO_STAGE, ONE_STAGE):
+        with pytest.raises(OverlayError, match="holds no bake that stage 1 could use"):
+            taken(recipe, manifest(some(*ALONE, *STACKED)))
 
 
 def test_named_stages_win_and_must_exist() -> None:

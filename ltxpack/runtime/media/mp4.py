@@ -25,11 +25,9 @@ from torch import Tensor
 from ltxpack.errors import LtxpackError, UsageError, quoted
 from ltxpack.files.publish import Temporary, check_writable, unwritten
 from ltxpack.files.reader import hash_file
+from ltxpack.runtime.media.rate import frame_rate
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
-NTSC = (24, 30, 48, 60, 120)
-SLOWEST, FASTEST = Fraction(1, 1000), Fraction(1000)
-MAX_DENOMINATOR = 1_000_000
 # The numbers of ITU-T H.273: BT.709 is 1 as primaries, transfer and matrix; 1 is FFmpeg's limited range.
 BT709 = LIMITED_RANGE = 1
 X264 = {"crf": "19", "preset": "veryfast"}
@@ -47,27 +45,6 @@ def check_output(path: Path) -> Path:
         raise UsageError(problem, file=path, expected=known, found=found, next=advice)
     check_writable(path, "-o", "video.mp4")
     return path
-
-
-def frame_rate(fps: float | Fraction | str) -> Fraction:
-    """Frames per second as an exact fraction: 23.976 is 24000/1001, and so for its NTSC relatives.
-
-    Takes a number or its text, also ``24000/1001``. Raises UsageError for what is no positive finite rate.
-    """
-    try:
-        exact = fps if isinstance(fps, Fraction) else Fraction(str(fps).strip())
-    except (ValueError, ZeroDivisionError):
-        exact = Fraction(0)
-    if not SLOWEST <= exact <= FASTEST:
-        raise UsageError(
-            "not a frame rate", expected=f"a number or fraction from {SLOWEST} to {FASTEST}, like 24000/1001", found=fps
-        )
-    for nominal in NTSC:
-        ntsc = Fraction(nominal * 1000, 1001)
-        # A quarter of the step to the whole number: 23.98 is meant, 23.99 is not.
-        if abs(exact - ntsc) < (nominal - ntsc) / 4:
-            return ntsc
-    return exact.limit_denominator(MAX_DENOMINATOR)
 
 
 class VideoWriter:

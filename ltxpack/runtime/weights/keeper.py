@@ -96,10 +96,15 @@ class Residency:
         if not works:
             return self.plan
         plan = self.plan_for(max(works, key=_size))
-        if self.plan is None or plan.placements != self.plan.placements:
+        before = {} if self.plan is None else self.plan.placements
+        more = plan.placements.keys() - before.keys()
+        if self.plan is None or not before.items() <= plan.placements.items():
             self.close()
-            self._largest = None
             self._begin(plan)
+        elif more:
+            self.reporter.note(f"{', '.join(sorted(more))}: stays loaded too, beside what is")
+        if plan.placements != before:
+            self._largest = None
         if self._largest is None or plan.host > self._largest.host:
             self._largest = plan
         decoding = report.decoding(plan)
@@ -185,9 +190,11 @@ class Residency:
             # What is placed may hold transformers that only the videos of another recipe use.
             placed = [part.rpartition("/")[2] for part in self._largest.placements if part.startswith(f"{BAKES}/")]
             placed += [BASE] if TRANSFORMER in self._largest.placements else []
-            same = planner.continued(self._largest, self._sizes_of(work, placed), work, machine)
-            if same is not None:
-                return same
+            sizes = self._sizes_of(work, placed)
+            for stay in (planner.continued, planner.widened):
+                same = stay(self._largest, sizes, work, machine)
+                if same is not None:
+                    return same
         return report.plan_or_refuse(self._sizes_of(work), work, machine, self.mode, str(self.device))
 
     def _sizes_of(self, work: Work, others: Sequence[str] = ()) -> ModelSizes:

@@ -218,6 +218,19 @@ def continued(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> 
     return None if shortage(plan, loaded) is not None else _with_large_tiles(model, plan, machine)
 
 
+def widened(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Plan | None:
+    """The plan for ``work`` that leaves everything where ``before`` has it and keeps further transformers likewise.
+
+    None if that does not fit, or if ``before`` keeps no transformer between videos.
+    """
+    like = before.placements[before.work.stages[0].part]
+    if like.home == FILE:
+        return None
+    placements = {**dict.fromkeys(work.transformer_parts, like), **before.placements}
+    plan = plan_for(model, work, before.mode, placements)
+    return None if shortage(plan, machine) is not None else _with_large_tiles(model, plan, machine)
+
+
 def shortage(plan: Plan, machine: Machine) -> Shortage | None:
     """The phase of ``plan`` that lacks most of ``machine``, the card before the host; None if all fit."""
     if machine.card is None:

@@ -23,7 +23,8 @@ from PIL import Image, ImageCms, ImageOps
 from support import REPOSITORY, load, relative_l2
 
 from ltxpack.errors import FormatError, UnsupportedError, UsageError
-from ltxpack.runtime.media.images import ORIENTATION, compress, load_image, prepare_image, read_image
+from ltxpack.runtime.media.images import compress, load_image, prepare_image
+from ltxpack.runtime.media.pictures import ORIENTATION, read_image
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.runtime.media import mp4
-from ltxpack.runtime.media.mp4 import VideoWriter, check_output, frame_rate, to_i420
+from ltxpack.runtime.media.mp4 import VideoWriter, check_output, to_i420
+from ltxpack.runtime.media.rate import frame_rate
 
 RATE = 48000
 

@@ -442,6 +442,23 @@ def test_what_is_loaded_stays_unless_the_card_is_short_or_the_video_larger() -> 
     assert planner.continued(plan, MODEL, longer, Machine(GB)) is None
 
 
+@pytest.mark.parametrize(("vram", "ram", "home"), [(180, 64, CARD), (48, 256, HOST), (48, 64, FILE)])
+def test_further_transformers_stay_beside_the_first_where_there_is_room(vram: int, ram: int, home: str) -> None:
+    plan, machine = best(WORK, card(vram, ram)), card(vram, ram)
+    assert placed(plan).home == home
+    wider = replace(MODEL, parts={**MODEL.parts, "bakes/third": MODEL.parts[FIRST]})
+    third = hq_work(WORK.shape, (OFFICIAL[0], "third"))
+    assert planner.continued(plan, wider, third, machine) is None
+    found = planner.widened(plan, wider, third, machine)
+    if home == FILE:
+        assert found is None
+        return
+    assert found is not None and found.placements == {**plan.placements, "bakes/third": placed(plan)}
+    least = replace(machine, card=found.card, host=found.host)
+    for short in (replace(least, card=plan.card) if home == CARD else replace(least, host=plan.host), least):
+        assert planner.widened(plan, wider, third, replace(short, context=0)) is None
+
+
 @pytest.mark.parametrize(("vram", "tiles"), [(24, 2), (48, 1), (141, 1)])
 def test_larger_tiles_where_the_card_has_room(vram: int, tiles: int) -> None:
     machine = card(vram)

@@ -29,8 +29,9 @@ from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.overlay import Overlay
-from ltxpack.runtime.recipe_run import decode_audio, decode_video, generate, sample
+from ltxpack.runtime.recipe_run import decode_audio, decode_video, generate, sample, work_of
 from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
@@ -264,6 +265,34 @@ def test_what_stays_is_not_read_again(demo: Path, force: Callable[[Way], None], 
         assert root / "vae" / WEIGHTS not in read_bytes
         assert root / "text_encoder" / "model.safetensors" in read_bytes
         read_bytes.clear()
+
+
+def test_another_bake_is_read_once_where_it_can_stay(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: Counter[Path]
+) -> None:
+    """Different transformers in turn; where memory is short, the others make room."""
+    root = demo / "overlay"
+    weights = {"base": root / "transformer", **{name: root / "bakes" / name for name in STAGES}}
+    files = {folder / "diffusion_pytorch_model.safetensors": name for name, folder in weights.items()}
+
+    def turns() -> list[set[str]]:
+        found = []
+        with pipeline(root, notes := Notes()) as make:
+            for stages in (STAGES, ("base", STAGES[1]), STAGES, ("base", STAGES[1])):
+                read_bytes.clear()
+                with make.taking(stages):
+                    make.prepare([work_of(make, request())])
+                    for name in make.transformers(HQ).stages:
+                        make.transform(name, lambda _: None)
+                assert make.settings.transformers == ("auto", "auto")
+                found.append({files[path] for path in files.keys() & set(read_bytes)})
+        told = [note for note in notes.notes if note.endswith("stays loaded too, beside what is")]
+        assert told == ["transformer: stays loaded too, beside what is"] * (found[2] == set())
+        return found
+
+    assert turns() == [{*STAGES}, {"base"}, set(), set()]
+    monkeypatch.setattr(planner, "widened", lambda *_: None)
+    assert turns() == [{*STAGES}, {"base", STAGES[1]}] * 2
 
 
 @pytest.mark.parametrize("text", ["", HOST, FILE])

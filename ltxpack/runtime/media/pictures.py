@@ -1,0 +1,135 @@
+"""A picture file as pixels: upright, without alpha, in sRGB. Needs no torch, so that a server can look at pictures."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+
+from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
+from ltxpack.runtime.media.formats import CONVERT, refusal_of
+
+Pixels = NDArray[np.uint8]
+"""``[H, W, 3]`` RGB."""
+
+MAX_PIXELS = 100_000_000
+ORIENTATION = 0x0112
+# Tags of TIFF, and values of them.
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+SUBFILE, REDUCED, SUB_IFDS, DNG_VERSION = 254, 1, 330, 50706
+# Pillow would start Ghostscript for these.
+NOT_LOADED = ("EPS",)
+# Files whose whole numbers end at 65535, in any mode that Pillow gives them.
+SIXTEEN_BITS = ("PNG", "PPM")
+# Mirrored orientations are ignored, as the official pipeline does.
+TURNS = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
+WITHOUT_ALPHA = {"RGBA": "RGB", "LA": "L"}
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def tell_once(message: str, *facts: object) -> None:
+    """A warning, once: pictures are read when they are checked, and again when they are used."""
+    _log.warning(message, *facts)
+
+
+def read_image(path: Path, most: int = MAX_PIXELS) -> Pixels:
+    """The picture, upright, without alpha, in sRGB.
+
+    Raises UsageError (no such file), SourceError (it cannot be read), FormatError (not a picture, damaged, more than
+    ``most`` pixels) and UnsupportedError (a picture of another kind).
+    """
+    with _failures_told(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not path.is_file():
+            raise UsageError("no such image", file=path, found="a folder" if path.is_dir() else None)
+        with Image.open(path) as image:
+            if image.width * image.height > most:
+                raise _too_large(path, f"{image.width}x{image.height}", most)
+            if image.format in NOT_LOADED or isinstance(image, ImageFile.StubImageFile):
+                raise refusal_of(path)
+            if _is_preview(image):
+                found = "a raw picture of a camera, of which only a preview could be read"
+                raise UnsupportedError("not a picture of a known format", file=path, found=found, next=CONVERT)
+            image.load()
+            return np.array(_to_srgb(_upright(image, path), path))
+
+
+def _is_preview(image: Image.Image) -> bool:
+    """Whether a TIFF begins with a small copy of what it holds, as raw pictures of cameras do."""
+    tags = getattr(image, "tag_v2", {})
+    return DNG_VERSION in tags or (tags.get(SUBFILE) == REDUCED and SUB_IFDS in tags)
+
+
+def _upright(image: Image.Image, path: Path) -> Image.Image:
+    """``image`` turned as its camera was held, without alpha."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception as error:  # whatever Pillow raises for EXIF data of any content
+        tell_once("%s: its EXIF data cannot be read (%s); taken as upright", path, str(error))
+        turn = None
+    turned = image if turn is None else image.transpose(turn)
+    return turned.convert(WITHOUT_ALPHA[turned.mode]) if turned.mode in WITHOUT_ALPHA else turned
+
+
+def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
+    """RGB through the embedded colour profile if there is one that works, else by plain conversion."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("F", "I")):
+        image = _eight_bits(image, path)
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError) as error:
+            tell_once("%s: its colour profile cannot be used (%s); read as sRGB", path, str(error))
+        else:
+            if converted is not None:
+                return converted
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """The high bytes of 16-bit grey, as Pillow takes them of 16-bit colours. It would clip grey to white.
+
+    Raises UnsupportedError for numbers whose white is not known.
+    """
+    if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in SIXTEEN_BITS):
+        kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+        problem = f"{kind} pictures are not read: nothing in the file says which number is white"
+        raise UnsupportedError(problem, file=path, next="convert it to an 8-bit or 16-bit PNG")
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS, (16,))[0]  # 12 are a mode of TIFF
+    grey = (np.asarray(image).clip(0, 65535) >> (bits - 8)).astype(np.uint8)
+    return Image.fromarray(255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey)
+
+
+def _too_large(path: Path, found: str | None = None, most: int = MAX_PIXELS) -> FormatError:
+    smaller = f"scale it down to at most {most // 1_000_000} million pixels; a video has far fewer"
+    return FormatError("too large a picture", file=path, expected=f"at most {most} pixels", found=found, next=smaller)
+
+
+@contextmanager
+def _failures_told(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow's decoders raise for a damaged file into one FormatError."""
+    try:
+        yield
+    except (LtxpackError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise refusal_of(path) from error
+    except Image.DecompressionBombError as error:
+        raise _too_large(path) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno:
+            raise SourceError("cannot be read", file=path, found=error.strerror) from error
+        raise FormatError("a damaged picture", file=path, found=f"{type(error).__name__}: {error}") from error
