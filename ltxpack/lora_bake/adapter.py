@@ -15,17 +15,7 @@ from ltxpack.errors import AdapterError, SourceError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.ltx23.contents import described
-from ltxpack.ltx23.lora_facts import (
-    PEFT_CAYLEY,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    CayleyForm,
-    LoraFacts,
-    configuration_beside,
-    listed,
-    read_configuration,
-    read_facts,
-)
+from ltxpack.ltx23.lora_facts import PEFT_CAYLEY, CayleyForm, LoraFacts, listed, read_facts
 from ltxpack.ltx23.lora_keys import (
     METHODS,
     SCALE,
@@ -36,6 +26,7 @@ from ltxpack.ltx23.lora_keys import (
     parse_key,
     unread_method,
 )
+from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, configuration_beside, read_configuration
 from ltxpack.ltx23.text_keys import names_of
 from ltxpack.manifest import BakedLora
 from ltxpack.materialize.checkpoint import read_lora

@@ -19,7 +19,7 @@ from ltxpack.files.typed import at_home
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.plan import lora_name
-from ltxpack.ltx23.lora_facts import PEFT_CONFIG, PEFT_WEIGHTS, belongs
+from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, belongs
 from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.materialize.hub.client import Reference
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference

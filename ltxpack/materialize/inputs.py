@@ -11,17 +11,8 @@ from typing import BinaryIO
 from ltxpack.errors import LtxpackError, SourceError, UnsupportedError, quoted
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, plain_file_name
 from ltxpack.ltx23.contents import described
-from ltxpack.ltx23.lora_facts import (
-    PEFT_CONFIG,
-    Configuration,
-    Judged,
-    belongs,
-    configuration_beside,
-    judged_keys,
-    ranks_of,
-    read_configuration,
-    read_facts,
-)
+from ltxpack.ltx23.lora_facts import Judged, judged_keys, ranks_of, read_facts
+from ltxpack.ltx23.lora_statements import PEFT_CONFIG, Configuration, belongs, configuration_beside, read_configuration
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.materialize.checkpoint import (
     AGAIN,

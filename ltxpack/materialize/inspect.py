@@ -22,8 +22,9 @@ from ltxpack.files.typed import at_home
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
 from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
-from ltxpack.ltx23.lora_facts import configuration_beside, judged_keys, read_configuration, read_facts
+from ltxpack.ltx23.lora_facts import judged_keys, read_facts
 from ltxpack.ltx23.lora_keys import belongs_elsewhere, parse_key
+from ltxpack.ltx23.lora_statements import configuration_beside, read_configuration
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.ltx23.text_encoder import root_of
