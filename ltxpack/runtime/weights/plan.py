@@ -190,9 +190,10 @@ def best_plan(model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO)
     """The first way to run in ``mode`` that fits ``machine``; None if there is none."""
     streamed = _fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
     for name, way in _ways(mode, work):
-        held = _held(model, work, machine, way, streamed)
-        plan = plan_for(model, work, name, _placements(model, way, streamed, held))
-        if shortage(plan, machine) is None:
+        plan = plan_for(model, work, name, _placements(model, way, streamed, {}))
+        if shortage(plan, machine) is None:  # blocks that are held take memory that is left
+            held = _held(model, work, machine, way, streamed)
+            plan = plan_for(model, work, name, _placements(model, way, streamed, held)) if held else plan
             return _with_large_tiles(model, plan, machine)
     return None
 
@@ -261,11 +262,13 @@ def plan_for(
     return Plan(mode, placements, work, phases, first, following, blocks, tiling)
 
 
+@functools.cache
 def spread(count: int, total: int) -> frozenset[int]:
     """``count`` of ``total`` blocks, as evenly as can be: while one that stays computes, a streamed one comes."""
     return frozenset(i for i in range(total) if (i + 1) * count // total > i * count // total)
 
 
+@functools.cache
 def held_blocks(streamed: frozenset[int], count: int, total: int) -> frozenset[int]:
     """The numbers of ``count`` blocks: streamed ones first, evenly, so that one read from its file comes while others
     compute.
@@ -297,7 +300,8 @@ def _placements(
     for part, placed in way.items():
         total = len(model.parts[part].blocks)
         numbers = spread(streamed.get(part, total) if placed.source else 0, total)
-        found[part] = replace(placed, streamed=numbers, held=held_blocks(numbers, held.get(part, 0), total))
+        kept = held_blocks(numbers, held.get(part, 0), total)
+        found[part] = replace(placed, streamed=numbers, held=kept) if numbers or kept else placed
     return found
 
 

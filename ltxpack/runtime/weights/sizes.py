@@ -42,18 +42,18 @@ class PartSizes:
     blocks: tuple[int, ...] = ()
     codes: str = ""
 
-    @property
+    @functools.cached_property
     def total(self) -> int:
         """All of it in memory."""
         return self.rest + sum(self.blocks)
 
     def of(self, numbers: Collection[int]) -> int:
         """These of its blocks."""
-        return sum(self.blocks[number] for number in numbers)
+        return sum(map(self.blocks.__getitem__, numbers))
 
     def largest(self, numbers: Collection[int]) -> int:
         """The largest of these blocks, which a slot must hold."""
-        return max((self.blocks[number] for number in numbers), default=0)
+        return max(map(self.blocks.__getitem__, numbers), default=0)
 
 
 @dataclass(frozen=True)
