@@ -134,8 +134,8 @@ def _one(options: RunOptions, verbose: bool) -> None:
 
 
 def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool) -> None:
-    from ltxpack.runtime.batch import DONE, FAILED, SKIPPED, run_batch
-    from ltxpack.runtime.run import peak_memory
+    from ltxpack.runtime.batch import run_batch
+    from ltxpack.runtime.lines import DONE, FAILED, SKIPPED
 
     batch = run_batch(options, prompts, output, TerminalReporter(verbose))
     for transformers in batch.choices:
@@ -144,9 +144,8 @@ def _many(options: RunOptions, prompts: Path, output: Path | None, verbose: bool
     for decoding in dict.fromkeys(outcome.decoding for outcome in batch.of(DONE)):
         click.echo(decoding)
     click.echo(f"prompts encoded ahead: {batch.ahead:.2f} s")
-    click.echo(peak_memory(batch.session.device))
-    if batch.session.activations is not None and batch.session.activations.summary:
-        click.echo(batch.session.activations.summary)
+    for told in batch.summary:
+        click.echo(told)
     click.echo(", ".join(f"{len(batch.of(status))} {status}" for status in (DONE, SKIPPED, FAILED)))
     failed = batch.of(FAILED)
     if failed:
@@ -163,9 +162,9 @@ def _stages(transformers: Sequence[str]) -> str:
 
 def _print_table(batch: Batch) -> None:
     """One line a video: what became of it, seconds per phase, where it is."""
-    phases = list(dict.fromkeys(phase for outcome in batch.outcomes.values() for phase in outcome.seconds))
+    phases = list(dict.fromkeys(phase for outcome in batch.outcomes for phase in outcome.seconds))
     click.echo("  ".join([" line", "status ", *(f"{phase:>8}" for phase in phases), "   total", "output"]))
-    for outcome in batch.outcomes.values():
+    for outcome in batch.outcomes:
         total = sum(outcome.seconds.values()) if outcome.seconds else None
         counts = [*(outcome.seconds.get(phase) for phase in phases), total]
         numbers = "  ".join(f"{'-':>8}" if count is None else f"{count:8.2f}" for count in counts)

@@ -16,7 +16,7 @@ from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
 from ltxpack.manifest import BAKES, BF16, FORMATS, TEXT_ENCODERS, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
-from ltxpack.runtime.settings import AUTO
+from ltxpack.runtime.settings import AUTO, SessionSettings
 
 BASE = "base"
 # The LoRAs that a bake has beneath its main one, in order: the hash and strength of each.
@@ -155,6 +155,11 @@ def choose(
         if form_of(manifest, name) != form:
             beside += f"; there is no {form} bake in place of {name}"
     return TransformerChoice(tuple(names), note + beside)
+
+
+def chosen(overlay: Overlay, settings: SessionSettings, recipe: Recipe) -> TransformerChoice:
+    """As :func:`choose`, for what ``settings`` ask."""
+    return choose(overlay.manifest, recipe, settings.transformers, overlay.root, settings.format)
 
 
 def form_of(manifest: Manifest, name: str) -> str:

@@ -26,7 +26,7 @@ from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import use_codes
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
-from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, choose, transformer_part
+from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, transformer_part
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.ranks import ALONE, Alone
 from ltxpack.runtime.parallel.team import Team
@@ -105,8 +105,7 @@ class Session:
 
     def transformers(self, recipe: Recipe) -> TransformerChoice:
         """The transformers of the recipe's stages. Raises OverlayError, UsageError."""
-        settings = self.settings
-        found = choose(self.overlay.manifest, recipe, settings.transformers, self.overlay.root, settings.format)
+        found = chosen(self.overlay, self.settings, recipe)
         if self.activations is not None:
             self.activations.check(found.stages)
         return found

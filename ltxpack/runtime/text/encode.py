@@ -48,6 +48,15 @@ class PromptEncoder:
         self._ahead = {batch: known for batch, known in self._ahead.items() if batch in batches}
         self._ahead = self._find(batches, reporter)
 
+    def held(self, batch: Batch) -> Contexts:
+        """The contexts of a ``batch`` that was encoded ahead, on the host."""
+        return self._ahead[batch]
+
+    def hold(self, batch: Batch, contexts: Contexts) -> None:
+        """Have ``contexts`` of ``batch`` ready, in place of all others if they come from elsewhere."""
+        if batch not in self._ahead:
+            self._ahead = {batch: contexts}
+
     @property
     def ahead(self) -> int:
         """How many batches have their contexts ready on the host."""

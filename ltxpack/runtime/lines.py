@@ -1,0 +1,155 @@
+"""The lines of a prompts file as work for one device: what is done for a line, and how the line ended.
+
+A task is carried out by one worker and gives, for each of its lines, an outcome or the next task. Tasks and what they
+give can be pickled: another process, or another machine that sees the same files, may carry out the next one.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ltxpack.errors import LtxpackError, UnwrittenError
+from ltxpack.reporter import Reporter
+from ltxpack.runtime import record
+from ltxpack.runtime.overlay import Overlay, chosen
+from ltxpack.runtime.prompts_file import PromptsLine, in_a_line
+from ltxpack.runtime.recipe_run import encode_ahead, work_of
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.run import write_video
+from ltxpack.runtime.session import Session, Timings
+from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.text.prompt_cache import Contexts
+
+DONE, SKIPPED, FAILED = "done", "skipped", "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a line ended: ``status`` is done, skipped or failed; with seconds per phase and the decoder's tiles."""
+
+    line: PromptsLine
+    status: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    problem: str | None = None
+    decoding: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Encode:
+    """Encode the prompts of ``lines`` in one go."""
+
+    lines: tuple[PromptsLine, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Make:
+    """Make the video of a line from its ``contexts``, which lie on the host."""
+
+    line: PromptsLine
+    contexts: Contexts
+
+    @property
+    def lines(self) -> tuple[PromptsLine, ...]:
+        """The one line."""
+        return (self.line,)
+
+
+Task: TypeAlias = Encode | Make
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task gave: the outcomes of lines that ended, the tasks of the others, and seconds of encoding prompts."""
+
+    outcomes: tuple[Outcome, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    encoding: float = 0.0
+
+
+@dataclass
+class LineMaker:
+    """Carries out tasks with one session. What goes wrong with a line is in its outcome."""
+
+    session: Session
+
+    def carry_out(self, task: Task, following: Request | None = None) -> TaskResult:
+        """``following`` is the video that is made next, as far as is known. Raises no Exception."""
+        return self._encode(task.lines) if isinstance(task, Encode) else self._make(task, following)
+
+    def _encode(self, lines: Sequence[PromptsLine]) -> TaskResult:
+        session, outcomes = self.session, list[Outcome]()
+        for line in lines:
+            with self._attempt([line], outcomes):
+                session.residency.plan_for(work_of(session, line.request, len(lines)))
+        without = {outcome.line.number for outcome in outcomes}
+        left = [line for line in lines if line.number not in without]
+        tasks, seconds = tuple[Task, ...](), 0.0
+        with self._attempt(left, outcomes):
+            seconds = encode_ahead(session, [line.request for line in left])
+            tasks = tuple(Make(line, session.prompts.held(line.request.prompts)) for line in left)
+        return TaskResult(tuple(outcomes), tasks, seconds)
+
+    def _make(self, task: Make, following: Request | None) -> TaskResult:
+        session, line, outcomes = self.session, task.line, list[Outcome]()
+        with self._attempt([line], outcomes):
+            session.reporter.note(f"{line.name}: {line.output}")
+            description, fingerprint = identity(session.overlay, session.settings, line)
+            session.prompts.hold(line.request.prompts, task.contexts)
+            digest = write_video(session, line.request, line.output, following=following)
+            seconds = dict(session.timings.seconds)
+            assert session.attention is not None
+            kernel = session.attention.name
+            try:
+                record.write_record(line.output, digest, description, fingerprint, seconds, kernel)
+            except UnwrittenError as error:
+                raise error.keeping(line.output) from None
+            outcomes.append(Outcome(line, DONE, seconds, decoding=session.decoding))
+        return TaskResult(tuple(outcomes))
+
+    @contextmanager
+    def _attempt(self, lines: Sequence[PromptsLine], outcomes: list[Outcome]) -> Iterator[None]:
+        """Work for ``lines``, which all fail if the block raises: their outcomes are added to ``outcomes``."""
+        session = self.session
+        session.timings = Timings()
+        try:
+            yield
+        except Exception as error:
+            session.reporter.end()
+            seconds = dict(session.timings.seconds)
+            outcomes += [failed(line, error, session.reporter, seconds) for line in lines]
+
+
+def failed(
+    line: PromptsLine, error: Exception, reporter: Reporter, seconds: Mapping[str, float] | None = None
+) -> Outcome:
+    """The outcome of a line that ``error`` ended, which is told at once.
+
+    The failure is noted as text: the exception itself would keep the tensors of the failed work alive.
+    """
+    ours = _as_ours(error, line.output)
+    if ours is not error:
+        reporter.detail("".join(traceback.format_exception(error)))
+    reporter.warn(f"{line.name} failed: {ours.render()}")
+    return Outcome(line, FAILED, seconds or {}, in_a_line(ours))
+
+
+def identity(overlay: Overlay, settings: SessionSettings, line: PromptsLine) -> tuple[dict[str, Any], str]:
+    """Everything the video of ``line`` depends on, and the fingerprint of it with the weights. Raises LtxpackError."""
+    found = chosen(overlay, settings, line.request.recipe)
+    description = record.described(line.request, overlay, found.stages, settings.dtype, settings.fp8)
+    return description, record.fingerprint(description, found.stages, overlay)
+
+
+def _as_ours(error: Exception, output: Path) -> LtxpackError:
+    if isinstance(error, LtxpackError):
+        return error
+    if isinstance(error, OSError):
+        advice = "make room there, or choose another output"
+        return LtxpackError(error.strerror or str(error), file=error.filename or output, next=advice)
+    problem = f"failed unexpectedly: {type(error).__name__}: {error}"
+    return LtxpackError(problem, file=output, next="the same command with -v says more")

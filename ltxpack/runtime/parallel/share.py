@@ -1,0 +1,238 @@
+"""Shares the lines of a prompts file out: each task goes to the first worker that is free.
+
+What a worker is, a :class:`Crew` knows: this process, processes on devices of their own, or actors of a cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeAlias
+
+from ltxpack.errors import DeviceError
+from ltxpack.files.publish import remove_temporaries
+from ltxpack.reporter import Reporter
+from ltxpack.runtime.lines import Encode, Outcome, Task, TaskResult, failed
+from ltxpack.runtime.prompts_file import PromptsLine
+from ltxpack.runtime.record import record_path
+from ltxpack.runtime.request import Request
+
+# Videos whose prompts are encoded before the first of them is made: so many contexts of the 22B model take 1.6 GB on
+# the host, as planned.
+AHEAD = 64
+# How often the task of a line is handed out where workers end in the middle of it.
+TRIES = 2
+# How often in a row a worker may end without having done a task, until its device is used no more.
+LOSSES = 2
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A worker, by its number from 0, can be given tasks."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a worker tells: ``kind`` is a method of :class:`.Reporter` that takes a message."""
+
+    worker: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A worker carried out its task, and is free."""
+
+    worker: int
+    result: TaskResult
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A worker ended, in the middle of a task or not; ``why`` in words."""
+
+    worker: int
+    why: str
+
+
+Event: TypeAlias = Ready | Told | Carried | Gone
+# What a task is, with the numbers of its lines: the same when it is handed out again.
+Key: TypeAlias = tuple[type[Task], tuple[int, ...]]
+
+
+class Crew(ABC):
+    """Workers that carry out tasks, each with a session of its own, while the others do too.
+
+    They start when the crew is made, and each is ready at its first :class:`Ready`.
+    """
+
+    # What each worker is called in messages.
+    names: Sequence[str]
+    # Whether the work is done elsewhere, so that the terminal is free for the progress of the whole.
+    elsewhere = True
+
+    @abstractmethod
+    def begin(self, worker: int, task: Task, following: Request | None) -> None:
+        """Hand ``task`` to a ``worker`` that is free; ``following`` is the video it makes next, as far as is known."""
+
+    @abstractmethod
+    def next(self) -> Event:
+        """The next event of any worker, once there is one."""
+
+    @abstractmethod
+    def replace(self, worker: int) -> None:
+        """Start a ``worker`` that is gone anew, on the same device; it is ready at its next :class:`Ready`."""
+
+    @abstractmethod
+    def close(self) -> list[str]:
+        """End all workers, those at work too, and wait for it; what there is to say of them for the summary.
+
+        A worker that is at work leaves nothing that is half written, if it can.
+        """
+
+    def takes(self, worker: int, task: Task) -> bool:
+        """Whether ``worker`` may carry out ``task``."""
+        return True
+
+
+class Sharing:
+    """Lines on their way through a crew, and what became of each, by its number.
+
+    A task whose worker ended is given to another one, once. ``ahead``: seconds of encoding prompts.
+    """
+
+    def __init__(self, crew: Crew, lines: Sequence[PromptsLine], reporter: Reporter) -> None:
+        self.outcomes: dict[int, Outcome] = {}
+        self.ahead = 0.0
+        self._crew, self._reporter, self._count = crew, reporter, len(lines)
+        self._groups = deque(map(Encode, _groups(lines, max(1, AHEAD // len(crew.names)))))
+        self._waiting: list[Task] = []
+        self._at_work: dict[int, Task] = {}
+        self._free: set[int] = set()
+        self._alive = set(range(len(crew.names)))
+        # How often a task lost its worker, and which worker that was last.
+        self._tries: Counter[Key] = Counter()
+        self._avoided: dict[Key, int] = {}
+        self._losses: Counter[int] = Counter()
+        self._told: set[tuple[str, str]] = set()
+
+    def run(self) -> list[str]:
+        """Until every line has its outcome; what the crew says for the summary. Ends the crew, in any case."""
+        if self._crew.elsewhere:
+            self._reporter.begin("videos", self._count, "video")
+        try:
+            while len(self.outcomes) < self._count:
+                self._hand_out()
+                if len(self.outcomes) < self._count:
+                    self._take(self._crew.next())
+        finally:
+            self._reporter.end()
+            summary = self._crew.close()
+            for task in self._at_work.values() if self._crew.elsewhere else ():
+                _tidy(task)
+        return summary
+
+    def _hand_out(self) -> None:
+        """Give each free worker a task, and an outcome to the lines that nobody is left for."""
+        for lost in [task for task in (*self._waiting, *self._groups) if not self._able(task)]:
+            self._remove(lost)
+            problem = "no device is left to make it on"
+            self._end(lost, DeviceError(problem, next="the same command (it skips the videos that are done)"))
+        for worker in sorted(self._free):
+            task = self._best(worker)
+            if task is not None:
+                self._remove(task)
+                self._free.discard(worker)
+                self._at_work[worker] = task
+                following = self._best(worker)
+                first = None if following is None or isinstance(following, Encode) else following.lines[0].request
+                self._crew.begin(worker, task, first)
+
+    def _best(self, worker: int) -> Task | None:
+        """What ``worker`` does next: the first line that waits for it. Prompts only where no line waits for anyone."""
+        waiting = sorted(self._waiting, key=lambda task: task.lines[0].number) or islice(self._groups, 1)
+        return next((task for task in waiting if worker in self._able(task)), None)
+
+    def _able(self, task: Task) -> set[int]:
+        """The workers that may carry ``task`` out: not the one that ended in the middle of it, if there is another."""
+        able = {worker for worker in self._alive if self._crew.takes(worker, task)}
+        return able - {self._avoided.get(_key(task))} or able
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Ready(worker):
+                self._free.add(worker)
+            case Told(_, kind, message):
+                if (kind, message) not in self._told:
+                    self._told.add((kind, message))
+                    getattr(self._reporter, kind)(message)
+            case Carried(worker, result):
+                del self._at_work[worker]
+                self._free.add(worker)
+                self._losses[worker] = 0
+                self._waiting += result.tasks
+                self.ahead += result.encoding
+                self._note(result.outcomes)
+            case Gone(worker, why):
+                self._lose(worker, why)
+
+    def _lose(self, worker: int, why: str) -> None:
+        name, task = self._crew.names[worker], self._at_work.pop(worker, None)
+        self._free.discard(worker)
+        self._losses[worker] += 1
+        if self._losses[worker] < LOSSES:
+            self._crew.replace(worker)
+        else:
+            self._alive.discard(worker)
+        self._reporter.warn(f"{name} ended: {why}")
+        if task is None:
+            return
+        _tidy(task)
+        key = _key(task)
+        self._tries[key] += 1
+        self._avoided[key] = worker
+        if self._tries[key] >= TRIES:
+            again = "the same command (it skips the videos that are done)"
+            self._end(task, DeviceError(f"{name} ended: {why}", found=f"{TRIES} tries", next=again))
+        elif isinstance(task, Encode):
+            self._groups.appendleft(task)
+        else:
+            self._waiting.append(task)
+
+    def _remove(self, task: Task) -> None:
+        if isinstance(task, Encode):
+            self._groups.remove(task)
+        else:
+            self._waiting.remove(task)
+
+    def _end(self, task: Task, error: Exception) -> None:
+        self._note([failed(line, error, self._reporter) for line in task.lines])
+
+    def _note(self, outcomes: Sequence[Outcome]) -> None:
+        for outcome in outcomes:
+            self.outcomes[outcome.line.number] = outcome
+        if self._crew.elsewhere:
+            self._reporter.advance(len(outcomes))
+
+
+def _groups(lines: Sequence[PromptsLine], size: int) -> Iterator[tuple[PromptsLine, ...]]:
+    return (tuple(lines[start : start + size]) for start in range(0, len(lines), size))
+
+
+def _key(task: Task) -> Key:
+    return type(task), tuple(line.number for line in task.lines)
+
+
+def _tidy(task: Task) -> None:
+    """Remove what a worker that was killed left of files that are not whole."""
+    for line in () if isinstance(task, Encode) else task.lines:
+        for path in (line.output, record_path(line.output)):
+            with contextlib.suppress(OSError):
+                remove_temporaries(path)
