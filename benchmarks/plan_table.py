@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ltxpack.files.units import gigabytes
+from ltxpack.files.units import gigabytes, human_bytes
 from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import official_transformers
+from ltxpack.runtime.parallel.planned import PlannedScheme, cells, plan_schemes
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import DISTILLED, HQ, Recipe
 from ltxpack.runtime.weights.machine import this_machine
-from ltxpack.runtime.weights.plan import STREAM, Plan, best_plan
+from ltxpack.runtime.weights.plan import AUTO, STREAM, Plan, Work, best_plan
 from ltxpack.runtime.weights.report import streamed_blocks
-from ltxpack.runtime.weights.sizes import TEXT_ENCODER, model_of
+from ltxpack.runtime.weights.sizes import TEXT_ENCODER, TRANSFORMER, ModelSizes, model_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "plans.md"
 BEGIN, END = "<!-- plan-table {}: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table {} ends -->"
@@ -29,21 +31,51 @@ GB = 10**9
 MACHINES = ((24, 32), (24, 64), (24, 128), (32, 64), (48, 64), (48, 128), (80, 128), (96, 128), (141, 128))
 DISK_RATE = 3 * GB
 PLANNED = (HQ, DISTILLED)
+# A number of cards, the memory of each, and that of the host of them all, in GB; bytes a second between cards.
+SEVERAL = ((2, 24, 64), (2, 48, 128), (4, 24, 128), (8, 80, 512))
+LINK_RATE = 25 * GB
 HEAD = (
     "| card | host | mode | blocks streamed | text encoder | peak on the card | peak on the host "
     "| first video reads | each further one |",
     "|---|---|---|---|---|---|---|---|---|",
 )
+DEVICES_HEAD = (
+    "| cards, host | scheme | for | gain, at most | mode of a card | peak on a card | peak on the host, a card "
+    "| comes to a card, a video |",
+    "|---|---|---|---|---|---|---|---|",
+)
 
 
 def rows(recipe: Recipe) -> Iterator[str]:
     """One row of the table a machine: the published release with the official bakes, in bfloat16."""
-    configs, stages = published_configs(), official_transformers(recipe)
-    model = model_of(published_tensors(configs), configs, dict.fromkeys(stages), "bfloat16")
-    work = Request.of("", recipe=recipe.name).work(stages)
+    model, _, work = _published(recipe)
     for card, host in MACHINES:
         plan = best_plan(model, work, this_machine(card * GB, host * GB))
         yield f"| {card} GB | {host} GB | {_cells(plan)} |"
+
+
+def device_rows() -> Iterator[str]:
+    """One row a machine with several cards and a scheme, for the default video."""
+    model, config, work = _published(HQ)
+    for count, card, host in SEVERAL:
+        planned = plan_schemes(model, config, work, this_machine(card * GB, host * GB), count, AUTO)
+        name = f"{count} × {card} GB, {host} GB"
+        for one in planned.schemes:
+            yield f"| {name} | {one.scheme} | {one.made_for} | {_device_cells(one)} |"
+
+
+def _published(recipe: Recipe) -> tuple[ModelSizes, DiTConfig, Work]:
+    configs, stages = published_configs(), official_transformers(recipe)
+    model = model_of(published_tensors(configs), configs, dict.fromkeys(stages), "bfloat16")
+    return model, DiTConfig.from_dict(configs[TRANSFORMER]), Request.of("", recipe=recipe.name).work(stages)
+
+
+def _device_cells(one: PlannedScheme) -> str:
+    if one.counted is None or not one.plans:
+        return f"{one.problem} | | | | "
+    received = one.counted.received
+    moved = f"{human_bytes(received)}, {received / LINK_RATE:.1f} s" if received else "nothing"
+    return " | ".join((f"{one.counted.gain:.2f} × = {one.why}", *cells(one.plans), moved))
 
 
 def _cells(plan: Plan | None) -> str:
@@ -58,20 +90,28 @@ def _cells(plan: Plan | None) -> str:
     )
 
 
-def with_table(text: str, recipe: Recipe) -> str:
-    """``text`` with the table of ``recipe`` between its markers. Exits with status 1 if they are not there."""
-    begin, end = BEGIN.format(recipe.name), END.format(recipe.name)
+# Name of a table -> its head, and its rows.
+TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Iterator[str]]]] = {
+    **{recipe.name: (HEAD, functools.partial(rows, recipe)) for recipe in PLANNED},
+    "devices": (DEVICES_HEAD, device_rows),
+}
+
+
+def with_table(text: str, name: str) -> str:
+    """``text`` with the table ``name`` between its markers. Exits with status 1 if they are not there."""
+    begin, end = BEGIN.format(name), END.format(name)
     if text.count(begin) != 1 or text.count(end) != 1:
         sys.exit(f"{PAGE.name} has no place for the table ({begin})")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    return "\n".join([before + begin, "", *HEAD, *rows(recipe), "", end + after])
+    head, made = TABLES[name]
+    return "\n".join([before + begin, "", *head, *made(), "", end + after])
 
 
 def main() -> int:
     """Write the tables, or with ``--check`` only compare. Exit status 1 if one differs."""
     text = PAGE.read_text(encoding="utf-8")
-    wanted = functools.reduce(with_table, PLANNED, text)
+    wanted = functools.reduce(with_table, TABLES, text)
     if "--check" in sys.argv[1:]:
         print("the tables are as planned" if wanted == text else "a table differs; run benchmarks/plan_table.py")
         return int(wanted != text)

@@ -38,9 +38,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 28_673,
-    "files of the package": 164,
-    "lines of the tests": 29_135,
+    "lines of the package": 28_935,
+    "files of the package": 165,
+    "lines of the tests": 29_204,
 }
 
 

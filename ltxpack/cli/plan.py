@@ -16,70 +16,110 @@ from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, planned_by
 
 if TYPE_CHECKING:
     from ltxpack.runtime.commands import PlannedRun
+    from ltxpack.runtime.model.config import DiTConfig
+    from ltxpack.runtime.parallel.devices import PlannedDevices
     from ltxpack.runtime.weights.machine import Machine
     from ltxpack.runtime.weights.plan import Plan
     from ltxpack.runtime.weights.report import Command
     from ltxpack.runtime.weights.sizes import ModelSizes
 
 VIDEO, SESSION = planned_by(Settings), planned_by(SessionSettings)
+DEVICES_HELP = "Plan for several cards: their number, or ordinals of this machine's cards."
 
 
 @click.command()
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
-@click.option("--vram", metavar="SIZE", help="Memory of the card; default: what is free on the card here.")
+@click.option("--vram", metavar="SIZE", help="Memory of the card, or of each; default: what is free on the card here.")
 @click.option("--ram", metavar="SIZE", help="Memory of the host; default: what is free here.")
 @click.option("--disk-rate", default="3GB", show_default=True, metavar="SIZE", help="Bytes a second the disk reads.")
+@click.option("--devices", metavar="N|0,1,…", help=DEVICES_HELP)
+@click.option("--link-rate", default="25GB", show_default=True, metavar="SIZE", help="Bytes a second between cards.")
 @settings_options(*VIDEO, *SESSION)
 @click.option("--images", type=click.IntRange(0), default=0, show_default=True, help="Number of images conditioned on.")
 @json_option
 def plan(
-    overlay: Path | None, vram: str | None, ram: str | None, disk_rate: str, images: int, as_json: bool, **_: object
+    overlay: Path | None,
+    vram: str | None,
+    ram: str | None,
+    disk_rate: str,
+    link_rate: str,
+    devices: str | None,
+    images: int,
+    as_json: bool,
+    **_: object,
 ) -> None:
     """Say how OVERLAY would run on this machine, or with --vram 24GB --ram 64GB on another.
 
-    Mode, peak memory of card and host by phase, seconds of loading, and the commands to type. Without OVERLAY: for
-    the published LTX-2.3, before anything of it is fetched. 1GB is 10⁹ bytes, 1GiB 2³⁰.
+    Mode, peak memory of card and host by phase, seconds of loading, and the commands to type; with --devices 2, also
+    what two such cards would do. Without OVERLAY: for the published LTX-2.3, before anything of it is fetched. 1GB is
+    10⁹ bytes, 1GiB 2³⁰.
     """
     from ltxpack.runtime.commands import PlannedRun
+    from ltxpack.runtime.parallel import planned as several
+    from ltxpack.runtime.parallel.devices import PlannedDevices
     from ltxpack.runtime.request import Request
-    from ltxpack.runtime.weights.machine import this_machine
     from ltxpack.runtime.weights.report import plan_or_refuse, to_json
 
-    rate = parse_size(disk_rate, "--disk-rate")
-    sizes = (("--vram", vram), ("--ram", ram))
-    machine = this_machine(*(None if size is None else parse_size(size, flag) for flag, size in sizes))
-    planned = PlannedRun(Request.of("", **given(VIDEO)), SessionSettings(**given(SESSION)), images)
-    stages, model, commands = _looked_up(overlay, planned)
+    rate, link = parse_size(disk_rate, "--disk-rate"), parse_size(link_rate, "--link-rate")
+    named = None if devices is None else PlannedDevices.parse(devices)
+    machine = _machine(vram, ram, named)
+    session = SessionSettings(**given(SESSION), devices=None if named is None else named.flag)
+    planned = PlannedRun(Request.of("", **given(VIDEO)), session, images)
+    stages, model, config, commands = _looked_up(overlay, planned)
     work = replace(planned.request.work(stages), images=images)
-    found = plan_or_refuse(model, work, machine, planned.session.residency)
+    found = plan_or_refuse(model, work, machine, session.residency)
+    schemes = None
+    if named is not None:
+        schemes = several.plan_schemes(model, config, work, machine, named.count, session.residency)
     if as_json:
-        print_json(to_json(found, machine, rate, commands))
+        more = {} if schemes is None else {"devices": several.to_json(schemes, link)}
+        print_json(to_json(found, machine, rate, commands) | more)
         return
     _say(overlay, planned, machine, found, rate)
+    for line in () if schemes is None else several.lines(schemes, link):
+        click.echo(line)
+    click.echo("commands:")
     for command in commands:
         click.echo(printable(f"  {'done' if command.done else 'next'}  {command.text}"))
 
 
-def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, list[Command]]:
-    """The transformers of the stages, the sizes of the model, and what to type; of the published model without one."""
+def _machine(vram: str | None, ram: str | None, named: PlannedDevices | None) -> Machine:
+    """The machine here, or with the memories given another; with the smallest of the cards that are ``named``."""
+    from ltxpack.runtime.weights.machine import this_machine
+
+    cards = (0,) if named is None else named.cards
+    if vram is not None and not cards:
+        raise click.UsageError("--vram goes with cards; --devices cpu:N has none")
+    sizes = (("--vram", vram), ("--ram", ram))
+    return this_machine(*(None if size is None else parse_size(size, flag) for flag, size in sizes), cards=cards)
+
+
+def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, DiTConfig, list[Command]]:
+    """The transformers of the stages, the sizes and the transformer's config of the model, and what to type; of the
+    published model without ``root``.
+    """
+    from ltxpack.files.tensorfile import read_json
     from ltxpack.ltx23.published import published_configs, published_tensors
     from ltxpack.runtime.commands import codes_named, commands, published_stages
+    from ltxpack.runtime.model.config import DiTConfig
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
-    from ltxpack.runtime.weights.sizes import model_of, overlay_model
+    from ltxpack.runtime.weights.sizes import TRANSFORMER, model_of, overlay_model
 
     recipe, asked, form = planned.request.recipe, planned.session.transformers, planned.session.format
     if root is None:
         stages, configs = published_stages(recipe, asked, form), published_configs()
         codes = {name: codes_named(name) for name in stages}
         model = model_of(published_tensors(configs), configs, codes, planned.session.dtype)
-        return stages, model, commands(stages, planned)
+        return stages, model, DiTConfig.from_dict(configs[TRANSFORMER]), commands(stages, planned)
     opened = Overlay.open(root)
     if not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
         stages = official_transformers(recipe, form=form)
     else:
         stages = choose(opened.manifest, recipe, asked, root, form).stages
     codes = {name: codes_named(name) for name in stages}
-    return stages, overlay_model(opened, codes, planned.session.dtype), commands(stages, planned, opened)
+    model = overlay_model(opened, codes, planned.session.dtype)
+    config = DiTConfig.from_dict(read_json(opened.folder(TRANSFORMER) / "config.json"))
+    return stages, model, config, commands(stages, planned, opened)
 
 
 def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Plan, rate: int) -> None:
@@ -99,4 +139,3 @@ def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Pla
         for count in (found.first_read, found.next_read)
     )
     click.echo(f"read from disk: {first} for the first video, {following} for each further one with another prompt")
-    click.echo("commands:")

@@ -100,7 +100,7 @@ def test_the_commands_have_every_flag_the_plan_was_made_with(full_size: Path) ->
     of_run, of_plan = (
         {name for one in each.params for name in one.opts if name.startswith("--")} for each in (run, command)
     )
-    assert of_run & of_plan == {*words[::2], "--recipe"}, "what both take is passed on"
+    assert of_run & of_plan == {*words[::2], "--recipe", "--devices"}, "what both take is passed on"
     for overlay, folder in (((), "out"), ((full_size,), str(full_size))):
         commands = [c["command"] for c in planned(*overlay, *size, *words, "--images", "1")["commands"]]
         assert commands[-1] == " ".join([f'ltxpack run {folder} --prompt "…"', *words, "--image FILE"])
@@ -142,7 +142,7 @@ def test_loading_at_a_stated_rate(full_size: Path) -> None:
 
 
 def test_this_machine_has_no_card(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "free_card", lambda: None)
+    monkeypatch.setattr(machine, "free_card", lambda number: None)
     document = planned(demo / "overlay")
     assert document["machine"]["card"] is None and document["mode"] == "resident"
     done = ltxpack("plan", demo / "overlay")
@@ -165,6 +165,75 @@ def test_the_card_of_this_machine_is_asked(demo: Path, tmp_path: Path, monkeypat
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert planned(demo / "overlay")["machine"]["card"] is None
+
+
+def cards_here(folder: Path, monkeypatch: pytest.MonkeyPatch, *mebibytes: int) -> None:
+    """The driver's tool says that these are free on the cards."""
+    tool = folder / "nvidia-smi"
+    cases = "".join(f'[ "$1" = --id={number} ] && echo {free}\n' for number, free in enumerate(mebibytes))
+    tool.write_text(f"#!/bin/sh\n{cases}true\n")
+    tool.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def schemes(*arguments: str | Path) -> dict[str, dict[str, Any]]:
+    return {one["scheme"]: one for one in planned(*arguments)["devices"]["schemes"]}
+
+
+def test_several_cards_scheme_by_scheme(full_size: Path) -> None:
+    size = ("--vram", "48GB", "--ram", "128GB", "--devices", "2")
+    document = planned(*size)
+    assert document["devices"] == planned(full_size, *size)["devices"]
+    assert [(one["passes"], one["video_tokens"]) for one in document["devices"]["work"]] == [(93, 8160), (7, 32640)]
+    assert document["devices"]["machine"] == {"card": 48 * 10**9, "host": document["machine"]["host"] // 2}
+    found = schemes(*size)
+    assert {name: round(one["gain"], 2) for name, one in found.items()} == {
+        "guidance": 1.29, "sequence": 1.97, "both": 1.63, "stages": 1.47, "data": 2.0,
+    }  # fmt: skip
+    assert found["guidance"]["follows_from"] == "1 / (0.68 · 0.67 + 0.32)"
+    alone = planned("--vram", "48GB", "--ram", "65GB")
+    assert found["data"]["devices"] == [{"mode": alone["mode"], **alone["peak"]}], "half of the host is each one's"
+    # Both transformers stay where they are, each on its own card, which one card of this size has no room for.
+    assert alone["mode"] == "swap"
+    assert [one["mode"] for one in found["stages"]["devices"]] == ["resident", "resident"]
+    assert all(38e9 < one["card"] < 48e9 for one in found["stages"]["devices"])
+    slow = schemes(*size, "--link-rate", "5GB")["sequence"]["received"]
+    assert slow["bytes"] == found["sequence"]["received"]["bytes"]
+    assert slow["seconds"] == pytest.approx(slow["bytes"] / 5e9)
+    assert document["commands"][-1]["command"] == 'ltxpack run out --prompt "…" --devices 0,1'
+
+
+def test_several_cards_in_words() -> None:
+    said = ltxpack("plan", "--vram", "24GB", "--ram", "128GB", "--devices", "3").stdout
+    assert "3 devices, for each 24.0 GB of card and 42.0 GB of the host" in said
+    assert "stage 1 is 93 passes of 8160 video tokens, 68% of the work" in said
+    assert "32 heads do not divide by 3" in said and "there are 2 stages" in said
+    assert "Counted, not measured" in said
+    said = ltxpack("plan", "--vram", "24GB", "--ram", "20GB", "--devices", "8").stdout
+    assert "the host has too little free memory" in said, "each has an eighth of what is enough for one"
+
+
+def test_the_smallest_of_the_named_cards_counts(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards_here(tmp_path, monkeypatch, 24000, 48000, 32000)
+    overlay = demo / "overlay"
+    assert planned(overlay, "--devices", "1,2")["machine"]["card"] == 32000 * 2**20
+    assert planned(overlay, "--devices", "2")["machine"]["card"] == 24000 * 2**20, "a number: like the first one"
+    assert planned(overlay, "--devices", "cpu:2")["machine"]["card"] is None
+    message = refused(ltxpack("plan", overlay, "--devices", "1,3"), 2)
+    assert "cards that are not here" in message and "found 3" in message
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1")
+    assert planned(overlay)["machine"]["card"] == 32000 * 2**20
+    assert planned(overlay, "--devices", "cuda:1,0")["machine"]["card"] == 32000 * 2**20
+
+
+@pytest.mark.parametrize("devices", ["0", "1", "65", "99999999999", "cpu", "cpu:1", "0,0", "x"])
+def test_what_is_no_number_of_cards_is_wrong_use(devices: str) -> None:
+    assert "--devices" in refused(ltxpack("plan", "--devices", devices), 2)
+
+
+def test_memory_of_a_card_goes_with_cards() -> None:
+    assert "--vram goes with cards" in refused(ltxpack("plan", "--vram", "24GB", "--devices", "cpu:2"), 2)
 
 
 def test_an_overlay_without_bakes_is_planned_with_the_official_pair(demo: Path, tmp_path: Path) -> None:

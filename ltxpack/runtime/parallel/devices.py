@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ltxpack.errors import UsageError
 
 EXAMPLES = "ordinals such as 0,1,2, or cpu:N for N processes on the CPU"
@@ -22,3 +24,30 @@ def named_devices(text: str) -> tuple[str, ...]:
     if len(set(numbers)) < len(numbers):
         raise UsageError("--devices names a card twice", expected=EXAMPLES, found=text, next="choose --devices 0,1")
     return tuple(f"cuda:{number}" for number in numbers)
+
+
+@dataclass(frozen=True)
+class PlannedDevices:
+    """What ``ltxpack plan --devices`` names: ``count`` devices; ``cards`` are the ordinals to look at here, if any.
+
+    ``flag``: what names them to ``ltxpack run``.
+    """
+
+    count: int
+    cards: tuple[int, ...]
+    flag: str
+
+    @classmethod
+    def parse(cls, text: str) -> PlannedDevices:
+        """``2``: two cards like the first one here; ``0,1`` and ``cpu:3`` as for ``run``. Raises UsageError."""
+        if text.strip().isdecimal():
+            count = int(text.strip()[:4])
+            found = cls(count, (0,), ",".join(map(str, range(count))))
+        else:
+            names = named_devices(text)
+            numbers = tuple(int(name.partition(":")[2]) for name in names if name != "cpu")
+            found = cls(len(names), numbers, text.strip())
+        if not 1 < found.count <= MOST:
+            wanted = f"2 to {MOST} devices: their number, or ordinals"
+            raise UsageError("--devices plans for several", expected=wanted, found=text, next="leave --devices out")
+        return found

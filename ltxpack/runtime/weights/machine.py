@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ltxpack.errors import UsageError
 
 MEBIBYTE = 1024 * 1024
 ANSWER_SECONDS = 20
@@ -37,11 +39,21 @@ class Machine:
     container: bool = False
 
 
-def this_machine(vram: int | None = None, ram: int | None = None) -> Machine:
-    """What a new run would find here; ``vram`` and ``ram`` are the whole memories of another card and host."""
+def this_machine(vram: int | None = None, ram: int | None = None, *, cards: Collection[int] = (0,)) -> Machine:
+    """What a new run would find here; ``vram`` and ``ram`` are the whole memories of another card and host.
+
+    Of several ``cards`` the one with least memory counts. Raises UsageError where one of these is not there.
+    """
     host, container = usable_host() if ram is None else (ram - SYSTEM, False)
-    card = free_card() if vram is None else vram
-    return Machine(host, card, 0 if card is None else CONTEXT, container)
+    if vram is not None:
+        return Machine(host, vram, CONTEXT, container)
+    free = {number: free_card(number) for number in cards}
+    there = [card for card in free.values() if card is not None]
+    if len(there) < len(free) and len(free) > 1:
+        missing = ", ".join(str(number) for number, card in free.items() if card is None)
+        other = f"ltxpack plan --devices {len(free)} --vram 24GB (plans for cards of another machine)"
+        raise UsageError("--devices names cards that are not here", found=missing, next=other)
+    return Machine(host, min(there, default=None), CONTEXT if there else 0, container)
 
 
 def usable_host() -> tuple[int, bool]:
@@ -126,13 +138,13 @@ def own_memory() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 
 
-def free_card() -> int | None:
-    """Bytes free on the first visible NVIDIA card, as ``nvidia-smi`` says; None without one."""
+def free_card(number: int = 0) -> int | None:
+    """Bytes free on a visible NVIDIA card, the first one by default, as ``nvidia-smi`` says; None without it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
+    names = [str(number)] if visible is None else visible.split(",")[number : number + 1]
+    if not names or names[0].strip() in ("", "-1"):
         return None
-    first = (visible or "0").split(",")[0]
-    command = ["nvidia-smi", f"--id={first}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={names[0]}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
         return int(done.stdout.split()[0]) * MEBIBYTE

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from ltxpack.files.reader import IN_FLIGHT, READ_BYTES, SPARE_BUFFERS
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.overlay import transformer_part
+from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import activations
 from ltxpack.runtime.weights.machine import UNKNOWN, Machine
-from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes, PartSizes
+from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, VOCODER, ModelSizes, PartSizes
 
 RESIDENT, SWAP, STREAM, AUTO = "resident", "swap", "stream", "auto"
 MODES = (RESIDENT, SWAP, STREAM)
@@ -26,6 +27,15 @@ CARD, HOST, FILE = "card", "host", "file"
 
 # What is used between two stages of one transformer, which stays meanwhile.
 BETWEEN_STAGES = "latent_upsampler"
+# The phases in which a part other than a transformer is used.
+USED_IN = {
+    TEXT_ENCODER: ("text",),
+    "connectors": ("text", "connectors"),
+    "vae": ("images", "video"),
+    "audio_vae": ("sound",),
+    VOCODER: ("sound",),
+    BETWEEN_STAGES: ("upsample",),
+}
 SLOTS = 2
 # Bytes of a text encoder that wait in host memory to be hashed, where layers stream in another order than in the file.
 WAITING = 2_500_000_000
@@ -91,7 +101,7 @@ class Work:
     decoded in.
 
     ``prompts``: how many videos' prompts are encoded together; their contexts wait on the host. ``once``: no other
-    video follows, so that nothing is kept for one.
+    video follows, so that nothing is kept for one. ``only``: the phases of this device, where others have the rest.
     """
 
     shape: VideoShape
@@ -100,11 +110,17 @@ class Work:
     decode: str = OFFICIAL
     prompts: int = 1
     once: bool = False
+    only: frozenset[str] = frozenset()
+
+    def has(self, phase: str) -> bool:
+        """Whether ``phase`` is this device's."""
+        return not self.only or phase in self.only
 
     @property
     def transformers(self) -> tuple[str, ...]:
         """The names of the transformers, each once, in the order of their first stage."""
-        return tuple(dict.fromkeys(stage.transformer for stage in self.stages))
+        own = (stage.transformer for number, stage in enumerate(self.stages) if self.has(stage_label(number)))
+        return tuple(dict.fromkeys(own))
 
     @property
     def transformer_parts(self) -> tuple[str, ...]:
@@ -280,6 +296,7 @@ def held_blocks(streamed: frozenset[int], count: int, total: int) -> frozenset[i
 
 def _ways(mode: str, work: Work) -> Iterator[tuple[str, dict[str, Placement]]]:
     """The rows of the table that serve ``work`` in ``mode``, best first: a mode, and parts without block numbers."""
+    used = {part for part, phases in USED_IN.items() if any(map(work.has, phases))}
     for name in MODES if mode == AUTO else (mode,):
         for home, transformer, text in product(SMALL_PARTS_HOME[name], TRANSFORMERS[name], TEXT_ENCODERS):
             # Without a next video nothing is pinned for it.
@@ -288,8 +305,9 @@ def _ways(mode: str, work: Work) -> Iterator[tuple[str, dict[str, Placement]]]:
             # Pinned layers pay only where several prompts pass through them; where a transformer's blocks are read at
             # every step, host memory holds some of these rather than layers that are read once.
             if text.source != HOST or (work.prompts > 1 and transformer.source != FILE):
-                transformers = dict.fromkeys(work.transformer_parts, transformer)
-                yield name, dict.fromkeys(SMALL_PARTS, Placement(home)) | {TEXT_ENCODER: text} | transformers
+                others = dict.fromkeys(SMALL_PARTS, Placement(home)) | {TEXT_ENCODER: text}
+                own = {part: placed for part, placed in others.items() if part in used}
+                yield name, own | dict.fromkeys(work.transformer_parts, transformer)
 
 
 def _placements(
@@ -361,7 +379,7 @@ def _shared_out(model: ModelSizes, work: Work, streamed: Mapping[str, int], coun
 
 def _with_large_tiles(model: ModelSizes, plan: Plan, machine: Machine) -> Plan:
     """``plan`` with the largest tiles its decoder has room for, if that was asked for."""
-    if plan.work.decode != FAST:
+    if plan.work.decode != FAST or not plan.work.has("video"):
         return plan
     phase = next(phase for phase in plan.phases if phase.name == "video")
     if machine.card is None:
@@ -385,40 +403,47 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
     always = PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting
     stays = sum(model.parts[part].total for part, placed in placements.items() if placed.home == CARD)
 
-    def phase(name: str, taken: int, *parts: str, host: int = 0) -> Phase:
+    def phase(name: str, taken: int, *parts: str, host: int = 0) -> Iterator[Phase]:
         """The phase in which ``parts`` are in use, with ``taken`` bytes of activations and more on the ``host``."""
-        weights, host = stays, always + host
-        for part in parts:
-            placed, sizes = placements[part], model.parts[part]
-            if placed.home != CARD:
-                weights += _on_card(sizes, placed.streamed)
-            if placed.home == FILE and placed.source == HOST:
-                host += sizes.of(placed.streamed - placed.held)
-            if part == TEXT_ENCODER and placed.source == FILE:
-                host += WAITING
-        return Phase(name, weights, taken, host)
+        if work.has(name):
+            card, more = _in_use(model, placements, parts)
+            yield Phase(name, stays + card, taken, always + host + more)
 
     # With one prompt the text encoder makes room for the connectors; with several both stay until the last one.
     both = (TEXT_ENCODER, "connectors")
-    yield phase("text", activations.encoding(widths, itemsize), *both[: 1 + (work.prompts > 1)])
-    yield phase("connectors", activations.connecting(widths, itemsize), *both[work.prompts == 1 :])
+    yield from phase("text", activations.encoding(widths, itemsize), *both[: 1 + (work.prompts > 1)])
+    yield from phase("connectors", activations.connecting(widths, itemsize), *both[work.prompts == 1 :])
     if work.images:
-        yield phase("images", activations.image_encoding(widths, work.shape, itemsize), "vae")
+        yield from phase("images", activations.image_encoding(widths, work.shape, itemsize), "vae")
     before: StageWork | None = None
     for number, stage in enumerate(work.stages):
         if before is not None and before.shape != stage.shape:
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
-            yield phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
+            yield from phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
         codes = model.parts[stage.part].codes
         taken = activations.sampling(
             widths, stage.shape, itemsize, passes=stage.passes, images=work.images, codes=codes
         )
-        yield phase(f"stage {number + 1}", taken, stage.part)
+        yield from phase(stage_label(number), taken, stage.part)
         before = stage
-    yield phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", "vocoder")
+    yield from phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", VOCODER)
     frames = activations.frames_on_host(work.shape, tiling)
-    yield phase("video", activations.video_decoding(widths, work.shape, itemsize, tiling), "vae", host=frames)
+    yield from phase("video", activations.video_decoding(widths, work.shape, itemsize, tiling), "vae", host=frames)
+
+
+def _in_use(model: ModelSizes, placements: Mapping[str, Placement], parts: Sequence[str]) -> tuple[int, int]:
+    """Bytes on card and host that ``parts`` take while they are in use, beside what is there all the time."""
+    card = host = 0
+    for part in parts:
+        placed, sizes = placements[part], model.parts[part]
+        if placed.home != CARD:
+            card += _on_card(sizes, placed.streamed)
+        if placed.home == FILE and placed.source == HOST:
+            host += sizes.of(placed.streamed - placed.held)
+        if part == TEXT_ENCODER and placed.source == FILE:
+            host += WAITING
+    return card, host
 
 
 def _on_card(sizes: PartSizes, streamed: Collection[int]) -> int:

@@ -77,7 +77,7 @@ def test_without_a_limit_the_machine_counts(group: str, tmp_path: Path) -> None:
 def test_the_plan_says_that_a_container_limits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "free_host", lambda: 1000 * GB)
     monkeypatch.setattr(machine, "own_memory", lambda: 0)
-    monkeypatch.setattr(machine, "free_card", lambda: 80 * GB)
+    monkeypatch.setattr(machine, "free_card", lambda number: 80 * GB)
     for limit, told in ((None, False), (64 * GB, True), (2000 * GB, False)):
         monkeypatch.setattr(machine, "free_in_container", lambda limit=limit: limit)
         found = machine.this_machine()
