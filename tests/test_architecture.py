@@ -38,9 +38,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 28_935,
-    "files of the package": 165,
-    "lines of the tests": 29_204,
+    "lines of the package": 29_130,
+    "files of the package": 167,
+    "lines of the tests": 29_328,
 }
 
 

@@ -17,12 +17,13 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.lines import SKIPPED, LineMaker, Outcome, Task, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
+from ltxpack.runtime.parallel.crew import Processes
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Ready, Sharing
 from ltxpack.runtime.prompts_file import PromptsLine, read_lines
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import RunOptions, outputs_of, peak_memory, tell_inside
 from ltxpack.runtime.sampling.recipes import Recipe
-from ltxpack.runtime.session import Session
+from ltxpack.runtime.session import Session, devices_of
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.length import tell_cut
 
@@ -107,7 +108,10 @@ class Here(Crew):
 
 
 def _crew(options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter) -> Crew:
-    """Who makes the videos of ``lines``."""
+    """Who makes the videos of ``lines``: where there are several lines and devices, each device makes whole videos."""
+    devices = devices_of(options.session)
+    if len(devices) > 1 and len(lines) > 1:
+        return Processes(options.overlay, options.session, devices[: len(lines)])
     session = Session(options.overlay, options.session, reporter)
     for recipe in _recipes(lines):
         session.transformers(recipe)  # refuses a recipe that the session cannot make before anything is loaded

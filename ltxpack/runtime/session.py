@@ -73,7 +73,7 @@ class Session:
         settings.check()
         self.settings = settings
         self.overlay = Overlay.open(root, settings.text_encoder)
-        devices = _devices(settings)
+        devices = devices_of(settings)
         self.device = resolve_device(devices[0], "--device" if settings.devices is None else "--devices")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()
@@ -254,7 +254,7 @@ class Session:
         return found
 
 
-def _devices(settings: SessionSettings) -> tuple[str, ...]:
+def devices_of(settings: SessionSettings) -> tuple[str, ...]:
     """One for each rank. Raises UsageError for what does not go together."""
     if settings.devices is None:
         return (settings.device,)

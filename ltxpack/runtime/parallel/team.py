@@ -37,15 +37,27 @@ EXPLAINED, GIVEN_UP, LEFT = 3.0, 8.0, 5.0
 
 
 class Worker:
-    """The process of one other rank, and what it said last."""
+    """The process of one other rank, which runs ``module``, and what it said last.
 
-    def __init__(self, rank: int, device: str, ended: Callable[[Worker], None]) -> None:
+    ``ended`` is called when it ended, ``received`` with each message that it writes; both from threads.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        device: str,
+        ended: Callable[[Worker], None],
+        module: str = WORKER,
+        received: Callable[[Any], None] | None = None,
+    ) -> None:
         self.rank, self.device = rank, device
         self.ready = threading.Event()
         self._said = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        out = subprocess.DEVNULL if received is None else subprocess.PIPE
+        command = [sys.executable, "-m", module]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE)
+        self._receiving = threading.Thread(target=self._receive, args=(received,), daemon=True)
+        self._receiving.start()
         self._thread = threading.Thread(target=self._watch, args=(ended,), daemon=True)
         self._thread.start()
 
@@ -56,11 +68,15 @@ class Worker:
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
 
-    def end(self, seconds: float) -> None:
-        """It gets ``seconds`` to end by itself."""
+    def dismiss(self) -> None:
+        """Tell it to end."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
+
+    def end(self, seconds: float) -> None:
+        """It gets ``seconds`` to end by itself."""
+        self.dismiss()
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -83,7 +99,16 @@ class Worker:
                     self.ready.set()
                 elif text.startswith(FAULT):
                     self._said = text.removeprefix(FAULT)
+        self._receiving.join()
         ended(self)
+
+    def _receive(self, received: Callable[[Any], None] | None) -> None:
+        if received is None:
+            return
+        assert self.process.stdout is not None
+        with self.process.stdout as messages, contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
+            while True:
+                received(pickle.load(messages))
 
 
 class Team(Alone):

@@ -26,10 +26,10 @@ from ltxpack.runtime.session import Session
 
 
 class Messages:
-    """What rank 0 writes, in order; None at its end. If that comes in the middle of work, this process ends."""
+    """What rank 0 writes, in order; None at its end. If that comes in the middle of work, ``abandon`` is called."""
 
-    def __init__(self) -> None:
-        self.busy = True
+    def __init__(self, abandon: Callable[[], object] = lambda: os._exit(1)) -> None:
+        self.busy, self._abandon = True, abandon
         self._waiting: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -48,7 +48,7 @@ class Messages:
                 break
             self._waiting.put(message)
         if self.busy or not self._waiting.empty():
-            os._exit(1)
+            self._abandon()
         self._waiting.put(None)
 
 
@@ -76,20 +76,21 @@ def main() -> int:
             session.ranks = Follower(messages, rank, size, session.device)
             if session.device.type == "cuda":
                 torch.cuda.set_device(session.device)
-            _say(READY)
+            say(READY)
             join(meeting_place(port), rank, size, session.device)
             while (work := messages.next()) is not None:
                 latents_of(session, *work)
     except LtxpackError as error:
-        _say(FAULT + error.render().replace("\n", ";"))
+        say(FAULT + error.render().replace("\n", ";"))
         os._exit(1)
     except Exception as error:
-        _say(f"{FAULT}{type(error).__name__}: {str(error).splitlines()[:1]}")
+        say(f"{FAULT}{type(error).__name__}: {str(error).splitlines()[:1]}")
         os._exit(1)
     return 0
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """One line for the process that started this one."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 

@@ -53,12 +53,13 @@ def resolve_device(name: str, flag: str = "--device") -> torch.device:
     return device
 
 
-def machine_of(device: torch.device, *, used: bool = False) -> Machine:
+def machine_of(device: torch.device, *, used: bool = False, processes: int = 1) -> Machine:
     """What this process could have: what is free, and what it has itself already.
 
-    ``used``: work was done on the device, so that what libraries take of a card is gone from it.
+    ``used``: work was done on the device, so that what libraries take of a card is gone from it. ``processes``: how
+    many, on devices of their own, share what is free of the host.
     """
-    host, container = machine.usable_host()
+    host, container = machine.usable_host(processes)
     if device.type != "cuda":
         return Machine(host, container=container)
     lost = (0 if grows_in_place(device) else GAPS) + (0 if used else LIBRARIES)

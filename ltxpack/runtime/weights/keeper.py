@@ -68,6 +68,8 @@ class Residency:
         self.overlay, self.device, self.dtype = overlay, device, dtype
         self.mode, self.reads, self.warm_cache = mode, reads, warm_cache
         self.reporter = reporter or SilentReporter()
+        # How many processes, on devices of their own, share the host's free memory.
+        self.processes = 1
         self.plan: Plan | None = None
         # The plan that took most host memory since the placements were made.
         self._largest: Plan | None = None
@@ -185,7 +187,7 @@ class Residency:
         """The plan for ``work`` as things are now. Raises DeviceError if it fits in no way, naming the GB needed and
         free and what to do instead.
         """
-        machine = machine_of(self.device, used=self.plan is not None)
+        machine = machine_of(self.device, used=self.plan is not None, processes=self.processes)
         if self._largest is not None:
             # What is placed may hold transformers that only the videos of another recipe use.
             placed = [part.rpartition("/")[2] for part in self._largest.placements if part.startswith(f"{BAKES}/")]
@@ -208,7 +210,7 @@ class Residency:
 
     def _begin(self, plan: Plan) -> None:
         """Tell the new plan, and begin to warm the page cache for the next process, if that is asked for."""
-        machine = machine_of(self.device)
+        machine = machine_of(self.device, processes=self.processes)
         if self.warm_cache:
             self._warmer = CacheWarmer(self._files(plan), planner.cacheable(plan, machine))
         for line in (*report.lines(plan, machine), report.reading(plan, self.reads, machine, warm=self.warm_cache)):

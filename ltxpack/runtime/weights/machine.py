@@ -56,16 +56,16 @@ def this_machine(vram: int | None = None, ram: int | None = None, *, cards: Coll
     return Machine(host, min(there, default=None), CONTEXT if there else 0, container)
 
 
-def usable_host() -> tuple[int, bool]:
+def usable_host(processes: int = 1) -> tuple[int, bool]:
     """Bytes of host memory a run may have, with those this process has already; and whether a container bounds them.
 
-    There is no bound where the system says nothing.
+    ``processes``: how many of the run share what is free. There is no bound where the system says nothing.
     """
     free, contained = free_host(), free_in_container()
     bounds = [bound for bound in (free or None, contained) if bound is not None]
     if not bounds:
         return UNKNOWN, False
-    return min(bounds) + own_memory() - HOST_MARGIN, min(bounds) == contained != free
+    return min(bounds) // processes + own_memory() - HOST_MARGIN, min(bounds) == contained != free
 
 
 def free_host() -> int:

@@ -78,7 +78,7 @@ def there(card: Card, patch: pytest.MonkeyPatch) -> Iterator[Card]:
     patch.setattr(keeper, "Background", pretend_card.Ahead)
     for module in (reading, slots, placed):
         patch.setattr(module, "ThreadPoolExecutor", pretend_card.AtOnce)
-    patch.setattr(machine, "usable_host", lambda: (500 * GIB, False))
+    patch.setattr(machine, "usable_host", lambda *_: (500 * GIB, False))
     patch.setattr(reading, "blake3", Unread)
 
     def scatter(file: DirectReader, views: list[memoryview], start: int) -> None:

@@ -1,0 +1,124 @@
+"""The lines of a prompts file shared out over processes: the files of one device; what is left when one ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Done, Notes, ltxpack
+
+from ltxpack.runtime.lines import DONE
+from ltxpack.runtime.parallel.crew import Processes
+from ltxpack.runtime.parallel.share import Event, Sharing, Told
+from ltxpack.runtime.prompts_file import read_lines
+from ltxpack.runtime.settings import SessionSettings, SettingsGiven
+
+SMALL = ("--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
+LINES: list[dict[str, Any]] = [
+    {"prompt": "a boat", "seed": 1, "steps": 2},
+    {"prompt": "a vast boat", "height": 64 * 10**6},
+    {"prompt": "a dog", "recipe": "distilled"},
+    {"prompt": "a boat", "seed": 2, "steps": 2},
+]
+
+
+def prompts(folder: Path, *lines: dict[str, Any]) -> Path:
+    path = folder / "boats.jsonl"
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def many(demo: Path, folder: Path, *flags: str) -> Done:
+    return ltxpack("run", demo / "overlay", "--prompts", prompts(folder, *LINES), *SMALL, *flags)
+
+
+def videos(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix == ".mp4"}
+
+
+def table(done: Done, folder: Path) -> list[list[str]]:
+    """Number, status and file of each line, as the table has them."""
+    rows = [row.split() for row in done.stdout.splitlines() if row.endswith(".mp4")]
+    return [[*row[:2], str(Path(row[-1]).relative_to(folder))] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The videos of one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    many(demo, folder, "--device", "cpu")
+    return videos(folder)
+
+
+def test_two_processes_make_the_files_of_one_device(demo: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    done = many(demo, tmp_path, "--devices", "cpu:2")
+    assert done.returncode == 1 and "1 of 4 videos were not made" in done.stderr
+    statuses = ["done", "failed", "done", "done"]
+    assert table(done, tmp_path) == [
+        [str(number), status, f"boats-000{number}.mp4"] for number, status in enumerate(statuses, 1)
+    ]
+    assert "worker 0 on cpu: peak memory: " in done.stdout and "worker 1 on cpu: peak memory: " in done.stdout
+    assert len(alone) == 3 and videos(tmp_path) == alone
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["boats.jsonl", *alone, *(f"{name}.json" for name in alone)]
+    )
+    again = many(demo, tmp_path, "--device", "cpu")
+    assert [row[1] for row in table(again, tmp_path)] == ["skipped", "failed", "skipped", "skipped"]
+
+
+class Killed(Processes):
+    """The first worker that makes a line is killed in the middle of it."""
+
+    killed = -1
+
+    def next(self) -> Event:
+        event = super().next()
+        if isinstance(event, Told) and event.message.startswith("line ") and self.killed < 0:
+            self.killed = event.worker
+            self._workers[event.worker].process.kill()
+        return event
+
+
+def test_the_line_of_a_killed_process_is_made_by_another(demo: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+    given = SettingsGiven(height=64, width=64, num_frames=9)
+    lines = read_lines(prompts(tmp_path, LINES[0], LINES[3]), given)
+    crew, notes = Killed(demo / "overlay", SessionSettings(dtype="float32"), ("cpu", "cpu")), Notes()
+    sharing = Sharing(crew, lines, notes)
+    sharing.run()
+    assert [outcome.status for outcome in sharing.outcomes.values()] == [DONE, DONE]
+    assert f"worker {crew.killed} on cpu ended: its process was ended by signal 9" in notes.warnings
+    made = videos(tmp_path)
+    assert [made["boats-0001.mp4"], made["boats-0002.mp4"]] == [alone["boats-0001.mp4"], alone["boats-0004.mp4"]]
+    assert len([*tmp_path.iterdir()]) == 5, "nothing half written"
+    assert not any(worker.process.poll() is None for worker in crew._workers.values())
+
+
+# A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+HEARING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ltxpack.cli import main
+main()
+"""
+
+
+def test_an_interrupt_ends_all_processes_and_leaves_nothing_half_written(demo: Path, tmp_path: Path) -> None:
+    path = prompts(tmp_path, *({**LINES[0], "seed": seed, "steps": 900} for seed in (1, 2)))
+    command = [sys.executable, "-c", HEARING, "run", demo / "overlay", "--prompts", path, *SMALL, "--devices", "cpu:2"]
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        begun = next(line for line in process.stderr if line.startswith("line "))
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+        process.wait(timeout=60)
+    assert begun and len(workers) == 2
+    assert process.returncode == 130
+    assert "goes on from where it stopped" in told and "Traceback" not in told
+    assert [entry.name for entry in tmp_path.iterdir()] == ["boats.jsonl"]
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
