@@ -108,7 +108,8 @@ def errors_of(run: Run, golden: Path, overlay: Path, folder: Path, *more: str) -
     """Make ``run`` anew into ``folder``; its frames are checked. Returns the error of each other saved tensor."""
     tensors, video = folder / f"{run.name}.safetensors", folder / f"{run.name}.mp4"
     outputs = ("-o", video, "--save-tensors", tensors)
-    result = done(ltxpack("run", overlay, *flags(run, golden, overlay), *more, *outputs))
+    given = [flag for flag in flags(run, golden, overlay) if flag != "--device=cpu" or "--devices" not in more]
+    result = done(ltxpack("run", overlay, *given, *more, *outputs))
     assert result.stdout.splitlines()[-1] == str(video)
     assert all(f"residency {mode}: " in result.stderr for mode in MODES if mode in more)
     found = load(tensors)
@@ -128,6 +129,13 @@ def test_every_recorded_run_of_the_other_recipes_is_met(golden: Path, overlay: P
     for run in runs(golden, "fp32", "recipe"):
         errors = errors_of(run, golden, overlay, tmp_path)
         assert max(errors.values()) <= 1e-5, (run.name, errors)
+
+
+def test_a_recorded_run_is_met_on_two_devices(golden: Path, overlay: Path, tmp_path: Path) -> None:
+    """Passes of stage 1 are shared out, and the tokens of stage 2, those of the last image among them."""
+    (run,) = [run for run in runs(golden, "fp32", "run") if run.name == "run_i2v_first_last_fp32"]
+    errors = errors_of(run, golden, overlay, tmp_path, "--devices", "cpu:2", "--parallel", "both")
+    assert max(errors.values()) <= 1e-5, errors
 
 
 def test_the_other_recipes_in_bfloat16_are_the_recorded_bits(golden: Path, overlay: Path) -> None:

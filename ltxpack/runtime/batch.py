@@ -18,6 +18,7 @@ from ltxpack.runtime import record
 from ltxpack.runtime.lines import SKIPPED, LineMaker, Outcome, Task, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.parallel.crew import Processes
+from ltxpack.runtime.parallel.schemes import AUTO, NONE
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Ready, Sharing
 from ltxpack.runtime.prompts_file import PromptsLine, read_lines
 from ltxpack.runtime.request import Request
@@ -108,9 +109,11 @@ class Here(Crew):
 
 
 def _crew(options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter) -> Crew:
-    """Who makes the videos of ``lines``: where there are several lines and devices, each device makes whole videos."""
+    """Who makes the videos of ``lines``: where there are several lines and devices, each device makes whole videos,
+    unless it is said how they share one.
+    """
     devices = devices_of(options.session)
-    if len(devices) > 1 and len(lines) > 1:
+    if len(devices) > 1 and len(lines) > 1 and options.session.parallel in (AUTO, NONE):
         return Processes(options.overlay, options.session, devices[: len(lines)])
     session = Session(options.overlay, options.session, reporter)
     for recipe in _recipes(lines):

@@ -63,9 +63,8 @@ def sample(session: Session, request: Request, following: str | None = None) -> 
             state = initial_state(shape, start, images[number], noise_scale, generator, session.device, session.dtype)
             guidance = settings.guidance if stage.guided else None
             ahead = (*names[1:], following)[number]
-            label = stage_label(number)
             kept = request.kept_steps(number)
-            denoise = partial(_denoised, session, label, stage.sampler, state, sigmas, contexts, guidance, ahead, kept)
+            denoise = partial(_denoised, session, number, stage.sampler, state, sigmas, contexts, guidance, ahead, kept)
             tokens = session.transform(names[number], denoise)
             made.append(unpatchify(tokens, shape))
     return Latents(tuple(made), upsampled)
@@ -94,9 +93,10 @@ def latents_of(session: Session, request: Request, following: Request | None, on
             f"{shape.frames} frames at {shape.fps:g} fps: the model was trained for at most {shape.longest}"
             f" ({LONGEST_SECONDS} s); the video may drift or repeat itself"
         )
-    session.prepare([work_of(session, request, session.prompts.ahead, once)])
+    work = work_of(session, request, session.prompts.ahead, once)
+    session.prepare([work])
     name = None if following is None else session.transformers(following.recipe).stages[0]
-    with session.ranks.together(request, following, once):
+    with session.ranks.together(work, request, following, once):
         return session.within_memory(lambda: sample(session, request, name))
 
 
@@ -196,7 +196,7 @@ def _encoded(
 
 def _denoised(
     session: Session,
-    label: str,
+    number: int,
     sampler: str,
     state: AV[LatentState],
     sigmas: Tensor,
@@ -206,20 +206,21 @@ def _denoised(
     kept: frozenset[int],
     model: DiT,
 ) -> AV[Tensor]:
-    """The tokens of a stage after sampling with ``model``; the transformer ``ahead`` is loaded meanwhile.
+    """The tokens of stage ``number`` after sampling with ``model``; the transformer ``ahead`` is loaded meanwhile.
 
     In the steps ``kept`` quantised weights are decoded.
     """
     if ahead is not None:
         session.load_ahead(ahead)
-    denoiser = Denoiser(session.ranks.front(model), contexts[0], contexts[1] if len(contexts) > 1 else None, guidance)
+    front = session.ranks.front(model, number)
+    denoiser = Denoiser(front, contexts[0], contexts[1] if len(contexts) > 1 else None, guidance)
     rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
 
     def on_step(done: int, total: int) -> None:
         session.reporter.advance()
         decode_weights(model, done in kept)
 
-    session.reporter.begin(label, len(sigmas) - 1, "step")
+    session.reporter.begin(stage_label(number), len(sigmas) - 1, "step")
     decode_weights(model, 0 in kept)
     tokens = SAMPLERS[sampler](
         lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas, on_step=on_step

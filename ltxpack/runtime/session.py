@@ -23,12 +23,14 @@ from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.calibration import ActivationsRecorder
 from ltxpack.runtime.codecs import video
 from ltxpack.runtime.model import kernels
+from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import use_codes
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, transformer_part
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.ranks import ALONE, Alone
+from ltxpack.runtime.parallel.schemes import NONE, check_heads
 from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe, stage_flag
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
@@ -73,7 +75,7 @@ class Session:
         settings.check()
         self.settings = settings
         self.overlay = Overlay.open(root, settings.text_encoder)
-        devices = devices_of(settings)
+        devices = devices_of(settings)[: 1 if settings.parallel == NONE else None]
         self.device = resolve_device(devices[0], "--device" if settings.devices is None else "--devices")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()
@@ -101,7 +103,16 @@ class Session:
         fault = known_fault(self.device, self.dtype)
         if fault is not None:
             self.reporter.warn(fault)
-        self.ranks: Alone = ALONE if len(devices) == 1 else Team(root, settings, devices, self.device, self.reporter)
+        self.ranks: Alone = ALONE
+        if len(devices) > 1:
+            config = self.transformer_config
+            check_heads(settings.parallel, config, len(devices))
+            self.ranks = Team(root, settings, devices, self.device, config, self.reporter)
+
+    @property
+    def transformer_config(self) -> DiTConfig:
+        """What the transformers are like: the base's, and so every bake's. Raises OverlayError, UnsupportedError."""
+        return read_dit_config(self.overlay.folder(transformer_part(BASE)))
 
     def transformers(self, recipe: Recipe) -> TransformerChoice:
         """The transformers of the recipe's stages. Raises OverlayError, UsageError."""
@@ -112,7 +123,7 @@ class Session:
 
     def check_blocks(self, guidance: AV[Guidance]) -> None:
         """Raises UsageError where ``guidance`` perturbs a block that the transformer does not have."""
-        count = read_dit_config(self.overlay.folder(transformer_part(BASE))).num_layers
+        count = self.transformer_config.num_layers
         for modality, blocks in (("video", guidance.video.perturbed), ("audio", guidance.audio.perturbed)):
             if max(blocks, default=0) >= count:
                 flag, known = f"--{modality}-stg-blocks", f"numbers from 0 to {count - 1}"
@@ -246,8 +257,7 @@ class Session:
             model.compile_blocks()
 
     def _choose_attention(self) -> kernels.KernelChoice:
-        config = read_dit_config(self.overlay.folder(transformer_part(BASE)))
-        kinds = kernels.attention_kinds(config, self.device, self.dtype)
+        kinds = kernels.attention_kinds(self.transformer_config, self.device, self.dtype)
         found = kernels.choose(kinds, self.settings.attention)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -257,6 +267,8 @@ class Session:
 def devices_of(settings: SessionSettings) -> tuple[str, ...]:
     """One for each rank. Raises UsageError for what does not go together."""
     if settings.devices is None:
+        if settings.parallel not in (AUTO, NONE):
+            raise UsageError(f"--parallel {settings.parallel} goes with several devices", next="add --devices 0,1")
         return (settings.device,)
     if settings.device != AUTO:
         raise UsageError("--device and --devices are two answers to one question", next="leave --device out")

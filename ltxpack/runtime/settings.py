@@ -17,6 +17,7 @@ from ltxpack.errors import UsageError
 from ltxpack.files.direct import READS
 from ltxpack.ltx23.codes import CODES
 from ltxpack.runtime.codecs.tiles import DECODES, OFFICIAL
+from ltxpack.runtime.parallel.schemes import PARALLEL
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Guidance, Recipe
 from ltxpack.runtime.sampling.shape import AV
 
@@ -166,7 +167,13 @@ class SessionSettings:
     )
     device: str = _setting(AUTO, "auto, cuda, cuda:N or cpu.")
     devices: str | None = _setting(
-        None, "Several cards for one video: the passes of a guided step are shared out.", metavar="0,1,…"
+        None, "Several cards for one video, in the way that --parallel says.", metavar="0,1,…"
+    )
+    parallel: str = _setting(
+        AUTO,
+        "Of several cards: the passes of a guided step are shared out, the tokens of a pass, or both; auto: what is "
+        "fastest for each stage.",
+        choices=PARALLEL,
     )
     dtype: str = _setting(DTYPES[0], choices=DTYPES, plan=True)
     residency: str = _setting(AUTO, choices=RESIDENCIES, plan=True)
@@ -218,6 +225,7 @@ class SessionGiven(TypedDict, total=False):
     fp8: str
     device: str
     devices: str | None
+    parallel: str
     dtype: str | torch.dtype
     residency: str
     reads: str

@@ -1,4 +1,4 @@
-"""Several ranks make the video of one device, bit for bit; what they exchange; what is left when one ends."""
+"""Ranks that take passes in turn make the video of one device, bit for bit; what is left when one of them ends."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from support import Notes, ltxpack
 
 from ltxpack import Pipeline
 from ltxpack.errors import DeviceError, UsageError
-from ltxpack.runtime.parallel import ranks
+from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.team import Team
+from ltxpack.runtime.request import Request
 from ltxpack.runtime.settings import SessionSettings
 
 TINY: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
@@ -40,7 +41,7 @@ def alone(demo: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def three(demo: Path) -> Iterator[Pipeline]:
-    with Pipeline.from_overlay(demo / "overlay", devices="cpu:3", dtype="float32") as pipeline:
+    with Pipeline.from_overlay(demo / "overlay", devices="cpu:3", parallel="guidance", dtype="float32") as pipeline:
         yield pipeline
 
 
@@ -64,13 +65,13 @@ def test_the_ranks_exchange_the_velocities_of_guided_steps_and_nothing_else(
     three: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[tuple[int, int]] = []
-    broadcast = ranks.dist.broadcast
+    broadcast = exchange.dist.broadcast
 
     def counted(tensor: torch.Tensor, src: int) -> None:
         sent.append((src, tensor.nbytes))
         broadcast(tensor, src=src)
 
-    monkeypatch.setattr(ranks.dist, "broadcast", counted)
+    monkeypatch.setattr(exchange.dist, "broadcast", counted)
     first = latents(three, steps=3)[:2]
     # 2n + 1 evaluations by three passes, which the ranks take in turn; stage 2 has one pass.
     assert sent == [(owner, part.nbytes) for owner in (0, 1, 2) for part in first] * 7
@@ -101,8 +102,9 @@ def test_a_second_team_of_one_process_is_refused(three: Pipeline, demo: Path) ->
 
 def test_a_rank_that_cannot_begin_says_why(three: Pipeline, tmp_path: Path) -> None:
     three.close()
-    team = Team(tmp_path / "none", SessionSettings(), ("cpu", "cpu"), torch.device("cpu"), Notes())
-    with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"), team.together():
+    config, work = three.session.transformer_config, Request.of("a").work(("base", "base"))
+    team = Team(tmp_path / "none", SessionSettings(), ("cpu", "cpu"), torch.device("cpu"), config, Notes())
+    with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"), team.together(work):
         raise AssertionError("never begun")
     team.close()
 
@@ -138,7 +140,7 @@ def test_one_process_does_not_ask_how_many_there_are(alone: Pipeline, monkeypatc
         raise AssertionError("an exchange on one device")
 
     for name in ("broadcast", "init_process_group"):
-        monkeypatch.setattr(ranks.dist, name, refused)
+        monkeypatch.setattr(exchange.dist, name, refused)
     assert latents(alone, steps=2)
 
 

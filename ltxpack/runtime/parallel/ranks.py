@@ -1,23 +1,27 @@
 """The processes that make one video together, as one of them sees them.
 
-Every rank runs the same recipe on its own device, with all weights of its own. What they exchange is written here and
-nowhere else: rank 0 hands out requests and text contexts, and the passes of a guided step are shared out.
+Every rank runs the same recipe on its own device, with all weights of its own. Rank 0 hands out requests and text
+contexts. The passes of a step are shared out, and the tokens of a pass, as :mod:`schemes` says; the velocities go to
+all ranks, whose latents stay equal without any other exchange.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
+from ltxpack.runtime.parallel.exchange import Exchange
+from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, chosen
+from ltxpack.runtime.parallel.sequence import OwnTokens
 from ltxpack.runtime.sampling.guidance import Model
 from ltxpack.runtime.sampling.shape import AV
+from ltxpack.runtime.weights.plan import Work
 
 Contexts = list[AV[Tensor]]
 
@@ -25,16 +29,16 @@ Contexts = list[AV[Tensor]]
 class Alone:
     """One process on one device: nothing is handed out."""
 
-    def together(self, *work: Any) -> AbstractContextManager[None]:
-        """A block in which all ranks do ``work``. If it fails, the others are of no use any more."""
+    def together(self, work: Work, *arguments: Any) -> AbstractContextManager[None]:
+        """A block in which all ranks do ``work``, which ``arguments`` say. If it fails, the others are of no use."""
         return nullcontext()
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
         """The text contexts that rank 0 gets from ``make``, on this rank's device."""
         return make()
 
-    def front(self, model: DiT) -> Model:
-        """``model`` as a denoiser is to use it."""
+    def front(self, model: DiT, stage: int) -> Model:
+        """``model`` as the denoiser of stage number ``stage`` is to use it."""
         return model
 
     def close(self) -> None:
@@ -44,58 +48,81 @@ class Alone:
 ALONE = Alone()
 
 
-class GuidanceFront:
-    """Shares out the passes of a guided step: each is made by one rank and sent to all.
+class Member(Alone):
+    """One of several ranks: they choose alike, as all know the same."""
 
-    The arithmetic of a pass does not depend on which others are made with it, so the velocities are those of one
-    device, bit for bit. A single pass is made by every rank, without an exchange.
+    exchange: Exchange
+    rates = Rates()
+
+    def __init__(self, parallel: str, config: DiTConfig, dtype: torch.dtype) -> None:
+        self._parallel, self._config, self._itemsize = parallel, config, dtype.itemsize
+        self._splits: tuple[Split, ...] = ()
+
+    def joined(self, exchange: Exchange, device: torch.device) -> None:
+        """The ranks are together. Where the choice depends on it, all of them measure what cards and links do."""
+        self.exchange = exchange
+        if self._parallel == AUTO and device.type == "cuda":
+            self.rates = exchange.rates()
+            torch.cuda.empty_cache()
+
+    def choose(self, work: Work) -> Counted:
+        """How the stages of ``work`` are shared out from now on."""
+        found = chosen(self._parallel, self._config, work, self.exchange.size, self._itemsize, self.rates)
+        self._splits = found.splits
+        return found
+
+    def front(self, model: DiT, stage: int) -> Model:
+        split = self._splits[stage]
+        return model if split == Split() else Front(model, self.exchange, split)
+
+
+class Front:
+    """Shares out the passes of a step over groups of ranks, and the tokens of a pass over the ranks of its group.
+
+    The arithmetic of a pass does not depend on which others are made with it, so in groups of one rank the velocities
+    are those of one device, bit for bit.
     """
 
-    def __init__(self, model: DiT, rank: int, size: int, check: Callable[[bool], None]) -> None:
-        """``check(failed)`` raises where another rank has ended; ``failed``: an exchange says that one has."""
-        self._model, self._rank, self._size, self._check = model, rank, size, check
+    def __init__(self, model: DiT, exchange: Exchange, split: Split) -> None:
+        self._model, self._exchange, self._split = model, exchange, split
+        group = exchange.rank // split.shards
+        self._group = group if group < split.groups else None
+        self._own = OwnTokens(exchange, split) if split.shards > 1 else None
 
     def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
-        """As :meth:`.model.DiT.passes`. Raises what ``check`` raises."""
-        if len(passes) == 1:
-            return self._model.passes(passes)
-        own = [each for number, each in enumerate(passes) if number % self._size == self._rank]
-        made = iter(self._model.passes(own) if own else [])
+        """As :meth:`.model.DiT.passes`. Raises DeviceError where another rank has ended."""
+        groups = [number % self._split.groups for number in range(len(passes))]
+        own = [each for each, group in zip(passes, groups, strict=True) if group == self._group]
+        made = iter(self._made(own) if own else [])
         return [
-            self._sent(next(made), number % self._size)
-            if number % self._size == self._rank
-            else self._received(each, number % self._size)
-            for number, each in enumerate(passes)
+            self._shared(each, group, next(made) if group == self._group else None)
+            for each, group in zip(passes, groups, strict=True)
         ]
 
-    def _sent(self, velocities: AV[Tensor], owner: int) -> AV[Tensor]:
-        return velocities.map(lambda velocity: self._exchanged(velocity.contiguous(), owner))
+    def _made(self, passes: Sequence[Pass]) -> list[AV[Tensor]]:
+        """The velocities of this rank's share of ``passes``."""
+        mine = self._own
+        if mine is None:
+            return self._model.passes(passes)
+        # Passes that hold the same streams go on doing so, and share work.
+        cut = {id(each.streams): mine.cut(each.streams) for each in passes}
+        own = [Pass(cut[id(each.streams)], each.isolated, each.perturbed) for each in passes]
+        with mine.attending(self._model, passes[0].streams.video.latents.shape[1]):
+            return self._model.passes(own)
 
-    def _received(self, each: Pass, owner: int) -> AV[Tensor]:
-        def room(stream: Any, config: Any) -> Tensor:
-            like = stream.latents
-            return self._exchanged(like.new_empty((*like.shape[:2], config.out_channels)), owner)
+    def _shared(self, each: Pass, group: int, made: AV[Tensor] | None) -> AV[Tensor]:
+        """The velocities of a pass of ``group``, which has ``made`` its share where it is this rank's."""
+        video, audio = each.streams.video.latents, each.streams.audio.latents
+        tokens, first = video.shape[1], group * self._split.shards
+        channels = self._model.config.streams.map(lambda stream: stream.out_channels)
 
-        return each.streams.map(room, self._model.config.streams)
+        def sent(part: Tensor | None, owner: int, tokens: int, channels: int) -> Tensor:
+            if part is None or owner != self._exchange.rank:
+                part = video.new_empty((len(video), tokens, channels))
+            return self._exchange.broadcast(part.contiguous(), owner)
 
-    def _exchanged(self, tensor: Tensor, owner: int) -> Tensor:
-        self._check(False)
-        try:
-            dist.broadcast(tensor, src=owner)
-        except RuntimeError:
-            self._check(True)
-            raise
-        return tensor
-
-
-def meeting_place(port: int = 0) -> Any:
-    """Where the ranks of this machine meet: at ``port``, or newly opened by rank 0, whose ``port`` the others need."""
-    # Not imported above: a torch without torch.distributed has none, and makes videos on one device.
-    store: Any = dist.TCPStore  # type: ignore[attr-defined]
-    return store("127.0.0.1", port, is_master=port == 0, wait_for_workers=False)
-
-
-def join(store: Any, rank: int, size: int, device: torch.device) -> None:
-    """Become one of ``size`` ranks, which wait for each other here: by NCCL on cards, by gloo on the CPU."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo looks for the machine's name in the network
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        pictures, sound = (None, None) if made is None else (made.video, made.audio)
+        owners = range(first, first + self._split.shards)
+        parts = [sent(pictures, owner, self._split.own(tokens), channels.video) for owner in owners]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)[:, :tokens]
+        return AV(whole, sent(sound, first, audio.shape[1], channels.audio))

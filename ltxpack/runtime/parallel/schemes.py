@@ -1,33 +1,63 @@
 """The ways to use several devices, by counting: the operations each saves, and the bytes that move. Needs no torch.
 
 A stage is so many evaluations of so many passes of one forward, each pass counted as a whole one. What a scheme gains
-is the work of one device over that of the busiest device of several; text, sound and frames are not counted, nor the
-time in which bytes move. All sizes are of one video.
+is the work of one device over that of the busiest device of several; text, sound and frames are not counted, and the
+time in which bytes move only where the rates of the devices are known. All sizes are of one video.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from ltxpack.errors import UsageError
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.flops import Lengths, forward_flops
-from ltxpack.runtime.weights.plan import StageWork, Work
+
+if TYPE_CHECKING:
+    from ltxpack.runtime.weights.plan import StageWork, Work
 
 # One video over several devices; many videos over several devices.
 GUIDANCE, SEQUENCE, BOTH, STAGES, DATA = "guidance", "sequence", "both", "stages", "data"
 OF_ONE, OF_MANY = (GUIDANCE, SEQUENCE, BOTH), (STAGES, DATA)
+# What --parallel takes: the fastest for each stage, one way for all stages, or one device for a video.
+AUTO, NONE = "auto", "none"
+PARALLEL: tuple[str, ...] = (AUTO, *OF_ONE, NONE)
 # Queries, keys, values go from tokens to heads around the video's self-attention, and what was attended comes back.
 TURNED, KEYS_AND_VALUES = 4, 2
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a stage is shared out: ``groups`` of ranks take its passes in turn, the ``shards`` of a group the tokens."""
+    """How a stage is shared out: ``groups`` of ranks take its passes in turn, the ``shards`` of a group the tokens.
+
+    Ranks that are left over get the results. One group of one: every rank makes all of the stage, and nothing moves.
+    """
 
     groups: int = 1
     shards: int = 1
+
+    def own(self, tokens: int) -> int:
+        """How many of so many tokens a rank has, padding included."""
+        return -(-tokens // self.shards)
+
+    def __str__(self) -> str:
+        ways = {GUIDANCE: self.groups, SEQUENCE: self.shards}
+        return " x ".join(f"{way} over {count}" for way, count in ways.items() if count > 1) or "not shared out"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second: ``flops``, and the bytes that come to it from others over the ``link``.
+
+    The default says nothing of the device: bytes take no time.
+    """
+
+    flops: float = 1.0
+    link: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -58,18 +88,35 @@ def counted(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: 
         before, after = work.stages[0].shape, work.stages[-1].shape
         latents = values(config, before.tokens, after.audio_length) * itemsize
         return Counted(scheme, devices, sum(alone) / max(alone), latents + _contexts(config, itemsize), (), shares)
-    splits = tuple(split_of(scheme, config, work, stage, devices) for stage in work.stages)
-    each = list(zip(work.stages, splits, strict=True))
-    busiest = sum(stage_flops(config, work, stage, split) for stage, split in each)
-    received = sum(stage_received(config, work, stage, split, itemsize) for stage, split in each)
-    prompts = min(2, max(stage.passes for stage in work.stages))
-    received += prompts * _contexts(config, itemsize)
-    return Counted(scheme, devices, sum(alone) / busiest, received, splits, shares)
+    return chosen(scheme, config, work, devices, itemsize)
+
+
+def chosen(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: int, rates: Rates = Rates()) -> Counted:
+    """How ``scheme``, AUTO or one of OF_ONE, uses ``devices`` of such ``rates`` for ``work``."""
+
+    def moved(stage: StageWork, split: Split) -> int:
+        return stage_received(config, work, stage, split, itemsize)
+
+    def seconds(stage: StageWork, split: Split) -> float:
+        return stage_flops(config, work, stage, split) / rates.flops + moved(stage, split) / rates.link
+
+    def way(stage: StageWork) -> Split:
+        if scheme != AUTO:
+            return split_of(scheme, config, work, stage, devices)
+        return min(_every(config, stage, devices), key=lambda split: (seconds(stage, split), moved(stage, split)))
+
+    splits = tuple(map(way, work.stages))
+    alone = [seconds(stage, Split()) for stage in work.stages]
+    spent = sum(map(seconds, work.stages, splits))
+    received = sum(map(moved, work.stages, splits))
+    received += min(2, max(stage.passes for stage in work.stages)) * _contexts(config, itemsize)
+    shares = tuple(one / sum(alone) for one in alone)
+    return Counted(scheme, devices, sum(alone) / spent, received, splits, shares)
 
 
 def unused(scheme: str, config: DiTConfig, work: Work, devices: int) -> str:
     """Why ``scheme`` cannot use so many devices, in words; empty where it can."""
-    indivisible = f"{config.streams.video.heads} heads do not divide by {devices}"
+    indivisible = f"{_heads(config)} heads do not divide by {devices}"
     if scheme in (GUIDANCE, BOTH) and all(stage.passes == 1 for stage in work.stages):
         return "no stage is guided"
     if scheme == SEQUENCE and not divides(config, devices):
@@ -82,8 +129,20 @@ def unused(scheme: str, config: DiTConfig, work: Work, devices: int) -> str:
 
 
 def divides(config: DiTConfig, shards: int) -> bool:
-    """Whether so many ranks can share the heads of the video's self-attention."""
-    return config.streams.video.heads % shards == 0
+    """Whether so many ranks can share the heads of the video's self-attention and of what the sound attends with."""
+    return _heads(config) % shards == 0
+
+
+def check_heads(scheme: str, config: DiTConfig, devices: int) -> None:
+    """Raises UsageError where ``scheme`` cuts the tokens for so many devices, and the heads do not divide by them."""
+    if scheme == SEQUENCE and not divides(config, devices):
+        counts = [str(count) for count in range(2, _heads(config) + 1) if divides(config, count)]
+        raise UsageError(
+            f"--parallel {SEQUENCE} cannot share {_heads(config)} attention heads over {devices} devices",
+            expected=f"{', '.join(counts)} devices",
+            found=devices,
+            next=f"choose other --devices, or --parallel {AUTO}",
+        )
 
 
 def split_of(scheme: str, config: DiTConfig, work: Work, stage: StageWork, devices: int) -> Split:
@@ -103,26 +162,32 @@ def stage_flops(config: DiTConfig, work: Work, stage: StageWork, split: Split) -
 
 def stage_received(config: DiTConfig, work: Work, stage: StageWork, split: Split, itemsize: int) -> int:
     """Bytes that come to the rank which gets most in ``stage``: within blocks, and velocities at their end."""
-    made = -(-stage.passes // split.groups)
     lengths = _lengths(work, stage)
-    tokens = _own(lengths, split.shards) * split.shards
-    within = made * config.num_layers * block_received(config, lengths, split.shards, itemsize)
-    # Of the passes its group makes it has its own tokens' velocities already; it makes the fewest where it gets most.
-    fewest = stage.passes // split.groups
+    own, block = split.own(lengths.video), block_received(config, lengths, split, itemsize)
     video, audio = config.streams.video.out_channels, config.streams.audio.out_channels
-    velocities = stage.passes * tokens * video - fewest * _own(lengths, split.shards) * video
-    velocities += (stage.passes - fewest) * lengths.audio * audio
-    return stage.evaluations * (within + (velocities * itemsize if split != Split() else 0))
+
+    def received(made: int) -> int:
+        """By a rank whose group makes so many passes: it has its own tokens' velocities of these."""
+        tokens = stage.passes * own * split.shards - made * own
+        # The sound's are those of the first rank of a group, for all others.
+        sound = lengths.audio * (stage.passes - (made if split.shards == 1 else 0))
+        return made * config.num_layers * block + (tokens * video + sound * audio) * itemsize
+
+    if split == Split():
+        return 0
+    return stage.evaluations * max(map(received, {stage.passes // split.groups, -(-stage.passes // split.groups)}))
 
 
-def block_received(config: DiTConfig, lengths: Lengths, shards: int, itemsize: int) -> int:
-    """Bytes that come to one of ``shards`` ranks in a block of one pass: to its heads and back, and keys and values of
-    the others' tokens for the sound.
+def block_received(config: DiTConfig, lengths: Lengths, split: Split, itemsize: int) -> int:
+    """Bytes that come to a rank in a block of one pass of its group.
+
+    Queries, keys and values of its heads and what its tokens attended to; for the sound, keys and values of its heads,
+    and what all the others' heads attended to.
     """
-    own, others = _own(lengths, shards), shards - 1
-    turned = TURNED * own * config.streams.video.dim * others // shards
-    gathered = KEYS_AND_VALUES * own * config.streams.audio.dim * others
-    return (turned + gathered) * itemsize
+    own, others = split.own(lengths.video), split.shards - 1
+    video, audio = config.streams.video.dim // split.shards, config.streams.audio.dim // split.shards
+    turned = TURNED * own * video + KEYS_AND_VALUES * own * audio
+    return (turned + lengths.audio * audio) * others * itemsize
 
 
 def values(config: DiTConfig, video: int, audio: int) -> int:
@@ -131,23 +196,30 @@ def values(config: DiTConfig, video: int, audio: int) -> int:
 
 
 def _both(config: DiTConfig, stage: StageWork, devices: int) -> Iterator[Split]:
-    """All ranks in groups of one size, which share the passes; a single pass is one group's."""
-    for shards in range(1, devices + 1):
-        groups = devices // shards
-        if devices % shards == 0 and divides(config, shards) and (groups > 1) == (stage.passes > 1):
+    """As many groups of one size as there are devices for, if there are several passes; else one group."""
+    for shards in filter(lambda shards: divides(config, shards), range(1, devices + 1)):
+        groups = devices // shards if stage.passes > 1 else 1
+        if groups > 1 or stage.passes == 1:
             yield Split(groups, shards)
-    if stage.passes == 1:
-        yield Split()
+
+
+def _every(config: DiTConfig, stage: StageWork, devices: int) -> Iterator[Split]:
+    """All ways to share out a stage: few groups first."""
+    for groups in range(1, min(stage.passes, devices) + 1):
+        for shards in range(1, devices // groups + 1):
+            if divides(config, shards):
+                yield Split(groups, shards)
+
+
+def _heads(config: DiTConfig) -> int:
+    """Of so many heads each rank gets the same number, in both modalities."""
+    return math.gcd(config.streams.video.heads, config.streams.audio.heads)
 
 
 def _lengths(work: Work, stage: StageWork) -> Lengths:
     """Tokens of a forward of ``stage``; every image counts as one that is appended."""
     shape = stage.shape
     return Lengths(shape.tokens + work.images * shape.tokens_per_frame, shape.audio_length, TEXT_TOKENS)
-
-
-def _own(lengths: Lengths, shards: int) -> int:
-    return -(-lengths.video // shards)
 
 
 def _contexts(config: DiTConfig, itemsize: int) -> int:

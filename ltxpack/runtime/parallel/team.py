@@ -7,6 +7,7 @@ in whatever way, the worker ends at once.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import subprocess
@@ -19,14 +20,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import Reporter
-from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.parallel.ranks import Alone, Contexts, GuidanceFront, join, meeting_place
-from ltxpack.runtime.sampling.guidance import Model
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.parallel.exchange import Exchange, meeting_place
+from ltxpack.runtime.parallel.ranks import Contexts, Member
+from ltxpack.runtime.parallel.schemes import AUTO, Counted
+from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.weights.plan import Work
 
 WORKER = "ltxpack.runtime.parallel.worker"
 # What a worker writes when it is ready to join, and before it says why it ends.
@@ -111,8 +114,9 @@ class Worker:
                 received(pickle.load(messages))
 
 
-class Team(Alone):
-    """Rank 0 of several, and the processes of the others. ``devices``: one for each rank, rank 0's first.
+class Team(Member):
+    """Rank 0 of several, and the processes of the others. ``devices``: one for each rank, rank 0's first; ``config``:
+    of the transformers.
 
     Workers start at once; they are waited for when there is something to make.
     Raises UsageError for a second team: a process can be in one group of ``torch.distributed`` at a time.
@@ -121,22 +125,31 @@ class Team(Alone):
     _only: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(
-        self, root: Path, settings: SessionSettings, devices: Sequence[str], device: torch.device, reporter: Reporter
+        self,
+        root: Path,
+        settings: SessionSettings,
+        devices: Sequence[str],
+        device: torch.device,
+        config: DiTConfig,
+        reporter: Reporter,
     ) -> None:
+        super().__init__(settings.parallel, config, getattr(torch, settings.dtype))
+        self._told = ""
         self._root, self._settings, self._devices, self._device = root, settings, devices, device
-        self._reporter, self._working, self._closed = reporter, False, False
+        self._reporter, self._joined, self._working, self._closed = reporter, False, False, False
         if not self._only.acquire(blocking=False):
             problem = "another pipeline of this process has several devices"
             raise UsageError(problem, next="close the other pipeline first")
         self._start()
 
     @contextlib.contextmanager
-    def together(self, *work: Any) -> Iterator[None]:
+    def together(self, work: Work, *arguments: Any) -> Iterator[None]:
         """Raises DeviceError where a worker has ended or cannot begin; after any failure new ones start."""
         try:
             self._begin()
+            self._tell(self.choose(work))
             for worker in self._workers:
-                worker.tell(work)
+                worker.tell(arguments)
             self._working = True
             yield
         except BaseException:
@@ -151,9 +164,6 @@ class Team(Alone):
             worker.tell([context.map(lambda tensor: tensor.cpu()) for context in made])
         return made
 
-    def front(self, model: DiT) -> Model:
-        return GuidanceFront(model, 0, len(self._devices), self._check)
-
     def close(self) -> None:
         self._end(LEFT)
         if not self._closed:
@@ -166,19 +176,35 @@ class Team(Alone):
         self._store = meeting_place()
         self._workers = [Worker(rank, name, self._ended) for rank, name in enumerate(self._devices) if rank]
         for worker in self._workers:
-            own = replace(self._settings, device=worker.device, devices=None)
-            threads = torch.get_num_threads()
-            worker.tell((self._root, own, worker.rank, len(self._devices), self._store.port, threads))
+            own = replace(self._settings, device=worker.device, devices=None, parallel=AUTO)
+            ranks = worker.rank, len(self._devices), self._parallel
+            worker.tell((self._root, own, *ranks, self._store.port, torch.get_num_threads()))
 
     def _begin(self) -> None:
         """Have all workers ready and joined."""
         if not self._workers:
             self._start()
-        if not dist.is_initialized():
+        if not self._joined:
             while not all(worker.ready.wait(0.05) for worker in self._workers):
                 self._check()
-            join(self._store, 0, len(self._devices), self._device)
+            self.joined(Exchange(self._store, 0, len(self._devices), self._device, self._check), self._device)
+            self._joined = True
         self._check()
+
+    def _tell(self, found: Counted) -> None:
+        """One line of what was chosen and what it gains, where it is not what the last line says."""
+        links = ""
+        if self.rates.link < math.inf:
+            near = all(torch.cuda.can_device_access_peer(self._device, other) for other in self._devices[1:])
+            reach = "cards reach each other" if near else "cards reach each other through the host"
+            links = f"; {reach}, {self.rates.link / 1e9:.1f} GB/s in an all-to-all"
+        stages = ", ".join(f"{stage_label(number)} {split}" for number, split in enumerate(found.splits))
+        told = (
+            f"parallel {found.scheme}: {stages}; expected: at most {found.gain:.2f} times as fast as one device{links}"
+        )
+        if told != self._told:
+            self._reporter.note(told)
+        self._told = told
 
     def _end(self, seconds: float) -> None:
         """End all workers; each gets ``seconds``, unless one is gone, which the others would wait for."""
@@ -186,8 +212,9 @@ class Team(Alone):
         self._over.set()
         for worker in workers:
             worker.end(0.0 if self._gone else seconds)
-        if workers and dist.is_initialized():
-            dist.destroy_process_group()
+        if self._joined:
+            self.exchange.leave()
+            self._joined = False
 
     def _ended(self, worker: Worker) -> None:
         """Called from the worker's thread. The main thread may wait for the worker in a library, for ever."""

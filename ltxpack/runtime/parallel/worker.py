@@ -11,18 +11,20 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ltxpack.errors import LtxpackError
-from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.parallel.ranks import Alone, Contexts, GuidanceFront, join, meeting_place
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.parallel.exchange import Exchange, meeting_place
+from ltxpack.runtime.parallel.ranks import Contexts, Member
 from ltxpack.runtime.parallel.team import FAULT, READY
 from ltxpack.runtime.recipe_run import latents_of
-from ltxpack.runtime.sampling.guidance import Model
 from ltxpack.runtime.session import Session
+from ltxpack.runtime.weights.plan import Work
 
 
 class Messages:
@@ -52,32 +54,36 @@ class Messages:
         self._waiting.put(None)
 
 
-class Follower(Alone):
+class Follower(Member):
     """A rank other than 0."""
 
-    def __init__(self, messages: Messages, rank: int, size: int, device: torch.device) -> None:
-        self._messages, self._rank, self._size, self._device = messages, rank, size, device
+    def __init__(self, messages: Messages, parallel: str, config: DiTConfig, session: Session) -> None:
+        super().__init__(parallel, config, session.dtype)
+        self._messages, self._device = messages, session.device
+
+    @contextmanager
+    def together(self, work: Work, *arguments: Any) -> Iterator[None]:
+        self.choose(work)
+        yield
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
         return [context.map(lambda tensor: tensor.to(self._device)) for context in self._messages.next()]
-
-    def front(self, model: DiT) -> Model:
-        return GuidanceFront(model, self._rank, self._size, lambda failed: None)
 
 
 def main() -> int:
     """Until rank 0 has no more work; the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too
     messages = Messages()
-    root, settings, rank, size, port, threads = messages.next()
+    root, settings, rank, size, parallel, port, threads = messages.next()
     torch.set_num_threads(threads)
     try:
         with Session(root, settings) as session:
-            session.ranks = Follower(messages, rank, size, session.device)
+            session.ranks = follower = Follower(messages, parallel, session.transformer_config, session)
             if session.device.type == "cuda":
                 torch.cuda.set_device(session.device)
             say(READY)
-            join(meeting_place(port), rank, size, session.device)
+            exchange = Exchange(meeting_place(port), rank, size, session.device, lambda failed: None)
+            follower.joined(exchange, session.device)
             while (work := messages.next()) is not None:
                 latents_of(session, *work)
     except LtxpackError as error:
