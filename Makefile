@@ -1,10 +1,11 @@
-# make install: a .venv with the pinned packages; make demo: a video in two minutes; make test: everything CI checks.
+# make install: a .venv with the pinned packages; make demo: a video in two minutes; make test: everything CI checks;
+# make docs: what of the docs is the planner's, written anew.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint types unit clean
+.PHONY: install demo docs test lint types unit clean
 
 install: $(STAMP)
 
@@ -17,6 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/ltxpack demo
+
+docs: install
+	$(BIN)/ltxpack plan --page docs/plan.html
+	$(BIN)/python benchmarks/plan_table.py
 
 test: lint types unit
 

@@ -14,8 +14,8 @@ import pytest
 from support import REPOSITORY
 
 PACKAGE = REPOSITORY / "ltxpack"
-# Room -> the rooms it may import. errors and reporter know nobody.
-ALLOWED: dict[str, set[str]] = {"errors": set(), "reporter": set()}
+# Room -> the rooms it may import. errors, reporter and page know nobody.
+ALLOWED: dict[str, set[str]] = {"errors": set(), "reporter": set(), "page": set()}
 ALLOWED["files"] = {"errors", "reporter"}
 ALLOWED["strength"] = {"errors"}
 ALLOWED["ltx23"] = {"errors", "files"}
@@ -24,10 +24,11 @@ ALLOWED["activations"] = {"errors", "files", "manifest", "strength"}
 ALLOWED["repack"] = {"errors", "reporter", "files", "ltx23", "manifest", "strength"}
 ALLOWED["runtime"] = {*ALLOWED["repack"], "activations"}
 ALLOWED["materialize"] = {*ALLOWED["repack"], "repack"}
-ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize", "activations"}
+ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize", "activations", "page"}
 ALLOWED["export"] = {*ALLOWED["lora_bake"], "lora_bake"}
+ALLOWED["deployment"] = {*ALLOWED["lora_bake"], "lora_bake", "runtime"}
 ALLOWED["demo"] = {*ALLOWED["export"], "export", "runtime"}
-ALLOWED["cli"] = {*ALLOWED["demo"], "demo"}
+ALLOWED["cli"] = {*ALLOWED["demo"], "demo", "deployment"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"runtime"}
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "av", "PIL", "huggingface_hub", "jsonschema", "tqdm"}
@@ -38,9 +39,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 29_534,
-    "files of the package": 169,
-    "lines of the tests": 29_737,
+    "lines of the package": 30_093,
+    "files of the package": 175,
+    "lines of the tests": 30_021,
 }
 
 

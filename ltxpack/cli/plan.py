@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from ltxpack.cli.run import given, settings_options
 from ltxpack.cli.terminal import json_option, print_json
-from ltxpack.errors import printable
+from ltxpack.errors import UsageError, printable
 from ltxpack.files.units import human_bytes, parse_size
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, planned_by
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from ltxpack.runtime.weights.report import Command
     from ltxpack.runtime.weights.sizes import ModelSizes
 
+DEFAULT = ParameterSource.DEFAULT
 VIDEO, SESSION = planned_by(Settings), planned_by(SessionSettings)
+PAGE_HELP = "Write a page for a browser on which machine and video are picked, and plan nothing else."
 DEVICES_HELP = "Plan for several cards: their number, or ordinals of this machine's cards."
 
 
@@ -36,6 +39,7 @@ DEVICES_HELP = "Plan for several cards: their number, or ordinals of this machin
 @click.option("--link-rate", default="25GB", show_default=True, metavar="SIZE", help="Bytes a second between cards.")
 @settings_options(*VIDEO, *SESSION)
 @click.option("--images", type=click.IntRange(0), default=0, show_default=True, help="Number of images conditioned on.")
+@click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help=PAGE_HELP)
 @json_option
 def plan(
     overlay: Path | None,
@@ -45,6 +49,7 @@ def plan(
     link_rate: str,
     devices: str | None,
     images: int,
+    page: Path | None,
     as_json: bool,
     **_: object,
 ) -> None:
@@ -54,6 +59,8 @@ def plan(
     what two such cards would do. Without OVERLAY: for the published LTX-2.3, before anything of it is fetched. 1GB is
     10⁹ bytes, 1GiB 2³⁰.
     """
+    if page is not None:
+        return _write_page(overlay, page)
     from ltxpack.runtime.commands import PlannedRun
     from ltxpack.runtime.parallel import planned as several
     from ltxpack.runtime.parallel.devices import PlannedDevices
@@ -76,11 +83,27 @@ def plan(
         print_json(to_json(found, machine, rate, commands) | more)
         return
     _say(overlay, planned, machine, found, rate)
-    for line in () if schemes is None else several.lines(schemes, link):
-        click.echo(line)
-    click.echo("commands:")
-    for command in commands:
-        click.echo(printable(f"  {'done' if command.done else 'next'}  {command.text}"))
+    told = () if schemes is None else several.lines(schemes, link)
+    for line in (*told, "commands:", *(f"  {'done' if one.done else 'next'}  {one.text}" for one in commands)):
+        click.echo(printable(line))
+
+
+def _write_page(overlay: Path | None, page: Path) -> None:
+    from ltxpack.deployment import render
+    from ltxpack.files.publish import atomic_write, check_writable, output_errors
+    from ltxpack.runtime.overlay import Overlay
+
+    context = click.get_current_context()
+    typed = [one for one in context.command.params if context.get_parameter_source(str(one.name)) is not DEFAULT]
+    others = [one.opts[0] for one in typed if one.name not in ("overlay", "page")]
+    if others:
+        problem = "--page has machines and videos to pick, and takes OVERLAY alone"
+        raise UsageError(problem, found=", ".join(others), next="ltxpack plan --page plan.html")
+    check_writable(page, "--page", "plan.html")
+    data = render(None if overlay is None else Overlay.open(overlay))
+    with output_errors(page):
+        atomic_write(page, data)
+    click.echo(printable(f"{page}: {human_bytes(len(data))}, to be opened in a browser"))
 
 
 def _machine(vram: str | None, ram: str | None, named: PlannedDevices | None) -> Machine:

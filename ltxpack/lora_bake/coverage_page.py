@@ -1,8 +1,8 @@
 """coverage.html: a bake at a glance, block by module, as one page without scripts or anything from elsewhere.
 
 Made from the document of coverage.json alone: the same document gives the same bytes. Every name is escaped. What is on
-every page is in coverage.html, the style in coverage.css. The colours are one logarithmic scale for all pages, so that
-two pages can be compared.
+every page is in coverage.html, the style in coverage.css and in what all pages have. The colours are one logarithmic
+scale for all pages, so that two pages can be compared.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from ltxpack.lora_bake.coverage import split_name, told_strength
 from ltxpack.manifest import FP8
+from ltxpack.page import style
 
 # The scale: 0.01 % to 100 %. Below, a change drowns in bf16's rounding; above, the weight is more LoRA than base.
 LOW, HIGH = -4, 0
@@ -104,7 +105,7 @@ def render(document: Mapping[str, Any]) -> bytes:
     folder = Path(__file__).parent
     page = (folder / "coverage.html").read_text(encoding="utf-8")
     sections = {"lora_cards": _loras(view), "map": _map(view), "outside": _outside(view), "left_out": _left_out(view)}
-    facts: dict[str, Any] = {"view": view, "style": (folder / "coverage.css").read_text(encoding="utf-8")}
+    facts: dict[str, Any] = {"view": view, "style": style(folder / "coverage.css")}
     facts |= {key: text(value) if isinstance(value, str) else value for key, value in document.items()}
     facts |= {place: "".join(f"{line}\n" for line in lines) for place, lines in sections.items()}
     return page.format_map(facts | _head(view) | _legend(view)).encode("utf-8", "backslashreplace")
@@ -269,7 +270,7 @@ def _loras(view: CoverageView) -> Iterable[str]:
     yield f"<h2>{'LoRAs, in the order they were applied' if several else 'LoRA'}</h2>\n<section class=loras>"
     for i, lora in enumerate(view.loras, 1):
         number = f"<span>{i} · </span>" if several else ""
-        yield f"<article class=lora>\n<h3 class=name>{number}{name(lora['name'])}</h3>\n<dl>"
+        yield f"<article class='panel lora'>\n<h3 class=name>{number}{name(lora['name'])}</h3>\n<dl>"
         for term, value in _facts(lora, view.document["rule"]):
             yield f"<div><dt>{term}</dt><dd>{value}</dd></div>"
         yield "</dl>\n</article>"

@@ -7,6 +7,7 @@ to what it counts. A change of the computation that holds other tensors alive sh
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ FLOAT32, INT32, FLOAT64 = 4, 4, 8
 FEED_FORWARD = 4
 PROMPTS = 2
 COLOURS = 3
+# The planner asks for one video again and again.
+MEMORY = 256
 # Rows that become codes, in two float32 copies.
 CODED = 2 * 2**22 * FLOAT32
 
@@ -45,6 +48,7 @@ class Widths:
     sound: int
 
 
+@functools.lru_cache(MEMORY)
 def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, images: int, codes: str = "") -> int:
     """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
@@ -115,6 +119,7 @@ def decoder_sizes(widths: Widths) -> DecoderSizes:
     return DecoderSizes(widths.decoder, places, TEMPORAL_FACTOR * SPATIAL_FACTOR**2 * COLOURS)
 
 
+@functools.lru_cache(MEMORY)
 def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Tiling) -> int:
     """The video decoder on one tile of ``tiling``, and the frames around it.
 
@@ -133,6 +138,7 @@ def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Til
     return max(max(conv, unpatch) + held + 3 * frames * area, 3 * group) * itemsize
 
 
+@functools.lru_cache(MEMORY)
 def frames_on_host(shape: VideoShape, tiling: Tiling) -> int:
     """Decoded frames on their way to the video encoder: two groups, 8-bit."""
     return 2 * _frames(Tiles.of(shape.grid, tiling).largest[0]) * 3 * shape.height * shape.width

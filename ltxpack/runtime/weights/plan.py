@@ -202,14 +202,20 @@ class Shortage:
     free: int
 
 
-def best_plan(model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO) -> Plan | None:
-    """The first way to run in ``mode`` that fits ``machine``; None if there is none."""
-    streamed = _fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
+def best_plan(
+    model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO, streamed: Mapping[str, int] | None = None
+) -> Plan | None:
+    """The first way to run in ``mode`` that fits ``machine``; None if there is none.
+
+    ``streamed``: what :func:`fewest_streamed` says of the machine's card, if that is known already.
+    """
+    if streamed is None:
+        streamed = fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
     for name, way in _ways(mode, work):
-        plan = plan_for(model, work, name, _placements(model, way, streamed, {}))
-        if shortage(plan, machine) is None:  # blocks that are held take memory that is left
+        if _fits(model, work, _placements(model, way, streamed, {}), machine):
+            # Blocks that are held take memory that is left.
             held = _held(model, work, machine, way, streamed)
-            plan = plan_for(model, work, name, _placements(model, way, streamed, held)) if held else plan
+            plan = plan_for(model, work, name, _placements(model, way, streamed, held))
             return _with_large_tiles(model, plan, machine)
     return None
 
@@ -259,6 +265,17 @@ def shortage(plan: Plan, machine: Machine) -> Shortage | None:
             needs = [Shortage(phase, "host", phase.host, machine.host) for phase in plan.phases]
     most = max(needs, key=lambda need: need.needed)
     return most if most.needed > most.free else None
+
+
+def _fits(model: ModelSizes, work: Work, placements: Mapping[str, Placement], machine: Machine) -> bool:
+    """Whether a plan of ``placements`` has no :func:`shortage`, found at the first phase that has one."""
+
+    def fits(phase: Phase) -> bool:
+        if machine.card is None:
+            return phase.needed + phase.host <= machine.host
+        return phase.needed + machine.context <= machine.card and phase.host <= machine.host
+
+    return all(map(fits, _phases(model, work, placements, auto_tiling(*work.shape.grid[1:]))))
 
 
 def cacheable(plan: Plan, machine: Machine) -> int:
@@ -327,16 +344,16 @@ def _every_block(model: ModelSizes, work: Work) -> dict[str, int]:
     return {part: len(model.parts[part].blocks) for part in work.transformer_parts}
 
 
-def _fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[str, int]:
-    """As few blocks of each transformer as the card allows; without a card all."""
+def fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[str, int]:
+    """As few blocks of each transformer as the card allows, whatever the host has; without a card all."""
     found = _every_block(model, work)
     if machine.card is None:
         return found
-    *_, (mode, way) = _ways(STREAM, work)
+    *_, (_, way) = _ways(STREAM, work)
     alone = replace(machine, host=UNKNOWN)
 
     def fits(part: str, count: int) -> bool:
-        return shortage(plan_for(model, work, mode, _placements(model, way, {**found, part: count}, {})), alone) is None
+        return _fits(model, work, _placements(model, way, {**found, part: count}, {}), alone)
 
     for part, total in found.items():
         # No fewer than three: two would lie in the two slots for good.
@@ -358,7 +375,7 @@ def _held(
 
     def fits(count: int) -> bool:
         placements = _placements(model, way, streamed, _shared_out(model, work, streamed, count))
-        return shortage(plan_for(model, work, "", placements), left) is None
+        return _fits(model, work, placements, left)
 
     most = sum((streamed if work.once else _every_block(model, work)).values())
     count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))

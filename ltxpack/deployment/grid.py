@@ -1,0 +1,225 @@
+"""The plans of the deployment page: of every video on every machine, for the published model or for an overlay."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ltxpack.deployment.choices import CARDS, DEVICES, GB, HOSTS, LORAS
+from ltxpack.errors import DeviceError
+from ltxpack.files.tensorfile import read_json
+from ltxpack.lora_bake.plan import BakeOptions, bake_name, lora_name
+from ltxpack.ltx23.classes import DISTILLED
+from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.ltx23.releases import DEFAULT_FILES, LORA, RELEASES
+from ltxpack.runtime.commands import (
+    DEFAULT_FOLDER,
+    STRENGTH,
+    PlannedRun,
+    codes_named,
+    commands,
+    published_stages,
+)
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.overlay import BASE, Overlay, choose, form_of, official_transformers, transformer_part
+from ltxpack.runtime.parallel.schemes import GUIDANCE, counted, unused
+from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.recipes import Recipe
+from ltxpack.runtime.settings import AUTO, SessionSettings
+from ltxpack.runtime.weights.machine import Machine, this_machine
+from ltxpack.runtime.weights.plan import Plan, Work, best_plan, fewest_streamed
+from ltxpack.runtime.weights.report import plan_or_refuse
+from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes, model_of, overlay_model
+
+T = TypeVar("T")
+# A size, height first, and a number of frames.
+Video = tuple[tuple[int, int], int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recipe with its linears in one form: the transformers of its stages, and the sizes of the model with these and
+    the base.
+    """
+
+    recipe: Recipe
+    form: str
+    stages: tuple[str, ...]
+    model: ModelSizes
+
+    def work(self, video: Video) -> Work:
+        """What the planner is asked."""
+        return self.request(video).work(self.stages)
+
+    def request(self, video: Video) -> Request:
+        """The video, without a prompt."""
+        (height, width), frames = video
+        return Request.of("", recipe=self.recipe.name, height=height, width=width, num_frames=frames)
+
+    def transformers(self, loras: int) -> list[str]:
+        """Those that are baked, each once; with LoRAs of the user's that is the base, too."""
+        return [name for name in dict.fromkeys(self.stages) if name != BASE or loras]
+
+
+class Subject:
+    """What the page is about: ``overlay``, or the published model where that is None."""
+
+    def __init__(self, overlay: Overlay | None) -> None:
+        self.overlay = overlay
+        if overlay is None:
+            self.configs: Mapping[str, Mapping[str, Any]] = published_configs()
+            self._tensors = published_tensors(self.configs)
+        else:
+            self.configs = {"transformer": read_json(overlay.folder("transformer") / "config.json")}
+        self.dit = DiTConfig.from_dict(self.configs["transformer"])
+
+    @property
+    def name(self) -> str:
+        """What the page calls it."""
+        return "the published LTX-2.3" if self.overlay is None else self.overlay.root.name
+
+    @property
+    def root(self) -> Path:
+        """The folder of the overlay, made or to be made."""
+        return DEFAULT_FOLDER if self.overlay is None else self.overlay.root
+
+    def case(self, recipe: Recipe, form: str) -> Case:
+        """Raises OverlayError where the overlay cannot run ``recipe``."""
+        stages = self._stages(recipe, form)
+        codes = {name: codes_named(name) for name in dict.fromkeys((BASE, *stages))}
+        if self.overlay is None:
+            model = model_of(self._tensors, self.configs, codes, SessionSettings.dtype)
+        else:
+            model = overlay_model(self.overlay, codes, SessionSettings.dtype)
+        return Case(recipe, form, stages, model)
+
+    def _stages(self, recipe: Recipe, form: str) -> tuple[str, ...]:
+        """The transformers that ``auto`` takes if they are there in ``form``, else the official ones."""
+        asked = (AUTO,) * len(recipe.stages)
+        if self.overlay is None:
+            return published_stages(recipe, asked, form)
+        manifest = self.overlay.manifest
+        if manifest.bakes or manifest.distilled:
+            stages = choose(manifest, recipe, asked, self.overlay.root, form).stages
+            if all(form_of(manifest, name) == form for name in stages):
+                return stages
+        return official_transformers(recipe, manifest.distilled, form)
+
+    def disk(self, case: Case, loras: int) -> tuple[int, int]:
+        """Bytes of the overlay without bakes, and of the bakes that ``case`` needs. User LoRAs are not counted."""
+        parts = case.model.parts
+        base = sum(parts[part].stored for part in (*SMALL_PARTS, TEXT_ENCODER, transformer_part(BASE)))
+        if self.overlay is None:
+            base += next(release.size for release in RELEASES if release.file == DEFAULT_FILES[LORA])
+        else:
+            base += sum(lora.file.size for lora in self.overlay.manifest.loras)
+        return base, sum(parts[transformer_part(name)].stored for name in case.transformers(loras))
+
+    def commands(self, case: Case, video: Video, devices: int, loras: int) -> list[str]:
+        """What to type for a video from nothing, on so many ``devices``, with the first ``loras`` of LORAS in each
+        bake.
+        """
+        session = SessionSettings(format=case.form, devices=named_devices(devices))
+        planned = PlannedRun(case.request(video), session)
+        found = [command.text for command in commands(case.stages, planned, self.overlay)]
+        if not loras:
+            return found
+        bake, names = self._stacked(case, LORAS[:loras])
+        stages: dict[str, Any] = {f"stage{number}": name for number, name in enumerate(names, start=1)}
+        named = replace(planned, session=replace(session, **stages))
+        return [found[0], bake, commands(case.stages, named, self.overlay)[-1].text]
+
+    def _stacked(self, case: Case, added: tuple[tuple[str, float], ...]) -> tuple[str, list[str]]:
+        """The command that bakes the transformers of ``case`` with ``added`` below, and what ``run`` is told of each
+        stage: ``auto`` takes neither a bake with the distilled LoRA at 0 nor a stacked one beside plain ones.
+        """
+        loras = [(lora_name(Path(file).stem), strength) for file, strength in added]
+        options = BakeOptions(self.root, (), added=added, formats=(case.form,))
+        if self.overlay is not None and self.overlay.manifest.lora(DISTILLED) is None:
+            # The last one takes the place of the distilled LoRA.
+            file, strength = added[-1]
+            alone = replace(options, strengths=(strength,), lora=file, added=added[:-1])
+            return alone.command(), [bake_name(loras, case.form)] * len(case.stages)
+        strengths = [
+            0.0 if found is None else float(found["strength"]) for found in map(STRENGTH.fullmatch, case.stages)
+        ]
+        bakes = [bake_name([*loras, (DISTILLED, strength)], case.form) for strength in strengths]
+        auto = [self.overlay is None and strength > 0 for strength in strengths]
+        names = [AUTO if usual else name for usual, name in zip(auto, bakes, strict=True)]
+        return replace(options, strengths=tuple(dict.fromkeys(strengths))).command(), names
+
+
+def named_devices(count: int) -> str | None:
+    """What ``--devices`` is told for so many cards; None for one."""
+    return None if count == 1 else ",".join(map(str, range(count)))
+
+
+def gains(dit: DiTConfig, work: Work, itemsize: int) -> list[float | str]:
+    """For each number of DEVICES: videos in the time of one on one card, at most; or why so many are of no use."""
+    found: list[float | str] = []
+    for count in DEVICES:
+        on_all = counted(GUIDANCE, dit, work, count, itemsize)
+        best = max((gain for gain in found if isinstance(gain, float)), default=0.0)
+        if count == 1:
+            found.append(1.0)
+        elif on_all is None:
+            found.append(unused(GUIDANCE, dit, work, count))
+        else:
+            found.append(on_all.gain if on_all.gain > best else f"does no more than {count - 1}")
+    return found
+
+
+def machine_of(card: int, host: int, devices: int = 1) -> Machine:
+    """What each of so many processes is planned with; ``card`` and ``host`` in GB, the host of all of them."""
+    machine = this_machine(card * GB, host * GB)
+    return replace(machine, host=machine.host // devices)
+
+
+def plans(model: ModelSizes, work: Work, devices: Sequence[int]) -> Iterator[tuple[Machine, Plan | None]]:
+    """Every machine of the grid, by number of ``devices``, card and host, with the best plan on it, None without one.
+
+    What two machines have in common those between them have, too: with more memory no way to run is lost.
+    """
+    grid = {(count, host): machine_of(0, host, count).host for count, host in product(devices, HOSTS)}
+    hosts = sorted(set(grid.values()))
+    cards = [machine_of(card, 0) for card in CARDS]
+
+    def row(number: int) -> list[Plan | None]:
+        card = cards[number]
+        streamed = fewest_streamed(model, work, card)
+        return between(
+            len(hosts), lambda host: best_plan(model, work, replace(card, host=hosts[host]), streamed=streamed)
+        )
+
+    rows = between(len(cards), row)
+    for count, (card, found), host in product(devices, zip(cards, rows, strict=True), HOSTS):
+        share = grid[count, host]
+        yield replace(card, host=share), found[hosts.index(share)]
+
+
+def between(count: int, made: Callable[[int], T]) -> list[T]:
+    """``made`` of 0 to ``count`` - 1. Where both ends of a range have the same, nothing is made between them."""
+    made = functools.cache(made)
+
+    def halves(first: int, last: int) -> list[T]:
+        if made(first) == made(last):
+            return [made(first)] * (last - first)
+        if last - first == 1:
+            return [made(first)]
+        middle = (first + last) // 2
+        return halves(first, middle) + halves(middle, last)
+
+    return [*halves(0, count - 1), made(count - 1)]
+
+
+def refusal(model: ModelSizes, work: Work, machine: Machine, device: str) -> str:
+    """Why ``work`` does not fit ``machine``, as ``ltxpack plan`` says it; its card is called ``device``."""
+    try:
+        plan_or_refuse(model, work, machine, AUTO, device)
+    except DeviceError as error:
+        return f"{error.problem}: {error.expected} needed, {error.found}"
+    raise AssertionError("there is a plan")

@@ -1,0 +1,63 @@
+"""plan.html, plan.css and plan.js as one file for a browser, which may load nothing from elsewhere and send nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ltxpack.deployment.choices import Choice, choices
+from ltxpack.deployment.document import document
+from ltxpack.deployment.grid import Subject
+from ltxpack.page import style
+from ltxpack.runtime.overlay import Overlay
+
+FOLDER = Path(__file__).parent
+# Choices of so many options are a list that opens; the others show all of theirs.
+LISTED = ("card",)
+
+
+def render(overlay: Overlay | None = None) -> bytes:
+    """The page for ``overlay``, or for the published LTX-2.3. Raises what reading the overlay's headers raises."""
+    subject = Subject(overlay)
+    looks, script = style(FOLDER / "plan.css"), (FOLDER / "plan.js").read_text(encoding="utf-8")
+    # No text may end the element it stands in.
+    data = json.dumps(document(subject), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = (FOLDER / "plan.html").read_text(encoding="utf-8")
+    return page.format(
+        policy=f"default-src 'none'; style-src {_hash(looks)}; script-src {_hash(script)}; base-uri 'none'; "
+        "form-action 'none'",
+        subject=html.escape(subject.name),
+        choices="\n".join(line for choice in choices() for line in _choice(choice)),
+        style=looks,
+        script=script,
+        data=data,
+    ).encode()
+
+
+def _hash(text: str) -> str:
+    """What the page's policy says of an element with just this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _choice(choice: Choice) -> Iterator[str]:
+    """A list that opens, or a group of buttons; each with a place for the reasons why some cannot be picked."""
+    name, why = choice.name, f"{choice.name}-why"
+    if name in LISTED:
+        yield f"<div class=choice>\n<label for={name} id={name}-legend>{choice.legend}</label>"
+        yield f"<select id={name} name={name} aria-describedby={why}>"
+        for label, note in choice.options.items():
+            picked = " selected" if label == choice.first else ""
+            yield f"<option{picked}>{label}: {html.escape(note)}</option>"
+        yield f"</select>\n<ul class=why id={why}></ul>\n</div>"
+        return
+    yield f"<fieldset class=choice aria-describedby={why}>\n<legend id={name}-legend>{choice.legend}</legend>"
+    yield "<div class=options>"
+    for number, (label, note) in enumerate(choice.options.items()):
+        picked = " checked" if label == choice.first else ""
+        said = f"<span>{html.escape(note)}</span>" if note else ""
+        yield f"<label><input type=radio name={name} value={number}{picked}><b>{label}</b>{said}</label>"
+    yield f"</div>\n<ul class=why id={why}></ul>\n</fieldset>"

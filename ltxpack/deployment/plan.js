@@ -1,0 +1,184 @@
+"use strict";
+// Finds the plan of what is picked in the document (document.py) and shows it. It plans nothing itself.
+const data = JSON.parse(document.getElementById("data").textContent);
+const names = Object.keys(data.choices);
+const counts = names.map((name) => data.choices[name].length);
+const rank = Object.fromEntries(names.map((name, number) => [name, number]));
+const element = (id) => document.getElementById(id);
+const text = (number) => data.texts[number];
+const label = (picked, name) => data.choices[name][picked[rank[name]]];
+const gigabytes = (tenths) => `${(tenths / 10).toFixed(1)} GB`;
+
+// What is picked is a list: of each choice, in the order of their rank, the number of an option.
+// The plan for it, or why there is none.
+function found(picked) {
+  const of = (name) => picked[rank[name]];
+  const number = of("recipe") * counts[rank.form] + of("form");
+  const model = data.cases[number];
+  if ("no" in model) return { why: text(model.no) };
+  const work = data.works[number][of("size") * counts[rank.frames] + of("frames")];
+  const gain = work.gains[of("devices")];
+  if (gain < 0) return { why: text(-1 - gain) };
+  const useful = work.gains.slice(0, of("devices")).filter((one) => one > 0).length;
+  const plan = work.grid[(useful * counts[rank.card] + of("card")) * counts[rank.host] + of("host")];
+  if (plan < 0) return { why: text(work.refusals[-1 - plan]) };
+  const [mode, how, card, host, first, next] = work.plans[plan];
+  const memory = { card: data.sizes[card], host: data.sizes[host] };
+  return { model, work, gain, mode: text(mode), how: how.map(text).join(", "), ...memory, first, next, commands: work.commands[useful] };
+}
+
+const changed = (picked, at, option) => picked.map((old, number) => (number === at ? option : old));
+
+// `picked` with the choices after `at` changed to the nearest that fit, where they do not; null where none do.
+function fitted(picked, at) {
+  const next = at + 1;
+  if (next === names.length) return "why" in found(picked) ? null : picked;
+  const options = [...Array(counts[next]).keys()];
+  options.sort((a, b) => Math.abs(a - picked[next]) - Math.abs(b - picked[next]) || a - b);
+  for (const option of options) {
+    const done = fitted(changed(picked, next, option), next);
+    if (done) return done;
+  }
+  return null;
+}
+
+// Why `option` cannot be picked: not even for the smallest video on one card.
+function reason(picked, at, option) {
+  const kept = (number) => number < at || names[number] === "recipe" || names[number] === "form";
+  const least = picked.map((old, number) => (kept(number) ? old : 0));
+  return found(changed(least, at, option)).why;
+}
+
+function made(tag, content, className) {
+  const node = document.createElement(tag);
+  node.append(...[content].flat());
+  if (className) node.className = className;
+  return node;
+}
+
+function inputs(name) {
+  const list = element(name);
+  return list ? [...list.options] : [...document.querySelectorAll(`input[name=${name}]`)];
+}
+
+function showChoices(picked) {
+  names.forEach((name, at) => {
+    const reasons = new Map();
+    inputs(name).forEach((input, option) => {
+      input[input.tagName === "OPTION" ? "selected" : "checked"] = option === picked[at];
+      input.disabled = !fitted(changed(picked, at, option), at);
+      if (!input.disabled) return;
+      const why = reason(picked, at, option);
+      reasons.set(why, [...(reasons.get(why) || []), data.choices[name][option]]);
+    });
+    element(`${name}-why`).replaceChildren(...[...reasons].map(([why, labels]) => made("li", `${labels.join(", ")}: ${why}`)));
+  });
+}
+
+function tile(term, value, note) {
+  return made("div", [made("dt", term), made("dd", [made("b", value), made("span", note)])], "tile");
+}
+
+function facts(picked, all) {
+  const devices = Number(label(picked, "devices"));
+  const [base, bakes, total] = all.model.disk[Math.min(picked[rank.loras], 1)];
+  const gain = `; on ${devices} cards at most ${(all.gain / 100).toFixed(2)} videos in the time of one`;
+  return [
+    tile(devices > 1 ? "Peak on each card" : "Peak on the card", gigabytes(Math.max(...all.card)), `of ${label(picked, "card")}`),
+    tile("Peak on the host", gigabytes(Math.max(...all.host)), devices > 1 ? `for each of ${devices} processes` : `of ${label(picked, "host")}`),
+    tile("Work", `${(all.work.petaflop / 10).toFixed(1)} PFLOP`, `${all.work.forwards} forwards of the transformer${devices > 1 ? gain : ""}`),
+    tile("Download", gigabytes(base), "once, for all recipes"),
+    tile("Disk", gigabytes(total), bakes ? `what is downloaded, and ${gigabytes(bakes)} of bakes` : "what is downloaded"),
+    tile("Read for the first video", gigabytes(all.first), `${gigabytes(all.next)} for each further one with another prompt`),
+  ];
+}
+
+// A bar of [class, tenths of a GB] parts against `whole`; what does not fit is cut off.
+function bar(parts, whole) {
+  const pieces = parts.map(([className, size]) => {
+    const piece = made("i", "", className);
+    piece.style.width = `${(100 * size) / whole}%`;
+    return piece;
+  });
+  const drawn = made("div", pieces, "bar");
+  drawn.setAttribute("aria-hidden", "true");
+  return drawn;
+}
+
+function phases(picked, { work, card, host }) {
+  const devices = Number(label(picked, "devices"));
+  const [wholeCard, wholeHost] = ["card", "host"].map((name) => parseFloat(label(picked, name)) * 10);
+  return work.phases.map((name, at) => {
+    const head = made("th", text(name));
+    head.scope = "row";
+    const onCard = [["weights", card[at] - work.beside[at]], ["beside", work.beside[at]], ["free", work.free[at]]];
+    const onHost = [["weights", host[at] * devices], ["free", data.system]];
+    return made("tr", [
+      head,
+      made("td", [bar(onCard, wholeCard), made("span", gigabytes(card[at]))]),
+      made("td", [bar(onHost, wholeHost), made("span", `${gigabytes(host[at])}${devices > 1 ? ` × ${devices}` : ""}`)]),
+    ]);
+  });
+}
+
+function commands(picked, all) {
+  const lines = all.commands[picked[rank.loras]];
+  return [data.install, ...lines.map((line) => (Array.isArray(line) ? line.map(text).join(" --") : text(line)))].join("\n");
+}
+
+function show(picked) {
+  const all = found(picked);
+  showChoices(picked);
+  element("answer").textContent = `It fits, in mode ${all.mode}`;
+  element("how").textContent = `${all.how[0].toUpperCase()}${all.how.slice(1)}.`;
+  element("stages").textContent = `Transformers of ${text(all.model.stages)}`;
+  element("facts").replaceChildren(...facts(picked, all));
+  element("card-head").textContent = `card, of ${label(picked, "card")}`;
+  element("host-head").textContent = `host, of ${label(picked, "host")}`;
+  element("phases").replaceChildren(...phases(picked, all));
+  element("commands").textContent = commands(picked, all);
+  element("copied").textContent = "";
+  element("loras-note").hidden = picked[rank.loras] === 0;
+}
+
+function written(picked) {
+  return names.map((name) => `${name}=${encodeURIComponent(label(picked, name))}`).join("&");
+}
+
+// What the address says, as far as it is an option and fits.
+function read(picked) {
+  const said = new URLSearchParams(location.hash.slice(1));
+  const wanted = names.map((name, at) => {
+    const option = data.choices[name].indexOf(said.get(name));
+    return option < 0 ? picked[at] : option;
+  });
+  return fitted(wanted, -1);
+}
+
+let now = read(names.map((name) => inputs(name).findIndex((input) => input.checked || input.selected)));
+
+function pick(at, option) {
+  const before = now;
+  now = fitted(changed(before, at, option), at);
+  const moved = names.filter((name, number) => number > at && before[number] !== now[number]);
+  element("changed").textContent = moved.length ? `Changed, because it would not fit: ${moved.map((name) => `${element(`${name}-legend`).textContent.toLowerCase()} from ${label(before, name)} to ${label(now, name)}`).join(", ")}.` : "";
+  show(now);
+  history.replaceState(null, "", `#${written(now)}`);
+}
+
+element("choices").addEventListener("change", (event) => {
+  const input = event.target;
+  pick(rank[input.name], input.tagName === "SELECT" ? input.selectedIndex : Number(input.value));
+});
+addEventListener("hashchange", () => show((now = read(now))));
+element("copy").addEventListener("click", async () => {
+  const typed = element("commands");
+  try {
+    await navigator.clipboard.writeText(`${typed.textContent}\n`);
+    element("copied").textContent = "Copied.";
+  } catch {
+    getSelection().selectAllChildren(typed);
+    element("copied").textContent = "Selected: copy it with the keyboard.";
+  }
+});
+show(now);

@@ -1,0 +1,283 @@
+"""The deployment page: every figure and command is the planner's, it stands alone, and that of the docs is current."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from next_commands import fault_of
+from page_support import parsed
+from support import REPOSITORY, in_fresh_process, ltxpack, refused
+
+from ltxpack.deployment import render
+from ltxpack.deployment.choices import CARDS, DEVICES, FORMS, FRAMES, HOSTS, LORAS, RECIPES, SIZES, choices
+from ltxpack.deployment.document import tenths
+from ltxpack.deployment.grid import Subject, machine_of, plans
+from ltxpack.errors import DeviceError
+from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.sampling.recipes import RECIPES as EVERY_RECIPE
+from ltxpack.runtime.weights.plan import best_plan
+from ltxpack.runtime.weights.report import plan_or_refuse, to_json
+
+CURRENT = REPOSITORY / "docs" / "plan.html"
+CASES = list(product(RECIPES, FORMS))
+# A video of each case; together they have every size and number of frames with every recipe and every form.
+VIDEOS = [((number + number // 3) % 4, number % 4) for number in range(len(CASES))]
+
+
+def document_of(page: bytes) -> dict[str, Any]:
+    """What the page's script works from."""
+    found = re.search(rb"<script type=application/json id=data>(.*?)</script>", page, re.DOTALL)
+    assert found
+    document: dict[str, Any] = json.loads(found[1])
+    return document
+
+
+class Shown:
+    """What the page has for one thing of each choice, decoded by the words of document.py."""
+
+    def __init__(self, document: dict[str, Any], recipe: int, form: int, size: int, frames: int) -> None:
+        self.document = document
+        self.case = document["cases"][recipe * len(FORMS) + form]
+        self.work = document["works"][recipe * len(FORMS) + form][size * len(FRAMES) + frames]
+
+    def text(self, number: int) -> str:
+        return str(self.document["texts"][number])
+
+    @property
+    def devices(self) -> list[int]:
+        """The numbers of cards that are of use."""
+        return [count for count, gain in zip(DEVICES, self.work["gains"], strict=True) if gain > 0]
+
+    def on(self, devices: int, card: int, host: int) -> dict[str, Any]:
+        """The plan or the refusal, with the numbers of document.py as texts."""
+        number = self.work["grid"][(self.devices.index(devices) * len(CARDS) + card) * len(HOSTS) + host]
+        if number < 0:
+            return {"refused": self.text(self.work["refusals"][-1 - number])}
+        mode, how, on_card, on_host, first, further = self.work["plans"][number]
+        sizes = self.document["sizes"]
+        return {
+            "mode": self.text(mode),
+            "description": ", ".join(map(self.text, how)),
+            "phases": list(zip(map(self.text, self.work["phases"]), sizes[on_card], sizes[on_host], strict=True)),
+            "reads": (first, further),
+        }
+
+    def commands(self, devices: int, loras: int) -> list[str]:
+        *before, run = self.work["commands"][self.devices.index(devices)][loras]
+        return [*map(self.text, before), " --".join(map(self.text, run))]
+
+
+@pytest.fixture(scope="module")
+def page() -> bytes:
+    return render()
+
+
+@pytest.fixture(scope="module")
+def document(page: bytes) -> dict[str, Any]:
+    return document_of(page)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject(None)
+
+
+def test_the_page_of_the_docs_is_what_make_docs_makes(page: bytes) -> None:
+    assert CURRENT.read_bytes() == page, "run make docs"
+    assert len(page) < 500_000
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map("-".join, CASES))
+def test_every_figure_of_a_video_is_the_planners_on_every_machine(
+    number: int, document: dict[str, Any], subject: Subject
+) -> None:
+    """Each machine is planned by itself here, those between two that are alike, too."""
+    (recipe, form), (size, frames) = CASES[number], VIDEOS[number]
+    case = subject.case(EVERY_RECIPE[recipe], form)
+    work = case.work((SIZES[size], FRAMES[frames]))
+    shown = Shown(document, list(RECIPES).index(recipe), list(FORMS).index(form), size, frames)
+    assert shown.devices == {"hq": [1, 2, 3], "distilled": [1]}.get(recipe, [1, 2, 4])
+    assert shown.work["forwards"] == sum(stage.evaluations * stage.passes for stage in work.stages)
+    for (card, gigabytes), (host, memory), count in product(enumerate(CARDS), enumerate(HOSTS), shown.devices):
+        machine, found = machine_of(gigabytes, memory, count), shown.on(count, card, host)
+        try:
+            plan = to_json(plan_or_refuse(case.model, work, machine, "auto", "each card"), machine, 1, [])
+        except DeviceError as error:
+            assert found == {"refused": f"{error.problem}: {error.expected} needed, {error.found}"}
+            continue
+        assert (found["mode"], found["description"]) == (plan["mode"], plan["description"])
+        assert found["phases"] == [(one["name"], tenths(one["card"]), tenths(one["host"])) for one in plan["phases"]]
+        loading = plan["loading"]
+        assert found["reads"] == (tenths(loading["first_video"]["bytes"]), tenths(loading["next_video"]["bytes"]))
+        assert shown.work["beside"] == [tenths(one["activations"]) for one in plan["phases"]]
+
+
+def test_what_is_found_between_two_machines_is_what_is_planned(subject: Subject) -> None:
+    case = subject.case(EVERY_RECIPE["hq"], "fp8")
+    work = case.work((SIZES[0], FRAMES[0]))
+    found = list(plans(case.model, work, [1]))
+    assert len(found) == len(CARDS) * len(HOSTS)
+    assert [plan for _, plan in found] == [best_plan(case.model, work, machine) for machine, _ in found]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "form", "size", "frames", "devices"),
+    [(0, 0, 3, 1, 1), (0, 1, 1, 2, 3), (1, 2, 0, 0, 1), (2, 0, 2, 3, 4), (3, 1, 3, 2, 2)],
+)
+def test_the_page_says_what_the_command_line_says(
+    recipe: int, form: int, size: int, frames: int, devices: int, document: dict[str, Any]
+) -> None:
+    height, width = SIZES[size]
+    flags = ["--vram", "80GB", "--ram", "128GB", "--recipe", list(RECIPES)[recipe], "--format", list(FORMS)[form]]
+    flags += ["--height", str(height), "--width", str(width), "--num-frames", str(FRAMES[frames])]
+    flags += ["--devices", str(devices)] if devices > 1 else []
+    done = ltxpack("plan", *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    shown = Shown(document, recipe, form, size, frames)
+    assert shown.commands(devices, 0) == [one["command"] for one in told["commands"]]
+    found = shown.on(devices, list(CARDS).index(80), HOSTS.index(128))
+    gain = shown.work["gains"][DEVICES.index(devices)]
+    if devices == 1:
+        assert found["mode"] == told["mode"] and gain == 100
+        return
+    [guidance] = [one for one in told["devices"]["schemes"] if one["scheme"] == "guidance"]
+    [each] = guidance["devices"]
+    assert (found["mode"], gain) == (each["mode"], round(100 * guidance["gain"]))
+    assert max(card for _, card, _ in found["phases"]) == tenths(each["card"])
+    assert max(host for _, _, host in found["phases"]) == tenths(each["host"])
+
+
+def test_every_command_can_be_typed(document: dict[str, Any]) -> None:
+    seen = set()
+    for recipe, form, size, frames in product(*map(range, map(len, (RECIPES, FORMS, SIZES, FRAMES)))):
+        shown = Shown(document, recipe, form, size, frames)
+        for devices, loras in product(shown.devices, range(len(LORAS) + 1)):
+            lines = shown.commands(devices, loras)
+            assert [line.split()[1] for line in lines][:: len(lines) - 1] == ["materialize", "run"]
+            assert sum(line.count("--add") for line in lines) == loras
+            seen.update(lines)
+    faults = {line: fault_of(line.replace('"…"', "TEXT")) for line in seen}
+    assert not {line: fault for line, fault in faults.items() if fault}
+
+
+def typed(line: str, overlay: Path, lora: Path) -> list[str | Path]:
+    """The words of a command of the page, for another folder and with another file for its LoRA."""
+    stands_for = {"out": str(overlay), f"{LORAS[0][0]}={LORAS[0][1]}": f"{lora}={LORAS[0][1]}"}
+    return [stands_for.get(word, word) for word in shlex.split(line)[1:]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_commands_with_a_lora_bake_what_they_run(
+    recipe: str, demo: Path, tmp_path: Path, document: dict[str, Any]
+) -> None:
+    overlay, [main] = tmp_path / "out", (demo / "source").glob("*lora*.safetensors")
+    lora = Path(shutil.copy(main, tmp_path / LORAS[0][0]))
+    assert ltxpack("materialize", demo / "source", overlay).returncode == 0
+    _, bake, run = Shown(document, list(RECIPES).index(recipe), 0, 0, 0).commands(1, 1)
+    done = ltxpack(*typed(bake, overlay, lora))
+    assert done.returncode == 0, done.stderr
+    words = [word for word in typed(run, overlay, lora) if word not in ("--prompt", "…")]
+    done = ltxpack("plan", *words[1:], "--vram", "24GB", "--ram", "64GB", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert all("+lora-1-0.8" in stage for stage in told["stages"]) and all(c["done"] for c in told["commands"][:-1])
+
+
+def test_disk_is_what_the_commands_write(document: dict[str, Any], subject: Subject) -> None:
+    """38.0 GB a bf16 bake and 21.0 an fp8 one; a base with a LoRA in it is one more."""
+    disk = {case: one["disk"] for case, one in zip(CASES, document["cases"], strict=True)}
+    assert disk["hq", "bf16"] == [[783, 760, 1543]] * 2
+    assert disk["one-stage", "bf16"] == [[783, 0, 783], [783, 380, 1163]]
+    assert disk["distilled", "fp8"] == [[783, 210, 993]] * 2
+
+
+def test_the_page_stands_alone(page: bytes) -> None:
+    found = parsed(page)
+    assert not {"link", "img", "iframe", "object", "base", "a"} & set(found.tags)
+    assert not [name for name, _ in found.attributes if name in ("src", "href", "style") or name.startswith("on")]
+    assert not re.search(rb"https?:|url\(|@import|fetch\(|XMLHttp|WebSocket|innerHTML|eval\(|file:", page)
+    [policy] = [value for name, value in found.attributes if value.startswith("default-src")]
+    assert policy.startswith("default-src 'none'; ")
+    for tag, kind in ((b"style", "style-src"), (b"script", "script-src")):
+        [content] = re.findall(rb"<" + tag + rb">(.*?)</" + tag + rb">", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        assert f"{kind} 'sha256-{digest}'" in policy
+
+
+def test_everything_has_a_label_and_a_place(page: bytes) -> None:
+    found = parsed(page)
+    ids = [value for name, value in found.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    refers = ("for", "aria-describedby", "aria-labelledby")
+    assert {value for name, value in found.attributes if name in refers} <= set(ids)
+    wanted = set(re.findall(rb'element\("([a-z-]+)"\)', page))
+    assert {name.decode() for name in wanted} <= set(ids)
+    for choice in choices():
+        assert {f"{choice.name}-why", f"{choice.name}-legend"} <= set(ids)
+        assert all(label in found.text for label in choice.options) and choice.first in choice.options
+    assert found.tags.count("fieldset") == found.tags.count("legend") == len(choices()) - 1
+    assert found.tags.count("label") == found.tags.count("input") + found.tags.count("select")
+    assert ("lang", "en") in found.attributes and found.tags.count("h1") == 1 and "noscript" in found.tags
+
+
+def options_of(document: dict[str, Any]) -> Sequence[str]:
+    return [document["texts"][case["no"]] if "no" in case else "" for case in document["cases"]]
+
+
+def test_the_page_of_an_overlay_is_about_that(demo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.html"
+    done = ltxpack("plan", demo / "overlay", "--page", file)
+    assert done.returncode == 0 and done.stdout.startswith(f"{file}: "), done.stderr
+    document = document_of(file.read_bytes())
+    assert not any(options_of(document))
+    shown = Shown(document, 0, 0, 0, 0)
+    told = json.loads(ltxpack("plan", demo / "overlay", "--vram", "12GB", "--ram", "32GB", "--json").stdout)
+    assert shown.text(shown.case["stages"]) == "stage 1: distilled-0.25, stage 2: distilled-0.5"
+    assert shown.on(1, 0, 0)["description"] == told["description"]
+    root = demo / "overlay"
+    _, bake, run = shown.commands(1, 2)
+    names = [f"distilled-{strength}+lora-1-0.8+lora-2-0.6" for strength in (0.25, 0.5)]
+    assert bake.startswith(f"ltxpack bake-lora {root} --strength 0.25 --strength 0.5 --add ")
+    assert run.endswith(f"--stage1 {names[0]} --stage2 {names[1]}")
+
+
+def test_what_an_overlay_cannot_run_cannot_be_picked(demo: Path, tmp_path: Path) -> None:
+    source, overlay = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(demo / "source", source)
+    [checkpoint] = source.glob("*-dev.safetensors")
+    distilled = checkpoint.rename(source / checkpoint.name.replace("dev", "distilled"))
+    [lora] = source.glob("*lora*.safetensors")
+    lora.unlink()
+    assert ltxpack("materialize", source, overlay, "--checkpoint", distilled.name).returncode == 0
+    document = document_of(render(Overlay.open(overlay)))
+    reasons = dict(zip(CASES, options_of(document), strict=True))
+    assert [recipe for recipe in RECIPES if not reasons[recipe, "bf16"]] == ["distilled"]
+    assert "wants the full model" in reasons["hq", "fp8"]
+    _, bake, run = Shown(document, list(RECIPES).index("distilled"), 0, 0, 0).commands(1, 2)
+    assert bake.endswith("--strength 0.6 --lora lora-2.safetensors --add lora-1.safetensors=0.8")
+    assert "--stage1 lora-2-0.6+lora-1-0.8 --stage2 lora-2-0.6+lora-1-0.8" in run
+
+
+def test_the_page_goes_with_an_overlay_alone(tmp_path: Path) -> None:
+    message = refused(ltxpack("plan", "--page", tmp_path / "plan.html", "--vram", "24GB", "--json"), 2)
+    assert "--vram, --json" in message
+    assert "is a folder" in refused(ltxpack("plan", "--page", tmp_path), 2)
+    assert "no such folder" in refused(ltxpack("plan", "--page", tmp_path / "no" / "plan.html"), 2)
+    assert "ltxpack materialize" in refused(ltxpack("plan", tmp_path, "--page", tmp_path / "plan.html"), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_loads_no_torch() -> None:
+    code = "import sys, ltxpack.deployment\nanswer = sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    assert in_fresh_process(code)[0] == []
