@@ -1,4 +1,4 @@
-"""Writes the tables of docs/plans.md, each row made by the planner; ``--check`` fails if one is another.
+"""Writes the tables of docs/plans.md and docs/fleet.md, each row made by the planner; ``--check`` fails if one differs.
 
     python benchmarks/plan_table.py [--check]
 
@@ -17,6 +17,7 @@ from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel.planned import PlannedScheme, cells, plan_schemes
+from ltxpack.runtime.parallel.schemes import Split, stage_flops
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import DISTILLED, HQ, Recipe
 from ltxpack.runtime.weights.machine import this_machine
@@ -24,7 +25,7 @@ from ltxpack.runtime.weights.plan import AUTO, STREAM, Plan, Work, best_plan
 from ltxpack.runtime.weights.report import streamed_blocks
 from ltxpack.runtime.weights.sizes import TEXT_ENCODER, TRANSFORMER, ModelSizes, model_of
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "plans.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- plan-table {}: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table {} ends -->"
 GB = 10**9
 # Memory of the card and of the host, in GB; read rate of the disk in bytes a second.
@@ -34,6 +35,8 @@ PLANNED = (HQ, DISTILLED)
 # A number of cards, the memory of each, and that of the host of them all, in GB; bytes a second between cards.
 SEVERAL = ((2, 24, 64), (2, 48, 128), (4, 24, 128), (8, 80, 512))
 LINK_RATE = 25 * GB
+# Of MACHINES, those whose costs docs/fleet.md has.
+FLEET = ((24, 64), (32, 64), (48, 128), (80, 128), (141, 128))
 HEAD = (
     "| card | host | mode | blocks streamed | text encoder | peak on the card | peak on the host "
     "| first video reads | each further one |",
@@ -43,6 +46,12 @@ DEVICES_HEAD = (
     "| cards, host | scheme | for | gain, at most | mode of a card | peak on a card | peak on the host, a card "
     "| comes to a card, a video |",
     "|---|---|---|---|---|---|---|---|",
+)
+
+FLEET_HEAD = (
+    "| card, host | recipe | operations of a video | mode | peak on the card | peak on the host "
+    "| each further video reads |",
+    "|---|---|---|---|---|---|---|",
 )
 
 
@@ -62,6 +71,18 @@ def device_rows() -> Iterator[str]:
         name = f"{count} × {card} GB, {host} GB"
         for one in planned.schemes:
             yield f"| {name} | {one.scheme} | {one.made_for} | {_device_cells(one)} |"
+
+
+def fleet_rows() -> Iterator[str]:
+    """One row a machine and recipe: what a video costs in operations, memory and bytes from disk."""
+    for recipe in PLANNED:
+        model, config, work = _published(recipe)
+        operations = sum(stage_flops(config, work, stage, Split()) for stage in work.stages)
+        for card, host in FLEET:
+            plan = best_plan(model, work, this_machine(card * GB, host * GB))
+            assert plan is not None
+            peaks = f"{plan.mode} | {gigabytes(plan.card)} | {gigabytes(plan.host)} | {gigabytes(plan.next_read)}"
+            yield f"| {card} GB, {host} GB | {recipe.name} | {operations / 1e15:.1f} · 10¹⁵ | {peaks} |"
 
 
 def _published(recipe: Recipe) -> tuple[ModelSizes, DiTConfig, Work]:
@@ -90,32 +111,38 @@ def _cells(plan: Plan | None) -> str:
     )
 
 
-# Name of a table -> its head, and its rows.
-TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Iterator[str]]]] = {
-    **{recipe.name: (HEAD, functools.partial(rows, recipe)) for recipe in PLANNED},
-    "devices": (DEVICES_HEAD, device_rows),
+# Page -> its tables by name: the head, and the rows.
+Made = tuple[tuple[str, ...], Callable[[], Iterator[str]]]
+PAGES: dict[str, dict[str, Made]] = {
+    "plans.md": {
+        **{recipe.name: (HEAD, functools.partial(rows, recipe)) for recipe in PLANNED},
+        "devices": (DEVICES_HEAD, device_rows),
+    },
+    "fleet.md": {"fleet": (FLEET_HEAD, fleet_rows)},
 }
 
 
-def with_table(text: str, name: str) -> str:
-    """``text`` with the table ``name`` between its markers. Exits with status 1 if they are not there."""
-    begin, end = BEGIN.format(name), END.format(name)
-    if text.count(begin) != 1 or text.count(end) != 1:
-        sys.exit(f"{PAGE.name} has no place for the table ({begin})")
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    head, made = TABLES[name]
-    return "\n".join([before + begin, "", *head, *made(), "", end + after])
+def with_tables(page: str, text: str) -> str:
+    """``text`` with the tables of ``page`` between their markers. Exits with status 1 if these are not there."""
+    for name, (head, made) in PAGES[page].items():
+        begin, end = BEGIN.format(name), END.format(name)
+        if text.count(begin) != 1 or text.count(end) != 1:
+            sys.exit(f"{page} has no place for the table ({begin})")
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = "\n".join([before + begin, "", *head, *made(), "", end + after])
+    return text
 
 
 def main() -> int:
     """Write the tables, or with ``--check`` only compare. Exit status 1 if one differs."""
-    text = PAGE.read_text(encoding="utf-8")
-    wanted = functools.reduce(with_table, TABLES, text)
+    there = {page: (DOCS / page).read_text(encoding="utf-8") for page in PAGES}
+    wanted = {page: with_tables(page, text) for page, text in there.items()}
     if "--check" in sys.argv[1:]:
-        print("the tables are as planned" if wanted == text else "a table differs; run benchmarks/plan_table.py")
-        return int(wanted != text)
-    PAGE.write_text(wanted, encoding="utf-8")
+        print("the tables are as planned" if wanted == there else "a table differs; run benchmarks/plan_table.py")
+        return int(wanted != there)
+    for page, text in wanted.items():
+        (DOCS / page).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -46,6 +46,7 @@ LONG = (
     "test_end_to_end.py",
     "test_many_videos.py",
     "test_gpu_bench.py",
+    "test_actors.py",
     "test_residency.py",
     "test_lora_resume.py",
     "test_residency_slots.py",

@@ -39,9 +39,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 30_093,
-    "files of the package": 175,
-    "lines of the tests": 30_021,
+    "lines of the package": 30_391,
+    "files of the package": 176,
+    "lines of the tests": 30_253,
 }
 
 

@@ -14,6 +14,7 @@ from ltxpack.cli.terminal import Command, TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
 from ltxpack.files.units import human_bytes
 from ltxpack.runtime.codecs.tiles import FAST
+from ltxpack.runtime.parallel.devices import RAY_HERE
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings, Settings, flag_of, type_of
 
@@ -84,6 +85,13 @@ class _Numbers(click.ParamType[Any]):
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), show_default="video.mp4")
 @settings_options(*VIDEO, *SESSION)
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value=RAY_HERE,
+    metavar="[ADDRESS]",
+    help="With --prompts: actors of a Ray cluster make the videos. Without ADDRESS, which goes last, Ray starts here.",
+)
 @click.option("--save-tensors", type=click.Path(path_type=Path), help="Write latents, frames and waveform here.")
 @verbose_option
 def run(
@@ -91,6 +99,7 @@ def run(
     prompt: str | None,
     prompts: Path | None,
     output: Path | None,
+    ray: str | None,
     save_tensors: Path | None,
     verbose: bool,
     **_: object,
@@ -101,6 +110,8 @@ def run(
     if prompts is not None and save_tensors is not None:
         raise click.UsageError("--save-tensors goes with --prompt; --prompts makes many videos")
     if prompt is not None:
+        if ray is not None:
+            raise click.UsageError("--ray goes with --prompts; one video is made on one machine")
         from ltxpack.runtime.request import Request
 
         # Told at once; what follows imports torch.
@@ -108,7 +119,7 @@ def run(
     from ltxpack.runtime.run import RunOptions
 
     session = SessionSettings(**given(SESSION))
-    options = RunOptions(overlay, prompt or "", output or RunOptions.output, save_tensors, given(VIDEO), session)
+    options = RunOptions(overlay, prompt or "", output or RunOptions.output, save_tensors, given(VIDEO), session, ray)
     if prompts is not None:
         _many(options, prompts, output, verbose)
     else:

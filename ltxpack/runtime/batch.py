@@ -17,6 +17,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.lines import SKIPPED, LineMaker, Outcome, Task, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
+from ltxpack.runtime.parallel.actors import Actors
 from ltxpack.runtime.parallel.crew import Processes
 from ltxpack.runtime.parallel.schemes import AUTO, NONE
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Ready, Sharing
@@ -55,6 +56,8 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
     """
     with _claimed(prompts):
         lines = read_lines(prompts, options.given, output)
+        if options.ray is not None:
+            lines = [line.from_anywhere() for line in lines]
         tell_inside(outputs_of(options, [(line.name, line.output) for line in lines]), reporter)
         options.session.check()
         overlay = Overlay.open(options.overlay, options.session.text_encoder)
@@ -112,6 +115,8 @@ def _crew(options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter)
     """Who makes the videos of ``lines``: where there are several lines and devices, each device makes whole videos,
     unless it is said how they share one.
     """
+    if options.ray is not None:
+        return Actors(options.ray, options.overlay.absolute(), options.session, lines, reporter)
     devices = devices_of(options.session)
     if len(devices) > 1 and len(lines) > 1 and options.session.parallel in (AUTO, NONE):
         return Processes(options.overlay, options.session, devices[: len(lines)])

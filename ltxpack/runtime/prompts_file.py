@@ -10,7 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +42,12 @@ class PromptsLine:
     name: str
     request: Request
     output: Path
+
+    def from_anywhere(self) -> PromptsLine:
+        """The same, whatever folder a process is in."""
+        images = tuple(replace(image, path=image.path.absolute()) for image in self.request.images)
+        request = replace(self.request, settings=replace(self.request.settings, images=images))
+        return replace(self, request=request, output=self.output.absolute())
 
 
 def read_lines(path: Path, given: SettingsGiven, output: Path | None = None) -> list[PromptsLine]:

@@ -31,7 +31,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What ``ltxpack run`` is given: ``given`` are settings of the video, the defaults of its recipe for the others."""
+    """What ``ltxpack run`` is given: ``given`` are settings of the video, the defaults of its recipe for the others.
+
+    ``ray``: the address of the cluster that makes many videos, if one does.
+    """
 
     overlay: Path
     prompt: str = ""
@@ -39,6 +42,7 @@ class RunOptions:
     save_tensors: Path | None = None
     given: SettingsGiven = field(default_factory=SettingsGiven)
     session: SessionSettings = field(default_factory=SessionSettings)
+    ray: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from ltxpack.errors import UsageError
 EXAMPLES = "ordinals such as 0,1,2, or cpu:N for N processes on the CPU"
 # More than any machine has, so that a slip of the pen starts no thousand processes.
 MOST = 64
+# What --ray means without an address: Ray starts on this machine, and ends with the run.
+RAY_HERE = "local"
 
 
 def named_devices(text: str) -> tuple[str, ...]:

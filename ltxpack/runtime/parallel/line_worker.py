@@ -11,39 +11,18 @@ import pickle
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any, BinaryIO, NoReturn
 
 import torch
 
 from ltxpack.errors import LtxpackError
-from ltxpack.reporter import Reporter
 from ltxpack.runtime.lines import LineMaker
-from ltxpack.runtime.parallel.share import Carried, Ready, Told
+from ltxpack.runtime.parallel.share import Carried, Ready, Voice
 from ltxpack.runtime.parallel.team import FAULT, LEFT
 from ltxpack.runtime.parallel.worker import Messages, say
 from ltxpack.runtime.run import peak_memory
 from ltxpack.runtime.session import Session
-
-
-class Voice(Reporter):
-    """What worker ``number`` says, on the stream that ``out`` is; progress is not told."""
-
-    def __init__(self, number: int, out: BinaryIO) -> None:
-        self._number, self._out = number, out
-
-    def say(self, message: Any) -> None:
-        """One message for the crew."""
-        pickle.dump(message, self._out)
-        self._out.flush()
-
-    def note(self, message: str) -> None:
-        self.say(Told(self._number, "note", message))
-
-    def detail(self, message: str) -> None:
-        self.say(Told(self._number, "detail", message))
-
-    def warn(self, message: str) -> None:
-        self.say(Told(self._number, "warn", message))
 
 
 def main() -> int:
@@ -56,16 +35,16 @@ def main() -> int:
         messages = Messages(_end_at_once)
         root, settings, number, sharers, threads = messages.next()
         torch.set_num_threads(threads)
-        voice = Voice(number, out)
-        with Session(root, settings, voice) as session:
+        tell = partial(_tell, out)
+        with Session(root, settings, Voice(number, tell)) as session:
             session.process_ends, session.residency.processes = True, sharers
             if session.device.type == "cuda":
                 torch.cuda.set_device(session.device)
             maker = LineMaker(session)
-            voice.say(Ready(number))
+            tell(Ready(number))
             while (work := messages.next()) is not None:
-                voice.say(Carried(number, maker.carry_out(*work)))
-            voice.say(f"worker {number} on {session.device}: {peak_memory(session.device)}")
+                tell(Carried(number, maker.carry_out(*work)))
+            tell(f"worker {number} on {session.device}: {peak_memory(session.device)}")
     except LtxpackError as error:
         say(FAULT + error.render().replace("\n", ";"))
         return 1
@@ -75,6 +54,12 @@ def main() -> int:
         say(f"{FAULT}{type(error).__name__}: {str(error).splitlines()[:1]}")
         return 1
     return 0
+
+
+def _tell(out: BinaryIO, message: Any) -> None:
+    """One message for the crew."""
+    pickle.dump(message, out)
+    out.flush()
 
 
 def _interrupted(*_: object) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
@@ -60,6 +60,22 @@ class Gone:
 
     worker: int
     why: str
+
+
+class Voice(Reporter):
+    """What worker ``number`` says while it works, each time an event for ``say``; progress is not told."""
+
+    def __init__(self, number: int, say: Callable[[Told], object]) -> None:
+        self._number, self._say = number, say
+
+    def note(self, message: str) -> None:
+        self._say(Told(self._number, "note", message))
+
+    def detail(self, message: str) -> None:
+        self._say(Told(self._number, "detail", message))
+
+    def warn(self, message: str) -> None:
+        self._say(Told(self._number, "warn", message))
 
 
 Event: TypeAlias = Ready | Told | Carried | Gone
