@@ -28,7 +28,8 @@ ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize", "activations", "
 ALLOWED["export"] = {*ALLOWED["lora_bake"], "lora_bake"}
 ALLOWED["deployment"] = {*ALLOWED["lora_bake"], "lora_bake", "runtime"}
 ALLOWED["demo"] = {*ALLOWED["export"], "export", "runtime"}
-ALLOWED["cli"] = {*ALLOWED["demo"], "demo", "deployment"}
+ALLOWED["serve"] = {*ALLOWED["runtime"], "runtime"}
+ALLOWED["cli"] = {*ALLOWED["demo"], "demo", "deployment", "serve"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"runtime"}
 HEAVY = {"torch", "diffusers", "transformers", "numpy", "av", "PIL", "huggingface_hub", "jsonschema", "tqdm"}
@@ -39,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 30_391,
-    "files of the package": 176,
-    "lines of the tests": 30_253,
+    "lines of the package": 32_318,
+    "files of the package": 191,
+    "lines of the tests": 31_195,
 }
 
 
@@ -181,9 +182,11 @@ def modules_after(*names: str) -> set[str]:
     ("names", "absent"),
     [
         (["ltxpack.cli"], HEAVY),
+        (["ltxpack.cli.serve", "ltxpack.serve.server"], {"torch", "diffusers", "av"}),
+        (["ltxpack.cli.serve"], {"torch", "fastapi", "uvicorn"}),
         (["ltxpack.materialize", "ltxpack.repack.write", "ltxpack.repack.verify"], {"torch", "diffusers"}),
     ],
-    ids=["help", "the copying half"],
+    ids=["help", "the HTTP process of serve", "the command serve", "the copying half"],
 )
 def test_no_heavy_package_is_loaded_for(names: list[str], absent: set[str]) -> None:
     loaded = modules_after(*names)

@@ -21,7 +21,7 @@ INTERRUPTED = 130
 
 
 # Each is in the module of its name here.
-COMMANDS = ("bake-lora", "demo", "export", "inspect", "materialize", "plan", "run", "verify")
+COMMANDS = ("bake-lora", "demo", "export", "inspect", "materialize", "plan", "run", "serve", "verify")
 
 
 class LazyGroup(click.Group):
@@ -93,5 +93,5 @@ def _status() -> int:
 def _what_again(arguments: Sequence[str]) -> str:
     """What becomes of an interrupted command that is typed again."""
     many = any(argument.partition("=")[0] == "--prompts" for argument in arguments)
-    resumes = many or arguments[:1] in (["materialize"], ["bake-lora"])
+    resumes = many or arguments[:1] in (["materialize"], ["bake-lora"], ["serve"])
     return "goes on from where it stopped" if resumes else "begins anew"

@@ -1,0 +1,62 @@
+"""``ltxpack serve``: videos over HTTP, by the interface that clients of video engines speak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ltxpack.cli.run import SESSION, given, settings_options
+from ltxpack.cli.terminal import TerminalReporter, verbose_option
+from ltxpack.errors import UsageError
+from ltxpack.runtime.settings import SessionSettings
+from ltxpack.serve.limits import ServeLimits
+
+# The model's name picks the transformers, --devices means workers, and activations are of one process.
+FIXED = ("stage1", "stage2", "devices", "save_activations")
+SETTINGS = [one for one in SESSION if one.name not in FIXED]
+MODULES = ("fastapi", "uvicorn", "python_multipart")
+
+
+@click.command()
+@click.argument("overlay", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0: all of them.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--devices", metavar="0,1,…", help="Several cards: a worker each, which makes whole videos.")
+@click.option("--api-key", metavar="KEY", envvar="LTXPACK_API_KEY", show_envvar=True, help="Ask every client for it.")
+@click.option(
+    "-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("videos"), show_default=True,
+    help="The folder of the videos and the jobs.",
+)  # fmt: skip
+@click.option(
+    "--queue", default=ServeLimits.queue, show_default=True, type=click.IntRange(1), help="Jobs that may wait."
+)
+@click.option("--model", "models", multiple=True, metavar="NAME=RECIPE:STAGE1,STAGE2", help="A further model by name.")
+@settings_options(*SETTINGS)
+@verbose_option
+def serve(
+    overlay: Path,
+    host: str,
+    port: int,
+    devices: str | None,
+    api_key: str | None,
+    output: Path,
+    queue: int,
+    models: tuple[str, ...],
+    verbose: bool,
+    **_: object,
+) -> None:
+    """Serve videos from OVERLAY as /v1/videos, which OpenAI's client speaks too."""
+    try:
+        from ltxpack.serve.server import ServeOptions
+        from ltxpack.serve.server import serve as answer
+    except ModuleNotFoundError as error:
+        if error.name not in MODULES:
+            raise
+        extra = "pip install 'ltxpack[serve]'"
+        raise UsageError(f"the package {error.name} is not installed", next=extra) from None
+    if api_key == "":
+        raise UsageError("--api-key is empty", next="leave --api-key out, or choose one")
+    limits, session = ServeLimits(queue=queue), SessionSettings(**given(SETTINGS))
+    options = ServeOptions(overlay, output, host, port, devices, api_key, models, session, limits)
+    answer(options, TerminalReporter(verbose), click.echo)

@@ -1,0 +1,278 @@
+"""The jobs of a server, in a database beside their videos: what was accepted is made, whatever is killed meanwhile.
+
+One process has the folder at a time. The database is on the disk before a client is told that its job was accepted; a
+job that was in progress when the server ended is queued again at its old place when the next one opens the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ltxpack.errors import FormatError, SourceError, UsageError
+from ltxpack.serve.task import Task
+
+QUEUED, IN_PROGRESS, COMPLETED, FAILED = STATUSES = ("queued", "in_progress", "completed", "failed")
+ENDED = (COMPLETED, FAILED)
+DATABASE, LOCK, PICTURES = "jobs.sqlite", "jobs.lock", "pictures"
+JOB_ID = re.compile(r"video_[0-9a-f]{32}")
+# Every name that this module and the writers of videos give to a file of a job.
+OURS = re.compile(r"\.?video_[0-9a-f]{32}[-.].*")
+FORMAT = 1
+TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, task TEXT NOT NULL,
+    created_at REAL NOT NULL, started_at REAL, completed_at REAL, error TEXT, warnings TEXT NOT NULL DEFAULT '[]'
+);
+CREATE INDEX IF NOT EXISTS by_status ON jobs (status, number);
+"""
+COLUMNS = "number, id, status, task, created_at, started_at, completed_at, error, warnings"
+MOST_CRASHES = 3
+# How many finished jobs the mean of their seconds is taken over.
+RECENT = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it is now; times in seconds since 1970, ``progress`` in percent."""
+
+    number: int
+    id: str
+    status: str
+    task: Task
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    error: Mapping[str, str] | None
+    warnings: Sequence[str]
+    progress: int = 0
+
+    @property
+    def public(self) -> dict[str, Any]:
+        """The job as clients read it."""
+        task = self.task
+        return {
+            "id": self.id,
+            "object": "video",
+            "model": task.model,
+            "status": self.status,
+            "progress": self.progress,
+            "created_at": int(self.created_at),
+            "completed_at": None if self.completed_at is None else int(self.completed_at),
+            "expires_at": None,
+            "prompt": task.prompt,
+            "size": task.size,
+            "seconds": task.seconds,
+            "error": self.error,
+            "warnings": [*self.warnings],
+        }
+
+
+class QueueFullError(Exception):
+    """As many jobs wait as may."""
+
+
+@dataclass
+class Jobs:
+    """The jobs in ``folder``, for several threads. Raises UsageError where another server has it."""
+
+    folder: Path
+    most_queued: int
+    _lock: threading.Condition = field(default_factory=threading.Condition)
+    _progress: dict[str, int] = field(default_factory=dict)
+    _crashes: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        self._claim = _locked(self.folder / LOCK)
+        path = self.folder / DATABASE
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            (found,) = self._db.execute("PRAGMA user_version").fetchone()
+            if found not in (0, FORMAT):
+                raise FormatError("is of another version", file=path, expected=FORMAT, found=found, next="choose -o")
+            self._db.executescript(TABLE + f"PRAGMA user_version={FORMAT};")
+            self._db.execute("UPDATE jobs SET status = ?, started_at = NULL WHERE status = ?", (QUEUED, IN_PROGRESS))
+            known = {job_id for (job_id,) in self._db.execute("SELECT id FROM jobs")}
+        except (sqlite3.Error, FormatError) as error:
+            self._claim.close()
+            if isinstance(error, FormatError):
+                raise
+            advice = f"move {path} away; a new one is made"
+            raise FormatError("the jobs cannot be read", file=path, found=error, next=advice) from None
+        self._sweep(known)
+
+    @property
+    def pictures(self) -> Path:
+        """The folder of the pictures that were uploaded."""
+        return self.folder / PICTURES
+
+    def video(self, job_id: str) -> Path:
+        """Where the video of a job is, once it is completed."""
+        return self.folder / f"{job_id}.mp4"
+
+    def add(self, job_id: str, task: Task) -> Job:
+        """Accept a job. Raises QueueFullError."""
+        with self._lock:
+            if self.is_full():
+                raise QueueFullError
+            row = (job_id, QUEUED, json.dumps(vars(task)), time.time())
+            self._db.execute("INSERT INTO jobs (id, status, task, created_at) VALUES (?, ?, ?, ?)", row)
+            self._lock.notify()
+        return self._required(job_id)
+
+    def is_full(self) -> bool:
+        """Whether as many jobs wait as may."""
+        return self.counts()[QUEUED] >= self.most_queued
+
+    def get(self, job_id: str) -> Job | None:
+        """The job, or None if there is none."""
+        if not JOB_ID.fullmatch(job_id):
+            return None
+        with self._lock:
+            row = self._db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return None if row is None else self._job(row)
+
+    def listed(self, after: Job | None, limit: int, descending: bool) -> list[Job]:
+        """At most ``limit`` jobs behind ``after``, the newest first or last."""
+        way, order = ("<", "DESC") if descending else (">", "ASC")
+        where, values = ("", []) if after is None else (f"WHERE number {way} ?", [after.number])
+        query = f"SELECT {COLUMNS} FROM jobs {where} ORDER BY number {order} LIMIT ?"
+        with self._lock:
+            rows = self._db.execute(query, [*values, limit]).fetchall()
+        return [self._job(row) for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are of each status."""
+        with self._lock:
+            rows = self._db.execute("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall()
+        return {**dict.fromkeys(STATUSES, 0), **dict(rows)}
+
+    def mean_seconds(self) -> float | None:
+        """What the last completed videos took on the average; None before there is one."""
+        query = (
+            "SELECT AVG(took) FROM (SELECT completed_at - started_at AS took FROM jobs WHERE status = ?"
+            " ORDER BY completed_at DESC LIMIT ?)"
+        )
+        with self._lock:
+            (mean,) = self._db.execute(query, (COMPLETED, RECENT)).fetchone()
+        return None if mean is None else float(mean)
+
+    def claim(self, seconds: float) -> Job | None:
+        """The oldest job that waits, now in progress; None if none comes within ``seconds``."""
+        query = (
+            f"UPDATE jobs SET status = ?, started_at = ? WHERE number ="
+            f" (SELECT MIN(number) FROM jobs WHERE status = ?) RETURNING {COLUMNS}"
+        )
+        with self._lock:
+            for wait in (seconds, 0):
+                rows = self._db.execute(query, (IN_PROGRESS, time.time(), QUEUED)).fetchall()
+                if rows or not wait:
+                    return self._job(rows[0]) if rows else None
+                self._lock.wait(wait)
+        raise AssertionError("unreachable")
+
+    def give_back(self, job_id: str, *, crashed: bool) -> None:
+        """A job goes back to its place in the queue; one of which too many workers have ``crashed`` has failed."""
+        with self._lock:
+            self._crashes[job_id] += crashed
+            self._progress.pop(job_id, None)
+            if self._crashes[job_id] >= MOST_CRASHES:
+                self.fail(job_id, "server_error", f"{MOST_CRASHES} workers have died while they made this video")
+                return
+            again = "UPDATE jobs SET status = ?, started_at = NULL WHERE id = ? AND status = ?"
+            self._db.execute(again, (QUEUED, job_id, IN_PROGRESS))
+            self._lock.notify()
+
+    def set_progress(self, job_id: str, percent: int) -> None:
+        """Note how far a job is; it is not kept when the server ends, as the work is not."""
+        with self._lock:
+            self._progress[job_id] = percent
+
+    def warn(self, job_id: str, text: str) -> None:
+        """Something that is probably not what the client wants."""
+        add = "UPDATE jobs SET warnings = json_insert(warnings, '$[#]', ?) WHERE id = ?"
+        with self._lock:
+            self._db.execute(add, (text, job_id))
+
+    def complete(self, job_id: str) -> bool:
+        """The video of a job is whole. False if the job was deleted: then the video is removed."""
+        return self._end(job_id, COMPLETED, None)
+
+    def fail(self, job_id: str, code: str, message: str) -> bool:
+        """A job cannot be made. False if it was deleted."""
+        return self._end(job_id, FAILED, json.dumps({"code": code, "message": message}))
+
+    def delete(self, job_id: str) -> None:
+        """Forget a job and its files; those of a job in progress go when its worker has stopped."""
+        with self._lock:
+            gone = self._db.execute("DELETE FROM jobs WHERE id = ? RETURNING status", (job_id,)).fetchall()
+            self._progress.pop(job_id, None)
+        if gone and gone[0] != (IN_PROGRESS,):
+            self.discard(job_id)
+
+    def discard(self, job_id: str, *, video: bool = True) -> None:
+        """Remove the files of a job; its pictures alone unless ``video``."""
+        for path in [*([self.video(job_id)] if video else []), *self.pictures.glob(f"{job_id}-*")]:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        with self._lock:
+            self._db.close()
+        self._claim.close()
+
+    def _end(self, job_id: str, status: str, error: str | None) -> bool:
+        with self._lock:
+            end = "UPDATE jobs SET status = ?, completed_at = ?, error = ? WHERE id = ? AND status = ?"
+            found = self._db.execute(end, (status, time.time(), error, job_id, IN_PROGRESS)).rowcount > 0
+            self._progress.pop(job_id, None)
+        self.discard(job_id, video=not found or status == FAILED)
+        return found
+
+    def _required(self, job_id: str) -> Job:
+        job = self.get(job_id)
+        assert job is not None
+        return job
+
+    def _job(self, row: Sequence[Any]) -> Job:
+        number, job_id, status, task, created, started, completed, error, warnings = row
+        progress = 100 if status == COMPLETED else self._progress.get(job_id, 0)
+        told = None if error is None else json.loads(error)
+        kept = Task(**json.loads(task))
+        return Job(number, job_id, status, kept, created, started, completed, told, json.loads(warnings), progress)
+
+    def _sweep(self, known: set[str]) -> None:
+        """Remove files of jobs that there are not, and what killed workers left of videos that are made again."""
+        for path in [*self.folder.iterdir(), *self.pictures.iterdir()]:
+            whole = path.name[: len("video_") + 32]
+            if OURS.fullmatch(path.name) and whole not in known:
+                path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[bytes]:
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise SourceError(error.strerror or str(error), file=path, next="choose another folder with -o") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UsageError(
+            "another server has this folder", file=path.parent, next="choose another folder with -o"
+        ) from None
+    except OSError:  # a filesystem without locks
+        pass
+    return file

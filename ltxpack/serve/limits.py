@@ -1,0 +1,29 @@
+"""What one request may hold, and how many jobs may wait: a server answers people who did not start it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """``queue``: jobs that wait. ``body`` and ``picture`` in bytes, ``picture_pixels`` and ``pixels`` (of a frame of
+    video) in pixels, ``prompt`` in characters. A ``body`` has room for the largest picture in base64.
+    """
+
+    queue: int = 100
+    body: int = 48 * MEBIBYTE
+    picture: int = 32 * MEBIBYTE
+    picture_pixels: int = 50_000_000
+    pictures: int = 8
+    prompt: int = 20_000
+    pixels: int = 4096 * 2304
+    frames: int = 1025
+    steps: int = 100
+
+
+# Values and lists that a JSON body may hold; each field of a form; and the most fields of one.
+MAX_VALUES, MAX_CONTAINERS = 50_000, 1_000
+MAX_FIELD, MAX_FIELDS = MEBIBYTE, 100

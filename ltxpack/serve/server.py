@@ -1,0 +1,126 @@
+"""A server put together: the overlay's models, the jobs in their folder, a worker for each device, and HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.files.tensorfile import read_json
+from ltxpack.manifest import is_overlay
+from ltxpack.reporter import Reporter
+from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
+from ltxpack.runtime.parallel.devices import named_devices
+from ltxpack.runtime.settings import SessionSettings
+from ltxpack.serve.app import Service, make_app
+from ltxpack.serve.intake import Intake
+from ltxpack.serve.jobs import Jobs
+from ltxpack.serve.limits import ServeLimits
+from ltxpack.serve.metrics import Metrics
+from ltxpack.serve.models import served_models
+from ltxpack.serve.schema import request_schema
+from ltxpack.serve.workers import COMMAND, Opening, Workers
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+# Seconds that open connections have to end once the server stops.
+GRACE = 5
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What ``ltxpack serve`` is given: ``devices`` as ``0,1``, one worker each; ``models`` further names."""
+
+    overlay: Path
+    output: Path = Path("videos")
+    host: str = "127.0.0.1"
+    port: int = 8000
+    devices: str | None = None
+    api_key: str | None = None
+    models: Sequence[str] = ()
+    session: SessionSettings = field(default_factory=SessionSettings)
+    limits: ServeLimits = field(default_factory=ServeLimits)
+
+
+def serve(
+    options: ServeOptions, reporter: Reporter, on_open: Callable[[str], None], command: Sequence[str] = COMMAND
+) -> None:
+    """Answer requests until a signal comes; ``on_open(address)`` when the server can be reached.
+
+    Raises UsageError, OverlayError before that, and LtxpackError where a worker cannot begin.
+    """
+    options.session.check()
+    faults: list[LtxpackError] = []
+
+    def on_fault(error: LtxpackError) -> None:
+        faults.append(error)
+        server.should_exit = True
+
+    with _listening(options.host, options.port) as listening:
+        service = service_of(options, reporter, on_fault, command)
+        config = uvicorn.Config(
+            make_app(service), log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="on"
+        )
+        server = uvicorn.Server(config)
+        host, port = listening.getsockname()[:2]
+        if options.api_key is None and options.host not in LOCAL:
+            reporter.warn(f"everybody who reaches {host} can make videos: there is no --api-key")
+        reporter.note(f"models: {', '.join(service.intake.models)}")
+        on_open(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+        try:
+            server.run(sockets=[listening])
+        finally:
+            service.workers.stop()
+            service.jobs.close()
+    if faults:
+        raise faults[0]
+
+
+def service_of(
+    options: ServeOptions,
+    reporter: Reporter,
+    on_fault: Callable[[LtxpackError], None],
+    command: Sequence[str] = COMMAND,
+) -> Service:
+    """The parts of a server; nothing is started yet. Raises UsageError, OverlayError, FormatError, SourceError."""
+    overlay = Overlay.open(options.overlay, options.session.text_encoder)
+    models = served_models(overlay, options.session.format, options.models)
+    blocks = read_json(overlay.folder(transformer_part(BASE)) / "config.json")["num_layers"]
+    inside = next((one for one in options.output.absolute().resolve().parents if is_overlay(one)), None)
+    if inside is not None or is_overlay(options.output):
+        problem = "lies in the overlay, which holds nothing but its own files"
+        raise UsageError(problem, file=options.output, next="choose another folder with -o")
+    openings = _openings(options)
+    jobs, metrics = Jobs(options.output, options.limits.queue), Metrics()
+    return Service(
+        jobs,
+        Intake(jobs, models, options.limits, len(openings)),
+        Workers(openings, jobs, metrics, reporter, on_fault, command),
+        metrics,
+        request_schema([*models], options.limits, blocks),
+        options.api_key,
+    )
+
+
+def _openings(options: ServeOptions) -> list[Opening]:
+    """What each worker begins with."""
+    devices = (options.session.device,) if options.devices is None else named_devices(options.devices)
+    settings = dataclasses.asdict(options.session)
+    plain: dict[str, Any] = {name: str(one) if isinstance(one, Path) else one for name, one in settings.items()}
+    root = str(options.overlay.absolute())
+    return [Opening(device, root, {**plain, "device": device}, len(devices)) for device in devices]
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        advice = "choose another --host or --port"
+        raise UsageError(f"{host}:{port} cannot be listened on", found=found, next=advice) from None

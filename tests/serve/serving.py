@@ -1,0 +1,104 @@
+"""A server in a process of its own, for tests: the command itself, or one whose workers are stubs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+
+STUB = Path(__file__).with_name("stub_worker.py")
+STUBBED = """
+import sys
+from pathlib import Path
+from ltxpack.cli.terminal import TerminalReporter
+from ltxpack.serve.limits import ServeLimits
+from ltxpack.serve.server import ServeOptions, serve
+overlay, output, devices, queue, stub = sys.argv[1:]
+options = ServeOptions(Path(overlay), Path(output), port=0, devices=devices, limits=ServeLimits(queue=int(queue)))
+serve(options, TerminalReporter(), lambda address: print(address, flush=True), [sys.executable, stub])
+"""
+ANSWER_SECONDS = 120.0
+
+
+class Server:
+    """``with Server(command) as server``: ``address`` is that of the interface, ``client`` speaks to it."""
+
+    def __init__(self, command: Sequence[str | Path], **environment: str) -> None:
+        self._command, self._environment = [*map(str, command)], environment
+
+    def __enter__(self) -> Server:
+        environment = {**os.environ, **self._environment}
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(self._command, env=environment, **pipes)
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+        assert self.address, self.process.communicate()[1]
+        key = self._environment.get("LTXPACK_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(base_url=self.address, headers=headers, timeout=ANSWER_SECONDS)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        self.log = self.process.communicate(timeout=ANSWER_SECONDS)[1]
+
+    def post(self, prompt: str, **fields: Any) -> dict[str, Any]:
+        """Ask for the smallest video; the job."""
+        said = {"prompt": prompt, "size": "64x64", "num_frames": 9, **fields}
+        answer = self.client.post("/videos", json=said)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return dict(self.client.get(f"/videos/{job_id}").json())
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """All jobs, the oldest first, by pages."""
+        found: list[dict[str, Any]] = []
+        while True:
+            after = {"after": found[-1]["id"]} if found else {}
+            page = self.client.get("/videos", params={"order": "asc", "limit": 70, **after}).json()
+            found += page["data"]
+            if not page["has_more"]:
+                return found
+
+    def all_completed(self) -> list[dict[str, Any]]:
+        """All jobs once they are completed, the oldest first."""
+
+        def look() -> list[dict[str, Any]] | None:
+            jobs = self.jobs()
+            return jobs if all(job["status"] == "completed" for job in jobs) else None
+
+        return list(until(look))
+
+    def ended(self, job_id: str) -> dict[str, Any]:
+        """The job once it has ended."""
+        return until(lambda: job if (job := self.job(job_id))["status"] in ("completed", "failed") else None)
+
+    def metrics(self) -> str:
+        return self.client.get(self.address.replace("/v1", "/metrics")).text
+
+
+def stubbed(overlay: Path, output: Path, devices: str = "cpu", queue: int = 300, **environment: str) -> Server:
+    """A server with workers of :mod:`stub_worker`."""
+    command = [sys.executable, "-c", STUBBED, overlay, output, devices, str(queue), STUB]
+    return Server(command, STUB_LOG=str(output.with_suffix(".log")), **environment)
+
+
+def until(found: Callable[[], Any]) -> Any:
+    """What ``found`` gives, once that is something."""
+    end = time.monotonic() + ANSWER_SECONDS
+    while not (value := found()):
+        assert time.monotonic() < end, "that did not come"
+        time.sleep(0.02)
+    return value
