@@ -25,7 +25,7 @@ from ltxpack.deployment.choices import DEVICES, FORMS, FRAMES, LORAS, RECIPES, S
 from ltxpack.deployment.grid import Case, Subject, Video, gains, plans, refusal
 from ltxpack.errors import OverlayError
 from ltxpack.files.units import gigabytes
-from ltxpack.runtime.parallel.schemes import Split, stage_flops
+from ltxpack.runtime.parallel.schemes import video_flops
 from ltxpack.runtime.sampling.recipes import RECIPES as EVERY_RECIPE
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.weights.machine import CONTEXT, SYSTEM
@@ -90,13 +90,12 @@ def _work(subject: Subject, case: Case, video: Video, texts: Numbered, sizes: Nu
         else:
             numbers.append(kept(_plan(plan, texts, sizes)))
     phases = smallest_plan(case.model, work).phases
-    flop = sum(stage_flops(subject.dit, work, stage, Split()) for stage in work.stages)
     return {
         "phases": [texts(phase.name) for phase in phases],
         "beside": [tenths(phase.activations) for phase in phases],
         "free": [tenths(phase.needed - phase.card + CONTEXT) for phase in phases],
         "forwards": sum(stage.evaluations * stage.passes for stage in work.stages),
-        "petaflop": round(flop / 1e14),
+        "petaflop": round(video_flops(subject.dit, work) / 1e14),
         "gains": [round(100 * gain) if isinstance(gain, float) else -1 - texts(gain) for gain in found],
         "commands": [
             [_commands(subject.commands(case, video, count, loras), texts) for loras in range(len(LORAS) + 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ltxpack.errors import UsageError
@@ -34,6 +36,11 @@ def test_the_default_video_is_93_passes_of_8160_tokens_and_seven_of_32640() -> N
     assert (second.evaluations * second.passes, second.shape.tokens) == (7, 32640)
     found = schemes.counted(DATA, CONFIG, work("hq"), 2, BF16)
     assert found is not None and [round(share, 2) for share in found.shares] == [0.68, 0.32]
+    # Spec 07, section 5: a pass without attention between the modalities is a little less.
+    assert round(schemes.video_flops(CONFIG, work("hq")) / 1e15, 1) == 36.8
+    stage = work("distilled").stages[0]
+    alone = dataclasses.replace(work("distilled"), stages=(stage,))
+    assert schemes.video_flops(CONFIG, alone) == schemes.stage_flops(CONFIG, alone, stage, Split())
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,17 @@ def stage_flops(config: DiTConfig, work: Work, stage: StageWork, split: Split) -
     return stage.evaluations * passes * forward_flops(config, _lengths(work, stage), split.shards)
 
 
+def video_flops(config: DiTConfig, work: Work) -> int:
+    """What one device computes of all stages, isolated passes counted as what they are (spec 07, section 5)."""
+    total = 0
+    for stage in work.stages:
+        full, lengths = stage.passes - stage.isolated, _lengths(work, stage)
+        once = full * forward_flops(config, lengths)
+        once += stage.isolated * forward_flops(config, lengths, isolated=True)
+        total += stage.evaluations * once
+    return total
+
+
 def stage_received(config: DiTConfig, work: Work, stage: StageWork, split: Split, itemsize: int) -> int:
     """Bytes that come to the rank which gets most in ``stage``: within blocks, and velocities at their end."""
     lengths = _lengths(work, stage)

@@ -121,6 +121,10 @@ class Stage:
         needs = ([g.needs_uncond for g in both], [g.needs_perturbed for g in both], [g.needs_isolated for g in both])
         return 1 + sum(map(any, needs))
 
+    def isolated(self, guidance: AV[Guidance]) -> bool:
+        """Whether the last of the passes has no attention between the modalities."""
+        return self.guided and (guidance.video.needs_isolated or guidance.audio.needs_isolated)
+
 
 @dataclass(frozen=True)
 class Recipe:

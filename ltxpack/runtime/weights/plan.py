@@ -81,13 +81,14 @@ TEXT_ENCODERS = (Placement(FILE), Placement(FILE, source=HOST), Placement(FILE, 
 @dataclass(frozen=True)
 class StageWork:
     """One stage: the name of its transformer, the shape it samples, how often each block is evaluated, and how many
-    passes of guidance one evaluation has. Two stages may name one transformer.
+    passes of guidance one evaluation has, the last of them ``isolated`` or not. Two stages may name one transformer.
     """
 
     transformer: str
     shape: VideoShape
     evaluations: int
     passes: int
+    isolated: bool = False
 
     @property
     def part(self) -> str:
