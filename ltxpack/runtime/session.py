@@ -107,6 +107,7 @@ class Session:
         if len(devices) > 1:
             config = self.transformer_config
             check_heads(settings.parallel, config, len(devices))
+            self.residency.processes = len(devices)
             self.ranks = Team(root, settings, devices, self.device, config, self.reporter)
 
     @property

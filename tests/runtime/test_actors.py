@@ -161,6 +161,9 @@ def test_an_actor_that_cannot_begin_says_why(demo: Path, ray: Any) -> None:
     actor.open(SharedDisk(root, "0" * 64, (), package.__version__), SessionSettings(device="cpu"), 1)
     said = actor.next()
     assert isinstance(said, Gone) and "another overlay is at this path there" in said.why
+    actor.open(SharedDisk(root, 0, (), package.__version__), None, 1)  # type: ignore[arg-type]
+    actor.carry_out(None, None)  # type: ignore[arg-type]
+    assert all(isinstance(actor.next(), Gone) for _ in range(2)), "whatever goes wrong, nobody waits for ever"
 
 
 def test_a_place_that_is_another_on_a_machine(demo: Path, tmp_path: Path) -> None:

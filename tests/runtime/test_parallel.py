@@ -95,6 +95,10 @@ def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(alone: Pipelin
     assert all(map(torch.equal, latents(three, steps=2), latents(alone, steps=2)))
 
 
+def test_each_rank_plans_with_its_share_of_the_host(alone: Pipeline, three: Pipeline) -> None:
+    assert [pipeline.session.residency.processes for pipeline in (alone, three)] == [1, 3]
+
+
 def test_a_second_team_of_one_process_is_refused(three: Pipeline, demo: Path) -> None:
     with pytest.raises(UsageError, match="another pipeline of this process has several devices"):
         Pipeline.from_overlay(demo / "overlay", devices="cpu:2")

@@ -36,9 +36,14 @@ from ltxpack.runtime.settings import AUTO, SessionSettings
 PATIENCE, LEFT = 60.0, 10.0
 ANSWER_SECONDS = 10.0
 # Ray's variables, unless they are set: nothing is sent to its makers. A cluster of this machine alone listens on no
-# other address, and ends no actor because memory is nearly used up, as the planner means it to be.
+# other address, ends no actor because memory is nearly used up, which the planner means it to be, and gives actors the
+# processor like any other process.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
-OF_HERE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_memory_monitor_refresh_ms": "0"}
+OF_HERE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -80,12 +85,9 @@ class LineActor:
 
         node = ray.get_runtime_context().get_node_id()
         resources: Mapping[str, float] = next((each["Resources"] for each in ray.nodes() if each["NodeID"] == node), {})
-        try:
+        with self._or_gone():
             disk.check()
             session = Session(disk.root, settings, Voice(self._number, self._said.put))
-        except LtxpackError as error:
-            self._said.put(Gone(self._number, error.render().replace("\n", ";")))
-        else:
             session.process_ends = True
             session.residency.processes = min(actors, int(resources.get("GPU", 0)) or actors)
             self._maker = LineMaker(session)
@@ -94,13 +96,24 @@ class LineActor:
 
     def carry_out(self, task: Task, following: Request | None) -> None:
         """As :meth:`.LineMaker.carry_out`; the result is an event."""
-        self._said.put(Carried(self._number, self._maker.carry_out(task, following)))
+        with self._or_gone():
+            self._said.put(Carried(self._number, self._maker.carry_out(task, following)))
 
     def close(self) -> str:
         """No more tasks; the memory that the process held, in words."""
         session = self._maker.session
         session.close()
         return peak_memory(session.device)
+
+    @contextlib.contextmanager
+    def _or_gone(self) -> Iterator[None]:
+        """What goes wrong in the block is the last event: whoever waits for the next one is told."""
+        try:
+            yield
+        except LtxpackError as error:
+            self._said.put(Gone(self._number, error.render().replace("\n", ";")))
+        except Exception as error:
+            self._said.put(Gone(self._number, f"{type(error).__name__}: {one_line(str(error))}"))
 
 
 class Actors(Crew):

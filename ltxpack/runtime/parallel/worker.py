@@ -78,6 +78,7 @@ def main() -> int:
     torch.set_num_threads(threads)
     try:
         with Session(root, settings) as session:
+            session.residency.processes = size
             session.ranks = follower = Follower(messages, parallel, session.transformer_config, session)
             if session.device.type == "cuda":
                 torch.cuda.set_device(session.device)
