@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -233,7 +232,7 @@ def _about(service: Service) -> APIRouter:
 
 
 def _authorised(service: Service) -> Callable[[Request], None]:
-    """Refuses requests without the key; where there is none, those that pages of other sites make a browser send."""
+    """Refuses requests without the key; where there is none, those that a page makes a browser send."""
     wanted = None if service.api_key is None else f"Bearer {service.api_key}".encode()
 
     def check(request: Request) -> None:
@@ -242,18 +241,10 @@ def _authorised(service: Service) -> Callable[[Request], None]:
             if not hmac.compare_digest(given, wanted):
                 headers = {"WWW-Authenticate": "Bearer"}
                 raise Refusal(401, "the API key is missing or wrong", code="invalid_api_key", headers=headers)
-        elif _from_elsewhere(request):
-            raise Refusal(403, "requests of other sites are not answered without an API key", code="forbidden")
+        elif "origin" in request.headers:
+            raise Refusal(403, "without an API key no page in a browser is answered", code="forbidden")
 
     return check
-
-
-def _from_elsewhere(request: Request) -> bool:
-    origin = request.headers.get("origin")
-    try:
-        return origin is not None and urlsplit(origin).netloc != request.headers.get("host")
-    except ValueError:
-        return True
 
 
 async def _read(request: Request, reader: RequestReader) -> tuple[dict[str, Any], bytes | None]:

@@ -14,11 +14,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from ltxpack.errors import FormatError, SourceError, UsageError
+from ltxpack.files.publish import remove_temporaries
 from ltxpack.serve.task import Task
 
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = STATUSES = ("queued", "in_progress", "completed", "failed")
@@ -171,20 +172,24 @@ class Jobs:
 
     def claim(self, seconds: float) -> Job | None:
         """The oldest job that waits, now in progress; None if none comes within ``seconds``."""
-        query = (
-            f"UPDATE jobs SET status = ?, started_at = ? WHERE number ="
-            f" (SELECT MIN(number) FROM jobs WHERE status = ?) RETURNING {COLUMNS}"
-        )
         with self._lock:
-            for wait in (seconds, 0):
-                rows = self._db.execute(query, (IN_PROGRESS, time.time(), QUEUED)).fetchall()
-                if rows or not wait:
-                    return self._job(rows[0]) if rows else None
-                self._lock.wait(wait)
-        raise AssertionError("unreachable")
+            job = self._oldest()
+            if job is None and self._lock.wait(seconds):
+                job = self._oldest()
+            if job is None:
+                return None
+            begin = "UPDATE jobs SET status = ?, started_at = ? WHERE number = ?"
+            self._db.execute(begin, (IN_PROGRESS, time.time(), job.number))
+        return replace(job, status=IN_PROGRESS)
+
+    def _oldest(self) -> Job | None:
+        query = f"SELECT {COLUMNS} FROM jobs WHERE status = ? ORDER BY number LIMIT 1"
+        row = self._db.execute(query, (QUEUED,)).fetchone()
+        return None if row is None else self._job(row)
 
     def give_back(self, job_id: str, *, crashed: bool) -> None:
         """A job goes back to its place in the queue; one of which too many workers have ``crashed`` has failed."""
+        remove_temporaries(self.video(job_id))
         with self._lock:
             self._crashes[job_id] += crashed
             self._progress.pop(job_id, None)
@@ -217,9 +222,10 @@ class Jobs:
     def delete(self, job_id: str) -> None:
         """Forget a job and its files; those of a job in progress go when its worker has stopped."""
         with self._lock:
-            gone = self._db.execute("DELETE FROM jobs WHERE id = ? RETURNING status", (job_id,)).fetchall()
+            job = self.get(job_id)
+            self._db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
             self._progress.pop(job_id, None)
-        if gone and gone[0] != (IN_PROGRESS,):
+        if job is not None and job.status != IN_PROGRESS:
             self.discard(job_id)
 
     def discard(self, job_id: str, *, video: bool = True) -> None:

@@ -129,7 +129,7 @@ class DeviceWorker:
                     pause = 0.0
                     while not self._stopping.is_set():
                         self._take_one(process)
-            except (Died, sqlite3.Error) as error:
+            except (Died, sqlite3.Error, OSError, ValueError) as error:
                 self.state = DOWN
                 if not self._stopping.is_set():
                     self._metrics.count("worker_deaths", device=self.opening.device)
@@ -153,6 +153,8 @@ class DeviceWorker:
     def _started(self) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != API_KEY}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+        # The signals of a terminal are for the server, which stops its workers.
+        pipes["start_new_session"] = True
         self._process = _Process([*self._command], env=environment, **pipes)  # type: ignore[call-overload]
         return self._process
 

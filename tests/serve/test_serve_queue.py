@@ -156,9 +156,12 @@ def test_the_queue_is_bounded_and_a_foreign_database_is_told(tmp_path: Path) -> 
         jobs.add(ids[2], TASK)
     first = jobs.claim(0)
     assert first is not None and first.id == ids[0] and first.task == TASK
+    left = tmp_path / f".{ids[0]}.mp4.{'0' * 16}.tmp"
+    left.touch()
     jobs.warn(ids[0], "a long prompt")
     jobs.give_back(ids[0], crashed=False)
     again = jobs.claim(0)
+    assert not left.exists(), "what a killed worker left"
     assert again is not None and (again.id, again.warnings) == (ids[0], ["a long prompt"])
     with pytest.raises(UsageError, match="another server has this folder"):
         Jobs(tmp_path, 2)
