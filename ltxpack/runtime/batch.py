@@ -18,8 +18,8 @@ from ltxpack.runtime import record
 from ltxpack.runtime.lines import SKIPPED, LineMaker, Outcome, Task, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.parallel.actors import Actors
-from ltxpack.runtime.parallel.crew import Processes
-from ltxpack.runtime.parallel.schemes import AUTO, NONE
+from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
+from ltxpack.runtime.parallel.schemes import DATA, OF_MANY, OF_ONE, STAGES
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Ready, Sharing
 from ltxpack.runtime.prompts_file import PromptsLine, read_lines
 from ltxpack.runtime.request import Request
@@ -72,7 +72,7 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
             reporter.note(f"{skipped} of {len(lines)} videos are done already")
         ahead, summary = 0.0, list[str]()
         if pending:
-            sharing = Sharing(_crew(options, pending, reporter), pending, reporter)
+            sharing = Sharing(_crew(overlay, options, pending, reporter), pending, reporter)
             summary = sharing.run()
             ahead = sharing.ahead
             found |= sharing.outcomes
@@ -111,16 +111,18 @@ class Here(Crew):
         return [peak_memory(session.device), *([recorder.summary] if recorder is not None and recorder.summary else [])]
 
 
-def _crew(options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter) -> Crew:
-    """Who makes the videos of ``lines``: where there are several lines and devices, each device makes whole videos,
-    unless it is said how they share one.
-    """
+def _crew(overlay: Overlay, options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter) -> Crew:
+    """Who makes the videos of ``lines``: several processes where several devices do not share a video."""
     if options.ray is not None:
         return Actors(options.ray, options.overlay.absolute(), options.session, lines, reporter)
-    devices = devices_of(options.session)
-    if len(devices) > 1 and len(lines) > 1 and options.session.parallel in (AUTO, NONE):
-        return Processes(options.overlay, options.session, devices[: len(lines)])
-    session = Session(options.overlay, options.session, reporter)
+    settings, devices = options.session, devices_of(options.session)
+    way = settings.parallel
+    if len(devices) > 1 and (way in OF_MANY or (len(lines) > 1 and way not in OF_ONE)):
+        by_stages = goes_by_stages(overlay, settings, [line.request for line in lines], devices)
+        told = f"{STAGES}: each device makes a stage" if by_stages else f"{DATA}: each device makes whole videos"
+        reporter.note(f"parallel {told}")
+        return Processes(options.overlay, settings, devices if by_stages else devices[: len(lines)], by_stages)
+    session = Session(options.overlay, settings, reporter)
     for recipe in _recipes(lines):
         session.transformers(recipe)  # refuses a recipe that the session cannot make before anything is loaded
     return Here(session)

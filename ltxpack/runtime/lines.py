@@ -18,7 +18,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.prompts_file import PromptsLine, in_a_line
-from ltxpack.runtime.recipe_run import encode_ahead, work_of
+from ltxpack.runtime.recipe_run import Halfway, encode_ahead, first_stage, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
 from ltxpack.runtime.session import Session, Timings
@@ -41,14 +41,15 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Encode:
-    """Encode the prompts of ``lines`` in one go."""
+    """Encode the prompts of ``lines`` in one go. ``by_stages``: their first stage is made apart from the others."""
 
     lines: tuple[PromptsLine, ...]
+    by_stages: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Make:
-    """Make the video of a line from its ``contexts``, which lie on the host."""
+class Begin:
+    """Make the first stage of a line's video from its ``contexts``, which lie on the host."""
 
     line: PromptsLine
     contexts: Contexts
@@ -59,7 +60,14 @@ class Make:
         return (self.line,)
 
 
-Task: TypeAlias = Encode | Make
+@dataclass(frozen=True, eq=False)
+class Make(Begin):
+    """Make the video of a line; ``halfway``: its first stage, if that is made."""
+
+    halfway: Halfway | None = None
+
+
+Task: TypeAlias = Encode | Begin | Make
 
 
 @dataclass(frozen=True)
@@ -79,9 +87,15 @@ class LineMaker:
 
     def carry_out(self, task: Task, following: Request | None = None) -> TaskResult:
         """``following`` is the video that is made next, as far as is known. Raises no Exception."""
-        return self._encode(task.lines) if isinstance(task, Encode) else self._make(task, following)
+        match task:
+            case Encode():
+                return self._encode(task.lines, Begin if task.by_stages else Make)
+            case Make():
+                return self._make(task, following)
+            case Begin():
+                return self._begin(task, following)
 
-    def _encode(self, lines: Sequence[PromptsLine]) -> TaskResult:
+    def _encode(self, lines: Sequence[PromptsLine], then: type[Begin]) -> TaskResult:
         session, outcomes = self.session, list[Outcome]()
         for line in lines:
             with self._attempt([line], outcomes):
@@ -91,17 +105,27 @@ class LineMaker:
         tasks, seconds = tuple[Task, ...](), 0.0
         with self._attempt(left, outcomes):
             seconds = encode_ahead(session, [line.request for line in left])
-            tasks = tuple(Make(line, session.prompts.held(line.request.prompts)) for line in left)
+            tasks = tuple(then(line, session.prompts.held(line.request.prompts)) for line in left)
         return TaskResult(tuple(outcomes), tasks, seconds)
+
+    def _begin(self, task: Begin, following: Request | None) -> TaskResult:
+        session, line, outcomes, tasks = self.session, task.line, list[Outcome](), tuple[Task, ...]()
+        with self._attempt([line], outcomes):
+            session.reporter.note(f"{line.name}: {line.output}")
+            session.prompts.hold(line.request.prompts, task.contexts)
+            tasks = (Make(line, task.contexts, first_stage(session, line.request, following)),)
+        return TaskResult(tuple(outcomes), tasks)
 
     def _make(self, task: Make, following: Request | None) -> TaskResult:
         session, line, outcomes = self.session, task.line, list[Outcome]()
+        seconds = {} if task.halfway is None else task.halfway.seconds
         with self._attempt([line], outcomes):
-            session.reporter.note(f"{line.name}: {line.output}")
+            if task.halfway is None:
+                session.reporter.note(f"{line.name}: {line.output}")
             description, fingerprint = identity(session.overlay, session.settings, line)
             session.prompts.hold(line.request.prompts, task.contexts)
-            digest = write_video(session, line.request, line.output, following=following)
-            seconds = dict(session.timings.seconds)
+            digest = write_video(session, line.request, line.output, following=following, halfway=task.halfway)
+            seconds = {**seconds, **session.timings.seconds}
             assert session.attention is not None
             kernel = session.attention.name
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -32,59 +33,147 @@ from ltxpack.runtime.video import Latents, Video
 from ltxpack.runtime.weights.plan import Work
 
 
+@dataclass
+class Underway:
+    """A video on its way through the stages: what is drawn from, and what is made so far.
+
+    ``images``: encoded in the size of each stage. One generator draws the first noise of the stages in their order,
+    video before audio.
+    """
+
+    contexts: Sequence[AV[Tensor]]
+    images: list[list[ImageItem]]
+    generator: torch.Generator
+    made: list[AV[Tensor]] = field(default_factory=list)
+    upsampled: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """A video after its first stage, on the host, for another device to go on with.
+
+    ``noise`` is the state of the generator, ``seconds`` are those that each phase took.
+    """
+
+    made: tuple[AV[Tensor], ...]
+    images: list[list[ImageItem]]
+    noise: Tensor
+    seconds: dict[str, float]
+
+
 @torch.inference_mode()
 def sample(session: Session, request: Request, following: str | None = None) -> Latents:
     """From the request to the latents of every stage. Raises LtxpackError.
 
-    One generator draws the first noise of the stages in their order, video before audio. ``following`` is the
-    transformer that the next video begins with: it is loaded while the last stage runs.
+    ``following`` is the transformer that the next video begins with: it is loaded while the last stage runs.
     """
-    recipe, settings = request.recipe, request.settings
-    names = session.transformers(recipe).stages
-    shapes = [stage.shape(request.shape) for stage in recipe.stages]
-    pairs = zip(recipe.stages, shapes, strict=True)
-    levels = [sigmas_of(stage.schedule, shape.tokens, settings.steps) for stage, shape in pairs]
+    names = session.transformers(request.recipe).stages
+    video = _begun(session, request)
+    for number, ahead in enumerate((*names[1:], following)):
+        _make_stage(session, request, video, number, ahead)
+    return Latents(tuple(video.made), video.upsampled)
+
+
+def first_stage(session: Session, request: Request, following: Request | None) -> Halfway:
+    """What another device makes the video of with ``halfway`` in :func:`generate`. Raises LtxpackError."""
+    _prepare(session, request)
+    name = None if following is None else session.transformers(following.recipe).stages[0]
+
+    @torch.inference_mode()
+    def make() -> Halfway:
+        video = _begun(session, request)
+        _make_stage(session, request, video, 0, name)
+        images = [[replace(item, latents=item.latents.cpu()) for item in stage] for stage in video.images]
+        made = tuple(stage.map(Tensor.cpu) for stage in video.made)
+        return Halfway(made, images, video.generator.get_state(), dict(session.timings.seconds))
+
+    return session.within_memory(make)
+
+
+def last_stages(session: Session, request: Request, halfway: Halfway, following: Request | None) -> Latents:
+    """The latents of all stages, of which the first was made elsewhere. Raises LtxpackError."""
+    _prepare(session, request)
+    device, names = session.device, session.transformers(request.recipe).stages
+    name = None if following is None else session.transformers(following.recipe).stages[1]
+
+    @torch.inference_mode()
+    def make() -> Latents:
+        session.load_ahead(names[1])
+        contexts = session.prompts.contexts(request.prompts, session.reporter)
+        images = [[replace(item, latents=item.latents.to(device)) for item in stage] for stage in halfway.images]
+        generator = torch.Generator(device=device)
+        generator.set_state(halfway.noise)
+        made = [stage.map(lambda part: part.to(device)) for stage in halfway.made]
+        video = Underway(contexts, images, generator, made)
+        for number, ahead in enumerate((*names[2:], name), 1):
+            _make_stage(session, request, video, number, ahead)
+        return Latents(tuple(video.made), video.upsampled)
+
+    return session.within_memory(make)
+
+
+def _begun(session: Session, request: Request) -> Underway:
+    """The video before its first stage: text and images encoded."""
     pictures = _pictures(session, request)
-    generator = torch.Generator(device=session.device).manual_seed(settings.seed)
-    session.load_ahead(names[0])
+    generator = torch.Generator(device=session.device).manual_seed(request.settings.seed)
+    session.load_ahead(session.transformers(request.recipe).stages[0])
     with session.timings.phase("text"):
         contexts = session.ranks.contexts(lambda: session.prompts.contexts(request.prompts, session.reporter))
     with session.timings.phase("images"):
-        images = _encoded(session, request, pictures, shapes)
-    made: list[AV[Tensor]] = []
-    upsampled = None
-    for number, (stage, shape, sigmas) in enumerate(zip(recipe.stages, shapes, levels, strict=True)):
-        start, noise_scale = None, 1.0
-        if stage.upsampled:
-            with session.timings.phase("upsample"):
-                upsampled = session.upsample(made[-1].video)
-            start, noise_scale = AV(upsampled, made[-1].audio), float(sigmas[0])
-        with session.timings.phase(stage_label(number)):
-            state = initial_state(shape, start, images[number], noise_scale, generator, session.device, session.dtype)
-            guidance = settings.guidance if stage.guided else None
-            ahead = (*names[1:], following)[number]
-            kept = request.kept_steps(number)
-            denoise = partial(_denoised, session, number, stage.sampler, state, sigmas, contexts, guidance, ahead, kept)
-            tokens = session.transform(names[number], denoise)
-            made.append(unpatchify(tokens, shape))
-    return Latents(tuple(made), upsampled)
+        images = _encoded(session, request, pictures, [stage.shape(request.shape) for stage in request.recipe.stages])
+    return Underway(contexts, images, generator)
+
+
+def _make_stage(session: Session, request: Request, video: Underway, number: int, ahead: str | None) -> None:
+    """Stage ``number`` of the ``video``; the transformer ``ahead`` is loaded meanwhile."""
+    stage, settings = request.recipe.stages[number], request.settings
+    shape = stage.shape(request.shape)
+    sigmas = sigmas_of(stage.schedule, shape.tokens, settings.steps)
+    start, noise_scale = None, 1.0
+    if stage.upsampled:
+        with session.timings.phase("upsample"):
+            video.upsampled = session.upsample(video.made[-1].video)
+        start, noise_scale = AV(video.upsampled, video.made[-1].audio), float(sigmas[0])
+    with session.timings.phase(stage_label(number)):
+        images, generator, contexts = video.images[number], video.generator, video.contexts
+        state = initial_state(shape, start, images, noise_scale, generator, session.device, session.dtype)
+        guidance = settings.guidance if stage.guided else None
+        kept = request.kept_steps(number)
+        denoise = partial(_denoised, session, number, stage.sampler, state, sigmas, contexts, guidance, ahead, kept)
+        name = session.transformers(request.recipe).stages[number]
+        video.made.append(unpatchify(session.transform(name, denoise), shape))
 
 
 def generate(
-    session: Session, request: Request, *, following: Request | None = None, once: bool = False
+    session: Session,
+    request: Request,
+    *,
+    following: Request | None = None,
+    once: bool = False,
+    halfway: Halfway | None = None,
 ) -> tuple[Latents, Tensor, int]:
     """Everything but the frames: latents, waveform ``[2, N]`` float32 and its sample rate. Begins the timings anew.
 
     ``following`` is the video that is made next, as far as is known; ``once``: none is, so that no weights are kept
-    for one where that takes more memory. Raises LtxpackError.
+    for one where that takes more memory; ``halfway``: its first stage, which was made elsewhere. Raises LtxpackError.
     """
-    latents = latents_of(session, request, following, once)
+    if halfway is None:
+        latents = latents_of(session, request, following, once)
+    else:
+        latents = last_stages(session, request, halfway, following)
     sound = latents.stages[request.recipe.sound].audio
     return latents, *session.within_memory(lambda: decode_audio(session, sound))
 
 
 def latents_of(session: Session, request: Request, following: Request | None, once: bool) -> Latents:
     """The share of :func:`generate` that every rank takes part in."""
+    work = _prepare(session, request, once)
+    name = None if following is None else session.transformers(following.recipe).stages[0]
+    with session.ranks.together(work, request, following, once):
+        return session.within_memory(lambda: sample(session, request, name))
+
+
+def _prepare(session: Session, request: Request, once: bool = False) -> Work:
     session.check_open()
     session.begin_video()
     shape = request.shape
@@ -95,9 +184,7 @@ def latents_of(session: Session, request: Request, following: Request | None, on
         )
     work = work_of(session, request, session.prompts.ahead, once)
     session.prepare([work])
-    name = None if following is None else session.transformers(following.recipe).stages[0]
-    with session.ranks.together(work, request, following, once):
-        return session.within_memory(lambda: sample(session, request, name))
+    return work
 
 
 def finish(
@@ -166,7 +253,8 @@ def work_of(session: Session, request: Request, together: int = 1, once: bool = 
     """What ``request`` asks of the device, for the planner; ``together`` videos' prompts are encoded at once."""
     if any(stage.guided for stage in request.recipe.stages):
         session.check_blocks(request.settings.guidance)
-    return request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)
+    work = request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)
+    return replace(work, only=session.only)
 
 
 def _pictures(session: Session, request: Request) -> list[Tensor]:

@@ -21,6 +21,7 @@ from ltxpack.runtime import calibration, recipe_run
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output
 from ltxpack.runtime.media.pictures import read_image
 from ltxpack.runtime.media.rate import frame_rate
+from ltxpack.runtime.recipe_run import Halfway
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
@@ -129,22 +130,22 @@ def write_video(
     save_tensors: Path | None = None,
     following: Request | None = None,
     once: bool = False,
+    halfway: Halfway | None = None,
 ) -> str:
     """Make the video of ``request`` and encode it while it is decoded; returns the blake3 of the file.
 
-    ``session.timings`` are its seconds. ``following`` and ``once`` as in :func:`recipe_run.generate`. Raises
+    ``session.timings`` are its seconds. ``following``, ``once``, ``halfway`` as in :func:`recipe_run.generate`. Raises
     LtxpackError; then ``output`` is as it was, or UnwrittenError, which says what is kept.
     """
-    latents, waveform, sample_rate = recipe_run.generate(session, request, following=following, once=once)
-    kept: list[Tensor] = []
-    shape = request.shape
+    latents, waveform, rate = recipe_run.generate(session, request, following=following, once=once, halfway=halfway)
+    kept, shape = list[Tensor](), request.shape
 
     def keep(frames: Tensor) -> None:
         if save_tensors is not None:
             kept.append(frames.cpu())
 
     def write() -> str:
-        with VideoWriter(output, shape.width, shape.height, shape.fps, sample_rate) as writer:
+        with VideoWriter(output, shape.width, shape.height, shape.fps, rate) as writer:
 
             def take(frames: Tensor) -> None:
                 writer.write(frames)
@@ -160,7 +161,7 @@ def write_video(
         if digest is None:  # the writer has not taken all frames
             kept.clear()
             session.within_memory(lambda: recipe_run.decode_video(session, latents.video, keep))
-        whole = recipe_run.finish(session, request, latents, kept, waveform, sample_rate)
+        whole = recipe_run.finish(session, request, latents, kept, waveform, rate)
         outputs.attempt(save_tensors, lambda: whole.save_tensors(save_tensors))
     outputs.attempt(None if recorder is None else recorder.path, session.end_video)
     return outputs.all_or_raise(digest)

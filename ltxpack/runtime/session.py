@@ -30,7 +30,7 @@ from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, transformer_part
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.ranks import ALONE, Alone
-from ltxpack.runtime.parallel.schemes import NONE, check_heads
+from ltxpack.runtime.parallel.schemes import NONE, OF_MANY, check_heads
 from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe, stage_flag
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
@@ -71,11 +71,14 @@ class Session:
     DeviceError.
     """
 
+    # The phases that are this device's, where another makes the rest of each video; none: all are.
+    only: frozenset[str] = frozenset()
+
     def __init__(self, root: Path, settings: SessionSettings, reporter: Reporter | None = None) -> None:
         settings.check()
         self.settings = settings
         self.overlay = Overlay.open(root, settings.text_encoder)
-        devices = devices_of(settings)[: 1 if settings.parallel == NONE else None]
+        devices = _of_a_video(settings)
         self.device = resolve_device(devices[0], "--device" if settings.devices is None else "--devices")
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self.reporter = reporter or SilentReporter()
@@ -263,6 +266,14 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found
+
+
+def _of_a_video(settings: SessionSettings) -> tuple[str, ...]:
+    """The devices that make each video together. Raises UsageError for a way to share out many videos."""
+    if settings.parallel in OF_MANY:
+        problem = f"--parallel {settings.parallel} is for the many videos of a prompts file"
+        raise UsageError(problem, next=f"give --prompts FILE, or choose --parallel {AUTO}")
+    return devices_of(settings)[: 1 if settings.parallel == NONE else None]
 
 
 def devices_of(settings: SessionSettings) -> tuple[str, ...]:

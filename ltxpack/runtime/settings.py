@@ -171,8 +171,8 @@ class SessionSettings:
     )
     parallel: str = _setting(
         AUTO,
-        "Of several cards: the passes of a guided step are shared out, the tokens of a pass, or both; auto: what is "
-        "fastest for each stage.",
+        "Of several cards: the passes of a guided step are shared out, the tokens of a pass, or both; of --prompts the "
+        "stages, or whole videos (data); auto: what is fastest.",
         choices=PARALLEL,
     )
     dtype: str = _setting(DTYPES[0], choices=DTYPES, plan=True)

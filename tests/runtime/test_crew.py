@@ -10,24 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from support import Done, Notes, ltxpack
 
+from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.lines import DONE
-from ltxpack.runtime.parallel.crew import Processes
+from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.parallel import crew as crews
+from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
 from ltxpack.runtime.parallel.share import Event, Sharing, Told
 from ltxpack.runtime.prompts_file import read_lines
+from ltxpack.runtime.request import Request
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
+from ltxpack.runtime.weights.machine import CONTEXT, Machine
+from ltxpack.runtime.weights.sizes import model_of
 
 SMALL = ("--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
 LINES: list[dict[str, Any]] = [
     {"prompt": "a boat", "seed": 1, "steps": 2},
     {"prompt": "a vast boat", "height": 64 * 10**6},
     {"prompt": "a dog", "recipe": "distilled"},
-    {"prompt": "a boat", "seed": 2, "steps": 2},
+    {"prompt": "a boat", "seed": 2, "steps": 2, "images": [{"path": "a.png"}, {"path": "a.png", "frame": "last"}]},
 ]
 
 
 def prompts(folder: Path, *lines: dict[str, Any]) -> Path:
+    Image.linear_gradient("L").convert("RGB").save(folder / "a.png")
     path = folder / "boats.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     return path
@@ -65,7 +74,7 @@ def test_two_processes_make_the_files_of_one_device(demo: Path, alone: dict[str,
     assert "worker 0 on cpu: peak memory: " in done.stdout and "worker 1 on cpu: peak memory: " in done.stdout
     assert len(alone) == 3 and videos(tmp_path) == alone
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["boats.jsonl", *alone, *(f"{name}.json" for name in alone)]
+        ["a.png", "boats.jsonl", *alone, *(f"{name}.json" for name in alone)]
     )
     again = many(demo, tmp_path, "--device", "cpu")
     assert [row[1] for row in table(again, tmp_path)] == ["skipped", "failed", "skipped", "skipped"]
@@ -94,7 +103,7 @@ def test_the_line_of_a_killed_process_is_made_by_another(demo: Path, alone: dict
     assert f"worker {crew.killed} on cpu ended: its process was ended by signal 9" in notes.warnings
     made = videos(tmp_path)
     assert [made["boats-0001.mp4"], made["boats-0002.mp4"]] == [alone["boats-0001.mp4"], alone["boats-0004.mp4"]]
-    assert len([*tmp_path.iterdir()]) == 5, "nothing half written"
+    assert len([*tmp_path.iterdir()]) == 6, "nothing half written"
     assert not any(worker.process.poll() is None for worker in crew._workers.values())
 
 
@@ -120,5 +129,55 @@ def test_an_interrupt_ends_all_processes_and_leaves_nothing_half_written(demo: P
     assert begun and len(workers) == 2
     assert process.returncode == 130
     assert "goes on from where it stopped" in told and "Traceback" not in told
-    assert [entry.name for entry in tmp_path.iterdir()] == ["boats.jsonl"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "boats.jsonl"]
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_two_processes_of_a_stage_each_make_the_files_of_one_device(
+    demo: Path, alone: dict[str, bytes], tmp_path: Path
+) -> None:
+    done = many(demo, tmp_path, "--devices", "cpu:2", "--parallel", "stages")
+    assert done.returncode == 1 and "1 of 4 videos were not made" in done.stderr
+    assert [row[1] for row in table(done, tmp_path)] == ["done", "failed", "done", "done"]
+    assert videos(tmp_path) == alone
+    phases = ["text", "images", "stage 1", "upsample", "stage 2", "audio", "video"]
+    assert [*json.loads((tmp_path / "boats-0001.mp4.json").read_text())["seconds"]] == phases
+    assert "parallel stages: each device makes a stage" in done.stderr and done.stderr.count("\nline ") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--prompts", "--devices", "cpu:3", "--parallel", "stages"), "goes with two devices"),
+        (("--prompts", "--devices", "cpu:2", "--parallel", "stages", "--recipe", "one-stage"), "a recipe of one stage"),
+        (("--prompts", "--parallel", "data"), "goes with several devices"),
+        (("--prompt", "--devices", "cpu:2", "--parallel", "data"), "for the many videos of a prompts file"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(flags: tuple[str, ...], told: str, demo: Path, tmp_path: Path) -> None:
+    done = ltxpack("run", demo / "overlay", flags[0], prompts(tmp_path, *LINES[:1]), *flags[1:], *SMALL)
+    assert done.returncode == 2 and told in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("card", "host", "count", "by_stages"),
+    [
+        (48, 64, 2, True),  # neither card nor host has room for both transformers
+        (48, 512, 2, False),  # they wait in the memory of the host
+        (141, 64, 2, False),  # each card holds both
+        (24, 64, 2, False),  # no card holds one
+        (48, 64, 3, False),
+    ],
+)
+def test_a_stage_each_where_no_transformer_could_stay_otherwise(
+    card: int, host: int, count: int, by_stages: bool, demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = published_configs()
+    sizes = model_of(published_tensors(configs), configs, {"distilled-0.25": None, "distilled-0.5": None}, "bfloat16")
+    monkeypatch.setattr(crews, "overlay_model", lambda *_: sizes)
+    monkeypatch.setattr(crews, "read_dit_config", lambda *_: DiTConfig.from_dict(configs["transformer"]))
+    monkeypatch.setattr(crews, "this_machine", lambda *_, cards: Machine(host * 10**9, card * 10**9, CONTEXT))
+    overlay, devices = Overlay.open(demo / "overlay"), [f"cuda:{number}" for number in range(count)]
+    requests = [Request.of("a boat")] * 2
+    assert goes_by_stages(overlay, SessionSettings(), requests, devices) == by_stages
+    assert not goes_by_stages(overlay, SessionSettings(), [*requests, Request.of("", recipe="one-stage")], devices)

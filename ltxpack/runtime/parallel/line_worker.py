@@ -33,11 +33,11 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         messages = Messages(_end_at_once)
-        root, settings, number, sharers, threads = messages.next()
+        root, settings, number, sharers, only, threads = messages.next()
         torch.set_num_threads(threads)
         tell = partial(_tell, out)
         with Session(root, settings, Voice(number, tell)) as session:
-            session.process_ends, session.residency.processes = True, sharers
+            session.process_ends, session.residency.processes, session.only = True, sharers, only
             if session.device.type == "cuda":
                 torch.cuda.set_device(session.device)
             maker = LineMaker(session)

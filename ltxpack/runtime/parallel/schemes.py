@@ -25,7 +25,7 @@ GUIDANCE, SEQUENCE, BOTH, STAGES, DATA = "guidance", "sequence", "both", "stages
 OF_ONE, OF_MANY = (GUIDANCE, SEQUENCE, BOTH), (STAGES, DATA)
 # What --parallel takes: the fastest for each stage, one way for all stages, or one device for a video.
 AUTO, NONE = "auto", "none"
-PARALLEL: tuple[str, ...] = (AUTO, *OF_ONE, NONE)
+PARALLEL: tuple[str, ...] = (AUTO, *OF_ONE, *OF_MANY, NONE)
 # Queries, keys, values go from tokens to heads around the video's self-attention, and what was attended comes back.
 TURNED, KEYS_AND_VALUES = 4, 2
 

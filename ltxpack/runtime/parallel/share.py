@@ -93,6 +93,8 @@ class Crew(ABC):
     names: Sequence[str]
     # Whether the work is done elsewhere, so that the terminal is free for the progress of the whole.
     elsewhere = True
+    # Whether some make the first stage of each video, and others the rest.
+    by_stages = False
 
     @abstractmethod
     def begin(self, worker: int, task: Task, following: Request | None) -> None:
@@ -128,7 +130,8 @@ class Sharing:
         self.outcomes: dict[int, Outcome] = {}
         self.ahead = 0.0
         self._crew, self._reporter, self._count = crew, reporter, len(lines)
-        self._groups = deque(map(Encode, _groups(lines, max(1, AHEAD // len(crew.names)))))
+        groups = _groups(lines, max(1, AHEAD // len(crew.names)))
+        self._groups = deque(Encode(group, crew.by_stages) for group in groups)
         self._waiting: list[Task] = []
         self._at_work: dict[int, Task] = {}
         self._free: set[int] = set()
@@ -172,8 +175,8 @@ class Sharing:
                 self._crew.begin(worker, task, first)
 
     def _best(self, worker: int) -> Task | None:
-        """What ``worker`` does next: the first line that waits for it. Prompts only where no line waits for anyone."""
-        waiting = sorted(self._waiting, key=lambda task: task.lines[0].number) or islice(self._groups, 1)
+        """What ``worker`` does next: the first line that waits for it, or else the prompts of more lines."""
+        waiting = [*sorted(self._waiting, key=lambda task: task.lines[0].number), *islice(self._groups, 1)]
         return next((task for task in waiting if worker in self._able(task)), None)
 
     def _able(self, task: Task) -> set[int]:

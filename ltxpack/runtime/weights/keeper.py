@@ -201,7 +201,7 @@ class Residency:
 
     def _sizes_of(self, work: Work, others: Sequence[str] = ()) -> ModelSizes:
         """The sizes of the parts of ``work``, and of the transformers ``others``."""
-        names = tuple(dict.fromkeys((*work.transformers, *others)))
+        names = tuple(dict.fromkeys((*(stage.transformer for stage in work.stages), *others)))
         if names not in self._sizes:
             self._sizes[names] = overlay_model(
                 self.overlay, dict.fromkeys(names), str(self.dtype).removeprefix("torch.")

@@ -118,10 +118,14 @@ class Work:
         return not self.only or phase in self.only
 
     @property
+    def own_stages(self) -> dict[int, StageWork]:
+        """The stages that are this device's, by number."""
+        return {number: stage for number, stage in enumerate(self.stages) if self.has(stage_label(number))}
+
+    @property
     def transformers(self) -> tuple[str, ...]:
-        """The names of the transformers, each once, in the order of their first stage."""
-        own = (stage.transformer for number, stage in enumerate(self.stages) if self.has(stage_label(number)))
-        return tuple(dict.fromkeys(own))
+        """The names of their transformers, each once, in the order of its first stage."""
+        return tuple(dict.fromkeys(stage.transformer for stage in self.own_stages.values()))
 
     @property
     def transformer_parts(self) -> tuple[str, ...]:
@@ -247,7 +251,7 @@ def widened(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Pl
 
     None if that does not fit, or if ``before`` keeps no transformer between videos.
     """
-    like = before.placements[before.work.stages[0].part]
+    like = before.placements[before.work.transformer_parts[0]]
     if like.home == FILE:
         return None
     placements = {**dict.fromkeys(work.transformer_parts, like), **before.placements}

@@ -41,9 +41,9 @@ class Command:
 
 def described(plan: Plan) -> str:
     """What stays where, in a sentence."""
-    placed = plan.placements[plan.work.stages[0].part]
+    placed = plan.placements[plan.work.transformer_parts[0]]
     if placed.home == CARD:
-        stay = "both transformers stay" if len(plan.work.stages) > 1 else "the transformer stays"
+        stay = "both transformers stay" if len(plan.work.own_stages) > 1 else "the transformer stays"
         parts = [f"{stay} on the device"]
     elif not placed.source:
         parts = ["one transformer on the device at a time", WHENCE[_word(placed)]]
@@ -55,7 +55,7 @@ def described(plan: Plan) -> str:
             parts.append(f"{_of_each(plan, held)} stay in pinned host memory between videos")
     if _small_parts_stay(plan):
         parts.append("the small parts stay on the device")
-    text = plan.placements[TEXT_ENCODER]
+    text = plan.placements.get(TEXT_ENCODER, Placement())
     if text.source:
         parts.append("the text encoder layer by layer" + (" from its file" if text.source == FILE else ""))
     return ", ".join(parts)
@@ -63,12 +63,12 @@ def described(plan: Plan) -> str:
 
 def streamed_blocks(plan: Plan) -> list[int]:
     """How many blocks of each stage's transformer pass through the slots."""
-    return [len(plan.placements[stage.part].streamed) for stage in plan.work.stages]
+    return [len(plan.placements[stage.part].streamed) for stage in plan.work.own_stages.values()]
 
 
 def held_blocks(plan: Plan) -> list[int]:
     """How many blocks of each stage's transformer stay in pinned memory between uses."""
-    return [len(plan.placements[stage.part].held) for stage in plan.work.stages]
+    return [len(plan.placements[stage.part].held) for stage in plan.work.own_stages.values()]
 
 
 def _word(placed: Placement) -> str:
@@ -80,15 +80,15 @@ def _word(placed: Placement) -> str:
 
 
 def _small_parts_stay(plan: Plan) -> bool:
-    return all(plan.placements[part].home == CARD for part in SMALL_PARTS)
+    return all(plan.placements[part].home == CARD for part in SMALL_PARTS if part in plan.placements)
 
 
 def _of_each(plan: Plan, counts: Sequence[int], totals: bool = False) -> str:
     """``17 of 48 blocks of stage 1 and 27 of 48 blocks of stage 2``."""
-    found = []
-    for number, (stage, count) in enumerate(zip(plan.work.stages, counts, strict=True)):
+    found: list[str] = []
+    for (number, stage), count in zip(plan.work.own_stages.items(), counts, strict=True):
         of = f" of {plan.blocks[stage.part]}" if totals else ""
-        blocks = "" if number and not totals else " blocks"
+        blocks = "" if found and not totals else " blocks"
         found.append(f"{count}{of}{blocks} of stage {number + 1}")
     return " and ".join(found) if len(found) < 3 else ", ".join(found[:-1]) + " and " + found[-1]
 
@@ -162,7 +162,7 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
         "stages": [stage.transformer for stage in plan.work.stages],
         "setup": {
             "small_parts_stay": _small_parts_stay(plan),
-            "weights": _word(plan.placements[plan.work.stages[0].part]),
+            "weights": _word(plan.placements[plan.work.transformer_parts[0]]),
             "text_encoder": TEXT_WORDS[plan.placements[TEXT_ENCODER].source],
             "blocks": [plan.blocks[stage.part] for stage in plan.work.stages],
             "streamed_blocks": streamed_blocks(plan),
