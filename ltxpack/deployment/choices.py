@@ -27,7 +27,7 @@ CARDS = {
 }
 HOSTS = (32, 64, 128, 256)
 # Cards that make one video together, a process each (``--devices``).
-DEVICES = (1, 2, 3, 4)
+DEVICES = (1, 2, 4)
 RECIPES = {
     HQ.name: "the best picture",
     DISTILLED.name: "speed",

@@ -1,28 +1,28 @@
 """What the page's script works from, as one JSON document: every plan of the grid, each text once.
 
 Sizes are tenths of a GB, rounded as ``ltxpack plan`` prints them. ``texts`` holds words, ``sizes`` rows of sizes, one a
-phase; a number stands for either.
+phase, and ``lines`` commands; a number stands for one of them.
 
 - ``choices``: name -> labels of its options. ``system``: what the host keeps for itself.
-- ``cases`` by recipe and form: ``no``, why it cannot be run, or ``stages`` and ``disk``: the overlay without bakes, the
-  bakes, and both, without LoRAs of the user's and with some.
+- ``cases`` by recipe and form: ``no``, why it cannot be run, or ``stages``; ``disk``: the overlay without bakes, the
+  bakes, and both, without LoRAs of the user's and with some; ``before`` by number of these: what is typed before a run.
 - ``works`` of each case by size and frames. ``phases``, and for each ``beside``, what it takes on the card beside
-  weights, and ``free``, what must be free beyond. ``petaflop`` in tenths. ``gains`` by number of cards in hundredths,
-  or -1 less the number of the text that says why not so many. ``commands`` by number of cards, where there is a gain,
-  and of LoRAs; each is one text, the last one its parts. ``grid``: for each number of cards, where there is a gain,
-  each card and each host the index of the plan, or -1 less that of the refusal.
+  weights, and ``free``, what must be free beyond. ``petaflop`` in tenths. ``gains`` by number of cards in hundredths, 0
+  where fewer gain as much. By number of cards, where there is a gain: ``runs`` by number of LoRAs, each a row of
+  ``lines``, which are commands in parts; and ``grid`` by card and host, the index of the plan, or -1 less that of the
+  refusal.
 - A plan: the mode, the parts of its description, the rows of the card and of the host, what the first video and each
   further one read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from itertools import product
 from typing import Any
 
 from ltxpack.deployment.choices import DEVICES, FORMS, FRAMES, LORAS, RECIPES, SIZES, choices
-from ltxpack.deployment.grid import Case, Subject, Video, gains, plans, refusal
+from ltxpack.deployment.grid import Case, Subject, Video, gains, plans
 from ltxpack.errors import OverlayError
 from ltxpack.files.units import gigabytes
 from ltxpack.runtime.parallel.schemes import video_flops
@@ -35,6 +35,8 @@ from ltxpack.runtime.weights.report import described
 # Where a description and a command are parted, so that what many have in common is there once.
 CLAUSE, FLAG = ", ", " --"
 INSTALL = "pip install ltxpack"
+# Of LoRAs of the user's.
+COUNTS = range(len(LORAS) + 1)
 
 
 class Numbered:
@@ -51,72 +53,87 @@ class Numbered:
         return [self(part) for part in text.split(separator)]
 
 
+class Tables:
+    """What many plans have in common, once."""
+
+    def __init__(self) -> None:
+        self.texts, self.sizes, self.lines = Numbered(), Numbered(), Numbered()
+
+    def plan(self, plan: Plan) -> tuple[Any, ...]:
+        """A plan as the document has it."""
+        card, host = (
+            self.sizes(tuple(tenths(getattr(phase, memory)) for phase in plan.phases)) for memory in ("card", "host")
+        )
+        parts = tuple(self.texts.parts(described(plan), CLAUSE))
+        return self.texts(plan.mode), parts, card, host, tenths(plan.first_read), tenths(plan.next_read)
+
+    def line(self, command: str) -> int:
+        """A command that runs a video."""
+        return self.lines(tuple(self.texts.parts(command, FLAG)))
+
+
 def document(subject: Subject) -> dict[str, Any]:
     """The document for ``subject``."""
-    texts, sizes = Numbered(), Numbered()
+    tables = Tables()
     cases: list[dict[str, Any]] = []
     works: list[list[dict[str, Any]]] = []
     for recipe, form in product(RECIPES, FORMS):
         try:
             case = subject.case(EVERY_RECIPE[recipe], form)
         except OverlayError as error:
-            cases.append({"no": texts(error.problem)})
+            cases.append({"no": tables.texts(error.problem)})
             works.append([])
             continue
-        stages = [f"{stage_label(number)}: {name}" for number, name in enumerate(case.stages)]
-        disk = [[*map(tenths, (base, bakes, base + bakes))] for base, bakes in (subject.disk(case, n) for n in (0, 1))]
-        cases.append({"stages": texts(", ".join(stages)), "disk": disk})
-        works.append([_work(subject, case, video, texts, sizes) for video in product(SIZES, FRAMES)])
+        cases.append(_case(subject, case, tables))
+        works.append([_work(subject, case, video, tables) for video in product(SIZES, FRAMES)])
     return {
         "install": INSTALL,
         "choices": {choice.name: list(choice.options) for choice in choices()},
         "system": tenths(SYSTEM),
         "cases": cases,
         "works": works,
-        "texts": list(texts.numbers),
-        "sizes": list(sizes.numbers),
+        "texts": list(tables.texts.numbers),
+        "sizes": list(tables.sizes.numbers),
+        "lines": list(tables.lines.numbers),
     }
 
 
-def _work(subject: Subject, case: Case, video: Video, texts: Numbered, sizes: Numbered) -> dict[str, Any]:
+def _case(subject: Subject, case: Case, tables: Tables) -> dict[str, Any]:
+    """A recipe in a form."""
+    stages = [f"{stage_label(number)}: {name}" for number, name in enumerate(case.stages)]
+    disk = [subject.disk(case, loras) for loras in (0, 1)]
+    before = (subject.commands(case, (SIZES[0], FRAMES[0]), 1, loras)[:-1] for loras in COUNTS)
+    return {
+        "stages": tables.texts(", ".join(stages)),
+        "disk": [[*map(tenths, (base, bakes, base + bakes))] for base, bakes in disk],
+        "before": [[*map(tables.texts, lines)] for lines in before],
+    }
+
+
+def _work(subject: Subject, case: Case, video: Video, tables: Tables) -> dict[str, Any]:
     """One video in a recipe and a form."""
     work = case.work(video)
     found = gains(subject.dit, work, case.model.itemsize)
-    useful = [count for count, gain in zip(DEVICES, found, strict=True) if isinstance(gain, float)]
-    kept, refusals, numbers = Numbered(), Numbered(), []
-    for machine, plan in plans(case.model, work, useful):
-        if plan is None:
-            numbers.append(-1 - refusals(texts(refusal(case.model, work, machine, "each card"))))
-        else:
-            numbers.append(kept(_plan(plan, texts, sizes)))
+    useful = [count for count, gain in zip(DEVICES, found, strict=True) if gain is not None]
+    kept, refusals = Numbered(), Numbered()
+    grid = [
+        -1 - refusals(tables.texts(plan)) if isinstance(plan, str) else kept(tables.plan(plan))
+        for plan in plans(case.model, work, useful)
+    ]
     phases = smallest_plan(case.model, work).phases
+    runs = [[subject.commands(case, video, count, loras)[-1] for loras in COUNTS] for count in useful]
     return {
-        "phases": [texts(phase.name) for phase in phases],
+        "phases": [tables.texts(phase.name) for phase in phases],
         "beside": [tenths(phase.activations) for phase in phases],
         "free": [tenths(phase.needed - phase.card + CONTEXT) for phase in phases],
         "forwards": sum(stage.evaluations * stage.passes for stage in work.stages),
         "petaflop": round(video_flops(subject.dit, work) / 1e14),
-        "gains": [round(100 * gain) if isinstance(gain, float) else -1 - texts(gain) for gain in found],
-        "commands": [
-            [_commands(subject.commands(case, video, count, loras), texts) for loras in range(len(LORAS) + 1)]
-            for count in useful
-        ],
+        "gains": [round(100 * (gain or 0)) for gain in found],
+        "runs": [[*map(tables.line, lines)] for lines in runs],
         "plans": list(kept.numbers),
         "refusals": list(refusals.numbers),
-        "grid": numbers,
+        "grid": grid,
     }
-
-
-def _plan(plan: Plan, texts: Numbered, phases: Numbered) -> tuple[Any, ...]:
-    card, host = (phases(tuple(tenths(getattr(phase, memory)) for phase in plan.phases)) for memory in ("card", "host"))
-    reads = map(tenths, (plan.first_read, plan.next_read))
-    return texts(plan.mode), tuple(texts.parts(described(plan), CLAUSE)), card, host, *reads
-
-
-def _commands(lines: Sequence[str], texts: Numbered) -> list[int | list[int]]:
-    """All but the last, which runs the video, are the same for many videos."""
-    *before, run = lines
-    return [*map(texts, before), texts.parts(run, FLAG)]
 
 
 def tenths(count: float) -> int:

@@ -26,7 +26,7 @@ from ltxpack.runtime.commands import (
 )
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import BASE, Overlay, choose, form_of, official_transformers, transformer_part
-from ltxpack.runtime.parallel.schemes import GUIDANCE, counted, unused
+from ltxpack.runtime.parallel.schemes import chosen
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings
@@ -121,7 +121,7 @@ class Subject:
 
     def commands(self, case: Case, video: Video, devices: int, loras: int) -> list[str]:
         """What to type for a video from nothing, on so many ``devices``, with the first ``loras`` of LORAS in each
-        bake.
+        bake. The last command runs it; those before are the same for all videos and devices.
         """
         session = SessionSettings(format=case.form, devices=named_devices(devices))
         planned = PlannedRun(case.request(video), session)
@@ -158,18 +158,12 @@ def named_devices(count: int) -> str | None:
     return None if count == 1 else ",".join(map(str, range(count)))
 
 
-def gains(dit: DiTConfig, work: Work, itemsize: int) -> list[float | str]:
-    """For each number of DEVICES: videos in the time of one on one card, at most; or why so many are of no use."""
-    found: list[float | str] = []
+def gains(dit: DiTConfig, work: Work, itemsize: int) -> list[float | None]:
+    """For each number of DEVICES: videos in the time of one on one card, at most; None where fewer gain as much."""
+    found: list[float | None] = []
     for count in DEVICES:
-        on_all = counted(GUIDANCE, dit, work, count, itemsize)
-        best = max((gain for gain in found if isinstance(gain, float)), default=0.0)
-        if count == 1:
-            found.append(1.0)
-        elif on_all is None:
-            found.append(unused(GUIDANCE, dit, work, count))
-        else:
-            found.append(on_all.gain if on_all.gain > best else f"does no more than {count - 1}")
+        gain = chosen(AUTO, dit, work, count, itemsize).gain
+        found.append(gain if gain > max((one for one in found if one is not None), default=0.0) else None)
     return found
 
 
@@ -179,8 +173,9 @@ def machine_of(card: int, host: int, devices: int = 1) -> Machine:
     return replace(machine, host=machine.host // devices)
 
 
-def plans(model: ModelSizes, work: Work, devices: Sequence[int]) -> Iterator[tuple[Machine, Plan | None]]:
-    """Every machine of the grid, by number of ``devices``, card and host, with the best plan on it, None without one.
+def plans(model: ModelSizes, work: Work, devices: Sequence[int]) -> Iterator[Plan | str]:
+    """The best plan on every machine of the grid, by number of ``devices``, card and host; or why there is none, as
+    ``ltxpack plan`` says it.
 
     What two machines have in common those between them have, too: with more memory no way to run is lost.
     """
@@ -197,8 +192,10 @@ def plans(model: ModelSizes, work: Work, devices: Sequence[int]) -> Iterator[tup
 
     rows = between(len(cards), row)
     for count, (card, found), host in product(devices, zip(cards, rows, strict=True), HOSTS):
-        share = grid[count, host]
-        yield replace(card, host=share), found[hosts.index(share)]
+        machine = replace(card, host=grid[count, host])
+        yield found[hosts.index(machine.host)] or _refusal(
+            model, work, machine, "the card" if count == 1 else "each card"
+        )
 
 
 def between(count: int, made: Callable[[int], T]) -> list[T]:
@@ -216,8 +213,7 @@ def between(count: int, made: Callable[[int], T]) -> list[T]:
     return [*halves(0, count - 1), made(count - 1)]
 
 
-def refusal(model: ModelSizes, work: Work, machine: Machine, device: str) -> str:
-    """Why ``work`` does not fit ``machine``, as ``ltxpack plan`` says it; its card is called ``device``."""
+def _refusal(model: ModelSizes, work: Work, machine: Machine, device: str) -> str:
     try:
         plan_or_refuse(model, work, machine, AUTO, device)
     except DeviceError as error:

@@ -18,13 +18,15 @@ function found(picked) {
   if ("no" in model) return { why: text(model.no) };
   const work = data.works[number][of("size") * counts[rank.frames] + of("frames")];
   const gain = work.gains[of("devices")];
-  if (gain < 0) return { why: text(-1 - gain) };
-  const useful = work.gains.slice(0, of("devices")).filter((one) => one > 0).length;
+  if (!gain) return { why: "fewer cards gain as much" };
+  const useful = work.gains.slice(0, of("devices")).filter((one) => one).length;
   const plan = work.grid[(useful * counts[rank.card] + of("card")) * counts[rank.host] + of("host")];
   if (plan < 0) return { why: text(work.refusals[-1 - plan]) };
   const [mode, how, card, host, first, next] = work.plans[plan];
   const memory = { card: data.sizes[card], host: data.sizes[host] };
-  return { model, work, gain, mode: text(mode), how: how.map(text).join(", "), ...memory, first, next, commands: work.commands[useful] };
+  const run = data.lines[work.runs[useful][of("loras")]].map(text).join(" --");
+  const commands = [data.install, ...model.before[of("loras")].map(text), run];
+  return { model, work, gain, mode: text(mode), how: how.map(text).join(", "), ...memory, first, next, commands };
 }
 
 const changed = (picked, at, option) => picked.map((old, number) => (number === at ? option : old));
@@ -82,7 +84,7 @@ function tile(term, value, note) {
 function facts(picked, all) {
   const devices = Number(label(picked, "devices"));
   const [base, bakes, total] = all.model.disk[Math.min(picked[rank.loras], 1)];
-  const gain = `; on ${devices} cards at most ${(all.gain / 100).toFixed(2)} videos in the time of one`;
+  const gain = `; on ${devices} cards at most ${(all.gain / 100).toFixed(2)} videos in the time of one, less what moves between them`;
   return [
     tile(devices > 1 ? "Peak on each card" : "Peak on the card", gigabytes(Math.max(...all.card)), `of ${label(picked, "card")}`),
     tile("Peak on the host", gigabytes(Math.max(...all.host)), devices > 1 ? `for each of ${devices} processes` : `of ${label(picked, "host")}`),
@@ -112,7 +114,7 @@ function phases(picked, { work, card, host }) {
     const head = made("th", text(name));
     head.scope = "row";
     const onCard = [["weights", card[at] - work.beside[at]], ["beside", work.beside[at]], ["free", work.free[at]]];
-    const onHost = [["weights", host[at] * devices], ["free", data.system]];
+    const onHost = [["on-host", host[at] * devices], ["free", data.system]];
     return made("tr", [
       head,
       made("td", [bar(onCard, wholeCard), made("span", gigabytes(card[at]))]),
@@ -121,22 +123,18 @@ function phases(picked, { work, card, host }) {
   });
 }
 
-function commands(picked, all) {
-  const lines = all.commands[picked[rank.loras]];
-  return [data.install, ...lines.map((line) => (Array.isArray(line) ? line.map(text).join(" --") : text(line)))].join("\n");
-}
-
 function show(picked) {
   const all = found(picked);
   showChoices(picked);
   element("answer").textContent = `It fits, in mode ${all.mode}`;
   element("how").textContent = `${all.how[0].toUpperCase()}${all.how.slice(1)}.`;
-  element("stages").textContent = `Transformers of ${text(all.model.stages)}`;
+  const beneath = picked[rank.loras] ? "; with LoRAs of your own in each" : "";
+  element("stages").textContent = `Transformers of ${text(all.model.stages)}${beneath}`;
   element("facts").replaceChildren(...facts(picked, all));
   element("card-head").textContent = `card, of ${label(picked, "card")}`;
   element("host-head").textContent = `host, of ${label(picked, "host")}`;
   element("phases").replaceChildren(...phases(picked, all));
-  element("commands").textContent = commands(picked, all);
+  element("commands").textContent = all.commands.join("\n");
   element("copied").textContent = "";
   element("loras-note").hidden = picked[rank.loras] === 0;
 }
@@ -182,3 +180,4 @@ element("copy").addEventListener("click", async () => {
   }
 });
 show(now);
+document.querySelector("main").hidden = false;
