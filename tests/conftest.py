@@ -42,6 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 # Whole files go to the workers: a long one begun last would keep one of them waiting.
 LONG = (
     "test_pretend_card.py",
+    "test_guard.py",
     "test_dit_compile.py",
     "test_end_to_end.py",
     "test_many_videos.py",

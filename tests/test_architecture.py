@@ -42,7 +42,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 32_539,
     "files of the package": 191,
-    "lines of the tests": 31_579,
+    "lines of the tests": 31_665,
 }
 
 

@@ -18,15 +18,13 @@ from _gpu_bench import Bench
 from _gpu_clock import Clock, OutOfTime, at_most
 from _gpu_models import forward_inputs, random_dit
 from _gpu_sizes import REAL, TINY, TRANSFORMER
-from dit_parts import LTX23, SMALL, cast, random_streams
+from dit_parts import LTX23
 from support import REPOSITORY
-from torch.utils.flop_counter import FlopCounterMode
 
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts, guided_flops, run_flops, shared_flops
-from ltxpack.runtime.model.model import DiT, Pass
+from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts, run_flops, shared_flops
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.recipes import HQ
-from ltxpack.runtime.sampling.shape import AV
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig.from_dict(TRANSFORMER)
@@ -66,37 +64,6 @@ def test_operations_of_the_recipe() -> None:
     assert round((found["stage 1"] + shared) / 1e12) == 24766
     assert round(found["stage 2"] / 1e12) == 12004
     assert shared / 1e12 == pytest.approx(217, abs=0.5)
-
-
-def test_operations_are_those_torch_counts() -> None:
-    """Around the blocks a forward also embeds, conditions and projects: what is left with no block in it."""
-    lengths = Lengths(24, 9, 7)
-
-    on_cpu = random_streams(random_dit(SMALL, CPU, torch.float32), AV(24, 9), text=7)
-    streams = cast(on_cpu, torch.float32, "meta")
-
-    def counted(layers: int, kinds: str) -> int:
-        with torch.device("meta"):
-            dit = DiT(DiTConfig.from_dict(SMALL))
-            dit.transformer_blocks = dit.transformer_blocks[:layers]
-        passes = {
-            "cond": Pass(streams),
-            "uncond": Pass(streams.map(lambda stream: stream)),
-            "isolated": Pass(streams, isolated=True),
-        }
-        with FlopCounterMode(display=False) as counter:
-            dit.passes([passes[kind] for kind in kinds.split()])
-        return int(counter.get_total_flops())
-
-    config = DiTConfig.from_dict(SMALL)
-    layers = config.num_layers
-    assert layers == 2
-    for kinds, expected in (
-        ("cond", forward_flops(config, lengths)),
-        ("isolated", forward_flops(config, lengths, isolated=True)),
-        ("cond uncond isolated", guided_flops(config, lengths)),
-    ):
-        assert counted(layers, kinds) - counted(0, kinds) == expected, kinds
 
 
 def arguments(results: Path, *more: str) -> list[str]:

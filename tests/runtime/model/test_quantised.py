@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from ltxpack.errors import OverlayError, UnsupportedError
 from ltxpack.ltx23.codes import FP8, INT8
 from ltxpack.runtime.model import quantised
-from ltxpack.runtime.model.block import PLAIN
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.layers import Linear, Made, modulate
 from ltxpack.runtime.model.model import DiT
@@ -110,20 +109,6 @@ def small(form: str, dtype: torch.dtype = torch.float32, blocks: tuple[int, ...]
     quantised.put_quantised(dit, dict.fromkeys(scales, form))
     dit.load_state_dict(weights, strict=True, assign=True)
     return dit.requires_grad_(False)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_blocks_in_codes_share_a_graph_and_agree_with_eager() -> None:
-    """Of what is compiled, the part that goes through the most kinds of linears; both blocks and stages."""
-    dit = small(FP8, torch.bfloat16)
-    streams = [cast(random_streams(dit, lengths), torch.bfloat16) for lengths in (AV(24, 9), AV(50, 14))]
-    eager = [dit(each) for each in streams]
-    graphs, backend = tracing()
-    dit.compile_blocks(backend=backend, fullgraph=True)
-    for block in dit.blocks():
-        block.functions = PLAIN._replace(attend=block.functions.attend)
-    assert max(map(distance, map(dit, streams), eager)) <= 1e-6
-    assert len(graphs) == 1
 
 
 def layers(form: str) -> tuple[nn.ModuleList, Callable[[Tensor, Tensor], Tensor]]:
