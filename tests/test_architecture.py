@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 32_539,
+    "lines of the package": 32_546,
     "files of the package": 191,
-    "lines of the tests": 31_665,
+    "lines of the tests": 31_667,
 }
 
 

@@ -12,8 +12,8 @@ from ltxpack.errors import UsageError
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve.limits import ServeLimits
 
-# The model's name picks the transformers, --devices means workers, and activations are of one process.
-FIXED = ("stage1", "stage2", "devices", "save_activations")
+# The model's name picks the transformers, each worker has one device, and activations are of one process.
+FIXED = ("stage1", "stage2", "devices", "parallel", "save_activations")
 SETTINGS = [one for one in SESSION if one.name not in FIXED]
 MODULES = ("fastapi", "uvicorn", "python_multipart")
 

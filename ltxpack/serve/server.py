@@ -17,7 +17,7 @@ from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.parallel.devices import named_devices
-from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.settings import AUTO, SessionSettings
 from ltxpack.serve.app import Service, make_app
 from ltxpack.serve.intake import Intake
 from ltxpack.serve.jobs import Jobs
@@ -108,7 +108,9 @@ def service_of(
 
 
 def _openings(options: ServeOptions) -> list[Opening]:
-    """What each worker begins with."""
+    """What each worker begins with. Raises UsageError for devices that do not go together."""
+    if options.devices is not None and options.session.device != AUTO:
+        raise UsageError("--device and --devices are two answers to one question", next="leave --device out")
     devices = (options.session.device,) if options.devices is None else named_devices(options.devices)
     settings = dataclasses.asdict(options.session)
     plain: dict[str, Any] = {name: str(one) if isinstance(one, Path) else one for name, one in settings.items()}

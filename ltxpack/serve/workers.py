@@ -140,7 +140,9 @@ class DeviceWorker:
         """End the process, also in the middle of work."""
         self._stopping.set()
         process = self._process
-        if process is not None and process.stdin is not None:
+        if process is not None and self.state == STARTING:
+            process.kill()  # it would look at its input only when everything is imported
+        elif process is not None:
             with self._writing:
                 _close(process)
 
@@ -170,14 +172,17 @@ class DeviceWorker:
                 if "fault" in message:
                     self._fault(LtxpackError(message["fault"], next=message["next"]))
         except Died:
-            self._fault(LtxpackError(f"the worker of {self.opening.device} ended before it was ready"))
+            problem = f"the worker of {self.opening.device} ended before it was ready"
+            self._fault(LtxpackError(problem, next="look above for what it said"))
             raise
 
     def _fault(self, error: LtxpackError) -> None:
         """The process could not begin: that ends the server, unless it could before."""
+        if self._stopping.is_set():
+            return
         if self._was_ready:
             self._note(error.render())
-        elif not self._stopping.is_set():
+        else:
             self._stopping.set()
             self._on_fault(error)
 

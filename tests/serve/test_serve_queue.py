@@ -144,6 +144,8 @@ def test_one_server_has_a_folder_and_only_its_own(server: Server, demo: Path, tm
         assert "cannot be listened on" in busy
     inside = refused(ltxpack("serve", demo / "overlay", "--port=0", "-o", demo / "overlay" / "videos"), 2)
     assert "lies in the overlay" in inside
+    both = ("serve", demo / "overlay", "--device=cpu", "--devices=0,1", "-o", tmp_path / "other")
+    assert "two answers to one question" in refused(ltxpack(*both), 2)
     assert "--api-key is empty" in refused(ltxpack("serve", demo / "overlay", "--api-key="), 2)
 
 
