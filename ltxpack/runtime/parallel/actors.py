@@ -24,7 +24,7 @@ from ltxpack.manifest import MANIFEST_NAME
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.lines import LineMaker, Task
 from ltxpack.runtime.parallel.devices import RAY_HERE
-from ltxpack.runtime.parallel.schemes import NONE
+from ltxpack.runtime.parallel.schemes import DATA, NONE
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Gone, Ready, Told, Voice
 from ltxpack.runtime.prompts_file import PromptsLine
 from ltxpack.runtime.request import Request
@@ -143,7 +143,7 @@ class Actors(Crew):
             self._count = min(count, len(lines))
             marks = [_mark(folder, ends) for folder in dict.fromkeys(line.output.parent for line in lines)]
             self._disk = SharedDisk(root, hash_file(root / MANIFEST_NAME), tuple(marks), ltxpack.__version__)
-            self._settings = replace(settings, device="cpu" if workers else "cuda", devices=None)
+            self._settings = replace(settings, device="cpu" if workers else "cuda", devices=None, parallel=AUTO)
             needs = {"num_cpus": 1} if workers else {"num_cpus": 0, "num_gpus": 1}
             self._actor = self._ray.remote(**needs, max_concurrency=2, max_restarts=0)(LineActor)
             self.names: list[str] = [f"actor {number}" for number in range(self._count)]
@@ -207,10 +207,9 @@ def _cpu_workers(settings: SessionSettings) -> int:
     """How many workers on CPUs are asked for; 0 for one on each GPU. Raises UsageError for what Ray decides."""
     if settings.device != AUTO:
         raise UsageError("--device does not go with --ray, which has an actor on each GPU", next="leave --device out")
-    if settings.parallel not in (AUTO, NONE):
-        raise UsageError(
-            "--parallel does not go with --ray: each actor makes whole videos", next="leave --parallel out"
-        )
+    if settings.parallel not in (AUTO, DATA, NONE):
+        problem = f"--parallel {settings.parallel} does not go with --ray: each actor makes whole videos"
+        raise UsageError(problem, next=f"choose --parallel {DATA}")
     if settings.save_activations is not None:
         raise UsageError("--save-activations goes with one device", next="leave --ray out")
     devices = () if settings.devices is None else devices_of(settings)
