@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from _gpu_bench import Bench
+from _gpu_cards import cards
 from _gpu_checks import checks
 from _gpu_clock import OutOfTime, at_most
 from _gpu_codes import codes
@@ -69,6 +70,7 @@ SECTIONS = (
     Section("residency", 100, residency),
     Section("checks", 60, checks),
     Section("decode", 40, decode),
+    Section("cards", 90, cards),
 )
 
 

@@ -40,7 +40,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 32_546,
+    "lines of the package": 32_552,
     "files of the package": 191,
     "lines of the tests": 31_673,
 }

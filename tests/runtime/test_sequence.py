@@ -31,7 +31,7 @@ from ltxpack.errors import UsageError
 from ltxpack.runtime.model.block import PLAIN
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import Pass
-from ltxpack.runtime.parallel import exchange, schemes
+from ltxpack.runtime.parallel import schemes
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.ranks import ALONE, Front
 from ltxpack.runtime.parallel.schemes import Split
@@ -248,10 +248,8 @@ def test_compiled_blocks_hold_the_exchanges_and_are_made_once_for_all_numbers_of
     assert all("attend_over_ranks" in graph.code for graph in graphs[1:]), "within the streams, and between them"
 
 
-def test_all_ranks_measure_the_same_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in ("ROWS", "WIDTH", "TOKENS"):
-        monkeypatch.setattr(exchange, size, 64)
-    found = of_ranks(2, lambda ranks: ranks.rates())
+def test_all_ranks_measure_the_same_rates() -> None:
+    found = of_ranks(2, lambda ranks: ranks.rates(64, 64))
     assert found[0] == found[1] and 0 < found[0].link < math.inf and found[0].flops > 1
 
 

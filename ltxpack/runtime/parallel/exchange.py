@@ -18,8 +18,8 @@ from torch import Tensor
 from ltxpack.runtime.parallel.schemes import Rates, Split
 
 R = TypeVar("R")
-# For the rates of a card: a product as in the blocks, and the queries, keys and values of a stage's tokens.
-ROWS, WIDTH, TOKENS = 8192, 4096, 8192
+# Of a product as in the blocks, of as many rows as stage 1 has tokens.
+ROWS, WIDTH = 8192, 4096
 
 
 def meeting_place(port: int = 0) -> Any:
@@ -73,15 +73,16 @@ class Exchange:
         number = self.rank // split.shards
         return self._groups[split][number] if number < split.groups else None
 
-    def rates(self) -> Rates:
-        """Those of the slowest rank: of a product as in the blocks, and of an all-to-all of a stage's size."""
-        shape = (self.size, 3 * TOKENS // self.size**2, WIDTH)
-        parts = torch.ones(shape, dtype=torch.bfloat16, device=self._device)
-        weight = torch.ones((WIDTH, WIDTH), dtype=torch.bfloat16, device=self._device)
-        rows = torch.ones((ROWS, WIDTH), dtype=torch.bfloat16, device=self._device)
-        spent = [self._seconds(lambda: rows @ weight), self._seconds(lambda: self.all_to_all(parts, None))]
+    def rates(self, rows: int = ROWS, width: int = WIDTH) -> Rates:
+        """Those of the slowest rank: of a product as in the blocks, and of an all-to-all of its tokens."""
+
+        def ones(*shape: int) -> Tensor:
+            return torch.ones(shape, dtype=torch.bfloat16, device=self._device)
+
+        parts, weight, tokens = ones(self.size, 3 * rows // self.size**2, width), ones(width, width), ones(rows, width)
+        spent = [self._seconds(lambda: tokens @ weight), self._seconds(lambda: self.all_to_all(parts, None))]
         product, moved = self._slowest(spent)
-        return Rates(2 * ROWS * WIDTH * WIDTH / product, parts.nbytes * (self.size - 1) / self.size / moved)
+        return Rates(2 * rows * width * width / product, parts.nbytes * (self.size - 1) / self.size / moved)
 
     def leave(self) -> None:
         """No more exchanges."""

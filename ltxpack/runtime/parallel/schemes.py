@@ -98,7 +98,7 @@ def chosen(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: i
         return stage_received(config, work, stage, split, itemsize)
 
     def seconds(stage: StageWork, split: Split) -> float:
-        return stage_flops(config, work, stage, split) / rates.flops + moved(stage, split) / rates.link
+        return stage_seconds(config, work, stage, split, itemsize, rates)
 
     def way(stage: StageWork) -> Split:
         if scheme != AUTO:
@@ -152,6 +152,12 @@ def split_of(scheme: str, config: DiTConfig, work: Work, stage: StageWork, devic
     if scheme == SEQUENCE:
         return Split(1, devices)
     return min(_both(config, stage, devices), key=lambda split: stage_flops(config, work, stage, split))
+
+
+def stage_seconds(config: DiTConfig, work: Work, stage: StageWork, split: Split, itemsize: int, rates: Rates) -> float:
+    """What the busiest rank spends on ``stage``: first it computes, then bytes move."""
+    moved = stage_received(config, work, stage, split, itemsize)
+    return stage_flops(config, work, stage, split) / rates.flops + moved / rates.link
 
 
 def stage_flops(config: DiTConfig, work: Work, stage: StageWork, split: Split) -> int:
