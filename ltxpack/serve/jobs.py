@@ -29,6 +29,7 @@ JOB_ID = re.compile(r"video_[0-9a-f]{32}")
 # Every name that this module and the writers of videos give to a file of a job.
 OURS = re.compile(r"\.?video_[0-9a-f]{32}[-.].*")
 FORMAT = 1
+OTHER = "choose another folder with -o"
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, status TEXT NOT NULL, task TEXT NOT NULL,
@@ -102,7 +103,7 @@ class Jobs:
             self._db.execute("PRAGMA synchronous=FULL")
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
             if found not in (0, FORMAT):
-                raise FormatError("is of another version", file=path, expected=FORMAT, found=found, next="choose -o")
+                raise FormatError("is of another version", file=path, expected=FORMAT, found=found, next=OTHER)
             self._db.executescript(TABLE + f"PRAGMA user_version={FORMAT};")
             self._db.execute("UPDATE jobs SET status = ?, started_at = NULL WHERE status = ?", (QUEUED, IN_PROGRESS))
             known = {job_id for (job_id,) in self._db.execute("SELECT id FROM jobs")}
@@ -271,14 +272,12 @@ def _locked(path: Path) -> IO[bytes]:
     try:
         file = path.open("ab")
     except OSError as error:
-        raise SourceError(error.strerror or str(error), file=path, next="choose another folder with -o") from None
+        raise SourceError(error.strerror or str(error), file=path, next=OTHER) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UsageError(
-            "another server has this folder", file=path.parent, next="choose another folder with -o"
-        ) from None
+        raise UsageError("another server has this folder", file=path.parent, next=OTHER) from None
     except OSError:  # a filesystem without locks
         pass
     return file

@@ -123,7 +123,8 @@ class DeviceWorker:
             self.state = STARTING
             try:
                 self._give_back()
-                self._stopping.wait(pause)
+                if self._stopping.wait(pause):
+                    break
                 with self._started() as process:
                     self._await_ready(process)
                     pause = 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import sqlite3
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,6 +173,10 @@ def test_the_queue_is_bounded_and_a_foreign_database_is_told(tmp_path: Path) -> 
     jobs = Jobs(tmp_path, 2)
     assert [job.status for job in jobs.listed(None, 9, descending=False)] == ["queued", "queued"]
     jobs.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as database:
+        database.execute("PRAGMA user_version = 7")
+    with pytest.raises(FormatError, match="is of another version"):
+        Jobs(tmp_path, 2)
     (tmp_path / "jobs.sqlite").write_bytes(b"not a database" * 1000)
     with pytest.raises(FormatError, match="the jobs cannot be read"):
         Jobs(tmp_path, 2)
