@@ -213,6 +213,17 @@ def test_the_page_of_an_overlay_is_about_that(demo: Path, tmp_path: Path) -> Non
     assert run.endswith(f"--stage1 {names[0]} --stage2 {names[1]}")
 
 
+def test_bakes_that_auto_cannot_choose_between_leave_the_official_ones(demo: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "out"
+    assert ltxpack("materialize", demo / "source", overlay).returncode == 0
+    assert ltxpack("bake-lora", overlay, "--strength", "0.3", "--strength", "0.4").returncode == 0
+    document = document_of(render(Overlay.open(overlay)))
+    assert not any(options_of(document))
+    shown = Shown(document, 0, 0, 0, 0)
+    assert shown.text(shown.case["stages"]) == "stage 1: distilled-0.25, stage 2: distilled-0.5"
+    assert shown.commands(1, 0)[1] == f"ltxpack bake-lora {overlay} --strength 0.25 --strength 0.5"
+
+
 def test_what_an_overlay_cannot_run_cannot_be_picked(demo: Path, tmp_path: Path) -> None:
     source, overlay = tmp_path / "source", tmp_path / "out"
     shutil.copytree(demo / "source", source)

@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ltxpack.deployment.choices import CARDS, DEVICES, GB, HOSTS, LORAS
-from ltxpack.errors import DeviceError
+from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files.tensorfile import read_json
 from ltxpack.lora_bake.plan import BakeOptions, bake_name, lora_name
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import DEFAULT_FILES, LORA, RELEASES
-from ltxpack.runtime.commands import (
-    DEFAULT_FOLDER,
-    STRENGTH,
-    PlannedRun,
-    codes_named,
-    commands,
-    published_stages,
-)
+from ltxpack.runtime.commands import DEFAULT_FOLDER, STRENGTH, PlannedRun, codes_named, commands
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import BASE, Overlay, choose, form_of, official_transformers, transformer_part
 from ltxpack.runtime.parallel.schemes import chosen
@@ -99,15 +92,21 @@ class Subject:
 
     def _stages(self, recipe: Recipe, form: str) -> tuple[str, ...]:
         """The transformers that ``auto`` takes if they are there in ``form``, else the official ones."""
-        asked = (AUTO,) * len(recipe.stages)
-        if self.overlay is None:
-            return published_stages(recipe, asked, form)
-        manifest = self.overlay.manifest
-        if manifest.bakes or manifest.distilled:
-            stages = choose(manifest, recipe, asked, self.overlay.root, form).stages
-            if all(form_of(manifest, name) == form for name in stages):
-                return stages
-        return official_transformers(recipe, manifest.distilled, form)
+        if self.overlay is not None:
+            manifest, asked = self.overlay.manifest, (AUTO,) * len(recipe.stages)
+            try:
+                stages = choose(manifest, recipe, asked, self.overlay.root, form).stages
+            except OverlayError:
+                if manifest.distilled:  # no bake helps
+                    raise
+            else:
+                if all(form_of(manifest, name) == form for name in stages):
+                    return stages
+        return self._official(recipe, form)
+
+    def _official(self, recipe: Recipe, form: str) -> tuple[str, ...]:
+        distilled = self.overlay is not None and self.overlay.manifest.distilled
+        return official_transformers(recipe, distilled, form)
 
     def disk(self, case: Case, loras: int) -> tuple[int, int]:
         """Bytes of the overlay without bakes, and of the bakes that ``case`` needs. User LoRAs are not counted."""
@@ -134,8 +133,8 @@ class Subject:
         return [found[0], bake, commands(case.stages, named, self.overlay)[-1].text]
 
     def _stacked(self, case: Case, added: tuple[tuple[str, float], ...]) -> tuple[str, list[str]]:
-        """The command that bakes the transformers of ``case`` with ``added`` below, and what ``run`` is told of each
-        stage: ``auto`` takes neither a bake with the distilled LoRA at 0 nor a stacked one beside plain ones.
+        """The command that bakes the official transformers of ``case`` with ``added`` below, and what ``run`` is told
+        of each stage: ``auto`` takes neither a bake with the distilled LoRA at 0 nor a stacked one beside plain ones.
         """
         loras = [(lora_name(Path(file).stem), strength) for file, strength in added]
         options = BakeOptions(self.root, (), added=added, formats=(case.form,))
@@ -144,9 +143,8 @@ class Subject:
             file, strength = added[-1]
             alone = replace(options, strengths=(strength,), lora=file, added=added[:-1])
             return alone.command(), [bake_name(loras, case.form)] * len(case.stages)
-        strengths = [
-            0.0 if found is None else float(found["strength"]) for found in map(STRENGTH.fullmatch, case.stages)
-        ]
+        official = map(STRENGTH.fullmatch, self._official(case.recipe, case.form))
+        strengths = [0.0 if found is None else float(found["strength"]) for found in official]
         bakes = [bake_name([*loras, (DISTILLED, strength)], case.form) for strength in strengths]
         auto = [self.overlay is None and strength > 0 for strength in strengths]
         names = [AUTO if usual else name for usual, name in zip(auto, bakes, strict=True)]
@@ -162,7 +160,7 @@ def gains(dit: DiTConfig, work: Work, itemsize: int) -> list[float | None]:
     """For each number of DEVICES: videos in the time of one on one card, at most; None where fewer gain as much."""
     found: list[float | None] = []
     for count in DEVICES:
-        gain = chosen(AUTO, dit, work, count, itemsize).gain
+        gain = chosen(SessionSettings.parallel, dit, work, count, itemsize).gain
         found.append(gain if gain > max((one for one in found if one is not None), default=0.0) else None)
     return found
 

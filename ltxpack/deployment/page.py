@@ -16,7 +16,7 @@ from ltxpack.page import style
 from ltxpack.runtime.overlay import Overlay
 
 FOLDER = Path(__file__).parent
-# Choices of so many options are a list that opens; the others show all of theirs.
+# These choices are lists that open; the others show all of their options.
 LISTED = ("card",)
 
 
