@@ -42,7 +42,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 32_552,
     "files of the package": 191,
-    "lines of the tests": 31_690,
+    "lines of the tests": 31_696,
 }
 
 

@@ -128,6 +128,15 @@ def test_the_transformer_alone_has_the_connectors_and_no_more(
     assert any("embeddings_connector" in name for name in found.tensors)
 
 
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published overlay without LoRA and bakes; its holes are not hashed."""
+    overlay = make_full_size(tmp_path_factory.mktemp("full") / "out", hashed=False)
+    manifest = dataclasses.replace(read_manifest(overlay), loras=(), bakes={})
+    (overlay / MANIFEST_NAME).write_bytes(manifest.dump())
+    return overlay
+
+
 @pytest.mark.parametrize(
     ("parts", "form", "blocks", "nbytes"),
     [
@@ -144,21 +153,18 @@ def test_the_transformer_alone_has_the_connectors_and_no_more(
     ],
 )
 def test_the_plan_of_the_published_model_is_exact(
-    parts: str, form: str, blocks: int, nbytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: str, form: str, blocks: int, nbytes: int, full_size: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes of all tensors as spec 09, section 8 counts them."""
-    overlay = make_full_size(tmp_path / "full", hashed=False)
-    manifest = dataclasses.replace(read_manifest(overlay), loras=(), bakes={})
-    (overlay / MANIFEST_NAME).write_bytes(manifest.dump())
     monkeypatch.setattr(exporting, "_metadata", lambda *inputs: {})
     make = None
     if form:
-        make = BakeOptions(overlay, (0.0,), formats=(form,), keep_blocks=None if blocks == 44 else ())
-    options = exporting.ExportOptions(overlay, tmp_path / "x.safetensors", make=make, parts=parts)
+        make = BakeOptions(full_size, (0.0,), formats=(form,), keep_blocks=None if blocks == 44 else ())
+    options = exporting.ExportOptions(full_size, tmp_path / "x.safetensors", make=make, parts=parts)
     plan = exporting.plan_export(options, SilentReporter(), headers_only=True)
     assert plan.size - len(plan.header) == nbytes + sum(map(len, plan.literals.values()))
     if form == "fp8" and parts == "all":
-        _check_small_plan(overlay, blocks)
+        _check_small_plan(full_size, blocks)
     coded = {"fp8": 2, "int8": 1, "": 0}[form] + (parts == "transformer" and form != "")
     assert len(plan.tensors) == (5947 if parts == "all" else 4444) + 34 * blocks * coded
 
