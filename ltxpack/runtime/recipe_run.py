@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -240,13 +241,28 @@ def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], ob
 
     def decode(vae: AutoencoderKLLTX2Video) -> None:
         session.reporter.begin("decode", (latents.shape[2] - 1) * TEMPORAL_FACTOR + 1, "frame")
-        for frames in video.decode_video(vae, latents, tiling):
-            write(frames)
-            session.reporter.advance(len(frames))
+        shared = session.ranks.decoding(latents) if tiling is None else nullcontext(video.decode_tiles)
+        with shared as decode_tiles:
+            for frames in video.decode_video(vae, latents, tiling, decode_tiles):
+                write(frames)
+                session.reporter.advance(len(frames))
         session.reporter.end()
 
     with session.timings.phase("video"):
         session.residency.use("vae", video.load_video_vae, decode)
+
+
+@torch.no_grad()
+def decode_share(session: Session, latents: Tensor, decode: video.DecodeTiles) -> None:
+    """The share of :func:`decode_video` of a rank other than 0, whose ``decode`` sends tiles instead of giving them."""
+
+    def share(vae: AutoencoderKLLTX2Video) -> None:
+        for _ in decode(
+            vae, video.TileLayout.of(vae, latents).cut(video.LatentStatistics.of(vae).denormalise(latents))
+        ):
+            raise AssertionError("the blending is done on rank 0")
+
+    session.residency.use("vae", video.load_video_vae, share)
 
 
 def work_of(session: Session, request: Request, together: int = 1, once: bool = False) -> Work:

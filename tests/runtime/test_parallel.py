@@ -21,6 +21,7 @@ from ltxpack.errors import DeviceError, UsageError
 from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.team import Team
+from ltxpack.runtime.recipe_run import decode_video
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.settings import SessionSettings
 
@@ -75,6 +76,34 @@ def test_the_ranks_exchange_the_velocities_of_guided_steps_and_nothing_else(
     first = latents(three, steps=3)[:2]
     # 2n + 1 evaluations by three passes, which the ranks take in turn; stage 2 has one pass.
     assert sent == [(owner, part.nbytes) for owner in (0, 1, 2) for part in first] * 7
+
+
+def test_the_ranks_decode_tiles_in_turn_into_the_frames_of_one_device(
+    alone: Pipeline, three: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[tuple[int, tuple[int, ...]]] = []
+    recv = exchange.dist.recv
+
+    def counted(tensor: torch.Tensor, src: int) -> None:
+        got.append((src, tuple(tensor.shape)))
+        recv(tensor, src)
+
+    monkeypatch.setattr(exchange.dist, "recv", counted)
+    wide: dict[str, Any] = {**TINY, "width": 1600, "recipe": "distilled"}
+    found = three("A paper boat", **wide)
+    # Three tiles of at most 24 latents that overlap by two: rank 0 decodes the first, and gets the others.
+    assert got == [(1, (3, 9, 64, 768)), (2, (3, 9, 64, 192))]
+    assert torch.equal(found.frames, alone("A paper boat", **wide).frames)
+    team = three.session.ranks
+    assert isinstance(team, Team)
+    others = [worker.process.pid for worker in team._workers]
+
+    def full(frames: torch.Tensor) -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        decode_video(three.session, found.latents.video, full)
+    assert not any(map(alive, others)), "nobody is left in the middle of a video"
 
 
 def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(alone: Pipeline, three: Pipeline) -> None:

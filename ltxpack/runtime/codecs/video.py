@@ -5,10 +5,10 @@ And the upsampler between two stages: twice the height and width in latent space
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,6 +25,8 @@ from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, load_component, read_headers, read_tensors, verify_command
 
 VideoVAE: TypeAlias = AutoencoderKLLTX2Video
+# Gives each of many tiles decoded, in order: :func:`decode_tiles`, or one that has help.
+DecodeTiles: TypeAlias = Callable[[VideoVAE, Iterable[Tensor]], Iterator[Tensor]]
 # Tiles are blended this many frames at a time, so that the float32 copies stay small beside the frames.
 BLENDED_AT_ONCE = 8
 
@@ -131,25 +133,41 @@ def encode_image(vae: VideoVAE, pixels: Tensor) -> Tensor:
     return LatentStatistics.of(vae).normalise(latents)
 
 
+def decode_tiles(vae: VideoVAE, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each of ``tiles``, plain latents ``[1, C, f, h, w]``, as ``[3, 8 (f - 1) + 1, 32h, 32w]`` in [-1, 1]."""
+    return (decode_tile(vae, tile) for tile in tiles)
+
+
 @torch.no_grad()
-def decode_video(vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -> Iterator[Tensor]:
+@exact_float32()
+def decode_tile(vae: VideoVAE, tile: Tensor) -> Tensor:
+    """One tile, as :func:`decode_tiles`."""
+    decoded: Tensor = vae.decode(tile, return_dict=False)[0][0]
+    return decoded
+
+
+def decoded_shape(vae: VideoVAE, tile: Tensor) -> tuple[int, int, int, int]:
+    """The shape of a ``tile`` that is decoded."""
+    _, _, length, height, width = tile.shape
+    spatial, frames = vae.spatial_compression_ratio, vae.temporal_compression_ratio * (length - 1) + 1
+    return vae.config.out_channels, frames, height * spatial, width * spatial
+
+
+@torch.no_grad()
+def decode_video(
+    vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None, decode: DecodeTiles = decode_tiles
+) -> Iterator[Tensor]:
     """The frames of normalised ``latents`` ``[1, C, f, h, w]``, in chunks ``[n, 32h, 32w, 3]`` in [0, 1].
 
     A chunk is yielded as soon as its temporal group is decoded, in the dtype and on the device of ``latents``;
     together they are ``8 (f - 1) + 1`` frames. ``tiling`` defaults to the official layout (spec 06, section 5).
+    ``decode`` gives the tiles in their order.
     """
-    _, _, length, height, width = latents.shape
-    tiling = tiling or auto_tiling(height, width)
-    spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-    device = latents.device
-    groups = [tile.to(device) for tile in frame_tiles(length, tiling.frames, temporal)]
-    rows = [tile.to(device) for tile in spatial_tiles(height, tiling.height, spatial)]
-    columns = [tile.to(device) for tile in spatial_tiles(width, tiling.width, spatial)]
-    latents = LatentStatistics.of(vae).denormalise(latents)
-
+    layout = TileLayout.of(vae, latents, tiling)
+    tiles = iter(decode(vae, layout.cut(LatentStatistics.of(vae).denormalise(latents))))
     tail = latents.new_empty(0, 1, 1, 1)
-    for group, fresh in zip(groups, fresh_frames(groups), strict=True):
-        frames = _decode_group(vae, latents[:, :, group.latents], group, rows, columns)
+    for group, fresh in zip(layout.groups, fresh_frames(layout.groups), strict=True):
+        frames = _blended_group(tiles, latents, layout, group, vae.config.out_channels)
         overlap = tail.shape[0]
         frames[:overlap] += tail
         tail = frames[fresh:].clone()
@@ -157,20 +175,49 @@ def decode_video(vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -
             yield ((frames[:fresh] + 1) * 0.5).clamp(0, 1)
 
 
-@exact_float32()
-def _decode_group(
-    vae: VideoVAE, latents: Tensor, group: AxisTile, rows: list[AxisTile], columns: list[AxisTile]
+@dataclass(frozen=True, slots=True)
+class TileLayout:
+    """The tiles of a video along each axis; the order is that of the groups, in each that of rows, then columns."""
+
+    groups: list[AxisTile]
+    rows: list[AxisTile]
+    columns: list[AxisTile]
+
+    @classmethod
+    def of(cls, vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -> TileLayout:
+        """Of ``latents`` ``[1, C, f, h, w]``; ``tiling`` defaults to the official layout."""
+        _, _, length, height, width = latents.shape
+        tiling = tiling or auto_tiling(height, width)
+        spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
+        axes = (
+            frame_tiles(length, tiling.frames, temporal),
+            spatial_tiles(height, tiling.height, spatial),
+            spatial_tiles(width, tiling.width, spatial),
+        )
+        return cls(*([tile.to(latents.device) for tile in axis] for axis in axes))
+
+    @property
+    def count(self) -> int:
+        """The number of tiles."""
+        return len(self.groups) * len(self.rows) * len(self.columns)
+
+    def cut(self, latents: Tensor) -> Iterator[Tensor]:
+        """The tiles of plain ``latents``, in their order."""
+        for group, row, column in product(self.groups, self.rows, self.columns):
+            yield latents[:, :, group.latents, row.latents, column.latents]
+
+
+def _blended_group(
+    tiles: Iterator[Tensor], latents: Tensor, layout: TileLayout, group: AxisTile, channels: int
 ) -> Tensor:
     """The weighted sum of one temporal group's tiles, ``[n, H, W, 3]`` in [-1, 1].
 
-    Products and sums are float32, rounded once as they are stored in the buffer.
+    Sums are float32, rounded once as they are stored in the buffer.
     """
-    channels = vae.config.out_channels
+    rows, columns = layout.rows, layout.columns
     frames = latents.new_zeros(len(group.weights), rows[-1].output.stop, columns[-1].output.stop, channels)
-    for row in rows:
-        for column in columns:
-            tile = vae.decode(latents[..., row.latents, column.latents], return_dict=False)[0][0]
-            _blend(frames[:, row.output, column.output], tile.permute(1, 2, 3, 0), group, row, column)
+    for row, column in product(rows, columns):
+        _blend(frames[:, row.output, column.output], next(tiles).permute(1, 2, 3, 0), group, row, column)
     return frames
 
 

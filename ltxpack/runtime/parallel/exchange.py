@@ -46,6 +46,14 @@ class Exchange:
         """``tensor`` with what it holds on rank ``owner``, on all ranks."""
         return self._made(tensor, lambda: dist.broadcast(tensor, src=owner))
 
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Send ``tensor`` to one ``rank``, which waits for it."""
+        self._made(tensor, lambda: dist.send(tensor, rank))
+
+    def receive(self, tensor: Tensor, rank: int) -> Tensor:
+        """``tensor`` with what ``rank`` sends."""
+        return self._made(tensor, lambda: dist.recv(tensor, rank))
+
     def all_to_all(self, parts: Tensor, group: Any) -> Tensor:
         """``parts`` [ranks, ...], one for each rank of ``group`` -> what each has for this one, [ranks, ...]."""
         got = torch.empty_like(parts)

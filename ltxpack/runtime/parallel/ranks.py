@@ -7,13 +7,14 @@ all ranks, whose latents stay equal without any other exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ltxpack.runtime.codecs.video import DecodeTiles, VideoVAE, decode_tile, decode_tiles, decoded_shape
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.parallel.exchange import Exchange
@@ -40,6 +41,10 @@ class Alone:
     def front(self, model: DiT, stage: int) -> Model:
         """``model`` as the denoiser of stage number ``stage`` is to use it."""
         return model
+
+    def decoding(self, latents: Tensor) -> AbstractContextManager[DecodeTiles]:
+        """A block in which rank 0 decodes the official tiles of ``latents`` by what it is given."""
+        return nullcontext(decode_tiles)
 
     def close(self) -> None:
         """The session is over, for all ranks."""
@@ -70,6 +75,21 @@ class Member(Alone):
         found = chosen(self._parallel, self._config, work, self.exchange.size, self._itemsize, self.rates)
         self._splits = found.splits
         return found
+
+    @torch.no_grad()
+    def tiles(self, vae: VideoVAE, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
+        """As :func:`.decode_tiles`, on rank 0: the ranks decode tiles in turn. The others send theirs."""
+        exchange = self.exchange
+        for number, tile in enumerate(tiles):
+            owner = number % exchange.size
+            if owner == exchange.rank:
+                made = decode_tile(vae, tile)
+                if owner == 0:
+                    yield made
+                else:
+                    exchange.send(made.contiguous(), 0)
+            elif exchange.rank == 0:
+                yield exchange.receive(tile.new_empty(decoded_shape(vae, tile)), owner)
 
     def front(self, model: DiT, stage: int) -> Model:
         split = self._splits[stage]

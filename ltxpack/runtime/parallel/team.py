@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ltxpack.errors import DeviceError, UsageError
 from ltxpack.reporter import Reporter
+from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
+from ltxpack.runtime.codecs.video import DecodeTiles, decode_tiles
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place
 from ltxpack.runtime.parallel.ranks import Contexts, Member
@@ -34,6 +37,8 @@ from ltxpack.runtime.weights.plan import Work
 WORKER = "ltxpack.runtime.parallel.worker"
 # What a worker writes when it is ready to join, and before it says why it ends.
 READY, FAULT = "ltxpack-ready", "ltxpack-fault: "
+# What a worker is told that is to decode its share of the video it made the latents of.
+DECODE = "decode"
 # Seconds: until a failed exchange is explained by a worker that ended; until a run ends that waits for such a one; and
 # what a worker gets to end by itself.
 EXPLAINED, GIVEN_UP, LEFT = 3.0, 8.0, 5.0
@@ -145,11 +150,29 @@ class Team(Member):
     @contextlib.contextmanager
     def together(self, work: Work, *arguments: Any) -> Iterator[None]:
         """Raises DeviceError where a worker has ended or cannot begin; after any failure new ones start."""
-        try:
-            self._begin()
+        with self._at_work():
             self._tell(self.choose(work))
             for worker in self._workers:
                 worker.tell(arguments)
+            yield
+
+    @contextlib.contextmanager
+    def decoding(self, latents: Tensor) -> Iterator[DecodeTiles]:
+        """Raises DeviceError as :meth:`together`. Where workers are new, or there is one tile, this rank decodes."""
+        height, width = latents.shape[3:]
+        if not self._joined or Tiles.of(latents.shape[2:], auto_tiling(height, width)).count == 1:
+            yield decode_tiles
+            return
+        with self._at_work():
+            for worker in self._workers:
+                worker.tell(DECODE)
+            yield self.tiles
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """A block in which all ranks are at work. If it fails, the others are ended."""
+        try:
+            self._begin()
             self._working = True
             yield
         except BaseException:

@@ -21,9 +21,10 @@ from ltxpack.errors import LtxpackError
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place
 from ltxpack.runtime.parallel.ranks import Contexts, Member
-from ltxpack.runtime.parallel.team import FAULT, READY
-from ltxpack.runtime.recipe_run import latents_of
+from ltxpack.runtime.parallel.team import DECODE, FAULT, READY
+from ltxpack.runtime.recipe_run import decode_share, latents_of
 from ltxpack.runtime.session import Session
+from ltxpack.runtime.video import Latents
 from ltxpack.runtime.weights.plan import Work
 
 
@@ -85,8 +86,12 @@ def main() -> int:
             say(READY)
             exchange = Exchange(meeting_place(port), rank, size, session.device, lambda failed: None)
             follower.joined(exchange, session.device)
+            made: Latents | None = None
             while (work := messages.next()) is not None:
-                latents_of(session, *work)
+                if work != DECODE:
+                    made = latents_of(session, *work)
+                elif made is not None:
+                    decode_share(session, made.video, follower.tiles)
     except LtxpackError as error:
         say(FAULT + error.render().replace("\n", ";"))
         os._exit(1)
