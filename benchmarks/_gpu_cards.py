@@ -6,6 +6,7 @@ KIND``. Without a card there are two ranks on the CPU.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from _gpu_forward import guided
 from _gpu_sizes import REAL, TINY
 from torch import Tensor
 
-from ltxpack.runtime.parallel.exchange import Exchange, meeting_place
+from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
 from ltxpack.runtime.parallel.ranks import Front
 from ltxpack.runtime.parallel.schemes import OF_ONE, SEQUENCE, Rates, Split, divides, split_of, stage_seconds
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES
@@ -50,9 +51,9 @@ def cards(bench: Bench) -> None:
     if size < 2:
         table.rows.append(("-", "there is one card here", *("-" * 4)))
         return
-    store = meeting_place()
+    place = meeting_place()
     kind = f"{bench.device.type}-{bench.recipe.name}"
-    command = [sys.executable, str(Path(__file__).resolve()), str(store.port)]
+    command = [sys.executable, str(Path(__file__).resolve()), str(place)]
     others = [subprocess.Popen([*command, str(rank), str(size), kind]) for rank in range(1, size)]
 
     def check(failed: bool) -> None:
@@ -60,7 +61,7 @@ def cards(bench: Bench) -> None:
             raise RuntimeError("the process of another card has ended")
 
     try:
-        exchange = Exchange(store, 0, size, bench.device, check)
+        exchange = Exchange(store_in(place, size), 0, size, bench.device, check)
         rates = rates_of(bench, exchange)
         told = f"{rates.flops / 1e12:.3g} TFLOP/s", f"{rates.link / 1e9:.3g} GB/s to each"
         table.rows.append(("-", "the rates", *told, "-", "-"))
@@ -71,6 +72,7 @@ def cards(bench: Bench) -> None:
             other.kill()
             other.wait()
     exchange.leave()
+    shutil.rmtree(place, ignore_errors=True)
 
 
 def measured(bench: Bench, exchange: Exchange) -> Iterator[Made]:
@@ -138,7 +140,7 @@ def _parts(*both: AV[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(each.video, each.audio) for each in both]
 
 
-def main(port: str, rank: str, size: str, kind: str) -> int:
+def main(place: str, rank: str, size: str, kind: str) -> int:
     """A rank other than 0, which tells nothing."""
     where, _, recipe = kind.partition("-")
     dry = where == "cpu"
@@ -155,7 +157,7 @@ def main(port: str, rank: str, size: str, kind: str) -> int:
         say=lambda line: None,
         recipe=RECIPES.get(recipe, HQ),
     )
-    exchange = Exchange(meeting_place(int(port)), int(rank), int(size), device, lambda failed: None)
+    exchange = Exchange(store_in(Path(place), int(size)), int(rank), int(size), device, lambda failed: None)
     rates_of(bench, exchange)
     for _ in measured(bench, exchange):
         pass

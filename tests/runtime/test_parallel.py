@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -134,7 +135,10 @@ def test_a_second_team_of_one_process_is_refused(three: Pipeline, demo: Path) ->
 
 
 def test_a_rank_that_cannot_begin_says_why(three: Pipeline, tmp_path: Path) -> None:
+    place = three.session.ranks._place  # type: ignore[attr-defined]
+    assert place.is_dir()
     three.close()
+    assert not place.exists()
     config, work = three.session.transformer_config, Request.of("a").work(("base", "base"))
     team = Team(tmp_path / "none", SessionSettings(), ("cpu", "cpu"), torch.device("cpu"), config, Notes())
     with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"), team.together(work):
@@ -146,18 +150,20 @@ def test_the_ranks_end_with_rank_0(demo: Path) -> None:
     code = (
         "import sys, time; from ltxpack import Pipeline\n"
         "two = Pipeline.from_overlay(sys.argv[1], devices='cpu:2', dtype='float32')\n"
-        "print(two.session.ranks._workers[0].process.pid, flush=True); time.sleep(600)"
+        "team = two.session.ranks; print(team._workers[0].process.pid, team._place, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(demo / "overlay")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
-        worker = int(first.stdout.readline())
+        pid, _, place = first.stdout.readline().strip().partition(" ")
+        worker, meeting = int(pid), Path(place)
+        assert stat.S_IMODE(meeting.stat().st_mode) == 0o700, "nobody else can join"
         first.kill()
         first.wait()
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while alive(worker) and time.monotonic() < end:
             time.sleep(0.05)
-        assert not alive(worker)
+        assert not alive(worker) and not meeting.exists()
 
 
 def alive(pid: int) -> bool:

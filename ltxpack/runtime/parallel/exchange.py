@@ -6,9 +6,11 @@ Every rank makes the same exchanges in the same order. Nothing else in the packa
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,11 +24,16 @@ R = TypeVar("R")
 ROWS, WIDTH = 8192, 4096
 
 
-def meeting_place(port: int = 0) -> Any:
-    """Where the ranks of this machine meet: at ``port``, or newly opened by rank 0, whose ``port`` the others need."""
+def meeting_place() -> Path:
+    """A new folder that only this user can enter, in which the ranks of this machine find each other. Remove it."""
+    return Path(tempfile.mkdtemp(prefix="ltxpack-ranks-"))
+
+
+def store_in(place: Path, size: int) -> Any:
+    """What ``size`` ranks tell each other, in a file of the folder ``place``."""
     # Not imported above: a torch without torch.distributed has none, and makes videos on one device.
-    store: Any = dist.TCPStore  # type: ignore[attr-defined]
-    return store("127.0.0.1", port, is_master=port == 0, wait_for_workers=False)
+    store: Any = dist.FileStore  # type: ignore[attr-defined]
+    return store(str(place / "store"), size)
 
 
 class Exchange:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.codecs.video import DecodeTiles, decode_tiles
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.parallel.exchange import Exchange, meeting_place
+from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
 from ltxpack.runtime.parallel.ranks import Contexts, Member
 from ltxpack.runtime.parallel.schemes import AUTO, Counted
 from ltxpack.runtime.sampling.recipes import stage_label
@@ -196,12 +197,12 @@ class Team(Member):
     def _start(self) -> None:
         self._gone: Worker | None = None
         self._over = threading.Event()
-        self._store = meeting_place()
+        self._place = meeting_place()
         self._workers = [Worker(rank, name, self._ended) for rank, name in enumerate(self._devices) if rank]
         for worker in self._workers:
             own = replace(self._settings, device=worker.device, devices=None, parallel=AUTO)
             ranks = worker.rank, len(self._devices), self._parallel
-            worker.tell((self._root, own, *ranks, self._store.port, torch.get_num_threads()))
+            worker.tell((self._root, own, *ranks, self._place, torch.get_num_threads()))
 
     def _begin(self) -> None:
         """Have all workers ready and joined."""
@@ -210,7 +211,9 @@ class Team(Member):
         if not self._joined:
             while not all(worker.ready.wait(0.05) for worker in self._workers):
                 self._check()
-            self.joined(Exchange(self._store, 0, len(self._devices), self._device, self._check), self._device)
+            size = len(self._devices)
+            exchange = Exchange(store_in(self._place, size), 0, size, self._device, self._check)
+            self.joined(exchange, self._device)
             self._joined = True
         self._check()
 
@@ -238,6 +241,7 @@ class Team(Member):
         if self._joined:
             self.exchange.leave()
             self._joined = False
+        shutil.rmtree(self._place, ignore_errors=True)
 
     def _ended(self, worker: Worker) -> None:
         """Called from the worker's thread. The main thread may wait for the worker in a library, for ever."""
@@ -249,6 +253,7 @@ class Team(Member):
             self._reporter.warn(self._fault(worker).render())
             for other in self._workers:
                 other.process.kill()
+            shutil.rmtree(self._place, ignore_errors=True)
             os._exit(1)
 
     def _check(self, failed: bool = False) -> None:

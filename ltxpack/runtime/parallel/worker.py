@@ -8,18 +8,21 @@ from __future__ import annotations
 import os
 import pickle
 import queue
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ltxpack.errors import LtxpackError
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.parallel.exchange import Exchange, meeting_place
+from ltxpack.runtime.parallel.exchange import Exchange, store_in
 from ltxpack.runtime.parallel.ranks import Contexts, Member
 from ltxpack.runtime.parallel.team import DECODE, FAULT, READY
 from ltxpack.runtime.recipe_run import decode_share, latents_of
@@ -74,8 +77,8 @@ class Follower(Member):
 def main() -> int:
     """Until rank 0 has no more work; the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too
-    messages = Messages()
-    root, settings, rank, size, parallel, port, threads = messages.next()
+    root, settings, rank, size, parallel, place, threads = pickle.load(sys.stdin.buffer)
+    messages = Messages(partial(_leave, place))
     torch.set_num_threads(threads)
     try:
         with Session(root, settings) as session:
@@ -84,7 +87,7 @@ def main() -> int:
             if session.device.type == "cuda":
                 torch.cuda.set_device(session.device)
             say(READY)
-            exchange = Exchange(meeting_place(port), rank, size, session.device, lambda failed: None)
+            exchange = Exchange(store_in(place, size), rank, size, session.device, lambda failed: None)
             follower.joined(exchange, session.device)
             made: Latents | None = None
             while (work := messages.next()) is not None:
@@ -98,7 +101,14 @@ def main() -> int:
     except Exception as error:
         say(f"{FAULT}{type(error).__name__}: {str(error).splitlines()[:1]}")
         os._exit(1)
+    shutil.rmtree(place, ignore_errors=True)
     return 0
+
+
+def _leave(place: Path) -> None:
+    """Rank 0 is gone, and with it who removes the folder ``place``."""
+    shutil.rmtree(place, ignore_errors=True)
+    os._exit(1)
 
 
 def say(line: str) -> None:
