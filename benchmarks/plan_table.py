@@ -17,7 +17,7 @@ from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel.planned import PlannedScheme, cells, plan_schemes
-from ltxpack.runtime.parallel.schemes import Split, stage_flops
+from ltxpack.runtime.parallel.schemes import video_flops
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import DISTILLED, HQ, Recipe
 from ltxpack.runtime.weights.machine import this_machine
@@ -77,7 +77,7 @@ def fleet_rows() -> Iterator[str]:
     """One row a machine and recipe: what a video costs in operations, memory and bytes from disk."""
     for recipe in PLANNED:
         model, config, work = _published(recipe)
-        operations = sum(stage_flops(config, work, stage, Split()) for stage in work.stages)
+        operations = video_flops(config, work)
         for card, host in FLEET:
             plan = best_plan(model, work, this_machine(card * GB, host * GB))
             assert plan is not None
