@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from ltxpack.cli.terminal import Command, TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
 from ltxpack.files.units import human_bytes
 from ltxpack.runtime.codecs.tiles import FAST
-from ltxpack.runtime.parallel.devices import RAY_HERE
+from ltxpack.runtime.parallel.devices import RAY_HERE, TORCHRUN, Launched, launched
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings, Settings, flag_of, type_of
 
@@ -118,12 +119,32 @@ def run(
         Request.of(prompt, **given(VIDEO))
     from ltxpack.runtime.run import RunOptions
 
-    session = SessionSettings(**given(SESSION))
+    session, launch = SessionSettings(**given(SESSION)), launched()
+    if launch is not None:
+        session = _of_torchrun(session, ray)
+        if launch.rank:
+            _follow(overlay, session, launch)
+            return
     options = RunOptions(overlay, prompt or "", output or RunOptions.output, save_tensors, given(VIDEO), session, ray)
     if prompts is not None:
         _many(options, prompts, output, verbose)
     else:
         _one(options, verbose)
+
+
+def _of_torchrun(session: SessionSettings, ray: str | None) -> SessionSettings:
+    if session.devices is not None or ray is not None:
+        named = "--ray" if session.devices is None else "--devices"
+        raise click.UsageError(f"torchrun has started the ranks: leave {named} out, or start ltxpack without it")
+    return replace(session, devices=TORCHRUN)
+
+
+def _follow(overlay: Path, session: SessionSettings, launch: Launched) -> None:
+    """The terminal is rank 0's; when that ends, torchrun ends this one."""
+    from ltxpack.runtime.parallel.worker import follow_torchrun
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_torchrun(overlay, session, launch)
 
 
 def _one(options: RunOptions, verbose: bool) -> None:

@@ -19,6 +19,7 @@ from ltxpack.runtime.lines import SKIPPED, LineMaker, Outcome, Task, failed, ide
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.parallel.actors import Actors
 from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
+from ltxpack.runtime.parallel.devices import TORCHRUN
 from ltxpack.runtime.parallel.schemes import DATA, OF_MANY, OF_ONE, STAGES
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Ready, Sharing
 from ltxpack.runtime.prompts_file import PromptsLine, read_lines
@@ -116,8 +117,8 @@ def _crew(overlay: Overlay, options: RunOptions, lines: Sequence[PromptsLine], r
     if options.ray is not None:
         return Actors(options.ray, options.overlay.absolute(), options.session, lines, reporter)
     settings, devices = options.session, devices_of(options.session)
-    way = settings.parallel
-    if len(devices) > 1 and (way in OF_MANY or (len(lines) > 1 and way not in OF_ONE)):
+    way, apart = settings.parallel, len(devices) > 1 and settings.devices != TORCHRUN
+    if apart and (way in OF_MANY or (len(lines) > 1 and way not in OF_ONE)):
         by_stages = goes_by_stages(overlay, settings, [line.request for line in lines], devices)
         told = f"{STAGES}: each device makes a stage" if by_stages else f"{DATA}: each device makes whole videos"
         reporter.note(f"parallel {told}")

@@ -28,10 +28,11 @@ from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import use_codes
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, transformer_part
-from ltxpack.runtime.parallel.devices import named_devices
+from ltxpack.runtime.parallel.devices import TORCHRUN, Launched, launched, named_devices
 from ltxpack.runtime.parallel.ranks import ALONE, Alone
 from ltxpack.runtime.parallel.schemes import NONE, OF_MANY, check_heads
 from ltxpack.runtime.parallel.team import Team
+from ltxpack.runtime.parallel.torchrun import TorchrunTeam
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe, stage_flag
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
 from ltxpack.runtime.settings import AUTO, STATIC, SessionSettings
@@ -106,12 +107,7 @@ class Session:
         fault = known_fault(self.device, self.dtype)
         if fault is not None:
             self.reporter.warn(fault)
-        self.ranks: Alone = ALONE
-        if len(devices) > 1:
-            config = self.transformer_config
-            check_heads(settings.parallel, config, len(devices))
-            self.residency.processes = len(devices)
-            self.ranks = Team(root, settings, devices, self.device, config, self.reporter)
+        self.ranks: Alone = self._rank_of(root, devices) if len(devices) > 1 else ALONE
 
     @property
     def transformer_config(self) -> DiTConfig:
@@ -241,6 +237,16 @@ class Session:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _rank_of(self, root: Path, devices: Sequence[str]) -> Alone:
+        """Rank 0 of ``devices``; of another rank that torchrun started it is said later what that is."""
+        settings, config = self.settings, self.transformer_config
+        check_heads(settings.parallel, config, len(devices))
+        launch = launched() if settings.devices == TORCHRUN else None
+        self.residency.processes = len(devices) if launch is None else launch.here
+        if launch is None:
+            return Team(root, settings, devices, self.device, config, self.reporter)
+        return ALONE if launch.rank else TorchrunTeam(launch, settings, self.device, config, self.reporter)
+
     def _prepare(self, name: str, model: DiT, streamed: bool) -> None:
         """Prepare a transformer once, when its weights have come to the device or come there block by block."""
         if self.activations is not None:
@@ -278,6 +284,8 @@ def _of_a_video(settings: SessionSettings) -> tuple[str, ...]:
 
 def devices_of(settings: SessionSettings) -> tuple[str, ...]:
     """One for each rank. Raises UsageError for what does not go together."""
+    if settings.devices == TORCHRUN and (launch := launched()) is not None:
+        return (_of_this_rank(settings, launch),) * launch.size
     if settings.devices is None:
         if settings.parallel not in (AUTO, NONE):
             raise UsageError(f"--parallel {settings.parallel} goes with several devices", next="add --devices 0,1")
@@ -288,6 +296,21 @@ def devices_of(settings: SessionSettings) -> tuple[str, ...]:
         # Each rank sees the inputs of its own passes alone.
         raise UsageError("--save-activations goes with one device", next="leave --devices out")
     return named_devices(settings.devices)
+
+
+def _of_this_rank(settings: SessionSettings, launch: Launched) -> str:
+    """The device of a rank that torchrun started. Raises UsageError."""
+    if settings.parallel in (*OF_MANY, NONE):
+        problem = f"--parallel {settings.parallel} does not go with torchrun, whose ranks share each video"
+        raise UsageError(problem, next="leave --parallel out, or start ltxpack without torchrun")
+    if settings.save_activations is not None:
+        raise UsageError("--save-activations goes with one device", next="start ltxpack without torchrun")
+    if settings.device not in (AUTO, "cuda", "cpu"):
+        expected = "auto, cuda or cpu: each rank takes the card of its own number"
+        raise UsageError("--device names one card for all ranks", expected=expected, found=settings.device)
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return settings.device
+    return f"cuda:{launch.local}"
 
 
 def _out_of_memory(error: BaseException) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ltxpack.errors import UsageError
@@ -11,6 +13,8 @@ EXAMPLES = "ordinals such as 0,1,2, or cpu:N for N processes on the CPU"
 MOST = 64
 # What --ray means without an address: Ray starts on this machine, and ends with the run.
 RAY_HERE = "local"
+# What stands for --devices where torchrun has started the ranks.
+TORCHRUN = "torchrun"
 
 
 def named_devices(text: str) -> tuple[str, ...]:
@@ -26,6 +30,24 @@ def named_devices(text: str) -> tuple[str, ...]:
     if len(set(numbers)) < len(numbers):
         raise UsageError("--devices names a card twice", expected=EXAMPLES, found=text, next="choose --devices 0,1")
     return tuple(f"cuda:{number}" for number in numbers)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """This process as one of ``size`` ranks that torchrun started, on this machine number ``local`` of ``here``."""
+
+    rank: int
+    size: int
+    local: int
+    here: int
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
+    """What torchrun says of this process; None where it did not start it."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return Launched(*(int(environment[name]) for name in names))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from torch import Tensor
 from ltxpack.runtime.parallel.schemes import Rates, Split
 
 R = TypeVar("R")
+# How long a rank waits for what rank 0 says next: while that encodes, decodes, or the disk is slow.
+PATIENCE = timedelta(days=7)
 # Of a product as in the blocks, of as many rows as stage 1 has tokens.
 ROWS, WIDTH = 8192, 4096
 
@@ -43,11 +46,20 @@ class Exchange:
     """
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, check: Callable[[bool], None]) -> None:
-        """Joins the others, and waits for all of them to join."""
+        """Joins the others, and waits for all of them to join. ``store``: None for ranks that torchrun started."""
         self.rank, self.size, self._device, self._check = rank, size, device, check
         self._groups: dict[Split, list[Any]] = {}
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo looks for the machine's name in the network
+        if store is None and device.type == "cuda":
+            torch.cuda.set_device(device)
+        if store is not None or size == int(os.environ["LOCAL_WORLD_SIZE"]):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo looks for the machine's name in the network
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        self._talk = dist.new_group(backend="gloo", timeout=PATIENCE) if store is None else None
+
+    def say(self, message: Any = None) -> Any:
+        """What rank 0 says, on all ranks that torchrun started; the others wait for it."""
+        said = [message]
+        return self._made(said, lambda: dist.broadcast_object_list(said, src=0, group=self._talk))[0]
 
     def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
         """``tensor`` with what it holds on rank ``owner``, on all ranks."""

@@ -120,9 +120,74 @@ class Worker:
                 received(pickle.load(messages))
 
 
-class Team(Member):
-    """Rank 0 of several, and the processes of the others. ``devices``: one for each rank, rank 0's first; ``config``:
-    of the transformers.
+class Leader(Member):
+    """Rank 0 of several, whoever started the others. ``devices``: those of this machine, rank 0's first; ``config``: of
+    the transformers.
+    """
+
+    def __init__(
+        self,
+        settings: SessionSettings,
+        devices: Sequence[str],
+        device: torch.device,
+        config: DiTConfig,
+        reporter: Reporter,
+    ) -> None:
+        super().__init__(settings.parallel, config, getattr(torch, settings.dtype))
+        self._devices, self._device, self._reporter = devices, device, reporter
+        self._joined, self._noted = False, ""
+
+    @contextlib.contextmanager
+    def together(self, work: Work, *arguments: Any) -> Iterator[None]:
+        """Raises DeviceError where another rank has ended or cannot begin."""
+        with self._at_work():
+            self._note(self.choose(work))
+            self._tell(arguments)
+            yield
+
+    @contextlib.contextmanager
+    def decoding(self, latents: Tensor) -> Iterator[DecodeTiles]:
+        """Raises DeviceError as :meth:`together`. Where workers are new, or there is one tile, this rank decodes."""
+        height, width = latents.shape[3:]
+        if not self._joined or Tiles.of(latents.shape[2:], auto_tiling(height, width)).count == 1:
+            yield decode_tiles
+            return
+        with self._at_work():
+            self._tell(DECODE)
+            yield self.tiles
+
+    def contexts(self, make: Callable[[], Contexts]) -> Contexts:
+        made = make()
+        self._tell([context.map(lambda tensor: tensor.cpu()) for context in made])
+        return made
+
+    def _tell(self, message: Any) -> None:
+        """Hand ``message`` to every other rank."""
+        raise NotImplementedError
+
+    def _at_work(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which all ranks are at work."""
+        raise NotImplementedError
+
+    def _note(self, found: Counted) -> None:
+        """One line of what was chosen and what it gains, where it is not what the last line says."""
+        links = ""
+        if self.rates.link < math.inf:
+            near = all(torch.cuda.can_device_access_peer(self._device, other) for other in self._devices[1:])
+            near = near and len(self._devices) == self.exchange.size
+            reach = "cards reach each other" if near else "cards reach each other through the host"
+            links = f"; {reach}, {self.rates.link / 1e9:.1f} GB/s in an all-to-all"
+        stages = ", ".join(f"{stage_label(number)} {split}" for number, split in enumerate(found.splits))
+        noted = (
+            f"parallel {found.scheme}: {stages}; expected: at most {found.gain:.2f} times as fast as one device{links}"
+        )
+        if noted != self._noted:
+            self._reporter.note(noted)
+        self._noted = noted
+
+
+class Team(Leader):
+    """Rank 0, and the processes of the others, which it starts.
 
     Workers start at once; they are waited for when there is something to make.
     Raises UsageError for a second team: a process can be in one group of ``torch.distributed`` at a time.
@@ -139,39 +204,16 @@ class Team(Member):
         config: DiTConfig,
         reporter: Reporter,
     ) -> None:
-        super().__init__(settings.parallel, config, getattr(torch, settings.dtype))
-        self._told = ""
-        self._root, self._settings, self._devices, self._device = root, settings, devices, device
-        self._reporter, self._joined, self._working, self._closed = reporter, False, False, False
+        super().__init__(settings, devices, device, config, reporter)
+        self._root, self._settings, self._working, self._closed = root, settings, False, False
         if not self._only.acquire(blocking=False):
             problem = "another pipeline of this process has several devices"
             raise UsageError(problem, next="close the other pipeline first")
         self._start()
 
     @contextlib.contextmanager
-    def together(self, work: Work, *arguments: Any) -> Iterator[None]:
-        """Raises DeviceError where a worker has ended or cannot begin; after any failure new ones start."""
-        with self._at_work():
-            self._tell(self.choose(work))
-            for worker in self._workers:
-                worker.tell(arguments)
-            yield
-
-    @contextlib.contextmanager
-    def decoding(self, latents: Tensor) -> Iterator[DecodeTiles]:
-        """Raises DeviceError as :meth:`together`. Where workers are new, or there is one tile, this rank decodes."""
-        height, width = latents.shape[3:]
-        if not self._joined or Tiles.of(latents.shape[2:], auto_tiling(height, width)).count == 1:
-            yield decode_tiles
-            return
-        with self._at_work():
-            for worker in self._workers:
-                worker.tell(DECODE)
-            yield self.tiles
-
-    @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
-        """A block in which all ranks are at work. If it fails, the others are ended."""
+        """If the block fails, the others are ended; after that new ones start."""
         try:
             self._begin()
             self._working = True
@@ -182,11 +224,9 @@ class Team(Member):
         finally:
             self._working = False
 
-    def contexts(self, make: Callable[[], Contexts]) -> Contexts:
-        made = make()
+    def _tell(self, message: Any) -> None:
         for worker in self._workers:
-            worker.tell([context.map(lambda tensor: tensor.cpu()) for context in made])
-        return made
+            worker.tell(message)
 
     def close(self) -> None:
         self._end(LEFT)
@@ -216,21 +256,6 @@ class Team(Member):
             self.joined(exchange, self._device)
             self._joined = True
         self._check()
-
-    def _tell(self, found: Counted) -> None:
-        """One line of what was chosen and what it gains, where it is not what the last line says."""
-        links = ""
-        if self.rates.link < math.inf:
-            near = all(torch.cuda.can_device_access_peer(self._device, other) for other in self._devices[1:])
-            reach = "cards reach each other" if near else "cards reach each other through the host"
-            links = f"; {reach}, {self.rates.link / 1e9:.1f} GB/s in an all-to-all"
-        stages = ", ".join(f"{stage_label(number)} {split}" for number, split in enumerate(found.splits))
-        told = (
-            f"parallel {found.scheme}: {stages}; expected: at most {found.gain:.2f} times as fast as one device{links}"
-        )
-        if told != self._told:
-            self._reporter.note(told)
-        self._told = told
 
     def _end(self, seconds: float) -> None:
         """End all workers; each gets ``seconds``, unless one is gone, which the others would wait for."""

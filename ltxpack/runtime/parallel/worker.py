@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from ltxpack.errors import LtxpackError
-from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, store_in
 from ltxpack.runtime.parallel.ranks import Contexts, Member
 from ltxpack.runtime.parallel.team import DECODE, FAULT, READY
 from ltxpack.runtime.recipe_run import decode_share, latents_of
 from ltxpack.runtime.session import Session
-from ltxpack.runtime.video import Latents
+from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights.plan import Work
 
 
@@ -61,9 +61,11 @@ class Messages:
 class Follower(Member):
     """A rank other than 0."""
 
-    def __init__(self, messages: Messages, parallel: str, config: DiTConfig, session: Session) -> None:
-        super().__init__(parallel, config, session.dtype)
-        self._messages, self._device = messages, session.device
+    def __init__(self, next: Callable[[], Any], parallel: str, session: Session) -> None:
+        """``next()``: what rank 0 says next."""
+        super().__init__(parallel, session.transformer_config, session.dtype)
+        self.next, self._session = next, session
+        session.ranks = self
 
     @contextmanager
     def together(self, work: Work, *arguments: Any) -> Iterator[None]:
@@ -71,7 +73,25 @@ class Follower(Member):
         yield
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
-        return [context.map(lambda tensor: tensor.to(self._device)) for context in self._messages.next()]
+        return [context.map(lambda tensor: tensor.to(self._session.device)) for context in self.next()]
+
+    def follow(self, exchange: Exchange) -> None:
+        """Make this rank's share of every video, until rank 0 has no more."""
+        session, made = self._session, None
+        self.joined(exchange, session.device)
+        while (work := self.next()) is not None:
+            if work != DECODE:
+                made = latents_of(session, *work)
+            elif made is not None:
+                decode_share(session, made.video, self.tiles)
+
+
+def follow_torchrun(root: Path, settings: SessionSettings, launch: Launched) -> None:
+    """Be a rank other than 0 that torchrun started, until rank 0 has no more work. Raises LtxpackError."""
+    with Session(root, settings) as session:
+        exchange = Exchange(None, launch.rank, launch.size, session.device, lambda failed: None)
+        Follower(exchange.say, settings.parallel, session).follow(exchange)
+        exchange.leave()
 
 
 def main() -> int:
@@ -83,18 +103,11 @@ def main() -> int:
     try:
         with Session(root, settings) as session:
             session.residency.processes = size
-            session.ranks = follower = Follower(messages, parallel, session.transformer_config, session)
+            follower = Follower(messages.next, parallel, session)
             if session.device.type == "cuda":
                 torch.cuda.set_device(session.device)
             say(READY)
-            exchange = Exchange(store_in(place, size), rank, size, session.device, lambda failed: None)
-            follower.joined(exchange, session.device)
-            made: Latents | None = None
-            while (work := messages.next()) is not None:
-                if work != DECODE:
-                    made = latents_of(session, *work)
-                elif made is not None:
-                    decode_share(session, made.video, follower.tiles)
+            follower.follow(Exchange(store_in(place, size), rank, size, session.device, lambda failed: None))
     except LtxpackError as error:
         say(FAULT + error.render().replace("\n", ";"))
         os._exit(1)

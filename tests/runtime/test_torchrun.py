@@ -1,0 +1,95 @@
+"""Ranks that torchrun started: the files of one device, by the command that people type."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import load, ltxpack, refused
+
+from ltxpack.runtime.parallel.devices import Launched, launched
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ltxpack")
+TINY = ("--height", "64", "--width", "64", "--num-frames", "9", "--dtype", "float32", "--device", "cpu", "--no-cache")
+STARTED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TORCHRUN, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_two_ranks_make_the_tensors_of_one_device(demo: Path, tmp_path: Path) -> None:
+    overlay, prompt = demo / "overlay", ("--prompt", "A paper boat", "--steps", "2", *TINY)
+    tensors = {name: tmp_path / f"{name}.safetensors" for name in ("one", "two")}
+    alone = ltxpack("run", overlay, *prompt, "-o", tmp_path / "one.mp4", "--save-tensors", tensors["one"])
+    assert alone.returncode == 0, alone.stderr
+    way = ("--parallel", "guidance")
+    done = torchrun("run", overlay, *prompt, *way, "-o", tmp_path / "two.mp4", "--save-tensors", tensors["two"])
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("parallel guidance: stage 1") == 1
+    assert done.stdout.splitlines()[-1:] == [str(tmp_path / "two.mp4")] and done.stdout.count("two.mp4") == 1
+    found, expected = load(tensors["two"]), load(tensors["one"])
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
+    assert (tmp_path / "two.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
+
+
+def test_many_videos_and_a_rank_that_dies(demo: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text, "steps": 2}) + "\n" for text in ("a boat", "a dog")))
+    command = [*TORCHRUN, "run", str(demo / "overlay"), "--prompts", str(prompts), *TINY]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = tmp_path / "many-0001.mp4"
+    end = time.monotonic() + 240
+    while not first.exists() and running.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert first.exists()
+    [killed] = [one for one in ranks_of(running.pid) if environment(one).get("RANK") == "1"]
+    os.kill(killed, signal.SIGKILL)
+    begun = time.monotonic()
+    running.communicate(timeout=60)
+    assert running.returncode != 0 and time.monotonic() - begun < 60
+    assert not (tmp_path / "many-0002.mp4").exists()
+    done = torchrun("run", demo / "overlay", "--prompts", prompts, *TINY)
+    assert done.returncode == 0, done.stderr
+    assert "1 done, 1 skipped, 0 failed" in done.stdout and (tmp_path / "many-0002.mp4").exists()
+
+
+def ranks_of(pid: int) -> list[int]:
+    """The processes that ``pid`` started."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("--prompt", "x", "--devices", "0,1"), "leave --devices out"),
+        (("--prompt", "x", "--parallel", "none"), "--parallel none does not go with torchrun"),
+        (("--prompts", "many.txt", "--parallel", "data"), "--parallel data does not go with torchrun"),
+        (("--prompts", "many.txt", "--ray"), "leave --ray out"),
+        (("--prompt", "x", "--device", "cuda:1"), "--device names one card for all ranks"),
+        (("--prompt", "x", "--save-activations", "x"), "--save-activations goes with one device"),
+    ],
+)
+def test_what_does_not_go_with_torchrun_is_refused(
+    typed: tuple[str, ...], said: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "many.txt").write_text("a boat\na dog\n")
+    for name, value in (STARTED | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    assert said in refused(ltxpack("run", demo / "overlay", *typed, cwd=tmp_path), 2)
+
+
+def test_who_was_started_by_torchrun() -> None:
+    assert launched(STARTED) == Launched(rank=1, size=2, local=1, here=2)
+    assert launched({"RANK": "1", "WORLD_SIZE": "2"}) is None, "of another launcher, and of another program's"
