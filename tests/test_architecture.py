@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 32_869,
+    "lines of the package": 32_870,
     "files of the package": 192,
-    "lines of the tests": 31_826,
+    "lines of the tests": 31_843,
 }
 
 

@@ -14,14 +14,16 @@ from PIL import Image
 from support import Done, Notes, ltxpack
 
 from ltxpack.ltx23.published import published_configs, published_tensors
-from ltxpack.runtime.lines import DONE
+from ltxpack.runtime.lines import DONE, Encode, LineMaker, Make
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.parallel import crew as crews
 from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
+from ltxpack.runtime.parallel.schemes import STAGES, counted
 from ltxpack.runtime.parallel.share import Event, Sharing, Told
 from ltxpack.runtime.prompts_file import read_lines
 from ltxpack.runtime.request import Request
+from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.weights.machine import CONTEXT, Machine
 from ltxpack.runtime.weights.sizes import model_of
@@ -62,6 +64,21 @@ def alone(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, byt
     folder = tmp_path_factory.mktemp("alone")
     many(demo, folder, "--device", "cpu")
     return videos(folder)
+
+
+@pytest.mark.parametrize("recipe", ["hq", "distilled"])
+def test_what_goes_from_stage_to_stage_is_what_is_counted(recipe: str, demo: Path, tmp_path: Path) -> None:
+    path = prompts(tmp_path, {"prompt": "a boat", "recipe": recipe, "num_frames": 17})
+    [line] = read_lines(path, SettingsGiven(height=64, width=128), None)
+    with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32", cache=False)) as session:
+        maker = LineMaker(session)
+        [begin] = maker.carry_out(Encode((line,), by_stages=True)).tasks
+        [task] = maker.carry_out(begin).tasks
+        work = line.request.work(session.transformers(line.request.recipe).stages)
+        found = counted(STAGES, session.transformer_config, work, 2, itemsize=4)
+    assert isinstance(task, Make) and task.halfway is not None and found is not None
+    parts = [part for pair in (*task.contexts, *task.halfway.made) for part in (pair.video, pair.audio)]
+    assert sum(part.nbytes for part in parts) == found.received
 
 
 def test_two_processes_make_the_files_of_one_device(demo: Path, alone: dict[str, bytes], tmp_path: Path) -> None:

@@ -86,8 +86,8 @@ def counted(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: 
         return Counted(scheme, devices, float(devices), 0, (), shares)
     if scheme == STAGES:
         before, after = work.stages[0].shape, work.stages[-1].shape
-        latents = values(config, before.tokens, after.audio_length) * itemsize
-        return Counted(scheme, devices, sum(alone) / max(alone), latents + _contexts(config, itemsize), (), shares)
+        handed = values(config, before.tokens, after.audio_length) * itemsize + _contexts(config, work, itemsize)
+        return Counted(scheme, devices, sum(alone) / max(alone), handed, (), shares)
     return chosen(scheme, config, work, devices, itemsize)
 
 
@@ -109,7 +109,7 @@ def chosen(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: i
     alone = [seconds(stage, Split()) for stage in work.stages]
     spent = sum(map(seconds, work.stages, splits))
     received = sum(map(moved, work.stages, splits))
-    received += min(2, max(stage.passes for stage in work.stages)) * _contexts(config, itemsize)
+    received += _contexts(config, work, itemsize)
     shares = tuple(one / sum(alone) for one in alone)
     return Counted(scheme, devices, sum(alone) / spent, received, splits, shares)
 
@@ -239,6 +239,7 @@ def _lengths(work: Work, stage: StageWork) -> Lengths:
     return Lengths(shape.tokens + work.images * shape.tokens_per_frame, shape.audio_length, TEXT_TOKENS)
 
 
-def _contexts(config: DiTConfig, itemsize: int) -> int:
-    """Bytes of a prompt's contexts."""
-    return TEXT_TOKENS * (config.streams.video.dim + config.streams.audio.dim) * itemsize
+def _contexts(config: DiTConfig, work: Work, itemsize: int) -> int:
+    """Bytes of the contexts of a video's prompts: of the negative one too, where a stage is guided."""
+    prompts = min(2, max(stage.passes for stage in work.stages))
+    return prompts * TEXT_TOKENS * (config.streams.video.dim + config.streams.audio.dim) * itemsize
