@@ -1,6 +1,6 @@
 """The section about several cards: one evaluation of each stage in every way to share it, and what that was counted as.
 
-A process for each further card runs this file and goes through the same evaluations: ``_gpu_cards.py PORT RANK SIZE
+A process for each further card runs this file and goes through the same evaluations: ``_gpu_cards.py PLACE RANK SIZE
 KIND``. Without a card there are two ranks on the CPU.
 """
 
@@ -23,7 +23,7 @@ from _gpu_sizes import REAL, TINY
 from torch import Tensor
 
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
-from ltxpack.runtime.parallel.ranks import Front
+from ltxpack.runtime.parallel.front import Front
 from ltxpack.runtime.parallel.schemes import OF_ONE, SEQUENCE, Rates, Split, divides, split_of, stage_seconds
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES
 from ltxpack.runtime.sampling.shape import AV

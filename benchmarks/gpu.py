@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from _gpu_bench import Bench
-from _gpu_cards import cards
 from _gpu_checks import checks
 from _gpu_clock import OutOfTime, at_most
 from _gpu_codes import codes
 from _gpu_forward import attention, diffusers, forward, rates
+from _gpu_models import installed
 from _gpu_residency import residency
 from _gpu_sizes import REAL, TINY
 from _gpu_video import decode, diffusers_or_a_line, video
@@ -48,6 +48,16 @@ RESERVE = 5.0
 # Less than this is not worth beginning a section with.
 WORTHWHILE = 8.0
 NO_TIME = "no time left"
+
+
+def cards(bench: Bench) -> None:
+    """The section about several cards, whose counts are the planner's."""
+    if not installed("blake3"):
+        bench.table("Several cards", ("skipped",)).rows.append(("not installed here: blake3",))
+        return
+    from _gpu_cards import cards as section
+
+    section(bench)
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ def test_after_an_error_the_pipeline_can_be_called_again(make: Pipeline, monkeyp
 
     held: list[weakref.ref[torch.Tensor]] = []
 
-    def full(vae: object, latents: torch.Tensor, tiling: object) -> None:
+    def full(vae: object, latents: torch.Tensor, *how: object) -> None:
         large = torch.zeros_like(latents)
         held.append(weakref.ref(large))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")

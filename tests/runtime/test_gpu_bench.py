@@ -138,7 +138,7 @@ runpy.run_path({script!r}, run_name="__main__")
 
 def test_a_machine_with_torch_and_little_else_is_enough(tmp_path: Path) -> None:
     script = str(REPOSITORY / "benchmarks" / "gpu.py")
-    sections = ("rates", "video", "codes", "diffusers", "decode", "residency")
+    sections = ("rates", "video", "codes", "diffusers", "decode", "residency", "cards")
     given = arguments(tmp_path, "--compiler", "none", "--only", *sections)
     code = WITHOUT.format(absent=ABSENT, script=script, folder=str(Path(script).parent), arguments=given)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -33,7 +33,8 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import Pass
 from ltxpack.runtime.parallel import schemes
 from ltxpack.runtime.parallel.exchange import Exchange
-from ltxpack.runtime.parallel.ranks import ALONE, Front
+from ltxpack.runtime.parallel.front import Front
+from ltxpack.runtime.parallel.ranks import ALONE
 from ltxpack.runtime.parallel.schemes import Split
 from ltxpack.runtime.parallel.sequence import OwnTokens
 from ltxpack.runtime.sampling.conditioning import ImageItem, initial_state

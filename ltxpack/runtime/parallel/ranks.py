@@ -7,7 +7,7 @@ all ranks, whose latents stay equal without any other exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ltxpack.runtime.codecs.video import DecodeTiles, VideoVAE, decode_tile, decode_tiles, decoded_shape
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, Pass
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.parallel.exchange import Exchange
+from ltxpack.runtime.parallel.front import Front
 from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, chosen
-from ltxpack.runtime.parallel.sequence import OwnTokens
 from ltxpack.runtime.sampling.guidance import Model
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.plan import Work
@@ -94,55 +94,3 @@ class Member(Alone):
     def front(self, model: DiT, stage: int) -> Model:
         split = self._splits[stage]
         return model if split == Split() else Front(model, self.exchange, split)
-
-
-class Front:
-    """Shares out the passes of a step over groups of ranks, and the tokens of a pass over the ranks of its group.
-
-    The arithmetic of a pass does not depend on which others are made with it, so in groups of one rank the velocities
-    are those of one device, bit for bit.
-    """
-
-    def __init__(self, model: DiT, exchange: Exchange, split: Split) -> None:
-        self._model, self._exchange, self._split = model, exchange, split
-        group = exchange.rank // split.shards
-        self._group = group if group < split.groups else None
-        self._own = OwnTokens(exchange, split) if split.shards > 1 else None
-
-    def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
-        """As :meth:`.model.DiT.passes`. Raises DeviceError where another rank has ended."""
-        groups = [number % self._split.groups for number in range(len(passes))]
-        own = [each for each, group in zip(passes, groups, strict=True) if group == self._group]
-        made = iter(self._made(own) if own else [])
-        return [
-            self._shared(each, group, next(made) if group == self._group else None)
-            for each, group in zip(passes, groups, strict=True)
-        ]
-
-    def _made(self, passes: Sequence[Pass]) -> list[AV[Tensor]]:
-        """The velocities of this rank's share of ``passes``."""
-        mine = self._own
-        if mine is None:
-            return self._model.passes(passes)
-        # Passes that hold the same streams go on doing so, and share work.
-        cut = {id(each.streams): mine.cut(each.streams) for each in passes}
-        own = [Pass(cut[id(each.streams)], each.isolated, each.perturbed) for each in passes]
-        with mine.attending(self._model, passes[0].streams.video.latents.shape[1]):
-            return self._model.passes(own)
-
-    def _shared(self, each: Pass, group: int, made: AV[Tensor] | None) -> AV[Tensor]:
-        """The velocities of a pass of ``group``, which has ``made`` its share where it is this rank's."""
-        video, audio = each.streams.video.latents, each.streams.audio.latents
-        tokens, first = video.shape[1], group * self._split.shards
-        channels = self._model.config.streams.map(lambda stream: stream.out_channels)
-
-        def sent(part: Tensor | None, owner: int, tokens: int, channels: int) -> Tensor:
-            if part is None or owner != self._exchange.rank:
-                part = video.new_empty((len(video), tokens, channels))
-            return self._exchange.broadcast(part.contiguous(), owner)
-
-        pictures, sound = (None, None) if made is None else (made.video, made.audio)
-        owners = range(first, first + self._split.shards)
-        parts = [sent(pictures, owner, self._split.own(tokens), channels.video) for owner in owners]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)[:, :tokens]
-        return AV(whole, sent(sound, first, audio.shape[1], channels.audio))
