@@ -42,7 +42,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 32_884,
     "files of the package": 193,
-    "lines of the tests": 31_844,
+    "lines of the tests": 31_871,
 }
 
 

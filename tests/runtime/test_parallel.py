@@ -166,6 +166,22 @@ def test_the_ranks_end_with_rank_0(demo: Path) -> None:
         assert not alive(worker) and not meeting.exists()
 
 
+def test_a_command_whose_rank_is_killed_ends_within_seconds(demo: Path, tmp_path: Path) -> None:
+    small = ("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "200", "--no-cache")
+    command = [sys.executable, "-m", "ltxpack", "run", demo / "overlay", "--prompt", "A boat", "--devices", "cpu:2"]
+    with subprocess.Popen([*command, *small, "-o", tmp_path / "x.mp4"], stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        # The ways are told once all ranks are at work.
+        told = next(line for line in running.stderr if line.startswith("parallel "))
+        [worker] = map(int, Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split())
+        os.kill(worker, signal.SIGKILL)
+        begin = time.monotonic()
+        said = running.stderr.read()
+        assert running.wait() == 1 and time.monotonic() - begin < 10, told
+    assert "rank 1 on cpu ended: its process was ended by signal 9" in said
+    assert not alive(worker) and not [*tmp_path.iterdir()]
+
+
 def alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
