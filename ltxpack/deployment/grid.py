@@ -19,7 +19,7 @@ from ltxpack.ltx23.releases import DEFAULT_FILES, LORA, RELEASES
 from ltxpack.runtime.commands import DEFAULT_FOLDER, STRENGTH, PlannedRun, codes_named, commands
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import BASE, Overlay, choose, form_of, official_transformers, transformer_part
-from ltxpack.runtime.parallel.schemes import chosen
+from ltxpack.runtime.parallel.schemes import shared
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings
@@ -160,7 +160,7 @@ def gains(dit: DiTConfig, work: Work, itemsize: int) -> list[float | None]:
     """For each number of DEVICES: videos in the time of one on one card, at most; None where fewer gain as much."""
     found: list[float | None] = []
     for count in DEVICES:
-        gain = chosen(SessionSettings.parallel, dit, work, count, itemsize).gain
+        gain = shared(SessionSettings.parallel, dit, work, count, itemsize).gain
         found.append(gain if gain > max((one for one in found if one is not None), default=0.0) else None)
     return found
 

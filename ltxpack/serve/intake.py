@@ -24,7 +24,7 @@ from ltxpack.serve.limits import ServeLimits
 from ltxpack.serve.models import ServedModel
 from ltxpack.serve.refusal import Refusal, told
 from ltxpack.serve.schema import IMAGES, REFERENCE
-from ltxpack.serve.task import Image, Task, request_of
+from ltxpack.serve.task import Image, VideoTask, request_of
 
 # What is not a setting by itself.
 OTHER_FIELDS = ("prompt", "model", "size", "seconds", REFERENCE, IMAGES)
@@ -72,7 +72,7 @@ class Intake:
             shape = request.shape
             length = str(said["seconds"]).strip() if "seconds" in said else f"{shape.frames / shape.fps:g}"
             size = f"{shape.width}x{shape.height}"
-            task = Task(model.name, said["prompt"], settings, model.stages, images, size, length)
+            task = VideoTask(model.name, said["prompt"], settings, model.stages, images, size, length)
             return self.jobs.add(job_id, task)
         except QueueFullError:
             self.jobs.discard(job_id)

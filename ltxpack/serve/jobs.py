@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from ltxpack.errors import FormatError, SourceError, UsageError
 from ltxpack.files.publish import remove_temporaries
-from ltxpack.serve.task import Task
+from ltxpack.serve.task import VideoTask
 
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = STATUSES = ("queued", "in_progress", "completed", "failed")
 ENDED = (COMPLETED, FAILED)
@@ -50,7 +50,7 @@ class Job:
     number: int
     id: str
     status: str
-    task: Task
+    task: VideoTask
     created_at: float
     started_at: float | None
     completed_at: float | None
@@ -124,7 +124,7 @@ class Jobs:
         """Where the video of a job is, once it is completed."""
         return self.folder / f"{job_id}.mp4"
 
-    def add(self, job_id: str, task: Task) -> Job:
+    def add(self, job_id: str, task: VideoTask) -> Job:
         """Accept a job. Raises QueueFullError."""
         with self._lock:
             if self.is_full():
@@ -257,7 +257,7 @@ class Jobs:
         number, job_id, status, task, created, started, completed, error, warnings = row
         progress = 100 if status == COMPLETED else self._progress.get(job_id, 0)
         told = None if error is None else json.loads(error)
-        kept = Task(**json.loads(task))
+        kept = VideoTask(**json.loads(task))
         return Job(number, job_id, status, kept, created, started, completed, told, json.loads(warnings), progress)
 
     def _sweep(self, known: set[str]) -> None:

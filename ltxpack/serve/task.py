@@ -14,7 +14,7 @@ Image = tuple[str, int, float]
 
 
 @dataclass(frozen=True)
-class Task:
+class VideoTask:
     """``settings`` with the recipe, ``stages`` the transformers; ``size`` and ``seconds`` as the client is told."""
 
     model: str

@@ -109,7 +109,7 @@ def test_tokens_that_do_not_divide_are_padded() -> None:
 def test_auto_takes_the_fastest_ways_for_the_link_there_is() -> None:
     def splits(devices: int, link: float, recipe: str = "hq") -> tuple[Split, ...]:
         rates = Rates(flops=6e14, link=link)
-        return schemes.chosen(AUTO, CONFIG, work(recipe), devices, BF16, rates).splits
+        return schemes.shared(AUTO, CONFIG, work(recipe), devices, BF16, rates).splits
 
     fast, slow = 300e9, 6e9
     assert splits(2, fast) == (Split(1, 2), Split(1, 2))

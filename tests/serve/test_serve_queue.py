@@ -17,9 +17,9 @@ from support import ltxpack, refused
 
 from ltxpack.errors import FormatError, UsageError
 from ltxpack.serve.jobs import Jobs, QueueFullError
-from ltxpack.serve.task import Task
+from ltxpack.serve.task import VideoTask
 
-TASK = Task("ltx-2.3-hq", "a boat", {"recipe": "hq"}, ["base", "base"], [], "64x64", "1")
+TASK = VideoTask("ltx-2.3-hq", "a boat", {"recipe": "hq"}, ["base", "base"], [], "64x64", "1")
 
 
 def logged(output: Path, what: str) -> list[list[str]]:

@@ -19,7 +19,7 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
-from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, chosen
+from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, shared
 from ltxpack.runtime.sampling.guidance import Model
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.plan import Work
@@ -72,7 +72,7 @@ class Member(Alone):
 
     def choose(self, work: Work) -> Counted:
         """How the stages of ``work`` are shared out from now on."""
-        found = chosen(self._parallel, self._config, work, self.exchange.size, self._itemsize, self.rates)
+        found = shared(self._parallel, self._config, work, self.exchange.size, self._itemsize, self.rates)
         self._splits = found.splits
         return found
 

@@ -88,10 +88,10 @@ def counted(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: 
         before, after = work.stages[0].shape, work.stages[-1].shape
         handed = values(config, before.tokens, after.audio_length) * itemsize + _contexts(config, work, itemsize)
         return Counted(scheme, devices, sum(alone) / max(alone), handed, (), shares)
-    return chosen(scheme, config, work, devices, itemsize)
+    return shared(scheme, config, work, devices, itemsize)
 
 
-def chosen(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: int, rates: Rates = Rates()) -> Counted:
+def shared(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: int, rates: Rates = Rates()) -> Counted:
     """How ``scheme``, AUTO or one of OF_ONE, uses ``devices`` of such ``rates`` for ``work``."""
 
     def moved(stage: StageWork, split: Split) -> int:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,7 @@ class Worker:
                 received(pickle.load(messages))
 
 
-class Leader(Member):
+class Leader(Member, ABC):
     """Rank 0 of several, whoever started the others. ``devices``: those of this machine, rank 0's first; ``config``: of
     the transformers.
     """
@@ -161,13 +162,13 @@ class Leader(Member):
         self._tell([context.map(lambda tensor: tensor.cpu()) for context in made])
         return made
 
+    @abstractmethod
     def _tell(self, message: Any) -> None:
         """Hand ``message`` to every other rank."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _at_work(self) -> contextlib.AbstractContextManager[None]:
         """A block in which all ranks are at work."""
-        raise NotImplementedError
 
     def _note(self, found: Counted) -> None:
         """One line of what was chosen and what it gains, where it is not what the last line says."""

@@ -198,8 +198,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Shortage:
-    """A phase that does not fit: the bytes it needs of the ``card`` or the ``host``, and those that are free."""
+class Need:
+    """The bytes that a phase needs of the ``card`` or the ``host``, and those that are free there."""
 
     phase: Phase
     memory: str
@@ -259,28 +259,27 @@ def widened(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Pl
     return None if shortage(plan, machine) is not None else _with_large_tiles(model, plan, machine)
 
 
-def shortage(plan: Plan, machine: Machine) -> Shortage | None:
+def shortage(plan: Plan, machine: Machine) -> Need | None:
     """The phase of ``plan`` that lacks most of ``machine``, the card before the host; None if all fit."""
-    if machine.card is None:
-        needs = [Shortage(phase, "host", phase.needed + phase.host, machine.host) for phase in plan.phases]
-    else:
-        card = machine.card
-        needs = [Shortage(phase, "card", phase.needed + machine.context, card) for phase in plan.phases]
-        if all(need.needed <= card for need in needs):
-            needs = [Shortage(phase, "host", phase.host, machine.host) for phase in plan.phases]
-    most = max(needs, key=lambda need: need.needed)
-    return most if most.needed > most.free else None
+    for needs in zip(*(_needs(phase, machine) for phase in plan.phases), strict=True):
+        most = max(needs, key=lambda need: need.needed)
+        if most.needed > most.free:
+            return most
+    return None
 
 
 def _fits(model: ModelSizes, work: Work, placements: Mapping[str, Placement], machine: Machine) -> bool:
     """Whether a plan of ``placements`` has no :func:`shortage`, found at the first phase that has one."""
+    phases = _phases(model, work, placements, auto_tiling(*work.shape.grid[1:]))
+    return all(need.needed <= need.free for phase in phases for need in _needs(phase, machine))
 
-    def fits(phase: Phase) -> bool:
-        if machine.card is None:
-            return phase.needed + phase.host <= machine.host
-        return phase.needed + machine.context <= machine.card and phase.host <= machine.host
 
-    return all(map(fits, _phases(model, work, placements, auto_tiling(*work.shape.grid[1:]))))
+def _needs(phase: Phase, machine: Machine) -> tuple[Need, ...]:
+    """What ``phase`` needs: of the card, then of the host; where there is no card, all of the host."""
+    if machine.card is None:
+        return (Need(phase, "host", phase.needed + phase.host, machine.host),)
+    card = Need(phase, "card", phase.needed + machine.context, machine.card)
+    return card, Need(phase, "host", phase.host, machine.host)
 
 
 def cacheable(plan: Plan, machine: Machine) -> int:

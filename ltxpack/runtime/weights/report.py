@@ -16,7 +16,7 @@ from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiles, Tiling, auto_til
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.machine import Machine
-from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement, Plan, Shortage, Work
+from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Need, Placement, Plan, Work
 from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes
 
 # Where a transformer is while the card does not hold it, by its word in plan.schema.json.
@@ -244,7 +244,7 @@ def smaller_work(model: ModelSizes, work: Work, machine: Machine) -> Work | None
     return None
 
 
-def _instead(model: ModelSizes, work: Work, machine: Machine, mode: str, lacking: Shortage) -> str:
+def _instead(model: ModelSizes, work: Work, machine: Machine, mode: str, lacking: Need) -> str:
     other = planner.best_plan(model, work, machine) if mode != planner.AUTO else None
     if other is not None:
         return f"the same command with --residency {other.mode}"
