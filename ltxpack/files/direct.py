@@ -26,6 +26,8 @@ from ltxpack.files.tensorfile import open_source, truncated
 # AUTO reads through the page cache what is in it, and past it the rest.
 CACHED, DIRECT, AUTO = "cached", "direct", "auto"
 READS = (AUTO, CACHED, DIRECT)
+# As DIRECT, for files that are wanted in the page cache later: what is read through it stays there.
+DIRECT_KEPT = "direct, kept"
 # A transfer past the cache begins and ends on a multiple of this, in the file and in memory.
 ALIGN = 4096
 BUFFER = 4 * 1024 * 1024
@@ -97,7 +99,7 @@ def _filesystem(table: str, path: str) -> tuple[str, str]:
 
 
 class DirectReader:
-    """An open file that several threads read in the way ``reads``, one of READS.
+    """An open file that several threads read in the way ``reads``, one of READS or DIRECT_KEPT.
 
     ``past_cache``: whether anything is read past the page cache; ``why``: the reason if not. All methods raise
     SourceError for a file that cannot be read and FormatError for one that ends too early.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ltxpack.errors import LtxpackError
-from ltxpack.files.direct import AUTO
+from ltxpack.files.direct import AUTO, DIRECT, DIRECT_KEPT
 from ltxpack.files.reader import no_stop
 from ltxpack.manifest import BAKES
 from ltxpack.reporter import Reporter, SilentReporter
@@ -303,7 +303,8 @@ class Residency:
         try:
             reader = self._idle.pop()
         except IndexError:
-            reader = FileReader(copies, reads=self.reads)
+            warmed = self.warm_cache and self.reads == DIRECT
+            reader = FileReader(copies, reads=DIRECT_KEPT if warmed else self.reads)
         try:
             yield reader
         finally:
