@@ -25,6 +25,10 @@ MODULES = ("fastapi", "uvicorn", "python_multipart")
 @click.option("--devices", metavar="0,1,…", help="Several cards: a worker each, which makes whole videos.")
 @click.option("--api-key", metavar="KEY", envvar="LTXPACK_API_KEY", show_envvar=True, help="Ask every client for it.")
 @click.option(
+    "--allow-host", "allow_hosts", multiple=True, metavar="NAME",
+    help="Without a key: a further name that clients reach the server by; *: any. Repeatable.",
+)  # fmt: skip
+@click.option(
     "-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("videos"), show_default=True,
     help="The folder of the videos and the jobs.",
 )  # fmt: skip
@@ -40,6 +44,7 @@ def serve(
     port: int,
     devices: str | None,
     api_key: str | None,
+    allow_hosts: tuple[str, ...],
     output: Path,
     queue: int,
     models: tuple[str, ...],
@@ -58,5 +63,5 @@ def serve(
     if api_key == "":
         raise UsageError("--api-key is empty", next="leave --api-key out, or choose one")
     limits, session = ServeLimits(queue=queue), SessionSettings(**given(SETTINGS))
-    options = ServeOptions(overlay, output, host, port, devices, api_key, models, session, limits)
+    options = ServeOptions(overlay, output, host, port, devices, api_key, models, allow_hosts, session, limits)
     answer(options, TerminalReporter(verbose), click.echo)

@@ -17,29 +17,34 @@ from ltxpack.serve.refusal import Refusal
 METHODS = ("GET", "HEAD", "POST", "DELETE")
 
 
+def answer_of(refusal: Refusal) -> JSONResponse:
+    """A refusal as the answer to a request."""
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
 def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Refusal)
-    return JSONResponse(error.body, error.status, error.headers)
+    return answer_of(error)
 
 
 def _http_fault(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return _refused(request, Refusal(error.status_code, str(error.detail), headers=error.headers))
+    return answer_of(Refusal(error.status_code, str(error.detail), headers=error.headers))
 
 
 def _bad_query(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = str(first["loc"][-1])
-    return _refused(request, Refusal(400, f"{param}: {first['msg']}", param=param, code="invalid_value"))
+    return answer_of(Refusal(400, f"{param}: {first['msg']}", param=param, code="invalid_value"))
 
 
 def _no_database(request: Request, error: Exception) -> JSONResponse:
-    return _refused(request, Refusal(503, "the jobs cannot be read or written now", headers={"Retry-After": "10"}))
+    return answer_of(Refusal(503, "the jobs cannot be read or written now", headers={"Retry-After": "10"}))
 
 
 def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    return _refused(request, Refusal(500, "the server failed unexpectedly; its log says more"))
+    return answer_of(Refusal(500, "the server failed unexpectedly; its log says more"))
 
 
 ANSWERS: dict[type[Exception], Callable[[Request, Exception], JSONResponse]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from starlette.datastructures import UploadFile
 
 from ltxpack import __version__
 from ltxpack.serve.answers import ANSWERS, BodyLimit, Counting
+from ltxpack.serve.hosts import ANY, KnownHosts
 from ltxpack.serve.intake import Intake
 from ltxpack.serve.jobs import COMPLETED, ENDED, FAILED, Job, Jobs
 from ltxpack.serve.limits import MAX_FIELD, MAX_FIELDS
@@ -53,7 +54,7 @@ VIDEO = {
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes need. Without an ``api_key`` everybody who reaches the server may use it."""
+    """What the routes need. Without an ``api_key`` everybody who reaches the server by one of ``names`` may use it."""
 
     jobs: Jobs
     intake: Intake
@@ -61,6 +62,7 @@ class Service:
     metrics: Metrics
     schema: Mapping[str, Any]
     api_key: str | None = None
+    names: Collection[str] = (ANY,)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -78,6 +80,7 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(VideoRoutes(service).router())
     app.include_router(_about(service))
     app.add_middleware(BodyLimit, most=service.intake.limits.body)
+    app.add_middleware(KnownHosts, names=(ANY,) if service.api_key is not None else service.names)
     app.add_middleware(Counting, metrics=service.metrics)
     for kind, answer in ANSWERS.items():
         app.add_exception_handler(kind, answer)

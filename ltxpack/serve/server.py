@@ -19,6 +19,7 @@ from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.settings import AUTO, SessionSettings
 from ltxpack.serve.app import Service, make_app
+from ltxpack.serve.hosts import known_names
 from ltxpack.serve.intake import Intake
 from ltxpack.serve.jobs import Jobs
 from ltxpack.serve.limits import ServeLimits
@@ -34,7 +35,10 @@ GRACE = 5
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What ``ltxpack serve`` is given: ``devices`` as ``0,1``, one worker each; ``models`` further names."""
+    """What ``ltxpack serve`` is given: ``devices`` as ``0,1``, one worker each; ``models`` further names.
+
+    ``allow_hosts`` are names of the server itself, which are checked where there is no ``api_key``.
+    """
 
     overlay: Path
     output: Path = Path("videos")
@@ -43,6 +47,7 @@ class ServeOptions:
     devices: str | None = None
     api_key: str | None = None
     models: Sequence[str] = ()
+    allow_hosts: Sequence[str] = ()
     session: SessionSettings = field(default_factory=SessionSettings)
     limits: ServeLimits = field(default_factory=ServeLimits)
 
@@ -88,6 +93,7 @@ def service_of(
     command: Sequence[str] = COMMAND,
 ) -> Service:
     """The parts of a server; nothing is started yet. Raises UsageError, OverlayError, FormatError, SourceError."""
+    names = known_names(options.host, options.allow_hosts)
     overlay = Overlay.open(options.overlay, options.session.text_encoder)
     models = served_models(overlay, options.session.format, options.models)
     blocks = read_json(overlay.folder(transformer_part(BASE)) / "config.json")["num_layers"]
@@ -104,6 +110,7 @@ def service_of(
         metrics,
         request_schema([*models], options.limits, blocks),
         options.api_key,
+        names,
     )
 
 

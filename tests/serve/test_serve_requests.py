@@ -42,7 +42,7 @@ class Client:
         self.jobs, self.schema = service.jobs, service.schema
         transport = httpx.ASGITransport(app=make_app(service), raise_app_exceptions=False)
         self._loop = asyncio.new_event_loop()
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://server")
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         return self._run(self._client.request(method, path, **more))
@@ -233,9 +233,28 @@ def test_a_key_is_asked_for_and_pages_are_not_answered_without_one(opened: Opene
     assert client.post(VALID, headers={**right, "Origin": "http://elsewhere"}).status_code == 200
     assert client.ask("GET", "/metrics").status_code == 200 and client.ask("GET", "/health").status_code == 503
     client = opened()
-    for origin in ("http://elsewhere", "http://server", "null"):
+    for origin in ("http://elsewhere", "http://localhost", "null"):
         assert refusal(client.post(VALID, headers={"Origin": origin}), 403)["code"] == "forbidden"
     assert client.post(VALID).status_code == 200
+
+
+def test_without_a_key_the_server_answers_to_its_own_names(opened: Opened) -> None:
+    """A page whose name was given this machine's address sends that name, and no Origin where it only reads."""
+    client = opened(host="Gpu1", allow_hosts=["videos.example."])
+    known = ("localhost", "LOCALHOST:8000", "gpu1:8000", "videos.example", "127.0.0.1:1", "[::1]:8000", "192.168.1.7")
+    for name in known:
+        assert client.ask("GET", "/v1/videos", headers={"Host": name}).status_code == 200, name
+    for name in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "1.2.3", ""):
+        for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/metrics"), ("GET", "/none")):
+            error = refusal(client.ask(method, path, headers={"Host": name}), 421)
+            assert error["code"] == "unknown_host" and "--allow-host" in error["message"]
+    assert 'status="421"' in client.ask("GET", "/metrics").text
+    for free in (opened(allow_hosts=["*"]), opened(api_key="secret")):
+        answer = free.ask("GET", "/v1/models", headers={"Host": "evil.example", "Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+    for wrong in ("", "http://gpu1", "gpu1:8000", "*.example.com", "a b"):
+        with pytest.raises(UsageError, match="takes a name alone"):
+            opened(allow_hosts=[wrong])
 
 
 def test_only_videos_of_jobs_are_fetched_and_ranges_are_bounded(client: Client) -> None:
