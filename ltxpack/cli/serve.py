@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ltxpack.cli.run import SESSION, given, settings_options
 from ltxpack.cli.terminal import TerminalReporter, verbose_option
 from ltxpack.errors import UsageError
+from ltxpack.files.units import parse_duration, parse_size
 from ltxpack.runtime.settings import SessionSettings
-from ltxpack.serve.limits import ServeLimits
+from ltxpack.serve.limits import LEAST_KEPT, ServeLimits
 
 # The model's name picks the transformers, each worker has one device, and activations are of one process.
 FIXED = ("stage1", "stage2", "devices", "parallel", "save_activations")
 SETTINGS = [one for one in SESSION if one.name not in FIXED]
+# Options that are fields of the server's options as they are typed.
+NAMED = ("output", "host", "port", "devices", "models", "allow_hosts")
 MODULES = ("fastapi", "uvicorn", "python_multipart")
 
 
@@ -36,20 +40,24 @@ MODULES = ("fastapi", "uvicorn", "python_multipart")
     "--queue", default=ServeLimits.queue, show_default=True, type=click.IntRange(1), help="Jobs that may wait."
 )
 @click.option("--model", "models", multiple=True, metavar="NAME=RECIPE:STAGE1,STAGE2", help="A further model by name.")
+@click.option(
+    "--keep-videos", metavar="TIME", show_default="until they are deleted",
+    help="Remove jobs and their videos so long after their end: 24h, 7d.",
+)  # fmt: skip
+@click.option(
+    "--keep-bytes", metavar="SIZE", show_default="no bound",
+    help="Remove the oldest finished videos beyond so many bytes: 50GB.",
+)  # fmt: skip
 @settings_options(*SETTINGS)
 @verbose_option
 def serve(
     overlay: Path,
-    host: str,
-    port: int,
-    devices: str | None,
     api_key: str | None,
-    allow_hosts: tuple[str, ...],
-    output: Path,
     queue: int,
-    models: tuple[str, ...],
+    keep_videos: str | None,
+    keep_bytes: str | None,
     verbose: bool,
-    **_: object,
+    **typed: Any,
 ) -> None:
     """Serve videos from OVERLAY as /v1/videos, which OpenAI's client speaks too."""
     try:
@@ -62,6 +70,12 @@ def serve(
         raise UsageError(f"the package {error.name} is not installed", next=extra) from None
     if api_key == "":
         raise UsageError("--api-key is empty", next="leave --api-key out, or choose one")
-    limits, session = ServeLimits(queue=queue), SessionSettings(**given(SETTINGS))
-    options = ServeOptions(overlay, output, host, port, devices, api_key, models, allow_hosts, session, limits)
+    seconds = None if keep_videos is None else parse_duration(keep_videos, "--keep-videos", least=LEAST_KEPT)
+    size = None if keep_bytes is None else parse_size(keep_bytes, "--keep-bytes", next="choose --keep-bytes 50GB")
+    limits, session = (
+        ServeLimits(queue=queue, keep_seconds=seconds, keep_bytes=size),
+        SessionSettings(**given(SETTINGS)),
+    )
+    named = {name: typed[name] for name in NAMED}
+    options = ServeOptions(overlay, api_key=api_key, session=session, limits=limits, **named)
     answer(options, TerminalReporter(verbose), click.echo)

@@ -1,4 +1,4 @@
-"""Sizes as people write and read them: decimal units (GB), binary ones (GiB) where somebody types them."""
+"""Sizes and times as people write and read them: decimal units (GB), binary ones (GiB) where somebody types them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from ltxpack.errors import UsageError
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 MAX_SIZE = 2**62
+_DURATION = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])\s*", re.IGNORECASE)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str, name: str, *, least: int = 1, next: str | None = None) -> int:
@@ -23,6 +25,17 @@ def parse_size(text: str, name: str, *, least: int = 1, next: str | None = None)
         if least <= size <= MAX_SIZE:
             return int(size)
     raise UsageError(f"{name} is not a size", expected="a size such as 5GB, 500MB or 2GiB", found=text, next=next)
+
+
+def parse_duration(text: str, name: str, *, least: float = 0) -> float:
+    """``90m``, ``24h`` or ``7d``, as seconds. Raises UsageError that names ``name`` for other texts and for less."""
+    match = _DURATION.fullmatch(text)
+    if match is not None:
+        seconds = float(match[1]) * _SECONDS[match[2].lower()]
+        if seconds >= least:
+            return seconds
+    wanted = f"a time of {human_seconds(least)} or more such as 90m, 24h or 7d"
+    raise UsageError(f"{name} is no such time", expected=wanted, found=text, next=f"choose {name} 24h")
 
 
 def human_bytes(count: float) -> str:

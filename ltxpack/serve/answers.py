@@ -1,4 +1,4 @@
-"""What stands around the routes: every fault in one shape of JSON, bodies that end at their limit, and counts."""
+"""What stands around the routes: every fault in one shape of JSON, bodies that end at their limit, files, counts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ltxpack.serve.jobs import Jobs
 from ltxpack.serve.metrics import Metrics
 from ltxpack.serve.refusal import Refusal
 
@@ -75,6 +77,27 @@ class BodyLimit:
             return message
 
         await self.app(scope, bounded, send)
+
+
+class VideoAnswer(FileResponse):
+    """The video of a job, which stays while it is sent; ``once``: the job is forgotten afterwards, sent or not."""
+
+    def __init__(self, jobs: Jobs, job_id: str, *, once: bool) -> None:
+        path = jobs.video(job_id)
+        headers, name = ({"X-Video-Id": job_id}, None) if once else ({}, path.name)
+        super().__init__(path, media_type="video/mp4", filename=name, headers=headers)
+        self._jobs, self._job_id, self._once = jobs, job_id, once
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._jobs.fetching(self._job_id) as path:
+                if path is None:
+                    await answer_of(Refusal(404, "the video was removed", code="not_found"))(scope, receive, send)
+                else:
+                    await super().__call__(scope, receive, send)
+        finally:
+            if self._once:
+                await run_in_threadpool(self._jobs.delete, self._job_id)
 
 
 class Counting:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from starlette.background import BackgroundTask
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from ltxpack import __version__
-from ltxpack.serve.answers import ANSWERS, BodyLimit, Counting
+from ltxpack.serve.answers import ANSWERS, BodyLimit, Counting, VideoAnswer
+from ltxpack.serve.expiry import expire_for_ever
 from ltxpack.serve.hosts import ANY, KnownHosts
 from ltxpack.serve.intake import Intake
 from ltxpack.serve.jobs import COMPLETED, ENDED, FAILED, Job, Jobs
@@ -42,7 +42,7 @@ VIDEO = {
         "progress": {"type": "integer", "minimum": 0, "maximum": 100},
         "created_at": {"type": "integer", "description": "Seconds since 1970."},
         "completed_at": {"type": ["integer", "null"]},
-        "expires_at": {"type": "null"},
+        "expires_at": {"type": ["integer", "null"], "description": "When the server removes a job that has ended."},
         "prompt": {"type": "string"},
         "size": {"type": "string", "description": "WIDTHxHEIGHT."},
         "seconds": {"type": "string"},
@@ -71,7 +71,9 @@ def make_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.workers.start()
+        expiring = asyncio.create_task(expire_for_ever(service.jobs, service.metrics))
         yield
+        expiring.cancel()
         await run_in_threadpool(service.workers.stop)
 
     app = FastAPI(
@@ -124,10 +126,8 @@ class VideoRoutes:
             status = 400 if error.get("code") == "invalid_request" else 500
             await run_in_threadpool(self.jobs.delete, job.id)
             raise Refusal(status, error.get("message", ""), code=error.get("code"))
-        gone = BackgroundTask(self.jobs.delete, job.id)
-        path, headers = self.jobs.video(job.id), {"X-Video-Id": job.id}
         _without_range(request)
-        return FileResponse(path, media_type="video/mp4", headers=headers, background=gone)
+        return VideoAnswer(self.jobs, job.id, once=True)
 
     def list_videos(
         self,
@@ -153,11 +153,10 @@ class VideoRoutes:
             raise Refusal(400, "only the video itself is kept", param="variant", code="invalid_value")
         if job.status != COMPLETED:
             raise Refusal(409, f"the video is not there: its job is {job.status}", code="video_not_ready")
-        path = self.jobs.video(job.id)
-        if not path.is_file():
-            raise Refusal(404, "the video was removed", code="not_found")
-        _check_range(request, path.stat().st_size)
-        return FileResponse(path, media_type="video/mp4", filename=path.name)
+        with self.jobs.fetching(job.id) as path:
+            if path is not None:
+                _check_range(request, path.stat().st_size)
+        return VideoAnswer(self.jobs, job.id, once=False)
 
     def delete(self, video_id: str) -> dict[str, Any]:
         """Forget a job and its video; one in progress ends at its next step."""
@@ -226,6 +225,7 @@ def _about(service: Service) -> APIRouter:
         gauges: dict[str, dict[Labels, float]] = {
             "jobs": {(("status", status),): count for status, count in service.jobs.counts().items()},
             "queue_limit": {(): service.intake.limits.queue},
+            "kept_bytes": {(): service.jobs.kept_bytes()},
             "workers": {(("device", one), ("state", state)): states.count((one, state)) for one, state in states},
         }
         text = service.metrics.text(gauges)

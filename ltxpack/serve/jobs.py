@@ -2,6 +2,7 @@
 
 One process has the folder at a time. The database is on the disk before a client is told that its job was accepted; a
 job that was in progress when the server ended is queued again at its old place when the next one opens the folder.
+Jobs that ended can be bounded in time, and their videos in bytes.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from ltxpack.errors import FormatError, SourceError, UsageError
 from ltxpack.files.publish import remove_temporaries
+from ltxpack.serve.limits import LEAST_KEPT
 from ltxpack.serve.task import VideoTask
 
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = STATUSES = ("queued", "in_progress", "completed", "failed")
@@ -39,6 +42,7 @@ CREATE INDEX IF NOT EXISTS by_status ON jobs (status, number);
 """
 COLUMNS = "number, id, status, task, created_at, started_at, completed_at, error, warnings"
 MOST_CRASHES = 3
+TIME, SPACE = "time", "space"
 # How many finished jobs the mean of their seconds is taken over.
 RECENT = 20
 
@@ -56,6 +60,7 @@ class Job:
     completed_at: float | None
     error: Mapping[str, str] | None
     warnings: Sequence[str]
+    expires_at: float | None
     progress: int = 0
 
     @property
@@ -70,7 +75,7 @@ class Job:
             "progress": self.progress,
             "created_at": int(self.created_at),
             "completed_at": None if self.completed_at is None else int(self.completed_at),
-            "expires_at": None,
+            "expires_at": None if self.expires_at is None else int(self.expires_at),
             "prompt": task.prompt,
             "size": task.size,
             "seconds": task.seconds,
@@ -85,13 +90,20 @@ class QueueFullError(Exception):
 
 @dataclass
 class Jobs:
-    """The jobs in ``folder``, for several threads. Raises UsageError where another server has it."""
+    """The jobs in ``folder``, for several threads. Raises UsageError where another server has it.
+
+    ``keep_seconds`` and ``keep_bytes`` as in :class:`.ServeLimits`.
+    """
 
     folder: Path
     most_queued: int
+    keep_seconds: float | None = None
+    keep_bytes: int | None = None
+    clock: Callable[[], float] = time.time
     _lock: threading.Condition = field(default_factory=threading.Condition)
     _progress: dict[str, int] = field(default_factory=dict)
     _crashes: Counter[str] = field(default_factory=Counter)
+    _fetched: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.pictures.mkdir(parents=True, exist_ok=True)
@@ -129,7 +141,7 @@ class Jobs:
         with self._lock:
             if self.is_full():
                 raise QueueFullError
-            row = (job_id, QUEUED, json.dumps(vars(task)), time.time())
+            row = (job_id, QUEUED, json.dumps(vars(task)), self.clock())
             self._db.execute("INSERT INTO jobs (id, status, task, created_at) VALUES (?, ?, ?, ?)", row)
             self._lock.notify()
         return self._required(job_id)
@@ -180,7 +192,7 @@ class Jobs:
             if job is None:
                 return None
             begin = "UPDATE jobs SET status = ?, started_at = ? WHERE number = ?"
-            self._db.execute(begin, (IN_PROGRESS, time.time(), job.number))
+            self._db.execute(begin, (IN_PROGRESS, self.clock(), job.number))
         return replace(job, status=IN_PROGRESS)
 
     def _oldest(self) -> Job | None:
@@ -229,6 +241,55 @@ class Jobs:
         if job is not None and job.status != IN_PROGRESS:
             self.discard(job_id)
 
+    @contextmanager
+    def fetching(self, job_id: str) -> Iterator[Path | None]:
+        """The video of a job, which does not expire in the block; None if it is not there any more."""
+        with self._lock:
+            self._fetched[job_id] += 1
+        try:
+            path = self.video(job_id)
+            yield path if path.is_file() else None
+        finally:
+            with self._lock:
+                self._fetched[job_id] -= 1
+                self._fetched += Counter()  # drops those at 0
+
+    def expire(self) -> Counter[str]:
+        """Remove jobs that ended too long ago, and the oldest videos beyond the bytes; how many for which of both."""
+        now, removed = self.clock(), Counter[str]()
+        with self._lock:
+            query = "SELECT id, status, completed_at FROM jobs WHERE completed_at IS NOT NULL ORDER BY completed_at"
+            ended = self._db.execute(query).fetchall()
+        sizes = {job_id: self._size(job_id) for job_id, status, _ in ended if status == COMPLETED}
+        left = sum(sizes.values())
+        for job_id, _, ended_at in ended:
+            old = self.keep_seconds is not None and ended_at + self.keep_seconds <= now
+            beyond = self.keep_bytes is not None and left > self.keep_bytes and sizes.get(job_id, 0) > 0
+            if (old or beyond) and ended_at + LEAST_KEPT <= now and self._expired(job_id):
+                removed[TIME if old else SPACE] += 1
+                left -= sizes.get(job_id, 0)
+        return removed
+
+    def kept_bytes(self) -> int:
+        """What the finished videos take."""
+        with self._lock:
+            rows = self._db.execute("SELECT id FROM jobs WHERE status = ?", (COMPLETED,)).fetchall()
+        return sum(self._size(job_id) for (job_id,) in rows)
+
+    def _expired(self, job_id: str) -> bool:
+        """Remove a job that ended; False while its video is being fetched."""
+        with self._lock:
+            if job_id in self._fetched:
+                return False
+            self.delete(job_id)
+        return True
+
+    def _size(self, job_id: str) -> int:
+        try:
+            return self.video(job_id).stat().st_size
+        except OSError:
+            return 0
+
     def discard(self, job_id: str, *, video: bool = True) -> None:
         """Remove the files of a job; its pictures alone unless ``video``."""
         for path in [*([self.video(job_id)] if video else []), *self.pictures.glob(f"{job_id}-*")]:
@@ -243,7 +304,7 @@ class Jobs:
     def _end(self, job_id: str, status: str, error: str | None) -> bool:
         with self._lock:
             end = "UPDATE jobs SET status = ?, completed_at = ?, error = ? WHERE id = ? AND status = ?"
-            found = self._db.execute(end, (status, time.time(), error, job_id, IN_PROGRESS)).rowcount > 0
+            found = self._db.execute(end, (status, self.clock(), error, job_id, IN_PROGRESS)).rowcount > 0
             self._progress.pop(job_id, None)
         self.discard(job_id, video=not found or status == FAILED)
         return found
@@ -257,8 +318,9 @@ class Jobs:
         number, job_id, status, task, created, started, completed, error, warnings = row
         progress = 100 if status == COMPLETED else self._progress.get(job_id, 0)
         told = None if error is None else json.loads(error)
-        kept = VideoTask(**json.loads(task))
-        return Job(number, job_id, status, kept, created, started, completed, told, json.loads(warnings), progress)
+        kept, warned = VideoTask(**json.loads(task)), json.loads(warnings)
+        expires = None if completed is None or self.keep_seconds is None else completed + self.keep_seconds
+        return Job(number, job_id, status, kept, created, started, completed, told, warned, expires, progress)
 
     def _sweep(self, known: set[str]) -> None:
         """Remove files of jobs that there are not, and what killed workers left of videos that are made again."""

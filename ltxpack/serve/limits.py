@@ -1,4 +1,6 @@
-"""What one request may hold, and how many jobs may wait: a server answers people who did not start it."""
+"""What one request may hold, how many jobs may wait and how long videos stay: a server answers people who did not
+start it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ MEBIBYTE = 1024 * 1024
 @dataclass(frozen=True)
 class ServeLimits:
     """``queue``: jobs that wait. ``body`` and ``picture`` in bytes, ``picture_pixels`` and ``pixels`` (of a frame of
-    video) in pixels, ``prompt`` in characters. A ``body`` has room for the largest picture in base64.
+    video) in pixels, ``prompt`` in characters. A ``body`` has room for the largest picture in base64. Jobs that ended
+    stay for ``keep_seconds`` and their videos within ``keep_bytes``; None: until a client deletes them.
     """
 
     queue: int = 100
@@ -22,8 +25,12 @@ class ServeLimits:
     pixels: int = 4096 * 2304
     frames: int = 1025
     steps: int = 100
+    keep_seconds: float | None = None
+    keep_bytes: int | None = None
 
 
+# Seconds that a job which ended stays at least, so that whoever waits for it can fetch its video.
+LEAST_KEPT = 60.0
 # Values and lists that a JSON body may hold; each field of a form; and the most fields of one.
 MAX_VALUES, MAX_CONTAINERS = 50_000, 1_000
 MAX_FIELD, MAX_FIELDS = MEBIBYTE, 100

@@ -13,6 +13,7 @@ import uvicorn
 
 from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.files.tensorfile import read_json
+from ltxpack.files.units import human_bytes, human_seconds
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
@@ -76,6 +77,7 @@ def serve(
         if options.api_key is None and options.host not in LOCAL:
             reporter.warn(f"everybody who reaches {host} can make videos: there is no --api-key")
         reporter.note(f"models: {', '.join(service.intake.models)}")
+        reporter.note(_kept(options.limits))
         on_open(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
         try:
             server.run(sockets=[listening])
@@ -102,16 +104,26 @@ def service_of(
         problem = "lies in the overlay, which holds nothing but its own files"
         raise UsageError(problem, file=options.output, next="choose another folder with -o")
     openings = _openings(options)
-    jobs, metrics = Jobs(options.output, options.limits.queue), Metrics()
+    limits = options.limits
+    jobs, metrics = Jobs(options.output, limits.queue, limits.keep_seconds, limits.keep_bytes), Metrics()
     return Service(
         jobs,
-        Intake(jobs, models, options.limits, len(openings)),
+        Intake(jobs, models, limits, len(openings)),
         Workers(openings, jobs, metrics, reporter, on_fault, command),
         metrics,
-        request_schema([*models], options.limits, blocks),
+        request_schema([*models], limits, blocks),
         options.api_key,
         names,
     )
+
+
+def _kept(limits: ServeLimits) -> str:
+    """How long videos stay, in words."""
+    bounds = [] if limits.keep_seconds is None else [f"{human_seconds(limits.keep_seconds)} after their end"]
+    bounds += [] if limits.keep_bytes is None else [f"the oldest beyond {human_bytes(limits.keep_bytes)}"]
+    if not bounds:
+        return "videos stay until they are deleted; --keep-videos 24h or --keep-bytes 50GB bounds them"
+    return f"videos are removed: {', '.join(bounds)}"
 
 
 def _openings(options: ServeOptions) -> list[Opening]:
