@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 33_127,
+    "lines of the package": 33_129,
     "files of the package": 195,
-    "lines of the tests": 32_130,
+    "lines of the tests": 32_131,
 }
 
 
