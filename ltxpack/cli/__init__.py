@@ -20,19 +20,19 @@ from ltxpack.files.environment import set_aside
 INTERRUPTED = 130
 
 
-# Each is in the module of its name here.
+# Each command is in the module of its name.
 COMMANDS = ("bake-lora", "demo", "export", "inspect", "materialize", "plan", "run", "serve", "verify")
 
 
 class LazyGroup(click.Group):
-    """The commands, imported when they are named: importing all takes as long as the rest of a start."""
+    """Imports a command when it is named: importing all takes as long as the rest of a start."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names."""
+        """The names of the commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, or None for a name that is none."""
+        """The command, or None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
@@ -60,15 +60,15 @@ def main() -> None:
     status = _status()
     if not status and (lost := lost_result(stdout)):
         say_error(
-            f"the result could not be printed: {lost.strerror}; what was made is there and whole\n"
-            "  next: free that place, or send the output elsewhere"
+            f"the result could not be printed: {lost.strerror}; all files are there and whole\n"
+            "  next: make room there, or send the output elsewhere"
         )
         status = 1
     sys.exit(status)
 
 
 def _status() -> int:
-    """Run the command line; its exit status."""
+    """Run the command line and return its exit status."""
     try:
         return cli.main(standalone_mode=False) or 0
     except click.ClickException as error:
@@ -83,15 +83,15 @@ def _status() -> int:
     except OSError as error:
         say_error(
             f"{error.filename or 'a file'}: {error.strerror or error}\n"
-            "  next: free that place or choose another, then run the same command again"
+            "  next: make room there or choose another place, then run the same command again"
         )
     except MemoryError:
-        say_error("the machine has too little free memory for this\n  next: close other programs and run it again")
+        say_error("the machine has too little free memory\n  next: close other programs and run the command again")
     return 1
 
 
 def _what_again(arguments: Sequence[str]) -> str:
-    """What becomes of an interrupted command that is typed again."""
+    """What an interrupted command does when the user runs it again."""
     many = any(argument.partition("=")[0] == "--prompts" for argument in arguments)
     resumes = many or arguments[:1] in (["materialize"], ["bake-lora"], ["serve"])
     return "goes on from where it stopped" if resumes else "begins anew"

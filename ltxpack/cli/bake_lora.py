@@ -1,4 +1,4 @@
-"""``ltxpack bake-lora``: LoRAs become a complete transformer folder of its own."""
+"""``ltxpack bake-lora``: LoRAs and the base become a complete transformer folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     type=StrengthType(),
     multiple=True,
     required=True,
-    help="One bake each; repeatable. S@0-11,30:T is T in blocks 0 to 11 and 30, S in all else.",
+    help="One bake each; repeatable. S@0-11,30:T is T in blocks 0 to 11 and 30, and S elsewhere.",
 )
 @terminal.lora_option
 @terminal.added_option
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     multiple=True,
     default=(BF16,),
     show_default=True,
-    help="How linears are stored; one bake each, of one read of the base; repeatable.",
+    help="How to store linears; one bake each, all from one read of the base; repeatable.",
 )
 @terminal.keep_blocks_option
 @terminal.activations_option
-@click.option("--name", help="Name of the bake (with one strength and format).")
+@click.option("--name", help="Name of the bake; only with one strength and one format.")
 @device_option
-@click.option("--text", is_flag=True, help="Bake what LoRAs change of text encoder and connectors, too.")
+@click.option("--text", is_flag=True, help="Bake the changes of text encoder and connectors too.")
 @unmatched_option
 @terminal.plan_option
-@click.option("--force", is_flag=True, help="Make the bake anew, whatever is there.")
+@click.option("--force", is_flag=True, help="Make the bake again, even if there is one.")
 @terminal.json_option
 @terminal.verbose_option
 def bake_lora(
@@ -63,7 +63,7 @@ def bake_lora(
     """Bake LoRAs into OVERLAY/bakes/<name>/ from the clean base transformer.
 
     Without OVERLAY: the current folder if it is an overlay, else ./out. The distilled LoRA changes nearly every
-    byte, so such a bake of the 22B model takes 38 GB; --plan says how much, to the byte but for the two reports.
+    byte, so such a bake of the 22B model takes 38 GB; --plan says how much, exactly except for the two reports.
     """
     from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, parse_added, parse_blocks, plan_bake
 

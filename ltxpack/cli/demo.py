@@ -23,7 +23,7 @@ def demo(folder: Path, recipe: str, verbose: bool) -> None:
 
     video = run_demo(folder, TerminalReporter(verbose), recipe)
     click.echo(f"the overlay: {folder / 'overlay'}")
-    click.echo(f"what a bake changed: {folder / 'overlay/bakes/distilled-0.5/coverage.html'}")
+    click.echo(f"the changes of a bake: {folder / 'overlay/bakes/distilled-0.5/coverage.html'}")
     click.echo(f"latents, frames and waveform: {video.with_suffix('.safetensors')}")
     click.echo("the video, 25 frames with sound:")
     click.echo(str(video))

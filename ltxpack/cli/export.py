@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ltxpack.export import ExportOptions
 
 PARTS = ("all", "transformer")
-# By what the file holds: where ComfyUI looks for the file, and what takes it there (spec 09, section 2).
+# Parts in the file -> the folder for ComfyUI, and the nodes that take the file there (spec 09, section 2).
 COMFY = {
     "all": (
         "ComfyUI: put it into models/checkpoints; CheckpointLoaderSimple takes transformer and video VAE, "
@@ -28,7 +28,7 @@ COMFY = {
     ),
     "transformer": "ComfyUI: put it into models/diffusion_models; UNETLoader takes it",
 }
-# By form and what the file holds: how the official code takes it.
+# (Form, parts in the file) -> how the official code takes it.
 OFFICIAL = {
     (BF16, "all"): "official code: it takes the place of the checkpoint",
     (BF16, "transformer"): "official code: --transformer-path takes it",
@@ -38,7 +38,7 @@ OFFICIAL = {
     (INT8, "transformer"): "official code: it cannot read int8",
 }
 
-# What makes a bake on the way, and is for --bake as it is stored: parameter -> its value where it is not given.
+# Parameters that make a bake on the way, which --bake has no use for -> their defaults.
 MAKING = {
     "strength": None, "lora": None, "added": (), "rule": "fp32", "device": "auto", "allow_unmatched": False,
     "keep_blocks": None, "activations": None,
@@ -51,12 +51,12 @@ FLAGS = {"added": "--add"}
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
 @click.option("--bake", help="A bake of the overlay instead of the base.")
 @click.option(
-    "--strength", type=StrengthType(), help="Merge the main LoRA on the way, at this strength; no bake is written."
+    "--strength", type=StrengthType(), help="Merge the main LoRA on the way, at this strength, without writing a bake."
 )
 @terminal.lora_option
 @terminal.added_option
 @click.option(
-    "--format", "form", type=click.Choice(FORMATS), help="How linears are stored.  [default: as in the bake, else bf16]"
+    "--format", "form", type=click.Choice(FORMATS), help="How to store linears.  [default: as in the bake, else bf16]"
 )
 @rule_option
 @device_option
@@ -72,14 +72,14 @@ FLAGS = {"added": "--add"}
 )
 @click.option("--source", help="File, folder or repo with the checkpoint, if the overlay lacks its metadata.")
 @terminal.plan_option
-@click.option("--force", is_flag=True, help="Replace a file that is there, and merge what bake-lora --force bakes.")
+@click.option("--force", is_flag=True, help="Replace an existing file, and merge LoRAs that need bake-lora --force.")
 @terminal.json_option
 @terminal.verbose_option
 def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, **options: object) -> None:
     """Write OVERLAY's weights as one safetensors file with the official names, for ComfyUI and the official code.
 
-    Without OVERLAY: the current folder if it is an overlay, else ./out. A bake is copied byte for byte; with --strength
-    or --format one is made on the way. scale_shift_table tensors, which official files hold in float32, are widened.
+    Without OVERLAY: the current folder if it is an overlay, else ./out. --bake copies a bake byte for byte; --strength
+    or --format makes one on the way. scale_shift_table tensors are widened to float32, their dtype in official files.
     """
     from ltxpack.export import export as write
     from ltxpack.export import plan_export
@@ -113,7 +113,7 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
 
 
 def _wanted(overlay: Path, options: Mapping[str, Any]) -> ExportOptions:
-    """Raises UsageError for what does not go together."""
+    """The options of an export. Raises UsageError for flags that do not go together."""
     from ltxpack.export import ExportOptions
     from ltxpack.lora_bake import BakeOptions, parse_added, parse_blocks
 
@@ -123,7 +123,7 @@ def _wanted(overlay: Path, options: Mapping[str, Any]) -> ExportOptions:
     wanted = ExportOptions(overlay, **said)
     if wanted.bake is not None:
         if asked:
-            advice = "leave --bake out, or those"
+            advice = "leave --bake out, or those flags"
             raise UsageError("--bake is copied as it is", found=", ".join(asked), next=advice)
         return wanted
     if not asked and wanted.form in (None, BF16):

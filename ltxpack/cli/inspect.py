@@ -1,4 +1,4 @@
-"""``ltxpack inspect``: what a file or an overlay holds, and what takes it."""
+"""``ltxpack inspect``: the contents of a file or an overlay, and the programs that take it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ltxpack.errors import MAX_LISTED, printable
 def inspect(path: Path, as_json: bool) -> None:
     """Say what PATH holds, in which form, which programs take it and what is wrong with it.
 
-    PATH is a checkpoint or a part of one, quantised or not, an export, a LoRA, an overlay or a folder. Of a file only
-    the header is read, and the input scales of a quantised one.
+    PATH is a checkpoint or a part of one, quantised or not, an export, a LoRA, an overlay or a folder. ltxpack reads
+    only the header of a file, and the input scales of a quantised one.
     """
     from ltxpack.materialize.inspect import inspect_path
 

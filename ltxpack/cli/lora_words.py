@@ -1,4 +1,4 @@
-"""Strengths and LoRAs as people write them for other tools: each told as what to type here, before a file is read."""
+"""Strengths and LoRAs in the spelling of other tools: prints the command to type here, before any file is read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ltxpack.strength import Strength
 
 STRENGTH, ADD, LORA = "--strength", "--add", "--lora"
 
-# A corrected word may need another correction: a:1:1.
+# A corrected word may need another correction: a:1:1. This bounds the rounds.
 MOST_ROUNDS = 9
 
 Word = tuple[str | None, str | None]
 """A flag with its value, a flag alone, or an argument: (None, value)."""
 
-# Flag -> what is wrong with what is written, and how it is written.
+# Flag -> what is wrong with what the user wrote, and the right spelling.
 _TOLD = {
     STRENGTH: ("a strength is one number with a point behind its own --strength", "--strength 0.25 --strength 0.5"),
     ADD: ("--add needs a file and a strength with = between them", "--add FILE=S, such as --add style.safetensors=0.8"),
@@ -30,7 +30,7 @@ _TOLD = {
 _ONE_STRENGTH = ("one file holds one strength", "one --strength")
 _PLAIN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _LOOSE = re.compile(r"(?P<number>[+-]?(?:\d+[.,]?\d*|[.,]\d+))\s*(?P<percent>%?)")
-# A strength behind a file. A name may hold these signs too: what exists as typed is a file alone.
+# A strength behind a file. A name may hold these signs too: a path that exists as typed is a file alone.
 _BY_BLOCK = re.compile(r"(?P<file>.+)=(?P<strength>[^=/]*@[^=/]*)")
 _BEHIND = re.compile(r"(?P<file>.+?)(?:\s*[=:]\s*|(?<=\.safetensors)[\s,;]+)(?P<strength>[+-]?[\d.,]+\s*%?)")
 
@@ -47,20 +47,18 @@ device_option = click.option(
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where sums are made.",
+    help="The device that computes the sums.",
 )
-unmatched_option = click.option(
-    "--allow-unmatched", is_flag=True, help="Go on although some keys of a LoRA match nothing."
-)
+unmatched_option = click.option("--allow-unmatched", is_flag=True, help="Leave out keys of a LoRA that match nothing.")
 
 
 class StrengthType(click.ParamType[Strength]):
-    """A number, or one with others for some blocks."""
+    """A strength: a number, or a number with others for some blocks."""
 
     name = "S"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Strength:
-        """A Strength. Raises UsageError for what is wrong with the blocks."""
+        """``value`` as a Strength. Raises UsageError for wrong blocks."""
         if isinstance(value, Strength):
             return value
         if "@" in str(value):
@@ -75,7 +73,7 @@ class LoraCommand(click.Command):
     """A command that takes LoRAs and strengths."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Raises UsageError, with the command to type, for what is written as elsewhere."""
+        """Raises UsageError, with the command to type, for the spelling of another tool."""
         options = [param for param in self.params if isinstance(param, click.Option)]
         valued = {flag for option in options if not option.is_flag for flag in option.opts}
         written = list(_taken_apart(args, valued))
@@ -101,7 +99,7 @@ class LoraCommand(click.Command):
 
 
 def _lacking(words: Sequence[Word]) -> list[Word]:
-    """The --strength that is missing: added LoRAs are meant alone."""
+    """The missing --strength: 0 if there are only added LoRAs, which are then meant alone."""
     flags = {flag for flag, _ in words}
     return [] if STRENGTH in flags else [(STRENGTH, "0" if ADD in flags and LORA not in flags else "1.0")]
 
@@ -111,7 +109,7 @@ def _typed(words: Sequence[Word]) -> str:
 
 
 def _taken_apart(words: Sequence[str], valued: set[str]) -> Iterator[Word]:
-    """``valued`` are the flags with a value."""
+    """Each flag with its value, and each argument; ``valued`` are the flags that take a value."""
     left = list(words[::-1])
     while left:
         word = left.pop()
@@ -125,7 +123,7 @@ def _taken_apart(words: Sequence[str], valued: set[str]) -> Iterator[Word]:
 
 
 def _meant(words: Sequence[Word]) -> list[Word]:
-    """The words as they are written here, so that none of them would be corrected again."""
+    """The words in our spelling, corrected until no correction is left."""
     found = list(words)
     for _ in range(MOST_ROUNDS):
         before, found = found, _corrected(found)
@@ -137,7 +135,7 @@ def _meant(words: Sequence[Word]) -> list[Word]:
 def _corrected(words: Sequence[Word]) -> list[Word]:
     """One round of corrections.
 
-    A number that stands alone is the strength of the --add before it if that has none, else it lacks its --strength.
+    A lone number is the strength of the --add before it if that has none; otherwise it lacks its --strength.
     """
     found: list[Word] = []
     for flag, value in words:
@@ -152,7 +150,7 @@ def _corrected(words: Sequence[Word]) -> list[Word]:
 
 
 def _rewritten(flag: str | None, value: str | None, given: bool) -> Iterator[Word]:
-    """One word in our spelling. ``given``: there is a --strength."""
+    """One word in our spelling. ``given``: the command has a --strength."""
     if not value or flag not in (STRENGTH, ADD, LORA):
         yield flag, value
         return
@@ -170,7 +168,7 @@ def _rewritten(flag: str | None, value: str | None, given: bool) -> Iterator[Wor
 
 
 def _file_and_strength(text: str) -> tuple[str, str | None]:
-    """Of what is typed behind --add or --lora."""
+    """The file and the strength in a value of --add or --lora."""
     if os.path.exists(text):  # noqa: PTH110
         return text, None
     if by_block := _BY_BLOCK.fullmatch(text):
@@ -181,7 +179,7 @@ def _file_and_strength(text: str) -> tuple[str, str | None]:
 
 
 def _numbers(text: str) -> list[str]:
-    """The numbers that ``text`` holds and nothing else, as float reads them: ``0,5`` -> 0.5, ``50%`` -> 0.5."""
+    """The numbers of ``text`` if it holds nothing else, in float's spelling: ``0,5`` -> 0.5, ``50%`` -> 0.5."""
     if _PLAIN.fullmatch(text):
         return [text]
     loose = _LOOSE.fullmatch(text.strip())

@@ -22,9 +22,9 @@ from ltxpack.runtime.sampling.recipes import DISTILLED, HQ
 @click.option("--text-encoder", metavar="REF", help="The Gemma 3 folder or repo.")
 @click.option("--revision", help="Revision of SOURCE on the hub.")
 @click.option("--max-shard-size", default="5GB", show_default=True, metavar="SIZE", help="Largest shard to write.")
-@click.option("--copy", is_flag=True, help="Copy files that could be linked.")
+@click.option("--copy", is_flag=True, help="Copy files instead of linking them.")
 @plan_option
-@click.option("--force", is_flag=True, help="Replace an overlay that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing overlay.")
 @json_option
 @verbose_option
 def materialize(

@@ -1,4 +1,4 @@
-"""``ltxpack plan``: which way of running fits a machine, what it takes, and what to type. No GPU, no torch."""
+"""``ltxpack plan``: the mode that fits a machine, its memory and time, and the commands to type. No GPU, no torch."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ if TYPE_CHECKING:
 
 DEFAULT = ParameterSource.DEFAULT
 VIDEO, SESSION = planned_by(Settings), planned_by(SessionSettings)
-PAGE_HELP = "Write a page for a browser on which machine and video are picked, and plan nothing else."
+PAGE_HELP = "Write a page for a browser on which one picks machine and video, and plan nothing else."
 DEVICES_HELP = "Plan for several cards: their number, or ordinals of this machine's cards."
 
 
 @click.command()
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
-@click.option("--vram", metavar="SIZE", help="Memory of the card, or of each; default: what is free on the card here.")
-@click.option("--ram", metavar="SIZE", help="Memory of the host; default: what is free here.")
+@click.option("--vram", metavar="SIZE", help="Memory of the card, or of each; default: what is free on it here.")
+@click.option("--ram", metavar="SIZE", help="Memory of the host; default: the free memory here.")
 @click.option("--disk-rate", default="3GB", show_default=True, metavar="SIZE", help="Bytes a second the disk reads.")
 @click.option("--devices", metavar="N|0,1,…", help=DEVICES_HELP)
 @click.option("--link-rate", default="25GB", show_default=True, metavar="SIZE", help="Bytes a second between cards.")
 @settings_options(*VIDEO, *SESSION)
-@click.option("--images", type=click.IntRange(0), default=0, show_default=True, help="Number of images conditioned on.")
+@click.option(
+    "--images", type=click.IntRange(0), default=0, show_default=True, help="Number of images to condition on."
+)
 @click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help=PAGE_HELP)
 @json_option
 def plan(
@@ -55,9 +57,9 @@ def plan(
 ) -> None:
     """Say how OVERLAY would run on this machine, or with --vram 24GB --ram 64GB on another.
 
-    Mode, peak memory of card and host by phase, seconds of loading, and the commands to type; with --devices 2, also
-    what two such cards would do. Without OVERLAY: for the published LTX-2.3, before anything of it is fetched. 1GB is
-    10⁹ bytes, 1GiB 2³⁰.
+    Prints the mode, peak memory of card and host by phase, seconds of loading, and the commands to type; with
+    --devices 2, also what two such cards would do. Without OVERLAY: plans for the published LTX-2.3, and downloads
+    nothing. 1GB is 10⁹ bytes, 1GiB 2³⁰.
     """
     if page is not None:
         return _write_page(overlay, page)
@@ -107,7 +109,7 @@ def _write_page(overlay: Path | None, page: Path) -> None:
 
 
 def _machine(vram: str | None, ram: str | None, named: PlannedDevices | None) -> Machine:
-    """The machine here, or with the memories given another; with the smallest of the cards that are ``named``."""
+    """This machine, or one with the given memory; the ``named`` card with least free memory."""
     from ltxpack.runtime.weights.machine import this_machine
 
     cards = (0,) if named is None else named.cards
@@ -118,8 +120,9 @@ def _machine(vram: str | None, ram: str | None, named: PlannedDevices | None) ->
 
 
 def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, DiTConfig, list[Command]]:
-    """The transformers of the stages, the sizes and the transformer's config of the model, and what to type; of the
-    published model without ``root``.
+    """The transformers of the stages, the model's sizes, the transformer's config, and the commands to type.
+
+    Without ``root`` they are those of the published model.
     """
     from ltxpack.files.tensorfile import read_json
     from ltxpack.ltx23.published import published_configs, published_tensors

@@ -38,7 +38,7 @@ def settings_options(*settings: Field[Any]) -> Callable[[Command], Command]:
 
 
 def given(settings: Sequence[Field[Any]]) -> Any:
-    """Those of ``settings`` that the running command was given, by name."""
+    """The values of the ``settings`` that the user typed for the running command, by name."""
     context = click.get_current_context()
     typed = (one.name for one in settings if context.get_parameter_source(one.name) is not ParameterSource.DEFAULT)
     return {name: context.params[name] for name in typed}
@@ -77,14 +77,14 @@ class _Numbers(click.ParamType[Any]):
 
 @click.command()
 @click.argument("overlay", type=click.Path(path_type=Path))
-@click.option("--prompt", help="What to show and to be heard.")
+@click.option("--prompt", help="What the video shows, and how it sounds.")
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Make many videos: a JSON object per line; the other options say what a line leaves out.",
+    help="Make many videos: a JSON object per line; the other options are the defaults of the lines.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), show_default="video.mp4")
+@click.option("-o", "--output", type=click.Path(path_type=Path), show_default="video.mp4", help="The video to write.")
 @settings_options(*VIDEO, *SESSION)
 @click.option(
     "--ray",
@@ -115,7 +115,7 @@ def run(
             raise click.UsageError("--ray goes with --prompts; one video is made on one machine")
         from ltxpack.runtime.request import Request
 
-        # Told at once; what follows imports torch.
+        # Wrong settings fail here, before the import of torch.
         Request.of(prompt, **given(VIDEO))
     from ltxpack.runtime.run import RunOptions
 
@@ -140,7 +140,7 @@ def _of_torchrun(session: SessionSettings, ray: str | None) -> SessionSettings:
 
 
 def _follow(overlay: Path, session: SessionSettings, launch: Launched) -> None:
-    """The terminal is rank 0's; when that ends, torchrun ends this one."""
+    """Follow rank 0, which has the terminal; when rank 0 ends, torchrun ends this process."""
     from ltxpack.runtime.parallel.worker import follow_torchrun
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -193,7 +193,7 @@ def _stages(transformers: Sequence[str]) -> str:
 
 
 def _print_table(batch: Batch) -> None:
-    """One line a video: what became of it, seconds per phase, where it is."""
+    """One line a video: its outcome, the seconds of each phase, its path."""
     phases = list(dict.fromkeys(phase for outcome in batch.outcomes for phase in outcome.seconds))
     click.echo("  ".join([" line", "status ", *(f"{phase:>8}" for phase in phases), "   total", "output"]))
     for outcome in batch.outcomes:

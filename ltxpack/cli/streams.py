@@ -1,7 +1,7 @@
 """Standard streams that never end a job: a full log disk, a closed terminal or a reader that left stops no work.
 
-What cannot be written is dropped, whoever writes it: results, notes, progress bars, warnings of libraries. Whether a
-result was lost is asked when the work is done.
+The streams drop what they cannot write: results, notes, progress bars, warnings of libraries. At its end the command
+asks whether a result was lost.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-# A reader that left has what it wants.
+# Errors of a reader that left: it has what it wants.
 READER_GONE = frozenset({errno.EPIPE, errno.ECONNRESET})
 PLAINER = {"…": "..."}
 REPLACED = "ltxpack-replaced"
 
 
 class SteadyFile(io.RawIOBase):
-    """The open file ``fd``, which takes every byte. ``lost``: the first error that lost some of them."""
+    """The open file ``fd``, which accepts every byte. ``lost``: the first error that lost some of them."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.lost: OSError | None = None
 
     def writable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def fileno(self) -> int:
@@ -43,13 +43,13 @@ class SteadyFile(io.RawIOBase):
         return os.isatty(self._fd)
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write ``data``, or drop it; always counts all of it."""
+        """Write ``data``, or drop it; returns its whole length either way."""
         left = memoryview(data).cast("B")
         total = len(left)
         while left:
             try:
                 left = left[os.write(self._fd, left) :]
-            except BlockingIOError:  # another program made the pipe so
+            except BlockingIOError:  # another program made the pipe non-blocking
                 select.select([], [self._fd], [])
             except OSError as error:
                 self.lost = self.lost or error
@@ -60,7 +60,7 @@ class SteadyFile(io.RawIOBase):
 def hold_streams() -> SteadyFile | None:
     """Make the process's own stdout and stderr steady until it ends; returns the file of stdout.
 
-    A letter that the encoding of a stream lacks is replaced. None for a stdout that Python code put in place of it.
+    The streams replace a letter that their encoding lacks. Returns None if Python code has replaced stdout.
     """
     _open_closed()
     codecs.register_error(REPLACED, _replaced)
@@ -73,7 +73,7 @@ def hold_streams() -> SteadyFile | None:
 
 
 def lost_result(stdout: SteadyFile | None) -> OSError | None:
-    """Why some of what was printed on ``stdout`` is lost; None if nothing is, or its reader did not want it."""
+    """The error that lost output of ``stdout``; None if nothing is lost, or if the reader left."""
     sys.stdout.flush()
     if stdout is None or stdout.lost is None or stdout.lost.errno in READER_GONE:
         return None
@@ -87,8 +87,9 @@ def _steady(stream: TextIO | None, fd: int) -> tuple[TextIO, SteadyFile]:
 
 
 def _open_closed() -> None:
-    """Open the null device in place of each closed standard stream: else a file of ours would get its number, and
-    with it what libraries write to the stream.
+    """Open the null device in place of each closed standard stream.
+
+    Otherwise a file of ours would get the stream's number, and with it the output of libraries.
     """
     for fd in range(3):
         try:
@@ -98,7 +99,7 @@ def _open_closed() -> None:
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
-    """A handler of encoding errors: a byte of a file name that is no letter stays that byte, a letter becomes ASCII."""
+    """A handler of encoding errors: an undecodable byte of a file name stays that byte, a letter becomes ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letter = error.object[error.start]

@@ -1,4 +1,4 @@
-"""How results, notes and progress look on a terminal: results on stdout, everything else on stderr."""
+"""Results, notes and progress on a terminal: results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TerminalReporter(Reporter):
         self._say(f"warning: {message}")
 
     def begin(self, label: str, total: int, unit: str) -> None:
-        """Start a bar; outside a terminal one line instead."""
+        """Start a bar; outside a terminal print one line instead."""
         from tqdm import tqdm
 
         self.end()
@@ -77,7 +77,7 @@ def print_json(document: Any) -> None:
 
 
 def print_plan(plan: dict[str, Any], as_json: bool, *, bounds: tuple[str, ...] = ()) -> None:
-    """A plan as DESIGN states it: JSON, or one line a file. The size of a file that ends in ``bounds`` is a bound."""
+    """Print a plan as JSON, or one line a file. The size of a file whose name ends in ``bounds`` is an upper bound."""
     if as_json:
         print_json(plan)
         return
@@ -89,22 +89,22 @@ def print_plan(plan: dict[str, Any], as_json: bool, *, bounds: tuple[str, ...] =
     for missing in plan["missing"]:
         click.echo(printable(f"missing: {missing}"))
     linked = plan["total_bytes"] - plan.get("written_bytes", plan["total_bytes"])
-    links = f", {human_bytes(linked)} of them links to files that are there" if linked else ""
+    links = f", {human_bytes(linked)} of them links to existing files" if linked else ""
     most = "at most " if bounded else ""
     click.echo(f"{len(plan['files'])} files, {most}{human_bytes(plan['total_bytes'])}{links}")
 
 
-verbose_option = click.option("-v", "--verbose", is_flag=True, help="Tell more of what is done and how.")
-plan_option = click.option("--plan", "plan_only", is_flag=True, help="Only say what would be written.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print more details of the work.")
+plan_option = click.option("--plan", "plan_only", is_flag=True, help="Only say what the command would write.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-# Of what makes a bake, into its folder or into an export.
+# Options of bake-lora and export.
 lora_option = click.option("--lora", metavar="FILE", help="Main LoRA instead of the overlay's distilled one.")
 added_option = click.option(
     "--add",
     "added",
     multiple=True,
     metavar="FILE=S",
-    help="Stack a LoRA, applied before the main one. FILE=S@0-11,30:T: T in these blocks.",
+    help="Stack a LoRA below the main one; repeatable. FILE=S@0-11,30:T: T in these blocks.",
 )
 keep_blocks_option = click.option(
     "--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]"
@@ -112,10 +112,10 @@ keep_blocks_option = click.option(
 activations_option = click.option(
     "--activations",
     type=click.Path(path_type=Path),
-    help="For fp8: take input scales from this file, which ltxpack run --save-activations wrote.",
+    help="For fp8: take input scales from this file of ltxpack run --save-activations.",
 )
 
 
 def usual_overlay(given: Path | None) -> Path:
-    """The overlay of a command that got none: the current folder if it is one, else ``out``."""
+    """``given``; without it the current folder if it is an overlay, else ``out``."""
     return given or (Path() if is_overlay(Path()) else Path("out"))

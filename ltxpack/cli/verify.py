@@ -13,8 +13,8 @@ from ltxpack.errors import LtxpackError, UsageError, quoted
 
 @click.command()
 @click.argument("overlay", type=click.Path(path_type=Path))
-@click.option("--repair", is_flag=True, help="Make what is damaged again, from the source and the clean base.")
-@click.option("--source", metavar="SOURCE", help="Where the inputs are; default: the hub repos they came from.")
+@click.option("--repair", is_flag=True, help="Write damaged files again, from the source and the clean base.")
+@click.option("--source", metavar="SOURCE", help="Where the inputs are; default: the hub repos in the manifest.")
 @click.option(
     "--lora", "loras", type=click.Path(path_type=Path), multiple=True, help="A bake's LoRA that is not in the overlay."
 )
@@ -23,7 +23,7 @@ from ltxpack.errors import LtxpackError, UsageError, quoted
 def verify(
     overlay: Path, repair: bool, source: str | None, loras: tuple[Path, ...], as_json: bool, verbose: bool
 ) -> int:
-    """Check every file of OVERLAY; list all faults. Exit status 1 if there is any left."""
+    """Compare every file of OVERLAY with the manifest and list all faults. Exit status 1 if a fault is left."""
     if (source or loras) and not repair:
         raise UsageError("--source and --lora go with --repair", next=f"ltxpack verify {quoted(overlay)} --repair")
     from ltxpack.repack.verify import NOT_OURS
@@ -41,13 +41,13 @@ def verify(
         return int(bool(faults))
     for fault in faults:
         line = LtxpackError(fault.problem, file=fault.path, expected=fault.expected, found=fault.found)
-        # Written like an error, but without a next command of its own.
+        # Looks like an error, but without a next command of its own.
         click.echo(line.render().rpartition("\n")[0])
     if faults:
         click.echo(f"{overlay}: {len(faults)} fault(s)")
         foreign = [fault for fault in faults if fault.problem == NOT_OURS]
         if foreign:
-            click.echo("  next: move what is not in the manifest out of the overlay, or delete it")
+            click.echo("  next: move files that are not in the manifest out of the overlay, or delete them")
         if not repair and len(foreign) < len(faults):
             click.echo(f"  next: ltxpack verify {quoted(overlay)} --repair")
         return 1

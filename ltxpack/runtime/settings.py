@@ -1,8 +1,7 @@
-"""The settings of a video, and those of the session that makes it: each is written down once, here.
+"""The settings of a video, and those of the session that makes it. Each setting is defined once, here.
 
-The flags of ``ltxpack run`` and ``ltxpack plan``, the arguments from Python, the fields of a prompts file, the record
-of a video and the commands that ``ltxpack plan`` prints are derived from the fields of these two classes. Needs no
-torch.
+The fields of these two classes give the flags of ``ltxpack run`` and ``ltxpack plan``, the arguments from Python, the
+fields of a prompts file, the record of a video and the commands that ``ltxpack plan`` prints. Needs no torch.
 """
 
 from __future__ import annotations
@@ -37,60 +36,72 @@ TYPES = {kind.__name__: kind for kind in (int, float, str, bool, tuple)}
 def _setting(default: Any, help: str | None = None, **more: Any) -> Any:
     """A field that is a setting. ``more``:
 
-    ``flag``: the flag, where it is not the name. ``metavar``, and ``shown``: what the help says the default is, where
-    it is not the value. ``choices``, ``bounds``: the values and the range that the command line takes. ``least``: the
-    smallest value, from Python too. ``plan``: ``ltxpack plan`` takes it too. ``line``: the limits and description of
-    the field in a prompts file, where a line may have it. ``guides``: the strengths of the guidance that it sets, as
-    (modality, strength).
+    ``flag``: the flag, if it differs from the name. ``metavar``: the value in the help. ``shown``: the default in the
+    help, if it differs from the value. ``choices``, ``bounds``: the values and the range that the command line takes.
+    ``least``: the smallest value, from Python too. ``plan``: ``ltxpack plan`` has the flag too. ``line``: the limits
+    and description of the field in a prompts file, if a line may have it. ``guides``: the strengths of the guidance
+    that it sets, as (modality, strength).
     """
     return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What may be said of a video beside its prompt. The defaults are those of the recipe hq."""
+    """The choices for one video beside its prompt. The defaults are those of the recipe hq."""
 
     recipe: str = _setting(
-        HQ.name, "The recipe; it sets the defaults of its settings.", choices=tuple(RECIPES), plan=True,
+        HQ.name, "How to make the video; sets the defaults of other options.", choices=tuple(RECIPES), plan=True,
         line={"enum": list(RECIPES), "description": "The recipe."},
     )  # fmt: skip
     negative_prompt: str | None = _setting(
         None, "What to avoid; default: the official one.", line={"description": "What to avoid."}
     )
-    seed: int = _setting(10, line={"minimum": -(2**63), "maximum": 2**64 - 1})
-    height: int = _setting(1088, plan=True, line={"minimum": 32, "multipleOf": 32, "description": "Pixels."})
-    width: int = _setting(1920, plan=True, line={"minimum": 32, "multipleOf": 32, "description": "Pixels."})
-    num_frames: int = _setting(121, plan=True, line={"minimum": 1, "description": "Frames, a multiple of 8 plus 1."})
-    fps: float = _setting(24.0, plan=True, line={"exclusiveMinimum": 0, "description": "Frames per second."})
+    seed: int = _setting(10, "Seed of the noise.", line={"minimum": -(2**63), "maximum": 2**64 - 1})
+    height: int = _setting(1088, "Pixels.", plan=True, line={"minimum": 32, "multipleOf": 32, "description": "Pixels."})
+    width: int = _setting(1920, "Pixels.", plan=True, line={"minimum": 32, "multipleOf": 32, "description": "Pixels."})
+    num_frames: int = _setting(
+        121, "A multiple of 8 plus 1.", plan=True, line={"minimum": 1, "description": "Frames, a multiple of 8 plus 1."}
+    )
+    fps: float = _setting(
+        24.0, "Frames per second.", plan=True, line={"exclusiveMinimum": 0, "description": "Frames per second."}
+    )
     steps: int = _setting(15, "Steps of stage 1.", plan=True, line={"minimum": 2, "description": "Steps of stage 1."})
     images: Sequence[ImageSpec | str | Path] = _setting(
         (), "Condition on an image.", flag="--image", metavar="PATH[@FRAME][:STRENGTH]"
     )
-    image_crf: int | None = _setting(None, "x264 CRF images pass through; default: the checkpoint's.", bounds=(0, 51))
-    video_cfg: float = _setting(3.0, guides=[("video", "cfg")])
-    audio_cfg: float = _setting(7.0, guides=[("audio", "cfg")])
-    video_rescale: float = _setting(0.45, guides=[("video", "rescale")])
-    audio_rescale: float = _setting(1.0, guides=[("audio", "rescale")])
-    video_stg: float = _setting(0.0, least=0, guides=[("video", "stg")])
-    audio_stg: float = _setting(0.0, least=0, guides=[("audio", "stg")])
+    image_crf: int | None = _setting(
+        None, "x264 CRF that images pass through; default: the checkpoint's.", bounds=(0, 51)
+    )
+    video_cfg: float = _setting(3.0, "CFG of the video; 1: off.", guides=[("video", "cfg")])
+    audio_cfg: float = _setting(7.0, "CFG of the sound; 1: off.", guides=[("audio", "cfg")])
+    video_rescale: float = _setting(0.45, "Rescale of the guided video; 0: off.", guides=[("video", "rescale")])
+    audio_rescale: float = _setting(1.0, "Rescale of the guided sound; 0: off.", guides=[("audio", "rescale")])
+    video_stg: float = _setting(0.0, "STG of the video; 0: off.", least=0, guides=[("video", "stg")])
+    audio_stg: float = _setting(0.0, "STG of the sound; 0: off.", least=0, guides=[("audio", "stg")])
     video_stg_blocks: tuple[int, ...] = _setting(
-        (), "Blocks whose self-attention STG perturbs.", metavar="N,N", least=0, guides=[("video", "stg_blocks")]
+        (),
+        "Blocks whose self-attention STG perturbs for the video.",
+        metavar="N,N",
+        least=0,
+        guides=[("video", "stg_blocks")],
     )
-    audio_stg_blocks: tuple[int, ...] = _setting((), metavar="N,N", least=0, guides=[("audio", "stg_blocks")])
+    audio_stg_blocks: tuple[int, ...] = _setting(
+        (), "The same for the sound.", metavar="N,N", least=0, guides=[("audio", "stg_blocks")]
+    )
     video_skip_step: int = _setting(
-        0, "Steps that reuse the guided result of the one before them.", least=0, guides=[("video", "skip")]
+        0, "Steps after each guided one that reuse its video; 0: none.", least=0, guides=[("video", "skip")]
     )
-    audio_skip_step: int = _setting(0, least=0, guides=[("audio", "skip")])
+    audio_skip_step: int = _setting(0, "The same for the sound.", least=0, guides=[("audio", "skip")])
     modality: float = _setting(
-        3.0, "Modality guidance, video and audio.", guides=[("video", "modality"), ("audio", "modality")]
+        3.0, "Modality guidance of video and sound; 1: off.", guides=[("video", "modality"), ("audio", "modality")]
     )
     decode: str = _setting(
-        OFFICIAL, "fast: larger tiles where memory allows; pixels near seams differ.", choices=DECODES, plan=True
+        OFFICIAL, "fast: larger tiles if memory allows; pixels near seams differ.", choices=DECODES, plan=True
     )
     keep_steps: str | None = _setting(
         None,
-        "Steps of each stage in which quantised weights are decoded: none, or first, last, N. Default: the first where "
-        "it is guided.",
+        "Steps of each stage that decode quantised weights: none, or first, last, N. Default: the first step of a "
+        "guided stage.",
         metavar="first,last",
     )
 
@@ -98,7 +109,7 @@ class Settings:
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """The settings ``given``, and the defaults of their recipe for the others.
 
-        Raises UsageError for a recipe that does not exist or has no use for one of them, TypeError for a name that is
+        Raises UsageError for an unknown recipe or a setting that the recipe does not use, TypeError for a name that is
         no setting.
         """
         unknown = sorted(set(given) - {one.name for one in dataclasses.fields(cls)})
@@ -159,35 +170,40 @@ class SessionSettings:
     stage1: str = _setting(AUTO, "base, or a bake's name.", plan=True)
     stage2: str = _setting(AUTO, "base, or a bake's name.", plan=True)
     text_encoder: str | None = _setting(
-        None, "A text encoder baked by bake-lora --text instead of the base's.", metavar="NAME"
+        None, "A text encoder that bake-lora --text made, in place of the base's.", metavar="NAME"
     )
-    format: str = _setting("bf16", "Which of several bakes auto takes.", choices=("bf16", *CODES), plan=True)
+    format: str = _setting("bf16", "The form of the bakes that auto takes.", choices=("bf16", *CODES), plan=True)
     fp8: str = _setting(
-        TOKEN, "fp8 bakes: inputs in codes, scaled by token or as calibrated; or weights decoded.", choices=FP8_MODES
+        TOKEN,
+        "fp8 bakes: inputs in codes with a scale for each token, or the bake's; or decoded weights.",
+        choices=FP8_MODES,
     )
     device: str = _setting(AUTO, "auto, cuda, cuda:N or cpu.")
-    devices: str | None = _setting(
-        None, "Several cards for one video, in the way that --parallel says.", metavar="0,1,…"
-    )
+    devices: str | None = _setting(None, "Several cards, which share the work as --parallel says.", metavar="0,1,…")
     parallel: str = _setting(
         AUTO,
-        "Of several cards: the passes of a guided step are shared out, the tokens of a pass, or both; of --prompts the "
-        "stages, or whole videos (data); auto: what is fastest.",
+        "What several cards share: the passes of a guided step, the tokens of a pass, or both; with --prompts the "
+        "stages, or whole videos (data); auto: the fastest.",
         choices=PARALLEL,
     )
-    dtype: str = _setting(DTYPES[0], choices=DTYPES, plan=True)
-    residency: str = _setting(AUTO, choices=RESIDENCIES, plan=True)
-    reads: str = _setting(
-        AUTO, "Weights through the page cache or past it; auto: past it, but for what is there.", choices=READS
+    dtype: str = _setting(DTYPES[0], "Dtype of weights and results.", choices=DTYPES, plan=True)
+    residency: str = _setting(
+        AUTO,
+        "Transformers stay on the card, take turns there, or stream block by block; auto: the first that fits.",
+        choices=RESIDENCIES,
+        plan=True,
     )
-    warm_cache: bool = _setting(False, "Fill free memory with the files while the device computes, for the next run.")
+    reads: str = _setting(
+        AUTO, "Read weights through the page cache or past it; auto: past it, unless they are in it.", choices=READS
+    )
+    warm_cache: bool = _setting(False, "Read the files into free memory while the device computes, for the next run.")
     attention: str | None = _setting(
         None,
-        "auto (the fastest, measured), flash3, cudnn, flash, efficient, sdpa or math; before LTXPACK_ATTENTION.",
+        "auto (measures the fastest), flash3, cudnn, flash, efficient, sdpa or math; wins over LTXPACK_ATTENTION.",
         shown=AUTO,
         metavar="KERNEL",
     )
-    compile: bool = _setting(False)
+    compile: bool = _setting(False, "Compile the transformer's blocks with torch.compile.")
     cache: bool | str | Path = _setting(True, "Keep encoded prompts on disk.")  # noqa: RUF009
     save_activations: str | Path | None = _setting(  # noqa: RUF009
         None, "Add the largest input of each linear to this file, for the scales of fp8 bakes.", metavar="FILE"
@@ -202,7 +218,7 @@ class SessionSettings:
         return cls(**plain)
 
     def check(self) -> None:
-        """Raises UsageError for a value that is none of the choices of its setting."""
+        """Raises UsageError for a value that is not among the choices of its setting."""
         for one in dataclasses.fields(self):
             choices, found = one.metadata.get("choices"), getattr(self, one.name)
             if choices and found not in choices:
@@ -211,7 +227,7 @@ class SessionSettings:
 
     @property
     def transformers(self) -> tuple[str, ...]:
-        """What was asked for each stage, by its number."""
+        """The transformer that the user asked for, for each stage."""
         return self.stage1, self.stage2
 
 
@@ -249,7 +265,7 @@ def flag_of(one: dataclasses.Field[Any]) -> str:
 
 
 def type_of(one: dataclasses.Field[Any]) -> type | None:
-    """The plain type of a setting's value; None where it is not plain."""
+    """The plain type of a setting's value; None if it is not plain."""
     return TYPES.get(str(one.type).removesuffix(" | None").removesuffix("[int, ...]"))
 
 
@@ -259,7 +275,7 @@ def planned_by(table: type) -> list[dataclasses.Field[Any]]:
 
 
 def words(chosen: Settings | SessionSettings, usual: Settings | SessionSettings) -> Iterator[str]:
-    """What to type for the settings in which ``chosen`` differs from ``usual``: ``--height 576``."""
+    """The flags to type for the settings in which ``chosen`` differs from ``usual``: ``--height 576``."""
     for one in dataclasses.fields(chosen):
         value = getattr(chosen, one.name)
         if value != getattr(usual, one.name) and type_of(one) in (int, float, str):

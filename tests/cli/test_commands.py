@@ -73,7 +73,7 @@ def test_a_file_of_somebody_else_is_no_work_for_a_repair(overlay: Path) -> None:
         done = ltxpack("verify", overlay, *flags)
         assert done.returncode == 1
         assert "mine.txt: is not in the manifest" in done.stdout
-        assert "move what is not in the manifest out of the overlay" in done.stdout
+        assert "move files that are not in the manifest out of the overlay" in done.stdout
         assert "next: ltxpack verify" not in done.stdout
     (overlay / "scheduler" / "scheduler_config.json").unlink()
     assert f"next: ltxpack verify {overlay} --repair" in ltxpack("verify", overlay).stdout
