@@ -170,7 +170,7 @@ def latents_of(session: Session, request: Request, following: Request | None, on
     """The share of :func:`generate` that every rank takes part in."""
     work = _prepare(session, request, once)
     name = None if following is None else session.transformers(following.recipe).stages[0]
-    with session.ranks.together(work, request, following, once):
+    with session.ranks.together(work, session.numerics, request, following, once):
         return session.within_memory(lambda: sample(session, request, name))
 
 

@@ -27,6 +27,7 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import use_codes
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
+from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, transformer_part
 from ltxpack.runtime.parallel.devices import TORCHRUN, Launched, launched, named_devices
 from ltxpack.runtime.parallel.ranks import ALONE, Alone
@@ -38,7 +39,7 @@ from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
 from ltxpack.runtime.settings import AUTO, STATIC, SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
-from ltxpack.runtime.torch_settings import set_up_compiler
+from ltxpack.runtime.torch_settings import round_as, set_up_compiler
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.device import known_fault, resolve_device
 from ltxpack.runtime.weights.keeper import Residency
@@ -95,6 +96,8 @@ class Session:
         self.timings = Timings()
         self.attention: kernels.KernelChoice | None = None
         self._attention_told = False
+        # What is computed by where rank 0 says it.
+        self._adopted: Numerics | None = None
         # What was told of transformers in codes.
         self._told: set[str] = set()
         # Whether the process ends with the session: then the kernel takes pinned memory back, which is faster.
@@ -146,6 +149,18 @@ class Session:
             for name, why in self.attention.refused.items():
                 self.reporter.detail(f"attention: not {name}: {why}")
             self._attention_told = True
+
+    def numerics(self) -> Numerics:
+        """What this session computes by, for other ranks; once it is prepared."""
+        assert self.attention is not None
+        return Numerics.of(self.attention, self.settings.fp8, self.device, self.dtype)
+
+    def adopt(self, numerics: Numerics) -> None:
+        """Compute by what rank 0 does. Raises DeviceError where this device cannot."""
+        if self._adopted is None:
+            numerics.check(self._attention_kinds())
+        self._adopted, self.attention = numerics, numerics.attention
+        round_as(numerics.rounding)
 
     @property
     def decoding(self) -> str:
@@ -252,7 +267,8 @@ class Session:
         if self.activations is not None:
             self.activations.watch(name, model)
         fp8 = self.settings.fp8
-        told = use_codes(model, fp8, self.device, self.dtype)
+        faults = None if self._adopted is None else self._adopted.faults
+        told = use_codes(model, fp8, self.device, self.dtype, faults)
         if fp8 == STATIC and self.overlay.form(name) == FP8 and self.overlay.manifest.bakes[name].calibration is None:
             clips = "--fp8 static uses 1 as every input scale and clips inputs above 448"
             told.append(f"{name} is not calibrated: {clips} (bake-lora --activations FILE, or --fp8 token)")
@@ -263,12 +279,14 @@ class Session:
         if self.attention is not None:
             model.use_attention(self.attention.kernels)
         if self.settings.compile:
-            set_up_compiler(self.reporter)
+            set_up_compiler(self.reporter, alike=self.ranks is not ALONE)
             model.compile_blocks()
 
+    def _attention_kinds(self) -> tuple[kernels.AttentionKind, ...]:
+        return kernels.attention_kinds(self.transformer_config, self.device, self.dtype)
+
     def _choose_attention(self) -> kernels.KernelChoice:
-        kinds = kernels.attention_kinds(self.transformer_config, self.device, self.dtype)
-        found = kernels.choose(kinds, self.settings.attention)
+        found = kernels.choose(self._attention_kinds(), self.settings.attention)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return found

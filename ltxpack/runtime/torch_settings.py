@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -28,7 +29,17 @@ COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 MOST_COMPILERS = 4
 MOST_GRAPHS = 64
 FOLDER = "ltxpack-compiled"
-
+# What numbers are rounded by: settings below torch.backends, by their names, and kernels that torch may attend with.
+ROUNDING = (
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cuda.matmul.fp32_precision",
+    "cudnn.allow_tf32",
+    "cudnn.conv.fp32_precision",
+    "cudnn.enabled",
+    "mkldnn.matmul.fp32_precision",
+)
+ATTENDING = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")
+PRODUCTS = "float32_matmul_precision"
 
 # What restores torch's settings, once for each block of :func:`exact_float32` that is entered now.
 _entered: list[Callable[[], None]] = []
@@ -80,17 +91,48 @@ def _without_tf32() -> Callable[[], None]:
     return before.close
 
 
-def set_up_compiler(reporter: Reporter) -> None:
+def rounding() -> dict[str, Any]:
+    """What torch's settings are here, as far as numbers depend on them and this torch has them."""
+    found = {PRODUCTS: _read(torch.get_float32_matmul_precision)}
+    found |= {name: _read(lambda name=name: attrgetter(name)(torch.backends)) for name in ROUNDING}  # type: ignore[misc]
+    return found | {name: _read(getattr(torch.backends.cuda, f"{name}_enabled")) for name in ATTENDING}
+
+
+def round_as(wanted: Mapping[str, Any]) -> None:
+    """Set what is another here than in ``wanted``, which :func:`rounding` gave in another process."""
+    for name, value in wanted.items():
+        if value is None or rounding()[name] == value:
+            continue
+        if name == PRODUCTS:
+            torch.set_float32_matmul_precision(value)
+        elif name in ATTENDING:
+            getattr(torch.backends.cuda, f"enable_{name}")(value)
+        else:
+            holder, _, attribute = name.rpartition(".")
+            setattr(attrgetter(holder)(torch.backends), attribute, value)
+
+
+def _read(setting: Callable[[], Any]) -> Any:
+    try:
+        return setting()
+    except (AttributeError, RuntimeError):  # this torch has none, or its two interfaces to it disagree
+        return None
+
+
+def set_up_compiler(reporter: Reporter, alike: bool = False) -> None:
     """Have torch keep compiled code for later processes, compile in few processes, and keep as many graphs as we need.
 
-    All are settings of this process and of those it starts. What the user has set for torch stays.
+    ``alike``: other processes compile the same and must get the same numbers, so that nothing that changes these is
+    chosen by measuring. All are settings of this process and of those it starts. What the user has set for torch stays.
     """
     os.environ[INDUCTOR_CACHE] = str(compiled_code(os.environ, reporter))
     # Blocks in bf16, in codes and decoded, with and without images and STG: each is a graph of the same functions.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
-    if COMPILERS not in os.environ:
-        from torch._inductor import config
+    from torch._inductor import config
 
+    if alike and hasattr(config, "deterministic"):
+        config.deterministic = True
+    if COMPILERS not in os.environ:
         # Each is a process with a torch of its own, which the plan of the host's memory does not count.
         config.compile_threads = min(config.compile_threads or MOST_COMPILERS, MOST_COMPILERS)
 

@@ -19,12 +19,16 @@ from support import Notes, ltxpack
 
 from ltxpack import Pipeline
 from ltxpack.errors import DeviceError, UsageError
+from ltxpack.runtime.model import kernels
+from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.recipe_run import decode_video
 from ltxpack.runtime.request import Request
+from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.torch_settings import round_as, rounding
 
 TINY: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
 STG: dict[str, Any] = {"video_stg": 1.0, "audio_stg": 0.5, "video_stg_blocks": (0,), "audio_stg_blocks": (1,)}
@@ -61,6 +65,41 @@ def test_three_ranks_make_the_latents_of_one_device(
     given = {**given, "images": [f"{picture}", f"{picture}@last:0.5"]}
     found, expected = latents(three, **given), latents(alone, **given)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_ranks_attend_by_what_rank_0_measured(demo: Path, alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank alone would find another kernel the fastest: the others are processes where nothing is changed."""
+    kinds = dict.fromkeys((kernels.VIDEO, kernels.TEXT, kernels.AUDIO), "math")
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.KernelChoice(kinds, "attention: as measured here", {}))
+    overlay, given = demo / "overlay", {"steps": 2}
+    with Pipeline.from_overlay(overlay, devices="cpu:2", parallel="guidance", dtype="float32") as two:
+        found = latents(two, **given)
+    monkeypatch.undo()
+    with Pipeline.from_overlay(overlay, device="cpu", dtype="float32", attention="math") as one:
+        assert all(map(torch.equal, found, latents(one, **given)))
+    assert not all(map(torch.equal, found, latents(alone, **given))), "what is measured shows in a video"
+
+
+def test_a_rank_takes_over_what_rank_0_computes_by(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = rounding()
+    with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32")) as session:
+        kinds = dict.fromkeys((kernels.VIDEO, kernels.TEXT, kernels.AUDIO), "math")
+        other = before | {"float32_matmul_precision": "high", "cudnn.enabled": False, "math_sdp": False}
+        numerics = Numerics(kernels.KernelChoice(kinds, "", {}), {}, other)
+        try:
+            session.adopt(numerics)
+            assert {name: rounding()[name] for name in other if other[name] != before[name]} == {
+                "float32_matmul_precision": "high", "cudnn.enabled": False, "math_sdp": False,
+            }  # fmt: skip
+        finally:
+            round_as(before)
+        assert rounding() == before
+        session.prepare([Request.of("a", **TINY).work(("base", "base"))])
+        assert session.attention is numerics.attention, "nothing is measured"
+        monkeypatch.setattr(kernels, "fault", lambda kind, name: "no such unit")
+        lesser, problem = Session(demo / "overlay", session.settings), "cpu cannot attend by math, which rank 0 chose"
+        with lesser, pytest.raises(DeviceError, match=problem):
+            lesser.adopt(numerics)
 
 
 def test_the_ranks_exchange_the_velocities_of_guided_steps_and_nothing_else(
@@ -141,7 +180,10 @@ def test_a_rank_that_cannot_begin_says_why(three: Pipeline, tmp_path: Path) -> N
     assert not place.exists()
     config, work = three.session.transformer_config, Request.of("a").work(("base", "base"))
     team = Team(tmp_path / "none", SessionSettings(), ("cpu", "cpu"), torch.device("cpu"), config, Notes())
-    with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"), team.together(work):
+    with (
+        pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"),
+        team.together(work, three.session.numerics),
+    ):
         raise AssertionError("never begun")
     team.close()
 

@@ -15,7 +15,9 @@ from dit_parts import SMALL
 from support import Notes, distance, load, ltxpack
 from torch import Tensor, nn
 
+from ltxpack import Pipeline
 from ltxpack.demo.config import TEXT_LAYERS
+from ltxpack.errors import DeviceError
 from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
@@ -192,6 +194,26 @@ def test_what_a_card_does_not_multiply_is_decoded_and_told(monkeypatch: pytest.M
     (told,) = quantised.use_codes(dit, "token", card, torch.bfloat16)
     assert told.endswith("cuda does not multiply these codes: it is too old")
     assert {linear.mode for linear in linears} == {"weights"}
+
+
+def test_ranks_decode_where_rank_0_does_not_multiply_codes(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks are processes that would multiply them; one that cannot where rank 0 can refuses by name."""
+
+    def video(**given: Any) -> Tensor:
+        with Pipeline.from_overlay(coded, dtype="float32", stage1=FP8[0], stage2=FP8[1], **given) as make:
+            return make("a boat", height=64, width=64, num_frames=9, steps=2).latents.stages[-1].video
+
+    expected = video(device="cpu", fp8="weights")
+    assert not torch.equal(video(device="cpu"), expected), "which of the two shows in a video"
+    with monkeypatch.context() as patch:
+        patch.setattr(quantised, "fault", lambda *_: "it is too old")
+        assert torch.equal(video(devices="cpu:2", parallel="guidance"), expected)
+    with torch.device("meta"):
+        dit = DiT(DiTConfig.from_dict(SMALL))
+    quantised.put_quantised(dit, {"transformer_blocks.1.attn1.to_q": "F8_E4M3"})
+    monkeypatch.setattr(quantised, "fault", lambda *_: "it is too old")
+    with pytest.raises(DeviceError, match="cpu does not multiply fp8 codes, which rank 0 does"):
+        quantised.use_codes(dit, "token", torch.device("cpu"), torch.float32, {"F8_E4M3": None, "I8": None})
 
 
 @pytest.mark.parametrize("codes", ["F8_E4M3", "I8"])

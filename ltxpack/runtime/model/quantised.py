@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ltxpack.errors import DeviceError
 from ltxpack.ltx23.codes import CODES, FP8, INT8, rotated_together
 from ltxpack.runtime.model.layers import Linear, Made
 from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
@@ -190,13 +191,37 @@ def decode_weights(model: nn.Module, decoded: bool) -> None:
         linear.decoded = decoded
 
 
-def use_codes(model: nn.Module, fp8: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Have ``model`` compute by codes, fp8 ones in the mode ``fp8``, as far as ``device`` can; returns what to tell."""
+def mode_of(codes: str, fp8: str) -> str:
+    """The mode of linears in these ``codes``, where fp8 ones are asked to be in ``fp8``."""
+    return fp8 if codes == FP8 else TOKEN
+
+
+def faults(fp8: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """:func:`fault` for each dtype of codes, in the mode of theirs; where weights are decoded there is none."""
+    modes = {codes: mode_of(codes, fp8) for codes in CODES.values()}
+    return {codes: None if mode == WEIGHTS else fault(codes, mode, device, dtype) for codes, mode in modes.items()}
+
+
+def use_codes(
+    model: nn.Module,
+    fp8: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    found: Mapping[str, str | None] | None = None,
+) -> list[str]:
+    """Have ``model`` compute by codes, fp8 ones in the mode ``fp8``, as far as ``device`` can; returns what to tell.
+
+    ``found``: the :func:`faults` of another device, which it is to compute like. Raises DeviceError if it cannot.
+    """
     told = []
     for form, codes in CODES.items():
         linears = [linear for linear in quantised_linears(model) if isinstance(linear, KINDS[codes])]
-        mode = fp8 if codes == FP8 else TOKEN
-        why = fault(codes, mode, device, dtype) if linears and mode != WEIGHTS else None
+        mode, why = mode_of(codes, fp8), None
+        if linears and mode != WEIGHTS:
+            why = own = fault(codes, mode, device, dtype)
+            if found is not None:
+                why = found[codes]
+                _check_like(device, form, own if why is None else None)
         odd = [linear for linear in linears if mode != WEIGHTS and not linear.fits(device)]
         if why is not None:
             told.append(f"{form}: {TOLD[WEIGHTS]}: {device} does not multiply these codes: {why}")
@@ -208,6 +233,14 @@ def use_codes(model: nn.Module, fp8: str, device: torch.device, dtype: torch.dty
         for linear in linears:
             linear.mode = mode if why is None and linear not in odd else WEIGHTS
     return told
+
+
+def _check_like(device: torch.device, form: str, why: str | None) -> None:
+    """Raises DeviceError for what ``device`` lacks, which others have."""
+    if why is not None:
+        problem = f"{device} does not multiply {form} codes, which rank 0 does"
+        way = f"--fp8 {WEIGHTS}" if CODES[form] == FP8 else "the bf16 bakes"
+        raise DeviceError(problem, found=why, next=f"the same command with {way}, or without this device")
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch import Tensor
 from ltxpack.runtime.codecs.video import DecodeTiles, VideoVAE, decode_tile, decode_tiles, decoded_shape
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
 from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, shared
@@ -30,8 +31,11 @@ Contexts = list[AV[Tensor]]
 class Alone:
     """One process on one device: nothing is handed out."""
 
-    def together(self, work: Work, *arguments: Any) -> AbstractContextManager[None]:
-        """A block in which all ranks do ``work``, which ``arguments`` say. If it fails, the others are of no use."""
+    def together(self, work: Work, numerics: Callable[[], Numerics], *arguments: Any) -> AbstractContextManager[None]:
+        """A block in which all ranks do ``work``, which ``arguments`` say, by the ``numerics`` of rank 0.
+
+        If it fails, the others are of no use.
+        """
         return nullcontext()
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:

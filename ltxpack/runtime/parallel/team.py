@@ -29,6 +29,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.codecs.video import DecodeTiles, decode_tiles
 from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
 from ltxpack.runtime.parallel.ranks import Contexts, Member
 from ltxpack.runtime.parallel.schemes import AUTO, Counted
@@ -139,11 +140,11 @@ class Leader(Member, ABC):
         self._joined, self._noted = False, ""
 
     @contextlib.contextmanager
-    def together(self, work: Work, *arguments: Any) -> Iterator[None]:
+    def together(self, work: Work, numerics: Callable[[], Numerics], *arguments: Any) -> Iterator[None]:
         """Raises DeviceError where another rank has ended or cannot begin."""
         with self._at_work():
             self._note(self.choose(work))
-            self._tell(arguments)
+            self._tell((numerics(), *arguments))
             yield
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ltxpack.errors import LtxpackError
+from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, store_in
 from ltxpack.runtime.parallel.ranks import Contexts, Member
@@ -68,7 +69,7 @@ class Follower(Member):
         session.ranks = self
 
     @contextmanager
-    def together(self, work: Work, *arguments: Any) -> Iterator[None]:
+    def together(self, work: Work, numerics: Callable[[], Numerics], *arguments: Any) -> Iterator[None]:
         self.choose(work)
         yield
 
@@ -81,7 +82,9 @@ class Follower(Member):
         self.joined(exchange, session.device)
         while (work := self.next()) is not None:
             if work != DECODE:
-                made = latents_of(session, *work)
+                numerics, *asked = work
+                session.adopt(numerics)
+                made = latents_of(session, *asked)
             elif made is not None:
                 decode_share(session, made.video, self.tiles)
 

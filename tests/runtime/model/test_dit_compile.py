@@ -112,9 +112,11 @@ def test_no_more_compilers_than_the_host_has_room_for(
     if asked is None:
         monkeypatch.delenv(COMPILERS)
     monkeypatch.setenv(INDUCTOR_CACHE, str(tmp_path / "mine"))
-    with config.patch(compile_threads=16):
+    with config.patch(compile_threads=16, deterministic=False):
         set_up_compiler(SilentReporter())
-        assert config.compile_threads == found
+        assert config.compile_threads == found and not config.deterministic
+        set_up_compiler(SilentReporter(), alike=True)
+        assert config.deterministic, "ranks that make a video together do not choose by measuring"
 
 
 @pytest.mark.parametrize("named", [None, "torch's own", "the user's"])
