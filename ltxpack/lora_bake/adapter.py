@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ltxpack.errors import AdapterError, SourceError
+from ltxpack.errors import AdapterError, SourceError, one_line
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.ltx23.contents import described
@@ -146,7 +146,7 @@ class LoraUse:
         """``adapter`` at ``strength``; ``digest`` is its content's hash."""
         factor, by = 1.0 if rule == "official" else adapter.factor, Strength.of(strength)
         scale = None if factor is None or by.blocks else by.value * factor
-        file = (adapter.name, adapter.path.name, adapter.size, digest)
+        file = (adapter.name, one_line(adapter.path.name), adapter.size, digest)
         return cls(adapter, BakedLora(*file, by.value, scale, by.blocks))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ltxpack.activations import ActivationsFile, Loras
-from ltxpack.errors import AdapterError, UsageError
+from ltxpack.errors import AdapterError, UsageError, one_line
 from ltxpack.files.reader import hash_file
 from ltxpack.lora_bake.coverage import split_name
 from ltxpack.ltx23.codes import CODES, kept_blocks
@@ -87,4 +87,5 @@ def calibrated(path: Path, loras: Loras, base: str, linears: Sequence[str], next
     largest = file.largest[names[0]]
     if missing := [linear for linear in linears if linear not in largest]:
         raise AdapterError("lacks linears of this model", file=path, items=missing, next=next)
-    return Calibration(path.name, hash_file(path), tuple(activation_scale(largest[linear]) for linear in linears))
+    scales = tuple(activation_scale(largest[linear]) for linear in linears)
+    return Calibration(one_line(path.name), hash_file(path), scales)

@@ -24,7 +24,7 @@ from ltxpack.materialize.checkpoint import (
 )
 from ltxpack.materialize.parts import read_parts
 from ltxpack.materialize.sources import KINDS, Access, InputFaults, InputFile, Sources, hub_folder, part_of
-from ltxpack.materialize.text_encoder import TextEncoder, read_text_encoder
+from ltxpack.materialize.text_encoder import RENAME, TextEncoder, read_text_encoder
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def _refuse_swapped(checkpoint: InputFile, lora: InputFile, access: Access) -> N
 
 def _check_lora(lora: InputFile, access: Access) -> Judged:
     if not plain_file_name(lora.name) or not lora.name.endswith(".safetensors"):
-        raise UnsupportedError("has a name that no overlay may hold", file=lora.label, expected="NAME.safetensors")
+        problem, expected = "has a name that no overlay may hold", "a printable NAME.safetensors"
+        raise UnsupportedError(problem, file=lora.label, expected=expected, found=lora.name, next=RENAME)
     header = read_lora(access.header(lora))
     if not header.is_lora:
         raise UnsupportedError(

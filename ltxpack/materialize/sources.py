@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ltxpack.errors import MAX_LISTED, FormatError, LtxpackError, SourceError, UnsupportedError, UsageError, quoted
+from ltxpack.errors import (
+    MAX_LISTED,
+    FormatError,
+    LtxpackError,
+    SourceError,
+    UnsupportedError,
+    UsageError,
+    one_line,
+    quoted,
+)
 from ltxpack.files import tensorfile
 from ltxpack.files.foreign import entries, is_foreign
 from ltxpack.files.typed import at_home
@@ -75,7 +84,7 @@ class AmbiguousError(SourceError):
 class InputFile:
     """One input file. ``path``: the real file here, or where the hub cache will hold it once it is fetched.
 
-    ``member``: its name within ``repo``, or for a local file the path as it was found.
+    ``name`` is printable. ``member``: its name within ``repo``, or for a local file the path as it was found.
     """
 
     name: str
@@ -431,8 +440,9 @@ def local_file(path: Path) -> InputFile:
         size = real.stat().st_size
     except (OSError, RuntimeError) as error:
         raise SourceError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from None
-    # An overlay knows one spelling of the ending.
-    name = path.name[: -len(WEIGHTS)] + WEIGHTS if path.name.lower().endswith(WEIGHTS) else path.name
+    # An overlay knows one spelling of the ending, and its manifest is UTF-8, which a name need not be.
+    name = one_line(path.name)
+    name = name[: -len(WEIGHTS)] + WEIGHTS if name.lower().endswith(WEIGHTS) else name
     return InputFile(name, size, cached_sha256(path), real, None, str(path))
 
 

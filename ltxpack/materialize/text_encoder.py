@@ -13,7 +13,7 @@ from typing import Any
 
 from ltxpack.errors import FormatError, OtherFormatError, SourceError, UnsupportedError
 from ltxpack.files.lookalikes import HEAD_BYTES, lookalike
-from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, TensorInfo, open_source
+from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, TensorInfo, open_source, plain_file_name
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.configs import json_bytes
 from ltxpack.ltx23.forms import TOLD, read_linears
@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
 CHECKED_CONFIGS = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER]
 
 OTHER_ENCODER = f"{AGAIN}--text-encoder {TEXT_ENCODER_REPO}"
+RENAME = "rename what has such a name, then run the same command again"
 _unsupported = functools.partial(UnsupportedError, next=OTHER_ENCODER)
 
 
@@ -175,6 +176,9 @@ def _weights(folder: InputFolder, access: Access) -> list[InputFile]:
     if shards and len(shards.there) == len(found):
         if shards.missing:
             raise SourceError("lacks shards of the text encoder", file=folder.label, items=shards.missing)
+        if odd := [files[name].name for name in shards.there if not plain_file_name(files[name].name)]:
+            problem = "has shards with names that no overlay may hold"
+            raise UnsupportedError(problem, file=folder.label, items=odd, next=RENAME)
         return [files[name] for name in shards.there]
     if WHOLE in found or len(found) == 1:
         return [files[WHOLE if WHOLE in found else found[0]]]
