@@ -153,6 +153,49 @@ def test_another_user_fills_a_folder_whose_parent_is_not_his(
         assert {path.name for path in place.iterdir()} == {"source", "out"}
 
 
+def tell_nobody(commands: list[list[str]], told: Path) -> None:
+    with told.open("w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+        for user in (0, NOBODY):  # first as root: imports what another user may not be allowed to read
+            os.setgid(user)
+            os.setuid(user)
+            file.seek(file.truncate(0))
+            for command in commands:
+                sys.argv = ["ltxpack", *command]
+                with contextlib.suppress(SystemExit):
+                    main()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_what_may_not_be_looked_at_is_told_as_that(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        monkeypatch.chdir(place)
+        source, overlay = place / "source", place / "overlay"
+        shutil.copytree(demo / "source", source)
+        shutil.copytree(demo / "overlay", overlay)
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755)
+        closed = place / "closed"
+        shutil.copytree(demo / "source", closed)
+        closed.chmod(0o700)
+        lora = next(closed.glob("*lora*.safetensors"))
+        commands = [
+            ["inspect", str(lora)],
+            ["materialize", str(closed), "out", "--plan"],
+            ["materialize", str(lora), "out", "--plan"],
+            ["materialize", str(source), "out", "--lora", str(lora)],
+            *(["bake-lora", str(overlay), "--strength", "1", "--plan", "--lora", str(at)] for at in (lora, closed)),
+        ]
+        process = FORKS.Process(target=tell_nobody, args=(commands, place / "told"))
+        process.start()
+        process.join()
+        errors = [line for line in (place / "told").read_text().splitlines() if line.startswith("error: ")]
+        assert len(errors) == len(commands)
+        assert all("cannot be read: Permission denied" in line for line in errors), errors
+
+
 def test_what_cannot_work_at_the_end_is_told_at_the_beginning(source: Path, tmp_path: Path, mount: Mount) -> None:
     """--force on an overlay one folder of which may not be written: nothing is read or written before that is told."""
     out = tmp_path / "out"

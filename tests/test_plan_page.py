@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -211,6 +212,16 @@ def test_the_page_of_an_overlay_is_about_that(demo: Path, tmp_path: Path) -> Non
     names = [f"distilled-{strength}+lora-1-0.8+lora-2-0.6" for strength in (0.25, 0.5)]
     assert bake.startswith(f"ltxpack bake-lora {root} --strength 0.25 --strength 0.5 --add ")
     assert run.endswith(f"--stage1 {names[0]} --stage2 {names[1]}")
+
+
+def test_the_page_names_an_overlay_by_its_folder(demo: Path, tmp_path: Path) -> None:
+    assert Subject(Overlay.open(demo / "overlay" / "vae" / "..")).name == "overlay"
+    latin_1 = tmp_path / os.fsdecode(b"gr\xfcn")
+    try:
+        latin_1.symlink_to(demo / "overlay")
+    except OSError:
+        pytest.skip("this filesystem takes UTF-8 names only")
+    assert rb"/gr\udcfcn" in render(Overlay.open(latin_1))
 
 
 def test_bakes_that_auto_cannot_choose_between_leave_the_official_ones(demo: Path, tmp_path: Path) -> None:

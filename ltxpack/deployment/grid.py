@@ -73,7 +73,7 @@ class Subject:
     @property
     def name(self) -> str:
         """What the page calls it."""
-        return "the published LTX-2.3" if self.overlay is None else self.overlay.root.name
+        return "the published LTX-2.3" if self.overlay is None else self.overlay.root.resolve().name
 
     @property
     def root(self) -> Path:

@@ -36,7 +36,7 @@ def render(overlay: Overlay | None = None) -> bytes:
         style=looks,
         script=script,
         data=data,
-    ).encode()
+    ).encode(errors="backslashreplace")  # the name of a folder need not be UTF-8
 
 
 def _hash(text: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import LtxpackError, SourceError
 from ltxpack.files.tensorfile import TensorFile, read_tensorfile
-from ltxpack.files.typed import at_home
+from ltxpack.files.typed import at_home, denied
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.plan import lora_name
@@ -57,11 +57,13 @@ def locate(typed: str, access: Access, again: Again) -> Located:
     if reference is None:
         similar = _similar(path)
         advice = again(similar[0]) if similar else None
-        raise SourceError("no such LoRA", file=typed, expected=EXPECTED, items=similar, next=advice)
+        raise SourceError(denied(path) or "no such LoRA", file=typed, expected=EXPECTED, items=similar, next=advice)
     return _on_hub(reference, typed, access, again)
 
 
 def _here(path: Path, again: Again) -> Located:
+    if problem := denied(path):
+        raise SourceError(problem, file=path)
     if path.is_dir() and not (path / PEFT_WEIGHTS).is_file():
         only = _only_one(path, again)
         found = _here(only, again)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections import Counter
@@ -54,7 +55,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
     Raises SourceError, FormatError or OverlayError if it cannot be read at all.
     """
     path = at_home(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 (a Path raises where it may not look)
         return _overlay(path) if is_overlay(path) else _folder(path)
     file = local_file(path)
     try:
@@ -349,7 +350,11 @@ def _bake(bake: Bake) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, Any]:
     """A folder that is no overlay: its safetensors files, each in a line's worth."""
-    files = sorted(path for path in entries(folder) if path.name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)))
+    try:
+        names = (path for path in entries(folder) if path.name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)))
+        files = [path for path in names if not path.is_dir()]
+    except OSError as error:
+        raise SourceError(f"cannot be read: {error.strerror}", file=folder) from None
     if not files:
         raise SourceError(
             "holds neither an overlay nor a .safetensors file", file=folder, next="ltxpack inspect FILE_OR_OVERLAY"

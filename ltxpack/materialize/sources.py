@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import fnmatch
 import functools
+import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ltxpack.errors import (
 )
 from ltxpack.files import tensorfile
 from ltxpack.files.foreign import entries, is_foreign
-from ltxpack.files.typed import at_home
+from ltxpack.files.typed import at_home, denied
 from ltxpack.files.unfinished import finished_name, refuse_unfinished
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.contents import described
@@ -406,19 +407,19 @@ def _find(
 ) -> InputFile | InputFolder:
     """What is typed: a file or folder here, a name ``within`` SOURCE, or a repo, a folder or a file on the hub."""
     path = at_home(typed)
-    kind = _kind(path)
-    if kind is not None:
+    if os.path.exists(path):  # noqa: PTH110 (a Path raises for what it may not look at, or is too long)
         if revision is not None:
             raise UsageError("--revision is for a hub repo", found=f"{typed}, which is on this machine")
-        return local_folder(path) if kind == "folder" else local_file(path)
+        return local_folder(path) if path.is_dir() else local_file(path)
     inside = within.find(typed) if within else None
     if inside is not None:
         return inside
     reference = hub_reference(typed)
     if reference is None:
         where = f", a name within {within.label}" if within else ""
+        expected = f"a file or folder{where}, or a hub repo as OWNER/NAME"
         raise SourceError(
-            "does not exist", file=typed, expected=f"a file or folder{where}, or a hub repo as OWNER/NAME",
+            denied(path) or "does not exist", file=typed, expected=expected,
             items=_similar(path) or (difflib.get_close_matches(typed, within.files, 8, 0.5) if within else []),
         )  # fmt: skip
     if revision is not None and reference.revision:
@@ -476,7 +477,7 @@ def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | No
     try:
         info = access.info(repo, revision)
     except SourceError as error:
-        if typed is None or not typed.parent.is_dir():
+        if typed is None or not os.path.isdir(typed.parent):  # noqa: PTH112 (a Path raises where it may not look)
             raise
         raise SourceError(
             f"{error.problem}; nor is there such a file or folder here", file=str(typed), expected=error.expected,
@@ -643,14 +644,6 @@ def _model_type(config: InputFile, access: Access) -> str | None:
         return None
     kind = document.get("model_type") if isinstance(document, dict) else None
     return kind if isinstance(kind, str) else None
-
-
-def _kind(path: Path) -> str | None:
-    """``file`` or ``folder``, or None for a path that is not there (or is none: too long, not permitted)."""
-    try:
-        return "folder" if path.is_dir() else "file" if path.exists() else None
-    except (OSError, ValueError):
-        return None
 
 
 def hub_reference(typed: str) -> Reference | None:

@@ -115,6 +115,11 @@ def test_half_a_download_is_refused(ending: str, place: Path) -> None:
         assert "half a download" in message and ending in message
 
 
+def test_an_empty_name_is_not_the_current_folder(place: Path) -> None:
+    done = ltxpack("bake-lora", "../out", "--strength", "0.5", "--lora", "", "--plan", cwd=place / "one")
+    assert "is empty" in refused(done, 2)
+
+
 def test_references_and_addresses() -> None:
     address = "https://huggingface.co/a/b/blob/refs%2Fpr%2F1/my%20file.safetensors"
     assert parse_reference(address) == Reference("a/b", "refs/pr/1", "my file.safetensors")

@@ -117,6 +117,8 @@ def test_an_activations_file(tmp_path: Path) -> None:
 
 def test_a_folder_lists_its_files(source: Path, tmp_path: Path) -> None:
     (source / "broken.safetensors").write_bytes(b"x")
+    (source / "folder.safetensors").mkdir()
+    (source / "folder.safetensors" / "a.safetensors").write_bytes(b"x")
     found = inspect_path(source)
     assert {file["name"]: file["kind"] for file in found["files"]} == {
         "broken.safetensors": "broken",

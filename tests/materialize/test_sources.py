@@ -164,6 +164,7 @@ def test_wrong_use(source: Path) -> None:
     checkpoint = source / tiny_source.CHECKPOINT
     for place, flags, told in (
         (checkpoint, {"checkpoint": checkpoint}, "twice"), (source, {"revision": "main"}, "--revision"),
+        ("", {}, "is empty"), (source, {"lora": ""}, "is empty"), (source, {"text_encoder": ""}, "is empty"),
         ("https://example.org/Lightricks/LTX-2.3", {}, "is no page of a model on the hub"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=told):

@@ -106,10 +106,11 @@ class PromptCache:
         path = self._path(key)
         try:
             with tensorfile.open_source(path) as file:
-                data = bytearray(file.read(self.limit + 1))
+                size = os.fstat(file.fileno()).st_size
+                data = bytearray(file.read(size)) if size <= self.limit else None
         except AbsentError:
             return None
-        if len(data) > self.limit:
+        if data is None:
             return None
         contexts = _read(data, path, key, count, dtype)
         with contextlib.suppress(OSError):

@@ -264,6 +264,12 @@ def test_what_is_larger_than_the_cache_is_not_kept_nor_read(tmp_path: Path) -> N
     assert PromptCache(tmp_path, limit=0).get(KEY, 2, torch.bfloat16) is None
 
 
+def test_a_cache_may_be_larger_than_memory(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path, limit=10**15)
+    cache.put(KEY, contexts())
+    assert cache.get(KEY, 2, torch.bfloat16) is not None
+
+
 def test_only_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
     old, new, other = tmp_path / ".x.safetensors.1.tmp", tmp_path / ".y.safetensors.2.tmp", tmp_path / "notes.txt"
     for path in (old, new, other):
