@@ -13,8 +13,9 @@ import importlib
 import itertools
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Self
 
 from ltxpack.activations import base_digest
@@ -82,10 +83,7 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
             plans = _plans(options, manifest, bases, found, [lora.known_digest() for lora in found])
             if all(_is_there(plan, manifest) for plan in plans):
                 return [_there_already(plan, manifest) for plan in plans]
-        # Importing torch takes as long as reading a LoRA: on another thread, one hides the other.
-        loader = ThreadPoolExecutor(1)
-        torch = loader.submit(importlib.import_module, "torch")
-        loader.shutdown(wait=False)
+        torch = _torch_ahead()
         plans = _plans(options, manifest, bases, found, [lora.read_digest(reporter) for lora in found])
         new = _to_be_made(plans, manifest, options)
         torch.result()
@@ -123,10 +121,20 @@ def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bo
     manifest = read_manifest(options.overlay)
     bases = _bases(options, manifest)
     found = find_loras(options, manifest, _shapes(bases), reporter, headers_only)
+    if not headers_only:
+        _torch_ahead()
     digests = [lora.known_digest() if headers_only else lora.read_digest(reporter) for lora in found]
     [plan] = _plans(options, manifest, bases, found, digests)
     _tell(plan.rule, [lora.adapter for lora in plan.loras], reporter)
     return UnwrittenBake(plan, options)
+
+
+def _torch_ahead() -> Future[ModuleType]:
+    """torch, imported on another thread: that takes as long as reading a LoRA, and one hides the other."""
+    loader = ThreadPoolExecutor(1)
+    torch = loader.submit(importlib.import_module, "torch")
+    loader.shutdown(wait=False)
+    return torch
 
 
 def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[Path] = ()) -> list[Fault]:
