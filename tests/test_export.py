@@ -9,19 +9,24 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from _full_size import make_full_size
+from blake3 import blake3
 from support import in_fresh_process, ltxpack, refused, tree
 
 import ltxpack.export.plan as exporting
+from ltxpack.errors import OverlayError
+from ltxpack.export.read_back import ReadBack, Written
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 from ltxpack.repack.items import round_to_bfloat16
+from ltxpack.repack.staging import Journal
 from ltxpack.reporter import SilentReporter
 
 BAKE = "distilled-0.5"
@@ -295,3 +300,45 @@ def test_what_goes_wrong_leaves_no_file(
     assert again.returncode == 0 and ("going on" in again.stderr) == (fault != "disk")
     exported(demo / "overlay", tmp_path / "y.safetensors")
     assert output.read_bytes() == (tmp_path / "y.safetensors").read_bytes() and not work.exists()
+
+
+def test_what_an_earlier_run_wrote_is_read_back(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, work = tmp_path / "x.safetensors", tmp_path / ".x.safetensors.ltxpack"
+    real, calls = os.pwrite, itertools.count()
+
+    def written(fd: int, data: memoryview, offset: int) -> int:
+        if next(calls) == 1500:
+            raise KeyboardInterrupt
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", written)
+        assert ltxpack("export", demo / "overlay", "-o", output).returncode == 130
+    plan = exporting.plan_export(exporting.ExportOptions(demo / "overlay", output), SilentReporter())
+    done = Journal.read(work / "journal.jsonl").records
+    unit = next(unit for unit in plan.units if unit.shard.record.path in done)
+    place = next(place for place in unit.places if place.nbytes and place.offset is not None)
+    with (work / "unfinished.safetensors").open("r+b") as file:
+        file.seek(place.offset or 0)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    again = ltxpack("export", demo / "overlay", "-o", output)
+    assert "did not come back from the disk" in refused(again, 1) and place.name in again.stderr
+    assert not work.exists() and not output.exists()
+
+
+def test_bytes_are_compared_before_the_last_of_them_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(bytes(range(256)) * 64)
+    monkeypatch.setattr("ltxpack.export.read_back.BATCH", 5000)
+    back = ReadBack(path)
+    digest = blake3(path.read_bytes()[100:5100]).hexdigest()
+    for name, offset in (("sound", 100), ("other bytes", 101)):
+        back.add(Written(name, offset, 5000, digest))
+    deadline = time.monotonic() + 60
+    with pytest.raises(OverlayError, match="did not come back") as told:
+        while time.monotonic() < deadline:
+            back.add(Written("empty", 0, 0, ""))
+    assert told.value.tensor == "other bytes" and back.failed
+    back.stop()

@@ -94,7 +94,7 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
     report = write(wanted, reporter)
     plan = report.plan
     if as_json:
-        facts = {"path": str(report.path), "bytes": plan.size, "blake3": report.blake3, "format": plan.form}
+        facts = {"path": str(report.path), "bytes": plan.size, "format": plan.form}
         terminal.print_json(
             {**facts, "tensors": len(plan.tensors), "quantised": plan.quantised, "widened": plan.widened}
         )

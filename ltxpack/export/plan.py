@@ -82,6 +82,11 @@ class Unit:
         """Bytes of what is made of it."""
         return sum(place.nbytes for place in self.places)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors of the file that are made of it."""
+        return frozenset(place.name for place in self.places if place.offset is not None)
+
 
 @dataclass(frozen=True)
 class ExportPlan:

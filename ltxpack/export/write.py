@@ -1,7 +1,7 @@
 """Writes an exported file: each file of the overlay is read once, in order, and its tensors put where they belong.
 
 An unfinished file lies in a folder beside the output, with a journal of what is in it: the same command goes on from
-there. Its header comes last, so that it is not one that programs take. It is read back before it gets its name.
+there. Its header comes last, so that it is not one that programs take. All of it is read back before it gets its name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Self
 
 from blake3 import blake3
 
-from ltxpack.errors import AdapterError, OverlayError, UsageError, quoted
+from ltxpack.errors import AdapterError, UsageError, quoted
 from ltxpack.export.plan import ENDING, ExportOptions, ExportPlan, Place, Unit, plan_export
+from ltxpack.export.read_back import ReadBack, Written
 from ltxpack.files.publish import (
     check_writable,
     fsync_folder,
@@ -35,6 +36,7 @@ from ltxpack.repack.staging import Journal
 from ltxpack.reporter import Reporter
 
 JOURNAL = "journal.jsonl"
+HEADER = "its header"
 # So many bytes may wait in the page cache for the disk.
 WAITING = 64 * 1024 * 1024
 
@@ -44,7 +46,6 @@ class ExportReport:
     """The file that was written."""
 
     path: Path
-    blake3: str
     plan: ExportPlan
 
 
@@ -62,12 +63,12 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportReport:
         plan = plan_export(options, reporter)
         with UnfinishedFile(folder, plan, reporter) as file:
             _write(plan, file, reporter)
-            digest = file.read_back()
+            file.finish()
             with write_errors(output):
                 move_file(file.path, output)
                 fsync_folder(output.parent)
             file.discard()
-    return ExportReport(options.output, digest, plan)
+    return ExportReport(options.output, plan)
 
 
 def _checked(options: ExportOptions) -> Path:
@@ -89,7 +90,12 @@ def _checked(options: ExportOptions) -> Path:
 
 def _write(plan: ExportPlan, file: UnfinishedFile, reporter: Reporter) -> None:
     """Everything that is not in the file yet."""
-    left = [unit for unit in plan.units if not file.holds(unit)]
+    left = []
+    for unit in plan.units:
+        if file.holds(unit):
+            file.take_over(unit)
+        else:
+            left.append(unit)
     reporter.begin("writing", sum(unit.nbytes for unit in left), "B")
     made = frozenset[str]()
     if plan.made is not None:
@@ -144,7 +150,8 @@ class PlacedWriter:
         self._done = 0
         self._hasher = blake3()
         self._table = bytearray()
-        self._digests = {place.name: blake3().hexdigest() for place in unit.places if not place.nbytes}
+        empty = (place.name for place in unit.places if place.offset is not None and not place.nbytes)
+        self._digests = dict.fromkeys(empty, blake3().hexdigest())
 
     def __enter__(self) -> Self:
         return self
@@ -178,7 +185,8 @@ class PlacedWriter:
             self._put(_widened(self._table), place.offset)
             self._table.clear()
         if place.offset is not None:
-            self._digests[place.name] = self._hasher.hexdigest()
+            digest = self._digests[place.name] = self._hasher.hexdigest()
+            self._file.written(place.name, digest)
         self._place, self._done, self._hasher = None, 0, blake3()
 
     def _put(self, data: Buffer, offset: int) -> None:
@@ -199,7 +207,12 @@ class UnfinishedFile:
     def __init__(self, folder: Path, plan: ExportPlan, reporter: Reporter) -> None:
         self.path = folder / f"unfinished{ENDING}"
         self._folder, self._plan, self._reporter = folder, plan, reporter
-        self._digests: dict[str, str] = {}
+        self._spans, at = {HEADER: (0, len(plan.header))}, len(plan.header)
+        for tensor in plan.tensors:
+            self._spans[tensor.name] = (at, tensor.nbytes)
+            at += tensor.nbytes
+        self._written = set[str]()
+        self._back = ReadBack(self.path)
         self._fd, self._waiting = -1, 0
 
     def __enter__(self) -> Self:
@@ -208,10 +221,11 @@ class UnfinishedFile:
         with write_errors(self.path):
             there = self.path.is_file() and not self.path.is_symlink() and self.path.stat().st_size == self._plan.size
             if journal.fingerprint == fingerprint and there:
+                names = {unit.shard.record.path: unit.names for unit in self._plan.units}
                 records = {
                     path: record
                     for path, record in journal.records.items()
-                    if isinstance(journal.notes.get(path), dict)
+                    if isinstance(note := journal.notes.get(path), dict) and note.keys() == names.get(path)
                 }
                 self._reporter.note(f"going on: {len(records)} of {len(self._plan.units)} parts are there")
             else:
@@ -222,12 +236,13 @@ class UnfinishedFile:
             journal.restart(fingerprint, records)
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             os.ftruncate(self._fd, self._plan.size)
-        for path in records:
-            self._digests |= {str(name): str(digest) for name, digest in journal.notes[path].items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._back.stop()
         os.close(self._fd)
+        if self._back.failed:
+            self.discard()
         self._journal.close()
         if kind and issubclass(kind, KeyboardInterrupt) and self._folder.is_dir():
             done = len(self._journal.records)
@@ -236,6 +251,13 @@ class UnfinishedFile:
     def holds(self, unit: Unit) -> bool:
         """Whether all of ``unit`` is in it."""
         return unit.shard.record.path in self._journal.records
+
+    def take_over(self, unit: Unit) -> None:
+        """Read back what an earlier run put in."""
+        digests = self._journal.notes[unit.shard.record.path]
+        self._written |= digests.keys()
+        for name, digest in digests.items():
+            self.written(name, str(digest))
 
     def put(self, data: Buffer, offset: int) -> None:
         """Raises OverlayError for a full disk."""
@@ -254,59 +276,22 @@ class UnfinishedFile:
         """All of ``unit`` was put; ``digests``: the blake3 of each tensor."""
         with write_errors(self.path):
             os.fsync(self._fd)
-        self._digests |= digests
+        self._written |= digests.keys()
         self._journal.record(unit.shard.record, dict(digests))
         return unit.shard.record
 
-    def read_back(self) -> str:
-        """Put header and literals in, read all of it from the disk; its blake3. Raises OverlayError for other bytes."""
-        plan, offset = self._plan, len(self._plan.header)
-        expected = [("its header", len(plan.header), blake3(plan.header).hexdigest())]
-        for tensor in plan.tensors:
-            if tensor.name in plan.literals:
-                self.put(plan.literals[tensor.name], offset)
-                self._digests[tensor.name] = blake3(plan.literals[tensor.name]).hexdigest()
-            expected.append((tensor.name, tensor.nbytes, self._digests[tensor.name]))
-            offset += tensor.nbytes
-        self.put(plan.header, 0)
-        with write_errors(self.path):
-            os.fsync(self._fd)
-        self._reporter.begin("reading back", plan.size, "B")
-        digest = self._compared(expected)
-        self._reporter.end()
-        return digest
+    def written(self, name: str, digest: str) -> None:
+        """All of ``name`` was put; it is read back while the rest is made. Raises OverlayError for a sick disk."""
+        self._back.add(Written(name, *self._spans[name], digest))
 
-    def _compared(self, expected: Sequence[tuple[str, int, str]]) -> str:
-        """The file's blake3. ``expected``: name, length and blake3 of its parts in order."""
-        whole, part, wanted = blake3(), blake3(), iter(expected)
-        name, left, digest = next(wanted)
-        with RangeReader(file_ranges(self.path, self._plan.size)) as reader, ThreadPoolExecutor(1) as thread:
-            for data in reader:
-                hashed, at = thread.submit(whole.update, data), 0
-                while at < len(data) or not left:
-                    taken = data[at : at + left]
-                    part.update(taken)
-                    at, left = at + len(taken), left - len(taken)
-                    if not left:
-                        if part.hexdigest() != digest:
-                            self._refuse(name, digest, part.hexdigest())
-                        name, left, digest = next(wanted, ("", -1, ""))
-                        part = blake3()
-                hashed.result()
-                self._reporter.advance(len(data))
-        return str(whole.hexdigest())
-
-    def _refuse(self, name: str, expected: str, found: str) -> None:
-        path = self.path
-        self.discard()
-        raise OverlayError(
-            "did not come back from the disk as it was written",
-            file=path,
-            tensor=name,
-            expected=f"blake3 {expected}",
-            found=f"blake3 {found}",
-            next="check the disk, then run this again",
-        )
+    def finish(self) -> None:
+        """Put literals and header in; read back what was not yet. Raises OverlayError for other bytes."""
+        for name, data in {**self._plan.literals, HEADER: self._plan.header}.items():
+            self.put(data, self._spans[name][0])
+            self.written(name, blake3(data).hexdigest())
+        if missing := self._spans.keys() - self._written - self._plan.literals.keys() - {HEADER}:
+            raise AssertionError(f"{self.path}: {sorted(missing)[0]} was not written")
+        self._back.finish(self._reporter)
 
     def discard(self) -> None:
         """Remove what is left of it."""

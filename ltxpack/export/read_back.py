@@ -1,0 +1,117 @@
+"""Reads an exported file back from the disk while the rest of it is made, and compares each tensor by its hash."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from ltxpack.errors import OverlayError
+from ltxpack.files.publish import write_errors
+from ltxpack.files.reader import Range, RangeReader
+from ltxpack.repack.write import read_plan
+from ltxpack.reporter import Reporter
+
+# So many bytes are put on the disk and read back together.
+BATCH = 64 * 1024 * 1024
+READS_AT_ONCE = 2
+
+
+class Written(NamedTuple):
+    """Bytes of the file that are written, and their blake3."""
+
+    name: str
+    offset: int
+    nbytes: int
+    blake3: str
+
+
+class ReadBack:
+    """Compares what is :meth:`added <add>`, on a thread of its own, until :meth:`finish` or :meth:`stop`.
+
+    A batch is put on the disk and out of the page cache before it is read: the disk's bytes are compared. ``failed``:
+    whether any did not come back as they were written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, "ltxpack-read-back")
+        self._adding = threading.Lock()
+        self._batch: list[Written] = []
+        self._under_way: deque[tuple[int, Future[None]]] = deque()
+        self._stopped = self.failed = False
+
+    def stop(self) -> None:
+        """Compare nothing more."""
+        self._stopped = True
+        self._thread.shutdown(cancel_futures=True)
+
+    def add(self, written: Written) -> None:
+        """From any thread. Raises the OverlayError of earlier bytes that did not come back as they were written."""
+        with self._adding:
+            if written.nbytes:
+                self._batch.append(written)
+            if sum(written.nbytes for written in self._batch) >= BATCH:
+                self._submit()
+            while self._under_way and self._under_way[0][1].done():
+                self._under_way.popleft()[1].result()
+
+    def finish(self, reporter: Reporter) -> None:
+        """Wait until all is compared. Raises OverlayError for bytes that did not come back as they were written."""
+        self._submit()
+        reporter.begin("reading back", sum(nbytes for nbytes, _ in self._under_way), "B")
+        for nbytes, compared in self._under_way:
+            compared.result()
+            reporter.advance(nbytes)
+        reporter.end()
+
+    def _submit(self) -> None:
+        batch, self._batch = self._batch, []
+        if batch:
+            self._under_way.append(
+                (sum(written.nbytes for written in batch), self._thread.submit(self._compare, batch))
+            )
+
+    def _compare(self, batch: Sequence[Written]) -> None:
+        batch = sorted(batch, key=lambda written: written.offset)
+        with write_errors(self._path):
+            self._put_on_disk(batch)
+        windows, counts = read_plan([Range(self._path, written.offset, written.nbytes) for written in batch])
+        with RangeReader([window.range for window in windows], in_flight=READS_AT_ONCE) as reader:
+            read = zip(windows, reader, strict=True)
+            parts = (data[at : at + size] for window, data in read for at, size in window.parts)
+            for written, count in zip(batch, counts, strict=True):
+                hasher = blake3()
+                for _ in range(count):
+                    if self._stopped:
+                        return
+                    hasher.update(next(parts))
+                if hasher.hexdigest() != written.blake3:
+                    self.failed = True
+                    raise self._changed(written, hasher.hexdigest())
+
+    def _put_on_disk(self, batch: Sequence[Written]) -> None:
+        fd = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+            if hasattr(os, "posix_fadvise"):
+                for written in batch:
+                    os.posix_fadvise(fd, written.offset, written.nbytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+
+    def _changed(self, written: Written, found: str) -> OverlayError:
+        return OverlayError(
+            "did not come back from the disk as it was written",
+            file=self._path,
+            tensor=written.name,
+            expected=f"blake3 {written.blake3}",
+            found=f"blake3 {found}",
+            next="check the disk, then run this again",
+        )
