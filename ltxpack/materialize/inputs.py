@@ -63,7 +63,7 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
 
     Raises one LtxpackError that names the faults of all inputs.
     """
-    faults = InputFaults("inputs cannot be used")
+    faults = InputFaults()
     file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
     files = [file, *sources.parts]
     read = faults.gather(CHECKPOINT, lambda: read_parts([part_of(each, access) for each in files]))

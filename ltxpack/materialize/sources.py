@@ -235,7 +235,7 @@ def resolve(
         advice = "give the folder as SOURCE, or leave --checkpoint out"
         raise UsageError("the checkpoint is named twice", expected="SOURCE or --checkpoint", found="both", next=advice)
     chosen: dict[str, InputFile | None] = {}
-    named = [_part(typed, access, folder) for typed in parts]
+    named = [*{part.path: part for part in (_part(typed, access, folder) for typed in parts)}.values()]
 
     def file(role: str) -> InputFile | None:
         if role == CHECKPOINT and single:
@@ -246,7 +246,7 @@ def resolve(
         found = folder if typed is None else _find(typed, access, within=folder)
         return choose(role, found, access) if isinstance(found, InputFolder) else found
 
-    faults = InputFaults("several inputs were not found")
+    faults = InputFaults()
     for role in PATTERNS:
         chosen[role] = faults.gather(role, functools.partial(file, role))
     checkpoint = chosen[CHECKPOINT]
@@ -273,16 +273,19 @@ def _refuse_unusable(
 ) -> None:
     """UnsupportedError for a checkpoint that is of no use: nobody should look for the other inputs before.
 
-    ``others``: its other parts, None where these are among the ``faults``.
+    One that cannot be read is told with what ``faults`` says of the others. ``others``: its other parts, None where
+    these are among the ``faults``.
     """
     fault = faults.found.get(CHECKPOINT)
     if checkpoint is None and isinstance(fault, UnsupportedError):
         raise fault
     if checkpoint is not None:
-        with contextlib.suppress(SourceError, FormatError):
+        try:
             parts = [part_of(file, access) for file in (checkpoint, *(others or ()))]
             if others is not None:
                 refuse_lacking(parts)
+        except (SourceError, FormatError) as unread:
+            faults.found = {CHECKPOINT: unread, **faults.found}
 
 
 def part_of(file: InputFile, access: Access) -> Part:
@@ -368,10 +371,9 @@ def with_comfyui(folder: InputFolder) -> InputFolder:
 
 
 class InputFaults:
-    """The faults of several inputs as one error. ``problem`` says what is wrong with all of them."""
+    """The faults of several inputs as one error."""
 
-    def __init__(self, problem: str) -> None:
-        self.problem = problem
+    def __init__(self) -> None:
         self.found: dict[str, LtxpackError] = {}
 
     def gather(self, role: str, find: Callable[[], T]) -> T | None:
@@ -391,7 +393,7 @@ class InputFaults:
             raise faults[0]
         if faults:
             items = [line for fault in faults for line in _told(fault, MAX_LISTED // 2)]
-            raise SeveralFaultsError(self.problem, items=items, next=_all_next(faults))
+            raise SeveralFaultsError("several inputs cannot be used", items=items, next=_all_next(faults))
 
 
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:

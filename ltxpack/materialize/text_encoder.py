@@ -34,6 +34,8 @@ TOKENIZER_FILES = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
     "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+# Where the tokens are named that a prompt begins with and is padded with; the latter by one of these.
+NAME_TOKENS, PADDING = ("tokenizer_config.json", "special_tokens_map.json"), ("pad_token", "eos_token")
 # tokenizer.json holds a vocabulary, tens of megabytes of it, and nothing that names code.
 CHECKED_CONFIGS = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER]
 
@@ -111,7 +113,7 @@ def _refuse_incomplete(folder: InputFolder, access: Access) -> None:
     """SourceError for a folder that lacks more than weights; a file of weights alone is told what belongs to it."""
     files = folder.files
     missing = [name for name in REQUIRED if name not in files]
-    weights = [name for name in sorted(files) if name.endswith((WEIGHTS, *OTHER_WEIGHTS)) and "/" not in name]
+    weights = [name for name in sorted(files) if name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)) and "/" not in name]
     if missing:
         problem = "lacks files of the text encoder"
         if CONFIG in missing and weights:
@@ -156,6 +158,10 @@ def _checked_config(folder: InputFolder, access: Access) -> Mapping[str, Any]:
         refused = [key for key in ("auto_map", "custom_pipelines") if key in document]
         if refused:
             raise _unsupported(f"has {refused[0]}, which is never followed", file=label, expected="plain configs")
+    named = {key for name in NAME_TOKENS for key, value in documents.get(name, {}).items() if value}
+    if "bos_token" not in named or named.isdisjoint(PADDING):
+        problem, expected = "names no token to begin or to pad a prompt with", f"bos_token, and {' or '.join(PADDING)}"
+        raise _unsupported(problem, file=folder.files[NAME_TOKENS[0]].label, expected=expected)
     config: Mapping[str, Any] = documents[CONFIG]
     return config
 
@@ -171,7 +177,7 @@ def _weights(folder: InputFolder, access: Access) -> list[InputFile]:
         if missing:
             raise SourceError("lacks shards that its index names", file=folder.label, items=missing)
         return [files[name] for name in names]
-    found = [name for name in sorted(files) if name.endswith(WEIGHTS) and "/" not in name]
+    found = [name for name in sorted(files) if name.lower().endswith(WEIGHTS) and "/" not in name]
     shards = shards_of(found[0], found) if found and WHOLE not in found else None
     if shards and len(shards.there) == len(found):
         if shards.missing:
@@ -182,7 +188,7 @@ def _weights(folder: InputFolder, access: Access) -> list[InputFile]:
         return [files[name] for name in shards.there]
     if WHOLE in found or len(found) == 1:
         return [files[WHOLE if WHOLE in found else found[0]]]
-    others = [_told(files[name], access) for name in sorted(files) if name.endswith((WEIGHTS, *OTHER_WEIGHTS))]
+    others = [_told(files[name], access) for name in sorted(files) if name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS))]
     raise SourceError(
         "holds no weights of the text encoder", file=folder.label, expected=f"{WHOLE}, or shards with {INDEX}",
         found=", ".join(others[:3]) or "no .safetensors file", next=OTHER_ENCODER,

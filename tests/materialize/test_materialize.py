@@ -280,7 +280,7 @@ def test_every_unusable_input_is_told_at_once(source: Path, out: Path) -> None:
     shutil.copy(upsampler, lora)
     upsampler.write_bytes(b"<html>")
     (source / tiny_source.GEMMA / "tokenizer.json").unlink()
-    with pytest.raises(LtxpackError, match="inputs cannot be used") as caught:
+    with pytest.raises(LtxpackError, match="several inputs cannot be used") as caught:
         run(source, out)
     for words in ("truncated", "is not a LoRA", "not a safetensors file", "lacks files of the text encoder"):
         assert words in str(caught.value)

@@ -243,9 +243,11 @@ def test_tensors_met_twice_are_told_and_other_ones_refused(source: Path, whole: 
     both = read(source / "projection.safetensors")[0]
     made.write(source / "projection.safetensors", both | again, {})
     notes = Notes()
-    options = Options(str(source), out, part=("projection.safetensors",))
+    options = Options(str(source), out, part=("projection.safetensors",) * 2)
     materialize(options, notes)
     assert same_but_sources(out, whole)
+    names = [file.name for file in read_manifest(out).source.files]
+    assert names.count("projection.safetensors") == 1, "a part named twice is one"
     assert any("two files of the checkpoint hold" in text and "the first file's" in text for text in notes.warnings)
     name = next(iter(again))
     made.write(source / "projection.safetensors", both | again | {name: ("F32", (1,), bytes(4))}, {})

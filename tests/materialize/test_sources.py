@@ -117,6 +117,16 @@ def test_everything_missing_is_told_at_once(source: Path) -> None:
         find(source, allow_missing=True)
 
 
+def test_a_checkpoint_that_cannot_be_read_is_told_with_what_else_is_missing(source: Path) -> None:
+    (source / tiny_source.LORA).unlink()
+    os.truncate(source / tiny_source.CHECKPOINT, 100)
+    with pytest.raises(SourceError, match="several inputs cannot be used") as caught:
+        find(source)
+    first, *others = caught.value.items
+    assert tiny_source.CHECKPOINT in str(first) and "truncated" in str(first)
+    assert any("no file for the lora" in str(item) for item in others)
+
+
 def test_several_unclear_inputs_each_list_their_candidates(tmp_path: Path) -> None:
     folder = tmp_path / "s 2"
     folder.mkdir()
@@ -267,6 +277,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], type[LtxpackError], str]] = {
     "another model": (lambda f: change_json(f, model_type="t5"), UnsupportedError, "model_type"),
     "code": (lambda f: change_json(f, auto_map={"AutoModel": "x.Y"}), UnsupportedError, "auto_map"),
     "tokenizer code": (lambda f: change_json(f, "tokenizer_config.json", auto_map={}), UnsupportedError, "auto_map"),
+    "no bos": (lambda f: change_json(f, "special_tokens_map.json", bos_token=None), UnsupportedError, "bos_token"),
+    "no padding": (lambda f: change_json(f, "special_tokens_map.json", eos_token=""), UnsupportedError, "eos_token"),
     "quantised": (lambda f: change_json(f, quantization_config={}), UnsupportedError, "quantization_config"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), SourceError, "tokenizer.json"),
     "endless tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 2**40), FormatError, "too large for a tokenizer"),
@@ -313,7 +325,7 @@ def test_only_known_files_of_the_text_encoder_are_taken_and_one_weight_file_need
     for path in folder.glob("model*"):
         path.unlink()
     shapes = inventory("text_encoder", {"text_config": tiny_source.GEMMA_TEXT})
-    tiny_source.write_tensors(folder / "gemma_3.safetensors", shapes, {})
+    tiny_source.write_tensors(folder / "gemma_3.SAFETENSORS", shapes, {})
     encoder = read(source).text_encoder
     assert encoder is not None and encoder.taken["text_encoder/model.safetensors"].name == "gemma_3.safetensors"
 

@@ -167,7 +167,7 @@ def write_gemma(folder: Path, config: Mapping[str, Any], seed: int) -> None:
         "tokenizer_config.json": {"model_max_length": 10**30, "tokenizer_class": "GemmaTokenizer"},
         "processor_config.json": {"processor_class": "Gemma3Processor"},
         "preprocessor_config.json": {"do_resize": True},
-        "special_tokens_map.json": {"bos_token": "<bos>"},
+        "special_tokens_map.json": {"bos_token": "<bos>", "eos_token": "<eos>"},
         "model.safetensors.index.json": {"metadata": {"total_size": 1}, "weight_map": weight_map},
     }
     for name, document in documents.items():

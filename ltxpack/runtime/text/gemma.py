@@ -50,9 +50,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "too large for a tokenizer", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size} bytes"
         )
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
         raise OverlayError("not a tokenizer", file=path, found=str(error), next=another_encoder(folder)) from error
+    if tokenizer.bos_token_id is None or _padding(tokenizer) is None:
+        problem, expected = "names no token to begin or to pad a prompt with", "bos_token, and pad_token or eos_token"
+        raise OverlayError(problem, file=folder, expected=expected, next=another_encoder(folder))
+    return tokenizer
 
 
 def load_text_encoder(
@@ -80,6 +84,10 @@ def load_text_encoder(
     return model.requires_grad_(False).eval()
 
 
+def _padding(tokenizer: PreTrainedTokenizerFast) -> Any:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 class _WeightsOnMeta(TorchFunctionMode):
     """Modules allocate their weights on the meta device; the buffers that they compute stay real.
 
@@ -102,8 +110,7 @@ def load_connectors(
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask) int64 [B, 1024]: stripped, BOS first, cut at 1024, padded on the left."""
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = torch.full((len(prompts), TEXT_TOKENS), pad, dtype=torch.int64)
+    ids = torch.full((len(prompts), TEXT_TOKENS), _padding(tokenizer), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         tokens = tokenizer(prompt.strip(), truncation=True, max_length=TEXT_TOKENS)["input_ids"]

@@ -344,3 +344,10 @@ def test_a_broken_tokenizer_is_refused_by_name(small: Path, content: str | None)
     with pytest.raises(OverlayError, match=r"tokenizer\.json") as raised:
         text.load_tokenizer(small / TOKENIZER)
     assert f"next: ltxpack {'verify' if content is None else 'materialize SOURCE'}" in str(raised.value)
+
+
+@pytest.mark.parametrize("named", [{}, {"bos_token": "<bos>"}, {"pad_token": "<pad>"}])
+def test_a_tokenizer_that_cannot_begin_or_pad_a_prompt_is_refused(small: Path, named: dict[str, str]) -> None:
+    (small / TOKENIZER / "tokenizer_config.json").write_text(json.dumps(named))
+    with pytest.raises(OverlayError, match="names no token"):
+        text.load_tokenizer(small / TOKENIZER)
