@@ -1,6 +1,6 @@
 """ltxpack: repack LTX-2.3 checkpoints, bake LoRAs into shards, run the video pipeline.
 
-``ltxpack.Pipeline`` is loaded when it is first asked for: the package itself imports nothing heavy.
+The first use of ``ltxpack.Pipeline`` loads it: the package itself imports nothing heavy.
 """
 
 from __future__ import annotations

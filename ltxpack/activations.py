@@ -1,6 +1,6 @@
-"""The activations file: per transformer and linear the largest input of its runs, for the scales of fp8 bakes.
+"""The activations file: the largest input of each linear of each transformer, for the scales of fp8 bakes.
 
-``ltxpack run --save-activations`` writes it, ``bake-lora`` and ``export`` read it. It is untrusted when read.
+``ltxpack run --save-activations`` writes it, ``bake-lora`` and ``export`` read it and do not trust it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ltxpack.manifest import FileRecord
 from ltxpack.strength import Strength
 
 FORMAT = "ltxpack-activations-1"
-# The largest header, and a float for each of its tensors, which take far more than four bytes of it.
+# Room for the largest header and a float for each tensor, whose entry in the header takes far more than four bytes.
 MAX_BYTES = 2 * MAX_HEADER_BYTES
-ANOTHER = "choose another file, or write one anew with --save-activations"
+ANOTHER = "choose another file, or write a new one with --save-activations"
 
 Loras = tuple[tuple[str, float | str], ...]
 """The blake3 and strength of each LoRA of a transformer, in their order; see manifest.BakedLora.stated."""
@@ -33,10 +33,10 @@ Loras = tuple[tuple[str, float | str], ...]
 
 @dataclass(frozen=True)
 class ActivationsFile:
-    """What a file holds. ``base`` is the base's :func:`base_digest`.
+    """The contents of a file. ``base`` is the base's :func:`base_digest`.
 
-    By name of the transformer: ``transformers`` the LoRAs it is made from, ``largest`` the largest |x| that entered
-    each linear (overlay name without ``.weight``).
+    Both mappings go by the name of the transformer: ``transformers`` has the LoRAs in it, ``largest`` the largest |x|
+    that entered each linear (overlay name without ``.weight``).
     """
 
     model_version: str
@@ -57,7 +57,7 @@ class ActivationsFile:
             stated = parse_json(found["transformers"].encode(), path).items()
             transformers = {str(name): tuple((str(each), _stated(by)) for each, by in loras) for name, loras in stated}
         except (AttributeError, TypeError, ValueError, UsageError):
-            raise wrong("does not say which transformers it was recorded of") from None
+            raise wrong("does not say which transformers it was recorded from") from None
         largest: dict[str, dict[str, float]] = {name: {} for name in transformers}
         for name, info in header.tensors.items():
             transformer, _, linear = name.partition(":")
@@ -70,7 +70,7 @@ class ActivationsFile:
         return cls(found["model_version"], found["base"], transformers, largest)
 
     def with_larger(self, transformer: str, loras: Loras, largest: Mapping[str, float]) -> ActivationsFile:
-        """These, and another run of a transformer added by the maximum."""
+        """These values, and for each linear the maximum with ``largest``, another run of ``transformer``."""
         before = self.largest.get(transformer, {})
         larger = {name: max(value, before.get(name, 0.0)) for name, value in largest.items()}
         return dataclasses.replace(
@@ -97,11 +97,11 @@ class ActivationsFile:
 
 
 def _stated(strength: object) -> float | str:
-    """Raises UsageError, TypeError or ValueError."""
+    """A strength from the file. Raises UsageError, TypeError or ValueError."""
     return str(Strength.parse(strength)) if isinstance(strength, str) else float(strength)  # type: ignore[arg-type]
 
 
 def base_digest(files: Iterable[FileRecord]) -> str:
-    """Tells the base transformer with these files from others: the blake3 of the sorted lines ``path blake3``."""
+    """Identifies the base transformer with these files: the blake3 of the sorted lines ``path blake3``."""
     shards = (file for file in files if file.path.endswith(".safetensors"))
     return blake3("".join(sorted(f"{file.path} {file.blake3}\n" for file in shards)).encode()).hexdigest()

@@ -1,16 +1,16 @@
-"""The exception tree. Every message a user reads about a failure is one of these.
+"""The exception tree. Every failure that a user reads is one of these exceptions.
 
 LtxpackError
 ├── UsageError        wrong arguments (exit status 2)
 │   └── BadLinesError unusable lines of a prompts file, all listed
 ├── FormatError       a file is not what it claims to be: truncated, hostile, not safetensors, bad JSON
 │   └── OtherFormatError  a file of another format than safetensors: GGUF, a pickle, a web page
-├── SourceError       an input cannot be had: ambiguous, gated, no network
+├── SourceError       an input is out of reach: ambiguous, gated, no network
 │   └── AbsentError   an input does not exist
 ├── UnsupportedError  a sound file this version does not convert: other generation, unknown tensor or field
 ├── AdapterError      a LoRA that does not fit: unmatched keys, half pairs, wrong shapes
 ├── OverlayError      an overlay that is missing, changed, incomplete or in use
-├── UnwrittenError    an output of a run that a full disk did not take
+├── UnwrittenError    an output of a run that could not be written, as on a full disk
 ├── DeviceError       no such device, or too little memory on it
 └── FailedLinesError  some of many videos were not made, all listed
 """
@@ -23,13 +23,13 @@ import sys
 from collections.abc import Sequence
 
 MAX_LISTED = 10
-# What a hostile file may add to a message; names of tensors and modules are far shorter.
+# The most that a hostile file may add to a message; names of tensors and modules are far shorter.
 LONGEST_PART = 1000
 LONGEST_ITEM = 300
 
 
 class LtxpackError(Exception):
-    """A failure as one message: where it is, what was expected, what was found, what to do next.
+    """A failure as one message: the place, what was expected, what was found, and what to do next.
 
     Rendered as::
 
@@ -37,13 +37,13 @@ class LtxpackError(Exception):
           expected bf16 [4096, 4096], found bf16 [4096, 2048]
           next: ltxpack verify out/
 
-    ``next`` is one of two things. A command: it begins with ``ltxpack``, works as typed (names in capitals are to be
-    filled in), and may be followed by a remark in parentheses. Or plain words, which hold no ltxpack command. The tests
-    parse each ``next`` they meet against the command line.
+    ``next`` is a command or plain words. A command begins with ``ltxpack`` and works as typed, once the user has filled
+    in names in capitals; a remark in parentheses may follow it. Plain words hold no ltxpack command. The tests parse
+    each ``next`` that they meet against the command line.
     """
 
     exit_status = 1
-    # Used where the code that raises knows no better ``next``.
+    # The ``next`` if the code that raises gives none.
     fallback = "ltxpack --help"
     max_listed = MAX_LISTED
     longest_item = LONGEST_ITEM
@@ -103,15 +103,15 @@ class BadLinesError(UsageError):
 class FormatError(LtxpackError):
     """A file is not what it claims to be."""
 
-    fallback = "fetch or write that file anew, then run the same command again"
+    fallback = "fetch or write that file again, then run the same command again"
 
 
 class OtherFormatError(FormatError):
-    """A file of another format than safetensors; ``found`` says of which."""
+    """A file of another format than safetensors, which ``found`` names."""
 
 
 class SourceError(LtxpackError):
-    """An input cannot be had."""
+    """An input is out of reach."""
 
     fallback = "correct the name or fetch the file, then run the same command again"
 
@@ -139,18 +139,18 @@ class OverlayError(LtxpackError):
 
 
 class UnwrittenError(LtxpackError):
-    """An output of a run that could not be written; ``items`` say what is kept of the video."""
+    """An output of a run that could not be written; ``items`` list the files of the video that stay."""
 
     fallback = "free some space, then run the same command again"
 
     def keeping(self, *paths: str | os.PathLike[str]) -> UnwrittenError:
-        """The same of a video of which the files ``paths`` are whole."""
+        """The same error, with ``paths`` as the whole files of the video."""
         kept = [f"kept: {os.fspath(path)}" for path in paths] or ["nothing of this video is kept"]
         return UnwrittenError(self.problem, file=self.file, found=self.found, items=kept, next=self.next)
 
 
 class DeviceError(LtxpackError):
-    """A device that is not there or too small."""
+    """A device that does not exist or is too small."""
 
     fallback = "the same command with --device cpu"
 
@@ -172,7 +172,7 @@ def one_line(text: str) -> str:
 
 
 def clipped(text: str, longest: int = LONGEST_PART) -> str:
-    """The beginning of ``text``, and a sign where something was left out."""
+    """The first ``longest`` characters of ``text``, the last of them an ellipsis if ``text`` is longer."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

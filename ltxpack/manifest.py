@@ -1,7 +1,7 @@
 """The manifest (ltxpack.json): a frozen mirror of schemas/manifest.schema.json; read, validate, write.
 
-It is the contract between the two halves. It is untrusted when read: the schema is checked, every path must stay
-inside the overlay and have an ending that an overlay may hold.
+It is the contract between the two halves. The reader does not trust it: it checks the schema, and that every path stays
+inside the overlay and has an ending that an overlay may hold.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIMITS = bounded_json.Limits(values=300_000, containers=20_000)
 ALLOWED_ENDINGS = (".safetensors", ".json", ".jinja", ".txt", ".html")
 BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 FULL_KIND, DISTILLED_KIND = "full", "distilled"
-# How the weights of a bake's linears are stored.
+# The forms in which a bake stores its linears.
 BF16, FP8, INT8 = FORMATS = ("bf16", "fp8", "int8")
 # The folders of bakes: transformers with LoRAs in them, and text encoders with their connectors.
 BAKES, TEXT_ENCODERS = BAKED = ("bakes", "text_encoders")
@@ -55,7 +55,7 @@ class FileRecord:
 
     @property
     def is_symlink(self) -> bool:
-        """Whether the overlay holds a link there and no bytes."""
+        """Whether the overlay holds a symlink at this path, and no bytes."""
         return self.link not in (None, "hard")
 
 
@@ -74,7 +74,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the overlay came from, and how large its shards may be: what a repair has to know."""
+    """The inputs of the overlay and the largest size of its shards, for a repair."""
 
     repo: str | None
     revision: str | None
@@ -102,9 +102,9 @@ class Lora:
 
 @dataclass(frozen=True)
 class BakedLora:
-    """One LoRA of a bake. ``scale`` is strength times alpha/rank where one value holds for all targets.
+    """One LoRA of a bake. ``scale`` is strength times alpha/rank if all targets have one value.
 
-    ``blocks``: those in which the strength is another.
+    ``blocks``: the blocks with another strength.
     """
 
     name: str
@@ -117,23 +117,23 @@ class BakedLora:
 
     @property
     def applied(self) -> Strength:
-        """Its strength with that of the blocks."""
+        """The strength, with those of the blocks."""
         return Strength(self.strength, self.blocks)
 
     @property
     def stated(self) -> float | str:
-        """Its strength as other files state it: the number, or the text of one that is not the same in all blocks."""
+        """The strength as other files state it: a number, or a text if it differs between blocks."""
         return str(self.applied) if self.blocks else self.strength
 
     @property
     def idle(self) -> bool:
-        """Whether it adds nothing, because its strength is 0."""
+        """Whether the LoRA adds nothing, because its strength is 0."""
         return not any(self.applied.numbers)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The activations file that the input ``scales`` of a bake are from, one for each quantised linear."""
+    """The activations file behind a bake's input ``scales``, one for each quantised linear."""
 
     name: str
     blake3: str
@@ -144,8 +144,8 @@ class Calibration:
 class Bake:
     """A complete folder made from the clean base, a transformer or a text path; ``loras`` in order of application.
 
-    ``format``: that of the ``quantised`` linears, which are named without ``.weight``; their input scales are all 1
-    without a ``calibration``.
+    ``format``: the form of the ``quantised`` linears, named without ``.weight``. Without a ``calibration`` all their
+    input scales are 1.
     """
 
     loras: tuple[BakedLora, ...]
@@ -161,7 +161,7 @@ class Bake:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything an overlay holds. ``transformer_kind`` is None in an overlay that an earlier version made.
+    """The contents of an overlay. ``transformer_kind`` is None in an overlay of an earlier version.
 
     ``text_encoders``: bakes of the text encoder and the connectors.
     """
@@ -186,7 +186,7 @@ class Manifest:
 
     @property
     def distilled(self) -> bool:
-        """Whether the base transformer is a distilled one; by the name of its file where the manifest does not say."""
+        """Whether the base is a distilled transformer; the name of its file decides if the manifest does not say."""
         if self.transformer_kind is not None:
             return self.transformer_kind == DISTILLED_KIND
         bases = (file for file in self.source.files if file.role == "checkpoint")
@@ -207,11 +207,11 @@ class Manifest:
         return next((lora for lora in self.loras if lora.name == name), None)
 
     def with_bake(self, folder: str, bake: Bake) -> Manifest:
-        """This manifest with one bake more (or replaced): the one in ``folder``, or in bakes/ where that is a name."""
+        """This manifest with ``bake`` added or replaced, in ``folder`` or, if that is a plain name, in bakes/."""
         return self.with_baked({**self.baked, folder if "/" in folder else f"{BAKES}/{folder}": bake})
 
     def with_baked(self, found: Mapping[str, Bake]) -> Manifest:
-        """This manifest with the bakes ``found`` (by folder) and no other."""
+        """This manifest with only the bakes ``found``, by folder."""
         of = {
             place: {f.rpartition("/")[2]: found[f] for f in sorted(found) if f.startswith(f"{place}/")}
             for place in BAKED
@@ -257,7 +257,7 @@ def read_manifest(overlay: Path) -> Manifest:
         expected = f"a folder with {MANIFEST_NAME}"
         raise OverlayError("is not an overlay", file=overlay, expected=expected, next=remake) from None
     except OSError as error:
-        # The folder too: it may be what keeps the file from being read.
+        # The folder too: its permissions may forbid reading the file.
         look = f"ls -ld {quoted(overlay)} {quoted(path)}"
         raise OverlayError(f"cannot be read: {error.strerror or error}", file=path, next=look) from None
     return parse_manifest(data, path)
@@ -286,14 +286,14 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
 
 
 def changed_file(path: Path, expected: object, found: object) -> OverlayError:
-    """The error for a file of an overlay that is not what the manifest says."""
+    """The error for a file of an overlay that differs from the manifest."""
     problem = "has changed since the overlay was written"
     overlay = next((folder for folder in path.parents if is_overlay(folder)), path.parent)
     return OverlayError(problem, file=path, expected=expected, found=found, next=f"ltxpack verify {quoted(overlay)}")
 
 
 def recorded_bytes(overlay: Path, record: FileRecord) -> bytes:
-    """A small file of ``overlay``, whole. Raises OverlayError if it is not what the manifest says."""
+    """The bytes of a small file of ``overlay``. Raises OverlayError if they differ from the manifest."""
     path = overlay / record.path
     if record.size > MAX_INDEX_BYTES:
         raise changed_file(path, f"at most {MAX_INDEX_BYTES} bytes", f"{record.size} bytes")
@@ -327,7 +327,7 @@ def load_schema(name: str) -> str:
 
 @functools.cache
 def _validator() -> jsonschema.Draft202012Validator:
-    """The schema's validator. Unlike in plain JSON Schema, 1.0 is no integer: sizes are counted and compared."""
+    """The schema's validator. Unlike in plain JSON Schema, 1.0 is not an integer."""
     import jsonschema
 
     plain = jsonschema.Draft202012Validator
@@ -339,7 +339,7 @@ def _validator() -> jsonschema.Draft202012Validator:
 
 
 def _without_references(node: Any, definitions: Mapping[str, Any]) -> Any:
-    """The same schema with every definition in place: looking each up for each file took half of the time."""
+    """The same schema with every definition in place: lookups of references took half of the time."""
     if isinstance(node, list):
         return [_without_references(item, definitions) for item in node]
     if not isinstance(node, dict):
@@ -366,10 +366,10 @@ def _check_bakes(manifest: Manifest, path: Path, remake: str) -> None:
     for name, bake in manifest.baked.items():
         scales = len(bake.quantised) if bake.calibration is None else len(bake.calibration.scales)
         if scales != len(bake.quantised) or (bake.format == BF16) != (not bake.quantised):
-            problem = f"states a form, quantised linears and input scales of the bake {name} that do not go together"
+            problem = f"has a form, quantised linears and input scales of the bake {name} that do not go together"
             raise OverlayError(problem, file=path, next=remake)
         if not all(_in_order(lora.applied) for lora in bake.loras if lora.blocks):
-            problem = f"states strengths of blocks of the bake {name} that overlap or are in no order"
+            problem = f"has strengths for blocks of the bake {name} that overlap or are out of order"
             raise OverlayError(problem, file=path, next=remake)
 
 
@@ -392,7 +392,7 @@ def _fields(kind: type) -> dict[str, Any]:
 
 
 def _build(kind: Any, value: Any) -> Any:
-    """``value`` (already valid against the schema) as ``kind``: dataclasses, tuples and mappings all the way."""
+    """``value``, already valid against the schema, as ``kind``: nested dataclasses, tuples and mappings."""
     origin = typing.get_origin(kind)
     if origin is types.UnionType and value is not None:
         return _build(typing.get_args(kind)[0], value)

@@ -1,4 +1,4 @@
-"""What the pages have in common that ltxpack writes: one file each, with its style in it. Knows none of them."""
+"""The style of the HTML pages that ltxpack writes; each page is one file with its style in it. Knows no page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long work tells what it is doing, without printing: the cli hands in a Reporter that prints."""
+"""Long work reports notes and progress to a Reporter; the one of the cli prints them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Reporter:
-    """Receives notes and progress; this one drops them. Only ltxpack/cli has one that writes to a terminal."""
+    """Receives notes and progress and drops them. Only the subclass of ltxpack/cli writes to a terminal."""
 
     def note(self, message: str) -> None:
         """A fact the user should see once."""
@@ -15,7 +15,7 @@ class Reporter:
         """A fact for ``-v``."""
 
     def warn(self, message: str) -> None:
-        """Something that is probably not what the user wants."""
+        """A fact that the user probably does not want."""
 
     def begin(self, label: str, total: int, unit: str) -> None:
         """A phase of ``total`` units (``"B"`` bytes, ``"step"`` …) starts."""
@@ -32,7 +32,7 @@ class SilentReporter(Reporter):
 
 
 class ProgressReporter(Reporter):
-    """Tells ``progress(phase, done, total)`` how far each phase is; all else goes to ``beyond``."""
+    """Calls ``progress(phase, done, total)`` for each phase; passes notes and warnings to ``beyond``."""
 
     def __init__(self, progress: Callable[[str, int, int], object], beyond: Reporter) -> None:
         self.progress = progress

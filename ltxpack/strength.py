@@ -1,4 +1,4 @@
-"""What a LoRA is multiplied by: one number, or other numbers in some blocks. How it is typed, and how a name says it.
+"""The factor of a LoRA: one number, or other numbers in some blocks. Parses it, and writes it into names.
 
 ``0.8@0-11,30:0.5`` is 0.5 in the blocks 0 to 11 and 30, and 0.8 in everything else.
 """
@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from ltxpack.errors import UsageError
 
-# Beyond it weights leave what bfloat16 holds, whatever the LoRA and its alpha.
+# Larger strengths take weights out of the range of bfloat16, whatever the LoRA and its alpha.
 MAX_STRENGTH = 1e18
 
 _EXPECTED = "S, or S@BLOCKS:S such as 0.8@0-11,30:0.5"
@@ -34,14 +34,14 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class Strength:
-    """``value``, but in the ``blocks``, which are in order, do not overlap, and all differ from it."""
+    """``value``, except in the ``blocks``, which are in order, do not overlap, and all differ from ``value``."""
 
     value: float
     blocks: tuple[BlockRun, ...] = ()
 
     @classmethod
     def of(cls, strength: float | Strength) -> Strength:
-        """Raises UsageError for a number that the sums, which are float32, cannot use, or a block named twice."""
+        """Raises UsageError for a number that float32 sums cannot use, or a block that occurs twice."""
         given = strength if isinstance(strength, Strength) else cls(strength)
         value = check_strength(given.value)
         ordered = sorted(given.blocks, key=lambda run: run.first)
@@ -61,13 +61,15 @@ class Strength:
             blocks, colon, number = group.rpartition(":")
             if not colon:
                 advice = f"write 0@{group}:{value} for these blocks alone, {value}@{group}:0 for all but these"
-                raise UsageError("a strength names blocks without theirs", expected=_EXPECTED, found=text, next=advice)
+                raise UsageError(
+                    "a strength names blocks without a number", expected=_EXPECTED, found=text, next=advice
+                )
             runs += [replace(run, strength=_number(number, text)) for run in _runs(blocks, text)]
         return cls.of(cls(_number(value, text), tuple(runs)))
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """All of them, that of most blocks first."""
+        """All numbers: the one outside the blocks, then those of the blocks."""
         return (self.value, *(run.strength for run in self.blocks))
 
     def at(self, block: int | None) -> float:
@@ -76,7 +78,7 @@ class Strength:
         return next(inside, self.value)
 
     def within(self, count: int) -> Strength:
-        """Without the blocks that a model of ``count`` blocks does not have."""
+        """The strength without blocks that a model of ``count`` blocks lacks."""
         there = (replace(run, last=min(run.last, count - 1)) for run in self.blocks if run.first < count)
         return replace(self, blocks=tuple(there))
 
@@ -86,12 +88,12 @@ class Strength:
 
     @property
     def in_name(self) -> str:
-        """As a bake's name says it: ``0.8_0-11_30at0.5``."""
+        """The spelling in a bake's name: ``0.8_0-11_30at0.5``."""
         groups = (f"_{'_'.join(runs)}at{format_strength(number)}" for number, runs in self._groups().items())
         return format_strength(self.value) + "".join(groups)
 
     def _groups(self) -> dict[float, list[str]]:
-        """Strength -> its blocks, in the order of their first ones."""
+        """Strength -> its blocks, in the order of the first block of each."""
         found: dict[float, list[str]] = {}
         for run in self.blocks:
             found.setdefault(run.strength, []).append(str(run))
@@ -107,7 +109,7 @@ def format_strength(strength: float) -> str:
 
 
 def check_strength(strength: float) -> float:
-    """``strength`` if the sums, which are float32, can use it. Raises UsageError."""
+    """``strength`` if float32 sums can use it. Raises UsageError."""
     if not abs(strength) <= MAX_STRENGTH:
         most, advice = f"one of at most {MAX_STRENGTH:g}", "choose another, such as 0.5"
         raise UsageError("a strength must be a finite number", expected=most, found=strength, next=advice)
@@ -129,7 +131,7 @@ def _runs(blocks: str, whole: str) -> list[BlockRun]:
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
             problem, advice = (
-                "a strength names no blocks where it should",
+                "a strength names no blocks after its @",
                 "write blocks like 0-11,30, the smaller first",
             )
             raise UsageError(problem, expected=_EXPECTED, found=whole, next=advice)
@@ -138,7 +140,7 @@ def _runs(blocks: str, whole: str) -> list[BlockRun]:
 
 
 def _merged(runs: Iterable[BlockRun]) -> tuple[BlockRun, ...]:
-    """Neighbours of one strength as one."""
+    """The runs, with neighbours of equal strength joined."""
     found: list[BlockRun] = []
     for run in runs:
         if found and found[-1].last + 1 == run.first and found[-1].strength == run.strength:

@@ -1,7 +1,7 @@
-"""Parses JSON from outside and counts its values first: no document costs seconds or gigabytes. Knows no files.
+"""Parses JSON from outside and counts its values first, so that no document costs seconds or gigabytes. Knows no files.
 
 A comma precedes every value but the first of its container, and a bracket opens every container. So two counts bound
-what a parser makes of a text. Commas and brackets inside strings count too, which errs on the safe side.
+the result of a parser. Commas and brackets inside strings count too, which errs on the safe side.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a document may hold. A header of 50,000 tensors, eight times the real one, fits the default."""
+    """Limits of a document. A header of 50,000 tensors, eight times the real one, fits the default."""
 
     values: int = 400_000
     containers: int = 150_000
 
 
 class JsonFault(ValueError):
-    """Says why a text was refused; the words follow the name of its file."""
+    """The reason for refusing a text; the words follow the name of its file."""
 
 
 def parse(data: bytes, limits: Limits | None = None, *, any_number: bool = False) -> Any:
@@ -55,7 +55,7 @@ def parse(data: bytes, limits: Limits | None = None, *, any_number: bool = False
 
 
 def refuse_crowded(data: bytes, limits: Limits | None = None) -> None:
-    """Raise JsonFault if ``data`` (one document, or many) holds more than ``limits``, the default ones if None."""
+    """Raise JsonFault if ``data`` (one document or many) exceeds ``limits``, or the default ones."""
     limits = limits or Limits()
     if data.count(b",") > limits.values or data.count(b"[") + data.count(b"{") > limits.containers:
         raise JsonFault(
@@ -68,7 +68,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {clipped(ascii(twice), 120)} is in one object twice")
+        raise ValueError(f"the key {clipped(ascii(twice), 120)} is twice in one object")
     return found
 
 

@@ -26,7 +26,7 @@ from ltxpack.files.tensorfile import open_source, truncated
 # AUTO reads through the page cache what is in it, and past it the rest.
 CACHED, DIRECT, AUTO = "cached", "direct", "auto"
 READS = (AUTO, CACHED, DIRECT)
-# As DIRECT, for files that are wanted in the page cache later: what is read through it stays there.
+# As DIRECT, for files that the next run wants in the page cache: bytes that are read through it stay there.
 DIRECT_KEPT = "direct, kept"
 # A transfer past the cache begins and ends on a multiple of this, in the file and in memory.
 ALIGN = 4096
@@ -48,8 +48,8 @@ THROUGH_CACHE = re.compile(r"fuse.*|nfs.*|cifs|smb.*|9p|virtiofs|ceph|afs")
 def aligned_buffer(size: int) -> memoryview:
     """Zeroed memory of ``size`` bytes, rounded up to whole pages, that starts on a page; freed with its last view.
 
-    As far as it holds whole huge pages it is made of them: a disk reads to one in one go, and the system hands out,
-    pins and unpins one where it would do so 512 times. Raises MemoryError.
+    It consists of huge pages as far as they fit: a disk reads into one in one go, and the system allocates, pins and
+    unpins one page instead of 512. Raises MemoryError.
     """
     size = max(PAGE, round_up(size, PAGE))
     huge = size >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
@@ -86,7 +86,7 @@ def why_cached(path: Path) -> str:
 
 
 def _filesystem(table: str, path: str) -> tuple[str, str]:
-    """Kind and options of the filesystem that holds the real ``path``, by a table as in /proc/self/mountinfo."""
+    """Kind and options of the filesystem of the real ``path``; ``table`` is the text of /proc/self/mountinfo."""
     longest, found = "", ("", "")
     for line in table.splitlines():
         before, _, after = line.partition(" - ")
@@ -99,7 +99,7 @@ def _filesystem(table: str, path: str) -> tuple[str, str]:
 
 
 class DirectReader:
-    """An open file that several threads read in the way ``reads``, one of READS or DIRECT_KEPT.
+    """An open file for several threads; ``reads`` is one of READS or DIRECT_KEPT.
 
     ``past_cache``: whether anything is read past the page cache; ``why``: the reason if not. All methods raise
     SourceError for a file that cannot be read and FormatError for one that ends too early.
@@ -131,7 +131,7 @@ class DirectReader:
     def scatter(self, views: Sequence[memoryview], start: int) -> None:
         """Fill ``views``, none of them empty, one after the other with the bytes from ``start`` on, through the cache.
 
-        With DIRECT they are dropped from the cache again.
+        With DIRECT the cache drops them again.
         """
         left = deque(views)
         position = start
@@ -153,8 +153,8 @@ class DirectReader:
     def gather(self, memory: memoryview, start: int, nbytes: int) -> None:
         """Fill ``memory[start % ALIGN :]`` with ``nbytes`` bytes from ``start`` on, past the cache.
 
-        ``memory`` begins on a page and has room for the range rounded out to ALIGN. What cannot be read past the
-        cache is read through it, and with AUTO a range that is there as a whole.
+        ``memory`` begins on a page and has room for the range rounded out to ALIGN. Bytes that cannot be read past the
+        cache are read through it, and so, with AUTO, is a range that is completely in the cache.
         """
         lead = start % ALIGN
         if nbytes and self._cache is not None and self._cache.holds(start, nbytes):
@@ -188,8 +188,8 @@ class DirectReader:
 class PageCache:
     """Says which bytes of an open file are in memory (mincore); from any thread, until :meth:`close`.
 
-    What is unknown counts as absent: files of other users (mincore would report all their pages as cached), and bytes
-    added after opening.
+    It reports unknown bytes as absent: those of other users' files (mincore would report all their pages as cached),
+    and those added after opening.
     """
 
     def __init__(self, fd: int) -> None:
@@ -197,7 +197,7 @@ class PageCache:
         self._size = stat.st_size
         self._address: int | None = None
         if self._size and os.geteuid() in (0, stat.st_uid):
-            # Never to be read from: the file may be cut meanwhile.
+            # Nothing may read from this mapping: the file may be cut meanwhile.
             address = _libc().mmap(None, self._size, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
             self._address = None if address == MAP_FAILED else address
 
@@ -213,7 +213,7 @@ class PageCache:
         return not pages.raw.strip(IN_MEMORY)
 
     def close(self) -> None:
-        """Give the mapping back; no thread may be asking."""
+        """Unmap the file; no thread may be in :meth:`holds`."""
         if self._address is not None:
             _libc().munmap(self._address, self._size)
             self._address = None
@@ -221,7 +221,7 @@ class PageCache:
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
-    """The C library: Python's own mapping does not tell its address."""
+    """The C library, because Python's own mmap does not give its address."""
     libc = ctypes.CDLL(None)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
@@ -249,7 +249,10 @@ class DirectWriter:
             self._fd = os.open(path, flags)
 
     def append(self, memory: memoryview) -> None:
-        """Write page-aligned ``memory`` at the current end. Only the last append may be no multiple of ALIGN."""
+        """Write page-aligned ``memory`` at the current end.
+
+        Its size is a multiple of ALIGN, except in the last call.
+        """
         done = 0
         while done < len(memory):
             whole = (len(memory) - done) // ALIGN * ALIGN
@@ -264,13 +267,13 @@ class DirectWriter:
                 self._leave_direct()
 
     def sync(self) -> None:
-        """Put everything written on the disk."""
+        """Flush all written bytes to the disk."""
         os.fsync(self._fd)
         if not self.direct:
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the file; what was written stays. A second call does nothing."""
+        """Close the file; the written bytes stay. A second call does nothing."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

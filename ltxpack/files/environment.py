@@ -1,8 +1,8 @@
-"""Environment variables that libraries read, and that would stop them with a traceback where they are malformed.
+"""Environment variables that stop a library with a traceback if they are malformed.
 
-:func:`set_aside` is for every command: what libraries read while they are imported. :func:`network_fault` is for those
-that are about to use the network: what httpx reads when it makes a client. Both leave the variables in ``os.environ``
-as the libraries take them.
+:func:`set_aside` is for every command: it checks the variables that libraries read at import. :func:`network_fault` is
+for commands that are about to use the network: it checks the variables that httpx reads for a client. Both leave values
+in ``os.environ`` that the libraries can read.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from contextlib import contextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-# Seconds, whole. The libraries take no larger ones, and fail at once with smaller ones.
+# Whole seconds. The libraries take no larger numbers, and fail at once with negative ones.
 SECONDS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT", "DIFFUSERS_TIMEOUT_REMOTE_CODE")
 LONGEST_SECONDS = 10**6
 WHOLE_NUMBERS = ("TQDM_INITIAL", "TQDM_NCOLS", "TQDM_NROWS", "TQDM_POSITION", "TQDM_UNIT_DIVISOR")
 NUMBERS = ("TQDM_DELAY", "TQDM_MAXINTERVAL", "TQDM_MININTERVAL", "TQDM_MINITERS", "TQDM_SMOOTHING", "TQDM_TOTAL")
 NETWORK = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 ENDPOINT = "HF_ENDPOINT"
-# How desktops write socks5, which httpx does not know by this name.
+# Desktops' name of socks5, which httpx does not know.
 SOCKS = "socks://"
 LONGEST_SHOWN = 100
 
 
 class VariableFault(NamedTuple):
-    """A variable that cannot be used, what is in it, why it cannot be used, and what to do."""
+    """An unusable variable: its value, the reason, and what to do."""
 
     variable: str
     value: str
@@ -37,9 +37,9 @@ class VariableFault(NamedTuple):
 
 
 def set_aside() -> list[str]:
-    """Remove the variables with which a library cannot even be imported; the names of those that held something.
+    """Remove the variables that stop the import of a library; returns a sentence for the user for each.
 
-    Each is a sentence for the user. An empty variable counts as none.
+    An empty variable is removed without a sentence.
     """
     told = []
     for names, wanted, fits in (
@@ -53,12 +53,12 @@ def set_aside() -> list[str]:
             if value is not None and not fits(value):
                 del os.environ[name]
                 if value.strip():
-                    told.append(f"{name} is not {wanted}, but {_shown(value)}: the default is used")
+                    told.append(f"{name} is not {wanted}, but {_shown(value)}: ltxpack uses the default")
     return told
 
 
 def network_fault(warn: Callable[[str], None]) -> VariableFault | None:
-    """The variable with which no HTTP client can be made, or None. What can be repaired is: ``warn`` is told of it."""
+    """The variable that stops every HTTP client, or None. Repairs what it can, and calls ``warn`` about it."""
     present = {name: value for name, value in os.environ.items() if name.upper() in NETWORK and value}
     for name, value in present.items():
         if value.startswith(SOCKS):
@@ -72,14 +72,14 @@ def network_fault(warn: Callable[[str], None]) -> VariableFault | None:
             kept = [entry for entry in entries if _refusal({name: entry}) is None]
             os.environ[name] = ",".join(kept)
             lost = ", ".join(entry for entry in entries if entry not in kept)
-            warn(f"{name}: {_shown(lost)} is not understood by the HTTP library and left out")
+            warn(f"{name}: the HTTP library does not understand {_shown(lost)}; ltxpack leaves it out")
         elif error is not None:
             return VariableFault(name, _shown(value), *_explained(error, name))
     return None
 
 
 def endpoint_fault(endpoint: str) -> VariableFault | None:
-    """What is wrong with the address of the hub, which HF_ENDPOINT sets."""
+    """The fault of the hub's address, which HF_ENDPOINT sets, or None."""
     if _is_address(endpoint):
         return None
     better = f"https://{endpoint}" if _is_address(f"https://{endpoint}") and "://" not in endpoint else "https://HOST"
@@ -112,7 +112,7 @@ def _reads(kind: type[int] | type[float]) -> Callable[[str], bool]:
 
 @contextmanager
 def _only(variables: dict[str, str]) -> Iterator[None]:
-    """``variables`` in place of all that httpx reads."""
+    """Put ``variables`` in place of all variables that httpx reads."""
     before = {name: value for name, value in os.environ.items() if name.upper() in NETWORK}
     try:
         for name in before:
@@ -126,7 +126,7 @@ def _only(variables: dict[str, str]) -> Iterator[None]:
 
 
 def _refusal(variables: dict[str, str]) -> Exception | None:
-    """What httpx raises where ``variables`` are set."""
+    """The error that httpx raises with ``variables``, or None."""
     import httpx
 
     with _only(variables):
@@ -138,7 +138,7 @@ def _refusal(variables: dict[str, str]) -> Exception | None:
 
 
 def _explained(error: Exception, name: str) -> tuple[str, str]:
-    """Why, and what to do."""
+    """The reason, and what to do."""
     correct = f"correct {name} or unset it, then run the same command again"
     if "socksio" in str(error):
         return "a SOCKS proxy needs the Python package socksio", "pip install socksio"
@@ -150,6 +150,6 @@ def _explained(error: Exception, name: str) -> tuple[str, str]:
 
 
 def _shown(value: str) -> str:
-    """``value`` without the password that an address may hold."""
+    """``value`` without a password in an address."""
     value = re.sub(r"//[^@/]*@", "//…@", value)
     return repr(value if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]}…")

@@ -1,18 +1,18 @@
-"""Files that systems and other programs put into any folder: they are never inputs, and no damage."""
+"""Files that systems and other programs put into any folder: ltxpack never takes one as an input or a fault."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# What a new ext4 filesystem holds.
+# The folder in every new ext4 filesystem.
 LOST_AND_FOUND = "lost+found"
 
 
 def is_foreign(path: str) -> bool:
-    """Whether ``path``, with ``/``, has a part that begins with a dot (``._x`` and ``.DS_Store`` of macOS), or such."""
+    """Whether a part of ``path`` begins with a dot (``._x`` and ``.DS_Store`` of macOS) or is ``lost+found``."""
     return any(part.startswith(".") or part == LOST_AND_FOUND for part in path.split("/"))
 
 
 def entries(folder: Path) -> list[Path]:
-    """What ``folder`` holds, in order, without what is foreign. Raises OSError."""
+    """The entries of ``folder`` in order, without foreign ones. Raises OSError."""
     return sorted(path for path in folder.iterdir() if not is_foreign(path.name))

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes when it is not safetensors: what users download or rename by mistake."""
+"""Recognises files of other formats, which users download or rename by mistake, by their first bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ltxpack.errors import printable
 
-# Bytes from the beginning of a file that are enough to tell.
+# The first bytes of a file that are enough to recognise its format.
 HEAD_BYTES = 512
 SHOWN_TEXT = 80
 
@@ -17,7 +17,7 @@ FETCH = "fetch the file itself, logged in and with the licence accepted"
 
 
 class Lookalike(NamedTuple):
-    """A file of another format: its ``kind`` in one word, ``what`` it is in a sentence, and what to do ``instead``."""
+    """A file of another format: its ``kind`` in one word, ``what`` it is in a phrase, and what to do ``instead``."""
 
     kind: str
     what: str
@@ -38,12 +38,12 @@ _SIGNS = (
 )
 _TAR_SIGN, _TAR_AT, _TAR = b"ustar", 257, Lookalike(ARCHIVE, "a tar archive", UNPACK)
 _LFS = Lookalike(TEXT, "a git LFS pointer (the file itself was not fetched)", "fetch the file itself: git lfs pull")
-# What a file of weights in another format is -> its kind.
+# Lookalike.what -> its kind, for files of weights.
 WEIGHT_FORMATS = {found.what: found.kind for found in (*(found for _, found in _SIGNS), _TAR)}
 
 
 def lookalike(head: bytes) -> Lookalike | None:
-    """Which other format a file has that begins with ``head``; None if nothing is known to begin so."""
+    """The other format of a file that begins with ``head``; None if no known format begins so."""
     for sign, found in _SIGNS:
         if head.startswith(sign):
             return found
@@ -63,7 +63,7 @@ def lookalike(head: bytes) -> Lookalike | None:
 
 
 def _text(head: bytes) -> str | None:
-    """``head`` as text, None for other bytes. A character may be cut at the end."""
+    """``head`` as text, or None if it is not text. A character may be cut at the end."""
     try:
         text = head.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
-"""The one way to publish a file: a temporary file of its own beside it, on the disk, then renamed.
+"""The one way to publish a file: write a temporary file beside it, flush it to the disk, rename it.
 
 Two processes that write the same path never share a temporary file: each publishes its own, whole, and the last rename
-counts. A process that is killed leaves its temporary file behind and changes nothing else.
+wins. A killed process leaves its temporary file behind and changes nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WRITE_PROBLEMS = {
     errno.EROFS: ("is on a read-only filesystem", "choose another folder"),
 }
 RESUME = "then run the same command again: finished files are kept"
-# What a file needs beside its bytes: blocks not filled, its name, the journal.
+# Disk space for a file beside its bytes: unfilled blocks, its name, the journal.
 BYTES_PER_FILE = 16 * 1024
 # Ends the name of every temporary file.
 TEMPORARY_ENDING = ".tmp"
@@ -37,7 +37,7 @@ RANDOM_BYTES = 8
 class Temporary:
     """A temporary file that becomes ``path``: empty when made, renamed by ``publish``, removed by ``discard``.
 
-    As a context manager it gives the temporary path, publishes when the block ends well and discards when it raises.
+    As a context manager it gives the temporary path, publishes after the block and discards if the block raises.
     The temporary file is in the folder of ``path``. Raises OSError.
     """
 
@@ -49,7 +49,7 @@ class Temporary:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
     def publish(self, *, synced: bool = False) -> None:
-        """Give the file its final name; file and name are on the disk afterwards. ``synced``: its bytes are already."""
+        """Give the file its final name, and flush both to the disk. ``synced``: its bytes are on the disk already."""
         if not synced:
             fsync_file(self.path)
         move_file(self.path, self.target)
@@ -72,16 +72,16 @@ class Temporary:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what killed processes left of temporary files for ``path``; no other may be writing it. Raises OSError."""
+    """Remove temporary files for ``path`` of killed processes; nobody may be writing ``path``. Raises OSError."""
     for left in path.parent.glob(f".{glob.escape(path.name[:200])}.{'?' * 2 * RANDOM_BYTES}{TEMPORARY_ENDING}"):
         left.unlink(missing_ok=True)
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Give the file or link ``source`` the name ``target``, in place of a file that has it. Raises OSError.
+    """Give the file or link ``source`` the name ``target``, in place of a file with that name. Raises OSError.
 
-    Between filesystems, or mounts of one, a copy gets the name. A file that is a mount point itself, as containers
-    have them, keeps its place and gets the bytes.
+    Between filesystems, or mounts of one, a copy gets the name. A target that is itself a mount point, as in
+    containers, stays and gets the bytes.
     """
     try:
         source.replace(target)
@@ -110,7 +110,7 @@ def _copy(source: Path, target: Path) -> None:
 def try_move(origin: Path, target: Path, name: str) -> None:
     """Move an empty file ``name`` from the folder ``origin`` to the folder ``target``, to see whether that works.
 
-    The file is removed. What a process that was killed left of one is replaced. Raises OSError.
+    Removes the file afterwards, and replaces one that a killed process left. Raises OSError.
     """
     made, moved = origin / name, target / name
     try:
@@ -130,9 +130,9 @@ def existing_parent(folder: Path) -> Path:
 
 
 def check_writable(path: Path, flag: str, usual: str) -> None:
-    """Raises UsageError unless a file can be written at ``path``, which ``flag`` names; ``usual`` is such a name.
+    """Raises UsageError unless a file can be written at ``path``, the value of ``flag``; ``usual`` is an example name.
 
-    That is tried with an empty file: permissions do not tell everything.
+    It tries with an empty file, because permissions do not tell everything.
     """
     folder = path.absolute().parent
     if path.is_dir():
@@ -152,19 +152,19 @@ def check_writable(path: Path, flag: str, usual: str) -> None:
 
 
 def _is_kept_for_others(folder: Path, path: Path) -> bool:
-    """Whether ``folder`` lets only the owners of its files replace them, as /tmp does, and ``path`` is another's."""
+    """Whether only owners may replace files in ``folder``, as in /tmp, and ``path`` belongs to another user."""
     status = folder.stat()
     return bool(status.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, status.st_uid, path.stat().st_uid)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``: whole and on the disk, or not at all. Raises OSError."""
+    """Write ``data`` to ``path``: whole and flushed to the disk, or not at all. Raises OSError."""
     with Temporary(path) as temporary:
         temporary.write_bytes(data)
 
 
 def fsync_file(path: Path) -> None:
-    """Put the bytes of the file at ``path`` on the disk. Raises OSError."""
+    """Flush the bytes of the file at ``path`` to the disk. Raises OSError."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -173,13 +173,13 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_folder(folder: str | Path) -> None:
-    """Make the names in ``folder`` survive a power cut, as far as the filesystem offers that."""
+    """Make the names in ``folder`` survive a power cut, as far as the filesystem can."""
     with contextlib.suppress(OSError):
         fsync_file(Path(folder))
 
 
 def require_space(folder: Path, written: int, files: int) -> None:
-    """Refuse (OverlayError) a ``folder``, there already or not, that is not writable or lacks ``written`` bytes."""
+    """Raises OverlayError if ``folder``, which may not exist yet, is not writable or lacks ``written`` bytes."""
     base = existing_parent(folder)
     if not os.access(base, os.W_OK | os.X_OK):
         raise OverlayError("may not be written", file=base, next="choose another folder, or correct its permissions")
@@ -200,19 +200,19 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def unwritten(path: Path, error: OSError) -> UnwrittenError:
-    """What is said of an output that ``error`` kept from being written."""
+    """The error for an output that ``error`` prevented."""
     problem, remedy = _told(error)
     return UnwrittenError(problem, file=path, next=f"{remedy}, then run the same command again")
 
 
 def _told(error: OSError) -> tuple[str, str]:
-    """What is wrong, and what to do about it."""
+    """The problem, and its remedy."""
     return WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror or error}", "correct that"))
 
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into an OverlayError of the path it names or else of ``path``."""
+    """Turn an OSError of the block into an OverlayError for the path that it names, else for ``path``."""
     try:
         yield
     except OSError as error:

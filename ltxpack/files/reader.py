@@ -1,7 +1,8 @@
 """Reads and hashes files with several requests in flight, past the page cache where that helps; results in order.
 
-``plan_reads`` cuts what is wanted into reads, a ``ReadQueue`` carries them out. A read goes into a buffer, or straight
-into the memory of its targets. Nothing here knows tensors, cards or names: a target is anything with a range of a file.
+``plan_reads`` cuts the wanted ranges into reads, a ``ReadQueue`` carries them out. A read goes into a buffer, or
+straight into the memory of its targets. A target is anything with a range of a file: nothing here knows tensors, cards
+or names.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from ltxpack.files.direct import ALIGN, BUFFER, CACHED, DIRECT, DIRECT_FROM, Dir
 from ltxpack.files.tensorfile import regular_size
 from ltxpack.reporter import Reporter
 
-# A large read; this many are under way at once past the page cache, and as many more in line for the threads: a disk
-# ends reads that began together at about the same time, and would be idle while they are delivered. Through the cache,
-# where the system reads ahead and threads copy, all are under way at once.
+# The size of a large read. Past the page cache AT_ONCE reads are under way, and IN_LINE more wait for a thread: reads
+# that begin together end together, and the queue keeps the disk busy while the caller takes their bytes. Through the
+# cache, where the system reads ahead and threads copy, all are under way at once.
 READ_BYTES = 16 * 1024 * 1024
 AT_ONCE, IN_LINE = 6, 6
 IN_FLIGHT = AT_ONCE + IN_LINE
-# Buffers beyond those of the reads in flight: a device still copies from them.
+# Buffers beyond those of the reads in flight, for copies to a device that are not done.
 SPARE_BUFFERS = 4
-# Reads of a RangeReader that are under way, done and waiting, or in use. One at a time leaves a fast disk half idle.
+# Reads of a RangeReader that are under way, done and waiting, or in use. A single one leaves a fast disk half idle.
 RANGES_IN_FLIGHT = 6
 
 
@@ -43,7 +44,7 @@ class Range(NamedTuple):
 
 
 class Target(Protocol):
-    """Where the bytes of ``source`` go."""
+    """The destination of the bytes of ``source``."""
 
     @property
     def source(self) -> Range:
@@ -51,10 +52,10 @@ class Target(Protocol):
 
     @property
     def on_host(self) -> bool:
-        """Whether the reading threads fill it. Bytes of other targets stay in the buffer, for the caller."""
+        """Whether the reading threads fill it. For other targets the bytes stay in the buffer, for the caller."""
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        """The memory for ``nbytes`` bytes from ``offset`` on; only where ``on_host``."""
+        """The memory for ``nbytes`` bytes from ``offset`` on; only if ``on_host``."""
 
 
 T = TypeVar("T", bound=Target)
@@ -62,7 +63,7 @@ T = TypeVar("T", bound=Target)
 
 @dataclass(frozen=True, slots=True)
 class Stretch(Generic[T]):
-    """Bytes that follow one another in a file: of ``target`` from its ``offset`` on, or of none."""
+    """Adjacent bytes of a file: those of ``target`` from its ``offset`` on, or bytes without a target."""
 
     start: int
     nbytes: int
@@ -94,7 +95,7 @@ class PlannedRead(Generic[T]):
 
     @property
     def on_host(self) -> bool:
-        """Whether the reading threads bring all of it to its targets."""
+        """Whether the reading threads copy all of it to its targets."""
         return all(stretch.host_target is not None for stretch in self.stretches)
 
 
@@ -106,32 +107,32 @@ class Buffer(Protocol):
         """Its bytes."""
 
     def wait(self) -> None:
-        """Wait until nobody uses the bytes of the last read any more."""
+        """Wait until no copy uses the bytes of the last read."""
 
 
 class HostBuffer:
-    """A buffer whose bytes are used by the caller alone, until the next read is asked for."""
+    """A buffer for a caller that uses its bytes only until it asks for the next read."""
 
     def __init__(self, nbytes: int) -> None:
         self.memory = aligned_buffer(nbytes)
 
     def wait(self) -> None:
-        """There is nobody to wait for."""
+        """Return at once: the caller has finished with the bytes."""
 
 
 B = TypeVar("B", bound=Buffer)
 
 
 class ReadCheck(Protocol):
-    """Takes in what is read, in order."""
+    """Checks the bytes that are read, in order."""
 
     def begin(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> Future[None] | None:
-        """Begin to take in ``read``; ``views`` stay until that is done. None if nothing is to be done."""
+        """Begin to check ``read``; ``views`` stay valid until that is done. Returns None if there is nothing to do."""
 
 
 @dataclass(slots=True)
 class PendingRead(Generic[T, B]):
-    """A read under way: its bytes come to ``views``, those in ``buffer`` begin at its byte ``lead``."""
+    """A read under way: its bytes go to ``views``; in ``buffer`` they begin at byte ``lead``."""
 
     planned: PlannedRead[T]
     views: list[memoryview]
@@ -142,14 +143,14 @@ class PendingRead(Generic[T, B]):
 
 
 def no_stop() -> None:
-    """Never stops a reading."""
+    """A ``stop`` that never ends the reading."""
 
 
 class ReadQueue(Generic[B]):
     """Carries out planned reads on ``at_once`` threads, ``in_flight`` of them under way or in line. For one caller.
 
-    A finished read keeps its buffer until ``spare`` more were handed out. ``why``: why anything was read through the
-    page cache although ``reads`` (one of direct.READS) says otherwise, or "".
+    A finished read keeps its buffer while the queue hands out ``spare`` more. ``why``: the reason if a read went
+    through the page cache although ``reads`` (one of direct.READS) says otherwise, or "".
     """
 
     def __init__(
@@ -165,9 +166,9 @@ class ReadQueue(Generic[B]):
     def run(
         self, planned: Iterable[PlannedRead[T]], check: ReadCheck | None = None, stop: Callable[[], None] = no_stop
     ) -> Generator[PendingRead[T, B]]:
-        """The reads, finished, in their order; ``check`` has begun to take in each. ``stop`` raises to end the reading.
+        """The finished reads in their order; ``check`` has begun with each. ``stop`` raises to end the reading.
 
-        Close the iterator if it is left early. Raises SourceError or FormatError (see DirectReader).
+        Close the iterator if you leave it early. Raises SourceError or FormatError (see DirectReader).
         """
         pending: deque[PendingRead[T, B]] = deque()
         with contextlib.ExitStack() as files:
@@ -189,7 +190,7 @@ class ReadQueue(Generic[B]):
                 self._abandon(pending)
 
     def close(self) -> None:
-        """End the threads and give the buffers back."""
+        """End the threads and free the buffers."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for buffer, checked in self._buffers:
             _wait(buffer, checked)
@@ -200,7 +201,8 @@ class ReadQueue(Generic[B]):
             buffer = None if read.on_host else self._free_buffer()
             views = list(_views(read, buffer.memory if buffer is not None else memoryview(b"")))
             return PendingRead(read, views, buffer, self._threads.submit(file.scatter, views, read.start))
-        # Such a read needs pages: all goes to the buffer, and the same thread copies on to the targets on the host.
+        # A read past the cache needs aligned pages: it goes to the buffer, and its thread copies to targets on the
+        # host.
         buffer, lead = self._free_buffer(), read.start % ALIGN
         memory = buffer.memory
         found = memory[lead : lead + read.nbytes]
@@ -231,7 +233,7 @@ class ReadQueue(Generic[B]):
         return buffer
 
     def _abandon(self, pending: deque[PendingRead[T, B]]) -> None:
-        """Nothing is written any more to memory that is about to be given back."""
+        """Cancel or wait for ``pending``, so that no thread writes to memory that the caller frees."""
         for read in pending:
             read.done.cancel()
         for read in pending:
@@ -246,9 +248,9 @@ class ReadQueue(Generic[B]):
 class RangeReader:
     """Yields the bytes of each range in order, read ahead on threads into buffers as large as the largest range.
 
-    A view is valid until the next one is asked for, and ``kept`` more after that. It starts at a multiple of 8 bytes in
-    memory. ``why``: why anything went through the page cache, or "". Use as a context manager; raises SourceError, or
-    FormatError for a file that ends before the range does.
+    A view stays valid until the caller asks for the next one, and for ``kept`` more. It starts at a multiple of 8 bytes
+    in memory. ``why``: the reason if a read went through the page cache, or "". Use as a context manager; raises
+    SourceError, or FormatError for a file that ends before the range does.
     """
 
     def __init__(
@@ -269,7 +271,7 @@ class RangeReader:
 
     @property
     def why(self) -> str:
-        """Why anything was read through the page cache, or ""."""
+        """The reason if a read went through the page cache, or ""."""
         return self._queue.why if self._direct else "as asked"
 
     def __enter__(self) -> Self:
@@ -295,7 +297,7 @@ def file_ranges(path: Path, size: int) -> list[Range]:
     return [Range(path, start, min(BUFFER, size - start)) for start in range(0, size, BUFFER)]
 
 
-# Looks through the bytes of ranges as they pass.
+# Inspects the bytes of ranges as they pass, and passes them on.
 Watch = Callable[[Sequence[Range], Iterable[memoryview]], Iterator[memoryview]]
 
 
@@ -310,8 +312,8 @@ def hash_file(
 ) -> str:
     """blake3 of ``before`` and then all of the file, as hex digits, at disk speed.
 
-    ``cached`` reads through the page cache and leaves the file there, for a load that follows. Advances ``reporter``
-    by the bytes read. Raises SourceError, or FormatError for a file that becomes shorter meanwhile.
+    ``cached`` reads through the page cache and leaves the file there, for a later load. Advances ``reporter`` by the
+    bytes read. Raises SourceError, or FormatError for a file that becomes shorter meanwhile.
     """
     size = regular_size(path)
     hasher = blake3(before, max_threads=blake3.AUTO if cached else 1)
@@ -333,7 +335,7 @@ def hash_file(
 
 
 def plan_reads(targets: Iterable[T], whole: Iterable[Range], limit: int) -> Iterator[PlannedRead[T]]:
-    """The reads, file by file, of at most ``limit`` bytes; all bytes of the files ``whole``, else the targets' only."""
+    """Reads of at most ``limit`` bytes, file by file: all bytes of the files ``whole``, of others only the targets."""
     sizes = {path: size for path, _, size in whole}
     by_file: dict[Path, list[T]] = {path: [] for path in sizes}
     for target in targets:
@@ -345,7 +347,7 @@ def plan_reads(targets: Iterable[T], whole: Iterable[Range], limit: int) -> Iter
 
 
 def _stretches(targets: Sequence[T], size: int | None) -> Iterator[Stretch[T]]:
-    """The targets as stretches in order; with ``size`` also what is before, between and after them."""
+    """The targets as stretches in order; with ``size`` also the bytes before, between and after them."""
     end = 0
     for target in targets:
         _, start, nbytes = target.source
@@ -359,7 +361,7 @@ def _stretches(targets: Sequence[T], size: int | None) -> Iterator[Stretch[T]]:
 
 
 def _cut(stretches: Iterable[Stretch[T]], limit: int) -> Iterator[tuple[Stretch[T], ...]]:
-    """Stretches without a gap between them, together at most ``limit`` bytes."""
+    """Groups of stretches without gaps, each of at most ``limit`` bytes."""
     group: list[Stretch[T]] = []
     held = 0
     for stretch in stretches:
@@ -379,9 +381,9 @@ def _cut(stretches: Iterable[Stretch[T]], limit: int) -> Iterator[tuple[Stretch[
 
 
 def _views(read: PlannedRead[T], memory: memoryview) -> Iterator[memoryview]:
-    """Where the bytes of ``read`` go, in order: into ``memory`` at their own offset, or straight to a target.
+    """The destinations of ``read``'s bytes, in order: ``memory`` at the bytes' own offset, or a target's memory.
 
-    What is side by side in the buffer is one view.
+    Adjacent bytes in the buffer are one view.
     """
     begin = end = position = 0
     for stretch in read.stretches:
@@ -398,7 +400,7 @@ def _views(read: PlannedRead[T], memory: memoryview) -> Iterator[memoryview]:
 
 
 def _copies_to_host(read: PlannedRead[T], found: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
-    """For each stretch that the reading threads bring to a target: its memory there, and its bytes in ``found``."""
+    """For each stretch with a target on the host: the target's memory, and the stretch's bytes in ``found``."""
     position = 0
     for stretch in read.stretches:
         if (target := stretch.host_target) is not None:
@@ -407,14 +409,14 @@ def _copies_to_host(read: PlannedRead[T], found: memoryview) -> Iterator[tuple[m
 
 
 def copy_bytes(view: memoryview, data: memoryview) -> None:
-    """Copy ``data`` to ``view`` while other threads go on, as a memoryview's own copy does not let them."""
+    """Copy ``data`` to ``view`` without the interpreter lock, which a memoryview's own copy holds."""
     import numpy as np
 
     np.copyto(np.asarray(view), np.asarray(data))
 
 
 def _wait(buffer: Buffer, checked: Future[None] | None) -> None:
-    """Wait until nobody reads the buffer; what the check found is told where its results are asked for."""
+    """Wait until nothing reads the buffer. A fault that the check found is raised later, with its results."""
     buffer.wait()
     if checked is not None:
         wait([checked])

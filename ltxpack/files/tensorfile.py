@@ -1,7 +1,7 @@
 """Safetensors headers, byte ranges and index files. Knows no tensor names.
 
-Everything that is read here is untrusted. It refuses what the safetensors library refuses, and also: duplicate keys,
-control characters and path parts in names, headers over 16 MiB, deep nesting, integers beyond 64 bits. Each is a
+All input is untrusted. This module refuses what the safetensors library refuses, and also duplicate keys, control
+characters and path parts in names, headers over 16 MiB, deep nesting, and integers beyond 64 bits. Each is a
 FormatError, found in bounded time and memory.
 """
 
@@ -24,7 +24,7 @@ from ltxpack.files.lookalikes import HEAD_BYTES, lookalike
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 # An index of 50,000 tensors is some 5 MB.
 MAX_INDEX_BYTES = 16 * 1024 * 1024
-# A tokenizer.json, parsed by another library; Gemma 3's has 33 MB.
+# The limit for a tokenizer.json, which another library parses; Gemma 3's has 33 MB.
 MAX_TOKENIZER_BYTES = 128 * 1024 * 1024
 MAX_NAME_LENGTH = 1024
 INT64_MAX = 2**63 - 1
@@ -36,7 +36,7 @@ DTYPE_BITS: Mapping[str, int] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 
-# How torch and users name the dtypes that weights are loaded in, and those of them that a run may cast.
+# Torch's and users' names of the dtypes in which weights are loaded, and the dtypes that a run may cast.
 DTYPE_NAMES: Mapping[str, str] = {
     "BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
     "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool", "I8": "int8", "F8_E4M3": "float8_e4m3fn",
@@ -80,12 +80,12 @@ def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
 def header_length(first: bytes, file_size: int, path: str | os.PathLike[str]) -> int:
     """Bytes of JSON that follow the first eight bytes. Raises FormatError if no header fits there.
 
-    ``first``: eight bytes or more; with ``HEAD_BYTES`` of them every other format is told.
+    ``first``: eight bytes or more; ``HEAD_BYTES`` of them are enough to name every other format.
     """
     length = int.from_bytes(first[:8], "little")
     whole = file_size >= 8 and len(first) >= 8
     fits = whole and 2 <= length <= MAX_HEADER_BYTES and 8 + length <= file_size
-    # The length of a small header may begin like a pickle.
+    # The length of a small header may look like the start of a pickle.
     begins = whole and first[8:9] in (b"{", b"") and length <= MAX_HEADER_BYTES
     other = None if begins else lookalike(first)
     if fits and other is None:
@@ -94,7 +94,7 @@ def header_length(first: bytes, file_size: int, path: str | os.PathLike[str]) ->
     if not file_size:
         raise FormatError("is empty", file=path, expected="safetensors", found="0 bytes")
     if not any(first):
-        raise refused(found="zeros, as a download that did not finish leaves them", next=FETCH_AGAIN)
+        raise refused(found="zeros, as from a download that did not finish", next=FETCH_AGAIN)
     if other is not None:
         raise OtherFormatError(
             "is not a safetensors file", file=path, expected="safetensors", found=other.what, next=other.instead
@@ -147,7 +147,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     for name, dtype, shape in tensors:
         check_name(name, "header")
         if name in document:
-            raise FormatError("is in one file twice", tensor=name)
+            raise FormatError("is twice in one file", tensor=name)
         start, end = end, end + tensor_nbytes(dtype, shape)
         document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
@@ -158,7 +158,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
 
 
 def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor. Raises FormatError for an unknown dtype, an overflow or a part of a byte."""
+    """Bytes of a tensor. Raises FormatError for an unknown dtype, an overflow or a broken byte."""
     if dtype not in DTYPE_BITS:
         raise FormatError("unknown dtype", expected=", ".join(DTYPE_BITS), found=_short(dtype))
     count = 1
@@ -168,7 +168,7 @@ def tensor_nbytes(dtype: str, shape: tuple[int, ...]) -> int:
             raise FormatError("has a shape whose size overflows 64 bits", found=_short(list(shape)))
     bits = count * DTYPE_BITS[dtype]
     if bits > INT64_MAX or bits % 8:
-        raise FormatError("has a size that is no whole number of bytes", found=f"{dtype} {_short(list(shape))}")
+        raise FormatError("has a size that is not a whole number of bytes", found=f"{dtype} {_short(list(shape))}")
     return bits // 8
 
 
@@ -215,7 +215,7 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_HEADER_BYTES, *
 
 
 def parse_json(data: bytes, path: str | os.PathLike[str], *, any_number: bool = False) -> Any:
-    """JSON within the bounds of ``bounded_json``. ``path`` is only named in the error. Raises FormatError."""
+    """JSON within the bounds of ``bounded_json``. Only the error uses ``path``. Raises FormatError."""
     try:
         return bounded_json.parse(data, any_number=any_number)
     except bounded_json.JsonFault as fault:
@@ -240,7 +240,7 @@ def open_source(path: Path) -> BinaryIO:
 
 
 def regular_size(path: Path) -> int:
-    """Bytes of the file at ``path``. Raises AbsentError, or SourceError for what is no readable regular file."""
+    """Size of the file at ``path``. Raises AbsentError, or SourceError if it is not a readable regular file."""
     with open_source(path) as file:
         return os.fstat(file.fileno()).st_size
 

@@ -1,4 +1,4 @@
-"""Paths as people type them."""
+"""Expands paths that people type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ltxpack.errors import UsageError
 
 
 def at_home(text: str | Path) -> Path:
-    """``text`` with the user's folder for a ``~`` in front; unchanged where there is no such user.
+    """``text`` with the user's folder for a leading ``~``; unchanged if there is no such user.
 
     Raises UsageError for an empty text, which would be the current folder.
     """
@@ -22,7 +22,7 @@ def at_home(text: str | Path) -> Path:
 
 
 def denied(path: Path) -> str | None:
-    """Why ``path`` cannot be looked at, or a folder not into; None where it can, and where there is nothing."""
+    """Why ``path``, or the content of a folder, cannot be read; None if it can be, or if there is nothing."""
     try:
         folder = stat.S_ISDIR(path.stat().st_mode)
     except PermissionError as error:

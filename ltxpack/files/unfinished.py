@@ -1,4 +1,4 @@
-"""Downloads that did not finish: told by the file that a download program keeps beside what it fetches."""
+"""Recognises unfinished downloads by the file that a download program keeps beside them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ltxpack.errors import SourceError
 
-# What download programs append to a name while the file is not whole: aria2 and axel to one beside it, browsers,
-# wget wrappers, torrent programs and hub clients to the file itself.
+# Endings that download programs use while a file is not whole: aria2 and axel for a second file beside it, browsers,
+# wget wrappers, torrent programs and hub clients for the file itself.
 ENDINGS = (
     ".aria2", ".aria2__temp", ".st", ".part", ".partial", ".filepart", ".crdownload", ".opdownload", ".download",
     ".incomplete", ".!ut", ".!qB", ".bc!",
@@ -16,9 +16,9 @@ ENDINGS = (
 
 
 def refuse_unfinished(path: str | os.PathLike[str]) -> None:
-    """Refuse (SourceError) an input that a download program has a file of its own beside: it may be a half of it.
+    """Refuse (SourceError) an input with a download program's own file beside it: the input may be half a file.
 
-    The file is looked for beside ``path`` and beside what a link there leads to.
+    Looks beside ``path``, and beside the target of a link at ``path``.
     """
     typed = Path(path)
     for place in dict.fromkeys((typed, Path(os.path.realpath(typed)))):
@@ -32,5 +32,5 @@ def refuse_unfinished(path: str | os.PathLike[str]) -> None:
 
 
 def finished_name(name: str) -> str | None:
-    """The name that an unfinished download called ``name`` will have; None for other names."""
+    """The final name of an unfinished download called ``name``; None for other names."""
     return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending) and name != ending), None)

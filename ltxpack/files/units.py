@@ -1,4 +1,4 @@
-"""Sizes and times as people write and read them: decimal units (GB), binary ones (GiB) where somebody types them."""
+"""Sizes and times for people: output in decimal units (GB); input in decimal or binary ones (GiB)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def parse_size(text: str, name: str, *, least: int = 1, next: str | None = None)
 
 
 def parse_duration(text: str, name: str, *, least: float = 0) -> float:
-    """``90m``, ``24h`` or ``7d``, as seconds. Raises UsageError that names ``name`` for other texts and for less."""
+    """``90m``, ``24h`` or ``7d``, as seconds.
+
+    Raises UsageError that names ``name`` for other texts and for times below ``least``.
+    """
     match = _DURATION.fullmatch(text)
     if match is not None:
         seconds = float(match[1]) * _SECONDS[match[2].lower()]
@@ -48,7 +51,7 @@ def human_bytes(count: float) -> str:
 
 
 def gigabytes(count: float) -> str:
-    """``count`` bytes in GB, for figures that are compared with each other: ``0.5 GB``."""
+    """``count`` bytes in GB, for figures that a reader compares: ``0.5 GB``."""
     return f"{count / 1e9:.1f} GB"
 
 

@@ -1,6 +1,6 @@
-"""Long stretches of zeros in what is read: what a preallocated download leaves that did not finish.
+"""Finds long stretches of zeros in files, which an unfinished download with preallocated space leaves.
 
-The check costs some microseconds for 4 MB, as only a block that begins with zeros is compared whole.
+The check costs some microseconds for 4 MB: it compares a whole block only if the block begins with zeros.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from pathlib import Path
 from ltxpack.files.reader import Range, Watch
 
 BLOCK = 64 * 1024
-# Weights have shorter stretches of zeros in earnest: biases, the rows of tokens that are never used.
+# Sound weights have shorter stretches of zeros: biases, the rows of unused tokens.
 LONG = 1024 * 1024
 _PROBE, _ZEROS = bytes(64), bytes(BLOCK)
 
 
 class ZeroStretches:
-    """The blocks of zeros in all that passes :meth:`watch`, by file."""
+    """The blocks of zeros in the bytes that pass :meth:`watch`, by file."""
 
     def __init__(self) -> None:
         self._blocks: dict[Path, list[tuple[int, int]]] = {}
 
     def watch(self, ranges: Sequence[Range], data: Iterable[memoryview]) -> Iterator[memoryview]:
-        """``data``, the bytes of ``ranges`` one after the other, looked through as it passes."""
+        """Pass on ``data``, the bytes of ``ranges`` in order, and note its blocks of zeros."""
         for (path, start, _), view in zip(ranges, data, strict=True):
             for at in range(0, len(view), BLOCK):
                 if view[at]:
@@ -34,11 +34,11 @@ class ZeroStretches:
             yield view
 
     def watching(self, path: Path) -> Watch:
-        """:meth:`watch` for another name of ``path``."""
+        """:meth:`watch` that reports all ranges under ``path``."""
         return lambda ranges, data: self.watch([each._replace(path=path) for each in ranges], data)
 
     def long(self) -> Iterator[Range]:
-        """The stretches of ``LONG`` bytes and more, blocks that follow one another in a file joined."""
+        """The stretches of at least ``LONG`` bytes, with adjacent blocks joined."""
         for path, blocks in self._blocks.items():
             start = end = -1
             for first, last in [*sorted(blocks), (-1, -1)]:
