@@ -1,10 +1,10 @@
-"""The files that will be written, and where their bytes come from, as frozen values made before any byte moves.
+"""The files to write and the sources of their bytes, as frozen values made before any byte moves.
 
-Pure: no source is read here. An item names its place in the overlay (``path``: relative, with ``/``) and knows its size
-in advance. What is written (a ``TensorSpec``) is apart from the producer of its bytes: a copied range or a cast to
-bfloat16. Other rooms add producers of their own. A producer may make several tensors at once and may read all of its
-sources before it yields a byte, as a quantised weight and its scale need. Shard names and index follow diffusers
-(spec 01, section 5): one file without an index, or ``-0000i-of-0000n`` with one.
+Pure: this module reads no source. An item names its place in the overlay (``path``: relative, with ``/``) and knows its
+size in advance. A ``TensorSpec`` describes a tensor; a producer makes its bytes: a copied range or a cast to bfloat16.
+Other rooms add producers of their own. A producer may make several tensors at once and may read all of its sources
+before it yields a byte, as a quantised weight and its scale need. Shard names and index follow diffusers (spec 01,
+section 5): one file without an index, or ``-0000i-of-0000n`` with one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INDEX_ENDING = ".safetensors.index.json"
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000
 Buffer = memoryview | bytes | bytearray
 STEP = 256 * 1024
-# What can be cast.
+# The dtypes that can be cast.
 NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 QUIET_NAN = 0x7FC0
 
@@ -43,7 +43,7 @@ QUIET_NAN = 0x7FC0
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor as it is stored: ``dtype`` as safetensors spells it."""
+    """A tensor as the file stores it; ``dtype`` in safetensors' spelling."""
 
     name: str
     dtype: str
@@ -51,28 +51,28 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in the file."""
+        """Bytes of the tensor in the file."""
         return tensor_nbytes(self.dtype, self.shape)
 
 
 class Producer(Protocol):
-    """Makes the bytes of tensors. A frozen dataclass: its fields and the sources' content decide the bytes."""
+    """Makes the bytes of tensors. A frozen dataclass: its fields and the sources' content determine the bytes."""
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        """The bytes it reads, in this order."""
+        """The ranges that it reads, in this order."""
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:
         """Yield the bytes of its tensors in their order.
 
-        ``data`` gives the bytes of ``ranges`` in parts of at most 4 MB; a part is valid until the next one is asked
-        for. Within a range every part but the last is a multiple of 8 bytes long.
+        ``data`` gives the bytes of ``ranges`` in parts of at most 4 MB; a part stays valid until the producer asks for
+        the next one. Within a range every part but the last is a multiple of 8 bytes long.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """The bytes of ``source``, as they are."""
+    """The bytes of ``source``, unchanged."""
 
     source: Range
 
@@ -82,7 +82,7 @@ class Copied:
         return (self.source,)
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:
-        """What is read."""
+        """The bytes of the range."""
         return data
 
 
@@ -90,7 +90,7 @@ class Copied:
 class Cast:
     """The values of ``source``, stored as ``dtype``, rounded to bfloat16 (to nearest, ties to even, as torch does it).
 
-    float64 goes through float32. NaN and infinity stay what they are.
+    float64 goes through float32. NaN and infinity stay.
     """
 
     source: Range
@@ -128,14 +128,14 @@ class Cast:
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """Tensors that follow one another in a shard, and the producer of their bytes."""
+    """Adjacent tensors of a shard, and the producer of their bytes."""
 
     tensors: tuple[TensorSpec, ...]
     producer: Producer
 
     @property
     def nbytes(self) -> int:
-        """Bytes its tensors take in the file."""
+        """Bytes of its tensors in the file."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -187,7 +187,7 @@ class WriteShard:
 
 @dataclass(frozen=True)
 class CopyFile:
-    """A file taken over as it is: reflinked, hard-linked or copied."""
+    """A file that the overlay takes unchanged: reflinked, hard-linked or copied."""
 
     path: str
     source: Path
@@ -207,7 +207,7 @@ class WriteBytes:
         return len(self.data)
 
 
-# A relative symlink inside the overlay is planned as its own record: what it links to is known.
+# The plan holds a relative symlink inside the overlay as its own record, because its target is known.
 LinkFile = FileRecord
 Item = WriteShard | CopyFile | WriteBytes | LinkFile
 
@@ -225,9 +225,9 @@ def sources(items: Iterable[Item]) -> dict[Path, int]:
 
 
 def fingerprint(items: Sequence[Item], extra: Mapping[str, Any] | None = None) -> str:
-    """Tells one plan from another, for resume: the items, and size and time of every source as it is now.
+    """Identifies a plan, for resume: a hash of the items, and of the present size and time of every source.
 
-    ``extra``: what else decides the bytes (rule, strengths, …), as JSON values. The fingerprint stays in the staging
+    ``extra``: other inputs of the bytes (rule, strengths, …), as JSON values. The fingerprint stays in the staging
     folder; it is never part of an overlay.
     """
     hasher = blake3()
@@ -245,8 +245,8 @@ def assign_shards(
 ) -> tuple[WriteShard | WriteBytes, ...]:
     """Shards of at most ``max_shard_size`` tensor bytes each, then the index if there are several.
 
-    Entries are taken in the given order; an entry larger than the limit has a shard to itself. ``folder`` is relative
-    to the overlay ("" for its root). No name may be there twice. Raises UsageError for a limit below 1.
+    Entries keep the given order; an entry larger than the limit has a shard to itself. ``folder`` is relative to the
+    overlay ("" for its root). No name may occur twice. Raises UsageError for a limit below 1.
     """
     if max_shard_size < 1:
         raise UsageError("a shard must hold at least one byte", expected="1 or more", found=max_shard_size)
@@ -256,7 +256,7 @@ def assign_shards(
     names = [f"{stem}{ending}.safetensors" for ending in endings]
     prefix = f"{folder}/" if folder else ""
     for group in groups:
-        # Wider dtypes first, else the given order: readers that map the file need offsets that fit the dtype.
+        # Wider dtypes first, otherwise in the given order: readers that map the file need aligned offsets.
         group.sort(key=lambda entry: -DTYPE_BITS[entry.tensors[0].dtype])
     shards = tuple(WriteShard(prefix + name, tuple(group)) for name, group in zip(names, groups, strict=True))
     if count == 1:

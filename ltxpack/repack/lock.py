@@ -1,8 +1,8 @@
-"""One process at a time on one overlay, whoever runs it.
+"""Lets one process at a time work on an overlay, whichever user runs it.
 
-The lock is one of the overlay's folder itself (flock), which everybody who can read the folder can ask for. A folder
-that is not there yet, or is being replaced, has none: whoever may write beside it holds a lock file there as well. No
-lock is inside what is published, and the system drops all locks when the process dies.
+The lock is a flock of the overlay's folder itself, which every user who can read the folder can take. A folder that
+does not exist yet, or is being replaced, cannot be locked: a process that may write beside it also holds a lock file
+there. A published folder contains no lock file, and the system drops all locks when the process dies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORK_FOLDER = ".ltxpack"
 
 
 def real_target(overlay: Path) -> Path:
-    """Where ``overlay`` really is: links followed, so that staging and lock are on its filesystem."""
+    """The path of ``overlay`` with links resolved, so that staging and lock are on its filesystem."""
     return Path(os.path.realpath(overlay))
 
 
@@ -38,10 +38,11 @@ def refuse_links(*folders: Path) -> None:
 
 
 class OverlayLock:
-    """Holds ``overlay`` (there already or not) for this process. Use as a context manager.
+    """Holds ``overlay``, which may not exist yet, for this process. Use as a context manager.
 
-    ``shared``: only reads, together with others that do so. Where the filesystem refuses locks nothing is held and the
-    reporter gets a note. Raises OverlayError, which names the process and host that hold it if they are known.
+    ``shared``: for a process that only reads, together with others that only read. If the filesystem refuses locks, it
+    holds nothing and the reporter gets a note. Raises OverlayError, which names the process and host with the lock if
+    they are known.
     """
 
     def __init__(self, overlay: Path, reporter: Reporter | None = None, *, shared: bool = False) -> None:
@@ -60,7 +61,7 @@ class OverlayLock:
                 there = self._target.is_dir()
                 if not self._shared and (not there or os.access(self._target.parent, os.W_OK)):
                     self._target.parent.mkdir(parents=True, exist_ok=True)
-                    # The folder's own lock will do where none can be made beside it.
+                    # The folder's own lock is enough if no lock file can be made beside it.
                     with contextlib.suppress(OSError) if there else contextlib.nullcontext():
                         self._hold(self._beside, LOCK_FILE)
                 if there:
@@ -72,18 +73,18 @@ class OverlayLock:
 
     def __exit__(self, *exception: object) -> None:
         for fd, path in reversed(self._held):
-            if path == self._beside:  # removed while it is held, so that nobody else's lock is removed
+            if path == self._beside:  # removed while held: later it may be another process's lock
                 with contextlib.suppress(OSError):
                     path.unlink()
             os.close(fd)
         self._held.clear()
 
     def hold_folder(self, folder: Path) -> None:
-        """Hold ``folder`` too, which becomes the overlay: the lock follows it when it is renamed. Raises OSError."""
+        """Hold ``folder`` too, which becomes the overlay: the lock stays when it is renamed. Raises OSError."""
         self._hold(folder, FOLDER)
 
     def _hold(self, path: Path, flags: int) -> None:
-        """Lock ``path``; again if it was removed or replaced meanwhile by a process that released it."""
+        """Lock ``path``; try again if the process that held it has removed or replaced it."""
         while True:
             fd = os.open(path, flags, 0o666)
             self._held.append((fd, path))

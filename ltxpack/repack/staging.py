@@ -1,11 +1,11 @@
-"""Stop and go on: work is written in a staging folder, journaled file by file, and published by rename.
+"""Work that can stop and go on: written in a staging folder, journaled file by file, and published by rename.
 
-A staging folder holds ``journal.jsonl`` and ``files/`` (laid out like the overlay), on the filesystem that holds the
-result. It is ``.<name>.partial`` beside an overlay whose folder is not there yet, ``.ltxpack/<name>.partial`` inside a
-folder that is there. Nothing of it is in its final place before publishing. A folder that is not there appears by one
-rename. One that is there, which may be a mount point, the current folder or another user's, stays and is filled file by
-file; then the manifest is removed first and comes last. ``recover`` finishes or undoes a publishing that was cut short,
-so that at every moment the manifest, if there is one, names either the old or the new version, whole.
+A staging folder holds ``journal.jsonl`` and ``files/`` (laid out like the overlay), on the filesystem of the result. It
+is ``.<name>.partial`` beside a new overlay, ``.ltxpack/<name>.partial`` inside an existing folder. No file reaches its
+final place before publishing. A new folder appears by one rename. An existing folder, which may be a mount point, the
+current folder or another user's, stays, and publishing fills it file by file; it removes the manifest first and writes
+it last. ``recover`` finishes or undoes an interrupted publishing. So at every moment the manifest, if there is one,
+names either the old or the new version, whole.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, real_target, refuse_li
 from ltxpack.reporter import Reporter, SilentReporter
 
 PARTIAL = ".partial"
-# Names the staging folder of a whole overlay inside of it: no bake may have the name.
+# The name of a whole overlay's staging folder inside the overlay: no bake may have it.
 WHOLE = "base"
 FORMAT = 1
-# A line is some 200 bytes, with what a bake measured some 100 KB; more than this is not read.
+# A line has some 200 bytes, with the measurements of a bake some 100 KB; the reader stops here.
 MAX_JOURNAL_BYTES = 16 * 1024 * 1024
 
 
 class StagingPaths:
     """The paths of a staging folder. ``folder``: "" for the overlay itself, else that of a bake: ``bakes/<name>``.
 
-    ``target`` appears at the end, ``work`` is the staging folder; in it ``root`` is laid out like the overlay, and
-    ``payload`` is what becomes ``target``. ``base``: the folder that holds ``work``, None for beside the overlay.
+    ``target`` appears at the end. ``work`` is the staging folder; in it ``root`` is laid out like the overlay, and
+    ``payload`` becomes ``target``. ``base``: the folder that holds ``work``; None if it is beside the overlay.
     """
 
     def __init__(self, overlay: Path, folder: str, base: Path | None) -> None:
@@ -76,7 +76,7 @@ class StagingPaths:
 
     @classmethod
     def all(cls, overlay: Path, folder: str) -> list[Self]:
-        """Where a staging folder may be, the usual place first."""
+        """The possible staging folders, the usual place first."""
         if folder:
             bases = [overlay, *reversed(Path(folder).parents[:-1]), Path(folder)]
             return [cls(overlay, folder, overlay / base) for base in bases]
@@ -89,7 +89,7 @@ class StagingPaths:
         refuse_links(*inner, self.work.parent, self.work, self.root, *(self.root / part for part in parts))
 
     def try_out(self) -> None:
-        """Try with empty files whether the new version can be moved into its place. Raises OSError."""
+        """Try with empty files whether publishing can move files into their place. Raises OSError."""
         goal, name = existing_parent(self.target), f".{self.overlay.name}.trial"
         try_move(existing_parent(self.work), goal, name)
         folders = {(self.overlay / record.path).parent for record in self.named() or ()} | {self.overlay}
@@ -98,7 +98,7 @@ class StagingPaths:
                 try_move(folder, folder, name)
 
     def named(self) -> tuple[FileRecord, ...] | None:
-        """The files that the overlay's manifest, if it can be read, names for ``folder``."""
+        """The files of ``folder`` in the overlay's manifest; None if it cannot be read."""
         with contextlib.suppress(OverlayError):
             manifest = read_manifest(self.overlay)
             if not self.folder:
@@ -109,12 +109,12 @@ class StagingPaths:
 
 
 class Journal:
-    """The journal of unfinished work: which plan it belongs to and which files are complete. JSON, one line each.
+    """The journal of unfinished work: its plan and its complete files. JSON, one line each.
 
-    ``fingerprint``: the plan. ``records``: complete files by path, ``notes``: what else their writer told of some, as
-    JSON. ``replaced``: None, or (once publishing began) the old files to remove. It is trusted only as far as it can be
-    checked: a torn or odd line and all after it are dropped, and a file counts as complete only if it has the size and
-    the content that the journal states.
+    ``fingerprint``: the plan. ``records``: complete files by path. ``notes``: JSON that their writer added to some.
+    ``replaced``: None, or once publishing has begun the old files to remove. The reader trusts only what it can check:
+    it drops a torn or odd line and all lines after it, and a file counts as complete only if it has the size and the
+    content that the journal states.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,14 +127,14 @@ class Journal:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """What the journal at ``path`` says; empty if there is none or it is not one of this version."""
+        """The journal at ``path``; an empty one if there is none, or if another version wrote it."""
         journal = cls(path)
         with contextlib.suppress(SourceError, OSError, ValueError, LookupError, TypeError, AttributeError):
             journal._read()
         return journal
 
     def restart(self, fingerprint: str, records: dict[str, FileRecord]) -> None:
-        """Begin the file afresh with these records; from here on lines are added. Raises OverlayError."""
+        """Begin a new file with these records, to which later calls add lines. Raises OverlayError."""
         self.fingerprint, self.records, self.replaced = fingerprint, dict(records), None
         self.notes = {path: note for path, note in self.notes.items() if path in records}
         lines: list[dict[str, Any]] = [{"journal": FORMAT, "fingerprint": fingerprint}]
@@ -144,14 +144,14 @@ class Journal:
             self._file = self.path.open("ab", buffering=0)
 
     def record(self, record: FileRecord, note: Any = None) -> None:
-        """``record`` is complete and on the disk; so is this line when it returns."""
+        """Add that ``record`` is complete and on the disk; returns when this line is on the disk too."""
         if note is not None:
             self.notes[record.path] = note
         self._append(self._entry(record))
         self.records[record.path] = record
 
     def publishing(self, replaced: Iterable[str]) -> None:
-        """All is complete and is now moved into place; ``replaced``: paths of the old version to remove."""
+        """Add that all files are complete and publishing begins; ``replaced``: old paths to remove."""
         self.replaced = tuple(sorted(replaced))
         self._append({"publishing": self.replaced})
 
@@ -198,9 +198,9 @@ def _line(entry: dict[str, Any]) -> bytes:
 class Staging:
     """The unfinished version of an overlay, or of one folder (``bakes/<name>``) of an overlay. A context manager.
 
-    ``root`` is laid out like the overlay: write ``root / path`` and ``record`` each complete file. ``done`` holds what
-    an earlier run with the same ``fingerprint`` left complete, checked by content. The caller holds the ``lock`` of the
-    overlay and has called :func:`recover`. ``force`` allows publishing to replace an existing version. Raises
+    ``root`` is laid out like the overlay: write ``root / path`` and ``record`` each complete file. ``done`` holds the
+    complete files of an earlier run with the same ``fingerprint``, checked by content. The caller holds the ``lock`` of
+    the overlay and has called :func:`recover`. ``force`` lets publishing replace an existing version. Raises
     OverlayError (exists, cannot be written).
     """
 
@@ -235,7 +235,7 @@ class Staging:
         return self._journal.records
 
     def record(self, record: FileRecord, note: Any = None) -> None:
-        """``record``'s file under ``root`` is complete and on the disk. ``note``: JSON for the run that goes on."""
+        """Note that ``record``'s file under ``root`` is complete and on the disk. ``note``: JSON for a later run."""
         self._journal.record(record, note)
 
     def publish(self, manifest: bytes) -> None:
@@ -261,7 +261,7 @@ class Staging:
             raise OverlayError("exists already", file=target, next="the same command with --force replaces it")
 
     def _open(self) -> None:
-        """Keep what the journal vouches for, remove everything else, start the journal."""
+        """Keep the files that match the journal, remove all others, start the journal."""
         self.work.mkdir(parents=True, exist_ok=True)
         journal = self._journal = Journal.read(self.paths.journal)
         done: dict[str, FileRecord] = {}
@@ -279,7 +279,7 @@ class Staging:
         journal.restart(self.fingerprint, done)
 
     def _announce(self) -> None:
-        """Journal that publishing begins: from here on ``recover`` expects it to be half done."""
+        """Journal that publishing begins: ``recover`` then expects it to be half done."""
         for name, _, _ in os.walk(self.work):
             fsync_folder(name)
         prefix = f"{self.paths.folder}/" if self.paths.folder else ""
@@ -298,7 +298,8 @@ class Staging:
 def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
     """Put the bakes of ``stagings`` (one overlay) in their places, then the overlay's ``manifest`` that names them.
 
-    Bakes that are replaced leave the manifest first: the overlay is valid at every moment. Raises OverlayError.
+    It first removes replaced bakes from the manifest, so that the overlay is valid at every moment. Raises
+    OverlayError.
     """
     overlay = stagings[0].paths.overlay
     path = overlay / MANIFEST_NAME
@@ -318,9 +319,9 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
 
 
 def find_place(overlay: Path, folder: str = "") -> StagingPaths:
-    """Where to stage ``folder`` of ``overlay``: where unfinished work is, else on the filesystem of the result.
+    """The staging folder for ``folder`` of ``overlay``: that of unfinished work, else one beside the result.
 
-    Whether the last step can work there is tried, in milliseconds. Raises OverlayError if it cannot anywhere.
+    It tries whether the last step can work there, in milliseconds. Raises OverlayError if no place works.
     """
     places = StagingPaths.all(real_target(overlay), folder)
     problem: OSError | None = None
@@ -338,7 +339,7 @@ def find_place(overlay: Path, folder: str = "") -> StagingPaths:
 
 
 def refuse_foreign(overlay: Path) -> None:
-    """Refuse an ``overlay`` that is there and is none. Raises OverlayError."""
+    """Raises OverlayError if ``overlay`` exists and is neither an overlay nor empty."""
     try:
         if is_overlay(overlay) or not (overlay.exists() or overlay.is_symlink()):
             return
@@ -346,7 +347,7 @@ def refuse_foreign(overlay: Path) -> None:
         if folder and (not _occupied(overlay) or any(map(_is_half_filled, StagingPaths.all(real_target(overlay), "")))):
             return
     except OSError as error:
-        problem = f"cannot be looked into: {error.strerror}"
+        problem = f"cannot be read: {error.strerror}"
         raise OverlayError(problem, file=overlay, next="choose another folder") from None
     raise OverlayError(
         "exists and is not an overlay" if folder else "exists and is not a folder", file=overlay,
@@ -355,7 +356,7 @@ def refuse_foreign(overlay: Path) -> None:
 
 
 def recover(overlay: Path, reporter: Reporter) -> None:
-    """Finish or undo what a killed publishing left of ``overlay``. Call it under the OverlayLock."""
+    """Finish or undo a killed publishing of ``overlay``. Call it under the OverlayLock."""
     overlay = real_target(overlay)
     with contextlib.suppress(OSError):
         remove_temporaries(overlay / MANIFEST_NAME)
@@ -367,18 +368,18 @@ def recover(overlay: Path, reporter: Reporter) -> None:
 
 
 def unfinished(overlay: Path) -> list[Path]:
-    """The staging folders of ``overlay`` that are there."""
+    """The staging folders of ``overlay`` that exist."""
     return [paths.work for paths in _begun(real_target(overlay))]
 
 
 def staging_bases(overlay: Path) -> list[Path]:
-    """The folders of ``overlay`` that staging folders may be in: all that may be mount points with bakes."""
+    """The folders of ``overlay`` that may hold staging folders: all that may be mount points with bakes."""
     inner = [base for place in BAKED for base in (overlay / place, *sorted((overlay / place).glob("*/")))]
     return [overlay, *inner]
 
 
 def _begun(overlay: Path) -> list[StagingPaths]:
-    """The staging folders that are there, of the whole overlay and of bakes."""
+    """The existing staging folders, of the whole overlay and of bakes."""
     places = StagingPaths.all(overlay, "")
     for base in staging_bases(overlay):
         for path in sorted((base / WORK_FOLDER).glob(f"*{PARTIAL}")):
@@ -389,13 +390,13 @@ def _begun(overlay: Path) -> list[StagingPaths]:
 
 
 def _work_name(folder: str) -> str:
-    """A bake's staging folder goes by its name; in another place than bakes/ with that before it."""
+    """The name of a bake's staging folder: the bake's name, with its place before it if that is not bakes/."""
     place, _, name = folder.rpartition("/")
     return name if place == BAKES else f"{place}@{name}"
 
 
 def folder_of(work: Path) -> str | None:
-    """The folder of the bake that is staged in ``work``; None for another name."""
+    """The folder of the bake that ``work`` stages; None for another name."""
     place, at, name = work.name.removesuffix(PARTIAL).rpartition("@")
     place = place if at else BAKES
     written = BAKE_NAME.fullmatch(name) and name not in RESERVED_BAKE_NAMES and place in BAKED
@@ -403,24 +404,24 @@ def folder_of(work: Path) -> str | None:
 
 
 def _occupied(folder: Path) -> bool:
-    """Whether ``folder`` holds anything but what systems put into folders, and unfinished work of ours."""
+    """Whether ``folder`` holds anything except files of systems and our unfinished work."""
     return any(entries(folder))
 
 
 def _is_half_filled(paths: StagingPaths) -> bool:
-    """Whether a publishing that fills the folder of a whole overlay was cut short there, between two manifests."""
+    """Whether publishing was filling the folder of a whole overlay and stopped between two manifests."""
     journal = Journal.read(paths.journal)
     if journal.replaced is None or not (paths.payload / MANIFEST_NAME).is_file() or is_overlay(paths.target):
         return False
     if paths.base is not None or journal.replaced:
         return True
-    # A folder that was not there when the work began may be anything by now.
+    # A folder that did not exist when the work began may hold anything by now.
     names = (path.relative_to(paths.target).as_posix() for path in _files_below(paths.target))
     return all(name in journal.records for name in names if not is_foreign(name))
 
 
 def remove_below(root: Path, keep: Collection[str] = ()) -> None:
-    """Remove every file below ``root`` but those of ``keep``, then empty folders; links are removed, not followed."""
+    """Remove every file below ``root`` except those in ``keep``, and empty folders; does not follow links."""
     if root.is_dir():
         for path in list(_files_below(root)):
             if path.relative_to(root).as_posix() not in keep:
@@ -429,7 +430,7 @@ def remove_below(root: Path, keep: Collection[str] = ()) -> None:
 
 
 def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
-    """Make one begun publishing whole again."""
+    """Finish or undo one publishing that has begun."""
     paths.refuse_links()
     with write_errors(paths.target):
         if paths.folder and paths.named() is None:
@@ -442,14 +443,14 @@ def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
 
 
 def _is_published(paths: StagingPaths) -> bool:
-    """Whether nothing is left to move; the manifest may be there twice, where it was moved as a copy."""
+    """Whether nothing is left to move; a manifest that was moved as a copy may exist twice."""
     left = list(_files_below(paths.payload))
     staged, there = paths.payload / MANIFEST_NAME, paths.target / MANIFEST_NAME
     return not left or (left == [staged] and there.is_file() and there.read_bytes() == staged.read_bytes())
 
 
 def _place(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
-    """Move the new version into its place: by one rename, or file by file into a folder that is there."""
+    """Move the new version into its place: by one rename, or file by file into an existing folder."""
     paths.target.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(paths.target):
         with contextlib.suppress(OSError):  # then file by file
@@ -461,7 +462,7 @@ def _place(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
 
 
 def _fill(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
-    """Move what is staged file by file; done again it goes on. The manifest of an overlay goes first and comes last."""
+    """Move the staged files one by one; a second call goes on. Removes an overlay's manifest first, writes it last."""
     target, payload = paths.target, paths.payload
     staged = [path.relative_to(payload).as_posix() for path in _files_below(payload)]
     if not paths.folder:
@@ -486,7 +487,7 @@ def _fill(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
 
 
 def _clear_the_way(paths: StagingPaths, name: str, ours: bool, reporter: Reporter) -> None:
-    """Put aside what the new file ``name`` cannot or must not replace. ``ours``: what has its name may be replaced."""
+    """Move aside a file that the new file ``name`` must not replace. ``ours``: it may replace a file of its name."""
     home = paths.target / name
     folders = [paths.target / parent for parent in reversed(Path(name).parents)]
     found = next((folder for folder in folders if os.path.lexists(folder) and not _is_folder(folder)), None)
@@ -512,14 +513,14 @@ def _is_folder(path: Path) -> bool:
 
 
 def _free_name(path: Path) -> Path:
-    """``path``, or where that is taken a name like it."""
+    """``path``, or a similar name if that exists."""
     while os.path.lexists(path):
         path = path.with_name(f"{path.name}~")
     return path
 
 
 def _take_back(paths: StagingPaths, journal: Journal) -> None:
-    """Undo the publishing of a bake that the manifest does not name: its files are staged again, the old ones go."""
+    """Undo the publishing of a bake that the manifest does not name: stage its files again, remove the old ones."""
     for path in journal.records:
         home, staged = paths.overlay / path, paths.root / path
         if os.path.lexists(home) and not os.path.lexists(staged) and not _through_link(home, paths.target):
@@ -547,7 +548,7 @@ def _remove_if_empty(paths: StagingPaths) -> None:
 
 
 def _drop_named(folder: Path, names: Iterable[str]) -> None:
-    """Remove the files of an old version that its manifest named, never through a link to elsewhere."""
+    """Remove the files that an old version's manifest named, never through a link to another folder."""
     for path in map(folder.joinpath, names):
         if not _through_link(path, folder):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -558,12 +559,12 @@ def _drop_named(folder: Path, names: Iterable[str]) -> None:
 
 
 def _through_link(path: Path, folder: Path) -> bool:
-    """Whether a folder on the way from ``folder`` to ``path`` is a link."""
+    """Whether a folder between ``folder`` and ``path`` is a link."""
     return any(parent.is_symlink() for parent in path.parents if parent.is_relative_to(folder))
 
 
 def _is_intact(record: FileRecord, root: Path, reporter: Reporter) -> bool:
-    """Whether the file under ``root`` is what ``record`` says, by size and content. Advances by its size."""
+    """Whether the file under ``root`` has the size and content of ``record``. Advances ``reporter`` by its size."""
     path = root / record.path
     try:
         status = path.lstat()
@@ -577,7 +578,7 @@ def _is_intact(record: FileRecord, root: Path, reporter: Reporter) -> bool:
 
 
 def _files_below(root: Path) -> Iterator[Path]:
-    """Everything below ``root`` that is not a folder; a link to a folder counts as a file."""
+    """All files below ``root``; a link to a folder counts as a file."""
     for folder, folders, files in os.walk(root):
         yield from (Path(folder, name) for name in files)
         yield from (path for path in map(Path(folder).joinpath, folders) if path.is_symlink())

@@ -1,6 +1,6 @@
-"""Verifies every byte of an overlay against its manifest, and writes damaged files again from the plan of them.
+"""Compares every byte of an overlay with its manifest, and writes damaged files again from their plan.
 
-All faults are listed, not only the first. Files are read one after the other at disk speed, in a few buffers.
+It lists all faults, not only the first. It reads one file after the other at disk speed, in a few buffers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ltxpack.repack.staging import folder_of, recover, remove_below, staging_bas
 from ltxpack.repack.write import preflight, write_item
 from ltxpack.reporter import Reporter
 
-# The problem of a file that somebody else put there, which no repair touches.
+# The problem of a file that someone else put into the overlay, which no repair touches.
 NOT_OURS = "is not in the manifest"
 MAX_FOREIGN = 10
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not as the manifest says. ``path`` is relative to the overlay."""
+    """One difference from the manifest. ``path`` is relative to the overlay."""
 
     path: str
     problem: str
@@ -42,16 +42,16 @@ class Fault:
 
     @classmethod
     def of(cls, path: str, error: LtxpackError) -> Fault:
-        """A file that could not be read, by the error that says so."""
+        """The fault of a file that ``error`` says is unreadable."""
         expected, found = (None if value is None else str(value) for value in (error.expected, error.found))
         return cls(path, error.problem, expected, found)
 
 
 def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
-    """All faults of ``overlay``, by path; empty if it is as it was written. Raises OverlayError without a manifest.
+    """All faults of ``overlay``, by path; empty if it is unchanged. Raises OverlayError without a manifest.
 
-    Work left unfinished beside or inside it is no fault; ``reporter`` gets a note. Others may read the overlay
-    meanwhile, nobody may write it: raises OverlayError if somebody does.
+    Unfinished work beside or inside it is no fault; ``reporter`` gets a note. Other processes may read the overlay
+    meanwhile, but not write it: raises OverlayError if one does.
     """
     with OverlayLock(overlay, reporter, shared=True):
         manifest = read_manifest(overlay)
@@ -63,7 +63,7 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         reporter.begin("verifying", sum(sizes), "B")
         faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
         reporter.end()
-        # A bake killed while it was published may be in its place already, but the manifest does not name it yet.
+        # A bake whose publishing was killed may be in its place already without a name in the manifest.
         staged = {folder for folder in map(folder_of, begun) if folder is not None}
         strays = list(_strays(overlay, records, staged - manifest.baked.keys()))
         faults += [Fault(path, NOT_OURS) for path in strays if not is_foreign(path)]
@@ -77,14 +77,14 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
 
 
 def damaged(faults: Iterable[Fault], manifest: Manifest) -> frozenset[str]:
-    """The paths that must be written again; stray files are not among them."""
+    """The paths to write again; stray files are not among them."""
     return frozenset(fault.path for fault in faults) & {record.path for record in manifest.records()}
 
 
 def _file_faults(
     record: FileRecord, records: Mapping[str, FileRecord], overlay: Path, reporter: Reporter
 ) -> Iterator[Fault]:
-    """A file of the right content in the place of a link is none: copies of an overlay have them."""
+    """A file with the right content in a link's place is no fault: copies of an overlay have them."""
     path = overlay / record.path
     linked = next((parent for parent in _parents(record.path) if (overlay / parent).is_symlink()), None)
     if linked is not None:
@@ -133,7 +133,7 @@ def _link_faults(record: FileRecord, records: Mapping[str, FileRecord], path: Pa
 
 
 def _strays(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[str]) -> Iterator[str]:
-    """What is in ``overlay`` beside its files; a foreign folder as a whole, begun work not at all."""
+    """Paths in ``overlay`` that are not its own: a foreign folder as a whole, unfinished work not at all."""
     ours = {(place / WORK_FOLDER).relative_to(overlay).as_posix() for place in staging_bases(overlay)}
     for name, folders, files in os.walk(overlay):
         place = Path(name).relative_to(overlay)
@@ -152,7 +152,7 @@ def _tell_foreign(paths: Sequence[str], reporter: Reporter) -> None:
 
 
 def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord], bad: set[str]) -> Iterator[Fault]:
-    """Shards that do not fit each other or their index; files already found bad are left out."""
+    """Shards that do not fit each other or their index; leaves out the files in ``bad``."""
     names = [path for path in records if posixpath.dirname(path) == folder and path not in bad]
     owners: dict[str, list[str]] = defaultdict(list)
     shards = [path for path in names if path.endswith(".safetensors")]
@@ -191,12 +191,12 @@ def _parents(path: str) -> list[str]:
 def repair(
     items: Sequence[Item], overlay: Path, manifest: Manifest, reporter: Reporter, *, copy: bool = False
 ) -> Manifest:
-    """Write ``items``, none of a bake, into ``overlay`` again; returns the manifest as it is afterwards.
+    """Write ``items``, none of a bake, into ``overlay`` again; returns the resulting manifest.
 
-    Each is written inside ``.ltxpack/``, compared with the manifest, and only then put in its place by rename: a file
-    that may share its bytes with another is never opened for writing. The manifest changes only where a link became a
-    copy or the other way round. Raises OverlayError for a file that comes out other than the manifest says: then the
-    source is another one, and the file in the overlay stays as it is.
+    It writes each file inside ``.ltxpack/``, compares it with the manifest, and only then renames it into its place: it
+    never opens for writing a file that may share its bytes with another. The manifest changes only if a link became a
+    copy or the other way round. Raises OverlayError if a file differs from the manifest: then the source is another
+    one, and the file in the overlay stays unchanged.
     """
     root = overlay / WORK_FOLDER / "repair"
     with OverlayLock(overlay, reporter), write_errors(overlay):
@@ -236,7 +236,7 @@ def _refuse_other_content(found: FileRecord, wanted: FileRecord, target: Path) -
 
 
 def _with_records(manifest: Manifest, changed: Mapping[str, FileRecord]) -> Manifest:
-    """``manifest`` with these records in place of those of the same path."""
+    """``manifest`` with the records ``changed`` in place of those with the same path."""
 
     def renewed(files: Iterable[FileRecord]) -> tuple[FileRecord, ...]:
         return tuple(changed.get(record.path, record) for record in files)

@@ -1,6 +1,6 @@
-"""Carries out a plan: checks that it can be done, then writes item after item, each whole and on the disk.
+"""Carries out a plan: checks it, then writes one item after the other, each whole and flushed to the disk.
 
-Nothing appears under its final name before it is complete. Knows how items are written, not what they mean.
+No file has its final name before it is complete. Knows how to write items, not what they mean.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ltxpack.repack.items import Buffer, CopyFile, Item, LinkFile, WriteBytes, W
 from ltxpack.repack.staging import Staging
 from ltxpack.reporter import Reporter
 
-# Buffers of a file that is written; its hash is made in steps that stay in a core's cache.
+# Buffers of the file being written; the hash takes steps that stay in a core's cache.
 WRITE_BUFFERS = 4
 HASH_STEP = 256 * 1024
-# One read. With the bytes before it that a read past the cache takes along, it fills a buffer of whole huge pages.
+# The size of one read. With the bytes that alignment adds before it, a read fills a buffer of whole huge pages.
 WINDOW = BUFFER - ALIGN
-# Ranges this near to each other in a source are read in one go, the gap thrown away.
+# One read covers ranges of a source that are this near to each other, and throws the gap away.
 MAX_GAP = 64 * 1024
 FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # Python has it from 3.12 on
 
@@ -42,10 +42,10 @@ FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # Python has it from 3.12 on
 def execute(
     items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
 ) -> tuple[FileRecord, ...]:
-    """Write what ``staging`` does not hold yet; the records of all items, in order of the plan.
+    """Write the items that ``staging`` lacks; returns the records of all items, in order of the plan.
 
-    ``copy`` forbids links; ``zeros`` sees all that is read. Raises OverlayError (no space, no permission: before the
-    first byte, or disk full on the way), SourceError and FormatError for sources; ``staging`` keeps what was complete.
+    ``copy`` forbids links; ``zeros`` watches all reads. Raises OverlayError (no space or permission before the first
+    byte, or a disk that fills up), SourceError and FormatError for sources; ``staging`` keeps complete files.
     """
     for path, count in Counter(item.path for item in items).items():
         if not safe_relative_path(path) or count > 1:  # a fault of whoever made the plan
@@ -64,7 +64,7 @@ def execute(
 def write_item(
     item: Item, root: Path, overlay: Path, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
 ) -> FileRecord:
-    """Write one item under ``root``, whole and on the disk. What links lead to is in ``overlay``."""
+    """Write one item under ``root``, whole and flushed to the disk. ``overlay`` holds the targets of links."""
     match item:
         case WriteShard():
             return write_shard(item, root, reporter, zeros=zeros)
@@ -92,7 +92,7 @@ def write_shard(
 def _made(
     item: WriteShard, windows: Sequence[Window], counts: Sequence[int], read: Iterable[memoryview]
 ) -> Iterator[Buffer]:
-    """The bytes of the tensors, made by their producers from what is ``read``."""
+    """The bytes of the tensors, which their producers make from the bytes ``read``."""
     parts = (data[at : at + size] for window, data in zip(windows, read, strict=True) for at, size in window.parts)
     left = iter(counts)
     for entry in item.entries:
@@ -109,7 +109,7 @@ def _stream(
     reporter: Reporter,
     direct: bool,
 ) -> FileRecord:
-    """Write a file of ``header`` and what is ``made`` by reading ahead."""
+    """Write a file of ``header`` and the bytes that ``made`` gives from reads ahead."""
     with ShardWriter(root, item.path, header, item.size, direct=direct) as writer, reader:
         reporter.advance(len(header))
         for data in made:
@@ -121,16 +121,16 @@ def _stream(
 
 
 class Window(NamedTuple):
-    """One read and the parts of it that are wanted: offset in it, bytes."""
+    """One read, and its wanted parts: offset in it, bytes."""
 
     range: Range
     parts: tuple[tuple[int, int], ...]
 
 
 def read_plan(ranges: Sequence[Range], limit: int = WINDOW) -> tuple[list[Window], list[int]]:
-    """The reads that give all bytes of ``ranges`` in order, and the number of parts each range comes in.
+    """The reads that give all bytes of ``ranges`` in order, and the number of parts of each range.
 
-    Neighbours are one read, large ranges several.
+    Neighbouring ranges share a read, a large range takes several.
     """
     windows: list[Window] = []
     counts: list[int] = []
@@ -140,7 +140,7 @@ def read_plan(ranges: Sequence[Range], limit: int = WINDOW) -> tuple[list[Window
         done = number = 0
         while done < wanted.nbytes:
             first = wanted.start + done
-            # A multiple of 8 leaves no element of a cast in two reads.
+            # With a multiple of 8 no element of a cast lies in two reads.
             room = (start + limit - first) // 8 * 8 if path == wanted.path and 0 <= first - end <= MAX_GAP else 0
             if not parts or min(room, wanted.nbytes - done) <= 0:
                 if parts:
@@ -158,7 +158,7 @@ def read_plan(ranges: Sequence[Range], limit: int = WINDOW) -> tuple[list[Window
 
 
 def passage(reader: RangeReader, writer: TensorWriter) -> str:
-    """How the bytes went, for the details: past the page cache, or why not."""
+    """A detail for ``-v``: whether the bytes went past the page cache, or why not."""
     ways = (("read", reader.why), ("written", writer.why))
     return ", ".join(f"{verb} {f'through the page cache ({why})' if why else 'with O_DIRECT'}" for verb, why in ways)
 
@@ -174,8 +174,8 @@ def copy_file(
 ) -> FileRecord:
     """Take over the real file behind ``item.source``: reflink, else hard link, else (or if not allowed) copy.
 
-    A linked file is hashed by reading it. Advances ``reporter`` by its size. Raises FormatError if the source is not
-    as large as planned.
+    It reads a linked file for its hash. Advances ``reporter`` by its size. Raises FormatError if the size of the source
+    differs from the plan.
     """
     found, source = regular_size(item.source), Path(os.path.realpath(item.source))
     if found != item.size:
@@ -193,7 +193,7 @@ def copy_file(
 def _link(source: Path, target: Path) -> str:
     """Give ``target`` the bytes of ``source`` without copying: "reflinked" or "hard-linked"; else "copied".
 
-    "copied" means that nothing was made and the caller has to copy. ``source`` must be the real file, no symlink.
+    "copied" means that the caller has to copy. ``source`` must be the real file, no symlink.
     """
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,9 +223,9 @@ def write_bytes(item: WriteBytes, root: Path) -> FileRecord:
 
 
 def write_link(item: LinkFile, root: Path, overlay: Path, reporter: Reporter) -> FileRecord:
-    """Make the relative symlink under ``root``; where the filesystem has none, take over the file in ``overlay``.
+    """Make the relative symlink under ``root``; on a filesystem without symlinks take over the file in ``overlay``.
 
-    Advances ``reporter`` by the file's size. Raises OverlayError if a file that is taken over is not what was planned.
+    Advances ``reporter`` by the file's size. Raises OverlayError if that file differs from the plan.
     """
     path = root / item.path
     assert item.link is not None
@@ -249,10 +249,10 @@ def write_link(item: LinkFile, root: Path, overlay: Path, reporter: Reporter) ->
 
 
 def preflight(items: Sequence[Item], folder: Path, *, copy: bool) -> None:
-    """Check that ``items`` can be read and written under ``folder``, there already or not.
+    """Check that ``items`` can be read, and written under ``folder``, which may not exist yet.
 
-    Raises SourceError or FormatError for a source that is missing, unreadable
-    or too short, OverlayError for a folder that is not writable or too small.
+    Raises SourceError or FormatError for a missing, unreadable or short source, OverlayError for a folder that is not
+    writable or a disk that is too small.
     """
     for path, needed in sources(items).items():
         if (size := regular_size(path)) < needed:
@@ -261,7 +261,7 @@ def preflight(items: Sequence[Item], folder: Path, *, copy: bool) -> None:
 
 
 def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:
-    """Whether it is a link, or a file that can probably be reflinked or hard-linked into ``folder``."""
+    """Whether ``item`` is a link, or a file that can probably be reflinked or hard-linked into ``folder``."""
     if isinstance(item, LinkFile):
         return _has_links(existing_parent(folder))
     if not isinstance(item, CopyFile) or copy:
@@ -276,7 +276,7 @@ def _takes_no_space(item: Item, folder: Path, copy: bool) -> bool:
 
 
 def _has_links(folder: Path) -> bool:
-    """Whether links of any kind can be made in ``folder``."""
+    """Whether ``folder``'s filesystem has links of any kind."""
     first, second = (Temporary(folder / "trial", made=False) for _ in range(2))
     try:
         first.path.touch()
@@ -297,13 +297,13 @@ class TensorWriter(Protocol):
 
     @property
     def why(self) -> str:
-        """Why it does not write past the page cache, or ""."""
+        """The reason for not writing past the page cache, or ""."""
 
     def write(self, data: Buffer) -> None:
-        """The next bytes."""
+        """Take the next bytes."""
 
     def close(self) -> FileRecord:
-        """All of them are on the disk."""
+        """Return when all bytes are on the disk."""
 
     def __enter__(self) -> Self: ...
 
@@ -311,19 +311,18 @@ class TensorWriter(Protocol):
 
 
 class ShardWriter:
-    """Writes one file of known size front to back: ``write`` … ``close``; leaving it before that leaves nothing.
+    """Writes one file of known size front to back: ``write`` … ``close``. Without ``close`` no file stays.
 
-    A thread writes. The caller's thread copies memory and hashes (blake3) what it just copied while that is still in
-    the processor's cache: a thread for the hash alone would cost a third more CPU. The bytes go to a temporary file
-    beside ``root / path`` and get their name when all of them are on the disk. Up to ``buffers`` buffers of 4 MB are in
-    flight. ``why``: why the file is not written past the page cache, or "". Raises OverlayError when the disk is full
-    or refuses.
+    A thread writes. The caller's thread copies memory and hashes (blake3) the copy while it is still in the processor's
+    cache: a thread for the hash alone would cost a third more CPU. The bytes go to a temporary file beside ``root /
+    path``, which gets its name when all bytes are on the disk. Up to ``buffers`` buffers of 4 MB are in flight.
+    ``why``: the reason for not writing past the page cache, or "". Raises OverlayError if the disk is full or fails.
     """
 
     def __init__(
         self, root: Path, path: str, header: bytes, size: int, *, buffers: int = WRITE_BUFFERS, direct: bool = True
     ) -> None:
-        """``size`` counts the ``header``, which is written at once."""
+        """``size`` includes the ``header``, which is written at once."""
         self.path, self.size = path, size
         self._target = root / path
         self._hasher = blake3()
@@ -331,7 +330,7 @@ class ShardWriter:
         self._spare = buffers
         self._memory: memoryview | None = None
         self._used = self._hashed = 0
-        # Oldest first: when each buffer is free again.
+        # When each buffer is free again, the oldest first.
         self._pending: deque[tuple[Future[None], memoryview]] = deque()
         with write_errors(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -342,20 +341,20 @@ class ShardWriter:
 
     @property
     def why(self) -> str:
-        """Why the file is not written past the page cache, or ""."""
+        """The reason for not writing past the page cache, or ""."""
         return self._file.why
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop writing and remove what was begun; after ``close`` this only ends the thread."""
+        """Stop writing and remove the temporary file; after ``close`` only end the thread."""
         self._thread.shutdown(cancel_futures=True)
         self._file.close()
         self._temporary.discard()
 
     def write(self, data: Buffer) -> None:
-        """The next bytes of the file; ``data`` may be reused at once. Any contiguous buffer will do."""
+        """Take the next bytes of the file, any contiguous buffer; the caller may reuse ``data`` at once."""
         source = memoryview(data)
         if not source.nbytes:
             return
@@ -374,7 +373,7 @@ class ShardWriter:
         self._written += len(source)
 
     def close(self) -> FileRecord:
-        """Wait for the disk and give the file its name; returns what was written."""
+        """Wait for the disk and give the file its name; returns its record."""
         if self._written != self.size:
             raise AssertionError(f"{self.path}: {self._written} bytes were written of {self.size} planned")
         if self._memory is not None:
@@ -389,7 +388,7 @@ class ShardWriter:
         return FileRecord(self.path, self.size, self._hasher.hexdigest())
 
     def _take(self) -> memoryview:
-        """An empty buffer: a new one while there are some to spare, else the next that the disk is done with."""
+        """An empty buffer: a new one while there are some to spare, else the next one that is written."""
         self._used = self._hashed = 0
         if self._spare:
             self._spare -= 1
