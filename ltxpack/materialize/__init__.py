@@ -1,6 +1,6 @@
 """From vendor checkpoints to an overlay: understand the inputs, plan every file, fetch, write, publish.
 
-``plan_overlay`` and ``materialize`` are what the commands call. Nothing here imports torch or diffusers.
+The commands call ``plan_overlay`` and ``materialize``. Nothing here imports torch or diffusers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["Options", "OverlayPlan", "Report", "inspect_path", "materialize", "p
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; the names are those of the flags. ``source`` is a repo id, a folder or a file."""
+    """The arguments of the command line, named like the flags. ``source`` is a repo id, a folder or a file."""
 
     source: str
     overlay: Path
@@ -53,7 +53,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done. ``written`` is False where the overlay was there already."""
+    """The result. ``written`` is False if the overlay existed already."""
 
     manifest: Manifest
     total_bytes: int
@@ -61,7 +61,7 @@ class Report:
 
 
 def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -> OverlayPlan:
-    """The plan alone, from headers. An input that is not found is listed as missing, except the checkpoint.
+    """Only the plan, from headers. It lists inputs that are not found as missing; the checkpoint must be found.
 
     Raises LtxpackError for inputs that are ambiguous, broken or not convertible, and for a target that is not ours.
     """
@@ -73,10 +73,10 @@ def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -
 
 
 def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) -> Report:
-    """Write the overlay. Where it is there already from the same inputs, nothing is done.
+    """Write the overlay, unless it exists already from the same inputs.
 
-    All inputs are found and checked by their headers before anything large is fetched, the target before that.
-    Killed at any point, the same call goes on. Raises LtxpackError.
+    It checks first the target, then the headers of all inputs, and only then fetches large files. After a kill at any
+    point, the same call goes on. Raises LtxpackError.
     """
     refuse_foreign(options.overlay)
     access = Access(reporter, hub)
@@ -101,10 +101,10 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
 
 
 def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Access, reporter: Reporter) -> None:
-    """Have every input on this machine, after a check that the disk holds what is repacked. Raises LtxpackError."""
+    """Fetch every input, after a check that the disk has room for the repacked files. Raises LtxpackError."""
     remote = [file for _, file in inputs.files() if file.repo]
     repacked = [item.size for item in items if not isinstance(item, CopyFile)]
-    if remote and not unfinished(options.overlay):  # what is unfinished is left to the writer's own check
+    if remote and not unfinished(options.overlay):  # the writer checks for unfinished work itself
         require_space(options.overlay, sum(repacked), len(repacked))
     if remote:
         total = human_bytes(sum(file.size for file in remote))
@@ -117,7 +117,7 @@ def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Acce
 
 
 def _tell_zeros(zeros: ZeroStretches, reporter: Reporter) -> None:
-    """Warn of files whose weights are zeros over long stretches: a download that did not finish looks so."""
+    """Warn of files with long stretches of zeros in their weights, as an unfinished download leaves them."""
     stretches: dict[Path, list[Range]] = {}
     for stretch in zeros.long():
         stretches.setdefault(stretch.path, []).append(stretch)
@@ -136,7 +136,7 @@ def _tell_zeros(zeros: ZeroStretches, reporter: Reporter) -> None:
 
 
 def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Report | None:
-    """The report if the overlay is there from these inputs; None if there is none, or with ``force``.
+    """The report if the overlay exists, made from these inputs; None if there is none, or with ``force``.
 
     Raises OverlayError for another overlay, or one whose manifest cannot be read.
     """
@@ -145,7 +145,7 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
     if options.force:
         with contextlib.suppress(OverlayError):
             bakes = [folder.removeprefix("bakes/") for folder in read_manifest(options.overlay).baked]
-            if bakes:  # they were made from the transformer that is being replaced
+            if bakes:  # they come from the transformer that is being replaced
                 names = ", ".join(bakes)
                 reporter.warn(f"{options.overlay}: is replaced with its bakes ({names}); bake them again after")
         return None
@@ -157,7 +157,7 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
     if plan.unproven:
         reporter.note(
             f"{len(plan.unproven)} local files were compared with the overlay by name, size and a sample of every"
-            " tensor, not byte by byte; --force makes the overlay anew"
+            " tensor, not byte by byte; --force makes the overlay again"
         )
     if METADATA not in {record.path for record in manifest.files}:
         reporter.note(f"an earlier version made the overlay, without {METADATA}, which exports need; --force adds it")
@@ -165,7 +165,7 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
 
 
 def _read(options: Options, access: Access, reporter: Reporter, allow_missing: bool = False) -> Inputs:
-    """The inputs; told are which files and releases they are, and what will be other than in the source."""
+    """The inputs. Notes say which files and releases they are, and what will differ from the source."""
     flags = {role: getattr(options, role) for role in FLAGS}
     parts, revision = options.part, options.revision
     found = resolve(options.source, flags, access, parts=parts, revision=revision, allow_missing=allow_missing)
@@ -183,15 +183,15 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
         told = f"{inputs.sources.checkpoint.label} is an export with LoRAs merged into it ({', '.join(merged)})"
         reporter.warn(f"{told}: base and bakes of this overlay all have them")
     if inputs.text_encoder and inputs.text_encoder.tensors:
-        reporter.note("text encoder: is written anew, in BF16 and under the published names")
+        reporter.note("text encoder: is written again, in BF16 and under the published names")
     if inputs.doubled:
         also = f"{inputs.doubled[0]}" + (f" and {len(inputs.doubled) - 1} more" if len(inputs.doubled) > 1 else "")
-        reporter.warn(f"two files of the checkpoint hold {also}: the first file's are taken")
+        reporter.warn(f"two files of the checkpoint hold {also}: the overlay takes the first file's")
     cast = sum(info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for info in tensors.values())
     if cast:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
     if checkpoint.dropped:
-        reporter.detail(f"left out, read by no module: {', '.join(checkpoint.dropped)}")
+        reporter.detail(f"left out, because no module reads them: {', '.join(checkpoint.dropped)}")
     by = inputs.distilled_by or ("hash" if inputs.sources.checkpoint.known.release else "file name")
     kind = "distilled, for the recipe distilled; bake no distilled LoRA into it" if inputs.distilled_by else "full"
     reporter.note(f"kind of transformer, by its {by}: {kind}")

@@ -1,7 +1,7 @@
-"""A checkpoint, an upsampler or a LoRA by its header: configs, and every tensor matched to the one it becomes.
+"""Reads the header of a checkpoint, an upsampler or a LoRA: its configs, and the new name of every tensor.
 
-Pure: it sees names, shapes, dtypes and metadata. What does not match is refused by name, all of it at once. Whether a
-LoRA fits a transformer is decided where it is baked.
+Pure: it sees names, shapes, dtypes and metadata. It refuses all tensors that do not match by name, in one error. Only
+the bake decides whether a LoRA fits a transformer.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, 
 from ltxpack.strength import format_strength
 
 STORED_DTYPE = "BF16"
-# What a fault that a flag resolves says to do, before the flag.
+# The start of a ``next`` that adds a flag.
 AGAIN = "the same command with "
 OTHER_UPSAMPLER = f"{AGAIN}--upsampler {releases.OFFICIAL_REPO}/{releases.DEFAULT_FILES[releases.UPSAMPLER]}"
 MADE_OF = "overlays and bakes are made from"
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 
-# The tensors of a component by the names they get, in order of their names in the source.
+# New name -> tensor of a component, in order of the names in the source.
 Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An all-in-one checkpoint, understood. ``tensors``: per component."""
+    """The parsed header of a whole checkpoint. ``tensors``: by component."""
 
     file: TensorFile
     metadata: releases.Metadata
@@ -47,7 +47,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Upsampler:
-    """A latent upsampler's file, understood."""
+    """The parsed header of a latent upsampler's file."""
 
     config: Config
     tensors: Tensors
@@ -59,7 +59,7 @@ class Upsampler:
 
 
 def says_distilled(file: TensorFile) -> bool:
-    """Whether a checkpoint's header says that it is a distilled one: by its title, or as an export of ours."""
+    """Whether a checkpoint's header says that it is distilled: in its title, or in the source of our export."""
     titles = [file.metadata.get(key, "") for key in ("modelspec.title", "title", "name", "model_name")]
     try:
         stated = parse_json(file.metadata.get(MADE_FROM, "null").encode("utf-8", "surrogatepass"), file.path)
@@ -70,7 +70,7 @@ def says_distilled(file: TensorFile) -> bool:
 
 
 def merged_loras(file: TensorFile) -> list[str]:
-    """The LoRAs that an export of ours says are merged into it; none for a file that does not say so."""
+    """The LoRAs merged into an export of ours, as its metadata say; none for other files."""
     try:
         stated = parse_json(file.metadata.get(MADE_FROM, "null").encode("utf-8", "surrogatepass"), file.path)
         strengths = [(lora["file"], lora["strength"]) for lora in stated["loras"] if lora["strength"]]
@@ -80,7 +80,7 @@ def merged_loras(file: TensorFile) -> list[str]:
 
 
 def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
-    """Understand a checkpoint by its header; messages name it ``label``. Raises UnsupportedError or FormatError."""
+    """Parse a checkpoint's header; messages name the file ``label``. Raises UnsupportedError or FormatError."""
     refuse_quantised(file, label, MADE_OF, take_instead(label))
     metadata = releases.read_metadata(file.metadata, file.tensors, label)
     shapes = {name: info.shape for name, info in file.tensors.items()}
@@ -97,7 +97,7 @@ def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
 
 
 def read_upsampler(file: TensorFile, latent_channels: int | None, label: object) -> Upsampler:
-    """Understand a latent upsampler's file; None: the latents of the checkpoint are not known.
+    """Parse a latent upsampler's header. ``latent_channels`` is None if the checkpoint is not known.
 
     Raises UnsupportedError or FormatError.
     """
@@ -106,7 +106,7 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
     config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
     if not isinstance(config, Mapping):
         told = described(file) or "other tensors"
-        lost = "is a latent upsampler without the `config` that says of which kind"
+        lost = "is a latent upsampler without the `config` that says its kind"
         raise UnsupportedError(
             lost if UPSAMPLER_MARK in file.tensors else "is not a latent upsampler", file=str(label),
             expected="safetensors metadata with `config`", found=told, next=OTHER_UPSAMPLER,
@@ -131,7 +131,7 @@ def _refuse_faults(faults: Sequence[str], label: object) -> None:
 def _matched(
     infos: Iterable[TensorInfo], table: RenameTable, expected: Mapping[str, Shape], faults: list[str]
 ) -> Tensors:
-    """One component's tensors, whatever the file's order. What does not match goes to ``faults``."""
+    """One component's tensors, in any order of the file. Adds mismatches to ``faults``."""
     found: dict[str, TensorInfo] = {}
     for info in sorted(infos, key=lambda info: info.name):
         target = table.rename(info.name)
@@ -151,10 +151,10 @@ def _matched(
 
 
 def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFile:
-    """What ``read`` gives, if it may be a checkpoint at all; the rest is left to :func:`read_checkpoint`.
+    """The header from ``read``, if it may be a checkpoint; :func:`read_checkpoint` does the full check.
 
-    Raises UnsupportedError, which says what to take instead, for a file that is no safetensors file, is quantised, or
-    is a LoRA; and what ``read`` raises.
+    Raises UnsupportedError, which says what to take instead, for a file that is not safetensors, is quantised, or is a
+    LoRA; and the errors of ``read``.
     """
     try:
         file = read()
@@ -170,7 +170,7 @@ def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFi
 
 
 def take_instead(label: object) -> str:
-    """The command that takes the published bf16 checkpoint, a distilled one in the place of a distilled one."""
+    """The command that takes the published bf16 checkpoint: the distilled one if ``label`` names a distilled one."""
     command = f"ltxpack materialize {releases.OFFICIAL_REPO} OVERLAY"
     if "distilled" in str(label).rpartition("/")[2].lower():
         return f"{command} --checkpoint {releases.DISTILLED_FILE} (takes the bf16 file)"
@@ -181,9 +181,9 @@ def take_instead(label: object) -> str:
 class LoraHeader:
     """A LoRA, or another adapter, by its header.
 
-    ``targets``: module -> rank, 0 for methods without one, of the modules that are changed by factors; ``unpaired``:
-    tensors of modules where others are missing. ``methods``: number of modules by the method that changes them.
-    ``roles``: number of keys by what they are; ``others``: names of tensors that are no part of an adapter.
+    ``targets``: module -> rank of the modules with factors, 0 for methods without a rank. ``unpaired``: tensors of
+    modules with missing tensors. ``methods``: method -> number of modules. ``roles``: role -> number of keys.
+    ``others``: names of tensors that are no part of an adapter.
     """
 
     style: str
@@ -195,12 +195,12 @@ class LoraHeader:
 
     @property
     def deltas(self) -> int:
-        """Number of differences that are stored whole."""
+        """Number of differences stored whole."""
         return self.roles["diff"] + self.roles["diff_b"]
 
     @property
     def is_lora(self) -> bool:
-        """Whether anything in it changes a weight."""
+        """Whether the file changes any weight."""
         return bool(self.targets or self.deltas)
 
 

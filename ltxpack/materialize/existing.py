@@ -1,8 +1,8 @@
-"""An overlay that is there already: whether it is the one a plan would write, and its damaged files made again.
+"""An overlay that exists already: compares it with a plan, and writes its damaged files again.
 
-The first reads neither the sources nor the overlay whole. Names, sizes and the hashes or commits of the sources must
-agree. A local file has only a name and a size, so that a sample of each of its tensors is compared with the overlay:
-training changes a tensor everywhere, and a sample finds it. Damage is what verify looks for.
+The comparison reads neither the sources nor the overlay completely. Names, sizes and the hashes or commits of the
+sources must agree. For a local file, which has only a name and a size, it compares a sample of each tensor with the
+overlay: training changes a tensor everywhere, so a sample shows it. Only verify looks for damage.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from ltxpack.repack.verify import repair
 from ltxpack.reporter import Reporter
 
 SAMPLE_BYTES = 512
-# Folder of an overlay -> the input that its files are made from.
+# Folder of an overlay -> the input behind its files.
 _ROLES = {
     **dict.fromkeys((*CHECKPOINT_TABLES, METADATA.split("/")[0]), CHECKPOINT),
     "latent_upsampler": UPSAMPLER,
@@ -64,7 +64,7 @@ _ROLES = {
 
 
 def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterator[str]:
-    """What is other in ``overlay`` than the plan says, in words: cheap ones first, the rest only if there is none."""
+    """Differences of ``overlay`` from the plan, in words: cheap checks first, the others only if those find none."""
     if manifest.source != plan.stated.source:
         other = next((file for file in plan.stated.source.files if file not in manifest.source.files), None)
         what = "other inputs" if other is None else f"another {other.role.replace('_', ' ')} than {other.name}"
@@ -82,7 +82,7 @@ def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterato
         if isinstance(item, WriteBytes) and blake3(item.data).hexdigest() != records[path].blake3:
             yield f"{path} would have other content"
         if plan.copy and records[path].link is not None:
-            yield f"{path} is a link, and --copy wants copies"
+            yield f"{path} is a link, and --copy asks for copies"
         if not os.path.lexists(overlay / path) or (overlay / path).lstat().st_size != item.size:
             yield f"{path} was changed or removed"
     for item in planned.values():
@@ -93,9 +93,10 @@ def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterato
 
 
 def _samples(item: Item) -> Iterator[tuple[Range, int]]:
-    """Some bytes of every tensor of a file, or a whole small file: in its source, and their start in the overlay.
+    """Some bytes of every tensor of a file, or a whole small file: their range in the source, their start in the
+    overlay.
 
-    A tensor that was cast has none.
+    A cast tensor has none.
     """
     places: list[tuple[Range, int]] = []
     if isinstance(item, CopyFile):
@@ -136,8 +137,8 @@ def restore_base(
     """Write ``paths`` of ``overlay``, which belong to no bake, again from the inputs that the manifest records.
 
     ``source`` is a folder, file or repo to look in first, as for ``materialize``; other inputs come from the repo and
-    revision that the manifest states for each. Only files that ``paths`` were made from are fetched. Raises
-    LtxpackError: SourceError for an input that is not found, OverlayError if what comes out is not what was written.
+    revision that the manifest states for each. It fetches only the inputs of ``paths``. Raises LtxpackError:
+    SourceError for an input that is not found, OverlayError if a result differs from the manifest.
     """
     access = Access(reporter, hub)
     folder, single = (None, None) if source is None else open_source_folder(source, None, access)
@@ -167,7 +168,7 @@ def restore_base(
 def _items_again(
     paths: Collection[str], manifest: Manifest, found: Mapping[str, Mapping[str, InputFile]], access: Access
 ) -> Iterator[Item]:
-    """The items of the plan that wrote ``paths``, and others of the same inputs. ``found``: role -> name -> file."""
+    """The plan's items for ``paths``, and others from the same inputs. ``found``: role -> name -> file."""
     limit = manifest.source.max_shard_size
     if files := found.get(CHECKPOINT):
         checkpoint, assembled = read_parts([part_of(file, access) for file in files.values()])
@@ -201,16 +202,16 @@ def _find_recorded(
     paths: Collection[str],
     renamed: bool = True,
 ) -> dict[str, InputFile]:
-    """The inputs of ``role`` by recorded name: in ``folder`` if one is given, else on the hub. Raises SourceError.
+    """The inputs of ``role`` by recorded name: in ``folder`` if given, else on the hub. Raises SourceError.
 
-    ``renamed``: the one file of ``folder`` for the role will do, too.
+    ``renamed``: also accepts the one file of ``folder`` for the role under another name.
     """
     if not recorded:
         raise SourceError(f"was made without a {role}", file=overlay)
     first = recorded[0]
     found = _all_of(recorded, folder) if folder else None
     if found is None and folder and first.repo is None and role in PATTERNS and renamed:
-        found = {first.name: choose(role, folder, access)}  # the file may have another name by now
+        found = {first.name: choose(role, folder, access)}  # the file may have another name now
     if found is None and first.repo is not None:
         folder = hub_folder(first.repo, first.revision, access)
         found = _all_of(recorded, folder)

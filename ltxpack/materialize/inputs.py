@@ -1,4 +1,4 @@
-"""All inputs, read by their headers and small files, and checked against one another. No weight is read or fetched."""
+"""Reads the headers and small files of all inputs and checks them against one another. Reads and fetches no weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from ltxpack.materialize.text_encoder import RENAME, TextEncoder, read_text_enco
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the overlay is made from. An input that is None is missing, or a LoRA that a distilled base needs not.
+    """The inputs of an overlay. An input that is None is missing, or a LoRA that a distilled base does not need.
 
-    ``lora``: what is to be told of the LoRA. ``places``: the file that each tensor of the checkpoint is in;
-    ``doubled``: those that two of its files hold.
+    ``lora``: the statements of the LoRA. ``places``: the file of each tensor of the checkpoint; ``doubled``: the
+    tensors that two of its files hold.
     """
 
     sources: Sources
@@ -45,7 +45,7 @@ class Inputs:
 
     @property
     def distilled_by(self) -> str | None:
-        """What shows that the checkpoint is a distilled one; None for a full one."""
+        """The evidence that the checkpoint is a distilled one; None for a full one."""
         return self.sources.checkpoint.distilled_by or ("header" if says_distilled(self.checkpoint.file) else None)
 
     def files(self) -> list[tuple[str, InputFile]]:
@@ -59,7 +59,7 @@ class Inputs:
 
 
 def read_inputs(sources: Sources, access: Access) -> Inputs:
-    """Read and check every input, before anything large is fetched.
+    """Read and check every input, before any large file is fetched.
 
     Raises one LtxpackError that names the faults of all inputs.
     """
@@ -86,7 +86,7 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
 
 
 def _refuse_swapped(checkpoint: InputFile, lora: InputFile, access: Access) -> None:
-    """SourceError for a LoRA and a checkpoint in one another's place."""
+    """Raises SourceError if the LoRA and the checkpoint are swapped."""
     told = [""]
     with contextlib.suppress(LtxpackError):
         told = [described(access.header(file)) or "" for file in (checkpoint, lora)]
@@ -110,7 +110,7 @@ def _check_lora(lora: InputFile, access: Access) -> Judged:
 
 
 def _judged(lora: InputFile, file: TensorFile, access: Access) -> Judged:
-    """What the LoRA states of itself, as a bake will read it. Raises AdapterError or UnsupportedError."""
+    """The statements of the LoRA, as a bake will read them. Raises AdapterError or UnsupportedError."""
     with contextlib.ExitStack() as stack:
         stream = None if lora.repo else stack.enter_context(lora.path.open("rb"))
         read = None if stream is None else lambda info: _bytes(stream, info)

@@ -1,6 +1,6 @@
-"""What a checkpoint, a LoRA, an upsampler, an overlay or another file holds, and which program takes it.
+"""Describes a checkpoint, a LoRA, an upsampler, an overlay or another file, and names the programs that take it.
 
-From headers and the manifest alone, but for the input scales and markers of quantised files, a few bytes each.
+Reads headers and the manifest, and the input scales and markers of quantised files, a few bytes each.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         tensors = read_tensorfile(path)
     except OtherFormatError as error:
         kind = WEIGHT_FORMATS.get(str(error.found))
-        # A name that says safetensors is wrong then, and the file is told as broken.
+        # A file whose name says safetensors counts as broken.
         if kind is None or path.suffix.lower() == WEIGHTS:
             raise
         return {"path": str(path), "kind": kind, "bytes": file.size, **_other(error, kind, file)}
@@ -76,7 +76,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
 
 
 def _other(error: OtherFormatError, kind: str, file: InputFile) -> dict[str, Any]:
-    """A file that is no safetensors: it is told, and not opened."""
+    """Names a file of another format without opening it."""
     only = dict.fromkeys((*OFFICIAL, MATERIALIZE), "no: reads safetensors only")
     if kind == GGUF:
         only |= dict.fromkeys(COMFYUI, "no: a node of its own reads it, such as that of ComfyUI-GGUF")
@@ -144,7 +144,7 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
     part = Part(file.name, file.path, tensors)
     converts, cell = _converts(lambda: read_parts([part]))
     if generation not in ("unknown", _generation(".".join(map(str, SUPPORTED)))):
-        takes = {}  # what is known of programs is known for LTX-2.3
+        takes = {}  # the verdicts on programs are for LTX-2.3
     quantised = _quantised(look) if linears.quantised else None
     return {
         "summary": _summary(look, quantised),
@@ -165,7 +165,7 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
 
 
 def _next(file: InputFile, part: Part, converts: bool) -> str:
-    """The command that makes an overlay: of the file, of it with its other parts, or of what to take instead."""
+    """The command that makes an overlay: from the file, from it and its other parts, or from a file to take instead."""
     missing = lacking([part])
     command = f"ltxpack materialize {quoted(file.member)} OVERLAY"
     if converts:
@@ -186,7 +186,7 @@ def _summary(look: Look, quantised: dict[str, Any] | None) -> str:
 
 
 def _quantised(look: Look) -> dict[str, Any]:
-    """How many linears are in codes, in which blocks, what marks them, and whether they are calibrated."""
+    """The quantised linears: their number, blocks, markers, and whether they are calibrated."""
     linears = look.linears
     blocks = {int(found[0]) for name in linears.codes if (found := _BLOCK.search(name)) and len(found[0]) < 6}
     marks = [name for name, there in ((forms.QUANTISATION, linears.layers), (forms.MARKER, linears.markers)) if there]
@@ -210,7 +210,7 @@ def _calibration(look: Look) -> str | None:
 
 
 def _input_scales(linears: forms.Linears, read: forms.ReadTensor) -> dict[str, float]:
-    """Linear -> its input scale, of those that are F32 scalars."""
+    """Linear -> its input scale, for scales that are F32 scalars."""
     found = {
         linear: info
         for linear, info in linears.scales[forms.INPUT_SCALE].items()
@@ -220,7 +220,7 @@ def _input_scales(linears: forms.Linears, read: forms.ReadTensor) -> dict[str, f
 
 
 def _made_from(tensors: TensorFile) -> Any:
-    """What an export of ours states of itself; None for a file of others."""
+    """The metadata of an export of ours; None for other files."""
     text = tensors.metadata.get(forms.MADE_FROM)
     if text is None or len(text) > MAX_MADE_FROM:
         return _cut(text)
@@ -231,7 +231,7 @@ def _made_from(tensors: TensorFile) -> Any:
 
 
 def _converts(read: Callable[[], object]) -> tuple[dict[str, Any], str]:
-    """Whether this version converts the file that ``read`` reads, and if not, why; and the same as a cell of takers."""
+    """Whether this version converts the file of ``read``, and the reason if not; and the same as a cell of takers."""
     try:
         read()
     except LtxpackError as error:
@@ -262,7 +262,7 @@ def _lora(lora: LoraHeader, file: InputFile, tensors: TensorFile, read: forms.Re
         "style": lora.style,
         "targets": len(lora.targets),
         "ranks": {str(rank): count for rank, count in sorted(Counter(filter(None, lora.targets.values())).items())},
-        # Module paths with the number of the block dropped.
+        # Module paths without the number of the block.
         "kinds": dict(sorted(Counter(_BLOCK.sub("*", module) for module in lora.targets).items())),
         "methods": dict(sorted(lora.methods.items())),
         "alpha": f"per target ({lora.roles['alpha']})" if lora.roles["alpha"] else alpha,
@@ -277,7 +277,7 @@ def _lora(lora: LoraHeader, file: InputFile, tensors: TensorFile, read: forms.Re
 
 
 def _stated(path: Path, tensors: TensorFile, read: forms.ReadTensor) -> dict[str, Any]:
-    """What a LoRA states beside its factors, as ``bake-lora`` reads it; ``problem``: why it would be refused."""
+    """The statements of a LoRA, as ``bake-lora`` reads them; ``problem``: the reason why it would refuse the file."""
     found: dict[str, Any] = {"alpha": "none", "made_for": None, "notes": [], "warnings": [], "problem": None}
     try:
         facts = read_facts(tensors, read_configuration(configuration_beside(path)), read)
@@ -349,7 +349,7 @@ def _bake(bake: Bake) -> dict[str, Any]:
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    """A folder that is no overlay: its safetensors files, each in a line's worth."""
+    """A folder that is no overlay: a short description of each of its safetensors files."""
     try:
         names = (path for path in entries(folder) if path.name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)))
         files = [path for path in names if not path.is_dir()]
@@ -381,12 +381,12 @@ def _amounts(infos: Iterable[TensorInfo]) -> dict[str, Any]:
 
 
 def _bytes(records: Iterable[FileRecord]) -> int:
-    """Bytes on disk: a symlink inside the overlay costs none."""
+    """Bytes on disk: a symlink inside the overlay takes none."""
     return sum(record.size for record in records if record.link in (None, "hard"))
 
 
 def _listed(names: list[str]) -> list[str]:
-    """The first of ``names``, and how many more there are."""
+    """The first of ``names``, and the number of the others."""
     return names if len(names) <= MAX_LISTED else [*names[: MAX_LISTED - 1], f"and {len(names) - MAX_LISTED + 1} more"]
 
 

@@ -1,7 +1,7 @@
-"""One checkpoint out of several files: shards of it, or the parts that other programs keep apart.
+"""Assembles one checkpoint from several files: shards, or the parts that other programs keep apart.
 
-Pure: it sees names and headers. The result is a header with the official names, as of a whole checkpoint, and where
-each of its tensors lies, so that an overlay is the same whatever the checkpoint came in.
+Pure: it sees names and headers. The result is the header of a whole checkpoint with the official names, and the file of
+each tensor, so that the overlay does not depend on the files that the checkpoint came in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ltxpack.ltx23.forms import ROOT, spelled_root
 from ltxpack.ltx23.releases import SUPPORTED, parse_version
 from ltxpack.materialize.checkpoint import AGAIN, Checkpoint, read_checkpoint, take_instead
 
-# How the names of a whole checkpoint begin -> how a sentence calls what has them.
+# Prefix of the names in a whole checkpoint -> the name of the piece in a sentence.
 PIECES = {
     ROOT: "the transformer",
     f"{ROOT}video_embeddings_connector.": "the video connector",
@@ -33,13 +33,13 @@ PIECES = {
 _LONGEST_FIRST = sorted(PIECES, key=len, reverse=True)
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _MAX_SHARDS = 1000
-# What a file may say of the whole checkpoint that the first one leaves out.
+# Metadata of the whole checkpoint that a later file may add.
 _SHARED_METADATA = ("model_version", "license", "licence")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file that a checkpoint is in: how messages name it, where it lies, and its header."""
+    """One file of a checkpoint: its name in messages, its path, and its header."""
 
     label: str
     path: Path
@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A checkpoint by its official names; ``places``: the file of each tensor. ``doubled``: names met in two files."""
+    """A checkpoint with official names. ``places``: the file of each tensor; ``doubled``: names in two files."""
 
     file: TensorFile
     places: Mapping[str, Path]
@@ -56,22 +56,22 @@ class Assembled:
 
 
 def pieces_of(file: TensorFile) -> frozenset[str]:
-    """The keys of PIECES that ``file`` holds anything of."""
+    """The keys of PIECES of which ``file`` holds tensors."""
     names = official_names(file.tensors, spelled_root(file.tensors))
     found = {next((root for root in _LONGEST_FIRST if name.startswith(root)), "") for name in names}
     return frozenset(found - {""})
 
 
 def lacking(parts: Sequence[Part]) -> list[str]:
-    """The keys of PIECES that no part holds anything of."""
+    """The keys of PIECES of which no part holds tensors."""
     there = frozenset[str]().union(*(pieces_of(part.file) for part in parts))
     return [piece for piece in PIECES if piece not in there]
 
 
 def read_parts(parts: Sequence[Part]) -> tuple[Checkpoint, Assembled]:
-    """The checkpoint that ``parts`` are, understood, and where its tensors lie.
+    """The parsed checkpoint of ``parts``, and the file of each tensor.
 
-    Raises UnsupportedError and FormatError, see :func:`.checkpoint.read_checkpoint`, and for a part alone.
+    Raises UnsupportedError and FormatError, see :func:`.checkpoint.read_checkpoint`, also for a part alone.
     """
     refuse_lacking(parts)
     assembled = assemble(parts)
@@ -79,7 +79,7 @@ def read_parts(parts: Sequence[Part]) -> tuple[Checkpoint, Assembled]:
 
 
 def refuse_lacking(parts: Sequence[Part]) -> None:
-    """Refuse files that hold pieces of an LTX-2.3 checkpoint and lack others."""
+    """Raises UnsupportedError for files that hold some pieces of an LTX-2.3 checkpoint and lack others."""
     missing = lacking(parts)
     versions = [part.file.metadata.get("model_version", "").strip('"') for part in parts]
     other = any(parse_version(version)[:2] not in ((), SUPPORTED) for version in versions)
@@ -94,12 +94,12 @@ def refuse_lacking(parts: Sequence[Part]) -> None:
 
 
 def _files_for(missing: Collection[str]) -> int:
-    """In how many files the pieces are usually kept: the audio VAE with its vocoder, the others each alone."""
+    """The usual number of files for the pieces: one for the audio VAE and its vocoder, one for each of the others."""
     return len({"audio" if piece in ("audio_vae.", "vocoder.") else piece for piece in missing})
 
 
 def assemble(parts: Sequence[Part]) -> Assembled:
-    """The checkpoint that ``parts`` are; of tensors that two hold alike the first file's count.
+    """The checkpoint of ``parts``; if two hold the same tensor, the first file's counts.
 
     Raises FormatError for parts that contradict one another.
     """
@@ -131,7 +131,7 @@ def assemble(parts: Sequence[Part]) -> Assembled:
 
 
 def _metadata(parts: Sequence[Part]) -> Mapping[str, str]:
-    """The metadata of the first part that states a config, with the sections that only others state."""
+    """The metadata of the first part with a config, and the sections that only other parts have."""
     stating = [part for part in parts if "config" in part.file.metadata]
     base = dict((stating or parts)[0].file.metadata)
     for key in _SHARED_METADATA:
@@ -155,7 +155,7 @@ def _metadata(parts: Sequence[Part]) -> Mapping[str, str]:
 
 
 def _refuse_several(versions: Mapping[str, str]) -> None:
-    """FormatError for parts of two generations. ``versions``: label -> model_version."""
+    """Raises FormatError for parts of two generations. ``versions``: label -> model_version."""
     told = {parse_version(version.strip('"'))[:2]: f"{label}: {version}" for label, version in versions.items()}
     if len(told) > 1:
         problem = "the parts are of different generations of the model"
@@ -164,7 +164,7 @@ def _refuse_several(versions: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Shards:
-    """One set of shards, in order: the names that are there, and those that are not."""
+    """One set of shards, in order: the names that exist, and the missing ones."""
 
     there: tuple[str, ...]
     missing: tuple[str, ...]

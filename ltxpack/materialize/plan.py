@@ -1,6 +1,6 @@
-"""The plan of an overlay: every file of it with its size, before a byte is moved. Pure.
+"""The plan of an overlay: every file with its size, before a byte moves. Pure.
 
-The manifest itself (ltxpack.json) is not in the plan: it is written last, from what was written.
+The plan does not contain the manifest (ltxpack.json), which is written last, from the records of the written files.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ltxpack.repack.items import (
 LORA_FOLDER = "loras"
 MODEL_INDEX = "model_index.json"
 SCHEDULER = "scheduler"
-# The checkpoint's own metadata, every string as it is there, so that an export can give it back.
+# The checkpoint's own metadata, every string unchanged, for exports.
 METADATA = "source/metadata.json"
-# Tensors by the names they get, with the file that each is in.
+# New name -> tensor and its file.
 Placed = Mapping[str, tuple[TensorInfo, Path]]
 
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """One folder of the overlay. ``cast``: tensors that are stored in another dtype than in the source."""
+    """One folder of the overlay. ``cast``: tensors with another dtype than in the source."""
 
     name: str
     items: tuple[Item, ...]
@@ -50,10 +50,10 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class OverlayPlan:
-    """What the overlay will hold. ``missing``: role and reason of inputs that were not found.
+    """The contents of an overlay. ``missing``: role and reason of inputs that were not found.
 
-    ``stated``: the manifest, but for its files. ``unproven``: sources known by name and size only, with neither a hash
-    nor a commit of the hub.
+    ``stated``: the manifest without its files. ``unproven``: sources with only a name and a size, without a hash or a
+    commit of the hub.
     """
 
     components: tuple[ComponentPlan, ...]
@@ -65,15 +65,15 @@ class OverlayPlan:
     unproven: frozenset[Path] = frozenset()
 
     def items(self) -> Iterator[Item]:
-        """All work, in the order it is done."""
+        """All work, in order."""
         yield from self.files
         for component in self.components:
             yield from component.items
         yield from self.loras
 
     def to_json(self) -> dict[str, Any]:
-        """``--plan --json``: files with sizes and what is done to each, what is missing, the sum of the sizes."""
-        # Where no link is possible, a file is copied.
+        """``--plan --json``: files with sizes and actions, missing inputs, the sum of the sizes."""
+        # If no link is possible, the writer copies the file.
         actions = {WriteShard: "repack", WriteBytes: "write", CopyFile: "copy" if self.copy else "link"}
         files = [{"path": item.path, "bytes": item.size, "action": actions[type(item)]} for item in self.items()]
         files.sort(key=lambda file: str(file["path"]))
@@ -93,7 +93,7 @@ class OverlayPlan:
 
 
 def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> OverlayPlan:
-    """The plan of an overlay made from ``inputs``, which need not be on this machine yet."""
+    """The plan of an overlay from ``inputs``, which may not be on this machine yet."""
     checkpoint, metadata, sources = inputs.checkpoint, inputs.checkpoint.metadata, inputs.sources
     components = plan_checkpoint(checkpoint, inputs.places, max_shard_size)
     if inputs.upsampler is not None and sources.upsampler is not None:
@@ -116,7 +116,7 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
 
 
 def plan_checkpoint(checkpoint: Checkpoint, places: Mapping[str, Path], max_shard_size: int) -> list[ComponentPlan]:
-    """The components that the checkpoint becomes; ``places``: the file that each of its tensors is in."""
+    """The components of the checkpoint; ``places``: the file of each of its tensors."""
     planned = []
     for name, config in checkpoint.configs.items():
         placed = {target: (info, places[info.name]) for target, info in checkpoint.tensors[name].items()}
@@ -125,7 +125,7 @@ def plan_checkpoint(checkpoint: Checkpoint, places: Mapping[str, Path], max_shar
 
 
 def plan_upsampler(upsampler: Upsampler, file: InputFile, max_shard_size: int) -> ComponentPlan:
-    """The upsampler's component: its file as it is where that is possible."""
+    """The upsampler's component: its file unchanged if possible."""
     name = "latent_upsampler"
     if not upsampler.as_is:
         placed = {target: (info, file.path) for target, info in upsampler.tensors.items()}
@@ -154,12 +154,12 @@ def plan_scheduler(distilled: bool) -> ComponentPlan:
 
 
 def plan_model_index() -> WriteBytes:
-    """What makes diffusers load the overlay."""
+    """The index with which diffusers loads the overlay."""
     return WriteBytes(MODEL_INDEX, json_bytes(model_index()))
 
 
 def plan_metadata(checkpoint: Checkpoint) -> WriteBytes:
-    """The checkpoint's metadata: keys in order, all else escaped so that every string reads back exactly."""
+    """The checkpoint's metadata: keys in order, with escapes, so that every string reads back exactly."""
     return WriteBytes(METADATA, json_bytes(dict(checkpoint.file.metadata)))
 
 
@@ -175,9 +175,9 @@ def _repacked(name: str, config: Mapping[str, Any], tensors: Placed, max_shard_s
 def _stored(
     name: str, tensors: Placed, max_shard_size: int, stem: str = DEFAULT_STEM
 ) -> tuple[tuple[Item, ...], tuple[str, ...]]:
-    """Shards of ``tensors``, and the names of those that are cast.
+    """Shards of ``tensors``, and the names of cast tensors.
 
-    Everything is stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3).
+    All tensors are stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3).
     """
     entries = [stored_tensor(target, info, path, STORED_DTYPE) for target, (info, path) in tensors.items()]
     cast = tuple(sorted(entry.tensors[0].name for entry in entries if isinstance(entry.producer, Cast)))

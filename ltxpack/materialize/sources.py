@@ -1,7 +1,7 @@
-"""What the user names -> which files it is, on this machine or on the hub. No weight is read or fetched here.
+"""Finds the files that the user names, on this machine or on the hub. Reads and fetches no weights.
 
 The rules are those of DESIGN, "Commands": a folder's one matching file, the hub's default names, a flag's file,
-folder, name within SOURCE, or REPO[@REV][/FILE]. All inputs are looked for before one error names every fault.
+folder, name within SOURCE, or REPO[@REV][/FILE]. It looks for all inputs before one error names every fault.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from ltxpack.reporter import Reporter
 
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
 WEIGHTS = ".safetensors"
-# Role -> how `described` begins for a file that will do.
+# Role -> the start of `described` for a suitable file.
 KINDS = {CHECKPOINT: ("a whole checkpoint", "the transformer"), LORA: ("a LoRA",), UPSAMPLER: ("a latent upsampler",)}
 DIFFUSERS_MARKS = ("model_index.json", "transformer/config.json")
-# Weights that are found in order to be refused by name.
+# Weights that are found only to be refused by name.
 OTHER_WEIGHTS = (".gguf", ".ckpt", ".pt", ".pth")
-# What may enter an overlay besides weights.
+# Endings of files that may enter an overlay besides weights.
 TEXT_ENDINGS = (".json", ".jinja", ".txt")
-# Where ComfyUI keeps the parts of a model, below one folder.
+# ComfyUI's folders for the parts of a model, below one folder.
 COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints", "vae", "text_encoders", "clip")
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
@@ -72,20 +72,20 @@ T = TypeVar("T")
 
 
 class SeveralFaultsError(SourceError):
-    """The faults of several inputs, each with a list of its own that ends."""
+    """The faults of several inputs, each with its own list of limited length."""
 
     max_listed = len((CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)) * MAX_LISTED
 
 
 class AmbiguousError(SourceError):
-    """Several files would do, so that none is chosen, even where an input may be missing."""
+    """Several files are suitable, so that none is chosen, even if the input may be missing."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One input file. ``path``: the real file here, or where the hub cache will hold it once it is fetched.
+    """One input file. ``path``: the real file here, or its future path in the hub cache.
 
-    ``name`` is printable. ``member``: its name within ``repo``, or for a local file the path as it was found.
+    ``name`` is printable. ``member``: its name within ``repo``, or the path at which a local file was found.
     """
 
     name: str
@@ -97,17 +97,17 @@ class InputFile:
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """Its name in messages."""
         return f"{self.repo.repo}/{self.member}" if self.repo else self.member
 
     @property
     def known(self) -> Recognised:
-        """Which release it is, if it is one."""
+        """Its release, if it is one."""
         return recognise(self.name, self.size, self.sha256)
 
     @property
     def distilled_by(self) -> str | None:
-        """What shows that it is a distilled checkpoint: hash, size (each published file has its own) or name."""
+        """The evidence for a distilled checkpoint: hash, size (each published file has its own) or name; else None."""
         by_size = next((release for release in RELEASES if release.size == self.size), None)
         known = (("hash", self.known.release), ("size", by_size))
         by, name = next(((by, release.name) for by, release in known if release), ("file name", self.name.lower()))
@@ -116,9 +116,9 @@ class InputFile:
 
 @dataclass(frozen=True)
 class InputFolder:
-    """A folder here, a repo on the hub, or a folder of one: ``files`` by relative path. Local ones go one level deep.
+    """A local folder, a repo on the hub, or a folder of one: ``files`` by relative path, local ones one level deep.
 
-    ``repo`` is None for a folder of this machine. ``broken``: what is there and cannot be used -> why.
+    ``repo`` is None for a local folder. ``broken``: name of an unusable file -> reason.
     """
 
     label: str
@@ -127,7 +127,7 @@ class InputFolder:
     broken: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str) -> InputFile | InputFolder | None:
-        """The file or subfolder ``name``; the ending of a weights file may be left out."""
+        """The file or subfolder ``name``, which may omit the ending of a weights file."""
         file = self.files.get(name) or self.files.get(name + WEIGHTS)
         prefix = name.strip("/") + "/"
         inside = {other[len(prefix) :]: file for other, file in self.files.items() if other.startswith(prefix)}
@@ -137,10 +137,10 @@ class InputFolder:
 
 @dataclass(frozen=True)
 class Sources:
-    """The inputs. ``missing``: role -> why, only where the caller allowed inputs to be missing.
+    """The inputs. ``missing``: role -> reason, only if the caller allows missing inputs.
 
-    ``lora`` is None too for a distilled checkpoint, unless a LoRA was named. ``parts``: the other files that the
-    checkpoint is in.
+    ``lora`` is None also for a distilled checkpoint, unless the user named a LoRA. ``parts``: the checkpoint's other
+    files.
     """
 
     checkpoint: InputFile
@@ -152,7 +152,7 @@ class Sources:
 
 
 class Access:
-    """Reads inputs wherever they are, each header once. Asks the hub only for inputs that are on it."""
+    """Reads inputs from disk or hub, each header once. Asks the hub only for inputs that are on it."""
 
     def __init__(self, reporter: Reporter, hub: Hub | None = None) -> None:
         self._reporter = reporter
@@ -167,14 +167,14 @@ class Access:
         return self._hub
 
     def info(self, repo: str, revision: str | None = None) -> RepoInfo:
-        """A repo's files at a revision; the hub is asked once."""
+        """A repo's files at a revision; asks the hub once."""
         key = (repo, revision)
         if key not in self._infos:
             self._infos[key] = self.hub.info(repo, revision)
         return self._infos[key]
 
     def header(self, file: InputFile) -> tensorfile.TensorFile:
-        """The header of a safetensors file. Raises SourceError, for half a download too, or FormatError."""
+        """The header of a safetensors file. Raises FormatError, or SourceError, also for half a download."""
         if file.path not in self._headers:
             if file.repo is None:
                 refuse_unfinished(file.member)
@@ -193,7 +193,7 @@ class Access:
         return tensorfile.read_index(self._small(file, tensorfile.MAX_INDEX_BYTES))
 
     def fetch(self, file: InputFile) -> None:
-        """Have the file at its ``path``. Raises SourceError if what arrives is not the file that was planned with."""
+        """Fetch the file to its ``path``. Raises SourceError if it is not the file of the plan."""
         if file.repo is None:
             return
         path = self.hub.fetch(file.repo, file.member)
@@ -207,7 +207,7 @@ class Access:
                 raise SourceError("arrived with another header than the hub sent before", file=file.label)
 
     def _small(self, file: InputFile, max_bytes: int) -> Path:
-        """The path of a small file, fetched; a file that is too large is refused before that."""
+        """The path of a small file, after fetching it. Refuses a file that is too large without fetching it."""
         if file.size > max_bytes:
             most, found = f"at most {max_bytes} bytes", f"{file.size} bytes"
             raise FormatError("is too large", file=file.label, expected=most, found=found)
@@ -224,11 +224,11 @@ def resolve(
     revision: str | None = None,
     allow_missing: bool = False,
 ) -> Sources:
-    """The files that SOURCE and the flags (by role) mean; ``parts``: more files of the checkpoint.
+    """The files that SOURCE and the flags (by role) name; ``parts``: more files of the checkpoint.
 
-    ``allow_missing``: an input other than the checkpoint that is not found is listed; an ambiguous one still raises.
-    Raises SourceError, UsageError or FormatError naming everything that is missing or ambiguous, UnsupportedError for a
-    checkpoint that could not be used if the rest were there.
+    ``allow_missing``: lists missing inputs other than the checkpoint; an ambiguous input still raises. Raises
+    SourceError, UsageError or FormatError naming everything that is missing or ambiguous, UnsupportedError for a
+    checkpoint that is unusable whatever the other inputs are.
     """
     folder, single = open_source_folder(source, revision, access)
     if single is not None and flags.get(CHECKPOINT):
@@ -261,7 +261,7 @@ def resolve(
 
 
 def _missing(faults: InputFaults) -> dict[str, str]:
-    """Takes those of ``faults`` that a plan only lists: role -> why the input is not there."""
+    """Remove from ``faults`` the missing inputs that a plan only lists: role -> reason."""
     absent = [
         role for role, fault in faults.found.items() if role != CHECKPOINT and not isinstance(fault, AmbiguousError)
     ]
@@ -271,10 +271,10 @@ def _missing(faults: InputFaults) -> dict[str, str]:
 def _refuse_unusable(
     faults: InputFaults, checkpoint: InputFile | None, others: Sequence[InputFile] | None, access: Access
 ) -> None:
-    """UnsupportedError for a checkpoint that is of no use: nobody should look for the other inputs before.
+    """Raises UnsupportedError for an unusable checkpoint, so that nobody looks for the other inputs in vain.
 
-    One that cannot be read is told with what ``faults`` says of the others. ``others``: its other parts, None where
-    these are among the ``faults``.
+    For an unreadable one the error names the other ``faults`` too. ``others``: its other parts, None if these are
+    among the ``faults``.
     """
     fault = faults.found.get(CHECKPOINT)
     if checkpoint is None and isinstance(fault, UnsupportedError):
@@ -289,7 +289,7 @@ def _refuse_unusable(
 
 
 def part_of(file: InputFile, access: Access) -> Part:
-    """A file of a checkpoint by its header. Raises UnsupportedError, see :func:`.checkpoint.checkpoint_header`."""
+    """A file of a checkpoint, with its header. Raises UnsupportedError, see :func:`.checkpoint.checkpoint_header`."""
     return Part(file.label, file.path, checkpoint_header(lambda: access.header(file), file.label))
 
 
@@ -301,10 +301,10 @@ def _part(typed: str, access: Access, folder: InputFolder) -> InputFile:
 
 
 def find_parts(checkpoint: InputFile, named: Sequence[InputFile], access: Access) -> list[InputFile]:
-    """The other files that ``checkpoint`` is in: the rest of its shards, those ``named``, and those beside it.
+    """The other files of the checkpoint: its other shards, the files ``named``, and parts beside it.
 
-    A transformer alone finds its other parts in its folder, and where ComfyUI keeps them. Raises SourceError for
-    missing shards, AmbiguousError where several files hold one part.
+    For a transformer alone it finds the other parts in its folder, and in ComfyUI's. Raises SourceError for missing
+    shards, AmbiguousError if several files hold one part.
     """
     found: list[InputFile] = []
     if shards_of(checkpoint.name, ()):
@@ -317,7 +317,7 @@ def find_parts(checkpoint: InputFile, named: Sequence[InputFile], access: Access
         found = [own[name] for name in shards.there if name != checkpoint.name]
     found += [file for file in named if file.path not in {checkpoint.path, *(other.path for other in found)}]
     wanted: list[str] = []
-    with contextlib.suppress(LtxpackError):  # told when all inputs are read
+    with contextlib.suppress(LtxpackError):  # raised when all inputs are read
         wanted = lacking([part_of(file, access) for file in (checkpoint, *found)])
     if wanted and ROOT not in wanted:
         taken = {file.path for file in (checkpoint, *found)}
@@ -328,7 +328,7 @@ def find_parts(checkpoint: InputFile, named: Sequence[InputFile], access: Access
 def _parts_beside(
     wanted: Sequence[str], beside: InputFolder, taken: Collection[Path], access: Access
 ) -> Iterator[InputFile]:
-    """One file for each of the ``wanted`` pieces of a checkpoint that ``beside`` has a file for."""
+    """One file for each ``wanted`` piece of a checkpoint that a file in ``beside`` holds."""
     held: dict[str, list[InputFile]] = {piece: [] for piece in wanted}
     for file in beside.files.values():
         if file.path not in taken and file.name.lower().endswith(WEIGHTS):
@@ -347,7 +347,7 @@ def _parts_beside(
 
 
 def _beside(file: InputFile, access: Access) -> InputFolder:
-    """The folder that ``file`` is in, with those in which ComfyUI keeps parts where it is one of these."""
+    """The folder of ``file``; if it is one of ComfyUI's, with ComfyUI's others."""
     if file.repo is None:
         place = Path(file.member).parent
         return with_comfyui(local_folder(place)) if place.resolve().name in COMFYUI_FOLDERS else local_folder(place)
@@ -358,7 +358,7 @@ def _beside(file: InputFile, access: Access) -> InputFolder:
 
 
 def with_comfyui(folder: InputFolder) -> InputFolder:
-    """``folder`` of this machine, and the folders beside it and in it in which ComfyUI keeps parts of a model."""
+    """A local ``folder``, with ComfyUI's folders for parts of a model beside it and in it."""
     own = Path(folder.label).resolve()
     places = {place: way for way in ("..", ".") for place in ((own / way / name).resolve() for name in COMFYUI_FOLDERS)}
     more = {
@@ -371,13 +371,13 @@ def with_comfyui(folder: InputFolder) -> InputFolder:
 
 
 class InputFaults:
-    """The faults of several inputs as one error."""
+    """Gathers the faults of several inputs in one error."""
 
     def __init__(self) -> None:
         self.found: dict[str, LtxpackError] = {}
 
     def gather(self, role: str, find: Callable[[], T]) -> T | None:
-        """What ``find`` returns, or None if it raises: then the fault is kept."""
+        """The result of ``find``; if it raises, None, and keeps the fault."""
         try:
             return find()
         except UsageError:
@@ -387,7 +387,7 @@ class InputFaults:
             return None
 
     def refuse(self) -> None:
-        """Raise what was found: one fault as it is, several as one SourceError."""
+        """Raise the faults: one unchanged, several as one SourceError."""
         faults = list(self.found.values())
         if len(faults) == 1:
             raise faults[0]
@@ -397,7 +397,7 @@ class InputFaults:
 
 
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:
-    """SOURCE as a folder, and the checkpoint itself if SOURCE is a file (the folder is then the one it is in)."""
+    """SOURCE as a folder and None; or, if SOURCE is a file, its folder and the file as the checkpoint."""
     found = _find(source, access, revision=revision)
     if isinstance(found, InputFolder):
         return found, None
@@ -407,7 +407,7 @@ def open_source_folder(source: str, revision: str | None, access: Access) -> tup
 def _find(
     typed: str, access: Access, *, revision: str | None = None, within: InputFolder | None = None
 ) -> InputFile | InputFolder:
-    """What is typed: a file or folder here, a name ``within`` SOURCE, or a repo, a folder or a file on the hub."""
+    """The file or folder that ``typed`` names: on this machine, ``within`` SOURCE, or on the hub."""
     path = at_home(typed)
     if os.path.exists(path):  # noqa: PTH110 (a Path raises for what it may not look at, or is too long)
         if revision is not None:
@@ -437,20 +437,20 @@ def _find(
 
 
 def local_file(path: Path) -> InputFile:
-    """A file on this machine; behind a symlink the real file is what is read and linked. Raises SourceError."""
+    """A file on this machine; for a symlink, the real file is read and linked. Raises SourceError."""
     try:
         real = path.resolve(strict=True)
         size = real.stat().st_size
     except (OSError, RuntimeError) as error:
         raise SourceError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from None
-    # An overlay knows one spelling of the ending, and its manifest is UTF-8, which a name need not be.
+    # In an overlay the ending is in lower case, and the manifest is UTF-8, which a name may not be.
     name = one_line(path.name)
     name = name[: -len(WEIGHTS)] + WEIGHTS if name.lower().endswith(WEIGHTS) else name
     return InputFile(name, size, cached_sha256(path), real, None, str(path))
 
 
 def local_folder(folder: Path) -> InputFolder:
-    """The files of ``folder`` that may enter an overlay, and of its subfolders that hold a config.json."""
+    """The files that may enter an overlay, in ``folder`` and in its subfolders with a config.json."""
     endings = (WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS)
     try:
         folders = [folder, *filter(_has_config, entries(folder))]
@@ -467,7 +467,7 @@ def local_folder(folder: Path) -> InputFolder:
 
 
 def _has_config(folder: Path) -> bool:
-    """Whether ``folder`` holds a config.json that can be seen: a disk has folders of the system, too."""
+    """Whether ``folder`` holds a config.json; False for a folder that may not be read, as a disk has some."""
     try:
         return (folder / "config.json").is_file()
     except OSError:
@@ -475,7 +475,7 @@ def _has_config(folder: Path) -> bool:
 
 
 def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | None = None) -> InputFolder:
-    """A repo on the hub. ``typed``: the path this might have been meant as, named when there is no such repo."""
+    """A repo on the hub. ``typed``: the local path that the user may have meant, named if there is no such repo."""
     try:
         info = access.info(repo, revision)
     except SourceError as error:
@@ -520,12 +520,12 @@ def choose(role: str, folder: InputFolder, access: Access) -> InputFile:
         )  # fmt: skip
     unusable = [name for name in sorted(folder.files) if "/" not in name and name.lower().endswith(OTHER_WEIGHTS)]
     if unusable and role == CHECKPOINT:
-        return folder.files[unusable[0]]  # refused by its form later, with what to take instead
+        return folder.files[unusable[0]]  # refused later by its form, with a file to take instead
     raise _none_for(role, folder, weights, access)
 
 
 def _whole(candidates: Sequence[str], weights: Mapping[str, InputFile], access: Access) -> list[str]:
-    """``candidates`` without further shards of one that is there, and without parts that hold no transformer."""
+    """``candidates`` without the other shards of a candidate, and without parts that hold no transformer."""
     first = [name for name in candidates if not (found := shards_of(name, weights)) or found.there[0] == name]
     kept = []
     for name in first:
@@ -538,7 +538,7 @@ def _whole(candidates: Sequence[str], weights: Mapping[str, InputFile], access: 
 
 
 def _form_of(file: InputFile, access: Access) -> str:
-    """How a file's numbers are stored, in a word; "" for a file that cannot be read."""
+    """The form of a file's numbers, in a word; "" for an unreadable file."""
     try:
         return read_linears(access.header(file)).form
     except LtxpackError:
@@ -546,11 +546,11 @@ def _form_of(file: InputFile, access: Access) -> str:
 
 
 def _none_for(role: str, folder: InputFolder, weights: Mapping[str, InputFile], access: Access) -> LtxpackError:
-    """The error for a folder without a file for ``role``: what is there instead, and which of it would do."""
+    """The error for a folder without a file for ``role``: names the files there, and those that are suitable."""
     again, expected = f"{AGAIN}{FLAGS[role]} ", f"one file named {PATTERNS[role]}{WEIGHTS}"
     broken = [f"{name}: {why}" for name, why in folder.broken.items() if _matching([name], PATTERNS[role])]
     if broken:
-        advice = "fetch the file anew; in the place of a link that leads nowhere copy the file it led to (cp -L)"
+        advice = "fetch the file again; in the place of a link that leads nowhere copy the file it led to (cp -L)"
         return SourceError(f"holds no whole file for the {role}", file=folder.label, items=broken, next=advice)
     if role == CHECKPOINT and folder.repo is None and is_overlay(Path(folder.label)):
         problem, run = "is an overlay already", f"ltxpack run {quoted(folder.label)} --prompt TEXT"
@@ -566,7 +566,7 @@ def _none_for(role: str, folder: InputFolder, weights: Mapping[str, InputFile], 
 
 
 def _fits(role: str, file: InputFile, access: Access) -> bool:
-    """Whether a file with another name than usual is of the kind that ``role`` needs."""
+    """Whether a file with an unusual name is of the kind that ``role`` needs."""
     with contextlib.suppress(LtxpackError):
         told = described(access.header(file)) or ""
         return told.startswith(KINDS[role]) and (role == LORA or told.endswith(TOLD[PLAIN["BF16"]]))
@@ -590,7 +590,7 @@ def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> Inp
     if isinstance(found, InputFolder):
         return found
     beside = local_folder(Path(found.member).parent) if found.repo is None else None
-    if beside is not None and "config.json" not in beside.files:  # it is told what else it needs
+    if beside is not None and "config.json" not in beside.files:  # the error below names the other files it needs
         return InputFolder(found.member, {found.name: found})
     raise SourceError(
         "is a file", file=typed, expected="the folder of the text encoder",
@@ -621,7 +621,7 @@ def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
 
 
 def _gemma_alone(folder: InputFolder, access: Access) -> list[str]:
-    """Files of a text encoder's weights in ``folder``, each with what else it needs."""
+    """Files of a text encoder's weights in ``folder``, each with the other files that it needs."""
     alone = [
         name
         for name, file in folder.files.items()
@@ -639,7 +639,7 @@ def _is_language_model(file: InputFile, access: Access) -> bool:
 
 
 def _model_type(config: InputFile, access: Access) -> str | None:
-    """What a config.json says it is; None for one that says nothing or is broken (some other folder's)."""
+    """The model_type of a config.json; None if it has none or is broken (another model's folder)."""
     try:
         document = access.json(config)
     except FormatError:
@@ -649,7 +649,10 @@ def _model_type(config: InputFile, access: Access) -> str | None:
 
 
 def hub_reference(typed: str) -> Reference | None:
-    """``typed`` as a place on the hub, or None for what can only be a path. Raises UsageError for a web address."""
+    """``typed`` as a place on the hub, or None for a text that can only be a path.
+
+    Raises UsageError for other web addresses.
+    """
     if typed.startswith((".", "/", "~")):
         return None
     try:
@@ -662,7 +665,7 @@ def hub_reference(typed: str) -> Reference | None:
 
 
 def _similar(path: Path) -> list[str]:
-    """Names beside a path that does not exist that look like it."""
+    """Similar names beside a path that does not exist."""
     try:
         beside = [entry.name for entry in path.parent.iterdir()]
     except OSError:
@@ -671,7 +674,7 @@ def _similar(path: Path) -> list[str]:
 
 
 def _told(fault: LtxpackError, room: int) -> list[str]:
-    """One fault of several in at most ``room`` lines: what is wrong, and below it what it lists."""
+    """One fault of several in at most ``room`` lines: the problem, and below it its list."""
     stated = (("expected", fault.expected), ("found", fault.found))
     facts = [f"{word} {value}" for word, value in stated if value is not None]
     head = f"{fault.file}: {fault.problem}" if fault.file else fault.problem
@@ -682,8 +685,9 @@ def _told(fault: LtxpackError, room: int) -> list[str]:
 
 
 def _all_next(faults: Sequence[LtxpackError]) -> str:
-    """What to do about all faults: all flags in one command, the rest as each says it. A command stands alone: first
-    comes what has to be done without one.
+    """What to do about all faults: all flags in one command, and the other remedies as they are.
+
+    A command must stand alone, so remedies without a command come first.
     """
     following = list(dict.fromkeys(fault.next for fault in faults))
     flags = [text.removeprefix(AGAIN) for text in following if text.startswith(AGAIN)]

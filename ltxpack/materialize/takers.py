@@ -1,6 +1,6 @@
-"""Which program takes a file of weights, and what is wrong with the file: two tables, from spec 09, section 2.
+"""The programs that take a file of weights, and the faults of the file: two tables, from spec 09, section 2.
 
-A cell is a verdict and, after a colon, why: ``yes``, ``no`` (refuses or fails), ``wrong`` (loads it and computes
+A cell is a verdict and, after a colon, the reason: ``yes``, ``no`` (refuses or fails), ``wrong`` (loads it and computes
 nonsense) or ``unknown`` (nobody has tried it).
 """
 
@@ -17,12 +17,12 @@ BUILDER, SCALED_MM, FP8_CAST = (f"official code, {how}" for how in ("bf16", "fp8
 LOADER, UNET, SGLANG, DIFFUSERS = "ComfyUI CheckpointLoaderSimple", "ComfyUI UNETLoader", "sglang", "diffusers"
 OFFICIAL, COMFYUI = (BUILDER, SCALED_MM, FP8_CAST), (LOADER, UNET)
 PROGRAMS = (*OFFICIAL, *COMFYUI, SGLANG, DIFFUSERS)
-# What reads one part of a file of any form -> how the names begin that it looks for, and whether it reads `config`.
+# Program that reads one part of a file of any form -> the prefix of the names it reads, and whether it reads `config`.
 PART_LOADERS = {
     "ComfyUI LTXVAudioVAELoader": (("audio_vae.", "vocoder."), True),
     "ComfyUI LTXAVTextEncoderLoader": (("text_embedding_projection.",), False),
 }
-# From bad to good: of several verdicts the worst counts.
+# From bad to good: the worst of several verdicts counts.
 VERDICTS = ("no", "wrong", "unknown", "yes")
 UNTRIED = "unknown: not tried"
 
@@ -37,7 +37,7 @@ _FOLDERS_ONLY = "no: from_single_file loads no LTX-2.3 file; the folder that ltx
 _NO_LTX = "no: its reader of quantised files is not wired to LTX-2.3"
 _NO_OFFICIAL = _cells("no: reads neither int8 nor a rotation", SCALED_MM, FP8_CAST)
 _FAILS = "no: loads it without a word, fails in the first matmul"
-# Form -> what takes it. A form that is not here has not been tried.
+# Form -> program -> cell. A form that is not here has not been tried.
 BY_FORM: Mapping[str, Cells] = {
     "bf16": _cells("yes", BUILDER, *COMFYUI)
     | {SCALED_MM: "no: refuses it, names fp8-cast", FP8_CAST: "yes: casts the linears of all blocks, without scales"},
@@ -50,7 +50,7 @@ BY_FORM: Mapping[str, Cells] = {
     forms.ROTATED: _cells("yes", *COMFYUI) | _NO_OFFICIAL | {BUILDER: "no: refuses it"},
 }
 _NO_TRANSFORMER = _cells("no: there is no transformer in it", *OFFICIAL, *COMFYUI)
-# Part of a checkpoint -> what changes by it.
+# Part of a checkpoint -> the cells that it changes.
 BY_PART: Mapping[str, Cells] = {
     forms.ALL: {},
     forms.TRANSFORMER_ALONE: _cells("yes: with --transformer-path", *OFFICIAL),
@@ -62,7 +62,7 @@ BY_PART: Mapping[str, Cells] = {
 
 @dataclass(frozen=True)
 class Look:
-    """A file in which faults are looked for. ``root``: how the transformer's names begin there."""
+    """A file to search for faults. ``root``: the prefix of the transformer's names."""
 
     file: TensorFile
     linears: forms.Linears
@@ -72,7 +72,7 @@ class Look:
 
     @property
     def scaled(self) -> bool:
-        """Whether its codes mean nothing without scales and a marker."""
+        """Whether its codes are meaningless without scales and a marker."""
         return self.linears.form in (forms.SCALED, forms.ROWS, forms.ROTATED)
 
 
@@ -81,7 +81,7 @@ Names = Iterable[str]
 
 @dataclass(frozen=True)
 class FileFault:
-    """One thing that may be wrong. ``find`` names where it is; ``effect``: what comes of it."""
+    """One possible fault. ``find`` names the places; ``effect``: the cells that the fault causes."""
 
     name: str
     find: Callable[[Look], Names]
@@ -89,7 +89,7 @@ class FileFault:
 
 
 def judge(look: Look) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """``{fault: where}`` of those found, and ``{program: cell}`` with the worst of what form, parts and faults say."""
+    """``{fault: places}`` of the faults found, and ``{program: cell}`` with the worst of form, parts and faults."""
     found = {fault.name: sorted(fault.find(look)) for fault in FAULTS}
     rest = {DIFFUSERS: _FOLDERS_ONLY} | ({SGLANG: _NO_LTX} if look.linears.quantised else {})
     rules: list[Cells] = [{**BY_FORM.get(look.linears.form, {}), **rest}, BY_PART[look.parts]]
@@ -106,7 +106,7 @@ def _part_cell(file: TensorFile, roots: tuple[str, ...], config: bool) -> str:
 
 
 def _worst(cells: list[str]) -> str:
-    """The worst verdict, with all that is said for it."""
+    """The worst verdict, with all its reasons."""
     parted = [cell.partition(": ") for cell in (cells[0] or UNTRIED, *cells[1:]) if cell]
     worst = min((verdict for verdict, _, _ in parted), key=VERDICTS.index)
     reasons = dict.fromkeys(why for verdict, _, why in parted if verdict == worst and why)
@@ -133,7 +133,7 @@ def _row_scales(look: Look) -> Names:
 
 
 def _odd_scales(look: Look) -> Names:
-    """Linears with a scale of another dtype than F32, or of a shape that no form has."""
+    """Linears with a scale that is not F32, or of a shape that no form has."""
     for one, ending, info, shape in _scales(look):
         rows = shape[0] if shape else 0
         shapes: tuple[tuple[int, ...], ...] = ((), (1,), (rows,), (rows, 1))
@@ -151,7 +151,7 @@ def _scales_without_codes(look: Look) -> Names:
 
 
 def _unmarked(look: Look) -> Names:
-    """Linears that neither the metadata, under whatever root, nor a comfy_quant tensor tells of."""
+    """Linears that neither the metadata, under any root, nor a comfy_quant tensor marks."""
     linears = look.linears
     return linears.codes.keys() - linears.described.keys() - linears.markers.keys() if look.scaled else ()
 
@@ -161,7 +161,7 @@ def _unreadable(look: Look) -> Names:
 
 
 def _other_root(look: Look) -> Names:
-    """Keys of the metadata that are a linear's name but for the root."""
+    """Keys of the metadata that differ from a linear's name only in the root."""
     codes = look.linears.codes
     return [key for key in look.linears.layers or () if key not in codes and forms.spelled(key, codes)]
 
@@ -171,7 +171,7 @@ def _without_codes(look: Look) -> Names:
 
 
 def _impossible_codes(look: Look) -> Names:
-    """Linears that are no matrix, or whose codes are not what the marker says."""
+    """Linears that are no matrix, or whose codes differ from the marker."""
     for linear, info in look.linears.codes.items() if look.scaled else ():
         layer = look.linears.described.get(linear, {})
         name, group = layer.get("format"), layer.get("convrot_groupsize", 1)
@@ -182,7 +182,7 @@ def _impossible_codes(look: Look) -> Names:
 
 
 def _begin_with(root: str) -> Callable[[Look], Names]:
-    """The transformer's names, if they begin with ``root``; the other parts keep theirs."""
+    """Finds the transformer's names if they begin with ``root``; the other parts keep their names."""
     return lambda look: (
         [name for name in look.file.tensors if forms.official(name, root) != name] if look.root == root else ()
     )
@@ -193,7 +193,7 @@ def _lacks(*keys: str) -> Callable[[Look], Names]:
 
 
 def _number(look: Look) -> Names:
-    """The official reader takes every value of the metadata for JSON first; 2.3.0 is none, 2.3 is a number."""
+    """A model_version that is a number: the official reader parses metadata as JSON, where 2.3 is one and 2.3.0 not."""
     text = look.file.metadata.get("model_version", "").strip()
     return ("model_version",) if text.replace(".", "", 1).isdecimal() else ()
 

@@ -1,7 +1,7 @@
-"""A Gemma 3 folder by its configs and headers: what of it is taken over as it is, and what has to be written anew.
+"""Reads the configs and headers of a Gemma 3 folder: which files an overlay takes unchanged, and which it writes again.
 
-Nothing in the folder is executed or believed: configs that name code are refused, and a shard index must say what the
-shards' own headers say (spec 01, section 1).
+It executes and trusts nothing in the folder: it refuses configs that name code, and a shard index must agree with the
+shards' own headers (spec 01, section 1).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ TOKENIZER_FILES = (
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json",
     "chat_template.jinja", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
-# Where the tokens are named that a prompt begins with and is padded with; the latter by one of these.
+# The files and, for padding, the fields that name the tokens at a prompt's start and in its padding.
 NAME_TOKENS, PADDING = ("tokenizer_config.json", "special_tokens_map.json"), ("pad_token", "eos_token")
-# tokenizer.json holds a vocabulary, tens of megabytes of it, and nothing that names code.
+# tokenizer.json holds a vocabulary of tens of megabytes and nothing that names code.
 CHECKED_CONFIGS = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER]
 
 OTHER_ENCODER = f"{AGAIN}--text-encoder {TEXT_ENCODER_REPO}"
@@ -46,10 +46,10 @@ _unsupported = functools.partial(UnsupportedError, next=OTHER_ENCODER)
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """What an overlay gets from a Gemma 3 folder.
+    """The files that an overlay gets from a Gemma 3 folder.
 
-    ``files``: all that is read. ``taken`` as they are, by their paths in the overlay; ``written``: small files that are
-    made, likewise. ``tensors``: those that are stored anew, by their published names, each with the file it is in.
+    ``files``: all inputs. By path in the overlay: ``taken``, the unchanged files; ``written``, new small files.
+    ``tensors``: the tensors to store again, by published name, each with its file.
     """
 
     files: Sequence[InputFile]
@@ -59,10 +59,10 @@ class TextEncoder:
 
 
 def read_text_encoder(folder: InputFolder, access: Access, connectors: Mapping[str, Any] | None) -> TextEncoder:
-    """What to take from ``folder``, checked by its configs and headers as a run will check it.
+    """The files to take from ``folder``. Checks its configs and headers as a run does.
 
-    Weights that are BF16 under names that transformers loads are taken over as they are, others stored anew.
-    ``connectors``: their config, if that is known. Raises SourceError, FormatError or UnsupportedError.
+    The overlay takes BF16 weights under names that transformers loads unchanged, and stores others again.
+    ``connectors``: their config, if known. Raises SourceError, FormatError or UnsupportedError.
     """
     files = folder.files
     _refuse_incomplete(folder, access)
@@ -89,7 +89,7 @@ def read_text_encoder(folder: InputFolder, access: Access, connectors: Mapping[s
 def _as_they_are(
     weights: Sequence[InputFile], folder: InputFolder, placed: Mapping[str, tuple[TensorInfo, InputFile]]
 ) -> tuple[dict[str, InputFile], dict[str, bytes]]:
-    """The weights by their paths in the overlay, and the index of shards that have none."""
+    """The weights by their paths in the overlay, and an index for shards without one."""
     if INDEX in folder.files:
         return {f"{TEXT_ENCODER}/{file.name}": file for file in (folder.files[INDEX], *weights)}, {}
     if len(weights) == 1:
@@ -100,7 +100,7 @@ def _as_they_are(
 
 
 def _published_config(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of weights that are stored anew: of the whole Gemma 3, as the overlay's class for it needs."""
+    """The config for weights that are stored again: that of the whole Gemma 3, which the overlay's class needs."""
     whole = config if config["model_type"] == TEXT_ENCODER_TYPE else {"eos_token_id": config.get("eos_token_id", 1)}
     dropped = ("architectures", "transformers_version", "torch_dtype", "dtype")
     kept = {name: value for name, value in whole.items() if name not in dropped}
@@ -110,14 +110,14 @@ def _published_config(config: Mapping[str, Any], fields: Mapping[str, Any]) -> d
 
 
 def _refuse_incomplete(folder: InputFolder, access: Access) -> None:
-    """SourceError for a folder that lacks more than weights; a file of weights alone is told what belongs to it."""
+    """Raises SourceError for a folder that lacks more than weights; for weights alone it names the missing files."""
     files = folder.files
     missing = [name for name in REQUIRED if name not in files]
     weights = [name for name in sorted(files) if name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)) and "/" not in name]
     if missing:
         problem = "lacks files of the text encoder"
         if CONFIG in missing and weights:
-            problem = "holds weights without the configs and the tokenizer that a text encoder consists of as well"
+            problem = "holds weights without the configs and the tokenizer that a text encoder also needs"
         found = ", ".join(_told(files[name], access) for name in weights[:3]) or None
         items = [f"{name} (tokenizer.model is not read)" if name == TOKENIZER else name for name in missing]
         raise SourceError(problem, file=folder.label, found=found, items=items, next=OTHER_ENCODER)
@@ -135,7 +135,7 @@ def _refuse_incomplete(folder: InputFolder, access: Access) -> None:
 
 
 def _told(file: InputFile, access: Access) -> str:
-    """The name of a file of weights and the form it is in."""
+    """The name of a file of weights, and its form."""
     try:
         return f"{file.name} ({TOLD[read_linears(access.header(file)).form]})"
     except FormatError as error:
@@ -143,7 +143,7 @@ def _told(file: InputFile, access: Access) -> str:
 
 
 def _checked_config(folder: InputFolder, access: Access) -> Mapping[str, Any]:
-    """config.json. Configs that would have a library run code or convert weights are refused."""
+    """config.json. Raises UnsupportedError for configs that make a library run code or convert weights."""
     documents = {name: access.json(folder.files[name]) for name in CHECKED_CONFIGS if name in folder.files}
     for name, document in documents.items():
         label = folder.files[name].label
@@ -198,7 +198,7 @@ def _weights(folder: InputFolder, access: Access) -> list[InputFile]:
 def _tensors(
     weights: Sequence[InputFile], folder: InputFolder, access: Access
 ) -> dict[str, tuple[TensorInfo, InputFile]]:
-    """Every tensor by its name in the files, with its file. FormatError where an index says something else."""
+    """Every tensor by its name in the files, with its file. Raises FormatError if an index disagrees."""
     index = access.index(folder.files[INDEX]) if INDEX in folder.files else None
     placed: dict[str, tuple[TensorInfo, InputFile]] = {}
     for shard in weights:

@@ -1,10 +1,10 @@
-"""Files of a model hub: what a repository holds, a safetensors header alone, or a whole file in the hub cache.
+"""Files of a model hub: lists a repository, reads one safetensors header, or fetches a file into the hub cache.
 
 Endpoint, token, cache folder and offline mode come from huggingface_hub and its environment variables (HF_ENDPOINT,
 HF_TOKEN, HF_HUB_CACHE, HF_HUB_OFFLINE). The cache has the layout that huggingface_hub documents: a repository's folder
 holds ``refs/REVISION`` (a commit), ``snapshots/COMMIT/NAME`` (links) and ``blobs/HASH`` (the bytes, named by sha256 for
-large files, by git's hash for small ones). Nothing a hub states is used unchecked, and the content of every file is
-checked against the hash it is stored under. Knows nothing of checkpoints.
+large files, by git's hash for small ones). This module checks every statement of a hub, and the content of every file
+against the hash under which it is stored. Knows nothing of checkpoints.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from ltxpack.reporter import Reporter, SilentReporter
 REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 REFERENCE = re.compile(r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/[^/]+/[^/]+|[^/]+))?(?:/(?P<file>.+))?")
 REVISION_FORBIDDEN = re.compile(r"[\s~^:?*\[\\]|\.\.|@\{|^-|\.lock$")
-# The path of a page: /ORG/NAME, and behind it what of the repository is shown.
+# The path of a page: /ORG/NAME, then the part of the repository that it shows.
 PAGE = re.compile(r"/(?P<repo>[^/]+/[^/]+)(?:/(?:blob|resolve|tree|raw)/(?P<revision>[^/]+)(?P<file>/.*)?)?/?")
 SCHEME = "hf://"
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com")
-# What the hub has besides models, and pages of its own.
+# First parts of the paths of other things than models.
 NO_MODELS = ("datasets", "spaces", "collections", "docs", "blog", "papers", "models", "settings")
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -92,9 +92,9 @@ class RepoInfo:
 
 
 def parse_reference(text: str) -> Reference:
-    """``ORG/NAME[@REV][/FILE]`` taken apart, with ``hf://`` before it too, or the address of a page of the hub.
+    """Parse ``ORG/NAME[@REV][/FILE]``, also with ``hf://`` before it, or the address of a page of the hub.
 
-    A revision is a branch, tag, commit or ``refs/pr/N``; a slash in a branch's name is written ``%2F``. Raises
+    A revision is a branch, tag, commit or ``refs/pr/N``; write ``%2F`` for a slash in a branch's name. Raises
     UsageError.
     """
     text = _page(text) or (text[len(SCHEME) :].removesuffix("/") if text.startswith(SCHEME) else text)
@@ -112,7 +112,7 @@ def parse_reference(text: str) -> Reference:
 
 
 def _page(text: str) -> str | None:
-    """The address of a repository, a folder or a file on a page of the hub, as a reference; None for no address."""
+    """The address of a hub page of a repository, folder or file as a reference; None for a text that is no address."""
     if not text.lower().startswith(("http://", "https://")):
         return None
     try:
@@ -132,7 +132,7 @@ def _page(text: str) -> str | None:
 
 
 def check_request(repo: str, revision: str | None) -> None:
-    """Raises UsageError unless both are fit for an address and for a folder of the cache."""
+    """Raises UsageError unless both are safe in an address and in a folder of the cache."""
     parts = repo.split("/")
     plain = len(parts) == 2 and all(REPO_PART.fullmatch(part) for part in parts)
     if not plain or "--" in repo or ".." in repo or repo.endswith(".git"):
@@ -147,15 +147,15 @@ def check_request(repo: str, revision: str | None) -> None:
 
 
 def is_safe_name(name: object) -> bool:
-    """Whether ``name`` is a relative path of plain parts: nothing that leads out of a folder or upsets a terminal."""
+    """Whether ``name`` is a relative path of plain parts: it cannot leave its folder or upset a terminal."""
     return isinstance(name, str) and len(name) <= LONGEST_NAME and safe_relative_path(name)
 
 
 class Hub:
-    """A model hub as this machine is set up to reach it, and the cache in front of it.
+    """A model hub with this machine's settings, and its cache.
 
     Every method raises SourceError with the page to open or the command to run: no such repository, a licence not
-    accepted, a refused token, no network (HubUnreachable), a full disk, an answer that cannot be trusted.
+    accepted, a refused token, no network (HubUnreachable), a full disk, an unsound answer.
     """
 
     def __init__(self, token: str | None = None, reporter: Reporter | None = None) -> None:
@@ -169,10 +169,10 @@ class Hub:
         self._timeout = float(max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT))
 
     def info(self, repo: str, revision: str | None = None) -> RepoInfo:
-        """The files of ``repo`` at ``revision`` (default: the main branch), once it is sure they may be downloaded.
+        """The files of ``repo`` at ``revision`` (default: the main branch), after a check that they may be downloaded.
 
-        Without a network, or with HF_HUB_OFFLINE=1, what the hub cache holds of that revision. Raises UsageError too,
-        if ``repo`` or ``revision`` is no name for one.
+        Without a network, or with HF_HUB_OFFLINE=1, those of the hub cache at that revision. Raises UsageError too, if
+        ``repo`` or ``revision`` is not a valid name.
         """
         from huggingface_hub import is_offline_mode
 
@@ -192,9 +192,9 @@ class Hub:
         return cached
 
     def header(self, info: RepoInfo, name: str) -> bytes:
-        """The header of a safetensors file, its 8-byte length and JSON; nothing else of the file is moved.
+        """The header of a safetensors file, its 8-byte length and JSON; fetches nothing else of the file.
 
-        Raises FormatError too, if no header of at most 16 MiB can be there.
+        Raises FormatError too, if there can be no header of at most 16 MiB.
         """
         file = self._file(info, name)
         request = self._request(info.repo, info.commit, name)
@@ -209,9 +209,9 @@ class Hub:
             return bytes(remote.read(0, 8 + header_length(first, file.size, request.label)))
 
     def fetch(self, info: RepoInfo, name: str) -> Path:
-        """The file in the hub cache, downloaded unless it is there; its real path is the cache's blob.
+        """The file in the hub cache, downloaded if it is not there; its real path is the cache's blob.
 
-        Size and hash are those the hub states. Interrupted or broken off, it goes on from there the next time.
+        Size and hash must be those that the hub states. After an interruption, the next call goes on from there.
         """
         file = self._file(info, name)
         request = self._request(info.repo, info.commit, name)
@@ -225,13 +225,13 @@ class Hub:
         return path
 
     def path(self, info: RepoInfo, name: str) -> Path:
-        """Where ``fetch`` puts the file."""
+        """The path that ``fetch`` gives the file."""
         return self._folder(info.repo) / "snapshots" / info.commit / name
 
     # What the hub states
 
     def _ask(self, request: HubRequest) -> RepoInfo:
-        """What the hub holds. It describes gated repositories to everyone, so this asks for one file as well."""
+        """The listing of the hub. The hub describes gated repositories to everyone, so this asks for one file too."""
         with self._explained(request):
             self._check_environment(request)
             self._check_token(request)
@@ -249,7 +249,7 @@ class Hub:
         return info
 
     def _locate(self, info: RepoInfo, file: RepoFile, retry: bool = True) -> tuple[Address, str]:
-        """Where the bytes of ``file`` are now, and its ETag: the name of its blob, the hash of its content."""
+        """The present address of ``file``'s bytes, and its ETag: the name of its blob, the hash of its content."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -266,7 +266,7 @@ class Hub:
         if not same:
             found = f"commit {stated.commit_hash}, {stated.size} bytes, {etag}"
             raise _unsound(request, f"another file than was listed ({found[:LONGEST_PART]})")
-        # The token goes to the hub only, never to the storage that a signed address points to.
+        # The token goes to the hub only, never to the storage behind a signed address.
         token = self._token if _origin(stated.location) == _origin(url) else False
         headers = build_hf_headers(token=token, library_name="ltxpack", library_version=__version__)
         return Address(stated.location, headers), etag
@@ -286,14 +286,14 @@ class Hub:
         return HubRequest(self._endpoint, self._cache, repo, revision, name)
 
     def _check_environment(self, request: HubRequest) -> None:
-        """Refuses by name a variable that the HTTP library would fail at."""
+        """Raises SourceError that names a variable with which the HTTP library would fail."""
         fault = endpoint_fault(self._endpoint) or network_fault(self._reporter.warn)
         if fault is not None:
             facts = {"variable": fault.variable, "value": fault.value, "why": fault.reason, "instead": fault.next}
             raise tell(hub_errors.BAD_VARIABLE, request, facts)
 
     def _check_token(self, request: HubRequest) -> None:
-        """Refuses a token that is not fit for a header: the HTTP library would quote it, whole, in its error."""
+        """Refuses a token that no header can hold: the HTTP library would quote it, whole, in its error."""
         from huggingface_hub import get_token
 
         token = self._token or get_token()
@@ -301,7 +301,7 @@ class Hub:
             raise tell(hub_errors.BAD_TOKEN, request)
 
     def _retried(self, call: Callable[[], T]) -> T:
-        """``call`` again after a passing failure; given up at once where no connection comes about."""
+        """Repeat ``call`` after a passing failure, but not if no connection comes about."""
         for pause in RETRY_WAITS:
             try:
                 return call()
@@ -317,7 +317,7 @@ class Hub:
 
     @contextlib.contextmanager
     def _explained(self, request: HubRequest) -> Iterator[None]:
-        """Turns what the hub's libraries raise into the SourceError that says what to do."""
+        """Turns errors of the hub's libraries into the SourceError that says what to do."""
         try:
             yield
         except LtxpackError:
@@ -337,7 +337,7 @@ class Hub:
         return RemoteFile(name, file.size, address, lambda: self._locate(info, file, retry=False)[0], self._timeout)
 
     def _download_blob(self, info: RepoInfo, file: RepoFile, request: HubRequest) -> None:
-        """Puts the file's bytes where the cache keeps them, unless another revision's are there already."""
+        """Downloads the file to its blob, unless another revision's is there already."""
         address, etag = self._locate(info, file)
         blob = self._folder(info.repo) / "blobs" / etag
         partial = blob.with_name(f"{etag}.ltxpack.incomplete")
@@ -366,7 +366,7 @@ class Hub:
             partial.replace(blob)
 
     def _link_blob(self, info: RepoInfo, file: RepoFile) -> Path:
-        """The snapshot's entry for a blob. Where there is no blob (ranges refused), huggingface_hub downloads it."""
+        """The snapshot's entry for a blob. If there is no blob (ranges refused), huggingface_hub downloads it."""
         from huggingface_hub import hf_hub_download
 
         linked = hf_hub_download(
@@ -379,11 +379,11 @@ class Hub:
     # The cache
 
     def _folder(self, repo: str) -> Path:
-        """Everything the cache has of ``repo``."""
+        """The cache's folder of ``repo``."""
         return self._cache / f"models--{repo.replace('/', '--')}"
 
     def _snapshot(self, repo: str, revision: str | None) -> RepoInfo | None:
-        """What the cache has of ``repo`` at ``revision`` (a branch, tag or whole commit), None for nothing."""
+        """The cached files of ``repo`` at ``revision`` (a branch, tag or whole commit), or None."""
         folder = self._folder(repo)
         commit = revision or "main"
         if not COMMIT.fullmatch(commit):
@@ -402,7 +402,7 @@ class Hub:
         return RepoInfo(repo, commit, MappingProxyType(files), revision, cached_only=True) if files else None
 
     def _cached(self, info: RepoInfo, file: RepoFile) -> Path | None:
-        """The file in the snapshot, None if it is not there. Raises SourceError if it is another one."""
+        """The file in the snapshot, or None. Raises SourceError if it is another file than the hub states."""
         path = self.path(info, file.name)
         if not path.is_file():
             return None
@@ -410,12 +410,12 @@ class Hub:
         return path
 
     def _remember_revision(self, info: RepoInfo) -> None:
-        """Notes the commit of the requested revision, so that it is found without a network."""
+        """Stores the commit of the requested revision, so that later calls find it without a network."""
         revision = info.revision or "main"
         if revision == info.commit:
             return
         ref, commit = self._folder(info.repo) / "refs" / revision, info.commit.encode()
-        # A cache that cannot be written, shared by many, still serves its files.
+        # A shared cache that is not writable still serves its files.
         with contextlib.suppress(OSError):
             if not ref.is_file() or ref.read_bytes() != commit:
                 ref.parent.mkdir(parents=True, exist_ok=True)
@@ -439,7 +439,7 @@ class Hub:
 
 
 def check_cached(path: Path, file: RepoFile, request: HubRequest) -> None:
-    """Raises SourceError if what is cached at ``path`` is not what the hub states."""
+    """Raises SourceError if the cached file at ``path`` differs from the hub's statement."""
     size, stored_as = path.stat().st_size, _blob_name(path)
     wrong_hash = file.sha256 is not None and stored_as is not None and stored_as != file.sha256
     if size == file.size and not wrong_hash:
@@ -453,29 +453,30 @@ def check_cached(path: Path, file: RepoFile, request: HubRequest) -> None:
 
 
 def _blob_name(path: Path) -> str | None:
-    """The hash that a snapshot's file, or a blob itself, is stored under; None where the cache could not link.
+    """The hash in the blob's name of a snapshot's file, or of a blob itself; None if the cache could not link.
 
-    Only the first link is followed: a blob may itself be a link into a store whose names are other hashes.
+    It follows only the first link: a blob may itself be a link into a store whose names are other hashes.
     """
     target = path.readlink() if path.is_symlink() else path
     return target.name if target.parent.name == "blobs" else None
 
 
 def cached_sha256(path: Path) -> str | None:
-    """The sha256 that a hub cache holds ``path`` under, None elsewhere."""
+    """The sha256 under which a hub cache stores ``path``; None for other files."""
     name = _blob_name(path)
     return name if name is not None and SHA256.fullmatch(name) else None
 
 
 def _unsound(request: HubRequest, reason: str) -> SourceError:
-    """The hub's answer is not what its protocol says. Nothing of it is used."""
+    """The error for an answer that breaks the hub's protocol, and is not used."""
     return tell(hub_errors.NOT_UNDERSTOOD, request, {"reason": reason})
 
 
 def _read_listing(model: Any, request: HubRequest) -> RepoInfo:
-    """The hub's description of a repository (huggingface_hub's ``ModelInfo``), checked; SourceError if it is unsound.
+    """The hub's description of a repository (huggingface_hub's ``ModelInfo``). Raises SourceError if it is unsound.
 
-    Its owner writes it: names that lead out of a folder, impossible sizes and hashes, and double names are refused.
+    The repository's owner writes it, so this refuses names that leave a folder, impossible sizes and hashes, and double
+    names.
     """
     if not isinstance(model.sha, str) or not COMMIT.fullmatch(model.sha):
         raise _unsound(request, "the repository has no commit")
@@ -498,14 +499,14 @@ def _read_listing(model: Any, request: HubRequest) -> RepoInfo:
 
 
 def _similar_names(name: str, names: list[str]) -> list[str]:
-    """Of ``names`` those like ``name``, and those that hold its last part (in another folder, with another ending)."""
+    """The ``names`` that are similar to ``name`` or hold its last part (in another folder, with another ending)."""
     last = name.rsplit("/", 1)[-1].lower()
     close = difflib.get_close_matches(name, names, SIMILAR_NAMES, 0.6)
     return list(dict.fromkeys([*close, *(other for other in names if last in other.lower())]))[:SIMILAR_NAMES]
 
 
 def _hasher(etag: str, size: int) -> hashlib._Hash:
-    """A large file is stored under its sha256, a small one under git's hash of it."""
+    """The hash for ``etag``: sha256 for a large file, git's hash for a small one."""
     return hashlib.sha256() if SHA256.fullmatch(etag) else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 

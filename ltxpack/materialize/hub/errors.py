@@ -1,7 +1,7 @@
-"""What can go wrong between us and a model hub: a table of what to say, each in one sentence, and what to do next.
+"""Failures of a model hub: a table of sentences, each with what to do next.
 
-Knows the exceptions of huggingface_hub and httpx, and nothing of files or caches. Both libraries are imported only
-when something has failed.
+Knows the exceptions of huggingface_hub and httpx, and nothing of files or caches. Imports both libraries only after a
+failure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class HubUnreachable(SourceError):
 
 @dataclass(frozen=True)
 class HubRequest:
-    """What a request is about, so that a message can name it."""
+    """The subject of a request, for messages."""
 
     endpoint: str
     cache: Path
@@ -42,14 +42,14 @@ class HubRequest:
 
     @property
     def label(self) -> str:
-        """``REPO[@REV][/FILE]``, as the user would type it, with a commit shortened."""
+        """``REPO[@REV][/FILE]``, as the user types it, with a shortened commit."""
         revision = self.revision or ""
         shown = revision[:COMMIT_SHOWN] if len(revision) == COMMIT_LENGTH else revision
         return self.repo + (f"@{shown}" if shown else "") + (f"/{self.name}" if self.name else "")
 
 
 class Row(NamedTuple):
-    """What to say of one failure. ``{…}`` are fields of the request, ``{status}`` and what ``explain`` finds out.
+    """The text for one failure. ``{…}`` are fields of the request, ``{status}`` and the facts of ``explain``.
 
     ``away``: the hub gives no usable answer, so that the cache may help.
     """
@@ -92,8 +92,8 @@ _TROUBLE = Row(
 )
 _REFUSED = Row("the hub refuses the request", _CHECK, "HTTP {status} from {endpoint}{quote}")
 
-# Class of an exception, or of one of its parents -> what to say; the first row that fits is used. To huggingface_hub a
-# gated repository is one that is not found. What is merely refused is looked up by its status.
+# Class of an exception, or of one of its parents -> its row; the first that fits counts. In huggingface_hub a gated
+# repository is one that is not found. For a plain refusal the status decides.
 BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("OfflineModeIsEnabled", NOT_CACHED),
     ("LocalEntryNotFoundError", NOT_CACHED),
@@ -130,7 +130,7 @@ BY_STATUS: Mapping[int, Row] = MappingProxyType({
 
 
 def tell(row: Row, request: HubRequest, facts: Mapping[str, object] | None = None, **more: Any) -> SourceError:
-    """The error of ``row``: ``facts`` fill its fields, ``more`` is passed on (expected, found, items)."""
+    """The error of ``row``: ``facts`` fill its fields; ``more`` are further arguments (expected, found, items)."""
     page, branch = f"{request.endpoint}/{request.repo}", request.revision or "main"
     values = {**vars(request), "page": page, "branch": branch, **(facts or {})}
     problem, next_step, found = (text and text.format_map(values) for text in (row.problem, row.next, row.found))
@@ -139,7 +139,7 @@ def tell(row: Row, request: HubRequest, facts: Mapping[str, object] | None = Non
 
 
 def explain(error: Exception, request: HubRequest) -> SourceError | None:
-    """The SourceError to raise in place of ``error``; None if it is none of the hub's (a bug, then)."""
+    """The SourceError to raise in place of ``error``; None if ``error`` is not the hub's, but a bug."""
     if _is(error, "LocalEntryNotFoundError") and isinstance(error.__cause__, Exception):
         error = error.__cause__
     row = _row(error)
@@ -179,12 +179,12 @@ def _is(error: BaseException, name: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """A short reason without addresses: those are signed, or hold a proxy's password."""
+    """A short reason without addresses, which may be signed or hold a proxy's password."""
     if _is(error, "TimeoutException"):
         return "no answer in time"
     link: BaseException | None = error
     seen: set[int] = set()
-    while link is not None and id(link) not in seen:  # an exception raised again is in its own context
+    while link is not None and id(link) not in seen:  # a re-raised exception is in its own context
         seen.add(id(link))
         if isinstance(link, ssl.SSLError):
             return f"TLS: {link.reason or 'handshake failed'}"
@@ -208,12 +208,12 @@ def is_passing(error: BaseException) -> bool:
 
 
 def is_no_network(error: BaseException) -> bool:
-    """Whether no connection came about at all, so that trying at once again is of no use."""
+    """Whether there was no connection at all, so that an immediate retry is useless."""
     return any(_is(error, name) for name in ("ConnectError", "ConnectTimeout", "ProxyError"))
 
 
 def asked_wait(error: BaseException) -> float:
-    """Seconds the server asks us to wait, at most LONGEST_WAIT; 0 where it does not say."""
+    """Seconds that the server asks us to wait, at most LONGEST_WAIT; 0 if it does not say."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     headers = getattr(getattr(error, "response", None), "headers", None)

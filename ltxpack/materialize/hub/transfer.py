@@ -1,8 +1,8 @@
 """Moves the bytes of one hub file by HTTP range requests: a prefix into memory, or the whole into a partial file.
 
-huggingface_hub starts a broken download again from the first byte when the command is run again. Here the partial
-file always holds a prefix of the real one, so that a later run asks for the rest only; several connections fill it in
-order, and the content is hashed as it passes. Knows no repositories, caches or tokens: a callable gives the address.
+In a new process huggingface_hub starts a broken download again from the first byte. Here the partial file always holds
+a prefix of the real one, so that a later run asks only for the rest. Several connections fill it in order, and the
+content is hashed as it passes. Knows no repositories, caches or tokens: a callable gives the address.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from ltxpack.reporter import Reporter
 
 PIECE = 8 << 20
 CONNECTIONS = 8
-WINDOW = 10  # pieces requested at a time, at most: a download takes this many times PIECE of memory
-PROGRESS = 256 << 10  # a try that brought this much does not count as one more failure
+WINDOW = 10  # most pieces requested at a time: a download takes this many times PIECE of memory
+PROGRESS = 256 << 10  # a try that brings this much does not count as a failure
 POLL_SECONDS = 0.25
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 ADDRESS_EXPIRED = frozenset({401, 403})
 
 
 class RangesIgnoredError(Exception):
-    """The server sends the whole file whatever part is requested."""
+    """The server ignores ranges and sends the whole file."""
 
 
 class BrokenError(Exception):
-    """A piece that could not be read to its end: ``data`` is what did come, ``reason`` why no more."""
+    """A piece that ended early: ``data`` holds the bytes that came, ``reason`` the error."""
 
     def __init__(self, data: bytearray, reason: Exception) -> None:
         super().__init__(f"{len(data)} bytes came, then {type(reason).__name__}")
@@ -46,17 +46,17 @@ class BrokenError(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a file's bytes are right now; hubs sign such addresses for about an hour."""
+    """The present address of a file's bytes; hubs sign such addresses for about an hour."""
 
     url: str
     headers: Mapping[str, str]
 
 
 class RemoteFile:
-    """A file of ``size`` bytes at ``address``; where that has expired, ``locate`` gives a new one.
+    """A file of ``size`` bytes at ``address``; after that expires, ``locate`` gives a new one.
 
-    Safe to read from several threads. Broken connections are taken up again where they broke. ``news``: the numbers of
-    bytes that came, and notes. ``stop``: once it is set, the reads of all threads end soon.
+    Several threads may read it. A read goes on after a broken connection where it stopped. ``news``: the numbers of
+    bytes that came, and notes. ``stop``: once set, the reads of all threads end soon.
     """
 
     def __init__(self, name: str, size: int, address: Address, locate: Callable[[], Address], timeout: float) -> None:
@@ -68,7 +68,7 @@ class RemoteFile:
         self._locating = threading.Lock()
 
     def read(self, start: int, stop: int) -> bytearray:
-        """Bytes [start, stop). Raises RangesIgnoredError, or BrokenError once tries are used up or all is stopped."""
+        """Bytes [start, stop). Raises RangesIgnoredError, or BrokenError after the last try or ``stop``."""
         data = bytearray()
         failures = refusals = 0
         while len(data) < stop - start:
@@ -82,7 +82,7 @@ class RemoteFile:
                     failures = refusals = 0
                 passing, refused = is_passing(error), status_of(error) in ADDRESS_EXPIRED
                 failures, refusals = failures + passing, refusals + refused
-                # An expired address is refused: a new one helps at once or not at all.
+                # The server refuses an expired address: a new one helps at once or not at all.
                 hopeless = not (passing or refused) or failures > len(WAITS) or refusals > 1
                 if hopeless or self.stop.is_set():
                     raise BrokenError(data, error) from error
@@ -91,7 +91,7 @@ class RemoteFile:
         return data
 
     def _stream_into(self, data: bytearray, start: int, stop: int) -> None:
-        """One request for what is missing of [start, stop), added to ``data`` as it comes."""
+        """One request for the missing bytes of [start, stop), which it adds to ``data`` as they come."""
         import httpx
         from huggingface_hub import get_session
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ class RemoteFile:
                 self._address = None
             hf_raise_for_status(response)
             _check_start(response.status_code, response.headers.get("Content-Range", ""), first)
-            # Without a chunk size: httpx would hold back, and lose in a drop, what does not fill a chunk.
+            # Without a chunk size: httpx would hold back an unfilled chunk, and lose it with the connection.
             for chunk in response.iter_bytes():
                 wanted = chunk[: stop - start - len(data)]
                 data += wanted
@@ -120,10 +120,10 @@ class RemoteFile:
 
 
 def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected: str, reporter: Reporter) -> None:
-    """Fills ``partial`` up to the whole file and checks its content; asks for no byte that is there already.
+    """Completes ``partial`` and checks its content; asks for no byte that is there already.
 
-    When it fails or is interrupted, all bytes that came in order stay. Raises SourceError if ``hasher`` does not
-    come to ``expected`` (``partial`` is removed then), BrokenError, RangesIgnoredError, OSError.
+    After a failure or an interruption all bytes that came in order stay. Raises SourceError if the hash differs from
+    ``expected`` (and removes ``partial``), BrokenError, RangesIgnoredError, OSError.
     """
     reporter.begin(remote.name, remote.size, "B")
     try:
@@ -148,7 +148,7 @@ def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected:
 
 
 def _take_up(file: BinaryIO, size: int, hasher: hashlib._Hash, reporter: Reporter) -> int:
-    """Hashes what an earlier run left in ``file``; returns where to go on, the position of ``file``."""
+    """Hashes the bytes of an earlier run in ``file``; returns the position of ``file``, where to go on."""
     if os.fstat(file.fileno()).st_size > size:
         file.truncate(0)
     file.seek(0)
@@ -161,7 +161,7 @@ def _take_up(file: BinaryIO, size: int, hasher: hashlib._Hash, reporter: Reporte
 def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], reporter: Reporter) -> None:
     """Reads from ``start`` to the end over several connections and writes the pieces in order.
 
-    If reading ends early, what came in order is still written; after a failed write nothing more is.
+    If reading ends early, it still writes the bytes that came in order; after a failed write it writes no more.
     """
     pending: deque[Future[bytearray]] = deque()
     writing = False
@@ -192,7 +192,7 @@ def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], re
 
 
 def _report(remote: RemoteFile, reporter: Reporter) -> None:
-    """Tells what is new. Only the thread that fills the file talks to the reporter."""
+    """Reports the news. Only the thread that fills the file calls the reporter."""
     while not remote.news.empty():
         news = remote.news.get()
         if isinstance(news, str):
@@ -202,7 +202,7 @@ def _report(remote: RemoteFile, reporter: Reporter) -> None:
 
 
 def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
-    """The pieces that came, up to and with the first one that is not whole."""
+    """The pieces that came, up to and including the first one that is not whole."""
     for future in pending:
         if future.cancelled():
             return
@@ -214,7 +214,7 @@ def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
 
 
 def _check_start(status: int, content_range: str, first: int) -> None:
-    """A prefix can be cut off a whole file; a part from the middle must be the requested one."""
+    """Check the start of an answer: a whole file will do for a prefix; a part must be the requested one."""
     if status == 206 and content_range.startswith(f"bytes {first}-"):
         return
     if status == 206 or first > 0:
