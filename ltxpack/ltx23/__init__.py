@@ -1,1 +1,4 @@
-"""LTX-2.3 as data, read by both halves: configs, tensors, renames, published files. A generation is such a folder."""
+"""LTX-2.3 as data for both halves: configs, tensors, renames, published files.
+
+A generation of the model is one folder.
+"""

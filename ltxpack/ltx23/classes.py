@@ -1,4 +1,4 @@
-"""The facts of LTX-2.3 that both halves share: component classes, official names, and the numbers no config states.
+"""The facts of LTX-2.3 that both halves share: component classes, official names, and numbers that no config states.
 
 Data only. Published file names and hashes are in releases.py, config fields in config_tables.py.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 class ComponentClass:
     """The class of one component folder.
 
-    ``index_library`` is how ``model_index.json`` names the library; None for a component outside that pipeline.
+    ``index_library`` is the library's name in ``model_index.json``; None for a component outside that pipeline.
     ``loaded`` is False for a component that the runtime never builds by its class.
     """
 
@@ -22,7 +22,7 @@ class ComponentClass:
     loaded: bool = True
 
 
-# Component, which is also its folder in an overlay -> its class. No other class is ever built.
+# Component (its folder in an overlay) -> its class. The runtime builds no other class.
 COMPONENTS = {
     "transformer": ComponentClass("diffusers", "LTX2VideoTransformer3DModel", "diffusers"),
     "connectors": ComponentClass("diffusers", "LTX2TextConnectors", "ltx2"),
@@ -34,12 +34,12 @@ COMPONENTS = {
     "text_encoder": ComponentClass("transformers", "Gemma3ForConditionalGeneration", "transformers"),
     "tokenizer": ComponentClass("transformers", "GemmaTokenizerFast", "transformers", loaded=False),
 }
-# Component -> class name, of the components whose weights the runtime loads.
+# Component -> class name, for components whose weights the runtime loads.
 LOADED_CLASSES = {name: component.name for name, component in COMPONENTS.items() if component.loaded}
-# Parts of diffusers' pipeline that LTX-2.3 does without.
+# Parts of diffusers' pipeline that LTX-2.3 does not have.
 ABSENT_COMPONENTS = ("processor", "prompt_enhancer", "duration_head")
 PIPELINE_CLASS = "LTX2Pipeline"
-# The diffusers release whose config fields the overlay's configs name.
+# The diffusers release that the overlay's configs name.
 DIFFUSERS_VERSION = "0.42.1"
 
 # The name under which an overlay keeps the distilled LoRA; its bakes are ``distilled-<strength>``.

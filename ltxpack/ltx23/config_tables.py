@@ -1,9 +1,9 @@
-"""The config fields of an LTX-2.3 checkpoint and what becomes of each (spec 01, sections 2 and 5).
+"""The config fields of an LTX-2.3 checkpoint and the use of each (spec 01, sections 2 and 5).
 
 One table per section of the checkpoint's config: ``take`` copies a field into the diffusers config of a component,
-``only`` names the one value this version converts, ``no_effect`` lists what does not change the result. Targets
+``only`` names the one value that this version converts, ``no_effect`` lists fields without effect. Targets
 are ``component.field``; a target that starts with ``_`` is an intermediate of the derivations in configs.py.
-Constants are the diffusers fields that no official field decides.
+Constants are diffusers fields that no official field determines.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ TRANSFORMER: dict[str, Field] = {
     **each_only(True, "connector_ff_bias", "cross_attention_norm", optional=True),
     **each_only(False, "double_self_attention", "only_cross_attention", "share_ff", optional=True),
     "use_linear_projection": only(False, optional=True),
-    # Training, initialisation, or not read at all. The register count is that of the tensor.
+    # For training or initialisation, or never read. The tensor determines the number of registers.
     **no_effect("connector_learnable_registers_std", "connector_num_learnable_registers", "dropout"),
     **no_effect("norm_num_groups", "num_embeds_ada_norm", "upcast_attention"),
 }
@@ -102,7 +102,7 @@ VAE: dict[str, Field] = {
         block_list({"compress_space": "spatial", "compress_time": "temporal", "compress_all": "spatiotemporal"}),
         "vae._decoder",
     ),
-    # LTX-2 has no such field: there the decoder pads by reflection.
+    # LTX-2 lacks this field: its decoder pads by reflection.
     "spatial_padding_mode": only("zeros", "vae.encoder_spatial_padding_mode", "vae.decoder_spatial_padding_mode"),
     "timestep_conditioning": only(False, "vae.timestep_conditioning"),
     "causal_decoder": only(False, "vae.decoder_causal"),
@@ -138,7 +138,7 @@ AUDIO_VAE: dict[str, Field] = {
     "preprocessing.stft.hop_length": take(dimension, "audio_vae.mel_hop_length", "transformer.audio_hop_length"),
     "preprocessing.stft.causal": only(True, "audio_vae.is_causal"),
     "preprocessing.mel.n_mel_channels": take(dimension, "audio_vae._mel_channels"),
-    # How sound would be read; nothing here reads any.
+    # For reading sound, which nothing here does.
     **no_effect(*(f"preprocessing.audio.{name}" for name in ("max_wav_value", "duration", "stereo", "causal_padding"))),
     **no_effect("preprocessing.stft.filter_length", "preprocessing.stft.win_length"),
     **no_effect("preprocessing.mel.mel_fmin", "preprocessing.mel.mel_fmax"),

@@ -1,7 +1,7 @@
-"""diffusers configs from the checkpoint's own metadata: nothing about a particular model's size is known here.
+"""Makes diffusers configs from the checkpoint's own metadata. Knows no particular model's size.
 
-The tables are in config_tables.py. This module applies them, derives what needs a formula (spec 01, section 5), and
-checks that the sections agree. It gathers all faults before one error names them.
+The tables are in config_tables.py. This module applies them, derives fields that need a formula (spec 01, section 5),
+and checks that the sections agree. It gathers all faults, and one error names them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ NEXT_RELEASE = "ltxpack inspect FILE (shows what the file is; this version conve
 def checkpoint_configs(config: Mapping[str, Any], shapes: Shapes, file: object) -> dict[str, Config]:
     """The diffusers config of every component in the all-in-one checkpoint.
 
-    ``config`` is the decoded ``config`` metadata, ``shapes`` the checkpoint's tensor shapes (for what the metadata
-    does not say: the text projection's widths and the number of registers). Raises UnsupportedError naming every
-    field that this version does not convert.
+    ``config`` is the decoded ``config`` metadata. ``shapes`` are the checkpoint's tensor shapes, which alone state the
+    text projections' widths and the number of registers. Raises UnsupportedError naming every field that this version
+    does not convert.
     """
     problems = [
         UnfitError(section, "no such section (unknown to this version)", config[section])
@@ -72,7 +72,7 @@ def checkpoint_configs(config: Mapping[str, Any], shapes: Shapes, file: object) 
 def upsampler_config(config: Mapping[str, Any], latent_channels: int | None, file: object) -> Config:
     """The config of the latent upsampler from its own file's metadata. Raises UnsupportedError.
 
-    ``latent_channels`` is what the checkpoint's latents have; None where that is not known.
+    ``latent_channels`` is the number of channels of the checkpoint's latents; None if unknown.
     """
     problems: list[UnfitError] = []
     taken = apply_table("config", config, tables.UPSAMPLER, problems)
@@ -155,7 +155,7 @@ def _derive_vae(part: Config) -> None:
         layers_per_block=list(encoder.layers),
         decoder_layers_per_block=list(decoder.layers),
         downsample_type=list(encoder.kinds),
-        # The only list that runs from the latent end.
+        # The only list that starts at the latent end.
         upsample_type=list(reversed(decoder.kinds)),
         upsample_factor=list(decoder.multipliers),
         upsample_residual=[False] * count,
@@ -171,7 +171,7 @@ def _cumulative(base: int, multipliers: tuple[int, ...]) -> list[int]:
     return [base * math.prod(multipliers[: i + 1]) for i in range(len(multipliers))]
 
 
-# What must hold between fields: (the official field to name, what is expected, whether it holds).
+# Conditions between fields: (the official field to name, the expected value, whether the condition holds).
 Agreements = Iterator[tuple[str, str, bool]]
 
 

@@ -1,6 +1,6 @@
-"""What a safetensors file holds, in words, by its header alone: the one answer behind every refusal and ``inspect``.
+"""Describes the contents of a safetensors file in words, by its header, for every refusal and for ``inspect``.
 
-How a file of another format is told stands in files/lookalikes.py, how codes are told in forms.py.
+files/lookalikes.py recognises files of other formats, forms.py recognises codes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ltxpack.ltx23.lora_keys import unread_method
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, TRANSFORMER, component_of
 from ltxpack.ltx23.text_encoder import root_of
 
-# The beginning of an activations file's `format`.
+# The start of an activations file's `format`.
 ACTIVATIONS = "ltxpack-activations-"
 UPSAMPLER_MARK = "post_upsample_res_blocks.0.conv1.weight"
 _ADAPTER = re.compile(r"(?:^|[._])(?:lora|lokr|hada|oft|boft)_")
-# Component -> how a sentence calls a file that holds it alone.
+# Component -> words for a file that holds it alone.
 COMPONENTS_TOLD = {
     "transformer": "the transformer", "connectors": "text connectors", "vae": "the video VAE",
     "audio_vae": "the audio VAE", "vocoder": "the vocoder",
@@ -29,10 +29,10 @@ _BARE_VOCODER = ("bwe_generator.", "mel_stft.")
 
 
 def official_names(tensors: Mapping[str, TensorInfo], root: str | None) -> dict[str, str]:
-    """The tensors of parts of a checkpoint by their names there -> as they are called in the file.
+    """Name in the checkpoint -> name in the file, for the tensors of parts of a checkpoint.
 
-    ``root``: how the transformer's names begin. A part that was split off may have lost its root: the video VAE has
-    convolutions over three axes and the audio VAE over two, the vocoder has two generators.
+    ``root``: the prefix of the transformer's names. A part that was split off may lack its root; it is recognised by
+    its convolutions, over three axes in the video VAE and two in the audio VAE, or by the vocoder's two generators.
     """
     bare_codec = any(name.startswith("per_channel_statistics.") for name in tensors)
     axes = {len(info.shape) for name, info in tensors.items() if name.startswith(("encoder.", "decoder."))}
@@ -53,14 +53,14 @@ def official_names(tensors: Mapping[str, TensorInfo], root: str | None) -> dict[
 
 
 def components_of(file: TensorFile) -> tuple[str, ...]:
-    """The components of a checkpoint that ``file`` holds anything of, in the order of the tables."""
+    """The components of a checkpoint of which ``file`` holds tensors, in the order of the tables."""
     root, _ = root_and_parts(file)
     found = {component_of(name) for name in official_names(file.tensors, root)}
     return tuple(name for name in CHECKPOINT_TABLES if name in found)
 
 
 def described(file: TensorFile) -> str | None:
-    """Words such as "the transformer alone, in scaled fp8" or "a LoRA"; None for what is not known here."""
+    """Words such as "the transformer alone, in scaled fp8" or "a LoRA"; None for an unknown file."""
     if file.metadata.get("format", "").startswith(ACTIVATIONS):
         return "an activations file"
     if sum(bool(_ADAPTER.search(name)) for name in file.tensors) > len(file.tensors) / 2:

@@ -1,8 +1,8 @@
-"""Which tensors a component has, by name and shape, as a pure function of its diffusers config.
+"""The tensors of a component, by name and shape, as a pure function of its diffusers config.
 
 This is the module's ``state_dict`` without torch: parameters and persistent buffers. It finds missing, unknown and
-misshapen tensors of a checkpoint before a byte is copied. Through the reversed rename tables it says what a checkpoint
-of given sizes holds.
+misshapen tensors of a checkpoint before a byte is copied. With the reversed rename tables it gives the tensors of a
+checkpoint of given sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 Named = Iterator[tuple[str, Shape]]
 Config = Mapping[str, Any]
 
-# Width of the sinusoidal timestep embedding, of which every AdaLN module takes in one.
+# Width of the sinusoidal timestep embedding, the input of every AdaLN module.
 TIMESTEP_WIDTH = 256
 # Rows of the AdaLN modules' outputs, in widths of the stream (spec 06, section 9).
 STREAM_ROWS, PROMPT_ROWS, CROSS_ROWS, GATE_ROWS = 9, 2, 4, 1
@@ -34,7 +34,7 @@ def inventory(component: str, config: Config) -> dict[str, Shape]:
 
 
 def source_inventory(component: str, config: Config) -> dict[str, Shape]:
-    """The same under the checkpoint's own names."""
+    """{tensor name: shape} of ``component`` under the checkpoint's own names."""
     table = LATENT_UPSAMPLER if component == "latent_upsampler" else CHECKPOINT_TABLES[component]
     back = table.reverse()
     return {back.rename(name): shape for name, shape in inventory(component, config).items()}
@@ -50,7 +50,7 @@ def transformer(config: Config) -> Named:
 
 
 class _StreamSizes:
-    """The widths of one stream of the DiT; ``prefix`` is what its module names start with."""
+    """The widths of one stream of the DiT; ``prefix`` is the start of its module names."""
 
     def __init__(self, config: Config, prefix: str) -> None:
         self.prefix = prefix
@@ -238,7 +238,7 @@ def latent_upsampler(config: Config) -> Named:
 
 
 def text_encoder(config: Config) -> Named:
-    """Gemma 3's language model; its vision tower is not counted."""
+    """Gemma 3's language model, without the vision tower."""
     text = config["text_config"]
     width, inner = text["hidden_size"], text["intermediate_size"]
     own, shared = (text[field] * text["head_dim"] for field in ("num_attention_heads", "num_key_value_heads"))
@@ -277,7 +277,7 @@ def _codec(width: int, encoder: Named, decoder: Named) -> Named:
 
 
 def _layer(name: str, *shape: int, bias: bool = True) -> Named:
-    """A weight and, one value a row of it, a bias."""
+    """A weight and a bias with one value for each row of the weight."""
     yield f"{name}.weight", shape
     if bias:
         yield f"{name}.bias", shape[:1]

@@ -1,8 +1,8 @@
-"""How a table of config fields is applied to a checkpoint's config; it knows no field names.
+"""Applies a table of config fields to a checkpoint's config. Knows no field names.
 
-A config is untrusted and may be of another generation of the model. So each field is either taken over (and
-checked), or has the one value that this version converts, or is listed as having no effect on the result.
-Anything else is a problem, and all problems are gathered before one error names them.
+A config is untrusted and may belong to another generation of the model. So a table takes each field over after a check,
+or allows the one value that this version converts, or lists the field as without effect. Anything else is a problem;
+the caller gathers all problems, and one error names them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ MAX_LIST = 64
 RESAMPLINGS = 4
 
 SAME: Final = object()
-# The value of a field that is not there. Every check refuses it.
+# The value of an absent field. Every check refuses it.
 ABSENT: Final = object()
 
 
 class UnfitError(Exception):
-    """A field that cannot be converted: its path, what was expected, and what was found, as JSON."""
+    """A field that cannot be converted: its path, the expected value, and the found one as JSON."""
 
     def __init__(self, field: str, expected: str, found: object) -> None:
         super().__init__(field, expected, found)
@@ -39,7 +39,10 @@ Check = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class Field:
-    """``check`` returns the value the targets ``to`` get, or raises UnfitError. ``absent``: the value to assume."""
+    """``check`` returns the value for the targets ``to``, or raises UnfitError.
+
+    ``absent``: the value of an absent field.
+    """
 
     check: Check
     to: tuple[str, ...] = ()
@@ -47,12 +50,12 @@ class Field:
 
 
 def take(check: Check, *to: str, absent: Any = ABSENT) -> Field:
-    """A field whose value is taken over."""
+    """A field whose value the target takes."""
     return Field(check, to, absent)
 
 
 def only(value: Any, *to: str, becomes: Any = SAME, optional: bool = False) -> Field:
-    """A field with one value that this version converts. An ``optional`` field that is absent means that value."""
+    """A field with one value that this version converts. An absent ``optional`` field has that value."""
 
     def check(found: Any) -> Any:
         if not same(found, value):
@@ -63,24 +66,24 @@ def only(value: Any, *to: str, becomes: Any = SAME, optional: bool = False) -> F
 
 
 def same_name(component: str, check: Check, *names: str) -> dict[str, Field]:
-    """Fields that are taken over under their own names."""
+    """Fields that the target takes under their own names."""
     return {name: take(check, f"{component}.{name}") for name in names}
 
 
 def each_only(value: Any, *names: str, optional: bool = False) -> dict[str, Field]:
-    """Fields that must have one value and that become nothing."""
+    """Fields that must have ``value`` and have no target."""
     return {name: only(value, optional=optional) for name in names}
 
 
 def no_effect(*names: str) -> dict[str, Field]:
-    """Fields that do not change the result, whatever they hold."""
+    """Fields that do not change the result, whatever their value."""
     return dict.fromkeys(names, Field(lambda found: found, (), None))
 
 
 def apply_table(
     section: str, config: Mapping[str, Any], table: Mapping[str, Field], problems: list[UnfitError]
 ) -> dict[str, Any]:
-    """The target fields that ``table`` makes of ``config``; what does not fit goes to ``problems``.
+    """The target fields of ``config`` by ``table``; adds misfits to ``problems``.
 
     ``config`` may nest; the table names leaves by dotted path (``model.params.ddconfig.ch``).
     """
@@ -100,7 +103,7 @@ def apply_table(
 
 
 def _checked(check: Check, found: Any, where: str) -> Any:
-    """What ``check`` makes of ``found``, which is at ``where``."""
+    """The result of ``check`` for ``found``, the value of the field ``where``."""
     try:
         return check(found)
     except UnfitError as unfit:
@@ -166,12 +169,12 @@ def positive(found: Any) -> float:
 
 
 def or_none(check: Check) -> Check:
-    """``check``, or null as it is."""
+    """``check``, which also lets null pass."""
     return lambda found: None if found is None else check(found)
 
 
 def flag(true: Any, false: Any) -> Check:
-    """true or false, each with what it becomes."""
+    """true or false, each with its target value."""
 
     def check(found: Any) -> Any:
         if not isinstance(found, bool):

@@ -1,7 +1,7 @@
-"""The form of a file of weights, by its header: how its linears are stored, which parts it holds, how names begin.
+"""The form of a file of weights, by its header: the storage of its linears, its parts, the prefix of its names.
 
-The one place that tells bf16, fp8, int8 and other quantised files apart (spec 09, sections 1, 2 and 7). Whom a form
-suits is not known here.
+The one place that tells bf16, fp8, int8 and other quantised files apart (spec 09, sections 1, 2 and 7). Knows no
+programs that read a form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, parse_j
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, TRANSFORMER, component_of
 
 (ROOT,) = TRANSFORMER.roots
-# How the names of a transformer begin: officially, as ComfyUI's tools split it off, or bare.
+# Prefixes of a transformer's names: the official one, that of ComfyUI's split files, or none.
 ROOTS = (ROOT, ROOT.removeprefix("model."), "")
 ALL, TRANSFORMER_ALONE, CODECS, TEXT, SOME = "all", "transformer", "codecs", "text", "some"
 PARTS_TOLD = {
@@ -27,24 +27,24 @@ PARTS_TOLD = {
     TEXT: "text connectors alone",
     SOME: "some parts of a checkpoint",
 }
-# In a file of one codec with bare names, as ComfyUI's tools split it off.
+# Prefixes in a file of one codec with bare names, as ComfyUI's tools split it off.
 BARE_CODEC_MARK = "per_channel_statistics"
 CODEC_COMPONENTS = frozenset({"vae", "audio_vae", "vocoder"})
 
-# A bake's shards state their form under this key.
+# The key under which a bake's shards state their form.
 OUR_FORMAT = "ltxpack_format"
-# An export says under this key what it was made of.
+# The key under which an export states its sources.
 MADE_FROM = "ltxpack"
 QUANTISATION = "_quantization_metadata"
 WEIGHT, WEIGHT_SCALE, INPUT_SCALE, MARKER = "weight", "weight_scale", "input_scale", "comfy_quant"
 MAX_MARKER_BYTES, MAX_LINEARS = 1024, 4096
 FP8_FORMAT, INT8_FORMAT = "float8_e4m3fn", "int8_tensorwise"
-# What a marker calls a format -> the dtype of the codes.
+# A marker's name of a format -> the dtype of the codes.
 FORMAT_DTYPES = {FP8_FORMAT: "F8_E4M3", f"rowwise-{FP8_FORMAT}": "F8_E4M3", "float8_e5m2": "F8_E5M2", INT8_FORMAT: "I8"}
 
 PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
 CAST, SCALED, ROWS, ROTATED, INT8, OTHER = "fp8-cast", "fp8-scaled", "fp8-rows", "int8-rotated", "int8", "other"
-# Form -> how a sentence calls it.
+# Form -> words for it in a sentence.
 TOLD = {
     **{form: form for form in PLAIN.values()},
     CAST: "fp8, cast without scales",
@@ -61,7 +61,7 @@ TOLD = {
     "gptq": "GPTQ or AWQ, 4 or 8 bits",
     OTHER: "numbers of a form that is not known here",
 }
-# The last part of a tensor's name -> the form that alone uses it. The first that is met counts.
+# The last part of a tensor's name -> the only form with such tensors. The first match counts.
 MARKS = {
     "qweight": "gptq", "qzeros": "gptq", "quant_map": "nf4", "absmax": "nf4", "SCB": "bnb-int8",
     "weight_scale_2": "nvfp4", "weight_scale_inv": "fp8-blocks", "scaled_fp8": "fp8-legacy",
@@ -73,11 +73,11 @@ ReadTensor = Callable[[TensorInfo], bytes]
 
 @dataclass(frozen=True)
 class Linears:
-    """The quantised linears of a file; each is called as in the file, without ``.weight``.
+    """The quantised linears of a file, by their names in the file without ``.weight``.
 
     ``codes``: weights of at most 8 bits a number; ``scales``: ending -> linear -> tensor; ``markers``: the comfy_quant
-    tensors. ``layers``: what the metadata state, by their own keys, None if unreadable; ``described``: what these or a
-    marker say of a linear.
+    tensors. ``layers``: the statements of the metadata, by their own keys, None if unreadable; ``described``: the
+    statements of these or of a marker, by linear.
     """
 
     form: str
@@ -89,12 +89,12 @@ class Linears:
 
     @property
     def quantised(self) -> bool:
-        """Whether anything is stored in codes."""
+        """Whether any linear is stored in codes."""
         return bool(self.codes or any(self.scales.values()) or self.form in MARKS.values())
 
 
 def read_linears(file: TensorFile, read: ReadTensor | None = None) -> Linears:
-    """How ``file`` stores its linears. Without ``read``, what comfy_quant tensors hold stays unknown."""
+    """The storage of ``file``'s linears. Without ``read`` the content of comfy_quant tensors stays unknown."""
     found: dict[str, dict[str, TensorInfo]] = {ending: {} for ending in (WEIGHT, WEIGHT_SCALE, INPUT_SCALE, MARKER)}
     for name, info in file.tensors.items():
         linear, _, ending = name.rpartition(".")
@@ -110,7 +110,7 @@ def read_linears(file: TensorFile, read: ReadTensor | None = None) -> Linears:
 
 
 def refuse_quantised(file: TensorFile, label: object, purpose: str, next: str) -> None:
-    """Refuse (UnsupportedError) codes where ``purpose``, as in "overlays are made from", needs bf16 weights."""
+    """Raises UnsupportedError for codes; ``purpose``, as in "overlays are made from", needs bf16 weights."""
     linears = read_linears(file)
     if linears.quantised:
         scales = [info.name for scales in linears.scales.values() for info in scales.values()]
@@ -125,32 +125,32 @@ def refuse_quantised(file: TensorFile, label: object, purpose: str, next: str) -
 
 
 def few(linears: Sized) -> bool:
-    """Whether a model may have as many: of a hostile file nothing is read."""
+    """Whether a model may have so many: nothing is read from a hostile file."""
     return len(linears) <= MAX_LINEARS
 
 
 def spelled(key: str, linears: Iterable[str]) -> str | None:
-    """How those of ``linears`` spell ``key``, whatever root either has; None if it is none of them."""
+    """The spelling of ``key`` among ``linears``, whatever root either has; None if it is none of them."""
     bare = key.removeprefix(ROOTS[0]).removeprefix(ROOTS[1])
     return next((root + bare for root in ROOTS if root + bare in linears), None)
 
 
 def spelled_root(names: Iterable[str]) -> str | None:
-    """The root of ROOTS that a transformer's names begin with; None if there is no transformer with official names."""
+    """The prefix of a transformer's names, one of ROOTS; None without a transformer with official names."""
     names = list(names)
     root = next((root for root in ROOTS if any(name.startswith(f"{root}transformer_blocks.") for name in names)), None)
-    # A bare name may be diffusers' as well.
+    # A bare name may also be diffusers'.
     return root if root != "" or any(part in TRANSFORMER.paths for name in names for part in name.split(".")) else None
 
 
 def official(name: str, root: str | None) -> str:
-    """``name`` with the official root in the place of ``root``; names of other parts stay."""
+    """``name`` with the official root in place of ``root``; names of other parts stay."""
     own = component_of(name) is None and root is not None and name.startswith(root)
     return ROOT + name.removeprefix(root or "") if own else name
 
 
 def parts_of(names: Iterable[str]) -> str | None:
-    """Which parts of a checkpoint ``names`` are, as official names; None if they are of none."""
+    """The parts of a checkpoint that the official ``names`` belong to, in a word; None if they belong to none."""
     names = list(names)
     if BARE_CODEC_MARK in {name.rpartition(".")[0] for name in names}:
         return CODECS
@@ -163,7 +163,7 @@ def parts_of(names: Iterable[str]) -> str | None:
 
 
 def root_and_parts(file: TensorFile) -> tuple[str | None, str | None]:
-    """How the names of the transformer in ``file`` begin, and which parts of a checkpoint it holds."""
+    """The prefix of the transformer's names in ``file``, and the parts of a checkpoint in it."""
     root = spelled_root(file.tensors)
     return root, parts_of(official(name, root) for name in file.tensors)
 
@@ -184,7 +184,7 @@ def _form(
     if dtypes == {"I8"} and file.metadata.get(OUR_FORMAT) == "int8":
         return ROTATED
     if dtypes == {"I8"}:
-        # Without ``read`` a comfy_quant tensor is here that may say that the weights are rotated.
+        # Without ``read``, an unread comfy_quant tensor may say that the weights are rotated.
         told = marked.values() if marked else ()
         return ROTATED if any(isinstance(one, Mapping) and one.get("convrot") is True for one in told) else INT8
     return _fp8(scales, bool(marked)) if dtypes <= {"F8_E4M3", "F8_E5M2"} else OTHER
@@ -200,7 +200,7 @@ def _fp8(scales: Mapping[str, Mapping[str, TensorInfo]], marked: bool) -> str:
 
 
 def _plain(file: TensorFile) -> str:
-    """The float that most numbers are stored in."""
+    """The float dtype of most numbers."""
     numbers: Counter[str] = Counter()
     for info in file.tensors.values():
         numbers[info.dtype] += math.prod(info.shape)
@@ -208,7 +208,7 @@ def _plain(file: TensorFile) -> str:
 
 
 def _layers(file: TensorFile) -> Mapping[str, Mapping[str, Any]] | None:
-    """``layers`` of the metadata's marker; {} where there is no marker, None for one that cannot be read."""
+    """``layers`` of the metadata's marker; {} without a marker, None for an unreadable one."""
     text = file.metadata.get(QUANTISATION)
     if text is None:
         return {}
@@ -222,7 +222,7 @@ def _layers(file: TensorFile) -> Mapping[str, Mapping[str, Any]] | None:
 
 
 def _marker(info: TensorInfo, read: ReadTensor) -> Mapping[str, Any]:
-    """What a comfy_quant tensor holds; {} for what is not its JSON."""
+    """The content of a comfy_quant tensor; {} if it is not the expected JSON."""
     if info.nbytes > MAX_MARKER_BYTES:
         return {}
     try:

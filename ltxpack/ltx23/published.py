@@ -1,8 +1,8 @@
-"""The published LTX-2.3 by its sizes: what its files state, and from that every tensor, without any of the files.
+"""The sizes of the published LTX-2.3: its configs and every tensor, without any of its files.
 
-For plans before 70 GB are fetched. ``published.json`` holds the configs as the files state them: ``checkpoint`` and
-``upsampler`` in the official fields, ``text_encoder`` as Gemma's config.json (without the vision tower), and under
-``shapes`` the sizes that only tensors state. A test compares what follows from them with the published number of bytes.
+For plans before 70 GB are fetched. ``published.json`` holds the configs of the files: ``checkpoint`` and ``upsampler``
+in the official fields, ``text_encoder`` as Gemma's config.json (without the vision tower), and under ``shapes`` the
+sizes that only tensors state. A test compares the sum of the tensors with the published number of bytes.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from ltxpack.ltx23.configs import checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import inventory
 
-# The rows of modulation are float32 in the published checkpoint, everything else bfloat16.
+# Modulation tables are float32 in the published checkpoint, all other tensors bfloat16.
 FLOAT32_TENSORS = "scale_shift_table"
 
 
 def published_files() -> dict[str, Any]:
-    """``published.json``: a copy that the caller may change."""
+    """A copy of ``published.json`` that the caller may change."""
     document: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     return document
 
 
 def published_configs() -> dict[str, dict[str, Any]]:
-    """The diffusers config of every component, and that of the text encoder."""
+    """The diffusers configs of all components, and the config of the text encoder."""
     files, name = published_files(), "LTX-2.3 22B"
     shapes = {tensor: tuple(shape) for tensor, shape in files["shapes"].items()}
     configs = checkpoint_configs(files["checkpoint"], shapes, name)
@@ -35,7 +35,7 @@ def published_configs() -> dict[str, dict[str, Any]]:
 
 
 def published_tensors(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
-    """By component: name, stored dtype and shape of every tensor of an overlay of it."""
+    """Component -> name, stored dtype and shape of each tensor in an overlay."""
     return {
         component: [
             (tensor, "F32" if component == "transformer" and tensor.endswith(FLOAT32_TENSORS) else "BF16", shape)

@@ -1,8 +1,8 @@
-"""Which published file a file is, by its content, and which generation of the model, by what it states of itself.
+"""Recognises a published file by its content, and the generation of a model by its metadata.
 
-The two distilled LoRAs have one size and nearly one name, so that only a hash tells them apart (spec 01, section 1).
-The hub states it, or the name of a blob in a hub cache does; 46 GB are not hashed to learn a name. The generation is in
-a checkpoint's safetensors metadata (spec 01, section 2).
+The two distilled LoRAs have the same size and nearly the same name, so that only a hash tells them apart (spec 01,
+section 1). The hub states the hash, or the name of a blob in a hub cache does; ltxpack does not hash 46 GB for a name.
+The generation is in a checkpoint's safetensors metadata (spec 01, section 2).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ltxpack.files.tensorfile import parse_json
 
 # The inputs of an overlay.
 CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER = "checkpoint", "lora", "upsampler", "text_encoder"
-# How a folder's file is recognised by its name, and what the official repository calls it.
+# The pattern of each input's file name in a folder, and its name in the official repository.
 PATTERNS = {CHECKPOINT: "*dev*", LORA: "*distilled-lora*", UPSAMPLER: "*spatial-upscaler-x2*"}
 DEFAULT_FILES = {
     CHECKPOINT: "ltx-2.3-22b-dev.safetensors",
     LORA: "ltx-2.3-22b-distilled-lora-384-1.1.safetensors",
     UPSAMPLER: "ltx-2.3-spatial-upscaler-x2-1.1.safetensors",
 }
-# The one to take where a distilled checkpoint is wanted.
+# The file to take for a distilled checkpoint.
 DISTILLED_FILE = "ltx-2.3-22b-distilled-1.1.safetensors"
 OFFICIAL_REPO = "Lightricks/LTX-2.3"
 TEXT_ENCODER_REPO = "google/gemma-3-12b-it-qat-q4_0-unquantized"
@@ -62,14 +62,14 @@ RELEASES = tuple(
 
 @dataclass(frozen=True)
 class Recognised:
-    """What is known about a file: the release with its hash, and a warning if its name promises another."""
+    """The release with a file's hash, and a warning if its name belongs to another one."""
 
     release: Release | None
     warning: str | None = None
 
 
 def recognise(name: str, size: int, sha256: str | None) -> Recognised:
-    """Which known release a file is. Without a hash, only a wrong size is found."""
+    """The known release of a file. Without a hash, only a wrong size is found."""
     promised = next((release for release in RELEASES if release.file == name), None)
     if sha256 is None:
         if promised is not None and promised.size != size:
@@ -83,13 +83,13 @@ def recognise(name: str, size: int, sha256: str | None) -> Recognised:
 
 
 def likely(name: str, size: int) -> Release | None:
-    """The release with this name and size (not proof: two LoRAs share a size)."""
+    """The release with this name and size, which is no proof: two LoRAs share a size."""
     return next((release for release in RELEASES if release.file == name and release.size == size), None)
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a checkpoint says about itself. ``model_version`` is verbatim."""
+    """The metadata of a checkpoint. ``model_version`` is verbatim."""
 
     config: Mapping[str, Any]
     model_version: str

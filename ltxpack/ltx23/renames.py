@@ -1,8 +1,8 @@
 """Key renames, official name -> diffusers name: one table per component (spec 01, section 4). Change a rename here.
 
-A table says which key roots of the checkpoint belong to the component and which paths inside them change name.
-Everything else keeps its name. Whether the result is what the module expects is checked against the module's own
-parameter names (expected.py). The reverse is derived, never written down.
+A table says which key roots of the checkpoint belong to the component and which paths inside them change their name.
+Everything else keeps its name. The result is checked against the module's own parameter names (expected.py). The
+reverse table is derived, never written down.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RenameTable:
 
     @functools.cached_property
     def _runs(self) -> re.Pattern[str]:
-        """Any of ``paths``, between dots or ends; of two that begin together the longer one."""
+        """Matches any of ``paths``, between dots or ends, and the longer one of two that begin together."""
         runs = sorted(map(re.escape, self.paths), key=len, reverse=True)
         return re.compile(rf"(?<![^.])(?:{'|'.join(runs)})(?![^.])" if runs else r"(?!)")
 
@@ -122,7 +122,7 @@ CHECKPOINT_TABLES = {
     "vocoder": VOCODER,
 }
 
-# Statistics that earlier files carry and no module reads: left out on purpose, by key start.
+# Start of the keys of statistics in earlier files, which no module reads: left out on purpose.
 DROPPED = tuple(
     f"{vae}.per_channel_statistics.{name}" for vae in ("vae", "audio_vae") for name in ("channel", "mean-of-stds")
 )

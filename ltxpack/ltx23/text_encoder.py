@@ -1,6 +1,6 @@
-"""Gemma 3's language model by headers: how writers call its tensors, and which its config asks for.
+"""Gemma 3's language model by headers: the spellings of its tensors, and the tensors that its config needs.
 
-Both halves ask here: ``materialize`` before it takes a folder over, ``run`` before it reads a tensor.
+Both halves use this: ``materialize`` before it takes a folder over, ``run`` before it reads a tensor.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ltxpack.ltx23.forms import refuse_quantised
 
 T = TypeVar("T", bound=TensorInfo)
 
-# The type of the language model alone, whose fields other configs have under text_config.
+# The type of the language model alone; other configs have its fields under text_config.
 TEXT_ONLY_TYPE = "gemma3_text"
-# How the language model's names begin: as published; as newer transformers save it, with a head and without; the
-# language model alone, with a head and without.
+# Prefixes of the language model's names: the published one; those of newer transformers, with a head and without;
+# those of the language model alone, with a head and without.
 PUBLISHED_ROOTS = (TEXT_ROOT, "model.language_model.")
 ROOTS = (*PUBLISHED_ROOTS, "language_model.", "model.", "")
 EMBEDDINGS = "embed_tokens.weight"
-# Parts of Gemma 3 that no prompt goes through.
+# Parts of Gemma 3 that no prompt passes.
 UNUSED = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.|(?:language_model\.)?lm_head\.")
 _LAYER = re.compile(r"layers\.(\d{1,5})\.")
-# The sizes in a config, and what transformers' Gemma3TextConfig takes for one that a config leaves out.
+# The sizes in a config -> the defaults of transformers' Gemma3TextConfig.
 SIZES = {
     "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
@@ -39,7 +39,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class LanguageModel(Generic[T]):
-    """The language model in a text encoder's files. ``tensors``: by their names in the module, after ``root``."""
+    """The language model in a text encoder's files. ``tensors`` by their names in the module, without ``root``."""
 
     root: str
     tensors: Mapping[str, T]
@@ -53,7 +53,7 @@ class LanguageModel(Generic[T]):
 def text_config(document: Mapping[str, Any], label: object, next: str) -> Mapping[str, Any]:
     """The language model's own fields of a config.json, with all SIZES.
 
-    Raises UnsupportedError for another model, FormatError for fields that cannot be right.
+    Raises UnsupportedError for another model, FormatError for impossible fields.
     """
     kind = document.get("model_type")
     if kind not in (TEXT_ENCODER_TYPE, TEXT_ONLY_TYPE):
@@ -82,8 +82,8 @@ def language_model(
 ) -> LanguageModel[T]:
     """The language model of ``fields`` (see :func:`text_config`) among ``tensors``, none missing and none foreign.
 
-    ``floats``: dtypes that the caller can load. Raises UnsupportedError naming every fault, and FormatError where the
-    config is of another size than the weights.
+    ``floats``: dtypes that the caller can load. Raises UnsupportedError naming every fault, and FormatError if config
+    and weights differ in size.
     """
     own = {name: info for name, info in tensors.items() if not UNUSED.match(name)}
     root = root_of(own)
@@ -116,12 +116,12 @@ def language_model(
 
 
 def root_of(names: Collection[str]) -> str | None:
-    """How the names of the language model begin among ``names``; None if there is none."""
+    """The prefix of the language model's names among ``names``; None if there is no language model."""
     return next((root for root in ROOTS if root + EMBEDDINGS in names), None)
 
 
 def published_name(name: str, root: str) -> str:
-    """How Google's files call a tensor whose language model begins with ``root``."""
+    """The name in Google's files of a tensor of a language model with the prefix ``root``."""
     if UNUSED.match(name):
         bare = name.removeprefix("model.")
         return f"language_model.{bare}" if bare.startswith("lm_head.") else bare
@@ -129,7 +129,7 @@ def published_name(name: str, root: str) -> str:
 
 
 def _compare_sizes(fields: Mapping[str, Any], known: Mapping[str, TensorInfo], label: object, next: str) -> None:
-    """FormatError for a config of another size: its tensors would all be called missing."""
+    """Raises FormatError for a config of another size, for which all tensors would count as missing."""
     table = known[EMBEDDINGS].shape
     found = {"num_hidden_layers": _layers(known), **({"hidden_size": table[1]} if len(table) == 2 else {})}
     for field, value in found.items():

@@ -1,6 +1,6 @@
-"""How adapters spell the modules of the text path: the text connectors, the text projections, Gemma's language model.
+"""Adapters' spellings of the modules of the text path: text connectors, text projections, Gemma's language model.
 
-Nothing of the transformer is here; its modules are in lora_keys.py.
+lora_keys.py has the modules of the transformer.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from ltxpack.ltx23.lora_keys import LoraKey, ModuleNames
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.ltx23.text_encoder import PUBLISHED_ROOTS, ROOTS, UNUSED
 
-# The components of an overlay that a prompt goes through, the one whose folder holds the other's first.
+# The components of the text path; the folder of the first holds that of the second.
 TEXT_COMPONENTS = ("text_encoder", "connectors")
 
 _CHECKPOINT_ROOT = "model.diffusion_model."
 _TO_OFFICIAL = CONNECTORS.reverse()
-# What kohya and others write before a flattened name of the text encoder.
+# Prefixes of kohya and others before a flattened name of the text encoder.
 _FLAT = re.compile(r"lora_(?:te\d*|text_encoder\d*)_")
 # Diffusers writes the component before the name; parse_key knows the prefixes of a wrapped model.
 _COMPONENT = re.compile(r"(?:text_encoders?|connectors)\.(?:model\.|transformer\.)?")
 
 
 def names_of(shapes: Mapping[str, tuple[int, ...]]) -> ModuleNames:
-    """The spellings of the modules of a transformer, and of a text path if ``shapes`` has its tensors too."""
+    """The spellings of the modules of a transformer, and of a text path if ``shapes`` has its tensors."""
     text = {name: shape for name, shape in shapes.items() if _is_text(name)}
     rest = {name: shape for name, shape in shapes.items() if name not in text}
     return BothNames(rest, TextNames(text)) if text else ModuleNames(rest)
@@ -41,7 +41,7 @@ class TextNames(ModuleNames):
         super().__init__(shapes, _spellings)
 
     def find(self, key: LoraKey) -> tuple[str, ...] | None:
-        """As for the transformer; a name may have its component, or kohya's prefix of a text encoder, before it."""
+        """As in the base class; a name may begin with its component or kohya's prefix of a text encoder."""
         flat = _FLAT.match(key.module)
         if flat is not None and not key.flat and "." not in key.module:
             return self._flat.get(key.module[flat.end() :])
@@ -49,7 +49,7 @@ class TextNames(ModuleNames):
 
 
 class BothNames(ModuleNames):
-    """Those of a transformer, and behind them those of its text path."""
+    """The modules of a transformer first, then those of its text path."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], text: TextNames) -> None:
         super().__init__(shapes)
@@ -62,7 +62,7 @@ class BothNames(ModuleNames):
 
 
 def _spellings(module: str) -> set[str]:
-    """``module`` as diffusers and as the official code call it, or as the savers of Gemma do."""
+    """The names of ``module`` in diffusers, the official code, and files of Gemma."""
     root = next((root for root in CONNECTORS.roots.values() if f"{module}.".startswith(root)), None)
     if root is not None:
         official = _TO_OFFICIAL.rename(f"{module}.").removesuffix(".").removeprefix(_CHECKPOINT_ROOT)
