@@ -72,7 +72,7 @@ def network_fault(warn: Callable[[str], None]) -> VariableFault | None:
             kept = [entry for entry in entries if _refusal({name: entry}) is None]
             os.environ[name] = ",".join(kept)
             lost = ", ".join(entry for entry in entries if entry not in kept)
-            warn(f"{name}: the HTTP library does not understand {_shown(lost)}; ltxpack leaves it out")
+            warn(f"{name}: {_shown(lost)} is not understood by the HTTP library and left out")
         elif error is not None:
             return VariableFault(name, _shown(value), *_explained(error, name))
     return None

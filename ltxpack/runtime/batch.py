@@ -1,6 +1,6 @@
-"""Many videos from one prompts file: the overlay opened once, prompts encoded ahead, each video a file of its own.
+"""Makes the videos of a prompts file: opens the overlay once, encodes prompts ahead, writes each video to its file.
 
-A line that fails does not stop the rest; one that is done already is not made again (see :mod:`record`).
+A line that fails does not stop the others; it does not make a finished video again (see :mod:`record`).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from ltxpack.runtime.text.length import tell_cut
 
 @dataclass(frozen=True)
 class Batch:
-    """What became of the lines of a prompts file: the ``outcomes`` in their order.
+    """The ``outcomes`` of the lines of a prompts file, in their order.
 
-    ``choices`` are the transformers of the stages, one entry for each recipe that a line has; ``ahead`` are the seconds
-    of encoding prompts ahead; ``summary`` has a line for everything else that there is to say.
+    ``choices``: the transformers of the stages, one entry for each recipe. ``ahead``: the seconds of encoding prompts
+    ahead. ``summary``: further lines for the user.
     """
 
     choices: Sequence[tuple[str, ...]]
@@ -45,15 +45,15 @@ class Batch:
     summary: Sequence[str] = ()
 
     def of(self, status: str) -> list[Outcome]:
-        """What became of the lines that ended so."""
+        """The outcomes with this status."""
         return [outcome for outcome in self.outcomes if outcome.status == status]
 
 
 def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter: Reporter) -> Batch:
-    """Make the videos of the file ``prompts``; ``options`` and ``output`` for what a line leaves out.
+    """Make the videos of the file ``prompts``; ``options`` and ``output`` are the defaults of its lines.
 
-    Raises BadLinesError before anything is loaded if any line cannot be used, UsageError, OverlayError, DeviceError
-    for what no line could be made with. What goes wrong with one line is in its outcome.
+    Raises BadLinesError before it loads anything if a line cannot be used; UsageError, OverlayError, DeviceError for
+    faults that stop all lines. The fault of one line is in its outcome.
     """
     with _claimed(prompts):
         lines = read_lines(prompts, options.given, output)
@@ -93,17 +93,17 @@ class Here(Crew):
         self._work: tuple[Task, Request | None] | None = None
 
     def begin(self, worker: int, task: Task, following: Request | None) -> None:
-        """It is carried out when the next event is asked for."""
+        """:meth:`next` carries the task out."""
         self._work = task, following
 
     def next(self) -> Event:
-        """Carries out the task that was begun."""
+        """Carries out the task of :meth:`begin`."""
         if self._work is None:
             return Ready(0)
         return Carried(0, self._maker.carry_out(*self._work))
 
     def replace(self, worker: int) -> None:
-        """There is no other."""
+        """Does nothing: the one worker is this process."""
 
     def close(self) -> list[str]:
         session = self._maker.session
@@ -113,7 +113,7 @@ class Here(Crew):
 
 
 def _crew(overlay: Overlay, options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter) -> Crew:
-    """Who makes the videos of ``lines``: several processes where several devices do not share a video."""
+    """The crew for ``lines``: several processes if there are several devices that do not share a video."""
     if options.ray is not None:
         return Actors(options.ray, options.overlay.absolute(), options.session, lines, reporter)
     settings, devices = options.session, devices_of(options.session)
@@ -125,7 +125,7 @@ def _crew(overlay: Overlay, options: RunOptions, lines: Sequence[PromptsLine], r
         return Processes(options.overlay, settings, devices if by_stages else devices[: len(lines)], by_stages)
     session = Session(options.overlay, settings, reporter)
     for recipe in _recipes(lines):
-        session.transformers(recipe)  # refuses a recipe that the session cannot make before anything is loaded
+        session.transformers(recipe)  # before loading, refuses a recipe that the session cannot make
     return Here(session)
 
 
@@ -134,9 +134,9 @@ def _recipes(lines: Sequence[PromptsLine]) -> list[Recipe]:
 
 
 def _known(overlay: Overlay, settings: SessionSettings, line: PromptsLine, reporter: Reporter) -> Outcome | None:
-    """The outcome of a line that is done already, or that cannot be made; None for one that is to be made."""
+    """The outcome of a line that is done already, or that cannot be made; None for a line to make."""
     try:
-        # What is done may be without what is to be recorded of it.
+        # A finished video may lack the activations to save.
         if settings.save_activations is None and record.is_done(line.output, identity(overlay, settings, line)[1]):
             return Outcome(line, SKIPPED)
     except Exception as error:
@@ -145,7 +145,7 @@ def _known(overlay: Overlay, settings: SessionSettings, line: PromptsLine, repor
 
 
 def _told_cut(overlay: Overlay, lines: Sequence[PromptsLine], reporter: Reporter) -> dict[int, Outcome]:
-    """Tells which prompts are longer than what the model reads; the outcomes of ``lines`` if that cannot be known."""
+    """Warns of prompts longer than the model reads; if that cannot be checked, returns failures for ``lines``."""
     try:
         named = ((f"{line.name}: {name}", text) for line in lines for name, text in line.request.named_prompts)
         tell_cut(overlay, named, reporter)
@@ -156,7 +156,7 @@ def _told_cut(overlay: Overlay, lines: Sequence[PromptsLine], reporter: Reporter
 
 @contextmanager
 def _claimed(prompts: Path) -> Iterator[None]:
-    """Hold the prompts file, so that two runs of it never write the same video. Raises UsageError."""
+    """Lock the prompts file, so that two runs of it never write the same video. Raises UsageError."""
     with open_source(prompts) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

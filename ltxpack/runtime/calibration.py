@@ -1,6 +1,6 @@
-"""``--save-activations``: what the transformers of a session meet, added to a file after each video.
+"""``--save-activations``: adds the largest inputs of a session's transformers to a file after each video.
 
-A fp8 bake takes its input scales from the file. The maxima stay on the device until a video is whole.
+An fp8 bake takes its input scales from the file. The maxima stay on the device until a video is whole.
 """
 
 from __future__ import annotations
@@ -39,39 +39,39 @@ class ActivationsRecorder:
         check_writable(path, FLAG, USUAL)
         self.path, self._overlay, self._device = path, overlay, device
         self._met: dict[str, LargestInputs] = {}
-        # What the file holds, as last read or written.
+        # The content of the file, as last read or written.
         self._file = self._read()
         self._saved = False
 
     def check(self, stages: Sequence[str]) -> None:
-        """Raises UsageError for a quantised transformer, and for one that the file has with other LoRAs."""
+        """Raises UsageError for a quantised transformer, and for one that has other LoRAs in the file."""
         for number, name in enumerate(stages):
             bake = self._overlay.manifest.bakes.get(name)
             if bake is not None and bake.format != BF16:
-                problem = f"{FLAG} wants bf16 transformers, and {stage_flag(number)} is a quantised one"
+                problem = f"{FLAG} needs bf16 transformers, and {stage_flag(number)} is a quantised one"
                 raise UsageError(
                     problem, file=self._overlay.root, found=f"{name} ({bake.format})", next=self._bf16(number, name)
                 )
             self._check_loras(name)
 
     def watch(self, name: str, model: DiT) -> None:
-        """Note what enters the linears of ``model``, which is the transformer ``name``."""
+        """Record the inputs of the linears of ``model``, the transformer ``name``."""
         self._met.setdefault(name, LargestInputs(self._device)).watch(model)
 
     def begin(self) -> None:
-        """A new video: what one that failed has met is forgotten."""
+        """Begin a new video, and forget the inputs of one that failed."""
         for met in self._met.values():
             met.clear()
 
     def forget(self) -> None:
-        """Give the device's memory back."""
+        """Free the device's memory."""
         self._met.clear()
 
     def save(self) -> None:
-        """Add what the video has met to the file, which is as it was until it is whole.
+        """Add the inputs of the video to the file, which changes only when the new version is whole.
 
-        Raises LtxpackError for inputs that are not finite, and as the class for a file that cannot be added to any
-        more; UnwrittenError for one that cannot be written.
+        Raises LtxpackError for inputs that are not finite, the errors of the class for a file that has become
+        unsuitable, UnwrittenError for one that cannot be written.
         """
         met = {name: inputs.read() for name, inputs in self._met.items()}
         met = {name: largest for name, largest in met.items() if any(largest.values())}
@@ -89,7 +89,7 @@ class ActivationsRecorder:
 
     @property
     def summary(self) -> str:
-        """What this session has added to, in words; empty before a video is whole."""
+        """The additions of this session in words; empty before a video is whole."""
         if not self._saved:
             return ""
         counts = ", ".join(f"{len(largest)} of {name}" for name, largest in self._file.largest.items())
@@ -97,7 +97,7 @@ class ActivationsRecorder:
         return f"largest inputs of {total} linears ({counts}): {self.path}"
 
     def _read(self) -> ActivationsFile:
-        """The file, or an empty one if it is not there."""
+        """The file, or an empty one if there is none."""
         manifest = self._overlay.manifest
         empty = ActivationsFile(manifest.model_version, base_digest(manifest.components["transformer"].files))
         try:
@@ -125,7 +125,7 @@ class ActivationsRecorder:
             raise UsageError(problem, file=self.path, expected=f"{name} of {self._overlay.root}", next=ANOTHER)
 
     def _bf16(self, number: int, name: str) -> str:
-        """The command that takes a bf16 bake instead of ``name`` for stage ``number``, or that makes one."""
+        """The command that uses, or else makes, a bf16 bake in place of ``name`` for stage ``number``."""
         root, bakes = self._overlay.root, self._overlay.manifest.bakes
         for other, bake in bakes.items():
             if bake.format == BF16 and bake.loras == bakes[name].loras:
@@ -136,7 +136,7 @@ class ActivationsRecorder:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time in the block: a rename would lose what another one has added meanwhile."""
+    """Lets one process at a time into the block: a rename would lose the additions of another."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a filesystem without locks

@@ -1,4 +1,4 @@
-"""What to type to get from nothing to a video, and what of it is done already."""
+"""The commands from nothing to a video, and which of them are done already."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ USUAL_RULE = "fp32"
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that is planned: the video, how the overlay is opened, and the number of images conditioned on."""
+    """A planned run: the video, the settings of the session, and the number of images to condition on."""
 
     request: Request
     session: SessionSettings
@@ -34,10 +34,9 @@ class PlannedRun:
 
 
 def published_stages(recipe: Recipe, asked: Sequence[str], form: str = BF16) -> tuple[str, ...]:
-    """The transformers of the stages where there is no overlay yet: the official ones in ``form`` unless ``asked``
-    otherwise.
+    """The transformers of the stages without an overlay: those ``asked`` for, else the official ones in ``form``.
 
-    Raises UsageError for a name that says nothing of how to bake it.
+    Raises UsageError for a name that does not say how to bake it.
     """
     pairs = zip(asked_stages(recipe, asked), official_transformers(recipe, form=form), strict=True)
     found = tuple(official if name == AUTO else name for name, official in pairs)
@@ -50,13 +49,13 @@ def published_stages(recipe: Recipe, asked: Sequence[str], form: str = BF16) -> 
 
 
 def codes_named(name: str) -> str | None:
-    """The dtype of the codes of a bake that is not made yet, by its usual name."""
+    """The dtype of the codes of a future bake, by its usual name; None for bf16."""
     found = STRENGTH.fullmatch(name)
     return None if found is None or found["form"] is None else CODES[found["form"]]
 
 
 def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None = None) -> list[Command]:
-    """From nothing, or for an ``overlay`` that is there; ``stages`` may name bakes of it that are not made yet."""
+    """The commands from nothing, or from an existing ``overlay``; ``stages`` may name future bakes."""
     root = DEFAULT_FOLDER if overlay is None else overlay.root
     bakes = {} if overlay is None else overlay.manifest.bakes
     found = [Command(_materialized(overlay), overlay is not None)]
@@ -80,7 +79,7 @@ def _materialized(overlay: Overlay | None) -> str:
         return f"ltxpack materialize {PUBLISHED} {DEFAULT_FOLDER}"
     source = overlay.manifest.source
     words = ["ltxpack materialize", source.repo or "SOURCE", quoted(overlay.root)]
-    if overlay.manifest.distilled:  # not what materialize takes by itself
+    if overlay.manifest.distilled:  # not the default of materialize
         words += [f"--checkpoint {quoted(file.name)}" for file in source.files if file.role == "checkpoint"]
     return " ".join(words)
 

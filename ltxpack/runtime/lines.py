@@ -1,7 +1,7 @@
-"""The lines of a prompts file as work for one device: what is done for a line, and how the line ended.
+"""The lines of a prompts file as tasks for one device, and the outcome of each line.
 
-A task is carried out by one worker and gives, for each of its lines, an outcome or the next task. Tasks and what they
-give can be pickled: another process, or another machine that sees the same files, may carry out the next one.
+One worker carries out a task, which gives an outcome or the next task for each of its lines. Tasks and their results
+can be pickled: another process, or another machine with the same files, may carry out the next one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DONE, SKIPPED, FAILED = "done", "skipped", "failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a line ended: ``status`` is done, skipped or failed; with seconds per phase and the decoder's tiles."""
+    """The end of a line: ``status`` is done, skipped or failed; with seconds per phase and the decoder's tiles."""
 
     line: PromptsLine
     status: str
@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Encode:
-    """Encode the prompts of ``lines`` in one go. ``by_stages``: their first stage is made apart from the others."""
+    """Encode the prompts of ``lines`` in one go. ``by_stages``: a separate task makes their first stage."""
 
     lines: tuple[PromptsLine, ...]
     by_stages: bool = False
@@ -49,20 +49,20 @@ class Encode:
 
 @dataclass(frozen=True, eq=False)
 class Begin:
-    """Make the first stage of a line's video from its ``contexts``, which lie on the host."""
+    """Make the first stage of a line's video from its ``contexts``, which are on the host."""
 
     line: PromptsLine
     contexts: Contexts
 
     @property
     def lines(self) -> tuple[PromptsLine, ...]:
-        """The one line."""
+        """The line of this task."""
         return (self.line,)
 
 
 @dataclass(frozen=True, eq=False)
 class Make(Begin):
-    """Make the video of a line; ``halfway``: its first stage, if that is made."""
+    """Make the video of a line; ``halfway``: its first stage, if it is made already."""
 
     halfway: Halfway | None = None
 
@@ -72,7 +72,7 @@ Task: TypeAlias = Encode | Begin | Make
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task gave: the outcomes of lines that ended, the tasks of the others, and seconds of encoding prompts."""
+    """The result of a task: outcomes of lines that ended, next tasks of the others, seconds of encoding prompts."""
 
     outcomes: tuple[Outcome, ...] = ()
     tasks: tuple[Task, ...] = ()
@@ -81,12 +81,12 @@ class TaskResult:
 
 @dataclass
 class LineMaker:
-    """Carries out tasks with one session. What goes wrong with a line is in its outcome."""
+    """Carries out tasks with one session. The fault of a line is in its outcome."""
 
     session: Session
 
     def carry_out(self, task: Task, following: Request | None = None) -> TaskResult:
-        """``following`` is the video that is made next, as far as is known. Raises no Exception."""
+        """Carry out ``task``. ``following`` is the next video, if known. Raises no Exception."""
         match task:
             case Encode():
                 return self._encode(task.lines, Begin if task.by_stages else Make)
@@ -137,7 +137,7 @@ class LineMaker:
 
     @contextmanager
     def _attempt(self, lines: Sequence[PromptsLine], outcomes: list[Outcome]) -> Iterator[None]:
-        """Work for ``lines``, which all fail if the block raises: their outcomes are added to ``outcomes``."""
+        """Work for ``lines``: if the block raises, all of them fail, and their outcomes go to ``outcomes``."""
         session = self.session
         session.timings = Timings()
         try:
@@ -151,9 +151,9 @@ class LineMaker:
 def failed(
     line: PromptsLine, error: Exception, reporter: Reporter, seconds: Mapping[str, float] | None = None
 ) -> Outcome:
-    """The outcome of a line that ``error`` ended, which is told at once.
+    """The outcome of a line that ``error`` ended; warns of it at once.
 
-    The failure is noted as text: the exception itself would keep the tensors of the failed work alive.
+    The outcome holds the failure as text: the exception would keep the tensors of the failed work alive.
     """
     ours = _as_ours(error, line.output)
     if ours is not error:
@@ -163,7 +163,7 @@ def failed(
 
 
 def identity(overlay: Overlay, settings: SessionSettings, line: PromptsLine) -> tuple[dict[str, Any], str]:
-    """Everything the video of ``line`` depends on, and the fingerprint of it with the weights. Raises LtxpackError."""
+    """All inputs of the video of ``line``, and their fingerprint with the weights. Raises LtxpackError."""
     found = chosen(overlay, settings, line.request.recipe)
     description = record.described(line.request, overlay, found.stages, settings.dtype, settings.fp8)
     return description, record.fingerprint(description, found.stages, overlay)

@@ -1,6 +1,6 @@
-"""An overlay as the runtime sees it: its manifest, its folders, whether their bytes are still as written.
+"""An overlay for the runtime: its manifest and folders, and a check of their bytes against the manifest.
 
-And which of its transformers each stage of a recipe uses.
+It also chooses the transformer of each stage of a recipe.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO, SessionSettings
 
 BASE = "base"
-# The LoRAs that a bake has beneath its main one, in order: the hash and strength of each.
+# The LoRAs beneath a bake's main one, in order: hash and strength of each.
 Stack = tuple[tuple[str, float | str], ...]
-# Part of the text path -> its folder in that of a baked text encoder.
+# Part of the text path -> its folder within a baked text encoder.
 TEXT_PARTS = {"text_encoder": "", "connectors": "connectors"}
 
 
 def transformer_part(name: str) -> str:
-    """The part that the base transformer or a bake is."""
+    """The part of the base transformer or a bake."""
     return "transformer" if name == BASE else f"{BAKES}/{name}"
 
 
@@ -34,7 +34,7 @@ def transformer_part(name: str) -> str:
 class Overlay:
     """An overlay folder and its validated manifest.
 
-    ``text``: the folder of the baked text encoder that takes the place of the base's; "" for that.
+    ``text``: the folder of a baked text encoder in place of the base's; "" for the base's.
     """
 
     root: Path
@@ -43,10 +43,10 @@ class Overlay:
 
     @classmethod
     def open(cls, root: Path, text_encoder: str | None = None) -> Overlay:
-        """Read the manifest; every file must be there in its size, every component of its class.
+        """Read the manifest; every file must exist with its size, every component must have its class.
 
-        ``text_encoder``: the name of a baked one, None or ``base`` for the base's. Raises OverlayError, UsageError for
-        a name that is none. Contents are checked by :meth:`check` when a part is used.
+        ``text_encoder``: the name of a baked one, None or ``base`` for the base's. Raises OverlayError, and UsageError
+        for an unknown name. :meth:`check` compares contents when a part is used.
         """
         manifest, baked = read_manifest(root), text_encoder not in (None, BASE)
         if baked and text_encoder not in manifest.text_encoders:
@@ -77,13 +77,13 @@ class Overlay:
         return self.manifest.baked[part].files if "/" in part else self.manifest.components[part].files
 
     def form(self, name: str) -> str:
-        """How the linears of a transformer are stored."""
+        """The form of a transformer's linears."""
         return form_of(self.manifest, name)
 
     def check(self, records: Iterable[FileRecord]) -> None:
         """Compare files with the blake3 in the manifest. Raises OverlayError for the first that changed.
 
-        The hash is taken through the page cache, so the load that follows does not read the disk again.
+        It reads through the page cache, so that the next load does not read the disk again.
         """
         for record in records:
             self._check_size(record)
@@ -106,7 +106,7 @@ class Overlay:
 
 @dataclass(frozen=True)
 class TransformerChoice:
-    """The transformer of each stage of a recipe; ``note`` says what was picked, and the official choice if another."""
+    """The transformer of each stage of a recipe; ``note`` names them, and the official ones if they differ."""
 
     stages: tuple[str, ...]
     note: str
@@ -122,16 +122,16 @@ def choose(
 ) -> TransformerChoice:
     """The transformers of ``recipe``; ``asked`` says for each stage ``auto``, ``base`` or a bake's name.
 
-    Of several bakes of one strength ``auto`` takes the one of ``form``, else the bf16 one, else any. With a ``stack``
-    it takes bakes with that stack alone: in place of the base the one with the distilled LoRA at 0.
+    If several bakes have one strength, ``auto`` takes the one in ``form``, else the bf16 one, else any. With a
+    ``stack`` it takes only bakes with that stack; the one with the distilled LoRA at 0 takes the place of the base.
 
-    Raises OverlayError where no bake fits or several do, or the base is distilled and the recipe wants a full model,
+    Raises OverlayError if no bake fits or several do, or if the base is distilled and the recipe needs the full model;
     UsageError for an unknown name, or for a stage that the recipe does not have.
     """
     asked = asked_stages(recipe, asked)
     if manifest.distilled and not recipe.stages[0].transformer.base_if_distilled and asked[0] == AUTO:
         problem = f"the recipe {recipe.name} wants the full model for stage 1, and the base is a distilled one"
-        expected = "--recipe distilled, or --stage1 base for the recipe all the same"
+        expected = "--recipe distilled, or --stage1 base to run the recipe anyway"
         again = f"ltxpack run {quoted(overlay)} --recipe distilled --prompt TEXT"
         raise OverlayError(problem, file=overlay, expected=expected, next=again)
     strengths, bases = _candidates(manifest), [BASE, *_bases(manifest, form)]
@@ -158,17 +158,17 @@ def choose(
 
 
 def chosen(overlay: Overlay, settings: SessionSettings, recipe: Recipe) -> TransformerChoice:
-    """As :func:`choose`, for what ``settings`` ask."""
+    """:func:`choose` with the transformers and the form of ``settings``."""
     return choose(overlay.manifest, recipe, settings.transformers, overlay.root, settings.format)
 
 
 def form_of(manifest: Manifest, name: str) -> str:
-    """How the linears of a transformer are stored: one of ``manifest.FORMATS``."""
+    """The form of a transformer's linears, one of ``manifest.FORMATS``."""
     return manifest.bakes[name].format if name in manifest.bakes else BF16
 
 
 def asked_stages(recipe: Recipe, asked: Sequence[str]) -> list[str]:
-    """What was ``asked`` for each stage. Raises UsageError where that is a stage which ``recipe`` does not have."""
+    """The transformer ``asked`` for each stage. Raises UsageError for a stage that ``recipe`` does not have."""
     count = len(recipe.stages)
     for number, name in enumerate(asked[count:], start=count):
         if name != AUTO:
@@ -178,7 +178,7 @@ def asked_stages(recipe: Recipe, asked: Sequence[str]) -> list[str]:
 
 
 def official_transformers(recipe: Recipe, distilled_base: bool = False, form: str = BF16) -> tuple[str, ...]:
-    """The transformers that the official code takes for the stages, by the usual names of their bakes in ``form``."""
+    """The official transformers of the stages, by the usual names of their bakes in ``form``."""
     found, ending = [], "" if form == BF16 else f"-{form}"
     for stage in recipe.stages:
         rule = stage.transformer
@@ -195,15 +195,15 @@ def _usual_name(name: str, strengths: Mapping[str, float]) -> str:
 
 
 def _bases(manifest: Manifest, form: str | None = None) -> list[str]:
-    """The bakes that are the base in another form: of all, or in ``form`` alone."""
+    """The bakes that are the base in another form, or only those in ``form``."""
     found = [name for name, bake in manifest.bakes.items() if all(lora.idle for lora in bake.loras)]
     return [name for name in found if form is None or form_of(manifest, name) == form != BF16]
 
 
 def stacks(manifest: Manifest) -> dict[Stack, dict[str, float]]:
-    """Bakes of the distilled LoRA by the stack beneath it, and the strength it has in each.
+    """Stack -> bakes of the distilled LoRA above it -> the LoRA's strength in each.
 
-    Those that are the base in another form are left out, and those with another strength in some blocks.
+    Leaves out bakes that are the base in another form, and those with another strength in some blocks.
     """
     distilled = manifest.lora(DISTILLED)
     found: dict[Stack, dict[str, float]] = defaultdict(dict)
@@ -218,7 +218,7 @@ def stacks(manifest: Manifest) -> dict[Stack, dict[str, float]]:
 
 
 def _candidates(manifest: Manifest) -> dict[str, float]:
-    """Bakes of the distilled LoRA alone, else the stacked ones if all have one stack; name -> strength."""
+    """Bakes of the distilled LoRA alone, else the stacked ones if all have the same stack; name -> strength."""
     found = stacks(manifest)
     if () in found:
         return found[()]
@@ -262,7 +262,7 @@ def _automatic(
 
 
 def _in_form(names: Sequence[str], strengths: Mapping[str, float], manifest: Manifest, form: str) -> list[str]:
-    """Of bakes of one strength those in ``form``, else in the first form that there is; all if strengths differ."""
+    """The bakes in ``form``, else in the first form that exists; all of them if their strengths differ."""
     forms = {name: form_of(manifest, name) for name in names}
     first = next(one for one in (form, *FORMATS) if one in forms.values())
     alike = len({strengths.get(name) for name in names}) == 1
@@ -270,7 +270,7 @@ def _in_form(names: Sequence[str], strengths: Mapping[str, float], manifest: Man
 
 
 def _only(names: list[str], number: int, overlay: Path) -> str:
-    """The one name. Raises OverlayError if there are several."""
+    """The only name. Raises OverlayError if there are several."""
     if len(names) == 1:
         return names[0]
     flag, names = stage_flag(number), sorted(names)

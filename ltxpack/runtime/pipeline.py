@@ -1,6 +1,6 @@
-"""The public face of the runtime: an overlay from which Python makes videos, one after another.
+"""The public interface of the runtime: an overlay from which Python makes videos, one after another.
 
-:mod:`session` says what a pipeline holds, :mod:`recipe_run` how a video is made.
+:mod:`session` has the state of a pipeline, :mod:`recipe_run` the steps of a video.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ Progress = Callable[[str, int, int], object]
 class Pipeline:
     """An overlay ready to make videos, one after another: ``with Pipeline.from_overlay("out") as make: make("...")``.
 
-    What fits stays loaded between calls. Not for several threads at once.
+    Weights that fit stay loaded between calls. Not for several threads at once.
     """
 
     def __init__(self, session: Session, recipe: str = HQ.name) -> None:
         self.session = session
         self.recipe = recipe
         self.choice: TransformerChoice = session.transformers(recipe_named(recipe))
-        # The requests that were encoded ahead and are not made yet.
+        # Requests whose prompts are encoded and whose videos are not made yet.
         self._waiting: list[Request] = []
 
     @classmethod
     def from_overlay(
         cls, path: str | Path, *, recipe: str = HQ.name, reporter: Reporter | None = None, **given: Unpack[SessionGiven]
     ) -> Pipeline:
-        """Open the overlay at ``path``; nothing large is read yet.
+        """Open the overlay at ``path`` without reading large files.
 
         ``recipe`` is the recipe of a call that names none. ``given`` are settings of ``ltxpack run`` by the names of
-        their flags; :class:`ltxpack.runtime.settings.SessionSettings` says what each means. ``cache`` may be a folder.
-        Raises OverlayError, UsageError, DeviceError.
+        their flags, see :class:`ltxpack.runtime.settings.SessionSettings`. ``cache`` may be a folder. Raises
+        OverlayError, UsageError, DeviceError.
         """
         return cls(Session(Path(path), SessionSettings.of(given), reporter), recipe)
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **given: Unpack[SettingsGiven]) -> Video:
         """Make a video of ``prompt``; ``given`` are settings of ``ltxpack run`` by the names of their flags.
 
-        ``progress(phase, done, total)`` is called as the work goes on; what it raises ends the call. Raises UsageError
-        for values no run could use, DeviceError for too little memory, OverlayError for an overlay that changed. The
-        pipeline can be called again after any of them.
+        It calls ``progress(phase, done, total)`` as the work goes on; an exception there ends the call. Raises
+        UsageError for unusable values, DeviceError for too little memory, OverlayError for an overlay that changed. The
+        pipeline can be called again after any error.
         """
         given.setdefault("recipe", self.recipe)
         return self.make(Request.of(prompt, **given), progress)
@@ -76,18 +76,18 @@ class Pipeline:
         return recipe_run.finish(session, request, latents, frames, waveform, rate)
 
     def encode_ahead(self, requests: Sequence[Request]) -> float:
-        """Encode the prompts of all ``requests``, so that the text encoder is loaded once. Seconds it took."""
+        """Encode the prompts of all ``requests`` with one load of the text encoder; returns the seconds."""
         seconds = recipe_run.encode_ahead(self.session, requests)
         self._waiting = list(requests)
         return seconds
 
     @property
     def decoding(self) -> str:
-        """The tiles the last video was decoded in, in words; empty before there is one."""
+        """The tiles of the last decoded video, in words; empty before there is one."""
         return self.session.decoding
 
     def close(self) -> None:
-        """Give back the memory held; a closed pipeline makes no more videos."""
+        """Free the memory; a closed pipeline makes no more videos."""
         self._waiting = []
         self.session.close()
 

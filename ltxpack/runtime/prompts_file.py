@@ -1,7 +1,7 @@
-"""A prompts file: many videos, all of them checked before anything runs.
+"""Reads a prompts file, and checks all its videos before any runs.
 
-Reads lines (in the forms of :mod:`prompts_form`) and pictures, knows no model. A field that is absent has the value
-of its flag; paths are relative to the folder of the file.
+Reads lines (in the forms of :mod:`prompts_form`) and pictures, knows no model. An absent field has the value of its
+flag; paths are relative to the folder of the file.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ltxpack.runtime.settings import Settings, SettingsGiven, type_of
 
 MAX_BYTES = 64 * 1024 * 1024
 MAX_FAULT_LENGTH = 300
-# Leaves room for what is put around the name of a file that is not whole yet.
+# Leaves room for the longer name of a temporary file.
 MAX_NAME_BYTES = 230
 
 
 @dataclass(frozen=True)
 class PromptsLine:
-    """A line of a prompts file, ``number`` from 1: the video asked for, and where it goes; ``name`` is ``line 1``."""
+    """A line of a prompts file, ``number`` from 1: the video and its path; ``name`` is ``line 1``."""
 
     number: int
     name: str
@@ -44,14 +44,14 @@ class PromptsLine:
     output: Path
 
     def from_anywhere(self) -> PromptsLine:
-        """The same, whatever folder a process is in."""
+        """The line with absolute paths, for a process in any folder."""
         images = tuple(replace(image, path=image.path.absolute()) for image in self.request.images)
         request = replace(self.request, settings=replace(self.request.settings, images=images))
         return replace(self, request=request, output=self.output.absolute())
 
 
 def read_lines(path: Path, given: SettingsGiven, output: Path | None = None) -> list[PromptsLine]:
-    """The videos of the prompts file ``path``; ``given`` and ``output`` for the fields a line leaves out.
+    """The videos of the prompts file ``path``; ``given`` and ``output`` are the defaults of its lines.
 
     Without ``output``, line 7 of ``FILE.jsonl`` goes to ``FILE-0007.mp4`` beside it. Raises BadLinesError with every
     line at fault; UsageError for a file without lines; SourceError for one that cannot be read.
@@ -73,7 +73,7 @@ def read_lines(path: Path, given: SettingsGiven, output: Path | None = None) -> 
 
 
 def in_a_line(error: LtxpackError) -> str:
-    """What ``error`` says, without what to do next, in one line."""
+    """The text of ``error`` in one line, without its ``next``."""
     return ", ".join(line.strip() for line in error.render().splitlines()[:-1])
 
 
@@ -87,7 +87,7 @@ def _content(path: Path) -> bytes:
 
 @dataclass
 class _LineReader:
-    """Reads lines one after another; remembers which outputs are taken, and which pictures can be read."""
+    """Reads lines one after another; remembers the outputs that are taken and the pictures that can be read."""
 
     path: Path
     given: SettingsGiven
@@ -106,7 +106,7 @@ class _LineReader:
         return PromptsLine(entry.number, entry.name, request, self._output(said.get("output"), entry))
 
     def _settings(self, line: Mapping[str, Any]) -> SettingsGiven:
-        """The settings of a line: its own, and for the others those that were given for all."""
+        """The settings of a line: its own, then those given for all lines."""
         found: dict[str, Any] = {**self.given}
         for one in fields(Settings):
             if one.name in line:
@@ -162,7 +162,7 @@ def _said(entry: Entry) -> dict[str, Any]:
 
 
 def _in_words(error: jsonschema.ValidationError) -> list[str]:
-    """What the validator found, field by field where it is of fields that there are not."""
+    """The validator's error in words, with a sentence for each unknown field."""
     if error.validator != "additionalProperties":
         return [error.message[:MAX_FAULT_LENGTH]]
     known, instance = cast(Any, error.schema)["properties"], cast(dict[str, Any], error.instance)

@@ -1,6 +1,6 @@
-"""The form of a prompts file: a JSON object a line, one JSON document, or plain text; and what others are called.
+"""The forms of a prompts file: a JSON object a line, one JSON document, or plain text.
 
-Knows what users and other tools write in place of our fields, and opens no file.
+Knows the names of users and other tools for our fields, and the forms that it refuses. Opens no file.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ltxpack.files.tensorfile import parse_json
 from ltxpack.runtime.settings import SessionSettings, Settings, flag_of
 
 LINE, ITEM = "line", "item"
-# Of plain text each line is a prompt. Any other name says that JSON is meant.
+# Endings of plain text, where each line is a prompt. Any other name means JSON.
 PLAIN_SUFFIXES = ("", ".txt")
 TABLE_SUFFIXES = (".csv", ".tsv")
 WANTED = 'lines like {"prompt": "…", "output": "a.mp4"}'
 WRITE = "write a JSON object per line"
-# UTF-32 begins as UTF-16 does, so it goes first.
+# The mark of UTF-32 begins like that of UTF-16, so it comes first.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
-# What other tools call our fields; the keys are in lower case, with underscores.
+# Other tools' name of a field, in lower case with underscores -> ours.
 OTHER_NAMES = {
     **dict.fromkeys(("text", "caption", "positive", "positive_prompt", "description", "prompt_text"), "prompt"),
     **dict.fromkeys(("negative", "neg_prompt", "n_prompt", "uc", "negative_text"), "negative_prompt"),
@@ -62,7 +62,7 @@ GUIDANCE = ("cfg", "cfg_scale", "guidance", "guidance_scale")
 
 @dataclass(frozen=True)
 class Entry:
-    """A video as the file has it: ``value`` is what JSON says, or ``problem`` why it says nothing."""
+    """A video in the file: ``value`` is the JSON value, or ``problem`` says why there is none."""
 
     word: str
     number: int
@@ -76,7 +76,7 @@ class Entry:
 
 
 def entries(path: Path, data: bytes) -> list[Entry]:
-    """What the prompts file ``path`` holds, in its order. Raises UsageError for a file of another form."""
+    """The entries of the prompts file ``path``, in order. Raises UsageError for a file of another form."""
     data = _utf8(path, data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     lines = [(number, line.strip()) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     if not lines:
@@ -88,7 +88,7 @@ def entries(path: Path, data: bytes) -> list[Entry]:
             _refuse_other_forms(path, first.decode("utf-8", "replace"), len(lines))
             return [_plain(number, line) for number, line in lines]
     elif found[0].problem or (len(found) == 1 and isinstance(found[0].value, list)):
-        # One document of many lines, or lines of which the first is at fault.
+        # One document of many lines, or lines with a fault in the first.
         try:
             return _items(path, data)
         except JsonFault as fault:
@@ -99,14 +99,14 @@ def entries(path: Path, data: bytes) -> list[Entry]:
 
 
 def unknown_field(name: str, known: Collection[str], *, of_image: bool = False) -> str:
-    """What to say of a field that there is not, and which one may be meant."""
+    """The sentence for an unknown field, with the field that the user may mean."""
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").replace(" ", "_")
     meant = plain if plain in known else (OTHER_NAMES_OF_IMAGES if of_image else OTHER_NAMES).get(plain)
     if meant is None and not of_image:
         flags = {one.name: flag_of(one) for table in (Settings, SessionSettings) for one in dataclasses.fields(table)}
         flag = "--video-cfg and --audio-cfg" if plain in GUIDANCE else flags.get(plain)
         if flag is not None:
-            return f"there is no field {clipped(name, 60)!r}; say {flag} on the command line, for all videos"
+            return f"there is no field {clipped(name, 60)!r}; give {flag} on the command line, for all videos"
     if meant is None:
         meant = next(iter(difflib.get_close_matches(plain, known, n=1, cutoff=0.75)), None)
     hint = f"did you mean {meant}?" if meant else f"there are {', '.join(known)}"
@@ -114,7 +114,7 @@ def unknown_field(name: str, known: Collection[str], *, of_image: bool = False) 
 
 
 def _utf8(path: Path, data: bytes) -> bytes:
-    """``data`` as UTF-8 without a byte order mark; bytes that no text has are refused."""
+    """``data`` as UTF-8 without a byte order mark. Raises UsageError for bytes that are no text."""
     for mark, encoding in MARKS:
         if data.startswith(mark):
             try:
@@ -131,7 +131,7 @@ def _utf8(path: Path, data: bytes) -> bytes:
 
 
 def _json_line(number: int, line: bytes) -> Entry:
-    # A comma after it is left over from a list.
+    # A comma behind it is left over from a list.
     try:
         return Entry(LINE, number, parse_json(line.removesuffix(b","), ""))
     except FormatError as error:
@@ -139,7 +139,7 @@ def _json_line(number: int, line: bytes) -> Entry:
 
 
 def _json_hint(text: str) -> str:
-    """What is wrong with ``text``, which is no JSON, as people often write it."""
+    """The fault of ``text``, which is no JSON, if it is a common one."""
     if re.match(r"[{\[]\s*'", text):
         return "; JSON has double quotes"
     if re.match(r"[{\[]\s*[“”„«]", text):
@@ -148,7 +148,7 @@ def _json_hint(text: str) -> str:
 
 
 def _items(path: Path, data: bytes) -> list[Entry]:
-    """The videos of JSON documents that follow one another, each an object or a list. Raises JsonFault, UsageError."""
+    """The videos of consecutive JSON documents, each an object or a list. Raises JsonFault, UsageError."""
     values: list[Any] = []
     for document in _documents(data):
         values.extend(document if isinstance(document, list) else [document])
@@ -159,7 +159,7 @@ def _items(path: Path, data: bytes) -> list[Entry]:
 
 
 def _documents(data: bytes) -> Iterator[Any]:
-    """The JSON documents that follow one another in ``data``. Raises JsonFault."""
+    """The consecutive JSON documents in ``data``. Raises JsonFault."""
     refuse_crowded(data)
     decoder, at, start = json.JSONDecoder(), 0, re.compile(r"\S")
     try:
@@ -180,7 +180,7 @@ def _documents(data: bytes) -> Iterator[Any]:
 
 
 def _plain(number: int, line: bytes) -> Entry:
-    """A line of plain text, which is a prompt; but for what is a comment or an option to another tool."""
+    """A line of plain text as a prompt; a comment or an option of another tool is a fault."""
     try:
         text = line.decode("utf-8")
     except UnicodeError:

@@ -1,7 +1,7 @@
-"""A recipe carried out: text, stages, upsampler, sound, pictures (spec 05, section 5; spec 08, section 2).
+"""Carries out a recipe: text, stages, upsampler, sound, pictures (spec 05, section 5; spec 08, section 2).
 
-:func:`sample` reads from top to bottom as the video is made. What is on the device when is the session's business; the
-numbers are the recipe's, the samplers', the codecs' and the DiT's.
+:func:`sample` shows the steps of a video from top to bottom. The session decides what is on the device; recipe,
+samplers, codecs and DiT make the numbers.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from ltxpack.runtime.weights.plan import Work
 
 @dataclass
 class Underway:
-    """A video on its way through the stages: what is drawn from, and what is made so far.
+    """A video on its way through the stages: its inputs, and its results so far.
 
-    ``images``: encoded in the size of each stage. One generator draws the first noise of the stages in their order,
-    video before audio.
+    ``images``: encoded in the size of each stage. One generator draws the first noise of all stages in order, video
+    before audio.
     """
 
     contexts: Sequence[AV[Tensor]]
@@ -51,9 +51,9 @@ class Underway:
 
 @dataclass(frozen=True)
 class Halfway:
-    """A video after its first stage, on the host, for another device to go on with.
+    """A video after its first stage, on the host, which another device finishes.
 
-    ``noise`` is the state of the generator, ``seconds`` are those that each phase took.
+    ``noise`` is the state of the generator, ``seconds`` has the time of each phase.
     """
 
     made: tuple[AV[Tensor], ...]
@@ -66,7 +66,7 @@ class Halfway:
 def sample(session: Session, request: Request, following: str | None = None) -> Latents:
     """From the request to the latents of every stage. Raises LtxpackError.
 
-    ``following`` is the transformer that the next video begins with: it is loaded while the last stage runs.
+    ``following`` is the first transformer of the next video: the session loads it while the last stage runs.
     """
     names = session.transformers(request.recipe).stages
     video = _begun(session, request)
@@ -76,7 +76,7 @@ def sample(session: Session, request: Request, following: str | None = None) -> 
 
 
 def first_stage(session: Session, request: Request, following: Request | None) -> Halfway:
-    """What another device makes the video of with ``halfway`` in :func:`generate`. Raises LtxpackError."""
+    """The first stage alone; another device passes it to :func:`generate` as ``halfway``. Raises LtxpackError."""
     _prepare(session, request)
     name = None if following is None else session.transformers(following.recipe).stages[0]
 
@@ -92,7 +92,7 @@ def first_stage(session: Session, request: Request, following: Request | None) -
 
 
 def last_stages(session: Session, request: Request, halfway: Halfway, following: Request | None) -> Latents:
-    """The latents of all stages, of which the first was made elsewhere. Raises LtxpackError."""
+    """The latents of all stages; another device made the first. Raises LtxpackError."""
     _prepare(session, request)
     device, names = session.device, session.transformers(request.recipe).stages
     name = None if following is None else session.transformers(following.recipe).stages[1]
@@ -126,7 +126,7 @@ def _begun(session: Session, request: Request) -> Underway:
 
 
 def _make_stage(session: Session, request: Request, video: Underway, number: int, ahead: str | None) -> None:
-    """Stage ``number`` of the ``video``; the transformer ``ahead`` is loaded meanwhile."""
+    """Make stage ``number`` of the ``video``, and load the transformer ``ahead`` meanwhile."""
     stage, settings = request.recipe.stages[number], request.settings
     shape = stage.shape(request.shape)
     sigmas = sigmas_of(stage.schedule, shape.tokens, settings.steps)
@@ -153,10 +153,10 @@ def generate(
     once: bool = False,
     halfway: Halfway | None = None,
 ) -> tuple[Latents, Tensor, int]:
-    """Everything but the frames: latents, waveform ``[2, N]`` float32 and its sample rate. Begins the timings anew.
+    """Everything but the frames: latents, waveform ``[2, N]`` float32 and its sample rate. Restarts the timings.
 
-    ``following`` is the video that is made next, as far as is known; ``once``: none is, so that no weights are kept
-    for one where that takes more memory; ``halfway``: its first stage, which was made elsewhere. Raises LtxpackError.
+    ``following``: the next video, if known. ``once``: there is no next video, so that the plan need not keep weights
+    for it. ``halfway``: the first stage, made by another device. Raises LtxpackError.
     """
     if halfway is None:
         latents = latents_of(session, request, following, once)
@@ -167,7 +167,7 @@ def generate(
 
 
 def latents_of(session: Session, request: Request, following: Request | None, once: bool) -> Latents:
-    """The share of :func:`generate` that every rank takes part in."""
+    """The part of :func:`generate` that every rank carries out."""
     work = _prepare(session, request, once)
     name = None if following is None else session.transformers(following.recipe).stages[0]
     with session.ranks.together(work, session.numerics, request, following, once):
@@ -191,7 +191,7 @@ def _prepare(session: Session, request: Request, once: bool = False) -> Work:
 def finish(
     session: Session, request: Request, latents: Latents, frames: list[Tensor], waveform: Tensor, sample_rate: int
 ) -> Video:
-    """The parts of a video as one; ``frames`` (chunks ``[n, H, W, 3]``) is emptied."""
+    """The Video of these parts; empties ``frames`` (chunks ``[n, H, W, 3]``)."""
     return Video(
         frames=_joined(frames),
         waveform=waveform,
@@ -206,7 +206,7 @@ def finish(
 
 
 def encode_ahead(session: Session, requests: Sequence[Request]) -> float:
-    """Encode the prompts of all ``requests``, so that the text encoder is loaded once. Seconds it took."""
+    """Encode the prompts of all ``requests`` with one load of the text encoder; returns the seconds."""
     session.check_open()
     begin = time.perf_counter()
     batches = [request.prompts for request in requests]
@@ -232,9 +232,9 @@ def decode_audio(session: Session, latents: Tensor) -> tuple[Tensor, int]:
 
 
 def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], object]) -> None:
-    """Hand the frames ``[n, H, W, 3]`` in [0, 1] to ``write``, chunk by chunk, in order.
+    """Pass the frames ``[n, H, W, 3]`` in [0, 1] to ``write``, chunk by chunk, in order.
 
-    In the official tiles, or in larger ones if the plan has them.
+    It decodes the official tiles, or larger ones if the plan has them.
     """
     plan = session.residency.plan
     tiling = None if plan is None or plan.work.decode != FAST else plan.tiling
@@ -254,7 +254,7 @@ def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], ob
 
 @torch.no_grad()
 def decode_share(session: Session, latents: Tensor, decode: video.DecodeTiles) -> None:
-    """The share of :func:`decode_video` of a rank other than 0, whose ``decode`` sends tiles instead of giving them."""
+    """The part of :func:`decode_video` for a rank other than 0, whose ``decode`` sends its tiles to rank 0."""
 
     def share(vae: AutoencoderKLLTX2Video) -> None:
         for _ in decode(
@@ -266,7 +266,7 @@ def decode_share(session: Session, latents: Tensor, decode: video.DecodeTiles) -
 
 
 def work_of(session: Session, request: Request, together: int = 1, once: bool = False) -> Work:
-    """What ``request`` asks of the device, for the planner; ``together`` videos' prompts are encoded at once."""
+    """The work of ``request``, for the planner; the prompts of ``together`` videos are encoded at once."""
     if any(stage.guided for stage in request.recipe.stages):
         session.check_blocks(request.settings.guidance)
     work = request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)
@@ -274,7 +274,7 @@ def work_of(session: Session, request: Request, together: int = 1, once: bool = 
 
 
 def _pictures(session: Session, request: Request) -> list[Tensor]:
-    """The images, read and compressed: before anything is loaded, so that a bad file fails at once."""
+    """The images, read and compressed before anything is loaded, so that a bad file fails at once."""
     asked = request.settings.image_crf
     crf = session.overlay.manifest.image_crf if asked is None else asked
     return [load_image(image.path, crf) for image in request.images]
@@ -310,9 +310,9 @@ def _denoised(
     kept: frozenset[int],
     model: DiT,
 ) -> AV[Tensor]:
-    """The tokens of stage ``number`` after sampling with ``model``; the transformer ``ahead`` is loaded meanwhile.
+    """The tokens of stage ``number`` after sampling with ``model``; loads the transformer ``ahead`` meanwhile.
 
-    In the steps ``kept`` quantised weights are decoded.
+    The steps ``kept`` decode quantised weights.
     """
     if ahead is not None:
         session.load_ahead(ahead)
@@ -334,7 +334,7 @@ def _denoised(
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """The parts one after another; each is released as it is copied, so that the whole is not held twice."""
+    """The parts joined; each is freed after its copy, so that memory does not hold all frames twice."""
     whole = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:])
     start = 0
     while parts:

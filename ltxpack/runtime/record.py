@@ -1,8 +1,8 @@
-"""What a video was made from, beside the video: how a repeated command knows what is done.
+"""The record beside a video, from which a repeated command knows that the video is done.
 
-``boat.mp4`` gets ``boat.mp4.json`` with the request and two hashes: of everything the picture depends on, and of the
-video file itself. A video is done while both are unchanged: another prompt, setting, image content or overlay, or
-another video in its place, means that it is made again.
+``boat.mp4`` gets ``boat.mp4.json`` with the request and two hashes: one of all inputs of the video, one of the video
+file. A video is done while both are unchanged. Another prompt, setting, image content or overlay, or another file in
+its place, means that ltxpack makes it again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def record_path(output: Path) -> Path:
 
 
 def is_free(output: Path) -> None:
-    """Raises UsageError if another file than a record of ours has the name of the record."""
+    """Raises UsageError if a file that is no record of ours has the name of the record."""
     path = record_path(output)
     if path.exists() and _read(path) is None:
         raise UsageError("would be overwritten, and ltxpack did not write it", file=path, next=f"move {path}")
@@ -47,7 +47,7 @@ def is_free(output: Path) -> None:
 def described(
     request: Request, overlay: Overlay, transformers: Sequence[str], dtype: str, fp8: str = TOKEN
 ) -> dict[str, Any]:
-    """Everything the video of ``request`` depends on, as JSON. Raises SourceError for an image that cannot be read."""
+    """All inputs of the video of ``request``, as JSON. Raises SourceError for an unreadable image."""
     settings = request.settings
     found: dict[str, Any] = {"prompt": request.prompt.strip()}
     found |= {one.name: getattr(settings, one.name) for one in fields(settings) if "guides" not in one.metadata}
@@ -60,7 +60,7 @@ def described(
     if settings.image_crf is None:
         found["image_crf"] = overlay.manifest.image_crf
     if settings.recipe == Settings.recipe:
-        # A record from before recipes existed must give the same fingerprint.
+        # A record from a version without recipes must give the same fingerprint.
         del found["recipe"]
     if settings.keep_steps is None:
         del found["keep_steps"]
@@ -73,7 +73,7 @@ def described(
 
 
 def fingerprint(description: Mapping[str, Any], transformers: Sequence[str], overlay: Overlay) -> str:
-    """The hash of ``description`` together with the weights that would be used."""
+    """The hash of ``description`` and of the weights for it."""
     weights = {
         name: _hashes(overlay.records(name)) for name in sorted({*LOADED_CLASSES, "tokenizer"} - {"transformer"})
     }
@@ -85,7 +85,7 @@ def fingerprint(description: Mapping[str, Any], transformers: Sequence[str], ove
 
 
 def is_done(output: Path, wanted: str) -> bool:
-    """Whether ``output`` is, byte for byte, the video once made from what ``wanted`` is the fingerprint of."""
+    """Whether ``output`` is, byte for byte, the video of a record with the fingerprint ``wanted``."""
     record = _read(record_path(output))
     if record is None or record.get("fingerprint") != wanted:
         return False
@@ -105,8 +105,8 @@ def write_record(
 ) -> None:
     """Write the record of the finished video ``output``. Raises UnwrittenError.
 
-    ``video_blake3`` is of the video that was made: another run may have replaced the file since. The fingerprint does
-    not hold the ``attention`` kernel: ``auto`` may choose another one next time.
+    ``video_blake3`` is the hash of the video that was made: another run may have replaced the file since. The
+    fingerprint leaves out the ``attention`` kernel, because ``auto`` may choose another one next time.
     """
     document = {
         "made_by": MADE_BY,
@@ -122,7 +122,7 @@ def write_record(
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The record at ``path``, or None if there is none or it is not ours."""
+    """The record at ``path``, or None if there is no record of ours."""
     try:
         document = read_json(path, MAX_BYTES)
     except LtxpackError:
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _guidance(guidance: Guidance) -> dict[str, Any]:
     strengths = dataclasses.asdict(guidance)
     if not guidance.skip:
-        # As in records of before there were skip steps.
+        # As in records of versions without skip steps.
         del strengths["skip"]
     return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in strengths.items()}
 

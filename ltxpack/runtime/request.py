@@ -1,4 +1,4 @@
-"""What a user asks a run for: parsed and checked before anything is loaded."""
+"""The request for one video: parsed and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 SEE_HELP = "ltxpack run --help"
 WEB = ("http:/", "https:/", "hf:/", "s3:/", "data:")
-# Steps of a stage as --keep-steps names them; others go by number, from 1.
+# Names of --keep-steps for steps of a stage; other steps go by number, from 1.
 FIRST, LAST, NONE = "first", "last", "none"
 
 
@@ -53,7 +53,7 @@ class ImageSpec:
     @classmethod
     def parse(cls, text: str, num_frames: int) -> ImageSpec:
         """``PATH[@FRAME][:STRENGTH]``, read from the right; a path that exists as typed wins; ``@last`` is a frame."""
-        # A shell leaves the ~ alone in --image=~/a.png.
+        # A shell does not expand the ~ in --image=~/a.png.
         text = text if _is_file(text) else str(at_home(text))
         rest, frame, strength = text, 0, 1.0
         head, colon, tail = text.rpartition(":")
@@ -80,16 +80,16 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class Request:
-    """One video to make. Raises UsageError for values no run could use."""
+    """One video to make. Raises UsageError for values that no run can use."""
 
     prompt: str
     settings: Settings
 
     @classmethod
     def of(cls, prompt: str, **given: Unpack[SettingsGiven]) -> Request:
-        """The request that ``ltxpack run`` makes of the same values; an image as text is ``PATH[@FRAME][:STRENGTH]``.
+        """The request of ``ltxpack run`` for the same values; an image as text is ``PATH[@FRAME][:STRENGTH]``.
 
-        Raises UsageError for values no run could use, TypeError for a name that is no setting.
+        Raises UsageError for values that no run can use, TypeError for a name that is no setting.
         """
         return cls(prompt, Settings.of(given))
 
@@ -106,7 +106,7 @@ class Request:
 
     @functools.cached_property
     def images(self) -> tuple[ImageSpec, ...]:
-        """The images the video is conditioned on."""
+        """The images that condition the video."""
         frames = self.settings.num_frames
         return tuple(
             image if isinstance(image, ImageSpec) else ImageSpec.parse(str(image), frames)
@@ -115,7 +115,7 @@ class Request:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """The batch that is encoded: the prompt, and its negative where the recipe needs one."""
+        """The batch to encode: the prompt, and the negative one if the recipe needs it."""
         return (self.prompt, self.negative_prompt) if self.recipe.negative else (self.prompt,)
 
     @property
@@ -135,9 +135,9 @@ class Request:
         return [] if asked in (None, NONE) else [word.strip() for word in str(asked).split(",")]
 
     def kept_steps(self, stage: int) -> frozenset[int]:
-        """The steps of a stage, counted from 0, in which quantised weights are decoded.
+        """The steps of a stage, counted from 0, that decode quantised weights.
 
-        Without a setting the first of a stage that is guided: guidance multiplies what codes lose, and this step
+        Without a setting it is the first step of a guided stage: guidance multiplies the error of codes, and this step
         decides what the video shows.
         """
         if self.settings.keep_steps is None:
@@ -147,7 +147,7 @@ class Request:
         return frozenset(named[word] if word in named else int(word) - 1 for word in self._kept_words)
 
     def work(self, transformers: Sequence[str], *, prompts: int = 1, once: bool = False) -> Work:
-        """What the planner is asked: the stages with their ``transformers``, and how much they compute.
+        """The work for the planner: the stages with their ``transformers``, and their amount of computing.
 
         ``prompts`` and ``once`` as in :class:`Work`.
         """
@@ -185,7 +185,7 @@ class Request:
 
 
 def _is_file(path: str | Path) -> bool:
-    """Whether there is such a file, also for text that no path can be."""
+    """Whether the file exists; False also for text that cannot be a path."""
     try:
         return Path(path).is_file()
     except OSError:
@@ -193,7 +193,7 @@ def _is_file(path: str | Path) -> bool:
 
 
 def _no_such_image(path: Path) -> UsageError:
-    """The error for what is no file; a Path has only one of the two slashes of a web address."""
+    """The error for a path that is no file. In a Path, a web address has only one of its two slashes."""
     try:
         path.stat()
         found, better = "a folder or a device", "give a picture in it"
@@ -214,7 +214,7 @@ def _check_strength(one: dataclasses.Field[Any], value: float | tuple[int, ...])
 
 
 def _check_text(text: str) -> None:
-    """Raises UsageError for what no tokenizer takes: bytes of the command line that are not UTF-8."""
+    """Raises UsageError for a text that no tokenizer takes: bytes of the command line that are not UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""One run from options to a file: check everything cheap first, then make the video, then publish by rename."""
+"""One run from options to a file: first all cheap checks, then the video, then a rename."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What ``ltxpack run`` is given: ``given`` are settings of the video, the defaults of its recipe for the others.
+    """The arguments of ``ltxpack run``: ``given`` are settings of the video; others have the recipe's defaults.
 
-    ``ray``: the address of the cluster that makes many videos, if one does.
+    ``ray``: the address of a cluster that makes many videos, if any.
     """
 
     overlay: Path
@@ -48,8 +48,8 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run used and made: the video's size in words, the transformer of each stage, the tiles in words,
-    seconds per phase in order, :func:`peak_memory`, and :attr:`ActivationsRecorder.summary` if there was one.
+    """The facts of a run: the video's size in words, the transformer of each stage, the tiles in words, seconds per
+    phase in order, :func:`peak_memory`, and :attr:`ActivationsRecorder.summary` if there is one.
     """
 
     output: Path
@@ -62,7 +62,7 @@ class Summary:
 
 
 def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
-    """Make the video of ``options``; its files appear by rename when they are whole.
+    """Make the video of ``options``; each file appears by rename when it is whole.
 
     Raises UsageError, OverlayError, DeviceError, FormatError.
     """
@@ -91,16 +91,16 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
 
 
 def peak_memory(device: torch.device) -> str:
-    """The most memory that this process held at once, on the host and on a card, in words."""
+    """The peak memory of this process, on the host and on a card, in words."""
     host = human_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     card = f", {human_bytes(torch.cuda.max_memory_allocated(device))} device" if device.type == "cuda" else ""
     return f"peak memory: {host} host{card}"
 
 
 def outputs_of(options: RunOptions, videos: Sequence[tuple[str, Path]]) -> list[Path]:
-    """All files that are written: ``videos``, with the words that name them, and what is saved beside them.
+    """All files that the run writes: ``videos``, each with words for it, and the other outputs.
 
-    Raises UsageError for two outputs that are one file.
+    Raises UsageError if two outputs are one file.
     """
     others = ("--save-tensors", options.save_tensors), (calibration.FLAG, options.session.save_activations)
     seen: dict[Path, str] = {}
@@ -117,9 +117,7 @@ def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
     for folder in dict.fromkeys(output.absolute().parent.resolve() for output in outputs):
         overlay = next((place for place in (folder, *folder.parents) if is_overlay(place)), None)
         if overlay is not None:
-            reporter.warn(
-                f"{folder}: lies in the overlay {overlay}; verify reports every file that is not the overlay's"
-            )
+            reporter.warn(f"{folder}: lies in the overlay {overlay}; verify reports every file that is not the overlay's")
 
 
 def write_video(
@@ -132,10 +130,10 @@ def write_video(
     once: bool = False,
     halfway: Halfway | None = None,
 ) -> str:
-    """Make the video of ``request`` and encode it while it is decoded; returns the blake3 of the file.
+    """Make the video of ``request`` and write it while it is decoded; returns the blake3 of the file.
 
-    ``session.timings`` are its seconds. ``following``, ``once``, ``halfway`` as in :func:`recipe_run.generate`. Raises
-    LtxpackError; then ``output`` is as it was, or UnwrittenError, which says what is kept.
+    ``session.timings`` gets its seconds. ``following``, ``once``, ``halfway`` as in :func:`recipe_run.generate`. Raises
+    LtxpackError and leaves ``output`` unchanged, or UnwrittenError, which lists the files that stay.
     """
     latents, waveform, rate = recipe_run.generate(session, request, following=following, once=once, halfway=halfway)
     kept, shape = list[Tensor](), request.shape
@@ -168,18 +166,18 @@ def write_video(
 
 
 class _Outputs:
-    """The files of one video: where one cannot be written the others still are."""
+    """The files of one video: if one cannot be written, the others still are."""
 
     def __init__(self) -> None:
         self._written: list[Path] = []
         self._fault: UnwrittenError | None = None
 
     def attempt(self, path: Path | None, write: Callable[[], R]) -> R | None:
-        """What ``write`` gives, which writes ``path``; None if that cannot be written."""
+        """The result of ``write``, which writes ``path``; None if ``path`` cannot be written."""
         try:
             result = write()
         except UnwrittenError as error:
-            # A copy: the traceback of the error itself would keep tensors alive.
+            # A copy: the error's own traceback would keep tensors alive.
             self._fault = self._fault or error.keeping()
             return None
         if path is not None:

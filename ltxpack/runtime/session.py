@@ -1,4 +1,4 @@
-"""A session: an overlay opened on a device. It owns what stays loaded, and what happens when memory runs out.
+"""A session: an overlay opened on a device. It owns the loaded weights, and handles a lack of memory.
 
 It also chooses the attention kernel, compiles the blocks, and keeps the time. Knows no recipe: see :mod:`recipe_run`.
 """
@@ -46,7 +46,7 @@ from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.plan import Work
 
 R = TypeVar("R")
-# What libraries say that raise a plain RuntimeError when memory runs out.
+# Texts of libraries that raise a plain RuntimeError when memory runs out.
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
@@ -67,13 +67,13 @@ class Timings:
 
 
 class Session:
-    """The overlay at ``root``, opened as ``settings`` say; nothing large is read yet.
+    """The overlay at ``root``, opened with ``settings`` without reading large files.
 
-    What fits stays loaded until :meth:`close`. Not for several threads at once. Raises OverlayError, UsageError,
+    Weights that fit stay loaded until :meth:`close`. Not for several threads at once. Raises OverlayError, UsageError,
     DeviceError.
     """
 
-    # The phases that are this device's, where another makes the rest of each video; none: all are.
+    # The phases of this device if another makes the rest of each video; empty for all.
     only: frozenset[str] = frozenset()
 
     def __init__(self, root: Path, settings: SessionSettings, reporter: Reporter | None = None) -> None:
@@ -96,15 +96,15 @@ class Session:
         self.timings = Timings()
         self.attention: kernels.KernelChoice | None = None
         self._attention_told = False
-        # What is computed by where rank 0 says it.
+        # The numerics that rank 0 dictates.
         self._adopted: Numerics | None = None
-        # What was told of transformers in codes.
+        # Notes about transformers in codes that were given already.
         self._told: set[str] = set()
-        # Whether the process ends with the session: then the kernel takes pinned memory back, which is faster.
+        # Whether the process ends with the session: the kernel then frees pinned memory, which is faster.
         self.process_ends = False
         self._closed = False
         self._statistics: video.LatentStatistics | None = None
-        # A name that cannot be used is an error now; the fastest is measured when there is something to make.
+        # An unusable name fails now; the measurement of the fastest waits for the first video.
         if kernels.asked_for(settings.attention) != kernels.AUTO:
             self.attention = self.within_memory(self._choose_attention)
         fault = known_fault(self.device, self.dtype)
@@ -114,7 +114,7 @@ class Session:
 
     @property
     def transformer_config(self) -> DiTConfig:
-        """What the transformers are like: the base's, and so every bake's. Raises OverlayError, UnsupportedError."""
+        """The config of the base transformer, and so of every bake. Raises OverlayError, UnsupportedError."""
         return read_dit_config(self.overlay.folder(transformer_part(BASE)))
 
     def transformers(self, recipe: Recipe) -> TransformerChoice:
@@ -125,7 +125,7 @@ class Session:
         return found
 
     def check_blocks(self, guidance: AV[Guidance]) -> None:
-        """Raises UsageError where ``guidance`` perturbs a block that the transformer does not have."""
+        """Raises UsageError if ``guidance`` perturbs a block that the transformer does not have."""
         count = self.transformer_config.num_layers
         for modality, blocks in (("video", guidance.video.perturbed), ("audio", guidance.audio.perturbed)):
             if max(blocks, default=0) >= count:
@@ -134,9 +134,9 @@ class Session:
                 raise UsageError(problem, expected=known, found=max(blocks), next=f"choose other {flag}")
 
     def prepare(self, works: Sequence[Work]) -> None:
-        """Plan for ``works``, and choose the attention kernel: before anything is loaded there is room to measure it.
+        """Plan for ``works``, and choose the attention kernel while the device still has room to measure.
 
-        Raises DeviceError where nothing fits, UsageError for a closed session.
+        Raises DeviceError if nothing fits, UsageError for a closed session.
         """
         self.check_open()
         self.residency.prepare(works)
@@ -151,12 +151,12 @@ class Session:
             self._attention_told = True
 
     def numerics(self) -> Numerics:
-        """What this session computes by, for other ranks; once it is prepared."""
+        """The numerics of this prepared session, for other ranks."""
         assert self.attention is not None
         return Numerics.of(self.attention, self.settings.fp8, self.device, self.dtype)
 
     def adopt(self, numerics: Numerics) -> None:
-        """Compute by what rank 0 does. Raises DeviceError where this device cannot."""
+        """Compute with the numerics of rank 0. Raises DeviceError if this device cannot."""
         if self._adopted is None:
             numerics.check(self._attention_kinds())
         self._adopted, self.attention = numerics, numerics.attention
@@ -164,7 +164,7 @@ class Session:
 
     @property
     def decoding(self) -> str:
-        """The tiles the last video was decoded in, in words; empty before there is one."""
+        """The tiles of the last decoded video, in words; empty before there is one."""
         return "" if self.residency.plan is None else report.decoding(self.residency.plan)
 
     def transform(self, name: str, work: Callable[[DiT], R]) -> R:
@@ -176,8 +176,8 @@ class Session:
         self.residency.load_ahead(transformer_part(name), load_dit)
 
     def upsample(self, latents: Tensor) -> Tensor:
-        """Video latents in twice the height and width; of the video VAE this needs two small tensors only."""
-        if self._statistics is None:  # read once a session: each reading makes a stream on the card
+        """Video latents in twice the height and width; this needs only two small tensors of the video VAE."""
+        if self._statistics is None:  # read once a session: each read makes a stream on the card
             folder = self.overlay.folder("vae")
             self._statistics = video.LatentStatistics.read(folder, VIDEO_CHANNELS, self.device, self.dtype)
         statistics = self._statistics
@@ -186,25 +186,25 @@ class Session:
         )
 
     def begin_video(self) -> None:
-        """What is timed and noted from now on is of a new video."""
+        """Begin the timings and notes of a new video."""
         self.timings = Timings()
         if self.activations is not None:
             self.activations.begin()
 
     def end_video(self) -> None:
-        """The video is whole: what was noted of it goes to its file. Raises as :meth:`ActivationsRecorder.save`."""
+        """Save the activations of the finished video. Raises as :meth:`ActivationsRecorder.save`."""
         if self.activations is not None:
             self.activations.save()
 
     def within_memory(self, work: Callable[[], R]) -> R:
-        """``work()``. Raises DeviceError, with everything of ``work`` released, when memory runs out in it."""
+        """``work()``. If memory runs out in it, frees its tensors and raises DeviceError."""
         try:
             return work()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             found = _out_of_memory(error)
             if found is None:
                 raise
-        # Not in the except block: there the failed work's tensors are still alive in its traceback.
+        # Not in the except block: there the traceback still keeps the failed work's tensors.
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -212,7 +212,7 @@ class Session:
 
     @contextmanager
     def reporting(self, reporter: Reporter) -> Iterator[None]:
-        """Progress of the work in the block goes to ``reporter``."""
+        """Report progress in the block to ``reporter``."""
         before, self.reporter = self.reporter, reporter
         try:
             yield
@@ -221,7 +221,7 @@ class Session:
 
     @contextmanager
     def taking(self, stages: Sequence[str]) -> Iterator[None]:
-        """Work in the block takes the transformers ``stages``, whatever the settings of the session say."""
+        """Use the transformers ``stages`` in the block, whatever the settings of the session."""
         before = self.settings
         named: dict[str, Any] = {stage_flag(number): name for number, name in enumerate(stages)}
         self.settings = replace(before, **named)
@@ -236,7 +236,7 @@ class Session:
             raise UsageError("this pipeline is closed", next="ltxpack.Pipeline.from_overlay(...) opens another")
 
     def close(self) -> None:
-        """Give back the memory held; a closed session makes no more videos."""
+        """Free the memory; a closed session makes no more videos."""
         self._closed = True
         self.ranks.close()
         self._statistics = None
@@ -253,7 +253,7 @@ class Session:
         self.close()
 
     def _rank_of(self, root: Path, devices: Sequence[str]) -> Alone:
-        """Rank 0 of ``devices``; of another rank that torchrun started it is said later what that is."""
+        """Rank 0 of ``devices``; another rank that torchrun started is set later."""
         settings, config = self.settings, self.transformer_config
         check_heads(settings.parallel, config, len(devices))
         launch = launched() if settings.devices == TORCHRUN else None
@@ -263,7 +263,7 @@ class Session:
         return ALONE if launch.rank else TorchrunTeam(launch, settings, self.device, config, self.reporter)
 
     def _prepare(self, name: str, model: DiT, streamed: bool) -> None:
-        """Prepare a transformer once, when its weights have come to the device or come there block by block."""
+        """Prepare a transformer once, when its weights are on the device or come there block by block."""
         if self.activations is not None:
             self.activations.watch(name, model)
         fp8 = self.settings.fp8
@@ -293,7 +293,7 @@ class Session:
 
 
 def _of_a_video(settings: SessionSettings) -> tuple[str, ...]:
-    """The devices that make each video together. Raises UsageError for a way to share out many videos."""
+    """The devices that make each video together. Raises UsageError for a --parallel that shares out many videos."""
     if settings.parallel in OF_MANY:
         problem = f"--parallel {settings.parallel} is for the many videos of a prompts file"
         raise UsageError(problem, next=f"give --prompts FILE, or choose --parallel {AUTO}")
@@ -301,7 +301,7 @@ def _of_a_video(settings: SessionSettings) -> tuple[str, ...]:
 
 
 def devices_of(settings: SessionSettings) -> tuple[str, ...]:
-    """One for each rank. Raises UsageError for what does not go together."""
+    """The device of each rank. Raises UsageError for settings that do not go together."""
     if settings.devices == TORCHRUN and (launch := launched()) is not None:
         return (_of_this_rank(settings, launch),) * launch.size
     if settings.devices is None:
@@ -311,7 +311,7 @@ def devices_of(settings: SessionSettings) -> tuple[str, ...]:
     if settings.device != AUTO:
         raise UsageError("--device and --devices are two answers to one question", next="leave --device out")
     if settings.save_activations is not None:
-        # Each rank sees the inputs of its own passes alone.
+        # Each rank sees only the inputs of its own passes.
         raise UsageError("--save-activations goes with one device", next="leave --devices out")
     return named_devices(settings.devices)
 
@@ -332,7 +332,7 @@ def _of_this_rank(settings: SessionSettings, launch: Launched) -> str:
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    """What ``error`` says, if it says that memory ran out."""
+    """The text of ``error`` if it says that memory ran out, else None."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return lines[0] if known or any(sign in str(error) for sign in OUT_OF_MEMORY) else None

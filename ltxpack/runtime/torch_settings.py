@@ -1,5 +1,5 @@
-"""What ltxpack changes of torch's settings, which are the whole process's: float32 without TF32 for a while, and the
-folder that torch may load compiled code from.
+"""The settings of torch that ltxpack changes for the whole process: float32 without TF32 for a while, and the folder
+of compiled code.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.text.prompt_cache import PLACE_VARIABLE, user_cache
 
-# Inductor looks here for compiled kernels of earlier processes; Triton's own go to a folder below.
+# Inductor's folder for compiled kernels of earlier processes; Triton's kernels are in a folder below.
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# How many processes inductor compiles in; by default as many as there are cores.
+# The number of inductor's compile processes; by default one for each core.
 COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"
 MOST_COMPILERS = 4
 MOST_GRAPHS = 64
 FOLDER = "ltxpack-compiled"
-# What numbers are rounded by: settings below torch.backends, by their names, and kernels that torch may attend with.
+# Settings that change the rounding of numbers: names below torch.backends, and the allowed attention kernels.
 ROUNDING = (
     "cuda.matmul.allow_bf16_reduced_precision_reduction",
     "cuda.matmul.fp32_precision",
@@ -41,7 +41,7 @@ ROUNDING = (
 ATTENDING = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")
 PRODUCTS = "float32_matmul_precision"
 
-# What restores torch's settings, once for each block of :func:`exact_float32` that is entered now.
+# A function that restores torch's settings, for each open block of :func:`exact_float32`.
 _entered: list[Callable[[], None]] = []
 _entering = Lock()
 
@@ -50,8 +50,8 @@ _entering = Lock()
 def exact_float32() -> Iterator[None]:
     """In the block, convolutions and matrix products of float32 numbers on a card use float32, not TF32.
 
-    Other threads see it too. The last block to end, in whatever thread, restores what the first one found; no other
-    setting changes.
+    This holds for other threads too. The last block to end, in any thread, restores the settings that the first one
+    found; no other setting changes.
     """
     with _entering:
         _entered.append(_entered[0] if _entered else _without_tf32())
@@ -65,7 +65,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def _without_tf32() -> Callable[[], None]:
-    """Turns TF32 off; returns what restores the settings.
+    """Turns TF32 off; returns a function that restores the settings.
 
     torch has two interfaces to them and refuses to read the older one while the two disagree, so both are set.
     """
@@ -75,7 +75,7 @@ def _without_tf32() -> Callable[[], None]:
     newer = (cudnn, "conv"), (cudnn, "rnn"), (torch.backends.mkldnn, "matmul")
     named = (matmul, *(getattr(library, name, None) for library, name in newer))
     operations = [each for each in named if hasattr(each, "fp32_precision")]
-    before = ExitStack()  # what is added first is restored last
+    before = ExitStack()  # restores in reverse order
     for operation in operations:
         before.callback(setattr, operation, "fp32_precision", operation.fp32_precision)
     with suppress(RuntimeError):  # they disagree already
@@ -92,14 +92,14 @@ def _without_tf32() -> Callable[[], None]:
 
 
 def rounding() -> dict[str, Any]:
-    """What torch's settings are here, as far as numbers depend on them and this torch has them."""
+    """The settings of this torch that numbers depend on."""
     found = {PRODUCTS: _read(torch.get_float32_matmul_precision)}
     found |= {name: _read(lambda name=name: attrgetter(name)(torch.backends)) for name in ROUNDING}  # type: ignore[misc]
     return found | {name: _read(getattr(torch.backends.cuda, f"{name}_enabled")) for name in ATTENDING}
 
 
 def round_as(wanted: Mapping[str, Any]) -> None:
-    """Set what is another here than in ``wanted``, which :func:`rounding` gave in another process."""
+    """Set torch as in ``wanted``, the result of :func:`rounding` in another process."""
     for name, value in wanted.items():
         if value is None or rounding()[name] == value:
             continue
@@ -115,36 +115,36 @@ def round_as(wanted: Mapping[str, Any]) -> None:
 def _read(setting: Callable[[], Any]) -> Any:
     try:
         return setting()
-    except (AttributeError, RuntimeError):  # this torch has none, or its two interfaces to it disagree
+    except (AttributeError, RuntimeError):  # this torch lacks it, or its two interfaces disagree
         return None
 
 
 def set_up_compiler(reporter: Reporter, alike: bool = False) -> None:
-    """Have torch keep compiled code for later processes, compile in few processes, and keep as many graphs as we need.
+    """Have torch keep compiled code for later processes, compile in few processes, and keep enough graphs.
 
-    ``alike``: other processes compile the same and must get the same numbers, so that nothing that changes these is
-    chosen by measuring. All are settings of this process and of those it starts. What the user has set for torch stays.
+    ``alike``: other processes compile the same code and must get the same numbers, so that no measurement may choose
+    between kernels that round differently. The settings hold for this process and those it starts. The user's own
+    settings of torch stay.
     """
     os.environ[INDUCTOR_CACHE] = str(compiled_code(os.environ, reporter))
-    # Blocks in bf16, in codes and decoded, with and without images and STG: each is a graph of the same functions.
+    # Blocks in bf16, in codes and decoded, with and without images and STG, are different graphs of the same functions.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, MOST_GRAPHS)
     from torch._inductor import config
 
     if alike and hasattr(config, "deterministic"):
         config.deterministic = True
     if COMPILERS not in os.environ:
-        # Each is a process with a torch of its own, which the plan of the host's memory does not count.
+        # Each is a process with its own torch, which the plan of the host's memory does not include.
         config.compile_threads = min(config.compile_threads or MOST_COMPILERS, MOST_COMPILERS)
 
 
 def compiled_code(environment: Mapping[str, str], reporter: Reporter) -> Path:
-    """The folder that torch may load compiled code from; it is made if it is not there.
+    """The folder from which torch may load compiled code; makes it if it does not exist.
 
-    torch executes what it finds there. So the folder is the user's own, and nobody else can enter it:
-    ``ltxpack-compiled`` in the XDG cache folder, or one that the user has named for torch. ``LTXPACK_CACHE`` may be
-    shared, so the folder is never below it. Where no such folder can be had, one that lasts as long as this process
-    is used, and ``reporter`` gets a warning. torch keys the code by graph, version, device and settings, so it never
-    uses stale code.
+    torch executes the code there. So the folder is the user's own, and nobody else can enter it: ``ltxpack-compiled``
+    in the XDG cache folder, or a folder that the user has named for torch. ``LTXPACK_CACHE`` may be shared, so the
+    folder is never below it. If no such folder is possible, it is a temporary one for this process, and ``reporter``
+    gets a warning. torch keys the code by graph, version, device and settings, so it never uses stale code.
     """
     named = environment.get(INDUCTOR_CACHE)
     try:
@@ -157,7 +157,7 @@ def compiled_code(environment: Mapping[str, str], reporter: Reporter) -> Path:
 
 
 def _private(folder: Path, environment: Mapping[str, str], open_to: int) -> Path:
-    """``folder``, made with mode 0700. Raises PermissionError if code in it could be somebody else's; OSError.
+    """``folder``, made with mode 0700. Raises PermissionError if it could hold another user's code; OSError.
 
     ``open_to``: the bits of its mode that must not be set.
     """
@@ -183,5 +183,5 @@ def _lasting_as_long_as_this_process() -> Path:
 
 
 def _is_torchs_own(folder: Path) -> bool:
-    """Whether torch has set the variable itself, to a folder that is lost when the machine restarts."""
+    """Whether torch itself has set the variable, to a folder that a restart of the machine removes."""
     return folder.name.startswith("torchinductor_") and folder.parent == Path(tempfile.gettempdir())

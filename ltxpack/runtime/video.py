@@ -1,4 +1,4 @@
-"""What a run makes: latents of each stage, frames and sound, and how they become files."""
+"""The results of a run: latents of each stage, frames and sound; and how to write them to files."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Latents:
-    """What the samplers made: the normalised latents ``[1, 128, f, h, w]`` and ``[1, 8, Ta, 16]`` of each stage.
+    """The results of the samplers: normalised latents ``[1, 128, f, h, w]`` and ``[1, 8, Ta, 16]`` of each stage.
 
-    ``upsampled`` is the video that the last stage began from, before noise; None if it began from noise alone.
+    ``upsampled`` is the video from which the last stage began, before noise; None if it began from noise alone.
     """
 
     stages: tuple[AV[Tensor], ...]
@@ -30,7 +30,7 @@ class Latents:
 
     @property
     def video(self) -> Tensor:
-        """The video latents that are decoded: those of the last stage."""
+        """The video latents to decode: those of the last stage."""
         return self.stages[-1].video
 
     @property
@@ -49,8 +49,8 @@ class Video:
     """A finished video in memory.
 
     ``frames`` ``[F, H, W, 3]`` in [0, 1], in the pipeline's dtype, and ``waveform`` float32 ``[2, N]`` in [-1, 1]
-    with ``sample_rate`` samples per second: both on the CPU. ``latents`` lie where they were made. ``fps`` in frames
-    per second; ``seconds`` are those each phase took, in order.
+    with ``sample_rate`` samples per second: both on the CPU. ``latents`` are on the device that made them. ``fps`` in
+    frames per second; ``seconds`` has the time of each phase, in order.
     """
 
     frames: Tensor
@@ -76,7 +76,7 @@ class Video:
     def save(self, path: str | Path) -> Path:
         """Write an ``.mp4``, ``.m4v``, ``.mov`` or ``.mkv`` (H.264 and AAC), which appears when it is whole.
 
-        Raises UsageError for a path where no video can be written.
+        Raises UsageError for a path that cannot be written.
         """
         path = Path(path)
         _, height, width, _ = self.frames.shape
@@ -87,7 +87,7 @@ class Video:
         return path
 
     def save_tensors(self, path: str | Path) -> Path:
-        """Write what ``ltxpack run --save-tensors`` writes, in float32; the same tensors always give the same bytes.
+        """Write the tensors of ``ltxpack run --save-tensors`` in float32; equal tensors give equal bytes.
 
         Raises UsageError for a path that cannot be written, UnwrittenError for a full disk.
         """
