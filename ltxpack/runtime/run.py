@@ -117,7 +117,9 @@ def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
     for folder in dict.fromkeys(output.absolute().parent.resolve() for output in outputs):
         overlay = next((place for place in (folder, *folder.parents) if is_overlay(place)), None)
         if overlay is not None:
-            reporter.warn(f"{folder}: lies in the overlay {overlay}; verify reports every file that is not the overlay's")
+            reporter.warn(
+                f"{folder}: lies in the overlay {overlay}; verify reports every file that is not the overlay's"
+            )
 
 
 def write_video(
