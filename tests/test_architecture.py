@@ -40,7 +40,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 33_464,
+    "lines of the package": 33_488,
     "files of the package": 197,
     "lines of the tests": 32_393,
 }

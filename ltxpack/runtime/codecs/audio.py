@@ -17,7 +17,7 @@ from torch import Tensor
 from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, build_on_meta, load_component, load_module, read_config
 
-# Raises as load_component.
+# Raises the errors of load_component.
 load_audio_vae = partial(load_component, AutoencoderKLLTX2Audio)
 
 
@@ -41,7 +41,7 @@ _filter = vocoders.kaiser_sinc_filter1d
 
 @contextmanager
 def _filters_by_shape() -> Iterator[None]:
-    """In the block, a filter that is made on the meta device has a shape alone, and all others their values.
+    """In the block, a filter on the meta device has only a shape; other filters have their values.
 
     diffusers computes 400 filters as it builds the vocoder. On the meta device torch does so in Python, for seconds.
     """
@@ -75,8 +75,8 @@ def decode_mel(audio_vae: AutoencoderKLLTX2Audio, latents: Tensor) -> Tensor:
 def decode_audio(audio_vae: AutoencoderKLLTX2Audio, vocoder: LTX2VocoderWithBWE, latents: Tensor) -> Tensor:
     """The waveform ``[2, N]`` float32 in [-1, 1] of normalised ``latents`` ``[1, 8, Ta, 16]``.
 
-    N is ``(4 Ta - 3) * 160 * 3`` samples at :func:`sample_rate`. The vocoder runs in float32; its
-    result is rounded to the dtype of ``latents``, as the official pipeline hands it on.
+    N is ``(4 Ta - 3) * 160 * 3`` samples at :func:`sample_rate`. The vocoder runs in float32; its result is rounded to
+    the dtype of ``latents``, as in the official pipeline.
     """
     mel = decode_mel(audio_vae, latents)
     waveform = vocoder(mel.float())
@@ -84,5 +84,5 @@ def decode_audio(audio_vae: AutoencoderKLLTX2Audio, vocoder: LTX2VocoderWithBWE,
 
 
 def sample_rate(vocoder: LTX2VocoderWithBWE) -> int:
-    """Samples per second of what ``vocoder`` makes."""
+    """Samples per second of ``vocoder``'s sound."""
     return int(vocoder.config.output_sampling_rate)

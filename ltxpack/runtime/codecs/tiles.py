@@ -1,7 +1,7 @@
-"""How a latent video is cut into tiles for decoding: the official layout, or larger tiles where memory allows.
+"""Cuts a latent video into tiles for decoding: the official layout, or larger tiles if memory allows.
 
-Sizes and positions alone, so that a plan needs no torch. Lengths are in latents. Source: spec 06, section 5. Larger
-tiles decode less twice; pixels near a seam then differ from the official ones, so users ask for it.
+Only sizes and positions, so that a plan needs no torch. Lengths are in latents. Source: spec 06, section 5. Larger
+tiles decode less twice, but pixels near a seam differ from the official ones, so they are on request.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SHORTEST_SIDE = 3
 SPATIAL_OVERLAP = 2
 FRAMES = 10
 FRAME_OVERLAP = 3
-# In time a tile after the first begins one latent earlier, see split_frames.
+# In time every tile but the first begins one latent earlier, see split_frames.
 LEADS = (1, 0, 0)
-# Full-size tensors of the decoder's last stage alive at its largest moment, counted on the meta device.
+# Full-size tensors of the decoder's last stage alive at its peak, counted on the meta device.
 LIVE_TENSORS = 4.5
-# The group in work, its tail, and two copies on the way to the range [0, 1].
+# The present group, its tail, and two copies on the way to the range [0, 1].
 FRAME_COPIES = 4
-# Convolutions cannot count as many elements in one tensor.
+# Convolutions cannot count this many elements in one tensor.
 TOO_MANY = 2**31
 
 
@@ -38,7 +38,7 @@ class Cut:
 
 
 class Tiling(NamedTuple):
-    """How each axis is cut."""
+    """The cut of each axis."""
 
     frames: Cut
     height: Cut
@@ -102,9 +102,9 @@ class AxisTiles:
 
     @classmethod
     def of(cls, length: int, cut: Cut, lead: int = 0) -> AxisTiles:
-        """Of :func:`split`, or with ``lead`` 1 of :func:`split_frames`.
+        """The counts for :func:`split`, or with ``lead`` 1 for :func:`split_frames`.
 
-        Counted without a list of them: a plan is made before a size is known to be sound.
+        It makes no list of spans: a plan may have an unsound size.
         """
         stride = cut.length - cut.overlap
         count = max(1, -(-(length - cut.overlap) // stride))
@@ -123,15 +123,15 @@ class Tiles:
 
     @classmethod
     def of(cls, grid: Iterable[int], tiling: Tiling) -> Tiles:
-        """The tiles that latents of (f, h, w) are cut into."""
+        """The tiles of latents of (f, h, w)."""
         axes = list(map(AxisTiles.of, grid, tiling, LEADS))
         return cls(math.prod(axis.count for axis in axes), tuple(axis.longest for axis in axes))
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSizes:
-    """What one latent becomes in the video decoder: ``width`` channels in each of ``places`` positions of the last
-    stage, where most memory goes, and ``values`` numbers in the decoded frames.
+    """The sizes of one latent in the video decoder: ``width`` channels at each of ``places`` positions of the last
+    stage, which takes most memory, and ``values`` numbers in the decoded frames.
     """
 
     width: int
@@ -139,9 +139,9 @@ class DecoderSizes:
     values: int
 
     def largest_tile(self, available: int, itemsize: int) -> int:
-        """The most latents of a tile that is decoded in ``available`` bytes.
+        """The most latents of a tile that can be decoded in ``available`` bytes.
 
-        The largest moment is a convolution of the last stage: its output, its input, and the input before padding.
+        The peak is a convolution of the last stage: its output, its input, and the input before padding.
         """
         count = self.width * self.places
         return int(min(available // (LIVE_TENSORS * count * itemsize), (TOO_MANY - 1) // count))
@@ -150,7 +150,7 @@ class DecoderSizes:
 def tiling_within(grid: tuple[int, int, int], decoder: DecoderSizes, itemsize: int, available: int) -> Tiling:
     """The largest tiles in which latents of (f, h, w) can be decoded with ``available`` bytes free.
 
-    The frames' own bytes are subtracted first. The official tiles are the least, even where they do not fit.
+    It subtracts the frames' own bytes first. The official tiles are the smallest, even if they do not fit.
     """
     left = available - FRAME_COPIES * math.prod(grid) * decoder.values * itemsize
     return large_tiling(*grid, decoder.largest_tile(left, itemsize))

@@ -1,6 +1,6 @@
 """The video VAE: pixels to normalised latents, and latents to frames, tile by tile, a group of frames at a time.
 
-And the upsampler between two stages: twice the height and width in latent space (spec 05, section 6).
+Also the upsampler between two stages: twice the height and width in latent space (spec 05, section 6).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, load_component, read_headers, read_tensors, verify_command
 
 VideoVAE: TypeAlias = AutoencoderKLLTX2Video
-# Gives each of many tiles decoded, in order: :func:`decode_tiles`, or one that has help.
+# Decodes many tiles in order: :func:`decode_tiles`, or a function that shares the work between ranks.
 DecodeTiles: TypeAlias = Callable[[VideoVAE, Iterable[Tensor]], Iterator[Tensor]]
-# Tiles are blended this many frames at a time, so that the float32 copies stay small beside the frames.
+# The number of frames that are blended at once, so that the float32 copies stay small beside the frames.
 BLENDED_AT_ONCE = 8
 
 
@@ -47,8 +47,8 @@ class LatentStatistics:
     def read(cls, folder: Path, channels: int, device: torch.device, dtype: torch.dtype) -> LatentStatistics:
         """The statistics alone from the files of ``vae/``, on ``device`` in ``dtype``.
 
-        No hash is compared: a hash covers a whole file, and loading the VAE itself compares it. Raises OverlayError if
-        the statistics are missing or have not ``channels`` numbers; FormatError.
+        It compares no hash: a hash covers a whole file, and loading the VAE compares it. Raises OverlayError if the
+        statistics are missing or do not have ``channels`` numbers; FormatError.
         """
         headers, stored = read_headers(folder), {}
         for name in ("latents_mean", "latents_std"):
@@ -100,12 +100,12 @@ def channels_last(vae: VideoVAE) -> VideoVAE:
 
 
 class _ChannelsLastConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffusers is untyped
-    """The same convolution, which pads into channels-last memory: its input may be in planes, and the convolution
-    would copy it once more.
+    """A convolution that pads into channels-last memory: its input may be in planes, which the convolution would copy
+    once more.
     """
 
     def forward(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
-        """Repeats the first frame before all others; without ``causal`` half as often, then the last one too."""
+        """Pad with copies of the first frame; without ``causal`` with half as many, and with copies of the last one."""
         missing = self.kernel_size[0] - 1
         before, after = (missing, 0) if causal else (missing // 2, missing // 2)
         batch, channels, frames, height, width = hidden_states.shape
@@ -126,7 +126,7 @@ class _ChannelsLastConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffuse
 def encode_image(vae: VideoVAE, pixels: Tensor) -> Tensor:
     """Normalised latents ``[1, C, f, H/32, W/32]`` of ``pixels`` ``[1, 3, F, H, W]`` in [-1, 1], model dtype.
 
-    This is the mean of the posterior; nothing is drawn. One frame makes one latent frame; F is 8k + 1 (spec 04,
+    It returns the mean of the posterior and draws nothing. One frame makes one latent frame; F is 8k + 1 (spec 04,
     section 5).
     """
     latents = vae.encode(pixels).latent_dist.mode()
@@ -147,7 +147,7 @@ def decode_tile(vae: VideoVAE, tile: Tensor) -> Tensor:
 
 
 def decoded_shape(vae: VideoVAE, tile: Tensor) -> tuple[int, int, int, int]:
-    """The shape of a ``tile`` that is decoded."""
+    """The shape of ``tile`` after decoding."""
     _, _, length, height, width = tile.shape
     spatial, frames = vae.spatial_compression_ratio, vae.temporal_compression_ratio * (length - 1) + 1
     return vae.config.out_channels, frames, height * spatial, width * spatial
@@ -159,9 +159,9 @@ def decode_video(
 ) -> Iterator[Tensor]:
     """The frames of normalised ``latents`` ``[1, C, f, h, w]``, in chunks ``[n, 32h, 32w, 3]`` in [0, 1].
 
-    A chunk is yielded as soon as its temporal group is decoded, in the dtype and on the device of ``latents``;
-    together they are ``8 (f - 1) + 1`` frames. ``tiling`` defaults to the official layout (spec 06, section 5).
-    ``decode`` gives the tiles in their order.
+    It yields a chunk as soon as its temporal group is decoded, in the dtype and on the device of ``latents``; together
+    they are ``8 (f - 1) + 1`` frames. ``tiling`` defaults to the official layout (spec 06, section 5). ``decode`` gives
+    the tiles in order.
     """
     layout = TileLayout.of(vae, latents, tiling)
     tiles = iter(decode(vae, layout.cut(LatentStatistics.of(vae).denormalise(latents))))
@@ -177,7 +177,7 @@ def decode_video(
 
 @dataclass(frozen=True, slots=True)
 class TileLayout:
-    """The tiles of a video along each axis; the order is that of the groups, in each that of rows, then columns."""
+    """The tiles of a video along each axis, in the order of groups, then rows, then columns."""
 
     groups: list[AxisTile]
     rows: list[AxisTile]
@@ -185,7 +185,7 @@ class TileLayout:
 
     @classmethod
     def of(cls, vae: VideoVAE, latents: Tensor, tiling: Tiling | None = None) -> TileLayout:
-        """Of ``latents`` ``[1, C, f, h, w]``; ``tiling`` defaults to the official layout."""
+        """The layout for ``latents`` ``[1, C, f, h, w]``; ``tiling`` defaults to the official one."""
         _, _, length, height, width = latents.shape
         tiling = tiling or auto_tiling(height, width)
         spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
@@ -212,7 +212,7 @@ def _blended_group(
 ) -> Tensor:
     """The weighted sum of one temporal group's tiles, ``[n, H, W, 3]`` in [-1, 1].
 
-    Sums are float32, rounded once as they are stored in the buffer.
+    The sums are float32, rounded once when the buffer stores them.
     """
     rows, columns = layout.rows, layout.columns
     frames = latents.new_zeros(len(group.weights), rows[-1].output.stop, columns[-1].output.stop, channels)
@@ -238,7 +238,7 @@ class AxisTile:
     weights: Tensor
 
     def to(self, device: torch.device) -> AxisTile:
-        """The same tile with its weights on ``device``; they are computed on the CPU, whose rounding is the norm."""
+        """The tile with its weights on ``device``; the CPU computes them, because its rounding is the norm."""
         return AxisTile(self.latents, self.output, self.weights.to(device))
 
 
@@ -263,7 +263,7 @@ def frame_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
 
 
 def fresh_frames(groups: list[AxisTile]) -> Iterator[int]:
-    """The number of frames of each temporal group that are final once it is decoded: those before the next group."""
+    """The number of final frames of each temporal group after its decoding: those before the next group."""
     for group, following in pairwise(groups):
         yield following.output.start - group.output.start
     yield groups[-1].output.stop - groups[-1].output.start
@@ -283,7 +283,7 @@ def _ramp(length: int) -> Tensor:
 
 
 def _summing_to_one(tiles: list[AxisTile]) -> list[AxisTile]:
-    """Divides the weights by their sum where it is not 1: more than two tiles overlap there."""
+    """Divide the weights by their sum where more than two tiles overlap, so that it is not 1."""
     total = torch.zeros(max(tile.output.stop for tile in tiles))
     for tile in tiles:
         total[tile.output] += tile.weights
@@ -302,12 +302,13 @@ load_upsampler = partial(load_component, LTX2LatentUpsamplerModel)
 def upsample(upsampler: LTX2LatentUpsamplerModel, statistics: LatentStatistics, latents: Tensor) -> Tensor:
     """Normalised latents ``[1, C, f, h, w]`` to normalised latents ``[1, C, f, 2h, 2w]``, same dtype.
 
-    The network works on plain latents, so the video VAE's statistics are taken out and put back. Raises UsageError for
-    a single latent where the network is too narrow for one.
+    The network works on plain latents, so this takes the video VAE's statistics out and puts them back. Raises
+    UsageError for a single latent if the network is too narrow for one.
     """
     norms = [module for module in upsampler.modules() if isinstance(module, nn.GroupNorm)]
     if latents[0, 0].numel() == 1 and any(norm.num_channels == norm.num_groups for norm in norms):
-        # A group of one value has no variance. Networks as narrow as the demo's have one, in their smallest picture.
+        # A group of one value has no variance. A network as narrow as the demo's has such groups for its smallest
+        # picture.
         raise UsageError(
             "too small a video for the upsampler of this checkpoint, which normalises each channel by itself",
             expected="more than 1 latent in stage 1",

@@ -1,4 +1,4 @@
-"""What a file is that cannot be read as a picture, told by its first bytes; and what to do with it. Decodes nothing."""
+"""Names a file that is no readable picture by its first bytes, and says what to do with it. Decodes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ltxpack.errors import FormatError, LtxpackError, UnsupportedError
 
 READ = "a PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF file"
-# An XML file may begin with a long comment before it says that it is SVG.
+# An SVG file may begin with a long XML comment.
 BEGINNING = 4096
 CONVERT = "convert it to PNG or JPEG"
 FRAME = "save one frame of it as a picture, for example: ffmpeg -i VIDEO -frames:v 1 frame.png"
@@ -18,7 +18,7 @@ FETCH = "fetch the picture itself, logged in if its page asks for that"
 
 
 class Kind(NamedTuple):
-    """Files that begin with ``pattern``. What is to be converted is a picture, or close to one."""
+    """Files that begin with ``pattern``. Those to convert are pictures, or close to them."""
 
     pattern: bytes
     name: str

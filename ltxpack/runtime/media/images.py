@@ -18,7 +18,7 @@ from ltxpack.runtime.media.pictures import Pixels, read_image, tell_once
 MAX_CRF = 51
 # The longest side of a frame that x264 takes.
 MAX_SIDE = 16384
-# How many times the pixels that are needed make a picture a large one.
+# A picture with this many times the needed pixels is large.
 LARGE = 4
 
 
@@ -40,8 +40,8 @@ def prepare_image(picture: Tensor, height: int, width: int, device: torch.device
     """``[1, 3, 1, height, width]`` in [-1, 1] of uint8 ``[H, W, 3]``: scaled to cover, cropped to the centre.
 
     Bilinear, without antialiasing and without rounding back to whole numbers; float32 until the last step. A picture
-    that is large is scaled on the CPU: on ``device`` it would take memory that no plan counts. Of a narrow one, which
-    would become large, only what is kept is computed.
+    that is large is scaled on the CPU: on ``device`` it would take memory that no plan includes. For a narrow one,
+    which would become large, this computes only the pixels that it keeps.
     """
     rows, columns = picture.shape[:2]
     scale = max(height / rows, width / columns)
@@ -60,7 +60,7 @@ def prepare_image(picture: Tensor, height: int, width: int, device: torch.device
 def _centre_of_scaled(picture: Tensor, covering: tuple[int, int], kept: tuple[int, int]) -> Tensor:
     """The middle ``kept`` (rows, columns) of ``picture`` scaled to ``covering``: float32 ``[1, 3, *kept]``.
 
-    It equals what torch's bilinear ``interpolate`` gives there, except for the rounding of the last bits.
+    It equals torch's bilinear ``interpolate`` there, except for the rounding of the last bits.
     """
     (top, bottom, down), (left, right, across) = map(_sampled, picture.shape, covering, kept)
     corners = [picture[row[:, None], column].float() for row in (top, bottom) for column in (left, right)]
@@ -71,7 +71,7 @@ def _centre_of_scaled(picture: Tensor, covering: tuple[int, int], kept: tuple[in
 def _sampled(size: int, scaled: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """For the middle ``kept`` of ``scaled`` pixels: their two neighbours of ``size`` pixels, and the second's weight.
 
-    The position has the float32 steps of torch's kernel: ratio, and one rounding after the subtraction.
+    It computes positions with the float32 steps of torch's kernel: ratio, and one rounding after the subtraction.
     """
     ratio = (torch.tensor(float(size)) / torch.tensor(float(scaled))).double()
     middle = torch.arange(kept) + (scaled - kept) // 2
@@ -83,8 +83,8 @@ def _sampled(size: int, scaled: int, kept: int) -> tuple[Tensor, Tensor, Tensor]
 def compress(pixels: Pixels, crf: int) -> Pixels:
     """``pixels`` after one frame of x264 at ``crf``, cut to even sides from the top left; unchanged for crf 0.
 
-    The model was trained on frames of compressed video, which a clean picture does not look like. A picture with
-    longer sides than x264 takes is scaled down first.
+    The model was trained on frames of compressed video, and a clean picture looks different. A picture with longer
+    sides than x264 takes is scaled down first.
     """
     if crf == 0 or min(pixels.shape[:2]) < 2:
         return pixels

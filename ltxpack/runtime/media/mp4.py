@@ -85,7 +85,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Tensor) -> None:
-        """Appends ``frames`` ``[n, H, W, 3]`` in [0, 1]. Waits while the chunk before the last is encoded."""
+        """Append ``frames`` ``[n, H, W, 3]`` in [0, 1]. Waits while the chunk before the last is encoded."""
         expected = (self.height, self.width, 3)
         if tuple(frames.shape[1:]) != expected:
             raise ValueError(f"frames are {tuple(frames.shape[1:])}, the video is {expected}")
@@ -96,7 +96,7 @@ class VideoWriter:
         self.frames_written += len(frames)
 
     def write_audio(self, waveform: Tensor) -> None:
-        """The whole sound, ``[2, N]`` in [-1, 1]; it is encoded after the last frame."""
+        """Take the whole sound, ``[2, N]`` in [-1, 1], and encode it after the last frame."""
         if waveform.ndim != 2 or waveform.shape[0] != 2 or self.sample_rate is None:
             raise ValueError(f"sound of shape {tuple(waveform.shape)} for a video with {self.sample_rate} samples/s")
         self._await_encoder(2)
@@ -123,7 +123,7 @@ class VideoWriter:
             self._temporary.publish()
 
     def _await_encoder(self, most: int) -> None:
-        """Waits until no more than ``most`` chunks are left to encode. Raises what went wrong with those before."""
+        """Wait until at most ``most`` chunks are left to encode. Raises the error of an earlier chunk."""
         with self._told():
             while self._encoding and (len(self._encoding) > most or self._encoding[0].done()):
                 self._encoding.popleft().result()
@@ -139,7 +139,7 @@ class VideoWriter:
 
 
 def _close(container: OutputContainer) -> None:
-    """Close a file that is whole already, or given up."""
+    """Close a file that is whole, or that is given up."""
     with suppress(Exception):
         container.close()
 

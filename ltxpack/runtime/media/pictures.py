@@ -1,4 +1,4 @@
-"""A picture file as pixels: upright, without alpha, in sRGB. Needs no torch, so that a server can look at pictures."""
+"""Reads a picture file: upright pixels without alpha, in sRGB. Needs no torch, so that a server can read pictures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def tell_once(message: str, *facts: object) -> None:
-    """A warning, once: pictures are read when they are checked, and again when they are used."""
+    """Log a warning once: pictures are read for a check and again for use."""
     _log.warning(message, *facts)
 
 
@@ -65,16 +65,16 @@ def read_image(path: Path, most: int = MAX_PIXELS) -> Pixels:
 
 
 def _is_preview(image: Image.Image) -> bool:
-    """Whether a TIFF begins with a small copy of what it holds, as raw pictures of cameras do."""
+    """Whether a TIFF begins with a small copy of its picture, as raw pictures of cameras do."""
     tags = getattr(image, "tag_v2", {})
     return DNG_VERSION in tags or (tags.get(SUBFILE) == REDUCED and SUB_IFDS in tags)
 
 
 def _upright(image: Image.Image, path: Path) -> Image.Image:
-    """``image`` turned as its camera was held, without alpha."""
+    """``image`` turned by its EXIF orientation, without alpha."""
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception as error:  # whatever Pillow raises for EXIF data of any content
+    except Exception as error:  # any error of Pillow for odd EXIF data
         tell_once("%s: its EXIF data cannot be read (%s); taken as upright", path, str(error))
         turn = None
     turned = image if turn is None else image.transpose(turn)
@@ -99,7 +99,7 @@ def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
-    """The high bytes of 16-bit grey, as Pillow takes them of 16-bit colours. It would clip grey to white.
+    """The high bytes of 16-bit grey, as Pillow does for 16-bit colours; Pillow would clip grey to white.
 
     Raises UnsupportedError for numbers whose white is not known.
     """
@@ -120,7 +120,7 @@ def _too_large(path: Path, found: str | None = None, most: int = MAX_PIXELS) -> 
 
 @contextmanager
 def _failures_told(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow's decoders raise for a damaged file into one FormatError."""
+    """Turn all errors of Pillow's decoders for a damaged file into a FormatError."""
     try:
         yield
     except (LtxpackError, MemoryError):

@@ -1,4 +1,4 @@
-"""Frames per second as the exact fraction that is meant. Needs no torch."""
+"""Frames per second as an exact fraction. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_DENOMINATOR = 1_000_000
 def frame_rate(fps: float | Fraction | str) -> Fraction:
     """Frames per second as an exact fraction: 23.976 is 24000/1001, and so for its NTSC relatives.
 
-    Takes a number or its text, also ``24000/1001``. Raises UsageError for what is no positive finite rate.
+    Takes a number or its text, also ``24000/1001``. Raises UsageError unless it is a positive finite rate.
     """
     try:
         exact = fps if isinstance(fps, Fraction) else Fraction(str(fps).strip())

@@ -1,7 +1,7 @@
-"""One transformer block: both streams through their own attentions, across to each other, and feed-forward.
+"""One transformer block: both streams through their own attentions, the attentions between them, and feed-forward.
 
-The passes of one denoising step go through a block together: common work is done once, and the block's weights are
-needed on the device once.
+The passes of one denoising step go through a block together: the block does common work once, and its weights come to
+the device once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ltxpack.runtime.sampling.shape import AV
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What every block reads of one modality; made once per forward.
+    """The inputs of every block for one modality; made once per forward.
 
     ``adaln`` has 9 rows (shift, scale, gate of self-attention, of feed-forward, of the text queries), ``prompt``
     2 (shift, scale), ``cross`` 4 (scale, shift for a2v, then for v2a), ``cross_gate`` 1; ``embedded``
-    (1 row) drives the head. ``off``: the block leaves the modality's hidden states as they are.
+    (1 row) drives the head. ``off``: the block leaves the modality's hidden states unchanged.
     """
 
     adaln: Rows

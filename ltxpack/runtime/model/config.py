@@ -1,7 +1,6 @@
-"""What the DiT needs to know of ``transformer/config.json`` (diffusers' fields, spec 01 section 5).
+"""The fields of ``transformer/config.json`` that the DiT needs (diffusers' fields, spec 01 section 5).
 
-It knows no weights. A value that would need another computation than the one written in this room is
-refused by name, never ignored.
+It knows no weights. It refuses by name, and never ignores, a value that needs another computation than this room has.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any
 from ltxpack.errors import UnsupportedError
 from ltxpack.runtime.sampling.shape import AV
 
-# Field -> what diffusers takes when it is absent. Of the same type as that are the values: see _KINDS.
+# Field -> diffusers' default for an absent field, whose type the values must have: see _KINDS.
 _VALUES: dict[str, Any] = {
     "in_channels": 128,
     "out_channels": 128,
@@ -40,7 +39,7 @@ _VALUES: dict[str, Any] = {
     "audio_ff_bias": True,
 }
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
-# Field -> the one value that is implemented, and diffusers' default, which is another one for some.
+# Field -> the one implemented value, and diffusers' default, which differs for some.
 _FIXED: dict[str, tuple[object, object]] = {
     "patch_size": (1, 1),
     "patch_size_t": (1, 1),
@@ -83,7 +82,7 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Everything ``DiT`` is built from."""
+    """All sizes of a ``DiT``."""
 
     streams: AV[StreamConfig]
     num_layers: int
@@ -110,7 +109,7 @@ class DiTConfig:
         values = {field: config.get(field, default) for field, default in _VALUES.items()}
         for prefix in ("", "audio_"):
             if values[f"{prefix}out_channels"] is None:
-                # To diffusers null means as many as go in.
+                # In diffusers null means as many as the input channels.
                 values[f"{prefix}out_channels"] = values[f"{prefix}in_channels"]
         for field, value in values.items():
             if not _is_of_kind(type(_VALUES[field]), value):

@@ -1,7 +1,7 @@
-"""How many floating-point operations a forward of the DiT needs: 2 per multiply-add, as spec 07 section 5 counts.
+"""The floating-point operations of a forward of the DiT: 2 per multiply-add, as in spec 07 section 5.
 
-Matrix products and attention alone; norms, rotations and gates are not counted, nor the AdaLN layers and the
-projections into and out of the model, which are evaluated once and not per block (0.01 % of a forward). Needs no torch.
+Counts matrix products and attention; leaves out norms, rotations and gates, and the AdaLN layers and the projections
+into and out of the model, which run once and not per block (0.01 % of a forward). Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ltxpack.runtime.model.config import DiTConfig
 
 FEED_FORWARD = 4
-# Parts that an isolated pass leaves out.
+# Parts that an isolated pass does not compute.
 ACROSS = ("a2v and v2a linears", "a2v and v2a attention")
 
 
@@ -28,7 +28,7 @@ class Lengths:
 def forward_parts(config: DiTConfig, lengths: Lengths, ranks: int = 1) -> dict[str, int]:
     """FLOP of one forward by part, over all blocks; batch 1.
 
-    ``ranks``: those of one of so many that share out the video's tokens; audio and text are computed by each.
+    ``ranks``: FLOP of one of this many ranks that share the video's tokens; each computes audio and text.
     """
     video, audio = config.streams.video, config.streams.audio
     v, a, text = lengths.video, lengths.audio, lengths.text
@@ -51,7 +51,7 @@ def forward_parts(config: DiTConfig, lengths: Lengths, ranks: int = 1) -> dict[s
             + 2 * _linear(text, audio.dim, audio.dim)
             + 2 * _linear(a, audio.dim, FEED_FORWARD * audio.dim)
         ),
-        # All tokens attend with a share of the heads, or a share of them with all heads.
+        # All tokens attend with a share of the heads, or a share of the tokens with all heads.
         "video self-attention": _attention(own, v, video.dim),
         "text attention": _attention(own, text, video.dim),
         "a2v and v2a attention": _attention(own, a, inner) + _attention(a, v, inner),
@@ -61,13 +61,13 @@ def forward_parts(config: DiTConfig, lengths: Lengths, ranks: int = 1) -> dict[s
 
 
 def forward_flops(config: DiTConfig, lengths: Lengths, ranks: int = 1, *, isolated: bool = False) -> int:
-    """FLOP of one pass alone, or of one of ``ranks`` that share it."""
+    """FLOP of one pass on one rank, or on each of ``ranks`` that share it."""
     parts = forward_parts(config, lengths, ranks)
     return sum(count for part, count in parts.items() if not (isolated and part in ACROSS))
 
 
 def shared_flops(config: DiTConfig, lengths: Lengths) -> int:
-    """FLOP that a conditional and an isolated pass do once where they go together.
+    """FLOP that a conditional and an isolated pass need once if they go together.
 
     The keys and values of the text in every block, and block 0 up to a2v.
     """
@@ -88,7 +88,7 @@ def guided_flops(config: DiTConfig, lengths: Lengths) -> int:
 
 
 def run_flops(config: DiTConfig, stages: Mapping[str, tuple[Lengths, int, bool]]) -> dict[str, int]:
-    """FLOP of a recipe's stages as this runtime does them: lengths, number of evaluations, and whether it is guided."""
+    """FLOP of a recipe's stages in this runtime; ``stages``: lengths, number of evaluations, whether guided."""
     return {
         name: evaluations * (guided_flops if guided else forward_flops)(config, lengths)
         for name, (lengths, evaluations, guided) in stages.items()

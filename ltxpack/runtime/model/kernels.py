@@ -33,18 +33,18 @@ DEFAULT = "sdpa"
 # heads (to itself, to its text, to and from the video).
 VIDEO, TEXT, AUDIO = "video", "text", "audio"
 FLASH3_PACKAGE = "flash_attn_interface"
-# A kernel may be chosen if it comes this near to float64 on random data: bf16 operands stay well below.
+# The largest error against float64 on random data with which a kernel may be chosen: bf16 stays well below.
 AGREEMENT = 2e-2
-# Of kernels that are equally fast within this factor the first of the list is taken, so that noise changes no video.
+# Kernels within this factor count as equally fast, and the first in the list wins, so that noise changes no video.
 MARGIN = 1.03
-# Enough tokens to fill a large card, and few enough for any: 0.5 GB of operands at 32 heads of 128 in bf16.
+# Enough tokens to fill a large card, few enough for a small one: 0.5 GB of operands at 32 heads of 128 in bf16.
 VIDEO_TOKENS = 16384
-# Of the text, and of the sound of 121 frames at 24 fps.
+# Tokens of the text, and of the sound of 121 frames at 24 fps.
 TEXT_TOKENS, AUDIO_TOKENS = 1024, 126
-# Queries and keys of the first, small comparisons: either may be fewer, and the sound of a single frame is one token.
+# (Queries, keys) of the first, small comparisons, with either one larger; the sound of a single frame is one token.
 PROBED = ((200, 101), (101, 200), (101, 1), (1, 101), (1, 1))
-# From this version on cuDNN's attention is right where lengths are no multiples of 128 (pytorch 169849). torch itself
-# takes an older one only on request.
+# The first version of cuDNN whose attention is right for lengths that 128 does not divide (pytorch 169849). torch
+# itself uses an older one only on request.
 SOUND_CUDNN = 91501
 WARM_UPS, REPEATS = 2, 5
 
@@ -55,7 +55,7 @@ _aten = torch.ops.aten
     "ltxpack::flash_attention_3", mutates_args=(), schema="(Tensor query, Tensor key, Tensor value) -> Tensor"
 )
 def _flash3_op(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """FlashAttention 3 on ``[B, T, heads, head_dim]``; one opaque node to the compiler, whatever the package does."""
+    """FlashAttention 3 on ``[B, T, heads, head_dim]``; always one opaque node for the compiler."""
     found = importlib.import_module(FLASH3_PACKAGE).flash_attn_func(query, key, value)
     # Older releases also return the log-sum-exp.
     out: Tensor = found[0] if isinstance(found, tuple) else found
@@ -74,7 +74,7 @@ def _flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """cuDNN's, except for a single query or key, which cuDNN does not take."""
+    """cuDNN's attention, except for a single query or key, which cuDNN does not take."""
     if query.shape[-2] == 1 or key.shape[-2] == 1:
         return F.scaled_dot_product_attention(query, key, value)
     return _cudnn_alone(query, key, value)
@@ -92,7 +92,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return found
 
 
-# Name -> kernel, best first where several are as fast. "sdpa" leaves the choice to torch, at every call.
+# Name -> kernel, the best first among equally fast ones. "sdpa" leaves the choice to torch, at every call.
 KERNELS: Mapping[str, Kernel] = {
     "flash3": _flash3,
     "cudnn": _cudnn,
@@ -101,9 +101,9 @@ KERNELS: Mapping[str, Kernel] = {
     "sdpa": F.scaled_dot_product_attention,
     "math": lambda q, k, v: _aten._scaled_dot_product_attention_math(q, k, v)[0],
 }
-# "math" keeps every score: 34 GB at VIDEO_TOKENS. It is used only on request.
+# "math" stores every score, 34 GB at VIDEO_TOKENS, so it is used only on request.
 MEASURED = ("flash3", "cudnn", "flash", "efficient")
-# torch's own judgement of a call, which its operators do not repeat.
+# torch's own check of a call, which its operators do not repeat.
 _JUDGES = {
     "cudnn": torch.backends.cuda.can_use_cudnn_attention,
     "flash": torch.backends.cuda.can_use_flash_attention,
@@ -113,9 +113,9 @@ _JUDGES = {
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """Attentions of a model that share a kernel: number and width of their heads, and where and in which dtype.
+    """Attentions of a model that share a kernel: number and width of their heads, their device and dtype.
 
-    ``lengths``: the (queries, keys) that a kernel is measured at. ``rotated``: RoPE turns the queries and keys.
+    ``lengths``: the (queries, keys) of a measurement. ``rotated``: RoPE turns the queries and keys.
     """
 
     name: str
@@ -129,7 +129,7 @@ class AttentionKind:
     def random(self, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v ``[1, heads, T, head_dim]`` of random numbers, with the strides they have in a block.
 
-        The numbers are never zeros, on which kernels run faster.
+        The numbers are not zeros, with which kernels run faster.
         """
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -149,7 +149,7 @@ class AttentionKind:
 
 
 def attention_kinds(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> tuple[AttentionKind, ...]:
-    """The kinds of attention in a DiT; :func:`choose` takes them before a weight is loaded."""
+    """The kinds of attention in a DiT, for :func:`choose` before any weight is loaded."""
     video, audio = config.streams.video, config.streams.audio
     lengths = {
         VIDEO: ((VIDEO_TOKENS, VIDEO_TOKENS),),
@@ -164,7 +164,7 @@ def attention_kinds(config: DiTConfig, device: torch.device, dtype: torch.dtype)
 
 @dataclass(frozen=True)
 class Measurement:
-    """The kernel to use for one kind; the milliseconds of all that run, and why the others are refused."""
+    """The kernel for one kind; the milliseconds of all kernels that run, and the faults of the others."""
 
     best: str
     milliseconds: Mapping[str, float]
@@ -186,15 +186,15 @@ class KernelChoice:
 
     @property
     def name(self) -> str:
-        """The kernel's name, or ``video cudnn, text flash, audio flash`` where they differ."""
+        """The kernel's name, or ``video cudnn, text flash, audio flash`` if they differ."""
         names = set(self.kernels.values())
         return names.pop() if len(names) == 1 else ", ".join(f"{kind} {name}" for kind, name in self.kernels.items())
 
 
 def choose(kinds: Sequence[AttentionKind], name: str | None = None) -> KernelChoice:
-    """The kernel called ``name``, or by ``LTXPACK_ATTENTION``; for ``auto`` or nothing, the fastest for each kind.
+    """The kernel called ``name``, else that of ``LTXPACK_ATTENTION``; for ``auto``, the fastest for each kind.
 
-    A kind is measured once per process; on a CPU nothing is measured, and torch chooses. Raises UsageError for an
+    It measures a kind once per process; on a CPU it measures nothing, and torch chooses. Raises UsageError for an
     unknown name, and for a kernel that does not run here or gives wrong numbers.
     """
     asked = asked_for(name)
@@ -222,7 +222,7 @@ def fastest(kinds: Sequence[AttentionKind]) -> KernelChoice:
 
 
 def asked_for(name: str | None = None) -> str:
-    """``name``, else what ``LTXPACK_ATTENTION`` says, else ``auto``."""
+    """``name``, else ``LTXPACK_ATTENTION``, else ``auto``."""
     return name or os.environ.get(VARIABLE) or AUTO
 
 
@@ -244,7 +244,7 @@ def measured(kind: AttentionKind, names: tuple[str, ...]) -> Measurement:
 
 
 def fault(kind: AttentionKind, name: str) -> str | None:
-    """Why the kernel cannot be used for ``kind``, or None. It is run on a few lengths and compared with float64."""
+    """Why the kernel cannot be used for ``kind``, or None. Runs it on a few lengths and compares with float64."""
     if name == "flash3" and importlib.util.find_spec(FLASH3_PACKAGE) is None:
         return f"no package {FLASH3_PACKAGE}"
     return next(filter(None, (_fault_at(kind, name, *lengths) for lengths in PROBED)), None)
@@ -265,12 +265,12 @@ def _fault_at(kind: AttentionKind, name: str, queries: int, keys: int) -> str | 
     scores = query.double() @ key.double().mT / kind.width**0.5
     expected = scores.softmax(-1) @ value.double()
     error_found = ((found - expected).norm() / expected.norm()).item()
-    # Written so that NaN is a fault too.
+    # In this form NaN is a fault too.
     return None if error_found <= AGREEMENT else f"wrong by {error_found:.1e} with {queries} queries and {keys} keys"
 
 
 def _doubt(name: str) -> str | None:
-    """Why a kernel that may run here is used only on request, or None."""
+    """Why ``auto`` leaves out a kernel that may run here, or None."""
     version: Callable[[], int | None] = torch.backends.cudnn.version
     found = version() if name == "cudnn" else None
     return None if found is None or found >= SOUND_CUDNN else f"cuDNN {found} is older than {SOUND_CUDNN}"
@@ -278,7 +278,7 @@ def _doubt(name: str) -> str | None:
 
 @torch.inference_mode()
 def milliseconds(kind: AttentionKind, kernel: Kernel) -> float:
-    """One call at each of the lengths of ``kind``: the median of a few, after warming up."""
+    """The time of one call at each length of ``kind``: the median of a few, after a warm-up."""
     total = 0.0
     for queries, keys in kind.lengths:
         call = functools.partial(kernel, *kind.random(queries, keys))

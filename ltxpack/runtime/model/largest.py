@@ -1,6 +1,6 @@
-"""The largest |x| that enters each linear of the blocks, noted on the device as the model computes (spec 09 section 5).
+"""Records the largest |x| that enters each linear of the blocks, on the device during a forward (spec 09 section 5).
 
-Knows no file. A maximum is of a block by its number, wherever the block's weights are.
+Knows no file. A maximum belongs to a block's number, wherever the block's weights are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SELF_ATTENTIONS = ("attn1", "audio_attn1")
 _CROSS_ATTENTIONS = ("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
-# The watched linear of a block -> all that the same x enters. Of a self-attention only to_v is in every pass of STG.
+# Watched linear of a block -> all linears with the same x. In a self-attention only to_v runs in every pass of STG.
 SAME_INPUT: Mapping[str, tuple[str, ...]] = {
     **{f"{one}.to_v": tuple(f"{one}.to_{part}" for part in ("q", "k", "v", "gate_logits")) for one in _SELF_ATTENTIONS},
     **{f"{one}.to_q": (f"{one}.to_q", f"{one}.to_gate_logits") for one in _CROSS_ATTENTIONS},
@@ -33,7 +33,7 @@ SAME_INPUT: Mapping[str, tuple[str, ...]] = {
 def note_largest(largest: Tensor, x: Tensor) -> None:
     """Raise ``largest`` (float32 scalar) to the largest |x|; NaN stays.
 
-    One opaque node to the compiler, so that the code around it and its rounding are as without.
+    It is one opaque node for the compiler, so that the code around it rounds as without it.
     """
     torch.maximum(largest, torch.linalg.vector_norm(x, ord=math.inf).float(), out=largest)
 
@@ -44,13 +44,13 @@ def _(largest: Tensor, x: Tensor) -> None:
 
 
 def linears(blocks: int) -> list[str]:
-    """The names of all linears in so many blocks, without ``.weight``, sorted."""
+    """The sorted names of all linears in this many blocks, without ``.weight``."""
     names = [name for group in SAME_INPUT.values() for name in group]
     return sorted(f"transformer_blocks.{number}.{name}" for number in range(blocks) for name in names)
 
 
 class LargestInputs:
-    """The maxima of one transformer on ``device``: a float32 scalar for each input, 0 to begin with."""
+    """The maxima of one transformer on ``device``: a float32 scalar for each input, at first 0."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -58,7 +58,7 @@ class LargestInputs:
 
     @torch.inference_mode()
     def watch(self, model: DiT) -> None:
-        """Every forward of ``model`` adds to these maxima from now on; compiled ones too if they are compiled later."""
+        """Let every later forward of ``model`` update these maxima; compiled ones too if they are compiled later."""
         for number, block in enumerate(model.blocks()):
             for name in SAME_INPUT:
                 if (number, name) not in self._inputs:
@@ -67,13 +67,13 @@ class LargestInputs:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Begin anew."""
+        """Set all maxima to 0."""
         for largest in self._inputs.values():
             largest.zero_()
 
     @torch.inference_mode()
     def read(self) -> dict[str, float]:
-        """By name of the linear, see :func:`linears`. The host waits for the device."""
+        """Name of the linear (see :func:`linears`) -> its maximum. The host waits for the device."""
         values = torch.stack([*self._inputs.values()]).tolist() if self._inputs else []
         return {
             f"transformer_blocks.{number}.{linear}": value

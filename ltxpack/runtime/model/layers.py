@@ -1,7 +1,7 @@
 """The layers of the model: linear, gated attention, feed-forward, and AdaLN-single (spec 06 section 9).
 
-AdaLN turns timesteps into modulation rows. Its MLPs see each distinct timestep once; which token uses which is an
-index, applied where a row is used.
+AdaLN turns timesteps into modulation rows. Its MLPs see each distinct timestep once; an index maps tokens to timesteps
+where a row is used.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ Made: TypeAlias = dict[torch.dtype, tuple[Tensor, Tensor]]
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear`` without first values: drawing some takes longer than building all the rest of a model.
+    """``torch.nn.Linear`` without initial values, whose drawing takes longer than the rest of building a model.
 
-    Off the meta device its weights are whatever the memory held. ``largest_input``: see :class:`.LargestInputs`.
+    Off the meta device its weights are undefined. ``largest_input``: see :class:`.LargestInputs`.
     """
 
     largest_input: Tensor | None = None
 
     def reset_parameters(self) -> None:
-        """Draws nothing."""
+        """Does nothing."""
 
     def forward(self, x: Tensor, made: Made | None = None) -> Tensor:
-        """[..., in] -> [..., out]. ``made``: what linears that take codes have made of this ``x``, for one another."""
+        """[..., in] -> [..., out]. ``made``: codes of this ``x`` that quantised linears have made and share."""
         if self.largest_input is not None:
             note_largest(self.largest_input, x)
         return F.linear(x, self.weight, self.bias)
 
 
 class Keys(NamedTuple):
-    """What is attended to: keys (normed and turned) and values, [B, heads, S, head_dim] each."""
+    """The keys (normed and turned) and values of an attention, [B, heads, S, head_dim] each."""
 
     key: Tensor
     value: Tensor
@@ -173,12 +173,12 @@ class TimestepEmbedder(nn.Module):
         self.linear_2 = Linear(dim, dim)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """Timesteps as the model counts them, [...] float32 or float64 -> [..., D] in ``dtype``."""
+        """Timesteps in the model's scale, [...] float32 or float64 -> [..., D] in ``dtype``."""
         return self.linear_2(F.silu(self.linear_1(sinusoid(timesteps).to(dtype))))
 
 
 class AdaLayerNormSingle(nn.Module):
-    """Timesteps -> ``rows`` modulation vectors and the embedding they are made from."""
+    """Timesteps -> ``rows`` modulation vectors, and the embedding behind them."""
 
     def __init__(self, dim: int, rows: int) -> None:
         super().__init__()

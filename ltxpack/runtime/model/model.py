@@ -1,6 +1,6 @@
 """The DiT: two streams of tokens and their timesteps in, two velocities out (spec 06).
 
-It knows neither noise schedules nor guidance nor how tokens are laid out in space; positions come as numbers.
+It knows neither noise schedules nor guidance nor the layout of tokens in space; positions come as numbers.
 Parameter names are those of diffusers' LTX2VideoTransformer3DModel, so the same shards load in both.
 """
 
@@ -58,7 +58,7 @@ class Pass:
     perturbed: AV[frozenset[int]] = UNPERTURBED
 
     def before(self, block: int, hidden: AV[Tensor], conditioning: AV[Conditioning]) -> PassState:
-        """This pass as block number ``block`` gets it."""
+        """The state of this pass before block number ``block``."""
         return PassState(hidden, conditioning, self.isolated, self.perturbed.map(lambda blocks: block in blocks))
 
 
@@ -127,15 +127,15 @@ class DiT(nn.Module):
     def passes(self, passes: Sequence[Pass]) -> list[AV[Tensor]]:
         """Velocities [B, T, out_channels] in the model dtype, for each of ``passes``.
 
-        All passes go through a block before the next block starts, so streamed weights come once for all of them. The
-        host never waits for the device. The results are inference tensors: do not change them in place outside
+        All passes go through a block before the next block starts, so that streamed weights come once for all of them.
+        The host never waits for the device. The results are inference tensors: do not change them in place outside
         ``torch.inference_mode``.
         """
         distinct = {id(each.streams): each.streams for each in passes}
         begun = {key: (self._embed(streams), self.condition(streams)) for key, streams in distinct.items()}
         hidden = [begun[id(each.streams)][0] for each in passes]
         conditioning = [begun[id(each.streams)][1] for each in passes]
-        del begun  # or the first hidden states would be kept to the end
+        del begun  # otherwise the first hidden states would live to the end
         for number, block in enumerate(self.transformer_blocks):
             hidden = block(
                 [each.before(number, x, given) for each, x, given in zip(passes, hidden, conditioning, strict=True)]
@@ -146,10 +146,10 @@ class DiT(nn.Module):
         return streams.map(lambda stream, outer: outer.proj_in(stream.latents), self.outer())
 
     def condition(self, streams: AV[Stream]) -> AV[Conditioning]:
-        """Everything the blocks read besides the hidden states.
+        """All inputs of the blocks besides the hidden states.
 
-        A modality's own timesteps drive all rows but two: the prompt rows follow its unmasked sigma, and the
-        gate of what comes across follows the *other* modality's (spec 06 section 2).
+        A modality's own timesteps drive all rows but two: its unmasked sigma drives the prompt rows, and the sigma of
+        the *other* modality drives the gate of the attention to it (spec 06 section 2).
         """
         return streams.map(self._condition, AV(streams.audio.sigma, streams.video.sigma), self.outer())
 
@@ -202,7 +202,7 @@ class DiT(nn.Module):
         )
 
     def use_attention(self, kernels: str | Mapping[str, str]) -> None:
-        """Attend with this kernel of ``KERNELS`` from now on, compiled or not; or with one for each kind of attention.
+        """Attend with this kernel of ``KERNELS``, or with one for each kind of attention, compiled or not.
 
         Raises KeyError for an unknown name.
         """
@@ -215,10 +215,10 @@ class DiT(nn.Module):
         return [block for block in self.transformer_blocks if isinstance(block, TransformerBlock)]
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks from now on; ``options`` go to ``torch.compile``.
+        """Compile the blocks; ``options`` go to ``torch.compile``.
 
-        All blocks share the compiled functions, made for any number of tokens, so neither the 48 blocks nor the
-        second stage compile again. Hooks on a block keep running outside them, which weight streaming relies on.
+        All blocks share the compiled functions, made for any number of tokens, so that neither the 48 blocks nor the
+        second stage compile again. Hooks on a block still run outside them; weight streaming needs that.
         """
         functions = BlockFunctions(
             torch.compile(PLAIN.text, **options),
@@ -238,7 +238,7 @@ def _for_any_length(function: Callable[..., AV[Tensor]]) -> Callable[..., AV[Ten
 
 
 def _any_length(x: Tensor, given: Conditioning) -> None:
-    """Tell the compiler which sizes are numbers of tokens or of timesteps; everything else is the model's."""
+    """Tell the compiler which sizes are numbers of tokens or timesteps; all others are fixed by the model."""
     torch._dynamo.maybe_mark_dynamic(x, 1)
     for part in (*given.rope.self_attention, *given.rope.cross_attention):
         torch._dynamo.maybe_mark_dynamic(part, 2)

@@ -8,8 +8,8 @@ static   fp8 only: both sides in codes; the stored scale for the whole input
 weights  the weights decoded, and a plain product
 ======== ====================================================================
 
-Knows codes, scales and products; neither blocks nor files. It is written so that a compiler makes the codes of an input
-in the kernel that makes the input.
+Knows codes, scales and products; neither blocks nor files. In this form a compiler makes the codes of an input in the
+kernel that makes the input.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ltxpack.ltx23.codes import CODES, FP8, INT8, rotated_together
 from ltxpack.runtime.model.layers import Linear, Made
 from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
 
-# Without a compiler float32 copies are made of so many numbers at a time.
+# The most numbers that are copied to float32 at once without a compiler.
 STRETCH = 2**22
-# cuBLAS multiplies int8 codes of no fewer tokens.
+# The fewest tokens for which cuBLAS multiplies int8 codes.
 FEWEST_INT8_TOKENS = 17
-# A product of codes is used if it comes this near to the decoded one on random data; 4 % is usual.
+# The largest error of a usable product of codes against the decoded one on random data; 4 % is usual.
 AGREEMENT = 0.1
-# What is told of a mode.
+# Mode -> words for the user.
 TOLD = {
     TOKEN: "inputs in codes, with a scale for each token",
     STATIC: "inputs in codes, with the scales of the bake",
@@ -44,8 +44,8 @@ TOLD = {
 class QuantisedLinear(Linear):
     """``x·Wᵀ + bias``, with W in ``codes`` of at most ``largest``. ``weight_scale``: float32, [] or [out, 1].
 
-    ``mode`` as above; ``decoded``: the weights are decoded, whatever the mode is. ``granule``: cards multiply codes
-    where both widths are multiples of it.
+    ``mode`` as above; ``decoded``: decode the weights whatever the mode. ``granule``: cards multiply codes if both
+    widths are multiples of it.
     """
 
     codes: torch.dtype
@@ -70,12 +70,12 @@ class QuantisedLinear(Linear):
         return product if self.bias is None else product + self.bias
 
     def once(self, rows: Tensor, made: Made | None) -> tuple[Tensor, Tensor]:
-        """:meth:`codes_of`, or what another linear has made of the same rows; stored scales are a linear's own."""
+        """:meth:`codes_of`, or the codes that another linear has made of the same rows, except with stored scales."""
         if made is None or self.mode == STATIC:
             return self.codes_of(rows)
         if self.codes not in made:
             codes, scales = self.codes_of(rows)
-            # To the compiler strides are a statement about memory; without it each product gets codes of its own.
+            # The strides promise the compiler one memory; without that each product gets codes of its own.
             made[self.codes] = codes.as_strided(codes.shape, (self.in_features, 1)), scales
         return made[self.codes]
 
@@ -88,11 +88,11 @@ class QuantisedLinear(Linear):
         raise NotImplementedError
 
     def turned(self, x: Tensor) -> Tensor:
-        """``x`` as the codes expect it."""
+        """``x`` in the basis of the codes."""
         return x
 
     def code(self, scaled: Tensor) -> Tensor:
-        """Numbers as codes; their memory is used up."""
+        """``scaled`` numbers as codes; overwrites them."""
         return scaled.clamp_(-self.largest, self.largest).to(self.codes)
 
     def by_token(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ class QuantisedLinear(Linear):
         return by_stretches(lambda some, scale: self.code(some / scale), self.codes, rows, scales), scales
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The weights, decoded in float32 and rounded to ``dtype``; turned ones still turned."""
+        """The weights, decoded in float32 and rounded to ``dtype``; rotated ones stay rotated."""
         scales = self.weight_scale.reshape(-1, 1).expand(self.out_features, 1)
         return by_stretches(lambda codes, scale: codes.float().mul_(scale).to(dtype), dtype, self.weight, scales)
 
@@ -114,7 +114,7 @@ class QuantisedLinear(Linear):
 
 
 class Fp8Linear(QuantisedLinear):
-    """E4M3 codes. ``input_scale``: 1 where the bake was not calibrated."""
+    """E4M3 codes. ``input_scale``: 1 if the bake was not calibrated."""
 
     codes, largest, granule = torch.float8_e4m3fn, 448.0, 16
     input_scale: Tensor
@@ -186,18 +186,18 @@ def quantised_linears(model: nn.Module) -> list[QuantisedLinear]:
 
 
 def decode_weights(model: nn.Module, decoded: bool) -> None:
-    """Until this is called again the weights of ``model`` are decoded, or what its modes say happens."""
+    """Decode the weights of ``model`` until the next call, or follow its modes."""
     for linear in quantised_linears(model):
         linear.decoded = decoded
 
 
 def mode_of(codes: str, fp8: str) -> str:
-    """The mode of linears in these ``codes``, where fp8 ones are asked to be in ``fp8``."""
+    """The mode of linears in these ``codes``; ``fp8`` is the mode of fp8 ones."""
     return fp8 if codes == FP8 else TOKEN
 
 
 def faults(fp8: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
-    """:func:`fault` for each dtype of codes, in the mode of theirs; where weights are decoded there is none."""
+    """:func:`fault` for each dtype of codes in its mode; None if the weights are decoded."""
     modes = {codes: mode_of(codes, fp8) for codes in CODES.values()}
     return {codes: None if mode == WEIGHTS else fault(codes, mode, device, dtype) for codes, mode in modes.items()}
 
@@ -209,9 +209,9 @@ def use_codes(
     dtype: torch.dtype,
     found: Mapping[str, str | None] | None = None,
 ) -> list[str]:
-    """Have ``model`` compute by codes, fp8 ones in the mode ``fp8``, as far as ``device`` can; returns what to tell.
+    """Have ``model`` compute with codes, fp8 ones in the mode ``fp8``, as far as ``device`` can; returns notes.
 
-    ``found``: the :func:`faults` of another device, which it is to compute like. Raises DeviceError if it cannot.
+    ``found``: the :func:`faults` of another device, like which it must compute. Raises DeviceError if it cannot.
     """
     told = []
     for form, codes in CODES.items():
@@ -236,7 +236,7 @@ def use_codes(
 
 
 def _check_like(device: torch.device, form: str, why: str | None) -> None:
-    """Raises DeviceError for what ``device`` lacks, which others have."""
+    """Raises DeviceError if ``device`` cannot multiply codes that rank 0 multiplies."""
     if why is not None:
         problem = f"{device} does not multiply {form} codes, which rank 0 does"
         way = f"--fp8 {WEIGHTS}" if CODES[form] == FP8 else "the bf16 bakes"
@@ -246,7 +246,7 @@ def _check_like(device: torch.device, form: str, why: str | None) -> None:
 @functools.cache
 @torch.inference_mode()
 def fault(codes: str, mode: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``device`` does not compute so; None if it does, and comes near to decoded weights. Tried once."""
+    """Why ``device`` cannot compute in this mode; None if its result is near to that of decoded weights. Tried once."""
     generator = torch.Generator().manual_seed(0)
     linear = KINDS[codes](Linear(64, 32, bias=False, device="meta")).to_empty(device="cpu")
     for name, value in linear.named_parameters():
@@ -264,7 +264,7 @@ def fault(codes: str, mode: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def by_stretches(make: Callable[..., Tensor], dtype: torch.dtype, *rows: Tensor) -> Tensor:
-    """``make(*rows)``, of the shape of the first and in ``dtype``, from some rows at a time where no compiler fuses."""
+    """``make(*rows)``, of the first one's shape, in ``dtype``; without a compiler from some rows at a time."""
     first = rows[0]
     if torch.compiler.is_compiling() or first.numel() <= STRETCH:
         return make(*rows)

@@ -1,4 +1,4 @@
-"""The DiT from a transformer folder of an overlay, the base's or a bake's. The model itself needs torch alone."""
+"""Loads the DiT from a transformer folder of an overlay, the base's or a bake's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ltxpack.runtime.weights.load import Reader, load_module, read_config, read_
 
 
 def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> DiT:
-    """The model of ``folder`` on ``device``, its weights in ``dtype``; linears that are stored as codes stay codes.
+    """The model of ``folder`` on ``device``, its weights in ``dtype``; linears stored as codes stay codes.
 
     Raises as :func:`ltxpack.runtime.weights.load.load_module`; UnsupportedError for a config this DiT lacks.
     """
@@ -27,5 +27,5 @@ def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Rea
 
 
 def read_dit_config(folder: Path) -> DiTConfig:
-    """What the model of ``folder`` is like. Raises OverlayError, FormatError, UnsupportedError."""
+    """The config of the model in ``folder``. Raises OverlayError, FormatError, UnsupportedError."""
     return DiTConfig.from_dict(read_config(folder, LOADED_CLASSES["transformer"]))

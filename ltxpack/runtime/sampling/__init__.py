@@ -1,1 +1,1 @@
-"""What is computed from noise to latents: shapes, conditioning, schedules, guidance, samplers."""
+"""From noise to latents: shapes, conditioning, schedules, guidance, samplers."""

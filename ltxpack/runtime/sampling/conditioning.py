@@ -1,7 +1,7 @@
 """Shapes, token layout, positions, the first noise, and images as conditions (spec 04).
 
-Knows no model, no sampler and no VAE: images arrive here as normalised latents. Between the calls of this module
-video and audio live as tokens [1, T, C]; as [1, 128, f, h, w] and [1, 8, Ta, 16] only at its edges.
+Knows no model, no sampler and no VAE: images arrive here as normalised latents. Inside the sampling code video and
+audio are tokens [1, T, C]; outside they are [1, 128, f, h, w] and [1, 8, Ta, 16].
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def unpatchify(tokens: AV[Tensor], shape: VideoShape) -> AV[Tensor]:
 
 
 def positions(shape: VideoShape) -> AV[Tensor]:
-    """Where each token begins and ends, fp32 on the CPU (spec 04, section 2).
+    """The bounds of each token, fp32 on the CPU (spec 04, section 2).
 
     Video [1, 3, f·h·w, 2]: seconds, then rows and columns in pixels. Audio [1, 1, Ta, 2]: seconds. The first latent
     frame is one pixel frame long and the others eight; likewise the first audio latent is shorter.
@@ -78,8 +78,8 @@ class LatentState:
 
     ``latents`` and ``clean`` [1, T, C] in the model dtype, ``mask`` fp32 [1, T, 1] (1: denoise, 0: keep clean),
     ``positions`` fp32 [1, axes, T, 2]. ``mask_values`` fp32 [K] are the distinct values in the mask and
-    ``mask_index`` int64 [T] says which one a token has (None if K is 1): both are found on the host when the state is
-    made, so nothing in a sampling loop has to ask the device. The first ``kept`` tokens belong to the result.
+    ``mask_index`` int64 [T] says which one a token has (None if K is 1). The host computes both when it makes the
+    state, so that no sampling loop waits for the device. The first ``kept`` tokens belong to the result.
     """
 
     latents: Tensor
@@ -147,7 +147,7 @@ def _with_image(draft: _Draft, item: ImageItem, shape: VideoShape) -> _Draft:
 
 def _keyframe(draft: _Draft, item: ImageItem, tokens: Tensor, shape: VideoShape) -> _Draft:
     _, h, w = shape.grid
-    # The official code builds this mask in the model dtype: in bf16 a strength of 0.7 leaves 0.3008.
+    # The official code makes this mask in the model dtype: in bf16 a strength of 0.7 leaves 0.3008.
     mask = torch.full((1, tokens.shape[1], 1), 1 - item.strength, dtype=tokens.dtype).float()
     time = torch.tensor([[item.frame, item.frame + 1]], dtype=torch.float32) / shape.fps
     where = _grid_bounds(time, _bounds(h, SPATIAL_FACTOR), _bounds(w, SPATIAL_FACTOR))

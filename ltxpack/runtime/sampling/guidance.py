@@ -18,7 +18,7 @@ from ltxpack.runtime.sampling.shape import AV
 
 
 class Model(Protocol):
-    """What a denoiser asks of a transformer."""
+    """The interface of a transformer for a denoiser."""
 
     def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
         """The velocities of each pass, see :meth:`.model.DiT.passes`."""
@@ -101,7 +101,7 @@ class Denoiser:
     def _passes(
         self, latents: AV[Tensor], sigma: Tensor, state: AV[LatentState], rope: AV[Any], off: AV[bool]
     ) -> dict[str, Pass]:
-        """What the guidance needs, in the official order. Those with the same prompt hold the same streams."""
+        """The passes that the guidance needs, in the official order. Passes of one prompt share their streams."""
 
         def stream(latents: Tensor, state: LatentState, context: Tensor, rope: Any, off: bool) -> Stream:
             # Times are unscaled, one per distinct mask value [1, K].

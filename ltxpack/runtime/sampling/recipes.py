@@ -1,7 +1,7 @@
-"""The recipes as data: which stages a video passes through, and what each of them is.
+"""The recipes as data: the stages of a video, and the facts of each stage.
 
 A recipe is a frozen value. The planner, the session, the loop over the stages, records and summaries read it and count
-nothing themselves: another recipe is another value in ``RECIPES``. Needs no torch, so that ``ltxpack plan`` and the
+nothing themselves: a new recipe is a new value in ``RECIPES``. Needs no torch, so that ``ltxpack plan`` and the
 command line can read it. Sources: spec 05 (hq) and spec 08 (the others).
 """
 
@@ -21,10 +21,10 @@ NO_BLOCKS: frozenset[int] = frozenset()
 
 @dataclass(frozen=True)
 class Guidance:
-    """Strengths for one modality; ``cfg`` 1, ``modality`` 1, ``stg`` 0 and ``rescale`` 0 each turn theirs off.
+    """Strengths for one modality; ``cfg`` 1, ``modality`` 1, ``stg`` 0 and ``rescale`` 0 each turn their term off.
 
     ``stg_blocks`` are the blocks whose self-attention is replaced by its value projection in the perturbed pass.
-    ``skip``: so many steps after each one reuse its result (spec 08, section 6).
+    ``skip``: the number of steps after each computed one that reuse its result (spec 08, section 6).
     """
 
     cfg: float
@@ -48,7 +48,7 @@ class Guidance:
 
     @property
     def perturbed(self) -> frozenset[int]:
-        """The blocks that the perturbed pass perturbs in this modality: none where ``stg`` is 0, whatever the list."""
+        """The blocks that the perturbed pass perturbs in this modality; none if ``stg`` is 0."""
         return self.stg_blocks if self.needs_perturbed else NO_BLOCKS
 
     @property
@@ -60,26 +60,26 @@ class Guidance:
 class Schedule:
     """The noise levels of a stage.
 
-    ``fixed`` are given; otherwise they follow the number of video tokens (spec 05, section 2): ``tokens``, or those of
-    the stage where that is None. :func:`ltxpack.runtime.sampling.schedule.sigmas` makes them.
+    ``fixed`` are the levels themselves; without them they follow from a number of video tokens (spec 05, section 2):
+    ``tokens``, or the stage's if that is None. :func:`ltxpack.runtime.sampling.schedule.sigmas` makes them.
     """
 
     fixed: tuple[float, ...] | None = None
     tokens: int | None = None
 
     def steps(self, asked: int) -> int:
-        """The number of steps; ``asked`` counts where the noise levels are not fixed."""
+        """The number of steps: that of the fixed levels, else ``asked``."""
         return asked if self.fixed is None else len(self.fixed) - 1
 
 
 @dataclass(frozen=True)
 class TransformerRule:
-    """Which transformer ``auto`` takes for a stage: the first of these that the overlay has.
+    """The transformer that ``auto`` takes for a stage: the first of these in the overlay.
 
     1. The base, if ``base_if_distilled`` and the checkpoint is a distilled one.
     2. The bake of the distilled LoRA at one of ``strengths``, in this order; the first is the official one. Without
-       strengths the base is.
-    3. The base, if ``else_base``; otherwise the only bake that is at none of the strengths ``besides``.
+       strengths the base is official.
+    3. The base, if ``else_base``; otherwise the only bake whose strength is not in ``besides``.
     """
 
     strengths: tuple[float, ...] = ()
@@ -92,9 +92,9 @@ class TransformerRule:
 class Stage:
     """One sampling loop of a recipe.
 
-    ``divide``: the request's height and width are divided by it. ``upsampled``: the stage begins from the latents of
-    the stage before in twice their size, noised to its first sigma; otherwise from pure noise. ``guided``: it runs
-    with the request's guidance, otherwise the positive pass alone.
+    ``divide``: the divisor of the request's height and width. ``upsampled``: the stage begins from the latents of the
+    stage before, at twice their size and noised to its first sigma; otherwise from pure noise. ``guided``: the stage
+    uses the request's guidance; otherwise only the positive pass.
     """
 
     transformer: TransformerRule
@@ -105,11 +105,11 @@ class Stage:
     upsampled: bool = False
 
     def shape(self, whole: VideoShape) -> VideoShape:
-        """The shape that this stage samples of a video of shape ``whole``."""
+        """The shape of this stage for a video of shape ``whole``."""
         return whole.divided(self.divide)
 
     def evaluations(self, steps: int) -> int:
-        """How often the denoiser is called, where ``steps`` were asked for."""
+        """The number of calls of the denoiser for ``steps`` requested steps."""
         count = self.schedule.steps(steps)
         return 2 * count + 1 if self.sampler == RES2S else count
 
@@ -130,8 +130,8 @@ class Stage:
 class Recipe:
     """A way to make a video: its stages in order, and the stage whose sound is decoded.
 
-    ``defaults`` are the settings in which it differs from those of :class:`ltxpack.runtime.settings.Settings`;
-    ``unused`` are the settings it has no use for.
+    ``defaults``: the defaults in which it differs from :class:`ltxpack.runtime.settings.Settings`. ``unused``: the
+    settings that it does not use.
     """
 
     name: str
@@ -148,7 +148,7 @@ class Recipe:
 
     @property
     def multiple(self) -> int:
-        """What height and width must be multiples of."""
+        """The number that must divide height and width."""
         return SPATIAL_FACTOR * max(stage.divide for stage in self.stages)
 
     @property
@@ -169,7 +169,7 @@ HQ = Recipe(
         Stage(TransformerRule((0.5,), besides=(0.25,)), REFINING, RES2S, upsampled=True),
     ),
     sound=0,
-    # A step has two evaluations, and no result that the next step could reuse.
+    # A step has two evaluations, and no result for the next step to reuse.
     unused=SKIPS,
 )
 
@@ -222,10 +222,10 @@ RECIPES = {recipe.name: recipe for recipe in (HQ, DISTILLED, TWO_STAGE, ONE_STAG
 
 
 def stage_label(number: int) -> str:
-    """Stage ``number`` (from 0) as phases, notes and summaries call it."""
+    """The name of stage ``number`` (from 0) in phases, notes and summaries."""
     return f"stage {number + 1}"
 
 
 def stage_flag(number: int) -> str:
-    """Stage ``number`` (from 0) as flags, records and tensors call it."""
+    """The name of stage ``number`` (from 0) in flags, records and tensors."""
     return f"stage{number + 1}"

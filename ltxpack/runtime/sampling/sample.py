@@ -146,7 +146,7 @@ def euler(denoise: Denoise, state: AV[LatentState], sigmas: Tensor, *, on_step: 
 
 
 def _velocity(latents: Tensor, x0: Tensor, sigma: float) -> Tensor:
-    """Where ``latents`` at ``sigma`` go to, in their dtype."""
+    """The velocity of ``latents`` at ``sigma``, in their dtype."""
     return ((latents.float() - x0.float()) / sigma).to(latents.dtype)
 
 
@@ -154,5 +154,5 @@ def _on(device: torch.device, value: float, dtype: torch.dtype) -> Tensor:
     return torch.tensor([value], dtype=dtype, device=device)
 
 
-# By the name that a stage of a recipe says.
+# The sampler's name in a stage of a recipe -> the sampler.
 SAMPLERS: dict[str, Callable[..., AV[Tensor]]] = {RES2S: res2s, EULER: euler}

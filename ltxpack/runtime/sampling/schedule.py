@@ -1,7 +1,7 @@
 """When and how strongly to denoise: noise levels, res_2s coefficients, seeds. All on the host, before any loop.
 
-Nothing here knows latents or a model. A sampler asks for its plan once; what it then needs per step are plain
-Python floats, so that a loop on a GPU never waits for the device (spec 05, sections 1, 2 and 4).
+Nothing here knows latents or a model. A sampler gets its plan once, with plain Python floats for each step, so that a
+loop on a GPU never waits for the device (spec 05, sections 1, 2 and 4).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REFINE_ITERATIONS = 100
 def sigmas_of(schedule: Schedule, tokens: int = 0, steps: int = 0) -> Tensor:
     """The fp32 noise levels [n + 1] of a stage of ``tokens`` video tokens, appended keyframe tokens not counted.
 
-    A fixed schedule asks for neither tokens nor steps. Raises UsageError as :func:`shifted_sigmas`.
+    A fixed schedule needs neither tokens nor steps. Raises UsageError as :func:`shifted_sigmas`.
     """
     if schedule.fixed is not None:
         return torch.tensor(schedule.fixed, dtype=torch.float32)
@@ -46,13 +46,13 @@ def sigmas_of(schedule: Schedule, tokens: int = 0, steps: int = 0) -> Tensor:
 def shifted_sigmas(tokens: int, steps: int) -> Tensor:
     """The fp32 schedule [steps + 1] from 1 to 0, shifted by the number of ``tokens`` (spec 05, section 2).
 
-    Raises UsageError for fewer than two steps, and where float32 can no longer tell neighbouring sigmas apart.
+    Raises UsageError for fewer than two steps, and if neighbouring sigmas are equal in float32.
     """
     if steps < 2:
         raise UsageError("too few steps", expected="at least 2", found=steps, next="choose --steps 2 or more")
     slope = (SHIFT[1] - SHIFT[0]) / (SHIFT_TOKENS[1] - SHIFT_TOKENS[0])
     shift = math.exp(min(SHIFT[0] + (tokens - SHIFT_TOKENS[0]) * slope, LARGEST_EXPONENT))
-    # So many float32 numbers are never apart, and the refusal needs no more of them.
+    # So many float32 numbers are never distinct, and the refusal needs no more of them.
     uniform = torch.linspace(1, 0, min(steps, 2**24) + 1, dtype=torch.float32)[:-1]
     distance = 1 - shift / (shift + (1 / uniform - 1))
     sigmas = torch.cat([1 - distance / (distance[-1] / (1 - LAST_SIGMA)), torch.zeros(1)])

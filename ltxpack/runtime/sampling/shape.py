@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from ltxpack.errors import UsageError
 from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
 
-# Beyond this no plan is made, nor could be counted in floating point.
+# The planner refuses larger sizes, which floating point could not count.
 MOST = 2**31
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ U = TypeVar("U")
 
 @dataclass(frozen=True, slots=True)
 class AV(Generic[T]):
-    """One thing per modality, always both: almost everything in the sampler is done to both alike."""
+    """A value for video and one for audio: the sampler treats both alike almost everywhere."""
 
     video: T
     audio: T
@@ -48,7 +48,7 @@ AUDIO_LATENTS_PER_SECOND = AUDIO_SAMPLE_RATE / AUDIO_HOP / AUDIO_FACTOR
 
 @dataclass(frozen=True)
 class VideoShape:
-    """What is made, in pixels; and what that is in latents.
+    """The size of a video in pixels, and in latents.
 
     Raises UsageError unless height and width are positive multiples of 32, frames is 8k+1 and fps is positive.
     """

@@ -1,7 +1,7 @@
-"""Prompts to contexts: from what was encoded ahead, from the cache on disk, else through Gemma and the connectors.
+"""Prompts to contexts: from those encoded ahead, from the cache on disk, else through Gemma and the connectors.
 
-A batch is the prompts encoded together, officially ``(prompt, negative prompt)``; a result never depends on which other
-batches were asked for with it. Many batches pass through one load of the text encoder.
+A batch is the prompts that are encoded together, officially ``(prompt, negative prompt)``; its result never depends on
+other batches. Many batches use one load of the text encoder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PARTS = ("tokenizer", "text_encoder", "connectors")
 
 @dataclass
 class PromptEncoder:
-    """Contexts of batches of prompts, on ``residency.device``; ``cache`` None: nothing is kept on disk."""
+    """Contexts of batches of prompts, on ``residency.device``; with ``cache`` None it keeps nothing on disk."""
 
     overlay: Overlay
     residency: Residency
@@ -44,7 +44,7 @@ class PromptEncoder:
         return [context.map(lambda t: t.to(device)) for context in self._find([batch], reporter)[batch]]
 
     def encode_ahead(self, batches: Sequence[Batch], reporter: Reporter) -> None:
-        """Have the contexts of all ``batches`` ready on the host, until the next call of this. Raises LtxpackError."""
+        """Keep the contexts of all ``batches`` on the host until the next call. Raises LtxpackError."""
         self._ahead = {batch: known for batch, known in self._ahead.items() if batch in batches}
         self._ahead = self._find(batches, reporter)
 
@@ -53,17 +53,17 @@ class PromptEncoder:
         return self._ahead[batch]
 
     def hold(self, batch: Batch, contexts: Contexts) -> None:
-        """Have ``contexts`` of ``batch`` ready, in place of all others if they come from elsewhere."""
+        """Keep the ``contexts`` of ``batch``, in place of all others if they come from elsewhere."""
         if batch not in self._ahead:
             self._ahead = {batch: contexts}
 
     @property
     def ahead(self) -> int:
-        """How many batches have their contexts ready on the host."""
+        """The number of batches whose contexts are on the host."""
         return len(self._ahead)
 
     def forget(self) -> None:
-        """Let go of what was encoded ahead."""
+        """Drop the contexts that were encoded ahead."""
         self._ahead = {}
 
     def _find(self, batches: Sequence[Batch], reporter: Reporter) -> dict[Batch, Contexts]:
@@ -81,7 +81,7 @@ class PromptEncoder:
         return found
 
     def _cached(self, batch: Batch, reporter: Reporter) -> Contexts | None:
-        """What the cache has; a damaged entry counts as none and is written anew."""
+        """The cached contexts, or None; a damaged entry counts as none and is written again."""
         if self.cache is None:
             return None
         try:
@@ -111,8 +111,10 @@ class PromptEncoder:
         return batch_key(batch, records, self.residency.dtype, backend(self.residency.device))
 
     def _encode(self, batches: Sequence[Batch], reporter: Reporter) -> list[Contexts]:
-        """Each batch through Gemma and the connectors. Of several, all while both are on the device; a single one's
-        hidden states stay there while the connectors take Gemma's place.
+        """Each batch through Gemma and the connectors.
+
+        For several batches both are on the device together; for a single one the connectors take Gemma's place, and
+        its hidden states stay on the device.
         """
         reporter.begin("text", sum(map(len, batches)), "prompt")
         self.overlay.check(self.overlay.records("tokenizer"))
@@ -139,7 +141,7 @@ class PromptEncoder:
 
 
 def _connect(hidden: text.HiddenStates, connectors: LTX2TextConnectors, reporter: Reporter) -> AV[Tensor]:
-    """One prompt's contexts, on the host."""
+    """The contexts of one prompt, on the host."""
     found = text.contexts(hidden, connectors).map(Tensor.cpu)
     if not all(part.isfinite().all() for part in (found.video, found.audio)):
         raise DeviceError(

@@ -1,7 +1,7 @@
-"""From prompts to the contexts the DiT reads: tokenizer, Gemma 3, text connectors (spec 03).
+"""From prompts to the contexts of the DiT: tokenizer, Gemma 3, text connectors (spec 03).
 
-The caller loads Gemma and the connectors, calls them and drops them separately, so it decides what is on the device
-when. Gemma is transformers' module without vision tower and lm_head; the connectors are diffusers' with an attention
+The caller loads, calls and drops Gemma and the connectors separately, so it decides when each is on the device. Gemma
+is transformers' module without vision tower and lm_head; the connectors are diffusers' with an attention
 processor of our own.
 """
 
@@ -69,7 +69,7 @@ def load_text_encoder(
     FormatError, before it reads a tensor.
     """
     fields, config = _gemma_config(folder)
-    # torch's own attention, whatever the file says: _attention_masks are made for it.
+    # torch's own attention, whatever the file says: _attention_masks fit only that.
     config._attn_implementation = "sdpa"
     with _WeightsOnMeta():
         model = Gemma3TextModel(config)
@@ -140,9 +140,9 @@ def hidden_states(
 
 
 def _attention_masks(mask: Tensor, window: int) -> dict[str, Tensor]:
-    """For each kind of Gemma's layers which token attends to which, bool [B, 1, T, T].
+    """For each kind of Gemma's layers the mask [B, 1, T, T], bool: which token attends to which.
 
-    A token attends to itself and to the tokens before it that are no padding; in sliding layers to the last ``window``
+    A token attends to itself and to the tokens before it that are not padding; in sliding layers to the last ``window``
     of them. ``mask`` [B, T], 1 = token. Padding attends to itself, or some kernels would compute NaN for it, which
     spreads to the real tokens.
     """
@@ -197,13 +197,13 @@ def use_rounded_rotary(connectors: LTX2TextConnectors) -> None:
 
 
 def another_encoder(folder: Path) -> str:
-    """What to do about a text encoder that was taken over before it was checked: verify finds nothing wrong with it."""
+    """The ``next`` for a bad text encoder from before materialize checked it, in which verify finds no fault."""
     overlay = quoted(folder.parent)
     return f"ltxpack materialize SOURCE {overlay} --force --text-encoder {TEXT_ENCODER_REPO} (takes the published one)"
 
 
 def _gemma_config(folder: Path) -> tuple[Mapping[str, Any], Gemma3TextConfig]:
-    """The language model's fields, and the config that transformers makes of them."""
+    """The language model's fields, and transformers' config for them."""
     path = folder / "config.json"
     try:
         fields, _ = Gemma3Config.get_config_dict(folder, local_files_only=True)

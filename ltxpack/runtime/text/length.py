@@ -1,6 +1,6 @@
-"""Which prompts are longer than the model reads, and the words of them that it does not read.
+"""Finds prompts that are longer than the model reads, and quotes the words that it does not read.
 
-The text path itself cuts without a word, as the official one does (:func:`ltxpack.runtime.text.gemma.tokenize`).
+The text path itself cuts silently, like the official one (:func:`ltxpack.runtime.text.gemma.tokenize`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_SHOWN = 300
 def tell_cut(overlay: Overlay, prompts: Iterable[tuple[str, str]], reporter: Reporter) -> None:
     """Warn of every prompt, given as (name, text), whose end the model does not read. Raises OverlayError.
 
-    The official negative prompt is not looked at: users did not write it.
+    It skips the official negative prompt, which users did not write.
     """
     names: dict[str, list[str]] = {}
     for name, prompt in prompts:
@@ -42,7 +42,7 @@ def tell_cut(overlay: Overlay, prompts: Iterable[tuple[str, str]], reporter: Rep
 
 
 def cut_off(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, str]:
-    """How many tokens ``prompt`` has, and the end of it that is cut off."""
+    """The number of ``prompt``'s tokens, and its end that is cut off."""
     stripped = prompt.strip()
     found = tokenizer(stripped, return_offsets_mapping=True, verbose=False)
     ids, spans = found["input_ids"], found["offset_mapping"]
@@ -53,11 +53,11 @@ def cut_off(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, str]:
 
 
 def _most_tokens(prompt: str) -> int:
-    """A tokenizer that merges nothing has a token for each byte, and a space is a sign of three bytes to Gemma's."""
+    """An upper bound of the tokens: one for each byte, and three for a space, as Gemma's tokenizer spells it."""
     return len(prompt.encode()) + 2 * prompt.count(" ") + 1
 
 
 def _in_one_line(text: str) -> str:
-    """``text``, of a long one the beginning and the end."""
+    """``text`` in one line; only the beginning and the end if it is long."""
     text, half = " ".join(text.split()), LONGEST_SHOWN // 2
     return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} … {text[-half:]}"

@@ -1,4 +1,4 @@
-"""A cache of contexts on disk, so that a prompt that was encoded before needs no text encoder.
+"""A cache of contexts on disk, so that a prompt needs the text encoder only once.
 
 Knows neither pipeline nor model: a key in, tensors out. An entry holds the contexts of one batch of prompts, officially
 the prompt and its negative: a device may choose other kernels for another batch, so only the whole batch is equal to
@@ -30,7 +30,7 @@ from ltxpack.manifest import FileRecord
 from ltxpack.runtime.sampling.shape import AV
 
 FORMAT = "1"
-# Of the text path, ``gemma`` and ``encode``. It rises with every change there that can change a context by a bit.
+# The version of ``gemma`` and ``encode``; it rises with every change that can change a bit of a context.
 TEXT_VERSION = "2"
 LIMIT = 2_000_000_000
 FOLDER = "contexts"
@@ -38,7 +38,7 @@ PLACE_VARIABLE, LIMIT_VARIABLE = "LTXPACK_CACHE", "LTXPACK_CACHE_SIZE"
 ENDING = ".safetensors"
 DTYPES = {getattr(torch, tensorfile.DTYPE_NAMES[code]): code for code in tensorfile.FLOATS}
 MODALITIES = ("video", "audio")
-# A killed process left a temporary file of this age.
+# A temporary file of this age belongs to a killed process.
 STALE_SECONDS = 3600
 
 Contexts = list[AV[Tensor]]
@@ -46,9 +46,9 @@ Contexts = list[AV[Tensor]]
 
 
 def batch_key(prompts: Sequence[str], records: Iterable[FileRecord], dtype: torch.dtype, backend: str) -> str:
-    """A hash, in 64 hex digits, of everything the contexts of ``prompts`` depend on.
+    """A hash, in 64 hex digits, of all inputs of the contexts of ``prompts``.
 
-    That is: the prompts in their order, as they are tokenised (stripped); the files of tokenizer, text encoder and
+    These are the prompts in order, as they are tokenised (stripped); the files of tokenizer, text encoder and
     connectors by hash; the dtype; the version of our text path; and the :func:`backend`.
     """
     document = {
@@ -63,14 +63,14 @@ def batch_key(prompts: Sequence[str], records: Iterable[FileRecord], dtype: torc
 
 
 def backend(device: torch.device) -> str:
-    """What computes on ``device``, and how: another card, library or precision may round otherwise."""
+    """The card, libraries and precision that compute on ``device``: others may round differently."""
     matmul: Any = torch.backends.cuda.matmul
     parts: dict[str, object] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         **{name: version(name) for name in ("transformers", "diffusers")},
         "bf16": matmul.allow_bf16_reduced_precision_reduction,
-        # Before torch 2.9 the first of them alone has the setting, under its older name.
+        # Before torch 2.9 only the first of them has the setting, under its older name.
         **{
             name: getattr(each, "fp32_precision", None) or getattr(each, "allow_tf32", None)
             for name, each in (("cuda", matmul), ("cpu", getattr(torch.backends.mkldnn, "matmul", None)))
@@ -83,7 +83,7 @@ def backend(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """Entries in ``folder``, together at most ``limit`` bytes; the least recently used entry is removed first."""
+    """Entries in ``folder``, together at most ``limit`` bytes; removes the least recently used entry first."""
 
     folder: Path
     limit: int = LIMIT
@@ -92,7 +92,7 @@ class PromptCache:
     def at(cls, folder: Path | None = None, environment: Mapping[str, str] = os.environ) -> PromptCache:
         """The cache in ``folder``, else in :func:`cache_root`; LTXPACK_CACHE_SIZE bounds it.
 
-        Raises UsageError for a variable that is no size.
+        Raises UsageError if the variable is not a size.
         """
         limit = environment.get(LIMIT_VARIABLE) or str(LIMIT)
         place = folder.absolute() if folder is not None else cache_root(environment) / FOLDER
@@ -120,7 +120,7 @@ class PromptCache:
     def put(self, key: str, contexts: Contexts) -> None:
         """Keep ``contexts`` under ``key`` and remove the entries that no longer fit. Raises OSError.
 
-        Contexts that are not finite, or larger than the cache, are not kept.
+        It does not keep contexts that are not finite, or larger than the cache.
         """
         tensors = {
             f"{number}.{modality}": getattr(context, modality).cpu().contiguous()
@@ -162,7 +162,7 @@ class PromptCache:
 
 
 def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
-    """The folder of everything ltxpack keeps between runs: LTXPACK_CACHE, else ``ltxpack`` in the XDG cache folder.
+    """The folder of ltxpack's files between runs: LTXPACK_CACHE, else ``ltxpack`` in the XDG cache folder.
 
     Raises UsageError for a user without a home folder.
     """
@@ -178,7 +178,7 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
 def user_cache(environment: Mapping[str, str]) -> Path:
     """The XDG cache folder of the user. Raises RuntimeError for a user without a home folder."""
     xdg = Path(environment.get("XDG_CACHE_HOME", ""))
-    # The XDG specification says that a relative path is to be ignored.
+    # The XDG specification ignores a relative path.
     return xdg if xdg.is_absolute() else Path.home() / ".cache"
 
 
@@ -188,7 +188,7 @@ def _digest(layout: Sequence[tuple[str, str, tuple[int, ...]]], body: bytes | by
 
 
 def _read(data: bytearray, path: Path, key: str, count: int, dtype: torch.dtype) -> Contexts:
-    """The entry in ``data``, compared with everything that is known of it. Raises FormatError."""
+    """The entry in ``data``, after all checks. Raises FormatError."""
     start = 8 + tensorfile.header_length(bytes(data[:8]), len(data), path)
     file = tensorfile.parse_header(bytes(data[:start]), len(data), path)
     _check(file, memoryview(data)[start:], key, count, dtype)
