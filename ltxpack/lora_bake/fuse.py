@@ -199,12 +199,14 @@ def fuse_rows(
     work: Workspace | None = None,
     results: Workspace | None = None,
     into: Sequence[Tensor | None] = (),
+    measure: bool = True,
 ) -> list[Fused]:
     """New rows for several bakes of the same LoRAs: ``strengths[bake][lora]`` in order of application.
 
     ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result is what
     that bake alone would give. Sums are made in ``work``; the new rows may lie in ``results``, valid until it is used
     again. ``into``: for each bake None, or float32 memory for its sum, which is then not rounded to the stored dtype.
+    Without ``measure`` the kernel fp32 leaves out the squared norms of such a bake.
     """
     work, results = work or Workspace(), results or Workspace()
     into = into or [None] * len(strengths)
@@ -215,7 +217,7 @@ def fuse_rows(
     if kernel == "addmm" and _is_plain(terms) and weight.dtype == torch.bfloat16:
         assert not any(memory is not None for memory in into), "addmm rounds its sums"
         return _fuse_addmm(weight, terms[0], [row[0] for row in strengths], results)
-    return _fuse_fp32(weight, terms, strengths, work, results, into)
+    return _fuse_fp32(weight, terms, strengths, work, results, into, measure)
 
 
 def fuse_official(
@@ -314,6 +316,7 @@ def _fuse_fp32(
     work: Workspace,
     results: Workspace,
     into: Sequence[Tensor | None],
+    measure: bool,
 ) -> list[Fused]:
     """Term after term as :class:`Term` says, in float32, rounded once: products of all rows, then part by part.
 
@@ -332,7 +335,7 @@ def _fuse_fp32(
         cut = [None if found is None else found[rows] for found in sums]
         own = [term.rows(*span) for term in terms]
         targets = [(memory[rows], kept is None) for memory, kept in zip(made, into, strict=True)]
-        parts.append(_fuse_part(weight[rows], own, cut, strengths, work, targets))
+        parts.append(_fuse_part(weight[rows], own, cut, strengths, work, targets, measure))
     return [_joined(memory, found) for memory, found in zip(made, zip(*parts, strict=True), strict=True)]
 
 
@@ -343,21 +346,25 @@ def _fuse_part(
     strengths: Sequence[Sequence[float]],
     work: Workspace,
     targets: Sequence[tuple[Tensor, bool]],
+    measure: bool,
 ) -> list[Fused]:
     """Rows whose products are there. ``targets``: for each bake where its result goes, and whether it is rounded."""
+    measure = measure or any(rounded for _, rounded in targets)
     scales = [[strength * term.factor for strength, term in zip(row, terms, strict=True)] for row in strengths]
     lowrank = [found for found in sums if found is not None]
     plain = len(lowrank) == len(terms) and all(term.sums_only for term in terms)
-    squares = _sum_square(lowrank, scales) if plain else None
+    squares = _sum_square(lowrank, scales) if plain and measure else None
     base_square, measured = math.nan, []
     for i, (row, (stored, rounded)) in enumerate(zip(strengths, targets, strict=True)):
         total = work.empty("sum", weight.shape, torch.float32, weight.device) if rounded else stored
         total.copy_(weight)
-        base_square = square_sum(total) if i == 0 else base_square
+        base_square = square_sum(total) if i == 0 and measure else base_square
         for term, found, strength in zip(terms, sums, row, strict=True):
             if strength:
                 _apply(term, found, strength, total)
-        delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
+        delta_square = math.nan
+        if measure:
+            delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
         if rounded:
             measured.append(_measured(weight, stored.copy_(total), base_square, delta_square))
         else:

@@ -30,27 +30,29 @@ INT8_LARGEST = 127.0
 class Encoded:
     """Some rows in codes: ``codes`` [rows, in] lie where the sum was; ``scales`` [] or [rows, 1], float32.
 
-    Squared norms: ``square`` of what was rounded, ``rounding_square`` of what the rounding changed, ``error_square`` of
-    what is stored less the fp32 rule's sum.
+    Squared norms, NaN where they were not asked for: ``square`` of what was rounded, ``rounding_square`` of what the
+    rounding changed, ``error_square`` of what is stored less the fp32 rule's sum.
     """
 
     codes: Tensor
     scales: Tensor
-    square: float
-    rounding_square: float
-    error_square: float
+    square: float = math.nan
+    rounding_square: float = math.nan
+    error_square: float = math.nan
 
 
-def encode(form: str, rows: Tensor, largest: float, work: Workspace, beside: Tensor | None = None) -> Encoded:
+def encode(
+    form: str, rows: Tensor, largest: float, work: Workspace, beside: Tensor | None = None, measure: bool = True
+) -> Encoded:
     """``rows`` [rows, in] of a float32 sum in the codes of ``form``, with ``largest`` the whole weight's largest |x|.
 
     ``beside``: ``rows`` less the fp32 rule's sum, if that is another. The memory of both is used up, that of ``rows``
-    for the codes.
+    for the codes. ``measure``: whether the squared norms are wanted, which take longer than the codes.
     """
     if form == FP8:
-        return _encode_fp8(rows, largest, work, beside)
+        return _encode_fp8(rows, largest, work, beside, measure)
     assert form == INT8
-    return _encode_int8(rows, work, beside)
+    return _encode_int8(rows, work, beside, measure)
 
 
 def fp8_scale(largest: float) -> float:
@@ -82,11 +84,13 @@ def rotate(rows: Tensor, work: Workspace) -> Tensor:
     return torch.matmul(hadamard(left).to(rows.device), half, out=whole).view_as(rows)
 
 
-def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | None) -> Encoded:
+def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | None, measure: bool) -> Encoded:
     # A tensor on the device: by a number, a card multiplies with the reciprocal, which is another bit.
     scale = torch.tensor(fp8_scale(largest), device=rows.device)
     scaled = work.empty("scaled", rows.shape, torch.float32, rows.device)
     torch.div(rows, scale, out=scaled).clamp_(-E4M3_LARGEST, E4M3_LARGEST)
+    if not measure:
+        return Encoded(_memory_of(rows, torch.float8_e4m3fn).copy_(scaled), scale.cpu())
     codes = work.empty("codes", rows.shape, torch.float8_e4m3fn, rows.device).copy_(scaled)
     square = square_sum(rows)
     errors = _errors(rows.sub_(_decoded_fp8(codes, work), alpha=256 * scale.item()), beside)
@@ -103,10 +107,13 @@ def _decoded_fp8(codes: Tensor, work: Workspace) -> Tensor:
     return work.empty("scaled", codes.shape, torch.float32, codes.device).copy_(half)
 
 
-def _encode_int8(rows: Tensor, work: Workspace, beside: Tensor | None) -> Encoded:
+def _encode_int8(rows: Tensor, work: Workspace, beside: Tensor | None, measure: bool) -> Encoded:
     rotated = rotate(rows, work)
     largest = torch.maximum(rotated.amax(dim=1, keepdim=True), -rotated.amin(dim=1, keepdim=True))
     scales = torch.where(largest > 0, largest / torch.full_like(largest, INT8_LARGEST), 1.0).clamp_(SMALLEST_SCALE)
+    if not measure:
+        whole = torch.div(rotated, scales, out=rotated).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
+        return Encoded(_memory_of(rows, torch.int8).copy_(whole), scales.cpu())
     square = square_sum(rows)
     torch.div(rotated, scales, out=rows).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
     codes = work.empty("codes", rows.shape, torch.int8, rows.device).copy_(rows)
@@ -122,5 +129,9 @@ def _errors(lost: Tensor, beside: Tensor | None) -> tuple[float, float]:
 
 def _in_place(codes: Tensor, rows: Tensor) -> Tensor:
     """``codes`` in the memory of ``rows``, which has been used up."""
-    memory = rows.view(-1).view(torch.uint8)[: codes.numel()].copy_(codes.view(-1).view(torch.uint8))
-    return memory.view(codes.dtype).view_as(codes)
+    return _memory_of(rows, codes.dtype).copy_(codes)
+
+
+def _memory_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory of ``rows``, which has been used up, for as many codes."""
+    return rows.view(-1).view(dtype)[: rows.numel()].view_as(rows)

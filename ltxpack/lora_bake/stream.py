@@ -125,12 +125,18 @@ class FactorReader:
 
 
 class Engine:
-    """Fuses shards with one arithmetic. A context manager: torch's thread count is its own while it is open."""
+    """Fuses shards with one arithmetic. A context manager: torch's thread count is its own while it is open.
 
-    def __init__(self, adapters: Sequence[Adapter], arithmetic: Arithmetic, reporter: Reporter) -> None:
+    Without ``measure``, the outputs' stats stay empty.
+    """
+
+    def __init__(
+        self, adapters: Sequence[Adapter], arithmetic: Arithmetic, reporter: Reporter, *, measure: bool = True
+    ) -> None:
         self.readers = [FactorReader(adapter) for adapter in adapters]
         self.arithmetic = arithmetic
         self.reporter = reporter
+        self.measure = measure
         # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
         self.whole = arithmetic.kernel in WHOLE
         self._gathered = frozenset(
@@ -300,7 +306,7 @@ class _Fusing:
                 self._encode(info, touching)
             return
         weight = self._gather(info, rows)
-        exact = _as_tensor(weight, info) if self._engine.whole else None
+        exact = _as_tensor(weight, info) if self._engine.whole and self._engine.measure else None
         # Weights are large, so one bake's result at a time; only that is still to be written.
         for output in touching if step.chunks else ():
             self.settle()
@@ -324,7 +330,7 @@ class _Fusing:
         present = {i: term for i, term in enumerate(self._terms) if term is not None}
         strengths = [[output.strengths(info.name)[lora] for lora in present] for output in batch]
         weight = _as_tensor(data, info)
-        start, results = step.chunks[0][0], engine.results[self._turn]
+        start, results, kernel = step.chunks[0][0], engine.results[self._turn], engine.arithmetic.kernel
         sums = [self._sum(output, info) for output in batch]
 
         def rows(slot: int) -> list[Fused]:
@@ -332,7 +338,7 @@ class _Fusing:
             part = weight[first - start : last - start].to(engine.arithmetic.device)
             cut = [term.rows(first, last) for term in present.values()]
             into = [None if memory is None else memory[first:last] for memory in sums]
-            return fuse_rows(part, cut, strengths, engine.arithmetic.kernel, engine.own.sums, results[slot], into)
+            return fuse_rows(part, cut, strengths, kernel, engine.own.sums, results[slot], into, engine.measure)
 
         return [engine.pool.submit(rows, slot) for slot in range(len(step.chunks))]
 
@@ -371,15 +377,16 @@ class _Fusing:
             part = whole[slice(*span)].to(rows.device)
             fuse_rows(part, list(present.values()), [strengths], "fp32", work, into=[exact])
             beside = torch.sub(rows, exact, out=exact)
-        return encode(output.form(name), rows, largest, work, beside)
+        return encode(output.form(name), rows, largest, work, beside, self._engine.measure)
 
     def _write_fused(self, info: TensorInfo, batch: Sequence[ShardOutput], made: Sequence[Future[list[Fused]]]) -> None:
         for chunk in made:
             for output, fused in zip(batch, chunk.result(), strict=True):
                 if output.form(info.name) == BF16:
                     self._write([output], _bytes_of(fused.weight))
-                counts = {"elements": fused.weight.numel(), "changed": fused.changed}
-                output.measure(info.name, base_square=fused.base_square, delta_square=fused.delta_square, **counts)
+                if self._engine.measure:
+                    counts = {"elements": fused.weight.numel(), "changed": fused.changed}
+                    output.measure(info.name, base_square=fused.base_square, delta_square=fused.delta_square, **counts)
                 if not fused.finite:
                     self.overflow[info.name] = None
 
@@ -389,8 +396,9 @@ class _Fusing:
         for job in made:
             encoded = job.result()
             self._write([output], _bytes_of(encoded.codes))
-            squares = {"rounding_square": encoded.rounding_square, "error_square": encoded.error_square}
-            output.measure(info.name, sum_square=encoded.square, **squares)
+            if self._engine.measure:
+                squares = {"rounding_square": encoded.rounding_square, "error_square": encoded.error_square}
+                output.measure(info.name, sum_square=encoded.square, **squares)
             scales.append(encoded.scales)
         producer = output.touched[info.name]
         own = [*scales[:1], torch.tensor(producer.input_scale)] if producer.form == FP8 else scales

@@ -103,6 +103,15 @@ def test_int8_codes_are_those_of_rotated_rows(rows: int, inputs: int, seed: int)
     assert made.error_square == pytest.approx((back.view_as(weight) - weight).square().sum().item(), rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_codes_are_the_same_where_no_error_is_asked_for(form: str) -> None:
+    rows = torch.randn(6, 64, generator=torch.Generator().manual_seed(4)) * torch.logspace(-6, 4, 64)
+    largest, work = rows.abs().max().item(), Workspace()
+    known, bare = (encode(form, rows.clone(), largest, work, measure=measure) for measure in (True, False))
+    assert torch.equal(known.codes.view(torch.uint8), bare.codes.view(torch.uint8))
+    assert torch.equal(known.scales, bare.scales) and known.square > 0 and math.isnan(bare.square)
+
+
 @given(st.floats(0, 2.0**120, width=32))
 def test_an_input_scale_is_the_power_of_two_that_clips_nothing(largest: float) -> None:
     scale = activation_scale(largest)
