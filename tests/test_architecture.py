@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 33_488,
+    "lines of the package": 33_530,
     "files of the package": 197,
-    "lines of the tests": 32_393,
+    "lines of the tests": 32_401,
 }
 
 

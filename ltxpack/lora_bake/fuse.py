@@ -34,10 +34,10 @@ KERNELS = ("fp32", "addmm", "official", "official-fp32")
 WHOLE = frozenset({"official", "official-fp32"})
 # The most products, in FLOP, that a processor without a bf16 unit makes in bf16: half a minute at 0.5 GFLOP/s.
 SLOW_FLOP = 15e9
-# Rows of so many elements, and so many rows at least, are multiplied at a time: what pays for packing A once more.
-# Constants: the bits must not depend on the machine.
-CHUNK_ELEMENTS = {"fp32": 1 << 20, "addmm": 1 << 22}
-CHUNK_ROWS = {"fp32": 256, "addmm": 1}
+# Rows of so many elements are multiplied at a time, but so many rows at least and at most: what pays for packing A once
+# more, and leaves work for several threads. Constants: the bits must not depend on the machine.
+CHUNK_ELEMENTS = {"fp32": 1 << 22, "addmm": 1 << 22}
+CHUNK_ROWS = {"fp32": (256, 1024), "addmm": (1, None)}
 # Rows of so many elements are added, measured and rounded at a time: what fits a core's cache.
 PART_ELEMENTS = 1 << 20
 # Measuring goes through a weight in parts that stay in a core's cache, norms in runs that one thread sums, products of
@@ -174,19 +174,21 @@ def _seconds(up: Tensor, down: Tensor) -> float:
 def row_chunks(shape: tuple[int, ...], kernel: str) -> Iterator[tuple[int, int]]:
     """The row ranges a weight is fused in: all at once under the official rule (bits depend on the matmul's shape)."""
     if kernel in WHOLE:
-        return _ranges(shape, math.prod(shape), 1)
-    return _ranges(shape, CHUNK_ELEMENTS[kernel], CHUNK_ROWS[kernel])
+        return _ranges(shape, math.prod(shape))
+    return _ranges(shape, CHUNK_ELEMENTS[kernel], *CHUNK_ROWS[kernel])
 
 
 def row_parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The row ranges that are worked on element by element."""
-    return _ranges(shape, PART_ELEMENTS, 1)
+    return _ranges(shape, PART_ELEMENTS)
 
 
-def _ranges(shape: tuple[int, ...], elements: int, least: int) -> Iterator[tuple[int, int]]:
-    """Ranges of as many rows as ``elements`` fill, but no fewer than ``least``."""
+def _ranges(
+    shape: tuple[int, ...], elements: int, least: int = 1, most: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Ranges of as many rows as ``elements`` fill, but no fewer than ``least`` and no more than ``most``."""
     rows = shape[0] if shape else 1
-    step = max(1, least, elements // max(1, math.prod(shape[1:])))
+    step = max(least, min(most or rows, elements // max(1, math.prod(shape[1:]))))
     for first in range(0, rows, step):
         yield first, min(rows, first + step)
 

@@ -191,7 +191,7 @@ class Engine:
                 elif step.range.start:
                     fusing.copy(data)
                 # With the next read, the bytes of the one before this are gone.
-                fusing.settle(left=1)
+                fusing.settle_older()
             hashed.result()
             fusing.settle()
             _refuse_overflow(fusing.overflow, shard)
@@ -274,6 +274,7 @@ class _Fusing:
         self._thread = thread
         self._name, self._terms = "", list[Term | None]()
         self._under_way: deque[Future[None]] = deque()
+        self._newest = 0
         self._turn = self._sums_turn = 0
         self._sums: list[Future[list[Fused]]] = []
         self._whole = Workspace()
@@ -284,12 +285,18 @@ class _Fusing:
         while len(self._under_way) > left:
             self._under_way.popleft().result()
 
+    def settle_older(self) -> None:
+        """Wait until all but the newest read is written."""
+        self.settle(left=self._newest)
+
     def copy(self, data: memoryview) -> None:
         """Write ``data`` to every output as it is."""
+        self._newest = 0
         self._later(self._write, self._outputs, data)
 
     def fuse(self, step: _Read, info: TensorInfo, data: memoryview) -> None:
         """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
+        self._newest = 0
         if step.chunks and self._name != info.name:
             self._name, self._terms, self._sums = info.name, next(self._ahead), []
             self._sums_turn = 1 - self._sums_turn
@@ -314,6 +321,8 @@ class _Fusing:
             wait(self._sums)
             self._later(self._write_fused, info, [output], self._sums)
             self._encode(info, [output], exact)
+            if exact is not None:
+                self.settle()
 
     def _gather(self, info: TensorInfo, data: memoryview) -> memoryview:
         """The tensor's memory with ``data`` put behind what came before."""
@@ -350,23 +359,19 @@ class _Fusing:
         return memory.empty(use, info.shape, torch.float32, self._engine.arithmetic.device)
 
     def _encode(self, info: TensorInfo, batch: Sequence[ShardOutput], whole: Tensor | None = None) -> None:
-        """Put the sums of a weight that were made for ``batch`` into codes, and these in line to be written.
+        """Put the sums of a weight, made for ``batch``, in line to become codes and be written.
 
-        ``whole``: the weight, where its sums are not the fp32 rule's, to tell how far they are from that.
+        Nobody waits for the sums here, so that the threads go on with the next weight. ``whole``: the weight, where its
+        sums are not the fp32 rule's, to tell how far they are from that.
         """
         for i, output in enumerate(batch):
             memory = self._sum(output, info)
-            if memory is None:
-                continue
-            largest = max(chunk.result()[i].largest for chunk in self._sums)
-            encoded = functools.partial(self._encoded, output, info.name, memory, largest, whole)
-            jobs = [self._engine.pool.submit(encoded, *span) for span in row_parts(info.shape)]
-            if whole is not None:
-                wait(jobs)
-            self._later(self._write_codes, info, output, jobs)
+            if memory is not None:
+                encoded = functools.partial(self._encoded, output, info.name, memory, whole)
+                self._later(self._write_codes, info, output, i, list(self._sums), encoded)
 
     def _encoded(
-        self, output: ShardOutput, name: str, memory: Tensor, largest: float, whole: Tensor | None, *span: int
+        self, output: ShardOutput, name: str, memory: Tensor, whole: Tensor | None, largest: float, *span: int
     ) -> Encoded:
         """The rows of a sum in codes."""
         work, rows, beside = self._engine.own.sums, memory[slice(*span)], None
@@ -390,16 +395,23 @@ class _Fusing:
                 if not fused.finite:
                     self.overflow[info.name] = None
 
-    def _write_codes(self, info: TensorInfo, output: ShardOutput, made: Sequence[Future[Encoded]]) -> None:
-        """The codes of a weight, then its scales."""
-        scales = []
-        for job in made:
-            encoded = job.result()
-            self._write([output], _bytes_of(encoded.codes))
+    def _write_codes(
+        self,
+        info: TensorInfo,
+        output: ShardOutput,
+        i: int,
+        sums: Sequence[Future[list[Fused]]],
+        encoded: Callable[..., Encoded],
+    ) -> None:
+        """The codes of a weight, then its scales. ``i``: which of the ``sums`` are this output's."""
+        largest, scales = max(chunk.result()[i].largest for chunk in sums), []
+        for job in [self._engine.pool.submit(encoded, largest, *span) for span in row_parts(info.shape)]:
+            part = job.result()
+            self._write([output], _bytes_of(part.codes))
             if self._engine.measure:
-                squares = {"rounding_square": encoded.rounding_square, "error_square": encoded.error_square}
-                output.measure(info.name, sum_square=encoded.square, **squares)
-            scales.append(encoded.scales)
+                squares = {"rounding_square": part.rounding_square, "error_square": part.error_square}
+                output.measure(info.name, sum_square=part.square, **squares)
+            scales.append(part.scales)
         producer = output.touched[info.name]
         own = [*scales[:1], torch.tensor(producer.input_scale)] if producer.form == FP8 else scales
         for scale in own:
@@ -411,6 +423,7 @@ class _Fusing:
             self._engine.reporter.advance(len(data))
 
     def _later(self, write: Callable[..., None], *arguments: object) -> None:
+        self._newest += 1
         self._under_way.append(self._thread.submit(write, *arguments))
 
 

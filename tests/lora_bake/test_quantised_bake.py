@@ -159,7 +159,7 @@ def test_forms_made_together_are_those_made_alone_and_all_else_is_the_bf16_bake(
     assert reads.call_count == 3, "each shard of the base is read once"
     names = ["distilled-0.7", "distilled-0.7-fp8", "distilled-0.7-int8"]
     assert together == [*names, "distilled-0", "distilled-0-fp8", "distilled-0-int8"]
-    first = tree(overlay / "bakes")
+    first, plain = tree(overlay / "bakes"), weights(overlay, names[0])
     for form in ("bf16", "fp8", "int8"):
         for strength in (0.7, 0):
             baked(overlay, "--strength", strength, "--format", form, "--force")
@@ -168,7 +168,6 @@ def test_forms_made_together_are_those_made_alone_and_all_else_is_the_bf16_bake(
     assert {path: data for path, data in first.items() if "8/" in path} == {
         p: d for p, d in second.items() if "8/" in p
     }
-    plain = weights(overlay, names[0])
     for name, strength in ((names[1], 0.7), (names[2], 0.7), ("distilled-0-fp8", 0.0)):
         found = weights(overlay, name)
         base = BASE if not strength else plain
