@@ -11,7 +11,8 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -237,6 +238,13 @@ def open_source(path: Path) -> BinaryIO:
         os.close(fd)
         raise SourceError("is a folder" if stat.S_ISDIR(mode) else "is not a regular file", file=path)
     return os.fdopen(fd, "rb")
+
+
+@contextmanager
+def tensor_reader(path: Path) -> Iterator[Callable[[TensorInfo], bytes]]:
+    """What gives the bytes of one small tensor of ``path``. Raises AbsentError or SourceError."""
+    with open_source(path) as file:
+        yield lambda info: os.pread(file.fileno(), info.nbytes, info.start)
 
 
 def regular_size(path: Path) -> int:

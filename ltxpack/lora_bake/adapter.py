@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ltxpack.errors import AdapterError, SourceError, one_line
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile, tensor_reader
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_facts import PEFT_CAYLEY, CayleyForm, LoraFacts, listed, read_facts
@@ -166,12 +166,7 @@ def open_adapter(
     """
     weights, config = files or adapter_files(path)
     file = read_tensorfile(weights)
-    with weights.open("rb") as stream:
-
-        def read(info: TensorInfo) -> bytes:
-            stream.seek(info.start)
-            return stream.read(info.nbytes)
-
+    with tensor_reader(weights) as read:
         facts = read_facts(file, read_configuration(config), read)
         adapter = fit_adapter(file, shapes, facts, allow_unmatched)
     return replace(adapter, name=name or path.stem, config=config)

@@ -6,6 +6,7 @@ materialize, inspect and bake-lora all ask here, so that they agree on any file 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -123,7 +124,10 @@ _ENDINGS = (
 _ROLES = tuple((role, style, re.compile(ending)) for role, style, ending in _ENDINGS)
 _IN_BLOCK = re.compile(r"\.\d+\.")
 # What stands before "weight" or "bias" and is no module that was saved whole.
-_NO_MODULE = re.compile(r"[._](?:lora|lokr|hada|oft|boft|ia3|vera)_\w*\Z|\.(?:original_module|[ab][12]|bm[12])\Z")
+# The last of a method's names counts, whose group is atomic: a hostile name holds hundreds of them.
+_NO_MODULE = re.compile(
+    r"(?>.*[._](?:lora|lokr|hada|oft|boft|ia3|vera)_)\w*\Z|.*\.(?:original_module|[ab][12]|bm[12])\Z", re.DOTALL
+)
 # Methods that are known by their names alone.
 _UNREAD = {
     "GLoRA": r"\.(?:[ab][12]|bm[12])\.weight", "IA3": r"\.(?:on_input|ia3_l)", "Tucker LoCon": r"\.lora_mid\.weight",
@@ -165,6 +169,7 @@ class LoraKey:
         return own + self.module if self.prefix and not self.flat else self.module
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def parse_key(key: str) -> LoraKey | None:
     """``key`` taken apart, or None if it has no ending that an adapter uses, or names no module."""
     if scaled := _SCALED.search(key):
@@ -180,7 +185,7 @@ def _parse(key: str) -> LoraKey | None:
         if found is None or found.start() == 0:
             continue
         path = key[: found.start()]
-        if style == "weight" and _NO_MODULE.search(path):
+        if style == "weight" and _NO_MODULE.match(path):
             return None
         for prefix in FLAT_PREFIXES:
             module = path.removeprefix(prefix)

@@ -14,8 +14,9 @@ from ltxpack.errors import AdapterError
 
 # Longer than any name of a module.
 MAX_PATTERN = 512
-# In how many places a file's patterns may have their dots. A name is compared once with each.
-MAX_MASKS = 1024
+# In how many places a file's patterns may have their dots: a name is compared once with each. All linears of the
+# published transformer, a pattern each, have theirs in 42.
+MAX_MASKS = 128
 _PLAIN = re.compile(r"(\^?)([A-Za-z0-9_-]+(?:\\?\.[A-Za-z0-9_-]+)*)\$?")
 
 # Where a pattern's unescaped dots are: each of them stands for any one character, as in a regular expression.
@@ -31,6 +32,7 @@ class Patterns:
     def __init__(self, table: Mapping[str, float], name: str = "", file: Path | None = None) -> None:
         self.name = name
         self._count = len(table)
+        self._known: dict[str, list[tuple[int, str, float]]] = {}
         # (whole name only, length) -> where the dots are -> the text with a dot there -> number, pattern and value
         self._entries: dict[tuple[bool, int], dict[Mask, dict[str, tuple[int, str, float]]]] = {}
         for number, (pattern, value) in enumerate(table.items()):
@@ -67,12 +69,16 @@ class Patterns:
 
     def _matches(self, names: Sequence[str]) -> Iterator[tuple[int, str, float | None]]:
         for name in names:
-            starts = [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
-            for at in starts:
-                for whole in (True, False) if at == 0 else (False,):
-                    for mask, table in self._entries.get((whole, len(name) - at), {}).items():
-                        text = list(name[at:])
-                        for place in mask:
-                            text[place] = "."
-                        if (entry := table.get("".join(text))) is not None:
-                            yield entry
+            if name not in self._known:
+                self._known[name] = list(self._entries_of(name))
+            yield from self._known[name]
+
+    def _entries_of(self, name: str) -> Iterator[tuple[int, str, float]]:
+        for at in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")):
+            for whole in (True, False) if at == 0 else (False,):
+                for mask, table in self._entries.get((whole, len(name) - at), {}).items():
+                    text = list(name[at:])
+                    for place in mask:
+                        text[place] = "."
+                    if (entry := table.get("".join(text))) is not None:
+                        yield entry

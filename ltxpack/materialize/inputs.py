@@ -6,10 +6,9 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from ltxpack.errors import LtxpackError, SourceError, UnsupportedError, quoted
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, plain_file_name
+from ltxpack.files.tensorfile import TensorFile, plain_file_name, tensor_reader
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_facts import Judged, judged_keys, ranks_of, read_facts
 from ltxpack.ltx23.lora_statements import PEFT_CONFIG, Configuration, belongs, configuration_beside, read_configuration
@@ -112,19 +111,15 @@ def _check_lora(lora: InputFile, access: Access) -> Judged:
 def _judged(lora: InputFile, file: TensorFile, access: Access) -> Judged:
     """The statements of the LoRA, as a bake will read them. Raises AdapterError or UnsupportedError."""
     with contextlib.ExitStack() as stack:
-        stream = None if lora.repo else stack.enter_context(lora.path.open("rb"))
-        read = None if stream is None else lambda info: _bytes(stream, info)
+        read = None if lora.repo else stack.enter_context(tensor_reader(lora.path))
         facts = read_facts(file, None, read)
         beside = read_facts(file, _configuration(lora, access), read)
     keys = judged_keys(file.tensors)
     judged = facts.judge(keys, file.tensors)
     ranks = ranks_of(keys, file.tensors).items()
-    problem, found, items = (
-        None,
-        facts.foreign,
-        [f"{kind}: {one}" for kind, all in judged.faults.items() for one in all],
-    )
-    if facts.foreign:
+    problem, found = None, facts.foreign
+    items = [f"{kind}: {one}" for kind, all in judged.faults.items() for one in all]
+    if found:
         problem = "says that it was made for another model"
     elif items:
         problem = "contradicts itself"
@@ -134,11 +129,6 @@ def _judged(lora: InputFile, file: TensorFile, access: Access) -> Judged:
         again = f"{AGAIN}--lora FILE (another one; this one can be baked by the --add or --lora of bake-lora)"
         raise UnsupportedError(problem, file=lora.label, found=found, items=items, next=again)
     return judged
-
-
-def _bytes(stream: BinaryIO, info: TensorInfo) -> bytes:
-    stream.seek(info.start)
-    return stream.read(info.nbytes)
 
 
 def _configuration(lora: InputFile, access: Access) -> Configuration | None:

@@ -18,7 +18,7 @@ from typing import Any
 from ltxpack.errors import MAX_LISTED, LtxpackError, OtherFormatError, SourceError, quoted
 from ltxpack.files.foreign import entries
 from ltxpack.files.lookalikes import ARCHIVE, GGUF, WEIGHT_FORMATS
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile, tensor_reader
 from ltxpack.files.typed import at_home
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
@@ -66,12 +66,7 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         if kind is None or path.suffix.lower() == WEIGHTS:
             raise
         return {"path": str(path), "kind": kind, "bytes": file.size, **_other(error, kind, file)}
-    with path.open("rb", buffering=0) as stream:
-
-        def read(info: TensorInfo) -> bytes:
-            stream.seek(info.start)
-            return stream.read(info.nbytes)
-
+    with tensor_reader(path) as read:
         return {"path": str(path), **_file(file, tensors, read)}
 
 

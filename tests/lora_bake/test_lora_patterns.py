@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,11 @@ from peft.utils.other import get_pattern_key
 
 from ltxpack.errors import AdapterError
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
+from ltxpack.ltx23.expected import inventory
+from ltxpack.ltx23.lora_keys import linear_modules
 from ltxpack.ltx23.lora_patterns import MAX_MASKS, Patterns
+from ltxpack.ltx23.published import published_configs
+from ltxpack.ltx23.renames import TRANSFORMER
 
 CONFIG = Path("adapter_config.json")
 MODULE = "transformer_blocks.0.attn1.to_q"
@@ -49,6 +54,21 @@ def test_a_dot_stands_for_any_letter_as_in_peft() -> None:
     with pytest.raises(AdapterError, match="too many patterns of different forms"):
         Patterns({"a" * i + ".b" + "c" * j: 1 for i in range(1, 40) for j in range(40)}, "rank_pattern", CONFIG)
     assert MAX_MASKS < 40 * 39
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_every_linear_of_the_published_model_may_have_a_pattern_and_is_compared_once(
+    official: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears = sorted(linear_modules(inventory("transformer", published_configs()["transformer"])))
+    names = [TRANSFORMER.reverse().rename(name) for name in linears] if official else linears
+    found = Patterns({name: number for number, name in enumerate(names)})
+    compared = mock.Mock(wraps=found._entries_of)
+    monkeypatch.setattr(found, "_entries_of", compared)
+    for _ in range(3):
+        assert [found.find([name], None) for name in names[:20]] == list(range(20))
+        assert not found.unused([name] for name in names)
+    assert compared.call_count == len(names)
 
 
 @pytest.mark.parametrize(
