@@ -23,8 +23,8 @@ from support import Done, Mount, ltxpack, refused, tree
 import ltxpack as package
 from ltxpack.errors import DeviceError, LtxpackError, UsageError
 from ltxpack.files.reader import hash_file
-from ltxpack.runtime.parallel import actors
-from ltxpack.runtime.parallel.actors import Actors, LineActor, SharedDisk
+from ltxpack.runtime.parallel.actors import Actors, LineActor
+from ltxpack.runtime.parallel.cluster import SharedDisk, connected
 from ltxpack.runtime.parallel.devices import RAY_HERE
 from ltxpack.runtime.parallel.share import Event, Gone, Told
 from ltxpack.runtime.settings import SessionSettings
@@ -48,7 +48,7 @@ def ray() -> Iterator[Any]:
             "no_proxy": "127.0.0.1,localhost",
         }.items():
             patch.setenv(name, value)
-        with actors._connected(RAY_HERE, 2) as found:
+        with connected(RAY_HERE, 2) as found:
             yield found
 
 
@@ -236,5 +236,5 @@ def test_a_cluster_that_is_not_there(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", unreachable)
-    with pytest.raises(error, match=problem), actors._connected(address, 0):
+    with pytest.raises(error, match=problem), connected(address, 0):
         raise AssertionError("never connected")

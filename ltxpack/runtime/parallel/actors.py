@@ -7,65 +7,39 @@ Ray places the actors and notices when one ends; all machines see the overlay an
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import queue
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ltxpack
-from ltxpack.errors import DeviceError, LtxpackError, OverlayError, UsageError, one_line
+from ltxpack.errors import LtxpackError, UsageError, one_line
 from ltxpack.files.publish import Temporary, output_errors
-from ltxpack.files.reader import hash_file
-from ltxpack.manifest import MANIFEST_NAME
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.lines import LineMaker, Task
+from ltxpack.runtime.parallel.cluster import (
+    NOT_STARTED,
+    PATIENCE,
+    SharedDisk,
+    connected,
+    cpu_workers,
+    gpus,
+    needs,
+    sharers_here,
+    where,
+    why_ended,
+)
 from ltxpack.runtime.parallel.devices import RAY_HERE
 from ltxpack.runtime.parallel.schemes import DATA, NONE
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Gone, Ready, Told, Voice
 from ltxpack.runtime.prompts_file import PromptsLine
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import peak_memory
-from ltxpack.runtime.session import Session, devices_of
+from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import AUTO, SessionSettings
 
-# Seconds: until it is told that no actor could start yet, and what an actor gets to end by itself.
-PATIENCE, LEFT = 60.0, 10.0
-ANSWER_SECONDS = 10.0
-# Ray's variables, unless they are set: nothing is sent to its makers. A cluster of this machine alone listens on no
-# other address, ends no actor because memory is nearly used up, which the planner means it to be, and gives actors the
-# processor like any other process.
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
-OF_HERE = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_memory_monitor_refresh_ms": "0",
-    "RAY_worker_niceness": "0",
-}
-
-
-@dataclass(frozen=True)
-class SharedDisk:
-    """What every machine must see as this one does: the overlay ``root``, whose manifest has this hash, and ``marks``,
-    files in the folders of the videos; and the ``version`` of ltxpack there.
-    """
-
-    root: Path
-    manifest: str
-    marks: tuple[Path, ...]
-    version: str
-
-    def check(self) -> None:
-        """Raises LtxpackError where something is another here."""
-        if ltxpack.__version__ != self.version:
-            raise UsageError("another ltxpack is installed there", expected=self.version, found=ltxpack.__version__)
-        if hash_file(self.root / MANIFEST_NAME) != self.manifest:
-            raise OverlayError("another overlay is at this path there", file=self.root)
-        for mark in self.marks:
-            if not mark.exists():
-                raise UsageError("another folder is at this path there: videos would be lost", file=mark.parent)
+# Seconds that an actor gets to end by itself.
+LEFT = 10.0
 
 
 class LineActor:
@@ -81,18 +55,14 @@ class LineActor:
 
     def open(self, disk: SharedDisk, settings: SessionSettings, actors: int) -> str:
         """Ready for tasks; where this is, in words. ``actors``: how many of the run there are at most on a machine."""
-        import ray
-
-        node = ray.get_runtime_context().get_node_id()
-        resources: Mapping[str, float] = next((each["Resources"] for each in ray.nodes() if each["NodeID"] == node), {})
         with self._or_gone():
             disk.check()
             session = Session(disk.root, settings, Voice(self._number, self._said.put))
             session.process_ends = True
-            session.residency.processes = min(actors, int(resources.get("GPU", 0)) or actors)
+            session.residency.processes = sharers_here(actors)
             self._maker = LineMaker(session)
             self._said.put(Ready(self._number))
-        return f"{ray.util.get_node_ip_address()}, process {os.getpid()}"
+        return where()
 
     def carry_out(self, task: Task, following: Request | None) -> None:
         """As :meth:`.LineMaker.carry_out`; the result is an event."""
@@ -135,17 +105,12 @@ class Actors(Crew):
         self._at_work: set[int] = set()
         self._patient = True
         with contextlib.ExitStack() as ends:
-            self._ray = ends.enter_context(_connected(address, workers))
-            count = workers or int(self._ray.cluster_resources().get("GPU", 0))
-            if count == 0:
-                advice = "the same command with --devices cpu:2 (two workers on CPUs, for tests)"
-                raise DeviceError("the Ray cluster has no GPU", next=advice)
-            self._count = min(count, len(lines))
+            self._ray = ends.enter_context(connected(address, workers))
+            self._count = min(workers or gpus(self._ray), len(lines))
             marks = [_mark(folder, ends) for folder in dict.fromkeys(line.output.parent for line in lines)]
-            self._disk = SharedDisk(root, hash_file(root / MANIFEST_NAME), tuple(marks), ltxpack.__version__)
+            self._disk = SharedDisk.of(root, tuple(marks))
             self._settings = replace(settings, device="cpu" if workers else "cuda", devices=None, parallel=AUTO)
-            needs = {"num_cpus": 1} if workers else {"num_cpus": 0, "num_gpus": 1}
-            self._actor = self._ray.remote(**needs, max_concurrency=2, max_restarts=0)(LineActor)
+            self._actor = self._ray.remote(**needs(workers), max_concurrency=2, max_restarts=0)(LineActor)
             self.names: list[str] = [f"actor {number}" for number in range(self._count)]
             for number in range(self._count):
                 self.replace(number)
@@ -162,7 +127,7 @@ class Actors(Crew):
                 return self._event(self._asked.pop(found[0]), found[0])
             self._patient = False
             if len(self._asked) == len(self._opened):
-                return Told(0, "warn", "no actor has started yet: the cluster may have no GPU or CPU free for one")
+                return Told(0, "warn", NOT_STARTED)
 
     def replace(self, worker: int) -> None:
         actor = self._actors[worker] = self._actor.remote(worker)
@@ -187,7 +152,7 @@ class Actors(Crew):
             if isinstance(event, Ready):
                 self.names[worker] = f"actor {worker} on {self._ray.get(self._opened.pop(worker))}"
         except self._ray.exceptions.RayError as error:
-            event = Gone(worker, _why(error))
+            event = Gone(worker, why_ended(error))
         if isinstance(event, Gone | Carried):
             self._at_work.discard(worker)
         if isinstance(event, Gone):
@@ -205,65 +170,12 @@ class Actors(Crew):
 
 def _cpu_workers(settings: SessionSettings) -> int:
     """How many workers on CPUs are asked for; 0 for one on each GPU. Raises UsageError for what Ray decides."""
-    if settings.device != AUTO:
-        raise UsageError("--device does not go with --ray, which has an actor on each GPU", next="leave --device out")
     if settings.parallel not in (AUTO, DATA, NONE):
         problem = f"--parallel {settings.parallel} does not go with --ray: each actor makes whole videos"
         raise UsageError(problem, next=f"choose --parallel {DATA}")
     if settings.save_activations is not None:
         raise UsageError("--save-activations goes with one device", next="leave --ray out")
-    devices = () if settings.devices is None else devices_of(settings)
-    if set(devices) - {"cpu"}:
-        problem, wanted = "--devices with --ray counts workers on CPUs alone", "cpu:N, or nothing for one on each GPU"
-        raise UsageError(problem, expected=wanted, found=settings.devices, next="leave --devices out")
-    return len(devices)
-
-
-@contextlib.contextmanager
-def _connected(address: str, workers: int) -> Iterator[Any]:
-    """Ray, connected in the block; a program that has Ray running already keeps it as it is."""
-    for name, value in (ENVIRONMENT | (OF_HERE if address == RAY_HERE else {})).items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError:
-        raise UsageError("--ray needs Ray, which is not installed", next="pip install 'ltxpack[ray]'") from None
-    if ray.is_initialized():
-        yield ray
-        return
-    if address not in (RAY_HERE, AUTO):
-        _check_answers(address)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    more: dict[str, Any] = {"include_dashboard": False} if address == RAY_HERE else {}
-    if address == RAY_HERE and workers:
-        more["num_cpus"] = workers
-    try:
-        ray.init(address, log_to_driver=False, configure_logging=False, **more)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise _unreachable(address, error) from None
-    # Ray would print what it knows of actors that ended on standard output, where results go; there is no switch.
-    ray._private.worker._worker_logs_enabled = False
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _check_answers(address: str) -> None:
-    """Raises UsageError for what is no address, DeviceError where nobody answers: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        advice = "the same command on a machine of the cluster, with --ray auto"
-        raise UsageError("--ray takes no such address", expected="HOST:PORT, auto, or none", found=address, next=advice)
-    try:
-        socket.create_connection((host.strip("[]"), int(port[:6])), timeout=ANSWER_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise _unreachable(address, error) from None
-
-
-def _unreachable(address: str, error: Exception) -> DeviceError:
-    problem = f"the Ray cluster cannot be reached: {one_line(str(error))}"
-    return DeviceError(problem, found=address, next="ray status (on a machine of the cluster)")
+    return cpu_workers(settings.device, settings.devices)
 
 
 def _mark(folder: Path, ends: contextlib.ExitStack) -> Path:
@@ -272,10 +184,3 @@ def _mark(folder: Path, ends: contextlib.ExitStack) -> Path:
         mark = Temporary(folder / "ltxpack-ray")
     ends.callback(mark.discard)
     return mark.path
-
-
-def _why(error: Exception) -> str:
-    """Why an actor ended, as Ray knows it, in a line."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = [line for line in lines if line.startswith("The actor is dead because") or "Error: " in line]
-    return (told or lines or [type(error).__name__])[-1].partition(" Some common causes")[0]
