@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 33_529,
-    "files of the package": 197,
-    "lines of the tests": 32_421,
+    "lines of the package": 33_855,
+    "files of the package": 201,
+    "lines of the tests": 32_677,
 }
 
 

@@ -11,6 +11,7 @@ from ltxpack.cli.run import SESSION, given, settings_options
 from ltxpack.cli.terminal import TerminalReporter, verbose_option
 from ltxpack.errors import UsageError
 from ltxpack.files.units import parse_duration, parse_size
+from ltxpack.runtime.parallel.devices import RAY_HERE
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve.limits import LEAST_KEPT, ServeLimits
 
@@ -18,7 +19,7 @@ from ltxpack.serve.limits import LEAST_KEPT, ServeLimits
 FIXED = ("stage1", "stage2", "devices", "parallel", "save_activations")
 SETTINGS = [one for one in SESSION if one.name not in FIXED]
 # Options that are fields of the server's options as they are typed.
-NAMED = ("output", "host", "port", "devices", "models", "allow_hosts")
+NAMED = ("output", "host", "port", "devices", "models", "allow_hosts", "ray", "workers")
 MODULES = ("fastapi", "uvicorn", "python_multipart")
 
 
@@ -47,6 +48,14 @@ MODULES = ("fastapi", "uvicorn", "python_multipart")
 @click.option(
     "--keep-bytes", metavar="SIZE", show_default="no bound",
     help="Remove the oldest finished videos beyond so many bytes: 50GB.",
+)  # fmt: skip
+@click.option(
+    "--ray", is_flag=False, flag_value=RAY_HERE, metavar="[ADDRESS]",
+    help="Actors of a Ray cluster make the videos. Without ADDRESS, which goes last, Ray starts here.",
+)  # fmt: skip
+@click.option(
+    "--workers", type=click.IntRange(1), show_default="the GPUs of the cluster",
+    help="With --ray: so many actors, which wait for GPUs that join later.",
 )  # fmt: skip
 @settings_options(*SETTINGS)
 @verbose_option

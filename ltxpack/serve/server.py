@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
@@ -17,17 +18,21 @@ from ltxpack.files.units import human_bytes, human_seconds
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
-from ltxpack.runtime.parallel.devices import named_devices
+from ltxpack.runtime.parallel.cluster import connected, cpu_workers
+from ltxpack.runtime.parallel.devices import RAY_HERE, named_devices
 from ltxpack.runtime.settings import AUTO, SessionSettings
 from ltxpack.serve.app import Service, make_app
 from ltxpack.serve.hosts import known_names
 from ltxpack.serve.intake import Intake
 from ltxpack.serve.jobs import Jobs
 from ltxpack.serve.limits import ServeLimits
+from ltxpack.serve.links import Opening, Workplace
 from ltxpack.serve.metrics import Metrics
 from ltxpack.serve.models import served_models
+from ltxpack.serve.processes import API_KEY, COMMAND, ProcessLink
+from ltxpack.serve.ray_workers import ray_place
 from ltxpack.serve.schema import request_schema
-from ltxpack.serve.workers import COMMAND, Opening, Workers
+from ltxpack.serve.workers import OnFault, Workers
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
 # Seconds that open connections have to end once the server stops.
@@ -38,7 +43,8 @@ GRACE = 5
 class ServeOptions:
     """What ``ltxpack serve`` is given: ``devices`` as ``0,1``, one worker each; ``models`` further names.
 
-    ``allow_hosts`` are names of the server itself, which are checked where there is no ``api_key``.
+    ``allow_hosts`` are names of the server itself, which are checked where there is no ``api_key``. With an address of
+    a ``ray`` cluster there are so many ``workers``, or one for each of its GPUs.
     """
 
     overlay: Path
@@ -49,6 +55,8 @@ class ServeOptions:
     api_key: str | None = None
     models: Sequence[str] = ()
     allow_hosts: Sequence[str] = ()
+    ray: str | None = None
+    workers: int | None = None
     session: SessionSettings = field(default_factory=SessionSettings)
     limits: ServeLimits = field(default_factory=ServeLimits)
 
@@ -67,8 +75,9 @@ def serve(
         faults.append(error)
         server.should_exit = True
 
-    with _listening(options.host, options.port) as listening:
-        service = service_of(options, reporter, on_fault, command)
+    with _listening(options.host, options.port) as listening, contextlib.ExitStack() as ends:
+        place = partial(_place, options, reporter, ends, command)
+        service = service_of(options, reporter, on_fault, place)
         config = uvicorn.Config(
             make_app(service), log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="on"
         )
@@ -88,13 +97,11 @@ def serve(
         raise faults[0]
 
 
-def service_of(
-    options: ServeOptions,
-    reporter: Reporter,
-    on_fault: Callable[[LtxpackError], None],
-    command: Sequence[str] = COMMAND,
-) -> Service:
-    """The parts of a server; nothing is started yet. Raises UsageError, OverlayError, FormatError, SourceError."""
+def service_of(options: ServeOptions, reporter: Reporter, on_fault: OnFault, place: Callable[[], Workplace]) -> Service:
+    """The parts of a server, whose workers run in ``place``; none is started yet.
+
+    Raises UsageError, OverlayError, FormatError, SourceError, and what ``place`` raises.
+    """
     names = known_names(options.host, options.allow_hosts)
     overlay = Overlay.open(options.overlay, options.session.text_encoder)
     models = served_models(overlay, options.session.format, options.models)
@@ -103,13 +110,13 @@ def service_of(
     if inside is not None or is_overlay(options.output):
         problem = "lies in the overlay, which holds nothing but its own files"
         raise UsageError(problem, file=options.output, next="choose another folder with -o")
-    openings = _openings(options)
+    found = place()
     limits = options.limits
     jobs, metrics = Jobs(options.output, limits.queue, limits.keep_seconds, limits.keep_bytes), Metrics()
     return Service(
         jobs,
-        Intake(jobs, models, limits, len(openings)),
-        Workers(openings, jobs, metrics, reporter, on_fault, command),
+        Intake(jobs, models, limits, len(found.openings)),
+        Workers(found, jobs, metrics, reporter, on_fault),
         metrics,
         request_schema([*models], limits, blocks),
         options.api_key,
@@ -126,15 +133,29 @@ def _kept(limits: ServeLimits) -> str:
     return f"videos are removed: {', '.join(bounds)}"
 
 
-def _openings(options: ServeOptions) -> list[Opening]:
-    """What each worker begins with. Raises UsageError for devices that do not go together."""
+def _place(options: ServeOptions, reporter: Reporter, ends: contextlib.ExitStack, command: Sequence[str]) -> Workplace:
+    """Processes of this machine that run ``command``, or actors of a Ray cluster, to which there is a connection until
+    ``ends``. Raises UsageError, DeviceError.
+    """
+    if options.ray is None:
+        return process_place(options, command)
+    on_cpus = cpu_workers(options.session.device, options.devices)
+    reporter.note("starting Ray on this machine" if options.ray == RAY_HERE else f"connecting to Ray ({options.ray})")
+    os.environ.pop(API_KEY, None)  # processes that Ray starts have the environment of this one
+    ray = ends.enter_context(connected(options.ray, on_cpus))
+    return ray_place(ray, options.overlay.absolute(), options.session, options.devices, options.workers)
+
+
+def process_place(options: ServeOptions, command: Sequence[str] = COMMAND) -> Workplace:
+    """A process for each device. Raises UsageError for devices that do not go together."""
+    if options.workers is not None:
+        raise UsageError("--workers goes with --ray", next="leave --workers out, or add --ray ADDRESS")
     if options.devices is not None and options.session.device != AUTO:
         raise UsageError("--device and --devices are two answers to one question", next="leave --device out")
     devices = (options.session.device,) if options.devices is None else named_devices(options.devices)
-    settings = dataclasses.asdict(options.session)
-    plain: dict[str, Any] = {name: str(one) if isinstance(one, Path) else one for name, one in settings.items()}
-    root = str(options.overlay.absolute())
-    return [Opening(device, root, {**plain, "device": device}, len(devices)) for device in devices]
+    root, session = options.overlay.absolute(), options.session
+    openings = [Opening.of(device, device, root, session, len(devices)) for device in devices]
+    return Workplace(openings, partial(ProcessLink, command=command))
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -27,6 +27,7 @@ from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.length import tell_cut
+from ltxpack.serve.links import fault_of
 from ltxpack.serve.refusal import told
 from ltxpack.serve.task import request_of
 
@@ -64,8 +65,8 @@ class Inbox:
 class JobReporter(Reporter):
     """Tells the server how far a job is, and ends it at the next step once it is cancelled."""
 
-    def __init__(self, job_id: str, request: Request, inbox: Inbox, say: Say) -> None:
-        self._job_id, self._inbox, self._say = job_id, inbox, say
+    def __init__(self, job_id: str, request: Request, cancelled: set[str], say: Say) -> None:
+        self._job_id, self._cancelled, self._say = job_id, cancelled, say
         self.shares = _shares(request)
         self._before = self._share = 0.0
         self._done, self._total, self._told = 0, 1, 0
@@ -88,7 +89,7 @@ class JobReporter(Reporter):
         self._tell()
 
     def _tell(self) -> None:
-        if self._job_id in self._inbox.cancelled:
+        if self._job_id in self._cancelled:
             raise Cancelled
         percent = int(100 * (self._before + self._share * min(1.0, self._done / self._total)))
         if percent > self._told:
@@ -106,11 +107,14 @@ def _shares(request: Request) -> dict[str, float]:
     return {"text": TEXT, **stages, "decode": DECODE}
 
 
-def make(session: Session, task: Mapping[str, Any], inbox: Inbox, say: Say) -> bool:
-    """Make the video of ``task`` and say what became of it; False where the process had better be a new one."""
+def make(session: Session, task: Mapping[str, Any], cancelled: set[str], say: Say) -> bool:
+    """Make the video of ``task`` and say what became of it; False where the process had better be a new one.
+
+    It ends at its next step once its id is ``cancelled``.
+    """
     try:
         request = request_of(task["prompt"], task["settings"], task["images"], Path(task["pictures"]))
-        reporter = JobReporter(task["id"], request, inbox, say)
+        reporter = JobReporter(task["id"], request, cancelled, say)
         with session.reporting(reporter), session.taking(task["stages"]):
             tell_cut(session.overlay, request.named_prompts, reporter)
             write_video(session, request, Path(task["output"]))
@@ -127,7 +131,7 @@ def make(session: Session, task: Mapping[str, Any], inbox: Inbox, say: Say) -> b
         say({"failed": what, "code": "server_error", "log": log, "ends": True})
         return False
     finally:
-        inbox.cancelled.discard(task["id"])
+        cancelled.discard(task["id"])
     return True
 
 
@@ -147,21 +151,20 @@ def main() -> int:
     inbox = Inbox()
     opening = inbox.next()
     try:
-        session = Session(Path(opening["overlay"]), SessionSettings(**opening["settings"]), _Notes(say))
+        session = Session(Path(opening["overlay"]), SessionSettings(**opening["settings"]), WorkerNotes(say))
         session.process_ends, session.residency.processes = True, opening["sharers"]
         if session.device.type == "cuda":
             torch.cuda.set_device(session.device)
     except LtxpackError as error:
-        problem = error.render().rpartition("\n")[0]
-        say({"fault": problem, "next": error.next})
+        say(fault_of(error))
         return 1
     say({"ready": str(session.device)})
-    while make(session, inbox.next(), inbox, say):
+    while make(session, inbox.next(), inbox.cancelled, say):
         pass
     return 1
 
 
-class _Notes(Reporter):
+class WorkerNotes(Reporter):
     """What is told outside of jobs."""
 
     def __init__(self, say: Say) -> None:

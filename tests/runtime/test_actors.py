@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray_support import local_ray
 from support import Done, Mount, ltxpack, refused, tree
 
 import ltxpack as package
@@ -25,7 +26,6 @@ from ltxpack.errors import DeviceError, LtxpackError, UsageError
 from ltxpack.files.reader import hash_file
 from ltxpack.runtime.parallel.actors import Actors, LineActor
 from ltxpack.runtime.parallel.cluster import SharedDisk, connected
-from ltxpack.runtime.parallel.devices import RAY_HERE
 from ltxpack.runtime.parallel.share import Event, Gone, Told
 from ltxpack.runtime.settings import SessionSettings
 
@@ -37,19 +37,8 @@ TWO = ("--devices", "cpu:2", "--ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def ray() -> Iterator[Any]:
-    """Ray with two CPUs, as ``--ray`` starts it; the runs of this process take it. It asks nobody outside."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "RAY_AUTH_TOKEN": "0" * 64,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # Ray asks a cloud's own address which cloud this is, whether or not it is to report that.
-            "http_proxy": "http://127.0.0.1:9",
-            "no_proxy": "127.0.0.1,localhost",
-        }.items():
-            patch.setenv(name, value)
-        with connected(RAY_HERE, 2) as found:
-            yield found
+    with local_ray(2) as found:
+        yield found
 
 
 def written(folder: Path, *lines: dict[str, Any]) -> Path:

@@ -127,7 +127,7 @@ def session(demo: Path) -> Iterator[Session]:
 def made(session: Session, told: Told, output: Path, prompt: str = "a boat", **given: Any) -> bool:
     settings, stages = {**SMALL, "recipe": "distilled", **given}, ["distilled-0.5", "distilled-0.5"]
     task = {"id": "video_1", "prompt": prompt, "settings": settings, "stages": stages, "images": []}
-    return worker.make(session, {**task, "pictures": ".", "output": str(output)}, told, told.say)  # type: ignore[arg-type]
+    return worker.make(session, {**task, "pictures": ".", "output": str(output)}, told.cancelled, told.say)
 
 
 def test_progress_rises_to_the_end_and_warnings_come_along(session: Session, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +29,7 @@ from ltxpack.runtime.settings import Settings
 from ltxpack.serve.app import Service, make_app
 from ltxpack.serve.limits import ServeLimits
 from ltxpack.serve.models import served_models
-from ltxpack.serve.server import ServeOptions, service_of
+from ltxpack.serve.server import ServeOptions, process_place, service_of
 from ltxpack.serve.task import request_of
 
 VALID = {"prompt": "a boat", "model": "ltx-2.3-hq", "size": "64x64", "num_frames": 9}
@@ -68,7 +69,7 @@ def opened(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ope
 
     def make(**given: Any) -> Client:
         options = ServeOptions(demo / "overlay", tmp_path_factory.mktemp("videos"), **given)
-        clients.append(Client(service_of(options, SilentReporter(), lambda error: None)))
+        clients.append(Client(service_of(options, SilentReporter(), None, partial(process_place, options))))
         return clients[-1]
 
     yield make

@@ -1,0 +1,146 @@
+"""Workers as actors of a Ray cluster, one a GPU, on any of its machines.
+
+Jobs and videos stay with the server: pictures go to the actor with the task, and the mp4 comes back, so that the
+machines share nothing but the overlay. :class:`VideoActor` is what runs there.
+"""
+
+from __future__ import annotations
+
+import queue
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ltxpack.errors import LtxpackError, UsageError, one_line
+from ltxpack.files.publish import Temporary, output_errors
+from ltxpack.runtime.parallel import cluster
+from ltxpack.runtime.parallel.cluster import SharedDisk
+from ltxpack.runtime.settings import SessionSettings
+from ltxpack.serve.jobs import Job
+from ltxpack.serve.links import Died, Message, Opening, WorkerLink, Workplace, fault_of
+from ltxpack.serve.refusal import told
+
+# The key of a worker's last message of a video that it made, and the one under which an actor adds its bytes.
+DONE, VIDEO = "done", "video"
+
+
+def ray_place(
+    ray: Any, root: Path, session: SessionSettings, devices: str | None = None, workers: int | None = None
+) -> Workplace:
+    """Actors on the cluster that ``ray`` is connected to: one for each GPU, so many ``workers``, or ``devices``: cpu:N.
+
+    Raises UsageError for what does not go with a cluster, DeviceError for one without GPUs.
+    """
+    on_cpus = cluster.cpu_workers(session.device, devices)
+    if on_cpus and workers is not None:
+        raise UsageError("--devices and --workers are two answers to one question", next="leave --workers out")
+    count = on_cpus or workers or cluster.gpus(ray)
+    device, disk = "cpu" if on_cpus else "cuda", SharedDisk.of(root)
+    openings = [Opening.of(f"actor {number}", device, root, session, count) for number in range(count)]
+    return Workplace(openings, partial(ActorLink, ray, disk, on_cpus))
+
+
+class VideoActor:
+    """A process of the cluster. Its three threads make videos, say what comes of them, and take what is cancelled."""
+
+    def __init__(self) -> None:
+        self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._cancelled: set[str] = set()
+
+    def next(self) -> Message:
+        """What it says next, once it says something."""
+        return self._said.get()
+
+    def open(self, disk: SharedDisk, settings: Mapping[str, Any], actors: int) -> None:
+        """Ready for tasks. ``actors``: how many of the server there are at most on a machine."""
+        try:
+            disk.check()
+            from ltxpack.runtime.session import Session
+            from ltxpack.serve.worker import WorkerNotes
+
+            self._session = Session(disk.root, SessionSettings(**settings), WorkerNotes(self._said.put))
+            self._session.process_ends = True
+            self._session.residency.processes = cluster.sharers_here(actors)
+            self._said.put({"ready": f"{self._session.device}, {cluster.where()}"})
+        except LtxpackError as error:
+            self._said.put(fault_of(error))
+        except Exception as error:  # whatever goes wrong, nobody waits for ever
+            problem, advice = f"{type(error).__name__}: {one_line(str(error))}", "look at Ray's logs of this actor"
+            self._said.put({"fault": problem, "next": advice})
+
+    def make(self, task: Mapping[str, Any], pictures: Mapping[str, bytes]) -> None:
+        """Make the video of ``task``; what becomes of it is said, with its bytes at the end."""
+        from ltxpack.serve import worker
+
+        try:
+            with tempfile.TemporaryDirectory(prefix="ltxpack-") as name:
+                for picture, data in pictures.items():
+                    Path(name, picture).write_bytes(data)
+                output = Path(name, "video.mp4")
+
+                def say(message: Message) -> None:
+                    self._said.put({**message, VIDEO: output.read_bytes()} if DONE in message else message)
+
+                worker.make(self._session, {**task, "output": str(output), "pictures": name}, self._cancelled, say)
+        except OSError as error:
+            problem = "the worker's folder for temporary files cannot be written"
+            self._said.put({"failed": problem, "code": "server_error", "log": f"{problem}: {error}"})
+
+    def cancel(self, job_id: str) -> None:
+        """End the work for a job at its next step."""
+        self._cancelled.add(job_id)
+
+
+class ActorLink(WorkerLink):
+    """An actor that was asked for: it starts when the cluster has room for it."""
+
+    def __init__(self, ray: Any, disk: SharedDisk, on_cpus: int, opening: Opening) -> None:
+        self._ray = ray
+        self._actor = ray.remote(**cluster.needs(on_cpus), max_concurrency=3, max_restarts=0)(VideoActor).remote()
+        self._actor.open.remote(disk, opening.settings, opening.sharers)
+        self._next = self._actor.next.remote()
+        self._output = Path()
+        self._patient = True
+
+    def make(self, job: Job, output: Path, pictures: Path) -> None:
+        self._output = output
+        files = {name: (pictures / name).read_bytes() for name, *_ in job.task.images}
+        self._actor.make.remote({**vars(job.task), "id": job.id}, files)
+
+    def cancel(self, job_id: str) -> None:
+        self._actor.cancel.remote(job_id)
+
+    def messages(self) -> Iterator[Message]:
+        while True:
+            if self._patient and not self._ray.wait([self._next], timeout=cluster.PATIENCE)[0]:
+                yield {"note": cluster.NOT_STARTED}
+            self._patient = False
+            message = self._got()
+            self._next = self._actor.next.remote()
+            yield self._kept(message) if VIDEO in message else message
+
+    def check(self) -> None:
+        if self._ray.wait([self._next], timeout=0)[0]:
+            self._got()
+
+    def end(self) -> None:
+        self._ray.kill(self._actor)
+
+    def _got(self) -> Message:
+        """What the actor says next. Raises Died."""
+        try:
+            message: Message = self._ray.get(self._next)
+        except self._ray.exceptions.RayError as error:
+            raise Died(cluster.why_ended(error)) from None
+        return message
+
+    def _kept(self, message: Message) -> Message:
+        """``message`` without the video, which is in its place."""
+        try:
+            with output_errors(self._output), Temporary(self._output) as path:
+                path.write_bytes(message[VIDEO])
+        except LtxpackError as error:
+            return {"failed": told(error), "code": "server_error", "log": error.render()}
+        return {name: value for name, value in message.items() if name != VIDEO}

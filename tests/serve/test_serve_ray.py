@@ -1,0 +1,235 @@
+"""``ltxpack serve`` with workers on a Ray cluster: the same jobs and rules, whatever becomes of the actors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from ray_support import local_ray
+from serving import Server, until
+from support import ltxpack, refused
+
+from ltxpack.reporter import Reporter
+from ltxpack.runtime.parallel import cluster
+from ltxpack.runtime.session import Session
+from ltxpack.runtime.settings import SessionSettings
+from ltxpack.serve import worker
+from ltxpack.serve.app import make_app
+from ltxpack.serve.jobs import Jobs
+from ltxpack.serve.links import Died, Opening, Workplace
+from ltxpack.serve.metrics import Metrics
+from ltxpack.serve.ray_workers import ActorLink, VideoActor, ray_place
+from ltxpack.serve.server import ServeOptions, service_of
+from ltxpack.serve.workers import OnFault, Workers
+
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+SESSION = SessionSettings(dtype="float32", cache=False)
+OPENING = Opening("actor 0", "none", {})
+SMALL = {"size": "64x64", "num_frames": 9, "model": "ltx-2.3-distilled"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[Any]:
+    with local_ray(2) as found:
+        yield found
+
+
+class Heard(Reporter):
+    """What the server told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def pids(self) -> list[int]:
+        """The processes of the actors, as they became ready."""
+        return [int(found[1]) for note in self.notes if (found := re.search(r"is ready on .*, process (\d+)$", note))]
+
+
+class Ask:
+    """Speaks to a server in this process, whose workers run."""
+
+    def __init__(self, options: ServeOptions, place: Callable[[], Workplace], on_fault: OnFault = None) -> None:
+        self.heard = Heard()
+        self.service = service_of(options, self.heard, on_fault, place)
+        self.workers, self.jobs = self.service.workers, self.service.jobs
+        self._app = make_app(self.service)
+
+    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        async def go() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self._app), base_url="http://localhost") as http:
+                return await http.request(method, path, **more)
+
+        return asyncio.run(go())
+
+    def post(self, prompt: str, **more: Any) -> str:
+        answer = self.ask("POST", "/v1/videos", **(more or {"json": {**SMALL, "prompt": prompt}}))
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return dict(self.ask("GET", f"/v1/videos/{job_id}").json())
+
+    def completed(self, job_id: str) -> bytes:
+        """The video of a job, once it is there."""
+        ended = until(lambda: job if (job := self.job(job_id))["status"] in ("completed", "failed") else None)
+        assert ended["status"] == "completed", ended
+        return self.ask("GET", f"/v1/videos/{job_id}/content").content
+
+    def begun(self, job_id: str) -> None:
+        until(lambda: self.job(job_id)["progress"] > 0)
+
+
+@contextmanager
+def serving(demo: Path, output: Path, ray: Any, workers: int = 1, on_fault: OnFault = None) -> Iterator[Ask]:
+    root = demo / "overlay"
+    options = ServeOptions(root, output, session=SESSION)
+    asked = Ask(options, lambda: ray_place(ray, root, SESSION, f"cpu:{workers}"), on_fault)
+    asked.workers.start()
+    try:
+        yield asked
+    finally:
+        asked.workers.stop()
+        asked.jobs.close()
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (80, 64), (200, 30, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_actors_make_what_a_process_makes_and_a_killed_one_loses_nothing(demo: Path, tmp_path: Path, ray: Any) -> None:
+    output = tmp_path / "videos"
+    with serving(demo, output, ray, 2) as server:
+        form = {"data": {**SMALL, "prompt": "a boat", "seed": 3}, "files": {"input_reference": ("a.png", png())}}
+        with_picture = server.post("", **form)
+        slow = server.post("", json={"prompt": "a dog", "size": "64x64", "num_frames": 9, "steps": 30})
+        content = server.completed(with_picture)
+        server.begun(slow)
+        states = {one["job"]: one["device"] for one in server.workers.states}
+        before = server.heard.pids()
+        assert len(before) == 2
+        at_work = next(
+            pid
+            for pid, note in zip(before, [note for note in server.heard.notes if "is ready on" in note], strict=True)
+            if note.startswith(states[slow])
+        )
+        os.kill(at_work, signal.SIGKILL)
+        until(lambda: len(server.heard.pids()) == 3)
+        assert server.completed(slow)
+        (died,) = [note for note in server.heard.notes if "another worker is started" in note]
+        assert "The actor is dead" in died and died.startswith(states[slow])
+        counted = server.ask("GET", "/metrics").text
+        assert f'ltxpack_worker_deaths_total{{device="{states[slow]}"}} 1' in counted
+        assert 'ltxpack_jobs_ended_total{status="completed"} 2' in counted
+        assert not [*(output / "pictures").iterdir()]
+    task = {"id": "a", "prompt": "a boat", "stages": ["distilled-0.5"] * 2, "images": [["a.png", 0, 1.0]]}
+    settings = {"recipe": "distilled", "width": 64, "height": 64, "num_frames": 9, "seed": 3}
+    (tmp_path / "a.png").write_bytes(png())
+    paths = {"pictures": str(tmp_path), "output": str(tmp_path / "alone.mp4")}
+    with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32", cache=False)) as session:
+        assert worker.make(session, {**task, **paths, "settings": settings}, set(), lambda message: None)
+    assert content == (tmp_path / "alone.mp4").read_bytes()
+
+
+def test_what_is_deleted_ends_and_what_a_server_leaves_the_next_one_makes(demo: Path, tmp_path: Path, ray: Any) -> None:
+    """The next one is the command, by the address of the cluster."""
+    long = {"prompt": "a boat", "size": "64x64", "num_frames": 9, "steps": 100}
+    with serving(demo, tmp_path, ray) as server:
+        gone = server.post("", json=long)
+        left, waiting = server.post("", json={**long, "steps": 12}), server.post("a dog")
+        server.begun(gone)
+        assert server.ask("DELETE", f"/v1/videos/{gone}").status_code == 200
+        until(lambda: 'jobs_ended_total{status="cancelled"} 1' in server.ask("GET", "/metrics").text)
+        server.begun(left)
+        assert server.workers.states[0]["job"] == left
+    address = ray.get_runtime_context().gcs_address
+    flags = ["--dtype=float32", "--port=0", "--devices=cpu:1", "-o", tmp_path, "--ray", address]
+    command = [sys.executable, "-m", "ltxpack", "serve", demo / "overlay", *flags]
+    with Server(command, LTXPACK_API_KEY="a key") as again:
+        assert [job["id"] for job in again.all_completed()] == [left, waiting]
+        assert again.client.get(f"/videos/{left}/content").content == (tmp_path / f"{left}.mp4").read_bytes()
+    assert again.process.returncode == 130 and f"connecting to Ray ({address})" in again.log
+
+
+def test_an_actor_that_cannot_begin_says_why_and_another_is_tried(demo: Path, tmp_path: Path, ray: Any) -> None:
+    root, heard = demo / "overlay", Heard()
+    right = cluster.SharedDisk.of(root)
+    wrong = iter([replace(right, version="0.0.0"), replace(right, root=tmp_path)])
+    place = Workplace([Opening.of("actor 0", "cpu", root, SESSION, 1)], lambda one: ActorLink(ray, next(wrong), 1, one))
+    jobs = Jobs(tmp_path / "videos", 1)
+    workers = Workers(place, jobs, Metrics(), heard, None)
+    workers.start()
+    until(lambda: any("ltxpack.json" in note for note in heard.notes))
+    workers.stop()
+    jobs.close()
+    assert "another ltxpack is installed there" in heard.notes[0] and "another worker is started" in heard.notes[1]
+    actor = VideoActor()
+    actor.open(right, {"none": 1}, 1)
+    actor.open(right, {"dtype": "none"}, 1)
+    assert all("fault" in actor.next() for _ in range(2)), "whatever goes wrong, nobody waits for ever"
+
+
+def test_what_cannot_be_written_has_failed(
+    demo: Path, tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The video where the server is, and the pictures where the actor is."""
+    with contextlib.closing(ActorLink(ray, cluster.SharedDisk.of(demo / "overlay"), 1, OPENING)) as link:
+        link._output = tmp_path / "none" / "a.mp4"
+        said = link._kept({"done": {}, "video": b"v"})
+        assert said["code"] == "server_error" and str(tmp_path) in said["log"] and str(tmp_path) not in said["failed"]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    actor = VideoActor()
+    actor.make({}, {"a-0": b""})
+    assert "cannot be written" in actor.next()["failed"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem", "status"),
+    [
+        (("--ray",), "the Ray cluster has no GPU", 1),
+        (("--device", "cpu", "--ray"), "--device does not go with --ray", 2),
+        (("--devices", "0,1", "--ray"), "counts workers on CPUs alone", 2),
+        (("--devices", "cpu:2", "--workers", "3", "--ray"), "two answers to one question", 2),
+        (("--workers", "3"), "--workers goes with --ray", 2),
+    ],
+)
+def test_what_does_not_go_with_a_cluster_is_refused(
+    flags: tuple[str, ...], problem: str, status: int, demo: Path, tmp_path: Path
+) -> None:
+    command = ("serve", demo / "overlay", "--port=0", "-o", tmp_path / "videos", *flags)
+    assert problem in refused(ltxpack(*command), status)
+    assert not (tmp_path / "videos").exists()
+
+
+def test_actors_wait_for_cards_that_join_later(demo: Path, ray: Any) -> None:
+    place = ray_place(ray, demo / "overlay", SESSION, workers=3)
+    assert [(one.device, one.settings["device"], one.sharers) for one in place.openings] == [
+        (f"actor {number}", "cuda", 3) for number in range(3)
+    ]
+    link = place.start(place.openings[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "PATIENCE", 0.1)
+        assert next(link.messages()) == {"note": cluster.NOT_STARTED}
+    link.check()
+    link.end()
+    with pytest.raises(Died):
+        until(link.check)
