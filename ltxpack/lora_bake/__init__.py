@@ -1,4 +1,4 @@
-"""Bakes LoRAs into complete transformer folders: any naming, one rounding, the base streamed once for all strengths."""
+"""Bakes LoRAs of any naming into complete transformer folders: one rounding, one read of the base for all strengths."""
 
 from __future__ import annotations
 

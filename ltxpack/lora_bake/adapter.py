@@ -1,7 +1,7 @@
-"""An adapter file in any naming -> ``{transformer weight: LoraTarget}``; every fault is found before a byte is written.
+"""An adapter file in any naming -> ``{transformer weight: LoraTarget}``; finds every fault before a byte is written.
 
-Only headers are read here, and the alpha scalars. The factors stay in the file, as byte ranges, until they are fused.
-Spec 02, sections 1, 2 and 7. Knows nothing of arithmetic.
+It reads only headers and the alpha scalars. The factors stay in the file, as byte ranges, until the bake fuses them.
+Spec 02, sections 1, 2 and 7. Knows no arithmetic.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.strength import Strength
 
 FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
-# More different beginnings of names than this are another model's.
+# With more different prefixes of names than this, the file belongs to another model.
 MAX_RESTS = 2
-# Which of a method's tensors change the module's bias, not its weight.
+# The roles of tensors that change the module's bias, not its weight.
 _BIAS_ROLES = frozenset({"up_b", "diff_b", "bias"})
 _SCALED = frozenset(method.name for method in METHODS if method.rank)
-# Methods that change norms and tables too, not only linears.
+# Methods that also change norms and tables.
 _ANY_SHAPE = ("diff", "weight")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,12 +46,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """What an adapter does to one weight (or bias): by which methods, with which tensors.
+    """The methods and tensors with which an adapter changes one weight (or bias).
 
-    ``methods`` are names of :data:`.lora_keys.METHODS`. ``tensors`` maps roles to byte ranges of the adapter file; of a
-    fused projection each target has its own rows. ``factor`` is what the strength is multiplied by for a method with a
-    rank: alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is as stated; it bounds the rotations of LyCORIS,
-    and ``cayley`` says how PEFT makes its own. ``over_base``: DoRA's magnitudes are divided by norms before the change.
+    ``methods`` are names of :data:`.lora_keys.METHODS`. ``tensors`` maps roles to byte ranges of the adapter file; each
+    target in a fused projection has its own rows. ``factor`` multiplies the strength of a method with a rank:
+    alpha/rank, alpha/sqrt(rank) with rslora, or 1. ``alpha`` is the stated one; it bounds the rotations of LyCORIS,
+    and ``cayley`` says how PEFT makes its rotations. ``over_base``: DoRA divides its magnitudes by the norms before the
+    change.
     """
 
     weight: str
@@ -64,11 +65,11 @@ class LoraTarget:
     over_base: bool = False
 
     def is_idle(self, zero: Collection[str]) -> bool:
-        """Whether it changes nothing if the tensors called ``zero`` are all zero."""
+        """Whether the target changes nothing if the tensors named ``zero`` are all zero."""
         if {"magnitude", "rescale", "boft_s"}.intersection(self.tensors) or "weight" in self.methods:
             return False
         own = [method for method in METHODS if method.name in self.methods]
-        # Of products one factor of zeros is enough; a rotation of zeros is none.
+        # One factor of zeros makes a product zero; zeros make a rotation the identity.
         return all(
             (method.rank and self.factor == 0)
             or any(info.name in zero for role, info in self.tensors.items() if role.removesuffix(SCALE) in method.roles)
@@ -77,7 +78,7 @@ class LoraTarget:
 
     @property
     def beyond_official(self) -> str | None:
-        """What the official rule has no arithmetic for; None for a product of two factors or a difference."""
+        """The method that the official rule does not know; None for a product of two factors or a difference."""
         if "magnitude" in self.tensors:
             return "DoRA"
         return next((name for name in self.methods if name not in ("lora", "diff")), None)
@@ -85,10 +86,10 @@ class LoraTarget:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that fits the transformer. ``skipped`` are modules left out because the caller allowed it.
+    """An adapter that fits the transformer. ``skipped`` are modules that the caller allowed to leave out.
 
-    ``foreign``: the other model that it says it was made for. ``dora_by``: who states what its magnitudes mean.
-    ``notes``, ``warnings``: what to tell of it.
+    ``foreign``: another model for which the file says it was made. ``dora_by``: the statement of what its magnitudes
+    mean. ``notes``, ``warnings``: sentences for the user.
     """
 
     name: str
@@ -105,7 +106,7 @@ class Adapter:
 
     @property
     def factor(self) -> float | None:
-        """The factor if it is the same for all targets that alpha scales, else None."""
+        """The factor if all targets that alpha scales have the same, else None."""
         factors = {target.factor for target in self.targets.values() if not _SCALED.isdisjoint(target.methods)} or {1.0}
         return factors.pop() if len(factors) == 1 else None
 
@@ -116,12 +117,12 @@ class Adapter:
 
     @property
     def flop(self) -> float:
-        """FLOP of the products of two factors, once for all weights."""
+        """FLOP of one product of the factors for every weight."""
         pairs = ((t.tensors["up"].shape, t.tensors["down"].shape) for t in self.targets.values() if "up" in t.tensors)
         return sum(2.0 * up[0] * math.prod(down) for up, down in pairs if up)
 
     def within(self, shapes: Shapes) -> Adapter:
-        """What of it changes the tensors ``shapes``."""
+        """The part of it that changes the tensors in ``shapes``."""
         return replace(self, targets={name: target for name, target in self.targets.items() if name in shapes})
 
     @property
@@ -136,7 +137,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class LoraUse:
-    """One LoRA of a bake: what it fits, and how the manifest lists it."""
+    """One LoRA of a bake: its fitted adapter, and its entry in the manifest."""
 
     adapter: Adapter
     baked: BakedLora
@@ -160,7 +161,7 @@ def open_adapter(
 ) -> Adapter:
     """The adapter at ``path`` (a safetensors file or a PEFT folder), fitted to a transformer.
 
-    ``files``: its weights and configuration, where these are known already. ``shapes`` maps the transformer's tensor
+    ``files``: its weights and configuration, if known already. ``shapes`` maps the transformer's tensor
     names (diffusers spelling) to their shapes. Raises SourceError or FormatError for a file that cannot be read,
     AdapterError listing everything that does not fit.
     """
@@ -228,7 +229,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
 
 
 def refuse_model(file: TensorFile) -> None:
-    """Refuse (AdapterError) the weights of a model, a LoRA merged into them perhaps, in the place of a LoRA."""
+    """Raises AdapterError for the weights of a model, perhaps with a merged LoRA, in the place of a LoRA."""
     header = read_lora(file)
     model = None if header.is_lora or header.unpaired else described(file)
     if model:
@@ -242,7 +243,7 @@ def refuse_model(file: TensorFile) -> None:
 
 @dataclass
 class _ModuleKeys:
-    """The keys of one module, or of one fused kv or qkv (``modules``, in row order), before they are judged."""
+    """The unchecked keys of one module, or of one fused kv or qkv (``modules``, in row order)."""
 
     modules: tuple[str, ...]
     key: LoraKey
@@ -250,21 +251,21 @@ class _ModuleKeys:
 
 
 class _Fit:
-    """One adapter while it is fitted. ``faults`` collects everything wrong, by kind, so that one error lists all."""
+    """Fits one adapter. ``faults`` collects all faults by kind, so that one error lists them."""
 
     def __init__(self, file: TensorFile, shapes: Shapes, facts: LoraFacts) -> None:
         self.modules: dict[tuple[str, ...], _ModuleKeys] = {}
-        # What stands before names of ours, where it is no known prefix.
+        # Unknown prefixes before our names.
         self.rests: dict[str, None] = {}
         self.faults: dict[str, list[str]] = {}
         self._file, self._shapes, self._stated = file, shapes, facts
 
     def fault(self, kind: str, item: str) -> None:
-        """Something does not fit."""
+        """Add a fault."""
         self.faults.setdefault(kind, []).append(item)
 
     def sort(self, keys: Iterable[LoraKey], names: ModuleNames) -> list[str]:
-        """Put the keys to the modules they mean; returns the modules that the transformer does not have."""
+        """Sort the keys by module; returns the modules that the transformer does not have."""
         unmatched: dict[str, None] = {}
         for key, modules in self._found(list(keys), names):
             if modules is None:
@@ -278,7 +279,7 @@ class _Fit:
         return list(unmatched)
 
     def _found(self, keys: Sequence[LoraKey], names: ModuleNames) -> Iterator[tuple[LoraKey, tuple[str, ...] | None]]:
-        """Each key with its modules. A rest that is no known prefix is taken off if it is the same before all keys."""
+        """Each key with its modules. Removes an unknown prefix if all keys begin with the same one."""
         found: list[tuple[LoraKey, tuple[str, ...] | None]] = []
         for key in keys:
             try:
@@ -288,7 +289,7 @@ class _Fit:
         unknown = [key for key, modules in found if not modules]
         self.rests = dict.fromkeys(rest for key in unknown if (rest := names.rest_before(key)))
         if not self.rests:
-            # Outside the blocks other models' modules are called like ours, so one strange name is enough to doubt all.
+            # Outside the blocks other models have modules with our names, so one strange name is enough to doubt all.
             every = dict.fromkeys(names.rest_before(key, in_block=False) for key in unknown)
             self.rests = {rest: None for rest in every if rest} if len(every) == 1 else {}
         if len(self.rests) != 1 or any(modules for _, modules in found):
@@ -307,7 +308,7 @@ class _Fit:
         return targets
 
     def _is_complete(self, found: Mapping[str, TensorInfo]) -> bool:
-        """Whether the tensors of a module belong together and have dtypes that can be used."""
+        """Whether the tensors of a module belong together and have usable dtypes."""
         stored = {role: info for role, info in found.items() if role != "alpha"}
         bad = next((info for info in stored.values() if info.dtype not in FACTOR_DTYPES), None)
         lone = next((info for role, info in stored.items() if role.removesuffix(SCALE) not in found), None)
@@ -334,7 +335,7 @@ class _Fit:
         return False
 
     def _targets_of(self, group: _ModuleKeys) -> Iterator[LoraTarget]:
-        """One target for each module, one more where a bias changes too; none where a shape disagrees."""
+        """One target for each module, and one for a bias that changes too; none if a shape is wrong."""
         wanted = self._wanted_shapes(group)
         if wanted is None or not all(self._has_shape(group.found[role], shape) for role, shape in wanted.items()):
             return
@@ -355,7 +356,7 @@ class _Fit:
             for kind, tensors in own.items():
                 names = tuple(method.name for method in methods if method.is_there(tensors))
                 if names:
-                    # A bias has no rank of its own to be counted.
+                    # A bias has no rank of its own.
                     own_rank = rank if kind == "weight" else 0
                     cayley = self._stated.cayley if "peft-oft" in names else PEFT_CAYLEY
                     yield LoraTarget(self._tensor(module, kind), names, tensors, own_rank, factor, alpha, cayley)
@@ -371,7 +372,7 @@ class _Fit:
         return rank, factor, alpha
 
     def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
-        """role -> the shape its tensor must have, None if nothing is there to change; None after a fault."""
+        """Role -> the shape of its tensor, None if there is nothing to change; None after a fault."""
         found, sizes = group.found, {role: info.shape for role, info in group.found.items()}
         weight, bias = self._whole(group, "weight"), self._whole(group, "bias")
         wanted: dict[str, tuple[int, ...] | None] = {role: bias for role in found if role in _BIAS_ROLES}
@@ -390,24 +391,24 @@ class _Fit:
                     self.fault("shape mismatch", f"{group.key.module}: {error}")
                     return None
         if "magnitude" in found and weight is not None:
-            # One for each output row, [out] (PEFT) or [out, 1]; or one for each input, [1, in] (LyCORIS).
+            # One number for each output row, [out] (PEFT) or [out, 1]; or one for each input, [1, in] (LyCORIS).
             inputs = (1, weight[1])
             over_inputs = sizes["magnitude"] == inputs and weight[0] > 1 and len(group.modules) == 1
             wanted["magnitude"] = inputs if over_inputs else weight[:1]
         return wanted
 
     def _whole(self, group: _ModuleKeys, kind: str) -> tuple[int, ...] | None:
-        """The shape of a module's weight or bias, of fused ones one below another; None if there is no such thing."""
+        """The shape of a module's weight or bias, or of fused ones stacked; None if there is none."""
         shapes = {self._shapes.get(self._tensor(module, kind)) for module in group.modules}
         shape = shapes.pop()
         return None if shapes or not shape else (len(group.modules) * shape[0], *shape[1:])
 
     def _tensor(self, module: str, kind: str) -> str:
-        """The name of a module's weight or bias; a table goes by its own."""
+        """The name of a module's weight or bias; a table has the module's name."""
         return module if kind == "weight" and module in self._shapes else f"{module}.{kind}"
 
     def _has_scale(self, scale: TensorInfo, scaled: TensorInfo) -> bool:
-        """Whether ``scale`` is one number, or one for each row of what it scales."""
+        """Whether ``scale`` is one number, or one for each row of ``scaled``."""
         if math.prod(scale.shape) == 1 or scale.shape in ((scaled.shape[0],), (scaled.shape[0], 1)):
             return True
         expected = f"one number, or one for each of the {scaled.shape[0]} rows of {scaled.name}"
@@ -415,7 +416,7 @@ class _Fit:
         return False
 
     def _has_shape(self, info: TensorInfo, shape: tuple[int, ...] | None) -> bool:
-        # Some write [rank, in, 1, 1], as of a convolution.
+        # Some files have [rank, in, 1, 1], as for a convolution.
         if shape is not None and _trimmed(info.shape, len(shape)) == shape and info.nbytes:
             return True
         if not info.nbytes:
@@ -427,7 +428,7 @@ class _Fit:
 
 
 def _obstacle(group: _ModuleKeys, method: Method, weight: tuple[int, ...] | None) -> tuple[str, str] | None:
-    """Why ``method`` cannot change a weight of this shape, as a fault; None if its tensors' shapes decide."""
+    """The fault if ``method`` cannot change a weight of this shape; None if its tensors' shapes decide."""
     found, module = group.found, group.key.module
     if method.name in _ANY_SHAPE:
         return None
@@ -457,17 +458,17 @@ def _clash(stored: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo] | 
 
 
 def _is_marker(info: TensorInfo) -> bool:
-    """Whether a tensor only marks a file, and holds nothing: of no element, or the sign of quantised weights."""
+    """Whether a tensor only marks a file: it has no elements, or is the sign of quantised weights."""
     return parse_key(info.name) is None and (not info.nbytes or info.name.rpartition(".")[2] == "scaled_fp8")
 
 
 def _trimmed(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """``shape`` without the ones behind its first ``length`` sizes."""
+    """``shape`` without trailing ones after its first ``length`` sizes."""
     return shape[:length] if all(size == 1 for size in shape[length:]) else shape
 
 
 def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
-    """The ``i``-th of ``count`` equal shares of the rows: still one run of bytes."""
+    """The ``i``-th of ``count`` equal parts of the rows, which is one run of bytes."""
     nbytes = info.nbytes // count
     shape = (info.shape[0] // count, *info.shape[1:])
     return replace(info, shape=shape, start=info.start + i * nbytes, nbytes=nbytes)
@@ -505,7 +506,7 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
         advice = "bake-lora with --text bakes it"
     elif 0 < len(rests) <= MAX_RESTS:
         problem = f"is not read: its names have {' and '.join(f'`{rest}`' for rest in rests)} before ours"
-        advice = "rename its tensors so that the same, or nothing, stands before all of them"
+        advice = "rename its tensors so that all of them have the same prefix, or none"
     return AdapterError(
         problem,
         file=path,
@@ -516,7 +517,7 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
 
 
 def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget], facts: LoraFacts) -> Iterator[str]:
-    """What of its names and methods a user should know."""
+    """Sentences about its names and methods for the user."""
     for rest in rests:
         yield f"its names have `{rest}` before ours, which is taken off"
     scaled = {name: target.factor for name, target in targets.items() if target.rank}

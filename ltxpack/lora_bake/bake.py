@@ -1,7 +1,7 @@
 """``bake-lora``: find the LoRAs, plan the bakes, run them in one pass over the base, publish by rename.
 
-Bakes start from the clean base, never from one another. Nothing of a bake is in its place before all of it is on the
-disk; the manifest that names it is written last. ``verify --repair`` makes a damaged bake again here.
+Bakes start from the clean base, never from another bake. A bake comes to its place only when all of it is on the disk;
+the manifest that names it is written last. ``verify --repair`` makes a damaged bake again here.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from ltxpack.strength import Strength
 
 
 def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
-    """What ``bake`` would write: every file with its size, ``write`` or ``link``. Nothing is written or fetched.
+    """The files that ``bake`` would write, with sizes, ``write`` or ``link``. Writes and fetches nothing.
 
-    ``total_bytes`` is the sum of all sizes, ``written_bytes`` without the links; both hold a bound for each of the two
-    reports. ``arithmetic`` says how the sums would be made and how long the products take here. Raises what ``bake``
-    raises before it writes. Of a LoRA on the hub only the header is read, so what needs its content (NaN, other inputs)
-    is not seen.
+    ``total_bytes`` is the sum of all sizes, ``written_bytes`` without the links; both include a bound for each of the
+    two reports. ``arithmetic`` says how ``bake`` would make the sums and how long the products take here. Raises the
+    errors of ``bake`` before it writes. It reads only the header of a LoRA on the hub, and so misses faults of its
+    content (NaN, other inputs).
     """
     options = options.checked()
     manifest = read_manifest(options.overlay)
@@ -65,7 +65,7 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
 
 
 def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
-    """Make the bakes; those that are there already, from the same inputs, are left alone unless ``force`` is set.
+    """Make the bakes; existing ones from the same inputs stay, unless ``force`` is set.
 
     Raises UsageError, SourceError, FormatError, AdapterError (a LoRA that does not fit, or a result that overflows),
     OverlayError (in use, changed, exists from other inputs, no space) or DeviceError. The overlay stays valid.
@@ -105,18 +105,18 @@ class UnwrittenBake:
 
     @functools.cached_property
     def arithmetic(self) -> Arithmetic:
-        """What is used here and now. Needs torch, which a plan does not."""
+        """The arithmetic of this machine. Needs torch, unlike a plan."""
         return _arithmetic(self.options, [lora.adapter for lora in self.plan.loras])
 
     @property
     def stated(self) -> Bake:
-        """What the manifest would say of it, without files and arithmetic."""
+        """Its manifest entry, without files and arithmetic."""
         plan = self.plan
         return Bake(plan.recorded, plan.rule, "", "", (), (), plan.form, plan.quantised, plan.calibration)
 
 
 def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bool = False) -> UnwrittenBake:
-    """The one bake that ``options`` ask for, its LoRAs read. Raises what ``bake`` raises before it writes."""
+    """The one bake of ``options``, with its LoRAs read. Raises the errors of ``bake`` before it writes."""
     options = options.checked()
     manifest = read_manifest(options.overlay)
     bases = _bases(options, manifest)
@@ -130,7 +130,7 @@ def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bo
 
 
 def _torch_ahead() -> Future[ModuleType]:
-    """torch, imported on another thread: that takes as long as reading a LoRA, and one hides the other."""
+    """Import torch on another thread: it takes as long as reading a LoRA, and both go on together."""
     loader = ThreadPoolExecutor(1)
     torch = loader.submit(importlib.import_module, "torch")
     loader.shutdown(wait=False)
@@ -140,11 +140,10 @@ def _torch_ahead() -> Future[ModuleType]:
 def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[Path] = ()) -> list[Fault]:
     """Repair ``overlay`` and verify it again; returns the faults that are left. A stray file is never removed.
 
-    Damaged files of the base come from the source again: ``source`` is where inputs are looked for first, the others
-    come from the repos that the manifest states. A damaged bake is made again, whole. ``loras`` are files or PEFT
-    folders of LoRAs that bakes need and the overlay does not keep; their content tells which is which, not their name.
-    Raises LtxpackError: SourceError if a file is needed and not given, OverlayError if the base comes out other than
-    the manifest says.
+    It writes damaged files of the base again from the source: it looks for inputs in ``source`` first, then in the
+    repos that the manifest states. It makes a damaged bake again, whole. ``loras`` are files or PEFT folders of LoRAs
+    that bakes need and the overlay does not keep; their content identifies them, not their name. Raises LtxpackError:
+    SourceError if a needed file is not given, OverlayError if the new base differs from the manifest.
     """
     faults = verify(overlay, reporter)
     manifest = read_manifest(overlay)
@@ -166,10 +165,10 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
 
 
 def remake(overlay: Path, folder: str, files: Mapping[str, Path], reporter: Reporter) -> None:
-    """Make the bake in ``folder`` again, whole, from what the manifest records: LoRAs, strengths, order, rule and form.
+    """Make the bake in ``folder`` again, whole, with the manifest's LoRAs, strengths, order, rule and form.
 
-    ``files`` maps the LoRAs' blake3 to files or PEFT folders. The recorded kernel and device are used if this machine
-    has them, so that the same bytes come out. Raises what ``bake`` raises, and OverlayError for a LoRA that changed.
+    ``files`` maps the LoRAs' blake3 to files or PEFT folders. It uses the recorded kernel and device if this machine
+    has them, so that the bytes are the same. Raises the errors of ``bake``, and OverlayError for a LoRA that changed.
     """
     with OverlayLock(overlay, reporter) as lock:
         refuse_links(overlay / WORK_FOLDER, *(overlay / place for place in BAKED))
@@ -206,8 +205,8 @@ def _plans(
 ) -> list[BakePlan]:
     """One plan per strength and format, and one per strength for the text path.
 
-    Raises AdapterError for what the official rule does not know, a model distilled twice, an activations file of
-    another bake, or a text path that no LoRA changes; UsageError for blocks that are not there.
+    Raises AdapterError for a method that the official rule does not know, a model that would be distilled twice, an
+    activations file of another bake, or a text path that no LoRA changes; UsageError for unknown blocks.
     """
     if options.rule == "official":
         _refuse_beyond_official([lora.adapter for lora in found], options)
@@ -229,7 +228,7 @@ def _plans(
         for form in options.formats if place == BAKES else (BF16,):
             name = options.name or bake_name([(use.baked.name, use.baked.applied) for use in uses], form)
             plan = BakePlan(name, uses, options.rule, base, options.overlay)
-            if uses or not found:  # else the LoRAs change the text path alone, or nothing of it
+            if uses or not found:  # else the LoRAs change only the text path, or nothing of it
                 plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options))
     if options.text and not any(plan.base.place == TEXT_ENCODERS for plan in plans.values()):
         files = [lora.adapter.path.name for lora in found]
@@ -238,12 +237,12 @@ def _plans(
 
 
 def _bases(options: BakeOptions, manifest: Manifest) -> dict[str, Base]:
-    """What is baked into, by the place of its bakes."""
+    """The bases, by the place of their bakes."""
     return {place: read_base(options.overlay, manifest, place) for place in (BAKED if options.text else (BAKES,))}
 
 
 def _shapes(bases: Mapping[str, Base]) -> Shapes:
-    """Those of all bases: no name of one is a name of another."""
+    """The shapes of all bases, which share no names."""
     return {name: shape for base in bases.values() for name, shape in base.shapes.items()}
 
 
@@ -300,7 +299,7 @@ def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
 
 
 def _is_there(plan: BakePlan, manifest: Manifest) -> bool:
-    """Whether the overlay holds this very bake, whole as far as sizes tell."""
+    """Whether the overlay holds this bake, with files of the right sizes."""
     bake = manifest.baked.get(plan.folder)
     if bake is None or not plan.is_made_from(bake):
         return False
@@ -309,7 +308,7 @@ def _is_there(plan: BakePlan, manifest: Manifest) -> bool:
 
 
 def _to_be_made(plans: Sequence[BakePlan], manifest: Manifest, options: BakeOptions) -> list[BakePlan]:
-    """The plans whose bakes are not there, or all with ``force``. Raises OverlayError for a name that is taken."""
+    """The plans whose bakes do not exist, or all with ``force``. Raises OverlayError for a name that is taken."""
     if options.force:
         return list(plans)
     new = [plan for plan in plans if not _is_there(plan, manifest)]
@@ -341,7 +340,7 @@ def _there_already(plan: BakePlan, manifest: Manifest) -> BakeReport:
 
 
 def _arithmetic(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic:
-    """What is used here and now. Raises DeviceError."""
+    """The arithmetic of this machine. Raises DeviceError."""
     import torch
 
     from ltxpack.lora_bake.fuse import choose_kernel
@@ -350,24 +349,24 @@ def _arithmetic(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic
     if options.device == "cuda" and not available:
         raise DeviceError("there is no CUDA device", next=options.command(device="cpu"))
     device = "cuda" if available and options.device != "cpu" else "cpu"
-    # Codes are made of float32 sums, which addmm does not give.
+    # Codes need float32 sums, which addmm does not give.
     plain = options.formats == (BF16,) and all(adapter.plain_bf16 for adapter in adapters)
     flop = sum(adapter.flop for adapter in adapters)
     return Arithmetic(options.rule, choose_kernel(options.rule, len(adapters), plain, device, flop), device)
 
 
 def _time(arithmetic: Arithmetic, adapters: Sequence[Adapter], strengths: int) -> dict[str, Any]:
-    """How the sums would be made, and how long the products of the LoRAs would take on this processor."""
+    """The arithmetic, and the time of the LoRAs' products on this processor."""
     from ltxpack.lora_bake.fuse import products_per_second
 
-    # The kernel fp32 makes a product once for all strengths.
+    # The kernel fp32 makes one product for all strengths.
     flop = sum(adapter.flop for adapter in adapters) * (1 if arithmetic.kernel == "fp32" else strengths)
     rate = products_per_second(arithmetic.kernel, arithmetic.device)
     return {**dataclasses.asdict(arithmetic), "flop": flop, "flop_per_second": rate, "seconds": flop / rate}
 
 
 def _usable(arithmetic: Arithmetic, rule: str) -> bool:
-    """Whether an arithmetic of a manifest or an unfinished bake is known, and this machine has its device."""
+    """Whether this version knows a recorded arithmetic, and this machine has its device."""
     import torch
 
     from ltxpack.lora_bake.fuse import KERNELS
@@ -377,7 +376,10 @@ def _usable(arithmetic: Arithmetic, rule: str) -> bool:
 
 
 def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> dict[str, BakeReport]:
-    """Write, publish and enter the manifest. What is complete is kept if it fails, unless the LoRA is at fault."""
+    """Write and publish the bakes, and add them to the manifest.
+
+    A failure keeps complete files, unless the LoRA is bad.
+    """
     import torch
 
     from ltxpack.lora_bake.trial import settled, tell_idle
@@ -412,7 +414,7 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
 
 
 def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: Base, reporter: Reporter) -> None:
-    """All shards that are not done, shard after shard, each read once for all bakes with the same arithmetic."""
+    """Write all missing shards in turn, with one read of each for all bakes with the same arithmetic."""
     from ltxpack.lora_bake.stream import Engine, ShardOutput
 
     for bake in bakes:
@@ -439,7 +441,7 @@ def _opened(item: WriteShard, root: Path, reporter: Reporter, buffers: int) -> S
 
 
 def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
-    """What a user might not expect of these LoRAs under this rule."""
+    """Warn of effects of these LoRAs under this rule that a user may not expect."""
     for adapter in adapters:
         scaled = sum(target.factor != 1.0 for target in adapter.targets.values())
         if rule == "official" and scaled:
@@ -452,14 +454,13 @@ def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
 
 
 class StagedBake(Staging):
-    """A plan's staging folder. On leaving, what is complete stays for the next run.
+    """A plan's staging folder, whose complete files stay for the next run.
 
-    The journal notes of each shard what was measured, with the arithmetic that was chosen: a bake that is stopped goes
-    on with the same one.
+    The journal holds the measurements of each shard and the chosen arithmetic, with which a stopped bake goes on.
     """
 
     def __init__(self, plan: BakePlan, chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> None:
-        """``chosen`` is used unless an earlier run of the same plan began with another arithmetic."""
+        """Uses ``chosen`` unless an earlier run of the same plan began with another arithmetic."""
         super().__init__(lock, plan.fingerprint(), reporter, folder=plan.folder, force=True)
         self.plan = plan
         self.arithmetic = chosen
@@ -472,17 +473,17 @@ class StagedBake(Staging):
         return self
 
     def missing_items(self) -> list[Item]:
-        """What must still be written, but for the reports."""
+        """The items that are not written yet, without the reports."""
         return [item for item in self.plan.items if not self.has(item.path)]
 
     def record_shard(self, record: FileRecord, stats: Iterable[TargetStat]) -> None:
-        """A shard is complete."""
+        """Record a complete shard."""
         self._stats[record.path] = list(stats)
         measured = [dataclasses.astuple(stat) for stat in self._stats[record.path]]
         self.record(record, [dataclasses.astuple(self.arithmetic), measured])
 
     def finish(self) -> tuple[Bake, dict[str, Any]]:
-        """Write the reports; the manifest's entry and the report's document."""
+        """Write the reports; returns the manifest's entry and the report's document."""
         document = self.plan.document(self.arithmetic, list(itertools.chain.from_iterable(self._stats.values())))
         for item in self.plan.reports(document):
             self.record(write_bytes(item, self.root))
@@ -490,17 +491,17 @@ class StagedBake(Staging):
         return self.plan.record(self.arithmetic, self.done, changed), document
 
     def discard(self) -> None:
-        """Give up what was written: the same inputs would fail again."""
+        """Remove the written files: the same inputs would fail again."""
         shutil.rmtree(self.work, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.work.parent.rmdir()
 
     def has(self, path: str) -> bool:
-        """Whether ``path`` is done; a fused shard only if what was measured is known too."""
+        """Whether ``path`` is done; a fused shard needs its measurements too."""
         return path in self.done and (path in self._stats or path not in self._shards)
 
     def _take_over(self) -> None:
-        """Go on with what an earlier run of this very plan measured; shards with an odd note are fused again."""
+        """Take the measurements of an earlier run of this plan; drops shards with an unsound note."""
         for path, item in self._shards.items():
             try:
                 chosen, measured = self._journal.notes[path]

@@ -1,6 +1,6 @@
-"""What a bake did, target by target: a JSON document, a few lines of text. The page is in coverage_page.py.
+"""The report of a bake, target by target: a JSON document, a few lines of text. The page is in coverage_page.py.
 
-The same bake gives the same bytes: no times, no paths, figures rounded to what their arithmetic bears.
+The same bake gives the same bytes: no times, no paths, figures rounded to the precision of their arithmetic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPORT_NAME = "coverage.json"
 PAGE_NAME = "coverage.html"
 REPORT_NAMES = (REPORT_NAME, PAGE_NAME)
 
-# A bake that changes less than one of so many of its weights is told.
+# The report warns of a bake that changes fewer than one in so many of its weights.
 NEXT_TO_NOTHING = 1000
 
 _BLOCK = re.compile(r"^[A-Za-z_]\w*\.(\d+)\.(.+)$")
@@ -32,10 +32,10 @@ _DIGITS = 3
 
 @dataclass(frozen=True)
 class TargetStat:
-    """Measured while one tensor was fused: squared norms of it and of the change, elements, and how many differ.
+    """Measurements of one fused tensor: squared norms of it and of the change, elements, and how many differ.
 
-    If it is quantised also squared norms of the float32 sum, of what is stored less that sum, and of what the rounding
-    to codes alone changed.
+    For a quantised one also the squared norms of the float32 sum, of the stored values less that sum, and of the error
+    that the rounding to codes alone makes.
     """
 
     name: str
@@ -48,12 +48,12 @@ class TargetStat:
     rounding_square: float = 0.0
 
     def plus(self, **amounts: float) -> TargetStat:
-        """With ``amounts`` of more rows added."""
+        """These measurements plus the ``amounts`` of more rows."""
         return replace(self, **{name: getattr(self, name) + more for name, more in amounts.items()})
 
     @property
     def change(self) -> float | None:
-        """‖ΔW‖/‖W‖, rounded; None where W is zero and changes, for which there is no such figure."""
+        """‖ΔW‖/‖W‖, rounded; None if W is zero and changes, so that there is no ratio."""
         if self.delta_square == 0:
             return 0.0
         return significant(math.sqrt(self.delta_square / self.base_square)) if self.base_square else None
@@ -61,7 +61,7 @@ class TargetStat:
 
 @dataclass(frozen=True)
 class BakeReport:
-    """The result of one bake. ``made`` is False if it was there already; ``document`` is coverage.json."""
+    """The result of one bake. ``made`` is False if it existed already; ``document`` is coverage.json."""
 
     name: str
     path: str
@@ -69,7 +69,7 @@ class BakeReport:
     document: Mapping[str, Any]
 
     def lines(self, verbose: bool = True) -> tuple[str, ...]:
-        """The short form for the terminal: one line a LoRA, and if ``verbose`` what changed most."""
+        """The short form for the terminal: one line a LoRA, and with ``verbose`` the largest changes."""
         if not self.made:
             return (f"{self.path}: is there already, made from the same inputs",)
         document, lines = self.document, [f"{self.path}: baked"]
@@ -102,13 +102,13 @@ class BakeReport:
         return tuple(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """The report without its list of targets, which coverage.json holds."""
+        """The report without the list of targets, which is in coverage.json."""
         summary = {key: value for key, value in self.document.items() if key != "targets"}
         return {**summary, "name": self.name, "path": self.path, "made": self.made}
 
 
 def _told_errors(document: Mapping[str, Any]) -> str:
-    """Of quantised linears: the error of their weights, and where the scales of their inputs are from."""
+    """For quantised linears: the error of their weights, and the source of their input scales."""
     error = "" if document["median_error"] is None else f", error {document['median_error']:.2%} (median)"
     if document["stored_as"] != FP8:
         return error
@@ -117,19 +117,19 @@ def _told_errors(document: Mapping[str, Any]) -> str:
 
 
 def told_strength(strength: float | str) -> str:
-    """A LoRA's strength as a line says it."""
+    """A LoRA's strength in a line of the report."""
     return strength if isinstance(strength, str) else f"{strength:g}"
 
 
 def significant(value: float) -> float:
-    """``value`` rounded to three significant digits: what both kernels' norms agree to."""
+    """``value`` rounded to three significant digits, to which both kernels' norms agree."""
     return float(f"{value:.{_DIGITS - 1}e}")
 
 
 def split_name(name: str) -> tuple[int | None, str]:
     """``(block, kind)`` of a tensor or module name: ``transformer_blocks.7.attn1.to_q.weight`` -> 7, ``attn1.to_q``.
 
-    Names outside the blocks have None and their own module path; a bias is a kind of its own.
+    For names outside the blocks it is None and the module path; a bias is a kind of its own.
     """
     module = name.removesuffix(".weight")
     found = _BLOCK.match(module)
@@ -170,8 +170,8 @@ def with_rounding(
 ) -> dict[str, Any]:
     """The report of a bake whose ``quantised`` weights are stored as ``form``, with the error of each.
 
-    ``error``: ‖stored - sum‖/‖sum‖ with the float32 sum; ``rounding``: the share of its square that the rounding to
-    codes alone makes; the rest is the rule's.
+    ``error``: ‖stored - sum‖/‖sum‖ with the float32 sum; ``rounding``: the share of its square that comes from the
+    rounding to codes; the rest comes from the rule.
     """
     errors: dict[str, float] = {}
     for stat in stats:
@@ -264,6 +264,6 @@ def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str) -> dict[str, 
 
 
 def _scale(lora: LoraUse, name: str, rule: str) -> float:
-    """What multiplies B·A in the target ``name`` (spec 02, section 2)."""
+    """The factor of B·A in the target ``name`` (spec 02, section 2)."""
     factor = 1.0 if rule == "official" else lora.adapter.targets[name].factor
     return lora.baked.applied.at(split_name(name)[0]) * factor

@@ -1,8 +1,8 @@
-"""coverage.html: a bake at a glance, block by module, as one page without scripts or anything from elsewhere.
+"""coverage.html: a bake at a glance, block by module, as one page without scripts or other files.
 
-Made from the document of coverage.json alone: the same document gives the same bytes. Every name is escaped. What is on
-every page is in coverage.html, the style in coverage.css and in what all pages have. The colours are one logarithmic
-scale for all pages, so that two pages can be compared.
+The page depends only on the document of coverage.json: the same document gives the same bytes. It escapes every name.
+coverage.html has the fixed parts, coverage.css and page.css the style. All pages use one logarithmic scale of colours,
+so that a reader can compare two pages.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from ltxpack.lora_bake.coverage import split_name, told_strength
 from ltxpack.manifest import FP8
 from ltxpack.page import style
 
-# The scale: 0.01 % to 100 %. Below, a change drowns in bf16's rounding; above, the weight is more LoRA than base.
+# The scale: 0.01 % to 100 %. A smaller change is below bf16's rounding; with a larger one the weight is mostly LoRA.
 LOW, HIGH = -4, 0
 BINS_PER_DECADE = 10
 # Indigo to yellow by magenta, evenly lighter from stop to stop (OKLCH lightness 0.26 to 0.95, hue 275 to 465).
 RAMP = ("#190070", "#4a008a", "#7f078e", "#b21e80", "#de3a66", "#ff603e", "#ff9b46", "#ffc962", "#fff465")
-# Longer lists and names are cut; coverage.json has them whole.
+# The page cuts longer lists and names; coverage.json has them whole.
 MAX_LEFT_OUT, MAX_VALUES, MAX_NAME = 48, 8, 200
 OTHER = "Other"
 
 _RULES = {"fp32": " (base and update summed in float32, one rounding)", "official": " (the official bf16 arithmetic)"}
-# The modules of a block: stream, module, what it does. The order is the model's own.
+# The modules of a block in the model's order: stream, module, its purpose.
 _BLOCK = (
     ("Video", "attn1", "self-attention"),
     ("Video", "attn2", "text attention"),
@@ -52,14 +52,14 @@ _OUTSIDE = {
     "Audio": ("audio_proj_in", "audio_time_embed", "audio_prompt_adaln", "av_cross_attn_audio_scale_shift",
               "av_cross_attn_audio_v2a_gate", "audio_proj_out"),
 }  # fmt: skip
-# A longer label is written upright. A name's segment up to this length is kept in one line: embeddings_connector.
+# A longer label is upright. A name's segment up to this length stays in one line: embeddings_connector.
 _FLAT_LABEL, _MAX_SEGMENT = 4, 32
 _SEGMENTS, _WORDS = re.compile(r"(?<=[./])"), re.compile(r"(?<=[_+-])")
 
 
 @dataclass(frozen=True)
 class ColumnGroup:
-    """Columns that belong together: the parts of one attention or feed-forward, as (kind, label)."""
+    """The columns of one attention or feed-forward, as (kind, label)."""
 
     stream: str
     module: str
@@ -68,7 +68,7 @@ class ColumnGroup:
 
 
 class CoverageView:
-    """The document by place on the page.
+    """The document, by place on the page.
 
     ``cells`` maps (block, kind) to the name of the target there, ``ends`` a kind outside the blocks to its target's.
     ``groups`` and ``outside`` hold every kind in model order, touched or not.
@@ -92,7 +92,7 @@ class CoverageView:
         self.linears = max((lora["total"] for lora in self.loras), default=self.reached)
         self.totals = {kind: found["total"] for kind, found in document["kinds"].items()}
         self.totals |= {kind: found["total"] for lora in self.loras for kind, found in lora["kinds"].items()}
-        # (LoRA, kind) -> the rank at every target that the LoRA has there; 0 for a full difference alone.
+        # (LoRA, kind) -> the ranks of the LoRA's targets of this kind; 0 for a full difference alone.
         self.ranks: dict[tuple[int, str], list[int]] = {}
         for (_, kind), name in places.items():
             for term in self.targets[name]["terms"]:
@@ -148,12 +148,12 @@ def outside_blocks(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def position(change: float) -> float:
-    """Where ``change`` is on the scale, from 0 to 1; out of range the nearer end."""
+    """The position of ``change`` on the scale, from 0 to 1; out of range the nearer end."""
     return min(max((math.log10(change) - LOW) / (HIGH - LOW), 0.0), 1.0) if change > 0 else 0.0
 
 
 def colour(change: float | None) -> str:
-    """``#rrggbb``; out of range the nearer end's. None, a change from zero, has the upper end's."""
+    """``#rrggbb`` of ``change``; out of range the nearer end's. None, a change from zero, has the upper end's."""
     place = (1.0 if change is None else position(change)) * (len(RAMP) - 1)
     lower = min(int(place), len(RAMP) - 2)
     pairs = ((int(RAMP[lower][i : i + 2], 16), int(RAMP[lower + 1][i : i + 2], 16)) for i in (1, 3, 5))
@@ -161,7 +161,7 @@ def colour(change: float | None) -> str:
 
 
 def histogram(changes: Iterable[float | None]) -> list[int]:
-    """How many of ``changes`` fall into each bin of the scale; those out of range are in none."""
+    """The number of ``changes`` in each bin of the scale, without those out of range."""
     counts = [0] * (BINS_PER_DECADE * (HIGH - LOW))
     for change in changes:
         if change is not None and 10.0**LOW <= change <= 10.0**HIGH:
@@ -170,7 +170,7 @@ def histogram(changes: Iterable[float | None]) -> list[int]:
 
 
 def _look(change: float | None) -> str:
-    """The class of a cell that is not simply its colour: below or above the scale, no change, a change from zero."""
+    """The class of a cell without a plain colour: below or above the scale, no change, a change from zero."""
     if not change:
         return "fz" if change is None else "zr"
     return "lo" if change < 10.0**LOW else "hi" if change > 10.0**HIGH else ""
@@ -190,7 +190,7 @@ def text(value: object) -> str:
 
 
 def name(value: object) -> str:
-    """A name, escaped, that a browser may break after a dot, in a long segment after a word, or if it must anywhere."""
+    """An escaped name that may break after a dot, in a long segment after a word, or if necessary anywhere."""
     parts: list[str] = []
     for segment in _SEGMENTS.split(str(value)):
         parts += _WORDS.split(segment) if len(segment) > _MAX_SEGMENT else [segment]
@@ -206,7 +206,7 @@ def _percent(change: float | None) -> str:
 
 
 def _brief(change: float | None) -> str:
-    """A change in percent without its sign, as short as a column is narrow."""
+    """A change in percent, short enough for a narrow column."""
     if not change:
         return "&infin;" if change is None else "0"
     if not 1e-4 <= change < 10:
@@ -215,7 +215,7 @@ def _brief(change: float | None) -> str:
 
 
 def _listed(found: Iterable[str], ends: Sequence[str] = ()) -> str:
-    """A list; if it is long its ends (``ends`` says how they are written) and how many there are."""
+    """A list; for a long one its ends (in the form ``ends``) and its length."""
     values = list(found)
     if len(values) > MAX_VALUES:
         ends = ends or values
@@ -228,11 +228,11 @@ def _count(count: int, noun: str) -> str:
 
 
 def _others(count: int) -> str:
-    """What a LoRA has besides linears: biases and norms."""
+    """The number of a LoRA's other tensors: biases and norms."""
     return f" and {_count(count, 'other tensor')}" if count else ""
 
 
-# What fills coverage.html, from head to foot
+# The parts of coverage.html, from head to foot
 
 
 def _head(view: CoverageView) -> dict[str, str]:
@@ -255,7 +255,7 @@ def _head(view: CoverageView) -> dict[str, str]:
 
 
 def _form(document: Mapping[str, Any]) -> str:
-    """What is stored in codes, and where the scales of inputs are from."""
+    """The quantised linears, and the source of the input scales."""
     if "stored_as" not in document:
         return ""
     form, calibration = document["stored_as"], document["calibration"]
@@ -296,7 +296,7 @@ def _facts(lora: Mapping[str, Any], rule: str) -> Iterator[tuple[str, str]]:
 
 
 def _legend(view: CoverageView) -> dict[str, Any]:
-    """The scale with the page's own distribution on it, and how many targets are not on it."""
+    """The scale with this page's distribution, and the number of targets outside it."""
     changes = [target["change"] for target in view.targets.values()]
     counts = histogram(changes)
     marks = (("▽", view.document["median_change"]), ("▼", view.document["largest_change"]))
@@ -316,7 +316,7 @@ def _legend(view: CoverageView) -> dict[str, Any]:
 
 
 def _map(view: CoverageView) -> Iterable[str]:
-    """Blocks down, modules across, the columns' sums below."""
+    """A table: one row for each block, one column for each linear, and the columns' sums."""
     if not view.groups:
         yield "<p>This transformer has no blocks.</p>"
         return
@@ -384,11 +384,11 @@ def _counts(target: Mapping[str, Any]) -> str:
 
 
 def _sums(view: CoverageView) -> Iterator[tuple[str, Mapping[str, str]]]:
-    """The lines below the map, each with a cell for every kind: the change, and how much of the model each LoRA has."""
+    """The rows below the map, with a cell for every kind: the change, and each LoRA's share of the model."""
     kinds = [kind for group in view.groups for kind, _ in group.columns]
     measured = view.document["kinds"]
     for label, key in (("median, %", "median_change"), ("largest, %", "largest_change")):
-        # A kind whose every change is from zero has no ratio.
+        # A kind with only changes from zero has no ratio.
         shown = {k: _brief(None if found["median_change"] is None else found[key]) for k, found in measured.items()}
         yield label, {kind: f"<td>{shown.get(kind, '')}" for kind in kinds}
     if "stored_as" in view.document:
@@ -437,7 +437,7 @@ def _outside(view: CoverageView) -> Iterable[str]:
 
 
 def _left_out(view: CoverageView) -> Iterable[str]:
-    """The targets that --allow-unmatched left out, each LoRA's by itself."""
+    """The targets that --allow-unmatched left out, by LoRA."""
     found = [(lora["name"], lora["left_out"]) for lora in view.loras if lora["left_out"]]
     if found:
         yield "<h2>Left out</h2>\n<p>Targets that this transformer does not have (--allow-unmatched).</p>"

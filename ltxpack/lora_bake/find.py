@@ -1,4 +1,4 @@
-"""The LoRAs of a bake: where they are, whether they fit, and what their bytes say: the hash, and no NaN in them.
+"""Finds the LoRAs of a bake, fits them, and reads their bytes for the hash and for NaN.
 
 A LoRA is the overlay's own, a file, a PEFT folder, or REPO/FILE on the hub. Needs no torch, so that torch can be
 imported while the bytes are read.
@@ -36,8 +36,8 @@ from ltxpack.reporter import Reporter
 UNKNOWN_HASH = "0" * 64
 BLOCK = 8 * 1024 * 1024
 
-# A value is NaN or infinite exactly where its bits without the sign are at least these; F8_E4M3 has no infinity, and
-# one NaN per sign.
+# A value is NaN or infinite exactly if its bits without the sign are at least these; F8_E4M3 has no infinity, and one
+# NaN per sign.
 _NOT_FINITE: Mapping[str, tuple[type[np.unsignedinteger], int]] = {
     "F64": (np.uint64, 0x7FF0_0000_0000_0000),
     "F32": (np.uint32, 0x7F80_0000),
@@ -46,14 +46,14 @@ _NOT_FINITE: Mapping[str, tuple[type[np.unsignedinteger], int]] = {
     "F8_E4M3": (np.uint8, 0x7F),
     "F8_E5M2": (np.uint8, 0x7C),
 }
-_CHECKED = 1 << 17  # elements looked at together: what stays in a core's cache
+_CHECKED = 1 << 17  # elements checked together, which stay in a core's cache
 
 
 @dataclass(frozen=True)
 class FoundLora:
-    """A LoRA that fits. ``own`` is the overlay's record of it if it is the overlay's.
+    """A LoRA that fits. ``own`` is the overlay's record of its own LoRA, else None.
 
-    ``added``: given by ``--add``, to be stacked below another. ``here`` is False if only its header was fetched.
+    ``added``: a LoRA of ``--add``, stacked below another. ``here`` is False if only its header was fetched.
     """
 
     name: str
@@ -63,19 +63,22 @@ class FoundLora:
     here: bool = True
 
     def known_digest(self) -> str:
-        """Its hash without looking through it: the manifest's, the file's, or UNKNOWN_HASH."""
+        """Its hash without a check of its values: the manifest's, the file's, or UNKNOWN_HASH."""
         if self.own is not None:
             return self.own.file.blake3
         return hash_adapter(self.adapter.path, self.adapter.config) if self.here else UNKNOWN_HASH
 
     def read_digest(self, reporter: Reporter) -> str:
-        """Its hash, every byte looked at. Raises AdapterError for NaN, OverlayError if the overlay's own changed."""
+        """Its hash, after a check of all values.
+
+        Raises AdapterError for NaN, OverlayError if the overlay's own changed.
+        """
         return scan(self.adapter, reporter, None if self.own is None else self.own.file.blake3)
 
     def bake_part(self, digest: str, manifest: Manifest, options: BakeOptions) -> str:
-        """Its part of a bake's name: the distilled LoRA goes by that name wherever its file is, others by their stem.
+        """Its part of a bake's name: ``distilled`` for the distilled LoRA, wherever its file is, else the file's stem.
 
-        Raises UsageError for another file called so: its bakes would take the names of the overlay's own.
+        Raises UsageError for another file with that name: its bakes would take the names of the overlay's own.
         """
         own = manifest.lora(DISTILLED)
         if own is not None and own.file.blake3 == digest and not self.added:
@@ -94,7 +97,7 @@ class FoundLora:
 def find_loras(
     options: BakeOptions, manifest: Manifest, shapes: Shapes, reporter: Reporter, headers_only: bool = False
 ) -> list[FoundLora]:
-    """The LoRAs in order of application, fitted: the added ones, then the main one; none for the base alone.
+    """The fitted LoRAs in order of application: the added ones, then the main one; none for the base alone.
 
     Raises LtxpackError.
     """
@@ -111,22 +114,25 @@ def find_loras(
 
 
 def _tell(adapter: Adapter, options: BakeOptions, reporter: Reporter) -> None:
-    """What the user should know of an adapter before it is baked. Raises AdapterError for one of another model."""
+    """Notes and warnings of an adapter before the bake. Raises AdapterError for one of another model."""
     if adapter.foreign and not options.force:
         raise AdapterError(
             "says that it was made for another model", file=adapter.path, expected=SUPPORTED_BASE,
-            found=adapter.foreign, next=f"{options.command(force=True)} (bakes it all the same)",
+            found=adapter.foreign, next=f"{options.command(force=True)} (bakes it anyway)",
         )  # fmt: skip
     if adapter.foreign:
         reporter.warn(f"{adapter.path.name}: says that it was made for another model ({adapter.foreign})")
-    for note in adapter.notes if options.rule != "official" else ():  # which reads no alpha, and warns where it matters
+    for note in adapter.notes if options.rule != "official" else ():  # it ignores alpha, and warns if that matters
         reporter.note(f"{adapter.path.name}: {note}")
     for warning in adapter.warnings:
         reporter.warn(f"{adapter.path.name}: {warning}")
 
 
 def recorded_files(overlay: Path, manifest: Manifest, folder: str, given: Sequence[Path]) -> dict[str, Path]:
-    """blake3 -> file for the LoRAs of the bake in ``folder``. Raises SourceError if one is neither kept nor given."""
+    """blake3 -> file, for the LoRAs of the bake in ``folder``.
+
+    Raises SourceError for one that is neither kept nor given.
+    """
     digests = {path: hash_adapter(*adapter_files(path)) for path in given}
     files = {digest: path for path, digest in digests.items()}
     files |= {lora.file.blake3: overlay / lora.file.path for lora in manifest.loras}
@@ -136,7 +142,7 @@ def recorded_files(overlay: Path, manifest: Manifest, folder: str, given: Sequen
     used = {lora.blake3 for bake in manifest.baked.values() for lora in bake.loras}
     others = [f"{path} (blake3 {digest[:8]})" for path, digest in digests.items() if digest not in used]
     problem = f"the LoRA of the bake {folder.removeprefix(f'{BAKES}/')} is needed to repair it"
-    # The files that do match are part of the next command: without them it would miss those instead.
+    # The next command repeats the files that match: without them it would miss those instead.
     flags = [f"--lora {quoted(path)}" for path, digest in digests.items() if digest in used]
     raise SourceError(
         f"{problem}, and a file given does not match" if others else problem,
@@ -159,7 +165,7 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
     if not path.is_file() or path.stat().st_size != lora.file.size:
         problem = "is missing or has changed since the overlay was written"
         raise OverlayError(problem, file=path, next=f"ltxpack verify {quoted(overlay)}")
-    # What lies beside the overlay's own file is not its configuration.
+    # A file beside the overlay's own LoRA is not its configuration.
     adapter = open_adapter(path, shapes, name=DISTILLED, allow_unmatched=options.allow_unmatched, files=(path, None))
     return FoundLora(DISTILLED, adapter, own=lora)
 
@@ -167,7 +173,7 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
 def _locate(
     text: str, shapes: Shapes, options: BakeOptions, added: bool, reporter: Reporter, headers_only: bool
 ) -> FoundLora:
-    """The LoRA that ``text`` names, fitted."""
+    """The fitted LoRA that ``text`` names."""
     access = Access(reporter)
     place = locate(text, access, lambda other: _command(options, text, other))
     if place.remote is not None:
@@ -186,7 +192,7 @@ def _locate(
 
 
 def _command(options: BakeOptions, typed: str, other: str) -> str:
-    """The command with ``other`` where ``typed`` was named as a LoRA."""
+    """The command with ``other`` in place of the LoRA ``typed``."""
     added = tuple((other if file == typed else file, strength) for file, strength in options.added)
     return options.command(added=added, lora=other if options.lora == typed else options.lora)
 
@@ -200,9 +206,9 @@ def hash_adapter(weights: Path, config: Path | None) -> str:
 
 
 def scan(adapter: Adapter, reporter: Reporter, recorded: str | None = None) -> str:
-    """The adapter's hash as :func:`hash_adapter` gives it, with every factor looked at on the way.
+    """The adapter's hash as in :func:`hash_adapter`, with a check of every factor.
 
-    Targets whose tensors are zero are told. Raises AdapterError listing the tensors that hold NaN or infinity,
+    Warns of targets whose tensors are zero. Raises AdapterError listing the tensors that hold NaN or infinity,
     OverlayError for another hash than ``recorded``.
     """
     parts, hasher = list(_parts(adapter)), blake3()
@@ -230,13 +236,13 @@ def scan(adapter: Adapter, reporter: Reporter, recorded: str | None = None) -> s
 
 
 def _tell_zeros(adapter: Adapter, zero: Collection[str], order: Sequence[str], reporter: Reporter) -> None:
-    """Warn of targets that change nothing. ``order``: all tensors as they are in the file."""
+    """Warn of targets that change nothing. ``order``: all tensors in the order of the file."""
     targets, name = adapter.targets, adapter.path.name
     idle = [weight for weight, target in targets.items() if target.is_idle(zero)]
     if not zero or not idle:
         return
     tail = len(order) - max((i + 1 for i, factor in enumerate(order) if factor not in zero), default=0)
-    # Of a pair only one factor starts from zeros.
+    # Training starts only one factor of a pair from zeros.
     lost = any({info.name for info in targets[weight].tensors.values()}.issubset(zero) for weight in idle)
     half = f"; its last {tail} tensors are all zero, as in half a download" if lost and tail else ""
     if len(idle) == len(targets):
@@ -247,7 +253,7 @@ def _tell_zeros(adapter: Adapter, zero: Collection[str], order: Sequence[str], r
 
 
 def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
-    """All bytes of an adapter's file in order, BLOCK at a time; with a factor's bytes the factor."""
+    """All bytes of an adapter's file in order, BLOCK at a time; for a factor's bytes also the factor."""
     wanted = {info.name for target in adapter.targets.values() for info in target.tensors.values()}
     factors = [info for info in read_tensorfile(adapter.path).tensors.values() if info.name in wanted]
     ends = [end for info in factors for end in ((info.start, None), (info.start + info.nbytes, info))]
@@ -259,7 +265,7 @@ def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
 
 
 def all_finite(data: memoryview, dtype: str) -> bool:
-    """Whether no value among ``data``, whole values of ``dtype`` (as safetensors names it), is NaN or infinite."""
+    """Whether ``data``, whole values of ``dtype`` (safetensors' name), holds no NaN or infinity."""
     return largest_bits(data, dtype) < _NOT_FINITE[dtype][1]
 
 
@@ -273,5 +279,5 @@ def largest_bits(data: memoryview, dtype: str) -> int:
 
 
 def _with_config(digest: str, config: Path | None) -> str:
-    """A PEFT configuration decides the scale, so it is part of what the adapter is."""
+    """The hash with a PEFT configuration included, because it determines the scale."""
     return digest if config is None else hash_file(config, before=bytes.fromhex(digest))

@@ -1,7 +1,7 @@
-"""What a bake stores of its quantised linears, and which these are (spec 09, sections 1, 4, 5 and 7). Needs no torch.
+"""The quantised linears of a bake, and their stored tensors (spec 09, sections 1, 4, 5 and 7). Needs no torch.
 
-The arithmetic is in quantise.py. How large the inputs of the linears are says an activations file, which ``ltxpack run
---save-activations`` writes.
+The arithmetic is in quantise.py. An activations file, which ``ltxpack run --save-activations`` writes, has the largest
+inputs of the linears.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def stored_specs(form: str, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-    """The weight ``name`` in codes and, behind it, its scales."""
+    """The weight ``name`` in codes, then its scales."""
     codes, scale = TensorSpec(name, CODES[form], shape), f"{name}_scale"
     if form == INT8:
         return codes, TensorSpec(scale, "F32", (shape[0], 1))
@@ -45,7 +45,7 @@ def parse_blocks(text: str) -> tuple[int, ...]:
 def quantised_linears(shapes: Shapes, kept: Sequence[int] | None, command: str) -> tuple[str, ...]:
     """The linears of all blocks but ``kept`` (None: the usual ones), named without ``.weight``, sorted.
 
-    Raises UsageError, with ``command`` to run instead, for a block that is not there, or if none is left.
+    Raises UsageError, with ``command`` to run instead, for an unknown block, or if no block is left.
     """
     blocks: dict[int, list[str]] = {}
     for name, shape in shapes.items():
@@ -64,7 +64,7 @@ def quantised_linears(shapes: Shapes, kept: Sequence[int] | None, command: str) 
 
 
 def activation_scale(largest: float) -> float:
-    """The scale of a linear's input: |x| / 448, up to a power of two; 1 for an input that is always zero."""
+    """The scale of a linear's input: |x| / 448, rounded up to a power of two; 1 for an input that is always zero."""
     return max(2.0 ** math.ceil(math.log2(largest / E4M3_LARGEST)), SMALLEST_SCALE) if largest else 1.0
 
 
@@ -76,12 +76,12 @@ def calibrated(path: Path, loras: Loras, base: str, linears: Sequence[str], next
     """
     file = ActivationsFile.read(path)
     if file.base != base:
-        raise AdapterError("was recorded of another base", file=path, expected=base, found=file.base, next=next)
+        raise AdapterError("was recorded from another base", file=path, expected=base, found=file.base, next=next)
     made_of = {name: [lora for lora in found if lora[1]] for name, found in file.transformers.items()}
     names = [name for name, found in made_of.items() if found == list(loras)]
     if not names:
         raise AdapterError(
-            "was recorded of other bakes", file=path, items=sorted(made_of), next=next,
+            "was recorded from other bakes", file=path, items=sorted(made_of), next=next,
             expected=", ".join(f"{digest[:8]} at {strength}" for digest, strength in loras) or "the base",
         )  # fmt: skip
     largest = file.largest[names[0]]

@@ -9,8 +9,8 @@ addmm          the fp32 rule for one LoRA with bf16 factors: one bf16 ``addmm``,
                AVX512-BF16, a CUDA card) sums in fp32 and rounds once; elsewhere it is slow, and in a chain not exact
 official       the official rule in bf16 matmuls
 official-fp32  the official rule where bf16 matmuls take hours: the products of the same bf16 factors are made in
-               fp32, then rounded as the rule says. Sums of long ranks come in another order, as on another card: one
-               element in some 10,000 of a rank of 384 is the bf16 number beside
+               fp32, then rounded as the rule says. Sums of long ranks have another order, as on another card: one
+               element in some 10,000 at a rank of 384 is the neighbouring bf16 number
 =============  ===================================================================================================
 """
 
@@ -30,30 +30,30 @@ from torch import Tensor
 from ltxpack.lora_bake.turns import Turn
 
 KERNELS = ("fp32", "addmm", "official", "official-fp32")
-# Those that fuse a weight in one piece.
+# Kernels that fuse a weight in one piece.
 WHOLE = frozenset({"official", "official-fp32"})
 # The most products, in FLOP, that a processor without a bf16 unit makes in bf16: half a minute at 0.5 GFLOP/s.
 SLOW_FLOP = 15e9
-# Rows of so many elements are multiplied at a time, but so many rows at least and at most: what pays for packing A once
-# more, and leaves work for several threads. Constants: the bits must not depend on the machine.
+# Elements that are multiplied at once, with the least and most rows: enough to pay for packing A again, and few enough
+# to leave work for several threads. They are constants, because the bits must not depend on the machine.
 CHUNK_ELEMENTS = {"fp32": 1 << 22, "addmm": 1 << 22}
 CHUNK_ROWS = {"fp32": (256, 1024), "addmm": (1, None)}
-# Rows of so many elements are added, measured and rounded at a time: what fits a core's cache.
+# Elements of rows that are added, measured and rounded at once, which fit a core's cache.
 PART_ELEMENTS = 1 << 20
-# Measuring goes through a weight in parts that stay in a core's cache, norms in runs that one thread sums, products of
-# factors with themselves in bands of so many rows.
+# Elements of the parts in which a weight is measured, which fit a core's cache; of the runs that one thread sums for a
+# norm; and the rows of the bands for products of factors with themselves.
 _PART, _RUN, _BAND = 1 << 18, 1 << 10, 64
 _CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 class Workspace:
-    """Memory used again and again: the pages of fresh memory cost more than the sums that are put in them."""
+    """Memory that is reused: the pages of fresh memory cost more than the sums in them."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def empty(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """A tensor with anything in it, valid until the next call for the same ``use``."""
+        """An uninitialised tensor, valid until the next call for the same ``use``."""
         count = math.prod(shape)
         kept = self._kept.get(use)
         if kept is None or kept.numel() < count or kept.dtype != dtype or kept.device != torch.device(device):
@@ -63,14 +63,14 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Term:
-    """What one LoRA does to one weight W, at the strength s, in this order:
+    """The changes of one LoRA to one weight W, at the strength s, in this order:
 
     W += s·(factor·(up@down or delta) + diff); W = turn(W), see :class:`.turns.Turn`; W += s·(new - W); and with
-    ``magnitude`` each row, or each column if it is ``over_inputs``, gets it as its norm (DoRA). With ``over_base`` it
-    is divided by the norm before the change instead.
+    ``magnitude`` each row, or each column if it is ``over_inputs``, gets it as its norm (DoRA). With ``over_base`` the
+    row is scaled by ``magnitude`` over its norm before the change instead.
 
     down [rank, in], up [out, rank], magnitude [out], [out, 1] or [1, in], delta, diff and new like the weight; as
-    stored in the adapter. ``square`` is |B·A|² of the whole weight, if known; it is counted with the ``first`` rows.
+    stored in the adapter. ``square`` is |B·A|² of the whole weight, if known; the ``first`` rows count it.
     """
 
     factor: float = 1.0
@@ -93,11 +93,11 @@ class Term:
 
     @property
     def sums_only(self) -> bool:
-        """Whether nothing but factor·(up@down or delta) is added."""
+        """Whether the term only adds factor·(up@down or delta)."""
         return all(other is None for other in (self.magnitude, self.diff, self.new, self.turn))
 
     def rows(self, first: int, last: int) -> Term:
-        """The share of the weight's rows ``first`` to ``last``."""
+        """The term for the weight's rows ``first`` to ``last``."""
         cut = [None if tensor is None else tensor[first:last] for tensor in (self.up, self.diff, self.delta, self.new)]
         up, diff, delta, new = cut
         magnitude = self.magnitude if self.magnitude is None or self.over_inputs else self.magnitude[first:last]
@@ -105,7 +105,7 @@ class Term:
         return replace(self, up=up, magnitude=magnitude, diff=diff, delta=delta, new=new, turn=turn, first=first == 0)
 
     def prepared(self, kernel: str, work: Workspace) -> Term:
-        """With that done once, in ``work``, which the row chunks of one weight would each do again."""
+        """The term after the work, in ``work``, that each row chunk of a weight would otherwise repeat."""
         if self.up is None or self.down is None or kernel in WHOLE:
             return self
         if kernel == "addmm" and _is_plain([self]):
@@ -116,9 +116,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Fused:
-    """New rows and what the report says of them: squared norms of W and of the change, elements that differ.
+    """New rows and their figures for the report: squared norms of W and of the change, elements that differ.
 
-    ``largest``: of a float32 sum its largest |x|.
+    ``largest``: the largest |x| of a float32 sum.
     """
 
     weight: Tensor
@@ -132,7 +132,7 @@ class Fused:
 def choose_kernel(rule: str, lora_count: int, plain_bf16: bool, device: str, flop: float = 0.0) -> str:
     """The kernel for a bake (spec 02, section 4). ``plain_bf16``: every factor of the one LoRA is bf16, no DoRA.
 
-    ``flop``: of all products of one strength.
+    ``flop``: FLOP of all products of one strength.
     """
     fast = device == "cuda" or cpu_has_bf16_unit()
     if rule == "official":
@@ -141,7 +141,7 @@ def choose_kernel(rule: str, lora_count: int, plain_bf16: bool, device: str, flo
 
 
 def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware and torch would use that."""
+    """Whether this CPU multiplies bf16 matrices in hardware and torch uses it."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
@@ -153,7 +153,7 @@ def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def products_per_second(kernel: str, device: str) -> float:
-    """FLOP/s of products such as ``kernel`` makes, measured here and now on all cores, in a tenth of a second."""
+    """FLOP/s of ``kernel``'s products, measured now on all cores in a tenth of a second."""
     dtype = torch.float32 if kernel.endswith("fp32") else torch.bfloat16
     rows, rank, columns = 64, 128, 512
     while True:
@@ -165,21 +165,21 @@ def products_per_second(kernel: str, device: str) -> float:
 
 
 def _seconds(up: Tensor, down: Tensor) -> float:
-    """Of one product, all of it."""
+    """The seconds of one whole product."""
     begin = time.perf_counter()
     (up @ down)[0, 0].item()
     return time.perf_counter() - begin
 
 
 def row_chunks(shape: tuple[int, ...], kernel: str) -> Iterator[tuple[int, int]]:
-    """The row ranges a weight is fused in: all at once under the official rule (bits depend on the matmul's shape)."""
+    """The row ranges for fusing a weight: one under the official rule, whose bits depend on the matmul's shape."""
     if kernel in WHOLE:
         return _ranges(shape, math.prod(shape))
     return _ranges(shape, CHUNK_ELEMENTS[kernel], *CHUNK_ROWS[kernel])
 
 
 def row_parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The row ranges that are worked on element by element."""
+    """The row ranges for work element by element."""
     return _ranges(shape, PART_ELEMENTS)
 
 
@@ -205,9 +205,9 @@ def fuse_rows(
 ) -> list[Fused]:
     """New rows for several bakes of the same LoRAs: ``strengths[bake][lora]`` in order of application.
 
-    ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result is what
-    that bake alone would give. Sums are made in ``work``; the new rows may lie in ``results``, valid until it is used
-    again. ``into``: for each bake None, or float32 memory for its sum, which is then not rounded to the stored dtype.
+    ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result equals
+    that of the bake alone. Sums use ``work``; the new rows may be in ``results``, valid until it is used again.
+    ``into``: for each bake None, or float32 memory for its sum, which then is not rounded to the stored dtype.
     Without ``measure`` the kernel fp32 leaves out the squared norms of such a bake.
     """
     work, results = work or Workspace(), results or Workspace()
@@ -232,9 +232,9 @@ def fuse_official(
 ) -> tuple[Tensor, float]:
     """``(new weight, squared norm of the change)`` in the official bf16 arithmetic (spec 02, section 4).
 
-    Products of the bf16 factors are made ``through`` bf16 matmuls or fp32 ones, which are rounded afterwards.
-    alpha is never read. A full difference, which the official loader does not know, is added as one more bf16 term.
-    Raises ValueError for DoRA and all else, which this rule has no arithmetic for.
+    It makes products of the bf16 factors ``through`` bf16 matmuls, or through fp32 ones with a rounding afterwards. It
+    never reads alpha. It adds a full difference, which the official loader does not know, as one more bf16 term. Raises
+    ValueError for DoRA and all other methods, which this rule does not know.
     """
     work = work or Workspace()
     delta: Tensor | None = None
@@ -265,11 +265,11 @@ def fuse_official(
 
 
 def square_sum(values: Tensor) -> float:
-    """Sum of squares: fp32 within short runs, float64 over them, so the same on any number of threads."""
+    """Sum of squares: fp32 within short runs, float64 over them, and so the same with any number of threads."""
     flat = values.reshape(-1)
     count = flat.numel()
     norms = torch.zeros(-(-count // _RUN), device=flat.device)
-    # One piece of memory for all parts: small results between large ones would leave holes in the heap.
+    # One tensor for all parts: small results between large ones would leave holes in the heap.
     memory = None if flat.dtype == torch.float32 else torch.empty(min(_PART, count), device=flat.device)
     step = _PART if memory is not None else max(1, count)
     for start in range(0, count, step):
@@ -320,7 +320,7 @@ def _fuse_fp32(
     into: Sequence[Tensor | None],
     measure: bool,
 ) -> list[Fused]:
-    """Term after term as :class:`Term` says, in float32, rounded once: products of all rows, then part by part.
+    """Apply one :class:`Term` after the other in float32, and round once: all products first, then part by part.
 
     DoRA: m · (W + dW) / |W + dW| with the norm over a row (spec 02, section 7). The strength scales dW, as in PEFT; a
     strength of 0 leaves the weight alone, magnitudes included.
@@ -350,7 +350,7 @@ def _fuse_part(
     targets: Sequence[tuple[Tensor, bool]],
     measure: bool,
 ) -> list[Fused]:
-    """Rows whose products are there. ``targets``: for each bake where its result goes, and whether it is rounded."""
+    """Rows with finished products. ``targets``: for each bake the memory of its result, and whether to round it."""
     measure = measure or any(rounded for _, rounded in targets)
     scales = [[strength * term.factor for strength, term in zip(row, terms, strict=True)] for row in strengths]
     lowrank = [found for found in sums if found is not None]
@@ -375,7 +375,7 @@ def _fuse_part(
 
 
 def _joined(memory: Tensor, parts: Sequence[Fused]) -> Fused:
-    """All rows of a result, which lie in ``memory``."""
+    """The parts of a result, which are in ``memory``, as one."""
     squares = (sum(part.base_square for part in parts), sum(part.delta_square for part in parts))
     changed, finite = sum(part.changed for part in parts), all(part.finite for part in parts)
     return Fused(memory, *squares, changed, finite, max(part.largest for part in parts))
@@ -391,7 +391,7 @@ def _summed(term: Term, use: str, work: Workspace) -> Tensor | None:
 
 
 def _apply(term: Term, found: Tensor | None, strength: float, total: Tensor) -> None:
-    """Change ``total``, float32, by a term whose sum is ``found``."""
+    """Apply to ``total``, float32, a term whose sum is ``found``."""
     axis = 0 if term.over_inputs else 1
     norm = torch.linalg.vector_norm(total, dim=axis, keepdim=True) if term.over_base else None
     if found is not None:
@@ -429,13 +429,13 @@ def _fuse_addmm(weight: Tensor, term: Term, strengths: Sequence[float], results:
 
 
 def _product_square(up: Tensor, down: Tensor) -> float:
-    """|B·A|² without making the product; again in float64 where factors so uneven overflow on the way."""
+    """|B·A|² without the product; in float64 if uneven factors overflow in float32."""
     total = _gram_sum(up, down)
     return max(0.0, total if math.isfinite(total) else _gram_sum(up.double(), down.double()))
 
 
 def _gram_sum(up: Tensor, down: Tensor) -> float:
-    """Sum of (BᵀB)∘(A·Aᵀ), both symmetric: of either only the bands on and above the diagonal are made."""
+    """Sum of (BᵀB)∘(A·Aᵀ); both are symmetric, so it makes only the bands on and above the diagonal."""
     total = 0.0
     for first in range(0, len(down), _BAND):
         left = up[:, first : first + _BAND].T @ up[:, first:]
@@ -454,14 +454,14 @@ def _is_plain(terms: Sequence[Term]) -> bool:
 
 
 def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: float) -> Fused:
-    # No element is larger than the norms together; only where those are huge must all be looked at.
+    # No element exceeds the sum of the norms, so all need a check only if those are huge.
     bound = math.sqrt(base_square) + math.sqrt(delta_square)
     finite = bound < torch.finfo(fused.dtype).max / 2 or bool(torch.isfinite(fused).all())
     return Fused(fused, base_square, delta_square, count_changed(weight, fused), finite)
 
 
 def _measured_sum(total: Tensor, base_square: float, delta_square: float) -> Fused:
-    """Of a float32 sum that becomes codes, so that all of it is stored in another way than W."""
+    """The figures of a float32 sum that becomes codes, so that no stored bits are those of W."""
     low, high = (bound.item() for bound in torch.aminmax(total))
     return Fused(total, base_square, delta_square, total.numel(), math.isfinite(high - low), max(-low, high))
 

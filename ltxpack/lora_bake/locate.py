@@ -1,6 +1,6 @@
-"""Where the LoRA is that somebody typed: a file, a folder, a place on the hub or the address of its page.
+"""Finds the LoRA that the user typed: a file, a folder, a place on the hub or the address of its page.
 
-Names only; of files that may be meant the headers say whether they are LoRAs.
+It works with names, and reads the headers of possible files to see whether they are LoRAs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.materialize.hub.client import Reference
 from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 
-# Of so many files on the hub the headers are asked for.
+# The most files on the hub whose headers are fetched.
 MOST_HEADERS = 10
 EXPECTED = "a file, a folder with one LoRA, REPO/FILE on the hub, or the address of its page there"
 
@@ -36,7 +36,7 @@ Again = Callable[[str], str]
 class Located:
     """A LoRA's ``weights`` and PEFT configuration. ``name``: its part of a bake's name, unless it is the overlay's own.
 
-    ``remote``: both as the hub has them, for a LoRA that lies there; then the paths are where they will be.
+    ``remote``: for a LoRA on the hub, both files there; the paths are then their future ones.
     """
 
     name: str
@@ -46,9 +46,9 @@ class Located:
 
 
 def locate(typed: str, access: Access, again: Again) -> Located:
-    """What ``typed`` means; what exists as typed wins over the hub.
+    """The LoRA that ``typed`` names; a path that exists wins over the hub.
 
-    Raises SourceError with what is there instead, or for half a download; UsageError for what is no place at all.
+    Raises SourceError, with similar names, or for half a download; UsageError for a text that names no place.
     """
     path = at_home(typed)
     if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
@@ -75,7 +75,7 @@ def _here(path: Path, again: Again) -> Located:
 
 
 def _only_one(folder: Path, again: Again) -> Path:
-    """The only LoRA in ``folder``, or in the folders in it if it holds no weights itself."""
+    """The only LoRA in ``folder``, or in its subfolders if it holds no weights itself."""
     for pattern in ("*", "*/*"):
         files = sorted(path for path in folder.glob(pattern) if path.name.lower().endswith(WEIGHTS) and path.is_file())
         if files:
@@ -96,7 +96,7 @@ def _is_lora(header: Callable[[], TensorFile]) -> bool:
 
 
 def _similar(path: Path) -> list[str]:
-    """Names beside a path that does not exist that may be meant."""
+    """Similar names beside a path that does not exist."""
     try:
         beside = {entry.name: entry for entry in path.parent.iterdir()}
     except (OSError, ValueError):
@@ -105,7 +105,7 @@ def _similar(path: Path) -> list[str]:
 
 
 def _close(name: str, known: Iterable[str]) -> list[str]:
-    """The names among ``known`` that are ``name`` but for case and ending, then those much like it."""
+    """The names in ``known`` that differ from ``name`` only in case and ending, then similar ones."""
     known, wanted = list(known), name.lower().removesuffix(WEIGHTS)
     same = [other for other in known if other.lower().removesuffix(WEIGHTS) == wanted]
     near = [other for end in ("", WEIGHTS) for other in difflib.get_close_matches(name + end, known, 5, 0.6)]
@@ -113,7 +113,7 @@ def _close(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _on_hub(reference: Reference, typed: str, access: Access, again: Again) -> Located:
-    """The file named, the adapter in a folder of the repo, or the only LoRA there."""
+    """The named file, the adapter in a folder of the repo, or the only LoRA there."""
     repo, member = hub_folder(reference.repo, reference.revision, access, at_home(typed)), reference.file
     start = reference.repo if reference.revision is None else f"{reference.repo}@{reference.revision}"
     names = [name for name in sorted(repo.files) if name.endswith(WEIGHTS)]
@@ -135,14 +135,14 @@ def _on_hub(reference: Reference, typed: str, access: Access, again: Again) -> L
     place = PurePosixPath(found.member)
     beside = [PurePosixPath(name).name for name in names if PurePosixPath(name).parent == place.parent]
     config = repo.files.get(str(place.with_name(PEFT_CONFIG))) if belongs(place.name, beside) else None
-    # A PEFT file is always called the same; the folder or repo it is in names it.
+    # All PEFT files have the same name, so the folder or repo names the LoRA.
     label = PurePosixPath(found.label)
     name = lora_name(label.parent.name if label.name == PEFT_WEIGHTS else label.stem)
     return Located(name, found.path, None if config is None else config.path, (found, config))
 
 
 def _loras(files: Mapping[str, InputFile], access: Access) -> list[InputFile]:
-    """The files that may be meant by their folder: PEFT's, the only one, else those that are LoRAs by their headers."""
+    """The possible files of a folder: PEFT's, the only one, else those whose headers are those of LoRAs."""
     weights = {name: file for name, file in files.items() if name.endswith(WEIGHTS)}
     if PEFT_WEIGHTS in weights:
         return [weights[PEFT_WEIGHTS]]

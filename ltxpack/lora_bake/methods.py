@@ -1,4 +1,4 @@
-"""How each method of an adapter changes a weight: the shapes its tensors must have, and what they become for a sum.
+"""The methods of adapters: the shapes of their tensors, and the operands of a sum.
 
 Sources are the papers of docs/adapters.md; ``peft`` and ``lycoris-lora`` are the oracles of the tests. The shapes need
 no torch. Nothing here opens a file.
@@ -24,12 +24,12 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Formula:
-    """One method's part of the table.
+    """One method's entry in the table.
 
-    ``shapes``: (shapes of the module's tensors by role, shape [out, in] of the weight) -> the shapes they must have.
-    Raises ValueError saying why the weight cannot have such tensors. ``operands``: (tensors by role, the target) ->
-    fields of a :class:`.fuse.Term`. ``rows``: the roles with a row for each row of the weight, which are cut where the
-    weight is a part of a fused projection; None if a part cannot be had so.
+    ``shapes``: (shapes of the module's tensors by role, shape [out, in] of the weight) -> the required shapes. Raises
+    ValueError saying why the weight cannot have such tensors. ``operands``: (tensors by role, the target) -> fields of
+    a :class:`.fuse.Term`. ``rows``: the roles with a row for each row of the weight, which are cut for a part of a
+    fused projection; None if the method cannot be cut.
     """
 
     shapes: Callable[[Sizes, Shape], dict[str, Shape]]
@@ -38,7 +38,7 @@ class Formula:
 
 
 def term_of(target: LoraTarget, tensors: Tensors) -> Term:
-    """What ``target`` does to its weight. ``tensors`` are as stored."""
+    """The term of ``target`` for its weight, from the stored ``tensors``."""
     from ltxpack.lora_bake.fuse import Term
 
     operands: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def term_of(target: LoraTarget, tensors: Tensors) -> Term:
 
 
 def needs_whole(target: LoraTarget) -> bool:
-    """Whether :attr:`.fuse.Term.needs_whole` will hold of its term."""
+    """Whether :attr:`.fuse.Term.needs_whole` will be true of its term."""
     magnitude = target.tensors.get("magnitude")
     return "oft" in target.methods or (magnitude is not None and len(magnitude.shape) == 2 and magnitude.shape[0] == 1)
 
@@ -68,7 +68,7 @@ def _lora(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
 
 
 def _factored(found: Sizes, matrix: str, core: str, shape: Shape) -> dict[str, Shape]:
-    """The shapes of a matrix as it is, or of its factors a [out, rank] and b; with a Tucker core a is [rank, out]."""
+    """The shapes of a whole matrix, or of its factors a [out, rank] and b; with a Tucker core a is [rank, out]."""
     if matrix in found:
         return {matrix: shape}
     rank = found[f"{matrix}_b"][0]
@@ -78,7 +78,7 @@ def _factored(found: Sizes, matrix: str, core: str, shape: Shape) -> dict[str, S
 
 
 def _matrix(tensors: Tensors, matrix: str, core: str) -> Tensor:
-    """A matrix in float32: as it is, a·b, or aᵀ·core·b."""
+    """A matrix in float32: whole, a·b, or aᵀ·core·b."""
     if matrix in tensors:
         return tensors[matrix].float()
     left, right = (tensors[f"{matrix}_{side}"].float() for side in "ab")
@@ -120,13 +120,13 @@ def _oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
 
 
 def _check_stages(stages: int, size: int, turned: int) -> None:
-    """Whether blocks of ``size`` can be brought together in so many stages of a butterfly."""
+    """Raises ValueError unless blocks of ``size`` fit this many stages of a butterfly."""
     if not 0 < stages < 32 or size % 2 or turned % (size << stages - 1):
         raise ValueError(f"a butterfly of {stages} stages with blocks of {size} cannot turn {turned}")
 
 
 def _oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
-    """LyCORIS and kohya: (I + Q)/(I - Q), transposed, with |Q| <= alpha · outputs; four-dimensional: BOFT, as it is."""
+    """LyCORIS and kohya: (I + Q)/(I - Q) with |Q| <= alpha · outputs, transposed but for BOFT (four dimensions)."""
     import torch
 
     from ltxpack.lora_bake.turns import Turn, cayley
@@ -140,7 +140,7 @@ def _oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
         blocks = stored
     if blocks.dim() == 4:
         count, size = blocks.shape[1:3]
-        # LyCORIS has the two halves of a block in turns, element by element.
+        # LyCORIS interleaves the two halves of a block, element by element.
         apart = blocks.reshape(-1, count, size // 2, 2, size // 2, 2).permute(0, 1, 3, 2, 5, 4)
         blocks = apart.reshape(blocks.shape)
     else:
@@ -149,7 +149,7 @@ def _oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
 
 
 def _is_orthogonal(blocks: Tensor) -> bool:
-    """Whether rotations are stored, as early LyCORIS did, and not what they are made from."""
+    """Whether the file stores the rotations themselves, as early LyCORIS did."""
     import torch
 
     unit = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
@@ -165,7 +165,7 @@ def _peft_oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
 
 
 def _peft_oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
-    """PEFT: the part above the diagonal of a skew matrix for each block of inputs, or one for all."""
+    """PEFT: the upper triangle of a skew matrix for each block of inputs, or one for all."""
     import torch
 
     from ltxpack.lora_bake.turns import Turn, cayley, cayley_series
@@ -206,7 +206,7 @@ def _same_shape(*roles: str) -> Callable[[Sizes, Shape], dict[str, Shape]]:
 
 
 def _operand(**fields: str) -> Callable[[Tensors, LoraTarget], dict[str, Any]]:
-    """role -> the field that its tensor is."""
+    """Operands that are the tensors themselves; ``fields``: role -> field of the term."""
     return lambda tensors, target: {field: tensors[role] for role, field in fields.items() if role in tensors}
 
 

@@ -60,9 +60,9 @@ RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
 TRANSFORMER, CONNECTORS = "transformer", "connectors"
 MAX_NAME_LENGTH = 200
-# How a bake of no LoRA begins its name.
+# The start of the name of a bake without LoRAs.
 BASE_NAME = "base"
-# Raised when the same inputs would give other bytes than before.
+# Rises when the same inputs give other bytes than before.
 ARITHMETIC_VERSION = 1
 
 _FOREIGN = re.compile(r"[^A-Za-z0-9._+-]+")
@@ -70,12 +70,12 @@ _FOREIGN = re.compile(r"[^A-Za-z0-9._+-]+")
 
 @dataclass(frozen=True)
 class BakeOptions:
-    """What is asked for: one bake per format and strength of the main LoRA (default: the overlay's distilled one).
+    """The options: one bake per format and strength of the main LoRA (default: the overlay's distilled one).
 
     ``added``: (file, PEFT folder or REPO/FILE; strength), applied in this order before the main one. ``keep_blocks``:
-    those that quantised bakes leave in bf16, None for the usual ones. ``activations``: the file that fp8's input scales
-    are taken from. ``export``: the flags of the export that the bake is made for, "" if it is one of the overlay.
-    ``text``: bake what LoRAs change of the text path, too.
+    the blocks that quantised bakes leave in bf16, None for the usual ones. ``activations``: the file with fp8's input
+    scales. ``export``: the flags of an export for which the bake is made, "" for a bake of the overlay. ``text``: bake
+    the LoRAs' changes of the text path too.
     """
 
     overlay: Path
@@ -95,12 +95,12 @@ class BakeOptions:
 
     @property
     def base_alone(self) -> bool:
-        """Whether the base quantised is all that is asked for, so that a LoRA may be there or not."""
+        """Whether only the quantised base is wanted, so that no LoRA is needed."""
         zero = tuple(map(Strength.of, self.strengths)) == (Strength(0.0),)
         return self.lora is None and not self.added and zero and BF16 not in self.formats
 
     def command(self, **changes: object) -> str:
-        """The command line that asks for this, with ``changes``, to be typed as it is."""
+        """The command line with these options and ``changes``, ready to type."""
         wanted = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
         flags = [f"--strength {_typed(strength)}" for strength in wanted.strengths]
         flags += [f"--lora {quoted(wanted.lora)}"] if wanted.lora is not None else []
@@ -118,7 +118,7 @@ class BakeOptions:
         return " ".join([*command, *([wanted.export] if wanted.export else []), *flags])
 
     def checked(self) -> BakeOptions:
-        """The same with equal strengths once. Raises UsageError for anything wrong."""
+        """The options with equal strengths once. Raises UsageError for any fault."""
         if not self.strengths:
             raise UsageError("needs a strength", next=self.command(strengths=(1.0,)))
         formats = tuple(dict.fromkeys(self.formats)) or (BF16,)
@@ -158,12 +158,12 @@ def parse_added(text: str) -> tuple[str, Strength]:
 
 
 def lora_name(stem: str) -> str:
-    """A file's stem with what a bake's name may not hold replaced by ``-``."""
+    """A file's stem, with ``-`` for characters that a bake's name may not hold."""
     return _FOREIGN.sub("-", stem).strip("-.") or "lora"
 
 
 def bake_name(loras: Sequence[tuple[str, float | Strength]], form: str = BF16) -> str:
-    """``distilled-0.5+style-0.8-fp8``: the main LoRA, which is the last, the others in order, and the form."""
+    """``distilled-0.5+style-0.8-fp8``: the main (last) LoRA, then the others in order, and the form."""
     parts = [f"{lora}-{Strength.of(strength).in_name}" for lora, strength in (*loras[-1:], *loras[:-1])]
     name = ("+".join(parts) or BASE_NAME) + ("" if form == BF16 else f"-{form}")
     if len(name) > MAX_NAME_LENGTH:
@@ -185,7 +185,7 @@ def check_bake_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class BaseShard:
-    """One shard as the manifest lists it, and its header."""
+    """One shard: its manifest entry and its header."""
 
     record: FileRecord
     file: TensorFile
@@ -197,16 +197,16 @@ class BaseShard:
 
 
 def _name_in_bake(path: str) -> str:
-    """Where a bake has the file ``path`` of the base: in its own folder, but the connectors in a folder of that."""
+    """The path in a bake of the base's file ``path``: in the bake's folder, for connectors in a subfolder."""
     component, _, name = path.partition("/")
     return path if component == CONNECTORS else name
 
 
 @dataclass(frozen=True)
 class Base:
-    """What every bake starts from: the transformer, or the text encoder and its connectors.
+    """The base of every bake: the transformer, or the text encoder and its connectors.
 
-    ``small`` holds configs and indices: name in a bake -> bytes. ``place``: the folder that its bakes are in.
+    ``small`` holds configs and indices: name in a bake -> bytes. ``place``: the folder of its bakes.
     """
 
     shards: tuple[BaseShard, ...]
@@ -215,16 +215,16 @@ class Base:
     place: str = BAKES
 
     def strength(self, asked: float | Strength) -> Strength:
-        """What of ``asked`` is meant here: the blocks that a strength names are the transformer's."""
+        """``asked`` for this base: blocks in a strength are the transformer's."""
         found = Strength.of(asked)
         return found if self.place == BAKES else Strength(found.value)
 
 
 def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
-    """The base of ``overlay`` for bakes in ``place``; sizes and small files are checked here, shards while they are
-    streamed.
+    """The base of ``overlay`` for bakes in ``place``.
 
-    Raises OverlayError for anything that is not as the manifest says.
+    It checks sizes and small files; shards are checked while they stream. Raises OverlayError for any difference from
+    the manifest.
     """
     components = TEXT_COMPONENTS if place == TEXT_ENCODERS else (TRANSFORMER,)
     if lacking := [name for name in components if name not in manifest.components]:
@@ -258,7 +258,7 @@ def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How the sums are made: all of it goes into the manifest, and a resumed bake keeps it."""
+    """The arithmetic of the sums: the manifest records all of it, and a resumed bake keeps it."""
 
     rule: str
     kernel: str
@@ -267,23 +267,23 @@ class Arithmetic:
 
 @dataclass(frozen=True, slots=True)
 class FusedTensor(Copied):
-    """The producer of a base tensor with LoRAs added to it: its place in a shard's plan.
+    """The producer, in a shard's plan, of a base tensor with LoRAs added to it.
 
-    ``stream.Engine`` makes the bytes, for several bakes from one read of the base. In another ``form`` than bf16 these
-    are codes and scales, of fp8 with the ``input_scale``.
+    ``stream.Engine`` makes the bytes, for several bakes from one read of the base. In a ``form`` other than bf16 they
+    are codes and scales, for fp8 with the ``input_scale``.
     """
 
     form: str = BF16
     input_scale: float = 1.0
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:
-        """Raises AssertionError: this producer alone does not know the factors."""
+        """Raises AssertionError: this producer does not know the factors."""
         raise AssertionError("stream.Engine writes the shards of a bake")
 
 
 @dataclass(frozen=True)
 class BakePlan:
-    """A bake to be made; ``loras`` in order of application. ``quantised``: linears that are stored as ``form`` says."""
+    """A bake to make; ``loras`` in order of application. ``quantised``: the linears stored in ``form``."""
 
     name: str
     loras: tuple[LoraUse, ...]
@@ -296,21 +296,21 @@ class BakePlan:
 
     @property
     def folder(self) -> str:
-        """Where it goes in the overlay."""
+        """Its folder in the overlay."""
         return f"{self.base.place}/{self.name}"
 
     def strengths_in(self, name: str) -> tuple[float, ...]:
-        """Of its LoRAs in the tensor ``name``."""
+        """The strengths of its LoRAs in the tensor ``name``."""
         block = coverage.split_name(name)[0]
         return tuple(lora.applied.at(block) for lora in self.recorded)
 
     @functools.cached_property
     def recorded(self) -> tuple[BakedLora, ...]:
-        """Its LoRAs as the manifest lists them."""
+        """Its LoRAs in the manifest's form."""
         return tuple(lora.baked for lora in self.loras)
 
     def is_made_from(self, bake: Bake) -> bool:
-        """Whether ``bake`` is this very bake: the same LoRAs, strengths, order, rule and form."""
+        """Whether ``bake`` has the same LoRAs, strengths, order, rule and form."""
         made = (bake.loras, bake.rule, bake.format, bake.quantised, bake.calibration)
         return made == (self.recorded, self.rule, self.form, self.quantised, self.calibration)
 
@@ -323,8 +323,9 @@ class BakePlan:
 
     @functools.cached_property
     def touched(self) -> frozenset[str]:
-        """The tensors that are fused or quantised. A strength of 0 adds nothing; the official rule only skips when all
-        are 0.
+        """The tensors that are fused or quantised.
+
+        A strength of 0 adds nothing; the official rule skips a tensor only if all strengths are 0.
         """
         all_take_part = self.rule == "official" and not all(lora.idle for lora in self.recorded)
         found = set(self.input_scales)
@@ -334,7 +335,7 @@ class BakePlan:
 
     @functools.cached_property
     def shards(self) -> dict[str, WriteShard]:
-        """Base shard's name -> the shard to be written: those that hold a touched tensor."""
+        """Base shard's name -> the shard to write, for shards with a touched tensor."""
         return {
             shard.name: WriteShard(f"{self.folder}/{shard.name}", tuple(self.entries(shard)), self._provenance(shard))
             for shard in self.base.shards
@@ -352,7 +353,7 @@ class BakePlan:
 
     @functools.cached_property
     def small(self) -> tuple[WriteBytes, ...]:
-        """config.json and the index, as in the base; the scales are in the index too."""
+        """config.json and the index of the base, with the scales added to the index."""
         small = dict(self.base.small)
         if self.quantised:
             small |= {name: self._index() for name in small if name.endswith(INDEX_ENDING)}
@@ -360,7 +361,7 @@ class BakePlan:
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """Every file of the bake but the reports, in the order they are written."""
+        """Every file of the bake except the reports, in the order of writing."""
         return (*self.small, *self.links, *self.shards.values())
 
     def reports(self, document: Mapping[str, Any]) -> tuple[WriteBytes, WriteBytes]:
@@ -379,18 +380,18 @@ class BakePlan:
         return coverage.with_rounding(report, stats, self.input_scales, self.form, self.calibration)
 
     def files(self, arithmetic: Arithmetic) -> list[dict[str, Any]]:
-        """Every file with its size and what is done for it; for the two reports a bound, whatever will be measured."""
+        """Every file with its size and action; for the two reports an upper bound of any measurement."""
         # No figure is longer than a change of 1.11e-100 and a count of all elements.
         counts = {name: math.prod(self.base.shapes[name]) for name in sorted(self.touched)}
         longest = [TargetStat(name, 1.0, 1.2321e-200, n, n, 1.0, 1.2321e-200, 1.1e-300) for name, n in counts.items()]
         document = self.document(arithmetic, longest)
         files = [(item.path, item.size, "link" if isinstance(item, LinkFile) else "write") for item in self.items]
-        # A page with other looks than these is longer, but never twice as long.
+        # A page with other cells than these is longer, but never twice as long.
         files += [(report.path, 2 * report.size, "write") for report in self.reports(document)]
         return [{"path": path, "bytes": size, "action": action} for path, size, action in sorted(files)]
 
     def fingerprint(self) -> str:
-        """Tells this bake's inputs from others'."""
+        """Identifies this bake's inputs."""
         inputs = {
             "version": ARITHMETIC_VERSION,
             "rule": self.rule,
@@ -408,7 +409,7 @@ class BakePlan:
         return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def record(self, arithmetic: Arithmetic, files: Mapping[str, FileRecord], changed: Iterable[str]) -> Bake:
-        """How the manifest lists the finished bake."""
+        """The manifest entry of the finished bake."""
         reports = [f"{self.folder}/{name}" for name in coverage.REPORT_NAMES]
         paths = [*(item.path for item in self.items), *reports]
         return Bake(
@@ -424,7 +425,7 @@ class BakePlan:
         )
 
     def entries(self, shard: BaseShard) -> Iterator[ShardEntry]:
-        """What is made of ``shard``: its tensors in its order; each that is touched comes from a FusedTensor."""
+        """The new shard for ``shard``: its tensors in order, with a FusedTensor for each touched one."""
         source = shard.file.path
         for info in shard.file.tensors.values():
             entry, place = stored_tensor(info.name, info, source), Range(source, info.start, info.nbytes)
@@ -436,11 +437,11 @@ class BakePlan:
             yield entry
 
     def _way_to(self, path: str, name: str) -> str:
-        """From the folder of the file ``name`` of the bake to ``path`` of the overlay."""
+        """The relative path from the folder of the bake's file ``name`` to ``path`` of the overlay."""
         return posixpath.relpath(path, posixpath.dirname(f"{self.folder}/{name}"))
 
     def _index(self) -> bytes:
-        """Of all tensors as this bake has them."""
+        """The index of all tensors of this bake."""
         entries = [(shard.name, entry) for shard in self.base.shards for entry in self.entries(shard)]
         files = {tensor.name: name for name, entry in entries for tensor in entry.tensors}
         return index_bytes(files, sum(entry.nbytes for _, entry in entries))

@@ -28,10 +28,10 @@ INT8_LARGEST = 127.0
 
 @dataclass(frozen=True)
 class Encoded:
-    """Some rows in codes: ``codes`` [rows, in] lie where the sum was; ``scales`` [] or [rows, 1], float32.
+    """Some rows in codes: ``codes`` [rows, in] in the memory of the sum; ``scales`` [] or [rows, 1], float32.
 
-    Squared norms, NaN where they were not asked for: ``square`` of what was rounded, ``rounding_square`` of what the
-    rounding changed, ``error_square`` of what is stored less the fp32 rule's sum.
+    Squared norms, NaN if they are not wanted: ``square`` of the sum, ``rounding_square`` of the change by rounding,
+    ``error_square`` of the stored values less the fp32 rule's sum.
     """
 
     codes: Tensor
@@ -46,8 +46,8 @@ def encode(
 ) -> Encoded:
     """``rows`` [rows, in] of a float32 sum in the codes of ``form``, with ``largest`` the whole weight's largest |x|.
 
-    ``beside``: ``rows`` less the fp32 rule's sum, if that is another. The memory of both is used up, that of ``rows``
-    for the codes. ``measure``: whether the squared norms are wanted, which take longer than the codes.
+    ``beside``: ``rows`` less the fp32 rule's sum, if they differ. It overwrites both, ``rows`` with the codes.
+    ``measure``: whether the squared norms are wanted, which take longer than the codes.
     """
     if form == FP8:
         return _encode_fp8(rows, largest, work, beside, measure)
@@ -74,7 +74,7 @@ def hadamard(size: int) -> Tensor:
 def rotate(rows: Tensor, work: Workspace) -> Tensor:
     """Each run of inputs of ``rows`` times the Hadamard matrix, in ``work``.
 
-    By its two factors, H_a⊗H_b, which takes an eighth of the multiplications.
+    It multiplies by the two factors H_a⊗H_b, which takes an eighth of the multiplications.
     """
     size = rotated_together(rows.shape[1])
     left = 4 ** (round(math.log(size, 4)) // 2)
@@ -85,7 +85,7 @@ def rotate(rows: Tensor, work: Workspace) -> Tensor:
 
 
 def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | None, measure: bool) -> Encoded:
-    # A tensor on the device: by a number, a card multiplies with the reciprocal, which is another bit.
+    # A tensor on the device: for a plain number a card multiplies with the reciprocal, which gives other bits.
     scale = torch.tensor(fp8_scale(largest), device=rows.device)
     scaled = work.empty("scaled", rows.shape, torch.float32, rows.device)
     torch.div(rows, scale, out=scaled).clamp_(-E4M3_LARGEST, E4M3_LARGEST)
@@ -98,9 +98,9 @@ def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | 
 
 
 def _decoded_fp8(codes: Tensor, work: Workspace) -> Tensor:
-    """The codes' values / 256 in float32: sign, exponent and mantissa moved to where float16 has them.
+    """The codes' values / 256 in float32: moves sign, exponent and mantissa to their places in float16.
 
-    torch decodes a code at a time, which takes as long as the sum.
+    torch decodes one code at a time, which takes as long as the sum.
     """
     bits = work.empty("bits", codes.shape, torch.int16, codes.device).copy_(codes.view(torch.int8))
     half = bits.mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16)
@@ -122,13 +122,13 @@ def _encode_int8(rows: Tensor, work: Workspace, beside: Tensor | None, measure: 
 
 
 def _errors(lost: Tensor, beside: Tensor | None) -> tuple[float, float]:
-    """The squared norms of what was ``lost`` by rounding, and of that with what the rounded sum was ``beside``."""
+    """The squared norms of ``lost``, the change by rounding, and of ``lost`` plus ``beside``."""
     rounding = square_sum(lost)
     return rounding, rounding if beside is None else square_sum(beside.sub_(lost))
 
 
 def _in_place(codes: Tensor, rows: Tensor) -> Tensor:
-    """``codes`` in the memory of ``rows``, which has been used up."""
+    """``codes``, moved to the memory of ``rows``, which is no longer needed."""
     return _memory_of(rows, codes.dtype).copy_(codes)
 
 

@@ -1,7 +1,7 @@
-"""One shard of the base, read once, becomes the same shard of several bakes: row range after row range, as it comes.
+"""Makes the shards of several bakes from one read of a base shard, one row range after the other.
 
-Reading and writing run on threads of files.reader and repack.write; the arithmetic of a row range on a few of our
-own. What is summed in one piece never depends on the number of threads.
+Reading and writing run on threads of files.reader and repack.write; the arithmetic of a row range on a few threads of
+our own. No sum depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ltxpack.reporter import Reporter
 
 COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
-# The most row chunks per read, by kernel, and what they should take at most: so much is in memory at once. Chunks of
+# The most row chunks per read, by kernel, and the most bytes they should have, which are in memory at once. Chunks of
 # two reads are under way together.
 CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1, "official-fp32": 1}
 READ_BYTES = 16 * 1024 * 1024
@@ -49,10 +49,10 @@ DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 class ShardOutput:
-    """One bake's version of a shard, and what is measured while it is written (tensor name -> stat).
+    """One bake's version of a shard, and its measurements (tensor name -> stat).
 
-    ``strengths`` gives those for a tensor: one for each of the engine's adapters, in order of application. The engine
-    makes the ``writer``: with ``open``, which is given the number of its buffers.
+    ``strengths`` gives the strengths for a tensor: one for each of the engine's adapters, in order of application. The
+    engine makes the ``writer`` with ``open(number of buffers)``.
     """
 
     writer: TensorWriter
@@ -72,19 +72,19 @@ class ShardOutput:
         self.touched = {name: producer for name, producer in producers if isinstance(producer, FusedTensor)}
 
     def form(self, name: str) -> str:
-        """How the tensor ``name``, which is touched, is stored."""
+        """The form of the touched tensor ``name``."""
         return self.touched[name].form
 
     def measure(self, name: str, **amounts: float) -> None:
-        """Add what was measured of some rows of the tensor ``name``, see :class:`.coverage.TargetStat`."""
+        """Add the measurements of some rows of the tensor ``name``, see :class:`.coverage.TargetStat`."""
         self.stats[name] = (self.stats.get(name) or TargetStat(name)).plus(**amounts)
 
 
 class _Read(NamedTuple):
-    """One read: ``lead`` bytes that are copied, then the rows ``chunks`` of a tensor; without one, all is copied.
+    """One read: ``lead`` bytes to copy, then the rows ``chunks`` of a tensor; without a tensor, copy all.
 
-    Biases are between the weights; read by themselves each would hold up the reading ahead. A tensor that is fused
-    whole comes in several reads, of which the last has the chunk.
+    Biases are between the weights; a separate read for each would slow the reading ahead. A tensor that is fused whole
+    comes in several reads, of which the last has the chunk.
     """
 
     range: Range
@@ -94,7 +94,7 @@ class _Read(NamedTuple):
 
 
 class FactorReader:
-    """The factors of one adapter, read when asked for, until it is closed."""
+    """Reads the factors of one adapter on demand, until it is closed."""
 
     def __init__(self, adapter: Adapter) -> None:
         self.adapter = adapter
@@ -102,9 +102,9 @@ class FactorReader:
         self.close = self._file.close
 
     def term(self, weight: str, work: Workspace | None = None, device: str = "cpu") -> Term | None:
-        """What this adapter adds to ``weight``, as stored in the file; None if nothing. Raises FormatError.
+        """The adapter's term for ``weight``, with the stored tensors; None if it has none. Raises FormatError.
 
-        The tensors are in ``work``, if given and if ``device`` is the CPU, and valid until it is used again.
+        If ``work`` is given and ``device`` is the CPU, the tensors are in ``work`` and valid until its next use.
         """
         target, memory = self.adapter.targets.get(weight), work or Workspace()
         if target is None:
@@ -144,17 +144,17 @@ class Engine:
         )
         self.chunks = CHUNKS_PER_READ[arithmetic.kernel]
         workers = 2 if self.whole else min(MOST_WORKERS, usable_cores())
-        # Each thread's memory for sums.
+        # The memory of each thread for sums.
         self.own = threading.local()
         self.pool = ThreadPoolExecutor(workers, "ltxpack-fuse", lambda: setattr(self.own, "sums", Workspace()))
-        # While the results of one read are written, those of the next are made.
+        # Threads make the results of the next read while those of one are written.
         self.results = [[Workspace() for _ in range(self.chunks)] for _ in range(2)]
-        # While the codes of one weight are written, the sums of the next are made.
+        # Threads make the sums of the next weight while the codes of one are written.
         self.sums = [Workspace(), Workspace()]
         self._settings = contextlib.nullcontext() if self.whole else _exact_sums(arithmetic.device)
 
     def is_gathered(self, name: str) -> bool:
-        """Whether the weight ``name`` is fused in one piece: under the official rule, or by a method that needs it."""
+        """Whether the weight ``name`` is fused in one piece: under the official rule, or for a method that needs it."""
         return self.whole or name in self._gathered
 
     def __enter__(self) -> Self:
@@ -170,11 +170,11 @@ class Engine:
     def fuse_shard(self, shard: BaseShard, outputs: Sequence[ShardOutput]) -> list[FileRecord]:
         """Write every output's version of ``shard``; returns their records and fills in their stats.
 
-        Raises OverlayError if the base is not what the manifest says, AdapterError listing the weights that overflow.
+        Raises OverlayError if the base differs from the manifest, AdapterError listing the weights that overflow.
         """
         steps = list(self._steps(shard, frozenset().union(*(output.touched for output in outputs))))
         hasher = blake3()
-        # The fewer write buffers each, the more outputs share the disk.
+        # The more outputs share the disk, the fewer write buffers each has.
         buffers = max(2, WRITE_BUFFERS + 1 - len(outputs))
         with contextlib.ExitStack() as stack:
             for output in outputs:
@@ -190,7 +190,7 @@ class Engine:
                     fusing.fuse(step, step.info, data)
                 elif step.range.start:
                     fusing.copy(data)
-                # With the next read, the bytes of the one before this are gone.
+                # The next read overwrites the bytes of the one before this.
                 fusing.settle_older()
             hashed.result()
             fusing.settle()
@@ -204,7 +204,7 @@ class Engine:
             return records
 
     def _steps(self, shard: BaseShard, touched: frozenset[str]) -> Iterator[_Read]:
-        """All bytes of the shard in order; step 0 is the header, which is hashed but not copied."""
+        """Reads of all bytes of the shard in order; the first is the header, which is hashed but not copied."""
         path = shard.file.path
         tensors = [info for info in shard.file.tensors.values() if info.nbytes]
         copied = tensors[0].start if tensors else shard.file.size
@@ -221,7 +221,7 @@ class Engine:
         yield from _copies(path, copied, shard.file.size)
 
     def _reads(self, info: TensorInfo) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
-        """The reads of a tensor that is fused: first byte, end, row chunks that are complete with it."""
+        """The reads of a fused tensor: first byte, end, and the row chunks that this read completes."""
         gathered = self.is_gathered(info.name)
         chunks = tuple(row_chunks(info.shape, "official" if gathered else self.arithmetic.kernel))
         end = info.start + info.nbytes
@@ -231,15 +231,15 @@ class Engine:
                 yield first, last, chunks if last == end else ()
             return
         row = info.nbytes // info.shape[0]
-        # Two at least, so that there is work for two threads.
+        # At least two, so that two threads have work.
         together = max(min(2, self.chunks), min(self.chunks, READ_BYTES // (chunks[0][1] * row)))
         for i in range(0, len(chunks), together):
             group = chunks[i : i + together]
             yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
 
     def _terms_ahead(self, names: Iterable[str]) -> Iterator[list[Term | None]]:
-        """Every adapter's term for each weight in order; those of the next weight are loaded meanwhile."""
-        # Three sets of workspaces take turns: one of which sums are still made, one in use, one being filled.
+        """Every adapter's term for each weight in order; loads those of the next weight meanwhile."""
+        # Three sets of workspaces take turns: one behind unfinished sums, one in use, one being filled.
         works = itertools.cycle([[Workspace() for _ in self.readers] for _ in range(3)])
         ahead: deque[Future[list[Term | None]]] = deque()
         for name in names:
@@ -250,14 +250,14 @@ class Engine:
             yield last.result()
 
     def _load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
-        """Every adapter's term for a weight, ready for the kernel; each in its workspace."""
+        """Every adapter's term for a weight, ready for the kernel, each in its own workspace."""
         device, kernel = self.arithmetic.device, self.arithmetic.kernel
         terms = [reader.term(name, work, device) for reader, work in zip(self.readers, works, strict=True)]
         return [term and term.prepared(kernel, work) for term, work in zip(terms, works, strict=True)]
 
 
 class _Fusing:
-    """One shard under way: sums on the engine's threads, results written in order on another, one read behind."""
+    """One shard under way: the engine's threads make sums, another writes results in order, one read behind."""
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class _Fusing:
         terms: Iterator[list[Term | None]],
         thread: ThreadPoolExecutor,
     ) -> None:
-        """``terms``: those of each weight that is fused, in order."""
+        """``terms``: the terms of each fused weight, in order."""
         self.overflow: dict[str, None] = {}
         self._engine = engine
         self._outputs = outputs
@@ -281,7 +281,7 @@ class _Fusing:
         self._filled = 0
 
     def settle(self, left: int = 0) -> None:
-        """Wait until at most ``left`` of what was put in line is still to be written. Raises what that raised."""
+        """Wait until at most ``left`` queued writes remain. Raises the error of a write."""
         while len(self._under_way) > left:
             self._under_way.popleft().result()
 
@@ -290,7 +290,7 @@ class _Fusing:
         self.settle(left=self._newest)
 
     def copy(self, data: memoryview) -> None:
-        """Write ``data`` to every output as it is."""
+        """Write ``data`` to every output unchanged."""
         self._newest = 0
         self._later(self._write, self._outputs, data)
 
@@ -314,7 +314,7 @@ class _Fusing:
             return
         weight = self._gather(info, rows)
         exact = _as_tensor(weight, info) if self._engine.whole and self._engine.measure else None
-        # Weights are large, so one bake's result at a time; only that is still to be written.
+        # Weights are large, so only one bake's result waits for the writer at a time.
         for output in touching if step.chunks else ():
             self.settle()
             self._sums = self._rows(step, info, weight, [output])
@@ -325,7 +325,7 @@ class _Fusing:
                 self.settle()
 
     def _gather(self, info: TensorInfo, data: memoryview) -> memoryview:
-        """The tensor's memory with ``data`` put behind what came before."""
+        """Append ``data`` to the tensor's memory; returns all of it."""
         memory = self._whole.empty("weight", (info.nbytes,), torch.uint8).numpy().data
         memory[self._filled : self._filled + len(data)] = data
         self._filled = (self._filled + len(data)) % info.nbytes
@@ -334,7 +334,7 @@ class _Fusing:
     def _rows(
         self, step: _Read, info: TensorInfo, data: memoryview, batch: Sequence[ShardOutput]
     ) -> list[Future[list[Fused]]]:
-        """The results of each row chunk, for each output of ``batch``, as they will come."""
+        """Futures of the results of each row chunk, for each output of ``batch``."""
         engine = self._engine
         present = {i: term for i, term in enumerate(self._terms) if term is not None}
         strengths = [[output.strengths(info.name)[lora] for lora in present] for output in batch]
@@ -352,7 +352,7 @@ class _Fusing:
         return [engine.pool.submit(rows, slot) for slot in range(len(step.chunks))]
 
     def _sum(self, output: ShardOutput, info: TensorInfo) -> Tensor | None:
-        """The memory for the sum of a weight that ``output`` stores in codes; None for another."""
+        """The memory for the sum of a weight that ``output`` stores in codes; None for other weights."""
         if output.form(info.name) == BF16:
             return None
         memory, use = self._engine.sums[self._sums_turn], f"sum {self._outputs.index(output)}"
@@ -429,9 +429,9 @@ class _Fusing:
 
 @contextlib.contextmanager
 def _exact_sums(device: str) -> Iterator[None]:
-    """torch on the calling thread alone: its own threads wait for each other in loops, on busy cores for long.
+    """Run torch on the calling thread alone: its own threads spin while they wait, for long on busy cores.
 
-    On a card also fp32 and bf16 matmuls in full, whatever shortcuts PyTorch is set to take.
+    On a card it also makes full fp32 and bf16 matmuls, whatever shortcuts PyTorch is set to take.
     """
     matmul = torch.backends.cuda.matmul
     threads, before = torch.get_num_threads(), None
@@ -448,7 +448,7 @@ def _exact_sums(device: str) -> Iterator[None]:
 
 
 def _as_tensor(data: memoryview, info: TensorInfo) -> Tensor:
-    """Whole rows of the tensor ``info``."""
+    """``data``, whole rows of the tensor ``info``, as a tensor."""
     return torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
 
 
@@ -463,7 +463,7 @@ def _copies(path: Path, start: int, end: int) -> Iterator[_Read]:
 
 
 def usable_cores() -> int:
-    """Cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""A few rows of a few weights, fused before a bake begins: what DoRA's magnitudes are, and whether anything changes."""
+"""Fuses a few rows of a few weights before a bake, to find the meaning of DoRA's magnitudes and idle LoRAs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from ltxpack.lora_bake.stream import DTYPES, FactorReader
 from ltxpack.manifest import BF16
 from ltxpack.reporter import Reporter
 
-# How much is looked at: so many weights, spread over all, and the first rows of each.
+# The size of a trial: so many weights, spread over all, and the first rows of each.
 WEIGHTS, ROWS = 8, 256
-# Norms tell the meanings apart if they are so many standard errors nearer to one.
+# Norms decide between the meanings if they are this many standard errors nearer to one.
 CERTAIN = 3.0
-# Numbers that a straight line is fitted with.
+# The number of parameters of a straight line.
 FITTED = 2
 
 
 def settled(adapters: Sequence[Adapter], base: Base, reporter: Reporter) -> list[Adapter]:
-    """The adapters with DoRA's magnitudes understood, and told as what."""
+    """The adapters with the meaning of DoRA's magnitudes decided; a note says which."""
     return [_settled(adapter, base, reporter) for adapter in adapters]
 
 
 def tell_idle(plans: Sequence[BakePlan], base: Base, reporter: Reporter) -> None:
-    """Warn of bakes that change none of the weights looked at, although their LoRAs are not zero."""
+    """Warn of bakes that change none of the sampled weights, although their LoRAs are not zero."""
     for plan in plans:
         if plan.form != BF16 or not plan.touched:
             continue
@@ -77,7 +77,7 @@ class _Spread(NamedTuple):
 
     @property
     def over_base(self) -> tuple[bool, bool]:
-        """Whether the magnitudes are over |W|, and whether that is certain."""
+        """Whether the magnitudes are factors over |W|, and whether that is certain."""
         if self.rows <= FITTED or not self.square:
             return False, False
         slope = self.product / self.square
@@ -117,13 +117,13 @@ def _settled(adapter: Adapter, base: Base, reporter: Reporter) -> Adapter:
 
 
 def _is_ambiguous(target: LoraTarget) -> bool:
-    """Whether a target's magnitudes may be over |W| or over |W+ΔW|: PEFT's, and those of inputs, are the latter."""
+    """Whether a target's magnitudes may be over |W| or |W+ΔW|; PEFT's, and those over inputs, are over |W+ΔW|."""
     magnitude = target.tensors.get("magnitude")
     return magnitude is not None and magnitude.name.endswith("dora_scale") and not needs_whole(target)
 
 
 def _is_live(term: Term) -> bool:
-    """Whether a term is there to change anything: no factor of it is all zero."""
+    """Whether a term can change anything: no factor of it is all zero."""
     sums = [tensor for tensor in (term.up, term.down, term.delta) if tensor is not None]
     added = bool(sums) and term.factor != 0 and all(tensor.float().count_nonzero() for tensor in sums)
     return added or any(each is not None for each in (term.diff, term.new, term.turn, term.magnitude))
@@ -134,7 +134,7 @@ def _reader(adapter: Adapter) -> contextlib.closing[FactorReader]:
 
 
 def _samples(names: Sequence[str], adapters: Sequence[Adapter], base: Base) -> Iterator[tuple[str, Tensor]]:
-    """The first rows of some weights, as stored; all rows where a result's row depends on others."""
+    """The first stored rows of some weights; all rows if a row of the result depends on others."""
     chosen = [names[i * len(names) // min(WEIGHTS, len(names))] for i in range(min(WEIGHTS, len(names)))]
     whole = {name for adapter in adapters for name in chosen if _needs_whole(adapter.targets.get(name))}
     for shard in base.shards:

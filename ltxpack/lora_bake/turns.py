@@ -13,9 +13,9 @@ class Turn:
     """W -> rescale · (R W), or rescale · (W Rᵀ) if it is ``over_inputs``.
 
     ``blocks`` [stages, blocks, size, size], float32: R is the last stage times … times the first. Stage 0 turns
-    neighbours (OFT, Qiu et al., arXiv 2306.07280), stage i what is 2^i·size/2 apart (BOFT, Liu et al., arXiv
-    2311.06243). A strength s other than 1 makes s·R + (1-s)·I of each stage, as LyCORIS does, or with ``of_result``
-    W + s·(W' - W). ``rescale`` [out, 1] or None.
+    neighbours (OFT, Qiu et al., arXiv 2306.07280), stage i turns rows that are 2^i·size/2 apart (BOFT, Liu et al.,
+    arXiv 2311.06243). A strength s other than 1 makes each stage s·R + (1-s)·I, as in LyCORIS, or with ``of_result``
+    gives W + s·(W' - W). ``rescale`` [out, 1] or None.
     """
 
     blocks: Tensor
@@ -24,7 +24,7 @@ class Turn:
     of_result: bool = False
 
     def rows(self, first: int, last: int) -> Turn:
-        """The share of the weight's rows ``first`` to ``last``; of a turn over outputs these must be all."""
+        """The turn for the weight's rows ``first`` to ``last``; for a turn over outputs these must be all rows."""
         return self if self.rescale is None else replace(self, rescale=self.rescale[first:last])
 
     def apply(self, weight: Tensor, strength: float) -> Tensor:
@@ -53,7 +53,7 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def cayley_series(skew: Tensor, terms: int) -> Tensor:
-    """The Neumann series of (I + Q)(I - Q)⁻¹ as PEFT cuts it off: I + 2Q + 2Q² + … + Q^(terms-1); of two, I + 2Q."""
+    """PEFT's truncated Neumann series of (I + Q)(I - Q)⁻¹: I + 2Q + 2Q² + … + Q^(terms-1); for two terms I + 2Q."""
     power = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
     total = power.clone()
     for i in range(1, terms):
