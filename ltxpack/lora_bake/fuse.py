@@ -67,7 +67,7 @@ class Term:
 
     W += s·(factor·(up@down or delta) + diff); W = turn(W), see :class:`.turns.Turn`; W += s·(new - W); and with
     ``magnitude`` each row, or each column if it is ``over_inputs``, gets it as its norm (DoRA). With ``over_base`` the
-    row is scaled by ``magnitude`` over its norm before the change instead.
+    changed row is multiplied by ``magnitude`` and divided by its norm before the change instead.
 
     down [rank, in], up [out, rank], magnitude [out], [out, 1] or [1, in], delta, diff and new like the weight; as
     stored in the adapter. ``square`` is |B·A|² of the whole weight, if known; the ``first`` rows count it.
