@@ -23,9 +23,9 @@ Word = tuple[str | None, str | None]
 
 # Flag -> what is wrong with what the user wrote, and the right spelling.
 _TOLD = {
-    STRENGTH: ("a strength is one number with a point behind its own --strength", "--strength 0.25 --strength 0.5"),
+    STRENGTH: ("each --strength takes one number, with a point", "--strength 0.25 --strength 0.5"),
     ADD: ("--add needs a file and a strength with = between them", "--add FILE=S, such as --add style.safetensors=0.8"),
-    LORA: ("the strength of the main LoRA is said with --strength", "--lora FILE --strength S"),
+    LORA: ("--strength gives the strength of the main LoRA", "--lora FILE --strength S"),
 }  # fmt: skip
 _ONE_STRENGTH = ("one file holds one strength", "one --strength")
 _PLAIN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")

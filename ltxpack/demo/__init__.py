@@ -1,7 +1,7 @@
-"""The demo: a tiny checkpoint of the real architecture with random weights, taken through the whole path.
+"""The demo: takes a tiny checkpoint of the real architecture with random weights through the whole path.
 
-Nothing is downloaded: demo/checkpoint.py makes the inputs, and ``materialize``, ``bake-lora`` and ``run`` treat them as
-they would the 22B model's.
+It downloads nothing: demo/checkpoint.py makes the inputs, and ``materialize``, ``bake-lora`` and ``run`` treat them
+like those of the 22B model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPT = "A paper boat drifts down a rainy street while a street organ plays."
 
 
 def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
-    """Source files, overlay, two bakes, one video; what is done already is kept. Returns the video's path.
+    """Make source files, overlay, two bakes and one video; keeps finished ones. Returns the video's path.
 
     Raises OverlayError if ``folder`` holds something that is not a demo.
     """
@@ -36,7 +36,7 @@ def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     reporter.note(f"3/4 bake-lora: strengths {' and '.join(map(str, HQ.strengths))}")
     bake(BakeOptions(overlay, HQ.strengths), reporter)
     reporter.note("4/4 run")
-    # The runtime imports torch; the steps before do without.
+    # The runtime imports torch, which the steps before do not need.
     from ltxpack.runtime.run import RunOptions, run_to_file
     from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 

@@ -1,7 +1,7 @@
-"""The one maker of checkpoints with made-up weights: for the demo, the tests and the benchmarks.
+"""Makes checkpoints with made-up weights for the demo, the tests and the benchmarks.
 
-Every file is real and in the official layout: names and shapes follow from a config. The demo's numbers follow from a
-tensor's name and keep activations near one. Knows nothing of overlays; nothing but the text encoder imports torch.
+Every file has the official layout: names and shapes follow from a config. The demo's numbers follow from a tensor's
+name and keep activations near one. Knows nothing of overlays; only the text encoder imports torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GEMMA_ROOTS = {
 
 
 def write_source(folder: Path) -> None:
-    """The demo's four inputs of ``materialize`` in ``folder``, file by file; those that are there are kept."""
+    """Write the demo's four inputs of ``materialize`` to ``folder``; keeps existing files."""
     folder.mkdir(parents=True, exist_ok=True)
     config = checkpoint_config()
     shapes = checkpoint_shapes(config)
@@ -99,7 +99,7 @@ def write_tensors(
     values: Values | None = None,
     dtypes: Callable[[str], str] = lambda name: "BF16",
 ) -> None:
-    """A safetensors file, whole or not at all; one that is there is kept.
+    """Write a safetensors file, whole or not at all; keeps an existing one.
 
     ``values`` gives the numbers of a tensor. They are rounded to bfloat16, also where F32 stores them; other dtypes
     than these two store zeros.
@@ -127,7 +127,7 @@ def _factor(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 
 def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Weights that keep activations near one, from the tensor's name alone; what is no weight gets its real value."""
+    """Weights that keep activations near one, from the tensor's name; other tensors get their real values."""
     last = name.rsplit(".", 1)[-1]
     real = REAL_VALUES.get(last)
     if real is not None:
@@ -141,7 +141,7 @@ def _values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         centre = 1.0 if "norm" in name and last == "weight" and "layernorm" not in name else 0.0
         return centre + 0.05 * noise
     fan_in = 2 * shape[0] if ".ups." in name else math.prod(shape[1:])
-    # Random vocoders are loud; their last layer keeps the sound off the clamp.
+    # Random vocoders are loud; this last layer keeps the sound below the clamp.
     gain = 0.003 if "conv_post" in name else 1.0
     return noise * np.float32(gain / math.sqrt(fan_in))
 

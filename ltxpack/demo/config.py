@@ -31,7 +31,7 @@ def blocks(text: str) -> list[list[Any]]:
 
 
 def checkpoint_config(widths: StreamWidths = DEMO, layers: int = 2, connector_layers: int = 2) -> dict[str, Any]:
-    """The official config of a checkpoint with such a transformer; every other component is as small as it may be."""
+    """The official config of a checkpoint with this transformer; all other components have the smallest sizes."""
     config: dict[str, Any] = published_files()["checkpoint"]
     config["transformer"].update(caption_channels=TEXT_WIDTH, num_layers=layers, connector_num_layers=connector_layers)
     for prefix, head_dim in (("", widths.head_dim), ("audio_", widths.audio_head_dim)):

@@ -519,7 +519,7 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
 def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget], facts: LoraFacts) -> Iterator[str]:
     """Sentences about its names and methods for the user."""
     for rest in rests:
-        yield f"its names have `{rest}` before ours, which is taken off"
+        yield f"its names have `{rest}` before ours, which ltxpack removes"
     scaled = {name: target.factor for name, target in targets.items() if target.rank}
     if still := [name for name, factor in scaled.items() if factor == 0]:
         whole = "it changes nothing" if len(still) == len(targets) else f"these change nothing: {listed(still)}"

@@ -59,7 +59,7 @@ def quantised_linears(shapes: Shapes, kept: Sequence[int] | None, command: str) 
         raise UsageError("--keep-blocks names a block that is not there", expected=there, found=absent[0], next=command)
     found = sorted(linear for block, linears in blocks.items() if block not in kept for linear in linears)
     if not found:
-        raise UsageError("every block is kept, so that no linear would be quantised", items=sorted(kept), next=command)
+        raise UsageError("all blocks stay in bf16, so no linear would be quantised", items=sorted(kept), next=command)
     return tuple(found)
 
 

@@ -246,7 +246,7 @@ def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
             if name in shapes:
                 raise OverlayError("is in two shards", file=path, tensor=name, next=f"ltxpack verify {quoted(overlay)}")
             if info.dtype not in FLOATS:
-                problem, usable = "has a dtype no LoRA is baked into", " or ".join(FLOATS)
+                problem, usable = "has a dtype that no LoRA can be baked into", " or ".join(FLOATS)
                 raise OverlayError(problem, file=path, tensor=name, expected=usable, found=info.dtype)
             shapes[name] = info.shape
         shards.append(shard)

@@ -54,8 +54,8 @@ def tell_idle(plans: Sequence[BakePlan], base: Base, reporter: Reporter) -> None
                     changed += fused.changed
         if looked_at and not changed:
             reporter.warn(
-                f"{plan.folder}: changes nothing: of {looked_at:,} weights looked at none does, because what its LoRAs "
-                "add is below what bf16 resolves"
+                f"{plan.folder}: changes nothing: none of {looked_at:,} sampled weights changes, because the sums of "
+                "its LoRAs are below what bf16 resolves"
             )
 
 

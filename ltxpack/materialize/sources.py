@@ -556,7 +556,7 @@ def _none_for(role: str, folder: InputFolder, weights: Mapping[str, InputFile], 
         problem, run = "is an overlay already", f"ltxpack run {quoted(folder.label)} --prompt TEXT"
         return UnsupportedError(problem, file=folder.label, expected="a folder with a checkpoint", next=run)
     if role == CHECKPOINT and any(name in folder.files for name in DIFFUSERS_MARKS):
-        problem = "is a folder in diffusers' layout; an overlay is made from the checkpoint it was converted from"
+        problem = "is a folder in diffusers' layout; an overlay needs the checkpoint that it was converted from"
         return UnsupportedError(problem, file=folder.label, next=take_instead(folder.label))
     fitting = next((quoted(name) for name, file in weights.items() if _fits(role, file, access)), "FILE")
     return SourceError(

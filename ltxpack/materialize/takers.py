@@ -36,7 +36,7 @@ def _cells(cell: str, *programs: str) -> dict[str, str]:
 _FOLDERS_ONLY = "no: from_single_file loads no LTX-2.3 file; the folder that ltxpack materialize writes does load"
 _NO_LTX = "no: its reader of quantised files is not wired to LTX-2.3"
 _NO_OFFICIAL = _cells("no: reads neither int8 nor a rotation", SCALED_MM, FP8_CAST)
-_FAILS = "no: loads it without a word, fails in the first matmul"
+_FAILS = "no: loads it silently, fails in the first matmul"
 # Form -> program -> cell. A form that is not here has not been tried.
 BY_FORM: Mapping[str, Cells] = {
     "bf16": _cells("yes", BUILDER, *COMFYUI)
@@ -201,12 +201,12 @@ def _number(look: Look) -> Names:
 _ODD = _cells("unknown: the file contradicts itself", *OFFICIAL, *COMFYUI)
 _UNSET = "no: warns of uninitialized parameters, cannot be used"
 _NOISE = "wrong: takes the codes for weights: noise"
-_DROPS = _cells(f"no: drops every tensor without {forms.ROOT}, without a word", *OFFICIAL)
+_DROPS = _cells(f"no: silently drops every tensor without {forms.ROOT}", *OFFICIAL)
 FAULTS = (
     FileFault(
         "no input_scale",
         _without(forms.INPUT_SCALE),
-        {SCALED_MM: _UNSET} | _cells("yes: linears without input_scale run at 1.0, without a word", *COMFYUI),
+        {SCALED_MM: _UNSET} | _cells("yes: linears without input_scale silently run at 1.0", *COMFYUI),
     ),
     FileFault(
         "no weight_scale", _without(forms.WEIGHT_SCALE), {SCALED_MM: _UNSET} | _cells(_NOISE, FP8_CAST, *COMFYUI)

@@ -40,7 +40,7 @@ NAME_TOKENS, PADDING = ("tokenizer_config.json", "special_tokens_map.json"), ("p
 CHECKED_CONFIGS = [name for name in (*MODEL_FILES, *TOKENIZER_FILES) if name.endswith(".json") and name != TOKENIZER]
 
 OTHER_ENCODER = f"{AGAIN}--text-encoder {TEXT_ENCODER_REPO}"
-RENAME = "rename what has such a name, then run the same command again"
+RENAME = "rename these files, then run the same command again"
 _unsupported = functools.partial(UnsupportedError, next=OTHER_ENCODER)
 
 

@@ -241,7 +241,7 @@ def test_weights_of_zeros_have_the_scale_1_and_what_is_not_finite_is_named(tmp_p
     ("flags", "told"),
     [
         ("--format fp8 --keep-blocks 3", "blocks 0 to 2"),
-        ("--format fp8 --keep-blocks 0,1,2", "every block is kept"),
+        ("--format fp8 --keep-blocks 0,1,2", "all blocks stay in bf16"),
         ("--format fp8 --keep-blocks first", "--keep-blocks needs numbers"),
         ("--keep-blocks 1", "goes with --format fp8 or int8"),
         ("--format int8 --activations a.safetensors", "goes with --format fp8"),

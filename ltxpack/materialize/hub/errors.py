@@ -64,11 +64,11 @@ _LOGIN = "hf auth login"
 _ACCEPT = "open {page} and accept the licence there, then: " + _LOGIN
 _CHECK = "check HF_ENDPOINT, if you have set it, and open {page}"
 _ROOM = "free some space, or set HF_HUB_CACHE to a folder on a larger disk; then run the same command again"
-_NO_HUB = "what answers is not a model hub"
-_BETWEEN = "check HF_ENDPOINT, and whether a proxy or a login page of the network is in between"
+_NO_HUB = "the answer is not from a model hub"
+_BETWEEN = "check HF_ENDPOINT, and whether a proxy or a login page of the network answers instead"
 
 NOT_CACHED = Row(
-    "is not in the hub cache, and the hub is not asked (offline mode, or no network)",
+    "is not in the hub cache, and ltxpack does not ask the hub (offline mode, or no network)",
     "unset HF_HUB_OFFLINE, connect and run the same command again, or set HF_HUB_CACHE to a cache that has it",
     "cache {cache}",
 )
@@ -110,7 +110,7 @@ BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("HfHubHTTPError", _REFUSED),
     ("FileMetadataError", Row(_NO_HUB, _BETWEEN, "an answer without a commit or an ETag from {endpoint}", away=True)),
     ("TooManyRedirects", Row(_NO_HUB, _BETWEEN, "redirects without end from {endpoint}", away=True)),
-    ("InvalidURL", Row(_NO_HUB, _BETWEEN, "an address that is none from {endpoint}", away=True)),
+    ("InvalidURL", Row(_NO_HUB, _BETWEEN, "an invalid address from {endpoint}", away=True)),
     ("TransportError", Row(
         "the hub cannot be reached",
         "check the network and proxy (HTTPS_PROXY), then run the same command again;"

@@ -88,7 +88,7 @@ class PromptEncoder:
             found = self.cache.get(self._key(batch), len(batch), self.residency.dtype)
         except (LtxpackError, OSError) as error:
             told = error.render() if isinstance(error, LtxpackError) else str(error)
-            reporter.detail(f"an encoded prompt in the cache cannot be used and is encoded anew: {told}")
+            reporter.detail(f"an encoded prompt in the cache cannot be used and is encoded again: {told}")
             return None
         if found is not None:
             reporter.detail(f"encoded prompts read from {self.cache.folder}")
