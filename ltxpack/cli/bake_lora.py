@@ -103,4 +103,4 @@ def _print_report(report: BakeReport, overlay: Path, verbose: bool) -> None:
         size = sum(file.stat().st_size for file in files)
         click.echo(f"  {human_bytes(size)}; what changed: {folder / PAGE_NAME}")
     if report.path.startswith(f"{TEXT_ENCODERS}/"):
-        click.echo(f"  ltxpack run takes it by --text-encoder {report.name}")
+        click.echo(f"  ltxpack run uses it with --text-encoder {report.name}")

@@ -105,9 +105,7 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
         uncalibrated = plan.form == FP8 and plan.bake is not None and plan.bake.calibration is None
         told = "; not calibrated: input scales are 1" if uncalibrated else ""
         click.echo(f"  {plan.quantised:,} linears in {plan.form}{told}")
-    click.echo(
-        "  changed from the published file; it is passed on under the same licence only, which is in its metadata"
-    )
+    click.echo("  differs from the published file; pass it on only under the same licence, which is in its metadata")
     for line in (COMFY[wanted.parts], OFFICIAL[plan.form, wanted.parts]):
         click.echo(f"  {line}")
 

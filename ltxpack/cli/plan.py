@@ -105,7 +105,7 @@ def _write_page(overlay: Path | None, page: Path) -> None:
     data = render(None if overlay is None else Overlay.open(overlay))
     with output_errors(page):
         atomic_write(page, data)
-    click.echo(printable(f"{page}: {human_bytes(len(data))}, to be opened in a browser"))
+    click.echo(printable(f"{page}: {human_bytes(len(data))}; open it in a browser"))
 
 
 def _machine(vram: str | None, ram: str | None, named: PlannedDevices | None) -> Machine:

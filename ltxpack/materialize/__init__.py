@@ -108,7 +108,7 @@ def _fetch(inputs: Inputs, items: Sequence[Item], options: Options, access: Acce
         require_space(options.overlay, sum(repacked), len(repacked))
     if remote:
         total = human_bytes(sum(file.size for file in remote))
-        reporter.note(f"from the hub: {len(remote)} files, {total}, less what the hub cache holds already")
+        reporter.note(f"from the hub: {len(remote)} files, {total}, less those in the hub cache already")
     for file in remote:
         access.fetch(file)
     copied = sum(item.size for item in items) - sum(repacked)
@@ -147,7 +147,7 @@ def _done_already(plan: OverlayPlan, options: Options, reporter: Reporter) -> Re
             bakes = [folder.removeprefix("bakes/") for folder in read_manifest(options.overlay).baked]
             if bakes:  # they come from the transformer that is being replaced
                 names = ", ".join(bakes)
-                reporter.warn(f"{options.overlay}: is replaced with its bakes ({names}); bake them again after")
+                reporter.warn(f"{options.overlay}: is replaced and loses its bakes ({names}); bake them again")
         return None
     manifest = read_manifest(options.overlay)
     other = next(differences(plan, manifest, options.overlay), None)
@@ -181,7 +181,7 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
     checkpoint = inputs.checkpoint
     if merged := merged_loras(checkpoint.file):
         told = f"{inputs.sources.checkpoint.label} is an export with LoRAs merged into it ({', '.join(merged)})"
-        reporter.warn(f"{told}: base and bakes of this overlay all have them")
+        reporter.warn(f"{told}: the base and all bakes of this overlay have them")
     if inputs.text_encoder and inputs.text_encoder.tensors:
         reporter.note("text encoder: is written again, in BF16 and under the published names")
     if inputs.doubled:

@@ -161,7 +161,7 @@ def _claimed(prompts: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError("another ltxpack run is at these prompts", file=prompts, next="wait for it") from None
+            raise UsageError("another ltxpack run has this prompts file", file=prompts, next="wait for it") from None
         except OSError:  # a filesystem without locks
             pass
         yield
