@@ -76,7 +76,7 @@ def test_what_bf16_does_not_resolve_is_told_before(scale: float, tmp_path: Path)
     tiny = {name: (tensor.float() * scale) for name, tensor in KEYS.items()}
     told, report, weights = baked(tmp_path, tiny)
     [warning] = told.warnings
-    assert warning.startswith("bakes/try: changes nothing: of ") and "below what bf16 resolves" in warning
+    assert warning.startswith("bakes/try: changes nothing: none of ") and "below what bf16 resolves" in warning
     assert all(torch.equal(weights[name], BASE[name]) for name in BASE)
     assert any("changes nothing: 0 of" in line for line in report.lines())
 
