@@ -41,12 +41,13 @@ class Shown:
         number = self.work["grid"][(self.devices.index(devices) * len(CARDS) + card) * len(HOSTS) + host]
         if number < 0:
             return {"refused": self.text(self.work["refusals"][-1 - number])}
-        mode, how, on_card, on_host, first, further = self.work["plans"][number]
-        sizes = self.document["sizes"]
+        way, on_card, on_host = self.work["plans"][3 * number :][:3]
+        mode, first, further, *how = self.document["ways"][way]
+        sizes, phases = self.document["sizes"], map(self.text, self.document["lines"][self.work["phases"]])
         return {
             "mode": self.text(mode),
             "description": ", ".join(map(self.text, how)),
-            "phases": list(zip(map(self.text, self.work["phases"]), sizes[on_card], sizes[on_host], strict=True)),
+            "phases": list(zip(phases, sizes[on_card], sizes[on_host], strict=True)),
             "reads": (first, further),
         }
 

@@ -18,7 +18,7 @@ from plan_page_support import Shown, document_of
 from support import REPOSITORY
 
 from ltxpack.deployment.choices import CARDS, DEVICES, FORMS, FRAMES, HOSTS, RECIPES, SIZES, choices
-from ltxpack.deployment.grid import Subject, gains, machine_of
+from ltxpack.deployment.grid import Subject, gains, machine_of, share_of
 from ltxpack.files.units import gigabytes
 from ltxpack.runtime.sampling.recipes import RECIPES as EVERY_RECIPE
 from ltxpack.runtime.weights.report import plan_or_refuse, to_json
@@ -143,11 +143,12 @@ def told(subject: Subject, picked: Picked) -> dict[str, Any]:
     card, host, recipe, devices, form, size, frames, loras = picked
     gb, memory, count, video = list(CARDS)[card], HOSTS[host], DEVICES[devices], (SIZES[size], FRAMES[frames])
     case = subject.case(EVERY_RECIPE[list(RECIPES)[recipe]], list(FORMS)[form])
-    work, machine = case.work(video), machine_of(gb, memory, count)
+    machine, work = machine_of(gb, memory, count), case.work(video)
+    work = share_of(subject.dit, work, case.model.itemsize, count)
     plan = plan_or_refuse(case.model, work, machine, "auto")
     words, several = to_json(plan, machine, 1, []), f" × {count}" if count > 1 else ""
     base, bakes = subject.disk(case, loras)
-    gain = gains(subject.dit, work, case.model.itemsize)[devices]
+    gain = gains(subject.dit, case.work(video), case.model.itemsize)[devices]
     forwards = sum(stage.evaluations * stage.passes for stage in work.stages)
     whole = [(one.weights, one.activations, one.needed - one.card + machine.context) for one in plan.phases]
     return {
@@ -197,9 +198,9 @@ def test_every_two_choices_show_what_the_planner_says(opened: Any, document: dic
 
 
 def test_a_changed_choice_keeps_what_still_fits(opened: Any) -> None:
-    page = opened("#card=180 GB&host=256 GB&recipe=two-stage&devices=4&form=fp8&size=1088×1920&frames=481&loras=2")
+    page = opened("#card=180 GB&host=256 GB&recipe=two-stage&devices=1&form=fp8&size=1088×1920&frames=481&loras=2")
     before = page.evaluate(READ)["picked"]
-    assert before == [8, 3, 2, 2, 1, 3, 3, 2]
+    assert before == [8, 3, 2, 0, 1, 3, 3, 2]
     assert page.text_content("#changed") == ""
     pick(page, 0, 0)
     after = page.evaluate(READ)["picked"]

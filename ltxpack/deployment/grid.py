@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,8 @@ from ltxpack.ltx23.releases import DEFAULT_FILES, LORA, RELEASES
 from ltxpack.runtime.commands import DEFAULT_FOLDER, STRENGTH, PlannedRun, codes_named, commands
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import BASE, Overlay, choose, form_of, official_transformers, transformer_part
-from ltxpack.runtime.parallel.schemes import shared
+from ltxpack.runtime.parallel.planned import EXCHANGES
+from ltxpack.runtime.parallel.schemes import as_shared, shared
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings
@@ -168,18 +168,23 @@ def gains(dit: DiTConfig, work: Work, itemsize: int) -> list[float | None]:
 def machine_of(card: int, host: int, devices: int = 1) -> Machine:
     """What each of so many processes is planned with; ``card`` and ``host`` in GB, the host of all of them."""
     machine = this_machine(card * GB, host * GB)
-    return replace(machine, host=machine.host // devices)
+    exchanges = EXCHANGES if devices > 1 else 0
+    return replace(machine, host=machine.host // devices, context=machine.context + exchanges)
 
 
-def plans(model: ModelSizes, work: Work, devices: Sequence[int]) -> Iterator[Plan | str]:
-    """The best plan on every machine of the grid, by number of ``devices``, card and host; or why there is none, as
-    ``ltxpack plan`` says it.
+def share_of(dit: DiTConfig, work: Work, itemsize: int, devices: int) -> Work:
+    """``work`` as the busiest of so many cards has it."""
+    return as_shared(work, shared(SessionSettings.parallel, dit, work, devices, itemsize).splits)
+
+
+def plans(model: ModelSizes, work: Work, devices: int) -> Iterator[Plan | str]:
+    """The best plan for ``work``, which is the share of one of ``devices``, on every machine of the grid, by card and
+    host; or why there is none, as ``ltxpack plan`` says it.
 
     What two machines have in common those between them have, too: with more memory no way to run is lost.
     """
-    grid = {(count, host): machine_of(0, host, count).host for count, host in product(devices, HOSTS)}
-    hosts = sorted(set(grid.values()))
-    cards = [machine_of(card, 0) for card in CARDS]
+    hosts = [machine_of(0, host, devices).host for host in HOSTS]
+    cards = [machine_of(card, 0, devices) for card in CARDS]
 
     def row(number: int) -> list[Plan | None]:
         card = cards[number]
@@ -188,12 +193,10 @@ def plans(model: ModelSizes, work: Work, devices: Sequence[int]) -> Iterator[Pla
             len(hosts), lambda host: best_plan(model, work, replace(card, host=hosts[host]), streamed=streamed)
         )
 
-    rows = between(len(cards), row)
-    for count, (card, found), host in product(devices, zip(cards, rows, strict=True), HOSTS):
-        machine = replace(card, host=grid[count, host])
-        yield found[hosts.index(machine.host)] or _refusal(
-            model, work, machine, "the card" if count == 1 else "each card"
-        )
+    for card, found in zip(cards, between(len(cards), row), strict=True):
+        for host, plan in zip(hosts, found, strict=True):
+            machine, whose = replace(card, host=host), "the card" if devices == 1 else "each card"
+            yield plan or _refusal(model, work, machine, whose)
 
 
 def between(count: int, made: Callable[[int], T]) -> list[T]:

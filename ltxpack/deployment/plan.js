@@ -22,11 +22,14 @@ function found(picked) {
   const useful = work.gains.slice(0, of("devices")).filter((one) => one).length;
   const plan = work.grid[(useful * counts[rank.card] + of("card")) * counts[rank.host] + of("host")];
   if (plan < 0) return { why: text(work.refusals[-1 - plan]) };
-  const [mode, how, card, host, first, next] = work.plans[plan];
+  const [way, card, host] = work.plans.slice(3 * plan);
+  const [mode, first, next, ...how] = data.ways[way];
   const memory = { card: data.sizes[card], host: data.sizes[host] };
   const run = data.lines[work.runs[useful][of("loras")]].map(text).join(" --");
   const commands = [data.install, ...model.before[of("loras")].map(text), run];
-  return { model, work, gain, mode: text(mode), how: how.map(text).join(", "), ...memory, first, next, commands };
+  const beyond = { beside: data.sizes[work.beside[useful]], free: data.sizes[work.free[useful]] };
+  const words = { mode: text(mode), how: how.map(text).join(", ") };
+  return { model, work, gain, ...words, ...memory, ...beyond, first, next, commands };
 }
 
 const changed = (picked, at, option) => picked.map((old, number) => (number === at ? option : old));
@@ -107,13 +110,13 @@ function bar(parts, whole) {
   return drawn;
 }
 
-function phases(picked, { work, card, host }) {
+function phases(picked, { work, card, host, beside, free }) {
   const devices = Number(label(picked, "devices"));
   const [wholeCard, wholeHost] = ["card", "host"].map((name) => parseFloat(label(picked, name)) * 10);
-  return work.phases.map((name, at) => {
+  return data.lines[work.phases].map((name, at) => {
     const head = made("th", text(name));
     head.scope = "row";
-    const onCard = [["weights", card[at] - work.beside[at]], ["beside", work.beside[at]], ["free", work.free[at]]];
+    const onCard = [["weights", card[at] - beside[at]], ["beside", beside[at]], ["free", free[at]]];
     const onHost = [["on-host", host[at] * devices], ["free", data.system]];
     return made("tr", [
       head,

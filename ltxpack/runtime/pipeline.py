@@ -47,7 +47,12 @@ class Pipeline:
         their flags, see :class:`ltxpack.runtime.settings.SessionSettings`. ``cache`` may be a folder. Raises
         OverlayError, UsageError, DeviceError.
         """
-        return cls(Session(Path(path), SessionSettings.of(given), reporter), recipe)
+        session = Session(Path(path), SessionSettings.of(given), reporter)
+        try:
+            return cls(session, recipe)
+        except BaseException:
+            session.close()
+            raise
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **given: Unpack[SettingsGiven]) -> Video:
         """Make a video of ``prompt``; ``given`` are settings of ``ltxpack run`` by the names of their flags.

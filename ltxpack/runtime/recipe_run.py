@@ -270,7 +270,7 @@ def work_of(session: Session, request: Request, together: int = 1, once: bool = 
     if any(stage.guided for stage in request.recipe.stages):
         session.check_blocks(request.settings.guidance)
     work = request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)
-    return replace(work, only=session.only)
+    return session.ranks.share(replace(work, only=session.only))
 
 
 def _pictures(session: Session, request: Request) -> list[Tensor]:

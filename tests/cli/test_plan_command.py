@@ -198,6 +198,9 @@ def test_several_cards_scheme_by_scheme(full_size: Path) -> None:
     assert alone["mode"] == "swap"
     assert [one["mode"] for one in found["stages"]["devices"]] == ["resident", "resident"]
     assert all(38e9 < one["card"] < 48e9 for one in found["stages"]["devices"])
+    peaks = {name: max(device["card"] for device in one["devices"]) for name, one in found.items()}
+    assert peaks["guidance"] == peaks["data"], "of a stage of one pass every card makes all"
+    assert peaks["data"] - peaks["sequence"] > 1e9, "of its tokens half"
     slow = schemes(*size, "--link-rate", "5GB")["sequence"]["received"]
     assert slow["bytes"] == found["sequence"]["received"]["bytes"]
     assert slow["seconds"] == pytest.approx(slow["bytes"] / 5e9)

@@ -55,7 +55,7 @@ class Traffic:
     def __init__(self, patch: Any) -> None:
         self.calls: list[str] = []
         self.sent = self.received = 0
-        for name in ("broadcast", "all_to_all_single", "all_gather", "all_reduce", "barrier"):
+        for name in ("broadcast", "all_to_all_single", "all_gather", "all_reduce", "barrier", "send", "recv"):
             patch.setattr(dist, name, self._counting(name, getattr(dist, name)))
 
     def _counting(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,8 +67,8 @@ class Traffic:
                 self.sent += given[0].nbytes * others * owned
                 self.received += given[0].nbytes * (not owned)
             else:
-                # One of as many parts for each rank, or its own for each of the others.
-                part = given[1].nbytes // (others + 1) if name == "all_to_all_single" else given[1].nbytes
+                assert name == "all_to_all_single"
+                part = given[1].nbytes // (others + 1)
                 self.sent += part * others
                 self.received += part * others
             return plain(*given, **more)

@@ -78,7 +78,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     assert {section["outcome"] for section in document["sections"]} == {"done"}
     titles = [table["title"] for table in document["tables"]]
     assert all(table["rows"] for table in document["tables"]), "no section left an empty table"
-    assert len(titles) == len(set(titles)) == 21
+    assert len(titles) == len(set(titles)) == 23
     found = document["found"]
     for stage in (1, 2):
         for key in ("ours.eager", "ours.compiled", "diffusers.eager", "diffusers.compiled"):
@@ -92,6 +92,8 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.Cap
     assert found["residency.swap.stage 2"]["planned"] > 0 and found["residency.swap.wait.stage 2"] > 0
     for stage, way in ((1, "guidance over 2"), (1, "sequence over 2"), (2, "sequence over 2")):
         assert found[f"cards.stage {stage}.{way}"] > 0 and found[f"cards.apart.stage {stage}.{way}"] < 1e-5
+    assert found["cards.wrong.broadcast"] == found["cards.wrong.all-to-all, sequence over 2"] == 0
+    assert found["cards.death"] < 30
     for form in ("bf16", "fp8, token", "fp8, static", "int8, token"):
         assert all(found[f"codes.{what}.{form}.stage 2"] > 0 for what in ("block", "linear 32 x 128"))
     for recipe in ("distilled", "hq"):

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ from ltxpack.runtime.model import kernels
 from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
+from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.team import Team
-from ltxpack.runtime.recipe_run import decode_video
+from ltxpack.runtime.recipe_run import decode_video, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
@@ -67,19 +69,6 @@ def test_three_ranks_make_the_latents_of_one_device(
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_the_ranks_attend_by_what_rank_0_measured(demo: Path, alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank alone would find another kernel the fastest: the others are processes where nothing is changed."""
-    kinds = dict.fromkeys((kernels.VIDEO, kernels.TEXT, kernels.AUDIO), "math")
-    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.KernelChoice(kinds, "attention: as measured here", {}))
-    overlay, given = demo / "overlay", {"steps": 2}
-    with Pipeline.from_overlay(overlay, devices="cpu:2", parallel="guidance", dtype="float32") as two:
-        found = latents(two, **given)
-    monkeypatch.undo()
-    with Pipeline.from_overlay(overlay, device="cpu", dtype="float32", attention="math") as one:
-        assert all(map(torch.equal, found, latents(one, **given)))
-    assert not all(map(torch.equal, found, latents(alone, **given))), "what is measured shows in a video"
-
-
 def test_a_rank_takes_over_what_rank_0_computes_by(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = rounding()
     with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32")) as session:
@@ -116,6 +105,23 @@ def test_the_ranks_exchange_the_velocities_of_guided_steps_and_nothing_else(
     first = latents(three, steps=3)[:2]
     # 2n + 1 evaluations by three passes, which the ranks take in turn; stage 2 has one pass.
     assert sent == [(owner, part.nbytes) for owner in (0, 1, 2) for part in first] * 7
+
+
+def test_a_rank_that_dies_while_the_device_waits_for_it(three: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on cards, where the host does not wait in an exchange: at the end it waits for a device that never comes."""
+    team, abandoned = three.session.ranks, threading.Event()
+    assert isinstance(team, Team)
+
+    def waits(self: Exchange) -> None:
+        os.kill(team._workers[0].process.pid, signal.SIGKILL)
+        assert abandoned.wait(8), "what waits on the card is given up"
+        finish(self)
+
+    finish = Exchange.finish
+    monkeypatch.setattr(Exchange, "finish", waits)
+    monkeypatch.setattr(Exchange, "abandon", lambda self: abandoned.set())
+    with pytest.raises(DeviceError, match="rank 1 on cpu ended: its process was ended by signal 9"):
+        three("A paper boat", **TINY, steps=2)
 
 
 def test_the_ranks_decode_tiles_in_turn_into_the_frames_of_one_device(
@@ -168,6 +174,12 @@ def test_each_rank_plans_with_its_share_of_the_host(alone: Pipeline, three: Pipe
     assert [pipeline.session.residency.processes for pipeline in (alone, three)] == [1, 3]
 
 
+def test_each_rank_plans_for_its_share_of_the_passes(alone: Pipeline, three: Pipeline) -> None:
+    for pipeline, groups in ((alone, [1, 1]), (three, [3, 1])):
+        stages = work_of(pipeline.session, Request.of("a", **TINY)).stages
+        assert [(stage.groups, stage.shards) for stage in stages] == [(group, 1) for group in groups]
+
+
 def test_a_second_team_of_one_process_is_refused(three: Pipeline, demo: Path) -> None:
     with pytest.raises(UsageError, match="another pipeline of this process has several devices"):
         Pipeline.from_overlay(demo / "overlay", devices="cpu:2")
@@ -186,6 +198,30 @@ def test_a_rank_that_cannot_begin_says_why(three: Pipeline, tmp_path: Path) -> N
     ):
         raise AssertionError("never begun")
     team.close()
+
+
+def test_the_ranks_attend_by_what_rank_0_measured(demo: Path, alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank alone would find another kernel the fastest: the others are processes where nothing is changed."""
+    kinds = dict.fromkeys((kernels.VIDEO, kernels.TEXT, kernels.AUDIO), "math")
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.KernelChoice(kinds, "attention: as measured here", {}))
+    overlay, given = demo / "overlay", {"steps": 2}
+    with Pipeline.from_overlay(overlay, devices="cpu:2", parallel="guidance", dtype="float32") as two:
+        found = latents(two, **given)
+    monkeypatch.undo()
+    with Pipeline.from_overlay(overlay, device="cpu", dtype="float32", attention="math") as one:
+        assert all(map(torch.equal, found, latents(one, **given)))
+    assert not all(map(torch.equal, found, latents(alone, **given))), "what is measured shows in a video"
+
+
+def test_ranks_that_were_never_needed_end_in_order(demo: Path) -> None:
+    two = Pipeline.from_overlay(demo / "overlay", devices="cpu:2", dtype="float32")
+    team = two.session.ranks
+    assert isinstance(team, Team)
+    (worker,) = team._workers
+    assert worker.ready.wait(300)
+    worker.dismiss()
+    assert worker.process.wait(300) == 0, "it does not wait for rank 0 to join"
+    two.close()
 
 
 def test_the_ranks_end_with_rank_0(demo: Path) -> None:

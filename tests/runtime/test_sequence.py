@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ltxpack.errors import UsageError
 from ltxpack.runtime.model.block import PLAIN
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import Pass
-from ltxpack.runtime.parallel import schemes
+from ltxpack.runtime.parallel import exchange, schemes
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
 from ltxpack.runtime.parallel.ranks import ALONE
@@ -88,6 +89,22 @@ def test_a_pass_over_ranks_is_that_of_one_device(size: int) -> None:
 
     found = of_ranks(size, work)
     assert max(map(max, found)) <= 1e-6
+
+
+@pytest.mark.parametrize("split", [Split(2, 1), Split(1, 2)], ids=str)
+def test_devices_that_draw_other_noise_compute_at_the_latents_of_rank_0(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "_kind", lambda device: os.getpid())
+    expected = DIT.passes(passes(9))
+
+    def work(ranks: Exchange) -> list[float]:
+        step = passes(9)
+        for latents in {id(each.streams): each.streams.video.latents for each in step}.values():
+            latents.add_(ranks.rank)
+        return [distance(*pair) for pair in zip(Front(DIT, ranks, split).passes(step), expected, strict=True)]
+
+    assert max(map(max, of_ranks(2, work))) <= 1e-6
 
 
 SHAPE = VideoShape(17, 128, 64, 24.0)
@@ -213,7 +230,7 @@ def test_the_bytes_of_a_step_are_those_of_the_formula(split: Split) -> None:
 def test_within_a_block_the_ranks_exchange_what_the_formula_has_and_nothing_else() -> None:
     """Of the positive and the isolated pass the first self-attention is one, and the isolated one has no sound."""
     (_, _, calls), *others = counted(recipe(random_streams(DIT, AV(15, 18))), 2, Split(1, 2))
-    to_heads_and_back, sound = ["all_to_all_single"] * 2, ["all_to_all_single", "all_gather"]
+    to_heads_and_back, sound = ["all_to_all_single"] * 2, ["all_to_all_single"] * 2
     first = to_heads_and_back + sound
     blocks = [*first, *first, *first, *first, *to_heads_and_back]
     assert calls == [*blocks, *["broadcast"] * 3 * 3]

@@ -44,8 +44,12 @@ class Processes(Crew):
         # What the workers say, in the order in which it comes: events, and at its end each a line for the summary.
         self._said: queue.SimpleQueue[Event | str] = queue.SimpleQueue()
         self._workers: dict[int, Worker] = {}
-        for number in range(len(devices)):
-            self._start(number)
+        try:
+            for number in range(len(devices)):
+                self._start(number)
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self, worker: int, task: Task, following: Request | None) -> None:
         self._workers[worker].tell((task, following))

@@ -1,14 +1,19 @@
 """The exchanges between ranks, through ``torch.distributed``: NCCL on cards, gloo on the CPU.
 
-Every rank makes the same exchanges in the same order. Nothing else in the package sends a tensor to another rank.
+Every rank makes the same exchanges in the same order. Nothing else in the package sends a tensor to another rank. On
+cards an exchange is one more kernel in the queue of the device, behind what makes the tensor and before what uses it;
+the host goes on at once, so that what went wrong shows at the next exchange or in :meth:`Exchange.finish`.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,11 +23,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ltxpack.errors import DeviceError, UsageError, one_line
 from ltxpack.runtime.parallel.schemes import Rates, Split
 
 R = TypeVar("R")
-# How long a rank waits for what rank 0 says next: while that encodes, decodes, or the disk is slow.
-PATIENCE = timedelta(days=7)
+# How long a rank waits for what rank 0 says next: while that encodes, decodes, or the disk is slow. And how far one may
+# be behind another in a video, which reads its weights or compiles; that another has ended is noticed otherwise.
+PATIENCE, BEHIND = timedelta(days=7), timedelta(hours=1)
+# Seconds that NCCL gets to stop its kernels.
+ABORTED = 3.0
+# Unless they are set: ranks of one machine talk to each other on no network.
+OF_HERE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+# Likewise, where this process watches the others: torch would end it with a traceback of its own.
+WATCHED = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 # Of a product as in the blocks, of as many rows as stage 1 has tokens.
 ROWS, WIDTH = 8192, 4096
 
@@ -40,7 +53,7 @@ def store_in(place: Path, size: int) -> Any:
 
 
 class Exchange:
-    """What rank ``rank`` of ``size`` sends to and gets from the others.
+    """What rank ``rank`` of ``size`` sends to and gets from the others. Tensors that are exchanged are contiguous.
 
     ``check(failed)`` raises where another rank has ended; ``failed``: an exchange says that one has.
     """
@@ -49,12 +62,28 @@ class Exchange:
         """Joins the others, and waits for all of them to join. ``store``: None for ranks that torchrun started."""
         self.rank, self.size, self._device, self._check = rank, size, device, check
         self._groups: dict[Split, list[Any]] = {}
-        if store is None and device.type == "cuda":
+        if dist.is_initialized():
+            problem = "this process is in a group of torch.distributed already"
+            raise UsageError(problem, next="torch.distributed.destroy_process_group() first, or one device")
+        one_machine = store is not None or size == int(os.environ["LOCAL_WORLD_SIZE"])
+        for name, value in {**(OF_HERE if one_machine else {}), **({} if store is None else WATCHED)}.items():
+            os.environ.setdefault(name, value)
+        more: dict[str, Any] = {"store": store, "rank": rank, "world_size": size, "timeout": BEHIND}
+        if device.type == "cuda":
             torch.cuda.set_device(device)
-        if store is not None or size == int(os.environ["LOCAL_WORLD_SIZE"]):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # or gloo looks for the machine's name in the network
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-        self._talk = dist.new_group(backend="gloo", timeout=PATIENCE) if store is None else None
+            more["device_id"] = device  # the ranks connect now, and every group uses what they have
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # NCCL may wait for ranks that are gone where it is not aborted.
+        self._aborted = device.type == "cuda" and store is not None
+        try:
+            self._made(None, lambda: dist.init_process_group(backend, **more))
+            self._talk = dist.new_group(backend="gloo", timeout=PATIENCE) if store is None else None
+            kinds = self.all_gather(torch.tensor([_kind(device)], device=device), None)
+        except BaseException:
+            self.leave()
+            raise
+        # Whether all draw the same noise.
+        self.alike = bool((kinds == kinds[0]).all())
 
     def say(self, message: Any = None) -> Any:
         """What rank 0 says, on all ranks that torchrun started; the others wait for it."""
@@ -80,8 +109,7 @@ class Exchange:
 
     def all_gather(self, part: Tensor, group: Any) -> Tensor:
         """``part`` [...] of each rank of ``group``, in their order: [ranks, ...]."""
-        got = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
-        return torch.stack(self._made(got, lambda: dist.all_gather(got, part, group=group)))
+        return self.all_to_all(part.expand(dist.get_world_size(group), *part.shape).contiguous(), group)
 
     def group(self, split: Split) -> Any:
         """The ranks that share this rank's tokens; None: all, as ``torch.distributed`` has it. All ranks ask."""
@@ -92,7 +120,7 @@ class Exchange:
             made: list[Any] = []
 
             def make(start: int) -> None:
-                made.append(dist.new_group([*range(start, start + split.shards)]))
+                made.append(dist.new_group([*range(start, start + split.shards)], timeout=BEHIND))
 
             for start in starts:
                 self._made(made, partial(make, start))
@@ -111,10 +139,25 @@ class Exchange:
         product, moved = self._slowest(spent)
         return Rates(2 * rows * width * width / product, parts.nbytes * (self.size - 1) / self.size / moved)
 
+    def finish(self) -> None:
+        """Wait for what the device still does. Raises DeviceError where another rank has ended meanwhile."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._check(False)
+
+    def abandon(self) -> None:
+        """Another rank has ended: what waits for it on the card ends without a result. From any thread."""
+        if self._aborted:
+            aborting = threading.Thread(target=_abort, daemon=True)
+            aborting.start()
+            aborting.join(ABORTED)
+
     def leave(self) -> None:
-        """No more exchanges."""
+        """No more exchanges. Ranks that torchrun started leave together, others whenever they like."""
         self._groups.clear()
-        if dist.is_initialized():
+        if self._aborted:
+            self.abandon()
+        elif dist.is_initialized():
             dist.destroy_process_group()
 
     def _seconds(self, work: Callable[[], object]) -> float:
@@ -129,15 +172,36 @@ class Exchange:
 
     def _slowest(self, seconds: list[float]) -> list[float]:
         """The largest of each of the ``seconds`` of all ranks; waits for all of them."""
-        largest = torch.tensor(seconds, device=self._device)
-        found: list[float] = self._made(largest, lambda: dist.all_reduce(largest, dist.ReduceOp.MAX)).tolist()
+        found: list[float] = self.all_gather(torch.tensor(seconds, device=self._device), None).amax(0).tolist()
         return found
 
     def _made(self, result: R, exchange: Callable[[], object]) -> R:
+        """``result`` after ``exchange``. Raises DeviceError where it fails, as torch does where memory runs out."""
         self._check(False)
         try:
             exchange()
-        except RuntimeError:
+        except Exception as error:  # of any kind, once another thread has abandoned all exchanges
             self._check(True)
-            raise
+            if "out of memory" in str(error):
+                raise
+            problem, found = "an exchange between the devices failed", one_line(str(error) or type(error).__name__)
+            advice = "NCCL_DEBUG=WARN before the same command (it says more), or the command without --devices"
+            raise DeviceError(problem, found=found, next=advice) from error
         return result
+
+
+_aborting = threading.Lock()
+
+
+def _abort() -> None:
+    with _aborting, suppress(AssertionError, ValueError):  # there is no group any more
+        dist.distributed_c10d._abort_process_group()
+
+
+def _kind(device: torch.device) -> int:
+    """Of devices that draw the same noise from one seed: a card spreads the drawing over its processors."""
+    name = device.type
+    if name == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        name = f"{card.name}, {card.multi_processor_count}"
+    return zlib.crc32(name.encode())

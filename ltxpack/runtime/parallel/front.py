@@ -28,7 +28,14 @@ class Front:
         self._own = OwnTokens(exchange, split) if split.shards > 1 else None
 
     def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
-        """As :meth:`.model.DiT.passes`. Raises DeviceError where another rank has ended."""
+        """As :meth:`.model.DiT.passes`. Raises DeviceError where another rank has ended.
+
+        Of cards of several kinds, which draw other noise, each gets rank 0's latents for its own.
+        """
+        if not self._exchange.alike:
+            streams = [stream for each in passes for stream in (each.streams.video, each.streams.audio)]
+            for latents in {id(stream.latents): stream.latents for stream in streams}.values():
+                self._exchange.broadcast(latents, 0)
         groups = [number % self._split.groups for number in range(len(passes))]
         own = [each for each, group in zip(passes, groups, strict=True) if group == self._group]
         made = iter(self._made(own) if own else [])

@@ -27,7 +27,8 @@ from ltxpack.runtime.session import Session
 
 def main() -> int:
     """Until there are no more tasks; the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one gets it too
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the process that started this one gets it too
     signal.signal(signal.SIGTERM, _interrupted)
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

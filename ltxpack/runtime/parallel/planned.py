@@ -12,7 +12,18 @@ from typing import Any
 from ltxpack.errors import DeviceError
 from ltxpack.files.units import gigabytes, human_bytes
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.parallel.schemes import DATA, OF_MANY, OF_ONE, STAGES, Counted, Split, counted, stage_flops, unused
+from ltxpack.runtime.parallel.schemes import (
+    DATA,
+    OF_MANY,
+    OF_ONE,
+    STAGES,
+    Counted,
+    Split,
+    as_shared,
+    counted,
+    stage_flops,
+    unused,
+)
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.weights.machine import Machine
 from ltxpack.runtime.weights.plan import Plan, Work
@@ -24,6 +35,8 @@ OF_STAGES = (
     frozenset({"text", "connectors", "images", stage_label(0)}),
     frozenset({"upsample", stage_label(1), "sound", "video"}),
 )
+# What NCCL takes of a card for its buffers; not measured.
+EXCHANGES = 1_000_000_000
 NOT_COUNTED = "Counted, not measured: gains leave out text, sound and frames, and the time in which bytes move."
 
 
@@ -61,15 +74,20 @@ def plan_schemes(
 ) -> PlannedSchemes:
     """All schemes on so many devices of one host; ``machine`` is that with the smallest card."""
     each = replace(machine, host=machine.host // devices)
+    exchanging = 0 if machine.card is None else EXCHANGES
 
     def planned(scheme: str) -> PlannedScheme:
         found = counted(scheme, config, work, devices, model.itemsize)
         if found is None:
             return PlannedScheme(scheme, None, (), "", unused(scheme, config, work, devices))
-        works = [replace(work, only=only) for only in OF_STAGES] if scheme == STAGES else [work]
+        own, works = each, [work]
+        if scheme == STAGES:
+            works = [replace(work, only=only) for only in OF_STAGES]
+        if scheme in OF_ONE:
+            own, works = replace(each, context=each.context + exchanging), [as_shared(work, found.splits)]
         why = _why(config, work, found)
         try:
-            plans = tuple(plan_or_refuse(model, one, each, mode, "each device") for one in works)
+            plans = tuple(plan_or_refuse(model, one, own, mode, "each device") for one in works)
         except DeviceError as error:
             return PlannedScheme(scheme, found, (), why, f"{error.problem}: {error.expected} needed, {error.found}")
         return PlannedScheme(scheme, found, plans, why)

@@ -20,7 +20,7 @@ from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
-from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, shared
+from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, as_shared, shared
 from ltxpack.runtime.sampling.guidance import Model
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.plan import Work
@@ -41,6 +41,10 @@ class Alone:
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
         """The text contexts that rank 0 gets from ``make``, on this rank's device."""
         return make()
+
+    def share(self, work: Work) -> Work:
+        """``work`` as this rank has it; its device is as it will be when that begins."""
+        return work
 
     def front(self, model: DiT, stage: int) -> Model:
         """``model`` as the denoiser of stage number ``stage`` is to use it."""
@@ -63,8 +67,8 @@ class Member(Alone):
     exchange: Exchange
     rates = Rates()
 
-    def __init__(self, parallel: str, config: DiTConfig, dtype: torch.dtype) -> None:
-        self._parallel, self._config, self._itemsize = parallel, config, dtype.itemsize
+    def __init__(self, parallel: str, size: int, config: DiTConfig, dtype: torch.dtype) -> None:
+        self._parallel, self._size, self._config, self._itemsize = parallel, size, config, dtype.itemsize
         self._splits: tuple[Split, ...] = ()
 
     def joined(self, exchange: Exchange, device: torch.device) -> None:
@@ -76,9 +80,15 @@ class Member(Alone):
 
     def choose(self, work: Work) -> Counted:
         """How the stages of ``work`` are shared out from now on."""
-        found = shared(self._parallel, self._config, work, self.exchange.size, self._itemsize, self.rates)
+        found = self._found(work)
         self._splits = found.splits
         return found
+
+    def share(self, work: Work) -> Work:
+        return as_shared(work, self._found(work).splits)
+
+    def _found(self, work: Work) -> Counted:
+        return shared(self._parallel, self._config, work, self._size, self._itemsize, self.rates)
 
     @torch.no_grad()
     def tiles(self, vae: VideoVAE, tiles: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ltxpack.errors import UsageError
@@ -112,6 +112,14 @@ def shared(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: i
     received += _contexts(config, work, itemsize)
     shares = tuple(one / sum(alone) for one in alone)
     return Counted(scheme, devices, sum(alone) / spent, received, splits, shares)
+
+
+def as_shared(work: Work, splits: tuple[Split, ...]) -> Work:
+    """``work`` as the busiest rank has it, where its stages are shared out like this."""
+    pairs = zip(work.stages, splits, strict=True)
+    return replace(
+        work, stages=tuple(replace(stage, groups=split.groups, shards=split.shards) for stage, split in pairs)
+    )
 
 
 def unused(scheme: str, config: DiTConfig, work: Work, devices: int) -> str:

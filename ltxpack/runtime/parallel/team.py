@@ -18,6 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,11 +41,11 @@ from ltxpack.runtime.weights.plan import Work
 WORKER = "ltxpack.runtime.parallel.worker"
 # What a worker writes when it is ready to join, and before it says why it ends.
 READY, FAULT = "ltxpack-ready", "ltxpack-fault: "
-# What a worker is told that is to decode its share of the video it made the latents of.
-DECODE = "decode"
-# Seconds: until a failed exchange is explained by a worker that ended; until a run ends that waits for such a one; and
-# what a worker gets to end by itself.
-EXPLAINED, GIVEN_UP, LEFT = 3.0, 8.0, 5.0
+# What a worker is told: that rank 0 joins now; and to decode its share of the video it made the latents of.
+JOIN, DECODE = "join", "decode"
+# Seconds: until what a worker said that ended is read; until a failed exchange is explained by such a one; until a run
+# ends that waits for one; and what a worker gets to end by itself.
+HEARD, EXPLAINED, GIVEN_UP, LEFT = 2.0, 3.0, 8.0, 5.0
 
 
 class Worker:
@@ -67,10 +68,11 @@ class Worker:
         out = subprocess.DEVNULL if received is None else subprocess.PIPE
         command = [sys.executable, "-m", module]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE)
+        self._listening = threading.Thread(target=self._listen, daemon=True)
         self._receiving = threading.Thread(target=self._receive, args=(received,), daemon=True)
-        self._receiving.start()
         self._thread = threading.Thread(target=self._watch, args=(ended,), daemon=True)
-        self._thread.start()
+        for thread in (self._listening, self._receiving, self._thread):
+            thread.start()
 
     def tell(self, message: Any) -> None:
         """Hand it ``message``. That it is gone is noted elsewhere."""
@@ -102,6 +104,13 @@ class Worker:
         return self._said or (f"its process was ended by signal {-code}" if code < 0 else f"exit status {code}")
 
     def _watch(self, ended: Callable[[Worker], None]) -> None:
+        self.process.wait()
+        self._receiving.join()
+        # Processes that it started, such as a compiler's, may hold this end of it for longer.
+        self._listening.join(HEARD)
+        ended(self)
+
+    def _listen(self) -> None:
         assert self.process.stderr is not None
         with self.process.stderr as lines:
             for line in lines:
@@ -110,8 +119,6 @@ class Worker:
                     self.ready.set()
                 elif text.startswith(FAULT):
                     self._said = text.removeprefix(FAULT)
-        self._receiving.join()
-        ended(self)
 
     def _receive(self, received: Callable[[Any], None] | None) -> None:
         if received is None:
@@ -131,13 +138,22 @@ class Leader(Member, ABC):
         self,
         settings: SessionSettings,
         devices: Sequence[str],
+        size: int,
         device: torch.device,
         config: DiTConfig,
         reporter: Reporter,
     ) -> None:
-        super().__init__(settings.parallel, config, getattr(torch, settings.dtype))
+        super().__init__(settings.parallel, size, config, getattr(torch, settings.dtype))
         self._devices, self._device, self._reporter = devices, device, reporter
         self._joined, self._noted = False, ""
+
+    def share(self, work: Work) -> Work:
+        """Raises DeviceError as :meth:`together`."""
+        if self._device.type == "cuda":
+            # The ways to share are measured, and what exchanges take of the card is gone from it, before it is planned.
+            with self._at_work():
+                pass
+        return super().share(work)
 
     @contextlib.contextmanager
     def together(self, work: Work, numerics: Callable[[], Numerics], *arguments: Any) -> Iterator[None]:
@@ -146,6 +162,7 @@ class Leader(Member, ABC):
             self._note(self.choose(work))
             self._tell((numerics(), *arguments))
             yield
+            self.exchange.finish()
 
     @contextlib.contextmanager
     def decoding(self, latents: Tensor) -> Iterator[DecodeTiles]:
@@ -156,7 +173,9 @@ class Leader(Member, ABC):
             return
         with self._at_work():
             self._tell(DECODE)
+            self.exchange.broadcast(latents.contiguous(), 0)
             yield self.tiles
+            self.exchange.finish()
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
         made = make()
@@ -175,8 +194,8 @@ class Leader(Member, ABC):
         """One line of what was chosen and what it gains, where it is not what the last line says."""
         links = ""
         if self.rates.link < math.inf:
-            near = all(torch.cuda.can_device_access_peer(self._device, other) for other in self._devices[1:])
-            near = near and len(self._devices) == self.exchange.size
+            near = all(torch.cuda.can_device_access_peer(*pair) for pair in permutations(self._devices, 2))
+            near = near and len(self._devices) == self._size
             reach = "cards reach each other" if near else "cards reach each other through the host"
             links = f"; {reach}, {self.rates.link / 1e9:.1f} GB/s in an all-to-all"
         stages = ", ".join(f"{stage_label(number)} {split}" for number, split in enumerate(found.splits))
@@ -206,19 +225,24 @@ class Team(Leader):
         config: DiTConfig,
         reporter: Reporter,
     ) -> None:
-        super().__init__(settings, devices, device, config, reporter)
+        super().__init__(settings, devices, len(devices), device, config, reporter)
         self._root, self._settings, self._working, self._closed = root, settings, False, False
+        self._place: Path | None = None
         if not self._only.acquire(blocking=False):
             problem = "another pipeline of this process has several devices"
             raise UsageError(problem, next="close the other pipeline first")
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
         """If the block fails, the others are ended; after that new ones start."""
+        self._working = True
         try:
             self._begin()
-            self._working = True
             yield
         except BaseException:
             self._end(0.0)
@@ -239,11 +263,13 @@ class Team(Leader):
     def _start(self) -> None:
         self._gone: Worker | None = None
         self._over = threading.Event()
+        self._workers: list[Worker] = []
         self._place = meeting_place()
-        self._workers = [Worker(rank, name, self._ended) for rank, name in enumerate(self._devices) if rank]
-        for worker in self._workers:
+        for rank, name in enumerate(self._devices[1:], 1):
+            worker = Worker(rank, name, self._ended)
+            self._workers.append(worker)
             own = replace(self._settings, device=worker.device, devices=None, parallel=AUTO)
-            ranks = worker.rank, len(self._devices), self._parallel
+            ranks = worker.rank, self._size, self._parallel
             worker.tell((self._root, own, *ranks, self._place, torch.get_num_threads()))
 
     def _begin(self) -> None:
@@ -253,10 +279,11 @@ class Team(Leader):
         if not self._joined:
             while not all(worker.ready.wait(0.05) for worker in self._workers):
                 self._check()
-            size = len(self._devices)
-            exchange = Exchange(store_in(self._place, size), 0, size, self._device, self._check)
-            self.joined(exchange, self._device)
+            self._tell(JOIN)
+            assert self._place is not None
+            self.exchange = Exchange(store_in(self._place, self._size), 0, self._size, self._device, self._check)
             self._joined = True
+            self.joined(self.exchange, self._device)
         self._check()
 
     def _end(self, seconds: float) -> None:
@@ -264,23 +291,31 @@ class Team(Leader):
         workers, self._workers = self._workers, []
         self._over.set()
         for worker in workers:
+            worker.dismiss()
+        for worker in workers:
             worker.end(0.0 if self._gone else seconds)
         if self._joined:
             self.exchange.leave()
             self._joined = False
-        shutil.rmtree(self._place, ignore_errors=True)
+        self._remove_place()
+
+    def _remove_place(self) -> None:
+        if self._place is not None:
+            shutil.rmtree(self._place, ignore_errors=True)
 
     def _ended(self, worker: Worker) -> None:
         """Called from the worker's thread. The main thread may wait for the worker in a library, for ever."""
         if worker not in self._workers or self._gone is not None:
             return
         self._gone = worker
+        if self._joined:
+            self.exchange.abandon()
         if not self._over.wait(GIVEN_UP) and self._working:
             self._reporter.end()
             self._reporter.warn(self._fault(worker).render())
             for other in self._workers:
                 other.process.kill()
-            shutil.rmtree(self._place, ignore_errors=True)
+            self._remove_place()
             os._exit(1)
 
     def _check(self, failed: bool = False) -> None:

@@ -28,8 +28,8 @@ class TorchrunTeam(Leader):
         self, launch: Launched, settings: SessionSettings, device: torch.device, config: DiTConfig, reporter: Reporter
     ) -> None:
         here = [f"{device.type}:{number}" for number in range(launch.here)]
-        super().__init__(settings, here, device, config, reporter)
-        self._size, self._lost = launch.size, False
+        super().__init__(settings, here, launch.size, device, config, reporter)
+        self._lost = False
 
     def close(self) -> None:
         if not self._lost:
@@ -44,8 +44,8 @@ class TorchrunTeam(Leader):
         if self._lost:
             problem = "the other ranks were lost with a video that failed"
             raise DeviceError(problem, next="run the same command again; it skips the videos that are done")
-        self._begin()
         try:
+            self._begin()
             yield
         except BaseException:
             self._lost = True

@@ -40,9 +40,10 @@ class Messages:
         self._waiting: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def next(self) -> Any:
-        """The next message, once it is there."""
+    def next(self, ask: Callable[[], object] = lambda: None) -> Any:
+        """The next message, once it is there; ``ask`` for it first."""
         self.busy = False
+        ask()
         message = self._waiting.get()
         self.busy = True
         return message
@@ -62,9 +63,9 @@ class Messages:
 class Follower(Member):
     """A rank other than 0."""
 
-    def __init__(self, next: Callable[[], Any], parallel: str, session: Session) -> None:
+    def __init__(self, next: Callable[[], Any], parallel: str, size: int, session: Session) -> None:
         """``next()``: what rank 0 says next."""
-        super().__init__(parallel, session.transformer_config, session.dtype)
+        super().__init__(parallel, size, session.transformer_config, session.dtype)
         self.next, self._session = next, session
         session.ranks = self
 
@@ -86,31 +87,30 @@ class Follower(Member):
                 session.adopt(numerics)
                 made = latents_of(session, *asked)
             elif made is not None:
-                decode_share(session, made.video, self.tiles)
+                decode_share(session, exchange.broadcast(made.video.contiguous(), 0), self.tiles)
+        exchange.leave()
 
 
 def follow_torchrun(root: Path, settings: SessionSettings, launch: Launched) -> None:
     """Be a rank other than 0 that torchrun started, until rank 0 has no more work. Raises LtxpackError."""
     with Session(root, settings) as session:
         exchange = Exchange(None, launch.rank, launch.size, session.device, lambda failed: None)
-        Follower(exchange.say, settings.parallel, session).follow(exchange)
-        exchange.leave()
+        Follower(exchange.say, settings.parallel, launch.size, session).follow(exchange)
 
 
 def main() -> int:
     """Until rank 0 has no more work; the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 gets it too, and this one tidies up behind it
     root, settings, rank, size, parallel, place, threads = pickle.load(sys.stdin.buffer)
     messages = Messages(partial(_leave, place))
     torch.set_num_threads(threads)
     try:
         with Session(root, settings) as session:
             session.residency.processes = size
-            follower = Follower(messages.next, parallel, session)
-            if session.device.type == "cuda":
-                torch.cuda.set_device(session.device)
-            say(READY)
-            follower.follow(Exchange(store_in(place, size), rank, size, session.device, lambda failed: None))
+            follower = Follower(messages.next, parallel, size, session)
+            if messages.next(partial(say, READY)) is not None:  # rank 0 joins when it has something to make
+                follower.follow(Exchange(store_in(place, size), rank, size, session.device, lambda failed: None))
     except LtxpackError as error:
         say(FAULT + error.render().replace("\n", ";"))
         os._exit(1)

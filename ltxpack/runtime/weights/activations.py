@@ -49,7 +49,17 @@ class Widths:
 
 
 @functools.lru_cache(MEMORY)
-def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, images: int, codes: str = "") -> int:
+def sampling(
+    widths: Widths,
+    shape: VideoShape,
+    itemsize: int,
+    *,
+    passes: int,
+    images: int,
+    codes: str = "",
+    groups: int = 1,
+    shards: int = 1,
+) -> int:
     """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
     At the feed-forward of the last pass: the stream, its normed and modulated copies, the two inner tensors of four
@@ -58,18 +68,23 @@ def sampling(widths: Widths, shape: VideoShape, itemsize: int, *, passes: int, i
     Appended keyframes are counted as one frame per image. With weights in ``codes`` a few rows are float32 while they
     become codes, and a weight may be decoded, of a short video in place of an inner tensor; of int8 an inner tensor is
     in codes, and one is int32 before it is scaled.
+    One of ``groups`` of ranks has its share of the passes, and one of the ``shards`` of a group its share of the
+    video's tokens, padded, with tables of its own beside those of all. What it sends and gets around an attention is
+    less than the inner tensors. Where shares are small the largest moment is when the tables are made, in float32.
     """
-    prompts = min(passes, PROMPTS)
+    prompts, passes = min(passes, PROMPTS), -(-passes // groups)
+    own_prompts = min(passes, PROMPTS)
     tokens = shape.tokens + images * shape.tokens_per_frame
-    held = 1 + 2 * FEED_FORWARD + 2 * passes + prompts + (1 if images else 0)
-    states = held * (tokens * widths.video + shape.audio_length * widths.audio)
-    text = prompts * 3 * TEXT_TOKENS * (widths.video + widths.audio)
-    rope = tokens * (widths.video + widths.audio)
+    own = -(-tokens // shards)
+    held = 1 + 2 * FEED_FORWARD + 2 * passes + own_prompts + (1 if images else 0)
+    states = held * (own * widths.video + shape.audio_length * widths.audio)
+    text = (2 * own_prompts + prompts) * TEXT_TOKENS * (widths.video + widths.audio)
+    rope = (tokens + (own if shards > 1 else 0)) * (widths.video + widths.audio)
     sampler = 4 * tokens * LATENT_CHANNELS * FLOAT64
     inner = FEED_FORWARD * widths.video
-    coded = inner * tokens * (1 + max(0, INT32 - itemsize)) if codes == INT8 else 0
-    coded += inner * max(0, widths.video - tokens) * itemsize + CODED if codes else 0
-    return (states + text + rope) * itemsize + sampler + coded
+    coded = inner * own * (1 + max(0, INT32 - itemsize)) if codes == INT8 else 0
+    coded += inner * max(0, widths.video - own) * itemsize + CODED if codes else 0
+    return max((states + text + rope) * itemsize + sampler + coded, 2 * tokens * widths.video * FLOAT32)
 
 
 def hidden_states(widths: Widths, itemsize: int) -> int:

@@ -82,6 +82,8 @@ TEXT_ENCODERS = (Placement(FILE), Placement(FILE, source=HOST), Placement(FILE, 
 class StageWork:
     """One stage: the name of its transformer, the shape it samples, how often each block is evaluated, and how many
     passes of guidance one evaluation has, the last of them ``isolated`` or not. Two stages may name one transformer.
+
+    ``groups`` of ranks share the passes, the ``shards`` of each the video's tokens.
     """
 
     transformer: str
@@ -89,6 +91,8 @@ class StageWork:
     evaluations: int
     passes: int
     isolated: bool = False
+    groups: int = 1
+    shards: int = 1
 
     @property
     def part(self) -> str:
@@ -442,9 +446,10 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
             yield from phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
+        shares = {"groups": stage.groups, "shards": stage.shards}
         codes = model.parts[stage.part].codes
         taken = activations.sampling(
-            widths, stage.shape, itemsize, passes=stage.passes, images=work.images, codes=codes
+            widths, stage.shape, itemsize, passes=stage.passes, images=work.images, codes=codes, **shares
         )
         yield from phase(stage_label(number), taken, stage.part)
         before = stage

@@ -9,6 +9,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.layers import Attention, Linear
 from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.model.quantised import put_quantised
+from ltxpack.runtime.parallel.front import Front
+from ltxpack.runtime.parallel.schemes import Split
 from ltxpack.runtime.sampling.conditioning import positions
 from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.text import gemma as text
@@ -41,6 +44,7 @@ CONFIGS = published_configs()
 WIDTHS = read_widths(CONFIGS, Path())
 SHAPES = [VideoShape(121, 1088, 1920, 24.0), VideoShape(49, 576, 1024, 24.0), VideoShape(9, 512, 512, 24.0)]
 DTYPES = [torch.bfloat16, torch.float32]
+ALONE = Split()
 # The plan must not be short, and within a tenth; phases that are small beside all others may be farther off.
 LARGE, SMALL = 1.10, 1.6
 
@@ -94,9 +98,37 @@ def test_a_stage_in_codes(codes: str, stage: int, dtype: torch.dtype) -> None:
     check_stage(stage, 0, SHAPES[0], dtype, codes)
 
 
-def check_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype, codes: str) -> None:
+SPLITS = [(1, Split(2, 1)), (1, Split(3, 1)), (1, Split(1, 4)), (1, Split(3, 2)), (2, Split(1, 2)), (2, Split(1, 8))]
+SHARED = [
+    *((*way, 2, "", DTYPES[0]) for way in SPLITS),
+    *((*way, 0, "", DTYPES[1]) for way in SPLITS),
+    *((*way, 0, INT8, DTYPES[0]) for way in (SPLITS[1], SPLITS[4])),
+]
+
+
+@pytest.mark.parametrize(("stage", "split", "images", "codes", "dtype"), SHARED, ids=str)
+def test_a_stage_that_ranks_share(stage: int, split: Split, images: int, codes: str, dtype: torch.dtype) -> None:
+    """With what is sent and got, and the padding: the tokens of stage 1 with images do not divide by four."""
+    check_stage(stage, images, SHAPES[0], dtype, codes, split)
+
+
+class Sent:
+    """The exchanges of rank 0: as many bytes as it would get."""
+
+    rank, alike = 0, True
+    group = staticmethod(lambda split: split.shards)
+    all_to_all = staticmethod(lambda parts, shards: torch.empty_like(parts))
+    all_gather = staticmethod(lambda part, shards: torch.empty_like(part.expand(shards, *part.shape).contiguous()))
+    broadcast = staticmethod(lambda tensor, owner: tensor)
+
+
+def check_stage(
+    stage: int, images: int, shape: VideoShape, dtype: torch.dtype, codes: str, split: Split = ALONE
+) -> None:
     shape = shape.divided(2) if stage == 1 else shape
     model = transformer(dtype, codes)
+    sent: Any = Sent()
+    front = model if split == ALONE else Front(model, sent, split)
     tokens = AV(shape.tokens + images * shape.tokens_per_frame, shape.audio_length)
 
     def forward() -> None:
@@ -108,11 +140,13 @@ def check_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype, 
         passes = [Pass(each) for each in streams]
         if stage == 1:
             passes.append(Pass(streams[0], isolated=True))
-        model.passes(passes)
+        front.passes(passes)
         del noisy
 
     passes = 3 if stage == 1 else 1
-    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, passes=passes, images=images, codes=codes)
+    planned = activations.sampling(
+        WIDTHS, shape, dtype.itemsize, passes=passes, images=images, codes=codes, **vars(split)
+    )
     check(planned, peak_of(forward))
 
 
