@@ -243,6 +243,17 @@ def test_a_shard_that_changed_is_told(overlay: Path, tmp_path: Path) -> None:
     assert record.path in message and "ltxpack verify" in message
 
 
+def test_a_shard_of_other_content_is_told_while_the_transformer_is_made(overlay: Path, tmp_path: Path) -> None:
+    record = next(file for file in read_manifest(overlay).components["vae"].files if file.path.endswith(".safetensors"))
+    path = overlay / record.path
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    output = tmp_path / "x.safetensors"
+    message = refused(ltxpack("export", overlay, "-o", output, "--format", "fp8", "--keep-blocks", "none"), 1)
+    assert record.path in message and "ltxpack verify" in message and not output.exists()
+
+
 def test_after_a_kill_the_same_command_makes_the_same_file(demo: Path, tmp_path: Path) -> None:
     """Whenever it came: a file of that name is whole, and nothing of the killed one is left at the end."""
     output = tmp_path / "x.safetensors"

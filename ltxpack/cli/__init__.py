@@ -5,6 +5,7 @@ No heavy package is imported here: each command imports what it needs when it ru
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import sys
@@ -57,6 +58,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    # Python looks through all objects once more before it ends; with torch among them that takes half a second.
+    atexit.register(gc.freeze)
     stdout = hold_streams()
     status = _status()
     if not status and (lost := lost_result(stdout)):
@@ -65,8 +68,6 @@ def main() -> None:
             "  next: make room there, or send the output elsewhere"
         )
         status = 1
-    # Python looks through all objects once more before it ends; with torch among them that takes half a second.
-    gc.freeze()
     sys.exit(status)
 
 

@@ -6,10 +6,12 @@ there. Its header comes last, so that it is not one that programs take. All of i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,20 +103,28 @@ def _write(plan: ExportPlan, file: UnfinishedFile, reporter: Reporter) -> None:
     if plan.made is not None:
         made = frozenset(shard.record.path for shard in plan.made.plan.base.shards)
     copied = [unit for unit in left if unit.shard.record.path not in made]
-    with ThreadPoolExecutor(2, "ltxpack-export") as threads:
-        for unit in copied:
-            _copy(unit, file, threads, reporter)
-    if len(copied) < len(left) and plan.made is not None:
-        # Needs torch, which copying does not.
-        from ltxpack.export.bake import bake_units
+    fused = [unit for unit in left if unit.shard.record.path in made]
+    try:
+        # Copying waits for the disk, fusing for the processor.
+        with ThreadPoolExecutor(1, "ltxpack-export") as thread:
+            copying = thread.submit(_copy_all, copied, file, reporter)
+            with file.stopping():
+                if fused and plan.made is not None:
+                    # Needs torch, which copying does not.
+                    from ltxpack.export.bake import bake_units
 
-        try:
-            fused = [unit for unit in left if unit.shard.record.path in made]
-            bake_units(plan.made, fused, functools.partial(PlacedWriter, file), reporter)
-        except AdapterError:
-            file.discard()
-            raise
+                    bake_units(plan.made, fused, functools.partial(PlacedWriter, file), reporter)
+                copying.result()
+    except AdapterError:
+        file.discard()
+        raise
     reporter.end()
+
+
+def _copy_all(units: Sequence[Unit], file: UnfinishedFile, reporter: Reporter) -> None:
+    with file.stopping(), ThreadPoolExecutor(2, "ltxpack-export") as threads:
+        for unit in units:
+            _copy(unit, file, threads, reporter)
 
 
 def _copy(unit: Unit, file: UnfinishedFile, threads: ThreadPoolExecutor, reporter: Reporter) -> None:
@@ -214,6 +224,8 @@ class UnfinishedFile:
         self._written = set[str]()
         self._back = ReadBack(self.path)
         self._fd, self._waiting = -1, 0
+        self._completing = threading.Lock()
+        self._problem: BaseException | None = None
 
     def __enter__(self) -> Self:
         journal = self._journal = Journal.read(self._folder / JOURNAL)
@@ -259,8 +271,19 @@ class UnfinishedFile:
         for name, digest in digests.items():
             self.written(name, str(digest))
 
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """What the block raises is raised by :meth:`put` on all other threads too."""
+        try:
+            yield
+        except BaseException as problem:
+            self._problem = self._problem or problem
+            raise
+
     def put(self, data: Buffer, offset: int) -> None:
-        """Raises OverlayError for a full disk."""
+        """Raises OverlayError for a full disk, and what stopped another thread."""
+        if self._problem is not None:
+            raise self._problem
         left = memoryview(data)
         with write_errors(self.path):
             while left:
@@ -276,8 +299,9 @@ class UnfinishedFile:
         """All of ``unit`` was put; ``digests``: the blake3 of each tensor."""
         with write_errors(self.path):
             os.fsync(self._fd)
-        self._written |= digests.keys()
-        self._journal.record(unit.shard.record, dict(digests))
+        with self._completing:
+            self._written |= digests.keys()
+            self._journal.record(unit.shard.record, dict(digests))
         return unit.shard.record
 
     def written(self, name: str, digest: str) -> None:
