@@ -176,6 +176,12 @@ def clipped(text: str, longest: int = LONGEST_PART) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def listed(items: Sequence[str], most: int = MAX_LISTED) -> str:
+    """The first of ``items`` in one sentence, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(clipped(item, LONGEST_ITEM) for item in items[:most]) + more
+
+
 def quoted(path: str | os.PathLike[str]) -> str:
     """``path`` as it is typed in a shell, for a command to type next."""
     return shlex.quote(os.fspath(path))

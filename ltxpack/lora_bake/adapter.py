@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ltxpack.errors import AdapterError, SourceError, one_line
+from ltxpack.errors import AdapterError, SourceError, listed, one_line
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile, tensor_reader
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.ltx23.contents import described
-from ltxpack.ltx23.lora_facts import PEFT_CAYLEY, CayleyForm, LoraFacts, listed, read_facts
+from ltxpack.ltx23.lora_facts import PEFT_CAYLEY, CayleyForm, LoraFacts, read_facts
 from ltxpack.ltx23.lora_keys import (
     METHODS,
     SCALE,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from ltxpack.errors import AdapterError, OverlayError, SourceError, UsageError, quoted
+from ltxpack.errors import AdapterError, OverlayError, SourceError, UsageError, listed, quoted
 from ltxpack.files.reader import Range, RangeReader, hash_file
 from ltxpack.files.tensorfile import TensorInfo, read_tensorfile
 from ltxpack.lora_bake.adapter import (
@@ -28,7 +28,7 @@ from ltxpack.lora_bake.locate import locate
 from ltxpack.lora_bake.plan import BakeOptions
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
-from ltxpack.ltx23.lora_facts import listed, read_facts
+from ltxpack.ltx23.lora_facts import read_facts
 from ltxpack.manifest import BAKES, Lora, Manifest, changed_file
 from ltxpack.materialize.sources import Access
 from ltxpack.reporter import Reporter
@@ -262,11 +262,6 @@ def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:
         for start in range(position, end, BLOCK):
             yield Range(adapter.path, start, min(BLOCK, end - start)), factor
         position = end
-
-
-def all_finite(data: memoryview, dtype: str) -> bool:
-    """Whether ``data``, whole values of ``dtype`` (safetensors' name), holds no NaN or infinity."""
-    return largest_bits(data, dtype) < _NOT_FINITE[dtype][1]
 
 
 def largest_bits(data: memoryview, dtype: str) -> int:

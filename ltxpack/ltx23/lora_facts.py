@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ltxpack.errors import AdapterError
+from ltxpack.errors import AdapterError, listed
 from ltxpack.files.tensorfile import TensorFile, TensorInfo
 from ltxpack.ltx23.forms import ReadTensor
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE, named_base
@@ -379,9 +379,3 @@ def _lost(one: Statement, tensors: Iterable[str]) -> list[str]:
         for name, module in zip(names, modules, strict=True)
         if not any(own.endswith(f".{module}") for own in beside)
     ]
-
-
-def listed(items: Sequence[str], most: int = 10) -> str:
-    """The first of ``items``, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(item[:80] for item in items[:most]) + more

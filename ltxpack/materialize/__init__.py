@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import OverlayError
+from ltxpack.errors import OverlayError, listed
 from ltxpack.files.publish import require_space
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_tensorfile
@@ -60,7 +60,7 @@ class Report:
     written: bool
 
 
-def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -> OverlayPlan:
+def plan_overlay(options: Options, reporter: Reporter) -> OverlayPlan:
     """Only the plan, from headers. It lists inputs that are not found as missing; the checkpoint must be found.
 
     Raises LtxpackError for inputs that are ambiguous, broken or not convertible, and for a target that is not ours.
@@ -68,7 +68,7 @@ def plan_overlay(options: Options, reporter: Reporter, hub: Hub | None = None) -
     refuse_foreign(options.overlay)
     if is_overlay(options.overlay) and not options.force:
         reporter.note(f"{options.overlay}: is there already; nothing is written if it was made from the same inputs")
-    inputs = _read(options, Access(reporter, hub), reporter, allow_missing=True)
+    inputs = _read(options, Access(reporter), reporter, allow_missing=True)
     return make_plan(inputs, options.max_shard_size, options.copy)
 
 
@@ -127,11 +127,10 @@ def _tell_zeros(zeros: ZeroStretches, reporter: Reporter) -> None:
             for info in read_tensorfile(path).tensors.values()
             if any(info.start < part.start + part.nbytes and part.start < info.start + info.nbytes for part in found)
         ]
-        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         amount = human_bytes(sum(part.nbytes for part in found))
         reporter.warn(
-            f"{path}: {amount} of its weights are zeros, from byte {found[0].start} on ({told}): perhaps a download"
-            " that did not finish. Compare its hash with the published one, or fetch it again"
+            f"{path}: {amount} of its weights are zeros, from byte {found[0].start} on ({listed(names, 3)}): perhaps"
+            " a download that did not finish. Compare its hash with the published one, or fetch it again"
         )
 
 
@@ -185,8 +184,9 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
     if inputs.text_encoder and inputs.text_encoder.tensors:
         reporter.note("text encoder: is written again, in BF16 and under the published names")
     if inputs.doubled:
-        also = f"{inputs.doubled[0]}" + (f" and {len(inputs.doubled) - 1} more" if len(inputs.doubled) > 1 else "")
-        reporter.warn(f"two files of the checkpoint hold {also}: the overlay takes the first file's")
+        reporter.warn(
+            f"two files of the checkpoint hold {listed(inputs.doubled, 1)}: the overlay takes the first file's"
+        )
     cast = sum(info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for info in tensors.values())
     if cast:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")

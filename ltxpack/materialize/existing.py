@@ -7,6 +7,7 @@ overlay: training changes a tensor everywhere, so a sample shows it. Only verify
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import itertools
 import os
@@ -41,7 +42,6 @@ from ltxpack.materialize.sources import (
     Access,
     InputFile,
     InputFolder,
-    choose,
     hub_folder,
     open_source_folder,
     part_of,
@@ -149,7 +149,7 @@ def restore_base(
             found[role] = {recorded[0].name: single}
         elif role == CHECKPOINT and len(recorded) > 1:  # in folders or repos of their own
             wider = with_comfyui(folder) if folder and folder.repo is None else folder
-            each = (_find_recorded(role, [file], wider, access, overlay, paths, renamed=False) for file in recorded)
+            each = (_find_recorded(role, [file], wider, access, overlay, paths) for file in recorded)
             found[role] = {name: file for one in each for name, file in one.items()}
         else:
             found[role] = _find_recorded(role, recorded, folder, access, overlay, paths)
@@ -200,18 +200,12 @@ def _find_recorded(
     access: Access,
     overlay: Path,
     paths: Collection[str],
-    renamed: bool = True,
 ) -> dict[str, InputFile]:
-    """The inputs of ``role`` by recorded name: in ``folder`` if given, else on the hub. Raises SourceError.
-
-    ``renamed``: also accepts the one file of ``folder`` for the role under another name.
-    """
+    """The inputs of ``role`` by recorded name: in ``folder`` if given, else on the hub. Raises SourceError."""
     if not recorded:
         raise SourceError(f"was made without a {role}", file=overlay)
     first = recorded[0]
-    found = _all_of(recorded, folder) if folder else None
-    if found is None and folder and first.repo is None and role in PATTERNS and renamed:
-        found = {first.name: choose(role, folder, access)}  # the file may have another name now
+    found = _all_of(recorded, folder) or _renamed(role, recorded, folder) if folder else None
     if found is None and first.repo is not None:
         folder = hub_folder(first.repo, first.revision, access)
         found = _all_of(recorded, folder)
@@ -237,6 +231,14 @@ def _all_of(recorded: Collection[SourceFile], folder: InputFolder) -> dict[str, 
         if all(_is_recorded(found[file.name], file) for file in recorded):
             return {name: file for name, file in found.items() if file is not None}
     return None
+
+
+def _renamed(role: str, recorded: Sequence[SourceFile], folder: InputFolder) -> dict[str, InputFile] | None:
+    """The one recorded file under another name: the only one of its size, or of several the one with a usual name."""
+    same = [file for file in folder.files.values() if _is_recorded(file, recorded[0])]
+    usual = [file for file in same if fnmatch.fnmatchcase(file.name.lower(), PATTERNS.get(role, "*"))]
+    found = same if len(same) == 1 else usual
+    return {recorded[0].name: found[0]} if len(recorded) == len(found) == 1 else None
 
 
 def _is_recorded(file: InputFile | None, recorded: SourceFile) -> bool:

@@ -24,6 +24,7 @@ from ltxpack.errors import (
     SourceError,
     UnsupportedError,
     UsageError,
+    listed,
     one_line,
     quoted,
 )
@@ -561,7 +562,7 @@ def _none_for(role: str, folder: InputFolder, weights: Mapping[str, InputFile], 
     fitting = next((quoted(name) for name, file in weights.items() if _fits(role, file, access)), "FILE")
     return SourceError(
         f"holds no file for the {role}", file=folder.label, expected=expected,
-        found=_first(sorted(weights)) or "no .safetensors file", next=again + fitting,
+        found=listed(sorted(weights)) or "no .safetensors file", next=again + fitting,
     )  # fmt: skip
 
 
@@ -571,10 +572,6 @@ def _fits(role: str, file: InputFile, access: Access) -> bool:
         told = described(access.header(file)) or ""
         return told.startswith(KINDS[role]) and (role == LORA or told.endswith(TOLD[PLAIN["BF16"]]))
     return False
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:MAX_LISTED]) + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 def _matching(names: Iterable[str], pattern: str) -> list[str]:
@@ -678,10 +675,10 @@ def _told(fault: LtxpackError, room: int) -> list[str]:
     stated = (("expected", fault.expected), ("found", fault.found))
     facts = [f"{word} {value}" for word, value in stated if value is not None]
     head = f"{fault.file}: {fault.problem}" if fault.file else fault.problem
-    listed = [f"  {item}" for item in fault.items]
-    if len(listed) > room - 1:
-        listed[room - 2 :] = [f"  and {len(listed) - room + 2} more"]
-    return [", ".join([head, *facts]), *listed]
+    below = [f"  {item}" for item in fault.items]
+    if len(below) > room - 1:
+        below[room - 2 :] = [f"  and {len(below) - room + 2} more"]
+    return [", ".join([head, *facts]), *below]
 
 
 def _all_next(faults: Sequence[LtxpackError]) -> str:

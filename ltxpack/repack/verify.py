@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ltxpack.errors import LtxpackError, OverlayError
+from ltxpack.errors import LtxpackError, OverlayError, listed
 from ltxpack.files.foreign import LOST_AND_FOUND, is_foreign
 from ltxpack.files.publish import atomic_write, fsync_folder, move_file, write_errors
 from ltxpack.files.reader import hash_file
@@ -147,8 +147,7 @@ def _strays(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[
 
 def _tell_foreign(paths: Sequence[str], reporter: Reporter) -> None:
     if paths:
-        more = f" and {len(paths) - MAX_FOREIGN} more" if len(paths) > MAX_FOREIGN else ""
-        reporter.note(f"not the overlay's, and no damage: {', '.join(sorted(paths)[:MAX_FOREIGN])}{more}")
+        reporter.note(f"not the overlay's, and no damage: {listed(sorted(paths), MAX_FOREIGN)}")
 
 
 def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord], bad: set[str]) -> Iterator[Fault]:

@@ -117,6 +117,22 @@ def test_a_local_input_beside_hub_inputs_is_only_asked_for_when_it_is_needed(
     assert tree(out) == before
 
 
+def test_a_source_under_another_name_is_known_by_its_size(source: Path, tmp_path: Path) -> None:
+    moved, out = Path(shutil.copytree(source, tmp_path / "moved")), tmp_path / "out"
+    materialize(Options(str(source), out, copy=True), QUIET)
+    for name in (tiny_source.CHECKPOINT, tiny_source.LORA):
+        (moved / name).rename(moved / f"{name[:3]}{name[-16:]}")
+    lora = f"loras/{tiny_source.LORA}"
+    before = damaged(out, "vae/config.json", lora)
+    restore_base(out, read_manifest(out), ["vae/config.json", lora], QUIET, source=str(moved))
+    assert tree(out) == before
+    (moved / "as-large.safetensors").write_bytes(bytes((source / tiny_source.LORA).stat().st_size))
+    damaged(out, lora)
+    with pytest.raises(SourceError, match="does not hold the lora") as caught:
+        restore_base(out, read_manifest(out), [lora], QUIET, source=str(moved))
+    assert caught.value.next == f"ltxpack verify {out} --repair --source FOLDER"
+
+
 def test_a_folder_with_another_file_of_that_name_and_size_repairs_nothing(source: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "out", tiny_source.make_source(tmp_path / "other", seed=1)
     materialize(Options(str(source), out, copy=True), QUIET)
@@ -126,5 +142,5 @@ def test_a_folder_with_another_file_of_that_name_and_size_repairs_nothing(source
         restore_base(out, manifest, [name], QUIET, source=str(other))
     assert not (out / name).exists()
     (other / tiny_source.LORA).unlink()
-    with pytest.raises(SourceError, match="holds no file for the lora"):
+    with pytest.raises(SourceError, match="does not hold the lora"):
         restore_base(out, manifest, [name], QUIET, source=str(other))
