@@ -1,7 +1,6 @@
-"""By what the numbers of a video are rounded beside its settings: what was measured or tried on a device, and torch's
-own settings.
+"""The choices of a device that change the rounding of a video besides its settings, and torch's own settings.
 
-Ranks that make a video together all compute by what rank 0 found, whatever they would find on their own devices.
+All ranks that make a video together use the choices of rank 0, whatever they would choose on their own devices.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ltxpack.runtime.torch_settings import rounding
 
 @dataclass(frozen=True)
 class Numerics:
-    """``attention``: the kernels. ``faults``: why codes of a dtype are not multiplied; None: they are.
+    """``attention``: the kernels. ``faults``: dtype of codes -> why they are not multiplied, None if they are.
 
     ``rounding``: torch's settings.
     """
@@ -31,11 +30,11 @@ class Numerics:
 
     @classmethod
     def of(cls, attention: KernelChoice, fp8: str, device: torch.device, dtype: torch.dtype) -> Numerics:
-        """As ``device`` computes now in ``dtype``; ``fp8``: the mode asked for."""
+        """The present numerics of ``device`` in ``dtype``; ``fp8``: the mode of fp8 linears."""
         return cls(attention, quantised.faults(fp8, device, dtype), rounding())
 
     def check(self, kinds: Sequence[AttentionKind]) -> None:
-        """Raises DeviceError where the device of ``kinds`` cannot attend so; of codes the model is asked first."""
+        """Raises DeviceError if the device of ``kinds`` cannot use these attention kernels; the model checks codes."""
         for kind in kinds:
             name = self.attention.kernels[kind.name]
             why = kernels.fault(kind, name)
