@@ -16,6 +16,9 @@ from filelock import FileLock
 from hypothesis import settings
 from next_commands import Recorder
 from support import DATA, Mount, golden_folders, ltxpack
+from warm_processes import WARM
+
+from ltxpack.runtime.parallel import team
 
 torch.set_num_threads(1)
 # Timings of a shared machine are not what these tests are about; CI draws the same examples every time.
@@ -120,6 +123,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overlay(demo: Path, tmp_path: Path) -> Path:
     """The demo's overlay by hard links: its files may be replaced or removed, never written in place."""
     return Path(shutil.copytree(demo / "overlay", tmp_path / "overlay", symlinks=True, copy_function=os.link))
+
+
+@pytest.fixture(scope="module")
+def warm_workers() -> Iterator[None]:
+    """The other processes of a video, or of many, are forks: that they start for real is shown by whole commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(team, "subprocess", WARM)
+        yield
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ Mount = Callable[..., None]
 # Forks from a process that has imported everything that is installed: a kill costs no import, and none falls on one.
 FORKS = multiprocessing.get_context("forkserver")
 _IMPORTED = "pytest torch safetensors.torch jsonschema ltxpack.cli ltxpack.materialize ltxpack.lora_bake.stream"
-FORKS.set_forkserver_preload([*_IMPORTED.split(), "ltxpack.demo.checkpoint"])
+_OF_RUNS = "ltxpack.runtime.run ltxpack.runtime.lines ltxpack.runtime.parallel.team"
+FORKS.set_forkserver_preload([*_IMPORTED.split(), "ltxpack.demo.checkpoint", *_OF_RUNS.split()])
 
 
 def golden_folders() -> list[Path]:

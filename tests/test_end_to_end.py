@@ -131,6 +131,7 @@ def test_every_recorded_run_of_the_other_recipes_is_met(golden: Path, overlay: P
         assert max(errors.values()) <= 1e-5, (run.name, errors)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_recorded_run_is_met_on_two_devices(golden: Path, overlay: Path, tmp_path: Path) -> None:
     """Passes of stage 1 are shared out, and the tokens of stage 2, those of the last image among them."""
     (run,) = [run for run in runs(golden, "fp32", "run") if run.name == "run_i2v_first_last_fp32"]

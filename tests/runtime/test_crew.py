@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from support import Done, Notes, ltxpack
+from warm_processes import WarmProcess
 
 from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.lines import DONE, Encode, LineMaker, Make
@@ -28,6 +30,7 @@ from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.weights.machine import CONTEXT, Machine
 from ltxpack.runtime.weights.sizes import model_of
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
 SMALL = ("--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
 LINES: list[dict[str, Any]] = [
     {"prompt": "a boat", "seed": 1, "steps": 2},
@@ -137,13 +140,14 @@ main()
 def test_an_interrupt_ends_all_processes_and_leaves_nothing_half_written(demo: Path, tmp_path: Path) -> None:
     path = prompts(tmp_path, *({**LINES[0], "seed": seed, "steps": 900} for seed in (1, 2)))
     command = [sys.executable, "-c", HEARING, "run", demo / "overlay", "--prompts", path, *SMALL, "--devices", "cpu:2"]
-    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        begun = next(line for line in process.stderr if line.startswith("line "))
+    process = WarmProcess(command, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    with io.TextIOWrapper(process.stderr) as errors:
+        begun = next(line for line in errors if line.startswith("line "))
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGINT)
-        told = process.stderr.read()
-        process.wait(timeout=60)
+        told = errors.read()
+    process.wait(timeout=60)
     assert begun and len(workers) == 2
     assert process.returncode == 130
     assert "goes on from where it stopped" in told and "Traceback" not in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import stat
@@ -17,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from support import Notes, ltxpack
+from warm_processes import WarmProcess
 
 from ltxpack import Pipeline
 from ltxpack.errors import DeviceError, UsageError
@@ -32,6 +34,7 @@ from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.torch_settings import round_as, rounding
 
+pytestmark = pytest.mark.usefixtures("warm_workers")
 TINY: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9}
 STG: dict[str, Any] = {"video_stg": 1.0, "audio_stg": 0.5, "video_stg_blocks": (0,), "audio_stg_blocks": (1,)}
 VIDEOS: dict[str, dict[str, Any]] = {
@@ -230,10 +233,10 @@ def test_the_ranks_end_with_rank_0(demo: Path) -> None:
         "two = Pipeline.from_overlay(sys.argv[1], devices='cpu:2', dtype='float32')\n"
         "team = two.session.ranks; print(team._workers[0].process.pid, team._place, flush=True); time.sleep(600)"
     )
-    command = [sys.executable, "-c", code, str(demo / "overlay")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        pid, _, place = first.stdout.readline().strip().partition(" ")
+    first = WarmProcess([sys.executable, "-c", code, demo / "overlay"], stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    with first.stdout as told:
+        pid, _, place = told.readline().decode().strip().partition(" ")
         worker, meeting = int(pid), Path(place)
         assert stat.S_IMODE(meeting.stat().st_mode) == 0o700, "nobody else can join"
         first.kill()
@@ -247,14 +250,15 @@ def test_the_ranks_end_with_rank_0(demo: Path) -> None:
 def test_a_command_whose_rank_is_killed_ends_within_seconds(demo: Path, tmp_path: Path) -> None:
     small = ("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "200", "--no-cache")
     command = [sys.executable, "-m", "ltxpack", "run", demo / "overlay", "--prompt", "A boat", "--devices", "cpu:2"]
-    with subprocess.Popen([*command, *small, "-o", tmp_path / "x.mp4"], stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
+    running = WarmProcess([*command, *small, "-o", tmp_path / "x.mp4"], stderr=subprocess.PIPE)
+    assert running.stderr is not None
+    with io.TextIOWrapper(running.stderr) as errors:
         # The ways are told once all ranks are at work.
-        told = next(line for line in running.stderr if line.startswith("parallel "))
+        told = next(line for line in errors if line.startswith("parallel "))
         [worker] = map(int, Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split())
         os.kill(worker, signal.SIGKILL)
         begin = time.monotonic()
-        said = running.stderr.read()
+        said = errors.read()
         assert running.wait() == 1 and time.monotonic() - begin < 10, told
     assert "rank 1 on cpu ended: its process was ended by signal 9" in said
     assert not alive(worker) and not [*tmp_path.iterdir()]

@@ -279,6 +279,7 @@ def latents(pipeline: Pipeline, pictures: list[str], **given: Any) -> list[Tenso
     return [part for stage in stages for part in (stage.video, stage.audio)]
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_pipeline_on_two_devices_says_what_it_chose(demo: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.linear_gradient("L").convert("RGB").save(picture)
