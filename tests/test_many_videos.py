@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from support import Done, Notes, ltxpack, refused
+from warm_processes import WarmProcess
 
 from ltxpack.errors import LtxpackError
 from ltxpack.manifest import load_schema
@@ -622,12 +622,12 @@ main()
 def test_a_real_interrupt_leaves_nothing_half_written(demo: Path, tmp_path: Path) -> None:
     prompts = written(tmp_path, {"prompt": "a boat"})
     command = [sys.executable, "-c", SLOWLY_DECODED, "run", demo / "overlay", "--prompts", prompts, *FLAGS]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:
-        assert process.stderr is not None
-        assert "decode\n" in process.stderr
-        process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = WarmProcess(command, **pipes)
+    assert process.stderr is not None
+    assert b"decode\n" in process.stderr
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "goes on from where it stopped" in told
     assert "Traceback" not in told

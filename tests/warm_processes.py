@@ -9,7 +9,8 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,13 @@ def _carried_out(command: list[str], streams: list[Connection | None], environme
 class WarmProcess:
     """What our code uses of ``subprocess.Popen`` for a command of this interpreter."""
 
-    def __init__(self, command: Sequence[str | Path], **streams: int | None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        **streams: int | None,
+    ) -> None:
         """``streams``: PIPE for ``stdin``, ``stdout`` and ``stderr``; nothing is read or written otherwise."""
         assert command[0] == sys.executable and set(streams) <= {"stdin", "stdout", "stderr"}
         theirs: list[Connection | None] = []
@@ -58,7 +65,7 @@ class WarmProcess:
             if not piped:
                 given.close()
         self.stdin, self.stdout, self.stderr = ours
-        arguments = ([*map(str, command[1:])], theirs, dict(os.environ), str(Path.cwd()))
+        arguments = ([*map(str, command[1:])], theirs, dict(env or os.environ), str(cwd or Path.cwd()))
         self._process = FORKS.Process(target=_carried_out, args=arguments)
         self._process.start()
         for stream in theirs:
@@ -80,6 +87,14 @@ class WarmProcess:
         if code is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it writes until it ends; both streams must be pipes."""
+        assert self.stdout is not None and self.stderr is not None
+        with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:
+            out, err = pool.map(lambda stream: stream.read().decode(), (self.stdout, self.stderr))
+        self.wait(timeout)
+        return out, err
 
     def kill(self) -> None:
         self._process.kill()

@@ -26,7 +26,7 @@ from ltxpack.runtime.settings import AUTO, SessionSettings
 from ltxpack.runtime.weights.machine import Machine, this_machine
 from ltxpack.runtime.weights.plan import Plan, Work, best_plan, fewest_streamed
 from ltxpack.runtime.weights.report import plan_or_refuse
-from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes, model_of, overlay_model
+from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes, PartSizes, model_of, overlay_model
 
 T = TypeVar("T")
 # A size, height first, and a number of frames.
@@ -66,6 +66,7 @@ class Subject:
         if overlay is None:
             self.configs: Mapping[str, Mapping[str, Any]] = published_configs()
             self._tensors = published_tensors(self.configs)
+            self._counted: dict[tuple[str, str | None], PartSizes] = {}
         else:
             self.configs = {"transformer": read_json(overlay.folder("transformer") / "config.json")}
         self.dit = DiTConfig.from_dict(self.configs["transformer"])
@@ -85,7 +86,7 @@ class Subject:
         stages = self._stages(recipe, form)
         codes = {name: codes_named(name) for name in dict.fromkeys((BASE, *stages))}
         if self.overlay is None:
-            model = model_of(self._tensors, self.configs, codes, SessionSettings.dtype)
+            model = model_of(self._tensors, self.configs, codes, SessionSettings.dtype, self._counted)
         else:
             model = overlay_model(self.overlay, codes, SessionSettings.dtype)
         return Case(recipe, form, stages, model)

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from ray_support import local_ray
 from support import Done, Mount, ltxpack, refused, tree
+from warm_processes import WarmProcess
 
 import ltxpack as package
 from ltxpack.errors import DeviceError, LtxpackError, UsageError
@@ -97,7 +98,9 @@ def test_two_workers_make_the_videos_of_one_device_from_a_read_only_overlay(
     first, alone = (written(folder, *lines) for folder in folders)
     address = ray.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "ltxpack", "run", "overlay", "--prompts", "shared/prompts.jsonl", *FLAGS, *TWO]
-    done = subprocess.run([*command, address], capture_output=True, text=True, check=False, cwd=tmp_path)
+    running = WarmProcess([*command, address], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = running.communicate()
+    done = Done(running.wait(), out, err)
     assert done.returncode == 0, done.stderr
     assert statuses(done.stdout) == ["done"] * 3 and "3 done, 0 skipped, 0 failed" in done.stdout
     assert f"connecting to Ray ({address})" in done.stderr and done.stderr.count("residency resident") == 1

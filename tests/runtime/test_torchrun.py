@@ -1,4 +1,4 @@
-"""Ranks that torchrun started: the files of one device, by the command that people type."""
+"""Ranks that torchrun started, for real and as it starts them: the files of one device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support import load, ltxpack, refused
+import torch.distributed as dist
+from support import Done, load, ltxpack, refused
+from warm_processes import WarmProcess
 
 from ltxpack.runtime.parallel.devices import Launched, launched
 
@@ -20,8 +23,19 @@ TINY = ("--height", "64", "--width", "64", "--num-frames", "9", "--dtype", "floa
 STARTED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
 
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TORCHRUN, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+def torchrun(*arguments: str | Path) -> Done:
+    """Two ranks as torchrun starts them: forks that meet at a store of this process."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    at = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command, pipes = [sys.executable, "-m", "ltxpack", *arguments], dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    ranks = [
+        WarmProcess(command, env={**os.environ, **STARTED, **at, "RANK": rank, "LOCAL_RANK": rank}, **pipes)
+        for rank in ("0", "1")
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        told = [*pool.map(lambda rank: rank.communicate(), ranks)]
+    out, err = ("".join(texts) for texts in zip(*told, strict=True))
+    return Done(max(abs(rank.wait()) for rank in ranks), out, err)
 
 
 def test_two_ranks_make_the_tensors_of_one_device(demo: Path, tmp_path: Path) -> None:
@@ -40,6 +54,7 @@ def test_two_ranks_make_the_tensors_of_one_device(demo: Path, tmp_path: Path) ->
 
 
 def test_many_videos_and_a_rank_that_dies(demo: Path, tmp_path: Path) -> None:
+    """By torchrun itself, which ends the other rank; the next run goes on."""
     prompts = tmp_path / "many.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text, "steps": 2}) + "\n" for text in ("a boat", "a dog")))
     command = [*TORCHRUN, "run", str(demo / "overlay"), "--prompts", str(prompts), *TINY]

@@ -121,17 +121,17 @@ class Work:
         """Whether ``phase`` is this device's."""
         return not self.only or phase in self.only
 
-    @property
+    @functools.cached_property
     def own_stages(self) -> dict[int, StageWork]:
         """The stages that are this device's, by number."""
         return {number: stage for number, stage in enumerate(self.stages) if self.has(stage_label(number))}
 
-    @property
+    @functools.cached_property
     def transformers(self) -> tuple[str, ...]:
         """The names of their transformers, each once, in the order of its first stage."""
         return tuple(dict.fromkeys(stage.transformer for stage in self.own_stages.values()))
 
-    @property
+    @functools.cached_property
     def transformer_parts(self) -> tuple[str, ...]:
         """The parts these are."""
         return tuple(map(transformer_part, self.transformers))
@@ -319,8 +319,13 @@ def held_blocks(streamed: frozenset[int], count: int, total: int) -> frozenset[i
     return frozenset(chosen | set(others[: max(0, count - len(first))]))
 
 
-def _ways(mode: str, work: Work) -> Iterator[tuple[str, dict[str, Placement]]]:
+@functools.lru_cache(maxsize=64)
+def _ways(mode: str, work: Work) -> tuple[tuple[str, Mapping[str, Placement]], ...]:
     """The rows of the table that serve ``work`` in ``mode``, best first: a mode, and parts without block numbers."""
+    return tuple(_rows(mode, work))
+
+
+def _rows(mode: str, work: Work) -> Iterator[tuple[str, Mapping[str, Placement]]]:
     used = {part for part, phases in USED_IN.items() if any(map(work.has, phases))}
     for name in MODES if mode == AUTO else (mode,):
         for home, transformer, text in product(SMALL_PARTS_HOME[name], TRANSFORMERS[name], TEXT_ENCODERS):
@@ -342,10 +347,15 @@ def _placements(
     found = {}
     for part, placed in way.items():
         total = len(model.parts[part].blocks)
-        numbers = spread(streamed.get(part, total) if placed.source else 0, total)
-        kept = held_blocks(numbers, held.get(part, 0), total)
-        found[part] = replace(placed, streamed=numbers, held=kept) if numbers or kept else placed
+        found[part] = _placement(placed, streamed.get(part, total) if placed.source else 0, held.get(part, 0), total)
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _placement(placed: Placement, streamed: int, held: int, total: int) -> Placement:
+    """``placed`` with so many of ``total`` blocks streamed, and so many held."""
+    numbers = spread(streamed, total)
+    return replace(placed, streamed=numbers, held=held_blocks(numbers, held, total))
 
 
 def _every_block(model: ModelSizes, work: Work) -> dict[str, int]:

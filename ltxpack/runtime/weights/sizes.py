@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,18 +95,27 @@ def overlay_model(overlay: Overlay, names: Mapping[str, str | None], dtype: str)
 
 
 def model_of(
-    tensors: Mapping[str, Iterable[Tensor]],
+    tensors: Mapping[str, Collection[Tensor]],
     configs: Mapping[str, Mapping[str, Any]],
     names: Mapping[str, str | None],
     dtype: str,
+    counted: MutableMapping[tuple[str, str | None], PartSizes] | None = None,
 ) -> ModelSizes:
-    """The sizes of an overlay that would hold ``tensors`` by component, and transformers ``names`` in these codes."""
+    """The sizes of an overlay that would hold ``tensors`` by component, and transformers ``names`` in these codes.
+
+    ``counted`` keeps each component in its codes for further calls with the same tensors and dtype.
+    """
     itemsize = itemsize_of(dtype)
-    parts = {name: part_of(name, tensors[name], itemsize) for name in (*SMALL_PARTS, TEXT_ENCODER)}
-    plain = tuple(tensors[TRANSFORMER])
-    for codes in set(names.values()):
-        part = part_of(TRANSFORMER, plain if codes is None else with_codes(plain, codes), itemsize)
-        parts |= {transformer_part(name): part for name, found in names.items() if found == codes}
+    counted = {} if counted is None else counted
+
+    def part(component: str, codes: str | None = None) -> PartSizes:
+        if (component, codes) not in counted:
+            held = tensors[component] if codes is None else with_codes(tensors[component], codes)
+            counted[component, codes] = part_of(component, held, itemsize)
+        return counted[component, codes]
+
+    parts = {name: part(name) for name in (*SMALL_PARTS, TEXT_ENCODER)}
+    parts |= {transformer_part(name): part(TRANSFORMER, codes) for name, codes in names.items()}
     return ModelSizes(parts, read_widths(configs, Path()), itemsize)
 
 
