@@ -44,20 +44,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 # Whole files go to the workers: a long one begun last would keep one of them waiting.
 LONG = (
-    "test_pretend_card.py",
-    "test_guard.py",
     "test_dit_compile.py",
     "test_end_to_end.py",
-    "test_many_videos.py",
+    "test_pretend_card.py",
+    "test_guard.py",
+    "test_residency.py",
     "test_gpu_bench.py",
     "test_actors.py",
-    "test_residency.py",
-    "test_lora_resume.py",
-    "test_residency_slots.py",
+    "test_many_videos.py",
     "test_kills.py",
+    "test_lora_resume.py",
+    "test_sequence.py",
+    "test_staging_resume.py",
+    "test_fuzz_seeded.py",
+    "test_api.py",
+    "test_torchrun.py",
     "test_codecs.py",
+    "test_quantised_bake.py",
+    "test_residency_slots.py",
     "test_benchmarks_offline.py",
-    "test_forms.py",
+    "test_parallel.py",
+    "test_crew.py",
+    "test_plan_page_browser.py",
 )
 
 

@@ -269,7 +269,7 @@ def test_after_a_kill_the_same_command_makes_the_same_file(demo: Path, tmp_path:
     for size in (0, 1, 10_000_000):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not holds(size):
-            pass
+            time.sleep(0.001)
         process.kill()
         process.wait()
         if output.exists():

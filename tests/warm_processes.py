@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import BinaryIO
 
 import torch
-from support import FORKS
+from support import FORKS, Done
 
 
 def _carried_out(command: list[str], streams: list[Connection | None], environment: dict[str, str], at: str) -> None:
@@ -35,6 +35,9 @@ def _carried_out(command: list[str], streams: list[Connection | None], environme
     sys.argv = [name, *arguments]
     if kind == "-m":
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+    elif kind.endswith(".py"):
+        sys.argv = command
+        runpy.run_path(kind, run_name="__main__")
     else:
         assert kind == "-c"
         exec(compile(name, "<code>", "exec"), {"__name__": "__main__"})
@@ -104,7 +107,18 @@ class WarmProcess:
             os.kill(self.pid, number)
 
 
+def run(command: Sequence[str | Path], cwd: Path | None = None, **_: object) -> Done:
+    """``subprocess.run`` of a command whose output is wanted."""
+    process = WarmProcess(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate()
+    return Done(process.wait(), out, err)
+
+
 # In place of the module ``subprocess`` in a module that starts processes.
 WARM = SimpleNamespace(
-    Popen=WarmProcess, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    Popen=WarmProcess,
+    run=run,
+    PIPE=subprocess.PIPE,
+    DEVNULL=subprocess.DEVNULL,
+    TimeoutExpired=subprocess.TimeoutExpired,
 )

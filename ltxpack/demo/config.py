@@ -55,8 +55,10 @@ def checkpoint_config(widths: StreamWidths = DEMO, layers: int = 2, connector_la
         ),
     )
     config["audio_vae"]["model"]["params"]["ddconfig"].update(ch_mult=[1, 1, 1], num_res_blocks=1)
-    config["vocoder"]["vocoder"].update(upsample_initial_channel=64)
-    config["vocoder"]["bwe"].update(upsample_initial_channel=64)
+    for generator in ("vocoder", "bwe"):
+        config["vocoder"][generator].update(
+            upsample_initial_channel=64, resblock_kernel_sizes=[3, 5], resblock_dilation_sizes=[[1, 3], [1]]
+        )
     return config
 
 

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _gpu_cards
 import _gpu_checks
+import _gpu_residency
 import _loading
 import gpu
 import pytest
@@ -20,11 +22,13 @@ from _gpu_models import forward_inputs, random_dit
 from _gpu_sizes import REAL, TINY, TRANSFORMER
 from dit_parts import LTX23
 from support import REPOSITORY
+from warm_processes import WARM
 
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts, run_flops, shared_flops
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.recipes import HQ
+from ltxpack.runtime.weights.placed import STRETCH
 
 CPU = torch.device("cpu")
 CONFIG = DiTConfig.from_dict(TRANSFORMER)
@@ -70,7 +74,12 @@ def arguments(results: Path, *more: str) -> list[str]:
     return ["--dry-run", "--results", str(results), *more]
 
 
-def test_a_dry_run_goes_through_every_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_goes_through_every_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (_gpu_residency, _gpu_cards):
+        monkeypatch.setattr(module, "subprocess", WARM)
+    monkeypatch.setattr(_gpu_residency, "PINNED", 2 * STRETCH)
     assert gpu.main(arguments(tmp_path, "--compiler", "none")) == 0
     text, document = kept(tmp_path)
     assert capsys.readouterr().out == text + "\n", "the tables are printed last, and alone"

@@ -5,6 +5,7 @@ The upsampler's output and the text contexts are taken as recorded; all else is 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from support import load
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.shape import AV
 
+# One for all stages that have the same LoRAs.
+dit_of = functools.lru_cache(maxsize=4)(golden_dit)
+
 
 def errors_of(golden: Path, dtype: str, kind: str = "*") -> dict[str, tuple[float, float]]:
     """By stage of every recorded run, see :func:`errors_of_stage`."""
@@ -24,7 +28,7 @@ def errors_of(golden: Path, dtype: str, kind: str = "*") -> dict[str, tuple[floa
     for run in runs(golden, dtype, kind):
         generator = torch.Generator().manual_seed(run.params["seed"])
         for stage in run.stages:
-            denoiser = Denoiser(golden_dit(golden, stage.loras, run.dtype), *contexts, stage.guidance)
+            denoiser = Denoiser(dit_of(golden, tuple(stage.loras), run.dtype), *contexts, stage.guidance)
             found[f"{run.name} stage {stage.number}"] = errors_of_stage(stage, denoiser, generator)
     return found
 
