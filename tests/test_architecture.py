@@ -40,7 +40,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_085,
+    "lines of the package": 34_087,
     "files of the package": 201,
     "lines of the tests": 32_991,
 }

@@ -386,8 +386,10 @@ def _summed(term: Term, use: str, work: Workspace) -> Tensor | None:
     if term.up is None or term.down is None:
         return term.delta
     shape = (term.up.shape[0], term.down.shape[1])
-    product = work.empty(use, shape, torch.float32, term.up.device)
-    return torch.mm(term.up.float(), term.down.float(), out=product)
+    product, up = work.empty(use, shape, torch.float32, term.up.device), term.up
+    if up.dtype != torch.float32:
+        up = work.empty("up in fp32", up.shape, torch.float32, up.device).copy_(up)
+    return torch.mm(up, term.down.float(), out=product)
 
 
 def _apply(term: Term, found: Tensor | None, strength: float, total: Tensor) -> None:
