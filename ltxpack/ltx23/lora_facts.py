@@ -6,6 +6,8 @@ another statement, or can be meant in two ways, is refused (spec 02, sections 1,
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
 import struct
@@ -44,12 +46,16 @@ from ltxpack.ltx23.lora_statements import (
 # What PEFT's constrained OFT takes where nothing says otherwise.
 PEFT_EPS = 6e-5
 MAX_TERMS = 100
+# Of a file's fields that state anything; PEFT writes some twenty. Each is compared with every module.
+MAX_STATEMENTS = 200
 
 _SCALARS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b",
 }  # fmt: skip
 # How far a number stored as bfloat16 may be from the one that a text states.
 _STORED = 2.0**-7
+# Where the name of a module ends in that of a tensor.
+_BEHIND_MODULE = re.compile(r"\.base_layer\b|\.lora_|\.modules_to_save\b|\.(?:weight|bias)\Z")
 
 
 @dataclass(frozen=True)
@@ -246,8 +252,10 @@ class LoraFacts:
                 expected="a lora_magnitude_vector or dora_scale beside each pair of factors",
                 next="save the adapter again, with its magnitudes",
             )  # fmt: skip
-        for one in self.statements:
-            if one.fact in BESIDE and is_set(one) and (lost := _lost(one, tensors)):
+        stated = [one for one in self.statements if one.fact in BESIDE and is_set(one)]
+        beside = _Beside(tensors if stated else ())
+        for one in stated:
+            if lost := beside.lacks(one):
                 judged.warnings.append(
                     f"{one.name} in {one.place} names what the file does not hold ({listed(lost)}): what was trained "
                     "there is not baked"
@@ -264,8 +272,10 @@ def read_facts(file: TensorFile, configuration: Configuration | None, read: Read
     Raises AdapterError for statements that contradict one another, cannot be read, or name what cannot be merged, and
     FormatError for broken JSON.
     """
-    found = tuple(statements_of(file, configuration))
+    found = tuple(itertools.islice(statements_of(file, configuration), MAX_STATEMENTS + 1))
     where = configuration.file if configuration else file.path
+    if len(found) > MAX_STATEMENTS:
+        raise AdapterError("states too much of itself", file=where, expected=f"at most {MAX_STATEMENTS} fields")
     refuse_other_methods(found, where)
     keys = list(filter(None, map(parse_key, file.tensors)))
     alphas = {key.module: key.key for key in keys if key.role == "alpha"}
@@ -363,19 +373,26 @@ def _one(statements: Iterable[Statement], fact: str, where: Path) -> tuple[float
     return next(iter(found.items()), (None, None))
 
 
-def _lost(one: Statement, tensors: Iterable[str]) -> list[str]:
-    """What a field says was trained besides the factors, and no tensor holds."""
-    if one.fact in ("bias", "lora_bias"):
-        held = str(one.value).lower() == "none" or any(name.endswith(("bias", ".diff_b")) for name in tensors)
-        return [] if held else ["biases"]
-    names = [name for name in (one.value if isinstance(one.value, list) else [one.value]) if isinstance(name, str)]
-    # A parameter's factors bear the name of the module that holds it.
-    modules = [name if one.fact == "modules_to_save" else name.rpartition(".")[0] for name in names]
-    beside = {
-        re.split(r"\.base_layer\b|\.lora_|\.modules_to_save\b|\.(?:weight|bias)\Z", f".{name}")[0] for name in tensors
-    }
-    return [
-        name
-        for name, module in zip(names, modules, strict=True)
-        if not any(own.endswith(f".{module}") for own in beside)
-    ]
+class _Beside:
+    """What a file holds besides factors, for many questions: modules, each spelled backwards, and whether any bias."""
+
+    def __init__(self, tensors: Iterable[str]) -> None:
+        names = [f".{name}" for name in tensors]
+        self.modules = sorted({_BEHIND_MODULE.split(name)[0][::-1] for name in names})
+        self.biased = any(name.endswith(("bias", ".diff_b")) for name in names)
+
+    def lacks(self, one: Statement) -> list[str]:
+        """What a field says was trained besides the factors, and no tensor holds."""
+        if one.fact in ("bias", "lora_bias"):
+            return [] if str(one.value).lower() == "none" or self.biased else ["biases"]
+        names = [name for name in (one.value if isinstance(one.value, list) else [one.value]) if isinstance(name, str)]
+        # A parameter's factors bear the name of the module that holds it.
+        return [
+            name for name in names if not self.holds(name if one.fact == "modules_to_save" else name.rpartition(".")[0])
+        ]
+
+    def holds(self, module: str) -> bool:
+        """Whether the name of any module ends with ``module``."""
+        ending = f".{module}"[::-1]
+        at = bisect.bisect_left(self.modules, ending)
+        return at < len(self.modules) and self.modules[at].startswith(ending)

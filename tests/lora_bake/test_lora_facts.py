@@ -21,6 +21,7 @@ from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.find import find_loras
 from ltxpack.lora_bake.plan import BakeOptions
 from ltxpack.ltx23.lora_bases import named_base
+from ltxpack.ltx23.lora_facts import MAX_STATEMENTS, _Beside
 from ltxpack.ltx23.lora_keys import METHODS
 from ltxpack.manifest import read_manifest
 from ltxpack.materialize.checkpoint import read_lora
@@ -314,6 +315,21 @@ def test_what_is_stated_and_absent_is_told(case: str, tmp_path: Path) -> None:
     if lost:
         told = f"{case} in adapter_config.json names what the file does not hold ({lost})"
         assert warnings[0] == f"{told}: what was trained there is not baked"
+
+
+endings = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=3).map(".".join)
+
+
+@given(st.lists(endings, max_size=6), endings)
+def test_a_module_is_found_by_any_ending_of_its_name(modules: list[str], wanted: str) -> None:
+    beside = _Beside(f"{module}.lora_A.weight" for module in modules)
+    assert beside.holds(wanted) == any(f".{module}".endswith(f".{wanted}") for module in modules)
+
+
+def test_a_file_that_states_without_end_is_refused(tmp_path: Path) -> None:
+    stated = {f"p{number}": {"r": RANK} for number in range(MAX_STATEMENTS + 1)}
+    with pytest.raises(AdapterError, match="states too much of itself"):
+        opened(made(tmp_path, {"lora_adapter_metadata": json.dumps(stated)}))
 
 
 # Method -> tensors of one module with the weight [out, in].
