@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_104,
+    "lines of the package": 34_118,
     "files of the package": 201,
-    "lines of the tests": 33_007,
+    "lines of the tests": 33_023,
 }
 
 

@@ -104,12 +104,12 @@ class Term:
         turn = None if self.turn is None else self.turn.rows(first, last)
         return replace(self, up=up, magnitude=magnitude, diff=diff, delta=delta, new=new, turn=turn, first=first == 0)
 
-    def prepared(self, kernel: str, work: Workspace) -> Term:
+    def prepared(self, kernel: str, work: Workspace, measure: bool = True) -> Term:
         """The term after the work, in ``work``, that each row chunk of a weight would otherwise repeat."""
         if self.up is None or self.down is None or kernel in WHOLE:
             return self
         if kernel == "addmm" and _is_plain([self]):
-            return replace(self, square=_product_square(self.up, self.down))
+            return replace(self, square=_product_square(self.up, self.down)) if measure else self
         down = work.empty("down in fp32", self.down.shape, torch.float32, self.down.device)
         return replace(self, down=down.copy_(self.down))
 
@@ -208,7 +208,7 @@ def fuse_rows(
     ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result equals
     that of the bake alone. Sums use ``work``; the new rows may be in ``results``, valid until it is used again.
     ``into``: for each bake None, or float32 memory for its sum, which then is not rounded to the stored dtype.
-    Without ``measure`` the kernel fp32 leaves out the squared norms of such a bake.
+    Without ``measure`` the kernels fp32 and addmm make no squared norms and count no changes.
     """
     work, results = work or Workspace(), results or Workspace()
     into = into or [None] * len(strengths)
@@ -218,7 +218,7 @@ def fuse_rows(
         return list(map(one, range(len(into)), strengths, into))
     if kernel == "addmm" and _is_plain(terms) and weight.dtype == torch.bfloat16:
         assert not any(memory is not None for memory in into), "addmm rounds its sums"
-        return _fuse_addmm(weight, terms[0], [row[0] for row in strengths], results)
+        return _fuse_addmm(weight, terms[0], [row[0] for row in strengths], results, measure)
     return _fuse_fp32(weight, terms, strengths, work, results, into, measure)
 
 
@@ -351,7 +351,6 @@ def _fuse_part(
     measure: bool,
 ) -> list[Fused]:
     """Rows with finished products. ``targets``: for each bake the memory of its result, and whether to round it."""
-    measure = measure or any(rounded for _, rounded in targets)
     scales = [[strength * term.factor for strength, term in zip(row, terms, strict=True)] for row in strengths]
     lowrank = [found for found in sums if found is not None]
     plain = len(lowrank) == len(terms) and all(term.sums_only for term in terms)
@@ -364,9 +363,10 @@ def _fuse_part(
         for term, found, strength in zip(terms, sums, row, strict=True):
             if strength:
                 _apply(term, found, strength, total)
-        delta_square = math.nan
-        if measure:
-            delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
+        if not measure:
+            measured.append(_unmeasured(stored.copy_(total) if rounded else total))
+            continue
+        delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
         if rounded:
             measured.append(_measured(weight, stored.copy_(total), base_square, delta_square))
         else:
@@ -414,10 +414,14 @@ def _change_square(weight: Tensor, total: Tensor, work: Workspace) -> float:
     return square_sum(torch.sub(total, weight, out=change))
 
 
-def _fuse_addmm(weight: Tensor, term: Term, strengths: Sequence[float], results: Workspace) -> list[Fused]:
+def _fuse_addmm(
+    weight: Tensor, term: Term, strengths: Sequence[float], results: Workspace, measure: bool
+) -> list[Fused]:
     assert term.up is not None and term.down is not None
-    square = _product_square(term.up, term.down) if term.square is None else term.square
-    base_square = square_sum(weight)
+    square = base_square = math.nan
+    if measure:
+        square = _product_square(term.up, term.down) if term.square is None else term.square
+        base_square = square_sum(weight)
     made = []
     for i, strength in enumerate(strengths):
         scale = strength * term.factor
@@ -425,6 +429,9 @@ def _fuse_addmm(weight: Tensor, term: Term, strengths: Sequence[float], results:
         if scale:
             fused = results.empty(f"result {i}", weight.shape, weight.dtype, weight.device)
             fused.copy_(weight).addmm_(term.up, term.down, alpha=scale)
+        if not measure:
+            made.append(_unmeasured(fused))
+            continue
         result = _measured(weight, fused, base_square, square * scale * scale)
         made.append(result if term.first or term.square is None else replace(result, delta_square=0.0))
     return made
@@ -460,6 +467,12 @@ def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: f
     bound = math.sqrt(base_square) + math.sqrt(delta_square)
     finite = bound < torch.finfo(fused.dtype).max / 2 or bool(torch.isfinite(fused).all())
     return Fused(fused, base_square, delta_square, count_changed(weight, fused), finite)
+
+
+def _unmeasured(fused: Tensor) -> Fused:
+    """Of new rows only whether they are finite, and their largest |x|."""
+    low, high = (bound.item() for bound in torch.aminmax(fused))
+    return Fused(fused, math.nan, math.nan, 0, math.isfinite(high - low), max(-low, high))
 
 
 def _measured_sum(total: Tensor, base_square: float, delta_square: float) -> Fused:

@@ -253,7 +253,8 @@ class Engine:
         """Every adapter's term for a weight, ready for the kernel, each in its own workspace."""
         device, kernel = self.arithmetic.device, self.arithmetic.kernel
         terms = [reader.term(name, work, device) for reader, work in zip(self.readers, works, strict=True)]
-        return [term and term.prepared(kernel, work) for term, work in zip(terms, works, strict=True)]
+        pairs = zip(terms, works, strict=True)
+        return [term and term.prepared(kernel, work, self.measure) for term, work in pairs]
 
 
 class _Fusing:

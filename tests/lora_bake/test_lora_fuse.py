@@ -177,18 +177,34 @@ def test_what_is_measured() -> None:
     assert found.finite
 
 
-def test_overflow_of_the_stored_dtype_is_seen_in_any_row_chunk() -> None:
+@pytest.mark.parametrize("kernel", ["fp32", "addmm"])
+def test_weights_are_the_same_where_nothing_is_measured(kernel: str) -> None:
+    weight, term = matrix(64, 96), factors(64, 96, 8)
+    known, bare = (
+        fuse_rows(weight, [term.prepared(kernel, fuse.Workspace(), measure)], [[0.7], [0.0]], kernel, measure=measure)
+        for measure in (True, False)
+    )
+    for measured, other in zip(known, bare, strict=True):
+        assert torch.equal(measured.weight, other.weight) and measured.finite and other.finite
+        assert other.largest == other.weight.abs().max() and math.isnan(other.base_square)
+
+
+@pytest.mark.parametrize("measure", [True, False])
+def test_overflow_of_the_stored_dtype_is_seen_in_any_row_chunk(measure: bool) -> None:
     weight = torch.zeros(8, 8, dtype=torch.bfloat16)
     up = torch.zeros(8, 1, dtype=torch.bfloat16)
     up[7] = 3e38
     term = Term(1.0, torch.full((1, 8), 3.0, dtype=torch.bfloat16), up)
     for kernel in ("fp32", "addmm", "official"):
-        ready = term.prepared(kernel, fuse.Workspace())
-        first, last = (fuse_rows(weight[a : a + 4], [ready.rows(a, a + 4)], [[1.0]], kernel)[0] for a in (0, 4))
+        ready = term.prepared(kernel, fuse.Workspace(), measure)
+        first, last = (
+            fuse_rows(weight[a : a + 4], [ready.rows(a, a + 4)], [[1.0]], kernel, measure=measure)[0] for a in (0, 4)
+        )
         assert first.finite and not last.finite, kernel
     weight = torch.full((4, 4), 60000.0, dtype=torch.float16)
     term = Term(1.0, torch.full((1, 4), 100.0), torch.full((4, 1), 100.0))
-    assert [fuse_rows(weight, [term], [[sign]], "fp32")[0].finite for sign in (1.0, -1.0)] == [False, True]
+    found = [fuse_rows(weight, [term], [[sign]], "fp32", measure=measure)[0].finite for sign in (1.0, -1.0)]
+    assert found == [False, True]
 
 
 def test_uneven_factors_do_not_overflow_the_norm() -> None:
