@@ -42,7 +42,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_118,
     "files of the package": 201,
-    "lines of the tests": 33_023,
+    "lines of the tests": 33_033,
 }
 
 

@@ -21,7 +21,7 @@ from support import Notes, ltxpack
 from warm_processes import WarmProcess
 
 from ltxpack import Pipeline
-from ltxpack.errors import DeviceError, UsageError
+from ltxpack.errors import DeviceError, LtxpackError, UsageError
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel import exchange
@@ -59,6 +59,40 @@ def three(demo: Path) -> Iterator[Pipeline]:
 def latents(pipeline: Pipeline, **given: Any) -> list[torch.Tensor]:
     video = pipeline("A paper boat", **TINY, **given)
     return [part for stage in video.latents.stages for part in (stage.video, stage.audio)]
+
+
+# These make pipelines of several devices of their own: before the one that the other tests share.
+
+
+def test_a_pipeline_that_cannot_be_opened_leaves_no_ranks(demo: Path) -> None:
+    with pytest.raises(LtxpackError, match="none-such"):
+        Pipeline.from_overlay(demo / "overlay", devices="cpu:2", stage1="none-such")
+    assert Team._only.acquire(blocking=False), "another can be opened"
+    Team._only.release()
+
+
+def test_ranks_that_were_never_needed_end_in_order(demo: Path) -> None:
+    two = Pipeline.from_overlay(demo / "overlay", devices="cpu:2", dtype="float32")
+    team = two.session.ranks
+    assert isinstance(team, Team)
+    (worker,) = team._workers
+    assert worker.ready.wait(300)
+    worker.dismiss()
+    assert worker.process.wait(300) == 0, "it does not wait for rank 0 to join"
+    two.close()
+
+
+def test_the_ranks_attend_by_what_rank_0_measured(demo: Path, alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank alone would find another kernel the fastest: the others are processes where nothing is changed."""
+    kinds = dict.fromkeys((kernels.VIDEO, kernels.TEXT, kernels.AUDIO), "math")
+    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.KernelChoice(kinds, "attention: as measured here", {}))
+    overlay, given = demo / "overlay", {"steps": 2}
+    with Pipeline.from_overlay(overlay, devices="cpu:2", parallel="guidance", dtype="float32") as two:
+        found = latents(two, **given)
+    monkeypatch.undo()
+    with Pipeline.from_overlay(overlay, device="cpu", dtype="float32", attention="math") as one:
+        assert all(map(torch.equal, found, latents(one, **given)))
+    assert not all(map(torch.equal, found, latents(alone, **given))), "what is measured shows in a video"
 
 
 @pytest.mark.parametrize("given", VIDEOS.values(), ids=list(VIDEOS))
@@ -201,30 +235,6 @@ def test_a_rank_that_cannot_begin_says_why(three: Pipeline, tmp_path: Path) -> N
     ):
         raise AssertionError("never begun")
     team.close()
-
-
-def test_the_ranks_attend_by_what_rank_0_measured(demo: Path, alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank alone would find another kernel the fastest: the others are processes where nothing is changed."""
-    kinds = dict.fromkeys((kernels.VIDEO, kernels.TEXT, kernels.AUDIO), "math")
-    monkeypatch.setattr(kernels, "choose", lambda *_: kernels.KernelChoice(kinds, "attention: as measured here", {}))
-    overlay, given = demo / "overlay", {"steps": 2}
-    with Pipeline.from_overlay(overlay, devices="cpu:2", parallel="guidance", dtype="float32") as two:
-        found = latents(two, **given)
-    monkeypatch.undo()
-    with Pipeline.from_overlay(overlay, device="cpu", dtype="float32", attention="math") as one:
-        assert all(map(torch.equal, found, latents(one, **given)))
-    assert not all(map(torch.equal, found, latents(alone, **given))), "what is measured shows in a video"
-
-
-def test_ranks_that_were_never_needed_end_in_order(demo: Path) -> None:
-    two = Pipeline.from_overlay(demo / "overlay", devices="cpu:2", dtype="float32")
-    team = two.session.ranks
-    assert isinstance(team, Team)
-    (worker,) = team._workers
-    assert worker.ready.wait(300)
-    worker.dismiss()
-    assert worker.process.wait(300) == 0, "it does not wait for rank 0 to join"
-    two.close()
 
 
 def test_the_ranks_end_with_rank_0(demo: Path) -> None:
