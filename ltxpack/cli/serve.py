@@ -13,10 +13,8 @@ from ltxpack.errors import UsageError
 from ltxpack.files.units import parse_duration, parse_size
 from ltxpack.runtime.parallel.devices import RAY_HERE
 from ltxpack.runtime.settings import SessionSettings
-from ltxpack.serve.limits import LEAST_KEPT, ServeLimits
+from ltxpack.serve.limits import FIXED, LEAST_KEPT, ServeLimits
 
-# The model's name picks the transformers, each worker has one device, and activations are of one process.
-FIXED = ("stage1", "stage2", "devices", "parallel", "save_activations")
 SETTINGS = [one for one in SESSION if one.name not in FIXED]
 # Options that are fields of the server's options as they are typed.
 NAMED = ("output", "host", "port", "devices", "models", "allow_hosts", "ray", "workers")

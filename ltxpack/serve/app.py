@@ -75,6 +75,7 @@ def make_app(service: Service) -> FastAPI:
         yield
         expiring.cancel()
         await run_in_threadpool(service.workers.stop)
+        service.jobs.close()
 
     app = FastAPI(
         title="ltxpack", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
@@ -120,7 +121,11 @@ class VideoRoutes:
     async def create_and_wait(self, request: Request) -> Response:
         """Make a video, and answer with its bytes when it is there. It is not kept; nor made if the client leaves."""
         job = await self._accepted(request)
-        ended = await self._ended(job, request)
+        try:
+            ended = await self._ended(job, request)
+        except asyncio.CancelledError:  # so some servers tell that a client has left
+            self._forget(job.id)
+            raise
         if ended.status == FAILED:
             error = ended.error or {}
             status = 400 if error.get("code") == "invalid_request" else 500

@@ -29,6 +29,9 @@ class ServeLimits:
     keep_bytes: int | None = None
 
 
+# Settings of a session that a server does not take: the model's name picks the transformers, each worker has one
+# device, and activations are of one process.
+FIXED = ("stage1", "stage2", "devices", "parallel", "save_activations")
 # Seconds that a job which ended stays at least, so that whoever waits for it can fetch its video.
 LEAST_KEPT = 60.0
 # Values and lists that a JSON body may hold; each field of a form; and the most fields of one.

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,9 +22,10 @@ import httpx
 import pytest
 from PIL import Image
 from ray_support import local_ray
-from serving import Server, until
+from serving import ANSWER_SECONDS, Server, until
 from support import ltxpack, refused
 
+from ltxpack.errors import UsageError
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.parallel import cluster
 from ltxpack.runtime.session import Session
@@ -31,6 +33,7 @@ from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve import worker
 from ltxpack.serve.app import make_app
 from ltxpack.serve.jobs import Jobs
+from ltxpack.serve.limits import ServeLimits
 from ltxpack.serve.links import Died, Opening, Workplace
 from ltxpack.serve.metrics import Metrics
 from ltxpack.serve.ray_workers import ActorLink, VideoActor, ray_place
@@ -200,6 +203,72 @@ def test_what_cannot_be_written_has_failed(
     actor = VideoActor()
     actor.make({}, {"a-0": b""})
     assert "cannot be written" in actor.next()["failed"]
+
+
+def test_ray_serve_has_the_same_server_and_a_killed_replica_loses_nothing(demo: Path, tmp_path: Path, ray: Any) -> None:
+    serve = pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+    from ltxpack.serve.ray_serve import app
+
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    args = {"overlay": str(demo / "overlay"), "output": str(tmp_path), "devices": "cpu:1", "api_key": "a key"}
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    with contextlib.ExitStack() as ends:
+        ends.callback(serve.shutdown)
+        serve.run(app({**args, "session": {"dtype": "float32"}}), name="ltxpack")
+        headers = {"Authorization": "Bearer a key"}
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=ANSWER_SECONDS)
+        ends.enter_context(client)
+        assert client.get("/v1/videos", headers={"Authorization": "Bearer another"}).status_code == 401
+        path = f"/v1/videos/{client.post('/v1/videos', json={**SMALL, 'prompt': 'a boat'}).json()['id']}"
+        until(lambda: client.get(path).json()["progress"] > 0)
+        (name,) = (
+            one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "VideoServer" in one["name"]
+        )
+        ray.kill(ray.get_actor(name, namespace="serve"))
+
+        def completed() -> bool:
+            answer = client.get(path)  # Ray Serve answers 500 or 503 until the next replica is there
+            return answer.status_code == 200 and answer.json()["status"] == "completed"
+
+        until(completed)
+        fetched = client.get(f"{path}/content", headers={"Range": "bytes=0-9"})
+        assert fetched.status_code == 206 and len(fetched.content) == 10
+        made = client.post("/v1/videos/sync", json={**SMALL, "prompt": "a dog"})
+        assert made.status_code == 200 and made.headers["content-type"] == "video/mp4"
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/videos/sync", json={"prompt": "a cat", "size": "64x64", "steps": 100}, timeout=1)
+        until(lambda: len(client.get("/v1/videos").json()["data"]) == 1)
+    assert [job.name for job in tmp_path.glob("*.mp4")] == [f"{path.rpartition('/')[2]}.mp4"]
+
+
+def test_what_ray_serve_is_told_are_the_flags_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+    from pydantic import ValidationError
+
+    from ltxpack.serve.ray_serve import ServeArguments
+
+    monkeypatch.setenv("LTXPACK_API_KEY", "a key")
+    typed = {"overlay": "/out", "output": "/videos", "workers": "8", "queue": "5", "allow_hosts": "gpu1"}
+    found = ServeArguments(**typed, keep_videos="24h", keep_bytes="50GB", session={"format": "fp8"}).options()
+    assert found == ServeOptions(
+        Path("/out"), Path("/videos"), api_key="a key", allow_hosts=["gpu1"], workers=8,
+        session=SessionSettings(format="fp8"), limits=ServeLimits(queue=5, keep_seconds=86400.0, keep_bytes=50 * 10**9),
+    )  # fmt: skip
+    for wrong in (
+        {"session": {"none": 1}},
+        {"session": {"devices": "0,1"}},
+        {"overlay": "out"},
+        {"workers": "0"},
+        {"api_key": ""},
+        {"keep": "24h"},
+    ):
+        with pytest.raises(ValidationError):
+            ServeArguments(**{**typed, **wrong})
+    with pytest.raises(UsageError, match="unknown format"):
+        ServeArguments(**typed, session={"format": "fp9"}).options()
+    with pytest.raises(UsageError, match="keep_videos is no such time"):
+        ServeArguments(**typed, keep_videos="24").options()
 
 
 @pytest.mark.parametrize(
