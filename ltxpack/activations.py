@@ -54,7 +54,7 @@ class ActivationsFile:
         if found.get("format") != FORMAT or not {"model_version", "base", "transformers"} <= found.keys():
             raise wrong("is not an activations file", expected=f"format {FORMAT}", found=found.get("format"))
         try:
-            stated = parse_json(found["transformers"].encode(), path).items()
+            stated = parse_json(found["transformers"], path).items()
             transformers = {str(name): tuple((str(each), _stated(by)) for each, by in loras) for name, loras in stated}
         except (AttributeError, TypeError, ValueError, UsageError):
             raise wrong("does not say which transformers it was recorded from") from None

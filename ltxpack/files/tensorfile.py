@@ -215,9 +215,10 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_HEADER_BYTES, *
     return parse_json(data, path, any_number=any_number)
 
 
-def parse_json(data: bytes, path: str | os.PathLike[str], *, any_number: bool = False) -> Any:
+def parse_json(data: bytes | str, path: str | os.PathLike[str], *, any_number: bool = False) -> Any:
     """JSON within the bounds of ``bounded_json``. Only the error uses ``path``. Raises FormatError."""
     try:
+        data = data.encode(errors="surrogatepass") if isinstance(data, str) else data
         return bounded_json.parse(data, any_number=any_number)
     except bounded_json.JsonFault as fault:
         raise FormatError(str(fault), file=path) from None

@@ -213,7 +213,7 @@ def _layers(file: TensorFile) -> Mapping[str, Mapping[str, Any]] | None:
     if text is None:
         return {}
     try:
-        document = parse_json(text.encode("utf-8", "surrogatepass"), file.path)
+        document = parse_json(text, file.path)
     except FormatError:
         return None
     layers = document.get("layers") if isinstance(document, dict) else None

@@ -134,7 +134,7 @@ def statements_of(file: TensorFile, configuration: Configuration | None) -> Iter
         if not known and not (text.lstrip().startswith("{") and _TELLING.search(text)):
             continue
         try:
-            document = parse_json(text.encode("utf-8", "surrogatepass"), f"{file.path}: metadata {key}")
+            document = parse_json(text, f"{file.path}: metadata {key}")
         except FormatError:
             if known:
                 raise
@@ -189,13 +189,11 @@ def truth_of(one: Statement, where: Path) -> bool:
 
 
 def patterns_of(one: Statement | None, where: Path) -> Patterns:
-    table = {} if one is None or _says_nothing(one.value) else one.value
-    if isinstance(table, str):
-        table = parse_json(table.encode("utf-8", "surrogatepass"), f"{where}: {one.name if one else ''}")
-    if not isinstance(table, dict):
-        raise AdapterError(f"{one and one.name} is not an object", file=where, found=type(table).__name__)
-    if one is None:
+    if one is None or _says_nothing(one.value):
         return Patterns({})
+    table = parse_json(one.value, f"{where}: {one.name}") if isinstance(one.value, str) else one.value
+    if not isinstance(table, dict):
+        raise AdapterError(f"{one.name} is not an object", file=where, found=type(table).__name__)
     ranks = one.fact == "rank_pattern"
     numbers = {pattern: _checked(value, one.name, where, ranks) for pattern, value in table.items()}
     return Patterns(numbers, one.name, where)

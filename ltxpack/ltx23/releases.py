@@ -134,7 +134,7 @@ def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: objec
             expected="safetensors metadata with `config` and `model_version`", found=f"no {' and no '.join(missing)}",
             next=again,
         )  # fmt: skip
-    config = parse_json(metadata["config"].encode("utf-8", "surrogatepass"), f"{file}: metadata `config`")
+    config = parse_json(metadata["config"], f"{file}: metadata `config`")
     if not isinstance(config, Mapping):
         raise UnsupportedError("metadata `config` is not an object", file=str(file), next="ltxpack inspect FILE")
     licence = _plain(metadata, "license") or _plain(metadata, "licence")

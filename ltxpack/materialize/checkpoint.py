@@ -6,6 +6,7 @@ the bake decides whether a LoRA fits a transformer.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,19 +62,17 @@ class Upsampler:
 def says_distilled(file: TensorFile) -> bool:
     """Whether a checkpoint's header says that it is distilled: in its title, or in the source of our export."""
     titles = [file.metadata.get(key, "") for key in ("modelspec.title", "title", "name", "model_name")]
-    try:
-        stated = parse_json(file.metadata.get(MADE_FROM, "null").encode("utf-8", "surrogatepass"), file.path)
-        titles += [one["name"] for one in stated["source"] if one["role"] == releases.CHECKPOINT]
-    except (LtxpackError, KeyError, TypeError):
-        pass
+    with contextlib.suppress(LtxpackError, KeyError, TypeError):
+        sources = parse_json(file.metadata.get(MADE_FROM, "null"), file.path)["source"]
+        titles += [one["name"] for one in sources if one["role"] == releases.CHECKPOINT]
     return any("distilled" in str(title).lower() for title in (*titles, *merged_loras(file)))
 
 
 def merged_loras(file: TensorFile) -> list[str]:
     """The LoRAs merged into an export of ours, as its metadata say; none for other files."""
     try:
-        stated = parse_json(file.metadata.get(MADE_FROM, "null").encode("utf-8", "surrogatepass"), file.path)
-        strengths = [(lora["file"], lora["strength"]) for lora in stated["loras"] if lora["strength"]]
+        loras = parse_json(file.metadata.get(MADE_FROM, "null"), file.path)["loras"]
+        strengths = [(lora["file"], lora["strength"]) for lora in loras if lora["strength"]]
         return [f"{file} at {by if isinstance(by, str) else format_strength(by)}" for file, by in strengths]
     except (LtxpackError, KeyError, TypeError, ValueError):
         return []
@@ -103,7 +102,7 @@ def read_upsampler(file: TensorFile, latent_channels: int | None, label: object)
     """
     refuse_quantised(file, label, MADE_OF, OTHER_UPSAMPLER)
     text = file.metadata.get("config")
-    config = None if text is None else parse_json(text.encode(), f"{label}: metadata `config`")
+    config = None if text is None else parse_json(text, f"{label}: metadata `config`")
     if not isinstance(config, Mapping):
         told = described(file) or "other tensors"
         lost = "is a latent upsampler without the `config` that says its kind"

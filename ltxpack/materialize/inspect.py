@@ -220,7 +220,7 @@ def _made_from(tensors: TensorFile) -> Any:
     if text is None or len(text) > MAX_MADE_FROM:
         return _cut(text)
     try:
-        return parse_json(text.encode("utf-8", "surrogatepass"), tensors.path)
+        return parse_json(text, tensors.path)
     except LtxpackError:
         return _cut(text)
 
@@ -241,7 +241,7 @@ def _generation(model_version: str) -> str:
 
 def _config(tensors: TensorFile) -> Any:
     try:
-        return parse_json(tensors.metadata.get("config", "null").encode(), tensors.path)
+        return parse_json(tensors.metadata.get("config", "null"), tensors.path)
     except LtxpackError:
         return None
 

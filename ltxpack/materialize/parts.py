@@ -142,14 +142,14 @@ def _metadata(parts: Sequence[Part]) -> Mapping[str, str]:
             base.setdefault(key, next(iter(stated.values())))
     sections: dict[str, Any] = {}
     for part in stating:
-        config = parse_json(part.file.metadata["config"].encode("utf-8", "surrogatepass"), f"{part.label}: `config`")
+        config = parse_json(part.file.metadata["config"], f"{part.label}: `config`")
         for section, content in config.items() if isinstance(config, dict) else ():
             if sections.setdefault(section, content) != content:
                 raise FormatError(
                     f"states another `{section}` in its config than another part", file=part.label,
                     next="take all parts from one checkpoint",
                 )  # fmt: skip
-    if stating and sections != parse_json(base["config"].encode("utf-8", "surrogatepass"), "config"):
+    if stating and sections != parse_json(base["config"], "config"):
         base["config"] = json.dumps(sections)
     return base
 

@@ -166,7 +166,7 @@ def _documents(data: bytes) -> Iterator[Any]:
         text = data.decode("utf-8")
         while rest := start.search(text, at):
             _, at = decoder.raw_decode(text, rest.start())
-            yield parse_json(text[rest.start() : at].encode(), "")
+            yield parse_json(text[rest.start() : at], "")
     except FormatError as error:
         raise JsonFault(error.problem) from None
     except json.JSONDecodeError as error:
