@@ -51,6 +51,7 @@ LONG = (
     "test_residency.py",
     "test_gpu_bench.py",
     "test_actors.py",
+    "test_serve_ray.py",
     "test_many_videos.py",
     "test_kills.py",
     "test_lora_resume.py",
