@@ -6,7 +6,8 @@ The files are of the published sizes, their weights holes. The hub is the tests'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -28,7 +29,7 @@ from ltxpack.ltx23.expected import source_inventory
 from ltxpack.ltx23.published import FLOAT32_TENSORS, published_configs, published_files, published_tensors
 from ltxpack.ltx23.releases import CHECKPOINT, DEFAULT_FILES, LORA, OFFICIAL_REPO, TEXT_ENCODER_REPO, UPSAMPLER
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
-from ltxpack.manifest import BF16, FP8, MANIFEST_NAME, FileRecord, Lora, read_manifest
+from ltxpack.manifest import FORMATS, MANIFEST_NAME, FileRecord, Lora, read_manifest
 from ltxpack.materialize import Options, materialize, plan_overlay
 from ltxpack.repack.items import CopyFile, ShardEntry, WriteShard
 from ltxpack.reporter import SilentReporter
@@ -42,17 +43,28 @@ from ltxpack.runtime.weights.sizes import model_of
 
 GB = 10**9
 RANK = 384
-FORMS = (BF16, FP8)
 # A machine for each mode: GB of the card and of the host.
 MACHINES = {RESIDENT: (141, 128), SWAP: (80, 128), STREAM: (24, 64)}
 Tensor = tuple[str, str, tuple[int, ...]]
+Numbers = Mapping[str, int]
+Counts = Iterator[tuple[str, int]]
 
 
-def videos() -> Iterator[tuple[str, int]]:
+def _in_a_folder(count: Callable[[Path], Counts]) -> Callable[[Numbers], Counts]:
+    """``count`` in a folder of its own."""
+
+    def counted(_: Numbers) -> Counts:
+        with tempfile.TemporaryDirectory(prefix="ltxpack-guard-") as folder:
+            yield from count(Path(folder))
+
+    return counted
+
+
+def videos(_: Numbers) -> Counts:
     """Of every recipe in every mode: the largest memory, and what the first and each further video reads."""
     configs = published_configs()
     tensors = published_tensors(configs)
-    for recipe, form in product(RECIPES.values(), FORMS):
+    for recipe, form in product(RECIPES.values(), FORMATS):
         stages = official_transformers(recipe, form=form)
         model = model_of(tensors, configs, {name: codes_named(name) for name in stages}, "bfloat16")
         work = Request.of("", recipe=recipe.name).work(stages)
@@ -66,7 +78,8 @@ def videos() -> Iterator[tuple[str, int]]:
             yield f"{name}: next video reads", plan.next_read
 
 
-def offline(scratch: Path) -> Iterator[tuple[str, int]]:
+@_in_a_folder
+def offline(scratch: Path) -> Counts:
     """Bytes that materialize, bakes and exports of the published model read and write."""
     plan = plan_overlay(Options(str(_source(scratch / "source")), scratch / "none"), SilentReporter())
     assert not plan.missing
@@ -76,7 +89,7 @@ def offline(scratch: Path) -> Iterator[tuple[str, int]]:
     yield "materialize: bytes written", sum(item.size for item in items if not isinstance(item, CopyFile))
     yield "materialize: bytes linked", sum(item.size for item in items if isinstance(item, CopyFile))
     overlay = _overlay(scratch / "overlay")
-    for form in FORMS:
+    for form in FORMATS:
         options = BakeOptions(overlay, (HQ.strengths[0],), formats=(form,))
         bake = plan_unwritten(options, SilentReporter(), headers_only=True).plan
         lora = sum(use.adapter.size for use in bake.loras)
@@ -97,7 +110,8 @@ def _read(entries: Iterable[ShardEntry]) -> int:
     return sum(one.nbytes for one in {one for entry in entries for one in entry.producer.ranges})
 
 
-def hub(scratch: Path) -> Iterator[tuple[str, int]]:
+@_in_a_folder
+def hub(scratch: Path) -> Counts:
     """Requests that the tests' hub gets: for a plan, for an overlay, and for the same one again."""
     source = tiny_source.make_source(scratch / "published")
     model = {DEFAULT_FILES[role]: source / name for role, name in tiny_source.NAMES.items()}

@@ -1,7 +1,7 @@
 """What can be counted and must not grow unnoticed, against guard.json; the test suite runs it (tests/test_guard.py).
 
-    python benchmarks/guard.py [--only forwards videos offline hub]     # compares: exit status 1 where a number differs
-    python benchmarks/guard.py --record [--only …]                      # records anew; CHANGELOG.md says why
+    python benchmarks/guard.py [--only GROUP …]             # compares: exit status 1 where a number differs
+    python benchmarks/guard.py --record [--only GROUP …]    # records anew; CHANGELOG.md says why
 
 Needs neither a card nor the published files, and times nothing. Each number is compared within the tolerance of its
 kind, in both directions: what has shrunk is recorded too, so that it cannot grow back.
@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 
 # As pytest has them: the package, and the tests' hub.
@@ -32,46 +33,27 @@ TOLERANCES = {
     "bytes read": 1e-4,
     "bytes written": 1e-4,
     "bytes linked": 1e-4,
+    # Says whether a graph has to be scheduled again.
+    "trace": math.inf,
 }
 Numbers = dict[str, int]
-
-
-def _forwards(scratch: Path) -> Iterator[tuple[str, int]]:
-    from _guard_forward import forwards
-
-    return forwards()
-
-
-def _videos(scratch: Path) -> Iterator[tuple[str, int]]:
-    from _guard_files import videos
-
-    return videos()
-
-
-def _offline(scratch: Path) -> Iterator[tuple[str, int]]:
-    from _guard_files import offline
-
-    return offline(scratch)
-
-
-def _hub(scratch: Path) -> Iterator[tuple[str, int]]:
-    from _guard_files import hub
-
-    return hub(scratch)
-
-
-GROUPS: Mapping[str, Callable[[Path], Iterator[tuple[str, int]]]] = {
-    "forwards": _forwards,
-    "videos": _videos,
-    "offline": _offline,
-    "hub": _hub,
+# Group -> the module with the function of the same name, which gives what it counts, from what was recorded.
+GROUPS = {
+    "forwards": "_guard_forward",
+    "phases": "_guard_phases",
+    "cards": "_guard_cards",
+    "videos": "_guard_files",
+    "offline": "_guard_files",
+    "hub": "_guard_files",
 }
+# What is launched and fused depends on torch.
+OF_TORCH = ("forwards", "phases")
 
 
-def counted(group: str) -> Numbers:
-    """The numbers of a group as they are now."""
-    with tempfile.TemporaryDirectory(prefix="ltxpack-guard-") as scratch:
-        return dict(GROUPS[group](Path(scratch)))
+def counted(group: str, before: Numbers) -> Numbers:
+    """The numbers of a group as they are now; ``before``: as they were recorded."""
+    count: Callable[[Numbers], Iterator[tuple[str, int]]] = getattr(import_module(GROUPS[group]), group)
+    return dict(count(before))
 
 
 def recorded(group: str) -> Numbers:
@@ -80,10 +62,10 @@ def recorded(group: str) -> Numbers:
     return numbers
 
 
-def of_another_torch() -> str | None:
-    """Why the forwards cannot be compared, or None: what is launched and fused depends on torch."""
-    was, now = json.loads(RECORD.read_text(encoding="utf-8")).get("torch"), _torch()
-    return None if was == now else f"forwards: recorded with torch {was}, this is torch {now}"
+def of_another_torch(group: str) -> str | None:
+    """Why a group cannot be compared, or None."""
+    was, now = json.loads(RECORD.read_text(encoding="utf-8")).get("torch", {}).get(group), _torch()
+    return f"{group}: recorded with torch {was}, this is torch {now}" if group in OF_TORCH and was != now else None
 
 
 def faults(was: Numbers, now: Numbers) -> list[str]:
@@ -106,15 +88,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--record", action="store_true", help="write what is counted into guard.json")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=list(GROUPS))
     wanted = parser.parse_args(arguments)
-    found = {group: counted(group) for group in wanted.only}
     if wanted.record:
-        _record(found)
+        _record({group: counted(group, {}) for group in wanted.only})
         return 0
     differ = []
-    for group, numbers in found.items():
-        unlike = of_another_torch() if group == "forwards" else None
-        differ += [] if unlike else faults(recorded(group), numbers)
-        print(unlike or f"{group}: {len(numbers)} numbers")
+    for group in wanted.only:
+        told = of_another_torch(group)
+        if told is None:
+            was = recorded(group)
+            numbers = counted(group, was)
+            differ += faults(was, numbers)
+            told = f"{group}: {len(numbers)} numbers"
+        print(told)
     print(report(differ), end="")
     return int(bool(differ))
 
@@ -128,8 +113,7 @@ def report(differ: Sequence[str]) -> str:
 
 def _record(found: Mapping[str, Numbers]) -> None:
     before = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    if "forwards" in found:
-        before["torch"] = _torch()
+    before["torch"] = {**before.get("torch", {}), **{group: _torch() for group in OF_TORCH if group in found}}
     ordered = {name: ({**before, **found}).get(name) for name in ("torch", *GROUPS)}
     document = {name: value for name, value in ordered.items() if value is not None}
     RECORD.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
