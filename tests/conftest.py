@@ -19,6 +19,7 @@ from support import DATA, Mount, golden_folders, ltxpack
 from warm_processes import WARM
 
 from ltxpack.runtime.parallel import team
+from ltxpack.runtime.weights import machine
 
 torch.set_num_threads(1)
 # Timings of a shared machine are not what these tests are about; CI draws the same examples every time.
@@ -87,6 +88,15 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LTXPACK_CACHE", str(folder / "session"))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_memory() -> Iterator[None]:
+    """Plans of this process find the same free memory on every machine, however much others use of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "free_host", lambda: 20_000_000_000)
+        patch.setattr(machine, "free_in_container", lambda: None)
+        yield
 
 
 _numbers = itertools.count()

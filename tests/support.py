@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from ltxpack.reporter import SilentReporter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "tests" / "data"
+# Seconds that no machine takes, however busy it is, for what a test waits for: whoever waits longer hangs.
+HANG = 600.0
 # What the fixture ``mount`` gives.
 Mount = Callable[..., None]
 # Forks from a process that has imported everything that is installed: a kill costs no import, and none falls on one.
@@ -157,10 +160,28 @@ def in_fresh_process(code: str, *arguments: str | Path) -> tuple[Any, int]:
     # Not getrusage, which would count the process that started it too.
     ending = "\nimport json; print(json.dumps([answer, open('/proc/self/status').read()]))"
     command = [sys.executable, "-c", textwrap.dedent(code) + ending, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0, done.stderr[-2000:]
     answer, status = json.loads(done.stdout.splitlines()[-1])
     return answer, 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def alive(pid: int) -> bool:
+    """Whether there is such a process that has not ended; nobody may have waited for it yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def until(found: Callable[[], Any]) -> Any:
+    """What ``found`` gives, once that is something."""
+    end = time.monotonic() + HANG
+    while not (value := found()):
+        assert time.monotonic() < end, "that did not come"
+        time.sleep(0.02)
+    return value
 
 
 class Notes(SilentReporter):

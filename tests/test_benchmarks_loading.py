@@ -29,7 +29,7 @@ def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path, monkeypatch: pytest.M
     found = document["found"]
     for way in (*_loading.OURS.values(), "safetensors"):
         seconds = found[f"loading.{way}.seconds"]
-        assert len(seconds) == 2 and all(0 < one < 60 for one in seconds)
+        assert len(seconds) == 2 and all(one > 0 for one in seconds)
         assert 0 < found[f"loading.{way}.memory beside the weights"] < 2e9
     ours = _loading.OURS["auto"]
     for way in _loading.OURS_AGAIN.values():

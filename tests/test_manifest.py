@@ -6,10 +6,10 @@ import functools
 import json
 import os
 import shlex
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jsonschema
 import pytest
@@ -184,10 +184,11 @@ def test_numbers_that_are_none(strength: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" + "[]," * 5_000_000 + "[]]", '{"format": [' + "1," * 5_000_000 + "1]}"])
-def test_a_hostile_manifest_is_refused_in_a_second_and_a_short_message(text: str, tmp_path: Path) -> None:
-    begin = time.process_time()
+def test_a_hostile_manifest_is_refused_in_a_short_message_before_it_is_parsed(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json, "loads", mock.Mock(side_effect=AssertionError("it was parsed before it was counted")))
     assert len(refused(text, tmp_path)) < 1000
-    assert time.process_time() - begin < 1
 
 
 def test_the_validator_is_made_once_and_looks_up_no_definition() -> None:

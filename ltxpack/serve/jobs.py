@@ -144,7 +144,7 @@ class Jobs:
             row = (job_id, QUEUED, json.dumps(vars(task)), self.clock())
             self._db.execute("INSERT INTO jobs (id, status, task, created_at) VALUES (?, ?, ?, ?)", row)
             self._lock.notify()
-        return self._required(job_id)
+            return self._required(job_id)  # before a worker has it
 
     def is_full(self) -> bool:
         """Whether as many jobs wait as may."""

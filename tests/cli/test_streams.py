@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from materialize import tiny_source
-from support import FORKS, ltxpack
+from support import FORKS, HANG, ltxpack
 
 from ltxpack.cli import main
 from ltxpack.cli.streams import hold_streams
@@ -59,7 +59,7 @@ def run_with(out: Callable[[], int], err: Callable[[], int], arguments: list[str
 def status(target: Callable[..., None], *arguments: object) -> int | None:
     process = FORKS.Process(target=target, args=arguments)
     process.start()
-    process.join(60)
+    process.join(HANG)
     return process.exitcode
 
 
@@ -121,8 +121,8 @@ def test_a_pipe_that_does_not_wait_gets_every_line() -> None:
     writer.close()
     thread = threading.Thread(target=read)
     thread.start()
-    thread.join(60)
-    process.join(60)
+    thread.join(HANG)
+    process.join(HANG)
     assert process.exitcode == 0
     assert len(b"".join(got)) == 1_000_000
 
@@ -132,7 +132,7 @@ def typed(command: str, folder: Path, **environment: str) -> subprocess.Complete
     shell = f'ltxpack() {{ "{sys.executable}" -m ltxpack "$@"; }}\n{command}'
     usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        ["bash", "-c", shell], cwd=folder, env=usual | environment, capture_output=True, check=False, timeout=60
+        ["bash", "-c", shell], cwd=folder, env=usual | environment, capture_output=True, check=False, timeout=HANG
     )
 
 

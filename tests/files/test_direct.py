@@ -13,6 +13,7 @@ import pytest
 from _measure import make_cold, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import until
 
 from ltxpack.errors import AbsentError, FormatError, SourceError
 from ltxpack.files import direct
@@ -72,7 +73,10 @@ def test_past_the_cache_nothing_stays_in_it(reads: str, tmp_path: Path) -> None:
         file.gather(memory, 0, len(memory))
         assert resident(path) < 0.01
         file.scatter([memory], 0)
-        assert (resident(path) > 0.9) == (reads != DIRECT)
+        if reads == DIRECT:
+            assert resident(path) < 0.1
+        else:  # a full machine may drop it again before it is looked at
+            until(lambda: file.scatter([memory], 0) or resident(path) > 0.9)
     assert bytes(memory) == path.read_bytes()
 
 
@@ -87,12 +91,18 @@ def test_what_is_in_the_cache_comes_from_there(tmp_path: Path, monkeypatch: pyte
         if not file.past_cache or resident(path):
             pytest.skip("this filesystem allows no O_DIRECT, or keeps its files in memory")
         os.posix_fadvise(file._plain, 0, 0, os.POSIX_FADV_RANDOM)  # nothing more than is asked for
-        file.scatter([aligned_buffer(LARGE + 5)[: LARGE + 5]], 7 * LARGE)
         monkeypatch.setattr(
             direct.os, "preadv", lambda fd, views, at: (descriptors.append(fd), plain(fd, views, at))[1]
         )
-        file.gather(memory, 7 * LARGE + 1, LARGE + 4)
-        assert set(descriptors) == {file._plain}
+
+        def comes_from_there() -> bool:
+            """A full machine may have dropped what was read before it is read again."""
+            file.scatter([aligned_buffer(LARGE + 5)[: LARGE + 5]], 7 * LARGE)
+            descriptors.clear()
+            file.gather(memory, 7 * LARGE + 1, LARGE + 4)
+            return set(descriptors) == {file._plain}
+
+        until(comes_from_there)
         assert bytes(memory[1 : LARGE + 5]) == path.read_bytes()[7 * LARGE + 1 :]
         descriptors.clear()
         make_cold([path])

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from lora_support import change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
-from support import FORKS, in_fresh_process, tree
+from support import FORKS, HANG, in_fresh_process, tree
 
 from ltxpack.errors import OverlayError
 from ltxpack.lora_bake import BakeOptions, bake
@@ -58,7 +58,7 @@ def spawn(*arguments: Any) -> int | None:
         answer = ours.recv()
     except EOFError:
         answer = None
-    process.join(120)
+    process.join(HANG)
     assert process.exitcode == (0 if answer is not None else -signal.SIGKILL)
     return answer
 

@@ -33,6 +33,7 @@ Content = bytes | Path
 LARGE = 64 << 10
 HASHED = 256 << 20
 CHUNK = 64 << 10
+TIMEOUT = 600  # seconds: a machine that is slow to answer is not a hub that does not answer
 MEMBER = "hf_member"  # a token whose account has accepted every licence
 STRANGER = "hf_stranger"  # a token whose account has accepted none
 HOUSEKEEPING = "/api/agent-harnesses"  # asked by huggingface_hub itself once a process: neither logged nor made to fail
@@ -181,6 +182,8 @@ class HubServer:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1,localhost",
+            "HF_HUB_ETAG_TIMEOUT": str(TIMEOUT),
+            "HF_HUB_DOWNLOAD_TIMEOUT": str(TIMEOUT),
         }
         return {**kept, **settings, **more}
 
@@ -217,6 +220,8 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) ->
         "HF_HUB_DISABLE_XET": True,
         "HF_TOKEN_PATH": str(cache / "no-token"),
         "AGENT_HARNESSES_PATH": str(cache / "no-harnesses"),
+        "HF_HUB_ETAG_TIMEOUT": TIMEOUT,
+        "HF_HUB_DOWNLOAD_TIMEOUT": TIMEOUT,
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value, raising=name != "AGENT_HARNESSES_PATH")

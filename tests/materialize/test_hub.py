@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from hub_server import MEMBER, STRANGER, HubServer, use_endpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from support import Notes
+from support import HANG, Notes, until
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
 from ltxpack.materialize.hub import client as hub
@@ -333,14 +334,21 @@ def test_next_run_goes_on_where_the_last_one_broke_off(server: HubServer, info: 
 def test_ctrl_c_keeps_what_came(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_transfer, "PIECE", 50_000)
     monkeypatch.setattr(hub_transfer, "POLL_SECONDS", 0.005)
-    server.faults.body = lambda data: time.sleep(0.01) or data
+    sent, interrupted = itertools.count(), threading.Event()
+
+    def held(data: bytes) -> bytes:
+        """Six pieces come before the interrupt, and those that were asked for after it."""
+        assert next(sent) < 6 or interrupted.wait(HANG)
+        return data
 
     class Impatient(Notes):
         def advance(self, amount: int = 1) -> None:
             super().advance(amount)
             if self.advanced > 200_000:
+                interrupted.set()
                 raise KeyboardInterrupt
 
+    server.faults.body = held
     info = Hub().info(REPO)
     with pytest.raises(KeyboardInterrupt):
         Hub(reporter=Impatient()).fetch(info, BIG)
@@ -355,17 +363,23 @@ def test_ctrl_c_keeps_what_came(server: HubServer, cache: Path, monkeypatch: pyt
 
 def test_killed_process_goes_on(server: HubServer, info: RepoInfo, cache: Path) -> None:
     """SIGKILL in the middle: what the partial file holds is a prefix, and the next process asks for the rest."""
-    server.faults.body = lambda data: time.sleep(0.05) or data
+    killed = threading.Event()
+
+    def held(data: bytes) -> bytes:
+        """What comes behind the first pieces is sent when nobody wants it any more."""
+        assert FILES[BIG].index(data) < 240_000 or killed.wait(HANG)
+        return data
+
+    server.faults.body = held
     script = (
         "from ltxpack.materialize.hub import client, transfer; transfer.PIECE = 60_000; transfer.CONNECTIONS = 2;"
         f"h = client.Hub(); h.fetch(h.info({REPO!r}), {BIG!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", script], env=server.environment(cache))
-    deadline = time.monotonic() + 20
-    while sum(map(len, blobs(cache).values())) < 120_000 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: sum(map(len, blobs(cache).values())) >= 120_000)
     process.kill()
     process.wait()
+    killed.set()
     (kept,) = blobs(cache).values()
     assert 120_000 <= len(kept) < len(FILES[BIG])
     assert FILES[BIG].startswith(kept)
@@ -471,14 +485,25 @@ def test_cache_that_cannot_be_written(server: HubServer, info: RepoInfo, cache: 
 
 
 def test_two_at_once_download_once(server: HubServer, info: RepoInfo) -> None:
-    server.faults.body = lambda data: time.sleep(0.1) or data
-    reporters = [Notes(), Notes()]
+    told = threading.Event()
+
+    def held(data: bytes) -> bytes:
+        assert told.wait(HANG)
+        return data
+
+    class Waiting(Notes):
+        def note(self, message: str) -> None:
+            super().note(message)
+            if "another process" in message:
+                told.set()
+
+    server.faults.body = held
+    reporters = [Waiting(), Waiting()]
     with ThreadPoolExecutor(2) as threads:
         one, two = threads.map(lambda reporter: Hub(reporter=reporter).fetch(info, BIG), reporters)
     assert one == two
     assert one.read_bytes() == FILES[BIG]
     assert server.sent() == len(FILES[BIG])
-    assert [note for reporter in reporters for note in reporter.notes if "another process" in note]
 
 
 # Headers
@@ -601,27 +626,30 @@ def test_library_finds_what_we_cached(filled: HubServer, cache: Path) -> None:
     assert {ref for revision in repo.revisions for ref in revision.refs} == {"main", "v1"}
 
 
-def closed_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+@pytest.fixture
+def closed_port() -> Iterator[str]:
+    """An address that refuses connections, and is nobody else's meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
 
 
-def test_no_network_is_told_quickly(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    use_endpoint(monkeypatch, closed_port(), cache)
-    start = time.monotonic()
+def test_no_network_is_told_at_once(monkeypatch: pytest.MonkeyPatch, cache: Path, closed_port: str) -> None:
+    use_endpoint(monkeypatch, closed_port, cache)
+    waits: list[float] = []
+    monkeypatch.setattr(hub.time, "sleep", waits.append)
     told = told_by(lambda: Hub().info(REPO), HubUnreachable)
-    assert time.monotonic() - start < 5
+    assert not waits, "it is not tried again"
     assert all(words in told for words in ("cannot be reached", "Connection refused", "HF_HUB_OFFLINE=1"))
 
 
 @pytest.mark.parametrize("network", [True, False])
 def test_without_a_hub_it_works_from_the_cache(
-    network: bool, filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path
+    network: bool, filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path, closed_port: str
 ) -> None:
     filled.faults.always = 502
     if not network:
-        use_endpoint(monkeypatch, closed_port(), cache)
+        use_endpoint(monkeypatch, closed_port, cache)
     hub_ = Hub(reporter=(reporter := Notes()))
     info = hub_.info(REPO)
     assert info.cached_only
@@ -629,9 +657,11 @@ def test_without_a_hub_it_works_from_the_cache(
     assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
 
 
-def test_network_lost_after_info(server: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_network_lost_after_info(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path, closed_port: str
+) -> None:
     info = Hub().info(REPO)
-    use_endpoint(monkeypatch, closed_port(), cache)
+    use_endpoint(monkeypatch, closed_port, cache)
     for call in (Hub().fetch, Hub().header):
         assert "cannot be reached" in told_by(lambda call=call: call(info, BIG), HubUnreachable)
 

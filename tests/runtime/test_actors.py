@@ -10,16 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from ray_support import local_ray
-from support import Done, Mount, ltxpack, refused, tree
+from support import Done, Mount, alive, ltxpack, refused, tree, until
 from warm_processes import WarmProcess
 
 import ltxpack as package
@@ -27,7 +25,7 @@ from ltxpack.errors import DeviceError, LtxpackError, UsageError
 from ltxpack.files.reader import hash_file
 from ltxpack.runtime.parallel.actors import Actors, LineActor
 from ltxpack.runtime.parallel.cluster import SharedDisk, connected
-from ltxpack.runtime.parallel.share import Event, Gone, Told
+from ltxpack.runtime.parallel.share import Carried, Event, Gone, Told
 from ltxpack.runtime.settings import SessionSettings
 
 # Not imported here: Ray reads its variables when it is, see the fixture.
@@ -60,19 +58,20 @@ def digest(video: Path) -> str:
     return str(json.loads(video.with_name(f"{video.name}.json").read_text())["video_blake3"])
 
 
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 @pytest.fixture
 def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is in it is called, once, with the process of the actor that begins a video."""
+    """What is in it is called, once, with the process of the actor that begins a video, and says no more of it."""
     waiting: list[Any] = []
-    following = Actors.next
+    following, ended = Actors.next, set[int]()
 
     def watched(crew: Actors) -> Event:
         event = following(crew)
-        if waiting and isinstance(event, Told) and event.message.startswith("line "):
+        if event.worker in ended and isinstance(event, Carried):
+            return watched(crew)
+        if isinstance(event, Gone):
+            ended.discard(event.worker)
+        elif waiting and isinstance(event, Told) and event.message.startswith("line "):
+            ended.add(event.worker)
             waiting.pop()(int(crew.names[event.worker].rpartition(" ")[2]))
         return event
 
@@ -104,7 +103,9 @@ def test_two_workers_make_the_videos_of_one_device_from_a_read_only_overlay(
     assert done.returncode == 0, done.stderr
     assert statuses(done.stdout) == ["done"] * 3 and "3 done, 0 skipped, 0 failed" in done.stdout
     assert f"connecting to Ray ({address})" in done.stderr and done.stderr.count("residency resident") == 1
-    assert len(re.findall(r"^actor [01] on 127\.0\.0\.1, process \d+: peak memory: ", done.stdout, re.MULTILINE)) == 2
+    # One of them may have made all before the other had started; and may take its time to answer at the end.
+    told = r"^actor [01] on 127\.0\.0\.1, process \d+: (peak memory: |did not answer at its end$)"
+    assert len(re.findall(told, done.stdout, re.MULTILINE)) in (1, 2)
     assert run(overlay, alone, "--device", "cpu").returncode == 0
     for line in lines:
         assert digest(first.parent / line["output"]) == digest(alone.parent / line["output"])
@@ -128,7 +129,7 @@ def test_an_actor_that_is_killed_in_the_middle_of_a_video(demo: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert killed and statuses(done.stdout) == ["done", "done"]
     (told,) = [line for line in done.stderr.splitlines() if " ended: " in line]
-    assert re.match(rf"warning: actor [01] on 127\.0\.0\.1, process {killed[0]} ended: The actor is dead", told)
+    assert re.match(rf"warning: actor [01] on 127\.0\.0\.1, process {killed[0]} ended: The actor .*", told)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0.mp4", "0.mp4.json", "1.mp4", "1.mp4.json", "prompts.jsonl",
     ]  # fmt: skip
@@ -144,13 +145,10 @@ def test_an_interrupted_run_leaves_no_actor_and_nothing_half_written(
         raise KeyboardInterrupt
 
     begun.append(interrupt)
-    prompts = written(tmp_path, {"prompt": "a boat", "output": "a.mp4", "steps": 60})
+    prompts = written(tmp_path, {"prompt": "a boat", "output": "a.mp4", "steps": 6000})
     assert run(demo / "overlay", prompts, *TWO).returncode == 130
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
-    end = time.monotonic() + 10
-    while alive(at_work[0]) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not alive(at_work[0])
+    until(lambda: not alive(at_work[0]))
 
 
 def test_an_actor_that_cannot_begin_says_why(demo: Path, ray: Any) -> None:

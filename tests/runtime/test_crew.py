@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
-from support import Done, Notes, ltxpack
+from support import HANG, Done, Notes, alive, ltxpack, until
 from warm_processes import WarmProcess
 
 from ltxpack.ltx23.published import published_configs, published_tensors
@@ -22,7 +24,8 @@ from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.parallel import crew as crews
 from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
 from ltxpack.runtime.parallel.schemes import STAGES, counted
-from ltxpack.runtime.parallel.share import Event, Sharing, Told
+from ltxpack.runtime.parallel.share import Carried, Event, Gone, Sharing, Told
+from ltxpack.runtime.parallel.worker import Messages
 from ltxpack.runtime.prompts_file import read_lines
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
@@ -91,7 +94,7 @@ def test_two_processes_make_the_files_of_one_device(demo: Path, alone: dict[str,
     assert table(done, tmp_path) == [
         [str(number), status, f"boats-000{number}.mp4"] for number, status in enumerate(statuses, 1)
     ]
-    # On a busy machine one of them may have made all before the other had started.
+    # One of them may have made all before the other had started.
     assert "worker 0 on cpu: peak memory: " in done.stdout or "worker 1 on cpu: peak memory: " in done.stdout
     assert len(alone) == 3 and videos(tmp_path) == alone
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
@@ -101,16 +104,37 @@ def test_two_processes_make_the_files_of_one_device(demo: Path, alone: dict[str,
     assert [row[1] for row in table(again, tmp_path)] == ["skipped", "failed", "skipped", "skipped"]
 
 
-class Killed(Processes):
-    """The first worker that makes a line is killed in the middle of it."""
+def test_who_is_told_to_end_in_order_does_so_however_soon_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before it asks for more; if the other end is gone without that word, it ends at once, also if idle."""
+    abandoned: list[bool] = []
 
-    killed = -1
+    def heard(*said: Any) -> Messages:
+        data = io.BytesIO(b"".join(map(pickle.dumps, said)))
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=data))
+        messages = Messages(lambda: abandoned.append(True))
+        until(lambda: data.tell() == len(data.getvalue()))
+        return messages
+
+    messages = heard("a task", None)
+    assert [messages.next(), messages.next()] == ["a task", None] and not abandoned
+    heard("a task")
+    assert until(lambda: abandoned) == [True]
+
+
+class Killed(Processes):
+    """The first worker that makes a line is killed in the middle of it, before it can say that it is done."""
+
+    killed, dying = -1, False
 
     def next(self) -> Event:
         event = super().next()
         if isinstance(event, Told) and event.message.startswith("line ") and self.killed < 0:
-            self.killed = event.worker
+            self.killed, self.dying = event.worker, True
             self._workers[event.worker].process.kill()
+        elif self.dying and event.worker == self.killed:
+            if isinstance(event, Carried):
+                return self.next()
+            self.dying = not isinstance(event, Gone)
         return event
 
 
@@ -147,12 +171,12 @@ def test_an_interrupt_ends_all_processes_and_leaves_nothing_half_written(demo: P
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.send_signal(signal.SIGINT)
         told = errors.read()
-    process.wait(timeout=60)
+    process.wait(timeout=HANG)
     assert begun and len(workers) == 2
     assert process.returncode == 130
     assert "goes on from where it stopped" in told and "Traceback" not in told
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.png", "boats.jsonl"]
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert not any(alive(int(worker)) for worker in workers)
 
 
 def test_two_processes_of_a_stage_each_make_the_files_of_one_device(

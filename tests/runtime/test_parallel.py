@@ -9,7 +9,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from support import Notes, ltxpack
+from support import HANG, Notes, alive, ltxpack, until
 from warm_processes import WarmProcess
 
 from ltxpack import Pipeline
@@ -27,7 +26,7 @@ from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.exchange import Exchange
-from ltxpack.runtime.parallel.team import Team
+from ltxpack.runtime.parallel.team import Team, Worker
 from ltxpack.runtime.recipe_run import decode_video, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
@@ -76,9 +75,9 @@ def test_ranks_that_were_never_needed_end_in_order(demo: Path) -> None:
     team = two.session.ranks
     assert isinstance(team, Team)
     (worker,) = team._workers
-    assert worker.ready.wait(300)
-    worker.dismiss()
-    assert worker.process.wait(300) == 0, "it does not wait for rank 0 to join"
+    assert worker.ready.wait(HANG)
+    worker.dismiss(idle=True)
+    assert worker.process.wait(HANG) == 0, "it does not wait for rank 0 to join"
     two.close()
 
 
@@ -151,10 +150,11 @@ def test_a_rank_that_dies_while_the_device_waits_for_it(three: Pipeline, monkeyp
 
     def waits(self: Exchange) -> None:
         os.kill(team._workers[0].process.pid, signal.SIGKILL)
-        assert abandoned.wait(8), "what waits on the card is given up"
+        assert abandoned.wait(HANG), "what waits on the card is given up"
         finish(self)
 
     finish = Exchange.finish
+    monkeypatch.setattr("ltxpack.runtime.parallel.team.GIVEN_UP", HANG)
     monkeypatch.setattr(Exchange, "finish", waits)
     monkeypatch.setattr(Exchange, "abandon", lambda self: abandoned.set())
     with pytest.raises(DeviceError, match="rank 1 on cpu ended: its process was ended by signal 9"):
@@ -189,21 +189,23 @@ def test_the_ranks_decode_tiles_in_turn_into_the_frames_of_one_device(
     assert not any(map(alive, others)), "nobody is left in the middle of a video"
 
 
-def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(alone: Pipeline, three: Pipeline) -> None:
+def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(
+    alone: Pipeline, three: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ltxpack.runtime.parallel.team.GIVEN_UP", HANG)
     team = three.session.ranks
     assert isinstance(team, Team)
-    killed: list[float] = []
+    workers: list[Worker] = []
 
     def kill(phase: str, done: int, total: int) -> None:
-        if (phase, done) == ("stage 1", 1) and not killed:
-            killed.append(time.monotonic())
-            os.kill(team._workers[1].process.pid, signal.SIGKILL)
+        if (phase, done) == ("stage 1", 1) and not workers:
+            workers.extend(team._workers)
+            workers[1].process.kill()
 
-    others = [worker.process.pid for worker in team._workers]
     with pytest.raises(DeviceError, match="rank 2 on cpu ended: its process was ended by signal 9"):
         three("A paper boat", progress=kill, **TINY, steps=3)
-    assert time.monotonic() - killed[0] < 10
-    assert not any(map(alive, others)), "nobody is left in the middle of a video"
+    assert len(workers) == 2 and not any(alive(worker.process.pid) for worker in workers), "nobody is left"
+    assert workers[0]._said == "", "who lost its connection leaves it to the other to be the cause"
     assert all(map(torch.equal, latents(three, steps=2), latents(alone, steps=2)))
 
 
@@ -251,14 +253,12 @@ def test_the_ranks_end_with_rank_0(demo: Path) -> None:
         assert stat.S_IMODE(meeting.stat().st_mode) == 0o700, "nobody else can join"
         first.kill()
         first.wait()
-        end = time.monotonic() + 60
-        while alive(worker) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not alive(worker) and not meeting.exists()
+        until(lambda: not alive(worker))
+        assert not meeting.exists()
 
 
-def test_a_command_whose_rank_is_killed_ends_within_seconds(demo: Path, tmp_path: Path) -> None:
-    small = ("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "200", "--no-cache")
+def test_a_command_whose_rank_is_killed_ends(demo: Path, tmp_path: Path) -> None:
+    small = ("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2000", "--no-cache")
     command = [sys.executable, "-m", "ltxpack", "run", demo / "overlay", "--prompt", "A boat", "--devices", "cpu:2"]
     running = WarmProcess([*command, *small, "-o", tmp_path / "x.mp4"], stderr=subprocess.PIPE)
     assert running.stderr is not None
@@ -267,19 +267,10 @@ def test_a_command_whose_rank_is_killed_ends_within_seconds(demo: Path, tmp_path
         told = next(line for line in errors if line.startswith("parallel "))
         [worker] = map(int, Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split())
         os.kill(worker, signal.SIGKILL)
-        begin = time.monotonic()
         said = errors.read()
-        assert running.wait() == 1 and time.monotonic() - begin < 10, told
+        assert running.wait(HANG) == 1, told
     assert "rank 1 on cpu ended: its process was ended by signal 9" in said
     assert not alive(worker) and not [*tmp_path.iterdir()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
 
 
 def test_one_process_does_not_ask_how_many_there_are(alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
+from support import HANG, until
 
 STUB = Path(__file__).with_name("stub_worker.py")
 STUBBED = """
@@ -25,7 +25,6 @@ overlay, output, devices, queue, stub = sys.argv[1:]
 options = ServeOptions(Path(overlay), Path(output), port=0, devices=devices, limits=ServeLimits(queue=int(queue)))
 serve(options, TerminalReporter(), lambda address: print(address, flush=True), [sys.executable, stub])
 """
-ANSWER_SECONDS = 120.0
 
 
 class Server:
@@ -43,14 +42,14 @@ class Server:
         assert self.address, self.process.communicate()[1]
         key = self._environment.get("LTXPACK_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(base_url=self.address, headers=headers, timeout=ANSWER_SECONDS)
+        self.client = httpx.Client(base_url=self.address, headers=headers, timeout=HANG)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        self.log = self.process.communicate(timeout=ANSWER_SECONDS)[1]
+        self.log = self.process.communicate(timeout=HANG)[1]
 
     def post(self, prompt: str, **fields: Any) -> dict[str, Any]:
         """Ask for the smallest video; the job."""
@@ -93,12 +92,3 @@ def stubbed(overlay: Path, output: Path, devices: str = "cpu", queue: int = 300,
     """A server with workers of :mod:`stub_worker`."""
     command = [sys.executable, "-c", STUBBED, overlay, output, devices, str(queue), STUB]
     return Server(command, STUB_LOG=str(output.with_suffix(".log")), **environment)
-
-
-def until(found: Callable[[], Any]) -> Any:
-    """What ``found`` gives, once that is something."""
-    end = time.monotonic() + ANSWER_SECONDS
-    while not (value := found()):
-        assert time.monotonic() < end, "that did not come"
-        time.sleep(0.02)
-    return value

@@ -1,7 +1,7 @@
 """A worker that makes files in place of videos: what is said of the queue is shown without weights.
 
 It appends to the file ``STUB_LOG`` what it begins and ends; with ``STUB_FAULT`` it cannot begin. Prompts: ``slow``
-waits to be cancelled, ``crash`` dies, ``fail`` fails, ``step`` takes a moment.
+waits to be cancelled, ``crash`` dies, ``fail`` fails, ``held`` is made once the file ``STUB_LOG``.go is there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def make(task: dict[str, Any], inbox: Iterator[dict[str, Any] | None]) -> None:
     if prompt == "crash":
         os._exit(9)
     say(progress=1)
-    for _ in range({"slow": 10**6, "step": 40}.get(prompt, 0)):
+    while prompt == "slow" or (prompt == "held" and not Path(os.environ["STUB_LOG"] + ".go").exists()):
         if next(inbox) == {"cancel": task["id"]}:
             say(cancelled=True)
             log("cancelled", task["id"])

@@ -14,7 +14,8 @@ import av
 import openai
 import pytest
 from PIL import Image
-from serving import Server, until
+from serving import Server
+from support import until
 
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
@@ -95,7 +96,7 @@ def test_a_video_in_the_answer_and_the_counts(server: Server) -> None:
     gone = made.headers["x-video-id"]
     until(lambda: gone not in [job["id"] for job in server.jobs()])
     assert re.search(r'^ltxpack_videos_total\{model="ltx-2.3-distilled"\} [1-9]', server.metrics(), re.MULTILINE)
-    assert re.search(r'^ltxpack_workers\{device="cpu",state="idle"\} 1$', server.metrics(), re.MULTILINE)
+    until(lambda: re.search(r'^ltxpack_workers\{device="cpu",state="idle"\} 1$', server.metrics(), re.MULTILINE))
 
 
 # What a worker says

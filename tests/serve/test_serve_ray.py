@@ -22,8 +22,8 @@ import httpx
 import pytest
 from PIL import Image
 from ray_support import local_ray
-from serving import ANSWER_SECONDS, Server, until
-from support import ltxpack, refused
+from serving import Server
+from support import HANG, ltxpack, refused, until
 
 from ltxpack.errors import UsageError
 from ltxpack.reporter import Reporter
@@ -217,7 +217,7 @@ def test_ray_serve_has_the_same_server_and_a_killed_replica_loses_nothing(demo: 
         ends.callback(serve.shutdown)
         serve.run(app({**args, "session": {"dtype": "float32"}}), name="ltxpack")
         headers = {"Authorization": "Bearer a key"}
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=ANSWER_SECONDS)
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=HANG)
         ends.enter_context(client)
         assert client.get("/v1/videos", headers={"Authorization": "Bearer another"}).status_code == 401
         path = f"/v1/videos/{client.post('/v1/videos', json={**SMALL, 'prompt': 'a boat'}).json()['id']}"

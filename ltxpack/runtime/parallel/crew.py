@@ -16,7 +16,7 @@ from ltxpack.runtime.model.weights import read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, chosen, transformer_part
 from ltxpack.runtime.parallel.planned import OF_STAGES, plan_schemes
 from ltxpack.runtime.parallel.schemes import AUTO, DATA, STAGES
-from ltxpack.runtime.parallel.share import Crew, Event, Gone
+from ltxpack.runtime.parallel.share import Carried, Crew, Event, Gone, Ready
 from ltxpack.runtime.parallel.team import LEFT, Worker
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.settings import SessionSettings
@@ -44,6 +44,7 @@ class Processes(Crew):
         # What the workers say, in the order in which it comes: events, and at its end each a line for the summary.
         self._said: queue.SimpleQueue[Event | str] = queue.SimpleQueue()
         self._workers: dict[int, Worker] = {}
+        self._idle: set[int] = set()
         try:
             for number in range(len(devices)):
                 self._start(number)
@@ -52,11 +53,16 @@ class Processes(Crew):
             raise
 
     def begin(self, worker: int, task: Task, following: Request | None) -> None:
+        self._idle.discard(worker)
         self._workers[worker].tell((task, following))
 
     def next(self) -> Event:
         event = self._said.get()
-        assert not isinstance(event, str), "a worker says its last before it is told to end"
+        assert not isinstance(event, str), "a worker says its last when it is told to end"
+        if isinstance(event, Ready | Carried):
+            self._idle.add(event.worker)
+        elif isinstance(event, Gone):
+            self._idle.discard(event.worker)
         return event
 
     def takes(self, worker: int, task: Task) -> bool:
@@ -74,8 +80,8 @@ class Processes(Crew):
         started.tell((self._root, own, worker, len(self._devices), only, torch.get_num_threads()))
 
     def close(self) -> list[str]:
-        for worker in self._workers.values():
-            worker.dismiss()
+        for number, worker in self._workers.items():
+            worker.dismiss(idle=number in self._idle)
         for worker in self._workers.values():
             worker.end(LEFT)
         said: list[Any] = []

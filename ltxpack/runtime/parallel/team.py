@@ -45,7 +45,7 @@ READY, FAULT = "ltxpack-ready", "ltxpack-fault: "
 JOIN, DECODE = "join", "decode"
 # Seconds: until what a worker said that ended is read; until a failed exchange is explained by such a one; until a run
 # ends that waits for one; and what a worker gets to end by itself.
-HEARD, EXPLAINED, GIVEN_UP, LEFT = 2.0, 3.0, 8.0, 5.0
+HEARD, EXPLAINED, GIVEN_UP, LEFT = 2.0, 10.0, 30.0, 5.0
 
 
 class Worker:
@@ -81,8 +81,10 @@ class Worker:
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
 
-    def dismiss(self) -> None:
-        """Tell it to end."""
+    def dismiss(self, *, idle: bool = False) -> None:
+        """Tell it to end: in order if it is ``idle``, else at once."""
+        if idle:
+            self.tell(None)
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
@@ -287,11 +289,11 @@ class Team(Leader):
         self._check()
 
     def _end(self, seconds: float) -> None:
-        """End all workers; each gets ``seconds``, unless one is gone, which the others would wait for."""
+        """End all workers; each that is idle gets ``seconds``, unless one is gone, which the others would wait for."""
         workers, self._workers = self._workers, []
         self._over.set()
         for worker in workers:
-            worker.dismiss()
+            worker.dismiss(idle=seconds > 0 and self._gone is None and worker.ready.is_set())
         for worker in workers:
             worker.end(0.0 if self._gone else seconds)
         if self._joined:
@@ -324,6 +326,7 @@ class Team(Leader):
         while self._gone is None and time.monotonic() < end:
             time.sleep(0.02)
         if self._gone is not None:
+            self._over.set()  # the main thread waits for nobody
             raise self._fault(self._gone)
 
     def _fault(self, worker: Worker) -> DeviceError:

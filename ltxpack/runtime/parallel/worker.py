@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, store_in
 from ltxpack.runtime.parallel.ranks import Contexts, Member
-from ltxpack.runtime.parallel.team import DECODE, FAULT, READY
+from ltxpack.runtime.parallel.team import DECODE, EXPLAINED, FAULT, READY
 from ltxpack.runtime.recipe_run import decode_share, latents_of
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
@@ -33,31 +34,26 @@ from ltxpack.runtime.weights.plan import Work
 
 
 class Messages:
-    """What rank 0 writes, in order; None at its end. If that comes in the middle of work, ``abandon`` is called."""
+    """What rank 0 writes, in order, up to None, its farewell. If it ends without one, ``abandon`` is called."""
 
-    def __init__(self, abandon: Callable[[], object] = lambda: os._exit(1)) -> None:
-        self.busy, self._abandon = True, abandon
+    def __init__(self, abandon: Callable[[], object]) -> None:
+        self._abandon = abandon
         self._waiting: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def next(self, ask: Callable[[], object] = lambda: None) -> Any:
-        """The next message, once it is there; ``ask`` for it first."""
-        self.busy = False
-        ask()
-        message = self._waiting.get()
-        self.busy = True
-        return message
+    def next(self) -> Any:
+        """The next message, once it is there."""
+        return self._waiting.get()
 
     def _read(self) -> None:
-        while True:
+        message: Any = ...
+        while message is not None:
             try:
                 message = pickle.load(sys.stdin.buffer)
             except (EOFError, OSError, pickle.UnpicklingError):
-                break
+                self._abandon()
+                return
             self._waiting.put(message)
-        if self.busy or not self._waiting.empty():
-            self._abandon()
-        self._waiting.put(None)
 
 
 class Follower(Member):
@@ -109,8 +105,9 @@ def main() -> int:
         with Session(root, settings) as session:
             session.residency.processes = size
             follower = Follower(messages.next, parallel, size, session)
-            if messages.next(partial(say, READY)) is not None:  # rank 0 joins when it has something to make
-                follower.follow(Exchange(store_in(place, size), rank, size, session.device, lambda failed: None))
+            say(READY)
+            if messages.next() is not None:  # rank 0 joins when it has something to make
+                follower.follow(Exchange(store_in(place, size), rank, size, session.device, _left_to_rank_0))
     except LtxpackError as error:
         say(FAULT + error.render().replace("\n", ";"))
         os._exit(1)
@@ -119,6 +116,12 @@ def main() -> int:
         os._exit(1)
     shutil.rmtree(place, ignore_errors=True)
     return 0
+
+
+def _left_to_rank_0(failed: bool) -> None:
+    """Another rank may have ended. Rank 0 ends this one too, and is to be told by the other why, not by this one."""
+    if failed:
+        time.sleep(2 * EXPLAINED)
 
 
 def _leave(place: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
-from support import load
+from support import HANG, load
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError
@@ -296,6 +296,17 @@ def raising(error: Exception) -> Callable[..., None]:
     return fail
 
 
+def test_the_same_frames_give_the_same_bytes_whatever_was_in_memory_before(demo: Path, tmp_path: Path) -> None:
+    """Also where rows are no whole number of 128 pixels, and what was encoded before has left its bytes behind."""
+    made = next(tensors["video"] for tensors in map(load, demo.glob("*.safetensors")))
+    small, found = made[:9, :64, :64], dict[tuple[int, int], set[str]]()
+    for height, width in ((64, 64), (128, 64), (256, 320), (320, 448), (512, 512)) * 3:
+        with VideoWriter(tmp_path / "a.mp4", width, height, 24) as writer:
+            writer.write(small.repeat(1, height // 64, width // 64, 1))
+        found.setdefault((height, width), set()).add(writer.blake3)
+    assert {size: len(hashes) for size, hashes in found.items()} == dict.fromkeys(found, 1)
+
+
 def test_frames_are_encoded_while_the_caller_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the encoder held up, one chunk is in work and one waits; the third write waits for the encoder."""
     at_work, go_on, third = threading.Event(), threading.Event(), threading.Event()
@@ -303,7 +314,7 @@ def test_frames_are_encoded_while_the_caller_goes_on(tmp_path: Path, monkeypatch
 
     def held_up(self: mp4._Encoder, planes: np.ndarray) -> None:
         at_work.set()
-        assert go_on.wait(30)
+        assert go_on.wait(HANG)
         encode(self, planes)
 
     monkeypatch.setattr(mp4._Encoder, "video", held_up)
@@ -311,7 +322,7 @@ def test_frames_are_encoded_while_the_caller_goes_on(tmp_path: Path, monkeypatch
     def produce() -> None:
         with VideoWriter(tmp_path / "a.mp4", 96, 64, 24) as writer:
             writer.write(moving_bar(4))
-            assert at_work.wait(30)
+            assert at_work.wait(HANG)
             writer.write(moving_bar(4))
             first_two.set()
             writer.write(moving_bar(4))
@@ -320,9 +331,9 @@ def test_frames_are_encoded_while_the_caller_goes_on(tmp_path: Path, monkeypatch
     first_two = threading.Event()
     caller = threading.Thread(target=produce)
     caller.start()
-    assert first_two.wait(30)
+    assert first_two.wait(HANG)
     assert not third.wait(0.2)
     go_on.set()
-    caller.join(30)
+    caller.join(HANG)
     assert third.is_set()
     assert frames_in(tmp_path / "a.mp4") == 12

@@ -17,7 +17,7 @@ import torch
 from dit_parts import SMALL, random_streams, random_weights, recipe, tracing
 from runtime.late_copies import LateCopies
 from safetensors.torch import save_file
-from support import relative_l2
+from support import HANG, relative_l2
 from torch import Tensor, nn
 from works import digests, of_blocks
 
@@ -143,7 +143,7 @@ def test_memory_is_pinned_in_stretches_while_the_next_is_read(folder: Path, monk
     def late(file: DirectReader, views: Sequence[memoryview], start: int) -> None:
         """The last bytes of all come only when something was pinned."""
         if file.path == last and start + sum(map(len, views)) == last.stat().st_size:
-            waited.append(copies.begun.wait(60))
+            waited.append(copies.begun.wait(HANG))
         scatter(file, views, start)
 
     monkeypatch.setattr(DirectReader, "scatter", late)
