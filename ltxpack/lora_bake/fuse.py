@@ -36,7 +36,7 @@ WHOLE = frozenset({"official", "official-fp32"})
 SLOW_FLOP = 15e9
 # Elements that are multiplied at once, with the least and most rows: enough to pay for packing A again, and few enough
 # to leave work for several threads. They are constants, because the bits must not depend on the machine.
-CHUNK_ELEMENTS = {"fp32": 1 << 22, "addmm": 1 << 22}
+CHUNK_ELEMENTS = {"fp32": 1 << 21, "addmm": 1 << 22}
 CHUNK_ROWS = {"fp32": (256, 1024), "addmm": (1, None)}
 # Elements of rows that are added, measured and rounded at once, which fit a core's cache.
 PART_ELEMENTS = 1 << 20
@@ -171,11 +171,12 @@ def _seconds(up: Tensor, down: Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def row_chunks(shape: tuple[int, ...], kernel: str) -> Iterator[tuple[int, int]]:
+def row_chunks(shape: tuple[int, ...], kernel: str, loras: int = 1) -> Iterator[tuple[int, int]]:
     """The row ranges for fusing a weight: one under the official rule, whose bits depend on the matmul's shape."""
     if kernel in WHOLE:
         return _ranges(shape, math.prod(shape))
-    return _ranges(shape, CHUNK_ELEMENTS[kernel], *CHUNK_ROWS[kernel])
+    # The products of all LoRAs are in memory at once.
+    return _ranges(shape, CHUNK_ELEMENTS[kernel] // max(1, loras), *CHUNK_ROWS[kernel])
 
 
 def row_parts(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -42,7 +42,7 @@ SMALL_BYTES = 1024 * 1024
 # The most row chunks per read, by kernel, and the most bytes they should have, which are in memory at once. Chunks of
 # two reads are under way together.
 CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1, "official-fp32": 1}
-READ_BYTES = 16 * 1024 * 1024
+READ_BYTES = 8 * 1024 * 1024
 MOST_WORKERS = 4
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, DTYPE_NAMES[code]) for code in (*FLOATS, "F64")}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -223,7 +223,8 @@ class Engine:
     def _reads(self, info: TensorInfo) -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
         """The reads of a fused tensor: first byte, end, and the row chunks that this read completes."""
         gathered = self.is_gathered(info.name)
-        chunks = tuple(row_chunks(info.shape, "official" if gathered else self.arithmetic.kernel))
+        kernel = "official" if gathered else self.arithmetic.kernel
+        chunks = tuple(row_chunks(info.shape, kernel, len(self.readers)))
         end = info.start + info.nbytes
         if gathered:
             for first in range(info.start, end, COPY_BYTES):
