@@ -83,9 +83,9 @@ class Worker:
 
     def dismiss(self, *, idle: bool = False) -> None:
         """Tell it to end: in order if it is ``idle``, else at once."""
-        if idle:
-            self.tell(None)
         assert self.process.stdin is not None
+        if idle and not self.process.stdin.closed:
+            self.tell(None)
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
