@@ -30,6 +30,8 @@ from ltxpack.repack.staging import Journal
 from ltxpack.reporter import SilentReporter
 
 BAKE = "distilled-0.5"
+# A write in the middle of an export of the demo.
+HALFWAY = 600
 
 
 def exported(overlay: Path, output: Path, *flags: str) -> TensorFile:
@@ -291,7 +293,7 @@ def test_what_goes_wrong_leaves_no_file(
     real, calls = os.pwrite, itertools.count()
 
     def written(fd: int, data: memoryview, offset: int) -> int:
-        if next(calls) == 1500:
+        if next(calls) == HALFWAY:
             if fault == "interrupt":
                 raise KeyboardInterrupt
             if fault == "full":
@@ -302,7 +304,7 @@ def test_what_goes_wrong_leaves_no_file(
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", written)
         done = ltxpack("export", demo / "overlay", "-o", output, "--force")
-    assert next(calls) > 1000
+    assert next(calls) > HALFWAY
     assert done.returncode == (130 if fault == "interrupt" else 1)
     told = {"disk": "did not come back from the disk", "interrupt": "goes on from there", "full": "the disk is full"}
     assert told[fault] in done.stderr and output.read_bytes() == b"mine"
@@ -318,7 +320,7 @@ def test_what_an_earlier_run_wrote_is_read_back(demo: Path, tmp_path: Path, monk
     real, calls = os.pwrite, itertools.count()
 
     def written(fd: int, data: memoryview, offset: int) -> int:
-        if next(calls) == 1500:
+        if next(calls) == HALFWAY:
             raise KeyboardInterrupt
         return real(fd, data, offset)
 

@@ -170,7 +170,9 @@ def test_what_is_deleted_ends_and_what_a_server_leaves_the_next_one_makes(demo: 
     with Server(command, LTXPACK_API_KEY="a key") as again:
         assert [job["id"] for job in again.all_completed()] == [left, waiting]
         assert again.client.get(f"/videos/{left}/content").content == (tmp_path / f"{left}.mp4").read_bytes()
-    assert again.process.returncode == 130 and f"connecting to Ray ({address})" in again.log
+    # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
+    hears = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    assert again.process.returncode == (130 if hears else 0) and f"connecting to Ray ({address})" in again.log
 
 
 def test_an_actor_that_cannot_begin_says_why_and_another_is_tried(demo: Path, tmp_path: Path, ray: Any) -> None:
