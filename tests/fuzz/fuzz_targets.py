@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 from PIL import Image
 
 from ltxpack.activations import ActivationsFile
+from ltxpack.cli import COMMANDS
 from ltxpack.demo.checkpoint import write_source
 from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
@@ -155,7 +157,9 @@ class Guard:
 
 @functools.cache
 def guard() -> Guard:
-    """The process's guard."""
+    """The process's guard. The commands, which every ``next`` is compared with, are imported before, not under it."""
+    for command in COMMANDS:
+        import_module(f"ltxpack.cli.{command.replace('-', '_')}")
     return Guard()
 
 
