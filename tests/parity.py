@@ -62,8 +62,9 @@ def _made_by() -> list[str]:
     maker = next((name for name in ("AMD", "Intel") if name in found), "another maker")
     units = ", ".join(unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {unit} " in found)
     return [
-        f"Made by `{COMMAND}` on a processor of {maker} with {units}; the same tests run in `make test`. On",
-        "another kind sums come out otherwise. hq and the single bfloat16 files were recorded on one with amx_bf16:",
+        f"Made by `{COMMAND}`",
+        f"on a processor of {maker} with {units}; the same tests run in `make test`.",
+        "On another kind sums come out otherwise. hq and the single bfloat16 files were recorded on one with amx_bf16:",
         "there their bfloat16 rows are 0 or near it. The other recipes were recorded on one of AMD with avx2.",
         "",
     ]
