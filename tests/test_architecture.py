@@ -42,7 +42,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_263,
     "files of the package": 202,
-    "lines of the tests": 33_399,
+    "lines of the tests": 33_401,
 }
 
 

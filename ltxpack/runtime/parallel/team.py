@@ -44,8 +44,8 @@ READY, FAULT = "ltxpack-ready", "ltxpack-fault: "
 # What a worker is told: that rank 0 joins now; and to decode its share of the video it made the latents of.
 JOIN, DECODE = "join", "decode"
 # Seconds: until what a worker said that ended is read; until a failed exchange is explained by such a one; until a run
-# ends that waits for one; and what a worker gets to end by itself.
-HEARD, EXPLAINED, GIVEN_UP, LEFT = 2.0, 10.0, 30.0, 5.0
+# ends that waits for one; and what a worker gets to end by itself. A run whose rank dies is over within ten seconds.
+HEARD, EXPLAINED, GIVEN_UP, LEFT = 2.0, 6.0, 7.0, 5.0
 
 
 class Worker:
