@@ -96,7 +96,7 @@ def test_what_is_deleted_ends_at_its_next_step(server: Server, tmp_path: Path) -
         full = server.client.post("/videos", json={"prompt": "d"})
         assert full.status_code == 429 and int(full.headers["retry-after"]) > 0
         assert full.json()["error"]["code"] == "rate_limit_exceeded"
-        for job_id in (slow, waiting):
+        for job_id in (waiting, slow):  # the other way round the worker may have begun it
             gone = server.client.delete(f"/videos/{job_id}").json()
             assert gone == {"id": job_id, "object": "video.deleted", "deleted": True}
             assert server.client.get(f"/videos/{job_id}").status_code == 404
