@@ -349,18 +349,18 @@ def _arithmetic(options: BakeOptions, adapters: Sequence[Adapter]) -> Arithmetic
     if options.device == "cuda" and not available:
         raise DeviceError("there is no CUDA device", next=options.command(device="cpu"))
     device = "cuda" if available and options.device != "cpu" else "cpu"
-    # Codes need float32 sums, which addmm does not give.
-    plain = options.formats == (BF16,) and all(adapter.plain_bf16 for adapter in adapters)
+    plain = bool(adapters) and all(adapter.plain_bf16 for adapter in adapters)
     flop = sum(adapter.flop for adapter in adapters)
-    return Arithmetic(options.rule, choose_kernel(options.rule, len(adapters), plain, device, flop), device)
+    kernel = choose_kernel(options.rule, len(adapters), plain, device, flop, codes=options.formats != (BF16,))
+    return Arithmetic(options.rule, kernel, device)
 
 
 def _time(arithmetic: Arithmetic, adapters: Sequence[Adapter], strengths: int) -> dict[str, Any]:
     """The arithmetic, and the time of the LoRAs' products on this processor."""
     from ltxpack.lora_bake.fuse import products_per_second
 
-    # The kernel fp32 makes one product for all strengths.
-    flop = sum(adapter.flop for adapter in adapters) * (1 if arithmetic.kernel == "fp32" else strengths)
+    # The kernels fp32 and fp32-bf16 make one product for all strengths.
+    flop = sum(adapter.flop for adapter in adapters) * (1 if arithmetic.kernel.startswith("fp32") else strengths)
     rate = products_per_second(arithmetic.kernel, arithmetic.device)
     return {**dataclasses.asdict(arithmetic), "flop": flop, "flop_per_second": rate, "seconds": flop / rate}
 

@@ -1,10 +1,12 @@
 """The arithmetic of a bake: one weight and the LoRAs that change it -> the new weight. Pure; opens no file.
 
 Two rules (spec 02, section 4). ``fp32``: W32 + sum of scale·(B@A) in fp32, rounded once to the stored dtype.
-``official``: the official bf16 arithmetic, bit for bit, three roundings and all. Four kernels carry them out:
+``official``: the official bf16 arithmetic, bit for bit, three roundings and all. Five kernels carry them out:
 
 =============  ===================================================================================================
 fp32           the fp32 rule in fp32 matmuls
+fp32-bf16      the fp32 rule for LoRAs with bf16 factors on a CPU with a bf16 matrix unit (AMX, AVX512-BF16): the unit
+               multiplies the factors and sums in fp32, in less than half the time of fp32 matmuls
 addmm          the fp32 rule for one LoRA with bf16 factors: one bf16 ``addmm``, which on a bf16 matrix unit (AMX,
                AVX512-BF16, a CUDA card) sums in fp32 and rounds once; elsewhere it is slow, and in a chain not exact
 official       the official rule in bf16 matmuls
@@ -16,6 +18,7 @@ official-fp32  the official rule where bf16 matmuls take hours: the products of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -29,21 +32,23 @@ from torch import Tensor
 
 from ltxpack.lora_bake.turns import Turn
 
-KERNELS = ("fp32", "addmm", "official", "official-fp32")
+KERNELS = ("fp32", "fp32-bf16", "addmm", "official", "official-fp32")
 # Kernels that fuse a weight in one piece.
 WHOLE = frozenset({"official", "official-fp32"})
 # The most products, in FLOP, that a processor without a bf16 unit makes in bf16: half a minute at 0.5 GFLOP/s.
 SLOW_FLOP = 15e9
 # Elements that are multiplied at once, with the least and most rows: enough to pay for packing A again, and few enough
 # to leave work for several threads. They are constants, because the bits must not depend on the machine.
-CHUNK_ELEMENTS = {"fp32": 1 << 21, "addmm": 1 << 22}
-CHUNK_ROWS = {"fp32": (256, 1024), "addmm": (1, None)}
+CHUNK_ELEMENTS = {"fp32": 1 << 21, "fp32-bf16": 1 << 21, "addmm": 1 << 22}
+CHUNK_ROWS = {"fp32": (256, 1024), "fp32-bf16": (256, 1024), "addmm": (1, None)}
 # Elements of rows that are added, measured and rounded at once, which fit a core's cache.
 PART_ELEMENTS = 1 << 20
 # Elements of the parts in which a weight is measured, which fit a core's cache; of the runs that one thread sums for a
 # norm; and the rows of the bands for products of factors with themselves.
 _PART, _RUN, _BAND = 1 << 18, 1 << 10, 64
 _CPU_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
+# Whether this torch can be told how a CPU makes fp32 matmuls: since 2.9.
+_FP32_PRECISION = hasattr(torch.backends.mkldnn, "matmul")
 
 
 class Workspace:
@@ -129,15 +134,20 @@ class Fused:
     largest: float = 0.0
 
 
-def choose_kernel(rule: str, lora_count: int, plain_bf16: bool, device: str, flop: float = 0.0) -> str:
-    """The kernel for a bake (spec 02, section 4). ``plain_bf16``: every factor of the one LoRA is bf16, no DoRA.
+def choose_kernel(
+    rule: str, lora_count: int, plain_bf16: bool, device: str, flop: float = 0.0, codes: bool = False
+) -> str:
+    """The kernel for a bake (spec 02, section 4). ``plain_bf16``: every factor of every LoRA is bf16, no DoRA.
 
-    ``flop``: FLOP of all products of one strength.
+    ``flop``: FLOP of all products of one strength. ``codes``: whether sums become codes, which need them in float32.
     """
-    fast = device == "cuda" or cpu_has_bf16_unit()
+    unit = device == "cpu" and cpu_has_bf16_unit()
+    fast = unit or device == "cuda"
     if rule == "official":
         return "official" if fast or flop <= SLOW_FLOP else "official-fp32"
-    return "addmm" if lora_count == 1 and plain_bf16 and fast else "fp32"
+    if plain_bf16 and fast and lora_count == 1 and not codes:
+        return "addmm"
+    return "fp32-bf16" if plain_bf16 and unit and _FP32_PRECISION else "fp32"
 
 
 def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -152,13 +162,31 @@ def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not _CPU_FLAGS.isdisjoint(flags.split())
 
 
+@contextlib.contextmanager
+def precision_of(kernel: str) -> Iterator[None]:
+    """While it is open, large fp32 matmuls of the whole process on a CPU are those of ``kernel``.
+
+    Those of :func:`.quantise.rotate` are too small for that.
+    """
+    if kernel != "fp32-bf16":
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def products_per_second(kernel: str, device: str) -> float:
     """FLOP/s of ``kernel``'s products, measured now on all cores in a tenth of a second."""
-    dtype = torch.float32 if kernel.endswith("fp32") else torch.bfloat16
+    dtype = torch.float32 if "fp32" in kernel else torch.bfloat16
     rows, rank, columns = 64, 128, 512
     while True:
         up, down = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, rank), (rank, columns)))
-        spent = min(_seconds(up, down) for _ in range(3))
+        with precision_of(kernel):
+            spent = min(_seconds(up, down) for _ in range(3))
         if spent > 0.01 or rows >= 1 << 12:
             return 2 * rows * rank * columns / spent
         rows, columns = 2 * rows, 2 * columns
@@ -209,7 +237,8 @@ def fuse_rows(
     ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result equals
     that of the bake alone. Sums use ``work``; the new rows may be in ``results``, valid until it is used again.
     ``into``: for each bake None, or float32 memory for its sum, which then is not rounded to the stored dtype.
-    Without ``measure`` the kernels fp32 and addmm make no squared norms and count no changes.
+    Without ``measure`` only the official kernels make squared norms and count changes. fp32-bf16 is fp32 unless
+    :func:`precision_of` is open.
     """
     work, results = work or Workspace(), results or Workspace()
     into = into or [None] * len(strengths)

@@ -27,7 +27,7 @@ from ltxpack.files.reader import Range, RangeReader
 from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.lora_bake.fuse import WHOLE, Fused, Term, Workspace, fuse_rows, row_chunks, row_parts
+from ltxpack.lora_bake.fuse import WHOLE, Fused, Term, Workspace, fuse_rows, precision_of, row_chunks, row_parts
 from ltxpack.lora_bake.methods import needs_whole, term_of
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.lora_bake.quantise import Encoded, encode
@@ -41,7 +41,7 @@ COPY_BYTES = 8 * 1024 * 1024
 SMALL_BYTES = 1024 * 1024
 # The most row chunks per read, by kernel, and the most bytes they should have, which are in memory at once. Chunks of
 # two reads are under way together.
-CHUNKS_PER_READ = {"fp32": 4, "addmm": 2, "official": 1, "official-fp32": 1}
+CHUNKS_PER_READ = {"fp32": 4, "fp32-bf16": 4, "addmm": 2, "official": 1, "official-fp32": 1}
 READ_BYTES = 8 * 1024 * 1024
 MOST_WORKERS = 4
 DTYPES: dict[str, torch.dtype] = {code: getattr(torch, DTYPE_NAMES[code]) for code in (*FLOATS, "F64")}
@@ -125,7 +125,7 @@ class FactorReader:
 
 
 class Engine:
-    """Fuses shards with one arithmetic. A context manager: torch's thread count is its own while it is open.
+    """Fuses shards with one arithmetic. A context manager: while it is open, torch's settings are its own.
 
     Without ``measure``, the outputs' stats stay empty.
     """
@@ -151,21 +151,23 @@ class Engine:
         self.results = [[Workspace() for _ in range(self.chunks)] for _ in range(2)]
         # Threads make the sums of the next weight while the codes of one are written.
         self.sums = [Workspace(), Workspace()]
-        self._settings = contextlib.nullcontext() if self.whole else _exact_sums(arithmetic.device)
+        self._settings = contextlib.ExitStack()
 
     def is_gathered(self, name: str) -> bool:
         """Whether the weight ``name`` is fused in one piece: under the official rule, or for a method that needs it."""
         return self.whole or name in self._gathered
 
     def __enter__(self) -> Self:
-        self._settings.__enter__()
+        if not self.whole:
+            self._settings.enter_context(_exact_sums(self.arithmetic.device))
+        self._settings.enter_context(precision_of(self.arithmetic.kernel))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.pool.shutdown(cancel_futures=True)
         for reader in self.readers:
             reader.close()
-        self._settings.__exit__(None, None, None)
+        self._settings.close()
 
     def fuse_shard(self, shard: BaseShard, outputs: Sequence[ShardOutput]) -> list[FileRecord]:
         """Write every output's version of ``shard``; returns their records and fills in their stats.

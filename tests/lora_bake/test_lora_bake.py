@@ -159,7 +159,7 @@ def test_a_bake_does_not_depend_on_the_cores_and_hardly_on_its_row_chunks(
     folders = []
     for count, size in zip(cores, elements, strict=True):
         monkeypatch.setattr("ltxpack.lora_bake.stream.usable_cores", lambda count=count: count)
-        monkeypatch.setattr("ltxpack.lora_bake.fuse.CHUNK_ELEMENTS", {"fp32": size, "addmm": size})
+        monkeypatch.setattr("ltxpack.lora_bake.fuse.CHUNK_ELEMENTS", dict.fromkeys(fuse.CHUNK_ELEMENTS, size))
         folders.append(make_overlay(tmp_path / f"{count} {size}", BASE, distilled=official_keys(FACTORS)))
         run(folders[-1], 0.7)
     assert tree(folders[0]) == tree(folders[1]) or cores == (1, 1)
@@ -173,7 +173,7 @@ def test_every_kernel_is_used_by_its_name(overlay: Path, style: Path, monkeypatc
         [name] = run(overlay, 0.3 if unit else 0.4, device="cpu")
         assert read_manifest(overlay).bakes[name].kernel == ("addmm" if unit else "fp32")
         [name] = run(overlay, 0.3 if unit else 0.4, device="cpu", added=((str(style), 1.0),))
-        assert read_manifest(overlay).bakes[name].kernel == "fp32"
+        assert read_manifest(overlay).bakes[name].kernel == ("fp32-bf16" if unit else "fp32")
     [name] = run(overlay, 0.5, rule="official", device="cpu")
     assert read_manifest(overlay).bakes[name].kernel == "official"
 
@@ -318,7 +318,8 @@ def test_the_plan_says_every_file_and_its_size(overlay: Path, style: Path) -> No
     assert plan["missing"] == []
     told, own, added = plan["arithmetic"], flop_of(FACTORS), flop_of(STYLE)
     flop = own + added
-    assert (told["rule"], told["kernel"], told["flop"]) == ("fp32", "fp32", flop), "once for both strengths"
+    assert (told["rule"], told["flop"]) == ("fp32", flop), "once for both strengths"
+    assert told["kernel"] == ("fp32-bf16" if fuse.cpu_has_bf16_unit() else "fp32")
     assert told["seconds"] == pytest.approx(flop / told["flop_per_second"]) and 1e6 < told["flop_per_second"] < 1e16
     assert planned(overlay, 0.25, 1.0, rule="official")["arithmetic"]["flop"] == 2 * own
     run(overlay, 0.5)

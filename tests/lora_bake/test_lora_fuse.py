@@ -21,6 +21,7 @@ from ltxpack.lora_bake.fuse import (
     row_chunks,
     row_parts,
 )
+from ltxpack.lora_bake.quantise import rotate
 
 
 @pytest.fixture(autouse=True)
@@ -125,13 +126,38 @@ def test_addmm_kernel_is_as_accurate(shape: tuple[int, int, int]) -> None:
     assert math.sqrt(found.delta_square) == pytest.approx(math.sqrt(plain.delta_square), rel=3e-3)
 
 
-@pytest.mark.parametrize("kernel", ["fp32", "addmm", "official"])
+@pytest.mark.skipif(not cpu_has_bf16_unit(), reason="this CPU has no bf16 matrix unit, so fp32-bf16 is not chosen here")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bf16_unit_sums_in_fp32(shape: tuple[int, int, int]) -> None:
+    out, columns, rank = shape
+    weight, terms = matrix(out, columns), [factors(out, columns, rank, seed) for seed in (1, 2)]
+    reference = exact(weight, terms, [0.7, -0.3])
+    total, before = torch.empty(out, columns), torch.backends.mkldnn.matmul.fp32_precision
+    with fuse.precision_of("fp32-bf16"):
+        assert torch.backends.mkldnn.matmul.fp32_precision != before
+        fuse_rows(weight, terms, [[0.7, -0.3]], "fp32-bf16", into=[total])
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert ((total.double() - reference).norm() / reference.norm()).item() < 3e-7
+    assert wrong_share(total.bfloat16(), reference) < 1e-3
+
+
+@pytest.mark.parametrize("inputs", [256 * 16, 64 * 3, 16 * 5, 4 * 7])
+def test_the_bf16_unit_leaves_rotations_alone(inputs: int) -> None:
+    rows, found = torch.randn(512, inputs), []
+    for kernel in ("fp32", "fp32-bf16"):
+        with fuse.precision_of(kernel):
+            found.append(rotate(rows, fuse.Workspace()))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kernel", ["fp32", "fp32-bf16", "addmm", "official"])
 def test_bits_do_not_depend_on_threads(kernel: str) -> None:
     weight, term = matrix(768, 1024), factors(768, 1024, 96)
     results = []
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        results.append(fuse_rows(weight, [term], [[0.7]], kernel)[0])
+        with fuse.precision_of(kernel):
+            results.append(fuse_rows(weight, [term], [[0.7]], kernel)[0])
     assert all(torch.equal(a.weight, b.weight) for a, b in itertools.pairwise(results))
     assert len({(result.base_square, result.changed) for result in results}) == 1
 
@@ -246,7 +272,8 @@ def test_row_chunks_cover_every_row_once(shape: tuple[int, ...]) -> None:
 
 def test_the_kernel_is_chosen_by_what_is_exact_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     for unit, rule, loras, plain, device, kernel in (
-        (True, "fp32", 1, True, "cpu", "addmm"), (True, "fp32", 2, True, "cpu", "fp32"),
+        (True, "fp32", 1, True, "cpu", "addmm"), (True, "fp32", 2, True, "cpu", "fp32-bf16"),
+        (True, "fp32", 2, False, "cpu", "fp32"), (True, "fp32", 2, True, "cuda", "fp32"),
         (True, "fp32", 1, False, "cuda", "fp32"), (True, "official", 1, True, "cpu", "official"),
         (False, "fp32", 1, True, "cpu", "fp32"), (False, "fp32", 1, True, "cuda", "addmm"),
         (False, "official", 2, True, "cpu", "official"), (False, "official", 1, True, "cuda", "official"),
@@ -255,6 +282,9 @@ def test_the_kernel_is_chosen_by_what_is_exact_and_fast(monkeypatch: pytest.Monk
         assert choose_kernel(rule, loras, plain, device) == kernel
         slow = rule == "official" and not unit and device == "cpu"
         assert choose_kernel(rule, loras, plain, device, flop=14.6e12) == ("official-fp32" if slow else kernel)
+    monkeypatch.setattr(fuse, "cpu_has_bf16_unit", lambda: True)
+    assert choose_kernel("fp32", 1, True, "cpu", codes=True) == "fp32-bf16"
+    assert choose_kernel("fp32", 1, True, "cuda", codes=True) == "fp32"
 
 
 @pytest.mark.parametrize(

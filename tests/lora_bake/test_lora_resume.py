@@ -206,13 +206,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("kernel", "options"),
-    [("addmm", {"strengths": (0.7, 0.3)}), ("fp32", {"strengths": (0.7, 0.3)}),
+    [("addmm", {"strengths": (0.7, 0.3)}), ("fp32-bf16", {"strengths": (0.7, 0.3)}),
      ("official", {"strengths": (0.7,), "rule": "official"})],
 )  # fmt: skip
 def test_memory_stays_bounded(kernel: str, options: dict[str, Any], wide: Path, tmp_path: Path) -> None:
     largest, lora = ROWS * COLUMNS * 2, (ROWS + COLUMNS) * RANK * 2
-    if kernel == "fp32":
-        factors = {"transformer_blocks.0.attn1.to_q": (torch.zeros(1, COLUMNS), torch.zeros(ROWS, 1))}
+    if kernel == "fp32-bf16":
+        factors = {
+            "transformer_blocks.0.attn1.to_q": (torch.zeros(1, COLUMNS).bfloat16(), torch.zeros(ROWS, 1).bfloat16())
+        }
         style = save(tmp_path / "style.safetensors", official_keys(factors))
         options = {**options, "added": ((str(style), 1.0),)}
     overlay = tmp_path / "out"
@@ -226,9 +228,8 @@ def test_memory_stays_bounded(kernel: str, options: dict[str, Any], wide: Path, 
     """
     _, peak = in_fresh_process(code, overlay, json.dumps(options))
     manifest = read_manifest(overlay)
-    assert {made.kernel for made in manifest.bakes.values()} == {
-        kernel if kernel != "addmm" or cpu_has_bf16_unit() else "fp32"
-    }
+    chosen = kernel if cpu_has_bf16_unit() or kernel == "official" else "fp32"
+    assert {made.kernel for made in manifest.bakes.values()} == {chosen}
     assert peak < 350e6 + 3 * (largest + lora)
     shutil.rmtree(overlay)
     assert peak < COUNT * largest
