@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_294,
+    "lines of the package": 34_299,
     "files of the package": 202,
-    "lines of the tests": 33_433,
+    "lines of the tests": 33_471,
 }
 
 

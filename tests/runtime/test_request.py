@@ -122,9 +122,31 @@ def test_refused_requests(changes: dict[str, object]) -> None:
         request(**changes)
 
 
-def test_sizes_are_the_multiples_that_the_recipe_wants() -> None:
-    with pytest.raises(UsageError, match="expected a multiple of 64, found 1080\n  next: choose --height 1024 or 1088"):
-        request(height=1080)
+@pytest.mark.parametrize(
+    ("size", "refusal"),
+    [
+        (
+            {"height": 1080},
+            "wrong height\n  expected a multiple of 64, found 1080\n  next: choose --height 1024 or 1088",
+        ),
+        (
+            {"width": 16448},
+            "too large a width\n  expected at most 16384 pixels, which x264 takes, found 16448\n"
+            "  next: choose --width 16384",
+        ),
+        (
+            {"height": 16384, "width": 16384},
+            "too large a picture\n  expected at most 16384x16128, which FFmpeg takes, found 16384x16384\n"
+            "  next: choose --height 16128",
+        ),
+    ],
+)
+def test_sizes_are_those_that_the_recipe_and_the_video_file_can_have(size: dict[str, int], refusal: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        request(**size)
+    assert refused.value.render() == refusal
+    flag, _, fitting = refusal.rpartition("choose --")[2].split(" or ")[0].partition(" ")
+    assert request(**{**size, flag: int(fitting)})
 
 
 def test_each_recipe_has_its_defaults_its_sizes_and_its_prompts() -> None:

@@ -188,6 +188,7 @@ def test_pictures_come_as_bytes_and_are_kept_until_the_video_is_made(client: Cli
         ({"video_stg_blocks": [2]}, "video_stg_blocks.0", "2 is greater than the maximum of 1"),
         ({"model": "ltx-2.3-distilled", "steps": 8}, None, "steps has no use in the recipe distilled"),
         ({"size": "4096x4096"}, "size", "a frame may have"),
+        ({"size": "16448x64"}, None, "choose width 16384"),
         ({"prompt": ""}, "prompt", "prompt: "),
         ({"input_reference": "/etc/passwd"}, "input_reference", "opens no path and no address"),
         ({"input_reference": "http://127.0.0.1/a.png"}, "input_reference", "opens no path and no address"),

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.media.pictures import Pixels, read_image, tell_once
+from ltxpack.runtime.sampling.shape import MAX_SIDE
 
 MAX_CRF = 51
-# The longest side of a frame that x264 takes.
-MAX_SIDE = 16384
 # A picture with this many times the needed pixels is large.
 LARGE = 4
 

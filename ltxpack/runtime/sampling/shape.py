@@ -13,8 +13,11 @@ from typing import Any, Generic, TypeVar
 from ltxpack.errors import UsageError
 from ltxpack.ltx23.classes import AUDIO_FACTOR, SPATIAL_FACTOR, TEMPORAL_FACTOR
 
-# The planner refuses larger sizes, which floating point could not count.
-MOST = 2**31
+# The limits of the video file: the longest side that x264 takes, and a bound of FFmpeg's on the area of a picture with
+# a margin of 128 pixels on both axes.
+MAX_SIDE, MARGIN, MAX_AREA = 16384, 128, 2**28
+# Floating point could not count more frames.
+MAX_FRAMES = 2**31
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -64,8 +67,10 @@ class VideoShape:
             below = max(1, (self.frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
             fitting, better = "a multiple of 8, plus 1", f"choose --num-frames {below} or {below + TEMPORAL_FACTOR}"
             raise UsageError("wrong number of frames", expected=fitting, found=self.frames, next=better)
-        if self.frames > MOST:
-            raise UsageError("too many frames", expected=f"at most {MOST}", found=self.frames, next="choose fewer")
+        if self.frames > MAX_FRAMES:
+            raise UsageError(
+                "too many frames", expected=f"at most {MAX_FRAMES}", found=self.frames, next="choose fewer"
+            )
         if not (math.isfinite(self.fps) and self.fps > 0 and math.isfinite(self.frames / self.fps)):
             raise UsageError("wrong frame rate", expected="a number above 0", found=self.fps, next="choose --fps 24")
         if self.audio_length < 1:
@@ -113,16 +118,17 @@ class VideoShape:
 
 
 def check_sizes(height: int, width: int, factor: int) -> None:
-    """Raises UsageError unless ``height`` and ``width`` are positive multiples of ``factor``."""
-    for flag, value in (("--height", height), ("--width", width)):
+    """Raises UsageError unless ``height`` and ``width`` are multiples of ``factor`` that a video file can have."""
+    for name, value in (("height", height), ("width", width)):
+        if value > MAX_SIDE:
+            expected = f"at most {MAX_SIDE} pixels, which x264 takes"
+            raise UsageError(f"too large a {name}", expected=expected, found=value, next=f"choose --{name} {MAX_SIDE}")
         if value < factor or value % factor:
             below = max(factor, value // factor * factor)
-            problem, better = f"wrong {flag.removeprefix('--')}", f"choose {flag} {below} or {below + factor}"
-            raise UsageError(problem, expected=f"a multiple of {factor}", found=value, next=better)
-        if value > MOST:
-            raise UsageError(
-                f"too large a {flag.removeprefix('--')}",
-                expected=f"at most {MOST}",
-                found=value,
-                next=f"choose a smaller {flag}",
-            )
+            better = f"choose --{name} {below} or {below + factor}"
+            raise UsageError(f"wrong {name}", expected=f"a multiple of {factor}", found=value, next=better)
+    highest = ((MAX_AREA - 1) // (width + MARGIN) - MARGIN) // factor * factor
+    if height > highest:
+        expected = f"at most {width}x{highest}, which FFmpeg takes"
+        found = f"{width}x{height}"
+        raise UsageError("too large a picture", expected=expected, found=found, next=f"choose --height {highest}")

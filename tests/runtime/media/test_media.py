@@ -6,6 +6,7 @@ import errno
 import math
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.runtime.media import mp4
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output, to_i420
 from ltxpack.runtime.media.rate import frame_rate
+from ltxpack.runtime.sampling.shape import MAX_SIDE
 
 RATE = 48000
 
@@ -120,6 +122,19 @@ def test_places_it_cannot_go(tmp_path: Path, name: str, monkeypatch: pytest.Monk
         check_output(Path(name))
     with pytest.raises(UsageError):
         VideoWriter(Path(name), 64, 64, 24)
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"),
+    [((MAX_SIDE, 32), True), ((32, MAX_SIDE), True), ((MAX_SIDE + 32, 32), False), ((MAX_SIDE, 16192), False)],
+)
+def test_the_largest_sides_are_those_that_the_encoder_takes(size: tuple[int, int], fits: bool) -> None:
+    """A request takes just those; a test of requests has the limits."""
+    encoder = av.CodecContext.create("libx264", "w")
+    encoder.width, encoder.height = size
+    encoder.pix_fmt, encoder.time_base = "yuv420p", Fraction(1, 24)
+    with nullcontext() if fits else pytest.raises(av.FFmpegError):
+        encoder.open()
 
 
 @pytest.mark.parametrize("size", [(63, 64), (64, 65), (0, 64)])
