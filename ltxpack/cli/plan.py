@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DEFAULT = ParameterSource.DEFAULT
 VIDEO, SESSION = planned_by(Settings), planned_by(SessionSettings)
 PAGE_HELP = "Write a page for a browser on which one picks machine and video, and plan nothing else."
-DEVICES_HELP = "Plan for several cards: their number, or ordinals of this machine's cards."
+DEVICES_HELP = "Plan for several cards: their number, or which of this machine's, as CUDA counts them."
 
 
 @click.command()

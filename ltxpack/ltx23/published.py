@@ -17,6 +17,8 @@ from ltxpack.ltx23.expected import inventory
 
 # Modulation tables are float32 in the published checkpoint, all other tensors bfloat16.
 FLOAT32_TENSORS = "scale_shift_table"
+# Vision tower and projector of the text encoder's files, as one tensor of their size: read to be hashed, not loaded.
+VISION = ("vision_tower.all", "BF16", (421_290_864,))
 
 
 def published_files() -> dict[str, Any]:
@@ -36,10 +38,13 @@ def published_configs() -> dict[str, dict[str, Any]]:
 
 def published_tensors(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[tuple[str, str, tuple[int, ...]]]]:
     """Component -> name, stored dtype and shape of each tensor in an overlay."""
-    return {
+    found = {
         component: [
             (tensor, "F32" if component == "transformer" and tensor.endswith(FLOAT32_TENSORS) else "BF16", shape)
             for tensor, shape in inventory(component, config).items()
         ]
         for component, config in configs.items()
     }
+    if "text_encoder" in found:
+        found["text_encoder"].append(VISION)
+    return found

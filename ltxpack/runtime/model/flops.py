@@ -54,7 +54,7 @@ def forward_parts(config: DiTConfig, lengths: Lengths, ranks: int = 1) -> dict[s
         # All tokens attend with a share of the heads, or a share of the tokens with all heads.
         "video self-attention": _attention(own, v, video.dim),
         "text attention": _attention(own, text, video.dim),
-        "a2v and v2a attention": _attention(own, a, inner) + _attention(a, v, inner),
+        "a2v and v2a attention": _attention(own, a, inner) + _attention(a, v, inner) // ranks,
         "audio attention": _attention(a, a + text, audio.dim),
     }
     return {part: config.num_layers * count for part, count in per_block.items()}

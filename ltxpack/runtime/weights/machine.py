@@ -5,12 +5,14 @@ Needs no torch and no GPU.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 from ltxpack.errors import UsageError
 
@@ -139,14 +141,30 @@ def own_memory() -> int:
 
 
 def free_card(number: int = 0) -> int | None:
-    """Bytes free on a visible NVIDIA card, the first one by default, as ``nvidia-smi`` says; None without it."""
+    """Bytes free on the visible NVIDIA card that CUDA and torch call ``number``; None without one or its driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(number)] if visible is None else visible.split(",")[number : number + 1]
     if not names or names[0].strip() in ("", "-1"):
         return None
-    command = ["nvidia-smi", f"--id={names[0]}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={_uuid(number) or names[0]}", "--query-gpu=memory.free"]
+    command.append("--format=csv,noheader,nounits")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True)
         return int(done.stdout.split()[0]) * MEBIBYTE
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
+
+
+def _uuid(number: int) -> str | None:
+    """The UUID of a visible card by its number in CUDA's order, the fastest first; nvidia-smi counts by PCI bus.
+
+    None where the driver does not say.
+    """
+    device, uuid = ctypes.c_int(), (ctypes.c_ubyte * 16)()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), number)
+        failed = failed or cuda.cuDeviceGetUuid_v2(uuid, device)
+    except (OSError, AttributeError):
+        return None
+    return None if failed else f"GPU-{UUID(bytes=bytes(uuid))}"

@@ -338,8 +338,8 @@ def test_how_files_are_read_is_told() -> None:
     machines = [Machine(plan.host + planner.CACHE_MARGIN + room, machine.card) for room in rooms]
     start = "reads auto: past the page cache, but for what is there; "
     assert [report.reading(plan, "auto", each, warm=True) for each in machines] == [
-        start + "all 108.7 GB come into the page cache while the device computes, for the next run",
-        start + "78.7 GB of 108.7 GB come into the page cache while the device computes, for the next run",
+        start + "all 109.5 GB come into the page cache while the device computes, for the next run",
+        start + "79.5 GB of 109.5 GB come into the page cache while the device computes, for the next run",
         start + "the page cache has no room for more",
     ]
     for asked in ("direct", "cached"):
