@@ -285,6 +285,20 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     return manifest
 
 
+def checked_bytes(manifest: Manifest, overlay: Path) -> bytes:
+    """The file's bytes, if the next command can read them. Raises OverlayError before anything is replaced."""
+    data = manifest.dump()
+    try:
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise OverlayError(f"is larger than {MAX_MANIFEST_BYTES} bytes", found=f"{len(data)} bytes")
+        parse_manifest(data, overlay / MANIFEST_NAME)
+    except OverlayError as fault:
+        problem = f"would get a {MANIFEST_NAME} that ltxpack cannot read: it {fault.problem}"
+        advice = "make this in a new overlay; if that fails too, report it with this message"
+        raise OverlayError(problem, file=overlay, found=fault.found, next=advice) from None
+    return data
+
+
 def changed_file(path: Path, expected: object, found: object) -> OverlayError:
     """The error for a file of an overlay that differs from the manifest."""
     problem = "has changed since the overlay was written"

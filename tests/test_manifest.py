@@ -30,6 +30,7 @@ from ltxpack.manifest import (
     Source,
     SourceFile,
     _validator,
+    checked_bytes,
     load_schema,
     parse_manifest,
     read_manifest,
@@ -106,6 +107,17 @@ def test_a_quantised_bake_states_its_form_and_a_plain_one_nothing_new(tmp_path: 
         text = manifest().with_bake("distilled-0.5", odd).dump().decode()
         assert "do not go together" in refused(text, tmp_path)
     assert document()["bakes"]["distilled-0.5"].keys() == {"loras", "rule", "kernel", "device", "files", "changed"}
+
+
+def test_no_command_writes_what_the_next_one_refuses(tmp_path: Path) -> None:
+    assert checked_bytes(manifest(), tmp_path) == manifest().dump()
+    one = manifest().bakes["distilled-0.5"]
+    crowded = replace(one, changed=("x",) * 300_000)
+    large = replace(one, changed=("x" * 1000,) * 20_000)
+    odd = replace(one, device="tpu")
+    for bake, told in ((crowded, "too many values"), (large, "is larger than"), (odd, "does not fit its schema")):
+        with pytest.raises(OverlayError, match=f"that ltxpack cannot read: it .*{told}"):
+            checked_bytes(manifest().with_bake("distilled-0.5", bake), tmp_path)
 
 
 @pytest.mark.parametrize("method", ["stat", "read_bytes"])

@@ -16,12 +16,12 @@ from ltxpack.errors import LtxpackError, UsageError, quoted
 @click.option("--repair", is_flag=True, help="Write damaged files again, from the source and the clean base.")
 @click.option("--source", metavar="SOURCE", help="Where the inputs are; default: the hub repos in the manifest.")
 @click.option(
-    "--lora", "loras", type=click.Path(path_type=Path), multiple=True, help="A bake's LoRA that is not in the overlay."
+    "--lora", "loras", metavar="FILE", multiple=True, help="A bake's LoRA that is not in the overlay, as for bake-lora."
 )
 @json_option
 @verbose_option
 def verify(
-    overlay: Path, repair: bool, source: str | None, loras: tuple[Path, ...], as_json: bool, verbose: bool
+    overlay: Path, repair: bool, source: str | None, loras: tuple[str, ...], as_json: bool, verbose: bool
 ) -> int:
     """Compare every file of OVERLAY with the manifest and list all faults. Exit status 1 if a fault is left."""
     if (source or loras) and not repair:

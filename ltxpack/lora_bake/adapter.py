@@ -151,13 +151,17 @@ class LoraUse:
         return cls(adapter, BakedLora(*file, by.value, scale, by.blocks))
 
 
+AdapterFiles = tuple[Path, Path | None]
+"""The weights of an adapter, and the PEFT configuration that belongs to them."""
+
+
 def open_adapter(
     path: Path,
     shapes: Shapes,
     *,
     name: str | None = None,
     allow_unmatched: bool = False,
-    files: tuple[Path, Path | None] | None = None,
+    files: AdapterFiles | None = None,
 ) -> Adapter:
     """The adapter at ``path`` (a safetensors file or a PEFT folder), fitted to a transformer.
 
@@ -173,8 +177,8 @@ def open_adapter(
     return replace(adapter, name=name or path.stem, config=config)
 
 
-def adapter_files(path: Path) -> tuple[Path, Path | None]:
-    """The weights, and the PEFT configuration that belongs to them. Raises SourceError."""
+def adapter_files(path: Path) -> AdapterFiles:
+    """The files of the adapter at ``path``. Raises SourceError."""
     if path.is_dir():
         weights = path / PEFT_WEIGHTS
         if not weights.is_file():

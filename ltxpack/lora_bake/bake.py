@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from ltxpack.activations import base_digest
 from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
-from ltxpack.lora_bake.adapter import Adapter, LoraUse, Shapes, open_adapter
+from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, LoraUse, Shapes, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat, split_name
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
 from ltxpack.lora_bake.forms import calibrated, quantised_linears
@@ -137,13 +137,13 @@ def _torch_ahead() -> Future[ModuleType]:
     return torch
 
 
-def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[Path] = ()) -> list[Fault]:
+def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, loras: Sequence[str] = ()) -> list[Fault]:
     """Repair ``overlay`` and verify it again; returns the faults that are left. A stray file is never removed.
 
     It writes damaged files of the base again from the source: it looks for inputs in ``source`` first, then in the
-    repos that the manifest states. It makes a damaged bake again, whole. ``loras`` are files or PEFT folders of LoRAs
-    that bakes need and the overlay does not keep; their content identifies them, not their name. Raises LtxpackError:
-    SourceError if a needed file is not given, OverlayError if the new base differs from the manifest.
+    repos that the manifest states. It makes a damaged bake again, whole. ``loras`` name the LoRAs that bakes need and
+    the overlay does not keep, as for ``bake-lora``; their content identifies them, not their name. Raises LtxpackError:
+    SourceError if a needed LoRA is not given, OverlayError if the new base differs from the manifest.
     """
     faults = verify(overlay, reporter)
     manifest = read_manifest(overlay)
@@ -151,23 +151,22 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
     if not paths:
         return faults
     find_place(overlay)
-    of_bakes = {record.path for bake in manifest.baked.values() for record in bake.files}
-    if base := paths - of_bakes:
+    bakes = {folder: paths & {record.path for record in bake.files} for folder, bake in manifest.baked.items()}
+    if base := paths.difference(*bakes.values()):
         reporter.note(f"{len(base)} files of the base are damaged; they are made again")
         restore_base(overlay, manifest, base, reporter, source=source)
-    for folder, bake in manifest.baked.items():
-        count = len(paths & {record.path for record in bake.files})
-        if count:
-            files = recorded_files(overlay, manifest, folder, loras)
+    if broken := {folder: len(files) for folder, files in bakes.items() if files}:
+        files = recorded_files(overlay, manifest, list(broken), loras, reporter)
+        for folder, count in broken.items():
             reporter.note(f"{folder}: {count} files are damaged; the bake is made again")
             remake(overlay, folder, files, reporter)
     return verify(overlay, reporter)
 
 
-def remake(overlay: Path, folder: str, files: Mapping[str, Path], reporter: Reporter) -> None:
+def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], reporter: Reporter) -> None:
     """Make the bake in ``folder`` again, whole, with the manifest's LoRAs, strengths, order, rule and form.
 
-    ``files`` maps the LoRAs' blake3 to files or PEFT folders. It uses the recorded kernel and device if this machine
+    ``files``: by the LoRAs' blake3. It uses the recorded kernel and device if this machine
     has them, so that the bytes are the same. Raises the errors of ``bake``, and OverlayError for a LoRA that changed.
     """
     with OverlayLock(overlay, reporter) as lock:
@@ -182,7 +181,8 @@ def remake(overlay: Path, folder: str, files: Mapping[str, Path], reporter: Repo
             raise OverlayError(f"the bake {name} names linears that the base does not have", file=overlay, next=again)
         loras: list[LoraUse] = []
         for lora in made.loras:
-            adapter = open_adapter(files[lora.blake3], shapes, name=lora.name, allow_unmatched=True)
+            own = files[lora.blake3]
+            adapter = open_adapter(own[0], shapes, name=lora.name, allow_unmatched=True, files=own)
             scan(adapter, reporter, lora.blake3)
             loras.append(LoraUse(adapter.within(base.shapes), lora))
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)

@@ -6,6 +6,7 @@ imported while the bytes are read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,13 @@ from ltxpack.files.reader import Range, RangeReader, hash_file
 from ltxpack.files.tensorfile import TensorInfo, read_tensorfile
 from ltxpack.lora_bake.adapter import (
     Adapter,
+    AdapterFiles,
     Shapes,
-    adapter_files,
     fit_adapter,
     open_adapter,
     refuse_model,
 )
-from ltxpack.lora_bake.locate import locate
+from ltxpack.lora_bake.locate import Located, locate
 from ltxpack.lora_bake.plan import BakeOptions
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
@@ -128,30 +129,57 @@ def _tell(adapter: Adapter, options: BakeOptions, reporter: Reporter) -> None:
         reporter.warn(f"{adapter.path.name}: {warning}")
 
 
-def recorded_files(overlay: Path, manifest: Manifest, folder: str, given: Sequence[Path]) -> dict[str, Path]:
-    """blake3 -> file, for the LoRAs of the bake in ``folder``.
+def recorded_files(
+    overlay: Path, manifest: Manifest, folders: Sequence[str], given: Sequence[str], reporter: Reporter
+) -> dict[str, AdapterFiles]:
+    """The LoRAs that the overlay keeps and those that ``given`` names, as for a bake, by blake3.
 
-    Raises SourceError for one that is neither kept nor given.
+    Raises SourceError for a LoRA of the bakes in ``folders`` that is not among them.
     """
-    digests = {path: hash_adapter(*adapter_files(path)) for path in given}
-    files = {digest: path for path, digest in digests.items()}
-    files |= {lora.file.blake3: overlay / lora.file.path for lora in manifest.loras}
-    missing = {lora.blake3: lora for lora in manifest.baked[folder].loras if lora.blake3 not in files}.values()
-    if not missing:
-        return files
+
+    def command(loras: Sequence[str], *more: str) -> str:
+        flags = (f"--lora {quoted(lora)}" for lora in (*loras, *more))
+        return " ".join([f"ltxpack verify {quoted(overlay)} --repair", *flags])
+
+    access = Access(reporter)
+    files: dict[str, AdapterFiles] = {}
+    digests: dict[str, str] = {}
+    for typed in given:
+        found = _fetched(
+            locate(typed, access, functools.partial(command, [one for one in given if one != typed])), access
+        )
+        digests[typed] = hash_adapter(*found)
+        files[digests[typed]] = found
+    files |= {lora.file.blake3: (overlay / lora.file.path, None) for lora in manifest.loras}
     used = {lora.blake3 for bake in manifest.baked.values() for lora in bake.loras}
-    others = [f"{path} (blake3 {digest[:8]})" for path, digest in digests.items() if digest not in used]
-    problem = f"the LoRA of the bake {folder.removeprefix(f'{BAKES}/')} is needed to repair it"
-    # The next command repeats the files that match: without them it would miss those instead.
-    flags = [f"--lora {quoted(path)}" for path, digest in digests.items() if digest in used]
-    raise SourceError(
-        f"{problem}, and a file given does not match" if others else problem,
-        file=overlay,
-        expected=", ".join(f"{lora.file} (blake3 {lora.blake3[:8]})" for lora in missing) if others else None,
-        found=", ".join(others) if others else None,
-        items=[f"{lora.file} (blake3 {lora.blake3})" for lora in missing],
-        next=" ".join([f"ltxpack verify {quoted(overlay)} --repair", *flags, *["--lora FILE"] * len(missing)]),
-    )
+    unknown = [f"{typed} (blake3 {digest[:8]})" for typed, digest in digests.items() if digest not in used]
+    for folder in folders:
+        missing = {lora.blake3: lora for lora in manifest.baked[folder].loras if lora.blake3 not in files}.values()
+        if not missing:
+            continue
+        problem = f"the LoRA of the bake {folder.removeprefix(f'{BAKES}/')} is needed to repair it"
+        # The next command repeats the files that match: without them it would miss those instead.
+        again = command([typed for typed, digest in digests.items() if digest in used])
+        raise SourceError(
+            f"{problem}, and a file given does not match" if unknown else problem,
+            file=overlay,
+            expected=", ".join(f"{lora.file} (blake3 {lora.blake3[:8]})" for lora in missing) if unknown else None,
+            found=", ".join(unknown) if unknown else None,
+            items=[f"{lora.file} (blake3 {lora.blake3})" for lora in missing],
+            next=" ".join([again, *["--lora FILE"] * len(missing)]),
+        )
+    return files
+
+
+def _fetched(place: Located, access: Access) -> AdapterFiles:
+    """The files of ``place``, on this machine. Raises AdapterError for a model: before 29 GB of it are fetched."""
+    if place.remote is not None:
+        file, config = place.remote
+        refuse_model(access.header(file))
+        for needed in (config, file):
+            if needed is not None:
+                access.fetch(needed)
+    return place.weights, place.config
 
 
 def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> FoundLora:
@@ -176,17 +204,12 @@ def _locate(
     """The fitted LoRA that ``text`` names."""
     access = Access(reporter)
     place = locate(text, access, lambda other: _command(options, text, other))
-    if place.remote is not None:
-        file, config = place.remote
-        head = access.header(file)
-        refuse_model(head)  # before 29 GB are fetched
-        if headers_only and config is None:
-            adapter = fit_adapter(head, shapes, read_facts(head, None, None), options.allow_unmatched)
-            return FoundLora(place.name, adapter, None, added, False)
-        for needed in (config, file):
-            if needed is not None:
-                access.fetch(needed)
-    files, name = (place.weights, place.config), place.name
+    if headers_only and place.remote is not None and place.config is None:
+        head = access.header(place.remote[0])
+        refuse_model(head)
+        adapter = fit_adapter(head, shapes, read_facts(head, None, None), options.allow_unmatched)
+        return FoundLora(place.name, adapter, None, added, False)
+    files, name = _fetched(place, access), place.name
     adapter = open_adapter(place.weights, shapes, name=name, allow_unmatched=options.allow_unmatched, files=files)
     return FoundLora(name, adapter, None, added)
 

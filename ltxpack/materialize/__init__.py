@@ -96,7 +96,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
             records = execute(items, staging, copy=options.copy, reporter=reporter, zeros=zeros)
             _tell_zeros(zeros, reporter)
             manifest = plan.manifest({record.path: record for record in records})
-            staging.publish(manifest.dump())
+            staging.publish(manifest)
     return Report(manifest, sum(item.size for item in items), written=True)
 
 

@@ -43,6 +43,7 @@ from ltxpack.manifest import (
     RESERVED_BAKE_NAMES,
     FileRecord,
     Manifest,
+    checked_bytes,
     is_overlay,
     read_manifest,
     safe_relative_path,
@@ -238,12 +239,13 @@ class Staging:
         """Note that ``record``'s file under ``root`` is complete and on the disk. ``note``: JSON for a later run."""
         self._journal.record(record, note)
 
-    def publish(self, manifest: bytes) -> None:
+    def publish(self, manifest: Manifest) -> None:
         """Put the new overlay, with this manifest, in its place. Only for a staging of a whole overlay."""
         assert not self.paths.folder
+        content = checked_bytes(manifest, self.paths.overlay)
         with write_errors(self.paths.target):
             self.root.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.root / MANIFEST_NAME, manifest)
+            atomic_write(self.root / MANIFEST_NAME, content)
             self._announce()
             if not self.paths.target.is_dir():
                 self._lock.hold_folder(self.root)
@@ -302,7 +304,7 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
     OverlayError.
     """
     overlay = stagings[0].paths.overlay
-    path = overlay / MANIFEST_NAME
+    path, content = overlay / MANIFEST_NAME, checked_bytes(manifest, overlay)
     with write_errors(path):
         for staging in stagings:
             staging._announce()
@@ -313,7 +315,7 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
             atomic_write(path, before.with_baked(kept).dump())
         for staging in stagings:
             staging._place()
-        atomic_write(path, manifest.dump())
+        atomic_write(path, content)
         for staging in stagings:
             staging._finish()
 

@@ -19,7 +19,7 @@ from ltxpack.files.foreign import LOST_AND_FOUND, is_foreign
 from ltxpack.files.publish import atomic_write, fsync_folder, move_file, write_errors
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_index, read_tensorfile
-from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, checked_bytes, read_manifest
 from ltxpack.repack.items import INDEX_ENDING, Item
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import folder_of, recover, remove_below, staging_bases, unfinished
@@ -217,7 +217,7 @@ def repair(
                 fsync_folder(target.parent)
             after = _with_records(manifest, changed)
             if after != manifest:
-                atomic_write(overlay / MANIFEST_NAME, after.dump())
+                atomic_write(overlay / MANIFEST_NAME, checked_bytes(after, overlay))
         finally:
             remove_below(root)
             with contextlib.suppress(OSError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lora_support import linears, low_rank, make_overlay, official_keys, peft_folder, random_weights, save
 from materialize.fake_hub import FakeHub
-from support import ltxpack, refused
+from support import ltxpack, refused, tree
 
 from ltxpack.errors import UsageError
 from ltxpack.materialize import sources
@@ -39,7 +39,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 PAGE = "https://huggingface.co/someone"
 
 
-@pytest.mark.parametrize(
+TYPED = pytest.mark.parametrize(
     ("typed", "name"),
     [
         ("style.safetensors", "style"),
@@ -61,6 +61,9 @@ PAGE = "https://huggingface.co/someone"
         ("https://hf.co/someone/one/tree/v1.0", "only"),
     ],
 )
+
+
+@TYPED
 @pytest.mark.parametrize("added", [False, True], ids=["lora", "add"])
 def test_what_may_be_typed(typed: str, name: str, added: bool, place: Path) -> None:
     words = ["--strength", "0", "--add", f"{typed}=0.5"] if added else ["--strength", "0.5", "--lora", typed]
@@ -68,6 +71,17 @@ def test_what_may_be_typed(typed: str, name: str, added: bool, place: Path) -> N
     assert done.returncode == 0, done.stderr
     expected = f"distilled-0+{name}-0.5" if added else f"{name}-0.5"
     assert {file["path"].split("/")[1] for file in json.loads(done.stdout)["files"]} == {expected}
+
+
+@TYPED
+def test_a_repair_takes_what_a_bake_takes(typed: str, name: str, place: Path) -> None:
+    made = ltxpack("bake-lora", "out", "--strength", "0.5", "--lora", typed)
+    assert made.returncode == 0, made.stderr
+    whole = tree(place / "out")
+    (place / f"out/bakes/{name}-0.5/config.json").unlink()
+    repaired = ltxpack("verify", "out", "--repair", "--lora", typed)
+    assert repaired.returncode == 0, repaired.stderr
+    assert tree(place / "out") == whole
 
 
 @pytest.mark.parametrize(
@@ -104,6 +118,14 @@ def test_what_is_not_there_is_told_with_what_is(typed: str, told: str, again: st
         wanted = again if words[0] == "--lora" else f"{again}=0.25@0:1"
         assert command[:3] == ["ltxpack", "bake-lora", "out"] and wanted in command
         assert ltxpack(*command[1:], "--plan").returncode == 0
+
+
+def test_a_repair_names_what_is_there(place: Path) -> None:
+    assert ltxpack("bake-lora", "out", "--strength", "0.5", "--lora", "style.safetensors").returncode == 0
+    (place / "out/bakes/style-0.5/config.json").unlink()
+    message = refused(ltxpack("verify", "out", "--repair", "--lora", "one", "--lora", "stile.safetensors"), 1)
+    assert "no such LoRA" in message
+    assert message.endswith("next: ltxpack verify out --repair --lora one --lora style.safetensors\n")
 
 
 @pytest.mark.parametrize("ending", [".aria2", ".part", ".crdownload", ".incomplete"])

@@ -68,7 +68,7 @@ def test_a_user_lora_must_be_named_again(overlay: Path, tmp_path: Path) -> None:
     assert "style.safetensors" in str(caught.value.items)
     assert caught.value.next == f"ltxpack verify {overlay} --repair --lora FILE"
     elsewhere = (tmp_path / "style.safetensors").rename(tmp_path / "renamed.safetensors")
-    assert restore(overlay, SILENT, loras=[elsewhere]) == []
+    assert restore(overlay, SILENT, loras=[str(elsewhere)]) == []
     assert tree(overlay) == whole
 
 
@@ -117,7 +117,7 @@ def test_a_changed_base_makes_no_bake(overlay: Path) -> None:
     spoil(shard)
     spoil(overlay / "transformer" / shard.name)
     before = {name: data for name, data in tree(overlay).items() if not name.startswith(".ltxpack")}
-    own_files = {lora.file.blake3: overlay / lora.file.path for lora in read_manifest(overlay).loras}
+    own_files = {lora.file.blake3: (overlay / lora.file.path, None) for lora in read_manifest(overlay).loras}
     with pytest.raises(OverlayError, match="has changed"):
         remake(overlay, f"bakes/{PLAIN}", own_files, SILENT)
     assert {name: data for name, data in tree(overlay).items() if not name.startswith(".ltxpack")} == before

@@ -68,7 +68,7 @@ def materialize(
         with Staging(lock, fingerprint(items), reporter, force=force) as staging:
             records = execute(items, staging, copy=copy, reporter=reporter)
             manifest = manifest_of(records)
-            staging.publish(manifest.dump())
+            staging.publish(manifest)
     return manifest
 
 
