@@ -40,7 +40,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_365,
+    "lines of the package": 34_349,
     "files of the package": 202,
     "lines of the tests": 33_532,
 }

@@ -61,7 +61,7 @@ def test_every_figure_of_a_video_is_the_planners_on_every_machine(
     """Each machine is planned by itself here, those between two that are alike, too."""
     (recipe, form), (size, frames) = CASES[number], VIDEOS[number]
     case = subject.case(EVERY_RECIPE[recipe], form)
-    work = case.work((SIZES[size], FRAMES[frames]))
+    work = case.request((SIZES[size], FRAMES[frames])).work(case.stages)
     shown = Shown(document, list(RECIPES).index(recipe), list(FORMS).index(form), size, frames)
     assert shown.devices == [1, 2, 4]
     shares = {count: share_of(subject.dit, work, case.model.itemsize, count) for count in shown.devices}

@@ -1,4 +1,4 @@
-"""``ltxpack serve``: videos over HTTP, by the interface that clients of video engines speak."""
+"""``ltxpack serve``: a server that makes videos for its clients, with the /v1/videos interface."""
 
 from __future__ import annotations
 
@@ -16,73 +16,68 @@ from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve.limits import FIXED, LEAST_KEPT, ServeLimits
 
 SETTINGS = [one for one in SESSION if one.name not in FIXED]
-# Options that are fields of the server's options as they are typed.
-NAMED = ("output", "host", "port", "devices", "models", "allow_hosts", "ray", "workers")
+# The packages of ``ltxpack[serve]``.
 MODULES = ("fastapi", "uvicorn", "python_multipart")
 
 
 @click.command()
 @click.argument("overlay", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on; 0.0.0.0: all of them.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
-@click.option("--devices", metavar="0,1,…", help="Several cards: a worker each, which makes whole videos.")
-@click.option("--api-key", metavar="KEY", envvar="LTXPACK_API_KEY", show_envvar=True, help="Ask every client for it.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: any free one.")
+@click.option("--devices", metavar="0,1,…", help="Several cards; each has a worker, which makes whole videos.")
+@click.option("--api-key", metavar="KEY", envvar="LTXPACK_API_KEY", show_envvar=True, help="Every client must send it.")
 @click.option(
     "--allow-host", "allow_hosts", multiple=True, metavar="NAME",
-    help="Without a key: a further name that clients reach the server by; *: any. Repeatable.",
+    help="Without a key: clients may also reach the server by this name; *: by any. Repeatable.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("videos"), show_default=True,
-    help="The folder of the videos and the jobs.",
+    help="Folder of videos and jobs.",
 )  # fmt: skip
 @click.option(
-    "--queue", default=ServeLimits.queue, show_default=True, type=click.IntRange(1), help="Jobs that may wait."
+    "--queue", default=ServeLimits.queue, show_default=True, type=click.IntRange(1), help="Most waiting jobs."
 )
-@click.option("--model", "models", multiple=True, metavar="NAME=RECIPE:STAGE1,STAGE2", help="A further model by name.")
+@click.option("--model", "models", multiple=True, metavar="NAME=RECIPE:STAGE1,STAGE2", help="Add a model. Repeatable.")
 @click.option(
     "--keep-videos", metavar="TIME", show_default="until they are deleted",
-    help="Remove jobs and their videos so long after their end: 24h, 7d.",
+    help="Remove a job and its video this long after the job ended: 24h, 7d.",
 )  # fmt: skip
 @click.option(
     "--keep-bytes", metavar="SIZE", show_default="no bound",
-    help="Remove the oldest finished videos beyond so many bytes: 50GB.",
+    help="Remove the oldest finished videos if all together have more bytes: 50GB.",
 )  # fmt: skip
 @click.option(
     "--ray", is_flag=False, flag_value=RAY_HERE, metavar="[ADDRESS]",
-    help="Actors of a Ray cluster make the videos. Without ADDRESS, which goes last, Ray starts here.",
+    help="Actors of a Ray cluster make the videos. Without ADDRESS, --ray goes last and starts Ray here.",
 )  # fmt: skip
 @click.option(
     "--workers", type=click.IntRange(1), show_default="the GPUs of the cluster",
-    help="With --ray: so many actors, which wait for GPUs that join later.",
+    help="With --ray: number of actors; some may wait for GPUs that join later.",
 )  # fmt: skip
 @settings_options(*SETTINGS)
 @verbose_option
 def serve(
     overlay: Path,
-    api_key: str | None,
     queue: int,
     keep_videos: str | None,
     keep_bytes: str | None,
     verbose: bool,
-    **typed: Any,
+    **options: Any,
 ) -> None:
-    """Serve videos from OVERLAY as /v1/videos, which OpenAI's client speaks too."""
+    """Serve videos from OVERLAY over HTTP, with the /v1/videos interface that OpenAI's client uses."""
     try:
         from ltxpack.serve.server import ServeOptions
         from ltxpack.serve.server import serve as answer
     except ModuleNotFoundError as error:
         if error.name not in MODULES:
             raise
-        extra = "pip install 'ltxpack[serve]'"
-        raise UsageError(f"the package {error.name} is not installed", next=extra) from None
-    if api_key == "":
-        raise UsageError("--api-key is empty", next="leave --api-key out, or choose one")
+        raise UsageError(f"the package {error.name} is not installed", next="pip install 'ltxpack[serve]'") from None
+    if options["api_key"] == "":
+        raise UsageError("--api-key is empty", next="leave --api-key out, or choose a key")
     seconds = None if keep_videos is None else parse_duration(keep_videos, "--keep-videos", least=LEAST_KEPT)
     size = None if keep_bytes is None else parse_size(keep_bytes, "--keep-bytes", next="choose --keep-bytes 50GB")
-    limits, session = (
-        ServeLimits(queue=queue, keep_seconds=seconds, keep_bytes=size),
-        SessionSettings(**given(SETTINGS)),
-    )
-    named = {name: typed[name] for name in NAMED}
-    options = ServeOptions(overlay, api_key=api_key, session=session, limits=limits, **named)
-    answer(options, TerminalReporter(verbose), click.echo)
+    limits = ServeLimits(queue=queue, keep_seconds=seconds, keep_bytes=size)
+    session = SessionSettings(**given(SETTINGS))
+    for one in SETTINGS:
+        del options[one.name]
+    answer(ServeOptions(overlay, session=session, limits=limits, **options), TerminalReporter(verbose), click.echo)

@@ -1,8 +1,7 @@
-"""The deployment page: which machine runs which video how, what it takes, and what to type; one file for a browser.
+"""The page of ``plan --page``: one file for a browser that says how a machine runs a video, and what to type.
 
-Everything on it is the planner's, worked out for a grid of machines and videos when the page is written. The page is in
-plan.html, plan.css and plan.js, what can be picked in choices.py, the plans in grid.py, and in document.py how the page
-gets them.
+The planner computes every figure when the page is written, for a grid of machines and videos. choices.py has the grid,
+grid.py its plans, document.py the plans as JSON, and plan.html, plan.css and plan.js the page.
 """
 
 from ltxpack.deployment.page import render

@@ -1,6 +1,6 @@
-"""What can be picked on the deployment page: the machines, videos and forms of its grid, in the order of the page.
+"""The choices of the deployment page: the machines, videos and forms of its grid, in the order of the page.
 
-The order is a rank: a choice rules those after it. Sizes are multiples of 64, which every recipe takes.
+An earlier choice limits the later ones. Sizes are multiples of 64, which every recipe takes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ltxpack.runtime.sampling.recipes import DISTILLED, HQ, ONE_STAGE, TWO_STAGE
 from ltxpack.runtime.settings import Settings
 
 GB = 10**9
-# Memory of a card in GB -> cards that are sold with it.
+# Memory in GB -> cards that have it.
 CARDS = {
     12: "RTX 3060, RTX 4070",
     16: "RTX 4080, RTX 5080",
@@ -26,7 +26,7 @@ CARDS = {
     180: "B200",
 }
 HOSTS = (32, 64, 128, 256)
-# Cards that make one video together, a process each (``--devices``).
+# Numbers of cards that make a video together, each with a process (``--devices``).
 DEVICES = (1, 2, 4)
 RECIPES = {
     HQ.name: "the best picture",
@@ -41,13 +41,13 @@ FORMS = {
 }
 SIZES = ((512, 768), (704, 1280), (1024, 1536), (1088, 1920))
 FRAMES = (49, 121, 241, 481)
-# Stand for a user's own files, in the order they are stacked.
+# Examples of a user's own LoRAs with their strengths, in the order of the stack.
 LORAS = (("lora-1.safetensors", 0.8), ("lora-2.safetensors", 0.6), ("lora-3.safetensors", 0.4))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing to pick: each option as its label and what is said beside it; ``first`` is picked at the beginning."""
+    """A choice: label of each option -> the note beside it. The page begins with the option ``first``."""
 
     name: str
     legend: str
@@ -56,7 +56,7 @@ class Choice:
 
 
 def choices() -> tuple[Choice, ...]:
-    """All of them, the first of the highest rank."""
+    """All choices, in the order of the page."""
     fps, usual = Settings.fps, Settings.of({})
     sizes = {size_label(size): "" for size in SIZES}
     frames = {f"{count}": f"{count / fps:.0f} s" for count in FRAMES}

@@ -1,25 +1,27 @@
-"""What the page's script works from, as one JSON document: every plan of the grid, each text once.
+"""The input of the page's script, as one JSON document: every plan of the grid.
 
-Sizes are tenths of a GB, rounded as ``ltxpack plan`` prints them. ``texts`` holds words, ``sizes`` rows of sizes, one a
-phase, ``ways`` what many plans have in common, and ``lines`` rows of texts; a number stands for one of them.
+Sizes are in tenths of a GB, rounded as ``ltxpack plan`` prints them. Several plans share the entries of four tables,
+and a number stands for an entry: ``texts``; ``sizes``, rows with a size for each phase; ``ways``; ``lines``, rows of
+texts.
 
-- ``choices``: name -> labels of its options. ``system``: what the host keeps for itself.
-- ``cases`` by recipe and form: ``no``, why it cannot be run, or ``stages``; ``disk``: the overlay without bakes, the
-  bakes, and both, without LoRAs of the user's and with some; ``before`` by number of these: what is typed before a run.
-- ``works`` of each case by size and frames. ``phases``: a row of ``lines``. ``petaflop``: in tenths. ``gains`` by
-  number of cards in hundredths, 0 where fewer gain as much. By number of cards, where there is a gain: ``beside``, the
-  row of what phases take on the card beside weights, and ``free``, of what must be free beyond; ``runs`` by number of
-  LoRAs, each a row of ``lines``, which is a command in parts; and ``grid`` by card and host, the index of the plan, or
-  -1 less that of the refusal.
-- A plan, three numbers in ``plans``: its row of ``ways``, and the rows of the card and of the host. A way: the mode,
-  what the first video and each further one read, the parts of the description.
+- ``choices``: name -> labels of the options. ``system``: the memory that the host keeps for itself.
+- ``cases`` by recipe and form: ``no``, why it cannot run; or ``stages``; ``disk``: bytes of the overlay without bakes,
+  of the bakes, and of both, first without LoRAs of the user and then with them; ``before`` by number of these LoRAs:
+  the commands before a run.
+- ``works`` of each case, by size and frames. ``phases``: a row of ``lines``. ``petaflop``: in tenths. ``gains`` by
+  number of cards: in hundredths, 0 if fewer cards gain as much. For each number of cards with a gain: ``beside``, the
+  row of memory on the card beside the weights; ``free``, the row of memory that must stay free; ``runs`` by number of
+  LoRAs: a command, as a row of ``lines``; ``grid`` by card and host: the index of a plan, or -1 minus the index of a
+  refusal.
+- A plan is three numbers in ``plans``: its row of ``ways``, and its rows of card and host. A way has the mode, the
+  bytes that the first video and each further one read, and the parts of the description.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from itertools import chain, product
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ltxpack.deployment.choices import DEVICES, FORMS, FRAMES, LORAS, RECIPES, SIZES, choices
 from ltxpack.deployment.grid import Case, Subject, Video, gains, machine_of, plans, share_of
@@ -32,49 +34,46 @@ from ltxpack.runtime.weights.machine import SYSTEM
 from ltxpack.runtime.weights.plan import Plan, smallest_plan
 from ltxpack.runtime.weights.report import described
 
-# Where a description and a command are parted, so that what many have in common is there once.
+# The separators of a description and of a command: their parts are in the tables once.
 CLAUSE, FLAG = ", ", " --"
-INSTALL = "pip install ltxpack"
-# Of LoRAs of the user's.
+# Numbers of LoRAs of the user.
 COUNTS = range(len(LORAS) + 1)
 Row: TypeAlias = tuple[int, ...]
 T = TypeVar("T", bound=Hashable)
 
 
-class Numbered(Generic[T]):
-    """Things by number, in the order they were met first."""
+class Numbered(dict[T, int]):
+    """Entry -> its number, in the order of first use."""
 
-    def __init__(self) -> None:
-        self.numbers: dict[T, int] = {}
-
-    def __call__(self, thing: T) -> int:
-        return self.numbers.setdefault(thing, len(self.numbers))
+    def __missing__(self, entry: T) -> int:
+        self[entry] = len(self)
+        return self[entry]
 
 
 class Tables:
-    """What many plans have in common, once."""
+    """The tables of the document, and the numbers of their entries."""
 
     def __init__(self) -> None:
         self.texts = Numbered[str]()
         self.sizes, self.ways, self.lines = Numbered[Row](), Numbered[Row](), Numbered[Row]()
 
     def parts(self, text: str, separator: str) -> Row:
-        """``text`` parted, each part by its number."""
-        return tuple(map(self.texts, text.split(separator)))
+        """The parts of ``text``."""
+        return tuple(self.texts[part] for part in text.split(separator))
 
     def plan(self, plan: Plan) -> Row:
-        """A plan as the document has it."""
+        """The three numbers of a plan."""
         card, host = (self.row(getattr(phase, memory) for phase in plan.phases) for memory in ("card", "host"))
         reads = tenths(plan.first_read), tenths(plan.next_read)
-        return self.ways((self.texts(plan.mode), *reads, *self.parts(described(plan), CLAUSE))), card, host
+        return self.ways[self.texts[plan.mode], *reads, *self.parts(described(plan), CLAUSE)], card, host
 
     def row(self, sizes: Iterable[int]) -> int:
-        """Bytes, one for each phase."""
-        return self.sizes(tuple(map(tenths, sizes)))
+        """A row of bytes for each phase."""
+        return self.sizes[tuple(map(tenths, sizes))]
 
     def line(self, command: str) -> int:
-        """A command that runs a video."""
-        return self.lines(self.parts(command, FLAG))
+        """A command."""
+        return self.lines[self.parts(command, FLAG)]
 
 
 def document(subject: Subject) -> dict[str, Any]:
@@ -86,45 +85,40 @@ def document(subject: Subject) -> dict[str, Any]:
         try:
             case = subject.case(EVERY_RECIPE[recipe], form)
         except OverlayError as error:
-            cases.append({"no": tables.texts(error.problem)})
+            cases.append({"no": tables.texts[error.problem]})
             works.append([])
-            continue
-        cases.append(_case(subject, case, tables))
-        works.append([_work(subject, case, video, tables) for video in product(SIZES, FRAMES)])
+        else:
+            cases.append(_case(subject, case, tables))
+            works.append([_work(subject, case, video, tables) for video in product(SIZES, FRAMES)])
     return {
-        "install": INSTALL,
+        "install": "pip install ltxpack",
         "choices": {choice.name: list(choice.options) for choice in choices()},
         "system": tenths(SYSTEM),
         "cases": cases,
         "works": works,
-        "texts": list(tables.texts.numbers),
-        "sizes": list(tables.sizes.numbers),
-        "ways": list(tables.ways.numbers),
-        "lines": list(tables.lines.numbers),
+        **{name: list(table) for name, table in vars(tables).items()},
     }
 
 
 def _case(subject: Subject, case: Case, tables: Tables) -> dict[str, Any]:
-    """A recipe in a form."""
     stages = [f"{stage_label(number)}: {name}" for number, name in enumerate(case.stages)]
     disk = [subject.disk(case, loras) for loras in (0, 1)]
     before = (subject.commands(case, (SIZES[0], FRAMES[0]), 1, loras)[:-1] for loras in COUNTS)
     return {
-        "stages": tables.texts(", ".join(stages)),
+        "stages": tables.texts[", ".join(stages)],
         "disk": [[*map(tenths, (base, bakes, base + bakes))] for base, bakes in disk],
-        "before": [[*map(tables.texts, lines)] for lines in before],
+        "before": [[tables.texts[line] for line in lines] for lines in before],
     }
 
 
 def _work(subject: Subject, case: Case, video: Video, tables: Tables) -> dict[str, Any]:
-    """One video in a recipe and a form."""
-    work = case.work(video)
+    work = case.request(video).work(case.stages)
     found = gains(subject.dit, work, case.model.itemsize)
     useful = [count for count, gain in zip(DEVICES, found, strict=True) if gain is not None]
     shares = {count: share_of(subject.dit, work, case.model.itemsize, count) for count in useful}
     kept, refusals = Numbered[Row](), Numbered[int]()
     grid = [
-        -1 - refusals(tables.texts(plan)) if isinstance(plan, str) else kept(tables.plan(plan))
+        -1 - refusals[tables.texts[plan]] if isinstance(plan, str) else kept[tables.plan(plan)]
         for count, share in shares.items()
         for plan in plans(case.model, share, count)
     ]
@@ -132,15 +126,15 @@ def _work(subject: Subject, case: Case, video: Video, tables: Tables) -> dict[st
     others = {count: machine_of(0, 0, count).context for count in useful}
     runs = [[subject.commands(case, video, count, loras)[-1] for loras in COUNTS] for count in useful]
     return {
-        "phases": tables.lines(tuple(tables.texts(phase.name) for phase in phases[1])),
+        "phases": tables.lines[tuple(tables.texts[phase.name] for phase in phases[1])],
         "beside": [tables.row(phase.activations for phase in phases[count]) for count in useful],
         "free": [tables.row(phase.needed - phase.card + others[count] for phase in phases[count]) for count in useful],
         "forwards": sum(stage.evaluations * stage.passes for stage in work.stages),
         "petaflop": round(video_flops(subject.dit, work) / 1e14),
         "gains": [round(100 * (gain or 0)) for gain in found],
         "runs": [[*map(tables.line, lines)] for lines in runs],
-        "plans": [*chain.from_iterable(kept.numbers)],
-        "refusals": list(refusals.numbers),
+        "plans": [*chain.from_iterable(kept)],
+        "refusals": list(refusals),
         "grid": grid,
     }
 

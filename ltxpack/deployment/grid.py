@@ -1,4 +1,4 @@
-"""The plans of the deployment page: of every video on every machine, for the published model or for an overlay."""
+"""The plans of the deployment page: every video on every machine of the grid, of the published model or an overlay."""
 
 from __future__ import annotations
 
@@ -35,31 +35,25 @@ Video = tuple[tuple[int, int], int]
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe with its linears in one form: the transformers of its stages, and the sizes of the model with these and
-    the base.
-    """
+    """A recipe in one form: the transformers of its stages, and the sizes of the model with these and the base."""
 
     recipe: Recipe
     form: str
     stages: tuple[str, ...]
     model: ModelSizes
 
-    def work(self, video: Video) -> Work:
-        """What the planner is asked."""
-        return self.request(video).work(self.stages)
-
     def request(self, video: Video) -> Request:
-        """The video, without a prompt."""
+        """The request for ``video``, without a prompt."""
         (height, width), frames = video
         return Request.of("", recipe=self.recipe.name, height=height, width=width, num_frames=frames)
 
     def transformers(self, loras: int) -> list[str]:
-        """Those that are baked, each once; with LoRAs of the user's that is the base, too."""
+        """The bakes to make, each once; with ``loras`` of the user the base is baked too."""
         return [name for name in dict.fromkeys(self.stages) if name != BASE or loras]
 
 
 class Subject:
-    """What the page is about: ``overlay``, or the published model where that is None."""
+    """The model of the page: that of ``overlay``, or the published one."""
 
     def __init__(self, overlay: Overlay | None) -> None:
         self.overlay = overlay
@@ -73,16 +67,16 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """What the page calls it."""
+        """The name of the model on the page."""
         return "the published LTX-2.3" if self.overlay is None else self.overlay.root.resolve().name
 
     @property
     def root(self) -> Path:
-        """The folder of the overlay, made or to be made."""
+        """The folder of the overlay, which need not exist yet."""
         return DEFAULT_FOLDER if self.overlay is None else self.overlay.root
 
     def case(self, recipe: Recipe, form: str) -> Case:
-        """Raises OverlayError where the overlay cannot run ``recipe``."""
+        """The case of ``recipe`` in ``form``. Raises OverlayError if the overlay cannot run ``recipe``."""
         stages = self._stages(recipe, form)
         codes = {name: codes_named(name) for name in dict.fromkeys((BASE, *stages))}
         if self.overlay is None:
@@ -92,13 +86,13 @@ class Subject:
         return Case(recipe, form, stages, model)
 
     def _stages(self, recipe: Recipe, form: str) -> tuple[str, ...]:
-        """The transformers that ``auto`` takes if they are there in ``form``, else the official ones."""
+        """The transformers that ``auto`` takes if all are in ``form``, else the official ones."""
         if self.overlay is not None:
             manifest, asked = self.overlay.manifest, (AUTO,) * len(recipe.stages)
             try:
                 stages = choose(manifest, recipe, asked, self.overlay.root, form).stages
             except OverlayError:
-                if manifest.distilled:  # no bake helps
+                if manifest.distilled:  # another bake does not help
                     raise
             else:
                 if all(form_of(manifest, name) == form for name in stages):
@@ -110,7 +104,7 @@ class Subject:
         return official_transformers(recipe, distilled, form)
 
     def disk(self, case: Case, loras: int) -> tuple[int, int]:
-        """Bytes of the overlay without bakes, and of the bakes that ``case`` needs. User LoRAs are not counted."""
+        """Bytes of the overlay without bakes, and of the bakes of ``case``. Leaves out LoRAs of the user."""
         parts = case.model.parts
         base = sum(parts[part].stored for part in (*SMALL_PARTS, TEXT_ENCODER, transformer_part(BASE)))
         if self.overlay is None:
@@ -120,8 +114,8 @@ class Subject:
         return base, sum(parts[transformer_part(name)].stored for name in case.transformers(loras))
 
     def commands(self, case: Case, video: Video, devices: int, loras: int) -> list[str]:
-        """What to type for a video from nothing, on so many ``devices``, with the first ``loras`` of LORAS in each
-        bake. The last command runs it; those before are the same for all videos and devices.
+        """The commands from nothing to ``video`` on this number of ``devices``, with the first ``loras`` of LORAS in
+        each bake. The last one runs the video; the others are the same for all videos and devices.
         """
         session = SessionSettings(format=case.form, devices=named_devices(devices))
         planned = PlannedRun(case.request(video), session)
@@ -134,13 +128,13 @@ class Subject:
         return [found[0], bake, commands(case.stages, named, self.overlay)[-1].text]
 
     def _stacked(self, case: Case, added: tuple[tuple[str, float], ...]) -> tuple[str, list[str]]:
-        """The command that bakes the official transformers of ``case`` with ``added`` below, and what ``run`` is told
-        of each stage: ``auto`` takes neither a bake with the distilled LoRA at 0 nor a stacked one beside plain ones.
+        """The command that bakes the official transformers of ``case`` with ``added`` beneath, and the ``--stage`` of
+        each. ``auto`` takes neither a bake with the distilled LoRA at 0 nor a stacked one beside plain ones.
         """
         loras = [(lora_name(Path(file).stem), strength) for file, strength in added]
         options = BakeOptions(self.root, (), added=added, formats=(case.form,))
         if self.overlay is not None and self.overlay.manifest.lora(DISTILLED) is None:
-            # The last one takes the place of the distilled LoRA.
+            # The last LoRA takes the place of the distilled one.
             file, strength = added[-1]
             alone = replace(options, strengths=(strength,), lora=file, added=added[:-1])
             return alone.command(), [bake_name(loras, case.form)] * len(case.stages)
@@ -153,36 +147,38 @@ class Subject:
 
 
 def named_devices(count: int) -> str | None:
-    """What ``--devices`` is told for so many cards; None for one."""
+    """The value of ``--devices`` for ``count`` cards; None for one."""
     return None if count == 1 else ",".join(map(str, range(count)))
 
 
 def gains(dit: DiTConfig, work: Work, itemsize: int) -> list[float | None]:
-    """For each number of DEVICES: videos in the time of one on one card, at most; None where fewer gain as much."""
+    """For each number of DEVICES: how much faster than one card it is at most; None if fewer cards gain as much."""
     found: list[float | None] = []
+    most = 0.0
     for count in DEVICES:
         gain = shared(SessionSettings.parallel, dit, work, count, itemsize).gain
-        found.append(gain if gain > max((one for one in found if one is not None), default=0.0) else None)
+        found.append(gain if gain > most else None)
+        most = max(most, gain)
     return found
 
 
 def machine_of(card: int, host: int, devices: int = 1) -> Machine:
-    """What each of so many processes is planned with; ``card`` and ``host`` in GB, the host of all of them."""
+    """The machine of each of ``devices`` processes; ``card`` in GB for each, ``host`` in GB for all together."""
     machine = this_machine(card * GB, host * GB)
     exchanges = EXCHANGES if devices > 1 else 0
     return replace(machine, host=machine.host // devices, context=machine.context + exchanges)
 
 
 def share_of(dit: DiTConfig, work: Work, itemsize: int, devices: int) -> Work:
-    """``work`` as the busiest of so many cards has it."""
+    """The share of ``work`` of the busiest of ``devices`` cards."""
     return as_shared(work, shared(SessionSettings.parallel, dit, work, devices, itemsize).splits)
 
 
 def plans(model: ModelSizes, work: Work, devices: int) -> Iterator[Plan | str]:
-    """The best plan for ``work``, which is the share of one of ``devices``, on every machine of the grid, by card and
-    host; or why there is none, as ``ltxpack plan`` says it.
+    """The best plan for ``work`` on every machine of the grid, by card and host, or the refusal of ``ltxpack plan``.
 
-    What two machines have in common those between them have, too: with more memory no way to run is lost.
+    ``work`` is the share of one of ``devices``. Machines between two with the same plan have this plan too: more memory
+    only adds ways to run.
     """
     hosts = [machine_of(0, host, devices).host for host in HOSTS]
     cards = [machine_of(card, 0, devices) for card in CARDS]
@@ -201,7 +197,7 @@ def plans(model: ModelSizes, work: Work, devices: int) -> Iterator[Plan | str]:
 
 
 def between(count: int, made: Callable[[int], T]) -> list[T]:
-    """``made`` of 0 to ``count`` - 1. Where both ends of a range have the same, nothing is made between them."""
+    """``made`` of 0 to ``count`` - 1. It is not called between two numbers with equal results."""
     made = functools.cache(made)
 
     def halves(first: int, last: int) -> list[T]:

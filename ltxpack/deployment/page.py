@@ -1,4 +1,4 @@
-"""plan.html, plan.css and plan.js as one file for a browser, which may load nothing from elsewhere and send nothing."""
+"""Puts plan.html, plan.css and plan.js into one file. Its policy lets the browser neither load nor send anything."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ltxpack.page import style
 from ltxpack.runtime.overlay import Overlay
 
 FOLDER = Path(__file__).parent
-# These choices are lists that open; the others show all of their options.
+# Choices that are drop-down lists; the others show all options.
 LISTED = ("card",)
 
 
 def render(overlay: Overlay | None = None) -> bytes:
-    """The page for ``overlay``, or for the published LTX-2.3. Raises what reading the overlay's headers raises."""
+    """The page for ``overlay``, or for the published LTX-2.3. Raises LtxpackError for headers that cannot be read."""
     subject = Subject(overlay)
     looks, script = style(FOLDER / "plan.css"), (FOLDER / "plan.js").read_text(encoding="utf-8")
     data = json.dumps(document(subject), ensure_ascii=False, separators=(",", ":"))
-    # No text may end the element it stands in. A line for each video keeps the file fit for tools that read lines.
+    # No text may end its element. Each video begins a line, so that no line is too long for tools that read lines.
     data = data.replace("<", "\\u003c").replace(',{"phases"', ',\n{"phases"')
     page = (FOLDER / "plan.html").read_text(encoding="utf-8")
     return page.format(
@@ -36,16 +36,16 @@ def render(overlay: Overlay | None = None) -> bytes:
         style=looks,
         script=script,
         data=data,
-    ).encode(errors="backslashreplace")  # the name of a folder need not be UTF-8
+    ).encode(errors="backslashreplace")  # the name of a folder may not be UTF-8
 
 
 def _hash(text: str) -> str:
-    """What the page's policy says of an element with just this text."""
+    """The source of the page's policy that allows an element with this text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _choice(choice: Choice) -> Iterator[str]:
-    """A list that opens, or a group of buttons; each with a place for the reasons why some cannot be picked."""
+    """A drop-down list or a group of buttons, with a place for the reasons why some options cannot be chosen."""
     name, why = choice.name, f"{choice.name}-why"
     if name in LISTED:
         yield f"<div class=choice>\n<label for={name} id={name}-legend>{choice.legend}</label>"
