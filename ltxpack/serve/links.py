@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ class WorkerLink(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises Died if the worker has ended."""
+
+    @contextmanager
+    def free(self) -> Iterator[None]:
+        """In the block the worker is ready for a task. Raises Died."""
+        self.check()
+        yield
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether no process is there now that could take a task; only where others start them."""
+        return False
 
     @abstractmethod
     def end(self) -> None:

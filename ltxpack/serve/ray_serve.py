@@ -2,7 +2,7 @@
 
     serve run ltxpack.serve.ray_serve:app overlay=/shared/out output=/srv/videos
 
-One replica is the server, with the jobs and the videos. Its workers are actors of the cluster, one a GPU.
+Its deployments: ``VideoServer``, one replica with HTTP, the jobs and the videos; ``VideoWorker``, one replica a GPU.
 """
 
 from __future__ import annotations
@@ -23,15 +23,22 @@ from ray.serve import Application
 
 from ltxpack.files.units import parse_duration, parse_size
 from ltxpack.reporter import Reporter
+from ltxpack.runtime.parallel import cluster
+from ltxpack.runtime.parallel.cluster import SharedDisk
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve.app import make_app
 from ltxpack.serve.limits import FIXED, LEAST_KEPT, ServeLimits
+from ltxpack.serve.links import Workplace
 from ltxpack.serve.processes import API_KEY
-from ltxpack.serve.ray_workers import ray_place
+from ltxpack.serve.ray_workers import counted, remote_openings
+from ltxpack.serve.replicas import ReplicaLink, Replicas, VideoWorker
 from ltxpack.serve.server import ServeOptions, service_of
 
 # A request for a video in its answer lasts as long as the video: the queue is what bounds them.
 REQUESTS = 1000
+# Seconds between looks of Ray Serve whether a worker is alive.
+HEALTH = 2.0
+WORKER = "VideoWorker"
 # Jobs and videos are on the disk of one machine: the head of the cluster, unless a configuration says otherwise.
 ON_THE_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 
@@ -102,17 +109,36 @@ class LogReporter(Reporter):
 def app(args: Mapping[str, Any]) -> Application:
     """The application; raises ValidationError, LtxpackError for what it cannot be."""
     options = ServeArguments(**args).options()
+    count, on_cpus = counted(ray, options.session, options.devices, options.workers)
 
     def build() -> FastAPI:
-        return application(options)
+        return application(options, count, on_cpus)
 
-    deployment = serve.deployment(
+    worker = serve.deployment(
+        VideoWorker,
+        name=WORKER,
+        num_replicas=count,
+        max_ongoing_requests=1,
+        health_check_period_s=HEALTH,
+        ray_actor_options=cluster.needs(on_cpus),
+        logging_config={"enable_access_log": False},
+    )
+    server = serve.deployment(
         name="VideoServer", num_replicas=1, max_ongoing_requests=REQUESTS, ray_actor_options=ON_THE_HEAD
     )
-    return deployment(serve.ingress(build)()).bind()
+    return server(serve.ingress(build)()).bind(worker.bind())
 
 
-def application(options: ServeOptions) -> FastAPI:
-    """What the replica answers with; a worker that cannot begin is tried again."""
-    place = partial(ray_place, ray, options.overlay, options.session, options.devices, options.workers)
+def application(options: ServeOptions, count: int, on_cpus: bool) -> FastAPI:
+    """What the replica of the server answers with. ``count``: of workers, unless a configuration has more of them."""
+    name = serve.get_replica_context().app_name
+    states = serve.status().applications[name].deployments[WORKER].replica_states
+    count = max(count, sum(states.values()))
+
+    def place() -> Workplace:
+        handle = serve.get_deployment_handle(WORKER, name).options(stream=True)
+        replicas = Replicas(handle, ray.get_runtime_context().current_actor, SharedDisk.of(options.overlay))
+        openings = remote_openings("worker", count, on_cpus, options.overlay, options.session)
+        return Workplace(openings, partial(ReplicaLink, replicas))
+
     return make_app(service_of(options, LogReporter(), None, place))

@@ -51,7 +51,7 @@ class Workers:
     @property
     def states(self) -> list[dict[str, Any]]:
         """What each worker is doing."""
-        return [{"device": one.opening.device, "state": one.state, "job": one.job_id} for one in self.all]
+        return [{"device": one.opening.device, "state": one.shown, "job": one.job_id} for one in self.all]
 
 
 class DeviceWorker:
@@ -73,6 +73,12 @@ class DeviceWorker:
         self._link: WorkerLink | None = None
         self._stopping = threading.Event()
         self._was_ready = False
+
+    @property
+    def shown(self) -> str:
+        """The state as people are told it."""
+        missing = self.state == IDLE and self._link is not None and self._link.is_missing
+        return STARTING if missing else self.state
 
     def start(self) -> None:
         """Begin."""
@@ -143,12 +149,14 @@ class DeviceWorker:
 
     def _take_one(self, link: WorkerLink) -> None:
         """Wait for a job, and have it made. Raises Died."""
-        link.check()
-        job = self._jobs.claim(LOOK)
-        if job is not None:
+        with link.free():
+            job = self._jobs.claim(LOOK)
+            if job is None:
+                return
             self.state, self.job_id = BUSY, job.id
-            self._make(link, job)
-            self.state, self.job_id = IDLE, ""
+            link.make(job, self._jobs.video(job.id).absolute(), self._jobs.pictures.absolute())
+        self._follow(link, job)
+        self.state, self.job_id = IDLE, ""
 
     def _give_back(self) -> None:
         """The job that a worker died of is for another one."""
@@ -156,9 +164,8 @@ class DeviceWorker:
             self._jobs.give_back(self.job_id, crashed=True)
             self.job_id = ""
 
-    def _make(self, link: WorkerLink, job: Job) -> None:
-        """Have ``job`` made; its end is in the database when this returns. Raises Died."""
-        link.make(job, self._jobs.video(job.id).absolute(), self._jobs.pictures.absolute())
+    def _follow(self, link: WorkerLink, job: Job) -> None:
+        """Note what comes of ``job``; its end is in the database when this returns. Raises Died."""
         if self._jobs.get(job.id) is None:  # deleted before the worker had it
             self.cancel(job.id)
         for message in self._messages(link):

@@ -207,41 +207,85 @@ def test_what_cannot_be_written_has_failed(
     assert "cannot be written" in actor.next()["failed"]
 
 
-def test_ray_serve_has_the_same_server_and_a_killed_replica_loses_nothing(demo: Path, tmp_path: Path, ray: Any) -> None:
-    serve = pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+class Deployed:
+    """The application of Ray Serve, with two workers on CPUs."""
+
+    def __init__(self, ray: Any, client: httpx.Client) -> None:
+        self._ray, self._client = ray, client
+
+    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        return until(lambda: found if (found := self._client.request(method, path, **more)).status_code < 500 else None)
+
+    def post(self, **fields: Any) -> str:
+        answer = self.ask("POST", "/v1/videos", json={**SMALL, "prompt": "a boat", **fields})
+        assert answer.status_code == 200, answer.text
+        return f"/v1/videos/{answer.json()['id']}"
+
+    def job(self, path: str) -> dict[str, Any]:
+        return dict(self.ask("GET", path).json())
+
+    def metric(self, line: str) -> bool:
+        return f"ltxpack_{line}\n" in self.ask("GET", "/metrics").text
+
+    def replicas(self, name: str) -> set[int]:
+        """The processes of a deployment that live."""
+        actors = self._ray._private.state.actors().values()
+        return {one["Pid"] for one in actors if f"#{name}#" in one["Name"] and one["State"] == "ALIVE"}
+
+
+@contextmanager
+def deployed(ray: Any, args: dict[str, Any]) -> Iterator[Deployed]:
+    from ray import serve
+
     from ltxpack.serve.ray_serve import app
 
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
-    args = {"overlay": str(demo / "overlay"), "output": str(tmp_path), "devices": "cpu:1", "api_key": "a key"}
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    with contextlib.ExitStack() as ends:
-        ends.callback(serve.shutdown)
-        serve.run(app({**args, "session": {"dtype": "float32"}}), name="ltxpack")
+    try:
+        serve.run(app(args), name="ltxpack")
         headers = {"Authorization": "Bearer a key"}
-        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=HANG)
-        ends.enter_context(client)
-        assert client.get("/v1/videos", headers={"Authorization": "Bearer another"}).status_code == 401
-        path = f"/v1/videos/{client.post('/v1/videos', json={**SMALL, 'prompt': 'a boat'}).json()['id']}"
-        until(lambda: client.get(path).json()["progress"] > 0)
-        (name,) = (
-            one["name"] for one in ray.util.list_named_actors(all_namespaces=True) if "VideoServer" in one["name"]
-        )
-        ray.kill(ray.get_actor(name, namespace="serve"))
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=HANG) as client:
+            yield Deployed(ray, client)
+    finally:
+        serve.shutdown()
 
-        def completed() -> bool:
-            answer = client.get(path)  # Ray Serve answers 500 or 503 until the next replica is there
-            return answer.status_code == 200 and answer.json()["status"] == "completed"
 
-        until(completed)
-        fetched = client.get(f"{path}/content", headers={"Range": "bytes=0-9"})
+def test_ray_serve_has_the_same_server_and_killed_replicas_lose_nothing(demo: Path, tmp_path: Path, ray: Any) -> None:
+    pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+    args = {"overlay": str(demo / "overlay"), "output": str(tmp_path), "devices": "cpu:2", "api_key": "a key"}
+    with deployed(ray, {**args, "session": {"dtype": "float32"}}) as server:
+        another = {"Authorization": "Bearer another"}
+        assert server.ask("GET", "/v1/videos", headers=another).status_code == 401
+        long = {"model": "ltx-2.3-hq", "steps": 100}
+        pair = [server.post(**long) for _ in range(2)]
+        until(lambda: all(server.job(path)["progress"] > 0 for path in pair))
+        waiting = [server.post(prompt=prompt) for prompt in ("a dog", "a cat")]
+        assert [server.job(path)["status"] for path in waiting] == ["queued"] * 2
+        workers = server.replicas("VideoWorker")
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: server.metric('jobs{status="queued"} 4'))
+        until(lambda: all(server.job(path)["progress"] > 0 for path in pair))
+        (head,) = server.replicas("VideoServer")
+        os.kill(head, signal.SIGKILL)
+        until(lambda: head not in server.replicas("VideoServer"))
+        until(lambda: all(server.job(path)["progress"] > 0 for path in pair))
+        assert not workers & server.replicas("VideoWorker")
+        for path in pair:
+            assert server.ask("DELETE", path).status_code == 200
+        until(lambda: server.metric('jobs_ended_total{status="cancelled"} 2'))
+        until(lambda: all(server.job(path)["status"] == "completed" for path in waiting))
+        fetched = server.ask("GET", f"{waiting[0]}/content", headers={"Range": "bytes=0-9"})
         assert fetched.status_code == 206 and len(fetched.content) == 10
-        made = client.post("/v1/videos/sync", json={**SMALL, "prompt": "a dog"})
+        made = server.ask("POST", "/v1/videos/sync", json={**SMALL, "prompt": "a dog"})
         assert made.status_code == 200 and made.headers["content-type"] == "video/mp4"
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/videos/sync", json={"prompt": "a cat", "size": "64x64", "steps": 100}, timeout=1)
-        until(lambda: len(client.get("/v1/videos").json()["data"]) == 1)
-    assert [job.name for job in tmp_path.glob("*.mp4")] == [f"{path.rpartition('/')[2]}.mp4"]
+            server.ask("POST", "/v1/videos/sync", json={**SMALL, **long, "prompt": "a cat"}, timeout=1)
+        until(lambda: len(server.ask("GET", "/v1/videos").json()["data"]) == 2)
+        until(lambda: server.metric('jobs_ended_total{status="cancelled"} 3'))
+    assert {f"/v1/videos/{video.stem}" for video in tmp_path.glob("*.mp4")} == {*waiting}
 
 
 def test_what_ray_serve_is_told_are_the_flags_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

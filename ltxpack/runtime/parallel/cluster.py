@@ -73,7 +73,7 @@ def cpu_workers(device: str, devices: str | None) -> int:
     return len(named)
 
 
-def needs(on_cpus: int) -> dict[str, Any]:
+def needs(on_cpus: bool | int) -> dict[str, Any]:
     """What an actor needs of its machine: a GPU, or a CPU where :func:`cpu_workers` says so."""
     return {"num_cpus": 1} if on_cpus else {"num_cpus": 0, "num_gpus": 1}
 
