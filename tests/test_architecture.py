@@ -14,17 +14,17 @@ import pytest
 from support import REPOSITORY
 
 PACKAGE = REPOSITORY / "ltxpack"
-# Room -> the rooms it may import. errors, reporter and page know nobody.
-ALLOWED: dict[str, set[str]] = {"errors": set(), "reporter": set(), "page": set()}
+# Room -> the rooms it may import. errors, reporter, page and imports know nobody.
+ALLOWED: dict[str, set[str]] = {"errors": set(), "reporter": set(), "page": set(), "imports": set()}
 ALLOWED["files"] = {"errors", "reporter"}
 ALLOWED["strength"] = {"errors"}
 ALLOWED["ltx23"] = {"errors", "files"}
 ALLOWED["manifest"] = {"errors", "files", "strength"}
 ALLOWED["activations"] = {"errors", "files", "manifest", "strength"}
 ALLOWED["repack"] = {"errors", "reporter", "files", "ltx23", "manifest", "strength"}
-ALLOWED["runtime"] = {*ALLOWED["repack"], "activations"}
+ALLOWED["runtime"] = {*ALLOWED["repack"], "activations", "imports"}
 ALLOWED["materialize"] = {*ALLOWED["repack"], "repack"}
-ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize", "activations", "page"}
+ALLOWED["lora_bake"] = {*ALLOWED["materialize"], "materialize", "activations", "page", "imports"}
 ALLOWED["export"] = {*ALLOWED["lora_bake"], "lora_bake"}
 ALLOWED["deployment"] = {*ALLOWED["lora_bake"], "lora_bake", "runtime"}
 ALLOWED["demo"] = {*ALLOWED["export"], "export", "runtime"}
@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_608,
-    "files of the package": 203,
-    "lines of the tests": 33_576,
+    "lines of the package": 34_661,
+    "files of the package": 204,
+    "lines of the tests": 33_631,
 }
 
 

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from ltxpack.cli.terminal import Command, TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
 from ltxpack.files.units import human_bytes
+from ltxpack.imports import uncollected
 from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.parallel.devices import RAY_HERE, TORCHRUN, Launched, launched
 from ltxpack.runtime.sampling.recipes import stage_label
@@ -117,7 +118,8 @@ def run(
 
         # Wrong settings fail here, before the import of torch.
         Request.of(prompt, **given(VIDEO))
-    from ltxpack.runtime.run import RunOptions
+    with uncollected():
+        from ltxpack.runtime.run import RunOptions
 
     session, launch = SessionSettings(**given(SESSION)), launched()
     if launch is not None:

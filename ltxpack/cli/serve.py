@@ -11,6 +11,7 @@ from ltxpack.cli.run import SESSION, given, settings_options
 from ltxpack.cli.terminal import TerminalReporter, verbose_option
 from ltxpack.errors import UsageError
 from ltxpack.files.units import parse_duration, parse_size
+from ltxpack.imports import uncollected
 from ltxpack.runtime.parallel.devices import RAY_HERE
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve.limits import FIXED, LEAST_KEPT, ServeLimits
@@ -66,8 +67,9 @@ def serve(
 ) -> None:
     """Serve videos from OVERLAY over HTTP, with the /v1/videos interface that OpenAI's client uses."""
     try:
-        from ltxpack.serve.server import ServeOptions
-        from ltxpack.serve.server import serve as answer
+        with uncollected():
+            from ltxpack.serve.server import ServeOptions
+            from ltxpack.serve.server import serve as answer
     except ModuleNotFoundError as error:
         if error.name not in MODULES:
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from ltxpack.demo.checkpoint import write_source
 from ltxpack.errors import OverlayError
 from ltxpack.files.foreign import entries
+from ltxpack.imports import uncollected
 from ltxpack.lora_bake import BakeOptions, bake
 from ltxpack.materialize import Options, materialize
 from ltxpack.reporter import Reporter
@@ -37,7 +38,8 @@ def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     bake(BakeOptions(overlay, HQ.strengths), reporter)
     reporter.note("4/4 run")
     # The runtime imports torch, which the steps before do not need.
-    from ltxpack.runtime.run import RunOptions, run_to_file
+    with uncollected():
+        from ltxpack.runtime.run import RunOptions, run_to_file
     from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 
     given: SettingsGiven = {"recipe": recipe, "height": 192, "width": 320, "num_frames": 25}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ltxpack.demo.config import GEMMA, REGISTERS, SPECIAL_TOKENS, TEXT_LAYERS, UPSAMPLER, checkpoint_config
 from ltxpack.files.publish import Temporary, atomic_write
 from ltxpack.files.tensorfile import build_header, tensor_nbytes
+from ltxpack.imports import uncollected
 from ltxpack.ltx23.configs import Shapes, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.expected import source_inventory
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
@@ -191,8 +192,9 @@ REAL_VALUES = {
 
 def _write_gemma(folder: Path) -> None:
     """A Gemma 3 folder as published: configs, a byte-level tokenizer, weights."""
-    import torch
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    with uncollected():
+        import torch
+        from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     folder.mkdir(exist_ok=True)
     with torch.device("meta"):

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from ltxpack.activations import base_digest
 from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
+from ltxpack.imports import uncollected
 from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, LoraUse, Shapes, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat, split_name
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
@@ -132,7 +133,7 @@ def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bo
 def _torch_ahead() -> Future[ModuleType]:
     """Import torch on another thread: it takes as long as reading a LoRA, and both go on together."""
     loader = ThreadPoolExecutor(1)
-    torch = loader.submit(importlib.import_module, "torch")
+    torch = loader.submit(uncollected()(importlib.import_module), "torch")
     loader.shutdown(wait=False)
     return torch
 

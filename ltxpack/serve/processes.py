@@ -14,7 +14,7 @@ from typing import Any
 from ltxpack.serve.jobs import Job
 from ltxpack.serve.links import Died, Message, Opening, WorkerLink
 
-COMMAND = (sys.executable, "-m", "ltxpack.serve.worker")
+COMMAND = (sys.executable, "-m", "ltxpack.imports", "ltxpack.serve.worker")
 API_KEY = "LTXPACK_API_KEY"
 # Seconds until a process must have ended.
 END = 10.0

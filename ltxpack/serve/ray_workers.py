@@ -16,6 +16,7 @@ from typing import Any
 
 from ltxpack.errors import LtxpackError, UsageError, one_line
 from ltxpack.files.publish import Temporary, output_errors
+from ltxpack.imports import uncollected
 from ltxpack.runtime.parallel import cluster
 from ltxpack.runtime.parallel.cluster import SharedDisk
 from ltxpack.runtime.settings import SessionSettings
@@ -68,8 +69,9 @@ class RemoteWorker:
         """Ready for tasks. ``actors``: how many of the server there are at most on a machine."""
         try:
             disk.check()
-            from ltxpack.runtime.session import Session
-            from ltxpack.serve.worker import WorkerNotes
+            with uncollected():
+                from ltxpack.runtime.session import Session
+                from ltxpack.serve.worker import WorkerNotes
 
             session = Session(disk.root, SessionSettings(**settings), WorkerNotes(self._say))
             session.process_ends = True

@@ -66,7 +66,7 @@ class Worker:
         self.ready = threading.Event()
         self._said = ""
         out = subprocess.DEVNULL if received is None else subprocess.PIPE
-        command = [sys.executable, "-m", module]
+        command = [sys.executable, "-m", "ltxpack.imports", module]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE)
         self._listening = threading.Thread(target=self._listen, daemon=True)
         self._receiving = threading.Thread(target=self._receive, args=(received,), daemon=True)

@@ -1,0 +1,55 @@
+"""Large imports leave the collector nothing to look through, and everything else as it was."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import in_fresh_process
+
+from ltxpack.imports import uncollected
+
+FOUND = """
+import gc
+from ltxpack.imports import uncollected
+with uncollected():
+    off = not gc.isenabled()
+    import decimal
+once = gc.get_freeze_count()
+with uncollected():
+    import decimal
+answer = [off, gc.isenabled(), once, gc.get_freeze_count(), len(gc.get_objects())]
+"""
+
+
+def test_what_a_block_imports_is_never_looked_through() -> None:
+    (off, on, once, twice, left), _ = in_fresh_process(FOUND)
+    assert off and on
+    assert once == twice > 5_000 > left
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_block_that_fails_leaves_the_collector_as_it_was(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc, "freeze", lambda: pytest.fail("nothing was imported"))
+    if not enabled:
+        gc.disable()
+    try:
+        with pytest.raises(ModuleNotFoundError), uncollected():
+            import no_such_module_of_anybody  # type: ignore[import-not-found]  # noqa: F401
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+
+
+def test_a_module_runs_after_its_imports(tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "import gc\nimport decimal\nat_import = gc.isenabled()\n"
+        "def main():\n    print(at_import, gc.isenabled(), gc.get_freeze_count() > 0, __name__)\n    return 3\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "ltxpack.imports", "large"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "False True True large\n", "")
