@@ -17,10 +17,12 @@ LtxpackError
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 MAX_LISTED = 10
 # The most that a hostile file may add to a message; names of tensors and modules are far shorter.
@@ -65,7 +67,7 @@ class LtxpackError(Exception):
         self.expected = expected
         self.found = found
         self.items = tuple(items)
-        self.next = next or self.fallback
+        self.next = _with_file(next or self.fallback, self.file)
         super().__init__(self.render())
 
     def render(self) -> str:
@@ -159,6 +161,14 @@ class FailedLinesError(LtxpackError):
     """Some of many videos were not made."""
 
     max_listed = longest_item = sys.maxsize
+
+
+def _with_file(next: str, file: str | None) -> str:
+    """``next`` with ``file`` in the place of FILE, if it inspects a file and ``file`` is here."""
+    with contextlib.suppress(OSError):
+        if file is not None and f"{next} ".startswith("ltxpack inspect FILE ") and Path(file).exists():
+            return next.replace("FILE", quoted(file), 1)
+    return next
 
 
 def printable(text: str) -> str:

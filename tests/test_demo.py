@@ -13,6 +13,7 @@ from safetensors import safe_open
 from support import load, ltxpack, refused
 
 from ltxpack.demo.config import REGISTERS
+from ltxpack.manifest import read_manifest
 
 
 def test_both_streams_of_the_video_decode(demo: Path) -> None:
@@ -96,6 +97,24 @@ def test_diffusers_loads_the_overlay_and_runs_two_steps(demo: Path) -> None:
     changed = [name for name, tensor in baked.state_dict().items() if not torch.equal(tensor, base[name])]
     manifest = json.loads((demo / "overlay" / "ltxpack.json").read_text())
     assert set(changed) == set(manifest["bakes"]["distilled-0.5"]["changed"])
+
+
+def test_what_to_type_next_takes_the_bakes_that_run_would_not_take(overlay: Path, tmp_path: Path) -> None:
+    """Before, ``run`` refused what the bake had said: several bakes could serve, or none."""
+    plain = tmp_path / "out"
+    lora = next((overlay / "loras").iterdir())
+    shutil.copytree(overlay, plain, ignore=shutil.ignore_patterns("bakes"))
+    manifest = read_manifest(plain)
+    (plain / "ltxpack.json").write_bytes(manifest.with_baked({}).dump())
+    told = [
+        ltxpack("bake-lora", plain, *flags.split()).stdout.splitlines()[-1].partition(" --prompt ")[0]
+        for flags in ("--strength 0.25", "--strength 0.75", "--strength 2", f"--strength 1 --lora {lora} --name mine")
+    ]
+    assert told == [
+        f"next: ltxpack bake-lora {plain} --strength 0.25 --strength 0.5",
+        f"next: ltxpack run {plain}",
+        *(f"next: ltxpack run {plain} --stage2 {name}" for name in ("distilled-2", "mine")),
+    ]
 
 
 def test_a_bake_says_how_large_it_is_what_it_changed_and_what_to_type_next(overlay: Path) -> None:

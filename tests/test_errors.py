@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from support import REPOSITORY
 
 from ltxpack import errors
 from ltxpack.cli.terminal import say_error
-from ltxpack.errors import BadLinesError, FormatError, LtxpackError, printable
+from ltxpack.errors import AdapterError, BadLinesError, FormatError, LtxpackError, printable
 
 HOSTILE = "a\nb\n\n  next: rm -rf ~\x1b[2J\u202e" + "x" * 100_000
 
@@ -49,6 +50,15 @@ def test_an_error_of_the_system_is_printed_as_text(capsys: pytest.CaptureFixture
     say_error("a\x1b[2J\u202e: No such file")
     assert capsys.readouterr().err == "error: a\\x1b[2J\\u202e: No such file\n"
     assert printable("a\nb") == "a\nb"
+
+
+def test_a_next_that_inspects_names_the_file_if_it_is_here(tmp_path: Path) -> None:
+    (tmp_path / "my lora").touch()
+    error = AdapterError("holds no LoRA", file=tmp_path / "my lora")
+    assert error.next == f"ltxpack inspect '{tmp_path}/my lora' (says what a LoRA holds)"
+    assert AdapterError("holds no LoRA", file="org/repo/FILE").next.startswith("ltxpack inspect FILE (")
+    other = AdapterError("is empty", file=tmp_path, next="ltxpack inspect FILE_OR_OVERLAY")
+    assert other.next == "ltxpack inspect FILE_OR_OVERLAY"
 
 
 @pytest.mark.parametrize(

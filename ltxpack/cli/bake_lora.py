@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,9 @@ import click
 
 from ltxpack.cli import terminal
 from ltxpack.cli.lora_words import LoraCommand, StrengthType, device_option, rule_option, unmatched_option
-from ltxpack.errors import quoted
+from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.units import human_bytes, human_seconds
-from ltxpack.manifest import BF16, FORMATS, TEXT_ENCODERS
+from ltxpack.manifest import BAKES, BF16, FORMATS, TEXT_ENCODERS, read_manifest
 from ltxpack.strength import Strength
 
 if TYPE_CHECKING:
@@ -89,7 +90,28 @@ def bake_lora(
     for report in reports:
         _print_report(report, folder, verbose)
     if any(report.made for report in reports):
-        click.echo(f"next: ltxpack run {quoted(folder)} --prompt 'A paper boat drifts down a rainy street.'")
+        click.echo(f"next: {_next_command(reports, folder)}")
+
+
+def _next_command(reports: Sequence[BakeReport], overlay: Path) -> str:
+    """``run`` with the bakes that it takes by itself, else with the last one made, else what ``run`` would advise."""
+    from ltxpack.runtime.overlay import choose, official_transformers
+    from ltxpack.runtime.sampling.recipes import HQ
+    from ltxpack.runtime.settings import AUTO
+
+    made = [report.name for report in reports if report.path.startswith(f"{BAKES}/")]
+    asked: dict[str, tuple[str, ...]] = {"": ()}
+    if made and not made[-1].startswith(official_transformers(HQ)[0]):
+        asked[f" --stage2 {made[-1]}"] = (AUTO, made[-1])
+    advice = ""
+    for flags, stages in asked.items():
+        try:
+            choose(read_manifest(overlay), HQ, stages, overlay)
+        except OverlayError as error:
+            advice = error.next
+        else:
+            return f"ltxpack run {quoted(overlay)}{flags} --prompt 'A paper boat drifts down a rainy street.'"
+    return advice
 
 
 def _print_report(report: BakeReport, overlay: Path, verbose: bool) -> None:

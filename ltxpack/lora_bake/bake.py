@@ -367,13 +367,13 @@ def _time(arithmetic: Arithmetic, adapters: Sequence[Adapter], strengths: int) -
 
 
 def _usable(arithmetic: Arithmetic, rule: str) -> bool:
-    """Whether this version knows a recorded arithmetic, and this machine has its device."""
+    """Whether this version knows a recorded arithmetic, and this machine has its device and kernel."""
     import torch
 
-    from ltxpack.lora_bake.fuse import KERNELS
+    from ltxpack.lora_bake.fuse import has_kernel
 
     here = arithmetic.device == "cpu" or (arithmetic.device == "cuda" and torch.cuda.is_available())
-    return arithmetic.rule == rule and arithmetic.kernel in KERNELS and here
+    return arithmetic.rule == rule and here and has_kernel(arithmetic.kernel, arithmetic.device)
 
 
 def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> dict[str, BakeReport]:

@@ -147,7 +147,14 @@ def choose_kernel(
         return "official" if fast or flop <= SLOW_FLOP else "official-fp32"
     if plain_bf16 and fast and lora_count == 1 and not codes:
         return "addmm"
-    return "fp32-bf16" if plain_bf16 and unit and _FP32_PRECISION else "fp32"
+    return "fp32-bf16" if plain_bf16 and has_kernel("fp32-bf16", device) else "fp32"
+
+
+def has_kernel(kernel: str, device: str) -> bool:
+    """Whether this machine and this torch can do what ``kernel`` says; another machine may have recorded it."""
+    if kernel == "fp32-bf16":
+        return device == "cpu" and _FP32_PRECISION and cpu_has_bf16_unit()
+    return kernel in KERNELS
 
 
 def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -321,8 +328,9 @@ def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -
         inner[i, i] = square_sum(first)
         for j, second in enumerate(products[:i]):
             # <a, b> = (|a + b|² - |a|² - |b|²) / 2
-            inner[i, j] = inner[j, i] = (square_sum(first + second) - inner[i, i] - inner[j, j]) / 2
-    sums = [float(np.asarray(row) @ inner @ np.asarray(row)) for row in scales]
+            inner[i, j] = inner[j, i] = (square_sum(first + second) - float(inner[i, i]) - float(inner[j, j])) / 2
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = [float(np.asarray(row) @ inner @ np.asarray(row)) for row in scales]
     return [math.inf if math.isnan(total) else max(0.0, total) for total in sums]
 
 

@@ -21,7 +21,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ltxpack.errors import AdapterError
+from ltxpack.errors import AdapterError, quoted
 from ltxpack.files.direct import DirectReader
 from ltxpack.files.reader import Range, RangeReader
 from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo
@@ -196,7 +196,7 @@ class Engine:
                 fusing.settle_older()
             hashed.result()
             fusing.settle()
-            _refuse_overflow(fusing.overflow, shard)
+            _refuse_overflow(fusing.overflow, shard, self.readers)
             path = shard.file.path
             if hasher.hexdigest() != shard.record.blake3:
                 raise changed_file(path, f"blake3 {shard.record.blake3}", f"blake3 {hasher.hexdigest()}")
@@ -471,9 +471,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_overflow(names: Mapping[str, None], shard: BaseShard) -> None:
+def _refuse_overflow(names: Mapping[str, None], shard: BaseShard, readers: Sequence[FactorReader]) -> None:
     if names:
         beyond = ", ".join(sorted({shard.file.tensors[name].dtype for name in names}))
         cause = "the strength is too high, or the LoRA is damaged"
         problem = f"the result is beyond {beyond} in {len(names)} weights: {cause}"
-        raise AdapterError(problem, file=shard.record.path, items=list(names))
+        lora = quoted(readers[0].adapter.path) if len(readers) == 1 else "FILE"
+        again = f"ltxpack inspect {lora} (says what a LoRA holds)"
+        raise AdapterError(problem, file=shard.record.path, items=list(names), next=again)

@@ -303,3 +303,11 @@ def test_square_sum_of_every_length() -> None:
     for count in (0, 1, 7, (1 << 18) + 3):
         values = torch.linspace(-1, 1, count).bfloat16()
         assert fuse.square_sum(values) == pytest.approx(np.square(values.double().numpy()).sum(), rel=1e-5)
+
+
+def test_products_that_overflow_say_nothing_of_numpy(recwarn: pytest.WarningsRecorder) -> None:
+    terms = [
+        Term(1.0, term.down.float() * 1e30, term.up.float() * 1e30) for term in map(factors, (8, 8), (8, 8), (2, 2))
+    ]
+    [fused] = fuse_rows(matrix(8, 8), terms, [[1.0, -1.0]], "fp32")
+    assert not fused.finite and not recwarn.list

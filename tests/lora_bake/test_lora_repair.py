@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from lora_support import change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
 from support import ltxpack, refused, tree
 
@@ -99,6 +100,21 @@ def test_the_kernel_of_the_manifest_is_used_if_it_is_here(overlay: Path, monkeyp
     spoil(shard_of(overlay, PLAIN))
     assert restore(overlay, SILENT) == []
     assert read_manifest(overlay).bakes[PLAIN].loras == made.loras
+
+
+@pytest.mark.parametrize("missing", ["_FP32_PRECISION", "cpu_has_bf16_unit"])
+def test_a_bake_of_the_bf16_unit_is_repaired_without_it(
+    overlay: Path, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a torch before 2.9: it ended in a traceback there, and the manifest named a kernel that was not used."""
+    manifest = read_manifest(overlay)
+    made = dataclasses.replace(manifest.bakes[PLAIN], kernel="fp32-bf16")
+    (overlay / "ltxpack.json").write_bytes(manifest.with_bake(PLAIN, made).dump())
+    spoil(shard_of(overlay, PLAIN))
+    monkeypatch.setattr(f"ltxpack.lora_bake.fuse.{missing}", False if missing.isupper() else lambda: False)
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul", raising=False)
+    assert restore(overlay, SILENT) == []
+    assert read_manifest(overlay).bakes[PLAIN].kernel != "fp32-bf16"
 
 
 def test_a_bake_that_comes_out_otherwise_than_recorded_is_made_all_the_same(overlay: Path) -> None:

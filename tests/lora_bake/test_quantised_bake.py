@@ -23,7 +23,7 @@ from ltxpack.lora_bake.forms import activation_scale
 from ltxpack.lora_bake.fuse import Workspace
 from ltxpack.lora_bake.quantise import encode, hadamard
 from ltxpack.lora_bake.stream import Engine
-from ltxpack.ltx23.codes import rotated_together
+from ltxpack.ltx23.codes import kept_blocks, rotated_together
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 
 BASE = random_weights()
@@ -251,6 +251,10 @@ def test_weights_of_zeros_have_the_scale_1_and_what_is_not_finite_is_named(tmp_p
 )
 def test_what_does_not_go_together_is_wrong_use(flags: str, told: str, overlay: Path) -> None:
     assert told in refused(ltxpack("bake-lora", overlay, "--strength", "1", *flags.split()), 2)
+
+
+def test_the_one_block_of_a_model_is_first_and_last_and_is_kept_once() -> None:
+    assert [kept_blocks(count) for count in (1, 2, 5, 48)] == [(0,), (0, 1), (0, 4), (0, 1, 46, 47)]
 
 
 def test_another_choice_of_blocks_is_another_bake(overlay: Path) -> None:
