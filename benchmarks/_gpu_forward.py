@@ -10,13 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from _flops import guided_flops
 from _gpu_bench import GIGA, STAGES, Bench, Growing, gigabytes
 from _gpu_models import contexts, diffusers_dit
 from torch import Tensor, nn
 
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.block import PLAIN
-from ltxpack.runtime.model.flops import guided_flops
 from ltxpack.runtime.model.model import Pass
 from ltxpack.runtime.sampling.shape import AV
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _flops import run_flops
 from _gpu_bench import Bench, Growing, gigabytes
 from _gpu_forward import compiled
 from _gpu_models import Codecs, contexts, installed, random_codecs, state_of
 from torch import Tensor
 
-from ltxpack.runtime.model.flops import run_flops
 from ltxpack.runtime.sampling.conditioning import unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.recipes import stage_label

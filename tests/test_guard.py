@@ -13,6 +13,7 @@ import _guard_phases
 import guard
 import pytest
 import torch
+from _flops import run_flops
 from _gpu_sizes import REAL, TRANSFORMER
 from _guard_forward import Evaluation, FullSize
 from _guard_graphs import Graph, scheduled, trace_of
@@ -25,7 +26,7 @@ from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import BF16, FORMATS
 from ltxpack.runtime.codecs import tiles
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import Lengths, forward_flops, run_flops
+from ltxpack.runtime.model.flops import Lengths, forward_flops
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel import schemes
 from ltxpack.runtime.parallel.exchange import Exchange

@@ -30,11 +30,9 @@ class LazyGroup(click.Group):
     """Imports a command when it is named: importing all takes as long as the rest of a start."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The names of the commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, or None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
         name = cmd_name.replace("-", "_")
@@ -72,7 +70,6 @@ def main() -> None:
 
 
 def _status() -> int:
-    """Run the command line and return its exit status."""
     try:
         return cli.main(standalone_mode=False) or 0
     except click.ClickException as error:

@@ -70,8 +70,6 @@ class StrengthType(click.ParamType[Strength]):
 
 
 class LoraCommand(click.Command):
-    """A command that takes LoRAs and strengths."""
-
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Raises UsageError, with the command to type, for the spelling of another tool."""
         options = [param for param in self.params if isinstance(param, click.Option)]

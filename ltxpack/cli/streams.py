@@ -31,15 +31,12 @@ class SteadyFile(io.RawIOBase):
         self.lost: OSError | None = None
 
     def writable(self) -> bool:
-        """True."""
         return True
 
     def fileno(self) -> int:
-        """``fd``."""
         return self._fd
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
         return os.isatty(self._fd)
 
     def write(self, data: ReadableBuffer, /) -> int:

@@ -67,12 +67,10 @@ class TerminalReporter(Reporter):
 
 
 def say_error(message: str) -> None:
-    """One error on stderr."""
     click.echo(f"error: {printable(message)}", err=True)
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
     click.echo(json.dumps(document, indent=1, ensure_ascii=True))
 
 

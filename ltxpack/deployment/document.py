@@ -58,7 +58,6 @@ class Tables:
         self.sizes, self.ways, self.lines = Numbered[Row](), Numbered[Row](), Numbered[Row]()
 
     def parts(self, text: str, separator: str) -> Row:
-        """The parts of ``text``."""
         return tuple(self.texts[part] for part in text.split(separator))
 
     def plan(self, plan: Plan) -> Row:
@@ -72,12 +71,10 @@ class Tables:
         return self.sizes[tuple(map(tenths, sizes))]
 
     def line(self, command: str) -> int:
-        """A command."""
         return self.lines[self.parts(command, FLAG)]
 
 
 def document(subject: Subject) -> dict[str, Any]:
-    """The document for ``subject``."""
     tables = Tables()
     cases: list[dict[str, Any]] = []
     works: list[list[dict[str, Any]]] = []

@@ -36,15 +36,12 @@ MAX_LICENCE = 100_000
 
 @dataclass(frozen=True)
 class Release:
-    """A published file."""
-
     name: str
     size: int
     sha256: str
 
     @property
     def file(self) -> str:
-        """Its published file name."""
         return f"{self.name}.safetensors"
 
 

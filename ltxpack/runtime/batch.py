@@ -45,7 +45,6 @@ class Batch:
     summary: Sequence[str] = ()
 
     def of(self, status: str) -> list[Outcome]:
-        """The outcomes with this status."""
         return [outcome for outcome in self.outcomes if outcome.status == status]
 
 
@@ -97,7 +96,6 @@ class Here(Crew):
         self._work = task, following
 
     def next(self) -> Event:
-        """Carries out the task of :meth:`begin`."""
         if self._work is None:
             return Ready(0)
         return Carried(0, self._maker.carry_out(*self._work))

@@ -56,7 +56,6 @@ class Begin:
 
     @property
     def lines(self) -> tuple[PromptsLine, ...]:
-        """The line of this task."""
         return (self.line,)
 
 

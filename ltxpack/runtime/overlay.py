@@ -6,7 +6,6 @@ It also chooses the transformer of each stage of a recipe.
 from __future__ import annotations
 
 import posixpath
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
 from ltxpack.manifest import BAKES, BF16, FORMATS, TEXT_ENCODERS, FileRecord, Manifest, changed_file, read_manifest
-from ltxpack.runtime.sampling.recipes import Recipe, stage_flag, stage_label
+from ltxpack.runtime.sampling.recipes import Recipe, TransformerRule, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO, SessionSettings
 
 BASE = "base"
@@ -77,7 +76,6 @@ class Overlay:
         return self.manifest.baked[part].files if "/" in part else self.manifest.components[part].files
 
     def form(self, name: str) -> str:
-        """The form of a transformer's linears."""
         return form_of(self.manifest, name)
 
     def check(self, records: Iterable[FileRecord]) -> None:
@@ -134,21 +132,16 @@ def choose(
         expected = "--recipe distilled, or --stage1 base to run the recipe anyway"
         again = f"ltxpack run {quoted(overlay)} --recipe distilled --prompt TEXT"
         raise OverlayError(problem, file=overlay, expected=expected, next=again)
-    strengths, bases = _candidates(manifest), [BASE, *_bases(manifest, form)]
-    if stack is not None:
-        every = stacks(manifest)[stack]
-        strengths = {name: strength for name, strength in every.items() if strength}
-        bases = [name for name in every if name not in strengths]
-    names = []
-    for number, name in enumerate(asked):
+    for name in asked:
         if name not in (AUTO, BASE, *manifest.bakes):
-            known = [BASE, *manifest.bakes]
-            advice = f"ltxpack inspect {quoted(overlay)}"
+            known, advice = [BASE, *manifest.bakes], f"ltxpack inspect {quoted(overlay)}"
             raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
-        names.append(_automatic(number, recipe, strengths, bases, manifest, overlay, form) if name == AUTO else name)
+    candidates = _Candidates.of(manifest, overlay, form, stack)
+    names = [candidates.pick(recipe, number) if name == AUTO else name for number, name in enumerate(asked)]
     official = official_transformers(recipe, manifest.distilled)
-    plain = (BASE, *_bases(manifest))
-    found = tuple(BASE if name in plain else _usual_name(name, strengths) for name in names)
+    usual = {name: f"{DISTILLED}-{strength:g}" for name, strength in candidates.strengths.items()}
+    usual |= dict.fromkeys(_bases(manifest), BASE)
+    found = tuple(usual.get(name, name) for name in names)
     beside = "" if found == official else f" (the official pair is {' and '.join(dict.fromkeys(official))})"
     note = ", ".join(f"{stage_label(number)}: {name}" for number, name in enumerate(names))
     for name in dict.fromkeys(name for name, wanted in zip(names, asked, strict=True) if wanted == AUTO):
@@ -179,19 +172,14 @@ def asked_stages(recipe: Recipe, asked: Sequence[str]) -> list[str]:
 
 def official_transformers(recipe: Recipe, distilled_base: bool = False, form: str = BF16) -> tuple[str, ...]:
     """The official transformers of the stages, by the usual names of their bakes in ``form``."""
-    found, ending = [], "" if form == BF16 else f"-{form}"
-    for stage in recipe.stages:
-        rule = stage.transformer
-        base = not rule.strengths or (rule.base_if_distilled and distilled_base)
-        if base:
-            found.append(f"{DISTILLED}-0{ending}" if ending else BASE)
-        else:
-            found.append(f"{DISTILLED}-{rule.strengths[0]:g}{ending}")
-    return tuple(found)
+    ending = "" if form == BF16 else f"-{form}"
 
+    def official(rule: TransformerRule) -> str:
+        if rule.strengths and not (rule.base_if_distilled and distilled_base):
+            return f"{DISTILLED}-{rule.strengths[0]:g}{ending}"
+        return f"{DISTILLED}-0{ending}" if ending else BASE
 
-def _usual_name(name: str, strengths: Mapping[str, float]) -> str:
-    return f"{DISTILLED}-{strengths[name]:g}" if name in strengths else name
+    return tuple(official(stage.transformer) for stage in recipe.stages)
 
 
 def _bases(manifest: Manifest, form: str | None = None) -> list[str]:
@@ -206,73 +194,73 @@ def stacks(manifest: Manifest) -> dict[Stack, dict[str, float]]:
     Leaves out bakes that are the base in another form, and those with another strength in some blocks.
     """
     distilled = manifest.lora(DISTILLED)
-    found: dict[Stack, dict[str, float]] = defaultdict(dict)
+    found: dict[Stack, dict[str, float]] = {}
     bases = _bases(manifest)
     for name, bake in manifest.bakes.items():
         if distilled is None or name in bases:
             continue
         *added, main = bake.loras
         if main.blake3 == distilled.file.blake3 and not main.blocks:
-            found[tuple((lora.blake3, lora.stated) for lora in added)][name] = main.strength
-    return dict(found)
+            found.setdefault(tuple((lora.blake3, lora.stated) for lora in added), {})[name] = main.strength
+    return found
 
 
-def _candidates(manifest: Manifest) -> dict[str, float]:
-    """Bakes of the distilled LoRA alone, else the stacked ones if all have the same stack; name -> strength."""
-    found = stacks(manifest)
-    if () in found:
-        return found[()]
-    return next(iter(found.values())) if len(found) == 1 else {}
+@dataclass(frozen=True)
+class _Candidates:
+    """The transformers that ``auto`` chooses from: bakes of the distilled LoRA -> its strength, and the base or the
+    bakes in its place.
+    """
 
+    manifest: Manifest
+    overlay: Path
+    form: str
+    strengths: Mapping[str, float]
+    bases: Sequence[str]
 
-def _automatic(
-    number: int,
-    recipe: Recipe,
-    strengths: Mapping[str, float],
-    bases: Sequence[str],
-    manifest: Manifest,
-    overlay: Path,
-    form: str,
-) -> str:
-    """The transformer of stage ``number`` by the rule of its stage."""
-    rule = recipe.stages[number].transformer
+    @classmethod
+    def of(cls, manifest: Manifest, overlay: Path, form: str, stack: Stack | None) -> _Candidates:
+        """Bakes with ``stack``; without one, bakes of the distilled LoRA alone, else all if they have one stack."""
+        every = stacks(manifest)
+        if stack is None:
+            alone = every.get((), next(iter(every.values())) if len(every) == 1 else {})
+            return cls(manifest, overlay, form, alone, [BASE, *_bases(manifest, form)])
+        strengths = {name: strength for name, strength in every[stack].items() if strength}
+        return cls(manifest, overlay, form, strengths, [name for name in every[stack] if name not in strengths])
 
-    def only(names: Sequence[str]) -> str:
-        return _only(_in_form(names, strengths, manifest, form), number, overlay)
+    def pick(self, recipe: Recipe, number: int) -> str:
+        """The transformer of stage ``number`` by the rule of its stage. Raises OverlayError."""
+        rule = recipe.stages[number].transformer
+        base = self._only(self.bases, number) if self.bases else None
+        if self.manifest.distilled and base is not None:
+            return base
+        for wanted in rule.strengths:
+            fitting = [name for name, strength in self.strengths.items() if strength == wanted]
+            if fitting:
+                return self._only(fitting, number)
+        if rule.else_base and base is not None:
+            return base
+        left = [name for name, strength in self.strengths.items() if strength not in rule.besides]
+        if left and not rule.else_base:
+            return self._only(left, number)
+        problem = f"holds no bake that {stage_label(number)} could use"
+        expected = f"a bake of the distilled LoRA at {(*rule.strengths, 0)[0]:g}"
+        found = ", ".join(self.manifest.bakes) or "no bakes"
+        flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths or (0,))
+        flags += "" if self.form == BF16 else f" --format {self.form}"
+        bake = f"ltxpack bake-lora {quoted(self.overlay)} {flags}"
+        raise OverlayError(problem, file=self.overlay, expected=expected, found=found, next=bake)
 
-    base = only(bases) if bases else None
-    if manifest.distilled and base is not None:
-        return base
-    for wanted in rule.strengths:
-        fitting = [name for name, strength in strengths.items() if strength == wanted]
-        if fitting:
-            return only(fitting)
-    if rule.else_base and base is not None:
-        return base
-    left = [name for name, strength in strengths.items() if strength not in rule.besides]
-    if left and not rule.else_base:
-        return only(left)
-    problem = f"holds no bake that {stage_label(number)} could use"
-    expected = f"a bake of the distilled LoRA at {(*rule.strengths, 0)[0]:g}"
-    found = ", ".join(manifest.bakes) or "no bakes"
-    flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths or (0,))
-    flags += "" if form == BF16 else f" --format {form}"
-    bake = f"ltxpack bake-lora {quoted(overlay)} {flags}"
-    raise OverlayError(problem, file=overlay, expected=expected, found=found, next=bake)
+    def _only(self, names: Sequence[str], number: int) -> str:
+        """The only one of ``names``; of one strength, that in the form, else in the first form that there is.
 
-
-def _in_form(names: Sequence[str], strengths: Mapping[str, float], manifest: Manifest, form: str) -> list[str]:
-    """The bakes in ``form``, else in the first form that exists; all of them if their strengths differ."""
-    forms = {name: form_of(manifest, name) for name in names}
-    first = next(one for one in (form, *FORMATS) if one in forms.values())
-    alike = len({strengths.get(name) for name in names}) == 1
-    return [name for name in names if forms[name] == first or not alike]
-
-
-def _only(names: list[str], number: int, overlay: Path) -> str:
-    """The only name. Raises OverlayError if there are several."""
-    if len(names) == 1:
-        return names[0]
-    flag, names = stage_flag(number), sorted(names)
-    again = f"ltxpack run {quoted(overlay)} --{flag} {names[0]} --prompt TEXT"
-    raise OverlayError(f"several bakes could serve as {flag}", file=overlay, items=names, next=again)
+        Raises OverlayError if several are left.
+        """
+        if len({self.strengths.get(name) for name in names}) == 1:
+            forms = {name: form_of(self.manifest, name) for name in names}
+            first = next(one for one in (self.form, *FORMATS) if one in forms.values())
+            names = [name for name in names if forms[name] == first]
+        if len(names) == 1:
+            return names[0]
+        flag, names = stage_flag(number), sorted(names)
+        again = f"ltxpack run {quoted(self.overlay)} --{flag} {names[0]} --prompt TEXT"
+        raise OverlayError(f"several bakes could serve as {flag}", file=self.overlay, items=names, next=again)

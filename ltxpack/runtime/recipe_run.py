@@ -1,7 +1,7 @@
 """Carries out a recipe: text, stages, upsampler, sound, pictures (spec 05, section 5; spec 08, section 2).
 
-:func:`sample` shows the steps of a video from top to bottom. The session decides what is on the device; recipe,
-samplers, codecs and DiT make the numbers.
+:func:`sample` and :func:`_make_stage` show the steps of a video from top to bottom. The session decides what is on the
+device; recipe, samplers, codecs and DiT make the numbers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ltxpack.runtime.media.images import load_image, prepare_image
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import decode_weights
 from ltxpack.runtime.request import ImageSpec, Request
-from ltxpack.runtime.sampling.conditioning import ImageItem, LatentState, initial_state, unpatchify
+from ltxpack.runtime.sampling.conditioning import ImageItem, initial_state, unpatchify
 from ltxpack.runtime.sampling.guidance import Denoiser
-from ltxpack.runtime.sampling.recipes import Guidance, stage_label
+from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.sampling.sample import SAMPLERS
 from ltxpack.runtime.sampling.schedule import sigmas_of
 from ltxpack.runtime.sampling.shape import AV, LONGEST_SECONDS, VideoShape
@@ -75,54 +75,36 @@ def sample(session: Session, request: Request, following: str | None = None) -> 
     return Latents(tuple(video.made), video.upsampled)
 
 
-def first_stage(session: Session, request: Request, following: Request | None) -> Halfway:
-    """The first stage alone; another device passes it to :func:`generate` as ``halfway``. Raises LtxpackError."""
-    _prepare(session, request)
-    name = None if following is None else session.transformers(following.recipe).stages[0]
-
-    @torch.inference_mode()
-    def make() -> Halfway:
-        video = _begun(session, request)
-        _make_stage(session, request, video, 0, name)
-        images = [[replace(item, latents=item.latents.cpu()) for item in stage] for stage in video.images]
-        made = tuple(stage.map(Tensor.cpu) for stage in video.made)
-        return Halfway(made, images, video.generator.get_state(), dict(session.timings.seconds))
-
-    return session.within_memory(make)
-
-
-def last_stages(session: Session, request: Request, halfway: Halfway, following: Request | None) -> Latents:
-    """The latents of all stages; another device made the first. Raises LtxpackError."""
-    _prepare(session, request)
-    device, names = session.device, session.transformers(request.recipe).stages
-    name = None if following is None else session.transformers(following.recipe).stages[1]
-
-    @torch.inference_mode()
-    def make() -> Latents:
-        session.load_ahead(names[1])
-        contexts = session.prompts.contexts(request.prompts, session.reporter)
-        images = [[replace(item, latents=item.latents.to(device)) for item in stage] for stage in halfway.images]
-        generator = torch.Generator(device=device)
-        generator.set_state(halfway.noise)
-        made = [stage.map(lambda part: part.to(device)) for stage in halfway.made]
-        video = Underway(contexts, images, generator, made)
-        for number, ahead in enumerate((*names[2:], name), 1):
-            _make_stage(session, request, video, number, ahead)
-        return Latents(tuple(video.made), video.upsampled)
-
-    return session.within_memory(make)
-
-
 def _begun(session: Session, request: Request) -> Underway:
     """The video before its first stage: text and images encoded."""
-    pictures = _pictures(session, request)
+    asked = request.settings.image_crf
+    crf = session.overlay.manifest.image_crf if asked is None else asked
+    # Before anything is loaded, so that a bad file fails at once.
+    pictures = [load_image(image.path, crf) for image in request.images]
     generator = torch.Generator(device=session.device).manual_seed(request.settings.seed)
     session.load_ahead(session.transformers(request.recipe).stages[0])
     with session.timings.phase("text"):
         contexts = session.ranks.contexts(lambda: session.prompts.contexts(request.prompts, session.reporter))
     with session.timings.phase("images"):
-        images = _encoded(session, request, pictures, [stage.shape(request.shape) for stage in request.recipe.stages])
+        images = _encoded(session, request, pictures)
     return Underway(contexts, images, generator)
+
+
+def _encoded(session: Session, request: Request, pictures: Sequence[Tensor]) -> list[list[ImageItem]]:
+    """The images encoded in the size of each stage."""
+    shapes = [stage.shape(request.shape) for stage in request.recipe.stages]
+    if not pictures:
+        return [[] for _ in shapes]
+
+    def item(vae: AutoencoderKLLTX2Video, image: ImageSpec, picture: Tensor, shape: VideoShape) -> ImageItem:
+        pixels = prepare_image(picture, shape.height, shape.width, session.device, session.dtype)
+        return ImageItem(image.frame, image.strength, video.encode_image(vae, pixels))
+
+    def encode(vae: AutoencoderKLLTX2Video) -> list[list[ImageItem]]:
+        pairs = list(zip(request.images, pictures, strict=True))
+        return [[item(vae, image, picture, shape) for image, picture in pairs] for shape in shapes]
+
+    return session.residency.use("vae", video.load_video_vae, encode)
 
 
 def _make_stage(session: Session, request: Request, video: Underway, number: int, ahead: str | None) -> None:
@@ -135,14 +117,30 @@ def _make_stage(session: Session, request: Request, video: Underway, number: int
         with session.timings.phase("upsample"):
             video.upsampled = session.upsample(video.made[-1].video)
         start, noise_scale = AV(video.upsampled, video.made[-1].audio), float(sigmas[0])
-    with session.timings.phase(stage_label(number)):
-        images, generator, contexts = video.images[number], video.generator, video.contexts
-        state = initial_state(shape, start, images, noise_scale, generator, session.device, session.dtype)
-        guidance = settings.guidance if stage.guided else None
+
+    def denoised(model: DiT) -> AV[Tensor]:
+        if ahead is not None:
+            session.load_ahead(ahead)
+        negative, guidance = (video.contexts[1], settings.guidance) if stage.guided else (None, None)
+        denoiser = Denoiser(session.ranks.front(model, number), video.contexts[0], negative, guidance)
         kept = request.kept_steps(number)
-        denoise = partial(_denoised, session, number, stage.sampler, state, sigmas, contexts, guidance, ahead, kept)
+        rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
+
+        def on_step(done: int, total: int) -> None:
+            session.reporter.advance()
+            decode_weights(model, done in kept)
+
+        session.reporter.begin(stage_label(number), len(sigmas) - 1, "step")
+        decode_weights(model, 0 in kept)
+        tokens = SAMPLERS[stage.sampler](partial(denoiser, state=state, rope=rope), state, sigmas, on_step=on_step)
+        session.reporter.end()
+        return tokens
+
+    with session.timings.phase(stage_label(number)):
+        images, generator = video.images[number], video.generator
+        state = initial_state(shape, start, images, noise_scale, generator, session.device, session.dtype)
         name = session.transformers(request.recipe).stages[number]
-        video.made.append(unpatchify(session.transform(name, denoise), shape))
+        video.made.append(unpatchify(session.transform(name, denoised), shape))
 
 
 def generate(
@@ -168,13 +166,13 @@ def generate(
 
 def latents_of(session: Session, request: Request, following: Request | None, once: bool) -> Latents:
     """The part of :func:`generate` that every rank carries out."""
-    work = _prepare(session, request, once)
-    name = None if following is None else session.transformers(following.recipe).stages[0]
+    work, ahead = _prepare(session, request, once), _transformer(session, following, 0)
     with session.ranks.together(work, session.numerics, request, following, once):
-        return session.within_memory(lambda: sample(session, request, name))
+        return session.within_memory(lambda: sample(session, request, ahead))
 
 
 def _prepare(session: Session, request: Request, once: bool = False) -> Work:
+    """Begin a new video: its timings, its warnings, and the plan for its work."""
     session.check_open()
     session.begin_video()
     shape = request.shape
@@ -186,6 +184,49 @@ def _prepare(session: Session, request: Request, once: bool = False) -> Work:
     work = work_of(session, request, session.prompts.ahead, once)
     session.prepare([work])
     return work
+
+
+def first_stage(session: Session, request: Request, following: Request | None) -> Halfway:
+    """The first stage alone; another device passes it to :func:`generate` as ``halfway``. Raises LtxpackError."""
+    _prepare(session, request)
+
+    @torch.inference_mode()
+    def make() -> Halfway:
+        video = _begun(session, request)
+        _make_stage(session, request, video, 0, _transformer(session, following, 0))
+        made = tuple(stage.map(Tensor.cpu) for stage in video.made)
+        return Halfway(made, _moved(video.images, "cpu"), video.generator.get_state(), dict(session.timings.seconds))
+
+    return session.within_memory(make)
+
+
+def last_stages(session: Session, request: Request, halfway: Halfway, following: Request | None) -> Latents:
+    """The latents of all stages; another device made the first. Raises LtxpackError."""
+    _prepare(session, request)
+    device, names = session.device, session.transformers(request.recipe).stages
+
+    @torch.inference_mode()
+    def make() -> Latents:
+        session.load_ahead(names[1])
+        contexts = session.prompts.contexts(request.prompts, session.reporter)
+        generator = torch.Generator(device=device)
+        generator.set_state(halfway.noise)
+        made = [stage.map(lambda part: part.to(device)) for stage in halfway.made]
+        video = Underway(contexts, _moved(halfway.images, device), generator, made)
+        for number, ahead in enumerate((*names[2:], _transformer(session, following, 1)), 1):
+            _make_stage(session, request, video, number, ahead)
+        return Latents(tuple(video.made), video.upsampled)
+
+    return session.within_memory(make)
+
+
+def _transformer(session: Session, request: Request | None, number: int) -> str | None:
+    """The transformer of stage ``number`` of ``request``, if there is one."""
+    return None if request is None else session.transformers(request.recipe).stages[number]
+
+
+def _moved(images: list[list[ImageItem]], device: torch.device | str) -> list[list[ImageItem]]:
+    return [[replace(item, latents=item.latents.to(device)) for item in stage] for stage in images]
 
 
 def finish(
@@ -257,9 +298,8 @@ def decode_share(session: Session, latents: Tensor, decode: video.DecodeTiles) -
     """The part of :func:`decode_video` for a rank other than 0, whose ``decode`` sends its tiles to rank 0."""
 
     def share(vae: AutoencoderKLLTX2Video) -> None:
-        for _ in decode(
-            vae, video.TileLayout.of(vae, latents).cut(video.LatentStatistics.of(vae).denormalise(latents))
-        ):
+        tiles = video.TileLayout.of(vae, latents).cut(video.LatentStatistics.of(vae).denormalise(latents))
+        for _ in decode(vae, tiles):
             raise AssertionError("the blending is done on rank 0")
 
     session.residency.use("vae", video.load_video_vae, share)
@@ -271,66 +311,6 @@ def work_of(session: Session, request: Request, together: int = 1, once: bool = 
         session.check_blocks(request.settings.guidance)
     work = request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)
     return session.ranks.share(replace(work, only=session.only))
-
-
-def _pictures(session: Session, request: Request) -> list[Tensor]:
-    """The images, read and compressed before anything is loaded, so that a bad file fails at once."""
-    asked = request.settings.image_crf
-    crf = session.overlay.manifest.image_crf if asked is None else asked
-    return [load_image(image.path, crf) for image in request.images]
-
-
-def _encoded(
-    session: Session, request: Request, pictures: Sequence[Tensor], shapes: Sequence[VideoShape]
-) -> list[list[ImageItem]]:
-    """The images encoded in the size of each stage."""
-    if not pictures:
-        return [[] for _ in shapes]
-
-    def item(vae: AutoencoderKLLTX2Video, image: ImageSpec, picture: Tensor, shape: VideoShape) -> ImageItem:
-        pixels = prepare_image(picture, shape.height, shape.width, session.device, session.dtype)
-        return ImageItem(image.frame, image.strength, video.encode_image(vae, pixels))
-
-    def encode(vae: AutoencoderKLLTX2Video) -> list[list[ImageItem]]:
-        pairs = list(zip(request.images, pictures, strict=True))
-        return [[item(vae, image, picture, shape) for image, picture in pairs] for shape in shapes]
-
-    return session.residency.use("vae", video.load_video_vae, encode)
-
-
-def _denoised(
-    session: Session,
-    number: int,
-    sampler: str,
-    state: AV[LatentState],
-    sigmas: Tensor,
-    contexts: Sequence[AV[Tensor]],
-    guidance: AV[Guidance] | None,
-    ahead: str | None,
-    kept: frozenset[int],
-    model: DiT,
-) -> AV[Tensor]:
-    """The tokens of stage ``number`` after sampling with ``model``; loads the transformer ``ahead`` meanwhile.
-
-    The steps ``kept`` decode quantised weights.
-    """
-    if ahead is not None:
-        session.load_ahead(ahead)
-    front = session.ranks.front(model, number)
-    denoiser = Denoiser(front, contexts[0], contexts[1] if len(contexts) > 1 else None, guidance)
-    rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
-
-    def on_step(done: int, total: int) -> None:
-        session.reporter.advance()
-        decode_weights(model, done in kept)
-
-    session.reporter.begin(stage_label(number), len(sigmas) - 1, "step")
-    decode_weights(model, 0 in kept)
-    tokens = SAMPLERS[sampler](
-        lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas, on_step=on_step
-    )
-    session.reporter.end()
-    return tokens
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -95,18 +95,15 @@ class Request:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the video."""
         return recipe_named(self.settings.recipe)
 
     @property
     def shape(self) -> VideoShape:
-        """The size of the video."""
         s = self.settings
         return VideoShape(s.num_frames, s.height, s.width, s.fps)
 
     @functools.cached_property
     def images(self) -> tuple[ImageSpec, ...]:
-        """The images that condition the video."""
         frames = self.settings.num_frames
         return tuple(
             image if isinstance(image, ImageSpec) else ImageSpec.parse(str(image), frames)
@@ -120,12 +117,10 @@ class Request:
 
     @property
     def named_prompts(self) -> Iterator[tuple[str, str]]:
-        """:attr:`prompts`, each after its name."""
         return zip(("prompt", "negative prompt"), self.prompts, strict=False)
 
     @property
     def negative_prompt(self) -> str:
-        """What to avoid."""
         given = self.settings.negative_prompt
         return DEFAULT_NEGATIVE_PROMPT if given is None else given
 

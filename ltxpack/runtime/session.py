@@ -52,8 +52,6 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_
 
 @dataclass
 class Timings:
-    """Seconds per phase, in order."""
-
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -212,7 +210,6 @@ class Session:
 
     @contextmanager
     def reporting(self, reporter: Reporter) -> Iterator[None]:
-        """Report progress in the block to ``reporter``."""
         before, self.reporter = self.reporter, reporter
         try:
             yield
@@ -231,7 +228,6 @@ class Session:
             self.settings = before
 
     def check_open(self) -> None:
-        """Raises UsageError for a session that was closed."""
         if self._closed:
             raise UsageError("this pipeline is closed", next="ltxpack.Pipeline.from_overlay(...) opens another")
 

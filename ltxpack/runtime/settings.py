@@ -126,7 +126,6 @@ class Settings:
 
     @property
     def guidance(self) -> AV[Guidance]:
-        """The strengths of both modalities."""
         strengths: dict[str, dict[str, Any]] = {"video": {}, "audio": {}}
         for one in dataclasses.fields(self):
             for modality, name in one.metadata.get("guides", ()):
@@ -260,7 +259,6 @@ def recipe_named(name: str) -> Recipe:
 
 
 def flag_of(one: dataclasses.Field[Any]) -> str:
-    """The flag of a setting."""
     return str(one.metadata.get("flag", f"--{one.name.replace('_', '-')}"))
 
 

@@ -30,12 +30,10 @@ class Latents:
 
     @property
     def video(self) -> Tensor:
-        """The video latents to decode: those of the last stage."""
         return self.stages[-1].video
 
     @property
     def stage1(self) -> AV[Tensor]:
-        """The latents of the first stage."""
         return self.stages[0]
 
     @property
@@ -65,7 +63,6 @@ class Video:
 
     @property
     def stage1(self) -> str:
-        """The transformer of the first stage."""
         return self.transformers[0]
 
     @property

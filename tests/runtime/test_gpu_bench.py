@@ -18,6 +18,7 @@ import _loading
 import gpu
 import pytest
 import torch
+from _flops import run_flops, shared_flops
 from _gpu_bench import Bench
 from _gpu_clock import Clock, OutOfTime, at_most
 from _gpu_models import forward_inputs, random_dit
@@ -27,7 +28,7 @@ from support import HANG, REPOSITORY
 from warm_processes import WARM
 
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts, run_flops, shared_flops
+from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.weights.placed import STRETCH

@@ -38,8 +38,6 @@ class Cut:
 
 
 class Tiling(NamedTuple):
-    """The cut of each axis."""
-
     frames: Cut
     height: Cut
     width: Cut
@@ -170,7 +168,6 @@ def large_tiling(length: int, height: int, width: int, most: int) -> Tiling:
     fitting = (layout for layout in product(*axes) if math.prod(axis.longest for axis in layout) <= most)
 
     def cost(layout: tuple[AxisTiles, ...]) -> tuple[int, int]:
-        """The latents decoded, then the number of tiles."""
         return math.prod(axis.decoded for axis in layout), math.prod(axis.count for axis in layout)
 
     best = min(fitting, key=cost, default=None)

@@ -147,7 +147,6 @@ def decode_tile(vae: VideoVAE, tile: Tensor) -> Tensor:
 
 
 def decoded_shape(vae: VideoVAE, tile: Tensor) -> tuple[int, int, int, int]:
-    """The shape of ``tile`` after decoding."""
     _, _, length, height, width = tile.shape
     spatial, frames = vae.spatial_compression_ratio, vae.temporal_compression_ratio * (length - 1) + 1
     return vae.config.out_channels, frames, height * spatial, width * spatial
@@ -198,11 +197,9 @@ class TileLayout:
 
     @property
     def count(self) -> int:
-        """The number of tiles."""
         return len(self.groups) * len(self.rows) * len(self.columns)
 
     def cut(self, latents: Tensor) -> Iterator[Tensor]:
-        """The tiles of plain ``latents``, in their order."""
         for group, row, column in product(self.groups, self.rows, self.columns):
             yield latents[:, :, group.latents, row.latents, column.latents]
 

@@ -141,7 +141,6 @@ class VideoWriter:
 
 
 def x264_options() -> dict[str, str]:
-    """How pictures are encoded on this processor."""
     return X264 | (WITHOUT_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else {})
 
 

@@ -135,7 +135,6 @@ class TransformerBlock(nn.Module):
     def attend(
         self, hidden: AV[Tensor], conditioning: AV[Conditioning], text: AV[Keys], perturbed: AV[bool]
     ) -> AV[Tensor]:
-        """Self-attention, then text attention."""
         return hidden.map(self._attend, conditioning, self.by_stream(), text, perturbed)
 
     def exchange(self, hidden: AV[Tensor], conditioning: AV[Conditioning], isolated: bool) -> AV[Tensor]:

@@ -82,8 +82,6 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """All sizes of a ``DiT``."""
-
     streams: AV[StreamConfig]
     num_layers: int
     attention_bias: bool

@@ -67,7 +67,6 @@ class LargestInputs:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """Set all maxima to 0."""
         for largest in self._inputs.values():
             largest.zero_()
 

@@ -91,7 +91,6 @@ class Attention(nn.Module):
         return Keys(key, split_heads(self.to_v(context, made), self.heads))
 
     def to_itself(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """``x`` attends to itself."""
         made: Made = {}
         return self(x, self.keys(x, rotation, made), rotation, made)
 
@@ -118,7 +117,6 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(_GeluProjection(dim, 4 * dim, bias), nn.Identity(), Linear(4 * dim, dim, bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
         return self.net(x)
 
 
@@ -165,8 +163,6 @@ def sinusoid(timesteps: Tensor) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Linear, SiLU, linear on the sinusoid."""
-
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear_1 = Linear(SINUSOID_CHANNELS, dim)

@@ -75,8 +75,6 @@ class OuterModules(NamedTuple):
 
 
 class DiT(nn.Module):
-    """LTX-2.3's audio-video transformer."""
-
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -211,7 +209,6 @@ class DiT(nn.Module):
                 module.kernel = KERNELS[kernels if isinstance(kernels, str) else kernels[module.kind]]
 
     def blocks(self) -> list[TransformerBlock]:
-        """The blocks in order."""
         return [block for block in self.transformer_blocks if isinstance(block, TransformerBlock)]
 
     def compile_blocks(self, **options: Any) -> None:

@@ -161,7 +161,6 @@ class Int8Linear(QuantisedLinear):
         return super().code(scaled.round_())
 
     def product(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """As in the base class."""
         tokens, weight_scales = len(codes), self.weight_scale.t()
         if codes.is_cuda and tokens < FEWEST_INT8_TOKENS:
             codes = F.pad(codes, (0, 0, 0, FEWEST_INT8_TOKENS - tokens))
@@ -181,7 +180,6 @@ def put_quantised(model: nn.Module, codes: Mapping[str, str]) -> None:
 
 
 def quantised_linears(model: nn.Module) -> list[QuantisedLinear]:
-    """The quantised linears of ``model``."""
     return [module for module in model.modules() if isinstance(module, QuantisedLinear)]
 
 

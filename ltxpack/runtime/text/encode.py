@@ -67,7 +67,6 @@ class PromptEncoder:
         self._ahead = {}
 
     def _find(self, batches: Sequence[Batch], reporter: Reporter) -> dict[Batch, Contexts]:
-        """The contexts of each batch, on the host."""
         found: dict[Batch, Contexts] = {}
         for batch in dict.fromkeys(batches):
             known = self._ahead.get(batch) or self._cached(batch, reporter)

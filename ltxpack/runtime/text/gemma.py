@@ -190,7 +190,6 @@ class RoundedRotaryAttention:
 
 
 def use_rounded_rotary(connectors: LTX2TextConnectors) -> None:
-    """Give every attention of ``connectors`` our processor."""
     for stack in (connectors.video_connector, connectors.audio_connector):
         for block in stack.transformer_blocks:
             block.attn1.set_processor(RoundedRotaryAttention())
