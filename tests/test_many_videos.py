@@ -572,7 +572,7 @@ def test_what_would_be_written_into_an_overlay_is_told(demo: Path, tmp_path: Pat
 def test_a_line_that_would_not_fit_fails_before_anything_is_loaded(
     demo: Path, tmp_path: Path, loads: list[str]
 ) -> None:
-    lines = [{"prompt": "a", "height": 64 * 10**6, "output": "vast.mp4"}, {"prompt": "b", "output": "small.mp4"}]
+    lines = [{"prompt": "a", "num_frames": 8 * 10**8 + 1, "output": "vast.mp4"}, {"prompt": "b", "output": "small.mp4"}]
     done = many(demo, written(tmp_path, *lines))
     assert "memory" in refused(done, 1)
     assert statuses(done) == {1: "failed", 2: "done"}

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("warm_workers")
 SMALL = ("--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
 LINES: list[dict[str, Any]] = [
     {"prompt": "a boat", "seed": 1, "steps": 2},
-    {"prompt": "a vast boat", "height": 64 * 10**6},
+    {"prompt": "a vast boat", "num_frames": 8 * 10**8 + 1},
     {"prompt": "a dog", "recipe": "distilled"},
     {"prompt": "a boat", "seed": 2, "steps": 2, "images": [{"path": "a.png"}, {"path": "a.png", "frame": "last"}]},
 ]
