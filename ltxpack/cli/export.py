@@ -13,7 +13,7 @@ from ltxpack.cli import terminal
 from ltxpack.cli.lora_words import LoraCommand, StrengthType, device_option, rule_option, unmatched_option
 from ltxpack.errors import UsageError
 from ltxpack.files.units import human_bytes
-from ltxpack.manifest import BF16, FORMATS, FP8, INT8
+from ltxpack.manifest import BF16, FORMATS, FP8
 from ltxpack.strength import Strength
 
 if TYPE_CHECKING:
@@ -28,15 +28,9 @@ COMFY = {
     ),
     "transformer": "ComfyUI: put it into models/diffusion_models; UNETLoader takes it",
 }
-# (Form, parts in the file) -> how the official code takes it.
-OFFICIAL = {
-    (BF16, "all"): "official code: it takes the place of the checkpoint",
-    (BF16, "transformer"): "official code: --transformer-path takes it",
-    (FP8, "all"): "official code: it takes the place of the checkpoint, with --quantization fp8-scaled-mm",
-    (FP8, "transformer"): "official code: --transformer-path takes it, with --quantization fp8-scaled-mm",
-    (INT8, "all"): "official code: it cannot read int8",
-    (INT8, "transformer"): "official code: it cannot read int8",
-}
+# Parts in the file -> how the official code takes it, with the flag for its form.
+OFFICIAL = {"all": "it takes the place of the checkpoint", "transformer": "--transformer-path takes it"}
+OFFICIAL_FLAGS = {BF16: "", FP8: ", with --quantization fp8-scaled-mm"}
 
 # Parameters that make a bake on the way, which --bake has no use for -> their defaults.
 MAKING = {
@@ -106,8 +100,10 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
         told = "; not calibrated: input scales are 1" if uncalibrated else ""
         click.echo(f"  {plan.quantised:,} linears in {plan.form}{told}")
     click.echo("  differs from the published file; pass it on only under the same licence, which is in its metadata")
-    for line in (COMFY[wanted.parts], OFFICIAL[plan.form, wanted.parts]):
-        click.echo(f"  {line}")
+    unread = plan.form not in OFFICIAL_FLAGS
+    official = f"it cannot read {plan.form}" if unread else OFFICIAL[wanted.parts] + OFFICIAL_FLAGS[plan.form]
+    click.echo(f"  {COMFY[wanted.parts]}")
+    click.echo(f"  official code: {official}")
 
 
 def _wanted(overlay: Path, options: Mapping[str, Any]) -> ExportOptions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any, Unpack
 from ltxpack.errors import UsageError
 from ltxpack.files.typed import at_home
 from ltxpack.runtime.codecs.tiles import DECODES
-from ltxpack.runtime.sampling.recipes import Recipe, Stage
+from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.sampling.shape import VideoShape, check_sizes
 from ltxpack.runtime.settings import Settings, SettingsGiven, flag_of, recipe_named
 from ltxpack.runtime.weights.plan import StageWork, Work
@@ -146,14 +145,14 @@ class Request:
 
         ``prompts`` and ``once`` as in :class:`Work`.
         """
-        s, guidance = self.settings, self.settings.guidance
-
-        def asked(stage: Stage, name: str) -> StageWork:
-            passes, isolated = stage.passes(guidance), stage.isolated(guidance)
-            return StageWork(name, stage.shape(self.shape), stage.evaluations(s.steps), passes, isolated)
-
-        stages = tuple(itertools.starmap(asked, zip(self.recipe.stages, transformers, strict=True)))
-        return Work(self.shape, stages, len(self.images), s.decode, prompts, once)
+        s, shape, guidance = self.settings, self.shape, self.settings.guidance
+        stages = tuple(
+            StageWork(
+                name, stage.shape(shape), stage.evaluations(s.steps), stage.passes(guidance), stage.isolated(guidance)
+            )
+            for stage, name in zip(self.recipe.stages, transformers, strict=True)
+        )
+        return Work(shape, stages, len(self.images), s.decode, prompts, once)
 
     def __post_init__(self) -> None:
         s = self.settings

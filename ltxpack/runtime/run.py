@@ -164,15 +164,18 @@ def write_video(
         whole = recipe_run.finish(session, request, latents, kept, waveform, rate)
         outputs.attempt(save_tensors, lambda: whole.save_tensors(save_tensors))
     outputs.attempt(None if recorder is None else recorder.path, session.end_video)
-    return outputs.all_or_raise(digest)
+    if outputs.fault is not None or digest is None:
+        assert outputs.fault is not None
+        raise outputs.fault.keeping(*outputs.written)
+    return digest
 
 
+@dataclass
 class _Outputs:
-    """The files of one video: if one cannot be written, the others still are."""
+    """The files of one video: if one cannot be written, the others still are. ``fault``: that of the first."""
 
-    def __init__(self) -> None:
-        self._written: list[Path] = []
-        self._fault: UnwrittenError | None = None
+    written: list[Path] = field(default_factory=list)
+    fault: UnwrittenError | None = None
 
     def attempt(self, path: Path | None, write: Callable[[], R]) -> R | None:
         """The result of ``write``, which writes ``path``; None if ``path`` cannot be written."""
@@ -180,15 +183,8 @@ class _Outputs:
             result = write()
         except UnwrittenError as error:
             # A copy: the error's own traceback would keep tensors alive.
-            self._fault = self._fault or error.keeping()
+            self.fault = self.fault or error.keeping()
             return None
         if path is not None:
-            self._written.append(path)
+            self.written.append(path)
         return result
-
-    def all_or_raise(self, digest: str | None) -> str:
-        """``digest``. Raises UnwrittenError if a file could not be written."""
-        if self._fault is not None or digest is None:
-            assert self._fault is not None
-            raise self._fault.keeping(*self._written)
-        return digest

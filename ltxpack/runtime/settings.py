@@ -112,16 +112,14 @@ class Settings:
         Raises UsageError for an unknown recipe or a setting that the recipe does not use, TypeError for a name that is
         no setting.
         """
-        unknown = sorted(set(given) - {one.name for one in dataclasses.fields(cls)})
+        known = {one.name: flag_of(one) for one in dataclasses.fields(cls)}
+        unknown = sorted(given.keys() - known.keys())
         if unknown:
-            known = ", ".join(one.name for one in dataclasses.fields(cls))
-            raise TypeError(f"no such setting: {', '.join(unknown)}; there are {known}")
+            raise TypeError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
         recipe = recipe_named(given.get("recipe", HQ.name))
-        for one in dataclasses.fields(cls):
-            if one.name in given and one.name in recipe.unused:
-                raise UsageError(
-                    f"{flag_of(one)} has no use in the recipe {recipe.name}", next=f"leave {flag_of(one)} out"
-                )
+        for name, flag in known.items():
+            if name in given and name in recipe.unused:
+                raise UsageError(f"{flag} has no use in the recipe {recipe.name}", next=f"leave {flag} out")
         return cls(**{**recipe.defaults, **given})
 
     @property

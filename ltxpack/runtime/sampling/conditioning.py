@@ -7,7 +7,7 @@ audio are tokens [1, T, C]; outside they are [1, 128, f, h, w] and [1, 8, Ta, 16
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -142,7 +142,7 @@ def _with_image(draft: _Draft, item: ImageItem, shape: VideoShape) -> _Draft:
     count = tokens.shape[1]
     mask = draft.mask.clone()
     mask[:, :count] = 1 - item.strength
-    return _Draft(draft.latents, torch.cat([tokens, draft.clean[:, count:]], dim=1), mask, draft.positions)
+    return replace(draft, clean=torch.cat([tokens, draft.clean[:, count:]], dim=1), mask=mask)
 
 
 def _keyframe(draft: _Draft, item: ImageItem, tokens: Tensor, shape: VideoShape) -> _Draft:
