@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
@@ -132,7 +131,8 @@ def _make_stage(session: Session, request: Request, video: Underway, number: int
 
         session.reporter.begin(stage_label(number), len(sigmas) - 1, "step")
         decode_weights(model, 0 in kept)
-        tokens = SAMPLERS[stage.sampler](partial(denoiser, state=state, rope=rope), state, sigmas, on_step=on_step)
+        sampler = SAMPLERS[stage.sampler]
+        tokens = sampler(lambda latents, sigma: denoiser(latents, sigma, state, rope), state, sigmas, on_step=on_step)
         session.reporter.end()
         return tokens
 
