@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
@@ -244,9 +245,8 @@ def _finished(component: str, part: Mapping[str, Any]) -> Config:
 def _refuse(
     problems: list[UnfitError], file: object, what: str = "has a config that this version does not convert"
 ) -> None:
+    refused = partial(UnsupportedError, file=str(file), next=NEXT_RELEASE)
     if len(problems) > 1:
-        raise UnsupportedError(what, file=str(file), items=problems, next=NEXT_RELEASE)
+        raise refused(what, items=problems)
     for one in problems:
-        raise UnsupportedError(
-            f"{what}: {one.field}", file=str(file), expected=one.expected, found=one.found, next=NEXT_RELEASE
-        )
+        raise refused(f"{what}: {one.field}", expected=one.expected, found=one.found)

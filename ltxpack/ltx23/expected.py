@@ -28,9 +28,8 @@ FEED_FORWARD = 4
 
 
 def inventory(component: str, config: Config) -> dict[str, Shape]:
-    """{tensor name: shape} of the diffusers module ``component`` with ``config``."""
-    tensors = dict(_INVENTORIES[component](config))
-    return dict(sorted(tensors.items()))
+    """{tensor name: shape} of the diffusers module ``component`` with ``config``, sorted."""
+    return dict(sorted(_INVENTORIES[component](config)))
 
 
 def source_inventory(component: str, config: Config) -> dict[str, Shape]:
@@ -258,13 +257,9 @@ def text_encoder(config: Config) -> Named:
         "post_feedforward_layernorm": (width,),
     }
     yield f"{TEXT_ROOT}embed_tokens.weight", (text["vocab_size"], width)
-    biased = [
-        module
-        for module in layer
-        if text.get("attention_bias") and module.startswith("self_attn.") and "proj" in module
-    ]
     for number, (module, shape) in itertools.product(range(text["num_hidden_layers"]), layer.items()):
-        yield from _layer(f"{TEXT_ROOT}layers.{number}.{module}", *shape, bias=module in biased)
+        biased = bool(text.get("attention_bias")) and module.startswith("self_attn.") and module.endswith("_proj")
+        yield from _layer(f"{TEXT_ROOT}layers.{number}.{module}", *shape, bias=biased)
     yield f"{TEXT_ROOT}norm.weight", (width,)
 
 

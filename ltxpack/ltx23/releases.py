@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
@@ -107,30 +108,23 @@ def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: objec
     """The metadata of an LTX-2.3 checkpoint with tensors ``names``. Raises UnsupportedError for another generation."""
     version = _plain(metadata, "model_version")
     again = f"ltxpack materialize {OFFICIAL_REPO} OVERLAY (takes the LTX-2.3 checkpoint)"
+    refused, other = partial(UnsupportedError, file=str(file), next=again), "is a checkpoint of another generation"
     names = list(names)
     if version is not None and parse_version(version)[:2] != SUPPORTED:
-        raise UnsupportedError(
-            "is a checkpoint of another generation", file=str(file), expected="model_version 2.3.x",
-            found=f"model_version {version}", next=again,
-        )  # fmt: skip
+        raise refused(other, expected="model_version 2.3.x", found=f"model_version {version}")
     if any(name.startswith("duration_head.") for name in names):
-        raise UnsupportedError(
-            "is a checkpoint of another generation (LTX-2.5)", file=str(file), expected="tensors of LTX-2.3",
-            found="duration_head.*", next=again,
-        )  # fmt: skip
+        raise refused(f"{other} (LTX-2.5)", expected="tensors of LTX-2.3", found="duration_head.*")
     told = ("transformer_blocks.", "prompt_adaln_single.")
     if version is None and [any(part in name for name in names) for part in told] == [True, False]:
-        raise UnsupportedError(
-            "is a checkpoint of another generation (LTX-2 or earlier)", file=str(file), expected="tensors of LTX-2.3",
-            found="no prompt_adaln_single, and no model_version in the metadata", next=again,
-        )  # fmt: skip
+        found = "no prompt_adaln_single, and no model_version in the metadata"
+        raise refused(f"{other} (LTX-2 or earlier)", expected="tensors of LTX-2.3", found=found)
     missing = [name for name in ("config", "model_version") if name not in metadata]
     if missing or version is None:
-        raise UnsupportedError(
-            "is not an all-in-one LTX-2.3 checkpoint", file=str(file),
-            expected="safetensors metadata with `config` and `model_version`", found=f"no {' and no '.join(missing)}",
-            next=again,
-        )  # fmt: skip
+        problem, expected = (
+            "is not an all-in-one LTX-2.3 checkpoint",
+            "safetensors metadata with `config` and `model_version`",
+        )
+        raise refused(problem, expected=expected, found=f"no {' and no '.join(missing)}")
     config = parse_json(metadata["config"], f"{file}: metadata `config`")
     if not isinstance(config, Mapping):
         raise UnsupportedError("metadata `config` is not an object", file=str(file), next="ltxpack inspect FILE")

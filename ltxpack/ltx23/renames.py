@@ -128,10 +128,10 @@ DROPPED = tuple(
 )
 
 
-_ROOTS = [(root, component) for component, table in CHECKPOINT_TABLES.items() for root in table.roots]
-_LONGEST_FIRST = sorted(_ROOTS, key=lambda item: -len(item[0]))
+_ROOTS = {root: component for component, table in CHECKPOINT_TABLES.items() for root in table.roots}
+_LONGEST_FIRST = sorted(_ROOTS, key=len, reverse=True)
 
 
 def component_of(key: str) -> str | None:
     """The component with the longest root that ``key`` starts with, or None for an unknown key."""
-    return next((component for root, component in _LONGEST_FIRST if key.startswith(root)), None)
+    return next((_ROOTS[root] for root in _LONGEST_FIRST if key.startswith(root)), None)

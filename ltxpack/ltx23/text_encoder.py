@@ -57,10 +57,8 @@ def text_config(document: Mapping[str, Any], label: object, next: str) -> Mappin
     """
     kind = document.get("model_type")
     if kind not in (TEXT_ENCODER_TYPE, TEXT_ONLY_TYPE):
-        raise UnsupportedError(
-            "is not the text encoder of LTX-2.3", file=str(label), next=next, found=f"model_type {kind}",
-            expected=f"model_type {TEXT_ENCODER_TYPE} or {TEXT_ONLY_TYPE}",
-        )  # fmt: skip
+        problem, expected = "is not the text encoder of LTX-2.3", f"model_type {TEXT_ENCODER_TYPE} or {TEXT_ONLY_TYPE}"
+        raise UnsupportedError(problem, file=str(label), expected=expected, found=f"model_type {kind}", next=next)
     fields = document.get("text_config", document if kind == TEXT_ONLY_TYPE else None)
     if not isinstance(fields, Mapping):
         raise FormatError("has no text_config", file=str(label), next=next)
@@ -88,17 +86,14 @@ def language_model(
     own = {name: info for name, info in tensors.items() if not UNUSED.match(name)}
     root = root_of(own)
     if root is None:
-        raise UnsupportedError(
-            "holds no Gemma 3 language model", file=str(label), expected=f"{TEXT_ROOT}{EMBEDDINGS} and the layers",
-            found=", ".join(sorted(own)[:3]) or "no tensors", next=next,
-        )  # fmt: skip
+        expected, found = f"{TEXT_ROOT}{EMBEDDINGS} and the layers", ", ".join(sorted(own)[:3]) or "no tensors"
+        problem = "holds no Gemma 3 language model"
+        raise UnsupportedError(problem, file=str(label), expected=expected, found=found, next=next)
     refuse_quantised(TensorFile(Path(str(label)), 0, own, {}), label, "prompts are read with", next)
     known = {name.removeprefix(root): info for name, info in own.items() if name.startswith(root)}
     _compare_sizes(fields, known, label, next)
-    wanted = {
-        name.removeprefix(TEXT_ROOT): shape
-        for name, shape in inventory("text_encoder", {"text_config": fields}).items()
-    }
+    listed = inventory("text_encoder", {"text_config": fields})
+    wanted = {name.removeprefix(TEXT_ROOT): shape for name, shape in listed.items()}
     foreign = [name for name in sorted(own) if not name.startswith(root) or name.removeprefix(root) not in wanted]
     faults = [f"missing: {root}{name} {list(shape)}" for name, shape in wanted.items() if name not in known]
     faults += [f"unknown: {name}" for name in foreign]

@@ -164,9 +164,8 @@ def write_video(
         whole = recipe_run.finish(session, request, latents, kept, waveform, rate)
         outputs.attempt(save_tensors, lambda: whole.save_tensors(save_tensors))
     outputs.attempt(None if recorder is None else recorder.path, session.end_video)
-    if outputs.fault is not None or digest is None:
-        assert outputs.fault is not None
-        raise outputs.fault.keeping(*outputs.written)
+    outputs.check()
+    assert digest is not None
     return digest
 
 
@@ -188,3 +187,8 @@ class _Outputs:
         if path is not None:
             self.written.append(path)
         return result
+
+    def check(self) -> None:
+        """Raises UnwrittenError if a file could not be written."""
+        if self.fault is not None:
+            raise self.fault.keeping(*self.written)
