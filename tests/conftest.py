@@ -18,7 +18,7 @@ from next_commands import Recorder
 from support import DATA, Mount, golden_folders, ltxpack
 from warm_processes import WARM
 
-from ltxpack.runtime.parallel import team
+from ltxpack.runtime.parallel import process
 from ltxpack.runtime.weights import machine
 
 torch.set_num_threads(1)
@@ -148,7 +148,7 @@ def overlay(demo: Path, tmp_path: Path) -> Path:
 def warm_workers() -> Iterator[None]:
     """The other processes of a video, or of many, are forks: that they start for real is shown by whole commands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(team, "subprocess", WARM)
+        patch.setattr(process, "subprocess", WARM)
         yield
 
 

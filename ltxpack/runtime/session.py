@@ -32,8 +32,7 @@ from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, tr
 from ltxpack.runtime.parallel.devices import TORCHRUN, Launched, launched, named_devices
 from ltxpack.runtime.parallel.ranks import ALONE, Alone
 from ltxpack.runtime.parallel.schemes import NONE, OF_MANY, check_heads
-from ltxpack.runtime.parallel.team import Team
-from ltxpack.runtime.parallel.torchrun import TorchrunTeam
+from ltxpack.runtime.parallel.team import Team, TorchrunTeam
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe, stage_flag
 from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
 from ltxpack.runtime.settings import AUTO, STATIC, SessionSettings

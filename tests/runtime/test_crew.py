@@ -23,9 +23,9 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.parallel import crew as crews
 from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
+from ltxpack.runtime.parallel.process import Next, messages
 from ltxpack.runtime.parallel.schemes import STAGES, counted
 from ltxpack.runtime.parallel.share import Carried, Event, Gone, Sharing, Told
-from ltxpack.runtime.parallel.worker import Messages
 from ltxpack.runtime.prompts_file import read_lines
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
@@ -108,15 +108,15 @@ def test_who_is_told_to_end_in_order_does_so_however_soon_that_comes(monkeypatch
     """Also before it asks for more; if the other end is gone without that word, it ends at once, also if idle."""
     abandoned: list[bool] = []
 
-    def heard(*said: Any) -> Messages:
+    def heard(*said: Any) -> Next:
         data = io.BytesIO(b"".join(map(pickle.dumps, said)))
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=data))
-        messages = Messages(lambda: abandoned.append(True))
+        following = messages(lambda: abandoned.append(True))
         until(lambda: data.tell() == len(data.getvalue()))
-        return messages
+        return following
 
-    messages = heard("a task", None)
-    assert [messages.next(), messages.next()] == ["a task", None] and not abandoned
+    following = heard("a task", None)
+    assert [following(), following()] == ["a task", None] and not abandoned
     heard("a task")
     assert until(lambda: abandoned) == [True]
 

@@ -27,7 +27,8 @@ from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.exchange import Exchange
-from ltxpack.runtime.parallel.team import Team, Worker
+from ltxpack.runtime.parallel.process import Worker
+from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.recipe_run import decode_video, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session

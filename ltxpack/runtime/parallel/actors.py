@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import LtxpackError, UsageError, one_line
+from ltxpack.errors import UsageError
 from ltxpack.files.publish import Temporary, output_errors
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.lines import LineMaker, Task
@@ -30,6 +30,7 @@ from ltxpack.runtime.parallel.cluster import (
     why_ended,
 )
 from ltxpack.runtime.parallel.devices import RAY_HERE
+from ltxpack.runtime.parallel.process import why_failed
 from ltxpack.runtime.parallel.schemes import DATA, NONE
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Gone, Ready, Told, Voice
 from ltxpack.runtime.prompts_file import PromptsLine
@@ -77,13 +78,11 @@ class LineActor:
 
     @contextlib.contextmanager
     def _or_gone(self) -> Iterator[None]:
-        """What goes wrong in the block is the last event: whoever waits for the next one is told."""
+        """What goes wrong in the block is the last event, for whoever waits for the next one."""
         try:
             yield
-        except LtxpackError as error:
-            self._said.put(Gone(self._number, error.render().replace("\n", ";")))
         except Exception as error:
-            self._said.put(Gone(self._number, f"{type(error).__name__}: {one_line(str(error))}"))
+            self._said.put(Gone(self._number, why_failed(error)))
 
 
 class Actors(Crew):

@@ -6,7 +6,6 @@ import queue
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,9 +14,9 @@ from ltxpack.runtime.lines import Make, Task
 from ltxpack.runtime.model.weights import read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, chosen, transformer_part
 from ltxpack.runtime.parallel.planned import OF_STAGES, plan_schemes
+from ltxpack.runtime.parallel.process import LEFT, Worker
 from ltxpack.runtime.parallel.schemes import AUTO, DATA, STAGES
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Gone, Ready
-from ltxpack.runtime.parallel.team import LEFT, Worker
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights.device import resolve_device
@@ -29,7 +28,7 @@ LINE_WORKER = "ltxpack.runtime.parallel.line_worker"
 
 
 class Processes(Crew):
-    """One for each of ``devices``. Nothing of it is left when this process ends, in whatever way.
+    """One worker for each of ``devices``. All end when this process ends, in whatever way.
 
     ``by_stages``: the first of two devices encodes prompts and makes first stages, the second makes the rest. Raises
     DeviceError for a device that is not there.
@@ -41,7 +40,7 @@ class Processes(Crew):
         self.names = [f"worker {number} on {device}" for number, device in enumerate(devices)]
         self.by_stages = by_stages
         self._root, self._settings, self._devices = root, settings, devices
-        # What the workers say, in the order in which it comes: events, and at its end each a line for the summary.
+        # What the workers say, in order: events, and at its end each a line for the summary.
         self._said: queue.SimpleQueue[Event | str] = queue.SimpleQueue()
         self._workers: dict[int, Worker] = {}
         self._idle: set[int] = set()
@@ -73,9 +72,9 @@ class Processes(Crew):
         self._start(worker)
 
     def _start(self, worker: int) -> None:
-        started = Worker(worker, self._devices[worker], self._ended, LINE_WORKER, self._said.put)
-        self._workers[worker] = started
-        own = replace(self._settings, device=started.device, devices=None, parallel=AUTO)
+        device = self._devices[worker]
+        started = self._workers[worker] = Worker(worker, device, LINE_WORKER, self._ended, self._said.put)
+        own = replace(self._settings, device=device, devices=None, parallel=AUTO)
         only = OF_STAGES[worker] if self.by_stages else frozenset[str]()
         started.tell((self._root, own, worker, len(self._devices), only, torch.get_num_threads()))
 
@@ -84,9 +83,7 @@ class Processes(Crew):
             worker.dismiss(idle=number in self._idle)
         for worker in self._workers.values():
             worker.end(LEFT)
-        said: list[Any] = []
-        while not self._said.empty():
-            said.append(self._said.get())
+        said = [self._said.get() for _ in range(self._said.qsize())]
         return sorted(line for line in said if isinstance(line, str))
 
     def _ended(self, worker: Worker) -> None:
@@ -96,11 +93,11 @@ class Processes(Crew):
 def goes_by_stages(
     overlay: Overlay, settings: SessionSettings, requests: Sequence[Request], devices: Sequence[str]
 ) -> bool:
-    """Whether two devices are to make a stage each, as ``settings`` say.
+    """Whether two devices make a stage each, as ``settings`` say.
 
-    By itself that is chosen where each then holds all that it needs, and where a device that makes whole videos would
-    read its transformers from their files again for every video. Of the videos one of middle size decides. Raises
-    UsageError where it is asked for and cannot be.
+    ``auto`` does so if each device then holds all that it needs, while a device that makes whole videos would read its
+    transformers from their files again for every video. A video of middle size decides. Raises UsageError where it is
+    asked for and cannot be.
     """
     counts = {len(devices), *(len(request.recipe.stages) for request in requests)}
     if settings.parallel == STAGES and counts != {2}:

@@ -1,4 +1,4 @@
-"""A transformer as one of several ranks uses it: its share of the passes of a step, and of the tokens of a pass."""
+"""The transformer of one of several ranks: makes its share of the passes of a step, and of the tokens of a pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ltxpack.runtime.sampling.shape import AV
 class Front:
     """Shares out the passes of a step over groups of ranks, and the tokens of a pass over the ranks of its group.
 
-    The arithmetic of a pass does not depend on which others are made with it, so in groups of one rank the velocities
-    are those of one device, bit for bit.
+    The numbers of a pass do not depend on the passes made with it: groups of one rank give the velocities of one
+    device, bit for bit.
     """
 
     def __init__(self, model: DiT, exchange: Exchange, split: Split) -> None:
@@ -28,9 +28,9 @@ class Front:
         self._own = OwnTokens(exchange, split) if split.shards > 1 else None
 
     def passes(self, passes: Sequence[Pass], /) -> list[AV[Tensor]]:
-        """As :meth:`.model.DiT.passes`. Raises DeviceError where another rank has ended.
+        """:meth:`.model.DiT.passes` of all ranks. Raises DeviceError if another rank has ended.
 
-        Of cards of several kinds, which draw other noise, each gets rank 0's latents for its own.
+        Cards of several kinds draw different noise: each then takes rank 0's latents.
         """
         if not self._exchange.alike:
             streams = [stream for each in passes for stream in (each.streams.video, each.streams.audio)]
@@ -49,14 +49,14 @@ class Front:
         mine = self._own
         if mine is None:
             return self._model.passes(passes)
-        # Passes that hold the same streams go on doing so, and share work.
+        # Passes with the same streams share work: they keep the same ones.
         cut = {id(each.streams): mine.cut(each.streams) for each in passes}
         own = [Pass(cut[id(each.streams)], each.isolated, each.perturbed) for each in passes]
         with mine.attending(self._model, passes[0].streams.video.latents.shape[1]):
             return self._model.passes(own)
 
     def _shared(self, each: Pass, group: int, made: AV[Tensor] | None) -> AV[Tensor]:
-        """The velocities of a pass of ``group``, which has ``made`` its share where it is this rank's."""
+        """The velocities of a pass of ``group``. ``made``: this rank's share, if the group is its own."""
         video, audio = each.streams.video.latents, each.streams.audio.latents
         tokens, first = video.shape[1], group * self._split.shards
         channels = self._model.config.streams.map(lambda stream: stream.out_channels)

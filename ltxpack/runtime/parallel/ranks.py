@@ -1,8 +1,8 @@
-"""The processes that make one video together, as one of them sees them.
+"""The ranks that make one video together, as one of them sees them.
 
 Every rank runs the same recipe on its own device, with all weights of its own. Rank 0 hands out requests and text
-contexts. The passes of a step are shared out, and the tokens of a pass, as :mod:`schemes` says; the velocities go to
-all ranks, whose latents stay equal without any other exchange.
+contexts. The ranks share the passes of a step and the tokens of a pass as :mod:`schemes` says. The velocities go to all
+ranks, so their latents stay equal without any other exchange.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ class Alone:
     """One process on one device: nothing is handed out."""
 
     def together(self, work: Work, numerics: Callable[[], Numerics], *arguments: Any) -> AbstractContextManager[None]:
-        """A block in which all ranks do ``work``, which ``arguments`` say, by the ``numerics`` of rank 0.
-
-        If it fails, the others are of no use.
-        """
+        """A block in which all ranks do ``work`` by the ``numerics`` of rank 0; the other ranks get ``arguments``."""
         return nullcontext()
 
     def contexts(self, make: Callable[[], Contexts]) -> Contexts:
@@ -43,15 +40,15 @@ class Alone:
         return make()
 
     def share(self, work: Work) -> Work:
-        """``work`` as this rank has it; its device is as it will be when that begins."""
+        """``work`` as this rank has it. Afterwards its device has the memory free that it has when that begins."""
         return work
 
     def front(self, model: DiT, stage: int) -> Model:
-        """``model`` as the denoiser of stage number ``stage`` is to use it."""
+        """``model`` for the denoiser of stage number ``stage``."""
         return model
 
     def decoding(self, latents: Tensor) -> AbstractContextManager[DecodeTiles]:
-        """A block in which rank 0 decodes the official tiles of ``latents`` by what it is given."""
+        """A block in which rank 0 decodes the official tiles of ``latents`` by the function that it gets."""
         return nullcontext(decode_tiles)
 
     def close(self) -> None:
@@ -62,7 +59,7 @@ ALONE = Alone()
 
 
 class Member(Alone):
-    """One of several ranks: they choose alike, as all know the same."""
+    """One of several ranks. All know the same, so all choose the same."""
 
     exchange: Exchange
     rates = Rates()
@@ -72,14 +69,14 @@ class Member(Alone):
         self._splits: tuple[Split, ...] = ()
 
     def joined(self, exchange: Exchange, device: torch.device) -> None:
-        """The ranks are together. Where the choice depends on it, all of them measure what cards and links do."""
+        """Keep ``exchange``; if the choice depends on it, measure with all ranks what cards and links do."""
         self.exchange = exchange
         if self._parallel == AUTO and device.type == "cuda":
             self.rates = exchange.rates()
             torch.cuda.empty_cache()
 
     def choose(self, work: Work) -> Counted:
-        """How the stages of ``work`` are shared out from now on."""
+        """Choose how the stages of ``work`` are shared out from now on."""
         found = self._found(work)
         self._splits = found.splits
         return found
@@ -92,7 +89,7 @@ class Member(Alone):
 
     @torch.no_grad()
     def tiles(self, vae: VideoVAE, tiles: Iterable[Tensor]) -> Iterator[Tensor]:
-        """As :func:`.decode_tiles`, on rank 0: the ranks decode tiles in turn. The others send theirs."""
+        """:func:`.decode_tiles` by all ranks in turn: rank 0 yields every tile, the others send theirs."""
         exchange = self.exchange
         for number, tile in enumerate(tiles):
             owner = number % exchange.size

@@ -1,8 +1,8 @@
-"""The ways to use several devices, by counting: the operations each saves, and the bytes that move. Needs no torch.
+"""The schemes to use several devices, counted: the operations that each saves, and the bytes that move. Needs no torch.
 
-A stage is so many evaluations of so many passes of one forward, each pass counted as a whole one. What a scheme gains
-is the work of one device over that of the busiest device of several; text, sound and frames are not counted, and the
-time in which bytes move only where the rates of the devices are known. All sizes are of one video.
+A stage is so many evaluations of so many passes of one forward, each pass counted as a whole one. The gain of a scheme
+is the work of one device over that of the busiest of several. Text, sound and frames are not counted, and the time in
+which bytes move only if the rates of the devices are known. All sizes are of one video.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TURNED, KEYS_AND_VALUES = 4, 2
 class Split:
     """How a stage is shared out: ``groups`` of ranks take its passes in turn, the ``shards`` of a group the tokens.
 
-    Ranks that are left over get the results. One group of one: every rank makes all of the stage, and nothing moves.
+    Ranks left over get the results. With one group of one, every rank makes the whole stage and nothing moves.
     """
 
     groups: int = 1
@@ -51,10 +51,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: ``flops``, and the bytes that come to it from others over the ``link``.
-
-    The default says nothing of the device: bytes take no time.
-    """
+    """What a device does in a second: ``flops``, and bytes from others over the ``link``; by default in no time."""
 
     flops: float = 1.0
     link: float = math.inf
@@ -62,14 +59,13 @@ class Rates:
 
 @dataclass(frozen=True)
 class Counted:
-    """A way to use ``devices``, counted. ``gain``: videos in the time of one on one device, at most.
+    """A scheme, counted. ``gain``: videos in the time of one on one device, at most.
 
-    ``splits``: of each stage; none where stages or whole videos are shared out. ``received``: bytes that come to the
-    busiest device. ``shares``: of each stage, its share of a video's work on one device.
+    ``received``: bytes that come to the busiest device. ``splits``: of each stage; empty if stages or whole videos are
+    shared out. ``shares``: of each stage, its share of a video's work on one device.
     """
 
     scheme: str
-    devices: int
     gain: float
     received: int
     splits: tuple[Split, ...]
@@ -77,17 +73,19 @@ class Counted:
 
 
 def counted(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: int) -> Counted | None:
-    """``scheme`` on ``devices`` for ``work``; None where it has no use for so many: see :func:`unused`."""
+    """``scheme`` on ``devices`` for ``work``; None if it cannot use so many, see :func:`unused`."""
     if unused(scheme, config, work, devices):
         return None
     alone = [stage_flops(config, work, stage, Split()) for stage in work.stages]
     shares = tuple(one / sum(alone) for one in alone)
     if scheme == DATA:
-        return Counted(scheme, devices, float(devices), 0, (), shares)
+        return Counted(scheme, float(devices), 0, (), shares)
     if scheme == STAGES:
         before, after = work.stages[0].shape, work.stages[-1].shape
-        handed = values(config, before.tokens, after.audio_length) * itemsize + _contexts(config, work, itemsize)
-        return Counted(scheme, devices, sum(alone) / max(alone), handed, (), shares)
+        streams = config.streams
+        latents = before.tokens * streams.video.in_channels + after.audio_length * streams.audio.in_channels
+        handed = latents * itemsize + _contexts(config, work, itemsize)
+        return Counted(scheme, sum(alone) / max(alone), handed, (), shares)
     return shared(scheme, config, work, devices, itemsize)
 
 
@@ -108,22 +106,19 @@ def shared(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: i
     splits = tuple(map(way, work.stages))
     alone = [seconds(stage, Split()) for stage in work.stages]
     spent = sum(map(seconds, work.stages, splits))
-    received = sum(map(moved, work.stages, splits))
-    received += _contexts(config, work, itemsize)
-    shares = tuple(one / sum(alone) for one in alone)
-    return Counted(scheme, devices, sum(alone) / spent, received, splits, shares)
+    received = sum(map(moved, work.stages, splits)) + _contexts(config, work, itemsize)
+    return Counted(scheme, sum(alone) / spent, received, splits, tuple(one / sum(alone) for one in alone))
 
 
 def as_shared(work: Work, splits: tuple[Split, ...]) -> Work:
-    """``work`` as the busiest rank has it, where its stages are shared out like this."""
+    """``work`` as the busiest rank has it if its stages are shared out like this."""
     pairs = zip(work.stages, splits, strict=True)
-    return replace(
-        work, stages=tuple(replace(stage, groups=split.groups, shards=split.shards) for stage, split in pairs)
-    )
+    stages = tuple(replace(stage, groups=split.groups, shards=split.shards) for stage, split in pairs)
+    return replace(work, stages=stages)
 
 
 def unused(scheme: str, config: DiTConfig, work: Work, devices: int) -> str:
-    """Why ``scheme`` cannot use so many devices, in words; empty where it can."""
+    """Why ``scheme`` cannot use so many devices, in words; empty if it can."""
     indivisible = f"{_heads(config)} heads do not divide by {devices}"
     if scheme in (GUIDANCE, BOTH) and all(stage.passes == 1 for stage in work.stages):
         return "no stage is guided"
@@ -142,7 +137,7 @@ def divides(config: DiTConfig, shards: int) -> bool:
 
 
 def check_heads(scheme: str, config: DiTConfig, devices: int) -> None:
-    """Raises UsageError where ``scheme`` cuts the tokens for so many devices, and the heads do not divide by them."""
+    """Raises UsageError if ``scheme`` shares out tokens over so many devices, and the heads do not divide by them."""
     if scheme == SEQUENCE and not divides(config, devices):
         counts = [str(count) for count in range(2, _heads(config) + 1) if divides(config, count)]
         raise UsageError(
@@ -154,7 +149,7 @@ def check_heads(scheme: str, config: DiTConfig, devices: int) -> None:
 
 
 def split_of(scheme: str, config: DiTConfig, work: Work, stage: StageWork, devices: int) -> Split:
-    """How ``scheme`` shares out ``stage``; one that it cannot share out is made by every rank alike."""
+    """How ``scheme`` shares out ``stage``; every rank makes a stage that cannot be shared out."""
     if scheme == GUIDANCE:
         return Split(devices if stage.passes > 1 else 1, 1)
     if scheme == SEQUENCE:
@@ -163,19 +158,19 @@ def split_of(scheme: str, config: DiTConfig, work: Work, stage: StageWork, devic
 
 
 def stage_seconds(config: DiTConfig, work: Work, stage: StageWork, split: Split, itemsize: int, rates: Rates) -> float:
-    """What the busiest rank spends on ``stage``: first it computes, then bytes move."""
+    """Seconds of the busiest rank for ``stage``: first it computes, then bytes move."""
     moved = stage_received(config, work, stage, split, itemsize)
     return stage_flops(config, work, stage, split) / rates.flops + moved / rates.link
 
 
 def stage_flops(config: DiTConfig, work: Work, stage: StageWork, split: Split) -> int:
-    """What the busiest rank computes of ``stage``."""
+    """FLOP of the busiest rank for ``stage``."""
     passes = -(-stage.passes // split.groups)
     return stage.evaluations * passes * forward_flops(config, _lengths(work, stage), split.shards)
 
 
 def video_flops(config: DiTConfig, work: Work) -> int:
-    """What one device computes of all stages, isolated passes counted as what they are (spec 07, section 5)."""
+    """FLOP of one device for all stages; an isolated pass counts as less than a whole one (spec 07, section 5)."""
     total = 0
     for stage in work.stages:
         full, lengths = stage.passes - stage.isolated, _lengths(work, stage)
@@ -186,13 +181,13 @@ def video_flops(config: DiTConfig, work: Work) -> int:
 
 
 def stage_received(config: DiTConfig, work: Work, stage: StageWork, split: Split, itemsize: int) -> int:
-    """Bytes that come to the rank which gets most in ``stage``: within blocks, and velocities at their end."""
+    """Bytes that come in ``stage`` to the rank that gets most: within blocks, and velocities at their end."""
     lengths = _lengths(work, stage)
     own, block = split.own(lengths.video), block_received(config, lengths, split, itemsize)
     video, audio = config.streams.video.out_channels, config.streams.audio.out_channels
 
     def received(made: int) -> int:
-        """By a rank whose group makes so many passes: it has its own tokens' velocities of these."""
+        """Bytes for a rank whose group makes so many passes, of which it has its own tokens' velocities."""
         tokens = stage.passes * own * split.shards - made * own
         # The sound's are those of the first rank of a group, for all others.
         sound = lengths.audio * (stage.passes - (made if split.shards == 1 else 0))
@@ -206,8 +201,8 @@ def stage_received(config: DiTConfig, work: Work, stage: StageWork, split: Split
 def block_received(config: DiTConfig, lengths: Lengths, split: Split, itemsize: int) -> int:
     """Bytes that come to a rank in a block of one pass of its group.
 
-    Queries, keys and values of its heads and what its tokens attended to; for the sound, keys and values of its heads,
-    and what all the others' heads attended to.
+    Of the video: queries, keys and values of its heads, and what its tokens attended to. Of the sound: keys and values
+    of its heads, and what the others' heads attended to.
     """
     own, others = split.own(lengths.video), split.shards - 1
     video, audio = config.streams.video.dim // split.shards, config.streams.audio.dim // split.shards
@@ -215,16 +210,11 @@ def block_received(config: DiTConfig, lengths: Lengths, split: Split, itemsize: 
     return (turned + lengths.audio * audio) * others * itemsize
 
 
-def values(config: DiTConfig, video: int, audio: int) -> int:
-    """Numbers in the latents of so many tokens."""
-    return video * config.streams.video.in_channels + audio * config.streams.audio.in_channels
-
-
 def _both(config: DiTConfig, stage: StageWork, devices: int) -> Iterator[Split]:
     """As many groups of one size as there are devices for, if there are several passes; else one group."""
-    for shards in filter(lambda shards: divides(config, shards), range(1, devices + 1)):
+    for shards in range(1, devices + 1):
         groups = devices // shards if stage.passes > 1 else 1
-        if groups > 1 or stage.passes == 1:
+        if divides(config, shards) and (groups > 1 or stage.passes == 1):
             yield Split(groups, shards)
 
 
@@ -237,17 +227,17 @@ def _every(config: DiTConfig, stage: StageWork, devices: int) -> Iterator[Split]
 
 
 def _heads(config: DiTConfig) -> int:
-    """Of so many heads each rank gets the same number, in both modalities."""
+    """The largest number of ranks that can share the heads of both modalities."""
     return math.gcd(config.streams.video.heads, config.streams.audio.heads)
 
 
 def _lengths(work: Work, stage: StageWork) -> Lengths:
-    """Tokens of a forward of ``stage``; every image counts as one that is appended."""
+    """Tokens of a forward of ``stage``; every image counts as an appended frame."""
     shape = stage.shape
     return Lengths(shape.tokens + work.images * shape.tokens_per_frame, shape.audio_length, TEXT_TOKENS)
 
 
 def _contexts(config: DiTConfig, work: Work, itemsize: int) -> int:
-    """Bytes of the contexts of a video's prompts: of the negative one too, where a stage is guided."""
+    """Bytes of the contexts of a video's prompts; the negative one counts if a stage is guided."""
     prompts = min(2, max(stage.passes for stage in work.stages))
     return prompts * TEXT_TOKENS * (config.streams.video.dim + config.streams.audio.dim) * itemsize

@@ -1,10 +1,9 @@
-"""One pass by several ranks: each has some of the video's tokens, and in attention some of the heads of all of them.
+"""One pass by several ranks: each has some of the video's tokens, and in attention some of the heads of all tokens.
 
-DeepSpeed-Ulysses (Jacobs et al., 2023). All but two attentions of a block are local: text and sound are on every rank,
-and what a token brings along (its times, its turns) is cut as the tokens are. Around the video's self-attention
-queries, keys and values go from tokens to heads, and what was attended goes back. The sound attends to the video head
-by head too, and its heads are gathered. Tokens are padded to the same number on each rank; in attention the padding is
-cut off, so that none is ever attended to.
+DeepSpeed-Ulysses (Jacobs et al., 2023). Text and sound are on every rank, so only two attentions of a block are not
+local. Around the video's self-attention, queries, keys and values go from tokens to heads, and the result goes back.
+The sound attends to the video head by head too, and its heads are gathered. Timesteps and rotations are cut as the
+tokens are. Tokens are padded to the same number on each rank; attention leaves the padding out.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ltxpack.runtime.sampling.shape import AV
 class OwnTokens:
     """The tokens and the heads of this rank, one of the ``split.shards`` of its group."""
 
-    # To the compiler what a block calls has tensors alone as inputs: which tokens those are is found here.
+    # To the compiler, a kernel has tensors alone as inputs: it finds the tokens of this rank here.
     current: ClassVar[OwnTokens]
 
     def __init__(self, exchange: Exchange, split: Split) -> None:
@@ -53,7 +52,7 @@ class OwnTokens:
 
     @contextmanager
     def attending(self, model: DiT, tokens: int) -> Iterator[None]:
-        """In the block ``model`` attends over the ranks of the group; ``tokens``: the video's in all, not padded."""
+        """A block in which ``model`` attends over the ranks of the group; ``tokens``: of the video, without padding."""
         blocks = model.blocks()
         plain = [(block.attn1.kernel, block.video_to_audio_attn.kernel) for block in blocks]
         self._tokens, (self._within, self._across) = tokens, plain[0]
@@ -91,7 +90,7 @@ class OwnTokens:
         return Rotation(*(self._part(part, 2).contiguous() for part in rotation))
 
     def _part(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's stretch of dimension ``dim``, ended with zeros where there are not enough."""
+        """This rank's stretch of dimension ``dim``, padded with zeros."""
         count, own = whole.shape[dim], self._split.own(whole.shape[dim])
         start = min(self._place * own, count)
         part = whole.narrow(dim, start, min(own, count - start))
@@ -103,7 +102,7 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, sound: bool) -> Tensor:
     return attend(query, key, value)
 
 
-# One opaque node to the compiler: exchanges and numbers of tokens are no business of a compiled block.
+# One opaque node to the compiler, which need not know exchanges and numbers of tokens.
 _op = torch.library.custom_op(
     "ltxpack::attend_over_ranks",
     _attended,

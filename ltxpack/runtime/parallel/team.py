@@ -1,7 +1,6 @@
-"""Rank 0: starts a process for every other device, hands out the work, and ends the run when one of them ends.
+"""Rank 0: hands out the work to the other ranks, and ends the run when one of them ends.
 
-A worker is told by its standard input, which nobody else can write to; when that is closed, because this process ended
-in whatever way, the worker ends at once.
+It starts the others as processes, or torchrun has started all.
 """
 
 from __future__ import annotations
@@ -9,10 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import pickle
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -31,7 +27,9 @@ from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.codecs.video import DecodeTiles, decode_tiles
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.numerics import Numerics
+from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
+from ltxpack.runtime.parallel.process import LEFT, Worker
 from ltxpack.runtime.parallel.ranks import Contexts, Member
 from ltxpack.runtime.parallel.schemes import AUTO, Counted
 from ltxpack.runtime.sampling.recipes import stage_label
@@ -39,102 +37,16 @@ from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights.plan import Work
 
 WORKER = "ltxpack.runtime.parallel.worker"
-# What a worker writes when it is ready to join, and before it says why it ends.
-READY, FAULT = "ltxpack-ready", "ltxpack-fault: "
-# What a worker is told: that rank 0 joins now; and to decode its share of the video it made the latents of.
-JOIN, DECODE = "join", "decode"
-# Seconds: until what a worker said that ended is read; until a failed exchange is explained by such a one; until a run
-# ends that waits for one; and what a worker gets to end by itself. A run whose rank dies is over within ten seconds.
-HEARD, EXPLAINED, GIVEN_UP, LEFT = 2.0, 6.0, 7.0, 5.0
-
-
-class Worker:
-    """The process of one other rank, which runs ``module``, and what it said last.
-
-    ``ended`` is called when it ended, ``received`` with each message that it writes; both from threads.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        device: str,
-        ended: Callable[[Worker], None],
-        module: str = WORKER,
-        received: Callable[[Any], None] | None = None,
-    ) -> None:
-        self.rank, self.device = rank, device
-        self.ready = threading.Event()
-        self._said = ""
-        out = subprocess.DEVNULL if received is None else subprocess.PIPE
-        command = [sys.executable, "-m", "ltxpack.imports", module]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE)
-        self._listening = threading.Thread(target=self._listen, daemon=True)
-        self._receiving = threading.Thread(target=self._receive, args=(received,), daemon=True)
-        self._thread = threading.Thread(target=self._watch, args=(ended,), daemon=True)
-        for thread in (self._listening, self._receiving, self._thread):
-            thread.start()
-
-    def tell(self, message: Any) -> None:
-        """Hand it ``message``. That it is gone is noted elsewhere."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            pickle.dump(message, self.process.stdin)
-            self.process.stdin.flush()
-
-    def dismiss(self, *, idle: bool = False) -> None:
-        """Tell it to end: in order if it is ``idle``, else at once."""
-        assert self.process.stdin is not None
-        if idle and not self.process.stdin.closed:
-            self.tell(None)
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-
-    def end(self, seconds: float) -> None:
-        """It gets ``seconds`` to end by itself."""
-        self.dismiss()
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._thread.join()
-
-    @property
-    def fault(self) -> str:
-        """Why it ended, in words."""
-        code = self.process.wait()
-        return self._said or (f"its process was ended by signal {-code}" if code < 0 else f"exit status {code}")
-
-    def _watch(self, ended: Callable[[Worker], None]) -> None:
-        self.process.wait()
-        self._receiving.join()
-        # Processes that it started, such as a compiler's, may hold this end of it for longer.
-        self._listening.join(HEARD)
-        ended(self)
-
-    def _listen(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
-            for line in lines:
-                text = line.decode(errors="replace").rstrip()
-                if text == READY:
-                    self.ready.set()
-                elif text.startswith(FAULT):
-                    self._said = text.removeprefix(FAULT)
-
-    def _receive(self, received: Callable[[Any], None] | None) -> None:
-        if received is None:
-            return
-        assert self.process.stdout is not None
-        with self.process.stdout as messages, contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
-            while True:
-                received(pickle.load(messages))
+# What a rank says when it can join, and what it is told: to join rank 0 now; to decode its share of the video that it
+# made the latents of.
+READY, JOIN, DECODE = "ready", "join", "decode"
+# Seconds that a failed exchange waits for a rank that ended to explain it, and that a run waits for such a rank before
+# it ends. With the seconds of process.HEARD, a run whose rank dies is over within ten.
+EXPLAINED, GIVEN_UP = 6.0, 7.0
 
 
 class Leader(Member, ABC):
-    """Rank 0 of several, whoever started the others. ``devices``: those of this machine, rank 0's first; ``config``: of
-    the transformers.
-    """
+    """Rank 0, whoever started the others. ``devices``: of this machine, its own first; ``config``: of transformers."""
 
     def __init__(
         self,
@@ -152,7 +64,7 @@ class Leader(Member, ABC):
     def share(self, work: Work) -> Work:
         """Raises DeviceError as :meth:`together`."""
         if self._device.type == "cuda":
-            # The ways to share are measured, and what exchanges take of the card is gone from it, before it is planned.
+            # Before the plan, the ways to share are measured, and exchanges have taken their part of the card.
             with self._at_work():
                 pass
         return super().share(work)
@@ -194,25 +106,20 @@ class Leader(Member, ABC):
 
     def _note(self, found: Counted) -> None:
         """One line of what was chosen and what it gains, where it is not what the last line says."""
-        links = ""
+        stages = ", ".join(f"{stage_label(number)} {split}" for number, split in enumerate(found.splits))
+        noted = f"parallel {found.scheme}: {stages}; expected: at most {found.gain:.2f} times as fast as one device"
         if self.rates.link < math.inf:
             near = all(torch.cuda.can_device_access_peer(*pair) for pair in permutations(self._devices, 2))
-            near = near and len(self._devices) == self._size
-            reach = "cards reach each other" if near else "cards reach each other through the host"
-            links = f"; {reach}, {self.rates.link / 1e9:.1f} GB/s in an all-to-all"
-        stages = ", ".join(f"{stage_label(number)} {split}" for number, split in enumerate(found.splits))
-        noted = (
-            f"parallel {found.scheme}: {stages}; expected: at most {found.gain:.2f} times as fast as one device{links}"
-        )
+            through = "" if near and len(self._devices) == self._size else " through the host"
+            noted += f"; cards reach each other{through}, {self.rates.link / 1e9:.1f} GB/s in an all-to-all"
         if noted != self._noted:
             self._reporter.note(noted)
         self._noted = noted
 
 
 class Team(Leader):
-    """Rank 0, and the processes of the others, which it starts.
+    """Rank 0, which starts the others at once, and waits for them when there is something to make.
 
-    Workers start at once; they are waited for when there is something to make.
     Raises UsageError for a second team: a process can be in one group of ``torch.distributed`` at a time.
     """
 
@@ -241,7 +148,7 @@ class Team(Leader):
 
     @contextlib.contextmanager
     def _at_work(self) -> Iterator[None]:
-        """If the block fails, the others are ended; after that new ones start."""
+        """If the block fails, ends the others; new ones start for the next block."""
         self._working = True
         try:
             self._begin()
@@ -267,12 +174,11 @@ class Team(Leader):
         self._over = threading.Event()
         self._workers: list[Worker] = []
         self._place = meeting_place()
-        for rank, name in enumerate(self._devices[1:], 1):
-            worker = Worker(rank, name, self._ended)
-            self._workers.append(worker)
-            own = replace(self._settings, device=worker.device, devices=None, parallel=AUTO)
-            ranks = worker.rank, self._size, self._parallel
-            worker.tell((self._root, own, *ranks, self._place, torch.get_num_threads()))
+        for rank, device in enumerate(self._devices[1:], 1):
+            self._workers.append(Worker(rank, device, WORKER, self._ended))
+            own = replace(self._settings, device=device, devices=None, parallel=AUTO)
+            ranks = rank, self._size, self._parallel
+            self._workers[-1].tell((self._root, own, *ranks, self._place, torch.get_num_threads()))
 
     def _begin(self) -> None:
         """Have all workers ready and joined."""
@@ -289,7 +195,7 @@ class Team(Leader):
         self._check()
 
     def _end(self, seconds: float) -> None:
-        """End all workers; each that is idle gets ``seconds``, unless one is gone, which the others would wait for."""
+        """End all workers. An idle one gets ``seconds``, unless another is gone, for which it would wait."""
         workers, self._workers = self._workers, []
         self._over.set()
         for worker in workers:
@@ -321,7 +227,7 @@ class Team(Leader):
             os._exit(1)
 
     def _check(self, failed: bool = False) -> None:
-        """Raises DeviceError where a worker has ended. ``failed``: an exchange says so, and its end is to be seen."""
+        """Raises DeviceError where a worker has ended. ``failed``: an exchange failed, so one is about to be seen."""
         end = time.monotonic() + (EXPLAINED if failed else 0.0)
         while self._gone is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -332,3 +238,46 @@ class Team(Leader):
     def _fault(self, worker: Worker) -> DeviceError:
         problem = f"rank {worker.rank} on {worker.device} ended: {worker.fault}"
         return DeviceError(problem, next="the same command without --devices")
+
+
+class TorchrunTeam(Leader):
+    """Rank 0 of ranks that torchrun started and ends: it tells them by a broadcast.
+
+    After a failure in the middle of a video the others wait in it for ever: it makes no more.
+    """
+
+    def __init__(
+        self, launch: Launched, settings: SessionSettings, device: torch.device, config: DiTConfig, reporter: Reporter
+    ) -> None:
+        here = [f"{device.type}:{number}" for number in range(launch.here)]
+        super().__init__(settings, here, launch.size, device, config, reporter)
+        self._lost = False
+
+    def close(self) -> None:
+        if not self._lost:
+            self._begin()
+            self._tell(None)
+            self.exchange.leave()
+            self._lost = True
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Raises DeviceError after a failure."""
+        if self._lost:
+            problem = "the other ranks were lost with a video that failed"
+            raise DeviceError(problem, next="run the same command again; it skips the videos that are done")
+        try:
+            self._begin()
+            yield
+        except BaseException:
+            self._lost = True
+            raise
+
+    def _begin(self) -> None:
+        """Join the others, which wait for that."""
+        if not self._joined:
+            self.joined(Exchange(None, 0, self._size, self._device, lambda failed: None), self._device)
+            self._joined = True
+
+    def _tell(self, message: Any) -> None:
+        self.exchange.say(message)
