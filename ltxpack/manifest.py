@@ -117,7 +117,6 @@ class BakedLora:
 
     @property
     def applied(self) -> Strength:
-        """The strength, with those of the blocks."""
         return Strength(self.strength, self.blocks)
 
     @property
@@ -203,7 +202,6 @@ class Manifest:
             yield from bake.files
 
     def lora(self, name: str) -> Lora | None:
-        """The LoRA kept under ``name``."""
         return next((lora for lora in self.loras if lora.name == name), None)
 
     def with_bake(self, folder: str, bake: Bake) -> Manifest:
@@ -237,7 +235,6 @@ class Manifest:
 
 
 def is_overlay(folder: Path) -> bool:
-    """Whether ``folder`` holds a manifest."""
     return (folder / MANIFEST_NAME).is_file()
 
 
@@ -280,8 +277,8 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         where = "/".join(str(part) for part in fault.absolute_path) or "(top)"
         raise OverlayError(f"does not fit its schema at {where}: {fault.message[:300]}", file=path, next=remake)
     manifest: Manifest = _build(Manifest, document)
-    _check_paths(manifest, path, remake)
-    _check_bakes(manifest, path, remake)
+    for problem, found in _faults(manifest):
+        raise OverlayError(problem, file=path, found=found, next=remake)
     return manifest
 
 
@@ -364,27 +361,23 @@ def _without_references(node: Any, definitions: Mapping[str, Any]) -> Any:
     return plain
 
 
-def _check_paths(manifest: Manifest, path: Path, remake: str) -> None:
-    seen: set[str] = set()
+def _faults(manifest: Manifest) -> Iterator[tuple[str, str | None]]:
+    """Problem and place of what the schema does not see: paths out of the overlay, fields that contradict others."""
+    seen = {MANIFEST_NAME}
     for record in manifest.records():
         if not safe_relative_path(record.path) or not record.path.endswith(ALLOWED_ENDINGS):
-            raise OverlayError("names a file that an overlay may not hold", file=path, found=record.path, next=remake)
-        if record.path in seen or record.path == MANIFEST_NAME:
-            raise OverlayError("names a file twice", file=path, found=record.path, next=remake)
+            yield "names a file that an overlay may not hold", record.path
+        if record.path in seen:
+            yield "names a file twice", record.path
         seen.add(record.path)
         if record.is_symlink and not _link_stays_inside(record):
-            raise OverlayError("names a link that leaves the overlay", file=path, found=record.link, next=remake)
-
-
-def _check_bakes(manifest: Manifest, path: Path, remake: str) -> None:
+            yield "names a link that leaves the overlay", record.link
     for name, bake in manifest.baked.items():
         scales = len(bake.quantised) if bake.calibration is None else len(bake.calibration.scales)
         if scales != len(bake.quantised) or (bake.format == BF16) != (not bake.quantised):
-            problem = f"has a form, quantised linears and input scales of the bake {name} that do not go together"
-            raise OverlayError(problem, file=path, next=remake)
+            yield f"has a form, quantised linears and input scales of the bake {name} that do not go together", None
         if not all(_in_order(lora.applied) for lora in bake.loras if lora.blocks):
-            problem = f"has strengths for blocks of the bake {name} that overlap or are out of order"
-            raise OverlayError(problem, file=path, next=remake)
+            yield f"has strengths for blocks of the bake {name} that overlap or are out of order", None
 
 
 def _in_order(strength: Strength) -> bool:

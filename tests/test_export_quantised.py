@@ -26,7 +26,7 @@ from ltxpack.files.tensorfile import TensorFile, read_tensorfile
 from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import MANIFEST_NAME
-from ltxpack.materialize import sources
+from ltxpack.materialize import access
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.reporter import SilentReporter
 
@@ -155,7 +155,7 @@ def test_an_earlier_overlay_takes_its_metadata_from_the_source(
     wanted = exported(demo / "overlay", tmp_path / "a.safetensors")
     [checkpoint] = (demo / "source").glob("*-dev.safetensors")
     hub = FakeHub({"someone/repo": demo / "source"})
-    monkeypatch.setattr(sources, "Hub", lambda **_: hub)
+    monkeypatch.setattr(access, "Hub", lambda **_: hub)
     for source in (demo / "source", checkpoint, "someone/repo"):
         exported(overlay, tmp_path / "b.safetensors", "--source", source, "--force")
         assert (tmp_path / "b.safetensors").read_bytes() == wanted.path.read_bytes()

@@ -25,8 +25,9 @@ from ltxpack.ltx23.forms import MADE_FROM, MARKER, QUANTISATION, ROOT
 from ltxpack.ltx23.releases import CHECKPOINT
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import BF16, FP8, Bake, Manifest, changed_file, read_manifest, recorded_bytes
+from ltxpack.materialize.access import Access, InputFile
 from ltxpack.materialize.plan import METADATA
-from ltxpack.materialize.sources import Access, InputFile, choose, open_source_folder
+from ltxpack.materialize.sources import choose, open_source_folder
 from ltxpack.repack.items import ShardEntry, TensorSpec, stored_tensor
 from ltxpack.reporter import Reporter
 

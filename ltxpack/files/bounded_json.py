@@ -26,11 +26,14 @@ class Limits:
     containers: int = 150_000
 
 
+USUAL = Limits()
+
+
 class JsonFault(ValueError):
     """The reason for refusing a text; the words follow the name of its file."""
 
 
-def parse(data: bytes, limits: Limits | None = None, *, any_number: bool = False) -> Any:
+def parse(data: bytes, limits: Limits = USUAL, *, any_number: bool = False) -> Any:
     """Parse JSON as serde_json does (no NaN, no lone surrogates), without duplicate keys, at most 64 levels deep.
 
     It refuses integers beyond 64 bits and floats beyond a double. With ``any_number`` it takes every number that Python
@@ -54,9 +57,8 @@ def parse(data: bytes, limits: Limits | None = None, *, any_number: bool = False
     return document
 
 
-def refuse_crowded(data: bytes, limits: Limits | None = None) -> None:
-    """Raise JsonFault if ``data`` (one document or many) exceeds ``limits``, or the default ones."""
-    limits = limits or Limits()
+def refuse_crowded(data: bytes, limits: Limits = USUAL) -> None:
+    """Raise JsonFault if ``data`` (one document or many) exceeds ``limits``."""
     if data.count(b",") > limits.values or data.count(b"[") + data.count(b"{") > limits.containers:
         raise JsonFault(
             f"has too many values to be sound: more than {limits.values}, or {limits.containers} lists and objects"

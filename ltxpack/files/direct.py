@@ -121,7 +121,7 @@ class DirectReader:
         self._cache = PageCache(self._plain) if self.past_cache and reads == AUTO else None
 
     def close(self) -> None:
-        """Close it; no thread may be reading."""
+        """No thread may be reading."""
         if self._cache is not None:
             self._cache.close()
         self._file.close()
@@ -249,10 +249,7 @@ class DirectWriter:
             self._fd = os.open(path, flags)
 
     def append(self, memory: memoryview) -> None:
-        """Write page-aligned ``memory`` at the current end.
-
-        Its size is a multiple of ALIGN, except in the last call.
-        """
+        """Write page-aligned ``memory`` at the end. Its size is a multiple of ALIGN, except in the last call."""
         done = 0
         while done < len(memory):
             whole = (len(memory) - done) // ALIGN * ALIGN
@@ -279,7 +276,6 @@ class DirectWriter:
             self._fd = -1
 
     def _leave_direct(self) -> None:
-        """Go on through the page cache."""
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self.direct = False

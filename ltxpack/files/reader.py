@@ -47,8 +47,7 @@ class Target(Protocol):
     """The destination of the bytes of ``source``."""
 
     @property
-    def source(self) -> Range:
-        """The bytes in their file."""
+    def source(self) -> Range: ...
 
     @property
     def on_host(self) -> bool:
@@ -85,12 +84,10 @@ class PlannedRead(Generic[T]):
 
     @property
     def start(self) -> int:
-        """Its first byte in the file."""
         return self.stretches[0].start
 
     @property
     def nbytes(self) -> int:
-        """Its length."""
         return sum(stretch.nbytes for stretch in self.stretches)
 
     @property
@@ -103,21 +100,19 @@ class Buffer(Protocol):
     """Page-aligned memory for one read after the other."""
 
     @property
-    def memory(self) -> memoryview:
-        """Its bytes."""
+    def memory(self) -> memoryview: ...
 
     def wait(self) -> None:
         """Wait until no copy uses the bytes of the last read."""
 
 
 class HostBuffer:
-    """A buffer for a caller that uses its bytes only until it asks for the next read."""
+    """A buffer for a caller that has finished with its bytes when it asks for the next read."""
 
     def __init__(self, nbytes: int) -> None:
         self.memory = aligned_buffer(nbytes)
 
-    def wait(self) -> None:
-        """Return at once: the caller has finished with the bytes."""
+    def wait(self) -> None: ...
 
 
 B = TypeVar("B", bound=Buffer)
@@ -201,8 +196,7 @@ class ReadQueue(Generic[B]):
             buffer = None if read.on_host else self._free_buffer()
             views = list(_views(read, buffer.memory if buffer is not None else memoryview(b"")))
             return PendingRead(read, views, buffer, self._threads.submit(file.scatter, views, read.start))
-        # A read past the cache needs aligned pages: it goes to the buffer, and its thread copies to targets on the
-        # host.
+        # A read past the cache needs aligned pages, so it goes to the buffer; its thread copies to targets on the host.
         buffer, lead = self._free_buffer(), read.start % ALIGN
         memory = buffer.memory
         found = memory[lead : lead + read.nbytes]
@@ -257,22 +251,15 @@ class RangeReader:
         self, ranges: Sequence[Range], *, in_flight: int = RANGES_IN_FLIGHT, kept: int = 0, direct: bool = True
     ) -> None:
         capacity = max((wanted.start % ALIGN + wanted.nbytes for wanted in ranges), default=0)
-        self._direct = direct
-        self._queue = ReadQueue(
-            lambda: HostBuffer(capacity),
-            reads=DIRECT if direct else CACHED,
-            in_flight=in_flight,
-            at_once=in_flight,
-            spare=kept,
-        )
+        make, reads = functools.partial(HostBuffer, capacity), DIRECT if direct else CACHED
+        self._queue = ReadQueue(make, reads=reads, in_flight=in_flight, at_once=in_flight, spare=kept)
         planned: Iterator[PlannedRead[Target]]
         planned = (PlannedRead(path, (Stretch(start, nbytes),)) for path, start, nbytes in ranges)
         self._reads = self._queue.run(planned)
 
     @property
     def why(self) -> str:
-        """The reason if a read went through the page cache, or ""."""
-        return self._queue.why if self._direct else "as asked"
+        return "as asked" if self._queue.reads == CACHED else self._queue.why
 
     def __enter__(self) -> Self:
         return self
@@ -297,8 +284,8 @@ def file_ranges(path: Path, size: int) -> list[Range]:
     return [Range(path, start, min(BUFFER, size - start)) for start in range(0, size, BUFFER)]
 
 
-# Inspects the bytes of ranges as they pass, and passes them on.
-Watch = Callable[[Sequence[Range], Iterable[memoryview]], Iterator[memoryview]]
+# Inspects bytes as they pass, and passes them on.
+Watch = Callable[[Iterable[memoryview]], Iterator[memoryview]]
 
 
 def hash_file(
@@ -307,13 +294,13 @@ def hash_file(
     *,
     before: bytes = b"",
     cached: bool = False,
-    direct: bool = True,
-    watch: Watch | None = None,
+    watch: Watch = iter,
 ) -> str:
     """blake3 of ``before`` and then all of the file, as hex digits, at disk speed.
 
-    ``cached`` reads through the page cache and leaves the file there, for a later load. Advances ``reporter`` by the
-    bytes read. Raises SourceError, or FormatError for a file that becomes shorter meanwhile.
+    ``cached`` reads through the page cache and leaves the file there, for a later load. Otherwise ``watch`` sees the
+    bytes in the reads of ``file_ranges``. Advances ``reporter`` by the bytes read. Raises SourceError, or FormatError
+    for a file that becomes shorter meanwhile.
     """
     size = regular_size(path)
     hasher = blake3(before, max_threads=blake3.AUTO if cached else 1)
@@ -326,8 +313,8 @@ def hash_file(
             reporter.advance(size)
         return hasher.hexdigest()
     ranges = file_ranges(path, size)
-    with RangeReader(ranges, direct=direct and size >= DIRECT_FROM) as reader:
-        for data in watch(ranges, reader) if watch else reader:
+    with RangeReader(ranges, direct=size >= DIRECT_FROM) as reader:
+        for data in watch(reader):
             hasher.update(data)
             if reporter is not None:
                 reporter.advance(len(data))
@@ -385,18 +372,16 @@ def _views(read: PlannedRead[T], memory: memoryview) -> Iterator[memoryview]:
 
     Adjacent bytes in the buffer are one view.
     """
-    begin = end = position = 0
+    begin = position = 0
     for stretch in read.stretches:
         if (target := stretch.host_target) is not None:
-            if end > begin:
-                yield memory[begin:end]
+            if position > begin:
+                yield memory[begin:position]
             yield target.view(stretch.offset, stretch.nbytes)
-            begin = end = position + stretch.nbytes
-        else:
-            end = position + stretch.nbytes
+            begin = position + stretch.nbytes
         position += stretch.nbytes
-    if end > begin:
-        yield memory[begin:end]
+    if position > begin:
+        yield memory[begin:position]
 
 
 def _copies_to_host(read: PlannedRead[T], found: memoryview) -> Iterator[tuple[memoryview, memoryview]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ltxpack.files.reader import Range, Watch
+from ltxpack.files.reader import Range
 
 BLOCK = 64 * 1024
 # Sound weights have shorter stretches of zeros: biases, the rows of unused tokens.
@@ -32,10 +32,6 @@ class ZeroStretches:
                 if block[: len(_PROBE)] == _PROBE[: len(block)] and bytes(block) == _ZEROS[: len(block)]:
                     self._blocks.setdefault(path, []).append((start + at, start + at + len(block)))
             yield view
-
-    def watching(self, path: Path) -> Watch:
-        """:meth:`watch` that reports all ranges under ``path``."""
-        return lambda ranges, data: self.watch([each._replace(path=path) for each in ranges], data)
 
     def long(self) -> Iterator[Range]:
         """The stretches of at least ``LONG`` bytes, with adjacent blocks joined."""

@@ -31,7 +31,7 @@ from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
 from ltxpack.ltx23.lora_facts import read_facts
 from ltxpack.manifest import BAKES, Lora, Manifest, changed_file
-from ltxpack.materialize.sources import Access
+from ltxpack.materialize.access import Access
 from ltxpack.reporter import Reporter
 
 UNKNOWN_HASH = "0" * 64

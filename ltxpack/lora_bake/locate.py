@@ -6,23 +6,22 @@ It works with names, and reads the headers of possible files to see whether they
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import LtxpackError, SourceError
 from ltxpack.files.tensorfile import TensorFile, read_tensorfile
-from ltxpack.files.typed import at_home, denied
+from ltxpack.files.typed import at_home, denied, similar_names, similar_paths
 from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.plan import lora_name
 from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, belongs
+from ltxpack.materialize.access import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.materialize.hub.client import Reference
-from ltxpack.materialize.sources import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 
 # The most files on the hub whose headers are fetched.
 MOST_HEADERS = 10
@@ -55,7 +54,7 @@ def locate(typed: str, access: Access, again: Again) -> Located:
         return _here(path, again)
     reference = hub_reference(typed)
     if reference is None:
-        similar = _similar(path)
+        similar = similar_paths(path)
         advice = again(similar[0]) if similar else None
         raise SourceError(denied(path) or "no such LoRA", file=typed, expected=EXPECTED, items=similar, next=advice)
     return _on_hub(reference, typed, access, again)
@@ -95,23 +94,6 @@ def _is_lora(header: Callable[[], TensorFile]) -> bool:
     return False
 
 
-def _similar(path: Path) -> list[str]:
-    """Similar names beside a path that does not exist."""
-    try:
-        beside = {entry.name: entry for entry in path.parent.iterdir()}
-    except (OSError, ValueError):
-        return []
-    return [str(beside[name]) for name in _close(path.name, beside)]
-
-
-def _close(name: str, known: Iterable[str]) -> list[str]:
-    """The names in ``known`` that differ from ``name`` only in case and ending, then similar ones."""
-    known, wanted = list(known), name.lower().removesuffix(WEIGHTS)
-    same = [other for other in known if other.lower().removesuffix(WEIGHTS) == wanted]
-    near = [other for end in ("", WEIGHTS) for other in difflib.get_close_matches(name + end, known, 5, 0.6)]
-    return list(dict.fromkeys([*same, *near]))[:5]
-
-
 def _on_hub(reference: Reference, typed: str, access: Access, again: Again) -> Located:
     """The named file, the adapter in a folder of the repo, or the only LoRA there."""
     repo, member = hub_folder(reference.repo, reference.revision, access, at_home(typed)), reference.file
@@ -129,7 +111,7 @@ def _on_hub(reference: Reference, typed: str, access: Access, again: Again) -> L
     if found is None or found.member not in names:
         if member in access.info(reference.repo, reference.revision).files:
             raise SourceError("is not a .safetensors file", file=typed)
-        close = _close(member or "", names)
+        close = similar_names(member or "", names)
         advice = again(f"{start}/{close[0]}") if close else None
         raise SourceError(f"is not in {reference.repo}", file=member or typed, items=close or names, next=advice)
     place = PurePosixPath(found.member)

@@ -18,13 +18,14 @@ from ltxpack.files.units import human_bytes
 from ltxpack.files.zeros import ZeroStretches
 from ltxpack.ltx23.releases import TEXT_ENCODER
 from ltxpack.manifest import Manifest, is_overlay, read_manifest
+from ltxpack.materialize.access import Access
 from ltxpack.materialize.checkpoint import STORED_DTYPE, merged_loras
 from ltxpack.materialize.existing import differences, restore_base
 from ltxpack.materialize.hub.client import Hub
 from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.inspect import inspect_path
 from ltxpack.materialize.plan import METADATA, OverlayPlan, make_plan
-from ltxpack.materialize.sources import FLAGS, Access, resolve
+from ltxpack.materialize.sources import FLAGS, resolve
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, CopyFile, Item, fingerprint
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.staging import Staging, find_place, recover, refuse_foreign, unfinished
@@ -61,7 +62,7 @@ class Report:
 
 
 def plan_overlay(options: Options, reporter: Reporter) -> OverlayPlan:
-    """Only the plan, from headers. It lists inputs that are not found as missing; the checkpoint must be found.
+    """The plan alone, from headers. The plan lists absent inputs as missing; only the checkpoint must be there.
 
     Raises LtxpackError for inputs that are ambiguous, broken or not convertible, and for a target that is not ours.
     """
@@ -75,8 +76,8 @@ def plan_overlay(options: Options, reporter: Reporter) -> OverlayPlan:
 def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) -> Report:
     """Write the overlay, unless it exists already from the same inputs.
 
-    It checks first the target, then the headers of all inputs, and only then fetches large files. After a kill at any
-    point, the same call goes on. Raises LtxpackError.
+    The target is checked first, then the headers of all inputs; large files are fetched after that. A call that was
+    killed at any point can be made again and goes on. Raises LtxpackError.
     """
     refuse_foreign(options.overlay)
     access = Access(reporter, hub)
@@ -183,10 +184,8 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
         reporter.warn(f"{told}: the base and all bakes of this overlay have them")
     if inputs.text_encoder and inputs.text_encoder.tensors:
         reporter.note("text encoder: is written again, in BF16 and under the published names")
-    if inputs.doubled:
-        reporter.warn(
-            f"two files of the checkpoint hold {listed(inputs.doubled, 1)}: the overlay takes the first file's"
-        )
+    if doubled := checkpoint.doubled:
+        reporter.warn(f"two files of the checkpoint hold {listed(doubled, 1)}: the overlay takes the first file's")
     cast = sum(info.dtype != STORED_DTYPE for tensors in checkpoint.tensors.values() for info in tensors.values())
     if cast:
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from ltxpack.errors import LtxpackError, OtherFormatError, UnsupportedError
-from ltxpack.files.lookalikes import ARCHIVE, WEIGHT_FORMATS
+from ltxpack.errors import LtxpackError, UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23 import releases
 from ltxpack.ltx23.configs import NEXT_RELEASE, Config, checkpoint_configs, upsampler_config
 from ltxpack.ltx23.contents import UPSAMPLER_MARK, described
 from ltxpack.ltx23.expected import Shape, inventory
-from ltxpack.ltx23.forms import ALL, MADE_FROM, refuse_quantised, root_and_parts
+from ltxpack.ltx23.forms import MADE_FROM, refuse_quantised
 from ltxpack.ltx23.lora_keys import METHODS, LoraKey, parse_key
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, DROPPED, LATENT_UPSAMPLER, RenameTable, component_of
 from ltxpack.strength import format_strength
@@ -37,13 +37,18 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The parsed header of a whole checkpoint. ``tensors``: by component."""
+    """The parsed header of a whole checkpoint. ``tensors``: by component.
+
+    Of a checkpoint in parts: ``places``, the file of each tensor; ``doubled``, the tensors that two files hold.
+    """
 
     file: TensorFile
     metadata: releases.Metadata
     configs: Mapping[str, Config]
     tensors: Mapping[str, Tensors]
     dropped: tuple[str, ...]
+    places: Mapping[str, Path] = field(default_factory=dict)
+    doubled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,25 +152,6 @@ def _matched(
         elif own.dtype not in FLOATS:
             faults.append(f"dtype: {own.name}: expected {STORED_DTYPE}, found {own.dtype}")
     return found
-
-
-def checkpoint_header(read: Callable[[], TensorFile], label: object) -> TensorFile:
-    """The header from ``read``, if it may be a checkpoint; :func:`read_checkpoint` does the full check.
-
-    Raises UnsupportedError, which says what to take instead, for a file that is not safetensors, is quantised, or is a
-    LoRA; and the errors of ``read``.
-    """
-    try:
-        file = read()
-    except OtherFormatError as error:
-        if WEIGHT_FORMATS.get(str(error.found), ARCHIVE) == ARCHIVE:
-            raise
-        problem = f"is {error.found}; an overlay is made from bf16 weights in safetensors"
-        raise UnsupportedError(problem, file=str(label), next=take_instead(label)) from None
-    refuse_quantised(file, label, MADE_OF, take_instead(label))
-    if read_lora(file).is_lora and root_and_parts(file)[1] != ALL:
-        raise UnsupportedError("is a LoRA, no checkpoint", file=str(label), next=take_instead(label))
-    return file
 
 
 def take_instead(label: object) -> str:

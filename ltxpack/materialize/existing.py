@@ -23,6 +23,7 @@ from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, PATTERNS, TEXT_ENCODER, UPSAMPLER
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import Manifest, SourceFile
+from ltxpack.materialize.access import WEIGHTS, Access, InputFile, InputFolder, hub_folder
 from ltxpack.materialize.checkpoint import read_upsampler
 from ltxpack.materialize.hub.client import Hub
 from ltxpack.materialize.parts import read_parts
@@ -37,16 +38,7 @@ from ltxpack.materialize.plan import (
     plan_text_encoder,
     plan_upsampler,
 )
-from ltxpack.materialize.sources import (
-    WEIGHTS,
-    Access,
-    InputFile,
-    InputFolder,
-    hub_folder,
-    open_source_folder,
-    part_of,
-    with_comfyui,
-)
+from ltxpack.materialize.sources import open_source_folder, part_of, with_comfyui
 from ltxpack.materialize.text_encoder import read_text_encoder
 from ltxpack.repack.items import Copied, CopyFile, Item, WriteBytes, WriteShard, sources
 from ltxpack.repack.verify import repair
@@ -171,9 +163,9 @@ def _items_again(
     """The plan's items for ``paths``, and others from the same inputs. ``found``: role -> name -> file."""
     limit = manifest.source.max_shard_size
     if files := found.get(CHECKPOINT):
-        checkpoint, assembled = read_parts([part_of(file, access) for file in files.values()])
+        checkpoint = read_parts([part_of(file, access) for file in files.values()])
         yield plan_metadata(checkpoint)
-        for component in plan_checkpoint(checkpoint, assembled.places, limit):
+        for component in plan_checkpoint(checkpoint, limit):
             yield from component.items
     for file in found.get(UPSAMPLER, {}).values():
         yield from plan_upsampler(read_upsampler(access.header(file), None, file.label), file, limit).items

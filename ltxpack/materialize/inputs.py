@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +12,7 @@ from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_facts import Judged, judged_keys, ranks_of, read_facts
 from ltxpack.ltx23.lora_statements import PEFT_CONFIG, Configuration, belongs, configuration_beside, read_configuration
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
+from ltxpack.materialize.access import Access, InputFile, hub_folder
 from ltxpack.materialize.checkpoint import (
     AGAIN,
     Checkpoint,
@@ -22,7 +22,7 @@ from ltxpack.materialize.checkpoint import (
     says_distilled,
 )
 from ltxpack.materialize.parts import read_parts
-from ltxpack.materialize.sources import KINDS, Access, InputFaults, InputFile, Sources, hub_folder, part_of
+from ltxpack.materialize.sources import KINDS, InputFaults, Sources, part_of
 from ltxpack.materialize.text_encoder import RENAME, TextEncoder, read_text_encoder
 
 
@@ -30,17 +30,14 @@ from ltxpack.materialize.text_encoder import RENAME, TextEncoder, read_text_enco
 class Inputs:
     """The inputs of an overlay. An input that is None is missing, or a LoRA that a distilled base does not need.
 
-    ``lora``: the statements of the LoRA. ``places``: the file of each tensor of the checkpoint; ``doubled``: the
-    tensors that two of its files hold.
+    ``lora``: the statements of the LoRA.
     """
 
     sources: Sources
     checkpoint: Checkpoint
-    places: Mapping[str, Path]
     upsampler: Upsampler | None
     text_encoder: TextEncoder | None
-    lora: Judged | None = None
-    doubled: Sequence[str] = ()
+    lora: Judged | None
 
     @property
     def distilled_by(self) -> str | None:
@@ -65,8 +62,7 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
     faults = InputFaults()
     file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
     files = [file, *sources.parts]
-    read = faults.gather(CHECKPOINT, lambda: read_parts([part_of(each, access) for each in files]))
-    checkpoint, assembled = read or (None, None)
+    checkpoint = faults.gather(CHECKPOINT, lambda: read_parts([part_of(each, access) for each in files]))
     configs = checkpoint.configs if checkpoint else None
     channels = configs["vae"]["latent_channels"] if configs else None
     connectors = configs["connectors"] if configs else None
@@ -80,8 +76,8 @@ def read_inputs(sources: Sources, access: Access) -> Inputs:
     if lora is not None and {CHECKPOINT, LORA} <= faults.found.keys():
         _refuse_swapped(file, lora, access)
     faults.refuse()
-    assert checkpoint is not None and assembled is not None
-    return Inputs(sources, checkpoint, assembled.places, upsampler, encoder, judged, assembled.doubled)
+    assert checkpoint is not None
+    return Inputs(sources, checkpoint, upsampler, encoder, judged)
 
 
 def _refuse_swapped(checkpoint: InputFile, lora: InputFile, access: Access) -> None:

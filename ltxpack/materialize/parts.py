@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,6 @@ class Part:
     file: TensorFile
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """A checkpoint with official names. ``places``: the file of each tensor; ``doubled``: names in two files."""
-
-    file: TensorFile
-    places: Mapping[str, Path]
-    doubled: tuple[str, ...] = ()
-
-
 def pieces_of(file: TensorFile) -> frozenset[str]:
     """The keys of PIECES of which ``file`` holds tensors."""
     names = official_names(file.tensors, spelled_root(file.tensors))
@@ -68,14 +59,15 @@ def lacking(parts: Sequence[Part]) -> list[str]:
     return [piece for piece in PIECES if piece not in there]
 
 
-def read_parts(parts: Sequence[Part]) -> tuple[Checkpoint, Assembled]:
-    """The parsed checkpoint of ``parts``, and the file of each tensor.
+def read_parts(parts: Sequence[Part]) -> Checkpoint:
+    """The parsed checkpoint of ``parts``. If two hold the same tensor, the overlay takes the first file's.
 
-    Raises UnsupportedError and FormatError, see :func:`.checkpoint.read_checkpoint`, also for a part alone.
+    Raises UnsupportedError for a part alone, FormatError for parts that contradict one another, and the errors of
+    :func:`.checkpoint.read_checkpoint`.
     """
     refuse_lacking(parts)
-    assembled = assemble(parts)
-    return read_checkpoint(assembled.file, parts[0].label), assembled
+    file, places, doubled = _assembled(parts)
+    return replace(read_checkpoint(file, parts[0].label), places=places, doubled=tuple(doubled))
 
 
 def refuse_lacking(parts: Sequence[Part]) -> None:
@@ -85,7 +77,9 @@ def refuse_lacking(parts: Sequence[Part]) -> None:
     other = any(parse_version(version)[:2] not in ((), SUPPORTED) for version in versions)
     if not missing or other or not any(pieces_of(part.file) for part in parts):
         return
-    again = AGAIN + " ".join(["--part FILE"] * _files_for(missing))
+    # The audio VAE and its vocoder are usually in one file, each other piece in a file of its own.
+    files = len({"audio" if piece in ("audio_vae.", "vocoder.") else piece for piece in missing})
+    again = AGAIN + " ".join(["--part FILE"] * files)
     raise UnsupportedError(
         f"is no whole checkpoint but {described(parts[0].file)}", file=parts[0].label,
         items=[f"missing: {PIECES[piece]} ({piece}*)" for piece in missing],
@@ -93,19 +87,11 @@ def refuse_lacking(parts: Sequence[Part]) -> None:
     )  # fmt: skip
 
 
-def _files_for(missing: Collection[str]) -> int:
-    """The usual number of files for the pieces: one for the audio VAE and its vocoder, one for each of the others."""
-    return len({"audio" if piece in ("audio_vae.", "vocoder.") else piece for piece in missing})
-
-
-def assemble(parts: Sequence[Part]) -> Assembled:
-    """The checkpoint of ``parts``; if two hold the same tensor, the first file's counts.
-
-    Raises FormatError for parts that contradict one another.
-    """
+def _assembled(parts: Sequence[Part]) -> tuple[TensorFile, dict[str, Path], list[str]]:
+    """The header of the whole checkpoint with official names, the file of each tensor, and the names in two files."""
     first = parts[0]
     if len(parts) == 1 and spelled_root(first.file.tensors) in (None, ROOT):
-        return Assembled(first.file, dict.fromkeys(first.file.tensors, first.path))
+        return first.file, dict.fromkeys(first.file.tensors, first.path), []
     tensors: dict[str, TensorInfo] = {}
     places: dict[str, Path] = {}
     doubled: list[str] = []
@@ -127,7 +113,7 @@ def assemble(parts: Sequence[Part]) -> Assembled:
                     found=found, next="leave one of the files out",
                 )  # fmt: skip
     size = sum(part.file.size for part in parts)
-    return Assembled(TensorFile(first.path, size, tensors, _metadata(parts)), places, tuple(doubled))
+    return TensorFile(first.path, size, tensors, _metadata(parts)), places, doubled
 
 
 def _metadata(parts: Sequence[Part]) -> Mapping[str, str]:

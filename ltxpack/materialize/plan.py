@@ -5,7 +5,7 @@ The plan does not contain the manifest (ltxpack.json), which is written last, fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from ltxpack.ltx23.classes import COMPONENTS, DISTILLED
 from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
 from ltxpack.ltx23.releases import CHECKPOINT, IMAGE_CRF, TEXT_ENCODER
 from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, Lora, Manifest, Source, SourceFile
+from ltxpack.materialize.access import InputFile
 from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Upsampler
 from ltxpack.materialize.inputs import Inputs
-from ltxpack.materialize.sources import InputFile
 from ltxpack.materialize.text_encoder import STEM, TOKENIZER_FOLDER, TextEncoder
 from ltxpack.repack.items import (
     DEFAULT_STEM,
@@ -65,7 +65,6 @@ class OverlayPlan:
     unproven: frozenset[Path] = frozenset()
 
     def items(self) -> Iterator[Item]:
-        """All work, in order."""
         yield from self.files
         for component in self.components:
             yield from component.items
@@ -92,10 +91,10 @@ class OverlayPlan:
         return replace(self.stated, components=components, loras=loras, files=written)
 
 
-def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> OverlayPlan:
+def make_plan(inputs: Inputs, max_shard_size: int, copy: bool) -> OverlayPlan:
     """The plan of an overlay from ``inputs``, which may not be on this machine yet."""
-    checkpoint, metadata, sources = inputs.checkpoint, inputs.checkpoint.metadata, inputs.sources
-    components = plan_checkpoint(checkpoint, inputs.places, max_shard_size)
+    checkpoint, sources, lora = inputs.checkpoint, inputs.sources, inputs.sources.lora
+    components = plan_checkpoint(checkpoint, max_shard_size)
     if inputs.upsampler is not None and sources.upsampler is not None:
         components.append(plan_upsampler(inputs.upsampler, sources.upsampler, max_shard_size))
     distilled = inputs.distilled_by is not None
@@ -103,10 +102,11 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
     components += plan_text_encoder(inputs.text_encoder, max_shard_size) if inputs.text_encoder else []
     kind = DISTILLED_KIND if distilled else FULL_KIND
     source = _source(inputs, max_shard_size)
+    metadata = checkpoint.metadata
     stated = Manifest(metadata.model_version, IMAGE_CRF, metadata.licence, source, {}, (), (), transformer_kind=kind)
     return OverlayPlan(
         components=tuple(components),
-        loras=() if sources.lora is None else _copies(LORA_FOLDER, [sources.lora]),
+        loras=() if lora is None else (CopyFile(f"{LORA_FOLDER}/{lora.name}", lora.path, lora.size),),
         files=(plan_model_index(), plan_metadata(checkpoint)),
         missing=tuple(f"{role}: {reason}" for role, reason in sources.missing.items()),
         stated=stated,
@@ -115,17 +115,16 @@ def make_plan(inputs: Inputs, max_shard_size: int, copy: bool = False) -> Overla
     )
 
 
-def plan_checkpoint(checkpoint: Checkpoint, places: Mapping[str, Path], max_shard_size: int) -> list[ComponentPlan]:
-    """The components of the checkpoint; ``places``: the file of each of its tensors."""
+def plan_checkpoint(checkpoint: Checkpoint, max_shard_size: int) -> list[ComponentPlan]:
     planned = []
     for name, config in checkpoint.configs.items():
-        placed = {target: (info, places[info.name]) for target, info in checkpoint.tensors[name].items()}
+        placed = {target: (info, checkpoint.places[info.name]) for target, info in checkpoint.tensors[name].items()}
         planned.append(_repacked(name, config, placed, max_shard_size))
     return planned
 
 
 def plan_upsampler(upsampler: Upsampler, file: InputFile, max_shard_size: int) -> ComponentPlan:
-    """The upsampler's component: its file unchanged if possible."""
+    """The component, with the upsampler's file unchanged if possible."""
     name = "latent_upsampler"
     if not upsampler.as_is:
         placed = {target: (info, file.path) for target, info in upsampler.tensors.items()}
@@ -135,7 +134,6 @@ def plan_upsampler(upsampler: Upsampler, file: InputFile, max_shard_size: int) -
 
 
 def plan_text_encoder(encoder: TextEncoder, max_shard_size: int) -> list[ComponentPlan]:
-    """The text encoder's and the tokenizer's components."""
     stored = {name: (info, file.path) for name, (info, file) in encoder.tensors.items()}
     shards, cast = _stored(TEXT_ENCODER, stored, max_shard_size, STEM) if stored else ((), ())
     small = tuple(WriteBytes(path, data) for path, data in encoder.written.items())
@@ -148,7 +146,6 @@ def plan_text_encoder(encoder: TextEncoder, max_shard_size: int) -> list[Compone
 
 
 def plan_scheduler(distilled: bool) -> ComponentPlan:
-    """The scheduler's component."""
     content = json_bytes(scheduler_config(distilled))
     return ComponentPlan(SCHEDULER, (WriteBytes(f"{SCHEDULER}/scheduler_config.json", content),))
 
@@ -182,10 +179,6 @@ def _stored(
     entries = [stored_tensor(target, info, path, STORED_DTYPE) for target, (info, path) in tensors.items()]
     cast = tuple(sorted(entry.tensors[0].name for entry in entries if isinstance(entry.producer, Cast)))
     return assign_shards(entries, max_shard_size, name, stem), cast
-
-
-def _copies(folder: str, files: Sequence[InputFile]) -> tuple[CopyFile, ...]:
-    return tuple(CopyFile(f"{folder}/{file.name}", file.path, file.size) for file in files)
 
 
 def _source(inputs: Inputs, max_shard_size: int) -> Source:

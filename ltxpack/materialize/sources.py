@@ -1,4 +1,4 @@
-"""Finds the files that the user names, on this machine or on the hub. Reads and fetches no weights.
+"""Chooses an overlay's inputs: what SOURCE and the flags name, and the parts beside a checkpoint. Fetches no weights.
 
 The rules are those of DESIGN, "Commands": a folder's one matching file, the hub's default names, a flag's file,
 folder, name within SOURCE, or REPO[@REV][/FILE]. It looks for all inputs before one error names every fault.
@@ -7,65 +7,60 @@ folder, name within SOURCE, or REPO[@REV][/FILE]. It looks for all inputs before
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import functools
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ltxpack.errors import (
     MAX_LISTED,
     FormatError,
     LtxpackError,
+    OtherFormatError,
     SourceError,
     UnsupportedError,
     UsageError,
     listed,
-    one_line,
     quoted,
 )
-from ltxpack.files import tensorfile
-from ltxpack.files.foreign import entries, is_foreign
-from ltxpack.files.typed import at_home, denied
-from ltxpack.files.unfinished import finished_name, refuse_unfinished
+from ltxpack.files.lookalikes import ARCHIVE, WEIGHT_FORMATS
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.contents import described
-from ltxpack.ltx23.forms import PLAIN, ROOT, TOLD, read_linears
+from ltxpack.ltx23.forms import ALL, PLAIN, ROOT, TOLD, read_linears, refuse_quantised, root_and_parts
 from ltxpack.ltx23.releases import (
     CHECKPOINT,
     DEFAULT_FILES,
     LORA,
     PATTERNS,
-    RELEASES,
     TEXT_ENCODER,
     TEXT_ENCODER_REPO,
     UPSAMPLER,
-    Recognised,
-    recognise,
 )
 from ltxpack.ltx23.text_encoder import TEXT_ONLY_TYPE, root_of
 from ltxpack.manifest import is_overlay
-from ltxpack.materialize.checkpoint import AGAIN, checkpoint_header, take_instead
-from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
+from ltxpack.materialize.access import (
+    OTHER_WEIGHTS,
+    WEIGHTS,
+    Access,
+    InputFile,
+    InputFolder,
+    find_input,
+    hub_folder,
+    local_folder,
+    repo_folder,
+)
+from ltxpack.materialize.checkpoint import AGAIN, MADE_OF, read_lora, take_instead
 from ltxpack.materialize.parts import PIECES, Part, lacking, pieces_of, refuse_lacking, shards_of
-from ltxpack.reporter import Reporter
 
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
-WEIGHTS = ".safetensors"
 # Role -> the start of `described` for a suitable file.
 KINDS = {CHECKPOINT: ("a whole checkpoint", "the transformer"), LORA: ("a LoRA",), UPSAMPLER: ("a latent upsampler",)}
 DIFFUSERS_MARKS = ("model_index.json", "transformer/config.json")
-# Weights that are found only to be refused by name.
-OTHER_WEIGHTS = (".gguf", ".ckpt", ".pt", ".pth")
-# Endings of files that may enter an overlay besides weights.
-TEXT_ENDINGS = (".json", ".jinja", ".txt")
 # ComfyUI's folders for the parts of a model, below one folder.
 COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints", "vae", "text_encoders", "clip")
-MAX_CONFIG_BYTES = 16 * 1024 * 1024
 
 _SAYS_QUANTISED = re.compile(r"fp8|fp4|int8|int4|nf4|bnb|gptq|awq", re.IGNORECASE)
 
@@ -83,60 +78,6 @@ class AmbiguousError(SourceError):
 
 
 @dataclass(frozen=True)
-class InputFile:
-    """One input file. ``path``: the real file here, or its future path in the hub cache.
-
-    ``name`` is printable. ``member``: its name within ``repo``, or the path at which a local file was found.
-    """
-
-    name: str
-    size: int
-    sha256: str | None
-    path: Path
-    repo: RepoInfo | None
-    member: str
-
-    @property
-    def label(self) -> str:
-        """Its name in messages."""
-        return f"{self.repo.repo}/{self.member}" if self.repo else self.member
-
-    @property
-    def known(self) -> Recognised:
-        """Its release, if it is one."""
-        return recognise(self.name, self.size, self.sha256)
-
-    @property
-    def distilled_by(self) -> str | None:
-        """The evidence for a distilled checkpoint: hash, size (each published file has its own) or name; else None."""
-        by_size = next((release for release in RELEASES if release.size == self.size), None)
-        known = (("hash", self.known.release), ("size", by_size))
-        by, name = next(((by, release.name) for by, release in known if release), ("file name", self.name.lower()))
-        return by if "distilled" in name else None
-
-
-@dataclass(frozen=True)
-class InputFolder:
-    """A local folder, a repo on the hub, or a folder of one: ``files`` by relative path, local ones one level deep.
-
-    ``repo`` is None for a local folder. ``broken``: name of an unusable file -> reason.
-    """
-
-    label: str
-    files: Mapping[str, InputFile]
-    repo: RepoInfo | None = None
-    broken: Mapping[str, str] = field(default_factory=dict)
-
-    def find(self, name: str) -> InputFile | InputFolder | None:
-        """The file or subfolder ``name``, which may omit the ending of a weights file."""
-        file = self.files.get(name) or self.files.get(name + WEIGHTS)
-        prefix = name.strip("/") + "/"
-        inside = {other[len(prefix) :]: file for other, file in self.files.items() if other.startswith(prefix)}
-        broken = {other[len(prefix) :]: why for other, why in self.broken.items() if other.startswith(prefix)}
-        return file or (InputFolder(f"{self.label}/{name}", inside, self.repo, broken) if inside else None)
-
-
-@dataclass(frozen=True)
 class Sources:
     """The inputs. ``missing``: role -> reason, only if the caller allows missing inputs.
 
@@ -150,70 +91,6 @@ class Sources:
     text_encoder: InputFolder | None
     missing: Mapping[str, str]
     parts: tuple[InputFile, ...] = ()
-
-
-class Access:
-    """Reads inputs from disk or hub, each header once. Asks the hub only for inputs that are on it."""
-
-    def __init__(self, reporter: Reporter, hub: Hub | None = None) -> None:
-        self._reporter = reporter
-        self._hub = hub
-        self._infos: dict[tuple[str, str | None], RepoInfo] = {}
-        self._headers: dict[Path, tensorfile.TensorFile] = {}
-
-    @property
-    def hub(self) -> Hub:
-        """The hub client, made at first use: it imports huggingface_hub."""
-        self._hub = self._hub or Hub(reporter=self._reporter)
-        return self._hub
-
-    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
-        """A repo's files at a revision; asks the hub once."""
-        key = (repo, revision)
-        if key not in self._infos:
-            self._infos[key] = self.hub.info(repo, revision)
-        return self._infos[key]
-
-    def header(self, file: InputFile) -> tensorfile.TensorFile:
-        """The header of a safetensors file. Raises FormatError, or SourceError, also for half a download."""
-        if file.path not in self._headers:
-            if file.repo is None:
-                refuse_unfinished(file.member)
-                self._headers[file.path] = tensorfile.read_tensorfile(file.path)
-            else:
-                head = self.hub.header(file.repo, file.member)
-                self._headers[file.path] = tensorfile.parse_header(head, file.size, file.label)
-        return self._headers[file.path]
-
-    def json(self, file: InputFile) -> Any:
-        """A JSON file written by another library, with numbers of any size. Raises SourceError or FormatError."""
-        return tensorfile.read_json(self._small(file, MAX_CONFIG_BYTES), MAX_CONFIG_BYTES, any_number=True)
-
-    def index(self, file: InputFile) -> Mapping[str, str]:
-        """A shard index: tensor name → file name. Raises SourceError or FormatError."""
-        return tensorfile.read_index(self._small(file, tensorfile.MAX_INDEX_BYTES))
-
-    def fetch(self, file: InputFile) -> None:
-        """Fetch the file to its ``path``. Raises SourceError if it is not the file of the plan."""
-        if file.repo is None:
-            return
-        path = self.hub.fetch(file.repo, file.member)
-        size = path.stat().st_size
-        if size != file.size:
-            raise SourceError("arrived with another size", file=file.label, expected=file.size, found=size)
-        planned = self._headers.get(file.path)
-        if planned is not None:
-            arrived = tensorfile.read_tensorfile(path)
-            if (arrived.tensors, arrived.metadata) != (planned.tensors, planned.metadata):
-                raise SourceError("arrived with another header than the hub sent before", file=file.label)
-
-    def _small(self, file: InputFile, max_bytes: int) -> Path:
-        """The path of a small file, after fetching it. Refuses a file that is too large without fetching it."""
-        if file.size > max_bytes:
-            most, found = f"at most {max_bytes} bytes", f"{file.size} bytes"
-            raise FormatError("is too large", file=file.label, expected=most, found=found)
-        self.fetch(file)
-        return file.path
 
 
 def resolve(
@@ -244,7 +121,7 @@ def resolve(
         typed, base = flags.get(role), chosen.get(CHECKPOINT)
         if role == LORA and typed is None and base and base.distilled_by:
             return None
-        found = folder if typed is None else _find(typed, access, within=folder)
+        found = folder if typed is None else find_input(typed, access, within=folder)
         return choose(role, found, access) if isinstance(found, InputFolder) else found
 
     faults = InputFaults()
@@ -290,12 +167,26 @@ def _refuse_unusable(
 
 
 def part_of(file: InputFile, access: Access) -> Part:
-    """A file of a checkpoint, with its header. Raises UnsupportedError, see :func:`.checkpoint.checkpoint_header`."""
-    return Part(file.label, file.path, checkpoint_header(lambda: access.header(file), file.label))
+    """A file that may be of a checkpoint, with its header; :func:`.parts.read_parts` does the full check.
+
+    Raises UnsupportedError, which says what to take instead, for a file that is not safetensors, is quantised, or is a
+    LoRA; and the errors of ``access``.
+    """
+    refused = functools.partial(UnsupportedError, file=file.label, next=take_instead(file.label))
+    try:
+        header = access.header(file)
+    except OtherFormatError as error:
+        if WEIGHT_FORMATS.get(str(error.found), ARCHIVE) == ARCHIVE:
+            raise
+        raise refused(f"is {error.found}; an overlay is made from bf16 weights in safetensors") from None
+    refuse_quantised(header, file.label, MADE_OF, take_instead(file.label))
+    if read_lora(header).is_lora and root_and_parts(header)[1] != ALL:
+        raise refused("is a LoRA, no checkpoint")
+    return Part(file.label, file.path, header)
 
 
 def _part(typed: str, access: Access, folder: InputFolder) -> InputFile:
-    found = _find(typed, access, within=folder)
+    found = find_input(typed, access, within=folder)
     if isinstance(found, InputFolder):
         raise SourceError("is a folder", file=typed, expected="one file of the checkpoint", next=f"{AGAIN}--part FILE")
     return found
@@ -352,7 +243,7 @@ def _beside(file: InputFile, access: Access) -> InputFolder:
     if file.repo is None:
         place = Path(file.member).parent
         return with_comfyui(local_folder(place)) if place.resolve().name in COMFYUI_FOLDERS else local_folder(place)
-    folder, prefix = _repo_folder(file.repo, access), file.member.rpartition("/")[0]
+    folder, prefix = repo_folder(file.repo, access), file.member.rpartition("/")[0]
     found = folder.find(prefix) if prefix else folder
     assert isinstance(found, InputFolder)
     return found
@@ -399,110 +290,15 @@ class InputFaults:
 
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:
     """SOURCE as a folder and None; or, if SOURCE is a file, its folder and the file as the checkpoint."""
-    found = _find(source, access, revision=revision)
+    found = find_input(source, access, revision=revision)
     if isinstance(found, InputFolder):
         return found, None
-    return (local_folder(Path(found.member).parent) if found.repo is None else _repo_folder(found.repo, access)), found
-
-
-def _find(
-    typed: str, access: Access, *, revision: str | None = None, within: InputFolder | None = None
-) -> InputFile | InputFolder:
-    """The file or folder that ``typed`` names: on this machine, ``within`` SOURCE, or on the hub."""
-    path = at_home(typed)
-    if os.path.exists(path):  # noqa: PTH110 (a Path raises for what it may not look at, or is too long)
-        if revision is not None:
-            raise UsageError("--revision is for a hub repo", found=f"{typed}, which is on this machine")
-        return local_folder(path) if path.is_dir() else local_file(path)
-    inside = within.find(typed) if within else None
-    if inside is not None:
-        return inside
-    reference = hub_reference(typed)
-    if reference is None:
-        where = f", a name within {within.label}" if within else ""
-        expected = f"a file or folder{where}, or a hub repo as OWNER/NAME"
-        raise SourceError(
-            denied(path) or "does not exist", file=typed, expected=expected,
-            items=_similar(path) or (difflib.get_close_matches(typed, within.files, 8, 0.5) if within else []),
-        )  # fmt: skip
-    if revision is not None and reference.revision:
-        raise UsageError("the revision is given twice", found=f"{typed} and --revision {revision}")
-    folder = hub_folder(reference.repo, revision or reference.revision, access, path)
-    if reference.file is None:
-        return folder
-    found = folder.find(reference.file)
-    if found is None:
-        close = difflib.get_close_matches(reference.file, folder.files, 8, 0.4)
-        raise SourceError("is not in the repo", file=typed, expected=f"a file of {folder.label}", items=close)
-    return found
-
-
-def local_file(path: Path) -> InputFile:
-    """A file on this machine; for a symlink, the real file is read and linked. Raises SourceError."""
-    try:
-        real = path.resolve(strict=True)
-        size = real.stat().st_size
-    except (OSError, RuntimeError) as error:
-        raise SourceError(f"cannot be read: {getattr(error, 'strerror', None) or error}", file=path) from None
-    # In an overlay the ending is in lower case, and the manifest is UTF-8, which a name may not be.
-    name = one_line(path.name)
-    name = name[: -len(WEIGHTS)] + WEIGHTS if name.lower().endswith(WEIGHTS) else name
-    return InputFile(name, size, cached_sha256(path), real, None, str(path))
-
-
-def local_folder(folder: Path) -> InputFolder:
-    """The files that may enter an overlay, in ``folder`` and in its subfolders with a config.json."""
-    endings = (WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS)
-    try:
-        folders = [folder, *filter(_has_config, entries(folder))]
-        there = {path.relative_to(folder).as_posix(): path for place in folders for path in entries(place)}
-        found = {name: path for name, path in sorted(there.items()) if name.lower().endswith(endings)}
-        files = {name: local_file(path) for name, path in found.items() if path.is_file()}
-        links = {name: path for name, path in found.items() if path.is_symlink() and name not in files}
-        broken = {name: f"a link to {path.readlink()}, which is not there" for name, path in links.items()}
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=folder) from None
-    halves = {name: finished for name in there if (finished := finished_name(name)) and finished not in files}
-    broken |= {name: "a download that did not finish" for name, end in halves.items() if end.lower().endswith(WEIGHTS)}
-    return InputFolder(str(folder), files, broken=broken)
-
-
-def _has_config(folder: Path) -> bool:
-    """Whether ``folder`` holds a config.json; False for a folder that may not be read, as a disk has some."""
-    try:
-        return (folder / "config.json").is_file()
-    except OSError:
-        return False
-
-
-def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | None = None) -> InputFolder:
-    """A repo on the hub. ``typed``: the local path that the user may have meant, named if there is no such repo."""
-    try:
-        info = access.info(repo, revision)
-    except SourceError as error:
-        if typed is None or not os.path.isdir(typed.parent):  # noqa: PTH112 (a Path raises where it may not look)
-            raise
-        raise SourceError(
-            f"{error.problem}; nor is there such a file or folder here", file=str(typed), expected=error.expected,
-            found=error.found, items=error.items or _similar(typed), next=error.next,
-        ) from None  # fmt: skip
-    return _repo_folder(info, access)
-
-
-def _repo_folder(info: RepoInfo, access: Access) -> InputFolder:
-    files = {
-        name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)
-        for name, file in info.files.items()
-        if name.endswith((WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS))
-        and not is_foreign(name)
-        and all(tensorfile.plain_file_name(part) for part in name.split("/"))
-    }
-    return InputFolder(info.repo if info.revision is None else f"{info.repo}@{info.revision}", files, info)
+    return (local_folder(Path(found.member).parent) if found.repo is None else repo_folder(found.repo, access)), found
 
 
 def choose(role: str, folder: InputFolder, access: Access) -> InputFile:
     """The one file of ``folder`` for ``role``. Raises SourceError with the candidates if there is none or several."""
-    weights = {name: file for name, file in folder.files.items() if "/" not in name and name.lower().endswith(WEIGHTS)}
+    weights = folder.own(WEIGHTS)
     if folder.repo is not None and DEFAULT_FILES[role] in weights:
         return weights[DEFAULT_FILES[role]]
     others = {name for other in (LORA, UPSAMPLER) if role == CHECKPOINT for name in _matching(weights, PATTERNS[other])}
@@ -519,9 +315,9 @@ def choose(role: str, folder: InputFolder, access: Access) -> InputFile:
             f"holds several files that may be the {role}", file=folder.label, expected=expected,
             items=[f"{name} ({told[name]})" if told[name] else name for name in candidates], next=again + quoted(best),
         )  # fmt: skip
-    unusable = [name for name in sorted(folder.files) if "/" not in name and name.lower().endswith(OTHER_WEIGHTS)]
+    unusable = folder.own(*OTHER_WEIGHTS)
     if unusable and role == CHECKPOINT:
-        return folder.files[unusable[0]]  # refused later by its form, with a file to take instead
+        return unusable[min(unusable)]  # refused later by its form, with a file to take instead
     raise _none_for(role, folder, weights, access)
 
 
@@ -551,7 +347,7 @@ def _none_for(role: str, folder: InputFolder, weights: Mapping[str, InputFile], 
     again, expected = f"{AGAIN}{FLAGS[role]} ", f"one file named {PATTERNS[role]}{WEIGHTS}"
     broken = [f"{name}: {why}" for name, why in folder.broken.items() if _matching([name], PATTERNS[role])]
     if broken:
-        advice = "fetch the file again; in the place of a link that leads nowhere copy the file it led to (cp -L)"
+        advice = "fetch the file again; if it is a link that leads nowhere, put the file itself there (cp -L)"
         return SourceError(f"holds no whole file for the {role}", file=folder.label, items=broken, next=advice)
     if role == CHECKPOINT and folder.repo is None and is_overlay(Path(folder.label)):
         problem, run = "is an overlay already", f"ltxpack run {quoted(folder.label)} --prompt TEXT"
@@ -583,7 +379,7 @@ def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> Inp
         return _text_encoder_below(folder, access)
     if typed is None:
         return hub_folder(TEXT_ENCODER_REPO, None, access)
-    found = _find(typed, access, within=folder)
+    found = find_input(typed, access, within=folder)
     if isinstance(found, InputFolder):
         return found
     beside = local_folder(Path(found.member).parent) if found.repo is None else None
@@ -619,14 +415,9 @@ def _text_encoder_below(folder: InputFolder, access: Access) -> InputFolder:
 
 def _gemma_alone(folder: InputFolder, access: Access) -> list[str]:
     """Files of a text encoder's weights in ``folder``, each with the other files that it needs."""
-    alone = [
-        name
-        for name, file in folder.files.items()
-        if "/" not in name and name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)) and _is_language_model(file, access)
-    ]
-    return [
-        f"{name}: weights alone; config.json, tokenizer.json and tokenizer_config.json belong to them" for name in alone
-    ]
+    told = "weights alone; config.json, tokenizer.json and tokenizer_config.json belong to them"
+    weights = folder.own(WEIGHTS, *OTHER_WEIGHTS)
+    return [f"{name}: {told}" for name, file in weights.items() if _is_language_model(file, access)]
 
 
 def _is_language_model(file: InputFile, access: Access) -> bool:
@@ -643,31 +434,6 @@ def _model_type(config: InputFile, access: Access) -> str | None:
         return None
     kind = document.get("model_type") if isinstance(document, dict) else None
     return kind if isinstance(kind, str) else None
-
-
-def hub_reference(typed: str) -> Reference | None:
-    """``typed`` as a place on the hub, or None for a text that can only be a path.
-
-    Raises UsageError for other web addresses.
-    """
-    if typed.startswith((".", "/", "~")):
-        return None
-    try:
-        reference = parse_reference(typed)
-    except UsageError:
-        if typed.startswith(("http:", "https:")):
-            raise
-        return None
-    return None if reference.file is None and typed.endswith(WEIGHTS) else reference
-
-
-def _similar(path: Path) -> list[str]:
-    """Similar names beside a path that does not exist."""
-    try:
-        beside = [entry.name for entry in path.parent.iterdir()]
-    except OSError:
-        return []
-    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, beside, 5, 0.6)]
 
 
 def _told(fault: LtxpackError, room: int) -> list[str]:

@@ -19,9 +19,9 @@ from ltxpack.ltx23.configs import json_bytes
 from ltxpack.ltx23.forms import TOLD, read_linears
 from ltxpack.ltx23.releases import TEXT_ENCODER, TEXT_ENCODER_REPO
 from ltxpack.ltx23.text_encoder import PUBLISHED_ROOTS, language_model, published_name, text_config
+from ltxpack.materialize.access import OTHER_WEIGHTS, WEIGHTS, Access, InputFile, InputFolder
 from ltxpack.materialize.checkpoint import AGAIN, FLOATS, STORED_DTYPE
 from ltxpack.materialize.parts import shards_of
-from ltxpack.materialize.sources import OTHER_WEIGHTS, WEIGHTS, Access, InputFile, InputFolder
 from ltxpack.repack.items import index_bytes
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -113,7 +113,7 @@ def _refuse_incomplete(folder: InputFolder, access: Access) -> None:
     """Raises SourceError for a folder that lacks more than weights; for weights alone it names the missing files."""
     files = folder.files
     missing = [name for name in REQUIRED if name not in files]
-    weights = [name for name in sorted(files) if name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS)) and "/" not in name]
+    weights = sorted(folder.own(WEIGHTS, *OTHER_WEIGHTS))
     if missing:
         problem = "lacks files of the text encoder"
         if CONFIG in missing and weights:
@@ -177,7 +177,7 @@ def _weights(folder: InputFolder, access: Access) -> list[InputFile]:
         if missing:
             raise SourceError("lacks shards that its index names", file=folder.label, items=missing)
         return [files[name] for name in names]
-    found = [name for name in sorted(files) if name.lower().endswith(WEIGHTS) and "/" not in name]
+    found = sorted(folder.own(WEIGHTS))
     shards = shards_of(found[0], found) if found and WHOLE not in found else None
     if shards and len(shards.there) == len(found):
         if shards.missing:

@@ -51,7 +51,6 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in the file."""
         return tensor_nbytes(self.dtype, self.shape)
 
 
@@ -78,11 +77,9 @@ class Copied:
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        """The one range."""
         return (self.source,)
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:
-        """The bytes of the range."""
         return data
 
 
@@ -99,11 +96,10 @@ class Cast:
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        """The one range."""
         return (self.source,)
 
     def make(self, data: Iterator[memoryview]) -> Iterator[Buffer]:
-        """The rounded values. Raises UnsupportedError if a finite value has no finite bfloat16."""
+        """Raises UnsupportedError if a finite value has no finite bfloat16."""
         return map(self._rounded, data)
 
     def _rounded(self, data: memoryview) -> Buffer:
@@ -115,15 +111,11 @@ class Cast:
             part = values[start : start + STEP]
             rounded = round_to_bfloat16(part)
             infinite = (rounded & 0x7FFF) == 0x7F80
-            if bool(infinite.any()):
-                self._refuse_overflow(part[infinite & np.isfinite(part)])
+            if bool(infinite.any()) and len(lost := part[infinite & np.isfinite(part)]):
+                problem, most, path = "holds a value too large for bfloat16", "at most 3.39e38", self.source.path
+                raise UnsupportedError(problem, file=path, tensor=self.name, expected=most, found=float(lost[0]))
             out[start : start + STEP] = rounded
         return memoryview(out.view("u1").data)
-
-    def _refuse_overflow(self, lost: np.ndarray[Any, Any]) -> None:
-        if len(lost):
-            problem, most, path = "holds a value too large for bfloat16", "at most 3.39e38", self.source.path
-            raise UnsupportedError(problem, file=path, tensor=self.name, expected=most, found=float(lost[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +127,6 @@ class ShardEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors in the file."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -171,17 +162,14 @@ class WriteShard:
 
     @property
     def tensors(self) -> Iterator[TensorSpec]:
-        """Its tensors in the order of the file."""
         return (tensor for entry in self.entries for tensor in entry.tensors)
 
     @functools.cached_property
     def header(self) -> bytes:
-        """The file's first bytes."""
         return build_header(((tensor.name, tensor.dtype, tensor.shape) for tensor in self.tensors), self.metadata)
 
     @functools.cached_property
     def size(self) -> int:
-        """The whole file in bytes."""
         return len(self.header) + sum(entry.nbytes for entry in self.entries)
 
 
@@ -203,7 +191,6 @@ class WriteBytes:
 
     @property
     def size(self) -> int:
-        """The whole file in bytes."""
         return len(self.data)
 
 

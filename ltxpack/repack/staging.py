@@ -62,13 +62,14 @@ MAX_JOURNAL_BYTES = 16 * 1024 * 1024
 class StagingPaths:
     """The paths of a staging folder. ``folder``: "" for the overlay itself, else that of a bake: ``bakes/<name>``.
 
-    ``target`` appears at the end. ``work`` is the staging folder; in it ``root`` is laid out like the overlay, and
-    ``payload`` becomes ``target``. ``base``: the folder that holds ``work``; None if it is beside the overlay.
+    ``target`` appears at the end; ``prefix`` begins the paths in it. ``work`` is the staging folder; in it ``root`` is
+    laid out like the overlay, and ``payload`` becomes ``target``. ``base``: the folder that holds ``work``; None if it
+    is beside the overlay.
     """
 
     def __init__(self, overlay: Path, folder: str, base: Path | None) -> None:
         self.overlay, self.folder, self.base = overlay, folder, base
-        self.target = overlay / folder
+        self.target, self.prefix = overlay / folder, f"{folder}/" if folder else ""
         name = _work_name(folder) if folder else WHOLE
         inside = base / WORK_FOLDER / (name + PARTIAL) if base else None
         self.work = inside or overlay.parent / f".{overlay.name}{PARTIAL}"
@@ -157,7 +158,6 @@ class Journal:
         self._append({"publishing": self.replaced})
 
     def close(self) -> None:
-        """Close the file; it stays."""
         if self._file is not None:
             self._file.close()
 
@@ -232,7 +232,6 @@ class Staging:
 
     @property
     def done(self) -> Mapping[str, FileRecord]:
-        """The complete files by path."""
         return self._journal.records
 
     def record(self, record: FileRecord, note: Any = None) -> None:
@@ -284,9 +283,8 @@ class Staging:
         """Journal that publishing begins: ``recover`` then expects it to be half done."""
         for name, _, _ in os.walk(self.work):
             fsync_folder(name)
-        prefix = f"{self.paths.folder}/" if self.paths.folder else ""
         named = self.paths.named() if os.path.lexists(self.paths.target) else None
-        self._journal.publishing(record.path.removeprefix(prefix) for record in named or ())
+        self._journal.publishing(record.path.removeprefix(self.paths.prefix) for record in named or ())
 
     def _place(self) -> None:
         _place(self.paths, self._journal, self._reporter)
@@ -465,13 +463,12 @@ def _place(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
 
 def _fill(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
     """Move the staged files one by one; a second call goes on. Removes an overlay's manifest first, writes it last."""
-    target, payload = paths.target, paths.payload
+    target, payload, prefix = paths.target, paths.payload, paths.prefix
     staged = [path.relative_to(payload).as_posix() for path in _files_below(payload)]
     if not paths.folder:
         (target / MANIFEST_NAME).unlink(missing_ok=True)
         fsync_folder(target)
         staged.remove(MANIFEST_NAME)
-    prefix = f"{paths.folder}/" if paths.folder else ""
     replaced = frozenset(journal.replaced or ())
     _drop_named(target, replaced - {path.removeprefix(prefix) for path in journal.records})
     for name in sorted(staged):

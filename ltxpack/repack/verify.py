@@ -28,7 +28,6 @@ from ltxpack.reporter import Reporter
 
 # The problem of a file that someone else put into the overlay, which no repair touches.
 NOT_OURS = "is not in the manifest"
-MAX_FOREIGN = 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,8 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         staged = {folder for folder in map(folder_of, begun) if folder is not None}
         strays = list(_strays(overlay, records, staged - manifest.baked.keys()))
         faults += [Fault(path, NOT_OURS) for path in strays if not is_foreign(path)]
-        _tell_foreign([path for path in strays if is_foreign(path)], reporter)
+        if foreign := sorted(filter(is_foreign, strays)):
+            reporter.note(f"not the overlay's, and no damage: {listed(foreign)}")
         bad = {fault.path for fault in faults}
         # Folders whose shards together make one model: those of components and bakes, not ``loras``.
         models = [*(part.files for part in manifest.components.values()), *(b.files for b in manifest.baked.values())]
@@ -145,11 +145,6 @@ def _strays(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[
                 yield path
 
 
-def _tell_foreign(paths: Sequence[str], reporter: Reporter) -> None:
-    if paths:
-        reporter.note(f"not the overlay's, and no damage: {listed(sorted(paths), MAX_FOREIGN)}")
-
-
 def _folder_faults(overlay: Path, folder: str, records: Mapping[str, FileRecord], bad: set[str]) -> Iterator[Fault]:
     """Shards that do not fit each other or their index; leaves out the files in ``bad``."""
     names = [path for path in records if posixpath.dirname(path) == folder and path not in bad]
@@ -192,10 +187,10 @@ def repair(
 ) -> Manifest:
     """Write ``items``, none of a bake, into ``overlay`` again; returns the resulting manifest.
 
-    It writes each file inside ``.ltxpack/``, compares it with the manifest, and only then renames it into its place: it
-    never opens for writing a file that may share its bytes with another. The manifest changes only if a link became a
-    copy or the other way round. Raises OverlayError if a file differs from the manifest: then the source is another
-    one, and the file in the overlay stays unchanged.
+    Each file is written inside ``.ltxpack/``, compared with the manifest, and then renamed into its place: a file that
+    may share its bytes with another is never opened for writing. The manifest changes only if a link became a copy or
+    the other way round. Raises OverlayError if a file differs from the manifest, because the source is another one; the
+    file in the overlay then stays unchanged.
     """
     root = overlay / WORK_FOLDER / "repair"
     with OverlayLock(overlay, reporter), write_errors(overlay):

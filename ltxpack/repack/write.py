@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import os
 import posixpath
@@ -21,7 +22,7 @@ from blake3 import blake3
 from ltxpack.errors import FormatError, OverlayError
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectWriter, aligned_buffer, round_up
 from ltxpack.files.publish import Temporary, existing_parent, fsync_file, require_space, write_errors
-from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
+from ltxpack.files.reader import Range, RangeReader, Watch, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
 from ltxpack.files.zeros import ZeroStretches
 from ltxpack.manifest import FileRecord, changed_file, safe_relative_path
@@ -67,9 +68,9 @@ def write_item(
     """Write one item under ``root``, whole and flushed to the disk. ``overlay`` holds the targets of links."""
     match item:
         case WriteShard():
-            return write_shard(item, root, reporter, zeros=zeros)
+            return write_shard(item, root, reporter, zeros)
         case CopyFile():
-            return copy_file(item, root, reporter, allow_link=not copy, zeros=zeros)
+            return copy_file(item, root, reporter, copy=copy, zeros=zeros)
         case LinkFile():
             return write_link(item, root, overlay, reporter)
         case WriteBytes():
@@ -78,15 +79,13 @@ def write_item(
     return record
 
 
-def write_shard(
-    item: WriteShard, root: Path, reporter: Reporter, *, direct: bool = True, zeros: ZeroStretches | None = None
-) -> FileRecord:
+def write_shard(item: WriteShard, root: Path, reporter: Reporter, zeros: ZeroStretches | None = None) -> FileRecord:
     """Write the shard under ``root``. Advances ``reporter`` by the bytes of the file."""
     windows, counts = read_plan([source for entry in item.entries for source in entry.producer.ranges])
     ranges = [window.range for window in windows]
-    reader = RangeReader(ranges, direct=direct)
-    data = zeros.watch(ranges, reader) if zeros else reader
-    return _stream(item, item.header, _made(item, windows, counts, data), reader, root, reporter, direct)
+    reader = RangeReader(ranges)
+    made = _made(item, windows, counts, zeros.watch(ranges, reader) if zeros else reader)
+    return _stream(item, item.header, made, reader, root, reporter)
 
 
 def _made(
@@ -107,10 +106,9 @@ def _stream(
     reader: RangeReader,
     root: Path,
     reporter: Reporter,
-    direct: bool,
 ) -> FileRecord:
     """Write a file of ``header`` and the bytes that ``made`` gives from reads ahead."""
-    with ShardWriter(root, item.path, header, item.size, direct=direct) as writer, reader:
+    with ShardWriter(root, item.path, header, item.size) as writer, reader:
         reporter.advance(len(header))
         for data in made:
             writer.write(data)
@@ -164,15 +162,9 @@ def passage(reader: RangeReader, writer: TensorWriter) -> str:
 
 
 def copy_file(
-    item: CopyFile,
-    root: Path,
-    reporter: Reporter,
-    *,
-    allow_link: bool = True,
-    direct: bool = True,
-    zeros: ZeroStretches | None = None,
+    item: CopyFile, root: Path, reporter: Reporter, *, copy: bool = False, zeros: ZeroStretches | None = None
 ) -> FileRecord:
-    """Take over the real file behind ``item.source``: reflink, else hard link, else (or if not allowed) copy.
+    """Take over the real file behind ``item.source``: reflink, else hard link, else (or with ``copy``) copy.
 
     It reads a linked file for its hash. Advances ``reporter`` by its size. Raises FormatError if the size of the source
     differs from the plan.
@@ -180,21 +172,19 @@ def copy_file(
     found, source = regular_size(item.source), Path(os.path.realpath(item.source))
     if found != item.size:
         raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
-    how = _link(source, root / item.path) if allow_link else "copied"
-    if how == "copied":
-        ranges = file_ranges(source, item.size)
-        reader = RangeReader(ranges, direct=direct and item.size >= DIRECT_FROM)
-        return _stream(item, b"", zeros.watch(ranges, reader) if zeros else reader, reader, root, reporter, direct)
+    ranges = file_ranges(source, item.size)
+    watch: Watch = functools.partial(zeros.watch, ranges) if zeros else iter
+    how = None if copy else _link(source, root / item.path)
+    if how is None:
+        reader = RangeReader(ranges, direct=item.size >= DIRECT_FROM)
+        return _stream(item, b"", watch(reader), reader, root, reporter)
     reporter.detail(f"{item.path}: {how}")
-    digest = hash_file(root / item.path, reporter, direct=direct, watch=zeros.watching(source) if zeros else None)
+    digest = hash_file(root / item.path, reporter, watch=watch)
     return FileRecord(item.path, item.size, digest, "hard" if how == "hard-linked" else None)
 
 
-def _link(source: Path, target: Path) -> str:
-    """Give ``target`` the bytes of ``source`` without copying: "reflinked" or "hard-linked"; else "copied".
-
-    "copied" means that the caller has to copy. ``source`` must be the real file, no symlink.
-    """
+def _link(source: Path, target: Path) -> str | None:
+    """Give ``target`` the bytes of the real file ``source``: "reflinked" or "hard-linked"; None: copy it."""
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         link = Temporary(target, made=False)
@@ -208,7 +198,7 @@ def _link(source: Path, target: Path) -> str:
                 fsync_file(link.path)
             link.publish(synced=True)
             return how
-    return "copied"
+    return None
 
 
 def _reflink(source: Path, target: Path) -> None:
@@ -299,8 +289,7 @@ class TensorWriter(Protocol):
     def why(self) -> str:
         """The reason for not writing past the page cache, or ""."""
 
-    def write(self, data: Buffer) -> None:
-        """Take the next bytes."""
+    def write(self, data: Buffer) -> None: ...
 
     def close(self) -> FileRecord:
         """Return when all bytes are on the disk."""
@@ -316,13 +305,10 @@ class ShardWriter:
     A thread writes. The caller's thread copies memory and hashes (blake3) the copy while it is still in the processor's
     cache: a thread for the hash alone would cost a third more CPU. The bytes go to a temporary file beside ``root /
     path``, which gets its name when all bytes are on the disk. Up to ``buffers`` buffers of 4 MB are in flight.
-    ``why``: the reason for not writing past the page cache, or "". Raises OverlayError if the disk is full or fails.
+    ``size`` includes the ``header``, which is written at once. Raises OverlayError if the disk is full or fails.
     """
 
-    def __init__(
-        self, root: Path, path: str, header: bytes, size: int, *, buffers: int = WRITE_BUFFERS, direct: bool = True
-    ) -> None:
-        """``size`` includes the ``header``, which is written at once."""
+    def __init__(self, root: Path, path: str, header: bytes, size: int, *, buffers: int = WRITE_BUFFERS) -> None:
         self.path, self.size = path, size
         self._target = root / path
         self._hasher = blake3()
@@ -335,13 +321,12 @@ class ShardWriter:
         with write_errors(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._temporary = Temporary(self._target)
-            self._file = DirectWriter(self._temporary.path, direct=direct and size >= DIRECT_FROM)
+            self._file = DirectWriter(self._temporary.path, direct=size >= DIRECT_FROM)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-write")
         self.write(header)
 
     @property
     def why(self) -> str:
-        """The reason for not writing past the page cache, or ""."""
         return self._file.why
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ from ltxpack.errors import FormatError, LtxpackError
 from ltxpack.files.bounded_json import JsonFault, Limits, parse
 from ltxpack.files.tensorfile import read_index, read_json, read_tensorfile
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
-from ltxpack.materialize.sources import Access, InputFile, local_file
+from ltxpack.materialize.access import Access, InputFile, local_file
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.weights import load
 

@@ -39,9 +39,9 @@ from ltxpack.lora_bake.fuse import fuse_rows
 from ltxpack.lora_bake.stream import FactorReader
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Manifest, read_manifest
 from ltxpack.materialize import Options, inspect_path, materialize, plan_overlay
+from ltxpack.materialize.access import Access, local_folder
 from ltxpack.materialize.checkpoint import read_lora, read_upsampler
 from ltxpack.materialize.inputs import read_text_encoder
-from ltxpack.materialize.sources import Access, local_folder
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.media.pictures import MAX_PIXELS, ORIENTATION, read_image

@@ -40,7 +40,7 @@ from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, find, fuse, plan_bake
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import Bake, read_manifest
-from ltxpack.materialize import sources
+from ltxpack.materialize import access
 from ltxpack.repack.lock import OverlayLock
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
@@ -666,7 +666,7 @@ def repo(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(repo: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     hub = FakeHub({"someone/repo": repo})
-    monkeypatch.setattr(sources, "Hub", lambda **_: hub)
+    monkeypatch.setattr(access, "Hub", lambda **_: hub)
     monkeypatch.chdir(repo.parent)
     return hub
 

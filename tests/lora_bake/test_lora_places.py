@@ -12,7 +12,7 @@ from materialize.fake_hub import FakeHub
 from support import ltxpack, refused, tree
 
 from ltxpack.errors import UsageError
-from ltxpack.materialize import sources
+from ltxpack.materialize import access
 from ltxpack.materialize.hub.client import Reference, parse_reference
 
 FACTORS = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
@@ -30,7 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     repo = tmp_path / "hub"
     for name in ("loras/style-v1.safetensors", "loras/style-v2.safetensors", "alone/only.safetensors"):
         save(repo / name, official_keys(FACTORS))
-    monkeypatch.setattr(sources, "Hub", lambda **_: FakeHub({"someone/repo": repo, "someone/one": repo / "alone"}))
+    monkeypatch.setattr(access, "Hub", lambda **_: FakeHub({"someone/repo": repo, "someone/one": repo / "alone"}))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -17,7 +17,7 @@ from support import Done, ltxpack, refused, tree
 from ltxpack.errors import LtxpackError
 from ltxpack.ltx23.releases import DEFAULT_FILES, OFFICIAL_REPO, TEXT_ENCODER_REPO
 from ltxpack.ltx23.text_encoder import text_config
-from ltxpack.materialize import sources
+from ltxpack.materialize import access
 from ltxpack.materialize.checkpoint import AGAIN
 from ltxpack.runtime.text.gemma import another_encoder
 
@@ -45,7 +45,7 @@ def upsampler(**changes: object) -> Callable[[Path], object]:
 
     def change(folder: Path) -> None:
         shapes = {
-            name: info.shape for name, info in sources.tensorfile.read_tensorfile(folder / UPSAMPLER).tensors.items()
+            name: info.shape for name, info in access.tensorfile.read_tensorfile(folder / UPSAMPLER).tensors.items()
         }
         config = tiny_source.UPSAMPLER_CONFIG | changes
         tiny_source.write_tensors(folder / UPSAMPLER, shapes, {"config": json.dumps(config)} if changes else {})
@@ -162,7 +162,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for role, name in DEFAULT_FILES.items():
         (repo / tiny_source.NAMES[role]).rename(repo / name)
     repos = {OFFICIAL_REPO: repo, TEXT_ENCODER_REPO: repo / GEMMA}
-    monkeypatch.setattr(sources, "Hub", lambda reporter: FakeHub(repos))
+    monkeypatch.setattr(access, "Hub", lambda reporter: FakeHub(repos))
 
 
 def next_of(message: str) -> str:

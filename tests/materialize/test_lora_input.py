@@ -12,7 +12,7 @@ from support import Notes
 from ltxpack.errors import LtxpackError
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.materialize import Options, OverlayPlan, plan_overlay
-from ltxpack.materialize.sources import InputFile
+from ltxpack.materialize.access import InputFile
 
 LORA = {"diffusion_model.transformer_blocks.0.attn1.to_q.lora_A.weight": (4, 24),
         "diffusion_model.transformer_blocks.0.attn1.to_q.lora_B.weight": (24, 4)}  # fmt: skip

@@ -17,9 +17,10 @@ from support import ltxpack, refused
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
 from ltxpack.ltx23.expected import inventory
 from ltxpack.ltx23.releases import DEFAULT_FILES, RELEASES, TEXT_ENCODER_REPO, likely, recognise
+from ltxpack.materialize.access import Access
 from ltxpack.materialize.hub.client import cached_sha256
 from ltxpack.materialize.inputs import Inputs, read_inputs
-from ltxpack.materialize.sources import Access, Sources, resolve
+from ltxpack.materialize.sources import Sources, resolve
 from ltxpack.reporter import SilentReporter
 
 

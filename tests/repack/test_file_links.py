@@ -78,7 +78,7 @@ def test_where_nothing_can_be_linked_or_may_be_it_is_copied(
 ) -> None:
     if code is not None:
         monkeypatch.setattr(os, "link", mock.Mock(side_effect=OSError(code, os.strerror(code))))
-    record = copy_file(item(cached), tmp_path / "out", listener, allow_link=code is not None)
+    record = copy_file(item(cached), tmp_path / "out", listener, copy=code is None)
     path = check(tmp_path / "out", listener, "copied, read with O_DIRECT, written with O_DIRECT")
     assert path.stat().st_nlink == 1
     assert (record.blake3, record.link) == (blake3(DATA).hexdigest(), None)

@@ -35,17 +35,24 @@ BORDERS = [0, 1, ALIGN - 1, ALIGN, ALIGN + 1, DIRECT_FROM - 1, DIRECT_FROM, DIRE
 BORDERS += [BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER, 2 * BUFFER + ALIGN - 1, 3 * BUFFER]
 
 
+@pytest.fixture(params=[True, False], ids=["direct", "buffered"])
+def direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether files go past the page cache."""
+    if not request.param:
+        monkeypatch.setattr("ltxpack.files.direct.why_cached", lambda path: "as asked")
+    return bool(request.param)
+
+
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("ltxpack")]
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 @pytest.mark.parametrize("size", BORDERS)
 def test_what_is_written_and_its_hash_for_sizes_around_the_borders(size: int, direct: bool, tmp_path: Path) -> None:
     data = NOISE[:size]
     head, rest = data[: min(size, 1000)], memoryview(data)[min(size, 1000) :]
     steps = [1, 4095, 100_000, BUFFER - 7, BUFFER + 9]
-    with ShardWriter(tmp_path, "a/b.safetensors", head, size, direct=direct) as writer:
+    with ShardWriter(tmp_path, "a/b.safetensors", head, size) as writer:
         while rest:
             step = steps[len(rest) % len(steps)]
             writer.write(rest[:step])
@@ -54,9 +61,7 @@ def test_what_is_written_and_its_hash_for_sizes_around_the_borders(size: int, di
         assert writer.why == "" or size < DIRECT_FROM or not direct
     assert (tmp_path / "a/b.safetensors").read_bytes() == data
     assert (record.path, record.size, record.link) == ("a/b.safetensors", size, None)
-    assert (
-        record.blake3 == blake3(data).hexdigest() == hash_file(tmp_path / record.path, SilentReporter(), direct=direct)
-    )
+    assert record.blake3 == blake3(data).hexdigest() == hash_file(tmp_path / record.path, SilentReporter())
     assert list((tmp_path / "a").iterdir()) == [tmp_path / "a/b.safetensors"]
     assert threads() == []
 
@@ -178,7 +183,6 @@ def test_the_fallbacks_write_the_same_and_say_so(
 
 
 @pytest.mark.parametrize("pad", [0, 1, 5])
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
 def test_a_shard_holds_the_tensors_of_its_sources_cast_where_asked(
     pad: int, direct: bool, tmp_path: Path, listener: Notes
 ) -> None:
@@ -192,7 +196,8 @@ def test_a_shard_holds_the_tensors_of_its_sources_cast_where_asked(
     entries += [stored_tensor(f"two.{info.name}", info, two) for info in read_tensorfile(two).tensors.values()]
     random.Random(pad).shuffle(entries)
     shard = WriteShard("x/s.safetensors", tuple(entries))
-    record = write_shard(shard, tmp_path, listener, direct=direct)
+    record = write_shard(shard, tmp_path, listener)
+    assert ("through the page cache" in listener.details[0]) != direct
     assert listener.advanced == record.size == shard.size == (tmp_path / record.path).stat().st_size
     assert record.blake3 == blake3((tmp_path / record.path).read_bytes()).hexdigest()
     found, first, second = load_file(tmp_path / record.path), load_file(one), load_file(two)

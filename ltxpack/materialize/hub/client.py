@@ -10,7 +10,6 @@ against the hash under which it is stored. Knows nothing of checkpoints.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import os
@@ -29,6 +28,7 @@ from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.environment import endpoint_fault, network_fault
 from ltxpack.files.publish import atomic_write
 from ltxpack.files.tensorfile import header_length
+from ltxpack.files.typed import similar_names
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import safe_relative_path
 from ltxpack.materialize.hub import errors as hub_errors
@@ -255,15 +255,13 @@ class Hub:
 
         request = self._request(info.repo, info.commit, file.name)
         url = hf_hub_url(info.repo, file.name, revision=info.commit, endpoint=self._endpoint)
-
         options: dict[str, Any] = {"token": self._token, "timeout": self._timeout, "endpoint": self._endpoint}
         ask = functools.partial(get_hf_file_metadata, url, **options)
         stated = self._retried(ask) if retry else ask()
         etag = stated.etag or ""
         if not (COMMIT.fullmatch(etag) or SHA256.fullmatch(etag)):
             raise _unsound(request, f"no usable ETag ({etag[:LONGEST_PART]})")
-        same = stated.commit_hash == info.commit and stated.size in (None, file.size) and file.sha256 in (None, etag)
-        if not same:
+        if stated.commit_hash != info.commit or stated.size not in (None, file.size) or file.sha256 not in (None, etag):
             found = f"commit {stated.commit_hash}, {stated.size} bytes, {etag}"
             raise _unsound(request, f"another file than was listed ({found[:LONGEST_PART]})")
         # The token goes to the hub only, never to the storage behind a signed address.
@@ -272,9 +270,8 @@ class Hub:
         return Address(stated.location, headers), etag
 
     def _file(self, info: RepoInfo, name: str) -> RepoFile:
-        file = info.files.get(name)
-        if file is not None:
-            return file
+        if name in info.files:
+            return info.files[name]
         request = self._request(info.repo, info.commit, name)
         if info.cached_only:
             raise tell(hub_errors.NOT_CACHED, request)
@@ -379,13 +376,12 @@ class Hub:
     # The cache
 
     def _folder(self, repo: str) -> Path:
-        """The cache's folder of ``repo``."""
         return self._cache / f"models--{repo.replace('/', '--')}"
 
     def _snapshot(self, repo: str, revision: str | None) -> RepoInfo | None:
         """The cached files of ``repo`` at ``revision`` (a branch, tag or whole commit), or None."""
         folder = self._folder(repo)
-        commit = revision or "main"
+        commit = revision or MAIN
         if not COMMIT.fullmatch(commit):
             try:
                 commit = (folder / "refs" / commit).read_text(encoding="ascii").strip()
@@ -411,7 +407,7 @@ class Hub:
 
     def _remember_revision(self, info: RepoInfo) -> None:
         """Stores the commit of the requested revision, so that later calls find it without a network."""
-        revision = info.revision or "main"
+        revision = info.revision or MAIN
         if revision == info.commit:
             return
         ref, commit = self._folder(info.repo) / "refs" / revision, info.commit.encode()
@@ -468,7 +464,7 @@ def cached_sha256(path: Path) -> str | None:
 
 
 def _unsound(request: HubRequest, reason: str) -> SourceError:
-    """The error for an answer that breaks the hub's protocol, and is not used."""
+    """The error for an answer that breaks the hub's protocol."""
     return tell(hub_errors.NOT_UNDERSTOOD, request, {"reason": reason})
 
 
@@ -501,8 +497,8 @@ def _read_listing(model: Any, request: HubRequest) -> RepoInfo:
 def _similar_names(name: str, names: list[str]) -> list[str]:
     """The ``names`` that are similar to ``name`` or hold its last part (in another folder, with another ending)."""
     last = name.rsplit("/", 1)[-1].lower()
-    close = difflib.get_close_matches(name, names, SIMILAR_NAMES, 0.6)
-    return list(dict.fromkeys([*close, *(other for other in names if last in other.lower())]))[:SIMILAR_NAMES]
+    holding = (other for other in names if last in other.lower())
+    return list(dict.fromkeys([*similar_names(name, names), *holding]))[:SIMILAR_NAMES]
 
 
 def _hasher(etag: str, size: int) -> hashlib._Hash:

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
 
 from ltxpack.errors import SourceError
 from ltxpack.materialize.hub.errors import asked_wait, is_passing, status_of
@@ -128,13 +127,18 @@ def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected:
     reporter.begin(remote.name, remote.size, "B")
     try:
         with partial.open("a+b") as file:
-            start = _take_up(file, remote.size, hasher, reporter)
+            if os.fstat(file.fileno()).st_size > remote.size:
+                file.truncate(0)
+            file.seek(0)
+            while chunk := file.read(PIECE):
+                hasher.update(chunk)
+                reporter.advance(len(chunk))
 
             def write(piece: bytearray) -> None:
                 file.write(piece)
                 hasher.update(piece)
 
-            _fill(remote, start, write, reporter)
+            _fill(remote, file.tell(), write, reporter)
             file.flush()
             os.fsync(file.fileno())
     finally:
@@ -145,17 +149,6 @@ def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected:
             "what was downloaded is not what the hub states", file=remote.name, expected=f"{hasher.name} {expected}",
             found=hasher.hexdigest(), next="run the same command again; it downloads the file afresh",
         )  # fmt: skip
-
-
-def _take_up(file: BinaryIO, size: int, hasher: hashlib._Hash, reporter: Reporter) -> int:
-    """Hashes the bytes of an earlier run in ``file``; returns the position of ``file``, where to go on."""
-    if os.fstat(file.fileno()).st_size > size:
-        file.truncate(0)
-    file.seek(0)
-    while chunk := file.read(PIECE):
-        hasher.update(chunk)
-        reporter.advance(len(chunk))
-    return file.tell()
 
 
 def _fill(remote: RemoteFile, start: int, write: Callable[[bytearray], None], reporter: Reporter) -> None:
