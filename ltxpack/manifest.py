@@ -39,6 +39,8 @@ BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 FULL_KIND, DISTILLED_KIND = "full", "distilled"
 # The forms in which a bake stores its linears.
 BF16, FP8, INT8 = FORMATS = ("bf16", "fp8", "int8")
+# The arithmetic of fusing.
+RULES = ("fp32", "official")
 # The folders of bakes: transformers with LoRAs in them, and text encoders with their connectors.
 BAKES, TEXT_ENCODERS = BAKED = ("bakes", "text_encoders")
 RESERVED_BAKE_NAMES = frozenset({"auto", "base", ".", ".."})

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ltxpack.cli import terminal
-from ltxpack.cli.lora_words import LoraCommand, StrengthType, device_option, rule_option, unmatched_option
+from ltxpack.cli.lora_words import LoraCommand, StrengthType, lora_options
 from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.units import human_bytes, human_seconds
 from ltxpack.manifest import BAKES, BF16, FORMATS, TEXT_ENCODERS, read_manifest
-from ltxpack.strength import Strength
 
 if TYPE_CHECKING:
     from ltxpack.lora_bake import BakeReport
@@ -29,9 +28,7 @@ if TYPE_CHECKING:
     required=True,
     help="One bake each; repeatable. S@0-11,30:T is T in blocks 0 to 11 and 30, and S elsewhere.",
 )
-@terminal.lora_option
-@terminal.added_option
-@rule_option
+@lora_options
 @click.option(
     "--format",
     "formats",
@@ -41,38 +38,23 @@ if TYPE_CHECKING:
     show_default=True,
     help="How to store linears; one bake each, all from one read of the base; repeatable.",
 )
-@terminal.keep_blocks_option
-@terminal.activations_option
 @click.option("--name", help="Name of the bake; only with one strength and one format.")
-@device_option
 @click.option("--text", is_flag=True, help="Bake the changes of text encoder and connectors too.")
-@unmatched_option
 @terminal.plan_option
 @click.option("--force", is_flag=True, help="Make the bake again, even if there is one.")
 @terminal.json_option
 @terminal.verbose_option
-def bake_lora(
-    overlay: Path | None,
-    strengths: tuple[Strength, ...],
-    added: tuple[str, ...],
-    keep_blocks: str | None,
-    plan_only: bool,
-    as_json: bool,
-    verbose: bool,
-    **options: object,
-) -> None:
+def bake_lora(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, **options: Any) -> None:
     """Bake LoRAs into OVERLAY/bakes/<name>/ from the clean base transformer.
 
     Without OVERLAY: the current folder if it is an overlay, else ./out. The distilled LoRA changes nearly every
     byte, so such a bake of the 22B model takes 38 GB; --plan says how much, exactly except for the two reports.
     """
-    from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, parse_added, parse_blocks, plan_bake
+    from ltxpack.lora_bake import REPORT_NAMES, BakeOptions, bake, plan_bake
 
     folder = terminal.usual_overlay(overlay)
     reporter = terminal.TerminalReporter(verbose)
-    stack = tuple(parse_added(text) for text in added)
-    kept = None if keep_blocks is None else parse_blocks(keep_blocks)
-    wanted = BakeOptions(folder, strengths, added=stack, keep_blocks=kept, **options)  # type: ignore[arg-type]
+    wanted = BakeOptions(folder, **options)
     if plan_only:
         plan = plan_bake(wanted, reporter)
         terminal.print_plan(plan, as_json, bounds=REPORT_NAMES)

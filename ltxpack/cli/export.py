@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ltxpack.cli import terminal
-from ltxpack.cli.lora_words import LoraCommand, StrengthType, device_option, rule_option, unmatched_option
+from ltxpack.cli.lora_words import LoraCommand, StrengthType, lora_options
 from ltxpack.errors import UsageError
 from ltxpack.files.units import human_bytes
+from ltxpack.ltx23.forms import PARTS
 from ltxpack.manifest import BF16, FORMATS, FP8
 from ltxpack.strength import Strength
 
 if TYPE_CHECKING:
     from ltxpack.export import ExportOptions
 
-PARTS = ("all", "transformer")
 # Parts in the file -> the folder for ComfyUI, and the nodes that take the file there (spec 09, section 2).
 COMFY = {
     "all": (
@@ -32,13 +31,6 @@ COMFY = {
 OFFICIAL = {"all": "it takes the place of the checkpoint", "transformer": "--transformer-path takes it"}
 OFFICIAL_FLAGS = {BF16: "", FP8: ", with --quantization fp8-scaled-mm"}
 
-# Parameters that make a bake on the way, which --bake has no use for -> their defaults.
-MAKING = {
-    "strength": None, "lora": None, "added": (), "rule": "fp32", "device": "auto", "allow_unmatched": False,
-    "keep_blocks": None, "activations": None,
-}  # fmt: skip
-FLAGS = {"added": "--add"}
-
 
 @click.command(cls=LoraCommand)
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
@@ -47,16 +39,10 @@ FLAGS = {"added": "--add"}
 @click.option(
     "--strength", type=StrengthType(), help="Merge the main LoRA on the way, at this strength, without writing a bake."
 )
-@terminal.lora_option
-@terminal.added_option
+@lora_options
 @click.option(
     "--format", "form", type=click.Choice(FORMATS), help="How to store linears.  [default: as in the bake, else bf16]"
 )
-@rule_option
-@device_option
-@unmatched_option
-@terminal.keep_blocks_option
-@terminal.activations_option
 @click.option(
     "--parts",
     type=click.Choice(PARTS),
@@ -69,7 +55,7 @@ FLAGS = {"added": "--add"}
 @click.option("--force", is_flag=True, help="Replace an existing file, and merge LoRAs that need bake-lora --force.")
 @terminal.json_option
 @terminal.verbose_option
-def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, **options: object) -> None:
+def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, **options: Any) -> None:
     """Write OVERLAY's weights as one safetensors file with the official names, for ComfyUI and the official code.
 
     Without OVERLAY: the current folder if it is an overlay, else ./out. --bake copies a bake byte for byte; --strength
@@ -85,16 +71,13 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
         files = [{"path": str(wanted.output), "bytes": size, "action": "write"}]
         terminal.print_plan({"files": files, "missing": [], "total_bytes": size}, as_json)
         return
-    report = write(wanted, reporter)
-    plan = report.plan
+    plan = write(wanted, reporter)
     if as_json:
-        facts = {"path": str(report.path), "bytes": plan.size, "format": plan.form}
-        terminal.print_json(
-            {**facts, "tensors": len(plan.tensors), "quantised": plan.quantised, "widened": plan.widened}
-        )
+        facts = {"path": str(wanted.output), "bytes": plan.size, "format": plan.form}
+        terminal.print_json({**facts, "tensors": plan.tensors, "quantised": plan.quantised, "widened": plan.widened})
         return
     widened = f", {plan.widened} tables widened to float32" if plan.widened else ""
-    click.echo(f"{report.path}: {human_bytes(plan.size)}, {len(plan.tensors)} tensors{widened}")
+    click.echo(f"{wanted.output}: {human_bytes(plan.size)}, {plan.tensors} tensors{widened}")
     if plan.quantised:
         uncalibrated = plan.form == FP8 and plan.bake is not None and plan.bake.calibration is None
         told = "; not calibrated: input scales are 1" if uncalibrated else ""
@@ -106,32 +89,24 @@ def export(overlay: Path | None, plan_only: bool, as_json: bool, verbose: bool, 
     click.echo(f"  official code: {official}")
 
 
-def _wanted(overlay: Path, options: Mapping[str, Any]) -> ExportOptions:
+def _wanted(overlay: Path, options: dict[str, Any]) -> ExportOptions:
     """The options of an export. Raises UsageError for flags that do not go together."""
     from ltxpack.export import ExportOptions
-    from ltxpack.lora_bake import BakeOptions, parse_added, parse_blocks
+    from ltxpack.lora_bake import BakeOptions
 
-    said = {name: value for name, value in options.items() if name not in MAKING}
-    making = {name: options[name] for name in MAKING}
-    asked = [FLAGS.get(name, f"--{name.replace('_', '-')}") for name in MAKING if making[name] != MAKING[name]]
-    wanted = ExportOptions(overlay, **said)
-    if wanted.bake is not None:
-        if asked:
-            advice = "leave --bake out, or those flags"
-            raise UsageError("--bake is copied as it is", found=", ".join(asked), next=advice)
+    strength = options.pop("strength")
+    shared = [field for field in dataclasses.fields(BakeOptions) if field.name in options and field.name != "force"]
+    making = {field.name: options.pop(field.name) for field in shared}
+    given = [field.name for field in shared if making[field.name] != field.default]
+    asked = ["strength", *given] if strength is not None else given
+    wanted = ExportOptions(overlay, **options)
+    if wanted.bake is not None and asked:
+        flags = [{"added": "--add"}.get(name, f"--{name.replace('_', '-')}") for name in asked]
+        advice = "leave --bake out, or those flags"
+        raise UsageError("--bake is copied as it is", found=", ".join(flags), next=advice)
+    if wanted.bake is not None or (not asked and wanted.form in (None, BF16)):
         return wanted
-    if not asked and wanted.form in (None, BF16):
-        return wanted
-    strength, added = making.pop("strength"), tuple(map(parse_added, making.pop("added")))
-    if strength is None and (making["lora"] or added):
+    if strength is None and (making["lora"] or making["added"]):
         raise UsageError("--lora and --add need a --strength", next="add --strength, 0 for the added ones alone")
-    kept = making.pop("keep_blocks")
-    make = BakeOptions(
-        overlay,
-        (Strength(0.0) if strength is None else strength,),
-        added=added,
-        formats=(wanted.form or BF16,),
-        keep_blocks=None if kept is None else parse_blocks(kept),
-        **making,
-    )
+    make = BakeOptions(overlay, (strength or Strength(0.0),), formats=(wanted.form or BF16,), **making)
     return dataclasses.replace(wanted, make=make, form=None)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from pathlib import Path
 
 import click
 
+from ltxpack.cli import terminal
 from ltxpack.errors import UsageError
+from ltxpack.manifest import RULES
 from ltxpack.strength import Strength
 
 STRENGTH, ADD, LORA = "--strength", "--add", "--lora"
@@ -35,21 +39,48 @@ _BY_BLOCK = re.compile(r"(?P<file>.+)=(?P<strength>[^=/]*@[^=/]*)")
 _BEHIND = re.compile(r"(?P<file>.+?)(?:\s*[=:]\s*|(?<=\.safetensors)[\s,;]+)(?P<strength>[+-]?[\d.,]+\s*%?)")
 
 
-rule_option = click.option(
-    "--rule",
-    type=click.Choice(["fp32", "official"]),
-    default="fp32",
-    show_default=True,
-    help="fp32 rounds once; official repeats the official bf16 arithmetic bit for bit.",
-)
-device_option = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="The device that computes the sums.",
-)
-unmatched_option = click.option("--allow-unmatched", is_flag=True, help="Leave out keys of a LoRA that match nothing.")
+def _stack(ctx: click.Context, param: click.Parameter, typed: tuple[str, ...]) -> tuple[tuple[str, Strength], ...]:
+    from ltxpack.lora_bake import parse_added
+
+    return tuple(map(parse_added, typed))
+
+
+def _blocks(ctx: click.Context, param: click.Parameter, typed: str | None) -> tuple[int, ...] | None:
+    from ltxpack.lora_bake import parse_blocks
+
+    return None if typed is None else parse_blocks(typed)
+
+
+# The options of a bake, by the names of its fields in lora_bake's BakeOptions.
+_OPTIONS = (
+    click.option(LORA, metavar="FILE", help="Main LoRA instead of the overlay's distilled one."),
+    click.option(
+        ADD, "added", multiple=True, metavar="FILE=S", callback=_stack,
+        help="Stack a LoRA below the main one; repeatable. FILE=S@0-11,30:T: T in these blocks.",
+    ),
+    click.option(
+        "--rule", type=click.Choice(RULES), default=RULES[0], show_default=True,
+        help="fp32 rounds once; official repeats the official bf16 arithmetic bit for bit.",
+    ),
+    click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="The device that computes the sums.",
+    ),
+    click.option("--allow-unmatched", is_flag=True, help="Leave out keys of a LoRA that match nothing."),
+    click.option(
+        "--keep-blocks", metavar="N,N|none", callback=_blocks,
+        help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]",
+    ),
+    click.option(
+        "--activations", type=click.Path(path_type=Path),
+        help="For fp8: take input scales from this file of ltxpack run --save-activations.",
+    ),
+)  # fmt: skip
+
+
+def lora_options(command: terminal.Command) -> terminal.Command:
+    """Adds the options of a bake that bake-lora and export share."""
+    return functools.reduce(lambda made, option: option(made), reversed(_OPTIONS), command)
 
 
 class StrengthType(click.ParamType[Strength]):

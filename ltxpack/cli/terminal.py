@@ -95,23 +95,6 @@ def print_plan(plan: dict[str, Any], as_json: bool, *, bounds: tuple[str, ...] =
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print more details of the work.")
 plan_option = click.option("--plan", "plan_only", is_flag=True, help="Only say what the command would write.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-# Options of bake-lora and export.
-lora_option = click.option("--lora", metavar="FILE", help="Main LoRA instead of the overlay's distilled one.")
-added_option = click.option(
-    "--add",
-    "added",
-    multiple=True,
-    metavar="FILE=S",
-    help="Stack a LoRA below the main one; repeatable. FILE=S@0-11,30:T: T in these blocks.",
-)
-keep_blocks_option = click.option(
-    "--keep-blocks", metavar="N,N|none", help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]"
-)
-activations_option = click.option(
-    "--activations",
-    type=click.Path(path_type=Path),
-    help="For fp8: take input scales from this file of ltxpack run --save-activations.",
-)
 
 
 def usual_overlay(given: Path | None) -> Path:

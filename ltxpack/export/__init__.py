@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ltxpack.export.plan import PARTS, ExportOptions, plan_export
-from ltxpack.export.write import ExportReport, export
+from ltxpack.export.plan import ExportOptions, plan_export
+from ltxpack.export.write import export
 
-__all__ = ["PARTS", "ExportOptions", "ExportReport", "export", "plan_export"]
+__all__ = ["ExportOptions", "export", "plan_export"]

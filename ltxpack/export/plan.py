@@ -1,7 +1,7 @@
-"""What an exported file will hold, to the byte, before any is written (spec 09, section 3).
+"""The plan of an exported file, exact to the byte, made before any byte is written (spec 09, section 3).
 
-Tensors have the official names, which are those of the repacking, read backwards, and the order that safetensors gives
-them. The weights of the transformer are copied from the base or a bake, or those of a bake that is made on the way.
+Tensors have their official names, from the tables of the repacking read backwards, in the order of safetensors. The
+transformer's weights are copied from the base or a bake, or come from a bake that is made on the way.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from blake3 import blake3
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, build_header, parse_json, read_tensorfile, regular_size
 from ltxpack.lora_bake.bake import UnwrittenBake, plan_unwritten
-from ltxpack.lora_bake.plan import BakeOptions, BaseShard
+from ltxpack.lora_bake.plan import CONNECTORS, TRANSFORMER, BakeOptions, BaseShard
 from ltxpack.ltx23.codes import CODES, rotated_together
-from ltxpack.ltx23.forms import MADE_FROM, MARKER, QUANTISATION, ROOT
+from ltxpack.ltx23.forms import FP8_FORMAT, INT8_FORMAT, MADE_FROM, MARKER, PARTS, QUANTISATION, ROOT
 from ltxpack.ltx23.releases import CHECKPOINT
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import BF16, FP8, Bake, Manifest, changed_file, read_manifest, recorded_bytes
@@ -32,22 +32,20 @@ from ltxpack.repack.items import ShardEntry, TensorSpec, stored_tensor
 from ltxpack.reporter import Reporter
 
 ENDING = ".safetensors"
-# ``all``: the components of the checkpoint. ``transformer``: what is below one root there, connectors included.
-PARTS = ("all", "transformer")
-TRANSFORMER = "transformer"
+HEADER = "its header"
 # Official files hold these in float32, an overlay in bfloat16.
 TABLE = "scale_shift_table"
 LICENCE_KEYS = ("license", "licence")
-# Raised when the same inputs would give other bytes than before.
+# Rises when the same inputs give other bytes than before.
 EXPORT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to write where: the base, the bake ``bake``, or what ``make`` asks for, made on the way.
+    """The options: export the base, the bake ``bake``, or the bake that ``make`` describes, made on the way.
 
-    ``form``: what the bake must be stored as, None for any. ``source``: file, folder or repo with the checkpoint's
-    metadata, for an overlay that does not keep it. ``force``: over a file that is there.
+    ``form``: the form that the bake must have, None for any. ``source``: a file, folder or repo with the checkpoint's
+    metadata, for an overlay that does not keep it. ``force``: replace an existing file.
     """
 
     overlay: Path
@@ -62,7 +60,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the ``nbytes`` of a tensor go: to ``offset`` of the file, None for nowhere. ``widened``: BF16 to F32."""
+    """The place of a tensor's ``nbytes``: ``offset`` in the file, None if it has none. ``widened``: BF16 to F32."""
 
     name: str
     nbytes: int
@@ -72,7 +70,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Unit:
-    """A file of the overlay that is read in one go, what is made of it, and where each tensor of that goes."""
+    """A file of the overlay that one pass reads, the ``entries`` made from it, and the place of each tensor of them."""
 
     shard: BaseShard
     entries: tuple[ShardEntry, ...]
@@ -80,24 +78,23 @@ class Unit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is made of it."""
         return sum(place.nbytes for place in self.places)
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors of the file that are made of it."""
+        """Its tensors in the exported file."""
         return frozenset(place.name for place in self.places if place.offset is not None)
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """The file: its ``header``, its ``tensors`` in order, ``literals`` among them, and the ``units`` with the others.
+    """The file: the ``spans`` (offset, bytes) of header and tensors, small ``literals``, and the ``units`` of the rest.
 
-    ``bake``: what the transformer is, None for the base; ``made``: if it is made on the way.
+    ``bake``: the transformer's bake, None for the base. ``made``: that bake if it is made on the way.
     """
 
     header: bytes
-    tensors: tuple[TensorSpec, ...]
+    spans: Mapping[str, tuple[int, int]]
     literals: Mapping[str, bytes]
     units: tuple[Unit, ...]
     bake: Bake | None
@@ -105,26 +102,28 @@ class ExportPlan:
 
     @property
     def size(self) -> int:
-        """The whole file in bytes."""
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        return sum(nbytes for _, nbytes in self.spans.values())
+
+    @property
+    def tensors(self) -> int:
+        return len(self.spans) - 1
 
     @property
     def widened(self) -> int:
-        """Tables stored in float32 though the overlay has bfloat16."""
+        """The number of tables that are bfloat16 in the overlay and float32 in the file."""
         return sum(place.widened for unit in self.units for place in unit.places)
 
     @property
     def form(self) -> str:
-        """How its quantised linears are stored."""
+        """The form of its quantised linears."""
         return BF16 if self.bake is None else self.bake.format
 
     @property
     def quantised(self) -> int:
-        """How many linears these are."""
         return 0 if self.bake is None else len(self.bake.quantised)
 
     def fingerprint(self) -> str:
-        """Tells an unfinished file of this plan from others."""
+        """Identifies this plan's inputs."""
         inputs: list[Any] = [EXPORT_VERSION, [dataclasses.astuple(unit.shard.record) for unit in self.units]]
         if self.made is not None:
             inputs += [self.made.plan.fingerprint(), dataclasses.asdict(self.made.arithmetic)]
@@ -132,15 +131,15 @@ class ExportPlan:
 
 
 def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: bool = False) -> ExportPlan:
-    """The file. ``headers_only``: of LoRAs on the hub only headers are read.
+    """The plan of the file. With ``headers_only`` it reads only the headers of LoRAs on the hub.
 
-    Raises OverlayError for an overlay that cannot give it, UsageError for a bake that is not there, and what a bake
-    raises before it writes.
+    Raises OverlayError for an overlay that lacks a part, UsageError for an unknown bake, and the errors of a bake
+    before it writes.
     """
     manifest = read_manifest(options.overlay)
     made = None if options.make is None else plan_unwritten(_making(options), reporter, headers_only=headers_only)
-    bake = made.stated if made is not None else _bake(options, manifest)
-    sources = list(_sources(options, manifest, made))
+    bake = made.plan.stated if made is not None else _bake(options, manifest)
+    sources = list(_sources(options, manifest, bake, made))
     names = [_official_names(component, entries, options) for component, _, entries in sources]
     tensors = [spec for found in names for _, spec in found if spec is not None]
     marks = {spec.name.removesuffix(".weight"): _mark(spec) for spec in tensors if spec.dtype in CODES.values()}
@@ -154,19 +153,20 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
     # As safetensors orders them: every tensor is aligned to its elements, bytes without a number come last.
     tensors.sort(key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.dtype == "U8", spec.name))
     header = build_header(((spec.name, spec.dtype, spec.shape) for spec in tensors), metadata)
-    offsets, end = dict[str, int](), len(header)
+    spans = {HEADER: (0, len(header))}
+    end = len(header)
     for spec in tensors:
-        offsets[spec.name] = end
+        spans[spec.name] = (end, spec.nbytes)
         end += spec.nbytes
     units = tuple(
-        Unit(shard, entries, tuple(_place(tensor, spec, offsets) for tensor, spec in found))
+        Unit(shard, entries, tuple(_place(tensor, spec, spans) for tensor, spec in found))
         for (_, shard, entries), found in zip(sources, names, strict=True)
     )
-    return ExportPlan(header, tuple(tensors), literals, units, bake, made)
+    return ExportPlan(header, spans, literals, units, bake, made)
 
 
 def _making(options: ExportOptions) -> BakeOptions:
-    """What is made on the way; it needs no name of its own."""
+    """The options of the bake that is made on the way. Its name is never seen."""
     assert options.make is not None
     return dataclasses.replace(options.make, name="export", force=options.force, export=_flags(options))
 
@@ -177,13 +177,13 @@ def _flags(options: ExportOptions) -> str:
     return " ".join([f"-o {quoted(options.output)}", *parts, *source])
 
 
-def _place(tensor: TensorSpec, spec: TensorSpec | None, offsets: Mapping[str, int]) -> Place:
+def _place(tensor: TensorSpec, spec: TensorSpec | None, spans: Mapping[str, tuple[int, int]]) -> Place:
     if spec is None:
         return Place(tensor.name, tensor.nbytes, None)
-    return Place(spec.name, tensor.nbytes, offsets[spec.name], spec.dtype != tensor.dtype)
+    return Place(spec.name, tensor.nbytes, spans[spec.name][0], spec.dtype != tensor.dtype)
 
 
-# What is taken of the overlay
+# The sources of the bytes
 
 
 def _bake(options: ExportOptions, manifest: Manifest) -> Bake | None:
@@ -204,13 +204,12 @@ def _bake(options: ExportOptions, manifest: Manifest) -> Bake | None:
 
 
 def _sources(
-    options: ExportOptions, manifest: Manifest, made: UnwrittenBake | None
+    options: ExportOptions, manifest: Manifest, bake: Bake | None, made: UnwrittenBake | None
 ) -> Iterator[tuple[str, BaseShard, tuple[ShardEntry, ...]]]:
-    """Component, file, and what is made of it, for every file with weights."""
+    """Component, file and entries of the file, for every file with weights."""
     overlay = options.overlay
-    wanted = CHECKPOINT_TABLES if options.parts == PARTS[0] else (TRANSFORMER, "connectors")
-    missing = [component for component in wanted if component not in manifest.components]
-    if missing:
+    wanted = CHECKPOINT_TABLES if options.parts == PARTS[0] else (TRANSFORMER, CONNECTORS)
+    if missing := [component for component in wanted if component not in manifest.components]:
         remake = f"ltxpack materialize SOURCE {quoted(overlay)} --force"
         raise OverlayError(f"holds no {', '.join(missing)}", file=overlay, next=remake)
     for component in wanted:
@@ -218,21 +217,20 @@ def _sources(
             for shard in made.plan.base.shards:
                 yield component, shard, tuple(made.plan.entries(shard))
             continue
-        bake = _bake(options, manifest) if component == TRANSFORMER else None
-        for record in (manifest.components[component] if bake is None else bake).files:
+        own = bake if component == TRANSFORMER else None
+        for record in (own or manifest.components[component]).files:
             if record.path.endswith(ENDING):
                 path = overlay / record.path
                 if (size := regular_size(path)) != record.size:
                     raise changed_file(path, f"{record.size} bytes", f"{size} bytes")
                 shard = BaseShard(record, read_tensorfile(path))
-                infos = shard.file.tensors.values()
-                yield component, shard, tuple(stored_tensor(info.name, info, path) for info in infos)
+                yield component, shard, tuple(stored_tensor(*item, path) for item in shard.file.tensors.items())
 
 
 def _official_names(
     component: str, entries: Sequence[ShardEntry], options: ExportOptions
 ) -> list[tuple[TensorSpec, TensorSpec | None]]:
-    """Every tensor as it is in the overlay and as it is in the file; None if that does not hold it."""
+    """Every tensor as the overlay stores it and as the file does, None if the file leaves it out."""
     table, found = CHECKPOINT_TABLES[component], list[tuple[TensorSpec, TensorSpec | None]]()
     back = table.reverse()
     for tensor in (tensor for entry in entries for tensor in entry.tensors):
@@ -248,17 +246,17 @@ def _official_names(
 
 
 def _mark(spec: TensorSpec) -> dict[str, Any]:
-    """What loaders of ComfyUI ask for to take codes for what they are (spec 09, sections 1 and 7)."""
+    """The mark by which ComfyUI's loaders recognise codes (spec 09, sections 1 and 7)."""
     if spec.dtype == CODES[FP8]:
-        return {"format": "float8_e4m3fn"}
-    return {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": rotated_together(spec.shape[1])}
+        return {"format": FP8_FORMAT}
+    return {"format": INT8_FORMAT, "convrot": True, "convrot_groupsize": rotated_together(spec.shape[1])}
 
 
 # Metadata
 
 
 def _metadata(options: ExportOptions, manifest: Manifest, bake: Bake | None, reporter: Reporter) -> dict[str, str]:
-    """The checkpoint's own, verbatim, and under our key what the file was made of. Raises OverlayError, SourceError."""
+    """The checkpoint's metadata, verbatim, and the sources of this file. Raises OverlayError or SourceError."""
     overlay = options.overlay
     record = next((record for record in manifest.files if record.path == METADATA), None)
     if record is not None:
@@ -285,7 +283,7 @@ def _metadata(options: ExportOptions, manifest: Manifest, bake: Bake | None, rep
 
 
 def _metadata_of(source: str, manifest: Manifest, reporter: Reporter) -> dict[str, str]:
-    """That of the checkpoint in ``source``, by its header. Raises SourceError for another one than the overlay's."""
+    """The metadata of the checkpoint in ``source``. Raises SourceError if it is not the overlay's checkpoint."""
     access = Access(reporter)
     folder, single = open_source_folder(source, None, access)
     checkpoint, *_ = [found for found in manifest.source.files if found.role == CHECKPOINT]

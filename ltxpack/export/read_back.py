@@ -18,13 +18,13 @@ from ltxpack.files.reader import Range, RangeReader
 from ltxpack.repack.write import read_plan
 from ltxpack.reporter import Reporter
 
-# So many bytes are put on the disk and read back together.
+# Bytes that are put on the disk and read back together.
 BATCH = 64 * 1024 * 1024
 READS_AT_ONCE = 2
 
 
 class Written(NamedTuple):
-    """Bytes of the file that are written, and their blake3."""
+    """Written bytes of the file, and their blake3."""
 
     name: str
     offset: int
@@ -33,10 +33,10 @@ class Written(NamedTuple):
 
 
 class ReadBack:
-    """Compares what is :meth:`added <add>`, on a thread of its own, until :meth:`finish` or :meth:`stop`.
+    """Compares :meth:`added <add>` bytes on a thread of its own, until :meth:`finish` or :meth:`stop`.
 
-    A batch is put on the disk and out of the page cache before it is read: the disk's bytes are compared. ``failed``:
-    whether any did not come back as they were written.
+    It puts a batch on the disk and out of the page cache before it reads it, so that it compares the disk's bytes.
+    ``failed``: whether any bytes differed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,12 +48,11 @@ class ReadBack:
         self._stopped = self.failed = False
 
     def stop(self) -> None:
-        """Compare nothing more."""
         self._stopped = True
         self._thread.shutdown(cancel_futures=True)
 
     def add(self, written: Written) -> None:
-        """From any thread. Raises the OverlayError of earlier bytes that did not come back as they were written."""
+        """Compare these bytes soon; any thread may call this. Raises OverlayError if earlier bytes differ."""
         with self._adding:
             if written.nbytes:
                 self._batch.append(written)
@@ -63,7 +62,7 @@ class ReadBack:
                 self._under_way.popleft()[1].result()
 
     def finish(self, reporter: Reporter) -> None:
-        """Wait until all is compared. Raises OverlayError for bytes that did not come back as they were written."""
+        """Wait until all is compared. Raises OverlayError if bytes differ."""
         self._submit()
         reporter.begin("reading back", sum(nbytes for nbytes, _ in self._under_way), "B")
         for nbytes, compared in self._under_way:
@@ -74,9 +73,8 @@ class ReadBack:
     def _submit(self) -> None:
         batch, self._batch = self._batch, []
         if batch:
-            self._under_way.append(
-                (sum(written.nbytes for written in batch), self._thread.submit(self._compare, batch))
-            )
+            nbytes = sum(written.nbytes for written in batch)
+            self._under_way.append((nbytes, self._thread.submit(self._compare, batch)))
 
     def _compare(self, batch: Sequence[Written]) -> None:
         batch = sorted(batch, key=lambda written: written.offset)

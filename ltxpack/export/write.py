@@ -1,26 +1,25 @@
-"""Writes an exported file: each file of the overlay is read once, in order, and its tensors put where they belong.
+"""Writes an exported file: reads each file of the overlay once, in order, and puts its tensors in their places.
 
-An unfinished file lies in a folder beside the output, with a journal of what is in it: the same command goes on from
-there. Its header comes last, so that it is not one that programs take. All of it is read back before it gets its name.
+An unfinished file is in a folder beside the output, with a journal of its complete units, from which the same command
+goes on. The header comes last, so that no program takes the unfinished file. All bytes are read back before the file
+gets its name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from blake3 import blake3
 
 from ltxpack.errors import AdapterError, UsageError, quoted
-from ltxpack.export.plan import ENDING, ExportOptions, ExportPlan, Place, Unit, plan_export
+from ltxpack.export.plan import ENDING, HEADER, ExportOptions, ExportPlan, Place, Unit, plan_export
 from ltxpack.export.read_back import ReadBack, Written
 from ltxpack.files.publish import (
     check_writable,
@@ -31,6 +30,7 @@ from ltxpack.files.publish import (
     write_errors,
 )
 from ltxpack.files.reader import RangeReader, file_ranges
+from ltxpack.lora_bake.bake import UnwrittenBake
 from ltxpack.manifest import FileRecord, changed_file
 from ltxpack.repack.items import Buffer
 from ltxpack.repack.lock import OverlayLock, real_target, refuse_links
@@ -38,24 +38,15 @@ from ltxpack.repack.staging import Journal
 from ltxpack.reporter import Reporter
 
 JOURNAL = "journal.jsonl"
-HEADER = "its header"
-# So many bytes may wait in the page cache for the disk.
+# The most bytes that wait in the page cache for the disk.
 WAITING = 64 * 1024 * 1024
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """The file that was written."""
+def export(options: ExportOptions, reporter: Reporter) -> ExportPlan:
+    """Write the file: whole, on the disk and read back, or not at all. Returns its plan.
 
-    path: Path
-    plan: ExportPlan
-
-
-def export(options: ExportOptions, reporter: Reporter) -> ExportReport:
-    """Write the file: whole, on the disk and read back, or not at all.
-
-    Raises UsageError for an output that cannot be written or is there already, what :func:`plan_export` raises,
-    OverlayError for a shard that changed or a full disk, AdapterError for sums that are not finite.
+    Raises UsageError for an output that cannot be written or exists, the errors of :func:`plan_export`, OverlayError
+    for a shard that changed or a full disk, AdapterError for sums that are not finite.
     """
     output = _checked(options)
     folder = output.parent / f".{output.name[:200]}.ltxpack"
@@ -70,11 +61,11 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportReport:
                 move_file(file.path, output)
                 fsync_folder(output.parent)
             file.discard()
-    return ExportReport(options.output, plan)
+    return plan
 
 
 def _checked(options: ExportOptions) -> Path:
-    """Where the file goes, absolute. Raises UsageError for a place that is not to be written to."""
+    """The output, absolute. Raises UsageError for a place where no file may be written."""
     output = options.output.absolute()
     if output.suffix != ENDING:
         raise UsageError(
@@ -91,34 +82,38 @@ def _checked(options: ExportOptions) -> Path:
 
 
 def _write(plan: ExportPlan, file: UnfinishedFile, reporter: Reporter) -> None:
-    """Everything that is not in the file yet."""
-    left = []
-    for unit in plan.units:
-        if file.holds(unit):
-            file.take_over(unit)
-        else:
-            left.append(unit)
+    """Write the units that the file does not hold yet."""
+    left = [unit for unit in plan.units if not file.take_over(unit)]
     reporter.begin("writing", sum(unit.nbytes for unit in left), "B")
-    made = frozenset[str]()
-    if plan.made is not None:
-        made = frozenset(shard.record.path for shard in plan.made.plan.base.shards)
-    copied = [unit for unit in left if unit.shard.record.path not in made]
+    base = () if plan.made is None else plan.made.plan.base.shards
+    made = {shard.record.path for shard in base}
     fused = [unit for unit in left if unit.shard.record.path in made]
     try:
         # Copying waits for the disk, fusing for the processor.
         with ThreadPoolExecutor(1, "ltxpack-export") as thread:
-            copying = thread.submit(_copy_all, copied, file, reporter)
+            copying = thread.submit(_copy_all, [unit for unit in left if unit not in fused], file, reporter)
             with file.stopping():
                 if fused and plan.made is not None:
-                    # Needs torch, which copying does not.
-                    from ltxpack.export.bake import bake_units
-
-                    bake_units(plan.made, fused, functools.partial(PlacedWriter, file), reporter)
+                    _fuse_all(plan.made, fused, file, reporter)
                 copying.result()
     except AdapterError:
         file.discard()
         raise
     reporter.end()
+
+
+def _fuse_all(made: UnwrittenBake, units: Sequence[Unit], file: UnfinishedFile, reporter: Reporter) -> None:
+    """Raises AdapterError listing the weights that overflow, OverlayError for a base that changed."""
+    # These need torch, unlike copying.
+    from ltxpack.lora_bake.stream import Engine, ShardOutput
+    from ltxpack.lora_bake.trial import settled
+
+    plan = made.plan
+    # No report of an export says how far its weights are from the sums.
+    with Engine(settled([plan], reporter), made.arithmetic, reporter, measure=False) as engine:
+        for unit in units:
+            path, writer = unit.shard.record.path, PlacedWriter(file, unit)
+            engine.fuse_shard(unit.shard, [ShardOutput(path, unit.entries, plan.strengths_in, writer)])
 
 
 def _copy_all(units: Sequence[Unit], file: UnfinishedFile, reporter: Reporter) -> None:
@@ -128,7 +123,7 @@ def _copy_all(units: Sequence[Unit], file: UnfinishedFile, reporter: Reporter) -
 
 
 def _copy(unit: Unit, file: UnfinishedFile, threads: ThreadPoolExecutor, reporter: Reporter) -> None:
-    """Raises OverlayError if the file is not what the manifest says."""
+    """Raises OverlayError if the file differs from the manifest."""
     path, size = unit.shard.file.path, unit.shard.file.size
     hasher, writer = blake3(), PlacedWriter(file, unit)
     header = size - unit.nbytes
@@ -146,9 +141,9 @@ def _copy(unit: Unit, file: UnfinishedFile, threads: ThreadPoolExecutor, reporte
 
 
 class PlacedWriter:
-    """Takes the bytes of a unit's tensors in the unit's order, puts each where it belongs, and hashes it.
+    """Takes the bytes of a unit's tensors in the unit's order, puts each tensor in its place, and hashes it.
 
-    Like a :class:`.repack.write.ShardWriter`, which writes a file of its own.
+    A :class:`.repack.write.TensorWriter`, like :class:`.repack.write.ShardWriter`, which writes a file of its own.
     """
 
     why = "its tensors have another order"
@@ -163,14 +158,8 @@ class PlacedWriter:
         empty = (place.name for place in unit.places if place.offset is not None and not place.nbytes)
         self._digests = dict.fromkeys(empty, blake3().hexdigest())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """What is written stays."""
-
     def write(self, data: Buffer) -> None:
-        """The next bytes. Raises OverlayError."""
+        """Take the next bytes. Raises OverlayError."""
         left = memoryview(data).cast("B")
         while len(left):
             place = self._place = self._place or next(self._places)
@@ -184,7 +173,7 @@ class PlacedWriter:
                 self._end(place)
 
     def close(self) -> FileRecord:
-        """All of the unit is there; it is on the disk when this returns."""
+        """Return when all bytes of the unit are on the disk."""
         if self._place is not None or next(self._places, None) is not None:
             raise AssertionError(f"{self._unit.shard.record.path}: tensors are missing")
         return self._file.complete(self._unit, self._digests)
@@ -212,16 +201,11 @@ def _widened(table: bytearray) -> memoryview:
 
 
 class UnfinishedFile:
-    """The file while it is written, in a folder of its own. What is in it stays for the next run of the same plan."""
+    """The file while it is written, in a folder of its own. Complete units stay for the next run of the same plan."""
 
     def __init__(self, folder: Path, plan: ExportPlan, reporter: Reporter) -> None:
         self.path = folder / f"unfinished{ENDING}"
         self._folder, self._plan, self._reporter = folder, plan, reporter
-        self._spans, at = {HEADER: (0, len(plan.header))}, len(plan.header)
-        for tensor in plan.tensors:
-            self._spans[tensor.name] = (at, tensor.nbytes)
-            at += tensor.nbytes
-        self._written = set[str]()
         self._back = ReadBack(self.path)
         self._fd, self._waiting = -1, 0
         self._completing = threading.Lock()
@@ -260,20 +244,18 @@ class UnfinishedFile:
             done = len(self._journal.records)
             self._reporter.note(f"stopped; {done} parts are there, the same command goes on from there")
 
-    def holds(self, unit: Unit) -> bool:
-        """Whether all of ``unit`` is in it."""
-        return unit.shard.record.path in self._journal.records
-
-    def take_over(self, unit: Unit) -> None:
-        """Read back what an earlier run put in."""
-        digests = self._journal.notes[unit.shard.record.path]
-        self._written |= digests.keys()
-        for name, digest in digests.items():
+    def take_over(self, unit: Unit) -> bool:
+        """Whether an earlier run wrote all of ``unit``; its bytes are then read back."""
+        path = unit.shard.record.path
+        if path not in self._journal.records:
+            return False
+        for name, digest in self._journal.notes[path].items():
             self.written(name, str(digest))
+        return True
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
-        """What the block raises is raised by :meth:`put` on all other threads too."""
+        """Makes :meth:`put` raise an exception of this block on all other threads too."""
         try:
             yield
         except BaseException as problem:
@@ -281,7 +263,7 @@ class UnfinishedFile:
             raise
 
     def put(self, data: Buffer, offset: int) -> None:
-        """Raises OverlayError for a full disk, and what stopped another thread."""
+        """Write ``data``. Raises OverlayError for a full disk, and the exception that stopped another thread."""
         if self._problem is not None:
             raise self._problem
         left = memoryview(data)
@@ -291,32 +273,29 @@ class UnfinishedFile:
                 left, offset = left[written:], offset + written
                 self._waiting += written
             if self._waiting >= WAITING and hasattr(os, "posix_fadvise"):
-                # The disk begins with what waits in the page cache, instead of with all of it at the end.
+                # The disk begins to write now; else all bytes would wait for the end.
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 self._waiting = 0
 
     def complete(self, unit: Unit, digests: Mapping[str, str]) -> FileRecord:
-        """All of ``unit`` was put; ``digests``: the blake3 of each tensor."""
+        """Note that all of ``unit`` is written; ``digests``: the blake3 of each tensor."""
         with write_errors(self.path):
             os.fsync(self._fd)
         with self._completing:
-            self._written |= digests.keys()
             self._journal.record(unit.shard.record, dict(digests))
         return unit.shard.record
 
     def written(self, name: str, digest: str) -> None:
-        """All of ``name`` was put; it is read back while the rest is made. Raises OverlayError for a sick disk."""
-        self._back.add(Written(name, *self._spans[name], digest))
+        """Read ``name`` back, whose bytes are all written, meanwhile. Raises OverlayError for a faulty disk."""
+        self._back.add(Written(name, *self._plan.spans[name], digest))
 
     def finish(self) -> None:
-        """Put literals and header in; read back what was not yet. Raises OverlayError for other bytes."""
+        """Write literals and header; wait until all is read back. Raises OverlayError if bytes differ."""
         for name, data in {**self._plan.literals, HEADER: self._plan.header}.items():
-            self.put(data, self._spans[name][0])
+            self.put(data, self._plan.spans[name][0])
             self.written(name, blake3(data).hexdigest())
-        if missing := self._spans.keys() - self._written - self._plan.literals.keys() - {HEADER}:
-            raise AssertionError(f"{self.path}: {sorted(missing)[0]} was not written")
         self._back.finish(self._reporter)
 
     def discard(self) -> None:
-        """Remove what is left of it."""
+        """Remove the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -7,6 +7,7 @@ Spec 02, sections 1, 2 and 7. Knows no arithmetic.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,10 @@ _SCALED = frozenset(method.name for method in METHODS if method.rank)
 _ANY_SHAPE = ("diff", "weight")
 
 Shapes = Mapping[str, tuple[int, ...]]
+Faults = dict[str, list[str]]
+"""Kind of fault -> the words for each fault, so that one error lists them all."""
+Found = list[tuple[LoraKey, tuple[str, ...] | None]]
+"""Each key with the modules that it means, None for an unknown name."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class LoraTarget:
             or any(info.name in zero for role, info in self.tensors.items() if role.removesuffix(SCALE) in method.roles)
             for method in own
         )
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a row of the changed weight depends on its other rows, as it does under magnitudes [1, in]."""
+        return "oft" in self.methods or ("magnitude" in self.tensors and len(self.tensors["magnitude"].shape) == 2)
 
     @property
     def beyond_official(self) -> str | None:
@@ -128,11 +138,8 @@ class Adapter:
     @property
     def plain_bf16(self) -> bool:
         """Whether every target is a bf16 product and nothing else."""
-        targets = self.targets.values()
-        return all(
-            target.tensors.keys() == {"down", "up"} and all(info.dtype == "BF16" for info in target.tensors.values())
-            for target in targets
-        )
+        stored = [target.tensors for target in self.targets.values()]
+        return all(own.keys() == {"down", "up"} and {info.dtype for info in own.values()} == {"BF16"} for own in stored)
 
 
 @dataclass(frozen=True)
@@ -196,28 +203,28 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
     if not any(method.is_there([key.role for key in keys]) for method in METHODS[:-1]):
         refuse_model(file)
         raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
-    fit = _Fit(file, shapes, facts)
-    unmatched = fit.sort(keys, names_of(shapes))
-    if not fit.modules:
-        raise _other_model(file.path, unmatched, shapes, list(fit.rests))
-    if not allow_unmatched:
-        for module in unmatched:
-            kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
-            rest = next((rest for rest in fit.rests if module.startswith(rest)), None)
-            fit.fault(kind, f"{module} has `{rest}` before our name" if rest else module)
+    faults: Faults = defaultdict(list)
+    found, rests = _find(keys, names_of(shapes), faults)
+    unmatched = list(dict.fromkeys(key.module for key, names in found if not names and file.tensors[key.key].nbytes))
+    modules = _by_module(found, file, faults)
+    if not modules:
+        raise _other_model(file.path, unmatched, shapes, rests)
+    for module in () if allow_unmatched else unmatched:
+        kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
+        rest = next((rest for rest in rests if module.startswith(rest)), None)
+        faults[kind].append(f"{module} has `{rest}` before our name" if rest else module)
     for name in (name for name, key in parsed.items() if key is None):
         method = unread_method(name)
-        fit.fault("unknown key", f"{name} is of {method}, which is not read" if method else name)
-    targets = fit.targets()
+        faults["unknown key"].append(f"{name} is of {method}, which is not read" if method else name)
+    targets = _targets(modules, shapes, facts, faults)
     judged = facts.judge((key for key in keys if key.module not in set(unmatched)), file.tensors)
     for kind, items in judged.faults.items():
-        for item in items:
-            fit.fault(kind, item)
-    if not targets and set(fit.faults) == {"shape mismatch"}:
+        faults[kind] += items
+    if not targets and set(faults) == {"shape mismatch"}:
         problem = "is a LoRA for another model: its names are in this transformer, but no shape agrees"
-        raise AdapterError(problem, file=file.path, items=fit.faults["shape mismatch"])
-    if fit.faults:
-        raise _misfit(file.path, fit.faults)
+        raise AdapterError(problem, file=file.path, items=faults["shape mismatch"])
+    if faults:
+        raise _does_not_fit(file.path, faults)
     return Adapter(
         name=file.path.stem,
         path=file.path,
@@ -228,7 +235,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
         foreign=facts.foreign,
         dora_by=facts.dora_by,
         notes=tuple(judged.notes),
-        warnings=(*_warnings(unmatched), *judged.warnings, *_told(fit.rests, targets, facts)),
+        warnings=(*judged.warnings, *_told(unmatched, rests, targets, facts)),
     )
 
 
@@ -245,230 +252,211 @@ def refuse_model(file: TensorFile) -> None:
         )
 
 
-@dataclass
-class _ModuleKeys:
-    """The unchecked keys of one module, or of one fused kv or qkv (``modules``, in row order)."""
+# Which modules the keys mean
 
-    modules: tuple[str, ...]
+
+def _find(keys: Sequence[LoraKey], names: ModuleNames, faults: Faults) -> tuple[Found, list[str]]:
+    """The modules of all keys, and the unknown prefixes before our names. One prefix before all keys is removed."""
+    found: Found = []
+    for key in keys:
+        try:
+            found.append((key, names.find(key)))
+        except KeyError:
+            faults["ambiguous name"].append(key.key)
+    unknown = [key for key, modules in found if not modules]
+    rests = list(dict.fromkeys(rest for key in unknown if (rest := names.rest_before(key))))
+    if not rests:
+        # Outside the blocks other models have modules with our names, so one strange name is enough to doubt all.
+        every = dict.fromkeys(names.rest_before(key, in_block=False) for key in unknown)
+        rests = [rest for rest in every if rest and len(every) == 1]
+    if len(rests) == 1 and len(unknown) == len(found):
+        found = [(key, names.find(key.without(rests[0]))) for key in unknown]
+    return found, rests
+
+
+@dataclass
+class _Module:
+    """The tensors by role, still unchecked, of one module, or of one fused kv or qkv (``names``, in row order)."""
+
+    names: tuple[str, ...]
     key: LoraKey
     found: dict[str, TensorInfo] = field(default_factory=dict)
 
 
-class _Fit:
-    """Fits one adapter. ``faults`` collects all faults by kind, so that one error lists them."""
+def _by_module(found: Found, file: TensorFile, faults: Faults) -> list[_Module]:
+    modules: dict[tuple[str, ...], _Module] = {}
+    for key, names in found:
+        if names is not None:
+            own = modules.setdefault(names, _Module(names, key)).found
+            if key.role in own:
+                faults["duplicate"].append(f"{key.key} and {own[key.role].name}")
+            own.setdefault(key.role, file.tensors[key.key])
+    return list(modules.values())
 
-    def __init__(self, file: TensorFile, shapes: Shapes, facts: LoraFacts) -> None:
-        self.modules: dict[tuple[str, ...], _ModuleKeys] = {}
-        # Unknown prefixes before our names.
-        self.rests: dict[str, None] = {}
-        self.faults: dict[str, list[str]] = {}
-        self._file, self._shapes, self._stated = file, shapes, facts
 
-    def fault(self, kind: str, item: str) -> None:
-        """Add a fault."""
-        self.faults.setdefault(kind, []).append(item)
+# How its tensors change a module
 
-    def sort(self, keys: Iterable[LoraKey], names: ModuleNames) -> list[str]:
-        """Sort the keys by module; returns the modules that the transformer does not have."""
-        unmatched: dict[str, None] = {}
-        for key, modules in self._found(list(keys), names):
-            if modules is None:
-                unmatched |= {key.module: None} if self._file.tensors[key.key].nbytes else {}
-                continue
-            found = self.modules.setdefault(modules, _ModuleKeys(modules, key)).found
-            if key.role in found:
-                self.fault("duplicate", f"{key.key} and {found[key.role].name}")
-            else:
-                found[key.role] = self._file.tensors[key.key]
-        return list(unmatched)
 
-    def _found(self, keys: Sequence[LoraKey], names: ModuleNames) -> Iterator[tuple[LoraKey, tuple[str, ...] | None]]:
-        """Each key with its modules. Removes an unknown prefix if all keys begin with the same one."""
-        found: list[tuple[LoraKey, tuple[str, ...] | None]] = []
-        for key in keys:
-            try:
-                found.append((key, names.find(key)))
-            except KeyError:
-                self.fault("ambiguous name", key.key)
-        unknown = [key for key, modules in found if not modules]
-        self.rests = dict.fromkeys(rest for key in unknown if (rest := names.rest_before(key)))
-        if not self.rests:
-            # Outside the blocks other models have modules with our names, so one strange name is enough to doubt all.
-            every = dict.fromkeys(names.rest_before(key, in_block=False) for key in unknown)
-            self.rests = {rest: None for rest in every if rest} if len(every) == 1 else {}
-        if len(self.rests) != 1 or any(modules for _, modules in found):
-            return iter(found)
-        [rest] = self.rests
-        return ((key, names.find(key.without(rest))) for key, _ in found)
+class _Misfit(Exception):
+    """The first fault of a module: its kind, and the words for it."""
 
-    def targets(self) -> dict[str, LoraTarget]:
-        """All targets by their weight."""
-        targets: dict[str, LoraTarget] = {}
-        for group in self.modules.values():
-            for target in self._targets_of(group) if self._is_complete(group.found) else ():
-                if target.weight in targets:
-                    self.fault("duplicate", f"{target.weight} is changed by a fused and by a separate target")
-                targets[target.weight] = target
-        return targets
 
-    def _is_complete(self, found: Mapping[str, TensorInfo]) -> bool:
-        """Whether the tensors of a module belong together and have usable dtypes."""
-        stored = {role: info for role, info in found.items() if role != "alpha"}
-        bad = next((info for info in stored.values() if info.dtype not in FACTOR_DTYPES), None)
-        lone = next((info for role, info in stored.items() if role.removesuffix(SCALE) not in found), None)
-        there = [method for method in METHODS if method.is_there(stored)]
-        apart = {method: method.missing(stored) for method in there if method.missing(stored)}
-        if bad is not None:
-            self.fault("unusable dtype", f"{bad.name} is {bad.dtype}")
-        elif lone is not None:
-            self.fault("half pair", f"{lone.name} has no tensor that it scales")
-        elif not there:
-            self.fault("half pair", f"{', '.join(info.name for info in found.values())} without factors")
-        elif apart:
-            method, wrong = next(iter(apart.items()))
-            has = next(info for role, info in stored.items() if role in method.roles)
+def _targets(modules: Iterable[_Module], shapes: Shapes, facts: LoraFacts, faults: Faults) -> dict[str, LoraTarget]:
+    """All targets by their weight."""
+    targets: dict[str, LoraTarget] = {}
+    for module in modules:
+        try:
+            _check_roles(module.found)
+            own = list(_targets_of(module, shapes, facts))
+        except _Misfit as misfit:
+            kind, words = misfit.args
+            faults[kind].append(words)
+            continue
+        for target in own:
+            if target.weight in targets:
+                faults["duplicate"].append(f"{target.weight} is changed by a fused and by a separate target")
+            targets[target.weight] = target
+    return targets
+
+
+def _check_roles(found: Mapping[str, TensorInfo]) -> None:
+    """Raises _Misfit unless the tensors of a module belong together and have usable dtypes."""
+    stored = {role: info for role, info in found.items() if role != "alpha"}
+    for info in stored.values():
+        if info.dtype not in FACTOR_DTYPES:
+            raise _Misfit("unusable dtype", f"{info.name} is {info.dtype}")
+    for role, info in stored.items():
+        if role.removesuffix(SCALE) not in found:
+            raise _Misfit("half pair", f"{info.name} has no tensor that it scales")
+    there = [method for method in METHODS if method.is_there(stored)]
+    if not there:
+        raise _Misfit("half pair", f"{', '.join(info.name for info in found.values())} without factors")
+    for method in there:
+        if wrong := method.missing(stored):
+            has = next(info.name for role, info in stored.items() if role in method.roles)
             lacks = " or ".join(role for role in wrong if role not in stored)
-            self.fault("half pair", f"{has.name} has no {lacks} factor" if lacks else f"{has.name} and {wrong[0]}")
-        elif "magnitude" in stored and not all(method.rank for method in there):
-            self.fault("half pair", f"{stored['magnitude'].name} needs both factors and no .diff beside them")
-        elif clash := _clash(stored):
-            first, second = clash
-            self.fault("conflict", f"{first.name} and {second.name} change one module in two ways")
-        else:
-            return True
-        return False
-
-    def _targets_of(self, group: _ModuleKeys) -> Iterator[LoraTarget]:
-        """One target for each module, and one for a bias that changes too; none if a shape is wrong."""
-        wanted = self._wanted_shapes(group)
-        if wanted is None or not all(self._has_shape(group.found[role], shape) for role, shape in wanted.items()):
-            return
-        sized = {role: replace(group.found[role], shape=shape) for role, shape in wanted.items() if shape}
-        scales = {role: info for role, info in group.found.items() if role.endswith(SCALE)}
-        if not all(self._has_scale(info, sized[role.removesuffix(SCALE)]) for role, info in scales.items()):
-            return
-        methods = [method for method in METHODS if method.is_there(sized)]
-        cut = {"magnitude"}.union(*(FORMULAS[method.name].rows or () for method in methods))
-        rank, factor, alpha = self._facts(group, methods)
-        count = len(group.modules)
-        for i, module in enumerate(group.modules):
-            own: dict[str, dict[str, TensorInfo]] = {"weight": {}, "bias": {}}
-            for role, info in (sized | scales).items():
-                base = role.removesuffix(SCALE)
-                whole = base not in cut or math.prod(info.shape) == 1
-                own["bias" if base in _BIAS_ROLES else "weight"][role] = info if whole else _rows(info, i, count)
-            for kind, tensors in own.items():
-                names = tuple(method.name for method in methods if method.is_there(tensors))
-                if names:
-                    # A bias has no rank of its own.
-                    own_rank = rank if kind == "weight" else 0
-                    cayley = self._stated.cayley if "peft-oft" in names else PEFT_CAYLEY
-                    yield LoraTarget(self._tensor(module, kind), names, tensors, own_rank, factor, alpha, cayley)
-
-    def _facts(self, group: _ModuleKeys, methods: Sequence[Method]) -> tuple[int, float, float | None]:
-        """``(rank, factor, alpha)`` of a module's targets."""
-        scaled = [method for method in methods if method.rank]
-        if not scaled:
-            bounded = any(method.name == "oft" for method in methods)
-            return 0, 1.0, self._stated.alphas.get(group.key.module) if bounded else None
-        rank = scaled[0].rank_of({role: info.shape for role, info in group.found.items()})
-        alpha, factor = self._stated.scale(group.key, rank)
-        return rank, factor, alpha
-
-    def _wanted_shapes(self, group: _ModuleKeys) -> dict[str, tuple[int, ...] | None] | None:
-        """Role -> the shape of its tensor, None if there is nothing to change; None after a fault."""
-        found, sizes = group.found, {role: info.shape for role, info in group.found.items()}
-        weight, bias = self._whole(group, "weight"), self._whole(group, "bias")
-        wanted: dict[str, tuple[int, ...] | None] = {role: bias for role in found if role in _BIAS_ROLES}
-        for method in METHODS:
-            own = method.roles.intersection(found) - _BIAS_ROLES
-            if own and weight is None and method.name in _ANY_SHAPE:
-                wanted |= dict.fromkeys(own)
-            elif own:
-                if obstacle := _obstacle(group, method, weight):
-                    self.fault(*obstacle)
-                    return None
-                assert weight is not None
-                try:
-                    wanted |= FORMULAS[method.name].shapes(sizes, weight)
-                except ValueError as error:
-                    self.fault("shape mismatch", f"{group.key.module}: {error}")
-                    return None
-        if "magnitude" in found and weight is not None:
-            # One number for each output row, [out] (PEFT) or [out, 1]; or one for each input, [1, in] (LyCORIS).
-            inputs = (1, weight[1])
-            over_inputs = sizes["magnitude"] == inputs and weight[0] > 1 and len(group.modules) == 1
-            wanted["magnitude"] = inputs if over_inputs else weight[:1]
-        return wanted
-
-    def _whole(self, group: _ModuleKeys, kind: str) -> tuple[int, ...] | None:
-        """The shape of a module's weight or bias, or of fused ones stacked; None if there is none."""
-        shapes = {self._shapes.get(self._tensor(module, kind)) for module in group.modules}
-        shape = shapes.pop()
-        return None if shapes or not shape else (len(group.modules) * shape[0], *shape[1:])
-
-    def _tensor(self, module: str, kind: str) -> str:
-        """The name of a module's weight or bias; a table has the module's name."""
-        return module if kind == "weight" and module in self._shapes else f"{module}.{kind}"
-
-    def _has_scale(self, scale: TensorInfo, scaled: TensorInfo) -> bool:
-        """Whether ``scale`` is one number, or one for each row of ``scaled``."""
-        if math.prod(scale.shape) == 1 or scale.shape in ((scaled.shape[0],), (scaled.shape[0], 1)):
-            return True
-        expected = f"one number, or one for each of the {scaled.shape[0]} rows of {scaled.name}"
-        self.fault("shape mismatch", f"{scale.name} {list(scale.shape)}, expected {expected}")
-        return False
-
-    def _has_shape(self, info: TensorInfo, shape: tuple[int, ...] | None) -> bool:
-        # Some files have [rank, in, 1, 1], as for a convolution.
-        if shape is not None and _trimmed(info.shape, len(shape)) == shape and info.nbytes:
-            return True
-        if not info.nbytes:
-            self.fault("empty tensor", f"{info.name} {list(info.shape)} changes nothing")
-            return False
-        expected = "nothing to change there" if shape is None else list(shape)
-        self.fault("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
-        return False
-
-
-def _obstacle(group: _ModuleKeys, method: Method, weight: tuple[int, ...] | None) -> tuple[str, str] | None:
-    """The fault if ``method`` cannot change a weight of this shape; None if its tensors' shapes decide."""
-    found, module = group.found, group.key.module
-    if method.name in _ANY_SHAPE:
-        return None
-    if weight is None or len(weight) != 2:
-        return "shape mismatch", f"{module} is no linear, or its fused parts differ in shape"
-    if len(group.modules) > 1 and FORMULAS[method.name].rows is None:
-        return "shape mismatch", f"{module} is a fused projection, and {method.name} cannot be cut in parts"
-    flat = next((info for role, info in found.items() if role in method.needed and len(info.shape) < 2), None)
-    if flat is not None:
-        return "shape mismatch", f"{flat.name} {list(flat.shape)}, expected a matrix"
-    if method.name != "lora" or found["up"].shape[1] == found["down"].shape[0]:
-        return None
-    down, up = (f"{found[role].name} {list(found[role].shape)}" for role in ("down", "up"))
-    return "rank mismatch", f"{down} and {up}"
-
-
-def _clash(stored: Mapping[str, TensorInfo]) -> tuple[TensorInfo, TensorInfo] | None:
-    """Two tensors that cannot both change a module's weight, or its bias; None if there are none."""
-    for own in (stored.keys() - _BIAS_ROLES, stored.keys() & _BIAS_ROLES):
-        there = [method for method in METHODS if method.is_there(own)]
+            raise _Misfit("half pair", f"{has} has no {lacks} factor" if lacks else f"{has} and {wrong[0]}")
+    if "magnitude" in stored and not all(method.rank for method in there):
+        raise _Misfit("half pair", f"{stored['magnitude'].name} needs both factors and no .diff beside them")
+    for roles in (stored.keys() - _BIAS_ROLES, stored.keys() & _BIAS_ROLES):
+        there = [method for method in METHODS if method.is_there(roles)]
         ranked = [method for method in there if method.rank]
         apart = ranked if len(ranked) > 1 else there if any(method.alone for method in there) else []
         if len(apart) > 1:
-            first, second = (next(stored[role] for role in method.roles if role in own) for method in apart[:2])
-            return first, second
-    return None
+            first, second = (next(stored[role].name for role in method.roles & roles) for method in apart[:2])
+            raise _Misfit("conflict", f"{first} and {second} change one module in two ways")
+
+
+def _targets_of(module: _Module, shapes: Shapes, facts: LoraFacts) -> Iterator[LoraTarget]:
+    """One target for each module, and one for a bias that changes too. Raises _Misfit for a wrong shape."""
+    sized = _sized(module, shapes)
+    scales = {role: info for role, info in module.found.items() if role.endswith(SCALE)}
+    for role, info in scales.items():
+        _check_scale(info, sized[role.removesuffix(SCALE)])
+    methods = [method for method in METHODS if method.is_there(sized)]
+    cut = {"magnitude"}.union(*(FORMULAS[method.name].rows or () for method in methods))
+    rank, factor, alpha = _scaling(module, methods, facts)
+    count = len(module.names)
+    for i, name in enumerate(module.names):
+        own: dict[str, dict[str, TensorInfo]] = {"weight": {}, "bias": {}}
+        for role, info in (sized | scales).items():
+            base = role.removesuffix(SCALE)
+            whole = base not in cut or math.prod(info.shape) == 1
+            own["bias" if base in _BIAS_ROLES else "weight"][role] = info if whole else _rows(info, i, count)
+        for kind, tensors in own.items():
+            used = tuple(method.name for method in methods if method.is_there(tensors))
+            if used:
+                # A bias has no rank of its own.
+                own_rank = rank if kind == "weight" else 0
+                cayley = facts.cayley if "peft-oft" in used else PEFT_CAYLEY
+                yield LoraTarget(_tensor(name, kind, shapes), used, tensors, own_rank, factor, alpha, cayley)
+
+
+def _scaling(module: _Module, methods: Sequence[Method], facts: LoraFacts) -> tuple[int, float, float | None]:
+    """``(rank, factor, alpha)`` of a module's targets."""
+    scaled = next((method for method in methods if method.rank), None)
+    if scaled is None:
+        bounded = any(method.name == "oft" for method in methods)
+        return 0, 1.0, facts.alphas.get(module.key.module) if bounded else None
+    rank = scaled.rank_of({role: info.shape for role, info in module.found.items()})
+    alpha, factor = facts.scale(module.key, rank)
+    return rank, factor, alpha
+
+
+def _sized(module: _Module, shapes: Shapes) -> dict[str, TensorInfo]:
+    """The tensors that change something, without trailing sizes of 1. Raises _Misfit."""
+    found, sizes = module.found, {role: info.shape for role, info in module.found.items()}
+    weight, bias = (_whole(module.names, kind, shapes) for kind in ("weight", "bias"))
+    wanted = {role: bias for role in found if role in _BIAS_ROLES}
+    for method in METHODS:
+        own = method.roles.intersection(found) - _BIAS_ROLES
+        if own and weight is None and method.name in _ANY_SHAPE:
+            wanted |= dict.fromkeys(own)
+        elif own:
+            _check_method(module, method, weight)
+            assert weight is not None
+            try:
+                wanted |= FORMULAS[method.name].shapes(sizes, weight)
+            except ValueError as error:
+                raise _Misfit("shape mismatch", f"{module.key.module}: {error}") from None
+    if "magnitude" in found and weight is not None:
+        # One number for each output row, [out] (PEFT) or [out, 1]; or one for each input, [1, in] (LyCORIS).
+        inputs = (1, weight[1])
+        over_inputs = sizes["magnitude"] == inputs and weight[0] > 1 and len(module.names) == 1
+        wanted["magnitude"] = inputs if over_inputs else weight[:1]
+    return {role: _with_shape(found[role], shape) for role, shape in wanted.items()}
+
+
+def _check_method(module: _Module, method: Method, weight: tuple[int, ...] | None) -> None:
+    """Raises _Misfit if ``method`` cannot change a weight of this shape, whatever the shapes of its tensors."""
+    found, name = module.found, module.key.module
+    if method.name in _ANY_SHAPE:
+        return
+    if weight is None or len(weight) != 2:
+        raise _Misfit("shape mismatch", f"{name} is no linear, or its fused parts differ in shape")
+    if len(module.names) > 1 and FORMULAS[method.name].rows is None:
+        raise _Misfit("shape mismatch", f"{name} is a fused projection, and {method.name} cannot be cut in parts")
+    for role, info in found.items():
+        if role in method.needed and len(info.shape) < 2:
+            raise _Misfit("shape mismatch", f"{info.name} {list(info.shape)}, expected a matrix")
+    if method.name == "lora" and found["up"].shape[1] != found["down"].shape[0]:
+        down, up = (f"{found[role].name} {list(found[role].shape)}" for role in ("down", "up"))
+        raise _Misfit("rank mismatch", f"{down} and {up}")
+
+
+def _with_shape(info: TensorInfo, shape: tuple[int, ...] | None) -> TensorInfo:
+    """``info`` as ``shape``. Raises _Misfit if that is None, or more than trailing sizes of 1 differ."""
+    if not info.nbytes:
+        raise _Misfit("empty tensor", f"{info.name} {list(info.shape)} changes nothing")
+    # Some files have [rank, in, 1, 1], as for a convolution.
+    if shape is None or info.shape[: len(shape)] != shape or math.prod(info.shape[len(shape) :]) != 1:
+        expected = "nothing to change there" if shape is None else list(shape)
+        raise _Misfit("shape mismatch", f"{info.name} {list(info.shape)}, expected {expected}")
+    return replace(info, shape=shape)
+
+
+def _check_scale(scale: TensorInfo, scaled: TensorInfo) -> None:
+    """Raises _Misfit unless ``scale`` is one number, or one for each row of ``scaled``."""
+    rows = scaled.shape[0]
+    if math.prod(scale.shape) != 1 and scale.shape not in ((rows,), (rows, 1)):
+        expected = f"one number, or one for each of the {rows} rows of {scaled.name}"
+        raise _Misfit("shape mismatch", f"{scale.name} {list(scale.shape)}, expected {expected}")
+
+
+def _whole(modules: Sequence[str], kind: str, shapes: Shapes) -> tuple[int, ...] | None:
+    """The shape of a module's weight or bias, or of fused ones stacked; None if there is none."""
+    shape, *others = {shapes.get(_tensor(module, kind, shapes)) for module in modules}
+    return None if others or not shape else (len(modules) * shape[0], *shape[1:])
+
+
+def _tensor(module: str, kind: str, shapes: Shapes) -> str:
+    """The name of a module's weight or bias; a table has the module's name."""
+    return module if kind == "weight" and module in shapes else f"{module}.{kind}"
 
 
 def _is_marker(info: TensorInfo) -> bool:
     """Whether a tensor only marks a file: it has no elements, or is the sign of quantised weights."""
     return parse_key(info.name) is None and (not info.nbytes or info.name.rpartition(".")[2] == "scaled_fp8")
-
-
-def _trimmed(shape: tuple[int, ...], length: int) -> tuple[int, ...]:
-    """``shape`` without trailing ones after its first ``length`` sizes."""
-    return shape[:length] if all(size == 1 for size in shape[length:]) else shape
 
 
 def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
@@ -478,14 +466,18 @@ def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
     return replace(info, shape=shape, start=info.start + i * nbytes, nbytes=nbytes)
 
 
-def _misfit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
+# What is said of it
+
+
+def _does_not_fit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
     counts = (f"{len(items)} {kind if len(items) == 1 else _plural(kind)}" for kind, items in faults.items())
+    text = "; bake-lora --text bakes those of the text path" if "target outside the transformer" in faults else ""
     skippable = set(faults) <= {"unmatched target", "target outside the transformer"}
     return AdapterError(
         f"does not fit this transformer: {', '.join(counts)}",
         file=path,
         items=[f"{kind}: {item}" for kind, items in faults.items() for item in items],
-        next=_advice(faults) if skippable else None,
+        next=f"the same command with --allow-unmatched leaves these targets out{text}" if skippable else None,
     )
 
 
@@ -493,11 +485,6 @@ def _plural(kind: str) -> str:
     if kind.startswith("target "):
         return kind.replace("target ", "targets ", 1)
     return f"{kind}es" if kind.endswith("ch") else f"{kind}s"
-
-
-def _advice(faults: Iterable[str]) -> str:
-    text = "; bake-lora --text bakes those of the text path" if "target outside the transformer" in faults else ""
-    return f"the same command with --allow-unmatched leaves these targets out{text}"
 
 
 def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Sequence[str]) -> AdapterError:
@@ -520,8 +507,12 @@ def _other_model(path: Path, unmatched: Sequence[str], shapes: Shapes, rests: Se
     )
 
 
-def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget], facts: LoraFacts) -> Iterator[str]:
+def _told(
+    unmatched: Sequence[str], rests: Iterable[str], targets: Mapping[str, LoraTarget], facts: LoraFacts
+) -> Iterator[str]:
     """Sentences about its names and methods for the user."""
+    if unmatched:
+        yield f"{len(unmatched)} targets are not in the transformer and are left out: {listed(unmatched)}"
     for rest in rests:
         yield f"its names have `{rest}` before ours, which ltxpack removes"
     scaled = {name: target.factor for name, target in targets.items() if target.rank}
@@ -533,14 +524,6 @@ def _told(rests: Iterable[str], targets: Mapping[str, LoraTarget], facts: LoraFa
     stated = any(one.fact == "use_cayley_neumann" for one in facts.statements)
     if not stated and any("peft-oft" in target.methods for target in targets.values()):
         yield "nothing says how its oft_R becomes rotations: taken as PEFT does by default (a series of 5 terms)"
-    replaced = [name for name, target in targets.items() if "weight" in target.methods]
-    if replaced:
-        shown = ", ".join(replaced[:5]) + (" …" if len(replaced) > 5 else "")
+    if replaced := [name for name, target in targets.items() if "weight" in target.methods]:
         what = "1 tensor is" if len(replaced) == 1 else f"{len(replaced)} tensors are"
-        yield f"{what} replaced whole (at strength 1; else that share of the way): {shown}"
-
-
-def _warnings(unmatched: Sequence[str]) -> Iterator[str]:
-    if unmatched:
-        shown = ", ".join(unmatched[:5]) + (" …" if len(unmatched) > 5 else "")
-        yield f"{len(unmatched)} targets are not in the transformer and are left out: {shown}"
+        yield f"{what} replaced whole (at strength 1; else that share of the way): {listed(replaced)}"

@@ -12,7 +12,7 @@ import functools
 import importlib
 import itertools
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,7 @@ from typing import Any, Self
 from ltxpack.activations import base_digest
 from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
 from ltxpack.imports import uncollected
-from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, LoraUse, Shapes, open_adapter
+from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat, split_name
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
 from ltxpack.lora_bake.forms import calibrated, quantised_linears
@@ -34,27 +34,25 @@ from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import Staging, find_place, publish_bakes, recover
 from ltxpack.repack.verify import Fault, damaged, verify
-from ltxpack.repack.write import ShardWriter, preflight, write_bytes, write_item
+from ltxpack.repack.write import WRITE_BUFFERS, ShardWriter, preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
 from ltxpack.strength import Strength
 
 
 def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
-    """The files that ``bake`` would write, with sizes, ``write`` or ``link``. Writes and fetches nothing.
+    """The files that ``bake`` would make, with sizes, and whether it writes or links each. Writes and fetches nothing.
 
-    ``total_bytes`` is the sum of all sizes, ``written_bytes`` without the links; both include a bound for each of the
-    two reports. ``arithmetic`` says how ``bake`` would make the sums and how long the products take here. Raises the
-    errors of ``bake`` before it writes. It reads only the header of a LoRA on the hub, and so misses faults of its
-    content (NaN, other inputs).
+    ``total_bytes`` is the sum of all sizes, ``written_bytes`` the sum without links; both include an upper bound for
+    each of the two reports. ``arithmetic`` says how ``bake`` would make the sums and how long the products take here.
+    Raises the errors of ``bake``, but for faults in the content of a LoRA on the hub, of which it reads the header.
     """
     options = options.checked()
-    manifest = read_manifest(options.overlay)
-    bases = _bases(options, manifest)
-    found = find_loras(options, manifest, _shapes(bases), reporter, headers_only=True)
-    plans = _plans(options, manifest, bases, found, [lora.known_digest() for lora in found])
-    if all(lora.here for lora in found):
-        plans = _to_be_made(plans, manifest, options)
-    adapters = [part for lora in found if (part := lora.adapter.within(bases[BAKES].shapes)).targets]
+    wanted = _Wanted.find(options, reporter, headers_only=True)
+    plans = wanted.plans()
+    if all(lora.here for lora in wanted.loras):
+        plans = wanted.new(plans)
+    transformer = wanted.bases[BAKES].shapes
+    adapters = [part for lora in wanted.loras if (part := lora.adapter.within(transformer)).targets]
     arithmetic = _arithmetic(options, adapters)
     files = [file for plan in plans for file in plan.files(arithmetic)]
     written = sum(file["bytes"] for file in files if file["action"] == "write")
@@ -72,29 +70,25 @@ def bake(options: BakeOptions, reporter: Reporter) -> list[BakeReport]:
     OverlayError (in use, changed, exists from other inputs, no space) or DeviceError. The overlay stays valid.
     """
     options = options.checked()
-    overlay = options.overlay
-    read_manifest(overlay)
-    with OverlayLock(overlay, reporter) as lock:
-        refuse_links(overlay / WORK_FOLDER, *(overlay / place for place in BAKED))
-        recover(overlay, reporter)
-        manifest = read_manifest(overlay)
-        bases = _bases(options, manifest)
-        found = find_loras(options, manifest, _shapes(bases), reporter)
-        if all(lora.own for lora in found) and not options.force:
-            plans = _plans(options, manifest, bases, found, [lora.known_digest() for lora in found])
-            if all(_is_there(plan, manifest) for plan in plans):
-                return [_there_already(plan, manifest) for plan in plans]
+    read_manifest(options.overlay)
+    with _locked(options.overlay, reporter) as lock:
+        wanted = _Wanted.find(options, reporter)
+        if all(lora.own for lora in wanted.loras) and not options.force:
+            plans = wanted.plans()
+            if all(map(wanted.is_there, plans)):
+                return list(map(wanted.there_already, plans))
         torch = _torch_ahead()
-        plans = _plans(options, manifest, bases, found, [lora.read_digest(reporter) for lora in found])
-        new = _to_be_made(plans, manifest, options)
+        plans = wanted.plans(reporter)
+        new = wanted.new(plans)
         torch.result()
         made: dict[str, BakeReport] = {}
         for place in BAKED:
             if group := [plan for plan in new if plan.base.place == place]:
-                wanted = options if place == BAKES else dataclasses.replace(options, formats=(BF16,))
-                arithmetic = _arithmetic(wanted, [lora.adapter for lora in group[0].loras])
+                formats = options.formats if place == BAKES else (BF16,)
+                adapters = [lora.adapter for lora in group[0].loras]
+                arithmetic = _arithmetic(dataclasses.replace(options, formats=formats), adapters)
                 made |= _run(group, arithmetic, reporter, lock)
-        return [made.get(plan.folder) or _there_already(plan, manifest) for plan in plans]
+        return [made.get(plan.folder) or wanted.there_already(plan) for plan in plans]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,23 +103,14 @@ class UnwrittenBake:
         """The arithmetic of this machine. Needs torch, unlike a plan."""
         return _arithmetic(self.options, [lora.adapter for lora in self.plan.loras])
 
-    @property
-    def stated(self) -> Bake:
-        """Its manifest entry, without files and arithmetic."""
-        plan = self.plan
-        return Bake(plan.recorded, plan.rule, "", "", (), (), plan.form, plan.quantised, plan.calibration)
-
 
 def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bool = False) -> UnwrittenBake:
     """The one bake of ``options``, with its LoRAs read. Raises the errors of ``bake`` before it writes."""
     options = options.checked()
-    manifest = read_manifest(options.overlay)
-    bases = _bases(options, manifest)
-    found = find_loras(options, manifest, _shapes(bases), reporter, headers_only)
+    wanted = _Wanted.find(options, reporter, headers_only)
     if not headers_only:
         _torch_ahead()
-    digests = [lora.known_digest() if headers_only else lora.read_digest(reporter) for lora in found]
-    [plan] = _plans(options, manifest, bases, found, digests)
+    [plan] = wanted.plans(None if headers_only else reporter)
     _tell(plan.rule, [lora.adapter for lora in plan.loras], reporter)
     return UnwrittenBake(plan, options)
 
@@ -170,9 +155,7 @@ def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], report
     ``files``: by the LoRAs' blake3. It uses the recorded kernel and device if this machine
     has them, so that the bytes are the same. Raises the errors of ``bake``, and OverlayError for a LoRA that changed.
     """
-    with OverlayLock(overlay, reporter) as lock:
-        refuse_links(overlay / WORK_FOLDER, *(overlay / place for place in BAKED))
-        recover(overlay, reporter)
+    with _locked(overlay, reporter) as lock:
         manifest = read_manifest(overlay)
         place, _, name = folder.rpartition("/")
         made, base = manifest.baked[folder], read_base(overlay, manifest, place)
@@ -194,57 +177,94 @@ def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], report
         _run([BakePlan(name, tuple(loras), made.rule, base, overlay, *form)], arithmetic, reporter, lock)
 
 
+@contextlib.contextmanager
+def _locked(overlay: Path, reporter: Reporter) -> Iterator[OverlayLock]:
+    """The lock of the overlay, after an interrupted publishing was finished or undone."""
+    with OverlayLock(overlay, reporter) as lock:
+        refuse_links(overlay / WORK_FOLDER, *(overlay / place for place in BAKED))
+        recover(overlay, reporter)
+        yield lock
+
+
 # Plan
 
 
-def _plans(
-    options: BakeOptions,
-    manifest: Manifest,
-    bases: Mapping[str, Base],
-    found: Sequence[FoundLora],
-    digests: Sequence[str],
-) -> list[BakePlan]:
-    """One plan per strength and format, and one per strength for the text path.
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What a command asks for: ``bases`` by the place of their bakes, ``loras`` in order of application."""
 
-    Raises AdapterError for a method that the official rule does not know, a model that would be distilled twice, an
-    activations file of another bake, or a text path that no LoRA changes; UsageError for unknown blocks.
-    """
-    if options.rule == "official":
-        _refuse_beyond_official([lora.adapter for lora in found], options)
-    _refuse_absent_blocks(options, bases[BAKES])
-    named = [
-        (dataclasses.replace(lora.adapter, name=lora.bake_part(digest, manifest, options)), digest)
-        for lora, digest in zip(found, digests, strict=True)
-    ]
-    plans: dict[str, BakePlan] = {}
-    for (place, base), strength in itertools.product(bases.items(), options.strengths):
-        # The base alone has no LoRA and the strength 0.
-        strengths = [*(value for _, value in options.added), strength] if found else []
-        uses = tuple(
-            LoraUse.of(part, base.strength(value), digest, options.rule)
-            for (adapter, digest), value in zip(named, strengths, strict=True)
-            if (part := adapter.within(base.shapes)).targets
-        )
-        _refuse_twice_distilled(uses, manifest, options)
-        for form in options.formats if place == BAKES else (BF16,):
-            name = options.name or bake_name([(use.baked.name, use.baked.applied) for use in uses], form)
-            plan = BakePlan(name, uses, options.rule, base, options.overlay)
-            if uses or not found:  # else the LoRAs change only the text path, or nothing of it
-                plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options))
-    if options.text and not any(plan.base.place == TEXT_ENCODERS for plan in plans.values()):
-        files = [lora.adapter.path.name for lora in found]
-        raise AdapterError("no LoRA changes the text path", items=files, next=options.command(text=False))
-    return list(plans.values())
+    options: BakeOptions
+    manifest: Manifest
+    bases: Mapping[str, Base]
+    loras: Sequence[FoundLora]
 
+    @classmethod
+    def find(cls, options: BakeOptions, reporter: Reporter, headers_only: bool = False) -> _Wanted:
+        """Read the bases and fit the LoRAs."""
+        manifest = read_manifest(options.overlay)
+        places = BAKED if options.text else (BAKES,)
+        bases = {place: read_base(options.overlay, manifest, place) for place in places}
+        # Bases share no names.
+        shapes = {name: shape for base in bases.values() for name, shape in base.shapes.items()}
+        return cls(options, manifest, bases, find_loras(options, manifest, shapes, reporter, headers_only))
 
-def _bases(options: BakeOptions, manifest: Manifest) -> dict[str, Base]:
-    """The bases, by the place of their bakes."""
-    return {place: read_base(options.overlay, manifest, place) for place in (BAKED if options.text else (BAKES,))}
+    def plans(self, reporter: Reporter | None = None) -> list[BakePlan]:
+        """One plan per strength and format, and one per strength for the text path.
 
+        With a ``reporter`` it reads the LoRAs' values. Raises the errors of :meth:`.FoundLora.digest`, AdapterError (a
+        method that the official rule does not know, a model that would be distilled twice, an activations file of
+        another bake, a text path that no LoRA changes) or UsageError (unknown blocks).
+        """
+        options, digests = self.options, [lora.digest(reporter) for lora in self.loras]
+        if options.rule == "official":
+            _refuse_beyond_official([lora.adapter for lora in self.loras], options)
+        _refuse_absent_blocks(options, self.bases[BAKES])
+        named = [lora.named(digest, self.manifest, options) for lora, digest in zip(self.loras, digests, strict=True)]
+        plans: dict[str, BakePlan] = {}
+        for (place, base), strength in itertools.product(self.bases.items(), options.strengths):
+            # The base alone has no LoRA and the strength 0.
+            strengths = [*(value for _, value in options.added), strength] if named else []
+            uses = tuple(
+                LoraUse.of(part, base.strength(value), digest, options.rule)
+                for adapter, digest, value in zip(named, digests, strengths, strict=True)
+                if (part := adapter.within(base.shapes)).targets
+            )
+            _refuse_twice_distilled(uses, self.manifest, options)
+            for form in options.formats if place == BAKES else (BF16,):
+                name = options.name or bake_name([(use.baked.name, use.baked.applied) for use in uses], form)
+                plan = BakePlan(name, uses, options.rule, base, options.overlay)
+                if uses or not named:  # else the LoRAs change only the text path, or nothing of it
+                    plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options))
+        if options.text and not any(plan.base.place == TEXT_ENCODERS for plan in plans.values()):
+            files = [adapter.path.name for adapter in named]
+            raise AdapterError("no LoRA changes the text path", items=files, next=options.command(text=False))
+        return list(plans.values())
 
-def _shapes(bases: Mapping[str, Base]) -> Shapes:
-    """The shapes of all bases, which share no names."""
-    return {name: shape for base in bases.values() for name, shape in base.shapes.items()}
+    def is_there(self, plan: BakePlan) -> bool:
+        """Whether the overlay holds this bake, with files of the right sizes."""
+        bake = self.manifest.baked.get(plan.folder)
+        if bake is None or not plan.is_made_from(bake):
+            return False
+        paths = [(plan.overlay / record.path, record.size) for record in bake.files]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
+
+    def new(self, plans: Sequence[BakePlan]) -> list[BakePlan]:
+        """The plans whose bakes do not exist, or all with ``force``. Raises OverlayError for a name that is taken."""
+        new = [plan for plan in plans if self.options.force or not self.is_there(plan)]
+        for plan in () if self.options.force else new:
+            bake = self.manifest.baked.get(plan.folder)
+            if bake is not None and not plan.is_made_from(bake):
+                raise OverlayError(
+                    "exists already, made from other inputs", file=plan.overlay / plan.folder,
+                    expected=_described(plan.stated), found=_described(bake), next=self.options.command(force=True),
+                )  # fmt: skip
+        return new
+
+    def there_already(self, plan: BakePlan) -> BakeReport:
+        """The report of a bake that exists."""
+        bake = self.manifest.baked[plan.folder]
+        document = {"bake": plan.name, "rule": bake.rule, "kernel": bake.kernel, "device": bake.device}
+        return BakeReport(plan.name, plan.folder, False, {**document, "changed_tensors": len(bake.changed)})
 
 
 def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -> None:
@@ -299,42 +319,12 @@ def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
     return dataclasses.replace(plan, form=form, quantised=linears, calibration=calibration)
 
 
-def _is_there(plan: BakePlan, manifest: Manifest) -> bool:
-    """Whether the overlay holds this bake, with files of the right sizes."""
-    bake = manifest.baked.get(plan.folder)
-    if bake is None or not plan.is_made_from(bake):
-        return False
-    paths = [(plan.overlay / record.path, record.size) for record in bake.files]
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths)
-
-
-def _to_be_made(plans: Sequence[BakePlan], manifest: Manifest, options: BakeOptions) -> list[BakePlan]:
-    """The plans whose bakes do not exist, or all with ``force``. Raises OverlayError for a name that is taken."""
-    if options.force:
-        return list(plans)
-    new = [plan for plan in plans if not _is_there(plan, manifest)]
-    for plan in new:
-        bake = manifest.baked.get(plan.folder)
-        if bake is not None and not plan.is_made_from(bake):
-            wanted, found = _described(plan, plan.form), _described(bake, bake.format)
-            problem, path = "exists already, made from other inputs", plan.overlay / plan.folder
-            raise OverlayError(problem, file=path, expected=wanted, found=found, next=options.command(force=True))
-    return new
-
-
-def _described(made: BakePlan | Bake, form: str) -> str:
-    loras = made.recorded if isinstance(made, BakePlan) else made.loras
-    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.applied}" for lora in loras) or "the base"
-    if form == BF16:
-        return f"{stack}, rule {made.rule}"
-    calibrated = "" if made.calibration is None else f" calibrated by {made.calibration.name}"
-    return f"{stack}, rule {made.rule}, {len(made.quantised)} linears in {form}{calibrated}"
-
-
-def _there_already(plan: BakePlan, manifest: Manifest) -> BakeReport:
-    bake = manifest.baked[plan.folder]
-    document = {"bake": plan.name, "rule": bake.rule, "kernel": bake.kernel, "device": bake.device}
-    return BakeReport(plan.name, plan.folder, False, {**document, "changed_tensors": len(bake.changed)})
+def _described(bake: Bake) -> str:
+    stack = " + ".join(f"{lora.file} ({lora.blake3[:8]}) at {lora.applied}" for lora in bake.loras) or "the base"
+    if bake.format == BF16:
+        return f"{stack}, rule {bake.rule}"
+    calibrated = "" if bake.calibration is None else f" calibrated by {bake.calibration.name}"
+    return f"{stack}, rule {bake.rule}, {len(bake.quantised)} linears in {bake.format}{calibrated}"
 
 
 # Run
@@ -377,18 +367,13 @@ def _usable(arithmetic: Arithmetic, rule: str) -> bool:
 
 
 def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> dict[str, BakeReport]:
-    """Write and publish the bakes, and add them to the manifest.
-
-    A failure keeps complete files, unless the LoRA is bad.
-    """
+    """Write and publish the bakes, and add them to the manifest. A failure keeps complete files, a bad LoRA none."""
     import torch
 
-    from ltxpack.lora_bake.trial import settled, tell_idle
+    from ltxpack.lora_bake.trial import settled
 
-    overlay, adapters = plans[0].overlay, [lora.adapter for lora in plans[0].loras]
-    _tell(plans[0].rule, adapters, reporter)
-    adapters = settled(adapters, plans[0].base, reporter)
-    tell_idle(plans, plans[0].base, reporter)
+    _tell(plans[0].rule, [lora.adapter for lora in plans[0].loras], reporter)
+    adapters = settled(plans, reporter)
     with contextlib.ExitStack() as stack:
         bakes = [stack.enter_context(StagedBake(plan, chosen, reporter, lock)) for plan in plans]
         items = [item for bake in bakes for item in bake.missing_items()]
@@ -403,7 +388,7 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
         except torch.OutOfMemoryError:
             problem = f"too little memory on {chosen.device}"
             raise DeviceError(problem, next="free memory on the device, or bake with --device cpu") from None
-        manifest = read_manifest(overlay)
+        manifest = read_manifest(plans[0].overlay)
         reports = {}
         for bake in bakes:
             record, document = bake.finish()
@@ -415,7 +400,7 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
 
 
 def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: Base, reporter: Reporter) -> None:
-    """Write all missing shards in turn, with one read of each for all bakes with the same arithmetic."""
+    """Write all missing items. Bakes with the same arithmetic share one read of each shard."""
     from ltxpack.lora_bake.stream import Engine, ShardOutput
 
     for bake in bakes:
@@ -425,24 +410,28 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: Base,
     for arithmetic in dict.fromkeys(bake.arithmetic for bake in bakes):
         with Engine(adapters, arithmetic, reporter) as engine:
             for shard in base.shards:
-                outputs = {}
-                for bake in bakes:
-                    changed = bake.plan.shards.get(shard.name)
-                    if changed is not None and bake.arithmetic == arithmetic and not bake.has(changed.path):
-                        opened = functools.partial(_opened, changed, bake.root, reporter)
-                        outputs[bake] = ShardOutput(changed.path, changed.entries, bake.plan.strengths_in, opened)
-                records = engine.fuse_shard(shard, list(outputs.values())) if outputs else []
-                for (bake, output), record in zip(outputs.items(), records, strict=True):
+                shards = ((bake, bake.plan.shards.get(shard.name)) for bake in bakes if bake.arithmetic == arithmetic)
+                left = {bake: item for bake, item in shards if item is not None and item.path not in bake.done}
+                with contextlib.ExitStack() as stack:
+                    outputs = [
+                        ShardOutput(item.path, item.entries, bake.plan.strengths_in, stack.enter_context(writer))
+                        for (bake, item), writer in zip(left.items(), _writers(left, reporter), strict=True)
+                    ]
+                    records = engine.fuse_shard(shard, outputs) if outputs else []
+                for bake, output, record in zip(left, outputs, records, strict=True):
                     bake.record_shard(record, output.stats.values())
 
 
-def _opened(item: WriteShard, root: Path, reporter: Reporter, buffers: int) -> ShardWriter:
-    reporter.advance(len(item.header))
-    return ShardWriter(root, item.path, item.header, item.size, buffers=buffers)
+def _writers(items: Mapping[StagedBake, WriteShard], reporter: Reporter) -> Iterator[ShardWriter]:
+    # The more bakes share the disk, the fewer write buffers each has.
+    buffers = max(2, WRITE_BUFFERS + 1 - len(items))
+    for bake, item in items.items():
+        reporter.advance(len(item.header))
+        yield ShardWriter(bake.root, item.path, item.header, item.size, buffers=buffers)
 
 
 def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
-    """Warn of effects of these LoRAs under this rule that a user may not expect."""
+    """Say what these LoRAs do under this rule that a user may not expect."""
     for adapter in adapters:
         scaled = sum(target.factor != 1.0 for target in adapter.targets.values())
         if rule == "official" and scaled:
@@ -466,19 +455,19 @@ class StagedBake(Staging):
         self.plan = plan
         self.arithmetic = chosen
         self._stats: dict[str, list[TargetStat]] = {}
-        self._shards = {item.path: item for item in plan.shards.values()}
 
     def __enter__(self) -> Self:
         super().__enter__()
-        self._take_over()
+        for item in self.plan.shards.values():
+            if item.path in self.done and not self._take_over(item):
+                del self._journal.records[item.path]
         return self
 
     def missing_items(self) -> list[Item]:
-        """The items that are not written yet, without the reports."""
-        return [item for item in self.plan.items if not self.has(item.path)]
+        """The items that are not complete, without the reports."""
+        return [item for item in self.plan.items if item.path not in self.done]
 
     def record_shard(self, record: FileRecord, stats: Iterable[TargetStat]) -> None:
-        """Record a complete shard."""
         self._stats[record.path] = list(stats)
         measured = [dataclasses.astuple(stat) for stat in self._stats[record.path]]
         self.record(record, [dataclasses.astuple(self.arithmetic), measured])
@@ -497,23 +486,19 @@ class StagedBake(Staging):
         with contextlib.suppress(OSError):
             self.work.parent.rmdir()
 
-    def has(self, path: str) -> bool:
-        """Whether ``path`` is done; a fused shard needs its measurements too."""
-        return path in self.done and (path in self._stats or path not in self._shards)
-
-    def _take_over(self) -> None:
-        """Take the measurements of an earlier run of this plan; drops shards with an unsound note."""
-        for path, item in self._shards.items():
-            try:
-                chosen, measured = self._journal.notes[path]
-                arithmetic = Arithmetic(*chosen)
-                stats = [
-                    TargetStat(str(name), float(base), float(delta), int(elements), int(changed), *map(float, rounding))
-                    for name, base, delta, elements, changed, *rounding in measured
-                ]
-            except (KeyError, TypeError, ValueError):
-                continue
-            fused = {tensor.name for tensor in item.tensors if tensor.nbytes and tensor.name in self.plan.touched}
-            known = arithmetic == self.arithmetic if self._stats else _usable(arithmetic, self.plan.rule)
-            if known and {stat.name for stat in stats} == fused:
-                self.arithmetic, self._stats[path] = arithmetic, stats
+    def _take_over(self, item: WriteShard) -> bool:
+        """Take the measurements of an earlier run of this plan; returns False for an unsound note."""
+        try:
+            chosen, measured = self._journal.notes[item.path]
+            arithmetic = Arithmetic(*chosen)
+            stats = [
+                TargetStat(str(name), float(base), float(delta), int(elements), int(changed), *map(float, rounding))
+                for name, base, delta, elements, changed, *rounding in measured
+            ]
+        except (KeyError, TypeError, ValueError):
+            return False
+        fused = {tensor.name for tensor in item.tensors if tensor.nbytes and tensor.name in self.plan.touched}
+        known = arithmetic == self.arithmetic if self._stats else _usable(arithmetic, self.plan.rule)
+        if sound := known and {stat.name for stat in stats} == fused:
+            self.arithmetic, self._stats[item.path] = arithmetic, stats
+        return sound

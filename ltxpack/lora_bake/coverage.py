@@ -16,7 +16,7 @@ from typing import Any
 
 from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.ltx23.lora_keys import linear_modules
-from ltxpack.manifest import FP8, Calibration
+from ltxpack.manifest import FP8, Bake
 
 REPORT_FORMAT = 1
 REPORT_NAME = "coverage.json"
@@ -57,6 +57,16 @@ class TargetStat:
         if self.delta_square == 0:
             return 0.0
         return significant(math.sqrt(self.delta_square / self.base_square)) if self.base_square else None
+
+    @property
+    def error(self) -> float:
+        """‖stored - sum‖/‖sum‖ of a quantised tensor, rounded; ``sum`` is the float32 sum."""
+        return significant(math.sqrt(self.error_square / self.sum_square)) if self.sum_square else 0.0
+
+    @property
+    def rounding(self) -> float:
+        """The share of the error's square that comes from the rounding to codes; the rest comes from the rule."""
+        return min(1.0, significant(self.rounding_square / self.error_square)) if self.error_square else 0.0
 
 
 @dataclass(frozen=True)
@@ -137,62 +147,36 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 
 def build_report(
-    name: str, loras: Sequence[LoraUse], stats: Iterable[TargetStat], shapes: Shapes, arithmetic: Mapping[str, str]
+    name: str, loras: Sequence[LoraUse], stats: Iterable[TargetStat], shapes: Shapes, made: Bake
 ) -> dict[str, Any]:
-    """coverage.json as a document. ``arithmetic`` holds rule, kernel and device."""
-    measured = {stat.name: stat for stat in stats}
-    changes = [stat.change for stat in measured.values() if stat.change is not None]
+    """coverage.json as a document. ``made``: rule, kernel, device and form; it needs no files."""
+    measured = sorted(stats, key=lambda stat: stat.name)
+    changes = [stat.change for stat in measured if stat.change is not None]
     places = [split_name(f"{module}.weight") for module in linear_modules(shapes)]
     blocks = {block for block, _ in places if block is not None}
-    return {
+    quantised = {f"{linear}.weight" for linear in made.quantised}
+    document = {
         "format": REPORT_FORMAT,
         "bake": name,
-        **arithmetic,
-        "loras": [_lora(lora, shapes, arithmetic["rule"]) for lora in loras],
-        "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
-        "changed_weights": sum(stat.changed for stat in measured.values()),
-        "targeted_weights": sum(stat.elements for stat in measured.values()),
+        "rule": made.rule,
+        "kernel": made.kernel,
+        "device": made.device,
+        "loras": [_lora(lora, shapes, made.rule) for lora in loras],
+        "changed_tensors": sum(stat.changed > 0 for stat in measured),
+        "changed_weights": sum(stat.changed for stat in measured),
+        "targeted_weights": sum(stat.elements for stat in measured),
         "median_change": _median(changes),
         "largest_change": max(changes, default=None),
         "blocks": max(blocks, default=-1) + 1,
         "block_kinds": sorted({kind for block, kind in places if block is not None}),
-        "kinds": _kinds(measured, shapes),
-        "targets": {stat.name: _target(stat, loras, arithmetic["rule"]) for _, stat in sorted(measured.items())},
+        "kinds": _kinds(measured, shapes, quantised),
+        "targets": {stat.name: _target(stat, loras, made.rule, stat.name in quantised) for stat in measured},
     }
-
-
-def with_rounding(
-    document: dict[str, Any],
-    stats: Iterable[TargetStat],
-    quantised: Collection[str],
-    form: str,
-    calibration: Calibration | None,
-) -> dict[str, Any]:
-    """The report of a bake whose ``quantised`` weights are stored as ``form``, with the error of each.
-
-    ``error``: ‖stored - sum‖/‖sum‖ with the float32 sum; ``rounding``: the share of its square that comes from the
-    rounding to codes; the rest comes from the rule.
-    """
-    errors: dict[str, float] = {}
-    for stat in stats:
-        if stat.name in quantised:
-            error = math.sqrt(stat.error_square / stat.sum_square) if stat.sum_square else 0.0
-            errors[stat.name] = error = significant(error)
-            rounding = min(1.0, significant(stat.rounding_square / stat.error_square)) if stat.error_square else 0.0
-            document["targets"][stat.name] |= {"error": error, "rounding": rounding}
-    by_kind: dict[str, list[float]] = {}
-    for name, error in errors.items():
-        by_kind.setdefault(split_name(name)[1], []).append(error)
-    for kind, found in by_kind.items():
-        document["kinds"][kind] |= {"median_error": _median(found), "largest_error": max(found)}
-    measured = {"median_error": _median(list(errors.values())), "largest_error": max(errors.values(), default=None)}
-    return {
-        **document,
-        "stored_as": form,
-        "quantised": len(quantised),
-        "calibration": calibration and calibration.name,
-        **measured,
-    }
+    if quantised:
+        calibration = made.calibration and made.calibration.name
+        document |= {"stored_as": made.format, "quantised": len(quantised), "calibration": calibration}
+        document |= _errors(stat for stat in measured if stat.name in quantised)
+    return document
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
@@ -234,12 +218,17 @@ def _median(changes: Sequence[float]) -> float | None:
     return significant(statistics.median(changes)) if changes else None
 
 
-def _kinds(measured: Mapping[str, TargetStat], shapes: Shapes) -> dict[str, dict[str, Any]]:
+def _errors(stats: Iterable[TargetStat]) -> dict[str, float | None]:
+    errors = [stat.error for stat in stats]
+    return {"median_error": _median(errors), "largest_error": max(errors, default=None)}
+
+
+def _kinds(measured: Iterable[TargetStat], shapes: Shapes, quantised: Collection[str]) -> dict[str, dict[str, Any]]:
     totals = Counter(split_name(name)[1] for name in shapes)
     groups: dict[str, list[TargetStat]] = {}
-    for stat in measured.values():
+    for stat in measured:
         groups.setdefault(split_name(stat.name)[1], []).append(stat)
-    kinds = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for kind, stats in sorted(groups.items()):
         found = [stat.change for stat in stats if stat.change is not None]
         changes = found or [0.0]
@@ -251,16 +240,19 @@ def _kinds(measured: Mapping[str, TargetStat], shapes: Shapes) -> dict[str, dict
             "median_change": _median(found),
             "largest_change": max(changes),
         }
+        if coded := [stat for stat in stats if stat.name in quantised]:
+            kinds[kind] |= _errors(coded)
     return kinds
 
 
-def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str) -> dict[str, Any]:
-    terms = []
-    for i, lora in enumerate(loras):
-        target = lora.adapter.targets.get(stat.name)
-        if target is not None:
-            terms.append({"lora": i, "rank": target.rank, "scale": _scale(lora, stat.name, rule)})
-    return {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}
+def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str, quantised: bool) -> dict[str, Any]:
+    terms = [
+        {"lora": i, "rank": target.rank, "scale": _scale(lora, stat.name, rule)}
+        for i, lora in enumerate(loras)
+        if (target := lora.adapter.targets.get(stat.name)) is not None
+    ]
+    figures = {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}
+    return figures | ({"error": stat.error, "rounding": stat.rounding} if quantised else {})
 
 
 def _scale(lora: LoraUse, name: str, rule: str) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,42 +57,38 @@ class FoundLora:
     ``added``: a LoRA of ``--add``, stacked below another. ``here`` is False if only its header was fetched.
     """
 
-    name: str
     adapter: Adapter
     own: Lora | None = None
     added: bool = False
     here: bool = True
 
-    def known_digest(self) -> str:
-        """Its hash without a check of its values: the manifest's, the file's, or UNKNOWN_HASH."""
-        if self.own is not None:
-            return self.own.file.blake3
-        return hash_adapter(self.adapter.path, self.adapter.config) if self.here else UNKNOWN_HASH
-
-    def read_digest(self, reporter: Reporter) -> str:
-        """Its hash, after a check of all values.
+    def digest(self, reporter: Reporter | None) -> str:
+        """The hash of its content, UNKNOWN_HASH if only its header is here. With a ``reporter`` it reads all values.
 
         Raises AdapterError for NaN, OverlayError if the overlay's own changed.
         """
-        return scan(self.adapter, reporter, None if self.own is None else self.own.file.blake3)
+        recorded = None if self.own is None else self.own.file.blake3
+        if reporter is not None:
+            return scan(self.adapter, reporter, recorded)
+        return recorded or (hash_adapter(self.adapter.path, self.adapter.config) if self.here else UNKNOWN_HASH)
 
-    def bake_part(self, digest: str, manifest: Manifest, options: BakeOptions) -> str:
-        """Its part of a bake's name: ``distilled`` for the distilled LoRA, wherever its file is, else the file's stem.
+    def named(self, digest: str, manifest: Manifest, options: BakeOptions) -> Adapter:
+        """The adapter by its part of a bake's name: ``distilled`` for the distilled LoRA, else its file's stem.
 
         Raises UsageError for another file with that name: its bakes would take the names of the overlay's own.
         """
         own = manifest.lora(DISTILLED)
         if own is not None and own.file.blake3 == digest and not self.added:
-            return DISTILLED
+            return replace(self.adapter, name=DISTILLED)
         names_bakes = not (self.own or self.added or options.name)
-        if self.name == DISTILLED and names_bakes and digest != UNKNOWN_HASH:
+        if self.adapter.name == DISTILLED and names_bakes and digest != UNKNOWN_HASH:
             raise UsageError(
                 f"a LoRA file called {DISTILLED} gives no name: {DISTILLED}-S are bakes of the overlay's own LoRA",
                 file=self.adapter.path,
                 expected="a file of another name, or --name",
                 next="the same command with --name NAME, and one --strength at a time",
             )
-        return self.name
+        return self.adapter
 
 
 def find_loras(
@@ -195,7 +191,7 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
         raise OverlayError(problem, file=path, next=f"ltxpack verify {quoted(overlay)}")
     # A file beside the overlay's own LoRA is not its configuration.
     adapter = open_adapter(path, shapes, name=DISTILLED, allow_unmatched=options.allow_unmatched, files=(path, None))
-    return FoundLora(DISTILLED, adapter, own=lora)
+    return FoundLora(adapter, lora)
 
 
 def _locate(
@@ -208,10 +204,10 @@ def _locate(
         head = access.header(place.remote[0])
         refuse_model(head)
         adapter = fit_adapter(head, shapes, read_facts(head, None, None), options.allow_unmatched)
-        return FoundLora(place.name, adapter, None, added, False)
-    files, name = _fetched(place, access), place.name
-    adapter = open_adapter(place.weights, shapes, name=name, allow_unmatched=options.allow_unmatched, files=files)
-    return FoundLora(name, adapter, None, added)
+        return FoundLora(replace(adapter, name=place.name), None, added, False)
+    files, skip = _fetched(place, access), options.allow_unmatched
+    adapter = open_adapter(place.weights, shapes, name=place.name, allow_unmatched=skip, files=files)
+    return FoundLora(adapter, None, added)
 
 
 def _command(options: BakeOptions, typed: str, other: str) -> str:

@@ -13,23 +13,13 @@ from pathlib import Path
 from ltxpack.activations import ActivationsFile, Loras
 from ltxpack.errors import AdapterError, UsageError, one_line
 from ltxpack.files.reader import hash_file
-from ltxpack.lora_bake.coverage import split_name
-from ltxpack.ltx23.codes import CODES, kept_blocks
-from ltxpack.manifest import INT8, Calibration
-from ltxpack.repack.items import TensorSpec
+from ltxpack.ltx23.codes import kept_blocks, linears_by_block
+from ltxpack.manifest import Calibration
 
 E4M3_LARGEST = 448.0
 SMALLEST_SCALE = 2.0**-126
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def stored_specs(form: str, name: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-    """The weight ``name`` in codes, then its scales."""
-    codes, scale = TensorSpec(name, CODES[form], shape), f"{name}_scale"
-    if form == INT8:
-        return codes, TensorSpec(scale, "F32", (shape[0], 1))
-    return codes, TensorSpec(scale, "F32", ()), TensorSpec(f"{name.removesuffix('weight')}input_scale", "F32", ())
 
 
 def parse_blocks(text: str) -> tuple[int, ...]:
@@ -47,11 +37,7 @@ def quantised_linears(shapes: Shapes, kept: Sequence[int] | None, command: str) 
 
     Raises UsageError, with ``command`` to run instead, for an unknown block, or if no block is left.
     """
-    blocks: dict[int, list[str]] = {}
-    for name, shape in shapes.items():
-        block = split_name(name)[0]
-        if block is not None and len(shape) == 2 and name.endswith(".weight"):
-            blocks.setdefault(block, []).append(name.removesuffix(".weight"))
+    blocks = linears_by_block(shapes)
     count = max(blocks, default=-1) + 1
     kept = kept_blocks(count) if kept is None else kept
     if absent := [block for block in kept if block not in blocks]:

@@ -19,7 +19,6 @@ official-fp32  the official rule where bf16 matmuls take hours: the products of 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -76,6 +75,7 @@ class Term:
 
     down [rank, in], up [out, rank], magnitude [out], [out, 1] or [1, in], delta, diff and new like the weight; as
     stored in the adapter. ``square`` is |B·A|² of the whole weight, if known; the ``first`` rows count it.
+    ``needs_whole``: a row of the result depends on other rows of the weight.
     """
 
     factor: float = 1.0
@@ -90,11 +90,7 @@ class Term:
     turn: Turn | None = None
     over_inputs: bool = False
     over_base: bool = False
-
-    @property
-    def needs_whole(self) -> bool:
-        """Whether a row of the result depends on other rows of the weight."""
-        return self.over_inputs or (self.turn is not None and not self.turn.over_inputs)
+    needs_whole: bool = False
 
     @property
     def sums_only(self) -> bool:
@@ -103,11 +99,9 @@ class Term:
 
     def rows(self, first: int, last: int) -> Term:
         """The term for the weight's rows ``first`` to ``last``."""
-        cut = [None if tensor is None else tensor[first:last] for tensor in (self.up, self.diff, self.delta, self.new)]
-        up, diff, delta, new = cut
-        magnitude = self.magnitude if self.magnitude is None or self.over_inputs else self.magnitude[first:last]
-        turn = None if self.turn is None else self.turn.rows(first, last)
-        return replace(self, up=up, magnitude=magnitude, diff=diff, delta=delta, new=new, turn=turn, first=first == 0)
+        names = ("up", "diff", "delta", "new", *(() if self.over_inputs else ("magnitude",)))
+        cut = {name: tensor[first:last] for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, turn=self.turn and self.turn.rows(first, last), first=first == 0, **cut)
 
     def prepared(self, kernel: str, work: Workspace, measure: bool = True) -> Term:
         """The term after the work, in ``work``, that each row chunk of a weight would otherwise repeat."""
@@ -250,9 +244,7 @@ def fuse_rows(
     work, results = work or Workspace(), results or Workspace()
     into = into or [None] * len(strengths)
     if kernel in WHOLE:
-        through = torch.float32 if kernel == "official-fp32" else torch.bfloat16
-        one = functools.partial(_measured_official, weight, terms, results, through)
-        return list(map(one, range(len(into)), strengths, into))
+        return _fuse_official(weight, terms, strengths, kernel, results, into)
     if kernel == "addmm" and _is_plain(terms) and weight.dtype == torch.bfloat16:
         assert not any(memory is not None for memory in into), "addmm rounds its sums"
         return _fuse_addmm(weight, terms[0], [row[0] for row in strengths], results, measure)
@@ -269,9 +261,9 @@ def fuse_official(
 ) -> tuple[Tensor, float]:
     """``(new weight, squared norm of the change)`` in the official bf16 arithmetic (spec 02, section 4).
 
-    It makes products of the bf16 factors ``through`` bf16 matmuls, or through fp32 ones with a rounding afterwards. It
-    never reads alpha. It adds a full difference, which the official loader does not know, as one more bf16 term. Raises
-    ValueError for DoRA and all other methods, which this rule does not know.
+    ``through``: the dtype of the matmuls of the bf16 factors; products in float32 are rounded afterwards. It never
+    reads alpha. A full difference, which the official loader does not know, is one more bf16 term. Raises ValueError
+    for DoRA and all other methods, which this rule does not know.
     """
     work = work or Workspace()
     delta: Tensor | None = None
@@ -334,19 +326,21 @@ def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -
     return [math.inf if math.isnan(total) else max(0.0, total) for total in sums]
 
 
-def _measured_official(
+def _fuse_official(
     weight: Tensor,
     terms: Sequence[Term],
+    strengths: Sequence[Sequence[float]],
+    kernel: str,
     results: Workspace,
-    through: torch.dtype,
-    i: int,
-    strengths: Sequence[float],
-    into: Tensor | None,
-) -> Fused:
-    new, delta_square = fuse_official(weight, terms, strengths, results, f"result {i}", through)
-    if into is not None:
-        return _measured_sum(into.copy_(new), square_sum(weight), delta_square)
-    return _measured(weight, new, square_sum(weight), delta_square)
+    into: Sequence[Tensor | None],
+) -> list[Fused]:
+    through = torch.float32 if kernel == "official-fp32" else torch.bfloat16
+    made, base_square = [], square_sum(weight)
+    for i, (row, memory) in enumerate(zip(strengths, into, strict=True)):
+        new, delta_square = fuse_official(weight, terms, row, results, f"result {i}", through)
+        stored = new if memory is None else memory.copy_(new)
+        made.append(_measured(weight, stored, base_square, delta_square, rounded=memory is None))
+    return made
 
 
 def _fuse_fp32(
@@ -401,14 +395,15 @@ def _fuse_part(
         for term, found, strength in zip(terms, sums, row, strict=True):
             if strength:
                 _apply(term, found, strength, total)
+        new = stored.copy_(total) if rounded else total
         if not measure:
-            measured.append(_unmeasured(stored.copy_(total) if rounded else total))
-            continue
-        delta_square = squares[i] if squares is not None else _change_square(weight, total, work)
-        if rounded:
-            measured.append(_measured(weight, stored.copy_(total), base_square, delta_square))
+            measured.append(_unmeasured(new))
+        elif squares is not None:
+            measured.append(_measured(weight, new, base_square, squares[i], rounded))
         else:
-            measured.append(_measured_sum(total, base_square, delta_square))
+            change = work.empty("change", weight.shape, torch.float32, weight.device)
+            delta_square = square_sum(torch.sub(total, weight, out=change))
+            measured.append(_measured(weight, new, base_square, delta_square, rounded))
     return measured
 
 
@@ -445,11 +440,6 @@ def _apply(term: Term, found: Tensor | None, strength: float, total: Tensor) -> 
     if term.magnitude is not None:
         norm = torch.linalg.vector_norm(total, dim=axis, keepdim=True) if norm is None else norm
         total.mul_(term.magnitude.float().reshape(norm.shape) / norm)
-
-
-def _change_square(weight: Tensor, total: Tensor, work: Workspace) -> float:
-    change = work.empty("change", weight.shape, torch.float32, weight.device)
-    return square_sum(torch.sub(total, weight, out=change))
 
 
 def _fuse_addmm(
@@ -500,7 +490,10 @@ def _is_plain(terms: Sequence[Term]) -> bool:
     return all(factor is not None and factor.dtype == torch.bfloat16 for factor in factors)
 
 
-def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: float) -> Fused:
+def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: float, rounded: bool = True) -> Fused:
+    """New rows with all figures. If they are a sum that is not ``rounded``, every element counts as changed."""
+    if not rounded:
+        return replace(_unmeasured(fused), base_square=base_square, delta_square=delta_square, changed=fused.numel())
     # No element exceeds the sum of the norms, so all need a check only if those are huge.
     bound = math.sqrt(base_square) + math.sqrt(delta_square)
     finite = bound < torch.finfo(fused.dtype).max / 2 or bool(torch.isfinite(fused).all())
@@ -508,15 +501,9 @@ def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: f
 
 
 def _unmeasured(fused: Tensor) -> Fused:
-    """Of new rows only whether they are finite, and their largest |x|."""
+    """New rows with two figures alone: whether they are finite, and their largest |x|."""
     low, high = (bound.item() for bound in torch.aminmax(fused))
     return Fused(fused, math.nan, math.nan, 0, math.isfinite(high - low), max(-low, high))
-
-
-def _measured_sum(total: Tensor, base_square: float, delta_square: float) -> Fused:
-    """The figures of a float32 sum that becomes codes, so that no stored bits are those of W."""
-    low, high = (bound.item() for bound in torch.aminmax(total))
-    return Fused(total, base_square, delta_square, total.numel(), math.isfinite(high - low), max(-low, high))
 
 
 def count_changed(before: Tensor, after: Tensor) -> int:

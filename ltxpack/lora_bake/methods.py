@@ -46,14 +46,8 @@ def term_of(target: LoraTarget, tensors: Tensors) -> Term:
         operands |= FORMULAS[method].operands(tensors, target)
     if "magnitude" in tensors:
         operands["magnitude"] = tensors["magnitude"]
-        operands |= {"over_inputs": needs_whole(target), "over_base": target.over_base}
-    return Term(target.factor, **operands)
-
-
-def needs_whole(target: LoraTarget) -> bool:
-    """Whether :attr:`.fuse.Term.needs_whole` will be true of its term."""
-    magnitude = target.tensors.get("magnitude")
-    return "oft" in target.methods or (magnitude is not None and len(magnitude.shape) == 2 and magnitude.shape[0] == 1)
+        operands |= {"over_inputs": target.needs_whole, "over_base": target.over_base}
+    return Term(target.factor, needs_whole=target.needs_whole, **operands)
 
 
 def _lora_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
@@ -156,9 +150,14 @@ def _is_orthogonal(blocks: Tensor) -> bool:
     return bool((blocks @ blocks.mT - unit).abs().max() < 0.1)
 
 
+def _triangle(count: int) -> int:
+    """The size of a matrix with ``count`` elements above its diagonal, rounded down."""
+    return (1 + math.isqrt(1 + 8 * count)) // 2
+
+
 def _peft_oft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
     shape = found["oft_R"]
-    size = (1 + math.isqrt(1 + 8 * shape[-1])) // 2
+    size = _triangle(shape[-1])
     if shape[-1] < 1 or size * (size - 1) // 2 != shape[-1] or weight[1] % size:
         raise ValueError(f"oft_R {list(shape)} cannot turn {weight[1]} inputs")
     return {"oft_R": (1 if shape[0] == 1 else weight[1] // size, shape[-1])}
@@ -171,7 +170,7 @@ def _peft_oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     from ltxpack.lora_bake.turns import Turn, cayley, cayley_series
 
     stored = tensors["oft_R"].double()
-    size = (1 + math.isqrt(1 + 8 * stored.shape[1])) // 2
+    size = _triangle(stored.shape[1])
     upper = torch.zeros(len(stored), size, size, dtype=stored.dtype, device=stored.device)
     upper[:, *torch.triu_indices(size, size, 1)] = stored
     skew = upper - upper.mT

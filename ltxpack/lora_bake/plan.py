@@ -24,7 +24,7 @@ from ltxpack.files.tensorfile import FLOATS, TensorFile, read_tensorfile
 from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.lora_bake.forms import stored_specs
+from ltxpack.ltx23.codes import CODES, stored
 from ltxpack.ltx23.text_keys import TEXT_COMPONENTS
 from ltxpack.manifest import (
     BAKE_NAME,
@@ -33,6 +33,7 @@ from ltxpack.manifest import (
     FORMATS,
     FP8,
     RESERVED_BAKE_NAMES,
+    RULES,
     TEXT_ENCODERS,
     Bake,
     BakedLora,
@@ -49,6 +50,7 @@ from ltxpack.repack.items import (
     Item,
     LinkFile,
     ShardEntry,
+    TensorSpec,
     WriteBytes,
     WriteShard,
     index_bytes,
@@ -56,7 +58,6 @@ from ltxpack.repack.items import (
 )
 from ltxpack.strength import Strength, format_strength
 
-RULES = ("fp32", "official")
 DEVICES = ("auto", "cpu", "cuda")
 TRANSFORMER, CONNECTORS = "transformer", "connectors"
 MAX_NAME_LENGTH = 200
@@ -309,10 +310,14 @@ class BakePlan:
         """Its LoRAs in the manifest's form."""
         return tuple(lora.baked for lora in self.loras)
 
+    @functools.cached_property
+    def stated(self) -> Bake:
+        """Its manifest entry, without files and arithmetic."""
+        return Bake(self.recorded, self.rule, "", "", (), (), self.form, self.quantised, self.calibration)
+
     def is_made_from(self, bake: Bake) -> bool:
         """Whether ``bake`` has the same LoRAs, strengths, order, rule and form."""
-        made = (bake.loras, bake.rule, bake.format, bake.quantised, bake.calibration)
-        return made == (self.recorded, self.rule, self.form, self.quantised, self.calibration)
+        return dataclasses.replace(bake, kernel="", device="", files=(), changed=()) == self.stated
 
     @functools.cached_property
     def input_scales(self) -> dict[str, float]:
@@ -373,11 +378,7 @@ class BakePlan:
 
     def document(self, arithmetic: Arithmetic, stats: Sequence[TargetStat]) -> dict[str, Any]:
         """coverage.json as a document."""
-        facts = dataclasses.asdict(arithmetic)
-        report = coverage.build_report(self.name, self.loras, stats, self.base.shapes, facts)
-        if not self.quantised:
-            return report
-        return coverage.with_rounding(report, stats, self.input_scales, self.form, self.calibration)
+        return coverage.build_report(self.name, self.loras, stats, self.base.shapes, self._made_by(arithmetic))
 
     def files(self, arithmetic: Arithmetic) -> list[dict[str, Any]]:
         """Every file with its size and action; for the two reports an upper bound of any measurement."""
@@ -412,17 +413,11 @@ class BakePlan:
         """The manifest entry of the finished bake."""
         reports = [f"{self.folder}/{name}" for name in coverage.REPORT_NAMES]
         paths = [*(item.path for item in self.items), *reports]
-        return Bake(
-            loras=self.recorded,
-            rule=arithmetic.rule,
-            kernel=arithmetic.kernel,
-            device=arithmetic.device,
-            files=tuple(files[path] for path in sorted(paths)),
-            changed=tuple(sorted(changed)),
-            format=self.form,
-            quantised=self.quantised,
-            calibration=self.calibration,
-        )
+        done = tuple(files[path] for path in sorted(paths))
+        return dataclasses.replace(self._made_by(arithmetic), files=done, changed=tuple(sorted(changed)))
+
+    def _made_by(self, arithmetic: Arithmetic) -> Bake:
+        return dataclasses.replace(self.stated, kernel=arithmetic.kernel, device=arithmetic.device)
 
     def entries(self, shard: BaseShard) -> Iterator[ShardEntry]:
         """The new shard for ``shard``: its tensors in order, with a FusedTensor for each touched one."""
@@ -430,7 +425,8 @@ class BakePlan:
         for info in shard.file.tensors.values():
             entry, place = stored_tensor(info.name, info, source), Range(source, info.start, info.nbytes)
             if info.name in self.input_scales:
-                specs = stored_specs(self.form, info.name, info.shape)
+                coded = stored(info.name.removesuffix(".weight"), CODES[self.form], info.shape)
+                specs = tuple(TensorSpec(*spec) for spec in coded)
                 entry = ShardEntry(specs, FusedTensor(place, self.form, self.input_scales[info.name]))
             elif info.name in self.touched:
                 entry = dataclasses.replace(entry, producer=FusedTensor(place))

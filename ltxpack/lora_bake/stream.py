@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -28,13 +29,13 @@ from ltxpack.files.tensorfile import DTYPE_NAMES, FLOATS, TensorInfo
 from ltxpack.lora_bake.adapter import Adapter
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.lora_bake.fuse import WHOLE, Fused, Term, Workspace, fuse_rows, precision_of, row_chunks, row_parts
-from ltxpack.lora_bake.methods import needs_whole, term_of
+from ltxpack.lora_bake.methods import term_of
 from ltxpack.lora_bake.plan import Arithmetic, BaseShard, FusedTensor
 from ltxpack.lora_bake.quantise import Encoded, encode
 from ltxpack.ltx23.lora_keys import SCALE
 from ltxpack.manifest import BF16, FP8, FileRecord, changed_file
 from ltxpack.repack.items import ShardEntry
-from ltxpack.repack.write import WRITE_BUFFERS, TensorWriter, passage
+from ltxpack.repack.write import TensorWriter, passage
 from ltxpack.reporter import Reporter
 
 COPY_BYTES = 8 * 1024 * 1024
@@ -48,28 +49,24 @@ DTYPES: dict[str, torch.dtype] = {code: getattr(torch, DTYPE_NAMES[code]) for co
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
+@dataclass(eq=False)
 class ShardOutput:
-    """One bake's version of a shard, and its measurements (tensor name -> stat).
+    """One bake's version of a shard, made of ``entries``, and its measurements (tensor name -> stat).
 
-    ``strengths`` gives the strengths for a tensor: one for each of the engine's adapters, in order of application. The
-    engine makes the ``writer`` with ``open(number of buffers)``.
+    ``strengths`` gives the strengths for a tensor: one for each of the engine's adapters, in order of application.
     """
 
+    path: str
+    entries: Sequence[ShardEntry]
+    strengths: Callable[[str], Sequence[float]]
     writer: TensorWriter
+    stats: dict[str, TargetStat] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        path: str,
-        entries: Sequence[ShardEntry],
-        strengths: Callable[[str], Sequence[float]],
-        open: Callable[[int], TensorWriter],
-    ) -> None:
-        self.path = path
-        self.strengths = strengths
-        self.open = open
-        self.stats: dict[str, TargetStat] = {}
-        producers = ((entry.tensors[0].name, entry.producer) for entry in entries)
-        self.touched = {name: producer for name, producer in producers if isinstance(producer, FusedTensor)}
+    @functools.cached_property
+    def touched(self) -> dict[str, FusedTensor]:
+        """Tensor name -> the producer, for tensors that are fused or quantised."""
+        producers = ((entry.tensors[0].name, entry.producer) for entry in self.entries)
+        return {name: producer for name, producer in producers if isinstance(producer, FusedTensor)}
 
     def form(self, name: str) -> str:
         """The form of the touched tensor ``name``."""
@@ -140,7 +137,7 @@ class Engine:
         # The official rule multiplies whole weights on all of torch's threads; the others do rows on one thread each.
         self.whole = arithmetic.kernel in WHOLE
         self._gathered = frozenset(
-            name for adapter in adapters for name, target in adapter.targets.items() if needs_whole(target)
+            name for adapter in adapters for name, target in adapter.targets.items() if target.needs_whole
         )
         self.chunks = CHUNKS_PER_READ[arithmetic.kernel]
         workers = 2 if self.whole else min(MOST_WORKERS, usable_cores())
@@ -176,11 +173,7 @@ class Engine:
         """
         steps = list(self._steps(shard, frozenset().union(*(output.touched for output in outputs))))
         hasher = blake3()
-        # The more outputs share the disk, the fewer write buffers each has.
-        buffers = max(2, WRITE_BUFFERS + 1 - len(outputs))
         with contextlib.ExitStack() as stack:
-            for output in outputs:
-                output.writer = stack.enter_context(output.open(buffers))
             reader = stack.enter_context(RangeReader([step.range for step in steps], in_flight=2, kept=1))
             terms = self._terms_ahead(dict.fromkeys(step.info.name for step in steps if step.info and step.chunks))
             fusing = _Fusing(self, outputs, terms, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))

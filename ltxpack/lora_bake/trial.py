@@ -14,7 +14,6 @@ from torch import Tensor
 from ltxpack.files.tensorfile import TensorInfo
 from ltxpack.lora_bake.adapter import Adapter, LoraTarget
 from ltxpack.lora_bake.fuse import Term, fuse_rows
-from ltxpack.lora_bake.methods import needs_whole
 from ltxpack.lora_bake.plan import BakePlan, Base
 from ltxpack.lora_bake.stream import DTYPES, FactorReader
 from ltxpack.manifest import BF16
@@ -28,35 +27,38 @@ CERTAIN = 3.0
 FITTED = 2
 
 
-def settled(adapters: Sequence[Adapter], base: Base, reporter: Reporter) -> list[Adapter]:
-    """The adapters with the meaning of DoRA's magnitudes decided; a note says which."""
-    return [_settled(adapter, base, reporter) for adapter in adapters]
+def settled(plans: Sequence[BakePlan], reporter: Reporter) -> list[Adapter]:
+    """The adapters of ``plans``, of one base, with the meaning of DoRA's magnitudes decided; a note says which.
 
-
-def tell_idle(plans: Sequence[BakePlan], base: Base, reporter: Reporter) -> None:
-    """Warn of bakes that change none of the sampled weights, although their LoRAs are not zero."""
+    Warns of bakes that change none of the sampled weights, although their LoRAs are not zero.
+    """
+    adapters = [_settled(lora.adapter, plans[0].base, reporter) for lora in plans[0].loras]
     for plan in plans:
-        if plan.form != BF16 or not plan.touched:
-            continue
-        looked_at = changed = 0
-        with contextlib.ExitStack() as stack:
-            readers = [stack.enter_context(_reader(lora.adapter)) for lora in plan.loras]
-            for name, rows in _samples(sorted(plan.touched), [reader.adapter for reader in readers], base):
-                terms = [reader.term(name) for reader in readers]
-                used = [
-                    (term.rows(0, len(rows)), strength)
-                    for term, strength in zip(terms, plan.strengths_in(name), strict=True)
-                    if term is not None and strength and _is_live(term)
-                ]
-                if used:
-                    looked_at += rows.numel()
-                    [fused] = fuse_rows(rows, [term for term, _ in used], [[strength for _, strength in used]], "fp32")
-                    changed += fused.changed
-        if looked_at and not changed:
-            reporter.warn(
-                f"{plan.folder}: changes nothing: none of {looked_at:,} sampled weights changes, because the sums of "
-                "its LoRAs are below what bf16 resolves"
-            )
+        if plan.form == BF16 and plan.touched:
+            _tell_idle(plan, reporter)
+    return adapters
+
+
+def _tell_idle(plan: BakePlan, reporter: Reporter) -> None:
+    looked_at = changed = 0
+    adapters = [lora.adapter for lora in plan.loras]
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(_reader(adapter)) for adapter in adapters]
+        for name, rows in _samples(sorted(plan.touched), adapters, plan.base):
+            used = [
+                (term.rows(0, len(rows)), strength)
+                for reader, strength in zip(readers, plan.strengths_in(name), strict=True)
+                if strength and (term := reader.term(name)) is not None and _is_live(term)
+            ]
+            if used:
+                looked_at += rows.numel()
+                [fused] = fuse_rows(rows, [term for term, _ in used], [[strength for _, strength in used]], "fp32")
+                changed += fused.changed
+    if looked_at and not changed:
+        reporter.warn(
+            f"{plan.folder}: changes nothing: none of {looked_at:,} sampled weights changes, because the sums of "
+            "its LoRAs are below what bf16 resolves"
+        )
 
 
 class _Spread(NamedTuple):
@@ -119,7 +121,7 @@ def _settled(adapter: Adapter, base: Base, reporter: Reporter) -> Adapter:
 def _is_ambiguous(target: LoraTarget) -> bool:
     """Whether a target's magnitudes may be over |W| or |W+ΔW|; PEFT's, and those over inputs, are over |W+ΔW|."""
     magnitude = target.tensors.get("magnitude")
-    return magnitude is not None and magnitude.name.endswith("dora_scale") and not needs_whole(target)
+    return magnitude is not None and magnitude.name.endswith("dora_scale") and not target.needs_whole
 
 
 def _is_live(term: Term) -> bool:
@@ -136,7 +138,8 @@ def _reader(adapter: Adapter) -> contextlib.closing[FactorReader]:
 def _samples(names: Sequence[str], adapters: Sequence[Adapter], base: Base) -> Iterator[tuple[str, Tensor]]:
     """The first stored rows of some weights; all rows if a row of the result depends on others."""
     chosen = [names[i * len(names) // min(WEIGHTS, len(names))] for i in range(min(WEIGHTS, len(names)))]
-    whole = {name for adapter in adapters for name in chosen if _needs_whole(adapter.targets.get(name))}
+    targets = [(name, adapter.targets[name]) for adapter in adapters for name in chosen if name in adapter.targets]
+    whole = {name for name, target in targets if target.needs_whole}
     for shard in base.shards:
         with shard.file.path.open("rb") as file:
             for name in (name for name in chosen if name in shard.file.tensors):
@@ -145,7 +148,3 @@ def _samples(names: Sequence[str], adapters: Sequence[Adapter], base: Base) -> I
                 file.seek(info.start)
                 data = bytearray(file.read(info.nbytes // info.shape[0] * count))
                 yield name, torch.frombuffer(data, dtype=DTYPES[info.dtype]).reshape(count, *info.shape[1:])
-
-
-def _needs_whole(target: LoraTarget | None) -> bool:
-    return target is not None and needs_whole(target)

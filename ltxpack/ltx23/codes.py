@@ -13,6 +13,7 @@ SCALES = {FP8: ("weight_scale", "input_scale"), INT8: ("weight_scale",)}
 # Number of blocks of a model -> the blocks that usually stay in bf16; in other models the first and the last.
 KEPT_BLOCKS = {48: (0, 1, 46, 47)}
 
+_IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\..+\.weight\Z")
 # The most inputs that int8 rotates together: the largest power of 4 up to this that divides their number.
 MOST_ROTATED = 256
 
@@ -45,15 +46,28 @@ def never_cast(dtypes: Mapping[str, str]) -> frozenset[str]:
     return frozenset(parts) & dtypes.keys()
 
 
+def stored(linear: str, codes: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """The weight of ``linear`` in ``codes``, then its scales."""
+    yield f"{linear}.weight", codes, shape
+    for part in SCALES[codes]:
+        yield f"{linear}.{part}", "F32", (shape[0], 1) if codes == INT8 else ()
+
+
+def linears_by_block(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str]]:
+    """Block of a transformer -> its linears, without ``.weight``."""
+    blocks: dict[int, list[str]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and (found := _IN_BLOCK.match(name)):
+            blocks.setdefault(int(found[1]), []).append(name.removesuffix(".weight"))
+    return blocks
+
+
 def with_codes(tensors: Iterable[Tensor], codes: str) -> Iterator[Tensor]:
     """The transformer's ``tensors``, with ``codes`` for the linears of all blocks but the usual bf16 ones."""
-    found = [(re.match(r"transformer_blocks\.(\d+)\.", tensor[0]), *tensor) for tensor in tensors]
-    count = 1 + max((int(block[1]) for block, *_ in found if block), default=-1)
-    for block, name, dtype, shape in found:
-        linear = name.endswith(".weight") and len(shape) == 2
-        if block is None or not linear or int(block[1]) in kept_blocks(count):
-            yield name, dtype, shape
-            continue
-        yield name, codes, shape
-        scale = (shape[0], 1) if codes == INT8 else ()
-        yield from ((f"{name.removesuffix('weight')}{part}", "F32", scale) for part in SCALES[codes])
+    tensors = list(tensors)
+    blocks = linears_by_block({name: shape for name, _, shape in tensors})
+    kept = kept_blocks(max(blocks, default=-1) + 1)
+    coded = {linear for block, linears in blocks.items() if block not in kept for linear in linears}
+    for name, dtype, shape in tensors:
+        linear = name.removesuffix(".weight")
+        yield from stored(linear, codes, shape) if linear in coded else [(name, dtype, shape)]

@@ -27,6 +27,8 @@ PARTS_TOLD = {
     TEXT: "text connectors alone",
     SOME: "some parts of a checkpoint",
 }
+# The parts that an export may hold; the transformer comes with the connectors.
+PARTS = (ALL, TRANSFORMER_ALONE)
 # Prefixes in a file of one codec with bare names, as ComfyUI's tools split it off.
 BARE_CODEC_MARK = "per_channel_statistics"
 CODEC_COMPONENTS = frozenset({"vae", "audio_vae", "vocoder"})

@@ -1,4 +1,4 @@
-"""Which model a LoRA says it was made for: names of models in the words of trainers. Untrusted."""
+"""Recognises the model for which a LoRA says it was made, by the names that trainers write. Untrusted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OTHERS = {
     "Gemma": r"gemma", "Llama": r"llama", "Mistral": r"mistral",
 }  # fmt: skip
 _FAMILIES = [(name, re.compile(rf"(?<![a-z])(?:{words})(?![a-z])")) for name, words in _OTHERS.items()]
-# What stands before a name that is a path of the trainer's machine.
+# The first folder of a name that is a path of the trainer's machine.
 _PLACES = ("models", "model", "checkpoints", "ckpts", "weights", "output", "outputs", "data", "pretrained")
 _PATH = re.compile(r"[/~.]|[a-z]:[\\/]|.*\\|.*/.*/|.*\.(?:safetensors|ckpt|pt|pth|gguf)\Z", re.IGNORECASE | re.DOTALL)
 _HUB = re.compile(r"(?:hf://|https?://(?:www\.)?huggingface\.co/)", re.IGNORECASE)
@@ -57,7 +57,7 @@ def _generation_of(match: re.Match[str]) -> str | None:
 
 
 def _generation(version: tuple[int, ...]) -> str | None:
-    """What a version of a model is called; a LoRA may also count its own versions in that field, from 1 on."""
+    """The model of a version; None for other numbers: some LoRAs count their own versions in that field, from 1 on."""
     major, minor = (*version, 0, 0)[:2]
     if (major, minor) == (0, 9):
         return "LTX-Video"

@@ -1,7 +1,7 @@
-"""What a LoRA states beside its factors: alpha, rank, rslora, DoRA, what it was made for. Untrusted.
+"""The facts that a LoRA states beside its factors: alpha, rank, rslora, DoRA, its base model. Untrusted.
 
-One reading for bake-lora, inspect and materialize. What is clear is taken and told; what contradicts a tensor or
-another statement, or can be meant in two ways, is refused (spec 02, sections 1, 2 and 7).
+bake-lora, inspect and materialize share this reading. It accepts clear statements and tells them. It refuses statements
+that contradict a tensor or one another, or that have two meanings (spec 02, sections 1, 2 and 7).
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from ltxpack.ltx23.lora_statements import (
     truth_of,
 )
 
-# What PEFT's constrained OFT takes where nothing says otherwise.
+# PEFT's default bound for constrained OFT.
 PEFT_EPS = 6e-5
 MAX_TERMS = 100
-# Of a file's fields that state anything; PEFT writes some twenty. Each is compared with every module.
+# The most statements of a file; PEFT writes some twenty. Each is compared with every module.
 MAX_STATEMENTS = 200
 
 _SCALARS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "I64": "<q", "I32": "<i", "I16": "<h", "U8": "<B", "I8": "<b",
 }  # fmt: skip
-# How far a number stored as bfloat16 may be from the one that a text states.
+# The relative difference that storing a number as bfloat16 may make.
 _STORED = 2.0**-7
-# Where the name of a module ends in that of a tensor.
+# The parts of a tensor's name that follow its module's name.
 _BEHIND_MODULE = re.compile(r"\.base_layer\b|\.lora_|\.modules_to_save\b|\.(?:weight|bias)\Z")
 
 
 @dataclass(frozen=True)
 class CayleyForm:
-    """How PEFT's OFT makes a rotation of a skew matrix Q: ``terms`` of the Neumann series, or 0 to solve for it.
+    """PEFT's way from a skew matrix Q to a rotation: ``terms`` of the Neumann series, or 0 for an exact solution.
 
-    ``bound`` is what it keeps |Q| of all blocks together below (COFT). The defaults are PEFT's own.
+    ``bound``: the largest |Q| of all blocks together (COFT). The defaults are PEFT's own.
     """
 
     terms: int = 5
@@ -74,10 +74,10 @@ PEFT_CAYLEY = CayleyForm()
 
 @dataclass(frozen=True)
 class Scaling:
-    """What is stated for the modules of one prefix. ``rank`` and ``alpha`` hold where no pattern names a module.
+    """The statements for modules under one prefix. ``rank`` and ``alpha`` are for modules that no pattern names.
 
-    ``source``: where alpha is stated. ``corrected``: with rslora, alphas beside the factors are already multiplied by
-    sqrt(rank), as LyCORIS does.
+    ``source``: the place that states alpha. ``corrected``: with rslora, alphas beside the factors are already
+    multiplied by sqrt(rank), as LyCORIS does.
     """
 
     rank: int | None = None
@@ -90,17 +90,16 @@ class Scaling:
 
     @property
     def states_alpha(self) -> bool:
-        """Whether any alpha is stated."""
         return self.alpha is not None or bool(self.alphas)
 
     def factor(self, alpha: float, rank: int, beside: bool) -> float:
-        """What strength is multiplied by: alpha/rank, alpha/sqrt(rank) with rslora."""
+        """The factor of the strength: alpha/rank, or alpha/sqrt(rank) with rslora."""
         return alpha / math.sqrt(rank) if self.rslora and not (beside and self.corrected) else alpha / rank
 
 
 @dataclass
 class Judged:
-    """What the tensors make of the statements: ``faults`` by kind; ``notes``, ``warnings`` are sentences."""
+    """The statements compared with the tensors: ``faults`` by kind; ``notes``, ``warnings`` are sentences."""
 
     faults: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -109,9 +108,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class LoraFacts:
-    """All that ``file`` and its configuration state.
+    """The statements of ``file`` and its configuration.
 
-    ``alphas``: those stored beside factors, by module; None for what is no number, or if they are ``unread``.
+    ``alphas``: those stored beside factors, by module; None for one that is no number, or if they are ``unread``.
     """
 
     file: Path
@@ -121,15 +120,15 @@ class LoraFacts:
     unread: bool = False
 
     def scaling(self, key: LoraKey) -> Scaling:
-        """What is stated for the module of ``key``: under the prefix that its name has, else under any."""
+        """The statements for the module of ``key``: those under its own prefix, else those under any."""
         return next((own for name, own in self.scalings.items() if name and _below(key, name)), self.scalings[""])
 
     def scale(self, key: LoraKey, rank: int) -> tuple[float | None, float]:
-        """``(alpha, factor)`` of a module of ``rank``; :meth:`judge` says whether they can be believed."""
+        """``(alpha, factor)`` of a module of ``rank``; :meth:`judge` checks them."""
         stated, beside, names = self.scaling(key), self.alphas.get(key.module), wrapped_names(key)
         alpha = stated.alphas.find(names, stated.alpha) if beside is None else beside
         if not rank:
-            # LoKr of two whole matrices: PEFT scales them by what its configuration says, LyCORIS does not scale them.
+            # LoKr of two whole matrices: PEFT scales them by its configuration, LyCORIS does not scale them.
             rank = int(stated.ranks.find(names, stated.rank) or 0) if key.module not in self.alphas else 0
             alpha = alpha if rank else None
         if alpha is None or not rank:
@@ -161,14 +160,14 @@ class LoraFacts:
 
     @property
     def alpha(self) -> str:
-        """The alpha that is stated for the whole file, and where; "none" if there is none."""
+        """The alpha of the whole file, and the place that states it; "none" if there is none."""
         told = (f"{own.alpha:g} from {own.source}" for own in self.scalings.values() if own.alpha is not None)
         patterns = (f"by {own.source}" for own in self.scalings.values() if own.alphas)
         return ", ".join(dict.fromkeys((*told, *patterns))) or "none"
 
     @property
     def cayley(self) -> CayleyForm:
-        """How PEFT's OFT makes its rotations. Raises AdapterError."""
+        """The stated way of PEFT's OFT. Raises AdapterError."""
         stated = {one.fact: one for one in self.statements}
         amounts, switches = ("num_cayley_neumann_terms", "eps"), ("use_cayley_neumann", "coft")
         numbers = {fact: number_of(stated[fact], self.file) for fact in amounts if fact in stated}
@@ -182,13 +181,13 @@ class LoraFacts:
 
     @property
     def dora_by(self) -> str | None:
-        """Who says how DoRA's magnitudes are meant: LyCORIS, whose they are norms of the result; None if nobody."""
+        """The statement that DoRA's magnitudes are LyCORIS's, which are norms of the result; None without it."""
         own = next((one for one in self.statements if one.name == "dora_wd" and truth_of(one, self.file)), None)
         return f"as LyCORIS writes it ({own})" if own else None
 
     @property
     def foreign(self) -> str | None:
-        """The model that it says it was made for, and where it does, if that is not LTX-2.3."""
+        """The model for which the file says it was made, and the place that says so; None for LTX-2.3."""
         found: dict[str, Statement] = {}
         for one in self.statements:
             if one.fact == BASE and isinstance(one.value, str) and (base := named_base(one.name, one.value)):
@@ -225,7 +224,7 @@ class LoraFacts:
                 judged.warnings.append(f"{patterns.name} has {count} matching none of its modules: {listed(unused)}")
 
     def _tell(self, own: Scaling, bare: Mapping[LoraKey, int], judged: Judged) -> None:
-        """Say which alpha counts for the factors that have none beside them."""
+        """Tell the alpha of the factors that have none beside them."""
         factors = sorted({self.scale(key, rank)[1] for key, rank in bare.items()})
         if own.states_alpha and factors:
             alpha = "alpha_pattern" if own.alpha is None else f"alpha {own.alpha:g}"
@@ -243,7 +242,7 @@ class LoraFacts:
     def _judge_absent(
         self, ranked: Iterable[LoraKey], keys: Sequence[LoraKey], tensors: Collection[str], judged: Judged
     ) -> None:
-        """What is stated and not there: DoRA's magnitudes (AdapterError), biases, modules, parameters."""
+        """Find tensors that are stated but absent: DoRA's magnitudes (AdapterError), biases, modules, parameters."""
         magnitudes = {key.module for key in keys if key.role == "magnitude"}
         says_dora = next((one for one in self.statements if one.fact == DORA and truth_of(one, self.file)), None)
         if says_dora and (lost := [key.key for key in ranked if key.module not in magnitudes]):
@@ -262,12 +261,12 @@ class LoraFacts:
                 )
 
     def _where(self, fact: str) -> str:
-        """Where ``fact`` is stated."""
+        """The place that states ``fact``."""
         return next((f"{one.place} ({one.name})" for one in self.statements if one.fact == fact), "a pattern")
 
 
 def read_facts(file: TensorFile, configuration: Configuration | None, read: ReadTensor | None) -> LoraFacts:
-    """All that a LoRA states. ``read`` gives a tensor's bytes; without it alphas beside the factors are not known.
+    """The facts that a LoRA states. ``read`` gives a tensor's bytes; without it alphas beside factors stay unknown.
 
     Raises AdapterError for statements that contradict one another, cannot be read, or name what cannot be merged, and
     FormatError for broken JSON.
@@ -292,9 +291,9 @@ def read_facts(file: TensorFile, configuration: Configuration | None, read: Read
 
 
 def wrapped_names(key: LoraKey) -> Sequence[str]:
-    """What a module may be called in the model that PEFT wrapped, which patterns are matched against.
+    """The possible names of a module in the model that PEFT wrapped, for patterns.
 
-    PEFT's own names say it; of others it is not known whether the prefix belonged to the model.
+    PEFT's own keys show the name. In other keys the prefix may belong to the model or not.
     """
     return (key.path,) if key.prefix.startswith("base_model.model") else tuple(dict.fromkeys((key.path, key.module)))
 
@@ -316,7 +315,7 @@ def judged_keys(names: Iterable[str]) -> list[LoraKey]:
 
 
 def ranks_of(keys: Iterable[LoraKey], tensors: Mapping[str, TensorInfo]) -> dict[LoraKey, int]:
-    """The rank of every module that has one, under the key of the tensor that shows it."""
+    """Key of the tensor that shows a rank -> the rank, for every module that has one."""
     modules: dict[str, dict[str, LoraKey]] = {}
     for key in keys:
         modules.setdefault(key.module, {})[key.role] = key
@@ -330,9 +329,9 @@ def ranks_of(keys: Iterable[LoraKey], tensors: Mapping[str, TensorInfo]) -> dict
 
 
 def _prefixes(found: Iterable[Statement], keys: Collection[LoraKey]) -> dict[str, tuple[str, ...]]:
-    """Prefix of keys -> the prefixes of the fields that hold for them; "" for keys with none of these.
+    """Prefix of keys -> the prefixes of the fields that apply to them; "" for keys without these prefixes.
 
-    Where no key has the prefix of any field, all fields hold for all keys, but for those of the text path.
+    If no key has the prefix of any field, all fields apply to all keys, except fields of the text path.
     """
     named = sorted({one.prefix for one in found if one.prefix}, key=len, reverse=True)
     used = [name for name in named if any(_below(key, name) for key in keys)]
@@ -363,7 +362,7 @@ def _scaling(statements: Sequence[Statement], where: Path) -> Scaling:
 
 
 def _one(statements: Iterable[Statement], fact: str, where: Path) -> tuple[float | None, Statement | None]:
-    """The one number that is stated for ``fact``, and who states it. Raises AdapterError if they differ."""
+    """The number that is stated for ``fact``, and its statement. Raises AdapterError for different numbers."""
     found: dict[float, Statement] = {}
     for one in statements:
         if one.fact == fact and (value := number_of(one, where)) is not None:
@@ -374,7 +373,7 @@ def _one(statements: Iterable[Statement], fact: str, where: Path) -> tuple[float
 
 
 class _Beside:
-    """What a file holds besides factors, for many questions: modules, each spelled backwards, and whether any bias."""
+    """The modules of a file, each spelled backwards for fast look-ups, and whether it holds any bias."""
 
     def __init__(self, tensors: Iterable[str]) -> None:
         names = [f".{name}" for name in tensors]
@@ -382,7 +381,7 @@ class _Beside:
         self.biased = any(name.endswith(("bias", ".diff_b")) for name in names)
 
     def lacks(self, one: Statement) -> list[str]:
-        """What a field says was trained besides the factors, and no tensor holds."""
+        """The tensors that a field names as trained and the file does not hold."""
         if one.fact in ("bias", "lora_bias"):
             return [] if str(one.value).lower() == "none" or self.biased else ["biases"]
         names = [name for name in (one.value if isinstance(one.value, list) else [one.value]) if isinstance(name, str)]

@@ -1,7 +1,7 @@
-"""What a LoRA key is, in every naming seen so far: which module it means, and which tensor of the module it holds.
+"""LoRA keys in every naming seen so far: the module that a key means, and its tensor of the module (its role).
 
-materialize, inspect and bake-lora all ask here, so that they agree on any file (spec 02, section 1). Nothing about the
-22B model is written here.
+materialize, inspect and bake-lora all ask here, so that they agree on any file (spec 02, section 1). Nothing here is
+about the 22B model alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ltxpack.ltx23.renames import TRANSFORMER
 DOTTED_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
 FUSED = {"to_qkv": "qkv", "qkv": "qkv", "to_kv": "kv", "kv": "kv"}
-# Ends the role of a number that a factor stored in fp8 is multiplied by.
+# The end of the role of a scale: the number by which a factor stored in fp8 is multiplied.
 SCALE = ".scale"
 
 _OFFICIAL_ROOT = "model.diffusion_model."
@@ -27,11 +27,11 @@ _ELSEWHERE = re.compile(
     r"|(video|audio)_text_proj_in|aggregate_embed|text_encoders?|lora_te\d*|language_model"
     r"|layers[._]\d+[._](self_attn|mlp))([._]|$)|_embeddings_connector"
 )
-# However many there are; something is always left.
+# Any number of them, but never the whole name.
 _PREFIXES = re.compile(rf"(?:(?:{'|'.join(map(re.escape, DOTTED_PREFIXES))})(?!\Z))*")
-# Flattened, the same prefixes; looked up whole first, because our own names begin with transformer_ too.
+# The same prefixes, flattened. The whole name is looked up first, because our own names begin with transformer_ too.
 _FLAT_ROOTS = re.compile(r"(?:base_model_|diffusion_model_|transformer_|model_)")
-# Components that torch.compile, FSDP, checkpointing, DDP and PEFT put into a name; no module of ours is called so.
+# Components that torch.compile, FSDP, checkpointing, DDP and PEFT add to a name; no module of ours has such a name.
 _NAMES = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module|base_layer"
 _WRAPPERS = re.compile(rf"(?:\A|\.)(?:{_NAMES}|processor)(?=\.|\Z)")
 _FLAT_WRAPPERS = re.compile(rf"(?:\A|_)(?:{_NAMES})(?=_|\Z)")
@@ -41,9 +41,9 @@ _FLAT_WRAPPERS = re.compile(rf"(?:\A|_)(?:{_NAMES})(?=_|\Z)")
 class Method:
     """A way in which an adapter changes a weight, by the tensors of one module that it needs.
 
-    ``parts``: of each part one of the sets of roles must be there, whole. ``extra``: roles that may be there too.
-    ``rank``: the first of these roles that is there has the rank as its first size; a method without is not scaled by
-    alpha. ``alone``: no other method may change the same module.
+    ``parts``: for each part, the sets of roles of which one must be complete. ``extra``: roles that may be added.
+    ``rank``: roles of which the first present has the rank as its first size; alpha does not scale a method without.
+    ``alone``: no other method may change the same module.
     """
 
     name: str
@@ -54,38 +54,36 @@ class Method:
 
     @property
     def roles(self) -> frozenset[str]:
-        """All roles that it may use."""
         return self.needed.union(self.extra)
 
     @property
     def needed(self) -> frozenset[str]:
-        """The roles of its parts."""
         return frozenset(role for part in self.parts for way in part for role in way)
 
     def is_there(self, found: Iterable[str]) -> bool:
-        """Whether any of its roles is in ``found``, so that the others must be."""
+        """Whether any of its roles is in ``found``; then the others must be there too."""
         return not self.roles.isdisjoint(found)
 
     def missing(self, found: Iterable[str]) -> list[str]:
-        """The roles that ``found`` lacks, or that have no place beside the others; empty if it is complete."""
+        """The roles that ``found`` lacks, or that do not fit the others; empty if the method is complete."""
         own = self.roles.intersection(found)
         whole = [set(way).union(*rest) for way, *rest in itertools.product(*self.parts)]
         nearest = min(whole, key=lambda wanted: len(wanted ^ (own - set(self.extra))))
         return sorted(nearest ^ (own - set(self.extra)))
 
     def rank_of(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The rank that ``shapes`` (role -> shape) shows; 0 where there is none."""
+        """The rank in ``shapes`` (role -> shape); 0 if there is none."""
         return next((shapes[role][0] for role in self.rank if shapes.get(role)), 0)
 
 
 def _either(whole: str, *more: str) -> tuple[tuple[str, ...], ...]:
-    """A matrix as it is, or as the product of its two factors; with ``more``, the core between them, too."""
+    """A matrix itself, or its two factors; ``more``: cores that may stand between the factors."""
     factors = (f"{whole}_a", f"{whole}_b")
     return ((whole,), factors, *((core, *factors) for core in more))
 
 
 _HADA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-# Every way there is; how the tensors become a change of the weight is in lora_bake/methods.py.
+# All methods; their arithmetic is in lora_bake/methods.py.
 METHODS = (
     Method("lora", ((("down", "up"),),), ("up_b",), rank=("down",)),
     Method("loha", ((_HADA, (*_HADA, "hada_t1", "hada_t2")),), rank=("hada_w1_b",)),
@@ -99,7 +97,7 @@ METHODS = (
 
 
 def _factor(name: str) -> str:
-    """The ending of a tensor called ``name``: PEFT puts the adapter's name behind it, and some write "weight"."""
+    """The ending of a tensor called ``name``: PEFT adds the adapter's name, and some trainers add "weight"."""
     return rf"\.{name}(?:\.(?!bias\Z)[^.]+)?(?:\.weight)?\Z"
 
 
@@ -123,12 +121,12 @@ _ENDINGS = (
 )
 _ROLES = tuple((role, style, re.compile(ending)) for role, style, ending in _ENDINGS)
 _IN_BLOCK = re.compile(r"\.\d+\.")
-# What stands before "weight" or "bias" and is no module that was saved whole.
-# The last of a method's names counts, whose group is atomic: a hostile name holds hundreds of them.
+# Names before "weight" or "bias" that are no modules saved whole. The group is atomic and takes the last name of a
+# method, because a hostile name holds hundreds of them.
 _NO_MODULE = re.compile(
     r"(?>.*[._](?:lora|lokr|hada|oft|boft|ia3|vera)_)\w*\Z|.*\.(?:original_module|[ab][12]|bm[12])\Z", re.DOTALL
 )
-# Methods that are known by their names alone.
+# Methods that ltxpack knows by name alone.
 _UNREAD = {
     "GLoRA": r"\.(?:[ab][12]|bm[12])\.weight", "IA3": r"\.(?:on_input|ia3_l)", "Tucker LoCon": r"\.lora_mid\.weight",
     "OFT of PEFT before 0.16": r"\.oft_r", "VeRA": r"\.vera_lambda_[bd]", "HRA": r"\.hra_u",
@@ -138,12 +136,11 @@ _SCALED = re.compile(r"(?:\.weight)?[._](?:scale_weight|weight_scale)\Z")
 
 @dataclass(frozen=True)
 class LoraKey:
-    """A key taken apart.
+    """The parts of a key.
 
-    ``prefix`` and ``module`` are as the file spells them, but for what wraps modules (``prefix`` without its last dot,
-    "" if there is none). ``role`` is alpha, magnitude, one of a method's, or one of these with SCALE behind it.
-    ``style`` names prefix and ending for reports. ``flat`` says that the module's dots are written as underscores
-    (kohya).
+    ``prefix`` and ``module`` are spelled as in the file, without wrappers; ``prefix`` has no last dot, and is "" if
+    there is none. ``role`` is alpha, magnitude, a method's role, or one of these with SCALE at its end. ``style`` names
+    prefix and ending for reports. ``flat``: the module's dots are written as underscores (kohya).
     """
 
     key: str
@@ -155,11 +152,11 @@ class LoraKey:
 
     @property
     def may_be_flat(self) -> bool:
-        """Whether the module's name holds no dot, so that a prefix nobody knows may stand before a flattened one."""
+        """Whether the module's name has no dot, so that it may be a flattened name after an unknown prefix."""
         return self.flat or "." not in self.module
 
     def without(self, rest: str) -> LoraKey:
-        """The key without ``rest`` before its module's name, see :meth:`ModuleNames.rest_before`."""
+        """The key without the unknown prefix ``rest``, see :meth:`ModuleNames.rest_before`."""
         return replace(self, module=self.module.removeprefix(rest), flat=self.may_be_flat)
 
     @property
@@ -171,7 +168,7 @@ class LoraKey:
 
 @functools.lru_cache(maxsize=1 << 16)
 def parse_key(key: str) -> LoraKey | None:
-    """``key`` taken apart, or None if it has no ending that an adapter uses, or names no module."""
+    """The parts of ``key``, or None if it has no ending of an adapter, or names no module."""
     if scaled := _SCALED.search(key):
         stem = key[: scaled.start()]
         found = _parse(stem) or _parse(f"{stem}.weight")
@@ -204,7 +201,7 @@ def _unwrapped(path: str, wrappers: re.Pattern[str], dot: str) -> str:
 
 
 def unread_method(key: str) -> str | None:
-    """The method of an adapter whose tensors are not read, where ``key`` is the name of one; else None."""
+    """The method to which ``key`` belongs if ltxpack knows it but does not read it; else None."""
     return next((name for name, ending in _UNREAD.items() if re.search(rf"{ending}\Z", key)), None)
 
 
@@ -214,7 +211,7 @@ def belongs_elsewhere(module: str) -> bool:
 
 
 class ModuleNames:
-    """All spellings of the modules of one model, derived from its own tensor names: of a transformer, unless said else.
+    """All spellings of the modules of one model, derived from its own tensor names.
 
     Flattened names are looked up whole, never split. ``shapes`` maps every tensor name of the model (diffusers
     spelling) to its shape, ``spellings`` a module to its names (default: those of the transformer's rename table).
@@ -224,7 +221,7 @@ class ModuleNames:
         self, shapes: Mapping[str, tuple[int, ...]], spellings: Callable[[str], set[str]] | None = None
     ) -> None:
         spelled = spellings or _spellings
-        # A table is no module's weight, and a module to what is said of names here.
+        # A table counts as a module here.
         modules = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
         self.linears = linear_modules(shapes)
         self._dotted: dict[str, tuple[str, ...] | None] = {}
@@ -250,11 +247,10 @@ class ModuleNames:
         return match
 
     def rest_before(self, key: LoraKey, in_block: bool = True) -> str | None:
-        """What stands before the name of a module (``in_block``: of one in a block), where :meth:`find` does not know
-        the whole.
+        """The unknown prefix before the name of a module, for a key that :meth:`find` does not know.
 
-        None if no ending of the name, or more than one, is such a name, and for a module of the text path: its
-        connectors have names like ours.
+        ``in_block``: the module must be in a block. None if no ending of the name, or more than one, is the name of a
+        module, and for modules of the text path, because its connectors have names like ours.
         """
         table, dot = (self._flat, "_") if key.may_be_flat else (self._dotted, ".")
         if belongs_elsewhere(key.module):

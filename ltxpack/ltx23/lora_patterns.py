@@ -1,7 +1,7 @@
-"""PEFT's rank_pattern and alpha_pattern: which value they give a module. Untrusted.
+"""PEFT's rank_pattern and alpha_pattern: the value that they give to a module. Untrusted.
 
-PEFT takes regular expressions, and the first that matches a module's name, or what follows one of its dots, to the end
-wins. Here a pattern must be a plain name: no expression of a stranger's is run.
+PEFT takes regular expressions. The first one wins that matches a module's name, or the part after one of its dots, to
+the end. Here a pattern must be a plain name, because no expression of a stranger is run.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from ltxpack.errors import AdapterError
 
 # Longer than any name of a module.
 MAX_PATTERN = 512
-# In how many places a file's patterns may have their dots: a name is compared once with each. All linears of the
-# published transformer, a pattern each, have theirs in 42.
+# The most different places of dots in a file's patterns: a name is compared once for each. One pattern for each linear
+# of the published transformer makes 42.
 MAX_MASKS = 128
 _PLAIN = re.compile(r"(\^?)([A-Za-z0-9_-]+(?:\\?\.[A-Za-z0-9_-]+)*)\$?")
 
-# Where a pattern's unescaped dots are: each of them stands for any one character, as in a regular expression.
 Mask = tuple[int, ...]
+"""The places of a pattern's unescaped dots, each of which matches any one character, as in a regular expression."""
 
 
 class Patterns:
     """A table of patterns: names, or endings of them that begin after a dot, with ``^`` before a whole name.
 
-    Raises AdapterError for any richer pattern, by its name.
+    Raises AdapterError for any richer pattern, naming it.
     """
 
     def __init__(self, table: Mapping[str, float], name: str = "", file: Path | None = None) -> None:
         self.name = name
         self._count = len(table)
         self._known: dict[str, list[tuple[int, str, float]]] = {}
-        # (whole name only, length) -> where the dots are -> the text with a dot there -> number, pattern and value
+        # (whole name only, length) -> places of dots -> the text with dots there -> number, pattern and value
         self._entries: dict[tuple[bool, int], dict[Mask, dict[str, tuple[int, str, float]]]] = {}
         for number, (pattern, value) in enumerate(table.items()):
             plain = _PLAIN.fullmatch(pattern)
@@ -58,7 +58,7 @@ class Patterns:
         return min(self._matches(names), key=lambda entry: entry[0], default=(0, "", default))[2]
 
     def values(self, names: Sequence[str]) -> set[float | None]:
-        """What all patterns say that match a module: PEFT sorts them as it saves them, so that the first may change."""
+        """The values of all matching patterns: PEFT sorts patterns when it saves them, so the first may be another."""
         return {value for _, _, value in self._matches(names)}
 
     def unused(self, modules: Iterable[Sequence[str]]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The statements a LoRA makes beside its factors: fields of its header and of its configuration. Untrusted.
+"""The statements that a LoRA makes beside its factors: fields of its header and its configuration. Untrusted.
 
-They stand in the header's metadata, flat or as JSON and under any prefix, and in PEFT's adapter_config.json. Which
-spelling states what is a table; what the statements of one LoRA come to is in lora_facts.py.
+Fields are in the header's metadata, flat or as JSON and under any prefix, and in PEFT's adapter_config.json. A table
+says which spelling states which fact; lora_facts.py combines the statements of one LoRA.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ltxpack.ltx23.lora_patterns import Patterns
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-# Times the largest strength, which is as large, it still fits float32.
+# Its product with the largest strength, which is as large, still fits float32.
 MAX_ALPHA = 1e18
 HEADER = "the header"
-# More files than this beside a configuration are not looked into to find its own.
+# The most files beside a configuration that are opened to find its own.
 MAX_BESIDE = 50
 
 ALPHA, RANK, RSLORA, DORA, BASE, USE = "alpha", "rank", "rslora", "dora", "base", "use"
-# Set to anything but off, these change what merging means or what base the adapter belongs to.
+# Fields that, unless they are off, change the arithmetic of merging or the base of the adapter.
 _UNSUPPORTED = (
     "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
     "kasa_config", "monteclora_config",
 )  # fmt: skip
-# What these name is not among the factors.
+# Fields that name trained tensors other than factors.
 BESIDE = ("bias", "lora_bias", "modules_to_save", "target_parameters")
 # Fact -> the fields that state it.
 _SPELLED: Mapping[str, Sequence[str]] = {
@@ -76,7 +76,7 @@ class Configuration(NamedTuple):
 
 @dataclass(frozen=True)
 class Statement:
-    """One field: its ``fact``, its value as text or JSON, its name, the prefix before that, and where it stands."""
+    """One field: its ``fact``, its value as text or JSON, its name, the prefix of the name, and its ``place``."""
 
     fact: str
     value: Any
@@ -90,7 +90,7 @@ class Statement:
 
 
 def configuration_beside(weights: Path) -> Path | None:
-    """The adapter_config.json that belongs to a file of weights; None if there is none, or it may be another file's."""
+    """The adapter_config.json of a file of weights; None if there is none, or it may belong to another file."""
     config = weights.with_name(PEFT_CONFIG)
     try:
         if not config.is_file():
@@ -113,7 +113,7 @@ def _holds_factors(path: Path) -> bool:
 
 
 def belongs(weights: str, names: Iterable[str]) -> bool:
-    """Whether an adapter_config.json in a folder of ``names`` is that of ``weights``: PEFT's name, or no other file."""
+    """Whether an adapter_config.json beside ``names`` belongs to ``weights``: by PEFT's name, or as the only file."""
     others = (name for name in names if name != weights and not name.startswith("."))
     return weights == PEFT_WEIGHTS or not any(name.lower().endswith(".safetensors") for name in others)
 
@@ -147,7 +147,7 @@ def statements_of(file: TensorFile, configuration: Configuration | None) -> Iter
 
 
 def _fields(document: Mapping[str, Any], place: str, prefix: str = "", deepest: int = _DEEPEST) -> Iterator[Statement]:
-    """The fields of a document that state anything, those of objects in it under the name of the object."""
+    """The fields of a document that state a fact. Fields of an object in it have the object's name as a prefix."""
     for key, value in document.items():
         head, _, name = ("", "", key) if key in _FIELDS else key.rpartition(".")
         fact = _FIELDS.get(name) or (USE if _IC_LORA.fullmatch(name) else None)
@@ -159,7 +159,7 @@ def _fields(document: Mapping[str, Any], place: str, prefix: str = "", deepest: 
 
 
 def number_of(one: Statement, where: Path) -> float | None:
-    """The number of a statement; None where it states nothing."""
+    """The number of a statement; None if it states nothing."""
     value = None if _says_nothing(one.value) else one.value
     if isinstance(value, str) and one.place != PEFT_CONFIG:
         try:
@@ -200,7 +200,7 @@ def patterns_of(one: Statement | None, where: Path) -> Patterns:
 
 
 def refuse_other_methods(statements: Iterable[Statement], where: Path) -> None:
-    """Refuse (AdapterError) what is no LoRA, or cannot be merged into the clean base as it is."""
+    """Raises AdapterError for an adapter that is no LoRA, or that cannot be merged into the clean base."""
     for one in statements:
         if one.fact == "peft_type" and not _says_nothing(one.value) and one.value not in PEFT_METHODS:
             raise AdapterError("is not a LoRA", file=where, expected="peft_type LORA", found=one.value)
@@ -216,7 +216,6 @@ def refuse_other_methods(statements: Iterable[Statement], where: Path) -> None:
 
 
 def _unquoted(value: Any) -> Any:
-    """A text without the blanks and quotation marks around it."""
     if not isinstance(value, str):
         return value
     value = value.strip()
@@ -229,6 +228,6 @@ def _says_nothing(value: object) -> bool:
 
 
 def is_set(one: Statement) -> bool:
-    """Whether a field states more than "off": kohya writes 0 and False, and 1 for a reference of full size."""
+    """Whether a field is not off. kohya writes 0 and False for off, and 1 for a reference of full size."""
     off = ("false", "0", "0.0", "{}", "[]", *(("1", "1.0") if one.name.startswith("ss_reference") else ()))
     return bool(one.value) and not _says_nothing(one.value) and str(one.value).lower() not in off

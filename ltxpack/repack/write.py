@@ -283,7 +283,7 @@ def _has_links(folder: Path) -> bool:
 
 
 class TensorWriter(Protocol):
-    """Takes the bytes of a shard's tensors in their order. A context manager."""
+    """Takes the bytes of a shard's tensors in their order."""
 
     @property
     def why(self) -> str:
@@ -293,10 +293,6 @@ class TensorWriter(Protocol):
 
     def close(self) -> FileRecord:
         """Return when all bytes are on the disk."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *exception: object) -> None: ...
 
 
 class ShardWriter:

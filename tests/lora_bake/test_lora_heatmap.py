@@ -17,6 +17,7 @@ from page_support import Page, parsed
 from ltxpack.lora_bake import BakeOptions, bake, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import TargetStat, build_report, split_name
+from ltxpack.manifest import Bake
 from ltxpack.reporter import SilentReporter
 
 EVIL = "\"><script>alert(1)</script>&'"
@@ -37,8 +38,8 @@ def measured(name: str, change: float | None) -> TargetStat:
 
 def document_of(loras: Sequence[LoraUse], change: Callable[[str], float | None], rule: str = "fp32") -> dict:
     names = sorted({name for lora in loras for name in lora.adapter.targets})
-    arithmetic = {"rule": rule, "kernel": "fp32", "device": "cpu"}
-    return build_report("x", loras, [measured(name, change(name)) for name in names], shapes(), arithmetic)
+    made = Bake((), rule, "fp32", "cpu", (), ())
+    return build_report("x", loras, [measured(name, change(name)) for name in names], shapes(), made)
 
 
 def page_of(loras: Sequence[LoraUse], change: Callable[[str], float | None] = lambda name: 0.01) -> Page:
@@ -282,8 +283,7 @@ def test_names_may_break_between_segments_and_read_the_same(tmp_path: Path) -> N
 
 
 def test_a_bake_that_changes_nothing_still_shows_the_model(whole: LoraUse) -> None:
-    arithmetic = {"rule": "fp32", "kernel": "fp32", "device": "cpu"}
-    document = build_report("x", [whole], [], shapes(), arithmetic)
+    document = build_report("x", [whole], [], shapes(), Bake((), "fp32", "fp32", "cpu", (), ()))
     assert document["median_change"] is None and document["largest_change"] is None
     read = parsed(coverage_page.render(document))
     assert "No weight inside the blocks is touched." in read.text and "None of the 28 linears" in read.text

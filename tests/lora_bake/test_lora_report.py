@@ -14,6 +14,7 @@ from support import load
 
 from ltxpack.lora_bake import BakeOptions, BakeReport, bake, coverage, coverage_page
 from ltxpack.lora_bake.coverage import TargetStat, split_name
+from ltxpack.manifest import Bake
 from ltxpack.reporter import SilentReporter
 
 BASE = random_weights()
@@ -121,7 +122,7 @@ def test_a_change_from_zero_has_no_ratio() -> None:
     assert TargetStat("a", 0.0, 0.0, 4, 0).change == 0.0
     assert TargetStat("a", 4.0, 1.0, 4, 4).change == 0.5
     stats = [TargetStat("proj_in.weight", 0.0, 1.0, 256, 256)]
-    document = coverage.build_report("x", [], stats, shapes(), {"rule": "fp32", "kernel": "fp32", "device": "cpu"})
+    document = coverage.build_report("x", [], stats, shapes(), Bake((), "fp32", "fp32", "cpu", (), ()))
     assert "from zero" in coverage_page.render(document).decode()
     assert json.loads(coverage.dump(document))["targets"]["proj_in.weight"]["change"] is None
 
