@@ -42,7 +42,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_253,
     "files of the package": 204,
-    "lines of the tests": 33_702,
+    "lines of the tests": 33_678,
 }
 
 

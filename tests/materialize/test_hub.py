@@ -253,8 +253,9 @@ def test_hostile_listing_is_refused(server: HubServer, cache: Path, listing: Cal
         {"X-Repo-Commit": "../.."},
     ],
 )
-def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, cache: Path, metadata: dict[str, str]) -> None:
-    info = Hub().info(REPO)
+def test_file_that_is_not_the_listed_one_is_refused(
+    server: HubServer, info: RepoInfo, cache: Path, metadata: dict[str, str]
+) -> None:
     server.faults.metadata = metadata
     told_by(lambda: Hub().fetch(info, BIG))
     told_by(lambda: Hub().header(info, BIG))
@@ -267,10 +268,8 @@ def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, cache: Pa
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_fetch_puts_the_file_into_the_hub_cache(server: HubServer, cache: Path, name: str) -> None:
-    hub_ = Hub(reporter=(reporter := Notes()))
-    info = hub_.info(REPO)
-    path = hub_.fetch(info, name)
+def test_fetch_puts_the_file_into_the_hub_cache(server: HubServer, info: RepoInfo, cache: Path, name: str) -> None:
+    path = Hub(reporter=(reporter := Notes())).fetch(info, name)
     assert path == cache / "models--Lightricks--LTX-2.3" / "snapshots" / info.commit / name
     assert path.read_bytes() == FILES[name]
     git = hashlib.sha1(b"blob %d\0" % len(FILES[name]) + FILES[name]).hexdigest()
@@ -291,13 +290,11 @@ def test_blob_of_another_revision_is_linked_not_downloaded(serve: Callable[..., 
 
 
 @pytest.mark.parametrize("name", [BIG, "sub/notes.txt"])
-def test_dropped_connection_is_taken_up_where_it_broke(server: HubServer, name: str) -> None:
+def test_dropped_connection_is_taken_up_where_it_broke(server: HubServer, info: RepoInfo, name: str) -> None:
     size = len(FILES[name])
     half = size // 2
-    hub_ = Hub(reporter=(reporter := Notes()))
-    info = hub_.info(REPO)
     server.faults.drops = [half]
-    assert hub_.fetch(info, name).read_bytes() == FILES[name]
+    assert Hub(reporter=(reporter := Notes())).fetch(info, name).read_bytes() == FILES[name]
     assert [(r.range, r.sent) for r in server.content_requests()] == [
         (None, half),
         (f"bytes={half}-{size - 1}", size - half),
@@ -305,12 +302,12 @@ def test_dropped_connection_is_taken_up_where_it_broke(server: HubServer, name: 
     assert reporter.advanced == size
 
 
-def test_download_in_pieces_survives_many_drops(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_in_pieces_survives_many_drops(
+    server: HubServer, info: RepoInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub_transfer, "PIECE", 50_000)
-    hub_ = Hub(reporter=(reporter := Notes()))
-    info = hub_.info(REPO)
     server.faults.drops = [10_000, 0, 49_999, 1, 30_000]
-    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert Hub(reporter=(reporter := Notes())).fetch(info, BIG).read_bytes() == FILES[BIG]
     assert server.sent() == reporter.advanced == len(FILES[BIG])
 
 
@@ -331,7 +328,9 @@ def test_next_run_goes_on_where_the_last_one_broke_off(server: HubServer, info: 
     assert set(blobs(cache)) == {info.files[BIG].sha256}
 
 
-def test_ctrl_c_keeps_what_came(server: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_what_came(
+    server: HubServer, info: RepoInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub_transfer, "PIECE", 50_000)
     monkeypatch.setattr(hub_transfer, "POLL_SECONDS", 0.005)
     sent, interrupted = itertools.count(), threading.Event()
@@ -349,7 +348,6 @@ def test_ctrl_c_keeps_what_came(server: HubServer, cache: Path, monkeypatch: pyt
                 raise KeyboardInterrupt
 
     server.faults.body = held
-    info = Hub().info(REPO)
     with pytest.raises(KeyboardInterrupt):
         Hub(reporter=Impatient()).fetch(info, BIG)
     (kept,) = blobs(cache).values()
@@ -449,9 +447,8 @@ def test_server_without_ranges_is_downloaded_in_one_go(server: HubServer, info: 
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x"])
-def test_cached_file_of_another_size_is_refused(server: HubServer, damage: Callable[[bytes], bytes]) -> None:
+def test_cached_file_of_another_size_is_refused(info: RepoInfo, damage: Callable[[bytes], bytes]) -> None:
     hub_ = Hub()
-    info = hub_.info(REPO)
     blob = hub_.fetch(info, BIG).resolve()
     blob.write_bytes(damage(FILES[BIG]))
     for call in (hub_.fetch, hub_.header):

@@ -82,12 +82,9 @@ def test_an_undisturbed_run_leaves_the_overlay_and_nothing_else(source: Path, tm
     assert tree(tmp_path / "a/out") == tree(tmp_path / "b/out")
 
 
-def one_filesystem(patch: pytest.MonkeyPatch) -> None:
-    """Staging folder and result are on it."""
-
-
-def two_filesystems(patch: pytest.MonkeyPatch) -> None:
-    """Nothing can be renamed out of a staging folder or into one."""
+@pytest.fixture(params=["one filesystem", "two filesystems"])
+def disks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two filesystems nothing can be renamed out of a staging folder or into one."""
 
     def crossing(real: Callable[..., None]) -> Callable[..., None]:
         def renamed(source: Any, target: Any) -> None:
@@ -97,8 +94,8 @@ def two_filesystems(patch: pytest.MonkeyPatch) -> None:
 
         return renamed
 
-    patch.setattr(os, "rename", crossing(os.rename))
-    patch.setattr(os, "replace", crossing(os.replace))
+    for name in ("rename", "replace") if request.param == "two filesystems" else ():
+        monkeypatch.setattr(os, name, crossing(getattr(os, name)))
 
 
 def seen(target: Path) -> dict[str, bytes]:
@@ -107,17 +104,9 @@ def seen(target: Path) -> dict[str, bytes]:
     return {path: content for path, content in tree(target).items() if path not in hidden}
 
 
+@pytest.mark.usefixtures("disks")
 @pytest.mark.parametrize("there", [False, True], ids=["a new folder", "an empty folder"])
-@pytest.mark.parametrize("disks", [one_filesystem, two_filesystems])
-def test_dying_at_every_change_of_the_disk(
-    there: bool,
-    disks: Callable[[pytest.MonkeyPatch], None],
-    source: Path,
-    tmp_path: Path,
-    whole: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    disks(monkeypatch)
+def test_dying_at_every_change_of_the_disk(there: bool, source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     chance = random.Random(3)
     for change in itertools.count(1):
         target = tmp_path / str(change) / "out"
@@ -224,15 +213,8 @@ def replaced_overlay(tmp_path: Path, name: str) -> tuple[Path, dict[str, bytes]]
     return target, tree(target)
 
 
-@pytest.mark.parametrize("disks", [one_filesystem, two_filesystems])
-def test_replacing_an_overlay_dying_at_every_change(
-    disks: Callable[[pytest.MonkeyPatch], None],
-    source: Path,
-    tmp_path: Path,
-    whole: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    disks(monkeypatch)
+@pytest.mark.usefixtures("disks")
+def test_replacing_an_overlay_dying_at_every_change(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
     mine = {"transformer/mine.txt": b"the user's", "notes/n.md": b"the user's too"}
     chance = random.Random(4)
     for change in itertools.count(61):  # everything before happens in the staging folder, as in the test above
@@ -337,11 +319,8 @@ def bake(overlay: Path, names: tuple[str, ...], content: bytes, force: bool = Fa
                 staging.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("disks", [one_filesystem, two_filesystems])
-def test_adding_and_replacing_bakes_dying_at_every_change(
-    disks: Callable[[pytest.MonkeyPatch], None], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disks(monkeypatch)
+@pytest.mark.usefixtures("disks")
+def test_adding_and_replacing_bakes_dying_at_every_change(source: Path, tmp_path: Path) -> None:
     pristine = tmp_path / "pristine"
     materialize(source, pristine)
     bake(pristine, ("kept", "old"), b"first")
