@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_253,
+    "lines of the package": 34_283,
     "files of the package": 204,
-    "lines of the tests": 33_678,
+    "lines of the tests": 33_691,
 }
 
 

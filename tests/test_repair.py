@@ -86,3 +86,10 @@ def test_another_source_repairs_nothing(demo: Path, overlay: Path, tmp_path: Pat
     before = tree(overlay)
     refused(ltxpack("verify", overlay, "--repair", "--source", other), 1)
     assert tree(overlay) == before
+
+
+def test_a_repair_that_was_killed_after_its_last_file_leaves_nothing(overlay: Path) -> None:
+    work = overlay / ".ltxpack" / "repair" / "vae"
+    work.mkdir(parents=True)
+    assert not ltxpack("verify", overlay).returncode and work.is_dir()
+    assert not ltxpack("verify", overlay, "--repair").returncode and not (overlay / ".ltxpack").exists()

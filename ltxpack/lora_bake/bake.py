@@ -33,7 +33,7 @@ from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import Staging, find_place, publish_bakes, recover
-from ltxpack.repack.verify import Fault, damaged, verify
+from ltxpack.repack.verify import Fault, damaged, drop_killed_repair, verify
 from ltxpack.repack.write import WRITE_BUFFERS, ShardWriter, preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
 from ltxpack.strength import Strength
@@ -135,6 +135,7 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
     manifest = read_manifest(overlay)
     paths = damaged(faults, manifest)
     if not paths:
+        drop_killed_repair(overlay, reporter)
         return faults
     find_place(overlay)
     bakes = {folder: paths & {record.path for record in bake.files} for folder, bake in manifest.baked.items()}

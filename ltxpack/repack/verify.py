@@ -26,6 +26,8 @@ from ltxpack.repack.staging import folder_of, recover, remove_below, staging_bas
 from ltxpack.repack.write import preflight, write_item
 from ltxpack.reporter import Reporter
 
+# Where a repair writes files before they come into their places.
+REPAIR_FOLDER = f"{WORK_FOLDER}/repair"
 # The problem of a file that someone else put into the overlay, which no repair touches.
 NOT_OURS = "is not in the manifest"
 
@@ -192,7 +194,7 @@ def repair(
     the other way round. Raises OverlayError if a file differs from the manifest, because the source is another one; the
     file in the overlay then stays unchanged.
     """
-    root = overlay / WORK_FOLDER / "repair"
+    root = overlay / REPAIR_FOLDER
     with OverlayLock(overlay, reporter), write_errors(overlay):
         recover(overlay, reporter)
         refuse_links(root, root.parent)
@@ -214,11 +216,24 @@ def repair(
             if after != manifest:
                 atomic_write(overlay / MANIFEST_NAME, checked_bytes(after, overlay))
         finally:
-            remove_below(root)
-            with contextlib.suppress(OSError):
-                root.parent.rmdir()
+            _remove_work(root)
         reporter.end()
         return after
+
+
+def drop_killed_repair(overlay: Path, reporter: Reporter) -> None:
+    """Remove what a repair left that was killed after its last file had come into its place."""
+    root = overlay / REPAIR_FOLDER
+    if root.is_dir():
+        with OverlayLock(overlay, reporter), write_errors(overlay):
+            refuse_links(root, root.parent)
+            _remove_work(root)
+
+
+def _remove_work(root: Path) -> None:
+    remove_below(root)
+    with contextlib.suppress(OSError):
+        root.parent.rmdir()
 
 
 def _refuse_other_content(found: FileRecord, wanted: FileRecord, target: Path) -> None:

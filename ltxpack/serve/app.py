@@ -141,7 +141,7 @@ class VideoRoutes:
         order: Literal["asc", "desc"] = "desc",
     ) -> dict[str, Any]:
         """The jobs, the newest first; ``after`` is the id of the last one that was seen."""
-        behind = None if after is None else self._job(after)
+        behind = None if after is None else self._job(after, "after")
         found = self.jobs.listed(behind, limit + 1, order == "desc")
         data = [job.public for job in found[:limit]]
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
@@ -199,10 +199,10 @@ class VideoRoutes:
                 raise Refusal(499, "the client has left", code="cancelled")
             await asyncio.sleep(LOOK)
 
-    def _job(self, job_id: str) -> Job:
+    def _job(self, job_id: str, param: str = "video_id") -> Job:
         job = self.jobs.get(job_id)
         if job is None:
-            raise Refusal(404, f"there is no video {job_id[:60]!r}", param="video_id", code="not_found")
+            raise Refusal(404, f"there is no video {job_id[:60]!r}", param=param, code="not_found")
         return job
 
     def _forget(self, job_id: str) -> None:

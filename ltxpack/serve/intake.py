@@ -22,7 +22,7 @@ from ltxpack.runtime.settings import Settings
 from ltxpack.serve.jobs import Job, Jobs, QueueFullError
 from ltxpack.serve.limits import ServeLimits
 from ltxpack.serve.models import ServedModel
-from ltxpack.serve.refusal import Refusal, told
+from ltxpack.serve.refusal import Refusal, field_at_fault, told
 from ltxpack.serve.schema import IMAGES, REFERENCE
 from ltxpack.serve.task import Image, VideoTask, request_of
 
@@ -79,7 +79,7 @@ class Intake:
             raise self._busy() from None
         except LtxpackError as error:
             self.jobs.discard(job_id)
-            raise Refusal(400, told(error), code="invalid_value") from None
+            raise Refusal(400, told(error), param=field_at_fault(error, said), code="invalid_value") from None
         except BaseException:
             self.jobs.discard(job_id)
             raise

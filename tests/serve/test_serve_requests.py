@@ -179,16 +179,18 @@ def test_pictures_come_as_bytes_and_are_kept_until_the_video_is_made(client: Cli
 @pytest.mark.parametrize(
     ("said", "param", "told"),
     [
-        ({"size": "1280x720"}, None, "wrong height: expected a multiple of 64, found 720, choose height 704 or 768"),
-        ({"num_frames": 10}, None, "a multiple of 8, plus 1"),
+        ({"size": "1280x720"}, "size", "wrong height: expected a multiple of 64, found 720, choose height 704 or 768"),
+        ({"size": "0x64"}, "size", "found 0"),
+        ({"num_frames": 10}, "num_frames", "a multiple of 8, plus 1"),
+        ({"fps": 1e-9}, "fps", "choose fps 24"),
         ({"seconds": 4}, "seconds", "two answers to one question"),
         ({"width": 128}, "size", "two answers to one question"),
         ({"frames": 9}, "frames", "did you mean num_frames?"),
         ({"stage1": "base"}, "stage1", "the model's name picks recipe and bakes"),
         ({"video_stg_blocks": [2]}, "video_stg_blocks.0", "2 is greater than the maximum of 1"),
-        ({"model": "ltx-2.3-distilled", "steps": 8}, None, "steps has no use in the recipe distilled"),
+        ({"model": "ltx-2.3-distilled", "steps": 8}, "steps", "steps has no use in the recipe distilled"),
         ({"size": "4096x4096"}, "size", "a frame may have"),
-        ({"size": "16448x64"}, None, "choose width 16384"),
+        ({"size": "16448x64"}, "size", "choose width 16384"),
         ({"prompt": ""}, "prompt", "prompt: "),
         ({"input_reference": "/etc/passwd"}, "input_reference", "opens no path and no address"),
         ({"input_reference": "http://127.0.0.1/a.png"}, "input_reference", "opens no path and no address"),
@@ -204,6 +206,10 @@ def test_a_refusal_names_the_field_and_what_would_do(
     assert told in error["message"] and error["param"] == param and error["type"] == "invalid_request_error"
     assert "/videos" not in error["message"] and "--" not in error["message"]
     assert (client.jobs.counts(), len([*client.jobs.pictures.iterdir()])) == before
+
+
+def test_a_page_after_a_video_that_is_not_there_names_that_field(client: Client) -> None:
+    assert refusal(client.ask("GET", "/v1/videos", params={"after": "video_1"}), 404)["param"] == "after"
 
 
 def test_an_unknown_model_is_told_with_those_that_there_are(client: Client) -> None:

@@ -22,7 +22,7 @@ def frame_rate(fps: float | Fraction | str) -> Fraction:
         exact = Fraction(0)
     if not SLOWEST <= exact <= FASTEST:
         expected = f"a number from {SLOWEST} to {FASTEST}; 23.976 is taken for 24000/1001"
-        raise UsageError("not a frame rate", expected=expected, found=fps)
+        raise UsageError("not a frame rate", expected=expected, found=fps, next="choose --fps 24")
     for nominal in NTSC:
         ntsc = Fraction(nominal * 1000, 1001)
         # A quarter of the step to the whole number: 23.98 is meant, 23.99 is not.
