@@ -15,7 +15,7 @@ from ltxpack.errors import UsageError
 from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
-from ltxpack.runtime.lines import SKIPPED, LineMaker, Outcome, Task, failed, identity
+from ltxpack.runtime.lines import SKIPPED, Outcome, Task, carry_out, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.parallel.actors import Actors
 from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
@@ -88,7 +88,7 @@ class Here(Crew):
     def __init__(self, session: Session) -> None:
         session.process_ends = True
         self.names = (str(session.device),)
-        self._maker = LineMaker(session)
+        self._session = session
         self._work: tuple[Task, Request | None] | None = None
 
     def begin(self, worker: int, task: Task, following: Request | None) -> None:
@@ -98,16 +98,15 @@ class Here(Crew):
     def next(self) -> Event:
         if self._work is None:
             return Ready(0)
-        return Carried(0, self._maker.carry_out(*self._work))
+        return Carried(0, carry_out(self._session, *self._work))
 
     def replace(self, worker: int) -> None:
         """Does nothing: the one worker is this process."""
 
     def close(self) -> list[str]:
-        session = self._maker.session
-        session.close()
-        recorder = session.activations
-        return [peak_memory(session.device), *([recorder.summary] if recorder is not None and recorder.summary else [])]
+        self._session.close()
+        recorder = self._session.activations
+        return [peak_memory(self._session.device), *([recorder.summary] if recorder and recorder.summary else [])]
 
 
 def _crew(overlay: Overlay, options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter) -> Crew:

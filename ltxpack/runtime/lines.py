@@ -78,73 +78,72 @@ class TaskResult:
     encoding: float = 0.0
 
 
-@dataclass
-class LineMaker:
-    """Carries out tasks with one session. The fault of a line is in its outcome."""
+def carry_out(session: Session, task: Task, following: Request | None = None) -> TaskResult:
+    """Carry out ``task`` with ``session``; the fault of a line is in its outcome. Raises no Exception.
 
-    session: Session
+    ``following`` is the next video, if known.
+    """
+    match task:
+        case Encode():
+            return _encode(session, task.lines, Begin if task.by_stages else Make)
+        case Make():
+            return _make(session, task, following)
+        case Begin():
+            return _begin(session, task, following)
 
-    def carry_out(self, task: Task, following: Request | None = None) -> TaskResult:
-        """Carry out ``task``. ``following`` is the next video, if known. Raises no Exception."""
-        match task:
-            case Encode():
-                return self._encode(task.lines, Begin if task.by_stages else Make)
-            case Make():
-                return self._make(task, following)
-            case Begin():
-                return self._begin(task, following)
 
-    def _encode(self, lines: Sequence[PromptsLine], then: type[Begin]) -> TaskResult:
-        session, outcomes = self.session, list[Outcome]()
-        for line in lines:
-            with self._attempt([line], outcomes):
-                session.residency.plan_for(work_of(session, line.request, len(lines)))
-        without = {outcome.line.number for outcome in outcomes}
-        left = [line for line in lines if line.number not in without]
-        tasks, seconds = tuple[Task, ...](), 0.0
-        with self._attempt(left, outcomes):
-            seconds = encode_ahead(session, [line.request for line in left])
-            tasks = tuple(then(line, session.prompts.held(line.request.prompts)) for line in left)
-        return TaskResult(tuple(outcomes), tasks, seconds)
+def _encode(session: Session, lines: Sequence[PromptsLine], then: type[Begin]) -> TaskResult:
+    outcomes = list[Outcome]()
+    for line in lines:
+        with _attempt(session, [line], outcomes):
+            session.residency.plan_for(work_of(session, line.request, len(lines)))
+    without = {outcome.line.number for outcome in outcomes}
+    left = [line for line in lines if line.number not in without]
+    tasks, seconds = tuple[Task, ...](), 0.0
+    with _attempt(session, left, outcomes):
+        seconds = encode_ahead(session, [line.request for line in left])
+        tasks = tuple(then(line, session.prompts.held(line.request.prompts)) for line in left)
+    return TaskResult(tuple(outcomes), tasks, seconds)
 
-    def _begin(self, task: Begin, following: Request | None) -> TaskResult:
-        session, line, outcomes, tasks = self.session, task.line, list[Outcome](), tuple[Task, ...]()
-        with self._attempt([line], outcomes):
+
+def _begin(session: Session, task: Begin, following: Request | None) -> TaskResult:
+    line, outcomes, tasks = task.line, list[Outcome](), tuple[Task, ...]()
+    with _attempt(session, [line], outcomes):
+        session.reporter.note(f"{line.name}: {line.output}")
+        session.prompts.hold(line.request.prompts, task.contexts)
+        tasks = (Make(line, task.contexts, first_stage(session, line.request, following)),)
+    return TaskResult(tuple(outcomes), tasks)
+
+
+def _make(session: Session, task: Make, following: Request | None) -> TaskResult:
+    line, outcomes = task.line, list[Outcome]()
+    seconds = {} if task.halfway is None else task.halfway.seconds
+    with _attempt(session, [line], outcomes):
+        if task.halfway is None:
             session.reporter.note(f"{line.name}: {line.output}")
-            session.prompts.hold(line.request.prompts, task.contexts)
-            tasks = (Make(line, task.contexts, first_stage(session, line.request, following)),)
-        return TaskResult(tuple(outcomes), tasks)
-
-    def _make(self, task: Make, following: Request | None) -> TaskResult:
-        session, line, outcomes = self.session, task.line, list[Outcome]()
-        seconds = {} if task.halfway is None else task.halfway.seconds
-        with self._attempt([line], outcomes):
-            if task.halfway is None:
-                session.reporter.note(f"{line.name}: {line.output}")
-            description, fingerprint = identity(session.overlay, session.settings, line)
-            session.prompts.hold(line.request.prompts, task.contexts)
-            digest = write_video(session, line.request, line.output, following=following, halfway=task.halfway)
-            seconds = {**seconds, **session.timings.seconds}
-            assert session.attention is not None
-            kernel = session.attention.name
-            try:
-                record.write_record(line.output, digest, description, fingerprint, seconds, kernel)
-            except UnwrittenError as error:
-                raise error.keeping(line.output) from None
-            outcomes.append(Outcome(line, DONE, seconds, decoding=session.decoding))
-        return TaskResult(tuple(outcomes))
-
-    @contextmanager
-    def _attempt(self, lines: Sequence[PromptsLine], outcomes: list[Outcome]) -> Iterator[None]:
-        """Work for ``lines``: if the block raises, all of them fail, and their outcomes go to ``outcomes``."""
-        session = self.session
-        session.timings = Timings()
+        description, fingerprint = identity(session.overlay, session.settings, line)
+        session.prompts.hold(line.request.prompts, task.contexts)
+        digest = write_video(session, line.request, line.output, following=following, halfway=task.halfway)
+        seconds = {**seconds, **session.timings.seconds}
+        assert session.attention is not None
         try:
-            yield
-        except Exception as error:
-            session.reporter.end()
-            seconds = dict(session.timings.seconds)
-            outcomes += [failed(line, error, session.reporter, seconds) for line in lines]
+            record.write_record(line.output, digest, description, fingerprint, seconds, session.attention.name)
+        except UnwrittenError as error:
+            raise error.keeping(line.output) from None
+        outcomes.append(Outcome(line, DONE, seconds, decoding=session.decoding))
+    return TaskResult(tuple(outcomes))
+
+
+@contextmanager
+def _attempt(session: Session, lines: Sequence[PromptsLine], outcomes: list[Outcome]) -> Iterator[None]:
+    """Work for ``lines``: if the block raises, all of them fail, and their outcomes go to ``outcomes``."""
+    session.timings = Timings()
+    try:
+        yield
+    except Exception as error:
+        session.reporter.end()
+        seconds = dict(session.timings.seconds)
+        outcomes += [failed(line, error, session.reporter, seconds) for line in lines]
 
 
 def failed(

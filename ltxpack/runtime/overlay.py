@@ -75,9 +75,6 @@ class Overlay:
             return tuple(record for record in files if posixpath.dirname(record.path) == folder)
         return self.manifest.baked[part].files if "/" in part else self.manifest.components[part].files
 
-    def form(self, name: str) -> str:
-        return form_of(self.manifest, name)
-
     def check(self, records: Iterable[FileRecord]) -> None:
         """Compare files with the blake3 in the manifest. Raises OverlayError for the first that changed.
 

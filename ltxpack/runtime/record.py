@@ -22,7 +22,7 @@ from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import read_json
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FP8, FileRecord
-from ltxpack.runtime.overlay import Overlay, transformer_part
+from ltxpack.runtime.overlay import Overlay, form_of, transformer_part
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Guidance, stage_flag
 from ltxpack.runtime.settings import TOKEN, Settings
@@ -64,7 +64,7 @@ def described(
         del found["recipe"]
     if settings.keep_steps is None:
         del found["keep_steps"]
-    if fp8 != TOKEN and any(overlay.form(name) == FP8 for name in transformers):
+    if fp8 != TOKEN and any(form_of(overlay.manifest, name) == FP8 for name in transformers):
         found["fp8"] = fp8
     found |= {stage_flag(number): name for number, name in enumerate(transformers)}
     if overlay.text:

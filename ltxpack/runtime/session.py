@@ -92,10 +92,9 @@ class Session:
         self.activations = None if path is None else ActivationsRecorder(Path(path), self.overlay, self.device)
         self.timings = Timings()
         self.attention: kernels.KernelChoice | None = None
-        self._attention_told = False
         # The numerics that rank 0 dictates.
         self._adopted: Numerics | None = None
-        # Notes about transformers in codes that were given already.
+        # Notes that were given already.
         self._told: set[str] = set()
         # Whether the process ends with the session: the kernel then frees pinned memory, which is faster.
         self.process_ends = False
@@ -141,11 +140,11 @@ class Session:
             return
         if self.attention is None:
             self.attention = self.within_memory(self._choose_attention)
-        if not self._attention_told:
+        if self.attention.note not in self._told:
+            self._told.add(self.attention.note)
             self.reporter.note(self.attention.note)
             for name, why in self.attention.refused.items():
                 self.reporter.detail(f"attention: not {name}: {why}")
-            self._attention_told = True
 
     def numerics(self) -> Numerics:
         """The numerics of this prepared session, for other ranks."""
@@ -264,7 +263,8 @@ class Session:
         fp8 = self.settings.fp8
         faults = None if self._adopted is None else self._adopted.faults
         told = use_codes(model, fp8, self.device, self.dtype, faults)
-        if fp8 == STATIC and self.overlay.form(name) == FP8 and self.overlay.manifest.bakes[name].calibration is None:
+        bake = self.overlay.manifest.bakes.get(name)
+        if fp8 == STATIC and bake is not None and bake.format == FP8 and bake.calibration is None:
             clips = "--fp8 static uses 1 as every input scale and clips inputs above 448"
             told.append(f"{name} is not calibrated: {clips} (bake-lora --activations FILE, or --fp8 token)")
         for line in told:

@@ -18,7 +18,7 @@ from support import HANG, Done, Notes, alive, ltxpack, until
 from warm_processes import WarmProcess
 
 from ltxpack.ltx23.published import published_configs, published_tensors
-from ltxpack.runtime.lines import DONE, Encode, LineMaker, Make
+from ltxpack.runtime.lines import DONE, Encode, Make, carry_out
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.parallel import crew as crews
@@ -77,9 +77,8 @@ def test_what_goes_from_stage_to_stage_is_what_is_counted(recipe: str, demo: Pat
     path = prompts(tmp_path, {"prompt": "a boat", "recipe": recipe, "num_frames": 17})
     [line] = read_lines(path, SettingsGiven(height=64, width=128), None)
     with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32", cache=False)) as session:
-        maker = LineMaker(session)
-        [begin] = maker.carry_out(Encode((line,), by_stages=True)).tasks
-        [task] = maker.carry_out(begin).tasks
+        [begin] = carry_out(session, Encode((line,), by_stages=True)).tasks
+        [task] = carry_out(session, begin).tasks
         work = line.request.work(session.transformers(line.request.recipe).stages)
         found = counted(STAGES, session.transformer_config, work, 2, itemsize=4)
     assert isinstance(task, Make) and task.halfway is not None and found is not None

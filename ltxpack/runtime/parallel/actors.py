@@ -16,7 +16,7 @@ from typing import Any
 from ltxpack.errors import UsageError
 from ltxpack.files.publish import Temporary, output_errors
 from ltxpack.reporter import Reporter
-from ltxpack.runtime.lines import LineMaker, Task
+from ltxpack.runtime.lines import Task, carry_out
 from ltxpack.runtime.parallel.cluster import (
     NOT_STARTED,
     PATIENCE,
@@ -58,23 +58,21 @@ class LineActor:
         """Ready for tasks; where this is, in words. ``actors``: how many of the run there are at most on a machine."""
         with self._or_gone():
             disk.check()
-            session = Session(disk.root, settings, Voice(self._number, self._said.put))
-            session.process_ends = True
-            session.residency.processes = sharers_here(actors)
-            self._maker = LineMaker(session)
+            self._session = Session(disk.root, settings, Voice(self._number, self._said.put))
+            self._session.process_ends = True
+            self._session.residency.processes = sharers_here(actors)
             self._said.put(Ready(self._number))
         return where()
 
     def carry_out(self, task: Task, following: Request | None) -> None:
-        """As :meth:`.LineMaker.carry_out`; the result is an event."""
+        """As :func:`.lines.carry_out`; the result is an event."""
         with self._or_gone():
-            self._said.put(Carried(self._number, self._maker.carry_out(task, following)))
+            self._said.put(Carried(self._number, carry_out(self._session, task, following)))
 
     def close(self) -> str:
         """No more tasks; the memory that the process held, in words."""
-        session = self._maker.session
-        session.close()
-        return peak_memory(session.device)
+        self._session.close()
+        return peak_memory(self._session.device)
 
     @contextlib.contextmanager
     def _or_gone(self) -> Iterator[None]:

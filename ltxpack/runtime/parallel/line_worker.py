@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ltxpack.runtime.lines import LineMaker
+from ltxpack.runtime.lines import carry_out
 from ltxpack.runtime.parallel.process import LEFT, Next, Tell, run_worker
 from ltxpack.runtime.parallel.share import Carried, Ready, Voice
 from ltxpack.runtime.run import peak_memory
@@ -32,10 +32,9 @@ def _carry_out(opening: Any, next: Next, tell: Tell) -> None:
         session.process_ends, session.residency.processes, session.only = True, sharers, only
         if session.device.type == "cuda":
             torch.cuda.set_device(session.device)
-        maker = LineMaker(session)
         tell(Ready(number))
         while (work := next()) is not None:
-            tell(Carried(number, maker.carry_out(*work)))
+            tell(Carried(number, carry_out(session, *work)))
         tell(f"worker {number} on {session.device}: {peak_memory(session.device)}")
 
 
