@@ -6,14 +6,14 @@ sampler: a ``Denoiser`` sees one set of latents and one sigma.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ltxpack.runtime.model.model import Pass, Stream
 from ltxpack.runtime.sampling.conditioning import LatentState
-from ltxpack.runtime.sampling.recipes import Guidance
+from ltxpack.runtime.sampling.recipes import COND, ISOLATED, OTHER_PASSES, PERTURBED, UNCOND, Guidance, passes_of
 from ltxpack.runtime.sampling.shape import AV
 
 
@@ -36,14 +36,14 @@ def combine(
     Raises ValueError if a pass that the guidance needs is missing.
     """
     terms = (
-        (guidance.cfg - 1, uncond, guidance.needs_uncond),
-        (guidance.stg, perturbed, guidance.needs_perturbed),
-        (guidance.modality - 1, isolated, guidance.needs_isolated),
+        (UNCOND, guidance.cfg - 1, uncond),
+        (PERTURBED, guidance.stg, perturbed),
+        (ISOLATED, guidance.modality - 1, isolated),
     )
     base = cond.float()
     guided = base
-    for scale, other, needed in terms:
-        if not needed:
+    for name, scale, other in terms:
+        if not guidance.needs(name):
             continue
         if other is None:
             raise ValueError("a pass that the guidance needs is missing")
@@ -74,7 +74,8 @@ class Denoiser:
         self.guidance = guidance
         self._step = 0
         self._before: AV[Any] = ABSENT
-        if negative is None and self._any(lambda g: g.needs_uncond):
+        self._needed = passes_of(guidance)
+        if negative is None and UNCOND in self._needed:
             raise ValueError("classifier-free guidance without negative contexts")
 
     def __call__(self, latents: AV[Tensor], sigma: Tensor, state: AV[LatentState], rope: AV[Any]) -> AV[Tensor]:
@@ -92,9 +93,8 @@ class Denoiser:
         times = state.map(lambda s: s.mask * sigma)
         x0 = {name: latents.map(denoised, v, times) for name, v in zip(wanted, velocities, strict=True)}
         if self.guidance is None:
-            return x0["cond"]
-        others = (x0.get(name, ABSENT) for name in ("uncond", "perturbed", "isolated"))
-        guided = self.guidance.map(combine, x0["cond"], *others)
+            return x0[COND]
+        guided = self.guidance.map(combine, x0[COND], *(x0.get(name, ABSENT) for name in OTHER_PASSES))
         self._before = guided.map(lambda now, before, off: before if off else now, self._before, off)
         return self._before
 
@@ -112,17 +112,14 @@ class Denoiser:
             return latents.map(stream, state, contexts, rope, off)
 
         positive = streams(self.positive)
-        wanted = {"cond": Pass(positive)}
-        if self.negative is not None and self._any(lambda g: g.needs_uncond):
-            wanted["uncond"] = Pass(streams(self.negative))
-        if self.guidance is not None and self._any(lambda g: g.needs_perturbed):
-            wanted["perturbed"] = Pass(positive, perturbed=self.guidance.map(lambda g: g.perturbed))
-        if self._any(lambda g: g.needs_isolated):
-            wanted["isolated"] = Pass(positive, isolated=True)
+        wanted = {COND: Pass(positive)}
+        if UNCOND in self._needed and self.negative is not None:
+            wanted[UNCOND] = Pass(streams(self.negative))
+        if PERTURBED in self._needed and self.guidance is not None:
+            wanted[PERTURBED] = Pass(positive, perturbed=self.guidance.map(lambda g: g.perturbed))
+        if ISOLATED in self._needed:
+            wanted[ISOLATED] = Pass(positive, isolated=True)
         return wanted
-
-    def _any(self, need: Callable[[Guidance], bool]) -> bool:
-        return self.guidance is not None and (need(self.guidance.video) or need(self.guidance.audio))
 
 
 def denoised(latents: Tensor, velocity: Tensor, time: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from ltxpack.ltx23.classes import SPATIAL_FACTOR
 from ltxpack.runtime.sampling.shape import AV, VideoShape
 
 RES2S, EULER = "res2s", "euler"
+# The conditional pass of an evaluation, and those that guidance may add, in the official order.
+COND = "cond"
+OTHER_PASSES = UNCOND, PERTURBED, ISOLATED = ("uncond", "perturbed", "isolated")
 NO_BLOCKS: frozenset[int] = frozenset()
 
 
@@ -34,13 +37,11 @@ class Guidance:
     stg_blocks: frozenset[int] = NO_BLOCKS
     skip: int = 0
 
-    @property
-    def needs_uncond(self) -> bool:
-        return not math.isclose(self.cfg, 1.0)
-
-    @property
-    def needs_perturbed(self) -> bool:
-        return self.stg != 0
+    def needs(self, name: str) -> bool:
+        """Whether this modality needs the pass ``name`` beside the conditional one."""
+        if name == PERTURBED:
+            return self.stg != 0
+        return not math.isclose(self.cfg if name == UNCOND else self.modality, 1.0)
 
     def skips(self, step: int) -> bool:
         """Whether ``step``, counted from 0, reuses an earlier result."""
@@ -49,11 +50,13 @@ class Guidance:
     @property
     def perturbed(self) -> frozenset[int]:
         """The blocks that the perturbed pass perturbs in this modality; none if ``stg`` is 0."""
-        return self.stg_blocks if self.needs_perturbed else NO_BLOCKS
+        return self.stg_blocks if self.needs(PERTURBED) else NO_BLOCKS
 
-    @property
-    def needs_isolated(self) -> bool:
-        return not math.isclose(self.modality, 1.0)
+
+def passes_of(guidance: AV[Guidance] | None) -> tuple[str, ...]:
+    """The passes of an evaluation: those that either modality needs; without guidance the conditional one alone."""
+    both = () if guidance is None else (guidance.video, guidance.audio)
+    return COND, *(name for name in OTHER_PASSES if any(one.needs(name) for one in both))
 
 
 @dataclass(frozen=True)
@@ -114,16 +117,12 @@ class Stage:
         return 2 * count + 1 if self.sampler == RES2S else count
 
     def passes(self, guidance: AV[Guidance]) -> int:
-        """Forwards of the model per evaluation: each pass of the guidance runs if either modality needs it."""
-        if not self.guided:
-            return 1
-        both = (guidance.video, guidance.audio)
-        needs = ([g.needs_uncond for g in both], [g.needs_perturbed for g in both], [g.needs_isolated for g in both])
-        return 1 + sum(map(any, needs))
+        """Forwards of the model per evaluation."""
+        return len(passes_of(guidance if self.guided else None))
 
     def isolated(self, guidance: AV[Guidance]) -> bool:
         """Whether the last of the passes has no attention between the modalities."""
-        return self.guided and (guidance.video.needs_isolated or guidance.audio.needs_isolated)
+        return self.guided and ISOLATED in passes_of(guidance)
 
 
 @dataclass(frozen=True)
