@@ -21,23 +21,14 @@ if TYPE_CHECKING:
 @click.command("bake-lora", cls=LoraCommand)
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--strength",
-    "strengths",
-    type=StrengthType(),
-    multiple=True,
-    required=True,
+    "--strength", "strengths", type=StrengthType(), multiple=True, required=True,
     help="One bake each; repeatable. S@0-11,30:T is T in blocks 0 to 11 and 30, and S elsewhere.",
-)
+)  # fmt: skip
 @lora_options
 @click.option(
-    "--format",
-    "formats",
-    type=click.Choice(FORMATS),
-    multiple=True,
-    default=(BF16,),
-    show_default=True,
+    "--format", "formats", type=click.Choice(FORMATS), multiple=True, default=(BF16,), show_default=True,
     help="How to store linears; one bake each, all from one read of the base; repeatable.",
-)
+)  # fmt: skip
 @click.option("--name", help="Name of the bake; only with one strength and one format.")
 @click.option("--text", is_flag=True, help="Bake the changes of text encoder and connectors too.")
 @terminal.plan_option

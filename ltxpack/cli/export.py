@@ -44,12 +44,9 @@ OFFICIAL_FLAGS = {BF16: "", FP8: ", with --quantization fp8-scaled-mm"}
     "--format", "form", type=click.Choice(FORMATS), help="How to store linears.  [default: as in the bake, else bf16]"
 )
 @click.option(
-    "--parts",
-    type=click.Choice(PARTS),
-    default=PARTS[0],
-    show_default=True,
+    "--parts", type=click.Choice(PARTS), default=PARTS[0], show_default=True,
     help="The whole checkpoint, or the transformer with the connectors.",
-)
+)  # fmt: skip
 @click.option("--source", help="File, folder or repo with the checkpoint, if the overlay lacks its metadata.")
 @terminal.plan_option
 @click.option("--force", is_flag=True, help="Replace an existing file, and merge LoRAs that need bake-lora --force.")

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 DEFAULT = ParameterSource.DEFAULT
 VIDEO, SESSION = planned_by(Settings), planned_by(SessionSettings)
-PAGE_HELP = "Write a page for a browser on which one picks machine and video, and plan nothing else."
+PAGE_HELP = "Write a page for a browser that shows the plans of many machines and videos."
 DEVICES_HELP = "Plan for several cards: their number, or which of this machine's, as CUDA counts them."
 
 
 @click.command()
 @click.argument("overlay", type=click.Path(path_type=Path), required=False)
-@click.option("--vram", metavar="SIZE", help="Memory of the card, or of each; default: what is free on it here.")
+@click.option("--vram", metavar="SIZE", help="Memory of each card; default: the free memory of the card here.")
 @click.option("--ram", metavar="SIZE", help="Memory of the host; default: the free memory here.")
 @click.option("--disk-rate", default="3GB", show_default=True, metavar="SIZE", help="Bytes a second the disk reads.")
 @click.option("--devices", metavar="N|0,1,…", help=DEVICES_HELP)
@@ -99,7 +99,7 @@ def _write_page(overlay: Path | None, page: Path) -> None:
     typed = [one for one in context.command.params if context.get_parameter_source(str(one.name)) is not DEFAULT]
     others = [one.opts[0] for one in typed if one.name not in ("overlay", "page")]
     if others:
-        problem = "--page has machines and videos to pick, and takes OVERLAY alone"
+        problem = "--page plans many machines and videos, and takes OVERLAY alone"
         raise UsageError(problem, found=", ".join(others), next="ltxpack plan --page plan.html")
     check_writable(page, "--page", "plan.html")
     data = render(None if overlay is None else Overlay.open(overlay))

@@ -80,20 +80,15 @@ class _Numbers(click.ParamType[Any]):
 @click.argument("overlay", type=click.Path(path_type=Path))
 @click.option("--prompt", help="What the video shows, and how it sounds.")
 @click.option(
-    "--prompts",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
+    "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
     help="Make many videos: a JSON object per line; the other options are the defaults of the lines.",
-)
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), show_default="video.mp4", help="The video to write.")
 @settings_options(*VIDEO, *SESSION)
 @click.option(
-    "--ray",
-    is_flag=False,
-    flag_value=RAY_HERE,
-    metavar="[ADDRESS]",
-    help="With --prompts: actors of a Ray cluster make the videos. Without ADDRESS, which goes last, Ray starts here.",
-)
+    "--ray", is_flag=False, flag_value=RAY_HERE, metavar="[ADDRESS]",
+    help="With --prompts: actors of a Ray cluster make the videos. Without ADDRESS, --ray goes last and starts Ray.",
+)  # fmt: skip
 @click.option("--save-tensors", type=click.Path(path_type=Path), help="Write latents, frames and waveform here.")
 @verbose_option
 def run(

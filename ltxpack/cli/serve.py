@@ -58,12 +58,7 @@ MODULES = ("fastapi", "uvicorn", "python_multipart")
 @settings_options(*SETTINGS)
 @verbose_option
 def serve(
-    overlay: Path,
-    queue: int,
-    keep_videos: str | None,
-    keep_bytes: str | None,
-    verbose: bool,
-    **options: Any,
+    overlay: Path, queue: int, keep_videos: str | None, keep_bytes: str | None, verbose: bool, **options: Any
 ) -> None:
     """Serve videos from OVERLAY over HTTP, with the /v1/videos interface that OpenAI's client uses."""
     try:

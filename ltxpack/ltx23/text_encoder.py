@@ -72,11 +72,7 @@ def text_config(document: Mapping[str, Any], label: object, next: str) -> Mappin
 
 
 def language_model(
-    fields: Mapping[str, Any],
-    tensors: Mapping[str, T],
-    label: object,
-    next: str,
-    floats: Collection[str] = FLOATS,
+    fields: Mapping[str, Any], tensors: Mapping[str, T], label: object, next: str, floats: Collection[str] = FLOATS
 ) -> LanguageModel[T]:
     """The language model of ``fields`` (see :func:`text_config`) among ``tensors``, none missing and none foreign.
 

@@ -79,12 +79,9 @@ class Settings:
     video_stg: float = _setting(0.0, "STG of the video; 0: off.", least=0, guides=[("video", "stg")])
     audio_stg: float = _setting(0.0, "STG of the sound; 0: off.", least=0, guides=[("audio", "stg")])
     video_stg_blocks: tuple[int, ...] = _setting(
-        (),
-        "Blocks whose self-attention STG perturbs for the video.",
-        metavar="N,N",
-        least=0,
-        guides=[("video", "stg_blocks")],
-    )
+        (), "Blocks whose self-attention STG perturbs for the video.",
+        metavar="N,N", least=0, guides=[("video", "stg_blocks")],
+    )  # fmt: skip
     audio_stg_blocks: tuple[int, ...] = _setting(
         (), "The same for the sound.", metavar="N,N", least=0, guides=[("audio", "stg_blocks")]
     )
@@ -171,10 +168,9 @@ class SessionSettings:
     )
     format: str = _setting("bf16", "The form of the bakes that auto takes.", choices=("bf16", *CODES), plan=True)
     fp8: str = _setting(
-        TOKEN,
-        "fp8 bakes: inputs in codes with a scale for each token, or the bake's; or decoded weights.",
+        TOKEN, "fp8 bakes: inputs in codes with a scale for each token, or the bake's; or decoded weights.",
         choices=FP8_MODES,
-    )
+    )  # fmt: skip
     device: str = _setting(AUTO, "auto, cuda, cuda:N or cpu.")
     devices: str | None = _setting(None, "Several cards, which share the work as --parallel says.", metavar="0,1,…")
     parallel: str = _setting(
@@ -185,21 +181,17 @@ class SessionSettings:
     )
     dtype: str = _setting(DTYPES[0], "Dtype of weights and results.", choices=DTYPES, plan=True)
     residency: str = _setting(
-        AUTO,
-        "Transformers stay on the card, take turns there, or stream block by block; auto: the first that fits.",
-        choices=RESIDENCIES,
-        plan=True,
-    )
+        AUTO, "Transformers stay on the card, take turns there, or stream block by block; auto: the first that fits.",
+        choices=RESIDENCIES, plan=True,
+    )  # fmt: skip
     reads: str = _setting(
         AUTO, "Read weights through the page cache or past it; auto: past it, unless they are in it.", choices=READS
     )
     warm_cache: bool = _setting(False, "Read the files into free memory while the device computes, for the next run.")
     attention: str | None = _setting(
-        None,
-        "auto (measures the fastest), flash3, cudnn, flash, efficient, sdpa or math; wins over LTXPACK_ATTENTION.",
-        shown=AUTO,
-        metavar="KERNEL",
-    )
+        None, "auto (the fastest here), flash3, cudnn, flash, efficient, sdpa or math; wins over LTXPACK_ATTENTION.",
+        shown=AUTO, metavar="KERNEL",
+    )  # fmt: skip
     compile: bool = _setting(False, "Compile the transformer's blocks with torch.compile.")
     cache: bool | str | Path = _setting(True, "Keep encoded prompts on disk.")  # noqa: RUF009
     save_activations: str | Path | None = _setting(  # noqa: RUF009

@@ -201,11 +201,7 @@ def faults(fp8: str, device: torch.device, dtype: torch.dtype) -> dict[str, str 
 
 
 def use_codes(
-    model: nn.Module,
-    fp8: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    found: Mapping[str, str | None] | None = None,
+    model: nn.Module, fp8: str, device: torch.device, dtype: torch.dtype, found: Mapping[str, str | None] | None = None
 ) -> list[str]:
     """Have ``model`` compute with codes, fp8 ones in the mode ``fp8``, as far as ``device`` can; returns notes.
 
