@@ -68,7 +68,7 @@ def bake_lora(overlay: Path | None, plan_only: bool, as_json: bool, verbose: boo
 
 def _next_command(reports: Sequence[BakeReport], overlay: Path) -> str:
     """``run`` with the bakes that it takes by itself, else with the last one made, else what ``run`` would advise."""
-    from ltxpack.runtime.overlay import choose, official_transformers
+    from ltxpack.runtime.overlay import Overlay, choose, official_transformers
     from ltxpack.runtime.sampling.recipes import HQ
     from ltxpack.runtime.settings import AUTO
 
@@ -79,7 +79,7 @@ def _next_command(reports: Sequence[BakeReport], overlay: Path) -> str:
     advice = ""
     for flags, stages in asked.items():
         try:
-            choose(read_manifest(overlay), HQ, stages, overlay)
+            choose(Overlay(overlay, read_manifest(overlay)), HQ, stages)
         except OverlayError as error:
             advice = error.next
         else:

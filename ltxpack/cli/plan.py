@@ -141,7 +141,7 @@ def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...],
     if not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
         stages = official_transformers(recipe, form=form)
     else:
-        stages = choose(opened.manifest, recipe, asked, root, form).stages
+        stages = choose(opened, recipe, asked, form).stages
     codes = {name: codes_named(name) for name in stages}
     model = overlay_model(opened, codes, planned.session.dtype)
     config = DiTConfig.from_dict(read_json(opened.folder(TRANSFORMER) / "config.json"))

@@ -90,7 +90,7 @@ class Subject:
         if self.overlay is not None:
             manifest, asked = self.overlay.manifest, (AUTO,) * len(recipe.stages)
             try:
-                stages = choose(manifest, recipe, asked, self.overlay.root, form).stages
+                stages = choose(self.overlay, recipe, asked, form).stages
             except OverlayError:
                 if manifest.distilled:  # another bake does not help
                     raise

@@ -108,12 +108,7 @@ class TransformerChoice:
 
 
 def choose(
-    manifest: Manifest,
-    recipe: Recipe,
-    asked: Sequence[str],
-    overlay: Path,
-    form: str = BF16,
-    stack: Stack | None = None,
+    overlay: Overlay, recipe: Recipe, asked: Sequence[str], form: str = BF16, stack: Stack | None = None
 ) -> TransformerChoice:
     """The transformers of ``recipe``; ``asked`` says for each stage ``auto``, ``base`` or a bake's name.
 
@@ -123,17 +118,17 @@ def choose(
     Raises OverlayError if no bake fits or several do, or if the base is distilled and the recipe needs the full model;
     UsageError for an unknown name, or for a stage that the recipe does not have.
     """
-    asked = asked_stages(recipe, asked)
+    asked, manifest, root = asked_stages(recipe, asked), overlay.manifest, overlay.root
     if manifest.distilled and not recipe.stages[0].transformer.base_if_distilled and asked[0] == AUTO:
         problem = f"the recipe {recipe.name} wants the full model for stage 1, and the base is a distilled one"
         expected = "--recipe distilled, or --stage1 base to run the recipe anyway"
-        again = f"ltxpack run {quoted(overlay)} --recipe distilled --prompt TEXT"
-        raise OverlayError(problem, file=overlay, expected=expected, next=again)
+        again = f"ltxpack run {quoted(root)} --recipe distilled --prompt TEXT"
+        raise OverlayError(problem, file=root, expected=expected, next=again)
     for name in asked:
         if name not in (AUTO, BASE, *manifest.bakes):
-            known, advice = [BASE, *manifest.bakes], f"ltxpack inspect {quoted(overlay)}"
-            raise UsageError(f"there is no bake {name!r}", file=overlay, items=known, next=advice)
-    candidates = _Candidates.of(manifest, overlay, form, stack)
+            known, advice = [BASE, *manifest.bakes], f"ltxpack inspect {quoted(root)}"
+            raise UsageError(f"there is no bake {name!r}", file=root, items=known, next=advice)
+    candidates = _Candidates.of(overlay, form, stack)
     names = [candidates.pick(recipe, number) if name == AUTO else name for number, name in enumerate(asked)]
     official = official_transformers(recipe, manifest.distilled)
     usual = {name: f"{DISTILLED}-{strength:g}" for name, strength in candidates.strengths.items()}
@@ -149,7 +144,7 @@ def choose(
 
 def chosen(overlay: Overlay, settings: SessionSettings, recipe: Recipe) -> TransformerChoice:
     """:func:`choose` with the transformers and the form of ``settings``."""
-    return choose(overlay.manifest, recipe, settings.transformers, overlay.root, settings.format)
+    return choose(overlay, recipe, settings.transformers, settings.format)
 
 
 def form_of(manifest: Manifest, name: str) -> str:
@@ -208,27 +203,26 @@ class _Candidates:
     bakes in its place.
     """
 
-    manifest: Manifest
-    overlay: Path
+    overlay: Overlay
     form: str
     strengths: Mapping[str, float]
     bases: Sequence[str]
 
     @classmethod
-    def of(cls, manifest: Manifest, overlay: Path, form: str, stack: Stack | None) -> _Candidates:
+    def of(cls, overlay: Overlay, form: str, stack: Stack | None) -> _Candidates:
         """Bakes with ``stack``; without one, bakes of the distilled LoRA alone, else all if they have one stack."""
-        every = stacks(manifest)
+        every = stacks(overlay.manifest)
         if stack is None:
             alone = every.get((), next(iter(every.values())) if len(every) == 1 else {})
-            return cls(manifest, overlay, form, alone, [BASE, *_bases(manifest, form)])
+            return cls(overlay, form, alone, [BASE, *_bases(overlay.manifest, form)])
         strengths = {name: strength for name, strength in every[stack].items() if strength}
-        return cls(manifest, overlay, form, strengths, [name for name in every[stack] if name not in strengths])
+        return cls(overlay, form, strengths, [name for name in every[stack] if name not in strengths])
 
     def pick(self, recipe: Recipe, number: int) -> str:
         """The transformer of stage ``number`` by the rule of its stage. Raises OverlayError."""
-        rule = recipe.stages[number].transformer
+        rule, manifest, root = recipe.stages[number].transformer, self.overlay.manifest, self.overlay.root
         base = self._only(self.bases, number) if self.bases else None
-        if self.manifest.distilled and base is not None:
+        if manifest.distilled and base is not None:
             return base
         for wanted in rule.strengths:
             fitting = [name for name, strength in self.strengths.items() if strength == wanted]
@@ -241,11 +235,11 @@ class _Candidates:
             return self._only(left, number)
         problem = f"holds no bake that {stage_label(number)} could use"
         expected = f"a bake of the distilled LoRA at {(*rule.strengths, 0)[0]:g}"
-        found = ", ".join(self.manifest.bakes) or "no bakes"
+        found = ", ".join(manifest.bakes) or "no bakes"
         flags = " ".join(f"--strength {strength:g}" for strength in recipe.strengths or (0,))
         flags += "" if self.form == BF16 else f" --format {self.form}"
-        bake = f"ltxpack bake-lora {quoted(self.overlay)} {flags}"
-        raise OverlayError(problem, file=self.overlay, expected=expected, found=found, next=bake)
+        bake = f"ltxpack bake-lora {quoted(root)} {flags}"
+        raise OverlayError(problem, file=root, expected=expected, found=found, next=bake)
 
     def _only(self, names: Sequence[str], number: int) -> str:
         """The only one of ``names``; of one strength, that in the form, else in the first form that there is.
@@ -253,11 +247,11 @@ class _Candidates:
         Raises OverlayError if several are left.
         """
         if len({self.strengths.get(name) for name in names}) == 1:
-            forms = {name: form_of(self.manifest, name) for name in names}
+            forms = {name: form_of(self.overlay.manifest, name) for name in names}
             first = next(one for one in (self.form, *FORMATS) if one in forms.values())
             names = [name for name in names if forms[name] == first]
         if len(names) == 1:
             return names[0]
-        flag, names = stage_flag(number), sorted(names)
-        again = f"ltxpack run {quoted(self.overlay)} --{flag} {names[0]} --prompt TEXT"
-        raise OverlayError(f"several bakes could serve as {flag}", file=self.overlay, items=names, next=again)
+        flag, names, root = stage_flag(number), sorted(names), self.overlay.root
+        again = f"ltxpack run {quoted(root)} --{flag} {names[0]} --prompt TEXT"
+        raise OverlayError(f"several bakes could serve as {flag}", file=root, items=names, next=again)

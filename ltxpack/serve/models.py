@@ -67,7 +67,7 @@ def _automatic(overlay: Overlay, form: str) -> Iterator[ServedModel]:
 def _stages(overlay: Overlay, recipe: Recipe, form: str, stack: Stack | None) -> tuple[str, ...]:
     """The transformers of ``recipe``; none where the overlay lacks one, or has several to choose from."""
     try:
-        return choose(overlay.manifest, recipe, (), overlay.root, form, stack).stages
+        return choose(overlay, recipe, (), form, stack).stages
     except OverlayError:
         return ()
 
@@ -95,5 +95,5 @@ def _named(overlay: Overlay, form: str, text: str) -> ServedModel:
         raise UsageError("--model does not say which model that is", expected=NAMED, found=text)
     recipe, _, pair = rest.partition(":")
     asked = pair.split(",") if pair else ()
-    stages = choose(overlay.manifest, recipe_named(recipe), [one or AUTO for one in asked], overlay.root, form).stages
+    stages = choose(overlay, recipe_named(recipe), [one or AUTO for one in asked], form).stages
     return ServedModel(name, recipe, stages)

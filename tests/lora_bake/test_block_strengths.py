@@ -21,7 +21,7 @@ from ltxpack.lora_bake.coverage import split_name
 from ltxpack.lora_bake.plan import bake_name
 from ltxpack.manifest import BAKE_NAME, MANIFEST_NAME, read_manifest
 from ltxpack.runtime.commands import baked
-from ltxpack.runtime.overlay import choose
+from ltxpack.runtime.overlay import Overlay, choose
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.strength import BlockRun, Strength
 
@@ -208,12 +208,12 @@ def test_an_export_has_the_same_weights_and_says_of_what(demo: Path, tmp_path: P
 
 def test_auto_leaves_them_to_whoever_names_them(overlay: Path) -> None:
     made(overlay, "--strength", "0.5@1:0", "--strength", "0@1:1", "--strength", "0.25")
-    manifest, recipe = read_manifest(overlay), HQ
+    opened = Overlay.open(overlay)
     with pytest.raises(OverlayError, match="no bake that stage 2"):
-        choose(manifest, recipe, ("auto", "auto"), overlay)
-    picked = choose(manifest, recipe, ("auto", "distilled-0.5_1at0"), overlay)
+        choose(opened, HQ, ("auto", "auto"))
+    picked = choose(opened, HQ, ("auto", "distilled-0.5_1at0"))
     assert picked.stages == ("distilled-0.25", "distilled-0.5_1at0")
-    assert baked(overlay, manifest.bakes["distilled-0_1at1"]).endswith("--strength 0@1:1")
+    assert baked(overlay, opened.manifest.bakes["distilled-0_1at1"]).endswith("--strength 0@1:1")
 
 
 def test_an_activations_file_knows_them(tmp_path: Path) -> None:

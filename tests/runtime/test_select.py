@@ -9,7 +9,7 @@ import pytest
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.manifest import Bake, BakedLora, FileRecord, Lora, Manifest, Source
-from ltxpack.runtime.overlay import Stack, choose, stacks
+from ltxpack.runtime.overlay import Overlay, Stack, choose, stacks
 from ltxpack.runtime.sampling.recipes import DISTILLED as DISTILLED_RECIPE
 from ltxpack.runtime.sampling.recipes import HQ, ONE_STAGE, TWO_STAGE, Recipe
 
@@ -37,8 +37,12 @@ def manifest(bakes: dict[str, Bake]) -> Manifest:
     return Manifest("2.3.0", 33, None, Source(None, None, ()), {}, kept, (), bakes)
 
 
+def at_out(manifest: Manifest) -> Overlay:
+    return Overlay(Path("out"), manifest)
+
+
 def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> tuple[str, ...]:
-    choice = choose(manifest(bakes), HQ, (stage1, stage2), Path("out"))
+    choice = choose(at_out(manifest(bakes)), HQ, (stage1, stage2))
     official = choice.stages == ("distilled-0.25", "distilled-0.5")
     assert ("official pair" in choice.note) == (not official and "style" not in choice.note)
     return choice.stages
@@ -93,24 +97,24 @@ def test_bakes_of_another_lora_do_not_count() -> None:
     ],
 )
 def test_auto_of_the_other_recipes(recipe: Recipe, names: list[str], expected: tuple[str, ...]) -> None:
-    choice = choose(manifest(some(*names)), recipe, ("auto", "auto"), Path("out"))
+    choice = choose(at_out(manifest(some(*names))), recipe, ("auto", "auto"))
     assert choice.stages == expected
 
 
 def test_a_distilled_checkpoint_needs_no_bake_and_one_stage_has_no_second() -> None:
     distilled = replace(manifest({}), transformer_kind="distilled")
-    assert choose(distilled, DISTILLED_RECIPE, ("auto", "auto"), Path("out")).stages == ("base", "base")
+    assert choose(at_out(distilled), DISTILLED_RECIPE, ("auto", "auto")).stages == ("base", "base")
     with pytest.raises(UsageError, match="has no stage 2"):
-        choose(manifest({}), ONE_STAGE, ("base", "base"), Path("out"))
+        choose(at_out(manifest({})), ONE_STAGE, ("base", "base"))
 
 
 @pytest.mark.parametrize("recipe", [HQ, TWO_STAGE, ONE_STAGE], ids=lambda recipe: recipe.name)
 def test_recipes_of_the_full_model_are_refused_on_a_distilled_base_unless_forced(recipe: Recipe) -> None:
     distilled = replace(manifest({}), transformer_kind="distilled")
     with pytest.raises(OverlayError, match="wants the full model") as caught:
-        choose(distilled, recipe, (), Path("out"))
+        choose(at_out(distilled), recipe, ())
     assert "next: ltxpack run out --recipe distilled --prompt TEXT" in str(caught.value)
-    assert set(choose(distilled, recipe, ("base",), Path("out")).stages) == {"base"}
+    assert set(choose(at_out(distilled), recipe, ("base",)).stages) == {"base"}
 
 
 def test_a_stack_is_taken_from_its_own_bakes_alone() -> None:
@@ -121,7 +125,7 @@ def test_a_stack_is_taken_from_its_own_bakes_alone() -> None:
     assert set(stacks(holds)) == {(), style}
 
     def taken(recipe: Recipe, holds: Manifest) -> tuple[str, ...]:
-        return choose(holds, recipe, ("auto", "auto"), Path("out"), stack=style).stages
+        return choose(at_out(holds), recipe, ("auto", "auto"), stack=style).stages
 
     assert taken(HQ, holds) == tuple(STACKED)
     assert taken(DISTILLED_RECIPE, holds) == ("distilled-0.5+style-0.8",) * 2
@@ -159,16 +163,16 @@ FP8_PAIR, INT8_PAIR = (tuple(f"distilled-{s}-{form}" for s in ("0.25", "0.5")) f
 def test_the_form_chooses_among_bakes_of_one_strength(
     recipe: Recipe, form: str, names: list[str], expected: tuple[str, ...], told: str | None
 ) -> None:
-    choice = choose(manifest(some(*names)), recipe, ("auto", "auto"), Path("out"), form)
+    choice = choose(at_out(manifest(some(*names))), recipe, ("auto", "auto"), form)
     assert choice.stages == tuple(expected)
     assert (told in choice.note) if told else ("in place of" not in choice.note)
 
 
 def test_bakes_of_several_strengths_are_not_guessed_among_by_their_form() -> None:
     with pytest.raises(OverlayError, match="several bakes"):
-        choose(manifest(some("distilled-0.8-fp8", "distilled-1")), HQ, ("auto", "auto"), Path("out"), "fp8")
+        choose(at_out(manifest(some("distilled-0.8-fp8", "distilled-1"))), HQ, ("auto", "auto"), "fp8")
     with pytest.raises(OverlayError, match=r"--strength 0\.5 --format fp8"):
-        choose(manifest({}), DISTILLED_RECIPE, ("auto", "auto"), Path("out"), "fp8")
+        choose(at_out(manifest({})), DISTILLED_RECIPE, ("auto", "auto"), "fp8")
     distilled = replace(manifest(some("base-fp8")), transformer_kind="distilled")
-    assert choose(distilled, DISTILLED_RECIPE, (), Path("out"), "fp8").stages == ("base-fp8",) * 2
-    assert choose(distilled, DISTILLED_RECIPE, (), Path("out")).stages == ("base", "base")
+    assert choose(at_out(distilled), DISTILLED_RECIPE, (), "fp8").stages == ("base-fp8",) * 2
+    assert choose(at_out(distilled), DISTILLED_RECIPE, ()).stages == ("base", "base")
