@@ -1,5 +1,5 @@
 "use strict";
-// Finds the plan of what is picked in the document (document.py) and shows it. It plans nothing itself.
+// Looks up the plan of the chosen options in the document (see document.py) and shows it. Plans nothing itself.
 const data = JSON.parse(document.getElementById("data").textContent);
 const names = Object.keys(data.choices);
 const counts = names.map((name) => data.choices[name].length);
@@ -9,8 +9,8 @@ const text = (number) => data.texts[number];
 const label = (picked, name) => data.choices[name][picked[rank[name]]];
 const gigabytes = (tenths) => `${(tenths / 10).toFixed(1)} GB`;
 
-// What is picked is a list: of each choice, in the order of their rank, the number of an option.
-// The plan for it, or why there is none.
+// `picked` lists the number of the chosen option of each choice, in the order of the page.
+// Returns its plan, or why there is none.
 function found(picked) {
   const of = (name) => picked[rank[name]];
   const number = of("recipe") * counts[rank.form] + of("form");
@@ -34,7 +34,7 @@ function found(picked) {
 
 const changed = (picked, at, option) => picked.map((old, number) => (number === at ? option : old));
 
-// `picked` with the choices after `at` changed to the nearest that fit, where they do not; null where none do.
+// `picked` with the choices after `at` moved to the nearest options that fit; null if none fit.
 function fitted(picked, at) {
   const next = at + 1;
   if (next === names.length) return "why" in found(picked) ? null : picked;
@@ -47,7 +47,7 @@ function fitted(picked, at) {
   return null;
 }
 
-// Why `option` cannot be picked: not even for the smallest video on one card.
+// Why `option` cannot be chosen, even for the smallest video on one card.
 function reason(picked, at, option) {
   const kept = (number) => number < at || names[number] === "recipe" || names[number] === "form";
   const least = picked.map((old, number) => (kept(number) ? old : 0));
@@ -87,18 +87,18 @@ function tile(term, value, note) {
 function facts(picked, all) {
   const devices = Number(label(picked, "devices"));
   const [base, bakes, total] = all.model.disk[Math.min(picked[rank.loras], 1)];
-  const gain = `; on ${devices} cards at most ${(all.gain / 100).toFixed(2)} videos in the time of one, less what moves between them`;
+  const gain = `; on ${devices} cards at most ${(all.gain / 100).toFixed(2)} videos in the time of one, without the transfers between them`;
   return [
     tile(devices > 1 ? "Peak on each card" : "Peak on the card", gigabytes(Math.max(...all.card)), `of ${label(picked, "card")}`),
     tile("Peak on the host", gigabytes(Math.max(...all.host)), devices > 1 ? `for each of ${devices} processes` : `of ${label(picked, "host")}`),
     tile("Work", `${(all.work.petaflop / 10).toFixed(1)} PFLOP`, `${all.work.forwards} forwards of the transformer${devices > 1 ? gain : ""}`),
     tile("Download", gigabytes(base), "once, for all recipes"),
-    tile("Disk", gigabytes(total), bakes ? `what is downloaded, and ${gigabytes(bakes)} of bakes` : "what is downloaded"),
+    tile("Disk", gigabytes(total), bakes ? `the download, and ${gigabytes(bakes)} of bakes` : "the download"),
     tile("Read for the first video", gigabytes(all.first), `${gigabytes(all.next)} for each further one with another prompt`),
   ];
 }
 
-// A bar of [class, tenths of a GB] parts against `whole`; what does not fit is cut off.
+// A bar of parts [class, tenths of a GB], cut off at `whole`.
 function bar(parts, whole) {
   const pieces = parts.map(([className, size]) => {
     const piece = made("i", "", className);
