@@ -208,7 +208,7 @@ def test_an_export_has_the_same_weights_and_says_of_what(demo: Path, tmp_path: P
 
 def test_auto_leaves_them_to_whoever_names_them(overlay: Path) -> None:
     made(overlay, "--strength", "0.5@1:0", "--strength", "0@1:1", "--strength", "0.25")
-    opened = Overlay.open(overlay)
+    opened = Overlay(overlay, read_manifest(overlay))
     with pytest.raises(OverlayError, match="no bake that stage 2"):
         choose(opened, HQ, ("auto", "auto"))
     picked = choose(opened, HQ, ("auto", "distilled-0.5_1at0"))
