@@ -40,8 +40,8 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_227,
-    "files of the package": 204,
+    "lines of the package": 34_217,
+    "files of the package": 203,
     "lines of the tests": 33_694,
 }
 

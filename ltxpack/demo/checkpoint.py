@@ -52,7 +52,6 @@ def write_source(folder: Path) -> None:
 
 
 def checkpoint_metadata(config: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a checkpoint with ``config``."""
     return {"config": json.dumps(config), **VERSION, "license": "random weights, no licence"}
 
 

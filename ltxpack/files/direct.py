@@ -66,7 +66,6 @@ def aligned_buffer(size: int) -> memoryview:
 
 
 def round_up(size: int, unit: int = ALIGN) -> int:
-    """``size`` up to a multiple of ``unit``."""
     return -(-size // unit) * unit
 
 

@@ -200,7 +200,6 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def unwritten(path: Path, error: OSError) -> UnwrittenError:
-    """The error for an output that ``error`` prevented."""
     problem, remedy = _told(error)
     return UnwrittenError(problem, file=path, next=f"{remedy}, then run the same command again")
 

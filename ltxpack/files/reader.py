@@ -185,7 +185,6 @@ class ReadQueue(Generic[B]):
                 self._abandon(pending)
 
     def close(self) -> None:
-        """End the threads and free the buffers."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         for buffer, checked in self._buffers:
             _wait(buffer, checked)

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ltxpack.errors import LtxpackError, SourceError
+from ltxpack.files.foreign import refuse_unfinished
 from ltxpack.files.tensorfile import TensorFile, read_tensorfile
 from ltxpack.files.typed import at_home, denied, similar_names, similar_paths
-from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.lora_bake.adapter import adapter_files
 from ltxpack.lora_bake.plan import lora_name
 from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, belongs

@@ -13,9 +13,8 @@ from typing import Any
 
 from ltxpack.errors import FormatError, SourceError, UsageError, one_line
 from ltxpack.files import tensorfile
-from ltxpack.files.foreign import entries, is_foreign
+from ltxpack.files.foreign import entries, finished_name, is_foreign, refuse_unfinished
 from ltxpack.files.typed import at_home, denied, similar_names, similar_paths
-from ltxpack.files.unfinished import finished_name, refuse_unfinished
 from ltxpack.ltx23.releases import RELEASES, Recognised, recognise
 from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
 from ltxpack.reporter import Reporter

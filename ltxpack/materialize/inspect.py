@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import MAX_LISTED, LtxpackError, OtherFormatError, SourceError, quoted
-from ltxpack.files.foreign import entries
+from ltxpack.files.foreign import entries, refuse_unfinished
 from ltxpack.files.lookalikes import ARCHIVE, GGUF, WEIGHT_FORMATS
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile, tensor_reader
 from ltxpack.files.typed import at_home
-from ltxpack.files.unfinished import refuse_unfinished
 from ltxpack.ltx23 import forms
 from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
 from ltxpack.ltx23.lora_facts import judged_keys, read_facts

@@ -207,7 +207,6 @@ def _reflink(source: Path, target: Path) -> None:
 
 
 def write_bytes(item: WriteBytes, root: Path) -> FileRecord:
-    """Write a small file under ``root``."""
     with ShardWriter(root, item.path, item.data, item.size) as writer:
         return writer.close()
 

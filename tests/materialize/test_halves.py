@@ -10,9 +10,9 @@ from materialize import tiny_source
 from support import Notes, ltxpack, refused, tree
 
 from ltxpack.errors import SourceError
+from ltxpack.files.foreign import ENDINGS, finished_name
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.files.unfinished import ENDINGS, finished_name
 from ltxpack.files.zeros import BLOCK, LONG, ZeroStretches
 from ltxpack.manifest import read_manifest
 from ltxpack.materialize import Options, materialize, restore_base
