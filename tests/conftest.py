@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -15,10 +16,11 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 from next_commands import Recorder
-from support import DATA, Mount, golden_folders, ltxpack
+from support import DATA, Mount, golden_folders, ltxpack, waited_fsync
 from warm_processes import WARM
 
 from ltxpack.runtime.parallel import process
+from ltxpack.runtime.text import gemma, prompt_cache
 from ltxpack.runtime.weights import machine
 
 torch.set_num_threads(1)
@@ -76,6 +78,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: it is not looked through for cycles again and again."""
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
     """``LTXPACK_PARITY=FILE`` writes the errors met into FILE."""
     parity.write()
@@ -108,6 +115,14 @@ def cache(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = caches / str(next(_numbers))
     monkeypatch.setenv("LTXPACK_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def fsync_waits() -> Iterator[None]:
+    """For tests of what is on the disk itself, or no longer in the page cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", waited_fsync)
+        yield
 
 
 _nexts = Recorder()
@@ -149,6 +164,19 @@ def warm_workers() -> Iterator[None]:
     """The other processes of a video, or of many, are forks: that they start for real is shown by whole commands."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "subprocess", WARM)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_prompts(caches: Path) -> Iterator[None]:
+    """The model reads 128 tokens of a prompt: 1024 take most of the time of a small video.
+
+    For tests about other things than text; those against the recorded official runs read all.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for reads in (gemma, prompt_cache):
+            patch.setattr(reads, "TEXT_TOKENS", 128)
+        patch.setenv("LTXPACK_CACHE", str(caches / "short"))
         yield
 
 

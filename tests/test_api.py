@@ -35,6 +35,7 @@ from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import reading
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
 SMALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 9, "steps": 2}
 FLAGS = ("--device=cpu", "--dtype=float32", "--height=64", "--width=64", "--num-frames=9", "--steps=2")
 DOCUMENTATION = (REPOSITORY / "docs" / "python.md").read_text()

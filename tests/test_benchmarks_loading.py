@@ -11,6 +11,8 @@ import pytest
 from _gpu_sizes import TINY
 from support import REPOSITORY, benchmark, refuse_direct
 
+pytestmark = pytest.mark.usefixtures("fsync_waits")
+
 
 def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch, results = tmp_path / "scratch", tmp_path / "results"

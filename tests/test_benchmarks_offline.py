@@ -24,6 +24,8 @@ from support import FORKS, REPOSITORY, benchmark, until
 
 from ltxpack.files.tensorfile import read_tensorfile
 
+pytestmark = pytest.mark.usefixtures("fsync_waits")
+
 
 def quiet(_: str) -> None: ...
 

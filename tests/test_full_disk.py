@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support import Done, Mount, load, ltxpack, refused
 
+pytestmark = pytest.mark.usefixtures("fsync_waits")
+
 SMALL = ["--device=cpu", "--recipe=distilled", "--height=64", "--width=64", "--num-frames=9"]
 
 

@@ -32,6 +32,7 @@ from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.video import Latents
 from ltxpack.runtime.weights.keeper import Residency
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
 SMALL = ("--device", "cpu", "--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
 FLAGS = (*SMALL, "--steps", "2")
 

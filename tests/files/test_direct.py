@@ -29,6 +29,8 @@ from ltxpack.files.direct import (
     why_cached,
 )
 
+pytestmark = pytest.mark.usefixtures("fsync_waits")
+
 SIZE = 5 * ALIGN + 77
 LARGE = 2 * 1024 * 1024
 

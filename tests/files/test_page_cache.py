@@ -18,6 +18,8 @@ from ltxpack.files.direct import PAGE, PageCache
 from ltxpack.files.reader import READ_BYTES
 from ltxpack.runtime.weights.background import CacheWarmer
 
+pytestmark = pytest.mark.usefixtures("fsync_waits")
+
 SIZE = 4 * READ_BYTES + 77
 
 

@@ -12,6 +12,8 @@ import pytest
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.files.publish import Temporary, atomic_write, check_writable, move_file, try_move, write_errors
 
+pytestmark = pytest.mark.usefixtures("fsync_waits")
+
 
 def test_two_writers_of_one_name_never_touch_each_other(tmp_path: Path) -> None:
     path = tmp_path / "x"

@@ -31,6 +31,7 @@ from ltxpack.runtime import calibration, recipe_run
 from ltxpack.runtime.model.largest import LargestInputs, linears
 from ltxpack.runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
 FLAGS = ("--device=cpu", "--dtype=float32", "--height=64", "--width=64", "--num-frames=9", "--recipe=distilled")
 BAKE, FP8, LINEARS = "distilled-0.5", "distilled-0.5-fp8", linears(2)
 STG = ("--video-stg-blocks=1", "--audio-stg-blocks=1")

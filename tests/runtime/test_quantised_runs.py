@@ -35,6 +35,7 @@ from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
 from ltxpack.runtime.weights.sizes import aligned, overlay_model
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
 PLAIN = ("distilled-0.25", "distilled-0.5")
 FP8, INT8 = (tuple(f"{name}-{form}" for name in PLAIN) for form in ("fp8", "int8"))
 # Placement of both transformers, and how many of their two blocks are streamed and held.

@@ -42,6 +42,7 @@ from ltxpack.runtime.weights.keeper import Residency
 from ltxpack.runtime.weights.load import read_headers
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
 
+pytestmark = pytest.mark.usefixtures("short_prompts", "fsync_waits")
 CPU = torch.device("cpu")
 SHAPE = VideoShape(9, 64, 64, 24.0)
 STAGES = ("distilled-0.25", "distilled-0.5")
