@@ -42,7 +42,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_217,
     "files of the package": 203,
-    "lines of the tests": 33_694,
+    "lines of the tests": 33_756,
 }
 
 

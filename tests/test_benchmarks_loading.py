@@ -10,6 +10,7 @@ import loading
 import pytest
 from _gpu_sizes import TINY
 from support import REPOSITORY, benchmark, refuse_direct
+from warm_processes import WARM
 
 pytestmark = pytest.mark.usefixtures("fsync_waits")
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("fsync_waits")
 def test_the_dry_run_ends_in_a_dated_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scratch, results = tmp_path / "scratch", tmp_path / "results"
     scratch.mkdir()
+    monkeypatch.setattr(loading, "subprocess", WARM)
     for name, value in loading.KEEP_PAGES.items():  # else it begins anew in another process
         monkeypatch.setenv(name, value)
     flags = ("--quick", "--rounds", "2", "--device", "cpu")

@@ -197,6 +197,7 @@ def test_what_a_card_does_not_multiply_is_decoded_and_told(monkeypatch: pytest.M
     assert {linear.mode for linear in linears} == {"weights"}
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_ranks_decode_where_rank_0_does_not_multiply_codes(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other ranks are processes that would multiply them; one that cannot where rank 0 can refuses by name."""
 
