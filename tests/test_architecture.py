@@ -40,7 +40,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_217,
+    "lines of the package": 34_170,
     "files of the package": 203,
     "lines of the tests": 33_756,
 }

@@ -187,8 +187,7 @@ class DirectReader:
 class PageCache:
     """Says which bytes of an open file are in memory (mincore); from any thread, until :meth:`close`.
 
-    It reports unknown bytes as absent: those of other users' files (mincore would report all their pages as cached),
-    and those added after opening.
+    Unknown bytes count as absent: those added after opening, and other users' files, which mincore reports as cached.
     """
 
     def __init__(self, fd: int) -> None:

@@ -37,10 +37,7 @@ class VariableFault(NamedTuple):
 
 
 def set_aside() -> list[str]:
-    """Remove the variables that stop the import of a library; returns a sentence for the user for each.
-
-    An empty variable is removed without a sentence.
-    """
+    """Remove the variables that stop the import of a library; returns a sentence about each that is not empty."""
     told = []
     for names, wanted, fits in (
         (SECONDS, f"a whole number of seconds from 0 to {LONGEST_SECONDS}", _is_seconds),

@@ -1,8 +1,7 @@
 """Reads and hashes files with several requests in flight, past the page cache where that helps; results in order.
 
 ``plan_reads`` cuts the wanted ranges into reads, a ``ReadQueue`` carries them out. A read goes into a buffer, or
-straight into the memory of its targets. A target is anything with a range of a file: nothing here knows tensors, cards
-or names.
+straight into the memory of its targets. A target is anything with a range of a file. Knows no tensors, cards or names.
 """
 
 from __future__ import annotations
@@ -367,10 +366,7 @@ def _cut(stretches: Iterable[Stretch[T]], limit: int) -> Iterator[tuple[Stretch[
 
 
 def _views(read: PlannedRead[T], memory: memoryview) -> Iterator[memoryview]:
-    """The destinations of ``read``'s bytes, in order: ``memory`` at the bytes' own offset, or a target's memory.
-
-    Adjacent bytes in the buffer are one view.
-    """
+    """The destinations of ``read``'s bytes, in order: a target's memory, or adjacent bytes of ``memory``."""
     begin = position = 0
     for stretch in read.stretches:
         if (target := stretch.host_target) is not None:

@@ -111,10 +111,7 @@ def header_length(first: bytes, file_size: int, path: str | os.PathLike[str]) ->
 
 
 def parse_header(head: bytes, file_size: int, path: str | os.PathLike[str]) -> TensorFile:
-    """The file that starts with ``head`` (length, JSON, maybe more) and is ``file_size`` bytes long.
-
-    Raises FormatError naming the tensor at fault.
-    """
+    """The file of ``file_size`` bytes that starts with ``head`` (length, JSON, maybe more). Raises FormatError."""
     length = header_length(head[:HEAD_BYTES], file_size, path)
     if len(head) < 8 + length:
         raise truncated(path, 8 + length, len(head))

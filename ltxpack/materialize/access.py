@@ -236,10 +236,7 @@ def repo_folder(info: RepoInfo, access: Access) -> InputFolder:
 
 
 def hub_reference(typed: str) -> Reference | None:
-    """``typed`` as a place on the hub, or None for a text that can only be a path.
-
-    Raises UsageError for other web addresses.
-    """
+    """``typed`` as a place on the hub; None if it can only be a path. Raises UsageError for other web addresses."""
     if typed.startswith((".", "/", "~")):
         return None
     try:

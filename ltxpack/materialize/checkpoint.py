@@ -101,10 +101,7 @@ def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
 
 
 def read_upsampler(file: TensorFile, latent_channels: int | None, label: object) -> Upsampler:
-    """Parse a latent upsampler's header. ``latent_channels`` is None if the checkpoint is not known.
-
-    Raises UnsupportedError or FormatError.
-    """
+    """Parse an upsampler's header; ``latent_channels``: the VAE's, if known. Raises UnsupportedError or FormatError."""
     refuse_quantised(file, label, MADE_OF, OTHER_UPSAMPLER)
     text = file.metadata.get("config")
     config = None if text is None else parse_json(text, f"{label}: metadata `config`")

@@ -85,11 +85,7 @@ def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterato
 
 
 def _samples(item: Item) -> Iterator[tuple[Range, int]]:
-    """Some bytes of every tensor of a file, or a whole small file: their range in the source, their start in the
-    overlay.
-
-    A cast tensor has none.
-    """
+    """Some bytes of every tensor that is not cast, or a whole small file: range in the source, start in the overlay."""
     places: list[tuple[Range, int]] = []
     if isinstance(item, CopyFile):
         infos = read_tensorfile(item.source).tensors.values() if item.path.endswith(WEIGHTS) else ()

@@ -28,10 +28,7 @@ from ltxpack.materialize.text_encoder import RENAME, TextEncoder, read_text_enco
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of an overlay. An input that is None is missing, or a LoRA that a distilled base does not need.
-
-    ``lora``: the statements of the LoRA.
-    """
+    """The inputs of an overlay; None for a missing one, and for a LoRA that a distilled base does not need."""
 
     sources: Sources
     checkpoint: Checkpoint
@@ -55,10 +52,7 @@ class Inputs:
 
 
 def read_inputs(sources: Sources, access: Access) -> Inputs:
-    """Read and check every input, before any large file is fetched.
-
-    Raises one LtxpackError that names the faults of all inputs.
-    """
+    """Every input, checked before a large file is fetched. Raises one LtxpackError with the faults of all inputs."""
     faults = InputFaults()
     file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
     files = [file, *sources.parts]

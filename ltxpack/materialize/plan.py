@@ -52,8 +52,7 @@ class ComponentPlan:
 class OverlayPlan:
     """The contents of an overlay. ``missing``: role and reason of inputs that were not found.
 
-    ``stated``: the manifest without its files. ``unproven``: sources with only a name and a size, without a hash or a
-    commit of the hub.
+    ``stated``: the manifest without its files. ``unproven``: sources without a hash or a commit of the hub.
     """
 
     components: tuple[ComponentPlan, ...]

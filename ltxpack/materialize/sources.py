@@ -81,8 +81,7 @@ class AmbiguousError(SourceError):
 class Sources:
     """The inputs. ``missing``: role -> reason, only if the caller allows missing inputs.
 
-    ``lora`` is None also for a distilled checkpoint, unless the user named a LoRA. ``parts``: the checkpoint's other
-    files.
+    ``lora``: also None for a distilled checkpoint, unless it was named. ``parts``: the checkpoint's other files.
     """
 
     checkpoint: InputFile
@@ -151,8 +150,7 @@ def _refuse_unusable(
 ) -> None:
     """Raises UnsupportedError for an unusable checkpoint, so that nobody looks for the other inputs in vain.
 
-    For an unreadable one the error names the other ``faults`` too. ``others``: its other parts, None if these are
-    among the ``faults``.
+    For an unreadable one the error names the other ``faults`` too. ``others``: its other parts, None if unknown.
     """
     fault = faults.found.get(CHECKPOINT)
     if checkpoint is None and isinstance(fault, UnsupportedError):
@@ -169,8 +167,7 @@ def _refuse_unusable(
 def part_of(file: InputFile, access: Access) -> Part:
     """A file that may be of a checkpoint, with its header; :func:`.parts.read_parts` does the full check.
 
-    Raises UnsupportedError, which says what to take instead, for a file that is not safetensors, is quantised, or is a
-    LoRA; and the errors of ``access``.
+    Raises UnsupportedError with the file to take instead for another format, codes or a LoRA, and ``access``'s errors.
     """
     refused = functools.partial(UnsupportedError, file=file.label, next=take_instead(file.label))
     try:

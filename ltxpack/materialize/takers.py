@@ -1,7 +1,7 @@
 """The programs that take a file of weights, and the faults of the file: two tables, from spec 09, section 2.
 
-A cell is a verdict and, after a colon, the reason: ``yes``, ``no`` (refuses or fails), ``wrong`` (loads it and computes
-nonsense) or ``unknown`` (nobody has tried it).
+A cell is a verdict and, after a colon, the reason: ``yes``, ``no`` (refuses or fails), ``wrong`` (computes nonsense) or
+``unknown`` (not tried).
 """
 
 from __future__ import annotations

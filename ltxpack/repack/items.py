@@ -214,8 +214,7 @@ def sources(items: Iterable[Item]) -> dict[Path, int]:
 def fingerprint(items: Sequence[Item], extra: Mapping[str, Any] | None = None) -> str:
     """Identifies a plan, for resume: a hash of the items, and of the present size and time of every source.
 
-    ``extra``: other inputs of the bytes (rule, strengths, …), as JSON values. The fingerprint stays in the staging
-    folder; it is never part of an overlay.
+    ``extra``: other inputs of the bytes (rule, strengths, …), as JSON values. No overlay holds a fingerprint.
     """
     hasher = blake3()
     for path in sorted(sources(items)):

@@ -41,8 +41,7 @@ class OverlayLock:
     """Holds ``overlay``, which may not exist yet, for this process. Use as a context manager.
 
     ``shared``: for a process that only reads, together with others that only read. If the filesystem refuses locks, it
-    holds nothing and the reporter gets a note. Raises OverlayError, which names the process and host with the lock if
-    they are known.
+    holds nothing and the reporter gets a note. Raises OverlayError with the process and host of the lock, if known.
     """
 
     def __init__(self, overlay: Path, reporter: Reporter | None = None, *, shared: bool = False) -> None:

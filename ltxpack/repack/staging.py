@@ -63,8 +63,7 @@ class StagingPaths:
     """The paths of a staging folder. ``folder``: "" for the overlay itself, else that of a bake: ``bakes/<name>``.
 
     ``target`` appears at the end; ``prefix`` begins the paths in it. ``work`` is the staging folder; in it ``root`` is
-    laid out like the overlay, and ``payload`` becomes ``target``. ``base``: the folder that holds ``work``; None if it
-    is beside the overlay.
+    laid out like the overlay, and ``payload`` becomes ``target``. ``base`` holds ``work``; None: beside the overlay.
     """
 
     def __init__(self, overlay: Path, folder: str, base: Path | None) -> None:
@@ -200,9 +199,8 @@ class Staging:
     """The unfinished version of an overlay, or of one folder (``bakes/<name>``) of an overlay. A context manager.
 
     ``root`` is laid out like the overlay: write ``root / path`` and ``record`` each complete file. ``done`` holds the
-    complete files of an earlier run with the same ``fingerprint``, checked by content. The caller holds the ``lock`` of
-    the overlay and has called :func:`recover`. ``force`` lets publishing replace an existing version. Raises
-    OverlayError (exists, cannot be written).
+    complete files of an earlier run with the same ``fingerprint``, checked by content. The caller holds the overlay's
+    ``lock`` and has called :func:`recover`. ``force`` replaces an existing version. Raises OverlayError.
     """
 
     def __init__(
@@ -298,8 +296,7 @@ class Staging:
 def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
     """Put the bakes of ``stagings`` (one overlay) in their places, then the overlay's ``manifest`` that names them.
 
-    It first removes replaced bakes from the manifest, so that the overlay is valid at every moment. Raises
-    OverlayError.
+    The manifest loses replaced bakes first, so that the overlay is valid at every moment. Raises OverlayError.
     """
     overlay = stagings[0].paths.overlay
     path, content = overlay / MANIFEST_NAME, checked_bytes(manifest, overlay)

@@ -191,8 +191,7 @@ def repair(
 
     Each file is written inside ``.ltxpack/``, compared with the manifest, and then renamed into its place: a file that
     may share its bytes with another is never opened for writing. The manifest changes only if a link became a copy or
-    the other way round. Raises OverlayError if a file differs from the manifest, because the source is another one; the
-    file in the overlay then stays unchanged.
+    the other way round. Raises OverlayError for a file of another source; the overlay keeps its own.
     """
     root = overlay / REPAIR_FOLDER
     with OverlayLock(overlay, reporter), write_errors(overlay):

@@ -126,10 +126,7 @@ class Window(NamedTuple):
 
 
 def read_plan(ranges: Sequence[Range], limit: int = WINDOW) -> tuple[list[Window], list[int]]:
-    """The reads that give all bytes of ``ranges`` in order, and the number of parts of each range.
-
-    Neighbouring ranges share a read, a large range takes several.
-    """
+    """Reads of all bytes of ``ranges`` in order, shared by neighbours, and the number of parts of each range."""
     windows: list[Window] = []
     counts: list[int] = []
     path, start, end = Path(), 0, 0
@@ -166,8 +163,7 @@ def copy_file(
 ) -> FileRecord:
     """Take over the real file behind ``item.source``: reflink, else hard link, else (or with ``copy``) copy.
 
-    It reads a linked file for its hash. Advances ``reporter`` by its size. Raises FormatError if the size of the source
-    differs from the plan.
+    A linked file is read for its hash. Advances ``reporter`` by its size. Raises FormatError for a source that changed.
     """
     found, source = regular_size(item.source), Path(os.path.realpath(item.source))
     if found != item.size:
@@ -240,8 +236,7 @@ def write_link(item: LinkFile, root: Path, overlay: Path, reporter: Reporter) ->
 def preflight(items: Sequence[Item], folder: Path, *, copy: bool) -> None:
     """Check that ``items`` can be read, and written under ``folder``, which may not exist yet.
 
-    Raises SourceError or FormatError for a missing, unreadable or short source, OverlayError for a folder that is not
-    writable or a disk that is too small.
+    Raises SourceError or FormatError for an absent or short source, OverlayError for a read-only folder or a full disk.
     """
     for path, needed in sources(items).items():
         if (size := regular_size(path)) < needed:

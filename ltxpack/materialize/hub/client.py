@@ -80,8 +80,7 @@ class RepoFile:
 class RepoInfo:
     """A repository at one commit.
 
-    ``revision`` is the requested branch or tag, None for the main branch. ``cached_only``: read from the hub cache, so
-    that ``files`` may be incomplete.
+    ``revision``: the requested branch or tag, None for main. ``cached_only``: the hub cache may lack some ``files``.
     """
 
     repo: str
@@ -94,8 +93,7 @@ class RepoInfo:
 def parse_reference(text: str) -> Reference:
     """Parse ``ORG/NAME[@REV][/FILE]``, also with ``hf://`` before it, or the address of a page of the hub.
 
-    A revision is a branch, tag, commit or ``refs/pr/N``; write ``%2F`` for a slash in a branch's name. Raises
-    UsageError.
+    A revision is a branch, a tag, a commit or ``refs/pr/N``; ``%2F`` stands for a slash in it. Raises UsageError.
     """
     text = _page(text) or (text[len(SCHEME) :].removesuffix("/") if text.startswith(SCHEME) else text)
     match = REFERENCE.fullmatch(text)
@@ -171,8 +169,7 @@ class Hub:
     def info(self, repo: str, revision: str | None = None) -> RepoInfo:
         """The files of ``repo`` at ``revision`` (default: the main branch), after a check that they may be downloaded.
 
-        Without a network, or with HF_HUB_OFFLINE=1, those of the hub cache at that revision. Raises UsageError too, if
-        ``repo`` or ``revision`` is not a valid name.
+        Without a network, or with HF_HUB_OFFLINE=1, the hub cache's files. Raises UsageError too, for invalid names.
         """
         from huggingface_hub import is_offline_mode
 
@@ -471,8 +468,7 @@ def _unsound(request: HubRequest, reason: str) -> SourceError:
 def _read_listing(model: Any, request: HubRequest) -> RepoInfo:
     """The hub's description of a repository (huggingface_hub's ``ModelInfo``). Raises SourceError if it is unsound.
 
-    The repository's owner writes it, so this refuses names that leave a folder, impossible sizes and hashes, and double
-    names.
+    The repository's owner writes it: names may leave a folder or occur twice, sizes and hashes may be impossible.
     """
     if not isinstance(model.sha, str) or not COMMIT.fullmatch(model.sha):
         raise _unsound(request, "the repository has no commit")

@@ -1,7 +1,6 @@
 """Failures of a model hub: a table of sentences, each with what to do next.
 
-Knows the exceptions of huggingface_hub and httpx, and nothing of files or caches. Imports both libraries only after a
-failure.
+Knows the exceptions of huggingface_hub and httpx, which it imports only after a failure; no files, no caches.
 """
 
 from __future__ import annotations
