@@ -85,6 +85,16 @@ def load(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files in a folder; no name is in two of them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        part = load(path)
+        assert not part.keys() & tensors.keys()
+        tensors |= part
+    return tensors
+
+
 def relative_l2(found: torch.Tensor, expected: torch.Tensor) -> float:
     """``|found - expected| / |expected|`` in float64, infinite for another shape or NaN; noted by ``parity``."""
     error = distance(found, expected)

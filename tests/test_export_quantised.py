@@ -19,7 +19,7 @@ import torch
 from materialize.fake_hub import FakeHub
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import FORKS, load, ltxpack, refused
+from support import FORKS, load, load_all, ltxpack, refused
 
 from ltxpack.export import ExportOptions, export
 from ltxpack.files.tensorfile import TensorFile, read_tensorfile
@@ -67,7 +67,7 @@ def test_the_goldens_come_out_under_official_names_from_a_bake_and_on_the_way(go
         on_the_way, found = load(tmp_path / "way.safetensors"), load(tmp_path / "bake.safetensors")
         assert on_the_way.keys() == found.keys()
         assert all(same(on_the_way[name], found[name]) for name in found)
-        baked = {k: v for path in (overlay / "bakes" / form).glob("*.safetensors") for k, v in load(path).items()}
+        baked = load_all(overlay / "bakes" / form)
         for name, tensor in baked.items():
             official = TRANSFORMER.reverse().rename(name)
             assert same(found[official], tensor.float() if "scale_shift_table" in official else tensor), name

@@ -521,8 +521,7 @@ def _told(
         yield f"alpha is 0 in {len(still)} of {len(targets)} targets: {whole}"
     if turned := [name for name, factor in scaled.items() if factor < 0]:
         yield f"alpha is negative in {len(turned)} of {len(targets)} targets: they act in reverse"
-    stated = any(one.fact == "use_cayley_neumann" for one in facts.statements)
-    if not stated and any("peft-oft" in target.methods for target in targets.values()):
+    if not facts.first("use_cayley_neumann") and any("peft-oft" in target.methods for target in targets.values()):
         yield "nothing says how its oft_R becomes rotations: taken as PEFT does by default (a series of 5 terms)"
     if replaced := [name for name, target in targets.items() if "weight" in target.methods]:
         what = "1 tensor is" if len(replaced) == 1 else f"{len(replaced)} tensors are"

@@ -297,7 +297,6 @@ class BakePlan:
 
     @property
     def folder(self) -> str:
-        """Its folder in the overlay."""
         return f"{self.base.place}/{self.name}"
 
     def strengths_in(self, name: str) -> tuple[float, ...]:
@@ -307,7 +306,6 @@ class BakePlan:
 
     @functools.cached_property
     def recorded(self) -> tuple[BakedLora, ...]:
-        """Its LoRAs in the manifest's form."""
         return tuple(lora.baked for lora in self.loras)
 
     @functools.cached_property
@@ -350,10 +348,11 @@ class BakePlan:
     @functools.cached_property
     def links(self) -> tuple[LinkFile, ...]:
         """The other shards: links to the base's."""
-        records = {shard.name: shard.record for shard in self.base.shards if shard.name not in self.shards}
+        linked = (shard for shard in self.base.shards if shard.name not in self.shards)
+        records = {f"{self.folder}/{shard.name}": shard.record for shard in linked}
         return tuple(
-            LinkFile(f"{self.folder}/{name}", record.size, record.blake3, self._way_to(record.path, name))
-            for name, record in records.items()
+            LinkFile(path, record.size, record.blake3, posixpath.relpath(record.path, posixpath.dirname(path)))
+            for path, record in records.items()
         )
 
     @functools.cached_property
@@ -431,10 +430,6 @@ class BakePlan:
             elif info.name in self.touched:
                 entry = dataclasses.replace(entry, producer=FusedTensor(place))
             yield entry
-
-    def _way_to(self, path: str, name: str) -> str:
-        """The relative path from the folder of the bake's file ``name`` to ``path`` of the overlay."""
-        return posixpath.relpath(path, posixpath.dirname(f"{self.folder}/{name}"))
 
     def _index(self) -> bytes:
         """The index of all tensors of this bake."""

@@ -94,7 +94,7 @@ def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | 
     codes = work.empty("codes", rows.shape, torch.float8_e4m3fn, rows.device).copy_(scaled)
     square = square_sum(rows)
     errors = _errors(rows.sub_(_decoded_fp8(codes, work), alpha=256 * scale.item()), beside)
-    return Encoded(_in_place(codes, rows), scale.cpu(), square, *errors)
+    return Encoded(_memory_of(rows, codes.dtype).copy_(codes), scale.cpu(), square, *errors)
 
 
 def _decoded_fp8(codes: Tensor, work: Workspace) -> Tensor:
@@ -118,7 +118,7 @@ def _encode_int8(rows: Tensor, work: Workspace, beside: Tensor | None, measure: 
     torch.div(rotated, scales, out=rows).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
     codes = work.empty("codes", rows.shape, torch.int8, rows.device).copy_(rows)
     errors = _errors(rotated.sub_(rows.mul_(scales)), None if beside is None else rotate(beside, Workspace()))
-    return Encoded(_in_place(codes, rows), scales.cpu(), square, *errors)
+    return Encoded(_memory_of(rows, codes.dtype).copy_(codes), scales.cpu(), square, *errors)
 
 
 def _errors(lost: Tensor, beside: Tensor | None) -> tuple[float, float]:
@@ -127,11 +127,6 @@ def _errors(lost: Tensor, beside: Tensor | None) -> tuple[float, float]:
     return rounding, rounding if beside is None else square_sum(beside.sub_(lost))
 
 
-def _in_place(codes: Tensor, rows: Tensor) -> Tensor:
-    """``codes``, moved to the memory of ``rows``, which is no longer needed."""
-    return _memory_of(rows, codes.dtype).copy_(codes)
-
-
 def _memory_of(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory of ``rows``, which has been used up, for as many codes."""
+    """The memory of ``rows``, which are no longer needed, for as many codes."""
     return rows.view(-1).view(dtype)[: rows.numel()].view_as(rows)

@@ -12,7 +12,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +67,6 @@ class ShardOutput:
         """Tensor name -> the producer, for tensors that are fused or quantised."""
         producers = ((entry.tensors[0].name, entry.producer) for entry in self.entries)
         return {name: producer for name, producer in producers if isinstance(producer, FusedTensor)}
-
-    def form(self, name: str) -> str:
-        """The form of the touched tensor ``name``."""
-        return self.touched[name].form
 
     def measure(self, name: str, **amounts: float) -> None:
         """Add the measurements of some rows of the tensor ``name``, see :class:`.coverage.TargetStat`."""
@@ -186,7 +182,7 @@ class Engine:
                 elif step.range.start:
                     fusing.copy(data)
                 # The next read overwrites the bytes of the one before this.
-                fusing.settle_older()
+                fusing.settle(left=fusing.newest)
             hashed.result()
             fusing.settle()
             _refuse_overflow(fusing.overflow, shard, self.readers)
@@ -263,7 +259,7 @@ class _Fusing:
         terms: Iterator[list[Term | None]],
         thread: ThreadPoolExecutor,
     ) -> None:
-        """``terms``: the terms of each fused weight, in order."""
+        """``terms``: the terms of each fused weight, in order. ``newest``: the writes of the newest read."""
         self.overflow: dict[str, None] = {}
         self._engine = engine
         self._outputs = outputs
@@ -271,7 +267,7 @@ class _Fusing:
         self._thread = thread
         self._name, self._terms = "", list[Term | None]()
         self._under_way: deque[Future[None]] = deque()
-        self._newest = 0
+        self.newest = 0
         self._turn = self._sums_turn = 0
         self._sums: list[Future[list[Fused]]] = []
         self._whole = Workspace()
@@ -282,18 +278,14 @@ class _Fusing:
         while len(self._under_way) > left:
             self._under_way.popleft().result()
 
-    def settle_older(self) -> None:
-        """Wait until all but the newest read is written."""
-        self.settle(left=self._newest)
-
     def copy(self, data: memoryview) -> None:
         """Write ``data`` to every output unchanged."""
-        self._newest = 0
+        self.newest = 0
         self._later(self._write, self._outputs, data)
 
     def fuse(self, step: _Read, info: TensorInfo, data: memoryview) -> None:
         """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
-        self._newest = 0
+        self.newest = 0
         if step.chunks and self._name != info.name:
             self._name, self._terms, self._sums = info.name, next(self._ahead), []
             self._sums_turn = 1 - self._sums_turn
@@ -350,7 +342,7 @@ class _Fusing:
 
     def _sum(self, output: ShardOutput, info: TensorInfo) -> Tensor | None:
         """The memory for the sum of a weight that ``output`` stores in codes; None for other weights."""
-        if output.form(info.name) == BF16:
+        if output.touched[info.name].form == BF16:
             return None
         memory, use = self._engine.sums[self._sums_turn], f"sum {self._outputs.index(output)}"
         return memory.empty(use, info.shape, torch.float32, self._engine.arithmetic.device)
@@ -379,12 +371,12 @@ class _Fusing:
             part = whole[slice(*span)].to(rows.device)
             fuse_rows(part, list(present.values()), [strengths], "fp32", work, into=[exact])
             beside = torch.sub(rows, exact, out=exact)
-        return encode(output.form(name), rows, largest, work, beside, self._engine.measure)
+        return encode(output.touched[name].form, rows, largest, work, beside, self._engine.measure)
 
     def _write_fused(self, info: TensorInfo, batch: Sequence[ShardOutput], made: Sequence[Future[list[Fused]]]) -> None:
         for chunk in made:
             for output, fused in zip(batch, chunk.result(), strict=True):
-                if output.form(info.name) == BF16:
+                if output.touched[info.name].form == BF16:
                     self._write([output], _bytes_of(fused.weight))
                 if self._engine.measure:
                     counts = {"elements": fused.weight.numel(), "changed": fused.changed}
@@ -420,7 +412,7 @@ class _Fusing:
             self._engine.reporter.advance(len(data))
 
     def _later(self, write: Callable[..., None], *arguments: object) -> None:
-        self._newest += 1
+        self.newest += 1
         self._under_way.append(self._thread.submit(write, *arguments))
 
 
@@ -464,7 +456,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_overflow(names: Mapping[str, None], shard: BaseShard, readers: Sequence[FactorReader]) -> None:
+def _refuse_overflow(names: Collection[str], shard: BaseShard, readers: Sequence[FactorReader]) -> None:
     if names:
         beyond = ", ".join(sorted({shard.file.tensors[name].dtype for name in names}))
         cause = "the strength is too high, or the LoRA is damaged"

@@ -22,17 +22,11 @@ from ltxpack.ltx23.lora_bases import SUPPORTED_BASE, named_base
 from ltxpack.ltx23.lora_keys import METHODS, LoraKey, belongs_elsewhere, parse_key
 from ltxpack.ltx23.lora_patterns import Patterns
 from ltxpack.ltx23.lora_statements import (
-    ALPHA,
-    BASE,
     BESIDE,
-    DORA,
     MAX_ALPHA,
     PEFT_CONFIG,
     PEFT_METHODS,
-    RANK,
     RANKLESS,
-    RSLORA,
-    USE,
     Configuration,
     Statement,
     is_set,
@@ -119,6 +113,10 @@ class LoraFacts:
     alphas: Mapping[str, float | None] = field(default_factory=dict)
     unread: bool = False
 
+    def first(self, fact: str) -> Statement | None:
+        """The first statement of ``fact``."""
+        return next((one for one in self.statements if one.fact == fact), None)
+
     def scaling(self, key: LoraKey) -> Scaling:
         """The statements for the module of ``key``: those under its own prefix, else those under any."""
         return next((own for name, own in self.scalings.items() if name and _below(key, name)), self.scalings[""])
@@ -146,13 +144,13 @@ class LoraFacts:
                 info = tensors[key.key]
                 told = f"{info.name} is {info.dtype} {list(info.shape)}, not one number of at most {MAX_ALPHA:g}"
                 judged.faults.setdefault("unreadable alpha", []).append(told)
-        method = next((one for one in self.statements if one.fact == "peft_type"), None)
+        method = self.first("peft_type")
         if method and method.value in PEFT_METHODS[1:] and any(key.role == "down" for key in keys):
             raise AdapterError(
                 "holds the factors of a LoRA", file=self.file, expected=method, found="lora_A and lora_B"
             )
         self._judge_absent(ranks, keys, tensors, judged)
-        if uses := sorted({str(one) for one in self.statements if one.fact == USE and is_set(one)}):
+        if uses := sorted({str(one) for one in self.statements if one.fact == "use" and is_set(one)}):
             judged.warnings.append(
                 f"is an IC-LoRA ({', '.join(uses)}): it needs reference frames, which no recipe here gives it"
             )
@@ -190,7 +188,7 @@ class LoraFacts:
         """The model for which the file says it was made, and the place that says so; None for LTX-2.3."""
         found: dict[str, Statement] = {}
         for one in self.statements:
-            if one.fact == BASE and isinstance(one.value, str) and (base := named_base(one.name, one.value)):
+            if one.fact == "base" and isinstance(one.value, str) and (base := named_base(one.name, one.value)):
                 found.setdefault(base, one)
         if found.pop(SUPPORTED_BASE, None):
             found.pop("LTX-2", None)  # the name of the family as well
@@ -209,7 +207,7 @@ class LoraFacts:
             names = wrapped_names(key)
             stated = own.ranks.find(names, own.rank)
             if stated not in (None, rank) and rank not in own.ranks.values(names) and not ambiguous:
-                told = f"{key.module} has rank {rank}, {self._where(RANK)} says {stated:g}"
+                told = f"{key.module} has rank {rank}, {self._where_rank} says {stated:g}"
                 judged.faults.setdefault("rank mismatch", []).append(told)
             configured, beside = own.alphas.find(names, own.alpha), self.alphas.get(key.module)
             if configured is not None and beside is not None:
@@ -244,7 +242,7 @@ class LoraFacts:
     ) -> None:
         """Find tensors that are stated but absent: DoRA's magnitudes (AdapterError), biases, modules, parameters."""
         magnitudes = {key.module for key in keys if key.role == "magnitude"}
-        says_dora = next((one for one in self.statements if one.fact == DORA and truth_of(one, self.file)), None)
+        says_dora = next((one for one in self.statements if one.fact == "dora" and truth_of(one, self.file)), None)
         if says_dora and (lost := [key.key for key in ranked if key.module not in magnitudes]):
             raise AdapterError(
                 "is a DoRA without its magnitudes", file=self.file, items=lost, found=says_dora,
@@ -260,9 +258,10 @@ class LoraFacts:
                     "there is not baked"
                 )
 
-    def _where(self, fact: str) -> str:
-        """The place that states ``fact``."""
-        return next((f"{one.place} ({one.name})" for one in self.statements if one.fact == fact), "a pattern")
+    @property
+    def _where_rank(self) -> str:
+        stated = self.first("rank")
+        return f"{stated.place} ({stated.name})" if stated else "a pattern"
 
 
 def read_facts(file: TensorFile, configuration: Configuration | None, read: ReadTensor | None) -> LoraFacts:
@@ -345,9 +344,9 @@ def _below(key: LoraKey, prefix: str) -> bool:
 
 def _scaling(statements: Sequence[Statement], where: Path) -> Scaling:
     method = next((one.value for one in statements if one.fact == "peft_type"), None)
-    rank, _ = _one(statements, RANK, where) if method not in RANKLESS else (None, None)
-    alpha, source = _one(statements, ALPHA, where)
-    rslora = [one for one in statements if one.fact == RSLORA and truth_of(one, where)]
+    rank, _ = _one(statements, "rank", where) if method not in RANKLESS else (None, None)
+    alpha, source = _one(statements, "alpha", where)
+    rslora = [one for one in statements if one.fact == "rslora" and truth_of(one, where)]
     patterns = {one.fact: one for one in statements if one.fact.endswith("_pattern")}
     source = source or patterns.get("alpha_pattern")
     return Scaling(

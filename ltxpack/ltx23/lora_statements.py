@@ -25,7 +25,6 @@ HEADER = "the header"
 # The most files beside a configuration that are opened to find its own.
 MAX_BESIDE = 50
 
-ALPHA, RANK, RSLORA, DORA, BASE, USE = "alpha", "rank", "rslora", "dora", "base", "use"
 # Fields that, unless they are off, change the arithmetic of merging or the base of the adapter.
 _UNSUPPORTED = (
     "fan_in_fan_out", "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
@@ -35,11 +34,11 @@ _UNSUPPORTED = (
 BESIDE = ("bias", "lora_bias", "modules_to_save", "target_parameters")
 # Fact -> the fields that state it.
 _SPELLED: Mapping[str, Sequence[str]] = {
-    ALPHA: ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha"),
-    RANK: ("r", "lora_rank", "network_dim", "ss_network_dim", "rank"),
-    RSLORA: ("use_rslora", "rs_lora"),
-    DORA: ("use_dora", "dora_wd"),
-    BASE: (
+    "alpha": ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha"),
+    "rank": ("r", "lora_rank", "network_dim", "ss_network_dim", "rank"),
+    "rslora": ("use_rslora", "rs_lora"),
+    "dora": ("use_dora", "dora_wd"),
+    "base": (
         "model_version", "modelspec.architecture", "ss_base_model_version", "base_model_name_or_path", "base_model",
     ),
     **{
@@ -142,7 +141,7 @@ def statements_of(file: TensorFile, configuration: Configuration | None) -> Iter
         if not isinstance(document, dict):
             raise AdapterError("adapter configuration is not a JSON object", file=file.path, found=f"metadata {key}")
         found = list(_fields(document, f"{HEADER}'s {key}"))
-        if known or any(one.name in _DISTINCT or one.fact == USE for one in found):
+        if known or any(one.name in _DISTINCT or one.fact == "use" for one in found):
             yield from found
 
 
@@ -150,7 +149,7 @@ def _fields(document: Mapping[str, Any], place: str, prefix: str = "", deepest: 
     """The fields of a document that state a fact. Fields of an object in it have the object's name as a prefix."""
     for key, value in document.items():
         head, _, name = ("", "", key) if key in _FIELDS else key.rpartition(".")
-        fact = _FIELDS.get(name) or (USE if _IC_LORA.fullmatch(name) else None)
+        fact = _FIELDS.get(name) or ("use" if _IC_LORA.fullmatch(name) else None)
         below = ".".join(part for part in (prefix, head) if part)
         if fact is not None:
             yield Statement(fact, _unquoted(value), name, below, place)
@@ -165,9 +164,9 @@ def number_of(one: Statement, where: Path) -> float | None:
         try:
             value = float(value)
         except ValueError:
-            value = None if one.fact == RANK else value
+            value = None if one.fact == "rank" else value
     zero_is_rank = value == 0 and one.name in _ZERO_IS_RANK
-    return None if value is None or zero_is_rank else _checked(value, one.name, where, one.fact == RANK)
+    return None if value is None or zero_is_rank else _checked(value, one.name, where, one.fact == "rank")
 
 
 def _checked(value: object, name: str, where: Path, is_rank: bool) -> float:

@@ -10,6 +10,7 @@ import torch
 from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support import ltxpack
 
 from ltxpack.lora_bake.fuse import Term, fuse_rows
 from ltxpack.ltx23.expected import inventory
@@ -120,6 +121,13 @@ def make_overlay(
     manifest = Manifest("2.3.0", 33, None, Source(None, None, ()), components, loras, ())
     (folder / MANIFEST_NAME).write_bytes(manifest.dump())
     return folder
+
+
+def baked(overlay: Path, *flags: object) -> list[str]:
+    """The bakes that the command makes, by name."""
+    done = ltxpack("bake-lora", overlay, "--json", *map(str, flags))
+    assert done.returncode == 0, done.stderr
+    return [report["name"] for report in json.loads(done.stdout)]
 
 
 def peft_folder(folder: Path, factors: Factors, stated: Mapping[str, object], prefix: str = "") -> Path:

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lora_support import STYLE, change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
-from support import load, ltxpack, refused, tree
+from lora_support import baked as bakes
+from support import load, load_all, ltxpack, refused, tree
 
 from ltxpack.activations import ActivationsFile
 from ltxpack.errors import OverlayError, UsageError
@@ -40,13 +41,7 @@ def style(tmp_path: Path) -> Path:
 
 
 def made(overlay: Path, *words: str) -> str:
-    done = ltxpack("bake-lora", overlay, *words, "--json", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)[0]["name"]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load(path).items()}
+    return bakes(overlay, *words, "--device", "cpu")[0]
 
 
 # How they are written
@@ -112,7 +107,7 @@ def test_each_block_changes_by_its_own_strength(overlay: Path, style: Path, rule
     style_by, own_by = (lambda block: {0: 0.5, 2: -0.25}.get(block, 1.0)), (lambda block: {1: 0.0}.get(block, 0.5))
     name = made(overlay, "--strength", "0.5@1:0", "--add", f"{style}=1@0:0.5@2:-0.25", "--rule", rule)
     assert name == "distilled-0.5_1at0+style-1_0at0.5_2at-0.25"
-    found, wrong, total = weights(overlay / "bakes" / name), 0, 0
+    found, wrong, total = load_all(overlay / "bakes" / name), 0, 0
     assert found.keys() == BASE.keys()
     for tensor, before in BASE.items():
         delta = torch.zeros_like(before, dtype=torch.float64)
@@ -134,13 +129,13 @@ def test_the_addmm_kernel_and_codes_take_them_too(overlay: Path, monkeypatch: py
     monkeypatch.setattr("ltxpack.lora_bake.fuse.cpu_has_bf16_unit", lambda: True)
     one = made(overlay, "--strength", "0.5@1:0@2:1")
     assert read_manifest(overlay).bakes[one].kernel == "addmm"
-    plain = {strength: weights(overlay / "bakes" / made(overlay, "--strength", strength)) for strength in ("0.5", "1")}
+    plain = {strength: load_all(overlay / "bakes" / made(overlay, "--strength", strength)) for strength in ("0.5", "1")}
     plain["0"] = BASE
-    for name, tensor in weights(overlay / "bakes" / one).items():
+    for name, tensor in load_all(overlay / "bakes" / one).items():
         assert torch.equal(tensor, plain[{1: "0", 2: "1"}.get(split_name(name)[0], "0.5")][name]), name
     eight = made(overlay, "--strength", "0.5@1:0@2:1", "--format", "int8", "--keep-blocks", "none")
     alone = made(overlay, "--strength", "1", "--format", "int8", "--keep-blocks", "none")
-    both = [weights(overlay / "bakes" / name) for name in (eight, alone)]
+    both = [load_all(overlay / "bakes" / name) for name in (eight, alone)]
     assert all(torch.equal(both[0][name], both[1][name]) == (split_name(name)[0] == 2)
                for name in both[0] if name.endswith(".attn1.to_q.weight"))  # fmt: skip
 

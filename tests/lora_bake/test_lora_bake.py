@@ -33,7 +33,7 @@ from lora_support import (
     save,
 )
 from materialize.fake_hub import FakeHub
-from support import Notes, in_fresh_process, load, ltxpack, refused, tree
+from support import Notes, in_fresh_process, load, load_all, ltxpack, refused, tree
 
 from ltxpack.errors import AdapterError, DeviceError, LtxpackError, OverlayError, SourceError, UsageError
 from ltxpack.files.tensorfile import read_tensorfile
@@ -70,15 +70,6 @@ def planned(overlay: Path, *strengths: float, **more: object) -> dict:
 
 def run(overlay: Path, *strengths: float, **more: object) -> list[str]:
     return [report.name for report in bake(options(overlay, *strengths, **more), SilentReporter())]
-
-
-def folder_weights(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        part = load(path)
-        assert not part.keys() & tensors.keys()
-        tensors |= part
-    return tensors
 
 
 def exact(strengths: Mapping[str, float]) -> dict[str, torch.Tensor]:
@@ -119,7 +110,7 @@ def test_official_bakes_equal_the_goldens(
     kernels = {bake.kernel for bake in read_manifest(overlay).bakes.values()}
     assert kernels == ({"official"} if slow is None else {"official-fp32"})
     for name, file in made.items():
-        found = folder_weights(overlay / "bakes" / name)
+        found = load_all(overlay / "bakes" / name)
         for key, tensor in load(file).items():
             same = found[TRANSFORMER.rename(root + key)]
             assert torch.equal(same.view(torch.int16), tensor.view(torch.int16)), f"{file.name}: {key}"
@@ -129,7 +120,7 @@ def test_fp32_bake_is_the_rounded_sum(overlay: Path, style: Path) -> None:
     [alone] = run(overlay, 0.7)
     [stacked] = run(overlay, 0.7, added=((str(style), -0.3),))
     for name, strengths in ((alone, {"distilled": 0.7}), (stacked, {"distilled": 0.7, "style": -0.3})):
-        found = folder_weights(overlay / "bakes" / name)
+        found = load_all(overlay / "bakes" / name)
         assert found.keys() == BASE.keys()
         wrong = total = 0
         for tensor_name, reference in exact(strengths).items():
@@ -163,7 +154,7 @@ def test_a_bake_does_not_depend_on_the_cores_and_hardly_on_its_row_chunks(
         folders.append(make_overlay(tmp_path / f"{count} {size}", BASE, distilled=official_keys(FACTORS)))
         run(folders[-1], 0.7)
     assert tree(folders[0]) == tree(folders[1]) or cores == (1, 1)
-    one, two = (folder_weights(folder / "bakes" / "distilled-0.7") for folder in folders)
+    one, two = (load_all(folder / "bakes" / "distilled-0.7") for folder in folders)
     assert sum(int((one[name] != two[name]).sum()) for name in BASE) <= 3
 
 
@@ -189,7 +180,7 @@ def test_diffusers_loads_a_bake(overlay: Path) -> None:
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     state = model.state_dict()
-    for tensor_name, tensor in folder_weights(overlay / "bakes" / name).items():
+    for tensor_name, tensor in load_all(overlay / "bakes" / name).items():
         assert torch.equal(state[tensor_name], tensor)
 
 
@@ -220,7 +211,7 @@ def test_what_the_manifest_says_of_a_bake(overlay: Path, style: Path) -> None:
     assert own is not None and made.loras[1].blake3 == own.file.blake3
     assert made.loras[0].file == "style.safetensors" and made.loras[0].size == style.stat().st_size
     assert (made.rule, made.device) == ("fp32", "cpu" if not torch.cuda.is_available() else "cuda")
-    found = folder_weights(overlay / "bakes" / name)
+    found = load_all(overlay / "bakes" / name)
     differing = {tensor for tensor in BASE if not torch.equal(found[tensor], BASE[tensor])}
     assert set(made.changed) == differing
 
@@ -248,7 +239,7 @@ def test_shards_without_a_changed_tensor_are_relative_links(tmp_path: Path) -> N
     for shard, target in links.items():
         assert target == Path("../../transformer") / shard
         assert not set(load(overlay / "transformer" / shard)) & {f"{module}.weight" for module in block}
-    assert folder_weights(folder).keys() == BASE.keys()
+    assert load_all(folder).keys() == BASE.keys()
     assert {Path(file["path"]).name for file in plan["files"] if file["action"] == "link"} == set(links)
     records = {record.path: record.link for record in read_manifest(overlay).bakes[name].files}
     assert {Path(path).name for path, link in records.items() if link} == set(links)
@@ -289,7 +280,7 @@ def test_strength_zero(overlay: Path, style: Path) -> None:
     assert read_manifest(overlay).bakes["distilled-0"].changed == ()
     [name] = run(overlay, 0.0, added=((str(style), 0.8),))
     assert name == "distilled-0+style-0.8"
-    found = folder_weights(overlay / "bakes" / name)
+    found = load_all(overlay / "bakes" / name)
     reference = exact({"style": 0.8})
     assert all(torch.allclose(found[key].double(), reference[key], rtol=2**-7, atol=1e-6) for key in BASE)
     untouched = [key for key in BASE if ".attn1." not in key]
@@ -549,7 +540,7 @@ def test_the_official_rule_tells_of_ignored_alpha(overlay: Path) -> None:
     [report] = bake(options(overlay, 0.5, lora=str(path), rule="official"), notes)
     assert any("the official rule ignores alpha" in note for note in notes.said)
     plain = run(overlay, 0.5, rule="official")
-    one, two = (folder_weights(overlay / "bakes" / name) for name in (report.name, *plain))
+    one, two = (load_all(overlay / "bakes" / name) for name in (report.name, *plain))
     assert all(torch.equal(one[name], two[name]) for name in BASE)
     assert read_manifest(overlay).bakes[report.name].loras[0].scale == 0.5
     [scaled] = run(overlay, 0.5, lora=str(path), name="fp32")
@@ -649,7 +640,7 @@ def test_a_peft_folder(overlay: Path) -> None:
     assert run(overlay, 0.4, lora=str(folder)) == ["my_adapter-0.4"]
     doubled = save(overlay.parent / "d.safetensors", official_keys({m: (a, 2 * b) for m, (a, b) in STYLE.items()}))
     run(overlay, 0.4, lora=str(doubled))
-    one, two = (folder_weights(overlay / "bakes" / name) for name in ("my_adapter-0.4", "d-0.4"))
+    one, two = (load_all(overlay / "bakes" / name) for name in ("my_adapter-0.4", "d-0.4"))
     assert all(torch.equal(one[name], two[name]) for name in BASE)
     (folder / "adapter_config.json").write_text(json.dumps(stated | {"lora_alpha": 2}))
     with pytest.raises(OverlayError, match="made from other inputs"):

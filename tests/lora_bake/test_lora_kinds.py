@@ -18,7 +18,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lora_support import Factors, dotted, linears, low_rank, make_overlay, official, random_weights, save, shapes
-from support import load
+from support import load_all
 
 from ltxpack.errors import AdapterError
 from ltxpack.files.tensorfile import read_tensorfile
@@ -315,7 +315,7 @@ def test_bakes_of_every_method_are_the_sums_rounded_once(tmp_path: Path) -> None
     for report in bake(options, SilentReporter()):
         strength = report.document["loras"][0]["strength"]
         folder, sums = overlay / report.path, baked(path, strength)
-        made = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load(file).items()}
+        made = load_all(folder)
         for name, expected in sums.items():
             scale = made.get(f"{name}_scale")
             found = made[name].float() * (1.0 if scale is None else scale)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_support import STYLE, linears, low_rank, make_overlay, official_keys, random_weights, save, shapes
 from page_support import parsed
-from support import load
+from support import load_all
 
 from ltxpack.lora_bake import BakeOptions, BakeReport, bake, coverage, coverage_page
 from ltxpack.lora_bake.coverage import TargetStat, split_name
@@ -63,7 +63,7 @@ def test_matched_ranks_and_scales(baked: tuple[Path, BakeReport]) -> None:
 def test_figures_agree_with_the_weights(baked: tuple[Path, BakeReport]) -> None:
     folder, _ = baked
     document = document_of(folder)
-    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load(path).items()}
+    found = load_all(folder)
     changed = {name: int((found[name] != BASE[name]).sum()) for name in BASE}
     assert document["changed_weights"] == sum(changed.values())
     assert document["changed_tensors"] == sum(count > 0 for count in changed.values())

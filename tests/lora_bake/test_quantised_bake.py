@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_support import INDEX, change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
+from lora_support import INDEX, baked, change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
 from safetensors import safe_open
-from support import distance, load, ltxpack, refused, tree
+from support import distance, load, load_all, ltxpack, refused, tree
 
 from ltxpack.activations import FORMAT, base_digest
 from ltxpack.files.tensorfile import read_index
@@ -38,17 +38,10 @@ def overlay(tmp_path: Path) -> Path:
     return make_overlay(tmp_path / "out", BASE, shards=3, distilled=official_keys(low_rank(linears())))
 
 
-def baked(overlay: Path, *flags: object) -> list[str]:
-    """The bakes that the command made, by name."""
-    done = ltxpack("bake-lora", overlay, "--json", *map(str, flags))
-    assert done.returncode == 0, done.stderr
-    return [report["name"] for report in json.loads(done.stdout)]
-
-
 def weights(overlay: Path, name: str = "") -> dict[str, torch.Tensor]:
     """The tensors of a bake, or of the base."""
     folder = overlay / "bakes" / name if name else overlay / "transformer"
-    return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load(path).items()}
+    return load_all(folder)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

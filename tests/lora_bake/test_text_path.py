@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from lora_support import change_byte, save
-from support import Done, load, ltxpack, refused, tree
+from support import Done, load, load_all, ltxpack, refused, tree
 
 from ltxpack.ltx23.lora_keys import parse_key
 from ltxpack.ltx23.renames import CONNECTORS
@@ -33,9 +33,7 @@ def base(overlay: Path, folder: str = "") -> dict[str, torch.Tensor]:
     places = (overlay / "text_encoder", overlay / "connectors")
     if folder:
         places = (overlay / folder, overlay / folder / "connectors")
-    return {
-        name: found for place in places for path in place.glob("*.safetensors") for name, found in load(path).items()
-    }
+    return {name: found for place in places for name, found in load_all(place).items()}
 
 
 def factors(overlay: Path, modules: tuple[str, ...] = MODULES) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
