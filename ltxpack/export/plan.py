@@ -115,7 +115,6 @@ class ExportPlan:
 
     @property
     def form(self) -> str:
-        """The form of its quantised linears."""
         return BF16 if self.bake is None else self.bake.format
 
     @property

@@ -297,5 +297,4 @@ class UnfinishedFile:
         self._back.finish(self._reporter)
 
     def discard(self) -> None:
-        """Remove the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)

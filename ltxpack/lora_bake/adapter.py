@@ -302,7 +302,6 @@ class _Misfit(Exception):
 
 
 def _targets(modules: Iterable[_Module], shapes: Shapes, facts: LoraFacts, faults: Faults) -> dict[str, LoraTarget]:
-    """All targets by their weight."""
     targets: dict[str, LoraTarget] = {}
     for module in modules:
         try:

@@ -201,7 +201,6 @@ class _Wanted:
 
     @classmethod
     def find(cls, options: BakeOptions, reporter: Reporter, headers_only: bool = False) -> _Wanted:
-        """Read the bases and fit the LoRAs."""
         manifest = read_manifest(options.overlay)
         places = BAKED if options.text else (BAKES,)
         bases = {place: read_base(options.overlay, manifest, place) for place in places}
@@ -262,7 +261,6 @@ class _Wanted:
         return new
 
     def there_already(self, plan: BakePlan) -> BakeReport:
-        """The report of a bake that exists."""
         bake = self.manifest.baked[plan.folder]
         document = {"bake": plan.name, "rule": bake.rule, "kernel": bake.kernel, "device": bake.device}
         return BakeReport(plan.name, plan.folder, False, {**document, "changed_tensors": len(bake.changed)})

@@ -180,7 +180,6 @@ def build_report(
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
-    """The bytes of coverage.json."""
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 

@@ -100,7 +100,6 @@ class CoverageView:
 
 
 def render(document: Mapping[str, Any]) -> bytes:
-    """The page for ``document`` (coverage.json)."""
     view = CoverageView(document)
     folder = Path(__file__).parent
     page = (folder / "coverage.html").read_text(encoding="utf-8")

@@ -197,7 +197,6 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
 def _locate(
     text: str, shapes: Shapes, options: BakeOptions, added: bool, reporter: Reporter, headers_only: bool
 ) -> FoundLora:
-    """The fitted LoRA that ``text`` names."""
     access = Access(reporter)
     place = locate(text, access, lambda other: _command(options, text, other))
     if headers_only and place.remote is not None and place.config is None:
@@ -211,7 +210,6 @@ def _locate(
 
 
 def _command(options: BakeOptions, typed: str, other: str) -> str:
-    """The command with ``other`` in place of the LoRA ``typed``."""
     added = tuple((other if file == typed else file, strength) for file, strength in options.added)
     return options.command(added=added, lora=other if options.lora == typed else options.lora)
 

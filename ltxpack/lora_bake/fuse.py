@@ -194,7 +194,6 @@ def products_per_second(kernel: str, device: str) -> float:
 
 
 def _seconds(up: Tensor, down: Tensor) -> float:
-    """The seconds of one whole product."""
     begin = time.perf_counter()
     (up @ down)[0, 0].item()
     return time.perf_counter() - begin

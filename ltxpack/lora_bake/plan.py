@@ -193,7 +193,6 @@ class BaseShard:
 
     @property
     def name(self) -> str:
-        """The file's name in a bake, see :func:`_name_in_bake`."""
         return _name_in_bake(self.record.path)
 
 
@@ -409,7 +408,6 @@ class BakePlan:
         return blake3(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def record(self, arithmetic: Arithmetic, files: Mapping[str, FileRecord], changed: Iterable[str]) -> Bake:
-        """The manifest entry of the finished bake."""
         reports = [f"{self.folder}/{name}" for name in coverage.REPORT_NAMES]
         paths = [*(item.path for item in self.items), *reports]
         done = tuple(files[path] for path in sorted(paths))
@@ -432,7 +430,6 @@ class BakePlan:
             yield entry
 
     def _index(self) -> bytes:
-        """The index of all tensors of this bake."""
         entries = [(shard.name, entry) for shard in self.base.shards for entry in self.entries(shard)]
         files = {tensor.name: name for name, entry in entries for tensor in entry.tensors}
         return index_bytes(files, sum(entry.nbytes for _, entry in entries))

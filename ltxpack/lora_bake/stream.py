@@ -279,7 +279,6 @@ class _Fusing:
             self._under_way.popleft().result()
 
     def copy(self, data: memoryview) -> None:
-        """Write ``data`` to every output unchanged."""
         self.newest = 0
         self._later(self._write, self._outputs, data)
 

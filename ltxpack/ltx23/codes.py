@@ -22,7 +22,6 @@ Tensor = tuple[str, str, tuple[int, ...]]
 
 
 def kept_blocks(count: int) -> tuple[int, ...]:
-    """The blocks that usually stay in bf16 in a model of ``count`` blocks."""
     return KEPT_BLOCKS.get(count, (0, count - 1) if count > 1 else (0,))
 
 

@@ -91,7 +91,6 @@ class Linears:
 
     @property
     def quantised(self) -> bool:
-        """Whether any linear is stored in codes."""
         return bool(self.codes or any(self.scales.values()) or self.form in MARKS.values())
 
 

@@ -114,7 +114,6 @@ class LoraFacts:
     unread: bool = False
 
     def first(self, fact: str) -> Statement | None:
-        """The first statement of ``fact``."""
         return next((one for one in self.statements if one.fact == fact), None)
 
     def scaling(self, key: LoraKey) -> Scaling:
@@ -390,7 +389,6 @@ class _Beside:
         ]
 
     def holds(self, module: str) -> bool:
-        """Whether the name of any module ends with ``module``."""
         ending = f".{module}"[::-1]
         at = bisect.bisect_left(self.modules, ending)
         return at < len(self.modules) and self.modules[at].startswith(ending)
