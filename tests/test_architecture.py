@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_170,
+    "lines of the package": 34_150,
     "files of the package": 203,
-    "lines of the tests": 33_756,
+    "lines of the tests": 33_751,
 }
 
 

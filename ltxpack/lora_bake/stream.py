@@ -249,8 +249,30 @@ class Engine:
         return [term and term.prepared(kernel, work, self.measure) for term, work in pairs]
 
 
+@dataclass
+class _Weight:
+    """A weight under way: its terms, memory for sums that become codes, and the results of its row chunks."""
+
+    info: TensorInfo
+    terms: Sequence[Term | None]
+    memory: Workspace
+    made: list[Future[list[Fused]]] = field(default_factory=list)
+
+    def rows(self, first: int, last: int) -> list[Term]:
+        """The terms for these rows, without None."""
+        return [term.rows(first, last) for term in self.terms if term is not None]
+
+    def strengths(self, output: ShardOutput) -> list[float]:
+        """The strengths of the terms that :meth:`rows` returns."""
+        pairs = zip(output.strengths(self.info.name), self.terms, strict=True)
+        return [strength for strength, term in pairs if term is not None]
+
+
 class _Fusing:
-    """One shard under way: the engine's threads make sums, another writes results in order, one read behind."""
+    """One shard under way: the engine's threads make sums, another writes results in order, one read behind.
+
+    ``terms``: the terms of each fused weight, in order. ``newest``: the number of writes of the newest read.
+    """
 
     def __init__(
         self,
@@ -259,17 +281,13 @@ class _Fusing:
         terms: Iterator[list[Term | None]],
         thread: ThreadPoolExecutor,
     ) -> None:
-        """``terms``: the terms of each fused weight, in order. ``newest``: the writes of the newest read."""
         self.overflow: dict[str, None] = {}
-        self._engine = engine
-        self._outputs = outputs
-        self._ahead = terms
-        self._thread = thread
-        self._name, self._terms = "", list[Term | None]()
-        self._under_way: deque[Future[None]] = deque()
         self.newest = 0
-        self._turn = self._sums_turn = 0
-        self._sums: list[Future[list[Fused]]] = []
+        self._engine, self._outputs, self._ahead, self._thread = engine, outputs, terms, thread
+        self._weight: _Weight | None = None
+        self._under_way: deque[Future[None]] = deque()
+        self._turn = 0
+        self._memories = itertools.cycle(engine.sums)
         self._whole = Workspace()
         self._filled = 0
 
@@ -285,32 +303,38 @@ class _Fusing:
     def fuse(self, step: _Read, info: TensorInfo, data: memoryview) -> None:
         """Fuse the rows of ``step`` for the outputs that touch the tensor, copy them for the others."""
         self.newest = 0
-        if step.chunks and self._name != info.name:
-            self._name, self._terms, self._sums = info.name, next(self._ahead), []
-            self._sums_turn = 1 - self._sums_turn
         touching = [output for output in self._outputs if info.name in output.touched]
         others = [output for output in self._outputs if output not in touching]
         lead, rows = data[: step.lead], data[step.lead :]
         self._later(self._write, self._outputs, lead)
         self._later(self._write, others, rows)
         if not self._engine.is_gathered(info.name):
-            self._turn = 1 - self._turn
-            self._sums += self._rows(step, info, rows, touching)
-            self._later(self._write_fused, info, touching, self._sums[-len(step.chunks) :])
+            weight, self._turn = self._current(info), 1 - self._turn
+            made = self._rows(step, weight, rows, touching)
+            weight.made += made
+            self._later(self._write_fused, info, touching, made)
             if step.chunks[-1][1] == info.shape[0]:
-                self._encode(info, touching)
+                self._encode(weight, touching)
             return
-        weight = self._gather(info, rows)
-        exact = _as_tensor(weight, info) if self._engine.whole and self._engine.measure else None
+        gathered = self._gather(info, rows)
+        if not step.chunks:
+            return
+        weight = self._current(info)
+        exact = _as_tensor(gathered, info) if self._engine.whole and self._engine.measure else None
         # Weights are large, so only one bake's result waits for the writer at a time.
-        for output in touching if step.chunks else ():
+        for output in touching:
             self.settle()
-            self._sums = self._rows(step, info, weight, [output])
-            wait(self._sums)
-            self._later(self._write_fused, info, [output], self._sums)
-            self._encode(info, [output], exact)
+            weight.made = self._rows(step, weight, gathered, [output])
+            wait(weight.made)
+            self._later(self._write_fused, info, [output], weight.made)
+            self._encode(weight, [output], exact)
             if exact is not None:
                 self.settle()
+
+    def _current(self, info: TensorInfo) -> _Weight:
+        if self._weight is None or self._weight.info is not info:
+            self._weight = _Weight(info, next(self._ahead), next(self._memories))
+        return self._weight
 
     def _gather(self, info: TensorInfo, data: memoryview) -> memoryview:
         """Append ``data`` to the tensor's memory; returns all of it."""
@@ -320,57 +344,52 @@ class _Fusing:
         return memory
 
     def _rows(
-        self, step: _Read, info: TensorInfo, data: memoryview, batch: Sequence[ShardOutput]
+        self, step: _Read, weight: _Weight, data: memoryview, batch: Sequence[ShardOutput]
     ) -> list[Future[list[Fused]]]:
         """Futures of the results of each row chunk, for each output of ``batch``."""
-        engine = self._engine
-        present = {i: term for i, term in enumerate(self._terms) if term is not None}
-        strengths = [[output.strengths(info.name)[lora] for lora in present] for output in batch]
-        weight = _as_tensor(data, info)
+        engine, stored = self._engine, _as_tensor(data, weight.info)
+        strengths = [weight.strengths(output) for output in batch]
         start, results, kernel = step.chunks[0][0], engine.results[self._turn], engine.arithmetic.kernel
-        sums = [self._sum(output, info) for output in batch]
+        sums = [self._sum(output, weight) for output in batch]
 
         def rows(slot: int) -> list[Fused]:
             first, last = step.chunks[slot]
-            part = weight[first - start : last - start].to(engine.arithmetic.device)
-            cut = [term.rows(first, last) for term in present.values()]
+            part, terms = stored[first - start : last - start].to(engine.arithmetic.device), weight.rows(first, last)
             into = [None if memory is None else memory[first:last] for memory in sums]
-            return fuse_rows(part, cut, strengths, kernel, engine.own.sums, results[slot], into, engine.measure)
+            return fuse_rows(part, terms, strengths, kernel, engine.own.sums, results[slot], into, engine.measure)
 
         return [engine.pool.submit(rows, slot) for slot in range(len(step.chunks))]
 
-    def _sum(self, output: ShardOutput, info: TensorInfo) -> Tensor | None:
+    def _sum(self, output: ShardOutput, weight: _Weight) -> Tensor | None:
         """The memory for the sum of a weight that ``output`` stores in codes; None for other weights."""
-        if output.touched[info.name].form == BF16:
+        if output.touched[weight.info.name].form == BF16:
             return None
-        memory, use = self._engine.sums[self._sums_turn], f"sum {self._outputs.index(output)}"
-        return memory.empty(use, info.shape, torch.float32, self._engine.arithmetic.device)
+        use, device = f"sum {self._outputs.index(output)}", self._engine.arithmetic.device
+        return weight.memory.empty(use, weight.info.shape, torch.float32, device)
 
-    def _encode(self, info: TensorInfo, batch: Sequence[ShardOutput], whole: Tensor | None = None) -> None:
-        """Put the sums of a weight, made for ``batch``, in line to become codes and be written.
+    def _encode(self, weight: _Weight, batch: Sequence[ShardOutput], whole: Tensor | None = None) -> None:
+        """Queue the sums of a weight, made for ``batch``, to become codes and be written.
 
-        Nobody waits for the sums here, so that the threads go on with the next weight. ``whole``: the weight, where its
-        sums are not the fp32 rule's, to tell how far they are from that.
+        Nothing waits for the sums here, so that the threads go on with the next weight. ``whole``: the stored weight,
+        if its sums are not those of the fp32 rule, to measure the difference.
         """
         for i, output in enumerate(batch):
-            memory = self._sum(output, info)
+            memory = self._sum(output, weight)
             if memory is not None:
-                encoded = functools.partial(self._encoded, output, info.name, memory, whole)
-                self._later(self._write_codes, info, output, i, list(self._sums), encoded)
+                encoded = functools.partial(self._encoded, output, weight, memory, whole)
+                self._later(self._write_codes, weight.info, output, i, weight.made, encoded)
 
     def _encoded(
-        self, output: ShardOutput, name: str, memory: Tensor, whole: Tensor | None, largest: float, *span: int
+        self, output: ShardOutput, weight: _Weight, memory: Tensor, whole: Tensor | None, largest: float, *span: int
     ) -> Encoded:
         """The rows of a sum in codes."""
         work, rows, beside = self._engine.own.sums, memory[slice(*span)], None
         if whole is not None:
-            present = {lora: term.rows(*span) for lora, term in enumerate(self._terms) if term is not None}
-            strengths = [output.strengths(name)[lora] for lora in present]
             exact = work.empty("exact", rows.shape, torch.float32, rows.device)
             part = whole[slice(*span)].to(rows.device)
-            fuse_rows(part, list(present.values()), [strengths], "fp32", work, into=[exact])
+            fuse_rows(part, weight.rows(*span), [weight.strengths(output)], "fp32", work, into=[exact])
             beside = torch.sub(rows, exact, out=exact)
-        return encode(output.touched[name].form, rows, largest, work, beside, self._engine.measure)
+        return encode(output.touched[weight.info.name].form, rows, largest, work, beside, self._engine.measure)
 
     def _write_fused(self, info: TensorInfo, batch: Sequence[ShardOutput], made: Sequence[Future[list[Fused]]]) -> None:
         for chunk in made:
