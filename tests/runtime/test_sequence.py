@@ -34,10 +34,9 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import Pass
 from ltxpack.runtime.parallel import exchange, schemes
 from ltxpack.runtime.parallel.exchange import Exchange
-from ltxpack.runtime.parallel.front import Front
+from ltxpack.runtime.parallel.front import Front, OwnTokens
 from ltxpack.runtime.parallel.ranks import ALONE
 from ltxpack.runtime.parallel.schemes import Split
-from ltxpack.runtime.parallel.sequence import OwnTokens
 from ltxpack.runtime.sampling.conditioning import ImageItem, initial_state
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.recipes import RECIPES

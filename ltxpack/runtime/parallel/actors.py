@@ -1,7 +1,7 @@
 """A crew of Ray actors on any number of machines, one a GPU, each of which makes whole videos with its own session.
 
 Ray places the actors and notices when one ends; all machines see the overlay and the videos' folders under one path.
-:class:`LineActor` is what runs there, everything else runs in the process of ``ltxpack run``.
+:class:`LineActor` runs there, everything else in the process of ``ltxpack run``.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ LEFT = 10.0
 
 
 class LineActor:
-    """A process of the cluster. One of its two threads carries out tasks, the other says what comes of it."""
+    """A process of the cluster. One of its two threads carries out tasks, the other hands out events."""
 
     def __init__(self, number: int) -> None:
         self._number = number
         self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def next(self) -> Event:
-        """The next event, once there is one."""
+        """Wait for the next event."""
         return self._said.get()
 
     def open(self, disk: SharedDisk, settings: SessionSettings, actors: int) -> str:
-        """Ready for tasks; where this is, in words. ``actors``: how many of the run there are at most on a machine."""
+        """Open the session; where this is, in words. ``actors``: the most actors of the run on a machine."""
         with self._or_gone():
             disk.check()
             self._session = Session(disk.root, settings, Voice(self._number, self._said.put))
@@ -65,12 +65,12 @@ class LineActor:
         return where()
 
     def carry_out(self, task: Task, following: Request | None) -> None:
-        """As :func:`.lines.carry_out`; the result is an event."""
+        """Carry out ``task`` as :func:`.lines.carry_out`; the result is an event."""
         with self._or_gone():
             self._said.put(Carried(self._number, carry_out(self._session, task, following)))
 
     def close(self) -> str:
-        """No more tasks; the memory that the process held, in words."""
+        """Close the session; the peak of the process's memory, in words."""
         self._session.close()
         return peak_memory(self._session.device)
 
@@ -95,7 +95,7 @@ class Actors(Crew):
     ) -> None:
         workers = _cpu_workers(settings)
         reporter.note("starting Ray on this machine" if address == RAY_HERE else f"connecting to Ray ({address})")
-        # The actor's next event, and what opening it gives, as references to results to come.
+        # References to each actor's next event, and to the result of opening it.
         self._asked: dict[Any, int] = {}
         self._opened: dict[int, Any] = {}
         self._actors: dict[int, Any] = {}
@@ -166,7 +166,7 @@ class Actors(Crew):
 
 
 def _cpu_workers(settings: SessionSettings) -> int:
-    """How many workers on CPUs are asked for; 0 for one on each GPU. Raises UsageError for what Ray decides."""
+    """The number of workers on CPUs; 0 for one on each GPU. Raises UsageError for settings that Ray decides."""
     if settings.parallel not in (AUTO, DATA, NONE):
         problem = f"--parallel {settings.parallel} does not go with --ray: each actor makes whole videos"
         raise UsageError(problem, next=f"choose --parallel {DATA}")
@@ -176,7 +176,7 @@ def _cpu_workers(settings: SessionSettings) -> int:
 
 
 def _mark(folder: Path, ends: contextlib.ExitStack) -> Path:
-    """A file that whoever sees this ``folder`` sees too, until ``ends``. Raises UnwrittenError."""
+    """A file in ``folder``, until ``ends``, that proves who sees the folder. Raises UnwrittenError."""
     with output_errors(folder):
         mark = Temporary(folder / "ltxpack-ray")
     ends.callback(mark.discard)

@@ -109,7 +109,8 @@ def goes_by_stages(
     works = [request.work(chosen(overlay, settings, request.recipe).stages) for request in requests]
     work = sorted(works, key=lambda work: work.shape.tokens)[len(works) // 2]
     cards = [int(device.partition(":")[2]) for device in devices if device != "cpu"]
-    model = overlay_model(overlay, dict.fromkeys(work.transformers), settings.dtype)
+    names = dict.fromkeys(stage.transformer for stage in work.stages)
+    model = overlay_model(overlay, names, settings.dtype)
     config = read_dit_config(overlay.folder(transformer_part(BASE)))
     planned = plan_schemes(model, config, work, this_machine(cards=cards), len(devices), settings.residency)
     plans = {one.scheme: one.plans for one in planned.schemes}

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from ltxpack.errors import UsageError
 
 EXAMPLES = "ordinals such as 0,1,2, or cpu:N for N processes on the CPU"
-# More than any machine has, so that a slip of the pen starts no thousand processes.
+# More than any machine has: a typing error starts no thousand processes.
 MOST = 64
-# What --ray means without an address: Ray starts on this machine, and ends with the run.
+# The address of --ray without one: Ray starts on this machine, and ends with the run.
 RAY_HERE = "local"
-# What stands for --devices where torchrun has started the ranks.
+# The value of --devices if torchrun has started the ranks.
 TORCHRUN = "torchrun"
 
 
@@ -34,7 +34,7 @@ def named_devices(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Launched:
-    """This process as one of ``size`` ranks that torchrun started, on this machine number ``local`` of ``here``."""
+    """This process as one of ``size`` ranks that torchrun started; on this machine, number ``local`` of ``here``."""
 
     rank: int
     size: int
@@ -43,7 +43,7 @@ class Launched:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
-    """What torchrun says of this process; None where it did not start it."""
+    """What torchrun says of this process; None if it did not start it."""
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -52,9 +52,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
 
 @dataclass(frozen=True)
 class PlannedDevices:
-    """What ``ltxpack plan --devices`` names: ``count`` devices; ``cards`` are the ordinals to look at here, if any.
+    """What ``ltxpack plan --devices`` names: ``count`` devices, those of ``cards`` here if any.
 
-    ``flag``: what names them to ``ltxpack run``.
+    ``flag``: their names for ``ltxpack run``.
     """
 
     count: int

@@ -1,8 +1,8 @@
 """The exchanges between ranks, through ``torch.distributed``: NCCL on cards, gloo on the CPU.
 
 Every rank makes the same exchanges in the same order. Nothing else in the package sends a tensor to another rank. On
-cards an exchange is one more kernel in the queue of the device, behind what makes the tensor and before what uses it;
-the host goes on at once, so that what went wrong shows at the next exchange or in :meth:`Exchange.finish`.
+cards an exchange is a kernel in the queue of the device. The host goes on at once, so a failure shows at the next
+exchange or in :meth:`Exchange.finish`.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ from ltxpack.errors import DeviceError, UsageError, one_line
 from ltxpack.runtime.parallel.schemes import Rates, Split
 
 R = TypeVar("R")
-# How long a rank waits for what rank 0 says next: while that encodes, decodes, or the disk is slow. And how far one may
-# be behind another in a video, which reads its weights or compiles; that another has ended is noticed otherwise.
+# How long a rank waits for rank 0's next word, while that encodes, decodes or reads; and for a rank that is behind in a
+# video because it reads or compiles. The end of a rank is noticed otherwise.
 PATIENCE, BEHIND = timedelta(days=7), timedelta(hours=1)
 # Seconds that NCCL gets to stop its kernels.
 ABORTED = 3.0
-# Unless they are set: ranks of one machine talk to each other on no network.
+# Unless they are set: ranks of one machine use no network; and torch does not end a process that watches the others,
+# with a traceback of its own.
 OF_HERE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-# Likewise, where this process watches the others: torch would end it with a traceback of its own.
 WATCHED = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-# Of a product as in the blocks, of as many rows as stage 1 has tokens.
+# The sizes of a product as in the blocks, with as many rows as stage 1 has tokens.
 ROWS, WIDTH = 8192, 4096
 
 
 def meeting_place() -> Path:
-    """A new folder that only this user can enter, in which the ranks of this machine find each other. Remove it."""
+    """A new folder for this user alone, in which the ranks of this machine find each other. Remove it afterwards."""
     return Path(tempfile.mkdtemp(prefix="ltxpack-ranks-"))
 
 
 def store_in(place: Path, size: int) -> Any:
-    """What ``size`` ranks tell each other, in a file of the folder ``place``."""
-    # Not imported above: a torch without torch.distributed has none, and makes videos on one device.
+    """The store of ``size`` ranks, a file in the folder ``place``."""
+    # Not imported above: a torch without torch.distributed makes videos on one device.
     store: Any = dist.FileStore  # type: ignore[attr-defined]
     return store(str(place / "store"), size)
 
 
 class Exchange:
-    """What rank ``rank`` of ``size`` sends to and gets from the others. Tensors that are exchanged are contiguous.
+    """What rank ``rank`` of ``size`` sends to and gets from the others. Exchanged tensors are contiguous.
 
-    ``check(failed)`` raises where another rank has ended; ``failed``: an exchange says that one has.
+    ``check(failed)`` raises if another rank has ended; ``failed``: because an exchange failed.
     """
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device, check: Callable[[bool], None]) -> None:
-        """Joins the others, and waits for all of them to join. ``store``: None for ranks that torchrun started."""
+        """Join the others and wait until all have joined. ``store``: None for ranks that torchrun started."""
         self.rank, self.size, self._device, self._check = rank, size, device, check
         self._groups: dict[Split, list[Any]] = {}
         if dist.is_initialized():
@@ -73,7 +73,7 @@ class Exchange:
             torch.cuda.set_device(device)
             more["device_id"] = device  # the ranks connect now, and every group uses what they have
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # NCCL may wait for ranks that are gone where it is not aborted.
+        # Unless it is aborted, NCCL may wait for ranks that are gone.
         self._aborted = device.type == "cuda" and store is not None
         try:
             self._made(None, lambda: dist.init_process_group(backend, **more))
@@ -86,12 +86,12 @@ class Exchange:
         self.alike = bool((kinds == kinds[0]).all())
 
     def say(self, message: Any = None) -> Any:
-        """What rank 0 says, on all ranks that torchrun started; the others wait for it."""
+        """The ``message`` of rank 0 on all ranks, which torchrun started; the others wait for it."""
         said = [message]
         return self._made(said, lambda: dist.broadcast_object_list(said, src=0, group=self._talk))[0]
 
     def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
-        """``tensor`` with what it holds on rank ``owner``, on all ranks."""
+        """``tensor`` with the values of rank ``owner``, on all ranks."""
         return self._made(tensor, lambda: dist.broadcast(tensor, src=owner))
 
     def send(self, tensor: Tensor, rank: int) -> None:
@@ -99,11 +99,11 @@ class Exchange:
         self._made(tensor, lambda: dist.send(tensor, rank))
 
     def receive(self, tensor: Tensor, rank: int) -> Tensor:
-        """``tensor`` with what ``rank`` sends."""
+        """``tensor`` with the values that ``rank`` sends."""
         return self._made(tensor, lambda: dist.recv(tensor, rank))
 
     def all_to_all(self, parts: Tensor, group: Any) -> Tensor:
-        """``parts`` [ranks, ...], one for each rank of ``group`` -> what each has for this one, [ranks, ...]."""
+        """``parts`` [ranks, ...], one for each rank of ``group`` -> the parts for this rank, [ranks, ...]."""
         got = torch.empty_like(parts)
         return self._made(got, lambda: dist.all_to_all_single(got, parts, group=group))
 
@@ -112,24 +112,23 @@ class Exchange:
         return self.all_to_all(part.expand(dist.get_world_size(group), *part.shape).contiguous(), group)
 
     def group(self, split: Split) -> Any:
-        """The ranks that share this rank's tokens; None: all, as ``torch.distributed`` has it. All ranks ask."""
+        """The ranks that share this rank's tokens; None, as in ``torch.distributed``: all. All ranks must ask."""
         if split.shards == self.size:
             return None
         if split not in self._groups:
-            starts = range(0, split.groups * split.shards, split.shards)
             made: list[Any] = []
 
             def make(start: int) -> None:
                 made.append(dist.new_group([*range(start, start + split.shards)], timeout=BEHIND))
 
-            for start in starts:
+            for start in range(0, split.groups * split.shards, split.shards):
                 self._made(made, partial(make, start))
             self._groups[split] = made
         number = self.rank // split.shards
         return self._groups[split][number] if number < split.groups else None
 
     def rates(self, rows: int = ROWS, width: int = WIDTH) -> Rates:
-        """Those of the slowest rank: of a product as in the blocks, and of an all-to-all of its tokens."""
+        """The rates of the slowest rank, in a product as in the blocks and in an all-to-all of its tokens."""
 
         def ones(*shape: int) -> Tensor:
             return torch.ones(shape, dtype=torch.bfloat16, device=self._device)
@@ -140,20 +139,20 @@ class Exchange:
         return Rates(2 * rows * width * width / product, parts.nbytes * (self.size - 1) / self.size / moved)
 
     def finish(self) -> None:
-        """Wait for what the device still does. Raises DeviceError where another rank has ended meanwhile."""
+        """Wait for the device. Raises DeviceError if another rank has ended meanwhile."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._check(False)
 
     def abandon(self) -> None:
-        """Another rank has ended: what waits for it on the card ends without a result. From any thread."""
+        """End, without results, what waits on the card for a rank that has ended. For any thread."""
         if self._aborted:
             aborting = threading.Thread(target=_abort, daemon=True)
             aborting.start()
             aborting.join(ABORTED)
 
     def leave(self) -> None:
-        """No more exchanges. Ranks that torchrun started leave together, others whenever they like."""
+        """End the exchanges. Ranks that torchrun started leave together, others at any time."""
         self._groups.clear()
         if self._aborted:
             self.abandon()
@@ -161,7 +160,7 @@ class Exchange:
             dist.destroy_process_group()
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        """Of the second call; all ranks begin together."""
+        """Seconds of the second call of ``work``; all ranks begin together."""
         work()
         self._slowest([0.0])
         begin = time.perf_counter()
@@ -171,12 +170,12 @@ class Exchange:
         return time.perf_counter() - begin
 
     def _slowest(self, seconds: list[float]) -> list[float]:
-        """The largest of each of the ``seconds`` of all ranks; waits for all of them."""
+        """Each of the ``seconds`` of the slowest rank; waits for all ranks."""
         found: list[float] = self.all_gather(torch.tensor(seconds, device=self._device), None).amax(0).tolist()
         return found
 
     def _made(self, result: R, exchange: Callable[[], object]) -> R:
-        """``result`` after ``exchange``. Raises DeviceError where it fails, as torch does where memory runs out."""
+        """``result`` after ``exchange``. Raises DeviceError if that fails; torch's own error if memory runs out."""
         self._check(False)
         try:
             exchange()
@@ -199,7 +198,7 @@ def _abort() -> None:
 
 
 def _kind(device: torch.device) -> int:
-    """Of devices that draw the same noise from one seed: a card spreads the drawing over its processors."""
+    """A number that is equal for devices that draw the same noise: a card spreads the drawing over its processors."""
     name = device.type
     if name == "cuda":
         card = torch.cuda.get_device_properties(device)

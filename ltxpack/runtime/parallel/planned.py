@@ -1,6 +1,6 @@
-"""What several devices would make of a run, scheme by scheme: the memory of each, what moves, what is gained.
+"""A run on several devices, scheme by scheme: the memory of each device, the bytes that move, the gain.
 
-The planner plans for every device as for one process with its own card and a share of the host. Needs no torch.
+Each device is planned as one process with its own card and a share of the host. Needs no torch.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ OF_STAGES = (
     frozenset({"text", "connectors", "images", stage_label(0)}),
     frozenset({"upsample", stage_label(1), "sound", "video"}),
 )
-# What NCCL takes of a card for its buffers; not measured.
+# Bytes of a card for NCCL's buffers; not measured.
 EXCHANGES = 1_000_000_000
 NOT_COUNTED = "Counted, not measured: gains leave out text, sound and frames, and the time in which bytes move."
 
 
 @dataclass(frozen=True)
 class PlannedScheme:
-    """A scheme on so many devices. ``plans``: of each device, or of one where all are alike; none where ``problem``
-    says why it cannot be used. ``why``: from what the gain follows.
+    """A scheme on several devices. ``plans``: of each device, or of one if all are alike; none if ``problem`` says why
+    the scheme cannot be used. ``why``: the sum from which the gain follows.
     """
 
     scheme: str
@@ -54,7 +54,7 @@ class PlannedScheme:
 
     @property
     def made_for(self) -> str:
-        """What is made faster."""
+        """For what the scheme is."""
         return "one video" if self.scheme in OF_ONE else "many videos"
 
 
@@ -72,7 +72,7 @@ class PlannedSchemes:
 def plan_schemes(
     model: ModelSizes, config: DiTConfig, work: Work, machine: Machine, devices: int, mode: str
 ) -> PlannedSchemes:
-    """All schemes on so many devices of one host; ``machine`` is that with the smallest card."""
+    """All schemes on so many devices of one host, ``machine``, which has the smallest of the cards."""
     each = replace(machine, host=machine.host // devices)
     exchanging = 0 if machine.card is None else EXCHANGES
 
@@ -98,7 +98,7 @@ def plan_schemes(
 
 
 def _why(config: DiTConfig, work: Work, found: Counted) -> str:
-    """``1 / (0.68 · 0.67 + 0.32)``: the share of the work that a stage is, and what of it the busiest device makes."""
+    """``1 / (0.68 · 0.67 + 0.32)``: each stage's share of the work, and the busiest device's share of that."""
     if found.scheme == DATA:
         return "each device makes videos of its own"
     if found.scheme == STAGES:
@@ -111,7 +111,7 @@ def _why(config: DiTConfig, work: Work, found: Counted) -> str:
 
 
 def lines(planned: PlannedSchemes, link_rate: int) -> Iterator[str]:
-    """The schemes as a table, and from what their gains follow; ``link_rate``: bytes a second between devices."""
+    """The schemes as a table, and the sums of their gains; ``link_rate``: bytes a second between devices."""
     machine, work = planned.machine, planned.work
     card = "" if machine.card is None else f"{gigabytes(machine.card)} of card and "
     yield f"{planned.count} devices, for each {card}{gigabytes(machine.host)} of the host"
@@ -139,7 +139,7 @@ def _row(one: PlannedScheme, link_rate: int) -> str:
 
 
 def cells(plans: Sequence[Plan]) -> tuple[str, str, str]:
-    """Modes, peaks of the cards and of their shares of the host, in words; of each device where they differ."""
+    """Modes, peaks of cards and of shares of the host, in words; of each device if they differ."""
     modes = " and ".join(dict.fromkeys(plan.mode for plan in plans))
     cards = " and ".join(gigabytes(plan.card) for plan in plans)
     return modes, cards, " and ".join(gigabytes(plan.host) for plan in plans)
@@ -147,14 +147,13 @@ def cells(plans: Sequence[Plan]) -> tuple[str, str, str]:
 
 def to_json(planned: PlannedSchemes, link_rate: int) -> dict[str, Any]:
     """The part ``devices`` of ``ltxpack plan --json``; schemas/plan.schema.json describes it. All sizes in bytes."""
-    stages = zip(planned.work.stages, planned.shares, strict=True)
     return {
         "count": planned.count,
         "link_rate": link_rate,
         "machine": {"card": planned.machine.card, "host": planned.machine.host},
         "work": [
             {"passes": stage.evaluations * stage.passes, "video_tokens": stage.shape.tokens, "share": share}
-            for stage, share in stages
+            for stage, share in zip(planned.work.stages, planned.shares, strict=True)
         ],
         "schemes": [
             {

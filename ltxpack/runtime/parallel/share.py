@@ -1,6 +1,6 @@
-"""Shares the lines of a prompts file out: each task goes to the first worker that is free.
+"""Shares out the lines of a prompts file: each task goes to the first free worker.
 
-What a worker is, a :class:`Crew` knows: this process, processes on devices of their own, or actors of a cluster.
+A :class:`Crew` knows what its workers are: this process, processes on devices of their own, or actors of a cluster.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
@@ -21,25 +21,24 @@ from ltxpack.runtime.prompts_file import PromptsLine
 from ltxpack.runtime.record import record_path
 from ltxpack.runtime.request import Request
 
-# Videos whose prompts are encoded before the first of them is made: so many contexts of the 22B model take 1.6 GB on
-# the host, as planned.
+# The number of videos whose prompts are encoded before the first of them is made: the planner counts 1.6 GB on the host
+# for so many contexts of the 22B model.
 AHEAD = 64
-# How often the task of a line is handed out where workers end in the middle of it.
-TRIES = 2
-# How often in a row a worker may end without having done a task, until its device is used no more.
-LOSSES = 2
+# How often a task is handed out if workers end in the middle of it; and how often in a row a worker may end without
+# having done a task, until its device is used no more.
+TRIES, LOSSES = 2, 2
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker, by its number from 0, can be given tasks."""
+    """A worker, by its number from 0, can take tasks."""
 
     worker: int
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a worker tells: ``kind`` is a method of :class:`.Reporter` that takes a message."""
+    """A worker's message for the user; ``kind``: a method of :class:`.Reporter`."""
 
     worker: int
     kind: str
@@ -48,7 +47,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Carried:
-    """A worker carried out its task, and is free."""
+    """A worker has carried out its task, and is free."""
 
     worker: int
     result: TaskResult
@@ -56,14 +55,14 @@ class Carried:
 
 @dataclass(frozen=True)
 class Gone:
-    """A worker ended, in the middle of a task or not; ``why`` in words."""
+    """A worker has ended, in the middle of a task or not; ``why`` in words."""
 
     worker: int
     why: str
 
 
 class Voice(Reporter):
-    """What worker ``number`` says while it works, each time an event for ``say``; progress is not told."""
+    """Makes an event for ``say`` of each message of worker ``number``; leaves out progress."""
 
     def __init__(self, number: int, say: Callable[[Told], object]) -> None:
         self._number, self._say = number, say
@@ -79,41 +78,38 @@ class Voice(Reporter):
 
 
 Event: TypeAlias = Ready | Told | Carried | Gone
-# What a task is, with the numbers of its lines: the same when it is handed out again.
+# The kind of a task and the numbers of its lines: the same when it is handed out again.
 Key: TypeAlias = tuple[type[Task], tuple[int, ...]]
 
 
 class Crew(ABC):
-    """Workers that carry out tasks, each with a session of its own, while the others do too.
+    """Workers that carry out tasks at the same time, each with a session of its own.
 
-    They start when the crew is made, and each is ready at its first :class:`Ready`.
+    They start with the crew; each is ready at its first :class:`Ready`.
     """
 
-    # What each worker is called in messages.
+    # The workers' names in messages.
     names: Sequence[str]
-    # Whether the work is done elsewhere, so that the terminal is free for the progress of the whole.
+    # Whether the workers are other processes, so that the terminal is free for the progress of the whole.
     elsewhere = True
     # Whether some make the first stage of each video, and others the rest.
     by_stages = False
 
     @abstractmethod
     def begin(self, worker: int, task: Task, following: Request | None) -> None:
-        """Hand ``task`` to a ``worker`` that is free; ``following`` is the video it makes next, as far as is known."""
+        """Hand ``task`` to a free ``worker``; ``following``: the video that it makes next, if known."""
 
     @abstractmethod
     def next(self) -> Event:
-        """The next event of any worker, once there is one."""
+        """Wait for the next event of any worker."""
 
     @abstractmethod
     def replace(self, worker: int) -> None:
-        """Start a ``worker`` that is gone anew, on the same device; it is ready at its next :class:`Ready`."""
+        """Start a new process for a ``worker`` that is gone, on the same device."""
 
     @abstractmethod
     def close(self) -> list[str]:
-        """End all workers, those at work too, and wait for it; what there is to say of them for the summary.
-
-        A worker that is at work leaves nothing that is half written, if it can.
-        """
+        """End all workers, also those at work, and wait for that; their lines for the summary."""
 
     def takes(self, worker: int, task: Task) -> bool:
         """Whether ``worker`` may carry out ``task``."""
@@ -121,29 +117,30 @@ class Crew(ABC):
 
 
 class Sharing:
-    """Lines on their way through a crew, and what became of each, by its number.
+    """Lines on their way through a crew, and the outcome of each, by its number.
 
-    A task whose worker ended is given to another one, once. ``ahead``: seconds of encoding prompts.
+    A task whose worker ended goes to another one, once. ``ahead``: seconds of encoding prompts.
     """
 
     def __init__(self, crew: Crew, lines: Sequence[PromptsLine], reporter: Reporter) -> None:
         self.outcomes: dict[int, Outcome] = {}
         self.ahead = 0.0
         self._crew, self._reporter, self._count = crew, reporter, len(lines)
-        groups = _groups(lines, max(1, AHEAD // len(crew.names)))
+        size = max(1, AHEAD // len(crew.names))
+        groups = (tuple(lines[start : start + size]) for start in range(0, len(lines), size))
         self._groups = deque(Encode(group, crew.by_stages) for group in groups)
         self._waiting: list[Task] = []
         self._at_work: dict[int, Task] = {}
         self._free: set[int] = set()
         self._alive = set(range(len(crew.names)))
-        # How often a task lost its worker, and which worker that was last.
+        # How often a task lost its worker, and the last worker that it lost.
         self._tries: Counter[Key] = Counter()
         self._avoided: dict[Key, int] = {}
         self._losses: Counter[int] = Counter()
         self._told: set[tuple[str, str]] = set()
 
     def run(self) -> list[str]:
-        """Until every line has its outcome; what the crew says for the summary. Ends the crew, in any case."""
+        """Work until every line has its outcome, then end the crew; the crew's lines for the summary."""
         if self._crew.elsewhere:
             self._reporter.begin("videos", self._count, "video")
         try:
@@ -159,7 +156,7 @@ class Sharing:
         return summary
 
     def _hand_out(self) -> None:
-        """Give each free worker a task, and an outcome to the lines that nobody is left for."""
+        """Give each free worker a task, and an outcome to the lines that no worker is left for."""
         for lost in [task for task in (*self._waiting, *self._groups) if not self._able(task)]:
             self._remove(lost)
             problem = "no device is left to make it on"
@@ -175,12 +172,12 @@ class Sharing:
                 self._crew.begin(worker, task, first)
 
     def _best(self, worker: int) -> Task | None:
-        """What ``worker`` does next: the first line that waits for it, or else the prompts of more lines."""
+        """The next task of ``worker``: the first line that waits for it, or else the prompts of more lines."""
         waiting = [*sorted(self._waiting, key=lambda task: task.lines[0].number), *islice(self._groups, 1)]
         return next((task for task in waiting if worker in self._able(task)), None)
 
     def _able(self, task: Task) -> set[int]:
-        """The workers that may carry ``task`` out: not the one that ended in the middle of it, if there is another."""
+        """The workers that may carry out ``task``: not the one that ended in the middle of it, if there is another."""
         able = {worker for worker in self._alive if self._crew.takes(worker, task)}
         return able - {self._avoided.get(_key(task))} or able
 
@@ -241,16 +238,12 @@ class Sharing:
             self._reporter.advance(len(outcomes))
 
 
-def _groups(lines: Sequence[PromptsLine], size: int) -> Iterator[tuple[PromptsLine, ...]]:
-    return (tuple(lines[start : start + size]) for start in range(0, len(lines), size))
-
-
 def _key(task: Task) -> Key:
     return type(task), tuple(line.number for line in task.lines)
 
 
 def _tidy(task: Task) -> None:
-    """Remove what a worker that was killed left of files that are not whole."""
+    """Remove the half-written files of a worker that was killed."""
     for line in () if isinstance(task, Encode) else task.lines:
         for path in (line.output, record_path(line.output)):
             with contextlib.suppress(OSError):

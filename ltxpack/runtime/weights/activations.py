@@ -1,8 +1,8 @@
-"""How many bytes a phase takes on the device beside its weights. The constants are counts of live tensors.
+"""The bytes of a phase on the device beside its weights. The constants are counts of live tensors.
 
 Each formula is the largest moment of its phase run eagerly: what PyTorch has allocated, without kernel workspaces.
-test_activations.py runs the phases themselves, at full size on the meta device, and holds these numbers
-to what it counts. A change of the computation that holds other tensors alive shows there.
+test_activations.py runs the phases at full size on the meta device and compares: a change of the computation that keeps
+other tensors alive shows there.
 """
 
 from __future__ import annotations
@@ -62,15 +62,14 @@ def sampling(
 ) -> int:
     """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
-    At the feed-forward of the last pass: the stream, its normed and modulated copies, the two inner tensors of four
-    widths; of each pass what goes in and comes out; of each prompt the attended states, the context and its keys
-    and values.
-    Appended keyframes are counted as one frame per image. With weights in ``codes`` a few rows are float32 while they
-    become codes, and a weight may be decoded, of a short video in place of an inner tensor; of int8 an inner tensor is
-    in codes, and one is int32 before it is scaled.
-    One of ``groups`` of ranks has its share of the passes, and one of the ``shards`` of a group its share of the
-    video's tokens, padded, with tables of its own beside those of all. What it sends and gets around an attention is
-    less than the inner tensors. Where shares are small the largest moment is when the tables are made, in float32.
+    At the feed-forward of the last pass there are: the stream, its normed and modulated copies, and two inner tensors
+    of four widths; the inputs and outputs of each pass; the attended states, the context and its keys and values of
+    each prompt. Each image counts as one appended frame. With weights in ``codes``, a few rows are float32 before they
+    become codes, and a weight may be decoded (for a short video in place of an inner tensor); with int8, one inner
+    tensor is codes and one is int32 before it is scaled.
+    A rank has the share of one of ``groups`` in the passes, and of one of the ``shards`` of a group in the video's
+    tokens, padded, with tables of its own beside the whole ones. Exchanges take less than the inner tensors. If shares
+    are small, the largest moment is when the tables are made, in float32.
     """
     prompts, passes = min(passes, PROMPTS), -(-passes // groups)
     own_prompts = min(passes, PROMPTS)
@@ -88,12 +87,12 @@ def sampling(
 
 
 def hidden_states(widths: Widths, itemsize: int) -> int:
-    """What the text encoder leaves of a batch of prompts: every layer's output and the embedding."""
+    """The text encoder's result for a batch of prompts: every layer's output and the embedding."""
     return PROMPTS * TEXT_TOKENS * widths.text * (widths.text_layers + 1) * itemsize
 
 
 def contexts(widths: Widths, itemsize: int) -> int:
-    """What the connectors make of a batch of prompts."""
+    """The connectors' result for a batch of prompts."""
     return PROMPTS * TEXT_TOKENS * (widths.video + widths.audio) * itemsize
 
 
@@ -129,7 +128,7 @@ def sound_decoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
 
 
 def decoder_sizes(widths: Widths) -> DecoderSizes:
-    """What the memory of the video decoder's tiles follows."""
+    """The sizes that the memory of the video decoder's tiles follows."""
     places = TEMPORAL_FACTOR * (SPATIAL_FACTOR // widths.patch) ** 2
     return DecoderSizes(widths.decoder, places, TEMPORAL_FACTOR * SPATIAL_FACTOR**2 * COLOURS)
 
@@ -138,9 +137,9 @@ def decoder_sizes(widths: Widths) -> DecoderSizes:
 def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Tiling) -> int:
     """The video decoder on one tile of ``tiling``, and the frames around it.
 
-    A tile's largest moment is a convolution of the last stage with its input padded by two frames, or taking the
-    patches apart. Frames: the group under way; if there is more than one, the group before and its chunk handed out.
-    At the end of a group its chunk is made in three steps.
+    The largest moment of a tile is a convolution of the last stage with its input padded by two frames, or taking the
+    patches apart. The frames are those of the group under way, and if there are several groups, of the one before and
+    its chunk handed out. A group's chunk is made in three steps at its end.
     """
     tile = Tiles.of(shape.grid, tiling).largest
     frames = _frames(tile[0])

@@ -1,4 +1,4 @@
-"""Work on a thread of its own: a load that is waited for or cancelled, and files asked into the page cache."""
+"""Work on a thread of its own: a load that somebody waits for or cancels, and files for the page cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ Stop = Callable[[], None]
 
 
 class Stopped(Exception):
-    """Raised in the thread when nobody waits for its result any more."""
+    """Raised in a thread that was cancelled."""
 
 
 class Background(Generic[R]):
-    """``work(stop)`` under way; ``stop()`` raises when the work is to end. A thread that the process does not wait for.
-
-    What the work raises is raised where its result is taken.
-    """
+    """``work(stop)`` on a thread for which the process does not wait; ``stop()`` raises when the work is to end."""
 
     def __init__(self, work: Callable[[Stop], R]) -> None:
         self._stopped = threading.Event()
@@ -34,13 +31,13 @@ class Background(Generic[R]):
         self._thread.start()
 
     def result(self) -> R:
-        """What the work returned, once it is done; for one call, after which nothing here refers to it."""
+        """Wait for the result, or raise the error, of the work. For one call: afterwards nothing here refers to it."""
         self._thread.join()
         done, self._done = self._done, Future()
         return done.result()
 
     def cancel(self) -> None:
-        """Let the work end, and wait for that."""
+        """End the work, and wait for that."""
         self._stopped.set()
         self._thread.join()
         self._done = Future()
@@ -59,19 +56,19 @@ class Background(Generic[R]):
 class CacheWarmer:
     """Asks the system to read ``files`` into its page cache, in their order, at most ``room`` bytes.
 
-    Nothing is asked for before the first block of :meth:`waiting` is over, nor during another. A file that cannot be
-    read is left out: whoever needs it will say so.
+    It waits for the first block of :meth:`waiting` to end, and pauses during others. It leaves out a file that cannot
+    be read: whoever needs the file will say so.
     """
 
     def __init__(self, files: Iterable[Path], room: int) -> None:
-        # Links of one file are one.
+        # Several links to one file count once.
         self._files, self._left = tuple(dict.fromkeys(path.resolve() for path in files)), room
         self._loads, self._lock, self._free = 0, threading.Lock(), threading.Event()
         self._background = Background(self._run)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Ask for nothing while the block runs: it needs the disk. From several threads."""
+        """A block that needs the disk for itself; for several threads."""
         with self._lock:
             self._loads += 1
             self._free.clear()

@@ -1,7 +1,6 @@
 """Copies to a device beside its computation: a CUDA stream of their own, or on the CPU a stand-in that copies at once.
 
-Three orders are told apart: of the computation (``now``), of the copies (what ``run`` returns), and of the host.
-Nothing here knows what is copied.
+Three orders are told apart: of the computation (``now``), of the copies (events of ``run``), and of the host.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ Event = Any
 
 
 class Copies:
-    """A queue of copies to one device. On a card it is a CUDA stream of its own beside ``compute``, the stream that is
-    current where this is made; on the CPU a copy is done as it is asked for, and no event is waited for.
+    """A queue of copies to one device, for several threads. On a card it is a CUDA stream beside ``compute``, the one
+    that is current for the thread that makes the queue; on the CPU a copy is done at once, and there are no events.
 
-    From several threads. Each thread has a current stream of its own: only the one of the caller is the right one.
-    ``process_ends``: pinned memory stays pinned, as the kernel takes it back faster.
+    ``process_ends``: pinned memory stays pinned, as the kernel frees it faster.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,9 +36,7 @@ class Copies:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def run(self, work: Callable[[], object], after: Event = None) -> Event:
-        """Do ``work``, which must not wait for the device, in the queue after the event ``after``. Returns the event
-        that it is done.
-        """
+        """Do ``work``, which must not wait for the device, in the queue after ``after``. Returns the event after it."""
         if self.stream is not None and after is not None:
             self.stream.wait_event(after)
         with torch.inference_mode(), _current(self.stream):
@@ -53,21 +49,21 @@ class Copies:
             return self._event(self.stream)
 
     def now(self) -> Event:
-        """The event that everything asked of the computation so far is done."""
+        """The event after everything asked of the computation so far."""
         return self._event(self.compute)
 
     def before_computing(self, event: Event) -> None:
-        """The computation asked for from now on waits for ``event``; the host goes on."""
+        """Let the computation asked for from now on wait for ``event``; the host goes on."""
         if self.compute is not None and event is not None:
             self.compute.wait_event(event)
 
     def finish(self, event: Event) -> None:
-        """The host waits for ``event``, asleep, so that the thread does not burn a core."""
+        """Let the host wait for ``event``, asleep, so that the thread does not burn a core."""
         if self.stream is not None and event is not None:
             event.synchronize()
 
     def computing(self) -> AbstractContextManager[object]:
-        """What the block makes on the device belongs to the stream that computes, whichever thread makes it."""
+        """A block whose tensors belong to the stream that computes, whichever thread makes them."""
         return _current(self.compute)
 
     def elsewhere(self) -> bool:
@@ -75,23 +71,20 @@ class Copies:
         return self.compute is not None and torch.cuda.current_stream(self.device) != self.compute
 
     def pin(self, memory: Tensor) -> bool:
-        """Let the device copy from ``memory`` by itself; False where the system refuses.
-
-        Registers the memory as it is: PyTorch's own pinned allocations round up to a power of two.
-        """
+        """Pin ``memory`` as it is: PyTorch's own allocations round up to a power of two. False if that is refused."""
         if self.stream is None or memory.nbytes == 0:
             return True
-        # On the device itself: the driver would else make a context, half a gigabyte, on the first one.
+        # On the device itself: else the driver makes a context, half a gigabyte, on the first one.
         with torch.cuda.device(self.device):
             if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)) == 0:
                 return True
-            # The refusal is kept as the last error, which the next launch of a kernel would report as its own.
+            # The driver keeps the refusal as its last error, which the next kernel would report as its own.
             with contextlib.suppress(RuntimeError):
                 torch.ones(1, device=self.device).neg()
         return False
 
     def unpin(self, memory: Tensor) -> None:
-        """Undo :meth:`pin`, before the memory is given back and once nothing is copied from it any more."""
+        """Undo :meth:`pin` before the memory is freed, once nothing is copied from it."""
         if self.stream is not None and memory.nbytes:
             self.stream.synchronize()
             with torch.cuda.device(self.device):
@@ -111,14 +104,13 @@ def _current(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]
 
 
 class HostMemory:
-    """``nbytes`` of host memory that the device can copy from once :meth:`pin` was called; given back with the object.
+    """``nbytes`` of host memory, freed with the object. Raises MemoryError.
 
-    It is pinned after it is filled: by then its pages are there, brought by the threads that read into it. At the end
-    of the process it stays pinned, which the kernel undoes faster. Raises MemoryError.
+    :meth:`pin` it after it is filled: by then the threads that read into it have brought its pages.
     """
 
     def __init__(self, nbytes: int, copies: Copies) -> None:
-        # Whole pages of its own: a page is pinned once, whoever else has a part of it.
+        # Whole pages: a page that others share could be pinned only once.
         self._pages = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
         self.bytes = self._pages[:nbytes]
         self.pinned = False
@@ -133,7 +125,7 @@ class HostMemory:
         return self.pinned
 
 
-# Pinned memory that is left to the end of the process.
+# Memory that stays pinned until the process ends.
 _LEFT: list[Tensor] = []
 
 

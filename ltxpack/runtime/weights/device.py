@@ -1,4 +1,4 @@
-"""Which device a run is asked for, what it and the host have free, and what is known to go wrong on it."""
+"""The device of a run: its name, the free memory of it and of the host, and known faults of its libraries."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from ltxpack.errors import DeviceError, UsageError
 from ltxpack.runtime.weights import machine
 from ltxpack.runtime.weights.machine import Machine
 
-# How users set torch's allocator.
+# The variables with which users set torch's allocator.
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 IN_PLACE = "expandable_segments"
-# On a card of this process: what libraries take once they are used, and what is lost in gaps where memory is taken in
-# pieces (1.8 GB in the second stage at 1088 x 1920).
+# On a card of this process: what libraries take once they are used, and the gaps if memory is taken in pieces (1.8 GB
+# in the second stage at 1088 x 1920).
 LIBRARIES, GAPS = 500_000_000, 2_200_000_000
-
-
-# Versions of torch and of cuDNN, from the first to before the second, and what they do to 3-d convolutions in bf16
+# Versions of torch and of cuDNN, each from the first to before the second, and what they do to 3-d convolutions in bf16
 # (pytorch issues 163539 and 166643): first cuDNN was wrong, then torch went around it.
 WRONG = "large ones can come out wrong (pytorch issue 163539)"
 AROUND = "they run without cuDNN and take many times the memory that is planned (pytorch issue 166643)"
@@ -34,7 +32,7 @@ KNOWN_FAULTS = (
 
 
 def resolve_device(name: str, flag: str = "--device") -> torch.device:
-    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``, as ``flag`` says. Raises DeviceError for CUDA that is not there."""
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``, the value of ``flag``. Raises UsageError, DeviceError without CUDA."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -54,10 +52,10 @@ def resolve_device(name: str, flag: str = "--device") -> torch.device:
 
 
 def machine_of(device: torch.device, *, used: bool = False, processes: int = 1) -> Machine:
-    """What this process could have: what is free, and what it has itself already.
+    """What this process could have: the free memory, and its own.
 
-    ``used``: work was done on the device, so that what libraries take of a card is gone from it. ``processes``: how
-    many, on devices of their own, share what is free of the host.
+    ``used``: work was done on the device, so libraries have taken their part of a card. ``processes``: the number of
+    processes, on devices of their own, that share the free memory of the host.
     """
     host, container = machine.usable_host(processes)
     if device.type != "cuda":
@@ -68,10 +66,10 @@ def machine_of(device: torch.device, *, used: bool = False, processes: int = 1) 
 
 @functools.cache
 def grows_in_place(device: torch.device) -> bool:
-    """Have torch put memory of the card together where it is needed; whether it does.
+    """Let torch join pieces of the card's memory, unless the user has set that otherwise; whether it does.
 
-    Otherwise it takes memory in pieces, and when the sizes asked for change, as between the stages, gaps stay in them:
-    a plan that fills a card fails with a tenth of it free. What the user has set stays.
+    Otherwise gaps stay in the pieces when the sizes change, as between the stages: a plan that fills a card fails with
+    a tenth of it free.
     """
     told = [os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ]
     if told:
@@ -84,14 +82,14 @@ def grows_in_place(device: torch.device) -> bool:
     setting(f"{IN_PLACE}:True")
     try:
         torch.empty(1, device=device)
-    except RuntimeError:  # a driver that does not put memory together
+    except RuntimeError:  # a driver that cannot join them
         setting(f"{IN_PLACE}:False")
         return False
     return True
 
 
 def known_fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What to tell the user of torch's and cuDNN's versions before the VAE is used on ``device``, if anything."""
+    """The known fault of torch's and cuDNN's versions for the VAE on ``device``, in words, if there is one."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     version: Any = torch.backends.cudnn.version

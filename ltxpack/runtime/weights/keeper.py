@@ -1,6 +1,6 @@
-"""The parts of an overlay on the device, where a plan has them: loaded on demand or ahead, kept or dropped.
+"""The keeper of an overlay's parts: loads them on demand or ahead, keeps or drops them, as the plan says.
 
-Every file is compared with the manifest as it is read: what changed is refused before it is used.
+It compares every file with the manifest while it reads it, and refuses a changed one before use.
 """
 
 from __future__ import annotations
@@ -37,22 +37,20 @@ M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 Prepare = Callable[[Any, bool], None]
 WEIGHTS = ".safetensors"
-# A part that no plan places: loaded when it is used, whole, and dropped afterwards.
+# A part that no plan places: loaded whole when it is used, and dropped afterwards.
 UNPLANNED = Placement(FILE)
-# A file as it was: device, inode, size, and when anything of it last changed; None if it was not there.
+# Device, inode, size and last change of a file; None if it is not there.
 Stamp = tuple[int, int, int, int] | None
-
-
-# What builds a part from its folder, such as ltxpack.runtime.model.load_dit.
+# Builds a part from its folder, such as ltxpack.runtime.model.load_dit.
 Load = Callable[[Path, torch.device, torch.dtype, Reader], M]
 
 
 class Residency:
-    """The parts of ``overlay`` for use on ``device`` in ``dtype``. ``mode`` is ``auto`` or one of ``plan.MODES``;
-    ``reads`` is one of ``direct.READS``; ``warm_cache``: files come into the page cache for the next process.
+    """The parts of ``overlay`` on ``device`` in ``dtype``, for one thread.
 
-    :meth:`prepare` makes the plan; without one a part is loaded when it is used and dropped afterwards. Not for several
-    threads. A caller that computes in another CUDA stream than before starts with nothing loaded.
+    ``mode``: ``auto`` or one of ``plan.MODES``. ``reads``: one of ``direct.READS``. ``warm_cache``: brings files into
+    the page cache for the next process. :meth:`prepare` makes the plan; without one, a part is loaded when it is used
+    and dropped afterwards. A caller that computes in another CUDA stream than before begins with nothing loaded.
     """
 
     def __init__(
@@ -68,23 +66,23 @@ class Residency:
         self.overlay, self.device, self.dtype = overlay, device, dtype
         self.mode, self.reads, self.warm_cache = mode, reads, warm_cache
         self.reporter = reporter or SilentReporter()
-        # How many processes, on devices of their own, share the host's free memory.
+        # The number of processes, on devices of their own, that share the host's free memory.
         self.processes = 1
         self.plan: Plan | None = None
-        # The plan that took most host memory since the placements were made.
+        # The plan with the most host memory since the placements were made.
         self._largest: Plan | None = None
         self._sizes: dict[tuple[str, ...], ModelSizes] = {}
         self._warmer: CacheWarmer | None = None
         self._refusal_told = False
         # The two queues of copies beside the stream that computes: for files that are read, and for slots.
         self._queues: tuple[Copies, ...] = ()
-        # Readers that nobody uses: their buffers stay pinned for the next load.
+        # Readers not in use, whose buffers stay pinned for the next load.
         self._idle: list[FileReader] = []
         self._spare = SpareMemory()
         self._kept: dict[str, PlacedModule[Any]] = {}
         self._ahead: dict[str, Background[PlacedModule[Any]]] = {}
         self._in_use: set[str] = set()
-        # Transformers that the next stage uses too: they stay until then.
+        # Transformers that stay for the next stage.
         self._carried: set[str] = set()
         # Pinned blocks that outlive their transformer, and the stamps of the files they were hashed from.
         self._held: dict[str, dict[int, MemorySource]] = {}
@@ -93,11 +91,15 @@ class Residency:
     def prepare(self, works: Sequence[Work]) -> Plan | None:
         """The plan for the largest of ``works``, told before anything is loaded. Raises DeviceError if nothing fits.
 
-        What is loaded stays loaded unless the card has too little memory or a larger video needs another plan.
+        Loaded parts stay, unless the card has too little memory or a larger video needs another plan.
         """
         if not works:
             return self.plan
-        plan = self.plan_for(max(works, key=_size))
+
+        def size(work: Work) -> tuple[int, int, int]:
+            return work.shape.tokens, work.images, sum(stage.evaluations for stage in work.stages)
+
+        plan = self.plan_for(max(works, key=size))
         before = {} if self.plan is None else self.plan.placements
         more = plan.placements.keys() - before.keys()
         if self.plan is None or not before.items() <= plan.placements.items():
@@ -105,9 +107,7 @@ class Residency:
             self._begin(plan)
         elif more:
             self.reporter.note(f"{', '.join(sorted(more))}: stays loaded too, beside what is")
-        if plan.placements != before:
-            self._largest = None
-        if self._largest is None or plan.host > self._largest.host:
+        if self._largest is None or plan.placements != before or plan.host > self._largest.host:
             self._largest = plan
         decoding = report.decoding(plan)
         if plan.work.decode == FAST and (self.plan is None or decoding != report.decoding(self.plan)):
@@ -118,8 +118,8 @@ class Residency:
     def use(self, part: str, load: Load[M], work: Callable[[M], R], prepare: Prepare | None = None) -> R:
         """``work(module)``, with the module of ``part`` (``vae``, ``bakes/NAME``) ready on the device.
 
-        Work is handed in, and not the module out, so that no name in the caller keeps it alive. ``prepare(module,
-        streamed)`` is called before, once for a module that stays. Raises OverlayError for a file that changed.
+        The caller gets no module, so no name of its keeps one alive. Calls ``prepare(module, streamed)`` before, once
+        for a module that stays. Raises OverlayError for a file that changed.
         """
         self._make_queues()
         self._drop_carried(part)
@@ -129,8 +129,9 @@ class Residency:
             return _used(placed, prepare, work)
         finally:
             self._in_use.discard(part)
-            stays = placed.placement.home == CARD or part in self._carried
-            if stays or placed.placement.home == HOST:
+            home = placed.placement.home
+            stays = home == CARD or part in self._carried
+            if stays or home == HOST:
                 self._kept[part] = placed
             else:
                 self._drop(part, placed)
@@ -139,9 +140,9 @@ class Residency:
                 torch.cuda.empty_cache()
 
     def load_ahead(self, part: str, load: Load[M]) -> None:
-        """Begin to load the transformer ``part`` beside whatever is computed, if the plan has room for it.
+        """Begin to load the transformer ``part`` while others compute, if the plan has room for it.
 
-        One that is in use now stays, for the stage that follows.
+        A transformer in use stays for the next stage.
         """
         placement = self._placement(part)
         if part in self._in_use:
@@ -154,7 +155,7 @@ class Residency:
             self._ahead[part] = Background(lambda stop: self._load(part, load, stop, to_host=placement.ahead))
 
     def release(self) -> None:
-        """Drop everything that is kept or on its way."""
+        """Drop all parts, kept or being loaded."""
         for background in self._ahead.values():
             background.cancel()
         self._ahead.clear()
@@ -168,7 +169,7 @@ class Residency:
         torch.cuda.empty_cache()
 
     def close(self, *, process_ends: bool = False) -> None:
-        """Give back all memory; a later use loads anew. Where the process ends, pinned memory is left to the kernel."""
+        """Free all memory; a later use loads anew. If ``process_ends``, the kernel frees pinned memory."""
         for copies in self._queues:
             copies.process_ends = process_ends
         self.release()
@@ -184,12 +185,10 @@ class Residency:
         return report.after_shortage(self.plan.mode if self.plan else planner.SWAP, self.mode)
 
     def plan_for(self, work: Work) -> Plan:
-        """The plan for ``work`` as things are now. Raises DeviceError if it fits in no way, naming the GB needed and
-        free and what to do instead.
-        """
+        """The plan for ``work`` in the memory that is free. Raises DeviceError as :func:`.report.plan_or_refuse`."""
         machine = machine_of(self.device, used=self.plan is not None, processes=self.processes)
         if self._largest is not None:
-            # What is placed may hold transformers that only the videos of another recipe use.
+            # Transformers may be loaded that only the videos of another recipe use.
             placed = [part.rpartition("/")[2] for part in self._largest.placements if part.startswith(f"{BAKES}/")]
             placed += [BASE] if TRANSFORMER in self._largest.placements else []
             sizes = self._sizes_of(work, placed)
@@ -203,13 +202,12 @@ class Residency:
         """The sizes of the parts of ``work``, and of the transformers ``others``."""
         names = tuple(dict.fromkeys((*(stage.transformer for stage in work.stages), *others)))
         if names not in self._sizes:
-            self._sizes[names] = overlay_model(
-                self.overlay, dict.fromkeys(names), str(self.dtype).removeprefix("torch.")
-            )
+            dtype = str(self.dtype).removeprefix("torch.")
+            self._sizes[names] = overlay_model(self.overlay, dict.fromkeys(names), dtype)
         return self._sizes[names]
 
     def _begin(self, plan: Plan) -> None:
-        """Tell the new plan, and begin to warm the page cache for the next process, if that is asked for."""
+        """Tell the new plan, and begin to warm the page cache if that is asked for."""
         machine = machine_of(self.device, processes=self.processes)
         if self.warm_cache:
             self._warmer = CacheWarmer(self._files(plan), planner.cacheable(plan, machine))
@@ -219,14 +217,14 @@ class Residency:
             self.reporter.detail(line)
 
     def _make_queues(self) -> None:
-        """The queues of copies, for the stream in which the caller computes; other weights belong to another stream."""
+        """Make the queues of copies for the stream in which the caller computes; drop weights of another stream."""
         if self._queues and self._queues[0].elsewhere():
             self.close()
             self._queues = ()
         self._queues = self._queues or (Copies(self.device), Copies(self.device))
 
     def _take(self, part: str, load: Load[M]) -> PlacedModule[M]:
-        """The part from where it is kept, from what was loaded ahead, or loaded now."""
+        """The part: kept, loaded ahead, or loaded now."""
         begin = time.perf_counter()
         if part in self._kept:
             return self._kept.pop(part)
@@ -247,8 +245,7 @@ class Residency:
     def _load(self, part: str, load: Load[M], stop: Stop, to_host: bool = False) -> PlacedModule[M]:
         """The module of ``part``, hashed as it is read. On any thread.
 
-        With blocks in host memory only the rest is read, which cannot be hashed: the files must be the very ones that
-        were, or all of it is read anew.
+        With held blocks only the rest is read, which cannot be hashed: if the files are not the very same, all is read.
         """
         placement, records = self._placement(part), self.overlay.records(part)
         weights = [record for record in records if record.path.endswith(WEIGHTS)]
@@ -272,7 +269,7 @@ class Residency:
                 held=held,
                 spare=self._spare,
             )
-            # As where it is used: to a compiler weights made otherwise are another kind of weights.
+            # As where the module is used: a compiler tells weights that are made otherwise apart.
             with waiting, torch.inference_mode(), slots.computing():
                 module = load(self.overlay.folder(part), self.device, self.dtype, read)
         if placement.held:
@@ -288,7 +285,7 @@ class Residency:
         placed.drop()
 
     def _drop_carried(self, part: str) -> None:
-        """Drop what was carried from one stage towards the next, unless ``part`` is of that way."""
+        """Drop transformers that stayed for the next stage, unless ``part`` is one of them or is used in between."""
         if part in self._carried or part == planner.BETWEEN_STAGES:
             self._carried.discard(part)
             return
@@ -299,7 +296,7 @@ class Residency:
 
     @contextlib.contextmanager
     def _reader(self, copies: Copies) -> Iterator[FileReader]:
-        """One for the block alone; from several threads."""
+        """A reader for the block alone; for several threads."""
         try:
             reader = self._idle.pop()
         except IndexError:
@@ -311,30 +308,24 @@ class Residency:
             self._idle.append(reader)
 
     def _files(self, plan: Plan) -> list[Path]:
-        """The weights of a run; last those of the text encoder, which a known prompt does not need."""
-        parts = sorted(
-            plan.placements, key=lambda part: (part == TEXT_ENCODER, part not in plan.work.transformer_parts)
-        )
+        """The weights of a run, transformers first; those of the text encoder, which a known prompt needs not, last."""
+        first = plan.work.transformer_parts
+        parts = sorted(plan.placements, key=lambda part: (part == TEXT_ENCODER, part not in first))
         records = [record for part in parts for record in self.overlay.records(part)]
         return [self.overlay.root / record.path for record in records if record.path.endswith(WEIGHTS)]
 
 
 def _used(placed: PlacedModule[M], prepare: Prepare | None, work: Callable[[M], R]) -> R:
-    """In a frame of its own: once it is left, no name holds the module."""
+    """``work`` in a frame of its own, after which no name holds the module."""
     with placed.in_use(prepare) as module:
         try:
             found = work(module)
         except LtxpackError:
-            # What went wrong may come from bytes that changed.
+            # The error may come from bytes that changed.
             placed.verify()
             raise
         placed.verify()
         return found
-
-
-def _size(work: Work) -> tuple[int, int, int]:
-    """Which of several works takes most."""
-    return work.shape.tokens, work.images, sum(stage.evaluations for stage in work.stages)
 
 
 def _stamp(path: Path) -> Stamp:

@@ -1,4 +1,4 @@
-"""What a machine has free: its card by the driver's own tool, its memory by the kernel, within a container's limits.
+"""The free memory of a machine: of a card as the driver's tool says, of the host as the kernel and a container allow.
 
 Needs no torch and no GPU.
 """
@@ -18,9 +18,9 @@ from ltxpack.errors import UsageError
 
 MEBIBYTE = 1024 * 1024
 ANSWER_SECONDS = 20
-# Host memory that is left to the rest of the system: of what is free, and of a whole machine.
+# Host memory left to the rest of the system: of free memory, and of a whole machine.
 HOST_MARGIN, SYSTEM = 500_000_000, 2_000_000_000
-# What the driver and the libraries take of a card that nothing runs on yet.
+# What the driver and the libraries take of a card on which nothing runs yet.
 CONTEXT = 1_000_000_000
 UNKNOWN = 2**62
 # Control groups of the first version write their greatest number of pages for "no limit".
@@ -29,10 +29,10 @@ NO_LIMIT = 2**60
 
 @dataclass(frozen=True)
 class Machine:
-    """Bytes a run could have. ``card`` None: there is none, and the host's memory is the device's.
+    """Bytes that a run could have. ``card`` None: there is no card, and the device has the host's memory.
 
-    ``context``: what of ``card`` others than tensors take: the driver, libraries, gaps; 0 where it is gone already.
-    ``container``: the limit of a container bounds ``host``, not the memory of the machine.
+    ``context``: bytes of ``card`` for the driver, libraries and gaps; 0 if they are taken already. ``container``: the
+    limit of a container bounds ``host``, not the memory of the machine.
     """
 
     host: int
@@ -44,7 +44,7 @@ class Machine:
 def this_machine(vram: int | None = None, ram: int | None = None, *, cards: Collection[int] = (0,)) -> Machine:
     """What a new run would find here; ``vram`` and ``ram`` are the whole memories of another card and host.
 
-    Of several ``cards`` the one with least memory counts. Raises UsageError where one of these is not there.
+    Of several ``cards`` the one with least memory counts. Raises UsageError if one of them is not there.
     """
     host, container = usable_host() if ram is None else (ram - SYSTEM, False)
     if vram is not None:
@@ -59,9 +59,9 @@ def this_machine(vram: int | None = None, ram: int | None = None, *, cards: Coll
 
 
 def usable_host(processes: int = 1) -> tuple[int, bool]:
-    """Bytes of host memory a run may have, with those this process has already; and whether a container bounds them.
+    """Bytes of host memory for a run, with those of this process; and whether a container bounds them.
 
-    ``processes``: how many of the run share what is free. There is no bound where the system says nothing.
+    ``processes``: the number of processes that share the free memory. Without an answer of the system, no bound.
     """
     free, contained = free_host(), free_in_container()
     bounds = [bound for bound in (free or None, contained) if bound is not None]
@@ -71,15 +71,15 @@ def usable_host(processes: int = 1) -> tuple[int, bool]:
 
 
 def free_host() -> int:
-    """Bytes of memory a new process could have of the machine, or 0 where the system does not say."""
+    """Bytes of the machine's memory for a new process, or 0 if the system does not say."""
     available = re.search(r"^MemAvailable: +(\d+)", _text(Path("/proc/meminfo")), re.MULTILINE)
     return int(available[1]) * 1024 if available else 0
 
 
 def free_in_container(root: Path = Path("/")) -> int | None:
-    """Bytes that the control groups of this process leave it, those around them included; None without a limit.
+    """Bytes that the control groups of this process and those around them leave it; None without a limit.
 
-    ``root`` is where ``/proc`` and ``/sys`` are. Files in memory that the kernel can drop count as free.
+    ``root`` has ``/proc`` and ``/sys``. Files in memory that the kernel can drop count as free.
     """
     found: list[int] = []
     for (limits, used, field), folder in _memory_groups(root):
@@ -91,7 +91,7 @@ def free_in_container(root: Path = Path("/")) -> int | None:
     return min(found, default=None)
 
 
-# The files of a control group that say its limits and what is used, and the field for file pages it can drop.
+# The files with a control group's limits and its used memory, and the field for file pages that it can drop.
 GROUP_FILES = {
     "cgroup2": (("memory.max", "memory.high"), "memory.current", "inactive_file"),
     "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
@@ -113,7 +113,7 @@ def _memory_groups(root: Path) -> Iterator[tuple[tuple[tuple[str, ...], str, str
         if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
             continue
         top, mounted = before.split()[3:5]
-        # A container may see only its own part of the tree: then that is mounted at the top.
+        # A container may see only its own part of the tree, mounted at the top.
         inside = paths[kind].removeprefix(top.rstrip("/")).strip("/") if paths[kind].startswith(top) else ""
         folder = root / mounted.strip("/") / inside
         for parent in [folder, *folder.parents][: len(Path(inside).parts) + 1]:
@@ -121,7 +121,7 @@ def _memory_groups(root: Path) -> Iterator[tuple[tuple[tuple[str, ...], str, str
 
 
 def _text(file: Path) -> str:
-    """What the kernel says in ``file``; empty where it cannot be read."""
+    """The text of ``file``; empty if it cannot be read."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -135,7 +135,7 @@ def _number(file: Path) -> int | None:
 
 
 def own_memory() -> int:
-    """Bytes this process has of that memory, or 0 where the system does not say."""
+    """Bytes of memory of this process, or 0 if the system does not say."""
     fields = _text(Path("/proc/self/statm")).split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
 

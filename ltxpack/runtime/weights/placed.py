@@ -1,7 +1,7 @@
 """Modules whose weights are where their placement says: on the card, in pinned host memory or only in the file.
 
-Knows no plan and no kind of model. A module without weights on the card has tensors on the meta device in their place,
-so that work with a forgotten one fails at once.
+Knows no plan and no kind of model. Weights that are not on the card are tensors on the meta device: work with one that
+was forgotten fails at once.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ltxpack.runtime.weights.sizes import aligned
 from ltxpack.runtime.weights.slots import NOWHERE, BlockSource, ByteLayout, FileSource, FileStream, MemorySource, Slots
 
 M = TypeVar("M", bound=nn.Module)
-# Weights outside the blocks share memory in stretches of at most so many bytes or of one tensor. On the card because
-# asking the driver for memory some thousand times takes longer than copying. In host memory because while the driver
-# pins, some 0.1 s for each GB, nothing else of the process gets through to the card: each stretch is pinned by itself,
-# while the next one is read.
+# Weights outside the blocks share memory in stretches of at most so many bytes or of one tensor. On the card, some
+# thousand requests for memory take longer than copying. In host memory, each stretch is pinned while the next one is
+# read: while the driver pins, some 0.1 s for each GB, the process cannot use the card.
 STRETCH = 256 * 1024 * 1024
 
 
 class SpareMemory:
-    """Pinned host memory whose weights have gone to the card, for the next ones: pinning and unpinning takes longer
-    than the copy does. From several threads.
+    """Pinned host memory whose weights have gone to the card, for the next ones: pinning takes longer than copying.
+
+    For several threads.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class SpareMemory:
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> HostMemory | None:
-        """Memory of ``nbytes`` bytes, or None. Then memory of other sizes is dropped, so that it does not add up."""
+        """Memory of ``nbytes`` bytes. Without any, returns None and drops the other sizes, which would add up."""
         with self._lock:
             for memory in self._free:
                 if memory.bytes.nbytes == nbytes:
@@ -56,29 +56,29 @@ class SpareMemory:
             return None
 
     def give(self, memory: HostMemory) -> None:
-        """Nobody reads ``memory`` any more."""
+        """Take back ``memory``, which nobody reads any more."""
         with self._lock:
             self._free.append(memory)
 
     def clear(self) -> None:
-        """Drop all of it."""
+        """Drop all memory."""
         with self._lock:
             self._free.clear()
 
 
 @dataclass(eq=False)
 class PlacementReader:
-    """Reads each tensor to where ``placement`` has it and compares hashes (a :class:`.load.Reader`).
+    """Reads each tensor to the place that ``placement`` says and compares hashes (a :class:`.load.Reader`).
 
-    ``root`` names the list of blocks in the module, if it has one; then weights share memory on the card too, which
-    modules that replace submodules after loading (channels_last) cannot do. ``to_host``: what is not streamed goes to
-    host memory, for a module that is used later. ``hash_streamed``: a file that blocks stream from is hashed as they do
-    so for the first time, and compared by :meth:`PlacedModule.verify`. ``reader`` is used for this load alone,
-    ``copies`` for as long as the module is there. ``held`` blocks of an earlier load are not read again. ``spare`` is
-    where a module that is not kept takes memory from and leaves it to.
+    ``root`` names the list of blocks in the module, if it has one. Its weights then share memory on the card too, which
+    modules that replace submodules after loading (channels_last) cannot do. ``to_host``: all but streamed blocks goes
+    to host memory, for later use. ``hash_streamed``: a file from which blocks stream is hashed while they stream for
+    the first time, and compared by :meth:`PlacedModule.verify`. ``reader`` serves this load, ``copies`` the module as
+    long as it lives. ``held`` blocks of an earlier load are not read again. A module that is not kept takes memory from
+    ``spare`` and leaves it there.
 
-    Afterwards ``memory`` is what is in host memory outside the streamed blocks, ``sources`` the streamed blocks by
-    number, ``held`` the blocks held by number, ``unpinned`` the bytes of host memory that the system would not pin.
+    Afterwards ``memory`` is host memory outside the streamed blocks, ``sources`` has the streamed blocks by number,
+    ``held`` those held, and ``unpinned`` is the number of bytes of host memory that the system would not pin.
     """
 
     placement: Placement
@@ -109,28 +109,30 @@ class PlacementReader:
         """The tensors by name; those of blocks that stay in their file are on the meta device."""
         rest, blocks = self._split(stored)
         tensors: dict[str, Tensor] = {}
-        if self.to_host or self.placement.home == HOST:
-            for some in _stretches(rest, dtype, STRETCH):
+        on_host = self.to_host or self.placement.home == HOST
+        for some in _stretches(rest, dtype, STRETCH if on_host or self.root else 0):
+            if on_host:
                 stretch, views = self._in_memory(some, dtype, self.spare)
                 self.memory.append(stretch)
-                tensors.update(views)
-        else:
-            tensors.update(self._on_card(rest, device, dtype))
+            else:
+                layout = ByteLayout.of(some, dtype)
+                views = layout.views(_bytes_on(device, layout))
+                self._reads += [entry.read_into(views[name]) for name, entry in some.items()]
+            tensors.update(views)
         if self.placement.source == FILE:
             places = (entry.source for entry in stored.values())
             check = HashCheck(self.digests, places) if self.hash_streamed else None
             self.stream = FileStream(self.copies, self.reader.reads, check)
         from_host: list[tuple[Tensor, MemorySource]] = []
         for number, block in blocks.items():
-            prefix = f"{self.root}.{number}."
-            source, views = self._block(number, {name.removeprefix(prefix): e for name, e in block.items()}, dtype)
+            source, views = self._block(number, block, dtype)
             if number in self.placement.streamed:
                 self.sources[number] = source
             else:
                 target = _bytes_on(device, source.layout)
                 from_host.append((target, self.held[number]))
                 views = source.layout.views(target)
-            tensors.update({prefix + name: view for name, view in views.items()})
+            tensors.update({f"{self.root}.{number}.{name}": view for name, view in views.items()})
         self._fill()
         for target, held in from_host:
             # The host waits, as nobody else keeps the memory yet.
@@ -140,38 +142,30 @@ class PlacementReader:
         return tensors
 
     def _fill(self) -> None:
-        """Read everything that is asked for, and pin host memory as it is full."""
+        """Do all reads, and pin host memory that is full meanwhile."""
         check = self.stream.check if self.stream is not None else None
         try:
             with ThreadPoolExecutor(1, thread_name_prefix="ltxpack-pin") as self._pinning:
                 event = self.reader.fill(self._reads, {} if check else self.digests, stop=self.stop, check=check)
         finally:
-            # They refer to this reader: after a failure memory would stay until the garbage collector comes by.
+            # They refer to this reader: after a failure they would keep memory until the next garbage collection.
             self._reads.clear()
         self.reader.copies.before_computing(event)
         self.unpinned = sum(memory.bytes.nbytes for memory in self._awaited if not memory.pin())
 
     def _split(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[int, dict[str, Stored]]]:
-        """What is neither streamed nor held, and the blocks that are, by number."""
-        pattern = re.compile(re.escape(self.root) + r"\.(\d+)\.")
+        """The tensors outside streamed and held blocks; and these blocks by number, with the names of their own."""
+        pattern = re.compile(re.escape(self.root) + r"\.(\d+)\.(.*)")
         rest: dict[str, Stored] = {}
         numbers = self.placement.streamed | self.placement.held
         blocks: dict[int, dict[str, Stored]] = {number: {} for number in sorted(numbers)}
         for name, entry in stored.items():
             match = pattern.match(name)
-            group = blocks.get(int(match[1]), rest) if match else rest
-            group[name] = entry
+            if match and int(match[1]) in blocks:
+                blocks[int(match[1])][match[2]] = entry
+            else:
+                rest[name] = entry
         return rest, blocks
-
-    def _on_card(
-        self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
-    ) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for some in _stretches(stored, dtype, STRETCH if self.root else 0):
-            layout = ByteLayout.of(some, dtype)
-            tensors.update(layout.views(_bytes_on(device, layout)))
-        self._reads += [entry.read_into(tensors[name]) for name, entry in stored.items()]
-        return tensors
 
     def _in_memory(
         self, stored: Mapping[str, Stored], dtype: torch.dtype | None, spare: SpareMemory | None = None
@@ -187,7 +181,7 @@ class PlacementReader:
         return MemorySource(layout, memory, self.copies), views
 
     def _one_less(self, memory: HostMemory) -> None:
-        """A tensor has arrived in ``memory``, which is pinned once it is full."""
+        """Note that a tensor has arrived in ``memory``; pin it once it is full."""
         self._awaited[memory] -= 1
         if self._awaited[memory] == 0:
             self._pinning.submit(memory.pin)
@@ -224,10 +218,7 @@ class PlacedModule(Generic[M]):
 
     @contextmanager
     def in_use(self, prepare: Callable[[M, bool], None] | None = None) -> Iterator[M]:
-        """The module, ready to work. ``prepare(module, streamed)`` is called once, when its weights are there.
-
-        Not for two at a time.
-        """
+        """The module, ready to work; for one at a time. Calls ``prepare(module, streamed)`` once with weights there."""
         try:
             if self._memory:
                 self._to_card()
@@ -242,14 +233,14 @@ class PlacedModule(Generic[M]):
                 self.module.to("meta")
 
     def verify(self) -> None:
-        """Compare hashes that were taken as blocks streamed. Raises OverlayError for a file that changed."""
+        """Compare the hashes of files that were streamed. Raises OverlayError for a file that changed."""
         if self._stream is not None and self._stream.check is not None:
             self._stream.check.finish()
 
     def drop(self) -> None:
-        """End what runs for it and let its weights go, even if somebody still refers to the module.
+        """End its threads and free its weights, even if somebody still refers to the module.
 
-        A module that is part of a reference cycle would keep them until the garbage collector comes by.
+        A module in a reference cycle would keep them until the next garbage collection.
         """
         if self._stream is not None:
             self._stream.close()
@@ -258,7 +249,7 @@ class PlacedModule(Generic[M]):
             module._buffers.clear()
 
     def _to_card(self) -> None:
-        """Copy from host memory to the card; unless that is the module's home, the memory is spare then."""
+        """Copy from host memory to the card. The memory is spare then, unless it is the module's home."""
         targets = [_bytes_on(self._copies.device, source.layout) for source in self._memory]
         now, event = self._copies.now(), None
         arriving: dict[str, Tensor] = {}

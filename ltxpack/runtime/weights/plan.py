@@ -1,7 +1,7 @@
-"""The planner: from sizes, work and a machine to where each part's weights are, and what each phase of a run takes.
+"""The planner: from sizes, work and a machine to the placement of each part, and the memory of each phase of a run.
 
 Pure: the same sizes, work and machine give the same plan. :data:`TRANSFORMERS`, :data:`SMALL_PARTS_HOME` and
-:data:`TEXT_ENCODERS` are the table of the ways to run, in the order they are tried; the first that fits is taken.
+:data:`TEXT_ENCODERS` are the table of the ways to run; the planner tries them in order and takes the first that fits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESIDENT, SWAP, STREAM, AUTO = "resident", "swap", "stream", "auto"
 MODES = (RESIDENT, SWAP, STREAM)
 CARD, HOST, FILE = "card", "host", "file"
 
-# What is used between two stages of one transformer, which stays meanwhile.
+# The part in use between two stages of one transformer, which stays meanwhile.
 BETWEEN_STAGES = "latent_upsampler"
 # The phases in which a part other than a transformer is used.
 USED_IN = {
@@ -37,16 +37,15 @@ USED_IN = {
     BETWEEN_STAGES: ("upsample",),
 }
 SLOTS = 2
-# Bytes of a text encoder that wait in host memory to be hashed, where layers stream in another order than in the file.
+# Bytes of a text encoder that wait in host memory to be hashed, if layers stream in another order than in the file.
 WAITING = 2_500_000_000
-# What the process has in host memory before anything is loaded, and its buffers for reading.
+# Host memory of the process before it loads anything; and the buffers of three readers: of what is needed now, of what
+# is loaded ahead, and of blocks from a file.
 PROCESS = 1_500_000_000
-# Three readers: what is needed now, what is loaded ahead, blocks from a file.
 READ_BUFFERS = 3 * (IN_FLIGHT + SPARE_BUFFERS) * READ_BYTES
 # On the card, beyond what is counted: kernel workspaces and the allocator's gaps.
 SLACK, SLACK_SHARE = 300_000_000, 0.1
-# Host memory that stays free beside what is there only because there is room: blocks between videos, files in the
-# page cache.
+# Host memory that stays free beside blocks held between videos, and beside files in the page cache.
 HELD_MARGIN, CACHE_MARGIN = 4_000_000_000, 4_000_000_000
 
 
@@ -54,10 +53,10 @@ HELD_MARGIN, CACHE_MARGIN = 4_000_000_000, 4_000_000_000
 class Placement:
     """Where the weights of a part are.
 
-    ``home``: where they are between uses: on the CARD, in pinned HOST memory, or in the FILE only. ``source``: where
-    streamed blocks come from while the part is in use, HOST or FILE; empty if none are streamed. ``streamed``: their
-    numbers; all else is on the card then. ``held``: the numbers of the blocks that stay in pinned memory between uses
-    where all else is read again. ``ahead``: the weights are read into pinned memory while the stage before computes.
+    ``home``: their place between uses: the CARD, pinned HOST memory, or the FILE only. ``source``: the place from which
+    the blocks numbered ``streamed`` come while the part is in use, HOST or FILE; all else is on the card then.
+    ``held``: the numbers of the blocks that stay in pinned memory between uses while all else is read again. ``ahead``:
+    the weights are read into pinned memory while the stage before computes.
     """
 
     home: str = FILE
@@ -67,8 +66,8 @@ class Placement:
     ahead: bool = False
 
 
-# The ways to run. Modes are tried in the order of MODES; in a mode, small parts that stay on the card come before
-# those that are read again, then transformers, then the text encoder, each in the order written here.
+# The ways to run. The planner tries the modes in the order of MODES. In a mode it varies the text encoder first, then
+# the transformers, then the small parts, each in the order written here.
 TRANSFORMERS = {
     RESIDENT: (Placement(CARD),),
     SWAP: (Placement(HOST), Placement(FILE, ahead=True), Placement(FILE)),
@@ -80,10 +79,9 @@ TEXT_ENCODERS = (Placement(FILE), Placement(FILE, source=HOST), Placement(FILE, 
 
 @dataclass(frozen=True)
 class StageWork:
-    """One stage: the name of its transformer, the shape it samples, how often each block is evaluated, and how many
-    passes of guidance one evaluation has, the last of them ``isolated`` or not. Two stages may name one transformer.
-
-    ``groups`` of ranks share the passes, the ``shards`` of each the video's tokens.
+    """One stage: the name of its transformer, the shape it samples, how often each block is evaluated, and the passes
+    of one evaluation, the last of them ``isolated`` or not. ``groups`` of ranks share the passes, the ``shards`` of a
+    group the video's tokens. Two stages may name one transformer.
     """
 
     transformer: str
@@ -96,17 +94,16 @@ class StageWork:
 
     @property
     def part(self) -> str:
-        """The part its weights are."""
+        """The part with its weights."""
         return transformer_part(self.transformer)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked for: a video's shape, its stages, the number of images it is conditioned on, and the tiles it is
-    decoded in.
+    """A video to make: its shape, its stages, the number of its images, and the tiles that decode it.
 
-    ``prompts``: how many videos' prompts are encoded together; their contexts wait on the host. ``once``: no other
-    video follows, so that nothing is kept for one. ``only``: the phases of this device, where others have the rest.
+    ``prompts``: the number of videos whose prompts are encoded together; their contexts wait on the host. ``once``: no
+    other video follows, so nothing is kept for one. ``only``: the phases of this device, if others have the rest.
     """
 
     shape: VideoShape
@@ -118,23 +115,18 @@ class Work:
     only: frozenset[str] = frozenset()
 
     def has(self, phase: str) -> bool:
-        """Whether ``phase`` is this device's."""
+        """Whether this device has ``phase``."""
         return not self.only or phase in self.only
 
     @functools.cached_property
     def own_stages(self) -> dict[int, StageWork]:
-        """The stages that are this device's, by number."""
+        """The stages of this device, by number."""
         return {number: stage for number, stage in enumerate(self.stages) if self.has(stage_label(number))}
 
     @functools.cached_property
-    def transformers(self) -> tuple[str, ...]:
-        """The names of their transformers, each once, in the order of its first stage."""
-        return tuple(dict.fromkeys(stage.transformer for stage in self.own_stages.values()))
-
-    @functools.cached_property
     def transformer_parts(self) -> tuple[str, ...]:
-        """The parts these are."""
-        return tuple(map(transformer_part, self.transformers))
+        """The parts of its transformers, each once, in the order of their first stages."""
+        return tuple(dict.fromkeys(stage.part for stage in self.own_stages.values()))
 
     def evaluations(self, part: str) -> int:
         """How often each block of ``part`` is evaluated for one video."""
@@ -155,7 +147,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes at the largest moment of a phase; ``card`` is ``weights`` and ``activations``."""
+    """Bytes at the largest moment of a phase."""
 
     name: str
     weights: int
@@ -164,21 +156,21 @@ class Phase:
 
     @property
     def card(self) -> int:
-        """What is allocated on the device."""
+        """Bytes allocated on the device."""
         return self.weights + self.activations
 
     @property
     def needed(self) -> int:
-        """What must be free on the device for it."""
+        """Bytes that must be free on the device."""
         return self.card + SLACK + int(SLACK_SHARE * self.activations)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each part's weights are for ``work``, and what that takes.
+    """The placement of each part for ``work``, and the memory and reads that follow.
 
-    ``blocks``: how many blocks a part has, of those that have any. ``first_read`` and ``next_read``: bytes read from
-    disk for the first video, and for each further one with another prompt. ``tiling``: the video is decoded in it.
+    ``blocks``: the number of blocks of each part that has any. ``first_read``, ``next_read``: bytes read from disk for
+    the first video, and for each further one with another prompt. ``tiling``: the tiles that decode the video.
     """
 
     mode: str
@@ -216,7 +208,7 @@ def best_plan(
 ) -> Plan | None:
     """The first way to run in ``mode`` that fits ``machine``; None if there is none.
 
-    ``streamed``: what :func:`fewest_streamed` says of the machine's card, if that is known already.
+    ``streamed``: :func:`fewest_streamed` for the machine's card, if it is known already.
     """
     if streamed is None:
         streamed = fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
@@ -230,16 +222,16 @@ def best_plan(
 
 
 def smallest_plan(model: ModelSizes, work: Work, mode: str = AUTO) -> Plan:
-    """The way to run in ``mode`` that takes least."""
+    """The way to run in ``mode`` that takes the least memory."""
     *_, (name, way) = _ways(mode, work)
     return plan_for(model, work, name, _placements(model, way, _every_block(model, work), {}))
 
 
 def continued(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Plan | None:
-    """The plan for ``work`` that leaves everything where ``before`` has it; None if that does not fit.
+    """The plan for ``work`` with the placements of ``before``; None if that does not fit.
 
-    What is loaded has its host memory already. So the host counts only for work that takes more of it than ``before``
-    did, and without a card nothing but larger work counts.
+    Loaded weights have their host memory already: the host counts only for work that takes more of it than ``before``
+    did, and without a card only larger work counts.
     """
     if not set(work.transformer_parts) <= set(before.placements):
         return None
@@ -251,7 +243,7 @@ def continued(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> 
 
 
 def widened(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Plan | None:
-    """The plan for ``work`` that leaves everything where ``before`` has it and keeps further transformers likewise.
+    """The plan for ``work`` with the placements of ``before``, which keeps further transformers likewise.
 
     None if that does not fit, or if ``before`` keeps no transformer between videos.
     """
@@ -264,7 +256,7 @@ def widened(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Pl
 
 
 def shortage(plan: Plan, machine: Machine) -> Need | None:
-    """The phase of ``plan`` that lacks most of ``machine``, the card before the host; None if all fit."""
+    """What ``plan`` lacks most on ``machine``, of the card before the host; None if all phases fit."""
     for needs in zip(*(_needs(phase, machine) for phase in plan.phases), strict=True):
         most = max(needs, key=lambda need: need.needed)
         if most.needed > most.free:
@@ -273,13 +265,13 @@ def shortage(plan: Plan, machine: Machine) -> Need | None:
 
 
 def _fits(model: ModelSizes, work: Work, placements: Mapping[str, Placement], machine: Machine) -> bool:
-    """Whether a plan of ``placements`` has no :func:`shortage`, found at the first phase that has one."""
+    """Whether a plan of ``placements`` has no :func:`shortage`; stops at the first phase that has one."""
     phases = _phases(model, work, placements, auto_tiling(*work.shape.grid[1:]))
     return all(need.needed <= need.free for phase in phases for need in _needs(phase, machine))
 
 
 def _needs(phase: Phase, machine: Machine) -> tuple[Need, ...]:
-    """What ``phase`` needs: of the card, then of the host; where there is no card, all of the host."""
+    """The needs of ``phase``: of the card, then of the host; without a card, all of the host."""
     if machine.card is None:
         return (Need(phase, "host", phase.needed + phase.host, machine.host),)
     card = Need(phase, "card", phase.needed + machine.context, machine.card)
@@ -287,7 +279,7 @@ def _needs(phase: Phase, machine: Machine) -> tuple[Need, ...]:
 
 
 def cacheable(plan: Plan, machine: Machine) -> int:
-    """Bytes of a run's files that have room in the page cache: in the host memory that ``plan`` leaves free."""
+    """Bytes of a run's files that fit in the page cache: in the host memory that ``plan`` leaves free."""
     room = min(_host_left(phase, machine) for phase in plan.phases) - CACHE_MARGIN
     return max(0, min(plan.first_read, room))
 
@@ -295,49 +287,42 @@ def cacheable(plan: Plan, machine: Machine) -> int:
 def plan_for(
     model: ModelSizes, work: Work, mode: str, placements: Mapping[str, Placement], tiling: Tiling | None = None
 ) -> Plan:
-    """What ``placements`` take; with the official tiles unless ``tiling`` is given."""
-    first, following = _reads(model, work, placements)
+    """The plan with ``placements``, and with the official tiles unless ``tiling`` is given."""
     blocks = {part: len(model.parts[part].blocks) for part in placements if model.parts[part].blocks}
     tiling = tiling or auto_tiling(*work.shape.grid[1:])
     phases = tuple(_phases(model, work, placements, tiling))
-    return Plan(mode, placements, work, phases, first, following, blocks, tiling)
+    return Plan(mode, placements, work, phases, *_reads(model, work, placements), blocks, tiling)
 
 
-@functools.cache
 def spread(count: int, total: int) -> frozenset[int]:
-    """``count`` of ``total`` blocks, as evenly as can be: while one that stays computes, a streamed one comes."""
+    """``count`` of ``total`` blocks, spread evenly: while a block that stays computes, a streamed one comes."""
     return frozenset(i for i in range(total) if (i + 1) * count // total > i * count // total)
 
 
-@functools.cache
 def held_blocks(streamed: frozenset[int], count: int, total: int) -> frozenset[int]:
-    """The numbers of ``count`` blocks: streamed ones first, evenly, so that one read from its file comes while others
-    compute.
-    """
+    """``count`` of ``total`` blocks: streamed ones first, spread evenly, so that others come while they compute."""
     first, others = sorted(streamed), sorted(set(range(total)) - streamed)
     chosen = {first[i] for i in spread(min(count, len(first)), len(first))}
     return frozenset(chosen | set(others[: max(0, count - len(first))]))
 
 
 @functools.lru_cache(maxsize=64)
-def _ways(mode: str, work: Work) -> tuple[tuple[str, Mapping[str, Placement]], ...]:
-    """The rows of the table that serve ``work`` in ``mode``, best first: a mode, and parts without block numbers."""
-    return tuple(_rows(mode, work))
-
-
-def _rows(mode: str, work: Work) -> Iterator[tuple[str, Mapping[str, Placement]]]:
-    used = {part for part, phases in USED_IN.items() if any(map(work.has, phases))}
+def _ways(mode: str, work: Work) -> Sequence[tuple[str, Mapping[str, Placement]]]:
+    """The rows of the table for ``work`` in ``mode``, best first: a mode, and parts without block numbers."""
+    found = []
     for name in MODES if mode == AUTO else (mode,):
         for home, transformer, text in product(SMALL_PARTS_HOME[name], TRANSFORMERS[name], TEXT_ENCODERS):
             # Without a next video nothing is pinned for it.
             if work.once and transformer.home == HOST:
                 continue
-            # Pinned layers pay only where several prompts pass through them; where a transformer's blocks are read at
-            # every step, host memory holds some of these rather than layers that are read once.
-            if text.source != HOST or (work.prompts > 1 and transformer.source != FILE):
-                others = dict.fromkeys(SMALL_PARTS, Placement(home)) | {TEXT_ENCODER: text}
-                own = {part: placed for part, placed in others.items() if part in used}
-                yield name, own | dict.fromkeys(work.transformer_parts, transformer)
+            # Pinned layers pay only if several prompts pass through them. If a transformer's blocks are read at every
+            # step, host memory holds some of these rather than layers that are read once.
+            if text.source == HOST and (work.prompts == 1 or transformer.source == FILE):
+                continue
+            others = dict.fromkeys(SMALL_PARTS, Placement(home)) | {TEXT_ENCODER: text}
+            own = {part: placed for part, placed in others.items() if any(map(work.has, USED_IN[part]))}
+            found.append((name, own | dict.fromkeys(work.transformer_parts, transformer)))
+    return found
 
 
 def _placements(
@@ -363,7 +348,7 @@ def _every_block(model: ModelSizes, work: Work) -> dict[str, int]:
 
 
 def fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[str, int]:
-    """As few blocks of each transformer as the card allows, whatever the host has; without a card all."""
+    """The fewest blocks of each transformer that the card allows, whatever the host has; without a card all."""
     found = _every_block(model, work)
     if machine.card is None:
         return found
@@ -383,8 +368,8 @@ def fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[str
 def _held(
     model: ModelSizes, work: Work, machine: Machine, way: Mapping[str, Placement], streamed: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many blocks of each transformer are held in host memory: as many as there is room for, where they would be
-    read again for the next video, or within one where streamed blocks come from the file.
+    """The number of blocks of each transformer to hold in host memory: as many as fit, if they would be read again for
+    the next video, or within one because streamed blocks come from the file.
     """
     placed = way[work.transformer_parts[0]]
     if not placed.source or placed.home == HOST or machine.card is None or (work.once and placed.source != FILE):
@@ -401,7 +386,7 @@ def _held(
 
 
 def _shared_out(model: ModelSizes, work: Work, streamed: Mapping[str, int], count: int) -> dict[str, int]:
-    """``count`` blocks of all transformers: those streamed first, and of these the ones evaluated most often."""
+    """``count`` blocks shared out: streamed ones first, and first those of the transformer evaluated most often."""
     found = dict.fromkeys(work.transformer_parts, 0)
     for before in (True, False):
         for part in sorted(found, key=work.evaluations, reverse=True):
@@ -413,7 +398,7 @@ def _shared_out(model: ModelSizes, work: Work, streamed: Mapping[str, int], coun
 
 
 def _with_large_tiles(model: ModelSizes, plan: Plan, machine: Machine) -> Plan:
-    """``plan`` with the largest tiles its decoder has room for, if that was asked for."""
+    """``plan`` with the largest tiles that fit, if they were asked for."""
     if plan.work.decode != FAST or not plan.work.has("video"):
         return plan
     phase = next(phase for phase in plan.phases if phase.name == "video")
@@ -428,7 +413,7 @@ def _with_large_tiles(model: ModelSizes, plan: Plan, machine: Machine) -> Plan:
 
 
 def _host_left(phase: Phase, machine: Machine) -> int:
-    """Bytes of the host that a phase leaves free; without a card the device's are the same."""
+    """Bytes of the host that a phase leaves free; without a card it has the device's bytes too."""
     return machine.host - phase.host - (phase.needed if machine.card is None else 0)
 
 
@@ -469,7 +454,7 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
 
 
 def _in_use(model: ModelSizes, placements: Mapping[str, Placement], parts: Sequence[str]) -> tuple[int, int]:
-    """Bytes on card and host that ``parts`` take while they are in use, beside what is there all the time."""
+    """Bytes on card and host of ``parts`` in use, beside the bytes that are there all the time."""
     card = host = 0
     for part in parts:
         placed, sizes = placements[part], model.parts[part]
@@ -483,19 +468,19 @@ def _in_use(model: ModelSizes, placements: Mapping[str, Placement], parts: Seque
 
 
 def _on_card(sizes: PartSizes, streamed: Collection[int]) -> int:
-    """Bytes of a part on the card while it is in use, with these blocks streamed."""
+    """Bytes on the card of a part in use, with these blocks streamed."""
     return sizes.total - sizes.of(streamed) + min(SLOTS, len(streamed)) * sizes.largest(streamed)
 
 
 def _pinned(model: ModelSizes, placements: Mapping[str, Placement]) -> int:
-    """Bytes of weights in pinned memory through every phase."""
+    """Bytes of weights that are in pinned memory in every phase."""
     every = [(model.parts[part], placed) for part, placed in placements.items()]
     kept = sum(sizes.total if placed.home == HOST else sizes.of(placed.held) for sizes, placed in every)
     return kept + max(sizes.total if placed.ahead else 0 for sizes, placed in every)
 
 
 def _reads(model: ModelSizes, work: Work, placements: Mapping[str, Placement]) -> tuple[int, int]:
-    """Bytes from disk for the first video and for each further one with another prompt, if no cache helps."""
+    """Bytes from disk for the first video, and for each further one with another prompt, if no cache helps."""
     first = again = 0
     for part, placed in placements.items():
         sizes = model.parts[part]

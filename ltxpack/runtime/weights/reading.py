@@ -1,8 +1,7 @@
 """Tensors from safetensors files to a device or to host memory, with several reads in flight, hashed as they pass.
 
-Bytes for a device pass through a few pinned buffers; bytes for host memory are read straight to their tensor, or past
-the page cache through a buffer too. No file is held whole. Knows no module and no names: what is read to which tensor
-comes in as :class:`TensorRead` values. The queue of reads is files.reader's.
+Bytes for a device pass through a few pinned buffers. Bytes for host memory go straight to their tensor, or past the
+page cache through a buffer too. Knows no module and no names: :class:`TensorRead` says which bytes go to which tensor.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ from ltxpack.runtime.weights.plan import WAITING
 
 @dataclass(slots=True, eq=False)
 class TensorRead:
-    """A tensor whose stored bytes are ``source``, of dtype ``stored``, on its way into the contiguous ``final``.
+    """A tensor of dtype ``stored``, whose bytes are ``source``, on its way into the contiguous ``final``.
 
-    Another dtype of ``final`` is a cast on arrival. ``on_host``: ``final`` is host memory, filled by the threads that
-    read; else the queue of copies fills it. ``then`` is called when its last byte is there, or in that queue.
+    If ``final`` has another dtype, the tensor is cast on arrival. ``on_host``: ``final`` is host memory, which the
+    reading threads fill; else the queue of copies does. ``then`` is called when the last byte is there or in the queue.
     """
 
     source: Range
@@ -60,18 +59,18 @@ class TensorRead:
         self._missing = self.source.nbytes
 
     def bytes(self, offset: int, nbytes: int) -> Tensor:
-        """Where ``nbytes`` of the stored bytes go, from ``offset`` on, as uint8."""
+        """The place of ``nbytes`` of the stored bytes from ``offset`` on, as uint8."""
         if self._arriving is None:
             same = self.final.dtype == self.stored
             self._arriving = self.final if same else torch.empty_like(self.final, dtype=self.stored)
         return self._arriving.reshape(-1).view(torch.uint8)[offset : offset + nbytes]
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        """The same as memory, for a tensor on the host."""
+        """As :meth:`bytes`, for a tensor on the host."""
         return self.bytes(offset, nbytes).numpy().data
 
     def arrived(self, nbytes: int) -> None:
-        """``nbytes`` more are there; with the last ones the tensor is cast if it must be."""
+        """Note that ``nbytes`` more are there; after the last ones, cast the tensor if it must be."""
         self._missing -= nbytes
         if self._missing == 0 and self._arriving is not None:
             if self._arriving is not self.final:
@@ -81,26 +80,25 @@ class TensorRead:
                 self.then()
 
 
-class PinnedBuffer:
-    """A pinned buffer for reads. ``event``: when the device has copied what was read last."""
+class PinnedBuffer(HostMemory):
+    """A pinned buffer for reads. ``event``: the copy done of the last read."""
 
     def __init__(self, nbytes: int, copies: Copies) -> None:
-        self.host = HostMemory(nbytes, copies)
-        self.host.pin()
-        self.memory: memoryview = self.host.bytes.numpy().data
+        super().__init__(nbytes, copies)
+        self.pin()
+        self.memory: memoryview = self.bytes.numpy().data
         self.event: Event = None
-        self._copies = copies
 
     def wait(self) -> None:
-        """The host waits until the device has copied."""
+        """Let the host wait until the device has copied."""
         self._copies.finish(self.event)
 
 
 class HashCheck:
-    """The blake3 of files that are read in any order; ``digests`` says what to expect.
+    """The blake3 of files that are read in any order, compared with ``digests``; on one thread.
 
-    A read that comes before its turn waits in host memory, or is read again if WAITING bytes wait already. Bytes that
-    are in none of ``places`` are read here. Reads that come again, or of other files, are left out. All on one thread.
+    A read before its turn waits in host memory, or is read again if WAITING bytes wait already. Bytes outside
+    ``places`` are read here. Repeated reads and those of other files are left out.
     """
 
     def __init__(self, digests: Mapping[Path, str], places: Iterable[Range]) -> None:
@@ -112,18 +110,18 @@ class HashCheck:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-hash")
 
     def begin(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> Future[None] | None:
-        """Begin to take in ``read``; ``views`` must stay until that is done."""
+        """Begin to hash ``read``; ``views`` must stay until that is done."""
         return self._thread.submit(self._take, read, views) if read.file in self._files else None
 
     def finish(self) -> None:
-        """Take in what is missing, and compare. Raises OverlayError for a file that is not what was expected."""
+        """Hash the missing bytes, and compare. Raises OverlayError for a file that changed."""
         for path, expected in self._digests.items():
             found = self._thread.submit(self._files[path].digest).result()
             if found != expected:
                 raise changed_file(path, f"blake3 {expected}", f"blake3 {found}")
 
     def close(self) -> None:
-        """End the thread, once it has taken in what was begun: somebody may wait for the buffers."""
+        """End the thread after what it has begun: somebody may wait for the buffers."""
         self._thread.shutdown(wait=True)
 
     def _take(self, read: PlannedRead[Any], views: Sequence[memoryview]) -> None:
@@ -132,14 +130,14 @@ class HashCheck:
 
 
 class _FileHash:
-    """The hash of one file, as far as its bytes are there from the beginning on."""
+    """The hash of one file up to a position."""
 
     def __init__(self, path: Path, places: Sequence[Range]) -> None:
         self._path = path
         self._tensors = sorted((place.start, place.start + place.nbytes) for place in places if place.nbytes)
         self._hasher = blake3(max_threads=blake3.AUTO)
         self._position = 0
-        # Pieces after the position, by where they begin: their bytes, or how many will be read again.
+        # Pieces after the position, by their start: their bytes, or the number of bytes to read again.
         self._early: dict[int, bytes | int] = {}
 
     @property
@@ -148,7 +146,7 @@ class _FileHash:
         return sum(len(data) for data in self._early.values() if isinstance(data, bytes))
 
     def take(self, start: int, views: Sequence[memoryview], keep: bool) -> None:
-        """Bytes from ``start`` on; ``keep``: they may wait in memory."""
+        """Hash the bytes from ``start`` on, or remember them until their turn; ``keep``: they may wait in memory."""
         self._advance()
         if start == self._position:
             for view in views:
@@ -158,7 +156,7 @@ class _FileHash:
             self._early[start] = b"".join(views) if keep else sum(map(len, views))
 
     def digest(self) -> str:
-        """The hash, after reading what nobody brought. Raises OverlayError."""
+        """The hash, after reading all missing bytes. Raises OverlayError."""
         self._tensors.clear()
         self._advance()
         return self._hasher.hexdigest()
@@ -168,7 +166,7 @@ class _FileHash:
         self._position += len(data)
 
     def _advance(self) -> None:
-        """As far as bytes wait, or will not be brought by anybody."""
+        """Hash bytes that wait, and those that nobody will bring, up to the first that somebody will."""
         try:
             with self._path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -189,16 +187,16 @@ class _FileHash:
             raise changed_file(self._path, "readable", error.strerror) from None
 
     def _next(self, size: int) -> int:
-        """Where the next bytes begin that somebody brings: the position itself if these are still to come."""
+        """The start of the next bytes that somebody has brought or will bring."""
         tensors = (max(start, self._position) for start, end in self._tensors if end > self._position)
         return min([size, next(tensors, size), *(start for start in self._early if start > self._position)])
 
 
 class FileReader:
-    """Reads files on threads; what is read is delivered in the order of the file. For one thread at a time.
+    """Reads files on threads and delivers the reads in the order of the file. For one thread at a time.
 
-    ``reads``: one of files.direct.READS; past the page cache only where that helps. A read is of ``read_bytes``;
-    ``in_flight`` reads are under way or in line.
+    ``reads``: one of files.direct.READS; past the page cache only if that helps. ``in_flight`` reads of ``read_bytes``
+    are under way or in line.
     """
 
     def __init__(
@@ -216,7 +214,7 @@ class FileReader:
 
     @property
     def refused(self) -> str:
-        """Why anything was read through the page cache against ``reads``, or ""."""
+        """Why a file was read through the page cache against ``reads``, or ""."""
         return self._queue.why
 
     def fill(
@@ -230,10 +228,10 @@ class FileReader:
     ) -> Event:
         """Read every tensor. Returns the event after which those on the device are there.
 
-        The files of ``digests`` (file: blake3) are read whole and compared; without them ``check`` sees each read.
-        Nothing is copied to the device before ``after``; default: where the computation is now, which is when tensors
-        just made are free to be written. ``stop`` raises to end the reading. Raises OverlayError for a file that
-        changed or cannot be read; what had arrived by then is not to be used.
+        The files of ``digests`` (file: blake3) are read whole and compared; without them ``check`` sees each read. No
+        copy to the device begins before ``after``, by default before all that the computation is asked for by now: then
+        new tensors are free to be written. ``stop`` raises to end the reading. Raises OverlayError for a file that
+        changed or cannot be read; the tensors are then of no use.
         """
         after = after or self.copies.now()
         event: Event = None
@@ -250,14 +248,14 @@ class FileReader:
         return event
 
     def close(self) -> None:
-        """End the threads and give the buffers back."""
+        """End the threads and free the buffers."""
         self._queue.close()
 
     def _deliver(self, read: PendingRead[TensorRead, PinnedBuffer], after: Event) -> Event:
-        """Send on to the device what is meant for it, and note what arrived on the host."""
+        """Copy to the device the bytes for it, and note those that arrived on the host."""
         event: Event = None
         if read.buffer is not None and not read.planned.on_host:
-            data = read.buffer.host.bytes[read.lead :]
+            data = read.buffer.bytes[read.lead :]
             event = read.buffer.event = self.copies.run(lambda: _send_on(read.planned, data), after)
         with torch.inference_mode():
             for stretch in read.planned.stretches:
@@ -267,7 +265,7 @@ class FileReader:
 
 
 def _send_on(read: PlannedRead[TensorRead], data: Tensor) -> None:
-    """Copy from the buffer what is not yet at its target. Runs in the queue of copies."""
+    """Copy from the buffer to targets on the device. Runs in the queue of copies."""
     position = 0
     for stretch in read.stretches:
         target = stretch.target

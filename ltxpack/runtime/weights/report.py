@@ -19,7 +19,7 @@ from ltxpack.runtime.weights.machine import Machine
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Need, Placement, Plan, Work
 from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes
 
-# Where a transformer is while the card does not hold it, by its word in plan.schema.json.
+# The place of a transformer that is not on the card, by its word in plan.schema.json.
 WHENCE = {
     "kept": "both stages' weights stay in pinned host memory",
     "staged": "the next stage's weights are read into pinned host memory while one stage runs",
@@ -27,8 +27,9 @@ WHENCE = {
     "blocks": "from pinned host memory, filled anew for each stage",
     "file": "from the file, each time again",
 }
-# How the text encoder is on the card while it encodes, by where its layers stream from.
+# How much of the text encoder is on the card while it encodes, by the source of its layers.
 TEXT_WORDS = {"": "whole", HOST: "layers", FILE: "layers from file"}
+TENTH = 10**8
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ def _of_each(plan: Plan, counts: Sequence[int], totals: bool = False) -> str:
 
 
 def _limit(machine: Machine) -> str:
-    """What to add to the host's free memory where a container bounds it."""
+    """What to add to the host's free memory if a container bounds it."""
     return " (the limit of a container)" if machine.container else ""
 
 
 def lines(plan: Plan, machine: Machine) -> list[str]:
-    """The plan as a run tells it before it loads: what stays where, and the most memory it takes."""
+    """The plan as a run tells it before it loads: what stays where, and the peak of memory."""
     limit = _limit(machine)
     if machine.card is None:
         most = max(phase.card + phase.host for phase in plan.phases)
@@ -113,10 +114,8 @@ def lines(plan: Plan, machine: Machine) -> list[str]:
 
 
 def reading(plan: Plan, asked: str, machine: Machine, warm: bool = False) -> str:
-    """How the files are read; ``asked`` is one of direct.READS, ``warm``: the page cache is filled for later."""
-    found = (
-        f"reads {asked}: as asked for" if asked != AUTO else f"reads {AUTO}: past the page cache, but for what is there"
-    )
+    """How the files are read. ``asked``: one of direct.READS; ``warm``: the page cache is filled for later."""
+    found = f"reads {asked}: " + ("past the page cache, but for what is there" if asked == AUTO else "as asked for")
     if not warm:
         return found
     room, size = planner.cacheable(plan, machine), plan.first_read
@@ -127,7 +126,7 @@ def reading(plan: Plan, asked: str, machine: Machine, warm: bool = False) -> str
 
 
 def decoding(plan: Plan) -> str:
-    """The tiles the video is decoded in, and if others were asked for, what became of that."""
+    """The tiles that decode the video, and what became of a wish for larger ones."""
     official = auto_tiling(*plan.work.shape.grid[1:])
     if plan.work.decode != FAST:
         return f"decode {OFFICIAL}: {_tiles(plan, official)}"
@@ -140,8 +139,8 @@ def _tiles(plan: Plan, tiling: Tiling) -> str:
     """``18 tiles of at most 73 frames of 448x768 pixels``."""
     tiles = Tiles.of(plan.work.shape.grid, tiling)
     length, height, width = tiles.largest
-    frames = TEMPORAL_FACTOR * (length - 1) + 1
-    size = f"{frames} frames of {height * SPATIAL_FACTOR}x{width * SPATIAL_FACTOR} pixels"
+    pixels = f"{height * SPATIAL_FACTOR}x{width * SPATIAL_FACTOR} pixels"
+    size = f"{TEMPORAL_FACTOR * (length - 1) + 1} frames of {pixels}"
     return f"one tile of {size}" if tiles.count == 1 else f"{tiles.count} tiles of at most {size}"
 
 
@@ -185,11 +184,8 @@ def to_json(plan: Plan, machine: Machine, disk_rate: int, commands: Sequence[Com
     }
 
 
-TENTH = 10**8
-
-
 def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, device: str = "the card") -> Plan:
-    """The best plan in ``mode``. Raises DeviceError with GB needed and free, and the flags that would fit."""
+    """The best plan in ``mode``. Raises DeviceError with the GB needed and free, and the flags that would fit."""
     plan = planner.best_plan(model, work, machine, mode)
     if plan is not None:
         return plan
@@ -202,7 +198,7 @@ def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, d
     weights = f" ({gigabytes(found.phase.weights)} of weights)" if on_device else ""
     raise DeviceError(
         f"{owner} has too little free memory for {wanted}{found.phase.name}",
-        # Rounded apart, so that what lacks a little is not told as enough.
+        # Rounded apart, so that a little too little is not told as enough.
         expected=gigabytes(-(-found.needed // TENTH) * TENTH) + weights,
         found=f"{gigabytes(max(found.free, 0) // TENTH * TENTH)} free{limit}",
         next=_instead(model, work, machine, mode, found),
@@ -210,7 +206,7 @@ def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, d
 
 
 def after_shortage(mode: str, asked: str) -> str:
-    """The flag to try after memory ran out in spite of a plan in ``mode``; ``asked`` is the mode that was asked for."""
+    """What to try after memory ran out in spite of a plan in ``mode``; ``asked``: the mode that the user asked for."""
     if mode == planner.RESIDENT:
         return "the same command with --residency swap"
     if mode == planner.SWAP or asked != planner.STREAM:
@@ -233,7 +229,7 @@ def smaller_work(model: ModelSizes, work: Work, machine: Machine) -> Work | None
         counts = range(first, TEMPORAL_FACTOR, -TEMPORAL_FACTOR)
 
         def fits(frames: int, height: int = height, width: int = width) -> bool:
-            """Also what is too short: more frames take more memory, so that the first that fits can be bisected."""
+            """Too short counts as fitting: memory grows with frames, so the first that fits can be bisected."""
             smaller = resized(frames, height, width)
             return smaller is None or planner.shortage(planner.smallest_plan(model, smaller), machine) is None
 

@@ -1,4 +1,4 @@
-"""How many bytes each part of the pipeline is, in its files and in memory; from headers, or from an inventory.
+"""The bytes of each part of the pipeline, in its files and in memory; from headers, or from an inventory.
 
 Knows no machine and no mode. Weights are counted as they are loaded: floats in the run's dtype, codes as they are.
 """
@@ -22,7 +22,7 @@ from ltxpack.manifest import FileRecord
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.weights.activations import Widths
 
-# Tensors in a slot begin at multiples of this, as matrix kernels like it.
+# Tensors in a slot begin at multiples of this, for matrix kernels.
 ALIGNMENT = 256
 TRANSFORMER, TEXT_ENCODER, VOCODER = "transformer", "text_encoder", "vocoder"
 SMALL_PARTS = ("connectors", "vae", "audio_vae", VOCODER, "latent_upsampler")
@@ -32,9 +32,9 @@ BLOCKS = {TRANSFORMER: "transformer_blocks", TEXT_ENCODER: "layers"}
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Bytes of a part: ``stored`` in its files, and in memory those of each of its ``blocks`` and the ``rest``.
+    """Bytes of a part: ``stored`` in its files; in memory, of each of its ``blocks`` and of the ``rest``.
 
-    ``codes``: the dtype of the codes that some of its linears have, if they do.
+    ``codes``: the dtype of the codes of its linears, if some have codes.
     """
 
     stored: int
@@ -44,24 +44,21 @@ class PartSizes:
 
     @functools.cached_property
     def total(self) -> int:
-        """All of it in memory."""
+        """Bytes in memory."""
         return self.rest + sum(self.blocks)
 
     def of(self, numbers: Collection[int]) -> int:
-        """These of its blocks."""
+        """Bytes of these blocks."""
         return sum(map(self.blocks.__getitem__, numbers))
 
     def largest(self, numbers: Collection[int]) -> int:
-        """The largest of these blocks, which a slot must hold."""
+        """Bytes of the largest of these blocks, which a slot must hold."""
         return max(map(self.blocks.__getitem__, numbers), default=0)
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """An overlay's parts by name, the widths activations follow, and the bytes of a number in these.
-
-    Weights are counted by themselves: a part knows the bytes of its tensors.
-    """
+    """An overlay's parts by name, and the widths and the bytes of a number that its activations follow."""
 
     parts: Mapping[str, PartSizes]
     widths: Widths
@@ -71,9 +68,7 @@ class ModelSizes:
 def overlay_model(overlay: Overlay, names: Mapping[str, str | None], dtype: str) -> ModelSizes:
     """The sizes of ``overlay`` with the transformers ``names``, from its files' headers.
 
-    A bake that is not there is taken to be like the base, in the codes that ``names`` says.
-
-    Raises OverlayError, FormatError.
+    A bake that is not there counts as the base in the codes of ``names``. Raises OverlayError, FormatError.
     """
     itemsize = itemsize_of(dtype)
     configs = {name: read_json(overlay.folder(name) / "config.json") for name in (*SMALL_PARTS, *BLOCKS)}
@@ -101,9 +96,9 @@ def model_of(
     dtype: str,
     counted: MutableMapping[tuple[str, str | None], PartSizes] | None = None,
 ) -> ModelSizes:
-    """The sizes of an overlay that would hold ``tensors`` by component, and transformers ``names`` in these codes.
+    """The sizes of an overlay that would have ``tensors`` by component, and transformers ``names`` in these codes.
 
-    ``counted`` keeps each component in its codes for further calls with the same tensors and dtype.
+    ``counted`` keeps the sizes for further calls with the same tensors and dtype.
     """
     itemsize = itemsize_of(dtype)
     counted = {} if counted is None else counted
@@ -149,12 +144,12 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
 
 
 def itemsize_of(dtype: str) -> int:
-    """Bytes of a number of ``dtype`` as users name it, ``bfloat16``."""
+    """Bytes of a number of ``dtype``, named as users do: ``bfloat16``."""
     return next(DTYPE_BITS[code] for code, name in DTYPE_NAMES.items() if name == dtype) // 8
 
 
 def aligned(size: int) -> int:
-    """``size`` rounded up to where the next tensor may begin."""
+    """``size`` rounded up to a multiple of ALIGNMENT."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 

@@ -1,4 +1,4 @@
-"""Blocks of a module that pass through two slots on the device: the next one is under way while one computes.
+"""Blocks of a module that pass through two slots on the device: the next one is copied while one computes.
 
 Knows no model: blocks are modules called in their order, again and again. A block's weights are in their slot from
 just before its forward to just after; at other times its parameters are on the meta device.
@@ -24,14 +24,14 @@ from ltxpack.runtime.weights.reading import FileReader, HashCheck, TensorRead
 from ltxpack.runtime.weights.sizes import aligned
 
 CopyDone = Callable[[], Event]
-"""Waits until the copies to a slot are asked for, and gives the event that they are done."""
-# Memory for weights that are somewhere else.
+"""Waits until the copies to a slot are asked for, and returns the event after them."""
+# Memory for weights that are elsewhere.
 NOWHERE: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
 
 
 @dataclass(frozen=True)
 class ByteLayout:
-    """Where the tensors of a block are in one stretch of bytes: name -> (offset, shape, dtype)."""
+    """The tensors of a block in one stretch of bytes: name -> (offset, shape, dtype)."""
 
     tensors: Mapping[str, tuple[int, tuple[int, ...], torch.dtype]]
     nbytes: int
@@ -57,7 +57,7 @@ class ByteLayout:
 
 @dataclass(frozen=True)
 class MemorySource:
-    """A block in host memory, laid out as in a slot; names of ``layout`` are the block's own."""
+    """A block in host memory, laid out as in a slot; the names of ``layout`` are those in the block."""
 
     layout: ByteLayout
     memory: HostMemory
@@ -71,10 +71,7 @@ class MemorySource:
 
 
 class FileStream:
-    """One thread that reads blocks from their files, for all blocks of a module; ``reads`` as for FileReader.
-
-    ``check``: what is read passes through it.
-    """
+    """A thread that reads a module's blocks from files. ``reads``: as for FileReader; ``check`` sees all reads."""
 
     def __init__(self, copies: Copies, reads: str = CACHED, check: HashCheck | None = None) -> None:
         self._reader = FileReader(copies, reads=reads)
@@ -82,11 +79,11 @@ class FileStream:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ltxpack-stream")
 
     def read(self, wanted: Sequence[TensorRead], after: Event) -> CopyDone:
-        """Begin to read, each part on to the device as it comes, not before ``after``."""
+        """Begin to read; each part goes to the device as it comes, not before ``after``."""
         return self._thread.submit(self._reader.fill, wanted, after=after, check=self.check).result
 
     def close(self) -> None:
-        """End the threads."""
+        """End its threads."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
         if self.check is not None:
@@ -102,32 +99,25 @@ class FileSource:
     stream: FileStream
 
     def start(self, slot: Tensor, after: Event) -> CopyDone:
-        """The same; the slot fills part by part."""
+        """As :meth:`MemorySource.start`; the slot fills part by part."""
         views = self.layout.views(slot)
         return self.stream.read([entry.read_into(views[name]) for name, entry in self.stored.items()], after)
 
 
 BlockSource = MemorySource | FileSource
-"""Where the weights of a block come from."""
 
 
 @dataclass(slots=True)
 class _Slot:
     """Bytes on the device, the number of the block in them or on its way (-1: none), and when its copy is done.
 
-    ``parameters`` are views of the bytes, for each block that was here.
+    ``parameters``: views of the bytes for each block that was here, by number.
     """
 
     memory: Tensor
     holds: int = -1
     copied: CopyDone | None = None
     parameters: dict[int, dict[str, nn.Parameter]] = field(default_factory=dict)
-
-    def parameters_of(self, number: int, layout: ByteLayout) -> Mapping[str, nn.Parameter]:
-        """The weights of block ``number`` in this slot."""
-        if number not in self.parameters:
-            self.parameters[number] = _parameters(layout, self.memory)
-        return self.parameters[number]
 
 
 class Slots:
@@ -147,7 +137,7 @@ class Slots:
             self._bind(number, self._empty[number])
 
     def open(self) -> None:
-        """Take the slots and begin to copy the first blocks."""
+        """Allocate the slots and begin to copy the first blocks."""
         size = max((source.layout.nbytes for source in self.sources), default=0)
         count = min(SLOTS, len(self.blocks))
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.copies.device)) for _ in range(count)]
@@ -158,7 +148,7 @@ class Slots:
             self._start(number, slot)
 
     def close(self) -> None:
-        """Give the slots back; the blocks are without weights again."""
+        """Free the slots; the blocks are without weights again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -169,7 +159,7 @@ class Slots:
         self._slots.clear()
 
     def _before(self, number: int) -> None:
-        """The computation waits for the block; the host does so only where a thread still reads."""
+        """Let the computation wait for the block; the host waits only while a thread still reads it."""
         if all(slot.holds != number for slot in self._slots):
             # The block before was not the one expected.
             for offset, slot in enumerate(self._slots):
@@ -178,10 +168,12 @@ class Slots:
         slot = next(slot for slot in self._slots if slot.holds == number)
         assert slot.copied is not None
         self.copies.before_computing(slot.copied())
-        self._bind(number, slot.parameters_of(number, self.sources[number].layout))
+        if number not in slot.parameters:
+            slot.parameters[number] = _parameters(self.sources[number].layout, slot.memory)
+        self._bind(number, slot.parameters[number])
 
     def _after(self, number: int) -> None:
-        """The block's slot is free once what was asked for is computed; the block after the next goes there."""
+        """Begin to copy the block after the next to the block's slot, which is free once the block has computed."""
         self._bind(number, self._empty[number])
         slot = next(slot for slot in self._slots if slot.holds == number)
         following = (number + len(self._slots)) % len(self.blocks)
@@ -198,7 +190,7 @@ class Slots:
         slot.copied = self.sources[number].start(slot.memory, self.copies.now())
 
     def _finish(self, slot: _Slot) -> None:
-        """Wait until nothing writes to the slot any more. Who needs the block hears of a read that failed."""
+        """Wait until nothing writes to the slot any more. A read that failed is raised where its block is needed."""
         if slot.copied is None:
             return
         try:
@@ -209,7 +201,7 @@ class Slots:
 
 
 def _owners(block: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
-    """Name in the block -> the module that has the parameter, and its name there."""
+    """Name in the block -> the module that has the parameter, and the name there."""
     return {name: (block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
 
 
