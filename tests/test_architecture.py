@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_150,
-    "files of the package": 203,
-    "lines of the tests": 33_751,
+    "lines of the package": 34_066,
+    "files of the package": 202,
+    "lines of the tests": 33_750,
 }
 
 

@@ -492,7 +492,7 @@ def _reads(model: ModelSizes, work: Work, placements: Mapping[str, Placement]) -
             streamed = sizes.of(placed.streamed - placed.held)
             # The text encoder is hashed as its layers stream, a transformer before that.
             times = work.evaluations(part) - (part == TEXT_ENCODER)
-            read += times * _share(sizes.stored, streamed, sizes.total)
+            read += times * _share(sizes.stored - sizes.unused, streamed, sizes.total)
         first += read
         if placed.home == FILE:
             again += read - _share(sizes.stored, sizes.of(placed.held), sizes.total)

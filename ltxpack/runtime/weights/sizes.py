@@ -34,13 +34,15 @@ BLOCKS = {TRANSFORMER: "transformer_blocks", TEXT_ENCODER: "layers"}
 class PartSizes:
     """Bytes of a part: ``stored`` in its files; in memory, of each of its ``blocks`` and of the ``rest``.
 
-    ``codes``: the dtype of the codes of its linears, if some have codes.
+    ``codes``: the dtype of the codes of its linears, if some have codes. ``unused``: bytes in the files that are not
+    loaded.
     """
 
     stored: int
     rest: int
     blocks: tuple[int, ...] = ()
     codes: str = ""
+    unused: int = 0
 
     @functools.cached_property
     def total(self) -> int:
@@ -117,7 +119,7 @@ def model_of(
 def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: int | None = None) -> PartSizes:
     """The part that holds ``tensors``; ``stored`` defaults to their own bytes."""
     pattern = re.compile(re.escape(BLOCKS[component]) + r"\.(\d+)\.") if component in BLOCKS else None
-    in_files = rest = 0
+    in_files = unused = rest = 0
     blocks: dict[int, int] = {}
     tensors = tuple(tensors)
     dtypes = {name: dtype for name, dtype, _ in tensors}
@@ -127,6 +129,7 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
         count = math.prod(shape)
         in_files += count * DTYPE_BITS[dtype] // 8
         if not full_name.startswith(root):
+            unused += count * DTYPE_BITS[dtype] // 8
             continue
         name = full_name.removeprefix(root)
         # The vocoder computes in float32 whatever the rest does.
@@ -140,7 +143,7 @@ def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: in
             blocks[int(block[1])] = blocks.get(int(block[1]), 0) + aligned(size)
     in_order = tuple(blocks[number] for number in sorted(blocks))
     codes = next(iter(coded_linears(dtypes).values()), "")
-    return PartSizes(in_files if stored is None else stored, rest, in_order, codes)
+    return PartSizes(in_files if stored is None else stored, rest, in_order, codes, unused)
 
 
 def itemsize_of(dtype: str) -> int:
