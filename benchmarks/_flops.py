@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ltxpack.ltx23.expected import FEED_FORWARD
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import FEED_FORWARD, Lengths, forward_flops, forward_parts, linear
+from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts, linear
 
 
 def shared_flops(config: DiTConfig, lengths: Lengths) -> int:

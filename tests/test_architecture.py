@@ -40,7 +40,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_066,
+    "lines of the package": 34_065,
     "files of the package": 202,
     "lines of the tests": 33_750,
 }

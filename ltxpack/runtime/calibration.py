@@ -25,7 +25,7 @@ from ltxpack.runtime.model.weights import read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.sampling.recipes import stage_flag
 
-FLAG, USUAL = "--save-activations", "activations.safetensors"
+FLAG = "--save-activations"
 ANOTHER = f"choose another file for {FLAG}, or remove this one"
 
 
@@ -36,7 +36,7 @@ class ActivationsRecorder:
     """
 
     def __init__(self, path: Path, overlay: Overlay, device: torch.device) -> None:
-        check_writable(path, FLAG, USUAL)
+        check_writable(path, FLAG, "activations.safetensors")
         self.path, self._overlay, self._device = path, overlay, device
         self._met: dict[str, LargestInputs] = {}
         # The content of the file, as last read or written.

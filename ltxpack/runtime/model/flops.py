@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ltxpack.ltx23.expected import FEED_FORWARD
 from ltxpack.runtime.model.config import DiTConfig
 
-FEED_FORWARD = 4
 # Parts that an isolated pass does not compute.
 ACROSS = ("a2v and v2a linears", "a2v and v2a attention")
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ltxpack.ltx23.expected import FEED_FORWARD, TIMESTEP_WIDTH
 from ltxpack.runtime.model.kernels import DEFAULT, KERNELS, Kernel
 from ltxpack.runtime.model.largest import note_largest
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 
-SINUSOID_CHANNELS = 256
 # Codes and their scales, by the dtype of the codes.
 Made: TypeAlias = dict[torch.dtype, tuple[Tensor, Tensor]]
 
@@ -114,7 +114,8 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, *, bias: bool) -> None:
         super().__init__()
         # diffusers keeps a dropout between the two, hence the names net.0.proj and net.2.
-        self.net = nn.Sequential(_GeluProjection(dim, 4 * dim, bias), nn.Identity(), Linear(4 * dim, dim, bias))
+        inner = FEED_FORWARD * dim
+        self.net = nn.Sequential(_GeluProjection(dim, inner, bias), nn.Identity(), Linear(inner, dim, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -156,7 +157,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def sinusoid(timesteps: Tensor) -> Tensor:
     """[cos, sin] of ``t·10000^(-i/128)`` in float32: ``timesteps`` [...] -> [..., 256]."""
-    half = SINUSOID_CHANNELS // 2
+    half = TIMESTEP_WIDTH // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[..., None] * torch.exp(-math.log(10000) * steps / half)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
@@ -165,7 +166,7 @@ def sinusoid(timesteps: Tensor) -> Tensor:
 class TimestepEmbedder(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear_1 = Linear(SINUSOID_CHANNELS, dim)
+        self.linear_1 = Linear(TIMESTEP_WIDTH, dim)
         self.linear_2 = Linear(dim, dim)
 
     def forward(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:

@@ -159,8 +159,6 @@ class Recipe:
 # The noise levels with which every recipe refines upsampled latents.
 REFINING = Schedule(fixed=(0.909375, 0.725, 0.421875, 0.0))
 
-SKIPS = frozenset({"video_skip_step", "audio_skip_step"})
-
 HQ = Recipe(
     name="hq",
     stages=(
@@ -169,7 +167,7 @@ HQ = Recipe(
     ),
     sound=0,
     # A step has two evaluations, and no result for the next step to reuse.
-    unused=SKIPS,
+    unused=frozenset({"video_skip_step", "audio_skip_step"}),
 )
 
 # The schedule of the Euler recipes ignores the size.
