@@ -196,6 +196,25 @@ def test_what_may_not_be_looked_at_is_told_as_that(demo: Path, monkeypatch: pyte
         assert all("cannot be read: Permission denied" in line for line in errors), errors
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
+def test_a_folder_of_an_overlay_that_may_not_be_looked_at_is_told_as_that(demo: Path) -> None:
+    """verify gave up at its first file, and both said to make room."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        overlay = shutil.copytree(demo / "overlay", place / "overlay")
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755)
+        (overlay / "vae").chmod(0o700)
+        commands = [["verify", str(overlay)], ["plan", str(overlay)]]
+        process = FORKS.Process(target=tell_nobody, args=(commands, place / "told"))
+        process.start()
+        process.join()
+        told = (place / "told").read_text()
+        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+            assert f"vae/{name}: Permission denied" in told, told
+        assert "next: correct the permissions there" in told and "make room" not in told
+
+
 def test_what_cannot_work_at_the_end_is_told_at_the_beginning(source: Path, tmp_path: Path, mount: Mount) -> None:
     """--force on an overlay one folder of which may not be written: nothing is read or written before that is told."""
     out = tmp_path / "out"

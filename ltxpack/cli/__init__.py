@@ -82,9 +82,11 @@ def _status() -> int:
         say_error(f"interrupted; the same command {_what_again(sys.argv[1:])}")
         return INTERRUPTED
     except OSError as error:
+        denied = isinstance(error, PermissionError)
+        advice = "correct the permissions there" if denied else "make room there or choose another place"
         say_error(
             f"{error.filename or 'a file'}: {error.strerror or error}\n"
-            "  next: make room there or choose another place, then run the same command again"
+            f"  next: {advice}, then run the same command again"
         )
     except MemoryError:
         say_error("the machine has too little free memory\n  next: close other programs and run the command again")

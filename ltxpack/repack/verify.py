@@ -60,7 +60,7 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         begun = unfinished(overlay)
         for path in begun:
             reporter.note(f"{path}: unfinished work; run the command that began it again to finish it")
-        sizes = (record.size for record in records.values() if not (overlay / record.path).is_symlink())
+        sizes = (record.size for record in records.values() if not _is_link(overlay / record.path))
         reporter.begin("verifying", sum(sizes), "B")
         faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
         reporter.end()
@@ -76,6 +76,14 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         for folder in sorted({posixpath.dirname(record.path) for files in models for record in files}):
             faults += _folder_faults(overlay, folder, records, bad)
         return sorted(faults, key=lambda fault: (fault.path, fault.problem))
+
+
+def _is_link(path: Path) -> bool:
+    """Whether ``path`` is a symlink; False also where it may not be looked at."""
+    try:
+        return path.is_symlink()
+    except OSError:
+        return False
 
 
 def damaged(faults: Iterable[Fault], manifest: Manifest) -> frozenset[str]:
