@@ -193,5 +193,6 @@ def listed(items: Sequence[str], most: int = MAX_LISTED) -> str:
 
 
 def quoted(path: str | os.PathLike[str]) -> str:
-    """``path`` as it is typed in a shell, for a command to type next."""
-    return shlex.quote(os.fspath(path))
+    """``path`` as it is typed in a shell, for a command to type next; a Path never looks like an option."""
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") and not isinstance(path, str) else text)

@@ -40,9 +40,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_065,
+    "lines of the package": 34_101,
     "files of the package": 202,
-    "lines of the tests": 33_750,
+    "lines of the tests": 33_791,
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from materialize import tiny_source
 from support import ltxpack, refused
 
+from ltxpack.errors import quoted
 from ltxpack.manifest import read_manifest
 
 LATIN_1 = os.fsdecode(b"gr\xfcn")
@@ -58,3 +59,24 @@ def test_a_lora_or_a_shard_that_an_overlay_would_keep_by_such_a_name_is_refused(
     assert "has shards with names that no overlay may hold" in said and RECORDED in said
     done = ltxpack("materialize", source, out, "--lora", renamed(next(source.glob("*lora*")), "lora", LATIN_1))
     assert "has a name that no overlay may hold" in refused(done, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["materialize {source} EMPTY", "demo EMPTY", "verify EMPTY", "export {source} -o EMPTY", "plan --page EMPTY"],
+)
+def test_an_empty_name_is_not_the_current_folder(arguments: str, tmp_path: Path) -> None:
+    """As an unset variable of a shell gives it: ``materialize`` and ``demo`` filled the current folder."""
+    words = ["" if word == "EMPTY" else word for word in arguments.format(source=tmp_path).split()]
+    assert "the name of a file or folder is empty" in refused(ltxpack(*words, cwd=tmp_path), 2)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("output", [".", "/", ".."])
+def test_an_export_to_a_folder_is_refused_with_a_name_in_it(output: str, overlay: Path, tmp_path: Path) -> None:
+    told = refused(ltxpack("export", overlay, "-o", output, cwd=tmp_path), 2)
+    assert "expected a name ending in .safetensors" in told and "/ltx-2.3.safetensors" in told
+
+
+def test_a_folder_whose_name_looks_like_an_option_can_be_typed() -> None:
+    assert (quoted(Path("-out")), quoted(Path("a -b")), quoted("-x")) == ("./-out", "'a -b'", "-x")

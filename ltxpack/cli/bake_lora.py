@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("bake-lora", cls=LoraCommand)
-@click.argument("overlay", type=click.Path(path_type=Path), required=False)
+@click.argument("overlay", type=terminal.PathType(), required=False)
 @click.option(
     "--strength", "strengths", type=StrengthType(), multiple=True, required=True,
     help="One bake each; repeatable. S@0-11,30:T is T in blocks 0 to 11 and 30, and S elsewhere.",

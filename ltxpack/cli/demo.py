@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from ltxpack.cli.terminal import TerminalReporter, verbose_option
+from ltxpack.cli.terminal import PathType, TerminalReporter, verbose_option
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("ltxpack-demo"))
+@click.argument("folder", type=PathType(), default=Path("ltxpack-demo"))
 @click.option("--recipe", type=click.Choice(tuple(RECIPES)), default=HQ.name, show_default=True)
 @verbose_option
 def demo(folder: Path, recipe: str, verbose: bool) -> None:

@@ -33,8 +33,8 @@ OFFICIAL_FLAGS = {BF16: "", FP8: ", with --quantization fp8-scaled-mm"}
 
 
 @click.command(cls=LoraCommand)
-@click.argument("overlay", type=click.Path(path_type=Path), required=False)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The safetensors file to write.")
+@click.argument("overlay", type=terminal.PathType(), required=False)
+@click.option("-o", "--output", type=terminal.PathType(), required=True, help="The safetensors file to write.")
 @click.option("--bake", help="A bake of the overlay instead of the base.")
 @click.option(
     "--strength", type=StrengthType(), help="Merge the main LoRA on the way, at this strength, without writing a bake."

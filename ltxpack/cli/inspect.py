@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from ltxpack.cli.terminal import json_option, print_json
+from ltxpack.cli.terminal import PathType, json_option, print_json
 from ltxpack.errors import MAX_LISTED, printable
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PathType())
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
     """Say what PATH holds, in which form, which programs take it and what is wrong with it.

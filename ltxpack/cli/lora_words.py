@@ -8,7 +8,6 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from pathlib import Path
 
 import click
 
@@ -72,7 +71,7 @@ _OPTIONS = (
         help="Blocks that stay in bf16. [default: 0,1,46,47 of 48]",
     ),
     click.option(
-        "--activations", type=click.Path(path_type=Path),
+        "--activations", type=terminal.PathType(),
         help="For fp8: take input scales from this file of ltxpack run --save-activations.",
     ),
 )  # fmt: skip

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from ltxpack.cli.terminal import TerminalReporter, json_option, plan_option, print_json, print_plan, verbose_option
+from ltxpack.cli.terminal import (
+    PathType,
+    TerminalReporter,
+    json_option,
+    plan_option,
+    print_json,
+    print_plan,
+    verbose_option,
+)
 from ltxpack.errors import quoted
 from ltxpack.files.units import human_bytes, parse_size
 from ltxpack.runtime.sampling.recipes import DISTILLED, HQ
@@ -14,7 +22,7 @@ from ltxpack.runtime.sampling.recipes import DISTILLED, HQ
 
 @click.command()
 @click.argument("source")
-@click.argument("overlay", type=click.Path(path_type=Path))
+@click.argument("overlay", type=PathType())
 @click.option("--checkpoint", metavar="REF", help="The all-in-one checkpoint.")
 @click.option("--part", metavar="REF", multiple=True, help="A further file of a checkpoint in parts; repeatable.")
 @click.option("--lora", metavar="REF", help="The distilled LoRA.")

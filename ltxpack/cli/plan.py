@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from ltxpack.cli.run import given, settings_options
-from ltxpack.cli.terminal import json_option, print_json
+from ltxpack.cli.terminal import PathType, json_option, print_json
 from ltxpack.errors import UsageError, printable
 from ltxpack.files.units import human_bytes, parse_size
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, planned_by
@@ -31,7 +31,7 @@ DEVICES_HELP = "Plan for several cards: their number, or which of this machine's
 
 
 @click.command()
-@click.argument("overlay", type=click.Path(path_type=Path), required=False)
+@click.argument("overlay", type=PathType(), required=False)
 @click.option("--vram", metavar="SIZE", help="Memory of each card; default: the free memory of the card here.")
 @click.option("--ram", metavar="SIZE", help="Memory of the host; default: the free memory here.")
 @click.option("--disk-rate", default="3GB", show_default=True, metavar="SIZE", help="Bytes a second the disk reads.")
@@ -41,7 +41,7 @@ DEVICES_HELP = "Plan for several cards: their number, or which of this machine's
 @click.option(
     "--images", type=click.IntRange(0), default=0, show_default=True, help="Number of images to condition on."
 )
-@click.option("--page", type=click.Path(path_type=Path), metavar="FILE", help=PAGE_HELP)
+@click.option("--page", type=PathType(), metavar="FILE", help=PAGE_HELP)
 @json_option
 def plan(
     overlay: Path | None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ltxpack.cli.terminal import Command, TerminalReporter, verbose_option
+from ltxpack.cli.terminal import Command, PathType, TerminalReporter, verbose_option
 from ltxpack.errors import FailedLinesError, printable
 from ltxpack.files.units import human_bytes
 from ltxpack.imports import uncollected
@@ -77,19 +77,19 @@ class _Numbers(click.ParamType[Any]):
 
 
 @click.command()
-@click.argument("overlay", type=click.Path(path_type=Path))
+@click.argument("overlay", type=PathType())
 @click.option("--prompt", help="What the video shows, and how it sounds.")
 @click.option(
-    "--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+    "--prompts", type=PathType(exists=True, dir_okay=False), metavar="FILE",
     help="Make many videos: a JSON object per line; the other options are the defaults of the lines.",
 )  # fmt: skip
-@click.option("-o", "--output", type=click.Path(path_type=Path), show_default="video.mp4", help="The video to write.")
+@click.option("-o", "--output", type=PathType(), show_default="video.mp4", help="The video to write.")
 @settings_options(*VIDEO, *SESSION)
 @click.option(
     "--ray", is_flag=False, flag_value=RAY_HERE, metavar="[ADDRESS]",
     help="With --prompts: actors of a Ray cluster make the videos. Without ADDRESS, --ray goes last and starts Ray.",
 )  # fmt: skip
-@click.option("--save-tensors", type=click.Path(path_type=Path), help="Write latents, frames and waveform here.")
+@click.option("--save-tensors", type=PathType(), help="Write latents, frames and waveform here.")
 @verbose_option
 def run(
     overlay: Path,

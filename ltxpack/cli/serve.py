@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ltxpack.cli.run import SESSION, given, settings_options
-from ltxpack.cli.terminal import TerminalReporter, verbose_option
+from ltxpack.cli.terminal import PathType, TerminalReporter, verbose_option
 from ltxpack.errors import UsageError
 from ltxpack.files.units import parse_duration, parse_size
 from ltxpack.imports import uncollected
@@ -22,7 +22,7 @@ MODULES = ("fastapi", "uvicorn", "python_multipart")
 
 
 @click.command()
-@click.argument("overlay", type=click.Path(path_type=Path))
+@click.argument("overlay", type=PathType())
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all of them.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port; 0: any free one.")
 @click.option("--devices", metavar="0,1,…", help="Several cards; each has a worker, which makes whole videos.")
@@ -32,7 +32,7 @@ MODULES = ("fastapi", "uvicorn", "python_multipart")
     help="Without a key: clients may also reach the server by this name; *: by any. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("videos"), show_default=True,
+    "-o", "--output", type=PathType(file_okay=False), default=Path("videos"), show_default=True,
     help="Folder of videos and jobs.",
 )  # fmt: skip
 @click.option(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ltxpack.errors import printable
+from ltxpack.files.typed import refuse_empty
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class PathType(click.Path):
+    """The name of a file or folder, which may not be empty."""
+
+    def __init__(self, *, exists: bool = False, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(exists=exists, file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        refuse_empty(value)
+        return super().convert(value, param, ctx)
 
 
 class TerminalReporter(Reporter):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from ltxpack.cli.terminal import TerminalReporter, json_option, print_json, verbose_option
+from ltxpack.cli.terminal import PathType, TerminalReporter, json_option, print_json, verbose_option
 from ltxpack.errors import LtxpackError, UsageError, quoted
 
 
 @click.command()
-@click.argument("overlay", type=click.Path(path_type=Path))
+@click.argument("overlay", type=PathType())
 @click.option("--repair", is_flag=True, help="Write damaged files again, from the source and the clean base.")
 @click.option("--source", metavar="SOURCE", help="Where the inputs are; default: the hub repos in the manifest.")
 @click.option(

@@ -68,9 +68,10 @@ def _checked(options: ExportOptions) -> Path:
     """The output, absolute. Raises UsageError for a place where no file may be written."""
     output = options.output.absolute()
     if output.suffix != ENDING:
+        better = output / f"ltx-2.3{ENDING}" if output.is_dir() else options.output.with_suffix(ENDING)
         raise UsageError(
             "is no name for a safetensors file", file=options.output, expected=f"a name ending in {ENDING}",
-            next=f"choose -o {quoted(options.output.with_suffix(ENDING))}",
+            next=f"choose -o {quoted(better)}",
         )  # fmt: skip
     check_writable(output, "-o", f"ltx-2.3{ENDING}")
     overlay = real_target(options.overlay)
