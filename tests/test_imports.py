@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import in_fresh_process
+from support import REPOSITORY, in_fresh_process
 
 from ltxpack.imports import uncollected
 
@@ -53,3 +54,43 @@ def test_a_module_runs_after_its_imports(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ltxpack.imports", "large"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (3, "False True True large\n", "")
+
+
+REFUSED = """
+import sys
+from ltxpack.cli import main
+sys.argv = ["ltxpack", "run", "no-overlay", "--prompt", "A boat"]
+try:
+    main()
+except SystemExit as stop:
+    answer = [stop.code, "torch" in sys.modules, "diffusers" in sys.modules, "transformers" in sys.modules]
+"""
+
+
+def test_a_run_that_is_refused_has_not_waited_for_the_libraries() -> None:
+    assert in_fresh_process(REFUSED)[0] == [1, True, False, False]
+
+
+def of_libraries() -> list[str]:
+    """The import statements of the runtime that take something from diffusers or transformers."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (REPOSITORY / "ltxpack/runtime").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    found = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return sorted({text for text in found if text.split()[1].split(".")[0] in ("diffusers", "transformers")})
+
+
+def test_no_phase_of_a_video_imports_what_could_be_imported_before() -> None:
+    imports = of_libraries()
+    assert "from diffusers import AutoencoderKLLTX2Video" in imports
+    code = """
+import sys
+from ltxpack.runtime.libraries import import_libraries
+import ltxpack.runtime.run
+import_libraries()
+known = set(sys.modules)
+for statement in {imports}:
+    exec(statement)
+answer = sorted(set(sys.modules) - known)
+"""
+    late, _ = in_fresh_process(code.format(imports=imports))
+    assert not late

@@ -15,6 +15,7 @@ from ltxpack.errors import UsageError
 from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
+from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.lines import SKIPPED, Outcome, Task, carry_out, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.parallel.actors import Actors
@@ -123,6 +124,7 @@ def _crew(overlay: Overlay, options: RunOptions, lines: Sequence[PromptsLine], r
     session = Session(options.overlay, settings, reporter)
     for recipe in _recipes(lines):
         session.transformers(recipe)  # before loading, refuses a recipe that the session cannot make
+    import_libraries()
     return Here(session)
 
 

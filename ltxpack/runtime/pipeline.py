@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ltxpack.reporter import ProgressReporter, Reporter
 from ltxpack.runtime import recipe_run
+from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.overlay import TransformerChoice
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
@@ -34,6 +35,7 @@ class Pipeline:
         self.session = session
         self.recipe = recipe
         self.choice: TransformerChoice = session.transformers(recipe_named(recipe))
+        import_libraries()
         # Requests whose prompts are encoded and whose videos are not made yet.
         self._waiting: list[Request] = []
 

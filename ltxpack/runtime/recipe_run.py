@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
 from torch import Tensor
 
 from ltxpack.ltx23.classes import TEMPORAL_FACTOR
@@ -31,6 +31,9 @@ from ltxpack.runtime.sampling.shape import AV, LONGEST_SECONDS, VideoShape
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.video import Latents, Video
 from ltxpack.runtime.weights.plan import Work
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTX2Audio
 
 
 @dataclass
@@ -95,11 +98,11 @@ def _encoded(session: Session, request: Request, pictures: Sequence[Tensor]) -> 
     if not pictures:
         return [[] for _ in shapes]
 
-    def item(vae: AutoencoderKLLTX2Video, image: ImageSpec, picture: Tensor, shape: VideoShape) -> ImageItem:
+    def item(vae: video.VideoVAE, image: ImageSpec, picture: Tensor, shape: VideoShape) -> ImageItem:
         pixels = prepare_image(picture, shape.height, shape.width, session.device, session.dtype)
         return ImageItem(image.frame, image.strength, video.encode_image(vae, pixels))
 
-    def encode(vae: AutoencoderKLLTX2Video) -> list[list[ImageItem]]:
+    def encode(vae: video.VideoVAE) -> list[list[ImageItem]]:
         pairs = list(zip(request.images, pictures, strict=True))
         return [[item(vae, image, picture, shape) for image, picture in pairs] for shape in shapes]
 
@@ -280,7 +283,7 @@ def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], ob
     plan = session.residency.plan
     tiling = None if plan is None or plan.work.decode != FAST else plan.tiling
 
-    def decode(vae: AutoencoderKLLTX2Video) -> None:
+    def decode(vae: video.VideoVAE) -> None:
         session.reporter.begin("decode", (latents.shape[2] - 1) * TEMPORAL_FACTOR + 1, "frame")
         shared = session.ranks.decoding(latents) if tiling is None else nullcontext(video.decode_tiles)
         with shared as decode_tiles:
@@ -297,7 +300,7 @@ def decode_video(session: Session, latents: Tensor, write: Callable[[Tensor], ob
 def decode_share(session: Session, latents: Tensor, decode: video.DecodeTiles) -> None:
     """The part of :func:`decode_video` for a rank other than 0, whose ``decode`` sends its tiles to rank 0."""
 
-    def share(vae: AutoencoderKLLTX2Video) -> None:
+    def share(vae: video.VideoVAE) -> None:
         tiles = video.TileLayout.of(vae, latents).cut(video.LatentStatistics.of(vae).denormalise(latents))
         for _ in decode(vae, tiles):
             raise AssertionError("the blending is done on rank 0")

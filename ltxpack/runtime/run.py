@@ -18,6 +18,7 @@ from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import calibration, recipe_run
+from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output
 from ltxpack.runtime.media.pictures import read_image
 from ltxpack.runtime.media.rate import frame_rate
@@ -81,6 +82,7 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         choice = session.transformers(request.recipe)
         reporter.note(choice.note)
         tell_cut(session.overlay, request.named_prompts, reporter)
+        import_libraries()
         write_video(session, request, options.output, save_tensors=options.save_tensors, once=True)
         seconds, decoding, peaks = dict(session.timings.seconds), session.decoding, peak_memory(session.device)
         activations = session.activations.summary if session.activations is not None else ""

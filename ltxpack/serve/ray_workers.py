@@ -70,6 +70,7 @@ class RemoteWorker:
         try:
             disk.check()
             with uncollected():
+                from ltxpack.runtime.libraries import import_libraries
                 from ltxpack.runtime.session import Session
                 from ltxpack.serve.worker import WorkerNotes
 
@@ -77,6 +78,7 @@ class RemoteWorker:
             session.process_ends = True
             session.residency.processes = cluster.sharers_here(actors)
             self._session = session
+            import_libraries()
             self._say(self._ready())
         except LtxpackError as error:
             self._say(fault_of(error))

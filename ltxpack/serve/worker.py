@@ -21,6 +21,7 @@ import torch
 
 from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.reporter import Reporter
+from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.recipes import stage_label
@@ -158,6 +159,7 @@ def main() -> int:
     except LtxpackError as error:
         say(fault_of(error))
         return 1
+    import_libraries()
     say({"ready": str(session.device)})
     while make(session, inbox.next(), inbox.cancelled, say):
         pass

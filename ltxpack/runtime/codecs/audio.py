@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLLTX2Audio
-from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
-from diffusers.pipelines.ltx2 import vocoder as vocoders
-from diffusers.pipelines.ltx2.vocoder import UpSample1d
 from torch import Tensor
 
 from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, build_on_meta, load_component, load_module, read_config
 
-# Raises the errors of load_component.
-load_audio_vae = partial(load_component, AutoencoderKLLTX2Audio)
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTX2Audio
+    from diffusers.pipelines.ltx2 import LTX2VocoderWithBWE
+
+
+def load_audio_vae(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: Reader | None = None
+) -> AutoencoderKLLTX2Audio:
+    """The audio VAE of an overlay's ``audio_vae/``. Raises as ``load_component``."""
+    from diffusers import AutoencoderKLLTX2Audio
+
+    return load_component(AutoencoderKLLTX2Audio, folder, device, dtype, reader=reader)
 
 
 def load_vocoder(
@@ -28,6 +35,8 @@ def load_vocoder(
 
     Raises as :func:`ltxpack.runtime.weights.load.load_module`.
     """
+    from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE, UpSample1d
+
     config = read_config(folder, LTX2VocoderWithBWE.__name__)
     with _filters_by_shape():
         module = build_on_meta(LTX2VocoderWithBWE, config, folder)
@@ -36,7 +45,13 @@ def load_vocoder(
     return load_module(module, folder, device, dtype, {"resampler.filter": resampler.filter}, reader).float()
 
 
-_filter = vocoders.kaiser_sinc_filter1d
+@cache
+def _filter() -> Callable[[float, float, int], Tensor]:
+    """diffusers' own function, which :func:`_filters_by_shape` replaces for a while."""
+    from diffusers.pipelines.ltx2 import vocoder
+
+    plain: Callable[[float, float, int], Tensor] = vocoder.kaiser_sinc_filter1d
+    return plain
 
 
 @contextmanager
@@ -45,16 +60,19 @@ def _filters_by_shape() -> Iterator[None]:
 
     diffusers computes 400 filters as it builds the vocoder. On the meta device torch does so in Python, for seconds.
     """
+    from diffusers.pipelines.ltx2 import vocoder
+
+    plain = _filter()
 
     def made(cutoff: float, half_width: float, kernel_size: int) -> Tensor:
         on_meta = torch.get_default_device().type == "meta"
-        return torch.empty(kernel_size) if on_meta else _filter(cutoff, half_width, kernel_size)
+        return torch.empty(kernel_size) if on_meta else plain(cutoff, half_width, kernel_size)
 
-    vocoders.kaiser_sinc_filter1d = made
+    vocoder.kaiser_sinc_filter1d = made
     try:
         yield
     finally:
-        vocoders.kaiser_sinc_filter1d = _filter
+        vocoder.kaiser_sinc_filter1d = plain
 
 
 @torch.no_grad()

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from diffusers import AutoencoderKLLTX2Video
-from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
-from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
 from torch import Tensor, nn
 
 from ltxpack.errors import OverlayError, UsageError
@@ -24,9 +20,13 @@ from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, split, split_
 from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, load_component, read_headers, read_tensors, verify_command
 
-VideoVAE: TypeAlias = AutoencoderKLLTX2Video
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
+
+VideoVAE: TypeAlias = "AutoencoderKLLTX2Video"
 # Decodes many tiles in order: :func:`decode_tiles`, or a function that shares the work between ranks.
-DecodeTiles: TypeAlias = Callable[[VideoVAE, Iterable[Tensor]], Iterator[Tensor]]
+DecodeTiles: TypeAlias = "Callable[[VideoVAE, Iterable[Tensor]], Iterator[Tensor]]"
 # The number of frames that are blended at once, so that the float32 copies stay small beside the frames.
 BLENDED_AT_ONCE = 8
 
@@ -82,7 +82,9 @@ def load_video_vae(folder: Path, device: torch.device, dtype: torch.dtype, reade
 
     Raises as :func:`ltxpack.runtime.weights.load.load_module`.
     """
-    vae = load_component(VideoVAE, folder, device, dtype, reader=reader)
+    from diffusers import AutoencoderKLLTX2Video
+
+    vae = load_component(AutoencoderKLLTX2Video, folder, device, dtype, reader=reader)
     return channels_last(vae) if device.type == "cuda" else vae
 
 
@@ -92,33 +94,15 @@ def channels_last(vae: VideoVAE) -> VideoVAE:
     Convolutions use matrix units in this layout; results stay the same up to rounding. diffusers pads in time with
     tensors in planes, which would undo the layout before every convolution, so our convolution replaces it.
     """
+    from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
+
+    from ltxpack.runtime.codecs.channels_last import ChannelsLastConv
+
     vae.to(memory_format=torch.channels_last_3d)
     for module in vae.modules():
         if isinstance(module, LTX2VideoCausalConv3d):
-            module.__class__ = _ChannelsLastConv
+            module.__class__ = ChannelsLastConv
     return vae
-
-
-class _ChannelsLastConv(LTX2VideoCausalConv3d):  # type: ignore[misc]  # diffusers is untyped
-    """A convolution that pads into channels-last memory: its input may be in planes, which the convolution would copy
-    once more.
-    """
-
-    def forward(self, hidden_states: Tensor, causal: bool = True) -> Tensor:
-        """Pad with copies of the first frame; without ``causal`` with half as many, and with copies of the last one."""
-        missing = self.kernel_size[0] - 1
-        before, after = (missing, 0) if causal else (missing // 2, missing // 2)
-        batch, channels, frames, height, width = hidden_states.shape
-        padded = torch.empty(
-            (batch, channels, before + frames + after, height, width),
-            dtype=hidden_states.dtype,
-            device=hidden_states.device,
-            memory_format=torch.channels_last_3d,
-        )
-        padded[:, :, :before] = hidden_states[:, :, :1]
-        padded[:, :, before : before + frames] = hidden_states
-        padded[:, :, before + frames :] = hidden_states[:, :, -1:]
-        return self.conv(padded)
 
 
 @torch.no_grad()
@@ -290,8 +274,13 @@ def _summing_to_one(tiles: list[AxisTile]) -> list[AxisTile]:
     return [AxisTile(tile.latents, tile.output, tile.weights / total[tile.output]) for tile in tiles]
 
 
-# Raises as load_component.
-load_upsampler = partial(load_component, LTX2LatentUpsamplerModel)
+def load_upsampler(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, reader: Reader | None = None
+) -> LTX2LatentUpsamplerModel:
+    """The upsampler of an overlay's ``latent_upsampler/``. Raises as ``load_component``."""
+    from diffusers.pipelines.ltx2 import LTX2LatentUpsamplerModel
+
+    return load_component(LTX2LatentUpsamplerModel, folder, device, dtype, reader=reader)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from typing import Any
 from ltxpack.errors import UsageError
 from ltxpack.files.publish import Temporary, output_errors
 from ltxpack.reporter import Reporter
+from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.lines import Task, carry_out
 from ltxpack.runtime.parallel.cluster import (
     NOT_STARTED,
@@ -61,6 +62,7 @@ class LineActor:
             self._session = Session(disk.root, settings, Voice(self._number, self._said.put))
             self._session.process_ends = True
             self._session.residency.processes = sharers_here(actors)
+            import_libraries()
             self._said.put(Ready(self._number))
         return where()
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.lines import carry_out
 from ltxpack.runtime.parallel.process import LEFT, Next, Tell, run_worker
 from ltxpack.runtime.parallel.share import Carried, Ready, Voice
@@ -32,6 +33,7 @@ def _carry_out(opening: Any, next: Next, tell: Tell) -> None:
         session.process_ends, session.residency.processes, session.only = True, sharers, only
         if session.device.type == "cuda":
             torch.cuda.set_device(session.device)
+        import_libraries()
         tell(Ready(number))
         while (work := next()) is not None:
             tell(Carried(number, carry_out(session, *work)))

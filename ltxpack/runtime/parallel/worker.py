@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ltxpack.runtime.libraries import OF_A_RANK, import_libraries
 from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, store_in
@@ -60,6 +61,7 @@ class Follower(Member):
 def follow_torchrun(root: Path, settings: SessionSettings, launch: Launched) -> None:
     """Be a rank other than 0 that torchrun started, until rank 0 has no more work. Raises LtxpackError."""
     with Session(root, settings) as session:
+        import_libraries(OF_A_RANK)
         exchange = Exchange(None, launch.rank, launch.size, session.device, lambda failed: None)
         Follower(exchange.say, settings.parallel, launch.size, session).follow(exchange)
 
@@ -70,6 +72,7 @@ def _follow(opening: Any, next: Next, tell: Tell) -> None:
     with Session(root, settings) as session:
         session.residency.processes = size
         follower = Follower(next, parallel, size, session)
+        import_libraries(OF_A_RANK)
         tell(READY)
         if next() is not None:  # rank 0 joins when it has something to make
             follower.follow(Exchange(store_in(place, size), rank, size, session.device, _left_to_rank_0))

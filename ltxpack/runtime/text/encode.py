@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-import transformers
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor
-from transformers import Gemma3TextModel
 
 from ltxpack.errors import DeviceError, LtxpackError
 from ltxpack.reporter import Reporter
@@ -23,6 +21,10 @@ from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.text.prompt_cache import Contexts, PromptCache, backend, batch_key
 from ltxpack.runtime.weights.keeper import Residency
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from transformers import Gemma3TextModel
 
 Batch = tuple[str, ...]
 PARTS = ("tokenizer", "text_encoder", "connectors")
@@ -143,6 +145,8 @@ def _connect(hidden: text.HiddenStates, connectors: LTX2TextConnectors, reporter
     """The contexts of one prompt, on the host."""
     found = text.contexts(hidden, connectors).map(Tensor.cpu)
     if not all(part.isfinite().all() for part in (found.video, found.audio)):
+        import transformers
+
         raise DeviceError(
             "the text encoder or the connectors give numbers that are not finite",
             found=f"{connectors.device}, torch {torch.__version__}, transformers {transformers.__version__}",

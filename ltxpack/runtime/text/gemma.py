@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from transformers import Gemma3Config, Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
 from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
@@ -28,6 +26,10 @@ from ltxpack.ltx23.text_encoder import language_model, text_config
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights import load
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise refused(
             "too large for a tokenizer", expected=f"at most {MAX_TOKENIZER_BYTES} bytes", found=f"{size} bytes"
         )
+    from transformers import PreTrainedTokenizerFast
+
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot parse
@@ -68,6 +72,8 @@ def load_text_encoder(
     tower, a projector and a head may be there too. Raises UnsupportedError naming what does not fit, OverlayError and
     FormatError, before it reads a tensor.
     """
+    from transformers import Gemma3TextModel
+
     fields, config = _gemma_config(folder)
     # torch's own attention, whatever the file says: _attention_masks fit only that.
     config._attn_implementation = "sdpa"
@@ -103,6 +109,8 @@ def load_connectors(
     folder: Path, device: torch.device, dtype: torch.dtype | None, reader: load.Reader | None = None
 ) -> LTX2TextConnectors:
     """The text connectors of ``folder`` with our attention processor; see ``load.load_component`` for errors."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+
     connectors = load.load_component(LTX2TextConnectors, folder, device, dtype, reader=reader)
     use_rounded_rotary(connectors)
     return connectors
@@ -203,6 +211,8 @@ def another_encoder(folder: Path) -> str:
 
 def _gemma_config(folder: Path) -> tuple[Mapping[str, Any], Gemma3TextConfig]:
     """The language model's fields, and transformers' config for them."""
+    from transformers import Gemma3Config, Gemma3TextConfig
+
     path = folder / "config.json"
     try:
         fields, _ = Gemma3Config.get_config_dict(folder, local_files_only=True)

@@ -6,14 +6,16 @@ The text path itself cuts silently, like the official one (:func:`ltxpack.runtim
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT
 from ltxpack.runtime.text.gemma import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Letters of a prompt's end that a warning quotes.
 LONGEST_SHOWN = 300

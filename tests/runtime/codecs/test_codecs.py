@@ -11,6 +11,7 @@ import pytest
 import torch
 from codec_parts import decoder_sizes, write_codecs
 from diffusers import AutoencoderKLLTX2Video
+from diffusers.pipelines.ltx2 import vocoder
 from memory_meter import peak_of
 from safetensors.torch import save_file
 from support import distance, load, relative_l2
@@ -148,12 +149,13 @@ def test_loud_sound_is_clamped_before_the_bandwidth_extension(parts: SimpleNames
 
 def test_filters_are_empty_only_while_a_vocoder_is_built_on_the_meta_device() -> None:
     """Each is in a file or made anew, and diffusers computes 400 of them."""
+    plain = vocoder.kaiser_sinc_filter1d
     with audio._filters_by_shape():
-        made = audio.UpSample1d(2).filter
+        made = vocoder.UpSample1d(2).filter
         with torch.device("meta"):
-            assert (empty := audio.UpSample1d(2).filter).is_meta and empty.shape == made.shape
-    assert torch.equal(audio.UpSample1d(2).filter, made)
-    assert audio.vocoders.kaiser_sinc_filter1d is audio._filter
+            assert (empty := vocoder.UpSample1d(2).filter).is_meta and empty.shape == made.shape
+    assert torch.equal(vocoder.UpSample1d(2).filter, made)
+    assert vocoder.kaiser_sinc_filter1d is plain
 
 
 def test_upsampled_latents(parts: SimpleNamespace) -> None:
