@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_101,
-    "files of the package": 202,
-    "lines of the tests": 33_791,
+    "lines of the package": 34_204,
+    "files of the package": 204,
+    "lines of the tests": 33_862,
 }
 
 
@@ -197,7 +197,7 @@ def modules_after(*names: str) -> set[str]:
         (["ltxpack.cli.serve"], {"torch", "fastapi", "uvicorn"}),
         (["ltxpack.materialize", "ltxpack.repack.write", "ltxpack.repack.verify"], {"torch", "diffusers"}),
         (["ltxpack.lora_bake", "ltxpack.export", "ltxpack.cli.bake_lora", "ltxpack.cli.export"], HEAVY - {"numpy"}),
-        (["ltxpack.lora_bake.stream", "ltxpack.export.bake", "safetensors.torch"], LIBRARIES),
+        (["ltxpack.lora_bake.stream", "ltxpack.lora_bake.trial", "ltxpack.export.write"], LIBRARIES),
         (["ltxpack.cli.plan", "ltxpack.deployment", "ltxpack.runtime.parallel.planned"], HEAVY - {"numpy"}),
         (["ltxpack.runtime.run", "ltxpack.runtime.batch", "ltxpack.runtime.pipeline"], LIBRARIES),
         (["ltxpack.runtime.parallel.worker", "ltxpack.runtime.parallel.line_worker"], LIBRARIES),
