@@ -36,7 +36,7 @@ from ltxpack.serve.server import ServeOptions, service_of
 
 # A request for a video in its answer lasts as long as the video: the queue is what bounds them.
 REQUESTS = 1000
-# Seconds between looks of Ray Serve whether a worker is alive.
+# Seconds between looks of Ray Serve whether a replica is alive.
 HEALTH = 2.0
 WORKER = "VideoWorker"
 # Jobs and videos are on the disk of one machine: the head of the cluster, unless a configuration says otherwise.
@@ -124,7 +124,11 @@ def app(args: Mapping[str, Any]) -> Application:
         logging_config={"enable_access_log": False},
     )
     server = serve.deployment(
-        name="VideoServer", num_replicas=1, max_ongoing_requests=REQUESTS, ray_actor_options=ON_THE_HEAD
+        name="VideoServer",
+        num_replicas=1,
+        max_ongoing_requests=REQUESTS,
+        health_check_period_s=HEALTH,
+        ray_actor_options=ON_THE_HEAD,
     )
     return server(serve.ingress(build)()).bind(worker.bind())
 

@@ -11,11 +11,13 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -42,8 +44,10 @@ from ltxpack.serve.workers import OnFault, Workers
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 SESSION = SessionSettings(dtype="float32", cache=False)
-OPENING = Opening("actor 0", "none", {})
 SMALL = {"size": "64x64", "num_frames": 9, "model": "ltx-2.3-distilled"}
+# Videos in whose middle a kill comes, and which is deleted before it can be done: 3 and 60 seconds of a processor.
+LONG = {"size": "64x64", "num_frames": 9, "steps": 100}
+ENDLESS = {"size": "384x384", "num_frames": 97, "steps": 100}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,9 +65,10 @@ class Heard(Reporter):
     def note(self, message: str) -> None:
         self.notes.append(message)
 
-    def pids(self) -> list[int]:
-        """The processes of the actors, as they became ready."""
-        return [int(found[1]) for note in self.notes if (found := re.search(r"is ready on .*, process (\d+)$", note))]
+    def processes(self) -> dict[str, int]:
+        """The actors and their processes, as they became ready."""
+        found = re.findall(r"^(actor \d): a worker is ready on .*, process (\d+)$", "\n".join(self.notes), re.MULTILINE)
+        return {device: int(pid) for device, pid in found}
 
 
 class Ask:
@@ -119,60 +124,55 @@ def png() -> bytes:
     return file.getvalue()
 
 
-def test_actors_make_what_a_process_makes_and_a_killed_one_loses_nothing(demo: Path, tmp_path: Path, ray: Any) -> None:
+def test_what_actors_are_killed_at_or_a_server_leaves_is_made(demo: Path, tmp_path: Path, ray: Any) -> None:
+    """The videos are those of a process; what is deleted ends. The next server is the command, by the address."""
     output = tmp_path / "videos"
     with serving(demo, output, ray, 2) as server:
         form = {"data": {**SMALL, "prompt": "a boat", "seed": 3}, "files": {"input_reference": ("a.png", png())}}
         with_picture = server.post("", **form)
-        slow = server.post("", json={"prompt": "a dog", "size": "64x64", "num_frames": 9, "steps": 30})
         content = server.completed(with_picture)
-        server.begun(slow)
-        states = {one["job"]: one["device"] for one in server.workers.states}
-        before = server.heard.pids()
-        assert len(before) == 2
-        at_work = next(
-            pid
-            for pid, note in zip(before, [note for note in server.heard.notes if "is ready on" in note], strict=True)
-            if note.startswith(states[slow])
-        )
-        os.kill(at_work, signal.SIGKILL)
-        until(lambda: len(server.heard.pids()) == 3)
-        assert server.completed(slow)
-        (died,) = [note for note in server.heard.notes if "another worker is started" in note]
-        assert "The actor is dead" in died and died.startswith(states[slow])
-        counted = server.ask("GET", "/metrics").text
-        assert f'ltxpack_worker_deaths_total{{device="{states[slow]}"}} 1' in counted
-        assert 'ltxpack_jobs_ended_total{status="completed"} 2' in counted
-        assert not [*(output / "pictures").iterdir()]
-    task = {"id": "a", "prompt": "a boat", "stages": ["distilled-0.5"] * 2, "images": [["a.png", 0, 1.0]]}
-    settings = {"recipe": "distilled", "width": 64, "height": 64, "num_frames": 9, "seed": 3}
-    (tmp_path / "a.png").write_bytes(png())
-    paths = {"pictures": str(tmp_path), "output": str(tmp_path / "alone.mp4")}
-    with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32", cache=False)) as session:
-        assert worker.make(session, {**task, **paths, "settings": settings}, set(), lambda message: None)
-    assert content == (tmp_path / "alone.mp4").read_bytes()
-
-
-def test_what_is_deleted_ends_and_what_a_server_leaves_the_next_one_makes(demo: Path, tmp_path: Path, ray: Any) -> None:
-    """The next one is the command, by the address of the cluster."""
-    long = {"prompt": "a boat", "size": "64x64", "num_frames": 9, "steps": 100}
-    with serving(demo, tmp_path, ray) as server:
-        gone = server.post("", json=long)
-        left, waiting = server.post("", json={**long, "steps": 12}), server.post("a dog")
-        server.begun(gone)
+        until(lambda: 'jobs_ended_total{status="completed"} 1' in server.ask("GET", "/metrics").text)
+        gone = server.post("", json={**ENDLESS, "prompt": "a cat"})
+        before = until(lambda: found if len(found := server.heard.processes()) == 2 else None)
+        slow = server.post("", json={**LONG, "prompt": "a dog"})
+        _killed_at(server, slow, before)
         assert server.ask("DELETE", f"/v1/videos/{gone}").status_code == 200
         until(lambda: 'jobs_ended_total{status="cancelled"} 1' in server.ask("GET", "/metrics").text)
-        server.begun(left)
-        assert server.workers.states[0]["job"] == left
+        assert not [*(output / "pictures").iterdir()]
+        waiting = [server.post(prompt) for prompt in ("a dog", "a cow", "a pig")]
     address = ray.get_runtime_context().gcs_address
-    flags = ["--dtype=float32", "--port=0", "--devices=cpu:1", "-o", tmp_path, "--ray", address]
+    flags = ["--dtype=float32", "--port=0", "--devices=cpu:1", "-o", output, "--ray", address]
     command = [sys.executable, "-m", "ltxpack", "serve", demo / "overlay", *flags]
     with Server(command, LTXPACK_API_KEY="a key") as again:
-        assert [job["id"] for job in again.all_completed()] == [left, waiting]
-        assert again.client.get(f"/videos/{left}/content").content == (tmp_path / f"{left}.mp4").read_bytes()
+        assert [job["id"] for job in again.all_completed()] == [with_picture, slow, *waiting]
+        assert again.client.get(f"/videos/{slow}/content").content == (output / f"{slow}.mp4").read_bytes()
     # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.
     hears = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     assert again.process.returncode == (130 if hears else 0) and f"connecting to Ray ({address})" in again.log
+    assert content == _alone(demo, tmp_path)
+
+
+def _killed_at(server: Ask, job_id: str, before: dict[str, int]) -> None:
+    """Kill the actor that is in the middle of a job; another one starts, and the job begins again."""
+    server.begun(job_id)
+    (device,) = [one["device"] for one in server.workers.states if one["job"] == job_id]
+    os.kill(before[device], signal.SIGKILL)
+    until(lambda: server.heard.processes()[device] != before[device])
+    (died,) = [note for note in server.heard.notes if "another worker is started" in note]
+    assert re.match(rf"{device}: The actor .*; another", died)
+    server.begun(job_id)
+    assert f'ltxpack_worker_deaths_total{{device="{device}"}} 1' in server.ask("GET", "/metrics").text
+
+
+def _alone(demo: Path, folder: Path) -> bytes:
+    """The video with a picture, of this process."""
+    task = {"id": "a", "prompt": "a boat", "stages": ["distilled-0.5"] * 2, "images": [["a.png", 0, 1.0]]}
+    settings = {"recipe": "distilled", "width": 64, "height": 64, "num_frames": 9, "seed": 3}
+    (folder / "a.png").write_bytes(png())
+    paths = {"pictures": str(folder), "output": str(folder / "alone.mp4")}
+    with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32", cache=False)) as session:
+        assert worker.make(session, {**task, **paths, "settings": settings}, set(), lambda message: None)
+    return (folder / "alone.mp4").read_bytes()
 
 
 def test_an_actor_that_cannot_begin_says_why_and_another_is_tried(demo: Path, tmp_path: Path, ray: Any) -> None:
@@ -193,14 +193,12 @@ def test_an_actor_that_cannot_begin_says_why_and_another_is_tried(demo: Path, tm
     assert all("fault" in actor.next() for _ in range(2)), "whatever goes wrong, nobody waits for ever"
 
 
-def test_what_cannot_be_written_has_failed(
-    demo: Path, tmp_path: Path, ray: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The video where the server is, and the pictures where the actor is."""
-    with contextlib.closing(ActorLink(ray, cluster.SharedDisk.of(demo / "overlay"), 1, OPENING)) as link:
-        link._output = tmp_path / "none" / "a.mp4"
-        said = link._kept({"done": {}, "video": b"v"})
-        assert said["code"] == "server_error" and str(tmp_path) in said["log"] and str(tmp_path) not in said["failed"]
+    link = ActorLink.__new__(ActorLink)
+    link._output = tmp_path / "none" / "a.mp4"
+    said = link._kept({"done": {}, "video": b"v"})
+    assert said["code"] == "server_error" and str(tmp_path) in said["log"] and str(tmp_path) not in said["failed"]
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     actor = VideoActor()
     actor.make({}, {"a-0": b""})
@@ -216,8 +214,8 @@ class Deployed:
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         return until(lambda: found if (found := self._client.request(method, path, **more)).status_code < 500 else None)
 
-    def post(self, **fields: Any) -> str:
-        answer = self.ask("POST", "/v1/videos", json={**SMALL, "prompt": "a boat", **fields})
+    def post(self, said: dict[str, Any]) -> str:
+        answer = self.ask("POST", "/v1/videos", json=said)
         assert answer.status_code == 200, answer.text
         return f"/v1/videos/{answer.json()['id']}"
 
@@ -257,35 +255,74 @@ def test_ray_serve_has_the_same_server_and_killed_replicas_lose_nothing(demo: Pa
     with deployed(ray, {**args, "session": {"dtype": "float32"}}) as server:
         another = {"Authorization": "Bearer another"}
         assert server.ask("GET", "/v1/videos", headers=another).status_code == 401
-        long = {"model": "ltx-2.3-hq", "steps": 100}
-        pair = [server.post(**long) for _ in range(2)]
-        until(lambda: all(server.job(path)["progress"] > 0 for path in pair))
-        waiting = [server.post(prompt=prompt) for prompt in ("a dog", "a cat")]
-        assert [server.job(path)["status"] for path in waiting] == ["queued"] * 2
-        workers = server.replicas("VideoWorker")
-        assert len(workers) == 2
-        for pid in workers:
-            os.kill(pid, signal.SIGKILL)
-        until(lambda: server.metric('jobs{status="queued"} 4'))
-        until(lambda: all(server.job(path)["progress"] > 0 for path in pair))
+        pair = [server.post({**ENDLESS, "prompt": prompt}) for prompt in ("a boat", "a fox")]
+        _all_begun(server, pair)
+        waiting = [server.post({**SMALL, "prompt": prompt}) for prompt in ("a dog", "a cat")]
+        first, second = server.replicas("VideoWorker")
+        os.kill(first, signal.SIGKILL)
+        until(lambda: server.metric('jobs{status="queued"} 3'))
+        _all_begun(server, pair)
+        assert second in server.replicas("VideoWorker")
         (head,) = server.replicas("VideoServer")
         os.kill(head, signal.SIGKILL)
         until(lambda: head not in server.replicas("VideoServer"))
-        until(lambda: all(server.job(path)["progress"] > 0 for path in pair))
-        assert not workers & server.replicas("VideoWorker")
+        _all_begun(server, pair)
+        assert [server.job(path)["status"] for path in waiting] == ["queued"] * 2, "the others have their old places"
+        assert second in server.replicas("VideoWorker")
         for path in pair:
             assert server.ask("DELETE", path).status_code == 200
         until(lambda: server.metric('jobs_ended_total{status="cancelled"} 2'))
         until(lambda: all(server.job(path)["status"] == "completed" for path in waiting))
-        fetched = server.ask("GET", f"{waiting[0]}/content", headers={"Range": "bytes=0-9"})
-        assert fetched.status_code == 206 and len(fetched.content) == 10
-        made = server.ask("POST", "/v1/videos/sync", json={**SMALL, "prompt": "a dog"})
-        assert made.status_code == 200 and made.headers["content-type"] == "video/mp4"
-        with pytest.raises(httpx.ReadTimeout):
-            server.ask("POST", "/v1/videos/sync", json={**SMALL, **long, "prompt": "a cat"}, timeout=1)
-        until(lambda: len(server.ask("GET", "/v1/videos").json()["data"]) == 2)
-        until(lambda: server.metric('jobs_ended_total{status="cancelled"} 3'))
+        _answers_at_once(server, waiting)
     assert {f"/v1/videos/{video.stem}" for video in tmp_path.glob("*.mp4")} == {*waiting}
+
+
+def _all_begun(server: Deployed, jobs: list[str]) -> None:
+    """All of ``jobs`` are being made, at once."""
+    until(lambda: all((job := server.job(path))["status"] == "in_progress" and job["progress"] > 0 for path in jobs))
+
+
+def _answers_at_once(server: Deployed, kept: list[str]) -> None:
+    """Ranges, and videos as the answer of a request, which ends if its client leaves."""
+    fetched = server.ask("GET", f"{kept[0]}/content", headers={"Range": "bytes=0-9"})
+    assert fetched.status_code == 206 and len(fetched.content) == 10
+    made = server.ask("POST", "/v1/videos/sync", json={**SMALL, "prompt": "a dog"})
+    assert made.status_code == 200 and made.headers["content-type"] == "video/mp4"
+    with pytest.raises(httpx.ReadTimeout):
+        server.ask("POST", "/v1/videos/sync", json={**ENDLESS, "prompt": "a cat"}, timeout=1)
+    until(lambda: server.metric('jobs_ended_total{status="cancelled"} 3'))
+    assert len(server.ask("GET", "/v1/videos").json()["data"]) == len(kept)
+
+
+def test_a_replica_that_cannot_work_says_why_and_ends(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no task then, nor can its server give it one."""
+    pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
+    from ltxpack.serve import replicas
+
+    ended: list[int] = []
+    monkeypatch.setattr(replicas.os, "_exit", ended.append)
+    monkeypatch.setattr(replicas, "UNFIT", 0.0)
+    right = cluster.SharedDisk.of(demo / "overlay")
+    opening = Opening.of("worker 0", "cpu", right.root, SESSION, 1)
+
+    async def alive() -> None:
+        """The server is."""
+
+    async def said() -> list[Any]:
+        server = SimpleNamespace(__ray_ready__=SimpleNamespace(remote=alive))
+        wrong = replace(right, version="0.0.0")
+        return [message async for message in replicas.VideoWorker().work(server, wrong, opening, ({"id": "a"}, {}))]
+
+    answer = asyncio.run(said())
+    assert ended == [1] and len(answer) == 1 and "another ltxpack is installed there" in answer[0]["fault"]
+    handle = SimpleNamespace(work=SimpleNamespace(remote=lambda *_: iter(answer)))
+    link = replicas.ReplicaLink(replicas.Replicas(handle, None, right), opening)
+    with pytest.raises(Died, match="another ltxpack"), link.free():
+        raise AssertionError("no task is taken from the queue")
+    assert not link.is_missing
+    monkeypatch.setattr(replicas, "PATIENCE", -1.0)
+    link._replicas.waiting_since = time.monotonic()
+    assert link.is_missing
 
 
 def test_what_ray_serve_is_told_are_the_flags_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
