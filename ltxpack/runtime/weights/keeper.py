@@ -84,9 +84,8 @@ class Residency:
         self._in_use: set[str] = set()
         # Transformers that stay for the next stage.
         self._carried: set[str] = set()
-        # Pinned blocks that outlive their transformer, and the stamps of the files they were hashed from.
-        self._held: dict[str, dict[int, MemorySource]] = {}
-        self._hashed: dict[str, list[Stamp]] = {}
+        # The stamps of a transformer's files when they were hashed, and pinned blocks of these that outlive it.
+        self._held: dict[str, tuple[list[Stamp], dict[int, MemorySource]]] = {}
 
     def prepare(self, works: Sequence[Work]) -> Plan | None:
         """The plan for the largest of ``works``, told before anything is loaded. Raises DeviceError if nothing fits.
@@ -134,7 +133,7 @@ class Residency:
             if stays or home == HOST:
                 self._kept[part] = placed
             else:
-                self._drop(part, placed)
+                placed.drop()
             del placed
             if not stays:
                 torch.cuda.empty_cache()
@@ -164,7 +163,6 @@ class Residency:
         self._kept.clear()
         self._carried.clear()
         self._held.clear()
-        self._hashed.clear()
         self._spare.clear()
         torch.cuda.empty_cache()
 
@@ -251,8 +249,8 @@ class Residency:
         weights = [record for record in records if record.path.endswith(WEIGHTS)]
         self.overlay.check(record for record in records if record not in weights)
         digests = {self.overlay.root / record.path: record.blake3 for record in weights}
-        held, stamps = self._held.pop(part, {}), list(map(_stamp, digests))
-        if stamps != self._hashed.pop(part, None):
+        stamps, (before, held) = list(map(_stamp, digests)), self._held.pop(part, ([], {}))
+        if stamps != before:
             held = {}
         waiting = self._warmer.waiting() if self._warmer else contextlib.nullcontext()
         files, slots = self._queues
@@ -273,16 +271,11 @@ class Residency:
             with waiting, torch.inference_mode(), slots.computing():
                 module = load(self.overlay.folder(part), self.device, self.dtype, read)
         if placement.held:
-            self._hashed[part] = stamps
+            self._held[part] = stamps, read.held
         return PlacedModule(module, read)
 
     def _placement(self, part: str) -> Placement:
         return self.plan.placements.get(part, UNPLANNED) if self.plan else UNPLANNED
-
-    def _drop(self, part: str, placed: PlacedModule[Any]) -> None:
-        if placed.held:
-            self._held[part] = placed.held
-        placed.drop()
 
     def _drop_carried(self, part: str) -> None:
         """Drop transformers that stayed for the next stage, unless ``part`` is one of them or is used in between."""
@@ -291,7 +284,7 @@ class Residency:
             return
         for other in self._carried & set(self._kept):
             if self._kept[other].placement.home == FILE:
-                self._drop(other, self._kept.pop(other))
+                self._kept.pop(other).drop()
         self._carried.clear()
 
     @contextlib.contextmanager

@@ -208,7 +208,7 @@ class PlacedModule(Generic[M]):
     def __init__(self, module: M, read: PlacementReader) -> None:
         self.module = module
         self.placement = read.placement
-        self.unpinned, self.held, self.refused = read.unpinned, read.held, read.reader.refused
+        self.unpinned, self.refused = read.unpinned, read.reader.refused
         self._memory, self._spare, self._stream, self._copies = read.memory, read.spare, read.stream, read.copies
         blocks = [module.get_submodule(f"{read.root}.{number}") for number in read.sources]
         self._slots = Slots(blocks, list(read.sources.values()), self._copies)

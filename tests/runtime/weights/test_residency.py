@@ -359,7 +359,8 @@ def test_only_what_is_not_held_is_read_again(
             assert read_bytes[folder / WEIGHTS] >= (folder / WEIGHTS).stat().st_size
         read_bytes.clear()
         assert same(video(make, request(), codecs=False), first)
-        held = {folder: sorted(make.residency._held.get(part_of(folder), {})) for folder in folders}
+        kept = make.residency._held
+        held = {folder: sorted(kept[part_of(folder)][1]) if part_of(folder) in kept else [] for folder in folders}
     assert [len(numbers) for numbers in held.values()] == list(way.held)
     for folder in folders:
         sizes, read = block_sizes(folder), read_bytes[folder / WEIGHTS]
@@ -405,7 +406,7 @@ def test_what_is_held_is_given_back(demo: Path, force: Callable[[Way], None]) ->
     force(HELD[0])
     make = pipeline(demo / "overlay")
     video(make, request(), codecs=False)
-    memories = [weakref.ref(source.memory) for held in make.residency._held.values() for source in held.values()]
+    memories = [weakref.ref(source.memory) for _, held in make.residency._held.values() for source in held.values()]
     gc.collect()
     assert len(memories) == sum(HELD[0].held) and all(memory() is not None for memory in memories)
     make.close()
