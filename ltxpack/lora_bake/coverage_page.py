@@ -168,16 +168,13 @@ def histogram(changes: Iterable[float | None]) -> list[int]:
     return counts
 
 
-def _look(change: float | None) -> str:
-    """The class of a cell without a plain colour: below or above the scale, no change, a change from zero."""
+def _chip(change: float | None) -> tuple[str, str]:
+    """The class of a cell, "" for a change on the scale, and the attribute that colours it."""
     if not change:
-        return "fz" if change is None else "zr"
-    return "lo" if change < 10.0**LOW else "hi" if change > 10.0**HIGH else ""
-
-
-def _shade(change: float | None) -> str:
-    """The attribute that colours a cell."""
-    return "" if change == 0 else f' style="background:{colour(change)}"'
+        look = "fz" if change is None else "zr"
+    else:
+        look = "lo" if change < 10.0**LOW else "hi" if change > 10.0**HIGH else ""
+    return look, "" if change == 0 else f' style="background:{colour(change)}"'
 
 
 # Values as text
@@ -310,7 +307,7 @@ def _legend(view: CoverageView) -> dict[str, Any]:
         ),
         "ramp": ", ".join(RAMP),
         "colours": RAMP,
-        "looks": Counter(map(_look, changes)),
+        "looks": Counter(_chip(change)[0] for change in changes),
     }
 
 
@@ -367,7 +364,8 @@ def _cell(view: CoverageView, block: int, kind: str) -> str:
     if key is None:
         return f'<td class=none title="block {block}, {text(kind)}: not touched">'
     target = view.targets[key]
-    change, look = target["change"], _look(target["change"])
+    change = target["change"]
+    look, shade = _chip(change)
     beyond = {"lo": ", below the scale", "hi": ", above the scale"}.get(look, "")
     terms = "; ".join(
         f"LoRA {term['lora'] + 1} rank {term['rank']} scale {term['scale']:g}" for term in target["terms"]
@@ -375,7 +373,7 @@ def _cell(view: CoverageView, block: int, kind: str) -> str:
     figure = "from zero" if change is None else f"{change:.2e}"
     error = f"; stored with an error of {_percent(target['error'])}" if "error" in target else ""
     title = f"{text(key)}: {figure}{beyond}, {_counts(target)} weights changed; {terms}{error}"
-    return f'<td{f" class={look}" if look else ""}{_shade(change)} title="{title}">'
+    return f'<td{f" class={look}" if look else ""}{shade} title="{title}">'
 
 
 def _counts(target: Mapping[str, Any]) -> str:
@@ -425,9 +423,8 @@ def _outside(view: CoverageView) -> Iterable[str]:
             look, shade, figures = "none", "", '<td class="number quiet" colspan=2>not touched'
             if kind in view.ends:
                 target = view.targets[view.ends[kind]]
-                change = target["change"]
-                look, shade = _look(change), _shade(change)
-                told = "from zero" if change is None else _percent(change)
+                look, shade = _chip(target["change"])
+                told = "from zero" if target["change"] is None else _percent(target["change"])
                 figures = f"<td class=number>{told}<td class=number>{_counts(target)}"
             shown = name(view.ends.get(kind, kind))
             yield f'<tr><td><span class="chip {look}"{shade}></span><td class="name mono">{shown}{figures}</tr>'
