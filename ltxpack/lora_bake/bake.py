@@ -280,16 +280,14 @@ def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -
 
 
 def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
-    main, added = options.strengths, options.added
-    strengths = [Strength.of(by) for by in (*main, *(by for _, by in added))]
+    given = [Strength.of(by) for by in (*options.strengths, *(by for _, by in options.added))]
     there = {block for block, _ in map(split_name, base.shapes) if block is not None}
-    count, last = max(there, default=-1) + 1, max((run.last for by in strengths for run in by.blocks), default=-1)
+    count, last = max(there, default=-1) + 1, max((run.last for by in given for run in by.blocks), default=-1)
     if last >= count:
-        within = [by.within(count) for by in strengths]
-        added = tuple((file, by) for (file, _), by in zip(added, within[len(main) :], strict=True))
+        within = options.with_strengths(lambda by: Strength.of(by).within(count))
         raise UsageError(
             "a strength names a block that is not there", file=options.overlay, expected=f"blocks 0 to {count - 1}",
-            found=last, next=options.command(strengths=tuple(within[: len(main)]), added=added),
+            found=last, next=within.command(),
         )  # fmt: skip
 
 

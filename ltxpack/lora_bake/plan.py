@@ -11,7 +11,7 @@ import json
 import math
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,7 @@ class BakeOptions:
         for value, known, flag in (*choices, *((form, FORMATS, "--format") for form in formats)):
             if value not in known:
                 raise UsageError(f"{flag} is unknown", expected=" or ".join(known), found=value)
-        strengths = tuple(dict.fromkeys(Strength.of(strength) for strength in self.strengths))
-        added = tuple((file, Strength.of(strength)) for file, strength in self.added)
+        checked = self.with_strengths(Strength.of)
         if self.keep_blocks is not None and formats == (BF16,):
             raise UsageError("--keep-blocks goes with --format fp8 or int8", next=self.command(formats=(FP8,)))
         if self.activations is not None and FP8 not in formats:
@@ -138,7 +137,13 @@ class BakeOptions:
             if len(self.strengths) * len(formats) > 1:
                 found = f"{len(self.strengths)} strengths and {len(formats)} formats"
                 raise UsageError("--name goes with one strength and one format", found=found)
-        return dataclasses.replace(self, strengths=strengths, added=added, formats=formats)
+        return dataclasses.replace(checked, formats=formats)
+
+    def with_strengths(self, change: Callable[[float | Strength], Strength]) -> BakeOptions:
+        """The options with every strength changed, and equal strengths once."""
+        strengths = tuple(dict.fromkeys(map(change, self.strengths)))
+        added = tuple((file, change(strength)) for file, strength in self.added)
+        return dataclasses.replace(self, strengths=strengths, added=added)
 
 
 # Names
