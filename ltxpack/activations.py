@@ -49,7 +49,12 @@ class ActivationsFile:
         """The file at ``path``. Raises FormatError for any other file, SourceError if it cannot be read."""
         with open_source(path) as file:
             size, data = os.fstat(file.fileno()).st_size, file.read(MAX_BYTES)
-        header, wrong = parse_header(data, size, path), functools.partial(FormatError, file=path, next=ANOTHER)
+        wrong = functools.partial(FormatError, file=path, next=ANOTHER)
+        try:
+            header = parse_header(data, size, path)
+        except FormatError as error:
+            # It may be the output of a run, and nothing that a user could fetch again.
+            raise wrong(error.problem, tensor=error.tensor, expected=error.expected, found=error.found) from None
         found = header.metadata
         if found.get("format") != FORMAT or not {"model_version", "base", "transformers"} <= found.keys():
             raise wrong("is not an activations file", expected=f"format {FORMAT}", found=found.get("format"))

@@ -8,7 +8,8 @@ fp32           the fp32 rule in fp32 matmuls
 fp32-bf16      the fp32 rule for LoRAs with bf16 factors on a CPU with a bf16 matrix unit (AMX, AVX512-BF16): the unit
                multiplies the factors and sums in fp32, in less than half the time of fp32 matmuls
 addmm          the fp32 rule for one LoRA with bf16 factors: one bf16 ``addmm``, which on a bf16 matrix unit (AMX,
-               AVX512-BF16, a CUDA card) sums in fp32 and rounds once; elsewhere it is slow, and in a chain not exact
+               AVX512-BF16, a CUDA card) sums in fp32 and rounds once; elsewhere it is slow, and in a chain not exact.
+               A CPU's unit takes factors below 2^-126 for zeros there
 official       the official rule in bf16 matmuls
 official-fp32  the official rule where bf16 matmuls take hours: the products of the same bf16 factors are made in
                fp32, then rounded as the rule says. Sums of long ranks have another order, as on another card: one

@@ -113,6 +113,10 @@ def header(metadata: dict[str, str]) -> Callable[[ActivationsFile], bytes]:
 OURS = {"format": FORMAT, "model_version": "2.3.0", "base": "0"}
 BAD: dict[str, tuple[Callable[[ActivationsFile], bytes], str]] = {
     "text": (lambda _: b"hello", "is not a safetensors file"),
+    "text that a user cannot fetch again": (
+        lambda _: b'{"a": 1}',
+        "next: choose another file, or write a new one with",
+    ),
     "another format": (
         header(OURS | {"format": "1"}),
         "is not an activations file\n  expected format ltxpack-activations-1, found 1",
