@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_207,
     "files of the package": 204,
-    "lines of the tests": 33_904,
+    "lines of the tests": 33_910,
 }
 
 

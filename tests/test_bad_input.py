@@ -9,6 +9,8 @@ import pytest
 import torch
 from support import ltxpack, refused
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
+
 RUN = ("--prompt", "x", "--device", "cpu", "--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2")
 
 

@@ -26,6 +26,8 @@ from support import FORKS, Done, Mount, ltxpack, refused, tree
 from ltxpack.cli import main
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
+
 NOBODY = 65534
 
 

@@ -22,6 +22,8 @@ from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.text import gemma as text
 from ltxpack.runtime.weights.sizes import overlay_model
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
+
 CPU = torch.device("cpu")
 PROMPTS = ("a beach at dusk", "")
 Weights = dict[str, torch.Tensor]
