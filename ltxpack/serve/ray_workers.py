@@ -7,8 +7,13 @@ machines share nothing but the overlay. :class:`VideoActor` is what runs there. 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import queue
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +31,10 @@ from ltxpack.serve.refusal import told
 
 # The key of a worker's last message of a video that it made, and the one under which an actor adds its bytes.
 DONE, VIDEO = "done", "video"
+# How the names of folders of temporary files begin.
+FOLDER = "ltxpack-worker-"
+# Seconds for which such a folder may be without its lock.
+YOUNG = 60.0
 
 
 def ray_place(
@@ -91,7 +100,7 @@ class RemoteWorker:
         from ltxpack.serve import worker
 
         try:
-            with tempfile.TemporaryDirectory(prefix="ltxpack-") as name:
+            with _own_folder() as name:
                 for picture, data in pictures.items():
                     Path(name, picture).write_bytes(data)
                 output = Path(name, "video.mp4")
@@ -106,6 +115,33 @@ class RemoteWorker:
 
     def _ready(self) -> Message:
         return {"ready": f"{self._session.device}, {cluster.where()}"}
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """A new folder for temporary files; those of workers that were killed are removed. Raises OSError."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError), _locked(left) as status:
+            if time.time() - status.st_mtime > YOUNG:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True) as name, contextlib.ExitStack() as ends:
+        with contextlib.suppress(OSError):  # a filesystem without locks: nobody can remove the folder either
+            ends.enter_context(_locked(Path(name)))
+        yield name
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[os.stat_result]:
+    """The lock on a folder of this user, which ends with its process. Raises OSError where another one has it."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(opened)
+        if status.st_uid != os.getuid():
+            raise PermissionError(folder)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield status
+    finally:
+        os.close(opened)
 
 
 class VideoActor(RemoteWorker):

@@ -32,7 +32,7 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime.parallel import cluster
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
-from ltxpack.serve import worker
+from ltxpack.serve import ray_workers, worker
 from ltxpack.serve.app import make_app
 from ltxpack.serve.jobs import Jobs
 from ltxpack.serve.limits import ServeLimits
@@ -203,6 +203,26 @@ def test_what_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: pytest.M
     actor = VideoActor()
     actor.make({}, {"a-0": b""})
     assert "cannot be written" in actor.next()["failed"]
+
+
+def test_what_a_killed_worker_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what another one uses, nor a folder that may get its lock yet, nor where a link leads."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, used, young, linked, others = (tmp_path / f"{ray_workers.FOLDER}{name}" for name in "abcde")
+    for folder in (left, used, young, tmp_path / "kept"):
+        folder.mkdir()
+        (folder / "video.mp4").touch()
+        os.utime(folder, (0, 0))
+    os.utime(young)
+    linked.symlink_to(tmp_path / "kept")
+    others.touch()
+    with ray_workers._locked(used), ray_workers._own_folder() as own:
+        assert Path(own).parent == tmp_path and not left.exists()
+        assert (used / "video.mp4").exists() and (young / "video.mp4").exists() and (linked / "video.mp4").exists()
+        os.utime(own, (0, 0))
+        with ray_workers._own_folder() as another:
+            assert Path(own).exists() and Path(another).exists()
+    assert not Path(own).exists() and used.exists() and others.exists()
 
 
 class Deployed:
