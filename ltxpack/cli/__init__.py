@@ -18,6 +18,7 @@ from ltxpack.cli.streams import hold_streams, lost_result
 from ltxpack.cli.terminal import TerminalReporter, say_error
 from ltxpack.errors import LtxpackError
 from ltxpack.files.environment import set_aside
+from ltxpack.imports import claim_process
 
 INTERRUPTED = 130
 
@@ -56,6 +57,7 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    claim_process()
     # Python looks through all objects once more before it ends; with torch among them that takes half a second.
     atexit.register(gc.freeze)
     stdout = hold_streams()

@@ -21,7 +21,7 @@ from typing import Any
 
 from ltxpack.errors import LtxpackError, UsageError, one_line
 from ltxpack.files.publish import Temporary, output_errors
-from ltxpack.imports import uncollected
+from ltxpack.imports import claim_process, uncollected
 from ltxpack.runtime.parallel import cluster
 from ltxpack.runtime.parallel.cluster import SharedDisk
 from ltxpack.runtime.settings import SessionSettings
@@ -78,6 +78,7 @@ class RemoteWorker:
         """Ready for tasks. ``actors``: how many of the server there are at most on a machine."""
         try:
             disk.check()
+            claim_process()
             with uncollected():
                 from ltxpack.runtime.libraries import import_libraries
                 from ltxpack.runtime.session import Session

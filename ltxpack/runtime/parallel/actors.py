@@ -15,6 +15,7 @@ from typing import Any
 
 from ltxpack.errors import UsageError
 from ltxpack.files.publish import Temporary, output_errors
+from ltxpack.imports import claim_process
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.lines import Task, carry_out
@@ -59,6 +60,7 @@ class LineActor:
         """Open the session; where this is, in words. ``actors``: the most actors of the run on a machine."""
         with self._or_gone():
             disk.check()
+            claim_process()
             self._session = Session(disk.root, settings, Voice(self._number, self._said.put))
             self._session.process_ends = True
             self._session.residency.processes = sharers_here(actors)
