@@ -143,12 +143,12 @@ def told(subject: Subject, picked: Picked) -> dict[str, Any]:
     card, host, recipe, devices, form, size, frames, loras = picked
     gb, memory, count, video = list(CARDS)[card], HOSTS[host], DEVICES[devices], (SIZES[size], FRAMES[frames])
     case = subject.case(EVERY_RECIPE[list(RECIPES)[recipe]], list(FORMS)[form])
-    machine, work = machine_of(gb, memory, count), case.work(video)
+    machine, work = machine_of(gb, memory, count), case.request(video).work(case.stages)
     work = share_of(subject.dit, work, case.model.itemsize, count)
     plan = plan_or_refuse(case.model, work, machine, "auto")
     words, several = to_json(plan, machine, 1, []), f" × {count}" if count > 1 else ""
     base, bakes = subject.disk(case, loras)
-    gain = gains(subject.dit, case.work(video), case.model.itemsize)[devices]
+    gain = gains(subject.dit, case.request(video).work(case.stages), case.model.itemsize)[devices]
     forwards = sum(stage.evaluations * stage.passes for stage in work.stages)
     whole = [(one.weights, one.activations, one.needed - one.card + machine.context) for one in plan.phases]
     return {
@@ -160,7 +160,7 @@ def told(subject: Subject, picked: Picked) -> dict[str, Any]:
             "host": (gigabytes(plan.host), f"of {memory} GB" if count == 1 else f"for each of {count} processes"),
             "Work": ("PFLOP", f"{forwards} forwards" if count == 1 else f"at most {gain:.2f} videos"),
             "Download": (gigabytes(base), "once"),
-            "Disk": (gigabytes(base + bakes), gigabytes(bakes) if bakes else "downloaded"),
+            "Disk": (gigabytes(base + bakes), gigabytes(bakes) if bakes else "the download"),
             "first": (gigabytes(plan.first_read), gigabytes(plan.next_read)),
         },
         "bars": [[100 * part / (gb * 1e9) for part in parts] for parts in whole],
