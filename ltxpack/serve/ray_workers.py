@@ -14,6 +14,7 @@ import queue
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -63,16 +64,16 @@ def remote_openings(name: str, count: int, on_cpus: bool, root: Path, session: S
     return [Opening.of(f"{name} {number}", device, root, session, count) for number in range(count)]
 
 
-class RemoteWorker:
+class RemoteWorker(ABC):
     """A process of the cluster that makes videos."""
 
     _cancelled: set[str]
     # A Session, once it is open: its module needs torch.
     _session: Any = None
 
+    @abstractmethod
     def _say(self, message: Message) -> None:
         """Tell the server ``message``, from any thread."""
-        raise NotImplementedError
 
     def open(self, disk: SharedDisk, settings: Mapping[str, Any], actors: int) -> None:
         """Ready for tasks. ``actors``: how many of the server there are at most on a machine."""
