@@ -563,10 +563,25 @@ def test_what_fails_in_every_line_is_told_and_leaves_the_older_video(
 
 def test_what_would_be_written_into_an_overlay_is_told(demo: Path, tmp_path: Path) -> None:
     notes, overlay = Notes(), (demo / "overlay").resolve()
-    runs.tell_inside([tmp_path / "a.mp4"], notes)
+    videos = [(name, overlay / name) for name in ("a.mp4", "bakes/b.mp4", "c.mp4", "vae/d.mp4")]
+    runs.check_outputs(runs.RunOptions(overlay), [("-o", tmp_path / "a.mp4")], notes)
     assert notes.warnings == []
-    runs.tell_inside([overlay / "a.mp4", overlay / "bakes" / "b.mp4", overlay / "c.mp4"], notes)
-    assert len(notes.warnings) == 2 and all(f"lies in the overlay {overlay}" in told for told in notes.warnings)
+    runs.check_outputs(runs.RunOptions(overlay, save_tensors=overlay / "t.safetensors"), videos, notes)
+    assert len(notes.warnings) == 3 and all(f"lies in the overlay {overlay}" in told for told in notes.warnings)
+
+
+@pytest.mark.parametrize("flag", ["--save-tensors", "--save-activations"])
+@pytest.mark.parametrize("place", ["vae/x.safetensors", "vae/config.json", "bakes/distilled-0.5/a.safetensors"])
+def test_what_would_spoil_an_overlay_is_refused_before_anything_is_loaded(
+    place: str, flag: str, overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight file more, or another file in the place of the overlay's own: its folder could not be loaded again."""
+    before = names(overlay / place.rpartition("/")[0])
+    monkeypatch.setattr(runs, "Session", None)
+    given = ("--prompt", "a boat", "-o", tmp_path / "v.mp4", flag, overlay / place)
+    message = refused(ltxpack("run", overlay, *FLAGS, *given), 2)
+    assert place in message and f"next: choose {flag} in another folder" in message
+    assert names(overlay / place.rpartition("/")[0]) == before
 
 
 @pytest.mark.usefixtures("quick")

@@ -25,7 +25,7 @@ from ltxpack.runtime.parallel.schemes import DATA, OF_MANY, OF_ONE, STAGES
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Ready, Sharing
 from ltxpack.runtime.prompts_file import PromptsLine, read_lines
 from ltxpack.runtime.request import Request
-from ltxpack.runtime.run import RunOptions, outputs_of, peak_memory, tell_inside
+from ltxpack.runtime.run import RunOptions, check_outputs, peak_memory
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.session import Session, devices_of
 from ltxpack.runtime.settings import SessionSettings
@@ -59,7 +59,7 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
         lines = read_lines(prompts, options.given, output)
         if options.ray is not None:
             lines = [line.from_anywhere() for line in lines]
-        tell_inside(outputs_of(options, [(line.name, line.output) for line in lines]), reporter)
+        check_outputs(options, [(line.name, line.output) for line in lines], reporter)
         options.session.check()
         overlay = Overlay.open(options.overlay, options.session.text_encoder)
         choices = [chosen(overlay, options.session, recipe) for recipe in _recipes(lines)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ from ltxpack.errors import UnwrittenError, UsageError
 from ltxpack.files.publish import check_writable, require_space
 from ltxpack.files.tensorfile import tensor_nbytes
 from ltxpack.files.units import human_bytes
-from ltxpack.manifest import is_overlay
+from ltxpack.manifest import MANIFEST_NAME, is_overlay, read_manifest
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import calibration, recipe_run
 from ltxpack.runtime.libraries import import_libraries
@@ -27,6 +27,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.text.length import tell_cut
+from ltxpack.runtime.weights.load import INDEX_SUFFIX
 
 R = TypeVar("R")
 
@@ -76,7 +77,7 @@ def run_to_file(options: RunOptions, reporter: Reporter) -> Summary:
         check_writable(options.save_tensors, "--save-tensors", "video.safetensors")
         frames = tensor_nbytes("F32", (request.shape.frames, request.shape.height, request.shape.width, 3))
         require_space(options.save_tensors.absolute().parent, frames, 1)
-    tell_inside(outputs_of(options, [("-o", options.output)]), reporter)
+    check_outputs(options, [("-o", options.output)], reporter)
     with Session(options.overlay, options.session, reporter) as session:
         session.process_ends = True
         choice = session.transformers(request.recipe)
@@ -99,29 +100,38 @@ def peak_memory(device: torch.device) -> str:
     return f"peak memory: {host} host{card}"
 
 
-def outputs_of(options: RunOptions, videos: Sequence[tuple[str, Path]]) -> list[Path]:
-    """All files that the run writes: ``videos``, each with words for it, and the other outputs.
+def check_outputs(options: RunOptions, videos: Sequence[tuple[str, Path]], reporter: Reporter) -> None:
+    """Look at all files that the run writes: ``videos``, each with words for it, and the other outputs.
 
-    Raises UsageError if two outputs are one file.
+    Raises UsageError if two outputs are one file, or if one would spoil the weights of an overlay. Warns of others
+    inside an overlay, which ``ltxpack verify`` reports as faults.
     """
-    others = ("--save-tensors", options.save_tensors), (calibration.FLAG, options.session.save_activations)
+    others = {"--save-tensors": options.save_tensors, calibration.FLAG: options.session.save_activations}
     seen: dict[Path, str] = {}
-    for flag, path in (*videos, *others):
+    for flag, path in (*videos, *others.items()):
         if path is not None:
             first = seen.setdefault(Path(path).resolve(), flag)
             if first != flag:
                 raise UsageError(f"{flag} and {first} are one file", file=path, next="choose two names")
-    return [*seen]
+    told: set[Path] = set()
+    for path, flag in seen.items():
+        overlay = next((place for place in path.parents if is_overlay(place)), None)
+        if overlay is None:
+            continue
+        if flag in others and _is_among_weights(path, overlay):
+            problem = f"lies among the files of the overlay {overlay}, which could not be loaded any more"
+            raise UsageError(problem, file=path, next=f"choose {flag} in another folder")
+        if path.parent not in told:
+            told.add(path.parent)
+            why = "verify reports every file that is not the overlay's"
+            reporter.warn(f"{path.parent}: lies in the overlay {overlay}; {why}")
 
 
-def tell_inside(outputs: Iterable[Path], reporter: Reporter) -> None:
-    """Warn of outputs inside an overlay: ``ltxpack verify`` would report them as faults."""
-    for folder in dict.fromkeys(output.absolute().parent.resolve() for output in outputs):
-        overlay = next((place for place in (folder, *folder.parents) if is_overlay(place)), None)
-        if overlay is not None:
-            reporter.warn(
-                f"{folder}: lies in the overlay {overlay}; verify reports every file that is not the overlay's"
-            )
+def _is_among_weights(path: Path, overlay: Path) -> bool:
+    """Whether ``path`` is a file of ``overlay``, or would be another weight file in a folder of its weights."""
+    known = {overlay / record.path for record in read_manifest(overlay).records()} | {overlay / MANIFEST_NAME}
+    folders = {file.parent for file in known if file.suffix == ".safetensors"}
+    return path in known or (path.name.endswith((".safetensors", INDEX_SUFFIX)) and path.parent in folders)
 
 
 def write_video(
