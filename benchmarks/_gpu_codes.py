@@ -16,7 +16,7 @@ from _gpu_models import Codecs, installed, random_codecs
 from _gpu_video import CODEC_PACKAGE, sampled
 from torch import Tensor
 
-from ltxpack.ltx23.codes import FP8, INT8, KEPT_BLOCKS, rotated_together
+from ltxpack.ltx23.codes import E4M3, I8, KEPT_BLOCKS, rotated_together
 from ltxpack.runtime.model.layers import Linear
 from ltxpack.runtime.model.model import DiT, Pass
 from ltxpack.runtime.model.quantised import KINDS, fault, hadamard, put_quantised, use_codes
@@ -38,7 +38,7 @@ class Form:
     mode: str = TOKEN
 
 
-FORMS = (Form("bf16"), Form("fp8, token", FP8), Form("fp8, static", FP8, STATIC), Form("int8, token", INT8))
+FORMS = (Form("bf16"), Form("fp8, token", E4M3), Form("fp8, static", E4M3, STATIC), Form("int8, token", I8))
 COMPARED = (*(form.name for form in FORMS), *(f"bf16 / {form.name}" for form in FORMS[1:]))
 
 
@@ -197,7 +197,7 @@ def in_codes(bench: Bench, form: Form, blocks: Sequence[int]) -> DiT:
 def encoded(codes: str, weight: Tensor) -> dict[str, Tensor]:
     """A weight in codes with its scales, by the end of their names (spec 09, sections 4 and 7)."""
     kind, values = KINDS[codes], weight.float()
-    if codes == FP8:
+    if codes == E4M3:
         scale = values.abs().amax() / kind.largest
         codes_of = (values / scale).clamp_(-kind.largest, kind.largest).to(kind.codes)
         return {"weight": codes_of, "weight_scale": scale, "input_scale": torch.full_like(scale, INPUT_SCALE)}

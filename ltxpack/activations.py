@@ -1,6 +1,6 @@
-"""The activations file: the largest input of each linear of each transformer, for the scales of fp8 bakes.
+"""The activations file: the largest input of each linear of each transformer, and the scales of fp8 bakes from it.
 
-``ltxpack run --save-activations`` writes it, ``bake-lora`` and ``export`` read it and do not trust it.
+``ltxpack run --save-activations`` writes it, ``bake-lora`` and ``export`` read it and do not trust it (spec 09).
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from blake3 import blake3
 
-from ltxpack.errors import FormatError, UsageError
+from ltxpack.errors import AdapterError, FormatError, UsageError, one_line
+from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import MAX_HEADER_BYTES, build_header, open_source, parse_header, parse_json
-from ltxpack.manifest import FileRecord
+from ltxpack.manifest import Calibration, FileRecord
 from ltxpack.strength import Strength
 
 FORMAT = "ltxpack-activations-1"
 # Room for the largest header and a float for each tensor, whose entry in the header takes far more than four bytes.
 MAX_BYTES = 2 * MAX_HEADER_BYTES
+# The largest number that E4M3 holds, and the smallest scale: the smallest normal float32.
+E4M3_LARGEST, SMALLEST_SCALE = 448.0, 2.0**-126
 ANOTHER = "choose another file, or write a new one with --save-activations"
 
 Loras = tuple[tuple[str, float | str], ...]
@@ -110,3 +113,31 @@ def base_digest(files: Iterable[FileRecord]) -> str:
     """Identifies the base transformer with these files: the blake3 of the sorted lines ``path blake3``."""
     shards = (file for file in files if file.path.endswith(".safetensors"))
     return blake3("".join(sorted(f"{file.path} {file.blake3}\n" for file in shards)).encode()).hexdigest()
+
+
+def activation_scale(largest: float) -> float:
+    """The scale of a linear's input: |x| / 448, rounded up to a power of two; 1 for an input that is always zero."""
+    return max(2.0 ** math.ceil(math.log2(largest / E4M3_LARGEST)), SMALLEST_SCALE) if largest else 1.0
+
+
+def calibrated(path: Path, loras: Loras, base: str, linears: Sequence[str], next: str) -> Calibration:
+    """The input scales of ``linears`` in the base ``base`` with ``loras`` (none at 0) in it.
+
+    ``path`` is an activations file. Raises FormatError or SourceError for another one, AdapterError, with ``next`` to
+    do, for one of another model or bake.
+    """
+    file = ActivationsFile.read(path)
+    if file.base != base:
+        raise AdapterError("was recorded from another base", file=path, expected=base, found=file.base, next=next)
+    made_of = {name: [lora for lora in found if lora[1]] for name, found in file.transformers.items()}
+    names = [name for name, found in made_of.items() if found == list(loras)]
+    if not names:
+        raise AdapterError(
+            "was recorded from other bakes", file=path, items=sorted(made_of), next=next,
+            expected=", ".join(f"{digest[:8]} at {strength}" for digest, strength in loras) or "the base",
+        )  # fmt: skip
+    largest = file.largest[names[0]]
+    if missing := [linear for linear in linears if linear not in largest]:
+        raise AdapterError("lacks linears of this model", file=path, items=missing, next=next)
+    scales = tuple(activation_scale(largest[linear]) for linear in linears)
+    return Calibration(one_line(path.name), hash_file(path), scales)

@@ -18,14 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
-from ltxpack.activations import base_digest
+from ltxpack.activations import base_digest, calibrated
 from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
 from ltxpack.imports import uncollected
 from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat, split_name
 from ltxpack.lora_bake.find import FoundLora, find_loras, recorded_files, scan
-from ltxpack.lora_bake.forms import calibrated, quantised_linears
-from ltxpack.lora_bake.plan import Arithmetic, BakeOptions, BakePlan, Base, bake_name, read_base
+from ltxpack.lora_bake.plan import Arithmetic, BakeOptions, BakePlan, Base, bake_name, quantised_linears, read_base
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.manifest import BAKED, BAKES, BF16, FP8, TEXT_ENCODERS, Bake, FileRecord, Manifest, read_manifest

@@ -22,9 +22,9 @@ from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import FLOATS, TensorFile, read_tensorfile
 from ltxpack.lora_bake import coverage, coverage_page
-from ltxpack.lora_bake.adapter import LoraUse
+from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.ltx23.codes import CODES, stored
+from ltxpack.ltx23.codes import CODES, kept_blocks, linears_by_block, stored
 from ltxpack.ltx23.text_keys import TEXT_COMPONENTS
 from ltxpack.manifest import (
     BAKE_NAME,
@@ -163,6 +163,16 @@ def parse_added(text: str) -> tuple[str, Strength]:
     return file, Strength.parse(number)
 
 
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """``0,1,46,47`` or ``none``. Raises UsageError."""
+    if text.strip() == "none":
+        return ()
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise UsageError("--keep-blocks needs numbers of blocks", expected="N,N,… or none", found=text) from None
+
+
 def lora_name(stem: str) -> str:
     """A file's stem, with ``-`` for characters that a bake's name may not hold."""
     return _FOREIGN.sub("-", stem).strip("-.") or "lora"
@@ -259,6 +269,23 @@ def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
 
 
 # One bake
+
+
+def quantised_linears(shapes: Shapes, kept: Sequence[int] | None, command: str) -> tuple[str, ...]:
+    """The linears of all blocks but ``kept`` (None: the usual ones), named without ``.weight``, sorted.
+
+    Raises UsageError, with ``command`` to run instead, for an unknown block, or if no block is left.
+    """
+    blocks = linears_by_block(shapes)
+    count = max(blocks, default=-1) + 1
+    kept = kept_blocks(count) if kept is None else kept
+    if absent := [block for block in kept if block not in blocks]:
+        there = f"blocks 0 to {count - 1}"
+        raise UsageError("--keep-blocks names a block that is not there", expected=there, found=absent[0], next=command)
+    found = sorted(linear for block, linears in blocks.items() if block not in kept for linear in linears)
+    if not found:
+        raise UsageError("all blocks stay in bf16, so no linear would be quantised", items=sorted(kept), next=command)
+    return tuple(found)
 
 
 @dataclass(frozen=True)

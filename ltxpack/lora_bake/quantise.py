@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltxpack.lora_bake.forms import E4M3_LARGEST, SMALLEST_SCALE
+from ltxpack.activations import E4M3_LARGEST, SMALLEST_SCALE
 from ltxpack.lora_bake.fuse import Workspace, square_sum
 from ltxpack.ltx23.codes import rotated_together
 from ltxpack.manifest import FP8, INT8

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-FP8, INT8 = "F8_E4M3", "I8"
+E4M3, I8 = "F8_E4M3", "I8"
 # The form of a bake in users' words -> the dtype of its codes.
-CODES = {"fp8": FP8, "int8": INT8}
+CODES = {"fp8": E4M3, "int8": I8}
 # The dtype of a linear's ``weight`` in codes -> the float32 scales beside it.
-SCALES = {FP8: ("weight_scale", "input_scale"), INT8: ("weight_scale",)}
+SCALES = {E4M3: ("weight_scale", "input_scale"), I8: ("weight_scale",)}
 # Number of blocks of a model -> the blocks that usually stay in bf16; in other models the first and the last.
 KEPT_BLOCKS = {48: (0, 1, 46, 47)}
 
@@ -49,7 +49,7 @@ def stored(linear: str, codes: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
     """The weight of ``linear`` in ``codes``, then its scales."""
     yield f"{linear}.weight", codes, shape
     for part in SCALES[codes]:
-        yield f"{linear}.{part}", "F32", (shape[0], 1) if codes == INT8 else ()
+        yield f"{linear}.{part}", "F32", (shape[0], 1) if codes == I8 else ()
 
 
 def linears_by_block(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str]]:

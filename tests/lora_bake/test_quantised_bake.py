@@ -17,9 +17,8 @@ from lora_support import INDEX, baked, change_byte, linears, low_rank, make_over
 from safetensors import safe_open
 from support import distance, load, load_all, ltxpack, refused, tree
 
-from ltxpack.activations import FORMAT, base_digest
+from ltxpack.activations import FORMAT, activation_scale, base_digest
 from ltxpack.files.tensorfile import read_index
-from ltxpack.lora_bake.forms import activation_scale
 from ltxpack.lora_bake.fuse import Workspace
 from ltxpack.lora_bake.quantise import encode, hadamard
 from ltxpack.lora_bake.stream import Engine

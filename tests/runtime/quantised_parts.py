@@ -14,7 +14,7 @@ from support import load
 from torch import Tensor
 
 from ltxpack.ltx23.classes import LOADED_CLASSES
-from ltxpack.ltx23.codes import FP8, INT8
+from ltxpack.ltx23.codes import E4M3, I8
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 
 ROOT = "model.diffusion_model."
@@ -49,7 +49,7 @@ def coded(weights: dict[str, Tensor], form: str, blocks: Iterable[int]) -> dict[
     roots, found = tuple(f"transformer_blocks.{number}." for number in blocks), dict(weights)
     for name, weight in weights.items():
         if name.startswith(roots) and name.endswith(".weight") and weight.dim() == 2:
-            parts = {FP8: _fp8, INT8: _int8}[form](weight.float())
+            parts = {E4M3: _fp8, I8: _int8}[form](weight.float())
             found |= {name.removesuffix("weight") + part: value for part, value in parts.items()}
     return found
 

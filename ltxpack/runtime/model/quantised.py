@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltxpack.errors import DeviceError
-from ltxpack.ltx23.codes import CODES, FP8, INT8, rotated_together
+from ltxpack.ltx23.codes import CODES, E4M3, I8, rotated_together
 from ltxpack.runtime.model.layers import Linear, Made
 from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
 
@@ -168,7 +168,7 @@ class Int8Linear(QuantisedLinear):
         return by_stretches(lambda some, scale: (some * scale).mul_(weight_scales).to(dtype), dtype, product, scales)
 
 
-KINDS: Mapping[str, type[Fp8Linear | Int8Linear]] = {FP8: Fp8Linear, INT8: Int8Linear}
+KINDS: Mapping[str, type[Fp8Linear | Int8Linear]] = {E4M3: Fp8Linear, I8: Int8Linear}
 
 
 def put_quantised(model: nn.Module, codes: Mapping[str, str]) -> None:
@@ -191,7 +191,7 @@ def decode_weights(model: nn.Module, decoded: bool) -> None:
 
 def mode_of(codes: str, fp8: str) -> str:
     """The mode of linears in these ``codes``; ``fp8`` is the mode of fp8 ones."""
-    return fp8 if codes == FP8 else TOKEN
+    return fp8 if codes == E4M3 else TOKEN
 
 
 def faults(fp8: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
@@ -233,7 +233,7 @@ def _check_like(device: torch.device, form: str, why: str | None) -> None:
     """Raises DeviceError if ``device`` cannot multiply codes that rank 0 multiplies."""
     if why is not None:
         problem = f"{device} does not multiply {form} codes, which rank 0 does"
-        way = f"--fp8 {WEIGHTS}" if CODES[form] == FP8 else "the bf16 bakes"
+        way = f"--fp8 {WEIGHTS}" if CODES[form] == E4M3 else "the bf16 bakes"
         raise DeviceError(problem, found=why, next=f"the same command with {way}, or without this device")
 
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS
-from ltxpack.ltx23.codes import INT8
+from ltxpack.ltx23.codes import I8
 from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling
 from ltxpack.runtime.sampling.shape import VideoShape
 
@@ -81,7 +81,7 @@ def sampling(
     rope = (tokens + (own if shards > 1 else 0)) * (widths.video + widths.audio)
     sampler = 4 * tokens * LATENT_CHANNELS * FLOAT64
     inner = FEED_FORWARD * widths.video
-    coded = inner * own * (1 + max(0, INT32 - itemsize)) if codes == INT8 else 0
+    coded = inner * own * (1 + max(0, INT32 - itemsize)) if codes == I8 else 0
     coded += inner * max(0, widths.video - own) * itemsize + CODED if codes else 0
     return max((states + text + rope) * itemsize + sampler + coded, 2 * tokens * widths.video * FLOAT32)
 

@@ -23,7 +23,7 @@ from torch._inductor.graph import GraphLowering
 from torch.nn import functional as F
 
 from ltxpack.errors import OverlayError, UnsupportedError
-from ltxpack.ltx23.codes import FP8, INT8
+from ltxpack.ltx23.codes import E4M3, I8
 from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.layers import Linear, Made, modulate
@@ -65,7 +65,7 @@ def test_every_recorded_linear_is_reproduced(golden: Path) -> None:
             own["input_scale"] = own["input_scale"] / 3
         bias, x = base[f"{ROOT}{name}.bias"], tensors[f"linear.{name}.x"].to(expected.dtype)
         layer = linear(
-            INT8 if scales == "int8" else FP8, x.dtype, bias=bias, **{k: v for k, v in own.items() if v is not None}
+            I8 if scales == "int8" else E4M3, x.dtype, bias=bias, **{k: v for k, v in own.items() if v is not None}
         )
         layer.mode = MODES[kind.split("_")[0]]
         with torch.inference_mode():
@@ -133,7 +133,7 @@ def inputs(tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("form", [FP8, INT8])
+@pytest.mark.parametrize("form", [E4M3, I8])
 def test_some_steps_may_decode_and_every_mode_is_one_graph(form: str) -> None:
     linears, function = layers(form)
     graphs, backend = tracing()
@@ -163,7 +163,7 @@ def test_the_compiler_makes_codes_where_it_makes_the_input(monkeypatch: pytest.M
 
     monkeypatch.setattr(GraphLowering, "compile_to_module", keep)
     with pytest.raises(InductorError), torch.inference_mode(), config.patch(allow_buffer_reuse=False):
-        torch.compile(layers(FP8)[1], fullgraph=True)(*inputs(48))
+        torch.compile(layers(E4M3)[1], fullgraph=True)(*inputs(48))
     assert code[0].count("extern_kernels._scaled_mm(") == 3
     written = Counter(re.findall(r"empty_strided_cpu\(\(48, 64\), .*torch\.(\w+)\)", code[0]))
     assert written == {"float8_e4m3fn": 2, "bfloat16": 3}, "two inputs of linears, and what three products give"
@@ -178,7 +178,7 @@ def test_int8_is_what_the_rotation_and_the_rounding_say(tokens: int, odd: int, p
     numbers = st.lists(st.integers(-9, 9), min_size=tokens * width, max_size=tokens * width)
     x = torch.tensor(data.draw(numbers), dtype=torch.float32).view(tokens, width)
     weight = torch.randint(-127, 128, (3, width), dtype=torch.int8)
-    layer = linear(INT8, weight=weight, weight_scale=torch.tensor([[0.5], [1.0], [2.0]]), bias=torch.ones(3))
+    layer = linear(I8, weight=weight, weight_scale=torch.tensor([[0.5], [1.0], [2.0]]), bias=torch.ones(3))
     rotated = (x.unflatten(1, (-1, size)) @ kronecker(size)).flatten(1)
     scale = rotated.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     codes = (rotated / scale).round()
@@ -186,7 +186,7 @@ def test_int8_is_what_the_rotation_and_the_rounding_say(tokens: int, odd: int, p
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("form", [FP8, INT8])
+@pytest.mark.parametrize("form", [E4M3, I8])
 @pytest.mark.parametrize("mode", [TOKEN, STATIC, WEIGHTS])
 def test_a_few_rows_at_a_time_give_the_same_bits(form: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dit = small(form, torch.bfloat16)
@@ -212,7 +212,7 @@ def test_a_few_rows_at_a_time_give_the_same_bits(form: str, mode: str, monkeypat
 def test_other_codes_and_scales_than_these_are_refused(
     name: str, value: Tensor | None, kind: type[Exception], tmp_path: Path
 ) -> None:
-    weights = coded(SMALL_WEIGHTS, FP8, [1])
+    weights = coded(SMALL_WEIGHTS, E4M3, [1])
     key = f"transformer_blocks.1.{name}"
     assert key in weights
     weights[key] = value

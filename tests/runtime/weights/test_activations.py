@@ -21,7 +21,7 @@ from runtime.memory_meter import peak_of
 from torch import Tensor, nn
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
-from ltxpack.ltx23.codes import FP8, INT8
+from ltxpack.ltx23.codes import E4M3, I8
 from ltxpack.ltx23.published import published_configs
 from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
@@ -92,7 +92,7 @@ def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype)
     check_stage(stage, images, shape, dtype, "")
 
 
-@pytest.mark.parametrize("codes", [FP8, INT8])
+@pytest.mark.parametrize("codes", [E4M3, I8])
 @pytest.mark.parametrize(("stage", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
 def test_a_stage_in_codes(codes: str, stage: int, dtype: torch.dtype) -> None:
     check_stage(stage, 0, SHAPES[0], dtype, codes)
@@ -102,7 +102,7 @@ SPLITS = [(1, Split(2, 1)), (1, Split(3, 1)), (1, Split(1, 4)), (1, Split(3, 2))
 SHARED = [
     *((*way, 2, "", DTYPES[0]) for way in SPLITS),
     *((*way, 0, "", DTYPES[1]) for way in SPLITS),
-    *((*way, 0, INT8, DTYPES[0]) for way in (SPLITS[1], SPLITS[4])),
+    *((*way, 0, I8, DTYPES[0]) for way in (SPLITS[1], SPLITS[4])),
 ]
 
 
