@@ -88,7 +88,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     For tests of what is made when; what is made is held by the others.
     """
 
-    def sample(session: Session, request: Request, following: str | None) -> Latents:
+    def sample(session: Session, request: Request, *_: object) -> Latents:
         session.prompts.contexts(request.prompts, session.reporter)
         latents = request.shape.latent_shapes.map(lambda shape: torch.full(shape, request.settings.seed / 10))
         return Latents((latents, latents), latents.video)
@@ -501,12 +501,12 @@ def test_a_failed_line_does_not_stop_the_rest(demo: Path, tmp_path: Path, monkey
 def test_nothing_is_loaded_ahead_for_a_line_that_failed(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    followed: list[str | None] = []
+    followed: list[Request | None] = []
     sample, described = recipe_run.sample, record.described
 
-    def sampled(session: Session, request: Request, following: str | None) -> Latents:
+    def sampled(session: Session, request: Request, following: Request | None, halfway: None) -> Latents:
         followed.append(following)
-        return sample(session, request, following)
+        return sample(session, request)
 
     def failing(request: Request, *arguments: Any) -> Any:
         # The second time, when the line is made.
@@ -519,7 +519,7 @@ def test_nothing_is_loaded_ahead_for_a_line_that_failed(
     monkeypatch.setattr(recipe_run, "sample", sampled)
     monkeypatch.setattr(record, "described", failing)
     assert statuses(many(demo, written(tmp_path, *THREE))) == {1: "failed", 2: "done", 3: "done"}
-    assert followed == ["distilled-0.25", None]
+    assert followed == [asked[-1], None]
 
 
 def not_finite(*arguments: Any) -> Any:

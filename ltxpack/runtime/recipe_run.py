@@ -65,16 +65,16 @@ class Halfway:
 
 
 @torch.inference_mode()
-def sample(session: Session, request: Request, following: str | None = None) -> Latents:
-    """From the request to the latents of every stage. Raises LtxpackError.
+def sample(
+    session: Session, request: Request, following: Request | None = None, halfway: Halfway | None = None
+) -> Latents:
+    """From the request, or from its first stage, to the latents of every stage. Raises LtxpackError.
 
-    ``following`` is the first transformer of the next video: the session loads it while the last stage runs.
+    ``following`` is the next video: the session loads its first transformer while the last stage runs.
     """
-    names = session.transformers(request.recipe).stages
-    video = _begun(session, request)
-    for number, ahead in enumerate((*names[1:], following)):
-        _make_stage(session, request, video, number, ahead)
-    return Latents(tuple(video.made), video.upsampled)
+    underway = _begun(session, request) if halfway is None else _resumed(session, request, halfway)
+    _make_stages(session, request, underway, range(len(underway.made), len(request.recipe.stages)), following)
+    return Latents(tuple(underway.made), underway.upsampled)
 
 
 def _begun(session: Session, request: Request) -> Underway:
@@ -90,6 +90,16 @@ def _begun(session: Session, request: Request) -> Underway:
     with session.timings.phase("images"):
         images = _encoded(session, request, pictures)
     return Underway(contexts, images, generator)
+
+
+def _resumed(session: Session, request: Request, halfway: Halfway) -> Underway:
+    """The video after its first stage, which another device made."""
+    session.load_ahead(session.transformers(request.recipe).stages[1])
+    contexts = session.prompts.contexts(request.prompts, session.reporter)
+    generator = torch.Generator(device=session.device)
+    generator.set_state(halfway.noise)
+    made = [stage.map(lambda part: part.to(session.device)) for stage in halfway.made]
+    return Underway(contexts, _moved(halfway.images, session.device), generator, made)
 
 
 def _encoded(session: Session, request: Request, pictures: Sequence[Tensor]) -> list[list[ImageItem]]:
@@ -109,22 +119,33 @@ def _encoded(session: Session, request: Request, pictures: Sequence[Tensor]) -> 
     return session.residency.use("vae", video.load_video_vae, encode)
 
 
-def _make_stage(session: Session, request: Request, video: Underway, number: int, ahead: str | None) -> None:
-    """Make stage ``number`` of the ``video``, and load the transformer ``ahead`` meanwhile."""
+def _make_stages(
+    session: Session, request: Request, underway: Underway, numbers: range, following: Request | None
+) -> None:
+    """Make the stages ``numbers``; during the last one, load the transformer of the first one for ``following``."""
+    ahead = [*session.transformers(request.recipe).stages[numbers.start + 1 : numbers.stop], None]
+    if following is not None:
+        ahead[-1] = session.transformers(following.recipe).stages[numbers.start]
+    for number, name in zip(numbers, ahead, strict=True):
+        _make_stage(session, request, underway, number, name)
+
+
+def _make_stage(session: Session, request: Request, underway: Underway, number: int, ahead: str | None) -> None:
+    """Make stage ``number``, and load the transformer ``ahead`` meanwhile."""
     stage, settings = request.recipe.stages[number], request.settings
     shape = stage.shape(request.shape)
     sigmas = sigmas_of(stage.schedule, shape.tokens, settings.steps)
     start, noise_scale = None, 1.0
     if stage.upsampled:
         with session.timings.phase("upsample"):
-            video.upsampled = session.upsample(video.made[-1].video)
-        start, noise_scale = AV(video.upsampled, video.made[-1].audio), float(sigmas[0])
+            underway.upsampled = session.upsample(underway.made[-1].video)
+        start, noise_scale = AV(underway.upsampled, underway.made[-1].audio), float(sigmas[0])
 
     def denoised(model: DiT) -> AV[Tensor]:
         if ahead is not None:
             session.load_ahead(ahead)
-        negative, guidance = (video.contexts[1], settings.guidance) if stage.guided else (None, None)
-        denoiser = Denoiser(session.ranks.front(model, number), video.contexts[0], negative, guidance)
+        negative, guidance = (underway.contexts[1], settings.guidance) if stage.guided else (None, None)
+        denoiser = Denoiser(session.ranks.front(model, number), underway.contexts[0], negative, guidance)
         kept = request.kept_steps(number)
         rope = model.rope(state.map(lambda s: s.positions), session.dtype, session.device)
 
@@ -140,10 +161,10 @@ def _make_stage(session: Session, request: Request, video: Underway, number: int
         return tokens
 
     with session.timings.phase(stage_label(number)):
-        images, generator = video.images[number], video.generator
+        images, generator = underway.images[number], underway.generator
         state = initial_state(shape, start, images, noise_scale, generator, session.device, session.dtype)
         name = session.transformers(request.recipe).stages[number]
-        video.made.append(unpatchify(session.transform(name, denoised), shape))
+        underway.made.append(unpatchify(session.transform(name, denoised), shape))
 
 
 def generate(
@@ -159,19 +180,18 @@ def generate(
     ``following``: the next video, if known. ``once``: there is no next video, so that the plan need not keep weights
     for it. ``halfway``: the first stage, made by another device. Raises LtxpackError.
     """
-    if halfway is None:
-        latents = latents_of(session, request, following, once)
-    else:
-        latents = last_stages(session, request, halfway, following)
+    latents = latents_of(session, request, following, once, halfway)
     sound = latents.stages[request.recipe.sound].audio
     return latents, *session.within_memory(lambda: decode_audio(session, sound))
 
 
-def latents_of(session: Session, request: Request, following: Request | None, once: bool) -> Latents:
+def latents_of(
+    session: Session, request: Request, following: Request | None, once: bool, halfway: Halfway | None = None
+) -> Latents:
     """The part of :func:`generate` that every rank carries out."""
-    work, ahead = _prepare(session, request, once), _transformer(session, following, 0)
+    work = _prepare(session, request, once)
     with session.ranks.together(work, session.numerics, request, following, once):
-        return session.within_memory(lambda: sample(session, request, ahead))
+        return session.within_memory(lambda: sample(session, request, following, halfway))
 
 
 def _prepare(session: Session, request: Request, once: bool = False) -> Work:
@@ -195,37 +215,13 @@ def first_stage(session: Session, request: Request, following: Request | None) -
 
     @torch.inference_mode()
     def make() -> Halfway:
-        video = _begun(session, request)
-        _make_stage(session, request, video, 0, _transformer(session, following, 0))
-        made = tuple(stage.map(Tensor.cpu) for stage in video.made)
-        return Halfway(made, _moved(video.images, "cpu"), video.generator.get_state(), dict(session.timings.seconds))
+        underway = _begun(session, request)
+        _make_stages(session, request, underway, range(1), following)
+        made = tuple(stage.map(Tensor.cpu) for stage in underway.made)
+        noise, seconds = underway.generator.get_state(), dict(session.timings.seconds)
+        return Halfway(made, _moved(underway.images, "cpu"), noise, seconds)
 
     return session.within_memory(make)
-
-
-def last_stages(session: Session, request: Request, halfway: Halfway, following: Request | None) -> Latents:
-    """The latents of all stages; another device made the first. Raises LtxpackError."""
-    _prepare(session, request)
-    device, names = session.device, session.transformers(request.recipe).stages
-
-    @torch.inference_mode()
-    def make() -> Latents:
-        session.load_ahead(names[1])
-        contexts = session.prompts.contexts(request.prompts, session.reporter)
-        generator = torch.Generator(device=device)
-        generator.set_state(halfway.noise)
-        made = [stage.map(lambda part: part.to(device)) for stage in halfway.made]
-        video = Underway(contexts, _moved(halfway.images, device), generator, made)
-        for number, ahead in enumerate((*names[2:], _transformer(session, following, 1)), 1):
-            _make_stage(session, request, video, number, ahead)
-        return Latents(tuple(video.made), video.upsampled)
-
-    return session.within_memory(make)
-
-
-def _transformer(session: Session, request: Request | None, number: int) -> str | None:
-    """The transformer of stage ``number`` of ``request``, if there is one."""
-    return None if request is None else session.transformers(request.recipe).stages[number]
 
 
 def _moved(images: list[list[ImageItem]], device: torch.device | str) -> list[list[ImageItem]]:
