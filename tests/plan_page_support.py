@@ -7,7 +7,7 @@ import re
 from itertools import product
 from typing import Any
 
-from ltxpack.deployment.choices import CARDS, DEVICES, FORMS, FRAMES, HOSTS, RECIPES
+from ltxpack.deployment.choices import DEVICES, FORMS, FRAMES, RECIPES
 
 CASES = list(product(RECIPES, FORMS))
 
@@ -38,10 +38,12 @@ class Shown:
 
     def on(self, devices: int, card: int, host: int) -> dict[str, Any]:
         """The plan or the refusal, with the numbers of document.py as texts."""
-        number = self.work["grid"][(self.devices.index(devices) * len(CARDS) + card) * len(HOSTS) + host]
-        if number < 0:
-            return {"refused": self.text(self.work["refusals"][-1 - number])}
-        way, on_card, on_host = self.work["plans"][3 * number :][:3]
+        cards = self.work["grid"][self.devices.index(devices)]
+        hosts = cards[min(card, len(cards) - 1)]
+        plan = hosts[min(host, len(hosts) - 1)]
+        if isinstance(plan, int):
+            return {"refused": self.text(plan)}
+        way, on_card, on_host = plan
         mode, first, further, *how = self.document["ways"][way]
         sizes, phases = self.document["sizes"], map(self.text, self.document["lines"][self.work["phases"]])
         return {

@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_251,
+    "lines of the package": 34_252,
     "files of the package": 203,
-    "lines of the tests": 33_950,
+    "lines of the tests": 33_952,
 }
 
 

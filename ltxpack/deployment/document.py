@@ -11,16 +11,16 @@ texts.
 - ``works`` of each case, by size and frames. ``phases``: a row of ``lines``. ``petaflop``: in tenths. ``gains`` by
   number of cards: in hundredths, 0 if fewer cards gain as much. For each number of cards with a gain: ``beside``, the
   row of memory on the card beside the weights; ``free``, the row of memory that must stay free; ``runs`` by number of
-  LoRAs: a command, as a row of ``lines``; ``grid`` by card and host: the index of a plan, or -1 minus the index of a
-  refusal.
-- A plan is three numbers in ``plans``: its row of ``ways``, and its rows of card and host. A way has the mode, the
-  bytes that the first video and each further one read, and the parts of the description.
+  LoRAs: a command, as a row of ``lines``; ``grid`` by card and host: a plan, or the text of a refusal. A list of
+  ``grid`` leaves out what is equal to its last entry.
+- A plan is three numbers: its row of ``ways``, and its rows of card and host. A way has the mode, the bytes that the
+  first video and each further one read, and the parts of the description.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from itertools import chain, product
+from itertools import product
 from typing import Any, TypeAlias, TypeVar
 
 from ltxpack.deployment.choices import DEVICES, FORMS, FRAMES, LORAS, RECIPES, SIZES, choices
@@ -60,8 +60,10 @@ class Tables:
     def parts(self, text: str, separator: str) -> Row:
         return tuple(self.texts[part] for part in text.split(separator))
 
-    def plan(self, plan: Plan) -> Row:
-        """The three numbers of a plan."""
+    def cell(self, plan: Plan | str) -> Row | int:
+        """The three numbers of a plan, or the text of a refusal."""
+        if isinstance(plan, str):
+            return self.texts[plan]
         card, host = (self.row(getattr(phase, memory) for phase in plan.phases) for memory in ("card", "host"))
         reads = tenths(plan.first_read), tenths(plan.next_read)
         return self.ways[self.texts[plan.mode], *reads, *self.parts(described(plan), CLAUSE)], card, host
@@ -113,11 +115,9 @@ def _work(subject: Subject, case: Case, video: Video, tables: Tables) -> dict[st
     found = gains(subject.dit, work, case.model.itemsize)
     useful = [count for count, gain in zip(DEVICES, found, strict=True) if gain is not None]
     shares = {count: share_of(subject.dit, work, case.model.itemsize, count) for count in useful}
-    kept, refusals = Numbered[Row](), Numbered[int]()
     grid = [
-        -1 - refusals[tables.texts[plan]] if isinstance(plan, str) else kept[tables.plan(plan)]
+        shortened([shortened(list(map(tables.cell, row))) for row in plans(case.model, share, count)])
         for count, share in shares.items()
-        for plan in plans(case.model, share, count)
     ]
     phases = {count: smallest_plan(case.model, share).phases for count, share in shares.items()}
     others = {count: machine_of(0, 0, count).context for count in useful}
@@ -130,10 +130,15 @@ def _work(subject: Subject, case: Case, video: Video, tables: Tables) -> dict[st
         "petaflop": round(video_flops(subject.dit, work) / 1e14),
         "gains": [round(100 * (gain or 0)) for gain in found],
         "runs": [[*map(tables.line, lines)] for lines in runs],
-        "plans": [*chain.from_iterable(kept)],
-        "refusals": list(refusals),
         "grid": grid,
     }
+
+
+def shortened(row: list[Any]) -> list[Any]:
+    """``row`` without the entries at its end that are equal to the one before them."""
+    while len(row) > 1 and row[-1] == row[-2]:
+        row.pop()
+    return row
 
 
 def tenths(count: float) -> int:

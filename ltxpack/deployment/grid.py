@@ -174,8 +174,8 @@ def share_of(dit: DiTConfig, work: Work, itemsize: int, devices: int) -> Work:
     return as_shared(work, shared(SessionSettings.parallel, dit, work, devices, itemsize).splits)
 
 
-def plans(model: ModelSizes, work: Work, devices: int) -> Iterator[Plan | str]:
-    """The best plan for ``work`` on every machine of the grid, by card and host, or the refusal of ``ltxpack plan``.
+def plans(model: ModelSizes, work: Work, devices: int) -> Iterator[list[Plan | str]]:
+    """For each card of the grid, the best plan for ``work`` with each host, or the refusal of ``ltxpack plan``.
 
     ``work`` is the share of one of ``devices``. Machines between two with the same plan have this plan too: more memory
     only adds ways to run.
@@ -190,10 +190,10 @@ def plans(model: ModelSizes, work: Work, devices: int) -> Iterator[Plan | str]:
             len(hosts), lambda host: best_plan(model, work, replace(card, host=hosts[host]), streamed=streamed)
         )
 
+    whose = "the card" if devices == 1 else "each card"
     for card, found in zip(cards, between(len(cards), row), strict=True):
-        for host, plan in zip(hosts, found, strict=True):
-            machine, whose = replace(card, host=host), "the card" if devices == 1 else "each card"
-            yield plan or _refusal(model, work, machine, whose)
+        machines = [replace(card, host=host) for host in hosts]
+        yield [plan or _refusal(model, work, one, whose) for plan, one in zip(found, machines, strict=True)]
 
 
 def between(count: int, made: Callable[[int], T]) -> list[T]:

@@ -7,6 +7,8 @@ const rank = Object.fromEntries(names.map((name, number) => [name, number]));
 const element = (id) => document.getElementById(id);
 const text = (number) => data.texts[number];
 const label = (picked, name) => data.choices[name][picked[rank[name]]];
+// Of a list that leaves out what is equal to its last entry.
+const entry = (list, number) => list[Math.min(number, list.length - 1)];
 const gigabytes = (tenths) => `${(tenths / 10).toFixed(1)} GB`;
 
 // `picked` lists the number of the chosen option of each choice, in the order of the page.
@@ -20,9 +22,9 @@ function found(picked) {
   const gain = work.gains[of("devices")];
   if (!gain) return { why: "fewer cards gain as much" };
   const useful = work.gains.slice(0, of("devices")).filter((one) => one).length;
-  const plan = work.grid[(useful * counts[rank.card] + of("card")) * counts[rank.host] + of("host")];
-  if (plan < 0) return { why: text(work.refusals[-1 - plan]) };
-  const [way, card, host] = work.plans.slice(3 * plan);
+  const plan = entry(entry(work.grid[useful], of("card")), of("host"));
+  if (!Array.isArray(plan)) return { why: text(plan) };
+  const [way, card, host] = plan;
   const [mode, first, next, ...how] = data.ways[way];
   const memory = { card: data.sizes[card], host: data.sizes[host] };
   const run = data.lines[work.runs[useful][of("loras")]].map(text).join(" --");
