@@ -12,7 +12,7 @@ import functools
 import importlib
 import itertools
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -415,7 +415,7 @@ def _write(bakes: Sequence[StagedBake], adapters: Sequence[Adapter], base: Base,
                     ]
                     records = engine.fuse_shard(shard, outputs) if outputs else []
                 for bake, output, record in zip(left, outputs, records, strict=True):
-                    bake.record_shard(record, output.stats.values())
+                    bake.record_shard(record, output.stats)
 
 
 def _writers(items: Mapping[StagedBake, WriteShard], reporter: Reporter) -> Iterator[ShardWriter]:
@@ -450,7 +450,7 @@ class StagedBake(Staging):
         super().__init__(lock, plan.fingerprint(), reporter, folder=plan.folder, force=True)
         self.plan = plan
         self.arithmetic = chosen
-        self._stats: dict[str, list[TargetStat]] = {}
+        self._stats: dict[str, TargetStat] = {}
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -463,14 +463,13 @@ class StagedBake(Staging):
         """The items that are not complete, without the reports."""
         return [item for item in self.plan.items if item.path not in self.done]
 
-    def record_shard(self, record: FileRecord, stats: Iterable[TargetStat]) -> None:
-        self._stats[record.path] = list(stats)
-        measured = [dataclasses.astuple(stat) for stat in self._stats[record.path]]
-        self.record(record, [dataclasses.astuple(self.arithmetic), measured])
+    def record_shard(self, record: FileRecord, stats: Mapping[str, TargetStat]) -> None:
+        self._stats |= stats
+        self.record(record, [dataclasses.astuple(self.arithmetic), [(name, *stat) for name, stat in stats.items()]])
 
     def finish(self) -> tuple[Bake, dict[str, Any]]:
         """Write the reports; returns the manifest's entry and the report's document."""
-        document = self.plan.document(self.arithmetic, list(itertools.chain.from_iterable(self._stats.values())))
+        document = self.plan.document(self.arithmetic, self._stats)
         for item in self.plan.reports(document):
             self.record(write_bytes(item, self.root))
         changed = (name for name, target in document["targets"].items() if target["changed"])
@@ -487,14 +486,15 @@ class StagedBake(Staging):
         try:
             chosen, measured = self._journal.notes[item.path]
             arithmetic = Arithmetic(*chosen)
-            stats = [
-                TargetStat(str(name), float(base), float(delta), int(elements), int(changed), *map(float, rounding))
+            stats = {
+                str(name): TargetStat(float(base), float(delta), int(elements), int(changed), *map(float, rounding))
                 for name, base, delta, elements, changed, *rounding in measured
-            ]
+            }
         except (KeyError, TypeError, ValueError):
             return False
         fused = {tensor.name for tensor in item.tensors if tensor.nbytes and tensor.name in self.plan.touched}
         known = arithmetic == self.arithmetic if self._stats else _usable(arithmetic, self.plan.rule)
-        if sound := known and {stat.name for stat in stats} == fused:
-            self.arithmetic, self._stats[item.path] = arithmetic, stats
+        if sound := known and stats.keys() == fused:
+            self.arithmetic = arithmetic
+            self._stats |= stats
         return sound

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.ltx23.lora_keys import linear_modules
@@ -30,15 +31,14 @@ _BLOCK = re.compile(r"^[A-Za-z_]\w*\.(\d+)\.(.+)$")
 _DIGITS = 3
 
 
-@dataclass(frozen=True)
-class TargetStat:
-    """Measurements of one fused tensor: squared norms of it and of the change, elements, and how many differ.
+class TargetStat(NamedTuple):
+    """Measurements of a fused tensor or some rows of it: squared norms of it and of the change, elements, and how many
+    differ.
 
     For a quantised one also the squared norms of the float32 sum, of the stored values less that sum, and of the error
     that the rounding to codes alone makes.
     """
 
-    name: str
     base_square: float = 0.0
     delta_square: float = 0.0
     elements: int = 0
@@ -47,9 +47,9 @@ class TargetStat:
     error_square: float = 0.0
     rounding_square: float = 0.0
 
-    def plus(self, **amounts: float) -> TargetStat:
-        """These measurements plus the ``amounts`` of more rows."""
-        return replace(self, **{name: getattr(self, name) + more for name, more in amounts.items()})
+    def plus(self, more: TargetStat) -> TargetStat:
+        """The measurements of these rows and of ``more``."""
+        return TargetStat(*map(operator.add, self, more))
 
     @property
     def change(self) -> float | None:
@@ -67,6 +67,9 @@ class TargetStat:
     def rounding(self) -> float:
         """The share of the error's square that comes from the rounding to codes; the rest comes from the rule."""
         return min(1.0, significant(self.rounding_square / self.error_square)) if self.error_square else 0.0
+
+
+UNMEASURED = TargetStat()
 
 
 @dataclass(frozen=True)
@@ -147,11 +150,11 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 
 def build_report(
-    name: str, loras: Sequence[LoraUse], stats: Iterable[TargetStat], shapes: Shapes, made: Bake
+    name: str, loras: Sequence[LoraUse], stats: Mapping[str, TargetStat], shapes: Shapes, made: Bake
 ) -> dict[str, Any]:
-    """coverage.json as a document. ``made``: rule, kernel, device and form; it needs no files."""
-    measured = sorted(stats, key=lambda stat: stat.name)
-    changes = [stat.change for stat in measured if stat.change is not None]
+    """coverage.json as a document. ``stats``: by tensor. ``made``: rule, kernel, device and form; it needs no files."""
+    measured = dict(sorted(stats.items()))
+    changes = [stat.change for stat in measured.values() if stat.change is not None]
     places = [split_name(f"{module}.weight") for module in linear_modules(shapes)]
     blocks = {block for block, _ in places if block is not None}
     quantised = {f"{linear}.weight" for linear in made.quantised}
@@ -162,20 +165,20 @@ def build_report(
         "kernel": made.kernel,
         "device": made.device,
         "loras": [_lora(lora, shapes, made.rule) for lora in loras],
-        "changed_tensors": sum(stat.changed > 0 for stat in measured),
-        "changed_weights": sum(stat.changed for stat in measured),
-        "targeted_weights": sum(stat.elements for stat in measured),
+        "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
+        "changed_weights": sum(stat.changed for stat in measured.values()),
+        "targeted_weights": sum(stat.elements for stat in measured.values()),
         "median_change": _median(changes),
         "largest_change": max(changes, default=None),
         "blocks": max(blocks, default=-1) + 1,
         "block_kinds": sorted({kind for block, kind in places if block is not None}),
         "kinds": _kinds(measured, shapes, quantised),
-        "targets": {stat.name: _target(stat, loras, made.rule, stat.name in quantised) for stat in measured},
+        "targets": {key: _target(key, stat, loras, made.rule, key in quantised) for key, stat in measured.items()},
     }
     if quantised:
         calibration = made.calibration and made.calibration.name
         document |= {"stored_as": made.format, "quantised": len(quantised), "calibration": calibration}
-        document |= _errors(stat for stat in measured if stat.name in quantised)
+        document |= _errors(measured[key] for key in measured if key in quantised)
     return document
 
 
@@ -222,13 +225,14 @@ def _errors(stats: Iterable[TargetStat]) -> dict[str, float | None]:
     return {"median_error": _median(errors), "largest_error": max(errors, default=None)}
 
 
-def _kinds(measured: Iterable[TargetStat], shapes: Shapes, quantised: Collection[str]) -> dict[str, dict[str, Any]]:
+def _kinds(measured: Mapping[str, TargetStat], shapes: Shapes, quantised: Collection[str]) -> dict[str, dict[str, Any]]:
     totals = Counter(split_name(name)[1] for name in shapes)
-    groups: dict[str, list[TargetStat]] = {}
-    for stat in measured:
-        groups.setdefault(split_name(stat.name)[1], []).append(stat)
+    groups: dict[str, list[str]] = {}
+    for name in measured:
+        groups.setdefault(split_name(name)[1], []).append(name)
     kinds: dict[str, dict[str, Any]] = {}
-    for kind, stats in sorted(groups.items()):
+    for kind, names in sorted(groups.items()):
+        stats = [measured[name] for name in names]
         found = [stat.change for stat in stats if stat.change is not None]
         changes = found or [0.0]
         kinds[kind] = {
@@ -239,16 +243,16 @@ def _kinds(measured: Iterable[TargetStat], shapes: Shapes, quantised: Collection
             "median_change": _median(found),
             "largest_change": max(changes),
         }
-        if coded := [stat for stat in stats if stat.name in quantised]:
+        if coded := [measured[name] for name in names if name in quantised]:
             kinds[kind] |= _errors(coded)
     return kinds
 
 
-def _target(stat: TargetStat, loras: Sequence[LoraUse], rule: str, quantised: bool) -> dict[str, Any]:
+def _target(name: str, stat: TargetStat, loras: Sequence[LoraUse], rule: str, quantised: bool) -> dict[str, Any]:
     terms = [
-        {"lora": i, "rank": target.rank, "scale": _scale(lora, stat.name, rule)}
+        {"lora": i, "rank": target.rank, "scale": _scale(lora, name, rule)}
         for i, lora in enumerate(loras)
-        if (target := lora.adapter.targets.get(stat.name)) is not None
+        if (target := lora.adapter.targets.get(name)) is not None
     ]
     figures = {"change": stat.change, "changed": stat.changed, "elements": stat.elements, "terms": terms}
     return figures | ({"error": stat.error, "rounding": stat.rounding} if quantised else {})

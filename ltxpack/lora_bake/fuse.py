@@ -20,6 +20,7 @@ official-fp32  the official rule where bf16 matmuls take hours: the products of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ltxpack.lora_bake.coverage import UNMEASURED, TargetStat
 from ltxpack.lora_bake.turns import Turn
 
 KERNELS = ("fp32", "fp32-bf16", "addmm", "official", "official-fp32")
@@ -116,16 +118,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Fused:
-    """New rows and their figures for the report: squared norms of W and of the change, elements that differ.
-
-    ``largest``: the largest |x| of a float32 sum.
-    """
+    """New rows, whether all are finite, their measurements if wanted, and the largest |x| of a float32 sum."""
 
     weight: Tensor
-    base_square: float
-    delta_square: float
-    changed: int
     finite: bool
+    stat: TargetStat = UNMEASURED
     largest: float = 0.0
 
 
@@ -238,7 +235,7 @@ def fuse_rows(
     ``weight`` [rows, in] (or [rows]) in the stored dtype, ``terms`` already cut to the same rows. Each result equals
     that of the bake alone. Sums use ``work``; the new rows may be in ``results``, valid until it is used again.
     ``into``: for each bake None, or float32 memory for its sum, which then is not rounded to the stored dtype.
-    Without ``measure`` only the official kernels make squared norms and count changes. fp32-bf16 is fp32 unless
+    Without ``measure`` only the official kernels make measurements. fp32-bf16 is fp32 unless
     :func:`precision_of` is open.
     """
     work, results = work or Workspace(), results or Workspace()
@@ -387,7 +384,7 @@ def _fuse_part(
     lowrank = [found for found in sums if found is not None]
     plain = len(lowrank) == len(terms) and all(term.sums_only for term in terms)
     squares = _sum_square(lowrank, scales) if plain and measure else None
-    base_square, measured = math.nan, []
+    base_square, delta_square, made = 0.0, 0.0, list[Fused]()
     for i, (row, (stored, rounded)) in enumerate(zip(strengths, targets, strict=True)):
         total = work.empty("sum", weight.shape, torch.float32, weight.device) if rounded else stored
         total.copy_(weight)
@@ -396,22 +393,19 @@ def _fuse_part(
             if strength:
                 _apply(term, found, strength, total)
         new = stored.copy_(total) if rounded else total
-        if not measure:
-            measured.append(_unmeasured(new))
-        elif squares is not None:
-            measured.append(_measured(weight, new, base_square, squares[i], rounded))
-        else:
+        if squares is not None:
+            delta_square = squares[i]
+        elif measure:
             change = work.empty("change", weight.shape, torch.float32, weight.device)
             delta_square = square_sum(torch.sub(total, weight, out=change))
-            measured.append(_measured(weight, new, base_square, delta_square, rounded))
-    return measured
+        made.append(_measured(weight, new, base_square, delta_square, rounded) if measure else _unmeasured(new))
+    return made
 
 
 def _joined(memory: Tensor, parts: Sequence[Fused]) -> Fused:
     """The parts of a result, which are in ``memory``, as one."""
-    squares = (sum(part.base_square for part in parts), sum(part.delta_square for part in parts))
-    changed, finite = sum(part.changed for part in parts), all(part.finite for part in parts)
-    return Fused(memory, *squares, changed, finite, max(part.largest for part in parts))
+    stat = functools.reduce(TargetStat.plus, (part.stat for part in parts))
+    return Fused(memory, all(part.finite for part in parts), stat, max(part.largest for part in parts))
 
 
 def _summed(term: Term, use: str, work: Workspace) -> Tensor | None:
@@ -446,7 +440,7 @@ def _fuse_addmm(
     weight: Tensor, term: Term, strengths: Sequence[float], results: Workspace, measure: bool
 ) -> list[Fused]:
     assert term.up is not None and term.down is not None
-    square = base_square = math.nan
+    square = base_square = 0.0
     if measure:
         square = _product_square(term.up, term.down) if term.square is None else term.square
         base_square = square_sum(weight)
@@ -461,7 +455,8 @@ def _fuse_addmm(
             made.append(_unmeasured(fused))
             continue
         result = _measured(weight, fused, base_square, square * scale * scale)
-        made.append(result if term.first or term.square is None else replace(result, delta_square=0.0))
+        counted = term.first or term.square is None
+        made.append(result if counted else replace(result, stat=result.stat._replace(delta_square=0.0)))
     return made
 
 
@@ -491,19 +486,20 @@ def _is_plain(terms: Sequence[Term]) -> bool:
 
 
 def _measured(weight: Tensor, fused: Tensor, base_square: float, delta_square: float, rounded: bool = True) -> Fused:
-    """New rows with all figures. If they are a sum that is not ``rounded``, every element counts as changed."""
+    """New rows with measurements. If they are a sum that is not ``rounded``, every element counts as changed."""
+    count = fused.numel()
     if not rounded:
-        return replace(_unmeasured(fused), base_square=base_square, delta_square=delta_square, changed=fused.numel())
+        return replace(_unmeasured(fused), stat=TargetStat(base_square, delta_square, count, count))
     # No element exceeds the sum of the norms, so all need a check only if those are huge.
     bound = math.sqrt(base_square) + math.sqrt(delta_square)
     finite = bound < torch.finfo(fused.dtype).max / 2 or bool(torch.isfinite(fused).all())
-    return Fused(fused, base_square, delta_square, count_changed(weight, fused), finite)
+    return Fused(fused, finite, TargetStat(base_square, delta_square, count, count_changed(weight, fused)))
 
 
 def _unmeasured(fused: Tensor) -> Fused:
-    """New rows with two figures alone: whether they are finite, and their largest |x|."""
+    """New rows without measurements."""
     low, high = (bound.item() for bound in torch.aminmax(fused))
-    return Fused(fused, math.nan, math.nan, 0, math.isfinite(high - low), max(-low, high))
+    return Fused(fused, math.isfinite(high - low), largest=max(-low, high))
 
 
 def count_changed(before: Tensor, after: Tensor) -> int:

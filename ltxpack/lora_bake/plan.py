@@ -406,15 +406,15 @@ class BakePlan:
             WriteBytes(f"{self.folder}/{coverage.PAGE_NAME}", coverage_page.render(document)),
         )
 
-    def document(self, arithmetic: Arithmetic, stats: Sequence[TargetStat]) -> dict[str, Any]:
+    def document(self, arithmetic: Arithmetic, stats: Mapping[str, TargetStat]) -> dict[str, Any]:
         """coverage.json as a document."""
         return coverage.build_report(self.name, self.loras, stats, self.base.shapes, self._made_by(arithmetic))
 
     def files(self, arithmetic: Arithmetic) -> list[dict[str, Any]]:
         """Every file with its size and action; for the two reports an upper bound of any measurement."""
         # No figure is longer than a change of 1.11e-100 and a count of all elements.
-        counts = {name: math.prod(self.base.shapes[name]) for name in sorted(self.touched)}
-        longest = [TargetStat(name, 1.0, 1.2321e-200, n, n, 1.0, 1.2321e-200, 1.1e-300) for name, n in counts.items()]
+        counts = {name: math.prod(self.base.shapes[name]) for name in self.touched}
+        longest = {name: TargetStat(1.0, 1.2321e-200, n, n, 1.0, 1.2321e-200, 1.1e-300) for name, n in counts.items()}
         document = self.document(arithmetic, longest)
         files = [(item.path, item.size, "link" if isinstance(item, LinkFile) else "write") for item in self.items]
         # A page with other cells than these is longer, but never twice as long.

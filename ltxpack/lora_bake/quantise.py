@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ltxpack.activations import E4M3_LARGEST, SMALLEST_SCALE
+from ltxpack.lora_bake.coverage import UNMEASURED, TargetStat
 from ltxpack.lora_bake.fuse import Workspace, square_sum
 from ltxpack.ltx23.codes import rotated_together
 from ltxpack.manifest import FP8, INT8
@@ -30,15 +31,12 @@ INT8_LARGEST = 127.0
 class Encoded:
     """Some rows in codes: ``codes`` [rows, in] in the memory of the sum; ``scales`` [] or [rows, 1], float32.
 
-    Squared norms, NaN if they are not wanted: ``square`` of the sum, ``rounding_square`` of the change by rounding,
-    ``error_square`` of the stored values less the fp32 rule's sum.
+    ``stat``: the three measurements that codes have, if these are wanted.
     """
 
     codes: Tensor
     scales: Tensor
-    square: float = math.nan
-    rounding_square: float = math.nan
-    error_square: float = math.nan
+    stat: TargetStat = UNMEASURED
 
 
 def encode(
@@ -93,8 +91,8 @@ def _encode_fp8(rows: Tensor, largest: float, work: Workspace, beside: Tensor | 
         return Encoded(_memory_of(rows, torch.float8_e4m3fn).copy_(scaled), scale.cpu())
     codes = work.empty("codes", rows.shape, torch.float8_e4m3fn, rows.device).copy_(scaled)
     square = square_sum(rows)
-    errors = _errors(rows.sub_(_decoded_fp8(codes, work), alpha=256 * scale.item()), beside)
-    return Encoded(_memory_of(rows, codes.dtype).copy_(codes), scale.cpu(), square, *errors)
+    stat = _stat(square, rows.sub_(_decoded_fp8(codes, work), alpha=256 * scale.item()), beside)
+    return Encoded(_memory_of(rows, codes.dtype).copy_(codes), scale.cpu(), stat)
 
 
 def _decoded_fp8(codes: Tensor, work: Workspace) -> Tensor:
@@ -117,14 +115,15 @@ def _encode_int8(rows: Tensor, work: Workspace, beside: Tensor | None, measure: 
     square = square_sum(rows)
     torch.div(rotated, scales, out=rows).round_().clamp_(-INT8_LARGEST, INT8_LARGEST)
     codes = work.empty("codes", rows.shape, torch.int8, rows.device).copy_(rows)
-    errors = _errors(rotated.sub_(rows.mul_(scales)), None if beside is None else rotate(beside, Workspace()))
-    return Encoded(_memory_of(rows, codes.dtype).copy_(codes), scales.cpu(), square, *errors)
+    stat = _stat(square, rotated.sub_(rows.mul_(scales)), None if beside is None else rotate(beside, Workspace()))
+    return Encoded(_memory_of(rows, codes.dtype).copy_(codes), scales.cpu(), stat)
 
 
-def _errors(lost: Tensor, beside: Tensor | None) -> tuple[float, float]:
-    """The squared norms of ``lost``, the change by rounding, and of ``lost`` plus ``beside``."""
+def _stat(square: float, lost: Tensor, beside: Tensor | None) -> TargetStat:
+    """``square``, and the squared norms of ``lost``, the change by rounding, and of ``lost`` plus ``beside``."""
     rounding = square_sum(lost)
-    return rounding, rounding if beside is None else square_sum(beside.sub_(lost))
+    error = rounding if beside is None else square_sum(beside.sub_(lost))
+    return TargetStat(sum_square=square, error_square=error, rounding_square=rounding)
 
 
 def _memory_of(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -60,17 +60,13 @@ class ShardOutput:
     entries: Sequence[ShardEntry]
     strengths: Callable[[str], Sequence[float]]
     writer: TensorWriter
-    stats: dict[str, TargetStat] = field(default_factory=dict)
+    stats: defaultdict[str, TargetStat] = field(default_factory=lambda: defaultdict(TargetStat))
 
     @functools.cached_property
     def touched(self) -> dict[str, FusedTensor]:
         """Tensor name -> the producer, for tensors that are fused or quantised."""
         producers = ((entry.tensors[0].name, entry.producer) for entry in self.entries)
         return {name: producer for name, producer in producers if isinstance(producer, FusedTensor)}
-
-    def measure(self, name: str, **amounts: float) -> None:
-        """Add the measurements of some rows of the tensor ``name``, see :class:`.coverage.TargetStat`."""
-        self.stats[name] = (self.stats.get(name) or TargetStat(name)).plus(**amounts)
 
 
 class _Read(NamedTuple):
@@ -120,7 +116,7 @@ class FactorReader:
 class Engine:
     """Fuses shards with one arithmetic. A context manager: while it is open, torch's settings are its own.
 
-    Without ``measure``, the outputs' stats stay empty.
+    Without ``measure`` the outputs' stats are zeros.
     """
 
     def __init__(
@@ -376,50 +372,44 @@ class _Fusing:
         for i, output in enumerate(batch):
             memory = self._sum(output, weight)
             if memory is not None:
-                encoded = functools.partial(self._encoded, output, weight, memory, whole)
-                self._later(self._write_codes, weight.info, output, i, weight.made, encoded)
-
-    def _encoded(
-        self, output: ShardOutput, weight: _Weight, memory: Tensor, whole: Tensor | None, largest: float, *span: int
-    ) -> Encoded:
-        """The rows of a sum in codes."""
-        work, rows, beside = self._engine.own.sums, memory[slice(*span)], None
-        if whole is not None:
-            exact = work.empty("exact", rows.shape, torch.float32, rows.device)
-            part = whole[slice(*span)].to(rows.device)
-            fuse_rows(part, weight.rows(*span), [weight.strengths(output)], "fp32", work, into=[exact])
-            beside = torch.sub(rows, exact, out=exact)
-        return encode(output.touched[weight.info.name].form, rows, largest, work, beside, self._engine.measure)
+                self._later(self._write_codes, weight, output, memory, i, weight.made, whole)
 
     def _write_fused(self, info: TensorInfo, batch: Sequence[ShardOutput], made: Sequence[Future[list[Fused]]]) -> None:
         for chunk in made:
             for output, fused in zip(batch, chunk.result(), strict=True):
                 if output.touched[info.name].form == BF16:
                     self._write([output], _bytes_of(fused.weight))
-                if self._engine.measure:
-                    counts = {"elements": fused.weight.numel(), "changed": fused.changed}
-                    output.measure(info.name, base_square=fused.base_square, delta_square=fused.delta_square, **counts)
+                output.stats[info.name] = output.stats[info.name].plus(fused.stat)
                 if not fused.finite:
                     self.overflow[info.name] = None
 
     def _write_codes(
         self,
-        info: TensorInfo,
+        weight: _Weight,
         output: ShardOutput,
+        memory: Tensor,
         i: int,
-        sums: Sequence[Future[list[Fused]]],
-        encoded: Callable[..., Encoded],
+        made: Sequence[Future[list[Fused]]],
+        whole: Tensor | None,
     ) -> None:
-        """The codes of a weight, then its scales. ``i``: which of the ``sums`` are this output's."""
-        largest, scales = max(chunk.result()[i].largest for chunk in sums), []
-        for job in [self._engine.pool.submit(encoded, largest, *span) for span in row_parts(info.shape)]:
+        """The codes of a weight, whose sum is in ``memory``, then its scales. ``i``: which of ``made`` are its sums."""
+        engine, name, scales = self._engine, weight.info.name, []
+        producer, largest = output.touched[name], max(chunk.result()[i].largest for chunk in made)
+
+        def encoded(first: int, last: int) -> Encoded:
+            work, rows, beside = engine.own.sums, memory[first:last], None
+            if whole is not None:
+                exact = work.empty("exact", rows.shape, torch.float32, rows.device)
+                part, terms = whole[first:last].to(rows.device), weight.rows(first, last)
+                fuse_rows(part, terms, [weight.strengths(output)], "fp32", work, into=[exact])
+                beside = torch.sub(rows, exact, out=exact)
+            return encode(producer.form, rows, largest, work, beside, engine.measure)
+
+        for job in [engine.pool.submit(encoded, *span) for span in row_parts(weight.info.shape)]:
             part = job.result()
             self._write([output], _bytes_of(part.codes))
-            if self._engine.measure:
-                squares = {"rounding_square": part.rounding_square, "error_square": part.error_square}
-                output.measure(info.name, sum_square=part.square, **squares)
+            output.stats[name] = output.stats[name].plus(part.stat)
             scales.append(part.scales)
-        producer = output.touched[info.name]
         own = [*scales[:1], torch.tensor(producer.input_scale)] if producer.form == FP8 else scales
         for scale in own:
             self._write([output], _bytes_of(scale))

@@ -53,7 +53,7 @@ def _tell_idle(plan: BakePlan, reporter: Reporter) -> None:
             if used:
                 looked_at += rows.numel()
                 [fused] = fuse_rows(rows, [term for term, _ in used], [[strength for _, strength in used]], "fp32")
-                changed += fused.changed
+                changed += fused.stat.changed
     if looked_at and not changed:
         reporter.warn(
             f"{plan.folder}: changes nothing: none of {looked_at:,} sampled weights changes, because the sums of "

@@ -122,8 +122,8 @@ def test_addmm_kernel_is_as_accurate(shape: tuple[int, int, int]) -> None:
     [plain] = fuse_rows(weight, [term], [[0.7]], "fp32")
     reference = exact(weight, [term], [0.7])
     assert wrong_share(found.weight, reference) <= 3e-4 and wrong_share(plain.weight, reference) <= 3e-4
-    assert found.changed == pytest.approx(plain.changed, rel=1e-3)
-    assert math.sqrt(found.delta_square) == pytest.approx(math.sqrt(plain.delta_square), rel=3e-3)
+    assert found.stat.changed == pytest.approx(plain.stat.changed, rel=1e-3)
+    assert math.sqrt(found.stat.delta_square) == pytest.approx(math.sqrt(plain.stat.delta_square), rel=3e-3)
 
 
 @pytest.mark.skipif(not cpu_has_bf16_unit(), reason="this CPU has no bf16 matrix unit, so fp32-bf16 is not chosen here")
@@ -159,7 +159,7 @@ def test_bits_do_not_depend_on_threads(kernel: str) -> None:
         with fuse.precision_of(kernel):
             results.append(fuse_rows(weight, [term], [[0.7]], kernel)[0])
     assert all(torch.equal(a.weight, b.weight) for a, b in itertools.pairwise(results))
-    assert len({(result.base_square, result.changed) for result in results}) == 1
+    assert len({(result.stat.base_square, result.stat.changed) for result in results}) == 1
 
 
 @pytest.mark.parametrize("kernel", ["fp32", "addmm", "official"])
@@ -171,8 +171,8 @@ def test_several_strengths_at_once_give_what_each_gives_alone(kernel: str) -> No
     together = fuse_rows(weight, [term.prepared(kernel, fuse.Workspace()) for term in terms], strengths, kernel)
     for row, found in zip(strengths, together, strict=True):
         [alone] = fuse_rows(weight, terms, [row], kernel)
-        assert torch.equal(found.weight, alone.weight) and found.changed == alone.changed
-        assert math.isclose(found.delta_square, alone.delta_square, rel_tol=1e-6)
+        assert torch.equal(found.weight, alone.weight) and found.stat.changed == alone.stat.changed
+        assert math.isclose(found.stat.delta_square, alone.stat.delta_square, rel_tol=1e-6)
 
 
 def test_order_of_loras_is_kept() -> None:
@@ -196,10 +196,10 @@ def test_a_row_range_of_a_term_is_the_term_of_a_row_range() -> None:
 def test_what_is_measured() -> None:
     weight, term = matrix(64, 96), factors(64, 96, 8)
     [found] = fuse_rows(weight, [term], [[0.7]], "fp32")
-    assert found.base_square == pytest.approx(weight.double().square().sum().item(), rel=1e-5)
+    assert found.stat.base_square == pytest.approx(weight.double().square().sum().item(), rel=1e-5)
     delta = exact(weight, [term], [0.7]) - weight.double()
-    assert found.delta_square == pytest.approx(delta.square().sum().item(), rel=1e-4)
-    assert found.changed == int((found.weight != weight).sum())
+    assert found.stat.delta_square == pytest.approx(delta.square().sum().item(), rel=1e-4)
+    assert found.stat.changed == int((found.weight != weight).sum())
     assert found.finite
 
 
@@ -212,7 +212,7 @@ def test_weights_are_the_same_where_nothing_is_measured(kernel: str) -> None:
     )
     for measured, other in zip(known, bare, strict=True):
         assert torch.equal(measured.weight, other.weight) and measured.finite and other.finite
-        assert other.largest == other.weight.abs().max() and math.isnan(other.base_square)
+        assert other.largest == other.weight.abs().max() and not any(other.stat)
 
 
 @pytest.mark.parametrize("measure", [True, False])
@@ -238,9 +238,9 @@ def test_uneven_factors_do_not_overflow_the_norm() -> None:
     assert term.up is not None and term.down is not None
     even = fuse_rows(weight, [term], [[0.7]], "addmm")[0]
     uneven = fuse_rows(weight, [Term(1.0, term.down * 2.0**-70, term.up * 2.0**70)], [[0.7]], "addmm")[0]
-    assert uneven.finite and uneven.delta_square == pytest.approx(even.delta_square, rel=2e-2)
+    assert uneven.finite and uneven.stat.delta_square == pytest.approx(even.stat.delta_square, rel=2e-2)
     exact = (0.7 * term.up.double() @ term.down.double()).square().sum().item()
-    assert even.delta_square == pytest.approx(exact, rel=2e-2)
+    assert even.stat.delta_square == pytest.approx(exact, rel=2e-2)
 
 
 def test_row_chunks_add_up_to_the_whole() -> None:
@@ -249,9 +249,9 @@ def test_row_chunks_add_up_to_the_whole() -> None:
     ready = term.prepared("addmm", fuse.Workspace())
     parts = [fuse_rows(weight[a : a + 16], [ready.rows(a, a + 16)], [[0.7]], "addmm")[0] for a in range(0, 64, 16)]
     assert torch.equal(torch.cat([part.weight for part in parts]), whole.weight)
-    assert sum(part.delta_square for part in parts) == pytest.approx(whole.delta_square)
-    assert sum(part.base_square for part in parts) == pytest.approx(whole.base_square)
-    assert sum(part.changed for part in parts) == whole.changed
+    assert sum(part.stat.delta_square for part in parts) == pytest.approx(whole.stat.delta_square)
+    assert sum(part.stat.base_square for part in parts) == pytest.approx(whole.stat.base_square)
+    assert sum(part.stat.changed for part in parts) == whole.stat.changed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])

@@ -30,16 +30,16 @@ def applied(path: Path, strength: float = 1.0) -> LoraUse:
     return LoraUse.of(adapter, strength, "ab" * 32, "fp32")
 
 
-def measured(name: str, change: float | None) -> TargetStat:
+def measured(change: float | None) -> TargetStat:
     """A target that changed by ``change``; None: from zero."""
     square = 1.0 if change is None else change * change
-    return TargetStat(name, 0.0 if change is None else 1.0, square, 16, 8)
+    return TargetStat(0.0 if change is None else 1.0, square, 16, 8)
 
 
 def document_of(loras: Sequence[LoraUse], change: Callable[[str], float | None], rule: str = "fp32") -> dict:
     names = sorted({name for lora in loras for name in lora.adapter.targets})
     made = Bake((), rule, "fp32", "cpu", (), ())
-    return build_report("x", loras, [measured(name, change(name)) for name in names], shapes(), made)
+    return build_report("x", loras, {name: measured(change(name)) for name in names}, shapes(), made)
 
 
 def page_of(loras: Sequence[LoraUse], change: Callable[[str], float | None] = lambda name: 0.01) -> Page:
@@ -283,7 +283,7 @@ def test_names_may_break_between_segments_and_read_the_same(tmp_path: Path) -> N
 
 
 def test_a_bake_that_changes_nothing_still_shows_the_model(whole: LoraUse) -> None:
-    document = build_report("x", [whole], [], shapes(), Bake((), "fp32", "fp32", "cpu", (), ()))
+    document = build_report("x", [whole], {}, shapes(), Bake((), "fp32", "fp32", "cpu", (), ()))
     assert document["median_change"] is None and document["largest_change"] is None
     read = parsed(coverage_page.render(document))
     assert "No weight inside the blocks is touched." in read.text and "None of the 28 linears" in read.text

@@ -118,10 +118,10 @@ def test_block_and_kind() -> None:
 
 
 def test_a_change_from_zero_has_no_ratio() -> None:
-    assert TargetStat("a", 0.0, 1.0, 4, 4).change is None
-    assert TargetStat("a", 0.0, 0.0, 4, 0).change == 0.0
-    assert TargetStat("a", 4.0, 1.0, 4, 4).change == 0.5
-    stats = [TargetStat("proj_in.weight", 0.0, 1.0, 256, 256)]
+    assert TargetStat(0.0, 1.0, 4, 4).change is None
+    assert TargetStat(0.0, 0.0, 4, 0).change == 0.0
+    assert TargetStat(4.0, 1.0, 4, 4).change == 0.5
+    stats = {"proj_in.weight": TargetStat(0.0, 1.0, 256, 256)}
     document = coverage.build_report("x", [], stats, shapes(), Bake((), "fp32", "fp32", "cpu", (), ()))
     assert "from zero" in coverage_page.render(document).decode()
     assert json.loads(coverage.dump(document))["targets"]["proj_in.weight"]["change"] is None
