@@ -21,6 +21,7 @@ from support import in_fresh_process, ltxpack, refused, tree
 import ltxpack.export.plan as exporting
 from ltxpack.errors import OverlayError
 from ltxpack.export.read_back import ReadBack, Written
+from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
@@ -330,14 +331,14 @@ def test_what_an_earlier_run_wrote_is_read_back(demo: Path, tmp_path: Path, monk
     plan = exporting.plan_export(exporting.ExportOptions(demo / "overlay", output), SilentReporter())
     done = Journal.read(work / "journal.jsonl").records
     unit = next(unit for unit in plan.units if unit.shard.record.path in done)
-    place = next(place for place in unit.places if place.nbytes and place.offset is not None)
+    name = next(name for name, spec in unit.exported.items() if spec.nbytes)
     with (work / "unfinished.safetensors").open("r+b") as file:
-        file.seek(place.offset or 0)
+        file.seek(plan.spans[name][0])
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
     again = ltxpack("export", demo / "overlay", "-o", output)
-    assert "did not come back from the disk" in refused(again, 1) and place.name in again.stderr
+    assert "did not come back from the disk" in refused(again, 1) and name in again.stderr
     assert not work.exists() and not output.exists()
 
 
@@ -348,10 +349,10 @@ def test_bytes_are_compared_before_the_last_of_them_are_there(tmp_path: Path, mo
     back = ReadBack(path)
     digest = blake3(path.read_bytes()[100:5100]).hexdigest()
     for name, offset in (("sound", 100), ("other bytes", 101)):
-        back.add(Written(name, offset, 5000, digest))
+        back.add(Written(name, Range(path, offset, 5000), digest))
     deadline = time.monotonic() + 60
     with pytest.raises(OverlayError, match="did not come back") as told:
         while time.monotonic() < deadline:
-            back.add(Written("empty", 0, 0, ""))
+            back.add(Written("empty", Range(path, 0, 0), ""))
     assert told.value.tensor == "other bytes" and back.failed
     back.stop()

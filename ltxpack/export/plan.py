@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,31 +59,24 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class Place:
-    """The place of a tensor's ``nbytes``: ``offset`` in the file, None if it has none. ``widened``: BF16 to F32."""
-
-    name: str
-    nbytes: int
-    offset: int | None
-    widened: bool = False
-
-
-@dataclass(frozen=True)
 class Unit:
-    """A file of the overlay that one pass reads, the ``entries`` made from it, and the place of each tensor of them."""
+    """A file of the overlay that one pass reads, and the ``entries`` made from it.
+
+    ``tensors``: theirs in order, each as the overlay stores it and as the file does, None if the file leaves it out.
+    """
 
     shard: BaseShard
     entries: tuple[ShardEntry, ...]
-    places: tuple[Place, ...]
+    tensors: tuple[tuple[TensorSpec, TensorSpec | None], ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(place.nbytes for place in self.places)
+        return sum(stored.nbytes for stored, _ in self.tensors)
 
     @property
-    def names(self) -> frozenset[str]:
-        """Its tensors in the exported file."""
-        return frozenset(place.name for place in self.places if place.offset is not None)
+    def exported(self) -> dict[str, TensorSpec]:
+        """Its tensors in the exported file, by their names there."""
+        return {spec.name: spec for _, spec in self.tensors if spec is not None}
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,8 @@ class ExportPlan:
     @property
     def widened(self) -> int:
         """The number of tables that are bfloat16 in the overlay and float32 in the file."""
-        return sum(place.widened for unit in self.units for place in unit.places)
+        pairs = (pair for unit in self.units for pair in unit.tensors)
+        return sum(spec is not None and spec.dtype != stored.dtype for stored, spec in pairs)
 
     @property
     def form(self) -> str:
@@ -138,9 +132,8 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
     manifest = read_manifest(options.overlay)
     made = None if options.make is None else plan_unwritten(_making(options), reporter, headers_only=headers_only)
     bake = made.plan.stated if made is not None else _bake(options, manifest)
-    sources = list(_sources(options, manifest, bake, made))
-    names = [_official_names(component, entries, options) for component, _, entries in sources]
-    tensors = [spec for found in names for _, spec in found if spec is not None]
+    units = tuple(_units(options, manifest, bake, made))
+    tensors = [spec for unit in units for spec in unit.exported.values()]
     marks = {spec.name.removesuffix(".weight"): _mark(spec) for spec in tensors if spec.dtype in CODES.values()}
     literals: dict[str, bytes] = {}
     metadata = _metadata(options, manifest, bake, reporter)
@@ -157,10 +150,6 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
     for spec in tensors:
         spans[spec.name] = (end, spec.nbytes)
         end += spec.nbytes
-    units = tuple(
-        Unit(shard, entries, tuple(_place(tensor, spec, spans) for tensor, spec in found))
-        for (_, shard, entries), found in zip(sources, names, strict=True)
-    )
     return ExportPlan(header, spans, literals, units, bake, made)
 
 
@@ -174,12 +163,6 @@ def _flags(options: ExportOptions) -> str:
     parts = [] if options.parts == PARTS[0] else [f"--parts {options.parts}"]
     source = [] if options.source is None else [f"--source {quoted(options.source)}"]
     return " ".join([f"-o {quoted(options.output)}", *parts, *source])
-
-
-def _place(tensor: TensorSpec, spec: TensorSpec | None, spans: Mapping[str, tuple[int, int]]) -> Place:
-    if spec is None:
-        return Place(tensor.name, tensor.nbytes, None)
-    return Place(spec.name, tensor.nbytes, spans[spec.name][0], spec.dtype != tensor.dtype)
 
 
 # The sources of the bytes
@@ -202,10 +185,8 @@ def _bake(options: ExportOptions, manifest: Manifest) -> Bake | None:
     return found
 
 
-def _sources(
-    options: ExportOptions, manifest: Manifest, bake: Bake | None, made: UnwrittenBake | None
-) -> Iterator[tuple[str, BaseShard, tuple[ShardEntry, ...]]]:
-    """Component, file and entries of the file, for every file with weights."""
+def _units(options: ExportOptions, manifest: Manifest, bake: Bake | None, made: UnwrittenBake | None) -> Iterator[Unit]:
+    """Every file with weights."""
     overlay = options.overlay
     wanted = CHECKPOINT_TABLES if options.parts == PARTS[0] else (TRANSFORMER, CONNECTORS)
     if missing := [component for component in wanted if component not in manifest.components]:
@@ -214,7 +195,7 @@ def _sources(
     for component in wanted:
         if component == TRANSFORMER and made is not None:
             for shard in made.plan.base.shards:
-                yield component, shard, tuple(made.plan.entries(shard))
+                yield _unit(component, shard, made.plan.entries(shard), options)
             continue
         own = bake if component == TRANSFORMER else None
         for record in (own or manifest.components[component]).files:
@@ -223,15 +204,13 @@ def _sources(
                 if (size := regular_size(path)) != record.size:
                     raise changed_file(path, f"{record.size} bytes", f"{size} bytes")
                 shard = BaseShard(record, read_tensorfile(path))
-                yield component, shard, tuple(stored_tensor(*item, path) for item in shard.file.tensors.items())
+                entries = (stored_tensor(name, info, path) for name, info in shard.file.tensors.items())
+                yield _unit(component, shard, entries, options)
 
 
-def _official_names(
-    component: str, entries: Sequence[ShardEntry], options: ExportOptions
-) -> list[tuple[TensorSpec, TensorSpec | None]]:
-    """Every tensor as the overlay stores it and as the file does, None if the file leaves it out."""
+def _unit(component: str, shard: BaseShard, entries: Iterable[ShardEntry], options: ExportOptions) -> Unit:
     table, found = CHECKPOINT_TABLES[component], list[tuple[TensorSpec, TensorSpec | None]]()
-    back = table.reverse()
+    back, entries = table.reverse(), tuple(entries)
     for tensor in (tensor for entry in entries for tensor in entry.tensors):
         official = back.rename(tensor.name)
         if table.rename(official) != tensor.name:
@@ -241,7 +220,7 @@ def _official_names(
         wanted = options.parts == PARTS[0] or official.startswith(ROOT)
         spec = TensorSpec(official, "F32" if wide else tensor.dtype, tensor.shape)
         found.append((tensor, spec if wanted else None))
-    return found
+    return Unit(shard, entries, tuple(found))
 
 
 def _mark(spec: TensorSpec) -> dict[str, Any]:

@@ -24,11 +24,10 @@ READS_AT_ONCE = 2
 
 
 class Written(NamedTuple):
-    """Written bytes of the file, and their blake3."""
+    """The written tensor ``name``: its bytes in the file, and their blake3."""
 
     name: str
-    offset: int
-    nbytes: int
+    range: Range
     blake3: str
 
 
@@ -54,9 +53,9 @@ class ReadBack:
     def add(self, written: Written) -> None:
         """Compare these bytes soon; any thread may call this. Raises OverlayError if earlier bytes differ."""
         with self._adding:
-            if written.nbytes:
+            if written.range.nbytes:
                 self._batch.append(written)
-            if sum(written.nbytes for written in self._batch) >= BATCH:
+            if sum(written.range.nbytes for written in self._batch) >= BATCH:
                 self._submit()
             while self._under_way and self._under_way[0][1].done():
                 self._under_way.popleft()[1].result()
@@ -73,14 +72,15 @@ class ReadBack:
     def _submit(self) -> None:
         batch, self._batch = self._batch, []
         if batch:
-            nbytes = sum(written.nbytes for written in batch)
+            nbytes = sum(written.range.nbytes for written in batch)
             self._under_way.append((nbytes, self._thread.submit(self._compare, batch)))
 
     def _compare(self, batch: Sequence[Written]) -> None:
-        batch = sorted(batch, key=lambda written: written.offset)
+        batch = sorted(batch, key=lambda written: written.range.start)
+        ranges = [written.range for written in batch]
         with write_errors(self._path):
-            self._put_on_disk(batch)
-        windows, counts = read_plan([Range(self._path, written.offset, written.nbytes) for written in batch])
+            self._put_on_disk(ranges)
+        windows, counts = read_plan(ranges)
         with RangeReader([window.range for window in windows], in_flight=READS_AT_ONCE) as reader:
             read = zip(windows, reader, strict=True)
             parts = (data[at : at + size] for window, data in read for at, size in window.parts)
@@ -92,24 +92,21 @@ class ReadBack:
                     hasher.update(next(parts))
                 if hasher.hexdigest() != written.blake3:
                     self.failed = True
-                    raise self._changed(written, hasher.hexdigest())
+                    raise OverlayError(
+                        "did not come back from the disk as it was written",
+                        file=self._path,
+                        tensor=written.name,
+                        expected=f"blake3 {written.blake3}",
+                        found=f"blake3 {hasher.hexdigest()}",
+                        next="check the disk, then run this again",
+                    )
 
-    def _put_on_disk(self, batch: Sequence[Written]) -> None:
+    def _put_on_disk(self, ranges: Sequence[Range]) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(fd)
             if hasattr(os, "posix_fadvise"):
-                for written in batch:
-                    os.posix_fadvise(fd, written.offset, written.nbytes, os.POSIX_FADV_DONTNEED)
+                for written in ranges:
+                    os.posix_fadvise(fd, written.start, written.nbytes, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
-
-    def _changed(self, written: Written, found: str) -> OverlayError:
-        return OverlayError(
-            "did not come back from the disk as it was written",
-            file=self._path,
-            tensor=written.name,
-            expected=f"blake3 {written.blake3}",
-            found=f"blake3 {found}",
-            next="check the disk, then run this again",
-        )

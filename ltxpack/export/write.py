@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Self
 from blake3 import blake3
 
 from ltxpack.errors import AdapterError, UsageError, quoted
-from ltxpack.export.plan import ENDING, HEADER, ExportOptions, ExportPlan, Place, Unit, plan_export
+from ltxpack.export.plan import ENDING, HEADER, ExportOptions, ExportPlan, Unit, plan_export
 from ltxpack.export.read_back import ReadBack, Written
 from ltxpack.files.publish import (
     check_writable,
@@ -29,10 +30,10 @@ from ltxpack.files.publish import (
     require_space,
     write_errors,
 )
-from ltxpack.files.reader import RangeReader, file_ranges
+from ltxpack.files.reader import Range, RangeReader, file_ranges
 from ltxpack.lora_bake.bake import UnwrittenBake
 from ltxpack.manifest import FileRecord, changed_file
-from ltxpack.repack.items import Buffer
+from ltxpack.repack.items import Buffer, TensorSpec
 from ltxpack.repack.lock import OverlayLock, real_target, refuse_links
 from ltxpack.repack.staging import Journal
 from ltxpack.reporter import Reporter
@@ -118,12 +119,12 @@ def _fuse_all(made: UnwrittenBake, units: Sequence[Unit], file: UnfinishedFile, 
 
 
 def _copy_all(units: Sequence[Unit], file: UnfinishedFile, reporter: Reporter) -> None:
-    with file.stopping(), ThreadPoolExecutor(2, "ltxpack-export") as threads:
+    with file.stopping(), ThreadPoolExecutor(1, "ltxpack-export-hash") as thread:
         for unit in units:
-            _copy(unit, file, threads, reporter)
+            _copy(unit, file, thread, reporter)
 
 
-def _copy(unit: Unit, file: UnfinishedFile, threads: ThreadPoolExecutor, reporter: Reporter) -> None:
+def _copy(unit: Unit, file: UnfinishedFile, thread: ThreadPoolExecutor, reporter: Reporter) -> None:
     """Raises OverlayError if the file differs from the manifest."""
     path, size = unit.shard.file.path, unit.shard.file.size
     hasher, writer = blake3(), PlacedWriter(file, unit)
@@ -132,8 +133,8 @@ def _copy(unit: Unit, file: UnfinishedFile, threads: ThreadPoolExecutor, reporte
         for data in reader:
             body = data[header:]
             header = max(0, header - len(data))
-            hashed = threads.submit(hasher.update, data)
-            threads.submit(writer.write, body).result()
+            hashed = thread.submit(hasher.update, data)
+            writer.write(body)
             hashed.result()
             reporter.advance(len(body))
     if hasher.hexdigest() != unit.shard.record.blake3:
@@ -151,47 +152,45 @@ class PlacedWriter:
 
     def __init__(self, file: UnfinishedFile, unit: Unit) -> None:
         self._file, self._unit = file, unit
-        self._places = iter([place for place in unit.places if place.nbytes])
-        self._place: Place | None = None
-        self._done = 0
-        self._hasher = blake3()
-        self._table = bytearray()
-        empty = (place.name for place in unit.places if place.offset is not None and not place.nbytes)
+        self._tensors = deque(pair for pair in unit.tensors if pair[0].nbytes)
+        # The bytes taken of the first of these tensors, their hash, and all of them if the tensor is to be widened.
+        self._done, self._hasher, self._table = 0, blake3(), bytearray()
+        empty = (name for name, spec in unit.exported.items() if not spec.nbytes)
         self._digests = dict.fromkeys(empty, blake3().hexdigest())
 
     def write(self, data: Buffer) -> None:
         """Take the next bytes. Raises OverlayError."""
         left = memoryview(data).cast("B")
         while len(left):
-            place = self._place = self._place or next(self._places)
-            part, left = left[: place.nbytes - self._done], left[place.nbytes - self._done :]
-            if place.widened:
+            stored, spec = self._tensors[0]
+            part, left = left[: stored.nbytes - self._done], left[stored.nbytes - self._done :]
+            if spec is not None and spec.dtype != stored.dtype:
                 self._table += part
-            elif place.offset is not None:
-                self._put(part, place.offset + self._done)
+            elif spec is not None:
+                self._put(part, spec.name, self._done)
             self._done += len(part)
-            if self._done == place.nbytes:
-                self._end(place)
+            if self._done == stored.nbytes:
+                self._end(spec)
 
     def close(self) -> FileRecord:
         """Return when all bytes of the unit are on the disk."""
-        if self._place is not None or next(self._places, None) is not None:
+        if self._tensors:
             raise AssertionError(f"{self._unit.shard.record.path}: tensors are missing")
         return self._file.complete(self._unit, self._digests)
 
-    def _end(self, place: Place) -> None:
-        if place.widened:
-            assert place.offset is not None
-            self._put(_widened(self._table), place.offset)
-            self._table.clear()
-        if place.offset is not None:
-            digest = self._digests[place.name] = self._hasher.hexdigest()
-            self._file.written(place.name, digest)
-        self._place, self._done, self._hasher = None, 0, blake3()
+    def _end(self, spec: TensorSpec | None) -> None:
+        """Go on to the next tensor after ``spec``."""
+        if spec is not None:
+            if self._table:
+                self._put(_widened(self._table), spec.name)
+            digest = self._digests[spec.name] = self._hasher.hexdigest()
+            self._file.written(spec.name, digest)
+        self._tensors.popleft()
+        self._done, self._hasher, self._table = 0, blake3(), bytearray()
 
-    def _put(self, data: Buffer, offset: int) -> None:
+    def _put(self, data: Buffer, name: str, done: int = 0) -> None:
         self._hasher.update(data)
-        self._file.put(data, offset)
+        self._file.put(data, name, done)
 
 
 def _widened(table: bytearray) -> memoryview:
@@ -218,7 +217,7 @@ class UnfinishedFile:
         with write_errors(self.path):
             there = self.path.is_file() and not self.path.is_symlink() and self.path.stat().st_size == self._plan.size
             if journal.fingerprint == fingerprint and there:
-                names = {unit.shard.record.path: unit.names for unit in self._plan.units}
+                names = {unit.shard.record.path: unit.exported.keys() for unit in self._plan.units}
                 records = {
                     path: record
                     for path, record in journal.records.items()
@@ -263,11 +262,14 @@ class UnfinishedFile:
             self._problem = self._problem or problem
             raise
 
-    def put(self, data: Buffer, offset: int) -> None:
-        """Write ``data``. Raises OverlayError for a full disk, and the exception that stopped another thread."""
+    def put(self, data: Buffer, name: str, done: int = 0) -> None:
+        """Write ``data``, the bytes of ``name`` after the first ``done``.
+
+        Raises OverlayError for a full disk, and the exception that stopped another thread.
+        """
         if self._problem is not None:
             raise self._problem
-        left = memoryview(data)
+        left, offset = memoryview(data), self._plan.spans[name][0] + done
         with write_errors(self.path):
             while left:
                 written = os.pwrite(self._fd, left, offset)
@@ -288,12 +290,12 @@ class UnfinishedFile:
 
     def written(self, name: str, digest: str) -> None:
         """Read ``name`` back, whose bytes are all written, meanwhile. Raises OverlayError for a faulty disk."""
-        self._back.add(Written(name, *self._plan.spans[name], digest))
+        self._back.add(Written(name, Range(self.path, *self._plan.spans[name]), digest))
 
     def finish(self) -> None:
         """Write literals and header; wait until all is read back. Raises OverlayError if bytes differ."""
         for name, data in {**self._plan.literals, HEADER: self._plan.header}.items():
-            self.put(data, self._plan.spans[name][0])
+            self.put(data, name)
             self.written(name, blake3(data).hexdigest())
         self._back.finish(self._reporter)
 
