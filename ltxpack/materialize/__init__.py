@@ -178,9 +178,9 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
             reporter.warn(file.known.warning)
     if inputs.sources.text_encoder is not None:
         reporter.note(f"text encoder: {inputs.sources.text_encoder.label}")
-    checkpoint = inputs.checkpoint
+    checkpoint, base = inputs.checkpoint, inputs.sources.checkpoint[0].input
     if merged := merged_loras(checkpoint.file):
-        told = f"{inputs.sources.checkpoint.label} is an export with LoRAs merged into it ({', '.join(merged)})"
+        told = f"{base.label} is an export with LoRAs merged into it ({', '.join(merged)})"
         reporter.warn(f"{told}: the base and all bakes of this overlay have them")
     if inputs.text_encoder and inputs.text_encoder.tensors:
         reporter.note("text encoder: is written again, in BF16 and under the published names")
@@ -191,7 +191,7 @@ def _read(options: Options, access: Access, reporter: Reporter, allow_missing: b
         reporter.detail(f"{cast} tensors that are not BF16 in the checkpoint are stored as BF16")
     if checkpoint.dropped:
         reporter.detail(f"left out, because no module reads them: {', '.join(checkpoint.dropped)}")
-    by = inputs.distilled_by or ("hash" if inputs.sources.checkpoint.known.release else "file name")
+    by = inputs.distilled_by or ("hash" if base.known.release else "file name")
     kind = "distilled, for the recipe distilled; bake no distilled LoRA into it" if inputs.distilled_by else "full"
     reporter.note(f"kind of transformer, by its {by}: {kind}")
     for note in inputs.lora.notes if inputs.lora else ():

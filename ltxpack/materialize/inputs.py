@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ltxpack.errors import LtxpackError, SourceError, UnsupportedError, quoted
+from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, plain_file_name, tensor_reader
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_facts import Judged, judged_keys, ranks_of, read_facts
@@ -22,7 +22,7 @@ from ltxpack.materialize.checkpoint import (
     says_distilled,
 )
 from ltxpack.materialize.parts import read_parts
-from ltxpack.materialize.sources import KINDS, InputFaults, Sources, part_of
+from ltxpack.materialize.sources import InputFaults, Sources
 from ltxpack.materialize.text_encoder import RENAME, TextEncoder, read_text_encoder
 
 
@@ -39,50 +39,43 @@ class Inputs:
     @property
     def distilled_by(self) -> str | None:
         """The evidence that the checkpoint is a distilled one; None for a full one."""
-        return self.sources.checkpoint.distilled_by or ("header" if says_distilled(self.checkpoint.file) else None)
+        base = self.sources.checkpoint[0].input
+        return base.distilled_by or ("header" if says_distilled(self.checkpoint.file) else None)
 
     def files(self) -> list[tuple[str, InputFile]]:
         """Every input file with its role, in a fixed order."""
         sources = self.sources
-        parts = [(CHECKPOINT, file) for file in sources.parts]
-        single = [(CHECKPOINT, sources.checkpoint), *parts, (LORA, sources.lora), (UPSAMPLER, sources.upsampler)]
-        files = [(role, file) for role, file in single if file is not None]
+        files = [(CHECKPOINT, part.input) for part in sources.checkpoint]
+        files += [(role, file) for role, file in ((LORA, sources.lora), (UPSAMPLER, sources.upsampler)) if file]
         members = self.text_encoder.files if self.text_encoder else ()
         return [*files, *((TEXT_ENCODER, file) for file in sorted(members, key=lambda file: file.name))]
 
 
 def read_inputs(sources: Sources, access: Access) -> Inputs:
-    """Every input, checked before a large file is fetched. Raises one LtxpackError with the faults of all inputs."""
-    faults = InputFaults()
-    file, lora, own, folder = sources.checkpoint, sources.lora, sources.upsampler, sources.text_encoder
-    files = [file, *sources.parts]
-    checkpoint = faults.gather(CHECKPOINT, lambda: read_parts([part_of(each, access) for each in files]))
+    """Every input, checked before a large file is fetched. Raises one LtxpackError with the faults of all inputs.
+
+    If the checkpoint is unusable, whatever the other inputs are, nobody should look for those that were not found: then
+    its UnsupportedError is the only one.
+    """
+    faults = InputFaults({**sources.faults.found})
+    not_found = faults.found.keys() - {CHECKPOINT}
+    checkpoint = faults.gather(CHECKPOINT, read_parts, sources.checkpoint)
     configs = checkpoint.configs if checkpoint else None
     channels = configs["vae"]["latent_channels"] if configs else None
     connectors = configs["connectors"] if configs else None
-    upsampler = encoder = judged = None
-    if lora is not None:
-        judged = faults.gather(LORA, lambda: _check_lora(lora, access))
-    if own is not None:
-        upsampler = faults.gather(UPSAMPLER, lambda: read_upsampler(access.header(own), channels, own.label))
-    if folder is not None:
-        encoder = faults.gather(TEXT_ENCODER, lambda: read_text_encoder(folder, access, connectors))
-    if lora is not None and {CHECKPOINT, LORA} <= faults.found.keys():
-        _refuse_swapped(file, lora, access)
+    lora = faults.gather(LORA, lambda file: _check_lora(file, access), sources.lora)
+    upsampler = faults.gather(
+        UPSAMPLER, lambda file: read_upsampler(access.header(file), channels, file.label), sources.upsampler
+    )
+    encoder = faults.gather(
+        TEXT_ENCODER, lambda folder: read_text_encoder(folder, access, connectors), sources.text_encoder
+    )
+    fault = faults.found.get(CHECKPOINT)
+    if not_found and isinstance(fault, UnsupportedError):
+        raise fault
     faults.refuse()
     assert checkpoint is not None
-    return Inputs(sources, checkpoint, upsampler, encoder, judged)
-
-
-def _refuse_swapped(checkpoint: InputFile, lora: InputFile, access: Access) -> None:
-    """Raises SourceError if the LoRA and the checkpoint are swapped."""
-    told = [""]
-    with contextlib.suppress(LtxpackError):
-        told = [described(access.header(file)) or "" for file in (checkpoint, lora)]
-    if told[0] in KINDS[LORA] and told[-1].startswith(KINDS[CHECKPOINT]):
-        flags = f"--checkpoint {quoted(lora.label)} --lora {quoted(checkpoint.label)}"
-        items = [f"{file.label}: {what}" for file, what in zip((checkpoint, lora), told, strict=True)]
-        raise SourceError("the checkpoint and the LoRA are swapped", items=items, next=f"{AGAIN}{flags}")
+    return Inputs(sources, checkpoint, upsampler, encoder, lora)
 
 
 def _check_lora(lora: InputFile, access: Access) -> Judged:

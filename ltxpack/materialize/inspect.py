@@ -12,6 +12,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _checkpoint(file: InputFile, look: Look) -> dict[str, Any]:
     has_duration = any(name.startswith("duration_head.") for name in tensors.tensors)
     generation = _generation(tensors.metadata.get("model_version", "2.5" if has_duration else ""))
     faults, takes = judge(look)
-    part = Part(file.name, file.path, tensors)
+    part = Part(replace(file, member=file.name), tensors)
     converts, cell = _converts(lambda: read_parts([part]))
     if generation not in ("unknown", _generation(".".join(map(str, SUPPORTED)))):
         takes = {}  # the verdicts on programs are for LTX-2.3
@@ -164,7 +165,7 @@ def _next(file: InputFile, part: Part, converts: bool) -> str:
     command = f"ltxpack materialize {quoted(file.member)} OVERLAY"
     if converts:
         return command
-    alone = missing and forms.ROOT not in missing and not forms.read_linears(part.file).quantised
+    alone = missing and forms.ROOT not in missing and not forms.read_linears(part.header).quantised
     return f"{command} --part FILE (and the other parts of it)" if alone else take_instead(file.name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.contents import described, official_names
 from ltxpack.ltx23.forms import ROOT, spelled_root
 from ltxpack.ltx23.releases import SUPPORTED, parse_version
+from ltxpack.materialize.access import InputFile
 from ltxpack.materialize.checkpoint import AGAIN, Checkpoint, read_checkpoint, take_instead
 
 # Prefix of the names in a whole checkpoint -> the name of the piece in a sentence.
@@ -39,11 +40,10 @@ _SHARED_METADATA = ("model_version", "license", "licence")
 
 @dataclass(frozen=True)
 class Part:
-    """One file of a checkpoint: its name in messages, its path, and its header."""
+    """One file of a checkpoint, with its header."""
 
-    label: str
-    path: Path
-    file: TensorFile
+    input: InputFile
+    header: TensorFile
 
 
 def pieces_of(file: TensorFile) -> frozenset[str]:
@@ -55,7 +55,7 @@ def pieces_of(file: TensorFile) -> frozenset[str]:
 
 def lacking(parts: Sequence[Part]) -> list[str]:
     """The keys of PIECES of which no part holds tensors."""
-    there = frozenset[str]().union(*(pieces_of(part.file) for part in parts))
+    there = frozenset[str]().union(*(pieces_of(part.header) for part in parts))
     return [piece for piece in PIECES if piece not in there]
 
 
@@ -67,72 +67,71 @@ def read_parts(parts: Sequence[Part]) -> Checkpoint:
     """
     refuse_lacking(parts)
     file, places, doubled = _assembled(parts)
-    return replace(read_checkpoint(file, parts[0].label), places=places, doubled=tuple(doubled))
+    return replace(read_checkpoint(file, parts[0].input.label), places=places, doubled=tuple(doubled))
 
 
 def refuse_lacking(parts: Sequence[Part]) -> None:
     """Raises UnsupportedError for files that hold some pieces of an LTX-2.3 checkpoint and lack others."""
     missing = lacking(parts)
-    versions = [part.file.metadata.get("model_version", "").strip('"') for part in parts]
+    versions = [part.header.metadata.get("model_version", "").strip('"') for part in parts]
     other = any(parse_version(version)[:2] not in ((), SUPPORTED) for version in versions)
-    if not missing or other or not any(pieces_of(part.file) for part in parts):
+    if not missing or other or not any(pieces_of(part.header) for part in parts):
         return
     # The audio VAE and its vocoder are usually in one file, each other piece in a file of its own.
     files = len({"audio" if piece in ("audio_vae.", "vocoder.") else piece for piece in missing})
     again = AGAIN + " ".join(["--part FILE"] * files)
     raise UnsupportedError(
-        f"is no whole checkpoint but {described(parts[0].file)}", file=parts[0].label,
+        f"is no whole checkpoint but {described(parts[0].header)}", file=parts[0].input.label,
         items=[f"missing: {PIECES[piece]} ({piece}*)" for piece in missing],
-        next=take_instead(parts[0].label) if ROOT in missing else again,
+        next=take_instead(parts[0].input.label) if ROOT in missing else again,
     )  # fmt: skip
 
 
 def _assembled(parts: Sequence[Part]) -> tuple[TensorFile, dict[str, Path], list[str]]:
     """The header of the whole checkpoint with official names, the file of each tensor, and the names in two files."""
     first = parts[0]
-    if len(parts) == 1 and spelled_root(first.file.tensors) in (None, ROOT):
-        return first.file, dict.fromkeys(first.file.tensors, first.path), []
+    if len(parts) == 1 and spelled_root(first.header.tensors) in (None, ROOT):
+        return first.header, dict.fromkeys(first.header.tensors, first.input.path), []
     tensors: dict[str, TensorInfo] = {}
     places: dict[str, Path] = {}
     doubled: list[str] = []
     for part in parts:
-        names = official_names(part.file.tensors, spelled_root(part.file.tensors))
-        if lost := sorted(part.file.tensors.keys() - names.values()):
+        names = official_names(part.header.tensors, spelled_root(part.header.tensors))
+        if lost := sorted(part.header.tensors.keys() - names.values()):
             problem = "holds tensors twice, with the official root and without"
-            raise FormatError(problem, file=part.label, items=lost, next="leave that file out")
+            raise FormatError(problem, file=part.input.label, items=lost, next="leave that file out")
         for official, name in names.items():
-            info, known = part.file.tensors[name], tensors.get(official)
+            info, known = part.header.tensors[name], tensors.get(official)
             if known is None:
-                tensors[official], places[official] = replace(info, name=official), part.path
+                tensors[official], places[official] = replace(info, name=official), part.input.path
             elif (known.shape, known.dtype) == (info.shape, info.dtype):
                 doubled.append(official)
             else:
                 expected, found = (f"{each.dtype} {list(each.shape)}" for each in (known, info))
-                raise FormatError(
-                    "differs from the same tensor in another part", file=part.label, tensor=name, expected=expected,
-                    found=found, next="leave one of the files out",
-                )  # fmt: skip
-    size = sum(part.file.size for part in parts)
-    return TensorFile(first.path, size, tensors, _metadata(parts)), places, doubled
+                problem, advice = "differs from the same tensor in another part", "leave one of the files out"
+                label = part.input.label
+                raise FormatError(problem, file=label, tensor=name, expected=expected, found=found, next=advice)
+    size = sum(part.header.size for part in parts)
+    return TensorFile(first.input.path, size, tensors, _metadata(parts)), places, doubled
 
 
 def _metadata(parts: Sequence[Part]) -> Mapping[str, str]:
     """The metadata of the first part with a config, and the sections that only other parts have."""
-    stating = [part for part in parts if "config" in part.file.metadata]
-    base = dict((stating or parts)[0].file.metadata)
+    stating = [part for part in parts if "config" in part.header.metadata]
+    base = dict((stating or parts)[0].header.metadata)
     for key in _SHARED_METADATA:
-        stated = {part.label: part.file.metadata[key] for part in parts if key in part.file.metadata}
+        stated = {part.input.label: part.header.metadata[key] for part in parts if key in part.header.metadata}
         if key == "model_version":
             _refuse_several(stated)
         if stated:
             base.setdefault(key, next(iter(stated.values())))
     sections: dict[str, Any] = {}
     for part in stating:
-        config = parse_json(part.file.metadata["config"], f"{part.label}: `config`")
+        config = parse_json(part.header.metadata["config"], f"{part.input.label}: `config`")
         for section, content in config.items() if isinstance(config, dict) else ():
             if sections.setdefault(section, content) != content:
                 raise FormatError(
-                    f"states another `{section}` in its config than another part", file=part.label,
+                    f"states another `{section}` in its config than another part", file=part.input.label,
                     next="take all parts from one checkpoint",
                 )  # fmt: skip
     if stating and sections != parse_json(base["config"], "config"):
@@ -148,20 +147,10 @@ def _refuse_several(versions: Mapping[str, str]) -> None:
         raise FormatError(problem, items=list(told.values()), next="take all parts from one checkpoint")
 
 
-@dataclass(frozen=True)
-class Shards:
-    """One set of shards, in order: the names that exist, and the missing ones."""
-
-    there: tuple[str, ...]
-    missing: tuple[str, ...]
-
-
-def shards_of(name: str, names: Iterable[str]) -> Shards | None:
-    """The set of shards that ``name`` belongs to among ``names``; None for a file that is no shard."""
+def shard_names(name: str) -> list[str]:
+    """The names of the whole set of shards that ``name`` belongs to, in order; none for a file that is no shard."""
     found = _SHARD.fullmatch(name)
     count = int(found["count"]) if found else 0
     if found is None or not 0 < int(found["number"]) <= count <= _MAX_SHARDS:
-        return None
-    wanted = [f"{found['stem']}-{number:05d}-of-{found['count']}.safetensors" for number in range(1, count + 1)]
-    there = set(names)
-    return Shards(tuple(each for each in wanted if each in there), tuple(each for each in wanted if each not in there))
+        return []
+    return [f"{found['stem']}-{number:05d}-of-{found['count']}.safetensors" for number in range(1, count + 1)]

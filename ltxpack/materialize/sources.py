@@ -10,8 +10,8 @@ import contextlib
 import fnmatch
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -53,7 +53,7 @@ from ltxpack.materialize.access import (
     repo_folder,
 )
 from ltxpack.materialize.checkpoint import AGAIN, MADE_OF, read_lora, take_instead
-from ltxpack.materialize.parts import PIECES, Part, lacking, pieces_of, refuse_lacking, shards_of
+from ltxpack.materialize.parts import PIECES, Part, lacking, pieces_of, shard_names
 
 FLAGS = {role: "--" + role.replace("_", "-") for role in (CHECKPOINT, LORA, UPSAMPLER, TEXT_ENCODER)}
 # Role -> the start of `described` for a suitable file.
@@ -64,6 +64,7 @@ COMFYUI_FOLDERS = ("diffusion_models", "unet", "checkpoints", "vae", "text_encod
 
 _SAYS_QUANTISED = re.compile(r"fp8|fp4|int8|int4|nf4|bnb|gptq|awq", re.IGNORECASE)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -77,19 +78,46 @@ class AmbiguousError(SourceError):
     """Several files are suitable, so that none is chosen, even if the input may be missing."""
 
 
+@dataclass
+class InputFaults:
+    """Gathers the faults of several inputs in one error. ``found``: by role."""
+
+    found: dict[str, LtxpackError] = field(default_factory=dict)
+
+    def gather(self, role: str, read: Callable[[S], T], given: S | None) -> T | None:
+        """The result of ``read``; if it raises, None, and keeps the fault. None too if nothing is ``given``."""
+        try:
+            return read(given) if given else None
+        except UsageError:
+            raise
+        except LtxpackError as fault:
+            self.found[role] = fault
+            return None
+
+    def refuse(self) -> None:
+        """Raise the faults: one unchanged, several as one SourceError."""
+        faults = [self.found[role] for role in FLAGS if role in self.found]
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            items = [line for fault in faults for line in _told(fault, MAX_LISTED // 2)]
+            raise SeveralFaultsError("several inputs cannot be used", items=items, next=_all_next(faults))
+
+
 @dataclass(frozen=True)
 class Sources:
-    """The inputs. ``missing``: role -> reason, only if the caller allows missing inputs.
+    """The inputs that were found. ``checkpoint``: its parts, at first the file that names it.
 
-    ``lora``: also None for a distilled checkpoint, unless it was named. ``parts``: the checkpoint's other files.
+    ``lora``: also None for a distilled checkpoint, unless it was named. ``missing``: role -> reason, only if the caller
+    allows missing inputs. ``faults``: those of the other inputs, and of a checkpoint that cannot be read.
     """
 
-    checkpoint: InputFile
+    checkpoint: tuple[Part, ...]
     lora: InputFile | None
     upsampler: InputFile | None
     text_encoder: InputFolder | None
     missing: Mapping[str, str]
-    parts: tuple[InputFile, ...] = ()
+    faults: InputFaults
 
 
 def resolve(
@@ -103,65 +131,49 @@ def resolve(
 ) -> Sources:
     """The files that SOURCE and the flags (by role) name; ``parts``: more files of the checkpoint.
 
-    ``allow_missing``: lists missing inputs other than the checkpoint; an ambiguous input still raises. Raises
-    SourceError, UsageError or FormatError naming everything that is missing or ambiguous, UnsupportedError for a
-    checkpoint that is unusable whatever the other inputs are.
+    ``allow_missing``: lists missing inputs other than the checkpoint; an ambiguous input stays a fault. Raises
+    UsageError for flags that contradict one another, SourceError for an unusable SOURCE or part, and for a checkpoint
+    and a LoRA that are swapped.
     """
     folder, single = open_source_folder(source, revision, access)
     if single is not None and flags.get(CHECKPOINT):
         advice = "give the folder as SOURCE, or leave --checkpoint out"
         raise UsageError("the checkpoint is named twice", expected="SOURCE or --checkpoint", found="both", next=advice)
-    chosen: dict[str, InputFile | None] = {}
-    named = [*{part.path: part for part in (_part(typed, access, folder) for typed in parts)}.values()]
+    further = [*{part.path: part for part in (_part(typed, access, folder) for typed in parts)}.values()]
+    faults = InputFaults()
 
-    def file(role: str) -> InputFile | None:
-        if role == CHECKPOINT and single:
-            return single
-        typed, base = flags.get(role), chosen.get(CHECKPOINT)
-        if role == LORA and typed is None and base and base.distilled_by:
-            return None
+    def chosen(role: str) -> InputFile:
+        typed = flags.get(role)
         found = folder if typed is None else find_input(typed, access, within=folder)
         return choose(role, found, access) if isinstance(found, InputFolder) else found
 
-    faults = InputFaults()
-    for role in PATTERNS:
-        chosen[role] = faults.gather(role, functools.partial(file, role))
-    checkpoint = chosen[CHECKPOINT]
-    others = faults.gather(CHECKPOINT, lambda: find_parts(checkpoint, named, access)) if checkpoint else None
-    encoder = faults.gather(TEXT_ENCODER, lambda: _text_encoder(flags.get(TEXT_ENCODER), folder, access))
-    missing = _missing(faults) if allow_missing else {}
-    if faults.found:
-        _refuse_unusable(faults, checkpoint, others, access)
-    faults.refuse()
-    assert checkpoint is not None
-    return Sources(checkpoint, chosen[LORA], chosen[UPSAMPLER], encoder, missing, tuple(others or ()))
+    base = single or faults.gather(CHECKPOINT, chosen, CHECKPOINT)
+    checkpoint = faults.gather(CHECKPOINT, lambda file: find_parts(file, further, access), base)
+    needless = flags.get(LORA) is None and base is not None and base.distilled_by
+    lora = faults.gather(LORA, chosen, None if needless else LORA)
+    if base is not None and lora is not None and checkpoint is None:
+        _refuse_swapped(base, lora, access)
+    upsampler = faults.gather(UPSAMPLER, chosen, UPSAMPLER)
+    encoder = faults.gather(TEXT_ENCODER, lambda role: _text_encoder(flags.get(role), folder, access), TEXT_ENCODER)
+    missing = {
+        role: " ".join(str(fault).split())
+        for role, fault in faults.found.items()
+        if allow_missing and role != CHECKPOINT and not isinstance(fault, AmbiguousError)
+    }
+    for role in missing:
+        del faults.found[role]
+    return Sources(tuple(checkpoint or ()), lora, upsampler, encoder, missing, faults)
 
 
-def _missing(faults: InputFaults) -> dict[str, str]:
-    """Remove from ``faults`` the missing inputs that a plan only lists: role -> reason."""
-    absent = [
-        role for role, fault in faults.found.items() if role != CHECKPOINT and not isinstance(fault, AmbiguousError)
-    ]
-    return {role: " ".join(str(faults.found.pop(role)).split()) for role in absent}
-
-
-def _refuse_unusable(
-    faults: InputFaults, checkpoint: InputFile | None, others: Sequence[InputFile] | None, access: Access
-) -> None:
-    """Raises UnsupportedError for an unusable checkpoint, so that nobody looks for the other inputs in vain.
-
-    For an unreadable one the error names the other ``faults`` too. ``others``: its other parts, None if unknown.
-    """
-    fault = faults.found.get(CHECKPOINT)
-    if checkpoint is None and isinstance(fault, UnsupportedError):
-        raise fault
-    if checkpoint is not None:
-        try:
-            parts = [part_of(file, access) for file in (checkpoint, *(others or ()))]
-            if others is not None:
-                refuse_lacking(parts)
-        except (SourceError, FormatError) as unread:
-            faults.found = {CHECKPOINT: unread, **faults.found}
+def _refuse_swapped(checkpoint: InputFile, lora: InputFile, access: Access) -> None:
+    """Raises SourceError if the LoRA and the checkpoint are swapped."""
+    told = [""]
+    with contextlib.suppress(LtxpackError):
+        told = [described(access.header(file)) or "" for file in (checkpoint, lora)]
+    if told[0] in KINDS[LORA] and told[-1].startswith(KINDS[CHECKPOINT]):
+        flags = f"--checkpoint {quoted(lora.label)} --lora {quoted(checkpoint.label)}"
+        items = [f"{file.label}: {what}" for file, what in zip((checkpoint, lora), told, strict=True)]
+        raise SourceError("the checkpoint and the LoRA are swapped", items=items, next=f"{AGAIN}{flags}")
 
 
 def part_of(file: InputFile, access: Access) -> Part:
@@ -177,9 +189,9 @@ def part_of(file: InputFile, access: Access) -> Part:
             raise
         raise refused(f"is {error.found}; an overlay is made from bf16 weights in safetensors") from None
     refuse_quantised(header, file.label, MADE_OF, take_instead(file.label))
-    if read_lora(header).is_lora and root_and_parts(header)[1] != ALL:
+    if root_and_parts(header)[1] != ALL and read_lora(header).is_lora:
         raise refused("is a LoRA, no checkpoint")
-    return Part(file.label, file.path, header)
+    return Part(file, header)
 
 
 def _part(typed: str, access: Access, folder: InputFolder) -> InputFile:
@@ -189,50 +201,46 @@ def _part(typed: str, access: Access, folder: InputFolder) -> InputFile:
     return found
 
 
-def find_parts(checkpoint: InputFile, named: Sequence[InputFile], access: Access) -> list[InputFile]:
-    """The other files of the checkpoint: its other shards, the files ``named``, and parts beside it.
+def find_parts(checkpoint: InputFile, named: Sequence[InputFile], access: Access) -> list[Part]:
+    """The files of the checkpoint: ``checkpoint``, its other shards, the files ``named``, and parts beside it.
 
     For a transformer alone it finds the other parts in its folder, and in ComfyUI's. Raises SourceError for missing
-    shards, AmbiguousError if several files hold one part.
+    shards, AmbiguousError if several files hold one part, and the errors of :func:`part_of`.
     """
-    found: list[InputFile] = []
-    if shards_of(checkpoint.name, ()):
+    parts = [part_of(checkpoint, access)]
+    if shards := shard_names(checkpoint.name):
         beside = _beside(checkpoint, access)
         own = {file.name: file for name, file in beside.files.items() if "/" not in name}
-        shards = shards_of(checkpoint.name, own)
-        assert shards is not None
-        if shards.missing:
-            raise SourceError("lacks shards of the checkpoint", file=beside.label, items=shards.missing)
-        found = [own[name] for name in shards.there if name != checkpoint.name]
-    found += [file for file in named if file.path not in {checkpoint.path, *(other.path for other in found)}]
-    wanted: list[str] = []
-    with contextlib.suppress(LtxpackError):  # raised when all inputs are read
-        wanted = lacking([part_of(file, access) for file in (checkpoint, *found)])
+        if missing := [name for name in shards if name not in own]:
+            raise SourceError("lacks shards of the checkpoint", file=beside.label, items=missing)
+        parts += [part_of(own[name], access) for name in shards if name != checkpoint.name]
+    taken = {part.input.path for part in parts}
+    parts += [part_of(file, access) for file in named if file.path not in taken]
+    wanted = lacking(parts)
     if wanted and ROOT not in wanted:
-        taken = {file.path for file in (checkpoint, *found)}
-        found += _parts_beside(wanted, _beside(checkpoint, access), taken, access)
-    return found
+        parts += _parts_beside(wanted, _beside(checkpoint, access), {part.input.path for part in parts}, access)
+    return parts
 
 
-def _parts_beside(
-    wanted: Sequence[str], beside: InputFolder, taken: Collection[Path], access: Access
-) -> Iterator[InputFile]:
+def _parts_beside(wanted: Sequence[str], beside: InputFolder, taken: Collection[Path], access: Access) -> list[Part]:
     """One file for each ``wanted`` piece of a checkpoint that a file in ``beside`` holds."""
-    held: dict[str, list[InputFile]] = {piece: [] for piece in wanted}
+    held: dict[str, list[Part]] = {piece: [] for piece in wanted}
     for file in beside.files.values():
         if file.path not in taken and file.name.lower().endswith(WEIGHTS):
             with contextlib.suppress(LtxpackError):
-                pieces = pieces_of(part_of(file, access).file)
+                part = part_of(file, access)
+                pieces = pieces_of(part.header)
                 for piece in pieces if pieces and pieces <= set(wanted) else ():
-                    held[piece].append(file)
-    for piece, files in held.items():
-        if len(files) > 1:
-            files.sort(key=lambda file: _form_of(file, access) != PLAIN["BF16"])
+                    held[piece].append(part)
+    for piece, parts in held.items():
+        if len(parts) > 1:
+            parts.sort(key=lambda part: read_linears(part.header).form != PLAIN["BF16"])
+            members = [part.input.member for part in parts]
             raise AmbiguousError(
-                f"holds several files with {PIECES[piece]}", file=beside.label,
-                items=[file.member for file in files], next=f"{AGAIN}--part {quoted(files[0].member)}",
+                f"holds several files with {PIECES[piece]}", file=beside.label, items=members,
+                next=f"{AGAIN}--part {quoted(members[0])}",
             )  # fmt: skip
-    yield from {file.path: file for files in held.values() for file in files}.values()
+    return [*{part.input.path: part for parts in held.values() for part in parts}.values()]
 
 
 def _beside(file: InputFile, access: Access) -> InputFolder:
@@ -257,32 +265,6 @@ def with_comfyui(folder: InputFolder) -> InputFolder:
         for name, file in local_folder(place).files.items()
     }
     return InputFolder(folder.label, {**folder.files, **more}, broken=folder.broken)
-
-
-class InputFaults:
-    """Gathers the faults of several inputs in one error."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, LtxpackError] = {}
-
-    def gather(self, role: str, find: Callable[[], T]) -> T | None:
-        """The result of ``find``; if it raises, None, and keeps the fault."""
-        try:
-            return find()
-        except UsageError:
-            raise
-        except LtxpackError as fault:
-            self.found[role] = fault
-            return None
-
-    def refuse(self) -> None:
-        """Raise the faults: one unchanged, several as one SourceError."""
-        faults = list(self.found.values())
-        if len(faults) == 1:
-            raise faults[0]
-        if faults:
-            items = [line for fault in faults for line in _told(fault, MAX_LISTED // 2)]
-            raise SeveralFaultsError("several inputs cannot be used", items=items, next=_all_next(faults))
 
 
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:
@@ -320,12 +302,13 @@ def choose(role: str, folder: InputFolder, access: Access) -> InputFile:
 
 def _whole(candidates: Sequence[str], weights: Mapping[str, InputFile], access: Access) -> list[str]:
     """``candidates`` without the other shards of a candidate, and without parts that hold no transformer."""
-    first = [name for name in candidates if not (found := shards_of(name, weights)) or found.there[0] == name]
+    sets = {name: [shard for shard in shard_names(name) if shard in weights] or [name] for name in candidates}
+    first = [name for name in candidates if name == sets[name][0]]
     kept = []
     for name in first:
         with contextlib.suppress(LtxpackError):
             pieces = pieces_of(access.header(weights[name]))
-            if pieces and ROOT not in pieces and not shards_of(name, weights):
+            if pieces and ROOT not in pieces and not shard_names(name):
                 continue
         kept.append(name)
     return kept or first

@@ -21,7 +21,7 @@ from ltxpack.ltx23.releases import TEXT_ENCODER, TEXT_ENCODER_REPO
 from ltxpack.ltx23.text_encoder import PUBLISHED_ROOTS, language_model, published_name, text_config
 from ltxpack.materialize.access import OTHER_WEIGHTS, WEIGHTS, Access, InputFile, InputFolder
 from ltxpack.materialize.checkpoint import AGAIN, FLOATS, STORED_DTYPE
-from ltxpack.materialize.parts import shards_of
+from ltxpack.materialize.parts import shard_names
 from ltxpack.repack.items import index_bytes
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -178,14 +178,14 @@ def _weights(folder: InputFolder, access: Access) -> list[InputFile]:
             raise SourceError("lacks shards that its index names", file=folder.label, items=missing)
         return [files[name] for name in names]
     found = sorted(folder.own(WEIGHTS))
-    shards = shards_of(found[0], found) if found and WHOLE not in found else None
-    if shards and len(shards.there) == len(found):
-        if shards.missing:
-            raise SourceError("lacks shards of the text encoder", file=folder.label, items=shards.missing)
-        if odd := [files[name].name for name in shards.there if not plain_file_name(files[name].name)]:
+    shards = shard_names(found[0]) if found and WHOLE not in found else []
+    if shards and set(found) <= set(shards):
+        if missing := [name for name in shards if name not in found]:
+            raise SourceError("lacks shards of the text encoder", file=folder.label, items=missing)
+        if odd := [files[name].name for name in shards if not plain_file_name(files[name].name)]:
             problem = "has shards with names that no overlay may hold"
             raise UnsupportedError(problem, file=folder.label, items=odd, next=RENAME)
-        return [files[name] for name in shards.there]
+        return [files[name] for name in shards]
     if WHOLE in found or len(found) == 1:
         return [files[WHOLE if WHOLE in found else found[0]]]
     others = [_told(files[name], access) for name in sorted(files) if name.lower().endswith((WEIGHTS, *OTHER_WEIGHTS))]

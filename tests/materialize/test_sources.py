@@ -17,7 +17,7 @@ from support import ltxpack, refused
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
 from ltxpack.ltx23.expected import inventory
 from ltxpack.ltx23.releases import DEFAULT_FILES, RELEASES, TEXT_ENCODER_REPO, likely, recognise
-from ltxpack.materialize.access import Access
+from ltxpack.materialize.access import Access, InputFile
 from ltxpack.materialize.hub.client import cached_sha256
 from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.sources import Sources, resolve
@@ -27,7 +27,14 @@ from ltxpack.reporter import SilentReporter
 def find(source: Path | str, hub: FakeHub | None = None, allow_missing: bool = False, **flags: str | Path) -> Sources:
     typed = {name: str(value) for name, value in flags.items()}
     access = Access(SilentReporter(), hub or FakeHub({}))
-    return resolve(str(source), typed, access, revision=typed.pop("revision", None), allow_missing=allow_missing)
+    found = resolve(str(source), typed, access, revision=typed.pop("revision", None), allow_missing=allow_missing)
+    found.faults.refuse()
+    return found
+
+
+def chosen(found: Sources) -> dict[str, InputFile | None]:
+    """The files by role."""
+    return {"checkpoint": found.checkpoint[0].input, "lora": found.lora, "upsampler": found.upsampler}
 
 
 def read(source: Path | str, hub: FakeHub | None = None, **flags: str | Path) -> Inputs:
@@ -46,12 +53,12 @@ def hub_repos(tmp_path: Path, source: Path) -> FakeHub:
 
 def test_a_folder_is_enough_and_a_single_file_finds_the_others_beside_it(source: Path) -> None:
     found = find(source)
-    assert {role: getattr(found, role).name for role in tiny_source.NAMES} == tiny_source.NAMES
+    assert {role: file.name for role, file in chosen(found).items()} == tiny_source.NAMES
     assert found.text_encoder.label.endswith(tiny_source.GEMMA)
-    assert found.checkpoint.repo is None and not found.missing
+    assert chosen(found)["checkpoint"].repo is None and not found.missing
     assert find(source / tiny_source.CHECKPOINT) == found
     renamed = (source / tiny_source.CHECKPOINT).rename(source / "my base.safetensors")
-    assert find(renamed).checkpoint.path == renamed
+    assert chosen(find(renamed))["checkpoint"].path == renamed
 
 
 def test_files_of_systems_are_no_inputs(source: Path, tmp_path: Path) -> None:
@@ -66,7 +73,7 @@ def test_files_of_systems_are_no_inputs(source: Path, tmp_path: Path) -> None:
     taken, usual = ([file.name for _, file in read(place).files()] for place in (source, before))
     assert taken == usual
     found = find("a/b", FakeHub({"a/b": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA}))
-    assert {role: getattr(found, role).name for role in tiny_source.NAMES} == tiny_source.NAMES
+    assert {role: file.name for role, file in chosen(found).items()} == tiny_source.NAMES
 
 
 @pytest.mark.parametrize("role", tiny_source.NAMES)
@@ -203,12 +210,13 @@ def test_a_relative_typo_that_looks_like_a_repo_names_both(source: Path, monkeyp
 def test_hub_defaults_are_the_published_names_else_the_rule_of_a_folder(source: Path, tmp_path: Path) -> None:
     hub = hub_repos(tmp_path, source)
     found = find("Lightricks/LTX-2.3", hub)
-    assert {role: getattr(found, role).member for role in DEFAULT_FILES} == DEFAULT_FILES
+    assert {role: file.member for role, file in chosen(found).items()} == DEFAULT_FILES
     assert found.text_encoder.label == TEXT_ENCODER_REPO
-    assert found.checkpoint.sha256 is not None
-    assert (found.checkpoint.repo.repo, found.checkpoint.repo.commit) == ("Lightricks/LTX-2.3", COMMIT)
+    base = chosen(found)["checkpoint"]
+    assert base.sha256 is not None
+    assert (base.repo.repo, base.repo.commit) == ("Lightricks/LTX-2.3", COMMIT)
     hub.repos["someone/fork"] = source
-    assert find("someone/fork", hub).checkpoint.member == tiny_source.CHECKPOINT
+    assert chosen(find("someone/fork", hub))["checkpoint"].member == tiny_source.CHECKPOINT
 
 
 def test_hub_inputs_are_read_by_headers_alone_and_fetched_after(source: Path, tmp_path: Path) -> None:
@@ -246,8 +254,9 @@ def test_links_lead_to_the_real_file_and_a_cache_blob_tells_its_hash(source: Pat
         link.rename(real)
         link.symlink_to(Path("..") / real.relative_to(tmp_path))
     found = find(source)
-    assert (found.checkpoint.path, found.checkpoint.name) == (tmp_path / "elsewhere.bin", tiny_source.CHECKPOINT)
-    assert found.checkpoint.label == str(checkpoint)
+    base = chosen(found)["checkpoint"]
+    assert (base.path, base.name) == (tmp_path / "elsewhere.bin", tiny_source.CHECKPOINT)
+    assert base.label == str(checkpoint)
     assert found.lora.sha256 == digest
     assert cached_sha256(checkpoint) is None
 
