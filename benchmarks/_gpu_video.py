@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -108,13 +109,9 @@ def decode(bench: Bench) -> None:
 
 def _decoded_share(grid: tuple[int, int, int], tiling: Any) -> float:
     """Latents decoded in all tiles over latents of the video."""
-    from ltxpack.runtime.codecs.tiles import split, split_frames
+    from ltxpack.runtime.codecs.tiles import LEADS, AxisTiles
 
-    cuts = ((split_frames, tiling.frames), (split, tiling.height), (split, tiling.width))
-    share = 1.0
-    for length, (spans_of, cut) in zip(grid, cuts, strict=True):
-        share *= sum(span.stop - span.start for span in spans_of(length, cut)) / length
-    return share
+    return math.prod(axis.decoded for axis in map(AxisTiles.of, grid, tiling, LEADS)) / math.prod(grid)
 
 
 def _one_step_each(bench: Bench) -> None:

@@ -22,10 +22,10 @@ from ltxpack.files.typed import at_home
 from ltxpack.manifest import load_schema
 from ltxpack.runtime.media.mp4 import check_output
 from ltxpack.runtime.media.pictures import read_image
-from ltxpack.runtime.media.rate import frame_rate
 from ltxpack.runtime.prompts_form import Entry, entries, unknown_field
 from ltxpack.runtime.record import is_free
 from ltxpack.runtime.request import ImageSpec, Request
+from ltxpack.runtime.sampling.shape import frame_rate
 from ltxpack.runtime.settings import Settings, SettingsGiven, type_of
 
 MAX_BYTES = 64 * 1024 * 1024

@@ -21,9 +21,9 @@ from ltxpack.runtime import calibration, recipe_run
 from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output
 from ltxpack.runtime.media.pictures import read_image
-from ltxpack.runtime.media.rate import frame_rate
 from ltxpack.runtime.recipe_run import Halfway
 from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.shape import frame_rate
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.text.length import tell_cut

@@ -16,8 +16,8 @@ from ltxpack.errors import LtxpackError
 from ltxpack.files.publish import fsync_file, fsync_folder
 from ltxpack.ltx23.classes import TEMPORAL_FACTOR
 from ltxpack.runtime.media.pictures import read_image
-from ltxpack.runtime.media.rate import frame_rate
 from ltxpack.runtime.request import Request
+from ltxpack.runtime.sampling.shape import frame_rate
 from ltxpack.runtime.settings import Settings
 from ltxpack.serve.jobs import Job, Jobs, QueueFullError
 from ltxpack.serve.limits import ServeLimits

@@ -19,7 +19,8 @@ SHORTEST_SIDE = 3
 SPATIAL_OVERLAP = 2
 FRAMES = 10
 FRAME_OVERLAP = 3
-# In time every tile but the first begins one latent earlier, see split_frames.
+# In time every tile but the first begins one latent earlier: that latent decodes to one frame only, as the first of a
+# clip does, and the frame gets weight 0.
 LEADS = (1, 0, 0)
 # Full-size tensors of the decoder's last stage alive at its peak, counted on the meta device.
 LIVE_TENSORS = 4.5
@@ -43,16 +44,6 @@ class Tiling(NamedTuple):
     width: Cut
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One tile along one axis: ``[start, stop)`` and the length of its rising and falling edge."""
-
-    start: int
-    stop: int
-    rise: int = 0
-    fall: int = 0
-
-
 def auto_tiling(height: int, width: int) -> Tiling:
     """The official layout: 80 frames, 768 pixels on the long side, the short side in proportion.
 
@@ -66,32 +57,19 @@ def auto_tiling(height: int, width: int) -> Tiling:
     return Tiling(Cut(FRAMES, FRAME_OVERLAP), side(height), side(width))
 
 
-def split(length: int, cut: Cut) -> list[Span]:
-    """Spans of ``cut.length`` that cover ``length``, each overlapping the next; the last may be shorter."""
-    stride, count = cut.length - cut.overlap, AxisTiles.of(length, cut).count
-    return [
-        Span(
-            start=i * stride,
-            stop=min(i * stride + cut.length, length),
-            rise=cut.overlap if i > 0 else 0,
-            fall=cut.overlap if i < count - 1 else 0,
-        )
-        for i in range(count)
-    ]
+def split(length: int, cut: Cut, lead: int = 0) -> list[slice]:
+    """Tiles of ``cut.length`` that cover ``length``, each overlapping the next; the last may be shorter.
 
-
-def split_frames(length: int, cut: Cut) -> list[Span]:
-    """As :func:`split`; every span after the first starts one latent earlier.
-
-    That latent decodes to one frame only (the first of a clip does), which gets weight 0.
+    Every tile but the first begins ``lead`` earlier.
     """
-    first, *rest = split(length, cut)
-    return [first, *(Span(span.start - 1, span.stop, span.rise + 1, span.fall) for span in rest)]
+    stride, count = cut.length - cut.overlap, AxisTiles.of(length, cut).count
+    starts = [number * stride for number in range(count)]
+    return [slice(start - lead if start else 0, min(start + cut.length, length)) for start in starts]
 
 
 @dataclass(frozen=True, slots=True)
 class AxisTiles:
-    """The spans along one axis: their number, the latents of the longest, and those of all together."""
+    """The tiles along one axis: their number, the latents of the longest, and those of all together."""
 
     cut: Cut
     count: int
@@ -100,10 +78,7 @@ class AxisTiles:
 
     @classmethod
     def of(cls, length: int, cut: Cut, lead: int = 0) -> AxisTiles:
-        """The counts for :func:`split`, or with ``lead`` 1 for :func:`split_frames`.
-
-        It makes no list of spans: a plan may have an unsound size.
-        """
+        """The counts for :func:`split`. It makes no list of tiles: a plan may have an unsound size."""
         stride = cut.length - cut.overlap
         count = max(1, -(-(length - cut.overlap) // stride))
         middle = cut.length + lead if count > 2 else 0

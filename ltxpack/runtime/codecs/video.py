@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.files.tensorfile import FLOATS
-from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, split, split_frames
+from ltxpack.runtime.codecs.tiles import LEADS, Cut, Tiling, auto_tiling, split
 from ltxpack.runtime.torch_settings import exact_float32
 from ltxpack.runtime.weights.load import Reader, load_component, read_headers, read_tensors, verify_command
 
@@ -92,17 +92,33 @@ def channels_last(vae: VideoVAE) -> VideoVAE:
     """``vae`` itself, with the channels innermost in weights and activations.
 
     Convolutions use matrix units in this layout; results stay the same up to rounding. diffusers pads in time with
-    tensors in planes, which would undo the layout before every convolution, so our convolution replaces it.
+    tensors in planes, which would undo the layout before every convolution, so our padding replaces it.
     """
     from diffusers.models.autoencoders.autoencoder_kl_ltx2 import LTX2VideoCausalConv3d
 
-    from ltxpack.runtime.codecs.channels_last import ChannelsLastConv
-
+    ours = type("ChannelsLastConv", (LTX2VideoCausalConv3d,), {"forward": _padded_convolution})
     vae.to(memory_format=torch.channels_last_3d)
     for module in vae.modules():
         if isinstance(module, LTX2VideoCausalConv3d):
-            module.__class__ = ChannelsLastConv
+            module.__class__ = ours
     return vae
+
+
+def _padded_convolution(module: Any, x: Tensor, causal: bool = True) -> Tensor:
+    """The ``forward`` of a causal convolution of diffusers' that pads into channels-last memory: ``x`` may be in
+    planes, which the convolution would copy once more.
+
+    It pads with copies of the first frame; without ``causal`` with half as many, and with copies of the last one.
+    """
+    missing = module.kernel_size[0] - 1
+    before, after = (missing, 0) if causal else (missing // 2, missing // 2)
+    batch, channels, frames, height, width = x.shape
+    shape = (batch, channels, before + frames + after, height, width)
+    padded = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last_3d)
+    padded[:, :, :before] = x[:, :, :1]
+    padded[:, :, before : before + frames] = x
+    padded[:, :, before + frames :] = x[:, :, -1:]
+    return module.conv(padded)
 
 
 @torch.no_grad()
@@ -171,12 +187,8 @@ class TileLayout:
         """The layout for ``latents`` ``[1, C, f, h, w]``; ``tiling`` defaults to the official one."""
         _, _, length, height, width = latents.shape
         tiling = tiling or auto_tiling(height, width)
-        spatial, temporal = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-        axes = (
-            frame_tiles(length, tiling.frames, temporal),
-            spatial_tiles(height, tiling.height, spatial),
-            spatial_tiles(width, tiling.width, spatial),
-        )
+        scales = (vae.temporal_compression_ratio, vae.spatial_compression_ratio, vae.spatial_compression_ratio)
+        axes = map(axis_tiles, (length, height, width), tiling, scales, LEADS)
         return cls(*([tile.to(latents.device) for tile in axis] for axis in axes))
 
     @property
@@ -223,23 +235,23 @@ class AxisTile:
         return AxisTile(self.latents, self.output, self.weights.to(device))
 
 
-def spatial_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
-    """The tiles along height or width, ``scale`` pixels per latent."""
-    tiles = []
-    for span in split(length, cut):
-        output = slice(span.start * scale, span.stop * scale)
-        rise, fall = _ramp(span.rise * scale), _ramp(span.fall * scale)
-        tiles.append(AxisTile(slice(span.start, span.stop), output, weights(output, rise, fall)))
-    return _summing_to_one(tiles)
+def axis_tiles(length: int, cut: Cut, scale: int, lead: int) -> list[AxisTile]:
+    """The tiles along one axis, ``scale`` positions per latent; float32 weights rise and fall where tiles overlap.
 
-
-def frame_tiles(length: int, cut: Cut, scale: int) -> list[AxisTile]:
-    """The tiles along time; ``n`` latents decode to ``scale * (n - 1) + 1`` frames."""
+    In time (``lead`` 1) ``n`` latents decode to ``scale * (n - 1) + 1`` frames.
+    """
+    # i / (n + 1) for i = 1..n, with the rounding of linspace.
+    edge = torch.linspace(0, 1, cut.overlap * scale + 2)[1:-1]
     tiles = []
-    for span in split_frames(length, cut):
-        output = slice(span.start * scale, (span.stop - 1) * scale + 1)
-        rise = torch.cat([torch.zeros(1), _ramp((span.rise - 1) * scale)]) if span.rise else torch.empty(0)
-        tiles.append(AxisTile(slice(span.start, span.stop), output, weights(output, rise, _ramp(span.fall * scale))))
+    for number, latents in enumerate(split(length, cut, lead)):
+        output = slice(latents.start * scale, (latents.stop - lead) * scale + lead)
+        weights = torch.ones(output.stop - output.start)
+        if number:
+            weights[:lead] = 0
+            weights[lead : lead + len(edge)] *= edge
+        if latents.stop < length:
+            weights[len(weights) - len(edge) :] *= edge.flip(0)
+        tiles.append(AxisTile(latents, output, weights))
     return _summing_to_one(tiles)
 
 
@@ -248,19 +260,6 @@ def fresh_frames(groups: list[AxisTile]) -> Iterator[int]:
     for group, following in pairwise(groups):
         yield following.output.start - group.output.start
     yield groups[-1].output.stop - groups[-1].output.start
-
-
-def weights(output: slice, rise: Tensor, fall: Tensor) -> Tensor:
-    """Float32 weights of one tile along one axis: ones, times the rising and the mirrored falling edge."""
-    mask = torch.ones(output.stop - output.start)
-    mask[: len(rise)] *= rise
-    mask[len(mask) - len(fall) :] *= fall.flip(0)
-    return mask
-
-
-def _ramp(length: int) -> Tensor:
-    """``i / (length + 1)`` for i = 1..length, with the rounding of ``linspace``."""
-    return torch.linspace(0, 1, length + 2)[1:-1]
 
 
 def _summing_to_one(tiles: list[AxisTile]) -> list[AxisTile]:

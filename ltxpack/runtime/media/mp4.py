@@ -24,7 +24,7 @@ from torch import Tensor
 from ltxpack.errors import LtxpackError, UsageError, quoted
 from ltxpack.files.publish import Temporary, check_writable, unwritten
 from ltxpack.files.reader import hash_file
-from ltxpack.runtime.media.rate import frame_rate
+from ltxpack.runtime.sampling.shape import frame_rate
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # The numbers of ITU-T H.273: BT.709 is 1 as primaries, transfer and matrix; 1 is FFmpeg's limited range.

@@ -11,7 +11,7 @@ import torch
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.lines import Make, Task
-from ltxpack.runtime.model.weights import read_dit_config
+from ltxpack.runtime.model.model import read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, chosen, transformer_part
 from ltxpack.runtime.parallel.planned import OF_STAGES, plan_schemes
 from ltxpack.runtime.parallel.process import LEFT, Worker

@@ -7,7 +7,8 @@ audio are tokens [1, T, C]; outside they are [1, 128, f, h, w] and [1, 8, Ta, 16
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,8 +92,7 @@ class LatentState:
     kept: int
 
 
-@dataclass(frozen=True)
-class _Draft:
+class _Draft(NamedTuple):
     """A state being built on the host: latents and clean on the device, mask and positions on the CPU."""
 
     latents: Tensor
@@ -119,44 +119,35 @@ def initial_state(
     if initial is None:
         initial = shape.latent_shapes.map(lambda size: torch.zeros(size, dtype=dtype))
     tokens = patchify(initial).map(lambda latents: latents.to(device, dtype).contiguous())
-    drafts = tokens.map(_draft, positions(shape))
-    for item in images:
-        drafts = AV(_with_image(drafts.video, item, shape), drafts.audio)
     kept = AV(shape.tokens, shape.audio_length)
+    if (found := tokens.map(lambda latents: latents.shape[1])) != kept:
+        raise ValueError(f"latents of {found} tokens for a video of {kept}")
+    drafts = tokens.map(
+        lambda latents, where: _Draft(latents, latents, torch.ones(1, latents.shape[1], 1), where), positions(shape)
+    )
+    if images:
+        drafts = AV(_with_images(drafts.video, images, shape), drafts.audio)
     return drafts.map(lambda draft, count: _noised(draft, count, noise_scale, generator), kept)
 
 
-def _draft(tokens: Tensor, positions: Tensor) -> _Draft:
-    if tokens.shape[1] != positions.shape[2]:
-        raise ValueError(f"{tokens.shape[1]} tokens, but {positions.shape[2]} positions")
-    return _Draft(tokens, tokens, torch.ones(1, tokens.shape[1], 1), positions)
-
-
-def _with_image(draft: _Draft, item: ImageItem, shape: VideoShape) -> _Draft:
-    """``draft`` with the image as first frame (frame 0), or appended as a keyframe (any other)."""
-    tokens = patchify_video(item.latents).to(draft.clean)
-    if tokens.shape[1] != shape.tokens_per_frame:
-        raise ValueError(f"an image of {tokens.shape[1]} tokens in a video of {shape.tokens_per_frame} per frame")
-    if item.frame:
-        return _keyframe(draft, item, tokens, shape)
-    count = tokens.shape[1]
-    mask = draft.mask.clone()
-    mask[:, :count] = 1 - item.strength
-    return replace(draft, clean=torch.cat([tokens, draft.clean[:, count:]], dim=1), mask=mask)
-
-
-def _keyframe(draft: _Draft, item: ImageItem, tokens: Tensor, shape: VideoShape) -> _Draft:
-    _, h, w = shape.grid
-    # The official code makes this mask in the model dtype: in bf16 a strength of 0.7 leaves 0.3008.
-    mask = torch.full((1, tokens.shape[1], 1), 1 - item.strength, dtype=tokens.dtype).float()
-    time = torch.tensor([[item.frame, item.frame + 1]], dtype=torch.float32) / shape.fps
-    where = _grid_bounds(time, _bounds(h, SPATIAL_FACTOR), _bounds(w, SPATIAL_FACTOR))
-    return _Draft(
-        latents=torch.cat([draft.latents, torch.zeros_like(tokens)], dim=1),
-        clean=torch.cat([draft.clean, tokens], dim=1),
-        mask=torch.cat([draft.mask, mask], dim=1),
-        positions=torch.cat([draft.positions, where], dim=2),
-    )
+def _with_images(draft: _Draft, images: Sequence[ImageItem], shape: VideoShape) -> _Draft:
+    """``draft`` with each image as its first frame (frame 0), or appended as a keyframe (any other)."""
+    count, (_, h, w) = shape.tokens_per_frame, shape.grid
+    clean, keyframes = draft.clean.clone(), []
+    for item in images:
+        tokens = patchify_video(item.latents).to(clean)
+        if tokens.shape[1] != count:
+            raise ValueError(f"an image of {tokens.shape[1]} tokens in a video of {count} per frame")
+        if item.frame == 0:
+            clean[:, :count], draft.mask[:, :count] = tokens, 1 - item.strength
+            continue
+        # The official code makes this mask in the model dtype: in bf16 a strength of 0.7 leaves 0.3008.
+        mask = torch.full((1, count, 1), 1 - item.strength, dtype=tokens.dtype).float()
+        time = torch.tensor([[item.frame, item.frame + 1]], dtype=torch.float32) / shape.fps
+        where = _grid_bounds(time, _bounds(h, SPATIAL_FACTOR), _bounds(w, SPATIAL_FACTOR))
+        keyframes.append(_Draft(torch.zeros_like(tokens), tokens, mask, where))
+    parts = zip(draft._replace(clean=clean), *keyframes, strict=True)
+    return _Draft(*(torch.cat(each, dim=dim) for each, dim in zip(parts, (1, 1, 1, 2), strict=True)))
 
 
 def _noised(draft: _Draft, kept: int, noise_scale: float, generator: torch.Generator) -> LatentState:

@@ -1,4 +1,4 @@
-"""Video and audio as one value, and the arithmetic of sizes in pixels and latents (spec 04).
+"""Video and audio as one value, and the arithmetic of sizes in pixels and latents, and of frame rates (spec 04).
 
 Needs no torch, so a plan can use it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
 from ltxpack.errors import UsageError
@@ -47,6 +48,11 @@ AUDIO_HOP = 160
 # The longest video that the model was trained for: so many seconds, and the pixel frames before them.
 LONGEST_SECONDS, LONGEST_FRAMES = 20, 4
 AUDIO_LATENTS_PER_SECOND = AUDIO_SAMPLE_RATE / AUDIO_HOP / AUDIO_FACTOR
+
+# The frame rates of a video file.
+NTSC = (24, 30, 48, 60, 120)
+SLOWEST, FASTEST = Fraction(1, 1000), Fraction(1000)
+MAX_DENOMINATOR = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -132,3 +138,23 @@ def check_sizes(height: int, width: int, factor: int) -> None:
         expected = f"at most {width}x{highest}, which FFmpeg takes"
         found = f"{width}x{height}"
         raise UsageError("too large a picture", expected=expected, found=found, next=f"choose --height {highest}")
+
+
+def frame_rate(fps: float | Fraction | str) -> Fraction:
+    """Frames per second as an exact fraction: 23.976 is 24000/1001, and so for its NTSC relatives.
+
+    Takes a number or its text, also ``24000/1001``. Raises UsageError unless it is a positive finite rate.
+    """
+    try:
+        exact = fps if isinstance(fps, Fraction) else Fraction(str(fps).strip())
+    except (ValueError, ZeroDivisionError):
+        exact = Fraction(0)
+    if not SLOWEST <= exact <= FASTEST:
+        expected = f"a number from {SLOWEST} to {FASTEST}; 23.976 is taken for 24000/1001"
+        raise UsageError("not a frame rate", expected=expected, found=fps, next="choose --fps 24")
+    for nominal in NTSC:
+        ntsc = Fraction(nominal * 1000, 1001)
+        # A quarter of the step to the whole number: 23.98 is meant, 23.99 is not.
+        if abs(exact - ntsc) < (nominal - ntsc) / 4:
+            return ntsc
+    return exact.limit_denominator(MAX_DENOMINATOR)

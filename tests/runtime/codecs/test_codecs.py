@@ -147,15 +147,14 @@ def test_loud_sound_is_clamped_before_the_bandwidth_extension(parts: SimpleNames
         vocoder.vocoder.final_act_fn = "clamp"
 
 
-def test_filters_are_empty_only_while_a_vocoder_is_built_on_the_meta_device() -> None:
+def test_filters_are_computed_except_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is in a file or made anew, and diffusers computes 400 of them."""
-    plain = vocoder.kaiser_sinc_filter1d
-    with audio._filters_by_shape():
-        made = vocoder.UpSample1d(2).filter
-        with torch.device("meta"):
-            assert (empty := vocoder.UpSample1d(2).filter).is_meta and empty.shape == made.shape
-    assert torch.equal(vocoder.UpSample1d(2).filter, made)
-    assert vocoder.kaiser_sinc_filter1d is plain
+    audio._skip_filters_on_meta()
+    made = vocoder.UpSample1d(2).filter
+    assert made.sum().item() == pytest.approx(1, abs=1e-6)
+    monkeypatch.setattr(torch, "kaiser_window", lambda *_, **__: pytest.fail("computed"))
+    with torch.device("meta"):
+        assert (empty := vocoder.UpSample1d(2).filter).is_meta and empty.shape == made.shape
 
 
 def test_upsampled_latents(parts: SimpleNamespace) -> None:
@@ -347,7 +346,7 @@ def slow_decode(decode: Callable[[Tensor], Tensor], latents: Tensor, tiling: Til
     ("size", "tiling"),
     [
         ((7, 5, 4), Tiling(Cut(3, 1), Cut(3, 1), Cut(3, 1))),  # three groups, short last tiles
-        ((9, 3, 7), Tiling(Cut(4, 1), Cut(3, 1), Cut(4, 2))),
+        ((6, 3, 5), Tiling(Cut(4, 1), Cut(3, 1), Cut(4, 2))),
         ((12, 3, 2), Tiling(Cut(10, 3), Cut(24, 2), Cut(24, 2))),  # the official cut in time
         ((2, 3, 3), Tiling(Cut(10, 3), Cut(24, 2), Cut(24, 2))),  # one tile
     ],
@@ -434,10 +433,10 @@ def test_fast_tiling_uses_what_there_is() -> None:
 
 def test_fast_tiling_decodes_the_same_video(small: AutoencoderKLLTX2Video) -> None:
     """As one tile, without seams."""
-    latents = torch.randn(1, 8, 11, 3, 26, generator=torch.Generator().manual_seed(2))
+    latents = torch.randn(1, 8, 11, 3, 2, generator=torch.Generator().manual_seed(2))
     official = torch.cat(list(video.decode_video(small, latents)))
     tiling = fast_tiling(small, latents, 10**12)
-    assert tiling == Tiling(Cut(11, 3), Cut(3, 2), Cut(26, 2))
+    assert tiling == Tiling(Cut(11, 3), Cut(24, 2), Cut(16, 2))
     (whole,) = video.decode_video(small, latents, tiling)
     untiled = small.decode(LatentStatistics.of(small).denormalise(latents)).sample[0].permute(1, 2, 3, 0)
     assert relative_l2(whole, ((untiled + 1) / 2).clamp(0, 1)) <= 1e-6

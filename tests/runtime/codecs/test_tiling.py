@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from support import load
 
-from ltxpack.runtime.codecs.tiles import Cut, Tiles, Tiling, auto_tiling, large_tiling, split, split_frames
-from ltxpack.runtime.codecs.video import frame_tiles, fresh_frames, spatial_tiles
+from ltxpack.runtime.codecs.tiles import LEADS, Cut, Tiles, Tiling, auto_tiling, large_tiling, split
+from ltxpack.runtime.codecs.video import axis_tiles, fresh_frames
 
-TEMPORAL, SPATIAL = 8, 32
+SCALES = TEMPORAL, SPATIAL, _ = (8, 32, 32)
+Size = tuple[int, int, int]
 
 
 def recorded_tiling(golden: Path) -> Tiling:
     """The tiling the fixture's small layout was made with, from its metadata."""
     with safe_open(golden / "golden" / "components_fp32.safetensors", "pt") as file:
         text = json.loads(file.metadata()["tile_config"])
-    sizes = [int(n) for n in re.fullmatch(r"frames (\d+)/(\d+), h (\d+)/(\d+), w (\d+)/(\d+).*", text).groups()]
-    scales = (TEMPORAL, SPATIAL, SPATIAL)
-    cuts = [Cut(sizes[2 * i] // scale, sizes[2 * i + 1] // scale) for i, scale in enumerate(scales)]
-    return Tiling(*cuts)
+    sizes = re.findall(r"(\d+)/(\d+)", text)
+    return Tiling(*(Cut(*(int(n) // scale for n in size)) for size, scale in zip(sizes, SCALES, strict=True)))
 
 
 def test_layouts_equal_the_recorded_ones(golden: Path) -> None:
@@ -42,12 +42,7 @@ def test_layouts_equal_the_recorded_ones(golden: Path) -> None:
             pixels = [int(n) for n in size.groups()]
             assert [height * SPATIAL, width * SPATIAL, (length - 1) * TEMPORAL + 1] == pixels
         tiling = auto_tiling(height, width) if size else recorded_tiling(golden)
-        tiles = [
-            (t, h, w)
-            for t in frame_tiles(length, tiling.frames, TEMPORAL)
-            for h in spatial_tiles(height, tiling.height, SPATIAL)
-            for w in spatial_tiles(width, tiling.width, SPATIAL)
-        ]
+        tiles = list(product(*map(axis_tiles, (length, height, width), tiling, SCALES, LEADS)))
         assert [[[p.latents.start, p.latents.stop] for p in tile] for tile in tiles] == coords.tolist()
         outputs = recorded[f"tiles.{name}.out_coords"]
         assert [[[p.output.start, p.output.stop] for p in tile] for tile in tiles] == outputs.tolist()
@@ -59,10 +54,10 @@ def test_layouts_equal_the_recorded_ones(golden: Path) -> None:
 def test_default_size_is_cut_as_the_spec_says() -> None:
     tiling = auto_tiling(34, 60)
     assert tiling == Tiling(Cut(10, 3), Cut(14, 2), Cut(24, 2))
-    assert [(s.start, s.stop) for s in split_frames(16, tiling.frames)] == [(0, 10), (6, 16)]
-    assert [(s.start, s.stop) for s in split(34, tiling.height)] == [(0, 14), (12, 26), (24, 34)]
-    assert [(s.start, s.stop) for s in split(60, tiling.width)] == [(0, 24), (22, 46), (44, 60)]
-    assert list(fresh_frames(frame_tiles(16, tiling.frames, 8))) == [48, 73]
+    assert split(16, tiling.frames, 1) == [slice(0, 10), slice(6, 16)]
+    assert split(34, tiling.height) == [slice(0, 14), slice(12, 26), slice(24, 34)]
+    assert split(60, tiling.width) == [slice(0, 24), slice(22, 46), slice(44, 60)]
+    assert list(fresh_frames(axis_tiles(16, tiling.frames, 8, 1))) == [48, 73]
 
 
 @pytest.mark.parametrize(
@@ -73,78 +68,62 @@ def test_the_short_side_is_rounded_half_to_even_and_at_least_three(height: int, 
 
 
 def test_an_axis_not_longer_than_its_tile_is_left_whole() -> None:
-    (tile,) = spatial_tiles(24, Cut(24, 2), SPATIAL)
+    (tile,) = axis_tiles(24, Cut(24, 2), SPATIAL, 0)
     assert tile.latents == slice(0, 24)
     assert torch.equal(tile.weights, torch.ones(24 * SPATIAL))
-    (group,) = frame_tiles(10, Cut(10, 3), TEMPORAL)
+    (group,) = axis_tiles(10, Cut(10, 3), TEMPORAL, 1)
     assert group.output == slice(0, 73)
 
 
 cuts = st.integers(1, 12).flatmap(lambda length: st.builds(Cut, st.just(length), st.integers(0, length - 1)))
 
 
-@given(length=st.integers(1, 80), cut=cuts)
-def test_spatial_tiles_cover_and_their_weights_sum_to_one(length: int, cut: Cut) -> None:
-    tiles = spatial_tiles(length, cut, 4)
-    total = torch.zeros(length * 4)
+@given(length=st.integers(1, 80), cut=cuts, lead=st.sampled_from(LEADS))
+def test_tiles_cover_their_weights_sum_to_one_and_each_frame_comes_out_once(length: int, cut: Cut, lead: int) -> None:
+    tiles = axis_tiles(length, cut, 4, lead)
+    total = torch.zeros((length - lead) * 4 + lead)
     for tile in tiles:
-        assert 0 < tile.latents.stop - tile.latents.start <= cut.length
+        assert 0 < tile.latents.stop - tile.latents.start <= cut.length + lead
         assert len(tile.weights) == tile.output.stop - tile.output.start
         total[tile.output] += tile.weights
     assert torch.allclose(total, torch.ones_like(total), rtol=0, atol=1e-5)
-
-
-@given(length=st.integers(1, 80), cut=cuts)
-def test_groups_of_frames_cover_and_come_out_once(length: int, cut: Cut) -> None:
-    groups = frame_tiles(length, cut, TEMPORAL)
-    frames = (length - 1) * TEMPORAL + 1
-    total = torch.zeros(frames)
-    for group in groups:
-        total[group.output] += group.weights
-    assert torch.allclose(total, torch.ones(frames), rtol=0, atol=1e-5)
-    fresh = list(fresh_frames(groups))
-    assert sum(fresh) == frames
-    assert all(count >= 0 for count in fresh)
-    if cut.length - cut.overlap > 1:
-        assert all(count > 0 for count in fresh)
+    fresh = list(fresh_frames(tiles))
+    assert sum(fresh) == len(total)
+    assert min(fresh) > 0 or (cut.length - cut.overlap == 1 and min(fresh) == 0)
 
 
 @given(length=st.integers(1, 300), cut=cuts)
 def test_tiles_are_counted_and_measured_without_being_listed(length: int, cut: Cut) -> None:
-    tiles = Tiles.of((length, length, length), Tiling(cut, cut, cut))
-    groups, sides = split_frames(length, cut), split(length, cut)
-    longest, side = (max(span.stop - span.start for span in spans) for spans in (groups, sides))
-    assert tiles == Tiles(len(groups) * len(sides) ** 2, (longest, side, side))
+    size, tiling = (length, length, length), Tiling(cut, cut, cut)
+    counts, longest = zip(*((len(axis), max(axis)) for axis in lengths(size, tiling)), strict=True)
+    assert Tiles.of(size, tiling) == Tiles(math.prod(counts), longest)
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), length=st.integers(1, 60))
 def test_the_official_layout_has_no_group_longer_than_ten_latents_and_one(height: int, width: int, length: int) -> None:
     tiling = auto_tiling(2 * height, 2 * width)
     assert max(tiling.height.length, tiling.width.length) == 24
-    for span in split_frames(length, tiling.frames):
-        assert span.stop - span.start <= 11
+    assert max(lengths((length, height, width), tiling)[0]) <= 11
 
 
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60))
 
 
-def lengths(size: tuple[int, int, int], tiling: Tiling) -> list[list[int]]:
+def lengths(size: Size, tiling: Tiling) -> list[list[int]]:
     """The tile lengths along each axis."""
-    cuts = ((split_frames, tiling.frames), (split, tiling.height), (split, tiling.width))
-    spans = [spans_of(length, cut) for length, (spans_of, cut) in zip(size, cuts, strict=True)]
-    return [[span.stop - span.start for span in axis] for axis in spans]
+    return [[tile.stop - tile.start for tile in axis] for axis in map(split, size, tiling, LEADS)]
 
 
-def decoded(size: tuple[int, int, int], tiling: Tiling) -> int:
+def decoded(size: Size, tiling: Tiling) -> int:
     return math.prod(map(sum, lengths(size, tiling)))
 
 
-def longest(size: tuple[int, int, int], tiling: Tiling) -> int:
+def longest(size: Size, tiling: Tiling) -> int:
     return math.prod(map(max, lengths(size, tiling)))
 
 
 @given(size=sizes, most=st.integers(1, 100_000))
-def test_tiles_fit_and_cost_no_more_than_the_official_ones(size: tuple[int, int, int], most: int) -> None:
+def test_tiles_fit_and_cost_no_more_than_the_official_ones(size: Size, most: int) -> None:
     official = auto_tiling(*size[1:])
     found = large_tiling(*size, most)
     if longest(size, official) > most:
@@ -157,7 +136,7 @@ def test_tiles_fit_and_cost_no_more_than_the_official_ones(size: tuple[int, int,
 
 
 @given(size=sizes)
-def test_with_memory_enough_nothing_is_cut(size: tuple[int, int, int]) -> None:
+def test_with_memory_enough_nothing_is_cut(size: Size) -> None:
     found = large_tiling(*size, math.prod(size))
     assert decoded(size, found) == math.prod(size)
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.runtime.media import mp4
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output, to_i420
-from ltxpack.runtime.media.rate import frame_rate
-from ltxpack.runtime.sampling.shape import MAX_SIDE
+from ltxpack.runtime.sampling.shape import MAX_SIDE, frame_rate
 
 RATE = 48000
 

@@ -39,19 +39,23 @@ ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Call:
-    """How one recorded sample was made."""
+    """How one recorded sample was made. ``off``: the modality whose hidden states no block changes."""
 
     isolated: bool = False
     without_a2v: bool = False
     perturbed: AV[frozenset[int]] = UNPERTURBED
+    off: str = ""
 
 
 def call_of(name: str) -> Call:
     """The call of a case by its name."""
-    if stg := re.fullmatch(r"stg_block(\d+)", name):
-        blocks = frozenset({int(stg[1])})
-        return Call(perturbed=AV(blocks, blocks))
-    return {"isolated_modality": Call(isolated=True), "skip_a2v_only": Call(without_a2v=True)}.get(name, Call())
+    stg, off = re.fullmatch(r"stg_block(\d+)", name), re.fullmatch("(video|audio)_off", name)
+    of_one = NAMES.map(lambda modality: re.search(f"_{modality}_([0-9_]*[0-9])", name))
+    blocks = of_one.map(lambda found: frozenset(map(int, found[1].split("_"))) if found else NONE)
+    if stg or name == "stg_every_block":
+        every = frozenset({int(stg[1])} if stg else range(3))
+        blocks = AV(every, every)
+    return Call(name == "isolated_modality", name == "skip_a2v_only", blocks, off[1] if off else "")
 
 
 def calls_of(case: str) -> list[Call]:
@@ -59,10 +63,10 @@ def calls_of(case: str) -> list[Call]:
     mixed = re.fullmatch(r"batched\d+_(.+)", case)
     if mixed is None:
         return [call_of(case)]
-    kinds = mixed[1].split("_")
+    blocks = [frozenset(map(int, re.findall("^stg(.+)", kind))) for kind in mixed[1].split("_")]
     return [
-        Call(isolated=kind == "iso", perturbed=AV(frozenset({int(kind[3:])}) if kind.startswith("stg") else NONE, NONE))
-        for kind in kinds
+        Call(isolated=kind == "iso", perturbed=AV(stg, NONE))
+        for kind, stg in zip(mixed[1].split("_"), blocks, strict=True)
     ]
 
 
@@ -103,47 +107,44 @@ class Recorded:
         )
 
     def run(self, case: str) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of every output of ``case``."""
-        velocities, x0s = [], []
-        for sample, call in enumerate(calls_of(case)):
-            streams = self.streams(case, sample)
-            velocity = self.forward(streams, call)
-            velocities.append(velocity)
-            x0s.append(streams.map(x0, velocity))
-        for kind, found in (("velocity", velocities), ("x0", x0s)):
+        """Name and value of every output of ``case``, its samples one after another."""
+        made = [self.forward(self.streams(case, sample), call) for sample, call in enumerate(calls_of(case))]
+        for pattern in made[0]:
             for modality in ("video", "audio"):
-                yield f"{case}.{modality}_{kind}", torch.cat([getattr(each, modality) for each in found])
+                whole = torch.cat([getattr(outputs[pattern], modality) for outputs in made])
+                yield f"{case}.{pattern.format(modality)}", whole
 
-    def perturbed(self, case: str) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of every recorded output of ``case`` of the passes of the Euler recipes (spec 08)."""
-        streams, outputs = self.streams(case), {}
-        if off := re.fullmatch("(video|audio)_off", case):
-            streams = replace(streams, **{off[1]: replace(getattr(streams, off[1]), off=True)})
-        every = frozenset(range(len(self.dit.transformer_blocks)))
-        numbers = NAMES.map(lambda name: re.search(f"_{name}_([0-9_]*[0-9])", case.removesuffix("_i2v_mask")))
-        listed = numbers.map(lambda found: frozenset(map(int, found[1].split("_"))) if found else NONE)
-        perturbed = AV(every, every) if case == "stg_every_block" else listed
+    def forward(self, streams: AV[Stream], call: Call) -> dict[str, AV[Tensor]]:
+        """The hidden states after each block, the velocities and the x0, by name with ``{}`` for the modality."""
+        if call.off:
+            streams = replace(streams, **{call.off: replace(getattr(streams, call.off), off=True)})
+        outputs: dict[str, AV[Tensor]] = {}
         hooks = [
             block.register_forward_hook(lambda module, args, out, n=number: outputs.update({f"block{n}.{{}}": out[0]}))
             for number, block in enumerate(self.dit.transformer_blocks)
         ]
-        outputs["{}_velocity"] = self.forward(streams, Call(perturbed=perturbed))
-        for hook in hooks:
-            hook.remove()
-        outputs["{}_x0"] = streams.map(x0, outputs["{}_velocity"])
-        for name, value in outputs.items():
-            yield f"{case}.{name.format('video')}", value.video
-            yield f"{case}.{name.format('audio')}", value.audio
-
-    def forward(self, streams: AV[Stream], call: Call) -> AV[Tensor]:
         # No pass of the recipe leaves out a2v alone, so the DiT has no argument for it; its contribution is zeroed.
         attentions = [block.audio_to_video_attn for block in self.dit.transformer_blocks] if call.without_a2v else []
-        hooks = [a.register_forward_hook(lambda module, args, out: torch.zeros_like(out)) for a in attentions]
+        hooks += [a.register_forward_hook(lambda module, args, out: torch.zeros_like(out)) for a in attentions]
         try:
-            return self.dit(streams, isolated=call.isolated, perturbed=call.perturbed)
+            outputs["{}_velocity"] = self.dit(streams, isolated=call.isolated, perturbed=call.perturbed)
         finally:
             for hook in hooks:
                 hook.remove()
+        return outputs | {"{}_x0": streams.map(x0, outputs["{}_velocity"])}
+
+    def arguments(self) -> dict[str, Tensor]:
+        """What the blocks of the case ``cond`` are given."""
+        streams = self.streams("cond")
+        with torch.no_grad():
+            conditioning = self.dit.condition(streams)
+            given = {"x": self.dit._embed(streams)}
+        for name, rows in ARGUMENTS.items():
+            given[name] = conditioning.map(lambda made, rows=rows: getattr(made, rows).values.flatten(2))
+        return {f"cond.args.{m}.{name}": getattr(value, m) for name, value in given.items() for m in ("video", "audio")}
+
+    def everything(self) -> dict[str, Tensor]:
+        return {name: value for case in self.cases() for name, value in self.run(case)} | self.arguments()
 
 
 def x0(stream: Stream, velocity: Tensor) -> Tensor:
@@ -152,54 +153,22 @@ def x0(stream: Stream, velocity: Tensor) -> Tensor:
     return (stream.latents.float() - velocity.float() * timesteps[..., None]).to(velocity.dtype)
 
 
-def intermediates(recorded: Recorded) -> dict[str, Tensor]:
-    """What the file holds of the inside of its ``cond`` case."""
-    found: dict[str, Tensor] = {}
-    streams = recorded.streams("cond")
-
-    def keep(name: str, value: AV[Tensor]) -> None:
-        found[name.format("video")], found[name.format("audio")] = value.video, value.audio
-
-    def block_hook(number: int):
-        return lambda module, args, out: keep(f"cond.block{number}.{{}}", out[0])
-
-    blocks = recorded.dit.transformer_blocks
-    hooks = [block.register_forward_hook(block_hook(number)) for number, block in enumerate(blocks)]
-    hooks.append(blocks[0].register_forward_pre_hook(lambda module, args: keep("cond.args.{}.x", args[0][0].hidden)))
-    recorded.dit(streams)
-    for hook in hooks:
-        hook.remove()
-    with torch.no_grad():
-        conditioning = recorded.dit.condition(streams)
-    for name, rows in ARGUMENTS.items():
-        keep(f"cond.args.{{}}.{name}", conditioning.map(lambda given, key=rows: getattr(given, key).values.flatten(2)))
-    return found
-
-
-def everything(recorded: Recorded) -> dict[str, Tensor]:
-    found = {name: value for case in recorded.cases() for name, value in recorded.run(case)}
-    return found | intermediates(recorded)
-
-
-def test_every_recorded_fp32_tensor_is_reproduced(latents_golden: Path) -> None:
-    fp32 = Recorded.read(latents_golden, "fp32")
-    found = everything(fp32)
-    inputs = {f"{case}.{name}" for case in fp32.cases() for name in ("sigma", "video_denoise_mask")}
-    expected = {k: v for k, v in fp32.tensors.items() if not k.startswith("in.") and k not in inputs}
-    assert found.keys() == expected.keys()
-    errors = {name: relative_l2(found[name], value) for name, value in expected.items()}
-    assert {name: error for name, error in errors.items() if not error <= FP32_LIMIT} == {}
-
-
-def test_every_recorded_pass_of_the_other_recipes_is_reproduced(golden: Path) -> None:
-    """STG in blocks of one modality, of both and in none, with one timestep and with many; a modality that is off."""
-    recorded = Recorded.read(golden, "stg_fp32")
-    found = {name: value for case in recorded.cases() for name, value in recorded.perturbed(case)}
-    given = re.compile(r"in\..*|.*\.(sigma|video_denoise_mask)")
+def check_fp32(recorded: Recorded) -> None:
+    """Every tensor of the file but the inputs."""
+    found, given = recorded.everything(), re.compile(r"in\..*|.*\.(sigma|video_denoise_mask)")
     expected = {name: value for name, value in recorded.tensors.items() if not given.fullmatch(name)}
     assert expected.keys() <= found.keys()
     errors = {name: relative_l2(found[name], value) for name, value in expected.items()}
     assert {name: error for name, error in errors.items() if not error <= FP32_LIMIT} == {}
+
+
+def test_every_recorded_fp32_tensor_is_reproduced(latents_golden: Path) -> None:
+    check_fp32(Recorded.read(latents_golden, "fp32"))
+
+
+def test_every_recorded_pass_of_the_other_recipes_is_reproduced(golden: Path) -> None:
+    """STG in blocks of one modality, of both and in none, with one timestep and with many; a modality that is off."""
+    check_fp32(Recorded.read(golden, "stg_fp32"))
 
 
 def test_the_largest_inputs_are_those_of_the_recorded_scales(golden: Path) -> None:
@@ -227,13 +196,13 @@ def test_the_largest_inputs_are_those_of_the_recorded_scales(golden: Path) -> No
 
 def test_bf16_is_bit_equal_where_this_machine_multiplies_like_the_recorder(golden: Path) -> None:
     bf16 = Recorded.read(golden, "bf16")
-    found = everything(bf16)
+    found = bf16.everything()
     canary = "cond.args.{}.x"  # one matrix product, before anything of ours has happened
     same_product = all(torch.equal(found[canary.format(m)], bf16.tensors[canary.format(m)]) for m in ("video", "audio"))
     # Small products come out alike on more CPUs than large ones: only matrix tiles sum everything in their order.
     same_kernels = same_product and CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text().split()
     limit = 0.0 if same_kernels else BF16_LIMIT
-    outputs = [name for name in found if name.endswith("velocity") or ".block" in name]
+    outputs = [name for name in bf16.tensors if name.endswith("velocity") or ".block" in name]
     errors = {name: relative_l2(found[name], bf16.tensors[name]) for name in outputs}
     assert outputs
     assert {name: error for name, error in errors.items() if not error <= limit} == {}

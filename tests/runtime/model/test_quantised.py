@@ -27,9 +27,8 @@ from ltxpack.ltx23.codes import E4M3, I8
 from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.layers import Linear, Made, modulate
-from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.model import DiT, load_dit
 from ltxpack.runtime.model.quantised import KINDS, QuantisedLinear, quantised_linears
-from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
 
@@ -94,7 +93,7 @@ def test_every_recorded_forward_is_reproduced_from_a_loaded_folder(variant: str,
         for layer, scale in zip(linears, scales, strict=variant == "tensor"):
             layer.input_scale = nn.Parameter(torch.ones(()) if kind == "unit" else scale, requires_grad=False)
         recorded = Recorded(inputs, dit)
-        velocity = recorded.forward(recorded.streams(case), call_of(case))
+        velocity = recorded.forward(recorded.streams(case), call_of(case))["{}_velocity"]
         limit = FORWARD_LIMITS.get(kind) or FORWARD_LIMITS[f"{variant}.{kind}"]
         for modality in ("video", "audio"):
             assert relative_l2(getattr(velocity, modality), expected[f"{name}.{modality}_velocity"]) <= limit, name
