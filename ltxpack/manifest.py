@@ -44,6 +44,10 @@ RULES = ("fp32", "official")
 # The folders of bakes: transformers with LoRAs in them, and text encoders with their connectors.
 BAKES, TEXT_ENCODERS = BAKED = ("bakes", "text_encoders")
 RESERVED_BAKE_NAMES = frozenset({"auto", "base", ".", ".."})
+# Fields that the first version did not know, and the values with which the file leaves them out.
+LATER_FIELDS: dict[str, Any] = {
+    "transformer_kind": None, "text_encoders": {}, "format": BF16, "quantised": (), "calibration": None, "blocks": (),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -220,20 +224,12 @@ class Manifest:
 
     def dump(self) -> bytes:
         """The file's bytes: the same manifest always gives the same bytes."""
-        document = dataclasses.asdict(self)
-        if self.transformer_kind is None:
-            del document["transformer_kind"]
-        baked = [*document["bakes"].values(), *document["text_encoders"].values()]
-        if not self.text_encoders:
-            del document["text_encoders"]
-        for bake in baked:
-            for name in ("format", "quantised", "calibration"):
-                if bake[name] == getattr(Bake, name):
-                    del bake[name]
-            for lora in bake["loras"]:
-                if not lora["blocks"]:
-                    del lora["blocks"]
+        document = dataclasses.asdict(self, dict_factory=_without_later_fields)
         return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def _without_later_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
 
 
 def is_overlay(folder: Path) -> bool:
@@ -262,8 +258,12 @@ def read_manifest(overlay: Path) -> Manifest:
     return parse_manifest(data, path)
 
 
+@functools.lru_cache(maxsize=4)
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """Manifest from JSON; ``path`` is only named in errors. Raises OverlayError."""
+    """Manifest from JSON; ``path`` is only named in errors. Raises OverlayError.
+
+    A command reads the same manifest several times, and the validator takes the most of that.
+    """
     remake = f"ltxpack materialize SOURCE {quoted(path.parent)} --force"
     try:
         document = bounded_json.parse(data, LIMITS)
@@ -347,20 +347,7 @@ def _validator() -> jsonschema.Draft202012Validator:
     whole = plain.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
     strict: type[jsonschema.Draft202012Validator]
     strict = jsonschema.validators.extend(plain, type_checker=whole)  # type: ignore[no-untyped-call]
-    schema = json.loads(load_schema("manifest"))
-    return strict(_without_references(schema, schema["$defs"]))
-
-
-def _without_references(node: Any, definitions: Mapping[str, Any]) -> Any:
-    """The same schema with every definition in place: lookups of references took half of the time."""
-    if isinstance(node, list):
-        return [_without_references(item, definitions) for item in node]
-    if not isinstance(node, dict):
-        return node
-    plain = {key: _without_references(item, definitions) for key, item in node.items() if key not in ("$ref", "$defs")}
-    if "$ref" in node:
-        plain |= _without_references(definitions[node["$ref"].removeprefix("#/$defs/")], definitions)
-    return plain
+    return strict(json.loads(load_schema("manifest")))
 
 
 def _faults(manifest: Manifest) -> Iterator[tuple[str, str | None]]:

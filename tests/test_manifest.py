@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ltxpack import manifest as manifest_module
 from ltxpack.errors import OverlayError
 from ltxpack.manifest import (
     MANIFEST_NAME,
@@ -29,9 +29,7 @@ from ltxpack.manifest import (
     Manifest,
     Source,
     SourceFile,
-    _validator,
     checked_bytes,
-    load_schema,
     parse_manifest,
     read_manifest,
     safe_relative_path,
@@ -60,14 +58,11 @@ def document() -> dict[str, Any]:
     return json.loads(manifest().dump())
 
 
-def edited(place: tuple[str | int, ...], value: Any, change: str = "put") -> dict[str, Any]:
-    """The document with ``value`` at ``place``, or without what is there, or with ``value`` beside it."""
+def edited(place: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+    """The document with ``value`` at ``place``."""
     found = document()
     node: Any = functools.reduce(lambda node, part: node[part], place[:-1], found)
-    if change == "remove":
-        del node[place[-1]]
-    else:
-        node[place[-1] if change == "put" else "more"] = value
+    node[place[-1]] = value
     return found
 
 
@@ -203,39 +198,18 @@ def test_a_hostile_manifest_is_refused_in_a_short_message_before_it_is_parsed(
     assert len(refused(text, tmp_path)) < 1000
 
 
-def test_the_validator_is_made_once_and_looks_up_no_definition() -> None:
-    for _ in range(3):
-        parse_manifest(manifest().dump(), Path("out") / MANIFEST_NAME)
-    assert _validator.cache_info().misses == 1
-    assert "$ref" in load_schema("manifest")
-    assert "$ref" not in json.dumps(_validator().schema)
+def test_a_manifest_that_is_read_again_is_not_validated_again() -> None:
+    """By its bytes: another manifest at the same place is."""
+    path, other = Path("out") / MANIFEST_NAME, replace(manifest(), image_crf=30)
+    with mock.patch.object(manifest_module, "_validator", wraps=manifest_module._validator) as validator:
+        found = [parse_manifest(bytes(bytearray(one.dump())), path) for one in (other, other, manifest())]
+    assert found == [other, other, manifest()] and validator.call_count == 2
 
 
-PLACES = (
-    *(("files", 0, field) for field in ("path", "size", "blake3", "link")),
-    *(("source", field) for field in ("repo", "files", "max_shard_size")),
-    *(("source", "files", 0, field) for field in ("role", "size", "sha256")),
-    *(("components", "vae", field) for field in ("library", "files", "cast")),
-    *(("loras", 0, field) for field in ("name", "file")),
-    *(("bakes", "distilled-0.5", field) for field in ("loras", "rule", "files")),
-    *(("bakes", "distilled-0.5", "loras", 0, field) for field in ("blake3", "strength", "scale")),
-    *((field,) for field in ("format", "image_crf", "licence", "components", "bakes")),
-)
-values = st.sampled_from(
-    [None, True, 0, 1, -1, 52, 2**63 - 1, 2**63, 0.5, "", "x", "base", "..", HASH, HASH.upper(), HASH + "0",
-     HASH + "\n", "fp32", "x" * 1025, [], {}, [HASH], {"": {}},
-     [{"path": "x.json", "size": 1, "blake3": HASH, "link": None}]]
-)  # fmt: skip
+COUNTS = (("image_crf",), ("source", "max_shard_size"), ("source", "files", 0, "size"), ("files", 0, "size"))
 
 
-@given(st.sampled_from(PLACES), values, st.sampled_from(["put", "put", "remove", "add"]))
-def test_the_validator_is_as_strict_as_the_schema(place: tuple[str | int, ...], value: Any, change: str) -> None:
-    changed = edited(place, value, change)
-    plain = jsonschema.Draft202012Validator(json.loads(load_schema("manifest")))
-    assert _validator().is_valid(changed) == plain.is_valid(changed)
-
-
-@pytest.mark.parametrize("place", [place for place in PLACES if place[-1] in ("size", "max_shard_size", "image_crf")])
+@pytest.mark.parametrize("place", COUNTS)
 def test_a_number_of_bytes_is_an_integer(place: tuple[str | int, ...], tmp_path: Path) -> None:
     """JSON Schema takes 5.0 for an integer; what counts bytes with it would not."""
     told = f"does not fit its schema at {'/'.join(map(str, place))}: 5.0 is not of type"
