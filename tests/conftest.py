@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,15 @@ def same_memory() -> Iterator[None]:
         patch.setattr(machine, "free_host", lambda: 20_000_000_000)
         patch.setattr(machine, "free_in_container", lambda: None)
         yield
+
+
+@pytest.fixture(scope="session")
+def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory where there is such a thing, for tests that would wait for the disk thousands of times."""
+    place = Path("/dev/shm")
+    usual = tmp_path_factory.getbasetemp()
+    with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else usual) as folder:
+        yield Path(folder)
 
 
 _numbers = itertools.count()

@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_087,
+    "lines of the package": 34_074,
     "files of the package": 200,
-    "lines of the tests": 33_909,
+    "lines of the tests": 33_892,
 }
 
 

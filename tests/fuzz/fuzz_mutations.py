@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
+from json.encoder import encode_basestring, encode_basestring_ascii
 from typing import Any
 
 # Values as JSON text, so that what Python would not write can be put in too.
@@ -24,6 +26,7 @@ ODD_KEYS = (
     *("", "x", "__metadata__", "dtype", "..", "../x", "/x", "a/b", "a\\b", "a\0b", "\ud800", "\u202e", "x" * 2000),
     *("auto_map", "$ref", "__class__", "base", "config", "weight_map", "lora_alpha", "format"),
 )
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Pairs(list[tuple[str, Any]]):
@@ -77,7 +80,7 @@ def _dump(value: Any) -> str:
 
 
 def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=any("\ud800" <= letter <= "\udfff" for letter in value))
+    return encode_basestring_ascii(value) if SURROGATE.search(value) else encode_basestring(value)
 
 
 def _containers(document: Any) -> Iterator[list[Any]]:

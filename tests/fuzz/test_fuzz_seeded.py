@@ -39,8 +39,9 @@ COUNTS = {
 
 
 @pytest.fixture(scope="module")
-def targets(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    found = make_targets(tmp_path_factory.mktemp("fuzz"), demo / "source")
+def targets(demo: Path, memory: Path) -> dict[str, Target]:
+    (memory / "fuzz").mkdir()
+    found = make_targets(memory / "fuzz", demo / "source")
     assert set(found) == set(COUNTS)
     return found
 

@@ -55,12 +55,7 @@ def die_again(chance: random.Random, work: Callable[..., object], *arguments: An
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is such a thing: these tests wait for the disk thousands of times."""
-    memory = Path("/dev/shm")
-    if not (memory.is_dir() and os.access(memory, os.W_OK)):
-        yield tmp_path
-        return
+def tmp_path(memory: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
 
