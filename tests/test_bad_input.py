@@ -14,13 +14,6 @@ pytestmark = pytest.mark.usefixtures("short_prompts")
 RUN = ("--prompt", "x", "--device", "cpu", "--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2")
 
 
-@pytest.mark.parametrize("flags", [[], ["--force"], ["--plan"]])
-def test_a_target_that_is_not_ours_is_left_alone(flags: list[str], demo: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("mine")
-    assert "not an overlay" in refused(ltxpack("materialize", demo / "source", tmp_path, *flags), 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
 def test_a_missing_lora_and_an_addition_without_strength(demo: Path) -> None:
     refused(ltxpack("bake-lora", demo / "overlay", "--lora", "nowhere.safetensors", "--strength", "1"), 1)
     for added in ("x.safetensors=inf", "x.safetensors"):

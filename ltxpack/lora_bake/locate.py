@@ -21,7 +21,7 @@ from ltxpack.lora_bake.plan import lora_name
 from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, belongs
 from ltxpack.materialize.access import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
 from ltxpack.materialize.checkpoint import read_lora
-from ltxpack.materialize.hub.client import Reference
+from ltxpack.materialize.hub.errors import Reference
 
 # The most files on the hub whose headers are fetched.
 MOST_HEADERS = 10

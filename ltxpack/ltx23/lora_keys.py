@@ -52,11 +52,11 @@ class Method:
     rank: tuple[str, ...] = ()
     alone: bool = False
 
-    @property
+    @functools.cached_property
     def roles(self) -> frozenset[str]:
         return self.needed.union(self.extra)
 
-    @property
+    @functools.cached_property
     def needed(self) -> frozenset[str]:
         return frozenset(role for part in self.parts for way in part for role in way)
 

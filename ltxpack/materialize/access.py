@@ -16,7 +16,8 @@ from ltxpack.files import tensorfile
 from ltxpack.files.foreign import entries, finished_name, is_foreign, refuse_unfinished
 from ltxpack.files.typed import at_home, denied, similar_names, similar_paths
 from ltxpack.ltx23.releases import RELEASES, Recognised, recognise
-from ltxpack.materialize.hub.client import Hub, Reference, RepoInfo, cached_sha256, parse_reference
+from ltxpack.materialize.hub.client import Hub, RepoInfo, cached_sha256, parse_reference
+from ltxpack.materialize.hub.errors import Reference
 from ltxpack.reporter import Reporter
 
 WEIGHTS = ".safetensors"

@@ -104,12 +104,6 @@ def test_comfyuis_loaders_of_one_part(
     assert [facts["takes"][f"ComfyUI LTX{name}Loader"] for name in ("VAudioVAE", "AVTextEncoder")] == [sound, text]
 
 
-def test_a_lora_in_the_place_of_a_checkpoint(source: Path, out: Path) -> None:
-    (source / tiny_source.CHECKPOINT).unlink()
-    shutil.copy(source / tiny_source.LORA, source / tiny_source.CHECKPOINT)
-    assert "is a LoRA, no checkpoint" in refused(ltxpack("materialize", source, out), 1)
-
-
 def rows(linear: str) -> made.Tensors:
     (count, _) = SHAPES[f"{linear}.weight"]
     return {f"{linear}.weight_scale": ("F32", (count, 1), bytes(4 * count))}

@@ -29,7 +29,7 @@ def test_a_download_programs_file_beside_an_input_refuses_it(ending: str, source
     assert str(source / name) in message and "half a download" in message and f"found {beside.name}" in message
     assert not out.exists() and finished_name(beside.name) == Path(name).name
     beside.unlink()
-    assert ltxpack("materialize", source, out).returncode == 0
+    assert ltxpack("materialize", source, out, "--plan").returncode == 0
 
 
 def test_a_repair_takes_no_half_either(source: Path, out: Path) -> None:

@@ -116,13 +116,12 @@ def test_revision_is_pinned(server: HubServer, revision: str) -> None:
     assert hub_.fetch(info, SMALL).read_bytes() == REVISIONS[revision][SMALL]
 
 
-@pytest.mark.parametrize("repo", ["nobody/nothing", "me/private"])
 @pytest.mark.parametrize("token", [None, STRANGER])
-def test_missing_and_private_look_alike(server: HubServer, repo: str, token: str | None) -> None:
-    told = told_by(lambda: Hub(token).info(repo))
-    assert "no such repository, or a private one" in told
-    assert f"{server.endpoint}/{repo}" in told
-    assert "hf auth login" in told
+def test_missing_and_private_look_alike(server: HubServer, token: str | None) -> None:
+    for repo in ("nobody/nothing", "me/private"):
+        told = told_by(lambda repo=repo: Hub(token).info(repo))
+        assert "no such repository, or a private one" in told
+        assert f"{server.endpoint}/{repo}" in told and "hf auth login" in told
 
 
 def test_private_and_gated_repositories_open_with_the_token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,11 +152,11 @@ def test_refused_and_forbidden_tokens(server: HubServer, monkeypatch: pytest.Mon
     assert f"{server.endpoint}/settings/tokens" in told_by(lambda: Hub(MEMBER).info(REPO))
 
 
-@pytest.mark.parametrize("token", ["hf_secret\x00more", "hf_secretß", "hf secret"])
-def test_token_that_is_none_is_not_quoted(server: HubServer, token: str) -> None:
-    with pytest.raises(SourceError) as caught:
-        Hub(token).info(REPO)
-    assert "secret" not in f"{caught.value!r} {caught.value.__cause__!r}"
+def test_token_that_is_none_is_not_quoted(server: HubServer) -> None:
+    for token in ("hf_secret\x00more", "hf_secretß", "hf secret"):
+        with pytest.raises(SourceError) as caught:
+            Hub(token).info(REPO)
+        assert "secret" not in f"{caught.value!r} {caught.value.__cause__!r}"
     assert not server.requests
 
 
@@ -201,10 +200,10 @@ def test_rate_limit_says_how_long(server: HubServer, monkeypatch: pytest.MonkeyP
     assert waits == [17.0] * 3
 
 
-@pytest.mark.parametrize("answer", [[], {"id": 1}, "text", {"id": REPO, "sha": "0" * 40}, {"id": REPO, "siblings": []}])
-def test_answer_of_something_else_than_a_hub(server: HubServer, answer: Any) -> None:
-    server.faults.listing = lambda _: answer
-    assert "cannot be used" in told_by(lambda: Hub().info(REPO))
+def test_answer_of_something_else_than_a_hub(server: HubServer) -> None:
+    for answer in ([], {"id": 1}, "text", {"id": REPO, "sha": "0" * 40}, {"id": REPO, "siblings": []}):
+        server.faults.listing = lambda _, answer=answer: answer
+        assert "cannot be used" in told_by(lambda: Hub().info(REPO))
 
 
 def one_file(**change: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -221,45 +220,40 @@ HOSTILE_SIZES = [-1, 2**63, 1.0, "1", None, True]
 HOSTILE_HASHES = ["", "../../x", "0" * 63, "Z" * 64, 5, None]
 
 
-@pytest.mark.parametrize(
-    "listing",
-    [one_file(rfilename=name) for name in HOSTILE_NAMES]
-    + [one_file(size=size, lfs=None) for size in HOSTILE_SIZES]
-    + [one_file(size=size, lfs={"sha256": "0" * 64, "size": size, "pointerSize": 1}) for size in HOSTILE_SIZES]
-    + [one_file(lfs={"sha256": value, "size": 1, "pointerSize": 1}) for value in HOSTILE_HASHES]
-    + [one_file(size=2), one_file(lfs={"size": 1}), one_file(lfs=[1])]
-    + [lambda stated: {**stated, "siblings": stated["siblings"] * 2}]
-    + [
+HOSTILE = (
+    *(one_file(rfilename=name) for name in HOSTILE_NAMES),
+    *(one_file(size=size, lfs=None) for size in HOSTILE_SIZES),
+    *(one_file(size=size, lfs={"sha256": "0" * 64, "size": size, "pointerSize": 1}) for size in HOSTILE_SIZES),
+    *(one_file(lfs={"sha256": value, "size": 1, "pointerSize": 1}) for value in HOSTILE_HASHES),
+    *(one_file(size=2), one_file(lfs={"size": 1}), one_file(lfs=[1])),
+    lambda stated: {**stated, "siblings": stated["siblings"] * 2},
+    *(
         lambda stated, sha=sha: {**stated, "sha": sha, "siblings": []}
         for sha in ["../..", "", None, "main", 5, "A" * 40]
-    ],
+    ),
 )
-def test_hostile_listing_is_refused(server: HubServer, cache: Path, listing: Callable[[Any], Any]) -> None:
+
+
+def test_hostile_listings_are_refused(server: HubServer, cache: Path) -> None:
+    listing = server.faults.listing
+    for hostile in HOSTILE:
+        server.faults.listing = hostile
+        told = told_by(lambda: Hub().info(REPO))
+        assert set(told) - {"\n"} <= set(filter(str.isprintable, told))
     server.faults.listing = listing
-    told = told_by(lambda: Hub().info(REPO))
-    assert told.isprintable() or set(told) - {"\n"} <= set(filter(str.isprintable, told))
-    assert not server.sent()
+    assert Hub().info(REPO) and not server.sent()
     assert not cache.exists() or not any(path.is_file() for path in cache.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"X-Linked-Etag": '"../../../../x"'},
-        {"X-Linked-Etag": f'"{"1" * 64}"'},
-        {"X-Linked-Etag": '""', "ETag": '""'},
-        {"X-Linked-Size": "5"},
-        {"X-Repo-Commit": "1" * 40},
-        {"X-Repo-Commit": "../.."},
-    ],
-)
-def test_file_that_is_not_the_listed_one_is_refused(
-    server: HubServer, info: RepoInfo, cache: Path, metadata: dict[str, str]
-) -> None:
-    server.faults.metadata = metadata
-    told_by(lambda: Hub().fetch(info, BIG))
-    told_by(lambda: Hub().header(info, BIG))
-    told_by(lambda: Hub().info(REPO))
+def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, info: RepoInfo, cache: Path) -> None:
+    for metadata in (
+        {"X-Linked-Etag": '"../../../../x"'}, {"X-Linked-Etag": f'"{"1" * 64}"'}, {"X-Linked-Etag": '""', "ETag": '""'},
+        {"X-Linked-Size": "5"}, {"X-Repo-Commit": "1" * 40}, {"X-Repo-Commit": "../.."},
+    ):  # fmt: skip
+        server.faults.metadata = metadata
+        told_by(lambda: Hub().fetch(info, BIG))
+        told_by(lambda: Hub().header(info, BIG))
+        told_by(lambda: Hub().info(REPO))
     assert not server.sent()
     assert not blobs(cache)
 
@@ -552,18 +546,15 @@ def test_header_survives_a_drop(server: HubServer, info: RepoInfo) -> None:
     assert len(header) > 20
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"1234567", (17 << 20).to_bytes(8, "little") + b"{}", (100).to_bytes(8, "little") + b"{}", b"PK\x03\x04" * 9],
-)
-def test_header_of_what_is_not_safetensors(serve: Callable[..., HubServer], content: bytes) -> None:
-    server = serve({REPO: {BIG: content}})
+def test_header_of_what_is_not_safetensors(serve: Callable[..., HubServer]) -> None:
+    lengths = [(17 << 20).to_bytes(8, "little"), (100).to_bytes(8, "little")]
+    contents = [b"", b"1234567", *(length + b"{}" for length in lengths), b"PK\x03\x04" * 9]
+    server = serve({REPO: {f"{number}.safetensors": content for number, content in enumerate(contents)}})
     hub_ = Hub()
     info = hub_.info(REPO)
-    with pytest.raises(FormatError) as caught:
-        hub_.header(info, BIG)
-    assert BIG in str(caught.value)
-    assert server.sent() <= 8
+    for name in info.files:
+        assert name in told_by(lambda name=name: hub_.header(info, name), FormatError)
+    assert all(request.sent <= 8 for request in server.content_requests())
 
 
 # Without a network
@@ -733,11 +724,9 @@ def test_reference_refused(text: str) -> None:
     assert "://" not in text or f"write {REPO}\n" in f"{told}\n"
 
 
-@pytest.mark.parametrize(
-    ("repo", "revision"), [("gpt2", None), ("a/b/c", None), ("a/..", None), (REPO, "../x"), (REPO, "")]
-)
-def test_info_checks_its_arguments(server: HubServer, repo: str, revision: str | None) -> None:
-    told_by(lambda: Hub().info(repo, revision), UsageError)
+def test_info_checks_its_arguments(server: HubServer) -> None:
+    for place in (("gpt2", None), ("a/b/c", None), ("a/..", None), (REPO, "../x"), (REPO, "")):
+        told_by(lambda place=place: Hub().info(*place), UsageError)
     assert not server.requests
 
 
@@ -752,7 +741,7 @@ def test_any_reference_is_refused_or_safe(text: str) -> None:
         assert part is None or is_safe_name(part)
 
 
-@given(st.text(max_size=40) | st.text(alphabet=st.sampled_from("./\\a\x00"), max_size=12))
+@given(st.text(alphabet=st.sampled_from("./\\a\x00 ~é\n\u202e\u0301\ud800😀"), max_size=12))
 def test_safe_names_stay_in_their_folder(name: str) -> None:
     if is_safe_name(name):
         root = Path("/somewhere/root")

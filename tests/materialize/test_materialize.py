@@ -23,6 +23,7 @@ from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.manifest import Bake, BakedLora, read_manifest
 from ltxpack.materialize import Options, Report, materialize, plan_overlay
+from ltxpack.materialize.existing import differences
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
@@ -227,14 +228,17 @@ def test_the_same_again_is_a_no_op_and_one_tensor_trained_further_is_another_sou
     assert not run(source, out, notes, copy=True).written
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
     assert any("compared with the overlay by name, size and a sample" in line for line in notes.said)
+    plan, manifest = plan_overlay(Options(str(source), out, copy=True), SilentReporter()), read_manifest(out)
     for name in (tiny_source.CHECKPOINT, tiny_source.LORA, f"{tiny_source.GEMMA}/model-00001-of-00002.safetensors"):
         path = source / name
         before = path.read_bytes()
         for info in list(read_tensorfile(path).tensors.values())[::23]:
             trained = bytes(byte ^ 1 for byte in before[info.start : info.start + info.nbytes])
             path.write_bytes(before[: info.start] + trained + before[info.start + info.nbytes :])
-            with pytest.raises(OverlayError, match="another file of the same name and size"):
-                run(source, out, copy=True)
+            [told] = differences(plan, manifest, out)
+            assert told.endswith("was made from another file of the same name and size")
+        with pytest.raises(OverlayError, match="another file of the same name and size"):
+            run(source, out, copy=True)
         path.write_bytes(before)
     assert not run(source, out, copy=True).written
 
@@ -321,15 +325,26 @@ def test_a_target_that_is_no_overlay_is_left_alone(source: Path, out: Path, tmp_
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("mine")
     for force in (False, True):
-        with pytest.raises(OverlayError, match="exists and is not"):
-            run(source, out, force=force)
+        for command in (materialize, plan_overlay):
+            with pytest.raises(OverlayError, match="exists and is not"):
+                command(Options(str(source), out, force=force), SilentReporter())
     assert precious.read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], int]:
+    """An overlay of copies that nothing disturbed, and the bytes written."""
+    folder = tmp_path_factory.mktemp("whole")
+    report = run(tiny_source.make_source(folder / "source"), folder / "out", copy=True)
+    return tree(folder / "out"), report.total_bytes
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
-def test_stopped_and_started_again_is_as_undisturbed(source: Path, out: Path, tmp_path: Path, share: float) -> None:
-    total = run(source, tmp_path / "whole", copy=True).total_bytes
+def test_stopped_and_started_again_is_as_undisturbed(
+    source: Path, out: Path, tmp_path: Path, whole: tuple[dict[str, bytes], int], share: float
+) -> None:
+    content, total = whole
     notes = Notes()
 
     def advance(amount: int = 1) -> None:
@@ -343,8 +358,8 @@ def test_stopped_and_started_again_is_as_undisturbed(source: Path, out: Path, tm
     assert not out.exists()
     assert any("goes on from there" in line for line in notes.said)
     run(source, out, copy=True)
-    assert tree(out) == tree(tmp_path / "whole")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source", "whole"]
+    assert tree(out) == content
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source"]
 
 
 # From a hub

@@ -79,11 +79,12 @@ def same_but_sources(out: Path, whole: Path) -> bool:
     return found == expected and manifests[0] == manifests[1]
 
 
-@pytest.fixture
-def whole(source: Path, tmp_path: Path) -> Path:
-    """The overlay of the whole checkpoint."""
-    materialize(Options(str(source), tmp_path / "whole"), Notes())
-    return tmp_path / "whole"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The overlay of the whole checkpoint. Not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    materialize(Options(str(tiny_source.make_source(folder / "source")), folder / "whole"), Notes())
+    return folder / "whole"
 
 
 @pytest.mark.parametrize("kind", SPLITS)

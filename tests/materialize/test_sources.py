@@ -17,10 +17,11 @@ from support import ltxpack, refused
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UnsupportedError, UsageError
 from ltxpack.ltx23.expected import inventory
 from ltxpack.ltx23.releases import DEFAULT_FILES, RELEASES, TEXT_ENCODER_REPO, likely, recognise
-from ltxpack.materialize.access import Access, InputFile
+from ltxpack.materialize.access import Access, InputFile, local_folder
 from ltxpack.materialize.hub.client import cached_sha256
 from ltxpack.materialize.inputs import Inputs, read_inputs
 from ltxpack.materialize.sources import Sources, resolve
+from ltxpack.materialize.text_encoder import read_text_encoder
 from ltxpack.reporter import SilentReporter
 
 
@@ -316,7 +317,7 @@ def test_text_encoder_faults_are_refused_by_name(source: Path, fault: str) -> No
     folder = source / tiny_source.GEMMA
     damage(folder)
     with pytest.raises(kind) as caught:
-        read(source, text_encoder=folder)
+        read_text_encoder(local_folder(folder), Access(SilentReporter()), None)
     assert words in str(caught.value)
 
 

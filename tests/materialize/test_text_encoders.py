@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -82,6 +83,7 @@ def made(demo: Path, out: Path, folder: Path, *more: str) -> Path:
     return out
 
 
+@functools.cache
 def states(overlay: Path) -> list[torch.Tensor]:
     tokenizer = text.load_tokenizer(overlay / "tokenizer")
     encoder = text.load_text_encoder(overlay / "text_encoder", CPU, torch.bfloat16)

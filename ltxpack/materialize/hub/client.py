@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ltxpack import __version__
@@ -32,7 +32,7 @@ from ltxpack.files.typed import similar_names
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import safe_relative_path
 from ltxpack.materialize.hub import errors as hub_errors
-from ltxpack.materialize.hub.errors import HubRequest, HubUnreachable, tell
+from ltxpack.materialize.hub.errors import HubUnreachable, Reference, tell
 from ltxpack.materialize.hub.transfer import Address, BrokenError, RangesIgnoredError, RemoteFile, download
 from ltxpack.reporter import Reporter, SilentReporter
 
@@ -59,14 +59,6 @@ LOCK_PATIENCE = 1.0
 T = TypeVar("T")
 
 
-class Reference(NamedTuple):
-    """``ORG/NAME[@REV][/FILE]``."""
-
-    repo: str
-    revision: str | None
-    file: str | None
-
-
 @dataclass(frozen=True)
 class RepoFile:
     """A file of a repository: ``size`` in bytes; ``sha256`` as the hub states it, for large files only."""
@@ -88,6 +80,9 @@ class RepoInfo:
     files: Mapping[str, RepoFile]
     revision: str | None = None
     cached_only: bool = False
+
+    def at(self, name: str) -> Reference:
+        return Reference(self.repo, self.commit, name)
 
 
 def parse_reference(text: str) -> Reference:
@@ -174,11 +169,11 @@ class Hub:
         from huggingface_hub import is_offline_mode
 
         check_request(repo, revision)
-        request = self._request(repo, revision)
-        lost = tell(hub_errors.NOT_CACHED, request)
+        place = Reference(repo, revision)
+        lost = tell(hub_errors.NOT_CACHED, place)
         if not is_offline_mode():
             try:
-                return self._ask(request)
+                return self._ask(place)
             except HubUnreachable as error:
                 lost = error
         cached = self._snapshot(repo, revision)
@@ -194,16 +189,16 @@ class Hub:
         Raises FormatError too, if there can be no header of at most 16 MiB.
         """
         file = self._file(info, name)
-        request = self._request(info.repo, info.commit, name)
-        with self._explained(request):
+        place = info.at(name)
+        with self._explained(place):
             cached = self._cached(info, file)
             if cached is not None:
                 with cached.open("rb") as stream:
                     first = stream.read(8)
-                    return first + stream.read(header_length(first, file.size, request.label))
+                    return first + stream.read(header_length(first, file.size, place.label))
             remote = self._remote(info, file, self._locate(info, file)[0])
             first = bytes(remote.read(0, min(8, file.size)))
-            return bytes(remote.read(0, 8 + header_length(first, file.size, request.label)))
+            return bytes(remote.read(0, 8 + header_length(first, file.size, place.label)))
 
     def fetch(self, info: RepoInfo, name: str) -> Path:
         """The file in the hub cache, downloaded if it is not there; its real path is the cache's blob.
@@ -211,13 +206,13 @@ class Hub:
         Size and hash must be those that the hub states. After an interruption, the next call goes on from there.
         """
         file = self._file(info, name)
-        request = self._request(info.repo, info.commit, name)
-        with self._explained(request):
+        place = info.at(name)
+        with self._explained(place):
             path = self._cached(info, file)
             if path is None:
-                self._download_blob(info, file, request)
+                self._download_blob(info, file, place)
                 path = self._link_blob(info, file)
-                check_cached(path, file, request)
+                check_cached(path, file, place)
         self._remember_revision(info)
         return path
 
@@ -227,19 +222,18 @@ class Hub:
 
     # What the hub states
 
-    def _ask(self, request: HubRequest) -> RepoInfo:
+    def _ask(self, place: Reference) -> RepoInfo:
         """The listing of the hub. The hub describes gated repositories to everyone, so this asks for one file too."""
-        with self._explained(request):
-            self._check_environment(request)
-            self._check_token(request)
+        with self._explained(place):
+            self._check_settings(place)
             try:
-                ask, repo, revision = self._api.model_info, request.repo, request.revision
+                ask, repo, revision = self._api.model_info, place.repo, place.revision
                 model = self._retried(lambda: ask(repo, revision=revision, files_metadata=True, timeout=self._timeout))
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
                 if hub_errors.status_of(error) is not None:
                     raise
-                raise _unsound(request, f"no description of a repository ({type(error).__name__})") from None
-            info = _read_listing(model, request)
+                raise _unsound(place, f"no description of a repository ({type(error).__name__})") from None
+            info = _read_listing(model, place)
             largest = max(info.files.values(), key=lambda file: file.size, default=None)
             if largest is not None:
                 self._locate(info, largest)
@@ -250,17 +244,17 @@ class Hub:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        request = self._request(info.repo, info.commit, file.name)
+        place = info.at(file.name)
         url = hf_hub_url(info.repo, file.name, revision=info.commit, endpoint=self._endpoint)
         options: dict[str, Any] = {"token": self._token, "timeout": self._timeout, "endpoint": self._endpoint}
         ask = functools.partial(get_hf_file_metadata, url, **options)
         stated = self._retried(ask) if retry else ask()
         etag = stated.etag or ""
         if not (COMMIT.fullmatch(etag) or SHA256.fullmatch(etag)):
-            raise _unsound(request, f"no usable ETag ({etag[:LONGEST_PART]})")
+            raise _unsound(place, f"no usable ETag ({etag[:LONGEST_PART]})")
         if stated.commit_hash != info.commit or stated.size not in (None, file.size) or file.sha256 not in (None, etag):
             found = f"commit {stated.commit_hash}, {stated.size} bytes, {etag}"
-            raise _unsound(request, f"another file than was listed ({found[:LONGEST_PART]})")
+            raise _unsound(place, f"another file than was listed ({found[:LONGEST_PART]})")
         # The token goes to the hub only, never to the storage behind a signed address.
         token = self._token if _origin(stated.location) == _origin(url) else False
         headers = build_hf_headers(token=token, library_name="ltxpack", library_version=__version__)
@@ -269,30 +263,26 @@ class Hub:
     def _file(self, info: RepoInfo, name: str) -> RepoFile:
         if name in info.files:
             return info.files[name]
-        request = self._request(info.repo, info.commit, name)
+        place = info.at(name)
         if info.cached_only:
-            raise tell(hub_errors.NOT_CACHED, request)
+            raise tell(hub_errors.NOT_CACHED, place)
         similar = _similar_names(name, list(info.files))
         found = None if similar else f"{len(info.files)} other files"
-        raise tell(hub_errors.NO_FILE, request, items=similar, found=found)
+        raise tell(hub_errors.NO_FILE, place, items=similar, found=found)
 
-    def _request(self, repo: str, revision: str | None = None, name: str | None = None) -> HubRequest:
-        return HubRequest(self._endpoint, self._cache, repo, revision, name)
+    def _check_settings(self, place: Reference) -> None:
+        """Refuses a variable with which the HTTP library would fail, and a token that no header can hold.
 
-    def _check_environment(self, request: HubRequest) -> None:
-        """Raises SourceError that names a variable with which the HTTP library would fail."""
-        fault = endpoint_fault(self._endpoint) or network_fault(self._reporter.warn)
-        if fault is not None:
-            facts = {"variable": fault.variable, "value": fault.value, "why": fault.reason, "instead": fault.next}
-            raise tell(hub_errors.BAD_VARIABLE, request, facts)
-
-    def _check_token(self, request: HubRequest) -> None:
-        """Refuses a token that no header can hold: the HTTP library would quote it, whole, in its error."""
+        The library would quote that token, whole, in its error.
+        """
         from huggingface_hub import get_token
 
+        if fault := endpoint_fault(self._endpoint) or network_fault(self._reporter.warn):
+            facts = {"variable": fault.variable, "value": fault.value, "why": fault.reason, "instead": fault.next}
+            raise tell(hub_errors.BAD_VARIABLE, place, facts)
         token = self._token or get_token()
         if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-            raise tell(hub_errors.BAD_TOKEN, request)
+            raise tell(hub_errors.BAD_TOKEN, place)
 
     def _retried(self, call: Callable[[], T]) -> T:
         """Repeat ``call`` after a passing failure, but not if no connection comes about."""
@@ -310,16 +300,16 @@ class Hub:
         return call()
 
     @contextlib.contextmanager
-    def _explained(self, request: HubRequest) -> Iterator[None]:
+    def _explained(self, place: Reference) -> Iterator[None]:
         """Turns errors of the hub's libraries into the SourceError that says what to do."""
         try:
             yield
         except LtxpackError:
             raise
         except RangesIgnoredError:
-            raise _unsound(request, "another part of the file than was asked for") from None
+            raise _unsound(place, "another part of the file than was asked for") from None
         except Exception as error:
-            told = hub_errors.explain(error.reason if isinstance(error, BrokenError) else error, request)
+            told = hub_errors.explain(error.reason if isinstance(error, BrokenError) else error, place)
             if told is None:
                 raise
             raise told from error
@@ -330,7 +320,7 @@ class Hub:
         name = f"{info.repo}/{file.name}"
         return RemoteFile(name, file.size, address, lambda: self._locate(info, file, retry=False)[0], self._timeout)
 
-    def _download_blob(self, info: RepoInfo, file: RepoFile, request: HubRequest) -> None:
+    def _download_blob(self, info: RepoInfo, file: RepoFile, place: Reference) -> None:
         """Downloads the file to its blob, unless another revision's is there already."""
         address, etag = self._locate(info, file)
         blob = self._folder(info.repo) / "blobs" / etag
@@ -338,13 +328,13 @@ class Hub:
         blob.parent.mkdir(parents=True, exist_ok=True)
         with self._locked(info.repo, etag):
             if blob.exists():
-                check_cached(blob, RepoFile(file.name, file.size, None), request)
+                check_cached(blob, RepoFile(file.name, file.size, None), place)
                 return
             missing = file.size - (partial.stat().st_size if partial.exists() else 0)
             free = shutil.disk_usage(blob.parent).free
             if free < missing:
                 expected = f"{human_bytes(missing)} free in {self._cache}"
-                raise tell(hub_errors.NO_ROOM, request, expected=expected, found=human_bytes(free))
+                raise tell(hub_errors.NO_ROOM, place, expected=expected, found=human_bytes(free))
             try:
                 download(self._remote(info, file, address), partial, _hasher(etag, file.size), etag, self._reporter)
             except RangesIgnoredError:
@@ -352,11 +342,11 @@ class Hub:
                 partial.unlink(missing_ok=True)
                 return
             except BrokenError as error:
-                told = hub_errors.explain(error.reason, request)
+                told = hub_errors.explain(error.reason, place)
                 if not isinstance(told, HubUnreachable):
                     raise error.reason from None
                 found = f"{partial.stat().st_size} bytes, which are kept ({told.found})"
-                raise tell(hub_errors.BROKE_OFF, request, expected=f"{file.size} bytes", found=found) from error
+                raise tell(hub_errors.BROKE_OFF, place, expected=f"{file.size} bytes", found=found) from error
             partial.replace(blob)
 
     def _link_blob(self, info: RepoInfo, file: RepoFile) -> Path:
@@ -399,7 +389,7 @@ class Hub:
         path = self.path(info, file.name)
         if not path.is_file():
             return None
-        check_cached(path, file, self._request(info.repo, info.commit, file.name))
+        check_cached(path, file, info.at(file.name))
         return path
 
     def _remember_revision(self, info: RepoInfo) -> None:
@@ -431,14 +421,14 @@ class Hub:
             yield
 
 
-def check_cached(path: Path, file: RepoFile, request: HubRequest) -> None:
+def check_cached(path: Path, file: RepoFile, place: Reference) -> None:
     """Raises SourceError if the cached file at ``path`` differs from the hub's statement."""
     size, stored_as = path.stat().st_size, _blob_name(path)
     wrong_hash = file.sha256 is not None and stored_as is not None and stored_as != file.sha256
     if size == file.size and not wrong_hash:
         return
     raise SourceError(
-        "the file in the hub cache is not the one the hub states", file=request.label,
+        "the file in the hub cache is not the one the hub states", file=place.label,
         expected=f"{file.size} bytes" + (f" of sha256 {file.sha256}" if wrong_hash else ""),
         found=f"{size} bytes" + (f" stored as {stored_as}" if wrong_hash else ""),
         next=f"delete {path.resolve()} and run the same command again",
@@ -460,34 +450,34 @@ def cached_sha256(path: Path) -> str | None:
     return name if name is not None and SHA256.fullmatch(name) else None
 
 
-def _unsound(request: HubRequest, reason: str) -> SourceError:
+def _unsound(place: Reference, reason: str) -> SourceError:
     """The error for an answer that breaks the hub's protocol."""
-    return tell(hub_errors.NOT_UNDERSTOOD, request, {"reason": reason})
+    return tell(hub_errors.NOT_UNDERSTOOD, place, {"reason": reason})
 
 
-def _read_listing(model: Any, request: HubRequest) -> RepoInfo:
+def _read_listing(model: Any, place: Reference) -> RepoInfo:
     """The hub's description of a repository (huggingface_hub's ``ModelInfo``). Raises SourceError if it is unsound.
 
     The repository's owner writes it: names may leave a folder or occur twice, sizes and hashes may be impossible.
     """
     if not isinstance(model.sha, str) or not COMMIT.fullmatch(model.sha):
-        raise _unsound(request, "the repository has no commit")
+        raise _unsound(place, "the repository has no commit")
     if model.siblings is None:
-        raise _unsound(request, "no list of files")
+        raise _unsound(place, "no list of files")
     files: dict[str, RepoFile] = {}
     for sibling in model.siblings:
         name, large = sibling.rfilename, sibling.lfs
         if not is_safe_name(name):
-            raise _unsound(request, f"a file named {str(name)[:LONGEST_PART]!r}")
+            raise _unsound(place, f"a file named {str(name)[:LONGEST_PART]!r}")
         if name in files:
-            raise _unsound(request, f"two files named {name}")
+            raise _unsound(place, f"two files named {name}")
         sizes = [sibling.size, large.size] if large else [sibling.size]
         if any(type(size) is not int or not 0 <= size <= LARGEST_FILE for size in sizes) or len(set(sizes)) > 1:
-            raise _unsound(request, f"{name} has the size {str(sizes)[:LONGEST_PART]}")
+            raise _unsound(place, f"{name} has the size {str(sizes)[:LONGEST_PART]}")
         if large and not (isinstance(large.sha256, str) and SHA256.fullmatch(large.sha256)):
-            raise _unsound(request, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
+            raise _unsound(place, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
         files[name] = RepoFile(name, sibling.size, large.sha256 if large else None)
-    return RepoInfo(request.repo, model.sha, MappingProxyType(files), request.revision)
+    return RepoInfo(place.repo, model.sha, MappingProxyType(files), place.revision)
 
 
 def _similar_names(name: str, names: list[str]) -> list[str]:

@@ -9,8 +9,6 @@ import errno
 import os
 import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,26 +27,23 @@ class HubUnreachable(SourceError):
     """No usable answer: no network, a proxy in the way, the hub down. The cache may still help."""
 
 
-@dataclass(frozen=True)
-class HubRequest:
-    """The subject of a request, for messages."""
+class Reference(NamedTuple):
+    """``REPO[@REV][/FILE]``, a place on the hub, as the user types it and as messages name it."""
 
-    endpoint: str
-    cache: Path
     repo: str
     revision: str | None = None
-    name: str | None = None
+    file: str | None = None
 
     @property
     def label(self) -> str:
-        """``REPO[@REV][/FILE]``, as the user types it, with a shortened commit."""
+        """With a shortened commit."""
         revision = self.revision or ""
         shown = revision[:COMMIT_SHOWN] if len(revision) == COMMIT_LENGTH else revision
-        return self.repo + (f"@{shown}" if shown else "") + (f"/{self.name}" if self.name else "")
+        return self.repo + (f"@{shown}" if shown else "") + (f"/{self.file}" if self.file else "")
 
 
 class Row(NamedTuple):
-    """The text for one failure. ``{…}`` are fields of the request, ``{status}`` and the facts of ``explain``.
+    """The text for one failure. ``{…}`` are the place on the hub and the facts of ``explain``.
 
     ``away``: the hub gives no usable answer, so that the cache may help.
     """
@@ -128,16 +123,19 @@ BY_STATUS: Mapping[int, Row] = MappingProxyType({
 })  # fmt: skip
 
 
-def tell(row: Row, request: HubRequest, facts: Mapping[str, object] | None = None, **more: Any) -> SourceError:
+def tell(row: Row, place: Reference, facts: Mapping[str, object] | None = None, **more: Any) -> SourceError:
     """The error of ``row``: ``facts`` fill its fields; ``more`` are further arguments (expected, found, items)."""
-    page, branch = f"{request.endpoint}/{request.repo}", request.revision or "main"
-    values = {**vars(request), "page": page, "branch": branch, **(facts or {})}
+    from huggingface_hub import constants
+
+    endpoint = constants.ENDPOINT.rstrip("/")
+    here = {"endpoint": endpoint, "page": f"{endpoint}/{place.repo}", "branch": place.revision or "main"}
+    values = {**here, "cache": constants.HF_HUB_CACHE, "path": constants.HF_HUB_CACHE, **(facts or {})}
     problem, next_step, found = (text and text.format_map(values) for text in (row.problem, row.next, row.found))
     kind = HubUnreachable if row.away else SourceError
-    return kind(str(problem), file=request.label, next=next_step, **{"found": found or None, **more})
+    return kind(str(problem), file=place.label, next=next_step, **{"found": found or None, **more})
 
 
-def explain(error: Exception, request: HubRequest) -> SourceError | None:
+def explain(error: Exception, place: Reference) -> SourceError | None:
     """The SourceError to raise in place of ``error``; None if ``error`` is not the hub's, but a bug."""
     if _is(error, "LocalEntryNotFoundError") and isinstance(error.__cause__, Exception):
         error = error.__cause__
@@ -153,10 +151,10 @@ def explain(error: Exception, request: HubRequest) -> SourceError | None:
         "why": said or "not valid",
         "token": "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token",
         "wait": f", wait {wait:.0f} s" if wait else "",
-        "path": getattr(error, "filename", None) or request.cache,
         "reason": _reason(error),
     }
-    return tell(row, request, facts)
+    filename = getattr(error, "filename", None)
+    return tell(row, place, facts | ({"path": filename} if filename else {}))
 
 
 def _row(error: Exception) -> Row | None:
