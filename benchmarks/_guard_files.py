@@ -33,13 +33,12 @@ from ltxpack.manifest import FORMATS, MANIFEST_NAME, FileRecord, Lora, read_mani
 from ltxpack.materialize import Options, materialize, plan_overlay
 from ltxpack.repack.items import CopyFile, ShardEntry, WriteShard
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.commands import codes_named
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES
 from ltxpack.runtime.weights.machine import this_machine
 from ltxpack.runtime.weights.plan import RESIDENT, STREAM, SWAP, best_plan
-from ltxpack.runtime.weights.sizes import model_of
+from ltxpack.runtime.weights.sizes import model_sizes
 
 GB = 10**9
 RANK = 384
@@ -62,11 +61,9 @@ def _in_a_folder(count: Callable[[Path], Counts]) -> Callable[[Numbers], Counts]
 
 def videos(_: Numbers) -> Counts:
     """Of every recipe in every mode: the largest memory, and what the first and each further video reads."""
-    configs = published_configs()
-    tensors = published_tensors(configs)
     for recipe, form in product(RECIPES.values(), FORMATS):
         stages = official_transformers(recipe, form=form)
-        model = model_of(tensors, configs, {name: codes_named(name) for name in stages}, "bfloat16")
+        model = model_sizes(None, stages, "bfloat16")
         work = Request.of("", recipe=recipe.name).work(stages)
         for mode, sizes in MACHINES.items():
             plan = best_plan(model, work, this_machine(*(size * GB for size in sizes)), mode)

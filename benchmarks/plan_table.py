@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ltxpack.files.units import gigabytes, human_bytes
-from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel.planned import PlannedScheme, cells, plan_schemes
@@ -23,7 +22,7 @@ from ltxpack.runtime.sampling.recipes import DISTILLED, HQ, Recipe
 from ltxpack.runtime.weights.machine import this_machine
 from ltxpack.runtime.weights.plan import AUTO, STREAM, Plan, Work, best_plan
 from ltxpack.runtime.weights.report import streamed_blocks
-from ltxpack.runtime.weights.sizes import TEXT_ENCODER, TRANSFORMER, ModelSizes, model_of
+from ltxpack.runtime.weights.sizes import TEXT_ENCODER, TRANSFORMER, ModelSizes, model_sizes, read_configs
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- plan-table {}: benchmarks/plan_table.py writes what follows -->", "<!-- plan-table {} ends -->"
@@ -86,9 +85,8 @@ def fleet_rows() -> Iterator[str]:
 
 
 def _published(recipe: Recipe) -> tuple[ModelSizes, DiTConfig, Work]:
-    configs, stages = published_configs(), official_transformers(recipe)
-    model = model_of(published_tensors(configs), configs, dict.fromkeys(stages), "bfloat16")
-    return model, DiTConfig.from_dict(configs[TRANSFORMER]), Request.of("", recipe=recipe.name).work(stages)
+    stages, config = official_transformers(recipe), DiTConfig.from_dict(read_configs(None)[TRANSFORMER])
+    return model_sizes(None, stages, "bfloat16"), config, Request.of("", recipe=recipe.name).work(stages)
 
 
 def _device_cells(one: PlannedScheme) -> str:

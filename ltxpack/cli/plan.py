@@ -124,28 +124,21 @@ def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...],
 
     Without ``root`` they are those of the published model.
     """
-    from ltxpack.files.tensorfile import read_json
-    from ltxpack.ltx23.published import published_configs, published_tensors
-    from ltxpack.runtime.commands import codes_named, commands, published_stages
+    from ltxpack.runtime.commands import commands, published_stages
     from ltxpack.runtime.model.config import DiTConfig
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
-    from ltxpack.runtime.weights.sizes import TRANSFORMER, model_of, overlay_model
+    from ltxpack.runtime.weights.sizes import TRANSFORMER, model_sizes, read_configs
 
     recipe, asked, form = planned.request.recipe, planned.session.transformers, planned.session.format
-    if root is None:
-        stages, configs = published_stages(recipe, asked, form), published_configs()
-        codes = {name: codes_named(name) for name in stages}
-        model = model_of(published_tensors(configs), configs, codes, planned.session.dtype)
-        return stages, model, DiTConfig.from_dict(configs[TRANSFORMER]), commands(stages, planned)
-    opened = Overlay.open(root)
-    if not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
+    opened = None if root is None else Overlay.open(root)
+    if opened is None:
+        stages = published_stages(recipe, asked, form)
+    elif not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
         stages = official_transformers(recipe, form=form)
     else:
         stages = choose(opened, recipe, asked, form).stages
-    codes = {name: codes_named(name) for name in stages}
-    model = overlay_model(opened, codes, planned.session.dtype)
-    config = DiTConfig.from_dict(read_json(opened.folder(TRANSFORMER) / "config.json"))
-    return stages, model, config, commands(stages, planned, opened)
+    model = model_sizes(opened, stages, planned.session.dtype)
+    return stages, model, DiTConfig.from_dict(read_configs(opened)[TRANSFORMER]), commands(stages, planned, opened)
 
 
 def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Plan, rate: int) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ltxpack.deployment.choices import CARDS, DEVICES, GB, HOSTS, LORAS
 from ltxpack.errors import DeviceError, OverlayError
-from ltxpack.files.tensorfile import read_json
 from ltxpack.lora_bake.plan import BakeOptions, bake_name, lora_name
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import DEFAULT_FILES, LORA, RELEASES
-from ltxpack.runtime.commands import DEFAULT_FOLDER, STRENGTH, PlannedRun, codes_named, commands
+from ltxpack.runtime.commands import DEFAULT_FOLDER, PlannedRun, commands
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.overlay import BASE, Overlay, choose, form_of, official_transformers, transformer_part
+from ltxpack.runtime.overlay import BASE, STRENGTH, Overlay, choose, form_of, official_transformers, transformer_part
 from ltxpack.runtime.parallel.planned import EXCHANGES
 from ltxpack.runtime.parallel.schemes import as_shared, shared
 from ltxpack.runtime.request import Request
@@ -26,7 +24,7 @@ from ltxpack.runtime.settings import AUTO, SessionSettings
 from ltxpack.runtime.weights.machine import Machine, this_machine
 from ltxpack.runtime.weights.plan import Plan, Work, best_plan, fewest_streamed
 from ltxpack.runtime.weights.report import plan_or_refuse
-from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, ModelSizes, PartSizes, model_of, overlay_model
+from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, TRANSFORMER, ModelSizes, model_sizes, read_configs
 
 T = TypeVar("T")
 # A size, height first, and a number of frames.
@@ -57,13 +55,7 @@ class Subject:
 
     def __init__(self, overlay: Overlay | None) -> None:
         self.overlay = overlay
-        if overlay is None:
-            self.configs: Mapping[str, Mapping[str, Any]] = published_configs()
-            self._tensors = published_tensors(self.configs)
-            self._counted: dict[tuple[str, str | None], PartSizes] = {}
-        else:
-            self.configs = {"transformer": read_json(overlay.folder("transformer") / "config.json")}
-        self.dit = DiTConfig.from_dict(self.configs["transformer"])
+        self.dit = DiTConfig.from_dict(read_configs(overlay)[TRANSFORMER])
 
     @property
     def name(self) -> str:
@@ -78,12 +70,8 @@ class Subject:
     def case(self, recipe: Recipe, form: str) -> Case:
         """The case of ``recipe`` in ``form``. Raises OverlayError if the overlay cannot run ``recipe``."""
         stages = self._stages(recipe, form)
-        codes = {name: codes_named(name) for name in dict.fromkeys((BASE, *stages))}
-        if self.overlay is None:
-            model = model_of(self._tensors, self.configs, codes, SessionSettings.dtype, self._counted)
-        else:
-            model = overlay_model(self.overlay, codes, SessionSettings.dtype)
-        return Case(recipe, form, stages, model)
+        names = dict.fromkeys((BASE, *stages))
+        return Case(recipe, form, stages, model_sizes(self.overlay, names, SessionSettings.dtype))
 
     def _stages(self, recipe: Recipe, form: str) -> tuple[str, ...]:
         """The transformers that ``auto`` takes if all are in ``form``, else the official ones."""

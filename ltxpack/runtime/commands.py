@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.ltx23.codes import CODES
 from ltxpack.manifest import BF16, Bake
-from ltxpack.runtime.overlay import BASE, Overlay, asked_stages, official_transformers
+from ltxpack.runtime.overlay import BAKED, BASE, STRENGTH, Overlay, asked_stages, official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
 from ltxpack.runtime.weights.report import Command
 
 PUBLISHED = "Lightricks/LTX-2.3"
-BAKED = f"{DISTILLED}-"
-STRENGTH = re.compile(re.escape(BAKED) + rf"(?P<strength>\d+(\.\d+)?)(-(?P<form>{'|'.join(CODES)}))?")
 DEFAULT_FOLDER = Path("out")
 USUAL_RULE = "fp32"
 
@@ -46,12 +42,6 @@ def published_stages(recipe: Recipe, asked: Sequence[str], form: str = BF16) -> 
             advice = "ltxpack plan OVERLAY (or leave --stage1 and --stage2 out)"
             raise UsageError(problem, expected=f"{BASE}, or {BAKED}S for a strength S", found=name, next=advice)
     return found
-
-
-def codes_named(name: str) -> str | None:
-    """The dtype of the codes of a future bake, by its usual name; None for bf16."""
-    found = STRENGTH.fullmatch(name)
-    return None if found is None or found["form"] is None else CODES[found["form"]]
 
 
 def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None = None) -> list[Command]:

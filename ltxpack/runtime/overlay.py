@@ -6,6 +6,7 @@ It also chooses the transformer of each stage of a recipe.
 from __future__ import annotations
 
 import posixpath
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,15 @@ from pathlib import Path
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
 from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
+from ltxpack.ltx23.codes import CODES
 from ltxpack.manifest import BAKES, BF16, FORMATS, TEXT_ENCODERS, FileRecord, Manifest, changed_file, read_manifest
 from ltxpack.runtime.sampling.recipes import Recipe, TransformerRule, stage_flag, stage_label
 from ltxpack.runtime.settings import AUTO, SessionSettings
 
 BASE = "base"
+# The usual name of a bake of the distilled LoRA.
+BAKED = f"{DISTILLED}-"
+STRENGTH = re.compile(re.escape(BAKED) + rf"(?P<strength>\d+(\.\d+)?)(-(?P<form>{'|'.join(CODES)}))?")
 # The LoRAs beneath a bake's main one, in order: hash and strength of each.
 Stack = tuple[tuple[str, float | str], ...]
 # Part of the text path -> its folder within a baked text encoder.
@@ -172,6 +177,12 @@ def official_transformers(recipe: Recipe, distilled_base: bool = False, form: st
         return f"{DISTILLED}-0{ending}" if ending else BASE
 
     return tuple(official(stage.transformer) for stage in recipe.stages)
+
+
+def codes_named(name: str) -> str | None:
+    """The dtype of the codes of a future bake, by its usual name; None for bf16."""
+    found = STRENGTH.fullmatch(name)
+    return None if found is None or found["form"] is None else CODES[found["form"]]
 
 
 def _bases(manifest: Manifest, form: str | None = None) -> list[str]:

@@ -21,7 +21,7 @@ from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.text import gemma as text
-from ltxpack.runtime.weights.sizes import overlay_model
+from ltxpack.runtime.weights.sizes import model_sizes
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
 
@@ -125,7 +125,7 @@ def test_what_is_taken_gives_the_same_states(kind: str, demo: Path, tmp_path: Pa
     assert len(component.cast) == len(wide)
     given, written = (where.joinpath("model.safetensors").read_bytes() for where in (folder, out / "text_encoder"))
     assert (written != given) == anew
-    model, sizes = (overlay_model(Overlay.open(root), {}, "bfloat16") for root in (out, demo / "overlay"))
+    model, sizes = (model_sizes(Overlay.open(root), (), "bfloat16") for root in (out, demo / "overlay"))
     assert model.parts["text_encoder"].blocks == sizes.parts["text_encoder"].blocks
 
 

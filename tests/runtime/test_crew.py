@@ -17,7 +17,6 @@ from PIL import Image
 from support import HANG, Done, Notes, alive, ltxpack, until
 from warm_processes import WarmProcess
 
-from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.runtime.lines import DONE, Encode, Make, carry_out
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import Overlay
@@ -31,7 +30,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
 from ltxpack.runtime.weights.machine import CONTEXT, Machine
-from ltxpack.runtime.weights.sizes import model_of
+from ltxpack.runtime.weights.sizes import model_sizes, read_configs
 
 pytestmark = pytest.mark.usefixtures("warm_workers")
 SMALL = ("--dtype", "float32", "--height", "64", "--width", "64", "--num-frames", "9")
@@ -217,10 +216,9 @@ def test_what_does_not_go_together_is_refused(flags: tuple[str, ...], told: str,
 def test_a_stage_each_where_no_transformer_could_stay_otherwise(
     card: int, host: int, count: int, by_stages: bool, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    configs = published_configs()
-    sizes = model_of(published_tensors(configs), configs, {"distilled-0.25": None, "distilled-0.5": None}, "bfloat16")
-    monkeypatch.setattr(crews, "overlay_model", lambda *_: sizes)
-    monkeypatch.setattr(crews, "read_dit_config", lambda *_: DiTConfig.from_dict(configs["transformer"]))
+    monkeypatch.setattr(crews, "model_sizes", lambda _, *names: model_sizes(None, *names))
+    config = DiTConfig.from_dict(read_configs(None)["transformer"])
+    monkeypatch.setattr(crews, "read_dit_config", lambda *_: config)
     monkeypatch.setattr(crews, "this_machine", lambda *_, cards: Machine(host * 10**9, card * 10**9, CONTEXT))
     overlay, devices = Overlay.open(demo / "overlay"), [f"cuda:{number}" for number in range(count)]
     requests = [Request.of("a boat")] * 2

@@ -28,6 +28,7 @@ from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.process import Worker
+from ltxpack.runtime.parallel.schemes import Split
 from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.recipe_run import decode_video, work_of
 from ltxpack.runtime.request import Request
@@ -218,7 +219,7 @@ def test_each_rank_plans_with_its_share_of_the_host(alone: Pipeline, three: Pipe
 def test_each_rank_plans_for_its_share_of_the_passes(alone: Pipeline, three: Pipeline) -> None:
     for pipeline, groups in ((alone, [1, 1]), (three, [3, 1])):
         stages = work_of(pipeline.session, Request.of("a", **TINY)).stages
-        assert [(stage.groups, stage.shards) for stage in stages] == [(group, 1) for group in groups]
+        assert [stage.split for stage in stages] == [Split(group) for group in groups]
 
 
 def test_a_second_team_of_one_process_is_refused(three: Pipeline, demo: Path) -> None:

@@ -32,7 +32,7 @@ from ltxpack.runtime.settings import SessionSettings, Settings
 from ltxpack.runtime.weights import keeper
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
-from ltxpack.runtime.weights.sizes import aligned, overlay_model
+from ltxpack.runtime.weights.sizes import aligned, model_sizes
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
 PLAIN = ("distilled-0.25", "distilled-0.5")
@@ -142,7 +142,7 @@ def test_every_residency_mode_gives_the_same_bits(stages: tuple[str, str], coded
 def test_the_plan_counts_the_bytes_that_are_loaded(name: str, dtype: str, coded: Path) -> None:
     """Block by block, and the rest; codes and scales are loaded as they are stored, whatever the dtype."""
     overlay = Overlay.open(coded)
-    part = overlay_model(overlay, {name: None}, dtype).parts[transformer_part(name)]
+    part = model_sizes(overlay, [name], dtype).parts[transformer_part(name)]
     dit = load_dit(overlay.folder(transformer_part(name)), torch.device("cpu"), getattr(torch, dtype))
     found = [sum(aligned(value.nbytes) for value in block.state_dict().values()) for block in dit.blocks()]
     assert list(part.blocks) == found and part.blocks[1] < part.blocks[0]

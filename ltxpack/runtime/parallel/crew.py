@@ -22,7 +22,7 @@ from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.weights.device import resolve_device
 from ltxpack.runtime.weights.machine import this_machine
 from ltxpack.runtime.weights.plan import FILE, RESIDENT
-from ltxpack.runtime.weights.sizes import overlay_model
+from ltxpack.runtime.weights.sizes import model_sizes
 
 LINE_WORKER = "ltxpack.runtime.parallel.line_worker"
 
@@ -110,7 +110,7 @@ def goes_by_stages(
     work = sorted(works, key=lambda work: work.shape.tokens)[len(works) // 2]
     cards = [int(device.partition(":")[2]) for device in devices if device != "cpu"]
     names = dict.fromkeys(stage.transformer for stage in work.stages)
-    model = overlay_model(overlay, names, settings.dtype)
+    model = model_sizes(overlay, names, settings.dtype)
     config = read_dit_config(overlay.folder(transformer_part(BASE)))
     planned = plan_schemes(model, config, work, this_machine(cards=cards), len(devices), settings.residency)
     plans = {one.scheme: one.plans for one in planned.schemes}

@@ -49,6 +49,9 @@ class Split:
         return " x ".join(f"{way} over {count}" for way, count in ways.items() if count > 1) or "not shared out"
 
 
+WHOLE = Split()
+
+
 @dataclass(frozen=True)
 class Rates:
     """What a device does in a second: ``flops``, and bytes from others over the ``link``; by default in no time."""
@@ -112,9 +115,8 @@ def shared(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: i
 
 def as_shared(work: Work, splits: tuple[Split, ...]) -> Work:
     """``work`` as the busiest rank has it if its stages are shared out like this."""
-    pairs = zip(work.stages, splits, strict=True)
-    stages = tuple(replace(stage, groups=split.groups, shards=split.shards) for stage, split in pairs)
-    return replace(work, stages=stages)
+    shared_out = (replace(stage, split=split) for stage, split in zip(work.stages, splits, strict=True))
+    return replace(work, stages=tuple(shared_out))
 
 
 def unused(scheme: str, config: DiTConfig, work: Work, devices: int) -> str:

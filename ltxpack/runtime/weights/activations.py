@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS
 from ltxpack.ltx23.codes import I8
 from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling
+from ltxpack.runtime.parallel.schemes import WHOLE, Split
 from ltxpack.runtime.sampling.shape import VideoShape
 
 LATENT_CHANNELS = 128
@@ -53,12 +54,10 @@ def sampling(
     widths: Widths,
     shape: VideoShape,
     itemsize: int,
-    *,
     passes: int,
     images: int,
     codes: str = "",
-    groups: int = 1,
-    shards: int = 1,
+    split: Split = WHOLE,
 ) -> int:
     """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
@@ -67,18 +66,18 @@ def sampling(
     each prompt. Each image counts as one appended frame. With weights in ``codes``, a few rows are float32 before they
     become codes, and a weight may be decoded (for a short video in place of an inner tensor); with int8, one inner
     tensor is codes and one is int32 before it is scaled.
-    A rank has the share of one of ``groups`` in the passes, and of one of the ``shards`` of a group in the video's
-    tokens, padded, with tables of its own beside the whole ones. Exchanges take less than the inner tensors. If shares
-    are small, the largest moment is when the tables are made, in float32.
+    A rank has the share of one group of ``split`` in the passes, and of one of its shards in the video's tokens,
+    padded, with tables of its own beside the whole ones. Exchanges take less than the inner tensors. If shares are
+    small, the largest moment is when the tables are made, in float32.
     """
-    prompts, passes = min(passes, PROMPTS), -(-passes // groups)
+    prompts, passes = min(passes, PROMPTS), -(-passes // split.groups)
     own_prompts = min(passes, PROMPTS)
     tokens = shape.tokens + images * shape.tokens_per_frame
-    own = -(-tokens // shards)
+    own = split.own(tokens)
     held = 1 + 2 * FEED_FORWARD + 2 * passes + own_prompts + (1 if images else 0)
     states = held * (own * widths.video + shape.audio_length * widths.audio)
     text = (2 * own_prompts + prompts) * TEXT_TOKENS * (widths.video + widths.audio)
-    rope = (tokens + (own if shards > 1 else 0)) * (widths.video + widths.audio)
+    rope = (tokens + (own if split.shards > 1 else 0)) * (widths.video + widths.audio)
     sampler = 4 * tokens * LATENT_CHANNELS * FLOAT64
     inner = FEED_FORWARD * widths.video
     coded = inner * own * (1 + max(0, INT32 - itemsize)) if codes == I8 else 0

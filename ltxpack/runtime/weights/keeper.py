@@ -30,7 +30,7 @@ from ltxpack.runtime.weights.load import Reader
 from ltxpack.runtime.weights.placed import PlacedModule, PlacementReader, SpareMemory
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement, Plan, Work
 from ltxpack.runtime.weights.reading import FileReader
-from ltxpack.runtime.weights.sizes import BLOCKS, TEXT_ENCODER, TRANSFORMER, ModelSizes, overlay_model
+from ltxpack.runtime.weights.sizes import BLOCKS, TEXT_ENCODER, TRANSFORMER, ModelSizes, model_sizes
 from ltxpack.runtime.weights.slots import MemorySource
 
 M = TypeVar("M", bound=nn.Module)
@@ -189,19 +189,16 @@ class Residency:
             # Transformers may be loaded that only the videos of another recipe use.
             placed = [part.rpartition("/")[2] for part in self._largest.placements if part.startswith(f"{BAKES}/")]
             placed += [BASE] if TRANSFORMER in self._largest.placements else []
-            sizes = self._sizes_of(work, placed)
-            for stay in (planner.continued, planner.widened):
-                same = stay(self._largest, sizes, work, machine)
-                if same is not None:
-                    return same
+            same = planner.continued(self._largest, self._sizes_of(work, placed), work, machine)
+            if same is not None:
+                return same
         return report.plan_or_refuse(self._sizes_of(work), work, machine, self.mode, str(self.device))
 
     def _sizes_of(self, work: Work, others: Sequence[str] = ()) -> ModelSizes:
         """The sizes of the parts of ``work``, and of the transformers ``others``."""
         names = tuple(dict.fromkeys((*(stage.transformer for stage in work.stages), *others)))
         if names not in self._sizes:
-            dtype = str(self.dtype).removeprefix("torch.")
-            self._sizes[names] = overlay_model(self.overlay, dict.fromkeys(names), dtype)
+            self._sizes[names] = model_sizes(self.overlay, names, str(self.dtype).removeprefix("torch."))
         return self._sizes[names]
 
     def _begin(self, plan: Plan) -> None:

@@ -15,6 +15,7 @@ from itertools import product
 from ltxpack.files.reader import IN_FLIGHT, READ_BYTES, SPARE_BUFFERS
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.overlay import transformer_part
+from ltxpack.runtime.parallel.schemes import WHOLE, Split
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.sampling.shape import VideoShape
 from ltxpack.runtime.weights import activations
@@ -80,8 +81,8 @@ TEXT_ENCODERS = (Placement(FILE), Placement(FILE, source=HOST), Placement(FILE, 
 @dataclass(frozen=True)
 class StageWork:
     """One stage: the name of its transformer, the shape it samples, how often each block is evaluated, and the passes
-    of one evaluation, the last of them ``isolated`` or not. ``groups`` of ranks share the passes, the ``shards`` of a
-    group the video's tokens. Two stages may name one transformer.
+    of one evaluation, the last of them ``isolated`` or not. ``split``: how ranks share it. Two stages may name one
+    transformer.
     """
 
     transformer: str
@@ -89,8 +90,7 @@ class StageWork:
     evaluations: int
     passes: int
     isolated: bool = False
-    groups: int = 1
-    shards: int = 1
+    split: Split = WHOLE
 
     @property
     def part(self) -> str:
@@ -228,31 +228,22 @@ def smallest_plan(model: ModelSizes, work: Work, mode: str = AUTO) -> Plan:
 
 
 def continued(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Plan | None:
-    """The plan for ``work`` with the placements of ``before``; None if that does not fit.
-
-    Loaded weights have their host memory already: the host counts only for work that takes more of it than ``before``
-    did, and without a card only larger work counts.
-    """
-    if not set(work.transformer_parts) <= set(before.placements):
-        return None
-    plan = plan_for(model, work, before.mode, before.placements)
-    loaded = machine
-    if plan.host <= before.host and (machine.card is not None or plan.card <= before.card):
-        loaded = replace(machine, host=UNKNOWN)
-    return None if shortage(plan, loaded) is not None else _with_large_tiles(model, plan, machine)
-
-
-def widened(before: Plan, model: ModelSizes, work: Work, machine: Machine) -> Plan | None:
     """The plan for ``work`` with the placements of ``before``, which keeps further transformers likewise.
 
-    None if that does not fit, or if ``before`` keeps no transformer between videos.
+    None if that does not fit, or for further transformers if ``before`` keeps none between videos. Loaded weights have
+    their host memory already: without further ones the host counts only for work that takes more of it than ``before``
+    did, and without a card only larger work counts.
     """
     like = before.placements[before.work.transformer_parts[0]]
-    if like.home == FILE:
-        return None
     placements = {**dict.fromkeys(work.transformer_parts, like), **before.placements}
+    further = len(placements) > len(before.placements)
+    if further and like.home == FILE:
+        return None
     plan = plan_for(model, work, before.mode, placements)
-    return None if shortage(plan, machine) is not None else _with_large_tiles(model, plan, machine)
+    loaded = machine
+    if not further and plan.host <= before.host and (machine.card is not None or plan.card <= before.card):
+        loaded = replace(machine, host=UNKNOWN)
+    return None if shortage(plan, loaded) is not None else _with_large_tiles(model, plan, machine)
 
 
 def shortage(plan: Plan, machine: Machine) -> Need | None:
@@ -441,11 +432,8 @@ def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], 
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
             yield from phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
-        shares = {"groups": stage.groups, "shards": stage.shards}
         codes = model.parts[stage.part].codes
-        taken = activations.sampling(
-            widths, stage.shape, itemsize, passes=stage.passes, images=work.images, codes=codes, **shares
-        )
+        taken = activations.sampling(widths, stage.shape, itemsize, stage.passes, work.images, codes, stage.split)
         yield from phase(stage_label(number), taken, stage.part)
         before = stage
     yield from phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", VOCODER)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, DTYPE_NAMES, FLOATS, read_json, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.ltx23.codes import Tensor, coded_linears, never_cast, with_codes
+from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.text_encoder import root_of
-from ltxpack.manifest import FileRecord
-from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
+from ltxpack.runtime.overlay import BASE, Overlay, codes_named, transformer_part
 from ltxpack.runtime.weights.activations import Widths
 
 # Tensors in a slot begin at multiples of this, for matrix kernels.
@@ -67,53 +67,47 @@ class ModelSizes:
     itemsize: int
 
 
-def overlay_model(overlay: Overlay, names: Mapping[str, str | None], dtype: str) -> ModelSizes:
-    """The sizes of ``overlay`` with the transformers ``names``, from its files' headers.
+def model_sizes(overlay: Overlay | None, names: Iterable[str], dtype: str) -> ModelSizes:
+    """The sizes of ``overlay`` by its files' headers, or of the published model, with the transformers ``names``.
 
-    A bake that is not there counts as the base in the codes of ``names``. Raises OverlayError, FormatError.
+    A bake that is not there counts as the base in the form that its usual name says. Raises OverlayError, FormatError.
     """
-    itemsize = itemsize_of(dtype)
-    configs = {name: read_json(overlay.folder(name) / "config.json") for name in (*SMALL_PARTS, *BLOCKS)}
+    itemsize, configs = itemsize_of(dtype), read_configs(overlay)
 
-    def part(component: str, records: Iterable[FileRecord], codes: str | None = None) -> PartSizes:
+    def part(component: str, name: str = BASE) -> PartSizes:
+        if overlay is None:
+            return _published_part(component, codes_named(name), itemsize)
+        there = name in overlay.manifest.bakes
+        records = overlay.records(transformer_part(name) if there else component)
         weights = [record for record in records if record.path.endswith(".safetensors")]
         files = (read_tensorfile(overlay.root / record.path).tensors.values() for record in weights)
         tensors = ((tensor.name, tensor.dtype, tensor.shape) for file in files for tensor in file)
+        codes = None if there else codes_named(name)
         if codes is not None:
             return part_of(component, with_codes(tensors, codes), itemsize)
         return part_of(component, tensors, itemsize, sum(record.size for record in weights))
 
-    parts = {name: part(name, overlay.records(name)) for name in (*SMALL_PARTS, TEXT_ENCODER)}
-    for name, codes in names.items():
-        there = name in overlay.manifest.bakes
-        records = overlay.records(transformer_part(name if there else BASE))
-        parts[transformer_part(name)] = part(TRANSFORMER, records, None if there else codes)
-    return ModelSizes(parts, read_widths(configs, overlay.root), itemsize)
-
-
-def model_of(
-    tensors: Mapping[str, Collection[Tensor]],
-    configs: Mapping[str, Mapping[str, Any]],
-    names: Mapping[str, str | None],
-    dtype: str,
-    counted: MutableMapping[tuple[str, str | None], PartSizes] | None = None,
-) -> ModelSizes:
-    """The sizes of an overlay that would have ``tensors`` by component, and transformers ``names`` in these codes.
-
-    ``counted`` keeps the sizes for further calls with the same tensors and dtype.
-    """
-    itemsize = itemsize_of(dtype)
-    counted = {} if counted is None else counted
-
-    def part(component: str, codes: str | None = None) -> PartSizes:
-        if (component, codes) not in counted:
-            held = tensors[component] if codes is None else with_codes(tensors[component], codes)
-            counted[component, codes] = part_of(component, held, itemsize)
-        return counted[component, codes]
-
     parts = {name: part(name) for name in (*SMALL_PARTS, TEXT_ENCODER)}
-    parts |= {transformer_part(name): part(TRANSFORMER, codes) for name, codes in names.items()}
-    return ModelSizes(parts, read_widths(configs, Path()), itemsize)
+    parts |= {transformer_part(name): part(TRANSFORMER, name) for name in names}
+    return ModelSizes(parts, read_widths(configs, Path() if overlay is None else overlay.root), itemsize)
+
+
+def read_configs(overlay: Overlay | None) -> Mapping[str, Mapping[str, Any]]:
+    """The config of each component of ``overlay``, or of the published model. Raises OverlayError, FormatError."""
+    if overlay is None:
+        return published_configs()
+    return {name: read_json(overlay.folder(name) / "config.json") for name in (*SMALL_PARTS, *BLOCKS)}
+
+
+@functools.cache
+def _published_tensors() -> Mapping[str, Collection[Tensor]]:
+    return published_tensors(published_configs())
+
+
+@functools.cache
+def _published_part(component: str, codes: str | None, itemsize: int) -> PartSizes:
+    tensors = _published_tensors()[component]
+    return part_of(component, tensors if codes is None else with_codes(tensors, codes), itemsize)
 
 
 def part_of(component: str, tensors: Iterable[Tensor], itemsize: int, stored: int | None = None) -> PartSizes:

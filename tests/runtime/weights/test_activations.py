@@ -32,7 +32,7 @@ from ltxpack.runtime.model.layers import Attention, Linear
 from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.model.quantised import put_quantised
 from ltxpack.runtime.parallel.front import Front
-from ltxpack.runtime.parallel.schemes import Split
+from ltxpack.runtime.parallel.schemes import WHOLE, Split
 from ltxpack.runtime.sampling.conditioning import positions
 from ltxpack.runtime.sampling.shape import AV, VideoShape
 from ltxpack.runtime.text import gemma as text
@@ -44,7 +44,6 @@ CONFIGS = published_configs()
 WIDTHS = read_widths(CONFIGS, Path())
 SHAPES = [VideoShape(121, 1088, 1920, 24.0), VideoShape(49, 576, 1024, 24.0), VideoShape(9, 512, 512, 24.0)]
 DTYPES = [torch.bfloat16, torch.float32]
-ALONE = Split()
 # The plan must not be short, and within a tenth; phases that are small beside all others may be farther off.
 LARGE, SMALL = 1.10, 1.6
 
@@ -89,7 +88,7 @@ def transformer(dtype: torch.dtype, codes: str = "") -> DiT:
 @shapes
 @pytest.mark.parametrize(("stage", "images"), [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype) -> None:
-    check_stage(stage, images, shape, dtype, "")
+    check_stage(stage, images, shape, dtype)
 
 
 @pytest.mark.parametrize("codes", [E4M3, I8])
@@ -123,12 +122,12 @@ class Sent:
 
 
 def check_stage(
-    stage: int, images: int, shape: VideoShape, dtype: torch.dtype, codes: str, split: Split = ALONE
+    stage: int, images: int, shape: VideoShape, dtype: torch.dtype, codes: str = "", split: Split = WHOLE
 ) -> None:
     shape = shape.divided(2) if stage == 1 else shape
     model = transformer(dtype, codes)
     sent: Any = Sent()
-    front = model if split == ALONE else Front(model, sent, split)
+    front = model if split == WHOLE else Front(model, sent, split)
     tokens = AV(shape.tokens + images * shape.tokens_per_frame, shape.audio_length)
 
     def forward() -> None:
@@ -144,10 +143,7 @@ def check_stage(
         del noisy
 
     passes = 3 if stage == 1 else 1
-    planned = activations.sampling(
-        WIDTHS, shape, dtype.itemsize, passes=passes, images=images, codes=codes, **vars(split)
-    )
-    check(planned, peak_of(forward))
+    check(activations.sampling(WIDTHS, shape, dtype.itemsize, passes, images, codes, split), peak_of(forward))
 
 
 def streams_of(tokens: AV[int], rope: AV[object], images: int, dtype: torch.dtype) -> AV[Stream]:
