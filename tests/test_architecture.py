@@ -51,7 +51,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_063,
+    "lines of the package": 34_011,
     "files of the package": 200,
     "lines of the tests": 33_842,
 }

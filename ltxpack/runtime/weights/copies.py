@@ -114,14 +114,14 @@ class HostMemory:
         self._pages = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
         self.bytes = self._pages[:nbytes]
         self.pinned = False
-        self._copies = copies
+        self.copies = copies
 
     def pin(self) -> bool:
         """Whether the memory is pinned now."""
-        if not self.pinned and self._copies.pin(self._pages):
+        if not self.pinned and self.copies.pin(self._pages):
             self.pinned = True
             # The finalizer holds the memory, so it is unpinned first and freed then.
-            weakref.finalize(self, _unpin, self._copies, self._pages).atexit = False
+            weakref.finalize(self, _unpin, self.copies, self._pages).atexit = False
         return self.pinned
 
 

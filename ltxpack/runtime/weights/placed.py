@@ -6,7 +6,6 @@ was forgotten fails at once.
 
 from __future__ import annotations
 
-import math
 import re
 import threading
 from collections import Counter
@@ -25,8 +24,16 @@ from ltxpack.runtime.weights.copies import Copies, HostMemory
 from ltxpack.runtime.weights.load import Stored
 from ltxpack.runtime.weights.plan import FILE, HOST, Placement
 from ltxpack.runtime.weights.reading import FileReader, HashCheck, TensorRead
-from ltxpack.runtime.weights.sizes import aligned
-from ltxpack.runtime.weights.slots import NOWHERE, BlockSource, ByteLayout, FileSource, FileStream, MemorySource, Slots
+from ltxpack.runtime.weights.slots import (
+    NOWHERE,
+    BlockSource,
+    ByteLayout,
+    FileSource,
+    FileStream,
+    MemorySource,
+    Slots,
+    bytes_on,
+)
 
 M = TypeVar("M", bound=nn.Module)
 # Weights outside the blocks share memory in stretches of at most so many bytes or of one tensor. On the card, some
@@ -106,37 +113,34 @@ class PlacementReader:
     def __call__(
         self, stored: Mapping[str, Stored], device: torch.device, dtype: torch.dtype | None
     ) -> Mapping[str, Tensor]:
-        """The tensors by name; those of blocks that stay in their file are on the meta device."""
-        rest, blocks = self._split(stored)
-        tensors: dict[str, Tensor] = {}
+        """The tensors by name; those that are not on the card yet are on the meta device."""
         on_host = self.to_host or self.placement.home == HOST
-        for some in _stretches(rest, dtype, STRETCH if on_host or self.root else 0):
+        rest, blocks = self._laid_out(stored, dtype, STRETCH if on_host or self.root else 0)
+        tensors: dict[str, Tensor] = {}
+        for layout in rest:
+            views = layout.views(bytes_on(NOWHERE if on_host else device, layout.nbytes))
             if on_host:
-                stretch, views = self._in_memory(some, dtype, self.spare)
-                self.memory.append(stretch)
+                self.memory.append(self._in_memory(layout, self.spare))
             else:
-                layout = ByteLayout.of(some, dtype)
-                views = layout.views(_bytes_on(device, layout))
-                self._reads += [entry.read_into(views[name]) for name, entry in some.items()]
+                self._reads += layout.reads(views)
             tensors.update(views)
         if self.placement.source == FILE:
             places = (entry.source for entry in stored.values())
             check = HashCheck(self.digests, places) if self.hash_streamed else None
             self.stream = FileStream(self.copies, self.reader.reads, check)
         from_host: list[tuple[Tensor, MemorySource]] = []
-        for number, block in blocks.items():
-            source, views = self._block(number, block, dtype)
-            if number in self.placement.streamed:
+        for number, layout in blocks.items():
+            source, streamed = self._block(number, layout), number in self.placement.streamed
+            place = bytes_on(NOWHERE if streamed else device, layout.nbytes)
+            if streamed:
                 self.sources[number] = source
             else:
-                target = _bytes_on(device, source.layout)
-                from_host.append((target, self.held[number]))
-                views = source.layout.views(target)
-            tensors.update({f"{self.root}.{number}.{name}": view for name, view in views.items()})
+                from_host.append((place, self.held[number]))
+            tensors.update({f"{self.root}.{number}.{name}": view for name, view in layout.views(place).items()})
         self._fill()
-        for target, held in from_host:
+        for place, held in from_host:
             # The host waits, as nobody else keeps the memory yet.
-            event = held.start(target, self.copies.now())()
+            event = held.start(place, self.copies.now())()
             self.copies.finish(event)
             self.copies.before_computing(event)
         return tensors
@@ -153,32 +157,31 @@ class PlacementReader:
         self.reader.copies.before_computing(event)
         self.unpinned = sum(memory.bytes.nbytes for memory in self._awaited if not memory.pin())
 
-    def _split(self, stored: Mapping[str, Stored]) -> tuple[dict[str, Stored], dict[int, dict[str, Stored]]]:
-        """The tensors outside streamed and held blocks; and these blocks by number, with the names of their own."""
+    def _laid_out(
+        self, stored: Mapping[str, Stored], dtype: torch.dtype | None, most: int
+    ) -> tuple[list[ByteLayout], dict[int, ByteLayout]]:
+        """The tensors outside streamed and held blocks, in stretches of at most ``most`` bytes or of one tensor; and
+        these blocks by number, with the names of their own.
+        """
         pattern = re.compile(re.escape(self.root) + r"\.(\d+)\.(.*)")
-        rest: dict[str, Stored] = {}
-        numbers = self.placement.streamed | self.placement.held
-        blocks: dict[int, dict[str, Stored]] = {number: {} for number in sorted(numbers)}
+        rest: list[ByteLayout] = []
+        blocks = {number: ByteLayout(dtype) for number in sorted(self.placement.streamed | self.placement.held)}
         for name, entry in stored.items():
             match = pattern.match(name)
             if match and int(match[1]) in blocks:
-                blocks[int(match[1])][match[2]] = entry
-            else:
-                rest[name] = entry
+                blocks[int(match[1])].add(match[2], entry)
+                continue
+            if not rest or rest[-1].nbytes + rest[-1].size_of(entry) > most:
+                rest.append(ByteLayout(dtype))
+            rest[-1].add(name, entry)
         return rest, blocks
 
-    def _in_memory(
-        self, stored: Mapping[str, Stored], dtype: torch.dtype | None, spare: SpareMemory | None = None
-    ) -> tuple[MemorySource, dict[str, Tensor]]:
-        layout = ByteLayout.of(stored, dtype)
+    def _in_memory(self, layout: ByteLayout, spare: SpareMemory | None = None) -> MemorySource:
         memory = (spare and spare.take(layout.nbytes)) or HostMemory(layout.nbytes, self.copies)
+        self._awaited[memory] = sum(entry.nbytes > 0 for _, entry in layout.tensors.values())
         views = layout.views(memory.bytes)
-        self._awaited[memory] = sum(entry.nbytes > 0 for entry in stored.values())
-        self._reads += [
-            entry.read_into(views[name], on_host=True, then=lambda: self._one_less(memory))
-            for name, entry in stored.items()
-        ]
-        return MemorySource(layout, memory, self.copies), views
+        self._reads += layout.reads(views, on_host=True, then=lambda: self._one_less(memory))
+        return MemorySource(layout, memory)
 
     def _one_less(self, memory: HostMemory) -> None:
         """Note that a tensor has arrived in ``memory``; pin it once it is full."""
@@ -186,20 +189,13 @@ class PlacementReader:
         if self._awaited[memory] == 0:
             self._pinning.submit(memory.pin)
 
-    def _block(
-        self, number: int, stored: Mapping[str, Stored], dtype: torch.dtype | None
-    ) -> tuple[BlockSource, dict[str, Tensor]]:
-        if number in self.held:
-            before = self.held[number]
-            self.held[number] = MemorySource(before.layout, before.memory, self.copies)
-            return self.held[number], before.layout.views(before.memory.bytes)
-        if self.stream is None or number in self.placement.held:
-            source, views = self._in_memory(stored, dtype)
-            if number in self.placement.held:
-                self.held[number] = source
-            return source, views
-        layout = ByteLayout.of(stored, dtype)
-        return FileSource(layout, stored, self.stream), layout.views(torch.empty(layout.nbytes, **NOWHERE))
+    def _block(self, number: int, layout: ByteLayout) -> BlockSource:
+        if self.stream is not None and number not in self.placement.held:
+            return FileSource(layout, self.stream)
+        source = self.held.get(number) or self._in_memory(layout)
+        if number in self.placement.held:
+            self.held[number] = source
+        return source
 
 
 class PlacedModule(Generic[M]):
@@ -213,8 +209,6 @@ class PlacedModule(Generic[M]):
         blocks = [module.get_submodule(f"{read.root}.{number}") for number in read.sources]
         self._slots = Slots(blocks, list(read.sources.values()), self._copies)
         self._prepared = False
-        if self._memory:
-            module.to("meta")
 
     @contextmanager
     def in_use(self, prepare: Callable[[M, bool], None] | None = None) -> Iterator[M]:
@@ -250,7 +244,7 @@ class PlacedModule(Generic[M]):
 
     def _to_card(self) -> None:
         """Copy from host memory to the card. The memory is spare then, unless it is the module's home."""
-        targets = [_bytes_on(self._copies.device, source.layout) for source in self._memory]
+        targets = [bytes_on(self._copies.device, source.layout.nbytes) for source in self._memory]
         now, event = self._copies.now(), None
         arriving: dict[str, Tensor] = {}
         for source, target in zip(self._memory, targets, strict=True):
@@ -263,22 +257,3 @@ class PlacedModule(Generic[M]):
             self._memory = []
         self._copies.before_computing(event)
         self.module.load_state_dict(arriving, strict=False, assign=True)
-
-
-def _stretches(stored: Mapping[str, Stored], dtype: torch.dtype | None, most: int) -> Iterator[dict[str, Stored]]:
-    """``stored`` in its order, in groups of at most ``most`` bytes or of one tensor."""
-    group: dict[str, Stored] = {}
-    held = 0
-    for name, entry in stored.items():
-        nbytes = aligned(math.prod(entry.shape) * entry.arriving_as(dtype).itemsize)
-        if group and held + nbytes > most:
-            yield group
-            group, held = {}, 0
-        group[name] = entry
-        held += nbytes
-    if group:
-        yield group
-
-
-def _bytes_on(device: torch.device, layout: ByteLayout) -> Tensor:
-    return torch.empty(layout.nbytes, dtype=torch.uint8, device=device)

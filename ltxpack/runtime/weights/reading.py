@@ -91,7 +91,7 @@ class PinnedBuffer(HostMemory):
 
     def wait(self) -> None:
         """Let the host wait until the device has copied."""
-        self._copies.finish(self.event)
+        self.copies.finish(self.event)
 
 
 class HashCheck:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +24,49 @@ from ltxpack.runtime.weights.sizes import aligned
 
 CopyDone = Callable[[], Event]
 """Waits until the copies to a slot are asked for, and returns the event after them."""
-# Memory for weights that are elsewhere.
-NOWHERE: dict[str, Any] = {"dtype": torch.uint8, "device": "meta"}
+# The device of weights that are elsewhere.
+NOWHERE = torch.device("meta")
 
 
-@dataclass(frozen=True)
+def bytes_on(device: torch.device, nbytes: int) -> Tensor:
+    """Memory of a device, as uint8."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+@dataclass
 class ByteLayout:
-    """The tensors of a block in one stretch of bytes: name -> (offset, shape, dtype)."""
+    """Stored tensors by name, one after another and aligned in one stretch of bytes; each with its offset there.
 
-    tensors: Mapping[str, tuple[int, tuple[int, ...], torch.dtype]]
-    nbytes: int
+    Floats that may be cast are in ``dtype``, if that is given.
+    """
 
-    @classmethod
-    def of(cls, stored: Mapping[str, Stored], dtype: torch.dtype | None) -> ByteLayout:
-        """One tensor after another, each aligned."""
-        tensors: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
-        end = 0
-        for name, entry in stored.items():
-            arriving = entry.arriving_as(dtype)
-            tensors[name] = (end, entry.shape, arriving)
-            end += aligned(math.prod(entry.shape) * arriving.itemsize)
-        return cls(tensors, end)
+    dtype: torch.dtype | None
+    tensors: dict[str, tuple[int, Stored]] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def add(self, name: str, entry: Stored) -> None:
+        """Append a tensor."""
+        self.tensors[name] = self.nbytes, entry
+        self.nbytes += self.size_of(entry)
+
+    def size_of(self, entry: Stored) -> int:
+        """The bytes that a tensor takes."""
+        return aligned(math.prod(entry.shape) * entry.arriving_as(self.dtype).itemsize)
 
     def views(self, memory: Tensor) -> dict[str, Tensor]:
         """The tensors in ``memory`` (uint8)."""
-        return {
-            name: memory[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for name, (offset, shape, dtype) in self.tensors.items()
-        }
+        found = {}
+        for name, (offset, entry) in self.tensors.items():
+            dtype = entry.arriving_as(self.dtype)
+            nbytes = math.prod(entry.shape) * dtype.itemsize
+            found[name] = memory[offset : offset + nbytes].view(dtype).view(entry.shape)
+        return found
+
+    def reads(
+        self, views: Mapping[str, Tensor], on_host: bool = False, then: Callable[[], object] | None = None
+    ) -> list[TensorRead]:
+        """The reads that bring the tensors to ``views``."""
+        return [entry.read_into(views[name], on_host, then) for name, (_, entry) in self.tensors.items()]
 
 
 @dataclass(frozen=True)
@@ -61,12 +75,11 @@ class MemorySource:
 
     layout: ByteLayout
     memory: HostMemory
-    copies: Copies
 
     def start(self, slot: Tensor, after: Event) -> CopyDone:
         """Begin to copy the block to ``slot`` (uint8 on the device), which is free after the event ``after``."""
         target = slot[: self.layout.nbytes]
-        done = self.copies.run(lambda: target.copy_(self.memory.bytes, non_blocking=True), after)
+        done = self.memory.copies.run(lambda: target.copy_(self.memory.bytes, non_blocking=True), after)
         return lambda: done
 
 
@@ -95,13 +108,11 @@ class FileSource:
     """A block in a file, read again each time."""
 
     layout: ByteLayout
-    stored: Mapping[str, Stored]
     stream: FileStream
 
     def start(self, slot: Tensor, after: Event) -> CopyDone:
         """As :meth:`MemorySource.start`; the slot fills part by part."""
-        views = self.layout.views(slot)
-        return self.stream.read([entry.read_into(views[name]) for name, entry in self.stored.items()], after)
+        return self.stream.read(self.layout.reads(self.layout.views(slot)), after)
 
 
 BlockSource = MemorySource | FileSource
@@ -130,7 +141,7 @@ class Slots:
         self.blocks, self.sources, self.copies = blocks, sources, copies
         names = [source.layout.tensors for source in sources]
         self._owners = list(map(_owners, blocks, names))
-        self._empty = [_parameters(each.layout, torch.empty(each.layout.nbytes, **NOWHERE)) for each in sources]
+        self._empty = [_parameters(each.layout, bytes_on(NOWHERE, each.layout.nbytes)) for each in sources]
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._slots: list[_Slot] = []
         for number in range(len(blocks)):
@@ -140,7 +151,7 @@ class Slots:
         """Allocate the slots and begin to copy the first blocks."""
         size = max((source.layout.nbytes for source in self.sources), default=0)
         count = min(SLOTS, len(self.blocks))
-        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=self.copies.device)) for _ in range(count)]
+        self._slots = [_Slot(bytes_on(self.copies.device, size)) for _ in range(count)]
         for number, block in enumerate(self.blocks):
             self._hooks.append(block.register_forward_pre_hook(lambda module, args, n=number: self._before(n)))
             self._hooks.append(block.register_forward_hook(lambda module, args, out, n=number: self._after(n)))

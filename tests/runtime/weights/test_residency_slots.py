@@ -162,11 +162,10 @@ def test_memory_that_weights_have_left_serves_the_next(
 ) -> None:
     monkeypatch.setattr(placed, "STRETCH", 16 * PAGE)
     expected = plain_outputs(folder)
-    spare, seen = SpareMemory(), []
+    spare, copies, seen = SpareMemory(), queue(), []
     for _ in range(3):
-        read = PlacementReader(
-            Placement(), ROOT, digests(folder), FileReader(queue()), queue(), to_host=True, spare=spare
-        )
+        reader = FileReader(queue())
+        read = PlacementReader(Placement(), ROOT, digests(folder), reader, copies, to_host=True, spare=spare)
         part = loaded(folder, read)
         seen.append({source.memory.bytes.data_ptr() for source in read.memory})
         assert gives(part, expected)
@@ -333,8 +332,11 @@ def test_the_layout_is_what_the_plan_counts(folder: Path) -> None:
     for dtype, itemsize in ((torch.bfloat16, 2), (torch.float32, 4)):
         part = sizes.part_of("transformer", tensors, itemsize)
         for number in range(LAYERS):
-            own = {name: e for name, e in stored.items() if name.startswith(f"transformer_blocks.{number}.")}
-            assert ByteLayout.of(own, dtype).nbytes == part.blocks[number]
+            layout = ByteLayout(dtype)
+            for name, entry in stored.items():
+                if name.startswith(f"transformer_blocks.{number}."):
+                    layout.add(name, entry)
+            assert layout.nbytes == part.blocks[number]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
