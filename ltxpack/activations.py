@@ -17,10 +17,10 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from ltxpack.errors import AdapterError, FormatError, UsageError, one_line
+from ltxpack.errors import AdapterError, FormatError, UsageError
 from ltxpack.files.reader import hash_file
 from ltxpack.files.tensorfile import MAX_HEADER_BYTES, build_header, open_source, parse_header, parse_json
-from ltxpack.manifest import Calibration, FileRecord
+from ltxpack.manifest import Calibration, FileRecord, printed_name
 from ltxpack.strength import Strength
 
 FORMAT = "ltxpack-activations-1"
@@ -140,4 +140,4 @@ def calibrated(path: Path, loras: Loras, base: str, linears: Sequence[str], next
     if missing := [linear for linear in linears if linear not in largest]:
         raise AdapterError("lacks linears of this model", file=path, items=missing, next=next)
     scales = tuple(activation_scale(largest[linear]) for linear in linears)
-    return Calibration(one_line(path.name), hash_file(path), scales)
+    return Calibration(printed_name(path), hash_file(path), scales)

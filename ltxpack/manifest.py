@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
+from ltxpack.errors import OverlayError, SourceError, UsageError, one_line, quoted
 from ltxpack.files import bounded_json
 from ltxpack.files.tensorfile import MAX_INDEX_BYTES, open_source
 from ltxpack.strength import BlockRun, Strength
@@ -282,6 +282,11 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     for problem, found in _faults(manifest):
         raise OverlayError(problem, file=path, found=found, next=remake)
     return manifest
+
+
+def printed_name(path: Path) -> str:
+    """The name of a file outside the overlay as the manifest records it: printable, and the same in every locale."""
+    return one_line(os.fsencode(path.name).decode("utf-8", "surrogateescape"))
 
 
 def checked_bytes(manifest: Manifest, overlay: Path) -> bytes:

@@ -83,21 +83,20 @@ class Strength:
         return replace(self, blocks=tuple(there))
 
     def __str__(self) -> str:
-        groups = (f"@{','.join(runs)}:{format_strength(number)}" for number, runs in self._groups().items())
-        return format_strength(self.value) + "".join(groups)
+        return self._spelled("@", ",", ":")
 
     @property
     def in_name(self) -> str:
         """The spelling in a bake's name: ``0.8_0-11_30at0.5``."""
-        groups = (f"_{'_'.join(runs)}at{format_strength(number)}" for number, runs in self._groups().items())
-        return format_strength(self.value) + "".join(groups)
+        return self._spelled("_", "_", "at")
 
-    def _groups(self) -> dict[float, list[str]]:
-        """Strength -> its blocks, in the order of the first block of each."""
-        found: dict[float, list[str]] = {}
+    def _spelled(self, before: str, between: str, of: str) -> str:
+        """The value, then each other strength after its blocks, in the order of the first block of each."""
+        groups: dict[float, list[str]] = {}
         for run in self.blocks:
-            found.setdefault(run.strength, []).append(str(run))
-        return found
+            groups.setdefault(run.strength, []).append(str(run))
+        others = (f"{before}{between.join(runs)}{of}{format_strength(by)}" for by, runs in groups.items())
+        return format_strength(self.value) + "".join(others)
 
 
 def format_strength(strength: float) -> str:
@@ -130,11 +129,8 @@ def _runs(blocks: str, whole: str) -> list[BlockRun]:
         found = _RUN.fullmatch(part.strip())
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
-            problem, advice = (
-                "a strength names no blocks after its @",
-                "write blocks like 0-11,30, the smaller first",
-            )
-            raise UsageError(problem, expected=_EXPECTED, found=whole, next=advice)
+            advice = "write blocks like 0-11,30, the smaller first"
+            raise UsageError("a strength names no blocks after its @", expected=_EXPECTED, found=whole, next=advice)
         runs.append(BlockRun(first, last, 0.0))
     return runs
 

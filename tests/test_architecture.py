@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_011,
-    "files of the package": 200,
-    "lines of the tests": 33_842,
+    "lines of the package": 33_955,
+    "files of the package": 197,
+    "lines of the tests": 33_840,
 }
 
 

@@ -12,11 +12,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ltxpack.errors import AdapterError, SourceError, listed, one_line
+from ltxpack.errors import AdapterError, listed
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile, tensor_reader
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.ltx23.contents import described
-from ltxpack.ltx23.lora_facts import PEFT_CAYLEY, CayleyForm, LoraFacts, read_facts
+from ltxpack.ltx23.lora_facts import PEFT_CAYLEY, CayleyForm, Faults, LoraFacts, listed_faults, read_facts
 from ltxpack.ltx23.lora_keys import (
     METHODS,
     SCALE,
@@ -24,12 +24,13 @@ from ltxpack.ltx23.lora_keys import (
     Method,
     ModuleNames,
     belongs_elsewhere,
+    names_of,
     parse_key,
     unread_method,
 )
-from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, configuration_beside, read_configuration
-from ltxpack.ltx23.text_keys import names_of
-from ltxpack.manifest import BakedLora
+from ltxpack.ltx23.lora_statements import read_configuration
+from ltxpack.manifest import BakedLora, printed_name
+from ltxpack.materialize.access import InputFile
 from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.strength import Strength
 
@@ -43,8 +44,6 @@ _SCALED = frozenset(method.name for method in METHODS if method.rank)
 _ANY_SHAPE = ("diff", "weight")
 
 Shapes = Mapping[str, tuple[int, ...]]
-Faults = dict[str, list[str]]
-"""Kind of fault -> the words for each fault, so that one error lists them all."""
 Found = list[tuple[LoraKey, tuple[str, ...] | None]]
 """Each key with the modules that it means, None for an unknown name."""
 
@@ -154,50 +153,37 @@ class LoraUse:
         """``adapter`` at ``strength``; ``digest`` is its content's hash."""
         factor, by = 1.0 if rule == "official" else adapter.factor, Strength.of(strength)
         scale = None if factor is None or by.blocks else by.value * factor
-        file = (adapter.name, one_line(adapter.path.name), adapter.size, digest)
+        file = (adapter.name, printed_name(adapter.path), adapter.size, digest)
         return cls(adapter, BakedLora(*file, by.value, scale, by.blocks))
 
 
-AdapterFiles = tuple[Path, Path | None]
-"""The weights of an adapter, and the PEFT configuration that belongs to them."""
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's ``weights`` and PEFT configuration. ``name``: its part of a bake's name.
 
-
-def open_adapter(
-    path: Path,
-    shapes: Shapes,
-    *,
-    name: str | None = None,
-    allow_unmatched: bool = False,
-    files: AdapterFiles | None = None,
-) -> Adapter:
-    """The adapter at ``path`` (a safetensors file or a PEFT folder), fitted to a transformer.
-
-    ``files``: its weights and configuration, if known already. ``shapes`` maps the transformer's tensor
-    names (diffusers spelling) to their shapes. Raises SourceError or FormatError for a file that cannot be read,
-    AdapterError listing everything that does not fit.
+    ``remote``: for an adapter on the hub, both files there; the paths are then their future ones.
     """
-    weights, config = files or adapter_files(path)
-    file = read_tensorfile(weights)
-    with tensor_reader(weights) as read:
-        facts = read_facts(file, read_configuration(config), read)
-        adapter = fit_adapter(file, shapes, facts, allow_unmatched)
-    return replace(adapter, name=name or path.stem, config=config)
+
+    name: str
+    weights: Path
+    config: Path | None = None
+    remote: tuple[InputFile, InputFile | None] | None = None
 
 
-def adapter_files(path: Path) -> AdapterFiles:
-    """The files of the adapter at ``path``. Raises SourceError."""
-    if path.is_dir():
-        weights = path / PEFT_WEIGHTS
-        if not weights.is_file():
-            raise SourceError("is a folder without a PEFT adapter", file=path, expected=PEFT_WEIGHTS)
-        if not (path / PEFT_CONFIG).is_file():
-            raise SourceError("is a PEFT folder without its configuration", file=path, expected=PEFT_CONFIG)
-        return weights, path / PEFT_CONFIG
-    return path, configuration_beside(path)
+def open_adapter(files: AdapterFiles, shapes: Shapes, allow_unmatched: bool = False) -> Adapter:
+    """The adapter in ``files``, fitted to a transformer.
+
+    ``shapes`` maps the transformer's tensor names (diffusers spelling) to their shapes. Raises SourceError or
+    FormatError for a file that cannot be read, AdapterError listing everything that does not fit.
+    """
+    file = read_tensorfile(files.weights)
+    with tensor_reader(files.weights) as read:
+        facts = read_facts(file, read_configuration(files.config), read)
+    return replace(fit_adapter(file, shapes, facts, files.name, allow_unmatched), config=files.config)
 
 
-def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatched: bool = False) -> Adapter:
-    """The adapter whose header is ``file``. Raises AdapterError listing everything that does not fit."""
+def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, name: str, allow_unmatched: bool) -> Adapter:
+    """The adapter with the header ``file``, called ``name``. Raises AdapterError with the list of what does not fit."""
     parsed = {name: parse_key(name) for name, info in file.tensors.items() if not _is_marker(info)}
     keys = [key for key in parsed.values() if key]
     if not any(method.is_there([key.role for key in keys]) for method in METHODS[:-1]):
@@ -213,9 +199,9 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
         kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
         rest = next((rest for rest in rests if module.startswith(rest)), None)
         faults[kind].append(f"{module} has `{rest}` before our name" if rest else module)
-    for name in (name for name, key in parsed.items() if key is None):
-        method = unread_method(name)
-        faults["unknown key"].append(f"{name} is of {method}, which is not read" if method else name)
+    for unknown in (tensor for tensor, key in parsed.items() if key is None):
+        method = unread_method(unknown)
+        faults["unknown key"].append(f"{unknown} is of {method}, which is not read" if method else unknown)
     targets = _targets(modules, shapes, facts, faults)
     judged = facts.judge((key for key in keys if key.module not in set(unmatched)), file.tensors)
     for kind, items in judged.faults.items():
@@ -226,7 +212,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, allow_unmatc
     if faults:
         raise _does_not_fit(file.path, faults)
     return Adapter(
-        name=file.path.stem,
+        name=name,
         path=file.path,
         size=file.size,
         targets=dict(sorted(targets.items())),
@@ -468,14 +454,14 @@ def _rows(info: TensorInfo, i: int, count: int) -> TensorInfo:
 # What is said of it
 
 
-def _does_not_fit(path: Path, faults: Mapping[str, Sequence[str]]) -> AdapterError:
+def _does_not_fit(path: Path, faults: Faults) -> AdapterError:
     counts = (f"{len(items)} {kind if len(items) == 1 else _plural(kind)}" for kind, items in faults.items())
     text = "; bake-lora --text bakes those of the text path" if "target outside the transformer" in faults else ""
     skippable = set(faults) <= {"unmatched target", "target outside the transformer"}
     return AdapterError(
         f"does not fit this transformer: {', '.join(counts)}",
         file=path,
-        items=[f"{kind}: {item}" for kind, items in faults.items() for item in items],
+        items=listed_faults(faults),
         next=f"the same command with --allow-unmatched leaves these targets out{text}" if skippable else None,
     )
 

@@ -165,8 +165,8 @@ def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], report
             raise OverlayError(f"the bake {name} names linears that the base does not have", file=overlay, next=again)
         loras: list[LoraUse] = []
         for lora in made.loras:
-            own = files[lora.blake3]
-            adapter = open_adapter(own[0], shapes, name=lora.name, allow_unmatched=True, files=own)
+            own = dataclasses.replace(files[lora.blake3], name=lora.name)
+            adapter = open_adapter(own, shapes, allow_unmatched=True)
             scan(adapter, reporter, lora.blake3)
             loras.append(LoraUse(adapter.within(base.shapes), lora))
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)

@@ -6,36 +6,38 @@ imported while the bytes are read.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from blake3 import blake3
 
-from ltxpack.errors import AdapterError, OverlayError, SourceError, UsageError, listed, quoted
+from ltxpack.errors import AdapterError, LtxpackError, OverlayError, SourceError, UsageError, listed, quoted
+from ltxpack.files.foreign import refuse_unfinished
 from ltxpack.files.reader import Range, RangeReader, hash_file
-from ltxpack.files.tensorfile import TensorInfo, read_tensorfile
-from ltxpack.lora_bake.adapter import (
-    Adapter,
-    AdapterFiles,
-    Shapes,
-    fit_adapter,
-    open_adapter,
-    refuse_model,
-)
-from ltxpack.lora_bake.locate import Located, locate
-from ltxpack.lora_bake.plan import BakeOptions
+from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile
+from ltxpack.files.typed import at_home, denied, similar_names, similar_paths
+from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, Shapes, fit_adapter, open_adapter, refuse_model
+from ltxpack.lora_bake.plan import BakeOptions, lora_name
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
 from ltxpack.ltx23.lora_facts import read_facts
+from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, configuration_among, configuration_beside
 from ltxpack.manifest import BAKES, Lora, Manifest, changed_file
-from ltxpack.materialize.access import Access
+from ltxpack.materialize.access import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference
+from ltxpack.materialize.checkpoint import read_lora
+from ltxpack.materialize.hub.errors import Reference
 from ltxpack.reporter import Reporter
 
 UNKNOWN_HASH = "0" * 64
 BLOCK = 8 * 1024 * 1024
+# The most files on the hub whose headers are fetched.
+MOST_HEADERS = 10
+EXPECTED = "a file, a folder with one LoRA, REPO/FILE on the hub, or the address of its page there"
 
 # A value is NaN or infinite exactly if its bits without the sign are at least these; F8_E4M3 has no infinity, and one
 # NaN per sign.
@@ -98,13 +100,24 @@ def find_loras(
 
     Raises LtxpackError.
     """
-    found = [_locate(text, shapes, options, True, reporter, headers_only) for text, _ in options.added]
     if options.base_alone and not manifest.loras:
         return []
-    if options.lora is None:
-        found.append(_own_lora(options, manifest, shapes))
-    else:
-        found.append(_locate(options.lora, shapes, options, False, reporter, headers_only))
+    access = Access(reporter)
+
+    def named(typed: str, added: bool) -> FoundLora:
+        """The LoRA that ``typed`` names; on the hub only its header, if that is enough."""
+        place = locate(typed, access, lambda other: _command(options, typed, other))
+        if headers_only and place.remote is not None and place.config is None:
+            head = access.header(place.remote[0])
+            refuse_model(head)
+            facts = read_facts(head, None, None)
+            adapter = fit_adapter(head, shapes, facts, place.name, options.allow_unmatched)
+            return FoundLora(adapter, None, added, here=False)
+        _fetch(place, access)
+        return FoundLora(open_adapter(place, shapes, options.allow_unmatched), None, added)
+
+    found = [named(typed, True) for typed, _ in options.added]
+    found.append(_own_lora(options, manifest, shapes) if options.lora is None else named(options.lora, False))
     for lora in found:
         _tell(lora.adapter, options, reporter)
     return found
@@ -141,12 +154,11 @@ def recorded_files(
     files: dict[str, AdapterFiles] = {}
     digests: dict[str, str] = {}
     for typed in given:
-        found = _fetched(
-            locate(typed, access, functools.partial(command, [one for one in given if one != typed])), access
-        )
-        digests[typed] = hash_adapter(*found)
-        files[digests[typed]] = found
-    files |= {lora.file.blake3: (overlay / lora.file.path, None) for lora in manifest.loras}
+        place = locate(typed, access, partial(command, [one for one in given if one != typed]))
+        _fetch(place, access)
+        digests[typed] = hash_adapter(place.weights, place.config)
+        files[digests[typed]] = place
+    files |= {lora.file.blake3: AdapterFiles(lora.name, overlay / lora.file.path) for lora in manifest.loras}
     used = {lora.blake3 for bake in manifest.baked.values() for lora in bake.loras}
     unknown = [f"{typed} (blake3 {digest[:8]})" for typed, digest in digests.items() if digest not in used]
     for folder in folders:
@@ -167,15 +179,14 @@ def recorded_files(
     return files
 
 
-def _fetched(place: Located, access: Access) -> AdapterFiles:
-    """The files of ``place``, on this machine. Raises AdapterError for a model: before 29 GB of it are fetched."""
+def _fetch(place: AdapterFiles, access: Access) -> None:
+    """Fetch files that are on the hub. Raises AdapterError for a model: before 29 GB of it are fetched."""
     if place.remote is not None:
         file, config = place.remote
         refuse_model(access.header(file))
         for needed in (config, file):
             if needed is not None:
                 access.fetch(needed)
-    return place.weights, place.config
 
 
 def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> FoundLora:
@@ -190,28 +201,106 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
         problem = "is missing or has changed since the overlay was written"
         raise OverlayError(problem, file=path, next=f"ltxpack verify {quoted(overlay)}")
     # A file beside the overlay's own LoRA is not its configuration.
-    adapter = open_adapter(path, shapes, name=DISTILLED, allow_unmatched=options.allow_unmatched, files=(path, None))
-    return FoundLora(adapter, lora)
-
-
-def _locate(
-    text: str, shapes: Shapes, options: BakeOptions, added: bool, reporter: Reporter, headers_only: bool
-) -> FoundLora:
-    access = Access(reporter)
-    place = locate(text, access, lambda other: _command(options, text, other))
-    if headers_only and place.remote is not None and place.config is None:
-        head = access.header(place.remote[0])
-        refuse_model(head)
-        adapter = fit_adapter(head, shapes, read_facts(head, None, None), options.allow_unmatched)
-        return FoundLora(replace(adapter, name=place.name), None, added, False)
-    files, skip = _fetched(place, access), options.allow_unmatched
-    adapter = open_adapter(place.weights, shapes, name=place.name, allow_unmatched=skip, files=files)
-    return FoundLora(adapter, None, added)
+    return FoundLora(open_adapter(AdapterFiles(DISTILLED, path), shapes, options.allow_unmatched), lora)
 
 
 def _command(options: BakeOptions, typed: str, other: str) -> str:
     added = tuple((other if file == typed else file, strength) for file, strength in options.added)
     return options.command(added=added, lora=other if options.lora == typed else options.lora)
+
+
+# Where a LoRA is
+
+
+def locate(typed: str, access: Access, again: Callable[[str], str]) -> AdapterFiles:
+    """The LoRA that ``typed`` names; a path that exists wins over the hub. ``again``: the command that names another.
+
+    Raises SourceError, with similar names, or for half a download; UsageError for a text that names no place.
+    """
+    path = at_home(typed)
+    if os.path.exists(path):  # noqa: PTH110 (a Path raises for a name that is too long)
+        return _here(path, again)
+    reference = hub_reference(typed)
+    if reference is None:
+        similar = similar_paths(path)
+        advice = again(similar[0]) if similar else None
+        raise SourceError(denied(path) or "no such LoRA", file=typed, expected=EXPECTED, items=similar, next=advice)
+    return _on_hub(reference, typed, access, again)
+
+
+def _here(path: Path, again: Callable[[str], str]) -> AdapterFiles:
+    if problem := denied(path):
+        raise SourceError(problem, file=path)
+    if path.is_dir() and not (path / PEFT_WEIGHTS).is_file():
+        only = _only_one(path, again)
+        found = _here(only, again)
+        return replace(found, name=lora_name(only.resolve().parent.name)) if only.name == PEFT_WEIGHTS else found
+    weights = path / PEFT_WEIGHTS if path.is_dir() else path
+    config = configuration_beside(weights)
+    if path.is_dir() and config is None:
+        raise SourceError("is a PEFT folder without its configuration", file=path, expected=PEFT_CONFIG)
+    refuse_unfinished(weights)
+    name = path.resolve().name if path.is_dir() else path.stem
+    return AdapterFiles(lora_name(name), weights, config)
+
+
+def _only_one(folder: Path, again: Callable[[str], str]) -> Path:
+    """The only LoRA in ``folder``, or in its subfolders if it holds no weights itself."""
+    for pattern in ("*", "*/*"):
+        files = sorted(path for path in folder.glob(pattern) if path.name.lower().endswith(WEIGHTS) and path.is_file())
+        if files:
+            break
+    loras = [path for path in files if _is_lora(partial(read_tensorfile, path))]
+    if len(loras) == 1:
+        return loras[0]
+    if not files:
+        raise SourceError("is a folder without a LoRA", file=folder, expected=f"a {WEIGHTS} file in it")
+    problem = "is a folder with several LoRAs" if loras else "is a folder whose files are no LoRAs"
+    raise SourceError(problem, file=folder, items=loras or files, next=again(str(loras[0])) if loras else None)
+
+
+def _is_lora(header: Callable[[], TensorFile]) -> bool:
+    with contextlib.suppress(LtxpackError):
+        return read_lora(header()).is_lora
+    return False
+
+
+def _on_hub(reference: Reference, typed: str, access: Access, again: Callable[[str], str]) -> AdapterFiles:
+    """The named file, the adapter in a folder of the repo, or the only LoRA there."""
+    repo, member = hub_folder(reference.repo, reference.revision, access, at_home(typed)), reference.file
+    start = reference.repo if reference.revision is None else f"{reference.repo}@{reference.revision}"
+    names = [name for name in sorted(repo.files) if name.endswith(WEIGHTS)]
+    found = repo if member is None else repo.find(member)
+    if isinstance(found, InputFolder):
+        loras = _loras(found.files, access)
+        if len(loras) != 1:
+            listed = [file.member for file in loras] or names
+            problem = "names a repo or folder with several or no LoRA files"
+            advice = again(f"{start}/{listed[0]}") if loras else None
+            raise SourceError(problem, file=typed, items=listed, next=advice)
+        [found] = loras
+    if found is None or found.member not in names:
+        if member in access.info(reference.repo, reference.revision).files:
+            raise SourceError("is not a .safetensors file", file=typed)
+        close = similar_names(member or "", names)
+        advice = again(f"{start}/{close[0]}") if close else None
+        raise SourceError(f"is not in {reference.repo}", file=member or typed, items=close or names, next=advice)
+    config = repo.files.get(configuration_among(repo.files, found.member))
+    # All PEFT files have the same name, so the folder or repo names the LoRA.
+    label = PurePosixPath(found.label)
+    name = lora_name(label.parent.name if label.name == PEFT_WEIGHTS else label.stem)
+    return AdapterFiles(name, found.path, None if config is None else config.path, (found, config))
+
+
+def _loras(files: Mapping[str, InputFile], access: Access) -> list[InputFile]:
+    """The possible files of a folder: PEFT's, the only one, else those whose headers are those of LoRAs."""
+    weights = {name: file for name, file in files.items() if name.endswith(WEIGHTS)}
+    if PEFT_WEIGHTS in weights:
+        return [weights[PEFT_WEIGHTS]]
+    own = [file for name, file in weights.items() if "/" not in name] or list(weights.values())
+    if not 1 < len(own) <= MOST_HEADERS:
+        return own
+    return [file for file in own if _is_lora(partial(access.header, file))]
 
 
 # The bytes

@@ -25,7 +25,7 @@ from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.ltx23.codes import CODES, kept_blocks, linears_by_block, stored
-from ltxpack.ltx23.text_keys import TEXT_COMPONENTS
+from ltxpack.ltx23.lora_keys import TEXT_COMPONENTS
 from ltxpack.manifest import (
     BAKE_NAME,
     BAKES,

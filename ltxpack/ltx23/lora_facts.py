@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 import struct
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from ltxpack.files.tensorfile import TensorFile, TensorInfo
 from ltxpack.ltx23.forms import ReadTensor
 from ltxpack.ltx23.lora_bases import SUPPORTED_BASE, named_base
 from ltxpack.ltx23.lora_keys import METHODS, LoraKey, belongs_elsewhere, parse_key
-from ltxpack.ltx23.lora_patterns import Patterns
 from ltxpack.ltx23.lora_statements import (
     BESIDE,
     MAX_ALPHA,
@@ -28,6 +28,7 @@ from ltxpack.ltx23.lora_statements import (
     PEFT_METHODS,
     RANKLESS,
     Configuration,
+    Patterns,
     Statement,
     is_set,
     number_of,
@@ -50,6 +51,10 @@ _SCALARS = {
 _STORED = 2.0**-7
 # The parts of a tensor's name that follow its module's name.
 _BEHIND_MODULE = re.compile(r"\.base_layer\b|\.lora_|\.modules_to_save\b|\.(?:weight|bias)\Z")
+
+
+Faults = defaultdict[str, list[str]]
+"""Kind of fault -> the words for each fault, so that one error lists them all."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ class Scaling:
     source: str = ""
     rslora: bool = False
     corrected: bool = False
-    ranks: Patterns = field(default_factory=lambda: Patterns({}))
-    alphas: Patterns = field(default_factory=lambda: Patterns({}))
+    ranks: Patterns = field(default_factory=Patterns)
+    alphas: Patterns = field(default_factory=Patterns)
 
     @property
     def states_alpha(self) -> bool:
@@ -93,9 +98,9 @@ class Scaling:
 
 @dataclass
 class Judged:
-    """The statements compared with the tensors: ``faults`` by kind; ``notes``, ``warnings`` are sentences."""
+    """The statements compared with the tensors; ``notes``, ``warnings`` are sentences."""
 
-    faults: dict[str, list[str]] = field(default_factory=dict)
+    faults: Faults = field(default_factory=lambda: defaultdict(list))
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -142,7 +147,7 @@ class LoraFacts:
             if self.alphas[key.module] is None:
                 info = tensors[key.key]
                 told = f"{info.name} is {info.dtype} {list(info.shape)}, not one number of at most {MAX_ALPHA:g}"
-                judged.faults.setdefault("unreadable alpha", []).append(told)
+                judged.faults["unreadable alpha"].append(told)
         method = self.first("peft_type")
         if method and method.value in PEFT_METHODS[1:] and any(key.role == "down" for key in keys):
             raise AdapterError(
@@ -167,8 +172,8 @@ class LoraFacts:
         """The stated way of PEFT's OFT. Raises AdapterError."""
         stated = {one.fact: one for one in self.statements}
         amounts, switches = ("num_cayley_neumann_terms", "eps"), ("use_cayley_neumann", "coft")
-        numbers = {fact: number_of(stated[fact], self.file) for fact in amounts if fact in stated}
-        on = {fact: truth_of(stated[fact], self.file) for fact in switches if fact in stated}
+        numbers = {fact: number_of(stated[fact]) for fact in amounts if fact in stated}
+        on = {fact: truth_of(stated[fact]) for fact in switches if fact in stated}
         terms = numbers.get("num_cayley_neumann_terms") or PEFT_CAYLEY.terms
         if terms != int(terms) or not 1 < terms <= MAX_TERMS:
             expected = f"a whole number from 2 to {MAX_TERMS}"
@@ -179,7 +184,7 @@ class LoraFacts:
     @property
     def dora_by(self) -> str | None:
         """The statement that DoRA's magnitudes are LyCORIS's, which are norms of the result; None without it."""
-        own = next((one for one in self.statements if one.name == "dora_wd" and truth_of(one, self.file)), None)
+        own = next((one for one in self.statements if one.name == "dora_wd" and truth_of(one)), None)
         return f"as LyCORIS writes it ({own})" if own else None
 
     @property
@@ -198,22 +203,21 @@ class LoraFacts:
         mixed = sorted(set(bare.values()))
         ambiguous = own.states_alpha and not own.ranks and len(mixed) > 1
         if ambiguous:
-            told = ", ".join(map(str, mixed))
-            judged.faults["ambiguous alpha"] = [
-                f"one alpha for ranks {told}, and no rank_pattern that says which is meant"
-            ]
+            told = f"one alpha for ranks {', '.join(map(str, mixed))}, and no rank_pattern that says which is meant"
+            judged.faults["ambiguous alpha"] = [told]
         for key, rank in ranks.items():
             names = wrapped_names(key)
             stated = own.ranks.find(names, own.rank)
             if stated not in (None, rank) and rank not in own.ranks.values(names) and not ambiguous:
-                told = f"{key.module} has rank {rank}, {self._where_rank} says {stated:g}"
-                judged.faults.setdefault("rank mismatch", []).append(told)
+                by = self.first("rank")
+                where = f"{by.place} ({by.name})" if by else "a pattern"
+                judged.faults["rank mismatch"].append(f"{key.module} has rank {rank}, {where} says {stated:g}")
             configured, beside = own.alphas.find(names, own.alpha), self.alphas.get(key.module)
             if configured is not None and beside is not None:
                 expected = configured * (math.sqrt(rank) if own.corrected else 1)
                 if not math.isclose(beside, expected, rel_tol=_STORED):
                     told = f"{key.module}.alpha is {beside:g}, {own.source} says {configured:g}"
-                    judged.faults.setdefault("ambiguous alpha", []).append(told)
+                    judged.faults["ambiguous alpha"].append(told)
         self._tell(own, bare, judged)
         for patterns in (own.ranks, own.alphas):
             if unused := patterns.unused(map(wrapped_names, ranks)) if patterns else []:
@@ -241,7 +245,7 @@ class LoraFacts:
     ) -> None:
         """Find tensors that are stated but absent: DoRA's magnitudes (AdapterError), biases, modules, parameters."""
         magnitudes = {key.module for key in keys if key.role == "magnitude"}
-        says_dora = next((one for one in self.statements if one.fact == "dora" and truth_of(one, self.file)), None)
+        says_dora = next((one for one in self.statements if one.fact == "dora" and truth_of(one)), None)
         if says_dora and (lost := [key.key for key in ranked if key.module not in magnitudes]):
             raise AdapterError(
                 "is a DoRA without its magnitudes", file=self.file, items=lost, found=says_dora,
@@ -257,11 +261,6 @@ class LoraFacts:
                     "there is not baked"
                 )
 
-    @property
-    def _where_rank(self) -> str:
-        stated = self.first("rank")
-        return f"{stated.place} ({stated.name})" if stated else "a pattern"
-
 
 def read_facts(file: TensorFile, configuration: Configuration | None, read: ReadTensor | None) -> LoraFacts:
     """The facts that a LoRA states. ``read`` gives a tensor's bytes; without it alphas beside factors stay unknown.
@@ -270,17 +269,17 @@ def read_facts(file: TensorFile, configuration: Configuration | None, read: Read
     FormatError for broken JSON.
     """
     found = tuple(itertools.islice(statements_of(file, configuration), MAX_STATEMENTS + 1))
-    where = configuration.file if configuration else file.path
     if len(found) > MAX_STATEMENTS:
-        raise AdapterError("states too much of itself", file=where, expected=f"at most {MAX_STATEMENTS} fields")
-    refuse_other_methods(found, where)
+        expected = f"at most {MAX_STATEMENTS} fields"
+        raise AdapterError("states too much of itself", file=found[-1].file, expected=expected)
+    refuse_other_methods(found)
     keys = list(filter(None, map(parse_key, file.tensors)))
     alphas = {key.module: key.key for key in keys if key.role == "alpha"}
     return LoraFacts(
         file.path,
         found,
         {
-            name: _scaling([one for one in found if one.prefix in fields], where)
+            name: _scaling([one for one in found if one.prefix in fields])
             for name, fields in _prefixes(found, keys).items()
         },
         {module: read and scalar(file.tensors[name], read) for module, name in alphas.items()},
@@ -304,6 +303,10 @@ def scalar(info: TensorInfo, read: ReadTensor) -> float | None:
     data = b"\0\0" + read(info) if info.dtype == "BF16" else read(info)
     (value,) = struct.unpack(_SCALARS[info.dtype], data)
     return float(value) if abs(value) <= MAX_ALPHA else None
+
+
+def listed_faults(faults: Faults) -> list[str]:
+    return [f"{kind}: {item}" for kind, items in faults.items() for item in items]
 
 
 def judged_keys(names: Iterable[str]) -> list[LoraKey]:
@@ -341,11 +344,11 @@ def _below(key: LoraKey, prefix: str) -> bool:
     return key.key.startswith(f"{prefix}.") or f".{prefix}." in f".{key.prefix}."
 
 
-def _scaling(statements: Sequence[Statement], where: Path) -> Scaling:
+def _scaling(statements: Sequence[Statement]) -> Scaling:
     method = next((one.value for one in statements if one.fact == "peft_type"), None)
-    rank, _ = _one(statements, "rank", where) if method not in RANKLESS else (None, None)
-    alpha, source = _one(statements, "alpha", where)
-    rslora = [one for one in statements if one.fact == "rslora" and truth_of(one, where)]
+    rank, _ = _one(statements, "rank") if method not in RANKLESS else (None, None)
+    alpha, source = _one(statements, "alpha")
+    rslora = [one for one in statements if one.fact == "rslora" and truth_of(one)]
     patterns = {one.fact: one for one in statements if one.fact.endswith("_pattern")}
     source = source or patterns.get("alpha_pattern")
     return Scaling(
@@ -354,19 +357,20 @@ def _scaling(statements: Sequence[Statement], where: Path) -> Scaling:
         source=f"{source.place} ({source.name})" if source else "",
         rslora=bool(rslora),
         corrected=any(one.name == "rs_lora" for one in rslora),
-        ranks=patterns_of(patterns.get("rank_pattern"), where),
-        alphas=patterns_of(patterns.get("alpha_pattern"), where),
+        ranks=patterns_of(patterns.get("rank_pattern")),
+        alphas=patterns_of(patterns.get("alpha_pattern")),
     )
 
 
-def _one(statements: Iterable[Statement], fact: str, where: Path) -> tuple[float | None, Statement | None]:
+def _one(statements: Iterable[Statement], fact: str) -> tuple[float | None, Statement | None]:
     """The number that is stated for ``fact``, and its statement. Raises AdapterError for different numbers."""
     found: dict[float, Statement] = {}
     for one in statements:
-        if one.fact == fact and (value := number_of(one, where)) is not None:
+        if one.fact == fact and (value := number_of(one)) is not None:
             found.setdefault(value, one)
     if len(found) > 1:
-        raise AdapterError(f"states more than one {fact}", file=where, items=list(found.values()))
+        stated = list(found.values())
+        raise AdapterError(f"states more than one {fact}", file=stated[0].file, items=stated)
     return next(iter(found.items()), (None, None))
 
 
@@ -381,7 +385,7 @@ class _Beside:
     def lacks(self, one: Statement) -> list[str]:
         """The tensors that a field names as trained and the file does not hold."""
         if one.fact in ("bias", "lora_bias"):
-            return [] if str(one.value).lower() == "none" or self.biased else ["biases"]
+            return [] if self.biased else ["biases"]
         names = [name for name in (one.value if isinstance(one.value, list) else [one.value]) if isinstance(name, str)]
         # A parameter's factors bear the name of the module that holds it.
         return [

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ltxpack.errors import UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, plain_file_name, tensor_reader
 from ltxpack.ltx23.contents import described
-from ltxpack.ltx23.lora_facts import Judged, judged_keys, ranks_of, read_facts
-from ltxpack.ltx23.lora_statements import PEFT_CONFIG, Configuration, belongs, configuration_beside, read_configuration
+from ltxpack.ltx23.lora_facts import Judged, judged_keys, listed_faults, ranks_of, read_facts
+from ltxpack.ltx23.lora_statements import (
+    PEFT_CONFIG,
+    Configuration,
+    configuration_among,
+    configuration_beside,
+    read_configuration,
+)
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.materialize.access import Access, InputFile, hub_folder
 from ltxpack.materialize.checkpoint import (
@@ -100,8 +106,7 @@ def _judged(lora: InputFile, file: TensorFile, access: Access) -> Judged:
     keys = judged_keys(file.tensors)
     judged = facts.judge(keys, file.tensors)
     ranks = ranks_of(keys, file.tensors).items()
-    problem, found = None, facts.foreign
-    items = [f"{kind}: {one}" for kind, all in judged.faults.items() for one in all]
+    problem, found, items = None, facts.foreign, listed_faults(judged.faults)
     if found:
         problem = "says that it was made for another model"
     elif items:
@@ -119,7 +124,5 @@ def _configuration(lora: InputFile, access: Access) -> Configuration | None:
     if lora.repo is None:
         return read_configuration(configuration_beside(Path(lora.member)))
     files = hub_folder(lora.repo.repo, lora.repo.revision, access).files
-    place = PurePosixPath(lora.member)
-    names = [PurePosixPath(name).name for name in files if PurePosixPath(name).parent == place.parent]
-    config = files.get(str(place.with_name(PEFT_CONFIG))) if belongs(place.name, names) else None
+    config = files.get(configuration_among(files, lora.member))
     return None if config is None else Configuration(access.json(config), Path(config.label))

@@ -23,7 +23,7 @@ from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_te
 from ltxpack.files.typed import at_home
 from ltxpack.ltx23 import forms
 from ltxpack.ltx23.contents import ACTIVATIONS, UPSAMPLER_MARK, described
-from ltxpack.ltx23.lora_facts import judged_keys, read_facts
+from ltxpack.ltx23.lora_facts import judged_keys, listed_faults, read_facts
 from ltxpack.ltx23.lora_keys import belongs_elsewhere, parse_key
 from ltxpack.ltx23.lora_statements import configuration_beside, read_configuration
 from ltxpack.ltx23.releases import SUPPORTED, likely, parse_version
@@ -279,9 +279,10 @@ def _stated(path: Path, tensors: TensorFile, read: forms.ReadTensor) -> dict[str
         judged = facts.judge(judged_keys(tensors.tensors), tensors.tensors)
     except LtxpackError as error:
         return found | {"problem": str(error)}
-    faults = [f"{kind}: {item}" for kind, items in judged.faults.items() for item in items]
     stated = {"made_for": facts.foreign, "notes": judged.notes, "warnings": judged.warnings}
-    return found | stated | {"alpha": facts.alpha, "problem": "; ".join(faults[:MAX_LISTED]) or None}
+    return (
+        found | stated | {"alpha": facts.alpha, "problem": "; ".join(listed_faults(judged.faults)[:MAX_LISTED]) or None}
+    )
 
 
 def _overlay(folder: Path) -> dict[str, Any]:

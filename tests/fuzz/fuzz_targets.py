@@ -34,7 +34,7 @@ from ltxpack.errors import LtxpackError
 from ltxpack.files.tensorfile import build_header, read_index, read_tensorfile, tensor_nbytes
 from ltxpack.lora_bake import BakeOptions, plan_bake
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
-from ltxpack.lora_bake.find import scan
+from ltxpack.lora_bake.find import locate, scan
 from ltxpack.lora_bake.fuse import fuse_rows
 from ltxpack.lora_bake.stream import FactorReader
 from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, Manifest, read_manifest
@@ -379,7 +379,7 @@ def _adapters(folder: Path, overlay: Path) -> Iterator[Target]:
     def fit(place: Path) -> Callable[[], None]:
         def call() -> None:
             for allowed in (False, True):
-                adapter = open_adapter(place, shapes, allow_unmatched=allowed)
+                adapter = open_adapter(locate(str(place), Access(QUIET), str), shapes, allowed)
                 scan(adapter, QUIET)
                 _use(adapter, shapes)
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import ltxpack
 
+from ltxpack.errors import AdapterError
+from ltxpack.lora_bake.adapter import Adapter, open_adapter
+from ltxpack.lora_bake.find import locate
 from ltxpack.lora_bake.fuse import Term, fuse_rows
+from ltxpack.lora_bake.stream import FactorReader
 from ltxpack.ltx23.expected import inventory
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import MANIFEST_NAME, Component, FileRecord, Lora, Manifest, Source
+from ltxpack.materialize.access import Access
+from ltxpack.reporter import SilentReporter
 
 CONFIG = {
     "_class_name": "LTX2VideoTransformer3DModel",
@@ -100,6 +108,35 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, st
     own = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(own, path, metadata or {"format": "pt"})
     return path
+
+
+def opened(path: Path, allow_unmatched: bool = False) -> Adapter:
+    """The adapter at ``path``, a file or a folder of PEFT's, fitted to the transformer of :func:`shapes`."""
+    return open_adapter(locate(str(path), Access(SilentReporter()), str), shapes(), allow_unmatched)
+
+
+def unfit(path: Path, match: str | None = None, allow_unmatched: bool = False) -> AdapterError:
+    """The error that refuses the adapter at ``path``."""
+    with pytest.raises(AdapterError, match=match) as caught:
+        opened(path, allow_unmatched)
+    return caught.value
+
+
+def fused_sums(
+    adapter: Adapter, base: Mapping[str, torch.Tensor], strength: float, pieces: int = 1
+) -> dict[str, torch.Tensor]:
+    """The float32 sums of every tensor of ``base`` that ``adapter`` changes, in ``pieces`` if the rows can be apart."""
+    sums = {}
+    with contextlib.closing(FactorReader(adapter)) as reader:
+        for name in adapter.targets:
+            term, weight = reader.term(name), base[name].float()
+            assert term is not None
+            sums[name] = torch.empty_like(weight)
+            step = len(weight) if term.needs_whole else max(1, len(weight) // pieces)
+            for first in range(0, len(weight), step):
+                cut = slice(first, first + step)
+                fuse_rows(weight[cut], [term.rows(first, first + step)], [[strength]], "fp32", into=[sums[name][cut]])
+    return sums
 
 
 def make_overlay(

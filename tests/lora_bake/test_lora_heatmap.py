@@ -11,11 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from lora_support import dotted, linears, low_rank, make_overlay, official, official_keys, random_weights, save, shapes
+from lora_support import (
+    dotted,
+    linears,
+    low_rank,
+    make_overlay,
+    official,
+    official_keys,
+    opened,
+    random_weights,
+    save,
+    shapes,
+)
 from page_support import Page, parsed
 
 from ltxpack.lora_bake import BakeOptions, bake, coverage_page
-from ltxpack.lora_bake.adapter import LoraUse, open_adapter
+from ltxpack.lora_bake.adapter import LoraUse
 from ltxpack.lora_bake.coverage import TargetStat, build_report, split_name
 from ltxpack.manifest import Bake
 from ltxpack.reporter import SilentReporter
@@ -26,8 +37,7 @@ ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_at
 
 def applied(path: Path, strength: float = 1.0) -> LoraUse:
     """The LoRA in ``path``, as a bake has it."""
-    adapter = open_adapter(path, shapes(), allow_unmatched=True)
-    return LoraUse.of(adapter, strength, "ab" * 32, "fp32")
+    return LoraUse.of(opened(path, allow_unmatched=True), strength, "ab" * 32, "fp32")
 
 
 def measured(change: float | None) -> TargetStat:

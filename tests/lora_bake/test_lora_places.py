@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,18 +20,25 @@ from ltxpack.materialize.hub.client import Reference, parse_reference
 FACTORS = low_rank([module for module in linears() if ".attn1." in module], 2, seed=5)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an overlay ``out``, LoRAs, and a folder ``hub`` with the files of a repo."""
+    folder = tmp_path_factory.mktemp("place")
+    make_overlay(folder / "out")
+    for name in ("style", "one/style", "several/b", "several/a", "beside/lora", "hub/loras/style-v1",
+                 "hub/loras/style-v2", "hub/alone/only"):  # fmt: skip
+        save(folder / f"{name}.safetensors", official_keys(FACTORS))
+    save(folder / "beside" / "vae.safetensors", {"vae.decoder.conv_in.weight": random_weights()["proj_in.weight"]})
+    peft_folder(folder / "run" / "checkpoint-100", FACTORS, {"r": 2, "lora_alpha": 2, "peft_type": "LORA"})
+    (folder / "empty" / "below").mkdir(parents=True)
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, and the home folder: with an overlay ``out`` and a LoRA; a hub with some repos."""
-    make_overlay(tmp_path / "out")
-    save(tmp_path / "style.safetensors", official_keys(FACTORS))
-    for name in ("one/style.safetensors", "several/b.safetensors", "several/a.safetensors", "beside/lora.safetensors"):
-        save(tmp_path / name, official_keys(FACTORS))
-    save(tmp_path / "beside" / "vae.safetensors", {"vae.decoder.conv_in.weight": random_weights()["proj_in.weight"]})
-    peft_folder(tmp_path / "run" / "checkpoint-100", FACTORS, {"r": 2, "lora_alpha": 2, "peft_type": "LORA"})
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, and the home folder: as ``made``; its ``hub`` is the hub."""
+    shutil.copytree(made, tmp_path, copy_function=os.link, dirs_exist_ok=True)
     repo = tmp_path / "hub"
-    for name in ("loras/style-v1.safetensors", "loras/style-v2.safetensors", "alone/only.safetensors"):
-        save(repo / name, official_keys(FACTORS))
     monkeypatch.setattr(access, "Hub", lambda **_: FakeHub({"someone/repo": repo, "someone/one": repo / "alone"}))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -39,7 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 PAGE = "https://huggingface.co/someone"
 
 
-TYPED = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     ("typed", "name"),
     [
         ("style.safetensors", "style"),
@@ -61,19 +70,18 @@ TYPED = pytest.mark.parametrize(
         ("https://hf.co/someone/one/tree/v1.0", "only"),
     ],
 )
-
-
-@TYPED
-@pytest.mark.parametrize("added", [False, True], ids=["lora", "add"])
-def test_what_may_be_typed(typed: str, name: str, added: bool, place: Path) -> None:
-    words = ["--strength", "0", "--add", f"{typed}=0.5"] if added else ["--strength", "0.5", "--lora", typed]
+def test_what_may_be_typed(typed: str, name: str, place: Path) -> None:
+    words = ["--strength", "0.5", "--lora", typed, "--add", f"{typed}=0.25"]
     done = ltxpack("bake-lora", "out", *words, "--plan", "--json")
     assert done.returncode == 0, done.stderr
-    expected = f"distilled-0+{name}-0.5" if added else f"{name}-0.5"
-    assert {file["path"].split("/")[1] for file in json.loads(done.stdout)["files"]} == {expected}
+    planned = {file["path"].split("/")[1] for file in json.loads(done.stdout)["files"]}
+    assert planned == {f"{name}-0.5+{name}-0.25"}
 
 
-@TYPED
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [("~/one/", "style"), ("run", "checkpoint-100"), ("someone/one", "only"), (f"{PAGE}/repo/tree/main/alone", "only")],
+)
 def test_a_repair_takes_what_a_bake_takes(typed: str, name: str, place: Path) -> None:
     made = ltxpack("bake-lora", "out", "--strength", "0.5", "--lora", typed)
     assert made.returncode == 0, made.stderr
@@ -98,25 +106,19 @@ def test_a_repair_takes_what_a_bake_takes(typed: str, name: str, place: Path) ->
         ("nowhere.safetensors", "no such LoRA", None),
         ("~nobody/x.safetensors", "no such LoRA", None),
         ("out/transformer", "no LoRAs", None),
-        ("hub", "without a LoRA", None),
+        ("empty", "without a LoRA", None),
         ("https://civitai.com/models/123", "no page of a model on the hub", None),
         ("https://huggingface.co/datasets/a/b", "no page of a model on the hub", None),
         ("https://[", "no page of a model on the hub", None),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_told_with_what_is(typed: str, told: str, again: str | None, place: Path) -> None:
-    (place / "hub" / "loras").rename(place / "hub" / "x") if typed == "hub" else None
-    if typed == "hub":
-        for path in (place / "hub").rglob("*.safetensors"):
-            path.unlink()
-    for words in (["--lora", typed], ["--add", f"{typed}=0.25@0:1"]):
-        found = ltxpack("bake-lora", "out", "--strength", "0.5", *words, "--plan")
-        assert told in refused(found, 2 if typed.startswith("https") else 1)
-        if again is None:
-            continue
-        command = shlex.split(found.stderr.partition("next: ")[2])
-        wanted = again if words[0] == "--lora" else f"{again}=0.25@0:1"
-        assert command[:3] == ["ltxpack", "bake-lora", "out"] and wanted in command
+    words = ["bake-lora", "out", "--strength", "0.5", "--lora", typed, "--add", f"{typed}=0.25@0:1"]
+    message = refused(ltxpack(*words, "--plan"), 2 if typed.startswith("https") else 1)
+    assert told in message
+    if again is not None:
+        command = shlex.split(message.partition("next: ")[2])
+        assert command == ["ltxpack", *words[:5], again, "--add", f"{again}=0.25@0:1"]
         assert ltxpack(*command[1:], "--plan").returncode == 0
 
 

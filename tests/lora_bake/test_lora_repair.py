@@ -12,6 +12,7 @@ from support import ltxpack, refused, tree
 
 from ltxpack.errors import OverlayError, SourceError
 from ltxpack.lora_bake import BakeOptions, bake
+from ltxpack.lora_bake.adapter import AdapterFiles
 from ltxpack.lora_bake.bake import remake, restore
 from ltxpack.lora_bake.find import hash_adapter
 from ltxpack.manifest import read_manifest
@@ -133,7 +134,8 @@ def test_a_changed_base_makes_no_bake(overlay: Path) -> None:
     spoil(shard)
     spoil(overlay / "transformer" / shard.name)
     before = {name: data for name, data in tree(overlay).items() if not name.startswith(".ltxpack")}
-    own_files = {lora.file.blake3: (overlay / lora.file.path, None) for lora in read_manifest(overlay).loras}
+    own = read_manifest(overlay).loras
+    own_files = {lora.file.blake3: AdapterFiles(lora.name, overlay / lora.file.path) for lora in own}
     with pytest.raises(OverlayError, match="has changed"):
         remake(overlay, f"bakes/{PLAIN}", own_files, SILENT)
     assert {name: data for name, data in tree(overlay).items() if not name.startswith(".ltxpack")} == before

@@ -13,9 +13,8 @@ import torch
 from lora_support import change_byte, save
 from support import Done, load, load_all, ltxpack, refused, tree
 
-from ltxpack.ltx23.lora_keys import parse_key
+from ltxpack.ltx23.lora_keys import TextNames, parse_key
 from ltxpack.ltx23.renames import CONNECTORS
-from ltxpack.ltx23.text_keys import TextNames
 from ltxpack.manifest import read_manifest
 from ltxpack.repack.staging import folder_of, unfinished
 
