@@ -15,7 +15,7 @@ from blake3 import blake3
 from ltxpack.errors import OverlayError
 from ltxpack.files.publish import write_errors
 from ltxpack.files.reader import Range, RangeReader
-from ltxpack.repack.write import read_plan
+from ltxpack.repack.write import parts_of, read_plan, taken
 from ltxpack.reporter import Reporter
 
 # Bytes that are put on the disk and read back together.
@@ -80,16 +80,15 @@ class ReadBack:
         ranges = [written.range for written in batch]
         with write_errors(self._path):
             self._put_on_disk(ranges)
-        windows, counts = read_plan(ranges)
+        windows = read_plan(ranges)
         with RangeReader([window.range for window in windows], in_flight=READS_AT_ONCE) as reader:
-            read = zip(windows, reader, strict=True)
-            parts = (data[at : at + size] for window, data in read for at, size in window.parts)
-            for written, count in zip(batch, counts, strict=True):
+            parts = parts_of(windows, reader)
+            for written in batch:
                 hasher = blake3()
-                for _ in range(count):
+                for part in taken(parts, written.range.nbytes):
                     if self._stopped:
                         return
-                    hasher.update(next(parts))
+                    hasher.update(part)
                 if hasher.hexdigest() != written.blake3:
                     self.failed = True
                     raise OverlayError(

@@ -239,7 +239,6 @@ class UnfinishedFile:
         os.close(self._fd)
         if self._back.failed:
             self.discard()
-        self._journal.close()
         if kind and issubclass(kind, KeyboardInterrupt) and self._folder.is_dir():
             done = len(self._journal.records)
             self._reporter.note(f"stopped; {done} parts are there, the same command goes on from there")

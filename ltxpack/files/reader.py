@@ -198,12 +198,12 @@ class ReadQueue(Generic[B]):
         buffer, lead = self._free_buffer(), read.start % ALIGN
         memory = buffer.memory
         found = memory[lead : lead + read.nbytes]
-        copies = list(_copies_to_host(read, found))
+        copies = list(_on_host(read))
 
         def gather() -> None:
             file.gather(memory, read.start, len(found))
-            for view, part in copies:
-                copy_bytes(view, part)
+            for view, begin, end in copies:
+                copy_bytes(view, found[begin:end])
 
         return PendingRead(read, [found], buffer, self._threads.submit(gather), lead)
 
@@ -282,17 +282,13 @@ def file_ranges(path: Path, size: int) -> list[Range]:
     return [Range(path, start, min(BUFFER, size - start)) for start in range(0, size, BUFFER)]
 
 
-# Inspects bytes as they pass, and passes them on.
-Watch = Callable[[Iterable[memoryview]], Iterator[memoryview]]
-
-
 def hash_file(
     path: Path,
     reporter: Reporter | None = None,
     *,
     before: bytes = b"",
     cached: bool = False,
-    watch: Watch = iter,
+    watch: Callable[[Iterable[memoryview]], Iterator[memoryview]] = iter,
 ) -> str:
     """blake3 of ``before`` and then all of the file, as hex digits, at disk speed.
 
@@ -365,27 +361,24 @@ def _cut(stretches: Iterable[Stretch[T]], limit: int) -> Iterator[tuple[Stretch[
         yield tuple(group)
 
 
+def _on_host(read: PlannedRead[T]) -> Iterator[tuple[memoryview, int, int]]:
+    """For each stretch with a target on the host: the target's memory, and the stretch's begin and end in ``read``."""
+    for stretch in read.stretches:
+        if (target := stretch.host_target) is not None:
+            begin = stretch.start - read.start
+            yield target.view(stretch.offset, stretch.nbytes), begin, begin + stretch.nbytes
+
+
 def _views(read: PlannedRead[T], memory: memoryview) -> Iterator[memoryview]:
     """The destinations of ``read``'s bytes, in order: a target's memory, or adjacent bytes of ``memory``."""
-    begin = position = 0
-    for stretch in read.stretches:
-        if (target := stretch.host_target) is not None:
-            if position > begin:
-                yield memory[begin:position]
-            yield target.view(stretch.offset, stretch.nbytes)
-            begin = position + stretch.nbytes
-        position += stretch.nbytes
-    if position > begin:
-        yield memory[begin:position]
-
-
-def _copies_to_host(read: PlannedRead[T], found: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
-    """For each stretch with a target on the host: the target's memory, and the stretch's bytes in ``found``."""
     position = 0
-    for stretch in read.stretches:
-        if (target := stretch.host_target) is not None:
-            yield target.view(stretch.offset, stretch.nbytes), found[position : position + stretch.nbytes]
-        position += stretch.nbytes
+    for view, begin, end in _on_host(read):
+        if begin > position:
+            yield memory[position:begin]
+        yield view
+        position = end
+    if read.nbytes > position:
+        yield memory[position : read.nbytes]
 
 
 def copy_bytes(view: memoryview, data: memoryview) -> None:

@@ -94,7 +94,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
         mark = fingerprint(items, {"copy": options.copy})
         zeros = ZeroStretches()
         with Staging(lock, mark, reporter, force=options.force) as staging:
-            records = execute(items, staging, copy=options.copy, reporter=reporter, zeros=zeros)
+            records = execute(items, staging, copy=options.copy, reporter=reporter, watch=zeros.watch)
             _tell_zeros(zeros, reporter)
             manifest = plan.manifest({record.path: record for record in records})
             staging.publish(manifest)

@@ -19,7 +19,7 @@ import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from ltxpack.errors import OverlayError, SourceError
 from ltxpack.files import bounded_json
@@ -85,9 +85,8 @@ class StagingPaths:
 
     def refuse_links(self) -> None:
         """Raise OverlayError for a link among the folders: it would lead writes and removals out of the overlay."""
-        parts = [parent for parent in (Path(self.folder), *Path(self.folder).parents) if parent.name]
-        inner = [self.overlay / part for part in parts]
-        refuse_links(*inner, self.work.parent, self.work, self.root, *(self.root / part for part in parts))
+        parts = (Path(self.folder), *Path(self.folder).parents)
+        refuse_links(*map(self.overlay.joinpath, parts), self.work.parent, self.work, *map(self.root.joinpath, parts))
 
     def try_out(self) -> None:
         """Try with empty files whether publishing can move files into their place. Raises OSError."""
@@ -124,7 +123,6 @@ class Journal:
         self.records: dict[str, FileRecord] = {}
         self.notes: dict[str, Any] = {}
         self.replaced: tuple[str, ...] | None = None
-        self._file: BinaryIO | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -142,7 +140,6 @@ class Journal:
         lines += map(self._entry, records.values())
         with write_errors(self.path):
             atomic_write(self.path, b"".join(map(_line, lines)))
-            self._file = self.path.open("ab", buffering=0)
 
     def record(self, record: FileRecord, note: Any = None) -> None:
         """Add that ``record`` is complete and on the disk; returns when this line is on the disk too."""
@@ -156,19 +153,14 @@ class Journal:
         self.replaced = tuple(sorted(replaced))
         self._append({"publishing": self.replaced})
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
     def _entry(self, record: FileRecord) -> dict[str, Any]:
         noted = {"note": self.notes[record.path]} if record.path in self.notes else {}
         return {**dataclasses.asdict(record), **noted}
 
     def _append(self, entry: dict[str, Any]) -> None:
-        assert self._file is not None
-        with write_errors(self.path):
-            self._file.write(_line(entry))
-            os.fsync(self._file.fileno())
+        with write_errors(self.path), self.path.open("ab", buffering=0) as file:
+            file.write(_line(entry))
+            os.fsync(file.fileno())
 
     def _read(self) -> None:
         with open_source(self.path) as file:
@@ -212,7 +204,6 @@ class Staging:
         self._reporter = reporter
         self._lock = lock
         self._force = force
-        self._published = False
         self._journal = Journal(self.paths.journal)
 
     def __enter__(self) -> Self:
@@ -222,8 +213,7 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        self._journal.close()
-        if kind and issubclass(kind, KeyboardInterrupt) and not self._published:
+        if kind and issubclass(kind, KeyboardInterrupt) and self.work.is_dir():
             self._reporter.note(
                 f"stopped; {len(self.done)} finished files are kept, the same command goes on from there"
             )
@@ -243,11 +233,11 @@ class Staging:
         with write_errors(self.paths.target):
             self.root.mkdir(parents=True, exist_ok=True)
             atomic_write(self.root / MANIFEST_NAME, content)
-            self._announce()
+            self.announce()
             if not self.paths.target.is_dir():
                 self._lock.hold_folder(self.root)
-            self._place()
-            self._finish()
+            self.place()
+            _clean(self.paths)
 
     def _refuse_existing(self) -> None:
         paths, target = self.paths, self.paths.target
@@ -277,20 +267,15 @@ class Staging:
         fsync_folder(self.work.parent)
         journal.restart(self.fingerprint, done)
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         """Journal that publishing begins: ``recover`` then expects it to be half done."""
         for name, _, _ in os.walk(self.work):
             fsync_folder(name)
         named = self.paths.named() if os.path.lexists(self.paths.target) else None
         self._journal.publishing(record.path.removeprefix(self.paths.prefix) for record in named or ())
 
-    def _place(self) -> None:
+    def place(self) -> None:
         _place(self.paths, self._journal, self._reporter)
-
-    def _finish(self) -> None:
-        self._published = True
-        self._journal.close()
-        _clean(self.paths)
 
 
 def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
@@ -302,17 +287,17 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
     path, content = overlay / MANIFEST_NAME, checked_bytes(manifest, overlay)
     with write_errors(path):
         for staging in stagings:
-            staging._announce()
+            staging.announce()
         before = read_manifest(overlay)
         folders = {staging.paths.folder for staging in stagings}
         kept = {folder: bake for folder, bake in before.baked.items() if folder not in folders}
         if len(kept) < len(before.baked):
             atomic_write(path, before.with_baked(kept).dump())
         for staging in stagings:
-            staging._place()
+            staging.place()
         atomic_write(path, content)
         for staging in stagings:
-            staging._finish()
+            _clean(staging.paths)
 
 
 def find_place(overlay: Path, folder: str = "") -> StagingPaths:

@@ -60,8 +60,9 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         begun = unfinished(overlay)
         for path in begun:
             reporter.note(f"{path}: unfinished work; run the command that began it again to finish it")
-        sizes = (record.size for record in records.values() if not _is_link(overlay / record.path))
-        reporter.begin("verifying", sum(sizes), "B")
+        # A Path raises where it may not look.
+        read = [record for record in records.values() if not os.path.islink(overlay / record.path)]  # noqa: PTH114
+        reporter.begin("verifying", sum(record.size for record in read), "B")
         faults = [fault for record in records.values() for fault in _file_faults(record, records, overlay, reporter)]
         reporter.end()
         # A bake whose publishing was killed may be in its place already without a name in the manifest.
@@ -78,14 +79,6 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         return sorted(faults, key=lambda fault: (fault.path, fault.problem))
 
 
-def _is_link(path: Path) -> bool:
-    """Whether ``path`` is a symlink; False also where it may not be looked at."""
-    try:
-        return path.is_symlink()
-    except OSError:
-        return False
-
-
 def damaged(faults: Iterable[Fault], manifest: Manifest) -> frozenset[str]:
     """The paths to write again; stray files are not among them."""
     return frozenset(fault.path for fault in faults) & {record.path for record in manifest.records()}
@@ -96,9 +89,9 @@ def _file_faults(
 ) -> Iterator[Fault]:
     """A file with the right content in a link's place is no fault: copies of an overlay have them."""
     path = overlay / record.path
-    linked = next((parent for parent in _parents(record.path) if (overlay / parent).is_symlink()), None)
-    if linked is not None:
-        yield Fault(record.path, "is in a folder that was replaced by a link", found=linked)
+    links = [parent for parent in Path(record.path).parents if parent.name and (overlay / parent).is_symlink()]
+    if links:
+        yield Fault(record.path, "is in a folder that was replaced by a link", found=str(links[-1]))
         return
     try:
         status = path.lstat()
@@ -187,11 +180,6 @@ def _index_faults(overlay: Path, path: str, owners: Mapping[str, str]) -> Iterat
         yield Fault(path, problem, owners.get(first, "in no shard"), weight_map.get(first, "not named"))
 
 
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: number + 1]) for number in range(len(parts))]
-
-
 def repair(
     items: Sequence[Item], overlay: Path, manifest: Manifest, reporter: Reporter, *, copy: bool = False
 ) -> Manifest:
@@ -213,7 +201,7 @@ def repair(
             changed = {}
             for item in items:
                 target = overlay / item.path
-                refuse_links(*(overlay / parent for parent in _parents(item.path)))
+                refuse_links(*(overlay / parent for parent in Path(item.path).parents if parent.name))
                 changed[item.path] = write_item(item, root, overlay, copy=copy, reporter=reporter)
                 _refuse_other_content(changed[item.path], records[item.path], target)
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,19 +12,19 @@ import itertools
 import os
 import posixpath
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 from blake3 import blake3
 
 from ltxpack.errors import FormatError, OverlayError
 from ltxpack.files.direct import ALIGN, BUFFER, DIRECT_FROM, DirectWriter, aligned_buffer, round_up
 from ltxpack.files.publish import Temporary, existing_parent, fsync_file, require_space, write_errors
-from ltxpack.files.reader import Range, RangeReader, Watch, file_ranges, hash_file
+from ltxpack.files.reader import Range, RangeReader, file_ranges, hash_file
 from ltxpack.files.tensorfile import regular_size, truncated
-from ltxpack.files.zeros import ZeroStretches
 from ltxpack.manifest import FileRecord, changed_file, safe_relative_path
 from ltxpack.repack.items import Buffer, CopyFile, Item, LinkFile, WriteBytes, WriteShard, sources
 from ltxpack.repack.staging import Staging
@@ -40,12 +40,20 @@ MAX_GAP = 64 * 1024
 FICLONE = getattr(fcntl, "FICLONE", 0x40049409)  # Python has it from 3.12 on
 
 
+# Inspects the bytes of ranges as they are read, and passes them on.
+Watch = Callable[[Sequence[Range], Iterable[memoryview]], Iterator[memoryview]]
+
+
+def unwatched(_: Sequence[Range], data: Iterable[memoryview]) -> Iterator[memoryview]:
+    return iter(data)
+
+
 def execute(
-    items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
+    items: Sequence[Item], staging: Staging, *, copy: bool, reporter: Reporter, watch: Watch = unwatched
 ) -> tuple[FileRecord, ...]:
     """Write the items that ``staging`` lacks; returns the records of all items, in order of the plan.
 
-    ``copy`` forbids links; ``zeros`` watches all reads. Raises OverlayError (no space or permission before the first
+    ``copy`` forbids links; ``watch`` sees all reads. Raises OverlayError (no space or permission before the first
     byte, or a disk that fills up), SourceError and FormatError for sources; ``staging`` keeps complete files.
     """
     for path, count in Counter(item.path for item in items).items():
@@ -56,21 +64,21 @@ def execute(
     if left:
         reporter.begin("writing", sum(item.size for item in left), "B")
         for item in left:
-            record = write_item(item, staging.root, staging.paths.overlay, copy=copy, reporter=reporter, zeros=zeros)
+            record = write_item(item, staging.root, staging.paths.overlay, copy=copy, reporter=reporter, watch=watch)
             staging.record(record)
         reporter.end()
     return tuple(staging.done[item.path] for item in items)
 
 
 def write_item(
-    item: Item, root: Path, overlay: Path, *, copy: bool, reporter: Reporter, zeros: ZeroStretches | None = None
+    item: Item, root: Path, overlay: Path, *, copy: bool, reporter: Reporter, watch: Watch = unwatched
 ) -> FileRecord:
     """Write one item under ``root``, whole and flushed to the disk. ``overlay`` holds the targets of links."""
     match item:
         case WriteShard():
-            return write_shard(item, root, reporter, zeros)
+            return write_shard(item, root, reporter, watch)
         case CopyFile():
-            return copy_file(item, root, reporter, copy=copy, zeros=zeros)
+            return copy_file(item, root, reporter, copy=copy, watch=watch)
         case LinkFile():
             return write_link(item, root, overlay, reporter)
         case WriteBytes():
@@ -79,24 +87,17 @@ def write_item(
     return record
 
 
-def write_shard(item: WriteShard, root: Path, reporter: Reporter, zeros: ZeroStretches | None = None) -> FileRecord:
+def write_shard(item: WriteShard, root: Path, reporter: Reporter, watch: Watch = unwatched) -> FileRecord:
     """Write the shard under ``root``. Advances ``reporter`` by the bytes of the file."""
-    windows, counts = read_plan([source for entry in item.entries for source in entry.producer.ranges])
+    windows = read_plan(source for entry in item.entries for source in entry.producer.ranges)
     ranges = [window.range for window in windows]
     reader = RangeReader(ranges)
-    made = _made(item, windows, counts, zeros.watch(ranges, reader) if zeros else reader)
-    return _stream(item, item.header, made, reader, root, reporter)
-
-
-def _made(
-    item: WriteShard, windows: Sequence[Window], counts: Sequence[int], read: Iterable[memoryview]
-) -> Iterator[Buffer]:
-    """The bytes of the tensors, which their producers make from the bytes ``read``."""
-    parts = (data[at : at + size] for window, data in zip(windows, read, strict=True) for at, size in window.parts)
-    left = iter(counts)
-    for entry in item.entries:
-        own = sum(itertools.islice(left, len(entry.producer.ranges)))
-        yield from entry.producer.make(itertools.islice(parts, own))
+    parts = parts_of(windows, watch(ranges, reader))
+    made = (
+        entry.producer.make(taken(parts, sum(source.nbytes for source in entry.producer.ranges)))
+        for entry in item.entries
+    )
+    return _stream(item, item.header, itertools.chain.from_iterable(made), reader, root, reporter)
 
 
 def _stream(
@@ -118,38 +119,55 @@ def _stream(
     return record
 
 
-class Window(NamedTuple):
+@dataclass
+class Window:
     """One read, and its wanted parts: offset in it, bytes."""
 
-    range: Range
-    parts: tuple[tuple[int, int], ...]
+    path: Path
+    start: int
+    parts: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.start + sum(self.parts[-1])
+
+    @property
+    def range(self) -> Range:
+        return Range(self.path, self.start, self.end - self.start)
 
 
-def read_plan(ranges: Sequence[Range], limit: int = WINDOW) -> tuple[list[Window], list[int]]:
-    """Reads of all bytes of ``ranges`` in order, shared by neighbours, and the number of parts of each range."""
+def read_plan(ranges: Iterable[Range], limit: int = WINDOW) -> list[Window]:
+    """Reads of all bytes of ``ranges`` in order, shared by neighbours; each part belongs to one range."""
     windows: list[Window] = []
-    counts: list[int] = []
-    path, start, end = Path(), 0, 0
-    parts: list[tuple[int, int]] = []
-    for wanted in ranges:
-        done = number = 0
-        while done < wanted.nbytes:
-            first = wanted.start + done
-            # With a multiple of 8 no element of a cast lies in two reads.
-            room = (start + limit - first) // 8 * 8 if path == wanted.path and 0 <= first - end <= MAX_GAP else 0
-            if not parts or min(room, wanted.nbytes - done) <= 0:
-                if parts:
-                    windows.append(Window(Range(path, start, end - start), tuple(parts)))
-                path, start, end, parts, room = wanted.path, first, first, [], limit // 8 * 8
-            count = min(wanted.nbytes - done, room)
-            parts.append((first - start, count))
-            end = first + count
-            done += count
-            number += 1
-        counts.append(number)
-    if parts:
-        windows.append(Window(Range(path, start, end - start), tuple(parts)))
-    return windows, counts
+    for path, start, nbytes in ranges:
+        first, end = start, start + nbytes
+        while first < end:
+            last, room = (windows[-1] if windows else None), 0
+            if last is not None and last.path == path and 0 <= first - last.end <= MAX_GAP:
+                # With a multiple of 8 no element of a cast lies in two reads.
+                room = (last.start + limit - first) // 8 * 8
+            if last is None or room <= 0:
+                last, room = Window(path, first), limit // 8 * 8
+                windows.append(last)
+            count = min(end - first, room)
+            last.parts.append((first - last.start, count))
+            first += count
+    return windows
+
+
+def parts_of(windows: Iterable[Window], read: Iterable[memoryview]) -> Iterator[memoryview]:
+    """The wanted parts of ``read``, the bytes of ``windows``."""
+    for window, data in zip(windows, read, strict=True):
+        for at, size in window.parts:
+            yield data[at : at + size]
+
+
+def taken(parts: Iterator[memoryview], nbytes: int) -> Iterator[memoryview]:
+    """The next parts, which have ``nbytes`` bytes together."""
+    while nbytes:
+        part = next(parts)
+        nbytes -= len(part)
+        yield part
 
 
 def passage(reader: RangeReader, writer: TensorWriter) -> str:
@@ -159,7 +177,7 @@ def passage(reader: RangeReader, writer: TensorWriter) -> str:
 
 
 def copy_file(
-    item: CopyFile, root: Path, reporter: Reporter, *, copy: bool = False, zeros: ZeroStretches | None = None
+    item: CopyFile, root: Path, reporter: Reporter, *, copy: bool = False, watch: Watch = unwatched
 ) -> FileRecord:
     """Take over the real file behind ``item.source``: reflink, else hard link, else (or with ``copy``) copy.
 
@@ -169,13 +187,12 @@ def copy_file(
     if found != item.size:
         raise FormatError("has changed since it was planned", file=item.source, expected=item.size, found=found)
     ranges = file_ranges(source, item.size)
-    watch: Watch = functools.partial(zeros.watch, ranges) if zeros else iter
     how = None if copy else _link(source, root / item.path)
     if how is None:
         reader = RangeReader(ranges, direct=item.size >= DIRECT_FROM)
-        return _stream(item, b"", watch(reader), reader, root, reporter)
+        return _stream(item, b"", watch(ranges, reader), reader, root, reporter)
     reporter.detail(f"{item.path}: {how}")
-    digest = hash_file(root / item.path, reporter, watch=watch)
+    digest = hash_file(root / item.path, reporter, watch=functools.partial(watch, ranges))
     return FileRecord(item.path, item.size, digest, "hard" if how == "hard-linked" else None)
 
 
