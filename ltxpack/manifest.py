@@ -258,29 +258,33 @@ def read_manifest(overlay: Path) -> Manifest:
     return parse_manifest(data, path)
 
 
-@functools.lru_cache(maxsize=4)
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """Manifest from JSON; ``path`` is only named in errors. Raises OverlayError.
+    """Manifest from JSON; ``path`` is only named in errors. Raises OverlayError."""
+    try:
+        return _parsed(data)
+    except OverlayError as fault:
+        remake = f"ltxpack materialize SOURCE {quoted(path.parent)} --force"
+        expected, found = fault.expected, fault.found
+        raise OverlayError(fault.problem, file=path, expected=expected, found=found, next=remake) from None
 
-    A command reads the same manifest several times, and the validator takes the most of that.
-    """
-    remake = f"ltxpack materialize SOURCE {quoted(path.parent)} --force"
+
+@functools.lru_cache(maxsize=4)
+def _parsed(data: bytes) -> Manifest:
+    """Manifest from JSON. A command reads the same one several times, and most of that time is the validator's."""
     try:
         document = bounded_json.parse(data, LIMITS)
     except bounded_json.JsonFault as error:
-        raise OverlayError(str(error), file=path, next=remake) from None
+        raise OverlayError(str(error)) from None
     if isinstance(document, dict) and document.get("format") not in (None, FORMAT):
-        raise OverlayError(
-            "was written by another version of ltxpack", file=path, expected=f"format {FORMAT}",
-            found=document["format"], next=remake,
-        )  # fmt: skip
+        problem = "was written by another version of ltxpack"
+        raise OverlayError(problem, expected=f"format {FORMAT}", found=document["format"])
     fault = next(iter(_validator().iter_errors(document)), None)
     if fault is not None:
         where = "/".join(str(part) for part in fault.absolute_path) or "(top)"
-        raise OverlayError(f"does not fit its schema at {where}: {fault.message[:300]}", file=path, next=remake)
+        raise OverlayError(f"does not fit its schema at {where}: {fault.message[:300]}")
     manifest: Manifest = _build(Manifest, document)
     for problem, found in _faults(manifest):
-        raise OverlayError(problem, file=path, found=found, next=remake)
+        raise OverlayError(problem, found=found)
     return manifest
 
 
@@ -295,7 +299,7 @@ def checked_bytes(manifest: Manifest, overlay: Path) -> bytes:
     try:
         if len(data) > MAX_MANIFEST_BYTES:
             raise OverlayError(f"is larger than {MAX_MANIFEST_BYTES} bytes", found=f"{len(data)} bytes")
-        parse_manifest(data, overlay / MANIFEST_NAME)
+        _parsed(data)
     except OverlayError as fault:
         problem = f"would get a {MANIFEST_NAME} that ltxpack cannot read: it {fault.problem}"
         advice = "make this in a new overlay; if that fails too, report it with this message"
