@@ -23,7 +23,9 @@ docs: install
 	$(BIN)/ltxpack plan --page docs/plan.html
 	$(BIN)/python benchmarks/plan_table.py
 
-test: lint types unit
+# mypy takes one core for a while, so the tests run beside it.
+test: install
+	$(MAKE) --jobs=2 lint types unit
 
 lint: install
 	$(BIN)/ruff check .
