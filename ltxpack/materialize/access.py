@@ -225,6 +225,11 @@ def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | No
     return repo_folder(info, access)
 
 
+def folder_of(file: InputFile, access: Access) -> InputFolder:
+    """The folder of a local file, or the repo of one on the hub."""
+    return local_folder(Path(file.member).parent) if file.repo is None else repo_folder(file.repo, access)
+
+
 def repo_folder(info: RepoInfo, access: Access) -> InputFolder:
     files = {
         name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)

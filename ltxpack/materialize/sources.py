@@ -48,9 +48,9 @@ from ltxpack.materialize.access import (
     InputFile,
     InputFolder,
     find_input,
+    folder_of,
     hub_folder,
     local_folder,
-    repo_folder,
 )
 from ltxpack.materialize.checkpoint import AGAIN, MADE_OF, read_lora, take_instead
 from ltxpack.materialize.parts import PIECES, Part, lacking, pieces_of, shard_names
@@ -245,10 +245,9 @@ def _parts_beside(wanted: Sequence[str], beside: InputFolder, taken: Collection[
 
 def _beside(file: InputFile, access: Access) -> InputFolder:
     """The folder of ``file``; if it is one of ComfyUI's, with ComfyUI's others."""
+    folder, prefix = folder_of(file, access), file.member.rpartition("/")[0]
     if file.repo is None:
-        place = Path(file.member).parent
-        return with_comfyui(local_folder(place)) if place.resolve().name in COMFYUI_FOLDERS else local_folder(place)
-    folder, prefix = repo_folder(file.repo, access), file.member.rpartition("/")[0]
+        return with_comfyui(folder) if Path(folder.label).resolve().name in COMFYUI_FOLDERS else folder
     found = folder.find(prefix) if prefix else folder
     assert isinstance(found, InputFolder)
     return found
@@ -270,9 +269,7 @@ def with_comfyui(folder: InputFolder) -> InputFolder:
 def open_source_folder(source: str, revision: str | None, access: Access) -> tuple[InputFolder, InputFile | None]:
     """SOURCE as a folder and None; or, if SOURCE is a file, its folder and the file as the checkpoint."""
     found = find_input(source, access, revision=revision)
-    if isinstance(found, InputFolder):
-        return found, None
-    return (local_folder(Path(found.member).parent) if found.repo is None else repo_folder(found.repo, access)), found
+    return (found, None) if isinstance(found, InputFolder) else (folder_of(found, access), found)
 
 
 def choose(role: str, folder: InputFolder, access: Access) -> InputFile:
@@ -362,8 +359,8 @@ def _text_encoder(typed: str | None, folder: InputFolder, access: Access) -> Inp
     found = find_input(typed, access, within=folder)
     if isinstance(found, InputFolder):
         return found
-    beside = local_folder(Path(found.member).parent) if found.repo is None else None
-    if beside is not None and "config.json" not in beside.files:  # the error below names the other files it needs
+    # The error below is for a file of a whole folder; that for weights alone names the other files they need.
+    if found.repo is None and "config.json" not in folder_of(found, access).files:
         return InputFolder(found.member, {found.name: found})
     raise SourceError(
         "is a file", file=typed, expected="the folder of the text encoder",

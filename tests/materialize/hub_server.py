@@ -191,13 +191,10 @@ class HubServer:
         """Points huggingface_hub in this process here: endpoint, cache, no token, no proxy, no offline mode."""
         use_endpoint(monkeypatch, self.endpoint, cache)
 
-    def take_drop(self) -> int | None:
+    def take(self, queued: list[int]) -> int | None:
+        """The next of the faults that are queued, if there is one; several threads answer."""
         with self._lock:
-            return self.faults.drops.pop(0) if self.faults.drops else None
-
-    def take_status(self) -> int | None:
-        with self._lock:
-            return self.faults.statuses.pop(0) if self.faults.statuses else self.faults.always
+            return queued.pop(0) if queued else None
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
@@ -254,9 +251,8 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
         do_HEAD = do_GET
 
         def _route(self) -> None:
-            status = server.take_status()
             path = urlsplit(self.path).path
-            if status is not None:
+            if (status := server.take(server.faults.statuses) or server.faults.always) is not None:
                 self._error(status, None, "made to fail", server.faults.after)
             elif match := API.fullmatch(path):
                 self._describe(unquote(match["repo"]), unquote(match["revision"] or "main"))
@@ -337,7 +333,7 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             self._head(status, stop - start, {**headers, "Accept-Ranges": "bytes"})
             if self.command == "HEAD":
                 return
-            drop = server.take_drop()
+            drop = server.take(server.faults.drops)
             for chunk in file.read(start, stop if drop is None else min(stop, start + drop)):
                 body = server.faults.body(chunk)
                 self.request_.sent += len(chunk)  # before the client can have it and a test can ask

@@ -102,10 +102,10 @@ def test_offline_no_variable_of_the_network_is_looked_at(
         monkeypatch.setenv(name, "nowhere:abc")
     notes = Notes()
     # The cache serves where the network cannot, and the variable is told.
-    assert Hub(reporter=notes).info(REPO).cached_only
+    assert Hub(reporter=notes).info(REPO).files
     assert "HTTPS_PROXY cannot be used" in notes.warnings[0]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert Hub(reporter=(silent := Notes())).info(REPO).cached_only
+    assert Hub(reporter=(silent := Notes())).info(REPO).files
     assert not silent.said
 
 

@@ -170,17 +170,17 @@ def next_of(message: str) -> str:
 
 
 def type_next(message: str, command: list[str | Path], source: Path, mend: Callable[[Path], object] | None) -> Done:
-    """Do what the message says: the same command with flags, another command, or what plain words say."""
-    told = next_of(message)
+    """Plan what the message says: the same command with flags, another command, or what plain words say."""
+    told, plan = next_of(message), ("--plan", "--json")
     if mend is not None:
         assert not told.startswith((AGAIN, "ltxpack"))
         mend(source)
-        return ltxpack(*command)
+        return ltxpack(*command, *plan)
     if told.startswith(AGAIN):
-        return ltxpack(*command, *shlex.split(told.removeprefix(AGAIN)))
+        return ltxpack(*command, *plan, *shlex.split(told.removeprefix(AGAIN)))
     words = shlex.split(told.partition(" (")[0].replace("OVERLAY", shlex.quote(str(command[-1]))))
     assert words[0] == "ltxpack"
-    return ltxpack(*words[1:])
+    return ltxpack(*words[1:], *plan)
 
 
 @pytest.mark.usefixtures("hub")
@@ -193,7 +193,7 @@ def test_what_is_said_and_that_its_next_gets_there(kind: str, source: Path, out:
     assert all(words in message for words in named), message
     assert not out.exists()
     done = type_next(message, command, source, mend)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not json.loads(done.stdout)["missing"], done.stderr
 
 
 @pytest.mark.usefixtures("hub")

@@ -101,7 +101,7 @@ def blobs(cache: Path, repo: str = REPO) -> dict[str, bytes]:
 
 
 def test_info_lists_files_with_sizes_and_the_stated_sha256(server: HubServer, info: RepoInfo) -> None:
-    assert (info.repo, info.commit, info.cached_only) == (REPO, server.commit(REPO), False)
+    assert (info.repo, info.commit) == (REPO, server.commit(REPO))
     assert {name: file.size for name, file in info.files.items()} == {name: len(data) for name, data in FILES.items()}
     hashes = {name: file.sha256 for name, file in info.files.items() if file.sha256}
     assert hashes == {name: hashlib.sha256(FILES[name]).hexdigest() for name in FILES if name.endswith("safetensors")}
@@ -170,12 +170,12 @@ def test_token_goes_to_the_hub_and_not_to_the_storage(server: HubServer) -> None
     assert tokens == {("127.0.0.1", MEMBER), ("localhost", None)}
 
 
-def test_revision_and_file_not_found(server: HubServer, info: RepoInfo) -> None:
+def test_revision_not_found_and_file_that_is_gone(server: HubServer, info: RepoInfo) -> None:
     told = told_by(lambda: Hub().info(REPO, "v9"))
     assert "no such revision" in told and f"{REPO}@v9" in told
+    del server.commits[REPO]["main"].files[BIG]
     for call in (Hub().header, Hub().fetch):
-        told = told_by(lambda call=call: call(info, "other.safetensors"))
-        assert "no such file" in told and "sub/other.safetensors" in told
+        assert "no such file" in told_by(lambda call=call: call(info, BIG))
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -576,7 +576,7 @@ def test_offline_mode_works_from_the_cache(filled: HubServer, monkeypatch: pytes
     go_offline(monkeypatch)
     hub_ = Hub()
     info = hub_.info(REPO)
-    assert (info.commit, info.cached_only) == (filled.commit(REPO), True)
+    assert info.commit == filled.commit(REPO)
     assert {name: (file.size, file.sha256) for name, file in info.files.items()} == {
         BIG: (len(FILES[BIG]), hashlib.sha256(FILES[BIG]).hexdigest()),
         "sub/notes.txt": (6, None),
@@ -590,14 +590,16 @@ def test_offline_mode_works_from_the_cache(filled: HubServer, monkeypatch: pytes
 
 
 def test_offline_mode_says_what_is_missing(filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    go_offline(monkeypatch)
     hub_ = Hub()
+    gone = hub_.info(REPO)
+    filled.requests.clear()
+    go_offline(monkeypatch)
     for call in (
         lambda: hub_.info("nobody/nothing"),
         lambda: hub_.info(REPO, "v9"),
         lambda: hub_.info(REPO, "1" * 40),
-        lambda: hub_.fetch(hub_.info(REPO), SMALL),
-        lambda: hub_.header(hub_.info(REPO), "sub/other.safetensors"),
+        lambda: hub_.fetch(gone, SMALL),
+        lambda: hub_.header(gone, SMALL),
     ):
         told = told_by(call)
         assert all(words in told for words in ("not in the hub cache", "HF_HUB_OFFLINE", str(cache)))
@@ -641,8 +643,7 @@ def test_without_a_hub_it_works_from_the_cache(
         use_endpoint(monkeypatch, closed_port, cache)
     hub_ = Hub(reporter=(reporter := Notes()))
     info = hub_.info(REPO)
-    assert info.cached_only
-    assert info.commit in reporter.warnings[0]
+    assert info.files.keys() == {BIG, "sub/notes.txt"} and info.commit in reporter.warnings[0]
     assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
 
 

@@ -143,6 +143,7 @@ def write_tensors(
     checkpoint.write_tensors(path, ordered, metadata, functools.partial(_small, seed), dtypes)
 
 
+@functools.cache
 def _small(seed: int, name: str, shape: Shape) -> Any:
     return 0.05 * checkpoint.normal(f"{seed} {name}", shape)
 

@@ -28,7 +28,6 @@ from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.environment import endpoint_fault, network_fault
 from ltxpack.files.publish import atomic_write
 from ltxpack.files.tensorfile import header_length
-from ltxpack.files.typed import similar_names
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import safe_relative_path
 from ltxpack.materialize.hub import errors as hub_errors
@@ -51,7 +50,6 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 LONGEST_NAME = 1024
 LONGEST_PART = 255
 LARGEST_FILE = 2**63 - 1
-SIMILAR_NAMES = 5
 RETRY_WAITS = (1.0, 2.0, 4.0)
 LONG_WAIT = 10.0
 LOCK_PATIENCE = 1.0
@@ -72,14 +70,13 @@ class RepoFile:
 class RepoInfo:
     """A repository at one commit.
 
-    ``revision``: the requested branch or tag, None for main. ``cached_only``: the hub cache may lack some ``files``.
+    ``revision``: the requested branch or tag, None for main. From the hub cache, ``files`` are those that it has.
     """
 
     repo: str
     commit: str
     files: Mapping[str, RepoFile]
     revision: str | None = None
-    cached_only: bool = False
 
     def at(self, name: str) -> Reference:
         return Reference(self.repo, self.commit, name)
@@ -188,8 +185,7 @@ class Hub:
 
         Raises FormatError too, if there can be no header of at most 16 MiB.
         """
-        file = self._file(info, name)
-        place = info.at(name)
+        file, place = info.files[name], info.at(name)
         with self._explained(place):
             cached = self._cached(info, file)
             if cached is not None:
@@ -205,8 +201,7 @@ class Hub:
 
         Size and hash must be those that the hub states. After an interruption, the next call goes on from there.
         """
-        file = self._file(info, name)
-        place = info.at(name)
+        file, place = info.files[name], info.at(name)
         with self._explained(place):
             path = self._cached(info, file)
             if path is None:
@@ -259,16 +254,6 @@ class Hub:
         token = self._token if _origin(stated.location) == _origin(url) else False
         headers = build_hf_headers(token=token, library_name="ltxpack", library_version=__version__)
         return Address(stated.location, headers), etag
-
-    def _file(self, info: RepoInfo, name: str) -> RepoFile:
-        if name in info.files:
-            return info.files[name]
-        place = info.at(name)
-        if info.cached_only:
-            raise tell(hub_errors.NOT_CACHED, place)
-        similar = _similar_names(name, list(info.files))
-        found = None if similar else f"{len(info.files)} other files"
-        raise tell(hub_errors.NO_FILE, place, items=similar, found=found)
 
     def _check_settings(self, place: Reference) -> None:
         """Refuses a variable with which the HTTP library would fail, and a token that no header can hold.
@@ -382,7 +367,7 @@ class Hub:
             name = path.relative_to(snapshot).as_posix()
             if path.is_file() and is_safe_name(name):
                 files[name] = RepoFile(name, path.stat().st_size, cached_sha256(path))
-        return RepoInfo(repo, commit, MappingProxyType(files), revision, cached_only=True) if files else None
+        return RepoInfo(repo, commit, MappingProxyType(files), revision) if files else None
 
     def _cached(self, info: RepoInfo, file: RepoFile) -> Path | None:
         """The file in the snapshot, or None. Raises SourceError if it is another file than the hub states."""
@@ -478,13 +463,6 @@ def _read_listing(model: Any, place: Reference) -> RepoInfo:
             raise _unsound(place, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
         files[name] = RepoFile(name, sibling.size, large.sha256 if large else None)
     return RepoInfo(place.repo, model.sha, MappingProxyType(files), place.revision)
-
-
-def _similar_names(name: str, names: list[str]) -> list[str]:
-    """The ``names`` that are similar to ``name`` or hold its last part (in another folder, with another ending)."""
-    last = name.rsplit("/", 1)[-1].lower()
-    holding = (other for other in names if last in other.lower())
-    return list(dict.fromkeys([*similar_names(name, names), *holding]))[:SIMILAR_NAMES]
 
 
 def _hasher(etag: str, size: int) -> hashlib._Hash:

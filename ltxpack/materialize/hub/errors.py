@@ -9,7 +9,6 @@ import errno
 import os
 import ssl
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ltxpack.errors import SourceError, printable
@@ -113,14 +112,14 @@ BY_TYPE: tuple[tuple[str, Row], ...] = (
         "the hub cache cannot be used", "check that the folder can be written, or set HF_HUB_CACHE to one that can",
         "{path}: {reason}")),
 )  # fmt: skip
-BY_STATUS: Mapping[int, Row] = MappingProxyType({
+BY_STATUS: Mapping[int, Row] = {
     401: Row("the hub refuses the access token",
              _LOGIN + " (or correct HF_TOKEN, which comes before the stored token)", "{token}: {why}"),
     403: Row("the access token may not read this repository",
              "allow it at {endpoint}/settings/tokens, then: " + _LOGIN, "{said}"),
     429: Row("the hub's rate limit is reached",
              "wait and run the same command again; a login raises the limit: " + _LOGIN, "HTTP 429{wait}", away=True),
-})  # fmt: skip
+}  # fmt: skip
 
 
 def tell(row: Row, place: Reference, facts: Mapping[str, object] | None = None, **more: Any) -> SourceError:
