@@ -280,7 +280,7 @@ def _on_hub(reference: Reference, typed: str, access: Access, again: Callable[[s
             raise SourceError(problem, file=typed, items=listed, next=advice)
         [found] = loras
     if found is None or found.member not in names:
-        if member in access.info(reference.repo, reference.revision).files:
+        if member in access.listed(reference.repo, reference.revision):
             raise SourceError("is not a .safetensors file", file=typed)
         close = similar_names(member or "", names)
         advice = again(f"{start}/{close[0]}") if close else None

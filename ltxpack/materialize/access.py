@@ -16,7 +16,7 @@ from ltxpack.files import tensorfile
 from ltxpack.files.foreign import entries, finished_name, is_foreign, refuse_unfinished
 from ltxpack.files.typed import at_home, denied, similar_names, similar_paths
 from ltxpack.ltx23.releases import RELEASES, Recognised, recognise
-from ltxpack.materialize.hub.client import Hub, RepoInfo, cached_sha256, parse_reference
+from ltxpack.materialize.hub.client import Hub, RepoFile, cached_sha256, parse_reference
 from ltxpack.materialize.hub.errors import Reference
 from ltxpack.reporter import Reporter
 
@@ -32,14 +32,15 @@ MAX_CONFIG_BYTES = 16 * 1024 * 1024
 class InputFile:
     """One input file. ``path``: the real file here, or its future path in the hub cache.
 
-    ``name`` is printable. ``member``: its name within ``repo``, or the path at which a local file was found.
+    ``name`` is printable. ``repo``: the file on the hub, with its repo and commit; None for a local file. ``member``:
+    its name within the repo, or the path at which a local file was found.
     """
 
     name: str
     size: int
     sha256: str | None
     path: Path
-    repo: RepoInfo | None
+    repo: RepoFile | None
     member: str
 
     @property
@@ -68,7 +69,7 @@ class InputFolder:
 
     label: str
     files: Mapping[str, InputFile]
-    repo: RepoInfo | None = None
+    repo: str | None = None
     broken: Mapping[str, str] = field(default_factory=dict)
 
     def own(self, *endings: str) -> dict[str, InputFile]:
@@ -90,7 +91,7 @@ class Access:
     def __init__(self, reporter: Reporter, hub: Hub | None = None) -> None:
         self._reporter = reporter
         self._hub = hub
-        self._infos: dict[tuple[str, str | None], RepoInfo] = {}
+        self._listed: dict[tuple[str, str | None], Mapping[str, RepoFile]] = {}
         self._headers: dict[Path, tensorfile.TensorFile] = {}
 
     @property
@@ -99,12 +100,12 @@ class Access:
         self._hub = self._hub or Hub(reporter=self._reporter)
         return self._hub
 
-    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
+    def listed(self, repo: str, revision: str | None = None) -> Mapping[str, RepoFile]:
         """A repo's files at a revision; asks the hub once."""
         key = (repo, revision)
-        if key not in self._infos:
-            self._infos[key] = self.hub.info(repo, revision)
-        return self._infos[key]
+        if key not in self._listed:
+            self._listed[key] = self.hub.files(repo, revision)
+        return self._listed[key]
 
     def header(self, file: InputFile) -> tensorfile.TensorFile:
         """The header of a safetensors file. Raises FormatError, or SourceError, also for half a download."""
@@ -113,7 +114,7 @@ class Access:
                 refuse_unfinished(file.member)
                 self._headers[file.path] = tensorfile.read_tensorfile(file.path)
             else:
-                head = self.hub.header(file.repo, file.member)
+                head = self.hub.header(file.repo)
                 self._headers[file.path] = tensorfile.parse_header(head, file.size, file.label)
         return self._headers[file.path]
 
@@ -129,7 +130,7 @@ class Access:
         """Fetch the file to its ``path``. Raises SourceError if it is not the file of the plan."""
         if file.repo is None:
             return
-        path = self.hub.fetch(file.repo, file.member)
+        path = self.hub.fetch(file.repo)
         size = path.stat().st_size
         if size != file.size:
             raise SourceError("arrived with another size", file=file.label, expected=file.size, found=size)
@@ -214,7 +215,7 @@ def local_folder(folder: Path) -> InputFolder:
 def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | None = None) -> InputFolder:
     """A repo on the hub. ``typed``: the local path that the user may have meant, named if there is no such repo."""
     try:
-        info = access.info(repo, revision)
+        listed = access.listed(repo, revision)
     except SourceError as error:
         if typed is None or not os.path.isdir(typed.parent):  # noqa: PTH112 (a Path raises where it may not look)
             raise
@@ -222,23 +223,21 @@ def hub_folder(repo: str, revision: str | None, access: Access, typed: Path | No
             f"{error.problem}; nor is there such a file or folder here", file=str(typed), expected=error.expected,
             found=error.found, items=error.items or similar_paths(typed), next=error.next,
         ) from None  # fmt: skip
-    return repo_folder(info, access)
-
-
-def folder_of(file: InputFile, access: Access) -> InputFolder:
-    """The folder of a local file, or the repo of one on the hub."""
-    return local_folder(Path(file.member).parent) if file.repo is None else repo_folder(file.repo, access)
-
-
-def repo_folder(info: RepoInfo, access: Access) -> InputFolder:
     files = {
-        name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(info, name), info, name)
-        for name, file in info.files.items()
+        name: InputFile(PurePosixPath(name).name, file.size, file.sha256, access.hub.path(file), file, name)
+        for name, file in listed.items()
         if name.endswith((WEIGHTS, *TEXT_ENDINGS, *OTHER_WEIGHTS))
         and not is_foreign(name)
         and all(tensorfile.plain_file_name(part) for part in name.split("/"))
     }
-    return InputFolder(info.repo if info.revision is None else f"{info.repo}@{info.revision}", files, info)
+    return InputFolder(repo if revision is None else f"{repo}@{revision}", files, repo)
+
+
+def folder_of(file: InputFile, access: Access) -> InputFolder:
+    """The folder of a local file, or the repo of one on the hub."""
+    if file.repo is None:
+        return local_folder(Path(file.member).parent)
+    return hub_folder(file.repo.repo, file.repo.revision, access)
 
 
 def hub_reference(typed: str) -> Reference | None:

@@ -18,7 +18,7 @@ from ltxpack.ltx23.lora_statements import (
     read_configuration,
 )
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
-from ltxpack.materialize.access import Access, InputFile, hub_folder
+from ltxpack.materialize.access import Access, InputFile, folder_of
 from ltxpack.materialize.checkpoint import (
     AGAIN,
     Checkpoint,
@@ -123,6 +123,6 @@ def _configuration(lora: InputFile, access: Access) -> Configuration | None:
     """The PEFT configuration that belongs to ``lora``."""
     if lora.repo is None:
         return read_configuration(configuration_beside(Path(lora.member)))
-    files = hub_folder(lora.repo.repo, lora.repo.revision, access).files
+    files = folder_of(lora, access).files
     config = files.get(configuration_among(files, lora.member))
     return None if config is None else Configuration(access.json(config), Path(config.label))

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ltxpack.errors import SourceError
-from ltxpack.materialize.hub.client import Hub, RepoFile, RepoInfo
+from ltxpack.materialize.hub.client import Hub, RepoFile
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -18,8 +18,8 @@ class FakeHub(Hub):
         self.repos = repos
         self.asked: list[tuple[str, ...]] = []
 
-    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
-        self.asked.append(("info", repo, revision or ""))
+    def files(self, repo: str, revision: str | None = None) -> dict[str, RepoFile]:
+        self.asked.append(("files", repo, revision or ""))
         folder = self.repos.get(repo, SourceError("there is no such repository", file=repo))
         if isinstance(folder, SourceError):
             raise folder
@@ -28,22 +28,22 @@ class FakeHub(Hub):
             if path.is_file():
                 name = path.relative_to(folder).as_posix()
                 sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if name.endswith(".safetensors") else None
-                files[name] = RepoFile(name, path.stat().st_size, sha256)
-        return RepoInfo(repo, COMMIT, files)
+                files[name] = RepoFile(repo, COMMIT, name, path.stat().st_size, sha256, revision)
+        return files
 
-    def header(self, info: RepoInfo, name: str) -> bytes:
-        self.asked.append(("header", info.repo, name))
-        data = self.path(info, name).read_bytes()
+    def header(self, file: RepoFile) -> bytes:
+        self.asked.append(("header", file.repo, file.name))
+        data = self.path(file).read_bytes()
         return data[: 8 + int.from_bytes(data[:8], "little")]
 
-    def fetch(self, info: RepoInfo, name: str) -> Path:
-        self.asked.append(("fetch", info.repo, name))
-        return self.path(info, name)
+    def fetch(self, file: RepoFile) -> Path:
+        self.asked.append(("fetch", file.repo, file.name))
+        return self.path(file)
 
-    def path(self, info: RepoInfo, name: str) -> Path:
-        folder = self.repos[info.repo]
+    def path(self, file: RepoFile) -> Path:
+        folder = self.repos[file.repo]
         assert isinstance(folder, Path)
-        return folder / name
+        return folder / file.name
 
     def fetched(self, ending: str = ".safetensors") -> list[str]:
         """Names of the files, of weights only or of any ``ending``, that were fetched whole."""

@@ -86,7 +86,7 @@ def test_entries_of_no_proxy_that_httpx_does_not_take_are_left_out(
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,[::1], fe80::/10 ,.example.org")
     notes = Notes()
-    assert Hub(reporter=notes).info(REPO).files.keys() == {"config.json"}
+    assert Hub(reporter=notes).files(REPO).keys() == {"config.json"}
     assert os.environ["NO_PROXY"] == "127.0.0.1,.example.org"
     (warning,) = notes.warnings
     assert warning.startswith("NO_PROXY: '[::1], fe80::/10'")
@@ -97,15 +97,15 @@ def test_offline_no_variable_of_the_network_is_looked_at(
 ) -> None:
     from huggingface_hub import constants
 
-    Hub().fetch(Hub().info(REPO), "config.json")
+    Hub().fetch(Hub().files(REPO)["config.json"])
     for name in ("HTTPS_PROXY", "SSL_CERT_FILE"):
         monkeypatch.setenv(name, "nowhere:abc")
     notes = Notes()
     # The cache serves where the network cannot, and the variable is told.
-    assert Hub(reporter=notes).info(REPO).files
+    assert Hub(reporter=notes).files(REPO)
     assert "HTTPS_PROXY cannot be used" in notes.warnings[0]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert Hub(reporter=(silent := Notes())).info(REPO).files
+    assert Hub(reporter=(silent := Notes())).files(REPO)
     assert not silent.said
 
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from support import HANG, Notes, until
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
 from ltxpack.materialize.hub import client as hub
 from ltxpack.materialize.hub import transfer as hub_transfer
-from ltxpack.materialize.hub.client import Hub, HubUnreachable, RepoInfo, is_safe_name, parse_reference
+from ltxpack.materialize.hub.client import Hub, HubUnreachable, RepoFile, is_safe_name, parse_reference
 
 REPO = "Lightricks/LTX-2.3"
 GATED = "google/gemma-3"
@@ -48,6 +48,18 @@ FILES = {
     "sub/other.safetensors": safetensors(70_000, seed=1),
 }
 REVISIONS = {"v1": {SMALL: b'{"old": 1}'}, "refs/pr/1": {SMALL: b'{"pr": 1}'}}
+
+
+Listing = Mapping[str, RepoFile]
+
+
+def commit_of(files: Listing) -> str:
+    [commit] = {file.commit for file in files.values()}
+    return commit
+
+
+def stated(files: Listing) -> dict[str, tuple[int, str | None]]:
+    return {name: (file.size, file.sha256) for name, file in files.items()}
 
 
 @pytest.fixture
@@ -75,8 +87,8 @@ def server(serve: Callable[..., HubServer]) -> HubServer:
 
 
 @pytest.fixture
-def info(server: HubServer) -> RepoInfo:
-    return Hub().info(REPO)
+def files(server: HubServer) -> Listing:
+    return Hub().files(REPO)
 
 
 def told_by(call: Callable[[], object], kind: type[LtxpackError] = SourceError) -> str:
@@ -100,43 +112,43 @@ def blobs(cache: Path, repo: str = REPO) -> dict[str, bytes]:
 # What the hub says
 
 
-def test_info_lists_files_with_sizes_and_the_stated_sha256(server: HubServer, info: RepoInfo) -> None:
-    assert (info.repo, info.commit) == (REPO, server.commit(REPO))
-    assert {name: file.size for name, file in info.files.items()} == {name: len(data) for name, data in FILES.items()}
-    hashes = {name: file.sha256 for name, file in info.files.items() if file.sha256}
+def test_listing_holds_files_with_sizes_and_the_stated_sha256(server: HubServer, files: Listing) -> None:
+    assert {(file.repo, file.commit) for file in files.values()} == {(REPO, server.commit(REPO))}
+    assert {name: file.size for name, file in files.items()} == {name: len(data) for name, data in FILES.items()}
+    hashes = {name: file.sha256 for name, file in files.items() if file.sha256}
     assert hashes == {name: hashlib.sha256(FILES[name]).hexdigest() for name in FILES if name.endswith("safetensors")}
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
 def test_revision_is_pinned(server: HubServer, revision: str) -> None:
     hub_ = Hub()
-    info = hub_.info(REPO, revision)
-    assert info.commit == server.commit(REPO, revision) != server.commit(REPO)
-    assert hub_.info(REPO, info.commit).files == info.files
-    assert hub_.fetch(info, SMALL).read_bytes() == REVISIONS[revision][SMALL]
+    files = hub_.files(REPO, revision)
+    assert commit_of(files) == server.commit(REPO, revision) != server.commit(REPO)
+    assert stated(hub_.files(REPO, commit_of(files))) == stated(files)
+    assert hub_.fetch(files[SMALL]).read_bytes() == REVISIONS[revision][SMALL]
 
 
 @pytest.mark.parametrize("token", [None, STRANGER])
 def test_missing_and_private_look_alike(server: HubServer, token: str | None) -> None:
     for repo in ("nobody/nothing", "me/private"):
-        told = told_by(lambda repo=repo: Hub(token).info(repo))
+        told = told_by(lambda repo=repo: Hub(token).files(repo))
         assert "no such repository, or a private one" in told
         assert f"{server.endpoint}/{repo}" in told and "hf auth login" in told
 
 
 def test_private_and_gated_repositories_open_with_the_token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_ = Hub(MEMBER)
-    assert hub_.fetch(hub_.info(GATED), BIG).read_bytes() == FILES[BIG]
-    assert hub_.info("me/private").files
+    assert hub_.fetch(hub_.files(GATED)[BIG]).read_bytes() == FILES[BIG]
+    assert hub_.files("me/private")
     monkeypatch.setenv("HF_TOKEN", MEMBER)
-    assert Hub().info("me/private").files
+    assert Hub().files("me/private")
 
 
 @pytest.mark.parametrize(("token", "reason"), [(None, "none is logged in"), (STRANGER, "has no access")])
 def test_gated_repository_names_the_page_before_anything_is_downloaded(
     server: HubServer, token: str | None, reason: str
 ) -> None:
-    told = told_by(lambda: Hub(token).info(GATED))
+    told = told_by(lambda: Hub(token).files(GATED))
     assert "gated" in told and reason in told
     assert f"open {server.endpoint}/{GATED} and accept the licence" in told
     assert "hf auth login" in told
@@ -144,50 +156,50 @@ def test_gated_repository_names_the_page_before_anything_is_downloaded(
 
 
 def test_refused_and_forbidden_tokens(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = told_by(lambda: Hub("hf_wrong").info(REPO))
+    told = told_by(lambda: Hub("hf_wrong").files(REPO))
     assert "refuses the access token" in told and "hf auth login" in told
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "HF_TOKEN" in told_by(lambda: Hub().info(REPO))
+    assert "HF_TOKEN" in told_by(lambda: Hub().files(REPO))
     server.faults.always = 403
-    assert f"{server.endpoint}/settings/tokens" in told_by(lambda: Hub(MEMBER).info(REPO))
+    assert f"{server.endpoint}/settings/tokens" in told_by(lambda: Hub(MEMBER).files(REPO))
 
 
 def test_token_that_is_none_is_not_quoted(server: HubServer) -> None:
     for token in ("hf_secret\x00more", "hf_secretß", "hf secret"):
         with pytest.raises(SourceError) as caught:
-            Hub(token).info(REPO)
+            Hub(token).files(REPO)
         assert "secret" not in f"{caught.value!r} {caught.value.__cause__!r}"
     assert not server.requests
 
 
 def test_token_goes_to_the_hub_and_not_to_the_storage(server: HubServer) -> None:
     hub_ = Hub(MEMBER)
-    info = hub_.info(REPO)
-    hub_.header(info, BIG)
-    hub_.fetch(info, BIG)
-    hub_.fetch(info, SMALL)
+    files = hub_.files(REPO)
+    hub_.header(files[BIG])
+    hub_.fetch(files[BIG])
+    hub_.fetch(files[SMALL])
     tokens = {(request.host.split(":")[0], request.token) for request in server.requests}
     assert tokens == {("127.0.0.1", MEMBER), ("localhost", None)}
 
 
-def test_revision_not_found_and_file_that_is_gone(server: HubServer, info: RepoInfo) -> None:
-    told = told_by(lambda: Hub().info(REPO, "v9"))
+def test_revision_not_found_and_file_that_is_gone(server: HubServer, files: Listing) -> None:
+    told = told_by(lambda: Hub().files(REPO, "v9"))
     assert "no such revision" in told and f"{REPO}@v9" in told
     del server.commits[REPO]["main"].files[BIG]
     for call in (Hub().header, Hub().fetch):
-        assert "no such file" in told_by(lambda call=call: call(info, BIG))
+        assert "no such file" in told_by(lambda call=call: call(files[BIG]))
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_passing_trouble_is_tried_again(server: HubServer, status: int) -> None:
     server.faults.statuses = [status, status]
-    assert Hub().info(REPO).files
+    assert Hub().files(REPO)
     assert [request.status for request in server.requests][:3] == [status, status, 200]
 
 
 def test_lasting_trouble_is_told_after_some_tries(server: HubServer) -> None:
     server.faults.always = 503
-    told = told_by(lambda: Hub().info(REPO), HubUnreachable)
+    told = told_by(lambda: Hub().files(REPO), HubUnreachable)
     assert "HTTP 503" in told and "HF_HUB_OFFLINE=1" in told
     assert len(server.requests) == 4
 
@@ -196,14 +208,14 @@ def test_rate_limit_says_how_long(server: HubServer, monkeypatch: pytest.MonkeyP
     waits: list[float] = []
     monkeypatch.setattr(hub.time, "sleep", waits.append)
     server.faults.always, server.faults.after = 429, {"Retry-After": "17"}
-    assert "wait 17 s" in told_by(lambda: Hub().info(REPO), HubUnreachable)
+    assert "wait 17 s" in told_by(lambda: Hub().files(REPO), HubUnreachable)
     assert waits == [17.0] * 3
 
 
 def test_answer_of_something_else_than_a_hub(server: HubServer) -> None:
     for answer in ([], {"id": 1}, "text", {"id": REPO, "sha": "0" * 40}, {"id": REPO, "siblings": []}):
         server.faults.listing = lambda _, answer=answer: answer
-        assert "cannot be used" in told_by(lambda: Hub().info(REPO))
+        assert "cannot be used" in told_by(lambda: Hub().files(REPO))
 
 
 def one_file(**change: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -238,22 +250,22 @@ def test_hostile_listings_are_refused(server: HubServer, cache: Path) -> None:
     listing = server.faults.listing
     for hostile in HOSTILE:
         server.faults.listing = hostile
-        told = told_by(lambda: Hub().info(REPO))
+        told = told_by(lambda: Hub().files(REPO))
         assert set(told) - {"\n"} <= set(filter(str.isprintable, told))
     server.faults.listing = listing
-    assert Hub().info(REPO) and not server.sent()
+    assert Hub().files(REPO) and not server.sent()
     assert not cache.exists() or not any(path.is_file() for path in cache.rglob("*"))
 
 
-def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, info: RepoInfo, cache: Path) -> None:
+def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, files: Listing, cache: Path) -> None:
     for metadata in (
         {"X-Linked-Etag": '"../../../../x"'}, {"X-Linked-Etag": f'"{"1" * 64}"'}, {"X-Linked-Etag": '""', "ETag": '""'},
         {"X-Linked-Size": "5"}, {"X-Repo-Commit": "1" * 40}, {"X-Repo-Commit": "../.."},
     ):  # fmt: skip
         server.faults.metadata = metadata
-        told_by(lambda: Hub().fetch(info, BIG))
-        told_by(lambda: Hub().header(info, BIG))
-        told_by(lambda: Hub().info(REPO))
+        told_by(lambda: Hub().fetch(files[BIG]))
+        told_by(lambda: Hub().header(files[BIG]))
+        told_by(lambda: Hub().files(REPO))
     assert not server.sent()
     assert not blobs(cache)
 
@@ -262,12 +274,12 @@ def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, info: Rep
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_fetch_puts_the_file_into_the_hub_cache(server: HubServer, info: RepoInfo, cache: Path, name: str) -> None:
-    path = Hub(reporter=(reporter := Notes())).fetch(info, name)
-    assert path == cache / "models--Lightricks--LTX-2.3" / "snapshots" / info.commit / name
+def test_fetch_puts_the_file_into_the_hub_cache(server: HubServer, files: Listing, cache: Path, name: str) -> None:
+    path = Hub(reporter=(reporter := Notes())).fetch(files[name])
+    assert path == cache / "models--Lightricks--LTX-2.3" / "snapshots" / commit_of(files) / name
     assert path.read_bytes() == FILES[name]
     git = hashlib.sha1(b"blob %d\0" % len(FILES[name]) + FILES[name]).hexdigest()
-    assert path.resolve() == cache / "models--Lightricks--LTX-2.3" / "blobs" / (info.files[name].sha256 or git)
+    assert path.resolve() == cache / "models--Lightricks--LTX-2.3" / "blobs" / (files[name].sha256 or git)
     assert reporter.phases == [[f"{REPO}/{name}", "B", len(FILES[name]), len(FILES[name])]]
     assert server.sent() == len(FILES[name])
 
@@ -275,20 +287,20 @@ def test_fetch_puts_the_file_into_the_hub_cache(server: HubServer, info: RepoInf
 def test_blob_of_another_revision_is_linked_not_downloaded(serve: Callable[..., HubServer]) -> None:
     server = serve({REPO: FILES}, revisions={REPO: {"v1": {BIG: FILES[BIG]}}})
     hub_ = Hub()
-    one = hub_.fetch(hub_.info(REPO), BIG)
+    one = hub_.fetch(hub_.files(REPO)[BIG])
     sent = server.sent()
-    two = hub_.fetch(hub_.info(REPO, "v1"), BIG)
+    two = hub_.fetch(hub_.files(REPO, "v1")[BIG])
     assert one != two
     assert one.resolve() == two.resolve()
     assert server.sent() == sent
 
 
 @pytest.mark.parametrize("name", [BIG, "sub/notes.txt"])
-def test_dropped_connection_is_taken_up_where_it_broke(server: HubServer, info: RepoInfo, name: str) -> None:
+def test_dropped_connection_is_taken_up_where_it_broke(server: HubServer, files: Listing, name: str) -> None:
     size = len(FILES[name])
     half = size // 2
     server.faults.drops = [half]
-    assert Hub(reporter=(reporter := Notes())).fetch(info, name).read_bytes() == FILES[name]
+    assert Hub(reporter=(reporter := Notes())).fetch(files[name]).read_bytes() == FILES[name]
     assert [(r.range, r.sent) for r in server.content_requests()] == [
         (None, half),
         (f"bytes={half}-{size - 1}", size - half),
@@ -297,33 +309,33 @@ def test_dropped_connection_is_taken_up_where_it_broke(server: HubServer, info: 
 
 
 def test_download_in_pieces_survives_many_drops(
-    server: HubServer, info: RepoInfo, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, files: Listing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_transfer, "PIECE", 50_000)
     server.faults.drops = [10_000, 0, 49_999, 1, 30_000]
-    assert Hub(reporter=(reporter := Notes())).fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert Hub(reporter=(reporter := Notes())).fetch(files[BIG]).read_bytes() == FILES[BIG]
     assert server.sent() == reporter.advanced == len(FILES[BIG])
 
 
-def test_next_run_goes_on_where_the_last_one_broke_off(server: HubServer, info: RepoInfo, cache: Path) -> None:
+def test_next_run_goes_on_where_the_last_one_broke_off(server: HubServer, files: Listing, cache: Path) -> None:
     size, half = len(FILES[BIG]), 400_000
     server.faults.drops = [half] + [0] * 5
-    told = told_by(lambda: Hub().fetch(info, BIG), HubUnreachable)
+    told = told_by(lambda: Hub().fetch(files[BIG]), HubUnreachable)
     assert f"expected {size} bytes, found {half} bytes" in told
     assert "it goes on from there" in told
     (partial,) = blobs(cache).items()
-    assert partial == (f"{info.files[BIG].sha256}.ltxpack.incomplete", FILES[BIG][:half])
+    assert partial == (f"{files[BIG].sha256}.ltxpack.incomplete", FILES[BIG][:half])
 
     before = len(server.content_requests())
-    assert Hub(reporter=(reporter := Notes())).fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert Hub(reporter=(reporter := Notes())).fetch(files[BIG]).read_bytes() == FILES[BIG]
     (rest,) = server.content_requests()[before:]
     assert (rest.range, rest.sent) == (f"bytes={half}-{size - 1}", size - half)
     assert reporter.advanced == size
-    assert set(blobs(cache)) == {info.files[BIG].sha256}
+    assert set(blobs(cache)) == {files[BIG].sha256}
 
 
 def test_ctrl_c_keeps_what_came(
-    server: HubServer, info: RepoInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, files: Listing, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_transfer, "PIECE", 50_000)
     monkeypatch.setattr(hub_transfer, "POLL_SECONDS", 0.005)
@@ -343,17 +355,17 @@ def test_ctrl_c_keeps_what_came(
 
     server.faults.body = held
     with pytest.raises(KeyboardInterrupt):
-        Hub(reporter=Impatient()).fetch(info, BIG)
+        Hub(reporter=Impatient()).fetch(files[BIG])
     (kept,) = blobs(cache).values()
     assert 0 < len(kept) < len(FILES[BIG])
     assert FILES[BIG].startswith(kept)
     server.faults.body = lambda data: data
     before = len(server.content_requests())  # of the first one, one may still be writing to a closed connection
-    assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert Hub().fetch(files[BIG]).read_bytes() == FILES[BIG]
     assert server.sent(since=before) == len(FILES[BIG]) - len(kept)
 
 
-def test_killed_process_goes_on(server: HubServer, info: RepoInfo, cache: Path) -> None:
+def test_killed_process_goes_on(server: HubServer, files: Listing, cache: Path) -> None:
     """SIGKILL in the middle: what the partial file holds is a prefix, and the next process asks for the rest."""
     killed = threading.Event()
 
@@ -365,7 +377,7 @@ def test_killed_process_goes_on(server: HubServer, info: RepoInfo, cache: Path) 
     server.faults.body = held
     script = (
         "from ltxpack.materialize.hub import client, transfer; transfer.PIECE = 60_000; transfer.CONNECTIONS = 2;"
-        f"h = client.Hub(); h.fetch(h.info({REPO!r}), {BIG!r})"
+        f"h = client.Hub(); h.fetch(h.files({REPO!r})[{BIG!r}])"
     )
     process = subprocess.Popen([sys.executable, "-c", script], env=server.environment(cache))
     until(lambda: sum(map(len, blobs(cache).values())) >= 120_000)
@@ -376,13 +388,13 @@ def test_killed_process_goes_on(server: HubServer, info: RepoInfo, cache: Path) 
     assert 120_000 <= len(kept) < len(FILES[BIG])
     assert FILES[BIG].startswith(kept)
     server.faults.body = lambda data: data
-    assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert Hub().fetch(files[BIG]).read_bytes() == FILES[BIG]
     # The server may come to a piece that the killed process asked for only now; those have 60,000 bytes.
     sent = {request.range: request.sent for request in server.content_requests()}
     assert sent[f"bytes={len(kept)}-{len(FILES[BIG]) - 1}"] == len(FILES[BIG]) - len(kept)
 
 
-def test_expired_link_is_asked_for_anew(server: HubServer, info: RepoInfo) -> None:
+def test_expired_link_is_asked_for_anew(server: HubServer, files: Listing) -> None:
     server.faults.drops = [200_000]
 
     def expire(data: bytes) -> bytes:
@@ -391,13 +403,13 @@ def test_expired_link_is_asked_for_anew(server: HubServer, info: RepoInfo) -> No
         return data
 
     server.faults.body = expire
-    assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert Hub().fetch(files[BIG]).read_bytes() == FILES[BIG]
     assert [r.status for r in server.content_requests()] == [200, 403, 206]
 
 
 def test_licence_withdrawn_on_the_way(server: HubServer, cache: Path) -> None:
     """The link expires and no new one is given: the error is the hub's, and what came is kept."""
-    info = Hub(MEMBER).info(GATED)
+    files = Hub(MEMBER).files(GATED)
     server.faults.drops = [300_000]
 
     def withdraw(data: bytes) -> bytes:
@@ -406,11 +418,11 @@ def test_licence_withdrawn_on_the_way(server: HubServer, cache: Path) -> None:
         return data
 
     server.faults.body = withdraw
-    assert "refuses the access token" in told_by(lambda: Hub(MEMBER).fetch(info, BIG))
+    assert "refuses the access token" in told_by(lambda: Hub(MEMBER).fetch(files[BIG]))
     assert list(blobs(cache, GATED).values()) == [FILES[BIG][:300_000]]
 
 
-def test_file_changed_on_the_way_is_refused(server: HubServer, info: RepoInfo) -> None:
+def test_file_changed_on_the_way_is_refused(server: HubServer, files: Listing) -> None:
     """A new link is for another file than was listed: an error at once, whatever failed before."""
     server.faults.drops = [1000, 1000]
 
@@ -420,63 +432,63 @@ def test_file_changed_on_the_way_is_refused(server: HubServer, info: RepoInfo) -
         return data
 
     server.faults.body = change
-    assert "another file than was listed" in told_by(lambda: Hub().fetch(info, BIG))
+    assert "another file than was listed" in told_by(lambda: Hub().fetch(files[BIG]))
 
 
 @pytest.mark.parametrize(("name", "algorithm"), [(BIG, "sha256"), (SMALL, "sha1")])
-def test_altered_content_is_refused(server: HubServer, info: RepoInfo, cache: Path, name: str, algorithm: str) -> None:
+def test_altered_content_is_refused(server: HubServer, files: Listing, cache: Path, name: str, algorithm: str) -> None:
     server.faults.body = lambda data: data[:-1] + bytes([data[-1] ^ 1])
-    told = told_by(lambda: Hub().fetch(info, name))
+    told = told_by(lambda: Hub().fetch(files[name]))
     assert "not what the hub states" in told and algorithm in told
     assert not blobs(cache)
     server.faults.body = lambda data: data
-    assert Hub().fetch(info, name).read_bytes() == FILES[name]
+    assert Hub().fetch(files[name]).read_bytes() == FILES[name]
 
 
-def test_server_without_ranges_is_downloaded_in_one_go(server: HubServer, info: RepoInfo, cache: Path) -> None:
+def test_server_without_ranges_is_downloaded_in_one_go(server: HubServer, files: Listing, cache: Path) -> None:
     server.faults.ranges = False
     server.faults.drops = [300_000]
-    assert Hub().fetch(info, BIG).read_bytes() == FILES[BIG]
-    assert set(blobs(cache)) == {info.files[BIG].sha256}
+    assert Hub().fetch(files[BIG]).read_bytes() == FILES[BIG]
+    assert set(blobs(cache)) == {files[BIG].sha256}
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x"])
-def test_cached_file_of_another_size_is_refused(info: RepoInfo, damage: Callable[[bytes], bytes]) -> None:
+def test_cached_file_of_another_size_is_refused(files: Listing, damage: Callable[[bytes], bytes]) -> None:
     hub_ = Hub()
-    blob = hub_.fetch(info, BIG).resolve()
+    blob = hub_.fetch(files[BIG]).resolve()
     blob.write_bytes(damage(FILES[BIG]))
     for call in (hub_.fetch, hub_.header):
-        told = told_by(lambda call=call: call(info, BIG))
+        told = told_by(lambda call=call: call(files[BIG]))
         assert f"expected {len(FILES[BIG])} bytes" in told
         assert f"delete {blob}" in told
     blob.unlink()
-    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
+    assert hub_.fetch(files[BIG]).read_bytes() == FILES[BIG]
 
 
 def test_no_room_in_the_cache_is_told_before_the_download(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    info = Hub().info(REPO)
+    files = Hub().files(REPO)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: mock.Mock(free=1000))
-    told = told_by(lambda: Hub().fetch(info, BIG))
+    told = told_by(lambda: Hub().fetch(files[BIG]))
     assert "disk of the hub cache is full" in told
     assert "HF_HUB_CACHE" in told
     assert not server.sent()
 
 
 def test_disk_that_fills_up_on_the_way_keeps_what_came(
-    server: HubServer, info: RepoInfo, cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: HubServer, files: Listing, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_transfer.os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
-    assert "disk of the hub cache is full" in told_by(lambda: Hub().fetch(info, BIG))
-    assert list(blobs(cache)) == [f"{info.files[BIG].sha256}.ltxpack.incomplete"]
+    assert "disk of the hub cache is full" in told_by(lambda: Hub().fetch(files[BIG]))
+    assert list(blobs(cache)) == [f"{files[BIG].sha256}.ltxpack.incomplete"]
 
 
-def test_cache_that_cannot_be_written(server: HubServer, info: RepoInfo, cache: Path) -> None:
+def test_cache_that_cannot_be_written(server: HubServer, files: Listing, cache: Path) -> None:
     cache.parent.mkdir(exist_ok=True)
     cache.write_text("a file where the folder should be")
-    assert "hub cache cannot be used" in told_by(lambda: Hub().fetch(info, BIG))
+    assert "hub cache cannot be used" in told_by(lambda: Hub().fetch(files[BIG]))
 
 
-def test_two_at_once_download_once(server: HubServer, info: RepoInfo) -> None:
+def test_two_at_once_download_once(server: HubServer, files: Listing) -> None:
     told = threading.Event()
 
     def held(data: bytes) -> bytes:
@@ -492,7 +504,7 @@ def test_two_at_once_download_once(server: HubServer, info: RepoInfo) -> None:
     server.faults.body = held
     reporters = [Waiting(), Waiting()]
     with ThreadPoolExecutor(2) as threads:
-        one, two = threads.map(lambda reporter: Hub(reporter=reporter).fetch(info, BIG), reporters)
+        one, two = threads.map(lambda reporter: Hub(reporter=reporter).fetch(files[BIG]), reporters)
     assert one == two
     assert one.read_bytes() == FILES[BIG]
     assert server.sent() == len(FILES[BIG])
@@ -512,20 +524,20 @@ def test_header_moves_the_header_only(serve: Callable[..., HubServer], tmp_path:
         stream.truncate(8 + len(header) + size)
     server = serve({REPO: {BIG: sparse, "none.safetensors": whole}})
     hub_ = Hub()
-    info = hub_.info(REPO)
-    assert info.files[BIG].size == 8 + len(header) + size
-    assert hub_.header(info, BIG) == len(header).to_bytes(8, "little") + header
+    files = hub_.files(REPO)
+    assert files[BIG].size == 8 + len(header) + size
+    assert hub_.header(files[BIG]) == len(header).to_bytes(8, "little") + header
     assert server.sent() == 8 + 8 + len(header)
-    assert hub_.header(info, "none.safetensors") == whole
+    assert hub_.header(files["none.safetensors"]) == whole
 
 
-def test_second_fetch_and_the_header_of_a_cached_file_move_nothing(server: HubServer, info: RepoInfo) -> None:
-    remote = Hub().header(info, BIG)
+def test_second_fetch_and_the_header_of_a_cached_file_move_nothing(server: HubServer, files: Listing) -> None:
+    remote = Hub().header(files[BIG])
     assert len(remote) == 8 + int.from_bytes(FILES[BIG][:8], "little")
-    first = Hub().fetch(info, BIG)
+    first = Hub().fetch(files[BIG])
     before = len(server.requests)
-    assert Hub().fetch(info, BIG) == first
-    assert Hub().header(info, BIG) == remote == FILES[BIG][: len(remote)]
+    assert Hub().fetch(files[BIG]) == first
+    assert Hub().header(files[BIG]) == remote == FILES[BIG][: len(remote)]
     assert len(server.requests) == before
 
 
@@ -534,14 +546,14 @@ def test_header_without_ranges_stops_early(serve: Callable[..., HubServer]) -> N
     server = serve({REPO: {BIG: content}})
     server.faults.ranges = False
     hub_ = Hub()
-    info = hub_.info(REPO)
-    assert content.startswith(hub_.header(info, BIG))
+    files = hub_.files(REPO)
+    assert content.startswith(hub_.header(files[BIG]))
     assert server.sent() < len(content)
 
 
-def test_header_survives_a_drop(server: HubServer, info: RepoInfo) -> None:
+def test_header_survives_a_drop(server: HubServer, files: Listing) -> None:
     server.faults.drops = [3, 20]
-    header = Hub().header(info, BIG)
+    header = Hub().header(files[BIG])
     assert FILES[BIG].startswith(header)
     assert len(header) > 20
 
@@ -551,9 +563,9 @@ def test_header_of_what_is_not_safetensors(serve: Callable[..., HubServer]) -> N
     contents = [b"", b"1234567", *(length + b"{}" for length in lengths), b"PK\x03\x04" * 9]
     server = serve({REPO: {f"{number}.safetensors": content for number, content in enumerate(contents)}})
     hub_ = Hub()
-    info = hub_.info(REPO)
-    for name in info.files:
-        assert name in told_by(lambda name=name: hub_.header(info, name), FormatError)
+    files = hub_.files(REPO)
+    for name in files:
+        assert name in told_by(lambda name=name: hub_.header(files[name]), FormatError)
     assert all(request.sent <= 8 for request in server.content_requests())
 
 
@@ -564,10 +576,10 @@ def test_header_of_what_is_not_safetensors(serve: Callable[..., HubServer]) -> N
 def filled(server: HubServer) -> HubServer:
     """The cache holds two files of main and one of v1."""
     hub_ = Hub()
-    info = hub_.info(REPO)
-    hub_.fetch(info, BIG)
-    hub_.fetch(info, "sub/notes.txt")
-    hub_.fetch(hub_.info(REPO, "v1"), SMALL)
+    files = hub_.files(REPO)
+    hub_.fetch(files[BIG])
+    hub_.fetch(files["sub/notes.txt"])
+    hub_.fetch(hub_.files(REPO, "v1")[SMALL])
     server.requests.clear()
     return server
 
@@ -575,31 +587,31 @@ def filled(server: HubServer) -> HubServer:
 def test_offline_mode_works_from_the_cache(filled: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     go_offline(monkeypatch)
     hub_ = Hub()
-    info = hub_.info(REPO)
-    assert info.commit == filled.commit(REPO)
-    assert {name: (file.size, file.sha256) for name, file in info.files.items()} == {
+    files = hub_.files(REPO)
+    assert commit_of(files) == filled.commit(REPO)
+    assert stated(files) == {
         BIG: (len(FILES[BIG]), hashlib.sha256(FILES[BIG]).hexdigest()),
         "sub/notes.txt": (6, None),
     }
-    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
-    assert FILES[BIG].startswith(hub_.header(info, BIG))
-    for revision in (info.commit, "main"):
-        assert hub_.info(REPO, revision).files == info.files
-    assert set(hub_.info(REPO, "v1").files) == {SMALL}
+    assert hub_.fetch(files[BIG]).read_bytes() == FILES[BIG]
+    assert FILES[BIG].startswith(hub_.header(files[BIG]))
+    for revision in (commit_of(files), "main"):
+        assert stated(hub_.files(REPO, revision)) == stated(files)
+    assert set(hub_.files(REPO, "v1")) == {SMALL}
     assert not filled.requests
 
 
 def test_offline_mode_says_what_is_missing(filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     hub_ = Hub()
-    gone = hub_.info(REPO)
+    gone = hub_.files(REPO)
     filled.requests.clear()
     go_offline(monkeypatch)
     for call in (
-        lambda: hub_.info("nobody/nothing"),
-        lambda: hub_.info(REPO, "v9"),
-        lambda: hub_.info(REPO, "1" * 40),
-        lambda: hub_.fetch(gone, SMALL),
-        lambda: hub_.header(gone, SMALL),
+        lambda: hub_.files("nobody/nothing"),
+        lambda: hub_.files(REPO, "v9"),
+        lambda: hub_.files(REPO, "1" * 40),
+        lambda: hub_.fetch(gone[SMALL]),
+        lambda: hub_.header(gone[SMALL]),
     ):
         told = told_by(call)
         assert all(words in told for words in ("not in the hub cache", "HF_HUB_OFFLINE", str(cache)))
@@ -629,7 +641,7 @@ def test_no_network_is_told_at_once(monkeypatch: pytest.MonkeyPatch, cache: Path
     use_endpoint(monkeypatch, closed_port, cache)
     waits: list[float] = []
     monkeypatch.setattr(hub.time, "sleep", waits.append)
-    told = told_by(lambda: Hub().info(REPO), HubUnreachable)
+    told = told_by(lambda: Hub().files(REPO), HubUnreachable)
     assert not waits, "it is not tried again"
     assert all(words in told for words in ("cannot be reached", "Connection refused", "HF_HUB_OFFLINE=1"))
 
@@ -642,18 +654,18 @@ def test_without_a_hub_it_works_from_the_cache(
     if not network:
         use_endpoint(monkeypatch, closed_port, cache)
     hub_ = Hub(reporter=(reporter := Notes()))
-    info = hub_.info(REPO)
-    assert info.files.keys() == {BIG, "sub/notes.txt"} and info.commit in reporter.warnings[0]
-    assert hub_.fetch(info, BIG).read_bytes() == FILES[BIG]
+    files = hub_.files(REPO)
+    assert files.keys() == {BIG, "sub/notes.txt"} and commit_of(files) in reporter.warnings[0]
+    assert hub_.fetch(files[BIG]).read_bytes() == FILES[BIG]
 
 
-def test_network_lost_after_info(
+def test_network_lost_after_the_listing(
     server: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path, closed_port: str
 ) -> None:
-    info = Hub().info(REPO)
+    files = Hub().files(REPO)
     use_endpoint(monkeypatch, closed_port, cache)
     for call in (Hub().fetch, Hub().header):
-        assert "cannot be reached" in told_by(lambda call=call: call(info, BIG), HubUnreachable)
+        assert "cannot be reached" in told_by(lambda call=call: call(files[BIG]), HubUnreachable)
 
 
 def test_shared_blob_store_does_not_lend_its_names(
@@ -667,16 +679,16 @@ def test_shared_blob_store_does_not_lend_its_names(
     blob.rename(stored)
     blob.symlink_to(os.path.relpath(stored, blob.parent))
     go_offline(monkeypatch)
-    info = Hub().info(REPO)
-    assert info.files[BIG].sha256 == sha256
-    assert Hub().fetch(info, BIG).resolve() == stored
+    files = Hub().files(REPO)
+    assert files[BIG].sha256 == sha256
+    assert Hub().fetch(files[BIG]).resolve() == stored
 
 
 def test_damaged_refs_are_not_followed(filled: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     go_offline(monkeypatch)
     for text in ("../../..", "", "\xff\xfe", "1" * 40):
         (cache / "models--Lightricks--LTX-2.3" / "refs" / "main").write_text(text, encoding="latin-1")
-        told_by(lambda: Hub().info(REPO))
+        told_by(lambda: Hub().files(REPO))
 
 
 def test_environment_variables_reach_another_process(server: HubServer, cache: Path) -> None:
@@ -684,7 +696,7 @@ def test_environment_variables_reach_another_process(server: HubServer, cache: P
     script = (
         "import sys, ltxpack.materialize.hub.client as hub\n"
         "assert not {'huggingface_hub', 'httpx', 'torch'} & set(sys.modules)\n"
-        "h = hub.Hub(); info = h.info('me/private'); print(h.fetch(info, 'config.json').read_bytes() , info.commit)"
+        "h = hub.Hub(); file = h.files('me/private')['config.json']; print(h.fetch(file).read_bytes() , file.commit)"
     )
     command, environment = [sys.executable, "-c", script], server.environment(cache, HF_TOKEN=MEMBER)
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -725,9 +737,9 @@ def test_reference_refused(text: str) -> None:
     assert "://" not in text or f"write {REPO}\n" in f"{told}\n"
 
 
-def test_info_checks_its_arguments(server: HubServer) -> None:
+def test_listing_checks_its_arguments(server: HubServer) -> None:
     for place in (("gpt2", None), ("a/b/c", None), ("a/..", None), (REPO, "../x"), (REPO, "")):
-        told_by(lambda place=place: Hub().info(*place), UsageError)
+        told_by(lambda place=place: Hub().files(*place), UsageError)
     assert not server.requests
 
 

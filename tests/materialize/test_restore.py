@@ -70,8 +70,8 @@ def test_another_checkpoint_and_lora_than_the_defaults_are_found(hub: FakeHub, o
     before = damaged(out, *names)
     restore_base(out, manifest, names, QUIET, hub=hub)
     assert tree(out) == before
-    assert {repo for what, repo, _ in hub.asked if what == "info"} == {REPO, OTHERS, TEXT_ENCODER_REPO}
-    assert {revision for what, _, revision in hub.asked if what == "info"} == {
+    assert {repo for what, repo, _ in hub.asked if what == "files"} == {REPO, OTHERS, TEXT_ENCODER_REPO}
+    assert {revision for what, _, revision in hub.asked if what == "files"} == {
         file.revision for file in manifest.source.files
     }
 

@@ -237,8 +237,8 @@ def test_revisions_and_files_of_other_repos(source: Path, tmp_path: Path) -> Non
     hub.repos["someone/loras"] = source
     lora = f"someone/loras@v2/{tiny_source.LORA}"
     found = find("Lightricks/LTX-2.3", hub, revision="abc", lora=lora, text_encoder="someone/loras/gemma")
-    assert ("info", "Lightricks/LTX-2.3", "abc") in hub.asked
-    assert ("info", "someone/loras", "v2") in hub.asked
+    assert ("files", "Lightricks/LTX-2.3", "abc") in hub.asked
+    assert ("files", "someone/loras", "v2") in hub.asked
     assert found.lora.label == f"someone/loras/{tiny_source.LORA}"
     assert "config.json" in found.text_encoder.files
     with pytest.raises(SourceError, match="is not in the repo") as caught:

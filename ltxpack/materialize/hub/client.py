@@ -17,9 +17,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -59,27 +58,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RepoFile:
-    """A file of a repository: ``size`` in bytes; ``sha256`` as the hub states it, for large files only."""
+    """A file of a repository at one commit: ``size`` in bytes; ``sha256`` as the hub states it, for large files only.
 
-    name: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True)
-class RepoInfo:
-    """A repository at one commit.
-
-    ``revision``: the requested branch or tag, None for main. From the hub cache, ``files`` are those that it has.
+    ``revision``: the requested branch or tag, None for main.
     """
 
     repo: str
     commit: str
-    files: Mapping[str, RepoFile]
+    name: str
+    size: int
+    sha256: str | None
     revision: str | None = None
 
-    def at(self, name: str) -> Reference:
-        return Reference(self.repo, self.commit, name)
+    @property
+    def place(self) -> Reference:
+        return Reference(self.repo, self.commit, self.name)
 
 
 def parse_reference(text: str) -> Reference:
@@ -158,8 +151,8 @@ class Hub:
         self._cache = Path(constants.HF_HUB_CACHE)
         self._timeout = float(max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT))
 
-    def info(self, repo: str, revision: str | None = None) -> RepoInfo:
-        """The files of ``repo`` at ``revision`` (default: the main branch), after a check that they may be downloaded.
+    def files(self, repo: str, revision: str | None = None) -> Mapping[str, RepoFile]:
+        """The files of ``repo`` at ``revision`` (default: main) by name, after a check that they may be downloaded.
 
         Without a network, or with HF_HUB_OFFLINE=1, the hub cache's files. Raises UsageError too, for invalid names.
         """
@@ -177,47 +170,46 @@ class Hub:
         if cached is None:
             raise lost
         if isinstance(lost, HubUnreachable):
-            self._reporter.warn(f"{lost.problem} ({lost.found}); using commit {cached.commit} of the hub cache")
+            commit = next(iter(cached.values())).commit
+            self._reporter.warn(f"{lost.problem} ({lost.found}); using commit {commit} of the hub cache")
         return cached
 
-    def header(self, info: RepoInfo, name: str) -> bytes:
+    def header(self, file: RepoFile) -> bytes:
         """The header of a safetensors file, its 8-byte length and JSON; fetches nothing else of the file.
 
         Raises FormatError too, if there can be no header of at most 16 MiB.
         """
-        file, place = info.files[name], info.at(name)
-        with self._explained(place):
-            cached = self._cached(info, file)
+        with self._explained(file.place):
+            cached = self._cached(file)
             if cached is not None:
                 with cached.open("rb") as stream:
                     first = stream.read(8)
-                    return first + stream.read(header_length(first, file.size, place.label))
-            remote = self._remote(info, file, self._locate(info, file)[0])
+                    return first + stream.read(header_length(first, file.size, file.place.label))
+            remote = self._remote(file, self._locate(file)[0])
             first = bytes(remote.read(0, min(8, file.size)))
-            return bytes(remote.read(0, 8 + header_length(first, file.size, place.label)))
+            return bytes(remote.read(0, 8 + header_length(first, file.size, file.place.label)))
 
-    def fetch(self, info: RepoInfo, name: str) -> Path:
+    def fetch(self, file: RepoFile) -> Path:
         """The file in the hub cache, downloaded if it is not there; its real path is the cache's blob.
 
         Size and hash must be those that the hub states. After an interruption, the next call goes on from there.
         """
-        file, place = info.files[name], info.at(name)
-        with self._explained(place):
-            path = self._cached(info, file)
+        with self._explained(file.place):
+            path = self._cached(file)
             if path is None:
-                self._download_blob(info, file, place)
-                path = self._link_blob(info, file)
-                check_cached(path, file, place)
-        self._remember_revision(info)
+                self._download_blob(file)
+                path = self._link_blob(file)
+                check_cached(path, file)
+        self._remember_revision(file)
         return path
 
-    def path(self, info: RepoInfo, name: str) -> Path:
+    def path(self, file: RepoFile) -> Path:
         """The path that ``fetch`` gives the file."""
-        return self._folder(info.repo) / "snapshots" / info.commit / name
+        return self._folder(file.repo) / "snapshots" / file.commit / file.name
 
     # What the hub states
 
-    def _ask(self, place: Reference) -> RepoInfo:
+    def _ask(self, place: Reference) -> Mapping[str, RepoFile]:
         """The listing of the hub. The hub describes gated repositories to everyone, so this asks for one file too."""
         with self._explained(place):
             self._check_settings(place)
@@ -228,28 +220,26 @@ class Hub:
                 if hub_errors.status_of(error) is not None:
                     raise
                 raise _unsound(place, f"no description of a repository ({type(error).__name__})") from None
-            info = _read_listing(model, place)
-            largest = max(info.files.values(), key=lambda file: file.size, default=None)
-            if largest is not None:
-                self._locate(info, largest)
-        return info
+            files = _read_listing(model, place)
+            if files:
+                self._locate(max(files.values(), key=lambda file: file.size))
+        return files
 
-    def _locate(self, info: RepoInfo, file: RepoFile, retry: bool = True) -> tuple[Address, str]:
+    def _locate(self, file: RepoFile, retry: bool = True) -> tuple[Address, str]:
         """The present address of ``file``'s bytes, and its ETag: the name of its blob, the hash of its content."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        place = info.at(file.name)
-        url = hf_hub_url(info.repo, file.name, revision=info.commit, endpoint=self._endpoint)
+        url = hf_hub_url(file.repo, file.name, revision=file.commit, endpoint=self._endpoint)
         options: dict[str, Any] = {"token": self._token, "timeout": self._timeout, "endpoint": self._endpoint}
         ask = functools.partial(get_hf_file_metadata, url, **options)
         stated = self._retried(ask) if retry else ask()
         etag = stated.etag or ""
         if not (COMMIT.fullmatch(etag) or SHA256.fullmatch(etag)):
-            raise _unsound(place, f"no usable ETag ({etag[:LONGEST_PART]})")
-        if stated.commit_hash != info.commit or stated.size not in (None, file.size) or file.sha256 not in (None, etag):
+            raise _unsound(file.place, f"no usable ETag ({etag[:LONGEST_PART]})")
+        if stated.commit_hash != file.commit or stated.size not in (None, file.size) or file.sha256 not in (None, etag):
             found = f"commit {stated.commit_hash}, {stated.size} bytes, {etag}"
-            raise _unsound(place, f"another file than was listed ({found[:LONGEST_PART]})")
+            raise _unsound(file.place, f"another file than was listed ({found[:LONGEST_PART]})")
         # The token goes to the hub only, never to the storage behind a signed address.
         token = self._token if _origin(stated.location) == _origin(url) else False
         headers = build_hf_headers(token=token, library_name="ltxpack", library_version=__version__)
@@ -301,45 +291,45 @@ class Hub:
 
     # Downloads
 
-    def _remote(self, info: RepoInfo, file: RepoFile, address: Address) -> RemoteFile:
-        name = f"{info.repo}/{file.name}"
-        return RemoteFile(name, file.size, address, lambda: self._locate(info, file, retry=False)[0], self._timeout)
+    def _remote(self, file: RepoFile, address: Address) -> RemoteFile:
+        name = f"{file.repo}/{file.name}"
+        return RemoteFile(name, file.size, address, lambda: self._locate(file, retry=False)[0], self._timeout)
 
-    def _download_blob(self, info: RepoInfo, file: RepoFile, place: Reference) -> None:
+    def _download_blob(self, file: RepoFile) -> None:
         """Downloads the file to its blob, unless another revision's is there already."""
-        address, etag = self._locate(info, file)
-        blob = self._folder(info.repo) / "blobs" / etag
+        address, etag = self._locate(file)
+        blob = self._folder(file.repo) / "blobs" / etag
         partial = blob.with_name(f"{etag}.ltxpack.incomplete")
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked(info.repo, etag):
+        with self._locked(file.repo, etag):
             if blob.exists():
-                check_cached(blob, RepoFile(file.name, file.size, None), place)
+                check_cached(blob, replace(file, sha256=None))
                 return
             missing = file.size - (partial.stat().st_size if partial.exists() else 0)
             free = shutil.disk_usage(blob.parent).free
             if free < missing:
                 expected = f"{human_bytes(missing)} free in {self._cache}"
-                raise tell(hub_errors.NO_ROOM, place, expected=expected, found=human_bytes(free))
+                raise tell(hub_errors.NO_ROOM, file.place, expected=expected, found=human_bytes(free))
             try:
-                download(self._remote(info, file, address), partial, _hasher(etag, file.size), etag, self._reporter)
+                download(self._remote(file, address), partial, _hasher(etag, file.size), etag, self._reporter)
             except RangesIgnoredError:
                 self._reporter.detail(f"{self._endpoint} sends no parts of files; downloading in one go")
                 partial.unlink(missing_ok=True)
                 return
             except BrokenError as error:
-                told = hub_errors.explain(error.reason, place)
+                told = hub_errors.explain(error.reason, file.place)
                 if not isinstance(told, HubUnreachable):
                     raise error.reason from None
                 found = f"{partial.stat().st_size} bytes, which are kept ({told.found})"
-                raise tell(hub_errors.BROKE_OFF, place, expected=f"{file.size} bytes", found=found) from error
+                raise tell(hub_errors.BROKE_OFF, file.place, expected=f"{file.size} bytes", found=found) from error
             partial.replace(blob)
 
-    def _link_blob(self, info: RepoInfo, file: RepoFile) -> Path:
+    def _link_blob(self, file: RepoFile) -> Path:
         """The snapshot's entry for a blob. If there is no blob (ranges refused), huggingface_hub downloads it."""
         from huggingface_hub import hf_hub_download
 
         linked = hf_hub_download(
-            info.repo, file.name, revision=info.commit, cache_dir=self._cache, endpoint=self._endpoint,
+            file.repo, file.name, revision=file.commit, cache_dir=self._cache, endpoint=self._endpoint,
             token=self._token, library_name="ltxpack", library_version=__version__,
             tqdm_class=_progress_class(self._reporter),
         )  # fmt: skip
@@ -350,7 +340,7 @@ class Hub:
     def _folder(self, repo: str) -> Path:
         return self._cache / f"models--{repo.replace('/', '--')}"
 
-    def _snapshot(self, repo: str, revision: str | None) -> RepoInfo | None:
+    def _snapshot(self, repo: str, revision: str | None) -> Mapping[str, RepoFile] | None:
         """The cached files of ``repo`` at ``revision`` (a branch, tag or whole commit), or None."""
         folder = self._folder(repo)
         commit = revision or MAIN
@@ -366,23 +356,23 @@ class Hub:
         for path in sorted(snapshot.rglob("*")):
             name = path.relative_to(snapshot).as_posix()
             if path.is_file() and is_safe_name(name):
-                files[name] = RepoFile(name, path.stat().st_size, cached_sha256(path))
-        return RepoInfo(repo, commit, MappingProxyType(files), revision) if files else None
+                files[name] = RepoFile(repo, commit, name, path.stat().st_size, cached_sha256(path), revision)
+        return files or None
 
-    def _cached(self, info: RepoInfo, file: RepoFile) -> Path | None:
+    def _cached(self, file: RepoFile) -> Path | None:
         """The file in the snapshot, or None. Raises SourceError if it is another file than the hub states."""
-        path = self.path(info, file.name)
+        path = self.path(file)
         if not path.is_file():
             return None
-        check_cached(path, file, info.at(file.name))
+        check_cached(path, file)
         return path
 
-    def _remember_revision(self, info: RepoInfo) -> None:
+    def _remember_revision(self, file: RepoFile) -> None:
         """Stores the commit of the requested revision, so that later calls find it without a network."""
-        revision = info.revision or MAIN
-        if revision == info.commit:
+        revision = file.revision or MAIN
+        if revision == file.commit:
             return
-        ref, commit = self._folder(info.repo) / "refs" / revision, info.commit.encode()
+        ref, commit = self._folder(file.repo) / "refs" / revision, file.commit.encode()
         # A shared cache that is not writable still serves its files.
         with contextlib.suppress(OSError):
             if not ref.is_file() or ref.read_bytes() != commit:
@@ -406,14 +396,14 @@ class Hub:
             yield
 
 
-def check_cached(path: Path, file: RepoFile, place: Reference) -> None:
+def check_cached(path: Path, file: RepoFile) -> None:
     """Raises SourceError if the cached file at ``path`` differs from the hub's statement."""
     size, stored_as = path.stat().st_size, _blob_name(path)
     wrong_hash = file.sha256 is not None and stored_as is not None and stored_as != file.sha256
     if size == file.size and not wrong_hash:
         return
     raise SourceError(
-        "the file in the hub cache is not the one the hub states", file=place.label,
+        "the file in the hub cache is not the one the hub states", file=file.place.label,
         expected=f"{file.size} bytes" + (f" of sha256 {file.sha256}" if wrong_hash else ""),
         found=f"{size} bytes" + (f" stored as {stored_as}" if wrong_hash else ""),
         next=f"delete {path.resolve()} and run the same command again",
@@ -440,7 +430,7 @@ def _unsound(place: Reference, reason: str) -> SourceError:
     return tell(hub_errors.NOT_UNDERSTOOD, place, {"reason": reason})
 
 
-def _read_listing(model: Any, place: Reference) -> RepoInfo:
+def _read_listing(model: Any, place: Reference) -> Mapping[str, RepoFile]:
     """The hub's description of a repository (huggingface_hub's ``ModelInfo``). Raises SourceError if it is unsound.
 
     The repository's owner writes it: names may leave a folder or occur twice, sizes and hashes may be impossible.
@@ -461,8 +451,9 @@ def _read_listing(model: Any, place: Reference) -> RepoInfo:
             raise _unsound(place, f"{name} has the size {str(sizes)[:LONGEST_PART]}")
         if large and not (isinstance(large.sha256, str) and SHA256.fullmatch(large.sha256)):
             raise _unsound(place, f"{name} has the sha256 {str(large.sha256)[:LONGEST_PART]!r}")
-        files[name] = RepoFile(name, sibling.size, large.sha256 if large else None)
-    return RepoInfo(place.repo, model.sha, MappingProxyType(files), place.revision)
+        sha256 = large.sha256 if large else None
+        files[name] = RepoFile(place.repo, model.sha, name, sibling.size, sha256, place.revision)
+    return files
 
 
 def _hasher(etag: str, size: int) -> hashlib._Hash:
