@@ -16,7 +16,7 @@ from ltxpack.files.tensorfile import open_source
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
 from ltxpack.runtime.libraries import import_libraries
-from ltxpack.runtime.lines import SKIPPED, Outcome, Task, carry_out, failed, identity
+from ltxpack.runtime.lines import SKIPPED, Outcome, Task, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.parallel.actors import Actors
 from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
@@ -99,7 +99,8 @@ class Here(Crew):
     def next(self) -> Event:
         if self._work is None:
             return Ready(0)
-        return Carried(0, carry_out(self._session, *self._work))
+        task, following = self._work
+        return Carried(0, task.carry_out(self._session, following))
 
     def replace(self, worker: int) -> None:
         """Does nothing: the one worker is this process."""

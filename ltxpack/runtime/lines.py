@@ -39,12 +39,37 @@ class Outcome:
     decoding: str = ""
 
 
+@dataclass
+class TaskResult:
+    """The result of a task: outcomes of lines that ended, next tasks of the others, seconds of encoding prompts."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    encoding: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Encode:
     """Encode the prompts of ``lines`` in one go. ``by_stages``: a separate task makes their first stage."""
 
     lines: tuple[PromptsLine, ...]
     by_stages: bool = False
+
+    def carry_out(self, session: Session, following: Request | None = None) -> TaskResult:
+        """Carry out this task with ``session``; the fault of a line is in its outcome. Raises no Exception.
+
+        ``following`` is the next video, if known.
+        """
+        result, then = TaskResult(), Begin if self.by_stages else Make
+        for line in self.lines:
+            with _attempt(session, [line], result):
+                session.residency.plan_for(work_of(session, line.request, len(self.lines)))
+        without = {outcome.line.number for outcome in result.outcomes}
+        left = [line for line in self.lines if line.number not in without]
+        with _attempt(session, left, result):
+            result.encoding = encode_ahead(session, [line.request for line in left])
+            result.tasks += [then(line, session.prompts.held(line.request.prompts)) for line in left]
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +83,14 @@ class Begin:
     def lines(self) -> tuple[PromptsLine, ...]:
         return (self.line,)
 
+    def carry_out(self, session: Session, following: Request | None = None) -> TaskResult:
+        line, result = self.line, TaskResult()
+        with _attempt(session, [line], result):
+            session.reporter.note(f"{line.name}: {line.output}")
+            session.prompts.hold(line.request.prompts, self.contexts)
+            result.tasks.append(Make(line, self.contexts, first_stage(session, line.request, following)))
+        return result
+
 
 @dataclass(frozen=True, eq=False)
 class Make(Begin):
@@ -65,85 +98,37 @@ class Make(Begin):
 
     halfway: Halfway | None = None
 
+    def carry_out(self, session: Session, following: Request | None = None) -> TaskResult:
+        line, result = self.line, TaskResult()
+        with _attempt(session, [line], result):
+            if self.halfway is None:
+                session.reporter.note(f"{line.name}: {line.output}")
+            description, fingerprint = identity(session.overlay, session.settings, line)
+            session.prompts.hold(line.request.prompts, self.contexts)
+            digest = write_video(session, line.request, line.output, following=following, halfway=self.halfway)
+            seconds = {**(self.halfway.seconds if self.halfway else {}), **session.timings.seconds}
+            assert session.attention is not None
+            try:
+                record.write_record(line.output, digest, description, fingerprint, seconds, session.attention.name)
+            except UnwrittenError as error:
+                raise error.keeping(line.output) from None
+            result.outcomes.append(Outcome(line, DONE, seconds, decoding=session.decoding))
+        return result
+
 
 Task: TypeAlias = Encode | Begin | Make
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """The result of a task: outcomes of lines that ended, next tasks of the others, seconds of encoding prompts."""
-
-    outcomes: tuple[Outcome, ...] = ()
-    tasks: tuple[Task, ...] = ()
-    encoding: float = 0.0
-
-
-def carry_out(session: Session, task: Task, following: Request | None = None) -> TaskResult:
-    """Carry out ``task`` with ``session``; the fault of a line is in its outcome. Raises no Exception.
-
-    ``following`` is the next video, if known.
-    """
-    match task:
-        case Encode():
-            return _encode(session, task.lines, Begin if task.by_stages else Make)
-        case Make():
-            return _make(session, task, following)
-        case Begin():
-            return _begin(session, task, following)
-
-
-def _encode(session: Session, lines: Sequence[PromptsLine], then: type[Begin]) -> TaskResult:
-    outcomes = list[Outcome]()
-    for line in lines:
-        with _attempt(session, [line], outcomes):
-            session.residency.plan_for(work_of(session, line.request, len(lines)))
-    without = {outcome.line.number for outcome in outcomes}
-    left = [line for line in lines if line.number not in without]
-    tasks, seconds = tuple[Task, ...](), 0.0
-    with _attempt(session, left, outcomes):
-        seconds = encode_ahead(session, [line.request for line in left])
-        tasks = tuple(then(line, session.prompts.held(line.request.prompts)) for line in left)
-    return TaskResult(tuple(outcomes), tasks, seconds)
-
-
-def _begin(session: Session, task: Begin, following: Request | None) -> TaskResult:
-    line, outcomes, tasks = task.line, list[Outcome](), tuple[Task, ...]()
-    with _attempt(session, [line], outcomes):
-        session.reporter.note(f"{line.name}: {line.output}")
-        session.prompts.hold(line.request.prompts, task.contexts)
-        tasks = (Make(line, task.contexts, first_stage(session, line.request, following)),)
-    return TaskResult(tuple(outcomes), tasks)
-
-
-def _make(session: Session, task: Make, following: Request | None) -> TaskResult:
-    line, outcomes = task.line, list[Outcome]()
-    seconds = {} if task.halfway is None else task.halfway.seconds
-    with _attempt(session, [line], outcomes):
-        if task.halfway is None:
-            session.reporter.note(f"{line.name}: {line.output}")
-        description, fingerprint = identity(session.overlay, session.settings, line)
-        session.prompts.hold(line.request.prompts, task.contexts)
-        digest = write_video(session, line.request, line.output, following=following, halfway=task.halfway)
-        seconds = {**seconds, **session.timings.seconds}
-        assert session.attention is not None
-        try:
-            record.write_record(line.output, digest, description, fingerprint, seconds, session.attention.name)
-        except UnwrittenError as error:
-            raise error.keeping(line.output) from None
-        outcomes.append(Outcome(line, DONE, seconds, decoding=session.decoding))
-    return TaskResult(tuple(outcomes))
-
-
 @contextmanager
-def _attempt(session: Session, lines: Sequence[PromptsLine], outcomes: list[Outcome]) -> Iterator[None]:
-    """Work for ``lines``: if the block raises, all of them fail, and their outcomes go to ``outcomes``."""
+def _attempt(session: Session, lines: Sequence[PromptsLine], result: TaskResult) -> Iterator[None]:
+    """Work for ``lines``: if the block raises, all of them fail, and their outcomes go to ``result``."""
     session.timings = Timings()
     try:
         yield
     except Exception as error:
         session.reporter.end()
         seconds = dict(session.timings.seconds)
-        outcomes += [failed(line, error, session.reporter, seconds) for line in lines]
+        result.outcomes += [failed(line, error, session.reporter, seconds) for line in lines]
 
 
 def failed(

@@ -17,7 +17,7 @@ from PIL import Image
 from support import HANG, Done, Notes, alive, ltxpack, until
 from warm_processes import WarmProcess
 
-from ltxpack.runtime.lines import DONE, Encode, Make, carry_out
+from ltxpack.runtime.lines import DONE, Encode, Make
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.parallel import crew as crews
@@ -76,8 +76,8 @@ def test_what_goes_from_stage_to_stage_is_what_is_counted(recipe: str, demo: Pat
     path = prompts(tmp_path, {"prompt": "a boat", "recipe": recipe, "num_frames": 17})
     [line] = read_lines(path, SettingsGiven(height=64, width=128), None)
     with Session(demo / "overlay", SessionSettings(device="cpu", dtype="float32", cache=False)) as session:
-        [begin] = carry_out(session, Encode((line,), by_stages=True)).tasks
-        [task] = carry_out(session, begin).tasks
+        [begin] = Encode((line,), by_stages=True).carry_out(session).tasks
+        [task] = begin.carry_out(session).tasks
         work = line.request.work(session.transformers(line.request.recipe).stages)
         found = counted(STAGES, session.transformer_config, work, 2, itemsize=4)
     assert isinstance(task, Make) and task.halfway is not None and found is not None

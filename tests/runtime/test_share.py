@@ -42,9 +42,9 @@ class Scripted(Crew):
         numbers = tuple(line.number for line in task.lines)
         self.begun.append((worker, type(task).__name__, numbers, following is not None))
         if isinstance(task, Encode):
-            result = TaskResult(tasks=tuple(Make(line, []) for line in task.lines), encoding=1.0)
+            result = TaskResult(tasks=[Make(line, []) for line in task.lines], encoding=1.0)
         else:
-            result = TaskResult((Outcome(task.line, DONE),))
+            result = TaskResult([Outcome(task.line, DONE)])
         self._events.append(Told(worker, "note", "a plan"))
         dies = isinstance(task, Make) and self.kills.get(numbers[0], 0) > 0
         if dies:

@@ -18,7 +18,7 @@ from ltxpack.files.publish import Temporary, output_errors
 from ltxpack.imports import claim_process
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.libraries import import_libraries
-from ltxpack.runtime.lines import Task, carry_out
+from ltxpack.runtime.lines import Task
 from ltxpack.runtime.parallel.cluster import (
     NOT_STARTED,
     PATIENCE,
@@ -69,9 +69,9 @@ class LineActor:
         return where()
 
     def carry_out(self, task: Task, following: Request | None) -> None:
-        """Carry out ``task`` as :func:`.lines.carry_out`; the result is an event."""
+        """Carry out ``task``; the result is an event."""
         with self._or_gone():
-            self._said.put(Carried(self._number, carry_out(self._session, task, following)))
+            self._said.put(Carried(self._number, task.carry_out(self._session, following)))
 
     def close(self) -> str:
         """Close the session; the peak of the process's memory, in words."""

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import torch
 
 from ltxpack.runtime.libraries import import_libraries
-from ltxpack.runtime.lines import carry_out
 from ltxpack.runtime.parallel.process import LEFT, Next, Tell, run_worker
 from ltxpack.runtime.parallel.share import Carried, Ready, Voice
 from ltxpack.runtime.run import peak_memory
@@ -36,7 +35,8 @@ def _carry_out(opening: Any, next: Next, tell: Tell) -> None:
         import_libraries()
         tell(Ready(number))
         while (work := next()) is not None:
-            tell(Carried(number, carry_out(session, *work)))
+            task, following = work
+            tell(Carried(number, task.carry_out(session, following)))
         tell(f"worker {number} on {session.device}: {peak_memory(session.device)}")
 
 
