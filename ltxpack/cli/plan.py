@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -16,12 +17,10 @@ from ltxpack.files.units import human_bytes, parse_size
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, planned_by
 
 if TYPE_CHECKING:
-    from ltxpack.runtime.commands import PlannedRun
-    from ltxpack.runtime.model.config import DiTConfig
+    from ltxpack.runtime.overlay import Overlay
     from ltxpack.runtime.parallel.devices import PlannedDevices
     from ltxpack.runtime.weights.machine import Machine
-    from ltxpack.runtime.weights.plan import Plan
-    from ltxpack.runtime.weights.report import Command
+    from ltxpack.runtime.weights.plan import Plan, Work
     from ltxpack.runtime.weights.sizes import ModelSizes
 
 DEFAULT = ParameterSource.DEFAULT
@@ -63,30 +62,28 @@ def plan(
     """
     if page is not None:
         return _write_page(overlay, page)
-    from ltxpack.runtime.commands import PlannedRun
-    from ltxpack.runtime.parallel import planned as several
+    from ltxpack.runtime.commands import commands, planned_stages
+    from ltxpack.runtime.overlay import Overlay
     from ltxpack.runtime.parallel.devices import PlannedDevices
     from ltxpack.runtime.request import Request
     from ltxpack.runtime.weights.report import plan_or_refuse, to_json
+    from ltxpack.runtime.weights.sizes import model_sizes
 
     rate, link = parse_size(disk_rate, "--disk-rate"), parse_size(link_rate, "--link-rate")
     named = None if devices is None else PlannedDevices.parse(devices)
     machine = _machine(vram, ram, named)
     session = SessionSettings(**given(SESSION), devices=None if named is None else named.flag)
-    planned = PlannedRun(Request.of("", **given(VIDEO)), session, images)
-    stages, model, config, commands = _looked_up(overlay, planned)
-    work = replace(planned.request.work(stages), images=images)
+    request, opened = Request.of("", **given(VIDEO)), None if overlay is None else Overlay.open(overlay)
+    stages = planned_stages(opened, request.recipe, session)
+    model, work = model_sizes(opened, stages, session.dtype), replace(request.work(stages), images=images)
+    typed = commands(stages, request, session, opened, images)
     found = plan_or_refuse(model, work, machine, session.residency)
-    schemes = None
-    if named is not None:
-        schemes = several.plan_schemes(model, config, work, machine, named.count, session.residency)
+    more, told = _of_devices(named, opened, model, work, machine, session.residency, link)
     if as_json:
-        more = {} if schemes is None else {"devices": several.to_json(schemes, link)}
-        print_json(to_json(found, machine, rate, commands) | more)
+        print_json(to_json(found, machine, rate, typed) | more)
         return
-    _say(overlay, planned, machine, found, rate)
-    told = () if schemes is None else several.lines(schemes, link)
-    for line in (*told, "commands:", *(f"  {'done' if one.done else 'next'}  {one.text}" for one in commands)):
+    _say(overlay, session.dtype, machine, found, rate)
+    for line in (*told, "commands:", *(f"  {'done' if one.done else 'next'}  {one.text}" for one in typed)):
         click.echo(printable(line))
 
 
@@ -119,35 +116,29 @@ def _machine(vram: str | None, ram: str | None, named: PlannedDevices | None) ->
     return this_machine(*(None if size is None else parse_size(size, flag) for flag, size in sizes), cards=cards)
 
 
-def _looked_up(root: Path | None, planned: PlannedRun) -> tuple[tuple[str, ...], ModelSizes, DiTConfig, list[Command]]:
-    """The transformers of the stages, the model's sizes, the transformer's config, and the commands to type.
-
-    Without ``root`` they are those of the published model.
-    """
-    from ltxpack.runtime.commands import commands, published_stages
+def _of_devices(
+    named: PlannedDevices | None, overlay: Overlay | None, model: ModelSizes, work: Work, machine: Machine,
+    residency: str, link: int,
+) -> tuple[dict[str, Any], Iterable[str]]:  # fmt: skip
+    """What the ``named`` devices would do, for JSON and in words; nothing without them."""
+    if named is None:
+        return {}, ()
     from ltxpack.runtime.model.config import DiTConfig
-    from ltxpack.runtime.overlay import Overlay, choose, official_transformers
-    from ltxpack.runtime.weights.sizes import TRANSFORMER, model_sizes, read_configs
+    from ltxpack.runtime.parallel import planned
+    from ltxpack.runtime.weights.sizes import TRANSFORMER, read_configs
 
-    recipe, asked, form = planned.request.recipe, planned.session.transformers, planned.session.format
-    opened = None if root is None else Overlay.open(root)
-    if opened is None:
-        stages = published_stages(recipe, asked, form)
-    elif not opened.manifest.bakes and set(asked) == {AUTO} and not opened.manifest.distilled:
-        stages = official_transformers(recipe, form=form)
-    else:
-        stages = choose(opened, recipe, asked, form).stages
-    model = model_sizes(opened, stages, planned.session.dtype)
-    return stages, model, DiTConfig.from_dict(read_configs(opened)[TRANSFORMER]), commands(stages, planned, opened)
+    config = DiTConfig.from_dict(read_configs(overlay)[TRANSFORMER])
+    schemes = planned.plan_schemes(model, config, work, machine, named.count, residency)
+    return {"devices": planned.to_json(schemes, link)}, planned.lines(schemes, link)
 
 
-def _say(overlay: Path | None, planned: PlannedRun, machine: Machine, found: Plan, rate: int) -> None:
+def _say(overlay: Path | None, dtype: str, machine: Machine, found: Plan, rate: int) -> None:
     from ltxpack.runtime.weights.report import decoding, lines, reading, table
 
-    shape = planned.request.shape
+    shape = found.work.shape
     what = "the published LTX-2.3" if overlay is None else str(overlay)
     stages = ", ".join(f"stage {n} {stage.transformer}" for n, stage in enumerate(found.work.stages, start=1))
-    size = f"{shape.height}x{shape.width}, {shape.frames} frames, {planned.session.dtype}"
+    size = f"{shape.height}x{shape.width}, {shape.frames} frames, {dtype}"
     click.echo(printable(f"{what}: {stages}; {size}"))
     if machine.card is None:
         click.echo("no NVIDIA card found: planned for the CPU (--vram plans for a card)")

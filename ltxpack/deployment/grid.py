@@ -13,7 +13,7 @@ from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.lora_bake.plan import BakeOptions, bake_name, lora_name
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.releases import DEFAULT_FILES, LORA, RELEASES
-from ltxpack.runtime.commands import DEFAULT_FOLDER, PlannedRun, commands
+from ltxpack.runtime.commands import DEFAULT_FOLDER, commands
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import BASE, STRENGTH, Overlay, choose, form_of, official_transformers, transformer_part
 from ltxpack.runtime.parallel.planned import EXCHANGES
@@ -106,14 +106,14 @@ class Subject:
         each bake. The last one runs the video; the others are the same for all videos and devices.
         """
         session = SessionSettings(format=case.form, devices=named_devices(devices))
-        planned = PlannedRun(case.request(video), session)
-        found = [command.text for command in commands(case.stages, planned, self.overlay)]
+        request = case.request(video)
+        found = [command.text for command in commands(case.stages, request, session, self.overlay)]
         if not loras:
             return found
         bake, names = self._stacked(case, LORAS[:loras])
         stages: dict[str, Any] = {f"stage{number}": name for number, name in enumerate(names, start=1)}
-        named = replace(planned, session=replace(session, **stages))
-        return [found[0], bake, commands(case.stages, named, self.overlay)[-1].text]
+        run = commands(case.stages, request, replace(session, **stages), self.overlay)[-1]
+        return [found[0], bake, run.text]
 
     def _stacked(self, case: Case, added: tuple[tuple[str, float], ...]) -> tuple[str, list[str]]:
         """The command that bakes the official transformers of ``case`` with ``added`` beneath, and the ``--stage`` of

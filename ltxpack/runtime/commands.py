@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import BF16, Bake
-from ltxpack.runtime.overlay import BAKED, BASE, STRENGTH, Overlay, asked_stages, official_transformers
+from ltxpack.manifest import BF16, RULES, Bake
+from ltxpack.runtime.overlay import BAKED, BASE, STRENGTH, Overlay, asked_stages, choose, official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
@@ -17,23 +16,18 @@ from ltxpack.runtime.weights.report import Command
 
 PUBLISHED = "Lightricks/LTX-2.3"
 DEFAULT_FOLDER = Path("out")
-USUAL_RULE = "fp32"
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    """A planned run: the video, the settings of the session, and the number of images to condition on."""
+def planned_stages(overlay: Overlay | None, recipe: Recipe, session: SessionSettings) -> tuple[str, ...]:
+    """The transformers of the stages, as ``run`` takes them; without bakes the official ones, which are to be made.
 
-    request: Request
-    session: SessionSettings
-    images: int = 0
-
-
-def published_stages(recipe: Recipe, asked: Sequence[str], form: str = BF16) -> tuple[str, ...]:
-    """The transformers of the stages without an overlay: those ``asked`` for, else the official ones in ``form``.
-
-    Raises UsageError for a name that does not say how to bake it.
+    Raises OverlayError; UsageError for a name that, without an overlay, does not say how to bake it.
     """
+    asked, form = session.transformers, session.format
+    if overlay is not None:
+        if not overlay.manifest.bakes and set(asked) == {AUTO} and not overlay.manifest.distilled:
+            return official_transformers(recipe, form=form)
+        return choose(overlay, recipe, asked, form).stages
     pairs = zip(asked_stages(recipe, asked), official_transformers(recipe, form=form), strict=True)
     found = tuple(official if name == AUTO else name for name, official in pairs)
     for name in found:
@@ -44,8 +38,13 @@ def published_stages(recipe: Recipe, asked: Sequence[str], form: str = BF16) -> 
     return found
 
 
-def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None = None) -> list[Command]:
-    """The commands from nothing, or from an existing ``overlay``; ``stages`` may name future bakes."""
+def commands(
+    stages: Sequence[str], request: Request, session: SessionSettings, overlay: Overlay | None = None, images: int = 0
+) -> list[Command]:
+    """The commands to the video of ``request`` from nothing, or from an existing ``overlay``.
+
+    ``stages`` may name future bakes. ``images``: the number of images to condition on.
+    """
     root = DEFAULT_FOLDER if overlay is None else overlay.root
     bakes = {} if overlay is None else overlay.manifest.bakes
     found = [Command(_materialized(overlay), overlay is not None)]
@@ -57,11 +56,15 @@ def commands(stages: Sequence[str], planned: PlannedRun, overlay: Overlay | None
             found.append(Command(f"{baked(root, bake)}{ending}", True))
     missing: dict[str, str] = {}
     for parts in (STRENGTH.fullmatch(name) for name in names if name not in bakes):
-        assert parts is not None, "published_stages has looked at the names"
+        assert parts is not None, "planned_stages has looked at the names"
         ending = "" if parts["form"] is None else f" --format {parts['form']}"
         missing[ending] = missing.get(ending, "") + f" --strength {parts['strength']}"
     found += [Command(f"ltxpack bake-lora {quoted(root)}{each}{ending}", False) for ending, each in missing.items()]
-    return [*found, Command(_run(root, planned), False)]
+    name = request.recipe.name
+    said = [f"--recipe {name}"] if name != Settings.recipe else []
+    said += [*words(request.settings, Settings.of({"recipe": name})), *words(session, SessionSettings())]
+    run = " ".join([f'ltxpack run {quoted(root)} --prompt "…"', *said, *["--image FILE"] * images])
+    return [*found, Command(run, False)]
 
 
 def _materialized(overlay: Overlay | None) -> str:
@@ -81,13 +84,5 @@ def baked(root: Path, bake: Bake) -> str:
     words += [] if main is None or main.name == DISTILLED else [f"--lora {quoted(main.file)}"]
     words += [f"--strength {0 if main is None else main.applied}"]
     words += [f"--add {quoted(f'{lora.file}={lora.applied}')}" for lora in added]
-    words += [f"--rule {bake.rule}"] if bake.rule != USUAL_RULE else []
+    words += [f"--rule {bake.rule}"] if bake.rule != RULES[0] else []
     return " ".join(words)
-
-
-def _run(root: Path, planned: PlannedRun) -> str:
-    settings = planned.request.settings
-    usual = Settings.of({"recipe": settings.recipe})
-    said = [f"--recipe {settings.recipe}"] if settings.recipe != Settings.recipe else []
-    said += [*words(settings, usual), *words(planned.session, SessionSettings()), *["--image FILE"] * planned.images]
-    return " ".join([f'ltxpack run {quoted(root)} --prompt "…"', *said])
