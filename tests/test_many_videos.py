@@ -97,41 +97,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_run, "decode_audio", lambda session, latents: (torch.zeros(2, 4800), 48000))
 
 
-@pytest.mark.parametrize(
-    ("lines", "flags"),
-    [
-        ({"a.mp4": {"recipe": "distilled"}, "b.mp4": {"recipe": "hq", "steps": 2}}, ()),
-        (
-            {"a.mp4": {"recipe": "two-stage", "steps": 3}, "b.mp4": {"recipe": "one-stage", "steps": 2}},
-            ("--video-stg-blocks=1", "--audio-stg-blocks=0,1", "--video-skip-step=1"),
-        ),
-    ],
-)
-def test_lines_of_different_recipes_are_what_each_is_alone(
-    lines: dict[str, dict[str, Any]],
-    flags: tuple[str, ...],
-    demo: Path,
-    tmp_path: Path,
-    frames: dict[str, torch.Tensor],
-) -> None:
-    prompts = written(tmp_path, *({"prompt": "a boat", "output": name, **said} for name, said in lines.items()))
-    done = ltxpack("run", demo / "overlay", "--prompts", prompts, *SMALL, *flags)
-    assert done.returncode == 0, done.stderr
-    together = dict(frames)
-    frames.clear()
-    for name, said in lines.items():
-        recorded = json.loads((tmp_path / f"{name}.json").read_text())["request"]
-        # Records of before there were recipes are of hq and do not say so.
-        assert recorded.get("recipe", "hq") == said["recipe"]
-        transformers = {"distilled": "distilled-0.5", "hq": "distilled-0.25"}
-        assert recorded["stage1"] == transformers.get(said["recipe"], "base")
-        given = [f"--{key}={value}" for key, value in said.items()]
-        output = tmp_path / f"alone-{name}"
-        alone = ltxpack("run", demo / "overlay", *SMALL, *flags, "--prompt", "a boat", *given, "-o", output)
-        assert alone.returncode == 0, alone.stderr
-        assert torch.equal(together[name], frames[f"alone-{name}"])
-
-
 def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
 
@@ -157,34 +122,58 @@ def test_prompts_longer_than_the_model_reads_are_told_with_the_words(demo: Path,
 # Made as one by one, and not again
 
 
+PICTURE = {"path": "a.png", "frame": "last", "strength": 0.5}
+ALONE: list[tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = [
+    (
+        ("--steps=2",),
+        {
+            "one.mp4": {"prompt": "a boat", "seed": 1},
+            "two.mkv": {"prompt": "a dog", "negative_prompt": "cats", "num_frames": 17},
+            "three.mp4": {"prompt": "a boat", "images": [PICTURE], "fps": 12.5},
+        },
+    ),
+    ((), {"a.mp4": {"prompt": "a", "recipe": "distilled"}, "b.mp4": {"prompt": "a", "recipe": "hq", "steps": 2}}),
+    (
+        ("--video-stg-blocks=1", "--audio-stg-blocks=0,1", "--video-skip-step=1"),
+        {
+            "a.mp4": {"prompt": "a", "recipe": "two-stage", "steps": 3},
+            "b.mp4": {"prompt": "a", "recipe": "one-stage", "steps": 2},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "lines"), ALONE, ids=["settings", "distilled and hq", "two stages and one"])
 def test_many_are_what_each_is_alone(
-    demo: Path, tmp_path: Path, frames: dict[str, torch.Tensor], loads: list[str]
+    flags: tuple[str, ...],
+    lines: dict[str, dict[str, Any]],
+    demo: Path,
+    tmp_path: Path,
+    frames: dict[str, torch.Tensor],
+    loads: list[str],
 ) -> None:
     Image.new("RGB", (80, 64), (200, 30, 30)).save(tmp_path / "a.png")
-    lines = [
-        {"prompt": "a boat", "seed": 1, "output": "one.mp4"},
-        {"prompt": "a dog", "negative_prompt": "cats", "num_frames": 17, "output": "two.mkv"},
-        {"prompt": "a boat", "images": [{"path": "a.png", "frame": "last", "strength": 0.5}], "fps": 12.5},
-    ]
-    done = many(demo, written(tmp_path, *lines))
+    prompts = written(tmp_path, *({**said, "output": name} for name, said in lines.items()))
+    done = ltxpack("run", demo / "overlay", "--prompts", prompts, *SMALL, *flags)
     assert done.returncode == 0, done.stderr
     assert loads == ["text"]
-    assert statuses(done) == {1: "done", 2: "done", 3: "done"}
-    assert "3 done, 0 skipped, 0 failed" in done.stdout
+    assert statuses(done) == dict.fromkeys(range(1, len(lines) + 1), "done")
+    assert f"{len(lines)} done, 0 skipped, 0 failed" in done.stdout
     together = dict(frames)
-    frames.clear()
-    alone = {
-        "two.mkv": ["--prompt", "a dog", "--negative-prompt", "cats", "--num-frames", "17"],
-        "prompts-0003.mp4": ["--prompt", "a boat", "--image", f"{tmp_path}/a.png@last:0.5", "--fps", "12.5"],
-    }
-    for name, flags in alone.items():
-        assert ltxpack("run", demo / "overlay", *FLAGS, *flags, "--no-cache", "-o", tmp_path / name).returncode == 0
-    assert list(together) == ["one.mp4", *alone]
-    assert [len(each) for each in together.values()] == [9, 17, 9]
-    for name, each in frames.items():
-        assert torch.equal(together[name], each), name
-    assert list(frames) == list(alone)
-    assert len({video[:9].sum().item() for video in together.values()}) == 3
+    assert list(together) == list(lines)
+    assert len({video.sum().item() for video in together.values()}) == len(lines)
+    for name, said in lines.items():
+        assert len(together[name]) == said.get("num_frames", 9)
+        recorded = json.loads((tmp_path / f"{name}.json").read_text())["request"]
+        # Records of before there were recipes are of hq and do not say so.
+        assert recorded.get("recipe", "hq") == said.get("recipe", "hq")
+        transformers = {"distilled": "distilled-0.5", "two-stage": "base", "one-stage": "base"}
+        assert recorded["stage1"] == transformers.get(said.get("recipe", ""), "distilled-0.25")
+        given = {**said, "image": f"{tmp_path}/a.png@last:0.5"} if "images" in said else said
+        words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key != "images"]
+        alone = ltxpack("run", demo / "overlay", *SMALL, *flags, *words, "--no-cache", "-o", tmp_path / name)
+        assert alone.returncode == 0, alone.stderr
+        assert torch.equal(together[name], frames[name][len(together[name]) :]), name
 
 
 @pytest.mark.usefixtures("quick")
@@ -355,17 +344,6 @@ def test_all_bad_lines_are_told_with_their_numbers_before_anything_runs(demo: Pa
         assert words in told[str(number)], (line, told[str(number)])
     assert len(told) == len(BAD_LINES)
     assert names(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"", "no line"), (b"\n \n", "no line"), (b"\xef\xbb\xbf", "no line"), (b'{"prompt": "\xff"}\n', "line 1")],
-)
-def test_a_file_without_lines_or_of_bytes_that_are_no_text(
-    content: bytes, words: str, demo: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "p.jsonl").write_bytes(content)
-    assert words in refused(many(demo, tmp_path / "p.jsonl"), 2)
 
 
 @pytest.mark.parametrize(

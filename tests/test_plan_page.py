@@ -18,8 +18,9 @@ import pytest
 from next_commands import fault_of
 from page_support import parsed
 from plan_page_support import CASES, Shown, document_of
-from support import REPOSITORY, in_fresh_process, ltxpack, refused
+from support import REPOSITORY, ltxpack, refused
 
+from ltxpack.deployment import document as documents
 from ltxpack.deployment import render
 from ltxpack.deployment.choices import CARDS, DEVICES, FORMS, FRAMES, HOSTS, LORAS, RECIPES, SIZES, choices
 from ltxpack.deployment.document import tenths
@@ -195,10 +196,18 @@ def test_everything_has_a_label_and_a_place(page: bytes) -> None:
     assert ("lang", "en") in found.attributes and found.tags.count("h1") == 1 and "noscript" in found.tags
 
 
+@pytest.fixture
+def few_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of the smallest video alone: that all are alike in every case, the tests above show."""
+    monkeypatch.setattr(documents, "SIZES", SIZES[:1])
+    monkeypatch.setattr(documents, "FRAMES", FRAMES[:1])
+
+
 def options_of(document: dict[str, Any]) -> Sequence[str]:
     return [document["texts"][case["no"]] if "no" in case else "" for case in document["cases"]]
 
 
+@pytest.mark.usefixtures("few_videos")
 def test_the_page_of_an_overlay_is_about_that(demo: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.html"
     done = ltxpack("plan", demo / "overlay", "--page", file)
@@ -216,6 +225,7 @@ def test_the_page_of_an_overlay_is_about_that(demo: Path, tmp_path: Path) -> Non
     assert run.endswith(f"--stage1 {names[0]} --stage2 {names[1]}")
 
 
+@pytest.mark.usefixtures("few_videos")
 def test_the_page_names_an_overlay_by_its_folder(demo: Path, tmp_path: Path) -> None:
     assert Subject(Overlay.open(demo / "overlay" / "vae" / "..")).name == "overlay"
     latin_1 = tmp_path / os.fsdecode(b"gr\xfcn")
@@ -226,6 +236,7 @@ def test_the_page_names_an_overlay_by_its_folder(demo: Path, tmp_path: Path) -> 
     assert rb"/gr\udcfcn" in render(Overlay.open(latin_1))
 
 
+@pytest.mark.usefixtures("few_videos")
 def test_bakes_that_auto_cannot_choose_between_leave_the_official_ones(demo: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "out"
     assert ltxpack("materialize", demo / "source", overlay).returncode == 0
@@ -237,6 +248,7 @@ def test_bakes_that_auto_cannot_choose_between_leave_the_official_ones(demo: Pat
     assert shown.commands(1, 0)[1] == f"ltxpack bake-lora {overlay} --strength 0.25 --strength 0.5"
 
 
+@pytest.mark.usefixtures("few_videos")
 def test_what_an_overlay_cannot_run_cannot_be_picked(demo: Path, tmp_path: Path) -> None:
     source, overlay = tmp_path / "source", tmp_path / "out"
     shutil.copytree(demo / "source", source)
@@ -261,8 +273,3 @@ def test_the_page_goes_with_an_overlay_alone(tmp_path: Path) -> None:
     assert "no such folder" in refused(ltxpack("plan", "--page", tmp_path / "no" / "plan.html"), 2)
     assert "ltxpack materialize" in refused(ltxpack("plan", tmp_path, "--page", tmp_path / "plan.html"), 1)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_page_loads_no_torch() -> None:
-    code = "import sys, ltxpack.deployment\nanswer = sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
-    assert in_fresh_process(code)[0] == []

@@ -62,11 +62,6 @@ def test_inspect_shows_what_is_unknown_as_a_dash(demo: Path) -> None:
     assert "None" not in done.stdout and ": -" in done.stdout
 
 
-@pytest.mark.parametrize("flag", ["--vram", "--ram", "--disk-rate"])
-def test_a_wrong_size_is_told_with_its_flag(flag: str) -> None:
-    assert f"{flag} is not a size" in refused(ltxpack("plan", f"{flag}=5 apples"), 2)
-
-
 def test_a_file_of_somebody_else_is_no_work_for_a_repair(overlay: Path) -> None:
     (overlay / "mine.txt").write_text("mine")
     for flags in ([], ["--repair"]):

@@ -151,30 +151,32 @@ def test_this_machine_has_no_card(demo: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "stage 2" in done.stdout and "next  ltxpack run" in done.stdout
 
 
-def test_the_card_of_this_machine_is_asked(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$1" = --id=2 ] && echo 24000\n')
-    tool.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    assert planned(demo / "overlay")["machine"]["card"] == 24000 * 2**20
-    for answer in ("exit 9", "echo nothing", "echo"):
-        tool.write_text(f"#!/bin/sh\n{answer}\n")
-        assert planned(demo / "overlay")["machine"]["card"] is None
-    tool.write_text("#!/bin/sh\necho 24000\n")
-    for hidden in ("", "-1"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert planned(demo / "overlay")["machine"]["card"] is None
-
-
-def cards_here(folder: Path, monkeypatch: pytest.MonkeyPatch, *mebibytes: int) -> None:
-    """The driver's tool says that these are free on the cards."""
+def asked(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """From now on ``script`` is the driver's tool, which says what is free on a card; no card is hidden."""
     tool = folder / "nvidia-smi"
-    cases = "".join(f'[ "$1" = --id={number} ] && echo {free}\n' for number, free in enumerate(mebibytes))
-    tool.write_text(f"#!/bin/sh\n{cases}true\n")
+    tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o700)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def cards_here(folder: Path, monkeypatch: pytest.MonkeyPatch, **free: int) -> None:
+    """So many MiB are free on each card, by the name that the driver's tool has for it."""
+    cases = [f"[ $1 = --id={name} ] && echo {mebibytes}" for name, mebibytes in free.items()]
+    asked(folder, monkeypatch, "\n".join([*cases, "true"]))
+
+
+def test_the_card_of_this_machine_is_asked(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards_here(tmp_path, monkeypatch, **{"2": 24000})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert planned(demo / "overlay")["machine"]["card"] == 24000 * 2**20
+    for answer in ("exit 9", "echo nothing", "echo"):
+        asked(tmp_path, monkeypatch, answer)
+        assert planned(demo / "overlay")["machine"]["card"] is None
+    asked(tmp_path, monkeypatch, "echo 24000")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert planned(demo / "overlay")["machine"]["card"] is None
 
 
 def schemes(*arguments: str | Path) -> dict[str, dict[str, Any]]:
@@ -218,7 +220,7 @@ def test_several_cards_in_words() -> None:
 
 
 def test_the_smallest_of_the_named_cards_counts(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cards_here(tmp_path, monkeypatch, 24000, 48000, 32000)
+    cards_here(tmp_path, monkeypatch, **{"0": 24000, "1": 48000, "2": 32000})
     overlay = demo / "overlay"
     assert planned(overlay, "--devices", "1,2")["machine"]["card"] == 32000 * 2**20
     assert planned(overlay, "--devices", "2")["machine"]["card"] == 24000 * 2**20, "a number: like the first one"
@@ -247,26 +249,13 @@ class Driver:
 
 def test_cards_are_numbered_as_cuda_numbers_them(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nvidia-smi, which counts them in another order, is asked by UUID."""
-    cards_here(tmp_path, monkeypatch, 24000, 48000)
-    (tmp_path / "nvidia-smi").write_text(
-        "#!/bin/sh\n"
-        "[ $1 = --id=GPU-00000000-0000-0000-0000-000000000000 ] && echo 48000\n"
-        "[ $1 = --id=GPU-01010101-0101-0101-0101-010101010101 ] && echo 24000\ntrue\n"
-    )
+    first, second = (f"GPU-{byte * 4}-{byte * 2}-{byte * 2}-{byte * 2}-{byte * 6}" for byte in ("00", "01"))
+    cards_here(tmp_path, monkeypatch, **{first: 48000, second: 24000})
     assert planned(demo / "overlay")["machine"]["card"] is None
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: Driver())
     assert planned(demo / "overlay")["machine"]["card"] == 48000 * 2**20
     assert planned(demo / "overlay", "--devices", "0,1")["machine"]["card"] == 24000 * 2**20
     assert "found 2" in refused(ltxpack("plan", demo / "overlay", "--devices", "0,2"), 2)
-
-
-@pytest.mark.parametrize("devices", ["0", "1", "65", "99999999999", "cpu", "cpu:1", "0,0", "x"])
-def test_what_is_no_number_of_cards_is_wrong_use(devices: str) -> None:
-    assert "--devices" in refused(ltxpack("plan", "--devices", devices), 2)
-
-
-def test_memory_of_a_card_goes_with_cards() -> None:
-    assert "--vram goes with cards" in refused(ltxpack("plan", "--vram", "24GB", "--devices", "cpu:2"), 2)
 
 
 def test_an_overlay_without_bakes_is_planned_with_the_official_pair(demo: Path, tmp_path: Path) -> None:
@@ -307,13 +296,21 @@ def test_what_fits_nowhere_is_refused_with_numbers_and_what_is_no_overlay(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "words"),
-    [("--vram", "lots", ["lots", "5GB"]), ("--ram", "-1", ["-1"]), ("--disk-rate", "0", ["0"]),
-     ("--height", "100", ["height", "multiple of"]), ("--height", "3200000", ["choose --height 16384"]),
-     ("--num-frames", "24", ["frames"]), ("--dtype", "int8", ["int8"])],
-)  # fmt: skip
-def test_wrong_use(flag: str, value: str, words: list[str]) -> None:
-    message = refused(ltxpack("plan", "--vram", "24GB", "--ram", "64GB", flag, value), 2)
+    ("flags", "words"),
+    [
+        ("--vram lots", ["--vram is not a size", "lots", "5GB"]),
+        ("--ram -1", ["--ram is not a size", "-1"]),
+        ("--disk-rate 0", ["--disk-rate is not a size", "0"]),
+        ("--height 100", ["height", "multiple of"]),
+        ("--height 3200000", ["choose --height 16384"]),
+        ("--num-frames 24", ["frames"]),
+        ("--dtype int8", ["int8"]),
+        ("--vram 24GB --devices cpu:2", ["--vram goes with cards"]),
+        *((f"--devices {wrong}", ["--devices"]) for wrong in ["0", "1", "65", "9" * 11, "cpu", "cpu:1", "0,0", "x"]),
+    ],
+)
+def test_wrong_use(flags: str, words: list[str]) -> None:
+    message = refused(ltxpack("plan", *flags.split()), 2)
     assert all(word in message for word in words)
 
 

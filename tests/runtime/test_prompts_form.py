@@ -100,8 +100,11 @@ def test_files_of_other_forms_are_named_in_one_line(
     assert len(refused.value.render().splitlines()) == 3
 
 
-def test_an_odd_utf16_file_and_an_empty_list(tmp_path: Path) -> None:
+def test_an_odd_utf16_file_and_files_without_a_video(tmp_path: Path) -> None:
     for content, says in (
+        (b"", "no line"),
+        (b"\n \n", "no line"),
+        (b"\xef\xbb\xbf", "no line"),
         (b"\xff\xfea", "not sound UTF-16 text"),
         (b"[]", "holds no item"),
         (b"[0, 1]", "2 other"),
@@ -118,6 +121,7 @@ def test_an_odd_utf16_file_and_an_empty_list(tmp_path: Path) -> None:
         ("a.txt", "A boat --w 512 --h 768", "an option in a prompt (--w)"),
         ("a.txt", "--prompt boat", "an option in a prompt (--prompt)"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
         ("a.jsonl", "{'prompt': 'a'}", "JSON has double quotes"),
         ("a.jsonl", "{“prompt”: “a”}", "JSON has straight quotes"),
         ("a.jsonl", '{"prompt": "a",}', "a comma stands before a closing bracket"),

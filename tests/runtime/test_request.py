@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 
 import pytest
@@ -82,19 +81,6 @@ def test_an_image_that_is_no_file_is_told_with_the_reason(text: str, found: str,
     with pytest.raises(UsageError, match="no such image") as refused:
         image.check(25)
     assert found in str(refused.value.found) and better in refused.value.next
-
-
-@pytest.mark.parametrize(
-    ("frame", "strength", "says"),
-    [
-        (9, 1.0, "from 0 to 8"),
-        (-1, 1.0, "outside the video"),
-        *((0, strength, "wrong image strength") for strength in (1.5, -0.1, math.nan)),
-    ],
-)
-def test_images_that_cannot_be_placed_are_wrong_use(frame: int, strength: float, says: str, folder: Path) -> None:
-    with pytest.raises(UsageError, match=says):
-        request(images=[ImageSpec(folder / "a.png", frame, strength)])
 
 
 def request(**changes: object) -> Request:

@@ -86,21 +86,6 @@ def test_bakes_of_another_lora_do_not_count() -> None:
         pick({"mine-0.5": bake(lora(OTHER, 0.5))})
 
 
-@pytest.mark.parametrize(
-    ("recipe", "names", "expected"),
-    [
-        (DISTILLED_RECIPE, ["distilled-0.25", "distilled-0.5"], ("distilled-0.5",) * 2),
-        (DISTILLED_RECIPE, ["distilled-0.8"], ("distilled-0.8",) * 2),
-        (TWO_STAGE, ["distilled-0.25", "distilled-0.5"], ("base", "distilled-0.5")),
-        (TWO_STAGE, ["distilled-0.5", "distilled-1"], ("base", "distilled-1")),
-        (ONE_STAGE, [], ("base",)),
-    ],
-)
-def test_auto_of_the_other_recipes(recipe: Recipe, names: list[str], expected: tuple[str, ...]) -> None:
-    choice = choose(at_out(manifest(some(*names))), recipe, ("auto", "auto"))
-    assert choice.stages == expected
-
-
 def test_a_distilled_checkpoint_needs_no_bake_and_one_stage_has_no_second() -> None:
     distilled = replace(manifest({}), transformer_kind="distilled")
     assert choose(at_out(distilled), DISTILLED_RECIPE, ("auto", "auto")).stages == ("base", "base")
@@ -158,9 +143,14 @@ FP8_PAIR, INT8_PAIR = (tuple(f"distilled-{s}-{form}" for s in ("0.25", "0.5")) f
         (TWO_STAGE, "fp8", ["distilled-0-fp8", FP8_PAIR[1]], ("distilled-0-fp8", FP8_PAIR[1]), None),
         (TWO_STAGE, "bf16", ["distilled-0-fp8", FP8_PAIR[1]], ("base", FP8_PAIR[1]), "no bf16 bake in place of dist"),
         (ONE_STAGE, "int8", ["distilled-0-int8", "distilled-0-fp8"], ("distilled-0-int8",), None),
+        (DISTILLED_RECIPE, "bf16", ["distilled-0.25", "distilled-0.5"], ("distilled-0.5",) * 2, None),
+        (DISTILLED_RECIPE, "bf16", ["distilled-0.8"], ("distilled-0.8",) * 2, None),
+        (TWO_STAGE, "bf16", ["distilled-0.25", "distilled-0.5"], ("base", "distilled-0.5"), None),
+        (TWO_STAGE, "bf16", ["distilled-0.5", "distilled-1"], ("base", "distilled-1"), None),
+        (ONE_STAGE, "bf16", [], ("base",), None),
     ],
 )  # fmt: skip
-def test_the_form_chooses_among_bakes_of_one_strength(
+def test_recipe_and_form_choose_among_the_bakes(
     recipe: Recipe, form: str, names: list[str], expected: tuple[str, ...], told: str | None
 ) -> None:
     choice = choose(at_out(manifest(some(*names))), recipe, ("auto", "auto"), form)
