@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 33_881,
     "files of the package": 197,
-    "lines of the tests": 33_820,
+    "lines of the tests": 33_728,
 }
 
 

@@ -7,16 +7,16 @@ import errno
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from _full_size import make_full_size
 from blake3 import blake3
-from support import in_fresh_process, ltxpack, refused, tree
+from lora_bake.lora_support import exported
+from support import Done, in_fresh_process, ltxpack, refused, tree
 
 import ltxpack.export.plan as exporting
 from ltxpack.errors import OverlayError
@@ -33,12 +33,6 @@ from ltxpack.reporter import SilentReporter
 BAKE = "distilled-0.5"
 # A write in the middle of an export of the demo.
 HALFWAY = 600
-
-
-def exported(overlay: Path, output: Path, *flags: str) -> TensorFile:
-    done = ltxpack("export", overlay, "-o", output, *flags)
-    assert done.returncode == 0, done.stderr
-    return read_tensorfile(output)
 
 
 def content(file: TensorFile, info: TensorInfo) -> bytes:
@@ -171,13 +165,11 @@ def test_the_plan_of_the_published_model_is_exact(
     options = exporting.ExportOptions(full_size, tmp_path / "x.safetensors", make=make, parts=parts)
     plan = exporting.plan_export(options, SilentReporter(), headers_only=True)
     assert plan.size - len(plan.header) == nbytes + sum(map(len, plan.literals.values()))
-    if form == "fp8" and parts == "all":
-        _check_small_plan(full_size, blocks)
     coded = {"fp8": 2, "int8": 1, "": 0}[form] + (parts == "transformer" and form != "")
     assert plan.tensors == (5947 if parts == "all" else 4444) + 34 * blocks * coded
 
 
-def _check_small_plan(overlay: Path, blocks: int) -> None:
+def test_a_plan_needs_neither_torch_nor_much_memory(full_size: Path) -> None:
     code = """
     import sys
     from pathlib import Path
@@ -185,13 +177,13 @@ def _check_small_plan(overlay: Path, blocks: int) -> None:
     from ltxpack.lora_bake import BakeOptions
     from ltxpack.reporter import SilentReporter
     exporting._metadata = lambda *inputs: {}
-    overlay, kept = Path(sys.argv[1]), None if sys.argv[2] == "44" else ()
-    make = BakeOptions(overlay, (0.0,), formats=("fp8",), keep_blocks=kept)
+    overlay = Path(sys.argv[1])
+    make = BakeOptions(overlay, (0.0,), formats=("fp8",), keep_blocks=())
     options = exporting.ExportOptions(overlay, Path("x.safetensors"), make=make)
     exporting.plan_export(options, SilentReporter(), headers_only=True).size
     answer = "torch" in sys.modules
     """
-    loads_torch, peak = in_fresh_process(code, overlay, str(blocks))
+    loads_torch, peak = in_fresh_process(code, full_size)
     assert not loads_torch and peak < 100e6
 
 
@@ -236,76 +228,44 @@ def test_an_overlay_that_kept_no_metadata_or_that_changed_is_told(overlay: Path,
     assert not output.exists()
 
 
-def test_a_shard_that_changed_is_told(overlay: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", ["", "--format fp8 --keep-blocks none"])
+def test_a_shard_that_changed_is_told(flags: str, overlay: Path, tmp_path: Path) -> None:
+    """One that is longer before, one of other content while the transformer is made."""
     record = next(file for file in read_manifest(overlay).components["vae"].files if file.path.endswith(".safetensors"))
-    path = overlay / record.path
+    path, output = overlay / record.path, tmp_path / "x.safetensors"
     data = path.read_bytes()
     path.unlink()
-    path.write_bytes(data + bytes(4))
-    message = refused(ltxpack("export", overlay, "-o", tmp_path / "x.safetensors"), 1)
-    assert record.path in message and "ltxpack verify" in message
-
-
-def test_a_shard_of_other_content_is_told_while_the_transformer_is_made(overlay: Path, tmp_path: Path) -> None:
-    record = next(file for file in read_manifest(overlay).components["vae"].files if file.path.endswith(".safetensors"))
-    path = overlay / record.path
-    data = path.read_bytes()
-    path.unlink()
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    output = tmp_path / "x.safetensors"
-    message = refused(ltxpack("export", overlay, "-o", output, "--format", "fp8", "--keep-blocks", "none"), 1)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if flags else data + bytes(4))
+    message = refused(ltxpack("export", overlay, "-o", output, *flags.split()), 1)
     assert record.path in message and "ltxpack verify" in message and not output.exists()
 
 
-def test_after_a_kill_the_same_command_makes_the_same_file(demo: Path, tmp_path: Path) -> None:
-    """Whenever it came: a file of that name is whole, and nothing of the killed one is left at the end."""
-    output = tmp_path / "x.safetensors"
-    command = [sys.executable, "-m", "ltxpack", "export", str(demo / "overlay"), "-o", str(output)]
-    unfinished, whole = tmp_path / ".x.safetensors.ltxpack" / "unfinished.safetensors", list[bytes]()
-
-    def holds(size: int) -> bool:
-        try:
-            return unfinished.stat().st_blocks * 512 >= size
-        except OSError:  # not yet, or not any more
-            return False
-
-    for size in (0, 1, 10_000_000):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not holds(size):
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-        if output.exists():
-            whole.append(output.read_bytes())
-            output.unlink()
-    exported(demo / "overlay", output)
-    assert list(tmp_path.iterdir()) == [output]
-    exported(demo / "overlay", tmp_path / "y.safetensors")
-    assert {*whole, output.read_bytes()} == {(tmp_path / "y.safetensors").read_bytes()}
+FAULTS = {"interrupt": KeyboardInterrupt(), "full": OSError(errno.ENOSPC, "No space left on device")}
 
 
-@pytest.mark.parametrize("fault", ["disk", "interrupt", "full"])
-def test_what_goes_wrong_leaves_no_file(
-    fault: str, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nor changes the one that is there; what is sound of the work is used by the next run."""
-    output, work = tmp_path / "x.safetensors", tmp_path / ".x.safetensors.ltxpack"
-    output.write_bytes(b"mine")
+def spoiled(fault: str, overlay: Path, output: Path) -> Done:
+    """An export in whose midst one write fails, or writes zeros to the disk without a word."""
     real, calls = os.pwrite, itertools.count()
 
     def written(fd: int, data: memoryview, offset: int) -> int:
         if next(calls) == HALFWAY:
-            if fault == "interrupt":
-                raise KeyboardInterrupt
-            if fault == "full":
-                raise OSError(errno.ENOSPC, "No space left on device")
+            if fault in FAULTS:
+                raise FAULTS[fault]
             data = memoryview(bytes(len(data)))
         return real(fd, data, offset)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", written)
-        done = ltxpack("export", demo / "overlay", "-o", output, "--force")
+    with mock.patch.object(os, "pwrite", written):
+        done = ltxpack("export", overlay, "-o", output, "--force")
     assert next(calls) > HALFWAY
+    return done
+
+
+@pytest.mark.parametrize("fault", ["disk", *FAULTS])
+def test_what_goes_wrong_leaves_no_file(fault: str, demo: Path, tmp_path: Path) -> None:
+    """Nor changes the one that is there; what is sound of the work is used by the next run."""
+    output, work = tmp_path / "x.safetensors", tmp_path / ".x.safetensors.ltxpack"
+    output.write_bytes(b"mine")
+    done = spoiled(fault, demo / "overlay", output)
     assert done.returncode == (130 if fault == "interrupt" else 1)
     told = {"disk": "did not come back from the disk", "interrupt": "goes on from there", "full": "the disk is full"}
     assert told[fault] in done.stderr and output.read_bytes() == b"mine"
@@ -316,27 +276,18 @@ def test_what_goes_wrong_leaves_no_file(
     assert output.read_bytes() == (tmp_path / "y.safetensors").read_bytes() and not work.exists()
 
 
-def test_what_an_earlier_run_wrote_is_read_back(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_earlier_run_wrote_is_read_back(demo: Path, tmp_path: Path) -> None:
     output, work = tmp_path / "x.safetensors", tmp_path / ".x.safetensors.ltxpack"
-    real, calls = os.pwrite, itertools.count()
-
-    def written(fd: int, data: memoryview, offset: int) -> int:
-        if next(calls) == HALFWAY:
-            raise KeyboardInterrupt
-        return real(fd, data, offset)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", written)
-        assert ltxpack("export", demo / "overlay", "-o", output).returncode == 130
+    assert spoiled("interrupt", demo / "overlay", output).returncode == 130
     plan = exporting.plan_export(exporting.ExportOptions(demo / "overlay", output), SilentReporter())
     done = Journal.read(work / "journal.jsonl").records
     unit = next(unit for unit in plan.units if unit.shard.record.path in done)
     name = next(name for name, spec in unit.exported.items() if spec.nbytes)
     with (work / "unfinished.safetensors").open("r+b") as file:
         file.seek(plan.spans[name][0])
-        byte = file.read(1)[0]
+        data = file.read(1)
         file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 1]))
+        file.write(bytes([data[0] ^ 1]))
     again = ltxpack("export", demo / "overlay", "-o", output)
     assert "did not come back from the disk" in refused(again, 1) and name in again.stderr
     assert not work.exists() and not output.exists()

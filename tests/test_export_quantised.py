@@ -1,4 +1,4 @@
-"""``export`` of quantised linears: the goldens' codes under official names, marked so that loaders know them."""
+"""``export`` of quantised linears: a bake's codes under official names, marked so that loaders know them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from lora_bake.lora_support import baked, exported
 from materialize.fake_hub import FakeHub
-from safetensors import safe_open
 from safetensors.torch import save_file
 from support import FORKS, load, load_all, ltxpack, refused
 
 from ltxpack.export import ExportOptions, export
-from ltxpack.files.tensorfile import TensorFile, read_tensorfile
+from ltxpack.files.tensorfile import TensorFile
 from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.manifest import MANIFEST_NAME
@@ -32,12 +32,6 @@ from ltxpack.reporter import SilentReporter
 
 ROOT = "model.diffusion_model."
 FP8 = ("--format", "fp8", "--keep-blocks", "none")
-
-
-def exported(overlay: Path, output: Path, *flags: object) -> TensorFile:
-    done = ltxpack("export", overlay, "-o", output, *map(str, flags))
-    assert done.returncode == 0, done.stderr
-    return read_tensorfile(output)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -51,36 +45,21 @@ def coded(file: TensorFile, dtype: str = "F8_E4M3") -> set[str]:
     return {name.removesuffix(".weight") for name, info in file.tensors.items() if info.dtype == dtype}
 
 
-def test_the_goldens_come_out_under_official_names_from_a_bake_and_on_the_way(golden: Path, tmp_path: Path) -> None:
-    overlay = tmp_path / "out"
-    assert ltxpack("materialize", golden, overlay).returncode == 0
-    [recorded] = golden.glob("golden/fp8_weights_*")
-    with safe_open(recorded, "pt") as opened:
-        stated = opened.metadata()
-    count = json.loads((overlay / "transformer" / "config.json").read_text())["num_layers"]
-    for kind, form in (("tensor", "fp8"), ("int8", "int8")):
-        kept = ",".join(str(i) for i in range(count) if i not in json.loads(stated[f"{kind}_blocks"])) or "none"
-        flags = ("--strength", stated["strength"], "--format", form, "--keep-blocks", kept)
-        assert ltxpack("bake-lora", overlay, *flags, "--name", form).returncode == 0
-        exported(overlay, tmp_path / "way.safetensors", *flags, "--force")
-        exported(overlay, tmp_path / "bake.safetensors", "--bake", form, "--force")
-        on_the_way, found = load(tmp_path / "way.safetensors"), load(tmp_path / "bake.safetensors")
-        assert on_the_way.keys() == found.keys()
-        assert all(same(on_the_way[name], found[name]) for name in found)
-        baked = load_all(overlay / "bakes" / form)
-        for name, tensor in baked.items():
-            official = TRANSFORMER.reverse().rename(name)
-            assert same(found[official], tensor.float() if "scale_shift_table" in official else tensor), name
-        differing = 0
-        for key, value in load(recorded).items():
-            name = f"{ROOT}{key.removeprefix(f'{kind}.')}"
-            if key.startswith(f"{kind}.") and key.endswith(".weight"):
-                gap = (found[name].view(torch.int8).int() - value.view(torch.int8).int()).abs()
-                assert found[name].dtype == value.dtype and gap.max() <= 1
-                differing += int(gap.sum())
-            elif key.startswith(f"{kind}.") and key.endswith(".weight_scale"):
-                torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)
-        assert differing <= 3
+@pytest.mark.parametrize(
+    "flags", [f"--strength 0.5 --format {form} --keep-blocks none" for form in ("fp8", "int8")] + ["--strength 0.5@0:0"]
+)
+def test_an_export_on_the_way_is_that_of_the_bake(flags: str, overlay: Path, tmp_path: Path) -> None:
+    baked(overlay, *flags.split(), "--name", "mine")
+    exported(overlay, tmp_path / "way.safetensors", *flags.split())
+    exported(overlay, tmp_path / "bake.safetensors", "--bake", "mine")
+    on_the_way, found = load(tmp_path / "way.safetensors"), load(tmp_path / "bake.safetensors")
+    assert on_the_way.keys() == found.keys()
+    assert all(same(on_the_way[name], found[name]) for name in found)
+    for name, tensor in load_all(overlay / "bakes" / "mine").items():
+        official = TRANSFORMER.reverse().rename(name)
+        assert same(found[official], tensor.float() if "scale_shift_table" in official else tensor), name
+    told = ltxpack("materialize", tmp_path / "bake.safetensors", tmp_path / "x", "--plan").stderr
+    assert ("is quantised" if "--format" in flags else "0.5@0:0") in told
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from support import ltxpack
 
 from ltxpack.errors import AdapterError
+from ltxpack.files.tensorfile import TensorFile, read_tensorfile
 from ltxpack.lora_bake.adapter import Adapter, open_adapter
 from ltxpack.lora_bake.find import locate
 from ltxpack.lora_bake.fuse import Term, fuse_rows
@@ -165,6 +166,13 @@ def baked(overlay: Path, *flags: object) -> list[str]:
     done = ltxpack("bake-lora", overlay, "--json", *map(str, flags))
     assert done.returncode == 0, done.stderr
     return [report["name"] for report in json.loads(done.stdout)]
+
+
+def exported(overlay: Path, output: Path, *flags: object) -> TensorFile:
+    """The file that ``export`` writes."""
+    done = ltxpack("export", overlay, "-o", output, *map(str, flags))
+    assert done.returncode == 0, done.stderr
+    return read_tensorfile(output)
 
 
 def peft_folder(folder: Path, factors: Factors, stated: Mapping[str, object], prefix: str = "") -> Path:

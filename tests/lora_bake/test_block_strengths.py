@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lora_support import STYLE, change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
 from lora_support import baked as bakes
-from support import load, load_all, ltxpack, refused, tree
+from support import load_all, ltxpack, refused, tree
 
 from ltxpack.activations import ActivationsFile
 from ltxpack.errors import OverlayError, UsageError
@@ -27,7 +27,7 @@ from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.strength import BlockRun, Strength
 
 BASE = random_weights()
-FACTORS = low_rank(linears())
+FACTORS = low_rank([module for module in linears() if ".attn1." in module or ".ff." in module or "." not in module])
 
 
 @pytest.fixture
@@ -188,17 +188,6 @@ def test_a_damaged_one_is_made_again_to_the_byte(overlay: Path, style: Path) -> 
     assert ltxpack("verify", overlay).returncode == 1
     assert ltxpack("verify", overlay, "--repair", "--lora", style).returncode == 0
     assert tree(overlay) == before
-
-
-def test_an_export_has_the_same_weights_and_says_of_what(demo: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "overlay"
-    assert ltxpack("materialize", demo / "source", folder).returncode == 0
-    name, files = made(folder, "--strength", "0.5@0:0"), (tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    assert ltxpack("export", folder, "-o", files[0], "--bake", name).returncode == 0
-    assert ltxpack("export", folder, "-o", files[1], "--strength", "0.5@0:0").returncode == 0
-    one, two = map(load, files)
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    assert "0.5@0:0" in ltxpack("materialize", files[0], tmp_path / "x", "--plan").stderr
 
 
 def test_auto_leaves_them_to_whoever_names_them(overlay: Path) -> None:

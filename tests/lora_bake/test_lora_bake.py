@@ -47,7 +47,8 @@ from ltxpack.reporter import SilentReporter
 from ltxpack.strength import Strength
 
 BASE = random_weights()
-FACTORS = low_rank(linears())
+# Of a fifth of the linears, so that each shard has weights to copy too.
+FACTORS = low_rank(linears()[::5])
 
 
 @pytest.fixture
@@ -172,18 +173,6 @@ def test_every_kernel_is_used_by_its_name(overlay: Path, style: Path, monkeypatc
 # The folder and the manifest
 
 
-def test_diffusers_loads_a_bake(overlay: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    [name] = run(overlay, 0.5)
-    model, info = diffusers.LTX2VideoTransformer3DModel.from_pretrained(
-        overlay, subfolder=f"bakes/{name}", torch_dtype=torch.bfloat16, output_loading_info=True
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    state = model.state_dict()
-    for tensor_name, tensor in load_all(overlay / "bakes" / name).items():
-        assert torch.equal(state[tensor_name], tensor)
-
-
 def test_the_folder_is_complete_and_verifies(overlay: Path) -> None:
     names = run(overlay, 0.25, 1.0)
     assert names == ["distilled-0.25", "distilled-1"]
@@ -248,8 +237,10 @@ def test_shards_without_a_changed_tensor_are_relative_links(tmp_path: Path) -> N
     assert verify(moved, SilentReporter()) == []
 
 
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV])
-@pytest.mark.parametrize("hard", [True, False], ids=["hard links", "copies"])
+@pytest.mark.parametrize(
+    ("hard", "code"),
+    [*((True, code) for code in (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)), (False, errno.EXDEV)],
+)
 def test_where_there_are_no_symlinks_shards_are_hard_links_or_copies(
     hard: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,7 +515,7 @@ def test_allow_unmatched_is_told(overlay: Path, style: Path) -> None:
 
 def test_dora_has_no_official_rule(overlay: Path) -> None:
     module = "transformer_blocks.0.attn1.to_q"
-    tensors = official_keys({module: FACTORS[module]})
+    tensors = official_keys(low_rank([module]))
     tensors["diffusion_model.transformer_blocks.0.attn1.to_q.dora_scale"] = torch.ones(32, 1)
     path = save(overlay.parent / "dora.safetensors", tensors)
     assert_untouched_by(overlay, AdapterError, "has no DoRA", 1.0, lora=str(path), rule="official")
