@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 33_881,
+    "lines of the package": 33_872,
     "files of the package": 197,
-    "lines of the tests": 33_728,
+    "lines of the tests": 33_691,
 }
 
 

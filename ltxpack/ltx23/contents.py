@@ -74,16 +74,14 @@ def described(file: TensorFile) -> str | None:
 
 def _model(file: TensorFile) -> str | None:
     held = components_of(file)
-    what = None
     if root_and_parts(file)[1] == ALL:
-        what = PARTS_TOLD[ALL]
-    elif held:
+        return PARTS_TOLD[ALL]
+    if held:
         told = [COMPONENTS_TOLD[name] for name in held if name != "connectors" or len(held) == 1]
-        what = " and ".join([*filter(None, [", ".join(told[:-1])]), told[-1]]) + " alone"
-    elif UPSAMPLER_MARK in file.tensors:
-        what = "a latent upsampler"
-    elif root_of(file.tensors) is not None:
-        what = "a language model, perhaps the text encoder"
-    elif any(part in TRANSFORMER.paths.values() for name in file.tensors for part in name.split(".")):
-        what = "a part of a folder in diffusers' layout"
-    return what
+        return " and ".join([*filter(None, [", ".join(told[:-1])]), told[-1]]) + " alone"
+    if UPSAMPLER_MARK in file.tensors:
+        return "a latent upsampler"
+    if root_of(file.tensors) is not None:
+        return "a language model, perhaps the text encoder"
+    diffusers = any(part in TRANSFORMER.paths.values() for name in file.tensors for part in name.split("."))
+    return "a part of a folder in diffusers' layout" if diffusers else None

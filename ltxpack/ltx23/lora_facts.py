@@ -317,16 +317,12 @@ def judged_keys(names: Iterable[str]) -> list[LoraKey]:
 
 def ranks_of(keys: Iterable[LoraKey], tensors: Mapping[str, TensorInfo]) -> dict[LoraKey, int]:
     """Key of the tensor that shows a rank -> the rank, for every module that has one."""
-    modules: dict[str, dict[str, LoraKey]] = {}
-    for key in keys:
-        modules.setdefault(key.module, {})[key.role] = key
-    ranks: dict[LoraKey, int] = {}
-    for found in modules.values():
-        shows = next((found[role] for method in METHODS for role in method.rank if role in found), None)
-        shape = () if shows is None else tensors[shows.key].shape
-        if shows and len(shape) > 1 and shape[0]:
-            ranks[shows] = shape[0]
-    return ranks
+    roles = [role for method in METHODS for role in method.rank]
+    shows: dict[str, LoraKey] = {}
+    for key in sorted((key for key in keys if key.role in roles), key=lambda key: roles.index(key.role)):
+        shows.setdefault(key.module, key)
+    shapes = {key: tensors[key.key].shape for key in shows.values()}
+    return {key: shape[0] for key, shape in shapes.items() if len(shape) > 1 and shape[0]}
 
 
 def _prefixes(found: Iterable[Statement], keys: Collection[LoraKey]) -> dict[str, tuple[str, ...]]:

@@ -120,11 +120,8 @@ def read_metadata(metadata: Mapping[str, str], names: Iterable[str], file: objec
         raise refused(f"{other} (LTX-2 or earlier)", expected="tensors of LTX-2.3", found=found)
     missing = [name for name in ("config", "model_version") if name not in metadata]
     if missing or version is None:
-        problem, expected = (
-            "is not an all-in-one LTX-2.3 checkpoint",
-            "safetensors metadata with `config` and `model_version`",
-        )
-        raise refused(problem, expected=expected, found=f"no {' and no '.join(missing)}")
+        expected, found = "safetensors metadata with `config` and `model_version`", f"no {' and no '.join(missing)}"
+        raise refused("is not an all-in-one LTX-2.3 checkpoint", expected=expected, found=found)
     config = parse_json(metadata["config"], f"{file}: metadata `config`")
     if not isinstance(config, Mapping):
         raise UnsupportedError("metadata `config` is not an object", file=str(file), next="ltxpack inspect FILE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -35,8 +36,10 @@ from ltxpack.lora_bake.stream import DTYPES
 from ltxpack.reporter import SilentReporter
 
 RANK, ALPHA = 4, 8.0
-# All linears of one block, and those outside the blocks.
-MODULES = [module for module in linears() if not module.startswith(("transformer_blocks.0.", "transformer_blocks.2."))]
+# Linears of every kind, in one block and outside.
+BLOCK = ("attn1", "ff", "audio_attn2", "audio_to_video_attn")
+PLACES = (*(f"transformer_blocks.1.{part}." for part in BLOCK), "proj_in", "time_embed.")
+MODULES = [module for module in linears() if module.startswith(PLACES)]
 BASE = random_weights()
 FACTORS = low_rank(MODULES, RANK)
 ATTENTION = "transformer_blocks.1.attn1"
@@ -75,8 +78,8 @@ def wrapped(module: str) -> str:
     return f"base_model.model.{module}"
 
 
-def flat(module: str) -> str:
-    return "lora_unet_" + module.replace(".", "_")
+def flat(module: str, prefix: str = "lora_unet_") -> str:
+    return prefix + module.replace(".", "_")
 
 
 COMFY, NAMED = ("lora_down.weight", "lora_up.weight"), ("lora_A.default.weight", "lora_B.default.weight")
@@ -86,42 +89,70 @@ HALVED = {m: (a, b * (0.5 if m in QUERIES else 1.0)) for m, (a, b) in FACTORS.it
 PADDED = {
     m: (torch.cat([a, 0 * a]), torch.cat([b, 0 * b], 1)) if m in WIDE else (a, b) for m, (a, b) in FACTORS.items()
 }
-# Naming -> tensors; and what is stated: nothing, PEFT's configuration, or (as text) diffusers' metadata.
-NAMINGS: dict[str, tuple[dict[str, torch.Tensor], object]] = {
-    "official": (official_keys(FULL), None),
-    "official alpha": (official_keys(FACTORS) | alphas(official_root, MODULES), None),
-    "checkpoint root": (dotted(FULL, lambda m: f"model.diffusion_model.{official(m)}"), None),
-    "bare": (dotted(FULL, str), None),
-    "comfy": (dotted(FACTORS, official_root, *COMFY) | alphas(official_root, MODULES), None),
-    "diffusers": (
-        dotted(FACTORS, "transformer.{}".format),
-        json.dumps({f"transformer.{k}": v for k, v in config().items()}),
+spelled = functools.partial(dotted, FULL)
+NAMINGS: dict[str, dict[str, torch.Tensor]] = {
+    "official": official_keys(FULL),
+    "official alpha": official_keys(FACTORS) | alphas(official_root, MODULES),
+    "checkpoint root": spelled(lambda m: f"model.diffusion_model.{official(m)}"),
+    "bare": spelled(str),
+    "comfy": dotted(FACTORS, official_root, *COMFY) | alphas(official_root, MODULES),
+    "diffusers": dotted(FACTORS, "transformer.{}".format),
+    "peft": dotted(FACTORS, wrapped),
+    "peft rslora": dotted(FACTORS, lambda m: wrapped(official(m))),
+    "peft default": spelled(wrapped, *NAMED),
+    "peft patterns": dotted(HALVED, wrapped),
+    "peft mixed ranks": dotted(PADDED, wrapped),
+    "kohya": dotted(FACTORS, kohya, *COMFY) | alphas(kohya, MODULES),
+    "kohya, diffusers names": dotted(FACTORS, flat, *COMFY) | alphas(flat, MODULES),
+    "to_out without index": spelled(lambda m: official_root(m).replace("to_out.0", "to_out")),
+    "fp32 factors": official_keys({m: (a.float(), b.float()) for m, (a, b) in FULL.items()}),
+    "full delta": {f"{official_root(m)}.diff": b.float() @ a.float() for m, (a, b) in FULL.items()},
+    "an unknown prefix": spelled("pipe.dit.{}".format),
+    "an unknown prefix, flattened": spelled(lambda m: flat(m, "lora_unet_pipe_dit_")),
+    "a flattened prefix that nobody knows": spelled(lambda m: flat(official(m), "lora_dit_")),
+    "flattened with model_": spelled(lambda m: flat(m, "lora_unet_model_")),
+    "flattened with model_ and without": spelled(lambda m: flat(f"model_{m}" if m in QUERIES else m)),
+    "compiled": spelled("_orig_mod.{}".format),
+    "compiled blocks": spelled(lambda m: "diffusion_model." + m.replace(".ff.", "._orig_mod.ff.")),
+    "compiled, flattened": spelled(lambda m: flat(f"_orig_mod.{m}".replace(".ff.", "._orig_mod.ff."))),
+    "FSDP and checkpointing": spelled(
+        lambda m: "module._fsdp_wrapped_module." + m.replace(".attn1.", "._checkpoint_wrapped_module.attn1.")
     ),
-    "peft": (dotted(FACTORS, wrapped), config()),
-    "peft rslora": (
-        dotted(FACTORS, lambda m: wrapped(official(m))),
-        config(lora_alpha=ALPHA / math.sqrt(RANK), use_rslora=True),
+    "base_layer": spelled("base_model.model.{}.base_layer".format),
+    "bare factors": spelled("diffusion_model.{}".format, "lora_A", "lora_B"),
+    "an adapter's name": spelled(wrapped, "lora_A.my_style.weight", "lora_B.my_style.weight"),
+    "diffusers' old layers": spelled(
+        "transformer.{}".format, "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
     ),
-    "peft default": (dotted(FULL, wrapped, *NAMED), None),
-    "peft patterns": (dotted(HALVED, wrapped), config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={"net.2": RANK})),
-    "peft mixed ranks": (
-        dotted(PADDED, wrapped),
-        config(rank_pattern=dict.fromkeys(WIDE, 2 * RANK), alpha_pattern=dict.fromkeys(WIDE, 2 * ALPHA)),
+    "lora.down": spelled("transformer.{}".format, "lora.down.weight", "lora.up.weight"),
+    "attention processors": spelled(
+        lambda m: m.replace(".attn1.", ".attn1.processor.").removesuffix(".0") + "_lora", "down.weight", "up.weight"
     ),
-    "kohya": (dotted(FACTORS, kohya, *COMFY) | alphas(kohya, MODULES), None),
-    "kohya, diffusers names": (dotted(FACTORS, flat, *COMFY) | alphas(flat, MODULES), None),
-    "to_out without index": (dotted(FULL, lambda m: official_root(m).replace("to_out.0", "to_out")), None),
-    "fp32 factors": (official_keys({m: (a.float(), b.float()) for m, (a, b) in FULL.items()}), None),
-    "full delta": ({f"{official_root(m)}.diff": b.float() @ a.float() for m, (a, b) in FULL.items()}, None),
+    "empty markers beside": spelled(official)
+    | {"__dummy": torch.zeros(0), "scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)},
+    "factors like those of a convolution": official_keys(
+        {m: (a[..., None, None], b[..., None, None]) for m, (a, b) in FULL.items()}
+    ),
+}
+# What a PEFT configuration states, or (as text) diffusers' metadata.
+STATED: dict[str, dict[str, object] | str] = {
+    "diffusers": json.dumps({f"transformer.{name}": value for name, value in config().items()}),
+    "peft": config(),
+    "peft rslora": config(lora_alpha=ALPHA / math.sqrt(RANK), use_rslora=True),
+    "peft patterns": config(alpha_pattern={"to_q": 2 * ALPHA}, rank_pattern={"net.2": RANK}),
+    "peft mixed ranks": config(
+        rank_pattern=dict.fromkeys(WIDE, 2 * RANK), alpha_pattern=dict.fromkeys(WIDE, 2 * ALPHA)
+    ),
 }
 
 
 def written(folder: Path, naming: str) -> Path:
     """The file, or the PEFT folder, of a naming."""
-    tensors, stated = NAMINGS[naming]
+    stated = STATED.get(naming)
     if not isinstance(stated, dict):
-        return save(folder / "x.safetensors", tensors, {"lora_adapter_metadata": str(stated)} if stated else None)
-    save(folder / "adapter_model.safetensors", tensors)
+        metadata = {"lora_adapter_metadata": stated} if stated else None
+        return save(folder / "x.safetensors", NAMINGS[naming], metadata)
+    save(folder / "adapter_model.safetensors", NAMINGS[naming])
     (folder / "adapter_config.json").write_text(json.dumps(stated))
     return folder
 
@@ -140,6 +171,30 @@ def test_every_naming_gives_the_same_weights(naming: str, merged: dict[str, torc
     assert set(adapter.targets) == {f"{module}.weight" for module in MODULES}
     found = weights_of(adapter)
     assert [name for name, expected in merged.items() if not torch.equal(found[name], expected)] == []
+
+
+def test_what_stands_before_the_names_must_be_the_same(tmp_path: Path) -> None:
+    both = spelled(lambda m: ("pipe.dit." if m in QUERIES else "other.") + m)
+    error = unfit(save(tmp_path / "x.safetensors", both), "its names have `")
+    assert "another model" not in error.problem and "`pipe.dit.`" in error.problem
+    some = spelled(lambda m: ("refiner." if m in QUERIES else "transformer.") + m)
+    error = unfit(save(tmp_path / "y.safetensors", some), f"{len(QUERIES)} unmatched targets")
+    assert "has `refiner.` before our name" in str(error.items)
+
+
+def test_a_prefix_is_told_and_names_of_connectors_are_not_ours(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.safetensors", spelled("pipe.dit.{}".format))
+    assert any("`pipe.dit.` before ours" in warning for warning in opened(path).warnings)
+    text = spelled("connectors.video_connector.{}".format)
+    unfit(save(tmp_path / "y.safetensors", text), "changes only the text path")
+
+
+def test_names_outside_the_blocks_are_found_behind_a_prefix_if_all_are(tmp_path: Path) -> None:
+    outside = low_rank([module for module in linears() if "blocks" not in module], 2, seed=3)
+    mine = dotted(outside, "pipe.dit.{}".format)
+    assert len(opened(save(tmp_path / "x.safetensors", mine)).targets) == len(outside)
+    foreign = mine | dotted(low_rank(["proj_out"], 2, seed=4), "pipe.dit.decoder_{}".format)
+    unfit(save(tmp_path / "y.safetensors", foreign), "is a LoRA for another model")
 
 
 @pytest.mark.parametrize(("name", "letters"), [("to_qkv", "qkv"), ("qkv", "qkv"), ("to_kv", "kv"), ("kv", "kv")])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,9 +17,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lora_support import (
-    dotted,
     fused_sums,
-    linears,
     low_rank,
     make_overlay,
     official,
@@ -458,75 +455,6 @@ def test_tensors_that_cannot_belong_to_one_weight_are_refused(case: str, tmp_pat
     sizes, told = MISFITS[case]
     tensors = {f"diffusion_model.{official(QUERY)}.{name}": torch.zeros(size) for name, size in sizes.items()}
     assert told in str(unfit(save(tmp_path / "x.safetensors", tensors)))
-
-
-# Names
-
-FACTORS = low_rank([QUERY, f"{ATTENTION}.to_out.0", WIDE], dtype=torch.float32)
-
-
-spelled = functools.partial(dotted, FACTORS)
-
-NAMES: Mapping[str, Tensors] = {
-    "an unknown prefix": spelled("pipe.dit.{}".format),
-    "an unknown prefix, flattened": spelled(lambda m: flat("lora_unet_pipe_dit_", m)),
-    "a flattened prefix that nobody knows": spelled(lambda m: flat("lora_dit_", official(m))),
-    "flattened with model_": spelled(lambda m: flat("lora_unet_model_", m)),
-    "flattened with model_ and without": spelled(lambda m: flat("lora_unet_model_" * (m == QUERY) or "lora_unet_", m)),
-    "compiled": spelled("_orig_mod.{}".format),
-    "compiled blocks": spelled(lambda m: "diffusion_model." + m.replace(".ff.", "._orig_mod.ff.")),
-    "compiled, flattened": spelled(lambda m: flat("lora_unet_", f"_orig_mod.{m}".replace(".ff.", "._orig_mod.ff."))),
-    "FSDP and checkpointing": spelled(
-        lambda m: "module._fsdp_wrapped_module." + m.replace(".attn1.", "._checkpoint_wrapped_module.attn1.")
-    ),
-    "base_layer": spelled("base_model.model.{}.base_layer".format),
-    "bare factors": spelled("diffusion_model.{}".format, "lora_A", "lora_B"),
-    "an adapter's name": spelled("base_model.model.{}".format, "lora_A.my_style.weight", "lora_B.my_style.weight"),
-    "diffusers' old layers": spelled(
-        "transformer.{}".format, "lora_linear_layer.down.weight", "lora_linear_layer.up.weight"
-    ),
-    "lora.down": spelled("transformer.{}".format, "lora.down.weight", "lora.up.weight"),
-    "attention processors": spelled(
-        lambda m: m.replace(".attn1.", ".attn1.processor.").removesuffix(".0") + "_lora", "down.weight", "up.weight"
-    ),
-    "empty markers beside": spelled(official)
-    | {"__dummy": torch.zeros(0), "scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)},
-    "factors like those of a convolution": dotted(
-        {m: (a[..., None, None], b[..., None, None]) for m, (a, b) in FACTORS.items()}, official
-    ),
-}
-
-
-@pytest.mark.parametrize("case", NAMES)
-def test_every_spelling_of_a_name_is_the_same_module(case: str, tmp_path: Path) -> None:
-    found = baked(save(tmp_path / "x.safetensors", NAMES[case]), 0.7)
-    assert found.keys() == {f"{module}.weight" for module in FACTORS}
-    for module, (a, b) in FACTORS.items():
-        assert agrees(found[f"{module}.weight"], BASE[f"{module}.weight"] + 0.7 * (b @ a))
-
-
-def test_what_stands_before_the_names_must_be_the_same(tmp_path: Path) -> None:
-    both = spelled(lambda m: ("pipe.dit." if m == QUERY else "other.") + m)
-    error = unfit(save(tmp_path / "x.safetensors", both), "its names have `")
-    assert "another model" not in error.problem and "`pipe.dit.`" in error.problem
-    some = spelled(lambda m: ("refiner." if m == QUERY else "transformer.") + m)
-    error = unfit(save(tmp_path / "y.safetensors", some), "1 unmatched target")
-    assert "has `refiner.` before our name" in str(error.items)
-
-
-def test_a_prefix_is_told_and_names_of_connectors_are_not_ours(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.safetensors", spelled("pipe.dit.{}".format))
-    assert any("`pipe.dit.` before ours" in warning for warning in opened(path).warnings)
-    text = spelled("connectors.video_connector.{}".format)
-    unfit(save(tmp_path / "y.safetensors", text), "changes only the text path")
-
-
-def test_names_outside_the_blocks_are_found_behind_a_prefix_if_all_are(tmp_path: Path) -> None:
-    outside = low_rank([module for module in linears() if "blocks" not in module], 2, seed=3)
-    mine = dotted(outside, "pipe.dit.{}".format)
-    assert len(opened(save(tmp_path / "x.safetensors", mine)).targets) == len(outside)
-    foreign = mine | dotted(low_rank(["proj_out"], 2, seed=4), "pipe.dit.decoder_{}".format)
-    unfit(save(tmp_path / "y.safetensors", foreign), "is a LoRA for another model")
 
 
 def test_half_of_an_adapter_is_an_adapter_still(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_support import linears, low_rank, official, official_keys, opened, save, shapes, unfit
+from lora_support import linears, low_rank, official, official_keys, save, shapes, unfit
 
 from ltxpack.errors import UsageError
 from ltxpack.files.tensorfile import read_tensorfile
@@ -144,15 +144,6 @@ def test_many_prefixes_take_no_more_calls_than_one() -> None:
     assert counts[0] == counts[1]
 
 
-def test_fused_names_stand_for_two_or_three_modules() -> None:
-    names = ModuleNames(shapes())
-    for name, letters in (("to_qkv", "qkv"), ("qkv", "qkv"), ("to_kv", "kv")):
-        key = parse_key(f"diffusion_model.transformer_blocks.1.audio_attn1.{name}.lora_A.weight")
-        assert key is not None and names.find(key) == tuple(
-            f"transformer_blocks.1.audio_attn1.to_{letter}" for letter in letters
-        )
-
-
 @pytest.mark.parametrize(
     "module",
     ["video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q", "text_embedding_projection.aggregate_embed",
@@ -198,15 +189,3 @@ def test_materialize_inspect_and_bake_lora_agree_on_what_a_lora_key_is(keys: lis
         error = unfit(path, "unknown key")
         unknown = [item.removeprefix("unknown key: ") for item in error.items if item.startswith("unknown key")]
         assert sorted(unknown) == others
-
-
-@pytest.mark.parametrize(
-    ("down", "up"),
-    [("lora_A.style.weight", "lora_B.style.weight"), ("lora.down.weight", "lora.up.weight"), ("lora_A", "lora_B")],
-)
-def test_rarer_endings_are_a_lora_to_all_three(down: str, up: str, tmp_path: Path) -> None:
-    [(a, b)] = low_rank(["proj_in"]).values()
-    path = save(tmp_path / "x.safetensors", {f"transformer.proj_in.{down}": a, f"transformer.proj_in.{up}": b})
-    assert read_lora(read_tensorfile(path)).targets == {"proj_in": 4}
-    assert (inspect_path(path)["kind"], inspect_path(path)["targets"]) == ("lora", 1)
-    assert opened(path).targets.keys() == {"proj_in.weight"}
