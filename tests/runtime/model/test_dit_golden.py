@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from codec_parts import golden_configs
-from dit_parts import built, golden_dit
+from dit_parts import golden_dit
 from golden_runs import DISTILLED_LORA, NAMES
+from quantised_parts import recorded_folder
 from safetensors import safe_open
 from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.ltx23.renames import TRANSFORMER
 from ltxpack.runtime.model.largest import LargestInputs, linears
-from ltxpack.runtime.model.model import DiT, Stream
+from ltxpack.runtime.model.model import DiT, Stream, load_dit
 from ltxpack.runtime.sampling.shape import AV
 
 NONE: frozenset[int] = frozenset()
@@ -171,17 +171,9 @@ def test_every_recorded_pass_of_the_other_recipes_is_reproduced(golden: Path) ->
     check_fp32(Recorded.read(golden, "stg_fp32"))
 
 
-def test_the_largest_inputs_are_those_of_the_recorded_scales(golden: Path) -> None:
+def test_the_largest_inputs_are_those_of_the_recorded_scales(golden: Path, tmp_path: Path) -> None:
     """Of the bake at 0.5 by the rule fp32, as a fp8 bake is calibrated with it."""
-    (path,) = golden.glob(DISTILLED_LORA)
-    lora, weights = load(path), golden_dit(golden, [], torch.float32).state_dict()
-    for name in lora:
-        module, up, _ = name.partition(".lora_B")
-        target = f"{TRANSFORMER.rename(f'model.{module}')}.weight" if up else ""
-        if target in weights:
-            update = 0.5 * (lora[name].float() @ lora[f"{module}.lora_A.weight"].float())
-            weights[target] = (weights[target] + update).bfloat16().float()
-    dit = built(golden_configs(golden)["transformer"], weights)
+    dit = load_dit(recorded_folder(golden, tmp_path / "bake", "bf16"), torch.device("cpu"), torch.float32)
     largest = LargestInputs(torch.device("cpu"))
     largest.watch(dit)
     recorded = Recorded(load(golden / "golden" / "transformer_fp32.safetensors"), dit)
