@@ -26,6 +26,7 @@ from ltxpack.runtime.media.mp4 import VideoWriter, check_output, to_i420
 from ltxpack.runtime.sampling.shape import MAX_SIDE, frame_rate
 
 RATE = 48000
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def solid(*rgb: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -257,29 +258,24 @@ class TestFailures:
             writer.write(moving_bar(20))
             raise error
 
-    @pytest.mark.parametrize("method", ["__init__", "video", "finish"])
-    def test_in_the_encoder(self, path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(mp4._Encoder, method, raising(OSError(errno.ENOSPC, "No space left on device")))
-        with pytest.raises(LtxpackError, match="the disk is full") as caught:  # noqa: SIM117
+    @pytest.mark.parametrize(
+        ("owner", "name", "error", "says"),
+        [
+            *((mp4._Encoder, method, FULL, "the disk is full") for method in ("__init__", "video", "finish")),
+            (av, "open", av.error.FileNotFoundError(errno.ENOENT, "No such file"), "cannot be written: No such file"),
+            (Path, "replace", PermissionError(errno.EACCES, "Permission denied"), "may not be written"),
+        ],
+    )
+    def test_in_the_encoder_or_of_the_disk(
+        self, path: Path, owner: object, name: str, error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(owner, name, raising(error))
+        with pytest.raises(LtxpackError, match=says) as caught:  # noqa: SIM117
             with VideoWriter(path, 96, 64, 24, RATE) as writer:
                 for _ in range(20):
                     writer.write(moving_bar(4))
                 writer.write_audio(tone(1000))
         assert caught.value.file == str(path)
-
-    @pytest.mark.parametrize(
-        ("owner", "name", "error", "says"),
-        [
-            (av, "open", av.error.FileNotFoundError(errno.ENOENT, "No such file"), "cannot be written: No such file"),
-            (Path, "replace", PermissionError(errno.EACCES, "Permission denied"), "may not be written"),
-        ],
-    )
-    def test_of_the_disk(
-        self, path: Path, owner: object, name: str, error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(owner, name, raising(error))
-        with pytest.raises(LtxpackError, match=says), VideoWriter(path, 96, 64, 24) as writer:
-            writer.write(moving_bar(4))
 
     def test_by_a_rate_the_encoder_does_not_know(self, path: Path) -> None:
         with pytest.raises(LtxpackError, match="could not be written"), VideoWriter(path, 96, 64, 24, 12) as writer:
