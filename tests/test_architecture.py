@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 33_872,
     "files of the package": 197,
-    "lines of the tests": 33_541,
+    "lines of the tests": 33_515,
 }
 
 

@@ -135,7 +135,7 @@ class HubServer:
         self.gated, self.private, self.tokens = set(gated), set(private), set(tokens)
         self.faults = Faults()
         self.requests: list[Request] = []
-        self.signature = 1
+        self.signature = 1  # the storage refuses links that were given out with another one
         self._lock = threading.Lock()
         self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._httpd.daemon_threads = True
@@ -157,9 +157,6 @@ class HubServer:
     def commit(self, repo: str, revision: str = "main") -> str:
         return self.commits[repo][revision].sha
 
-    def sha256(self, repo: str, name: str) -> str:
-        return self.commits[repo]["main"].files[name].etag
-
     def content_requests(self) -> list[Request]:
         """The requests that asked for bytes of files."""
         return [r for r in self.requests if r.method == "GET" and ("/resolve/" in r.path or "/storage/" in r.path)]
@@ -167,10 +164,6 @@ class HubServer:
     def sent(self, since: int = 0) -> int:
         """Bytes of files that went out, of all requests or of those after the first ``since``."""
         return sum(request.sent for request in self.content_requests()[since:])
-
-    def expire_links(self) -> None:
-        """From now on the storage refuses the links given out so far."""
-        self.signature += 1
 
     def environment(self, cache: Path, **more: str) -> dict[str, str]:
         """The environment for another process that is to use this hub and ``cache``, and no account of this machine."""

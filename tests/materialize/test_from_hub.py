@@ -46,7 +46,11 @@ def test_an_overlay_from_the_hub_equals_the_one_from_the_files(
     assert verify(out, SilentReporter()) == []
     assert not [path for path in out.rglob("*") if path.is_symlink()]
     manifest = read_manifest(out)
-    assert manifest.source.repo == REPO and manifest.source.revision
+    assert (manifest.source.repo, manifest.source.revision) == (REPO, server.commit(REPO))
+    for file in manifest.source.files:
+        repo = TEXT_ENCODER_REPO if file.role == "text_encoder" else REPO
+        assert (file.repo, file.revision) == (repo, server.commit(repo))
+        assert file.sha256 or not file.name.endswith(".safetensors")
     assert [lora.file.path for lora in manifest.loras] == [f"loras/{DEFAULT_FILES['lora']}"]
 
 
@@ -57,6 +61,7 @@ def test_a_plan_moves_headers_only(server: HubServer, tmp_path: Path, out: Path)
     sent = sum(request.sent for request in server.requests)
     assert sent < sum(sizes.values()) / 4
     materialize(Options(REPO, out), SilentReporter())
+    assert not [request.path for request in server.requests if "README" in request.path]
     found = {path: len(content) for path, content in tree(out).items() if path != "ltxpack.json"}
     assert sizes == found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from materialize import tiny_source
-from materialize.fake_hub import COMMIT, FakeHub
+from materialize.fake_hub import FakeHub
 from materialize.modules import module_class
 from safetensors.torch import load_file
 from support import Notes, in_fresh_process, tree
@@ -363,19 +363,6 @@ def test_stopped_and_started_again_is_as_undisturbed(
 
 
 # From a hub
-
-
-def test_from_a_hub_the_manifest_remembers_repo_commit_and_hashes(source: Path, out: Path) -> None:
-    hub = FakeHub({"someone/model": source, TEXT_ENCODER_REPO: source / tiny_source.GEMMA})
-    run("someone/model", out, hub=hub)
-    manifest = read_manifest(out)
-    assert (manifest.source.repo, manifest.source.revision) == ("someone/model", COMMIT)
-    weights = [file for file in manifest.source.files if file.name.endswith(".safetensors")]
-    assert all(file.sha256 and file.repo and file.revision == COMMIT for file in weights)
-    assert {file.repo for file in manifest.source.files if file.role == "text_encoder"} == {TEXT_ENCODER_REPO}
-    asked = len(hub.fetched())
-    assert not run("someone/model", out, hub=hub).written
-    assert len(hub.fetched()) == asked
 
 
 def test_too_small_a_disk_is_told_before_the_download(

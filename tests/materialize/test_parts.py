@@ -157,6 +157,8 @@ def test_parts_on_the_hub(source: Path, whole: Path, out: Path) -> None:
     materialize(Options("someone/model", out), Notes(), hub)
     assert all(tree(out)[path] == data for path, data in tree(whole).items() if path != "ltxpack.json")
     assert {file.repo for file in read_manifest(out).source.files if file.role == "checkpoint"} == {"someone/model"}
+    fetched = hub.fetched()
+    assert not materialize(Options("someone/model", out), Notes(), hub).written and hub.fetched() == fetched
 
 
 def test_a_whole_checkpoint_under_another_root_is_taken(source: Path, whole: Path, out: Path) -> None:

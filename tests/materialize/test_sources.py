@@ -220,18 +220,6 @@ def test_hub_defaults_are_the_published_names_else_the_rule_of_a_folder(source: 
     assert chosen(find("someone/fork", hub))["checkpoint"].member == tiny_source.CHECKPOINT
 
 
-def test_hub_inputs_are_read_by_headers_alone_and_fetched_after(source: Path, tmp_path: Path) -> None:
-    hub = hub_repos(tmp_path, source)
-    inputs = read("Lightricks/LTX-2.3", hub)
-    assert hub.fetched() == []
-    access = Access(SilentReporter(), hub)
-    for _, file in inputs.files():
-        access.fetch(file)
-        assert file.path.is_file()
-    assert {name for name in hub.fetched() if "/" not in name} >= set(DEFAULT_FILES.values())
-    assert "ltx-2.3-22b-dev-extra.safetensors" not in hub.fetched()
-
-
 def test_revisions_and_files_of_other_repos(source: Path, tmp_path: Path) -> None:
     hub = hub_repos(tmp_path, source)
     hub.repos["someone/loras"] = source
