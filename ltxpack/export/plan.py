@@ -17,7 +17,7 @@ from typing import Any
 from blake3 import blake3
 
 from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
-from ltxpack.files.tensorfile import DTYPE_BITS, build_header, parse_json, read_tensorfile, regular_size
+from ltxpack.files.tensorfile import DTYPE_BITS, build_header, parse_json
 from ltxpack.lora_bake.bake import UnwrittenBake, plan_unwritten
 from ltxpack.lora_bake.plan import CONNECTORS, TRANSFORMER, BakeOptions, BaseShard
 from ltxpack.ltx23.codes import CODES, rotated_together
@@ -200,11 +200,8 @@ def _units(options: ExportOptions, manifest: Manifest, bake: Bake | None, made: 
         own = bake if component == TRANSFORMER else None
         for record in (own or manifest.components[component]).files:
             if record.path.endswith(ENDING):
-                path = overlay / record.path
-                if (size := regular_size(path)) != record.size:
-                    raise changed_file(path, f"{record.size} bytes", f"{size} bytes")
-                shard = BaseShard(record, read_tensorfile(path))
-                entries = (stored_tensor(name, info, path) for name, info in shard.file.tensors.items())
+                shard = BaseShard.open(overlay, record)
+                entries = (stored_tensor(*item, shard.file.path) for item in shard.file.tensors.items())
                 yield _unit(component, shard, entries, options)
 
 

@@ -206,6 +206,15 @@ class BaseShard:
     record: FileRecord
     file: TensorFile
 
+    @classmethod
+    def open(cls, overlay: Path, record: FileRecord) -> BaseShard:
+        """Raises OverlayError if its size is not the manifest's; its content is checked while it streams."""
+        path, expected = overlay / record.path, f"{record.size} bytes"
+        found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+        if found != expected:
+            raise changed_file(path, expected, found)
+        return cls(record, read_tensorfile(path))
+
     @property
     def name(self) -> str:
         return _name_in_bake(self.record.path)
@@ -238,8 +247,7 @@ class Base:
 def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
     """The base of ``overlay`` for bakes in ``place``.
 
-    It checks sizes and small files; shards are checked while they stream. Raises OverlayError for any difference from
-    the manifest.
+    Raises OverlayError for any difference from the manifest but in the content of shards.
     """
     components = TEXT_COMPONENTS if place == TEXT_ENCODERS else (TRANSFORMER,)
     if lacking := [name for name in components if name not in manifest.components]:
@@ -249,14 +257,11 @@ def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
     small: dict[str, bytes] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for record in (record for name in components for record in manifest.components[name].files):
-        path = overlay / record.path
-        if not path.is_file() or path.stat().st_size != record.size:
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            raise changed_file(path, f"{record.size} bytes", found)
         if not record.path.endswith(".safetensors"):
             small[_name_in_bake(record.path)] = recorded_bytes(overlay, record)
             continue
-        shard = BaseShard(record, read_tensorfile(path))
+        shard = BaseShard.open(overlay, record)
+        path = shard.file.path
         for name, info in shard.file.tensors.items():
             if name in shapes:
                 raise OverlayError("is in two shards", file=path, tensor=name, next=f"ltxpack verify {quoted(overlay)}")
