@@ -125,7 +125,7 @@ def test_prompts_longer_than_the_model_reads_are_told_with_the_words(demo: Path,
 PICTURE = {"path": "a.png", "frame": "last", "strength": 0.5}
 ALONE: list[tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = [
     (
-        ("--steps=2",),
+        ("--steps=2", "--no-cache"),
         {
             "one.mp4": {"prompt": "a boat", "seed": 1},
             "two.mkv": {"prompt": "a dog", "negative_prompt": "cats", "num_frames": 17},
@@ -171,7 +171,7 @@ def test_many_are_what_each_is_alone(
         assert recorded["stage1"] == transformers.get(said.get("recipe", ""), "distilled-0.25")
         given = {**said, "image": f"{tmp_path}/a.png@last:0.5"} if "images" in said else said
         words = [f"--{key.replace('_', '-')}={value}" for key, value in given.items() if key != "images"]
-        alone = ltxpack("run", demo / "overlay", *SMALL, *flags, *words, "--no-cache", "-o", tmp_path / name)
+        alone = ltxpack("run", demo / "overlay", *SMALL, *flags, *words, "-o", tmp_path / name)
         assert alone.returncode == 0, alone.stderr
         assert torch.equal(together[name], frames[name][len(together[name]) :]), name
 
