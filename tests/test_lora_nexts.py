@@ -46,18 +46,19 @@ def followed(words: tuple[str, ...], message: str, filled: dict[str, str]) -> Do
     return ltxpack(*told, *([] if "--plan" in told else ["--plan"]))
 
 
-def distilled_base(place: Path) -> None:
-    path = place / "overlay" / MANIFEST_NAME
-    manifest = dataclasses.replace(read_manifest(path.parent), transformer_kind="distilled")
-    path.unlink()
-    path.write_bytes(manifest.dump())
+def recorded(**changes: object) -> Callable[[Path], None]:
+    """Makes the overlay's manifest say ``changes``."""
+
+    def change(place: Path) -> None:
+        path = place / "overlay" / MANIFEST_NAME
+        manifest = dataclasses.replace(read_manifest(path.parent), **changes)
+        path.unlink()
+        path.write_bytes(manifest.dump())
+
+    return change
 
 
-def without_lora(place: Path) -> None:
-    path = place / "overlay" / MANIFEST_NAME
-    manifest = dataclasses.replace(read_manifest(path.parent), loras=())
-    path.unlink()
-    path.write_bytes(manifest.dump())
+distilled_base, without_lora = recorded(transformer_kind="distilled"), recorded(loras=())
 
 
 def called_distilled(place: Path) -> None:

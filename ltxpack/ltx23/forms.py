@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,9 +150,8 @@ def official(name: str, root: str | None) -> str:
     return ROOT + name.removeprefix(root or "") if own else name
 
 
-def parts_of(names: Iterable[str]) -> str | None:
+def _parts_of(names: Collection[str]) -> str | None:
     """The parts of a checkpoint that the official ``names`` belong to, in a word; None if they belong to none."""
-    names = list(names)
     if BARE_CODEC_MARK in {name.rpartition(".")[0] for name in names}:
         return CODECS
     found = {component for name in names if (component := component_of(name))}
@@ -166,7 +165,7 @@ def parts_of(names: Iterable[str]) -> str | None:
 def root_and_parts(file: TensorFile) -> tuple[str | None, str | None]:
     """The prefix of the transformer's names in ``file``, and the parts of a checkpoint in it."""
     root = spelled_root(file.tensors)
-    return root, parts_of(official(name, root) for name in file.tensors)
+    return root, _parts_of([official(name, root) for name in file.tensors])
 
 
 def _form(

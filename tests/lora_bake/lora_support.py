@@ -140,6 +140,20 @@ def fused_sums(
     return sums
 
 
+def nested(modules: Mapping[str, torch.nn.Module]) -> torch.nn.Module:
+    """A model with ``modules`` at their dotted names."""
+    root = torch.nn.Module()
+    for name, module in modules.items():
+        *path, last = name.split(".")
+        place = root
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = getattr(place, part)
+        place.add_module(last, module)
+    return root
+
+
 def make_overlay(
     folder: Path,
     weights: Mapping[str, torch.Tensor] | None = None,

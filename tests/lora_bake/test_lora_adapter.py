@@ -323,7 +323,7 @@ def peft(folder: Path, factors: Factors, **values: object) -> Path:
         {"peft_type": "LOHA"}, {"r": "4"}, {"r": 0}, {"lora_alpha": True}, {"lora_alpha": "x"}, {"use_rslora": "yes"},
         {"rank_pattern": []}, {"rank_pattern": {"(": 4}}, {"alpha_pattern": {"(a+)+b": 4}},
         {"alpha_pattern": {"a*b*c*d*e*": 4}}, {"alpha_pattern": {"x" * 600: 4}}, {"fan_in_fan_out": True},
-        {"init_lora_weights": "pissa_niter_4"}, {"alora_invocation_tokens": [1]},
+        {"alora_invocation_tokens": [1]},
     ],
     ids=str,
 )  # fmt: skip

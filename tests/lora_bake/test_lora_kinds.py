@@ -20,6 +20,7 @@ from lora_support import (
     fused_sums,
     low_rank,
     make_overlay,
+    nested,
     official,
     official_keys,
     opened,
@@ -148,15 +149,7 @@ def peft(config: Any, folder: Path, modules: tuple[str, ...] = (QUERY, WIDE), se
     """Save an adapter of PEFT for ``modules`` in ``folder``; the tensors it changes as PEFT merges them."""
     from peft import get_peft_model
 
-    root = torch.nn.Module()
-    for module in modules:
-        at = root
-        *above, last = module.split(".")
-        for part in above:
-            if not hasattr(at, part):
-                at.add_module(part, torch.nn.Module())
-            at = getattr(at, part)
-        at.add_module(last, linear(module))
+    root = nested({module: linear(module) for module in modules})
     root.forward = lambda x: x  # type: ignore[assignment]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_support import low_rank, opened, peft_folder, shapes, unfit
+from lora_support import low_rank, nested, opened, peft_folder, shapes, unfit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import get_pattern_key
@@ -111,17 +111,8 @@ def test_a_pattern_that_matches_no_module_is_told(tmp_path: Path) -> None:
 
 def wrapped_model(prefix: str) -> torch.nn.Module:
     """A model with a few of the transformer's linears under ``prefix``."""
-    root = torch.nn.Module()
-    for name in (MODULE, MODULE.replace("to_q", "to_k"), MODULE.replace(".0.", ".1."), "proj_in"):
-        *path, last = f"{prefix}{name}".split(".")
-        place = root
-        for part in path:
-            if not hasattr(place, part):
-                place.add_module(part, torch.nn.Module())
-            place = getattr(place, part)
-        out, columns = shapes()[f"{name}.weight"]
-        place.add_module(last, torch.nn.Linear(columns, out))
-    return root
+    names = (MODULE, MODULE.replace("to_q", "to_k"), MODULE.replace(".0.", ".1."), "proj_in")
+    return nested({prefix + name: torch.nn.Linear(*shapes()[f"{name}.weight"][::-1]) for name in names})
 
 
 spelled = st.sampled_from(["to_q", "attn1.to_q", r"attn1\.to_k", "^PREFIX" + MODULE, "^" + MODULE, "PREFIX" + MODULE,

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from lora_support import change_byte, save
+from lora_support import change_byte, dotted, save
 from support import Done, load, load_all, ltxpack, refused, tree
 
 from ltxpack.ltx23.lora_keys import TextNames, parse_key
@@ -70,9 +70,7 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (str, diffusers, peft, kohya)
 def lora(path: Path, overlay: Path, spell: Callable[[str], str] = diffusers, transformer: bool = False) -> Path:
     """A LoRA of the text path, and with ``transformer`` of one linear there too."""
     endings = ("lora_down.weight", "lora_up.weight") if spell is kohya else ("lora_A.weight", "lora_B.weight")
-    tensors = {f"{spell(module)}.{ending}": tensor
-               for module, pair in factors(overlay).items()
-               for ending, tensor in zip(endings, pair, strict=True)}  # fmt: skip
+    tensors = dotted(factors(overlay), spell, *endings)
     if transformer:
         weights = load(next((overlay / "transformer").glob("*.safetensors")))
         out, columns = weights[f"{TRANSFORMER}.weight"].shape
@@ -139,10 +137,7 @@ def test_both_halves_of_a_lora_are_baked_and_repaired_and_planned(overlay: Path,
 
 
 def test_what_is_not_changed_is_a_link(overlay: Path, tmp_path: Path) -> None:
-    pairs = factors(overlay, (PROJECTION,))
-    tensors = {f"{official(PROJECTION)}.lora_{ab}.weight": tensor
-               for ab, tensor in zip("AB", pairs[PROJECTION], strict=True)}  # fmt: skip
-    file = save(tmp_path / "mine.safetensors", tensors)
+    file = save(tmp_path / "mine.safetensors", dotted(factors(overlay, (PROJECTION,)), official))
     done("bake-lora", overlay, "--lora", file, "--strength", "1", "--text", "--rule", "official")
     folder = overlay / "text_encoders" / "mine-1"
     assert (folder / "model.safetensors").readlink() == Path("../../text_encoder/model.safetensors")
