@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import Done, Mount, load, ltxpack, refused
 
-pytestmark = pytest.mark.usefixtures("fsync_waits")
+pytestmark = pytest.mark.usefixtures("fsync_waits", "short_prompts")
 
 SMALL = ["--device=cpu", "--recipe=distilled", "--height=64", "--width=64", "--num-frames=9"]
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -121,100 +121,90 @@ def test_the_current_folder_is_filled(source: Path, tmp_path: Path, whole: dict[
     assert tree(here) == whole | {".DS_Store": b"of a system"}
 
 
-def as_nobody(arguments: list[str]) -> None:
-    sys.argv = ["ltxpack", *arguments, "--plan"]
-    with contextlib.suppress(SystemExit):
-        main()  # imports what another user may not be allowed to read
-    os.setgroups([])
-    os.setgid(NOBODY)
-    os.setuid(NOBODY)
-    sys.argv = ["ltxpack", *arguments]
-    main()
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
-def test_another_user_fills_a_folder_whose_parent_is_not_his(
-    whole: dict[str, bytes],
-) -> None:
-    """As in containers that run as nobody: the folder is his, what it lies in is root's."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        place.chmod(0o755)
-        source, out = tiny_source.make_source(place / "source"), place / "out"
-        for path in (source, *source.rglob("*")):
-            path.chmod(0o755)
-        out.mkdir()
-        os.chown(out, NOBODY, NOBODY)
-        for more in ([], ["--force"]):
-            process = FORKS.Process(target=as_nobody, args=(["materialize", str(source), str(out), "--copy", *more],))
-            process.start()
-            process.join()
-            assert process.exitcode == 0
-            assert tree(out) == whole
-            assert {path.stat().st_uid for path in (out, *out.rglob("*"))} == {NOBODY}
-        assert {path.name for path in place.iterdir()} == {"source", "out"}
-
-
-def tell_nobody(commands: list[list[str]], told: Path) -> None:
+def as_users(runs: Sequence[tuple[int, Sequence[Sequence[str | Path]]]], told: Path) -> None:
+    """Runs commands as one user after the other; ``told`` gets what the last one is told."""
     with told.open("w") as file, contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
-        for user in (0, NOBODY):  # first as root: imports what another user may not be allowed to read
+        os.setgroups([])
+        for user, commands in runs:
             os.setgid(user)
             os.setuid(user)
             file.seek(file.truncate(0))
             for command in commands:
-                sys.argv = ["ltxpack", *command]
+                sys.argv = ["ltxpack", *map(str, command)]
                 with contextlib.suppress(SystemExit):
                     main()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
-def test_what_may_not_be_looked_at_is_told_as_that(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def told_nobody(*commands: Sequence[str | Path], by_root: Sequence[Sequence[str | Path]] = ()) -> str:
+    """What another user is told; before, root runs the same or ``by_root`` and so imports what others may not read."""
+    with tempfile.NamedTemporaryFile() as told:
+        runs = ((0, by_root or commands), (NOBODY, commands))
+        process = FORKS.Process(target=as_users, args=(runs, Path(told.name)))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return Path(told.name).read_text()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A folder that any user may look at."""
+    if os.geteuid():
+        pytest.skip("needs to become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def open_to_all(*folders: Path) -> None:
+    for path in (each for folder in folders for each in (folder, *folder.rglob("*"))):
+        path.chmod(0o755)
+
+
+def test_another_user_fills_a_folder_whose_parent_is_not_his(place: Path, whole: dict[str, bytes]) -> None:
+    """As in containers that run as nobody: the folder is his, what it lies in is root's."""
+    source, out = tiny_source.make_source(place / "source"), place / "out"
+    open_to_all(source)
+    out.mkdir()
+    os.chown(out, NOBODY, NOBODY)
+    for more in ([], ["--force"]):
+        command = ["materialize", source, out, "--copy", *more]
+        assert "error: " not in told_nobody(command, by_root=[[*command, "--plan"]])
+        assert tree(out) == whole
+        assert {path.stat().st_uid for path in (out, *out.rglob("*"))} == {NOBODY}
+    assert {path.name for path in place.iterdir()} == {"source", "out"}
+
+
+def test_what_may_not_be_looked_at_is_told_as_that(place: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        place.chmod(0o755)
-        monkeypatch.chdir(place)
-        source, overlay = place / "source", place / "overlay"
-        shutil.copytree(demo / "source", source)
-        shutil.copytree(demo / "overlay", overlay)
-        for path in (place, *place.rglob("*")):
-            path.chmod(0o755)
-        closed = place / "closed"
-        shutil.copytree(demo / "source", closed)
-        closed.chmod(0o700)
-        lora = next(closed.glob("*lora*.safetensors"))
-        commands = [
-            ["inspect", str(lora)],
-            ["materialize", str(closed), "out", "--plan"],
-            ["materialize", str(lora), "out", "--plan"],
-            ["materialize", str(source), "out", "--lora", str(lora)],
-            *(["bake-lora", str(overlay), "--strength", "1", "--plan", "--lora", str(at)] for at in (lora, closed)),
-        ]
-        process = FORKS.Process(target=tell_nobody, args=(commands, place / "told"))
-        process.start()
-        process.join()
-        errors = [line for line in (place / "told").read_text().splitlines() if line.startswith("error: ")]
-        assert len(errors) == len(commands)
-        assert all("cannot be read: Permission denied" in line for line in errors), errors
+    monkeypatch.chdir(place)
+    source, overlay, closed = (place / name for name in ("source", "overlay", "closed"))
+    for made, folder in ((demo / "source", source), (demo / "overlay", overlay), (demo / "source", closed)):
+        shutil.copytree(made, folder)
+    open_to_all(source, overlay)
+    closed.chmod(0o700)
+    lora = next(closed.glob("*lora*.safetensors"))
+    commands = [
+        ["inspect", lora],
+        ["materialize", closed, "out", "--plan"],
+        ["materialize", lora, "out", "--plan"],
+        ["materialize", source, "out", "--lora", lora],
+        *(["bake-lora", overlay, "--strength", "1", "--plan", "--lora", at] for at in (lora, closed)),
+    ]
+    errors = [line for line in told_nobody(*commands).splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(commands)
+    assert all("cannot be read: Permission denied" in line for line in errors), errors
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
-def test_a_folder_of_an_overlay_that_may_not_be_looked_at_is_told_as_that(demo: Path) -> None:
+def test_a_folder_of_an_overlay_that_may_not_be_looked_at_is_told_as_that(place: Path, demo: Path) -> None:
     """verify gave up at its first file, and both said to make room."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        overlay = shutil.copytree(demo / "overlay", place / "overlay")
-        for path in (place, *place.rglob("*")):
-            path.chmod(0o755)
-        (overlay / "vae").chmod(0o700)
-        commands = [["verify", str(overlay)], ["plan", str(overlay)]]
-        process = FORKS.Process(target=tell_nobody, args=(commands, place / "told"))
-        process.start()
-        process.join()
-        told = (place / "told").read_text()
-        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
-            assert f"vae/{name}: Permission denied" in told, told
-        assert "next: correct the permissions there" in told and "make room" not in told
+    overlay = Path(shutil.copytree(demo / "overlay", place / "overlay"))
+    open_to_all(overlay)
+    (overlay / "vae").chmod(0o700)
+    told = told_nobody(["verify", overlay], ["plan", overlay])
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert f"vae/{name}: Permission denied" in told, told
+    assert "next: correct the permissions there" in told and "make room" not in told
 
 
 def test_what_cannot_work_at_the_end_is_told_at_the_beginning(source: Path, tmp_path: Path, mount: Mount) -> None:
