@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 33_873,
     "files of the package": 197,
-    "lines of the tests": 33_506,
+    "lines of the tests": 33_430,
 }
 
 

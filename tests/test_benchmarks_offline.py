@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 import sys
 import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import _measure
 import _report
@@ -20,7 +18,8 @@ import pytest
 import torch
 from _checkpoint import KEPT_BITS, REAL, TINY, config, lora_shapes, shapes_of, write_random
 from _marks import Findings, Flat
-from support import FORKS, REPOSITORY, benchmark, until
+from support import REPOSITORY, benchmark, until
+from warm_processes import WARM
 
 from ltxpack.files.tensorfile import read_tensorfile
 
@@ -30,42 +29,21 @@ pytestmark = pytest.mark.usefixtures("fsync_waits")
 def quiet(_: str) -> None: ...
 
 
-def as_a_program(command: list[str], told: str) -> None:
-    """Runs ``python COMMAND…`` in this process, which is one of its own; the file ``told`` gets what it prints."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = Path(told).open("w")  # noqa: SIM115 (until the process ends)
-    module = command[0] == "-m"
-    sys.argv = command[module:]
-    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
-
-
-def in_a_fork(command: Sequence[str], told: Path) -> None:
-    """A program in Python, by a fork of a process that has imported torch: that takes seconds for each of twenty."""
-    process = FORKS.Process(target=as_a_program, args=([*command[1:]], str(told)))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, told.read_text()
-
-
 @pytest.fixture
-def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bench forks what is in Python; its real processes, and what they cost, are those of the tests below."""
-    told = tmp_path / "told"
 
     def run(bench: _measure.Bench, command: Sequence[str]) -> _measure.Cost:
         if command[0] != sys.executable:
             return real(bench, command)
         began = time.monotonic()
-        in_a_fork(command, told)
+        done = WARM.run(command)
+        assert done.returncode == 0, done.stderr
         return _measure.Cost(time.monotonic() - began, 0.1, 10**8)
-
-    def printed(command: Sequence[str], **_: object) -> SimpleNamespace:
-        in_a_fork(command, told)
-        return SimpleNamespace(stdout=told.read_text())
 
     real = _measure.Bench.run
     monkeypatch.setattr(_measure.Bench, "run", run)
-    monkeypatch.setattr(offline, "subprocess", SimpleNamespace(run=printed))
+    monkeypatch.setattr(offline, "subprocess", WARM)
 
 
 @pytest.mark.usefixtures("forked")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from materialize import tiny_source
-from support import FORKS, ltxpack, tree
+from support import ltxpack, tree
+from warm_processes import WarmProcess
 
-from ltxpack.cli import main
 from ltxpack.manifest import MANIFEST_NAME
 
 # Fifty in all.
@@ -23,29 +24,23 @@ MATERIALIZE_KILLS, BAKE_KILLS = 34, 16
 IN_A_ROW = 4
 
 
-def run_quietly(arguments: list[str], errors: str) -> None:
-    """The command line in a process of its own; what it says goes to the file ``errors``."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = Path(errors).open("w")  # noqa: SIM115 (until the process ends)
-    sys.argv = ["ltxpack", *arguments]
-    main()
-
-
-def ended(arguments: Sequence[str | Path], errors: Path, seconds: float | None = None) -> int:
+def ended(arguments: Sequence[str | Path], seconds: float | None = None) -> int:
     """The exit status of the command, which is killed after ``seconds``; what ends by itself must end well."""
-    process = FORKS.Process(target=run_quietly, args=([*map(str, arguments)], str(errors)))
-    process.start()
-    process.join(seconds)
+    process = WarmProcess([sys.executable, "-m", "ltxpack", *arguments], stderr=subprocess.PIPE)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
     process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), errors.read_text()
-    return process.exitcode
+    status = process.wait()
+    assert process.stderr is not None
+    with process.stderr:
+        assert status in (0, -signal.SIGKILL), process.stderr.read().decode()
+    return status
 
 
-def seconds_of(errors: Path, *arguments: str | Path) -> float:
-    ended(["--version"], errors)  # the process to fork from is there, and its imports are not timed
+def seconds_of(*arguments: str | Path) -> float:
+    ended(["--version"])  # the process to fork from is there, and its imports are not timed
     begin = time.perf_counter()
-    assert ended(arguments, errors) == 0
+    assert ended(arguments) == 0
     return time.perf_counter() - begin
 
 
@@ -61,25 +56,25 @@ class Killer:
     the shortest that was seen counts.
     """
 
-    def __init__(self, seed: int, usual: float, errors: Path) -> None:
-        self._draw, self._usual, self._errors = random.Random(seed), usual, errors
+    def __init__(self, seed: int, usual: float) -> None:
+        self._draw, self._usual = random.Random(seed), usual
 
     def kills_until_it_ends(self, command: list[str | Path]) -> Iterator[None]:
         """Run the command until it ends by itself, and at last let it; one item for each time it was killed."""
         for _ in range(IN_A_ROW):
             begin = time.perf_counter()
-            if ended(command, self._errors, self._usual * self._draw.uniform(0.05, 1.1)) == 0:
+            if ended(command, self._usual * self._draw.uniform(0.05, 1.1)) == 0:
                 self._usual = min(self._usual, time.perf_counter() - begin)
                 return
             yield
-        self._usual = min(self._usual, seconds_of(self._errors, *command))
+        self._usual = min(self._usual, seconds_of(*command))
 
 
 def test_materialize(tmp_path: Path) -> None:
     """The miniature takes a tenth of the demo's time; its LoRA is written in two steps."""
-    source, whole, errors = tiny_source.make_source(tmp_path / "source"), tmp_path / "whole", tmp_path / "errors"
+    source, whole = tiny_source.make_source(tmp_path / "source"), tmp_path / "whole"
     tiny_source.write_tensors(source / tiny_source.LORA, tiny_source.lora_shapes({}, rank=50_000), {})
-    killer, kills = Killer(0, seconds_of(errors, *commands(source, whole, "20kB")[0]), errors), 0
+    killer, kills = Killer(0, seconds_of(*commands(source, whole, "20kB")[0])), 0
     expected = tree(whole)
     for trial in range(10 * MATERIALIZE_KILLS):
         if kills >= MATERIALIZE_KILLS:
@@ -97,11 +92,11 @@ def test_materialize(tmp_path: Path) -> None:
 
 
 def test_bake_lora(demo: Path, tmp_path: Path) -> None:
-    out, errors = tmp_path / "out", tmp_path / "errors"
+    out = tmp_path / "out"
     base, command = commands(demo / "source", out, "200kB")
     assert ltxpack(*base).returncode == 0
     manifest = (out / MANIFEST_NAME).read_bytes()
-    killer, kills = Killer(1, seconds_of(errors, *command), errors), 0
+    killer, kills = Killer(1, seconds_of(*command)), 0
     expected = tree(out)
     for _ in range(10 * BAKE_KILLS):
         if kills >= BAKE_KILLS:

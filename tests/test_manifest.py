@@ -190,14 +190,6 @@ def test_numbers_that_are_none(strength: str, tmp_path: Path) -> None:
     assert "not sound JSON" in refused(text.replace('"strength": 0.5', f'"strength": {strength}'), tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[" + "[]," * 5_000_000 + "[]]", '{"format": [' + "1," * 5_000_000 + "1]}"])
-def test_a_hostile_manifest_is_refused_in_a_short_message_before_it_is_parsed(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(json, "loads", mock.Mock(side_effect=AssertionError("it was parsed before it was counted")))
-    assert len(refused(text, tmp_path)) < 1000
-
-
 def test_a_manifest_that_is_read_again_is_not_validated_again() -> None:
     other = replace(manifest(), image_crf=31)
     with mock.patch.object(manifest_module, "_validator", wraps=manifest_module._validator) as validator:

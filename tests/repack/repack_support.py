@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from ltxpack.files.direct import DirectWriter
 from ltxpack.files.tensorfile import DTYPE_BITS, build_header, read_tensorfile, tensor_nbytes
-from ltxpack.manifest import Component, FileRecord, Lora, Manifest, Source
-from ltxpack.repack.items import CopyFile, Item, WriteBytes, assign_shards, fingerprint, stored_tensor
+from ltxpack.manifest import Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source, read_manifest
+from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, assign_shards, fingerprint, stored_tensor
 from ltxpack.repack.lock import OverlayLock
-from ltxpack.repack.staging import Staging, recover
+from ltxpack.repack.staging import Staging, publish_bakes, recover
 from ltxpack.repack.write import execute
 from ltxpack.reporter import SilentReporter
+
+SILENT = SilentReporter()
 
 
 def make_source(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]], seed: int = 0, pad: int = 0) -> Path:
@@ -62,7 +65,7 @@ def materialize(
 ) -> Manifest:
     """What the command does with this room: execute the plan in a staging folder and publish it."""
     items = plan(source)
-    reporter = reporter or SilentReporter()
+    reporter = reporter or SILENT
     with OverlayLock(overlay, reporter) as lock:
         recover(overlay, reporter)
         with Staging(lock, fingerprint(items), reporter, force=force) as staging:
@@ -70,6 +73,36 @@ def materialize(
             manifest = manifest_of(records)
             staging.publish(manifest)
     return manifest
+
+
+def bake_items(name: str, base: Manifest, content: bytes) -> list[Item]:
+    last = next(record for record in base.components["transformer"].files if "-00002-of" in record.path)
+    folder = f"bakes/{name}"
+    return [
+        WriteBytes(f"{folder}/config.json", content),
+        LinkFile(f"{folder}/{Path(last.path).name}", last.size, last.blake3, f"../../{last.path}"),
+    ]
+
+
+def bake(overlay: Path, names: tuple[str, ...], content: bytes, force: bool = False) -> None:
+    """What bake-lora does with this room."""
+    lora = BakedLora("lora", "lora.safetensors", 1, "0" * 64, 1.0, 1.0)
+    with OverlayLock(overlay) as lock:
+        recover(overlay, SILENT)
+        manifest = read_manifest(overlay)
+        digest = blake3(content).hexdigest()
+        if all(name in manifest.bakes and manifest.bakes[name].files[0].blake3 == digest for name in names):
+            return  # the same is there already
+        plans = {name: bake_items(name, manifest, content) for name in names}
+        with contextlib.ExitStack() as stack:
+            stagings = [
+                stack.enter_context(Staging(lock, fingerprint(items), SILENT, folder=f"bakes/{name}", force=force))
+                for name, items in plans.items()
+            ]
+            for staging, (name, items) in zip(stagings, plans.items(), strict=True):
+                records = execute(items, staging, copy=False, reporter=SILENT)
+                manifest = manifest.with_bake(name, Bake((lora,), "fp32", "x", "cpu", records, ("a",)))
+            publish_bakes(stagings, manifest)
 
 
 class Dead(BaseException):

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
-from repack_support import make_source, materialize, plan
+from repack_support import bake, materialize, plan
 from support import Notes, tree
 
 from ltxpack.errors import OverlayError
-from ltxpack.files.publish import atomic_write
-from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from ltxpack.repack.items import Item
 from ltxpack.repack.verify import Fault, damaged, repair, verify
 from ltxpack.reporter import SilentReporter
@@ -29,23 +28,11 @@ LORA = "loras/lora.safetensors"
 
 @pytest.fixture
 def overlay(source: Path, tmp_path: Path) -> Path:
-    """An overlay with one bake: a shard of its own and a link to a shard of the transformer."""
+    """An overlay with one bake: a file of its own and a link to a shard of the transformer."""
     target = tmp_path / "home/out"
     manifest = materialize(source, target)
     assert {SHARD, SECOND, INDEX, LORA} <= {record.path for record in manifest.records()}
-    folder = target / "bakes/b"
-    folder.mkdir(parents=True)
-    second = next(record for record in manifest.records() if record.path == SECOND)
-    name = Path(SECOND).name
-    (folder / name).symlink_to(f"../../{SECOND}")
-    own = make_source(folder / "own.safetensors", [("mine", "BF16", (3,))]).read_bytes()
-    records = (
-        FileRecord(f"bakes/b/{name}", second.size, second.blake3, f"../../{SECOND}"),
-        FileRecord("bakes/b/own.safetensors", len(own), blake3(own).hexdigest()),
-    )
-    lora = BakedLora("lora", "lora.safetensors", 1, "0" * 64, 1.0, 1.0)
-    manifest = manifest.with_bake("b", Bake((lora,), "fp32", "x", "cpu", records, ("mine",)))
-    atomic_write(target / MANIFEST_NAME, manifest.dump())
+    bake(target, ("b",), b"{}")
     assert verify(target, SILENT) == []
     return target
 

@@ -20,18 +20,18 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from blake3 import blake3
-from repack_support import Dead, dying_at, make_source, materialize, plan
+from repack_support import Dead, bake, dying_at, make_source, materialize, plan
 from support import Notes, tree
+from test_range_engine import fill_disk
 
 from ltxpack.errors import FormatError, OverlayError, SourceError
 from ltxpack.files.publish import BYTES_PER_FILE
-from ltxpack.manifest import MANIFEST_NAME, Bake, BakedLora, FileRecord, Manifest, read_manifest
+from ltxpack.manifest import MANIFEST_NAME, FileRecord, read_manifest
 from ltxpack.repack import staging as staging_module
 from ltxpack.repack import write as execute_module
-from ltxpack.repack.items import CopyFile, Item, LinkFile, WriteBytes, WriteShard, fingerprint
+from ltxpack.repack.items import CopyFile, WriteBytes, WriteShard, fingerprint
 from ltxpack.repack.lock import OverlayLock
-from ltxpack.repack.staging import Journal, Staging, publish_bakes, recover, unfinished
+from ltxpack.repack.staging import Journal, Staging, recover, unfinished
 from ltxpack.repack.verify import verify
 from ltxpack.repack.write import execute, preflight, write_shard
 from ltxpack.reporter import SilentReporter
@@ -279,39 +279,6 @@ def test_an_overlay_behind_a_link_is_replaced_where_it_is(source: Path, tmp_path
 
 
 # Bakes: two at once, one of them new, one replacing an old one.
-
-
-def bake_items(name: str, base: Manifest, content: bytes) -> list[Item]:
-    first = next(record for record in base.components["transformer"].files if "00001" in record.path)
-    folder = f"bakes/{name}"
-    return [
-        WriteBytes(f"{folder}/config.json", content),
-        LinkFile(f"{folder}/same.safetensors", first.size, first.blake3, f"../../{first.path}"),
-    ]
-
-
-def bake(overlay: Path, names: tuple[str, ...], content: bytes, force: bool = False) -> None:
-    """What bake-lora does with this room."""
-    lora = BakedLora("lora", "lora.safetensors", 1, "0" * 64, 1.0, 1.0)
-    with OverlayLock(overlay) as lock:
-        recover(overlay, SILENT)
-        manifest = read_manifest(overlay)
-        digest = blake3(content).hexdigest()
-        if all(name in manifest.bakes and manifest.bakes[name].files[0].blake3 == digest for name in names):
-            return  # the same is there already
-        stagings: list[Staging] = []
-        try:
-            for name in names:
-                items = bake_items(name, manifest, content)
-                staging = Staging(lock, fingerprint(items), SILENT, folder=f"bakes/{name}", force=force)
-                stagings.append(staging.__enter__())
-            for staging, name in zip(stagings, names, strict=True):
-                records = execute(bake_items(name, manifest, content), staging, copy=False, reporter=SILENT)
-                manifest = manifest.with_bake(name, Bake((lora,), "fp32", "x", "cpu", records, ("a",)))
-            publish_bakes(stagings, manifest)
-        finally:
-            for staging in stagings:
-                staging.__exit__(None, None, None)
 
 
 @pytest.mark.usefixtures("disks")
@@ -566,42 +533,23 @@ def test_a_plan_that_leaves_the_overlay_is_refused(path: str, source: Path, tmp_
         execute(items, staging, copy=False, reporter=SILENT)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A mounted filesystem of 256 KiB; where mounting is not allowed, a fault put into the writer."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode == 0:
-        yield disk
-        subprocess.run(["umount", str(disk)], check=True)
-        return
-    from test_range_engine import fill_disk
-
-    fill_disk(monkeypatch, 250_000, 28)
-    yield disk
-
-
-def test_a_disk_that_fills_up_meanwhile(small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "source"
+def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, disk = tmp_path / "source", tmp_path / "disk"
     source.mkdir()
     make_source(source / "model.safetensors", [(f"t{number}", "BF16", (100, 500)) for number in range(4)])
     make_source(source / "lora.safetensors", [("t", "BF16", (4, 4))])
     monkeypatch.setattr(execute_module, "preflight", lambda *_, **__: 0)  # as if another program filled it later
+    fill_disk(monkeypatch, 250_000, errno.ENOSPC)
     with pytest.raises(OverlayError, match="disk is full") as caught:
-        materialize(source, small_disk / "out", copy=True)
+        materialize(source, disk / "out", copy=True)
     assert "run the same command again: finished files are kept" in str(caught.value)
-    assert not (small_disk / "out").exists()
-    assert not list((small_disk / ".out.partial").rglob("*.tmp"))
-    kept = list((small_disk / ".out.partial").rglob("*.safetensors"))
+    assert not (disk / "out").exists()
+    assert not list((disk / ".out.partial").rglob("*.tmp"))
+    kept = list((disk / ".out.partial").rglob("*.safetensors"))
     assert len(kept) == 2
     # A larger disk: the work goes on where it was.
     monkeypatch.undo()
-    if os.path.ismount(small_disk):
-        subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     before = {path.stat().st_ino for path in kept}
-    materialize(source, small_disk / "out", copy=True)
-    assert verify(small_disk / "out", SILENT) == []
-    assert before <= {path.stat().st_ino for path in (small_disk / "out").rglob("*.safetensors")}
+    materialize(source, disk / "out", copy=True)
+    assert verify(disk / "out", SILENT) == []
+    assert before <= {path.stat().st_ino for path in (disk / "out").rglob("*.safetensors")}
