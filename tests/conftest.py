@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import parity
@@ -21,6 +21,8 @@ from support import DATA, Mount, golden_folders, ltxpack, waited_fsync
 from warm_processes import WARM
 
 from ltxpack.runtime.parallel import process
+from ltxpack.runtime.parallel.crew import Elsewhere
+from ltxpack.runtime.parallel.share import Carried, Event, Gone, Told
 from ltxpack.runtime.text import gemma, prompt_cache
 from ltxpack.runtime.weights import machine
 
@@ -56,8 +58,7 @@ LONG = (
     "test_guard.py",
     "test_residency.py",
     "test_gpu_bench.py",
-    "test_actors.py",
-    "test_serve_ray.py",
+    "test_ray.py",
     "test_many_videos.py",
     "test_kills.py",
     "test_lora_resume.py",
@@ -179,6 +180,30 @@ def warm_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "subprocess", WARM)
         yield
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[Elsewhere, int], object]]:
+    """What is in it is called, once, with the crew and the number of a worker that begins a video.
+
+    The worker says no more of that video.
+    """
+    waiting: list[Callable[[Elsewhere, int], object]] = []
+    following, ended = Elsewhere.next, set[int]()
+
+    def watched(crew: Elsewhere) -> Event:
+        event = following(crew)
+        if event.worker in ended and isinstance(event, Carried):
+            return watched(crew)
+        if isinstance(event, Gone):
+            ended.discard(event.worker)
+        elif waiting and isinstance(event, Told) and event.message.startswith("line "):
+            ended.add(event.worker)
+            waiting.pop()(crew, event.worker)
+        return event
+
+    monkeypatch.setattr(Elsewhere, "next", watched)
+    return waiting
 
 
 @pytest.fixture(scope="module")

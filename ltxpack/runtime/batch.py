@@ -18,8 +18,7 @@ from ltxpack.runtime import record
 from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.lines import SKIPPED, Outcome, Task, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
-from ltxpack.runtime.parallel.actors import Actors
-from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
+from ltxpack.runtime.parallel.crew import actors, goes_by_stages, processes
 from ltxpack.runtime.parallel.devices import TORCHRUN
 from ltxpack.runtime.parallel.schemes import DATA, OF_MANY, OF_ONE, STAGES
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Ready, Sharing
@@ -114,14 +113,14 @@ class Here(Crew):
 def _crew(overlay: Overlay, options: RunOptions, lines: Sequence[PromptsLine], reporter: Reporter) -> Crew:
     """The crew for ``lines``: several processes if there are several devices that do not share a video."""
     if options.ray is not None:
-        return Actors(options.ray, options.overlay.absolute(), options.session, lines, reporter)
+        return actors(options.ray, options.overlay.absolute(), options.session, lines, reporter)
     settings, devices = options.session, devices_of(options.session)
     way, apart = settings.parallel, len(devices) > 1 and settings.devices != TORCHRUN
     if apart and (way in OF_MANY or (len(lines) > 1 and way not in OF_ONE)):
         by_stages = goes_by_stages(overlay, settings, [line.request for line in lines], devices)
         told = f"{STAGES}: each device makes a stage" if by_stages else f"{DATA}: each device makes whole videos"
         reporter.note(f"parallel {told}")
-        return Processes(options.overlay, settings, devices if by_stages else devices[: len(lines)], by_stages)
+        return processes(options.overlay, settings, devices if by_stages else devices[: len(lines)], by_stages)
     session = Session(options.overlay, settings, reporter)
     for recipe in _recipes(lines):
         session.transformers(recipe)  # before loading, refuses a recipe that the session cannot make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,9 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
 from ltxpack import __version__
-from ltxpack.serve.answers import ANSWERS, BodyLimit, Counting, VideoAnswer
-from ltxpack.serve.expiry import expire_for_ever
-from ltxpack.serve.hosts import ANY, KnownHosts
+from ltxpack.serve.answers import ANSWERS, ANY, BodyLimit, Counting, KnownHosts, VideoAnswer
 from ltxpack.serve.intake import Intake
 from ltxpack.serve.jobs import COMPLETED, ENDED, FAILED, Job, Jobs
 from ltxpack.serve.limits import MAX_FIELD, MAX_FIELDS
@@ -27,8 +26,8 @@ from ltxpack.serve.refusal import Refusal
 from ltxpack.serve.schema import REFERENCE, RequestReader
 from ltxpack.serve.workers import BUSY, IDLE, Workers
 
-# Seconds between looks whether the video of a synchronous request is there, and its client too.
-LOOK = 0.1
+# Seconds between looks: whether the video of a synchronous request is there, and its client too; and what has expired.
+LOOK, EXPIRY = 0.1, 5.0
 JSON, FORM = "application/json", "multipart/form-data"
 RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))")
 VIDEO = {
@@ -237,6 +236,19 @@ def _about(service: Service) -> APIRouter:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+async def expire_for_ever(jobs: Jobs, metrics: Metrics) -> None:
+    """Look again and again what has expired, until this is cancelled; nothing does where nothing bounds it."""
+    while jobs.keep_seconds is not None or jobs.keep_bytes is not None:
+        try:
+            removed = await run_in_threadpool(jobs.expire)
+        except (sqlite3.Error, OSError):  # as in a request: the next look may do better
+            metrics.count("expiry_faults")
+        else:
+            for reason, count in removed.items():
+                metrics.count("jobs_expired", count, reason=reason)
+        await asyncio.sleep(EXPIRY)
 
 
 def _authorised(service: Service) -> Callable[[Request], None]:

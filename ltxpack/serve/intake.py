@@ -19,12 +19,11 @@ from ltxpack.runtime.media.pictures import read_image
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.shape import frame_rate
 from ltxpack.runtime.settings import Settings
-from ltxpack.serve.jobs import Job, Jobs, QueueFullError
+from ltxpack.serve.jobs import Image, Job, Jobs, QueueFullError, VideoTask, request_of
 from ltxpack.serve.limits import ServeLimits
 from ltxpack.serve.models import ServedModel
 from ltxpack.serve.refusal import Refusal, field_at_fault, told
 from ltxpack.serve.schema import IMAGES, REFERENCE
-from ltxpack.serve.task import Image, VideoTask, request_of
 
 # What is not a setting by itself.
 OTHER_FIELDS = ("prompt", "model", "size", "seconds", REFERENCE, IMAGES)

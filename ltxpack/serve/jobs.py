@@ -22,8 +22,8 @@ from typing import IO, Any
 
 from ltxpack.errors import FormatError, SourceError, UsageError
 from ltxpack.files.publish import remove_temporaries
+from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.serve.limits import LEAST_KEPT
-from ltxpack.serve.task import VideoTask
 
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = STATUSES = ("queued", "in_progress", "completed", "failed")
 ENDED = (COMPLETED, FAILED)
@@ -45,6 +45,32 @@ MOST_CRASHES = 3
 TIME, SPACE = "time", "space"
 # How many finished jobs the mean of their seconds is taken over.
 RECENT = 20
+# A picture: the name of its file, the frame it conditions, and how strongly.
+Image = tuple[str, int, float]
+
+
+@dataclass(frozen=True)
+class VideoTask:
+    """``settings`` with the recipe, ``stages`` the transformers; ``size`` and ``seconds`` as the client is told."""
+
+    model: str
+    prompt: str
+    settings: Mapping[str, Any]
+    stages: Sequence[str]
+    images: Sequence[Image]
+    size: str
+    seconds: str
+
+
+def request_of(prompt: str, settings: Mapping[str, Any], images: Sequence[Image], pictures: Path) -> Request:
+    """The request of a task, whose pictures are in the folder ``pictures``. Raises UsageError."""
+    # JSON has no tuples.
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    specs = [ImageSpec(pictures / name, frame, strength) for name, frame, strength in images]
+    given["images"] = specs
+    return Request.of(prompt, **given)
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,40 @@
 """What the server knows of a worker that runs elsewhere: what it can be told, and that it says one message at a time.
 
-A worker is a process of this machine (:mod:`processes`) or an actor of a Ray cluster (:mod:`ray_workers`).
+A worker is a process of this machine, an actor of a Ray cluster (:mod:`ray_workers`), or a replica that Ray Serve
+started (:mod:`replicas`).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import queue
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import LtxpackError
+from ltxpack.runtime.parallel import cluster
+from ltxpack.runtime.parallel.contract import Opening, Start, WorkerFault
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve.jobs import Job
 
+WORKER = "ltxpack.serve.worker"
+# Seconds until a worker must have ended.
+END = 10.0
 Message = Mapping[str, Any]
 
 
 class Died(Exception):
-    """A worker has ended; the message says which, or why."""
+    """A worker has ended; the message says why. ``fault``: what it said itself."""
 
-
-@dataclass(frozen=True)
-class Opening:
-    """What a worker begins with: the overlay and the settings of its session, and how many share the host's memory.
-
-    ``device`` is what people call it.
-    """
-
-    device: str
-    overlay: str
-    settings: Mapping[str, Any]
-    sharers: int = 1
-
-    @classmethod
-    def of(cls, name: str, device: str, root: Path, session: SessionSettings, sharers: int) -> Opening:
-        """For a session as ``session`` says, on ``device``; the settings are plain values."""
-        settings = {**dataclasses.asdict(session), "device": device}
-        plain = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-        return cls(name, str(root), plain, sharers)
-
-
-def fault_of(error: LtxpackError) -> Message:
-    """What a worker says that cannot begin."""
-    return {"fault": error.render().rpartition("\n")[0], "next": error.next}
+    def __init__(self, why: str, fault: WorkerFault | None = None) -> None:
+        super().__init__(why)
+        self.fault = fault
 
 
 class WorkerLink(ABC):
-    """The server's end of a worker that was started. All but :meth:`messages` may be called from any thread."""
+    """The server's end of a worker. All but :meth:`messages` may be called from any thread."""
 
     @abstractmethod
     def make(self, job: Job, output: Path, pictures: Path) -> None:
@@ -62,7 +46,7 @@ class WorkerLink(ABC):
 
     @abstractmethod
     def messages(self) -> Iterator[Message]:
-        """What the worker says, beginning with that it is ready or why it cannot be. Raises Died at its end."""
+        """What the worker says, beginning with that it is ready. Raises Died at its end."""
 
     @abstractmethod
     def check(self) -> None:
@@ -86,6 +70,56 @@ class WorkerLink(ABC):
     def close(self) -> None:
         """End the worker, and wait for it where that says something."""
         self.end()
+
+
+class StartedLink(WorkerLink):
+    """A worker that the server starts itself, by ``start``."""
+
+    # Whether it is told when the worker has said nothing for long: it may wait for room.
+    _is_patient = False
+
+    def __init__(self, start: Start, opening: Opening) -> None:
+        self._said: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._worker = start(opening, self._said.put, lambda worker: self._said.put(None))
+
+    def make(self, job: Job, output: Path, pictures: Path) -> None:
+        self._worker.tell({**vars(job.task), "id": job.id, "output": str(output), "pictures": str(pictures)})
+
+    def cancel(self, job_id: str) -> None:
+        self._worker.tell({"cancel": job_id})
+
+    def messages(self) -> Iterator[Message]:
+        while True:
+            try:
+                message = self._said.get(timeout=cluster.PATIENCE if self._is_patient else None)
+            except queue.Empty:
+                message = {"note": cluster.NOT_STARTED}
+            self._is_patient = False
+            if message is None:
+                raise self._died()
+            yield message
+
+    def check(self) -> None:
+        if self._worker.has_ended:
+            raise self._died()
+
+    def end(self) -> None:
+        self._worker.dismiss()
+
+    def close(self) -> None:
+        self._worker.end(END)
+
+    def _died(self) -> Died:
+        fault = self._worker.fault
+        return Died(fault.why, self._worker.said)
+
+
+def openings_of(named: Sequence[tuple[str, str]], root: Path, session: SessionSettings) -> list[Opening]:
+    """What workers of these names and devices begin with; their sessions are as ``session`` says."""
+    return [
+        Opening(number, name, root, replace(session, device=device), len(named))
+        for number, (name, device) in enumerate(named)
+    ]
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve.app import make_app
 from ltxpack.serve.limits import FIXED, LEAST_KEPT, ServeLimits
 from ltxpack.serve.links import Workplace
-from ltxpack.serve.processes import API_KEY
 from ltxpack.serve.ray_workers import counted, remote_openings
 from ltxpack.serve.replicas import ReplicaLink, Replicas, VideoWorker
-from ltxpack.serve.server import ServeOptions, service_of
+from ltxpack.serve.server import API_KEY, ServeOptions, service_of
 
 # A request for a video in its answer lasts as long as the video: the queue is what bounds them.
 REQUESTS = 1000

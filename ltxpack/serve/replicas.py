@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,28 @@ from typing import Any
 from ray.exceptions import ActorDiedError, RayError
 from ray.serve.exceptions import RayServeException
 
+from ltxpack.runtime.parallel.actors import LOGS, begun_here
 from ltxpack.runtime.parallel.cluster import SharedDisk, why_ended
+from ltxpack.runtime.parallel.contract import Opening, Tell, WorkerFault, fault_of
 from ltxpack.serve.jobs import Job
-from ltxpack.serve.links import Died, Message, Opening
-from ltxpack.serve.ray_workers import RemoteLink, RemoteWorker
+from ltxpack.serve.links import WORKER, Died, Message
+from ltxpack.serve.ray_workers import RemoteLink
 
 # Seconds: between looks whether the server is alive, until it is told that no replica is free, and for which a replica
 # that cannot work gets no task.
 LOOK, PATIENCE, UNFIT = 1.0, 3.0, 30.0
-# What is to be made, and its pictures.
-Task = tuple[Mapping[str, Any], Mapping[str, bytes]]
 
 
-class VideoWorker(RemoteWorker):
+class VideoWorker:
     """A replica, which has one request at a time; the answer is what it says."""
 
+    # The module of its work, its session and where it is, once they are there: both need torch.
+    _opened: tuple[Any, Any, str] | None = None
     _work: asyncio.Future[None] | None = None
-    _heard: asyncio.Queue[Message | None]
-    _loop: asyncio.AbstractEventLoop
 
     async def work(
-        self, server: Any, disk: SharedDisk, opening: Opening, task: Task | None = None
-    ) -> AsyncIterator[Message]:
+        self, server: Any, disk: SharedDisk, opening: Opening, task: Message | None = None
+    ) -> AsyncIterator[Message | WorkerFault]:
         """That it is ready or why it cannot be, then what comes of ``task``.
 
         The work ends at its next step when the request is cancelled or the actor ``server`` has died. A replica that
@@ -48,17 +48,20 @@ class VideoWorker(RemoteWorker):
         """
         if self._work is not None:  # of a request that was cancelled
             await asyncio.wait([self._work])
-        self._loop, heard = asyncio.get_running_loop(), asyncio.Queue[Message | None]()
-        cancelled, job_id = set[str](), "" if task is None else task[0]["id"]
-        self._heard, self._cancelled = heard, cancelled
-        self._work = self._loop.run_in_executor(None, self._carry_out, disk, opening, task)
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[Message | WorkerFault | None]()
+        cancelled, job_id = set[str](), "" if task is None else task["id"]
+
+        def say(message: Message | WorkerFault) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, message)
+
+        self._work = loop.run_in_executor(None, self._carry_out, disk, opening, task, cancelled, say)
         self._work.add_done_callback(lambda _: heard.put_nowait(None))
         death = asyncio.create_task(_death(server))
         death.add_done_callback(lambda _: cancelled.add(job_id))
         is_fit = True
         try:
             while (message := await heard.get()) is not None:
-                is_fit &= not {"fault", "ends"} & message.keys()
+                is_fit &= not isinstance(message, WorkerFault) and "ends" not in message
                 yield message
             await (self._work if is_fit else asyncio.sleep(UNFIT))
         finally:
@@ -66,16 +69,20 @@ class VideoWorker(RemoteWorker):
             if not is_fit:
                 os._exit(1)
 
-    def _carry_out(self, disk: SharedDisk, opening: Opening, task: Task | None) -> None:
-        if self._session is None:
-            self.open(disk, opening.settings, opening.sharers)
-        else:
-            self._say(self._ready())
-        if self._session is not None and task is not None:
-            self.make(*task)
-
-    def _say(self, message: Message) -> None:
-        self._loop.call_soon_threadsafe(self._heard.put_nowait, message)
+    def _carry_out(
+        self, disk: SharedDisk, opening: Opening, task: Message | None, cancelled: set[str], say: Tell
+    ) -> None:
+        try:
+            if self._opened is None:
+                worker, own = begun_here(WORKER, disk, opening)
+                self._opened = worker, own.session(worker.WorkerNotes(say)), own.where
+        except Exception as error:  # whatever goes wrong, nobody waits for ever
+            say(fault_of(error, LOGS))
+            return
+        worker, session, where = self._opened
+        say(worker.ready(session, where))
+        if task is not None:
+            worker.make_apart(session, task, cancelled, say)
 
 
 async def _death(server: Any) -> None:
@@ -126,10 +133,9 @@ class ReplicaLink(RemoteLink):
             self._ask()
         try:
             for message in self._answer:
-                if "fault" in message:
+                if isinstance(message, WorkerFault):
                     self._answer = None  # not to be cancelled: such a replica stays away from tasks
-                    if self._makes:
-                        raise Died(message["fault"])
+                    raise Died(message.why, message)
                 yield self._kept(message)
         except (RayError, RayServeException) as error:
             if not self._unwanted:
@@ -142,11 +148,9 @@ class ReplicaLink(RemoteLink):
         with self._replicas.turn:
             self._replicas.waiting_since, self._makes = time.monotonic(), False
             try:
-                said = next(one for one in self.messages() if "ready" in one or "fault" in one)
+                next(one for one in self.messages() if "ready" in one)
             finally:
                 self._replicas.waiting_since = None
-            if "fault" in said:
-                raise Died(said["fault"])
             yield
 
     @property
@@ -161,7 +165,7 @@ class ReplicaLink(RemoteLink):
         self._ended = True
         self._cancel()
 
-    def _ask(self, task: Task | None = None) -> None:
+    def _ask(self, task: Message | None = None) -> None:
         replicas = self._replicas
         self._answer = replicas.handle.work.remote(replicas.server, replicas.disk, self._opening, task)
         if self._ended:

@@ -20,20 +20,22 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.parallel.cluster import connected, cpu_workers
 from ltxpack.runtime.parallel.devices import RAY_HERE, named_devices
+from ltxpack.runtime.parallel.process import ProcessWorker
 from ltxpack.runtime.settings import AUTO, SessionSettings
+from ltxpack.serve.answers import known_names
 from ltxpack.serve.app import Service, make_app
-from ltxpack.serve.hosts import known_names
 from ltxpack.serve.intake import Intake
 from ltxpack.serve.jobs import Jobs
 from ltxpack.serve.limits import ServeLimits
-from ltxpack.serve.links import Opening, Workplace
+from ltxpack.serve.links import WORKER, StartedLink, Workplace, openings_of
 from ltxpack.serve.metrics import Metrics
 from ltxpack.serve.models import served_models
-from ltxpack.serve.processes import API_KEY, COMMAND, ProcessLink
 from ltxpack.serve.ray_workers import ray_place
 from ltxpack.serve.schema import request_schema
 from ltxpack.serve.workers import OnFault, Workers
 
+# The variable with the key, which no worker sees.
+API_KEY = "LTXPACK_API_KEY"
 LOCAL = ("127.0.0.1", "::1", "localhost")
 # Seconds that open connections have to end once the server stops.
 GRACE = 5
@@ -61,10 +63,10 @@ class ServeOptions:
     limits: ServeLimits = field(default_factory=ServeLimits)
 
 
-def serve(
-    options: ServeOptions, reporter: Reporter, on_open: Callable[[str], None], command: Sequence[str] = COMMAND
-) -> None:
+def serve(options: ServeOptions, reporter: Reporter, on_open: Callable[[str], None], worker: str = WORKER) -> None:
     """Answer requests until a signal comes; ``on_open(address)`` when the server can be reached.
+
+    ``worker``: the module of its workers.
 
     Raises UsageError, OverlayError before that, and LtxpackError where a worker cannot begin.
     """
@@ -76,7 +78,7 @@ def serve(
         server.should_exit = True
 
     with _listening(options.host, options.port) as listening, contextlib.ExitStack() as ends:
-        place = partial(_place, options, reporter, ends, command)
+        place = partial(_place, options, reporter, ends, worker)
         service = service_of(options, reporter, on_fault, place)
         config = uvicorn.Config(
             make_app(service), log_level="error", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="on"
@@ -133,29 +135,30 @@ def _kept(limits: ServeLimits) -> str:
     return f"videos are removed: {', '.join(bounds)}"
 
 
-def _place(options: ServeOptions, reporter: Reporter, ends: contextlib.ExitStack, command: Sequence[str]) -> Workplace:
-    """Processes of this machine that run ``command``, or actors of a Ray cluster, to which there is a connection until
-    ``ends``. Raises UsageError, DeviceError.
+def _place(options: ServeOptions, reporter: Reporter, ends: contextlib.ExitStack, worker: str) -> Workplace:
+    """Processes of this machine that run the module ``worker``, or actors of a Ray cluster, to which there is a
+    connection until ``ends``. Raises UsageError, DeviceError.
     """
+    os.environ.pop(API_KEY, None)  # every worker has the environment of this process
     if options.ray is None:
-        return process_place(options, command)
+        return process_place(options, worker)
     on_cpus = cpu_workers(options.session.device, options.devices)
     reporter.note("starting Ray on this machine" if options.ray == RAY_HERE else f"connecting to Ray ({options.ray})")
-    os.environ.pop(API_KEY, None)  # processes that Ray starts have the environment of this one
     ray = ends.enter_context(connected(options.ray, on_cpus))
     return ray_place(ray, options.overlay.absolute(), options.session, options.devices, options.workers)
 
 
-def process_place(options: ServeOptions, command: Sequence[str] = COMMAND) -> Workplace:
+def process_place(options: ServeOptions, worker: str = WORKER) -> Workplace:
     """A process for each device. Raises UsageError for devices that do not go together."""
     if options.workers is not None:
         raise UsageError("--workers goes with --ray", next="leave --workers out, or add --ray ADDRESS")
     if options.devices is not None and options.session.device != AUTO:
         raise UsageError("--device and --devices are two answers to one question", next="leave --device out")
     devices = (options.session.device,) if options.devices is None else named_devices(options.devices)
-    root, session = options.overlay.absolute(), options.session
-    openings = [Opening.of(device, device, root, session, len(devices)) for device in devices]
-    return Workplace(openings, partial(ProcessLink, command=command))
+    openings = openings_of([(device, device) for device in devices], options.overlay.absolute(), options.session)
+    # The signals of a terminal are for the server, which stops its workers.
+    start = partial(ProcessWorker, worker, start_new_session=True)
+    return Workplace(openings, partial(StartedLink, start))
 
 
 def _listening(host: str, port: int) -> socket.socket:

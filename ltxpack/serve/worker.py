@@ -1,72 +1,55 @@
-"""A worker: the process that makes the videos of a server on one device, one after another.
+"""A worker: makes the videos of a server on one device, one after another, in a process or an actor of its own.
 
-It reads tasks from its standard input and answers on its standard output, a JSON object a line. It ends with the
-server: when its input does.
+It hears tasks, and the jobs that nobody wants any more; a process ends with the server, also in the middle of work.
+Where the server's files are not, the pictures come with a task, and the mp4 goes with its end.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import fcntl
 import os
 import queue
+import shutil
 import signal
-import sys
+import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ltxpack.errors import LtxpackError, UsageError
 from ltxpack.reporter import Reporter
-from ltxpack.runtime.libraries import import_libraries
+from ltxpack.runtime.parallel.contract import Next, Opening, Tell
+from ltxpack.runtime.parallel.process import run_worker
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.session import Session
-from ltxpack.runtime.settings import SessionSettings
 from ltxpack.runtime.text.length import tell_cut
-from ltxpack.serve.links import fault_of
+from ltxpack.serve.jobs import request_of
+from ltxpack.serve.links import Message
+from ltxpack.serve.ray_workers import DONE, FILES, VIDEO
 from ltxpack.serve.refusal import told
-from ltxpack.serve.task import request_of
 
-Say = Callable[[Mapping[str, Any]], None]
 # Shares of the progress: stages count by what they compute, which is most of it.
 TEXT, DECODE = 0.05, 0.05
+# How the names of folders of temporary files begin.
+FOLDER = "ltxpack-worker-"
+# Seconds for which such a folder may be without its lock.
+YOUNG = 60.0
 
 
 class Cancelled(Exception):
     """Nobody wants the video any more."""
 
 
-class Inbox:
-    """What the server says, in order. Its end ends the process, also in the middle of work."""
-
-    def __init__(self) -> None:
-        self.cancelled: set[str] = set()
-        self._tasks: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def next(self) -> dict[str, Any]:
-        """The next task, once it is there."""
-        return self._tasks.get()
-
-    def _read(self) -> None:
-        for line in sys.stdin:
-            message = json.loads(line)
-            if "cancel" in message:
-                self.cancelled.add(message["cancel"])
-            else:
-                self._tasks.put(message)
-        os._exit(0)
-
-
 class JobReporter(Reporter):
     """Tells the server how far a job is, and ends it at the next step once it is cancelled."""
 
-    def __init__(self, job_id: str, request: Request, cancelled: set[str], say: Say) -> None:
+    def __init__(self, job_id: str, request: Request, cancelled: set[str], say: Tell) -> None:
         self._job_id, self._cancelled, self._say = job_id, cancelled, say
         self.shares = _shares(request)
         self._before = self._share = 0.0
@@ -108,7 +91,7 @@ def _shares(request: Request) -> dict[str, float]:
     return {"text": TEXT, **stages, "decode": DECODE}
 
 
-def make(session: Session, task: Mapping[str, Any], cancelled: set[str], say: Say) -> bool:
+def make(session: Session, task: Mapping[str, Any], cancelled: set[str], say: Tell) -> bool:
     """Make the video of ``task`` and say what became of it; False where the process had better be a new one.
 
     It ends at its next step once its id is ``cancelled``.
@@ -136,40 +119,55 @@ def make(session: Session, task: Mapping[str, Any], cancelled: set[str], say: Sa
     return True
 
 
-def main() -> int:
-    """Until the server ends; the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # The server gets them too, and stops its workers.
-        signal.signal(number, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What libraries print must not look like an answer.
-    os.dup2(2, 1)
-
-    def say(message: Mapping[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
-
-    inbox = Inbox()
-    opening = inbox.next()
+def make_apart(session: Session, task: Mapping[str, Any], cancelled: set[str], say: Tell) -> bool:
+    """As :func:`make`, where the server's files are not: ``task`` has the pictures, and the end says the video."""
     try:
-        session = Session(Path(opening["overlay"]), SessionSettings(**opening["settings"]), WorkerNotes(say))
-        session.process_ends, session.residency.processes = True, opening["sharers"]
-        if session.device.type == "cuda":
-            torch.cuda.set_device(session.device)
-    except LtxpackError as error:
-        say(fault_of(error))
-        return 1
-    import_libraries()
-    say({"ready": str(session.device)})
-    while make(session, inbox.next(), inbox.cancelled, say):
-        pass
-    return 1
+        with _own_folder() as name:
+            for picture, data in task[FILES].items():
+                Path(name, picture).write_bytes(data)
+            output = Path(name, "video.mp4")
+
+            def with_video(message: Message) -> None:
+                say({**message, VIDEO: output.read_bytes()} if DONE in message else message)
+
+            return make(session, {**task, "output": str(output), "pictures": name}, cancelled, with_video)
+    except OSError as error:
+        problem = "the worker's folder for temporary files cannot be written"
+        say({"failed": problem, "code": "server_error", "log": f"{problem}: {error}"})
+    return True
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[str]:
+    """A new folder for temporary files; those of workers that were killed are removed. Raises OSError."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError), _locked(left) as status:
+            if time.time() - status.st_mtime > YOUNG:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True) as name, contextlib.ExitStack() as ends:
+        with contextlib.suppress(OSError):  # a filesystem without locks: nobody can remove the folder either
+            ends.enter_context(_locked(Path(name)))
+        yield name
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[os.stat_result]:
+    """The lock on a folder of this user, which ends with its process. Raises OSError where another one has it."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(opened)
+        if status.st_uid != os.getuid():
+            raise PermissionError(folder)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield status
+    finally:
+        os.close(opened)
 
 
 class WorkerNotes(Reporter):
     """What is told outside of jobs."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, say: Tell) -> None:
         self._say = say
 
     def note(self, message: str) -> None:
@@ -179,5 +177,32 @@ class WorkerNotes(Reporter):
         self._say({"note": f"warning: {message}"})
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def work(opening: Opening, next: Next, tell: Tell) -> None:
+    """Make what is asked for until the worker had better be a new one."""
+    session = opening.session(WorkerNotes(tell))
+    cancelled = set[str]()
+    tasks: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def hear() -> None:
+        while (message := next()) is not None:
+            if "cancel" in message:
+                cancelled.add(message["cancel"])
+            else:
+                tasks.put(message)
+
+    threading.Thread(target=hear, daemon=True).start()
+    tell(ready(session, opening.where))
+    task = tasks.get()
+    while (make_apart if FILES in task else make)(session, task, cancelled, tell):
+        task = tasks.get()
+
+
+def ready(session: Session, where: str) -> Message:
+    """What a worker says that can take a task."""
+    return {"ready": ", ".join(filter(None, (str(session.device), where)))}
+
+
+def main() -> int:
+    """As a process, until the server ends; the exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server gets it too, and stops its workers
+    return run_worker(work, lambda opening: os._exit(0))

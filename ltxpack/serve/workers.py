@@ -14,8 +14,9 @@ from typing import Any
 
 from ltxpack.errors import LtxpackError
 from ltxpack.reporter import Reporter
+from ltxpack.runtime.parallel.contract import Opening, WorkerFault
 from ltxpack.serve.jobs import Job, Jobs
-from ltxpack.serve.links import Died, Message, Opening, WorkerLink, Workplace
+from ltxpack.serve.links import Died, Message, WorkerLink, Workplace
 from ltxpack.serve.metrics import Metrics
 
 STARTING, IDLE, BUSY, DOWN = "starting", "idle", "busy", "down"
@@ -51,7 +52,7 @@ class Workers:
     @property
     def states(self) -> list[dict[str, Any]]:
         """What each worker is doing."""
-        return [{"device": one.opening.device, "state": one.shown, "job": one.job_id} for one in self.all]
+        return [{"device": one.opening.name, "state": one.shown, "job": one.job_id} for one in self.all]
 
 
 class DeviceWorker:
@@ -66,7 +67,7 @@ class DeviceWorker:
         reporter: Reporter,
         on_fault: OnFault,
     ) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"worker {opening.device}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"worker {opening.name}", daemon=True)
         self.opening, self.state, self.job_id = opening, STARTING, ""
         self._jobs, self._metrics, self._reporter, self._on_fault = jobs, metrics, reporter, on_fault
         self._start = start
@@ -106,7 +107,7 @@ class DeviceWorker:
             except (Died, sqlite3.Error, OSError, ValueError) as error:
                 self.state = DOWN
                 if not self._stopping.is_set():
-                    self._metrics.count("worker_deaths", device=self.opening.device)
+                    self._metrics.count("worker_deaths", device=self.opening.name)
                     self._note(f"{error}; another worker is started")
             pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))
 
@@ -126,14 +127,11 @@ class DeviceWorker:
         if self._stopping.is_set():
             link.end()
         try:
-            said = next(one for one in self._messages(link) if "ready" in one or "fault" in one)
-        except Died:
-            problem = f"the worker of {self.opening.device} ended before it was ready"
-            self._fault(LtxpackError(problem, next="look above for what it said"))
+            said = next(one for one in self._messages(link) if "ready" in one)
+        except Died as died:
+            found = died.fault or WorkerFault(f"the worker of {self.opening.name} ended before it was ready")
+            self._fault(LtxpackError(found.why, next=found.next or "look above for what it said"))
             raise
-        if "fault" in said:
-            self._fault(LtxpackError(said["fault"], next=said["next"]))
-            raise Died("the worker could not begin")
         self._was_ready, self.state = True, IDLE
         self._note(f"a worker is ready on {said['ready']}")
 
@@ -206,4 +204,4 @@ class DeviceWorker:
                 yield message
 
     def _note(self, text: str) -> None:
-        self._reporter.note(f"{self.opening.device}: {text}")
+        self._reporter.note(f"{self.opening.name}: {text}")

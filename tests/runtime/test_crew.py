@@ -21,10 +21,11 @@ from ltxpack.runtime.lines import DONE, Encode, Make
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.parallel import crew as crews
-from ltxpack.runtime.parallel.crew import Processes, goes_by_stages
-from ltxpack.runtime.parallel.process import Next, messages
+from ltxpack.runtime.parallel.contract import Next
+from ltxpack.runtime.parallel.crew import goes_by_stages, processes
+from ltxpack.runtime.parallel.process import messages
 from ltxpack.runtime.parallel.schemes import STAGES, counted
-from ltxpack.runtime.parallel.share import Carried, Event, Gone, Sharing, Told
+from ltxpack.runtime.parallel.share import Sharing
 from ltxpack.runtime.prompts_file import read_lines
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.session import Session
@@ -119,35 +120,27 @@ def test_who_is_told_to_end_in_order_does_so_however_soon_that_comes(monkeypatch
     assert until(lambda: abandoned) == [True]
 
 
-class Killed(Processes):
-    """The first worker that makes a line is killed in the middle of it, before it can say that it is done."""
-
-    killed, dying = -1, False
-
-    def next(self) -> Event:
-        event = super().next()
-        if isinstance(event, Told) and event.message.startswith("line ") and self.killed < 0:
-            self.killed, self.dying = event.worker, True
-            self._workers[event.worker].process.kill()
-        elif self.dying and event.worker == self.killed:
-            if isinstance(event, Carried):
-                return self.next()
-            self.dying = not isinstance(event, Gone)
-        return event
-
-
-def test_the_line_of_a_killed_process_is_made_by_another(demo: Path, alone: dict[str, bytes], tmp_path: Path) -> None:
+def test_the_line_of_a_killed_process_is_made_by_another(
+    demo: Path, alone: dict[str, bytes], tmp_path: Path, begun: list[Any]
+) -> None:
     given = SettingsGiven(height=64, width=64, num_frames=9)
     lines = read_lines(prompts(tmp_path, LINES[0], LINES[3]), given)
-    crew, notes = Killed(demo / "overlay", SessionSettings(dtype="float32"), ("cpu", "cpu")), Notes()
+    killed: list[int] = []
+
+    def kill(crew: Any, worker: int) -> None:
+        killed.append(worker)
+        crew._workers[worker].process.kill()
+
+    begun.append(kill)
+    crew, notes = processes(demo / "overlay", SessionSettings(dtype="float32"), ("cpu", "cpu")), Notes()
     sharing = Sharing(crew, lines, notes)
     sharing.run()
     assert [outcome.status for outcome in sharing.outcomes.values()] == [DONE, DONE]
-    assert f"worker {crew.killed} on cpu ended: its process was ended by signal 9" in notes.warnings
+    assert f"worker {killed[0]} on cpu ended: its process was ended by signal 9" in notes.warnings
     made = videos(tmp_path)
     assert [made["boats-0001.mp4"], made["boats-0002.mp4"]] == [alone["boats-0001.mp4"], alone["boats-0004.mp4"]]
     assert len([*tmp_path.iterdir()]) == 6, "nothing half written"
-    assert not any(worker.process.poll() is None for worker in crew._workers.values())
+    assert all(worker.has_ended for worker in crew._workers.values())
 
 
 # A shell that starts the tests in the background has them, and all they start, ignore Ctrl-C.

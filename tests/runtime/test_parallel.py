@@ -27,7 +27,7 @@ from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.exchange import Exchange
-from ltxpack.runtime.parallel.process import Worker
+from ltxpack.runtime.parallel.process import ProcessWorker
 from ltxpack.runtime.parallel.schemes import Split
 from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.recipe_run import decode_video, work_of
@@ -198,7 +198,7 @@ def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(
     monkeypatch.setattr("ltxpack.runtime.parallel.team.GIVEN_UP", HANG)
     team = three.session.ranks
     assert isinstance(team, Team)
-    workers: list[Worker] = []
+    workers: list[ProcessWorker] = []
 
     def kill(phase: str, done: int, total: int) -> None:
         if (phase, done) == ("stage 1", 1) and not workers:
@@ -208,7 +208,7 @@ def test_a_rank_that_dies_ends_the_video_and_the_next_one_is_made(
     with pytest.raises(DeviceError, match="rank 2 on cpu ended: its process was ended by signal 9"):
         three("A paper boat", progress=kill, **TINY, steps=3)
     assert len(workers) == 2 and not any(alive(worker.process.pid) for worker in workers), "nobody is left"
-    assert workers[0]._said == "", "who lost its connection leaves it to the other to be the cause"
+    assert workers[0].said is None, "who lost its connection leaves it to the other to be the cause"
     assert all(map(torch.equal, latents(three, steps=2), latents(alone, steps=2)))
 
 

@@ -1,7 +1,8 @@
-"""A server in a process of its own, for tests: the command itself, or one whose workers are stubs."""
+"""A server in a process of its own, a fork, for tests: the command itself, or one whose workers are stubs."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,32 +14,36 @@ from typing import Any
 
 import httpx
 from support import HANG, until
+from warm_processes import WarmProcess
 
-STUB = Path(__file__).with_name("stub_worker.py")
+from ltxpack.serve.app import Service, make_app
+
 STUBBED = """
 import sys
 from pathlib import Path
 from ltxpack.cli.terminal import TerminalReporter
 from ltxpack.serve.limits import ServeLimits
 from ltxpack.serve.server import ServeOptions, serve
-overlay, output, devices, queue, stub = sys.argv[1:]
+overlay, output, devices, queue = sys.argv[1:]
 options = ServeOptions(Path(overlay), Path(output), port=0, devices=devices, limits=ServeLimits(queue=int(queue)))
-serve(options, TerminalReporter(), lambda address: print(address, flush=True), [sys.executable, stub])
+serve(options, TerminalReporter(), lambda address: print(address, flush=True), "stub_worker")
 """
 
 
 class Server:
     """``with Server(command) as server``: ``address`` is that of the interface, ``client`` speaks to it."""
 
+    # Starts the process; subprocess.Popen: for real.
+    start: Any = WarmProcess
+
     def __init__(self, command: Sequence[str | Path], **environment: str) -> None:
         self._command, self._environment = [*map(str, command)], environment
 
     def __enter__(self) -> Server:
-        environment = {**os.environ, **self._environment}
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(self._command, env=environment, **pipes)
+        environment, pipe = {**os.environ, **self._environment}, subprocess.PIPE
+        self.process = self.start(self._command, env=environment, stdout=pipe, stderr=pipe)
         assert self.process.stdout is not None
-        self.address = self.process.stdout.readline().strip()
+        self.address = os.fsdecode(self.process.stdout.readline()).strip()
         assert self.address, self.process.communicate()[1]
         key = self._environment.get("LTXPACK_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -49,7 +54,7 @@ class Server:
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        self.log = self.process.communicate(timeout=HANG)[1]
+        self.log = os.fsdecode(self.process.communicate(timeout=HANG)[1])
 
     def post(self, prompt: str, **fields: Any) -> dict[str, Any]:
         """Ask for the smallest video; the job."""
@@ -88,7 +93,24 @@ class Server:
         return self.client.get(self.address.replace("/v1", "/metrics")).text
 
 
+class Asking:
+    """Speaks to the application of ``service`` in this process."""
+
+    def __init__(self, service: Service) -> None:
+        transport = httpx.ASGITransport(app=make_app(service), raise_app_exceptions=False)
+        self._loop = asyncio.new_event_loop()
+        self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
+
+    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        return self._loop.run_until_complete(self._client.request(method, path, **more))
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._client.aclose())
+        self._loop.close()
+
+
 def stubbed(overlay: Path, output: Path, devices: str = "cpu", queue: int = 300, **environment: str) -> Server:
     """A server with workers of :mod:`stub_worker`."""
-    command = [sys.executable, "-c", STUBBED, overlay, output, devices, str(queue), STUB]
-    return Server(command, STUB_LOG=str(output.with_suffix(".log")), **environment)
+    command = [sys.executable, "-c", STUBBED, overlay, output, devices, str(queue)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return Server(command, STUB_LOG=str(output.with_suffix(".log")), PYTHONPATH=path, **environment)

@@ -6,30 +6,16 @@ waits to be cancelled, ``crash`` dies, ``fail`` fails, ``held`` is made once the
 
 from __future__ import annotations
 
-import json
 import os
-import select
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
+from ltxpack.errors import UsageError
+from ltxpack.runtime.parallel.process import run_worker
 
-def messages() -> Iterator[dict[str, Any] | None]:
-    """What the server says; None where nothing was said for a moment."""
-    rest = b""
-    while True:
-        if select.select([0], [], [], 0.01)[0]:
-            data = os.read(0, 65536)
-            if not data:
-                os._exit(0)
-            *lines, rest = (rest + data).split(b"\n")
-            yield from map(json.loads, lines)
-        else:
-            yield None
-
-
-def say(**message: object) -> None:
-    print(json.dumps(message), flush=True)
+Tell = Callable[[dict[str, Any]], None]
 
 
 def log(*words: object) -> None:
@@ -37,33 +23,44 @@ def log(*words: object) -> None:
         file.write(" ".join(map(str, words)) + "\n")
 
 
-def make(task: dict[str, Any], inbox: Iterator[dict[str, Any] | None]) -> None:
+def is_cancelled(next: Any, job_id: str) -> bool:
+    """Whether the server says so within a moment."""
+    try:
+        return bool(next(timeout=0.01) == {"cancel": job_id})
+    except Empty:
+        return False
+
+
+def make(task: dict[str, Any], next: Any, tell: Tell) -> None:
     log("begin", task["id"], os.getpid())
     prompt = task["prompt"]
     if prompt == "crash":
         os._exit(9)
-    say(progress=1)
+    tell({"progress": 1})
     while prompt == "slow" or (prompt == "held" and not Path(os.environ["STUB_LOG"] + ".go").exists()):
-        if next(inbox) == {"cancel": task["id"]}:
-            say(cancelled=True)
+        if is_cancelled(next, task["id"]):
+            tell({"cancelled": True})
             log("cancelled", task["id"])
             return
     if prompt == "fail":
-        say(failed="too small a card", code="server_error", log="too small a card")
+        tell({"failed": "too small a card", "code": "server_error", "log": "too small a card"})
         return
     temporary = Path(task["output"]).with_name(f".{Path(task['output']).name}.{os.getpid()}.tmp")
     temporary.write_text(f"{task['id']} {prompt}")
     temporary.rename(task["output"])
     log("end", task["id"])
-    say(done={"stage 1": 0.5})
+    tell({"done": {"stage 1": 0.5}})
 
 
-inbox = messages()
-opening = next(message for message in inbox if message)
-if "STUB_FAULT" in os.environ:
-    say(fault=os.environ["STUB_FAULT"], next="choose another device")
-    os._exit(1)
-say(ready=opening["settings"]["device"])
-for message in inbox:
-    if message and "cancel" not in message:
-        make(message, inbox)
+def work(opening: Any, next: Any, tell: Tell) -> None:
+    if "STUB_FAULT" in os.environ:
+        raise UsageError(os.environ["STUB_FAULT"], next="choose another device")
+    tell({"ready": opening.settings.device})
+    while True:
+        message = next()
+        if "cancel" not in message:
+            make(message, next, tell)
+
+
+def main() -> int:
+    return run_worker(work, lambda opening: os._exit(0))

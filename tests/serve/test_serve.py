@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from support import until
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
 from ltxpack.serve import worker
+from ltxpack.serve.ray_workers import ActorLink
 
 KEY = "a key"
 SMALL: dict[str, Any] = {"num_frames": 9, "height": 64, "width": 64}
@@ -173,3 +176,36 @@ def test_what_cannot_be_made_is_told_without_paths(
     told = Told()
     assert not made(session, told, tmp_path / "a.mp4"), "another process is needed"
     assert told.said[-1]["ends"] and "illegal memory access" in told.said[-1]["log"]
+
+
+def test_what_cannot_be_written_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The video where the server is, and the pictures where the actor is."""
+    link = ActorLink.__new__(ActorLink)
+    link._output = tmp_path / "none" / "a.mp4"
+    said = link._kept({"done": {}, "video": b"v"})
+    assert said["code"] == "server_error" and str(tmp_path) in said["log"] and str(tmp_path) not in said["failed"]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    said: list[Any] = []
+    session: Any = None
+    assert worker.make_apart(session, {"files": {"a-0": b""}}, set(), said.append)
+    assert "cannot be written" in said[0]["failed"]
+
+
+def test_what_a_killed_worker_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what another one uses, nor a folder that may get its lock yet, nor where a link leads."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, used, young, linked, others = (tmp_path / f"{worker.FOLDER}{name}" for name in "abcde")
+    for folder in (left, used, young, tmp_path / "kept"):
+        folder.mkdir()
+        (folder / "video.mp4").touch()
+        os.utime(folder, (0, 0))
+    os.utime(young)
+    linked.symlink_to(tmp_path / "kept")
+    others.touch()
+    with worker._locked(used), worker._own_folder() as own:
+        assert Path(own).parent == tmp_path and not left.exists()
+        assert (used / "video.mp4").exists() and (young / "video.mp4").exists() and (linked / "video.mp4").exists()
+        os.utime(own, (0, 0))
+        with worker._own_folder() as another:
+            assert Path(own).exists() and Path(another).exists()
+    assert not Path(own).exists() and used.exists() and others.exists()

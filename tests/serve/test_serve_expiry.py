@@ -12,11 +12,10 @@ import pytest
 from serving import stubbed
 from support import ltxpack, refused
 
-from ltxpack.serve import expiry
+from ltxpack.serve import app
 from ltxpack.serve.answers import VideoAnswer
-from ltxpack.serve.jobs import Jobs
+from ltxpack.serve.jobs import Jobs, VideoTask
 from ltxpack.serve.metrics import Metrics
-from ltxpack.serve.task import VideoTask
 
 TASK = VideoTask("ltx-2.3-hq", "a boat", {"recipe": "hq"}, ["base", "base"], [], "64x64", "1")
 DAY = 86400.0
@@ -153,7 +152,7 @@ def test_the_server_looks_again_and_again_and_counts(opened: Opened, monkeypatch
     async def wait(seconds: float) -> None:
         nonlocal looks
         looks += 1
-        assert seconds == expiry.LOOK
+        assert seconds == app.EXPIRY
         if looks == 1:
             kept.now += DAY
         if looks == 2:
@@ -166,7 +165,7 @@ def test_the_server_looks_again_and_again_and_counts(opened: Opened, monkeypatch
 
     monkeypatch.setattr(asyncio, "sleep", wait)
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(expiry.expire_for_ever(kept.jobs, metrics))
+        asyncio.run(app.expire_for_ever(kept.jobs, metrics))
     assert not kept.left
     assert 'ltxpack_jobs_expired_total{reason="time"} 1' in metrics.text({})
     assert "ltxpack_expiry_faults_total 1" in metrics.text({})
@@ -177,7 +176,7 @@ def test_without_bounds_nothing_goes_which_is_said(opened: Opened, demo: Path, t
     kept.end()
     kept.now += 10000 * DAY
     assert not kept.jobs.expire() and len(kept.files) == 1
-    asyncio.run(expiry.expire_for_ever(kept.jobs, Metrics()))
+    asyncio.run(app.expire_for_ever(kept.jobs, Metrics()))
     with stubbed(demo / "overlay", tmp_path / "videos") as server:
         done = server.ended(server.post("a boat")["id"])
         size = (tmp_path / "videos" / f"{done['id']}.mp4").stat().st_size

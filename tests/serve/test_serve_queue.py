@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
@@ -18,8 +19,7 @@ from serving import Server, stubbed
 from support import HANG, alive, ltxpack, refused, until
 
 from ltxpack.errors import FormatError, UsageError
-from ltxpack.serve.jobs import Jobs, QueueFullError
-from ltxpack.serve.task import VideoTask
+from ltxpack.serve.jobs import Jobs, QueueFullError, VideoTask
 
 TASK = VideoTask("ltx-2.3-hq", "a boat", {"recipe": "hq"}, ["base", "base"], [], "64x64", "1")
 
@@ -31,7 +31,8 @@ def logged(output: Path, what: str) -> list[list[str]]:
     return [line.split()[1:] for line in lines if line.startswith(f"{what} ")]
 
 
-def test_a_burst_is_made_once_each_in_its_order(demo: Path, tmp_path: Path) -> None:
+def test_a_burst_is_made_once_each_in_its_order(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Server, "start", staticmethod(subprocess.Popen))
     output = tmp_path / "videos"
     with stubbed(demo / "overlay", output) as server:
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from serving import Asking
 
 from ltxpack.errors import UsageError
 from ltxpack.manifest import read_manifest
@@ -26,38 +26,25 @@ from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.sampling.recipes import RECIPES
 from ltxpack.runtime.settings import Settings
-from ltxpack.serve.app import Service, make_app
+from ltxpack.serve.app import Service
+from ltxpack.serve.jobs import request_of
 from ltxpack.serve.limits import ServeLimits
 from ltxpack.serve.models import served_models
 from ltxpack.serve.server import ServeOptions, process_place, service_of
-from ltxpack.serve.task import request_of
 
 VALID = {"prompt": "a boat", "model": "ltx-2.3-hq", "size": "64x64", "num_frames": 9}
 JSON = {"content-type": "application/json"}
 
 
-class Client:
-    """Speaks to an application in this process; nothing is made."""
+class Client(Asking):
+    """Nothing is made."""
 
     def __init__(self, service: Service) -> None:
+        super().__init__(service)
         self.jobs, self.schema = service.jobs, service.schema
-        transport = httpx.ASGITransport(app=make_app(service), raise_app_exceptions=False)
-        self._loop = asyncio.new_event_loop()
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
-
-    def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
-        return self._run(self._client.request(method, path, **more))
 
     def post(self, said: Mapping[str, Any], **more: Any) -> httpx.Response:
         return self.ask("POST", "/v1/videos", json=dict(said), **more)
-
-    def close(self) -> None:
-        self._run(self._client.aclose())
-        self._loop.close()
-        self.jobs.close()
-
-    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        return self._loop.run_until_complete(work)
 
 
 Opened = Callable[..., Client]
@@ -75,6 +62,7 @@ def opened(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ope
     yield make
     for client in clients:
         client.close()
+        client.jobs.close()
 
 
 @pytest.fixture(scope="module")

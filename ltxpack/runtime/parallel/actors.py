@@ -1,187 +1,119 @@
-"""A crew of Ray actors on any number of machines, one a GPU, each of which makes whole videos with its own session.
+"""A worker as an actor of a Ray cluster: :class:`WorkerActor` runs there, :class:`ActorWorker` is its other end.
 
-Ray places the actors and notices when one ends; all machines see the overlay and the videos' folders under one path.
-:class:`LineActor` runs there, everything else in the process of ``ltxpack run``.
+Ray places the actors and notices when one ends. Needs no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import queue
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from ltxpack.errors import UsageError
-from ltxpack.files.publish import Temporary, output_errors
-from ltxpack.imports import claim_process
-from ltxpack.reporter import Reporter
-from ltxpack.runtime.libraries import import_libraries
-from ltxpack.runtime.lines import Task
-from ltxpack.runtime.parallel.cluster import (
-    NOT_STARTED,
-    PATIENCE,
-    SharedDisk,
-    connected,
-    cpu_workers,
-    gpus,
-    needs,
-    sharers_here,
-    where,
-    why_ended,
-)
-from ltxpack.runtime.parallel.devices import RAY_HERE
-from ltxpack.runtime.parallel.process import why_failed
-from ltxpack.runtime.parallel.schemes import DATA, NONE
-from ltxpack.runtime.parallel.share import Carried, Crew, Event, Gone, Ready, Told, Voice
-from ltxpack.runtime.prompts_file import PromptsLine
-from ltxpack.runtime.request import Request
-from ltxpack.runtime.run import peak_memory
-from ltxpack.runtime.session import Session
-from ltxpack.runtime.settings import AUTO, SessionSettings
+from ltxpack.imports import claim_process, uncollected
+from ltxpack.runtime.parallel.cluster import SharedDisk, needs, sharers_here, where, why_ended
+from ltxpack.runtime.parallel.contract import Opening, Worker, WorkerFault, fault_of
 
-# Seconds that an actor gets to end by itself.
-LEFT = 10.0
+# Seconds that an actor gets to end by itself, and that Ray gets to tell of its end; and between looks whether anybody
+# listens to it.
+LEFT, LOOK = 10.0, 1.0
+LOGS = "look at Ray's logs of this process"
 
 
-class LineActor:
-    """A process of the cluster. One of its two threads carries out tasks, the other hands out events."""
+def begun_here(module: str, disk: SharedDisk, opening: Opening) -> tuple[Any, Opening]:
+    """In a process of the cluster: the ``module`` of a worker, and its opening on this machine. Raises LtxpackError."""
+    disk.check()
+    claim_process()
+    with uncollected():
+        worker = importlib.import_module(module)
+    return worker, replace(opening, sharers=sharers_here(opening.sharers), where=where())
 
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._said: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
-    def next(self) -> Event:
-        """Wait for the next event."""
+class WorkerActor:
+    """A process of the cluster. Its three threads work, take what it is told, and hand out what it says."""
+
+    def __init__(self) -> None:
+        self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run(self, module: str, disk: SharedDisk, opening: Opening) -> None:
+        """Run the function ``work`` of ``module``; whatever goes wrong, nobody waits for ever."""
+        try:
+            worker, opening = begun_here(module, disk, opening)
+            worker.work(opening, self._told.get, self._said.put)
+        except Exception as error:
+            self._said.put(fault_of(error, LOGS))
+        self._said.put(None)
+
+    def tell(self, message: Any) -> None:
+        """``message`` is for the work."""
+        self._told.put(message)
+
+    def next(self) -> Any:
+        """Wait for what it says next; None once it has ended."""
         return self._said.get()
 
-    def open(self, disk: SharedDisk, settings: SessionSettings, actors: int) -> str:
-        """Open the session; where this is, in words. ``actors``: the most actors of the run on a machine."""
-        with self._or_gone():
-            disk.check()
-            claim_process()
-            self._session = Session(disk.root, settings, Voice(self._number, self._said.put))
-            self._session.process_ends = True
-            self._session.residency.processes = sharers_here(actors)
-            import_libraries()
-            self._said.put(Ready(self._number))
-        return where()
 
-    def carry_out(self, task: Task, following: Request | None) -> None:
-        """Carry out ``task``; the result is an event."""
-        with self._or_gone():
-            self._said.put(Carried(self._number, task.carry_out(self._session, following)))
-
-    def close(self) -> str:
-        """Close the session; the peak of the process's memory, in words."""
-        self._session.close()
-        return peak_memory(self._session.device)
-
-    @contextlib.contextmanager
-    def _or_gone(self) -> Iterator[None]:
-        """What goes wrong in the block is the last event, for whoever waits for the next one."""
-        try:
-            yield
-        except Exception as error:
-            self._said.put(Gone(self._number, why_failed(error)))
-
-
-class Actors(Crew):
-    """One actor for each GPU of the cluster at ``address``, or as many on CPUs as ``settings.devices`` says.
-
-    No more than there are ``lines``. Raises UsageError for what does not go with a cluster or without Ray, DeviceError
-    for a cluster that cannot be reached or has no GPU.
-    """
+class ActorWorker(Worker):
+    """An actor that runs ``module``: it starts when the cluster has room for it, where ``disk`` is the same."""
 
     def __init__(
-        self, address: str, root: Path, settings: SessionSettings, lines: Sequence[PromptsLine], reporter: Reporter
+        self,
+        ray: Any,
+        disk: SharedDisk,
+        on_cpus: bool,
+        module: str,
+        opening: Opening,
+        received: Callable[[Any], object],
+        ended: Callable[[Worker], object],
     ) -> None:
-        workers = _cpu_workers(settings)
-        reporter.note("starting Ray on this machine" if address == RAY_HERE else f"connecting to Ray ({address})")
-        # References to each actor's next event, and to the result of opening it.
-        self._asked: dict[Any, int] = {}
-        self._opened: dict[int, Any] = {}
-        self._actors: dict[int, Any] = {}
-        self._at_work: set[int] = set()
-        self._patient = True
-        with contextlib.ExitStack() as ends:
-            self._ray = ends.enter_context(connected(address, workers))
-            self._count = min(workers or gpus(self._ray), len(lines))
-            marks = [_mark(folder, ends) for folder in dict.fromkeys(line.output.parent for line in lines)]
-            self._disk = SharedDisk.of(root, tuple(marks))
-            self._settings = replace(settings, device="cpu" if workers else "cuda", devices=None, parallel=AUTO)
-            self._actor = self._ray.remote(**needs(workers), max_concurrency=2, max_restarts=0)(LineActor)
-            self.names: list[str] = [f"actor {number}" for number in range(self._count)]
-            for number in range(self._count):
-                self.replace(number)
-            self._ends = ends.pop_all()
+        super().__init__(opening, received, ended)
+        self._ray, self._why = ray, ""
+        self._is_idle = self._is_left = False
+        self._actor = ray.remote(**needs(on_cpus), max_concurrency=3, max_restarts=0)(WorkerActor).remote()
+        self._actor.run.remote(module, disk, opening)
+        self._listening = threading.Thread(target=self._listen, daemon=True)
+        self._listening.start()
 
-    def begin(self, worker: int, task: Task, following: Request | None) -> None:
-        self._at_work.add(worker)
-        self._actors[worker].carry_out.remote(task, following)
+    def tell(self, message: Any) -> None:
+        self._actor.tell.remote(message)
 
-    def next(self) -> Event:
-        while True:
-            found, _ = self._ray.wait([*self._asked], num_returns=1, timeout=PATIENCE if self._patient else None)
-            if found:
-                return self._event(self._asked.pop(found[0]), found[0])
-            self._patient = False
-            if len(self._asked) == len(self._opened):
-                return Told(0, "warn", NOT_STARTED)
-
-    def replace(self, worker: int) -> None:
-        actor = self._actors[worker] = self._actor.remote(worker)
-        self._opened[worker] = actor.open.remote(self._disk, self._settings, self._count)
-        self._asked[actor.next.remote()] = worker
-        self._patient = True
-
-    def close(self) -> list[str]:
-        with self._ends:
-            idle = [worker for worker in self._actors if worker not in {*self._at_work, *self._opened}]
-            closed = {worker: self._actors[worker].close.remote() for worker in idle}
-            said = [f"{self.names[worker]}: {self._peak(reference)}" for worker, reference in closed.items()]
-            for actor in self._actors.values():
-                self._ray.kill(actor)
-            if self._asked:  # each ends with its actor
-                self._ray.wait([*self._asked], num_returns=len(self._asked), timeout=LEFT)
-        return said
-
-    def _event(self, worker: int, reference: Any) -> Event:
-        try:
-            event: Event = self._ray.get(reference)
-            if isinstance(event, Ready):
-                self.names[worker] = f"actor {worker} on {self._ray.get(self._opened.pop(worker))}"
-        except self._ray.exceptions.RayError as error:
-            event = Gone(worker, why_ended(error))
-        if isinstance(event, Gone | Carried):
-            self._at_work.discard(worker)
-        if isinstance(event, Gone):
-            self._opened.pop(worker, None)
-            self._ray.kill(self._actors.pop(worker))
+    def dismiss(self, *, idle: bool = False) -> None:
+        self._is_idle = idle
+        if idle:
+            self.tell(None)
         else:
-            self._asked[self._actors[worker].next.remote()] = worker
-        return event
+            self._ray.kill(self._actor)
 
-    def _peak(self, reference: Any) -> str:
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            return str(self._ray.get(reference, timeout=LEFT))
-        return "did not answer at its end"
+    def end(self, seconds: float | None = None) -> None:
+        if self._is_idle:
+            self._listening.join(LEFT if seconds is None else seconds)
+        self._ray.kill(self._actor)
+        self._listening.join(LEFT)
+        self._is_left = True  # nobody may ask Ray once there is no connection
+        self._listening.join()
 
+    @property
+    def fault(self) -> WorkerFault:
+        return self.said or WorkerFault(self._why)
 
-def _cpu_workers(settings: SessionSettings) -> int:
-    """The number of workers on CPUs; 0 for one on each GPU. Raises UsageError for settings that Ray decides."""
-    if settings.parallel not in (AUTO, DATA, NONE):
-        problem = f"--parallel {settings.parallel} does not go with --ray: each actor makes whole videos"
-        raise UsageError(problem, next=f"choose --parallel {DATA}")
-    if settings.save_activations is not None:
-        raise UsageError("--save-activations goes with one device", next="leave --ray out")
-    return cpu_workers(settings.device, settings.devices)
+    def _next(self) -> Any:
+        """What the actor says next, once it does; None once it has ended, or nobody listens any more."""
+        said = self._actor.next.remote()
+        while not self._ray.wait([said], timeout=LOOK)[0]:
+            if self._is_left:
+                return None
+        return self._ray.get(said)
 
-
-def _mark(folder: Path, ends: contextlib.ExitStack) -> Path:
-    """A file in ``folder``, until ``ends``, that proves who sees the folder. Raises UnwrittenError."""
-    with output_errors(folder):
-        mark = Temporary(folder / "ltxpack-ray")
-    ends.callback(mark.discard)
-    return mark.path
+    def _listen(self) -> None:
+        try:
+            while (message := self._next()) is not None:
+                self._hear(message)
+            self._why = "it has ended its work"
+            self._ray.kill(self._actor)
+        except self._ray.exceptions.RayError as error:
+            self._why = why_ended(error)
+        self.has_ended = True
+        self._ended(self)

@@ -31,9 +31,10 @@ TRIES, LOSSES = 2, 2
 
 @dataclass(frozen=True)
 class Ready:
-    """A worker, by its number from 0, can take tasks."""
+    """A worker, by its number from 0, can take tasks; ``where`` it is, in words, if that was not known before."""
 
     worker: int
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class Gone:
     why: str
 
 
+@dataclass(frozen=True)
+class Left:
+    """The last event of a worker that is told to end: the ``peak`` of its memory, in words."""
+
+    worker: int
+    peak: str
+
+
 class Voice(Reporter):
     """Makes an event for ``say`` of each message of worker ``number``; leaves out progress."""
 
@@ -77,7 +86,7 @@ class Voice(Reporter):
         self._say(Told(self._number, "warn", message))
 
 
-Event: TypeAlias = Ready | Told | Carried | Gone
+Event: TypeAlias = Ready | Told | Carried | Gone | Left
 # The kind of a task and the numbers of its lines: the same when it is handed out again.
 Key: TypeAlias = tuple[type[Task], tuple[int, ...]]
 

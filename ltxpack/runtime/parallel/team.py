@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,9 +27,10 @@ from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.codecs.video import DecodeTiles, decode_tiles
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.numerics import Numerics
+from ltxpack.runtime.parallel.contract import Opening, Worker
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
-from ltxpack.runtime.parallel.process import LEFT, Worker
+from ltxpack.runtime.parallel.process import LEFT, ProcessWorker
 from ltxpack.runtime.parallel.ranks import Contexts, Member
 from ltxpack.runtime.parallel.schemes import AUTO, Counted
 from ltxpack.runtime.sampling.recipes import stage_label
@@ -43,6 +44,15 @@ READY, JOIN, DECODE = "ready", "join", "decode"
 # Seconds that a failed exchange waits for a rank that ended to explain it, and that a run waits for such a rank before
 # it ends. With the seconds of process.HEARD, a run whose rank dies is over within ten.
 EXPLAINED, GIVEN_UP = 6.0, 7.0
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What a rank begins with that is a process: ``place`` is the folder where all meet."""
+
+    rank: Opening
+    parallel: str
+    place: Path
 
 
 class Leader(Member, ABC):
@@ -172,13 +182,14 @@ class Team(Leader):
     def _start(self) -> None:
         self._gone: Worker | None = None
         self._over = threading.Event()
-        self._workers: list[Worker] = []
+        self._workers: list[ProcessWorker] = []
         self._place = meeting_place()
         for rank, device in enumerate(self._devices[1:], 1):
-            self._workers.append(Worker(rank, device, WORKER, self._ended))
             own = replace(self._settings, device=device, devices=None, parallel=AUTO)
-            ranks = rank, self._size, self._parallel
-            self._workers[-1].tell((self._root, own, *ranks, self._place, torch.get_num_threads()))
+            name, threads = f"rank {rank} on {device}", torch.get_num_threads()
+            opening = Opening(rank, name, self._root, own, self._size, threads=threads)
+            joining = Joining(opening, self._parallel, self._place)
+            self._workers.append(ProcessWorker(WORKER, joining, lambda message: None, self._ended))
 
     def _begin(self) -> None:
         """Have all workers ready and joined."""
@@ -236,7 +247,7 @@ class Team(Leader):
             raise self._fault(self._gone)
 
     def _fault(self, worker: Worker) -> DeviceError:
-        problem = f"rank {worker.rank} on {worker.device} ended: {worker.fault}"
+        problem = f"{worker.opening.rank.name} ended: {worker.fault}"
         return DeviceError(problem, next="the same command without --devices")
 
 

@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ltxpack.runtime.libraries import OF_A_RANK, import_libraries
 from ltxpack.runtime.numerics import Numerics
+from ltxpack.runtime.parallel.contract import Next, Tell
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, store_in
-from ltxpack.runtime.parallel.process import Next, Tell, run_worker
+from ltxpack.runtime.parallel.process import run_worker
 from ltxpack.runtime.parallel.ranks import Contexts, Member
-from ltxpack.runtime.parallel.team import DECODE, EXPLAINED, READY
+from ltxpack.runtime.parallel.team import DECODE, EXPLAINED, READY, Joining
 from ltxpack.runtime.recipe_run import decode_share, latents_of
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
@@ -66,22 +65,21 @@ def follow_torchrun(root: Path, settings: SessionSettings, launch: Launched) -> 
         Follower(exchange.say, settings.parallel, launch.size, session).follow(exchange)
 
 
-def _follow(opening: Any, next: Next, tell: Tell) -> None:
-    root, settings, rank, size, parallel, place, threads = opening
-    torch.set_num_threads(threads)
-    with Session(root, settings) as session:
-        session.residency.processes = size
-        follower = Follower(next, parallel, size, session)
-        import_libraries(OF_A_RANK)
+def work(joining: Joining, next: Next, tell: Tell) -> None:
+    """Follow rank 0 until it has no more work."""
+    rank, place = joining.rank, joining.place
+    size = rank.sharers
+    with rank.session(libraries=OF_A_RANK) as session:
+        follower = Follower(next, joining.parallel, size, session)
         tell(READY)
         if next() is not None:  # rank 0 joins when it has something to make
-            follower.follow(Exchange(store_in(place, size), rank, size, session.device, _left_to_rank_0))
+            follower.follow(Exchange(store_in(place, size), rank.number, size, session.device, _left_to_rank_0))
     shutil.rmtree(place, ignore_errors=True)
 
 
 def main() -> int:
-    """Follow rank 0 until it has no more work; the exit status."""
-    return run_worker(_follow, _leave)
+    """As a process; the exit status."""
+    return run_worker(work, _leave)
 
 
 def _left_to_rank_0(failed: bool) -> None:
@@ -90,7 +88,7 @@ def _left_to_rank_0(failed: bool) -> None:
         time.sleep(2 * EXPLAINED)
 
 
-def _leave(opening: Any) -> None:
+def _leave(joining: Joining) -> None:
     """End at once: rank 0 is gone, and with it who removes the folder where the ranks met."""
-    shutil.rmtree(opening[5], ignore_errors=True)
+    shutil.rmtree(joining.place, ignore_errors=True)
     os._exit(1)
