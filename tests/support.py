@@ -52,7 +52,10 @@ Mount = Callable[..., None]
 FORKS = multiprocessing.get_context("forkserver")
 _IMPORTED = "pytest torch safetensors.torch jsonschema ltxpack.cli ltxpack.materialize ltxpack.lora_bake.stream"
 _OF_RUNS = "ltxpack.runtime.run ltxpack.runtime.lines ltxpack.runtime.parallel.team"
-FORKS.set_forkserver_preload([*_IMPORTED.split(), "ltxpack.demo.checkpoint", *_OF_RUNS.split()])
+# The modules that ``import_libraries`` needs, by their own names: each takes seconds.
+_LIBRARIES = "diffusers.pipelines.ltx2.pipeline_ltx2 transformers.models.gemma3.modeling_gemma3"
+_OTHERS = "ltxpack.demo.checkpoint ltxpack.serve.server"
+FORKS.set_forkserver_preload([*_IMPORTED.split(), *_OF_RUNS.split(), *_LIBRARIES.split(), *_OTHERS.split()])
 
 
 def golden_folders() -> list[Path]:
