@@ -51,7 +51,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 33_803,
+    "lines of the package": 33_794,
     "files of the package": 194,
     "lines of the tests": 33_386,
 }

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -107,30 +106,22 @@ def _reads(kind: type[int] | type[float]) -> Callable[[str], bool]:
     return reads
 
 
-@contextmanager
-def _only(variables: dict[str, str]) -> Iterator[None]:
-    """Put ``variables`` in place of all variables that httpx reads."""
+def _refusal(variables: dict[str, str]) -> Exception | None:
+    """The error that httpx raises with ``variables`` in place of all that it reads, or None."""
+    import httpx
+
     before = {name: value for name, value in os.environ.items() if name.upper() in NETWORK}
     try:
         for name in before:
             del os.environ[name]
         os.environ.update(variables)
-        yield
+        httpx.Client().close()
+    except Exception as error:
+        return error
     finally:
         for name in variables:
             os.environ.pop(name, None)
         os.environ.update(before)
-
-
-def _refusal(variables: dict[str, str]) -> Exception | None:
-    """The error that httpx raises with ``variables``, or None."""
-    import httpx
-
-    with _only(variables):
-        try:
-            httpx.Client().close()
-        except Exception as error:
-            return error
     return None
 
 
