@@ -338,8 +338,10 @@ class Card(FakeTensorMode):
 
     def _shaped(self, func: Any, kind: Kind, types: Any, args: Any, kwargs: Any) -> Any:
         """What comes of an operation: as torch says, or as it said of the same before, whatever card that was."""
-        key = None if kind.writes else (func, described(args, kind.view), described(kwargs, kind.view))
+        key = (func, described(args, kind.view), described(kwargs, kind.view))
         found = KNOWN.get(key)
+        if found is WRITTEN:
+            return args[0] if func._schema.returns else None
         # A view shares what counts the changes of its tensor, which those made in inference mode do without.
         if found is not None and not (kind.view and args[0].is_inference() != torch.is_inference_mode_enabled()):
             size, stride, offset, dtype, device = found
@@ -351,7 +353,10 @@ class Card(FakeTensorMode):
             out = super().__torch_dispatch__(func, types, args, kwargs)
         finally:
             self._within = False
-        if key is not None and isinstance(out, Tensor) and is_on_card(out):
+        if kind.writes:
+            if out is None or (args and out is args[0] and torch.Tag.inplace_view not in func.tags):
+                KNOWN[key] = WRITTEN
+        elif isinstance(out, Tensor) and is_on_card(out):
             KNOWN[key] = (tuple(out.shape), out.stride(), out.storage_offset(), out.dtype, out.device)
         return out
 
@@ -434,6 +439,8 @@ class Card(FakeTensorMode):
 
 # Operation and arguments -> size, stride, offset, dtype and device of what came of it.
 KNOWN: dict[Any, Any] = {}
+# Stands there for the first argument of an operation that writes to it, or for nothing.
+WRITTEN = object()
 REAL_RANDN, REAL_TENSOR, REAL_TO = torch.randn, torch.tensor, torch.Tensor.to
 REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 

@@ -43,6 +43,8 @@ from ltxpack.runtime.model import kernels, quantised
 from ltxpack.runtime.recipe_run import decode_video, encode_ahead, generate, work_of
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
+from ltxpack.runtime.sampling.recipes import RES2S
+from ltxpack.runtime.sampling.sample import euler
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.session import Session, Timings
 from ltxpack.runtime.settings import SessionSettings
@@ -124,8 +126,9 @@ def opened(overlay: Path, reporter: Any = None, **more: Any) -> Session:
 
 
 def in_brief(patch: pytest.MonkeyPatch) -> None:
-    """Stages of few steps, and no sound: for what does not depend on them."""
+    """Stages of a few Euler steps, and no sound: for what does not depend on them."""
     levels = [torch.tensor([0.9, 0.0]), torch.tensor([1.0, 0.5, 0.0])]
+    patch.setitem(recipe_run.SAMPLERS, RES2S, euler)
     patch.setattr(recipe_run, "sigmas_of", lambda schedule, tokens, steps: levels[schedule.fixed is None])
     patch.setattr(recipe_run, "decode_audio", lambda make, latents: (torch.zeros(2, 24000), 48000))
 
