@@ -38,39 +38,36 @@ def used(folder: str, limit: object, current: int, droppable: int = 0, high: obj
     return {f"{folder}{n}": v for n, v in {**names, "memory.stat": f"anon 1\ninactive_file {droppable}"}.items()}
 
 
-def test_the_smallest_limit_of_all_groups_around_the_process_counts(tmp_path: Path) -> None:
-    files = {
-        **used("a/b/c/", "max", 1 * GB),
-        **used("a/b/", 50 * GB, 2 * GB, high=30 * GB),
-        **used("a/", 40 * GB, 20 * GB, droppable=5 * GB),
-    }
-    assert free_in_container(system(tmp_path / "1", "0::/a/b/c", CGROUP2.format(top="/"), files)) == 25 * GB
-    files = used("", 64 * GB, 10 * GB, droppable=4 * GB)
-    assert free_in_container(system(tmp_path / "2", "0::/", CGROUP2.format(top="/"), files)) == 58 * GB
+def first_version(folder: str, limit: object) -> dict[str, object]:
+    names = {"limit_in_bytes": limit, "usage_in_bytes": 3 * GB, "stat": f"total_inactive_file {GB}"}
+    return {f"memory/{folder}memory.{name}": value for name, value in names.items()}
 
 
-def test_a_container_that_sees_only_its_own_part_of_the_tree(tmp_path: Path) -> None:
-    root = system(tmp_path / "1", "0::/docker/1/job", CGROUP2.format(top="/docker/1"), used("job/", 9 * GB, GB))
-    assert free_in_container(root) == 8 * GB
-    root = system(tmp_path / "2", "0::/elsewhere", CGROUP2.format(top="/docker/1"), used("", 9 * GB, GB))
-    assert free_in_container(root) == 8 * GB
+WHOLE, OWN, FIRST = CGROUP2.format(top="/"), CGROUP2.format(top="/docker/1"), CGROUP1.format(top="/")
+AROUND = {
+    **used("a/b/c/", "max", 1 * GB),
+    **used("a/b/", 50 * GB, 2 * GB, high=30 * GB),
+    **used("a/", 40 * GB, 20 * GB, droppable=5 * GB),
+}
+JOB = "5:cpu:/\n4:memory:/job\n0::/"
+# Which groups bound the process -> the group, the mounts, the files, and the memory that is left.
+GROUPS: dict[str, tuple[str, str, dict[str, object], int | None]] = {
+    "the smallest limit of all around the process": ("0::/a/b/c", WHOLE, AROUND, 25 * GB),
+    "files that can be dropped": ("0::/", WHOLE, used("", 64 * GB, 10 * GB, droppable=4 * GB), 58 * GB),
+    "a container that sees its own part of the tree": ("0::/docker/1/job", OWN, used("job/", 9 * GB, GB), 8 * GB),
+    "a group outside of that part": ("0::/elsewhere", OWN, used("", 9 * GB, GB), 8 * GB),
+    "version 1": (JOB, FIRST, {**first_version("", 16 * GB), **first_version("job/", NO_LIMIT)}, 14 * GB),
+    "version 1 without a limit": (JOB, FIRST, first_version("job/", NO_LIMIT), None),
+    "no limit": ("0::/", WHOLE, {}, None),
+    "a group that is gone": ("4:memory:/gone", WHOLE, {}, None),
+    "none": ("", WHOLE, {}, None),
+}
 
 
-def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
-    def files(folder: str, limit: object) -> dict[str, object]:
-        names = {"limit_in_bytes": limit, "usage_in_bytes": 3 * GB, "stat": f"total_inactive_file {GB}"}
-        return {f"memory/{folder}memory.{name}": value for name, value in names.items()}
-
-    group = "5:cpu:/\n4:memory:/job\n0::/"
-    limited = system(tmp_path / "1", group, CGROUP1.format(top="/"), {**files("", 16 * GB), **files("job/", NO_LIMIT)})
-    assert free_in_container(limited) == 14 * GB
-    free = system(tmp_path / "2", group, CGROUP1.format(top="/"), files("job/", NO_LIMIT))
-    assert free_in_container(free) is None
-
-
-@pytest.mark.parametrize("group", ["0::/", "4:memory:/gone", ""])
-def test_without_a_limit_the_machine_counts(group: str, tmp_path: Path) -> None:
-    assert free_in_container(system(tmp_path, group, CGROUP2.format(top="/"), {})) is None
+@pytest.mark.parametrize("name", GROUPS)
+def test_what_control_groups_leave(name: str, tmp_path: Path) -> None:
+    group, mounts, files, free = GROUPS[name]
+    assert free_in_container(system(tmp_path / "here", group, mounts, files)) == free
     assert free_in_container(tmp_path / "nothing") is None
 
 

@@ -204,25 +204,27 @@ def test_a_plan_fits_or_is_refused_with_numbers(vram: int, ram: int, mode: str) 
         assert mode in ("auto", plan.mode)
 
 
+def refusal(machine: Machine, work: Work = WORK, mode: str = "auto", device: str = "the card") -> DeviceError:
+    with pytest.raises(DeviceError) as caught:
+        report.plan_or_refuse(MODEL, work, machine, mode, device)
+    return caught.value
+
+
 def test_a_mode_that_does_not_fit_names_the_one_that_does() -> None:
-    with pytest.raises(DeviceError, match="--residency resident") as caught:
-        report.plan_or_refuse(MODEL, WORK, card(48), "resident", "cuda:0")
-    assert caught.value.problem.startswith("cuda:0 has too little free memory")
-    assert caught.value.next == "the same command with --residency swap"
-    assert str(caught.value.found) == "48.0 GB free"
+    error = refusal(card(48), mode="resident", device="cuda:0")
+    assert error.problem.startswith("cuda:0 has too little free memory") and "--residency resident" in str(error)
+    assert error.next == "the same command with --residency swap"
+    assert str(error.found) == "48.0 GB free"
 
 
 def test_a_card_for_no_mode_gets_a_smaller_video_that_fits() -> None:
     work = hq_work(VideoShape(721, 1088, 1920, 24.0), OFFICIAL)
     machine = card(16)
-    with pytest.raises(DeviceError) as caught:
-        report.plan_or_refuse(MODEL, work, machine, "auto")
-    words = caught.value.next.split()
+    words = refusal(machine, work).next.split()
     flags = {name: int(words[words.index(name) + 1].strip(",")) for name in ("--height", "--width", "--num-frames")}
     smaller = hq_work(VideoShape(flags["--num-frames"], flags["--height"], flags["--width"], 24.0), OFFICIAL)
     assert planner.best_plan(MODEL, smaller, machine) is not None
-    with pytest.raises(DeviceError, match="a card with more memory"):
-        report.plan_or_refuse(MODEL, work, card(8), "auto")
+    assert "a card with more memory" in refusal(card(8), work).next
 
 
 def test_the_smaller_video_is_the_next_one_that_fits() -> None:
@@ -239,25 +241,23 @@ def test_the_smaller_video_is_the_next_one_that_fits() -> None:
 
 
 def test_a_small_host_is_named_as_such() -> None:
-    with pytest.raises(DeviceError, match="the host has too little free memory") as caught:
-        report.plan_or_refuse(MODEL, WORK, Machine(GB, 141 * GB), "auto", "cuda:0")
-    assert "--ram" in caught.value.next and "--vram" not in caught.value.next
+    error = refusal(Machine(GB, 141 * GB), device="cuda:0")
+    assert "the host has too little free memory" in error.problem
+    assert "--ram" in error.next and "--vram" not in error.next
 
 
 @pytest.mark.parametrize("mode", ["auto", "resident"])
 @pytest.mark.parametrize("vram", [2.0, 5.77])
 def test_what_is_said_to_be_needed_is_enough(vram: float, mode: str) -> None:
-    with pytest.raises(DeviceError) as caught:
-        report.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(vram * GB)), mode)
-    needed = float(str(caught.value.expected).split()[0])
-    assert float(str(caught.value.found).split()[0]) < needed
+    error = refusal(Machine(500 * GB, int(vram * GB)), mode=mode)
+    needed = float(str(error.expected).split()[0])
+    assert float(str(error.found).split()[0]) < needed
     assert report.plan_or_refuse(MODEL, WORK, Machine(500 * GB, int(needed * GB)), mode)
 
 
 def test_on_a_cpu_nobody_is_sent_to_the_cpu() -> None:
-    with pytest.raises(DeviceError) as caught:
-        report.plan_or_refuse(MODEL, WORK, Machine(GB), "auto", "cpu")
-    assert "--fps" in caught.value.next and "--device" not in caught.value.next
+    error = refusal(Machine(GB), device="cpu")
+    assert "--fps" in error.next and "--device" not in error.next
 
 
 def test_without_a_card_both_share_the_host() -> None:

@@ -357,27 +357,22 @@ def test_only_what_is_not_held_is_read_again(
     way: Way, demo: Path, force: Callable[[Way], None], read_bytes: Counter[Path]
 ) -> None:
     force(way)
-    folders = [demo / "overlay" / "bakes" / name for name in STAGES]
+    files = {part: demo / "overlay" / part / WEIGHTS for part in PARTS}
     with pipeline(demo / "overlay") as make:
         first = video(make, request(), codecs=False)
-        for folder in folders:
-            assert read_bytes[folder / WEIGHTS] >= (folder / WEIGHTS).stat().st_size
+        assert all(read_bytes[path] >= path.stat().st_size for path in files.values())
         read_bytes.clear()
         assert same(video(make, request(), codecs=False), first)
         kept = make.residency._held
-        held = {folder: sorted(kept[part_of(folder)][1]) if part_of(folder) in kept else [] for folder in folders}
+        held = {part: sorted(kept[part][1]) if part in kept else [] for part in PARTS}
     assert [len(numbers) for numbers in held.values()] == list(way.held)
-    for folder in folders:
-        sizes, read = block_sizes(folder), read_bytes[folder / WEIGHTS]
-        if held[folder]:
+    for part, path in files.items():
+        sizes = block_sizes(path.parent)
+        if held[part]:
             # Two streamed blocks stay in the two slots: those of a file are read once too.
-            assert read == sum(sizes.values()) - sum(sizes[number] for number in held[folder])
+            assert read_bytes[path] == sum(sizes.values()) - sum(sizes[number] for number in held[part])
         else:
-            assert read >= (folder / WEIGHTS).stat().st_size
-
-
-def part_of(folder: Path) -> str:
-    return f"bakes/{folder.name}"
+            assert read_bytes[path] >= path.stat().st_size
 
 
 def block_sizes(folder: Path) -> dict[int, int]:
