@@ -37,8 +37,6 @@ FIRST, SECOND = WORK.transformer_parts
 ALONE = hq_work(WORK.shape, ("base", "base"))
 # The same with one transformer for both stages.
 ONE = replace(MODEL, parts={**MODEL.parts, "transformer": MODEL.parts[FIRST]})
-
-
 LINEAR = re.compile(r"transformer_blocks\.2\..*\.weight")
 
 

@@ -208,8 +208,6 @@ def test_a_video_of_full_size(overlay: Path, card: Card, tmp_path: Path, monkeyp
 # Every place for weights there is; half of the blocks streamed, where some are.
 PARTS = ("bakes/distilled-0.25", "bakes/distilled-0.5")
 SOME, HELD = (3, 2), (1, 3)
-
-
 placements = partial(works.placements, blocks=BLOCKS, layers=LAYERS)
 PLACEMENTS = {
     "swap, the next read ahead": placements(Placement(ahead=True), CARD),

@@ -47,8 +47,6 @@ SHAPE = VideoShape(9, 64, 64, 24.0)
 STAGES = ("distilled-0.25", "distilled-0.5")
 WORK = hq_work(SHAPE, STAGES)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
 FROM_FILE = Placement()
 
 
