@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 33_794,
     "files of the package": 194,
-    "lines of the tests": 33_383,
+    "lines of the tests": 33_387,
 }
 
 
