@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,28 +37,42 @@ def load_vocoder(
     """
     from diffusers.pipelines.ltx2.vocoder import LTX2VocoderWithBWE, UpSample1d
 
-    _skip_filters_on_meta()
-    module = build_on_meta(LTX2VocoderWithBWE, read_config(folder, LTX2VocoderWithBWE.__name__), folder)
+    config = read_config(folder, LTX2VocoderWithBWE.__name__)
+    with _filters_by_shape():
+        module = build_on_meta(LTX2VocoderWithBWE, config, folder)
     ratio = module.config.output_sampling_rate // module.config.input_sampling_rate
     resampler = UpSample1d(ratio, window_type="hann", persistent=False)
     return load_module(module, folder, device, dtype, {"resampler.filter": resampler.filter}, reader).float()
 
 
 @cache
-def _skip_filters_on_meta() -> None:
-    """From now on diffusers computes no filter of a vocoder on the meta device, where it has only a shape.
+def _filter() -> Callable[[float, float, int], Tensor]:
+    """diffusers' own function, which :func:`_filters_by_shape` replaces for a while."""
+    from diffusers.pipelines.ltx2 import vocoder
 
-    It computes 400 filters as it builds the vocoder. On the meta device torch does so in Python, for seconds.
+    plain: Callable[[float, float, int], Tensor] = vocoder.kaiser_sinc_filter1d
+    return plain
+
+
+@contextmanager
+def _filters_by_shape() -> Iterator[None]:
+    """In the block, a filter on the meta device has only a shape; other filters have their values.
+
+    diffusers computes 400 filters as it builds the vocoder. On the meta device torch does so in Python, for seconds.
     """
     from diffusers.pipelines.ltx2 import vocoder
 
-    plain = vocoder.kaiser_sinc_filter1d
+    plain = _filter()
 
     def made(cutoff: float, half_width: float, kernel_size: int) -> Tensor:
         on_meta = torch.get_default_device().type == "meta"
         return torch.empty(kernel_size) if on_meta else plain(cutoff, half_width, kernel_size)
 
     vocoder.kaiser_sinc_filter1d = made
+    try:
+        yield
+    finally:
+        vocoder.kaiser_sinc_filter1d = plain
 
 
 @torch.no_grad()

@@ -147,14 +147,15 @@ def test_loud_sound_is_clamped_before_the_bandwidth_extension(parts: SimpleNames
         vocoder.vocoder.final_act_fn = "clamp"
 
 
-def test_filters_are_computed_except_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_are_empty_only_while_a_vocoder_is_built_on_the_meta_device() -> None:
     """Each is in a file or made anew, and diffusers computes 400 of them."""
-    audio._skip_filters_on_meta()
-    made = vocoder.UpSample1d(2).filter
-    assert made.sum().item() == pytest.approx(1, abs=1e-6)
-    monkeypatch.setattr(torch, "kaiser_window", lambda *_, **__: pytest.fail("computed"))
-    with torch.device("meta"):
-        assert (empty := vocoder.UpSample1d(2).filter).is_meta and empty.shape == made.shape
+    plain = vocoder.kaiser_sinc_filter1d
+    with audio._filters_by_shape():
+        made = vocoder.UpSample1d(2).filter
+        with torch.device("meta"):
+            assert (empty := vocoder.UpSample1d(2).filter).is_meta and empty.shape == made.shape
+    assert torch.equal(vocoder.UpSample1d(2).filter, made)
+    assert vocoder.kaiser_sinc_filter1d is plain
 
 
 def test_upsampled_latents(parts: SimpleNamespace) -> None:
