@@ -129,6 +129,23 @@ def test_positions_equal_the_recorded_ones(latents_golden: Path, constants: dict
         assert relative_l2(found.audio, recorded["audio_positions"]) <= 1e-6, name
 
 
+@settings(deadline=None)
+@given(shape=shapes)
+def test_positions_tile_the_video_without_gaps(shape: VideoShape) -> None:
+    found = positions(shape)
+    f, h, w = shape.grid
+    grid = found.video.view(3, f, h, w, 2)
+    assert torch.equal(grid[0, 1:, :, :, 0], grid[0, :-1, :, :, 1])
+    assert torch.equal(grid[1, :, 1:, :, 0], grid[1, :, :-1, :, 1])
+    assert torch.equal(grid[2, :, :, 1:, 0], grid[2, :, :, :-1, 1])
+    assert grid.amin(dim=(1, 2, 3, 4)).tolist() == [0, 0, 0]
+    ends = [shape.frames / shape.fps, shape.height, shape.width]
+    assert grid.amax(dim=(1, 2, 3, 4)).tolist() == pytest.approx(ends)
+    audio = found.audio[0, 0]
+    assert torch.equal(audio[1:, 0], audio[:-1, 1])
+    assert audio[-1, 1].item() == pytest.approx((4 * shape.audio_length - 3) / 100)
+
+
 # The first state
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -91,6 +92,23 @@ def test_phi_and_weights_equal_the_recorded_ones(constants: dict[str, Tensor]) -
     assert relative_l2(weights, constants["res2s.a21_b1_b2"]) <= 1e-15
 
 
+@settings(deadline=None)
+@given(z=st.floats(-8, 8).filter(lambda z: abs(z) > 0.05), order=st.sampled_from([1, 2]))
+def test_phi_is_its_power_series(z: float, order: int) -> None:
+    series = math.fsum(z**k / math.factorial(k + order) for k in range(80))
+    assert schedule.phi(order, z) == pytest.approx(series, rel=1e-12)
+
+
+@settings(deadline=None)
+@given(h=st.floats(1e-2, 8))
+def test_weights_meet_the_order_conditions(h: float) -> None:
+    a, b1, b2 = schedule.res2s_weights(h)
+    # Exact for a constant x0; second order for one that is linear in log sigma, sampled half-way.
+    assert b1 + b2 == pytest.approx(-math.expm1(-h) / h)
+    assert b2 / 2 == pytest.approx((math.expm1(-h) + h) / h**2, rel=1e-9)
+    assert a * h == pytest.approx(-math.expm1(-h / 2))
+
+
 def schedule_named(name: str) -> Tensor:
     return {"hq15": schedule.shifted_sigmas(8160, 15), "stage2": schedule.sigmas_of(REFINING)}[name]
 
@@ -121,6 +139,17 @@ def test_renoise_equals_the_recorded_fp64_coefficients(constants: dict[str, Tens
     found = [schedule.renoise(levels[i], levels[i + 1]) for i in range(len(levels) - 2)]
     table = torch.tensor([(r.alpha, r.down, r.up) for r in found], dtype=torch.float64)
     assert relative_l2(table, constants[f"res2s.{name}.sde_alpha_down_up_step_f64"]) <= 1e-15
+
+
+@settings(deadline=None)
+@given(sigma=st.floats(0.01, 1), ratio=st.floats(0.001, 0.999))
+def test_renoise_keeps_the_noise_level(sigma: float, ratio: float) -> None:
+    start, end = torch.tensor([sigma, sigma * ratio], dtype=torch.float64)
+    made = schedule.renoise(start, end)
+    kept = made.alpha * made.down
+    assert kept**2 + made.up**2 == pytest.approx(end.item() ** 2, rel=1e-9)
+    assert made.alpha - kept == pytest.approx(1 - end.item())
+    assert made.gap == pytest.approx(sigma - sigma * ratio)
 
 
 def test_a_schedule_that_does_not_end_in_zero_has_no_terminal_evaluation() -> None:
