@@ -533,13 +533,19 @@ def test_a_plan_that_leaves_the_overlay_is_refused(path: str, source: Path, tmp_
         execute(items, staging, copy=False, reporter=SILENT)
 
 
-def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("real", [True, False])
+def test_a_disk_that_fills_up_meanwhile(
+    real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     source, disk = tmp_path / "source", tmp_path / "disk"
     source.mkdir()
     make_source(source / "model.safetensors", [(f"t{number}", "BF16", (100, 500)) for number in range(4)])
     make_source(source / "lora.safetensors", [("t", "BF16", (4, 4))])
     monkeypatch.setattr(execute_module, "preflight", lambda *_, **__: 0)  # as if another program filled it later
-    fill_disk(monkeypatch, 250_000, errno.ENOSPC)
+    if real:
+        request.getfixturevalue("mount")(disk, options="size=256k")
+    else:
+        fill_disk(monkeypatch, 250_000, errno.ENOSPC)
     with pytest.raises(OverlayError, match="disk is full") as caught:
         materialize(source, disk / "out", copy=True)
     assert "run the same command again: finished files are kept" in str(caught.value)
@@ -549,6 +555,8 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(kept) == 2
     # A larger disk: the work goes on where it was.
     monkeypatch.undo()
+    if real:
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
     before = {path.stat().st_ino for path in kept}
     materialize(source, disk / "out", copy=True)
     assert verify(disk / "out", SILENT) == []
