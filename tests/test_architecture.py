@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 33_810,
     "files of the package": 194,
-    "lines of the tests": 33_429,
+    "lines of the tests": 33_464,
 }
 
 

@@ -109,3 +109,30 @@ def test_bake_lora(demo: Path, tmp_path: Path) -> None:
         assert tree(out) == expected
         assert sorted(path.name for path in (out / "bakes").iterdir()) == ["distilled-0.25", "distilled-0.7"]
     assert kills >= BAKE_KILLS
+
+
+def test_export(demo: Path, tmp_path: Path) -> None:
+    """A file of that name is whole, and at the end there is nothing beside it."""
+    output, expected = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    command = ["export", demo / "overlay", "-o"]
+    unfinished = tmp_path / ".x.safetensors.ltxpack" / "unfinished.safetensors"
+    assert ended([*command, expected]) == 0
+    for size in (0, 1, 10_000_000):
+        process = WarmProcess([sys.executable, "-m", "ltxpack", *command, output])
+        while process.poll() is None and not written(unfinished, size):
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not output.exists() or output.read_bytes() == expected.read_bytes()
+        output.unlink(missing_ok=True)
+    assert ended([*command, output]) == 0
+    assert output.read_bytes() == expected.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [output, expected]
+
+
+def written(path: Path, size: int) -> bool:
+    """Whether so many bytes of ``path`` are on the disk."""
+    try:
+        return path.stat().st_blocks * 512 >= size
+    except OSError:  # not yet, or not any more
+        return False
