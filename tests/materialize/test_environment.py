@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,13 +123,48 @@ def test_a_socks_proxy_without_its_package_names_it(
     assert "ALL_PROXY" in told and "pip install socksio" in told
 
 
-def test_a_socks_proxy_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``socks``: desktops' name of socks5."""
+@contextlib.contextmanager
+def socks_proxy() -> Iterator[tuple[int, list[bytes]]]:
+    """A SOCKS5 proxy that connects wherever it is asked to; its port, and the addresses that were asked for."""
+    asked: list[bytes] = []
+
+    def relay(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def serve(client: socket.socket) -> None:
+        client.recv(262)
+        client.sendall(b"\x05\x00")
+        request = client.recv(262)
+        host = request[4:8] if request[3] == 1 else request[5 : 5 + request[4]]
+        asked.append(host)
+        port = int.from_bytes(request[-2:], "big")
+        target = socket.create_connection((socket.inet_ntoa(host) if request[3] == 1 else host.decode(), port))
+        with client, target:
+            client.sendall(b"\x05\x00\x00\x01" + bytes(6))
+            threading.Thread(target=relay, args=(target, client), daemon=True).start()
+            relay(client, target)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield listener.getsockname()[1], asked
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "socks"])
+def test_a_socks_proxy_is_used(scheme: str, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("socksio")
-    for scheme, taken in (("socks5", "socks5"), ("socks5h", "socks5h"), ("socks", "socks5")):
-        monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:9")
-        assert network_fault(pytest.fail) is None
-        assert os.environ["ALL_PROXY"] == f"{taken}://127.0.0.1:9"
+    with socks_proxy() as (port, asked):
+        monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{port}")
+        assert Hub().fetch(Hub().files(REPO)["config.json"]).read_bytes() == b"{}"
+    assert asked
 
 
 @pytest.mark.parametrize(

@@ -753,7 +753,7 @@ def test_any_reference_is_refused_or_safe(text: str) -> None:
         assert part is None or is_safe_name(part)
 
 
-@given(st.text(alphabet=st.sampled_from("./\\a\x00 ~é\n\u202e\u0301\ud800😀"), max_size=12))
+@given(st.text(max_size=40) | st.text(alphabet=st.sampled_from("./\\a\x00"), max_size=12))
 def test_safe_names_stay_in_their_folder(name: str) -> None:
     if is_safe_name(name):
         root = Path("/somewhere/root")

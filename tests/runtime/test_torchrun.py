@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from support import Done, load, ltxpack, refused
-from warm_processes import WarmProcess, run
+from support import HANG, Done, load, ltxpack, refused
+from warm_processes import WarmProcess
 
 from ltxpack.runtime.parallel.devices import Launched, launched
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = ("--height", "64", "--width", "64", "--num-frames", "9", "--dtype", "float32", "--device", "cpu", "--no-cache")
 STARTED = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
@@ -50,11 +51,10 @@ def test_two_ranks_make_the_tensors_of_one_device(demo: Path, tmp_path: Path) ->
     assert (tmp_path / "two.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
 
 
-# Rank 1 is killed when it begins its share of the second video. The ranks are forks of the launcher.
+# Rank 1 is killed when it begins its share of the second video.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ltxpack.cli import main
 from ltxpack.runtime.parallel import worker
 made = worker.latents_of
@@ -63,16 +63,17 @@ def killed(*work):
         os.kill(os.getpid(), signal.SIGKILL)
     return made(*work)
 worker.latents_of = killed
-standalone = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": "killed", "max_restarts": 0}
-elastic_launch(LaunchConfig(1, 1, nproc_per_node=2, start_method="fork", **standalone), main)()
+main()
 """
 
 
 def test_many_videos_and_a_rank_that_dies(demo: Path, tmp_path: Path) -> None:
-    """By the launcher of torchrun itself, which ends the other rank; the next run goes on."""
-    prompts = tmp_path / "many.jsonl"
+    """By torchrun itself, which ends the other rank; the next run goes on."""
+    prompts, program = tmp_path / "many.jsonl", tmp_path / "killed.py"
     prompts.write_text("".join(json.dumps({"prompt": text, "steps": 2}) + "\n" for text in ("a boat", "a dog")))
-    ended = run([sys.executable, "-c", KILLED, "run", demo / "overlay", "--prompts", prompts, *TINY])
+    program.write_text(KILLED)
+    command = [*TORCHRUN, program, "run", demo / "overlay", "--prompts", prompts, *TINY]
+    ended = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=HANG, check=False)
     assert ended.returncode != 0 and "Signal 9 (SIGKILL)" in ended.stderr
     assert (tmp_path / "many-0001.mp4").exists() and not (tmp_path / "many-0002.mp4").exists()
     done = torchrun("run", demo / "overlay", "--prompts", prompts, *TINY)
