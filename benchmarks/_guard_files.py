@@ -36,8 +36,9 @@ from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES
+from ltxpack.runtime.settings import RESIDENT, STREAM, SWAP
 from ltxpack.runtime.weights.machine import this_machine
-from ltxpack.runtime.weights.plan import RESIDENT, STREAM, SWAP, best_plan
+from ltxpack.runtime.weights.plan import best_plan
 from ltxpack.runtime.weights.sizes import model_sizes
 
 GB = 10**9

@@ -19,8 +19,9 @@ from ltxpack.runtime.parallel.planned import PlannedScheme, cells, plan_schemes
 from ltxpack.runtime.parallel.schemes import video_flops
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import DISTILLED, HQ, Recipe
+from ltxpack.runtime.settings import AUTO, STREAM
 from ltxpack.runtime.weights.machine import this_machine
-from ltxpack.runtime.weights.plan import AUTO, STREAM, Plan, Work, best_plan
+from ltxpack.runtime.weights.plan import Plan, Work, best_plan
 from ltxpack.runtime.weights.report import streamed_blocks
 from ltxpack.runtime.weights.sizes import TEXT_ENCODER, TRANSFORMER, ModelSizes, model_sizes, read_configs
 

@@ -20,7 +20,7 @@ from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.sampling.conditioning import patchify
 from ltxpack.runtime.sampling.guidance import Denoiser
 from ltxpack.runtime.sampling.shape import AV
-from ltxpack.runtime.weights.plan import MODES, RESIDENT
+from ltxpack.runtime.settings import MODES, RESIDENT
 
 BOUND = 1e-4
 # What --save-tensors calls it -> what the recording calls it.

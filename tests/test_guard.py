@@ -34,6 +34,7 @@ from ltxpack.runtime.parallel.front import Front
 from ltxpack.runtime.parallel.schemes import Split
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import RECIPES
+from ltxpack.runtime.settings import MODES
 from ltxpack.runtime.weights import plan
 
 META, ON_HOST = torch.device("meta"), torch.ones(64, 64)
@@ -59,7 +60,7 @@ def test_every_recipe_is_guarded_in_every_form_and_mode_and_waits_for_nothing() 
             name = f"{recipe.name}, {form}"
             stages = [f"{name}, stage {number + 1}: FLOP" for number in range(len(recipe.stages))]
             assert forwards[f"{name}: FLOP"] == sum(forwards[stage] for stage in stages)
-            assert all(f"{name}, {mode}: card memory" in videos for mode in plan.MODES)
+            assert all(f"{name}, {mode}: card memory" in videos for mode in MODES)
         parts = ("text", "upsample", "sound", "video")
         whole = phases[f"{recipe.name}, all but the stages: FLOP"]
         assert whole == sum(phases.get(f"{recipe.name}, {part}: FLOP", 0) for part in parts)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 DTYPES = ("bfloat16", "float32")
-RESIDENCIES = (AUTO, "resident", "swap", "stream")
+# From the mode that takes the most memory on the card to the one that takes the least; auto tries them in this order.
+RESIDENT, SWAP, STREAM = MODES = ("resident", "swap", "stream")
+RESIDENCIES = (AUTO, *MODES)
 # How the linears of an fp8 bake compute.
 TOKEN, STATIC, WEIGHTS = FP8_MODES = ("token", "static", "weights")
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, tuple)}

@@ -30,10 +30,10 @@ from ltxpack.runtime.parallel.schemes import AUTO, DATA, NONE, STAGES
 from ltxpack.runtime.parallel.share import Carried, Crew, Event, Gone, Left, Ready, Told
 from ltxpack.runtime.prompts_file import PromptsLine
 from ltxpack.runtime.request import Request
-from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.settings import RESIDENT, SessionSettings
 from ltxpack.runtime.weights.device import resolve_device
 from ltxpack.runtime.weights.machine import this_machine
-from ltxpack.runtime.weights.plan import FILE, RESIDENT
+from ltxpack.runtime.weights.plan import FILE
 from ltxpack.runtime.weights.sizes import model_sizes
 
 LINE_WORKER = "ltxpack.runtime.parallel.line_worker"

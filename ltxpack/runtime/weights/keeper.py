@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from ltxpack.errors import LtxpackError
-from ltxpack.files.direct import AUTO, DIRECT, DIRECT_KEPT
+from ltxpack.files.direct import DIRECT, DIRECT_KEPT
 from ltxpack.files.reader import no_stop
 from ltxpack.manifest import BAKES
 from ltxpack.reporter import Reporter, SilentReporter
 from ltxpack.runtime.codecs.tiles import FAST
 from ltxpack.runtime.overlay import BASE, Overlay
+from ltxpack.runtime.settings import AUTO, SWAP
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.background import Background, CacheWarmer, Stop
@@ -48,8 +49,8 @@ Load = Callable[[Path, torch.device, torch.dtype, Reader], M]
 class Residency:
     """The parts of ``overlay`` on ``device`` in ``dtype``, for one thread.
 
-    ``mode``: ``auto`` or one of ``plan.MODES``. ``reads``: one of ``direct.READS``. ``warm_cache``: brings files into
-    the page cache for the next process. :meth:`prepare` makes the plan; without one, a part is loaded when it is used
+    ``mode``: one of ``settings.RESIDENCIES``. ``reads``: one of ``direct.READS``. ``warm_cache``: brings files into the
+    page cache for the next process. :meth:`prepare` makes the plan; without one, a part is loaded when it is used
     and dropped afterwards. A caller that computes in another CUDA stream than before begins with nothing loaded.
     """
 
@@ -58,7 +59,7 @@ class Residency:
         overlay: Overlay,
         device: torch.device,
         dtype: torch.dtype,
-        mode: str = planner.AUTO,
+        mode: str = AUTO,
         reporter: Reporter | None = None,
         reads: str = AUTO,
         warm_cache: bool = False,
@@ -180,7 +181,7 @@ class Residency:
 
     def advice(self) -> str:
         """The command to try after memory ran out."""
-        return report.after_shortage(self.plan.mode if self.plan else planner.SWAP, self.mode)
+        return report.after_shortage(self.plan.mode if self.plan else SWAP, self.mode)
 
     def plan_for(self, work: Work) -> Plan:
         """The plan for ``work`` in the memory that is free. Raises DeviceError as :func:`.report.plan_or_refuse`."""

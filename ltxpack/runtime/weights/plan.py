@@ -18,12 +18,11 @@ from ltxpack.runtime.overlay import transformer_part
 from ltxpack.runtime.parallel.schemes import WHOLE, Split
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.settings import AUTO, MODES, RESIDENT, STREAM, SWAP
 from ltxpack.runtime.weights import activations
 from ltxpack.runtime.weights.machine import UNKNOWN, Machine
 from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, VOCODER, ModelSizes, PartSizes
 
-RESIDENT, SWAP, STREAM, AUTO = "resident", "swap", "stream", "auto"
-MODES = (RESIDENT, SWAP, STREAM)
 CARD, HOST, FILE = "card", "host", "file"
 
 # The part in use between two stages of one transformer, which stays meanwhile.
@@ -67,8 +66,8 @@ class Placement:
     ahead: bool = False
 
 
-# The ways to run. The planner tries the modes in the order of MODES. In a mode it varies the text encoder first, then
-# the transformers, then the small parts, each in the order written here.
+# The ways to run in each mode. The planner varies the text encoder first, then the transformers, then the small parts,
+# each in the order written here.
 TRANSFORMERS = {
     RESIDENT: (Placement(CARD),),
     SWAP: (Placement(HOST), Placement(FILE, ahead=True), Placement(FILE)),

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import DeviceError, UsageError
-from ltxpack.files.direct import AUTO
 from ltxpack.files.units import gigabytes
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiles, Tiling, auto_tiling
 from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.settings import AUTO, RESIDENT, STREAM, SWAP
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights.machine import Machine
 from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Need, Placement, Plan, Work
@@ -194,7 +194,7 @@ def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, d
     on_device = machine.card is None or found.memory == "card"
     owner = device if on_device else "the host"
     limit = _limit(machine) if machine.card is None or not on_device else ""
-    wanted = "" if mode == planner.AUTO else f"--residency {mode}: "
+    wanted = "" if mode == AUTO else f"--residency {mode}: "
     weights = f" ({gigabytes(found.phase.weights)} of weights)" if on_device else ""
     raise DeviceError(
         f"{owner} has too little free memory for {wanted}{found.phase.name}",
@@ -207,9 +207,9 @@ def plan_or_refuse(model: ModelSizes, work: Work, machine: Machine, mode: str, d
 
 def after_shortage(mode: str, asked: str) -> str:
     """What to try after memory ran out in spite of a plan in ``mode``; ``asked``: the mode that the user asked for."""
-    if mode == planner.RESIDENT:
+    if mode == RESIDENT:
         return "the same command with --residency swap"
-    if mode == planner.SWAP or asked != planner.STREAM:
+    if mode == SWAP or asked != STREAM:
         return "the same command with --residency stream"
     return "free memory there, or choose a smaller --height, --width or --num-frames"
 
@@ -241,7 +241,7 @@ def smaller_work(model: ModelSizes, work: Work, machine: Machine) -> Work | None
 
 
 def _instead(model: ModelSizes, work: Work, machine: Machine, mode: str, lacking: Need) -> str:
-    other = planner.best_plan(model, work, machine) if mode != planner.AUTO else None
+    other = planner.best_plan(model, work, machine) if mode != AUTO else None
     if other is not None:
         return f"the same command with --residency {other.mode}"
     smaller = smaller_work(model, work, machine)

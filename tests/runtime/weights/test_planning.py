@@ -20,12 +20,13 @@ from ltxpack.ltx23.published import published_configs, published_tensors
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.settings import MODES
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import report, sizes
 from ltxpack.runtime.weights.activations import Widths
 from ltxpack.runtime.weights.activations import contexts as contexts_of
 from ltxpack.runtime.weights.machine import Machine, this_machine
-from ltxpack.runtime.weights.plan import CARD, FILE, HOST, MODES, Placement, Plan, Work
+from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement, Plan, Work
 from ltxpack.runtime.weights.sizes import PartSizes
 
 GB = 10**9
