@@ -165,7 +165,7 @@ def _copy_floor(bench: Bench, size: int) -> float:
 
 def _ours(bench: Bench, folder: Path, reads: str) -> float:
     """As the runtime uses it: checked and hashed."""
-    from ltxpack.runtime.model.model import load_dit
+    from ltxpack.runtime.model.weights import load_dit
     from ltxpack.runtime.overlay import Overlay
     from ltxpack.runtime.weights.keeper import Residency
 

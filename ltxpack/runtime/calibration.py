@@ -20,7 +20,8 @@ from ltxpack.files.publish import atomic_write, check_writable, output_errors
 from ltxpack.manifest import BF16
 from ltxpack.runtime.commands import baked
 from ltxpack.runtime.model.largest import LargestInputs, linears
-from ltxpack.runtime.model.model import DiT, read_dit_config
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.weights import read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
 from ltxpack.runtime.sampling.recipes import stage_flag
 

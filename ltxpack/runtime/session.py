@@ -24,8 +24,9 @@ from ltxpack.runtime.calibration import ActivationsRecorder
 from ltxpack.runtime.codecs import video
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, load_dit, read_dit_config
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import use_codes
+from ltxpack.runtime.model.weights import load_dit, read_dit_config
 from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, transformer_part
 from ltxpack.runtime.parallel.devices import TORCHRUN, Launched, launched, named_devices

@@ -20,8 +20,9 @@ from ltxpack.demo.config import TEXT_LAYERS
 from ltxpack.errors import DeviceError
 from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.model import DiT, load_dit
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import quantised_linears
+from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.overlay import Overlay, transformer_part
 from ltxpack.runtime.recipe_run import sample
 from ltxpack.runtime.request import Request

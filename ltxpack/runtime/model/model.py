@@ -1,7 +1,6 @@
 """The DiT: two streams of tokens and their timesteps in, two velocities out (spec 06).
 
-It knows neither noise schedules nor guidance nor the layout of tokens in space; positions come as numbers. It loads
-its weights from a transformer folder of an overlay, the base's or a bake's.
+It knows neither noise schedules nor guidance nor the layout of tokens in space; positions come as numbers.
 Parameter names are those of diffusers' LTX2VideoTransformer3DModel, so the same shards load in both.
 """
 
@@ -9,23 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltxpack.ltx23.classes import LOADED_CLASSES
-from ltxpack.ltx23.codes import coded_linears
 from ltxpack.runtime.model.block import PLAIN, BlockFunctions, Conditioning, PassState, TransformerBlock, table
 from ltxpack.runtime.model.config import DiTConfig, StreamConfig
 from ltxpack.runtime.model.kernels import KERNELS
 from ltxpack.runtime.model.layers import AdaLayerNormSingle, Attention, Linear, Rows, modulate
-from ltxpack.runtime.model.quantised import put_quantised
 from ltxpack.runtime.model.rope import RopeTables, Rotation, rotation
 from ltxpack.runtime.sampling.shape import AV
-from ltxpack.runtime.weights.load import Reader, load_module, read_config, read_headers
 
 HEAD_EPS = 1e-6
 UNPERTURBED: AV[frozenset[int]] = AV(frozenset(), frozenset())
@@ -249,20 +243,3 @@ def _any_length(x: Tensor, given: Conditioning) -> None:
         if rows.index is not None:
             torch._dynamo.maybe_mark_dynamic(rows.index, 0)
             torch._dynamo.maybe_mark_dynamic(rows.values, 1)
-
-
-def load_dit(folder: Path, device: torch.device, dtype: torch.dtype, reader: Reader | None = None) -> DiT:
-    """The model of ``folder`` on ``device``, its weights in ``dtype``; linears stored as codes stay codes.
-
-    Raises as :func:`ltxpack.runtime.weights.load.load_module`; UnsupportedError for a config this DiT lacks.
-    """
-    config, stored = read_dit_config(folder), read_headers(folder)
-    with torch.device("meta"):
-        model = DiT(config)
-    put_quantised(model, coded_linears({name: entry.dtype for name, entry in stored.items()}))
-    return load_module(model, folder, device, dtype, reader=reader, stored=stored)
-
-
-def read_dit_config(folder: Path) -> DiTConfig:
-    """The config of the model in ``folder``. Raises OverlayError, FormatError, UnsupportedError."""
-    return DiTConfig.from_dict(read_config(folder, LOADED_CLASSES["transformer"]))

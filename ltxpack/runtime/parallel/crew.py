@@ -17,7 +17,7 @@ from ltxpack.errors import UsageError
 from ltxpack.files.publish import Temporary, output_errors
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.lines import Make, Task
-from ltxpack.runtime.model.model import read_dit_config
+from ltxpack.runtime.model.weights import read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, chosen, transformer_part
 from ltxpack.runtime.parallel import cluster
 from ltxpack.runtime.parallel.actors import ActorWorker

@@ -27,8 +27,9 @@ from ltxpack.ltx23.codes import E4M3, I8
 from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.layers import Linear, Made, modulate
-from ltxpack.runtime.model.model import DiT, load_dit
+from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import KINDS, QuantisedLinear, quantised_linears
+from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.settings import STATIC, TOKEN, WEIGHTS
 

@@ -27,7 +27,8 @@ from ltxpack.demo.config import TEXT_LAYERS
 from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files import direct, reader
 from ltxpack.reporter import SilentReporter
-from ltxpack.runtime.model.model import DiT, load_dit
+from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.recipe_run import decode_audio, decode_video, generate, sample, work_of
 from ltxpack.runtime.request import Request
