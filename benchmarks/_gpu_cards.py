@@ -31,7 +31,7 @@ from torch import Tensor
 from ltxpack.errors import DeviceError
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
 from ltxpack.runtime.parallel.front import Front
-from ltxpack.runtime.parallel.schemes import OF_ONE, SEQUENCE, Rates, Split, divides, split_of, stage_seconds
+from ltxpack.runtime.parallel.schemes import OF_ONE, SEQUENCE, WHOLE, Rates, Split, divides, split_of, stage_seconds
 from ltxpack.runtime.sampling.recipes import HQ, RECIPES
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.settings import Settings
@@ -216,7 +216,7 @@ def measured(bench: Bench, exchange: Exchange) -> Iterator[Made]:
     for number, stage in enumerate(work.stages, 1):
         passes = guided(bench, number, bench.inputs(number).streams)[: stage.passes]
         for split in ways(bench, work, stage, exchange.size):
-            model = bench.dit if split == Split() else Front(bench.dit, exchange, split)
+            model = bench.dit if split == WHOLE else Front(bench.dit, exchange, split)
             model.passes(passes)
             bench.clock.wait()
             spent, made = bench.clock.once(partial(model.passes, passes))
@@ -232,7 +232,7 @@ def rates_of(bench: Bench, exchange: Exchange) -> Rates:
 def ways(bench: Bench, work: Work, stage: StageWork, size: int) -> list[Split]:
     """One card first, then what each scheme makes of the stage."""
     usable = [scheme for scheme in OF_ONE if scheme != SEQUENCE or divides(bench.config, size)]
-    return [*dict.fromkeys((Split(), *(split_of(scheme, bench.config, work, stage, size) for scheme in usable)))]
+    return [*dict.fromkeys((WHOLE, *(split_of(scheme, bench.config, work, stage, size) for scheme in usable)))]
 
 
 def work_of(bench: Bench) -> Work:

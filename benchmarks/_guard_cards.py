@@ -11,7 +11,7 @@ from itertools import product
 from ltxpack.ltx23.published import published_configs
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import official_transformers
-from ltxpack.runtime.parallel.schemes import AUTO, OF_ONE, STAGES, Counted, Split, counted, shared, stage_flops
+from ltxpack.runtime.parallel.schemes import AUTO, OF_ONE, STAGES, WHOLE, Counted, counted, shared, stage_flops
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import RECIPES, stage_label
 from ltxpack.runtime.weights.plan import Work
@@ -33,7 +33,7 @@ def cards(_: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 def _told(name: str, config: DiTConfig, work: Work, found: Counted) -> Iterator[tuple[str, int]]:
     yield f"{name}: bytes received", found.received
-    splits = found.splits or [Split()] * len(work.stages)
+    splits = found.splits or [WHOLE] * len(work.stages)
     flops = [stage_flops(config, work, stage, split) for stage, split in zip(work.stages, splits, strict=True)]
     yield f"{name}: FLOP", sum(flops) if found.splits else max(flops)
     for number, (stage, split) in enumerate(zip(work.stages, found.splits, strict=False)):

@@ -17,8 +17,8 @@ from ltxpack.runtime.parallel.schemes import (
     OF_MANY,
     OF_ONE,
     STAGES,
+    WHOLE,
     Counted,
-    Split,
     as_shared,
     counted,
     stage_flops,
@@ -92,7 +92,7 @@ def plan_schemes(
             return PlannedScheme(scheme, found, (), why, f"{error.problem}: {error.expected} needed, {error.found}")
         return PlannedScheme(scheme, found, plans, why)
 
-    flops = [stage_flops(config, work, stage, Split()) for stage in work.stages]
+    flops = [stage_flops(config, work, stage, WHOLE) for stage in work.stages]
     shares = tuple(one / sum(flops) for one in flops)
     return PlannedSchemes(devices, each, work, shares, tuple(map(planned, (*OF_ONE, *OF_MANY))))
 
@@ -105,8 +105,8 @@ def _why(config: DiTConfig, work: Work, found: Counted) -> str:
         return f"1 / {max(found.shares):.2f}: the other stage is made meanwhile, of the video before or after"
     terms = []
     for stage, split, share in zip(work.stages, found.splits, found.shares, strict=True):
-        part = stage_flops(config, work, stage, split) / stage_flops(config, work, stage, Split())
-        terms.append(f"{share:.2f}" if split == Split() else f"{share:.2f} · {part:.2f}")
+        part = stage_flops(config, work, stage, split) / stage_flops(config, work, stage, WHOLE)
+        terms.append(f"{share:.2f}" if split == WHOLE else f"{share:.2f} · {part:.2f}")
     return f"1 / ({' + '.join(terms)})"
 
 

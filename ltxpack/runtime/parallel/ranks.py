@@ -20,7 +20,7 @@ from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
-from ltxpack.runtime.parallel.schemes import AUTO, Counted, Rates, Split, as_shared, shared
+from ltxpack.runtime.parallel.schemes import AUTO, WHOLE, Counted, Rates, Split, as_shared, shared
 from ltxpack.runtime.sampling.guidance import Model
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights.plan import Work
@@ -104,4 +104,4 @@ class Member(Alone):
 
     def front(self, model: DiT, stage: int) -> Model:
         split = self._splits[stage]
-        return model if split == Split() else Front(model, self.exchange, split)
+        return model if split == WHOLE else Front(model, self.exchange, split)

@@ -79,7 +79,7 @@ def counted(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: 
     """``scheme`` on ``devices`` for ``work``; None if it cannot use so many, see :func:`unused`."""
     if unused(scheme, config, work, devices):
         return None
-    alone = [stage_flops(config, work, stage, Split()) for stage in work.stages]
+    alone = [stage_flops(config, work, stage, WHOLE) for stage in work.stages]
     shares = tuple(one / sum(alone) for one in alone)
     if scheme == DATA:
         return Counted(scheme, float(devices), 0, (), shares)
@@ -107,7 +107,7 @@ def shared(scheme: str, config: DiTConfig, work: Work, devices: int, itemsize: i
         return min(_every(config, stage, devices), key=lambda split: (seconds(stage, split), moved(stage, split)))
 
     splits = tuple(map(way, work.stages))
-    alone = [seconds(stage, Split()) for stage in work.stages]
+    alone = [seconds(stage, WHOLE) for stage in work.stages]
     spent = sum(map(seconds, work.stages, splits))
     received = sum(map(moved, work.stages, splits)) + _contexts(config, work, itemsize)
     return Counted(scheme, sum(alone) / spent, received, splits, tuple(one / sum(alone) for one in alone))
@@ -195,7 +195,7 @@ def stage_received(config: DiTConfig, work: Work, stage: StageWork, split: Split
         sound = lengths.audio * (stage.passes - (made if split.shards == 1 else 0))
         return made * config.num_layers * block + (tokens * video + sound * audio) * itemsize
 
-    if split == Split():
+    if split == WHOLE:
         return 0
     return stage.evaluations * max(map(received, {stage.passes // split.groups, -(-stage.passes // split.groups)}))
 
