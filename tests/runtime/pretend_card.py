@@ -134,11 +134,46 @@ class Pinned:
 
 @dataclass(frozen=True)
 class Kind:
-    """What an operation is: a view or a copy, by what it is made of; a mere view; and which arguments it writes."""
+    """What an operation is: a view or a copy, by what it is made of; a mere view; and which arguments it writes.
 
+    ``plain``: what comes of it is laid out the same on every device.
+    """
+
+    name: str
+    plain: bool
     composite: bool
     view: bool
     writes: frozenset[int | str]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What came of an operation: a list or one tensor, and of each size, stride, offset and dtype.
+
+    The offset of a view counts in bytes from where its tensor begins.
+    """
+
+    several: bool
+    parts: list[tuple[Any, Any, int, torch.dtype]]
+    device: torch.device
+    view: bool
+
+    @classmethod
+    def of(cls, out: Any, device: torch.device, base: Tensor | None) -> Known:
+        """``base``: the tensor that ``out`` is a view of."""
+        begin = 0 if base is None else base.storage_offset() * base.itemsize
+        parts = [(*laid(part), part.storage_offset() * part.itemsize - begin, part.dtype) for part in parts_of(out)]
+        return cls(isinstance(out, list | tuple), parts, device, base is not None)
+
+    def again(self, mode: Card, base: Any) -> Any:
+        if self.view:
+            made = [part_of(base, *part) for part in self.parts]
+        else:
+            made = [
+                fake(mode, torch.empty_strided(size, stride, dtype=dtype, device="meta"), self.device)
+                for size, stride, _, dtype in self.parts
+            ]
+        return made if self.several else made[0]
 
 
 class Card(FakeTensorMode):
@@ -151,6 +186,7 @@ class Card(FakeTensorMode):
 
     def __init__(self, card: int = 139 * GIB, count: int = 1) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False  # KNOWN has it.
         self.size, self.count, self.device_now = card, count, 0
         self.host: Clock = {}
         self.races: list[str] = []
@@ -171,6 +207,11 @@ class Card(FakeTensorMode):
     @property
     def avoid_device_init(self) -> bool:
         return True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled on the card: to keep the compiler away from each operation is a tenth of its time."""
+        return False
 
     # What torch.cuda offers.
 
@@ -307,11 +348,13 @@ class Card(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is DEVICE and not self.in_kernel_invocation:
+            return args[0]._fake_device
         if self._within or func.namespace == "prim":
             # What torch makes of an operation to know its shape is not what the card is asked for.
             return super().__torch_dispatch__(func, types, args, kwargs)
         tensors = [tensor for tensor in leaves((args, kwargs)) if isinstance(tensor, FakeTensor)]
-        cards = [tensor for tensor in tensors if tensor.device.type == "cuda"]
+        cards = [tensor for tensor in tensors if tensor._fake_device.type == "cuda"]
         device = kwargs.get("device")
         place = None if device is None else torch.device(device).type
         if not tensors and place != "cuda":
@@ -320,9 +363,7 @@ class Card(FakeTensorMode):
             kwargs["device"] = indexed(device)
         kind = self._kinds.get(func) or self._kinds.setdefault(func, kind_of(func))
         if kind.composite:
-            # Whole only in inference mode; what it is made of tells a view from a copy.
-            with self:
-                return func.decompose(*args, **kwargs)
+            return self._composed(func, args, kwargs)
         if cards and func is aten._local_scalar_dense.default:
             return self._number(cards[0])
         if cards and place in ("cpu", "meta"):
@@ -333,21 +374,34 @@ class Card(FakeTensorMode):
             return self._to_card(args[0], **kwargs)
         out = self._shaped(func, kind, types, args, kwargs)
         if not kind.view:
-            self._account(func, kind, args, kwargs, cards, out)
+            self._account(kind, args, kwargs, cards, out)
+        return out
+
+    def _composed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Whole only in inference mode; what it is made of tells a view from a copy. A view is known the next time."""
+        key = (func, described(args), described(kwargs))
+        if (found := KNOWN.get(key)) is not None:
+            return found.again(self, args[0])
+        with self:
+            out = func.decompose(*args, **kwargs)
+        if isinstance(out, Tensor) and out is not args[0] and storage_of(out) == storage_of(args[0]):
+            KNOWN[key] = Known.of(out, out.device, args[0])
         return out
 
     def _shaped(self, func: Any, kind: Kind, types: Any, args: Any, kwargs: Any) -> Any:
         """What comes of an operation: as torch says, or as it said of the same before, whatever card that was."""
-        key = (func, described(args, kind.view), described(kwargs, kind.view))
+        if func is aten.detach.default:
+            return part_of(args[0], args[0].shape, args[0].stride(), 0, args[0].dtype)
+        key = (func, described(args), described(kwargs))
         found = KNOWN.get(key)
         if found is WRITTEN:
             return args[0] if func._schema.returns else None
-        # A view shares what counts the changes of its tensor, which those made in inference mode do without.
-        if found is not None and not (kind.view and args[0].is_inference() != torch.is_inference_mode_enabled()):
-            size, stride, offset, dtype, device = found
-            if kind.view:
-                return part_of(args[0], size, stride, offset, dtype)
-            return FakeTensor(self, torch.empty_strided(size, stride, dtype=dtype, device="meta"), device)
+        if found is None and kind.plain and (device := common_device((args, kwargs))) is not None:
+            given = on_meta(args)
+            out = func(*given, **on_meta(kwargs))
+            found = KNOWN[key] = Known.of(out, device, given[0] if kind.view else None)
+        if found is not None:
+            return found.again(self, args[0] if kind.view else None)
         self._within = True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs)
@@ -356,17 +410,17 @@ class Card(FakeTensorMode):
         if kind.writes:
             if out is None or (args and out is args[0] and torch.Tag.inplace_view not in func.tags):
                 KNOWN[key] = WRITTEN
-        elif isinstance(out, Tensor) and is_on_card(out):
-            KNOWN[key] = (tuple(out.shape), out.stride(), out.storage_offset(), out.dtype, out.device)
+        elif not kind.view and all(is_on_card(part) for part in parts_of(out)):
+            KNOWN[key] = Known.of(out, parts_of(out)[0].device, None)
         return out
 
-    def _account(self, func: Any, kind: Kind, args: Any, kwargs: Any, cards: Sequence[Tensor], out: Any) -> None:
+    def _account(self, kind: Kind, args: Any, kwargs: Any, cards: Sequence[Tensor], out: Any) -> None:
         written = [leaf for n, given in enumerate(args) if n in kind.writes for leaf in leaves(given)]
         written += [leaf for name, given in kwargs.items() if name in kind.writes for leaf in leaves(given)]
         written = [tensor for tensor in (*written, *leaves(out)) if is_on_card(tensor)]
         known = {id(tensor) for tensor in written}
         if cards or written:
-            self.enter(str(func), [tensor for tensor in cards if id(tensor) not in known], written)
+            self.enter(kind.name, [tensor for tensor in cards if id(tensor) not in known], written)
 
     def _number(self, tensor: Tensor) -> Any:
         self.enter("item", [tensor], [])
@@ -437,10 +491,20 @@ class Card(FakeTensorMode):
         return out
 
 
-# Operation and arguments -> size, stride, offset, dtype and device of what came of it.
+# Operation and arguments -> what came of it.
 KNOWN: dict[Any, Any] = {}
 # Stands there for the first argument of an operation that writes to it, or for nothing.
 WRITTEN = object()
+DEVICE = torch.ops.prim.device.default
+PLAIN = (aten._to_copy.default, aten.clone.default, aten.mean.dim)
+CONTAINERS = (Tensor, list, tuple, dict)
+# What a new fake has beside its device.
+MEMOS = [
+    f"_{name}_memo{what}"
+    for name in ("nonzero", "item", "unique", "unique_consecutive", "nested_int")
+    for what in ("", "_vc", "_epoch")
+]
+BLANK = dict.fromkeys(["constant", "pytype", "dispatch_keys", "real_tensor", *MEMOS])
 REAL_RANDN, REAL_TENSOR, REAL_TO = torch.randn, torch.tensor, torch.Tensor.to
 REAL_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 
@@ -456,7 +520,7 @@ def picked(tensor: Tensor, index: Any) -> Tensor:
         assert all(isinstance(part, Tensor) or part == slice(None) for part in parts), f"[{index}] is not pretended"
         found: Tensor = aten.index.Tensor(tensor, [part if isinstance(part, Tensor) else None for part in parts])
         return found
-    axis, size, stride, offset = 0, list[int](), list[int](), tensor.storage_offset()
+    axis, size, stride, offset = 0, list[int](), list[int](), 0
     for part in parts:
         if part is None:
             size, stride = [*size, 1], [*stride, 0]
@@ -470,16 +534,28 @@ def picked(tensor: Tensor, index: Any) -> Tensor:
         offset += begin * tensor.stride(axis)
         axis += 1
     size, stride = [*size, *tensor.shape[axis:]], [*stride, *tensor.stride()[axis:]]
-    if tensor.is_inference() != torch.is_inference_mode_enabled():
-        return torch.as_strided(tensor, size, stride, offset)
-    return part_of(tensor, size, stride, offset, tensor.dtype)
+    return part_of(tensor, size, stride, offset * tensor.itemsize, tensor.dtype)
 
 
 def part_of(tensor: Any, size: Any, stride: Any, offset: int, dtype: torch.dtype) -> Tensor:
-    """A view, without asking torch what it would be."""
-    empty = torch.empty(0, dtype=dtype, device="meta")
-    empty.set_(tensor.untyped_storage(), offset, size, stride)
-    return FakeTensor(tensor.fake_mode, empty, tensor.device)
+    """A view from ``offset`` bytes after the tensor's beginning on, without asking torch what it would be.
+
+    It is made in inference mode or not, as the tensor was.
+    """
+    offset = (tensor.storage_offset() * tensor.itemsize + offset) // dtype.itemsize
+    begun = tensor.is_inference()
+    with contextlib.nullcontext() if begun == torch.is_inference_mode_enabled() else torch.inference_mode(begun):
+        empty = torch.empty(0, dtype=dtype, device="meta")
+        empty.set_(tensor.untyped_storage(), offset, size, stride)
+        return fake(tensor.fake_mode, empty, tensor._fake_device)
+
+
+def fake(mode: FakeTensorMode, empty: Tensor, device: torch.device) -> Tensor:
+    """``FakeTensor(mode, empty, device)``, for a device that has its number."""
+    made: Any = Tensor._make_subclass(FakeTensor, empty, False, dispatch_device=True, device_for_backend_keys=device)
+    torch._C._set_throw_on_mutable_data_ptr(made)
+    made.__dict__.update(_fake_device=device, fake_mode=mode, **BLANK)
+    return made
 
 
 def put(tensor: Tensor, index: Any, value: Any) -> None:
@@ -487,7 +563,7 @@ def put(tensor: Tensor, index: Any, value: Any) -> None:
     place = picked(tensor, index)
     if isinstance(value, Tensor):
         # The last step of ``tensor[index] += value``, which was done in place.
-        if value.untyped_storage()._cdata == tensor.untyped_storage()._cdata and laid(value) == laid(place):
+        if storage_of(value) == storage_of(tensor) and laid(value) == laid(place):
             return
         place.copy_(value)
     else:
@@ -557,38 +633,63 @@ def made(values: Any, *, device: Any = None, **more: Any) -> Tensor:
     return found if device is None else found.to(device)
 
 
-def leaves(value: Any) -> Iterator[Tensor]:
+def leaves(value: Any) -> Sequence[Tensor]:
     """The tensors in arguments."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from leaves(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from leaves(part)
+        return (value,)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return ()
+    return [leaf for part in value if isinstance(part, CONTAINERS) for leaf in leaves(part)]
+
+
+def parts_of(out: Any) -> Sequence[Any]:
+    return out if isinstance(out, list | tuple) else (out,)
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def laid(tensor: Tensor) -> tuple[Any, Any]:
     return tuple(tensor.shape), tensor.stride()
 
 
-def described(value: Any, view: bool) -> Any:
-    """Arguments as a key: of tensors all but their content, and for a view also where they begin."""
+def described(value: Any) -> Any:
+    """Arguments as a key: of tensors all but their content, and where they begin."""
     if isinstance(value, FakeTensor):
-        return "fake", value.shape, value.stride(), view and value.storage_offset(), value.dtype, value.device
+        return "fake", value.shape, value.stride(), value.dtype, value._fake_device
     if isinstance(value, Tensor):
         return object()
     if isinstance(value, list | tuple):
-        return tuple(described(part, view) for part in value)
+        return tuple(described(part) for part in value)
     if isinstance(value, dict):
-        return tuple((name, described(part, view)) for name, part in value.items())
+        return tuple((name, described(part)) for name, part in value.items())
     # 1, 1.0 and True are equal keys and different arguments.
     return type(value), value
 
 
-def is_on_card(tensor: Tensor) -> bool:
-    return isinstance(tensor, FakeTensor) and tensor.device.type == "cuda"
+def is_on_card(value: Any) -> bool:
+    return isinstance(value, FakeTensor) and value.device.type == "cuda"
+
+
+def common_device(arguments: Any) -> torch.device | None:
+    """The device of all tensors in ``arguments``, if they are fakes of one."""
+    tensors = leaves(arguments)
+    devices = {tensor.device for tensor in tensors}
+    return devices.pop() if len(devices) == 1 and all(isinstance(tensor, FakeTensor) for tensor in tensors) else None
+
+
+def on_meta(value: Any) -> Any:
+    """Arguments without devices."""
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, list | tuple):
+        return [on_meta(part) for part in value]
+    if isinstance(value, dict):
+        return {name: on_meta(part) for name, part in value.items() if name != "device"}
+    return value
 
 
 def kind_of(func: Any) -> Kind:
@@ -600,7 +701,9 @@ def kind_of(func: Any) -> Kind:
         if given.alias_info is not None and given.alias_info.is_write:
             writes |= {number, given.name}
     composite = view and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-    return Kind(composite, view, frozenset(writes))
+    pointwise = torch.Tag.pointwise in func.tags and not writes and len(outs) == 1
+    plain = pointwise or func in PLAIN or (view and func is not aten.as_strided.default)
+    return Kind(str(func), plain, composite, view, frozenset(writes))
 
 
 def here() -> str:
