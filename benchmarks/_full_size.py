@@ -1,5 +1,5 @@
 """An overlay of the published sizes that takes no room: real configs, headers, indexes and hashes, weights that are
-holes in their files. Fewer blocks, and files that are not hashed, serve the tests.
+holes in their files. Fewer blocks and layers, and files that are not hashed, serve the tests.
 """
 
 from __future__ import annotations
@@ -63,11 +63,17 @@ class Holes:
         return tuple(records)
 
 
-def make_full_size(root: Path, *, blocks: int = 48, hashed: bool = True, forms: Sequence[str] = (BF16,)) -> Path:
-    """The overlay, in the new folder ``root``; its transformers have ``blocks`` blocks, its bakes are in ``forms``."""
+def make_full_size(
+    root: Path, *, blocks: int = 48, layers: int = 48, hashed: bool = True, forms: Sequence[str] = (BF16,)
+) -> Path:
+    """The overlay, in the new folder ``root``; its transformers have ``blocks`` blocks, its text encoder ``layers``
+    layers, its bakes are in ``forms``.
+    """
     holes = Holes(root, hashed)
     configs = published_configs()
     configs["transformer"]["num_layers"] = blocks
+    configs["connectors"]["text_proj_in_factor"] = layers + 1
+    configs["text_encoder"]["text_config"]["num_hidden_layers"] = layers
     tensors = published_tensors(configs)
     configs["text_encoder"] = {**GEMMA, "text_config": configs["text_encoder"]["text_config"]}
     components = {}

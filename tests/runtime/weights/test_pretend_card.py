@@ -56,14 +56,16 @@ from ltxpack.runtime.weights.plan import CARD, FILE, HOST, Placement
 # diffusers looks at torch as it is imported: not while a card is pretended.
 assert AutoencoderKLLTX2Audio and AutoencoderKLLTX2Video and LTX2VideoTransformer3DModel
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: test_*_cuda.py run on it")
-BLOCKS, LAYERS = 3, 48
+# Twelve layers of the text encoder are two of all kinds in their order.
+BLOCKS, LAYERS = 3, 12
 UNGUIDED: dict[str, Any] = {"video_cfg": 1.0, "audio_cfg": 1.0, "modality": 1.0}
 SMALL: dict[str, Any] = {"height": 128, "width": 192, "num_frames": 9, "steps": 2, **UNGUIDED}
 
 
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_full_size(tmp_path_factory.mktemp("pretended"), blocks=BLOCKS, hashed=False, forms=FORMATS)
+    folder = tmp_path_factory.mktemp("pretended")
+    return make_full_size(folder, blocks=BLOCKS, layers=LAYERS, hashed=False, forms=FORMATS)
 
 
 @pytest.fixture
