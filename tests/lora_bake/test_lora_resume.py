@@ -223,14 +223,15 @@ def test_memory_stays_bounded(kernel: str, options: dict[str, Any], wide: Path, 
     code = """
     import json, sys
     from pathlib import Path
-    from ltxpack.lora_bake import BakeOptions, bake
+    from ltxpack.lora_bake import BakeOptions, bake, stream
     from ltxpack.reporter import SilentReporter
-    answer = len(bake(BakeOptions(Path(sys.argv[1]), device="cpu", **json.loads(sys.argv[2])), SilentReporter()))
+    answer = 1024 * int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+    bake(BakeOptions(Path(sys.argv[1]), device="cpu", **json.loads(sys.argv[2])), SilentReporter())
     """
-    _, peak = in_fresh_process(code, overlay, json.dumps(options))
+    before, peak = in_fresh_process(code, overlay, json.dumps(options))
     manifest = read_manifest(overlay)
     chosen = kernel if cpu_has_bf16_unit() or kernel == "official" else "fp32"
     assert {made.kernel for made in manifest.bakes.values()} == {chosen}
-    assert peak < 350e6 + 3 * (largest + lora)
+    # torch itself takes 240 MB, or 600 MB if it is for CUDA.
+    assert peak - before < 110e6 + 3 * (largest + lora) < COUNT * largest
     shutil.rmtree(overlay)
-    assert peak < COUNT * largest
