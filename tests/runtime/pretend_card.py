@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from memory_meter import described, laid, leaves, parts_of, storage_of
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -497,7 +498,6 @@ KNOWN: dict[Any, Any] = {}
 WRITTEN = object()
 DEVICE = torch.ops.prim.device.default
 PLAIN = (aten._to_copy.default, aten.clone.default, aten.mean.dim)
-CONTAINERS = (Tensor, list, tuple, dict)
 # What a new fake has beside its device.
 MEMOS = [
     f"_{name}_memo{what}"
@@ -631,43 +631,6 @@ def made(values: Any, *, device: Any = None, **more: Any) -> Tensor:
     """``torch.tensor``, likewise."""
     found = REAL_TENSOR(values, **more)
     return found if device is None else found.to(device)
-
-
-def leaves(value: Any) -> Sequence[Tensor]:
-    """The tensors in arguments."""
-    if isinstance(value, Tensor):
-        return (value,)
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return ()
-    return [leaf for part in value if isinstance(part, CONTAINERS) for leaf in leaves(part)]
-
-
-def parts_of(out: Any) -> Sequence[Any]:
-    return out if isinstance(out, list | tuple) else (out,)
-
-
-def storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def laid(tensor: Tensor) -> tuple[Any, Any]:
-    return tuple(tensor.shape), tensor.stride()
-
-
-def described(value: Any) -> Any:
-    """Arguments as a key: of tensors all but their content, and where they begin."""
-    if isinstance(value, FakeTensor):
-        return "fake", value.shape, value.stride(), value.dtype, value._fake_device
-    if isinstance(value, Tensor):
-        return object()
-    if isinstance(value, list | tuple):
-        return tuple(described(part) for part in value)
-    if isinstance(value, dict):
-        return tuple((name, described(part)) for name, part in value.items())
-    # 1, 1.0 and True are equal keys and different arguments.
-    return type(value), value
 
 
 def is_on_card(value: Any) -> bool:
