@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -22,7 +23,8 @@ from ltxpack.demo.checkpoint import lora_shapes, tokenizer_documents
 from ltxpack.demo.config import GEMMA
 from ltxpack.export import plan as exporting
 from ltxpack.files.tensorfile import build_header, tensor_nbytes
-from ltxpack.lora_bake import BakeOptions
+from ltxpack.lora_bake import BakeOptions, find
+from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.bake import plan_unwritten
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.expected import source_inventory
@@ -87,6 +89,23 @@ def offline(scratch: Path) -> Counts:
     yield "materialize: bytes written", sum(item.size for item in items if not isinstance(item, CopyFile))
     yield "materialize: bytes linked", sum(item.size for item in items if isinstance(item, CopyFile))
     overlay = _overlay(scratch / "overlay")
+    with patch.object(find, "open_adapter", _once(open_adapter)):
+        yield from _bakes_and_exports(overlay, scratch)
+
+
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What it returns first, for every call: all bakes here have the same LoRA and the same base."""
+    made: list[Any] = []
+
+    def once(*given: Any) -> Any:
+        if not made:
+            made.append(function(*given))
+        return made[0]
+
+    return once
+
+
+def _bakes_and_exports(overlay: Path, scratch: Path) -> Counts:
     for form in FORMATS:
         options = BakeOptions(overlay, (HQ.strengths[0],), formats=(form,))
         bake = plan_unwritten(options, SilentReporter(), headers_only=True).plan

@@ -92,24 +92,6 @@ def test_compiled_agrees_with_eager_in_bfloat16() -> None:
     assert distance(compiled, exact) <= 1.1 * distance(eager, exact)
 
 
-def test_the_largest_inputs_are_noted_in_the_same_graphs_of_all_blocks(dit: DiT) -> None:
-    """Also by a model that was compiled, and used, before it was watched; the numbers it computes stay."""
-    streams, largest = random_streams(dit, STAGES[0]), LargestInputs(torch.device("cpu"))
-    graphs, backend = tracing()
-    dit.compile_blocks(backend=backend, fullgraph=True)
-    before = dit(streams)
-    largest.watch(dit)
-    after = dit(streams)
-    assert len(graphs) == 2 * 3, "text, attend, exchange"
-    assert torch.equal(before.video, after.video) and torch.equal(before.audio, after.audio)
-    compiled = largest.read()
-    largest.clear()
-    for block in dit.blocks():
-        block.functions = PLAIN
-    dit(streams)
-    assert compiled == pytest.approx(largest.read(), rel=1e-6) and all(compiled.values())
-
-
 @pytest.mark.parametrize(("asked", "found"), [(None, 4), ("9", 16)])
 def test_no_more_compilers_than_the_host_has_room_for(
     asked: str | None, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +147,11 @@ def test_compiled_code_is_never_loaded_from_a_folder_of_others(tmp_path: Path, m
 
 
 def test_blocks_with_images_share_their_graphs_and_agree_with_eager(dit: DiT) -> None:
-    """Both stages, with a row per token; benchmarks/guard.py counts the graphs of a video without images."""
+    """Both stages, with a row per token; benchmarks/guard.py counts the graphs of a video without images.
+
+    The same graphs of all blocks note the largest inputs, of a model that was compiled, and used, before it was
+    watched; the numbers it computes stay.
+    """
     images = [masked(random_streams(dit, lengths), distinct) for lengths, distinct in zip(STAGES, (2, 4), strict=True)]
     perturbed = AV(frozenset({1}), frozenset({0}))
     works: list[tuple[int, str, Callable[[], list[AV[Tensor]]]]] = [
@@ -180,3 +166,14 @@ def test_blocks_with_images_share_their_graphs_and_agree_with_eager(dit: DiT) ->
     for (count, why, work), expected in zip(works, eager, strict=True):
         assert max(map(distance, work(), expected)) <= 1e-6
         assert len(graphs) == count, why
+    before, largest = dit(images[0]), LargestInputs(torch.device("cpu"))
+    largest.watch(dit)
+    after = dit(images[0])
+    assert len(graphs) == 6 + 3, "text, attend, exchange"
+    assert torch.equal(before.video, after.video) and torch.equal(before.audio, after.audio)
+    compiled = largest.read()
+    largest.clear()
+    for block in dit.blocks():
+        block.functions = PLAIN
+    dit(images[0])
+    assert compiled == pytest.approx(largest.read(), rel=1e-6) and all(compiled.values())
