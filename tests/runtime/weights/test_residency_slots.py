@@ -91,18 +91,18 @@ def gives(part: PlacedModule[DiT], expected: Sequence[Tensor]) -> bool:
         return all(torch.equal(a, b) for a, b in zip(outputs(dit), expected, strict=True))
 
 
-def outputs(dit: DiT) -> list[Tensor]:
-    """Two evaluations of three passes each, at two lengths."""
+def outputs(dit: DiT, count: int = 3) -> list[Tensor]:
+    """Two evaluations of ``count`` passes each, at two lengths."""
     found = []
     for lengths in (AV(24, 9), AV(50, 14)):
-        passes = recipe(random_streams(dit, lengths))
+        passes = recipe(random_streams(dit, lengths))[:count]
         found += [tensor for velocity in dit.passes(passes) for tensor in (velocity.video, velocity.audio)]
     return found
 
 
 @functools.cache
-def plain_outputs(folder: Path) -> list[Tensor]:
-    return outputs(load_module(empty_dit(), folder, CPU, torch.float32))
+def plain_outputs(folder: Path, count: int = 3) -> list[Tensor]:
+    return outputs(load_module(empty_dit(), folder, CPU, torch.float32), count)
 
 
 @queues
@@ -347,7 +347,7 @@ def test_compiled_blocks_share_their_graphs_wherever_weights_lie(folder: Path) -
     """
     placement = PLACEMENTS["some from the file, some held"]
     graphs, backend = tracing()
-    expected = plain_outputs(folder)
+    expected = plain_outputs(folder, 1)
     held = placed_module(folder, placement, AT_ONCE)
     prepared: list[bool] = []
 
@@ -356,14 +356,10 @@ def test_compiled_blocks_share_their_graphs_wherever_weights_lie(folder: Path) -
         dit.compile_blocks(backend=backend, fullgraph=True)
 
     with torch.inference_mode(), held.in_use(prepare) as dit:
-        found = outputs(dit)
-        count = len(graphs)
-        again = outputs(dit)
-    assert len(graphs) == count
+        found, again = outputs(dit, 1), outputs(dit, 1)
     for a, b, c in zip(found, again, expected, strict=True):
         assert relative_l2(a, c) <= 1e-6 and torch.equal(a, b)
-    # Text, attention within a modality, and exchange with and without the other: no block has graphs of its own.
-    assert count <= 5
+    assert len(graphs) == 3, "text, attend and exchange: no block has graphs of its own"
     assert prepared == [bool(placement.streamed)]
     held.drop()
 
