@@ -22,7 +22,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings
 from ltxpack.runtime.weights.machine import Machine, this_machine
-from ltxpack.runtime.weights.plan import Plan, Work, best_plan, fewest_streamed
+from ltxpack.runtime.weights.plan import Footprint, Plan, Work, best_plan
 from ltxpack.runtime.weights.report import plan_or_refuse
 from ltxpack.runtime.weights.sizes import SMALL_PARTS, TEXT_ENCODER, TRANSFORMER, ModelSizes, model_sizes, read_configs
 
@@ -170,12 +170,12 @@ def plans(model: ModelSizes, work: Work, devices: int) -> Iterator[list[Plan | s
     """
     hosts = [machine_of(0, host, devices).host for host in HOSTS]
     cards = [machine_of(card, 0, devices) for card in CARDS]
+    footprint = Footprint(model, work)
 
     def row(number: int) -> list[Plan | None]:
         card = cards[number]
-        streamed = fewest_streamed(model, work, card)
         return between(
-            len(hosts), lambda host: best_plan(model, work, replace(card, host=hosts[host]), streamed=streamed)
+            len(hosts), lambda host: best_plan(model, work, replace(card, host=hosts[host]), footprint=footprint)
         )
 
     whose = "the card" if devices == 1 else "each card"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_left
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from types import MappingProxyType
 
 from ltxpack.files.reader import IN_FLIGHT, READ_BYTES, SPARE_BUFFERS
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
@@ -47,6 +48,7 @@ READ_BUFFERS = 3 * (IN_FLIGHT + SPARE_BUFFERS) * READ_BYTES
 SLACK, SLACK_SHARE = 300_000_000, 0.1
 # Host memory that stays free beside blocks held between videos, and beside files in the page cache.
 HELD_MARGIN, CACHE_MARGIN = 4_000_000_000, 4_000_000_000
+NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -202,19 +204,86 @@ class Need:
     free: int
 
 
+@dataclass(frozen=True)
+class Use:
+    """A phase without weights: its bytes of ``activations``, further bytes on the ``host``, the ``parts`` in use."""
+
+    name: str
+    activations: int
+    parts: tuple[str, ...]
+    host: int = 0
+
+
+class Footprint:
+    """The memory that ``work`` takes by the way to run. It is the same on every machine: many of them may share it."""
+
+    def __init__(self, model: ModelSizes, work: Work) -> None:
+        self.model, self.work = model, work
+        self._uses = tuple(_uses(model, work, auto_tiling(*work.shape.grid[1:])))
+        self._streamed: dict[tuple[int | None, int], dict[str, int]] = {}
+        # By the id of a way, which stays in the value, and numbers of blocks.
+        self._most: dict[tuple[int, ...], tuple[object, int, int, int]] = {}
+
+    def fits(
+        self,
+        machine: Machine,
+        way: Mapping[str, Placement],
+        streamed: Mapping[str, int],
+        held: Mapping[str, int] = NONE,
+    ) -> bool:
+        """Whether a plan for ``way``, with so many blocks streamed and held, has no :func:`shortage`."""
+        streams = streamed if way[self.work.transformer_parts[0]].source else NONE
+        key = (id(way), *streams.values(), *held.values())
+        found = self._most.get(key)
+        if found is None:
+            phases = _phases(self.model, self.work, _placements(self.model, way, streamed, held), self._uses)
+            each = [(phase.needed, phase.host, phase.needed + phase.host) for phase in phases]
+            card, host, both = map(max, zip(*each, strict=True))
+            found = self._most[key] = way, card, host, both
+        _, card, host, both = found
+        if machine.card is None:
+            return both <= machine.host
+        return card + machine.context <= machine.card and host <= machine.host
+
+    def streamed(self, machine: Machine) -> dict[str, int]:
+        """The fewest blocks of each transformer that the card allows, whatever the host has; without a card all."""
+        key = machine.card, machine.context
+        if key not in self._streamed:
+            self._streamed[key] = self._fewest(machine)
+        return self._streamed[key]
+
+    def _fewest(self, machine: Machine) -> dict[str, int]:
+        found = _every_block(self.model, self.work)
+        if machine.card is None:
+            return found
+        *_, (_, way) = _ways(STREAM, self.work)
+        alone = replace(machine, host=UNKNOWN)
+        for part, total in found.items():
+            # No fewer than three: two would lie in the two slots for good.
+            counts = range(min(SLOTS + 1, total), total)
+            fits = functools.partial(self._fits_with, alone, way, found, part)
+            found[part] = counts.start + bisect_left(counts, True, key=fits)
+        return found
+
+    def _fits_with(
+        self, machine: Machine, way: Mapping[str, Placement], streamed: Mapping[str, int], part: str, count: int
+    ) -> bool:
+        return self.fits(machine, way, {**streamed, part: count})
+
+
 def best_plan(
-    model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO, streamed: Mapping[str, int] | None = None
+    model: ModelSizes, work: Work, machine: Machine, mode: str = AUTO, footprint: Footprint | None = None
 ) -> Plan | None:
     """The first way to run in ``mode`` that fits ``machine``; None if there is none.
 
-    ``streamed``: :func:`fewest_streamed` for the machine's card, if it is known already.
+    ``footprint``: that of ``work``, if other machines have used it already.
     """
-    if streamed is None:
-        streamed = fewest_streamed(model, work, machine) if mode == AUTO else _every_block(model, work)
+    footprint = footprint or Footprint(model, work)
+    streamed = footprint.streamed(machine) if mode == AUTO else _every_block(model, work)
     for name, way in _ways(mode, work):
-        if _fits(model, work, _placements(model, way, streamed, {}), machine):
+        if footprint.fits(machine, way, streamed):
             # Blocks that are held take memory that is left.
-            held = _held(model, work, machine, way, streamed)
+            held = _held(footprint, machine, way, streamed)
             plan = plan_for(model, work, name, _placements(model, way, streamed, held))
             return _with_large_tiles(model, plan, machine)
     return None
@@ -254,12 +323,6 @@ def shortage(plan: Plan, machine: Machine) -> Need | None:
     return None
 
 
-def _fits(model: ModelSizes, work: Work, placements: Mapping[str, Placement], machine: Machine) -> bool:
-    """Whether a plan of ``placements`` has no :func:`shortage`; stops at the first phase that has one."""
-    phases = _phases(model, work, placements, auto_tiling(*work.shape.grid[1:]))
-    return all(need.needed <= need.free for phase in phases for need in _needs(phase, machine))
-
-
 def _needs(phase: Phase, machine: Machine) -> tuple[Need, ...]:
     """The needs of ``phase``: of the card, then of the host; without a card, all of the host."""
     if machine.card is None:
@@ -280,7 +343,7 @@ def plan_for(
     """The plan with ``placements``, and with the official tiles unless ``tiling`` is given."""
     blocks = {part: len(model.parts[part].blocks) for part in placements if model.parts[part].blocks}
     tiling = tiling or auto_tiling(*work.shape.grid[1:])
-    phases = tuple(_phases(model, work, placements, tiling))
+    phases = tuple(_phases(model, work, placements, _uses(model, work, tiling)))
     return Plan(mode, placements, work, phases, *_reads(model, work, placements), blocks, tiling)
 
 
@@ -319,10 +382,12 @@ def _placements(
     model: ModelSizes, way: Mapping[str, Placement], streamed: Mapping[str, int], held: Mapping[str, int]
 ) -> dict[str, Placement]:
     """``way`` with so many blocks of each transformer streamed and held; a text encoder streams all layers or none."""
-    found = {}
+    found = dict(way)
     for part, placed in way.items():
-        total = len(model.parts[part].blocks)
-        found[part] = _placement(placed, streamed.get(part, total) if placed.source else 0, held.get(part, 0), total)
+        if placed.source or part in held:
+            total = len(model.parts[part].blocks)
+            numbers = streamed.get(part, total) if placed.source else 0
+            found[part] = _placement(placed, numbers, held.get(part, 0), total)
     return found
 
 
@@ -337,38 +402,20 @@ def _every_block(model: ModelSizes, work: Work) -> dict[str, int]:
     return {part: len(model.parts[part].blocks) for part in work.transformer_parts}
 
 
-def fewest_streamed(model: ModelSizes, work: Work, machine: Machine) -> dict[str, int]:
-    """The fewest blocks of each transformer that the card allows, whatever the host has; without a card all."""
-    found = _every_block(model, work)
-    if machine.card is None:
-        return found
-    *_, (_, way) = _ways(STREAM, work)
-    alone = replace(machine, host=UNKNOWN)
-
-    def fits(part: str, count: int) -> bool:
-        return _fits(model, work, _placements(model, way, {**found, part: count}, {}), alone)
-
-    for part, total in found.items():
-        # No fewer than three: two would lie in the two slots for good.
-        counts = range(min(SLOTS + 1, total), total)
-        found[part] = counts.start + bisect_left(counts, True, key=functools.partial(fits, part))
-    return found
-
-
 def _held(
-    model: ModelSizes, work: Work, machine: Machine, way: Mapping[str, Placement], streamed: Mapping[str, int]
+    footprint: Footprint, machine: Machine, way: Mapping[str, Placement], streamed: Mapping[str, int]
 ) -> dict[str, int]:
     """The number of blocks of each transformer to hold in host memory: as many as fit, if they would be read again for
     the next video, or within one because streamed blocks come from the file.
     """
+    model, work = footprint.model, footprint.work
     placed = way[work.transformer_parts[0]]
     if not placed.source or placed.home == HOST or machine.card is None or (work.once and placed.source != FILE):
         return {}
     left = replace(machine, host=machine.host - HELD_MARGIN)
 
     def fits(count: int) -> bool:
-        placements = _placements(model, way, streamed, _shared_out(model, work, streamed, count))
-        return _fits(model, work, placements, left)
+        return footprint.fits(left, way, streamed, _shared_out(model, work, streamed, count))
 
     most = sum((streamed if work.once else _every_block(model, work)).values())
     count = bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
@@ -407,37 +454,42 @@ def _host_left(phase: Phase, machine: Machine) -> int:
     return machine.host - phase.host - (phase.needed if machine.card is None else 0)
 
 
-def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], tiling: Tiling) -> Iterator[Phase]:
-    itemsize, widths = model.itemsize, model.widths
-    waiting = (work.prompts - 1) * activations.contexts(widths, itemsize)
+def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], uses: Iterable[Use]) -> Iterator[Phase]:
+    """The phases with these ``uses``, and with the weights where they are."""
+    waiting = (work.prompts - 1) * activations.contexts(model.widths, model.itemsize)
     always = PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting
     stays = sum(model.parts[part].total for part, placed in placements.items() if placed.home == CARD)
+    for use in uses:
+        card, more = _in_use(model, placements, use.parts)
+        yield Phase(use.name, stays + card, use.activations, always + use.host + more)
 
-    def phase(name: str, taken: int, *parts: str, host: int = 0) -> Iterator[Phase]:
-        """The phase in which ``parts`` are in use, with ``taken`` bytes of activations and more on the ``host``."""
-        if work.has(name):
-            card, more = _in_use(model, placements, parts)
-            yield Phase(name, stays + card, taken, always + host + more)
 
+def _uses(model: ModelSizes, work: Work, tiling: Tiling) -> Iterator[Use]:
+    """The phases of this device, in their order."""
+    return (use for use in _uses_of_all(model, work, tiling) if work.has(use.name))
+
+
+def _uses_of_all(model: ModelSizes, work: Work, tiling: Tiling) -> Iterator[Use]:
+    itemsize, widths = model.itemsize, model.widths
     # With one prompt the text encoder makes room for the connectors; with several both stay until the last one.
     both = (TEXT_ENCODER, "connectors")
-    yield from phase("text", activations.encoding(widths, itemsize), *both[: 1 + (work.prompts > 1)])
-    yield from phase("connectors", activations.connecting(widths, itemsize), *both[work.prompts == 1 :])
+    yield Use("text", activations.encoding(widths, itemsize), both[: 1 + (work.prompts > 1)])
+    yield Use("connectors", activations.connecting(widths, itemsize), both[work.prompts == 1 :])
     if work.images:
-        yield from phase("images", activations.image_encoding(widths, work.shape, itemsize), "vae")
+        yield Use("images", activations.image_encoding(widths, work.shape, itemsize), ("vae",))
     before: StageWork | None = None
     for number, stage in enumerate(work.stages):
         if before is not None and before.shape != stage.shape:
             # A transformer that the next stage uses too stays where it is.
             same = (stage.part,) if before.part == stage.part else ()
-            yield from phase("upsample", activations.upsampling(widths, stage.shape, itemsize), BETWEEN_STAGES, *same)
+            yield Use("upsample", activations.upsampling(widths, stage.shape, itemsize), (BETWEEN_STAGES, *same))
         codes = model.parts[stage.part].codes
         taken = activations.sampling(widths, stage.shape, itemsize, stage.passes, work.images, codes, stage.split)
-        yield from phase(stage_label(number), taken, stage.part)
+        yield Use(stage_label(number), taken, (stage.part,))
         before = stage
-    yield from phase("sound", activations.sound_decoding(widths, work.shape, itemsize), "audio_vae", VOCODER)
+    yield Use("sound", activations.sound_decoding(widths, work.shape, itemsize), ("audio_vae", VOCODER))
     frames = activations.frames_on_host(work.shape, tiling)
-    yield from phase("video", activations.video_decoding(widths, work.shape, itemsize, tiling), "vae", host=frames)
+    yield Use("video", activations.video_decoding(widths, work.shape, itemsize, tiling), ("vae",), frames)
 
 
 def _in_use(model: ModelSizes, placements: Mapping[str, Placement], parts: Sequence[str]) -> tuple[int, int]:
