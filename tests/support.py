@@ -201,12 +201,12 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def until(found: Callable[[], Any]) -> Any:
-    """What ``found`` gives, once that is something."""
+def until(found: Callable[[], Any], every: float = 0.02) -> Any:
+    """What ``found`` gives, once that is something; asked ``every`` so many seconds."""
     end = time.monotonic() + HANG
     while not (value := found()):
         assert time.monotonic() < end, "that did not come"
-        time.sleep(0.02)
+        time.sleep(every)
     return value
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from typing import Any
 
+import numpy as np
 import pytest
 from plan_page_support import Shown, document_of
 from support import REPOSITORY
@@ -77,21 +78,15 @@ def opened(browser: Any, said: list[str]) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def document() -> dict[str, Any]:
-    return document_of(FILE.read_bytes())
-
-
-def fits(document: dict[str, Any], picked: Picked) -> bool:
-    """Whether the page has a plan for it."""
-    card, host, recipe, devices, form, size, frames, _ = picked
-    shown = Shown(document, recipe, form, size, frames)
-    return DEVICES[devices] in shown.devices and "refused" not in shown.on(DEVICES[devices], card, host)
-
-
-def completed(document: dict[str, Any], picked: Picked, at: int) -> bool:
-    """Whether what is picked up to choice ``at`` goes with anything at all of the choices below."""
-    below = (range(count) for count in COUNTS[at + 1 : -1])
-    return any(fits(document, (*picked[: at + 1], *rest, 0)[: len(NAMES)]) for rest in product(*below))
+def fitting() -> Any:
+    """By the options of all choices but the last: whether the page has a plan for them."""
+    document, found = document_of(FILE.read_bytes()), np.zeros(COUNTS[:-1], bool)
+    for recipe, form, size, frames in product(*map(range, map(len, (RECIPES, FORMS, SIZES, FRAMES)))):
+        shown = Shown(document, recipe, form, size, frames)
+        for count, card, host in product(shown.devices, range(len(CARDS)), range(len(HOSTS))):
+            at = (card, host, recipe, DEVICES.index(count), form, size, frames)
+            found[at] = "refused" not in shown.on(count, card, host)
+    return found
 
 
 READ = """() => ({
@@ -168,7 +163,7 @@ def told(subject: Subject, picked: Picked) -> dict[str, Any]:
     }
 
 
-def test_every_two_choices_show_what_the_planner_says(opened: Any, document: dict[str, Any]) -> None:
+def test_every_two_choices_show_what_the_planner_says(opened: Any, fitting: Any) -> None:
     subject, page, met = Subject(None), opened(), set()
     for wanted in pairs():
         for at, option in enumerate(wanted):
@@ -176,7 +171,7 @@ def test_every_two_choices_show_what_the_planner_says(opened: Any, document: dic
             if before["enabled"][at][option]:
                 pick(page, at, option)
             elif NAMES[at] != "loras":
-                assert not completed(document, (*before["picked"][:at], option), at)
+                assert not fitting[(*before["picked"][:at], option)].any()
         shown = page.evaluate(READ)
         picked = tuple(shown["picked"])
         met |= set(zip(NAMES, picked, strict=True))
@@ -188,7 +183,7 @@ def test_every_two_choices_show_what_the_planner_says(opened: Any, document: dic
         for drawn, parts in zip(shown["bars"][::2], expected["bars"], strict=True):
             assert drawn == pytest.approx(parts, abs=100 * 0.11 / list(CARDS)[picked[0]])
         for at, enabled in enumerate(shown["enabled"]):
-            possible = [completed(document, (*picked[:at], option), at) for option in range(COUNTS[at])]
+            possible = [fitting[(*picked[:at], option)[: len(COUNTS) - 1]].any() for option in range(COUNTS[at])]
             assert enabled == possible, (NAMES[at], picked)
             reasons = " ".join(shown["why"][at])
             labels = list(CHOICES[at].options)

@@ -84,6 +84,8 @@ def ray() -> Iterator[Any]:
         node = importlib.import_module("ray._private.node").Node
         for name in ("start_api_server", "start_log_monitor", "start_monitor"):
             patch.setattr(node, name, lambda *_, **__: None)
+        utils = importlib.import_module("ray._private.utils")
+        patch.setattr(utils, "get_dashboard_dependency_error", lambda: "its agent does what Ray needs, and no more")
         with connected(RAY_HERE, 2) as found:
             yield found
 
@@ -343,7 +345,7 @@ def test_what_actors_are_killed_at_or_a_server_leaves_is_made(demo: Path, tmp_pa
         assert server.ask("DELETE", f"/v1/videos/{gone}").status_code == 200
         until(lambda: 'jobs_ended_total{status="cancelled"} 1' in server.ask("GET", "/metrics").text)
         assert not [*(output / "pictures").iterdir()]
-        waiting = [server.post(prompt) for prompt in ("a dog", "a cow", "a pig")]
+        waiting = [server.post(prompt) for prompt in ("a dog", "a cow")]
     address = ray.get_runtime_context().gcs_address
     flags = ["--dtype=float32", "--port=0", "--devices=cpu:1", "-o", output, "--ray", address]
     command = [sys.executable, "-m", "ltxpack", "serve", demo / "overlay", *flags]
@@ -411,6 +413,9 @@ def test_actors_wait_for_cards_that_join_later(demo: Path, ray: Any) -> None:
 
 # Ray Serve
 
+# Each look takes the proxy, the server and its controller some 30 ms of a processor.
+eventually = partial(until, every=0.25)
+
 
 class Deployed:
     """The application of Ray Serve, with two workers on CPUs."""
@@ -419,7 +424,9 @@ class Deployed:
         self._ray, self._client = ray, client
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
-        return until(lambda: found if (found := self._client.request(method, path, **more)).status_code < 500 else None)
+        return eventually(
+            lambda: found if (found := self._client.request(method, path, **more)).status_code < 500 else None
+        )
 
     def post(self, said: dict[str, Any]) -> str:
         answer = self.ask("POST", "/v1/videos", json=said)
@@ -467,26 +474,28 @@ def test_ray_serve_has_the_same_server_and_killed_replicas_lose_nothing(demo: Pa
         waiting = [server.post({**SMALL, "prompt": prompt}) for prompt in ("a dog", "a cat")]
         first, second = server.replicas("VideoWorker")
         os.kill(first, signal.SIGKILL)
-        until(lambda: server.metric('jobs{status="queued"} 3'))
+        eventually(lambda: server.metric('jobs{status="queued"} 3'))
         _all_begun(server, pair)
         assert second in server.replicas("VideoWorker")
         (head,) = server.replicas("VideoServer")
         os.kill(head, signal.SIGKILL)
-        until(lambda: head not in server.replicas("VideoServer"))
+        eventually(lambda: head not in server.replicas("VideoServer"))
         _all_begun(server, pair)
         assert [server.job(path)["status"] for path in waiting] == ["queued"] * 2, "the others have their old places"
         assert second in server.replicas("VideoWorker")
         for path in pair:
             assert server.ask("DELETE", path).status_code == 200
-        until(lambda: server.metric('jobs_ended_total{status="cancelled"} 2'))
-        until(lambda: all(server.job(path)["status"] == "completed" for path in waiting))
+        eventually(lambda: server.metric('jobs_ended_total{status="cancelled"} 2'))
+        eventually(lambda: all(server.job(path)["status"] == "completed" for path in waiting))
         _answers_at_once(server, waiting)
     assert {f"/v1/videos/{video.stem}" for video in tmp_path.glob("*.mp4")} == {*waiting}
 
 
 def _all_begun(server: Deployed, jobs: list[str]) -> None:
     """All of ``jobs`` are being made, at once."""
-    until(lambda: all((job := server.job(path))["status"] == "in_progress" and job["progress"] > 0 for path in jobs))
+    eventually(
+        lambda: all((job := server.job(path))["status"] == "in_progress" and job["progress"] > 0 for path in jobs)
+    )
 
 
 def _answers_at_once(server: Deployed, kept: list[str]) -> None:
@@ -497,7 +506,7 @@ def _answers_at_once(server: Deployed, kept: list[str]) -> None:
     assert made.status_code == 200 and made.headers["content-type"] == "video/mp4"
     with pytest.raises(httpx.ReadTimeout):
         server.ask("POST", "/v1/videos/sync", json={**ENDLESS, "prompt": "a cat"}, timeout=1)
-    until(lambda: server.metric('jobs_ended_total{status="cancelled"} 3'))
+    eventually(lambda: server.metric('jobs_ended_total{status="cancelled"} 3'))
     assert len(server.ask("GET", "/v1/videos").json()["data"]) == len(kept)
 
 

@@ -190,12 +190,12 @@ def test_what_a_stopped_bake_left_is_kept_once_it_is_checked(
     assert tree(overlay) == whole
 
 
-ROWS, COLUMNS, RANK, COUNT = 4096, 4096, 8, 14
+ROWS, COLUMNS, RANK, COUNT = 4096, 4096, 8, 8
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An overlay with 14 weights of real width, 470 MB."""
+    """An overlay with 8 weights of real width, 270 MB."""
     weight = (torch.rand(ROWS, COLUMNS) - 0.5).bfloat16()
     down, up = (torch.rand(RANK, COLUMNS) * 0.01).bfloat16(), (torch.rand(ROWS, RANK) * 0.01).bfloat16()
     names = [f"transformer_blocks.{i}.attn1.to_q" for i in range(COUNT)]
