@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
+from typing import TypeAlias
 
 from ltxpack.files.reader import IN_FLIGHT, READ_BYTES, SPARE_BUFFERS
 from ltxpack.runtime.codecs.tiles import FAST, OFFICIAL, Tiling, auto_tiling, tiling_within
@@ -48,7 +49,10 @@ READ_BUFFERS = 3 * (IN_FLIGHT + SPARE_BUFFERS) * READ_BYTES
 SLACK, SLACK_SHARE = 300_000_000, 0.1
 # Host memory that stays free beside blocks held between videos, and beside files in the page cache.
 HELD_MARGIN, CACHE_MARGIN = 4_000_000_000, 4_000_000_000
-NONE: Mapping[str, int] = MappingProxyType({})
+# A row of the table below for some work; part -> a number of blocks.
+Way: TypeAlias = "Mapping[str, Placement]"
+Blocks: TypeAlias = Mapping[str, int]
+NONE: Blocks = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -220,55 +224,38 @@ class Footprint:
     def __init__(self, model: ModelSizes, work: Work) -> None:
         self.model, self.work = model, work
         self._uses = tuple(_uses(model, work, auto_tiling(*work.shape.grid[1:])))
-        self._streamed: dict[tuple[int | None, int], dict[str, int]] = {}
         # By the id of a way, which stays in the value, and numbers of blocks.
         self._most: dict[tuple[int, ...], tuple[object, int, int, int]] = {}
 
-    def fits(
-        self,
-        machine: Machine,
-        way: Mapping[str, Placement],
-        streamed: Mapping[str, int],
-        held: Mapping[str, int] = NONE,
-    ) -> bool:
+    def fits(self, machine: Machine, way: Way, streamed: Blocks, held: Blocks = NONE) -> bool:
         """Whether a plan for ``way``, with so many blocks streamed and held, has no :func:`shortage`."""
         streams = streamed if way[self.work.transformer_parts[0]].source else NONE
         key = (id(way), *streams.values(), *held.values())
-        found = self._most.get(key)
-        if found is None:
+        if key not in self._most:
             phases = _phases(self.model, self.work, _placements(self.model, way, streamed, held), self._uses)
-            each = [(phase.needed, phase.host, phase.needed + phase.host) for phase in phases]
-            card, host, both = map(max, zip(*each, strict=True))
-            found = self._most[key] = way, card, host, both
-        _, card, host, both = found
+            each = ((phase.needed, phase.host, phase.needed + phase.host) for phase in phases)
+            self._most[key] = way, *map(max, zip(*each, strict=True))
+        _, card, host, both = self._most[key]
         if machine.card is None:
             return both <= machine.host
         return card + machine.context <= machine.card and host <= machine.host
 
     def streamed(self, machine: Machine) -> dict[str, int]:
         """The fewest blocks of each transformer that the card allows, whatever the host has; without a card all."""
-        key = machine.card, machine.context
-        if key not in self._streamed:
-            self._streamed[key] = self._fewest(machine)
-        return self._streamed[key]
-
-    def _fewest(self, machine: Machine) -> dict[str, int]:
         found = _every_block(self.model, self.work)
         if machine.card is None:
             return found
         *_, (_, way) = _ways(STREAM, self.work)
         alone = replace(machine, host=UNKNOWN)
+
+        def fits(part: str, count: int) -> bool:
+            return self.fits(alone, way, {**found, part: count})
+
         for part, total in found.items():
             # No fewer than three: two would lie in the two slots for good.
             counts = range(min(SLOTS + 1, total), total)
-            fits = functools.partial(self._fits_with, alone, way, found, part)
-            found[part] = counts.start + bisect_left(counts, True, key=fits)
+            found[part] = counts.start + bisect_left(counts, True, key=functools.partial(fits, part))
         return found
-
-    def _fits_with(
-        self, machine: Machine, way: Mapping[str, Placement], streamed: Mapping[str, int], part: str, count: int
-    ) -> bool:
-        return self.fits(machine, way, {**streamed, part: count})
 
 
 def best_plan(
@@ -378,9 +365,7 @@ def _ways(mode: str, work: Work) -> Sequence[tuple[str, Mapping[str, Placement]]
     return found
 
 
-def _placements(
-    model: ModelSizes, way: Mapping[str, Placement], streamed: Mapping[str, int], held: Mapping[str, int]
-) -> dict[str, Placement]:
+def _placements(model: ModelSizes, way: Way, streamed: Blocks, held: Blocks) -> dict[str, Placement]:
     """``way`` with so many blocks of each transformer streamed and held; a text encoder streams all layers or none."""
     found = dict(way)
     for part, placed in way.items():
@@ -402,9 +387,7 @@ def _every_block(model: ModelSizes, work: Work) -> dict[str, int]:
     return {part: len(model.parts[part].blocks) for part in work.transformer_parts}
 
 
-def _held(
-    footprint: Footprint, machine: Machine, way: Mapping[str, Placement], streamed: Mapping[str, int]
-) -> dict[str, int]:
+def _held(footprint: Footprint, machine: Machine, way: Way, streamed: Blocks) -> dict[str, int]:
     """The number of blocks of each transformer to hold in host memory: as many as fit, if they would be read again for
     the next video, or within one because streamed blocks come from the file.
     """
@@ -455,21 +438,18 @@ def _host_left(phase: Phase, machine: Machine) -> int:
 
 
 def _phases(model: ModelSizes, work: Work, placements: Mapping[str, Placement], uses: Iterable[Use]) -> Iterator[Phase]:
-    """The phases with these ``uses``, and with the weights where they are."""
+    """Those of ``uses`` that this device has, with the weights where they are."""
     waiting = (work.prompts - 1) * activations.contexts(model.widths, model.itemsize)
     always = PROCESS + READ_BUFFERS + _pinned(model, placements) + waiting
     stays = sum(model.parts[part].total for part, placed in placements.items() if placed.home == CARD)
     for use in uses:
-        card, more = _in_use(model, placements, use.parts)
-        yield Phase(use.name, stays + card, use.activations, always + use.host + more)
+        if work.has(use.name):
+            card, more = _in_use(model, placements, use.parts)
+            yield Phase(use.name, stays + card, use.activations, always + use.host + more)
 
 
 def _uses(model: ModelSizes, work: Work, tiling: Tiling) -> Iterator[Use]:
-    """The phases of this device, in their order."""
-    return (use for use in _uses_of_all(model, work, tiling) if work.has(use.name))
-
-
-def _uses_of_all(model: ModelSizes, work: Work, tiling: Tiling) -> Iterator[Use]:
+    """The phases of all devices, in their order."""
     itemsize, widths = model.itemsize, model.widths
     # With one prompt the text encoder makes room for the connectors; with several both stay until the last one.
     both = (TEXT_ENCODER, "connectors")
