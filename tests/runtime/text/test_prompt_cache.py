@@ -310,10 +310,21 @@ PAIR = ("a paper boat", "rain on a street")
 LONG = "boat river street organ " * 400
 
 
-@functools.cache
-@torch.inference_mode()
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model reads 128 tokens of a prompt, for what does not depend on their number."""
+    for reads in (text, prompt_cache):
+        monkeypatch.setattr(reads, "TEXT_TOKENS", 128)
+
+
 def reference(demo: Path, prompts: tuple[str, ...], dtype: torch.dtype) -> list[AV[Tensor]]:
     """The contexts straight from the text path, as the official pipeline computes them."""
+    return _reference(demo, prompts, dtype, text.TEXT_TOKENS)
+
+
+@functools.cache
+@torch.inference_mode()
+def _reference(demo: Path, prompts: tuple[str, ...], dtype: torch.dtype, tokens: int) -> list[AV[Tensor]]:
     root = demo / "overlay"
     tokenizer, gemma = (
         text.load_tokenizer(root / "tokenizer"),
@@ -323,6 +334,7 @@ def reference(demo: Path, prompts: tuple[str, ...], dtype: torch.dtype) -> list[
     return [text.contexts(hidden, connectors) for hidden in text.hidden_states(prompts, tokenizer, gemma)]
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_alone_ahead_and_cached_are_the_same_bits(demo: Path, dtype: torch.dtype, tmp_path: Path) -> None:
     batches = [PAIR, (LONG, "")]
@@ -348,6 +360,7 @@ def test_a_neighbour_is_no_more_than_rounding(demo: Path, dtype: torch.dtype, bo
         assert max(errors.video, errors.audio) <= bound
 
 
+@pytest.mark.usefixtures("short")
 def test_many_prompts_are_one_load(demo: Path, loads: list[str]) -> None:
     batches = [PAIR, ("a dog", PAIR[1])]
     ahead = encoder(demo, None)
@@ -363,6 +376,7 @@ def test_many_prompts_are_one_load(demo: Path, loads: list[str]) -> None:
         assert equal(contexts, reference(demo, batch, torch.float32))
 
 
+@pytest.mark.usefixtures("short")
 def test_a_prompt_met_before_needs_no_text_encoder_unless_its_entry_is_damaged(
     demo: Path, loads: list[str], tmp_path: Path
 ) -> None:
@@ -379,6 +393,7 @@ def test_a_prompt_met_before_needs_no_text_encoder_unless_its_entry_is_damaged(
     assert path.read_bytes() == whole
 
 
+@pytest.mark.usefixtures("short")
 def test_a_cache_that_cannot_be_written_is_told_once_and_nothing_more(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     notes = Notes()
