@@ -56,18 +56,20 @@ class Laying(Watch):
 KNOWN: dict[Any, Any] = {}
 # Stands there for the first argument of an operation that writes to it.
 WRITTEN = object()
-CONTAINERS = (Tensor, list, tuple, dict)
+CONTAINERS = (list, tuple, dict)
 
 
 def leaves(value: Any) -> list[Tensor]:
     """The tensors in arguments."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [leaf for part in value if isinstance(part, CONTAINERS) for leaf in leaves(part)]
+    found: list[Tensor] = []
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif part and isinstance(part, CONTAINERS):
+            found += leaves(part)
+    return found
 
 
 def parts_of(out: Any) -> Sequence[Any]:

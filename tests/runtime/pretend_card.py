@@ -546,7 +546,8 @@ def part_of(tensor: Any, size: Any, stride: Any, offset: int, dtype: torch.dtype
     """
     offset = (tensor.storage_offset() * tensor.itemsize + offset) // dtype.itemsize
     begun = tensor.is_inference()
-    with contextlib.nullcontext() if begun == torch.is_inference_mode_enabled() else torch.inference_mode(begun):
+    inference = contextlib.nullcontext() if begun == torch.is_inference_mode_enabled() else torch.inference_mode(begun)
+    with torch._C._DisableTorchDispatch(), inference:
         empty = torch.empty(0, dtype=dtype, device="meta")
         empty.set_(tensor.untyped_storage(), offset, size, stride)
         return fake(tensor.fake_mode, empty, tensor._fake_device)

@@ -89,7 +89,7 @@ def load_module(
     """
     stored = read_headers(folder) if stored is None else stored
     check(module, stored, folder)
-    buffers, kept = buffers or {}, module.state_dict()
+    buffers, kept = buffers or {}, module.state_dict(keep_vars=True)
     lost = {name: tuple(buffer.shape) for name, buffer in module.named_buffers() if name not in kept}
     if lost != {name: tuple(buffer.shape) for name, buffer in buffers.items()}:
         raise ValueError(f"{type(module).__name__} has the non-persistent buffers {lost}, given were {sorted(buffers)}")
@@ -152,7 +152,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 
 def check(module: nn.Module, stored: Mapping[str, Stored], folder: Path) -> None:
     """Holds names, shapes and kinds of ``stored`` against ``module``; see :func:`load_module`."""
-    wanted = module.state_dict()
+    wanted = module.state_dict(keep_vars=True)
     missing = [f"missing: {name}" for name in sorted(set(wanted) - set(stored))]
     extra = [f"unknown: {name}" for name in sorted(set(stored) - set(wanted))]
     with verify_next(folder):
