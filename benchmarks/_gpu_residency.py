@@ -197,6 +197,7 @@ def _mode(bench: Bench, overlay: Path, mode: str, memory: Growing, times: Growin
         stage1="base",
         stage2=_bake(overlay),
         device=str(bench.device),
+        dtype=str(bench.dtype).removeprefix("torch."),
         residency=mode,
         cache=False,
         reporter=SilentReporter(),
