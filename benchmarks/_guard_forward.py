@@ -162,8 +162,10 @@ class FullSize:
         guidance = request.settings.guidance.map(lambda one: replace(one, stg=1.0, stg_blocks=frozenset({0})))
         evaluation = Evaluation(stage.shape(request.shape), guidance)
         for form in FORMATS:
-            # No process has codes of two forms: their largest numbers stay constants.
-            self.evaluate(evaluation, [Kind(form, perturbed=True)], dynamo.patch(specialize_float=True))
+            # No process has codes of two forms: their largest numbers stay constants. Keeping what operations on
+            # symbolic sizes make takes longer than making it again.
+            once = dynamo.patch(specialize_float=True, fake_tensor_cache_enabled=False)
+            self.evaluate(evaluation, [Kind(form, perturbed=True)], once)
         for number, graph in enumerate(self._traced):
             of_form, own = divmod(number, len(GRAPHS))
             name = f"graph {FORMATS[of_form]} {GRAPHS[own]}" if of_form < len(FORMATS) else f"graph {number + 1}"

@@ -50,8 +50,8 @@ FLOP: dict[Any, Callable[..., int]] = {
 
 
 class Operator(NamedTuple):
-    """What is known of an operator: whether others carry it out, its FLOP, whether it waits, if it is a kernel, and
-    if it makes one new tensor and changes none.
+    """What is known of an operator: whether others carry it out, its FLOP, whether it waits, if it is a kernel, if
+    it makes one new tensor and changes none, and if it changes and returns its first argument and no other.
     """
 
     divides: bool
@@ -59,6 +59,7 @@ class Operator(NamedTuple):
     waits: bool
     launches: bool
     pure: bool
+    in_place: bool
 
 
 @functools.cache
@@ -68,10 +69,11 @@ def _known(func: Any) -> Operator:
     view = func.overloadpacket is aten.empty or all(alias is not None and not alias.is_write for alias in outs)
     flop = FLOP.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
     waits, divides = bool(WAITS & set(func.tags)), func not in WHOLE and func._can_decompose()
-    pure = len(outs) == 1 and all(
-        given.alias_info is None for given in (*func._schema.arguments, *func._schema.returns)
-    )
-    return Operator(divides, flop, waits, not view, pure and not waits)
+    shared = [given.alias_info for given in func._schema.arguments if given.alias_info is not None] + outs
+    pure = shared == [None]
+    in_place = len(shared) == 2 and all(alias is not None and alias.is_write for alias in shared)
+    in_place = in_place and func._schema.arguments[0].alias_info is not None
+    return Operator(divides, flop, waits, not view, pure and not waits, in_place and not waits)
 
 
 # What an operation on the meta device makes, by what it is given: torch takes half a millisecond to find out.
@@ -80,12 +82,20 @@ _made: dict[Any, tuple[Any, ...]] = {}
 
 def _carried_out(func: Any, known: Operator, args: Any, kwargs: Any) -> Any:
     """``func(*args, **kwargs)``; of the same again only a tensor of the same layout."""
-    key = (func, torch.is_inference_mode_enabled(), _described(args), _described(kwargs)) if known.pure else None
+    if not (known.pure or known.in_place):
+        return func(*args, **kwargs)
+    key = (func, torch.is_inference_mode_enabled(), _described(args), _described(kwargs))
     if key in _made:
+        if known.in_place:
+            return args[0]
         size, stride, dtype = _made[key]
         return torch.empty_strided(size, stride, dtype=dtype, device=META)
     made = func(*args, **kwargs)
-    if key is not None and isinstance(made, Tensor) and made.is_meta and made.storage_offset() == 0:
+    if (
+        isinstance(made, Tensor)
+        and made.is_meta
+        and (_described(made) == key[2][0] if known.in_place else made.storage_offset() == 0)
+    ):
         _made[key] = tuple(made.shape), made.stride(), made.dtype
     return made
 
