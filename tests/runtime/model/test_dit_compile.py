@@ -37,9 +37,7 @@ def masked(streams: AV[Stream], distinct: int) -> AV[Stream]:
     return AV(with_timesteps(streams.video, [0.1 * (k + 1) for k in range(distinct)], index), streams.audio)
 
 
-needs_compiler = pytest.mark.skipif(
-    CXX is None, reason="no C++ compiler: inductor cannot build its kernels for the CPU"
-)
+needs_compiler = pytest.mark.skipif(CXX is None, reason="no C++ compiler: inductor builds no kernels for the CPU")
 
 
 def lookups() -> AV[int]:

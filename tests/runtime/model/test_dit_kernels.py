@@ -311,10 +311,7 @@ def test_the_kernels_of_a_card_are_one_operator_in_one_graph(name: str) -> None:
 
 
 def test_a_compiled_block_contains_the_kernel_of_its_day(dit: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one graph; another kernel chosen later is not answered from the old graph.
-
-    The pass is isolated: what goes between the modalities attends as each of them does.
-    """
+    """In one graph, here of an isolated pass; another kernel chosen later is not answered from the old graph."""
     install_flash3(monkeypatch, old=False)
     graphs, backend = tracing()
     streams = random_streams(dit, LENGTHS)
