@@ -10,7 +10,7 @@ from support import Done, Mount, load, ltxpack, refused
 
 pytestmark = pytest.mark.usefixtures("fsync_waits", "short_prompts")
 
-SMALL = ["--device=cpu", "--recipe=distilled", "--height=64", "--width=64", "--num-frames=9"]
+SMALL = ["--device=cpu", "--dtype=float32", "--recipe=distilled", "--height=64", "--width=64", "--num-frames=9"]
 
 
 @pytest.fixture
