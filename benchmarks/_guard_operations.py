@@ -80,11 +80,12 @@ def _known(func: Any) -> Operator:
 _made: dict[Any, tuple[Any, ...]] = {}
 
 
-def _carried_out(func: Any, known: Operator, args: Any, kwargs: Any) -> Any:
-    """``func(*args, **kwargs)``; of the same again only a tensor of the same layout."""
+def carried_out(func: Any, args: Any, kwargs: Any) -> Any:
+    """``func(*args, **kwargs)``; of the same again on the meta device only a tensor of the same layout."""
+    known = _known(func)
     if not (known.pure or known.in_place):
         return func(*args, **kwargs)
-    key = (func, torch.is_inference_mode_enabled(), _described(args), _described(kwargs))
+    key = (func, torch.is_inference_mode_enabled(), described(args), described(kwargs))
     if key in _made:
         if known.in_place:
             return args[0]
@@ -94,20 +95,24 @@ def _carried_out(func: Any, known: Operator, args: Any, kwargs: Any) -> Any:
     if (
         isinstance(made, Tensor)
         and made.is_meta
-        and (_described(made) == key[2][0] if known.in_place else made.storage_offset() == 0)
+        and (described(made) == key[2][0] if known.in_place else made.storage_offset() == 0)
     ):
         _made[key] = tuple(made.shape), made.stride(), made.dtype
     return made
 
 
-def _described(value: Any) -> Any:
-    """Arguments as a key; tensors by their layout. 1, 1.0 and True are equal keys and different arguments."""
+def described(value: Any) -> Any:
+    """Arguments as a key; tensors by their layout, and none that has content twice.
+
+    1, 1.0 and True are equal keys and different arguments.
+    """
     if isinstance(value, Tensor):
-        return (value.device.type, value.dtype, value.shape, value.stride()) if value.is_meta else object()
+        place = getattr(value, "_fake_device", None) or (META if value.is_meta else object())
+        return place, value.dtype, value.shape, value.stride()
     if isinstance(value, list | tuple):
-        return tuple(map(_described, value))
+        return tuple(map(described, value))
     if isinstance(value, dict):
-        return tuple((name, _described(part)) for name, part in value.items())
+        return tuple((name, described(part)) for name, part in value.items())
     return type(value), value
 
 
@@ -125,7 +130,7 @@ class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func.decompose(*args, **kwargs)
         given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         read_back = func is aten._local_scalar_dense.default and args[0].is_meta
-        made = 0 if read_back else _carried_out(func, known, args, kwargs)
+        made = 0 if read_back else carried_out(func, args, kwargs)
         first = made[0] if isinstance(made, tuple | list) and made else made
         if not read_back and not any(isinstance(part, Tensor) and part.is_meta for part in (*given, first)):
             return made

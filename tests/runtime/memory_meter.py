@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from _guard_operations import carried_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def called(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
 
 
 class Watch(TorchDispatchMode):
@@ -19,44 +24,14 @@ class Watch(TorchDispatchMode):
         """Nothing is compiled here, and keeping the compiler away from each operation takes longer than most do."""
         return False
 
-    def __init__(self, note: Callable[[list[Tensor], list[Tensor]], object]) -> None:
+    def __init__(self, note: Callable[[list[Tensor], list[Tensor]], object], carry_out: Callable[..., Any] = called):
         super().__init__()
-        self._note = note
+        self._note, self._carry_out = note, carry_out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self._answer(func, args, kwargs or {})
+        out = self._carry_out(func, args, kwargs or {})
         self._note(leaves((args, kwargs)), leaves(out))
         return out
-
-    def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        return func(*args, **kwargs)
-
-
-class Laying(Watch):
-    """A watch that asks torch once what comes of an operation on the meta device, which tells it slowly."""
-
-    def _answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        key = (func, described(args), described(kwargs))
-        found = KNOWN.get(key)
-        if found is WRITTEN:
-            return args[0]
-        if found is not None:
-            return torch.empty_strided(found[0], found[1], dtype=found[2], device="meta")
-        out = super()._answer(func, args, kwargs)
-        given = leaves((args, kwargs))
-        if isinstance(out, Tensor) and all(tensor.is_meta for tensor in (out, *given)):
-            if args and out is args[0] and func._schema.is_mutable:
-                KNOWN[key] = WRITTEN
-            elif storage_of(out) not in map(storage_of, given):
-                KNOWN[key] = (*laid(out), out.dtype)
-        return out
-
-
-# Operation and arguments -> size, stride and dtype of the new tensor.
-KNOWN: dict[Any, Any] = {}
-# Stands there for the first argument of an operation that writes to it.
-WRITTEN = object()
-CONTAINERS = (list, tuple, dict)
 
 
 def leaves(value: Any) -> list[Tensor]:
@@ -67,34 +42,9 @@ def leaves(value: Any) -> list[Tensor]:
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
         if isinstance(part, Tensor):
             found.append(part)
-        elif part and isinstance(part, CONTAINERS):
+        elif part and isinstance(part, list | tuple | dict):
             found += leaves(part)
     return found
-
-
-def parts_of(out: Any) -> Sequence[Any]:
-    return out if isinstance(out, list | tuple) else (out,)
-
-
-def storage_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def laid(tensor: Tensor) -> tuple[Any, Any]:
-    return tuple(tensor.shape), tensor.stride()
-
-
-def described(value: Any) -> Any:
-    """Arguments as a key: of tensors all but where they begin; those that have content are never the same."""
-    if isinstance(value, Tensor):
-        place = getattr(value, "_fake_device", None) or ("meta" if value.is_meta else object())
-        return value.shape, value.stride(), value.dtype, place
-    if isinstance(value, list | tuple):
-        return tuple(described(part) for part in value)
-    if isinstance(value, dict):
-        return tuple((name, described(part)) for name, part in value.items())
-    # 1, 1.0 and True are equal keys and different arguments.
-    return type(value), value
 
 
 class Meter:
@@ -122,6 +72,6 @@ class Meter:
 def peak_of(work: Callable[[], object]) -> int:
     """The most bytes alive at once of what ``work`` makes."""
     meter = Meter()
-    with Laying(meter.note):
+    with Watch(meter.note, carried_out):
         work()
     return meter.peak

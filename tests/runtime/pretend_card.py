@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from memory_meter import described, laid, leaves, parts_of, storage_of
+from _guard_operations import described
+from memory_meter import leaves
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -638,6 +639,18 @@ def made(values: Any, *, device: Any = None, **more: Any) -> Tensor:
 
 def is_on_card(value: Any) -> bool:
     return isinstance(value, FakeTensor) and value.device.type == "cuda"
+
+
+def parts_of(out: Any) -> Sequence[Any]:
+    return out if isinstance(out, list | tuple) else (out,)
+
+
+def storage_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def laid(tensor: Tensor) -> tuple[Any, Any]:
+    return tuple(tensor.shape), tensor.stride()
 
 
 def common_device(arguments: Any) -> torch.device | None:
