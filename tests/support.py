@@ -202,7 +202,7 @@ def alive(pid: int) -> bool:
 
 
 def until(found: Callable[[], Any], every: float = 0.02) -> Any:
-    """What ``found`` gives, once that is something; asked ``every`` so many seconds."""
+    """What ``found`` gives, once that is something; asked again after ``every`` seconds."""
     end = time.monotonic() + HANG
     while not (value := found()):
         assert time.monotonic() < end, "that did not come"

@@ -52,7 +52,7 @@ HELD_MARGIN, CACHE_MARGIN = 4_000_000_000, 4_000_000_000
 # A row of the table below for some work; part -> a number of blocks.
 Way: TypeAlias = "Mapping[str, Placement]"
 Blocks: TypeAlias = Mapping[str, int]
-NONE: Blocks = MappingProxyType({})
+NO_BLOCKS: Blocks = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -227,9 +227,9 @@ class Footprint:
         # By the id of a way, which stays in the value, and numbers of blocks.
         self._most: dict[tuple[int, ...], tuple[object, int, int, int]] = {}
 
-    def fits(self, machine: Machine, way: Way, streamed: Blocks, held: Blocks = NONE) -> bool:
+    def fits(self, machine: Machine, way: Way, streamed: Blocks, held: Blocks = NO_BLOCKS) -> bool:
         """Whether a plan for ``way``, with so many blocks streamed and held, has no :func:`shortage`."""
-        streams = streamed if way[self.work.transformer_parts[0]].source else NONE
+        streams = streamed if way[self.work.transformer_parts[0]].source else NO_BLOCKS
         key = (id(way), *streams.values(), *held.values())
         if key not in self._most:
             phases = _phases(self.model, self.work, _placements(self.model, way, streamed, held), self._uses)
