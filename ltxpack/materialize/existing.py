@@ -40,7 +40,7 @@ from ltxpack.materialize.plan import (
 )
 from ltxpack.materialize.sources import open_source_folder, part_of, with_comfyui
 from ltxpack.materialize.text_encoder import read_text_encoder
-from ltxpack.repack.items import Copied, CopyFile, Item, WriteBytes, WriteShard, sources
+from ltxpack.repack.items import Cast, Copied, CopyFile, Item, Producer, WriteBytes, WriteShard, sources
 from ltxpack.repack.verify import repair
 from ltxpack.reporter import Reporter
 
@@ -84,31 +84,36 @@ def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterato
             yield f"{item.path} was made from another file of the same name and size"
 
 
-def _samples(item: Item) -> Iterator[tuple[Range, int]]:
-    """Some bytes of every tensor that is not cast, or a whole small file: range in the source, start in the overlay."""
-    places: list[tuple[Range, int]] = []
+def _samples(item: Item) -> Iterator[tuple[Producer, int]]:
+    """Producers of some bytes of every tensor, or of a whole small file, each with its place in the overlay's file."""
+    places: list[tuple[Copied | Cast, int, int]] = []
     if isinstance(item, CopyFile):
         infos = read_tensorfile(item.source).tensors.values() if item.path.endswith(WEIGHTS) else ()
-        yield Range(item.source, 0, min((info.start for info in infos), default=item.size)), 0
-        places = [(Range(item.source, info.start, info.nbytes), info.start) for info in infos]
+        yield Copied(Range(item.source, 0, min((info.start for info in infos), default=item.size))), 0
+        places = [(Copied(Range(item.source, info.start, info.nbytes)), info.start, info.nbytes) for info in infos]
     elif isinstance(item, WriteShard):
         starts = itertools.accumulate((entry.nbytes for entry in item.entries), initial=len(item.header))
-        pairs = [(entry.producer, start) for entry, start in zip(item.entries, starts, strict=False)]
-        places = [(producer.source, start) for producer, start in pairs if isinstance(producer, Copied)]
-    for (path, start, nbytes), written in places:
-        middle = nbytes // 2 if nbytes > 2 * SAMPLE_BYTES else 0
-        yield Range(path, start + middle, min(SAMPLE_BYTES, nbytes)), written + middle
+        pairs = zip(item.entries, starts, strict=False)
+        places = [(made, at, entry.nbytes) for entry, at in pairs if isinstance(made := entry.producer, Copied | Cast)]
+    for producer, written, size in places:
+        path, start, nbytes = producer.source
+        # A multiple of 8: no element is cut.
+        middle = nbytes // 16 * 8 if nbytes > 2 * SAMPLE_BYTES else 0
+        part = Range(path, start + middle, min(SAMPLE_BYTES, nbytes))
+        yield replace(producer, source=part), written + middle * size // max(1, nbytes)
 
 
-def _same(sample: Range, path: Path, start: int) -> bool:
+def _same(sample: Producer, path: Path, start: int) -> bool:
     """Whether ``path`` holds the bytes of ``sample`` from ``start`` on."""
+    [wanted] = sample.ranges
     try:
-        with sample.path.open("rb") as source, path.open("rb") as written:
+        with wanted.path.open("rb") as source, path.open("rb") as written:
             if os.path.sameopenfile(source.fileno(), written.fileno()):
                 return True
-            source.seek(sample.start)
+            source.seek(wanted.start)
             written.seek(start)
-            return source.read(sample.nbytes) == written.read(sample.nbytes)
+            made = b"".join(sample.make(iter([memoryview(source.read(wanted.nbytes))])))
+            return made == written.read(len(made))
     except OSError:
         return False
 

@@ -220,9 +220,10 @@ def test_another_source_needs_force(source: Path, out: Path, tmp_path: Path) -> 
     assert tree(out) == tree(tmp_path / "fresh")
 
 
-def test_the_same_again_is_a_no_op_and_one_tensor_trained_further_is_another_source(source: Path, out: Path) -> None:
-    """Name and size stay, and so do all other tensors."""
-    notes = Notes()
+def test_the_same_again_is_a_no_op_and_one_tensor_trained_further_is_another_source(out: Path, tmp_path: Path) -> None:
+    """Name and size stay, and so do all other tensors; whether the overlay has a tensor as it is or rounded."""
+    notes, dtypes = Notes(), ("BF16", "F32")
+    source = tiny_source.make_source(tmp_path / "source", dtypes=lambda name: dtypes[len(name) % 2])
     run(source, out, copy=True)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert not run(source, out, notes, copy=True).written
