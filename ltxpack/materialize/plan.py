@@ -16,7 +16,7 @@ from ltxpack.ltx23.configs import json_bytes, model_index, scheduler_config
 from ltxpack.ltx23.releases import CHECKPOINT, IMAGE_CRF, TEXT_ENCODER
 from ltxpack.manifest import DISTILLED_KIND, FULL_KIND, Component, FileRecord, Lora, Manifest, Source, SourceFile
 from ltxpack.materialize.access import InputFile
-from ltxpack.materialize.checkpoint import STORED_DTYPE, Checkpoint, Upsampler
+from ltxpack.materialize.checkpoint import FLOATS, STORED_DTYPE, Checkpoint, Upsampler
 from ltxpack.materialize.inputs import Inputs
 from ltxpack.materialize.text_encoder import STEM, TOKENIZER_FOLDER, TextEncoder
 from ltxpack.repack.items import (
@@ -173,9 +173,13 @@ def _stored(
 ) -> tuple[tuple[Item, ...], tuple[str, ...]]:
     """Shards of ``tensors``, and the names of cast tensors.
 
-    All tensors are stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3).
+    All floats are stored in BF16: F32 tables would promote the whole residual stream in diffusers (spec 01, §3). Parts
+    of a text encoder that no prompt passes may hold other numbers, which stay as they are.
     """
-    entries = [stored_tensor(target, info, path, STORED_DTYPE) for target, (info, path) in tensors.items()]
+    entries = [
+        stored_tensor(target, info, path, STORED_DTYPE if info.dtype in FLOATS else None)
+        for target, (info, path) in tensors.items()
+    ]
     cast = tuple(sorted(entry.tensors[0].name for entry in entries if isinstance(entry.producer, Cast)))
     return assign_shards(entries, max_shard_size, name, stem), cast
 
