@@ -399,7 +399,8 @@ def _check_method(module: _Module, method: Method, weight: tuple[int, ...] | Non
         return
     if weight is None or len(weight) != 2:
         raise _Misfit("shape mismatch", f"{name} is no linear, or its fused parts differ in shape")
-    if len(module.names) > 1 and FORMULAS[method.name].rows is None:
+    # With a core LoHa's first factors have the outputs as columns.
+    if len(module.names) > 1 and (FORMULAS[method.name].rows is None or "hada_t1" in found):
         raise _Misfit("shape mismatch", f"{name} is a fused projection, and {method.name} cannot be cut in parts")
     for role, info in found.items():
         if role in method.needed and len(info.shape) < 2:

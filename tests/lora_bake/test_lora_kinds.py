@@ -402,6 +402,9 @@ def test_tucker_cores_stand_between_the_factors(tmp_path: Path) -> None:
     assert agrees(
         found[f"{ATTENTION}.to_k.weight"], BASE[f"{ATTENTION}.to_k.weight"] + torch.kron(lokr["lokr_w1"], inner)
     )
+    fused = {name: torch.cat([tensor] * 3, 1) if name.endswith("_a") else tensor for name, tensor in hada.items()}
+    keys = {f"diffusion_model.{official(ATTENTION)}.to_qkv.{name}": tensor for name, tensor in fused.items()}
+    unfit(save(tmp_path / "fused.safetensors", keys), "to_qkv is a fused projection, and loha cannot be cut in parts")
 
 
 def test_rotations_stored_as_such_are_told_from_what_makes_them(tmp_path: Path) -> None:
