@@ -190,20 +190,20 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, name: str, a
         refuse_model(file)
         raise AdapterError("holds no LoRA", file=file.path, items=sorted(file.tensors)[:5])
     faults: Faults = defaultdict(list)
-    found, rests = _find(keys, names_of(shapes), faults)
-    unmatched = list(dict.fromkeys(key.module for key, names in found if not names and file.tensors[key.key].nbytes))
+    found, rests, removed = _find(keys, names_of(shapes), faults)
+    unmatched = dict.fromkeys(key.module for key, names in found if not names and file.tensors[key.key].nbytes)
     modules = _by_module(found, file, faults)
     if not modules:
-        raise _other_model(file.path, unmatched, shapes, rests)
+        raise _other_model(file.path, list(unmatched), shapes, rests)
     for module in () if allow_unmatched else unmatched:
         kind = "target outside the transformer" if belongs_elsewhere(module) else "unmatched target"
-        rest = next((rest for rest in rests if module.startswith(rest)), None)
+        rest = next((rest for rest in rests[:MAX_RESTS] if module.startswith(rest)), None)
         faults[kind].append(f"{module} has `{rest}` before our name" if rest else module)
     for unknown in (tensor for tensor, key in parsed.items() if key is None):
         method = unread_method(unknown)
         faults["unknown key"].append(f"{unknown} is of {method}, which is not read" if method else unknown)
     targets = _targets(modules, shapes, facts, faults)
-    judged = facts.judge((key for key in keys if key.module not in set(unmatched)), file.tensors)
+    judged = facts.judge((key for key in keys if key.module not in unmatched), file.tensors)
     for kind, items in judged.faults.items():
         faults[kind] += items
     if not targets and set(faults) == {"shape mismatch"}:
@@ -221,7 +221,7 @@ def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, name: str, a
         foreign=facts.foreign,
         dora_by=facts.dora_by,
         notes=tuple(judged.notes),
-        warnings=(*judged.warnings, *_told(unmatched, rests, targets, facts)),
+        warnings=(*judged.warnings, *_told(list(unmatched), rests if removed else (), targets, facts)),
     )
 
 
@@ -241,8 +241,8 @@ def refuse_model(file: TensorFile) -> None:
 # Which modules the keys mean
 
 
-def _find(keys: Sequence[LoraKey], names: ModuleNames, faults: Faults) -> tuple[Found, list[str]]:
-    """The modules of all keys, and the unknown prefixes before our names. One prefix before all keys is removed."""
+def _find(keys: Sequence[LoraKey], names: ModuleNames, faults: Faults) -> tuple[Found, list[str], bool]:
+    """The modules of all keys, the unknown prefixes before our names, and whether one before all keys is removed."""
     found: Found = []
     for key in keys:
         try:
@@ -255,9 +255,10 @@ def _find(keys: Sequence[LoraKey], names: ModuleNames, faults: Faults) -> tuple[
         # Outside the blocks other models have modules with our names, so one strange name is enough to doubt all.
         every = dict.fromkeys(names.rest_before(key, in_block=False) for key in unknown)
         rests = [rest for rest in every if rest and len(every) == 1]
-    if len(rests) == 1 and len(unknown) == len(found):
+    removed = len(rests) == 1 and len(unknown) == len(found)
+    if removed:
         found = [(key, names.find(key.without(rests[0]))) for key in unknown]
-    return found, rests
+    return found, rests, removed
 
 
 @dataclass

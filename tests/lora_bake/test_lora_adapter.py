@@ -178,8 +178,11 @@ def test_what_stands_before_the_names_must_be_the_same(tmp_path: Path) -> None:
     error = unfit(save(tmp_path / "x.safetensors", both), "its names have `")
     assert "another model" not in error.problem and "`pipe.dit.`" in error.problem
     some = spelled(lambda m: ("refiner." if m in QUERIES else "transformer.") + m)
-    error = unfit(save(tmp_path / "y.safetensors", some), f"{len(QUERIES)} unmatched targets")
+    path = save(tmp_path / "y.safetensors", some)
+    error = unfit(path, f"{len(QUERIES)} unmatched targets")
     assert "has `refiner.` before our name" in str(error.items)
+    [told] = opened(path, allow_unmatched=True).warnings
+    assert "left out: refiner." in told
 
 
 def test_a_prefix_is_told_and_names_of_connectors_are_not_ours(tmp_path: Path) -> None:
@@ -360,10 +363,11 @@ def test_links_out_of_a_peft_folder_are_followed(gone: str, tmp_path: Path) -> N
 
 
 def test_thousands_of_foreign_targets_are_judged_in_time(tmp_path: Path) -> None:
-    names = [f"diffusion_model.blocks.{i}.attn.lora_{letter}.weight" for i in range(3_000) for letter in "AB"]
-    path = save(tmp_path / "x.safetensors", dict.fromkeys(names, torch.ones(1, 1)))
+    names = [name for i in range(6_000) for name in (f"blocks.{i}.attn", f"x{i}.{ATTENTION}.to_q")]
+    foreign = dotted(dict.fromkeys(names, (torch.ones(1, 1), torch.ones(1, 1))), "diffusion_model.{}".format)
     started = time.process_time()
-    unfit(path, "another model")
+    unfit(save(tmp_path / "x.safetensors", foreign), "another model")
+    unfit(save(tmp_path / "y.safetensors", foreign | official_keys(FACTORS)), "12000 unmatched targets")
     assert time.process_time() - started < 6
 
 
