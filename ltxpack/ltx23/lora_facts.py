@@ -141,8 +141,11 @@ class LoraFacts:
         """Compare the statements with the factors of ``keys``. Raises AdapterError for a lost DoRA."""
         keys, judged = list(keys), Judged()
         ranks = ranks_of(keys, tensors)
-        for own in dict.fromkeys(map(self.scaling, ranks)):
-            self._judge_scaling(own, {key: rank for key, rank in ranks.items() if self.scaling(key) is own}, judged)
+        groups: dict[Scaling, dict[LoraKey, int]] = {}
+        for key, rank in ranks.items():
+            groups.setdefault(self.scaling(key), {})[key] = rank
+        for own, group in groups.items():
+            self._judge_scaling(own, group, judged)
         for key in (key for key in keys if key.role == "alpha" and not self.unread):
             if self.alphas[key.module] is None:
                 info = tensors[key.key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -327,9 +328,14 @@ def test_a_module_is_found_by_any_ending_of_its_name(modules: list[str], wanted:
     assert beside.holds(wanted) == any(f".{module}".endswith(f".{wanted}") for module in modules)
 
 
-def test_a_file_that_states_without_end_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_states_without_end_is_refused_and_the_most_is_judged_in_time(tmp_path: Path) -> None:
     stated = {f"p{number}": {"r": RANK} for number in range(MAX_STATEMENTS + 1)}
     unfit(made(tmp_path, {"lora_adapter_metadata": json.dumps(stated)}), "states too much of itself")
+    del stated["p0"]
+    crowd = {f"p{1 + i % MAX_STATEMENTS}.m{i}.q": (torch.ones(1, 1), torch.ones(1, 1)) for i in range(3_000)}
+    path = save(tmp_path / "y.safetensors", dotted(crowd, str), {"lora_adapter_metadata": json.dumps(stated)})
+    started = time.process_time()
+    assert f"says {RANK}" in inspect_path(path)["problem"] and time.process_time() - started < 6
 
 
 # Method -> tensors of one module with the weight [out, in].
