@@ -226,18 +226,25 @@ class Jobs:
         row = self._db.execute(query, (QUEUED,)).fetchone()
         return None if row is None else self._job(row)
 
-    def give_back(self, job_id: str, *, crashed: bool) -> None:
-        """A job goes back to its place in the queue; one of which too many workers have ``crashed`` has failed."""
+    def give_back(self, job_id: str) -> str | None:
+        """The worker of a job has died: the job goes back to its place in the queue, or has failed if too many died.
+
+        Returns its status; None if it was deleted.
+        """
         remove_temporaries(self.video(job_id))
         with self._lock:
-            self._crashes[job_id] += crashed
+            if self.get(job_id) is None:
+                self.discard(job_id)
+                return None
+            self._crashes[job_id] += 1
             self._progress.pop(job_id, None)
             if self._crashes[job_id] >= MOST_CRASHES:
                 self.fail(job_id, "server_error", f"{MOST_CRASHES} workers have died while they made this video")
-                return
+                return FAILED
             again = "UPDATE jobs SET status = ?, started_at = NULL WHERE id = ? AND status = ?"
             self._db.execute(again, (QUEUED, job_id, IN_PROGRESS))
             self._lock.notify()
+            return QUEUED
 
     def set_progress(self, job_id: str, percent: int) -> None:
         """Note how far a job is; it is not kept when the server ends, as the work is not."""
@@ -245,10 +252,11 @@ class Jobs:
             self._progress[job_id] = percent
 
     def warn(self, job_id: str, text: str) -> None:
-        """Something that is probably not what the client wants."""
-        add = "UPDATE jobs SET warnings = json_insert(warnings, '$[#]', ?) WHERE id = ?"
+        """Something that is probably not what the client wants; once, though several workers may find it."""
+        known = "SELECT 1 FROM json_each(jobs.warnings) WHERE value = ?"
+        add = f"UPDATE jobs SET warnings = json_insert(warnings, '$[#]', ?) WHERE id = ? AND NOT EXISTS ({known})"
         with self._lock:
-            self._db.execute(add, (text, job_id))
+            self._db.execute(add, (text, job_id, text))
 
     def complete(self, job_id: str) -> bool:
         """The video of a job is whole. False if the job was deleted: then the video is removed."""

@@ -15,7 +15,7 @@ from typing import Any
 from ltxpack.errors import LtxpackError
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.parallel.contract import Opening, WorkerFault
-from ltxpack.serve.jobs import Job, Jobs
+from ltxpack.serve.jobs import QUEUED, Job, Jobs
 from ltxpack.serve.links import Died, Message, WorkerLink, Workplace
 from ltxpack.serve.metrics import Metrics
 
@@ -157,9 +157,11 @@ class DeviceWorker:
         self.state, self.job_id = IDLE, ""
 
     def _give_back(self) -> None:
-        """The job that a worker died of is for another one."""
+        """The job that a worker died of is for another one, unless that was its end."""
         if self.job_id:
-            self._jobs.give_back(self.job_id, crashed=True)
+            status = self._jobs.give_back(self.job_id)
+            if status != QUEUED:
+                self._ended(self.job_id, status or "cancelled")
             self.job_id = ""
 
     def _follow(self, link: WorkerLink, job: Job) -> None:
@@ -173,12 +175,14 @@ class DeviceWorker:
                 self._jobs.warn(job.id, message["warning"])
                 self._note(f"{job.id}: warning: {message['warning']}")
             elif "done" in message:
-                kept = self._jobs.complete(job.id)
-                self._ended(job, "completed" if kept else "cancelled", sum(message["done"].values()))
+                status = "completed" if self._jobs.complete(job.id) else "cancelled"
+                seconds = sum(message["done"].values())
+                self._metrics.took(job.task.model, seconds)
+                self._ended(job.id, status, f" in {seconds:.1f} s")
                 return
             elif "failed" in message:
                 self._jobs.fail(job.id, message["code"], message["failed"])
-                self._ended(job, "failed")
+                self._ended(job.id, "failed")
                 self._note(f"{job.id}: {message['log']}")
                 if "ends" in message:
                     self.job_id = ""
@@ -186,14 +190,12 @@ class DeviceWorker:
                 return
             elif "cancelled" in message:
                 self._jobs.discard(job.id)
-                self._ended(job, "cancelled")
+                self._ended(job.id, "cancelled")
                 return
 
-    def _ended(self, job: Job, status: str, seconds: float | None = None) -> None:
+    def _ended(self, job_id: str, status: str, more: str = "") -> None:
         self._metrics.count("jobs_ended", status=status)
-        if seconds is not None:
-            self._metrics.took(job.task.model, seconds)
-        self._note(f"{job.id}: {status}" + ("" if seconds is None else f" in {seconds:.1f} s"))
+        self._note(f"{job_id}: {status}{more}")
 
     def _messages(self, link: WorkerLink) -> Iterator[Message]:
         """What the worker says; notes are passed on. Raises Died at its end."""

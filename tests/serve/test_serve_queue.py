@@ -118,7 +118,8 @@ def test_what_fails_is_told_and_what_kills_workers_is_given_up(server: Server, t
         assert "3 workers have died" in server.ended(crashing)["error"]["message"]
         assert server.ended(server.post("after it")["id"])["status"] == "completed"
         assert len(logged(tmp_path / "videos", "begin")) == 5
-        assert 'worker_deaths_total{device="cpu"} 3' in server.metrics()
+        counted = server.metrics()
+        assert 'worker_deaths_total{device="cpu"} 3' in counted and 'jobs_ended_total{status="failed"} 2' in counted
         health = server.client.get(server.address.replace("/v1", "/health"))
         assert health.status_code == 200 and health.json()["workers"][0]["state"] in ("idle", "busy")
 
@@ -174,10 +175,16 @@ def test_the_queue_is_bounded_and_a_foreign_database_is_told(tmp_path: Path) -> 
     left = tmp_path / f".{ids[0]}.mp4.{'0' * 16}.tmp"
     left.touch()
     jobs.warn(ids[0], "a long prompt")
-    jobs.give_back(ids[0], crashed=False)
+    assert jobs.give_back(ids[0]) == "queued"
     again = jobs.claim(0)
     assert not left.exists(), "what a killed worker left"
-    assert again is not None and (again.id, again.warnings) == (ids[0], ["a long prompt"])
+    jobs.warn(ids[0], "a long prompt")  # the next worker finds it too
+    assert again is not None and (again.id, jobs.listed(None, 1, False)[0].warnings) == (ids[0], ["a long prompt"])
+    picture = jobs.pictures / f"{ids[0]}-0"
+    picture.touch()
+    jobs.delete(ids[0])
+    assert jobs.give_back(ids[0]) is None and not picture.exists(), "its worker died after it was deleted"
+    jobs.add(ids[0], TASK)
     with pytest.raises(UsageError, match="another server has this folder"):
         Jobs(tmp_path, 2)
     jobs.close()
