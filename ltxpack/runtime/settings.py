@@ -108,10 +108,11 @@ class Settings:
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """The settings ``given``, and the defaults of their recipe for the others.
 
-        Raises UsageError for an unknown recipe or a setting that the recipe does not use, TypeError for a name that is
-        no setting.
+        A float may be given as a whole number, a tuple as a list. Raises UsageError for an unknown recipe or a setting
+        that the recipe does not use, TypeError for a name that is no setting.
         """
         known = {one.name: flag_of(one) for one in dataclasses.fields(cls)}
+        kinds = {one.name: type_of(one) for one in dataclasses.fields(cls)}
         unknown = sorted(given.keys() - known.keys())
         if unknown:
             raise TypeError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -119,7 +120,8 @@ class Settings:
         for name, flag in known.items():
             if name in given and name in recipe.unused:
                 raise UsageError(f"{flag} has no use in the recipe {recipe.name}", next=f"leave {flag} out")
-        return cls(**{**recipe.defaults, **given})
+        plain = {name: kind(given[name]) for name, kind in kinds.items() if kind in (float, tuple) and name in given}
+        return cls(**{**recipe.defaults, **given, **plain})
 
     @property
     def guidance(self) -> AV[Guidance]:

@@ -64,12 +64,8 @@ class VideoTask:
 
 def request_of(prompt: str, settings: Mapping[str, Any], images: Sequence[Image], pictures: Path) -> Request:
     """The request of a task, whose pictures are in the folder ``pictures``. Raises UsageError."""
-    # JSON has no tuples.
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
-    }
     specs = [ImageSpec(pictures / name, frame, strength) for name, frame, strength in images]
-    given["images"] = specs
+    given: dict[str, Any] = {**settings, "images": specs}
     return Request.of(prompt, **given)
 
 

@@ -99,3 +99,5 @@ def test_a_recipe_sets_the_defaults_and_refuses_what_it_has_no_use_for(monkeypat
         Settings.of({"recipe": "quick", "steps": 8})
     with pytest.raises(UsageError, match="unknown recipe"):
         Settings.of({"recipe": "slow"})
+    same = Settings.of({"fps": 24, "video_cfg": 3, "video_stg_blocks": [1]}), Settings.of({"video_stg_blocks": (1,)})
+    assert repr(same[0]) == repr(same[1]), "whole numbers and lists are no other settings, in a record neither"
