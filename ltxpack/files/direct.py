@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ltxpack.errors import SourceError
-from ltxpack.files.tensorfile import open_source, truncated
+from ltxpack.files.tensorfile import Stamp, open_source, stamp_of, truncated
 
 # AUTO reads through the page cache what is in it, and past it the rest.
 CACHED, DIRECT, AUTO = "cached", "direct", "auto"
@@ -118,6 +118,10 @@ class DirectReader:
                 self.why = f"O_DIRECT: {error.strerror}"
         self.past_cache = self._direct >= 0
         self._cache = PageCache(self._plain) if self.past_cache and reads == AUTO else None
+
+    @property
+    def stamp(self) -> Stamp:
+        return stamp_of(self._plain)
 
     def close(self) -> None:
         """No thread may be reading."""

@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
@@ -46,6 +46,9 @@ FLOATS = ("BF16", "F16", "F32")
 
 FETCH_AGAIN = "fetch or copy the file again"
 
+# Inode, size and time of the last change.
+Stamp = tuple[int, int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -60,22 +63,32 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file by its header; ``tensors`` in order of their offsets."""
+    """A safetensors file by its header; ``tensors`` in order of their offsets.
+
+    ``stamp``: that of the file when its header was read; None for a header from elsewhere.
+    """
 
     path: Path
     size: int
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    stamp: Stamp | None = None
+
+
+def stamp_of(fd: int) -> Stamp:
+    """Of the open file ``fd``: it changes when its content does."""
+    status = os.fstat(fd)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
     """The header of ``path``, checked against the file's size. Raises SourceError or FormatError."""
     path = Path(path)
     with open_source(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = stamp_of(file.fileno())
         first = file.read(HEAD_BYTES)
-        head = first + file.read(max(0, 8 + header_length(first, size, path) - len(first)))
-    return parse_header(head, size, path)
+        head = first + file.read(max(0, 8 + header_length(first, stamp[1], path) - len(first)))
+    return replace(parse_header(head, stamp[1], path), stamp=stamp)
 
 
 def header_length(first: bytes, file_size: int, path: str | os.PathLike[str]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ltxpack.errors import AdapterError, listed
-from ltxpack.files.tensorfile import TensorFile, TensorInfo, read_tensorfile, tensor_reader
+from ltxpack.files.tensorfile import Stamp, TensorFile, TensorInfo, read_tensorfile, tensor_reader
 from ltxpack.lora_bake.methods import FORMULAS
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.lora_facts import PEFT_CAYLEY, CayleyForm, Faults, LoraFacts, listed_faults, read_facts
@@ -98,7 +98,7 @@ class Adapter:
     """An adapter that fits the transformer. ``skipped`` are modules that the caller allowed to leave out.
 
     ``foreign``: another model for which the file says it was made. ``dora_by``: the statement of what its magnitudes
-    mean. ``notes``, ``warnings``: sentences for the user.
+    mean. ``notes``, ``warnings``: sentences for the user. ``stamp``: that of the file, see :class:`.TensorFile`.
     """
 
     name: str
@@ -112,6 +112,7 @@ class Adapter:
     dora_by: str | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    stamp: Stamp | None = None
 
     @property
     def factor(self) -> float | None:
@@ -179,7 +180,8 @@ def open_adapter(files: AdapterFiles, shapes: Shapes, allow_unmatched: bool = Fa
     file = read_tensorfile(files.weights)
     with tensor_reader(files.weights) as read:
         facts = read_facts(file, read_configuration(files.config), read)
-    return replace(fit_adapter(file, shapes, facts, files.name, allow_unmatched), config=files.config)
+    adapter = fit_adapter(file, shapes, facts, files.name, allow_unmatched)
+    return replace(adapter, config=files.config, stamp=file.stamp)
 
 
 def fit_adapter(file: TensorFile, shapes: Shapes, facts: LoraFacts, name: str, allow_unmatched: bool) -> Adapter:

@@ -90,6 +90,12 @@ class FactorReader:
         self._file = DirectReader(adapter.path)
         self.close = self._file.close
 
+    def refuse_changed(self) -> None:
+        """Raises AdapterError if the file has changed since its header was read: its hash was taken after that."""
+        if self._file.stamp != self.adapter.stamp:
+            advice = "copy it to a place where nothing writes it, then run the same command with the copy"
+            raise AdapterError("has changed while it was baked", file=self.adapter.path, next=advice)
+
     def term(self, weight: str, work: Workspace | None = None, device: str = "cpu") -> Term | None:
         """The adapter's term for ``weight``, with the stored tensors; None if it has none. Raises FormatError.
 
@@ -161,7 +167,8 @@ class Engine:
     def fuse_shard(self, shard: BaseShard, outputs: Sequence[ShardOutput]) -> list[FileRecord]:
         """Write every output's version of ``shard``; returns their records and fills in their stats.
 
-        Raises OverlayError if the base differs from the manifest, AdapterError listing the weights that overflow.
+        Raises OverlayError if the base differs from the manifest, AdapterError for a LoRA that has changed, or listing
+        the weights that overflow.
         """
         steps = list(self._steps(shard, frozenset().union(*(output.touched for output in outputs))))
         hasher = blake3()
@@ -181,6 +188,8 @@ class Engine:
                 fusing.settle(left=fusing.newest)
             hashed.result()
             fusing.settle()
+            for factors in self.readers:
+                factors.refuse_changed()
             _refuse_overflow(fusing.overflow, shard, self.readers)
             path = shard.file.path
             if hasher.hexdigest() != shard.record.blake3:

@@ -482,6 +482,19 @@ def test_a_changed_or_missing_input_is_refused(overlay: Path, file: str) -> None
     )
 
 
+def test_a_lora_that_changes_while_it_is_baked_is_refused(overlay: Path, style: Path) -> None:
+    class Trainer(SilentReporter):
+        def begin(self, label: str, total: int, unit: str) -> None:
+            if label.startswith("bake "):
+                change_byte(style)
+
+    before, stacked = tree(overlay), options(overlay, 0.5, added=((str(style), 1.0),))
+    with pytest.raises(AdapterError, match="has changed while it was baked"):
+        bake(stacked, Trainer())
+    assert tree(overlay) == before
+    bake(stacked, SilentReporter())
+
+
 def test_overflow_is_refused_with_the_list_and_leaves_nothing(tmp_path: Path) -> None:
     weights = {name: tensor.half() for name, tensor in BASE.items()}
     overlay = make_overlay(tmp_path / "out", weights, shards=2, distilled=official_keys(FACTORS))
