@@ -95,6 +95,7 @@ def materialize(options: Options, reporter: Reporter, hub: Hub | None = None) ->
         zeros = ZeroStretches()
         with Staging(lock, mark, reporter, force=options.force) as staging:
             records = execute(items, staging, copy=options.copy, reporter=reporter, watch=zeros.watch)
+            access.refuse_changed()
             _tell_zeros(zeros, reporter)
             manifest = plan.manifest({record.path: record for record in records})
             staging.publish(manifest)

@@ -118,6 +118,13 @@ class Access:
                 self._headers[file.path] = tensorfile.parse_header(head, file.size, file.label)
         return self._headers[file.path]
 
+    def refuse_changed(self) -> None:
+        """Raises SourceError for a local file that has changed since its header was read."""
+        for path, header in self._headers.items():
+            if header.stamp is not None and header.stamp != tensorfile.read_tensorfile(path).stamp:
+                advice = "wait until nothing writes it, then run the same command again"
+                raise SourceError("has changed while it was read", file=path, next=advice)
+
     def json(self, file: InputFile) -> Any:
         """A JSON file written by another library, with numbers of any size. Raises SourceError or FormatError."""
         return tensorfile.read_json(self._small(file, MAX_CONFIG_BYTES), MAX_CONFIG_BYTES, any_number=True)

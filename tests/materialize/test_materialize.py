@@ -16,7 +16,7 @@ from materialize.modules import module_class
 from safetensors.torch import load_file
 from support import Notes, in_fresh_process, tree
 
-from ltxpack.errors import LtxpackError, OverlayError
+from ltxpack.errors import LtxpackError, OverlayError, SourceError
 from ltxpack.files.tensorfile import build_header, read_tensorfile
 from ltxpack.ltx23.classes import COMPONENTS
 from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
@@ -242,6 +242,23 @@ def test_the_same_again_is_a_no_op_and_one_tensor_trained_further_is_another_sou
             run(source, out, copy=True)
         path.write_bytes(before)
     assert not run(source, out, copy=True).written
+
+
+@pytest.mark.parametrize("name", [tiny_source.CHECKPOINT, f"{tiny_source.GEMMA}/model-00001-of-00002.safetensors"])
+def test_a_source_that_changes_while_it_is_read_is_refused(name: str, source: Path, out: Path) -> None:
+    class Download(Notes):
+        def begin(self, label: str, total: int, unit: str) -> None:
+            super().begin(label, total, unit)
+            if label == "writing":
+                with (source / name).open("r+b") as file:
+                    file.seek(-2, os.SEEK_END)
+                    file.write(b"xx")
+
+    with pytest.raises(SourceError, match="has changed while it was read"):
+        run(source, out, Download())
+    assert not out.exists()
+    run(source, out)
+    assert verify(out, SilentReporter()) == []
 
 
 def test_the_checkpoints_metadata_is_kept_to_the_letter(source: Path, out: Path) -> None:
