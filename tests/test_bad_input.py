@@ -11,7 +11,8 @@ from support import ltxpack, refused
 
 pytestmark = pytest.mark.usefixtures("short_prompts")
 
-RUN = ("--prompt", "x", "--device", "cpu", "--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2")
+SIZE = ("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2")
+RUN = ("--prompt", "x", "--device", "cpu", "--dtype", "float32", *SIZE)
 
 
 def test_a_missing_lora_and_an_addition_without_strength(demo: Path) -> None:
