@@ -164,7 +164,9 @@ def test_what_is_picked_and_how_it_computes_is_told(coded: Path, tmp_path: Path)
     """On the command line; without calibration stored scales are told to be 1."""
     size = ("--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2", "--device", "cpu")
     given = ("--prompt", "a boat", *size, "-o", tmp_path / "v.mp4", "--save-tensors", tmp_path / "t.safetensors")
-    done = ltxpack("run", coded, *given, "--dtype", "float32", "--format", "fp8", "--fp8", "static", "--keep-steps", "last")
+    done = ltxpack(
+        "run", coded, *given, "--dtype", "float32", "--format", "fp8", "--fp8", "static", "--keep-steps", "last"
+    )
     assert done.returncode == 0, done.stderr
     assert "stage 1: distilled-0.25-fp8, stage 2: distilled-0.5-fp8" in done.stdout
     assert done.stderr.count("fp8: inputs in codes, with the scales of the bake") == 1
