@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -98,13 +99,23 @@ def test_what_to_type_next_takes_the_bakes_that_run_would_not_take(overlay: Path
     (plain / "ltxpack.json").write_bytes(manifest.with_baked({}).dump())
     told = [
         ltxpack("bake-lora", plain, *flags.split()).stdout.splitlines()[-1].partition(" --prompt ")[0]
-        for flags in ("--strength 0.25", "--strength 0.75", "--strength 2", f"--strength 1 --lora {lora} --name mine")
-    ]
+        for flags in (
+            "--strength 0.25", "--strength 0.75", "--strength 2", f"--strength 1 --lora {lora} --name mine",
+            "--strength 0.25 --strength 0.5", f"--strength 0.25 --strength 0.5 --add {lora}=1",
+            "--strength 0 --format int8 --keep-blocks none",
+        )
+    ]  # fmt: skip
     assert told == [
         f"next: ltxpack bake-lora {plain} --strength 0.25 --strength 0.5",
         f"next: ltxpack run {plain}",
         *(f"next: ltxpack run {plain} --stage2 {name}" for name in ("distilled-2", "mine")),
+        f"next: ltxpack run {plain}",
+        f"next: ltxpack run {plain} --stage1 distilled-0.25+{lora.stem}-1 --stage2 distilled-0.5+{lora.stem}-1",
+        f"next: ltxpack run {plain}",
     ]
+    (plain / "ltxpack.json").write_bytes(replace(read_manifest(plain), transformer_kind="distilled").dump())
+    own = ltxpack("bake-lora", plain, "--strength", "1", "--lora", lora, "--name", "own", "--force")
+    assert f"next: ltxpack run {plain} --recipe distilled --stage1 own --stage2 own --prompt " in own.stdout
 
 
 def test_a_bake_says_how_large_it_is_what_it_changed_and_what_to_type_next(overlay: Path) -> None:
@@ -112,7 +123,7 @@ def test_a_bake_says_how_large_it_is_what_it_changed_and_what_to_type_next(overl
     assert told[0] == "bakes/distilled-0.75: baked" and told[1].startswith("  distilled at 0.75: 96 of 96 linears")
     assert told[2].startswith("  ") and " kB; what changed: " in told[2]
     assert Path(told[2].rpartition(": ")[2]).is_file()
-    assert told[3].startswith(f"next: ltxpack run {overlay} --prompt ") and len(told) == 4
+    assert told[3].startswith(f"next: ltxpack run {overlay} --stage2 distilled-0.75 --prompt ") and len(told) == 4
     assert len(ltxpack("bake-lora", overlay, "--strength", "0.875", "-v").stdout.splitlines()) > 4
 
 

@@ -67,23 +67,31 @@ def bake_lora(overlay: Path | None, plan_only: bool, as_json: bool, verbose: boo
 
 
 def _next_command(reports: Sequence[BakeReport], overlay: Path) -> str:
-    """``run`` with the bakes that it takes by itself, else with the last one made, else what ``run`` would advise."""
+    """``run`` with the bakes that it takes by itself if any of these is among them, else with these by name; if it
+    can use none, what ``run`` would advise. A bake whose LoRAs are all at 0 is the base.
+    """
     from ltxpack.runtime.overlay import Overlay, choose, official_transformers
-    from ltxpack.runtime.sampling.recipes import HQ
+    from ltxpack.runtime.sampling.recipes import DISTILLED, HQ
     from ltxpack.runtime.settings import AUTO
 
-    made = [report.name for report in reports if report.path.startswith(f"{BAKES}/")]
-    asked: dict[str, tuple[str, ...]] = {"": ()}
-    if made and not made[-1].startswith(official_transformers(HQ)[0]):
-        asked[f" --stage2 {made[-1]}"] = (AUTO, made[-1])
+    opened = Overlay(overlay, read_manifest(overlay))
+    recipe = DISTILLED if opened.manifest.distilled else HQ
+    names = [report.name for report in reports if report.path.startswith(f"{BAKES}/")]
+    made = [name for name in names if not all(lora.idle for lora in opened.manifest.bakes[name].loras)]
+    of_first = [name for name in made if name.startswith(official_transformers(HQ)[0])]
+    later = [name for name in made if name not in of_first]
+    by_name = ((of_first or [AUTO])[-1], (later or [AUTO])[-1]) if recipe is HQ else ((made or [AUTO])[-1],) * 2
     advice = ""
-    for flags, stages in asked.items():
+    for asked in dict.fromkeys(((AUTO, AUTO), by_name)):
         try:
-            choose(Overlay(overlay, read_manifest(overlay)), HQ, stages)
+            taken = choose(opened, recipe, asked).stages
         except OverlayError as error:
             advice = error.next
         else:
-            return f"ltxpack run {quoted(overlay)}{flags} --prompt 'A paper boat drifts down a rainy street.'"
+            if asked == by_name or not set(made).isdisjoint(taken):
+                flags = "" if recipe is HQ else f" --recipe {recipe.name}"
+                flags += "".join(f" --stage{i} {name}" for i, name in enumerate(asked, 1) if name != AUTO)
+                return f"ltxpack run {quoted(overlay)}{flags} --prompt 'A paper boat drifts down a rainy street.'"
     return advice
 
 
