@@ -34,7 +34,7 @@ _ONE_STRENGTH = ("one file holds one strength", "one --strength")
 _PLAIN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 _LOOSE = re.compile(r"(?P<number>[+-]?(?:\d+[.,]?\d*|[.,]\d+))\s*(?P<percent>%?)")
 # A strength behind a file. A name may hold these signs too: a path that exists as typed is a file alone.
-_BY_BLOCK = re.compile(r"(?P<file>.+)=(?P<strength>[^=/]*@[^=/]*)")
+_BY_BLOCK = re.compile(r"(?P<file>.+?)(?:=(?=[^=]*\Z)|:(?=[+-]?[\d.]+@))(?P<strength>[^/]*@[^/]*)")
 _BEHIND = re.compile(r"(?P<file>.+?)(?:\s*[=:]\s*|(?<=\.safetensors)[\s,;]+)(?P<strength>[+-]?[\d.,]+\s*%?)")
 
 
