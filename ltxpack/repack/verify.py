@@ -72,6 +72,7 @@ def verify(overlay: Path, reporter: Reporter) -> list[Fault]:
         if foreign := sorted(filter(is_foreign, strays)):
             reporter.note(f"not the overlay's, and no damage: {listed(foreign)}")
         bad = {fault.path for fault in faults}
+        bad |= {record.path for record in records.values() if _goal(record) in bad}
         # Folders whose shards together make one model: those of components and bakes, not ``loras``.
         models = [*(part.files for part in manifest.components.values()), *(b.files for b in manifest.baked.values())]
         for folder in sorted({posixpath.dirname(record.path) for files in models for record in files}):
@@ -100,7 +101,7 @@ def _file_faults(
         return
     is_link = stat.S_ISLNK(status.st_mode)
     if is_link and record.is_symlink:
-        yield from _link_faults(record, records, path)
+        yield from _link_faults(record, records, os.readlink(path))  # noqa: PTH115 (a Path would tidy it)
     elif not stat.S_ISREG(status.st_mode):
         yield Fault(record.path, "was replaced", record.link or "a file of its own", "a link" if is_link else "no file")
     elif status.st_size != record.size:
@@ -119,20 +120,22 @@ def _blame(record: FileRecord) -> str:
     return ": the source file it is hard-linked to was changed" if record.link == "hard" else ""
 
 
-def _link_faults(record: FileRecord, records: Mapping[str, FileRecord], path: Path) -> Iterator[Fault]:
-    assert record.link is not None
-    found = os.readlink(path)  # noqa: PTH115 (a Path would tidy it)
+def _goal(record: FileRecord) -> str:
+    """The path in the overlay to which the symlink ``record`` leads; the record's own path for a file."""
+    link = record.link if record.is_symlink and record.link else posixpath.basename(record.path)
+    return posixpath.normpath(posixpath.join(posixpath.dirname(record.path), link))
+
+
+def _link_faults(record: FileRecord, records: Mapping[str, FileRecord], found: str) -> Iterator[Fault]:
+    """A sound link to a damaged or missing file is no fault of its own."""
+    goal = _goal(record)
+    target = records.get(goal)
     if found != record.link:
         yield Fault(record.path, "links elsewhere", record.link, found)
-        return
-    goal = posixpath.normpath(posixpath.join(posixpath.dirname(record.path), record.link))
-    target = records.get(goal)
-    if target is None or target.is_symlink:
+    elif target is None or target.is_symlink:
         yield Fault(record.path, "links to a file the manifest does not name", found=goal)
     elif (target.size, target.blake3) != (record.size, record.blake3):
         yield Fault(record.path, "links to other content than it was made for", record.blake3, target.blake3)
-    elif not path.exists():
-        yield Fault(record.path, "links to a file that is missing", goal)
 
 
 def _strays(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[str]) -> Iterator[str]:

@@ -73,10 +73,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
     "cut short": (lambda out: os.truncate(out / SHARD, 50), {SHARD: "size differs"}),
     "grown": (lambda out: rewrite(out / INDEX, lambda data: data.extend(b" ")), {INDEX: "size differs"}),
     "missing": (lambda out: (out / INDEX).unlink(), {INDEX: "is missing"}),
-    "a shard gone": (
-        lambda out: (out / SECOND).unlink(),
-        {SECOND: "is missing", BAKED: "links to a file that is missing"},
-    ),
+    "a shard gone": (lambda out: (out / SECOND).unlink(), {SECOND: "is missing"}),
+    "a shard behind a link cut short": (lambda out: os.truncate(out / SECOND, 50), {SECOND: "size differs"}),
     "the source of a hard link changed": (change_source, {LORA: "the source file it is hard-linked to was changed"}),
     "replaced by a link": (lambda out: replace(out / SHARD, Path.symlink_to, "/etc/hostname"), {SHARD: "was replaced"}),
     "replaced by a folder": (lambda out: replace(out / SHARD, Path.mkdir), {SHARD: "was replaced"}),
