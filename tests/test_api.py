@@ -277,16 +277,23 @@ def test_prompts_encoded_ahead_are_in_the_plan(make: Pipeline) -> None:
     assert make.session.residency.plan.work.once
 
 
-def test_a_video_longer_than_the_model_was_trained_for_is_warned_of(
+def test_a_video_is_warned_of_and_refused_before_anything_is_loaded(
     make: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe_run, "sample", lambda *_: pytest.fail("is made"))
-    for frames, told in ((41, 0), (49, 1)):
+    warned: list[tuple[dict[str, Any], list[str]]] = [
+        ({"num_frames": 41, "fps": 2.0}, []),
+        ({"num_frames": 49, "fps": 2.0}, ["at most 44 (20 s)"]),
+        ({"video_stg": 1.0, "audio_stg_blocks": (1,)}, ["no block: give --video-stg-blocks", "give --audio-stg too"]),
+        ({"recipe": "one-stage", "video_stg": 0.0, "audio_stg_blocks": (1,)}, []),
+    ]
+    for changes, told in warned:
         notes = Notes()
         with pytest.raises(pytest.fail.Exception), make.session.reporting(notes):
-            recipe_run.generate(make.session, package.Request.of("a boat", **{**SMALL, "num_frames": frames}, fps=2.0))
-        assert len(notes.warnings) == told
-        assert all("at most 44 (20 s)" in warning for warning in notes.warnings)
+            recipe_run.generate(make.session, package.Request.of("a boat", **{**SMALL, **changes}))
+        assert [end in warning for end, warning in zip(told, notes.warnings, strict=True)] == [True] * len(told)
+    with pytest.raises(UsageError, match="no schedule for this size"):
+        recipe_run.generate(make.session, package.Request.of("a boat", height=2176, width=3840, num_frames=241))
 
 
 def test_a_closed_pipeline_makes_nothing(make: Pipeline) -> None:

@@ -204,6 +204,8 @@ def _prepare(session: Session, request: Request, once: bool = False) -> Work:
             f"{shape.frames} frames at {shape.fps:g} fps: the model was trained for at most {shape.longest}"
             f" ({LONGEST_SECONDS} s); the video may drift or repeat itself"
         )
+    for told in request.without_effect:
+        session.reporter.warn(told)
     work = work_of(session, request, session.prompts.ahead, once)
     session.prepare([work])
     return work
@@ -305,7 +307,12 @@ def decode_share(session: Session, latents: Tensor, decode: video.DecodeTiles) -
 
 
 def work_of(session: Session, request: Request, together: int = 1, once: bool = False) -> Work:
-    """The work of ``request``, for the planner; the prompts of ``together`` videos are encoded at once."""
+    """The work of ``request``, for the planner; the prompts of ``together`` videos are encoded at once.
+
+    Raises UsageError for a size without a schedule, and for blocks that the transformer does not have.
+    """
+    for stage in request.recipe.stages:
+        sigmas_of(stage.schedule, stage.shape(request.shape).tokens, request.settings.steps)
     if any(stage.guided for stage in request.recipe.stages):
         session.check_blocks(request.settings.guidance)
     work = request.work(session.transformers(request.recipe).stages, prompts=max(1, together), once=once)

@@ -124,6 +124,17 @@ class Request:
         return DEFAULT_NEGATIVE_PROMPT if given is None else given
 
     @property
+    def without_effect(self) -> Iterator[str]:
+        """The settings of STG that change nothing without another one, in words."""
+        guidance = self.settings.guidance
+        for name, one in (("video", guidance.video), ("audio", guidance.audio)):
+            usual = self.recipe.defaults.get(f"{name}_stg_blocks", ())
+            if one.stg and not one.stg_blocks:
+                yield f"--{name}-stg {one.stg:g} perturbs no block: give --{name}-stg-blocks too"
+            if not one.stg and one.stg_blocks.difference(usual):
+                yield f"--{name}-stg-blocks perturb nothing: give --{name}-stg too"
+
+    @property
     def _kept_words(self) -> list[str]:
         asked = self.settings.keep_steps
         return [] if asked in (None, NONE) else [word.strip() for word in str(asked).split(",")]
