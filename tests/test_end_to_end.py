@@ -81,7 +81,7 @@ def flags(run: Run, golden: Path, overlay: Path) -> list[str]:
             "video-stg-blocks": ",".join(map(str, video.stg_blocks)),
             "audio-stg-blocks": ",".join(map(str, audio.stg_blocks)),
             "modality": video.modality,
-            **{f"{name}-skip-step": p[f"{name}_guider"]["skip_step"] for name in ("video", "audio") if "recipe" in p},
+            **{f"{name}-skip-step": p[f"{name}_guider"]["skip_step"] for name in ("video", "audio")},
         }
     settings = {
         "prompt": p["prompt"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ltxpack.runtime.model.model import Pass, Stream
@@ -84,8 +85,10 @@ class Denoiser:
         ``sigma`` [1] is fp32 at the start of a step and fp64 on substeps; as it has a dimension, per-token times
         mask·sigma take its precision (a 0-dim fp64 sigma would not widen an fp32 mask).
         """
-        off = AV(False, False) if self.guidance is None else self.guidance.map(lambda g: g.skips(self._step))
-        self._step += 1
+        # A substep counts as step 0, which is never skipped (spec 05, section 3).
+        step = 0 if sigma.dtype == torch.float64 else self._step
+        self._step += sigma.dtype != torch.float64
+        off = AV(False, False) if self.guidance is None else self.guidance.map(lambda g: g.skips(step))
         if off.video and off.audio:
             return self._before
         wanted = self._passes(latents, sigma, state, rope, off)

@@ -27,7 +27,7 @@ class Guidance:
     """Strengths for one modality; ``cfg`` 1, ``modality`` 1, ``stg`` 0 and ``rescale`` 0 each turn their term off.
 
     ``stg_blocks`` are the blocks whose self-attention is replaced by its value projection in the perturbed pass.
-    ``skip``: the number of steps after each computed one that reuse its result (spec 08, section 6).
+    ``skip``: the number of steps after each computed one that reuse the result before (spec 08, section 6).
     """
 
     cfg: float
@@ -166,8 +166,6 @@ HQ = Recipe(
         Stage(TransformerRule((0.5,), besides=(0.25,)), REFINING, RES2S, upsampled=True),
     ),
     sound=0,
-    # A step has two evaluations, and no result for the next step to reuse.
-    unused=frozenset({"video_skip_step", "audio_skip_step"}),
 )
 
 # The schedule of the Euler recipes ignores the size.

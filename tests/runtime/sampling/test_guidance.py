@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -212,6 +212,21 @@ def test_guidance_combines_what_the_passes_gave() -> None:
     # Velocities 1 and 3 (video): x - t + 2·((x - t) - (x - 3t)) = x + 3t; audio keeps its positive pass.
     expected = state.map(lambda s, factor: s.latents + factor * (s.mask * 0.5), AV(3.0, -2.0))
     assert max(x0.map(relative_l2, expected).video, x0.map(relative_l2, expected).audio) <= 1e-6
+
+
+def test_substeps_are_never_skipped_and_the_next_skipped_step_reuses_their_result() -> None:
+    """res_2s in spec 05, section 3: a substep, whose sigma is fp64, counts as step 0."""
+    model, state = Recorder(), state_with([])
+    denoiser = Denoiser(model, POSITIVE, NEGATIVE, HQ.map(lambda g: replace(g, skip=1)))
+    halves = [(step, dtype) for step in range(3) for dtype in (torch.float32, torch.float64)] + [(3, torch.float32)]
+    before: AV[Tensor] | None = None
+    for number, (step, dtype) in enumerate(halves):
+        calls = len(model.calls)
+        latents = state.map(lambda s, number=number: s.latents + number)
+        x0 = denoiser(latents, torch.tensor([0.5], dtype=dtype), state, ROPE)
+        skipped = step % 2 == 1 and dtype == torch.float32
+        assert (len(model.calls) == calls) == skipped == (before is not None and torch.equal(x0.video, before.video))
+        before = x0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
