@@ -98,5 +98,5 @@ def _status() -> int:
 def _what_again(arguments: Sequence[str]) -> str:
     """What an interrupted command does when the user runs it again."""
     many = any(argument.partition("=")[0] == "--prompts" for argument in arguments)
-    resumes = many or arguments[:1] in (["materialize"], ["bake-lora"], ["serve"])
+    resumes = many or arguments[:1] in (["materialize"], ["bake-lora"], ["export"], ["demo"], ["serve"])
     return "goes on from where it stopped" if resumes else "starts again from the beginning"
