@@ -58,23 +58,25 @@ def sampling(
     images: int,
     codes: str = "",
     split: Split = WHOLE,
+    isolated: bool = False,
 ) -> int:
     """A forward of the DiT over all its ``passes``, with the tables and states that live through a stage.
 
     At the feed-forward of the last pass there are: the stream, its normed and modulated copies, and two inner tensors
-    of four widths; the inputs and outputs of each pass; the attended states, the context and its keys and values of
-    each prompt. Each image counts as one appended frame. With weights in ``codes``, a few rows are float32 before they
-    become codes, and a weight may be decoded (for a short video in place of an inner tensor); with int8, one inner
-    tensor is codes and one is int32 before it is scaled.
+    of four widths; the inputs and outputs of each pass; the attended states of each pass but an ``isolated`` one, which
+    shares those of the first; the context and its keys and values of each prompt. Each image counts as one appended
+    frame. With weights in ``codes``, a few rows are float32 before they become codes, and a weight may be decoded (for
+    a short video in place of an inner tensor); with int8, one inner tensor is codes and one is int32 before it is
+    scaled.
     A rank has the share of one group of ``split`` in the passes, and of one of its shards in the video's tokens,
     padded, with tables of its own beside the whole ones. Exchanges take less than the inner tensors. If shares are
     small, the largest moment is when the tables are made, in float32.
     """
     prompts, passes = min(passes, PROMPTS), -(-passes // split.groups)
-    own_prompts = min(passes, PROMPTS)
+    own_prompts, attended = min(passes, PROMPTS), passes - (isolated and split.groups == 1)
     tokens = shape.tokens + images * shape.tokens_per_frame
     own = split.own(tokens)
-    held = 1 + 2 * FEED_FORWARD + 2 * passes + own_prompts + (1 if images else 0)
+    held = 1 + 2 * FEED_FORWARD + 2 * passes + attended + (1 if images else 0)
     states = held * (own * widths.video + shape.audio_length * widths.audio)
     text = (2 * own_prompts + prompts) * TEXT_TOKENS * (widths.video + widths.audio)
     rope = (tokens + (own if split.shards > 1 else 0)) * (widths.video + widths.audio)

@@ -464,7 +464,8 @@ def _uses(model: ModelSizes, work: Work, tiling: Tiling) -> Iterator[Use]:
             same = (stage.part,) if before.part == stage.part else ()
             yield Use("upsample", activations.upsampling(widths, stage.shape, itemsize), (BETWEEN_STAGES, *same))
         codes = model.parts[stage.part].codes
-        taken = activations.sampling(widths, stage.shape, itemsize, stage.passes, work.images, codes, stage.split)
+        ways = stage.passes, work.images, codes, stage.split, stage.isolated
+        taken = activations.sampling(widths, stage.shape, itemsize, *ways)
         yield Use(stage_label(number), taken, (stage.part,))
         before = stage
     yield Use("sound", activations.sound_decoding(widths, work.shape, itemsize), ("audio_vae", VOCODER))

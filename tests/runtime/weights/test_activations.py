@@ -86,9 +86,11 @@ def transformer(dtype: torch.dtype, codes: str = "") -> DiT:
 
 
 @shapes
-@pytest.mark.parametrize(("stage", "images"), [(1, 0), (1, 2), (2, 0), (2, 2)])
-def test_a_stage(stage: int, images: int, shape: VideoShape, dtype: torch.dtype) -> None:
-    check_stage(stage, images, shape, dtype)
+@pytest.mark.parametrize(
+    ("stage", "images", "stg"), [(1, 0, False), (1, 2, False), (1, 0, True), (2, 0, False), (2, 2, False)]
+)
+def test_a_stage(stage: int, images: int, stg: bool, shape: VideoShape, dtype: torch.dtype) -> None:
+    check_stage(stage, images, shape, dtype, stg=stg)
 
 
 @pytest.mark.parametrize("codes", [E4M3, I8])
@@ -122,7 +124,14 @@ class Sent:
 
 
 def check_stage(
-    stage: int, images: int, shape: VideoShape, dtype: torch.dtype, codes: str = "", split: Split = WHOLE
+    stage: int,
+    images: int,
+    shape: VideoShape,
+    dtype: torch.dtype,
+    codes: str = "",
+    split: Split = WHOLE,
+    *,
+    stg: bool = False,
 ) -> None:
     shape = shape.divided(2) if stage == 1 else shape
     model = transformer(dtype, codes)
@@ -137,13 +146,16 @@ def check_stage(
         prompts = 2 if stage == 1 else 1
         streams = [streams_of(tokens, rope, images, dtype) for _ in range(prompts)]
         passes = [Pass(each) for each in streams]
+        if stg:
+            passes.append(Pass(streams[0], perturbed=AV(frozenset({0}), frozenset({0}))))
         if stage == 1:
             passes.append(Pass(streams[0], isolated=True))
         front.passes(passes)
         del noisy
 
-    passes = 3 if stage == 1 else 1
-    check(activations.sampling(WIDTHS, shape, dtype.itemsize, passes, images, codes, split), peak_of(forward))
+    passes = 3 + stg if stage == 1 else 1
+    planned = activations.sampling(WIDTHS, shape, dtype.itemsize, passes, images, codes, split, stage == 1)
+    check(planned, peak_of(forward))
 
 
 def streams_of(tokens: AV[int], rope: AV[object], images: int, dtype: torch.dtype) -> AV[Stream]:
