@@ -221,8 +221,8 @@ class _Wanted:
         named = [lora.named(digest, self.manifest, options) for lora, digest in zip(self.loras, digests, strict=True)]
         plans: dict[str, BakePlan] = {}
         for (place, base), strength in itertools.product(self.bases.items(), options.strengths):
-            # The base alone has no LoRA and the strength 0.
-            strengths = [*(value for _, value in options.added), strength] if named else []
+            # Added LoRAs and the base may be alone, without a main LoRA.
+            strengths = [*(value for _, value in options.added), strength][: len(named)]
             uses = tuple(
                 LoraUse.of(part, base.strength(value), digest, options.rule)
                 for adapter, digest, value in zip(named, digests, strengths, strict=True)

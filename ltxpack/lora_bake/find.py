@@ -96,12 +96,10 @@ class FoundLora:
 def find_loras(
     options: BakeOptions, manifest: Manifest, shapes: Shapes, reporter: Reporter, headers_only: bool = False
 ) -> list[FoundLora]:
-    """The fitted LoRAs in order of application: the added ones, then the main one; none for the base alone.
+    """The fitted LoRAs in order of application: the added ones, then the main one if there must be one.
 
     Raises LtxpackError.
     """
-    if options.base_alone and not manifest.loras:
-        return []
     access = Access(reporter)
 
     def named(typed: str, added: bool) -> FoundLora:
@@ -117,7 +115,8 @@ def find_loras(
         return FoundLora(open_adapter(place, shapes, options.allow_unmatched), None, added)
 
     found = [named(typed, True) for typed, _ in options.added]
-    found.append(_own_lora(options, manifest, shapes) if options.lora is None else named(options.lora, False))
+    if manifest.loras or not options.without_main:
+        found.append(_own_lora(options, manifest, shapes) if options.lora is None else named(options.lora, False))
     for lora in found:
         _tell(lora.adapter, options, reporter)
     return found

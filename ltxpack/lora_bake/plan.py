@@ -95,10 +95,10 @@ class BakeOptions:
     text: bool = False
 
     @property
-    def base_alone(self) -> bool:
-        """Whether only the quantised base is wanted, so that no LoRA is needed."""
+    def without_main(self) -> bool:
+        """Whether only added LoRAs are wanted, or the quantised base: then the overlay needs no LoRA of its own."""
         zero = tuple(map(Strength.of, self.strengths)) == (Strength(0.0),)
-        return self.lora is None and not self.added and zero and BF16 not in self.formats
+        return self.lora is None and zero and (bool(self.added) or BF16 not in self.formats)
 
     def command(self, **changes: object) -> str:
         """The command line with these options and ``changes``, ready to type."""

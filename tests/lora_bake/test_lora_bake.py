@@ -572,6 +572,9 @@ def test_an_overlay_without_a_distilled_lora(overlay: Path, style: Path) -> None
     with pytest.raises(OverlayError, match="holds no distilled LoRA"):
         run(overlay, 1.0)
     assert run(overlay, 1.0, lora=str(style)) == ["style-1"]
+    assert run(overlay, 0.0, added=((str(style), 1.0),)) == ["style-1"]
+    assert run(overlay, 0.0, added=((str(style), 1.0), (str(style), 0.5))) == ["style-0.5+style-1"]
+    assert [lora.strength for lora in read_manifest(overlay).bakes["style-0.5+style-1"].loras] == [1.0, 0.5]
 
 
 def test_an_overlay_in_use_is_refused(overlay: Path) -> None:
