@@ -8,7 +8,16 @@ from pathlib import Path
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.manifest import BF16, RULES, Bake
-from ltxpack.runtime.overlay import BAKED, BASE, STRENGTH, Overlay, asked_stages, choose, official_transformers
+from ltxpack.runtime.overlay import (
+    BAKED,
+    BASE,
+    STRENGTH,
+    Overlay,
+    asked_stages,
+    choose,
+    form_of,
+    official_transformers,
+)
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
@@ -19,15 +28,20 @@ DEFAULT_FOLDER = Path("out")
 
 
 def planned_stages(overlay: Overlay | None, recipe: Recipe, session: SessionSettings) -> tuple[str, ...]:
-    """The transformers of the stages, as ``run`` takes them; without bakes the official ones, which are to be made.
+    """The transformers of the stages, as ``run`` takes them; the official ones, which are to be made, without bakes or
+    where ``run`` would take none in the form of codes that is asked for.
 
     Raises OverlayError; UsageError for a name that, without an overlay, does not say how to bake it.
     """
     asked, form = session.transformers, session.format
     if overlay is not None:
-        if not overlay.manifest.bakes and set(asked) == {AUTO} and not overlay.manifest.distilled:
-            return official_transformers(recipe, form=form)
-        return choose(overlay, recipe, asked, form).stages
+        manifest, auto = overlay.manifest, set(asked) == {AUTO}
+        official = official_transformers(recipe, manifest.distilled, form)
+        if not manifest.bakes and auto and not manifest.distilled:
+            return official
+        found = choose(overlay, recipe, asked, form).stages
+        in_form = form == BF16 or any(form_of(manifest, name) == form for name in found)
+        return found if in_form or not auto else official
     pairs = zip(asked_stages(recipe, asked), official_transformers(recipe, form=form), strict=True)
     found = tuple(official if name == AUTO else name for name, official in pairs)
     for name in found:

@@ -81,7 +81,7 @@ def test_bakes_in_codes_need_little_more_than_half_the_memory(form: str, full_si
     document = json.loads((bare / "ltxpack.json").read_text()) | {"bakes": {}}
     (bare / "ltxpack.json").unlink()
     (bare / "ltxpack.json").write_text(json.dumps(document))
-    for overlay, root in (((), "out"), ((bare,), str(bare))):
+    for overlay, root in (((), "out"), ((bare,), str(bare)), ((full_size,), str(full_size))):
         document = planned(*overlay, *size, "--format", form)
         assert document["stages"] == [f"distilled-0.25-{form}", f"distilled-0.5-{form}"]
         assert document["mode"] == "resident"
