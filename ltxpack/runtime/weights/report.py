@@ -253,4 +253,6 @@ def _instead(model: ModelSizes, work: Work, machine: Machine, mode: str, lacking
         return "ltxpack plan --vram SIZE (take a card with more memory, or the same command with --device cpu)"
     shape = smaller.shape
     sides = f"--height {shape.height} --width {shape.width} --num-frames {shape.frames}"
+    if planner.best_plan(model, smaller, machine, mode) is None:
+        sides += f" --residency {STREAM}"
     return f"the same command with {sides}, or free memory"

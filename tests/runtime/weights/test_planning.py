@@ -216,13 +216,15 @@ def test_a_mode_that_does_not_fit_names_the_one_that_does() -> None:
     assert str(error.found) == "48.0 GB free"
 
 
-def test_a_card_for_no_mode_gets_a_smaller_video_that_fits() -> None:
+@pytest.mark.parametrize("mode", ["auto", "resident", "stream"])
+def test_a_card_for_no_mode_gets_a_smaller_video_that_fits(mode: str) -> None:
     work = hq_work(VideoShape(721, 1088, 1920, 24.0), OFFICIAL)
     machine = card(16)
-    words = refusal(machine, work).next.split()
-    flags = {name: int(words[words.index(name) + 1].strip(",")) for name in ("--height", "--width", "--num-frames")}
-    smaller = hq_work(VideoShape(flags["--num-frames"], flags["--height"], flags["--width"], 24.0), OFFICIAL)
-    assert planner.best_plan(MODEL, smaller, machine) is not None
+    words = refusal(machine, work, mode).next.replace(",", "").split()
+    flags = {"--residency": mode, **dict(pairwise(words))}
+    frames, height, width = (int(flags[name]) for name in ("--num-frames", "--height", "--width"))
+    smaller = hq_work(VideoShape(frames, height, width, 24.0), OFFICIAL)
+    assert planner.best_plan(MODEL, smaller, machine, flags["--residency"]) is not None
     assert "a card with more memory" in refusal(card(8), work).next
 
 
