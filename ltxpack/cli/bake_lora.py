@@ -76,7 +76,9 @@ def _next_command(reports: Sequence[BakeReport], overlay: Path) -> str:
 
     opened = Overlay(overlay, read_manifest(overlay))
     recipe = DISTILLED if opened.manifest.distilled else HQ
-    names = [report.name for report in reports if report.path.startswith(f"{BAKES}/")]
+    names, texts = (
+        [report.name for report in reports if report.path.startswith(f"{place}/")] for place in (BAKES, TEXT_ENCODERS)
+    )
     made = [name for name in names if not all(lora.idle for lora in opened.manifest.bakes[name].loras)]
     of_first = [name for name in made if name.startswith(official_transformers(HQ)[0])]
     later = [name for name in made if name not in of_first]
@@ -91,6 +93,7 @@ def _next_command(reports: Sequence[BakeReport], overlay: Path) -> str:
             if asked == by_name or not set(made).isdisjoint(taken):
                 flags = "" if recipe is HQ else f" --recipe {recipe.name}"
                 flags += "".join(f" --stage{i} {name}" for i, name in enumerate(asked, 1) if name != AUTO)
+                flags += f" --text-encoder {texts[-1]}" if texts else ""
                 return f"ltxpack run {quoted(overlay)}{flags} --prompt 'A paper boat drifts down a rainy street.'"
     return advice
 

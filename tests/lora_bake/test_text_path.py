@@ -104,7 +104,7 @@ def check(overlay: Path, folder: str, strength: float) -> None:
 def test_every_spelling_gives_the_same_weights(spell: Callable[[str], str], overlay: Path, tmp_path: Path) -> None:
     file = lora(tmp_path / "style.safetensors", overlay, spell)
     told = done("bake-lora", overlay, "--lora", file, "--strength", "0.7", "--text", "--device", "cpu").stdout
-    assert "text_encoders/style-0.7: baked" in told and "--text-encoder style-0.7" in told
+    assert "text_encoders/style-0.7: baked" in told and "--text-encoder style-0.7 --prompt" in told
     check(overlay, "text_encoders/style-0.7", 0.7)
     assert not (overlay / "bakes" / "style-0.7").exists()
     bake = read_manifest(overlay).text_encoders["style-0.7"]
