@@ -47,7 +47,8 @@ def resolve_device(name: str, flag: str = "--device") -> torch.device:
             next=f"the same command with {flag} cpu, or install a CUDA build of torch and a driver for it",
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError("no such device", expected=f"fewer than {torch.cuda.device_count()}", found=name)
+        cards = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        raise DeviceError("no such device", expected=cards, found=name, next=f"choose other {flag}")
     return device
 
 

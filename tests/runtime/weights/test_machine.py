@@ -114,11 +114,16 @@ def test_known_faults_of_convolutions_are_told(
     assert device.known_fault(CARD, torch.float32) is None
 
 
-def test_a_device_that_is_none_is_refused() -> None:
+def test_a_device_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.resolve_device("cpu") == CPU
     for name in ("tpu", "meta", "cud", ""):
         with pytest.raises(UsageError, match="unknown device"):
             device.resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DeviceError, match="no such device") as refused:
+        device.resolve_device("cuda:2", "--devices")
+    assert refused.value.next == "choose other --devices", "it does not go with --device"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
