@@ -57,6 +57,8 @@ _ROLES = {
 
 def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterator[str]:
     """Differences of ``overlay`` from the plan, in words: cheap checks first, the others only if those find none."""
+    if (most := manifest.source.max_shard_size) != plan.stated.source.max_shard_size:
+        yield f"it was made with --max-shard-size {most}"
     if manifest.source != plan.stated.source:
         other = next((file for file in plan.stated.source.files if file not in manifest.source.files), None)
         what = "other inputs" if other is None else f"another {other.role.replace('_', ' ')} than {other.name}"
