@@ -24,6 +24,7 @@ from ltxpack.export.plan import ENDING, HEADER, ExportOptions, ExportPlan, Unit,
 from ltxpack.export.read_back import ReadBack, Written
 from ltxpack.files.publish import (
     check_writable,
+    clipped_name,
     fsync_folder,
     move_file,
     remove_temporaries,
@@ -50,7 +51,7 @@ def export(options: ExportOptions, reporter: Reporter) -> ExportPlan:
     for a shard that changed or a full disk, AdapterError for sums that are not finite.
     """
     output = _checked(options)
-    folder = output.parent / f".{output.name[:200]}.ltxpack"
+    folder = output.parent / f".{clipped_name(output)}.ltxpack"
     refuse_links(folder)
     with OverlayLock(options.overlay, reporter, shared=True), OverlayLock(folder, reporter):
         remove_temporaries(output)

@@ -34,6 +34,11 @@ TEMPORARY_ENDING = ".tmp"
 RANDOM_BYTES = 8
 
 
+def clipped_name(path: Path) -> str:
+    """The first 200 bytes of the name of ``path``: a longer name leaves no room for a temporary file's own."""
+    return os.fsencode(path.name)[:200].decode(errors="ignore")
+
+
 class Temporary:
     """A temporary file that becomes ``path``: empty when made, renamed by ``publish``, removed by ``discard``.
 
@@ -44,7 +49,7 @@ class Temporary:
     def __init__(self, path: Path, *, made: bool = True) -> None:
         """``made`` False only chooses the name: the caller makes the file, as a link."""
         self.target = path
-        self.path = path.parent / f".{path.name[:200]}.{secrets.token_hex(RANDOM_BYTES)}{TEMPORARY_ENDING}"
+        self.path = path.parent / f".{clipped_name(path)}.{secrets.token_hex(RANDOM_BYTES)}{TEMPORARY_ENDING}"
         if made:
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
@@ -73,7 +78,7 @@ class Temporary:
 
 def remove_temporaries(path: Path) -> None:
     """Remove temporary files for ``path`` of killed processes; nobody may be writing ``path``. Raises OSError."""
-    for left in path.parent.glob(f".{glob.escape(path.name[:200])}.{'?' * 2 * RANDOM_BYTES}{TEMPORARY_ENDING}"):
+    for left in path.parent.glob(f".{glob.escape(clipped_name(path))}.{'?' * 2 * RANDOM_BYTES}{TEMPORARY_ENDING}"):
         left.unlink(missing_ok=True)
 
 

@@ -10,13 +10,22 @@ from unittest import mock
 import pytest
 
 from ltxpack.errors import OverlayError, UsageError
-from ltxpack.files.publish import Temporary, atomic_write, check_writable, move_file, try_move, write_errors
+from ltxpack.files.publish import (
+    Temporary,
+    atomic_write,
+    check_writable,
+    move_file,
+    remove_temporaries,
+    try_move,
+    write_errors,
+)
 
 pytestmark = pytest.mark.usefixtures("fsync_waits")
 
 
-def test_two_writers_of_one_name_never_touch_each_other(tmp_path: Path) -> None:
-    path = tmp_path / "x"
+@pytest.mark.parametrize("name", ["x", "視" * 85], ids=["short", "of 255 bytes"])
+def test_two_writers_of_one_name_never_touch_each_other(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     first, second = Temporary(path), Temporary(path)
     with first.path.open("wb") as one, second.path.open("wb") as two:
         one.write(b"first")
@@ -30,6 +39,8 @@ def test_two_writers_of_one_name_never_touch_each_other(tmp_path: Path) -> None:
     assert path.read_bytes() == b"second"
     first.discard()
     second.discard()
+    Temporary(path)
+    remove_temporaries(path)
     assert list(tmp_path.iterdir()) == [path]
 
 
