@@ -65,10 +65,13 @@ def test_the_overlay_verifies_and_names_no_path_of_this_machine(demo: Path) -> N
         assert str(demo) not in path.read_text(encoding="utf-8"), path
 
 
-def test_another_folder_is_not_taken_for_a_demo(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
+@pytest.mark.parametrize("mine", ["mine.txt", "source/metadata.json"])
+def test_another_folder_is_not_taken_for_a_demo(mine: str, tmp_path: Path) -> None:
+    """An overlay has a folder source too."""
+    (tmp_path / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / mine).write_text("mine")
     assert "not a demo" in refused(ltxpack("demo", tmp_path), 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / mine]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ltxpack.demo.checkpoint import write_source
+from ltxpack.demo.checkpoint import ENCODER, NAME, write_source
 from ltxpack.errors import OverlayError
 from ltxpack.files.foreign import entries
 from ltxpack.imports import uncollected
@@ -26,7 +26,8 @@ def run_demo(folder: Path, reporter: Reporter, recipe: str = HQ.name) -> Path:
     Raises OverlayError if ``folder`` holds something that is not a demo.
     """
     source, overlay = folder / "source", folder / "overlay"
-    if folder.exists() and any(entries(folder)) and not source.is_dir():
+    ours = source.is_dir() and all(path.name.startswith((NAME, ENCODER)) for path in entries(source))
+    if folder.exists() and any(entries(folder)) and not ours:
         raise OverlayError(
             "is not empty and not a demo", file=folder, expected="a new folder", next="ltxpack demo OTHER_FOLDER"
         )

@@ -25,7 +25,8 @@ from ltxpack.ltx23.expected import source_inventory
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.repack.items import round_to_bfloat16
 
-NAME = "ltx-2.3-demo"
+# What the names of the inputs begin with.
+NAME, ENCODER = "ltx-2.3-demo", "gemma"
 RANK = 8
 VERSION = {"model_version": "2.3.0"}
 Entries = Iterable[tuple[str, str, tuple[int, ...]]]
@@ -48,7 +49,7 @@ def write_source(folder: Path) -> None:
     write_tensors(folder / f"{NAME}-distilled-lora-{RANK}.safetensors", factors, VERSION, values=_factor)
     upsampler = source_inventory("latent_upsampler", upsampler_config(UPSAMPLER, 128, NAME))
     write_tensors(folder / f"{NAME}-spatial-upscaler-x2.safetensors", upsampler, {"config": json.dumps(UPSAMPLER)})
-    _write_gemma(folder / "gemma")
+    _write_gemma(folder / ENCODER)
 
 
 def checkpoint_metadata(config: Mapping[str, Any]) -> dict[str, str]:
