@@ -100,12 +100,15 @@ def _file_faults(
         yield Fault(record.path, "is missing" if isinstance(error, FileNotFoundError) else f"{error.strerror}")
         return
     is_link = stat.S_ISLNK(status.st_mode)
+    # A copy of an overlay does not share the bytes of the source.
+    shared = record.link == "hard" and status.st_nlink > 1
+    cause = ": the source file it is hard-linked to was changed" if shared else ""
     if is_link and record.is_symlink:
         yield from _link_faults(record, records, os.readlink(path))  # noqa: PTH115 (a Path would tidy it)
     elif not stat.S_ISREG(status.st_mode):
         yield Fault(record.path, "was replaced", record.link or "a file of its own", "a link" if is_link else "no file")
     elif status.st_size != record.size:
-        yield Fault(record.path, f"size differs{_blame(record)}", f"{record.size} bytes", f"{status.st_size} bytes")
+        yield Fault(record.path, f"size differs{cause}", f"{record.size} bytes", f"{status.st_size} bytes")
     else:
         try:
             digest = hash_file(path, reporter)
@@ -113,11 +116,7 @@ def _file_faults(
             yield Fault(record.path, error.problem)
             return
         if digest != record.blake3:
-            yield Fault(record.path, f"content differs{_blame(record)}", f"blake3 {record.blake3}", f"blake3 {digest}")
-
-
-def _blame(record: FileRecord) -> str:
-    return ": the source file it is hard-linked to was changed" if record.link == "hard" else ""
+            yield Fault(record.path, f"content differs{cause}", f"blake3 {record.blake3}", f"blake3 {digest}")
 
 
 def _goal(record: FileRecord) -> str:

@@ -75,6 +75,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
     "missing": (lambda out: (out / INDEX).unlink(), {INDEX: "is missing"}),
     "a shard gone": (lambda out: (out / SECOND).unlink(), {SECOND: "is missing"}),
     "a shard behind a link cut short": (lambda out: os.truncate(out / SECOND, 50), {SECOND: "size differs"}),
+    "a hard link replaced by another file": (lambda out: rewrite(out / LORA, flip), {LORA: "content differs"}),
     "the source of a hard link changed": (change_source, {LORA: "the source file it is hard-linked to was changed"}),
     "replaced by a link": (lambda out: replace(out / SHARD, Path.symlink_to, "/etc/hostname"), {SHARD: "was replaced"}),
     "replaced by a folder": (lambda out: replace(out / SHARD, Path.mkdir), {SHARD: "was replaced"}),
@@ -114,7 +115,7 @@ def test_each_kind_of_fault_is_found_and_no_other(case: str, overlay: Path) -> N
     found = {fault.path: fault.problem for fault in verify(overlay, SILENT)}
     assert found.keys() == expected.keys()
     for path, problem in expected.items():
-        assert problem in found[path]
+        assert problem in found[path] and ("hard-linked" in found[path]) == ("hard-linked" in problem)
 
 
 def resealed(overlay: Path, path: str) -> None:
