@@ -159,7 +159,11 @@ def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], report
         manifest = read_manifest(overlay)
         place, _, name = folder.rpartition("/")
         made, base = manifest.baked[folder], read_base(overlay, manifest, place)
-        shapes = base.shapes if place == BAKES else {**read_base(overlay, manifest).shapes, **base.shapes}
+        shapes = base.shapes
+        # Baked with --text, a LoRA leaves nothing of the text path out.
+        texts = {lora.blake3 for bake in manifest.text_encoders.values() for lora in bake.loras}
+        if not texts.isdisjoint(lora.blake3 for lora in made.loras):
+            shapes = {**read_base(overlay, manifest).shapes, **read_base(overlay, manifest, TEXT_ENCODERS).shapes}
         if made.quantised and not set(made.quantised) <= set(quantised_linears(base.shapes, (), "ltxpack --help")):
             again = f"ltxpack bake-lora {quoted(overlay)} --strength 1.0 --force"
             raise OverlayError(f"the bake {name} names linears that the base does not have", file=overlay, next=again)

@@ -127,7 +127,8 @@ def test_both_halves_of_a_lora_are_baked_and_repaired_and_planned(overlay: Path,
     assert all(text.count("is there already") for text in done(*words).stdout.splitlines() if text.startswith("text_"))
     before = tree(overlay)
     change_byte(overlay / "text_encoders/style-0.8/connectors/diffusion_pytorch_model.safetensors")
-    (overlay / "text_encoders/style-0.8/config.json").unlink()
+    for folder in ("text_encoders/style-0.8", "bakes/distilled-0.5+style-0.8_0at0.25"):
+        (overlay / folder / "config.json").unlink()
     assert "text_encoders/style-0.8" in ltxpack("verify", overlay).stdout
     message = refused(ltxpack("verify", overlay, "--repair"), 1)
     assert "style.safetensors" in message and "--lora FILE" in message
