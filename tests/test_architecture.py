@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 33_977,
     "files of the package": 195,
-    "lines of the tests": 33_762,
+    "lines of the tests": 33_764,
 }
 
 

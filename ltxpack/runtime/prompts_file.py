@@ -124,7 +124,7 @@ class _LineReader:
 
     def _output(self, named: str | None, entry: Entry) -> Path:
         if named is not None:
-            output = self.path.parent / named
+            output = self.path.parent / at_home(named)
         else:
             output = self.output or self.path.with_name(f"{self.path.stem}-{entry.number:04}.mp4")
         if not output.name.isprintable() or len(os.fsencode(output.name)) > MAX_NAME_BYTES:

@@ -54,7 +54,9 @@ def test_one_indented_object_with_pictures_is_one_video(tmp_path: Path, monkeypa
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     images = [{"path": "a.png"}, {"path": "~/a.png", "frame": "last"}]
-    (found,) = read(tmp_path, "a.json", json.dumps({"prompt": "x", "images": images}, indent=1))
+    said = {"prompt": "x", "images": images, "output": "~/v.mp4"}
+    (found,) = read(tmp_path, "a.json", json.dumps(said, indent=1))
+    assert found.output == tmp_path / "v.mp4"
     assert [(image.path, image.frame) for image in found.request.images] == [(tmp_path / "a.png", at) for at in (0, 8)]
 
 
