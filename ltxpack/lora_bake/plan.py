@@ -250,8 +250,8 @@ def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
     Raises OverlayError for any difference from the manifest but in the content of shards.
     """
     components = TEXT_COMPONENTS if place == TEXT_ENCODERS else (TRANSFORMER,)
+    advice = f"ltxpack materialize SOURCE {quoted(overlay)} --force"
     if lacking := [name for name in components if name not in manifest.components]:
-        advice = f"ltxpack materialize SOURCE {quoted(overlay)} --force"
         raise OverlayError(f"holds no {' and no '.join(lacking)}", file=overlay, next=advice)
     shards: list[BaseShard] = []
     small: dict[str, bytes] = {}
@@ -270,6 +270,8 @@ def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
                 raise OverlayError(problem, file=path, tensor=name, expected=usable, found=info.dtype)
             shapes[name] = info.shape
         shards.append(shard)
+    if not shapes:
+        raise OverlayError(f"holds no weights of the {components[0]}", file=overlay, next=advice)
     return Base(tuple(shards), small, shapes, place)
 
 

@@ -725,7 +725,7 @@ def test_what_exists_as_typed_wins_over_the_hub(overlay: Path, hub: FakeHub, rep
     assert hub.fetched("") == []
 
 
-def test_a_hand_edited_bake_entry_does_not_break_anything(overlay: Path) -> None:
+def test_a_hand_edited_manifest_does_not_break_anything(overlay: Path) -> None:
     run(overlay, 0.5)
     manifest = read_manifest(overlay)
     made: Bake = manifest.bakes["distilled-0.5"]
@@ -735,3 +735,8 @@ def test_a_hand_edited_bake_entry_does_not_break_anything(overlay: Path) -> None
         run(overlay, 0.5)
     run(overlay, 0.5, force=True)
     assert read_manifest(overlay).bakes["distilled-0.5"] == made
+    base = manifest.components["transformer"]
+    bare = dataclasses.replace(base, files=tuple(file for file in base.files if file.path.endswith("config.json")))
+    (overlay / "ltxpack.json").write_bytes(dataclasses.replace(manifest, components={"transformer": bare}).dump())
+    with pytest.raises(OverlayError, match="holds no weights of the transformer"):
+        run(overlay, 0.25)
