@@ -46,8 +46,8 @@ FLOATS = ("BF16", "F16", "F32")
 
 FETCH_AGAIN = "fetch or copy the file again"
 
-# Inode, size and time of the last change.
-Stamp = tuple[int, int, int]
+# Size and time of the last change. Some network filesystems give a file another inode each time.
+Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class TensorFile:
 def stamp_of(fd: int) -> Stamp:
     """Of the open file ``fd``: it changes when its content does."""
     status = os.fstat(fd)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
@@ -87,8 +87,8 @@ def read_tensorfile(path: str | os.PathLike[str]) -> TensorFile:
     with open_source(path) as file:
         stamp = stamp_of(file.fileno())
         first = file.read(HEAD_BYTES)
-        head = first + file.read(max(0, 8 + header_length(first, stamp[1], path) - len(first)))
-    return replace(parse_header(head, stamp[1], path), stamp=stamp)
+        head = first + file.read(max(0, 8 + header_length(first, stamp[0], path) - len(first)))
+    return replace(parse_header(head, stamp[0], path), stamp=stamp)
 
 
 def header_length(first: bytes, file_size: int, path: str | os.PathLike[str]) -> int:
