@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.manifest import BF16, FORMATS
-from ltxpack.runtime.overlay import BASE, Overlay, Stack, choose, form_of, official_transformers, stacks
+from ltxpack.runtime.overlay import BASE, Overlay, Stack, choose, form_of, stacks
 from ltxpack.runtime.sampling.recipes import RECIPES, Recipe
 from ltxpack.runtime.settings import AUTO, recipe_named
 
@@ -81,12 +81,13 @@ def _stack_names(overlay: Overlay, stack: Stack) -> tuple[str, str]:
 
 def _other_bakes(overlay: Overlay) -> Iterator[ServedModel]:
     """Bakes without the distilled LoRA, for recipes that take the base in every stage."""
-    stacked = {name for bakes in stacks(overlay.manifest).values() for name in bakes}
-    for name in overlay.manifest.bakes:
-        for recipe in RECIPES.values():
-            official = official_transformers(recipe, overlay.manifest.distilled)
-            if name not in stacked and set(official) == {BASE}:
-                yield ServedModel(f"{GENERATION}-{recipe.name}+{name}", recipe.name, (name,) * len(official))
+    manifest = overlay.manifest
+    stacked = {name for bakes in stacks(manifest).values() for name in bakes}
+    recipes = [recipe for recipe in RECIPES.values() if set(_stages(overlay, recipe, BF16, None)) == {BASE}]
+    for name, bake in manifest.bakes.items():
+        if name not in stacked and not all(lora.idle for lora in bake.loras):
+            for recipe in recipes:
+                yield ServedModel(f"{GENERATION}-{recipe.name}+{name}", recipe.name, (name,) * len(recipe.stages))
 
 
 def _named(overlay: Overlay, form: str, text: str) -> ServedModel:

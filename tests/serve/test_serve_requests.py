@@ -21,7 +21,7 @@ from PIL import Image
 from serving import Asking
 
 from ltxpack.errors import UsageError
-from ltxpack.manifest import read_manifest
+from ltxpack.manifest import DISTILLED_KIND, read_manifest
 from ltxpack.reporter import SilentReporter
 from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.sampling.recipes import RECIPES
@@ -427,6 +427,12 @@ def test_names_pick_recipes_and_bakes(demo: Path, overlay: Path) -> None:
     assert coded["ltx-2.3-distilled-fp8"] == ("half8",) * 2 and coded["ltx-2.3-hq-fp8"] == (pair[0], "half8")
     other = with_bakes(mine=replace(half, loras=(style,)))
     assert other["ltx-2.3-one-stage+mine"] == ("mine",) and "ltx-2.3-hq+mine" not in other
+    codes = replace(half, loras=(replace(style, strength=0.0),), format="fp8")
+    manifest = replace(manifest, transformer_kind=DISTILLED_KIND, bakes={})
+    assert with_bakes(mine=replace(half, loras=(style,)), base8=codes) == {
+        "ltx-2.3-distilled": ("base",) * 2, "ltx-2.3-distilled-fp8": ("base8",) * 2,
+        "ltx-2.3-distilled+mine": ("mine",) * 2,
+    }, "no other recipe goes with a distilled checkpoint"  # fmt: skip
 
 
 def test_further_names_are_given_on_the_command_line(overlay: Path) -> None:
