@@ -85,7 +85,6 @@ def merged_loras(file: TensorFile) -> list[str]:
 
 def read_checkpoint(file: TensorFile, label: object) -> Checkpoint:
     """Parse a checkpoint's header; messages name the file ``label``. Raises UnsupportedError or FormatError."""
-    refuse_quantised(file, label, MADE_OF, take_instead(label))
     metadata = releases.read_metadata(file.metadata, file.tensors, label)
     shapes = {name: info.shape for name, info in file.tensors.items()}
     configs = checkpoint_configs(metadata.config, shapes, label)

@@ -16,10 +16,10 @@ from typing import Any
 from ltxpack.errors import FormatError, UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
 from ltxpack.ltx23.contents import described, official_names
-from ltxpack.ltx23.forms import ROOT, spelled_root
+from ltxpack.ltx23.forms import ROOT, refuse_quantised, spelled_root
 from ltxpack.ltx23.releases import SUPPORTED, parse_version
 from ltxpack.materialize.access import InputFile
-from ltxpack.materialize.checkpoint import AGAIN, Checkpoint, read_checkpoint, take_instead
+from ltxpack.materialize.checkpoint import AGAIN, MADE_OF, Checkpoint, read_checkpoint, take_instead
 
 # Prefix of the names in a whole checkpoint -> the name of the piece in a sentence.
 PIECES = {
@@ -62,9 +62,11 @@ def lacking(parts: Sequence[Part]) -> list[str]:
 def read_parts(parts: Sequence[Part]) -> Checkpoint:
     """The parsed checkpoint of ``parts``. If two hold the same tensor, the overlay takes the first file's.
 
-    Raises UnsupportedError for a part alone, FormatError for parts that contradict one another, and the errors of
-    :func:`.checkpoint.read_checkpoint`.
+    Raises UnsupportedError for codes and for a part alone, FormatError for parts that contradict one another, and the
+    errors of :func:`.checkpoint.read_checkpoint`.
     """
+    for part in parts:
+        refuse_quantised(part.header, part.input.label, MADE_OF, take_instead(part.input.label))
     refuse_lacking(parts)
     file, places, doubled = _assembled(parts)
     return replace(read_checkpoint(file, parts[0].input.label), places=places, doubled=tuple(doubled))
