@@ -216,11 +216,15 @@ def _told(error: OSError) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into an OverlayError for the path that it names, else for ``path``."""
+    """Turn an OSError of the block into an OverlayError for the path that it names, else for ``path``.
+
+    Of a rename it names the new path, where something is in the way.
+    """
     try:
         yield
     except OSError as error:
-        named = Path(error.filename) if isinstance(error.filename, str | Path) else path
+        place = error.filename2 or error.filename
+        named = Path(place) if isinstance(place, str | Path) else path
         problem, remedy = _told(error)
         file = path if named.suffix == TEMPORARY_ENDING else named
         raise OverlayError(problem, file=file, next=f"{remedy}, {RESUME}") from None

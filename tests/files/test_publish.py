@@ -54,6 +54,14 @@ def test_what_the_system_refuses_is_told_with_the_way_on(code: int, told: str, t
     assert caught.value.file == str(tmp_path / "x") and "run the same command again" in caught.value.next
 
 
+def test_of_a_rename_the_place_is_named_where_something_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "new").write_bytes(b"x")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OverlayError) as caught, write_errors(tmp_path):
+        move_file(tmp_path / "new", tmp_path / "there")
+    assert caught.value.file == str(tmp_path / "there")
+
+
 def test_atomic_write_replaces_whole_or_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     atomic_write(path, b"one")
