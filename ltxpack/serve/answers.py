@@ -4,6 +4,7 @@ the names that the server goes by.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import sqlite3
@@ -110,20 +111,29 @@ class VideoAnswer(FileResponse):
 
 
 class Counting:
-    """Counts answers by method, route and status."""
+    """Counts answers by method, route and status; a request that the end of the server interrupts gets one too."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
         async def counted(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 method = scope["method"] if scope["method"] in METHODS else "other"
                 route = getattr(scope.get("route"), "path", "other")
                 self.metrics.count("http_requests", method=method, route=route, status=str(message["status"]))
             await send(message)
 
-        await self.app(scope, receive, counted)
+        try:
+            await self.app(scope, receive, counted)
+        except asyncio.CancelledError:
+            if begun or scope["type"] != "http":
+                raise
+            await answer_of(Refusal(503, "the server ends"))(scope, receive, counted)
 
 
 def name_of(authority: str) -> str:

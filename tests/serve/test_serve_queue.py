@@ -140,7 +140,13 @@ def test_a_video_that_is_waited_for_is_not_kept(server: Server, tmp_path: Path) 
             until(lambda: len(logged(tmp_path / "videos", "begin")) > begun)
         until(lambda: logged(tmp_path / "videos", "cancelled"))
         until(lambda: not server.jobs())
-    assert not list((tmp_path / "videos").glob("*.mp4"))
+        begun = len(logged(tmp_path / "videos", "begin"))
+        with ThreadPoolExecutor(1) as waiting:
+            answer = waiting.submit(server.client.post, "/videos/sync", json={**said, "prompt": "slow"})
+            until(lambda: len(logged(tmp_path / "videos", "begin")) > begun)
+            server.process.send_signal(signal.SIGINT)
+        assert answer.result().status_code == 503 and "server ends" in answer.result().json()["error"]["message"]
+    assert not list((tmp_path / "videos").glob("*.mp4")) and "Exception in ASGI" not in server.log
 
 
 def test_a_worker_that_cannot_begin_ends_the_server(demo: Path, tmp_path: Path) -> None:
