@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 33_995,
     "files of the package": 195,
-    "lines of the tests": 33_790,
+    "lines of the tests": 33_798,
 }
 
 

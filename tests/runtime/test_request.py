@@ -10,6 +10,7 @@ import pytest
 from ltxpack.errors import UsageError
 from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.runtime.sampling.recipes import Guidance
+from ltxpack.runtime.sampling.shape import AV
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,10 @@ def test_each_recipe_has_its_defaults_its_sizes_and_its_prompts() -> None:
     assert (quick.shape.height, quick.shape.width, quick.prompts) == (1024, 1536, ("x",))
     assert [(work.evaluations, work.passes) for work in quick.work(("base", "base")).stages] == [(8, 1), (3, 1)]
     assert [(work.evaluations, work.passes) for work in one.work(["base"]).stages] == [(30, 4)]
-    assert one.settings.guidance.audio == Guidance(7.0, 0.7, 3.0, 1.0, frozenset({28}))
+    for name, *size in (("two-stage", 1024, 1536), ("one-stage", 512, 768)):
+        found = Request.of("x", recipe=name)
+        assert [found.shape.height, found.shape.width] == size
+        assert found.settings.guidance == AV(3.0, 7.0).map(lambda cfg: Guidance(cfg, 0.7, 3.0, 1.0, frozenset({28})))
     two = Request.of("x", recipe="two-stage", video_stg=0.0)
     assert two.settings.guidance.video.perturbed == frozenset(), "with stg 0 the list counts for nothing"
 

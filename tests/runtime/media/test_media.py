@@ -151,6 +151,8 @@ def test_both_streams_read_back(tmp_path: Path, ending: str) -> None:
         writer.write(moving_bar(count)[16:])
         writer.write_audio(tone(samples))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    settings = path.read_bytes().partition(b"x264 - core")[2][:1000]
+    assert b" crf=19.0 " in settings and b" rc_lookahead=10 " in settings, "as x264's preset veryfast has"
 
     with av.open(str(path)) as container:
         video, audio = container.streams.video[0], container.streams.audio[0]

@@ -63,6 +63,8 @@ def test_hq_default_shape() -> None:
     full = VideoShape(121, 1088, 1920, 24.0)
     assert (full.tokens, full.divided(2).tokens, full.audio_length) == (32640, 8160, 126)
     assert full.latent_shapes == AV((1, 128, 16, 34, 60), (1, 8, 126, 16))
+    halves = ((9, 30.0), (25, 50.0), (49, 50.0))  # 7.5, 12.5 and 24.5 audio tokens
+    assert [VideoShape(frames, 32, 32, fps).audio_length for frames, fps in halves] == [8, 12, 24]
 
 
 @pytest.mark.parametrize(
