@@ -276,7 +276,10 @@ def _by_module(found: Found, file: TensorFile, faults: Faults) -> list[_Module]:
     modules: dict[tuple[str, ...], _Module] = {}
     for key, names in found:
         if names is not None:
-            own = modules.setdefault(names, _Module(names, key)).found
+            module = modules.setdefault(names, _Module(names, key))
+            own = module.found
+            if key.module != module.key.module:
+                faults["another name of one module"].append(f"{key.key} beside {module.key.key}")
             if key.role in own:
                 faults["duplicate"].append(f"{key.key} and {own[key.role].name}")
             own.setdefault(key.role, file.tensors[key.key])

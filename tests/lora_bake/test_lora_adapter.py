@@ -216,6 +216,14 @@ def test_fused_projections_are_split_by_rows(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_what_belongs_to_a_module_names_it_in_one_way(tmp_path: Path) -> None:
+    """An alpha under another spelling than the factors would be ignored."""
+    module = f"{ATTENTION}.to_q"
+    tensors = official_keys({module: FACTORS[module]}) | alphas(kohya, [module])
+    error = unfit(save(tmp_path / "x.safetensors", tensors))
+    assert f"{kohya(module)}.alpha" in str(error.items) and "another name" in str(error.items)
+
+
 @pytest.mark.parametrize(
     ("ending", "columns"),
     [("dora_scale", False), ("lora_magnitude_vector", True), ("lora_magnitude_vector.default.weight", False)],
