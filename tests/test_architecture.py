@@ -51,7 +51,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 33_998,
+    "lines of the package": 33_999,
     "files of the package": 195,
     "lines of the tests": 33_806,
 }

@@ -86,8 +86,9 @@ class Denoiser:
         mask·sigma take its precision (a 0-dim fp64 sigma would not widen an fp32 mask).
         """
         # A substep counts as step 0, which is never skipped (spec 05, section 3).
-        step = 0 if sigma.dtype == torch.float64 else self._step
-        self._step += sigma.dtype != torch.float64
+        substep = sigma.dtype == torch.float64
+        step = 0 if substep else self._step
+        self._step += not substep
         off = AV(False, False) if self.guidance is None else self.guidance.map(lambda g: g.skips(step))
         if off.video and off.audio:
             return self._before
