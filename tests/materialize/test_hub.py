@@ -434,8 +434,13 @@ def test_file_changed_on_the_way_is_refused(server: HubServer, files: Listing) -
     assert "another file than was listed" in told_by(lambda: Hub().fetch(files[BIG]))
 
 
-@pytest.mark.parametrize(("name", "algorithm"), [(BIG, "sha256"), (SMALL, "sha1")])
-def test_altered_content_is_refused(server: HubServer, files: Listing, cache: Path, name: str, algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "algorithm", "ranges"), [(BIG, "sha256", True), (BIG, "sha256", False), (SMALL, "sha1", True)]
+)
+def test_altered_content_is_refused(
+    server: HubServer, files: Listing, cache: Path, name: str, algorithm: str, ranges: bool
+) -> None:
+    server.faults.ranges, server.faults.drops = ranges, [] if ranges else [300_000]
     server.faults.body = lambda data: data[:-1] + bytes([data[-1] ^ 1])
     told = told_by(lambda: Hub().fetch(files[name]))
     assert "not what the hub states" in told and algorithm in told

@@ -31,7 +31,14 @@ from ltxpack.files.units import human_bytes
 from ltxpack.manifest import safe_relative_path
 from ltxpack.materialize.hub import errors as hub_errors
 from ltxpack.materialize.hub.errors import HubUnreachable, Reference, tell
-from ltxpack.materialize.hub.transfer import Address, BrokenError, RangesIgnoredError, RemoteFile, download
+from ltxpack.materialize.hub.transfer import (
+    Address,
+    BrokenError,
+    RangesIgnoredError,
+    RemoteFile,
+    download,
+    refuse_other_content,
+)
 from ltxpack.reporter import Reporter, SilentReporter
 
 REPO_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
@@ -197,9 +204,13 @@ class Hub:
         with self._explained(file.place):
             path = self._cached(file)
             if path is None:
-                self._download_blob(file)
+                unchecked = self._download_blob(file)
                 path = self._link_blob(file)
                 check_cached(path, file)
+                if unchecked is not None:
+                    with path.open("rb") as stream:
+                        hasher = hashlib.file_digest(stream, lambda: _hasher(unchecked, file.size))
+                    refuse_other_content(path.resolve(), f"{file.repo}/{file.name}", hasher, unchecked)
         self._remember_revision(file)
         return path
 
@@ -295,8 +306,11 @@ class Hub:
         name = f"{file.repo}/{file.name}"
         return RemoteFile(name, file.size, address, lambda: self._locate(file, retry=False)[0], self._timeout)
 
-    def _download_blob(self, file: RepoFile) -> None:
-        """Downloads the file to its blob, unless another revision's is there already."""
+    def _download_blob(self, file: RepoFile) -> str | None:
+        """Downloads the file to its blob, unless another revision's is there already.
+
+        If the server ignores ranges, returns the hash of the file that huggingface_hub has to download, unchecked.
+        """
         address, etag = self._locate(file)
         blob = self._folder(file.repo) / "blobs" / etag
         partial = blob.with_name(f"{etag}.ltxpack.incomplete")
@@ -304,7 +318,7 @@ class Hub:
         with self._locked(file.repo, etag):
             if blob.exists():
                 check_cached(blob, replace(file, sha256=None))
-                return
+                return None
             missing = file.size - (partial.stat().st_size if partial.exists() else 0)
             free = shutil.disk_usage(blob.parent).free
             if free < missing:
@@ -315,7 +329,7 @@ class Hub:
             except RangesIgnoredError:
                 self._reporter.detail(f"{self._endpoint} sends no parts of files; downloading in one go")
                 partial.unlink(missing_ok=True)
-                return
+                return etag
             except BrokenError as error:
                 told = hub_errors.explain(error.reason, file.place)
                 if not isinstance(told, HubUnreachable):
@@ -323,6 +337,7 @@ class Hub:
                 found = f"{partial.stat().st_size} bytes, which are kept ({told.found})"
                 raise tell(hub_errors.BROKE_OFF, file.place, expected=f"{file.size} bytes", found=found) from error
             partial.replace(blob)
+        return None
 
     def _link_blob(self, file: RepoFile) -> Path:
         """The snapshot's entry for a blob. If there is no blob (ranges refused), huggingface_hub downloads it."""

@@ -143,10 +143,15 @@ def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected:
             os.fsync(file.fileno())
     finally:
         reporter.end()
+    refuse_other_content(partial, remote.name, hasher, expected)
+
+
+def refuse_other_content(path: Path, name: str, hasher: hashlib._Hash, expected: str) -> None:
+    """Removes ``path`` and raises SourceError if ``hasher``, which has its bytes, does not hold ``expected``."""
     if hasher.hexdigest() != expected:
-        partial.unlink()
+        path.unlink()
         raise SourceError(
-            "what was downloaded is not what the hub states", file=remote.name, expected=f"{hasher.name} {expected}",
+            "what was downloaded is not what the hub states", file=name, expected=f"{hasher.name} {expected}",
             found=hasher.hexdigest(), next="run the same command again; it downloads the file afresh",
         )  # fmt: skip
 
