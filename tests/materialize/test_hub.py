@@ -406,6 +406,30 @@ def test_expired_link_is_asked_for_anew(server: HubServer, files: Listing) -> No
     assert [r.status for r in server.content_requests()] == [200, 403, 206]
 
 
+def test_page_of_the_network_in_between_costs_nothing(server: HubServer, files: Listing, cache: Path) -> None:
+    """A login page answers with status 200, first in place of the file's start, then in place of its rest."""
+    whole, same = FILES[BIG], server.faults.body
+
+    def page(data: bytes) -> bytes:
+        server.faults.statuses, server.faults.body = [200], same
+        return data
+
+    hub_ = Hub()
+    remote = hub_._remote(files[BIG], hub_._locate(files[BIG])[0])
+    server.faults.statuses, server.faults.drops, server.faults.body = [200], [300_000], page
+    assert remote.read(0, len(whole)) == whole
+    assert server.sent() == len(whole)
+
+    def pages(data: bytes) -> bytes:
+        server.faults.always = 200
+        return data
+
+    server.faults.drops, server.faults.body = [1000], pages
+    told = told_by(lambda: hub_.fetch(files[BIG]), HubUnreachable)
+    assert "found 1000 bytes, which are kept (an answer of another size" in told
+    assert list(blobs(cache).values()) == [whole[:1000]]
+
+
 def test_licence_withdrawn_on_the_way(server: HubServer, cache: Path) -> None:
     """The link expires and no new one is given: the error is the hub's, and what came is kept."""
     files = Hub(MEMBER).files(GATED)

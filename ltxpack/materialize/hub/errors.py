@@ -26,6 +26,10 @@ class HubUnreachable(SourceError):
     """No usable answer: no network, a proxy in the way, the hub down. The cache may still help."""
 
 
+class OtherAnswerError(Exception):
+    """An answer with the size of another file, as from the login page of a network: a later try may succeed."""
+
+
 class Reference(NamedTuple):
     """``REPO[@REV][/FILE]``, a place on the hub, as the user types it and as messages name it."""
 
@@ -102,6 +106,7 @@ BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("EntryNotFoundError", NO_FILE),
     ("HfHubHTTPError", _REFUSED),
     ("FileMetadataError", Row(_NO_HUB, _BETWEEN, "an answer without a commit or an ETag from {endpoint}", away=True)),
+    ("OtherAnswerError", Row(_NO_HUB, _BETWEEN, "an answer of another size from {endpoint}", away=True)),
     ("TooManyRedirects", Row(_NO_HUB, _BETWEEN, "redirects without end from {endpoint}", away=True)),
     ("InvalidURL", Row(_NO_HUB, _BETWEEN, "an invalid address from {endpoint}", away=True)),
     ("TransportError", Row(
@@ -200,7 +205,8 @@ def is_passing(error: BaseException) -> bool:
     """Whether the same request may succeed in a moment: a broken connection, a slow, busy or failing server."""
     if status_of(error) is not None:
         return status_of(error) in PASSING_STATUSES
-    return _is(error, "TransportError") and not (_is(error, "UnsupportedProtocol") or _is(error, "LocalProtocolError"))
+    hopeless = _is(error, "UnsupportedProtocol") or _is(error, "LocalProtocolError")
+    return isinstance(error, OtherAnswerError) or (_is(error, "TransportError") and not hopeless)
 
 
 def is_no_network(error: BaseException) -> bool:

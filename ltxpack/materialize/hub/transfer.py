@@ -16,10 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from ltxpack.errors import SourceError
-from ltxpack.materialize.hub.errors import asked_wait, is_passing, status_of
+from ltxpack.materialize.hub.errors import OtherAnswerError, asked_wait, is_passing, status_of
 from ltxpack.reporter import Reporter
+
+if TYPE_CHECKING:
+    import httpx
 
 PIECE = 8 << 20
 CONNECTIONS = 8
@@ -105,7 +109,7 @@ class RemoteFile:
             if response.status_code in ADDRESS_EXPIRED and self._address is address:
                 self._address = None
             hf_raise_for_status(response)
-            _check_start(response.status_code, response.headers.get("Content-Range", ""), first)
+            _check_start(response, first, self.size)
             # Without a chunk size: httpx would hold back an unfilled chunk, and lose it with the connection.
             for chunk in response.iter_bytes():
                 wanted = chunk[: stop - start - len(data)]
@@ -211,9 +215,12 @@ def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
         yield future.result()
 
 
-def _check_start(status: int, content_range: str, first: int) -> None:
+def _check_start(response: httpx.Response, first: int, size: int) -> None:
     """Check the start of an answer: a whole file will do for a prefix; a part must be the requested one."""
-    if status == 206 and content_range.startswith(f"bytes {first}-"):
-        return
-    if status == 206 or first > 0:
+    part, headers = response.status_code == 206, response.headers
+    content_range = headers.get("Content-Range", "")
+    stated = content_range.rpartition("/")[2] if part else headers.get("Content-Length", "")
+    if stated.isdigit() and stated != str(size) and "Content-Encoding" not in headers:
+        raise OtherAnswerError(f"{stated} bytes instead of {size}")
+    if not content_range.startswith(f"bytes {first}-") if part else first > 0:
         raise RangesIgnoredError
