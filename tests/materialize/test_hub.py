@@ -218,6 +218,11 @@ def test_answer_of_something_else_than_a_hub(server: HubServer) -> None:
         assert "cannot be used" in told_by(lambda: Hub().files(REPO))
 
 
+def test_answer_that_cannot_be_decoded(server: HubServer, files: Listing) -> None:
+    server.faults.metadata = {"Content-Encoding": "gzip"}
+    assert "cannot be decoded" in told_by(lambda: Hub().fetch(files[SMALL]), HubUnreachable)
+
+
 def one_file(**change: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def listing(stated: dict[str, Any]) -> dict[str, Any]:
         file = {"rfilename": "a.bin", "size": 1, "lfs": {"sha256": "0" * 64, "size": 1, "pointerSize": 1}}
@@ -260,7 +265,8 @@ def test_hostile_listings_are_refused(server: HubServer, cache: Path) -> None:
 def test_file_that_is_not_the_listed_one_is_refused(server: HubServer, files: Listing, cache: Path) -> None:
     for metadata in (
         {"X-Linked-Etag": '"../../../../x"'}, {"X-Linked-Etag": f'"{"1" * 64}"'}, {"X-Linked-Etag": '""', "ETag": '""'},
-        {"X-Linked-Size": "5"}, {"X-Repo-Commit": "1" * 40}, {"X-Repo-Commit": "../.."},
+        {"X-Linked-Size": "5"}, {"X-Repo-Commit": "1" * 40}, {"X-Repo-Commit": "../.."}, {"Location": "http://["},
+        {"Location": "http://storage:99999/"},
     ):  # fmt: skip
         server.faults.metadata = metadata
         told_by(lambda: Hub().fetch(files[BIG]))
@@ -447,15 +453,15 @@ def test_licence_withdrawn_on_the_way(server: HubServer, cache: Path) -> None:
 
 def test_file_changed_on_the_way_is_refused(server: HubServer, files: Listing) -> None:
     """A new link is for another file than was listed: an error at once, whatever failed before."""
-    server.faults.drops = [1000, 1000]
 
     def change(data: bytes) -> bytes:
         server.faults.metadata = {"X-Linked-Size": "5"}
-        server.signature = 2
+        server.signature += 1
         return data
 
-    server.faults.body = change
-    assert "another file than was listed" in told_by(lambda: Hub().fetch(files[BIG]))
+    for call in (Hub().fetch, Hub().header):
+        server.faults.drops, server.faults.body, server.faults.metadata = [4, 4], change, {}
+        assert "another file than was listed" in told_by(lambda call=call: call(files[BIG]))
 
 
 @pytest.mark.parametrize(
@@ -644,6 +650,12 @@ def test_offline_mode_says_what_is_missing(filled: HubServer, monkeypatch: pytes
         told = told_by(call)
         assert all(words in told for words in ("not in the hub cache", "HF_HUB_OFFLINE", str(cache)))
     assert not filled.requests
+
+
+def test_offline_mode_names_a_cache_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    use_endpoint(monkeypatch, "http://hub.test", cache.parent / ("x" * 300))
+    go_offline(monkeypatch)
+    assert "hub cache cannot be used" in told_by(lambda: Hub().files(REPO, "1" * 40))
 
 
 def test_library_finds_what_we_cached(filled: HubServer, cache: Path) -> None:

@@ -173,7 +173,8 @@ class Hub:
                 return self._ask(place)
             except HubUnreachable as error:
                 lost = error
-        cached = self._snapshot(repo, revision)
+        with self._explained(place):
+            cached = self._snapshot(repo, revision)
         if cached is None:
             raise lost
         if isinstance(lost, HubUnreachable):
@@ -227,9 +228,7 @@ class Hub:
             try:
                 ask, repo, revision = self._api.model_info, place.repo, place.revision
                 model = self._retried(lambda: ask(repo, revision=revision, files_metadata=True, timeout=self._timeout))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-                if hub_errors.status_of(error) is not None:
-                    raise
+            except (TypeError, KeyError, AttributeError, RecursionError) as error:
                 raise _unsound(place, f"no description of a repository ({type(error).__name__})") from None
             files = _read_listing(model, place)
             if files:
@@ -295,7 +294,12 @@ class Hub:
         except RangesIgnoredError:
             raise _unsound(place, "another part of the file than was asked for") from None
         except Exception as error:
-            told = hub_errors.explain(error.reason if isinstance(error, BrokenError) else error, place)
+            cause = error.reason if isinstance(error, BrokenError) else error
+            if isinstance(cause, LtxpackError):
+                raise cause from None
+            told = hub_errors.explain(cause, place)
+            if told is None and isinstance(cause, ValueError):
+                told = _unsound(place, f"it cannot be read ({type(cause).__name__})")
             if told is None:
                 raise
             raise told from error

@@ -106,6 +106,7 @@ BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("EntryNotFoundError", NO_FILE),
     ("HfHubHTTPError", _REFUSED),
     ("FileMetadataError", Row(_NO_HUB, _BETWEEN, "an answer without a commit or an ETag from {endpoint}", away=True)),
+    ("DecodingError", Row(_NO_HUB, _BETWEEN, "an answer that cannot be decoded from {endpoint}", away=True)),
     ("OtherAnswerError", Row(_NO_HUB, _BETWEEN, "an answer of another size from {endpoint}", away=True)),
     ("TooManyRedirects", Row(_NO_HUB, _BETWEEN, "redirects without end from {endpoint}", away=True)),
     ("InvalidURL", Row(_NO_HUB, _BETWEEN, "an invalid address from {endpoint}", away=True)),
