@@ -172,6 +172,21 @@ def test_token_that_is_none_is_not_quoted(server: HubServer) -> None:
     assert not server.requests
 
 
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_stored_token_that_cannot_be_read_is_named(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes | None
+) -> None:
+    from huggingface_hub import constants
+
+    stored = tmp_path / "token"
+    stored.mkdir() if content is None else stored.write_bytes(content)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(stored))
+    told = told_by(lambda: Hub().files(REPO))
+    assert "access token cannot be read" in told and f"found {stored}: " in told and "set HF_TOKEN" in told
+    monkeypatch.setenv("HF_TOKEN", MEMBER)
+    assert Hub().files(REPO)
+
+
 def test_token_goes_to_the_hub_and_not_to_the_storage(server: HubServer) -> None:
     hub_ = Hub(MEMBER)
     files = hub_.files(REPO)
@@ -434,6 +449,17 @@ def test_page_of_the_network_in_between_costs_nothing(server: HubServer, files: 
     told = told_by(lambda: hub_.fetch(files[BIG]), HubUnreachable)
     assert "found 1000 bytes, which are kept (an answer of another size" in told
     assert list(blobs(cache).values()) == [whole[:1000]]
+
+
+def test_storage_that_refuses_or_fails_is_named(server: HubServer, files: Listing) -> None:
+    """Firewalls let requests to the hub pass and bar its storage: no token would help."""
+    storage = server.endpoint.replace("127.0.0.1", "localhost")
+    server.faults.metadata = {"Location": f"{storage}/storage/{files[BIG].sha256}?signature=0"}
+    for call in (Hub().fetch, Hub().header):
+        told = told_by(lambda call=call: call(files[BIG]))
+        assert f"bars {storage}" in told and f"HTTP 403 from {storage}" in told and "token" not in told
+    server.faults.metadata, server.faults.drops = {}, [0] * 6
+    assert f"({storage}: the connection broke)" in told_by(lambda: Hub().fetch(files[BIG]))
 
 
 def test_licence_withdrawn_on_the_way(server: HubServer, cache: Path) -> None:

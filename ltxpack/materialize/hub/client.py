@@ -260,12 +260,16 @@ class Hub:
 
         The library would quote that token, whole, in its error.
         """
-        from huggingface_hub import get_token
+        from huggingface_hub import constants, get_token
 
         if fault := endpoint_fault(self._endpoint) or network_fault(self._reporter.warn):
             facts = {"variable": fault.variable, "value": fault.value, "why": fault.reason, "instead": fault.next}
             raise tell(hub_errors.BAD_VARIABLE, place, facts)
-        token = self._token or get_token()
+        try:
+            token = self._token or get_token()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "is no text"
+            raise tell(hub_errors.UNREAD_TOKEN, place, {"path": constants.HF_TOKEN_PATH, "reason": why}) from None
         if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
             raise tell(hub_errors.BAD_TOKEN, place)
 

@@ -10,6 +10,7 @@ import os
 import ssl
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from ltxpack.errors import SourceError, printable
 
@@ -73,6 +74,11 @@ NO_FILE = Row("no such file in the repository", "see {page}/tree/{branch} for wh
 NOT_UNDERSTOOD = Row("the hub's answer cannot be used: {reason}", _CHECK)
 NO_ROOM = Row("the disk of the hub cache is full", _ROOM)
 BAD_TOKEN = Row("the access token holds characters that no token has", _LOGIN)
+UNREAD_TOKEN = Row(
+    "the stored access token cannot be read",
+    "correct that file, set HF_TOKEN, or set HF_TOKEN_PATH to a file of your own",
+    "{path}: {reason}",
+)
 BAD_VARIABLE = Row("{variable} cannot be used: {why}", "{instead}", "{variable}={value}", away=True)
 BROKE_OFF = Row(
     "the download broke off, after several tries", "run the same command again; it goes on from there", away=True
@@ -84,10 +90,15 @@ _FULL = Row("the disk of the hub cache is full", _ROOM + ", it goes on where it 
 _TROUBLE = Row(
     "the hub has trouble answering, after several tries",
     "run the same command again later; with the files in the cache already: HF_HUB_OFFLINE=1",
-    "HTTP {status} from {endpoint}",
+    "HTTP {status} from {host}",
     away=True,
 )
-_REFUSED = Row("the hub refuses the request", _CHECK, "HTTP {status} from {endpoint}{quote}")
+_STORAGE_REFUSES = Row(
+    "the storage to which the hub sends for this file refuses the request",
+    "check the clock of this machine, and whether a proxy or firewall bars {host}; then run the same command again",
+    "HTTP {status} from {host}{quote}",
+)
+_REFUSED = Row("the hub refuses the request", _CHECK, "HTTP {status} from {host}{quote}")
 
 # Class of an exception, or of one of its parents -> its row; the first that fits counts. In huggingface_hub a gated
 # repository is one that is not found. For a plain refusal the status decides.
@@ -106,14 +117,14 @@ BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("EntryNotFoundError", NO_FILE),
     ("HfHubHTTPError", _REFUSED),
     ("FileMetadataError", Row(_NO_HUB, _BETWEEN, "an answer without a commit or an ETag from {endpoint}", away=True)),
-    ("DecodingError", Row(_NO_HUB, _BETWEEN, "an answer that cannot be decoded from {endpoint}", away=True)),
+    ("DecodingError", Row(_NO_HUB, _BETWEEN, "an answer that cannot be decoded from {host}", away=True)),
     ("OtherAnswerError", Row(_NO_HUB, _BETWEEN, "an answer of another size from {endpoint}", away=True)),
-    ("TooManyRedirects", Row(_NO_HUB, _BETWEEN, "redirects without end from {endpoint}", away=True)),
+    ("TooManyRedirects", Row(_NO_HUB, _BETWEEN, "redirects without end from {host}", away=True)),
     ("InvalidURL", Row(_NO_HUB, _BETWEEN, "an invalid address from {endpoint}", away=True)),
     ("TransportError", Row(
         "the hub cannot be reached",
         "check the network and proxy (HTTPS_PROXY), then run the same command again;"
-        " with the files in the cache already: HF_HUB_OFFLINE=1", "{endpoint}: {reason}", away=True)),
+        " with the files in the cache already: HF_HUB_OFFLINE=1", "{host}: {reason}", away=True)),
     ("OSError", Row(
         "the hub cache cannot be used", "check that the folder can be written, or set HF_HUB_CACHE to one that can",
         "{path}: {reason}")),
@@ -150,6 +161,7 @@ def explain(error: Exception, place: Reference) -> SourceError | None:
     said = " ".join(printable(getattr(error, "server_message", None) or "").split())[:LONGEST_QUOTE]
     wait = asked_wait(error) if row is BY_STATUS[429] else 0
     facts = {
+        "host": _host(error),
         "status": status_of(error),
         "said": said,
         "quote": f": {said}" if said else "",
@@ -171,8 +183,21 @@ def _row(error: Exception) -> Row | None:
     row = next((row for name, row in BY_TYPE if _is(error, name)), None)
     if row is not _REFUSED or status is None:
         return row
+    if status in (401, 403) and urlsplit(_host(error)).hostname != urlsplit(_host(None)).hostname:
+        return _STORAGE_REFUSES
     passing = status >= 500 or status in PASSING_STATUSES
     return BY_STATUS.get(status, _TROUBLE if passing else _REFUSED)
+
+
+def _host(error: Any) -> str:
+    """The address of the host that did not answer as it should: the hub's own, or that of its storage."""
+    from huggingface_hub import constants
+
+    try:
+        asked = urlsplit(str(getattr(error, "response", error).request.url))
+    except (AttributeError, RuntimeError):
+        asked = urlsplit(constants.ENDPOINT)
+    return f"{asked.scheme}://{asked.netloc.rpartition('@')[2]}"
 
 
 def _is(error: BaseException, name: str) -> bool:

@@ -119,7 +119,7 @@ class RemoteFile:
                     return
                 if self.stop.is_set():
                     break
-        raise httpx.RemoteProtocolError("the connection ended early")
+        raise httpx.RemoteProtocolError("the connection ended early", request=response.request)
 
 
 def download(remote: RemoteFile, partial: Path, hasher: hashlib._Hash, expected: str, reporter: Reporter) -> None:
