@@ -548,7 +548,13 @@ def test_cache_that_cannot_be_written(server: HubServer, files: Listing, cache: 
     assert "hub cache cannot be used" in told_by(lambda: Hub().fetch(files[BIG]))
 
 
-def test_two_at_once_download_once(server: HubServer, files: Listing) -> None:
+@pytest.mark.parametrize("links", [True, False])
+def test_two_at_once_download_once(
+    server: HubServer, files: Listing, cache: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", not links)
     told = threading.Event()
 
     def held(data: bytes) -> bytes:
@@ -568,6 +574,8 @@ def test_two_at_once_download_once(server: HubServer, files: Listing) -> None:
     assert one == two
     assert one.read_bytes() == FILES[BIG]
     assert server.sent() == len(FILES[BIG])
+    held_in = [path for path in cache.rglob("*") if path.lstat().st_size == len(FILES[BIG])]
+    assert held_in == [one.resolve()] and one.is_symlink() == links
 
 
 # Headers

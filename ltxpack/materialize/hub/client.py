@@ -319,13 +319,15 @@ class Hub:
 
         If the server ignores ranges, returns the hash of the file that huggingface_hub has to download, unchecked.
         """
+        from huggingface_hub.file_download import are_symlinks_supported
+
         address, etag = self._locate(file)
         blob = self._folder(file.repo) / "blobs" / etag
         partial = blob.with_name(f"{etag}.ltxpack.incomplete")
         blob.parent.mkdir(parents=True, exist_ok=True)
         with self._locked(file.repo, etag):
-            if blob.exists():
-                check_cached(blob, replace(file, sha256=None))
+            for there in filter(Path.exists, (blob, self.path(file))):
+                check_cached(there, replace(file, sha256=None))
                 return None
             missing = file.size - (partial.stat().st_size if partial.exists() else 0)
             free = shutil.disk_usage(blob.parent).free
@@ -344,7 +346,10 @@ class Hub:
                     raise error.reason from None
                 found = f"{partial.stat().st_size} bytes, which are kept ({told.found})"
                 raise tell(hub_errors.BROKE_OFF, file.place, expected=f"{file.size} bytes", found=found) from error
-            partial.replace(blob)
+            # Without links huggingface_hub would copy the blob, and the cache would hold the file twice.
+            place = blob if are_symlinks_supported(self._folder(file.repo)) else self.path(file)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            partial.replace(place)
         return None
 
     def _link_blob(self, file: RepoFile) -> Path:
