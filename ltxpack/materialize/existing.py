@@ -26,6 +26,7 @@ from ltxpack.manifest import Manifest, SourceFile
 from ltxpack.materialize.access import WEIGHTS, Access, InputFile, InputFolder, hub_folder
 from ltxpack.materialize.checkpoint import read_upsampler
 from ltxpack.materialize.hub.client import Hub
+from ltxpack.materialize.hub.errors import RevisionGoneError
 from ltxpack.materialize.parts import read_parts
 from ltxpack.materialize.plan import (
     LORA_FOLDER,
@@ -132,8 +133,9 @@ def restore_base(
     """Write ``paths`` of ``overlay``, which belong to no bake, again from the inputs that the manifest records.
 
     ``source`` is a folder, file or repo to look in first, as for ``materialize``; other inputs come from the repo and
-    revision that the manifest states for each. It fetches only the inputs of ``paths``. Raises LtxpackError:
-    SourceError for an input that is not found, OverlayError if a result differs from the manifest.
+    revision that the manifest states for each, or from the newest one if that is gone. It fetches only the inputs of
+    ``paths``. Raises LtxpackError: SourceError for an input that is not found, OverlayError if a result differs from
+    the manifest.
     """
     access = Access(reporter, hub)
     folder, single = (None, None) if source is None else open_source_folder(source, None, access)
@@ -202,7 +204,10 @@ def _find_recorded(
     first = recorded[0]
     found = _all_of(recorded, folder) or _renamed(role, recorded, folder) if folder else None
     if found is None and first.repo is not None:
-        folder = hub_folder(first.repo, first.revision, access)
+        try:
+            folder = hub_folder(first.repo, first.revision, access)
+        except RevisionGoneError:
+            folder = hub_folder(first.repo, None, access)
         found = _all_of(recorded, folder)
     if found is not None:
         return found

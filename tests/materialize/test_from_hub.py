@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_server import Commit, HubServer
 from materialize import quantised_source, tiny_source
 from support import tree
 
@@ -14,7 +14,7 @@ from ltxpack.errors import SourceError, UnsupportedError
 from ltxpack.ltx23.releases import DEFAULT_FILES, TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import read_manifest
-from ltxpack.materialize import Options, materialize, plan_overlay
+from ltxpack.materialize import Options, materialize, plan_overlay, restore_base
 from ltxpack.repack.verify import verify
 from ltxpack.reporter import SilentReporter
 
@@ -79,6 +79,23 @@ def test_the_same_again_needs_no_network(
     again = tmp_path / "again"
     materialize(Options(REPO, again), SilentReporter())
     assert tree(again / "transformer") == tree(out / "transformer")
+
+
+def test_a_repair_takes_the_same_files_of_a_newer_commit(server: HubServer, source: Path, out: Path) -> None:
+    """A repository whose history was squashed has no older commit."""
+    materialize(Options(REPO, out, copy=True), SilentReporter())
+    before, lora = tree(out), DEFAULT_FILES["lora"]
+
+    def repaired_from(**files: bytes) -> dict[str, bytes]:
+        server.commits[REPO]["main"] = Commit.of({**repos(source)[REPO], **files})
+        (out / "loras" / lora).unlink()
+        restore_base(out, read_manifest(out), [f"loras/{lora}"], SilentReporter())
+        return tree(out)
+
+    assert repaired_from(**{"README.md": b"other"}) == before
+    with pytest.raises(SourceError, match="does not hold the lora") as caught:
+        repaired_from(**{lora: b"other"})
+    assert caught.value.next == f"ltxpack verify {out} --repair --source FOLDER"
 
 
 @pytest.mark.parametrize("name", ["ltx-2.3-dev-fp8.safetensors", "LTX-2.3-dev-Q4_K_M.gguf"])

@@ -27,6 +27,10 @@ class HubUnreachable(SourceError):
     """No usable answer: no network, a proxy in the way, the hub down. The cache may still help."""
 
 
+class RevisionGoneError(SourceError):
+    """The repository has no such revision, or no longer: the history of a repository can be rewritten."""
+
+
 class OtherAnswerError(Exception):
     """An answer with the size of another file, as from the login page of a network: a later try may succeed."""
 
@@ -70,6 +74,9 @@ NOT_CACHED = Row(
     "unset HF_HUB_OFFLINE, connect and run the same command again, or set HF_HUB_CACHE to a cache that has it",
     "cache {cache}",
 )
+NO_REVISION = Row(
+    "no such revision (branch, tag or commit)", "see {page}/commits/main, or leave the revision out for the newest"
+)
 NO_FILE = Row("no such file in the repository", "see {page}/tree/{branch} for what it holds")
 NOT_UNDERSTOOD = Row("the hub's answer cannot be used: {reason}", _CHECK)
 NO_ROOM = Row("the disk of the hub cache is full", _ROOM)
@@ -111,9 +118,7 @@ BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("RepositoryNotFoundError", Row(
         "no such repository, or a private one", "check the name at {page}; if it is private: " + _LOGIN)),
     ("DisabledRepoError", Row("the hub has disabled this repository", "open {page} for the reason", "{said}")),
-    ("RevisionNotFoundError", Row(
-        "no such revision (branch, tag or commit)",
-        "see {page}/commits/main, or leave the revision out for the newest")),
+    ("RevisionNotFoundError", NO_REVISION),
     ("EntryNotFoundError", NO_FILE),
     ("HfHubHTTPError", _REFUSED),
     ("FileMetadataError", Row(_NO_HUB, _BETWEEN, "an answer without a commit or an ETag from {endpoint}", away=True)),
@@ -147,7 +152,7 @@ def tell(row: Row, place: Reference, facts: Mapping[str, object] | None = None, 
     here = {"endpoint": endpoint, "page": f"{endpoint}/{place.repo}", "branch": place.revision or "main"}
     values = {**here, "cache": constants.HF_HUB_CACHE, "path": constants.HF_HUB_CACHE, **(facts or {})}
     problem, next_step, found = (text and text.format_map(values) for text in (row.problem, row.next, row.found))
-    kind = HubUnreachable if row.away else SourceError
+    kind = HubUnreachable if row.away else RevisionGoneError if row is NO_REVISION else SourceError
     return kind(str(problem), file=place.label, next=next_step, **{"found": found or None, **more})
 
 
