@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_081,
+    "lines of the package": 34_095,
     "files of the package": 195,
-    "lines of the tests": 33_898,
+    "lines of the tests": 33_915,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ from support import HANG, Notes, until
 
 from ltxpack.errors import FormatError, LtxpackError, SourceError, UsageError
 from ltxpack.materialize.hub import client as hub
+from ltxpack.materialize.hub import errors as hub_errors
 from ltxpack.materialize.hub import transfer as hub_transfer
 from ltxpack.materialize.hub.client import Hub, HubUnreachable, RepoFile, is_safe_name, parse_reference
 
@@ -212,6 +214,19 @@ def test_passing_trouble_is_tried_again(server: HubServer, status: int) -> None:
     assert [request.status for request in server.requests][:3] == [status, status, 200]
 
 
+def test_password_in_the_endpoint_is_not_shown(server: HubServer, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    use_endpoint(monkeypatch, server.endpoint.replace("//", "//me:secret@"), cache)
+    monkeypatch.setattr(hub.time, "sleep", lambda _: None)
+    server.tokens.add(f"Basic {base64.b64encode(b'me:secret').decode()}")
+    hub_ = Hub(reporter=(reporter := Notes()))
+    file = hub_.files(REPO)[BIG]
+    for status in (403, 404, 503):
+        server.faults.always, server.faults.after = status, {"Retry-After": "11"}
+        for call in (lambda: hub_.files(REPO), lambda: hub_.header(file)):
+            assert "secret" not in told_by(call)
+    assert reporter.notes and "secret" not in str(reporter.said)
+
+
 def test_lasting_trouble_is_told_after_some_tries(server: HubServer) -> None:
     server.faults.always = 503
     told = told_by(lambda: Hub().files(REPO), HubUnreachable)
@@ -219,10 +234,12 @@ def test_lasting_trouble_is_told_after_some_tries(server: HubServer) -> None:
     assert len(server.requests) == 4
 
 
-def test_rate_limit_says_how_long(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("after", ["17", "Thu, 01 Jan 1970 00:01:17 GMT"])
+def test_rate_limit_says_how_long(server: HubServer, monkeypatch: pytest.MonkeyPatch, after: str) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(hub.time, "sleep", waits.append)
-    server.faults.always, server.faults.after = 429, {"Retry-After": "17"}
+    monkeypatch.setattr(hub, "time", mock.Mock(sleep=waits.append))
+    monkeypatch.setattr(hub_errors, "time", mock.Mock(time=lambda: 60.0))
+    server.faults.always, server.faults.after = 429, {"Retry-After": after}
     assert "wait 17 s" in told_by(lambda: Hub().files(REPO), HubUnreachable)
     assert waits == [17.0] * 3
 

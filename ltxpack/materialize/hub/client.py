@@ -284,7 +284,7 @@ class Hub:
                 wait = max(pause, hub_errors.asked_wait(error))
                 what = hub_errors.status_of(error) or type(error).__name__
                 note = self._reporter.note if wait > LONG_WAIT else self._reporter.detail
-                note(f"{self._endpoint}: {what}, trying again in {wait:.0f} s")
+                note(f"{hub_errors.shown(self._endpoint)}: {what}, trying again in {wait:.0f} s")
                 time.sleep(wait)
         return call()
 
@@ -337,7 +337,7 @@ class Hub:
             try:
                 download(self._remote(file, address), partial, _hasher(etag, file.size), etag, self._reporter)
             except RangesIgnoredError:
-                self._reporter.detail(f"{self._endpoint} sends no parts of files; downloading in one go")
+                self._reporter.detail("the hub sends no parts of files; downloading in one go")
                 partial.unlink(missing_ok=True)
                 return etag
             except BrokenError as error:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import ssl
+import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -144,11 +147,16 @@ BY_STATUS: Mapping[int, Row] = {
 }  # fmt: skip
 
 
+def shown(address: str) -> str:
+    """``address`` without the name and password that may stand before the host."""
+    return re.sub(r"//[^/]*@", "//", address)
+
+
 def tell(row: Row, place: Reference, facts: Mapping[str, object] | None = None, **more: Any) -> SourceError:
     """The error of ``row``: ``facts`` fill its fields; ``more`` are further arguments (expected, found, items)."""
     from huggingface_hub import constants
 
-    endpoint = constants.ENDPOINT.rstrip("/")
+    endpoint = shown(constants.ENDPOINT.rstrip("/"))
     here = {"endpoint": endpoint, "page": f"{endpoint}/{place.repo}", "branch": place.revision or "main"}
     values = {**here, "cache": constants.HF_HUB_CACHE, "path": constants.HF_HUB_CACHE, **(facts or {})}
     problem, next_step, found = (text and text.format_map(values) for text in (row.problem, row.next, row.found))
@@ -199,10 +207,10 @@ def _host(error: Any) -> str:
     from huggingface_hub import constants
 
     try:
-        asked = urlsplit(str(getattr(error, "response", error).request.url))
+        asked = str(getattr(error, "response", error).request.url)
     except (AttributeError, RuntimeError):
-        asked = urlsplit(constants.ENDPOINT)
-    return f"{asked.scheme}://{asked.netloc.rpartition('@')[2]}"
+        asked = constants.ENDPOINT
+    return "/".join(shown(asked).split("/")[:3])
 
 
 def _is(error: BaseException, name: str) -> bool:
@@ -256,4 +264,10 @@ def asked_wait(error: BaseException) -> float:
     if limit is not None and limit.remaining == 0:
         return min(float(limit.reset_in_seconds) + 1, LONGEST_WAIT)
     after = headers.get("Retry-After", "")
-    return min(float(after), LONGEST_WAIT) if after.isascii() and after.isdigit() else 0.0
+    if after.isascii() and after.isdigit():
+        return min(float(after), LONGEST_WAIT)
+    try:
+        asked = parsedate_to_datetime(after).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return min(max(asked, 0.0), LONGEST_WAIT)
