@@ -187,6 +187,28 @@ def test_a_plan_needs_neither_torch_nor_much_memory(full_size: Path) -> None:
     assert not loads_torch and peak < 100e6
 
 
+def test_the_main_thread_imports_nothing_that_the_import_of_torch_needs(demo: Path) -> None:
+    # Ctrl-C in a thread that waits for another one's import can leave a lock of Python's imports held for ever.
+    code = """
+    import sys, time, types
+    from pathlib import Path
+    from ltxpack.cli.terminal import TerminalReporter
+    from ltxpack.export.plan import ExportOptions, plan_export
+    baking = sys.modules["ltxpack.lora_bake.bake"]
+    answer = []
+    def slow(name):
+        before = set(sys.modules)
+        time.sleep(1)
+        answer.extend([name, *set(sys.modules).difference(before)])
+    load = lambda name: slow(name) if name == "torch" else __import__(name)
+    baking.importlib = types.SimpleNamespace(import_module=load)
+    overlay = Path(sys.argv[1])
+    make = baking.BakeOptions(overlay, (0.5,))
+    plan_export(ExportOptions(overlay, Path("x.safetensors"), make=make), TerminalReporter())
+    """
+    assert in_fresh_process(code, demo / "overlay")[0] == ["torch"]
+
+
 def test_the_plan_is_the_size_of_the_file(demo: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
     planned = ltxpack("export", demo / "overlay", "-o", output, "--plan", "--json")

@@ -107,15 +107,22 @@ def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bo
     """The one bake of ``options``, with its LoRAs read. Raises the errors of ``bake`` before it writes."""
     options = options.checked()
     wanted = _Wanted.find(options, reporter, headers_only)
-    if not headers_only:
-        _torch_ahead()
+    torch = None if headers_only else _torch_ahead()
     [plan] = wanted.plans(None if headers_only else reporter)
     _tell(plan.rule, [lora.adapter for lora in plan.loras], reporter)
+    if torch is not None:
+        torch.result()
     return UnwrittenBake(plan, options)
 
 
 def _torch_ahead() -> Future[ModuleType]:
-    """Import torch on another thread: it takes as long as reading a LoRA, and both go on together."""
+    """Import torch on another thread: it takes as long as reading a LoRA, and both go on together.
+
+    A caller waits for the result, and imports nothing meanwhile that torch imports too: if Ctrl-C comes while a thread
+    waits for the import of another one, CPython may keep the lock of all imports for ever.
+    """
+    for needed in ("numpy", "tqdm"):
+        importlib.import_module(needed)
     loader = ThreadPoolExecutor(1)
     torch = loader.submit(uncollected()(importlib.import_module), "torch")
     loader.shutdown(wait=False)
