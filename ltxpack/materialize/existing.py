@@ -22,7 +22,7 @@ from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, PATTERNS, TEXT_ENCODER, UPSAMPLER
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
-from ltxpack.manifest import Manifest, SourceFile
+from ltxpack.manifest import Manifest, Source, SourceFile
 from ltxpack.materialize.access import WEIGHTS, Access, InputFile, InputFolder, hub_folder
 from ltxpack.materialize.checkpoint import read_upsampler
 from ltxpack.materialize.hub.client import Hub
@@ -60,8 +60,9 @@ def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterato
     """Differences of ``overlay`` from the plan, in words: cheap checks first, the others only if those find none."""
     if (most := manifest.source.max_shard_size) != plan.stated.source.max_shard_size:
         yield f"it was made with --max-shard-size {most}"
-    if manifest.source != plan.stated.source:
-        other = next((file for file in plan.stated.source.files if file not in manifest.source.files), None)
+    made_from, wanted = (_contents(made.source) for made in (manifest, plan.stated))
+    if made_from != wanted:
+        other = next((file for file in wanted if file not in made_from), None)
         what = "other inputs" if other is None else f"another {other.role.replace('_', ' ')} than {other.name}"
         yield f"it was made from {what}"
     planned = {item.path: item for item in plan.items()}
@@ -85,6 +86,11 @@ def differences(plan: OverlayPlan, manifest: Manifest, overlay: Path) -> Iterato
             continue
         if not all(_same(sample, overlay / item.path, start) for sample, start in _samples(item)):
             yield f"{item.path} was made from another file of the same name and size"
+
+
+def _contents(source: Source) -> list[SourceFile]:
+    """The inputs by content: where a file with a hash was found does not matter, nor whether its release was known."""
+    return [replace(file, repo=None, revision=None, release=None) if file.sha256 else file for file in source.files]
 
 
 def _samples(item: Item) -> Iterator[tuple[Producer, int]]:

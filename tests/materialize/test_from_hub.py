@@ -10,7 +10,7 @@ from hub_server import Commit, HubServer
 from materialize import quantised_source, tiny_source
 from support import tree
 
-from ltxpack.errors import SourceError, UnsupportedError
+from ltxpack.errors import OverlayError, SourceError, UnsupportedError
 from ltxpack.ltx23.releases import DEFAULT_FILES, TEXT_ENCODER_REPO
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import read_manifest
@@ -96,6 +96,19 @@ def test_a_repair_takes_the_same_files_of_a_newer_commit(server: HubServer, sour
     with pytest.raises(SourceError, match="does not hold the lora") as caught:
         repaired_from(**{lora: b"other"})
     assert caught.value.next == f"ltxpack verify {out} --repair --source FOLDER"
+
+
+def test_a_newer_commit_with_the_same_files_is_the_same_source(server: HubServer, source: Path, out: Path) -> None:
+    """Most commits of a model's repository change its page alone."""
+    materialize(Options(REPO, out), SilentReporter())
+    server.commits[REPO]["main"] = Commit.of({**repos(source)[REPO], "README.md": b"other"})
+    assert not materialize(Options(REPO, out), SilentReporter()).written
+    lora = DEFAULT_FILES["lora"]
+    changed = bytearray((source / tiny_source.LORA).read_bytes())
+    changed[-1] ^= 1
+    server.commits[REPO]["main"] = Commit.of({**repos(source)[REPO], lora: bytes(changed)})
+    with pytest.raises(OverlayError, match=f"another lora than {lora}"):
+        materialize(Options(REPO, out), SilentReporter())
 
 
 @pytest.mark.parametrize("name", ["ltx-2.3-dev-fp8.safetensors", "LTX-2.3-dev-Q4_K_M.gguf"])
