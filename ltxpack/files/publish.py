@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,10 @@ from ltxpack.errors import OverlayError, UnwrittenError, UsageError, quoted
 WRITE_PROBLEMS = {
     errno.ENOSPC: ("the disk is full", "free some space"),
     errno.EDQUOT: ("the disk quota is used up", "free some space"),
-    errno.EFBIG: ("is larger than this filesystem allows", "use a smaller --max-shard-size"),
+    errno.EFBIG: (
+        "is larger than this filesystem allows",
+        "choose another filesystem (materialize: or a smaller --max-shard-size)",
+    ),
     errno.EACCES: ("may not be written", "correct the permissions"),
     errno.EPERM: ("may not be written", "correct the permissions"),
     errno.EROFS: ("is on a read-only filesystem", "choose another folder"),
@@ -36,7 +40,7 @@ RANDOM_BYTES = 8
 
 def clipped_name(path: Path) -> str:
     """The first 200 bytes of the name of ``path``: a longer name leaves no room for a temporary file's own."""
-    return os.fsencode(path.name)[:200].decode(errors="ignore")
+    return os.fsencode(path.name)[:200].decode(sys.getfilesystemencoding(), "ignore")
 
 
 class Temporary:
@@ -148,6 +152,8 @@ def check_writable(path: Path, flag: str, usual: str) -> None:
         raise UsageError("no such folder", file=path.parent, expected="a folder that exists", next=remedy)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError("no permission to write there", file=path.parent, next=f"choose {flag} in another folder")
+    if path.exists() and not path.is_file():
+        raise UsageError("is a device or a pipe", file=path, expected="a file name", next=f"choose {flag} {usual}")
     if path.exists() and _is_kept_for_others(folder, path):
         raise UsageError("belongs to another user", file=path, next=f"choose another {flag}")
     try:

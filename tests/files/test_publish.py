@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -46,7 +48,12 @@ def test_two_writers_of_one_name_never_touch_each_other(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("code", "told"),
-    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "may not be written"), (errno.EIO, "Input/output")],
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EFBIG, "another filesystem"),
+        (errno.EACCES, "may not"),
+        (errno.EIO, "Input"),
+    ],
 )
 def test_what_the_system_refuses_is_told_with_the_way_on(code: int, told: str, tmp_path: Path) -> None:
     with pytest.raises(OverlayError, match=told) as caught, write_errors(tmp_path / "x"):
@@ -124,6 +131,21 @@ def test_a_trial_leaves_nothing_and_replaces_what_a_killed_one_left(tmp_path: Pa
     with pytest.raises(FileNotFoundError):
         try_move(tmp_path, tmp_path / "none", ".trial")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(os.devnull)
+    for name in ("pipe", "link"):
+        with pytest.raises(UsageError, match="is a device or a pipe"):
+            check_writable(tmp_path / name, "--page", "plan.html")
+
+
+def test_a_name_is_written_in_a_locale_that_lacks_its_letters(tmp_path: Path) -> None:
+    code = "import sys, pathlib, ltxpack.files.publish as p; p.atomic_write(pathlib.Path(sys.argv[1]), b'x')"
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "視.mp4"], env=ascii_only, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["視.mp4"]
 
 
 def test_a_file_of_another_user_in_a_folder_like_tmp_is_told_at_once(
