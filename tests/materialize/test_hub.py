@@ -264,13 +264,14 @@ def one_file(**change: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 HOSTILE_NAMES = ["../x", "/etc/x", "a/../../x", "a//b", "./x", "", "..", "a\\..\\x", "a\nb", "a\x00", "\x1b[2J", "x/",
-                 "\u202egpj.exe", "n" * 300, "a/" * 600 + "b", "Screenshot at 3.45\u202fPM.png"]  # fmt: skip
+                 "../\u202fx", "n" * 300, "a/" * 600 + "b", 7, None, ["a"]]  # fmt: skip
+UNSEEN_NAMES = ["\u202egpj.exe", "Screenshot at 3.45\u202fPM.png", "a/\u200d.png"]
 HOSTILE_SIZES = [-1, 2**63, 1.0, "1", None, True]
 HOSTILE_HASHES = ["", "../../x", "0" * 63, "Z" * 64, 5, None]
 
 
 HOSTILE = (
-    *(one_file(rfilename=name) for name in (7, None, ["a"])),
+    *(one_file(rfilename=name) for name in HOSTILE_NAMES),
     *(one_file(size=size, lfs=None) for size in HOSTILE_SIZES),
     *(one_file(size=size, lfs={"sha256": "0" * 64, "size": size, "pointerSize": 1}) for size in HOSTILE_SIZES),
     *(one_file(lfs={"sha256": value, "size": 1, "pointerSize": 1}) for value in HOSTILE_HASHES),
@@ -294,9 +295,9 @@ def test_hostile_listings_are_refused(server: HubServer, cache: Path) -> None:
     assert not cache.exists() or not any(path.is_file() for path in cache.rglob("*"))
 
 
-def test_names_that_could_leave_a_folder_or_upset_a_terminal_are_left_out(server: HubServer, files: Listing) -> None:
-    hostile = [sibling for name in HOSTILE_NAMES for sibling in one_file(rfilename=name)({})["siblings"]]
-    server.faults.listing = lambda stated: {**stated, "siblings": [*hostile, *stated["siblings"]]}
+def test_names_that_could_upset_a_terminal_are_left_out(server: HubServer, files: Listing) -> None:
+    odd = [sibling for name in UNSEEN_NAMES for sibling in one_file(rfilename=name)({})["siblings"]]
+    server.faults.listing = lambda stated: {**stated, "siblings": [*odd, *stated["siblings"]]}
     assert Hub().files(REPO) == files and files.keys() == FILES.keys()
 
 
