@@ -48,6 +48,7 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "strength", float(self.strength))
 
     @classmethod
     def parse(cls, text: str, num_frames: int) -> ImageSpec:

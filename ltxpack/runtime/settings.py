@@ -108,11 +108,10 @@ class Settings:
     def of(cls, given: Mapping[str, Any]) -> Settings:
         """The settings ``given``, and the defaults of their recipe for the others.
 
-        A float may be given as a whole number, a tuple as a list. Raises UsageError for an unknown recipe or a setting
-        that the recipe does not use, TypeError for a name that is no setting.
+        Numbers may be of any type, a tuple a list. Raises UsageError for an unknown recipe, a setting that the recipe
+        does not use or a value of another kind, TypeError for a name that is no setting.
         """
         known = {one.name: flag_of(one) for one in dataclasses.fields(cls)}
-        kinds = {one.name: type_of(one) for one in dataclasses.fields(cls)}
         unknown = sorted(given.keys() - known.keys())
         if unknown:
             raise TypeError(f"no such setting: {', '.join(unknown)}; there are {', '.join(known)}")
@@ -120,8 +119,8 @@ class Settings:
         for name, flag in known.items():
             if name in given and name in recipe.unused:
                 raise UsageError(f"{flag} has no use in the recipe {recipe.name}", next=f"leave {flag} out")
-        plain = {name: kind(given[name]) for name, kind in kinds.items() if kind in (float, tuple) and name in given}
-        return cls(**{**recipe.defaults, **given, **plain})
+        plain = {one.name: _plain(one, given[one.name]) for one in dataclasses.fields(cls) if one.name in given}
+        return cls(**{**recipe.defaults, **plain})
 
     @property
     def guidance(self) -> AV[Guidance]:
@@ -243,6 +242,29 @@ class SessionGiven(TypedDict, total=False):
     compile: bool
     cache: bool | str | Path
     save_activations: str | Path | None
+
+
+def _plain(one: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` in the plain type of the setting ``one``. Raises UsageError if it has none."""
+    kind = type_of(one)
+    try:
+        if kind is int:
+            return None if value is one.default is None else _whole(value)
+        if kind is tuple:
+            return tuple(map(_whole, value))
+        if one.name == "images":
+            return (value,) if isinstance(value, str | Path) else tuple(value)
+        return float(value) if kind is float else value
+    except (TypeError, ValueError, OverflowError):
+        wanted = "a list" if kind in (tuple, None) else "a whole number" if kind is int else "a number"
+        problem, advice = f"wrong {flag_of(one)}", "ltxpack run --help"
+        raise UsageError(problem, expected=wanted, found=repr(value), next=advice) from None
+
+
+def _whole(value: Any) -> int:
+    if int(value) != value:
+        raise ValueError(value)
+    return int(value)
 
 
 def recipe_named(name: str) -> Recipe:

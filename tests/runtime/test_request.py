@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ltxpack.errors import UsageError
@@ -102,11 +104,26 @@ def request(**changes: object) -> Request:
         {"recipe": "distilled", "steps": 8},
         {"recipe": "distilled", "modality": 3.0},
         {"recipe": "two-stage", "height": 96},
+        {"seed": "1"},
+        {"seed": None},
+        {"steps": 2.5},
+        {"fps": None},
+        {"images": None},
+        {"video_stg_blocks": [0.5]},
+        {"video_stg_blocks": 0},
+        {"video_skip_step": 1.5},
     ],
 )
 def test_refused_requests(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         request(**changes)
+
+
+def test_numbers_of_numpy_are_numbers_and_one_image_is_a_list_of_one() -> None:
+    given = request(seed=np.int64(10), num_frames=np.int32(9), height=64.0, images=(path for path in [__file__]))
+    assert given == request(seed=10, images=__file__) == pickle.loads(pickle.dumps(given))
+    assert [type(number) for number in (given.settings.seed, given.shape.frames, given.shape.height)] == [int] * 3
+    assert type(ImageSpec(Path(__file__), strength=np.float32(1)).strength) is float
 
 
 @pytest.mark.parametrize(
