@@ -113,6 +113,7 @@ def test_what_the_command_says_last(demo: Path, tmp_path: Path) -> None:
         ("--bake distilled-0.5 --strength 1", "--bake is copied as it is"),
         ("--bake distilled-0.5 --format fp8", "copied as it is stored"),
         ("--add x.safetensors=1", "need a --strength"),
+        ("--rule official --allow-unmatched", "the base is copied as it is"),
         ("--keep-blocks none", "goes with --format fp8"),
         ("--format int8 --activations a.safetensors", "goes with --format fp8"),
         ("--strength 1 --format fp8 --keep-blocks 99", "a block that is not there"),

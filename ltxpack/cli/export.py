@@ -105,5 +105,8 @@ def _wanted(overlay: Path, options: dict[str, Any]) -> ExportOptions:
         return wanted
     if strength is None and (making["lora"] or making["added"]):
         raise UsageError("--lora and --add need a --strength", next="add --strength, 0 for the added ones alone")
+    if strength is None and wanted.form in (None, BF16) and {"rule", "device", "allow_unmatched"}.issuperset(given):
+        idle = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError("the base is copied as it is", found=idle, next="leave those flags out, or add --strength")
     make = BakeOptions(overlay, (strength or Strength(0.0),), formats=(wanted.form or BF16,), **making)
     return dataclasses.replace(wanted, make=make, form=None)
