@@ -15,11 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from ltxpack.demo.checkpoint import VERSION, checkpoint_metadata, checkpoint_shapes, write_payload, write_source
+from ltxpack.demo.checkpoint import DEMO as TINY
+from ltxpack.demo.checkpoint import PUBLISHED as REAL
+from ltxpack.demo.checkpoint import (
+    VERSION,
+    StreamWidths,
+    checkpoint_config,
+    checkpoint_metadata,
+    checkpoint_shapes,
+    write_payload,
+    write_source,
+)
 from ltxpack.demo.checkpoint import lora_shapes as factors
-from ltxpack.demo.config import DEMO as TINY
-from ltxpack.demo.config import PUBLISHED as REAL
-from ltxpack.demo.config import StreamWidths, checkpoint_config
 
 NAME = "ltx-2.3-bench"
 RANK = 384

@@ -13,8 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from ltxpack.demo.checkpoint import tokenizer_documents
-from ltxpack.demo.config import GEMMA
+from ltxpack.demo.checkpoint import GEMMA, tokenizer_documents
 from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.ltx23.codes import CODES, coded_linears, with_codes

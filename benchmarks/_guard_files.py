@@ -19,8 +19,7 @@ from _full_size import Holes, make_full_size
 from hub_server import HubServer
 from materialize import tiny_source
 
-from ltxpack.demo.checkpoint import lora_shapes, tokenizer_documents
-from ltxpack.demo.config import GEMMA
+from ltxpack.demo.checkpoint import GEMMA, lora_shapes, tokenizer_documents
 from ltxpack.export import plan as exporting
 from ltxpack.files.tensorfile import build_header, tensor_nbytes
 from ltxpack.lora_bake import BakeOptions, find

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from support import load, ltxpack, refused
 
-from ltxpack.demo.config import REGISTERS
+from ltxpack.demo.checkpoint import REGISTERS
 from ltxpack.manifest import read_manifest
 
 

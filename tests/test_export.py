@@ -20,7 +20,7 @@ from support import Done, in_fresh_process, ltxpack, refused, tree
 
 import ltxpack.export.plan as exporting
 from ltxpack.errors import OverlayError
-from ltxpack.export.read_back import ReadBack, Written
+from ltxpack.export.write import ReadBack, Written
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, read_tensorfile
 from ltxpack.lora_bake import BakeOptions
@@ -318,7 +318,7 @@ def test_what_an_earlier_run_wrote_is_read_back(demo: Path, tmp_path: Path) -> N
 def test_bytes_are_compared_before_the_last_of_them_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x"
     path.write_bytes(bytes(range(256)) * 64)
-    monkeypatch.setattr("ltxpack.export.read_back.BATCH", 5000)
+    monkeypatch.setattr("ltxpack.export.write.BATCH", 5000)
     back = ReadBack(path)
     digest = blake3(path.read_bytes()[100:5100]).hexdigest()
     for name, offset in (("sound", 100), ("other bytes", 101)):

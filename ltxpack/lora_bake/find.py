@@ -24,8 +24,7 @@ from ltxpack.files.typed import at_home, denied, similar_names, similar_paths
 from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, Shapes, fit_adapter, open_adapter, refuse_model
 from ltxpack.lora_bake.plan import BakeOptions, lora_name
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.ltx23.lora_bases import SUPPORTED_BASE
-from ltxpack.ltx23.lora_facts import read_facts
+from ltxpack.ltx23.lora_facts import SUPPORTED_BASE, read_facts
 from ltxpack.ltx23.lora_statements import PEFT_CONFIG, PEFT_WEIGHTS, configuration_among, configuration_beside
 from ltxpack.manifest import BAKES, Lora, Manifest, changed_file
 from ltxpack.materialize.access import WEIGHTS, Access, InputFile, InputFolder, hub_folder, hub_reference

@@ -123,7 +123,7 @@ def _oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     """LyCORIS and kohya: (I + Q)/(I - Q) with |Q| <= alpha · outputs, transposed but for BOFT (four dimensions)."""
     import torch
 
-    from ltxpack.lora_bake.turns import Turn, cayley
+    from ltxpack.lora_bake.fuse import Turn, cayley
 
     stored = tensors["oft_blocks" if "oft_blocks" in tensors else "oft_diag"].double()
     skew = stored - stored.mT
@@ -167,7 +167,7 @@ def _peft_oft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
     """PEFT: the upper triangle of a skew matrix for each block of inputs, or one for all."""
     import torch
 
-    from ltxpack.lora_bake.turns import Turn, cayley, cayley_series
+    from ltxpack.lora_bake.fuse import Turn, cayley, cayley_series
 
     stored = tensors["oft_R"].double()
     size = _triangle(stored.shape[1])
@@ -193,7 +193,7 @@ def _peft_boft_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
 
 
 def _peft_boft(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
-    from ltxpack.lora_bake.turns import Turn, cayley
+    from ltxpack.lora_bake.fuse import Turn, cayley
 
     stored = tensors["boft_R"].double()
     blocks = cayley((stored.mT - stored) / 2).float()

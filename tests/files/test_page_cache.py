@@ -16,7 +16,7 @@ from support import until
 from ltxpack.files import direct
 from ltxpack.files.direct import PAGE, PageCache
 from ltxpack.files.reader import READ_BYTES
-from ltxpack.runtime.weights.background import CacheWarmer
+from ltxpack.runtime.weights.keeper import CacheWarmer
 
 pytestmark = pytest.mark.usefixtures("fsync_waits")
 

@@ -31,8 +31,7 @@ from ltxpack.errors import AdapterError, FormatError
 from ltxpack.files.tensorfile import read_tensorfile
 from ltxpack.lora_bake.find import find_loras
 from ltxpack.lora_bake.plan import BakeOptions
-from ltxpack.ltx23.lora_bases import named_base
-from ltxpack.ltx23.lora_facts import MAX_STATEMENTS, _Beside
+from ltxpack.ltx23.lora_facts import MAX_STATEMENTS, _Beside, named_base
 from ltxpack.ltx23.lora_keys import METHODS
 from ltxpack.manifest import read_manifest
 from ltxpack.materialize.checkpoint import read_lora

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.demo import checkpoint
-from ltxpack.demo.config import blocks
+from ltxpack.demo.checkpoint import blocks
 from ltxpack.ltx23.configs import upsampler_config
 from ltxpack.ltx23.expected import inventory, source_inventory
 from ltxpack.ltx23.published import published_files

@@ -16,7 +16,7 @@ from support import Notes, distance, load, ltxpack
 from torch import Tensor, nn
 
 from ltxpack import Pipeline
-from ltxpack.demo.config import TEXT_LAYERS
+from ltxpack.demo.checkpoint import TEXT_LAYERS
 from ltxpack.errors import DeviceError
 from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.config import DiTConfig

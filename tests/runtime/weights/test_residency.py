@@ -23,7 +23,7 @@ from support import Notes, until
 from torch import Tensor
 from works import hq_work
 
-from ltxpack.demo.config import TEXT_LAYERS
+from ltxpack.demo.checkpoint import TEXT_LAYERS
 from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files import direct, reader
 from ltxpack.reporter import SilentReporter
