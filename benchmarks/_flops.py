@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ltxpack.ltx23.expected import FEED_FORWARD
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts, linear
+from ltxpack.runtime.parallel.schemes import Lengths, forward_flops, forward_parts, linear
 
 
 def shared_flops(config: DiTConfig, lengths: Lengths) -> int:

@@ -16,8 +16,8 @@ from _report import Table
 
 from ltxpack.runtime.model import kernels
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import forward_flops
 from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.parallel.schemes import forward_flops
 from ltxpack.runtime.sampling.recipes import HQ, Recipe
 
 GIGA = 1e9

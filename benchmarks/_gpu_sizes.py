@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ltxpack.runtime.model.flops import Lengths
+from ltxpack.runtime.parallel.schemes import Lengths
 from ltxpack.runtime.sampling.shape import VideoShape
 
 Config = Mapping[str, Any]

@@ -10,8 +10,17 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+# The libraries of all parts but the transformer: module -> its names for a video, and for what a rank other than 0
+# makes beside its share of a step: pictures.
+OF_A_VIDEO = {
+    "diffusers": ("AutoencoderKLLTX2Audio", "AutoencoderKLLTX2Video"),
+    "diffusers.pipelines.ltx2": ("LTX2LatentUpsamplerModel", "LTX2TextConnectors", "LTX2VocoderWithBWE"),
+    "transformers": ("Gemma3TextModel", "PreTrainedTokenizerFast"),
+}
+OF_A_RANK = {"diffusers": ("AutoencoderKLLTX2Video",)}
 
 _ours = False
 
@@ -41,6 +50,18 @@ def uncollected() -> Iterator[None]:
             gc.freeze()
         if enabled:
             gc.enable()
+
+
+def import_libraries(names: Mapping[str, tuple[str, ...]] = OF_A_VIDEO) -> None:
+    """Import them before the clock of a video runs: both libraries import a module when its name is first used.
+
+    Whoever loads a part imports its class then. Until then a command has not waited for diffusers and transformers,
+    which take two seconds: commands that fail, and processes that only hand out work, never do.
+    """
+    with uncollected():
+        for module, wanted in names.items():
+            for name in wanted:
+                getattr(importlib.import_module(module), name)
 
 
 def main() -> None:

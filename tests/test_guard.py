@@ -26,12 +26,11 @@ from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import BF16, FORMATS
 from ltxpack.runtime.codecs import tiles
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import Lengths, forward_flops
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel import schemes
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
-from ltxpack.runtime.parallel.schemes import Split
+from ltxpack.runtime.parallel.schemes import Lengths, Split, forward_flops
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import RECIPES
 from ltxpack.runtime.settings import MODES
@@ -81,7 +80,7 @@ def test_a_number_that_differs_too_much_is_named_with_what_was_and_what_is() -> 
 
 
 def test_operations_are_those_torch_counts() -> None:
-    """The formula of flops.py leaves out what is around the blocks."""
+    """The formula of schemes.py leaves out what is around the blocks."""
     stages = {"stage 1": (REAL.lengths(1), 31, True), "stage 2": (REAL.lengths(2), 7, False)}
     forwards = guard.recorded("forwards")
     for stage, count in run_flops(CONFIG, stages).items():

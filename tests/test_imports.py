@@ -90,7 +90,7 @@ def test_no_phase_of_a_video_imports_what_could_be_imported_before() -> None:
     assert "from diffusers import AutoencoderKLLTX2Video" in imports
     code = """
 import sys
-from ltxpack.runtime.libraries import import_libraries
+from ltxpack.imports import import_libraries
 import ltxpack.runtime.run
 import_libraries()
 known = set(sys.modules)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ltxpack.errors import UsageError
 from ltxpack.files.tensorfile import open_source
+from ltxpack.imports import import_libraries
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import record
-from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.lines import SKIPPED, Outcome, Task, failed, identity
 from ltxpack.runtime.overlay import Overlay, chosen
 from ltxpack.runtime.parallel.crew import actors, goes_by_stages, processes
@@ -28,7 +28,7 @@ from ltxpack.runtime.run import RunOptions, check_outputs, peak_memory
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.session import Session, devices_of
 from ltxpack.runtime.settings import SessionSettings
-from ltxpack.runtime.text.length import tell_cut
+from ltxpack.runtime.text.gemma import tell_cut
 
 
 @dataclass(frozen=True)

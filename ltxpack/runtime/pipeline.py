@@ -11,15 +11,15 @@ from typing import Unpack
 
 from torch import Tensor
 
+from ltxpack.imports import import_libraries
 from ltxpack.reporter import ProgressReporter, Reporter
 from ltxpack.runtime import recipe_run
-from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.overlay import TransformerChoice
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionGiven, SessionSettings, SettingsGiven, recipe_named
-from ltxpack.runtime.text.length import tell_cut
+from ltxpack.runtime.text.gemma import tell_cut
 from ltxpack.runtime.video import Video
 
 Progress = Callable[[str, int, int], object]

@@ -15,10 +15,10 @@ from ltxpack.errors import UnwrittenError, UsageError
 from ltxpack.files.publish import check_writable, require_space
 from ltxpack.files.tensorfile import tensor_nbytes
 from ltxpack.files.units import human_bytes
+from ltxpack.imports import import_libraries
 from ltxpack.manifest import MANIFEST_NAME, is_overlay, read_manifest
 from ltxpack.reporter import Reporter
 from ltxpack.runtime import calibration, recipe_run
-from ltxpack.runtime.libraries import import_libraries
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output
 from ltxpack.runtime.media.pictures import read_image
 from ltxpack.runtime.recipe_run import Halfway
@@ -26,7 +26,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.shape import frame_rate
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, SettingsGiven
-from ltxpack.runtime.text.length import tell_cut
+from ltxpack.runtime.text.gemma import tell_cut
 from ltxpack.runtime.weights.load import INDEX_SUFFIX
 
 R = TypeVar("R")

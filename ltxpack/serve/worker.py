@@ -28,7 +28,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.run import write_video
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.session import Session
-from ltxpack.runtime.text.length import tell_cut
+from ltxpack.runtime.text.gemma import tell_cut
 from ltxpack.serve.jobs import request_of
 from ltxpack.serve.links import Message
 from ltxpack.serve.ray_workers import DONE, FILES, VIDEO

@@ -13,9 +13,8 @@ from ltxpack.errors import SourceError
 from ltxpack.files.foreign import ENDINGS, finished_name
 from ltxpack.files.reader import Range
 from ltxpack.files.tensorfile import read_tensorfile
-from ltxpack.files.zeros import BLOCK, LONG, ZeroStretches
 from ltxpack.manifest import read_manifest
-from ltxpack.materialize import Options, materialize, restore_base
+from ltxpack.materialize import BLOCK, LONG, Options, ZeroStretches, materialize, restore_base
 
 INPUTS = [*tiny_source.NAMES.values(), f"{tiny_source.GEMMA}/model-00002-of-00002.safetensors"]
 

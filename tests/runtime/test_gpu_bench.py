@@ -28,8 +28,8 @@ from support import HANG, REPOSITORY
 from warm_processes import WARM
 
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import Lengths, forward_flops, forward_parts
 from ltxpack.runtime.model.model import DiT
+from ltxpack.runtime.parallel.schemes import Lengths, forward_flops, forward_parts
 from ltxpack.runtime.sampling.recipes import HQ
 from ltxpack.runtime.weights.placed import STRETCH
 

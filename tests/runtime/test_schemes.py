@@ -9,10 +9,20 @@ import pytest
 from ltxpack.errors import UsageError
 from ltxpack.ltx23.published import published_configs
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.model.flops import Lengths, forward_parts
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel import schemes
-from ltxpack.runtime.parallel.schemes import AUTO, BOTH, DATA, GUIDANCE, SEQUENCE, STAGES, Rates, Split
+from ltxpack.runtime.parallel.schemes import (
+    AUTO,
+    BOTH,
+    DATA,
+    GUIDANCE,
+    SEQUENCE,
+    STAGES,
+    Lengths,
+    Rates,
+    Split,
+    forward_parts,
+)
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.weights.plan import Work
 

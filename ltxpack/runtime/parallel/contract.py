@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltxpack.errors import LtxpackError, one_line
+from ltxpack.imports import OF_A_VIDEO, import_libraries
 from ltxpack.reporter import Reporter
-from ltxpack.runtime.libraries import OF_A_VIDEO, import_libraries
 from ltxpack.runtime.settings import SessionSettings
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ltxpack.runtime.libraries import OF_A_RANK, import_libraries
+from ltxpack.imports import OF_A_RANK, import_libraries
 from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.contract import Next, Tell
 from ltxpack.runtime.parallel.devices import Launched

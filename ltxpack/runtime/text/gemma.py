@@ -7,7 +7,7 @@ processor of our own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,19 @@ from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE, TEXT_TOKENS
 from ltxpack.ltx23.releases import TEXT_ENCODER_REPO
 from ltxpack.ltx23.text_encoder import language_model, text_config
+from ltxpack.reporter import Reporter
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
+from ltxpack.runtime.overlay import Overlay
+from ltxpack.runtime.request import DEFAULT_NEGATIVE_PROMPT
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.weights import load
 
 if TYPE_CHECKING:
     from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
     from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+
+# Letters that a warning quotes of a prompt's end, which is cut off.
+LONGEST_SHOWN = 300
 
 
 @dataclass(frozen=True)
@@ -222,3 +228,47 @@ def _gemma_config(folder: Path) -> tuple[Mapping[str, Any], Gemma3TextConfig]:
     text = text_config(fields, path, another_encoder(folder))
     whole = Gemma3Config if fields["model_type"] == TEXT_ENCODER_TYPE else Gemma3TextConfig
     return text, whole.from_dict(fields).get_text_config()
+
+
+def tell_cut(overlay: Overlay, prompts: Iterable[tuple[str, str]], reporter: Reporter) -> None:
+    """Warn of every prompt, given as (name, text), whose end the model does not read. Raises OverlayError.
+
+    The text path cuts silently, like the official one. This skips the official negative prompt, which no user wrote.
+    """
+    names: dict[str, list[str]] = {}
+    for name, prompt in prompts:
+        if prompt != DEFAULT_NEGATIVE_PROMPT and _most_tokens(prompt) > TEXT_TOKENS:
+            names.setdefault(prompt, []).append(name)
+    if not names:
+        return
+    overlay.check(overlay.records("tokenizer"))
+    tokenizer = load_tokenizer(overlay.folder("tokenizer"))
+    for prompt, (first, *others) in names.items():
+        count, rest = cut_off(tokenizer, prompt)
+        if rest.strip():
+            more = f" and {len(others)} more like it" if others else ""
+            limit = f"{count} tokens, of which the model reads {TEXT_TOKENS}"
+            words = len(rest.split())
+            reporter.warn(f"{first}{more}: {limit}; it does not read the last {words} words: {_in_one_line(rest)}")
+
+
+def cut_off(tokenizer: PreTrainedTokenizerFast, prompt: str) -> tuple[int, str]:
+    """The number of ``prompt``'s tokens, and its end that is cut off."""
+    stripped = prompt.strip()
+    found = tokenizer(stripped, return_offsets_mapping=True, verbose=False)
+    ids, spans = found["input_ids"], found["offset_mapping"]
+    lacks_bos = ids[:1] != [tokenizer.bos_token_id]
+    read = spans[: TEXT_TOKENS - lacks_bos]
+    rest = stripped[max((end for _, end in read), default=0) :] if len(ids) > len(read) else ""
+    return len(ids) + lacks_bos, rest
+
+
+def _most_tokens(prompt: str) -> int:
+    """An upper bound of the tokens: one for each byte, and three for a space, as Gemma's tokenizer spells it."""
+    return len(prompt.encode()) + 2 * prompt.count(" ") + 1
+
+
+def _in_one_line(text: str) -> str:
+    """``text`` in one line; only the beginning and the end if it is long."""
+    text, half = " ".join(text.split()), LONGEST_SHOWN // 2
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} … {text[-half:]}"

@@ -31,7 +31,7 @@ from ltxpack.ltx23.classes import TEXT_ROOT, TEXT_TOKENS
 from ltxpack.ltx23.renames import CONNECTORS
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.text import gemma as text
-from ltxpack.runtime.text.length import cut_off
+from ltxpack.runtime.text.gemma import cut_off
 
 ENCODER, TOKENIZER, CONNECTOR_FOLDER = "text_encoder", "tokenizer", "connectors"
 CPU = torch.device("cpu")
