@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import click
 
 from ltxpack import __version__
-from ltxpack.cli.streams import hold_streams, lost_result
-from ltxpack.cli.terminal import TerminalReporter, say_error
+from ltxpack.cli.terminal import TerminalReporter, hold_streams, lost_result, say_error
 from ltxpack.errors import LtxpackError
 from ltxpack.files.environment import set_aside
 from ltxpack.imports import claim_process

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 from ltxpack.errors import AbsentError, FormatError, OtherFormatError, SourceError, clipped
 from ltxpack.files import bounded_json
-from ltxpack.files.lookalikes import HEAD_BYTES, lookalike
+from ltxpack.files.foreign import HEAD_BYTES, lookalike
 
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 # An index of 50,000 tensors is some 5 MB.

@@ -1,6 +1,6 @@
 """Describes the contents of a safetensors file in words, by its header, for every refusal and for ``inspect``.
 
-files/lookalikes.py recognises files of other formats, forms.py recognises codes.
+files/foreign.py recognises files of other formats, forms.py recognises codes.
 """
 
 from __future__ import annotations

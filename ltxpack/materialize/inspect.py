@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.errors import MAX_LISTED, LtxpackError, OtherFormatError, SourceError, quoted
-from ltxpack.files.foreign import entries, refuse_unfinished
-from ltxpack.files.lookalikes import ARCHIVE, GGUF, WEIGHT_FORMATS
+from ltxpack.files.foreign import ARCHIVE, GGUF, WEIGHT_FORMATS, entries, refuse_unfinished
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json, read_tensorfile, tensor_reader
 from ltxpack.files.typed import at_home
 from ltxpack.ltx23 import forms

@@ -26,7 +26,7 @@ from ltxpack.errors import (
     listed,
     quoted,
 )
-from ltxpack.files.lookalikes import ARCHIVE, WEIGHT_FORMATS
+from ltxpack.files.foreign import ARCHIVE, WEIGHT_FORMATS
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.forms import ALL, PLAIN, ROOT, TOLD, read_linears, refuse_quantised, root_and_parts

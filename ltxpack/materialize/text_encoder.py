@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import FormatError, OtherFormatError, SourceError, UnsupportedError
-from ltxpack.files.lookalikes import HEAD_BYTES, lookalike
+from ltxpack.files.foreign import HEAD_BYTES, lookalike
 from ltxpack.files.tensorfile import MAX_TOKENIZER_BYTES, TensorInfo, open_source, plain_file_name
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.configs import json_bytes

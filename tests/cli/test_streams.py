@@ -17,8 +17,7 @@ from materialize import tiny_source
 from support import FORKS, HANG, ltxpack
 
 from ltxpack.cli import main
-from ltxpack.cli.streams import hold_streams
-from ltxpack.cli.terminal import TerminalReporter
+from ltxpack.cli.terminal import TerminalReporter, hold_streams
 
 
 def full() -> int:
