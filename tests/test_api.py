@@ -9,7 +9,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +33,7 @@ from ltxpack.runtime.sampling import recipes
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings, Settings
 from ltxpack.runtime.text import gemma as text
+from ltxpack.runtime.torch_settings import INDUCTOR_CACHE
 from ltxpack.runtime.weights import plan as planner
 from ltxpack.runtime.weights import reading
 
@@ -343,6 +344,21 @@ def test_whatever_says_that_memory_ran_out(error: Exception, make: Pipeline) -> 
         make.session.within_memory(mock.Mock(side_effect=error))
     with pytest.raises(RuntimeError, match="shapes differ"):
         make.session.within_memory(mock.Mock(side_effect=RuntimeError("shapes differ")))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiler_that_fails_is_told_with_what_to_do(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is none, or where a power cut left empty files of compiled code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(INDUCTOR_CACHE, "")
+    backend = mock.Mock(side_effect=AttributeError("module 'c6b6' has no attribute 'call'"))
+    monkeypatch.setattr(DiT, "compile_blocks", partialmethod(DiT.compile_blocks, backend=backend))
+    compiling = Pipeline.from_overlay(demo / "overlay", device="cpu", dtype="float32", compile=True)
+    with compiling as make, pytest.raises(DeviceError, match="no attribute 'call'") as raised:
+        make("a boat", **SMALL)
+    assert raised.value.next.startswith("leave --compile out") and str(tmp_path) in raised.value.next
 
 
 def test_nothing_is_held_when_the_pipeline_is_gone(demo: Path) -> None:

@@ -38,7 +38,7 @@ from ltxpack.runtime.sampling.shape import AV, VIDEO_CHANNELS
 from ltxpack.runtime.settings import AUTO, STATIC, SessionSettings
 from ltxpack.runtime.text.encode import PromptEncoder
 from ltxpack.runtime.text.prompt_cache import PromptCache
-from ltxpack.runtime.torch_settings import round_as, set_up_compiler
+from ltxpack.runtime.torch_settings import round_as, set_up_compiler, tell_failed_compiler
 from ltxpack.runtime.weights import report
 from ltxpack.runtime.weights.device import known_fault, resolve_device
 from ltxpack.runtime.weights.keeper import Residency
@@ -193,12 +193,14 @@ class Session:
             self.activations.save()
 
     def within_memory(self, work: Callable[[], R]) -> R:
-        """``work()``. If memory runs out in it, frees its tensors and raises DeviceError."""
+        """``work()``. Raises DeviceError if memory runs out, whose tensors it frees, or if torch cannot compile."""
         try:
             return work()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             found = _out_of_memory(error)
             if found is None:
+                if self.settings.compile:
+                    tell_failed_compiler(error)
                 raise
         # Not in the except block: there the traceback still keeps the failed work's tensors.
         gc.collect()

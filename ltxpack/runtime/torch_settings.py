@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ltxpack.errors import DeviceError
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.text.prompt_cache import PLACE_VARIABLE, user_cache
 
@@ -136,6 +137,18 @@ def set_up_compiler(reporter: Reporter, alike: bool = False) -> None:
     if COMPILERS not in os.environ:
         # Each is a process with its own torch, which the plan of the host's memory does not include.
         config.compile_threads = min(config.compile_threads or MOST_COMPILERS, MOST_COMPILERS)
+
+
+def tell_failed_compiler(error: Exception) -> None:
+    """Raises DeviceError if ``error`` says that torch cannot compile: without a compiler, or with damaged code."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    if isinstance(error, TorchDynamoException):
+        kept = f"if it worked before, remove {os.environ.get(INDUCTOR_CACHE)}, whose code may be damaged"
+        found = str(error).partition("\n\n")[0]
+        raise DeviceError(
+            "torch cannot compile the transformer", found=found, next=f"leave --compile out ({kept})"
+        ) from error
 
 
 def compiled_code(environment: Mapping[str, str], reporter: Reporter) -> Path:
