@@ -12,6 +12,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -629,8 +630,12 @@ def test_torch_is_not_imported_to_refuse_or_to_find_nothing_to_do(overlay: Path)
 def test_a_torch_that_cannot_be_imported_is_told_where_it_is_asked_for(
     overlay: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(name: str) -> None:
-        raise ImportError(f"no {name}")
+    imported = importlib.import_module
+
+    def broken(name: str) -> ModuleType:
+        if name == "torch":
+            raise ImportError(f"no {name}")
+        return imported(name)
 
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ImportError, match="no torch"):

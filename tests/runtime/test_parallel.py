@@ -74,14 +74,13 @@ def test_a_pipeline_that_cannot_be_opened_leaves_no_ranks(demo: Path) -> None:
 
 
 def test_ranks_that_were_never_needed_end_in_order(demo: Path) -> None:
-    two = Pipeline.from_overlay(demo / "overlay", devices="cpu:2", dtype="float32")
-    team = two.session.ranks
-    assert isinstance(team, Team)
-    (worker,) = team._workers
-    assert worker.ready.wait(HANG)
-    worker.dismiss(idle=True)
-    assert worker.process.wait(HANG) == 0, "it does not wait for rank 0 to join"
-    two.close()
+    with Pipeline.from_overlay(demo / "overlay", devices="cpu:2", dtype="float32") as two:
+        team = two.session.ranks
+        assert isinstance(team, Team)
+        (worker,) = team._workers
+        assert worker.ready.wait(HANG)
+        worker.dismiss(idle=True)
+        assert worker.process.wait(HANG) == 0, "it does not wait for rank 0 to join"
 
 
 def test_the_ranks_attend_by_what_rank_0_measured(demo: Path, alone: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
