@@ -9,8 +9,10 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +71,8 @@ class WarmProcess:
                 given.close()
         self.stdin, self.stdout, self.stderr = ours
         arguments = ([*map(str, command[1:])], theirs, dict(env or os.environ), str(cwd or Path.cwd()))
+        # The exit status comes through a pipe, once: a second thread that reads it at the same time would get 255.
+        self._looking = threading.Lock()
         self._process = FORKS.Process(target=_carried_out, args=arguments)
         self._process.start()
         for stream in theirs:
@@ -79,15 +83,16 @@ class WarmProcess:
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        with self._looking:
+            return self._process.exitcode
 
     def poll(self) -> int | None:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        code = self._process.exitcode
-        if code is None:
+        ended = connection.wait([self._process.sentinel], timeout)
+        code = self.returncode
+        if not ended or code is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return code
 
