@@ -236,7 +236,7 @@ def _state(where: Tensor, stream: StreamConfig) -> LatentState:
     count = where.shape[2]
     latents = _empty(1, count, stream.in_channels)
     mask, value = _empty(1, count, 1, dtype=torch.float32), _empty(1, dtype=torch.float32)
-    return LatentState(latents, latents, mask, where, value, None, count)
+    return LatentState(latents, latents, mask, where, value, None)
 
 
 def forwards(before: Numbers) -> Iterator[tuple[str, int]]:
@@ -276,6 +276,6 @@ def _calls(stage: Stage, shape: VideoShape, steps: int) -> int:
         return latents
 
     token, one = torch.zeros(1, 2, 2), torch.ones(1)
-    state = LatentState(token, token, torch.ones(1, 2, 1), torch.zeros(1, 1, 2, 2), one, None, 2)
+    state = LatentState(token, token, torch.ones(1, 2, 1), torch.zeros(1, 1, 2, 2), one, None)
     SAMPLERS[stage.sampler](denoise, AV(state, state), sigmas_of(stage.schedule, shape.tokens, steps))
     return calls

@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 );
 CREATE INDEX IF NOT EXISTS by_status ON jobs (status, number);
 """
-COLUMNS = "number, id, status, task, created_at, started_at, completed_at, error, warnings"
+COLUMNS = "number, id, status, task, created_at, completed_at, error, warnings"
 MOST_CRASHES = 3
 TIME, SPACE = "time", "space"
 # How many finished jobs the mean of their seconds is taken over.
@@ -78,7 +78,6 @@ class Job:
     status: str
     task: VideoTask
     created_at: float
-    started_at: float | None
     completed_at: float | None
     error: Mapping[str, str] | None
     warnings: Sequence[str]
@@ -345,12 +344,12 @@ class Jobs:
         return job
 
     def _job(self, row: Sequence[Any]) -> Job:
-        number, job_id, status, task, created, started, completed, error, warnings = row
+        number, job_id, status, task, created, completed, error, warnings = row
         progress = 100 if status == COMPLETED else self._progress.get(job_id, 0)
         told = None if error is None else json.loads(error)
         kept, warned = VideoTask(**json.loads(task)), json.loads(warnings)
         expires = None if completed is None or self.keep_seconds is None else completed + self.keep_seconds
-        return Job(number, job_id, status, kept, created, started, completed, told, warned, expires, progress)
+        return Job(number, job_id, status, kept, created, completed, told, warned, expires, progress)
 
     def _sweep(self, known: set[str]) -> None:
         """Remove files of jobs that there are not, and what killed workers left of videos that are made again."""

@@ -80,7 +80,7 @@ class LatentState:
     ``latents`` and ``clean`` [1, T, C] in the model dtype, ``mask`` fp32 [1, T, 1] (1: denoise, 0: keep clean),
     ``positions`` fp32 [1, axes, T, 2]. ``mask_values`` fp32 [K] are the distinct values in the mask and
     ``mask_index`` int64 [T] says which one a token has (None if K is 1). The host computes both when it makes the
-    state, so that no sampling loop waits for the device. The first ``kept`` tokens belong to the result.
+    state, so that no sampling loop waits for the device.
     """
 
     latents: Tensor
@@ -89,7 +89,6 @@ class LatentState:
     positions: Tensor
     mask_values: Tensor
     mask_index: Tensor | None
-    kept: int
 
 
 class _Draft(NamedTuple):
@@ -119,15 +118,15 @@ def initial_state(
     if initial is None:
         initial = shape.latent_shapes.map(lambda size: torch.zeros(size, dtype=dtype))
     tokens = patchify(initial).map(lambda latents: latents.to(device, dtype).contiguous())
-    kept = AV(shape.tokens, shape.audio_length)
-    if (found := tokens.map(lambda latents: latents.shape[1])) != kept:
-        raise ValueError(f"latents of {found} tokens for a video of {kept}")
+    expected = AV(shape.tokens, shape.audio_length)
+    if (found := tokens.map(lambda latents: latents.shape[1])) != expected:
+        raise ValueError(f"latents of {found} tokens for a video of {expected}")
     drafts = tokens.map(
         lambda latents, where: _Draft(latents, latents, torch.ones(1, latents.shape[1], 1), where), positions(shape)
     )
     if images:
         drafts = AV(_with_images(drafts.video, images, shape), drafts.audio)
-    return drafts.map(lambda draft, count: _noised(draft, count, noise_scale, generator), kept)
+    return drafts.map(lambda draft: _noised(draft, noise_scale, generator))
 
 
 def _with_images(draft: _Draft, images: Sequence[ImageItem], shape: VideoShape) -> _Draft:
@@ -150,7 +149,7 @@ def _with_images(draft: _Draft, images: Sequence[ImageItem], shape: VideoShape) 
     return _Draft(*(torch.cat(each, dim=dim) for each, dim in zip(parts, (1, 1, 1, 2), strict=True)))
 
 
-def _noised(draft: _Draft, kept: int, noise_scale: float, generator: torch.Generator) -> LatentState:
+def _noised(draft: _Draft, noise_scale: float, generator: torch.Generator) -> LatentState:
     dtype, device = draft.latents.dtype, draft.latents.device
     noise = torch.randn(draft.latents.shape, dtype=dtype, device=generator.device, generator=generator).to(device)
     mask = draft.mask.to(device)
@@ -164,7 +163,6 @@ def _noised(draft: _Draft, kept: int, noise_scale: float, generator: torch.Gener
         positions=draft.positions.to(device),
         mask_values=values.to(device),
         mask_index=index.to(device) if len(values) > 1 else None,
-        kept=kept,
     )
 
 

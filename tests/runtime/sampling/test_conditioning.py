@@ -188,7 +188,6 @@ def check_states(run: Run) -> float:
         assert first is not None
         errors = state.map(lambda s: s.latents).map(relative_l2, first)
         worst = max(worst, errors.video, errors.audio)
-        assert state.map(lambda s: s.kept) == AV(stage.shape.tokens, stage.shape.audio_length)
     return worst
 
 
