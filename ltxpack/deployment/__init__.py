@@ -4,6 +4,6 @@ The planner computes every figure when the page is written, for a grid of machin
 grid.py its plans, document.py the plans as JSON, and plan.html, plan.css and plan.js the page.
 """
 
-from ltxpack.deployment.page import render
+from ltxpack.deployment.document import render
 
 __all__ = ["render"]

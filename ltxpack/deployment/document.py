@@ -1,8 +1,11 @@
-"""The input of the page's script, as one JSON document: every plan of the grid.
+"""The page of ``plan --page``, and the input of its script, one JSON document: every plan of the grid.
 
-Sizes are in tenths of a GB, rounded as ``ltxpack plan`` prints them. Several plans share the entries of four tables,
-and a number stands for an entry: ``texts``; ``sizes``, rows with a size for each phase; ``ways``; ``lines``, rows of
-texts.
+The page is plan.html, plan.css, plan.js and the document in one file. Its policy lets the browser neither load nor send
+anything.
+
+In the document, sizes are in tenths of a GB, rounded as ``ltxpack plan`` prints them. Several plans share the entries
+of four tables, and a number stands for an entry: ``texts``; ``sizes``, rows with a size for each phase; ``ways``;
+``lines``, rows of texts.
 
 - ``choices``: name -> labels of the options. ``system``: the memory that the host keeps for itself.
 - ``cases`` by recipe and form: ``no``, why it cannot run; or ``stages``; ``disk``: bytes of the overlay without bakes,
@@ -19,14 +22,21 @@ texts.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Hashable, Iterable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from ltxpack.deployment.choices import DEVICES, FORMS, FRAMES, LORAS, RECIPES, SIZES, choices
+from ltxpack.deployment.choices import DEVICES, FORMS, FRAMES, LORAS, RECIPES, SIZES, Choice, choices
 from ltxpack.deployment.grid import Case, Subject, Video, gains, machine_of, plans, share_of
 from ltxpack.errors import OverlayError
 from ltxpack.files.units import gigabytes
+from ltxpack.page import style
+from ltxpack.runtime.overlay import Overlay
 from ltxpack.runtime.parallel.schemes import video_flops
 from ltxpack.runtime.sampling.recipes import RECIPES as EVERY_RECIPE
 from ltxpack.runtime.sampling.recipes import stage_label
@@ -38,6 +48,9 @@ from ltxpack.runtime.weights.report import described
 CLAUSE, FLAG = ", ", " --"
 # Numbers of LoRAs of the user.
 COUNTS = range(len(LORAS) + 1)
+FOLDER = Path(__file__).parent
+# Choices that are drop-down lists; the others show all options.
+LISTED = ("card",)
 Row: TypeAlias = tuple[int, ...]
 T = TypeVar("T", bound=Hashable)
 
@@ -144,3 +157,47 @@ def shortened(row: list[Any]) -> list[Any]:
 def tenths(count: float) -> int:
     """``count`` bytes in tenths of a GB, as :func:`gigabytes` rounds them."""
     return int(gigabytes(count).removesuffix(" GB").replace(".", ""))
+
+
+def render(overlay: Overlay | None = None) -> bytes:
+    """The page for ``overlay``, or for the published LTX-2.3. Raises LtxpackError for headers that cannot be read."""
+    subject = Subject(overlay)
+    looks, script = style(FOLDER / "plan.css"), (FOLDER / "plan.js").read_text(encoding="utf-8")
+    data = json.dumps(document(subject), ensure_ascii=False, separators=(",", ":"))
+    # No text may end its element. Each video begins a line, so that no line is too long for tools that read lines.
+    data = data.replace("<", "\\u003c").replace(',{"phases"', ',\n{"phases"')
+    page = (FOLDER / "plan.html").read_text(encoding="utf-8")
+    return page.format(
+        policy=f"default-src 'none'; style-src {_hash(looks)}; script-src {_hash(script)}; base-uri 'none'; "
+        "form-action 'none'",
+        subject=html.escape(subject.name),
+        choices="\n".join(line for choice in choices() for line in _choice(choice)),
+        style=looks,
+        script=script,
+        data=data,
+    ).encode(errors="backslashreplace")  # the name of a folder may not be UTF-8
+
+
+def _hash(text: str) -> str:
+    """The source of the page's policy that allows an element with this text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _choice(choice: Choice) -> Iterator[str]:
+    """A drop-down list or a group of buttons, with a place for the reasons why some options cannot be chosen."""
+    name, why = choice.name, f"{choice.name}-why"
+    if name in LISTED:
+        yield f"<div class=choice>\n<label for={name} id={name}-legend>{choice.legend}</label>"
+        yield f"<select id={name} name={name} aria-describedby={why}>"
+        for label, note in choice.options.items():
+            picked = " selected" if label == choice.first else ""
+            yield f"<option{picked}>{label}: {html.escape(note)}</option>"
+        yield f"</select>\n<ul class=why id={why}></ul>\n</div>"
+        return
+    yield f"<fieldset class=choice aria-describedby={why}>\n<legend id={name}-legend>{choice.legend}</legend>"
+    yield "<div class=options>"
+    for number, (label, note) in enumerate(choice.options.items()):
+        picked = " checked" if label == choice.first else ""
+        said = f"<span>{html.escape(note)}</span>" if note else ""
+        yield f"<label><input type=radio name={name} value={number}{picked}><b>{label}</b>{said}</label>"
+    yield f"</div>\n<ul class=why id={why}></ul>\n</fieldset>"

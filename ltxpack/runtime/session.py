@@ -27,10 +27,9 @@ from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.quantised import use_codes
 from ltxpack.runtime.model.weights import load_dit, read_dit_config
-from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.overlay import BASE, Overlay, TransformerChoice, chosen, transformer_part
 from ltxpack.runtime.parallel.devices import TORCHRUN, Launched, launched, named_devices
-from ltxpack.runtime.parallel.ranks import ALONE, Alone
+from ltxpack.runtime.parallel.ranks import ALONE, Alone, Numerics
 from ltxpack.runtime.parallel.schemes import NONE, OF_MANY, check_heads
 from ltxpack.runtime.parallel.team import Team, TorchrunTeam
 from ltxpack.runtime.sampling.recipes import Guidance, Recipe, stage_flag

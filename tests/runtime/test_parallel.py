@@ -23,11 +23,11 @@ from warm_processes import WarmProcess
 from ltxpack import Pipeline
 from ltxpack.errors import DeviceError, LtxpackError, UsageError
 from ltxpack.runtime.model import kernels
-from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel import exchange
 from ltxpack.runtime.parallel.devices import named_devices
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.process import ProcessWorker
+from ltxpack.runtime.parallel.ranks import Numerics
 from ltxpack.runtime.parallel.schemes import Split
 from ltxpack.runtime.parallel.team import Team
 from ltxpack.runtime.recipe_run import decode_video, work_of

@@ -7,25 +7,57 @@ ranks, so their latents stay equal without any other exchange.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ltxpack.errors import DeviceError
 from ltxpack.runtime.codecs.video import DecodeTiles, VideoVAE, decode_tile, decode_tiles, decoded_shape
+from ltxpack.runtime.model import kernels, quantised
 from ltxpack.runtime.model.config import DiTConfig
+from ltxpack.runtime.model.kernels import AttentionKind, KernelChoice
 from ltxpack.runtime.model.model import DiT
-from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
 from ltxpack.runtime.parallel.schemes import AUTO, WHOLE, Counted, Rates, Split, as_shared, shared
 from ltxpack.runtime.sampling.guidance import Model
 from ltxpack.runtime.sampling.shape import AV
+from ltxpack.runtime.torch_settings import rounding
 from ltxpack.runtime.weights.plan import Work
 
 Contexts = list[AV[Tensor]]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The choices of a device that change the rounding of a video besides its settings, and torch's own settings.
+
+    All ranks use the choices of rank 0, whatever they would choose on their own devices. ``attention``: the kernels.
+    ``faults``: dtype of codes -> why they are not multiplied, None if they are. ``rounding``: torch's settings.
+    """
+
+    attention: KernelChoice
+    faults: Mapping[str, str | None]
+    rounding: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, attention: KernelChoice, fp8: str, device: torch.device, dtype: torch.dtype) -> Numerics:
+        """The present numerics of ``device`` in ``dtype``; ``fp8``: the mode of fp8 linears."""
+        return cls(attention, quantised.faults(fp8, device, dtype), rounding())
+
+    def check(self, kinds: Sequence[AttentionKind]) -> None:
+        """Raises DeviceError if the device of ``kinds`` cannot use these attention kernels; the model checks codes."""
+        for kind in kinds:
+            name = self.attention.kernels[kind.name]
+            why = kernels.fault(kind, name)
+            if why is not None:
+                problem = f"{kind.device} cannot attend by {name}, which rank 0 chose"
+                advice = f"the same command with --attention {kernels.DEFAULT}"
+                raise DeviceError(problem, found=why, next=advice)
 
 
 class Alone:

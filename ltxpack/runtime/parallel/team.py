@@ -26,12 +26,11 @@ from ltxpack.reporter import Reporter
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.codecs.video import DecodeTiles, decode_tiles
 from ltxpack.runtime.model.config import DiTConfig
-from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.contract import Opening, Worker
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
 from ltxpack.runtime.parallel.process import LEFT, ProcessWorker
-from ltxpack.runtime.parallel.ranks import Contexts, Member
+from ltxpack.runtime.parallel.ranks import Contexts, Member, Numerics
 from ltxpack.runtime.parallel.schemes import AUTO, Counted
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings

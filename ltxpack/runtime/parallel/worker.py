@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ltxpack.imports import OF_A_RANK, import_libraries
-from ltxpack.runtime.numerics import Numerics
 from ltxpack.runtime.parallel.contract import Next, Tell
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, store_in
 from ltxpack.runtime.parallel.process import run_worker
-from ltxpack.runtime.parallel.ranks import Contexts, Member
+from ltxpack.runtime.parallel.ranks import Contexts, Member, Numerics
 from ltxpack.runtime.parallel.team import DECODE, EXPLAINED, READY, Joining
 from ltxpack.runtime.recipe_run import decode_share, latents_of
 from ltxpack.runtime.session import Session
