@@ -24,6 +24,8 @@ LINE, ITEM = "line", "item"
 # Endings of plain text, where each line is a prompt. Any other name means JSON.
 PLAIN_SUFFIXES = ("", ".txt")
 TABLE_SUFFIXES = (".csv", ".tsv")
+# A word in brackets begins many a prompt, and no JSON that is of use here.
+JSON_START = re.compile(r"\{|\[(?!\s*[^\W\d])")
 WANTED = 'lines like {"prompt": "…", "output": "a.mp4"}'
 WRITE = "write a JSON object per line"
 # The mark of UTF-32 begins like that of UTF-16, so it comes first.
@@ -81,18 +83,18 @@ def entries(path: Path, data: bytes) -> list[Entry]:
     lines = [(number, line.strip()) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     if not lines:
         raise UsageError("holds no line", file=path, expected=WANTED, next=WRITE)
-    first = lines[0][1]
+    first = lines[0][1].decode("utf-8", "replace")
     found = [_json_line(number, line) for number, line in lines]
-    if first[:1] not in b"{[" and not any(isinstance(entry.value, dict) for entry in found):
-        if found[0].problem:
-            _refuse_other_forms(path, first.decode("utf-8", "replace"), len(lines))
+    if not JSON_START.match(first) and not any(isinstance(entry.value, dict) for entry in found):
+        if found[0].problem or path.suffix.lower() in PLAIN_SUFFIXES:
+            _refuse_other_forms(path, first, len(lines))
             return [_plain(number, line) for number, line in lines]
     elif found[0].problem or (len(found) == 1 and isinstance(found[0].value, list)):
         # One document of many lines, or lines with a fault in the first.
         try:
             return _items(path, data)
         except JsonFault as fault:
-            if first[:1] == b"[" or first == b"{":
+            if first[:1] == "[" or first == "{":
                 again = "correct it, then run the same command again"
                 raise UsageError("is not sound JSON", file=path, expected=WANTED, found=fault, next=again) from None
     return found

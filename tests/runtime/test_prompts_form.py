@@ -70,6 +70,12 @@ def test_each_line_of_plain_text_is_a_prompt(name: str, encoding: str, tmp_path:
     assert [each.number for each in found] == [1, 3, 4]
 
 
+@pytest.mark.parametrize("first", ['"A boat."', "[wide shot] a boat", "1984"])
+def test_a_prompt_may_look_like_the_start_of_json(first: str, tmp_path: Path) -> None:
+    found = read(tmp_path, "a.txt", f'{first}\n"A dog."\n')
+    assert [each.request.prompt for each in found] == [first, '"A dog."']
+
+
 def test_a_list_of_strings_is_prompts(tmp_path: Path) -> None:
     assert [each.request.prompt for each in read(tmp_path, "a.json", '["a boat", "a dog"]')] == ["a boat", "a dog"]
 
