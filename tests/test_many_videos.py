@@ -108,7 +108,7 @@ def test_prompts_longer_than_the_model_reads_are_told_with_the_words(demo: Path,
     prompts = written(tmp_path, *lines)
     done = many(demo, prompts, "--negative-prompt", long)
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if "of which the model reads 1024" in line]
+    told = [line for line in done.stderr.splitlines() if f"of which the model reads {text.TEXT_TOKENS}" in line]
     assert [line.partition(" tokens")[0].rpartition(": ")[0] for line in told] == [
         "warning: line 1: prompt", "warning: line 1: negative prompt and 2 more like it",
     ]  # fmt: skip
