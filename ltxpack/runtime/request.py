@@ -220,8 +220,10 @@ def _check_strength(one: dataclasses.Field[Any], value: float | tuple[int, ...])
 
 
 def _check_text(text: str) -> None:
-    """Raises UsageError for a text that no tokenizer takes: bytes of the command line that are not UTF-8."""
+    """Raises UsageError for what no tokenizer takes: no text, or bytes of the command line that are not UTF-8."""
     try:
+        if not isinstance(text, str):
+            raise UsageError("a prompt that is no text", found=repr(text), next=SEE_HELP)
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UsageError("a prompt that is not UTF-8 text", found=ascii(text[: error.end]), next=SEE_HELP) from None

@@ -32,7 +32,11 @@ RESIDENT, SWAP, STREAM = MODES = ("resident", "swap", "stream")
 RESIDENCIES = (AUTO, *MODES)
 # How the linears of an fp8 bake compute.
 TOKEN, STATIC, WEIGHTS = FP8_MODES = ("token", "static", "weights")
-TYPES = {kind.__name__: kind for kind in (int, float, str, bool, tuple)}
+# The plain types, and how messages call their values; the settings without one are paths.
+KINDS: dict[type | None, str] = {
+    int: "a whole number", float: "a number", str: "text", bool: "True or False", tuple: "a list", None: "a path",
+}  # fmt: skip
+TYPES = {kind.__name__: kind for kind in KINDS if kind is not None}
 
 
 def _setting(default: Any, help: str | None = None, **more: Any) -> Any:
@@ -203,10 +207,10 @@ class SessionSettings:
 
     @classmethod
     def of(cls, given: SessionGiven) -> SessionSettings:
-        """The settings ``given``; a dtype may be torch's own."""
+        """The settings ``given``; dtype and device may be torch's own. Raises UsageError for another kind of value."""
         plain: dict[str, Any] = dict(given)
-        if "dtype" in given:
-            plain["dtype"] = str(given["dtype"]).removeprefix("torch.")
+        plain |= {name: str(plain[name]).removeprefix("torch.") for name in ("dtype", "device") if name in plain}
+        plain |= {one.name: _plain(one, plain[one.name]) for one in dataclasses.fields(cls) if one.name in plain}
         return cls(**plain)
 
     def check(self) -> None:
@@ -231,7 +235,7 @@ class SessionGiven(TypedDict, total=False):
     text_encoder: str | None
     format: str
     fp8: str
-    device: str
+    device: str | torch.device
     devices: str | None
     parallel: str
     dtype: str | torch.dtype
@@ -247,16 +251,21 @@ class SessionGiven(TypedDict, total=False):
 def _plain(one: dataclasses.Field[Any], value: Any) -> Any:
     """``value`` in the plain type of the setting ``one``. Raises UsageError if it has none."""
     kind = type_of(one)
+    wanted = KINDS[kind]
+    if value is one.default is None or (kind is None and isinstance(value, type(one.default))):
+        return value
     try:
-        if kind is int:
-            return None if value is one.default is None else _whole(value)
+        if one.name == "images":
+            wanted = "a list"
+            return (value,) if isinstance(value, str | Path) else tuple(value)
+        if kind is str and not isinstance(value, str):
+            raise TypeError(value)
         if kind is tuple:
             return tuple(map(_whole, value))
-        if one.name == "images":
-            return (value,) if isinstance(value, str | Path) else tuple(value)
-        return float(value) if kind is float else value
+        if kind in (int, bool):
+            return kind(_whole(value))
+        return Path(value) if kind is None else kind(value)
     except (TypeError, ValueError, OverflowError):
-        wanted = "a list" if kind in (tuple, None) else "a whole number" if kind is int else "a number"
         problem, advice = f"wrong {flag_of(one)}", "ltxpack run --help"
         raise UsageError(problem, expected=wanted, found=repr(value), next=advice) from None
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ltxpack.errors import UsageError
 from ltxpack.runtime.request import ImageSpec, Request
 from ltxpack.runtime.sampling.recipes import Guidance
 from ltxpack.runtime.sampling.shape import AV
+from ltxpack.runtime.settings import SessionSettings
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +115,44 @@ def request(**changes: object) -> Request:
         {"video_stg_blocks": [0.5]},
         {"video_stg_blocks": 0},
         {"video_skip_step": 1.5},
+        {"negative_prompt": 3},
+        {"keep_steps": 3},
+        {"decode": None},
     ],
 )
 def test_refused_requests(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         request(**changes)
+
+
+def test_a_prompt_is_text_and_one_video_has_one() -> None:
+    for wrong in (None, 3, b"x", ["a boat", "a car"]):
+        with pytest.raises(UsageError, match="a prompt that is no text"):
+            Request.of(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"devices": [0, 1]}, "--devices expected text"),
+        ({"devices": 2}, "--devices expected text"),
+        ({"stage1": None}, "--stage1 expected text"),
+        ({"compile": "no"}, "--compile expected True or False"),
+        ({"cache": 3}, "--cache expected a path"),
+        ({"cache": None}, "--cache expected a path"),
+        ({"save_activations": 3}, "--save-activations expected a path"),
+    ],
+)
+def test_a_session_refuses_values_of_another_kind(given: Any, wanted: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        SessionSettings.of(given)
+    assert " ".join(refused.value.render().split()).startswith(f"wrong {wanted}, found")
+
+
+def test_a_session_takes_dtypes_and_devices_of_torch_and_truth_of_numpy() -> None:
+    given = SessionSettings.of({"dtype": torch.float32, "device": torch.device("cuda:1"), "compile": np.True_})  # type: ignore[typeddict-item]
+    assert (given.dtype, given.device, given.compile) == ("float32", "cuda:1", True)
+    assert SessionSettings.of({"devices": None, "attention": None, "cache": False}).cache is False
 
 
 def test_numbers_of_numpy_are_numbers_and_one_image_is_a_list_of_one() -> None:

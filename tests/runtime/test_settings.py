@@ -30,7 +30,9 @@ FLAGS = {command: {option.name: option for option in command.params} for command
 
 @pytest.mark.parametrize(("table", "arguments"), [(Settings, SettingsGiven), (SessionSettings, SessionGiven)])
 def test_arguments_from_python_are_the_settings(table: Any, arguments: Any) -> None:
-    types = {one.name: one.type for one in fields(table)} | {"dtype": "str | torch.dtype"}
+    types = {one.name: one.type for one in fields(table)} | {
+        name: f"str | torch.{name}" for name in ("dtype", "device")
+    }
     assert {name: value.__forward_arg__ for name, value in arguments.__annotations__.items()} == {
         one.name: types[one.name] for one in fields(table)
     }
