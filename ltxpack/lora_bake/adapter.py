@@ -39,6 +39,8 @@ FACTOR_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 MAX_RESTS = 2
 # The roles of tensors that change the module's bias, not its weight.
 _BIAS_ROLES = frozenset({"up_b", "diff_b", "bias"})
+# The roles of tensors that multiply the whole weight, or take its place.
+_WHOLE_ROLES = frozenset({"magnitude", "rescale", "boft_s", "weight"})
 _SCALED = frozenset(method.name for method in METHODS if method.rank)
 # Methods that also change norms and tables.
 _ANY_SHAPE = ("diff", "weight")
@@ -70,7 +72,7 @@ class LoraTarget:
 
     def is_idle(self, zero: Collection[str]) -> bool:
         """Whether the target changes nothing if the tensors named ``zero`` are all zero."""
-        if {"magnitude", "rescale", "boft_s"}.intersection(self.tensors) or "weight" in self.methods:
+        if not _WHOLE_ROLES.isdisjoint(self.tensors) or "bias" in self.tensors:
             return False
         own = [method for method in METHODS if method.name in self.methods]
         # One factor of zeros makes a product zero; zeros make a rotation the identity.
@@ -79,6 +81,10 @@ class LoraTarget:
             or any(info.name in zero for role, info in self.tensors.items() if role.removesuffix(SCALE) in method.roles)
             for method in own
         )
+
+    def erases(self, zero: Collection[str]) -> bool:
+        """Whether the target makes its weight zero if the tensors named ``zero`` are all zero."""
+        return any(role in _WHOLE_ROLES and info.name in zero for role, info in self.tensors.items())
 
     @property
     def needs_whole(self) -> bool:

@@ -340,20 +340,24 @@ def scan(adapter: Adapter, reporter: Reporter, recorded: str | None = None) -> s
 
 
 def _tell_zeros(adapter: Adapter, zero: Collection[str], order: Sequence[str], reporter: Reporter) -> None:
-    """Warn of targets that change nothing. ``order``: all tensors in the order of the file."""
+    """Warn of targets that change nothing or erase a weight. ``order``: all tensors in the order of the file."""
     targets, name = adapter.targets, adapter.path.name
     idle = [weight for weight, target in targets.items() if target.is_idle(zero)]
-    if not zero or not idle:
+    erased = [weight for weight, target in targets.items() if target.erases(zero)]
+    if not zero or not (idle or erased):
         return
     tail = len(order) - max((i + 1 for i, factor in enumerate(order) if factor not in zero), default=0)
     # Training starts only one factor of a pair from zeros.
-    lost = any({info.name for info in targets[weight].tensors.values()}.issubset(zero) for weight in idle)
+    lost = any({info.name for info in targets[weight].tensors.values()}.issubset(zero) for weight in (*idle, *erased))
     half = f"; its last {tail} tensors are all zero, as in half a download" if lost and tail else ""
     if len(idle) == len(targets):
         reporter.warn(f"{name}: changes nothing: all {len(targets)} targets have a factor of zeros{half}")
-    else:
+    elif idle:
         share = f"{len(idle)} of {len(targets)} targets"
         reporter.warn(f"{name}: {share} have a factor of zeros and change nothing: {listed(idle)}{half}")
+    if erased:
+        share = f"{len(erased)} of {len(targets)} targets make their weights zero"
+        reporter.warn(f"{name}: {share}, by a magnitude or a new weight of zeros: {listed(erased)}{half}")
 
 
 def _parts(adapter: Adapter) -> Iterator[tuple[Range, TensorInfo | None]]:

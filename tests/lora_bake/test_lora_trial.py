@@ -40,6 +40,11 @@ def alphas(value: float, count: int = len(MODULES)) -> Tensors:
     return {f"diffusion_model.{official(module)}.alpha": torch.tensor(value) for module in MODULES[:count]}
 
 
+def magnitudes(value: float) -> Tensors:
+    names = {f"diffusion_model.{official(module)}.dora_scale": len(FACTORS[module][1]) for module in MODULES}
+    return {name: torch.full((rows, 1), value) for name, rows in names.items()}
+
+
 TWO = f"{MODULES[1]}.weight, {MODULES[2]}.weight"
 # Tensors -> how the one warning goes on behind the file's name.
 IDLE: dict[str, tuple[Tensors, str]] = {
@@ -52,6 +57,15 @@ IDLE: dict[str, tuple[Tensors, str]] = {
     "half a download": (
         zeroed(1, "lora_A.weight", "lora_B.weight"),
         f"2 of 3 targets have a factor of zeros and change nothing: {TWO}; its last 4 tensors are all zero, as in half",
+    ),
+    "magnitudes": (
+        KEYS | magnitudes(0.0),
+        f"3 of 3 targets make their weights zero, by a magnitude or a new weight of zeros: {MODULES[0]}.weight, {TWO}",
+    ),
+    "half a DoRA": (
+        zeroed(0, "lora_A.weight", "lora_B.weight") | magnitudes(0.0),
+        f"3 of 3 targets make their weights zero, by a magnitude or a new weight of zeros: {MODULES[0]}.weight, {TWO}; "
+        "its last 9 tensors are all zero, as in half a download",
     ),
     "alpha": (KEYS | alphas(0.0), "alpha is 0 in 3 of 3 targets: it changes nothing"),
     "some alphas": (KEYS | alphas(0.0, 1) , f"alpha is 0 in 1 of 3 targets: these change nothing: {MODULES[0]}.weight"),
@@ -67,7 +81,14 @@ def test_what_changes_nothing_is_told_before(case: str, tmp_path: Path) -> None:
     assert found.startswith(f"x.safetensors: {warning}")
     idle = [name for name in BASE if torch.equal(weights[name], BASE[name])]
     changed = len(BASE) - len(idle)
-    assert changed == {"some B": 1, "half a download": 1, "some alphas": 2, "reverse": 3}.get(case, 0)
+    assert changed == {
+        "some B": 1,
+        "half a download": 1,
+        "some alphas": 2,
+        "reverse": 3,
+        "magnitudes": 3,
+        "half a DoRA": 3,
+    }.get(case, 0)
     assert any(line.startswith("  changes nothing: 0 of ") for line in report.lines()) == (changed == 0)
 
 
