@@ -136,7 +136,9 @@ def calibrated(path: Path, loras: Loras, base: str, linears: Sequence[str], next
             "was recorded from other bakes", file=path, items=sorted(made_of), next=next,
             expected=", ".join(f"{digest[:8]} at {strength}" for digest, strength in loras) or "the base",
         )  # fmt: skip
-    largest = file.largest[names[0]]
+    largest: dict[str, float] = {}
+    for name in names:
+        largest |= {linear: max(value, largest.get(linear, 0.0)) for linear, value in file.largest[name].items()}
     if missing := [linear for linear in linears if linear not in largest]:
         raise AdapterError("lacks linears of this model", file=path, items=missing, next=next)
     scales = tuple(activation_scale(largest[linear]) for linear in linears)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import FORKS, Done, ltxpack, refused
 
-from ltxpack.activations import FORMAT, ActivationsFile, base_digest
+from ltxpack.activations import FORMAT, ActivationsFile, base_digest, calibrated
 from ltxpack.cli import main
 from ltxpack.errors import UsageError
 from ltxpack.files.publish import Temporary
@@ -273,6 +273,15 @@ def test_a_file_holds_the_maximum_of_its_runs_in_any_order(caches: Path, found: 
     assert of(file.dump(), caches) == file
     draw.shuffle(found)
     assert added(found).dump() == file.dump()
+
+
+def test_scales_are_of_all_transformers_with_the_same_loras(tmp_path: Path) -> None:
+    """Recorded under another name, as of a bake by the other rule."""
+    loras, file = (("1" * 64, 0.5),), ActivationsFile("2.3.0", "0" * 64)
+    for name, values in (("a", (448.0, 1.0)), ("b", (1.0, 896.0))):
+        file = file.with_larger(name, loras, dict(zip("xy", values, strict=True)))
+    (tmp_path / "a.safetensors").write_bytes(file.dump())
+    assert calibrated(tmp_path / "a.safetensors", loras, file.base, ["x", "y"], "next").scales == (1.0, 2.0)
 
 
 def test_a_fp8_bake_takes_its_scales_from_the_file(overlay: Path, first: bytes, tmp_path: Path) -> None:
