@@ -264,9 +264,10 @@ class _Wanted:
         for plan in () if self.options.force else new:
             bake = self.manifest.baked.get(plan.folder)
             if bake is not None and not plan.is_made_from(bake):
+                again = f"{self.options.command(force=True)} (replaces it; another --name keeps both)"
                 raise OverlayError(
                     "exists already, made from other inputs", file=plan.overlay / plan.folder,
-                    expected=_described(plan.stated), found=_described(bake), next=self.options.command(force=True),
+                    expected=_described(plan.stated), found=_described(bake), next=again,
                 )  # fmt: skip
         return new
 

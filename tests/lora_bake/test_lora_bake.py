@@ -403,7 +403,7 @@ def test_other_inputs_under_the_same_name_need_force(overlay: Path, style: Path)
         with pytest.raises(OverlayError, match="made from other inputs") as caught:
             run(overlay, 0.5, name="mine", **more)
         assert caught.value.next.startswith(f"ltxpack bake-lora {overlay} --strength 0.5")
-        assert caught.value.next.endswith("--name mine --force")
+        assert caught.value.next.endswith("--name mine --force (replaces it; another --name keeps both)")
         assert tree(overlay) == before
     with pytest.raises(OverlayError, match="made from other inputs"):
         run(overlay, 0.6, name="mine")
