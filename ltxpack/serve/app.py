@@ -99,7 +99,9 @@ class VideoRoutes:
     def router(self) -> APIRouter:
         """Them, behind the key."""
         schema = self.service.schema
-        content = {JSON: {"schema": schema}, FORM: {"schema": _as_form(schema)}}
+        file = {"type": "string", "format": "binary", "description": "The picture of the first frame."}
+        as_form = {**schema, "properties": {**schema["properties"], REFERENCE: file}}
+        content = {JSON: {"schema": schema}, FORM: {"schema": as_form}}
         asks = {"requestBody": {"required": True, "content": content}}
         one: dict[int | str, dict[str, Any]] = {200: {"content": {JSON: {"schema": VIDEO}}}}
         mp4: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {}}}}
@@ -300,8 +302,3 @@ def _check_range(request: Request, size: int) -> None:
 
 def _without_range(request: Request) -> None:
     request.scope["headers"] = [(name, value) for name, value in request.scope["headers"] if name != b"range"]
-
-
-def _as_form(schema: Mapping[str, Any]) -> dict[str, Any]:
-    file = {"type": "string", "format": "binary", "description": "The picture of the first frame."}
-    return {**schema, "properties": {**schema["properties"], REFERENCE: file}}

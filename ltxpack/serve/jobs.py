@@ -165,7 +165,9 @@ class Jobs:
             row = (job_id, QUEUED, json.dumps(vars(task)), self.clock())
             self._db.execute("INSERT INTO jobs (id, status, task, created_at) VALUES (?, ?, ?, ?)", row)
             self._lock.notify()
-            return self._required(job_id)  # before a worker has it
+            made = self.get(job_id)  # before a worker has it
+        assert made is not None
+        return made
 
     def is_full(self) -> bool:
         """Whether as many jobs wait as may."""
@@ -337,11 +339,6 @@ class Jobs:
             self._progress.pop(job_id, None)
         self.discard(job_id, video=not found or status == FAILED)
         return found
-
-    def _required(self, job_id: str) -> Job:
-        job = self.get(job_id)
-        assert job is not None
-        return job
 
     def _job(self, row: Sequence[Any]) -> Job:
         number, job_id, status, task, created, completed, error, warnings = row

@@ -139,10 +139,8 @@ class RequestReader:
             where = ".".join(path)
             raise Refusal(400, f"{where}: {clipped(error.message, 300)}", param=where or None, code="invalid_value")
         # JSON has one kind of number: 64.0 is an integer to the schema.
-        return {name: int(value) if self._is_integer(name) else value for name, value in said.items()}
-
-    def _is_integer(self, name: str) -> bool:
-        return self.properties[name].get("type") == "integer"
+        whole = {name for name, one in self.properties.items() if one.get("type") == "integer"}
+        return {name: int(value) if name in whole else value for name, value in said.items()}
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> str:

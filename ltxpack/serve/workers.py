@@ -35,14 +35,15 @@ class Workers:
     def start(self) -> None:
         """Start the workers; they are ready some seconds later."""
         for one in self.all:
-            one.start()
+            one.thread.start()
 
     def stop(self) -> None:
         """End the workers; jobs in progress wait for the next server."""
         for one in self.all:
             one.stop()
         for one in self.all:
-            one.join()
+            if one.thread.is_alive():
+                one.thread.join(END)
 
     def cancel(self, job_id: str) -> None:
         """End the work for a job at its next step, whoever has it."""
@@ -67,7 +68,7 @@ class DeviceWorker:
         reporter: Reporter,
         on_fault: OnFault,
     ) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"worker {opening.name}", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"worker {opening.name}", daemon=True)
         self.opening, self.state, self.job_id = opening, STARTING, ""
         self._jobs, self._metrics, self._reporter, self._on_fault = jobs, metrics, reporter, on_fault
         self._start = start
@@ -80,15 +81,6 @@ class DeviceWorker:
         """The state as people are told it."""
         missing = self.state == IDLE and self._link is not None and self._link.is_missing
         return STARTING if missing else self.state
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    def join(self) -> None:
-        """Wait until the worker has ended."""
-        if self._thread.is_alive():
-            self._thread.join(END)
 
     def _run(self) -> None:
         """One worker after another, until the server stops."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeAlias
 
 from ltxpack.errors import DeviceError
@@ -137,8 +136,7 @@ class Sharing:
         self._crew, self._reporter, self._count = crew, reporter, len(lines)
         size = max(1, AHEAD // len(crew.names))
         groups = (tuple(lines[start : start + size]) for start in range(0, len(lines), size))
-        self._groups = deque(Encode(group, crew.by_stages) for group in groups)
-        self._waiting: list[Task] = []
+        self._waiting: list[Task] = [Encode(group, crew.by_stages) for group in groups]
         self._at_work: dict[int, Task] = {}
         self._free: set[int] = set()
         self._alive = set(range(len(crew.names)))
@@ -166,14 +164,14 @@ class Sharing:
 
     def _hand_out(self) -> None:
         """Give each free worker a task, and an outcome to the lines that no worker is left for."""
-        for lost in [task for task in (*self._waiting, *self._groups) if not self._able(task)]:
-            self._remove(lost)
+        for lost in [task for task in self._waiting if not self._able(task)]:
+            self._waiting.remove(lost)
             problem = "no device is left to make it on"
             self._end(lost, DeviceError(problem, next="the same command (it skips the videos that are done)"))
         for worker in sorted(self._free):
             task = self._best(worker)
             if task is not None:
-                self._remove(task)
+                self._waiting.remove(task)
                 self._free.discard(worker)
                 self._at_work[worker] = task
                 following = self._best(worker)
@@ -182,7 +180,7 @@ class Sharing:
 
     def _best(self, worker: int) -> Task | None:
         """The next task of ``worker``: the first line that waits for it, or else the prompts of more lines."""
-        waiting = [*sorted(self._waiting, key=lambda task: task.lines[0].number), *islice(self._groups, 1)]
+        waiting = sorted(self._waiting, key=lambda task: (isinstance(task, Encode), task.lines[0].number))
         return next((task for task in waiting if worker in self._able(task)), None)
 
     def _able(self, task: Task) -> set[int]:
@@ -226,16 +224,8 @@ class Sharing:
         if self._tries[key] >= TRIES:
             again = "the same command (it skips the videos that are done)"
             self._end(task, DeviceError(f"{name} ended: {why}", found=f"{TRIES} tries", next=again))
-        elif isinstance(task, Encode):
-            self._groups.appendleft(task)
         else:
             self._waiting.append(task)
-
-    def _remove(self, task: Task) -> None:
-        if isinstance(task, Encode):
-            self._groups.remove(task)
-        else:
-            self._waiting.remove(task)
 
     def _end(self, task: Task, error: Exception) -> None:
         self._note([failed(line, error, self._reporter) for line in task.lines])
