@@ -140,11 +140,14 @@ def _link_faults(record: FileRecord, records: Mapping[str, FileRecord], found: s
 def _strays(overlay: Path, records: Mapping[str, FileRecord], begun: Collection[str]) -> Iterator[str]:
     """Paths in ``overlay`` that are not its own: a foreign folder as a whole, unfinished work not at all."""
     ours = {(place / WORK_FOLDER).relative_to(overlay).as_posix() for place in staging_bases(overlay)}
+    # A bake may have a name that begins with a dot.
+    recorded = {posixpath.dirname(path) for path in records}
     for name, folders, files in os.walk(overlay):
         place = Path(name).relative_to(overlay)
         folders[:] = [entry for entry in folders if (place / entry).as_posix() not in ours | {*begun, LOST_AND_FOUND}]
-        whole = [entry for entry in folders if is_foreign(entry) or (overlay / place / entry).is_symlink()]
-        folders[:] = [entry for entry in folders if not is_foreign(entry)]
+        inside = [entry for entry in folders if not is_foreign(entry) or (place / entry).as_posix() in recorded]
+        whole = [entry for entry in folders if entry not in inside or (overlay / place / entry).is_symlink()]
+        folders[:] = inside
         for path in ((place / entry).as_posix() for entry in (*files, *whole)):
             if path not in records and path != MANIFEST_NAME:
                 yield path

@@ -396,6 +396,12 @@ def test_the_same_again_is_left_alone(overlay: Path, style: Path) -> None:
         assert {path: path.stat().st_mtime_ns for path in overlay.rglob("*") if path.is_file()} == before
 
 
+def test_a_bake_whose_name_begins_with_a_dot_is_the_overlays_own(overlay: Path) -> None:
+    run(overlay, 0.5, name=".mine")
+    notes = Notes()
+    assert verify(overlay, notes) == [] and notes.notes == []
+
+
 def test_other_inputs_under_the_same_name_need_force(overlay: Path, style: Path) -> None:
     run(overlay, 0.5, name="mine")
     before = tree(overlay)
