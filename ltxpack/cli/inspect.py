@@ -27,7 +27,9 @@ def inspect(path: Path, as_json: bool) -> None:
         print_json(facts)
         return
     for line in _indented(facts):
-        click.echo(printable(line))
+        # A second line of metadata must not look like one of ours.
+        further = " " * (len(line) - len(line.lstrip()) + 4)
+        click.echo(printable(line.replace("\n", f"\n{further}")))
 
 
 def _indented(value: Any, indent: str = "") -> list[str]:

@@ -109,6 +109,14 @@ def test_bakes_state_their_form(overlay: Path) -> None:
         assert (found["kind"], found["form"], found["naming"]) == ("tensors", form, "diffusers")
 
 
+def test_no_line_of_metadata_looks_like_one_of_ours(tmp_path: Path) -> None:
+    forged = "x\nrelease: ltx-2.3-22b-dev"
+    path = write(tmp_path / "x.safetensors", {"a": ()}, other=forged, **{forged: "x"})
+    said = ltxpack("inspect", path).stdout.splitlines()
+    assert [line for line in said if line.startswith("release")] == ["release: -", "release_by_name_and_size: -"]
+    assert sum(line.startswith("      release: ltx-2.3-22b-dev") for line in said) == 2
+
+
 def test_an_activations_file(tmp_path: Path) -> None:
     metadata = {"format": "ltxpack-activations-1", "model_version": "2.3.0"}
     found = inspect_path(write(tmp_path / "x.safetensors", {"transformer_blocks.1.attn1.to_q": ()}, **metadata))
