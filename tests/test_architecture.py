@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_028,
+    "lines of the package": 34_032,
     "files of the package": 181,
-    "lines of the tests": 34_107,
+    "lines of the tests": 34_120,
 }
 
 

@@ -61,6 +61,8 @@ def inspect_path(path: str | Path) -> dict[str, Any]:
         tensors = read_tensorfile(path)
     except OtherFormatError as error:
         kind = WEIGHT_FORMATS.get(str(error.found))
+        if path.suffix.lower() == ".json":
+            error.next = f"ltxpack inspect {quoted(path.parent)}"
         # A file whose name says safetensors counts as broken.
         if kind is None or path.suffix.lower() == WEIGHTS:
             raise

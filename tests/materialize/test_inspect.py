@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from materialize import tiny_source
-from support import ltxpack
+from support import ltxpack, refused
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.ltx23.releases import RELEASES
@@ -107,6 +107,11 @@ def test_bakes_state_their_form(overlay: Path) -> None:
         [shard] = overlay.glob(f"bakes/distilled-1-{name}/*.safetensors")
         found = inspect_path(shard)
         assert (found["kind"], found["form"], found["naming"]) == ("tensors", form, "diffusers")
+
+
+def test_an_index_leads_to_its_folder(demo: Path) -> None:
+    told = refused(ltxpack("inspect", demo / "overlay/transformer/config.json"), 1)
+    assert "JSON text" in told and f"next: ltxpack inspect {demo / 'overlay/transformer'}" in told
 
 
 def test_no_line_of_metadata_looks_like_one_of_ours(tmp_path: Path) -> None:
