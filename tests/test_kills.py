@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import pytest
 from materialize import tiny_source
-from support import ltxpack, tree
+from support import HANG, ltxpack, tree
 from warm_processes import WarmProcess
 
 from ltxpack.manifest import MANIFEST_NAME
@@ -128,6 +129,32 @@ def test_export(demo: Path, tmp_path: Path) -> None:
     assert ended([*command, output]) == 0
     assert output.read_bytes() == expected.read_bytes()
     assert sorted(tmp_path.iterdir()) == [output, expected]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_a_signal_ends_leaves_no_temporary_file(number: int, demo: Path, tmp_path: Path) -> None:
+    """Those of timeout, a scheduler or a closed terminal."""
+    command = ["run", demo / "overlay", "--prompt", "a boat", "--device=cpu", "--recipe=distilled", "--no-cache"]
+    size = ["--height=256", "--width=384", "--num-frames=49", "-o", tmp_path / "x.mp4"]
+    pipe = subprocess.PIPE
+    process = WarmProcess([sys.executable, "-m", "ltxpack", *command, *size], stdout=pipe, stderr=pipe)
+    assert process.stderr is not None
+    assert b"decode\n" in iter(process.stderr.readline, b"") and list(tmp_path.glob(".x.mp4.*.tmp"))
+    process.send_signal(number)
+    assert "error: interrupted" in process.communicate()[1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("ignored", "status"), [(False, -signal.SIGTERM), (True, 0)])
+def test_a_command_ends_by_the_signal_that_came(ignored: bool, status: int) -> None:
+    """Its parent looks for that. Under nohup it does not end."""
+    code = (
+        "import signal; from ltxpack import cli\n"
+        f"if {ignored}: signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "cli.cli.main = lambda **_: signal.raise_signal(signal.SIGHUP)\n"
+        "cli.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=HANG).returncode == status
 
 
 def written(path: Path, size: int) -> bool:

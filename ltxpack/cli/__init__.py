@@ -6,10 +6,14 @@ No heavy package is imported here: each command imports what it needs when it ru
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
+import signal
 import sys
+from collections import deque
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -57,6 +61,7 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong use, 130 interrupted."""
     claim_process()
+    _take_signals()
     # Python looks through all objects once more before it ends; with torch among them that takes half a second.
     atexit.register(gc.freeze)
     stdout = hold_streams()
@@ -92,6 +97,25 @@ def _status() -> int:
     except MemoryError:
         say_error("the machine has too little free memory\n  next: close other programs and run the command again")
     return 1
+
+
+def _take_signals() -> None:
+    """Have SIGTERM and SIGHUP end this process as tidily as Ctrl-C does, unless they are ignored, as under nohup."""
+    ended: list[int] = []
+
+    def tidy_up(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    # The signal itself comes last of all: whoever sent it looks for an end by it.
+    atexit.register(lambda: deque(map(signal.raise_signal, ended)))
+    # Libraries that handle an end, as of a server, handle SIGTERM alone.
+    handlers = {signal.SIGTERM: tidy_up, signal.SIGHUP: lambda *_: signal.raise_signal(signal.SIGTERM)}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # not the main thread of a program
+                signal.signal(number, handler)
 
 
 def _what_again(arguments: Sequence[str]) -> str:

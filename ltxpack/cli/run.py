@@ -141,6 +141,7 @@ def _follow(overlay: Path, session: SessionSettings, launch: Launched) -> None:
     from ltxpack.runtime.parallel.worker import follow_torchrun
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may wait in a library for ever
     follow_torchrun(overlay, session, launch)
 
 
