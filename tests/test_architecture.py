@@ -51,7 +51,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_057,
+    "lines of the package": 34_048,
     "files of the package": 181,
     "lines of the tests": 34_147,
 }

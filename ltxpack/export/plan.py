@@ -130,7 +130,10 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
     before it writes.
     """
     manifest = read_manifest(options.overlay)
-    made = None if options.make is None else plan_unwritten(_making(options), reporter, headers_only=headers_only)
+    made = None
+    if options.make is not None:  # the name of this bake is never seen
+        make = dataclasses.replace(options.make, name="export", force=options.force, export=_flags(options))
+        made = plan_unwritten(make, reporter, headers_only=headers_only)
     bake = made.plan.stated if made is not None else _bake(options, manifest)
     units = tuple(_units(options, manifest, bake, made))
     tensors = [spec for unit in units for spec in unit.exported.values()]
@@ -151,12 +154,6 @@ def plan_export(options: ExportOptions, reporter: Reporter, *, headers_only: boo
         spans[spec.name] = (end, spec.nbytes)
         end += spec.nbytes
     return ExportPlan(header, spans, literals, units, bake, made)
-
-
-def _making(options: ExportOptions) -> BakeOptions:
-    """The options of the bake that is made on the way. Its name is never seen."""
-    assert options.make is not None
-    return dataclasses.replace(options.make, name="export", force=options.force, export=_flags(options))
 
 
 def _flags(options: ExportOptions) -> str:

@@ -186,7 +186,10 @@ class PlacedWriter:
         """Go on to the next tensor after ``spec``."""
         if spec is not None:
             if self._table:
-                self._put(_widened(self._table), spec.name)
+                import numpy as np
+
+                # bfloat16 values as float32, exactly
+                self._put((np.frombuffer(self._table, "<u2").astype("<u4") << 16).view("u1").data, spec.name)
             digest = self._digests[spec.name] = self._hasher.hexdigest()
             self._file.written(spec.name, digest)
         self._tensors.popleft()
@@ -195,13 +198,6 @@ class PlacedWriter:
     def _put(self, data: Buffer, name: str, done: int = 0) -> None:
         self._hasher.update(data)
         self._file.put(data, name, done)
-
-
-def _widened(table: bytearray) -> memoryview:
-    """bfloat16 values as float32, exactly."""
-    import numpy as np
-
-    return (np.frombuffer(table, "<u2").astype("<u4") << 16).view("u1").data
 
 
 class UnfinishedFile:
@@ -278,7 +274,7 @@ class UnfinishedFile:
                 written = os.pwrite(self._fd, left, offset)
                 left, offset = left[written:], offset + written
                 self._waiting += written
-            if self._waiting >= WAITING and hasattr(os, "posix_fadvise"):
+            if self._waiting >= WAITING:
                 # The disk begins to write now; else all bytes would wait for the end.
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 self._waiting = 0
@@ -387,8 +383,7 @@ class ReadBack:
         fd = os.open(self._path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fsync(fd)
-            if hasattr(os, "posix_fadvise"):
-                for written in ranges:
-                    os.posix_fadvise(fd, written.start, written.nbytes, os.POSIX_FADV_DONTNEED)
+            for written in ranges:
+                os.posix_fadvise(fd, written.start, written.nbytes, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)

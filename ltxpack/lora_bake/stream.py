@@ -470,7 +470,7 @@ def _copies(path: Path, start: int, end: int) -> Iterator[_Read]:
 
 def usable_cores() -> int:
     """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 def _refuse_overflow(names: Collection[str], shard: BaseShard, readers: Sequence[FactorReader]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import sys
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ def grows_in_place(device: torch.device) -> bool:
     setting = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or getattr(
         torch.cuda.memory, "_set_allocator_settings", None
     )
-    if setting is None or sys.platform != "linux":
+    if setting is None:
         return False
     setting(f"{IN_PLACE}:True")
     try:
