@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ PLACE_VARIABLE, LIMIT_VARIABLE = "LTXPACK_CACHE", "LTXPACK_CACHE_SIZE"
 ENDING = ".safetensors"
 DTYPES = {getattr(torch, tensorfile.DTYPE_NAMES[code]): code for code in tensorfile.FLOATS}
 MODALITIES = ("video", "audio")
+# The names of entries, and of temporary files that become entries: a user's own folder holds other files too.
+ENTRY = re.compile(rf"[0-9a-f]{{64}}\{ENDING}")
+LEFT = re.compile(rf"\.{ENTRY.pattern}\.[0-9a-f]+\{TEMPORARY_ENDING}")
 # A temporary file of this age belongs to a killed process.
 STALE_SECONDS = 3600
 
@@ -146,12 +150,11 @@ class PromptCache:
         """Remove entries, oldest use first, down to ``limit`` bytes; another process may do the same meanwhile."""
         entries = []
         for path in self.folder.iterdir():
-            hidden = path.name.startswith(".")
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                if path.suffix == ENDING and not hidden:
+                if ENTRY.fullmatch(path.name):
                     entries.append((stat.st_mtime_ns, path, stat.st_size))
-                elif path.suffix == TEMPORARY_ENDING and hidden and time.time() - stat.st_mtime > STALE_SECONDS:
+                elif LEFT.fullmatch(path.name) and time.time() - stat.st_mtime > STALE_SECONDS:
                     path.unlink()
         total = sum(size for _, _, size in entries)
         for _, path, size in sorted(entries):

@@ -246,19 +246,33 @@ def test_what_is_larger_than_the_cache_is_not_kept_nor_read(tmp_path: Path) -> N
 
 
 def test_only_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
-    old, new, other = tmp_path / ".x.safetensors.1.tmp", tmp_path / ".y.safetensors.2.tmp", tmp_path / "notes.txt"
-    for path in (old, new, other):
+    old, new = (tmp_path / f".{each * 64}.safetensors.{each}.tmp" for each in "12")
+    others = [tmp_path / name for name in ("notes.txt", ".x.safetensors.1.tmp", ".y.tmp")]
+    for path in (old, new, *others):
         path.write_bytes(b"x")
-    os.utime(old, (0, 0))
-    os.utime(other, (0, 0))
+    for path in (old, *others):
+        os.utime(path, (0, 0))
     PromptCache(tmp_path).put(KEY, contexts())
-    assert {path.name for path in tmp_path.iterdir()} == {new.name, other.name, f"{KEY}.safetensors"}
+    left = {new.name, f"{KEY}.safetensors", *(path.name for path in others)}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_files_of_the_user_in_the_folder_are_never_removed(tmp_path: Path) -> None:
+    """``Pipeline.from_overlay(..., cache=FOLDER)`` takes any folder, also one with models."""
+    mine = [
+        tmp_path / name for name in ("model.safetensors", f"{'A' * 64}.safetensors", f"{KEY}.safetensors.index.json")
+    ]
+    for path in mine:
+        path.write_bytes(b"x" * 1_000_000)
+        os.utime(path, (0, 0))
+    PromptCache(tmp_path, limit=1_000_000).put(KEY, contexts())
+    assert all(path.exists() for path in mine) and PromptCache(tmp_path).get(KEY, 2, torch.bfloat16) is not None
 
 
 def test_several_at_once_see_whole_entries_or_none(tmp_path: Path) -> None:
     wanted = {f"{number:064}": contexts(seed=number) for number in range(6)}
-    PromptCache(tmp_path).put("size", contexts())
-    size = (tmp_path / "size.safetensors").stat().st_size
+    PromptCache(tmp_path).put("a" * 64, contexts())
+    size = (tmp_path / f"{'a' * 64}.safetensors").stat().st_size
     cache = PromptCache(tmp_path, limit=3 * size)
 
     def work(turn: int) -> bool:
