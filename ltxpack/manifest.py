@@ -14,7 +14,7 @@ import re
 import stat
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,8 @@ LIMITS = bounded_json.Limits(values=300_000, containers=20_000)
 ALLOWED_ENDINGS = (".safetensors", ".json", ".jinja", ".txt", ".html")
 BAKE_NAME = re.compile(r"[A-Za-z0-9._+-]+")
 FULL_KIND, DISTILLED_KIND = "full", "distilled"
+# The start of the name of a bake without LoRAs.
+BASE_NAME = "base"
 # The forms in which a bake stores its linears.
 BF16, FP8, INT8 = FORMATS = ("bf16", "fp8", "int8")
 # The arithmetic of fusing.
@@ -230,6 +232,12 @@ class Manifest:
 
 def _without_later_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if name not in LATER_FIELDS or value != LATER_FIELDS[name]}
+
+
+def usual_name(loras: Iterable[tuple[str, Strength]], form: str) -> str:
+    """``distilled-0.5+style-0.8-fp8``: the main (last) LoRA, then the others in order, and the form."""
+    parts = [f"{lora}-{strength.in_name}" for lora, strength in loras]
+    return ("+".join([*parts[-1:], *parts[:-1]]) or BASE_NAME) + ("" if form == BF16 else f"-{form}")
 
 
 def is_overlay(folder: Path) -> bool:

@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_048,
+    "lines of the package": 34_069,
     "files of the package": 181,
-    "lines of the tests": 34_147,
+    "lines of the tests": 34_164,
 }
 
 

@@ -42,6 +42,7 @@ from ltxpack.manifest import (
     Manifest,
     changed_file,
     recorded_bytes,
+    usual_name,
 )
 from ltxpack.repack.items import (
     INDEX_ENDING,
@@ -61,8 +62,6 @@ from ltxpack.strength import Strength, format_strength
 DEVICES = ("auto", "cpu", "cuda")
 TRANSFORMER, CONNECTORS = "transformer", "connectors"
 MAX_NAME_LENGTH = 200
-# The start of the name of a bake without LoRAs.
-BASE_NAME = "base"
 # Rises when the same inputs give other bytes than before.
 ARITHMETIC_VERSION = 1
 
@@ -179,9 +178,8 @@ def lora_name(stem: str) -> str:
 
 
 def bake_name(loras: Sequence[tuple[str, float | Strength]], form: str = BF16) -> str:
-    """``distilled-0.5+style-0.8-fp8``: the main (last) LoRA, then the others in order, and the form."""
-    parts = [f"{lora}-{Strength.of(strength).in_name}" for lora, strength in (*loras[-1:], *loras[:-1])]
-    name = ("+".join(parts) or BASE_NAME) + ("" if form == BF16 else f"-{form}")
+    """:func:`.manifest.usual_name`. Raises UsageError for a name that is too long."""
+    name = usual_name(((lora, Strength.of(strength)) for lora, strength in loras), form)
     if len(name) > MAX_NAME_LENGTH:
         raise UsageError("the bake's name would be too long", found=name[:80] + "…", next="give it one with --name")
     return name

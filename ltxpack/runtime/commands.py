@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.manifest import BF16, RULES, Bake
+from ltxpack.ltx23.codes import kept_blocks
+from ltxpack.manifest import BF16, RULES, Bake, usual_name
 from ltxpack.runtime.overlay import (
     BAKED,
     BASE,
@@ -22,6 +23,7 @@ from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
 from ltxpack.runtime.weights.report import Command
+from ltxpack.runtime.weights.sizes import TRANSFORMER, read_configs
 
 PUBLISHED = "Lightricks/LTX-2.3"
 DEFAULT_FOLDER = Path("out")
@@ -63,11 +65,7 @@ def commands(
     bakes = {} if overlay is None else overlay.manifest.bakes
     found = [Command(_materialized(overlay), overlay is not None)]
     names = [name for name in dict.fromkeys(stages) if name != BASE]
-    for name in names:
-        if name in bakes:
-            bake = bakes[name]
-            ending = "" if bake.format == BF16 else f" --format {bake.format}"
-            found.append(Command(f"{baked(root, bake)}{ending}", True))
+    found += [Command(_made(overlay, name), True) for name in names if overlay is not None and name in bakes]
     missing: dict[str, str] = {}
     for parts in (STRENGTH.fullmatch(name) for name in names if name not in bakes):
         assert parts is not None, "planned_stages has looked at the names"
@@ -89,6 +87,20 @@ def _materialized(overlay: Overlay | None) -> str:
     if overlay.manifest.distilled:  # not the default of materialize
         words += [f"--checkpoint {quoted(file.name)}" for file in source.files if file.role == "checkpoint"]
     return " ".join(words)
+
+
+def _made(overlay: Overlay, name: str) -> str:
+    """The command that made the bake ``name``."""
+    bake, words = overlay.manifest.bakes[name], list[str]()
+    if name != usual_name([(lora.name, lora.applied) for lora in bake.loras], bake.format):
+        words.append(f"--name {quoted(name)}")
+    if bake.format != BF16:
+        blocks = read_configs(overlay)[TRANSFORMER]["num_layers"]
+        kept = sorted(set(range(blocks)).difference(int(linear.split(".")[1]) for linear in bake.quantised))
+        words.append(f"--format {bake.format}")
+        words += [f"--keep-blocks {','.join(map(str, kept)) or 'none'}"] if tuple(kept) != kept_blocks(blocks) else []
+        words += [f"--activations {quoted(bake.calibration.name)}"] if bake.calibration else []
+    return " ".join([baked(overlay.root, bake), *words])
 
 
 def baked(root: Path, bake: Bake) -> str:

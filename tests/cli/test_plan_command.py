@@ -279,11 +279,14 @@ def test_the_commands_name_the_distilled_checkpoint_and_a_lora_of_ones_own(demo:
     made = ltxpack("materialize", source, out, "--checkpoint", distilled.name)
     assert made.stdout.splitlines()[-1] == f"next: ltxpack run {out} --prompt 'Waves on a beach' --recipe distilled"
     assert ltxpack("bake-lora", out, "--lora", mine, "--strength", "0.5").returncode == 0
-    given = ("--recipe", "distilled", "--stage1", "mine-0.5", "--stage2", "mine-0.5")
+    coded = ("--name", "coded", "--format", "fp8", "--keep-blocks", "1")
+    assert ltxpack("bake-lora", out, "--lora", mine, "--strength", "0.7", *coded).returncode == 0
+    given = ("--recipe", "distilled", "--stage1", "mine-0.5", "--stage2", "coded")
     commands = planned(out, *given, "--vram", "24GB", "--ram", "64GB")["commands"]
-    assert [each["command"] for each in commands][:2] == [
+    assert [each["command"] for each in commands][:3] == [
         f"ltxpack materialize SOURCE {out} --checkpoint {distilled.name}",
         f"ltxpack bake-lora {out} --lora mine.safetensors --strength 0.5",
+        f"ltxpack bake-lora {out} --lora mine.safetensors --strength 0.7 {' '.join(coded)}",
     ]
 
 
