@@ -144,8 +144,8 @@ class Jobs:
             self._claim.close()
             if isinstance(error, FormatError):
                 raise
-            advice = f"move {path} away; a new one is made"
-            raise FormatError("the jobs cannot be read", file=path, found=error, next=advice) from None
+            advice = f"make room there if its disk is full, or {OTHER}"
+            raise FormatError("the jobs cannot be read or written", file=path, found=error, next=advice) from None
         self._sweep(known)
 
     @property
@@ -233,13 +233,13 @@ class Jobs:
             if self.get(job_id) is None:
                 self.discard(job_id)
                 return None
-            self._crashes[job_id] += 1
             self._progress.pop(job_id, None)
-            if self._crashes[job_id] >= MOST_CRASHES:
+            if self._crashes[job_id] + 1 >= MOST_CRASHES:
                 self.fail(job_id, "server_error", f"{MOST_CRASHES} workers have died while they made this video")
                 return FAILED
             again = "UPDATE jobs SET status = ?, started_at = NULL WHERE id = ? AND status = ?"
             self._db.execute(again, (QUEUED, job_id, IN_PROGRESS))
+            self._crashes[job_id] += 1
             self._lock.notify()
             return QUEUED
 

@@ -10,7 +10,7 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from ltxpack.errors import LtxpackError
 from ltxpack.reporter import Reporter
@@ -19,8 +19,11 @@ from ltxpack.serve.jobs import QUEUED, Job, Jobs
 from ltxpack.serve.links import Died, Message, WorkerLink, Workplace
 from ltxpack.serve.metrics import Metrics
 
+P = ParamSpec("P")
+R = TypeVar("R")
 STARTING, IDLE, BUSY, DOWN = "starting", "idle", "busy", "down"
-# Seconds: between looks whether an idle worker is alive, before a dead one is replaced, and until one must have ended.
+# Seconds: between looks whether an idle worker is alive, before what failed is tried again, until a worker must have
+# ended.
 LOOK, FIRST_PAUSE, LONGEST_PAUSE, END = 1.0, 0.5, 30.0, 10.0
 # What is called with the reason for which a worker cannot even begin; None: such a one is tried again for ever.
 OnFault = Callable[[LtxpackError], None] | None
@@ -85,12 +88,10 @@ class DeviceWorker:
     def _run(self) -> None:
         """One worker after another, until the server stops."""
         pause = 0.0
-        while not self._stopping.is_set():
+        while not self._stopping.wait(pause):
             self.state = STARTING
             try:
                 self._give_back()
-                if self._stopping.wait(pause):
-                    break
                 with contextlib.closing(self._start(self.opening)) as self._link:
                     self._await_ready(self._link)
                     pause = 0.0
@@ -101,7 +102,7 @@ class DeviceWorker:
                 if not self._stopping.is_set():
                     self._metrics.count("worker_deaths", device=self.opening.name)
                     self._note(f"{error}; another worker is started")
-            pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))
+            pause = _longer(pause)
 
     def stop(self) -> None:
         """End the worker, also in the middle of work."""
@@ -140,7 +141,7 @@ class DeviceWorker:
     def _take_one(self, link: WorkerLink) -> None:
         """Wait for a job, and have it made. Raises Died."""
         with link.free():
-            job = self._jobs.claim(LOOK)
+            job = self._noted(self._jobs.claim, LOOK)
             if job is None:
                 return
             self.state, self.job_id = BUSY, job.id
@@ -151,7 +152,7 @@ class DeviceWorker:
     def _give_back(self) -> None:
         """The job that a worker died of is for another one, unless that was its end."""
         if self.job_id:
-            status = self._jobs.give_back(self.job_id)
+            status = self._noted(self._jobs.give_back, self.job_id)
             if status != QUEUED:
                 self._ended(self.job_id, status or "cancelled")
             self.job_id = ""
@@ -164,16 +165,16 @@ class DeviceWorker:
             if "progress" in message:
                 self._jobs.set_progress(job.id, message["progress"])
             elif "warning" in message:
-                self._jobs.warn(job.id, message["warning"])
+                self._noted(self._jobs.warn, job.id, message["warning"])
                 self._note(f"{job.id}: warning: {message['warning']}")
             elif "done" in message:
-                status = "completed" if self._jobs.complete(job.id) else "cancelled"
+                status = "completed" if self._noted(self._jobs.complete, job.id) else "cancelled"
                 seconds = sum(message["done"].values())
                 self._metrics.took(job.task.model, seconds)
                 self._ended(job.id, status, f" in {seconds:.1f} s")
                 return
             elif "failed" in message:
-                self._jobs.fail(job.id, message["code"], message["failed"])
+                self._noted(self._jobs.fail, job.id, message["code"], message["failed"])
                 self._ended(job.id, "failed")
                 self._note(f"{job.id}: {message['log']}")
                 if "ends" in message:
@@ -184,6 +185,21 @@ class DeviceWorker:
                 self._jobs.discard(job.id)
                 self._ended(job.id, "cancelled")
                 return
+
+    def _noted(self, note: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        """The result of ``note``, a method of the jobs; tried again while their disk is full. The worker waits."""
+        state, pause = self.state, 0.0
+        while True:
+            try:
+                result = note(*arguments, **named)
+            except sqlite3.Error as error:
+                self.state, pause = DOWN, _longer(pause)
+                self._note(f"the jobs cannot be read or written now: {error}")
+                if self._stopping.wait(pause):
+                    raise
+            else:
+                self.state = state
+                return result
 
     def _ended(self, job_id: str, status: str, more: str = "") -> None:
         self._metrics.count("jobs_ended", status=status)
@@ -199,3 +215,7 @@ class DeviceWorker:
 
     def _note(self, text: str) -> None:
         self._reporter.note(f"{self.opening.name}: {text}")
+
+
+def _longer(pause: float) -> float:
+    return min(LONGEST_PAUSE, max(FIRST_PAUSE, 2 * pause))

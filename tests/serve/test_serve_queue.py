@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import Server, stubbed
-from support import HANG, alive, ltxpack, refused, until
+from support import HANG, Mount, alive, ltxpack, refused, until
 
 from ltxpack.errors import FormatError, UsageError
 from ltxpack.serve.jobs import Jobs, QueueFullError, VideoTask
@@ -124,6 +124,28 @@ def test_what_fails_is_told_and_what_kills_workers_is_given_up(server: Server, t
         assert health.status_code == 200 and health.json()["workers"][0]["state"] in ("idle", "busy")
 
 
+def test_a_full_disk_is_waited_for(mount: Mount, demo: Path, tmp_path: Path) -> None:
+    """The worker dies of it, and the jobs cannot be written: both go on once there is room."""
+    mount(tmp_path / "disk", options="size=1m")
+    output, ballast = tmp_path / "disk" / "videos", tmp_path / "disk" / "ballast"
+    with stubbed(demo / "overlay", output) as server:
+        ids = [server.post("held")["id"], server.post("a boat")["id"]]
+        until(lambda: logged(output, "begin"))
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        output.with_suffix(".log.go").touch()
+        health = server.address.replace("/v1", "/health")
+        until(lambda: server.client.get(health).json()["workers"][0]["state"] == "down")
+        assert server.client.post("/videos", json={"prompt": "d"}).status_code == 503
+        again = refused(ltxpack("serve", demo / "overlay", "--port=0", "-o", tmp_path / "disk" / "other"), 1)
+        assert "database or disk is full" in again and "make room there" in again
+        ballast.unlink()
+        assert [job["id"] for job in server.all_completed()] == ids
+        assert 'worker_deaths_total{device="cpu"} 1' in server.metrics()
+    assert server.log.count("the jobs cannot be read or written now") < 9
+
+
 def test_a_video_that_is_waited_for_is_not_kept(server: Server, tmp_path: Path) -> None:
     with server:
         said = {"prompt": "a boat", "size": "64x64", "num_frames": 9}
@@ -202,5 +224,5 @@ def test_the_queue_is_bounded_and_a_foreign_database_is_told(tmp_path: Path) -> 
     with pytest.raises(FormatError, match="is of another version"):
         Jobs(tmp_path, 2)
     (tmp_path / "jobs.sqlite").write_bytes(b"not a database" * 1000)
-    with pytest.raises(FormatError, match="the jobs cannot be read"):
+    with pytest.raises(FormatError, match="the jobs cannot be read or written"):
         Jobs(tmp_path, 2)
