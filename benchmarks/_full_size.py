@@ -17,7 +17,7 @@ from ltxpack.demo.checkpoint import GEMMA, tokenizer_documents
 from ltxpack.files.tensorfile import TensorInfo, build_header, tensor_nbytes
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.ltx23.codes import CODES, coded_linears, with_codes
-from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.ltx23.expected import published_configs, published_tensors
 from ltxpack.manifest import BF16, MANIFEST_NAME, Bake, BakedLora, Component, FileRecord, Lora, Manifest, Source
 from ltxpack.repack.items import DEFAULT_MAX_SHARD_SIZE, DEFAULT_STEM, WriteBytes, assign_shards, stored_tensor
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import product
 
-from ltxpack.ltx23.published import published_configs
+from ltxpack.ltx23.expected import published_configs
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel.schemes import AUTO, OF_ONE, STAGES, WHOLE, Counted, counted, shared, stage_flops

@@ -26,8 +26,13 @@ from ltxpack.lora_bake import BakeOptions, find
 from ltxpack.lora_bake.adapter import open_adapter
 from ltxpack.lora_bake.bake import plan_unwritten
 from ltxpack.ltx23.classes import DISTILLED
-from ltxpack.ltx23.expected import source_inventory
-from ltxpack.ltx23.published import FLOAT32_TENSORS, published_configs, published_files, published_tensors
+from ltxpack.ltx23.expected import (
+    FLOAT32_TENSORS,
+    published_configs,
+    published_files,
+    published_tensors,
+    source_inventory,
+)
 from ltxpack.ltx23.releases import CHECKPOINT, DEFAULT_FILES, LORA, OFFICIAL_REPO, TEXT_ENCODER_REPO, UPSAMPLER
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
 from ltxpack.manifest import FORMATS, MANIFEST_NAME, FileRecord, Lora, read_manifest

@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.ltx23.codes import CODES, coded_linears, with_codes
-from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.ltx23.expected import published_configs, published_tensors
 from ltxpack.manifest import BF16, FORMATS
 from ltxpack.runtime.model import quantised
 from ltxpack.runtime.model.block import PLAIN

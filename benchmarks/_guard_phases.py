@@ -19,7 +19,7 @@ from _guard_operations import BFLOAT16, META, Counted
 from torch import Tensor
 
 from ltxpack.ltx23.classes import TEXT_TOKENS
-from ltxpack.ltx23.published import published_configs
+from ltxpack.ltx23.expected import published_configs
 from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.tiles import Tiling, tiling_within
 from ltxpack.runtime.request import Request

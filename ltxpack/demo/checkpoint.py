@@ -22,8 +22,7 @@ from ltxpack.files.publish import Temporary, atomic_write
 from ltxpack.files.tensorfile import build_header, tensor_nbytes
 from ltxpack.imports import uncollected
 from ltxpack.ltx23.configs import Shapes, checkpoint_configs, upsampler_config
-from ltxpack.ltx23.expected import source_inventory
-from ltxpack.ltx23.published import published_files
+from ltxpack.ltx23.expected import published_files, source_inventory
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES, component_of
 from ltxpack.repack.items import round_to_bfloat16
 

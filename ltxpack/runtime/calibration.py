@@ -9,17 +9,17 @@ import contextlib
 import fcntl
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ltxpack.activations import ActivationsFile, Loras, base_digest
 from ltxpack.errors import AbsentError, LtxpackError, UsageError, quoted
 from ltxpack.files.publish import atomic_write, check_writable, output_errors
 from ltxpack.manifest import BF16
 from ltxpack.runtime.commands import baked
-from ltxpack.runtime.model.largest import LargestInputs, linears
 from ltxpack.runtime.model.model import DiT
 from ltxpack.runtime.model.weights import read_dit_config
 from ltxpack.runtime.overlay import BASE, Overlay, transformer_part
@@ -27,6 +27,16 @@ from ltxpack.runtime.sampling.recipes import stage_flag
 
 FLAG = "--save-activations"
 ANOTHER = f"choose another file for {FLAG}, or remove this one"
+_SELF_ATTENTIONS = ("attn1", "audio_attn1")
+_CROSS_ATTENTIONS = ("attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
+# Watched linear of a block -> all linears with the same x. In a self-attention only to_v runs in every pass of STG.
+SAME_INPUT: Mapping[str, tuple[str, ...]] = {
+    **{f"{one}.to_v": tuple(f"{one}.to_{part}" for part in ("q", "k", "v", "gate_logits")) for one in _SELF_ATTENTIONS},
+    **{f"{one}.to_q": (f"{one}.to_q", f"{one}.to_gate_logits") for one in _CROSS_ATTENTIONS},
+    **{f"{one}.to_k": (f"{one}.to_k", f"{one}.to_v") for one in _CROSS_ATTENTIONS},
+    **{f"{one}.to_out.0": (f"{one}.to_out.0",) for one in (*_SELF_ATTENTIONS, *_CROSS_ATTENTIONS)},
+    **{f"{one}.{part}": (f"{one}.{part}",) for one in ("ff", "audio_ff") for part in ("net.0.proj", "net.2")},
+}
 
 
 class ActivationsRecorder:
@@ -144,3 +154,45 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(opened)
+
+
+def linears(blocks: int) -> list[str]:
+    """The sorted names of all linears in this many blocks, without ``.weight``."""
+    names = [name for group in SAME_INPUT.values() for name in group]
+    return sorted(f"transformer_blocks.{number}.{name}" for number in range(blocks) for name in names)
+
+
+class LargestInputs:
+    """The largest |x| that enters each linear of a transformer's blocks (spec 09 section 5), recorded during forwards.
+
+    On ``device``: a float32 scalar for each input, at first 0. A maximum belongs to a block's number, wherever the
+    block's weights are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._inputs: dict[tuple[int, str], Tensor] = {}
+
+    @torch.inference_mode()
+    def watch(self, model: DiT) -> None:
+        """Let every later forward of ``model`` update these maxima; compiled ones too if they are compiled later."""
+        for number, block in enumerate(model.blocks()):
+            for name in SAME_INPUT:
+                if (number, name) not in self._inputs:
+                    self._inputs[number, name] = torch.zeros((), device=self._device)
+                block.get_submodule(name).largest_input = self._inputs[number, name]
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        for largest in self._inputs.values():
+            largest.zero_()
+
+    @torch.inference_mode()
+    def read(self) -> dict[str, float]:
+        """Name of the linear (see :func:`linears`) -> its maximum. The host waits for the device."""
+        values = torch.stack([*self._inputs.values()]).tolist() if self._inputs else []
+        return {
+            f"transformer_blocks.{number}.{linear}": value
+            for (number, name), value in zip(self._inputs, values, strict=True)
+            for linear in SAME_INPUT[name]
+        }

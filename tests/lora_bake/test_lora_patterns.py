@@ -17,10 +17,9 @@ from peft.utils.other import get_pattern_key
 
 from ltxpack.errors import AdapterError
 from ltxpack.lora_bake.adapter import Adapter
-from ltxpack.ltx23.expected import inventory
+from ltxpack.ltx23.expected import inventory, published_configs
 from ltxpack.ltx23.lora_keys import linear_modules
 from ltxpack.ltx23.lora_statements import MAX_MASKS, Patterns
-from ltxpack.ltx23.published import published_configs
 from ltxpack.ltx23.renames import TRANSFORMER
 
 CONFIG = Path("adapter_config.json")

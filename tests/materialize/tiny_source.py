@@ -19,8 +19,7 @@ from typing import Any
 from ltxpack.demo import checkpoint
 from ltxpack.demo.checkpoint import blocks
 from ltxpack.ltx23.configs import upsampler_config
-from ltxpack.ltx23.expected import inventory, source_inventory
-from ltxpack.ltx23.published import published_files
+from ltxpack.ltx23.expected import inventory, published_files, source_inventory
 
 Shape = tuple[int, ...]
 CHECKPOINT = "ltx-2.3-mini-dev.safetensors"

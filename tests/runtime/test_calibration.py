@@ -28,7 +28,7 @@ from ltxpack.files.publish import Temporary
 from ltxpack.files.tensorfile import build_header
 from ltxpack.manifest import read_manifest
 from ltxpack.runtime import calibration, recipe_run
-from ltxpack.runtime.model.largest import LargestInputs, linears
+from ltxpack.runtime.calibration import LargestInputs, linears
 from ltxpack.runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.usefixtures("short_prompts")

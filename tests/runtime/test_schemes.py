@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from ltxpack.errors import UsageError
-from ltxpack.ltx23.published import published_configs
+from ltxpack.ltx23.expected import published_configs
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.overlay import official_transformers
 from ltxpack.runtime.parallel import schemes

@@ -16,11 +16,26 @@ from torch.nn import functional as F
 
 from ltxpack.ltx23.expected import FEED_FORWARD, TIMESTEP_WIDTH
 from ltxpack.runtime.model.kernels import DEFAULT, KERNELS, Kernel
-from ltxpack.runtime.model.largest import note_largest
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 
 # Codes and their scales, by the dtype of the codes.
 Made: TypeAlias = dict[torch.dtype, tuple[Tensor, Tensor]]
+
+
+@torch.library.custom_op(
+    "ltxpack::note_largest", mutates_args=("largest",), schema="(Tensor(a!) largest, Tensor x) -> ()"
+)
+def note_largest(largest: Tensor, x: Tensor) -> None:
+    """Raise ``largest`` (float32 scalar) to the largest |x|; NaN stays.
+
+    It is one opaque node for the compiler, so that the code around it rounds as without it.
+    """
+    torch.maximum(largest, torch.linalg.vector_norm(x, ord=math.inf).float(), out=largest)
+
+
+@note_largest.register_fake
+def _(largest: Tensor, x: Tensor) -> None:
+    return None
 
 
 class Linear(nn.Linear):

@@ -17,7 +17,7 @@ from ltxpack.errors import OverlayError, quoted
 from ltxpack.files.tensorfile import DTYPE_BITS, DTYPE_NAMES, FLOATS, read_json, read_tensorfile
 from ltxpack.ltx23.classes import TEXT_ROOT
 from ltxpack.ltx23.codes import Tensor, coded_linears, never_cast, with_codes
-from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.ltx23.expected import published_configs, published_tensors
 from ltxpack.ltx23.text_encoder import root_of
 from ltxpack.runtime.overlay import BASE, Overlay, codes_named, transformer_part
 from ltxpack.runtime.weights.activations import Widths

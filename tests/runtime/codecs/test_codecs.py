@@ -19,7 +19,7 @@ from test_tiling import recorded_tiling
 from torch import Tensor
 
 from ltxpack.errors import OverlayError, UsageError
-from ltxpack.ltx23.published import published_configs
+from ltxpack.ltx23.expected import published_configs
 from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.audio import decode_mel
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within

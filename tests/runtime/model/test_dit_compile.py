@@ -18,8 +18,8 @@ from torch._inductor import config
 from torch._inductor.runtime.runtime_utils import cache_dir
 
 from ltxpack.reporter import SilentReporter
+from ltxpack.runtime.calibration import LargestInputs
 from ltxpack.runtime.model.block import PLAIN
-from ltxpack.runtime.model.largest import LargestInputs
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.sampling.shape import AV
 from ltxpack.runtime.torch_settings import COMPILERS, FOLDER, INDUCTOR_CACHE, compiled_code, set_up_compiler

@@ -17,7 +17,7 @@ from support import load, relative_l2
 from torch import Tensor
 
 from ltxpack.ltx23.renames import TRANSFORMER
-from ltxpack.runtime.model.largest import LargestInputs, linears
+from ltxpack.runtime.calibration import LargestInputs, linears
 from ltxpack.runtime.model.model import DiT, Stream
 from ltxpack.runtime.model.weights import load_dit
 from ltxpack.runtime.sampling.shape import AV

@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ltxpack.runtime.calibration import SAME_INPUT, LargestInputs, linears
 from ltxpack.runtime.model.block import TransformerBlock
-from ltxpack.runtime.model.largest import SAME_INPUT, LargestInputs, linears
 from ltxpack.runtime.model.model import DiT, Pass, Stream
 from ltxpack.runtime.sampling.shape import AV
 

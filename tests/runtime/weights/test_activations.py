@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
 from ltxpack.ltx23.codes import E4M3, I8
-from ltxpack.ltx23.published import published_configs
+from ltxpack.ltx23.expected import published_configs
 from ltxpack.runtime.codecs import audio, video
 from ltxpack.runtime.codecs.tiles import Cut, Tiling, auto_tiling, tiling_within
 from ltxpack.runtime.codecs.video import AxisTile

@@ -16,7 +16,7 @@ from works import OFFICIAL, hq_work
 from ltxpack.errors import DeviceError, OverlayError
 from ltxpack.files.tensorfile import DTYPE_BITS
 from ltxpack.ltx23.codes import with_codes
-from ltxpack.ltx23.published import published_configs, published_tensors
+from ltxpack.ltx23.expected import published_configs, published_tensors
 from ltxpack.ltx23.releases import RELEASES
 from ltxpack.runtime.codecs.tiles import Tiles, auto_tiling
 from ltxpack.runtime.sampling.shape import VideoShape
