@@ -305,7 +305,9 @@ def square_sum(values: Tensor) -> float:
         torch.linalg.vector_norm(part[: whole * _RUN].view(-1, _RUN), dim=1, out=norms[first : first + whole])
         if part.numel() % _RUN:
             norms[first + whole] = torch.linalg.vector_norm(part[whole * _RUN :])
-    return norms.double().square_().sum().item()
+    total = norms.double().square_().sum().item()
+    # Squares of values above 1e19 are beyond float32, and Infinity is no JSON.
+    return total if math.isfinite(total) else flat.double().square_().sum().item()
 
 
 def _sum_square(products: Sequence[Tensor], scales: Sequence[Sequence[float]]) -> list[float]:

@@ -305,6 +305,12 @@ def test_square_sum_of_every_length() -> None:
         assert fuse.square_sum(values) == pytest.approx(np.square(values.double().numpy()).sum(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_beyond_float32_are_summed_too(dtype: torch.dtype) -> None:
+    """A damaged LoRA has such factors; a report with Infinity would be no JSON."""
+    assert fuse.square_sum(torch.full((3, 5000), -(2.0**127), dtype=dtype)) == 15000 * 2.0**254
+
+
 def test_products_that_overflow_say_nothing_of_numpy(recwarn: pytest.WarningsRecorder) -> None:
     terms = [
         Term(1.0, term.down.float() * 1e30, term.up.float() * 1e30) for term in map(factors, (8, 8), (8, 8), (2, 2))
