@@ -172,7 +172,7 @@ def _next(file: InputFile, part: Part, converts: bool) -> str:
 
 def _summary(look: Look, quantised: dict[str, Any] | None) -> str:
     words = [forms.PARTS_TOLD[look.parts], forms.TOLD[look.linears.form]]
-    if quantised:
+    if quantised and quantised["linears"]:  # other forms name their weights in other ways
         blocks = len(quantised["blocks"])
         words.append(f"{quantised['linears']} linears in {blocks} block{'s' * (blocks != 1)} quantised")
         words += [quantised["calibration"]] if quantised["calibration"] else []

@@ -83,6 +83,7 @@ def test_each_form_is_told_with_who_takes_it(kind: str, tmp_path: Path) -> None:
     facts = inspected(made.write(tmp_path / "x.safetensors", tensors(), METADATA | metadata))
     assert {name: facts[name] for name in expected} == expected
     assert not facts["quantised"] or "is quantised" in facts["problem"]
+    assert ", 0 linears" not in facts["summary"]
     if takes == "no":
         assert list(facts["takes"]) == [MATERIALIZE] and facts["takes"][MATERIALIZE].startswith("no: ")
     else:
