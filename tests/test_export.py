@@ -26,6 +26,7 @@ from ltxpack.files.tensorfile import DTYPE_BITS, TensorFile, TensorInfo, read_te
 from ltxpack.lora_bake import BakeOptions
 from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
+from ltxpack.materialize.checkpoint import merged_loras, says_distilled
 from ltxpack.repack.items import round_to_bfloat16
 from ltxpack.repack.staging import Journal
 from ltxpack.reporter import SilentReporter
@@ -100,6 +101,18 @@ def test_what_is_exported_makes_the_same_overlay_again(demo: Path, tmp_path: Pat
     assert {name: data for name, data in after.items() if name not in told} == {
         name: data for name, data in before.items() if name not in told and not name.startswith("bakes/")
     }
+
+
+def test_an_export_of_an_export_says_what_is_in_it(demo: Path, tmp_path: Path) -> None:
+    merged = exported(demo / "overlay", tmp_path / "a.safetensors", "--bake", BAKE)
+    given = [f"--{role}={next((demo / 'source').glob(name))}" for role, name in OTHERS.items()]
+    assert ltxpack("materialize", merged.path, tmp_path / "out", *given).returncode == 0
+    again = exported(tmp_path / "out", tmp_path / "b.safetensors")
+    assert merged_loras(again) == merged_loras(merged) == ["ltx-2.3-demo-distilled-lora-8.safetensors at 0.5"]
+    stated = json.loads(again.metadata["ltxpack"])
+    assert stated["kind"] == "distilled" and "1 LoRAs merged" in stated["notice"] and says_distilled(again)
+    third = exported(tmp_path / "out", tmp_path / "c.safetensors", "--strength", "0.25", "--force")
+    assert [told[-8:] for told in merged_loras(third)] == ["s at 0.5", " at 0.25"]
 
 
 OTHERS = {"lora": "*lora*.safetensors", "upsampler": "*upscaler*.safetensors", "text-encoder": "gemma*"}

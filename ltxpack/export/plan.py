@@ -24,8 +24,9 @@ from ltxpack.ltx23.codes import CODES, rotated_together
 from ltxpack.ltx23.forms import FP8_FORMAT, INT8_FORMAT, MADE_FROM, MARKER, PARTS, QUANTISATION, ROOT
 from ltxpack.ltx23.releases import CHECKPOINT
 from ltxpack.ltx23.renames import CHECKPOINT_TABLES
-from ltxpack.manifest import BF16, FP8, Bake, Manifest, changed_file, read_manifest, recorded_bytes
+from ltxpack.manifest import BF16, DISTILLED_KIND, FP8, Bake, Manifest, changed_file, read_manifest, recorded_bytes
 from ltxpack.materialize.access import Access, InputFile
+from ltxpack.materialize.checkpoint import stated_loras
 from ltxpack.materialize.plan import METADATA
 from ltxpack.materialize.sources import choose, open_source_folder
 from ltxpack.repack.items import ShardEntry, TensorSpec, stored_tensor
@@ -251,7 +252,7 @@ def _metadata(options: ExportOptions, manifest: Manifest, bake: Bake | None, rep
             file=options.source or overlay,
             next="the same command with --source SOURCE, the folder, file or repo that has it",
         )
-    return {**kept, MADE_FROM: json.dumps(_made_from(options, manifest, bake), sort_keys=True)}
+    return {**kept, MADE_FROM: json.dumps(_made_from(options, manifest, bake, stated_loras(kept)), sort_keys=True)}
 
 
 def _metadata_of(source: str, manifest: Manifest, reporter: Reporter) -> dict[str, str]:
@@ -267,20 +268,25 @@ def _metadata_of(source: str, manifest: Manifest, reporter: Reporter) -> dict[st
     return dict(access.header(file).metadata)
 
 
-def _made_from(options: ExportOptions, manifest: Manifest, bake: Bake | None) -> dict[str, Any]:
+def _made_from(
+    options: ExportOptions, manifest: Manifest, bake: Bake | None, before: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """``before``: the entries of the LoRAs that were in the checkpoint already, an export too."""
     changes = f"renamed and copied by ltxpack, {TABLE} tensors as float32 of their bfloat16 values"
     loras = [] if bake is None else [lora for lora in bake.loras if not lora.idle]
-    changes += f", {len(loras)} LoRAs merged" if loras else ""
+    changes += f", {len(before) + len(loras)} LoRAs merged" if before or loras else ""
     changes += f", {len(bake.quantised)} linears quantised to {bake.format}" if bake and bake.quantised else ""
     found: dict[str, Any] = {
         "notice": f"This file is not the published one: {changes}.",
         "parts": options.parts,
         "source": [{"role": file.role, "name": file.name, "sha256": file.sha256} for file in manifest.source.files],
     }
+    found |= {"loras": before} if before else {}
+    found |= {"kind": DISTILLED_KIND} if manifest.distilled else {}
     if bake is None:
         return found
     merged = [{"file": lora.file, "blake3": lora.blake3, "strength": lora.stated} for lora in bake.loras]
-    found |= {"bake": options.bake, "loras": merged, "rule": bake.rule}
+    found |= {"bake": options.bake, "loras": [*before, *merged], "rule": bake.rule}
     if bake.quantised:
         found["format"] = bake.format
     if bake.format == FP8:

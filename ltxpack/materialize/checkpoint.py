@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ltxpack.errors import LtxpackError, UnsupportedError
 from ltxpack.files.tensorfile import TensorFile, TensorInfo, parse_json
@@ -68,18 +69,26 @@ def says_distilled(file: TensorFile) -> bool:
     """Whether a checkpoint's header says that it is distilled: in its title, or in the source of our export."""
     titles = [file.metadata.get(key, "") for key in ("modelspec.title", "title", "name", "model_name")]
     with contextlib.suppress(LtxpackError, KeyError, TypeError):
-        sources = parse_json(file.metadata.get(MADE_FROM, "null"), file.path)["source"]
-        titles += [one["name"] for one in sources if one["role"] == releases.CHECKPOINT]
+        stated = parse_json(file.metadata.get(MADE_FROM, "null"), file.path)
+        titles += [one["name"] for one in stated["source"] if one["role"] == releases.CHECKPOINT]
+        titles.append(stated["kind"])
     return any("distilled" in str(title).lower() for title in (*titles, *merged_loras(file)))
 
 
 def merged_loras(file: TensorFile) -> list[str]:
-    """The LoRAs merged into an export of ours, as its metadata say; none for other files."""
+    """The LoRAs merged into an export of ours and their strengths, in words; none for other files."""
+    strengths = [(lora["file"], lora["strength"]) for lora in stated_loras(file.metadata)]
+    return [f"{file} at {by if isinstance(by, str) else format_strength(by)}" for file, by in strengths]
+
+
+def stated_loras(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The entries of the LoRAs merged into an export of ours, as its ``metadata`` say; none for other files."""
     try:
-        loras = parse_json(file.metadata.get(MADE_FROM, "null"), file.path)["loras"]
-        strengths = [(lora["file"], lora["strength"]) for lora in loras if lora["strength"]]
-        return [f"{file} at {by if isinstance(by, str) else format_strength(by)}" for file, by in strengths]
-    except (LtxpackError, KeyError, TypeError, ValueError):
+        loras = parse_json(metadata.get(MADE_FROM, "null"), MADE_FROM)["loras"]
+        kinds = {"file": str, "blake3": str, "strength": float | int | str}
+        sound = all(isinstance(lora[field], kind) for lora in loras for field, kind in kinds.items())
+        return [{field: lora[field] for field in kinds} for lora in loras if lora["strength"]] if sound else []
+    except (LtxpackError, KeyError, TypeError):
         return []
 
 
