@@ -12,14 +12,14 @@ import functools
 import importlib
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
 
 from ltxpack.activations import base_digest, calibrated
-from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, quoted
+from ltxpack.errors import AdapterError, DeviceError, OverlayError, UsageError, listed, quoted
 from ltxpack.imports import uncollected
 from ltxpack.lora_bake.adapter import Adapter, AdapterFiles, LoraUse, open_adapter
 from ltxpack.lora_bake.coverage import BakeReport, TargetStat, split_name
@@ -239,12 +239,12 @@ class _Wanted:
                 for adapter, digest, value in zip(named, digests, strengths, strict=True)
                 if (part := adapter.within(base.shapes)).targets
             )
-            _refuse_twice_distilled(uses, self.manifest, options)
             for form in options.formats if place == BAKES else (BF16,):
                 name = options.name or bake_name([(use.baked.name, use.baked.applied) for use in uses], form)
                 plan = BakePlan(name, uses, options.rule, base, options.overlay)
                 if uses or not named:  # else the LoRAs change only the text path, or nothing of it
                     plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options))
+        _refuse_twice_distilled(plans.values(), self, reporter)
         if options.text and not any(plan.base.place == TEXT_ENCODERS for plan in plans.values()):
             files = [adapter.path.name for adapter in named]
             raise AdapterError("no LoRA changes the text path", items=files, next=options.command(text=False))
@@ -302,15 +302,21 @@ def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
         )  # fmt: skip
 
 
-def _refuse_twice_distilled(uses: Sequence[LoraUse], manifest: Manifest, options: BakeOptions) -> None:
+def _refuse_twice_distilled(plans: Iterable[BakePlan], wanted: _Wanted, reporter: Reporter | None) -> None:
+    """With ``force`` it warns."""
+    options, uses = wanted.options, [use for plan in plans for use in plan.loras]
     sizes = {release.size for release in RELEASES if "distilled-lora" in release.name}
     named = [use for use in uses if DISTILLED in use.baked.name.lower() or use.adapter.size in sizes]
-    twice = [use.baked.file for use in named if not use.baked.idle]
-    if twice and manifest.distilled and not options.force:
+    twice = list(dict.fromkeys(use.baked.file for use in named if not use.baked.idle))
+    if not twice or not wanted.manifest.distilled:
+        return
+    if not options.force:
         raise AdapterError(
             "the base is a distilled one: with a distilled LoRA it would be distilled twice", file=options.overlay,
             items=twice, next=options.command(force=True),
         )  # fmt: skip
+    if reporter is not None:
+        reporter.warn(f"{options.overlay}: the base is a distilled one; with {listed(twice)} it is distilled twice")
 
 
 def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:

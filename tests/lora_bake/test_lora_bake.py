@@ -363,8 +363,10 @@ def test_a_distilled_lora_on_a_distilled_base_is_refused_unless_forced(overlay: 
                 act(options, SilentReporter())
             assert str(caught.value).rstrip().endswith("--force")
     assert read_manifest(overlay).bakes == {}
-    (made,) = bake(BakeOptions(overlay, (0.5,), force=True), SilentReporter())
+    told = Notes()
+    (made,) = bake(BakeOptions(overlay, (0.5,), force=True), told)
     assert made.made and [*read_manifest(overlay).bakes] == ["distilled-0.5"]
+    assert [warning for warning in told.warnings if warning.endswith("it is distilled twice")]
 
 
 NO_NUMBERS = [{key: value} for x in (math.nan, math.inf, -math.inf) for key, value in
