@@ -19,14 +19,7 @@ from ltxpack.ltx23.lora_statements import (
 )
 from ltxpack.ltx23.releases import CHECKPOINT, LORA, TEXT_ENCODER, UPSAMPLER
 from ltxpack.materialize.access import Access, InputFile, folder_of
-from ltxpack.materialize.checkpoint import (
-    AGAIN,
-    Checkpoint,
-    Upsampler,
-    read_lora,
-    read_upsampler,
-    says_distilled,
-)
+from ltxpack.materialize.checkpoint import AGAIN, Checkpoint, Upsampler, read_lora, read_upsampler, says_distilled
 from ltxpack.materialize.parts import read_parts
 from ltxpack.materialize.sources import InputFaults, Sources
 from ltxpack.materialize.text_encoder import RENAME, TextEncoder, read_text_encoder

@@ -30,12 +30,7 @@ from ltxpack.ltx23.renames import TRANSFORMER, component_of
 from ltxpack.ltx23.text_encoder import root_of
 from ltxpack.manifest import BF16, FP8, Bake, FileRecord, Manifest, is_overlay, read_manifest
 from ltxpack.materialize.access import OTHER_WEIGHTS, WEIGHTS, InputFile, local_file
-from ltxpack.materialize.checkpoint import (
-    LoraHeader,
-    read_lora,
-    read_upsampler,
-    take_instead,
-)
+from ltxpack.materialize.checkpoint import LoraHeader, read_lora, read_upsampler, take_instead
 from ltxpack.materialize.parts import Part, lacking, read_parts
 from ltxpack.materialize.plan import METADATA
 from ltxpack.materialize.takers import COMFYUI, DIFFUSERS, OFFICIAL, PROGRAMS, UNTRIED, Look, judge

@@ -30,15 +30,7 @@ from ltxpack.files.foreign import ARCHIVE, WEIGHT_FORMATS
 from ltxpack.ltx23.classes import TEXT_ENCODER_TYPE
 from ltxpack.ltx23.contents import described
 from ltxpack.ltx23.forms import ALL, PLAIN, ROOT, TOLD, read_linears, refuse_quantised, root_and_parts
-from ltxpack.ltx23.releases import (
-    CHECKPOINT,
-    DEFAULT_FILES,
-    LORA,
-    PATTERNS,
-    TEXT_ENCODER,
-    TEXT_ENCODER_REPO,
-    UPSAMPLER,
-)
+from ltxpack.ltx23.releases import CHECKPOINT, DEFAULT_FILES, LORA, PATTERNS, TEXT_ENCODER, TEXT_ENCODER_REPO, UPSAMPLER
 from ltxpack.ltx23.text_encoder import TEXT_ONLY_TYPE, root_of
 from ltxpack.manifest import is_overlay
 from ltxpack.materialize.access import (

@@ -9,16 +9,7 @@ from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.codes import kept_blocks
 from ltxpack.manifest import BF16, RULES, Bake, usual_name
-from ltxpack.runtime.overlay import (
-    BAKED,
-    BASE,
-    STRENGTH,
-    Overlay,
-    asked_stages,
-    choose,
-    form_of,
-    official_transformers,
-)
+from ltxpack.runtime.overlay import BAKED, BASE, STRENGTH, Overlay, asked_stages, choose, form_of, official_transformers
 from ltxpack.runtime.request import Request
 from ltxpack.runtime.sampling.recipes import Recipe
 from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words

@@ -13,18 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_support import (
-    dotted,
-    linears,
-    low_rank,
-    make_overlay,
-    official,
-    official_keys,
-    opened,
-    save,
-    shapes,
-    unfit,
-)
+from lora_support import dotted, linears, low_rank, make_overlay, official, official_keys, opened, save, shapes, unfit
 from support import Notes
 
 from ltxpack.errors import AdapterError, FormatError

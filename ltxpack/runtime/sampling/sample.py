@@ -41,8 +41,7 @@ class NoiseSource:
         generator = self.generator
         noise = torch.randn(like.shape, dtype=torch.float64, device=generator.device, generator=generator)
         noise = (noise - noise.mean()) / noise.std()
-        noise = (noise - noise.mean(dim=(-2, -1), keepdim=True)) / noise.std(dim=(-2, -1), keepdim=True)
-        return noise.to(like.device)
+        return (noise - noise.mean(dim=(-2, -1), keepdim=True)) / noise.std(dim=(-2, -1), keepdim=True)
 
 
 def inject(start: Tensor, end: Tensor, noise: Tensor, renoise: Renoise) -> Tensor:
@@ -85,19 +84,12 @@ def _second_half(half: _Middle, x0: Tensor, noise: Tensor, state: LatentState, s
     return post(inject(half.anchor, end, noise, step.to_target), state)
 
 
-def res2s(
-    denoise: Denoise,
-    state: AV[LatentState],
-    sigmas: Tensor,
-    *,
-    noise_device: torch.device | str | None = None,
-    on_step: OnStep | None = None,
-) -> AV[Tensor]:
+def res2s(denoise: Denoise, state: AV[LatentState], sigmas: Tensor, *, on_step: OnStep | None = None) -> AV[Tensor]:
     """The denoised tokens [1, T, C], appended keyframe tokens included, in the dtype of ``state``'s latents.
 
     ``denoise(latents, sigma)`` gives x0 before blending with the clean tokens; sigma is [1], fp32 at the start of a
     step and fp64 half-way. ``sigmas`` fp32 [n + 1] falls strictly; if it ends in 0 one evaluation at 0.0011 ends the
-    run: 2n + 1 in all. SDE noise has its own fixed seeds and is drawn on ``noise_device`` (default: the latents').
+    run: 2n + 1 in all. SDE noise has its own fixed seeds and is drawn on the latents' device.
     ``on_step(done, n)`` is called after each step. Inside the loop nothing waits for the device.
     """
     latents = state.map(lambda s: s.latents)
@@ -106,8 +98,8 @@ def res2s(
     levels = [_on(device, step.sigma, torch.float32) for step in plan.steps]
     middles = [_on(device, step.middle, torch.float64) for step in plan.steps]
     terminal = None if plan.terminal is None else _on(device, plan.terminal, torch.float32)
-    step_noise = NoiseSource(STEP_NOISE_SEED, noise_device or device)
-    substep_noise = NoiseSource(SUBSTEP_NOISE_SEED, noise_device or device)
+    step_noise = NoiseSource(STEP_NOISE_SEED, device)
+    substep_noise = NoiseSource(SUBSTEP_NOISE_SEED, device)
 
     def x0(latents: AV[Tensor], sigma: Tensor) -> AV[Tensor]:
         return denoise(latents, sigma).map(post, state)
