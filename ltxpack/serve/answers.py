@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse, JSONResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ltxpack.errors import UsageError
@@ -55,6 +56,10 @@ def _no_database(request: Request, error: Exception) -> JSONResponse:
     return answer_of(Refusal(503, "the jobs cannot be read or written now", headers={"Retry-After": "10"}))
 
 
+def _left(request: Request, error: Exception) -> JSONResponse:
+    return answer_of(Refusal(499, "the client has left", code="cancelled"))
+
+
 def _unexpected(request: Request, error: Exception) -> JSONResponse:
     return answer_of(Refusal(500, "the server failed unexpectedly; its log says more"))
 
@@ -63,6 +68,7 @@ ANSWERS: dict[type[Exception], Callable[[Request, Exception], JSONResponse]] = {
     Refusal: _refused,
     HTTPException: _http_fault,
     RequestValidationError: _bad_query,
+    ClientDisconnect: _left,
     sqlite3.Error: _no_database,
     OSError: _no_database,
     Exception: _unexpected,

@@ -162,6 +162,12 @@ def test_a_video_that_is_waited_for_is_not_kept(server: Server, tmp_path: Path) 
             until(lambda: len(logged(tmp_path / "videos", "begin")) > begun)
         until(lambda: logged(tmp_path / "videos", "cancelled"))
         until(lambda: not server.jobs())
+        with contextlib.closing(HTTPConnection(url.host, url.port, timeout=HANG)) as leaving:
+            leaving.putrequest("POST", "/v1/videos")
+            for header in (("Content-Type", "application/json"), ("Content-Length", "9")):
+                leaving.putheader(*header)
+            leaving.endheaders(b"{")
+        until(lambda: 'route="/v1/videos",status="499"} 1' in server.metrics())
         begun = len(logged(tmp_path / "videos", "begin"))
         with ThreadPoolExecutor(1) as waiting:
             answer = waiting.submit(server.client.post, "/videos/sync", json={**said, "prompt": "slow"})
