@@ -6,15 +6,17 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +74,20 @@ def golden_folders() -> list[Path]:
     if root.is_dir() and not found:
         raise FileNotFoundError(f"{root} holds no golden fixture (fixture_params.json and golden/)")
     return found
+
+
+def dying_at(kill_at: int, *names: str) -> Iterator[int]:
+    """Has this process killed before the ``kill_at``-th call of these functions of ``os``; counts the calls from 1."""
+    calls = itertools.count(1)
+
+    def watched(real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        if next(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+
+    for name in names:
+        setattr(os, name, functools.partial(watched, getattr(os, name)))
+    return calls
 
 
 @functools.cache

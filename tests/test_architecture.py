@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_060,
     "files of the package": 179,
-    "lines of the tests": 34_201,
+    "lines of the tests": 34_185,
 }
 
 

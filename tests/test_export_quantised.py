@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-import os
 import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lora_bake.lora_support import baked, exported
 from materialize.fake_hub import FakeHub
 from safetensors.torch import save_file
-from support import FORKS, load, load_all, ltxpack, refused
+from support import FORKS, dying_at, load, load_all, ltxpack, refused
 
 from ltxpack.export import ExportOptions, export
 from ltxpack.files.tensorfile import TensorFile
@@ -154,15 +149,7 @@ def test_an_earlier_overlay_takes_its_metadata_from_the_source(
 
 def export_until_killed(options: ExportOptions, kill_at: int) -> None:
     """Before the ``kill_at``-th change of the disk the process ends."""
-    calls = itertools.count(1)
-
-    def watched(real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        if next(calls) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **named)
-
-    for name in ("pwrite", "fsync", "replace", "rename", "unlink", "rmdir"):
-        setattr(os, name, functools.partial(watched, getattr(os, name)))
+    calls = dying_at(kill_at, "pwrite", "fsync", "replace", "rename", "unlink", "rmdir")
     export(options, SilentReporter())
     (options.output.parent / "calls").write_text(str(next(calls) - 1))
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import itertools
 import json
 import os
 import random
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from lora_support import change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
-from support import FORKS, HANG, in_fresh_process, tree
+from support import FORKS, HANG, dying_at, in_fresh_process, tree
 
 from ltxpack.errors import OverlayError
 from ltxpack.lora_bake import BakeOptions, bake
@@ -36,15 +34,7 @@ FACTORS = low_rank(linears()[::5])
 
 def bake_until_killed(overlay: Path, options: dict[str, Any], kill_at: int, answer: Connection) -> None:
     """Bake; before the ``kill_at``-th change of the disk the process ends. Sends the changes if it gets through."""
-    calls = itertools.count(1)
-
-    def watched(real: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        if next(calls) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments, **named)
-
-    for name in ("fsync", "rename", "replace", "unlink", "symlink"):
-        setattr(os, name, functools.partial(watched, getattr(os, name)))
+    calls = dying_at(kill_at, "fsync", "rename", "replace", "unlink", "symlink")
     bake(BakeOptions(overlay, **options), SilentReporter())
     answer.send(next(calls) - 1)
 

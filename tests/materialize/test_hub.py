@@ -681,10 +681,7 @@ def test_offline_mode_works_from_the_cache(filled: HubServer, monkeypatch: pytes
     hub_ = Hub()
     files = hub_.files(REPO)
     assert commit_of(files) == filled.commit(REPO)
-    assert stated(files) == {
-        BIG: (len(FILES[BIG]), hashlib.sha256(FILES[BIG]).hexdigest()),
-        "sub/notes.txt": (6, None),
-    }
+    assert stated(files) == {BIG: (len(FILES[BIG]), hashlib.sha256(FILES[BIG]).hexdigest()), "sub/notes.txt": (6, None)}
     assert hub_.fetch(files[BIG]).read_bytes() == FILES[BIG]
     assert FILES[BIG].startswith(hub_.header(files[BIG]))
     for revision in (commit_of(files), "main"):

@@ -233,10 +233,7 @@ def test_a_rank_that_cannot_begin_says_why(three: Pipeline, tmp_path: Path) -> N
     assert not place.exists()
     config, work = three.session.transformer_config, Request.of("a").work(("base", "base"))
     team = Team(tmp_path / "none", SessionSettings(), ("cpu", "cpu"), torch.device("cpu"), config, Notes())
-    with (
-        pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"),
-        team.together(work, three.session.numerics),
-    ):
+    with pytest.raises(DeviceError, match=r"rank 1 on cpu ended: .*none"), team.together(work, three.session.numerics):
         raise AssertionError("never begun")
     team.close()
 

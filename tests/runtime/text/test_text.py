@@ -317,10 +317,7 @@ EXTRA = TEXT_ROOT + "extra.weight"
 ENCODER_FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (edited_weights(lambda w: w.pop(NORM)), "missing: language_model.model.norm.weight"),
     "tensor of another model": (edited_weights(lambda w: w.update({"talker.weight": torch.zeros(1)})), "talker.weight"),
-    "tensor too many": (
-        edited_weights(lambda w: w.update({EXTRA: torch.zeros(1)})),
-        "unknown: .*extra.weight",
-    ),
+    "tensor too many": (edited_weights(lambda w: w.update({EXTRA: torch.zeros(1)})), "unknown: .*extra.weight"),
     "another text encoder": (edited_config(model_type="llama"), "model_type llama"),
     "a config of other sizes": (edited_config(text_config=GEMMA | {"num_hidden_layers": 10**9}), "num_hidden_layers"),
     "no config": (lambda o: (o / ENCODER / "config.json").unlink(), "config"),
