@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ltxpack.errors import DeviceError
+from ltxpack.files.typed import at_home
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.text.prompt_cache import PLACE_VARIABLE, user_cache
 
@@ -175,7 +176,7 @@ def _private(folder: Path, environment: Mapping[str, str], open_to: int) -> Path
     ``open_to``: the bits of its mode that must not be set.
     """
     shared = environment.get(PLACE_VARIABLE)
-    if shared and folder.resolve().is_relative_to(Path(shared).resolve()):
+    if shared and folder.resolve().is_relative_to(at_home(shared).resolve()):
         raise PermissionError(f"{folder} is below {PLACE_VARIABLE}, which may be shared")
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ltxpack.errors import AbsentError, FormatError, UsageError
 from ltxpack.files import tensorfile
 from ltxpack.files.publish import TEMPORARY_ENDING, atomic_write
+from ltxpack.files.typed import at_home
 from ltxpack.files.units import parse_size
 from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.manifest import FileRecord
@@ -171,7 +172,8 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
     """
     named = environment.get(PLACE_VARIABLE)
     if named:
-        return Path(named).absolute()
+        # No shell expands the ~ in a file of variables.
+        return at_home(named).absolute()
     try:
         return user_cache(environment) / "ltxpack"
     except RuntimeError:

@@ -295,6 +295,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     for environment in ({}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "relative"}, {"LTXPACK_CACHE": ""}):
         assert cache_root(environment) == tmp_path / ".cache" / "ltxpack"
+    assert cache_root({"LTXPACK_CACHE": "~/kept"}) == tmp_path / "kept"
     for written, size in (("3 MB", 3_000_000), ("", 2 * 10**9), ("0", 0)):
         found = PromptCache.at(None, {"LTXPACK_CACHE": str(tmp_path), "LTXPACK_CACHE_SIZE": written})
         assert found == PromptCache(tmp_path / "contexts", size)
