@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from ltxpack.errors import printable
-from ltxpack.files.typed import refuse_empty
+from ltxpack.files.typed import at_home
 from ltxpack.files.units import human_bytes
 from ltxpack.manifest import is_overlay
 from ltxpack.reporter import Reporter
@@ -38,14 +38,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class PathType(click.Path):
-    """The name of a file or folder, which may not be empty."""
+    """The name of a file or folder, which may not be empty; no shell expands the ~ in ``--output=~/a.mp4``."""
 
     def __init__(self, *, exists: bool = False, file_okay: bool = True, dir_okay: bool = True) -> None:
         super().__init__(exists=exists, file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        refuse_empty(value)
-        return super().convert(value, param, ctx)
+        return super().convert(at_home(value), param, ctx)
 
 
 class TerminalReporter(Reporter):

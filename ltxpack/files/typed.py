@@ -15,17 +15,12 @@ from ltxpack.errors import UsageError
 def at_home(text: str | Path) -> Path:
     """``text`` with the user's folder for a leading ``~``; unchanged if there is no such user.
 
-    Raises UsageError for an empty text.
+    Raises UsageError for an empty text as the name of a file or folder: it would be the current folder.
     """
-    refuse_empty(text)
-    return Path(os.path.expanduser(text))  # noqa: PTH111 (a Path raises for a user that is not there)
-
-
-def refuse_empty(text: object) -> None:
-    """Raises UsageError for an empty text as the name of a file or folder: it would be the current folder."""
     if text == "":
         problem, advice = "the name of a file or folder is empty", "give one (a variable of the shell may be unset)"
         raise UsageError(problem, next=advice)
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (a Path raises for a user that is not there)
 
 
 def denied(path: Path) -> str | None:

@@ -49,6 +49,15 @@ def test_a_strength_must_be_finite(strength: str, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_every_path_may_begin_with_a_tilde_that_no_shell_expands(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    planned = ltxpack("export", demo / "overlay", "--output=~/x.safetensors", "--plan", "--json").stdout
+    assert json.loads(planned)["files"][0]["path"] == str(tmp_path / "x.safetensors")
+    assert f"{tmp_path}/none.jsonl" in refused(ltxpack("run", "~/out", "--prompts=~/none.jsonl"), 2)
+
+
 def test_what_is_there_already_is_told_once_and_planned(demo: Path) -> None:
     done, planned = (ltxpack("materialize", demo / "source", demo / "overlay", *f) for f in ([], ["--plan", "--json"]))
     assert done.returncode == planned.returncode == 0
