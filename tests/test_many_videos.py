@@ -291,6 +291,18 @@ def test_a_record_says_what_the_video_was_made_from(demo: Path, tmp_path: Path) 
     assert str(demo) not in content
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_damaged_record_is_made_again_with_its_video(demo: Path, tmp_path: Path) -> None:
+    """It stopped all lines, as a file that ltxpack had not written."""
+    prompts, path = written(tmp_path, {"prompt": "a boat", "output": "one.mp4"}), tmp_path / "one.mp4.json"
+    assert many(demo, prompts).returncode == 0
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:9], whole[:200], whole.replace(b'"format": 1', b'"format": 2')):
+        path.write_bytes(damaged)
+        assert statuses(many(demo, prompts)) == {1: "done"}
+        assert json.loads(path.read_text())["fingerprint"] == json.loads(whole)["fingerprint"]
+
+
 # Lines that cannot be used
 
 

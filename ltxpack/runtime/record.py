@@ -19,7 +19,7 @@ from blake3 import blake3
 from ltxpack.errors import LtxpackError, SourceError, UsageError
 from ltxpack.files.publish import atomic_write, output_errors
 from ltxpack.files.reader import hash_file
-from ltxpack.files.tensorfile import read_json
+from ltxpack.files.tensorfile import open_source, read_json
 from ltxpack.ltx23.classes import LOADED_CLASSES
 from ltxpack.manifest import FP8, FileRecord
 from ltxpack.runtime.overlay import Overlay, form_of, transformer_part
@@ -29,6 +29,7 @@ from ltxpack.runtime.settings import TOKEN, Settings
 
 FORMAT = 1
 MADE_BY = "ltxpack run --prompts"
+BEGINNING = json.dumps({"made_by": MADE_BY}, indent=1).removesuffix("\n}").encode()
 MAX_BYTES = 1024 * 1024
 
 
@@ -40,7 +41,7 @@ def record_path(output: Path) -> Path:
 def is_free(output: Path) -> None:
     """Raises UsageError if a file that is no record of ours has the name of the record."""
     path = record_path(output)
-    if path.exists() and _read(path) is None:
+    if path.exists() and _read(path) is None and not _begins_as_ours(path):
         raise UsageError("would be overwritten, and ltxpack did not write it", file=path, next=f"move {path}")
 
 
@@ -129,6 +130,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     ours = isinstance(document, dict) and document.get("made_by") == MADE_BY and document.get("format") == FORMAT
     return document if ours else None
+
+
+def _begins_as_ours(path: Path) -> bool:
+    """Whether the file is a record of another version, or the beginning of one, as of a copy that broke off."""
+    try:
+        with open_source(path) as file:
+            return BEGINNING.startswith(file.read(len(BEGINNING)))
+    except SourceError:
+        return False
 
 
 def _guidance(guidance: Guidance) -> dict[str, Any]:
