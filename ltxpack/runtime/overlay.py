@@ -49,10 +49,13 @@ class Overlay:
     def open(cls, root: Path, text_encoder: str | None = None) -> Overlay:
         """Read the manifest; every file must exist with its size, every component must have its class.
 
+        A bake whose folder is not there counts as not made.
         ``text_encoder``: the name of a baked one, None or ``base`` for the base's. Raises OverlayError, and UsageError
         for an unknown name. :meth:`check` compares contents when a part is used.
         """
         manifest, baked = read_manifest(root), text_encoder not in (None, BASE)
+        # A bake takes 38 GB, and whoever removes its folder means to do without it.
+        manifest = manifest.with_baked({at: bake for at, bake in manifest.baked.items() if (root / at).is_dir()})
         if baked and text_encoder not in manifest.text_encoders:
             known, advice = [BASE, *manifest.text_encoders], f"ltxpack inspect {quoted(root)}"
             raise UsageError(f"there is no text encoder {text_encoder!r}", file=root, items=known, next=advice)

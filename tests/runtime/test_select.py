@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,17 @@ def pick(bakes: dict[str, Bake], stage1: str = "auto", stage2: str = "auto") -> 
 
 def some(*names: str) -> dict[str, Bake]:
     return {name: {**ALONE, **STACKED, **CODED}[name] for name in names}
+
+
+def test_a_bake_whose_folder_was_removed_counts_as_not_made(overlay: Path) -> None:
+    """A lost file of a bake is damage."""
+    shutil.rmtree(overlay / "bakes/distilled-0.25")
+    assert choose(Overlay.open(overlay), HQ, ("auto", "auto")).stages == ("base", "distilled-0.5")
+    with pytest.raises(UsageError, match=r"there is no bake 'distilled-0\.25'"):
+        choose(Overlay.open(overlay), HQ, ("distilled-0.25", "auto"))
+    (overlay / "bakes/distilled-0.5/config.json").unlink()
+    with pytest.raises(OverlayError, match="has changed"):
+        Overlay.open(overlay)
 
 
 @pytest.mark.parametrize(
