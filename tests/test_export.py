@@ -16,7 +16,8 @@ import pytest
 from _full_size import make_full_size
 from blake3 import blake3
 from lora_bake.lora_support import exported
-from support import Done, in_fresh_process, ltxpack, refused, tree
+from safetensors.torch import save_file
+from support import Done, in_fresh_process, load, ltxpack, refused, tree
 
 import ltxpack.export.plan as exporting
 from ltxpack.errors import OverlayError
@@ -113,6 +114,17 @@ def test_an_export_of_an_export_says_what_is_in_it(demo: Path, tmp_path: Path) -
     assert stated["kind"] == "distilled" and "1 LoRAs merged" in stated["notice"] and says_distilled(again)
     third = exported(tmp_path / "out", tmp_path / "c.safetensors", "--strength", "0.25", "--force")
     assert [told[-8:] for told in merged_loras(third)] == ["s at 0.5", " at 0.25"]
+
+
+def test_an_export_says_nothing_of_codes_that_it_does_not_have(demo: Path, tmp_path: Path) -> None:
+    """The metadata of a bf16 file that somebody made from an fp8 one list linears in codes."""
+    [source] = (demo / "source").glob("*-dev.safetensors")
+    stale = json.dumps({"layers": {"model.diffusion_model.transformer_blocks.0.attn1.to_q": {}}})
+    checkpoint = tmp_path / "x-dev.safetensors"
+    save_file(load(source), checkpoint, {**read_tensorfile(source).metadata, "_quantization_metadata": stale})
+    given = [f"--{role}={next((demo / 'source').glob(name))}" for role, name in OTHERS.items()]
+    assert ltxpack("materialize", checkpoint, tmp_path / "out", *given).returncode == 0
+    assert "_quantization_metadata" not in exported(tmp_path / "out", tmp_path / "x.safetensors").metadata
 
 
 OTHERS = {"lora": "*lora*.safetensors", "upsampler": "*upscaler*.safetensors", "text-encoder": "gemma*"}

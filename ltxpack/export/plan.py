@@ -252,6 +252,8 @@ def _metadata(options: ExportOptions, manifest: Manifest, bake: Bake | None, rep
             file=options.source or overlay,
             next="the same command with --source SOURCE, the folder, file or repo that has it",
         )
+    # A file that was made from codes may still speak of them.
+    kept = {key: value for key, value in kept.items() if key != QUANTISATION}
     return {**kept, MADE_FROM: json.dumps(_made_from(options, manifest, bake, stated_loras(kept)), sort_keys=True)}
 
 
