@@ -73,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # In the module of that name, whose other functions the worker uses.
+    importlib.import_module("ltxpack.imports").main()

@@ -53,13 +53,14 @@ def test_a_block_that_fails_leaves_the_collector_as_it_was(enabled: bool, monkey
 
 def test_a_module_runs_after_its_imports(tmp_path: Path) -> None:
     (tmp_path / "large.py").write_text(
-        "import gc\nimport decimal\nat_import = gc.isenabled()\n"
-        "def main():\n    print(at_import, gc.isenabled(), gc.get_freeze_count() > 0, __name__)\n    return 3\n",
+        "import gc\nimport decimal\nfrom ltxpack.imports import uncollected\nat_import = gc.isenabled()\n"
+        "def main():\n    print(at_import, gc.isenabled(), gc.get_freeze_count() > 0, __name__)\n"
+        "    with uncollected():\n        print(gc.isenabled())\n    return 3\n",
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "ltxpack.imports", "large"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "False True True large\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "False True True large\nFalse\n", "")
 
 
 REFUSED = """
