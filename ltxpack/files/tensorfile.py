@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader, FileIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, TypeGuard
@@ -235,20 +236,47 @@ def parse_json(data: bytes | str, path: str | os.PathLike[str], *, any_number: b
 
 
 def open_source(path: Path) -> BinaryIO:
-    """Open ``path`` for reading if it is a regular file: a pipe would block. Raises AbsentError or SourceError."""
+    """Open ``path`` for reading if it is a regular file: a pipe would block. Raises AbsentError or SourceError.
+
+    Reads of the file raise SourceError too, as of a faulty disk.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         raise AbsentError("does not exist", file=path) from None
     except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+        raise _unreadable(path, error) from None
     except ValueError:
         raise SourceError("is not a path", file=ascii(_short(str(path)))) from None
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
         raise SourceError("is a folder" if stat.S_ISDIR(mode) else "is not a regular file", file=path)
-    return os.fdopen(fd, "rb")
+    return BufferedReader(_NamedFile(path, fd))
+
+
+class _NamedFile(FileIO):
+    """The open file ``path``, whose errors name it."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        super().__init__(fd)
+        self._path = path
+
+    def readinto(self, buffer: Any, /) -> int:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            raise _unreadable(self._path, error) from None
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            raise _unreadable(self._path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError(f"cannot be read: {error.strerror}", file=path)
 
 
 @contextmanager

@@ -261,6 +261,14 @@ def test_building_refuses_what_reading_would() -> None:
             build_header(tensors, {})
 
 
+def test_a_file_that_a_disk_cannot_read_is_named() -> None:
+    """The first page of a process's memory is such a file."""
+    with pytest.raises(SourceError, match="/proc/self/mem: cannot be read: Input/output error"):
+        tensorfile.read_tensorfile("/proc/self/mem")
+    with tensorfile.open_source(Path("/proc/self/mem")) as file, pytest.raises(SourceError, match="cannot be read"):
+        file.read()
+
+
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "null"])
 def test_what_is_no_file_is_told_at_once(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x"
