@@ -17,9 +17,8 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from blake3 import blake3
 
-from ltxpack.errors import SourceError
 from ltxpack.files.direct import ALIGN, BUFFER, CACHED, DIRECT, DIRECT_FROM, DirectReader, aligned_buffer
-from ltxpack.files.tensorfile import regular_size
+from ltxpack.files.tensorfile import open_source, regular_size
 from ltxpack.reporter import Reporter
 
 # The size of a large read. Past the page cache AT_ONCE reads are under way, and IN_LINE more wait for a thread: reads
@@ -299,10 +298,10 @@ def hash_file(
     size = regular_size(path)
     hasher = blake3(before, max_threads=blake3.AUTO if cached else 1)
     if cached:
-        try:
-            hasher.update_mmap(path)
-        except OSError as error:
-            raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+        # Not through a mapping: where the disk fails, that ends the process (SIGBUS).
+        with open_source(path) as file:
+            while part := file.read(READ_BYTES):
+                hasher.update(part)
         if reporter is not None:
             reporter.advance(size)
         return hasher.hexdigest()

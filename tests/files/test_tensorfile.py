@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support import in_fresh_process
+from support import Mount, in_fresh_process
 
 from ltxpack.errors import FormatError, SourceError
 from ltxpack.files import tensorfile
@@ -330,3 +331,17 @@ json_values = st.recursive(
 def test_sound_json_is_read_as_it_is(value: Any, ascii_only: bool) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only)
     assert tensorfile.parse_json(text.encode(), "x") == value
+
+
+def test_a_file_that_cannot_be_mapped_is_hashed(mount: Mount, tmp_path: Path) -> None:
+    """As on a disk that fails: a mapping of a hole takes room, and where there is none the process gets SIGBUS."""
+    mount(tmp_path / "disk", options="size=1m")
+    with (tmp_path / "disk/hole").open("wb") as hole:
+        hole.truncate(1_000_000)
+    with pytest.raises(OSError, match="No space left"):
+        (tmp_path / "disk/ballast").write_bytes(bytes(2_000_000))
+    code = """
+        import sys; from pathlib import Path; from ltxpack.files.reader import hash_file
+        answer = hash_file(Path(sys.argv[1]), cached=True)
+    """
+    assert in_fresh_process(code, tmp_path / "disk/hole")[0] == blake3(bytes(1_000_000)).hexdigest()
