@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import multiprocessing
 import re
 import shutil
 import weakref
@@ -18,7 +19,7 @@ import av
 import pytest
 import torch
 from PIL import Image
-from support import REPOSITORY, Notes, load, ltxpack, relative_l2
+from support import HANG, REPOSITORY, Notes, load, ltxpack, relative_l2
 from test_architecture import HEAVY, modules_after
 
 import ltxpack as package
@@ -52,6 +53,22 @@ def make(demo: Path) -> Iterator[Pipeline]:
 
 def test_the_package_is_light_until_the_pipeline_is_named() -> None:
     assert not modules_after("ltxpack; dir(ltxpack); ltxpack.__version__") & set(HEAVY)
+
+
+def test_a_fork_of_a_process_that_made_videos_is_told_so(make: Pipeline, demo: Path) -> None:
+    """It would wait for threads that it does not have, in a new pipeline too."""
+    make("a boat", **SMALL)
+    process = multiprocessing.get_context("fork").Process(target=_forked, args=(make, demo / "overlay"))
+    process.start()
+    process.join(HANG)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def _forked(make: Pipeline, overlay: Path) -> None:
+    for pipeline in (make, Pipeline.from_overlay(overlay, device="cpu", dtype="float32")):
+        with pytest.raises(UsageError, match="is a fork of one that has made videos"):
+            pipeline("a boat", **SMALL)
 
 
 def test_every_public_name_is_there() -> None:

@@ -6,13 +6,14 @@ It also chooses the attention kernel, compiles the blocks, and keeps the time. K
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -71,6 +72,9 @@ class Session:
 
     # The phases of this device if another makes the rest of each video; empty for all.
     only: frozenset[str] = frozenset()
+    # The process whose sessions have loaded anything. A fork of it lacks the threads of libraries, and would wait for
+    # them for ever.
+    _process: ClassVar[int | None] = None
 
     def __init__(self, root: Path, settings: SessionSettings, reporter: Reporter | None = None) -> None:
         settings.check()
@@ -134,6 +138,7 @@ class Session:
         Raises DeviceError if nothing fits, UsageError for a closed session.
         """
         self.check_open()
+        Session._process = os.getpid()
         self.residency.prepare(works)
         if not works:
             return
@@ -229,6 +234,9 @@ class Session:
     def check_open(self) -> None:
         if self._closed:
             raise UsageError("this pipeline is closed", next="ltxpack.Pipeline.from_overlay(...) opens another")
+        if self._process not in (None, os.getpid()):
+            problem = "this process is a fork of one that has made videos, whose threads it lacks"
+            raise UsageError(problem, next='multiprocessing.get_context("spawn") starts processes that can make videos')
 
     def close(self) -> None:
         """Free the memory; a closed session makes no more videos."""
