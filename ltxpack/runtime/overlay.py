@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import OverlayError, SourceError, UsageError, quoted
+from ltxpack.errors import OverlayError, SourceError, UsageError, listed, quoted
 from ltxpack.files.reader import hash_file
 from ltxpack.ltx23.classes import DISTILLED, LOADED_CLASSES
 from ltxpack.ltx23.codes import CODES
@@ -38,12 +38,14 @@ def transformer_part(name: str) -> str:
 class Overlay:
     """An overlay folder and its validated manifest.
 
-    ``text``: the folder of a baked text encoder in place of the base's; "" for the base's.
+    ``text``: the folder of a baked text encoder in place of the base's; "" for the base's. ``removed``: the folders of
+    bakes that are not there, and whose bakes ``manifest`` leaves out.
     """
 
     root: Path
     manifest: Manifest
     text: str = ""
+    removed: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, root: Path, text_encoder: str | None = None) -> Overlay:
@@ -53,13 +55,16 @@ class Overlay:
         ``text_encoder``: the name of a baked one, None or ``base`` for the base's. Raises OverlayError, and UsageError
         for an unknown name. :meth:`check` compares contents when a part is used.
         """
-        manifest, baked = read_manifest(root), text_encoder not in (None, BASE)
+        manifest, text = read_manifest(root), "" if text_encoder in (None, BASE) else f"{TEXT_ENCODERS}/{text_encoder}"
         # A bake takes 38 GB, and whoever removes its folder means to do without it.
-        manifest = manifest.with_baked({at: bake for at, bake in manifest.baked.items() if (root / at).is_dir()})
-        if baked and text_encoder not in manifest.text_encoders:
+        removed = tuple(folder for folder in manifest.baked if not (root / folder).is_dir())
+        manifest = manifest.with_baked({at: bake for at, bake in manifest.baked.items() if at not in removed})
+        if text in removed:
+            raise changed_file(root / text, "the folder of a text encoder", "none")
+        if text and text_encoder not in manifest.text_encoders:
             known, advice = [BASE, *manifest.text_encoders], f"ltxpack inspect {quoted(root)}"
             raise UsageError(f"there is no text encoder {text_encoder!r}", file=root, items=known, next=advice)
-        overlay = cls(root, manifest, f"{TEXT_ENCODERS}/{text_encoder}" if baked else "")
+        overlay = cls(root, manifest, text, removed)
         for name, wanted in LOADED_CLASSES.items():
             component = overlay.manifest.components.get(name)
             found = component and component.class_name
@@ -133,6 +138,8 @@ def choose(
         again = f"ltxpack run {quoted(root)} --recipe distilled --prompt TEXT"
         raise OverlayError(problem, file=root, expected=expected, next=again)
     for name in asked:
+        if transformer_part(name) in overlay.removed:
+            raise changed_file(root / transformer_part(name), "the folder of a bake", "none")
         if name not in (AUTO, BASE, *manifest.bakes):
             known, advice = [BASE, *manifest.bakes], f"ltxpack inspect {quoted(root)}"
             raise UsageError(f"there is no bake {name!r}", file=root, items=known, next=advice)
@@ -147,6 +154,8 @@ def choose(
     for name in dict.fromkeys(name for name, wanted in zip(names, asked, strict=True) if wanted == AUTO):
         if form_of(manifest, name) != form:
             beside += f"; there is no {form} bake in place of {name}"
+    if AUTO in asked and (lost := [folder for folder in overlay.removed if folder.startswith(f"{BAKES}/")]):
+        beside += f"; without {listed(lost)}, whose folders were removed"
     return TransformerChoice(tuple(names), note + beside)
 
 

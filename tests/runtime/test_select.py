@@ -56,9 +56,12 @@ def some(*names: str) -> dict[str, Bake]:
 def test_a_bake_whose_folder_was_removed_counts_as_not_made(overlay: Path) -> None:
     """A lost file of a bake is damage."""
     shutil.rmtree(overlay / "bakes/distilled-0.25")
-    assert choose(Overlay.open(overlay), HQ, ("auto", "auto")).stages == ("base", "distilled-0.5")
-    with pytest.raises(UsageError, match=r"there is no bake 'distilled-0\.25'"):
+    found = choose(Overlay.open(overlay), HQ, ("auto", "auto"))
+    assert found.stages == ("base", "distilled-0.5")
+    assert found.note.endswith("; without bakes/distilled-0.25, whose folders were removed")
+    with pytest.raises(OverlayError, match=r"bakes/distilled-0\.25") as refused:
         choose(Overlay.open(overlay), HQ, ("distilled-0.25", "auto"))
+    assert "verify" in refused.value.next
     (overlay / "bakes/distilled-0.5/config.json").unlink()
     with pytest.raises(OverlayError, match="has changed"):
         Overlay.open(overlay)
