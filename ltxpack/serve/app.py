@@ -111,6 +111,7 @@ class VideoRoutes:
         router.get("/videos")(self.list_videos)
         router.get("/videos/{video_id}", responses=one)(self.retrieve)
         router.get("/videos/{video_id}/content", responses=mp4)(self.download)
+        router.head("/videos/{video_id}/content", include_in_schema=False)(self.download)
         router.delete("/videos/{video_id}")(self.delete)
         router.get("/models")(self.models)
         return router
@@ -215,6 +216,8 @@ def _about(service: Service) -> APIRouter:
     """The routes for whoever runs the server, which ask for no key."""
     router = APIRouter()
 
+    # Load balancers ask with HEAD.
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     def health() -> JSONResponse:
         """What the workers do; status 503 while none of them is ready."""

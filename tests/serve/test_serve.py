@@ -89,7 +89,9 @@ def test_openais_client_makes_and_fetches_videos(server: Server, client: openai.
 def test_what_a_killed_server_had_accepted_is_made(server: Server) -> None:
     (before,) = (job for job in server.jobs() if job["prompt"] == "before the kill")
     assert server.ended(before["id"])["status"] == "completed"
-    assert frames_of(server.client.get(f"/videos/{before['id']}/content").content) == 9
+    got, looked = (server.client.request(how, f"/videos/{before['id']}/content") for how in ("GET", "HEAD"))
+    assert frames_of(got.content) == 9
+    assert (looked.status_code, looked.content, looked.headers["content-length"]) == (200, b"", str(len(got.content)))
 
 
 def test_a_video_in_the_answer_and_the_counts(server: Server) -> None:
