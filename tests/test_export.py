@@ -111,7 +111,7 @@ def test_an_export_of_an_export_says_what_is_in_it(demo: Path, tmp_path: Path) -
     again = exported(tmp_path / "out", tmp_path / "b.safetensors")
     assert merged_loras(again) == merged_loras(merged) == ["ltx-2.3-demo-distilled-lora-8.safetensors at 0.5"]
     stated = json.loads(again.metadata["ltxpack"])
-    assert stated["kind"] == "distilled" and "1 LoRAs merged" in stated["notice"] and says_distilled(again)
+    assert stated["kind"] == "distilled" and "1 LoRA merged" in stated["notice"] and says_distilled(again)
     third = exported(tmp_path / "out", tmp_path / "c.safetensors", "--strength", "0.25", "--force")
     assert [told[-8:] for told in merged_loras(third)] == ["s at 0.5", " at 0.25"]
 

@@ -276,7 +276,8 @@ def _made_from(
     """``before``: the entries of the LoRAs that were in the checkpoint already, an export too."""
     changes = f"renamed and copied by ltxpack, {TABLE} tensors as float32 of their bfloat16 values"
     loras = [] if bake is None else [lora for lora in bake.loras if not lora.idle]
-    changes += f", {len(before) + len(loras)} LoRAs merged" if before or loras else ""
+    count = len(before) + len(loras)
+    changes += f", {count} LoRA{'s' * (count > 1)} merged" if count else ""
     changes += f", {len(bake.quantised)} linears quantised to {bake.format}" if bake and bake.quantised else ""
     found: dict[str, Any] = {
         "notice": f"This file is not the published one: {changes}.",

@@ -146,7 +146,7 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
     find_place(overlay)
     bakes = {folder: paths & {record.path for record in bake.files} for folder, bake in manifest.baked.items()}
     if base := paths.difference(*bakes.values()):
-        reporter.note(f"{len(base)} files of the base are damaged; they are made again")
+        reporter.note(f"damaged files of the base, which are made again: {len(base)}")
         restore_base(overlay, manifest, base, reporter, source=source)
     if broken := {folder: len(files) for folder, files in bakes.items() if files}:
         files = recorded_files(overlay, manifest, list(broken), loras, reporter)
