@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_121,
+    "lines of the package": 34_123,
     "files of the package": 179,
-    "lines of the tests": 34_278,
+    "lines of the tests": 34_279,
 }
 
 

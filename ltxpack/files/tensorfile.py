@@ -248,11 +248,12 @@ def open_source(path: Path) -> BinaryIO:
         raise _unreadable(path, error) from None
     except ValueError:
         raise SourceError("is not a path", file=ascii(_short(str(path)))) from None
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        raise SourceError("is a folder" if stat.S_ISDIR(mode) else "is not a regular file", file=path)
-    return BufferedReader(_NamedFile(path, fd))
+        raise SourceError("is a folder" if stat.S_ISDIR(status.st_mode) else "is not a regular file", file=path)
+    # A larger buffer would have the system read ahead what others read past the page cache.
+    return BufferedReader(_NamedFile(path, fd), status.st_blksize)
 
 
 class _NamedFile(FileIO):

@@ -86,8 +86,9 @@ def stated_loras(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     try:
         loras = parse_json(metadata.get(MADE_FROM, "null"), MADE_FROM)["loras"]
         kinds = {"file": str, "blake3": str, "strength": float | int | str}
-        sound = all(isinstance(lora[field], kind) for lora in loras for field, kind in kinds.items())
-        return [{field: lora[field] for field in kinds} for lora in loras if lora["strength"]] if sound else []
+        found = [{"blake3": "", **{field: lora[field] for field in kinds if field in lora}} for lora in loras]
+        sound = all(isinstance(lora[field], kind) for lora in found for field, kind in kinds.items())
+        return [lora for lora in found if lora["strength"]] if sound else []
     except (LtxpackError, KeyError, TypeError):
         return []
 
