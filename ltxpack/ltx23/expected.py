@@ -2,7 +2,7 @@
 
 This is the module's ``state_dict`` without torch: parameters and persistent buffers. It finds missing, unknown and
 misshapen tensors of a checkpoint before a byte is copied. With the reversed rename tables it gives the tensors of a
-checkpoint of given sizes.
+checkpoint of given sizes. Of the published model it has the configs too, for plans.
 """
 
 from __future__ import annotations
