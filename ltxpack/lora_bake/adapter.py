@@ -96,6 +96,8 @@ class LoraTarget:
         """The method that the official rule does not know; None for a product of two factors or a difference."""
         if "magnitude" in self.tensors:
             return "DoRA"
+        if "up_b" in self.tensors:
+            return "lora_B.bias"
         return next((name for name in self.methods if name not in ("lora", "diff")), None)
 
 

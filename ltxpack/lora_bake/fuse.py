@@ -553,9 +553,9 @@ class Turn:
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """(I + Q)(I - Q)⁻¹ of skew matrices [..., n, n]: rotations (Cayley)."""
+    """(I + Q)(I - Q)⁻¹ of skew matrices [..., n, n]: rotations (Cayley); NaN if Q is so large that I is lost in it."""
     unit = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    rotation: Tensor = torch.linalg.solve(unit - skew, unit + skew, left=False)
+    rotation: Tensor = torch.linalg.solve_ex(unit - skew, unit + skew, left=False)[0]
     return rotation
 
 

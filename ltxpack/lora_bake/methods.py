@@ -88,7 +88,7 @@ def _loha(tensors: Tensors, target: LoraTarget) -> dict[str, Any]:
 
 
 def _lokr_shapes(found: Sizes, weight: Shape) -> dict[str, Shape]:
-    rows, columns = found["lokr_w1"] if "lokr_w1" in found else (found["lokr_w1_a"][0], found["lokr_w1_b"][-1])
+    rows, columns = found["lokr_w1"][:2] if "lokr_w1" in found else (found["lokr_w1_a"][0], found["lokr_w1_b"][1])
     if 0 in (rows, columns) or weight[0] % rows or weight[1] % columns:
         raise ValueError(f"w1 [{rows}, {columns}] does not divide {list(weight)}")
     inner = (weight[0] // rows, weight[1] // columns)

@@ -535,12 +535,16 @@ def test_allow_unmatched_is_told(overlay: Path, style: Path) -> None:
     assert report.document["loras"][0]["left_out"] == ["transformer_blocks.77.attn1.to_q"]
 
 
-def test_dora_has_no_official_rule(overlay: Path) -> None:
+@pytest.mark.parametrize(
+    ("role", "shape", "told"), [("dora_scale", (32, 1), "DoRA"), ("lora_B.bias", (32,), "lora_B.bias")]
+)
+def test_dora_and_the_bias_of_a_factor_have_no_official_rule(
+    role: str, shape: tuple[int, ...], told: str, overlay: Path
+) -> None:
     module = "transformer_blocks.0.attn1.to_q"
-    tensors = official_keys(low_rank([module]))
-    tensors["diffusion_model.transformer_blocks.0.attn1.to_q.dora_scale"] = torch.ones(32, 1)
-    path = save(overlay.parent / "dora.safetensors", tensors)
-    assert_untouched_by(overlay, AdapterError, "has no DoRA", 1.0, lora=str(path), rule="official")
+    tensors = official_keys(low_rank([module])) | {f"diffusion_model.{module}.{role}": torch.ones(shape)}
+    path = save(overlay.parent / "more.safetensors", tensors)
+    assert_untouched_by(overlay, AdapterError, f"has no {told}", 1.0, lora=str(path), rule="official")
     run(overlay, 1.0, lora=str(path))
 
 

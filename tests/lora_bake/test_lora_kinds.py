@@ -421,6 +421,14 @@ def test_rotations_stored_as_such_are_told_from_what_makes_them(tmp_path: Path) 
         assert agrees(found[f"{QUERY}.weight"], expected)
 
 
+def test_a_rotation_that_cannot_be_solved_is_refused_as_a_result_that_is_not_finite(tmp_path: Path) -> None:
+    blocks = torch.zeros(8, 4, 4)
+    blocks[0, (0, 0, 1), (1, 2, 2)] = torch.tensor([1e30, 0.7e30, 1.3e30])
+    path = save(tmp_path / "x.safetensors", {f"lycoris_{QUERY.replace('.', '_')}.oft_blocks": blocks})
+    with pytest.raises(AdapterError, match="beyond BF16 in 1 weights"):
+        bake(BakeOptions(make_overlay(tmp_path / "out"), (1.0,), lora=str(path)), SilentReporter())
+
+
 PRODUCT: dict[str, tuple[int, ...]] = {A: (4, 32), B: (32, 4)}
 MISFITS = {
     "a rotation and a product": (PRODUCT | {"oft_blocks": (8, 4, 4)}, "conflict"),
@@ -431,6 +439,7 @@ MISFITS = {
     "a scale of nothing": (PRODUCT | {"lokr_w1.weight_scale": ()}, "no tensor that it scales"),
     "GLoRA": (PRODUCT | {"a1.weight": (32, 2)}, "a1.weight is of GLoRA, which is not read"),
     "lokr": ({"lokr_w1": (5, 4), "lokr_w2": (8, 8)}, "w1 [5, 4] does not divide [32, 32]"),
+    "lokr of three sizes": ({"lokr_w1": (4, 4, 2), "lokr_w2": (8, 8)}, "lokr_w1 [4, 4, 2], expected [4, 4]"),
     "loha": ({"hada_w1_a": (32, 4), "hada_w1_b": (4, 32), "hada_w2_a": (32, 2), "hada_w2_b": (4, 32)}, "[32, 2]"),
     "oft": ({"oft_blocks": (8, 5, 5)}, "cannot turn 32 outputs"),
     "boft": ({"oft_blocks": (5, 8, 4, 4)}, "a butterfly of 5 stages with blocks of 4 cannot turn 32"),
