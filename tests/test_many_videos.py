@@ -207,6 +207,26 @@ def test_what_is_done_is_skipped_and_what_changed_is_made_again(demo: Path, tmp_
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_line_that_moved_replaces_no_video_of_another_line(demo: Path, tmp_path: Path) -> None:
+    def lines(*prompts: str, name: str = "a.txt") -> Done:
+        (tmp_path / name).write_text("\n".join(prompts))
+        return many(demo, tmp_path / name)
+
+    assert lines("a boat", "a cloud", "a fox").returncode == 0
+    before = (tmp_path / "a-0001.mp4").read_bytes()
+    told = refused(lines("a dog", "a boat", "a cloud", "a fox"), 2)
+    assert "a-0001.mp4: line 1 would replace the video of line 2" in told
+    assert (tmp_path / "a-0001.mp4").read_bytes() == before
+    refused(lines("a cloud", "a fox"), 2)
+
+    again = lines("a boat", "a boat")
+    assert statuses(again) == {1: "skipped", 2: "done"}
+    assert "1 video replaces one of another prompt, setting or overlay: " in again.stderr
+    assert statuses(lines("a boat", "a bird")) == {1: "skipped", 2: "done"}, "line 1 has its own video"
+    assert "2 videos replace ones" in lines("a fox", "a hen", name="a").stderr
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_video_that_another_run_replaced_is_not_taken_for_ours(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,12 +6,12 @@ A line that fails does not stop the others; it does not make a finished video ag
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltxpack.errors import UsageError
+from ltxpack.errors import UsageError, listed
 from ltxpack.files.tensorfile import open_source
 from ltxpack.imports import import_libraries
 from ltxpack.reporter import Reporter
@@ -64,7 +64,8 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
         choices = [chosen(overlay, options.session, recipe) for recipe in _recipes(lines)]
         for choice in choices:
             reporter.note(choice.note)
-        found = {line.number: _known(overlay, options.session, line, reporter) for line in lines}
+        wanted: dict[int, str] = {}
+        found = {line.number: _known(overlay, options.session, line, wanted, reporter) for line in lines}
         found |= _told_cut(overlay, [line for line in lines if found[line.number] is None], reporter)
         pending = [line for line in lines if found[line.number] is None]
         skipped = sum(outcome is not None and outcome.status == SKIPPED for outcome in found.values())
@@ -72,6 +73,7 @@ def run_batch(options: RunOptions, prompts: Path, output: Path | None, reporter:
             reporter.note(f"{skipped} of {len(lines)} videos are done already")
         ahead, summary = 0.0, list[str]()
         if pending:
+            _tell_replaced(pending, wanted, reporter)
             sharing = Sharing(_crew(overlay, options, pending, reporter), pending, reporter)
             summary = sharing.run()
             ahead = sharing.ahead
@@ -132,15 +134,41 @@ def _recipes(lines: Sequence[PromptsLine]) -> list[Recipe]:
     return [*{line.request.recipe.name: line.request.recipe for line in lines}.values()]
 
 
-def _known(overlay: Overlay, settings: SessionSettings, line: PromptsLine, reporter: Reporter) -> Outcome | None:
-    """The outcome of a line that is done already, or that cannot be made; None for a line to make."""
+def _known(
+    overlay: Overlay, settings: SessionSettings, line: PromptsLine, wanted: dict[int, str], reporter: Reporter
+) -> Outcome | None:
+    """The outcome of a line that is done already, or that cannot be made; None for a line to make.
+
+    ``wanted`` gets the fingerprint of its video.
+    """
     try:
+        wanted[line.number] = identity(overlay, settings, line)[1]
         # A finished video may lack the activations to save.
-        if settings.save_activations is None and record.is_done(line.output, identity(overlay, settings, line)[1]):
+        if settings.save_activations is None and record.is_done(line.output, wanted[line.number]):
             return Outcome(line, SKIPPED)
     except Exception as error:
         return failed(line, error, reporter)
     return None
+
+
+def _tell_replaced(lines: Sequence[PromptsLine], wanted: Mapping[int, str], reporter: Reporter) -> None:
+    """Tell which videos ``lines`` will replace by others; ``wanted``: the fingerprint of each line's video.
+
+    Raises UsageError if one is what another of the lines wants: lines were put in or taken out since it was made.
+    """
+    there = {line.number: record.made_as(line.output) for line in lines}
+    replacing = [line for line in lines if there[line.number] not in (None, wanted[line.number])]
+    missing = {wanted[line.number]: line for line in replacing}
+    for line in replacing:
+        moved = missing.get(there[line.number] or "")
+        if moved is not None:
+            problem = f"{line.name} would replace the video of {moved.name}, which was made here before lines moved"
+            advice = "put new lines at the end and keep the old ones, or move the finished videos to another folder"
+            raise UsageError(problem, file=line.output, next=advice)
+    if replacing:
+        counted = "1 video replaces one" if len(replacing) == 1 else f"{len(replacing)} videos replace ones"
+        names = listed([str(line.output) for line in replacing])
+        reporter.note(f"{counted} of another prompt, setting or overlay: {names}")
 
 
 def _told_cut(overlay: Overlay, lines: Sequence[PromptsLine], reporter: Reporter) -> dict[int, Outcome]:

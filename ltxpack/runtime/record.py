@@ -96,6 +96,12 @@ def is_done(output: Path, wanted: str) -> bool:
         return False
 
 
+def made_as(output: Path) -> str | None:
+    """The fingerprint in the record of the video at ``output``, whose bytes it does not read; None without one."""
+    found = _read(record_path(output)) if output.is_file() else None
+    return None if found is None else str(found.get("fingerprint"))
+
+
 def write_record(
     output: Path,
     video_blake3: str,
