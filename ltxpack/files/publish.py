@@ -33,6 +33,8 @@ WRITE_PROBLEMS = {
 RESUME = "then run the same command again: finished files are kept"
 # Disk space for a file beside its bytes: unfilled blocks, its name, the journal.
 BYTES_PER_FILE = 16 * 1024
+# Some filesystems make inodes of free space: with less than this they have neither.
+ROOM_FOR_INODES = 1024 * 1024
 # Ends the name of every temporary file.
 TEMPORARY_ENDING = ".tmp"
 RANDOM_BYTES = 8
@@ -159,7 +161,7 @@ def check_writable(path: Path, flag: str, usual: str) -> None:
     try:
         Temporary(path.absolute()).discard()
     except OSError as error:
-        raise UsageError(_told(error)[0], file=path.parent, next=f"choose {flag} in another folder") from None
+        raise UsageError(_told(error, path)[0], file=path.parent, next=f"choose {flag} in another folder") from None
 
 
 def _is_kept_for_others(folder: Path, path: Path) -> bool:
@@ -201,6 +203,14 @@ def require_space(folder: Path, written: int, files: int) -> None:
         raise OverlayError("the disk is too small", file=base, expected=wanted, found=f"{free} bytes", next=advice)
 
 
+def lacks_inodes(path: Path) -> bool:
+    """Whether the disk of ``path`` has room left, but none for another file."""
+    with contextlib.suppress(OSError):
+        disk = os.statvfs(existing_parent(path))
+        return disk.f_files > 0 == disk.f_favail and disk.f_bavail * disk.f_frsize > ROOM_FOR_INODES
+    return False
+
+
 @contextlib.contextmanager
 def output_errors(path: Path) -> Iterator[None]:
     """Turn an OSError of the block into an UnwrittenError of the output ``path``."""
@@ -211,12 +221,14 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 def unwritten(path: Path, error: OSError) -> UnwrittenError:
-    problem, remedy = _told(error)
+    problem, remedy = _told(error, path)
     return UnwrittenError(problem, file=path, next=f"{remedy}, then run the same command again")
 
 
-def _told(error: OSError) -> tuple[str, str]:
+def _told(error: OSError, path: Path) -> tuple[str, str]:
     """The problem, and its remedy."""
+    if error.errno == errno.ENOSPC and lacks_inodes(path):
+        return "the disk takes no more files: it has no free inodes", "remove some files there (df -i counts inodes)"
     return WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror or error}", "correct that"))
 
 
@@ -231,6 +243,6 @@ def write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename2 or error.filename
         named = Path(place) if isinstance(place, str | Path) else path
-        problem, remedy = _told(error)
+        problem, remedy = _told(error, named)
         file = path if named.suffix == TEMPORARY_ENDING else named
         raise OverlayError(problem, file=file, next=f"{remedy}, {RESUME}") from None

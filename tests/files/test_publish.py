@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from support import Mount
 
 from ltxpack.errors import OverlayError, UsageError
 from ltxpack.files.publish import (
@@ -59,6 +60,17 @@ def test_what_the_system_refuses_is_told_with_the_way_on(code: int, told: str, t
     with pytest.raises(OverlayError, match=told) as caught, write_errors(tmp_path / "x"):
         raise OSError(code, os.strerror(code))
     assert caught.value.file == str(tmp_path / "x") and "run the same command again" in caught.value.next
+
+
+def test_a_disk_without_inodes_is_not_called_full(mount: Mount, tmp_path: Path) -> None:
+    """``df -h`` shows free space there."""
+    mount(tmp_path / "disk", options="size=16m,nr_inodes=2")
+    (tmp_path / "disk/one").touch()
+    told = pytest.raises(OverlayError, match=r"disk/two: the disk takes no more files.*\n.*\(df -i")
+    with told, write_errors(tmp_path / "disk/two"):
+        atomic_write(tmp_path / "disk/two", b"")
+    with pytest.raises(UsageError, match="no free inodes"):
+        check_writable(tmp_path / "disk/two", "-o", "two")
 
 
 def test_of_a_rename_the_place_is_named_where_something_is_in_the_way(tmp_path: Path) -> None:

@@ -563,6 +563,8 @@ def test_disk_that_fills_up_on_the_way_keeps_what_came(
 ) -> None:
     monkeypatch.setattr(hub_transfer.os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
     assert "disk of the hub cache is full" in told_by(lambda: Hub().fetch(files[BIG]))
+    monkeypatch.setattr(hub_errors, "lacks_inodes", lambda _: True)
+    assert "no inodes left" in told_by(lambda: Hub().fetch(files[BIG]))
     assert list(blobs(cache)) == [f"{files[BIG].sha256}.ltxpack.incomplete"]
 
 

@@ -12,10 +12,12 @@ import ssl
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ltxpack.errors import SourceError, printable
+from ltxpack.files.publish import lacks_inodes
 
 # 408 request timeout, 429 rate limit, 5xx trouble on the hub's side: worth another try.
 PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
@@ -96,7 +98,9 @@ BROKE_OFF = Row(
 _GATED_ANONYMOUS = Row(
     "the repository is gated: its licence must be accepted by an account, and none is logged in", _ACCEPT
 )
-_FULL = Row("the disk of the hub cache is full", _ROOM + ", it goes on where it stopped", "no space left in {cache}")
+_FULL = Row(
+    "the disk of the hub cache is full", _ROOM + ", it goes on where it stopped", "no {lacking} left in {cache}"
+)
 _TROUBLE = Row(
     "the hub has trouble answering, after several tries",
     "run the same command again later; with the files in the cache already: HF_HUB_OFFLINE=1",
@@ -166,6 +170,8 @@ def tell(row: Row, place: Reference, facts: Mapping[str, object] | None = None, 
 
 def explain(error: Exception, place: Reference) -> SourceError | None:
     """The SourceError to raise in place of ``error``; None if ``error`` is not the hub's, but a bug."""
+    from huggingface_hub import constants
+
     if _is(error, "LocalEntryNotFoundError") and isinstance(error.__cause__, Exception):
         error = error.__cause__
     row = _row(error)
@@ -180,6 +186,7 @@ def explain(error: Exception, place: Reference) -> SourceError | None:
         "quote": f": {said}" if said else "",
         "why": said or "not valid",
         "token": "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token",
+        "lacking": "inodes" if row is _FULL and lacks_inodes(Path(constants.HF_HUB_CACHE)) else "space",
         "wait": f", wait {wait:.0f} s" if wait else "",
         "reason": _reason(error),
     }
