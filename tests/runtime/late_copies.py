@@ -23,6 +23,11 @@ class LateCopies(Copies):
         self._queue: list[Callable[[], object]] = []
         self._lock = threading.RLock()
 
+    @property
+    def left(self) -> int:
+        """The number of copies that are not done."""
+        return len(self._queue)
+
     def run(self, work: Callable[[], object], after: object = None) -> int:
         with self._lock:
             self._queue.append(work)

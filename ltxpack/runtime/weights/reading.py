@@ -243,7 +243,10 @@ class FileReader:
                     for read in reads:
                         event = self._deliver(read, after) or event
                 hashes.finish()
-        except (SourceError, FormatError) as error:
+        except BaseException as error:
+            self.copies.finish(event)  # the caller frees the tensors, to which copies may still be on their way
+            if not isinstance(error, SourceError | FormatError):
+                raise
             raise changed_file(Path(error.file or ""), error.expected or "readable", error.problem) from None
         return event
 

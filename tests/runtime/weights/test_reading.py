@@ -195,9 +195,11 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
         if asked == 3:
             raise KeyboardInterrupt
 
-    reader = FileReader(Copies(CPU), read_bytes=16, in_flight=2)
+    copies = LateCopies()
+    reader = FileReader(copies, read_bytes=16, in_flight=2)
     with pytest.raises(KeyboardInterrupt):
         fill(reader, stored, on_host=False, stop=stop)
+    assert copies.left == 0, "the tensors may be freed now"
     found = fill(reader, stored, on_host=False)
     assert all(torch.equal(found[f"0.{name}"], tensor) for name, tensor in tensors().items())
     reader.close()
