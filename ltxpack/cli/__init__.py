@@ -120,6 +120,6 @@ def _take_signals() -> None:
 
 def _what_again(arguments: Sequence[str]) -> str:
     """What an interrupted command does when the user runs it again."""
-    many = any(argument.partition("=")[0] == "--prompts" for argument in arguments)
-    resumes = many or arguments[:1] in (["materialize"], ["bake-lora"], ["export"], ["demo"], ["serve"])
+    flagged = any(argument.partition("=")[0] in ("--prompts", "--repair") for argument in arguments)
+    resumes = flagged or arguments[:1] in (["materialize"], ["bake-lora"], ["export"], ["demo"], ["serve"])
     return "goes on from where it stopped" if resumes else "starts again from the beginning"

@@ -32,7 +32,7 @@ from ltxpack.materialize import restore_base
 from ltxpack.repack.items import Item, WriteShard
 from ltxpack.repack.lock import WORK_FOLDER, OverlayLock, refuse_links
 from ltxpack.repack.staging import Staging, find_place, publish_bakes, recover
-from ltxpack.repack.verify import Fault, damaged, drop_killed_repair, verify
+from ltxpack.repack.verify import Fault, damaged, finish_killed, verify
 from ltxpack.repack.write import WRITE_BUFFERS, ShardWriter, preflight, write_bytes, write_item
 from ltxpack.reporter import Reporter
 from ltxpack.strength import Strength
@@ -137,11 +137,12 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
     the overlay does not keep, as for ``bake-lora``; their content identifies them, not their name. Raises LtxpackError:
     SourceError if a needed LoRA is not given, OverlayError if the new base differs from the manifest.
     """
+    read_manifest(overlay)
+    finish_killed(overlay, reporter)
     faults = verify(overlay, reporter)
     manifest = read_manifest(overlay)
     paths = damaged(faults, manifest)
     if not paths:
-        drop_killed_repair(overlay, reporter)
         return faults
     find_place(overlay)
     bakes = {folder: paths & {record.path for record in bake.files} for folder, bake in manifest.baked.items()}
@@ -185,7 +186,8 @@ def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], report
             options = BakeOptions(overlay, (), rule=made.rule, formats=(made.format,))
             arithmetic = _arithmetic(options, [lora.adapter for lora in loras])
         form = (made.format, made.quantised, made.calibration)
-        _run([BakePlan(name, tuple(loras), made.rule, base, overlay, *form)], arithmetic, reporter, lock)
+        plan = BakePlan(name, tuple(loras), made.rule, base, overlay, *form)
+        _run([plan], arithmetic, reporter, lock, repair=True)
 
 
 @contextlib.contextmanager
@@ -380,7 +382,9 @@ def _usable(arithmetic: Arithmetic, rule: str) -> bool:
     return arithmetic.rule == rule and here and has_kernel(arithmetic.kernel, arithmetic.device)
 
 
-def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock) -> dict[str, BakeReport]:
+def _run(
+    plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock: OverlayLock, *, repair: bool = False
+) -> dict[str, BakeReport]:
     """Write and publish the bakes, and add them to the manifest. A failure keeps complete files, a bad LoRA none."""
     import torch
 
@@ -409,7 +413,7 @@ def _run(plans: Sequence[BakePlan], chosen: Arithmetic, reporter: Reporter, lock
             manifest = manifest.with_bake(bake.plan.folder, record)
             reports[bake.plan.folder] = BakeReport(bake.plan.name, bake.plan.folder, True, document)
         reporter.end()
-        publish_bakes(bakes, manifest)
+        publish_bakes(bakes, manifest, repair=repair)
     return reports
 
 

@@ -278,10 +278,11 @@ class Staging:
         _place(self.paths, self._journal, self._reporter)
 
 
-def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
+def publish_bakes(stagings: Sequence[Staging], manifest: Manifest, *, repair: bool = False) -> None:
     """Put the bakes of ``stagings`` (one overlay) in their places, then the overlay's ``manifest`` that names them.
 
-    The manifest loses replaced bakes first, so that the overlay is valid at every moment. Raises OverlayError.
+    The manifest loses replaced bakes first, so that the overlay is valid at every moment. Those of a ``repair`` stay in
+    it: if that is killed, nothing else says how to make them. Raises OverlayError.
     """
     overlay = stagings[0].paths.overlay
     path, content = overlay / MANIFEST_NAME, checked_bytes(manifest, overlay)
@@ -291,7 +292,7 @@ def publish_bakes(stagings: Sequence[Staging], manifest: Manifest) -> None:
         before = read_manifest(overlay)
         folders = {staging.paths.folder for staging in stagings}
         kept = {folder: bake for folder, bake in before.baked.items() if folder not in folders}
-        if len(kept) < len(before.baked):
+        if len(kept) < len(before.baked) and not repair:
             atomic_write(path, before.with_baked(kept).dump())
         for staging in stagings:
             staging.place()
@@ -415,9 +416,10 @@ def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
     """Finish or undo one publishing that has begun."""
     paths.refuse_links()
     with write_errors(paths.target):
-        if paths.folder and paths.named() is None:
+        named = paths.named() if paths.folder else None
+        if paths.folder and named is None:
             _take_back(paths, journal)
-        elif paths.target.is_dir() and not paths.folder and _is_half_filled(paths):
+        elif set(named) == set(journal.records.values()) if named else paths.target.is_dir() and _is_half_filled(paths):
             _place(paths, journal, reporter)
             _clean(paths)
         elif _is_published(paths):

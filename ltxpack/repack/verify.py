@@ -221,11 +221,12 @@ def repair(
         return after
 
 
-def drop_killed_repair(overlay: Path, reporter: Reporter) -> None:
-    """Remove what a repair left that was killed after its last file had come into its place."""
+def finish_killed(overlay: Path, reporter: Reporter) -> None:
+    """Finish or undo a killed publishing, and remove what a killed repair left."""
     root = overlay / REPAIR_FOLDER
-    if root.is_dir():
+    if root.is_dir() or unfinished(overlay):
         with OverlayLock(overlay, reporter), write_errors(overlay):
+            recover(overlay, reporter)
             refuse_links(root, root.parent)
             _remove_work(root)
 

@@ -84,7 +84,8 @@ def test_a_file_of_somebody_else_is_no_work_for_a_repair(overlay: Path) -> None:
 
 
 def test_what_becomes_of_an_interrupted_command() -> None:
-    for arguments in ("run out --prompts p", "run out --prompts=p", "materialize a b", "export out -o x", "demo"):
+    many = ("run out --prompts p", "run out --prompts=p")
+    for arguments in (*many, "materialize a b", "export out -o x", "demo", "verify out --repair"):
         assert _what_again(arguments.split()) == "goes on from where it stopped"
     assert _what_again(["run", "out", "--prompt", "x"]) == "starts again from the beginning"
 

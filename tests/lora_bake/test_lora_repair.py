@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ltxpack.lora_bake.adapter import AdapterFiles
 from ltxpack.lora_bake.bake import remake, restore
 from ltxpack.lora_bake.find import hash_adapter
 from ltxpack.manifest import read_manifest
+from ltxpack.repack import staging
 from ltxpack.reporter import SilentReporter
 
 BASE = random_weights()
@@ -125,6 +127,23 @@ def test_a_bake_that_comes_out_otherwise_than_recorded_is_made_all_the_same(over
     shard = next(record for record in made.files if record.path.endswith(".safetensors") and not record.link)
     odd = tuple(dataclasses.replace(record, blake3="0" * 64) if record == shard else record for record in made.files)
     (overlay / "ltxpack.json").write_bytes(manifest.with_bake(PLAIN, dataclasses.replace(made, files=odd)).dump())
+    assert restore(overlay, SILENT) == []
+    assert tree(overlay) == whole
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_a_repair_that_stops_while_its_files_come_to_their_place_loses_no_bake(
+    overlay: Path, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest named the bake no more, so that the next repair found nothing to do."""
+    whole = tree(overlay)
+    spoil(files(overlay, PLAIN)[0])
+    with monkeypatch.context() as patch:
+        moves = [*[mock.DEFAULT] * moved, KeyboardInterrupt]
+        patch.setattr(staging, "move_file", mock.Mock(wraps=staging.move_file, side_effect=moves))
+        with pytest.raises(KeyboardInterrupt):
+            restore(overlay, SILENT)
+    assert PLAIN in read_manifest(overlay).bakes
     assert restore(overlay, SILENT) == []
     assert tree(overlay) == whole
 
