@@ -29,7 +29,7 @@ from ltxpack.ltx23.lora_keys import (
     unread_method,
 )
 from ltxpack.ltx23.lora_statements import read_configuration
-from ltxpack.manifest import BakedLora, printed_name
+from ltxpack.manifest import RULES, BakedLora, printed_name
 from ltxpack.materialize.access import InputFile
 from ltxpack.materialize.checkpoint import read_lora
 from ltxpack.strength import Strength
@@ -139,6 +139,17 @@ class Adapter:
         pairs = ((t.tensors["up"].shape, t.tensors["down"].shape) for t in self.targets.values() if "up" in t.tensors)
         return sum(2.0 * up[0] * math.prod(down) for up, down in pairs if up)
 
+    def by(self, rule: str) -> Adapter:
+        """The adapter for bakes by ``rule``. The official one never reads alpha: all its factors are 1."""
+        if rule != "official":
+            return replace(self, warnings=(*self.warnings, *_told_alpha(self.targets)))
+        warnings = self.warnings
+        if scaled := sum(target.factor != 1 for target in self.targets.values()):
+            ignored = "the official rule ignores alpha and uses the strength alone"
+            warnings = (*warnings, f"alpha differs from rank in {scaled} targets; {ignored}")
+        targets = {name: replace(target, factor=1.0) for name, target in self.targets.items()}
+        return replace(self, targets=targets, notes=(), warnings=warnings)
+
     def within(self, shapes: Shapes) -> Adapter:
         """The part of it that changes the tensors in ``shapes``."""
         return replace(self, targets={name: target for name, target in self.targets.items() if name in shapes})
@@ -158,9 +169,9 @@ class LoraUse:
     baked: BakedLora
 
     @classmethod
-    def of(cls, adapter: Adapter, strength: float | Strength, digest: str, rule: str) -> LoraUse:
+    def of(cls, adapter: Adapter, strength: float | Strength, digest: str) -> LoraUse:
         """``adapter`` at ``strength``; ``digest`` is its content's hash."""
-        factor, by = 1.0 if rule == "official" else adapter.factor, Strength.of(strength)
+        factor, by = adapter.factor, Strength.of(strength)
         scale = None if factor is None or by.blocks else by.value * factor
         file = (adapter.name, printed_name(adapter.path), adapter.size, digest)
         return cls(adapter, BakedLora(*file, by.value, scale, by.blocks))
@@ -179,8 +190,8 @@ class AdapterFiles:
     remote: tuple[InputFile, InputFile | None] | None = None
 
 
-def open_adapter(files: AdapterFiles, shapes: Shapes, allow_unmatched: bool = False) -> Adapter:
-    """The adapter in ``files``, fitted to a transformer.
+def open_adapter(files: AdapterFiles, shapes: Shapes, allow_unmatched: bool = False, rule: str = RULES[0]) -> Adapter:
+    """The adapter in ``files``, fitted to a transformer, for bakes by ``rule``.
 
     ``shapes`` maps the transformer's tensor names (diffusers spelling) to their shapes. Raises SourceError or
     FormatError for a file that cannot be read, AdapterError listing everything that does not fit.
@@ -188,7 +199,7 @@ def open_adapter(files: AdapterFiles, shapes: Shapes, allow_unmatched: bool = Fa
     file = read_tensorfile(files.weights)
     with tensor_reader(files.weights) as read:
         facts = read_facts(file, read_configuration(files.config), read)
-    adapter = fit_adapter(file, shapes, facts, files.name, allow_unmatched)
+    adapter = fit_adapter(file, shapes, facts, files.name, allow_unmatched).by(rule)
     return replace(adapter, config=files.config, stamp=file.stamp)
 
 
@@ -515,14 +526,17 @@ def _told(
         yield f"{len(unmatched)} targets are not in the transformer and are left out: {listed(unmatched)}"
     for rest in rests:
         yield f"its names have `{rest}` before ours, which ltxpack removes"
+    if not facts.first("use_cayley_neumann") and any("peft-oft" in target.methods for target in targets.values()):
+        yield "nothing says how its oft_R becomes rotations: taken as PEFT does by default (a series of 5 terms)"
+    if replaced := [name for name, target in targets.items() if "weight" in target.methods]:
+        what = "1 tensor is" if len(replaced) == 1 else f"{len(replaced)} tensors are"
+        yield f"{what} replaced whole (at strength 1; else that share of the way): {listed(replaced)}"
+
+
+def _told_alpha(targets: Mapping[str, LoraTarget]) -> Iterator[str]:
     scaled = {name: target.factor for name, target in targets.items() if target.rank}
     if still := [name for name, factor in scaled.items() if factor == 0]:
         whole = "it changes nothing" if len(still) == len(targets) else f"these change nothing: {listed(still)}"
         yield f"alpha is 0 in {len(still)} of {len(targets)} targets: {whole}"
     if turned := [name for name, factor in scaled.items() if factor < 0]:
         yield f"alpha is negative in {len(turned)} of {len(targets)} targets: they act in reverse"
-    if not facts.first("use_cayley_neumann") and any("peft-oft" in target.methods for target in targets.values()):
-        yield "nothing says how its oft_R becomes rotations: taken as PEFT does by default (a series of 5 terms)"
-    if replaced := [name for name, target in targets.items() if "weight" in target.methods]:
-        what = "1 tensor is" if len(replaced) == 1 else f"{len(replaced)} tensors are"
-        yield f"{what} replaced whole (at strength 1; else that share of the way): {listed(replaced)}"

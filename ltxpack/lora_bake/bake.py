@@ -109,7 +109,6 @@ def plan_unwritten(options: BakeOptions, reporter: Reporter, *, headers_only: bo
     wanted = _Wanted.find(options, reporter, headers_only)
     torch = None if headers_only else _torch_ahead()
     [plan] = wanted.plans(None if headers_only else reporter)
-    _tell(plan.rule, [lora.adapter for lora in plan.loras], reporter)
     if torch is not None:
         torch.result()
     return UnwrittenBake(plan, options)
@@ -178,7 +177,7 @@ def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], report
         loras: list[LoraUse] = []
         for lora in made.loras:
             own = dataclasses.replace(files[lora.blake3], name=lora.name)
-            adapter = open_adapter(own, shapes, allow_unmatched=True)
+            adapter = open_adapter(own, shapes, allow_unmatched=True, rule=made.rule)
             scan(adapter, reporter, lora.blake3)
             loras.append(LoraUse(adapter.within(base.shapes), lora))
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)
@@ -237,7 +236,7 @@ class _Wanted:
             # Added LoRAs and the base may be alone, without a main LoRA.
             strengths = [*(value for _, value in options.added), strength][: len(named)]
             uses = tuple(
-                LoraUse.of(part, base.strength(value), digest, options.rule)
+                LoraUse.of(part, base.strength(value), digest)
                 for adapter, digest, value in zip(named, digests, strengths, strict=True)
                 if (part := adapter.within(base.shapes)).targets
             )
@@ -390,7 +389,6 @@ def _run(
 
     from ltxpack.lora_bake.trial import settled
 
-    _tell(plans[0].rule, [lora.adapter for lora in plans[0].loras], reporter)
     adapters = settled(plans, reporter)
     with contextlib.ExitStack() as stack:
         bakes = [stack.enter_context(StagedBake(plan, chosen, reporter, lock)) for plan in plans]
@@ -446,19 +444,6 @@ def _writers(items: Mapping[StagedBake, WriteShard], reporter: Reporter) -> Iter
     for bake, item in items.items():
         reporter.advance(len(item.header))
         yield ShardWriter(bake.root, item.path, item.header, item.size, buffers=buffers)
-
-
-def _tell(rule: str, adapters: Sequence[Adapter], reporter: Reporter) -> None:
-    """Say what these LoRAs do under this rule that a user may not expect."""
-    for adapter in adapters:
-        scaled = sum(target.factor != 1.0 for target in adapter.targets.values())
-        if rule == "official" and scaled:
-            reporter.warn(
-                f"{adapter.path.name}: alpha differs from rank in {scaled} targets; the official rule ignores "
-                "alpha and uses the strength alone"
-            )
-        if adapter.dora:
-            reporter.note(f"{adapter.path.name}: DoRA; the strength scales its direction, not its magnitudes")
 
 
 class StagedBake(Staging):

@@ -164,7 +164,7 @@ def build_report(
         "rule": made.rule,
         "kernel": made.kernel,
         "device": made.device,
-        "loras": [_lora(lora, shapes, made.rule) for lora in loras],
+        "loras": [_lora(lora, shapes) for lora in loras],
         "changed_tensors": sum(stat.changed > 0 for stat in measured.values()),
         "changed_weights": sum(stat.changed for stat in measured.values()),
         "targeted_weights": sum(stat.elements for stat in measured.values()),
@@ -173,7 +173,7 @@ def build_report(
         "blocks": max(blocks, default=-1) + 1,
         "block_kinds": sorted({kind for block, kind in places if block is not None}),
         "kinds": _kinds(measured, shapes, quantised),
-        "targets": {key: _target(key, stat, loras, made.rule, key in quantised) for key, stat in measured.items()},
+        "targets": {key: _target(key, stat, loras, key in quantised) for key, stat in measured.items()},
     }
     if quantised:
         calibration = made.calibration and made.calibration.name
@@ -186,7 +186,7 @@ def dump(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
-def _lora(lora: LoraUse, shapes: Shapes, rule: str) -> dict[str, Any]:
+def _lora(lora: LoraUse, shapes: Shapes) -> dict[str, Any]:
     record, targets = lora.baked, lora.adapter.targets
     linears = linear_modules(shapes)
     matched = {name for name in targets if name.removesuffix(".weight") in linears}
@@ -206,7 +206,7 @@ def _lora(lora: LoraUse, shapes: Shapes, rule: str) -> dict[str, Any]:
         "left_out": list(lora.adapter.skipped),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "alphas": sorted(alphas, key=float),
-        "scales": sorted({significant(_scale(lora, name, rule)) for name in targets})
+        "scales": sorted({significant(_scale(lora, name)) for name in targets})
         if record.scale is None
         else [record.scale],
         "dora": len(lora.adapter.dora),
@@ -248,9 +248,9 @@ def _kinds(measured: Mapping[str, TargetStat], shapes: Shapes, quantised: Collec
     return kinds
 
 
-def _target(name: str, stat: TargetStat, loras: Sequence[LoraUse], rule: str, quantised: bool) -> dict[str, Any]:
+def _target(name: str, stat: TargetStat, loras: Sequence[LoraUse], quantised: bool) -> dict[str, Any]:
     terms = [
-        {"lora": i, "rank": target.rank, "scale": _scale(lora, name, rule)}
+        {"lora": i, "rank": target.rank, "scale": _scale(lora, name)}
         for i, lora in enumerate(loras)
         if (target := lora.adapter.targets.get(name)) is not None
     ]
@@ -258,7 +258,6 @@ def _target(name: str, stat: TargetStat, loras: Sequence[LoraUse], rule: str, qu
     return figures | ({"error": stat.error, "rounding": stat.rounding} if quantised else {})
 
 
-def _scale(lora: LoraUse, name: str, rule: str) -> float:
+def _scale(lora: LoraUse, name: str) -> float:
     """The factor of B·A in the target ``name`` (spec 02, section 2)."""
-    factor = 1.0 if rule == "official" else lora.adapter.targets[name].factor
-    return lora.baked.applied.at(split_name(name)[0]) * factor
+    return lora.baked.applied.at(split_name(name)[0]) * lora.adapter.targets[name].factor

@@ -108,10 +108,10 @@ def find_loras(
             head = access.header(place.remote[0])
             refuse_model(head)
             facts = read_facts(head, None, None)
-            adapter = fit_adapter(head, shapes, facts, place.name, options.allow_unmatched)
+            adapter = fit_adapter(head, shapes, facts, place.name, options.allow_unmatched).by(options.rule)
             return FoundLora(adapter, None, added, here=False)
         _fetch(place, access)
-        return FoundLora(open_adapter(place, shapes, options.allow_unmatched), None, added)
+        return FoundLora(open_adapter(place, shapes, options.allow_unmatched, options.rule), None, added)
 
     found = [named(typed, True) for typed, _ in options.added]
     if manifest.loras or not options.without_main:
@@ -130,7 +130,8 @@ def _tell(adapter: Adapter, options: BakeOptions, reporter: Reporter) -> None:
         )  # fmt: skip
     if adapter.foreign:
         reporter.warn(f"{adapter.path.name}: says that it was made for another model ({adapter.foreign})")
-    for note in adapter.notes if options.rule != "official" else ():  # it ignores alpha, and warns if that matters
+    dora = ["DoRA; the strength scales its direction, not its magnitudes"] if adapter.dora else []
+    for note in (*adapter.notes, *dora):
         reporter.note(f"{adapter.path.name}: {note}")
     for warning in adapter.warnings:
         reporter.warn(f"{adapter.path.name}: {warning}")
@@ -199,7 +200,7 @@ def _own_lora(options: BakeOptions, manifest: Manifest, shapes: Shapes) -> Found
         problem = "is missing or has changed since the overlay was written"
         raise OverlayError(problem, file=path, next=f"ltxpack verify {quoted(overlay)}")
     # A file beside the overlay's own LoRA is not its configuration.
-    return FoundLora(open_adapter(AdapterFiles(DISTILLED, path), shapes, options.allow_unmatched), lora)
+    return FoundLora(open_adapter(AdapterFiles(DISTILLED, path), shapes, options.allow_unmatched, options.rule), lora)
 
 
 def _command(options: BakeOptions, typed: str, other: str) -> str:

@@ -548,20 +548,22 @@ def test_dora_and_the_bias_of_a_factor_have_no_official_rule(
     run(overlay, 1.0, lora=str(path))
 
 
-def test_the_official_rule_tells_of_ignored_alpha(overlay: Path) -> None:
+@pytest.mark.parametrize("alpha", [8.0, 0.0])
+def test_the_official_rule_tells_of_ignored_alpha(alpha: float, overlay: Path) -> None:
     alphas = {
-        key.replace("lora_A.weight", "alpha"): torch.tensor(8.0) for key in official_keys(FACTORS) if "lora_A" in key
+        key.replace("lora_A.weight", "alpha"): torch.tensor(alpha) for key in official_keys(FACTORS) if "lora_A" in key
     }
     path = save(overlay.parent / "alpha.safetensors", official_keys(FACTORS) | alphas)
     notes = Notes()
     [report] = bake(options(overlay, 0.5, lora=str(path), rule="official"), notes)
     assert any("the official rule ignores alpha" in note for note in notes.said)
+    assert not any("alpha is 0" in note or "nothing" in note for note in notes.said)
     plain = run(overlay, 0.5, rule="official")
     one, two = (load_all(overlay / "bakes" / name) for name in (report.name, *plain))
     assert all(torch.equal(one[name], two[name]) for name in BASE)
     assert read_manifest(overlay).bakes[report.name].loras[0].scale == 0.5
     [scaled] = run(overlay, 0.5, lora=str(path), name="fp32")
-    assert read_manifest(overlay).bakes[scaled].loras[0].scale == 1.0
+    assert read_manifest(overlay).bakes[scaled].loras[0].scale == 0.5 * alpha / 4
 
 
 def test_no_overlay_no_lora_no_device(tmp_path: Path, overlay: Path) -> None:

@@ -37,7 +37,7 @@ ATTENTIONS = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_at
 
 def applied(path: Path, strength: float = 1.0) -> LoraUse:
     """The LoRA in ``path``, as a bake has it."""
-    return LoraUse.of(opened(path, allow_unmatched=True), strength, "ab" * 32, "fp32")
+    return LoraUse.of(opened(path, allow_unmatched=True), strength, "ab" * 32)
 
 
 def measured(change: float | None) -> TargetStat:
