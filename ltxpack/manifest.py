@@ -135,7 +135,7 @@ class BakedLora:
     @property
     def idle(self) -> bool:
         """Whether the LoRA adds nothing, because its strength is 0."""
-        return not any(self.applied.numbers)
+        return self.applied.idle
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,11 @@ class Strength:
         """All numbers: the one outside the blocks, then those of the blocks."""
         return (self.value, *(run.strength for run in self.blocks))
 
+    @property
+    def idle(self) -> bool:
+        """Whether a LoRA at this strength adds nothing."""
+        return not any(self.numbers)
+
     def at(self, block: int | None) -> float:
         """The strength in ``block``, or outside all blocks."""
         inside = (run.strength for run in self.blocks if block is not None and run.first <= block <= run.last)

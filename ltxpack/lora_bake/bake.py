@@ -58,7 +58,9 @@ def plan_bake(options: BakeOptions, reporter: Reporter) -> dict[str, Any]:
     total = sum(file["bytes"] for file in files)
     plan: dict[str, Any] = {"files": files, "missing": [], "total_bytes": total, "written_bytes": written}
     if files:
-        plan["arithmetic"] = _time(arithmetic, adapters, len({made.recorded for made in plans}))
+        uses = zip(*(made.loras for made in plans if made.base.place == BAKES), strict=True)
+        used = [of[0].adapter for of in uses if options.rule == "official" or not all(use.baked.idle for use in of)]
+        plan["arithmetic"] = _time(arithmetic, used, len({made.recorded for made in plans}))
     return plan
 
 
@@ -222,14 +224,17 @@ class _Wanted:
     def plans(self, reporter: Reporter | None = None) -> list[BakePlan]:
         """One plan per strength and format, and one per strength for the text path.
 
-        With a ``reporter`` it reads the LoRAs' values. Raises the errors of :meth:`.FoundLora.digest`, AdapterError (a
-        method that the official rule does not know, a model that would be distilled twice, an activations file of
-        another bake, a text path that no LoRA changes) or UsageError (unknown blocks).
+        With a ``reporter`` it reads the LoRAs' values, but none of the overlay's own LoRA at 0. Raises UsageError
+        (unknown blocks), AdapterError (a method that the official rule does not know, a model that would be distilled
+        twice, an activations file of another bake, a text path that no LoRA changes) and the errors of
+        :meth:`.FoundLora.digest`.
         """
-        options, digests = self.options, [lora.digest(reporter) for lora in self.loras]
+        options = self.options
         if options.rule == "official":
             _refuse_beyond_official([lora.adapter for lora in self.loras], options)
-        _refuse_absent_blocks(options, self.bases[BAKES])
+        linears = _absent_blocks_refused(options, self.bases[BAKES])
+        unused = options.rule != "official" and all(Strength.of(by).idle for by in options.strengths)
+        digests = [lora.digest(None if unused and lora.own else reporter) for lora in self.loras]
         named = [lora.named(digest, self.manifest, options) for lora, digest in zip(self.loras, digests, strict=True)]
         plans: dict[str, BakePlan] = {}
         for (place, base), strength in itertools.product(self.bases.items(), options.strengths):
@@ -244,7 +249,7 @@ class _Wanted:
                 name = options.name or bake_name([(use.baked.name, use.baked.applied) for use in uses], form)
                 plan = BakePlan(name, uses, options.rule, base, options.overlay)
                 if uses or not named:  # else the LoRAs change only the text path, or nothing of it
-                    plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options))
+                    plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options, linears))
         _refuse_twice_distilled(plans.values(), self, reporter)
         if options.text and not any(plan.base.place == TEXT_ENCODERS for plan in plans.values()):
             files = [adapter.path.name for adapter in named]
@@ -291,7 +296,8 @@ def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -
         raise AdapterError(f"the official rule has no {methods}", items=names, next=options.command(rule="fp32"))
 
 
-def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
+def _absent_blocks_refused(options: BakeOptions, base: Base) -> tuple[str, ...]:
+    """The linears that become codes. Raises UsageError for blocks that are not there."""
     given = [Strength.of(by) for by in (*options.strengths, *(by for _, by in options.added))]
     there = {block for block, _ in map(split_name, base.shapes) if block is not None}
     count, last = max(there, default=-1) + 1, max((run.last for by in given for run in by.blocks), default=-1)
@@ -301,6 +307,9 @@ def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
             "a strength names a block that is not there", file=options.overlay, expected=f"blocks 0 to {count - 1}",
             found=last, next=within.command(),
         )  # fmt: skip
+    if options.formats == (BF16,):
+        return ()
+    return quantised_linears(base.shapes, options.keep_blocks, options.command(keep_blocks=()))
 
 
 def _refuse_twice_distilled(plans: Iterable[BakePlan], wanted: _Wanted, reporter: Reporter | None) -> None:
@@ -320,9 +329,8 @@ def _refuse_twice_distilled(plans: Iterable[BakePlan], wanted: _Wanted, reporter
         reporter.warn(f"{options.overlay}: the base is a distilled one; with {listed(twice)} it is distilled twice")
 
 
-def _quantised(plan: BakePlan, form: str, options: BakeOptions) -> BakePlan:
-    """``plan`` with the linears that ``form`` stores in codes, and for fp8 the scales of their inputs."""
-    linears = quantised_linears(plan.base.shapes, options.keep_blocks, options.command(keep_blocks=()))
+def _quantised(plan: BakePlan, form: str, options: BakeOptions, linears: tuple[str, ...]) -> BakePlan:
+    """``plan`` with the ``linears`` stored in codes of ``form``, and for fp8 the scales of their inputs."""
     calibration = None
     if form == FP8 and options.activations is not None:
         loras = tuple((lora.blake3, lora.stated) for lora in plan.recorded if not lora.idle)

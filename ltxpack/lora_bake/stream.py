@@ -12,7 +12,7 @@ import itertools
 import os
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,8 @@ class Engine:
         hasher = blake3()
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(RangeReader([step.range for step in steps], in_flight=2, kept=1))
-            terms = self._terms_ahead(dict.fromkeys(step.info.name for step in steps if step.info and step.chunks))
+            names = dict.fromkeys(step.info.name for step in steps if step.info and step.chunks)
+            terms = self._terms_ahead({name: self._used(name, outputs) for name in names})
             fusing = _Fusing(self, outputs, terms, stack.enter_context(ThreadPoolExecutor(1, "ltxpack-out")))
             hashed = self.pool.submit(hasher.update, b"")
             for step, data in zip(steps, reader, strict=True):
@@ -234,24 +235,29 @@ class Engine:
             group = chunks[i : i + together]
             yield info.start + group[0][0] * row, info.start + group[-1][1] * row, group
 
-    def _terms_ahead(self, names: Iterable[str]) -> Iterator[list[Term | None]]:
-        """Every adapter's term for each weight in order; loads those of the next weight meanwhile."""
+    def _used(self, name: str, outputs: Sequence[ShardOutput]) -> list[bool]:
+        """For each adapter whether its term for the weight is needed: at a strength of 0 only by the official rule."""
+        rows = [output.strengths(name) for output in outputs if name in output.touched]
+        return [self.whole or any(strengths) for strengths in zip(*rows, strict=True)]
+
+    def _terms_ahead(self, used: Mapping[str, Sequence[bool]]) -> Iterator[list[Term | None]]:
+        """Every used adapter's term for each weight in order; loads those of the next weight meanwhile."""
         # Three sets of workspaces take turns: one behind unfinished sums, one in use, one being filled.
         works = itertools.cycle([[Workspace() for _ in self.readers] for _ in range(3)])
         ahead: deque[Future[list[Term | None]]] = deque()
-        for name in names:
-            ahead.append(self.pool.submit(self._load, name, next(works)))
+        for name, needed in used.items():
+            ahead.append(self.pool.submit(self._load, name, needed, next(works)))
             if len(ahead) == 2:
                 yield ahead.popleft().result()
         for last in ahead:
             yield last.result()
 
-    def _load(self, name: str, works: Sequence[Workspace]) -> list[Term | None]:
-        """Every adapter's term for a weight, ready for the kernel, each in its own workspace."""
+    def _load(self, name: str, used: Sequence[bool], works: Sequence[Workspace]) -> list[Term | None]:
+        """Every used adapter's term for a weight, ready for the kernel, each in its own workspace."""
         device, kernel = self.arithmetic.device, self.arithmetic.kernel
-        terms = [reader.term(name, work, device) for reader, work in zip(self.readers, works, strict=True)]
-        pairs = zip(terms, works, strict=True)
-        return [term and term.prepared(kernel, work, self.measure) for term, work in pairs]
+        own = zip(self.readers, used, works, strict=True)
+        terms = [(reader.term(name, work, device) if needed else None, work) for reader, needed, work in own]
+        return [term and term.prepared(kernel, work, self.measure) for term, work in terms]
 
 
 @dataclass

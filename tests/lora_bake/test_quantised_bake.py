@@ -13,7 +13,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_support import INDEX, baked, change_byte, linears, low_rank, make_overlay, official_keys, random_weights, save
+from lora_support import (
+    INDEX,
+    LORA_FILE,
+    baked,
+    change_byte,
+    linears,
+    low_rank,
+    make_overlay,
+    official_keys,
+    random_weights,
+    save,
+)
 from safetensors import safe_open
 from support import distance, load, load_all, ltxpack, refused, tree
 
@@ -21,7 +32,7 @@ from ltxpack.activations import FORMAT, activation_scale, base_digest
 from ltxpack.files.tensorfile import read_index
 from ltxpack.lora_bake.fuse import Workspace
 from ltxpack.lora_bake.quantise import encode, hadamard
-from ltxpack.lora_bake.stream import Engine
+from ltxpack.lora_bake.stream import Engine, FactorReader
 from ltxpack.ltx23.codes import kept_blocks, rotated_together
 from ltxpack.manifest import MANIFEST_NAME, read_manifest
 
@@ -217,6 +228,16 @@ def test_the_base_alone_is_quantised_without_a_lora(overlay: Path) -> None:
     assert baked(overlay, "--strength", 0, "--format", "fp8", "--keep-blocks", "none") == ["base-fp8"]
     assert read_manifest(overlay).bakes["base-fp8"].loras == ()
     assert "no distilled LoRA" in refused(ltxpack("bake-lora", overlay, "--strength", 0), 1)
+
+
+def test_the_overlays_own_lora_at_0_is_not_read(overlay: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_byte(overlay / LORA_FILE)
+    assert "has changed" in refused(ltxpack("bake-lora", overlay, "--strength", "1"), 1)
+    monkeypatch.setattr(FactorReader, "term", None)
+    wanted = ("bake-lora", overlay, "--strength", "0", "--format", "fp8", "--keep-blocks", "none")
+    assert json.loads(ltxpack(*wanted, "--plan", "--json").stdout)["arithmetic"]["flop"] == 0
+    assert ltxpack(*wanted).returncode == 0
+    assert "--keep-blocks names a block" in refused(ltxpack(*wanted, "--strength", "1", "--keep-blocks", "9"), 2)
 
 
 def test_weights_of_zeros_have_the_scale_1_and_what_is_not_finite_is_named(tmp_path: Path) -> None:
