@@ -8,6 +8,7 @@ from pathlib import Path
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.codes import kept_blocks
+from ltxpack.ltx23.releases import OFFICIAL_REPO
 from ltxpack.manifest import BF16, RULES, Bake, usual_name
 from ltxpack.runtime.overlay import BAKED, BASE, STRENGTH, Overlay, asked_stages, choose, form_of, official_transformers
 from ltxpack.runtime.request import Request
@@ -16,7 +17,6 @@ from ltxpack.runtime.settings import AUTO, SessionSettings, Settings, words
 from ltxpack.runtime.weights.report import Command
 from ltxpack.runtime.weights.sizes import TRANSFORMER, read_configs
 
-PUBLISHED = "Lightricks/LTX-2.3"
 DEFAULT_FOLDER = Path("out")
 
 
@@ -72,7 +72,7 @@ def commands(
 
 def _materialized(overlay: Overlay | None) -> str:
     if overlay is None:
-        return f"ltxpack materialize {PUBLISHED} {DEFAULT_FOLDER}"
+        return f"ltxpack materialize {OFFICIAL_REPO} {DEFAULT_FOLDER}"
     source = overlay.manifest.source
     words = ["ltxpack materialize", source.repo or "SOURCE", quoted(overlay.root)]
     if overlay.manifest.distilled:  # not the default of materialize

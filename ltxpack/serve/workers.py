@@ -16,15 +16,14 @@ from ltxpack.errors import LtxpackError
 from ltxpack.reporter import Reporter
 from ltxpack.runtime.parallel.contract import Opening, WorkerFault
 from ltxpack.serve.jobs import QUEUED, Job, Jobs
-from ltxpack.serve.links import Died, Message, WorkerLink, Workplace
+from ltxpack.serve.links import END, Died, Message, WorkerLink, Workplace
 from ltxpack.serve.metrics import Metrics
 
 P = ParamSpec("P")
 R = TypeVar("R")
 STARTING, IDLE, BUSY, DOWN = "starting", "idle", "busy", "down"
-# Seconds: between looks whether an idle worker is alive, before what failed is tried again, until a worker must have
-# ended.
-LOOK, FIRST_PAUSE, LONGEST_PAUSE, END = 1.0, 0.5, 30.0, 10.0
+# Seconds: between looks whether an idle worker is alive, and before what failed is tried again.
+LOOK, FIRST_PAUSE, LONGEST_PAUSE = 1.0, 0.5, 30.0
 # What is called with the reason for which a worker cannot even begin; None: such a one is tried again for ever.
 OnFault = Callable[[LtxpackError], None] | None
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltxpack.errors import UsageError
+from ltxpack.ltx23.classes import TEXT_TOKENS
 from ltxpack.runtime.model.config import DiTConfig
 from ltxpack.runtime.model.rope import Rotation, rotate, split_heads
 
@@ -39,8 +40,8 @@ AGREEMENT = 2e-2
 MARGIN = 1.03
 # Enough tokens to fill a large card, few enough for a small one: 0.5 GB of operands at 32 heads of 128 in bf16.
 VIDEO_TOKENS = 16384
-# Tokens of the text, and of the sound of 121 frames at 24 fps.
-TEXT_TOKENS, AUDIO_TOKENS = 1024, 126
+# Tokens of the sound of 121 frames at 24 fps.
+AUDIO_TOKENS = 126
 # (Queries, keys) of the first, small comparisons, with either one larger; the sound of a single frame is one token.
 PROBED = ((200, 101), (101, 200), (101, 1), (1, 101), (1, 1))
 # The first version of cuDNN whose attention is right for lengths that 128 does not divide (pytorch 169849). torch

@@ -25,11 +25,9 @@ from ltxpack.runtime.parallel.exchange import Exchange
 from ltxpack.runtime.parallel.front import Front
 from ltxpack.runtime.parallel.schemes import AUTO, WHOLE, Counted, Rates, Split, as_shared, shared
 from ltxpack.runtime.sampling.guidance import Model
-from ltxpack.runtime.sampling.shape import AV
+from ltxpack.runtime.text.prompt_cache import Contexts
 from ltxpack.runtime.torch_settings import rounding
 from ltxpack.runtime.weights.plan import Work
-
-Contexts = list[AV[Tensor]]
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ from ltxpack.runtime.parallel.contract import Opening, Worker
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, meeting_place, store_in
 from ltxpack.runtime.parallel.process import LEFT, ProcessWorker
-from ltxpack.runtime.parallel.ranks import Contexts, Member, Numerics
+from ltxpack.runtime.parallel.ranks import Member, Numerics
 from ltxpack.runtime.parallel.schemes import AUTO, Counted
 from ltxpack.runtime.sampling.recipes import stage_label
 from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.text.prompt_cache import Contexts
 from ltxpack.runtime.weights.plan import Work
 
 WORKER = "ltxpack.runtime.parallel.worker"

@@ -18,11 +18,12 @@ from ltxpack.runtime.parallel.contract import Next, Tell
 from ltxpack.runtime.parallel.devices import Launched
 from ltxpack.runtime.parallel.exchange import Exchange, store_in
 from ltxpack.runtime.parallel.process import run_worker
-from ltxpack.runtime.parallel.ranks import Contexts, Member, Numerics
+from ltxpack.runtime.parallel.ranks import Member, Numerics
 from ltxpack.runtime.parallel.team import DECODE, EXPLAINED, READY, Joining
 from ltxpack.runtime.recipe_run import decode_share, latents_of
 from ltxpack.runtime.session import Session
 from ltxpack.runtime.settings import SessionSettings
+from ltxpack.runtime.text.prompt_cache import Contexts
 from ltxpack.runtime.weights.plan import Work
 
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 from ltxpack.ltx23.classes import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS
 from ltxpack.ltx23.codes import I8
+from ltxpack.ltx23.expected import FEED_FORWARD
 from ltxpack.runtime.codecs.tiles import DecoderSizes, Tiles, Tiling
 from ltxpack.runtime.parallel.schemes import WHOLE, Split
-from ltxpack.runtime.sampling.shape import VideoShape
+from ltxpack.runtime.sampling.shape import VIDEO_CHANNELS, VideoShape
 
-LATENT_CHANNELS = 128
 FLOAT32, INT32, FLOAT64 = 4, 4, 8
-FEED_FORWARD = 4
 PROMPTS = 2
 COLOURS = 3
 # The planner asks for one video again and again.
@@ -80,7 +79,7 @@ def sampling(
     states = held * (own * widths.video + shape.audio_length * widths.audio)
     text = (2 * own_prompts + prompts) * TEXT_TOKENS * (widths.video + widths.audio)
     rope = (tokens + (own if split.shards > 1 else 0)) * (widths.video + widths.audio)
-    sampler = 4 * tokens * LATENT_CHANNELS * FLOAT64
+    sampler = 4 * tokens * VIDEO_CHANNELS * FLOAT64
     inner = FEED_FORWARD * widths.video
     coded = inner * own * (1 + max(0, INT32 - itemsize)) if codes == I8 else 0
     coded += inner * max(0, widths.video - own) * itemsize + CODED if codes else 0
@@ -118,7 +117,7 @@ def image_encoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
 
 def upsampling(widths: Widths, shape: VideoShape, itemsize: int) -> int:
     """The latent upsampler at its output's size: four tensors in a residual block."""
-    return (4 * widths.upsampler + 2 * LATENT_CHANNELS) * shape.tokens * itemsize
+    return (4 * widths.upsampler + 2 * VIDEO_CHANNELS) * shape.tokens * itemsize
 
 
 def sound_decoding(widths: Widths, shape: VideoShape, itemsize: int) -> int:
@@ -144,7 +143,7 @@ def video_decoding(widths: Widths, shape: VideoShape, itemsize: int, tiling: Til
     """
     tile = Tiles.of(shape.grid, tiling).largest
     frames = _frames(tile[0])
-    area = math.prod(tile[1:]) * 32 * 32
+    area = math.prod(tile[1:]) * SPATIAL_FACTOR**2
     patches = area // widths.patch**2
     conv = (9 * frames + 8) * widths.decoder * patches // 2
     unpatch = 2 * 3 * frames * area
@@ -160,4 +159,4 @@ def frames_on_host(shape: VideoShape, tiling: Tiling) -> int:
 
 
 def _frames(latents: int) -> int:
-    return 8 * (latents - 1) + 1
+    return TEMPORAL_FACTOR * (latents - 1) + 1
