@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ltxpack.errors import UsageError, quoted
 from ltxpack.ltx23.classes import DISTILLED
 from ltxpack.ltx23.codes import kept_blocks
-from ltxpack.ltx23.releases import OFFICIAL_REPO
+from ltxpack.ltx23.releases import CHECKPOINT, DEFAULT_FILES, OFFICIAL_REPO, PATTERNS, TEXT_ENCODER, TEXT_ENCODER_REPO
 from ltxpack.manifest import BF16, RULES, Bake, usual_name
 from ltxpack.runtime.overlay import BAKED, BASE, STRENGTH, Overlay, asked_stages, choose, form_of, official_transformers
 from ltxpack.runtime.request import Request
@@ -71,12 +72,20 @@ def commands(
 
 
 def _materialized(overlay: Overlay | None) -> str:
+    """The command that made ``overlay``, with flags for the inputs that it would not take by itself."""
     if overlay is None:
         return f"ltxpack materialize {OFFICIAL_REPO} {DEFAULT_FOLDER}"
     source = overlay.manifest.source
     words = ["ltxpack materialize", source.repo or "SOURCE", quoted(overlay.root)]
-    if overlay.manifest.distilled:  # not the default of materialize
-        words += [f"--checkpoint {quoted(file.name)}" for file in source.files if file.role == "checkpoint"]
+    for file in source.files:
+        # A checkpoint with a name of its own may be SOURCE itself.
+        if file.role in PATTERNS and (source.repo or file.role != CHECKPOINT or overlay.manifest.distilled):
+            usual = DEFAULT_FILES[file.role] if source.repo else PATTERNS[file.role]
+            elsewhere = f"{file.repo}/" if file.repo not in (None, source.repo) else ""
+            if file.repo != source.repo or not fnmatchcase(file.name.lower(), usual):
+                words.append(f"--{file.role} {quoted(elsewhere + file.name)}")
+    encoders = dict.fromkeys(file.repo for file in source.files if file.role == TEXT_ENCODER)
+    words += [f"--text-encoder {repo}" for repo in encoders if repo not in (None, source.repo, TEXT_ENCODER_REPO)]
     return " ".join(words)
 
 

@@ -19,6 +19,8 @@ from support import in_fresh_process, ltxpack, refused
 
 from ltxpack.cli.plan import plan as command
 from ltxpack.cli.run import run
+from ltxpack.files.publish import atomic_write
+from ltxpack.ltx23.releases import DEFAULT_FILES, OFFICIAL_REPO
 from ltxpack.manifest import load_schema
 from ltxpack.runtime.weights import machine
 
@@ -275,8 +277,10 @@ def test_the_commands_name_the_distilled_checkpoint_and_a_lora_of_ones_own(demo:
     distilled = checkpoint.rename(source / checkpoint.name.replace("dev", "distilled"))
     (lora,) = source.glob("*lora*.safetensors")
     mine = lora.rename(tmp_path / "mine.safetensors")
+    (upsampler,) = source.glob("*upscaler*.safetensors")
+    larger = upsampler.rename(tmp_path / "my larger.safetensors")
     out = tmp_path / "out"
-    made = ltxpack("materialize", source, out, "--checkpoint", distilled.name)
+    made = ltxpack("materialize", source, out, "--checkpoint", distilled.name, "--upsampler", larger)
     assert made.stdout.splitlines()[-1] == f"next: ltxpack run {out} --prompt 'Waves on a beach' --recipe distilled"
     assert ltxpack("bake-lora", out, "--lora", mine, "--strength", "0.5").returncode == 0
     coded = ("--name", "coded", "--format", "fp8", "--keep-blocks", "1")
@@ -284,10 +288,23 @@ def test_the_commands_name_the_distilled_checkpoint_and_a_lora_of_ones_own(demo:
     given = ("--recipe", "distilled", "--stage1", "mine-0.5", "--stage2", "coded")
     commands = planned(out, *given, "--vram", "24GB", "--ram", "64GB")["commands"]
     assert [each["command"] for each in commands][:3] == [
-        f"ltxpack materialize SOURCE {out} --checkpoint {distilled.name}",
+        f"ltxpack materialize SOURCE {out} --checkpoint {distilled.name} --upsampler 'my larger.safetensors'",
         f"ltxpack bake-lora {out} --lora mine.safetensors --strength 0.5",
         f"ltxpack bake-lora {out} --lora mine.safetensors --strength 0.7 {' '.join(coded)}",
     ]
+
+
+def test_the_commands_name_inputs_that_are_not_the_published_ones(overlay: Path) -> None:
+    document = json.loads((overlay / "ltxpack.json").read_bytes())
+    names = {"checkpoint": DEFAULT_FILES["checkpoint"], "lora": "b.safetensors", "upsampler": "a.safetensors"}
+    for file in document["source"]["files"]:
+        file["name"] = names.get(file["role"], file["name"])
+        file["repo"] = {"lora": "me/loras", "text_encoder": "me/gemma"}.get(file["role"], OFFICIAL_REPO)
+    document["source"]["repo"] = OFFICIAL_REPO
+    atomic_write(overlay / "ltxpack.json", json.dumps(document).encode())
+    told = planned(overlay, "--vram", "24GB", "--ram", "64GB")["commands"][0]["command"]
+    flags = "--lora me/loras/b.safetensors --upsampler a.safetensors --text-encoder me/gemma"
+    assert told == f"ltxpack materialize {OFFICIAL_REPO} {overlay} {flags}"
 
 
 def test_what_fits_nowhere_is_refused_with_numbers_and_what_is_no_overlay(tmp_path: Path) -> None:
