@@ -382,11 +382,11 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str | None]]:
         scales = len(bake.quantised) if bake.calibration is None else len(bake.calibration.scales)
         if scales != len(bake.quantised) or (bake.format == BF16) != (not bake.quantised):
             yield f"has a form, quantised linears and input scales of the bake {name} that do not go together", None
-        if not all(_in_order(lora.applied) for lora in bake.loras if lora.blocks):
-            yield f"has strengths for blocks of the bake {name} that overlap or are out of order", None
+        if not all(_is_sound(lora.applied) for lora in bake.loras):
+            yield f"has strengths of the bake {name} that are too large, overlap or are out of order", None
 
 
-def _in_order(strength: Strength) -> bool:
+def _is_sound(strength: Strength) -> bool:
     try:
         return Strength.of(strength) == strength and all(run.first <= run.last for run in strength.blocks)
     except UsageError:

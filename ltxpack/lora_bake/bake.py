@@ -183,7 +183,7 @@ def remake(overlay: Path, folder: str, files: Mapping[str, AdapterFiles], report
             scan(adapter, reporter, lora.blake3)
             loras.append(LoraUse(adapter.within(base.shapes), lora))
         arithmetic = Arithmetic(made.rule, made.kernel, made.device)
-        if not _usable(arithmetic, made.rule):
+        if not _usable(arithmetic, made.rule, made.format):
             options = BakeOptions(overlay, (), rule=made.rule, formats=(made.format,))
             arithmetic = _arithmetic(options, [lora.adapter for lora in loras])
         form = (made.format, made.quantised, made.calibration)
@@ -379,14 +379,14 @@ def _time(arithmetic: Arithmetic, adapters: Sequence[Adapter], strengths: int) -
     return {**dataclasses.asdict(arithmetic), "flop": flop, "flop_per_second": rate, "seconds": flop / rate}
 
 
-def _usable(arithmetic: Arithmetic, rule: str) -> bool:
-    """Whether this version knows a recorded arithmetic, and this machine has its device and kernel."""
+def _usable(arithmetic: Arithmetic, rule: str, form: str) -> bool:
+    """Whether a recorded arithmetic makes bakes by ``rule`` in ``form``, and this machine has its device and kernel."""
     import torch
 
     from ltxpack.lora_bake.fuse import has_kernel
 
     here = arithmetic.device == "cpu" or (arithmetic.device == "cuda" and torch.cuda.is_available())
-    return arithmetic.rule == rule and here and has_kernel(arithmetic.kernel, arithmetic.device)
+    return arithmetic.rule == rule and here and has_kernel(arithmetic.kernel, arithmetic.device, rule, form != BF16)
 
 
 def _run(
@@ -508,7 +508,7 @@ class StagedBake(Staging):
         except (KeyError, TypeError, ValueError):
             return False
         fused = {tensor.name for tensor in item.tensors if tensor.nbytes and tensor.name in self.plan.touched}
-        known = arithmetic == self.arithmetic if self._stats else _usable(arithmetic, self.plan.rule)
+        known = arithmetic == self.arithmetic if self._stats else _usable(arithmetic, self.plan.rule, self.plan.form)
         if sound := known and stats.keys() == fused:
             self.arithmetic = arithmetic
             self._stats |= stats

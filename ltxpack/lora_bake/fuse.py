@@ -138,14 +138,17 @@ def choose_kernel(
         return "official" if fast or flop <= SLOW_FLOP else "official-fp32"
     if plain_bf16 and fast and lora_count == 1 and not codes:
         return "addmm"
-    return "fp32-bf16" if plain_bf16 and has_kernel("fp32-bf16", device) else "fp32"
+    return "fp32-bf16" if plain_bf16 and has_kernel("fp32-bf16", device, rule, codes) else "fp32"
 
 
-def has_kernel(kernel: str, device: str) -> bool:
-    """Whether this machine and this torch can do what ``kernel`` says; another machine may have recorded it."""
-    if kernel == "fp32-bf16":
-        return device == "cpu" and _FP32_PRECISION and cpu_has_bf16_unit()
-    return kernel in KERNELS
+def has_kernel(kernel: str, device: str, rule: str, codes: bool) -> bool:
+    """Whether ``kernel`` carries out ``rule``, also for sums that become ``codes``, on this machine with this torch.
+
+    Another machine may have recorded it.
+    """
+    if kernel == "fp32-bf16" and not (device == "cpu" and _FP32_PRECISION and cpu_has_bf16_unit()):
+        return False
+    return kernel in KERNELS and (kernel in WHOLE) == (rule == "official") and not (codes and kernel == "addmm")
 
 
 def cpu_has_bf16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

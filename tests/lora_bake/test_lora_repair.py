@@ -120,6 +120,27 @@ def test_a_bake_of_the_bf16_unit_is_repaired_without_it(
     assert read_manifest(overlay).bakes[PLAIN].kernel != "fp32-bf16"
 
 
+@pytest.mark.parametrize(
+    ("form", "kernel", "strength"), [("fp8", "addmm", 0.5), ("bf16", "official", 0.5), ("bf16", "fp32", 1e300)]
+)
+def test_a_manifest_that_states_the_impossible_repairs_or_is_refused(
+    form: str, kernel: str, strength: float, overlay: Path
+) -> None:
+    [report] = bake(BakeOptions(overlay, (0.5,), formats=(form,), keep_blocks=() if form != "bf16" else None), SILENT)
+    manifest = read_manifest(overlay)
+    made = manifest.bakes[report.name]
+    loras = tuple(dataclasses.replace(lora, strength=strength) for lora in made.loras)
+    made = dataclasses.replace(made, kernel=kernel, loras=loras)
+    (overlay / "ltxpack.json").write_bytes(manifest.with_bake(report.name, made).dump())
+    spoil(shard_of(overlay, report.name))
+    if strength == 1e300:
+        with pytest.raises(OverlayError, match="that are too large, overlap"):
+            restore(overlay, SILENT)
+        return
+    assert restore(overlay, SILENT) == []
+    assert read_manifest(overlay).bakes[report.name].kernel != kernel
+
+
 def test_a_bake_that_comes_out_otherwise_than_recorded_is_made_all_the_same(overlay: Path) -> None:
     whole = tree(overlay)
     manifest = read_manifest(overlay)
