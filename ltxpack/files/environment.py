@@ -42,7 +42,7 @@ def set_aside() -> list[str]:
         (SECONDS, f"a whole number of seconds from 0 to {LONGEST_SECONDS}", _is_seconds),
         (WHOLE_NUMBERS, "a whole number", _reads(int)),
         (NUMBERS, "a number", _reads(float)),
-        ((ENDPOINT,), "an address", bool),
+        ((ENDPOINT,), "an address", lambda value: value != "" and _reads(urlsplit)(value)),
     ):
         for name in names:
             value = os.environ.get(name)
@@ -95,7 +95,7 @@ def _is_seconds(value: str) -> bool:
     return _reads(int)(value) and 0 <= int(value) <= LONGEST_SECONDS
 
 
-def _reads(kind: type[int] | type[float]) -> Callable[[str], bool]:
+def _reads(kind: Callable[[str], object]) -> Callable[[str], bool]:
     def reads(value: str) -> bool:
         try:
             kind(value)

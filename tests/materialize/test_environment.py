@@ -177,6 +177,7 @@ def test_a_socks_proxy_is_used(scheme: str, server: HubServer, monkeypatch: pyte
         ("DIFFUSERS_TIMEOUT_REMOTE_CODE", "10s", "whole number"),
         ("TQDM_MININTERVAL", "often", "a number"),
         ("TQDM_NCOLS", "1.5", "whole number"),
+        ("HF_ENDPOINT", "https://[::1", "an address"),
     ],
 )
 def test_what_stops_an_import_is_left_out_and_told(
