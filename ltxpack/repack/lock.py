@@ -114,7 +114,7 @@ class OverlayLock:
         try:
             told = json.loads(os.pread(fd, 4096, 0))
             holder = f"process {int(told['pid'])} on {str(told['host'])[:80]}"
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             holder = None
         os.close(fd)
         return OverlayError(

@@ -404,6 +404,15 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
     assert precious.read_bytes() == b"x"
 
 
+def test_a_lock_that_says_nonsense_names_no_process(tmp_path: Path) -> None:
+    with OverlayLock(tmp_path / "out"):
+        for nonsense in (b"[" * 4096, b'{"pid": null}', b"\xff"):
+            (tmp_path / ".out.lock").write_bytes(nonsense)
+            with pytest.raises(OverlayError, match="in use by another ltxpack") as caught:
+                OverlayLock(tmp_path / "out").__enter__()
+            assert caught.value.found is None
+
+
 def test_the_lock_is_the_same_whoever_may_write_beside_the_overlay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
