@@ -88,12 +88,12 @@ def _status() -> int:
         say_error(f"interrupted; the same command {_what_again(sys.argv[1:])}")
         return INTERRUPTED
     except OSError as error:
-        denied = isinstance(error, PermissionError)
-        advice = "correct the permissions there" if denied else "make room there or choose another place"
-        say_error(
-            f"{error.filename or 'a file'}: {error.strerror or error}\n"
-            f"  next: {advice}, then run the same command again"
-        )
+        named, advice = error.filename or "a file", "make room there or choose another place"
+        if isinstance(error, PermissionError):
+            advice = "correct the permissions there"
+        elif "temporary directory" in str(error):  # of Python's tempfile, as in a container that is read-only
+            named, advice = "temporary files", "make room in one of these, or set TMPDIR to a folder of yours"
+        say_error(f"{named}: {error.strerror or error}\n  next: {advice}, then run the same command again")
     except MemoryError:
         say_error("the machine has too little free memory\n  next: close other programs and run the command again")
     return 1

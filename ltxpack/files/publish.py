@@ -10,6 +10,7 @@ import contextlib
 import errno
 import glob
 import os
+import resource
 import secrets
 import shutil
 import stat
@@ -229,6 +230,8 @@ def _told(error: OSError, path: Path) -> tuple[str, str]:
     """The problem, and its remedy."""
     if error.errno == errno.ENOSPC and lacks_inodes(path):
         return "the disk takes no more files: it has no free inodes", "remove some files there (df -i counts inodes)"
+    if error.errno == errno.EFBIG and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        return "is larger than this shell allows (ulimit -f)", "raise that limit"
     return WRITE_PROBLEMS.get(error.errno or 0, (f"cannot be written: {error.strerror or error}", "correct that"))
 
 

@@ -7,11 +7,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support import REPOSITORY, in_fresh_process, ltxpack, refused
 
-from ltxpack.cli import COMMANDS, _what_again
+from ltxpack.cli import COMMANDS, _what_again, cli
 from ltxpack.runtime.model.kernels import AUTO, KERNELS
 
 
@@ -81,6 +82,14 @@ def test_a_file_of_somebody_else_is_no_work_for_a_repair(overlay: Path) -> None:
         assert "next: ltxpack verify" not in done.stdout
     (overlay / "scheduler" / "scheduler_config.json").unlink()
     assert f"next: ltxpack verify {overlay} --repair" in ltxpack("verify", overlay).stdout
+
+
+def test_without_a_folder_for_temporary_files_the_way_on_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the import of torch's compiler, or what starts other processes, looks for one."""
+    lost = FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+    monkeypatch.setattr(cli, "main", mock.Mock(side_effect=lost))
+    told = refused(ltxpack("run", "out"), 1)
+    assert told.startswith(f"error: temporary files: {lost.strerror}\n") and "set TMPDIR" in told
 
 
 def test_what_becomes_of_an_interrupted_command() -> None:

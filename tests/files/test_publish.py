@@ -73,6 +73,14 @@ def test_a_disk_without_inodes_is_not_called_full(mount: Mount, tmp_path: Path) 
         check_writable(tmp_path / "disk/two", "-o", "two")
 
 
+def test_a_limit_of_the_shell_is_not_taken_for_that_of_the_filesystem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (8, 8))
+    with pytest.raises(OverlayError, match=r"larger .*ulimit -f.*\n.*raise that limit"), write_errors(tmp_path):
+        raise OSError(errno.EFBIG, "File too large")
+
+
 def test_of_a_rename_the_place_is_named_where_something_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "new").write_bytes(b"x")
     (tmp_path / "there").mkdir()
