@@ -224,6 +224,14 @@ class Manifest:
         }
         return dataclasses.replace(self, bakes=of[BAKES], text_encoders=of[TEXT_ENCODERS])
 
+    def in_place(self, root: Path) -> tuple[Manifest, tuple[str, ...]]:
+        """This manifest without the bakes whose folders in ``root`` were removed; and these folders.
+
+        A bake takes 38 GB, and whoever removes its folder means to do without it.
+        """
+        removed = tuple(folder for folder in self.baked if not (root / folder).is_dir())
+        return self.with_baked({at: bake for at, bake in self.baked.items() if at not in removed}), removed
+
     def dump(self) -> bytes:
         """The file's bytes: the same manifest always gives the same bytes."""
         document = dataclasses.asdict(self, dict_factory=_without_later_fields)

@@ -282,7 +282,7 @@ def _stated(path: Path, tensors: TensorFile, read: forms.ReadTensor) -> dict[str
 
 
 def _overlay(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
+    manifest, removed = read_manifest(folder).in_place(folder)
     components = {
         name: {
             "class": f"{component.library}.{component.class_name}",
@@ -313,6 +313,7 @@ def _overlay(folder: Path) -> dict[str, Any]:
         "loras": [{"name": lora.name, "path": lora.file.path, "bytes": lora.file.size} for lora in manifest.loras],
         "bakes": {name: _bake(bake) for name, bake in manifest.bakes.items()},
         "text_encoders": {name: _bake(bake) for name, bake in manifest.text_encoders.items()},
+        **({"removed": [*removed]} if removed else {}),
         "takes": _overlay_takes(manifest),
     }
 

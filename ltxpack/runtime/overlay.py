@@ -55,10 +55,8 @@ class Overlay:
         ``text_encoder``: the name of a baked one, None or ``base`` for the base's. Raises OverlayError, and UsageError
         for an unknown name. :meth:`check` compares contents when a part is used.
         """
-        manifest, text = read_manifest(root), "" if text_encoder in (None, BASE) else f"{TEXT_ENCODERS}/{text_encoder}"
-        # A bake takes 38 GB, and whoever removes its folder means to do without it.
-        removed = tuple(folder for folder in manifest.baked if not (root / folder).is_dir())
-        manifest = manifest.with_baked({at: bake for at, bake in manifest.baked.items() if at not in removed})
+        manifest, removed = read_manifest(root).in_place(root)
+        text = "" if text_encoder in (None, BASE) else f"{TEXT_ENCODERS}/{text_encoder}"
         if text in removed:
             raise changed_file(root / text, "the folder of a text encoder", "none")
         if text and text_encoder not in manifest.text_encoders:

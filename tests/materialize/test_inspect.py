@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def test_an_overlay(out: Path, tmp_path: Path) -> None:
     assert [lora["name"] for lora in found["loras"]] == ["distilled"]
     files = [path for path in out.rglob("*") if path.is_file() and path.name != "ltxpack.json"]
     assert found["bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_a_removed_bake_is_no_bake(overlay: Path) -> None:
+    whole = inspect_path(overlay)
+    shutil.rmtree(overlay / "bakes/distilled-0.25")
+    found = inspect_path(overlay)
+    assert ([*found["bakes"]], found["removed"]) == (["distilled-0.5"], ["bakes/distilled-0.25"])
+    assert found["bytes"] == whole["bytes"] - whole["bakes"]["distilled-0.25"]["bytes"] and "removed" not in whole
 
 
 def test_bakes_state_their_form(overlay: Path) -> None:
