@@ -125,6 +125,14 @@ def test_refused_requests(changes: dict[str, object]) -> None:
         request(**changes)
 
 
+def test_a_prompt_of_a_megabyte_is_refused_before_it_is_tokenised() -> None:
+    Request.of("boat " * 20_000, negative_prompt="blurry " * 14_000)
+    for long in ({"prompt": "boat " * 20_001}, {"prompt": "a boat", "negative_prompt": "x" * 100_001}):
+        with pytest.raises(UsageError, match="too long") as refused:
+            Request.of(**long)  # type: ignore[arg-type]
+        assert refused.value.expected == "at most 100000 letters, of which the model reads 1024 tokens"
+
+
 def test_a_prompt_is_text_and_one_video_has_one() -> None:
     for wrong in (None, 3, b"x", ["a boat", "a car"]):
         with pytest.raises(UsageError, match="a prompt that is no text"):
