@@ -264,6 +264,8 @@ def _plain(one: dataclasses.Field[Any], value: Any) -> Any:
             return tuple(map(_whole, value))
         if kind in (int, bool):
             return kind(_whole(value))
+        if kind is None and "\0" in str(value):
+            raise ValueError(value)
         return Path(value) if kind is None else kind(value)
     except (TypeError, ValueError, OverflowError):
         problem, advice = f"wrong {flag_of(one)}", "ltxpack run --help"

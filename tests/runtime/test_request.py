@@ -149,6 +149,8 @@ def test_a_prompt_is_text_and_one_video_has_one() -> None:
         ({"cache": 3}, "--cache expected a path"),
         ({"cache": None}, "--cache expected a path"),
         ({"save_activations": 3}, "--save-activations expected a path"),
+        ({"cache": "a\0b"}, "--cache expected a path"),
+        ({"save_activations": Path("a\0b")}, "--save-activations expected a path"),
     ],
 )
 def test_a_session_refuses_values_of_another_kind(given: Any, wanted: str) -> None:
