@@ -37,7 +37,7 @@ WITHOUT_ALPHA = {"RGBA": "RGB", "LA": "L"}
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # a server reads pictures of ever new names
 def tell_once(message: str, *facts: object) -> None:
     """Log a warning once: pictures are read for a check and again for use."""
     _log.warning(message, *facts)

@@ -24,7 +24,7 @@ from support import REPOSITORY, load, relative_l2
 
 from ltxpack.errors import FormatError, LtxpackError, UnsupportedError, UsageError
 from ltxpack.runtime.media.images import compress, load_image, prepare_image
-from ltxpack.runtime.media.pictures import ORIENTATION, read_image
+from ltxpack.runtime.media.pictures import ORIENTATION, read_image, tell_once
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -188,6 +188,9 @@ def test_a_useless_profile_is_told_and_ignored(tmp_path: Path, caplog: pytest.Lo
         read_image(path)
     assert [str(path) in record.getMessage() for record in caplog.records] == [True, False], "once for each"
     assert len(caplog.records) == 2
+    for number in range(1000):
+        tell_once("%s: of a job of a server", number)
+    assert tell_once.cache_info().currsize < 500
 
 
 def png_claiming(width: int, height: int) -> bytes:
