@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_220,
+    "lines of the package": 34_230,
     "files of the package": 179,
-    "lines of the tests": 34_441,
+    "lines of the tests": 34_463,
 }
 
 

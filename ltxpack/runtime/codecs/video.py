@@ -191,10 +191,6 @@ class TileLayout:
         axes = map(axis_tiles, (length, height, width), tiling, scales, LEADS)
         return cls(*([tile.to(latents.device) for tile in axis] for axis in axes))
 
-    @property
-    def count(self) -> int:
-        return len(self.groups) * len(self.rows) * len(self.columns)
-
     def cut(self, latents: Tensor) -> Iterator[Tensor]:
         for group, row, column in product(self.groups, self.rows, self.columns):
             yield latents[:, :, group.latents, row.latents, column.latents]

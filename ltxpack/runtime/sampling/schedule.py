@@ -118,11 +118,10 @@ def _sqrt(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One res_2s step from ``sigma`` to ``target`` through ``middle``, with everything its arithmetic needs."""
+    """One res_2s step from ``sigma`` through ``middle``, with everything its arithmetic needs."""
 
     sigma: float
     middle: float
-    target: float
     h: float
     a: float
     b1: float
@@ -156,7 +155,6 @@ def _step(sigma: Tensor, target: Tensor) -> Step:
     return Step(
         sigma=sigma.item(),
         middle=middle.item(),
-        target=target.item(),
         h=h,
         a=a,
         b1=b1,

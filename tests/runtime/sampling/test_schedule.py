@@ -155,4 +155,4 @@ def test_renoise_keeps_the_noise_level(sigma: float, ratio: float) -> None:
 def test_a_schedule_that_does_not_end_in_zero_has_no_terminal_evaluation() -> None:
     plan = schedule.res2s_plan(torch.tensor([1.0, 0.5, 0.2]))
     assert plan.terminal is None
-    assert [step.target for step in plan.steps] == pytest.approx([0.5, 0.2])
+    assert [step.sigma - step.to_target.gap for step in plan.steps] == pytest.approx([0.5, 0.2])
