@@ -232,6 +232,8 @@ class _Wanted:
         options = self.options
         if options.rule == "official":
             _refuse_beyond_official([lora.adapter for lora in self.loras], options)
+        if TEXT_ENCODERS in self.bases:
+            _refuse_without_text(options, [lora.adapter for lora in self.loras], self.bases[TEXT_ENCODERS])
         linears = _absent_blocks_refused(options, self.bases[BAKES])
         unused = options.rule != "official" and all(Strength.of(by).idle for by in options.strengths)
         digests = [lora.digest(None if unused and lora.own else reporter) for lora in self.loras]
@@ -251,9 +253,6 @@ class _Wanted:
                 if uses or not named:  # else the LoRAs change only the text path, or nothing of it
                     plans.setdefault(plan.folder, plan if form == BF16 else _quantised(plan, form, options, linears))
         _refuse_twice_distilled(plans.values(), self, reporter)
-        if options.text and not any(plan.base.place == TEXT_ENCODERS for plan in plans.values()):
-            files = [adapter.path.name for adapter in named]
-            raise AdapterError("no LoRA changes the text path", items=files, next=options.command(text=False))
         return list(plans.values())
 
     def is_there(self, plan: BakePlan) -> bool:
@@ -294,6 +293,12 @@ def _refuse_beyond_official(adapters: Sequence[Adapter], options: BakeOptions) -
         methods = ", ".join(dict.fromkeys(method for _, method in beyond))
         names = [name for name, _ in beyond]
         raise AdapterError(f"the official rule has no {methods}", items=names, next=options.command(rule="fp32"))
+
+
+def _refuse_without_text(options: BakeOptions, adapters: Sequence[Adapter], base: Base) -> None:
+    if not any(adapter.within(base.shapes).targets for adapter in adapters):
+        files = [adapter.path.name for adapter in adapters]
+        raise AdapterError("no LoRA changes the text path", items=files, next=options.command(text=False))
 
 
 def _absent_blocks_refused(options: BakeOptions, base: Base) -> tuple[str, ...]:

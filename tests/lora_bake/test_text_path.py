@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from support import Done, load, load_all, ltxpack, refused, tree
 
 from ltxpack.ltx23.lora_keys import TextNames, parse_key
 from ltxpack.ltx23.renames import CONNECTORS
-from ltxpack.manifest import read_manifest
+from ltxpack.manifest import MANIFEST_NAME, read_manifest
 from ltxpack.repack.staging import folder_of, unfinished
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj"
@@ -156,6 +157,11 @@ def test_without_text_they_are_refused_and_may_be_left_out(overlay: Path, tmp_pa
     assert "changes only the text path" in message and "--text" in message
     message = refused(ltxpack("bake-lora", overlay, "--strength", "1", "--text"), 1)
     assert "no LoRA changes the text path" in message and message.endswith("--strength 1\n")
+    assert "read " not in message
+    without = dataclasses.replace(read_manifest(overlay), loras=(), bakes={})
+    (overlay / MANIFEST_NAME).write_bytes(without.dump())
+    words = ("bake-lora", overlay, "--strength", "0", "--format", "fp8", "--keep-blocks", "none", "--text")
+    assert "no LoRA changes the text path" in refused(ltxpack(*words), 1)
 
 
 def test_a_run_takes_it_and_says_so(overlay: Path, tmp_path: Path) -> None:
