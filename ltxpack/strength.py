@@ -60,7 +60,8 @@ class Strength:
         for group in groups:
             blocks, colon, number = group.rpartition(":")
             if not colon:
-                advice = f"write 0@{group}:{value} for these blocks alone, {value}@{group}:0 for all but these"
+                named = group or "0-11"
+                advice = f"write 0@{named}:{value} for these blocks alone, {value}@{named}:0 for all but these"
                 raise UsageError(
                     "a strength names blocks without a number", expected=_EXPECTED, found=text, next=advice
                 )

@@ -110,7 +110,7 @@ def test_what_the_command_says_last(demo: Path, tmp_path: Path) -> None:
         ("--add x.safetensors=1", "need a --strength"),
         ("--rule official --allow-unmatched", "the base is copied as it is"),
         ("--keep-blocks none", "goes with --format fp8"),
-        ("--format int8 --activations a.safetensors", "goes with --format fp8"),
+        ("--format int8 --activations a.safetensors", "--strength 0 --format fp8 --activations a.safetensors"),
         ("--strength 1 --format fp8 --keep-blocks 99", "a block that is not there"),
     ],
 )

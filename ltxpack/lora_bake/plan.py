@@ -130,7 +130,8 @@ class BakeOptions:
         if self.keep_blocks is not None and formats == (BF16,):
             raise UsageError("--keep-blocks goes with --format fp8 or int8", next=self.command(formats=(FP8,)))
         if self.activations is not None and FP8 not in formats:
-            raise UsageError("--activations goes with --format fp8", next=self.command(formats=(*formats, FP8)))
+            again = self.command(formats=(FP8,) if self.export else (*formats, FP8))
+            raise UsageError("--activations goes with --format fp8", next=again)
         if self.name is not None:
             check_bake_name(self.name)
             if len(self.strengths) * len(formats) > 1:

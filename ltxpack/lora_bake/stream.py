@@ -482,7 +482,7 @@ def usable_cores() -> int:
 def _refuse_overflow(names: Collection[str], shard: BaseShard, readers: Sequence[FactorReader]) -> None:
     if names:
         beyond = ", ".join(sorted({shard.file.tensors[name].dtype for name in names}))
-        cause = "the strength is too high, or the LoRA is damaged"
+        cause = "the strength is too high, or the LoRA or the base is damaged"
         problem = f"the result is beyond {beyond} in {len(names)} weights: {cause}"
         lora = quoted(readers[0].adapter.path) if len(readers) == 1 else "FILE"
         again = f"ltxpack inspect {lora} (says what a LoRA holds)"

@@ -77,9 +77,10 @@ def test_blocks_that_are_no_blocks_or_named_twice_are_refused(text: str) -> None
     assert "next: " in refused(ltxpack("bake-lora", "out", "--strength", text, "--add", f"style.safetensors={text}"), 2)
 
 
-def test_blocks_without_their_strength_are_told_both_meanings() -> None:
-    with pytest.raises(UsageError, match=r"write 0@0-3:0\.8 for these blocks alone, 0\.8@0-3:0 for all but these"):
-        Strength.parse("0.8@0-3")
+@pytest.mark.parametrize(("typed", "blocks"), [("0.8@0-3", "0-3"), ("0.8@", "0-11")])
+def test_blocks_without_their_strength_are_told_both_meanings(typed: str, blocks: str) -> None:
+    with pytest.raises(UsageError, match=rf"write 0@{blocks}:0\.8 for these blocks alone, 0\.8@{blocks}:0 for all"):
+        Strength.parse(typed)
 
 
 @given(st.dictionaries(st.integers(0, 60), st.sampled_from([0.0, 0.5, -1.0, 2.25])), st.sampled_from([0.0, 0.5, 1.0]))
