@@ -95,12 +95,12 @@ class PromptCache:
 
     @classmethod
     def at(cls, folder: Path | None = None, environment: Mapping[str, str] = os.environ) -> PromptCache:
-        """The cache in ``folder``, else in :func:`cache_root`; LTXPACK_CACHE_SIZE bounds it.
+        """The cache in ``folder``, else this user's in :func:`cache_root`; LTXPACK_CACHE_SIZE bounds it.
 
         Raises UsageError if the variable is not a size.
         """
         limit = environment.get(LIMIT_VARIABLE) or str(LIMIT)
-        place = folder.absolute() if folder is not None else cache_root(environment) / FOLDER
+        place = folder.absolute() if folder is not None else _of_this_user(cache_root(environment) / FOLDER)
         return cls(place, parse_size(limit, LIMIT_VARIABLE, least=0, next=f"export {LIMIT_VARIABLE}=2GB"))
 
     def get(self, key: str, count: int, dtype: torch.dtype) -> Contexts | None:
@@ -178,6 +178,12 @@ def cache_root(environment: Mapping[str, str] = os.environ) -> Path:
         return user_cache(environment) / "ltxpack"
     except RuntimeError:
         raise UsageError("there is no home folder to keep a cache in", next=f"export {PLACE_VARIABLE}=FOLDER") from None
+
+
+def _of_this_user(folder: Path) -> Path:
+    """``folder``, or one beside it if another user has it: several may share LTXPACK_CACHE, but not their prompts."""
+    closed = os.path.exists(folder) and not os.access(folder, os.R_OK | os.X_OK)  # noqa: PTH110 (a Path raises)
+    return folder.with_name(f"{folder.name}-{os.geteuid()}") if closed else folder
 
 
 def user_cache(environment: Mapping[str, str]) -> Path:

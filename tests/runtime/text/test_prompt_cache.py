@@ -299,6 +299,12 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for written, size in (("3 MB", 3_000_000), ("", 2 * 10**9), ("0", 0)):
         found = PromptCache.at(None, {"LTXPACK_CACHE": str(tmp_path), "LTXPACK_CACHE_SIZE": written})
         assert found == PromptCache(tmp_path / "contexts", size)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: path != tmp_path / "contexts")
+        assert PromptCache.at(None, {"LTXPACK_CACHE": str(tmp_path)}).folder == tmp_path / "contexts"
+        (tmp_path / "contexts").mkdir()  # of another user
+        own = tmp_path / f"contexts-{os.geteuid()}"
+        assert PromptCache.at(None, {"LTXPACK_CACHE": str(tmp_path)}).folder == own
     with pytest.raises(UsageError, match="LTXPACK_CACHE_SIZE"):
         PromptCache.at(None, {"LTXPACK_CACHE_SIZE": "much"})
 
