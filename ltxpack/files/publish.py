@@ -15,6 +15,7 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,7 @@ BYTES_PER_FILE = 16 * 1024
 ROOM_FOR_INODES = 1024 * 1024
 # Ends the name of every temporary file.
 TEMPORARY_ENDING = ".tmp"
+STALE_SECONDS = 24 * 3600
 RANDOM_BYTES = 8
 
 
@@ -83,10 +85,15 @@ class Temporary:
             self.discard()
 
 
-def remove_temporaries(path: Path) -> None:
-    """Remove temporary files for ``path`` of killed processes; nobody may be writing ``path``. Raises OSError."""
+def remove_temporaries(path: Path, *, stale: bool = False) -> None:
+    """Remove temporary files for ``path`` of killed processes; nobody may be writing ``path``. Raises OSError.
+
+    ``stale``: others may be writing ``path``, so it removes only files that have not changed for a day.
+    """
     for left in path.parent.glob(f".{glob.escape(clipped_name(path))}.{'?' * 2 * RANDOM_BYTES}{TEMPORARY_ENDING}"):
-        left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not stale or time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
 
 
 def move_file(source: Path, target: Path) -> None:

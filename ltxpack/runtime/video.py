@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ltxpack.files.publish import Temporary, check_writable, output_errors
+from ltxpack.files.publish import Temporary, check_writable, output_errors, remove_temporaries
 from ltxpack.files.tensorfile import build_header
 from ltxpack.runtime.media.mp4 import FRAMES_AT_ONCE, VideoWriter
 from ltxpack.runtime.sampling.recipes import stage_flag
@@ -107,10 +107,12 @@ class Video:
             **{stage_flag(number): name for number, name in enumerate(self.transformers)},
         }
         header = build_header(((name, "F32", tuple(tensor.shape)) for name, tensor in named.items()), metadata)
-        with output_errors(path), Temporary(path) as temporary, temporary.open("wb") as file:
-            file.write(header)
-            for tensor in named.values():
-                file.write(tensor.float().cpu().contiguous().numpy().data)
+        with output_errors(path):
+            remove_temporaries(path, stale=True)
+            with Temporary(path) as temporary, temporary.open("wb") as file:
+                file.write(header)
+                for tensor in named.values():
+                    file.write(tensor.float().cpu().contiguous().numpy().data)
         return path
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError, quoted
-from ltxpack.files.publish import Temporary, check_writable, unwritten
+from ltxpack.files.publish import Temporary, check_writable, remove_temporaries, unwritten
 from ltxpack.files.reader import hash_file
 from ltxpack.runtime.sampling.shape import frame_rate
 
@@ -75,6 +75,7 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         with self._told(), ExitStack() as made:
+            remove_temporaries(self.path, stale=True)
             # Absolute: FFmpeg would take the text before a colon for a protocol.
             self._temporary = Temporary(self.path.absolute())
             made.callback(self._temporary.discard)

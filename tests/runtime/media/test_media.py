@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from fractions import Fraction
@@ -21,6 +23,7 @@ from support import HANG, load
 from torch import Tensor
 
 from ltxpack.errors import LtxpackError, UsageError
+from ltxpack.files.publish import Temporary
 from ltxpack.runtime.media import mp4
 from ltxpack.runtime.media.mp4 import VideoWriter, check_output, to_i420
 from ltxpack.runtime.sampling.shape import MAX_SIDE, frame_rate
@@ -221,6 +224,15 @@ def test_two_runs_with_one_output_each_publish_a_whole_video(tmp_path: Path) -> 
     assert frames_in(path) == 120
     assert slow.blake3 == blake3(path.read_bytes()).hexdigest() != quick.blake3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_left_goes_with_the_next_video_of_a_later_day(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    old, new = Temporary(path).path, Temporary(path).path
+    os.utime(old, (0, time.time() - 25 * 3600))
+    with VideoWriter(path, 96, 64, 24) as writer:
+        writer.write(torch.rand(9, 64, 96, 3))
+    assert sorted(tmp_path.iterdir()) == [new, path]
 
 
 def test_names_ffmpeg_would_read_as_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
