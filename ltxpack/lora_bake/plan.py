@@ -20,11 +20,12 @@ from blake3 import blake3
 
 from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.files.reader import Range
-from ltxpack.files.tensorfile import FLOATS, TensorFile, read_tensorfile
+from ltxpack.files.tensorfile import FLOATS, TensorFile, parse_json, read_tensorfile
 from ltxpack.lora_bake import coverage, coverage_page
 from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.lora_bake.coverage import TargetStat
-from ltxpack.ltx23.codes import CODES, kept_blocks, linears_by_block, stored
+from ltxpack.ltx23.codes import CODED, CODES, kept_blocks, linears_by_block, stored
+from ltxpack.ltx23.configs import json_bytes
 from ltxpack.ltx23.lora_keys import TEXT_COMPONENTS
 from ltxpack.manifest import (
     BAKE_NAME,
@@ -61,6 +62,7 @@ from ltxpack.strength import Strength, format_strength
 
 DEVICES = ("auto", "cpu", "cuda")
 TRANSFORMER, CONNECTORS = "transformer", "connectors"
+CONFIG = "config.json"
 MAX_NAME_LENGTH = 200
 # Rises when the same inputs give other bytes than before.
 ARITHMETIC_VERSION = 1
@@ -394,10 +396,11 @@ class BakePlan:
 
     @functools.cached_property
     def small(self) -> tuple[WriteBytes, ...]:
-        """config.json and the index of the base, with the scales added to the index."""
+        """config.json and the index of the base; the config says if weights are codes, the index names their scales."""
         small = dict(self.base.small)
         if self.quantised:
             small |= {name: self._index() for name in small if name.endswith(INDEX_ENDING)}
+            small |= {name: self._config(small[name]) for name in small if name == CONFIG}
         return tuple(WriteBytes(f"{self.folder}/{name}", data) for name, data in sorted(small.items()))
 
     @property
@@ -466,6 +469,12 @@ class BakePlan:
             elif info.name in self.touched:
                 entry = dataclasses.replace(entry, producer=FusedTensor(place))
             yield entry
+
+    def _config(self, base: bytes) -> bytes:
+        config, path = parse_json(base, CONFIG), self.overlay / TRANSFORMER / CONFIG
+        if not isinstance(config, dict):
+            raise changed_file(path, "a JSON object", type(config).__name__)
+        return json_bytes({**config, CODED: {"quant_method": f"ltxpack-{self.form}"}})
 
     def _index(self) -> bytes:
         entries = [(shard.name, entry) for shard in self.base.shards for entry in self.entries(shard)]

@@ -13,6 +13,10 @@ SCALES = {E4M3: ("weight_scale", "input_scale"), I8: ("weight_scale",)}
 # Number of blocks of a model -> the blocks that usually stay in bf16; in other models the first and the last.
 KEPT_BLOCKS = {48: (0, 1, 46, 47)}
 
+# The field of a transformer's config.json that says that its weights are codes; diffusers, which would take the codes
+# for weights, refuses the values that it does not know.
+CODED = "quantization_config"
+
 _IN_BLOCK = re.compile(r"transformer_blocks\.(\d+)\..+\.weight\Z")
 # The most inputs that int8 rotates together: the largest power of 4 up to this that divides their number.
 MOST_ROTATED = 256

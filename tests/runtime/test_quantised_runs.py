@@ -60,6 +60,15 @@ def coded(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_refuses_codes_which_it_took_for_weights(coded: Path) -> None:
+    from diffusers import LTX2VideoTransformer3DModel
+
+    for form in ("fp8", "int8"):
+        with pytest.raises(ValueError, match=f"Unknown quantization type, got ltxpack-{form}"):
+            LTX2VideoTransformer3DModel.from_pretrained(coded, subfolder=f"bakes/distilled-0.5-{form}")
+
+
 def run(overlay: Path, stages: tuple[str, ...], mode: str = "", recipe: str = "hq", **more: Any) -> dict[str, Tensor]:
     """The first guided x0 and the latents of each stage; ``more``: settings of the session, or of the video."""
     sizes = {"height": 64, "width": 64, "num_frames": 9, **({"steps": 2} if recipe == "hq" else {})}

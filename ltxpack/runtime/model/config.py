@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltxpack.errors import UnsupportedError
+from ltxpack.ltx23.codes import CODED
 from ltxpack.runtime.sampling.shape import AV
 
 # Field -> diffusers' default for an absent field, whose type the values must have: see _KINDS.
@@ -60,7 +61,8 @@ _FIXED: dict[str, tuple[object, object]] = {
 }
 # Positions and the number of text channels come with each call; the STG switch is an argument of it.
 _UNUSED = {"vae_scale_factors", "audio_scale_factor", "audio_sampling_rate", "audio_hop_length", "causal_offset"}
-_UNUSED |= {"caption_channels", "perturbed_attn"}
+# The dtypes of the tensors say which are codes.
+_UNUSED |= {"caption_channels", "perturbed_attn", CODED}
 
 
 @dataclass(frozen=True)
