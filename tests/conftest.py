@@ -28,7 +28,9 @@ from ltxpack.runtime.weights import machine
 
 # Nothing that is imported or collected is garbage; looking for it takes a fifth of the start.
 gc.disable()
+# A worker a core: more threads, here or in a process of a test, would wait for each other.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 # Timings of a shared machine are not what these tests are about; CI draws the same examples every time.
 settings.register_profile("suite", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("suite")

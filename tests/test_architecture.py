@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_268,
     "files of the package": 179,
-    "lines of the tests": 34_497,
+    "lines of the tests": 34_499,
 }
 
 
