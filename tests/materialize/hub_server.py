@@ -105,7 +105,8 @@ class Faults:
     statuses: list[int] = field(default_factory=list)  # the next requests are answered with these
     always: int | None = None  # every request is answered with this status
     ranges: bool = True
-    after: dict[str, str] = field(default_factory=dict)  # headers of answers made by ``statuses`` and ``always``
+    # headers of answers made by ``statuses`` and ``always``; an empty one is left out
+    after: dict[str, str] = field(default_factory=dict)
     listing: Callable[[dict[str, Any]], Any] = lambda listing: listing
     metadata: dict[str, str] = field(default_factory=dict)  # headers put in place of those of a file
     body: Callable[[bytes], bytes] = lambda data: data
@@ -348,7 +349,8 @@ def _handler(server: HubServer) -> type[BaseHTTPRequestHandler]:
             self.request_.status = status
             self.send_response(status)
             for name, value in {"Content-Length": str(length), **headers}.items():
-                self.send_header(name, value)
+                if value:
+                    self.send_header(name, value)
             self.end_headers()
 
     return Handler

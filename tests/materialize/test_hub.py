@@ -451,9 +451,12 @@ def test_expired_link_is_asked_for_anew(server: HubServer, files: Listing) -> No
     assert [r.status for r in server.content_requests()] == [200, 403, 206]
 
 
-def test_page_of_the_network_in_between_costs_nothing(server: HubServer, files: Listing, cache: Path) -> None:
+@pytest.mark.parametrize("after", [{}, {"Content-Length": "", "Connection": "close", "Content-Type": "text/html"}])
+def test_page_of_the_network_in_between_costs_nothing(
+    server: HubServer, files: Listing, cache: Path, after: dict[str, str]
+) -> None:
     """A login page answers with status 200, first in place of the file's start, then in place of its rest."""
-    whole, same = FILES[BIG], server.faults.body
+    whole, same, server.faults.after = FILES[BIG], server.faults.body, after
 
     def page(data: bytes) -> bytes:
         server.faults.statuses, server.faults.body = [200], same
@@ -534,6 +537,20 @@ def test_server_without_ranges_is_downloaded_in_one_go(server: HubServer, files:
     server.faults.drops = [300_000]
     assert Hub().fetch(files[BIG]).read_bytes() == FILES[BIG]
     assert set(blobs(cache)) == {files[BIG].sha256}
+
+
+def test_one_answer_that_ignores_the_range_costs_nothing(server: HubServer, files: Listing) -> None:
+    """As of a proxy's cache. What had come of the file was thrown away."""
+    hub_ = Hub()
+    remote = hub_._remote(files[BIG], hub_._locate(files[BIG])[0])
+
+    def next_time(data: bytes) -> bytes:
+        server.faults.ranges = not server.faults.ranges
+        return data
+
+    server.faults.drops, server.faults.body = [1000, 1000], next_time
+    assert remote.read(500, len(FILES[BIG])) == FILES[BIG][500:]
+    assert [request.status for request in server.content_requests()] == [206, 200, 206]
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x"])

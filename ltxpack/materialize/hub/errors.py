@@ -37,7 +37,7 @@ class RevisionGoneError(SourceError):
 
 
 class OtherAnswerError(Exception):
-    """An answer with the size of another file, as from the login page of a network: a later try may succeed."""
+    """An answer that is not the file, as the login page of a network: a later try may succeed."""
 
 
 class Reference(NamedTuple):
@@ -130,7 +130,7 @@ BY_TYPE: tuple[tuple[str, Row], ...] = (
     ("HfHubHTTPError", _REFUSED),
     ("FileMetadataError", Row(_NO_HUB, _BETWEEN, "an answer without a commit or an ETag from {endpoint}", away=True)),
     ("DecodingError", Row(_NO_HUB, _BETWEEN, "an answer that cannot be decoded from {host}", away=True)),
-    ("OtherAnswerError", Row(_NO_HUB, _BETWEEN, "an answer of another size from {endpoint}", away=True)),
+    ("OtherAnswerError", Row(_NO_HUB, _BETWEEN, "an answer of another size or kind from {endpoint}", away=True)),
     ("TooManyRedirects", Row(_NO_HUB, _BETWEEN, "redirects without end from {host}", away=True)),
     ("InvalidURL", Row(_NO_HUB, _BETWEEN, "an invalid address from {endpoint}", away=True)),
     ("TransportError", Row(

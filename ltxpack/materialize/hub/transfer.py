@@ -68,6 +68,7 @@ class RemoteFile:
         self.stop = threading.Event()
         self._address: Address | None = address
         self._locate, self._timeout = locate, timeout
+        self._parted = False  # whether the server has sent a part
         self._locating = threading.Lock()
 
     def read(self, start: int, stop: int) -> bytearray:
@@ -109,7 +110,8 @@ class RemoteFile:
             if response.status_code in ADDRESS_EXPIRED and self._address is address:
                 self._address = None
             hf_raise_for_status(response)
-            _check_start(response, first, self.size)
+            _check_start(response, first, self.size, self._parted)
+            self._parted |= response.status_code == 206
             # Without a chunk size: httpx would hold back an unfilled chunk, and lose it with the connection.
             for chunk in response.iter_bytes():
                 wanted = chunk[: stop - start - len(data)]
@@ -215,12 +217,18 @@ def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
         yield future.result()
 
 
-def _check_start(response: httpx.Response, first: int, size: int) -> None:
-    """Check the start of an answer: a whole file will do for a prefix; a part must be the requested one."""
+def _check_start(response: httpx.Response, first: int, size: int, parted: bool) -> None:
+    """Check the start of an answer: a whole file will do for a prefix; a part must be the requested one.
+
+    ``parted``: the server sends parts, so that an answer without one is a passing failure.
+    """
     part, headers = response.status_code == 206, response.headers
     content_range = headers.get("Content-Range", "")
     stated = content_range.rpartition("/")[2] if part else headers.get("Content-Length", "")
     if stated.isdigit() and stated != str(size) and "Content-Encoding" not in headers:
         raise OtherAnswerError(f"{stated} bytes instead of {size}")
+    page = not stated and headers.get("Content-Type", "").startswith("text/html")
+    if not part and (page or (parted and first > 0)):
+        raise OtherAnswerError("a page" if page else "a whole file")
     if not content_range.startswith(f"bytes {first}-") if part else first > 0:
         raise RangesIgnoredError
