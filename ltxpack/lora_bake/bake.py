@@ -234,7 +234,8 @@ class _Wanted:
             _refuse_beyond_official([lora.adapter for lora in self.loras], options)
         if TEXT_ENCODERS in self.bases:
             _refuse_without_text(options, [lora.adapter for lora in self.loras], self.bases[TEXT_ENCODERS])
-        linears = _absent_blocks_refused(options, self.bases[BAKES])
+        _refuse_absent_blocks(options, self.bases[BAKES])
+        linears = _linears_in_codes(options, self.bases[BAKES])
         unused = options.rule != "official" and all(Strength.of(by).idle for by in options.strengths)
         digests = [lora.digest(None if unused and lora.own else reporter) for lora in self.loras]
         named = [lora.named(digest, self.manifest, options) for lora, digest in zip(self.loras, digests, strict=True)]
@@ -301,8 +302,7 @@ def _refuse_without_text(options: BakeOptions, adapters: Sequence[Adapter], base
         raise AdapterError("no LoRA changes the text path", items=files, next=options.command(text=False))
 
 
-def _absent_blocks_refused(options: BakeOptions, base: Base) -> tuple[str, ...]:
-    """The linears that become codes. Raises UsageError for blocks that are not there."""
+def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
     given = [Strength.of(by) for by in (*options.strengths, *(by for _, by in options.added))]
     there = {block for block, _ in map(split_name, base.shapes) if block is not None}
     count, last = max(there, default=-1) + 1, max((run.last for by in given for run in by.blocks), default=-1)
@@ -312,6 +312,9 @@ def _absent_blocks_refused(options: BakeOptions, base: Base) -> tuple[str, ...]:
             "a strength names a block that is not there", file=options.overlay, expected=f"blocks 0 to {count - 1}",
             found=last, next=within.command(),
         )  # fmt: skip
+
+
+def _linears_in_codes(options: BakeOptions, base: Base) -> tuple[str, ...]:
     if options.formats == (BF16,):
         return ()
     return quantised_linears(base.shapes, options.keep_blocks, options.command(keep_blocks=()))
