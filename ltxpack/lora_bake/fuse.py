@@ -436,8 +436,10 @@ def _apply(term: Term, found: Tensor | None, strength: float, total: Tensor) -> 
     if term.new is not None:
         total.lerp_(term.new.float(), strength)
     if term.magnitude is not None:
-        norm = torch.linalg.vector_norm(total, dim=axis, keepdim=True) if norm is None else norm
-        total.mul_(term.magnitude.float().reshape(norm.shape) / norm)
+        after = torch.linalg.vector_norm(total, dim=axis, keepdim=True)
+        scale = term.magnitude.float().reshape(after.shape) / (after if norm is None else norm)
+        # A row of zeros has no direction, and stays.
+        total.mul_(scale.masked_fill_(after == 0, 0.0))
 
 
 def _fuse_addmm(

@@ -203,6 +203,16 @@ def test_what_is_measured() -> None:
     assert found.finite
 
 
+@pytest.mark.parametrize("over_base", [False, True])
+@pytest.mark.parametrize("over_inputs", [False, True])
+def test_a_row_of_zeros_stays_zero_under_dora(over_base: bool, over_inputs: bool) -> None:
+    weight, size = torch.tensor([[0.0, 0.0], [3.0, 4.0]]), (1, 2) if over_inputs else (2,)
+    weight = weight.T.contiguous() if over_inputs else weight
+    term = Term(magnitude=torch.full(size, 10.0), over_inputs=over_inputs, over_base=over_base, needs_whole=over_inputs)
+    [found] = fuse_rows(weight, [term], [[1.0]], "fp32")
+    assert torch.equal(found.weight, 2 * weight) and found.finite
+
+
 @pytest.mark.parametrize("kernel", ["fp32", "addmm"])
 def test_weights_are_the_same_where_nothing_is_measured(kernel: str) -> None:
     weight, term = matrix(64, 96), factors(64, 96, 8)
