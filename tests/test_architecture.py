@@ -51,9 +51,9 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_281,
+    "lines of the package": 34_282,
     "files of the package": 179,
-    "lines of the tests": 34_528,
+    "lines of the tests": 34_531,
 }
 
 

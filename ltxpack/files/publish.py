@@ -88,10 +88,11 @@ class Temporary:
 def remove_temporaries(path: Path, *, stale: bool = False) -> None:
     """Remove temporary files for ``path`` of killed processes; nobody may be writing ``path``. Raises OSError.
 
-    ``stale``: others may be writing ``path``, so it removes only files that have not changed for a day.
+    ``stale``: others may be writing ``path``, so it removes only files that have not changed for a day, and it leaves
+    what it may not remove.
     """
     for left in path.parent.glob(f".{glob.escape(clipped_name(path))}.{'?' * 2 * RANDOM_BYTES}{TEMPORARY_ENDING}"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError if stale else FileNotFoundError):
             if not stale or time.time() - left.stat().st_mtime > STALE_SECONDS:
                 left.unlink()
 

@@ -229,10 +229,13 @@ def test_two_runs_with_one_output_each_publish_a_whole_video(tmp_path: Path) -> 
 def test_what_a_killed_run_left_goes_with_the_next_video_of_a_later_day(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     old, new = Temporary(path).path, Temporary(path).path
-    os.utime(old, (0, time.time() - 25 * 3600))
+    kept = tmp_path / f".a.mp4.{'f' * 16}.tmp"
+    kept.mkdir()  # it cannot be removed
+    for each in (old, kept):
+        os.utime(each, (0, time.time() - 25 * 3600))
     with VideoWriter(path, 96, 64, 24) as writer:
         writer.write(torch.rand(9, 64, 96, 3))
-    assert sorted(tmp_path.iterdir()) == [new, path]
+    assert set(tmp_path.iterdir()) == {new, kept, path}
 
 
 def test_names_ffmpeg_would_read_as_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
