@@ -349,7 +349,10 @@ class Background(Generic[R]):
         """Wait for the result, or raise the error, of the work. For one call: afterwards nothing here refers to it."""
         self._thread.join()
         done, self._done = self._done, Future()
-        return done.result()
+        try:
+            return done.result()
+        finally:
+            del done  # this frame is in the error's traceback: they would keep each other, and what was loaded
 
     def cancel(self) -> None:
         """End the work, and wait for that."""

@@ -247,6 +247,7 @@ class FileReader:
             self.copies.finish(event)  # the caller frees the tensors, to which copies may still be on their way
             if not isinstance(error, SourceError | FormatError):
                 raise
+            error.__traceback__ = None  # it and the read that failed would keep each other, and all that was read
             raise changed_file(Path(error.file or ""), error.expected or "readable", error.problem) from None
         return event
 

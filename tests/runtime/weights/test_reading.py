@@ -183,6 +183,7 @@ def test_a_file_that_changes_while_it_is_read(damage: str, on_host: bool, reads:
         fill(reader, stored, on_host=on_host)
     assert caught.value.file == str(path) and caught.value.next.startswith("ltxpack verify")
     reader.close()
+    assert caught.value.__context__ is not None and caught.value.__context__.__traceback__ is None, "a cycle"
 
 
 def test_reading_can_be_stopped(tmp_path: Path) -> None:

@@ -517,14 +517,23 @@ class TestUse:
 
     def test_a_load_ahead_that_fails_is_told_where_it_is_needed(self, residency: Residency) -> None:
         self.planned(residency, RESIDENT)
+        half: list[weakref.ref[Tensor]] = []
 
         def load(*_: Any) -> DiT:
+            weights = torch.ones(1)
+            half.append(weakref.ref(weights))
             raise OverlayError("no such luck")
 
         residency.load_ahead(PARTS[0], load)
         used: list[DiT] = []
-        with pytest.raises(OverlayError, match="no such luck"):
+        gc.disable()
+        try:
             residency.use(PARTS[0], load_dit, used.append)
+        except OverlayError as told:
+            assert told.problem == "no such luck"
+        finally:
+            gc.enable()
+        assert half[0]() is None, "what it has loaded is freed without the collector"
         assert not used
         residency.use(PARTS[0], load_dit, used.append)
         assert used
