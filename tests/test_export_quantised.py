@@ -145,6 +145,9 @@ def test_an_earlier_overlay_takes_its_metadata_from_the_source(
     (overlay / MANIFEST_NAME).write_text(json.dumps(manifest))
     assert data != shorter.read_bytes()
     assert "has no licence text" in refused(ltxpack("export", overlay, "-o", output, "--source", shorter), 1)
+    manifest["source"]["files"] = []
+    (overlay / MANIFEST_NAME).write_text(json.dumps(manifest))
+    assert "does not record" in refused(ltxpack("export", overlay, "-o", output, "--source", shorter), 1)
 
 
 def export_until_killed(options: ExportOptions, kill_at: int) -> None:

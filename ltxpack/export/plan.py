@@ -261,7 +261,10 @@ def _metadata_of(source: str, manifest: Manifest, reporter: Reporter) -> dict[st
     """The metadata of the checkpoint in ``source``. Raises SourceError if it is not the overlay's checkpoint."""
     access = Access(reporter)
     folder, single = open_source_folder(source, None, access)
-    checkpoint, *_ = [found for found in manifest.source.files if found.role == CHECKPOINT]
+    checkpoint = next((found for found in manifest.source.files if found.role == CHECKPOINT), None)
+    if checkpoint is None:
+        remake = "ltxpack materialize SOURCE OVERLAY --force"
+        raise OverlayError("the overlay does not record which checkpoint it was made from", next=remake)
     named = folder.find(checkpoint.name)
     file = single or (named if isinstance(named, InputFile) else choose(CHECKPOINT, folder, access))
     if file.size != checkpoint.size:
