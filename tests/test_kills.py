@@ -157,6 +157,19 @@ def test_a_command_ends_by_the_signal_that_came(ignored: bool, status: int) -> N
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=HANG).returncode == status
 
 
+def test_a_second_ctrl_c_ends_a_command_that_ends_already() -> None:
+    """Python waits for threads and cleans up, for a second with torch: each Ctrl-C showed a traceback."""
+    code = (
+        "import atexit, signal; from ltxpack import cli\n"
+        "atexit.register(signal.raise_signal, signal.SIGINT)\n"
+        "cli.cli.main = lambda **_: signal.raise_signal(signal.SIGINT)\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=HANG)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr.startswith("error: interrupted") and done.stderr.count("\n") == 1
+
+
 def written(path: Path, size: int) -> bool:
     """Whether so many bytes of ``path`` are on the disk."""
     try:

@@ -85,6 +85,8 @@ def _status() -> int:
         say_error(error.render())
         return error.exit_status
     except (KeyboardInterrupt, click.Abort):
+        with contextlib.suppress(ValueError):  # not the main thread of a program
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once, without tracebacks
         say_error(f"interrupted; the same command {_what_again(sys.argv[1:])}")
         return INTERRUPTED
     except OSError as error:
