@@ -26,6 +26,7 @@ from ltxpack.lora_bake.adapter import LoraUse, Shapes
 from ltxpack.lora_bake.coverage import TargetStat
 from ltxpack.ltx23.codes import CODED, CODES, kept_blocks, linears_by_block, stored
 from ltxpack.ltx23.configs import json_bytes
+from ltxpack.ltx23.fields import MAX_REPEATS
 from ltxpack.ltx23.lora_keys import TEXT_COMPONENTS
 from ltxpack.manifest import (
     BAKE_NAME,
@@ -269,6 +270,9 @@ def read_base(overlay: Path, manifest: Manifest, place: str = BAKES) -> Base:
             if info.dtype not in FLOATS:
                 problem, usable = "has a dtype that no LoRA can be baked into", " or ".join(FLOATS)
                 raise OverlayError(problem, file=path, tensor=name, expected=usable, found=info.dtype)
+            if (coverage.split_name(name)[0] or 0) >= MAX_REPEATS:  # the page has a row for each block
+                problem, most = "is of a block that no model has", f"fewer than {MAX_REPEATS} blocks"
+                raise OverlayError(problem, file=path, tensor=name, expected=most, next=advice)
             shapes[name] = info.shape
         shards.append(shard)
     if not shapes:

@@ -566,6 +566,14 @@ def test_the_official_rule_tells_of_ignored_alpha(alpha: float, overlay: Path) -
     assert read_manifest(overlay).bakes[scaled].loras[0].scale == 0.5 * alpha / 4
 
 
+def test_a_base_with_a_million_blocks_is_refused_before_its_page_is_made(tmp_path: Path) -> None:
+    far = "transformer_blocks.1000000.attn1.to_q.weight"
+    overlay = make_overlay(tmp_path / "out", {**BASE, far: torch.zeros(4, 4)})
+    for flags in (("--plan",), ()):
+        message = refused(ltxpack("bake-lora", overlay, "--strength", 1, *flags), 1)
+        assert f"{far}: is of a block that no model has" in message
+
+
 def test_no_overlay_no_lora_no_device(tmp_path: Path, overlay: Path) -> None:
     with pytest.raises(OverlayError, match="is not an overlay"):
         run(tmp_path / "nothing", 1.0)
