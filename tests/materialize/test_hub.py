@@ -244,6 +244,22 @@ def test_rate_limit_says_how_long(server: HubServer, monkeypatch: pytest.MonkeyP
     assert waits == [17.0] * 3
 
 
+def test_a_long_wait_in_a_download_is_told_once(
+    server: HubServer, files: Listing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar stood still for minutes without a word."""
+    monkeypatch.setattr(hub_transfer, "WAITS", (0.0,) * 5)
+    monkeypatch.setattr(hub_transfer, "asked_wait", lambda _: 0.01)
+
+    def limited(data: bytes) -> bytes:
+        server.faults.statuses, server.faults.body = [429, 429], lambda data: data
+        return data
+
+    server.faults.drops, server.faults.body = [1000], limited
+    assert Hub(reporter=(reporter := Notes())).fetch(files[BIG]).read_bytes() == FILES[BIG]
+    assert [note.partition(": ")[2] for note in reporter.notes] == ["the server asks to wait, trying again in 0 s"]
+
+
 def test_answer_of_something_else_than_a_hub(server: HubServer) -> None:
     for answer in ([], {"id": 1}, "text", {"id": REPO, "sha": "0" * 40}, {"id": REPO, "siblings": []}):
         server.faults.listing = lambda _, answer=answer: answer

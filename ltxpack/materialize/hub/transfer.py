@@ -59,12 +59,14 @@ class RemoteFile:
     """A file of ``size`` bytes at ``address``; after that expires, ``locate`` gives a new one.
 
     Several threads may read it. A read goes on after a broken connection where it stopped. ``news``: the numbers of
-    bytes that came, and notes. ``stop``: once set, the reads of all threads end soon.
+    bytes that came, details, and as floats the seconds of long waits. ``stop``: once set, the reads of all threads end
+    soon.
     """
 
     def __init__(self, name: str, size: int, address: Address, locate: Callable[[], Address], timeout: float) -> None:
         self.name, self.size = name, size
-        self.news: SimpleQueue[int | str] = SimpleQueue()
+        self.news: SimpleQueue[int | float | str] = SimpleQueue()
+        self.waiting = False  # whether a long wait was told and nothing has come since
         self.stop = threading.Event()
         self._address: Address | None = address
         self._locate, self._timeout = locate, timeout
@@ -91,7 +93,10 @@ class RemoteFile:
                 if hopeless or self.stop.is_set():
                     raise BrokenError(data, error) from error
                 self.news.put(f"{self.name}: {type(error).__name__} at byte {start + len(data)}, trying again")
-                self.stop.wait(max(WAITS[failures - 1] if failures else 0.0, asked_wait(error)))
+                pause = max(WAITS[failures - 1] if failures else 0.0, asked_wait(error))
+                if pause > WAITS[-1]:
+                    self.news.put(pause)
+                self.stop.wait(pause)
         return data
 
     def _stream_into(self, data: bytearray, start: int, stop: int) -> None:
@@ -201,8 +206,12 @@ def _report(remote: RemoteFile, reporter: Reporter) -> None:
         news = remote.news.get()
         if isinstance(news, str):
             reporter.detail(news)
-        else:
+        elif isinstance(news, int):
+            remote.waiting = False
             reporter.advance(news)
+        elif not remote.waiting:
+            remote.waiting = True
+            reporter.note(f"{remote.name}: the server asks to wait, trying again in {news:.0f} s")
 
 
 def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
