@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ltxpack.errors import SourceError
 from ltxpack.materialize.hub.errors import OtherAnswerError, asked_wait, is_passing, status_of
@@ -55,17 +55,22 @@ class Address:
     headers: Mapping[str, str]
 
 
+class LongWait(NamedTuple):
+    """The server has asked to wait for so many seconds."""
+
+    seconds: float
+
+
 class RemoteFile:
     """A file of ``size`` bytes at ``address``; after that expires, ``locate`` gives a new one.
 
     Several threads may read it. A read goes on after a broken connection where it stopped. ``news``: the numbers of
-    bytes that came, details, and as floats the seconds of long waits. ``stop``: once set, the reads of all threads end
-    soon.
+    bytes that came, details, and long waits. ``stop``: once set, the reads of all threads end soon.
     """
 
     def __init__(self, name: str, size: int, address: Address, locate: Callable[[], Address], timeout: float) -> None:
         self.name, self.size = name, size
-        self.news: SimpleQueue[int | float | str] = SimpleQueue()
+        self.news: SimpleQueue[int | str | LongWait] = SimpleQueue()
         self.waiting = False  # whether a long wait was told and nothing has come since
         self.stop = threading.Event()
         self._address: Address | None = address
@@ -95,7 +100,7 @@ class RemoteFile:
                 self.news.put(f"{self.name}: {type(error).__name__} at byte {start + len(data)}, trying again")
                 pause = max(WAITS[failures - 1] if failures else 0.0, asked_wait(error))
                 if pause > WAITS[-1]:
-                    self.news.put(pause)
+                    self.news.put(LongWait(pause))
                 self.stop.wait(pause)
         return data
 
@@ -211,7 +216,7 @@ def _report(remote: RemoteFile, reporter: Reporter) -> None:
             reporter.advance(news)
         elif not remote.waiting:
             remote.waiting = True
-            reporter.note(f"{remote.name}: the server asks to wait, trying again in {news:.0f} s")
+            reporter.note(f"{remote.name}: the server asks to wait, trying again in {news.seconds:.0f} s")
 
 
 def _in_order(pending: deque[Future[bytearray]]) -> Iterator[bytearray]:
