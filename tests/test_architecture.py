@@ -53,7 +53,7 @@ BOUNDS = {
     "class names twice": 0,
     "lines of the package": 34_309,
     "files of the package": 179,
-    "lines of the tests": 34_581,
+    "lines of the tests": 34_584,
 }
 
 

@@ -150,7 +150,7 @@ def test_a_command_ends_by_the_signal_that_came(ignored: bool, status: int) -> N
     """Its parent looks for that. Under nohup it does not end."""
     code = (
         "import signal; from ltxpack import cli\n"
-        f"if {ignored}: signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
         "cli.cli.main = lambda **_: signal.raise_signal(signal.SIGHUP)\n"
         "cli.main()"
     )

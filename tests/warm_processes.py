@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ def _carried_out(command: list[str], streams: list[Connection | None], environme
     os.environ.update(environment)
     os.chdir(at)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
     kind, name, *arguments = command
     sys.argv = [name, *arguments]
     if kind == "-m":
