@@ -135,7 +135,7 @@ def test_export(demo: Path, tmp_path: Path) -> None:
 def test_a_run_that_a_signal_ends_leaves_no_temporary_file(number: int, demo: Path, tmp_path: Path) -> None:
     """Those of timeout, a scheduler or a closed terminal."""
     command = ["run", demo / "overlay", "--prompt", "a boat", "--device=cpu", "--recipe=distilled", "--no-cache"]
-    size = ["--height=256", "--width=384", "--num-frames=49", "-o", tmp_path / "x.mp4"]
+    size = ["--dtype=float32", "--height=256", "--width=384", "--num-frames=49", "-o", tmp_path / "x.mp4"]
     pipe = subprocess.PIPE
     process = WarmProcess([sys.executable, "-m", "ltxpack", *command, *size], stdout=pipe, stderr=pipe)
     assert process.stderr is not None
