@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ltxpack.errors import OverlayError, UsageError
+from ltxpack.errors import OverlayError, UsageError, quoted
 from ltxpack.manifest import BF16, FORMATS
 from ltxpack.runtime.overlay import BASE, Overlay, Stack, choose, form_of, stacks
-from ltxpack.runtime.sampling.recipes import RECIPES, Recipe
+from ltxpack.runtime.sampling.recipes import HQ, RECIPES, Recipe
 from ltxpack.runtime.settings import AUTO, recipe_named
 
 GENERATION = "ltx-2.3"
@@ -42,7 +42,8 @@ def served_models(overlay: Overlay, form: str = BF16, named: Sequence[str] = ())
         model = _named(overlay, form, text)
         found[model.name] = model
     if not found:
-        advice = f"ltxpack bake-lora {overlay.root} --strength 0.25 --strength 0.5"
+        strengths = " ".join(f"--strength {strength:g}" for strength in HQ.strengths)
+        advice = f"ltxpack bake-lora {quoted(overlay.root)} {strengths}"
         raise OverlayError("holds no bake that a recipe could use", file=overlay.root, next=advice)
     return found
 

@@ -79,7 +79,7 @@ class Schedule:
 class TransformerRule:
     """The transformer that ``auto`` takes for a stage: the first of these in the overlay.
 
-    1. The base, if ``base_if_distilled`` and the checkpoint is a distilled one.
+    1. The base, if the checkpoint is a distilled one. Without ``base_if_distilled`` the first stage refuses that.
     2. The bake of the distilled LoRA at one of ``strengths``, in this order; the first is the official one. Without
        strengths the base is official.
     3. The base, if ``else_base``; otherwise the only bake whose strength is not in ``besides``.
@@ -159,11 +159,14 @@ class Recipe:
 # The noise levels with which every recipe refines upsampled latents.
 REFINING = Schedule(fixed=(0.909375, 0.725, 0.421875, 0.0))
 
+# The strength of hq's first stage; no second stage takes a bake at it.
+FIRST_STRENGTH = 0.25
+
 HQ = Recipe(
     name="hq",
     stages=(
-        Stage(TransformerRule((0.25,), else_base=True), Schedule(), RES2S, divide=2, guided=True),
-        Stage(TransformerRule((0.5,), besides=(0.25,)), REFINING, RES2S, upsampled=True),
+        Stage(TransformerRule((FIRST_STRENGTH,), else_base=True), Schedule(), RES2S, divide=2, guided=True),
+        Stage(TransformerRule((0.5,), besides=(FIRST_STRENGTH,)), REFINING, RES2S, upsampled=True),
     ),
     sound=0,
 )
@@ -200,7 +203,7 @@ TWO_STAGE = Recipe(
     name="two-stage",
     stages=(
         Stage(FULL_MODEL, ANCHORED, EULER, divide=2, guided=True),
-        Stage(TransformerRule((1.0, 0.5), besides=(0.25,)), REFINING, EULER, upsampled=True),
+        Stage(TransformerRule((1.0, 0.5), besides=(FIRST_STRENGTH,)), REFINING, EULER, upsampled=True),
     ),
     sound=0,
     defaults={"height": 1024, "width": 1536, **EULER_GUIDANCE},
