@@ -51,7 +51,7 @@ BOUNDS = {
     "lines of a function": 40,
     "parameters of a function": 10,
     "class names twice": 0,
-    "lines of the package": 34_313,
+    "lines of the package": 34_319,
     "files of the package": 179,
     "lines of the tests": 34_584,
 }

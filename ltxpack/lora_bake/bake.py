@@ -138,7 +138,7 @@ def restore(overlay: Path, reporter: Reporter, *, source: str | None = None, lor
     the overlay does not keep, as for ``bake-lora``; their content identifies them, not their name. Raises LtxpackError:
     SourceError if a needed LoRA is not given, OverlayError if the new base differs from the manifest.
     """
-    read_manifest(overlay)
+    read_manifest(overlay)  # what is no overlay is refused before anything there is touched
     finish_killed(overlay, reporter)
     faults = verify(overlay, reporter)
     manifest = read_manifest(overlay)
@@ -315,6 +315,7 @@ def _refuse_absent_blocks(options: BakeOptions, base: Base) -> None:
 
 
 def _linears_in_codes(options: BakeOptions, base: Base) -> tuple[str, ...]:
+    """The linears that fp8 and int8 store in codes. Raises UsageError for blocks to keep that are not there."""
     if options.formats == (BF16,):
         return ()
     return quantised_linears(base.shapes, options.keep_blocks, options.command(keep_blocks=()))

@@ -419,7 +419,12 @@ def _settle(paths: StagingPaths, journal: Journal, reporter: Reporter) -> None:
         named = paths.named() if paths.folder else None
         if paths.folder and named is None:
             _take_back(paths, journal)
-        elif set(named) == set(journal.records.values()) if named else paths.target.is_dir() and _is_half_filled(paths):
+            return
+        if named is not None:  # by a repair, which leaves the bake in the manifest
+            begun = set(named) == set(journal.records.values())
+        else:
+            begun = paths.target.is_dir() and _is_half_filled(paths)
+        if begun:
             _place(paths, journal, reporter)
             _clean(paths)
         elif _is_published(paths):
